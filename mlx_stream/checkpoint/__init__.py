@@ -1,0 +1,32 @@
+"""What a model is on disk; knows file formats, not modules.
+
+Every source is read into one `Checkpoint`, in the names and layout of a Hugging Face folder with
+mlx-lm's quantization: what `config.json` would say, and tensors by their Hugging Face names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model as found on disk.
+
+    Attributes:
+        config: what `config.json` holds. If tensors are quantized it has mlx-lm's `quantization`
+            entry: `{"group_size": g, "bits": b, "mode": m}` and, by module path, overrides.
+        tensors: lazy arrays by Hugging Face name. A quantized weight `X.weight` (uint32, packed
+            along its input dimension) comes with `X.scales` and, for affine mode, `X.biases`.
+        tokenizer: the text of `tokenizer.json`.
+        tokenizer_config: what `tokenizer_config.json` holds, `chat_template` included.
+        generation_config: what `generation_config.json` holds, or an empty dict.
+    """
+
+    config: dict[str, Any]
+    tensors: Mapping[str, mx.array]
+    tokenizer: str
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+    generation_config: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,55 @@
+"""Every exception a caller may catch, as one tree; knows nothing of what raises them.
+
+    MlxStreamError
+    ├── ValueRefused        an option or argument out of range
+    ├── SourceError         where a model comes from: a path, a Hub id, a download
+    ├── CheckpointError     what is on disk: a damaged, truncated or incomplete file
+    │   ├── ConfigError     config.json says something missing, malformed or unsupported
+    │   └── WeightsError    a tensor missing, unknown or of the wrong shape
+    ├── TokenizerError      tokenizer files
+    │   └── TemplateError   a chat template that cannot be used on a stream
+    ├── TextError           input text that cannot be read
+    └── MemoryRefused       the model and its ring do not fit the device
+
+The message of each is one line: what was given, what was expected, what to do.
+"""
+
+
+class MlxStreamError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ValueRefused(MlxStreamError, ValueError):
+    """An option or argument is out of its range."""
+
+
+class SourceError(MlxStreamError):
+    """A model could not be found or fetched."""
+
+
+class CheckpointError(MlxStreamError):
+    """A model's files are damaged, truncated or incomplete."""
+
+
+class ConfigError(CheckpointError):
+    """A model's configuration is malformed or asks for what is not supported."""
+
+
+class WeightsError(CheckpointError):
+    """A tensor is missing, unknown or of the wrong shape."""
+
+
+class TokenizerError(MlxStreamError):
+    """A model's tokenizer files cannot be used."""
+
+
+class TemplateError(TokenizerError):
+    """A model's chat template cannot be used on a stream."""
+
+
+class TextError(MlxStreamError):
+    """A text cannot be read: not UTF-8, empty, or too short."""
+
+
+class MemoryRefused(MlxStreamError):
+    """A model and its ring exceed what the device can hold."""
