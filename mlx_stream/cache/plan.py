@@ -1,0 +1,152 @@
+"""Which row, which clock and which mask: whole numbers and numpy only, no MLX, no keys.
+
+Token t < S is in row t, a later one in row S + (t - S) mod R. Worked example: with 2 sinks and a
+ring of 3, after token 6 the rows hold tokens 0, 1, 5, 6, 4. A stream's numbers may be as large as
+2^62; every array made here holds ages and rows, which do not grow.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+# The lengths of a step: a tail of a prompt is padded to one of these, so that arrays come in few
+# sizes and the allocator's cache of freed buffers stays small.
+STEP_LENGTHS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Before the ring is full only its first rows are attended, in few sizes: this, doubled at need.
+FIRST_EXTENT = 256
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stream stands.
+
+    Attributes:
+        length: tokens read; the next is t = length.
+        floor: the lowest token in the ring that may still be attended (S in a young stream).
+        clock: rotary position at which the next token will be stored.
+        sinks_at: position at which the sinks' rows in the buffers stand; -1 if not known.
+    """
+
+    length: int
+    floor: int
+    clock: int
+    sinks_at: int = 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The fixed numbers of a stream: S sinks, W window, X spare rows."""
+
+    sinks: int
+    window: int
+    spare: int = 0
+
+    @property
+    def ring(self) -> int:
+        return self.window + self.spare
+
+    @property
+    def rows(self) -> int:
+        return self.sinks + self.ring
+
+    def row(self, token: int) -> int:
+        """Return the row of a token: t itself for sinks, else S + (t - S) mod R."""
+        if token < self.sinks:
+            return token
+        return self.sinks + (token - self.sinks) % self.ring
+
+    def oldest(self, place: Place, token: int) -> int:
+        """Return o for a token: the first attended one that is not a sink (rule 1)."""
+        return max(place.floor, token - self.window + 1)
+
+    def held(self, place: Place) -> int:
+        """Return how many ring tokens the newest token attends to."""
+        return max(0, place.length - self.oldest(place, place.length - 1))
+
+    def room(self, place: Place) -> int:
+        """Return how many tokens can still be read before o has to move."""
+        return max(0, place.floor + self.window - place.length)
+
+    def sinks_clock(self, place: Place, token: int) -> int:
+        """Return the clock at which sink 0 must stand for a token: the sinks end before o."""
+        base = place.length - place.clock
+        return self.oldest(place, token) - base - self.sinks
+
+    def after(self, place: Place, count: int) -> Place:
+        """Return the place once `count` more tokens have been read."""
+        length = place.length + count
+        # What is more than R tokens back has been overwritten and cannot come back by a rewind.
+        floor = max(place.floor, length - self.ring)
+        return replace(place, length=length, floor=floor, clock=place.clock + count)
+
+    def rewound(self, place: Place, count: int) -> Place:
+        """Return the place once the newest `count` tokens have been taken back."""
+        return replace(place, length=place.length - count, clock=place.clock - count)
+
+    def extent(self, last: int) -> int:
+        """Return how many leading rows hold every token up to `last`."""
+        extent = FIRST_EXTENT
+        while extent <= last and extent < self.rows:
+            extent *= 2
+        return min(extent, self.rows)
+
+    def segments(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """Return where new tokens go: (source start, source stop, row), none across the wrap.
+
+        Of more than R ring tokens only the last R are stored.
+        """
+        pieces = []
+        into_sinks = min(max(self.sinks - first, 0), count)
+        if into_sinks:
+            pieces.append((0, into_sinks, first))
+        source = max(into_sinks, count - self.ring)
+        while source < count:
+            row = self.row(first + source)
+            stop = min(count, source + self.rows - row)
+            pieces.append((source, stop, row))
+            source = stop
+        return pieces
+
+    def decode_mask(self, place: Place, extent: int) -> np.ndarray | None:
+        """Return which rows the next token attends to, itself stored: (extent,) bool, or None.
+
+        None if that is all of them.
+        """
+        token = place.length
+        attended = token - self.oldest(place, token)
+        if extent == self.rows and token >= self.sinks and attended == self.ring - 1:
+            return None
+        mask = np.empty(extent, bool)
+        sinks = min(self.sinks, extent)
+        mask[:sinks] = np.arange(sinks) <= token
+        mask[sinks:] = self._ages(token, extent) <= attended
+        return mask
+
+    def chunk_mask(self, place: Place, extent: int, rows: int) -> np.ndarray:
+        """Return what each new row attends to: (T, extent + T) bool.
+
+        Columns are the buffer's rows as they were before the step, then the new tokens.
+        """
+        first = place.length
+        # Ages are counted back from the first new token; -reach is the oldest new one attended.
+        reach = np.minimum(
+            min(first - place.floor, self.window), self.window - 1 - np.arange(rows)
+        )[:, None]
+        mask = np.empty((rows, extent + rows), bool)
+        sinks = min(self.sinks, extent)
+        mask[:, :sinks] = np.arange(sinks) < first
+        mask[:, sinks:extent] = self._ages(first - 1, extent) + 1 <= reach
+        new = np.arange(rows)[None, :]
+        is_sink = new < min(max(self.sinks - first, 0), rows)
+        mask[:, extent:] = (new <= new.T) & (is_sink | (new >= -reach))
+        return mask
+
+    def _ages(self, newest: int, extent: int) -> np.ndarray:
+        """Return how many tokens before `newest` each ring row was written."""
+        slot = (newest - self.sinks) % self.ring
+        return (slot - np.arange(max(0, extent - self.sinks))) % self.ring
+
+
+def padded(count: int) -> int:
+    """Return the smallest step length that holds `count` tokens."""
+    return next(length for length in STEP_LENGTHS if length >= count)

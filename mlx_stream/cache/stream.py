@@ -1,0 +1,384 @@
+"""A fixed buffer of sinks and a ring (StreamingLLM, arXiv 2309.17453); knows no model.
+
+Keys are stored once, rotated by a running clock, and stay as they are: rotary scores depend on the
+difference of positions only. The sinks stand directly before the oldest attended token, so they
+alone are kept unrotated and turned again whenever that token changes. When the clock grows past
+what float32 angles bear, the ring is turned back once and the clock lowered.
+
+Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. On the clock these stand at
+2, 3, 4, 5, 6: distance 4 to token 0, as rule 2 says (t - o + S - i = 6 - 4 + 2 - 0).
+"""
+
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+
+from mlx_stream.cache.plan import STEP_LENGTHS, Geometry, Place, padded
+from mlx_stream.errors import ValueRefused
+from mlx_stream.rope import Rope
+
+# Clocks stay below this (or twice the buffer): fp32 angles are good to 2e-4 in scores at 1e4.
+CLOCK_LIMIT = 2**14
+# A chunk that moves o carries an additive mask of H x T x N float32; T is held to this many bytes.
+MASK_BYTES = 128 * 2**20
+# Stands for "not attended" in an additive mask: finite, so that no row can become NaN.
+NOT_ATTENDED = -1e30
+
+
+class StreamCache:
+    """All layers of one stream: S sinks and a ring of R = W + X tokens, allocated once.
+
+    Args:
+        layers, query_heads, kv_heads, head_dim: the model's shape.
+        rope: the model's rotary frequencies.
+        sinks: S >= 0, the first tokens that are never evicted.
+        window: W >= 1, the latest tokens attended.
+        spare: X >= 0, rows beyond the window: up to X tokens can be taken back without a loss.
+        dtype: of keys and values.
+        clock_limit: re-anchor before the clock passes it (at least twice the buffer's rows).
+
+    Raises:
+        ValueRefused: a number out of range.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rope: Rope,
+        sinks: int = 4,
+        window: int = 1_020,
+        spare: int = 0,
+        dtype: mx.Dtype = mx.float32,
+        clock_limit: int = CLOCK_LIMIT,
+    ):
+        if sinks < 0 or window < 1 or spare < 0:
+            raise ValueRefused(
+                f"a stream needs sinks >= 0, window >= 1 and spare rows >= 0, "
+                f"not {sinks}, {window} and {spare}"
+            )
+        self.geometry = Geometry(sinks, window, spare)
+        self.layers, self.query_heads, self.kv_heads = layers, query_heads, kv_heads
+        self.rope = rope
+        self.scale = head_dim**-0.5 * rope.magnitude**2
+        self.clock_limit = max(clock_limit, 2 * self.geometry.rows)
+        self.place = Place(length=0, floor=sinks, clock=0)
+        # Zeros, not garbage: a NaN in a masked row of V would reach the output.
+        shape = (1, kv_heads, self.geometry.rows, head_dim)
+        self.keys = [mx.zeros(shape, dtype) for _ in range(layers)]
+        self.values = [mx.zeros(shape, dtype) for _ in range(layers)]
+        # The sinks' keys before rotation, apart from K: reading them out of K would copy K.
+        self.sinks = mx.zeros((layers, kv_heads, sinks, head_dim), dtype)
+        mx.eval(self.arrays())
+
+    @property
+    def length(self) -> int:
+        return self.place.length
+
+    @property
+    def attended(self) -> int:
+        return min(self.length, self.geometry.sinks) + self.geometry.held(self.place)
+
+    @property
+    def evicted(self) -> int:
+        return self.length - self.attended
+
+    @property
+    def oldest(self) -> int:
+        """The oldest attended token that is not a sink: o of the newest token."""
+        return self.geometry.oldest(self.place, self.length - 1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays())
+
+    def arrays(self) -> list[mx.array]:
+        return [*self.keys, *self.values, self.sinks]
+
+    def attended_rows(self) -> list[int]:
+        """Return the rows of the attended tokens, in the order of the text."""
+        sinks = range(min(self.length, self.geometry.sinks))
+        return [self.geometry.row(t) for t in (*sinks, *range(self.oldest, self.length))]
+
+    def take(self, waiting: int) -> int:
+        geometry, place = self.geometry, self.place
+        limit = self.clock_limit - geometry.rows
+        room = geometry.room(place)
+        if room == 0:
+            row_bytes = 4 * self.query_heads * (geometry.rows + STEP_LENGTHS[-1])
+            limit = min(limit, max(1, MASK_BYTES // row_bytes))
+        longest = max(length for length in STEP_LENGTHS if length <= limit)
+        return min(waiting, longest, room or waiting)
+
+    def begin(self, count: int) -> "DecodeStep | ChunkStep":
+        """Plan the step for the next `count` tokens, of which there may be `take(count)` at most.
+
+        Turns the sinks to where this step needs them, and the ring back if the clock is due.
+        """
+        if not 1 <= count == self.take(count):
+            raise ValueRefused(f"a step of {count} tokens must be split; see take()")
+        if self.place.clock + padded(count) > self.clock_limit:
+            self._reanchor()
+        if count == 1:
+            return DecodeStep(self)
+        return ChunkStep(self, count)
+
+    def commit(self, step: "DecodeStep | ChunkStep") -> None:
+        first, count = self.length, step.count
+        if step.new_sinks:
+            read = min(count, self.geometry.sinks - first)
+            self.sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
+        self.keys, self.values = step.keys, step.values
+        self.place = self.geometry.after(self.place, count)
+
+    def rewind(self, count: int) -> None:
+        """Take back the newest `count` tokens (rule 9).
+
+        With X spare rows the last X cost nothing; each one beyond leaves one token fewer attended
+        until the window has filled again.
+
+        Raises:
+            ValueRefused: more tokens than the ring holds, where some have been evicted.
+        """
+        held, nothing_evicted = self.geometry.held(self.place), self.evicted == 0
+        if not 0 <= count <= (self.length if nothing_evicted else held):
+            raise ValueRefused(f"{count} tokens cannot be taken back: the window holds {held}")
+        self.place = self.geometry.rewound(self.place, count)
+
+    def evict(self, count: int) -> None:
+        """Drop the oldest `count` attended tokens that are not sinks, for ever (rule 9).
+
+        Raises:
+            ValueRefused: more tokens than are held.
+        """
+        held = self.geometry.held(self.place)
+        if not 0 <= count <= held:
+            raise ValueRefused(f"{count} tokens cannot be evicted: the window holds {held}")
+        if count:
+            self.place = replace(self.place, floor=self.oldest + count)
+
+    def state(self) -> dict[str, mx.array | int]:
+        state: dict[str, mx.array | int] = {
+            "length": self.place.length,
+            "floor": self.place.floor,
+            "clock": self.place.clock,
+            "sinks_at": self.place.sinks_at,
+            "sinks": self.sinks,
+        }
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            state[f"keys.{layer}"], state[f"values.{layer}"] = keys, values
+        return state
+
+    def restore(self, state: dict[str, mx.array | int]) -> None:
+        """Continue from `state`; the arrays are copied, so that neither stream disturbs the other.
+
+        Raises:
+            ValueRefused: the state is not one of a cache with these parameters.
+        """
+        wanted = self.state()
+        if state.keys() != wanted.keys():
+            odd = sorted(state.keys() ^ wanted.keys())
+            raise ValueRefused(f"not a state of this stream: {odd[0]!r} is missing or unknown")
+        for name, mine in wanted.items():
+            given = state[name]
+            if isinstance(mine, mx.array):
+                if (
+                    not isinstance(given, mx.array)
+                    or given.shape != mine.shape
+                    or given.dtype != mine.dtype
+                ):
+                    raise ValueRefused(
+                        f"not a state of this stream: {name!r} must be {mine.dtype} of shape "
+                        f"{mine.shape}"
+                    )
+            elif not isinstance(given, int):
+                raise ValueRefused(f"not a state of this stream: {name!r} must be a whole number")
+        place = Place(*(state[name] for name in ("length", "floor", "clock", "sinks_at")))  # type: ignore[arg-type]
+        self._check(place)
+        self.place = place
+        self.sinks = _copy(state["sinks"])
+        self.keys = [_copy(state[f"keys.{layer}"]) for layer in range(self.layers)]
+        self.values = [_copy(state[f"values.{layer}"]) for layer in range(self.layers)]
+        mx.eval(self.arrays())
+
+    def _check(self, place: Place) -> None:
+        """Refuse numbers that no stream of this geometry can reach: rows would be read unwritten."""
+        geometry = self.geometry
+        base = place.length - place.clock
+        consistent = (
+            0 <= place.length < 2**63
+            and max(geometry.sinks, place.length - geometry.ring) <= place.floor
+            and place.floor <= max(place.length, geometry.sinks)
+            and 0 <= base <= place.floor - geometry.sinks
+            and place.clock <= self.clock_limit
+            and (place.length > geometry.sinks or place.floor == geometry.sinks)
+            and -1 <= place.sinks_at <= self.clock_limit
+        )
+        if not consistent:
+            raise ValueRefused(f"not a state of this stream: its numbers do not agree ({place})")
+
+    def _reanchor(self) -> None:
+        """Turn the ring back so that its lowest token stands directly behind the sinks."""
+        base = self.place.length - self.place.clock
+        back = self.place.floor - self.geometry.sinks - base
+        self.keys = [self.rope.rotate_all(keys, back, backwards=True) for keys in self.keys]
+        self.place = replace(self.place, clock=self.place.clock - back, sinks_at=-1)
+
+    def place_sinks(self, token: int) -> None:
+        """Rewrite the sinks' rows to stand where `token` must see them, if they do not yet."""
+        position = self.geometry.sinks_clock(self.place, token)
+        if self.geometry.sinks == 0 or position == self.place.sinks_at:
+            return
+        turned = self.rope.rotate(self.sinks, mx.array([position], mx.int32))
+        self.place = replace(self.place, sinks_at=-1)
+        for layer, keys in enumerate(self.keys):
+            keys[:, :, : self.geometry.sinks] = turned[layer : layer + 1]
+        self.place = replace(self.place, sinks_at=position)
+
+
+@dataclass
+class DecodeStep:
+    """One token: it is written into its row, then attends over the buffer, row order free."""
+
+    cache: StreamCache
+    count: int = 1
+    rows: int = 1
+    keys: list[mx.array] = field(default_factory=list)
+    values: list[mx.array] = field(default_factory=list)
+    new_sinks: list[mx.array] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        cache = self.cache
+        token = cache.length
+        cache.place_sinks(token)
+        geometry, place = cache.geometry, cache.place
+        self.is_sink = token < geometry.sinks
+        self.extent = geometry.extent(token)
+        self.position = mx.array([place.clock], mx.int32)
+        self.row = mx.array([geometry.row(token)], mx.int32)
+        mask = geometry.decode_mask(place, self.extent)
+        self.mask = None if mask is None else mx.array(mask)[None]
+
+    def attend(self, layer: int, heads: mx.array) -> mx.array:
+        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
+        if self.is_sink:
+            self.new_sinks.append(heads[:, cache.query_heads : split])
+        turned = cache.rope.rotate(heads[:, :split], self.position)
+        new_keys = turned[:, cache.query_heads :]
+        keys = mx.slice_update(cache.keys[layer], new_keys, self.row, axes=(2,))
+        values = mx.slice_update(cache.values[layer], heads[:, split:], self.row, axes=(2,))
+        self.keys.append(keys)
+        self.values.append(values)
+        if self.extent < keys.shape[2]:
+            keys, values = keys[:, :, : self.extent], values[:, :, : self.extent]
+        return mx.fast.scaled_dot_product_attention(
+            turned[:, : cache.query_heads], keys, values, scale=cache.scale, mask=self.mask
+        )
+
+
+class ChunkStep:
+    """Several tokens: they attend to the buffer as it was and to themselves, then are written.
+
+    Each row has its own o. If o does not move within the chunk, the sinks' rows on the clock are
+    right for every row. If it does, every row sees the sinks from the constant place C - 1: the
+    scores of a second rotation of the queries enter the fused attention through an additive mask,
+    over sink keys set to zero (measured on the CPU backend: as fast as a plain mask).
+    """
+
+    def __init__(self, cache: StreamCache, count: int):
+        self.cache, self.count, self.rows = cache, count, padded(count)
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+        self.new_sinks: list[mx.array] = []
+        geometry, first = cache.geometry, cache.length
+        self.moves = geometry.room(cache.place) == 0 and geometry.sinks > 0
+        if not self.moves:
+            cache.place_sinks(first + count - 1)
+        self.extent = geometry.extent(first - 1) if first else 0
+        self.position = mx.array([cache.place.clock], mx.int32)
+        self.segments = geometry.segments(first, count)
+        mask = mx.array(geometry.chunk_mask(cache.place, self.extent, self.rows))
+        if self.moves:
+            self._prepare_sinks(mask)
+        else:
+            self.mask = mask
+
+    def _prepare_sinks(self, mask: mx.array) -> None:
+        cache, sinks = self.cache, self.cache.geometry.sinks
+        self.far = cache.geometry.window - 1 + sinks
+        self.sink_keys = cache.rope.rotate(cache.sinks, mx.array([0], mx.int32))
+        ring = mx.where(mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
+        self.ring_mask = mx.broadcast_to(ring, (1, cache.query_heads, *ring.shape))
+
+    def attend(self, layer: int, heads: mx.array) -> mx.array:
+        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
+        turned = cache.rope.rotate(heads[:, :split], self.position)
+        queries, new_keys = turned[:, : cache.query_heads], turned[:, cache.query_heads :]
+        new_values = heads[:, split:]
+        self._capture_sinks(heads[:, cache.query_heads : split])
+        if self.moves:
+            out = self._attend_moving(
+                layer, heads[:, : cache.query_heads], queries, new_keys, new_values
+            )
+        else:
+            keys, values = self._buffer(layer, 0)
+            out = mx.fast.scaled_dot_product_attention(
+                queries,
+                mx.concatenate([*keys, new_keys], axis=2),
+                mx.concatenate([*values, new_values], axis=2),
+                scale=cache.scale,
+                mask=self.mask,
+            )
+        self._write(layer, new_keys, new_values)
+        return out
+
+    def _attend_moving(
+        self, layer: int, plain: mx.array, queries: mx.array, new_keys: mx.array, new_values: mx.array
+    ) -> mx.array:
+        cache, sinks = self.cache, self.cache.geometry.sinks
+        sink_keys = self.sink_keys[layer : layer + 1]
+        ring_keys, _ = self._buffer(layer, sinks)
+        _, values = self._buffer(layer, 0)
+        # Scores in the mask are float32 whatever the model's dtype: half precision would round
+        # the sinks' scores, the largest there are, far more than those of the ring.
+        far = cache.rope.rotate_all(plain, self.far).astype(mx.float32)
+        grouped = far.reshape(1, cache.kv_heads, -1, far.shape[-1])
+        scores = (grouped * cache.scale) @ sink_keys.astype(mx.float32).swapaxes(-1, -2)
+        mask = mx.concatenate(
+            [scores.reshape(1, cache.query_heads, self.rows, sinks), self.ring_mask], axis=-1
+        )
+        out = mx.fast.scaled_dot_product_attention(
+            queries.astype(mx.float32),
+            mx.concatenate([mx.zeros_like(sink_keys), *ring_keys, new_keys], axis=2).astype(mx.float32),
+            mx.concatenate([*values, new_values], axis=2).astype(mx.float32),
+            scale=cache.scale,
+            mask=mask,
+        )
+        return out.astype(plain.dtype)
+
+    def _buffer(self, layer: int, start: int) -> tuple[list[mx.array], list[mx.array]]:
+        """Return the buffer's rows from `start` as they were before this step, or nothing."""
+        if self.extent <= start:
+            return [], []
+        rows = slice(start, self.extent)
+        return [self.cache.keys[layer][:, :, rows]], [self.cache.values[layer][:, :, rows]]
+
+    def _capture_sinks(self, unrotated: mx.array) -> None:
+        read = min(self.count, self.cache.geometry.sinks - self.cache.length)
+        if read > 0:
+            self.new_sinks.append(unrotated[:, :, :read])
+
+    def _write(self, layer: int, new_keys: mx.array, new_values: mx.array) -> None:
+        # A second handle of the same buffer: the cache's own changes only at commit.
+        keys, values = mx.array(self.cache.keys[layer]), mx.array(self.cache.values[layer])
+        for start, stop, row in self.segments:
+            keys[:, :, row : row + stop - start] = new_keys[:, :, start:stop]
+            values[:, :, row : row + stop - start] = new_values[:, :, start:stop]
+        self.keys.append(keys)
+        self.values.append(values)
+
+
+def _copy(array: mx.array | int) -> mx.array:
+    return mx.contiguous(array + 0 if isinstance(array, mx.array) else mx.array(array))

@@ -1,0 +1,318 @@
+"""The header of a GGUF file: metadata and where each tensor lies; knows no model, no arrays.
+
+The file is not trusted: every count, length and offset is checked against the file's size before
+it is used, and what may be allocated is bounded. Format: ggml's `docs/gguf.md`, versions 2 and 3.
+"""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_stream.errors import CheckpointError, ConfigError, MlxStreamError
+
+# No published header is near these: Llama 3's, among the largest, takes 8 MB and 400,000 strings.
+MAX_HEADER_BYTES = 256 * 2**20
+MAX_STRINGS = 4_000_000
+MAX_ENTRIES = 100_000
+MAX_NAME_BYTES = 65_535
+
+STRING, ARRAY, BOOL = 8, 9, 7
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+
+# ggml's number of each type: its name, the elements of a block, the bytes of a block. All of them,
+# so that a layout can be checked, and a type named, before anyone says what is supported.
+TENSOR_TYPES = {
+    **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8)},
+    **{24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)},
+    **{2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24)},
+    **{8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 41: ("Q1_0", 128, 18)},
+    **{10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144)},
+    **{13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292)},
+    **{16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98)},
+    **{19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110)},
+    **{22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56)},
+    **{34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66)},
+    **{39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36)},
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies. `shape` is in NumPy's order (GGUF's reversed), `offset` and `size` in
+    bytes from the start of the file."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Typed reading of a header's keys, with errors that name the file and the key."""
+
+    values: dict[str, Any]
+    file: str
+    error: type[MlxStreamError] = ConfigError
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+        value = self.value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise self.wrong(key, f"a whole number from {least} to {2**31 - 1}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.value(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
+            raise self.wrong(key, "a positive number")
+        return float(value)
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.value(key, default)
+        if not isinstance(value, str):
+            raise self.wrong(key, "text")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.value(key, default)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        value = self.value(key, None)
+        # An empty array of another type is no list of strings, but says the same.
+        if not isinstance(value, list):
+            raise self.wrong(key, "an array of strings")
+        return value
+
+    def value(self, key: str, default: Any) -> Any:
+        value = self.values.get(key, default)
+        if value is None:
+            raise self.error(f"{self.file}: the GGUF header has no {key}")
+        return value
+
+    def wrong(self, key: str, expected: str) -> MlxStreamError:
+        given = describe(self.values.get(key))
+        return self.error(f"{self.file}: {key} must be {expected}, not {given}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says before its data; `file` is its name as used in messages."""
+
+    file: str
+    metadata: Metadata
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a GGUF file (version 2 or 3, little endian).
+
+    Numbers of metadata are int, float or bool, strings str, arrays of strings list, and other
+    arrays NumPy arrays.
+
+    Raises:
+        CheckpointError: not such a file, damaged, truncated, or past this reader's limits.
+    """
+    file = printable(path.name)
+    try:
+        # A named pipe would block for ever when opened.
+        if not path.is_file():
+            raise CheckpointError(f"{file}: there is no such file")
+        with path.open("rb") as opened:
+            size = opened.seek(0, 2)
+            if size < 24:
+                raise CheckpointError(f"{file}: {size} bytes are too few for a GGUF file")
+            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return Parser(data, size, file).header()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+class Parser:
+    """One pass over a header; `place` is the next byte to read."""
+
+    def __init__(self, data: mmap.mmap, size: int, file: str):
+        self.data, self.size, self.file = data, size, file
+        self.limit = min(size, MAX_HEADER_BYTES)
+        self.place = 0
+        self.strings_read = 0
+
+    def header(self) -> Header:
+        tensor_count, key_count = self.preamble()
+        values: dict[str, Any] = {}
+        for _ in range(key_count):
+            key = self.name("a metadata key")
+            if key in values:
+                raise self.damaged(f"the key {describe(key)} occurs twice")
+            values[key] = self.value(key, self.scalar("I"))
+        metadata = Metadata(values, self.file)
+        alignment = metadata.count("general.alignment", 32)
+        if alignment & (alignment - 1):
+            raise self.damaged(f"general.alignment {alignment} is not a power of two")
+        tensors: dict[str, Tensor] = {}
+        for _ in range(tensor_count):
+            tensor = self.tensor()
+            if tensor.name in tensors:
+                raise self.damaged(f"the tensor {describe(tensor.name)} occurs twice")
+            tensors[tensor.name] = tensor
+        return Header(self.file, metadata, self.laid_out(tensors, alignment))
+
+    def preamble(self) -> tuple[int, int]:
+        if self.data[:4] != b"GGUF":
+            raise CheckpointError(f"{self.file}: not a GGUF file (it does not begin with GGUF)")
+        self.place = 4
+        version = self.scalar("I")
+        if version not in (2, 3):
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+            what = "big-endian GGUF" if swapped in (2, 3) else f"GGUF version {version}"
+            raise CheckpointError(
+                f"{self.file}: {what} is not supported (supported: versions 2 and 3, little endian)"
+            )
+        tensor_count, key_count = self.scalar("Q"), self.scalar("Q")
+        # The smallest tensor entry takes 32 bytes and the smallest key 14.
+        for what, count, least in (("tensors", tensor_count, 32), ("keys", key_count, 14)):
+            if count > MAX_ENTRIES or count * least > self.size:
+                raise self.damaged(f"it claims {count} {what}")
+        return tensor_count, key_count
+
+    def value(self, key: str, kind: int) -> Any:
+        if kind == STRING:
+            return self.strings(key, 1)[0]
+        if kind == ARRAY:
+            return self.array(key)
+        if kind not in SCALARS:
+            raise self.damaged(f"{describe(key)} has a value of unknown type {kind}")
+        value = self.scalar(SCALARS[kind])
+        if kind == BOOL and value > 1:
+            raise self.damaged(f"{describe(key)} is neither true nor false")
+        return bool(value) if kind == BOOL else shortest(value) if kind == 6 else value
+
+    def array(self, key: str) -> list[str] | np.ndarray:
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind == ARRAY:
+            raise self.damaged(f"{describe(key)} is an array of arrays, which is not supported")
+        if kind == STRING:
+            return self.strings(key, count)
+        if kind not in SCALARS:
+            raise self.damaged(f"{describe(key)} is an array of unknown type {kind}")
+        dtype = np.dtype("<" + SCALARS[kind])
+        start = self.take(count * dtype.itemsize, f"the array {describe(key)}")
+        return np.frombuffer(self.data[start : self.place], dtype)
+
+    def strings(self, key: str, count: int) -> list[str]:
+        """Read `count` strings: the one place where a header takes time, so kept tight."""
+        self.strings_read += count
+        if count * 8 > self.limit - self.place or self.strings_read > MAX_STRINGS:
+            raise self.damaged(f"{describe(key)} claims {count} strings, more than there can be")
+        data, limit, place = self.data, self.limit, self.place
+        length_at = struct.Struct("<Q").unpack_from
+        found = []
+        try:
+            for _ in range(count):
+                start = place + 8
+                if start > limit:
+                    raise self.ends_early(f"the strings of {describe(key)}")
+                place = start + length_at(data, place)[0]
+                if place > limit:
+                    raise self.ends_early(f"the strings of {describe(key)}")
+                found.append(data[start:place].decode())
+        except UnicodeDecodeError:
+            raise self.damaged(f"{describe(key)} holds a string that is not UTF-8") from None
+        self.place = place
+        return found
+
+    def tensor(self) -> Tensor:
+        """Read one entry; its offset is still relative to the start of the data."""
+        name = self.name("a tensor's name")
+        dimensions = self.scalar("I")
+        if not 1 <= dimensions <= 4:
+            raise self.damaged(f"the tensor {describe(name)} has {dimensions} dimensions")
+        shape = tuple(self.scalar("Q") for _ in range(dimensions))[::-1]
+        number, offset = self.scalar("I"), self.scalar("Q")
+        if number not in TENSOR_TYPES:
+            raise self.damaged(f"the tensor {describe(name)} has the unknown type {number}")
+        kind, block, block_bytes = TENSOR_TYPES[number]
+        elements = math.prod(shape)
+        if not 1 <= elements < 2**60 or shape[-1] % block:
+            raise self.damaged(f"the tensor {describe(name)} of type {kind} has shape {shape}")
+        return Tensor(name, kind, shape, offset, elements // block * block_bytes)
+
+    def laid_out(self, tensors: dict[str, Tensor], alignment: int) -> dict[str, Tensor]:
+        """Check that tensors lie aligned, apart and inside the file; make offsets absolute."""
+        begin = end = -(-self.place // alignment) * alignment
+        placed = {}
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+            name, offset = describe(tensor.name), begin + tensor.offset
+            if tensor.offset % alignment:
+                raise self.damaged(f"the tensor {name} is not aligned to {alignment} bytes")
+            if offset < end:
+                raise self.damaged(f"the tensor {name} overlaps the one before it")
+            end = offset + tensor.size
+            if end > self.size:
+                raise CheckpointError(
+                    f"{self.file}: the tensor {name} ends at byte {end} and the file at "
+                    f"{self.size}: it is truncated or damaged; download it again"
+                )
+            placed[tensor.name] = Tensor(tensor.name, tensor.kind, tensor.shape, offset, tensor.size)
+        return placed
+
+    def name(self, what: str) -> str:
+        length = self.scalar("Q")
+        if not 1 <= length <= MAX_NAME_BYTES:
+            raise self.damaged(f"{what} has {length} bytes")
+        start = self.take(length, what)
+        try:
+            return self.data[start : self.place].decode()
+        except UnicodeDecodeError:
+            raise self.damaged(f"{what} is not UTF-8") from None
+
+    def scalar(self, code: str) -> Any:
+        start = self.take(struct.calcsize("<" + code), "its header")
+        return struct.unpack_from("<" + code, self.data, start)[0]
+
+    def take(self, size: int, what: str) -> int:
+        start = self.place
+        if size > self.limit - start:
+            raise self.ends_early(what)
+        self.place = start + size
+        return start
+
+    def ends_early(self, what: str) -> CheckpointError:
+        if self.limit < self.size:
+            return self.damaged(f"{what} runs past the {MAX_HEADER_BYTES} bytes a header may take")
+        return CheckpointError(
+            f"{self.file}: the file ends inside {what}: it is truncated or damaged; "
+            "download it again"
+        )
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.file}: damaged GGUF header: {what}")
+
+
+def shortest(value: float) -> float:
+    """Return the shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def describe(value: Any) -> str:
+    """Show a value from the file in one short line, whatever it holds."""
+    if isinstance(value, list | np.ndarray):
+        return f"an array of {len(value)}"
+    if isinstance(value, str) and len(value) > 60:
+        return repr(value[:60] + "...")
+    return repr(value)
+
+
+def printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)

@@ -1,0 +1,130 @@
+"""The blocks Llama and Mistral share; know no cache logic, no files and no text.
+
+Attention hands unrotated queries, keys and values to the step of a cache, which owns order,
+positions and masks. Q, K and V are one product, gate and up another, wherever their weights can be
+joined; names are those of the checkpoints.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_stream.cache import Cache, Step
+from mlx_stream.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map as a checkpoint names it: `path.weight` is (outputs, inputs)."""
+
+    path: str
+    outputs: int
+    inputs: int
+    bias: bool = False
+
+
+class Weights(Protocol):
+    """Where a model's modules come from: asked for each by the names of its tensors."""
+
+    def linear(self, *parts: Projection) -> nn.Module:
+        """Return one module whose output is the parts' outputs, one behind the other."""
+        ...
+
+    def embedding(self, path: str, count: int, size: int) -> nn.Module: ...
+
+    def norm(self, path: str, size: int, eps: float) -> nn.Module: ...
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, weights: Weights, path: str, bias: bool):
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        heads = config.num_attention_heads * self.head_dim
+        kv_heads = config.num_key_value_heads * self.head_dim
+        self.qkv_proj = weights.linear(
+            Projection(f"{path}.q_proj", heads, hidden, bias),
+            Projection(f"{path}.k_proj", kv_heads, hidden, bias),
+            Projection(f"{path}.v_proj", kv_heads, hidden, bias),
+        )
+        self.o_proj = weights.linear(Projection(f"{path}.o_proj", hidden, heads, bias))
+
+    def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
+        batch, rows, _ = x.shape
+        heads = self.qkv_proj(x).reshape(batch, rows, -1, self.head_dim).swapaxes(1, 2)
+        out = step.attend(layer, heads)
+        return self.o_proj(out.swapaxes(1, 2).reshape(batch, rows, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, weights: Weights, path: str, bias: bool):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = weights.linear(
+            Projection(f"{path}.gate_proj", inner, hidden, bias),
+            Projection(f"{path}.up_proj", inner, hidden, bias),
+        )
+        self.down_proj = weights.linear(Projection(f"{path}.down_proj", hidden, inner, bias))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(nn.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, weights: Weights, path: str, bias: "Biases"):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = weights.norm(f"{path}.input_layernorm", size, eps)
+        self.self_attn = Attention(config, weights, f"{path}.self_attn", bias.attention)
+        self.post_attention_layernorm = weights.norm(f"{path}.post_attention_layernorm", size, eps)
+        self.mlp = MLP(config, weights, f"{path}.mlp", bias.mlp)
+
+    def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), step, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Which projections add a bias."""
+
+    attention: bool = False
+    mlp: bool = False
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head: token ids in, hidden states and logits out."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, bias: Biases):
+        super().__init__()
+        vocabulary, size = config.vocab_size, config.hidden_size
+        self.embed_tokens = weights.embedding("model.embed_tokens", vocabulary, size)
+        self.layers = [
+            DecoderLayer(config, weights, f"model.layers.{layer}", bias)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self.norm = weights.norm("model.norm", size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = weights.linear(Projection("lm_head", vocabulary, size))
+
+    def __call__(self, ids: Sequence[int], cache: Cache) -> mx.array:
+        """Read one step's token ids, at most `cache.take(len(ids))`, into the cache.
+
+        Returns the hidden states (1, len(ids), hidden size), normalized, not yet evaluated.
+        """
+        step = cache.begin(len(ids))
+        tokens = [*ids, *[0] * (step.rows - step.count)]
+        x = self.embed_tokens(mx.array([tokens], mx.int32))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, step, index)
+        cache.commit(step)
+        return self.norm(x[:, : step.count])
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return the logits (..., vocabulary) of hidden states (..., hidden size)."""
+        if "lm_head" in self:
+            return self.lm_head(hidden)
+        return self.embed_tokens.as_linear(hidden)

@@ -1,0 +1,94 @@
+"""Static rotary frequencies and the one rotation built on them; knows no cache and no model.
+
+Formulas: RoPE (arXiv 2104.09864); linear, llama3 and yarn (arXiv 2309.00071) as in transformers'
+`modeling_rope_utils`. All are fixed for ever, which is what lets a stored key be turned back later.
+"""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_stream.config import RopeConfig
+
+
+class Rope:
+    """Rotate queries and keys by their position on a clock.
+
+    Attributes:
+        periods: (D / 2,) float32, radians' inverse: a pair turns by position / period.
+        magnitude: yarn's factor on queries and keys; the caller puts its square into the scale of
+            the scores, once, so that turning a key again never applies it twice.
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int):
+        self.head_dim = head_dim
+        self.magnitude = config.attention_factor
+        self.periods = mx.array((1.0 / inverse_frequencies(config, head_dim)).astype(np.float32))
+        mx.eval(self.periods)
+
+    def rotate(self, x: mx.array, position: mx.array) -> mx.array:
+        """Turn (B, heads, T, D) so that row r of T stands at position + r.
+
+        `position` is int32 of one element (or B of them) and never negative: Metal computes
+        position + row unsigned.
+        """
+        return self._apply(x, position, 1.0)
+
+    def rotate_all(self, x: mx.array, position: int, backwards: bool = False) -> mx.array:
+        """Turn every row of (B, heads, T, D) by the same angle, forwards or backwards."""
+        rows = x.reshape(1, -1, 1, self.head_dim)
+        place = mx.array([position], mx.int32)
+        return self._apply(rows, place, -1.0 if backwards else 1.0).reshape(x.shape)
+
+    def _apply(self, x: mx.array, position: mx.array, scale: float) -> mx.array:
+        return mx.fast.rope(
+            x,
+            self.head_dim,
+            traditional=False,
+            base=None,
+            scale=scale,
+            offset=position,
+            freqs=self.periods,
+        )
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """Return the radians per position of each pair: (head_dim / 2,) float64."""
+    plain = config.rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if config.rope_type == "linear":
+        return plain / config.factor
+    if config.rope_type == "llama3":
+        return llama3(config, plain)
+    if config.rope_type == "yarn":
+        return yarn(config, plain, head_dim)
+    return plain
+
+
+def llama3(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
+    """Slow down what turns less than `low_freq_factor` times in the original context."""
+    turns = config.original_max_position_embeddings * plain / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return plain * ((1 - keep) / config.factor + keep)
+
+
+def yarn(config: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
+    """Slow down by `factor` what turns fewer than `beta_slow` times, not at all above `beta_fast`."""
+
+    def pair_turning(times: float) -> float:
+        original = config.original_max_position_embeddings
+        return (
+            head_dim
+            * math.log(original / (times * 2 * math.pi))
+            / (2 * math.log(config.rope_theta))
+        )
+
+    low, high = pair_turning(config.beta_fast), pair_turning(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    slowed = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
+    return plain * (slowed / config.factor + 1 - slowed)

@@ -1,0 +1,241 @@
+"""Tensors of a checkpoint -> modules: names and shapes checked, quantized or not, joined."""
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_stream.config import ModelConfig, Quantization
+from mlx_stream.errors import WeightsError
+from mlx_stream.models import MODELS, CausalLM
+from mlx_stream.models.layers import Projection
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+
+
+def build(
+    config: ModelConfig,
+    tensors: MutableMapping[str, mx.array],
+    dtype: mx.Dtype,
+    keep_quantized: bool,
+) -> CausalLM:
+    """Build the model and take its weights out of `tensors`, which is empty afterwards.
+
+    Args:
+        tensors: lazy arrays by name; each is dropped once its module is made, so that no more than
+            one module's parts are in memory twice.
+        dtype: of all computation; quantized weights keep their integers.
+        keep_quantized: compute with quantized weights as they are, or dequantize them here.
+
+    Raises:
+        WeightsError: a tensor is missing, unknown, or of the wrong shape or type (named).
+    """
+    weights = CheckpointWeights(config, tensors, dtype, keep_quantized)
+    model = MODELS[config.model_type](config, weights)
+    for name in list(tensors):
+        # Buffers of old exports, and the copy of a tied embedding.
+        if name.endswith("rotary_emb.inv_freq") or (
+            config.tie_word_embeddings and name.startswith("lm_head.")
+        ):
+            tensors.pop(name)
+    if tensors:
+        raise WeightsError(
+            f"weights: unknown tensor {min(tensors)!r} ({len(tensors)} in all): this is not the "
+            f"{config.model_type} its config describes"
+        )
+    return model
+
+
+@dataclass
+class Part:
+    """One checkpoint weight, ready to be joined with others."""
+
+    tensors: dict[str, mx.array]
+    quantization: Quantization | None
+    inputs: int
+
+
+class CheckpointWeights:
+    """Make modules out of a checkpoint's tensors."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: MutableMapping[str, mx.array],
+        dtype: mx.Dtype,
+        keep_quantized: bool,
+    ):
+        self.config, self.tensors = config, tensors
+        self.dtype, self.keep_quantized = dtype, keep_quantized
+
+    def linear(self, *parts: Projection) -> nn.Module:
+        read = [self._part(p.path, p.outputs, p.inputs, p.bias) for p in parts]
+        alike = all(part.quantization == read[0].quantization for part in read)
+        if not alike:
+            return SideBySide([self._module([part]) for part in read])
+        return self._module(read)
+
+    def embedding(self, path: str, count: int, size: int) -> nn.Module:
+        part = self._part(path, count, size, False)
+        if part.quantization is None:
+            module = nn.Embedding(1, 1)
+            module.weight = part.tensors["weight"]
+        else:
+            module = nn.QuantizedEmbedding(1, part.quantization.group_size, **_settings(part.quantization))
+            module.num_embeddings, module.dims = count, size
+            _set_quantized(module, part.tensors)
+        mx.eval(module.parameters())
+        return module
+
+    def norm(self, path: str, size: int, eps: float) -> nn.Module:
+        module = nn.RMSNorm(1, eps)
+        module.weight = self._float(f"{path}.weight", (size,))
+        mx.eval(module.parameters())
+        return module
+
+    def _module(self, parts: list[Part]) -> nn.Module:
+        """Join parts of one kind along their outputs: rows are stacked, groups run along them."""
+        names = parts[0].tensors
+        joined = {
+            name: parts[0].tensors[name]
+            if len(parts) == 1
+            else mx.concatenate([part.tensors[name] for part in parts])
+            for name in names
+        }
+        quantization = parts[0].quantization
+        if quantization is None:
+            module = nn.Linear(1, 1, bias="bias" in joined)
+            module.weight = joined["weight"]
+        else:
+            module = nn.QuantizedLinear(quantization.group_size, 1, bias="bias" in joined, **_settings(quantization))
+            _set_quantized(module, joined)
+        if "bias" in joined:
+            module.bias = joined["bias"]
+        # Evaluated here, so that the parts can go, and no traced function recomputes them.
+        mx.eval(module.parameters())
+        return module
+
+    def _part(self, path: str, outputs: int, inputs: int, bias: bool) -> Part:
+        tensors = {"bias": self._float(f"{path}.bias", (outputs,))} if bias else {}
+        if f"{path}.scales" not in self.tensors:
+            tensors["weight"] = self._float(f"{path}.weight", (outputs, inputs))
+            return Part(tensors, None, inputs)
+        quantization = self.config.quantized(path)
+        if quantization is None:
+            raise WeightsError(
+                f"weights: {path}.scales is there but the config does not say how it is quantized"
+            )
+        packed = self._packed(path, outputs, inputs, quantization)
+        if self.keep_quantized:
+            return Part(tensors | packed, quantization, inputs)
+        full = mx.dequantize(
+            packed["weight"], packed["scales"], packed.get("biases"), **_settings(quantization)
+        )
+        return Part(tensors | {"weight": full.astype(self.dtype)}, None, inputs)
+
+    def _packed(
+        self, path: str, outputs: int, inputs: int, quantization: Quantization
+    ) -> dict[str, mx.array]:
+        """Take a quantized weight: uint32 words, and scales (and biases) a group."""
+        group, bits = quantization.group_size, quantization.bits
+        if inputs % group or inputs * bits % 32:
+            raise WeightsError(
+                f"weights: {path} has {inputs} inputs, which groups of {group} at {bits} bits do "
+                "not divide"
+            )
+        weight = self._take(f"{path}.weight", (outputs, inputs * bits // 32), (mx.uint32,))
+        groups = (outputs, inputs // group)
+        if quantization.mode != "affine":
+            scales = self._take(f"{path}.scales", groups, (mx.uint8,))
+            return {"weight": weight, "scales": scales}
+        # Dequantizing in float32 is exact for 16-bit scales; kept ones follow the model's dtype.
+        dtype = self.dtype if self.keep_quantized else mx.float32
+        scales = self._take(f"{path}.scales", groups, FLOATS).astype(dtype)
+        biases = self._take(f"{path}.biases", groups, FLOATS).astype(dtype)
+        return {"weight": weight, "scales": scales, "biases": biases}
+
+    def _float(self, name: str, shape: tuple[int, ...]) -> mx.array:
+        return self._take(name, shape, FLOATS).astype(self.dtype)
+
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[mx.Dtype, ...]) -> mx.array:
+        if name not in self.tensors:
+            raise WeightsError(f"weights: tensor {name!r} is missing")
+        tensor = self.tensors.pop(name)
+        if tensor.shape != shape:
+            raise WeightsError(
+                f"weights: tensor {name!r} has shape {tensor.shape}, the config asks for {shape}"
+            )
+        if tensor.dtype not in dtypes:
+            raise WeightsError(
+                f"weights: tensor {name!r} holds {tensor.dtype}, expected "
+                f"{' or '.join(str(dtype) for dtype in dtypes)}"
+            )
+        return tensor
+
+
+class SideBySide(nn.Module):
+    """Projections that cannot be joined (other bits or groups), run one after another."""
+
+    def __init__(self, parts: list[nn.Module]):
+        super().__init__()
+        self.parts = parts
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([part(x) for part in self.parts], axis=-1)
+
+
+@dataclass
+class WeightBytes:
+    """Count what a model will hold, from its config and the names of its tensors alone."""
+
+    config: ModelConfig
+    quantized: frozenset[str]
+    itemsize: int
+    total: int = field(default=0)
+
+    def linear(self, *parts: Projection) -> nn.Module:
+        for part in parts:
+            self._add(part.path, part.outputs, part.inputs)
+            self.total += part.bias * part.outputs * self.itemsize
+        return nn.Identity()
+
+    def embedding(self, path: str, count: int, size: int) -> nn.Module:
+        self._add(path, count, size)
+        return nn.Identity()
+
+    def norm(self, path: str, size: int, eps: float) -> nn.Module:
+        self.total += size * self.itemsize
+        return nn.Identity()
+
+    def _add(self, path: str, outputs: int, inputs: int) -> None:
+        quantization = self.config.quantized(path) if path in self.quantized else None
+        if quantization is None:
+            self.total += outputs * inputs * self.itemsize
+            return
+        group_bytes = 2 * self.itemsize if quantization.mode == "affine" else 1
+        groups = outputs * inputs // quantization.group_size
+        self.total += outputs * inputs * quantization.bits // 8 + groups * group_bytes
+
+
+def weight_bytes(
+    config: ModelConfig, names: Mapping[str, mx.array], dtype: mx.Dtype, keep_quantized: bool
+) -> int:
+    """Return the bytes `build` would hold in the end."""
+    scales = frozenset(name.removesuffix(".scales") for name in names if name.endswith(".scales"))
+    count = WeightBytes(config, scales if keep_quantized else frozenset(), dtype.size)
+    MODELS[config.model_type](config, count)
+    return count.total
+
+
+def _settings(quantization: Quantization) -> dict[str, int | str]:
+    return {
+        "group_size": quantization.group_size,
+        "bits": quantization.bits,
+        "mode": quantization.mode,
+    }
+
+
+def _set_quantized(module: nn.Module, tensors: dict[str, mx.array]) -> None:
+    module.weight, module.scales = tensors["weight"], tensors["scales"]
+    module.biases = tensors.get("biases")
