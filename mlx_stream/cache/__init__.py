@@ -53,6 +53,11 @@ class Cache(Protocol):
         ...
 
     @property
+    def rewindable(self) -> int:
+        """How many of the newest tokens can be taken back."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         ...

@@ -44,6 +44,10 @@ class DenseCache:
         return 0
 
     @property
+    def rewindable(self) -> int:
+        return self.length
+
+    @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays())
 

@@ -25,6 +25,15 @@ MASK_BYTES = 128 * 2**20
 NOT_ATTENDED = -1e30
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a stream holds between steps, exchanged whole: an interrupt finds the old or the new."""
+
+    place: Place
+    keys: list[mx.array]
+    values: list[mx.array]
+
+
 class StreamCache:
     """All layers of one stream: S sinks and a ring of R = W + X tokens, allocated once.
 
@@ -64,14 +73,28 @@ class StreamCache:
         self.rope = rope
         self.scale = head_dim**-0.5 * rope.magnitude**2
         self.clock_limit = max(clock_limit, 2 * self.geometry.rows)
-        self.place = Place(length=0, floor=sinks, clock=0)
         # Zeros, not garbage: a NaN in a masked row of V would reach the output.
         shape = (1, kv_heads, self.geometry.rows, head_dim)
-        self.keys = [mx.zeros(shape, dtype) for _ in range(layers)]
-        self.values = [mx.zeros(shape, dtype) for _ in range(layers)]
+        self.held = Held(
+            Place(length=0, floor=sinks, clock=0),
+            [mx.zeros(shape, dtype) for _ in range(layers)],
+            [mx.zeros(shape, dtype) for _ in range(layers)],
+        )
         # The sinks' keys before rotation, apart from K: reading them out of K would copy K.
         self.sinks = mx.zeros((layers, kv_heads, sinks, head_dim), dtype)
         mx.eval(self.arrays())
+
+    @property
+    def place(self) -> Place:
+        return self.held.place
+
+    @property
+    def keys(self) -> list[mx.array]:
+        return self.held.keys
+
+    @property
+    def values(self) -> list[mx.array]:
+        return self.held.values
 
     @property
     def length(self) -> int:
@@ -89,6 +112,10 @@ class StreamCache:
     def oldest(self) -> int:
         """The oldest attended token that is not a sink: o of the newest token."""
         return self.geometry.oldest(self.place, self.length - 1)
+
+    @property
+    def rewindable(self) -> int:
+        return self.length if self.evicted == 0 else self.geometry.held(self.place)
 
     @property
     def nbytes(self) -> int:
@@ -130,8 +157,7 @@ class StreamCache:
         if step.new_sinks:
             read = min(count, self.geometry.sinks - first)
             self.sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
-        self.keys, self.values = step.keys, step.values
-        self.place = self.geometry.after(self.place, count)
+        self.held = Held(self.geometry.after(self.place, count), step.keys, step.values)
 
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens (rule 9).
@@ -142,10 +168,11 @@ class StreamCache:
         Raises:
             ValueRefused: more tokens than the ring holds, where some have been evicted.
         """
-        held, nothing_evicted = self.geometry.held(self.place), self.evicted == 0
-        if not 0 <= count <= (self.length if nothing_evicted else held):
-            raise ValueRefused(f"{count} tokens cannot be taken back: the window holds {held}")
-        self.place = self.geometry.rewound(self.place, count)
+        if not 0 <= count <= self.rewindable:
+            raise ValueRefused(
+                f"{count} tokens cannot be taken back: the window holds {self.rewindable}"
+            )
+        self._move(self.geometry.rewound(self.place, count))
 
     def evict(self, count: int) -> None:
         """Drop the oldest `count` attended tokens that are not sinks, for ever (rule 9).
@@ -157,7 +184,7 @@ class StreamCache:
         if not 0 <= count <= held:
             raise ValueRefused(f"{count} tokens cannot be evicted: the window holds {held}")
         if count:
-            self.place = replace(self.place, floor=self.oldest + count)
+            self._move(replace(self.place, floor=self.oldest + count))
 
     def state(self) -> dict[str, mx.array | int]:
         state: dict[str, mx.array | int] = {
@@ -197,10 +224,12 @@ class StreamCache:
                 raise ValueRefused(f"not a state of this stream: {name!r} must be a whole number")
         place = Place(*(state[name] for name in ("length", "floor", "clock", "sinks_at")))  # type: ignore[arg-type]
         self._check(place)
-        self.place = place
         self.sinks = _copy(state["sinks"])
-        self.keys = [_copy(state[f"keys.{layer}"]) for layer in range(self.layers)]
-        self.values = [_copy(state[f"values.{layer}"]) for layer in range(self.layers)]
+        self.held = Held(
+            place,
+            [_copy(state[f"keys.{layer}"]) for layer in range(self.layers)],
+            [_copy(state[f"values.{layer}"]) for layer in range(self.layers)],
+        )
         mx.eval(self.arrays())
 
     def _check(self, place: Place) -> None:
@@ -223,8 +252,11 @@ class StreamCache:
         """Turn the ring back so that its lowest token stands directly behind the sinks."""
         base = self.place.length - self.place.clock
         back = self.place.floor - self.geometry.sinks - base
-        self.keys = [self.rope.rotate_all(keys, back, backwards=True) for keys in self.keys]
-        self.place = replace(self.place, clock=self.place.clock - back, sinks_at=-1)
+        self.held = Held(
+            replace(self.place, clock=self.place.clock - back, sinks_at=-1),
+            [self.rope.rotate_all(keys, back, backwards=True) for keys in self.keys],
+            self.values,
+        )
 
     def place_sinks(self, token: int) -> None:
         """Rewrite the sinks' rows to stand where `token` must see them, if they do not yet."""
@@ -232,10 +264,13 @@ class StreamCache:
         if self.geometry.sinks == 0 or position == self.place.sinks_at:
             return
         turned = self.rope.rotate(self.sinks, mx.array([position], mx.int32))
-        self.place = replace(self.place, sinks_at=-1)
+        self._move(replace(self.place, sinks_at=-1))
         for layer, keys in enumerate(self.keys):
             keys[:, :, : self.geometry.sinks] = turned[layer : layer + 1]
-        self.place = replace(self.place, sinks_at=position)
+        self._move(replace(self.place, sinks_at=position))
+
+    def _move(self, place: Place) -> None:
+        self.held = replace(self.held, place=place)
 
 
 @dataclass

@@ -51,7 +51,11 @@ def read_folder(path: Path) -> Checkpoint:
         WeightsError: tensors are missing, given twice, or of a dtype that is not supported.
         TokenizerError: there is no tokenizer.json, or it is not text.
     """
-    if not path.is_dir():
+    try:
+        found = path.is_dir()
+    except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte
+        raise SourceError(f"{path}: cannot be read: {one_line(error)}") from error
+    if not found:
         raise SourceError(f"{path}: no such folder")
     if not is_file(path / "config.json"):
         raise CheckpointError(f"{path}: no config.json; expected a folder with a model in it")

@@ -17,12 +17,24 @@ from mlx_stream.errors import CheckpointError, ConfigError, MlxStreamError
 
 # No published header is near these: Llama 3's, among the largest, takes 8 MB and 400,000 strings.
 MAX_HEADER_BYTES = 256 * 2**20
-MAX_STRINGS = 4_000_000
+MAX_STRINGS = 2_000_000
 MAX_ENTRIES = 100_000
 MAX_NAME_BYTES = 65_535
 
 STRING, ARRAY, BOOL = 8, 9, 7
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "B",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 
 # ggml's number of each type: its name, the elements of a block, the bytes of a block. All of them,
 # so that a layout can be checked, and a type named, before anyone says what is supported.
@@ -264,7 +276,9 @@ class Parser:
                     f"{self.file}: the tensor {name} ends at byte {end} and the file at "
                     f"{self.size}: it is truncated or damaged; download it again"
                 )
-            placed[tensor.name] = Tensor(tensor.name, tensor.kind, tensor.shape, offset, tensor.size)
+            placed[tensor.name] = Tensor(
+                tensor.name, tensor.kind, tensor.shape, offset, tensor.size
+            )
         return placed
 
     def name(self, what: str) -> str:

@@ -102,7 +102,7 @@ def partial_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def sweep(parent: Path, name: str) -> None:
-    """Remove the folders that processes no longer alive left in `parent` while working on `name`."""
+    """Remove the folders that processes now dead left in `parent`, of their work on `name`."""
     for folder in list(parent.iterdir()):
         if not (folder.name.startswith(f".{name}.") and folder.name.endswith(PARTIAL)):
             continue

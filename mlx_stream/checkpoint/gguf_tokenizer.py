@@ -1,0 +1,244 @@
+"""A GGUF header's tokenizer keys -> tokenizer.json and its config; knows no tensors.
+
+GGUF keeps the vocabulary and merges but only the name of the pre-tokenizer, so the pipelines of the
+original models' tokenizer.json are written down here by that name.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mlx_stream.checkpoint.gguf_header import Header, Metadata, describe
+from mlx_stream.errors import TokenizerError
+
+# GGUF's kinds of tokens (llama.cpp's llama_token_type).
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
+KINDS = range(1, 7)
+
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(use_regex: bool) -> dict[str, Any]:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def words(pattern: str) -> list[dict[str, Any]]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    return [split | {"invert": False}, byte_level(use_regex=False)]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What the name of a pre-tokenizer stands for; `add_bos` holds if the file does not say."""
+
+    steps: list[dict[str, Any]]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+LLAMA3 = Pipeline(words(LLAMA3_WORDS), ignore_merges=True, add_bos=True)
+PIPELINES = {
+    "smollm": Pipeline([{"type": "Digits", "individual_digits": True}, byte_level(True)]),
+    "llama-bpe": LLAMA3,
+    # Two names llama.cpp also reads as llama-bpe.
+    "llama3": LLAMA3,
+    "llama-v3": LLAMA3,
+    "tekken": Pipeline(words(TEKKEN_WORDS), ignore_merges=True, add_bos=True),
+    "gpt-2": Pipeline([byte_level(True)]),
+}
+
+
+def read_tokenizer(header: Header, vocab_size: int) -> tuple[str, dict[str, Any]]:
+    """Return the text of tokenizer.json and what tokenizer_config.json holds.
+
+    `vocab_size` is the rows of the embedding: no token may lie past them.
+
+    Raises:
+        TokenizerError: the kind of tokenizer is not supported, or its tables disagree.
+    """
+    keys = replace(header.metadata, error=TokenizerError)
+    pipeline = read_pipeline(keys)
+    tokens = keys.strings("tokenizer.ggml.tokens")
+    if not 0 < len(tokens) <= vocab_size:
+        raise TokenizerError(
+            f"{keys.file}: {len(tokens)} tokens for an embedding of {vocab_size} rows"
+        )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(t for index, t in enumerate(tokens) if vocabulary[t] != index)
+        raise TokenizerError(f"{keys.file}: the token {describe(twice)} occurs twice")
+    named = {
+        role: read_id(keys, f"tokenizer.ggml.{key}_token_id", len(tokens))
+        for role, key in NAMED.items()
+    }
+    added = added_tokens(keys, tokens, {index for index in named.values() if index is not None})
+    template = bos_and_eos(keys, pipeline, named)
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pipeline.steps},
+        "post_processor": post_processor(tokens, *template),
+        "decoder": byte_level(True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pipeline.ignore_merges,
+            "vocab": vocabulary,
+            "merges": read_merges(keys, vocabulary),
+        },
+    }
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": keys.count("llama.context_length"),
+        "add_bos_token": template[0] is not None,
+        "add_eos_token": template[1] is not None,
+    }
+    for role in ("bos", "eos", "unk", "pad"):
+        index = named[role]
+        if index is not None:
+            config[f"{role}_token"] = tokens[index]
+    if "tokenizer.chat_template" in keys:
+        config["chat_template"] = keys.text("tokenizer.chat_template")
+    return json.dumps(tokenizer, ensure_ascii=False), config
+
+
+# transformers' name of a token's role, and GGUF's.
+NAMED = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
+
+
+def read_pipeline(keys: Metadata) -> Pipeline:
+    model = keys.text("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise TokenizerError(
+            f"{keys.file}: tokenizer.ggml.model {describe(model)} is not supported (supported: "
+            "'gpt2', byte-level BPE); use the model's Hugging Face folder"
+        )
+    # Files of early 2024 have none, and llama.cpp then guesses.
+    name = keys.text("tokenizer.ggml.pre", "")
+    if name not in PIPELINES:
+        raise TokenizerError(
+            f"{keys.file}: tokenizer.ggml.pre {describe(name)} is not supported (supported: "
+            f"{', '.join(PIPELINES)}); use the model's Hugging Face folder"
+        )
+    return PIPELINES[name]
+
+
+def read_id(keys: Metadata, key: str, token_count: int) -> int | None:
+    if key not in keys:
+        return None
+    index = keys.count(key, least=0)
+    if index >= token_count:
+        raise TokenizerError(f"{keys.file}: {key} {index} is not one of the {token_count} tokens")
+    return index
+
+
+def added_tokens(keys: Metadata, tokens: list[str], special: set[int]) -> list[dict[str, Any]]:
+    """Return the entries of tokens that are found in text before it is split into words.
+
+    They stay in the vocabulary too, so that each keeps its number whatever the order.
+    """
+    kinds = keys.value("tokenizer.ggml.token_type", None)
+    if not isinstance(kinds, np.ndarray) or kinds.dtype.kind not in "iu":
+        raise keys.wrong("tokenizer.ggml.token_type", "an array of whole numbers")
+    if len(kinds) != len(tokens):
+        raise TokenizerError(
+            f"{keys.file}: tokenizer.ggml.token_type has {len(kinds)} entries for "
+            f"{len(tokens)} tokens"
+        )
+    unknown = np.flatnonzero(~np.isin(kinds, KINDS))
+    if unknown.size:
+        raise TokenizerError(
+            f"{keys.file}: tokenizer.ggml.token_type has the unknown kind {kinds[unknown[0]]}"
+        )
+    special = special | set(np.flatnonzero(np.isin(kinds, (UNKNOWN, CONTROL))).tolist())
+    entries = []
+    for index in sorted(special | set(np.flatnonzero(kinds == USER_DEFINED).tolist())):
+        if not tokens[index]:
+            raise TokenizerError(f"{keys.file}: token {index} is special and empty")
+        entry = {"id": index, "content": tokens[index], "special": index in special}
+        entries.append(
+            entry | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        )
+    return entries
+
+
+def read_merges(keys: Metadata, vocabulary: dict[str, int]) -> list[list[str]]:
+    merges = []
+    for merge in keys.strings("tokenizer.ggml.merges"):
+        # In a byte-level vocabulary a space is another letter, so one space parts two tokens.
+        left, _, right = merge.partition(" ")
+        if not left or not right or " " in right:
+            raise TokenizerError(f"{keys.file}: the merge {describe(merge)} is not two tokens")
+        for token in (left, right, left + right):
+            if token not in vocabulary:
+                raise TokenizerError(
+                    f"{keys.file}: the merge {describe(merge)} needs the token "
+                    f"{describe(token)}, which is not in the vocabulary"
+                )
+        merges.append([left, right])
+    return merges
+
+
+def bos_and_eos(
+    keys: Metadata, pipeline: Pipeline, named: dict[str, int | None]
+) -> tuple[int | None, int | None]:
+    """Return the tokens put before and after every text, None for none."""
+    found: list[int | None] = []
+    for role, default in (("bos", pipeline.add_bos), ("eos", False)):
+        wanted = keys.flag(f"tokenizer.ggml.add_{role}_token", default)
+        if wanted and named[role] is None:
+            raise TokenizerError(
+                f"{keys.file}: texts begin or end with {role}, and there is no "
+                f"tokenizer.ggml.{role}_token_id"
+            )
+        found.append(named[role] if wanted else None)
+    return found[0], found[1]
+
+
+def post_processor(tokens: list[str], bos: int | None, eos: int | None) -> dict[str, Any] | None:
+    if bos is None and eos is None:
+        return None
+
+    def wrapped(sequence: str, segment: int) -> list[dict[str, Any]]:
+        def special(index: int | None) -> list[dict[str, Any]]:
+            if index is None:
+                return []
+            return [{"SpecialToken": {"id": tokens[index], "type_id": segment}}]
+
+        text = {"Sequence": {"id": sequence, "type_id": segment}}
+        return [*special(bos), text, *special(eos)]
+
+    used = sorted({index for index in (bos, eos) if index is not None})
+    return {
+        "type": "TemplateProcessing",
+        "single": wrapped("A", 0),
+        "pair": wrapped("A", 0) + wrapped("B", 1),
+        "special_tokens": {
+            tokens[index]: {"id": tokens[index], "ids": [index], "tokens": [tokens[index]]}
+            for index in used
+        },
+    }

@@ -1,0 +1,1 @@
+"""Measurements of models on streams: what the README's figures come from."""

@@ -1,0 +1,108 @@
+"""How likely a text is to a model that reads it as a stream; knows no command line."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.generate import TokenStream
+from mlx_stream.models import CausalLM
+
+# Logits of this many rows are in memory at once: 50 MB for a vocabulary of 50,000 in float32.
+HEAD_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a text scored.
+
+    Attributes:
+        tokens: predictions made, one fewer than tokens read.
+        nll: negative log-likelihood of each predicted token, natural log.
+        evicted: tokens that had left attention in the end.
+        seconds: time of reading and scoring.
+        active_bytes, peak_bytes: MLX's memory in the end, and its peak meanwhile.
+    """
+
+    tokens: int
+    nll: list[float]
+    evicted: int
+    seconds: float
+    active_bytes: int
+    peak_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(math.fsum(self.nll) / self.tokens)
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "tokens": self.tokens,
+            "perplexity": self.perplexity,
+            "nll": self.nll,
+            "evicted": self.evicted,
+            "seconds": self.seconds,
+            "active_bytes": self.active_bytes,
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def score(
+    stream: TokenStream,
+    ids: Sequence[int],
+    chunk: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Read token ids as a stream and return how likely each was, given what it attended to.
+
+    Args:
+        chunk: tokens read per step; 1 decodes token by token. The figures do not depend on it.
+        progress: called with predictions made and to make.
+
+    Raises:
+        ValueRefused: `chunk` below 1.
+        TextError: fewer than two tokens: nothing to predict.
+    """
+    if chunk < 1:
+        raise ValueRefused(f"--chunk must be at least 1, not {chunk}")
+    if len(ids) < 2:
+        raise TextError(f"the text has {len(ids)} tokens: at least two are needed to predict one")
+    mx.reset_peak_memory()
+    started = time.perf_counter()
+    nll: list[float] = []
+    for losses in losses_of(stream, ids, chunk):
+        nll.extend(losses)
+        if progress:
+            progress(len(nll), len(ids) - 1)
+    return Score(
+        tokens=len(nll),
+        nll=nll,
+        evicted=stream.cache.evicted,
+        seconds=time.perf_counter() - started,
+        active_bytes=mx.get_active_memory(),
+        peak_bytes=mx.get_peak_memory(),
+    )
+
+
+def losses_of(stream: TokenStream, ids: Sequence[int], chunk: int) -> Iterator[list[float]]:
+    """Yield the negative log-likelihoods of `ids[1:]`, step by step."""
+    read = 0
+    # The last token is read only to be predicted: nothing is asked of the state after it.
+    for hidden in stream.steps(ids[:-1], chunk):
+        count = hidden.shape[1]
+        yield losses(stream.network, hidden[0], ids[read + 1 : read + 1 + count])
+        read += count
+
+
+def losses(network: CausalLM, hidden: mx.array, targets: Sequence[int]) -> list[float]:
+    """Return -log p of each target given hidden states (T, hidden size)."""
+    values: list[float] = []
+    for start in range(0, len(targets), HEAD_ROWS):
+        logits = network.logits(hidden[start : start + HEAD_ROWS]).astype(mx.float32)
+        chosen = mx.array(targets[start : start + HEAD_ROWS], mx.int32)[:, None]
+        loss = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, chosen, axis=-1)[:, 0]
+        values.extend(loss.tolist())  # type: ignore[arg-type]
+    return values

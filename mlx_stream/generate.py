@@ -1,0 +1,213 @@
+"""Prefill, decode, sample: token ids only, no text."""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_stream.cache import Cache
+from mlx_stream.errors import ValueRefused
+from mlx_stream.load import Model
+
+PREFILL_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen, in this order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: 0 is greedy, and the rest but the penalty has no effect.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        repetition_penalty: divide the logits of attended tokens by it (multiply negative ones;
+            arXiv 1909.05858); 1 leaves them. Evicted tokens are not penalized.
+        seed: of the random numbers; None draws one.
+
+    Tokens as likely as the last one kept are kept too.
+
+    Raises:
+        ValueRefused: a number out of range.
+    """
+
+    temperature: float = 0.6
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        ranges = (
+            ("temperature", "--temp", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", "--top-k", self.top_k >= 0, "0 or more"),
+            ("top_p", "--top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", "--min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            (
+                "repetition_penalty",
+                "--repetition-penalty",
+                0 < self.repetition_penalty < math.inf,
+                "above 0",
+            ),
+            ("seed", "--seed", 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
+        )
+        for name, option, holds, expected in ranges:
+            if not holds:
+                raise ValueRefused(f"{option} must be {expected}, not {getattr(self, name)}")
+
+    def seeded(self) -> "Sampling":
+        """Return the same with a seed drawn if there was none."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=int.from_bytes(os.urandom(4), "little"))
+
+
+class Sampler:
+    """Choose tokens one after another; its state is one random key."""
+
+    def __init__(self, sampling: Sampling):
+        self.sampling = sampling.seeded()
+        assert self.sampling.seed is not None
+        self.key = mx.random.key(self.sampling.seed)
+
+    def choose(self, logits: mx.array, attended: Callable[[], Sequence[int]]) -> int:
+        """Return a token for logits (vocabulary,); `attended` gives the ids that are penalized."""
+        logits = logits.astype(mx.float32)
+        if self.sampling.repetition_penalty != 1:
+            logits = penalize(logits, attended(), self.sampling.repetition_penalty)
+        if self.sampling.temperature == 0:
+            return int(mx.argmax(logits).item())
+        self.key, key = mx.random.split(self.key)
+        kept = truncate(logits / self.sampling.temperature, self.sampling)
+        return int(mx.random.categorical(kept, key=key).item())
+
+
+def penalize(logits: mx.array, ids: Sequence[int], penalty: float) -> mx.array:
+    """Make the tokens in `ids` less likely (arXiv 1909.05858); a token twice counts once."""
+    if not ids:
+        return logits
+    rows = mx.array(ids, mx.int32)
+    chosen = logits[rows]
+    logits = mx.array(logits)
+    logits[rows] = mx.where(chosen > 0, chosen / penalty, chosen * penalty)
+    return logits
+
+
+def truncate(logits: mx.array, sampling: Sampling) -> mx.array:
+    """Set to -inf what top-k, top-p and min-p leave out, by thresholds from one sort."""
+    if sampling.top_k or sampling.top_p < 1:
+        rising = mx.sort(logits)
+        if 0 < sampling.top_k < logits.size:
+            logits, rising = (
+                mx.where(x < rising[-sampling.top_k], -math.inf, x) for x in (logits, rising)
+            )
+        if sampling.top_p < 1:
+            below = mx.cumsum(mx.softmax(rising, precise=True))
+            # The lowest one kept is the first with which the tail exceeds 1 - p.
+            first = mx.argmax(below > 1 - sampling.top_p)
+            logits = mx.where(logits < rising[first], -math.inf, logits)
+    if sampling.min_p > 0:
+        logits = mx.where(logits < logits.max() + math.log(sampling.min_p), -math.inf, logits)
+    return logits
+
+
+class TokenStream:
+    """One stream of token ids through one model: its cache, and the ids that are attended.
+
+    Reading evaluates everything it computes: nothing lazy outlives a call.
+    """
+
+    def __init__(self, model: Model, cache: Cache, sinks: int | None = None):
+        self.network, self.cache = model.network, cache
+        geometry = getattr(cache, "geometry", None)
+        self._sinks = geometry.sinks if geometry else 0
+        self._first: list[int] = []
+        self._latest: deque[int] = deque(maxlen=geometry.ring if geometry else None)
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    def attended_ids(self) -> list[int]:
+        """Return the ids the newest token attends to, in the order of the text."""
+        ring = self.cache.attended - len(self._first)
+        return [*self._first, *list(self._latest)[len(self._latest) - ring :]]
+
+    def read(
+        self,
+        ids: Sequence[int],
+        chunk: int = PREFILL_CHUNK,
+        progress: Callable[[int], None] | None = None,
+    ) -> mx.array:
+        """Read token ids and return the logits (vocabulary,) after the last one.
+
+        Args:
+            ids: at least one.
+            chunk: tokens a step at most; 1 decodes token by token.
+            progress: called after each step with the number of tokens it read.
+        """
+        last = None
+        for last in self.steps(ids, chunk):
+            if progress:
+                progress(last.shape[1])
+        if last is None:
+            raise ValueRefused("at least one token must be read")
+        logits = self.network.logits(last[:, -1])[0]
+        mx.eval(logits)
+        return logits
+
+    def steps(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[mx.array]:
+        """Read token ids step by step; yields each step's hidden states (1, T, hidden size)."""
+        done = 0
+        while done < len(ids):
+            count = self.cache.take(min(chunk, len(ids) - done))
+            hidden = self.network(ids[done : done + count], self.cache)
+            self._record(ids[done : done + count])
+            done += count
+            if count == 1:
+                mx.eval(hidden)  # the buffers are part of it
+            else:
+                mx.eval(hidden, *self.cache.arrays())
+            yield hidden
+
+    def rewind(self, count: int) -> None:
+        """Take back the newest `count` tokens; see the cache's `rewind`."""
+        self.cache.rewind(count)
+        for _ in range(count):
+            (self._latest or self._first).pop()
+
+    def evict(self, count: int) -> None:
+        """Drop the oldest `count` attended tokens that are not sinks."""
+        self.cache.evict(count)
+
+    def _record(self, ids: Sequence[int]) -> None:
+        room = max(0, self._sinks - len(self._first))
+        self._first.extend(ids[:room])
+        self._latest.extend(ids[room:])
+
+
+def generate(
+    stream: TokenStream,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    max_tokens: int,
+    end_ids: Collection[int] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[int]:
+    """Read a prompt and yield up to `max_tokens` ids, as they are sampled.
+
+    Ends early before an id in `end_ids`, which is neither yielded nor read. A yielded id is read
+    when the next one is asked for, so the last one yielded has not been read.
+    """
+    logits = stream.read(prompt, progress=progress)
+    for number in range(max_tokens):
+        token = sampler.choose(logits, stream.attended_ids)
+        if token in end_ids:
+            return
+        yield token
+        if number + 1 < max_tokens:
+            logits = stream.read([token])

@@ -1,0 +1,196 @@
+"""One call: a source -> a model and its tokenizer; knows no stream's contents."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_stream import backend, hub
+from mlx_stream.cache import DenseCache, StreamCache
+from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.checkpoint.folder import read_folder
+from mlx_stream.checkpoint.gguf import read_gguf
+from mlx_stream.config import ModelConfig, read_config
+from mlx_stream.errors import MemoryRefused, ValueRefused
+from mlx_stream.models import CausalLM
+from mlx_stream.rope import Rope
+from mlx_stream.tokenizer import Tokenizer
+from mlx_stream.weights import build, weight_bytes
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+DEFAULT_SINKS = 4
+DEFAULT_WINDOW = 2_048
+
+
+def ignore(notice: str) -> None:
+    """Take a notice and drop it: what a library does with one unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: weights, tokenizer, and what is needed to make caches for it.
+
+    Attributes:
+        name: the source it was loaded from.
+        network: computes; holds no state of a stream.
+        dtype: of activations, keys and values.
+        quantized: whether quantized weights were kept as they are.
+        weight_bytes: memory of the weights.
+        force: whether memory limits are overridden.
+    """
+
+    name: str
+    config: ModelConfig
+    network: CausalLM
+    tokenizer: Tokenizer
+    rope: Rope
+    dtype: mx.Dtype
+    quantized: bool
+    weight_bytes: int
+    force: bool = False
+
+    def new_cache(
+        self,
+        sinks: int | None = None,
+        window: int | None = None,
+        spare: int = 0,
+        notify: Callable[[str], None] = ignore,
+    ) -> StreamCache:
+        """Allocate the fixed buffer of one stream.
+
+        Args:
+            sinks: S, default 4.
+            window: W, default 2,048 or what the trained context leaves if that is less.
+            spare: rows beyond the window, for tokens that may be taken back.
+            notify: told in one line if the model's sliding window reduces W.
+
+        Raises:
+            ValueRefused: sinks or window out of range, or together above the trained context.
+            MemoryRefused: weights and ring exceed the device's budget.
+        """
+        sinks, window = self.resolve_window(sinks, window, notify)
+        config = self.config
+        ring_bytes = (
+            config.num_hidden_layers
+            * self.dtype.size
+            * config.num_key_value_heads
+            * config.head_dim
+            * (2 * (sinks + window + spare) + sinks)
+        )
+        if not self.force:
+            check_memory(self.weight_bytes, ring_bytes)
+        return StreamCache(
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            self.rope,
+            sinks,
+            window,
+            spare,
+            self.dtype,
+        )
+
+    def new_dense_cache(self) -> DenseCache:
+        """Make a cache that attends to everything and grows: for comparison."""
+        config = self.config
+        return DenseCache(
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            self.rope,
+            self.dtype,
+        )
+
+    def resolve_window(
+        self, sinks: int | None, window: int | None, notify: Callable[[str], None] = ignore
+    ) -> tuple[int, int]:
+        """Return S and W as they will be: defaults filled in, limits held."""
+        trained = self.config.max_position_embeddings
+        sinks = DEFAULT_SINKS if sinks is None else sinks
+        if not 0 <= sinks < trained:
+            raise ValueRefused(f"--sinks must be from 0 to {trained - 1}, not {sinks}")
+        if window is None:
+            window = min(DEFAULT_WINDOW, trained - sinks)
+        if window < 1:
+            raise ValueRefused(f"--window must be at least 1, not {window}")
+        if sinks + window > trained:
+            raise ValueRefused(
+                f"sinks {sinks} + window {window} = {sinks + window} tokens exceed the model's "
+                f"trained context of {trained}: use a window of at most {trained - sinks}"
+            )
+        bound = self.config.sliding_window
+        if bound is not None and bound < window:
+            notify(f"window reduced from {window} to {bound}: the model's sliding_window")
+            window = bound
+        return sinks, window
+
+
+def load(
+    source: str | Path = "starter",
+    dtype: str | None = None,
+    keep_quantized: bool | None = None,
+    force: bool = False,
+    notify: Callable[[str], None] = ignore,
+) -> Model:
+    """Load a model from a folder, a Hub id, a `.gguf` file, or `starter`.
+
+    Args:
+        dtype: float32, float16 or bfloat16. Default: on Metal the checkpoint's own (bfloat16
+            becomes float16 on M1 and M2, which emulate it), float32 on the CPU backend.
+        keep_quantized: compute with quantized weights as they are. Default: yes on Metal, no on
+            the CPU backend, whose quantized products are slower than float32.
+        force: load even if the weights exceed the device's memory budget.
+        notify: told in a line what is being fetched or converted.
+
+    Raises:
+        SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
+        MemoryRefused: the weights exceed the device's budget.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    path = hub.resolve(str(source), notify)
+    checkpoint = read_gguf(path) if path.is_file() else read_folder(path)
+    config = read_config(checkpoint.config)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    # The one owner of the lazy arrays is emptied as modules are made of them.
+    tensors = dict(checkpoint.tensors)
+    checkpoint = replace(checkpoint, tensors={})
+    computed = DTYPES[dtype] if dtype else default_dtype(tensors)
+    keep = backend.on_metal() if keep_quantized is None else keep_quantized
+    needed = weight_bytes(config, tensors, computed, keep)
+    if not force:
+        check_memory(needed, 0)
+    network = build(config, tensors, computed, keep)
+    quantized = keep and config.quantization is not None
+    rope = Rope(config.rope, config.head_dim)
+    return Model(
+        str(source), config, network, tokenizer, rope, computed, quantized, needed, force
+    )
+
+
+def default_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
+    """Return what to compute in: float32 on the CPU backend, else the checkpoint's own."""
+    if not backend.on_metal():
+        return mx.float32
+    name = "model.norm.weight" if "model.embed_tokens.scales" not in tensors else (
+        "model.embed_tokens.scales"
+    )
+    own = tensors[name].dtype if name in tensors else mx.float16
+    if own not in DTYPES.values() or (own == mx.bfloat16 and not backend.native_bfloat16()):
+        return mx.float16
+    return own
+
+
+def check_memory(weights: int, ring: int) -> None:
+    """Refuse what exceeds the device's budget, with the numbers."""
+    budget = backend.memory_budget()
+    if weights + ring > budget:
+        gigabytes = [f"{amount / 2**30:.1f} GB" for amount in (weights, ring, budget)]
+        raise MemoryRefused(
+            f"{gigabytes[0]} of weights and {gigabytes[1]} of keys and values exceed the "
+            f"{gigabytes[2]} this device recommends: use a smaller window, a quantized model, "
+            "or --force"
+        )

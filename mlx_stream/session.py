@@ -1,0 +1,145 @@
+"""A conversation on one stream: each turn reads only its own tokens; knows no files.
+
+Whatever way a reply ends (end token, limit, stop string, Ctrl-C, a closed generator), the stream
+afterwards holds what the model's template would render: tokens past a stop string are taken back,
+and what the template puts after a reply is read before the next turn.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from mlx_stream.errors import TemplateError, TextError, ValueRefused
+from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
+from mlx_stream.load import Model, ignore
+from mlx_stream.stream import Piece, Reply, Stats, counted, paced
+from mlx_stream.template import ChatTemplate
+
+DEFAULT_MAX_TOKENS = 512
+NOTICES_KEPT = 8
+
+
+class ChatSession:
+    """Talk with a model for ever, in the memory of one window.
+
+    Args:
+        model: from `mlx_stream.load`.
+        system: the system prompt; read once, and evicted like any other text when its time comes.
+        window, sinks: see `Model.new_cache`.
+        sampling: how tokens are chosen.
+        max_tokens: of one reply, unless `reply` is told otherwise.
+        stop: strings before which a reply ends.
+        notify: told in one line what the user should know: a reduced window, a turn longer than
+            the window. The same lines are in `stats.notices`.
+
+    Raises:
+        TemplateError: the model has no chat template, or one that rewrites earlier turns.
+        ValueRefused: a number out of range.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        system: str | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        notify: Callable[[str], None] = ignore,
+    ):
+        template = model.tokenizer.template
+        if template is None:
+            raise TemplateError(
+                f"{model.name} has no chat template: it is not a chat model; use generate"
+            )
+        if max_tokens < 1:
+            raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
+        template.check(system is not None)
+        self.model, self.system = model, system
+        self.template: ChatTemplate = template
+        self.max_tokens, self.stop = max_tokens, tuple(stop)
+        self.stats = Stats()
+        self._told = notify
+        self.cache = model.new_cache(sinks, window, notify=self._notify)
+        self.tokens = TokenStream(model, self.cache)
+        self.sampler = Sampler(sampling or Sampling())
+        geometry = self.cache.geometry
+        self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
+        self.stats.cache_bytes = self.cache.nbytes
+        self.stats.seed = self.sampler.sampling.seed or 0
+        # What the stream must still read before the next turn: ids, then text.
+        self._unread: list[int] = []
+        self._closing = ""
+        self._begun = False
+
+    def reply(
+        self,
+        question: str,
+        max_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Piece]:
+        """Read a question and yield the reply's pieces; closing the generator stops the reply.
+
+        Args:
+            progress: called while the question is read with the tokens read and those to read.
+
+        Raises:
+            ValueRefused: `max_tokens` below 1, or an empty stop string.
+            TextError: the question is empty.
+        """
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        if limit < 1:
+            raise ValueRefused(f"--max-tokens must be at least 1, not {limit}")
+        if not question:
+            raise TextError("the question is empty")
+        reply = Reply(self.model.tokenizer.decoder(), self.stop if stop is None else stop)
+        turn = self._turn(question)
+        start = self.tokens.length
+        ids = generate(
+            self.tokens,
+            turn,
+            self.sampler,
+            limit,
+            self.model.tokenizer.eos_ids,
+            counted(progress, len(turn)),
+        )
+        try:
+            yield from paced(ids, reply, len(turn), limit, self.stats, self.tokens)
+        finally:
+            self._close(reply, turn, self.tokens.length - start)
+
+    def _turn(self, question: str) -> list[int]:
+        """Return all ids the stream must read before it can reply."""
+        if self._begun:
+            text = self.template.turn(question, self.system)
+        else:
+            text = self.template.opening(self.system, question)
+        turn = [*self._unread, *self.model.tokenizer.encode(self._closing + text, special=False)]
+        window = self.cache.geometry.window
+        if len(turn) > window:
+            self._notify(
+                f"this turn of {len(turn)} tokens is longer than the window of {window}: it is "
+                "read in full, and only its end is attended"
+            )
+        self._begun = True
+        return turn
+
+    def _close(self, reply: Reply, turn: list[int], read: int) -> None:
+        """Leave the stream with the turn and the final text of the reply, and nothing else.
+
+        `read` tokens were read since the turn began: the turn, then sampled ids, perhaps
+        interrupted anywhere. What is missing is read with the next turn.
+        """
+        kept, rest = reply.kept(trim=self.template.trims)
+        wanted = [*turn, *reply.ids[:kept]]
+        if read > len(wanted):
+            # A window smaller than what must be taken back cannot hold a whole turn anyway.
+            self.tokens.rewind(min(read - len(wanted), self.cache.rewindable))
+        self._unread = wanted[read:]
+        lead = "" if kept or rest else self.template.lead
+        self._closing = lead + rest + self.template.closing
+        self.stats.attended, self.stats.evicted = self.cache.attended, self.cache.evicted
+
+    def _notify(self, notice: str) -> None:
+        self.stats.notices = [*self.stats.notices[1 - NOTICES_KEPT :], notice]
+        self._told(notice)

@@ -1,0 +1,254 @@
+"""Ids -> pieces of text, stop strings, statistics; knows no turns and no templates."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
+from mlx_stream.load import Model, ignore
+from mlx_stream.tokenizer import StreamDecoder
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of text that is final. `finish` is set on the last one: end, stop or length."""
+
+    text: str
+    finish: str | None = None
+
+
+@dataclass
+class Stats:
+    """What a stream has done; times in seconds, memory in bytes."""
+
+    prompt_tokens: int = 0
+    reply_tokens: int = 0
+    prompt_seconds: float = 0.0
+    reply_seconds: float = 0.0
+    attended: int = 0
+    evicted: int = 0
+    sinks: int = 0
+    window: int = 0
+    cache_bytes: int = 0
+    seed: int = 0
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.reply_tokens / self.reply_seconds if self.reply_seconds else 0.0
+
+
+class StopFinder:
+    """Hold back text in which a stop string may have begun."""
+
+    def __init__(self, stops: Sequence[str]):
+        if not all(stops):
+            raise ValueRefused("a stop string must not be empty")
+        self.stops = tuple(stops)
+        self.held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """Return the text that is final, and whether a stop string came right after it."""
+        self.held += text
+        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            final, self.held = self.held[: min(found)], ""
+            return final, True
+        keep = self._begun()
+        final = self.held[: len(self.held) - keep]
+        self.held = self.held[len(self.held) - keep :]
+        return final, False
+
+    def flush(self) -> str:
+        """Return what was held back, when no more text comes."""
+        held, self.held = self.held, ""
+        return held
+
+    def _begun(self) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        for length in range(min(longest, len(self.held)), 0, -1):
+            end = self.held[len(self.held) - length :]
+            if any(stop.startswith(end) for stop in self.stops):
+                return length
+        return 0
+
+
+class Reply:
+    """Turn sampled ids into pieces, and remember which ids make up the final text.
+
+    After the last piece (or when it is abandoned), `ids[:kept()[0]]` followed by the text
+    `kept()[1]` is exactly what was said: a stop string may begin in the middle of a token.
+    """
+
+    def __init__(self, decoder: StreamDecoder, stops: Sequence[str]):
+        self.decoder, self.finder = decoder, StopFinder(stops)
+        self.ids: list[int] = []
+        self.text = ""  # all that was decoded
+        self.ends: list[int] = []  # length of the text after each id
+        self.final = 0  # length of the text handed out
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Take a sampled id; return the text that became final."""
+        self.ids.append(token)
+        self.ends.append(0)
+        return self._advance(self.decoder.add(token))
+
+    def finish(self) -> str:
+        """Return what was held back, when no more ids come."""
+        if self.stopped:
+            return ""
+        text = self._advance(self.decoder.flush()) if self.ids else ""
+        if self.stopped:
+            return text
+        rest = self.finder.flush()
+        self.final += len(rest)
+        return text + rest
+
+    def kept(self, trim: bool = False) -> tuple[int, str]:
+        """Return how many ids lie within the final text, and the text that follows them.
+
+        `trim` leaves out the whitespace at its end, for templates that do.
+        """
+        final = self.final if self.stopped else len(self.text)
+        if trim:
+            final = len(self.text[:final].rstrip())
+        elif not self.stopped:
+            return len(self.ids), ""
+        count = self._ids_within(final)
+        if self._end(count) == final:
+            return count, ""
+        # The stop string begins inside an id. It goes, with those before it that hold the first
+        # bytes of a character which it completes.
+        start = self._end(count - 1)
+        return self._ids_within(start), self.text[start:final]
+
+    def _end(self, count: int) -> int:
+        return self.ends[count - 1] if count else 0
+
+    def _ids_within(self, length: int) -> int:
+        """Return the fewest ids whose text has at least this length."""
+        return next(k for k in range(len(self.ids) + 1) if self._end(k) >= length)
+
+    def _advance(self, text: str) -> str:
+        self.text += text
+        self.ends[-1] = len(self.text)
+        final, self.stopped = self.finder.add(text)
+        self.final += len(final)
+        return final
+
+
+def stream(
+    model: Model,
+    prompt: str,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    sinks: int | None = None,
+    window: int | None = None,
+    stats: Stats | None = None,
+    notify: Callable[[str], None] = ignore,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Piece]:
+    """Continue a text of any length, piece by piece.
+
+    Args:
+        prompt: encoded as plain text, with the special tokens the tokenizer adds to one.
+        stop: strings before which the text ends.
+        sinks, window: see `Model.new_cache`.
+        stats: filled in as the stream goes.
+        progress: called while the prompt is read with the tokens read and those to read.
+
+    Raises:
+        ValueRefused: a number out of range.
+        TextError: the prompt has no tokens.
+    """
+    if max_tokens < 1:
+        raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
+    stats = Stats() if stats is None else stats
+    cache = model.new_cache(sinks, window, notify=notify)
+    ids = model.tokenizer.encode(prompt)
+    if not ids:
+        raise TextError("the prompt is empty: give at least one character")
+    tokens, sampler = TokenStream(model, cache), Sampler(sampling or Sampling())
+    stats.seed = sampler.sampling.seed or 0
+    stats.sinks, stats.window = cache.geometry.sinks, cache.geometry.window
+    stats.cache_bytes = cache.nbytes
+    reply = Reply(model.tokenizer.decoder(), stop)
+    yield from paced(
+        generate(
+            tokens,
+            ids,
+            sampler,
+            max_tokens,
+            model.tokenizer.eos_ids,
+            counted(progress, len(ids)),
+        ),
+        reply,
+        len(ids),
+        max_tokens,
+        stats,
+        tokens,
+    )
+
+
+def counted(
+    progress: Callable[[int, int], None] | None, total: int
+) -> Callable[[int], None] | None:
+    """Turn steps' token counts into a running total."""
+    if progress is None:
+        return None
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return step
+
+
+def paced(
+    ids: Iterator[int],
+    reply: Reply,
+    prompt_tokens: int,
+    max_tokens: int,
+    stats: Stats,
+    tokens: TokenStream,
+) -> Iterator[Piece]:
+    """Yield a reply's pieces; keep the statistics right at each of them."""
+    started = time.perf_counter()
+    first = True
+
+    def tick() -> None:
+        nonlocal started, first
+        now = time.perf_counter()
+        if first:
+            stats.prompt_tokens += prompt_tokens
+            stats.prompt_seconds += now - started
+        else:
+            stats.reply_seconds += now - started
+        started, first = now, False
+        stats.attended, stats.evicted = tokens.cache.attended, tokens.cache.evicted
+
+    finish, unsent = "end", ""
+    for token in ids:
+        tick()
+        stats.reply_tokens += 1
+        unsent = reply.add(token)
+        if reply.stopped or len(reply.ids) == max_tokens:
+            finish = "length"
+            break
+        if unsent:
+            yield Piece(unsent)
+        unsent = ""
+    else:
+        tick()
+    rest = unsent + reply.finish()
+    yield Piece(rest, "stop" if reply.stopped else finish)

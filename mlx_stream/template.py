@@ -1,0 +1,366 @@
+"""Chat templates on a stream: knows messages and text, not tokens; renders what strangers wrote.
+
+A stream is never read again, so a turn must be what the template appends and nothing else:
+
+    opening("Be brief.", "Hi")    <|im_start|>system ... user\nHi<|im_end|>\n<|im_start|>assistant\n
+    (the model)                   Hello.
+    closing                       <|im_end|>\n
+    turn("And?", "Be brief.")     <|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n
+
+A template that says something else about earlier turns once a later one is there is refused.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.exceptions import TemplateError as JinjaError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from mlx_stream.errors import TemplateError
+
+# The longest templates of published models have about 30,000 characters.
+MAX_SOURCE = 200_000
+# What a template may add to the messages, in characters.
+MAX_ADDED = 1_000_000
+# Characters, items or bits of a value that * or ** may make.
+MAX_VALUE = 1_000_000
+
+# Stands for a reply's text where only what surrounds it is wanted.
+MARK = "ReplyGoesHere"
+PADDING = "\n \n"
+
+Message = Mapping[str, str]
+
+SYSTEM: Message = {"role": "system", "content": "Answer briefly."}
+# The second reply thinks aloud: templates that drop the thinking of earlier turns show it here.
+EXCHANGES: Sequence[tuple[str, str]] = (
+    ("What is the first?", "It is one."),
+    ("And the second,\nplease?", "<think>\nOne more than one.\n</think>\n\nIt is two."),
+    ("The third?", "It is three."),
+)
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+class ChatTemplate:
+    """A model's chat template, compiled, and the parts of a conversation it makes.
+
+    The date a template asks for is that of construction, so that a conversation that passes
+    midnight still goes on as it began.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str] | None = None):
+        """Compile `source`; `tokens` are the special tokens it may name (`bos_token`, ...).
+
+        Raises:
+            TemplateError: it is too long, or it is not a Jinja template.
+        """
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(
+                f"chat template: {len(source)} characters, more than {MAX_SOURCE} are not accepted"
+            )
+        self._tokens = dict(tokens or {})
+        self._template = compile_source(source, datetime.now())
+
+    @classmethod
+    def from_config(cls, tokenizer_config: Mapping[str, Any], tokens: Mapping[str, str]):
+        """Build the template that tokenizer_config.json holds, or return None if it holds none.
+
+        Raises:
+            TemplateError: as the constructor; or several templates and none is the default.
+        """
+        found = tokenizer_config.get("chat_template")
+        if found is None:
+            return None
+        if isinstance(found, list):
+            found = pick_default(found)
+        if not isinstance(found, str):
+            raise TemplateError(
+                "chat template: tokenizer_config's chat_template must be text, or a list with one "
+                f"named 'default', not {type(found).__name__}"
+            )
+        return cls(found, tokens)
+
+    def render(self, messages: Sequence[Message], reply: bool) -> str:
+        """Return the text of a conversation; `reply` adds what asks the model for its turn.
+
+        Raises:
+            TemplateError: the template failed, did what the sandbox forbids, or wrote too much.
+        """
+        limit = MAX_ADDED + 4 * sum(len(message["content"]) for message in messages)
+        pieces, length = [], 0
+        try:
+            # tools and documents are always passed, as transformers does: templates test for none.
+            for piece in self._template.generate(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=reply,
+                **self._tokens,
+            ):
+                pieces.append(piece)
+                length += len(piece)
+                if length > limit:
+                    raise TemplateError(f"chat template: it writes more than {limit} characters")
+        except TemplateError:
+            raise
+        # What a stranger's program may raise is not ours to list; all of it means one thing.
+        except Exception as error:
+            raise TemplateError(f"chat template: it failed: {one_line(error)}") from error
+        return "".join(pieces)
+
+    def opening(self, system: str | None, question: str) -> str:
+        """Return the text of a first turn, up to where the model answers.
+
+        Raises:
+            TemplateError: as `render`.
+        """
+        return self.render([*system_turn(system), user(question)], reply=True)
+
+    def turn(self, question: str, system: str | None = None) -> str:
+        """Return what a later turn appends after `closing`, up to where the model answers.
+
+        It is found behind a stand-in for the conversation, so it costs the same however long
+        that is; `check` makes sure that no template which needs the real one gets this far.
+        Encode `closing` and this as one text: some tokenizers put a space before the first word
+        of whatever they are given, and would put it here where the conversation has none.
+
+        Raises:
+            TemplateError: as `render`; or the template rewrites earlier turns.
+        """
+        before = [*system_turn(system), user("x"), assistant("y")]
+        return appended(
+            self.render(before, reply=False),
+            self.render([*before, user(question)], reply=True),
+            "a question",
+        )
+
+    @property
+    def closing(self) -> str:
+        """What follows a reply's content, "<|im_end|>\\n" say; may raise TemplateError."""
+        return self._around_reply[1]
+
+    @property
+    def lead(self) -> str:
+        """Whitespace between the generation prompt and a reply, which the model writes itself.
+
+        " " for Mistral. May raise TemplateError: the template puts there what is not whitespace.
+        """
+        return self._around_reply[0]
+
+    @cached_property
+    def trims(self) -> bool:
+        """Whether whitespace around a reply's content is dropped; may raise TemplateError."""
+        padded = PADDING + MARK + PADDING
+        return padded not in self.render([user("x"), assistant(padded)], reply=False)
+
+    @cached_property
+    def _around_reply(self) -> tuple[str, str]:
+        after = appended(
+            self.render([user("x")], reply=True),
+            self.render([user("x"), assistant(MARK)], reply=False),
+            "a reply",
+        )
+        lead, found, closing = after.partition(MARK)
+        if not found or MARK in closing:
+            raise TemplateError(
+                "chat template: it does not write a reply's content once, so it cannot be used on "
+                "a stream"
+            )
+        if lead.strip():
+            raise TemplateError(
+                f"chat template: it writes {lead[:80]!r} before a reply that it does not write "
+                "when it asks for one, so it cannot be used on a stream"
+            )
+        return lead, closing
+
+    def check(self, system: bool) -> None:
+        """Make sure that the template only ever appends; with `system`, also after a system turn.
+
+        Raises:
+            TemplateError: it does not, or it has no system role. The template may still be used
+                for conversations that are rendered whole, but not on a stream.
+        """
+        self._check_appends(None)
+        if system:
+            self._check_system_role()
+            self._check_appends(SYSTEM["content"])
+
+    def _check_system_role(self) -> None:
+        try:
+            opening = self.opening(SYSTEM["content"], EXCHANGES[0][0])
+        except TemplateError as error:
+            raise TemplateError(
+                "chat template: it has no system role; leave the system prompt out "
+                f"({str(error).removeprefix('chat template: ')})"
+            ) from error
+        if SYSTEM["content"] not in opening:
+            raise TemplateError(
+                "chat template: it has no system role (the text is dropped); leave the system "
+                "prompt out"
+            )
+
+    def _check_appends(self, system: str | None) -> None:
+        where = "with a system prompt, " if system is not None else ""
+        messages = [*system_turn(system)]
+        closed: str | None = None
+        for question, reply in EXCHANGES:
+            messages.append(user(question))
+            asked = self.render(messages, reply=True)
+            if closed is not None:
+                grown = appended(closed, asked, f"{where}a question")
+                require(grown == self.turn(question, system), f"{where}a later question")
+            messages.append(assistant(reply))
+            closed = self.render(messages, reply=False)
+            rest = appended(asked, closed, f"{where}a reply")
+            require(rest == self.lead + reply + self.closing, f"{where}the text of a reply")
+
+
+def appended(before: str, whole: str, what: str) -> str:
+    require(whole.startswith(before), what)
+    return whole[len(before) :]
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise TemplateError(
+            f"chat template: it rewrites earlier turns ({what} is not simply appended), so it "
+            "cannot be used on a stream, where what was read is never read again"
+        )
+
+
+def system_turn(system: str | None) -> list[Message]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def pick_default(templates: Sequence[Any]) -> Any:
+    named = {
+        entry["name"]: entry.get("template")
+        for entry in templates
+        if isinstance(entry, Mapping) and isinstance(entry.get("name"), str)
+    }
+    if "default" not in named:
+        raise TemplateError(
+            "chat template: there are several and none is named 'default' (there are: "
+            f"{', '.join(sorted(named)) or 'none with a name'})"
+        )
+    return named["default"]
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+# What templates are compiled in: the same words as in transformers, under Jinja's sandbox.
+#
+# Templates come with models, from strangers. The sandbox keeps them from Python's insides and
+# `range` from more than 100,000 steps; the limits above bound source, output, products and powers.
+# Not covered, so they can still take time or memory without end: nested loops that write nothing,
+# values doubled in a loop by + or ~, and field widths ("%9999999999d", |center).
+
+
+class TemplateEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with products and powers bounded and forbidden names refused at once."""
+
+    # Intercepted operators are also not folded while compiling, so they cannot hang the compiler.
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if size_of_result(operator, left, right) > MAX_VALUE:
+            raise SecurityError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        # Jinja would let a forbidden name pass for as long as nothing is done with it.
+        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
+
+
+def size_of_result(operator: str, left: Any, right: Any) -> int:
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * (max(right, 1) if operator == "**" else 1) + right.bit_length()
+    for sequence, times in ((left, right), (right, left)):
+        if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+            return len(sequence) * times
+    return 0
+
+
+class GenerationTag(Extension):
+    """Accept {% generation %}, which marks replies for training; it writes nothing itself."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class TemplateNamespace(Namespace):
+    """A namespace without underscored names, which Jinja's own code would look up unguarded."""
+
+    def __init__(*args: Any, **kwargs: Any):
+        # As in Jinja: `self` and others are left free as names of attributes.
+        self, attributes = args[0], dict(*args[1:], **kwargs)
+        Namespace.__init__(self)
+        for name, value in attributes.items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r}")
+        super().__setitem__(name, value)
+
+
+def compile_source(source: str, now: datetime) -> Template:
+    environment = TemplateEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals.update(
+        raise_exception=raise_exception,
+        strftime_now=lambda form: now.strftime(form),
+        # A function, because a class would bring its attributes along.
+        dict=lambda *args, **kwargs: dict(*args, **kwargs),
+        namespace=TemplateNamespace,
+    )
+    # Writes any amount of filler text.
+    del environment.globals["lipsum"]
+    try:
+        return environment.from_string(source)
+    # As in `render`: deep nesting, for one, fails in ways that are not Jinja's.
+    except Exception as error:
+        raise TemplateError(f"chat template: it cannot be read: {one_line(error)}") from error
+
+
+def raise_exception(message: str) -> None:
+    raise JinjaError(message)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,0 +1,416 @@
+"""Tokenizer and StreamDecoder, on small real tokenizers of every kind of decoder."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from functools import cache
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.errors import TemplateError, TextError, TokenizerError
+from mlx_stream.tokenizer import MAX_RUN, Tokenizer, unfinished_bytes
+
+ENGLISH = "\n".join(topics.values())
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@cache
+def byte_level() -> str:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([ENGLISH[:20_000]], trainer)
+    add_bos(backend)
+    # Two-byte pieces that end within a character, as large vocabularies have.
+    model = json.loads(backend.to_str())
+    byte_of = byte_characters()
+    for pair in (b"\xc3\xf0", b"\xf0\x9f", b"\x9f\x98", b"\x80a", b"a\xe2"):
+        model["model"]["vocab"]["".join(byte_of[b] for b in pair)] = len(model["model"]["vocab"])
+    return json.dumps(model)
+
+
+@cache
+def byte_characters() -> dict[int, str]:
+    """Return the character that byte-level vocabularies write each byte as."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+@cache
+def byte_fallback(decoder: str = "llama") -> str:
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=650, special_tokens=SPECIAL + BYTES, limit_alphabet=60, show_progress=False
+    )
+    backend.train_from_iterator(ENGLISH[:20_000].split("\n"), trainer)
+    add_bos(backend)
+    parsed = json.loads(backend.to_str())
+    # The trainer marks what it is given as special; byte tokens are not.
+    parsed["added_tokens"] = [t for t in parsed["added_tokens"] if t["content"] in SPECIAL]
+    parsed["decoder"] = DECODERS[decoder]
+    return json.dumps(parsed)
+
+
+@cache
+def unigram() -> str:
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator(ENGLISH[:20_000].split("\n"), trainer)
+    add_bos(backend)
+    return backend.to_str()
+
+
+def add_bos(backend: tokenizers.Tokenizer) -> None:
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+FALLBACK, FUSE = {"type": "ByteFallback"}, {"type": "Fuse"}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+DECODERS: dict[str, Any] = {
+    "llama": {"type": "Sequence", "decoders": [REPLACE, FALLBACK, FUSE, STRIP]},
+    "gemma": {"type": "Sequence", "decoders": [REPLACE, FALLBACK, FUSE]},
+    "fallback, metaspace": {"type": "Sequence", "decoders": [FALLBACK, METASPACE]},
+    "metaspace": METASPACE,
+    "none": None,
+}
+KINDS = ["byte-level", "unigram", *DECODERS]
+
+
+@cache
+def load(kind: str = "byte-level") -> Tokenizer:
+    return Tokenizer.from_checkpoint(checkpoint(text_of(kind)))
+
+
+def text_of(kind: str) -> str:
+    return {"byte-level": byte_level, "unigram": unigram}.get(kind, lambda: byte_fallback(kind))()
+
+
+def checkpoint(text: str | None = None, **parts: Any) -> Checkpoint:
+    return Checkpoint(
+        config=parts.get("config", {}),
+        tensors={},
+        tokenizer=byte_level() if text is None else text,
+        tokenizer_config=parts.get("tokenizer_config", {}),
+        generation_config=parts.get("generation_config", {}),
+    )
+
+
+# ---------------------------------------------------------------------------------- streaming
+
+
+@cache
+def byte_ids(kind: str) -> list[int] | None:
+    """Return the ids of the 256 single bytes, or None if the vocabulary has none."""
+    vocab = json.loads(text_of(kind))["model"]["vocab"]
+    if kind == "byte-level":
+        return [vocab[byte_characters()[byte]] for byte in range(256)]
+    return None if kind == "unigram" else [vocab[token] for token in BYTES]
+
+
+@st.composite
+def streams(draw: st.DrawFn, kind: str) -> list[int]:
+    """Ids as a model might emit them, and as it should not: text, bytes, specials, anything."""
+    tokenizer, singles = load(kind), byte_ids(kind)
+    texts = st.text(st.sampled_from("ab é€😀\ufffd▁\n"), max_size=12) | st.text(max_size=6)
+    segments = [
+        texts.map(lambda text: tokenizer.encode(text)),
+        st.lists(st.integers(0, tokenizer.vocab_size + 20), max_size=8),
+        st.lists(st.sampled_from([0, 1, 2, tokenizer.vocab_size + 7]), max_size=8),
+    ]
+    if singles:
+        raw = st.binary(max_size=8) | texts.map(lambda text: (text * 8).encode())
+        torn = st.lists(st.sampled_from(b"\x80\xbf\xc3\xe2\x82\xac\xf0\x9f\x98a \xff\xed\xa0"))
+        segments.append((raw | torn.map(bytes)).map(lambda run: [singles[b] for b in run]))
+    return [id for part in draw(st.lists(st.one_of(segments), max_size=6)) for id in part]
+
+
+def late_invalid_run(kind: str, ids: list[int]) -> bool:
+    """Whether a run of byte tokens turns invalid when its beginning can no longer wait."""
+    if "ByteFallback" not in json.dumps(DECODERS.get(kind)):
+        return False
+    tokenizer, singles = load(kind), byte_ids(kind) or []
+    values = {id: byte for byte, id in enumerate(singles)}
+    runs = [bytearray()]
+    for id in ids:
+        if id in values:
+            runs[-1].append(values[id])
+        elif id > 2 and id < tokenizer.vocab_size:
+            runs.append(bytearray())
+    return any(
+        len(run) >= MAX_RUN
+        and unfinished_bytes(run) != 0
+        and unfinished_bytes(run[:MAX_RUN]) is not None
+        for run in runs
+    )
+
+
+def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    decoder = tokenizer.decoder()
+    return [*(decoder.add(id) for id in ids), decoder.flush()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_pieces_join_to_the_text(kind: str, data: st.DataObject):
+    tokenizer = load(kind)
+    ids = data.draw(streams(kind))
+    pieces = "".join(stream(tokenizer, ids))
+    if late_invalid_run(kind, ids):
+        # What then holds: nothing but replacement characters stands for what was invalid.
+        assert len(pieces) <= len(tokenizer.decode(ids))
+    else:
+        assert pieces == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_text_streams_in_small_pieces(kind: str):
+    tokenizer = load(kind)
+    ids = tokenizer.encode(ENGLISH[5_000:9_000])
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert max(map(len, pieces)) < 25
+
+
+def test_a_character_comes_whole_and_at_once():
+    tokenizer = load("byte-level")
+    singles = byte_ids("byte-level") or []
+    decoder = tokenizer.decoder()
+    assert [decoder.add(singles[byte]) for byte in "a€b".encode()] == ["a", "", "", "€", "b"]
+    assert decoder.flush() == ""
+
+
+def test_special_tokens_within_a_character_do_not_break_it():
+    singles = byte_ids("byte-level") or []
+    first, second = (singles[byte] for byte in "é".encode())
+    assert stream(load("byte-level"), [first, 2, 1, 2, 1, 2, 99_999, second])[-2] == "é"
+
+
+def test_flush_gives_what_is_incomplete_and_starts_anew():
+    for kind in ("byte-level", "llama"):
+        singles = byte_ids(kind) or []
+        decoder = load(kind).decoder()
+        for _ in range(2):
+            assert decoder.add(singles[0xE2]) == ""
+            assert decoder.flush() == "\ufffd"
+
+
+def test_a_space_is_dropped_at_the_start_of_the_text_only():
+    tokenizer = load("llama")
+    (word,) = tokenizer.encode("the", special=False)
+    for before in ([], [1, 2], [0]):
+        assert stream(tokenizer, [*before, word, 2, word, word]) == [
+            *("" for _ in before),
+            *("the", "", " the", " the", ""),
+        ]
+
+
+def test_a_run_of_bytes_waits_for_its_end():
+    singles = byte_ids("llama") or []
+    decoder = load("llama").decoder()
+    assert {decoder.add(singles[byte]) for byte in "€😀".encode()} == {""}
+    assert decoder.add(load("llama").encode("a", special=False)[-1]).startswith("€😀")
+
+
+def test_a_long_valid_run_of_bytes_streams_and_is_exact():
+    tokenizer = load("llama")
+    singles = byte_ids("llama") or []
+    text = "x€😀é " * 100
+    ids = [singles[byte] for byte in text.encode()]
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids) == text
+    assert max(map(len, pieces)) <= MAX_RUN
+
+
+def test_a_long_run_that_turns_invalid_keeps_what_was_given_out():
+    tokenizer = load("llama")
+    singles = byte_ids("llama") or []
+    run = ("é" * 20).encode()
+    ids = [singles[byte] for byte in run + b"\xff" * 5]
+    assert tokenizer.decode(ids) == "\ufffd" * 45
+    assert "".join(stream(tokenizer, ids)) == "é" * 16 + "\ufffd" * (8 + 5)
+
+
+def test_a_run_known_to_be_invalid_is_exact_however_long():
+    tokenizer = load("llama")
+    singles = byte_ids("llama") or []
+    ids = [singles[0x41]] * 10 + [singles[0x80]] + [singles[0x41]] * 500 + [300, 301]
+    assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "metaspace"])
+@pytest.mark.parametrize("run", [b"\x80", b"\xe2", b"\xf0\x9f", "€".encode(), b"a", b"\xff\xc3"])
+def test_memory_does_not_grow_with_the_stream(kind: str, run: bytes):
+    singles = byte_ids(kind) or []
+    ids = [singles[byte] for byte in run]
+    decoder = load(kind).decoder()
+    for id in ids * 200:
+        decoder.add(id)
+    tracemalloc.start()
+    for _ in range(6_000 // len(ids)):
+        for id in ids:
+            decoder.add(id)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000
+
+
+# ---------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "unigram"])
+def test_text_comes_back(kind: str):
+    tokenizer = load(kind)
+    text = "The first\nline." if kind != "unigram" else "The first line."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_long_text_comes_back():
+    tokenizer = load()
+    assert tokenizer.decode(tokenizer.encode(ENGLISH)) == ENGLISH
+
+
+def test_decoding_does_not_clean_up_spaces():
+    tokenizer = load()
+    text = "Is n't it ? Yes , it 's  so ."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_added_to_plain_text_only():
+    tokenizer = load()
+    plain = tokenizer.encode("the", special=False)
+    assert tokenizer.encode("the") == [1, *plain]
+    assert tokenizer.encode("<s>the</s>", special=False) == [1, *plain, 2]
+    assert tokenizer.decode([1, *plain, 2]) == "the"
+
+
+def test_truncation_and_padding_settings_are_ignored():
+    backend = tokenizers.Tokenizer.from_str(byte_level())
+    backend.enable_truncation(5)
+    backend.enable_padding(length=64)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint(backend.to_str()))
+    assert tokenizer.encode(ENGLISH[:300]) == load().encode(ENGLISH[:300])
+    assert tokenizer.encode("the") == load().encode("the")
+
+
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(TextError, match="character 2 "):
+        load().encode("ab\ud800")
+
+
+def test_vocabulary_counts_added_tokens():
+    backend = tokenizers.Tokenizer.from_str(byte_level())
+    before = backend.get_vocab_size()
+    backend.add_special_tokens(["<|new|>"])
+    assert Tokenizer.from_checkpoint(checkpoint(backend.to_str())).vocab_size == before + 1
+
+
+def test_end_ids_are_those_of_all_files():
+    tokenizer = Tokenizer.from_checkpoint(
+        checkpoint(
+            config={"eos_token_id": 7},
+            generation_config={"eos_token_id": [8, 9]},
+            tokenizer_config={"eos_token": {"content": "</s>"}, "bos_token": "<s>"},
+        )
+    )
+    assert tokenizer.eos_ids == {7, 8, 9, 2}
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+def test_nothing_need_name_an_end():
+    tokenizer = Tokenizer.from_checkpoint(
+        checkpoint(config={"eos_token_id": None}, tokenizer_config={"eos_token": None})
+    )
+    assert tokenizer.eos_ids == frozenset()
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.template) == ("", "", None)
+
+
+@pytest.mark.parametrize("id", [-1, 10**6, 2**40, "2", 2.0, True, [[2]], {"id": 2}])
+@pytest.mark.parametrize("where", ["config", "generation_config"])
+def test_end_ids_that_cannot_be_are_refused(where: str, id: Any):
+    with pytest.raises(TokenizerError, match=rf"^{where}: eos_token_id .*$"):
+        Tokenizer.from_checkpoint(checkpoint(None, **{where: {"eos_token_id": id}}))
+
+
+@pytest.mark.parametrize("token", ["<nowhere>", 2, {"text": "</s>"}, ["</s>"]])
+def test_end_tokens_that_cannot_be_are_refused(token: Any):
+    with pytest.raises(TokenizerError, match=r"^tokenizer_config: eos_token .*$"):
+        Tokenizer.from_checkpoint(checkpoint(tokenizer_config={"eos_token": token}))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": null}', byte_level()[:-40]])
+def test_a_damaged_file_is_refused_in_one_line(text: str):
+    with pytest.raises(TokenizerError, match=r"^tokenizer\.json cannot be read: .*$"):
+        Tokenizer.from_checkpoint(checkpoint(text))
+
+
+def test_the_template_gets_the_special_tokens():
+    config = {"chat_template": "{{ bos_token }}|{{ pad_token }}|", "bos_token": "<s>"}
+    template = Tokenizer.from_checkpoint(checkpoint(tokenizer_config=config)).template
+    assert template and template.render([], reply=False) == "<s>||"
+
+
+@pytest.mark.parametrize("template", ["{% for", 3, [], [{"name": "rag", "template": ""}], {}])
+def test_a_bad_template_leaves_the_tokenizer_usable(template: Any):
+    config = {"chat_template": template}
+    tokenizer = Tokenizer.from_checkpoint(checkpoint(tokenizer_config=config))
+    assert tokenizer.decode(tokenizer.encode("the")) == "the"
+    with pytest.raises(TemplateError, match=r"^chat template: .*$"):
+        _ = tokenizer.template
+
+
+@pytest.mark.parametrize("scheme", ["byte-level", "llama", "always", "first", "never"])
+def test_turns_encode_to_what_the_whole_conversation_does(scheme: str):
+    tokenizer = load(scheme) if scheme in KINDS else with_metaspace(scheme)
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    config = {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
+    template = Tokenizer.from_checkpoint(checkpoint(tokenizer_config=config)).template
+    assert template
+    opening = template.opening(None, "one") + "two"
+    parts = [opening, template.closing + template.turn("three")]
+    encoded = [id for part in parts for id in tokenizer.encode(part, special=False)]
+    assert encoded == tokenizer.encode("".join(parts), special=False)
+
+
+def with_metaspace(scheme: Any) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(byte_fallback())
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    return Tokenizer.from_checkpoint(checkpoint(backend.to_str()))
+
+
+def test_heavy_libraries_are_not_imported():
+    code = (
+        "import sys, mlx_stream.tokenizer; "
+        "print([name for name in ('transformers', 'mlx_lm') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
