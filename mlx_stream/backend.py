@@ -7,7 +7,9 @@ is the only place in the package that treats a platform apart.
 
 import ctypes
 import os
+import platform
 import sys
+from importlib.metadata import version
 
 OPENBLAS = "libopenblas.so.0"
 CACHE_LIMIT = 256 * 2**20
@@ -69,3 +71,42 @@ def set_cache_limit() -> None:
     import mlx.core as mx
 
     mx.set_cache_limit(CACHE_LIMIT)
+
+
+def describe() -> dict[str, str | int | bool]:
+    """Return what this machine is and what is installed, for people to paste."""
+    import mlx.core as mx
+
+    about = device()
+    return {
+        "mlx_stream": version("mlx_stream"),
+        "mlx": mx.__version__,
+        "mlx-lm": version("mlx-lm"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": str(about.get("device_name", platform.machine())),
+        "metal": on_metal(),
+        "openblas": openblas_loaded,
+        "memory_budget_bytes": memory_budget(),
+        "cores": os.cpu_count() or 1,
+    }
+
+
+def advice() -> list[str]:
+    """Return what will be slow here, why, and what to do about it."""
+    lines = []
+    if on_metal():
+        if not native_bfloat16():
+            lines.append("M1 and M2 emulate bfloat16: such weights are cast to float16")
+        return lines
+    lines.append("MLX runs on its CPU backend here: for real speed, use a Mac with Apple Silicon")
+    if sys.platform.startswith("linux") and not openblas_loaded:
+        lines.append(
+            f"{OPENBLAS} is missing, float32 products are 30 times slower than with it: install "
+            "it (Debian, Ubuntu: apt-get install libopenblas0-pthread)"
+        )
+    lines.append(
+        "float16, bfloat16 and quantized products are slower than float32 on this backend: "
+        "quantized weights are dequantized to float32 unless --keep-quantized is given"
+    )
+    return lines

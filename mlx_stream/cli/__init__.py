@@ -1,1 +1,26 @@
 """The command line: one short file per verb; holds no arithmetic."""
+
+import typer
+
+from mlx_stream.cli.bench import bench
+from mlx_stream.cli.chat import chat
+from mlx_stream.cli.doctor import doctor
+from mlx_stream.cli.generate import generate
+from mlx_stream.cli.ls import ls
+from mlx_stream.cli.score import score
+
+app = typer.Typer(
+    name="mlx_stream",
+    help="Large language models on a stream without end, in memory that never grows.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (chat, generate, score, bench, doctor, ls):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,73 @@
+"""`mlx_stream generate`: one completion of a text."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mlx_stream.cli import options
+from mlx_stream.cli.terminal import guarded, note, progress_bar, read_text
+
+
+@guarded
+def generate(
+    prompt: Annotated[
+        str, typer.Option("-p", "--prompt", help="The text to go on from; - reads standard input.")
+    ],
+    model: options.ModelArgument = "starter",
+    max_tokens: options.MaxTokens = 256,
+    temp: options.Temp = 0.6,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 0.9,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    window: options.Window = None,
+    sinks: options.Sinks = None,
+    dtype: options.Dtype = None,
+    keep_quantized: options.KeepQuantized = None,
+    force: options.Force = False,
+    stats: options.ShowStats = False,
+    json: options.AsJson = False,
+) -> None:
+    """Continue a text of any length, as it is: no chat template."""
+    from mlx_stream.cli.report import print_json, print_stats, stats_as_json
+    from mlx_stream.generate import Sampling
+    from mlx_stream.load import load
+    from mlx_stream.stream import Stats, stream
+
+    sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
+    text = read_text("-") if prompt == "-" else prompt
+    loaded = load(model, dtype, keep_quantized, force, note)
+    counts = Stats()
+    pieces = []
+    with progress_bar("reading") as progress:
+        for piece in stream(
+            loaded,
+            text,
+            max_tokens,
+            sampling,
+            stop or (),
+            sinks,
+            window,
+            counts,
+            note,
+            progress,
+        ):
+            pieces.append(piece)
+            if not json:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+    if json:
+        print_json(
+            {
+                "text": "".join(piece.text for piece in pieces),
+                "finish": pieces[-1].finish,
+                **stats_as_json(counts),
+            }
+        )
+    else:
+        print()
+    if stats:
+        print_stats(counts)

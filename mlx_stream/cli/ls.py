@@ -1,0 +1,23 @@
+"""`mlx_stream ls`: the models that open without the network."""
+
+from mlx_stream.cli import options
+from mlx_stream.cli.terminal import guarded, note
+
+
+@guarded
+def ls(json: options.AsJson = False) -> None:
+    """List the cached models."""
+    from mlx_stream import hub
+    from mlx_stream.cli.report import print_json, print_table
+
+    models = hub.cached_models()
+    if json:
+        entries = [
+            {"name": m.name, "kind": m.kind, "bytes": m.bytes, "path": str(m.path)} for m in models
+        ]
+        print_json({"models": entries})
+    elif models:
+        rows = [[m.name, f"{m.bytes / 1e6:,.1f} MB", str(m.path)] for m in models]
+        print_table(["model", "size", "path"], rows)
+    else:
+        note("no models are cached yet; `mlx_stream chat` fetches the starter")

@@ -1,0 +1,69 @@
+"""Options that several verbs share, declared once; knows no verb."""
+
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="[MODEL]", help="A folder, a Hub id, a .gguf file, or starter.", show_default=True
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="float32|float16|bfloat16",
+        help="Compute in this type. Default: the checkpoint's own on Metal, else float32.",
+    ),
+]
+KeepQuantized = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-quantized/--dequantize",
+        help="Compute with quantized weights as they are, or dequantize them. "
+        "Default: keep on Metal, dequantize on the CPU backend.",
+        show_default=False,
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Load even if weights and ring exceed the device's memory."),
+]
+Sinks = Annotated[
+    int | None, typer.Option("--sinks", help="First tokens that never leave. Default: 4.")
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        "--window",
+        help="Latest tokens attended. Default: 2,048, or what the trained context leaves.",
+    ),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest text to write, in tokens.")]
+Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Keep the likeliest tokens of this joint probability.")
+]
+MinP = Annotated[
+    float, typer.Option("--min-p", help="Keep tokens this fraction as likely as the likeliest.")
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option("--repetition-penalty", help="Above 1, attended tokens become less likely."),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Of the random numbers. Default: another each time.")
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="End before this text; may be given several times."),
+]
+ShowStats = Annotated[
+    bool, typer.Option("--stats", help="Print statistics to standard error.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object to standard output.")
+]

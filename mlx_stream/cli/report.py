@@ -1,0 +1,48 @@
+"""How results and statistics look, for people and for programs; computes none."""
+
+import json
+import sys
+from typing import Any
+
+from mlx_stream.stream import Stats
+
+
+def print_json(result: dict[str, Any]) -> None:
+    json.dump(result, sys.stdout)
+    sys.stdout.write("\n")
+
+
+def stats_as_json(stats: Stats) -> dict[str, Any]:
+    return {
+        "prompt_tokens": stats.prompt_tokens,
+        "reply_tokens": stats.reply_tokens,
+        "prompt_tokens_per_second": stats.prompt_tokens_per_second,
+        "tokens_per_second": stats.tokens_per_second,
+        "attended": stats.attended,
+        "evicted": stats.evicted,
+        "sinks": stats.sinks,
+        "window": stats.window,
+        "cache_bytes": stats.cache_bytes,
+        "seed": stats.seed,
+        "notices": stats.notices,
+    }
+
+
+def print_stats(stats: Stats) -> None:
+    print(
+        f"[{stats.attended:,} of {stats.sinks + stats.window:,} tokens attended, "
+        f"{stats.evicted:,} evicted; {stats.tokens_per_second:.1f} tok/s, reading "
+        f"{stats.prompt_tokens_per_second:.0f} tok/s; cache {stats.cache_bytes / 1e6:.1f} MB; "
+        f"seed {stats.seed}]",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print aligned columns; plain text, so that it can be piped and pasted."""
+    table = [columns, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())

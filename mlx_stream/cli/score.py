@@ -1,0 +1,60 @@
+"""`mlx_stream score`: how likely a text is, read as a stream."""
+
+from typing import Annotated
+
+import typer
+
+from mlx_stream.cli import options
+from mlx_stream.cli.terminal import fail, guarded, note, progress_bar, read_text
+
+
+@guarded
+def score(
+    model_or_file: Annotated[
+        str, typer.Argument(metavar="[MODEL] FILE", help="The text file; - reads standard input.")
+    ],
+    file: Annotated[str | None, typer.Argument(hidden=True)] = None,
+    window: options.Window = None,
+    sinks: options.Sinks = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Attend to everything instead, in growing memory.")
+    ] = False,
+    chunk: Annotated[
+        int, typer.Option("--chunk", help="Tokens read per step; 1 decodes token by token.")
+    ] = 128,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Read only so many tokens of the text.")
+    ] = None,
+    dtype: options.Dtype = None,
+    keep_quantized: options.KeepQuantized = None,
+    force: options.Force = False,
+    json: options.AsJson = False,
+) -> None:
+    """Print the perplexity of a text, read as is: no chat template."""
+    from mlx_stream.cli.report import print_json
+    from mlx_stream.evaluate.score import score as score_ids
+    from mlx_stream.generate import TokenStream
+    from mlx_stream.load import load
+
+    model, path = ("starter", model_or_file) if file is None else (model_or_file, file)
+    if max_tokens is not None and max_tokens < 2:
+        fail(f"--max-tokens must be at least 2, not {max_tokens}")
+    if dense and (window is not None or sinks is not None):
+        fail("--dense attends to everything: leave out --window and --sinks")
+    text = read_text(path)
+    loaded = load(model, dtype, keep_quantized, force, note)
+    ids = loaded.tokenizer.encode(text)[:max_tokens]
+    if dense:
+        cache = loaded.new_dense_cache()
+    else:
+        cache = loaded.new_cache(sinks, window, notify=note)
+    with progress_bar("scoring") as progress:
+        result = score_ids(TokenStream(loaded, cache), ids, chunk, progress)
+    if json:
+        print_json(result.as_json())
+        return
+    print(f"perplexity {result.perplexity:.3f} over {result.tokens:,} tokens")
+    print(
+        f"{result.evicted:,} evicted; {result.tokens / result.seconds:.1f} tok/s; "
+        f"{result.active_bytes / 1e6:.1f} MB active, {result.peak_bytes / 1e6:.1f} MB at peak"
+    )

@@ -1,0 +1,98 @@
+"""What every verb does with its streams: notices, progress, errors; knows no verb."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mlx_stream.errors import MlxStreamError, TextError
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+
+def note(text: str) -> None:
+    """Say something to the user that is not the result."""
+    print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> NoReturn:
+    note(text)
+    raise SystemExit(1)
+
+
+def guarded(verb: Verb) -> Verb:
+    """Turn errors that a user can cause into one line on standard error and exit status 1."""
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            prepare()
+            verb(*args, **kwargs)
+            sys.stdout.flush()
+        except MlxStreamError as error:
+            fail(" ".join(str(error).split()))
+        except BrokenPipeError:
+            # Nobody reads any more; the interpreter's own flush at exit must find a place to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            fail("standard output was closed before everything was written")
+        except KeyboardInterrupt:
+            note("interrupted")
+            raise SystemExit(130) from None
+
+    return run  # type: ignore[return-value]
+
+
+def prepare() -> None:
+    """Set this process up as a program: what an import must not do for others."""
+    from mlx_stream import backend
+
+    backend.set_cache_limit()
+
+
+def read_text(path: str) -> str:
+    """Read a UTF-8 text file, or standard input for `-`.
+
+    Raises:
+        TextError: it cannot be read, is not UTF-8, or is empty.
+    """
+    name = "standard input" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise TextError(f"{name}: cannot be read: {reason}") from error
+    text = decode(data, name)
+    if not text:
+        raise TextError(f"{name}: is empty: give a text of at least one character")
+    return text
+
+
+def decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{name}: is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}): convert it, "
+            "for instance with iconv -t UTF-8"
+        ) from error
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar with the time left on standard error, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

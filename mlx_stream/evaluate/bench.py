@@ -1,0 +1,197 @@
+"""Speed beside mlx-lm's: the same weights, one process, steps in turn; knows no command line.
+
+mlx-lm is given a bounded cache by hand: its own `max_kv_size` does nothing for these models.
+Windows are filled with random keys and values through the caches' own state.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_stream.cache import StreamCache
+from mlx_stream.errors import SourceError, ValueRefused
+from mlx_stream.generate import PREFILL_CHUNK
+from mlx_stream.load import Model
+
+SINKS = 4
+WARMUP = 2
+# A slow machine or slow weights: no more pairs than fit this many seconds, but at least three.
+SECONDS_PER_SERIES = 45.0
+LEAST_PAIRS = 3
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Times of one kind of step, in seconds, taken in turn: pair i ran side by side."""
+
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """mlx-lm's time over ours, median over the pairs: above 1, ours is faster."""
+        return statistics.median(self.ratios)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "pairs": len(self.ours),
+            "ratio_quartiles": quartiles(self.ratios),
+            "ours_ms": quartiles([1e3 * x for x in self.ours]),
+            "mlx_lm_ms": quartiles([1e3 * x for x in self.theirs]),
+        }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Return first quartile, median and third quartile."""
+    return [float(x) for x in statistics.quantiles(values, n=4, method="inclusive")]
+
+
+def load_peer(folder: Path, model: Model) -> Any:
+    """Load the same weights with mlx-lm, computing in the same dtype, quantized alike.
+
+    Raises:
+        SourceError: the model is not a folder, which is what mlx-lm reads.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: mlx-lm reads folders; convert the model to one first")
+    from mlx_lm.utils import dequantize_model, load_model
+
+    peer, _ = load_model(folder)
+    if not model.quantized:
+        # Scales in float32 first: dequantizing in 16 bits would round.
+        peer.update(tree_map(to_float(mx.float32), peer.parameters()))
+        peer = dequantize_model(peer)
+    peer.update(tree_map(to_float(model.dtype), peer.parameters()))
+    mx.eval(peer.parameters())
+    return peer
+
+
+def to_float(dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:
+    def convert(array: mx.array) -> mx.array:
+        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    return convert
+
+
+def bench(
+    model: Model,
+    peer: Any,
+    windows: list[int],
+    pairs: int = 40,
+    chunk: int = PREFILL_CHUNK,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Time decoding and prefill at full windows, ours and mlx-lm's in turn.
+
+    Args:
+        windows: W of each comparison; both caches hold 4 + W tokens.
+        pairs: decode steps of each (prefill: an eighth as many chunks).
+        chunk: tokens of a prefill step.
+
+    Raises:
+        ValueRefused: a number out of range.
+    """
+    if pairs < LEAST_PAIRS:
+        raise ValueRefused(f"--pairs must be at least {LEAST_PAIRS}, not {pairs}")
+    if chunk < 2:
+        raise ValueRefused(f"--chunk must be at least 2, not {chunk}")
+    results = {}
+    for window in windows:
+        progress(f"window {window}: decoding")
+        decode = in_turn(our_step(model, window, 1), their_step(model, peer, window, 1), pairs)
+        progress(f"window {window}: prefill in chunks of {chunk}")
+        prefill = in_turn(
+            our_step(model, window, chunk),
+            their_step(model, peer, window, chunk),
+            max(LEAST_PAIRS, pairs // 8),
+        )
+        results[str(window)] = {
+            "decode_ratio": decode.ratio,
+            "prefill_ratio": prefill.ratio,
+            "decode": decode.as_json(),
+            "prefill": prefill.as_json() | {"chunk": chunk},
+        }
+        mx.clear_cache()
+    return results
+
+
+def in_turn(ours: Step, theirs: Step, pairs: int) -> Series:
+    """Run two steps in turn, changing which goes first, and time each."""
+    for _ in range(WARMUP):
+        ours()
+        theirs()
+    times: dict[Step, list[float]] = {ours: [], theirs: []}
+    started = time.perf_counter()
+    for pair in range(pairs):
+        for step in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
+            begun = time.perf_counter()
+            step()
+            times[step].append(time.perf_counter() - begun)
+        if pair + 1 >= LEAST_PAIRS and time.perf_counter() - started > SECONDS_PER_SERIES:
+            break
+    return Series(times[ours], times[theirs])
+
+
+def our_step(model: Model, window: int, count: int) -> Step:
+    cache = model.new_cache(SINKS, window)
+    fill(cache)
+    ids = [7] * count
+
+    def step() -> None:
+        done = 0
+        while done < count:
+            taken = cache.take(count - done)
+            hidden = model.network(ids[done : done + taken], cache)
+            done += taken
+        token = mx.argmax(model.network.logits(hidden[:, -1]), axis=-1)
+        mx.eval(token, *(cache.arrays() if count > 1 else ()))
+
+    return step
+
+
+def fill(cache: StreamCache) -> None:
+    """Bring a stream to a full window of random keys and values, past its first wrap."""
+    state = cache.state()
+    length = 2 * cache.geometry.rows
+    ring = cache.geometry.ring
+    state |= {"length": length, "floor": length - ring, "clock": length, "sinks_at": -1}
+    for name, value in state.items():
+        if isinstance(value, mx.array):
+            state[name] = mx.random.normal(value.shape, value.dtype)
+    cache.restore(state)
+
+
+def their_step(model: Model, peer: Any, window: int, count: int) -> Step:
+    from mlx_lm.models.cache import RotatingKVCache
+
+    config = model.config
+    size = SINKS + window
+    shape = (1, config.num_key_value_heads, size, config.head_dim)
+    caches = []
+    for _ in range(config.num_hidden_layers):
+        cache = RotatingKVCache(max_size=size, keep=SINKS)
+        keys, values = (mx.random.normal(shape, model.dtype) for _ in range(2))
+        cache.state = (keys, values, 2 * size, SINKS, size, size)
+        caches.append(cache)
+    mx.eval([cache.state[:2] for cache in caches])
+    ids = mx.array([[7] * count])
+
+    def step() -> None:
+        hidden = peer.model(ids, cache=caches)[:, -1:]
+        head = peer.model.embed_tokens.as_linear if peer.args.tie_word_embeddings else peer.lm_head
+        token = mx.argmax(head(hidden), axis=-1)
+        mx.eval(token, [cache.state[:2] for cache in caches] if count > 1 else ())
+
+    return step
