@@ -66,6 +66,9 @@ class ChatSession:
         self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
         self.stats.cache_bytes = self.cache.nbytes
         self.stats.seed = self.sampler.sampling.seed or 0
+        # A reply is text. A special token is none: were one read, the model could open a turn of
+        # its own, which no template renders. So each of them ends a reply.
+        self._end_ids = model.tokenizer.eos_ids | model.tokenizer.special_ids
         # What the stream must still read before the next turn: ids, then text.
         self._unread: list[int] = []
         self._closing = ""
@@ -100,7 +103,7 @@ class ChatSession:
             turn,
             self.sampler,
             limit,
-            self.model.tokenizer.eos_ids,
+            self._end_ids,
             counted(progress, len(turn)),
         )
         try:

@@ -67,6 +67,12 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens: those that are no text, and that `decode` leaves out."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(id for id, token in added.items() if token.special)
+
+    @cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template, or None if the model has none.
 
