@@ -75,12 +75,10 @@ def set_cache_limit() -> None:
 
 def describe() -> dict[str, str | int | bool]:
     """Return what this machine is and what is installed, for people to paste."""
-    import mlx.core as mx
-
     about = device()
     return {
         "mlx_stream": version("mlx_stream"),
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "mlx-lm": version("mlx-lm"),
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -80,17 +80,23 @@ class Sampler:
         if self.sampling.repetition_penalty != 1:
             logits = penalize(logits, attended(), self.sampling.repetition_penalty)
         if self.sampling.temperature == 0:
-            return int(mx.argmax(logits).item())
+            return number(mx.argmax(logits))
         self.key, key = mx.random.split(self.key)
         kept = truncate(logits / self.sampling.temperature, self.sampling)
-        return int(mx.random.categorical(kept, key=key).item())
+        return number(mx.random.categorical(kept, key=key))
+
+
+def number(array: mx.array) -> int:
+    value = array.item()
+    assert isinstance(value, int)
+    return value
 
 
 def penalize(logits: mx.array, ids: Sequence[int], penalty: float) -> mx.array:
     """Make the tokens in `ids` less likely (arXiv 1909.05858); a token twice counts once."""
     if not ids:
         return logits
-    rows = mx.array(ids, mx.int32)
+    rows = mx.array([*ids], mx.int32)
     chosen = logits[rows]
     logits = mx.array(logits)
     logits[rows] = mx.where(chosen > 0, chosen / penalty, chosen * penalty)
@@ -121,12 +127,11 @@ class TokenStream:
     Reading evaluates everything it computes: nothing lazy outlives a call.
     """
 
-    def __init__(self, model: Model, cache: Cache, sinks: int | None = None):
+    def __init__(self, model: Model, cache: Cache):
         self.network, self.cache = model.network, cache
-        geometry = getattr(cache, "geometry", None)
-        self._sinks = geometry.sinks if geometry else 0
+        self._sinks, latest = cache.keeps
         self._first: list[int] = []
-        self._latest: deque[int] = deque(maxlen=geometry.ring if geometry else None)
+        self._latest: deque[int] = deque(maxlen=latest)
 
     @property
     def length(self) -> int:
@@ -204,10 +209,10 @@ def generate(
     when the next one is asked for, so the last one yielded has not been read.
     """
     logits = stream.read(prompt, progress=progress)
-    for number in range(max_tokens):
+    for sampled in range(max_tokens):
         token = sampler.choose(logits, stream.attended_ids)
         if token in end_ids:
             return
         yield token
-        if number + 1 < max_tokens:
+        if sampled + 1 < max_tokens:
             logits = stream.read([token])

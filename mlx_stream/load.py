@@ -8,7 +8,6 @@ import mlx.core as mx
 
 from mlx_stream import backend, hub
 from mlx_stream.cache import DenseCache, StreamCache
-from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
@@ -166,17 +165,17 @@ def load(
     network = build(config, tensors, computed, keep)
     quantized = keep and config.quantization is not None
     rope = Rope(config.rope, config.head_dim)
-    return Model(
-        str(source), config, network, tokenizer, rope, computed, quantized, needed, force
-    )
+    return Model(str(source), config, network, tokenizer, rope, computed, quantized, needed, force)
 
 
 def default_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
     """Return what to compute in: float32 on the CPU backend, else the checkpoint's own."""
     if not backend.on_metal():
         return mx.float32
-    name = "model.norm.weight" if "model.embed_tokens.scales" not in tensors else (
-        "model.embed_tokens.scales"
+    name = (
+        "model.norm.weight"
+        if "model.embed_tokens.scales" not in tensors
+        else ("model.embed_tokens.scales")
     )
     own = tensors[name].dtype if name in tensors else mx.float16
     if own not in DTYPES.values() or (own == mx.bfloat16 and not backend.native_bfloat16()):

@@ -74,7 +74,7 @@ def llama3(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def yarn(config: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """Slow down by `factor` what turns fewer than `beta_slow` times, not at all above `beta_fast`."""
+    """Slow down by `factor` what turns under `beta_slow` times, and nothing above `beta_fast`."""
 
     def pair_turning(times: float) -> float:
         original = config.original_max_position_embeddings

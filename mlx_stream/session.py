@@ -5,7 +5,7 @@ afterwards holds what the model's template would render: tokens past a stop stri
 and what the template puts after a reply is read before the next turn.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
 from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
@@ -80,7 +80,7 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Read a question and yield the reply's pieces; closing the generator stops the reply.
 
         Args:

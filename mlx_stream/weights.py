@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -82,7 +83,9 @@ class CheckpointWeights:
             module = nn.Embedding(1, 1)
             module.weight = part.tensors["weight"]
         else:
-            module = nn.QuantizedEmbedding(1, part.quantization.group_size, **_settings(part.quantization))
+            module = nn.QuantizedEmbedding(
+                1, part.quantization.group_size, **_settings(part.quantization)
+            )
             module.num_embeddings, module.dims = count, size
             _set_quantized(module, part.tensors)
         mx.eval(module.parameters())
@@ -108,7 +111,9 @@ class CheckpointWeights:
             module = nn.Linear(1, 1, bias="bias" in joined)
             module.weight = joined["weight"]
         else:
-            module = nn.QuantizedLinear(quantization.group_size, 1, bias="bias" in joined, **_settings(quantization))
+            module = nn.QuantizedLinear(
+                quantization.group_size, 1, bias="bias" in joined, **_settings(quantization)
+            )
             _set_quantized(module, joined)
         if "bias" in joined:
             module.bias = joined["bias"]
@@ -228,7 +233,7 @@ def weight_bytes(
     return count.total
 
 
-def _settings(quantization: Quantization) -> dict[str, int | str]:
+def _settings(quantization: Quantization) -> dict[str, Any]:
     return {
         "group_size": quantization.group_size,
         "bits": quantization.bits,

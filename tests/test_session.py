@@ -1,4 +1,4 @@
-"""Conversations on a tiny model: however a reply ends, the stream holds what the template renders."""
+"""Conversations on a tiny model: the stream holds what the template renders, whatever happens."""
 
 import itertools
 
@@ -153,9 +153,7 @@ def test_each_turn_reads_only_its_own_tokens(model):
     to_the_end(chat, "One?", max_tokens=5)
     before = chat.tokens.length
     to_the_end(chat, "Two?", max_tokens=5)
-    added = "".join(
-        [chat.template.closing, chat.template.turn("Two?", "Once."), "x" * 8]
-    )
+    added = "".join([chat.template.closing, chat.template.turn("Two?", "Once."), "x" * 8])
     assert chat.tokens.length - before <= len(added)
     assert "Once." not in chat.model.tokenizer.decode(chat.tokens.all[before:])
 

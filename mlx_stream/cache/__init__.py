@@ -5,7 +5,7 @@ H query heads, K key/value heads, D head dimension, S sinks, W window, X spare r
 rows, L layers. Tokens of a stream are numbered t = 0, 1, 2, ...
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -36,6 +36,11 @@ class Step(Protocol):
 
 class Cache(Protocol):
     """What attention and `generate` need of a cache."""
+
+    @property
+    def keeps(self) -> tuple[int, int | None]:
+        """How many of the first and of the latest tokens there is room for; None: for all."""
+        ...
 
     @property
     def length(self) -> int:
@@ -70,8 +75,8 @@ class Cache(Protocol):
         """Plan the step that reads the next `count` tokens; changes nothing attended."""
         ...
 
-    def commit(self, step: Step) -> None:
-        """Make what a step computed the stream's state."""
+    def commit(self, step: Any) -> None:
+        """Make what a step of this cache computed the stream's state."""
         ...
 
     def arrays(self) -> list[mx.array]:

@@ -32,8 +32,12 @@ class DenseCache:
         self.scale = head_dim**-0.5 * rope.magnitude**2
         self.length = 0
         empty = mx.zeros((1, kv_heads, 0, head_dim), dtype)
-        self.keys = [empty] * layers
-        self.values = [empty] * layers
+        self.keys: list[mx.array] = [empty] * layers
+        self.values: list[mx.array] = [empty] * layers
+
+    @property
+    def keeps(self) -> tuple[int, None]:
+        return 0, None
 
     @property
     def attended(self) -> int:
@@ -84,14 +88,17 @@ class DenseCache:
         length = state.get("length")
         if not isinstance(length, int) or state.keys() != self.state().keys():
             raise ValueRefused("not a state of this cache")
-        layers = range(len(self.keys))
-        keys = [state[f"keys.{layer}"] for layer in layers]
-        values = [state[f"values.{layer}"] for layer in layers]
         _, heads, _, head_dim = self.keys[0].shape
-        for array in (*keys, *values):
-            if not isinstance(array, mx.array) or array.shape != (1, heads, length, head_dim):
-                raise ValueRefused("not a state of this cache: an array has the wrong shape")
-        self.keys, self.values = keys, values  # type: ignore[assignment]
+        arrays = {
+            name: value
+            for name, value in state.items()
+            if isinstance(value, mx.array) and value.shape == (1, heads, length, head_dim)
+        }
+        if len(arrays) != 2 * len(self.keys):
+            raise ValueRefused("not a state of this cache: an array has the wrong shape")
+        layers = range(len(self.keys))
+        self.keys = [arrays[f"keys.{layer}"] for layer in layers]
+        self.values = [arrays[f"values.{layer}"] for layer in layers]
         self.length = length
 
 

@@ -97,6 +97,10 @@ class StreamCache:
         return self.held.values
 
     @property
+    def keeps(self) -> tuple[int, int]:
+        return self.geometry.sinks, self.geometry.ring
+
+    @property
     def length(self) -> int:
         return self.place.length
 
@@ -233,7 +237,7 @@ class StreamCache:
         mx.eval(self.arrays())
 
     def _check(self, place: Place) -> None:
-        """Refuse numbers that no stream of this geometry can reach: rows would be read unwritten."""
+        """Refuse numbers no stream of this geometry can reach: rows would be read unwritten."""
         geometry = self.geometry
         base = place.length - place.clock
         consistent = (
@@ -370,7 +374,12 @@ class ChunkStep:
         return out
 
     def _attend_moving(
-        self, layer: int, plain: mx.array, queries: mx.array, new_keys: mx.array, new_values: mx.array
+        self,
+        layer: int,
+        plain: mx.array,
+        queries: mx.array,
+        new_keys: mx.array,
+        new_values: mx.array,
     ) -> mx.array:
         cache, sinks = self.cache, self.cache.geometry.sinks
         sink_keys = self.sink_keys[layer : layer + 1]
@@ -386,7 +395,9 @@ class ChunkStep:
         )
         out = mx.fast.scaled_dot_product_attention(
             queries.astype(mx.float32),
-            mx.concatenate([mx.zeros_like(sink_keys), *ring_keys, new_keys], axis=2).astype(mx.float32),
+            mx.concatenate([mx.zeros_like(sink_keys), *ring_keys, new_keys], axis=2).astype(
+                mx.float32
+            ),
             mx.concatenate([*values, new_values], axis=2).astype(mx.float32),
             scale=cache.scale,
             mask=mask,

@@ -62,7 +62,9 @@ def chat(
         system = hub.STARTER_SYSTEM
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     loaded = load(model, dtype, keep_quantized, force, note)
-    session = ChatSession(loaded, system or None, window, sinks, sampling, max_tokens, stop or (), note)
+    session = ChatSession(
+        loaded, system or None, window, sinks, sampling, max_tokens, stop or (), note
+    )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         note(f"{model}, {session.stats.window:,} tokens attended; Ctrl-D leaves")
@@ -119,6 +121,9 @@ def typed_turns() -> Iterator[str]:
             line = input(PROMPT)
         except KeyboardInterrupt:
             print("\n(Ctrl-D leaves)")
+            continue
+        except UnicodeDecodeError:
+            note("that line is not valid in this terminal's encoding; type it again")
             continue
         except EOFError:
             print()

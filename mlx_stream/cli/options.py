@@ -7,7 +7,7 @@ import typer
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        metavar="[MODEL]", help="A folder, a Hub id, a .gguf file, or starter.", show_default=True
+        metavar="MODEL", help="A folder, a Hub id, a .gguf file, or starter.", show_default=True
     ),
 ]
 Dtype = Annotated[
@@ -61,9 +61,5 @@ Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="End before this text; may be given several times."),
 ]
-ShowStats = Annotated[
-    bool, typer.Option("--stats", help="Print statistics to standard error.")
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object to standard output.")
-]
+ShowStats = Annotated[bool, typer.Option("--stats", help="Print statistics to standard error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]

@@ -44,10 +44,7 @@ def score(
     text = read_text(path)
     loaded = load(model, dtype, keep_quantized, force, note)
     ids = loaded.tokenizer.encode(text)[:max_tokens]
-    if dense:
-        cache = loaded.new_dense_cache()
-    else:
-        cache = loaded.new_cache(sinks, window, notify=note)
+    cache = loaded.new_dense_cache() if dense else loaded.new_cache(sinks, window, notify=note)
     with progress_bar("scoring") as progress:
         result = score_ids(TokenStream(loaded, cache), ids, chunk, progress)
     if json:

@@ -1,6 +1,8 @@
 """What every verb does with its streams: notices, progress, errors; knows no verb."""
 
+import errno
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +13,8 @@ from typing import Any, NoReturn, TypeVar
 from mlx_stream.errors import MlxStreamError, TextError
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
+
+UNWRITABLE = {errno.EPIPE: "was closed", errno.ENOSPC: "was full"}
 
 
 def note(text: str) -> None:
@@ -34,10 +38,12 @@ def guarded(verb: Verb) -> Verb:
             sys.stdout.flush()
         except MlxStreamError as error:
             fail(" ".join(str(error).split()))
-        except BrokenPipeError:
-            # Nobody reads any more; the interpreter's own flush at exit must find a place to go.
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            # The interpreter's own flush at exit must find a place to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            fail("standard output was closed before everything was written")
+            fail(f"standard output {UNWRITABLE[error.errno]} before everything was written")
         except KeyboardInterrupt:
             note("interrupted")
             raise SystemExit(130) from None
@@ -50,6 +56,9 @@ def prepare() -> None:
     from mlx_stream import backend
 
     backend.set_cache_limit()
+    # What the terminal's encoding does not have is shown as an escape, as on standard error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def read_text(path: str) -> str:
@@ -87,8 +96,13 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(

@@ -150,11 +150,13 @@ def our_step(model: Model, window: int, count: int) -> Step:
     ids = [7] * count
 
     def step() -> None:
-        done = 0
-        while done < count:
-            taken = cache.take(count - done)
-            hidden = model.network(ids[done : done + taken], cache)
-            done += taken
+        left = count
+        while True:
+            taken = cache.take(left)
+            hidden = model.network(ids[:taken], cache)
+            left -= taken
+            if not left:
+                break
         token = mx.argmax(model.network.logits(hidden[:, -1]), axis=-1)
         mx.eval(token, *(cache.arrays() if count > 1 else ()))
 

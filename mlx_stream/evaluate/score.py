@@ -102,7 +102,7 @@ def losses(network: CausalLM, hidden: mx.array, targets: Sequence[int]) -> list[
     values: list[float] = []
     for start in range(0, len(targets), HEAD_ROWS):
         logits = network.logits(hidden[start : start + HEAD_ROWS]).astype(mx.float32)
-        chosen = mx.array(targets[start : start + HEAD_ROWS], mx.int32)[:, None]
+        chosen = mx.array([*targets[start : start + HEAD_ROWS]], mx.int32)[:, None]
         loss = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, chosen, axis=-1)[:, 0]
         values.extend(loss.tolist())  # type: ignore[arg-type]
     return values

@@ -107,7 +107,8 @@ class CausalLM(nn.Module):
             for layer in range(config.num_hidden_layers)
         ]
         self.norm = weights.norm("model.norm", size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
+        self.tied = config.tie_word_embeddings
+        if not self.tied:
             self.lm_head = weights.linear(Projection("lm_head", vocabulary, size))
 
     def __call__(self, ids: Sequence[int], cache: Cache) -> mx.array:
@@ -125,6 +126,4 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits (..., vocabulary) of hidden states (..., hidden size)."""
-        if "lm_head" in self:
-            return self.lm_head(hidden)
-        return self.embed_tokens.as_linear(hidden)
+        return self.embed_tokens.as_linear(hidden) if self.tied else self.lm_head(hidden)
