@@ -150,7 +150,9 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    path = hub.resolve(str(source), notify)
+    # A Path is always a place on disk; as a string, "starter" would be the starter.
+    place = str(source.absolute()) if isinstance(source, Path) else source
+    path = hub.resolve(place, notify)
     checkpoint = read_gguf(path) if path.is_file() else read_folder(path)
     config = read_config(checkpoint.config)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)

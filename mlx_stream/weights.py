@@ -77,7 +77,7 @@ class CheckpointWeights:
             return SideBySide([self._module([part]) for part in read])
         return self._module(read)
 
-    def embedding(self, path: str, count: int, size: int) -> nn.Module:
+    def embedding(self, path: str, count: int, size: int) -> nn.Embedding | nn.QuantizedEmbedding:
         part = self._part(path, count, size, False)
         if part.quantization is None:
             module = nn.Embedding(1, 1)
@@ -205,9 +205,9 @@ class WeightBytes:
             self.total += part.bias * part.outputs * self.itemsize
         return nn.Identity()
 
-    def embedding(self, path: str, count: int, size: int) -> nn.Module:
+    def embedding(self, path: str, count: int, size: int) -> nn.Embedding:
         self._add(path, count, size)
-        return nn.Identity()
+        return nn.Embedding(1, 1)
 
     def norm(self, path: str, size: int, eps: float) -> nn.Module:
         self.total += size * self.itemsize

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -83,17 +83,3 @@ def tiny_model() -> Callable[..., Model]:
         return Model("tiny", config, network, nothing, rope, dtype, False, needed)
 
     return make
-
-
-@pytest.fixture
-def cache_limit() -> Iterator[Callable[[int], None]]:
-    """Return a function that bounds MLX's cache of freed buffers, for one test."""
-    mx.clear_cache()
-    before = mx.set_cache_limit(2**20)
-    mx.set_cache_limit(before)
-
-    def limit(size: int) -> None:
-        mx.set_cache_limit(size)
-
-    yield limit
-    mx.set_cache_limit(before)

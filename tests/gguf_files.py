@@ -17,9 +17,19 @@ from mlx_stream.errors import MlxStreamError
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["t h", "th e", "Ġ the", "1 2"]
+MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3"]
 # `hello` is no product of the merges: only a model that ignores them for whole words finds it.
-TOKENS = [*CONTROL, *sorted(ByteLevel.alphabet()), "th", "the", "Ġthe", "12", "hello", "<tool>"]
+TOKENS = [
+    *CONTROL,
+    *sorted(ByteLevel.alphabet()),
+    "th",
+    "the",
+    "Ġthe",
+    "12",
+    "123",
+    "hello",
+    "<tool>",
+]
 TYPES = [3] * 3 + [1] * (len(TOKENS) - 4) + [4]
 VOCAB = len(TOKENS) + 1
 

@@ -10,7 +10,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.errors import TokenizerError
 
-TEXT = "The  theory: in the year 1234, 'they'll hello hello-hello\n\nhello\n\n\tÉté, 東京 🙂 <|im_end|><tool>12"
+TEXT = "The  theory: in the year 1234, 'they'll hello hello-hello\n\nhello"
+TEXT += "\n\n\tÉté, 東京 🙂 <|im_end|><tool>12"
 LLAMA3_SPLIT = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| "
     "?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
@@ -56,6 +57,7 @@ def test_tokenizer_splits_as_the_original(path: Path, pre: str):
     assert tokenizer.decode(ids) == TEXT.replace("<|im_end|>", "")
     assert [tokenizer.id_to_token(index) for index in range(len(TOKENS))] == TOKENS
     assert (TOKENS.index("12") in ids) == (pre != "smollm")
+    assert (TOKENS.index("123") in ids) == (pre != "smollm")
     assert (TOKENS.index("hello") in ids) == (pre == "llama-bpe")
     assert ids.count(2) == 1 and ids.count(TOKENS.index("<tool>")) == 1
 
@@ -71,6 +73,23 @@ def test_beginning_and_end_of_a_text(path: Path):
     assert ids(pre="llama-bpe") == [1, th]
     assert ids(pre="llama-bpe", add_bos_token=False) == [th]
     assert ids(pre="llama-bpe", add_eos_token=True) == [1, th, 2]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
+def test_transformers_loads_it_with_the_same_ids(path: Path, pre: str):
+    transformers = pytest.importorskip("transformers")
+    write_tiny(path, keys={"tokenizer.ggml.pre": pre})
+    checkpoint = read_gguf(path)
+    file = path.with_name("tokenizer.json")
+    file.write_text(checkpoint.tokenizer, encoding="utf-8")
+    config = dict(checkpoint.tokenizer_config)
+    theirs = getattr(transformers, config.pop("tokenizer_class"))(
+        tokenizer_file=str(file), **config
+    )
+    assert theirs(TEXT).input_ids == Tokenizer.from_str(checkpoint.tokenizer).encode(TEXT).ids
+    assert theirs.eos_token_id == 2 and theirs.bos_token_id == 1
+    turn = [{"role": "user", "content": "the"}]
+    assert theirs.apply_chat_template(turn, tokenize=False) == "<|im_start|>the<|im_end|>"
 
 
 def test_tokenizer_config(path: Path):
@@ -95,7 +114,7 @@ def test_tokenizer_config(path: Path):
     [
         ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported (supported: 'gpt2'"),
         ({"pre": "qwen2"}, "'qwen2' is not supported (supported: smollm, llama-bpe"),
-        ({"pre": None}, "no tokenizer.ggml.pre"),
+        ({"pre": None}, "tokenizer.ggml.pre '' is not supported"),
         ({"tokens": None}, "no tokenizer.ggml.tokens"),
         ({"tokens": [1, 2]}, "tokens must be an array of strings"),
         ({"tokens": [*TOKENS, "a", "b"]}, "for an embedding of"),

@@ -1,0 +1,164 @@
+"""A Hub of our own on loopback, and caches and indices away from the user's; knows no test."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import huggingface_hub.utils
+import pytest
+from tiny import tiny_config, tiny_weights, write_tiny
+
+from mlx_stream import hub
+from mlx_stream.errors import SourceError
+
+CONFIG = tiny_config(num_hidden_layers=1)
+WEIGHTS = tiny_weights(CONFIG)
+REPO = "org/tiny-model"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NOBODY = "http://127.0.0.1:9"  # refuses at once
+
+
+class Hub:
+    """Serves folders in the Hub's wire format, and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Path] = {}
+        self.asked: list[str] = []
+        self.errors: dict[str, tuple[int, str]] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.reply(*outer.answer(self.path), body=False)
+
+            def do_GET(self) -> None:
+                self.reply(*outer.answer(self.path), body=True)
+
+            def reply(self, status: int, headers: dict, content: bytes, body: bool) -> None:
+                self.send_response(status)
+                for name, value in {"Content-Length": len(content), **headers}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                if body:
+                    self.wfile.write(content)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def answer(self, path: str) -> tuple[int, dict, bytes]:
+        path = path.split("?")[0]
+        self.asked.append(path)
+        for repo, folder in self.repos.items():
+            if repo in self.errors and repo in path:
+                status, code = self.errors[repo]
+                return status, {"X-Error-Code": code}, b"{}"
+            files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+            table = {str(p.relative_to(folder)): p for p in files}
+            if path == f"/api/models/{repo}/revision/main":
+                siblings = [{"rfilename": name} for name in table]
+                info = {"id": repo, "sha": COMMIT, "siblings": siblings}
+                return 200, {}, json.dumps(info).encode()
+            if path == f"/api/models/{repo}/tree/{COMMIT}":
+                tree = [
+                    {"type": "file", "path": n, "size": p.stat().st_size, "oid": etag(p)}
+                    for n, p in table.items()
+                ]
+                return 200, {}, json.dumps(tree).encode()
+            name = path.removeprefix(f"/{repo}/resolve/{COMMIT}/")
+            if name in table:
+                headers = {"ETag": f'"{etag(table[name])}"', "X-Repo-Commit": COMMIT}
+                return 200, headers, table[name].read_bytes()
+        return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+
+    def fetched(self) -> set[str]:
+        return {path.split(COMMIT + "/")[1] for path in self.asked if "/resolve/" in path}
+
+
+def etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+# --- fixtures ---
+
+
+@pytest.fixture(name="model")
+def model_fixture(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "model", CONFIG, WEIGHTS)
+
+
+@pytest.fixture(name="home")
+def home_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Turn every cache, index and Hub to `tmp_path` or to nobody; return our own cache."""
+    for name in [name for name in os.environ if name.startswith(("HF_", "PIP_"))]:
+        monkeypatch.delenv(name)
+    for name in ("HOME", "MLX_STREAM_HOME", "HF_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name, value in {
+        "HF_ENDPOINT": NOBODY,
+        "NO_PROXY": "127.0.0.1",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+    }.items():
+        monkeypatch.setenv(name, value)
+    # huggingface_hub read its environment when it was imported.
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "HF_HOME" / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "HF_HOME" / "token"))
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "HF_HOME" / "agents"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    use_endpoint(monkeypatch, NOBODY)
+    yield tmp_path / "MLX_STREAM_HOME" / "cache"
+    huggingface_hub.utils.close_session()
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture(name="served")
+def served_fixture(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub()
+    server.repos[REPO] = model
+    use_endpoint(monkeypatch, server.endpoint)
+    yield server
+    huggingface_hub.utils.close_session()
+    server.server.shutdown()
+    server.thread.join()
+    server.server.server_close()
+
+
+# --- what tests of both files need ---
+
+
+def refused(source: str) -> str:
+    with pytest.raises(SourceError) as error:
+        hub.resolve(source, silent)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def never(_: str) -> None:
+    raise AssertionError("nothing was to be fetched")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []

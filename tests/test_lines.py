@@ -1,0 +1,163 @@
+"""What nothing keeps unless a test does: imports one way, short files, a README that is true."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import mlx_stream
+from mlx_stream.cli import app
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mlx_stream"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+README = (ROOT / "README.md").read_text("utf-8")
+
+# Each room may import those before it, and files of its own. `backend` first: it loads OpenBLAS.
+ROOMS = [
+    "backend",
+    "errors",
+    "config",
+    "rope",
+    "cache",
+    "models",
+    "weights",
+    "checkpoint",
+    "template",
+    "tokenizer",
+    "hub",
+    "load",
+    "generate",
+    "stream",
+    "session",
+    "evaluate",
+    "cli",
+]
+# Packages by the name they are imported under, where it is not the distribution's.
+DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub", "mlx_lm": "mlx-lm"}
+MAY_IMPORT_MLX_LM = {"evaluate"}
+MAY_PRINT = {"cli"}
+MAY_EVALUATE = {
+    "generate",
+    "weights",
+    "checkpoint",
+    "evaluate",
+    "rope",  # frequencies, once, when a model is built
+    "cache",  # buffers, once, when a stream is made or restored
+}
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Yield the dotted names a file imports, wherever in it they stand."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            if node.module == "mlx_stream":
+                yield from (f"mlx_stream.{alias.name}" for alias in node.names)
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_is_short_says_what_it_knows_and_imports_one_way(path):
+    text = path.read_text("utf-8")
+    assert len(text.splitlines()) <= 400
+    assert (ast.get_docstring(ast.parse(text)) or "").strip()
+    if room(path) in ("__init__", "__main__"):
+        return
+    rank = ROOMS.index(room(path))
+    for name in imports(path):
+        if name.startswith("mlx_stream."):
+            assert ROOMS.index(name.split(".")[1]) <= rank, f"{path.name} imports {name}"
+        if name.split(".")[0] in ("mlx_lm", "transformers"):
+            assert name.startswith("mlx_lm") and room(path) in MAY_IMPORT_MLX_LM
+    if room(path) not in MAY_PRINT:
+        assert "print" not in calls(path)
+    if room(path) not in MAY_EVALUATE:
+        assert not any(name in ("mx.eval", "mx.async_eval") for name in calls(path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_a_test_file_is_short(path):
+    assert len(path.read_text("utf-8").splitlines()) <= 400
+
+
+def test_every_imported_package_is_declared_and_every_declared_one_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {re.split(r"[\[>=; ]", line)[0] for line in project["dependencies"]}
+    found = {name.split(".")[0] for path in MODULES for name in imports(path)}
+    found -= {"mlx_stream", *sys.stdlib_module_names}
+    assert {DISTRIBUTIONS.get(name, name) for name in found} == declared
+
+
+def test_public_names_are_complete():
+    public = {name for name in vars(mlx_stream) if not name.startswith("_")}
+    submodules = {room(path) for path in MODULES}
+    assert set(mlx_stream.__all__) == public - (submodules - set(mlx_stream.__all__))
+    assert list(mlx_stream.__all__) == sorted(mlx_stream.__all__)
+
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def readme_commands():
+    """Return the command lines of the README's code blocks that run this program."""
+    blocks = re.findall(r"```(?:bash|console|sh)\n(.*?)```", README, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line[line.index("mlx_stream ") :] for line in lines if "mlx_stream " in line]
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_verb_is_in_the_readme(verb):
+    assert f"mlx_stream {verb}" in README
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_every_command_of_the_readme_names_a_verb_and_options_that_exist(line):
+    words = line.split("|")[0].split()
+    command = COMMANDS[words[1]]
+    known = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
+    used = {word.split("=")[0] for word in words[2:] if re.match(r"--?[a-z]", word)}
+    assert used <= known | {"--help"}
+
+
+def test_every_option_named_in_the_readme_exists():
+    known = {
+        option
+        for command in COMMANDS.values()
+        for param in command.params
+        for option in (*param.opts, *param.secondary_opts)
+    }
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert set(re.findall(r"`(--[a-z-]+)", prose)) <= known | {"--help"}
+
+
+def test_the_readme_shows_every_room():
+    tree = README[README.index("## Where things are") :]
+    missing = [
+        name
+        for name in (p.name for p in PACKAGE.iterdir() if not p.name.startswith(("_", ".")))
+        if not re.search(rf"^\s+{re.escape(name)}/?\s", tree, re.MULTILINE)
+    ]
+    assert not missing
+
+
+def test_ci_runs_the_readmes_test_command():
+    command = re.search(r"^pip install -e '\.\[dev\]' && (pytest.*)$", README, re.MULTILINE)
+    assert command
+    assert command[1] in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
