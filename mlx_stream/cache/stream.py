@@ -9,11 +9,12 @@ Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. On the clock the
 2, 3, 4, 5, 6: distance 4 to token 0, as rule 2 says (t - o + S - i = 6 - 4 + 2 - 0).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from mlx_stream.cache.plan import STEP_LENGTHS, Geometry, Place, padded
+from mlx_stream.cache.steps import ChunkStep, DecodeStep
 from mlx_stream.errors import ValueRefused
 from mlx_stream.rope import Rope
 
@@ -21,8 +22,6 @@ from mlx_stream.rope import Rope
 CLOCK_LIMIT = 2**14
 # A chunk that moves o carries an additive mask of H x T x N float32; T is held to this many bytes.
 MASK_BYTES = 128 * 2**20
-# Stands for "not attended" in an additive mask: finite, so that no row can become NaN.
-NOT_ATTENDED = -1e30
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ class StreamCache:
         longest = max(length for length in STEP_LENGTHS if length <= limit)
         return min(waiting, longest, room or waiting)
 
-    def begin(self, count: int) -> "DecodeStep | ChunkStep":
+    def begin(self, count: int) -> DecodeStep | ChunkStep:
         """Plan the step for the next `count` tokens, of which there may be `take(count)` at most.
 
         Turns the sinks to where this step needs them, and the ring back if the clock is due.
@@ -156,7 +155,7 @@ class StreamCache:
             return DecodeStep(self)
         return ChunkStep(self, count)
 
-    def commit(self, step: "DecodeStep | ChunkStep") -> None:
+    def commit(self, step: DecodeStep | ChunkStep) -> None:
         first, count = self.length, step.count
         if step.new_sinks:
             read = min(count, self.geometry.sinks - first)
@@ -275,155 +274,6 @@ class StreamCache:
 
     def _move(self, place: Place) -> None:
         self.held = replace(self.held, place=place)
-
-
-@dataclass
-class DecodeStep:
-    """One token: it is written into its row, then attends over the buffer, row order free."""
-
-    cache: StreamCache
-    count: int = 1
-    rows: int = 1
-    keys: list[mx.array] = field(default_factory=list)
-    values: list[mx.array] = field(default_factory=list)
-    new_sinks: list[mx.array] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        cache = self.cache
-        token = cache.length
-        cache.place_sinks(token)
-        geometry, place = cache.geometry, cache.place
-        self.is_sink = token < geometry.sinks
-        self.extent = geometry.extent(token)
-        self.position = mx.array([place.clock], mx.int32)
-        self.row = mx.array([geometry.row(token)], mx.int32)
-        mask = geometry.decode_mask(place, self.extent)
-        self.mask = None if mask is None else mx.array(mask)[None]
-
-    def attend(self, layer: int, heads: mx.array) -> mx.array:
-        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
-        if self.is_sink:
-            self.new_sinks.append(heads[:, cache.query_heads : split])
-        turned = cache.rope.rotate(heads[:, :split], self.position)
-        new_keys = turned[:, cache.query_heads :]
-        keys = mx.slice_update(cache.keys[layer], new_keys, self.row, axes=(2,))
-        values = mx.slice_update(cache.values[layer], heads[:, split:], self.row, axes=(2,))
-        self.keys.append(keys)
-        self.values.append(values)
-        if self.extent < keys.shape[2]:
-            keys, values = keys[:, :, : self.extent], values[:, :, : self.extent]
-        return mx.fast.scaled_dot_product_attention(
-            turned[:, : cache.query_heads], keys, values, scale=cache.scale, mask=self.mask
-        )
-
-
-class ChunkStep:
-    """Several tokens: they attend to the buffer as it was and to themselves, then are written.
-
-    Each row has its own o. If o does not move within the chunk, the sinks' rows on the clock are
-    right for every row. If it does, every row sees the sinks from the constant place C - 1: the
-    scores of a second rotation of the queries enter the fused attention through an additive mask,
-    over sink keys set to zero (measured on the CPU backend: as fast as a plain mask).
-    """
-
-    def __init__(self, cache: StreamCache, count: int):
-        self.cache, self.count, self.rows = cache, count, padded(count)
-        self.keys: list[mx.array] = []
-        self.values: list[mx.array] = []
-        self.new_sinks: list[mx.array] = []
-        geometry, first = cache.geometry, cache.length
-        self.moves = geometry.room(cache.place) == 0 and geometry.sinks > 0
-        if not self.moves:
-            cache.place_sinks(first + count - 1)
-        self.extent = geometry.extent(first - 1) if first else 0
-        self.position = mx.array([cache.place.clock], mx.int32)
-        self.segments = geometry.segments(first, count)
-        mask = mx.array(geometry.chunk_mask(cache.place, self.extent, self.rows))
-        if self.moves:
-            self._prepare_sinks(mask)
-        else:
-            self.mask = mask
-
-    def _prepare_sinks(self, mask: mx.array) -> None:
-        cache, sinks = self.cache, self.cache.geometry.sinks
-        self.far = cache.geometry.window - 1 + sinks
-        self.sink_keys = cache.rope.rotate(cache.sinks, mx.array([0], mx.int32))
-        ring = mx.where(mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
-        self.ring_mask = mx.broadcast_to(ring, (1, cache.query_heads, *ring.shape))
-
-    def attend(self, layer: int, heads: mx.array) -> mx.array:
-        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
-        turned = cache.rope.rotate(heads[:, :split], self.position)
-        queries, new_keys = turned[:, : cache.query_heads], turned[:, cache.query_heads :]
-        new_values = heads[:, split:]
-        self._capture_sinks(heads[:, cache.query_heads : split])
-        if self.moves:
-            out = self._attend_moving(
-                layer, heads[:, : cache.query_heads], queries, new_keys, new_values
-            )
-        else:
-            keys, values = self._buffer(layer, 0)
-            out = mx.fast.scaled_dot_product_attention(
-                queries,
-                mx.concatenate([*keys, new_keys], axis=2),
-                mx.concatenate([*values, new_values], axis=2),
-                scale=cache.scale,
-                mask=self.mask,
-            )
-        self._write(layer, new_keys, new_values)
-        return out
-
-    def _attend_moving(
-        self,
-        layer: int,
-        plain: mx.array,
-        queries: mx.array,
-        new_keys: mx.array,
-        new_values: mx.array,
-    ) -> mx.array:
-        cache, sinks = self.cache, self.cache.geometry.sinks
-        sink_keys = self.sink_keys[layer : layer + 1]
-        ring_keys, _ = self._buffer(layer, sinks)
-        _, values = self._buffer(layer, 0)
-        # Scores in the mask are float32 whatever the model's dtype: half precision would round
-        # the sinks' scores, the largest there are, far more than those of the ring.
-        far = cache.rope.rotate_all(plain, self.far).astype(mx.float32)
-        grouped = far.reshape(1, cache.kv_heads, -1, far.shape[-1])
-        scores = (grouped * cache.scale) @ sink_keys.astype(mx.float32).swapaxes(-1, -2)
-        mask = mx.concatenate(
-            [scores.reshape(1, cache.query_heads, self.rows, sinks), self.ring_mask], axis=-1
-        )
-        out = mx.fast.scaled_dot_product_attention(
-            queries.astype(mx.float32),
-            mx.concatenate([mx.zeros_like(sink_keys), *ring_keys, new_keys], axis=2).astype(
-                mx.float32
-            ),
-            mx.concatenate([*values, new_values], axis=2).astype(mx.float32),
-            scale=cache.scale,
-            mask=mask,
-        )
-        return out.astype(plain.dtype)
-
-    def _buffer(self, layer: int, start: int) -> tuple[list[mx.array], list[mx.array]]:
-        """Return the buffer's rows from `start` as they were before this step, or nothing."""
-        if self.extent <= start:
-            return [], []
-        rows = slice(start, self.extent)
-        return [self.cache.keys[layer][:, :, rows]], [self.cache.values[layer][:, :, rows]]
-
-    def _capture_sinks(self, unrotated: mx.array) -> None:
-        read = min(self.count, self.cache.geometry.sinks - self.cache.length)
-        if read > 0:
-            self.new_sinks.append(unrotated[:, :, :read])
-
-    def _write(self, layer: int, new_keys: mx.array, new_values: mx.array) -> None:
-        # A second handle of the same buffer: the cache's own changes only at commit.
-        keys, values = mx.array(self.cache.keys[layer]), mx.array(self.cache.values[layer])
-        for start, stop, row in self.segments:
-            keys[:, :, row : row + stop - start] = new_keys[:, :, start:stop]
-            values[:, :, row : row + stop - start] = new_values[:, :, start:stop]
-        self.keys.append(keys)
-        self.values.append(values)
 
 
 def _copy(array: mx.array | int) -> mx.array:
