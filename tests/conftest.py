@@ -6,21 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-import mlx_stream  # isort: skip  # first: it loads OpenBLAS before anything imports MLX
+import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, settings
 from tiny import tiny_config, tiny_weights
 
-from mlx_stream import backend
 from mlx_stream.config import read_config
 from mlx_stream.load import Model, load
 from mlx_stream.rope import Rope
 from mlx_stream.tokenizer import Tokenizer
 from mlx_stream.weights import build, weight_bytes
-
-assert mlx_stream.backend is backend
 
 # huggingface_hub reads the environment once, when it is imported: nothing listens on port 9.
 NOWHERE = "http://127.0.0.1:9"

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-import mlx_stream  # isort: skip  # first: it loads OpenBLAS before anything imports MLX
+import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
 import numpy as np
@@ -26,8 +26,6 @@ from mlx_stream.generate import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.rope import Rope
 from mlx_stream.weights import build, weight_bytes
-
-assert mlx_stream
 
 SINKS, WINDOW = 4, 60
 CACHE_LIMIT = 4 * 2**20
