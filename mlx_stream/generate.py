@@ -122,16 +122,15 @@ def truncate(logits: mx.array, sampling: Sampling) -> mx.array:
 
 
 class TokenStream:
-    """One stream of token ids through one model: its cache, and the ids that are attended.
-
-    Reading evaluates everything it computes: nothing lazy outlives a call.
-    """
+    """One stream of token ids through one model: its cache, and the ids that are attended."""
 
     def __init__(self, model: Model, cache: Cache):
         self.network, self.cache = model.network, cache
         self._sinks, latest = cache.keeps
         self._first: list[int] = []
         self._latest: deque[int] = deque(maxlen=latest)
+        # What the last step computed; evaluated before the next, so that no graph grows.
+        self._computed: list[mx.array] = []
 
     @property
     def length(self) -> int:
@@ -150,33 +149,43 @@ class TokenStream:
     ) -> mx.array:
         """Read token ids and return the logits (vocabulary,) after the last one.
 
+        The logits of a single token are not evaluated yet: choosing the next one from them is one
+        more node of the same graph, and a device is waited for once per token.
+
         Args:
             ids: at least one.
             chunk: tokens a step at most; 1 decodes token by token.
             progress: called after each step with the number of tokens it read.
         """
-        last = None
-        for last in self.steps(ids, chunk):
-            if progress:
-                progress(last.shape[1])
-        if last is None:
+        if not ids:
             raise ValueRefused("at least one token must be read")
-        logits = self.network.logits(last[:, -1])[0]
-        mx.eval(logits)
+        hidden = None
+        for hidden in self.steps(ids, chunk):
+            if progress:
+                progress(hidden.shape[1])
+        assert hidden is not None
+        logits = self.network.logits(hidden[:, -1])[0]
+        if len(ids) > 1:
+            mx.eval(logits)
         return logits
 
     def steps(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[mx.array]:
-        """Read token ids step by step; yields each step's hidden states (1, T, hidden size)."""
+        """Read token ids step by step; yields each step's hidden states (1, T, hidden size).
+
+        They are evaluated before the next step at the latest.
+        """
         done = 0
         while done < len(ids):
+            mx.eval(self._computed)
             count = self.cache.take(min(chunk, len(ids) - done))
             hidden = self.network(ids[done : done + count], self.cache)
             self._record(ids[done : done + count])
             done += count
-            if count == 1:
-                mx.eval(hidden)  # the buffers are part of it
-            else:
-                mx.eval(hidden, *self.cache.arrays())
+            # A chunk's attention reads the buffers as they were: their new state is apart from it.
+            self._computed = [hidden, *(self.cache.arrays() if count > 1 else ())]
+            if count > 1:
+                mx.eval(self._computed)
+                self._computed = []
             yield hidden
 
     def rewind(self, count: int) -> None:

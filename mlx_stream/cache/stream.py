@@ -72,6 +72,8 @@ class StreamCache:
         self.rope = rope
         self.scale = head_dim**-0.5 * rope.magnitude**2
         self.clock_limit = max(clock_limit, 2 * self.geometry.rows)
+        # Freed buffers a little too large would be handed out, and such are never updated in place.
+        mx.clear_cache()
         # Zeros, not garbage: a NaN in a masked row of V would reach the output.
         shape = (1, kv_heads, self.geometry.rows, head_dim)
         self.held = Held(
@@ -255,11 +257,13 @@ class StreamCache:
         """Turn the ring back so that its lowest token stands directly behind the sinks."""
         base = self.place.length - self.place.clock
         back = self.place.floor - self.geometry.sinks - base
-        self.held = Held(
-            replace(self.place, clock=self.place.clock - back, sinks_at=-1),
-            [self.rope.rotate_all(keys, back, backwards=True) for keys in self.keys],
-            self.values,
-        )
+        mx.clear_cache()  # as when the buffers were made: theirs are the only sizes to be reused
+        turned = []
+        for keys in self.keys:
+            turned.append(self.rope.rotate_all(keys, back, backwards=True))
+            mx.eval(turned[-1])
+        place = replace(self.place, clock=self.place.clock - back, sinks_at=-1)
+        self.held = Held(place, turned, self.values)
 
     def place_sinks(self, token: int) -> None:
         """Rewrite the sinks' rows to stand where `token` must see them, if they do not yet."""
