@@ -62,7 +62,7 @@ def starter() -> Model:
 
     The cache is `MLX_STREAM_HOME` of whoever started the tests, else the default one.
     """
-    return load("starter")
+    return load("starter", dtype="float32", keep_quantized=False)
 
 
 @pytest.fixture(scope="session")

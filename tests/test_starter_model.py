@@ -1,0 +1,101 @@
+"""The real starter: logits, tokens and chat as mlx-lm has them, streaming as the slow reference."""
+
+import subprocess
+import sys
+from pydoc_data.topics import topics
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from full_table import TOLERANCE, differences, plain_weights
+
+from mlx_stream import hub
+from mlx_stream.checkpoint.folder import read_folder
+from mlx_stream.evaluate.bench import load_peer
+from mlx_stream.generate import TokenStream
+
+pytestmark = pytest.mark.starter
+
+TEXT = "\n".join(topics[name] for name in sorted(topics)[:6])
+CONVERSATION = [
+    {"role": "system", "content": "You are brief."},
+    {"role": "user", "content": "Hello, wörld! 你好 🙂"},
+    {"role": "assistant", "content": "Hi.\n\nWhat now?"},
+    {"role": "user", "content": "  def f(x):\n\treturn x ** 2  "},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(starter):
+    return hub.resolve("starter", print)
+
+
+@pytest.fixture(scope="module")
+def weights(starter):
+    return plain_weights(starter)
+
+
+@pytest.fixture(scope="module")
+def peer_tokenizer(folder):
+    from mlx_lm.tokenizer_utils import load
+
+    return load(folder)
+
+
+def test_tokens_text_and_template_equal_mlx_lms(starter, peer_tokenizer):
+    tokenizer = starter.tokenizer
+    ids = tokenizer.encode(TEXT)
+    assert ids == peer_tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids) == peer_tokenizer.decode(ids) == TEXT
+    assert tokenizer.eos_ids == set(peer_tokenizer.eos_token_ids)
+    for start in (0, 1):
+        messages = CONVERSATION[start:]
+        text = tokenizer.template.render(messages, reply=True)
+        assert text == peer_tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+        assert tokenizer.encode(text, special=False) == peer_tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True
+        )
+
+
+def test_dense_logits_equal_mlx_lms(starter, folder):
+    ids = starter.tokenizer.encode(TEXT)[:96]
+    stream = TokenStream(starter, starter.new_dense_cache())
+    ours = [starter.network.logits(hidden)[0] for hidden in stream.steps(ids, 64)]
+    theirs = load_peer(folder, starter)(mx.array([ids]))[0]
+    assert mx.abs(mx.concatenate(ours) - theirs).max().item() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "sinks, window, chunks", [(4, 60, (7, 128)), (0, 60, (37,)), (32, 80, (1, 500))]
+)
+def test_streaming_equals_the_slow_reference(starter, folder, weights, sinks, window, chunks):
+    ids = starter.tokenizer.encode(TEXT)[:160]
+    raw = read_folder(folder).config
+    worst = differences(starter, raw, weights, ids, sinks, window, chunks)
+    assert max(worst.values()) < TOLERANCE
+
+
+def test_chat_from_the_shell_names_three_colours(starter):
+    run = subprocess.run(
+        [sys.executable, "-m", "mlx_stream", "chat", "--max-tokens", "40", "--temp", "0"],
+        input="Hi!\nName three colours.\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    replies = run.stdout.splitlines()
+    assert len(replies) >= 2
+    colours = {"red", "blue", "green", "yellow", "orange", "purple", "black", "white"}
+    assert sum(colour in replies[-1].lower() for colour in colours) >= 3
+
+
+def test_the_weights_are_those_of_the_packed_file_without_loss(starter, folder):
+    tensors = read_folder(folder).tensors
+    path = "model.layers.3.mlp.down_proj"
+    parts = [tensors[f"{path}.{name}"] for name in ("weight", "scales", "biases")]
+    full = mx.dequantize(
+        parts[0], parts[1].astype(mx.float32), parts[2].astype(mx.float32), group_size=32, bits=4
+    )
+    assert np.array_equal(np.array(full), np.array(starter.network.layers[3].mlp.down_proj.weight))
