@@ -174,11 +174,9 @@ def default_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
     """Return what to compute in: float32 on the CPU backend, else the checkpoint's own."""
     if not backend.on_metal():
         return mx.float32
-    name = (
-        "model.norm.weight"
-        if "model.embed_tokens.scales" not in tensors
-        else ("model.embed_tokens.scales")
-    )
+    # Norms may be wider than the rest (GGUF keeps them in float32): the embedding tells.
+    scales = "model.embed_tokens.scales"
+    name = scales if scales in tensors else "model.embed_tokens.weight"
     own = tensors[name].dtype if name in tensors else mx.float16
     if own not in DTYPES.values() or (own == mx.bfloat16 and not backend.native_bfloat16()):
         return mx.float16

@@ -231,16 +231,14 @@ def test_extensions_of_chat_templates_are_known():
     source = (
         "{% for m in messages %}\n"
         "    {% if loop.index > 2 %}{% break %}{% endif %}\n"
-        "    {% generation %}{{ m.content }}{% endgeneration %}\n"
+        "    {% generation %}\n{{- m.content }}{% endgeneration %}\n"
         "{% endfor %}\n"
     )
     # Blocks leave neither their line's indentation nor its end.
-    assert ChatTemplate(source).render(TALK, reply=False).replace("\n", "") == "Hi" + (
-        "Hello. Who are you?"
-    )
+    assert ChatTemplate(source).render(TALK, reply=False) == "HiHello. Who are you?"
 
 
-def test_messages_are_not_changed_and_may_be_large():
+def test_a_question_may_be_large():
     question = "long " * 1_000_000
     assert question in template("SmolLM2").opening(None, question)
 
@@ -272,6 +270,9 @@ REWRITES = {
     "keeps the last two exchanges": CHATML.replace("in messages", "in messages[-4:]"),
     "counts the messages": "{{ messages | length }}" + CHATML,
     "counts the turns": CHATML.replace("m.content", "(m.content ~ loop.index)"),
+    "numbers the questions": CHATML.replace(
+        "m.content", "(m.content ~ (loop.index if m.role == 'user' else ''))"
+    ),
     "counts its way to the third": CHATML.replace(
         "m.content", "(m.content if loop.index < 5 else m.content|upper)"
     ),
@@ -335,6 +336,7 @@ HOSTILE = {
     "a power": "{{ 10 ** (10 ** 10) }}",
     "a folded power": "{{ 10000000 ** 10000000 }}",
     "a product": "{{ 'a' * 1000000000000 }}",
+    "a product that would fit": "{{ ('a' * 2000000) | length }}",
     "a product of lists": "{{ 1000000000000 * [1] }}",
     "loops that write": (
         "{% for i in range(99999) %}{% for j in range(99999) %}text{% endfor %}{% endfor %}"
