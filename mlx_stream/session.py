@@ -73,6 +73,7 @@ class ChatSession:
         self._unread: list[int] = []
         self._closing = ""
         self._begun = False
+        self._eviction_told = False
 
     def reply(
         self,
@@ -142,6 +143,12 @@ class ChatSession:
         lead = "" if kept or rest else self.template.lead
         self._closing = lead + rest + self.template.closing
         self.stats.attended, self.stats.evicted = self.cache.attended, self.cache.evicted
+        if self.cache.evicted and not self._eviction_told:
+            self._eviction_told = True
+            self._notify(
+                f"the window of {self.stats.window:,} tokens is full: from now on the oldest leave "
+                "attention as new ones come"
+            )
 
     def _notify(self, notice: str) -> None:
         self.stats.notices = [*self.stats.notices[1 - NOTICES_KEPT :], notice]

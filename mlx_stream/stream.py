@@ -172,7 +172,12 @@ def stream(
     if max_tokens < 1:
         raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
     stats = Stats() if stats is None else stats
-    cache = model.new_cache(sinks, window, notify=notify)
+
+    def tell(notice: str) -> None:
+        stats.notices.append(notice)
+        notify(notice)
+
+    cache = model.new_cache(sinks, window, notify=tell)
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise TextError("the prompt is empty: give at least one character")
@@ -180,6 +185,11 @@ def stream(
     stats.seed = sampler.sampling.seed or 0
     stats.sinks, stats.window = cache.geometry.sinks, cache.geometry.window
     stats.cache_bytes = cache.nbytes
+    if len(ids) > cache.geometry.rows:
+        tell(
+            f"the text of {len(ids):,} tokens is longer than sinks and window, "
+            f"{cache.geometry.rows:,}: it is read in full, and only its end stays attended"
+        )
     reply = Reply(model.tokenizer.decoder(), stop)
     yield from paced(
         generate(

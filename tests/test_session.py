@@ -173,10 +173,11 @@ def test_a_turn_longer_than_the_window_is_read_in_full_and_said(model):
     notices = []
     chat = session(model, window=40, notify=notices.append)
     to_the_end(chat, "word " * 60, max_tokens=3)
-    assert len(notices) == 1 and "longer than the window of 40" in notices[0]
+    assert len(notices) == 2 and "longer than the window of 40" in notices[0]
+    assert "oldest leave" in notices[1]
     assert chat.stats.notices == notices and chat.stats.evicted > 100
-    to_the_end(chat, "Short.", max_tokens=3)
-    assert len(notices) == 1
+    to_the_end(chat, "S.", max_tokens=3)
+    assert len(notices) == 2
 
 
 def test_the_same_seed_says_the_same(model):
