@@ -181,11 +181,12 @@ class TokenStream:
             hidden = self.network(ids[done : done + count], self.cache)
             self._record(ids[done : done + count])
             done += count
-            # A chunk's attention reads the buffers as they were: their new state is apart from it.
-            self._computed = [hidden, *(self.cache.arrays() if count > 1 else ())]
+            self._computed = [hidden]
             if count > 1:
-                mx.eval(self._computed)
-                self._computed = []
+                # A chunk's attention reads the buffers as they were, their new rows come after:
+                # evaluated together, Metal would still hold the old ones and copy them all.
+                mx.eval(hidden)
+                mx.eval(self.cache.arrays())
             yield hidden
 
     def rewind(self, count: int) -> None:

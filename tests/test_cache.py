@@ -15,6 +15,7 @@ from reference import SlowAttention, rope_inv_freq
 
 from mlx_stream import rope as rope_module
 from mlx_stream.cache import DenseCache, StreamCache
+from mlx_stream.cache import steps as steps_module
 from mlx_stream.cache import stream as stream_module
 from mlx_stream.cache.plan import STEP_LENGTHS, Geometry, Place, padded
 from mlx_stream.config import RopeConfig
@@ -657,8 +658,8 @@ def spy_on_arrays(monkeypatch: pytest.MonkeyPatch, seen: list[int]) -> None:
                 seen.append(max(abs(int(number)) for number in np.ravel(value)))
             return mx.array(value, *args, **kwargs)
 
-    monkeypatch.setattr(stream_module, "mx", Spy())
-    monkeypatch.setattr(rope_module, "mx", Spy())
+    for module in (stream_module, steps_module, rope_module):
+        monkeypatch.setattr(module, "mx", Spy())
 
 
 @pytest.mark.parametrize(
@@ -688,6 +689,7 @@ def test_a_stream_near_2_to_62_is_bit_identical(
     seen.clear()
     got = continue_from(model, far, chunks)
     assert np.array_equal(got, expected)
+    assert len(seen) > len(chunks)
     assert far.length == cache.length + shift > FAR - ring
     assert far.place.clock == cache.place.clock
     rows = cache.geometry.rows
@@ -727,20 +729,21 @@ def test_memory_does_not_grow_with_the_stream(tiny_model, limit):
     random = np.random.default_rng(0)
 
     def read(count: int, chunk: int) -> None:
-        stream.read(random.integers(0, 300, count).tolist(), chunk)
+        mx.eval(stream.read(random.integers(0, 300, count).tolist(), chunk))
         assert mx.get_cache_memory() <= limit
 
     def active() -> int:
         gc.collect()
         return mx.get_active_memory()
 
-    read(2 * 64, 37)
+    read(127, 37)
+    read(1, 1)  # the hidden state of the last single token is kept
     after_two_windows, size = active(), cache.nbytes
     # A chunk moves K and V, and what the allocator takes from its cache may be a bit too large.
     rounding = 16_384 if limit else 0
     for _ in range(6):
         read(400, 100)
-        assert abs(active() - after_two_windows) <= rounding
+        assert abs(active() - after_two_windows) <= rounding + 256
         read(100, 1)
         assert abs(active() - after_two_windows) <= rounding
     assert (cache.nbytes, cache.length) == (size, 3_128)
@@ -755,14 +758,14 @@ def test_a_decode_step_writes_in_place(tiny_model, sinks):
         cache.state() | {"length": length, "floor": length - 4_096, "clock": length, "sinks_at": -1}
     )
     stream = TokenStream(model, cache)
-    stream.read([1, 2, 3], chunk=1)
+    mx.eval(stream.read([1, 2, 3], chunk=1))
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     for token in range(32):
-        stream.read([token])
+        mx.eval(stream.read([token]))
     rise = mx.get_peak_memory() - before
     one = cache.keys[0].nbytes
     assert rise < 2 * one, f"{rise} bytes; a layer's K is {one}, all {cache.nbytes}"
-    assert mx.get_active_memory() == before
+    assert abs(mx.get_active_memory() - before) <= 16_384  # hidden states, logits

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 import mlx_stream
 from mlx_stream import ChatSession, Sampling
 from mlx_stream.cli import app
+from mlx_stream.generate import TokenStream
 
 VERBS = ("chat", "generate", "score", "bench", "doctor", "ls")
 SMALL = {
@@ -55,7 +57,8 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     del config["eos_token_id"]
     weights = tiny_weights(config)
     head = weights["lm_head.weight"]
-    ids = [tiny_tokenizer().token_to_id(letter) for letter in ascii_lowercase]
+    vocabulary = tiny_tokenizer().get_vocab()
+    ids = [vocabulary[letter] for letter in ascii_lowercase]
     rows = np.zeros_like(head)
     # Of a row and its negative one is above the zeros of all other tokens, whatever was read.
     rows[ids[0::2]], rows[ids[1::2]] = head[ids[0::2]], -head[ids[0::2]]
@@ -105,12 +108,14 @@ def started(
     *args: object, stdin: int = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, **changed: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run the real program, in a changed environment, and be sure that it ends."""
+    # Some machines set this for all; what the interpreter writes at exit is then not tested.
+    inherited = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
         program(*args),
         stdin=stdin,
         stdout=stdout,
         stderr=subprocess.PIPE,
-        env={**os.environ, **changed},
+        env={**inherited, **changed},
     )
     try:
         yield process
@@ -206,7 +211,7 @@ def test_generate_reads_its_prompt_as_it_is(tiny: Path) -> None:
 
 def test_a_long_standard_input_passes_through_a_small_window(letters: Path) -> None:
     options = ("generate", letters, "-p", "-", *GREEDY, "--window", 32, "--max-tokens", 20)
-    prompt = " the and" * 25_000
+    prompt = " the" * 50_000
     assert len(prompt) == 200_000
     result = parsed(done(*options, "--json", stdin=prompt).out)
     assert re.fullmatch(r"[a-z]{20}", result["text"])
@@ -234,14 +239,15 @@ def test_generate_as_json_is_the_same_text(tiny: Path) -> None:
     assert stopped["text"] == found["text"].partition(stop)[0]
 
 
-def test_a_reply_ends_where_the_model_ends_it(tiny: Path, tmp_path: Path) -> None:
-    text = parsed(done("generate", tiny, "-p", "a", *GREEDY, "--max-tokens", 1, "--json").out)
-    ids = mlx_stream.load(tiny).tokenizer.encode(text["text"], special=False)
-    config = tiny_config(eos_token_id=ids)
-    folder = write_tiny(tmp_path / "ends", config, tiny_weights(config))
+def test_a_reply_ends_where_the_model_ends_it(letters: Path, tmp_path: Path) -> None:
+    said = done("generate", letters, "-p", "a", *GREEDY, "--max-tokens", 9).out.strip()
+    folder = Path(shutil.copytree(letters, tmp_path / "ends"))
+    edit(folder / "config.json", eos_token_id=tiny_tokenizer().get_vocab()[said[-1]])
+    expected = said.partition(said[-1])[0]
     result = parsed(done("generate", folder, "-p", "a", *GREEDY, "--json").out)
-    assert (result["text"], result["finish"], result["reply_tokens"]) == ("", "end", 0)
-    assert done("generate", folder, "-p", "a", *GREEDY).out == "\n"
+    assert (result["text"], result["finish"]) == (expected, "end")
+    assert result["reply_tokens"] == len(expected)
+    assert done("generate", folder, "-p", "a", *GREEDY).out == f"{expected}\n"
 
 
 # --- score ---
@@ -273,6 +279,16 @@ def test_score_as_json(tiny: Path, text: Path) -> None:
     assert 0 < found["active_bytes"] <= found["peak_bytes"] and found["seconds"] > 0
     assert all(type(found[key]) is int for key in ("tokens", "evicted", "peak_bytes"))
     assert scored(tiny, "-", "--window", 24, stdin=TEXT)["nll"] == found["nll"]
+
+
+def test_score_is_what_the_model_says_of_each_next_token(tiny: Path, text: Path) -> None:
+    model = mlx_stream.load(tiny)
+    ids = model.tokenizer.encode(TEXT)
+    found = scored(tiny, text, "--window", 24)["nll"]
+    for count in (1, 2, 28, 29, len(ids) - 1):
+        logits = np.array(TokenStream(model, model.new_cache(4, 24)).read(ids[:count]))
+        expected = np.logaddexp.reduce(logits) - logits[ids[count]]
+        assert found[count - 1] == pytest.approx(expected, abs=2e-3)
 
 
 def test_score_does_not_depend_on_the_chunk(tiny: Path, text: Path) -> None:
@@ -386,8 +402,8 @@ def plain(text: str) -> str:
         (["chat", "x", "y"], "y"),
         (["generate", "x"], "--prompt"),
         (["score"], "FILE"),
-        (["score", "x", "y", "--window", "many"], "many"),
-        (["bench", "x", "--pairs", "2.5"], "2.5"),
+        (["score", "x", "y", "--window", "many"], "--window"),
+        (["bench", "x", "--pairs", "2.5"], "--pairs"),
         (["generate", "x", "-p"], "-p"),
         (["ls", "x"], "x"),
     ],
@@ -396,7 +412,6 @@ def test_wrong_usage_exits_with_2(arguments: list[str], named: str) -> None:
     result = run(*arguments)
     assert (result.code, result.out) == (2, "")
     assert named in plain(result.err) and "Traceback" not in result.err
-    assert "Usage: " in result.err
 
 
 def test_bench_compares_with_mlx_lm(tiny: Path) -> None:
@@ -442,9 +457,8 @@ def test_a_closed_standard_output_ends_a_long_result(letters: Path, tmp_path: Pa
         assert process.returncode == 1
 
 
-@pytest.mark.parametrize("verb", ["ls", "doctor"])
-def test_a_standard_output_closed_before_the_first_byte(verb: str) -> None:
-    with started(verb, "--json") as process:
+def test_a_standard_output_closed_before_the_first_byte() -> None:
+    with started("ls", "--json") as process:
         assert process.stdout is not None
         process.stdout.close()
         assert stderr_of(process) == CLOSED
@@ -466,9 +480,9 @@ def test_a_full_disk_is_said_in_one_line(letters: Path) -> None:
 def test_an_interrupt_ends_generate(letters: Path) -> None:
     with started("generate", letters, "-p", "the", *ENDLESS) as process:
         assert process.stdout is not None
-        assert process.stdout.read(1).isalpha()
+        first = process.stdout.read(1)
         process.send_signal(signal.SIGINT)
-        assert process.stdout.read().isalpha()
+        assert (first + process.stdout.read()).isalpha()
         assert stderr_of(process) == "mlx_stream: interrupted\n"
         assert process.returncode == 130
 
@@ -573,8 +587,9 @@ def test_a_terminal_prompts_answers_and_ends_with_control_d(letters: Path) -> No
         assert terminal.sees(rb"> ").endswith(b"508 tokens attended; Ctrl-D leaves\r\n> ")
         terminal.type(b"Hello\n")
         assert re.search(rb"\r\n[a-z]{12}\r\n> $", terminal.sees(rb"\r\n> "))
-        terminal.type(b"\n")
-        assert not re.search(rb"[a-z]", terminal.sees(rb"> "))
+        for blank in (b"\n", b" \n"):
+            terminal.type(blank)
+            assert not re.search(rb"[a-z]", terminal.sees(rb"> "))
         terminal.type(b"And?\n")
         assert re.search(rb"\r\n[a-z]{12}\r\n> $", terminal.sees(rb"\r\n> "))
         terminal.type(b"\x04")

@@ -224,7 +224,7 @@ MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 RECIPES = {"4 bits": FOUR_BITS, "mixed": MIXED, "mxfp4": MXFP4}
 
 
-def settings_of(recipe: dict, path: str) -> dict | None:
+def settings_of(recipe: dict, path: str) -> dict[str, Any] | None:
     override = recipe.get(path)
     if override is False:
         return None
@@ -279,7 +279,7 @@ def test_quantized_models_equal_mlx_lm_s(keep_quantized):
             return False
         return cast(bool | dict, MIXED.get(path, True))
 
-    nn.quantize(peer, **FOUR_BITS, class_predicate=predicate)
+    nn.quantize(peer, group_size=32, bits=4, class_predicate=predicate)
     tensors = cast(Tensors, dict(cast(list, tree_flatten(peer.parameters()))))
     assert "model.layers.0.self_attn.v_proj.scales" in tensors
     assert "model.layers.1.self_attn.q_proj.scales" not in tensors
@@ -470,7 +470,7 @@ NOT_IN_MLX = pytest.mark.xfail(strict=True, reason="config.py takes any group si
     ],
 )
 def test_what_the_config_accepts_mlx_can_compute(mode, bits, group_size):
-    settings = {"group_size": group_size, "bits": bits, "mode": mode}
+    settings: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
     raw = tiny_config(hidden_size=128, intermediate_size=128, quantization=settings)
     try:
         read_config(raw)

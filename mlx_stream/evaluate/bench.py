@@ -158,7 +158,9 @@ def our_step(model: Model, window: int, count: int) -> Step:
             if not left:
                 break
         token = mx.argmax(model.network.logits(hidden[:, -1]), axis=-1)
-        mx.eval(token, *(cache.arrays() if count > 1 else ()))
+        mx.eval(token)
+        if count > 1:
+            mx.eval(cache.arrays())
 
     return step
 
