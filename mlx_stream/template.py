@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from os.path import commonprefix
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -142,16 +143,18 @@ class ChatTemplate:
         Raises:
             TemplateError: as `render`; or the template rewrites earlier turns.
         """
-        before = [*system_turn(system), user("x"), assistant("y")]
+        before = [*system_turn(system), user("x"), assistant(MARK)]
         return appended(
-            self.render(before, reply=False),
-            self.render([*before, user(question)], reply=True),
-            "a question",
+            self._closed(before), self.render([*before, user(question)], reply=True), "a question"
         )
 
     @property
     def closing(self) -> str:
-        """What follows a reply's content, "<|im_end|>\\n" say; may raise TemplateError."""
+        """What follows a reply's content, "<|im_end|>\\n" say; may raise TemplateError.
+
+        Some templates (Llama 3's first) ask for the next reply at once, whatever they are told:
+        for those it is what a later question and that request have in common.
+        """
         return self._around_reply[1]
 
     @property
@@ -176,6 +179,9 @@ class ChatTemplate:
             "a reply",
         )
         lead, found, closing = after.partition(MARK)
+        if found and closing:
+            go_on = self.render([user("x"), assistant(MARK), user("x")], reply=True)
+            closing = commonprefix([closing, go_on.partition(MARK)[2]])  # noqa: RUF071
         if not found or MARK in closing:
             raise TemplateError(
                 "chat template: it does not write a reply's content once, so it cannot be used on "
@@ -187,6 +193,13 @@ class ChatTemplate:
                 "when it asks for one, so it cannot be used on a stream"
             )
         return lead, closing
+
+    def _closed(self, messages: Sequence[Message]) -> str:
+        """Return the text of a conversation up to what closes its last reply."""
+        text, reply = self.render(messages, reply=False), messages[-1]["content"]
+        end = text.rfind(reply) + len(reply)
+        require(text[:end].endswith(reply) and text.startswith(self.closing, end), "a reply")
+        return text[:end] + self.closing
 
     def check(self, system: bool) -> None:
         """Make sure that the template only ever appends; with `system`, also after a system turn.
@@ -225,7 +238,7 @@ class ChatTemplate:
                 grown = appended(closed, asked, f"{where}a question")
                 require(grown == self.turn(question, system), f"{where}a later question")
             messages.append(assistant(reply))
-            closed = self.render(messages, reply=False)
+            closed = self._closed(messages)
             rest = appended(asked, closed, f"{where}a reply")
             require(rest == self.lead + reply + self.closing, f"{where}the text of a reply")
 

@@ -276,7 +276,6 @@ REWRITES = {
     "counts its way to the third": CHATML.replace(
         "m.content", "(m.content if loop.index < 5 else m.content|upper)"
     ),
-    "always asks": LLAMA_3_FIRST,
     "drops replies": CHATML.replace("in messages", "in messages if m.role == 'user'"),
     "doubles replies": CHATML.replace("m.content", "m.content + m.content"),
     "says nothing": "",
@@ -376,3 +375,20 @@ def test_hostile_templates_fail_quickly_in_one_line(name: str):
 def test_ordinary_arithmetic_works():
     source = "{{ 6 * 7 }} {{ 2 ** 10 }} {{ '-' * 3 }} {{ 2 ** -1 }} {{ [0] * 2 }} {{ 1.5 * 2 }}"
     assert ChatTemplate(source).render([], reply=False) == "42 1024 --- 0.5 [0, 0] 3.0"
+
+
+def test_a_template_that_always_asks_for_a_reply_still_only_appends():
+    first = ChatTemplate(LLAMA_3_FIRST, LLAMA_3_TOKENS)
+    first.check(system=True)
+    text = first.opening("Be brief.", "One?") + "1." + first.closing
+    text += first.turn("Two?", "Be brief.") + "2." + first.closing
+    messages = [
+        {"role": role, "content": content}
+        for role, content in zip(
+            ("system", "user", "assistant", "user", "assistant"),
+            ("Be brief.", "One?", "1.", "Two?", "2."),
+            strict=True,
+        )
+    ]
+    assert first.render(messages, reply=False).startswith(text)
+    assert text.endswith("2." + first.closing) and first.closing.startswith("<|eot_id|>")
