@@ -30,6 +30,7 @@ from mlx_stream.weights import build, weight_bytes
 SINKS, WINDOW = 4, 60
 CACHE_LIMIT = 4 * 2**20
 RESIDENT_GROWTH = 5_000_000
+LONGEST_READ = 150
 # A chunk moves K and V, and what the allocator takes from its cache may be a bit too large.
 ROUNDING = 16_384
 
@@ -74,7 +75,8 @@ def run(tokens: int) -> dict[str, int | float | bool]:
         return mx.get_active_memory()
 
     started = time.perf_counter()
-    read(2 * (SINKS + WINDOW), 37)
+    read(2 * (SINKS + WINDOW) - 1, 37)
+    read(1, 1)  # a stream holds the hidden states of its last step: here and at the end, of one
     active_start = settled()
     # Python and the allocator have seen each kind of step before residence is measured.
     warm_up = min(tokens // 10, 4_000)
@@ -84,6 +86,7 @@ def run(tokens: int) -> dict[str, int | float | bool]:
     most_active = 0
     while cache.length < tokens:
         read_mixed(read, random)
+    read(1, 1)
     active_end, resident_end = settled(), resident()
     mx.set_cache_limit(before)
     return {
@@ -99,7 +102,7 @@ def run(tokens: int) -> dict[str, int | float | bool]:
         "flat": (
             cache.nbytes == nbytes
             and abs(active_end - active_start) <= ROUNDING
-            and most_active - active_start <= ROUNDING
+            and most_active - active_start <= ROUNDING + LONGEST_READ * 64 * 4
             and most_cached <= CACHE_LIMIT
             and resident_end - resident_start < RESIDENT_GROWTH
         ),
@@ -110,7 +113,7 @@ def read_mixed(read, random: np.random.Generator) -> None:
     """Read about a thousand tokens: some alone, some in chunks of odd lengths."""
     read(400, 1)
     for chunk in random.integers(2, 200, 4):
-        read(150, int(chunk))
+        read(LONGEST_READ, int(chunk))
 
 
 def main() -> int:

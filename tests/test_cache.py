@@ -241,11 +241,12 @@ class StreamMachine(RuleBasedStateMachine):
         old, new = self.cache, self.twins.shape.cache()
         new.restore(old.state())
         assert contents(new) == contents(old)
-        step = old.begin(old.take(count))
-        for layer in range(self.twins.shape.layers):
-            step.attend(layer, self.twins.heads(step.rows))
-        old.commit(step)
-        mx.eval(old.arrays())
+        for chunk in (count, 1, 1):
+            step = old.begin(old.take(chunk))
+            for layer in range(self.twins.shape.layers):
+                step.attend(layer, self.twins.heads(step.rows))
+            old.commit(step)
+            mx.eval(old.arrays())
         self.twins.cache = new
 
     @invariant()
@@ -302,6 +303,33 @@ def test_angles_hold_up_to_the_limit_of_the_clock():
     twins.read(1)
     twins.read(600)
     assert twins.cache.place.clock < 1_000
+
+
+def test_the_sinks_are_turned_after_a_reanchoring_even_to_where_they_were():
+    twins = Twins(Shape(sinks=2, window=5, clock_limit=64))
+    twins.read(7)
+    twins.read(1)
+    assert twins.cache.place.sinks_at == 1
+    for _ in range(7):  # chunks that move o leave the rows of the sinks alone
+        twins.read(8)
+    assert (twins.cache.place.clock, twins.cache.place.sinks_at) == (64, 1)
+    twins.read(1)
+    assert (twins.cache.place.clock, twins.cache.place.sinks_at) == (8, 1)
+
+
+@pytest.mark.parametrize("old_reads_on", [True, False])
+def test_streams_that_share_a_state_do_not_disturb_each_other(old_reads_on):
+    shape = Shape(sinks=3, window=6)
+    twins = Twins(shape)
+    twins.read(7)
+    old, new = twins.cache, shape.cache()
+    new.restore(old.state())
+    other = old if old_reads_on else new
+    other.evict(2)  # its next step turns its sinks, in place
+    read_random(other, 4, chunk=1)
+    twins.cache = new if old_reads_on else old
+    twins.read(1)
+    twins.read(1)
 
 
 def test_many_reanchorings_add_no_error():
@@ -526,10 +554,11 @@ def test_padded_lengths():
 FULL = Shape(sinks=3, window=10, spare=2, clock_limit=64)
 
 
-def read_random(cache: StreamCache, count: int, heads: int = 3, seed: int = 0) -> None:
+def read_random(cache: StreamCache, count: int, seed: int = 0, chunk: int = 512) -> None:
     random = np.random.default_rng(seed)
+    heads = cache.query_heads + 2 * cache.kv_heads
     while count:
-        step = cache.begin(cache.take(count))
+        step = cache.begin(cache.take(min(count, chunk)))
         for layer in range(cache.layers):
             shape = (1, heads, step.rows, cache.keys[0].shape[-1])
             step.attend(layer, mx.array(random.standard_normal(shape).astype(np.float32)))
@@ -737,13 +766,14 @@ def test_memory_does_not_grow_with_the_stream(tiny_model, limit):
         return mx.get_active_memory()
 
     read(127, 37)
-    read(1, 1)  # the hidden state of the last single token is kept
+    read(1, 1)  # a stream holds the hidden states of its last step
     after_two_windows, size = active(), cache.nbytes
     # A chunk moves K and V, and what the allocator takes from its cache may be a bit too large.
     rounding = 16_384 if limit else 0
     for _ in range(6):
         read(400, 100)
-        assert abs(active() - after_two_windows) <= rounding + 256
+        hidden_states = 100 * 64 * 4  # of the last chunk
+        assert abs(active() - after_two_windows) <= rounding + hidden_states
         read(100, 1)
         assert abs(active() - after_two_windows) <= rounding
     assert (cache.nbytes, cache.length) == (size, 3_128)
@@ -767,5 +797,5 @@ def test_a_decode_step_writes_in_place(tiny_model, sinks):
         mx.eval(stream.read([token]))
     rise = mx.get_peak_memory() - before
     one = cache.keys[0].nbytes
-    assert rise < 2 * one, f"{rise} bytes; a layer's K is {one}, all {cache.nbytes}"
+    assert rise < one / 2, f"{rise} bytes; a layer's K is {one}, all {cache.nbytes}"
     assert abs(mx.get_active_memory() - before) <= 16_384  # hidden states, logits

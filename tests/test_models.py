@@ -371,6 +371,7 @@ def test_what_is_wrong_with_a_tensor_is_said_with_its_name(name, fault):
         "model.layers.0.self_attn.q_proj.bias",
         "model.layers.0.self_attn.q_norm.weight",
         "model.layers.0.mlp.gate_proj.weight.lora_a",
+        "lm_head.bias",
         "anything",
     ],
 )
@@ -498,7 +499,10 @@ class OnlyIds:
 
 ONLY_IDS = cast(Model, SimpleNamespace(network=OnlyIds()))
 operations = st.lists(
-    st.tuples(st.sampled_from(["read", "decode", "evict", "rewind"]), st.integers(0, 40)),
+    st.tuples(
+        st.sampled_from(["read", "decode", "evict", "rewind"]),
+        st.integers(0, 5) | st.integers(0, 40),
+    ),
     max_size=25,
 )
 
@@ -528,6 +532,17 @@ def test_attended_ids_are_those_the_cache_attends(sinks, window, spare, operatio
         # The cache's values are the ids: what is attended is what is said to be.
         held = np.array(cache.values[0])[0, 0, cache.attended_rows(), 0]
         assert held.astype(int).tolist() == attended
+
+
+def test_a_stream_can_go_back_into_its_sinks(tiny_model):
+    stream = TokenStream(tiny_model(), tiny_model().new_cache(3, 10))
+    stream.read([1, 2, 3, 4, 5])
+    stream.rewind(4)
+    assert stream.attended_ids() == [1]
+    stream.read([6, 7, 8])
+    assert stream.attended_ids() == [1, 6, 7, 8]
+    stream.rewind(4)
+    assert stream.attended_ids() == []
 
 
 def test_refused_moves_leave_the_ids_as_they_were(tiny_model):
