@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_stream.cache import Cache
-from mlx_stream.errors import ValueRefused
+from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
 from mlx_stream.load import Model
 
 PREFILL_CHUNK = 128
+LOWEST_TEMPERATURE = 1e-30  # of those above 0; smaller ones are 0 in float32
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Sampler:
         if self.sampling.temperature == 0:
             return number(mx.argmax(logits))
         self.key, key = mx.random.split(self.key)
-        kept = truncate(logits / self.sampling.temperature, self.sampling)
+        # From the highest down, so that no temperature, however small, divides to infinity.
+        cooled = (logits - logits.max()) / max(self.sampling.temperature, LOWEST_TEMPERATURE)
+        kept = truncate(cooled, self.sampling)
         return number(mx.random.categorical(kept, key=key))
 
 
@@ -129,6 +132,7 @@ class TokenStream:
         self._sinks, latest = cache.keeps
         self._first: list[int] = []
         self._latest: deque[int] = deque(maxlen=latest)
+        self._vocabulary = model.config.vocab_size
         # What the last step computed; evaluated before the next, so that no graph grows.
         self._computed: list[mx.array] = []
 
@@ -165,15 +169,26 @@ class TokenStream:
                 progress(hidden.shape[1])
         assert hidden is not None
         logits = self.network.logits(hidden[:, -1])[0]
-        if len(ids) > 1:
-            mx.eval(logits)
+        if len(ids) > 1 and not mx.isfinite(logits).all().item():
+            raise WeightsError(
+                "the model's output is not a number: its weights are damaged, or overflow in this "
+                "dtype (try --dtype float32)"
+            )
         return logits
 
     def steps(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[mx.array]:
         """Read token ids step by step; yields each step's hidden states (1, T, hidden size).
 
         They are evaluated before the next step at the latest.
+
+        Raises:
+            TokenizerError: an id the model has no embedding for; reading on would read past it.
         """
+        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
+            raise TokenizerError(
+                f"token id {max(ids)} is outside the model's vocabulary of {self._vocabulary}: the "
+                "tokenizer is not the one the model was trained with"
+            )
         done = 0
         while done < len(ids):
             mx.eval(self._computed)

@@ -1,6 +1,7 @@
 """One call: a source -> a model and its tokenizer; knows no stream's contents."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mlx_stream.cache import DenseCache, StreamCache
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
-from mlx_stream.errors import MemoryRefused, ValueRefused
+from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, ValueRefused
 from mlx_stream.models import CausalLM
 from mlx_stream.rope import Rope
 from mlx_stream.tokenizer import Tokenizer
@@ -153,9 +154,10 @@ def load(
     # A Path is always a place on disk; as a string, "starter" would be the starter.
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = hub.resolve(place, notify)
-    checkpoint = read_gguf(path) if path.is_file() else read_folder(path)
-    config = read_config(checkpoint.config)
-    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    with named(str(source), path):
+        checkpoint = read_gguf(path) if path.is_file() else read_folder(path)
+        config = read_config(checkpoint.config)
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
     # The one owner of the lazy arrays is emptied as modules are made of them.
     tensors = dict(checkpoint.tensors)
     checkpoint = replace(checkpoint, tensors={})
@@ -164,10 +166,22 @@ def load(
     needed = weight_bytes(config, tensors, computed, keep)
     if not force:
         check_memory(needed, 0)
-    network = build(config, tensors, computed, keep)
+    with named(str(source), path):
+        network = build(config, tensors, computed, keep)
     quantized = keep and config.quantization is not None
     rope = Rope(config.rope, config.head_dim)
     return Model(str(source), config, network, tokenizer, rope, computed, quantized, needed, force)
+
+
+@contextmanager
+def named(source: str, path: Path) -> Iterator[None]:
+    """Make an error about a model's files say which model, where it does not yet."""
+    try:
+        yield
+    except (CheckpointError, TokenizerError) as error:
+        if path.name in str(error):
+            raise
+        raise type(error)(f"{source}: {error}") from error
 
 
 def default_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
@@ -187,9 +201,12 @@ def check_memory(weights: int, ring: int) -> None:
     """Refuse what exceeds the device's budget, with the numbers."""
     budget = backend.memory_budget()
     if weights + ring > budget:
-        gigabytes = [f"{amount / 2**30:.1f} GB" for amount in (weights, ring, budget)]
         raise MemoryRefused(
-            f"{gigabytes[0]} of weights and {gigabytes[1]} of keys and values exceed the "
-            f"{gigabytes[2]} this device recommends: use a smaller window, a quantized model, "
+            f"{megabytes(weights)} of weights and {megabytes(ring)} of keys and values exceed the "
+            f"{megabytes(budget)} this device recommends: use a smaller window, a quantized model, "
             "or --force"
         )
+
+
+def megabytes(amount: int) -> str:
+    return f"{amount / 1e6:,.1f} MB"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
 from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
 from mlx_stream.load import Model, ignore
-from mlx_stream.stream import Piece, Reply, Stats, counted, paced
+from mlx_stream.stream import Piece, Reply, Stats, StopFinder, counted, paced
 from mlx_stream.template import ChatTemplate
 
 DEFAULT_MAX_TOKENS = 512
@@ -53,6 +53,7 @@ class ChatSession:
             )
         if max_tokens < 1:
             raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
+        StopFinder(stop)  # refuses what is no stop string before anything is allocated
         template.check(system is not None)
         self.model, self.system = model, system
         self.template: ChatTemplate = template

@@ -48,7 +48,7 @@ class StopFinder:
 
     def __init__(self, stops: Sequence[str]):
         if not all(stops):
-            raise ValueRefused("a stop string must not be empty")
+            raise ValueRefused("--stop must not be an empty text")
         self.stops = tuple(stops)
         self.held = ""
 

@@ -123,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:  # JSONDecodeError, or a number with thousands of digits
         raise CheckpointError(f"{path}: not valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise CheckpointError(f"{path}: expected a JSON object, not {json.dumps(value)[:40]}")
     return value
 
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,19 +62,42 @@ def chat(
         system = hub.STARTER_SYSTEM
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     loaded = load(model, dtype, keep_quantized, force, note)
+    screen = Screen()
     session = ChatSession(
-        loaded, system or None, window, sinks, sampling, max_tokens, stop or (), note
+        loaded, system or None, window, sinks, sampling, max_tokens, stop or (), screen.note
     )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         note(f"{model}, {session.stats.window:,} tokens attended; Ctrl-D leaves")
     for question in typed_turns() if interactive else piped_turns():
-        print_reply(session, question)
+        print_reply(session, question, screen)
         if stats:
             print_stats(session.stats)
 
 
-def print_reply(session: "ChatSession", question: str) -> None:
+class Screen:
+    """Replies on standard output; on a terminal, a notice never lands in the middle of one."""
+
+    def __init__(self) -> None:
+        self.in_reply = False
+
+    def write(self, text: str) -> None:
+        self.in_reply = True
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def end_reply(self) -> None:
+        if self.in_reply:
+            print(flush=True)
+        self.in_reply = False
+
+    def note(self, text: str) -> None:
+        if sys.stdout.isatty():
+            self.end_reply()
+        note(text)
+
+
+def print_reply(session: "ChatSession", question: str, screen: Screen) -> None:
     with reply_ends_on_interrupt() as stopped:
 
         def check(*_: int) -> None:
@@ -84,14 +107,13 @@ def print_reply(session: "ChatSession", question: str) -> None:
         pieces = session.reply(question, progress=check)
         try:
             for piece in pieces:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+                screen.write(piece.text)
                 check()
         except Stopped:
             pass
         finally:
             pieces.close()
-    print(flush=True)
+    screen.end_reply()
 
 
 @contextmanager
@@ -114,7 +136,8 @@ def reply_ends_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 def typed_turns() -> Iterator[str]:
     """Yield what the user types; Ctrl-C drops a line, Ctrl-D ends."""
-    import readline  # noqa: F401  (line editing and recall in input())
+    with suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401  (line editing and recall in input())
 
     while True:
         try:

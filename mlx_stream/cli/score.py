@@ -1,5 +1,6 @@
 """`mlx_stream score`: how likely a text is, read as a stream."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,10 +11,10 @@ from mlx_stream.cli.terminal import fail, guarded, note, progress_bar, read_text
 
 @guarded
 def score(
-    model_or_file: Annotated[
-        str, typer.Argument(metavar="[MODEL] FILE", help="The text file; - reads standard input.")
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="[MODEL] FILE", help="The text file; - reads standard input."),
     ],
-    file: Annotated[str | None, typer.Argument(hidden=True)] = None,
     window: options.Window = None,
     sinks: options.Sinks = None,
     dense: Annotated[
@@ -36,7 +37,12 @@ def score(
     from mlx_stream.generate import TokenStream
     from mlx_stream.load import load
 
-    model, path = ("starter", model_or_file) if file is None else (model_or_file, file)
+    if len(what) > 2:
+        raise typer.BadParameter(f"expected [MODEL] FILE, got {len(what)} arguments")
+    *models, path = what
+    model = models[0] if models else "starter"
+    if Path(path).is_dir():
+        fail(f"{path}: is a folder: after the model, give the text file to score")
     if max_tokens is not None and max_tokens < 2:
         fail(f"--max-tokens must be at least 2, not {max_tokens}")
     if dense and (window is not None or sinks is not None):

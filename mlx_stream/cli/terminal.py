@@ -33,6 +33,7 @@ def guarded(verb: Verb) -> Verb:
     @functools.wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            open_closed_streams()
             prepare()
             verb(*args, **kwargs)
             sys.stdout.flush()
@@ -49,6 +50,17 @@ def guarded(verb: Verb) -> Verb:
             raise SystemExit(130) from None
 
     return run  # type: ignore[return-value]
+
+
+def open_closed_streams() -> None:
+    """Give the standard streams that were closed before we began a place to go, or an end."""
+    # Held open for the whole process: the next file opened would else take their number.
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
 def prepare() -> None:
@@ -109,4 +121,10 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
     ) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done == total:
+                bar.stop()  # what is printed next must not meet a bar
+
+        yield update

@@ -108,7 +108,8 @@ def bench(
     if chunk < 2:
         raise ValueRefused(f"--chunk must be at least 2, not {chunk}")
     results = {}
-    for window in windows:
+    for asked in windows:
+        _, window = model.resolve_window(SINKS, asked, progress)
         progress(f"window {window}: decoding")
         decode = in_turn(our_step(model, window, 1), their_step(model, peer, window, 1), pairs)
         progress(f"window {window}: prefill in chunks of {chunk}")

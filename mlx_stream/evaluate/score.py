@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.errors import TextError, ValueRefused, WeightsError
 from mlx_stream.generate import TokenStream
 from mlx_stream.models import CausalLM
 
@@ -36,12 +36,16 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(math.fsum(self.nll) / self.tokens)
+        try:
+            return math.exp(math.fsum(self.nll) / self.tokens)
+        except OverflowError:
+            return math.inf
 
     def as_json(self) -> dict[str, object]:
         return {
             "tokens": self.tokens,
-            "perplexity": self.perplexity,
+            # JSON has no infinity.
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
             "nll": self.nll,
             "evicted": self.evicted,
             "seconds": self.seconds,
@@ -65,15 +69,22 @@ def score(
     Raises:
         ValueRefused: `chunk` below 1.
         TextError: fewer than two tokens: nothing to predict.
+        WeightsError: the model's output is not a number.
     """
     if chunk < 1:
         raise ValueRefused(f"--chunk must be at least 1, not {chunk}")
     if len(ids) < 2:
-        raise TextError(f"the text has {len(ids)} tokens: at least two are needed to predict one")
+        found = "1 token" if len(ids) == 1 else "no tokens"
+        raise TextError(f"the text has {found}: at least two are needed to predict one")
     mx.reset_peak_memory()
     started = time.perf_counter()
     nll: list[float] = []
     for losses in losses_of(stream, ids, chunk):
+        if not all(map(math.isfinite, losses)):
+            raise WeightsError(
+                "the model's output is not a number: its weights are damaged, or overflow in this "
+                "dtype (try --dtype float32)"
+            )
         nll.extend(losses)
         if progress:
             progress(len(nll), len(ids) - 1)
