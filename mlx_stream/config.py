@@ -37,6 +37,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+# The bits and group sizes that mx.quantize takes in each mode.
+QUANTIZATION_MODES = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How one module's weight is quantized: as `mx.quantize` takes it."""
@@ -212,11 +221,16 @@ def build_rope(keys: "Keys", trained: int) -> RopeConfig:
     if keys.raw.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
         raise ConfigError("config: partial_rotary_factor changes the computation, not supported")
     theta = keys.number("rope_theta", 10_000.0)
+    # Beyond these a frequency is 0 or infinite in float32.
+    if not 1 < theta <= 1e15 or not 1e-6 <= keys.number("factor", 1.0) <= 1e6:
+        raise ConfigError("config: rope: rope_theta or factor is out of range")
     if rope_type == "default":
         return RopeConfig(theta)
     if rope_type == "linear":
         return RopeConfig(theta, "linear", keys.number("factor"))
     if rope_type == "llama3":
+        if keys.number("high_freq_factor", 4.0) <= keys.number("low_freq_factor", 1.0):
+            raise ConfigError("config: rope: high_freq_factor must exceed low_freq_factor")
         return RopeConfig(
             theta,
             "llama3",
@@ -299,11 +313,12 @@ def read_one_quantization(where: str, entry: Mapping[str, Any]) -> Quantization:
     keys = Keys(entry, f"config: {where}")
     mode = keys.text("mode", "affine")
     bits, group_size = keys.count("bits"), keys.count("group_size")
-    allowed = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
-    if mode not in allowed or bits not in allowed[mode]:
-        raise ConfigError(f"config: {where}: {bits} bits in mode {mode!r} is not supported")
-    if group_size not in (16, 32, 64, 128):
-        raise ConfigError(f"config: {where}: group_size {group_size} is not 16, 32, 64 or 128")
+    all_bits, group_sizes = QUANTIZATION_MODES.get(mode, ((), ()))
+    if bits not in all_bits or group_size not in group_sizes:
+        raise ConfigError(
+            f"config: {where}: {bits} bits in groups of {group_size} in mode {mode!r} is not "
+            "supported"
+        )
     return Quantization(group_size, bits, mode)
 
 

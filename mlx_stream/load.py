@@ -179,7 +179,7 @@ def named(source: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (CheckpointError, TokenizerError) as error:
-        if path.name in str(error):
+        if str(path) in str(error) or f"{path.name}:" in str(error):
             raise
         raise type(error)(f"{source}: {error}") from error
 

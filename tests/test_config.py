@@ -280,8 +280,8 @@ numbers = st.floats(1e-3, 1e6) | st.integers(1, 100_000)
 @settings(max_examples=150)
 def test_accepted_settings_have_the_reference_s_frequencies(rope, changes, theta, original, size):
     rope = {**rope, **changes, "original_max_position_embeddings": original}
-    # Equal factors divide by zero in every implementation: see the refusals below.
-    assume(rope["rope_type"] != "llama3" or rope["low_freq_factor"] != rope["high_freq_factor"])
+    # Others make no sense, and equal ones divide by zero: see the refusals below.
+    assume(rope["rope_type"] != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"])
     raw = tiny_config(rope_theta=theta, rope_scaling=rope, head_dim=size)
     config = read_config(raw)
     got = inverse_frequencies(config.rope, size)
@@ -290,24 +290,18 @@ def test_accepted_settings_have_the_reference_s_frequencies(rope, changes, theta
     assert Rope(config.rope, size).magnitude == pytest.approx(rope_inv_freq(raw)[1])
 
 
-@pytest.mark.xfail(strict=True, reason="divides by zero or overflows in rope.py")
 @pytest.mark.parametrize(
     "changes",
     [
         {"rope_scaling": YARN, "rope_theta": 1.0},
         {"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+        {"rope_scaling": {**LLAMA3, "low_freq_factor": 5.0}},
         {"rope_scaling": {**LINEAR, "factor": 1e29}, "rope_theta": 1e29},
     ],
     ids=str,
 )
 def test_settings_without_finite_frequencies_are_refused(changes):
-    raw = tiny_config(**changes)
-    try:
-        config = read_config(raw)
-    except ConfigError:
-        return
-    periods = np.array(Rope(config.rope, 16).periods)
-    assert np.isfinite(periods).all()
+    assert "rope" in refused(tiny_config(**changes))
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -442,7 +436,7 @@ def test_quantization_is_read_with_its_overrides():
         ({"bits": 4}, "group_size is missing"),
         ({"group_size": 64, "bits": 7}, "7 bits"),
         ({"group_size": 64, "bits": 4.0}, "bits"),
-        ({"group_size": 48, "bits": 4}, "group_size 48"),
+        ({"group_size": 48, "bits": 4}, "groups of 48"),
         ({"group_size": 64, "bits": True}, "bits"),
         ({"group_size": 64, "bits": 4, "mode": "magic"}, "magic"),
         ({"group_size": 32, "bits": 8, "mode": "mxfp4"}, "mxfp4"),
