@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -129,9 +128,8 @@ class TokenStream:
 
     def __init__(self, model: Model, cache: Cache):
         self.network, self.cache = model.network, cache
-        self._sinks, latest = cache.keeps
-        self._first: list[int] = []
-        self._latest: deque[int] = deque(maxlen=latest)
+        # By row, like keys and values: right after evictions, rewinds and interrupts alike.
+        self._ids: list[int] = []
         self._vocabulary = model.config.vocab_size
         # What the last step computed; evaluated before the next, so that no graph grows.
         self._computed: list[mx.array] = []
@@ -142,8 +140,7 @@ class TokenStream:
 
     def attended_ids(self) -> list[int]:
         """Return the ids the newest token attends to, in the order of the text."""
-        ring = self.cache.attended - len(self._first)
-        return [*self._first, *list(self._latest)[len(self._latest) - ring :]]
+        return [self._ids[row] for row in self.cache.attended_rows()]
 
     def read(
         self,
@@ -161,8 +158,6 @@ class TokenStream:
             chunk: tokens a step at most; 1 decodes token by token.
             progress: called after each step with the number of tokens it read.
         """
-        if not ids:
-            raise ValueRefused("at least one token must be read")
         hidden = None
         for hidden in self.steps(ids, chunk):
             if progress:
@@ -182,8 +177,11 @@ class TokenStream:
         They are evaluated before the next step at the latest.
 
         Raises:
+            ValueRefused: no ids, or `chunk` below 1.
             TokenizerError: an id the model has no embedding for; reading on would read past it.
         """
+        if not ids or chunk < 1:
+            raise ValueRefused(f"cannot read {len(ids)} tokens in chunks of {chunk}")
         if not 0 <= min(ids) <= max(ids) < self._vocabulary:
             raise TokenizerError(
                 f"token id {max(ids)} is outside the model's vocabulary of {self._vocabulary}: the "
@@ -193,8 +191,8 @@ class TokenStream:
         while done < len(ids):
             mx.eval(self._computed)
             count = self.cache.take(min(chunk, len(ids) - done))
-            hidden = self.network(ids[done : done + count], self.cache)
             self._record(ids[done : done + count])
+            hidden = self.network(ids[done : done + count], self.cache)
             done += count
             self._computed = [hidden]
             if count > 1:
@@ -207,17 +205,17 @@ class TokenStream:
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens; see the cache's `rewind`."""
         self.cache.rewind(count)
-        for _ in range(count):
-            (self._latest or self._first).pop()
 
     def evict(self, count: int) -> None:
         """Drop the oldest `count` attended tokens that are not sinks."""
         self.cache.evict(count)
 
     def _record(self, ids: Sequence[int]) -> None:
-        room = max(0, self._sinks - len(self._first))
-        self._first.extend(ids[:room])
-        self._latest.extend(ids[room:])
+        """Note the ids about to be read; those of a step that fails stay unattended."""
+        for token, id in enumerate(ids, self.length):
+            row = self.cache.row(token)
+            self._ids.extend([0] * (row + 1 - len(self._ids)))
+            self._ids[row] = id
 
 
 def generate(

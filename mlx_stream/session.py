@@ -5,6 +5,7 @@ afterwards holds what the model's template would render: tokens past a stop stri
 and what the template puts after a reply is read before the next turn.
 """
 
+import weakref
 from collections.abc import Callable, Generator, Sequence
 
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
@@ -75,6 +76,8 @@ class ChatSession:
         self._closing = ""
         self._begun = False
         self._eviction_told = False
+        # Weak, so that a reply which is dropped is closed there and then.
+        self._replying: weakref.ref[Generator[Piece, None, None]] | None = None
 
     def reply(
         self,
@@ -84,6 +87,8 @@ class ChatSession:
         progress: Callable[[int, int], None] | None = None,
     ) -> Generator[Piece, None, None]:
         """Read a question and yield the reply's pieces; closing the generator stops the reply.
+
+        A reply that is still going on when the next one is asked for is closed.
 
         Args:
             progress: called while the question is read with the tokens read and those to read.
@@ -98,6 +103,21 @@ class ChatSession:
         if not question:
             raise TextError("the question is empty")
         reply = Reply(self.model.tokenizer.decoder(), self.stop if stop is None else stop)
+        pieces = self._pieces(question, reply, limit, progress)
+        # One stream says one thing at a time: a reply still going on ends as if it were closed.
+        before = self._replying() if self._replying else None
+        if before is not None:
+            before.close()
+        self._replying = weakref.ref(pieces)
+        return pieces
+
+    def _pieces(
+        self,
+        question: str,
+        reply: Reply,
+        limit: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Generator[Piece, None, None]:
         turn = self._turn(question)
         start = self.tokens.length
         ids = generate(

@@ -148,6 +148,20 @@ def test_a_stream_after_stops_and_rewinds_is_one_that_read_the_same_ids(model):
     assert np.allclose(np.array(found), np.array(expected), atol=1e-4)
 
 
+def test_a_reply_is_closed_by_the_next_one(model):
+    chat = session(model, window=400)
+    first = chat.reply("One?")
+    unused = [next(first), next(first)]
+    chat.reply("Never asked for")
+    second = to_the_end(chat, "Two?", max_tokens=5)
+    assert list(first) == []
+    text = held_text(chat)
+    replies = [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>assistant\n")[1:]]
+    assert len(replies) == 2 and replies[1] == second
+    assert replies[0].startswith("".join(piece.text for piece in unused))
+    assert text == rendered(chat, [("One?", replies[0]), ("Two?", second)])
+
+
 def test_each_turn_reads_only_its_own_tokens(model):
     chat = session(model, system="Once.", window=400)
     to_the_end(chat, "One?", max_tokens=5)

@@ -38,11 +38,6 @@ class Cache(Protocol):
     """What attention and `generate` need of a cache."""
 
     @property
-    def keeps(self) -> tuple[int, int | None]:
-        """How many of the first and of the latest tokens there is room for; None: for all."""
-        ...
-
-    @property
     def length(self) -> int:
         """Tokens read so far; the next one is t = length."""
         ...
@@ -65,6 +60,14 @@ class Cache(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
+        ...
+
+    def row(self, token: int) -> int:
+        """Return the row a token's key and value are stored in."""
+        ...
+
+    def attended_rows(self) -> list[int]:
+        """Return the rows of the attended tokens, in the order of the text."""
         ...
 
     def take(self, waiting: int) -> int:

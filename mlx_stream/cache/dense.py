@@ -36,10 +36,6 @@ class DenseCache:
         self.values: list[mx.array] = [empty] * layers
 
     @property
-    def keeps(self) -> tuple[int, None]:
-        return 0, None
-
-    @property
     def attended(self) -> int:
         return self.length
 
@@ -57,6 +53,12 @@ class DenseCache:
 
     def arrays(self) -> list[mx.array]:
         return [*self.keys, *self.values]
+
+    def row(self, token: int) -> int:
+        return token
+
+    def attended_rows(self) -> list[int]:
+        return list(range(self.length))
 
     def take(self, waiting: int) -> int:
         return min(waiting, LONGEST_STEP)

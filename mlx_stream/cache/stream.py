@@ -98,10 +98,6 @@ class StreamCache:
         return self.held.values
 
     @property
-    def keeps(self) -> tuple[int, int]:
-        return self.geometry.sinks, self.geometry.ring
-
-    @property
     def length(self) -> int:
         return self.place.length
 
@@ -129,8 +125,10 @@ class StreamCache:
     def arrays(self) -> list[mx.array]:
         return [*self.keys, *self.values, self.sinks]
 
+    def row(self, token: int) -> int:
+        return self.geometry.row(token)
+
     def attended_rows(self) -> list[int]:
-        """Return the rows of the attended tokens, in the order of the text."""
         sinks = range(min(self.length, self.geometry.sinks))
         return [self.geometry.row(t) for t in (*sinks, *range(self.oldest, self.length))]
 
