@@ -1,23 +1,23 @@
-"""What every test gets: OpenBLAS before MLX, no home directory, no Hub; and tiny models."""
+"""What every test gets: OpenBLAS before MLX, no home directory, no Hub; and shared models."""
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from string import ascii_lowercase
 
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
+import numpy as np
 import pytest
+import tiny_models
 from hypothesis import HealthCheck, settings
-from tiny import tiny_config, tiny_weights
+from shell import SMALL, edit
+from tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
 
-from mlx_stream.config import read_config
 from mlx_stream.load import Model, load
-from mlx_stream.rope import Rope
-from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.weights import build, weight_bytes
 
 # huggingface_hub reads the environment once, when it is imported: nothing listens on port 9.
 NOWHERE = "http://127.0.0.1:9"
@@ -71,12 +71,57 @@ def tiny_model() -> Callable[..., Model]:
 
     def make(dtype: mx.Dtype = mx.float32, seed: int = 0, **changes) -> Model:
         raw = tiny_config(**changes)
-        tensors = {name: mx.array(w) for name, w in tiny_weights(raw, seed).items()}
-        config = read_config(raw)
-        needed = weight_bytes(config, tensors, dtype, False)
-        network = build(config, tensors, dtype, False)
-        rope = Rope(config.rope, config.head_dim)
-        nothing = cast(Tokenizer, None)
-        return Model("tiny", config, network, nothing, rope, dtype, False, needed)
+        return tiny_models.make(raw, tiny_models.tensors_of(raw, seed), dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model that says anything."""
+    config = tiny_config()
+    return write_tiny(tmp_path_factory.mktemp("cli") / "tiny", config, tiny_weights(config))
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model that, when greedy, writes letters for ever and nothing else."""
+    config = tiny_config(**SMALL)
+    del config["eos_token_id"]
+    weights = tiny_weights(config)
+    head = weights["lm_head.weight"]
+    vocabulary = tiny_tokenizer().get_vocab()
+    ids = [vocabulary[letter] for letter in ascii_lowercase]
+    rows = np.zeros_like(head)
+    # Of a row and its negative one is above the zeros of all other tokens, whatever was read.
+    rows[ids[0::2]], rows[ids[1::2]] = head[ids[0::2]], -head[ids[0::2]]
+    folder = write_tiny(
+        tmp_path_factory.mktemp("cli") / "letters", config, weights | {"lm_head.weight": rows}
+    )
+    edit(folder / "tokenizer_config.json", eos_token=None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a model with nothing wrong; not to be changed."""
+    config = tiny_config(**SMALL)
+    return write_tiny(tmp_path_factory.mktemp("bad") / "model", config, tiny_weights(config))
+
+
+@pytest.fixture
+def model(whole: Path, tmp_path: Path) -> Path:
+    """Return a copy of `whole`, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run each test in an empty folder, and see that nothing is left there or in the caches."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    yield
+    places = (here, Path(os.environ["MLX_STREAM_HOME"]), Path(os.environ["HF_HOME"]))
+    left = [path for place in places for path in place.rglob("*") if not path.is_dir()]
+    assert left == []

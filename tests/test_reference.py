@@ -7,20 +7,11 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models import llama as mlx_lm_llama
+from peer import peer_of
 from reference import SlowAttention, SlowLlama, rope_inv_freq, stream_nll
-from tiny import stored_as, tiny_config, tiny_tokenizer, tiny_weights, write_tiny
+from tiny import LLAMA3, YARN, stored_as, tiny_config, tiny_tokenizer, tiny_weights, write_tiny
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, modeling_rope_utils
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
 
 def read(attention: SlowAttention, count: int = 1) -> np.ndarray:
@@ -210,9 +201,8 @@ def some_ids(config: dict, count: int, seed: int = 1) -> np.ndarray:
 
 
 def mlx_lm_logits(config: dict, weights: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    model = mlx_lm_llama.Model(mlx_lm_llama.ModelArgs.from_dict(config))
-    model.load_weights([(name, mx.array(w)) for name, w in weights.items()])
-    return np.array(model(mx.array(ids)[None])[0])
+    peer = peer_of(config, {name: mx.array(w) for name, w in weights.items()})
+    return np.array(peer(mx.array(ids)[None])[0])
 
 
 @pytest.mark.parametrize(
