@@ -24,7 +24,7 @@ SEGMENT = 2_048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=1_020)

@@ -61,7 +61,7 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0 and node.module, f"{path}: relative import"
             yield node.module
             if node.module == "mlx_stream":
                 yield from (f"mlx_stream.{alias.name}" for alias in node.names)

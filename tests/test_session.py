@@ -1,6 +1,7 @@
 """Conversations on a tiny model: the stream holds what the template renders, whatever happens."""
 
 import itertools
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -38,7 +39,8 @@ class Recorded(TokenStream):
         del self.all[len(self.all) - count :]
 
 
-def session(model, **options):
+def session(model, **options) -> Any:
+    """Return a `ChatSession` whose `tokens` are `Recorded`."""
     options.setdefault("sampling", Sampling(1.0, top_p=1.0, seed=3))
     chat = ChatSession(model, **options)
     chat.tokens = Recorded(model, chat.cache)
