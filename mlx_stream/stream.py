@@ -42,6 +42,14 @@ class Stats:
     def tokens_per_second(self) -> float:
         return self.reply_tokens / self.reply_seconds if self.reply_seconds else 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.attended:,} of {self.sinks + self.window:,} tokens attended, "
+            f"{self.evicted:,} evicted; {self.tokens_per_second:.1f} tok/s, reading "
+            f"{self.prompt_tokens_per_second:.0f} tok/s; cache {self.cache_bytes / 1e6:.1f} MB; "
+            f"seed {self.seed}"
+        )
+
 
 class StopFinder:
     """Hold back text in which a stop string may have begun."""

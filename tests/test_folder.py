@@ -175,7 +175,7 @@ def test_missing_files_names_what_reading_needs(sharded: Path) -> None:
         (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
         (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
         (b'{"a": ' * 200_000, "nested too deeply"),
-        (b"[1, 2]", "expected a JSON object, got list"),
+        (b"[1, 2]", "expected a JSON object, not [1, 2]"),
         (b'{"a": "\xff"}', "not UTF-8"),
         (b'{"a": "' + b"x" * 5_000_000 + b'"}', "larger than 4 MB"),
     ],

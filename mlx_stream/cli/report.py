@@ -29,14 +29,7 @@ def stats_as_json(stats: Stats) -> dict[str, Any]:
 
 
 def print_stats(stats: Stats) -> None:
-    print(
-        f"[{stats.attended:,} of {stats.sinks + stats.window:,} tokens attended, "
-        f"{stats.evicted:,} evicted; {stats.tokens_per_second:.1f} tok/s, reading "
-        f"{stats.prompt_tokens_per_second:.0f} tok/s; cache {stats.cache_bytes / 1e6:.1f} MB; "
-        f"seed {stats.seed}]",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"[{stats}]", file=sys.stderr, flush=True)
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
