@@ -167,8 +167,8 @@ class ChatSession:
         if self.cache.evicted and not self._eviction_told:
             self._eviction_told = True
             self._notify(
-                f"the window of {self.stats.window:,} tokens is full: from now on the oldest leave "
-                "attention as new ones come"
+                f"the window of {self.stats.window:,} tokens is full: the oldest have begun to "
+                "leave attention"
             )
 
     def _notify(self, notice: str) -> None:

@@ -211,7 +211,9 @@ class Terminal:
 
 def test_a_terminal_prompts_answers_and_ends_with_control_d(letters: Path) -> None:
     with Terminal("chat", letters, *GREEDY, "--max-tokens", 12) as terminal:
-        assert terminal.sees(rb"> ").endswith(b"508 tokens attended; Ctrl-D leaves\r\n> ")
+        assert terminal.sees(rb"> ").endswith(
+            b"latest 508 tokens; Ctrl-C ends a reply, Ctrl-D leaves\r\n> "
+        )
         terminal.type(b"Hello\n")
         assert re.search(rb"\r\n[a-z]{12}\r\n> $", terminal.sees(rb"\r\n> "))
         for blank in (b"\n", b" \n"):
@@ -232,7 +234,7 @@ def test_control_c_ends_a_reply_and_not_the_program(letters: Path) -> None:
             terminal.sees(rb"\r\n[a-z]{30}")
             terminal.type(b"\x03")
             shown = re.sub(rb"mlx_stream: the window [^\r]*\r\n", b"", terminal.sees(rb"> "))
-            assert re.fullmatch(rb"[a-z]*(\^C)?[a-z]*\r\n> ", shown)
+            assert re.fullmatch(rb"[a-z]*(\^C)?[a-z]*\r\nmlx_stream: stopped\r\n> ", shown)
             assert terminal.process.poll() is None
         terminal.type(b"\x04")
         assert terminal.leaves() == 0

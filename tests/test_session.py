@@ -190,7 +190,7 @@ def test_a_turn_longer_than_the_window_is_read_in_full_and_said(model):
     chat = session(model, window=40, notify=notices.append)
     to_the_end(chat, "word " * 60, max_tokens=3)
     assert len(notices) == 2 and "longer than the window of 40" in notices[0]
-    assert "oldest leave" in notices[1]
+    assert "begun to leave" in notices[1]
     assert chat.stats.notices == notices and chat.stats.evicted > 100
     to_the_end(chat, "S.", max_tokens=3)
     assert len(notices) == 2

@@ -1,5 +1,8 @@
 """The command line: one short file per verb; holds no arithmetic."""
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from mlx_stream.cli.bench import bench
@@ -15,10 +18,27 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help wraps whole sentences and cuts no option's name
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for verb in (chat, generate, score, bench, doctor, ls):
     app.command()(verb)
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"mlx_stream {version('mlx_stream')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_before_a_verb(
+    asked: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

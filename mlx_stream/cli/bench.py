@@ -20,15 +20,18 @@ def bench(
     ] = None,
     pairs: Annotated[int, typer.Option("--pairs", help="Decode steps timed of each.")] = 40,
     chunk: Annotated[int, typer.Option("--chunk", help="Tokens of a prefill step.")] = 128,
-    dtype: options.Dtype = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", metavar="TYPE", help="Both compute in this type."),
+    ] = "float32",
     keep_quantized: options.KeepQuantized = False,
     force: options.Force = False,
     json: options.AsJson = False,
 ) -> None:
-    """Time decoding and prefill at full windows, ours and the peer's in turn.
+    """Time decoding and prefill side by side with mlx-lm.
 
-    mlx-lm gets bounded caches by hand. A ratio is the peer's time over ours: above 1, ours is
-    faster.
+    Windows are full, steps are taken in turn. mlx-lm gets bounded caches by hand. A ratio is its
+    time over ours: above 1, ours is faster.
     """
     from mlx_stream import backend, hub
     from mlx_stream.cli.report import print_json, print_table
@@ -48,7 +51,7 @@ def bench(
         about = {"model": model, "dtype": dtype, "quantized": loaded.quantized, "against": against}
         print_json({**about, "windows": results, "machine": backend.describe()})
         return
-    print(f"{model}, {dtype or 'own dtype'}{', quantized' if loaded.quantized else ''}")
+    print(f"{model}, {dtype}{', quantized' if loaded.quantized else ''}")
     rows = []
     for one, result in results.items():
         for kind in ("decode", "prefill"):

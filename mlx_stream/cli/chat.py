@@ -47,9 +47,9 @@ def chat(
     force: options.Force = False,
     stats: options.ShowStats = False,
 ) -> None:
-    """Talk with a model for as long as you like, in memory that does not grow.
+    """Talk with a model for as long as you like.
 
-    Ctrl-C ends a reply, Ctrl-D the conversation. When standard input is not a terminal, each of
+    Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation. When standard input is not a terminal, each of
     its lines is a turn.
     """
     from mlx_stream import hub
@@ -61,14 +61,19 @@ def chat(
     if system is None and model == hub.STARTER:
         system = hub.STARTER_SYSTEM
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive:
+        note(f"loading {model}")
     loaded = load(model, dtype, keep_quantized, force, note)
     screen = Screen()
     session = ChatSession(
         loaded, system or None, window, sinks, sampling, max_tokens, stop or (), screen.note
     )
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
-        note(f"{model}, {session.stats.window:,} tokens attended; Ctrl-D leaves")
+        note(
+            f"attends to the first {session.stats.sinks} and the latest {session.stats.window:,} "
+            "tokens; Ctrl-C ends a reply, Ctrl-D leaves"
+        )
     for question in typed_turns() if interactive else piped_turns():
         print_reply(session, question, screen)
         if stats:
@@ -110,7 +115,7 @@ def print_reply(session: "ChatSession", question: str, screen: Screen) -> None:
                 screen.write(piece.text)
                 check()
         except Stopped:
-            pass
+            screen.note("stopped")
         finally:
             pieces.close()
     screen.end_reply()

@@ -6,7 +6,7 @@ from mlx_stream.cli.terminal import guarded
 
 @guarded
 def doctor(json: options.AsJson = False) -> None:
-    """Say what this machine is, what is installed, and what will be slow and why."""
+    """Say what this machine is and what will be slow on it."""
     from mlx_stream import backend, hub
     from mlx_stream.cli.report import print_json, print_table
 

@@ -14,8 +14,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        metavar="float32|float16|bfloat16",
-        help="Compute in this type. Default: the checkpoint's own on Metal, else float32.",
+        metavar="TYPE",
+        help="Compute in float32, float16 or bfloat16. Default: the checkpoint's own on Metal, "
+        "else float32.",
     ),
 ]
 KeepQuantized = Annotated[

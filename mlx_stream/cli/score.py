@@ -41,6 +41,8 @@ def score(
         raise typer.BadParameter(f"expected [MODEL] FILE, got {len(what)} arguments")
     *models, path = what
     model = models[0] if models else "starter"
+    if not models and path != "-" and not Path(path).exists():
+        fail(f"{path}: no such file: give the text to score, after the model if one is named")
     if Path(path).is_dir():
         fail(f"{path}: is a folder: after the model, give the text file to score")
     if max_tokens is not None and max_tokens < 2:

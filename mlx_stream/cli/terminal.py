@@ -5,6 +5,7 @@ import functools
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from mlx_stream.errors import MlxStreamError, TextError
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
+SECONDS_PER_LINE = 30.0
 UNWRITABLE = {errno.EPIPE: "was closed", errno.ENOSPC: "was full"}
 
 
@@ -46,6 +48,8 @@ def guarded(verb: Verb) -> Verb:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             fail(f"standard output {UNWRITABLE[error.errno]} before everything was written")
         except KeyboardInterrupt:
+            if sys.stdout.isatty():
+                print()
             note("interrupted")
             raise SystemExit(130) from None
 
@@ -101,11 +105,24 @@ def decode(data: bytes, name: str) -> str:
         ) from error
 
 
+def seldom(label: str) -> Callable[[int, int], None]:
+    """Return a progress callback for logs: a line now and then, none for what is soon done."""
+    told = time.monotonic()
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > SECONDS_PER_LINE:
+            told = time.monotonic()
+            note(f"{label}: {done:,} of {total:,} tokens")
+
+    return update
+
+
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the time left on standard error, if that is a terminal."""
+    """Show on standard error a bar with the time left, or lines where it is no terminal."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield seldom(label)
         return
     from rich.console import Console
     from rich.progress import (
