@@ -49,8 +49,8 @@ def chat(
 ) -> None:
     """Talk with a model for as long as you like.
 
-    Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation. When standard input is not a terminal, each of
-    its lines is a turn.
+    Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation. When standard input is not
+    a terminal, each of its lines is a turn.
     """
     from mlx_stream import hub
     from mlx_stream.cli.report import print_stats
