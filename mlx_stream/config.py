@@ -33,6 +33,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "qk_norm": (None, False),
     "use_sliding_window": (None, False),
     "attention_chunk_size": (None,),
+    "hidden_activation": (None, "silu", "swish"),
+    "mlp_hidden_act": (None, "silu", "swish"),
+    "rope_traditional": (None, False),
+    "rope_interleaved": (None, False),
+    "rotary_pct": (None, 1, 1.0),
+    "clip_qkv": (None,),
+    "use_parallel_residual": (None, False),
+    "is_causal": (None, True),
+    "llama_4_scaling": (None,),
+    "scale_emb": (None, 1, 1.0),
     "alibi": (None, False),
 }
 
@@ -193,8 +203,8 @@ def read_rope(raw: Mapping[str, Any], trained: int) -> RopeConfig:
     """
     older = {**(read_object(raw, "rope_scaling") or {})}
     newer = {**(read_object(raw, "rope_parameters") or {})}
-    older.pop("rope_theta", None)
-    theta, nested = raw.get("rope_theta"), newer.pop("rope_theta", None)
+    thetas = [older.pop("rope_theta", None), newer.pop("rope_theta", None), raw.get("rope_theta")]
+    given = [theta for theta in thetas if theta is not None]
     for settings in (older, newer):
         spelling = settings.pop("type", None)
         if spelling is not None and settings.setdefault("rope_type", spelling) != spelling:
@@ -206,11 +216,9 @@ def read_rope(raw: Mapping[str, Any], trained: int) -> RopeConfig:
         raise ConfigError(
             f"config: rope_scaling and rope_parameters disagree on {', '.join(sorted(disagree))}"
         )
-    if theta is not None and nested is not None and theta != nested:
-        raise ConfigError(
-            f"config: rope_theta {theta!r} and rope_parameters' rope_theta {nested!r} disagree"
-        )
-    settings = {**older, **newer, "rope_theta": theta if theta is not None else nested}
+    if any(theta != given[0] for theta in given[1:]):
+        raise ConfigError(f"config: rope_theta is given as {given[0]!r} and {given[1]!r}: disagree")
+    settings = {**older, **newer, "rope_theta": given[0] if given else None}
     if raw.get("original_max_position_embeddings") is not None:
         settings["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     return build_rope(Keys(settings, "config: rope"), trained)

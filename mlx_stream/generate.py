@@ -50,8 +50,8 @@ class Sampling:
             (
                 "repetition_penalty",
                 "--repetition-penalty",
-                0 < self.repetition_penalty < math.inf,
-                "above 0",
+                0.01 <= self.repetition_penalty <= 100,
+                "from 0.01 to 100",
             ),
             ("seed", "--seed", 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
         )
@@ -128,8 +128,9 @@ class TokenStream:
 
     def __init__(self, model: Model, cache: Cache):
         self.network, self.cache = model.network, cache
-        # By row, like keys and values: right after evictions, rewinds and interrupts alike.
+        # By row, like keys and values; and the ids of a step that may not be noted yet.
         self._ids: list[int] = []
+        self._step: tuple[int, Sequence[int]] = (0, ())
         self._vocabulary = model.config.vocab_size
         # What the last step computed; evaluated before the next, so that no graph grows.
         self._computed: list[mx.array] = []
@@ -140,6 +141,7 @@ class TokenStream:
 
     def attended_ids(self) -> list[int]:
         """Return the ids the newest token attends to, in the order of the text."""
+        self._note()
         return [self._ids[row] for row in self.cache.attended_rows()]
 
     def read(
@@ -191,7 +193,8 @@ class TokenStream:
         while done < len(ids):
             mx.eval(self._computed)
             count = self.cache.take(min(chunk, len(ids) - done))
-            self._record(ids[done : done + count])
+            self._note()
+            self._step = (self.length, ids[done : done + count])
             hidden = self.network(ids[done : done + count], self.cache)
             done += count
             self._computed = [hidden]
@@ -204,15 +207,22 @@ class TokenStream:
 
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens; see the cache's `rewind`."""
+        self._note()
         self.cache.rewind(count)
 
     def evict(self, count: int) -> None:
         """Drop the oldest `count` attended tokens that are not sinks."""
         self.cache.evict(count)
 
-    def _record(self, ids: Sequence[int]) -> None:
-        """Note the ids about to be read; those of a step that fails stay unattended."""
-        for token, id in enumerate(ids, self.length):
+    def _note(self) -> None:
+        """Note the last step's ids, if it was not interrupted before it was part of the stream."""
+        start, ids = self._step
+        if ids and self.length > start:
+            self._record(start, ids)
+        self._step = (0, ())
+
+    def _record(self, start: int, ids: Sequence[int]) -> None:
+        for token, id in enumerate(ids, start):
             row = self.cache.row(token)
             self._ids.extend([0] * (row + 1 - len(self._ids)))
             self._ids[row] = id

@@ -143,7 +143,8 @@ def find_in_hub_cache(repo: str) -> Path | None:
         found = snapshot_download(
             repo, local_files_only=True, allow_patterns=SMALL_FILES, ignore_patterns=OTHER_FILES
         )
-    except (HFValidationError, LocalEntryNotFoundError):
+    # A damaged cache, its refs above all, is as good as none.
+    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
         return None
     return None if missing_files(Path(found)) else Path(found)
 

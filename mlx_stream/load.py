@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, Va
 from mlx_stream.models import CausalLM
 from mlx_stream.rope import Rope
 from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.weights import build, weight_bytes
+from mlx_stream.weights import Untaken, build, weight_bytes
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DEFAULT_SINKS = 4
@@ -158,16 +158,13 @@ def load(
         checkpoint = read_gguf(path) if path.is_file() else read_folder(path)
         config = read_config(checkpoint.config)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    # The one owner of the lazy arrays is emptied as modules are made of them.
-    tensors = dict(checkpoint.tensors)
-    checkpoint = replace(checkpoint, tensors={})
-    computed = DTYPES[dtype] if dtype else default_dtype(tensors)
+    computed = DTYPES[dtype] if dtype else default_dtype(checkpoint.tensors)
     keep = backend.on_metal() if keep_quantized is None else keep_quantized
-    needed = weight_bytes(config, tensors, computed, keep)
+    needed = weight_bytes(config, checkpoint.tensors, computed, keep)
     if not force:
         check_memory(needed, 0)
     with named(str(source), path):
-        network = build(config, tensors, computed, keep)
+        network = build(config, Untaken(checkpoint.tensors), computed, keep)
     quantized = keep and config.quantization is not None
     rope = Rope(config.rope, config.head_dim)
     return Model(str(source), config, network, tokenizer, rope, computed, quantized, needed, force)

@@ -30,10 +30,11 @@ class Rope:
     def rotate(self, x: mx.array, position: mx.array) -> mx.array:
         """Turn (B, heads, T, D) so that row r of T stands at position + r.
 
-        `position` is int32 of one element (or B of them) and never negative: Metal computes
-        position + row unsigned.
+        `position` is int32 of one element and never negative: Metal computes position + row
+        unsigned. It also reads one position for each B, past the end of an array that holds one:
+        so B is folded into the heads.
         """
-        return self._apply(x, position, 1.0)
+        return self._apply(x.reshape(1, -1, *x.shape[2:]), position, 1.0).reshape(x.shape)
 
     def rotate_all(self, x: mx.array, position: int, backwards: bool = False) -> mx.array:
         """Turn every row of (B, heads, T, D) by the same angle, forwards or backwards."""

@@ -5,17 +5,35 @@ afterwards holds what the model's template would render: tokens past a stop stri
 and what the template puts after a reply is read before the next turn.
 """
 
-import weakref
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
 from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
 from mlx_stream.load import Model, ignore
-from mlx_stream.stream import Piece, Reply, Stats, StopFinder, counted, paced
+from mlx_stream.stream import Piece, Reply, Stats, StopFinder, counted, eviction_notice, paced
 from mlx_stream.template import ChatTemplate
 
 DEFAULT_MAX_TOKENS = 512
 NOTICES_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Between:
+    """Between turns: what the stream must still read before the next one, ids and then text."""
+
+    unread: tuple[int, ...] = ()
+    closing: str = ""
+    begun: bool = False
+
+
+@dataclass(frozen=True)
+class During:
+    """In a turn: its ids, what is said so far, and the length of the stream before it."""
+
+    turn: list[int]
+    reply: Reply
+    start: int
 
 
 class ChatSession:
@@ -54,11 +72,10 @@ class ChatSession:
             )
         if max_tokens < 1:
             raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
-        StopFinder(stop)  # refuses what is no stop string before anything is allocated
         template.check(system is not None)
         self.model, self.system = model, system
         self.template: ChatTemplate = template
-        self.max_tokens, self.stop = max_tokens, tuple(stop)
+        self.max_tokens, self.stop = max_tokens, StopFinder(stop).stops
         self.stats = Stats()
         self._told = notify
         self.cache = model.new_cache(sinks, window, notify=self._notify)
@@ -71,13 +88,9 @@ class ChatSession:
         # A reply is text. A special token is none: were one read, the model could open a turn of
         # its own, which no template renders. So each of them ends a reply.
         self._end_ids = model.tokenizer.eos_ids | model.tokenizer.special_ids
-        # What the stream must still read before the next turn: ids, then text.
-        self._unread: list[int] = []
-        self._closing = ""
-        self._begun = False
+        # Exchanged whole, so that whatever interrupts a turn, the next one finds where it was.
+        self._now: Between | During = Between()
         self._eviction_told = False
-        # Weak, so that a reply which is dropped is closed there and then.
-        self._replying: weakref.ref[Generator[Piece, None, None]] | None = None
 
     def reply(
         self,
@@ -103,13 +116,7 @@ class ChatSession:
         if not question:
             raise TextError("the question is empty")
         reply = Reply(self.model.tokenizer.decoder(), self.stop if stop is None else stop)
-        pieces = self._pieces(question, reply, limit, progress)
-        # One stream says one thing at a time: a reply still going on ends as if it were closed.
-        before = self._replying() if self._replying else None
-        if before is not None:
-            before.close()
-        self._replying = weakref.ref(pieces)
-        return pieces
+        return self._pieces(question, reply, limit, progress)
 
     def _pieces(
         self,
@@ -118,8 +125,8 @@ class ChatSession:
         limit: int,
         progress: Callable[[int, int], None] | None,
     ) -> Generator[Piece, None, None]:
-        turn = self._turn(question)
-        start = self.tokens.length
+        turn = self._turn(question, self._settle())
+        now = self._now = During(turn, reply, self.tokens.length)
         ids = generate(
             self.tokens,
             turn,
@@ -129,47 +136,53 @@ class ChatSession:
             counted(progress, len(turn)),
         )
         try:
-            yield from paced(ids, reply, len(turn), limit, self.stats, self.tokens)
+            for piece in paced(ids, reply, len(turn), limit, self.stats, self.tokens):
+                yield piece
+                if self._now is not now:  # the next turn has begun and settled this one
+                    return
         finally:
-            self._close(reply, turn, self.tokens.length - start)
+            if self._now is now:
+                self._settle()
 
-    def _turn(self, question: str) -> list[int]:
+    def _turn(self, question: str, before: Between) -> list[int]:
         """Return all ids the stream must read before it can reply."""
-        if self._begun:
+        if before.begun:
             text = self.template.turn(question, self.system)
         else:
             text = self.template.opening(self.system, question)
-        turn = [*self._unread, *self.model.tokenizer.encode(self._closing + text, special=False)]
+        rest = self.model.tokenizer.encode(before.closing + text, special=False)
+        turn = [*before.unread, *rest]
         window = self.cache.geometry.window
         if len(turn) > window:
             self._notify(
                 f"this turn of {len(turn)} tokens is longer than the window of {window}: it is "
                 "read in full, and only its end is attended"
             )
-        self._begun = True
         return turn
 
-    def _close(self, reply: Reply, turn: list[int], read: int) -> None:
+    def _settle(self) -> Between:
         """Leave the stream with the turn and the final text of the reply, and nothing else.
 
-        `read` tokens were read since the turn began: the turn, then sampled ids, perhaps
-        interrupted anywhere. What is missing is read with the next turn.
+        The turn may have been interrupted anywhere; what is missing is read with the next one. An
+        interrupt in here is made good by the next call: nothing is done twice.
         """
-        kept, rest = reply.kept(trim=self.template.trims)
-        wanted = [*turn, *reply.ids[:kept]]
-        if read > len(wanted):
+        now = self._now
+        if isinstance(now, Between):
+            return now
+        kept, rest = now.reply.kept(trim=self.template.trims)
+        wanted = [*now.turn, *now.reply.ids[:kept]]
+        excess = self.tokens.length - now.start - len(wanted)
+        if excess > 0:
             # A window smaller than what must be taken back cannot hold a whole turn anyway.
-            self.tokens.rewind(min(read - len(wanted), self.cache.rewindable))
-        self._unread = wanted[read:]
+            self.tokens.rewind(min(excess, self.cache.rewindable))
         lead = "" if kept or rest else self.template.lead
-        self._closing = lead + rest + self.template.closing
+        unread = wanted[max(0, self.tokens.length - now.start) :]
+        self._now = Between(tuple(unread), lead + rest + self.template.closing, True)
         self.stats.attended, self.stats.evicted = self.cache.attended, self.cache.evicted
         if self.cache.evicted and not self._eviction_told:
             self._eviction_told = True
-            self._notify(
-                f"the window of {self.stats.window:,} tokens is full: the oldest have begun to "
-                "leave attention"
-            )
+            self._notify(eviction_notice(self.stats.window))
+        return self._now
 
     def _notify(self, notice: str) -> None:
         self.stats.notices = [*self.stats.notices[1 - NOTICES_KEPT :], notice]

@@ -24,6 +24,7 @@ class Stats:
 
     prompt_tokens: int = 0
     reply_tokens: int = 0
+    decoded_tokens: int = 0  # of replies, without each one's first, which the prompt's time holds
     prompt_seconds: float = 0.0
     reply_seconds: float = 0.0
     attended: int = 0
@@ -40,7 +41,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.reply_tokens / self.reply_seconds if self.reply_seconds else 0.0
+        return self.decoded_tokens / self.reply_seconds if self.reply_seconds else 0.0
 
     def __str__(self) -> str:
         return (
@@ -54,10 +55,10 @@ class Stats:
 class StopFinder:
     """Hold back text in which a stop string may have begun."""
 
-    def __init__(self, stops: Sequence[str]):
-        if not all(stops):
+    def __init__(self, stops: str | Sequence[str]):
+        self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if not all(self.stops):
             raise ValueRefused("--stop must not be an empty text")
-        self.stops = tuple(stops)
         self.held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
@@ -88,14 +89,16 @@ class StopFinder:
 
 
 class Reply:
-    """Turn sampled ids into pieces, and remember which ids make up the final text.
+    """Turn sampled ids into pieces of text.
 
-    After the last piece (or when it is abandoned), `ids[:kept()[0]]` followed by the text
-    `kept()[1]` is exactly what was said: a stop string may begin in the middle of a token.
+    With `remember`, also which ids make up the final text: after the last piece (or when it is
+    abandoned), `ids[:kept()[0]]` followed by the text `kept()[1]` is exactly what was said: a stop
+    string may begin in the middle of a token. Without, nothing grows with the length of the text.
     """
 
-    def __init__(self, decoder: StreamDecoder, stops: Sequence[str]):
-        self.decoder, self.finder = decoder, StopFinder(stops)
+    def __init__(self, decoder: StreamDecoder, stops: str | Sequence[str], remember: bool = True):
+        self.decoder, self.finder, self.remember = decoder, StopFinder(stops), remember
+        self.count = 0
         self.ids: list[int] = []
         self.text = ""  # all that was decoded
         self.ends: list[int] = []  # length of the text after each id
@@ -104,15 +107,17 @@ class Reply:
 
     def add(self, token: int) -> str:
         """Take a sampled id; return the text that became final."""
-        self.ids.append(token)
-        self.ends.append(0)
+        self.count += 1
+        if self.remember:
+            self.ids.append(token)
+            self.ends.append(len(self.text))
         return self._advance(self.decoder.add(token))
 
     def finish(self) -> str:
         """Return what was held back, when no more ids come."""
         if self.stopped:
             return ""
-        text = self._advance(self.decoder.flush()) if self.ids else ""
+        text = self._advance(self.decoder.flush()) if self.count else ""
         if self.stopped:
             return text
         rest = self.finder.flush()
@@ -145,8 +150,9 @@ class Reply:
         return next(k for k in range(len(self.ids) + 1) if self._end(k) >= length)
 
     def _advance(self, text: str) -> str:
-        self.text += text
-        self.ends[-1] = len(self.text)
+        if self.remember:
+            self.text += text
+            self.ends[-1] = len(self.text)
         final, self.stopped = self.finder.add(text)
         self.final += len(final)
         return final
@@ -198,7 +204,7 @@ def stream(
             f"the text of {len(ids):,} tokens is longer than sinks and window, "
             f"{cache.geometry.rows:,}: it is read in full, and only its end stays attended"
         )
-    reply = Reply(model.tokenizer.decoder(), stop)
+    reply = Reply(model.tokenizer.decoder(), stop, remember=False)
     yield from paced(
         generate(
             tokens,
@@ -214,6 +220,12 @@ def stream(
         stats,
         tokens,
     )
+    if cache.evicted and len(ids) <= cache.geometry.rows:
+        tell(eviction_notice(stats.window))
+
+
+def eviction_notice(window: int) -> str:
+    return f"the window of {window:,} tokens is full: the oldest have begun to leave attention"
 
 
 def counted(
@@ -252,6 +264,7 @@ def paced(
             stats.prompt_seconds += now - started
         else:
             stats.reply_seconds += now - started
+            stats.decoded_tokens += 1
         started, first = now, False
         stats.attended, stats.evicted = tokens.cache.attended, tokens.cache.evicted
 
@@ -260,13 +273,16 @@ def paced(
         tick()
         stats.reply_tokens += 1
         unsent = reply.add(token)
-        if reply.stopped or len(reply.ids) == max_tokens:
+        if reply.stopped or reply.count == max_tokens:
             finish = "length"
             break
         if unsent:
             yield Piece(unsent)
+            started = time.perf_counter()  # what the caller did with it is not our time
         unsent = ""
     else:
-        tick()
+        if first:
+            tick()
+    stats.attended, stats.evicted = tokens.cache.attended, tokens.cache.evicted
     rest = unsent + reply.finish()
     yield Piece(rest, "stop" if reply.stopped else finish)

@@ -1,6 +1,6 @@
 """Tensors of a checkpoint -> modules: names and shapes checked, quantized or not, joined."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,36 @@ def build(
             f"{config.model_type} its config describes"
         )
     return model
+
+
+class Untaken(MutableMapping[str, mx.array]):
+    """A checkpoint's tensors that no module has taken yet; opening it reads none of them.
+
+    A source that holds its arrays loses those that are taken: they would be in memory twice.
+    """
+
+    def __init__(self, source: Mapping[str, mx.array]):
+        self.source, self.names = source, dict.fromkeys(source)
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self.source[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names  # the default would read the tensor to find out
+
+    def __delitem__(self, name: str) -> None:
+        del self.names[name]
+        if isinstance(self.source, MutableMapping):
+            del self.source[name]
+
+    def __setitem__(self, name: str, tensor: mx.array) -> None:
+        raise TypeError("a checkpoint's tensors are only taken")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import ascii_lowercase
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # M5 computes float32 at less precision otherwise
+
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx

@@ -87,7 +87,7 @@ SAMPLED: list[tuple[list[object], str]] = [
     (["--min-p", 2], "--min-p must be from 0 to 1, not 2.0"),
     (["--min-p", -0.1], "--min-p must be from 0 to 1, not -0.1"),
     (["--top-k", -1], "--top-k must be 0 or more, not -1"),
-    (["--repetition-penalty", 0], "--repetition-penalty must be above 0, not 0.0"),
+    (["--repetition-penalty", 0], "--repetition-penalty must be from 0.01 to 100, not 0.0"),
     (["--seed", -1], "--seed must be from 0 to 2^64 - 1, not -1"),
     (["--seed", 2**64], "--seed must be from 0 to 2^64 - 1, not 18446744073709551616"),
     (["--max-tokens", 0], "--max-tokens must be at least 1, not 0"),

@@ -28,15 +28,16 @@ class Recorded(TokenStream):
 
     def __init__(self, model, cache):
         super().__init__(model, cache)
-        self.all = []
+        self._all = []
 
-    def _record(self, ids):
-        super()._record(ids)
-        self.all.extend(ids)
+    @property
+    def all(self):
+        self._note()
+        return self._all[: self.length]
 
-    def rewind(self, count):
-        super().rewind(count)
-        del self.all[len(self.all) - count :]
+    def _record(self, start, ids):
+        super()._record(start, ids)
+        self._all[start:] = ids
 
 
 def session(model, **options) -> Any:
@@ -50,8 +51,8 @@ def session(model, **options) -> Any:
 def held_text(chat):
     """Return the text of the stream, and of what it will read before the next turn."""
     backend = chat.model.tokenizer._backend
-    ids = [*chat.tokens.all, *chat._unread]
-    return backend.decode(ids, skip_special_tokens=False) + chat._closing
+    ids = [*chat.tokens.all, *chat._now.unread]
+    return backend.decode(ids, skip_special_tokens=False) + chat._now.closing
 
 
 def rendered(chat, turns):
@@ -154,9 +155,10 @@ def test_a_reply_is_closed_by_the_next_one(model):
     chat = session(model, window=400)
     first = chat.reply("One?")
     unused = [next(first), next(first)]
-    chat.reply("Never asked for")
+    never = chat.reply("Never asked for")
     second = to_the_end(chat, "Two?", max_tokens=5)
     assert list(first) == []
+    never.close()
     text = held_text(chat)
     replies = [part.split("<|im_end|>")[0] for part in text.split("<|im_start|>assistant\n")[1:]]
     assert len(replies) == 2 and replies[1] == second

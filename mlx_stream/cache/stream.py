@@ -26,11 +26,18 @@ MASK_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Held:
-    """What a stream holds between steps, exchanged whole: an interrupt finds the old or the new."""
+    """What a stream holds between steps, exchanged whole: an interrupt finds the old or the new.
+
+    `sinks` are the sinks' keys before rotation, (L, K, S, D), apart from K: reading them out of K
+    would copy K. `back` is how far the ring is being turned back, `turned` how many layers are.
+    """
 
     place: Place
     keys: list[mx.array]
     values: list[mx.array]
+    sinks: mx.array
+    back: int = 0
+    turned: int = 0
 
 
 class StreamCache:
@@ -80,9 +87,8 @@ class StreamCache:
             Place(length=0, floor=sinks, clock=0),
             [mx.zeros(shape, dtype) for _ in range(layers)],
             [mx.zeros(shape, dtype) for _ in range(layers)],
+            mx.zeros((layers, kv_heads, sinks, head_dim), dtype),
         )
-        # The sinks' keys before rotation, apart from K: reading them out of K would copy K.
-        self.sinks = mx.zeros((layers, kv_heads, sinks, head_dim), dtype)
         mx.eval(self.arrays())
 
     @property
@@ -92,6 +98,10 @@ class StreamCache:
     @property
     def keys(self) -> list[mx.array]:
         return self.held.keys
+
+    @property
+    def sinks(self) -> mx.array:
+        return self.held.sinks
 
     @property
     def values(self) -> list[mx.array]:
@@ -136,7 +146,7 @@ class StreamCache:
         geometry, place = self.geometry, self.place
         limit = self.clock_limit - geometry.rows
         room = geometry.room(place)
-        if room == 0:
+        if room == 0 and geometry.sinks:
             row_bytes = 4 * self.query_heads * (geometry.rows + STEP_LENGTHS[-1])
             limit = min(limit, max(1, MASK_BYTES // row_bytes))
         longest = max(length for length in STEP_LENGTHS if length <= limit)
@@ -149,6 +159,7 @@ class StreamCache:
         """
         if not 1 <= count == self.take(count):
             raise ValueRefused(f"a step of {count} tokens must be split; see take()")
+        self._turn_back()  # if an interrupt left that half done
         if self.place.clock + padded(count) > self.clock_limit:
             self._reanchor()
         if count == 1:
@@ -156,11 +167,14 @@ class StreamCache:
         return ChunkStep(self, count)
 
     def commit(self, step: DecodeStep | ChunkStep) -> None:
-        first, count = self.length, step.count
+        first, count, sinks = self.length, step.count, self.sinks
         if step.new_sinks:
             read = min(count, self.geometry.sinks - first)
-            self.sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
-        self.held = Held(self.geometry.after(self.place, count), step.keys, step.values)
+            sinks = mx.array(sinks)  # a handle of our own: a state given out stays as it was
+            sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
+            mx.eval(sinks)  # nothing later in the step needs them, so nothing else would
+        place = self.geometry.after(self.place, count)
+        self.held = Held(place, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens (rule 9).
@@ -190,6 +204,7 @@ class StreamCache:
             self._move(replace(self.place, floor=self.oldest + count))
 
     def state(self) -> dict[str, mx.array | int]:
+        self._turn_back()
         state: dict[str, mx.array | int] = {
             "length": self.place.length,
             "floor": self.place.floor,
@@ -227,13 +242,15 @@ class StreamCache:
                 raise ValueRefused(f"not a state of this stream: {name!r} must be a whole number")
         place = Place(*(state[name] for name in ("length", "floor", "clock", "sinks_at")))  # type: ignore[arg-type]
         self._check(place)
-        self.sinks = _copy(state["sinks"])
-        self.held = Held(
+        mx.clear_cache()  # as when the buffers were made
+        held = Held(
             place,
             [_copy(state[f"keys.{layer}"]) for layer in range(self.layers)],
             [_copy(state[f"values.{layer}"]) for layer in range(self.layers)],
+            _copy(state["sinks"]),
         )
-        mx.eval(self.arrays())
+        mx.eval(held.keys, held.values, held.sinks)
+        self.held = held
 
     def _check(self, place: Place) -> None:
         """Refuse numbers no stream of this geometry can reach: rows would be read unwritten."""
@@ -256,12 +273,21 @@ class StreamCache:
         base = self.place.length - self.place.clock
         back = self.place.floor - self.geometry.sinks - base
         mx.clear_cache()  # as when the buffers were made: theirs are the only sizes to be reused
-        turned = []
-        for keys in self.keys:
-            turned.append(self.rope.rotate_all(keys, back, backwards=True))
-            mx.eval(turned[-1])
-        place = replace(self.place, clock=self.place.clock - back, sinks_at=-1)
-        self.held = Held(place, turned, self.values)
+        self.held = replace(self.held, back=back)
+        self._turn_back()
+
+    def _turn_back(self) -> None:
+        """Turn what is left to be turned, one layer at a time: one layer's K is there twice."""
+        while self.held.back and self.held.turned < self.layers:
+            held, layer = self.held, self.held.turned
+            keys = list(held.keys)
+            keys[layer] = self.rope.rotate_all(keys[layer], held.back, backwards=True)
+            mx.eval(keys[layer])
+            self.held = replace(held, keys=keys, turned=layer + 1)
+        held = self.held
+        if held.back:
+            place = replace(held.place, clock=held.place.clock - held.back, sinks_at=-1)
+            self.held = replace(held, place=place, back=0, turned=0)
 
     def place_sinks(self, token: int) -> None:
         """Rewrite the sinks' rows to stand where `token` must see them, if they do not yet."""
@@ -269,10 +295,13 @@ class StreamCache:
         if self.geometry.sinks == 0 or position == self.place.sinks_at:
             return
         turned = self.rope.rotate(self.sinks, mx.array([position], mx.int32))
-        self._move(replace(self.place, sinks_at=-1))
+        rewritten = []
         for layer, keys in enumerate(self.keys):
+            keys = mx.array(keys)
             keys[:, :, : self.geometry.sinks] = turned[layer : layer + 1]
-        self._move(replace(self.place, sinks_at=position))
+            rewritten.append(keys)
+        place = replace(self.place, sinks_at=position)
+        self.held = replace(self.held, place=place, keys=rewritten)
 
     def _move(self, place: Place) -> None:
         self.held = replace(self.held, place=place)

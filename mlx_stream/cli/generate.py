@@ -41,7 +41,8 @@ def generate(
     text = read_text("-") if prompt == "-" else prompt
     loaded = load(model, dtype, keep_quantized, force, note)
     counts = Stats()
-    pieces = []
+    pieces: list[str] = []
+    finish = None
     with progress_bar("reading") as progress:
         for piece in stream(
             loaded,
@@ -55,15 +56,17 @@ def generate(
             note,
             progress,
         ):
-            pieces.append(piece)
-            if not json:
+            finish = piece.finish
+            if json:
+                pieces.append(piece.text)
+            else:
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
     if json:
         print_json(
             {
-                "text": "".join(piece.text for piece in pieces),
-                "finish": pieces[-1].finish,
+                "text": "".join(pieces),
+                "finish": finish,
                 **stats_as_json(counts),
             }
         )

@@ -119,7 +119,8 @@ class CausalLM(nn.Module):
         Returns the hidden states (1, len(ids), hidden size), normalized, not yet evaluated.
         """
         step = cache.begin(len(ids))
-        tokens = [*ids, *[0] * (step.rows - step.count)]
+        # Padded with a real id: whatever its row of the embedding holds has been seen already.
+        tokens = [*ids, *[ids[-1]] * (step.rows - step.count)]
         x = self.embed_tokens(mx.array([tokens], mx.int32))
         for index, layer in enumerate(self.layers):
             x = layer(x, step, index)

@@ -1,0 +1,149 @@
+"""What an interrupt, a kept state or Metal's reading of offsets could spoil: none of it may."""
+
+import itertools
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_weights, write_tiny
+
+import mlx_stream
+from mlx_stream.cache import StreamCache
+from mlx_stream.generate import Sampling, TokenStream
+from mlx_stream.rope import Rope
+from mlx_stream.session import ChatSession
+
+IDS = [int(i) for i in np.random.default_rng(5).integers(3, 290, 400)]
+
+
+def stream_of(model, window=20, sinks=3, clock_limit=None):
+    cache = model.new_cache(sinks, window)
+    if clock_limit is not None:
+        cache.clock_limit = max(clock_limit, 2 * cache.geometry.rows)
+    return TokenStream(model, cache)
+
+
+def interrupt_at(count, function):
+    """Run a function and raise KeyboardInterrupt before bytecode number `count` of our code."""
+    left = count
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if "mlx_stream" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("chunk", [1, 6])
+def test_a_stream_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model, chunk):
+    model = tiny_model()
+    count = 0
+    for count in itertools.count(40, 97 if chunk == 1 else 61):
+        stream = stream_of(model, clock_limit=0)
+        stream.read(IDS[:40], chunk)
+        if not interrupt_at(count, lambda: stream.read(IDS[40:52], chunk)):  # noqa: B023
+            break
+        # What its length says was read, and nothing else, is in the stream.
+        read = stream.length
+        fresh = stream_of(model, clock_limit=0)
+        fresh.read(IDS[:read], chunk)
+        assert stream.attended_ids() == fresh.attended_ids()
+        expected, found = fresh.read(IDS[read : read + 3]), stream.read(IDS[read : read + 3])
+        assert np.allclose(np.array(found), np.array(expected), atol=1e-4)
+    assert count > 500
+
+
+def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
+    config = tiny_config(num_hidden_layers=1)
+    model = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
+    backend = model.tokenizer._backend
+    count = 0
+    for count in itertools.count(1, 211):
+        chat = ChatSession(model, window=400, sampling=Sampling(1.0, top_p=1.0, seed=1))
+        "".join(piece.text for piece in chat.reply("One?", max_tokens=4))
+        cut = interrupt_at(count, lambda: list(chat.reply("Two?", max_tokens=4)))  # noqa: B023
+        # Nothing of the second turn, or all of it, is followed by a third that is well-formed.
+        list(chat.reply("Three?", max_tokens=1))
+        between = chat._settle()
+        ids = [*chat.tokens.attended_ids(), *between.unread]
+        text = backend.decode(ids, skip_special_tokens=False) + between.closing
+        turns = text.split("<|im_start|>")[1:]
+        assert all(turn.endswith("<|im_end|>\n") for turn in turns), (count, text)
+        roles = [turn.split("\n")[0] for turn in turns]
+        assert roles in (["user", "assistant"] * 2, ["user", "assistant"] * 3), (count, text)
+        if not cut:
+            break
+    assert count > 2000
+
+
+def test_a_state_stays_what_it_was_while_its_stream_goes_on(tiny_model):
+    model = tiny_model()
+    stream = stream_of(model)
+    stream.read(IDS[:40])
+    stream.rewind(1)
+    state = stream.cache.state()
+    before = {k: np.array(v) if isinstance(v, mx.array) else v for k, v in state.items()}
+    stream.evict(5)
+    stream.read(IDS[40:41])
+    after = {k: np.array(v) if isinstance(v, mx.array) else v for k, v in state.items()}
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_reanchoring_holds_one_layer_twice_and_no_more(tiny_model):
+    model = tiny_model(num_hidden_layers=6, max_position_embeddings=20_000)
+    stream = stream_of(model, window=8_000)
+    cache = stream.cache
+    assert isinstance(cache, StreamCache)
+    layer = cache.keys[0].nbytes
+    stream.read(IDS[:8])
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    active = mx.get_active_memory()
+    cache._reanchor()
+    assert mx.get_peak_memory() - active < 2 * layer
+
+
+def test_a_rotation_never_leaves_metal_a_position_to_read_past(tiny_model, monkeypatch):
+    """Metal reads offset[b] for each b of B, whatever the offset's length."""
+    rope, seen = mx.fast.rope, []
+
+    def spy(x, *args, offset, **kwargs):
+        seen.append(x.shape[0])
+        assert isinstance(offset, mx.array) and offset.dtype == mx.int32
+        assert offset.size >= x.shape[0] and min(offset.tolist()) >= 0  # type: ignore[type-var]
+        return rope(x, *args, offset=offset, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "rope", spy)
+    stream = stream_of(tiny_model(num_hidden_layers=3), clock_limit=0)
+    for chunk in (1, 7, 64):
+        stream.read(IDS[:150], chunk)
+    assert len(seen) > 500
+
+
+def test_positions_of_every_layer_are_the_same(tiny_model):
+    rope = Rope(tiny_model().config.rope, 16)
+    x = mx.random.normal((3, 2, 4, 16))
+    together = rope.rotate(x, mx.array([9], mx.int32))
+    apart = mx.concatenate([rope.rotate(part, mx.array([9], mx.int32)) for part in mx.split(x, 3)])
+    assert np.allclose(np.array(together), np.array(apart), atol=1e-6)
+
+
+def test_one_stop_string_may_be_given_as_it_is(tmp_path):
+    config = tiny_config()
+    model = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
+    assert ChatSession(model, stop="User:").stop == ("User:",)
