@@ -16,9 +16,11 @@ CACHE_LIMIT = 256 * 2**20
 
 
 def load_openblas() -> bool:
-    """Load the system's OpenBLAS ahead of MLX; return whether it was found. Linux only."""
+    """Load the system's OpenBLAS ahead of MLX; return whether MLX will use it. Linux only."""
     if not sys.platform.startswith("linux"):
         return False
+    if "mlx.core" in sys.modules:
+        return False  # too late: MLX has bound its own BLAS. Import mlx_stream before mlx
     # One-row products are up to ten times slower on two threads than on one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:

@@ -14,9 +14,10 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
+
 import mlx.core as mx
 
-import mlx_stream
 from mlx_stream.evaluate.score import losses_of
 from mlx_stream.generate import TokenStream
 
