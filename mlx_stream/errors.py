@@ -9,6 +9,7 @@
     ├── TokenizerError      tokenizer files
     │   └── TemplateError   a chat template that cannot be used on a stream
     ├── TextError           input text that cannot be read
+    ├── SnapshotError       a saved stream that is damaged, or another model's
     └── MemoryRefused       the model and its ring do not fit the device
 
 The message of each is one line: what was given, what was expected, what to do.
@@ -49,6 +50,10 @@ class TemplateError(TokenizerError):
 
 class TextError(MlxStreamError):
     """A text cannot be read: not UTF-8, empty, or too short."""
+
+
+class SnapshotError(MlxStreamError):
+    """A saved stream cannot be written or read, or is not one of this model."""
 
 
 class MemoryRefused(MlxStreamError):

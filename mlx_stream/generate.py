@@ -12,6 +12,7 @@ from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
 from mlx_stream.load import Model
 
 PREFILL_CHUNK = 128
+IDS = "ids"  # of the attended tokens, in a stream's state
 LOWEST_TEMPERATURE = 1e-30  # of those above 0; smaller ones are 0 in float32
 
 
@@ -213,6 +214,30 @@ class TokenStream:
     def evict(self, count: int) -> None:
         """Drop the oldest `count` attended tokens that are not sinks."""
         self.cache.evict(count)
+
+    def state(self) -> dict[str, mx.array | int]:
+        """Return the whole state: the cache's, and the ids by row; the arrays are the live ones."""
+        self._note()
+        return {**self.cache.state(), IDS: mx.array(self._ids, mx.uint32)}
+
+    def restore(self, state: dict[str, mx.array | int]) -> None:
+        """Continue from a state of a stream of the same model and cache parameters.
+
+        Raises:
+            ValueRefused: it is not one.
+        """
+        cached = dict(state)
+        ids = cached.pop(IDS, None)
+        if not isinstance(ids, mx.array) or ids.dtype != mx.uint32 or ids.ndim != 1:
+            raise ValueRefused("not a state of this stream: its token ids are missing")
+        before = self.cache.state()
+        self.cache.restore(cached)
+        known: list[int] = ids.tolist()  # type: ignore[assignment]
+        rows = self.cache.attended_rows()
+        if len(known) <= max(rows, default=-1) or max(known, default=0) >= self._vocabulary:
+            self.cache.restore(before)
+            raise ValueRefused("not a state of this stream: its token ids do not fit")
+        self._ids, self._step, self._computed = known, (0, ()), []
 
     def _note(self) -> None:
         """Note the last step's ids, if it was not interrupted before it was part of the stream."""
