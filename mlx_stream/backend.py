@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 OPENBLAS = "libopenblas.so.0"
 CACHE_LIMIT = 256 * 2**20
@@ -61,6 +62,16 @@ def memory_budget() -> int:
     if recommended:
         return int(recommended)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory, in bytes; on macOS the most there ever was."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def set_cache_limit() -> None:

@@ -8,6 +8,7 @@ import typer
 from mlx_stream.cli.bench import bench
 from mlx_stream.cli.chat import chat
 from mlx_stream.cli.doctor import doctor
+from mlx_stream.cli.eval import app as evaluate
 from mlx_stream.cli.generate import generate
 from mlx_stream.cli.ls import ls
 from mlx_stream.cli.score import score
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for verb in (chat, generate, score, bench, doctor, ls):
     app.command()(verb)
+app.add_typer(evaluate)
 
 
 def print_version(asked: bool) -> None:

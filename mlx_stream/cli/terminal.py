@@ -107,13 +107,14 @@ def decode(data: bytes, name: str) -> str:
 
 def seldom(label: str) -> Callable[[int, int], None]:
     """Return a progress callback for logs: a line now and then, none for what is soon done."""
-    told = time.monotonic()
+    begun = told = time.monotonic()
 
     def update(done: int, total: int) -> None:
         nonlocal told
         if time.monotonic() - told > SECONDS_PER_LINE:
             told = time.monotonic()
-            note(f"{label}: {done:,} of {total:,} tokens")
+            left = (told - begun) * (total / max(done, 1) - 1)
+            note(f"{label}: {done:,} of {total:,}, {left / 60:.0f} minutes left")
 
     return update
 

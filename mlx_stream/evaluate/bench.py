@@ -128,8 +128,13 @@ def bench(
     return results
 
 
-def in_turn(ours: Step, theirs: Step, pairs: int) -> Series:
-    """Run two steps in turn, changing which goes first, and time each."""
+def in_turn(
+    ours: Step, theirs: Step, pairs: int, seconds: float | None = SECONDS_PER_SERIES
+) -> Series:
+    """Run two steps in turn, changing which goes first, and time each.
+
+    Ends after so many seconds, unless None, but not before the least number of pairs.
+    """
     for _ in range(WARMUP):
         ours()
         theirs()
@@ -140,7 +145,8 @@ def in_turn(ours: Step, theirs: Step, pairs: int) -> Series:
             begun = time.perf_counter()
             step()
             times[step].append(time.perf_counter() - begun)
-        if pair + 1 >= LEAST_PAIRS and time.perf_counter() - started > SECONDS_PER_SERIES:
+        late = seconds is not None and time.perf_counter() - started > seconds
+        if late and pair + 1 >= LEAST_PAIRS:
             break
     return Series(times[ours], times[theirs])
 
@@ -148,6 +154,11 @@ def in_turn(ours: Step, theirs: Step, pairs: int) -> Series:
 def our_step(model: Model, window: int, count: int) -> Step:
     cache = model.new_cache(SINKS, window)
     fill(cache)
+    return step_of(model, cache, count)
+
+
+def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
+    """Return a step that reads `count` tokens into a cache and chooses the next."""
     ids = [7] * count
 
     def step() -> None:
@@ -166,10 +177,15 @@ def our_step(model: Model, window: int, count: int) -> Step:
     return step
 
 
-def fill(cache: StreamCache) -> None:
-    """Bring a stream to a full window of random keys and values, past its first wrap."""
+def fill(cache: StreamCache, clock: int | None = None) -> None:
+    """Bring a stream to a full window of random keys and values, past its first wrap.
+
+    Args:
+        clock: where the rotary clock stands, at least the rows of the buffer; how far it is from
+            the next re-anchoring. Default: as in a stream that has wrapped once.
+    """
     state = cache.state()
-    length = 2 * cache.geometry.rows
+    length = 2 * cache.geometry.rows if clock is None else clock
     ring = cache.geometry.ring
     state |= {"length": length, "floor": length - ring, "clock": length, "sinks_at": -1}
     for name, value in state.items():

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_stream.errors import TextError, ValueRefused, WeightsError
+from mlx_stream.evaluate.report import perplexity
 from mlx_stream.generate import TokenStream
-from mlx_stream.models import CausalLM
 
 # Logits of this many rows are in memory at once: 50 MB for a vocabulary of 50,000 in float32.
 HEAD_ROWS = 128
+Head = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        try:
-            return math.exp(math.fsum(self.nll) / self.tokens)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.nll)
 
     def as_json(self) -> dict[str, object]:
         return {
@@ -80,11 +78,6 @@ def score(
     started = time.perf_counter()
     nll: list[float] = []
     for losses in losses_of(stream, ids, chunk):
-        if not all(map(math.isfinite, losses)):
-            raise WeightsError(
-                "the model's output is not a number: its weights are damaged, or overflow in this "
-                "dtype (try --dtype float32)"
-            )
         nll.extend(losses)
         if progress:
             progress(len(nll), len(ids) - 1)
@@ -104,16 +97,25 @@ def losses_of(stream: TokenStream, ids: Sequence[int], chunk: int) -> Iterator[l
     # The last token is read only to be predicted: nothing is asked of the state after it.
     for hidden in stream.steps(ids[:-1], chunk):
         count = hidden.shape[1]
-        yield losses(stream.network, hidden[0], ids[read + 1 : read + 1 + count])
+        yield losses(stream.network.logits, hidden[0], ids[read + 1 : read + 1 + count])
         read += count
 
 
-def losses(network: CausalLM, hidden: mx.array, targets: Sequence[int]) -> list[float]:
-    """Return -log p of each target given hidden states (T, hidden size)."""
+def losses(head: Head, hidden: mx.array, targets: Sequence[int]) -> list[float]:
+    """Return -log p of each target given hidden states (T, hidden size) and the model's head.
+
+    Raises:
+        WeightsError: the model's output is not a number.
+    """
     values: list[float] = []
     for start in range(0, len(targets), HEAD_ROWS):
-        logits = network.logits(hidden[start : start + HEAD_ROWS]).astype(mx.float32)
+        logits = head(hidden[start : start + HEAD_ROWS]).astype(mx.float32)
         chosen = mx.array([*targets[start : start + HEAD_ROWS]], mx.int32)[:, None]
         loss = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, chosen, axis=-1)[:, 0]
         values.extend(loss.tolist())  # type: ignore[arg-type]
+    if not all(map(math.isfinite, values)):
+        raise WeightsError(
+            "the model's output is not a number: its weights are damaged, or overflow in this "
+            "dtype (try --dtype float32)"
+        )
     return values

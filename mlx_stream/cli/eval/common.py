@@ -1,0 +1,110 @@
+"""What all experiments share: options, loading, and the three ways a result is shown."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_stream.cli.terminal import fail, note, read_text
+
+if TYPE_CHECKING:
+    from mlx_stream.evaluate.report import Report, Row
+    from mlx_stream.evaluate.text import Text
+    from mlx_stream.load import Model
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, a .gguf file, or starter.")
+]
+Files = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE...", help="Text files, read one after another; - is stdin."),
+]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, float16 or bfloat16.")
+]
+Tokens = Annotated[int, typer.Option("--tokens", help="Tokens of the text to read.")]
+Segment = Annotated[int, typer.Option("--segment", help="Tokens of a segment.")]
+Chunk = Annotated[int, typer.Option("--chunk", help="Tokens read per step.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE", help="Draw a .png or .svg, and its dark twin FILE-dark."
+    ),
+]
+
+
+def check_output(json: bool, csv: bool, plot: Path | None) -> None:
+    """Refuse before anything is measured what could not be shown afterwards."""
+    if json and csv:
+        fail("--json and --csv both want standard output: choose one")
+    if plot is not None:
+        from mlx_stream.evaluate.charts import check_plot
+
+        check_plot(plot)
+
+
+def read_texts(model: "Model", files: Sequence[str]) -> "Text":
+    from mlx_stream.evaluate.text import encode
+
+    return encode(model.tokenizer, [(Path(path).name, read_text(path)) for path in files])
+
+
+def facts(model: "Model", **more: Any) -> "Row":
+    """Return what every report says of its model and machine."""
+    from mlx_stream import backend
+
+    return {
+        "model": Path(model.name).name,
+        "dtype": str(model.dtype).removeprefix("mlx.core."),
+        "quantized": model.quantized,
+        "trained_context": model.config.max_position_embeddings,
+        **more,
+        "machine": backend.describe(),
+    }
+
+
+def publish(
+    report: "Report",
+    columns: Sequence[tuple[str, str, str]],
+    json: bool,
+    csv: bool,
+    plot: Path | None,
+    table: "Sequence[Row] | None" = None,
+) -> None:
+    """Print a report as a table, JSON or CSV, and draw it.
+
+    Args:
+        columns: of the table: key of the rows, heading, format of a number.
+        table: its rows, where there are too many in the report for people.
+    """
+    from mlx_stream.cli.report import print_json, print_table
+
+    if json:
+        print_json(report.as_json())
+    elif csv:
+        sys.stdout.write(report.as_csv())
+    else:
+        shown = [
+            [cell(row.get(key), form) for key, _, form in columns]
+            for row in (report.rows if table is None else table)
+        ]
+        print_table([heading for _, heading, _ in columns], shown)
+        for line in report.notes:
+            print(line)
+    if plot is not None:
+        from mlx_stream.evaluate.charts import draw
+
+        for path in draw(report, plot):
+            note(f"drew {path}")
+
+
+def cell(value: Any, form: str) -> str:
+    """Format one figure; `MB` shows bytes as megabytes."""
+    if value is None:
+        return "-"
+    if form == "MB":
+        return f"{value / 1e6:,.1f}"
+    return format(value, form)

@@ -1,0 +1,67 @@
+"""`mlx_stream eval latency`: time per token against cache size, the paper's figure 10."""
+
+from typing import Annotated
+
+import typer
+
+from mlx_stream.cli import options
+from mlx_stream.cli.eval import common
+from mlx_stream.cli.terminal import guarded, note
+
+COLUMNS = (
+    ("cache", "cache", ","),
+    ("method", "method", ""),
+    ("p50_ms", "p50 ms", ",.1f"),
+    ("p95_ms", "p95 ms", ",.1f"),
+    ("p99_ms", "p99 ms", ",.1f"),
+    ("max_ms", "longest ms", ",.1f"),
+    ("steps", "steps", ","),
+)
+
+
+@guarded
+def latency(
+    model: options.ModelArgument = "starter",
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cache",
+            metavar="TOKENS[,steps=N]",
+            help="Size of the cache, 4 sinks included; may be given several times. "
+            "Default: 256, 512, 1024, 2048, 4096.",
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps timed at each size.")] = 300,
+    dtype: common.Dtype = "float32",
+    keep_quantized: options.KeepQuantized = False,
+    force: options.Force = False,
+    json: options.AsJson = False,
+    csv: common.AsCsv = False,
+    plot: common.Plot = None,
+) -> None:
+    """Time one token: streaming and mlx-lm's rotating cache in turn, and recompute.
+
+    Recompute reads the whole window again for each token. A re-anchoring falls into the middle of
+    the stream's steps, and 20 more are timed beside plain steps.
+    """
+    from mlx_stream import hub
+    from mlx_stream.evaluate.bench import SINKS, load_peer
+    from mlx_stream.evaluate.latency import findings, parse
+    from mlx_stream.evaluate.latency import latency as measure
+    from mlx_stream.evaluate.report import Report
+    from mlx_stream.load import load
+
+    common.check_output(json, csv, plot)
+    chosen = cache or ["256", "512", "1024", "2048", "4096"]
+    sizes = [parse(one, steps) for one in chosen]
+    loaded = load(model, dtype, keep_quantized, force, note)
+    folder = hub.resolve(model, note)
+    peer, notes = None, []
+    if folder.is_file():
+        notes.append("mlx-lm: not measured: it reads folders: convert the model to one")
+    else:
+        peer = load_peer(folder, loaded)
+    rows = list(measure(loaded, peer, sizes, note))
+    about = common.facts(loaded, sinks=SINKS)
+    report = Report("latency", about, rows, [*findings(rows), *notes])
+    common.publish(report, COLUMNS, json, csv, plot)

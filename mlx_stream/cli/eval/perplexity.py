@@ -1,0 +1,112 @@
+"""`mlx_stream eval perplexity`: one text, several caches side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_stream.cli import options
+from mlx_stream.cli.eval import common
+from mlx_stream.cli.terminal import fail, guarded, note, progress_bar
+
+PEERS = ("mlx-lm", "llama.cpp")
+DEFAULT_CACHES = ("dense", "window", "recompute", "stream", "mlx-lm")
+COLUMNS = (
+    ("cache", "cache", ""),
+    ("tokens", "tokens", ","),
+    ("perplexity", "perplexity", ",.2f"),
+    ("tokens_per_second", "tok/s", ".1f"),
+    ("active_bytes", "active MB", "MB"),
+    ("peak_bytes", "peak MB", "MB"),
+    ("resident_bytes", "resident MB", "MB"),
+)
+
+
+@guarded
+def perplexity(
+    model: common.ModelName,
+    files: common.Files,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cache",
+            metavar="NAME[,SETTING=N...]",
+            help="stream, fresh (a new stream for each segment, begun on the window before it), "
+            "window (no sinks), dense, recompute, mlx-lm or llama.cpp; may be given several "
+            "times. Settings: tokens, chunk; for recompute stride and sinks. "
+            "Default: dense, window, recompute, stream, mlx-lm.",
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="Add a peer: mlx-lm or llama.cpp."),
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option("--gguf", metavar="FILE", help="The same model, for llama.cpp."),
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Latest tokens attended.")] = 1_020,
+    sinks: Annotated[int, typer.Option("--sinks", help="First tokens kept.")] = 4,
+    tokens: common.Tokens = 8_192,
+    segment: common.Segment = 2_048,
+    dtype: common.Dtype = "float32",
+    keep_quantized: options.KeepQuantized = False,
+    force: options.Force = False,
+    json: options.AsJson = False,
+    csv: common.AsCsv = False,
+    plot: common.Plot = None,
+) -> None:
+    """Read a text through several caches of the same size: perplexity, speed and memory.
+
+    All but dense hold sinks + window tokens. mlx-lm gets rotating caches that keep as many first
+    tokens as there are sinks. Perplexity is that of each segment.
+    """
+    from mlx_stream import hub
+    from mlx_stream.evaluate import llamacpp
+    from mlx_stream.evaluate.perplexity import Setting, Spec, check, measure, parse
+    from mlx_stream.evaluate.report import Report
+    from mlx_stream.load import load
+
+    common.check_output(json, csv, plot)
+    specs = [parse(one) for one in cache or DEFAULT_CACHES]
+    for peer in against or ():
+        if peer not in PEERS:
+            fail(f"--against must be one of {', '.join(PEERS)}, not {peer!r}")
+        if peer not in (spec.name for spec in specs):
+            specs.append(Spec(peer))
+    loaded = load(model, dtype, keep_quantized, force, note)
+    folder = hub.resolve(model, note)
+    if gguf is None and folder.is_file():
+        gguf = folder
+    if gguf is not None and not gguf.is_file():
+        fail(f"{gguf}: no such file")
+    absent = {
+        "llama.cpp": llamacpp.why_not(gguf),
+        "mlx-lm": "it reads folders: convert the model to one" if folder.is_file() else None,
+    }
+    notes = [f"{s.label}: not measured: {absent[s.name]}" for s in specs if absent.get(s.name)]
+    specs = [spec for spec in specs if not absent.get(spec.name)]
+    sinks, window = loaded.resolve_window(sinks, window, note)
+    text = common.read_texts(loaded, files)
+    setting = Setting(loaded, folder, text, sinks, window, tokens, segment, gguf)
+    check(setting, specs)
+    rows, interrupted = [], False
+    with progress_bar("reading") as progress:
+        try:
+            for row in measure(setting, specs, progress):
+                rows.append(row)
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        notes.append("interrupted: the figures until then")
+    about = common.facts(
+        loaded,
+        texts=text.names,
+        sinks=sinks,
+        window=window,
+        segment=segment,
+        caches=[spec.label for spec in specs],
+    )
+    common.publish(Report("perplexity", about, rows, notes), COLUMNS, json, csv, plot)
+    if interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,26 @@
+"""`mlx_stream eval plot`: draw again what was measured before."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_stream.cli.terminal import guarded, note
+
+
+@guarded
+def plot(
+    result: Annotated[
+        Path, typer.Argument(metavar="RESULT", help="What an experiment printed with --json.")
+    ],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .png or .svg; its dark twin is FILE-dark.")
+    ],
+) -> None:
+    """Draw the chart of a result that was kept with --json, without measuring again."""
+    from mlx_stream.evaluate.charts import check_plot, draw
+    from mlx_stream.evaluate.report import read_report
+
+    check_plot(file)
+    for path in draw(read_report(result), file):
+        note(f"drew {path}")

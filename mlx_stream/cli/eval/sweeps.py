@@ -1,0 +1,102 @@
+"""`mlx_stream eval sinks` and `eval windows`: the paper's tables 2 and 6."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_stream.cli import options
+from mlx_stream.cli.eval import common
+from mlx_stream.cli.terminal import guarded, note, progress_bar
+
+if TYPE_CHECKING:
+    from mlx_stream.evaluate.report import Row
+    from mlx_stream.evaluate.sweeps import Shape
+    from mlx_stream.evaluate.text import Text
+    from mlx_stream.load import Model
+
+COLUMNS = (
+    ("sinks", "sinks", ","),
+    ("window", "window", ","),
+    ("perplexity", "perplexity", ",.2f"),
+    ("tokens_per_second", "tok/s", ".1f"),
+    ("cache_bytes", "cache MB", "MB"),
+)
+
+
+@guarded
+def sinks(
+    model: common.ModelName,
+    files: common.Files,
+    sinks: Annotated[
+        list[int] | None,
+        typer.Option("--sinks", help="May be given several times. Default: 0, 1, 2, 4, 8."),
+    ] = None,
+    capacity: Annotated[
+        int, typer.Option("--capacity", help="Sinks + window, the same for all.")
+    ] = 256,
+    tokens: common.Tokens = 8_192,
+    chunk: common.Chunk = 128,
+    dtype: common.Dtype = "float32",
+    keep_quantized: options.KeepQuantized = False,
+    force: options.Force = False,
+    json: options.AsJson = False,
+    csv: common.AsCsv = False,
+    plot: common.Plot = None,
+) -> None:
+    """Read a text with 0, 1, 2, 4 and 8 sinks in caches of one size: the paper's table 2."""
+    from mlx_stream.evaluate.report import Report
+    from mlx_stream.evaluate.sweeps import sink_shapes
+    from mlx_stream.load import load
+
+    common.check_output(json, csv, plot)
+    loaded = load(model, dtype, keep_quantized, force, note)
+    shapes = sink_shapes(loaded, capacity, [0, 1, 2, 4, 8] if sinks is None else sinks)
+    text = common.read_texts(loaded, files)
+    rows = read_through(loaded, text, shapes, tokens, chunk)
+    about = common.facts(loaded, texts=text.names, capacity=capacity, chunk=chunk)
+    common.publish(Report("sinks", about, rows), COLUMNS, json, csv, plot)
+
+
+@guarded
+def windows(
+    model: common.ModelName,
+    files: common.Files,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--window", help="May be given several times. Default: 252, 508, 1020, 2044, 4092."
+        ),
+    ] = None,
+    sinks: Annotated[int, typer.Option("--sinks", help="First tokens kept.")] = 4,
+    tokens: common.Tokens = 12_288,
+    chunk: common.Chunk = 128,
+    dtype: common.Dtype = "float32",
+    keep_quantized: options.KeepQuantized = False,
+    force: options.Force = False,
+    json: options.AsJson = False,
+    csv: common.AsCsv = False,
+    plot: common.Plot = None,
+) -> None:
+    """Read a text through windows from 252 to 4,092: the paper's table 6."""
+    from mlx_stream.evaluate.report import Report
+    from mlx_stream.evaluate.sweeps import window_shapes
+    from mlx_stream.load import load
+
+    common.check_output(json, csv, plot)
+    loaded = load(model, dtype, keep_quantized, force, note)
+    chosen = [252, 508, 1_020, 2_044, 4_092] if window is None else window
+    shapes = window_shapes(loaded, sinks, chosen)
+    text = common.read_texts(loaded, files)
+    rows = read_through(loaded, text, shapes, tokens, chunk)
+    about = common.facts(loaded, texts=text.names, sinks=sinks, chunk=chunk)
+    common.publish(Report("windows", about, rows), COLUMNS, json, csv, plot)
+
+
+def read_through(
+    model: "Model", text: "Text", shapes: "Sequence[Shape]", tokens: int, chunk: int
+) -> "list[Row]":
+    from mlx_stream.evaluate.sweeps import sweep
+
+    with progress_bar("reading") as progress:
+        return list(sweep(model, text, shapes, tokens, chunk, progress))

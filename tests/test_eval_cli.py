@@ -1,0 +1,212 @@
+"""The experiments as commands: tables, JSON, CSV, charts, and what they refuse in one line."""
+
+import csv
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from refusals import one_line
+from shell import done, parsed, run
+
+from mlx_stream.cli.eval.common import cell
+from mlx_stream.evaluate import llamacpp
+from mlx_stream.evaluate.endurance import memory_line
+
+SMALL = ("--segment", 50, "--tokens", 150, "--window", 30)
+Eval = Callable[..., tuple[object, ...]]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The man and the other one sat in the shade of a tree.\n" * 12)
+    return path
+
+
+@pytest.fixture
+def experiments(tiny: Path, text: Path) -> dict[str, tuple[object, ...]]:
+    """Return a small command of each experiment."""
+    return {
+        "perplexity": ("eval", "perplexity", tiny, text, *SMALL, "--cache", "stream"),
+        "sinks": ("eval", "sinks", tiny, text, "--capacity", 32, "--tokens", 100),
+        "windows": ("eval", "windows", tiny, text, "--window", 20, "--window", 40, "--tokens", 99),
+        "latency": ("eval", "latency", tiny, "--cache", 32, "--cache", "64,steps=20"),
+        "endurance": (
+            *("eval", "endurance", tiny, text, "--log", text.with_name("log")),
+            *("--segment", 50, "--tokens", 500, "--window", 30),
+        ),
+    }
+
+
+NAMES = ["perplexity", "sinks", "windows", "latency", "endurance"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_csv_and_table_show_the_same(
+    name: str, experiments: dict[str, tuple[object, ...]]
+) -> None:
+    command = experiments[name]
+    report = parsed(done(*command, "--json").out)
+    assert (report["experiment"], report["about"]["model"]) == (name, "tiny")
+    assert report["about"]["machine"]["mlx"] and report["rows"]
+    rows = list(csv.DictReader(io.StringIO(done(*command, "--csv").out)))
+    assert [list(row) for row in rows] == [list(row) for row in report["rows"]]
+    table = done(*command).out.splitlines()
+    assert len(table) == 1 + len(report["rows"]) + len(report["notes"])
+    assert "perplexity" in table[0] or "p50 ms" in table[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chart_is_drawn_in_light_and_dark(
+    name: str, experiments: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    result = done(*experiments[name], "--plot", tmp_path / "chart.svg")
+    for path in (tmp_path / "chart.svg", tmp_path / "chart-dark.svg"):
+        assert path.read_text().startswith("<?xml") and f"drew {path}" in result.err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_cannot_be_shown_is_refused_before_anything_is_measured(
+    name: str, experiments: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    assert one_line(*experiments[name], "--json", "--csv").startswith("--json and --csv")
+    for place in ("chart.gif", "nowhere/chart.svg", "."):
+        one_line(*experiments[name], "--plot", tmp_path / place)
+    assert not (tmp_path / "log").exists()
+
+
+# --- perplexity ---
+
+
+def test_perplexity_beside_mlx_lm(tiny: Path, text: Path) -> None:
+    command = ("eval", "perplexity", tiny, text, *SMALL)
+    caches = ("stream", "window", "dense", "recompute,stride=25", "mlx-lm", "mlx-lm,chunk=1")
+    options = [word for cache in caches for word in ("--cache", cache)]
+    report = parsed(done(*command, *options, "--json").out)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        rows.setdefault(row["cache"], []).append(row)
+    assert list(rows) == [
+        *("stream", "window", "dense", "recompute, stride 25", "mlx-lm", "mlx-lm, chunk 1")
+    ]
+    assert all([row["tokens"] for row in mine] == [50, 100, 150] for mine in rows.values())
+    scored = parsed(done("score", tiny, text, "--window", 30, "--max-tokens", 151, "--json").out)
+    mean = sum(scored["nll"]) / 150
+    assert sum(row["nll"] for row in rows["stream"]) / 3 == pytest.approx(mean, abs=1e-4)
+
+
+def test_the_default_caches_and_peers(tiny: Path, text: Path) -> None:
+    command = ("eval", "perplexity", tiny, text, *SMALL, "--window", 140)
+    report = parsed(done(*command, "--json", "--against", "mlx-lm").out)
+    labels = ["dense", "window", "recompute, stride 128", "stream", "mlx-lm"]
+    assert report["about"]["caches"] == labels
+
+
+def test_a_peer_that_is_not_installed_is_said_not_to_be_measured(tiny: Path, text: Path) -> None:
+    reason = llamacpp.why_not(None)
+    assert reason
+    command = ("eval", "perplexity", tiny, text, *SMALL, "--cache", "stream")
+    result = done(*command, "--against", "llama.cpp")
+    assert result.out.splitlines()[-1] == f"llama.cpp: not measured: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--cache", "streem"), "--cache must be one of "),
+        (("--cache", "stream,tokens=x"), "tokens must be a whole number"),
+        (("--cache", "stream", "--cache", "stream"), "--cache stream is given twice"),
+        (("--cache", "recompute,stride=35"), "a stride of 35 exceeds the cache of 34 tokens"),
+        (("--cache", "recompute,sinks=34,stride=1"), "34 sinks leave no room"),
+        (("--cache", "stream,tokens=49"), "do not make a segment of 50"),
+        (("--tokens", 49), "do not make a segment of 50"),
+        (("--segment", 0), "--segment must be at least 1, not 0"),
+        (("--segment", 5000), "do not make a segment of 5,000"),
+        (("--window", 0), "--window must be at least 1, not 0"),
+        (("--window", 100_000), "exceed the model's trained context"),
+        (("--against", "ollama"), "--against must be one of mlx-lm, llama.cpp, not 'ollama'"),
+        (("--gguf", "nowhere.gguf"), "nowhere.gguf: no such file"),
+        (("--dtype", "int4"), "--dtype must be one of"),
+    ],
+)
+def test_a_perplexity_that_cannot_be_measured(
+    tiny: Path, text: Path, change: tuple[object, ...], said: str
+) -> None:
+    assert said in one_line("eval", "perplexity", tiny, text, *SMALL, *change)
+
+
+@pytest.mark.parametrize("name", ["perplexity", "sinks", "windows", "endurance"])
+def test_texts_and_models_that_cannot_be_read(name: str, tiny: Path, tmp_path: Path) -> None:
+    log = ("--log", tmp_path / "log") if name == "endurance" else ()
+    (tmp_path / "short.txt").write_text("The man")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    for file, said in (
+        ("missing.txt", "missing.txt: cannot be read: No such file or directory"),
+        ("short.txt", "do not make a segment of"),
+        ("latin.txt", "is not UTF-8"),
+        ("empty.txt", "is empty"),
+    ):
+        command = ("eval", name, tiny, tmp_path / file, "--window", 30, *log)
+        if name == "sinks":
+            command = ("eval", name, tiny, tmp_path / file, "--capacity", 30)
+        assert said in one_line(*command)
+    assert "no such folder" in one_line("eval", name, "./nowhere", tmp_path / "short.txt", *log)
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("sinks", "--capacity", 8), "--sinks 8 leaves no window in a cache of 8 tokens"),
+        (("sinks", "--sinks", 2, "--sinks", 2), "--sinks 2 is given twice"),
+        (("sinks", "--sinks", -1), "--sinks must be from 0"),
+        (("sinks", "--capacity", 40, "--tokens", 0), "must be at least 1"),
+        (("sinks", "--capacity", 40, "--chunk", 0), "must be at least 1"),
+        (("windows", "--window", 0), "--window must be at least 1"),
+        (("windows", "--window", 9, "--window", 9), "--window 9 is given twice"),
+    ],
+)
+def test_shapes_that_will_not_do(
+    tiny: Path, text: Path, command: tuple[object, ...], said: str
+) -> None:
+    name, *options = command
+    assert said in one_line("eval", name, tiny, text, *options)
+
+
+@pytest.mark.parametrize("size", ["x", "4", "64,steps=2", "100000"])
+def test_latency_of_a_size_that_will_not_do(tiny: Path, size: str) -> None:
+    assert re.search(
+        "--cache|--steps|trained context", one_line("eval", "latency", tiny, "--cache", size)
+    )
+
+
+def test_interrupted_perplexity_shows_what_it_has(
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_stream.evaluate import perplexity
+
+    measure = perplexity.measure
+
+    def cut(*args: Any) -> Any:
+        rows = measure(*args)
+        yield next(rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(perplexity, "measure", cut)
+    result = run("eval", "perplexity", tiny, text, *SMALL, "--cache", "stream")
+    assert result.code == 130
+    assert len(result.out.splitlines()) == 3 and "interrupted" in result.out.splitlines()[-1]
+
+
+def test_memory_is_said_to_be_equal_only_if_it_is() -> None:
+    equal, other = {"active_bytes": 5_000}, {"active_bytes": 5_001}
+    assert memory_line([equal, equal]).endswith("5,000 bytes after every segment")
+    assert memory_line([equal, other]).endswith("from 5,000 to 5,001 bytes")
+
+
+def test_cells_of_a_table() -> None:
+    assert [cell(None, ".2f"), cell(1.005e6, "MB"), cell(2_500, ",")] == ["-", "1.0", "2,500"]
