@@ -129,7 +129,7 @@ def results_of_whole_lines(path: Path) -> list[bytes]:
 
 @pytest.mark.parametrize("damage", ["missing", "damaged", "of another log", "too far"])
 def test_without_a_state_it_reads_again_and_says_so(
-    endurance: Command, tmp_path: Path, damage: str
+    endurance: Command, tiny: Path, texts: list[Path], tmp_path: Path, damage: str
 ) -> None:
     done(*endurance("whole", "--tokens", 9 * SEGMENT, "--no-fresh"))
     done(*endurance("log", "--tokens", 6 * SEGMENT, "--no-fresh"))
@@ -140,8 +140,8 @@ def test_without_a_state_it_reads_again_and_says_so(
         case "damaged":
             state.write_bytes(state.read_bytes()[:-9])
         case "of another log":
-            other = ("--tokens", 6 * SEGMENT, "--no-fresh", "--sinks", 3)
-            done(*endurance("other", *other))
+            turned = ("eval", "endurance", tiny, *texts[::-1], *SETTINGS, "--no-fresh")
+            done(*turned, "--log", tmp_path / "other", "--tokens", 6 * SEGMENT)
             state.write_bytes((tmp_path / "other.state").read_bytes())
         case "too far":
             log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:5]))
@@ -154,7 +154,7 @@ def test_a_line_cut_short_is_taken_back(endurance: Command, tmp_path: Path) -> N
     done(*endurance("whole", "--tokens", 8 * SEGMENT, "--no-fresh"))
     done(*endurance("log", "--tokens", 5 * SEGMENT, "--no-fresh"))
     log = tmp_path / "log"
-    log.write_bytes(log.read_bytes()[:-20])
+    log.write_bytes(log.read_bytes()[:-20] + b"longer than what is to come" * 200)
     result = done(*endurance("log", "--tokens", 8 * SEGMENT, "--no-fresh"))
     assert results(log) == results(tmp_path / "whole"), result.err
 

@@ -139,6 +139,8 @@ def test_a_flipped_byte_is_found(saved: Path, data: st.DataObject) -> None:
     whole = snapshot.load(saved)
     assert (loaded.about, loaded.model) == (whole.about, whole.model)
     assert loaded.state.keys() == whole.state.keys()
+    for name, value in whole.state.items():
+        assert np.array_equal(np.array(loaded.state[name]), np.array(value)), name
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 500, -1])
