@@ -34,6 +34,10 @@ def experiments(tiny: Path, text: Path) -> dict[str, tuple[object, ...]]:
         "sinks": ("eval", "sinks", tiny, text, "--capacity", 32, "--tokens", 100),
         "windows": ("eval", "windows", tiny, text, "--window", 20, "--window", 40, "--tokens", 99),
         "latency": ("eval", "latency", tiny, "--cache", 32, "--cache", "64,steps=20"),
+        "streameval": (
+            *("eval", "streameval", tiny, "--lines", 40, "--window", 150),
+            *("--distances", 1, "--distances", 10),
+        ),
         "endurance": (
             *("eval", "endurance", tiny, text, "--log", text.with_name("log")),
             *("--segment", 50, "--tokens", 500, "--window", 30),
@@ -41,7 +45,7 @@ def experiments(tiny: Path, text: Path) -> dict[str, tuple[object, ...]]:
     }
 
 
-NAMES = ["perplexity", "sinks", "windows", "latency", "endurance"]
+NAMES = ["perplexity", "sinks", "windows", "latency", "streameval", "endurance"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +60,41 @@ def test_json_csv_and_table_show_the_same(
     assert [list(row) for row in rows] == [list(row) for row in report["rows"]]
     table = done(*command).out.splitlines()
     assert len(table) == 1 + len(report["rows"]) + len(report["notes"])
-    assert "perplexity" in table[0] or "p50 ms" in table[0]
+    assert re.search("perplexity|p50 ms|by likelihood", table[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kept_result_is_drawn_again(
+    name: str, experiments: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    (tmp_path / "kept.json").write_text(done(*experiments[name], "--json").out)
+    result = done("eval", "plot", tmp_path / "kept.json", tmp_path / "chart.png")
+    for path in (tmp_path / "chart.png", tmp_path / "chart-dark.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and f"drew {path}" in result.err
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"experiment": 1}', "[" * 100_000, "\xff"])
+def test_what_is_no_result_is_not_drawn(tmp_path: Path, content: str) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text(content, "latin-1")
+    line = one_line("eval", "plot", kept, tmp_path / "chart.png")
+    assert line == f"{kept}: not a result that `mlx_stream eval --json` printed"
+    assert list(tmp_path.iterdir()) == [kept]
+    assert "cannot be read" in one_line("eval", "plot", tmp_path / "no", tmp_path / "chart.png")
+
+
+def test_the_data_of_streameval_can_be_kept(
+    experiments: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        done(*experiments["streameval"], "--data-out", tmp_path / name)
+    lines = (tmp_path / "one").read_text().splitlines()
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    kinds = [next(iter(parsed(line + "\n"))) for line in lines]
+    assert kinds[0] == "format" and kinds.count("line") == 40 and kinds.count("query") >= 6
+    bad = tmp_path / "nowhere" / "data"
+    (tmp_path / "nowhere").write_text("")
+    assert str(bad) in one_line(*experiments["streameval"], "--data-out", bad)
 
 
 @pytest.mark.parametrize("name", NAMES)
