@@ -6,6 +6,7 @@ from mlx_stream.cli.eval.endurance import endurance
 from mlx_stream.cli.eval.latency import latency
 from mlx_stream.cli.eval.perplexity import perplexity
 from mlx_stream.cli.eval.plot import plot
+from mlx_stream.cli.eval.streameval import streameval
 from mlx_stream.cli.eval.sweeps import sinks, windows
 
 app = typer.Typer(
@@ -14,5 +15,5 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-for experiment in (perplexity, sinks, windows, latency, endurance, plot):
+for experiment in (perplexity, sinks, windows, latency, endurance, streameval, plot):
     app.command()(experiment)

@@ -52,15 +52,15 @@ def read_texts(model: "Model", files: Sequence[str]) -> "Text":
     return encode(model.tokenizer, [(Path(path).name, read_text(path)) for path in files])
 
 
-def facts(model: "Model", **more: Any) -> "Row":
+def facts(loaded: "Model", **more: Any) -> "Row":
     """Return what every report says of its model and machine."""
     from mlx_stream import backend
 
     return {
-        "model": Path(model.name).name,
-        "dtype": str(model.dtype).removeprefix("mlx.core."),
-        "quantized": model.quantized,
-        "trained_context": model.config.max_position_embeddings,
+        "model": Path(loaded.name).name,
+        "dtype": str(loaded.dtype).removeprefix("mlx.core."),
+        "quantized": loaded.quantized,
+        "trained_context": loaded.config.max_position_embeddings,
         **more,
         "machine": backend.describe(),
     }
@@ -105,6 +105,8 @@ def cell(value: Any, form: str) -> str:
     """Format one figure; `MB` shows bytes as megabytes."""
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if form == "MB":
         return f"{value / 1e6:,.1f}"
     return format(value, form)

@@ -1,0 +1,70 @@
+"""`mlx_stream eval streameval`: questions about lines further and further back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_stream.cli import options
+from mlx_stream.cli.eval import common
+from mlx_stream.cli.terminal import guarded, note, progress_bar
+
+COLUMNS = (
+    ("lines_back", "lines back", ","),
+    ("tokens_back", "tokens back", ",.0f"),
+    ("inside", "in window", ""),
+    ("queries", "queries", ","),
+    ("likelihood", "by likelihood", ".1%"),
+    ("generation", "by generation", ".1%"),
+)
+
+
+@guarded
+def streameval(
+    model: options.ModelArgument = "starter",
+    window: Annotated[int, typer.Option("--window", help="Latest tokens attended.")] = 1_020,
+    sinks: Annotated[int, typer.Option("--sinks", help="First tokens kept.")] = 4,
+    lines: Annotated[int, typer.Option("--lines", help="Lines to read.")] = 600,
+    distances: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--distances",
+            help="Lines back, 1 is the last line read; may be given several times. "
+            "Default: 1, 5, 10, 20, 40, 80, 160.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the facts in the lines.")] = 1,
+    data_out: Annotated[
+        Path | None,
+        typer.Option("--data-out", metavar="FILE", help="Write lines and queries, JSON lines."),
+    ] = None,
+    dtype: common.Dtype = "float32",
+    keep_quantized: options.KeepQuantized = False,
+    force: options.Force = False,
+    json: options.AsJson = False,
+    csv: common.AsCsv = False,
+    plot: common.Plot = None,
+) -> None:
+    """Read numbered lines as a stream and ask, every 10 lines, about lines further back.
+
+    An answer is right by likelihood if it is likelier than nine others (chance: 10 %), by
+    generation if the model writes it. The window holds about 50 lines of 20 tokens.
+    """
+    from dataclasses import replace
+
+    from mlx_stream.evaluate.streameval import streameval as ask
+    from mlx_stream.evaluate.streameval_data import DISTANCES, make, write
+    from mlx_stream.load import load
+
+    common.check_output(json, csv, plot)
+    chosen = tuple(distances or DISTANCES)
+    data = make(seed, lines, chosen)
+    loaded = load(model, dtype, keep_quantized, force, note)
+    sinks, window = loaded.resolve_window(sinks, window, note)
+    if data_out is not None:
+        write(data, data_out)
+        note(f"wrote {data_out}")
+    with progress_bar("reading lines") as progress:
+        report = ask(loaded, sinks, window, seed, lines, chosen, progress)
+    report = replace(report, about=common.facts(loaded, **report.about))
+    common.publish(report, COLUMNS, json, csv, plot)

@@ -1,0 +1,335 @@
+"""`eval streameval`: what a stream still knows of lines further and further back.
+
+One stream reads lines for ever (StreamEval, arXiv 2309.17453, section 4.3). Every 10 lines it is
+asked about a line at each distance, and taken back to where it was after each query. The paper's
+stream keeps questions and answers; here they would tell a fact anew that another distance asks
+for later, so what is read is the lines and nothing else, and a distance is a distance.
+
+Rewinding costs nothing: the cache has spare rows for a query and its answer, so every candidate
+is read in the same state, and the stream goes on as one that was never asked.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_stream.cache import StreamCache
+from mlx_stream.errors import ValueRefused
+from mlx_stream.evaluate.report import Report, Row
+from mlx_stream.evaluate.score import losses_of
+from mlx_stream.evaluate.streameval_data import (
+    DISTANCES,
+    OPENING,
+    QUERY_EVERY,
+    SURNAMES,
+    Query,
+    StreamEvalData,
+    make,
+)
+from mlx_stream.generate import PREFILL_CHUNK, TokenStream, number
+from mlx_stream.load import Model
+from mlx_stream.tokenizer import Tokenizer
+
+# Every line begins behind this; some tokenizers treat the beginning of a text differently.
+BEFORE_A_LINE = "\n"
+# Of a normal distribution within so many standard deviations.
+WILSON_Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query as token ids: what all ten continuations begin with, and the rest of each."""
+
+    query: Query
+    ids: list[int]
+    candidates: list[list[int]]
+
+    @property
+    def right(self) -> int:
+        """The index of the right candidate."""
+        return self.query.candidates.index(self.query.answer)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens a candidate has."""
+        return max(map(len, self.candidates))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model made of a query.
+
+    Attributes:
+        likelihoods: log-probability of each candidate after the query, natural log.
+        said: the ids it goes on with when greedy; None if that was not asked for.
+    """
+
+    likelihoods: list[float]
+    said: list[int] | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One query's result.
+
+    Attributes:
+        tokens_back: from the first token of the line asked about to where the query begins.
+        attended: which part of that line's tokens was attended, from 0 to 1.
+        likelihood, generation: whether the answer was right by either rule.
+    """
+
+    lines_back: int
+    tokens_back: int
+    attended: float
+    likelihood: bool
+    generation: bool | None
+
+
+Ask = Callable[[Model, TokenStream, Asked, bool], Answer]
+
+
+def streameval(
+    model: Model,
+    sinks: int | None = 4,
+    window: int | None = 1_020,
+    seed: int = 1,
+    lines: int = 600,
+    distances: Sequence[int] = DISTANCES,
+    progress: Callable[[int, int], None] | None = None,
+    generation: bool = True,
+) -> Report:
+    """Read generated lines as one stream and return accuracy at each distance.
+
+    Rows: `lines_back`; `tokens_back`, the mean; `queries`; `likelihood`, the share of queries
+    whose answer is likelier than each of the nine other candidates, with its 95 % Wilson interval
+    `likelihood_low` to `likelihood_high`; `generation`, the share whose answer is what the model
+    writes (None if not asked for); `attended`, the mean share of the line's tokens that were
+    attended; `inside`, whether that was all of them at every query. A distance that is at times
+    partly attended is not inside.
+
+    Args:
+        sinks, window: S and W of the stream; None is the model's default.
+        lines: to generate; those after the last query are not read.
+        distances: lines back, 1 is the last line read.
+        progress: called with lines read and to read.
+        generation: whether to decode an answer to each query, a few tokens.
+
+    Raises:
+        ValueRefused: a number out of range, or a window that does not hold a query.
+        WeightsError: the model's output is not a number.
+    """
+    data = make(seed, lines, distances)
+    sinks, window = model.resolve_window(sinks, window)
+    asked = [encode_query(model.tokenizer, query) for query in data.queries]
+    # Read after the query are at most all of a candidate's tokens.
+    spare = max(len(one.ids) + one.longest for one in asked)
+    if window < spare:
+        raise ValueRefused(
+            f"--window must be at least {spare}, what a query and its answer take, not {window}"
+        )
+    cache = model.new_cache(sinks, window, spare)
+    outcomes = list(run(model, cache, data, asked, progress, generation))
+    about = {
+        "model": Path(model.name).name,
+        "dtype": str(model.dtype).removeprefix("mlx.core."),
+        "quantized": model.quantized,
+        "trained_context": model.config.max_position_embeddings,
+        "sinks": sinks,
+        "window": window,
+        "seed": seed,
+        "lines": lines,
+        "query_every": QUERY_EVERY,
+        "candidates": len(SURNAMES),
+    }
+    return Report("streameval", about, rows(outcomes))
+
+
+# --- text to ids ---
+
+
+def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text that begins a line, as they are within the whole text."""
+    before = tokenizer.encode(BEFORE_A_LINE, special=False)
+    ids = tokenizer.encode(BEFORE_A_LINE + text, special=False)
+    if ids[: len(before)] == before:
+        return ids[len(before) :]
+    return tokenizer.encode(text, special=False)
+
+
+def encode_query(tokenizer: Tokenizer, query: Query) -> Asked:
+    """Return a query and its candidates, each encoded as one text with the query.
+
+    Where that text's tokens differ from those of another candidate is for the tokenizer to say:
+    no candidate begins another, so each has a rest.
+    """
+    texts = [encode_line(tokenizer, query.text + candidate) for candidate in query.candidates]
+    places = zip(*texts, strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda place: len(set(place)) == 1, places))
+    return Asked(query, texts[0][:shared], [ids[shared:] for ids in texts])
+
+
+# --- one query ---
+
+
+def ask(model: Model, stream: TokenStream, asked: Asked, generation: bool) -> Answer:
+    """Read a query, score each candidate from there, write an answer, and take it all back."""
+    begun = stream.length
+    logits = stream.read(asked.ids)
+    log_p = logits.astype(mx.float32)
+    log_p = log_p - mx.logsumexp(log_p)
+    likelihoods = [log_probability(stream, log_p, ids) for ids in asked.candidates]
+    # One token more than an answer has, to see whether a word ends there.
+    said = write_on(model, stream, logits, asked.longest + 1) if generation else None
+    stream.rewind(stream.length - begun)
+    return Answer(likelihoods, said)
+
+
+def log_probability(stream: TokenStream, log_p: mx.array, ids: Sequence[int]) -> float:
+    """Return the log-probability of ids, the sum over them; the stream is left as it was.
+
+    Args:
+        log_p: of the first one, (vocabulary,).
+
+    Not divided by the number of tokens: the sum is the probability of the word, however it is cut
+    up, and a mean would favour long words, whose later tokens are easily guessed. The ten words
+    are one token each in most vocabularies, so that it hardly matters.
+    """
+    found = float(log_p[ids[0]].item())  # type: ignore[arg-type]
+    if len(ids) > 1:
+        begun = stream.length
+        for losses in losses_of(stream, ids, PREFILL_CHUNK):
+            found -= math.fsum(losses)
+        stream.rewind(stream.length - begun)
+    return found
+
+
+def write_on(model: Model, stream: TokenStream, logits: mx.array, count: int) -> list[int]:
+    """Return up to `count` ids that a greedy model goes on with; all but the last are read."""
+    ids: list[int] = []
+    while len(ids) < count:
+        if ids:
+            logits = stream.read(ids[-1:])
+        token = number(mx.argmax(logits))
+        if token in model.tokenizer.eos_ids:
+            break
+        ids.append(token)
+    return ids
+
+
+# --- what counts as right ---
+
+
+def likeliest(likelihoods: Sequence[float]) -> int | None:
+    """Return the index of the highest one, None if two are equal: a tie is no answer."""
+    highest = max(likelihoods)
+    first = likelihoods.index(highest)
+    return None if highest in likelihoods[first + 1 :] else first
+
+
+def says(tokenizer: Tokenizer, asked: Asked, said: Sequence[int]) -> bool:
+    """Return whether a text goes on with the answer, in the same letters, and a word ends there.
+
+    "Ruth Adams." and "Ruth Adams and" answer Adams; "Ruth Adamson", "Ruth J. Adams" do not.
+    """
+    expected = tokenizer.decode([*asked.ids, *asked.candidates[asked.right]])
+    text = tokenizer.decode([*asked.ids, *said])
+    return text.startswith(expected) and not text[len(expected) :][:1].isalnum()
+
+
+# --- one stream ---
+
+
+def run(
+    model: Model,
+    cache: StreamCache,
+    data: StreamEvalData,
+    asked: Sequence[Asked],
+    progress: Callable[[int, int], None] | None = None,
+    generation: bool = True,
+    answer: Ask = ask,
+) -> Iterator[Outcome]:
+    """Read the lines through a cache up to the last query; yield each query's outcome."""
+    stream = TokenStream(model, cache)
+    total = data.queries[-1].after
+    # Where line n begins: starts[n]. With an opening of 12 tokens line 1 is tokens 12 to
+    # starts[2] - 1.
+    opening = model.tokenizer.encode(OPENING)
+    starts = [0, len(opening)]
+    stream.read(opening)
+    for after, queries in itertools.groupby(asked, lambda one: one.query.after):
+        new: list[int] = []
+        for line in data.lines[len(starts) - 2 : after]:
+            ids = encode_line(model.tokenizer, line.text)
+            starts.append(starts[-1] + len(ids))
+            new += ids
+        stream.read(new)
+        for one in queries:
+            about = one.query.about
+            tokens = range(starts[about], starts[about + 1])
+            seen = attended(cache, tokens, len(one.ids) + one.longest - 1)
+            given = answer(model, stream, one, generation)
+            yield Outcome(
+                lines_back=one.query.lines_back,
+                tokens_back=stream.length - tokens.start,
+                attended=seen / len(tokens),
+                likelihood=likeliest(given.likelihoods) == one.right,
+                generation=None if given.said is None else says(model.tokenizer, one, given.said),
+            )
+        if progress:
+            progress(after, total)
+
+
+def attended(cache: StreamCache, tokens: range, more: int) -> int:
+    """Return how many of `tokens` are attended after `more` further ones, by the last of these.
+
+    More is the query and the candidate but for the candidate's last token, which nothing is
+    predicted from. Worked example: with 2 sinks and a window of 10, after 30 tokens and 5 more,
+    token 34 attends to 0, 1 and 25 to 34; of tokens 20 to 27 these are three.
+    """
+    oldest = cache.geometry.oldest(cache.place, cache.length + more - 1)
+    return sum(token < cache.geometry.sinks or token >= oldest for token in tokens)
+
+
+# --- figures ---
+
+
+def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    """Return one row for each distance, in the order in which they were asked."""
+    by_distance: dict[int, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_distance.setdefault(outcome.lines_back, []).append(outcome)
+    return [row(found) for found in by_distance.values()]
+
+
+def row(outcomes: Sequence[Outcome]) -> Row:
+    count = len(outcomes)
+    right = sum(one.likelihood for one in outcomes)
+    low, high = wilson(right, count)
+    said = [one.generation for one in outcomes if one.generation is not None]
+    return {
+        "lines_back": outcomes[0].lines_back,
+        "tokens_back": sum(one.tokens_back for one in outcomes) / count,
+        "queries": count,
+        "likelihood": right / count,
+        "likelihood_low": low,
+        "likelihood_high": high,
+        "generation": sum(said) / count if said else None,
+        "attended": sum(one.attended for one in outcomes) / count,
+        "inside": all(one.attended == 1 for one in outcomes),
+    }
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (E. B. Wilson, JASA 22 (1927) 209).
+
+    Worked example: 8 of 10 are 0.490 to 0.943.
+    """
+    share, z2 = right / count, WILSON_Z**2
+    middle = share + z2 / (2 * count)
+    half = WILSON_Z * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    scale = 1 + z2 / count
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
