@@ -114,7 +114,7 @@ def theme(dark: bool) -> Iterator[dict[str, str]]:
     ink: dict[str, str] = dict(zip(INKS.split(), (DARK if dark else LIGHT).split(), strict=True))
     ours = {
         "font.size": 9, "lines.markersize": 4.5, "text.parse_math": False, "axes.axisbelow": True,
-        "axes.grid": True, "axes.grid.axis": "y", "path.simplify_threshold": 0.5,
+        "axes.grid": True, "axes.grid.axis": "y", "path.simplify_threshold": 0.8,
         "axes.spines.top": False, "axes.spines.right": False, "grid.color": ink["grid"],
         "svg.fonttype": "path", "svg.hashsalt": "mlx_stream", "text.color": ink["text"],
         "figure.facecolor": ink["paper"], "axes.facecolor": ink["paper"],
@@ -134,7 +134,7 @@ def figure(report: Report, dark: bool = False) -> "Figure":
     if report.experiment not in CHARTS or not report.rows:
         raise ValueRefused(f"no chart: {clean(report.experiment)!r} is not known, or without rows")
     with theme(dark) as ink:
-        page = Page(Figure(dpi=100), report, ink)
+        page = Page(Figure(dpi=100), report, ink, [])
         FigureCanvasAgg(page.figure)  # measures text
         CHARTS[report.experiment](page)
     return page.figure
@@ -165,7 +165,7 @@ def short(value: float) -> str:
 def along(corners: np.ndarray) -> np.ndarray:
     """Return many points of a line, to find out what it crosses."""
     corners = corners[np.isfinite(corners).all(axis=1)]
-    return np.concatenate([corners, *(np.linspace(a, b, 30) for a, b in pairwise(corners))])
+    return np.concatenate([corners, *(np.linspace(a, b, 15) for a, b in pairwise(corners))])
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ class Page:
     figure: "Figure"
     report: Report
     ink: dict[str, str]
+    words: list[np.ndarray]  # where names of lines are, on all panels
 
     def column(self, key: str, least: float = 0, empty: Any = None, of: Any = None) -> list[float]:
         """Return a figure of every row, checked; `empty` stands for none, where that may be."""
@@ -261,19 +262,20 @@ class Page:
         """Write at each line's end what it is: in the margin, or near it where it hides least."""
         (_, floor), (right, _) = axes.bbox.get_points() * POINT
         drawn = [one.get_transform().transform(one.get_path().vertices) for one in axes.lines]
-        taken = np.concatenate([along(one * POINT) for one in drawn])
+        crossed = [along(one * POINT) for one in drawn]
         for line in sorted(lines, key=lambda line: line.get_xydata()[-1, 1]):
             x, y = line.get_xydata()[-1]
             end, colour = (x, np.nan_to_num(y, nan=axes.get_ylim()[1])), line.get_color()
             tip, text = axes.transData.transform(end) * POINT, f"{line.get_label()}: {short(y)}"
             asides = [right + 18 - tip[0]] if tip[0] > 0.95 * right else [9, 18, 32, 50]
-            shifts = np.array([(x, y) for x in asides for y in range(60, -61, -3)])
+            shifts = np.array([(x, y) for x in asides for y in range(60, -61, -4)])
+            taken = np.concatenate([*crossed, *self.words])
             lows, size = tip + shifts - (2, 6), np.array([5.4 * len(text), 12])
             hidden = [((taken > low) & (taken < low + size)).all(axis=1).sum() for low in lows]
             costs = 20 * np.array(hidden) + abs(shifts).sum(axis=1) + 1e6 * (lows[:, 1] < floor)
             shift = shifts[np.argmin(costs)]
             box = tip + shift + size * [(0, -0.4), (1, -0.4), (0, 0.4), (1, 0.4)]
-            taken = np.concatenate([taken, along(box)])
+            self.words.append(along(box))
             axes.annotate(
                 text, end, shift, textcoords="offset points", va="center", color=colour,
                 annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7,
@@ -329,12 +331,11 @@ def reading(page: Page) -> None:
 
 
 def sinks(page: Page) -> None:
-    counts, rest = page.column("sinks"), page.column("window")
-    ys, places = page.column("perplexity", 0.1, math.inf), range(len(counts))
+    ys, places = page.column("perplexity", 0.1, math.inf), range(len(page.report.rows))
     axes = page.panels("Perplexity by number of sinks", 3.2)
     (page.log_axis if max(ys) > 3 * min(ys) else page.zero_axis)(axes, ys, "perplexity")
     page.show_values(axes, "dots", places, ys)
-    texts = [f"{count:,.0f} + {window:,.0f}" for count, window in zip(counts, rest, strict=True)]
+    texts = map("{:,.0f} + {:,.0f}".format, page.column("sinks"), page.column("window"))
     page.ticks(axes, places, texts, "sinks + window")
 
 
@@ -381,8 +382,7 @@ def streameval(page: Page) -> None:
     asked = " to ".join(f"{n:,.0f}" for n in sorted({min(queries), max(queries)}))
     axes = page.panels("Right answers by distance", 3.2, beside=names, more=f"{asked} queries each")
     axes.set(ylim=(0, 104), ylabel="right answers (%)")
-    texts = (f"{back:,.0f}\n{token:,.0f}" for back, token in zip(backs, tokens, strict=True))
-    page.ticks(axes, places, texts, "lines back, and tokens")
+    page.ticks(axes, places, map("{:,.0f}\n{:,.0f}".format, backs, tokens), "lines, tokens back")
     inside = zip(places, page.column("inside"), strict=True)
     border = min((place for place, one in inside if not one), default=len(backs)) - 0.5
     if border < max(places):

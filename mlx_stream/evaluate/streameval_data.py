@@ -212,8 +212,8 @@ def make_line(seed: int, number: int) -> Line:
     turn = draw(seed, 0, "first name", len(FIRST_NAMES))
     first = FIRST_NAMES[(turn + STRIDE * number) % len(FIRST_NAMES)]
     thing, job, surname = (
-        known[draw(seed, number, what, len(known))]
-        for what, known in (("thing", THINGS), ("job", JOBS), ("surname", SURNAMES))
+        known[draw(seed, number, name, len(known))]
+        for name, known in (("thing", THINGS), ("job", JOBS), ("surname", SURNAMES))
     )
     house = 10 + draw(seed, number, "house", 90)
     what = f"{thing} at number {house}"

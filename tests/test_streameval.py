@@ -1,0 +1,388 @@
+"""Generated lines and queries, and that a stream asked about them stays what it was."""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.evaluate import streameval as streams
+from mlx_stream.evaluate import streameval_data as texts
+from mlx_stream.evaluate.streameval import Answer, Asked, Outcome, streameval
+from mlx_stream.generate import TokenStream
+from mlx_stream.load import Model, load
+
+# Of the data file of seed 1, 200 lines and the default distances; a change needs a new version.
+GOLDEN = "f99733943db319a480884aa49f92a71971453e8ba60c91f6baac162a3307283c"
+# A line takes the tiny tokenizer about 45 tokens, a query 60: the line before it is in the window,
+# the third is not.
+SINKS, WINDOW = 4, 130
+DATA = texts.make(7, 30, (1, 2, 3, 10))
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Model:
+    return load(tiny)
+
+
+@pytest.fixture(scope="module")
+def asked(model: Model) -> list[Asked]:
+    return [streams.encode_query(model.tokenizer, query) for query in DATA.queries]
+
+
+def ids_until(model: Model, after: int) -> list[int]:
+    """Return the whole text up to a line, encoded at once."""
+    text = texts.OPENING + "".join(line.text for line in DATA.lines[:after])
+    return model.tokenizer.encode(text)
+
+
+def plain_stream(model: Model, after: int) -> TokenStream:
+    """Return a stream without spare rows that read up to a line and was asked nothing."""
+    stream = TokenStream(model, model.new_cache(SINKS, WINDOW))
+    stream.read(ids_until(model, after))
+    return stream
+
+
+def spare_of(asked: Sequence[Asked]) -> int:
+    return max(len(one.ids) + one.longest for one in asked)
+
+
+# --- the data ---
+
+
+def test_the_data_are_the_same_bytes_everywhere() -> None:
+    data = texts.make(1, 200)
+    assert hashlib.sha256(data.as_bytes()).hexdigest() == GOLDEN
+    assert texts.make(2, 200).as_bytes() != data.as_bytes()
+
+
+def test_the_lists_are_as_the_generator_needs_them() -> None:
+    assert len(texts.SURNAMES) == 10 and len(texts.FIRST_NAMES) == 101
+    for known in (texts.SURNAMES, texts.FIRST_NAMES, texts.THINGS, texts.JOBS):
+        assert len(set(known)) == len(known) and all(re.fullmatch("[A-Za-z]+", w) for w in known)
+    for one, other in itertools.permutations(texts.SURNAMES, 2):
+        assert not one.startswith(other)
+
+
+def test_each_answer_is_in_the_line_asked_about() -> None:
+    data = texts.make(3, 300)
+    assert [line.number for line in data.lines] == [*range(1, 301)]
+    assert data.text == texts.OPENING + "".join(line.text for line in data.lines)
+    places = [(q.after, q.lines_back) for q in data.queries]
+    assert places == [(n, d) for n in range(160, 301, 10) for d in texts.DISTANCES]
+    for number, query in enumerate(data.queries, start=1):
+        assert query.number == number
+        # Counting back from the next line, which is where the query stands.
+        assert query.about == query.after + 1 - query.lines_back
+        line = data.lines[query.about - 1].text
+        asked = re.fullmatch(r"Question: Who owns (.*) in line (\d+)\?\nAnswer: (\w+)", query.text)
+        assert asked and int(asked[2]) == query.about
+        assert line.lower().startswith(f"line {query.about}: {asked[1]} belongs to a ")
+        assert line.endswith(f", {asked[3]}{query.answer}.\n")
+        assert len(set(query.candidates)) == len(query.candidates) == 10
+        assert query.answer in query.candidates
+
+
+def test_facts_are_drawn_evenly_and_first_names_come_round_late() -> None:
+    data = texts.make(5, 2_000, (1,))
+    counts = [sum(line.answer == f" {name}" for line in data.lines) for name in texts.SURNAMES]
+    # 200 each, give or take; a standard deviation is 13.
+    assert sum(counts) == 2_000 and 145 < min(counts) < max(counts) < 255
+    # What a line says tells nothing of the next one: equal once in ten.
+    pairs = itertools.pairwise(line.answer for line in data.lines)
+    assert 145 < sum(one == other for one, other in pairs) < 255
+    first = [line.question.split()[-1] for line in data.lines]
+    assert all(len(set(first[n : n + 101])) == 101 for n in range(0, 1_800, 37))
+    # Each of the nine wrong candidates is a fact of some line nearby.
+    nearby = [{line.answer for line in data.lines[n : n + 44]} for n in range(0, 1_900, 44)]
+    assert sum(len(found) for found in nearby) / len(nearby) > 9.8
+
+
+def test_fewer_lines_are_the_beginning_of_more() -> None:
+    few, many = texts.make(4, 40, (5, 20)), texts.make(4, 95, (5, 20))
+    assert many.text.startswith(few.text)
+    assert many.queries[: len(few.queries)] == few.queries
+    # The worked example.
+    assert [(q.after, q.about) for q in few.queries][:4] == [(20, 16), (20, 1), (30, 26), (30, 11)]
+
+
+def test_the_file_has_lines_and_queries_in_the_order_of_reading(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("what was there before")
+    texts.write(DATA, path)
+    assert path.read_bytes() == DATA.as_bytes()
+    assert [one.name for one in tmp_path.iterdir()] == ["data.jsonl"]
+    header, *records = map(json.loads, path.read_text("ascii").splitlines())
+    assert (header["format"], header["version"]) == ("mlx_stream streameval", 1)
+    assert (header["seed"], header["lines"], header["distances"]) == (7, 30, [1, 2, 3, 10])
+    read = header["opening"]
+    waiting = iter(DATA.queries)
+    last = 0
+    for record in records:
+        if "line" in record:
+            last = record["line"]
+            read += record["text"]
+        else:
+            query = next(waiting)
+            assert query.after == last
+            assert record == {
+                "query": query.number,
+                "about": query.about,
+                "lines_back": query.lines_back,
+                "text": query.text,
+                "answer": query.answer,
+                "candidates": list(query.candidates),
+            }
+    assert read == DATA.text and next(waiting, None) is None
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="cannot be written: No such file"):
+        texts.write(DATA, tmp_path / "nowhere" / "data.jsonl")
+    with pytest.raises(ValueRefused, match="--data-out"):
+        texts.write(DATA, tmp_path)
+    with pytest.raises(ValueRefused, match="--data-out"):
+        texts.write(DATA, Path("/dev/null"))
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    texts.write(DATA, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == DATA.as_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": -1}, "--seed must be from 0"),
+        ({"seed": 2**64}, "--seed must be from 0"),
+        ({"lines": 0}, "--lines must be from 1 to 100,000, not 0"),
+        ({"lines": 100_001}, "--lines must be from 1 to 100,000"),
+        ({"lines": 169, "distances": [161]}, "--lines must be at least 170 .* not 169"),
+        ({"distances": []}, "--distances must name"),
+        ({"distances": [5, 0]}, "--distances must be at least 1 line back, not 0"),
+        ({"distances": [5, 1, 5]}, "--distances must differ; 5 is there twice"),
+        ({"window": 0}, "--window must be at least 1, not 0"),
+        ({"window": 40}, r"--window must be at least \d\d, .* not 40"),
+        ({"window": 10_000}, "trained context"),
+        ({"sinks": -1}, "--sinks"),
+    ],
+)
+def test_what_is_refused(model: Model, changes: dict, says: str) -> None:
+    given: dict[str, Any] = {"sinks": SINKS, "window": WINDOW, "seed": 1, "lines": 200} | changes
+    with pytest.raises(ValueRefused, match=says) as refused:
+        streameval(model, **given)
+    assert "\n" not in str(refused.value)
+
+
+# --- text to ids ---
+
+
+def test_lines_encoded_apart_are_the_text_encoded_whole(model: Model, asked: list[Asked]) -> None:
+    tokenizer = model.tokenizer
+    apart = tokenizer.encode(texts.OPENING)
+    for line in DATA.lines:
+        apart += streams.encode_line(tokenizer, line.text)
+    assert apart == ids_until(model, 30)
+    for one in asked:
+        for candidate, ids in zip(one.query.candidates, one.candidates, strict=True):
+            whole = tokenizer.encode(DATA.text + one.query.text + candidate)
+            assert whole == [*apart, *one.ids, *ids]
+    assert {len(ids) for one in asked for ids in one.candidates} >= {3, 4, 5}, "several tokens"
+
+
+# --- one stream ---
+
+
+def test_candidates_score_as_they_do_from_scratch(model: Model, asked: list[Asked]) -> None:
+    given: list[Answer] = []
+
+    def listen(model: Model, stream: TokenStream, one: Asked, generation: bool) -> Answer:
+        given.append(streams.ask(model, stream, one, generation))
+        return given[-1]
+
+    cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
+    assert len([*streams.run(model, cache, DATA, asked, answer=listen)]) == len(asked) == 12
+    # The ring has gone round twice before the first query. Some of each point, inside and outside.
+    for index in (0, 5, 10):
+        one, answer = asked[index], given[index]
+        for chosen in (one.right, 9 - one.right):
+            ids = one.candidates[chosen]
+            stream = plain_stream(model, one.query.after)
+            logits = [stream.read(one.ids), *(stream.read([id]) for id in ids[:-1])]
+            expected = [
+                float((x[id] - mx.logsumexp(x)).item())  # type: ignore[arg-type]
+                for x, id in zip(logits, ids, strict=True)
+            ]
+            assert answer.likelihoods[chosen] == pytest.approx(sum(expected), abs=1e-3)
+        stream = plain_stream(model, one.query.after)
+        assert stream.cache.evicted > 2 * WINDOW
+        logits, said = stream.read(one.ids), []
+        for _ in range(one.longest + 1):
+            said.append(int(mx.argmax(logits).item()))  # type: ignore[arg-type]
+            logits = stream.read(said[-1:])
+        assert answer.said == said
+
+
+def test_a_stream_that_was_asked_goes_on_as_one_that_was_not(
+    model: Model, asked: list[Asked]
+) -> None:
+    cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
+    assert [*streams.run(model, cache, DATA, asked)]
+    plain = plain_stream(model, 30)
+    assert cache.length == plain.length
+    assert cache.attended == plain.cache.attended == SINKS + WINDOW
+    stream = TokenStream(model, cache)
+    for _ in range(3):
+        ids = streams.encode_line(model.tokenizer, DATA.lines[0].text)
+        np.testing.assert_allclose(stream.read(ids), plain.read(ids), atol=1e-3)
+
+
+def test_inside_is_what_the_cache_attends_to(model: Model, asked: list[Asked]) -> None:
+    """Hold the share of a line that is attended against the ids the stream says it attends to."""
+    found: list[float] = []
+
+    def listen(model: Model, stream: TokenStream, one: Asked, generation: bool) -> Answer:
+        longest = max(one.candidates, key=len)
+        begun = stream.length
+        stream.read([*one.ids, *longest[:-1]])
+        # The same stream, of ids that say where in the text they are.
+        whole = [*ids_until(model, one.query.after), *one.ids, *longest[:-1]]
+        start = len(ids_until(model, one.query.about - 1))
+        stop = len(ids_until(model, one.query.about))
+        kept = {*range(SINKS), *range(len(whole) - WINDOW, len(whole))}
+        assert stream.attended_ids() == [whole[t] for t in sorted(kept)]
+        found.append(len(kept & {*range(start, stop)}) / (stop - start))
+        stream.rewind(stream.length - begun)
+        return Answer([0.0] * 10, None)
+
+    cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
+    outcomes = [*streams.run(model, cache, DATA, asked, answer=listen)]
+    assert [one.attended for one in outcomes] == found
+    assert [one.tokens_back for one in outcomes] == [
+        len(ids_until(model, one.query.after)) - len(ids_until(model, one.query.about - 1))
+        for one in asked
+    ]
+    by_distance = {row["lines_back"]: row for row in streams.rows(outcomes)}
+    assert {d: row["inside"] for d, row in by_distance.items()} == {
+        1: True, 2: False, 3: False, 10: False,
+    }  # fmt: skip
+    assert 0 < by_distance[2]["attended"] < 1, "partly: at the border"
+    assert by_distance[10]["attended"] == 0
+
+
+def test_attended_counts_as_in_its_example(model: Model) -> None:
+    cache = model.new_cache(2, 10, 5)
+    TokenStream(model, cache).read([3] * 30)
+    assert streams.attended(cache, range(20, 28), 5) == 3
+    assert streams.attended(cache, range(0, 4), 5) == 2, "sinks"
+    assert streams.attended(cache, range(20, 28), 0) == 8
+
+
+# --- what counts as right ---
+
+
+def knowing(right: Sequence[bool], ties: bool = False):
+    """Return one that answers queries right or wrong as told, by either rule."""
+    told = iter(right)
+
+    def answer(model: Model, stream: TokenStream, one: Asked, generation: bool) -> Answer:
+        chosen = one.right if next(told) else (one.right + 1) % 10
+        likelihoods = [-1.0 if i == chosen else -2.0 - i for i in range(10)]
+        if ties:
+            likelihoods[(chosen + 3) % 10] = -1.0
+        return Answer(likelihoods, one.candidates[chosen] if generation else None)
+
+    return answer
+
+
+def test_accuracy_is_counted_for_each_distance(model: Model, asked: list[Asked]) -> None:
+    # Three queries of four distances: none, one, two and all three right.
+    right = [False, False, True, True, False, True, True, True, False, False, False, True]
+    cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
+    outcomes = [*streams.run(model, cache, DATA, asked, answer=knowing(right))]
+    rows = streams.rows(outcomes)
+    assert [row["lines_back"] for row in rows] == [1, 2, 3, 10]
+    assert [row["queries"] for row in rows] == [3] * 4
+    for rule in ("likelihood", "generation"):
+        assert [row[rule] for row in rows] == [0, 1 / 3, 2 / 3, 1]
+    assert all(row["likelihood_low"] <= row["likelihood"] <= row["likelihood_high"] for row in rows)
+
+
+def test_a_tie_is_no_answer(model: Model, asked: list[Asked]) -> None:
+    cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
+    given = knowing([True] * 12, ties=True)
+    outcomes = [*streams.run(model, cache, DATA, asked, generation=False, answer=given)]
+    assert [row["likelihood"] for row in streams.rows(outcomes)] == [0] * 4
+    assert [row["generation"] for row in streams.rows(outcomes)] == [None] * 4
+    assert streams.likeliest([-3.0, -1.0, -2.0]) == 1
+    assert streams.likeliest([-1.0, -1.0]) is None
+    assert streams.likeliest([-math.inf, -5.0]) == 1
+
+
+def test_a_written_answer_is_a_whole_word(model: Model, asked: list[Asked]) -> None:
+    one, tokenizer = asked[0], model.tokenizer
+
+    def says(text: str) -> bool:
+        whole = streams.encode_line(tokenizer, one.query.text + text)
+        return streams.says(tokenizer, one, whole[len(one.ids) :])
+
+    answer = one.query.answer
+    assert all(says(answer + more) for more in ("", ".", " and", ".\nLine 3", "'s"))
+    assert not any(says(answer + more) for more in ("s", "on", "2", answer[1:]))
+    others = [one.query.candidates[(one.right + 1) % 10], "", answer[:-1], f" J.{answer}"]
+    assert not any(says(other) for other in others)
+
+
+def test_wilsons_interval() -> None:
+    # As R's prop.test(8, 10, correct = FALSE) gives it, and the edges.
+    assert streams.wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert streams.wilson(0, 20) == pytest.approx((0, 0.1611252), abs=1e-6)
+    assert streams.wilson(20, 20) == pytest.approx((0.8388748, 1), abs=1e-6)
+
+
+def test_rows_say_at_worst_partly_inside() -> None:
+    outcomes = [Outcome(5, 100, 1.0, True, None), Outcome(5, 110, 0.5, False, None)]
+    (row,) = streams.rows(outcomes)
+    assert (row["inside"], row["attended"], row["tokens_back"]) == (False, 0.75, 105)
+    (row,) = streams.rows(outcomes[:1])
+    assert row["inside"] is True
+
+
+# --- the whole ---
+
+
+def test_the_report(model: Model) -> None:
+    told: list[tuple[int, int]] = []
+    report = streameval(
+        model, SINKS, WINDOW, 7, 25, (1, 10), lambda *lines: told.append(lines), generation=False
+    )
+    assert told == [(10, 20), (20, 20)]
+    assert report.experiment == "streameval"
+    assert report.about == {
+        "model": "tiny",
+        "dtype": "float32",
+        "quantized": False,
+        "trained_context": 512,
+        "sinks": SINKS,
+        "window": WINDOW,
+        "seed": 7,
+        "lines": 25,
+        "query_every": 10,
+        "candidates": 10,
+    }
+    assert [[row["lines_back"], row["queries"], row["generation"]] for row in report.rows] == [
+        [1, 2, None],
+        [10, 2, None],
+    ]
+    json.dumps(report.as_json(), allow_nan=False)
+    again = streameval(model, SINKS, WINDOW, 7, 25, (1, 10))
+    assert [row["likelihood"] for row in again.rows] == [row["likelihood"] for row in report.rows]
+    assert all(0 <= row["generation"] <= 1 for row in again.rows)
