@@ -1,27 +1,27 @@
-"""Generated lines and queries, and that a stream asked about them stays what it was."""
+"""A stream asked about its lines: scored as from scratch, and left as one that was not asked."""
 
-import hashlib
 import itertools
 import json
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
-from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.cache import StreamCache
+from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import streameval as streams
 from mlx_stream.evaluate import streameval_data as texts
 from mlx_stream.evaluate.streameval import Answer, Asked, Outcome, streameval
 from mlx_stream.generate import TokenStream
 from mlx_stream.load import Model, load
+from mlx_stream.tokenizer import Tokenizer
 
-# Of the data file of seed 1, 200 lines and the default distances; a change needs a new version.
-GOLDEN = "f99733943db319a480884aa49f92a71971453e8ba60c91f6baac162a3307283c"
 # A line takes the tiny tokenizer about 45 tokens, a query 60: the line before it is in the window,
 # the third is not.
 SINKS, WINDOW = 4, 130
@@ -53,109 +53,6 @@ def plain_stream(model: Model, after: int) -> TokenStream:
 
 def spare_of(asked: Sequence[Asked]) -> int:
     return max(len(one.ids) + one.longest for one in asked)
-
-
-# --- the data ---
-
-
-def test_the_data_are_the_same_bytes_everywhere() -> None:
-    data = texts.make(1, 200)
-    assert hashlib.sha256(data.as_bytes()).hexdigest() == GOLDEN
-    assert texts.make(2, 200).as_bytes() != data.as_bytes()
-
-
-def test_the_lists_are_as_the_generator_needs_them() -> None:
-    assert len(texts.SURNAMES) == 10 and len(texts.FIRST_NAMES) == 101
-    for known in (texts.SURNAMES, texts.FIRST_NAMES, texts.THINGS, texts.JOBS):
-        assert len(set(known)) == len(known) and all(re.fullmatch("[A-Za-z]+", w) for w in known)
-    for one, other in itertools.permutations(texts.SURNAMES, 2):
-        assert not one.startswith(other)
-
-
-def test_each_answer_is_in_the_line_asked_about() -> None:
-    data = texts.make(3, 300)
-    assert [line.number for line in data.lines] == [*range(1, 301)]
-    assert data.text == texts.OPENING + "".join(line.text for line in data.lines)
-    places = [(q.after, q.lines_back) for q in data.queries]
-    assert places == [(n, d) for n in range(160, 301, 10) for d in texts.DISTANCES]
-    for number, query in enumerate(data.queries, start=1):
-        assert query.number == number
-        # Counting back from the next line, which is where the query stands.
-        assert query.about == query.after + 1 - query.lines_back
-        line = data.lines[query.about - 1].text
-        asked = re.fullmatch(r"Question: Who owns (.*) in line (\d+)\?\nAnswer: (\w+)", query.text)
-        assert asked and int(asked[2]) == query.about
-        assert line.lower().startswith(f"line {query.about}: {asked[1]} belongs to a ")
-        assert line.endswith(f", {asked[3]}{query.answer}.\n")
-        assert len(set(query.candidates)) == len(query.candidates) == 10
-        assert query.answer in query.candidates
-
-
-def test_facts_are_drawn_evenly_and_first_names_come_round_late() -> None:
-    data = texts.make(5, 2_000, (1,))
-    counts = [sum(line.answer == f" {name}" for line in data.lines) for name in texts.SURNAMES]
-    # 200 each, give or take; a standard deviation is 13.
-    assert sum(counts) == 2_000 and 145 < min(counts) < max(counts) < 255
-    # What a line says tells nothing of the next one: equal once in ten.
-    pairs = itertools.pairwise(line.answer for line in data.lines)
-    assert 145 < sum(one == other for one, other in pairs) < 255
-    first = [line.question.split()[-1] for line in data.lines]
-    assert all(len(set(first[n : n + 101])) == 101 for n in range(0, 1_800, 37))
-    # Each of the nine wrong candidates is a fact of some line nearby.
-    nearby = [{line.answer for line in data.lines[n : n + 44]} for n in range(0, 1_900, 44)]
-    assert sum(len(found) for found in nearby) / len(nearby) > 9.8
-
-
-def test_fewer_lines_are_the_beginning_of_more() -> None:
-    few, many = texts.make(4, 40, (5, 20)), texts.make(4, 95, (5, 20))
-    assert many.text.startswith(few.text)
-    assert many.queries[: len(few.queries)] == few.queries
-    # The worked example.
-    assert [(q.after, q.about) for q in few.queries][:4] == [(20, 16), (20, 1), (30, 26), (30, 11)]
-
-
-def test_the_file_has_lines_and_queries_in_the_order_of_reading(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text("what was there before")
-    texts.write(DATA, path)
-    assert path.read_bytes() == DATA.as_bytes()
-    assert [one.name for one in tmp_path.iterdir()] == ["data.jsonl"]
-    header, *records = map(json.loads, path.read_text("ascii").splitlines())
-    assert (header["format"], header["version"]) == ("mlx_stream streameval", 1)
-    assert (header["seed"], header["lines"], header["distances"]) == (7, 30, [1, 2, 3, 10])
-    read = header["opening"]
-    waiting = iter(DATA.queries)
-    last = 0
-    for record in records:
-        if "line" in record:
-            last = record["line"]
-            read += record["text"]
-        else:
-            query = next(waiting)
-            assert query.after == last
-            assert record == {
-                "query": query.number,
-                "about": query.about,
-                "lines_back": query.lines_back,
-                "text": query.text,
-                "answer": query.answer,
-                "candidates": list(query.candidates),
-            }
-    assert read == DATA.text and next(waiting, None) is None
-
-
-def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(TextError, match="cannot be written: No such file"):
-        texts.write(DATA, tmp_path / "nowhere" / "data.jsonl")
-    with pytest.raises(ValueRefused, match="--data-out"):
-        texts.write(DATA, tmp_path)
-    with pytest.raises(ValueRefused, match="--data-out"):
-        texts.write(DATA, Path("/dev/null"))
-    (tmp_path / "real").write_text("old")
-    (tmp_path / "link").symlink_to("real")
-    texts.write(DATA, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real").read_bytes() == DATA.as_bytes()
 
 
 @pytest.mark.parametrize(
@@ -196,6 +93,26 @@ def test_lines_encoded_apart_are_the_text_encoded_whole(model: Model, asked: lis
             whole = tokenizer.encode(DATA.text + one.query.text + candidate)
             assert whole == [*apart, *one.ids, *ids]
     assert {len(ids) for one in asked for ids in one.candidates} >= {3, 4, 5}, "several tokens"
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text() -> None:
+    """As Llama 2's does: every line but the first must be encoded as what it is, a later one."""
+    letters = sorted({*"▁\n", *DATA.text, *DATA.queries[0].text} - {" "})
+    backend = tokenizers.Tokenizer(models.BPE({x: i for i, x in enumerate(letters)}, []))
+    backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)  # type: ignore[assignment]
+    tokenizer = Tokenizer(backend, {})
+    apart = tokenizer.encode(texts.OPENING)
+    for line in DATA.lines:
+        apart += streams.encode_line(tokenizer, line.text)
+    assert apart == tokenizer.encode(DATA.text)
+    one = streams.encode_query(tokenizer, DATA.queries[0])
+    assert tokenizer.decode([*apart, *one.ids]) == DATA.text + one.query.text + " "
+    assert [tokenizer.decode(ids) for ids in one.candidates] == [*texts.SURNAMES]
+    assert streams.says(tokenizer, one, one.candidates[one.right])
 
 
 # --- one stream ---
@@ -245,15 +162,27 @@ def test_a_stream_that_was_asked_goes_on_as_one_that_was_not(
         np.testing.assert_allclose(stream.read(ids), plain.read(ids), atol=1e-3)
 
 
+def test_a_written_answer_ends_before_an_end_token(
+    model: Model, asked: list[Asked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> list[int] | None:
+        stream = TokenStream(model, model.new_cache(SINKS, WINDOW, spare_of(asked)))
+        return streams.ask(model, stream, asked[0], True).said
+
+    written = said()
+    assert written and len(written) == asked[0].longest + 1
+    monkeypatch.setattr(model.tokenizer, "eos_ids", frozenset(written[1:]) - {written[0]})
+    assert said() == written[: len([*itertools.takewhile(lambda x: x == written[0], written)])]
+
+
 def test_inside_is_what_the_cache_attends_to(model: Model, asked: list[Asked]) -> None:
-    """Hold the share of a line that is attended against the ids the stream says it attends to."""
+    """The last token that a candidate is scored by is read, and the stream says what it attends."""
     found: list[float] = []
 
     def listen(model: Model, stream: TokenStream, one: Asked, generation: bool) -> Answer:
         longest = max(one.candidates, key=len)
         begun = stream.length
         stream.read([*one.ids, *longest[:-1]])
-        # The same stream, of ids that say where in the text they are.
         whole = [*ids_until(model, one.query.after), *one.ids, *longest[:-1]]
         start = len(ids_until(model, one.query.about - 1))
         stop = len(ids_until(model, one.query.about))
@@ -359,12 +288,23 @@ def test_rows_say_at_worst_partly_inside() -> None:
 # --- the whole ---
 
 
-def test_the_report(model: Model) -> None:
+def test_the_report(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
+    caches: list[StreamCache] = []
+
+    def listen(model: Model, cache: StreamCache, *more: Any) -> Iterator[Outcome]:
+        caches.append(cache)
+        return run(model, cache, *more)
+
+    run = streams.run
+    monkeypatch.setattr(streams, "run", listen)
     report = streameval(
         model, SINKS, WINDOW, 7, 25, (1, 10), lambda *lines: told.append(lines), generation=False
     )
     assert told == [(10, 20), (20, 20)]
+    queries = texts.make(7, 25, (1, 10)).queries
+    spare = spare_of([streams.encode_query(model.tokenizer, query) for query in queries])
+    assert caches[0].geometry.spare == spare, "no query costs the stream an attended token"
     assert report.experiment == "streameval"
     assert report.about == {
         "model": "tiny",

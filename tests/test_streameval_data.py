@@ -1,0 +1,132 @@
+"""Generated lines and queries: the same bytes everywhere, each answer in the line asked about."""
+
+import errno
+import hashlib
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.evaluate import streameval_data as texts
+
+# Of the data file of seed 1, 200 lines and the default distances; a change needs a new version.
+GOLDEN = "f99733943db319a480884aa49f92a71971453e8ba60c91f6baac162a3307283c"
+DATA = texts.make(7, 30, (1, 2, 3, 10))
+
+
+def test_the_data_are_the_same_bytes_everywhere() -> None:
+    data = texts.make(1, 200)
+    assert hashlib.sha256(data.as_bytes()).hexdigest() == GOLDEN
+    assert texts.make(2, 200).as_bytes() != data.as_bytes()
+
+
+def test_the_lists_are_as_the_generator_needs_them() -> None:
+    assert len(texts.SURNAMES) == 10 and len(texts.FIRST_NAMES) == 101
+    for known in (texts.SURNAMES, texts.FIRST_NAMES, texts.THINGS, texts.JOBS):
+        assert len(set(known)) == len(known) and all(re.fullmatch("[A-Za-z]+", w) for w in known)
+    for one, other in itertools.permutations(texts.SURNAMES, 2):
+        assert not one.startswith(other)
+
+
+def test_each_answer_is_in_the_line_asked_about() -> None:
+    data = texts.make(3, 300)
+    assert [line.number for line in data.lines] == [*range(1, 301)]
+    assert data.text == texts.OPENING + "".join(line.text for line in data.lines)
+    places = [(q.after, q.lines_back) for q in data.queries]
+    assert places == [(n, d) for n in range(160, 301, 10) for d in texts.DISTANCES]
+    for number, query in enumerate(data.queries, start=1):
+        assert query.number == number
+        # Counting back from the next line, which is where the query stands.
+        assert query.about == query.after + 1 - query.lines_back
+        line = data.lines[query.about - 1].text
+        asked = re.fullmatch(r"Question: Who owns (.*) in line (\d+)\?\nAnswer: (\w+)", query.text)
+        assert asked and int(asked[2]) == query.about
+        assert line.lower().startswith(f"line {query.about}: {asked[1]} belongs to a ")
+        assert line.endswith(f", {asked[3]}{query.answer}.\n")
+        assert len(set(query.candidates)) == len(query.candidates) == 10
+        assert query.answer in query.candidates
+
+
+def test_facts_are_drawn_evenly_and_first_names_come_round_late() -> None:
+    data = texts.make(5, 2_000, (1,))
+    counts = [sum(line.answer == f" {name}" for line in data.lines) for name in texts.SURNAMES]
+    # 200 each, give or take; a standard deviation is 13.
+    assert sum(counts) == 2_000 and 145 < min(counts) < max(counts) < 255
+    # What a line says tells nothing of the next one: equal once in ten.
+    pairs = itertools.pairwise(line.answer for line in data.lines)
+    assert 145 < sum(one == other for one, other in pairs) < 255
+    first = [line.question.split()[-1] for line in data.lines]
+    assert all(len(set(first[n : n + 101])) == 101 for n in range(0, 1_800, 37))
+    # Each of the nine wrong candidates is a fact of some line nearby.
+    nearby = [{line.answer for line in data.lines[n : n + 44]} for n in range(0, 1_900, 44)]
+    assert sum(len(found) for found in nearby) / len(nearby) > 9.8
+
+
+def test_fewer_lines_are_the_beginning_of_more() -> None:
+    few, many = texts.make(4, 40, (5, 20)), texts.make(4, 95, (5, 20))
+    assert many.text.startswith(few.text)
+    assert many.queries[: len(few.queries)] == few.queries
+    # The worked example.
+    assert [(q.after, q.about) for q in few.queries][:4] == [(20, 16), (20, 1), (30, 26), (30, 11)]
+
+
+def test_the_file_has_lines_and_queries_in_the_order_of_reading(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("what was there before")
+    texts.write(DATA, path)
+    assert path.read_bytes() == DATA.as_bytes()
+    assert [one.name for one in tmp_path.iterdir()] == ["data.jsonl"]
+    header, *records = map(json.loads, path.read_text("ascii").splitlines())
+    assert (header["format"], header["version"]) == ("mlx_stream streameval", 1)
+    assert (header["seed"], header["lines"], header["distances"]) == (7, 30, [1, 2, 3, 10])
+    read = header["opening"]
+    waiting = iter(DATA.queries)
+    last = 0
+    for record in records:
+        if "line" in record:
+            last = record["line"]
+            read += record["text"]
+        else:
+            query = next(waiting)
+            assert query.after == last
+            assert record == {
+                "query": query.number,
+                "about": query.about,
+                "lines_back": query.lines_back,
+                "text": query.text,
+                "answer": query.answer,
+                "candidates": list(query.candidates),
+            }
+    assert read == DATA.text and next(waiting, None) is None
+
+
+def test_a_file_that_cannot_be_written_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "data.jsonl"
+    path.write_text("what was there before")
+    monkeypatch.setattr(texts, "flush", full)
+    with pytest.raises(TextError, match=r"data\.jsonl: cannot be written: No space left"):
+        texts.write(DATA, path)
+    assert path.read_text() == "what was there before"
+    assert [one.name for one in tmp_path.iterdir()] == ["data.jsonl"]
+
+
+def test_places_that_no_file_can_be_written_to(tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="cannot be written: No such file"):
+        texts.write(DATA, tmp_path / "nowhere" / "data.jsonl")
+    with pytest.raises(ValueRefused, match="--data-out"):
+        texts.write(DATA, tmp_path)
+    with pytest.raises(ValueRefused, match="--data-out"):
+        texts.write(DATA, Path("/dev/null"))
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    texts.write(DATA, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == DATA.as_bytes()
