@@ -137,6 +137,16 @@ def load(path: Path) -> Snapshot:
         raise SnapshotError(f"{path}: not a saved stream: {reason}") from error
 
 
+def is_one(path: Path) -> bool:
+    """Return whether `save` wrote a file, as far as its header tells; it may be damaged."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return FORMAT.encode() in file.read(min(length, LONGEST_HEADER))
+    except OSError:
+        return False
+
+
 def checksum(header: str, arrays: dict[str, mx.array]) -> str:
     """Return the SHA-256 of the header and of every array: name, shape, type and bytes."""
     digest = hashlib.sha256(header.encode())

@@ -94,14 +94,17 @@ def test_light_and_dark_files_are_whole_and_the_same_each_time(name: str, tmp_pa
         assert one.startswith(b"\x89PNG\r\n\x1a\n") and one.endswith(b"IEND\xaeB`\x82")
         assert struct.unpack(">I", one[16:20]) == (1_660,)  # twice 830 pixels
     for path in (svg, png) if name == "sinks" else (svg,):
-        with matplotlib.rc_context({"font.size": 20, "svg.hashsalt": None, "axes.grid": False}):
+        with matplotlib.rc_context({"font.size": 20, "svg.hashsalt": None, "axes.linewidth": 5}):
             charts.draw(REPORTS[name], path)
     assert [path.read_bytes() for path in written] == data
 
 
 def test_four_million_tokens_stay_a_small_file(tmp_path: Path) -> None:
     noise = (22 + 4 * np.sin(np.arange(1_950) ** 2)).tolist()
-    report = Report("endurance", ABOUT, segments("", noise, 110, 586e6))
+    rows = segments("", noise, 110, 586e6)
+    for row, speed in zip(rows, reversed(noise), strict=True):
+        row["tokens_per_second"] = speed
+    report = Report("endurance", ABOUT, rows)
     assert len(charts.draw(report, tmp_path / "chart.svg")[0].read_bytes()) < 150_000
 
 
@@ -328,6 +331,16 @@ def test_no_text_covers_another_or_is_cut_off(name: str) -> None:
         inner = [min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)]
         assert min(inner) < 1.5, f"{one!r} covers {other!r}"
     assert all(float(text.get_fontsize()) >= 9 for text in drawn_texts(figure))
+
+
+def test_names_of_marks_that_stand_close_do_not_meet() -> None:
+    about = ABOUT | {"trained_context": 1_500}
+    figure = charts.figure(Report("perplexity", about, REPORTS["perplexity"].rows))
+    names = [
+        t for t in drawn_texts(figure) if t.get_text() in ("window 1,020", "trained context 1,500")
+    ]
+    window, trained = (Text.get_window_extent(text) for text in names)
+    assert window.x1 < trained.x0
 
 
 @pytest.mark.parametrize("dark", [False, True])

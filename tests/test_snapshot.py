@@ -1,10 +1,12 @@
 """A saved stream goes on with the same bits, is whole or not there, and is never trusted."""
 
 import json
+import math
 import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -53,6 +55,7 @@ def test_a_stream_goes_on_as_if_it_had_never_been_closed(
 def test_saving_does_not_disturb_the_stream(tiny_model: Make, tmp_path: Path) -> None:
     model = tiny_model()
     saved, plain, ids = new(model), new(model), some_ids(90)
+    last = np.array(math.nan)
     for start in range(0, 90, 9):
         read(saved, ids[start : start + 9], 3)
         snapshot.save(tmp_path / "s", saved, "m", {})
@@ -213,6 +216,6 @@ def test_fingerprints_tell_models_apart(tiny_model: Make, tiny: Path) -> None:
 def test_a_fingerprint_sees_one_changed_layer(tiny_model: Make) -> None:
     model = tiny_model()
     before = snapshot.fingerprint(model)
-    layer = model.network.layers[-1].mlp.down_proj
+    layer: Any = model.network.layers[-1].mlp.down_proj
     layer.weight = layer.weight * 1.0001
     assert snapshot.fingerprint(model) != before

@@ -12,6 +12,7 @@ from mlx_stream.cli.eval import app as evaluate
 from mlx_stream.cli.generate import generate
 from mlx_stream.cli.ls import ls
 from mlx_stream.cli.score import score
+from mlx_stream.cli.terminal import note
 
 app = typer.Typer(
     name="mlx_stream",
@@ -45,4 +46,8 @@ def options_before_a_verb(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the verb began
+        note("interrupted")
+        raise SystemExit(130) from None

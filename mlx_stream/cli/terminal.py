@@ -16,7 +16,13 @@ from mlx_stream.errors import MlxStreamError, TextError
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 SECONDS_PER_LINE = 30.0
-UNWRITABLE = {errno.EPIPE: "was closed", errno.ENOSPC: "was full"}
+UNWRITABLE = {
+    errno.EPIPE: "was closed",
+    errno.ENOSPC: "was full",
+    errno.EDQUOT: "was full",
+    errno.EFBIG: "was full",
+    errno.EIO: "failed",
+}
 
 
 def note(text: str) -> None:

@@ -31,7 +31,6 @@ WIDTH = 8.3  # inches of 100 pixels: what GitHub shows of a README
 LEFT, TOP, BOTTOM, GAP = 0.75, 0.9, 0.9, 0.17  # inches around panels and between them
 POINT = 72 / 100  # points of a pixel
 LARGEST = 1e18  # more than anything measured
-
 INKS = "paper   text    muted   grid    shade   blue    red     green   brown   purple"
 LIGHT = "#ffffff #1f2328 #59636e #e4e7eb #eff1f3 #0067b1 #c2410c #00795a #8a5a00 #a2387c"
 DARK = "#0d1117 #e6edf3 #9aa4af #262c35 #1b212b #58b0ff #ff8a5c #3ccf9e #e3b341 #e391c5"
@@ -60,7 +59,7 @@ def check_plot(path: Path) -> None:
     """Raise ValueRefused, before hours of measuring, if no chart could be written to a file."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ValueRefused(f"--plot {path}: the name must end in .png or .svg")
-    if path.is_dir() or dark_twin(path).is_dir():
+    if any(os.path.isdir(one) for one in (path, dark_twin(path))):  # noqa: PTH112
         raise ValueRefused(f"--plot {path}: it or its dark twin is a folder")
     try:
         import matplotlib.figure  # noqa: F401
@@ -133,6 +132,8 @@ def figure(report: Report, dark: bool = False) -> "Figure":
 
     if report.experiment not in CHARTS or not report.rows:
         raise ValueRefused(f"no chart: {clean(report.experiment)!r} is not known, or without rows")
+    if len({str(x.get("cache")) for x in report.rows}) > 20 or len(report.rows) > 10_000:
+        raise ValueRefused("no chart: more than 10,000 rows or 20 caches")
     with theme(dark) as ink:
         page = Page(Figure(dpi=100), report, ink, [])
         FigureCanvasAgg(page.figure)  # measures text

@@ -93,6 +93,33 @@ def segments(log: Log) -> list[Row]:
     return [row for row in log.rows if "segment" in row]
 
 
+def check_log(course: Course, log: Log) -> None:
+    """Refuse a log whose lines are not what this module writes.
+
+    Raises:
+        ValueRefused: a segment missing, twice or out of order, or a figure that is none.
+    """
+    for index, row in enumerate(segments(log)):
+        counts = ("active_bytes", "resident_bytes", "evicted")
+        whole = (
+            (row["segment"], row.get("tokens")) == (index, (index + 1) * course.segment)
+            and is_number(row.get("nll"))
+            and (row.get("perplexity") is None or is_number(row["perplexity"]))
+            and is_number(row.get("tokens_per_second"))
+            and row["tokens_per_second"] > 0
+            and all(type(row.get(name)) is int for name in counts)
+        )
+        if not whole:
+            raise ValueRefused(
+                f"{log.path}: the line of segment {index} is damaged or missing: choose another "
+                "file, or cut this one before that line"
+            )
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e15
+
+
 def endure(
     course: Course,
     log: Log,
@@ -113,6 +140,8 @@ def endure(
     """
     if tokens < 1:
         raise ValueRefused(f"--tokens must be at least 1, not {tokens}")
+    check_log(course, log)
+    check_state_path(log)
     target = math.ceil(tokens / course.segment) * course.segment
     if len(segments(log)) * course.segment >= target:
         return True
@@ -195,17 +224,44 @@ def resume(course: Course, log: Log, notify: Callable[[str], None]) -> Reading:
         length = found.state.get("length")
         if found.about.get("key") != log.header["key"]:
             raise SnapshotError(f"{path}: is not the state of this log")
-        nll, seconds = found.about["nll"], float(found.about["seconds"])
-        if not isinstance(length, int) or not all(isinstance(x, float) for x in nll):
+        nll, seconds = found.about["nll"], found.about["seconds"]
+        if (
+            type(length) is not int
+            or type(nll) is not list
+            or not all(map(is_number, nll))
+            or not is_number(seconds)
+            or (nll and seconds == 0)
+        ):
             raise SnapshotError(f"{path}: is not the state of a log")
         begun, odd = divmod(length - len(nll), course.segment)
-        if odd or len(nll) > course.segment or begun > logged:
+        if odd or len(nll) > course.segment or not 0 <= begun <= logged:
             raise SnapshotError(f"{path}: does not fit the log, which has {logged} segments")
         reading.stream.restore(found.state)
         return Reading(reading.stream, nll, seconds)
-    except (SnapshotError, ValueRefused, KeyError, TypeError, ValueError) as error:
+    except (SnapshotError, ValueRefused, KeyError) as error:
         notify(f"{error}; reading {logged * course.segment:,} logged tokens again")
         return Reading(new_stream(course))
+
+
+def check_state_path(log: Log) -> None:
+    """Refuse to put the state where another file is, or where none can be.
+
+    Raises:
+        ValueRefused: there is a file that this program did not write.
+        TextError: the name is too long, or the like.
+    """
+    path = state_path(log.path)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TextError(f"{path}: cannot be used: {error.strerror}: choose another log") from error
+    if not snapshot.is_one(path):
+        raise ValueRefused(
+            f"{path}: the log's state goes there, and a file that is none is there: move it away "
+            "or choose another log"
+        )
 
 
 def new_stream(course: Course) -> TokenStream:
@@ -227,7 +283,9 @@ def compare_with_fresh(
     for line in log.rows:
         known = line.get(FRESH)
         if isinstance(known, dict) and (known.get("from"), known.get("to")) == (start, stop):
-            return known
+            figures = (known.get("perplexity"), known.get("stream_perplexity"))
+            if all(is_number(figure) and figure != 0 for figure in figures):
+                return known
     begin = max(0, start - course.sinks - course.window)
     ids = course.text.around(begin, stop + 1)
     stream = new_stream(course)

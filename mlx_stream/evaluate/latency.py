@@ -47,8 +47,8 @@ def parse(text: str, steps: int) -> Size:
     values = [capacity]
     for pair in pairs:
         key, _, value = pair.partition("=")
-        if key != "steps":
-            raise ValueRefused(f"--cache {text}: takes steps, not {key!r}")
+        if key != "steps" or len(pairs) > 1:
+            raise ValueRefused(f"--cache {text}: takes steps, once, not {','.join(pairs)!r}")
         values.append(value)
     if not all(v.isascii() and v.isdigit() and len(v) < 10 for v in values):
         raise ValueRefused(f"--cache must be TOKENS or TOKENS,steps=N, not {text!r}")
@@ -74,6 +74,10 @@ def latency(
     Raises:
         ValueRefused: a size the model cannot have.
     """
+    capacities = [size.capacity for size in sizes]
+    twice = next((one for one in capacities if capacities.count(one) > 1), None)
+    if twice is not None:
+        raise ValueRefused(f"--cache {twice} is given twice")
     for size in sizes:
         if model.resolve_window(SINKS, size.window) != (SINKS, size.window):
             raise ValueRefused(

@@ -7,9 +7,11 @@ begins. A line that was cut short by a crash or a full disk is taken back; no wh
 import fcntl
 import json
 import os
+import stat
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.evaluate.report import Row, finite
@@ -35,10 +37,14 @@ class Log:
         self.path = path
         self.rows: list[Row] = []
         try:
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # A pipe must not keep us waiting before it is refused.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            self.file = os.open(path, flags, 0o644)
         except OSError as error:
-            self._fail("opened", error)
+            raise TextError(f"{path}: cannot be opened: {error.strerror}") from error
         try:
+            if not stat.S_ISREG(os.fstat(self.file).st_mode):
+                raise ValueRefused(f"{path}: is no regular file: choose another")
             self._lock()
             self.header = self._read(key) or self._begin(key, about)
         except BaseException:
@@ -83,6 +89,8 @@ class Log:
             if (header["log"], header["version"]) != (KIND, VERSION):
                 raise ValueError
             found = dict(header["key"])
+            if not isinstance(header["about"], dict):
+                raise ValueError
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueRefused(
                 f"{self.path}: exists and is not a whole log of this program: choose another file"
@@ -90,8 +98,8 @@ class Log:
         for name in key.keys() | found.keys():
             if key.get(name) != found.get(name):
                 raise ValueRefused(
-                    f"{self.path}: is a log of another {name} ({found.get(name)}, not "
-                    f"{key.get(name)}): choose another file"
+                    f"{self.path}: is a log of another {name} ({shown(found.get(name))}, "
+                    f"not {shown(key.get(name))}): choose another file"
                 )
         if not all(isinstance(row, dict) for row in rows):
             raise ValueRefused(f"{self.path}: a line is not an object: choose another file")
@@ -106,7 +114,7 @@ class Log:
             while part := os.read(self.file, 1 << 20):
                 parts.append(part)
         except OSError as error:
-            self._fail("read", error)
+            raise TextError(f"{self.path}: cannot be read: {error.strerror}") from error
         return b"".join(parts)
 
     def _begin(self, key: Row, about: Row) -> Row:
@@ -122,12 +130,16 @@ class Log:
                 written += os.pwrite(self.file, data[written:], self.size + written)
             os.fsync(self.file)
         except OSError as error:
-            os.ftruncate(self.file, self.size)
-            self._fail("written", error)
+            with suppress(OSError):
+                os.ftruncate(self.file, self.size)
+            raise TextError(
+                f"{self.path}: cannot be written: {error.strerror or error}; what was logged is "
+                "kept: the same command goes on from there"
+            ) from error
         self.size += len(data)
 
-    def _fail(self, done: str, error: OSError) -> NoReturn:
-        raise TextError(
-            f"{self.path}: cannot be {done}: {error.strerror or error}; what was logged is kept: "
-            "the same command goes on from there"
-        ) from error
+
+def shown(value: Any) -> str:
+    """Return a value of a file nobody vouches for, short and without control characters."""
+    text = str(value) if isinstance(value, int) else ascii(value).strip("'")
+    return text if len(text) <= 40 else f"{text[:40]}..."

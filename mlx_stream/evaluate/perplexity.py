@@ -81,6 +81,8 @@ def parse(text: str) -> Spec:
             raise ValueRefused(f"--cache {name} takes {', '.join(allowed)}, not {key!r}")
         if not (value.isascii() and value.isdigit() and len(value) < 10):
             raise ValueRefused(f"--cache {text}: {key} must be a whole number, not {value!r}")
+        if key in settings:
+            raise ValueRefused(f"--cache {text}: {key} is given twice")
         settings[key] = int(value)
         if settings[key] < 1 and key != "sinks":
             raise ValueRefused(f"--cache {text}: {key} must be at least 1")
@@ -114,21 +116,18 @@ def check(setting: Setting, specs: Sequence[Spec]) -> None:
     """
     if setting.segment < 1:
         raise ValueRefused(f"--segment must be at least 1, not {setting.segment}")
+    if setting.tokens < 1:
+        raise ValueRefused(f"--tokens must be at least 1, not {setting.tokens}")
     labels = [spec.label for spec in specs]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice:
         raise ValueRefused(f"--cache {twice} is given twice")
     for spec in specs:
         segments_of(setting.text, spec.limit(setting.tokens), setting.segment)
-        if spec.name == "recompute" and spec["stride"] > setting.capacity:
+        if spec.name == "recompute" and spec["stride"] > setting.capacity - spec["sinks"]:
             raise ValueRefused(
-                f"--cache recompute: a stride of {spec['stride']} exceeds the cache of "
-                f"{setting.capacity} tokens"
-            )
-        if spec.name == "recompute" and spec["sinks"] >= setting.capacity:
-            raise ValueRefused(
-                f"--cache recompute: {spec['sinks']} sinks leave no room in the cache of "
-                f"{setting.capacity} tokens"
+                f"--cache recompute: a stride of {spec['stride']} and {spec['sinks']} sinks exceed "
+                f"the cache of {setting.capacity} tokens: use a smaller stride or a larger window"
             )
 
 

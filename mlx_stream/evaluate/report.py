@@ -11,6 +11,8 @@ from typing import Any
 from mlx_stream.errors import TextError
 
 Row = dict[str, Any]
+# A kept result of more bytes is none: a row takes about 300.
+LARGEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def read_report(path: Path) -> Report:
         TextError: the file cannot be read, or is none.
     """
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        if path.is_dir() or path.stat().st_size > LARGEST or not path.is_file():
+            raise ValueError
+        raw = json.loads(path.read_text("utf-8-sig"))
         report = Report(raw["experiment"], raw["about"], raw["rows"], raw["notes"])
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from error

@@ -47,7 +47,7 @@ def segments_of(text: Text, tokens: int, segment: int) -> int:
     """
     found = len(text.ids)
     count = min(tokens, found - 1) // segment
-    if count == 0:
+    if count < 1:
         raise TextError(
             f"{', '.join(text.names)}: {found:,} tokens do not make a segment of {segment:,} and "
             "one to predict: give a longer text, or a smaller --segment"

@@ -1,5 +1,6 @@
 """What all experiments share: options, loading, and the three ways a result is shown."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,14 +37,37 @@ Plot = Annotated[
 ]
 
 
-def check_output(json: bool, csv: bool, plot: Path | None) -> None:
-    """Refuse before anything is measured what could not be shown afterwards."""
+def check_output(
+    json: bool,
+    csv: bool,
+    plot: Path | None,
+    read: "Sequence[str | Path]" = (),
+    written: "Sequence[Path | None]" = (),
+) -> None:
+    """Refuse before anything is measured what could not be shown afterwards.
+
+    Args:
+        read: files that are read, and must not be written over.
+        written: files that are written besides the plot.
+    """
     if json and csv:
         fail("--json and --csv both want standard output: choose one")
     if plot is not None:
-        from mlx_stream.evaluate.charts import check_plot
+        from mlx_stream.evaluate.charts import check_plot, dark_twin
 
         check_plot(plot)
+        written = [*written, plot, dark_twin(plot)]
+    refuse_same_files(read, [path for path in written if path is not None])
+
+
+def refuse_same_files(read: "Sequence[str | Path]", written: "Sequence[Path]") -> None:
+    """Refuse to write one file twice, or over one that is read."""
+    taken = {os.path.realpath(path): "it is read" for path in read if path != "-"}
+    for path in written:
+        place = os.path.realpath(path)
+        if place in taken:
+            fail(f"{path}: cannot be written to, {taken[place]} as well: choose another file")
+        taken[place] = "something else is written there"
 
 
 def read_texts(model: "Model", files: Sequence[str]) -> "Text":

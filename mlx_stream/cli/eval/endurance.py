@@ -67,13 +67,14 @@ def endurance(
         endure,
         memory_line,
         segments,
+        state_path,
         tenths,
     )
     from mlx_stream.evaluate.log import Log
     from mlx_stream.evaluate.report import Report
     from mlx_stream.load import load
 
-    common.check_output(json, csv, plot)
+    common.check_output(json, csv, plot, files, (log, state_path(log)))
     loaded = load(model, dtype, keep_quantized, force, note)
     sinks, window = loaded.resolve_window(sinks, window, note)
     text = common.read_texts(loaded, files)

@@ -1,5 +1,6 @@
 """`mlx_stream eval perplexity`: one text, several caches side by side."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -63,12 +64,15 @@ def perplexity(
     """
     from mlx_stream import hub
     from mlx_stream.evaluate import llamacpp
-    from mlx_stream.evaluate.perplexity import Setting, Spec, check, measure, parse
+    from mlx_stream.evaluate.perplexity import DEFAULTS, Setting, Spec, check, measure, parse
     from mlx_stream.evaluate.report import Report
     from mlx_stream.load import load
 
-    common.check_output(json, csv, plot)
+    common.check_output(json, csv, plot, files)
     specs = [parse(one) for one in cache or DEFAULT_CACHES]
+    if not cache:  # a small window takes a small stride
+        stride = max(1, min(DEFAULTS["stride"], sinks + window))
+        specs = [Spec(s.name, {"stride": stride}) if s.name == "recompute" else s for s in specs]
     for peer in against or ():
         if peer not in PEERS:
             fail(f"--against must be one of {', '.join(PEERS)}, not {peer!r}")
@@ -78,8 +82,10 @@ def perplexity(
     folder = hub.resolve(model, note)
     if gguf is None and folder.is_file():
         gguf = folder
-    if gguf is not None and not gguf.is_file():
+    if gguf is not None and not os.path.isfile(gguf):  # noqa: PTH113  (any name will do)
         fail(f"{gguf}: no such file")
+    if gguf not in (None, folder) and all(spec.name != "llama.cpp" for spec in specs):
+        fail("--gguf is for llama.cpp: add --against llama.cpp, or leave it out")
     absent = {
         "llama.cpp": llamacpp.why_not(gguf),
         "mlx-lm": "it reads folders: convert the model to one" if folder.is_file() else None,

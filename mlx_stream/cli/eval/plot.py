@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_stream.cli.eval.common import refuse_same_files
 from mlx_stream.cli.terminal import guarded, note
 
 
@@ -18,9 +19,10 @@ def plot(
     ],
 ) -> None:
     """Draw the chart of a result that was kept with --json, without measuring again."""
-    from mlx_stream.evaluate.charts import check_plot, draw
+    from mlx_stream.evaluate.charts import check_plot, dark_twin, draw
     from mlx_stream.evaluate.report import read_report
 
     check_plot(file)
+    refuse_same_files([result], [file, dark_twin(file)])
     for path in draw(read_report(result), file):
         note(f"drew {path}")

@@ -56,7 +56,7 @@ def streameval(
     from mlx_stream.evaluate.streameval_data import DISTANCES, make, write
     from mlx_stream.load import load
 
-    common.check_output(json, csv, plot)
+    common.check_output(json, csv, plot, (), (data_out,))
     chosen = tuple(distances or DISTANCES)
     data = make(seed, lines, chosen)
     loaded = load(model, dtype, keep_quantized, force, note)

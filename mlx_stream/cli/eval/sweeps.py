@@ -49,7 +49,7 @@ def sinks(
     from mlx_stream.evaluate.sweeps import sink_shapes
     from mlx_stream.load import load
 
-    common.check_output(json, csv, plot)
+    common.check_output(json, csv, plot, files)
     loaded = load(model, dtype, keep_quantized, force, note)
     shapes = sink_shapes(loaded, capacity, [0, 1, 2, 4, 8] if sinks is None else sinks)
     text = common.read_texts(loaded, files)
@@ -83,7 +83,7 @@ def windows(
     from mlx_stream.evaluate.sweeps import window_shapes
     from mlx_stream.load import load
 
-    common.check_output(json, csv, plot)
+    common.check_output(json, csv, plot, files)
     loaded = load(model, dtype, keep_quantized, force, note)
     chosen = [252, 508, 1_020, 2_044, 4_092] if window is None else window
     shapes = window_shapes(loaded, sinks, chosen)
