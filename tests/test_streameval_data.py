@@ -4,6 +4,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -123,8 +124,11 @@ def test_places_that_no_file_can_be_written_to(tmp_path: Path) -> None:
         texts.write(DATA, tmp_path / "nowhere" / "data.jsonl")
     with pytest.raises(ValueRefused, match="--data-out"):
         texts.write(DATA, tmp_path)
+    # Not a device of the machine: were it not refused, it would be replaced.
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueRefused, match="--data-out"):
-        texts.write(DATA, Path("/dev/null"))
+        texts.write(DATA, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
     texts.write(DATA, tmp_path / "link")
