@@ -267,6 +267,7 @@ def test_a_written_answer_is_a_whole_word(model: Model, asked: list[Asked]) -> N
     assert all(says(answer + more) for more in ("", ".", " and", ".\nLine 3", "'s"))
     assert not any(says(answer + more) for more in ("s", "on", "2", answer[1:]))
     others = [one.query.candidates[(one.right + 1) % 10], "", answer[:-1], f" J.{answer}"]
+    others.append("." * len(answer) + answer)  # later, and where a word ends
     assert not any(says(other) for other in others)
 
 

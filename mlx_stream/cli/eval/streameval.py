@@ -48,7 +48,7 @@ def streameval(
     """Read numbered lines as a stream and ask, every 10 lines, about lines further back.
 
     An answer is right by likelihood if it is likelier than nine others (chance: 10 %), by
-    generation if the model writes it. The window holds about 50 lines of 20 tokens.
+    generation if the model writes it. The default window holds about 46 lines of 22 tokens.
     """
     from dataclasses import replace
 
