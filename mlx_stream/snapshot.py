@@ -126,6 +126,8 @@ def load(path: Path) -> Snapshot:
             raise ValueError(f"format {header['format']!r}, version {header['version']!r}")
         if metadata["checksum"] != checksum(text, arrays):
             raise ValueError("its checksum does not agree")
+        if not all(mx.isfinite(array).all().item() for array in arrays.values()):
+            raise ValueError("keys or values are not numbers")
         empty = {n: mx.zeros(shape, named_dtype(d)) for n, (shape, d) in header["empty"].items()}
         state: State = {**header["numbers"], **arrays, **empty}
         return Snapshot(state, dict(header["about"]), str(header["model"]))

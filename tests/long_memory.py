@@ -8,11 +8,8 @@ Prints one line of JSON; exits with 1 if memory grew. Takes minutes: not collect
 import argparse
 import gc
 import json
-import os
-import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
@@ -21,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from tiny import tiny_config, tiny_weights
 
+from mlx_stream.backend import resident_bytes
 from mlx_stream.config import read_config
 from mlx_stream.generate import TokenStream
 from mlx_stream.load import Model
@@ -33,14 +31,6 @@ RESIDENT_GROWTH = 5_000_000
 LONGEST_READ = 150
 # A chunk moves K and V, and what the allocator takes from its cache may be a bit too large.
 ROUNDING = 16_384
-
-
-def resident() -> int:
-    """Return this process's resident bytes; on macOS the most there ever were."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def tiny() -> Model:
@@ -82,12 +72,12 @@ def run(tokens: int) -> dict[str, int | float | bool]:
     warm_up = min(tokens // 10, 4_000)
     while cache.length < warm_up:
         read_mixed(read, random)
-    resident_start, nbytes = resident(), cache.nbytes
+    resident_start, nbytes = resident_bytes(), cache.nbytes
     most_active = 0
     while cache.length < tokens:
         read_mixed(read, random)
     read(1, 1)
-    active_end, resident_end = settled(), resident()
+    active_end, resident_end = settled(), resident_bytes()
     mx.set_cache_limit(before)
     return {
         "tokens": cache.length,

@@ -11,7 +11,7 @@ from full_table import TOLERANCE, differences, plain_weights
 
 from mlx_stream import hub
 from mlx_stream.checkpoint.folder import read_folder
-from mlx_stream.evaluate.bench import load_peer
+from mlx_stream.evaluate.peer import load_peer
 from mlx_stream.generate import TokenStream
 
 pytestmark = pytest.mark.starter

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
+from mlx_stream import backend
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import streameval as streams
@@ -318,6 +319,7 @@ def test_the_report(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
         "lines": 25,
         "query_every": 10,
         "candidates": 10,
+        "machine": backend.describe(),
     }
     assert [[row["lines_back"], row["queries"], row["generation"]] for row in report.rows] == [
         [1, 2, None],

@@ -36,7 +36,7 @@ def bench(
     from mlx_stream import backend, hub
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.evaluate.bench import bench as run
-    from mlx_stream.evaluate.bench import load_peer
+    from mlx_stream.evaluate.peer import load_peer
     from mlx_stream.load import load
 
     if against not in PEERS:

@@ -1,6 +1,5 @@
 """Speed beside mlx-lm's: the same weights, one process, steps in turn; knows no command line.
 
-mlx-lm is given a bounded cache by hand: its own `max_kv_size` does nothing for these models.
 Windows are filled with random keys and values through the caches' own state.
 """
 
@@ -8,14 +7,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
 
 from mlx_stream.cache import StreamCache
-from mlx_stream.errors import SourceError, ValueRefused
+from mlx_stream.errors import ValueRefused
+from mlx_stream.evaluate.peer import head_of, rotating_caches
 from mlx_stream.generate import PREFILL_CHUNK
 from mlx_stream.load import Model
 
@@ -56,33 +54,6 @@ class Series:
 def quartiles(values: list[float]) -> list[float]:
     """Return first quartile, median and third quartile."""
     return [float(x) for x in statistics.quantiles(values, n=4, method="inclusive")]
-
-
-def load_peer(folder: Path, model: Model) -> Any:
-    """Load the same weights with mlx-lm, computing in the same dtype, quantized alike.
-
-    Raises:
-        SourceError: the model is not a folder, which is what mlx-lm reads.
-    """
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: mlx-lm reads folders; convert the model to one first")
-    from mlx_lm.utils import dequantize_model, load_model
-
-    peer, _ = load_model(folder)
-    if not model.quantized:
-        # Scales in float32 first: dequantizing in 16 bits would round.
-        peer.update(tree_map(to_float(mx.float32), peer.parameters()))
-        peer = dequantize_model(peer)
-    peer.update(tree_map(to_float(model.dtype), peer.parameters()))
-    mx.eval(peer.parameters())
-    return peer
-
-
-def to_float(dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:
-    def convert(array: mx.array) -> mx.array:
-        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
-
-    return convert
 
 
 def bench(
@@ -195,23 +166,18 @@ def fill(cache: StreamCache, clock: int | None = None) -> None:
 
 
 def their_step(model: Model, peer: Any, window: int, count: int) -> Step:
-    from mlx_lm.models.cache import RotatingKVCache
-
     config = model.config
     size = SINKS + window
     shape = (1, config.num_key_value_heads, size, config.head_dim)
-    caches = []
-    for _ in range(config.num_hidden_layers):
-        cache = RotatingKVCache(max_size=size, keep=SINKS)
+    caches = rotating_caches(peer, size, SINKS)
+    for cache in caches:
         keys, values = (mx.random.normal(shape, model.dtype) for _ in range(2))
         cache.state = (keys, values, 2 * size, SINKS, size, size)
-        caches.append(cache)
     mx.eval([cache.state[:2] for cache in caches])
-    ids = mx.array([[7] * count])
+    ids, head = mx.array([[7] * count]), head_of(peer)
 
     def step() -> None:
         hidden = peer.model(ids, cache=caches)[:, -1:]
-        head = peer.model.embed_tokens.as_linear if peer.args.tie_word_embeddings else peer.lm_head
         token = mx.argmax(head(hidden), axis=-1)
         mx.eval(token, [cache.state[:2] for cache in caches] if count > 1 else ())
 

@@ -5,8 +5,10 @@ is not kept is dropped and the rest moved down, as llama.cpp's own programs do.
 """
 
 import ctypes
+import functools
 import importlib.util
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,7 @@ class LlamaCppReader:
         self.library: Any = llama_cpp
         self.ids, self.capacity, self.keep = ids, capacity, keep
         self.chunk = min(chunk, capacity - keep)
-        self.silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
-        llama_cpp.llama_log_set(self.silence, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
+        start_silently()
         self.model = llama_cpp.llama_model_load_from_file(
             str(gguf).encode(), llama_cpp.llama_model_default_params()
         )
@@ -55,6 +55,7 @@ class LlamaCppReader:
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.batch = llama_cpp.llama_batch_init(self.chunk, 0, 1)
         self.past = 0
+        weakref.finalize(self, free, llama_cpp, self.batch, self.context, self.model)
 
     def _open_context(self) -> Any:
         params = self.library.llama_context_default_params()
@@ -96,10 +97,23 @@ class LlamaCppReader:
         logits = np.ctypeslib.as_array(pointer, shape=(count, self.vocabulary)).astype(np.float64)
         return [loss(logits[row], self.ids[first + row + 1]) for row in range(count)]
 
-    def close(self) -> None:
-        self.library.llama_batch_free(self.batch)
-        self.library.llama_free(self.context)
-        self.library.llama_model_free(self.model)
+
+@functools.cache
+def start_silently() -> Any:
+    """Begin with llama.cpp and keep it quiet; the callback is kept, for it may be called ever."""
+    import llama_cpp  # type: ignore[import-not-found]
+
+    silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return silence
+
+
+def free(library: Any, batch: Any, context: Any, model: Any) -> None:
+    """Free what only C knows of, in this order."""
+    library.llama_batch_free(batch)
+    library.llama_free(context)
+    library.llama_model_free(model)
 
 
 def loss(logits: np.ndarray, target: int) -> float:

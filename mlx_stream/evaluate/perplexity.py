@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import llamacpp
-from mlx_stream.evaluate.bench import load_peer
+from mlx_stream.evaluate.peer import load_peer
 from mlx_stream.evaluate.readers import (
     FreshReader,
     PeerReader,
@@ -40,6 +39,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "mlx-lm": ("chunk",),
     "llama.cpp": ("chunk",),
 }
+MLX_COUNTS = ("active_bytes", "peak_bytes")
 DEFAULTS = {"chunk": PREFILL_CHUNK, "stride": 128, "sinks": 0}
 
 
@@ -154,18 +154,17 @@ def measure(
         others = mx.get_active_memory() - (setting.model.weight_bytes if ours else 0)
         ids = setting.text.first(count * setting.segment + 1)
         reader = open_reader(setting, spec, ids)
-        for row in read_segments(setting, reader, count, others):
+        for row in read_segments(setting, reader, count):
+            for name in MLX_COUNTS:
+                # llama.cpp's memory is none of MLX's.
+                row[name] = None if spec.name == "llama.cpp" else row[name] - others
             yield {"cache": spec.label, **row}
             done += setting.segment
             progress(done, total)
-        if isinstance(reader, llamacpp.LlamaCppReader):
-            reader.close()
         del reader
 
 
-def read_segments(
-    setting: Setting, reader: Reader, count: int, others: int
-) -> Iterator[dict[str, Any]]:
+def read_segments(setting: Setting, reader: Reader, count: int) -> Iterator[Row]:
     mx.reset_peak_memory()
     for segment in range(count):
         start = segment * setting.segment
@@ -173,15 +172,14 @@ def read_segments(
         begun = time.perf_counter()
         nll = reader.read(start, stop)
         seconds = time.perf_counter() - begun
-        mlx = not isinstance(reader, llamacpp.LlamaCppReader)
         yield {
             "segment": segment,
             "tokens": stop,
             "perplexity": perplexity(nll),
             "nll": math.fsum(nll) / len(nll),
             "tokens_per_second": setting.segment / seconds,
-            "active_bytes": mx.get_active_memory() - others if mlx else None,
-            "peak_bytes": mx.get_peak_memory() - others if mlx else None,
+            "active_bytes": mx.get_active_memory(),
+            "peak_bytes": mx.get_peak_memory(),
             "resident_bytes": backend.resident_bytes(),
         }
 

@@ -4,14 +4,15 @@ A reader reads its text in order. `read(start, stop)` takes tokens `start` to `s
 returns the loss, -log p in nats, of each token after them: ids[start + 1] to ids[stop].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlx_stream.cache import Cache
-from mlx_stream.evaluate.score import Head, losses, losses_of
+from mlx_stream.evaluate.peer import head_of, rotating_caches
+from mlx_stream.evaluate.score import losses, losses_of
 from mlx_stream.generate import TokenStream
 from mlx_stream.load import Model
 
@@ -96,28 +97,17 @@ class RecomputeReader:
 
 
 class PeerReader:
-    """Read with mlx-lm through its rotating cache, made by hand: its own option does nothing."""
+    """Read with mlx-lm through its rotating cache."""
 
     def __init__(self, peer: Any, ids: Sequence[int], capacity: int, keep: int, chunk: int):
-        from mlx_lm.models.cache import RotatingKVCache
-
         self.peer, self.ids, self.chunk = peer, ids, chunk
-        self.caches = [RotatingKVCache(max_size=capacity, keep=keep) for _ in peer.layers]
+        self.caches, self.head = rotating_caches(peer, capacity, keep), head_of(peer)
 
     def read(self, start: int, stop: int) -> list[float]:
         found = []
         for first in range(start, stop, self.chunk):
             end = min(first + self.chunk, stop)
             hidden = self.peer.model(mx.array([[*self.ids[first:end]]]), cache=self.caches)
-            found.extend(losses(peer_head(self.peer), hidden[0], self.ids[first + 1 : end + 1]))
+            found.extend(losses(self.head, hidden[0], self.ids[first + 1 : end + 1]))
             mx.eval([cache.state for cache in self.caches])
         return found
-
-
-def peer_head(peer: Any) -> Head:
-    """Return mlx-lm's map from hidden states to logits."""
-    tied = peer.args.tie_word_embeddings
-    head: Callable[[mx.array], mx.array] = (
-        peer.model.embed_tokens.as_linear if tied else peer.lm_head
-    )
-    return head

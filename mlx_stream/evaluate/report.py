@@ -1,4 +1,4 @@
-"""What an experiment found: facts about it and flat rows; knows no experiment and no terminal."""
+"""What an experiment found: facts about it and flat rows; knows no experiment, no terminal."""
 
 import csv
 import io
@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_stream import backend
 from mlx_stream.errors import TextError
+from mlx_stream.load import Model
 
 Row = dict[str, Any]
 # A kept result of more bytes is none: a row takes about 300.
@@ -49,6 +51,18 @@ class Report:
         writer.writeheader()
         writer.writerows(self.rows)
         return out.getvalue()
+
+
+def facts(model: Model, **more: Any) -> Row:
+    """Return what every report says of its model and this machine, and what is given."""
+    return {
+        "model": Path(model.name).name,
+        "dtype": str(model.dtype).removeprefix("mlx.core."),
+        "quantized": model.quantized,
+        "trained_context": model.config.max_position_embeddings,
+        **more,
+        "machine": backend.describe(),
+    }
 
 
 def finite(value: Any) -> Any:

@@ -13,13 +13,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
-from mlx_stream.evaluate.report import Report, Row
+from mlx_stream.evaluate.report import Report, Row, facts
 from mlx_stream.evaluate.score import losses_of
 from mlx_stream.evaluate.streameval_data import (
     DISTANCES,
@@ -133,18 +132,15 @@ def streameval(
         )
     cache = model.new_cache(sinks, window, spare)
     outcomes = list(run(model, cache, data, asked, progress, generation))
-    about = {
-        "model": Path(model.name).name,
-        "dtype": str(model.dtype).removeprefix("mlx.core."),
-        "quantized": model.quantized,
-        "trained_context": model.config.max_position_embeddings,
-        "sinks": sinks,
-        "window": window,
-        "seed": seed,
-        "lines": lines,
-        "query_every": QUERY_EVERY,
-        "candidates": len(SURNAMES),
-    }
+    about = facts(
+        model,
+        sinks=sinks,
+        window=window,
+        seed=seed,
+        lines=lines,
+        query_every=QUERY_EVERY,
+        candidates=len(SURNAMES),
+    )
     return Report("streameval", about, rows(outcomes))
 
 

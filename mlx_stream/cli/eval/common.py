@@ -25,6 +25,8 @@ Files = Annotated[
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, float16 or bfloat16.")
 ]
+Window = Annotated[int, typer.Option("--window", help="Latest tokens attended.")]
+Sinks = Annotated[int, typer.Option("--sinks", help="First tokens kept.")]
 Tokens = Annotated[int, typer.Option("--tokens", help="Tokens of the text to read.")]
 Segment = Annotated[int, typer.Option("--segment", help="Tokens of a segment.")]
 Chunk = Annotated[int, typer.Option("--chunk", help="Tokens read per step.")]
@@ -74,20 +76,6 @@ def read_texts(model: "Model", files: Sequence[str]) -> "Text":
     from mlx_stream.evaluate.text import encode
 
     return encode(model.tokenizer, [(Path(path).name, read_text(path)) for path in files])
-
-
-def facts(loaded: "Model", **more: Any) -> "Row":
-    """Return what every report says of its model and machine."""
-    from mlx_stream import backend
-
-    return {
-        "model": Path(loaded.name).name,
-        "dtype": str(loaded.dtype).removeprefix("mlx.core."),
-        "quantized": loaded.quantized,
-        "trained_context": loaded.config.max_position_embeddings,
-        **more,
-        "machine": backend.describe(),
-    }
 
 
 def publish(

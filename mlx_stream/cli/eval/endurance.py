@@ -35,8 +35,8 @@ def endurance(
         ),
     ],
     tokens: common.Tokens = 250_000,
-    window: Annotated[int, typer.Option("--window", help="Latest tokens attended.")] = 1_020,
-    sinks: Annotated[int, typer.Option("--sinks", help="First tokens kept.")] = 4,
+    window: common.Window = 1_020,
+    sinks: common.Sinks = 4,
     segment: common.Segment = 2_048,
     chunk: common.Chunk = 128,
     save_every: Annotated[
@@ -71,7 +71,7 @@ def endurance(
         tenths,
     )
     from mlx_stream.evaluate.log import Log
-    from mlx_stream.evaluate.report import Report
+    from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot, files, (log, state_path(log)))
@@ -79,7 +79,7 @@ def endurance(
     sinks, window = loaded.resolve_window(sinks, window, note)
     text = common.read_texts(loaded, files)
     course = Course(loaded, text, sinks, window, segment, chunk, save_every)
-    about = common.facts(
+    about = facts(
         loaded, texts=text.names, sinks=sinks, window=window, segment=segment, chunk=chunk
     )
     with Log(log, course.key, about) as opened:

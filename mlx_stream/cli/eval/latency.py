@@ -45,10 +45,11 @@ def latency(
     the stream's steps, and 20 more are timed beside plain steps.
     """
     from mlx_stream import hub
-    from mlx_stream.evaluate.bench import SINKS, load_peer
+    from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, parse
     from mlx_stream.evaluate.latency import latency as measure
-    from mlx_stream.evaluate.report import Report
+    from mlx_stream.evaluate.peer import load_peer
+    from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot)
@@ -62,6 +63,6 @@ def latency(
     else:
         peer = load_peer(folder, loaded)
     rows = list(measure(loaded, peer, sizes, note))
-    about = common.facts(loaded, sinks=SINKS)
+    about = facts(loaded, sinks=SINKS)
     report = Report("latency", about, rows, [*findings(rows), *notes])
     common.publish(report, COLUMNS, json, csv, plot)

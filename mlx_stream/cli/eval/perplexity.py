@@ -46,8 +46,8 @@ def perplexity(
         Path | None,
         typer.Option("--gguf", metavar="FILE", help="The same model, for llama.cpp."),
     ] = None,
-    window: Annotated[int, typer.Option("--window", help="Latest tokens attended.")] = 1_020,
-    sinks: Annotated[int, typer.Option("--sinks", help="First tokens kept.")] = 4,
+    window: common.Window = 1_020,
+    sinks: common.Sinks = 4,
     tokens: common.Tokens = 8_192,
     segment: common.Segment = 2_048,
     dtype: common.Dtype = "float32",
@@ -65,7 +65,7 @@ def perplexity(
     from mlx_stream import hub
     from mlx_stream.evaluate import llamacpp
     from mlx_stream.evaluate.perplexity import DEFAULTS, Setting, Spec, check, measure, parse
-    from mlx_stream.evaluate.report import Report
+    from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot, files)
@@ -105,7 +105,7 @@ def perplexity(
             interrupted = True
     if interrupted:
         notes.append("interrupted: the figures until then")
-    about = common.facts(
+    about = facts(
         loaded,
         texts=text.names,
         sinks=sinks,

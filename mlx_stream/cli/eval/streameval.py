@@ -22,8 +22,8 @@ COLUMNS = (
 @guarded
 def streameval(
     model: options.ModelArgument = "starter",
-    window: Annotated[int, typer.Option("--window", help="Latest tokens attended.")] = 1_020,
-    sinks: Annotated[int, typer.Option("--sinks", help="First tokens kept.")] = 4,
+    window: common.Window = 1_020,
+    sinks: common.Sinks = 4,
     lines: Annotated[int, typer.Option("--lines", help="Lines to read.")] = 600,
     distances: Annotated[
         list[int] | None,
@@ -50,8 +50,6 @@ def streameval(
     An answer is right by likelihood if it is likelier than nine others (chance: 10 %), by
     generation if the model writes it. The default window holds about 46 lines of 22 tokens.
     """
-    from dataclasses import replace
-
     from mlx_stream.evaluate.streameval import streameval as ask
     from mlx_stream.evaluate.streameval_data import DISTANCES, make, write
     from mlx_stream.load import load
@@ -66,5 +64,4 @@ def streameval(
         note(f"wrote {data_out}")
     with progress_bar("reading lines") as progress:
         report = ask(loaded, sinks, window, seed, lines, chosen, progress)
-    report = replace(report, about=common.facts(loaded, **report.about))
     common.publish(report, COLUMNS, json, csv, plot)

@@ -45,7 +45,7 @@ def sinks(
     plot: common.Plot = None,
 ) -> None:
     """Read a text with 0, 1, 2, 4 and 8 sinks in caches of one size: the paper's table 2."""
-    from mlx_stream.evaluate.report import Report
+    from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.evaluate.sweeps import sink_shapes
     from mlx_stream.load import load
 
@@ -54,7 +54,7 @@ def sinks(
     shapes = sink_shapes(loaded, capacity, [0, 1, 2, 4, 8] if sinks is None else sinks)
     text = common.read_texts(loaded, files)
     rows = read_through(loaded, text, shapes, tokens, chunk)
-    about = common.facts(loaded, texts=text.names, capacity=capacity, chunk=chunk)
+    about = facts(loaded, texts=text.names, capacity=capacity, chunk=chunk)
     common.publish(Report("sinks", about, rows), COLUMNS, json, csv, plot)
 
 
@@ -68,7 +68,7 @@ def windows(
             "--window", help="May be given several times. Default: 252, 508, 1020, 2044, 4092."
         ),
     ] = None,
-    sinks: Annotated[int, typer.Option("--sinks", help="First tokens kept.")] = 4,
+    sinks: common.Sinks = 4,
     tokens: common.Tokens = 12_288,
     chunk: common.Chunk = 128,
     dtype: common.Dtype = "float32",
@@ -79,7 +79,7 @@ def windows(
     plot: common.Plot = None,
 ) -> None:
     """Read a text through windows from 252 to 4,092: the paper's table 6."""
-    from mlx_stream.evaluate.report import Report
+    from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.evaluate.sweeps import window_shapes
     from mlx_stream.load import load
 
@@ -89,7 +89,7 @@ def windows(
     shapes = window_shapes(loaded, sinks, chosen)
     text = common.read_texts(loaded, files)
     rows = read_through(loaded, text, shapes, tokens, chunk)
-    about = common.facts(loaded, texts=text.names, sinks=sinks, chunk=chunk)
+    about = facts(loaded, texts=text.names, sinks=sinks, chunk=chunk)
     common.publish(Report("windows", about, rows), COLUMNS, json, csv, plot)
 
 

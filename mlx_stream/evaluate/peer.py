@@ -1,0 +1,53 @@
+"""mlx-lm as a peer: the same weights, its own caches; knows no experiment.
+
+It is given a bounded cache by hand: its own `max_kv_size` does nothing for these models.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_stream.errors import SourceError
+from mlx_stream.load import Model
+
+
+def load_peer(folder: Path, model: Model) -> Any:
+    """Load the same weights with mlx-lm, computing in the same dtype, quantized alike.
+
+    Raises:
+        SourceError: the model is not a folder, which is what mlx-lm reads.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: mlx-lm reads folders; convert the model to one first")
+    from mlx_lm.utils import dequantize_model, load_model
+
+    peer, _ = load_model(folder)
+    if not model.quantized:
+        # Scales in float32 first: dequantizing in 16 bits would round.
+        peer.update(tree_map(to_float(mx.float32), peer.parameters()))
+        peer = dequantize_model(peer)
+    peer.update(tree_map(to_float(model.dtype), peer.parameters()))
+    mx.eval(peer.parameters())
+    return peer
+
+
+def to_float(dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:
+    def convert(array: mx.array) -> mx.array:
+        return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+    return convert
+
+
+def rotating_caches(peer: Any, size: int, keep: int) -> list[Any]:
+    """Return a cache of `size` tokens for each layer, the first `keep` kept."""
+    from mlx_lm.models.cache import RotatingKVCache
+
+    return [RotatingKVCache(max_size=size, keep=keep) for _ in peer.layers]
+
+
+def head_of(peer: Any) -> Callable[[mx.array], mx.array]:
+    """Return the map from hidden states to logits."""
+    return peer.model.embed_tokens.as_linear if peer.args.tie_word_embeddings else peer.lm_head
