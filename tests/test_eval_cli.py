@@ -2,6 +2,8 @@
 
 import csv
 import io
+import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +143,8 @@ def test_the_default_caches_and_peers(tiny: Path, text: Path) -> None:
     report = parsed(done(*command, "--json", "--against", "mlx-lm").out)
     labels = ["dense", "window", "recompute, stride 128", "stream", "mlx-lm"]
     assert report["about"]["caches"] == labels
+    report = parsed(done("eval", "perplexity", tiny, text, *SMALL, "--json").out)
+    assert "recompute, stride 34" in report["about"]["caches"], "a small window, a small stride"
 
 
 def test_a_peer_that_is_not_installed_is_said_not_to_be_measured(tiny: Path, text: Path) -> None:
@@ -161,6 +165,11 @@ def test_a_peer_that_is_not_installed_is_said_not_to_be_measured(tiny: Path, tex
         (("--cache", "recompute,sinks=34,stride=1"), "a stride of 1 and 34 sinks exceed the cache"),
         (("--cache", "stream,tokens=49"), "do not make a segment of 50"),
         (("--tokens", 49), "do not make a segment of 50"),
+        (("--tokens", 0), "--tokens must be at least 1, not 0"),
+        (("--tokens", -5), "--tokens must be at least 1, not -5"),
+        (("--cache", "stream,chunk=1,chunk=2"), "chunk is given twice"),
+        (("--cache", "recompute,sinks=30,stride=5"), "5 and 30 sinks exceed the cache of 34"),
+        (("--cache", "stream", "--gguf", __file__), "--gguf is for llama.cpp"),
         (("--segment", 0), "--segment must be at least 1, not 0"),
         (("--segment", 5000), "do not make a segment of 5,000"),
         (("--window", 0), "--window must be at least 1, not 0"),
@@ -215,11 +224,27 @@ def test_shapes_that_will_not_do(
     assert said in one_line("eval", name, tiny, text, *options)
 
 
-@pytest.mark.parametrize("size", ["x", "4", "64,steps=2", "100000"])
+@pytest.mark.parametrize("size", ["x", "4", "64,steps=2", "64,steps=20,steps=21", "100000"])
 def test_latency_of_a_size_that_will_not_do(tiny: Path, size: str) -> None:
     assert re.search(
         "--cache|--steps|trained context", one_line("eval", "latency", tiny, "--cache", size)
     )
+
+
+def test_a_size_given_twice(tiny: Path) -> None:
+    assert "given twice" in one_line("eval", "latency", tiny, "--cache", 32, "--cache", 32)
+
+
+def test_too_much_for_a_chart(tmp_path: Path) -> None:
+    row = {"tokens": 1, "perplexity": 1.0, "tokens_per_second": 1.0, "active_bytes": 1}
+    for rows in ([row] * 10_001, [row | {"cache": str(n)} for n in range(21)]):
+        report = {"experiment": "perplexity", "about": {}, "rows": rows, "notes": []}
+        (tmp_path / "kept").write_text(json.dumps(report))
+        assert "no chart: more than" in one_line(
+            "eval", "plot", tmp_path / "kept", tmp_path / "c.svg"
+        )
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a result" in one_line("eval", "plot", tmp_path / "pipe", tmp_path / "c.svg")
 
 
 def test_interrupted_perplexity_shows_what_it_has(
