@@ -139,7 +139,7 @@ def test_options_of_bench_out_of_range(
     whole: Path, options: list[object], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # mlx-lm itself is not needed to refuse, and is slow to import.
-    monkeypatch.setattr("mlx_stream.evaluate.bench.load_peer", lambda folder, model: None)
+    monkeypatch.setattr("mlx_stream.evaluate.peer.load_peer", lambda folder, model: None)
     more = () if "--window" in options else ("--window", 64)
     assert expected in one_line("bench", whole, *more, *options)
 
