@@ -2,10 +2,15 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import ascii_lowercase
+
+# A job in the background of a script ignores Ctrl-C, and so would every program started by a test.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # M5 computes float32 at less precision otherwise
 
