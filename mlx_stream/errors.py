@@ -10,6 +10,7 @@
     │   └── TemplateError   a chat template that cannot be used on a stream
     ├── TextError           input text that cannot be read
     ├── SnapshotError       a saved stream that is damaged, or another model's
+    ├── SessionError        a saved conversation: damaged, in use, or not to be written
     └── MemoryRefused       the model and its ring do not fit the device
 
 The message of each is one line: what was given, what was expected, what to do.
@@ -54,6 +55,10 @@ class TextError(MlxStreamError):
 
 class SnapshotError(MlxStreamError):
     """A saved stream cannot be written or read, or is not one of this model."""
+
+
+class SessionError(MlxStreamError):
+    """A saved conversation cannot be opened, read or written, or another process has it open."""
 
 
 class MemoryRefused(MlxStreamError):

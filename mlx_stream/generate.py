@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_stream.cache import Cache
 from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
@@ -74,6 +75,24 @@ class Sampler:
         self.sampling = sampling.seeded()
         assert self.sampling.seed is not None
         self.key = mx.random.key(self.sampling.seed)
+
+    def state(self) -> str:
+        """Return the random key, hexadecimal."""
+        return np.array(self.key).tobytes().hex()
+
+    def restore(self, state: str) -> None:
+        """Go on from `state`.
+
+        Raises:
+            ValueRefused: it is not one.
+        """
+        try:
+            words = np.frombuffer(bytes.fromhex(state), np.uint32)
+        except ValueError:
+            words = np.zeros(0, np.uint32)
+        if words.shape != self.key.shape:
+            raise ValueRefused("not a state of random numbers")
+        self.key = mx.array(words)
 
     def choose(self, logits: mx.array, attended: Callable[[], Sequence[int]]) -> int:
         """Return a token for logits (vocabulary,); `attended` gives the ids that are penalized."""

@@ -1,39 +1,25 @@
 """A conversation on one stream: each turn reads only its own tokens; knows no files.
 
-Whatever way a reply ends (end token, limit, stop string, Ctrl-C, a closed generator), the stream
-afterwards holds what the model's template would render: tokens past a stop string are taken back,
-and what the template puts after a reply is read before the next turn.
+The beginning (a system prompt) is pinned: it is the stream's sinks. When room is needed, the oldest
+exchanges leave, each whole, so that what is attended is always a conversation that the model's
+template would render. However a reply ends (end token, limit, stop string, Ctrl-C, a closed
+generator), the stream afterwards holds the final text and nothing else. Retry, undo and edit move
+the ring's end back and read nothing again.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 
+from mlx_stream.attended import Attended, Between, During
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
+from mlx_stream.exchange import Exchange, Held, Talk, Unread
 from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
-from mlx_stream.load import Model, ignore
+from mlx_stream.load import DEFAULT_SINKS, Model, ignore
 from mlx_stream.stream import Piece, Reply, Stats, StopFinder, counted, eviction_notice, paced
-from mlx_stream.template import ChatTemplate
+from mlx_stream.turns import Turns
 
 DEFAULT_MAX_TOKENS = 512
 NOTICES_KEPT = 8
-
-
-@dataclass(frozen=True)
-class Between:
-    """Between turns: what the stream must still read before the next one, ids and then text."""
-
-    unread: tuple[int, ...] = ()
-    closing: str = ""
-    begun: bool = False
-
-
-@dataclass(frozen=True)
-class During:
-    """In a turn: its ids, what is said so far, and the length of the stream before it."""
-
-    turn: list[int]
-    reply: Reply
-    start: int
 
 
 class ChatSession:
@@ -41,17 +27,22 @@ class ChatSession:
 
     Args:
         model: from `mlx_stream.load`.
-        system: the system prompt; read once, and evicted like any other text when its time comes.
+        system: the system prompt. It is always attended, and comes on top of the window: the
+            stream has as many sinks as it has tokens, or `sinks` if those are more.
         window, sinks: see `Model.new_cache`.
         sampling: how tokens are chosen.
         max_tokens: of one reply, unless `reply` is told otherwise.
         stop: strings before which a reply ends.
         notify: told in one line what the user should know: a reduced window, a turn longer than
             the window. The same lines are in `stats.notices`.
+        evict: what leaves when room is needed: the oldest exchanges, each whole ("turn"), or the
+            oldest tokens, one by one ("token").
+        pin: False lets the system prompt be evicted like other text: for comparison.
+        on_evict: called after a turn with the exchanges and the tokens that left during it.
 
     Raises:
         TemplateError: the model has no chat template, or one that rewrites earlier turns.
-        ValueRefused: a number out of range.
+        ValueRefused: a value out of range; a system prompt longer than the window.
     """
 
     def __init__(
@@ -64,6 +55,9 @@ class ChatSession:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         stop: Sequence[str] = (),
         notify: Callable[[str], None] = ignore,
+        evict: str = "turn",
+        pin: bool = True,
+        on_evict: Callable[[int, int], None] | None = None,
     ):
         template = model.tokenizer.template
         if template is None:
@@ -72,25 +66,27 @@ class ChatSession:
             )
         if max_tokens < 1:
             raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
-        template.check(system is not None)
-        self.model, self.system = model, system
-        self.template: ChatTemplate = template
+        if evict not in ("turn", "token"):
+            raise ValueRefused(f"--evict must be turn or token, not {evict!r}")
+        self.model, self.template = model, template
         self.max_tokens, self.stop = max_tokens, StopFinder(stop).stops
-        self.stats = Stats()
-        self._told = notify
-        self.cache = model.new_cache(sinks, window, notify=self._notify)
-        self.tokens = TokenStream(model, self.cache)
+        self.evict, self.pin, self.on_evict, self._sinks = evict, pin, on_evict, sinks
         self.sampler = Sampler(sampling or Sampling())
-        geometry = self.cache.geometry
-        self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
-        self.stats.cache_bytes = self.cache.nbytes
-        self.stats.seed = self.sampler.sampling.seed or 0
+        self.stats = Stats(seed=self.sampler.sampling.seed or 0)
+        self._told, self._eviction_told = notify, False
         # A reply is text. A special token is none: were one read, the model could open a turn of
         # its own, which no template renders. So each of them ends a reply.
         self._end_ids = model.tokenizer.eos_ids | model.tokenizer.special_ids
-        # Exchanged whole, so that whatever interrupts a turn, the next one finds where it was.
-        self._now: Between | During = Between()
-        self._eviction_told = False
+        self._begin(system, window)
+
+    @property
+    def system(self) -> str | None:
+        return self.turns.system
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The exchanges that are attended, oldest first; asking ends a reply that is going on."""
+        return [held.exchange for held in self._settle().held]
 
     def reply(
         self,
@@ -110,55 +106,214 @@ class ChatSession:
             ValueRefused: `max_tokens` below 1, or an empty stop string.
             TextError: the question is empty.
         """
+        if not question:
+            raise TextError("the question is empty")
+        limit, reply = self._new_reply(max_tokens, stop)
+        return self._pieces(lambda: self._ask(question, limit), reply, limit, progress)
+
+    def retry(
+        self,
+        max_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Answer the last question once more; only its last token is read again.
+
+        Raises:
+            ValueRefused: as `reply`; or there is no question, or not all of it is attended.
+        """
+        limit, reply = self._new_reply(max_tokens, stop)
+        self._last_question()
+        return self._pieces(self._last_question, reply, limit, progress)
+
+    def edit(
+        self,
+        question: str,
+        max_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Put another question in place of the last one; otherwise as `reply` after `undo`."""
+        pieces = self.reply(question, max_tokens, stop, progress)
+        self.undo()
+        return pieces
+
+    def undo(self) -> Exchange:
+        """Take the last exchange back and return it; nothing is read again.
+
+        Raises:
+            ValueRefused: none is attended.
+        """
+        *held, last = self._held_or_refuse("taken back")
+        excess = max(0, self.tokens.length - last.base)
+        if excess <= self.cache.rewindable:
+            self.tokens.rewind(excess)
+        else:  # it is longer than the window: what is left of it leaves
+            self.tokens.evict(self.cache.length - self.cache.oldest)
+        self.attended.now = Between(tuple(held), last.before)
+        self._count()
+        return last.exchange
+
+    def clear(self) -> None:
+        """Let every exchange leave attention; only the pinned beginning stays."""
+        self._settle()
+        while self.attended.now.held:
+            self.attended.evict_oldest()
+        self._count()
+
+    def restart(self, system: str | None, window: int | None) -> None:
+        """Go on with another system prompt or window: what is attended is read again.
+
+        Raises:
+            TemplateError, ValueRefused, MemoryRefused: as the constructor; nothing has changed.
+        """
+        exchanges, before = self.exchanges, dict(vars(self))
+        self.stats = replace(self.stats)
+        try:
+            self._begin(system, window)
+            self.replay(exchanges)
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def replay(
+        self,
+        exchanges: Sequence[Exchange],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Read exchanges of before, in chunks, as if they were said now; same evictions."""
+        step = counted(progress, sum(len(e.question_ids + e.reply_ids) for e in exchanges))
+        for exchange in exchanges:
+            now = self._settle()
+            self.attended.make_room(len(now.unread.ids) + self._reserve(exchange, self.max_tokens))
+            turn = self._turn(exchange)
+            self.tokens.read(turn.read, progress=step)
+            held, reply = self.attended.now.held, exchange.reply_ids
+            self.attended.now = Between((*held, turn), Unread(reply))
+            self.attended.make_room(len(reply), keep=1)
+            if reply:
+                self.tokens.read(reply, progress=step)
+            self.attended.now = Between(self.attended.now.held, Unread((), self._rest(exchange)))
+            self._count()
+
+    def talk(self) -> Talk:
+        """Return what `resume` needs beside the exchanges and the stream's state."""
+        now = self._settle()
+        places = ((held.before, held.base, held.lead) for held in now.held)
+        return Talk(tuple(places), now.unread, self.sampler.state())
+
+    def resume(self, talk: Talk, exchanges: Sequence[Exchange]) -> None:
+        """Stand where `talk` says; the stream has been restored already.
+
+        Args:
+            exchanges: those of `talk.places`.
+
+        Raises:
+            ValueRefused: the stream does not attend to them.
+        """
+        held = tuple(Held(e, *place) for e, place in zip(exchanges, talk.places, strict=True))
+        self.attended.check(held, self.turns.pinned, self.tokens.attended_ids())
+        self.sampler.restore(talk.sampler)
+        self.attended.now = Between(held, talk.unread)
+        self._count()
+
+    # --- one turn ---
+
+    def _new_reply(self, max_tokens: int | None, stop: Sequence[str] | None) -> tuple[int, Reply]:
         limit = self.max_tokens if max_tokens is None else max_tokens
         if limit < 1:
             raise ValueRefused(f"--max-tokens must be at least 1, not {limit}")
-        if not question:
-            raise TextError("the question is empty")
-        reply = Reply(self.model.tokenizer.decoder(), self.stop if stop is None else stop)
-        return self._pieces(question, reply, limit, progress)
+        return limit, Reply(self.model.tokenizer.decoder(), self.stop if stop is None else stop)
 
     def _pieces(
         self,
-        question: str,
+        begin: Callable[[], tuple[tuple[Held, ...], Held]],
         reply: Reply,
         limit: int,
         progress: Callable[[int, int], None] | None,
     ) -> Generator[Piece, None, None]:
-        turn = self._turn(question, self._settle())
-        now = self._now = During(turn, reply, self.tokens.length)
+        earlier, turn = begin()
+        now = self.attended.now = During(earlier, turn, reply)
+        # A question that is asked again: its last token's output is what the reply begins from.
+        self.tokens.rewind(max(0, self.tokens.length - turn.base - len(turn.read) + 1))
+        prompt = turn.read[self.tokens.length - turn.base :]
         ids = generate(
             self.tokens,
-            turn,
+            prompt,
             self.sampler,
             limit,
             self._end_ids,
-            counted(progress, len(turn)),
+            counted(progress, len(prompt)),
         )
         try:
-            for piece in paced(ids, reply, len(turn), limit, self.stats, self.tokens):
-                yield piece
-                if self._now is not now:  # the next turn has begun and settled this one
+            for piece in paced(
+                self._roomy(ids), reply, len(prompt), limit, self.stats, self.tokens
+            ):
+                yield self._last_piece(piece) if piece.finish else piece
+                if not self._is_current(now):  # the next turn has begun and settled this one
                     return
         finally:
-            if self._now is now:
+            if self._is_current(now):
                 self._settle()
 
-    def _turn(self, question: str, before: Between) -> list[int]:
-        """Return all ids the stream must read before it can reply."""
-        if before.begun:
-            text = self.template.turn(question, self.system)
+    def _is_current(self, turn: During) -> bool:
+        return isinstance(self.attended.now, During) and self.attended.now.reply is turn.reply
+
+    def _roomy(self, ids: Iterator[int]) -> Iterator[int]:
+        """Make room for each sampled id before it is read, which is when the next is asked for."""
+        for id in ids:
+            self.attended.make_room(1)
+            yield id
+
+    def _ask(self, question: str, limit: int) -> tuple[tuple[Held, ...], Held]:
+        """Make room for a question and its reply; return what is before it, and the turn."""
+        now = self._settle()
+        if self.tokens.length <= len(self.turns.pinned):
+            closing, ids = [], self.turns.opening(question)
         else:
-            text = self.template.opening(self.system, question)
-        rest = self.model.tokenizer.encode(before.closing + text, special=False)
-        turn = [*before.unread, *rest]
-        window = self.cache.geometry.window
-        if len(turn) > window:
+            closing, ids = self.turns.following(now.unread.rest, question)
+        exchange = Exchange(question, "", tuple(closing), tuple(ids), ())
+        if len(ids) > self.cache.geometry.window:
             self._notify(
-                f"this turn of {len(turn)} tokens is longer than the window of {window}: it is "
-                "read in full, and only its end is attended"
+                f"this turn of {len(ids)} tokens is longer than the window of "
+                f"{self.cache.geometry.window}: it is read in full, and only its end is attended"
             )
-        return turn
+        self.attended.make_room(len(now.unread.ids) + self._reserve(exchange, limit))
+        return self.attended.now.held, self._turn(exchange)
+
+    def _reserve(self, exchange: Exchange, limit: int) -> int:
+        """Return the tokens there must be room for before a question is read."""
+        asked = len(exchange.closing_ids) + len(exchange.question_ids)
+        return asked + min(limit, self.cache.geometry.window // 4)
+
+    def _turn(self, exchange: Exchange) -> Held:
+        """Return where an exchange stands that is read next."""
+        now = self.attended.now
+        assert isinstance(now, Between)
+        if now.held:
+            lead = now.unread.ids + exchange.closing_ids
+        else:
+            # The exchange before has left, or there was none: nothing of it is read any more.
+            lead = self.turns.pinned[self.tokens.length :]
+            exchange = replace(exchange, closing_ids=())
+        return Held(exchange, now.unread, self.tokens.length, lead)
+
+    def _last_question(self) -> tuple[tuple[Held, ...], Held]:
+        """Return what is before the last turn, and the turn as it was before its reply."""
+        *held, last = self._held_or_refuse("answered again")
+        if max(last.start, self.cache.geometry.sinks) < self.cache.oldest:
+            raise ValueRefused(
+                "the last question has left the window in part, so it cannot be answered again: "
+                "ask it anew, or with a larger --window"
+            )
+        blank = replace(last.exchange, reply="", reply_ids=(), rest="")
+        return tuple(held), replace(last, exchange=blank)
+
+    def _held_or_refuse(self, what: str) -> tuple[Held, ...]:
+        held = self._settle().held
+        if not held:
+            raise ValueRefused(f"no exchange is attended that could be {what}")
+        return held
 
     def _settle(self) -> Between:
         """Leave the stream with the turn and the final text of the reply, and nothing else.
@@ -166,23 +321,79 @@ class ChatSession:
         The turn may have been interrupted anywhere; what is missing is read with the next one. An
         interrupt in here is made good by the next call: nothing is done twice.
         """
-        now = self._now
-        if isinstance(now, Between):
-            return now
-        kept, rest = now.reply.kept(trim=self.template.trims)
-        wanted = [*now.turn, *now.reply.ids[:kept]]
-        excess = self.tokens.length - now.start - len(wanted)
-        if excess > 0:
-            # A window smaller than what must be taken back cannot hold a whole turn anyway.
-            self.tokens.rewind(min(excess, self.cache.rewindable))
-        lead = "" if kept or rest else self.template.lead
-        unread = wanted[max(0, self.tokens.length - now.start) :]
-        self._now = Between(tuple(unread), lead + rest + self.template.closing, True)
+        now = self.attended.now
+        if isinstance(now, During):
+            now.reply.flush()  # what was held back of a reply that was cut stays said
+            kept, rest = now.reply.kept(trim=self.template.trims)
+            wanted = (*now.turn.read, *now.reply.ids[:kept])
+            excess = self.tokens.length - now.turn.base - len(wanted)
+            if excess > 0:
+                # A window smaller than what must be taken back cannot hold a whole turn anyway.
+                self.tokens.rewind(min(excess, self.cache.rewindable))
+            exchange = replace(
+                now.turn.exchange,
+                reply=now.reply.said(trim=self.template.trims),
+                reply_ids=wanted[len(now.turn.read) :],
+                rest=rest,
+                finish=now.reply.finish,
+            )
+            unread = wanted[max(0, self.tokens.length - now.turn.base) :]
+            held = (*now.held, replace(now.turn, exchange=exchange))
+            now = self.attended.now = Between(held, Unread(unread, self._rest(exchange)))
+            self._count()
+        return now
+
+    def _rest(self, exchange: Exchange) -> str:
+        """Return the text of a reply that is read after its ids."""
+        return exchange.rest if exchange.reply_ids or exchange.rest else self.template.lead
+
+    # --- the stream, and what is said about it ---
+
+    def _begin(self, system: str | None, window: int | None) -> None:
+        """Allocate the stream; read nothing yet."""
+        turns = Turns(self.model.tokenizer, self.template, system, self.pin)
+        pinned, trained = len(turns.pinned), self.model.config.max_position_embeddings
+        self.model.resolve_window(self._sinks, window)  # what was asked for is in range
+        sinks = max(DEFAULT_SINKS if self._sinks is None else self._sinks, pinned)
+        if pinned >= trained:
+            raise ValueRefused(
+                f"the system prompt of {pinned:,} tokens does not fit the model's trained context "
+                f"of {trained:,}: shorten it"
+            )
+        limit = self.model.resolve_window(sinks, window)[1]
+        if pinned > limit:
+            raise ValueRefused(
+                f"the system prompt of {pinned:,} tokens is longer than the window of {limit:,}: "
+                "shorten it, or give a larger --window"
+            )
+        cache = self.model.new_cache(sinks, window, notify=self._notify)
+        self.turns, self.cache, self.tokens = turns, cache, TokenStream(self.model, cache)
+        self.attended = Attended(cache, whole=self.evict == "turn")
+        self.stats.sinks, self.stats.window = cache.geometry.sinks, cache.geometry.window
+        self.stats.pinned, self.stats.cache_bytes = pinned, cache.nbytes
+        self._count()
+
+    def _last_piece(self, piece: Piece) -> Piece:
+        exchanges, tokens = self.attended.gone()
+        return replace(
+            piece,
+            attended=self.cache.attended,
+            evicted_exchanges=exchanges,
+            evicted_tokens=tokens,
+        )
+
+    def _count(self) -> None:
+        """Bring the statistics up to date, and say what has left."""
         self.stats.attended, self.stats.evicted = self.cache.attended, self.cache.evicted
+        self.attended.forget()
+        exchanges, tokens = self.attended.gone()
+        self.attended.told()
+        self.stats.evicted_exchanges += exchanges
         if self.cache.evicted and not self._eviction_told:
             self._eviction_told = True
             self._notify(eviction_notice(self.stats.window))
-        return self._now
+        if self.on_evict and (exchanges or tokens > 0):
+            self.on_evict(exchanges, tokens)
 
     def _notify(self, notice: str) -> None:
         self.stats.notices = [*self.stats.notices[1 - NOTICES_KEPT :], notice]

@@ -12,10 +12,19 @@ from mlx_stream.tokenizer import StreamDecoder
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of text that is final. `finish` is set on the last one: end, stop or length."""
+    """A piece of text that is final.
+
+    Attributes:
+        finish: set on the last one: end, stop or length.
+        attended: on the last one of a conversation's reply, the tokens attended now.
+        evicted_exchanges, evicted_tokens: on the same, what left attention during the turn.
+    """
 
     text: str
     finish: str | None = None
+    attended: int | None = None
+    evicted_exchanges: int = 0
+    evicted_tokens: int = 0
 
 
 @dataclass
@@ -29,6 +38,8 @@ class Stats:
     reply_seconds: float = 0.0
     attended: int = 0
     evicted: int = 0
+    evicted_exchanges: int = 0
+    pinned: int = 0  # of the attended: a system prompt's, which never leave
     sinks: int = 0
     window: int = 0
     cache_bytes: int = 0
@@ -44,9 +55,11 @@ class Stats:
         return self.decoded_tokens / self.reply_seconds if self.reply_seconds else 0.0
 
     def __str__(self) -> str:
+        count = self.evicted_exchanges
+        exchanges = f" ({count:,} {'exchange' if count == 1 else 'exchanges'})" if count else ""
         return (
             f"{self.attended:,} of {self.sinks + self.window:,} tokens attended, "
-            f"{self.evicted:,} evicted; {self.tokens_per_second:.1f} tok/s, reading "
+            f"{self.evicted:,} evicted{exchanges}; {self.tokens_per_second:.1f} tok/s, reading "
             f"{self.prompt_tokens_per_second:.0f} tok/s; cache {self.cache_bytes / 1e6:.1f} MB; "
             f"seed {self.seed}"
         )
@@ -104,6 +117,7 @@ class Reply:
         self.ends: list[int] = []  # length of the text after each id
         self.final = 0  # length of the text handed out
         self.stopped = False
+        self.finish = "interrupted"  # until it ends otherwise
 
     def add(self, token: int) -> str:
         """Take a sampled id; return the text that became final."""
@@ -113,7 +127,7 @@ class Reply:
             self.ends.append(len(self.text))
         return self._advance(self.decoder.add(token))
 
-    def finish(self) -> str:
+    def flush(self) -> str:
         """Return what was held back, when no more ids come."""
         if self.stopped:
             return ""
@@ -141,6 +155,11 @@ class Reply:
         # bytes of a character which it completes.
         start = self._end(count - 1)
         return self._ids_within(start), self.text[start:final]
+
+    def said(self, trim: bool = False) -> str:
+        """Return the final text."""
+        text = self.text[: self.final] if self.stopped else self.text
+        return text.rstrip() if trim else text
 
     def _end(self, count: int) -> int:
         return self.ends[count - 1] if count else 0
@@ -284,5 +303,6 @@ def paced(
         if first:
             tick()
     stats.attended, stats.evicted = tokens.cache.attended, tokens.cache.evicted
-    rest = unsent + reply.finish()
-    yield Piece(rest, "stop" if reply.stopped else finish)
+    rest = unsent + reply.flush()
+    reply.finish = "stop" if reply.stopped else finish
+    yield Piece(rest, reply.finish)

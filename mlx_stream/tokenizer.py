@@ -70,6 +70,12 @@ class Tokenizer:
         return frozenset(id for id, token in added.items() if token.special)
 
     @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """What special tokens are called in a text, those of one character left out."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special and len(token.content) > 1)
+
+    @cached_property
     def template(self) -> ChatTemplate | None:
         """The chat template, or None if the model has none.
 

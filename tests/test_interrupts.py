@@ -80,8 +80,9 @@ def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
         # Nothing of the second turn, or all of it, is followed by a third that is well-formed.
         list(chat.reply("Three?", max_tokens=1))
         between = chat._settle()
-        ids = [*chat.tokens.attended_ids(), *between.unread]
-        text = backend.decode(ids, skip_special_tokens=False) + between.closing
+        ids = [*chat.tokens.attended_ids(), *between.unread.ids]
+        text = backend.decode(ids, skip_special_tokens=False)
+        text += between.unread.rest + chat.template.closing
         turns = text.split("<|im_start|>")[1:]
         assert all(turn.endswith("<|im_end|>\n") for turn in turns), (count, text)
         roles = [turn.split("\n")[0] for turn in turns]

@@ -41,7 +41,8 @@ class Recorded(TokenStream):
 
 
 def session(model, **options) -> Any:
-    """Return a `ChatSession` whose `tokens` are `Recorded`."""
+    """Return a `ChatSession` whose `tokens` are `Recorded`; test_eviction.py has whole turns."""
+    options.setdefault("evict", "token")
     options.setdefault("sampling", Sampling(1.0, top_p=1.0, seed=3))
     chat = ChatSession(model, **options)
     chat.tokens = Recorded(model, chat.cache)
@@ -51,8 +52,10 @@ def session(model, **options) -> Any:
 def held_text(chat):
     """Return the text of the stream, and of what it will read before the next turn."""
     backend = chat.model.tokenizer._backend
-    ids = [*chat.tokens.all, *chat._now.unread]
-    return backend.decode(ids, skip_special_tokens=False) + chat._now.closing
+    unread = chat.attended.now.unread
+    ids = [*chat.tokens.all, *unread.ids]
+    closing = chat.template.closing
+    return backend.decode(ids, skip_special_tokens=False) + unread.rest + closing
 
 
 def rendered(chat, turns):

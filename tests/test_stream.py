@@ -70,7 +70,7 @@ def test_kept_ids_and_rest_are_exactly_what_was_said(pieces, stops, data):
         said += reply.add(token)
         if reply.stopped:
             break
-    said += reply.finish()
+    said += reply.flush()
     whole = "".join(pieces)
     first = min((at for at in (whole.find(stop) for stop in stops) if at >= 0), default=None)
     assert said == whole[:first]

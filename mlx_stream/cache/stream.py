@@ -125,6 +125,11 @@ class StreamCache:
         return self.geometry.oldest(self.place, self.length - 1)
 
     @property
+    def room(self) -> int:
+        """How many tokens can be read before the oldest must leave."""
+        return self.geometry.room(self.place)
+
+    @property
     def rewindable(self) -> int:
         return self.length if self.evicted == 0 else self.geometry.held(self.place)
 

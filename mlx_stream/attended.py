@@ -1,0 +1,102 @@
+"""Which exchanges a stream attends to, and how the oldest leave; knows no text and no template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from mlx_stream.cache import StreamCache
+from mlx_stream.errors import ValueRefused
+from mlx_stream.exchange import Held, Unread
+from mlx_stream.stream import Reply
+
+
+@dataclass(frozen=True)
+class Between:
+    """Between turns: the exchanges attended, and what is unread of the last one."""
+
+    held: tuple[Held, ...] = ()
+    unread: Unread = field(default_factory=Unread)
+
+
+@dataclass(frozen=True)
+class During:
+    """In a turn: the exchanges before it, its question, and what is said so far."""
+
+    held: tuple[Held, ...]
+    turn: Held
+    reply: Reply
+
+
+class Attended:
+    """The exchanges that a stream of one conversation attends to.
+
+    Attributes:
+        now: exchanged whole, so that whatever interrupts a turn, the next one finds where it was.
+        whole: whether exchanges leave whole, or token by token as in any stream.
+    """
+
+    def __init__(self, cache: StreamCache, whole: bool):
+        self.cache, self.whole = cache, whole
+        self.now: Between | During = Between()
+        self._gone = 0
+        self._told = (0, 0)
+
+    def make_room(self, count: int, keep: int = 0) -> None:
+        """Let the oldest exchanges leave until `count` tokens can be read; the last `keep` stay."""
+        self.forget()
+        while self.whole and self.cache.room < count and len(self.now.held) > keep:
+            self.evict_oldest()
+
+    def evict_oldest(self) -> None:
+        """Let the oldest exchange leave, and what closes it."""
+        self.cache.evict(max(0, min(self._end_of_oldest(), self.cache.length) - self.cache.oldest))
+        self._drop_oldest()
+
+    def forget(self) -> None:
+        """Forget exchanges of which no token is attended any more."""
+        sinks = self.cache.geometry.sinks
+        while (
+            self.now.held
+            and sinks < self.cache.oldest
+            and self._end_of_oldest() <= self.cache.oldest
+        ):
+            self._drop_oldest()
+
+    def check(self, held: Sequence[Held], pinned: Sequence[int], ids: Sequence[int]) -> None:
+        """Make sure that a stream attends to `held`, `pinned` before it, and to nothing else.
+
+        Args:
+            ids: those attended, oldest first.
+
+        Raises:
+            ValueRefused: it does not.
+        """
+        said = dict(enumerate(pinned))
+        for h in held:
+            said.update(enumerate(h.read + h.exchange.reply_ids, h.base))
+        sinks, length = self.cache.geometry.sinks, self.cache.length
+        places = [*range(min(sinks, length)), *range(self.cache.oldest, length)]
+        for place, id in zip(places, ids, strict=True):
+            # Sinks beyond the pinned ones stay when their exchange has left.
+            if said.get(place, id if place < sinks else None) != id:
+                raise ValueRefused(f"its token {place} is not the one that was said there")
+
+    def gone(self) -> tuple[int, int]:
+        """Return the exchanges and the tokens that left since `told` was last called."""
+        return self._gone - self._told[0], self.cache.evicted - self._told[1]
+
+    def told(self) -> None:
+        self._told = self._gone, self.cache.evicted
+
+    def _drop_oldest(self) -> None:
+        self.now = replace(self.now, held=self.now.held[1:])
+        self._gone += 1
+
+    def _end_of_oldest(self) -> int:
+        """Return the stream's length after the oldest exchange and what closes it."""
+        now = self.now
+        if len(now.held) > 1:
+            return now.held[1].start
+        if isinstance(now, During):
+            return now.turn.start
+        # If it has not been read, what is read of it later begins there.
+        return max(self.cache.length, next(iter(now.held)).start + 1)
