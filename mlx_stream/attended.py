@@ -31,14 +31,22 @@ class Attended:
 
     Attributes:
         now: exchanged whole, so that whatever interrupts a turn, the next one finds where it was.
+        settled: how many turns have come to their end, those that were taken back included.
         whole: whether exchanges leave whole, or token by token as in any stream.
     """
 
     def __init__(self, cache: StreamCache, whole: bool):
         self.cache, self.whole = cache, whole
         self.now: Between | During = Between()
+        self.settled = 0
         self._gone = 0
         self._told = (0, 0)
+
+    def settle(self, held: tuple[Held, ...], unread: Unread) -> Between:
+        """End a turn."""
+        now = Between(held, unread)
+        self.now, self.settled = now, self.settled + 1
+        return now
 
     def make_room(self, count: int, keep: int = 0) -> None:
         """Let the oldest exchanges leave until `count` tokens can be read; the last `keep` stay."""

@@ -127,6 +127,28 @@ class Model:
             window = bound
         return sinks, window
 
+    def sinks_for(self, pinned: int, sinks: int | None, window: int | None) -> int:
+        """Return S of a stream whose first `pinned` tokens always stay attended: a system prompt.
+
+        Raises:
+            ValueRefused: as `new_cache`; or they are more than the window.
+        """
+        sinks, _ = self.resolve_window(sinks, window)  # what was asked for is in range
+        trained = self.config.max_position_embeddings
+        if pinned >= trained:
+            raise ValueRefused(
+                f"the system prompt of {pinned:,} tokens does not fit the model's trained context "
+                f"of {trained:,}: shorten it"
+            )
+        sinks = max(sinks, pinned)
+        limit = self.resolve_window(sinks, window)[1]
+        if pinned > limit:
+            raise ValueRefused(
+                f"the system prompt of {pinned:,} tokens is longer than the window of {limit:,}: "
+                "shorten it, or give a larger --window"
+            )
+        return sinks
+
 
 def load(
     source: str | Path = "starter",

@@ -16,6 +16,7 @@ from mlx_stream.exchange import Exchange, Held, Talk, Unread
 from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
 from mlx_stream.load import DEFAULT_SINKS, Model, ignore
 from mlx_stream.stream import Piece, Reply, Stats, StopFinder, counted, eviction_notice, paced
+from mlx_stream.template import ChatTemplate
 from mlx_stream.turns import Turns
 
 DEFAULT_MAX_TOKENS = 512
@@ -39,6 +40,7 @@ class ChatSession:
             oldest tokens, one by one ("token").
         pin: False lets the system prompt be evicted like other text: for comparison.
         on_evict: called after a turn with the exchanges and the tokens that left during it.
+        template: in place of the model's own.
 
     Raises:
         TemplateError: the model has no chat template, or one that rewrites earlier turns.
@@ -58,8 +60,9 @@ class ChatSession:
         evict: str = "turn",
         pin: bool = True,
         on_evict: Callable[[int, int], None] | None = None,
+        template: ChatTemplate | None = None,
     ):
-        template = model.tokenizer.template
+        template = template or model.tokenizer.template
         if template is None:
             raise TemplateError(
                 f"{model.name} has no chat template: it is not a chat model; use generate"
@@ -70,7 +73,8 @@ class ChatSession:
             raise ValueRefused(f"--evict must be turn or token, not {evict!r}")
         self.model, self.template = model, template
         self.max_tokens, self.stop = max_tokens, StopFinder(stop).stops
-        self.evict, self.pin, self.on_evict, self._sinks = evict, pin, on_evict, sinks
+        self.evict, self.pin, self.on_evict = evict, pin, on_evict
+        self.sinks = DEFAULT_SINKS if sinks is None else sinks
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
         self._told, self._eviction_told = notify, False
@@ -193,7 +197,9 @@ class ChatSession:
             self.attended.make_room(len(reply), keep=1)
             if reply:
                 self.tokens.read(reply, progress=step)
-            self.attended.now = Between(self.attended.now.held, Unread((), self._rest(exchange)))
+            self.attended.now = Between(
+                self.attended.now.held, Unread((), self.turns.rest_of(exchange))
+            )
             self._count()
 
     def talk(self) -> Talk:
@@ -339,33 +345,17 @@ class ChatSession:
             )
             unread = wanted[max(0, self.tokens.length - now.turn.base) :]
             held = (*now.held, replace(now.turn, exchange=exchange))
-            now = self.attended.now = Between(held, Unread(unread, self._rest(exchange)))
+            now = self.attended.settle(held, Unread(unread, self.turns.rest_of(exchange)))
             self._count()
         return now
-
-    def _rest(self, exchange: Exchange) -> str:
-        """Return the text of a reply that is read after its ids."""
-        return exchange.rest if exchange.reply_ids or exchange.rest else self.template.lead
 
     # --- the stream, and what is said about it ---
 
     def _begin(self, system: str | None, window: int | None) -> None:
         """Allocate the stream; read nothing yet."""
         turns = Turns(self.model.tokenizer, self.template, system, self.pin)
-        pinned, trained = len(turns.pinned), self.model.config.max_position_embeddings
-        self.model.resolve_window(self._sinks, window)  # what was asked for is in range
-        sinks = max(DEFAULT_SINKS if self._sinks is None else self._sinks, pinned)
-        if pinned >= trained:
-            raise ValueRefused(
-                f"the system prompt of {pinned:,} tokens does not fit the model's trained context "
-                f"of {trained:,}: shorten it"
-            )
-        limit = self.model.resolve_window(sinks, window)[1]
-        if pinned > limit:
-            raise ValueRefused(
-                f"the system prompt of {pinned:,} tokens is longer than the window of {limit:,}: "
-                "shorten it, or give a larger --window"
-            )
+        pinned = len(turns.pinned)
+        sinks = self.model.sinks_for(pinned, self.sinks, window)
         cache = self.model.new_cache(sinks, window, notify=self._notify)
         self.turns, self.cache, self.tokens = turns, cache, TokenStream(self.model, cache)
         self.attended = Attended(cache, whole=self.evict == "turn")

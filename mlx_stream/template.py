@@ -74,8 +74,14 @@ class ChatTemplate:
             raise TemplateError(
                 f"chat template: {len(source)} characters, more than {MAX_SOURCE} are not accepted"
             )
-        self._tokens = dict(tokens or {})
+        self._source, self._tokens = source, dict(tokens or {})
         self._template = compile_source(source, datetime.now())
+
+    def at(self, moment: datetime) -> "ChatTemplate":
+        """Return the same template, for a conversation that began at another time."""
+        other = ChatTemplate(self._source, self._tokens)
+        other._template = compile_source(self._source, moment)
+        return other
 
     @classmethod
     def from_config(cls, tokenizer_config: Mapping[str, Any], tokens: Mapping[str, str]):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 from mlx_stream.errors import TemplateError
+from mlx_stream.exchange import Exchange
 from mlx_stream.template import ChatTemplate, Message, assistant, system_turn, user
 from mlx_stream.tokenizer import Tokenizer
 
@@ -82,6 +83,10 @@ class Turns:
         ids = self._encode(before + self.template.turn(self._guarded(question), system))
         count = common(self._encode(before), ids)
         return ids[:count], ids[count:]
+
+    def rest_of(self, exchange: Exchange) -> str:
+        """Return the text of a reply that is read after its ids, with what closes it."""
+        return exchange.rest if exchange.reply_ids or exchange.rest else self.template.lead
 
     def _has_system_role(self) -> bool:
         try:

@@ -281,12 +281,10 @@ def test_templates_that_no_stream_can_use(model: Path, template: str | None, exp
     assert done("generate", model, *ASK).err == ""
 
 
-def test_a_template_without_a_system_role(model: Path) -> None:
+def test_a_template_without_a_system_role_takes_the_prompt_as_an_opening(model: Path) -> None:
     path = model / "tokenizer_config.json"
     template = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('only users') }}{% endif %}"
     edit(path, chat_template=refusing + template)
-    line = one_line("chat", model, "--system", "Be brief.", stdin="Hello\n")
-    assert "it has no system role; leave the system prompt out" in line and "only users" in line
-    for more in ((), ("--system", "")):
+    for more in ((), ("--system", ""), ("--system", "Be brief.")):
         assert done("chat", model, *more, *GREEDY, "--max-tokens", 3, stdin="Hello\n").err == ""

@@ -36,10 +36,11 @@ ROOMS = [
     "generate",
     "stream",
     "snapshot",
-    "turns",
     "exchange",
+    "turns",
     "attended",
     "session",
+    "sessions",
     "evaluate",
     "cli",
 ]
@@ -48,6 +49,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "mlx_lm": "mlx-lm",
     "llama_cpp": "llama-cpp-python",
+    "prompt_toolkit": "prompt-toolkit",
 }
 # Extras that a verb may ask for; `dev` is for working on the project.
 OPTIONAL = ("eval", "llama-cpp")

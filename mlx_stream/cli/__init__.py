@@ -12,6 +12,7 @@ from mlx_stream.cli.eval import app as evaluate
 from mlx_stream.cli.generate import generate
 from mlx_stream.cli.ls import ls
 from mlx_stream.cli.score import score
+from mlx_stream.cli.sessions import app as sessions
 from mlx_stream.cli.terminal import note
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 for verb in (chat, generate, score, bench, doctor, ls):
     app.command()(verb)
 app.add_typer(evaluate)
+app.add_typer(sessions)
 
 
 def print_version(asked: bool) -> None:

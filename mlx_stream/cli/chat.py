@@ -1,20 +1,25 @@
-"""`mlx_stream chat`: talk on a terminal, or read turns from a pipe."""
+"""`mlx_stream chat`: talk on a terminal, or read turns from a pipe; saved, if it has a name."""
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import decode, guarded, note
+from mlx_stream.cli.harmless import Harmless
+from mlx_stream.cli.terminal import decode, guarded, note, seldom
+from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused
 
 if TYPE_CHECKING:
-    from mlx_stream.session import ChatSession
+    from mlx_stream.sessions.conversation import Conversation
+    from mlx_stream.stream import Piece
 
-PROMPT = "> "
+    Pieces = Generator[Piece, None, None]
+
+Told = Callable[[int, int], None]
 
 
 class Stopped(Exception):
@@ -23,17 +28,39 @@ class Stopped(Exception):
 
 @guarded
 def chat(
-    model: options.ModelArgument = "starter",
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, a Hub id, a .gguf file, or starter. Default: the saved session's, "
+            "else the starter.",
+        ),
+    ] = None,
     system: Annotated[
         str | None,
         typer.Option(
             "--system",
-            help="The system prompt; read once. Default: for the starter a line that makes it "
-            "helpful, else what the model's template says, as with ''.",
+            help="The system prompt, which never leaves attention. Default: for the starter a "
+            "line that makes it helpful, else what the model's template says, as with ''.",
         ),
     ] = None,
+    session: Annotated[
+        str | None,
+        typer.Option("--session", help="Save under this name; go on with it if there is one."),
+    ] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Go on with the session used last.")
+    ] = False,
     window: options.Window = None,
     sinks: options.Sinks = None,
+    evict: Annotated[
+        str | None,
+        typer.Option(
+            "--evict",
+            help="What leaves when the window is full: the oldest exchanges, whole (turn, the "
+            "default), or the oldest tokens (token).",
+        ),
+    ] = None,
     max_tokens: options.MaxTokens = 512,
     temp: options.Temp = 0.6,
     top_k: options.TopK = 0,
@@ -49,42 +76,138 @@ def chat(
 ) -> None:
     """Talk with a model for as long as you like.
 
-    Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation. When standard input is not
-    a terminal, each of its lines is a turn.
+    Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation, /help lists commands. When
+    standard input is not a terminal, each of its lines is a turn.
     """
     from mlx_stream import hub
-    from mlx_stream.cli.report import print_stats
     from mlx_stream.generate import Sampling
     from mlx_stream.load import load
-    from mlx_stream.session import ChatSession
+    from mlx_stream.sessions import places, resume
 
-    if system is None and model == hub.STARTER:
+    if go_on:
+        if session is not None:
+            raise ValueRefused("--continue and --session: give one of them")
+        session = places.latest()
+        if session is None:
+            raise SessionError("no session is saved: begin one with --session NAME")
+    saved = resume.header_of(session) if session is not None else None
+    source = model or (saved.model if saved else hub.STARTER)
+    if system is None and saved is None and source == hub.STARTER:
         system = hub.STARTER_SYSTEM
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
-        note(f"loading {model}")
-    loaded = load(model, dtype, keep_quantized, force, note)
-    screen = Screen()
-    session = ChatSession(
-        loaded, system or None, window, sinks, sampling, max_tokens, stop or (), screen.note
+        note(f"loading {source}")
+    loaded = load(source, dtype, keep_quantized, force, note)
+    screen = Screen(interactive)
+    chosen = resume.Options(system, window, sinks, evict, sampling, max_tokens, tuple(stop or ()))
+    if session is None:
+        conversation = resume.begin(loaded, chosen, screen.note)
+    else:
+        told = seldom("reading again")
+        conversation = resume.open_session(session, loaded, chosen, screen.note, told)
+    try:
+        talk = typed if interactive else piped
+        talk(conversation, screen, stats)
+    finally:
+        conversation.close()
+
+
+def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
+    """Ask for lines on the terminal until Ctrl-D."""
+    from mlx_stream.cli import commands
+    from mlx_stream.cli.prompt import Prompt
+    from mlx_stream.sessions import places
+
+    def status() -> str:
+        return commands.status(conversation.stats, conversation.name)
+
+    now = conversation.stats
+    note(
+        f"attends to the first {now.sinks:,} and the latest {now.window:,} tokens; Ctrl-C ends a "
+        "reply, Ctrl-D leaves, /help lists commands"
     )
-    if interactive:
-        note(
-            f"attends to the first {session.stats.sinks} and the latest {session.stats.window:,} "
-            "tokens; Ctrl-C ends a reply, Ctrl-D leaves"
-        )
-    for question in typed_turns() if interactive else piped_turns():
-        print_reply(session, question, screen)
+    if conversation.last:
+        count = len(conversation.chat.exchanges)
+        note(f"goes on with {conversation.name}: {count:,} exchanges are attended")
+    history = places.data_folder().parent / "history"
+    prompt = Prompt(history, status, commands.completions(), note)
+    line = ""
+    while True:
+        try:
+            asked = commands.parse(prompt.ask(line))
+        except EOFError:
+            return
+        line = ""
+        try:
+            with screen.reply() as progress:
+                if isinstance(asked, str):
+                    screen.show(conversation.reply(asked, progress=progress))
+                else:
+                    outcome = commands.run(asked, conversation, places.names, progress)
+                    if outcome.text:
+                        print(outcome.text)
+                    if outcome.pieces:
+                        screen.show(outcome.pieces)
+                    if outcome.quit:
+                        return
+                    line = outcome.prefill
+        except MlxStreamError as error:
+            screen.note(" ".join(str(error).split()))
         if stats:
-            print_stats(session.stats)
+            print_stats(conversation)
+
+
+def piped(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
+    """Take each line of standard input that is not blank as a turn."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        turn = decode(line, f"standard input, line {number}").strip()
+        if turn:
+            with screen.reply() as progress:
+                screen.show(conversation.reply(turn, progress=progress))
+            if stats:
+                print_stats(conversation)
+
+
+def print_stats(conversation: "Conversation") -> None:
+    from mlx_stream.cli.report import print_stats
+
+    print_stats(conversation.stats)
 
 
 class Screen:
-    """Replies on standard output; on a terminal, a notice never lands in the middle of one."""
+    """Replies on standard output; on a terminal harmless, and no notice in the middle of one."""
 
-    def __init__(self) -> None:
-        self.in_reply = False
+    def __init__(self, interactive: bool) -> None:
+        self.interactive, self.in_reply = interactive, False
+
+    @contextmanager
+    def reply(self) -> Iterator[Told]:
+        """Let Ctrl-C end the reply that is shown inside; gives what asks for that meanwhile."""
+        from mlx_stream.cli.prompt import keys_wait
+
+        with keys_wait() if self.interactive else nullcontext(), interrupts_asked() as stopped:
+
+            def check(*_: int) -> None:
+                if stopped():
+                    raise Stopped
+
+            self._check = check
+            yield check
+        self.end_reply()
+
+    def show(self, pieces: "Pieces") -> None:
+        """Print a reply as it comes."""
+        shown = Harmless() if sys.stdout.isatty() else None
+        try:
+            for piece in pieces:
+                self.write(shown.add(piece.text) if shown else piece.text)
+                self._check()
+            self.write(shown.flush() if shown else "")
+        except Stopped:
+            self.note("stopped")
+        finally:
+            pieces.close()
 
     def write(self, text: str) -> None:
         self.in_reply = True
@@ -102,27 +225,8 @@ class Screen:
         note(text)
 
 
-def print_reply(session: "ChatSession", question: str, screen: Screen) -> None:
-    with reply_ends_on_interrupt() as stopped:
-
-        def check(*_: int) -> None:
-            if stopped():
-                raise Stopped
-
-        pieces = session.reply(question, progress=check)
-        try:
-            for piece in pieces:
-                screen.write(piece.text)
-                check()
-        except Stopped:
-            screen.note("stopped")
-        finally:
-            pieces.close()
-    screen.end_reply()
-
-
 @contextmanager
-def reply_ends_on_interrupt() -> Iterator[Callable[[], bool]]:
+def interrupts_asked() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C ask for the reply's end between two tokens; a second one leaves the program."""
     asked = False
 
@@ -137,32 +241,3 @@ def reply_ends_on_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def typed_turns() -> Iterator[str]:
-    """Yield what the user types; Ctrl-C drops a line, Ctrl-D ends."""
-    with suppress(ImportError):  # not every Python has it
-        import readline  # noqa: F401  (line editing and recall in input())
-
-    while True:
-        try:
-            line = input(PROMPT)
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D leaves)")
-            continue
-        except UnicodeDecodeError:
-            note("that line is not valid in this terminal's encoding; type it again")
-            continue
-        except EOFError:
-            print()
-            return
-        if line.strip():
-            yield line
-
-
-def piped_turns() -> Iterator[str]:
-    """Yield the lines of standard input that are not blank."""
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        turn = decode(line, f"standard input, line {number}").strip()
-        if turn:
-            yield turn

@@ -1,0 +1,270 @@
+"""What a line that begins with a slash does to a conversation; knows no terminal and no file.
+
+`parse` tells a command from a question, `run` carries a command out. Nothing of a refused command
+has happened, and the chat goes on.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from mlx_stream.cli.harmless import harmless
+from mlx_stream.errors import MlxStreamError, ValueRefused
+
+if TYPE_CHECKING:
+    from mlx_stream.exchange import Exchange
+    from mlx_stream.stream import Piece, Stats
+
+    Pieces = Generator[Piece, None, None]
+
+Progress = Callable[[int, int], None]
+
+NOTHING = ("''", '""')
+LONGEST_QUOTE = 60
+
+
+class Conversation(Protocol):
+    """What commands act on. Each method raises `MlxStreamError` and has then changed nothing."""
+
+    @property
+    def name(self) -> str | None:
+        """Of the saved session."""
+        ...
+
+    @property
+    def system(self) -> str | None: ...
+    @property
+    def stats(self) -> "Stats": ...
+    @property
+    def last(self) -> "Exchange | None":
+        """The last exchange that is attended."""
+        ...
+
+    def retry(self, *, progress: Progress | None = None) -> "Pieces": ...
+    def edit(self, question: str, *, progress: Progress | None = None) -> "Pieces": ...
+    def undo(self) -> "Exchange": ...
+    def clear(self) -> None: ...
+    def set_system(self, text: str | None) -> None: ...
+    def resize(self, window: int) -> None: ...
+    def save(self, name: str | None) -> str:
+        """Write now; return a line to show."""
+        ...
+
+    def export(self, path: Path) -> str:
+        """Write Markdown or JSON, as the suffix says; return a line to show."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is to be done after a command.
+
+    Attributes:
+        text: to be shown; harmless.
+        pieces: a reply to be printed and closed. Errors while it is read are the caller's.
+        prefill: what the next prompt begins with.
+    """
+
+    text: str = ""
+    pieces: "Pieces | None" = None
+    prefill: str = ""
+    quit: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """A line that begins with a slash; the command need not exist."""
+
+    name: str
+    argument: str = ""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every command is run with."""
+
+    conversation: Conversation
+    argument: str
+    list_sessions: Callable[[], Iterable[str]]
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command; its argument as usage shows it: "" takes none, [..] may be left out."""
+
+    argument: str
+    help: str
+    run: Callable[[Given], Outcome]
+
+
+def parse(line: str) -> Call | str:
+    """Return a command's call, or else the question; //text is the question /text."""
+    if line.startswith("//"):
+        return line[1:]
+    if not line.startswith("/"):
+        return line
+    name, *argument = line.split(maxsplit=1)
+    return Call(name, "".join(argument).strip())
+
+
+def run(
+    call: Call,
+    conversation: Conversation,
+    list_sessions: Callable[[], Iterable[str]],
+    progress: Progress | None = None,
+) -> Outcome:
+    """Carry a command out.
+
+    Args:
+        list_sessions: returns the names of the saved sessions.
+        progress: for `retry` and `edit`.
+    """
+    try:
+        command = command_of(call)
+        outcome = command.run(Given(conversation, call.argument, list_sessions, progress))
+    except MlxStreamError as error:
+        return Outcome(harmless(" ".join(str(error).split())))
+    return Outcome(harmless(outcome.text), outcome.pieces, outcome.prefill, outcome.quit)
+
+
+def command_of(call: Call) -> Command:
+    """Look a command up, and see that its argument is there, or not, as it should be."""
+    command = COMMANDS.get(call.name)
+    if command is None:
+        raise ValueRefused(
+            f"{quoted(call.name)} is no command: /help lists them, and // at the beginning sends "
+            "a line that begins with /"
+        )
+    if call.argument and not command.argument:
+        raise ValueRefused(f"{call.name} takes nothing after it, not {quoted(call.argument)!r}")
+    if command.argument and not call.argument and not command.argument.startswith("["):
+        raise ValueRefused(f"{call.name} needs something after it: {call.name} {command.argument}")
+    return command
+
+
+def completions() -> dict[str, str]:
+    """Return what a prompt may complete: each command, and what it does."""
+    return {name: command.help for name, command in COMMANDS.items()}
+
+
+def status(stats: "Stats", name: str | None = None) -> str:
+    """Return the status bar's text: "1,012/2,052 attended · 3,400 evicted · 12.3 tok/s · …"."""
+    parts = [
+        f"{stats.attended:,}/{stats.sinks + stats.window:,} attended",
+        f"{stats.evicted:,} evicted",
+        f"{stats.tokens_per_second:.1f} tok/s",
+        f"cache {stats.cache_bytes / 1e6:.1f} MB",
+    ]
+    return " · ".join([*parts, name] if name else parts)
+
+
+def quoted(text: str) -> str:
+    """Return a text on one line, its end left out if it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_QUOTE else line[: LONGEST_QUOTE - 1] + "…"
+
+
+# --- the commands ---
+
+
+def show_help(given: Given) -> Outcome:
+    usages = [f"{name} {command.argument}".rstrip() for name, command in COMMANDS.items()]
+    width = max(len(usage) for usage in usages)
+    lines = [
+        f"{usage:<{width}}  {command.help}"
+        for usage, command in zip(usages, COMMANDS.values(), strict=True)
+    ]
+    return Outcome("\n".join([*lines, f"{'//TEXT':<{width}}  send a question that begins with /"]))
+
+
+def system(given: Given) -> Outcome:
+    if given.argument:
+        text = None if given.argument in NOTHING else given.argument
+        given.conversation.set_system(text)
+        return Outcome("the system prompt is changed" if text else "there is no system prompt now")
+    return Outcome(given.conversation.system or "there is no system prompt")
+
+
+def retry(given: Given) -> Outcome:
+    return Outcome(pieces=given.conversation.retry(progress=given.progress))
+
+
+def undo(given: Given) -> Outcome:
+    return Outcome(f"taken back: {quoted(given.conversation.undo().question)}")
+
+
+def edit(given: Given) -> Outcome:
+    if given.argument:
+        return Outcome(pieces=given.conversation.edit(given.argument, progress=given.progress))
+    last = given.conversation.last
+    if last is None:
+        raise ValueRefused("there is no question to edit")
+    # The line says itself that it replaces a question: dropped, it has changed nothing.
+    return Outcome(prefill=f"/edit {last.question}")
+
+
+def stats(given: Given) -> Outcome:
+    return Outcome(str(given.conversation.stats))
+
+
+def window(given: Given) -> Outcome:
+    if given.argument:
+        given.conversation.resize(tokens(given.argument))
+    now = given.conversation.stats
+    return Outcome(f"the window is {now.window:,} tokens, after {now.sinks:,} that always stay")
+
+
+def tokens(argument: str) -> int:
+    try:
+        return int(argument.replace(",", ""))
+    except ValueError:
+        raise ValueRefused(
+            f"/window takes a whole number of tokens, not {quoted(argument)!r}"
+        ) from None
+
+
+def save(given: Given) -> Outcome:
+    return Outcome(given.conversation.save(given.argument or None))
+
+
+def sessions(given: Given) -> Outcome:
+    names = list(given.list_sessions())
+    return Outcome("\n".join(names) or "no session is saved: /save NAME saves this one")
+
+
+def export(given: Given) -> Outcome:
+    name = given.argument
+    if len(name) > 2 and name[0] == name[-1] and name[0] in "'\"":
+        name = name[1:-1]
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueRefused(f"/export {name}: {error}") from error
+    return Outcome(given.conversation.export(path))
+
+
+def clear(given: Given) -> Outcome:
+    given.conversation.clear()
+    return Outcome("nothing but the system prompt is attended now")
+
+
+def leave(given: Given) -> Outcome:
+    return Outcome(quit=True)
+
+
+COMMANDS = {
+    "/help": Command("", "list the commands", show_help),
+    "/system": Command("[TEXT]", "show the system prompt, or change it; '' removes it", system),
+    "/retry": Command("", "answer the last question once more", retry),
+    "/undo": Command("", "take the last question and its reply back", undo),
+    "/edit": Command("[TEXT]", "change the last question and ask it again", edit),
+    "/stats": Command("", "show tokens attended and evicted, speed and memory", stats),
+    "/window": Command("[N]", "show how many tokens are attended, or change it", window),
+    "/save": Command("[NAME]", "save the conversation now", save),
+    "/sessions": Command("", "list the saved conversations", sessions),
+    "/export": Command("FILE", "write what was said to a .md or .json file", export),
+    "/clear": Command("", "let all that was said leave attention", clear),
+    "/quit": Command("", "leave, as Ctrl-D does", leave),
+}

@@ -1,0 +1,52 @@
+"""Text from a model -> text that a terminal only shows; knows no terminal and no model.
+
+A terminal obeys what it is sent: escapes move the cursor, retitle the window, fill the clipboard.
+And it hides what has no shape: text can run backwards, or not show at all. Both are shown as Python
+would write them: ESC as `\\x1b`, a right-to-left override as `\\u202e`.
+"""
+
+import re
+
+# What stays, of control and format characters: line feed and tab; the joiners U+200C and U+200D,
+# which emoji and scripts need; Arabic, Syriac and Kaithi signs that count as format but have a
+# shape. Variation selectors are marks, not format characters. All others of Unicode 17 are here.
+HARMFUL = re.compile(
+    "["
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0, DEL, C1
+    "\xad"  # soft hyphen
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidi marks, embeddings, overrides, isolates
+    "\u2028\u2029"  # line and paragraph separator
+    "\u180e\u200b\u2060-\u2065\u206a-\u206f\ufeff"  # without width
+    "\ufff0-\ufffb"  # interlinear annotation
+    "\ud800-\udfff"  # surrogates: no text
+    "\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"  # layout of rare scripts
+    "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"  # tags; all but the selectors between
+    "]"
+)
+
+
+class Harmless:
+    """Make a text harmless that comes in pieces; the results join to `harmless` of the whole."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def add(self, text: str) -> str:
+        """Take a piece; return what can be shown. A \\r at its end waits: \\n may follow."""
+        text = self._held + text
+        self._held = "\r" if text.endswith("\r") else ""
+        return harmless(text.removesuffix("\r"))
+
+    def flush(self) -> str:
+        """Return what was held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return harmless(held)
+
+
+def harmless(text: str) -> str:
+    """Return a whole text with control and invisible characters as escapes, and \\r\\n as \\n."""
+    return HARMFUL.sub(escape, text.replace("\r\n", "\n"))
+
+
+def escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")

@@ -1,0 +1,260 @@
+"""What the user types: a prompt with history, several lines, completion and a status bar.
+
+Knows prompt_toolkit, which is imported when a prompt is made; knows no model, and of commands only
+their names. A terminal that cannot move its cursor (TERM=dumb) gets a plain line.
+"""
+
+import errno
+import json
+import os
+import re
+import stat
+import sys
+import termios
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_stream.cli.harmless import harmless
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+PROMPT = "> "
+HINT = "(Ctrl-D leaves)"
+# What stands for bytes that are not UTF-8.
+NO_TEXT = re.compile("[\ud800-\udfff]")
+# A line longer than this is a pasted document: recalled while we run, and not kept.
+LONGEST_KEPT = 2**16
+# Of a longer history file its end is kept.
+LARGEST_FILE = 2**20
+
+Notify = Callable[[str], None]
+
+
+class Prompt:
+    """Ask for lines on the terminal: standard input and output must be one.
+
+    Enter sends; Alt-Enter or Ctrl-J begins a new line; what is pasted stays one text.
+
+    Args:
+        history: the file of the lines of before; made, with its folder, when there is a line.
+        status: returns the status bar's text, whenever it is drawn.
+        completions: what may be completed at the beginning of a line, and what each does.
+        notify: told in one line what the user should know.
+    """
+
+    def __init__(
+        self,
+        history: Path,
+        status: Callable[[], str],
+        completions: Mapping[str, str],
+        notify: Notify,
+    ):
+        self.history, self.notify = History(history, notify), notify
+        lines = self.history.load()
+        self._read = plain_line if is_dumb() else editor(lines, status, completions)
+
+    def ask(self, default: str = "") -> str:
+        """Return what was typed, which is not blank and may be several lines.
+
+        Args:
+            default: what the line begins with.
+
+        Raises:
+            EOFError: Ctrl-D on an empty line, or there is no more input.
+        """
+        while True:
+            try:
+                line = self._read(default)
+            except KeyboardInterrupt:
+                print(HINT, flush=True)
+                default = ""
+                continue
+            default = NO_TEXT.sub("\ufffd", line)
+            if line != default:
+                self.notify("that line is not UTF-8: type again what is shown as \ufffd")
+            elif line.strip():
+                self.history.add(line)
+                return line
+            else:
+                default = ""
+
+
+def is_dumb() -> bool:
+    return os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
+
+
+def editor(
+    lines: Sequence[str], status: Callable[[], str], completions: Mapping[str, str]
+) -> Callable[[str], str]:
+    """Return a function that reads what is typed, edited with prompt_toolkit."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.history import InMemoryHistory
+    from prompt_toolkit.output import ColorDepth
+    from prompt_toolkit.styles import Style
+
+    plain = bool(os.environ.get("NO_COLOR"))
+    session: PromptSession[str] = PromptSession(
+        PROMPT,
+        multiline=True,
+        history=InMemoryHistory(lines),
+        # `sentence`: what is completed begins where the text does.
+        completer=WordCompleter(list(completions), meta_dict=completions, sentence=True),
+        # The menu's room is kept free whenever it may open: only for what begins a command.
+        complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
+        key_bindings=key_bindings(),
+        bottom_toolbar=status,
+        color_depth=ColorDepth.DEPTH_1_BIT if plain else None,
+        style=Style.from_dict({"bottom-toolbar": "noreverse"}) if plain else None,
+        enable_suspend=True,
+    )
+    # A terminal that does not tell where its cursor is has no status bar: no reason to warn.
+    session.app.renderer.cpr_not_supported_callback = None
+    return lambda default: session.prompt(default=default)
+
+
+def plain_line(default: str) -> str:
+    """Read a line with nothing but what the terminal does itself; Enter alone is the default."""
+    sys.stdout.write(f"{PROMPT}[{harmless(default)}] " if default else PROMPT)
+    sys.stdout.flush()
+    try:
+        data = sys.stdin.buffer.readline()
+    except KeyboardInterrupt:
+        print()
+        raise
+    if not data:
+        print()
+        raise EOFError
+    return data.decode("utf-8", "surrogateescape").rstrip("\r\n") or default
+
+
+def key_bindings() -> "KeyBindings":
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.key_binding import KeyBindings
+
+    bindings, typing = KeyBindings(), has_focus(DEFAULT_BUFFER)
+
+    @bindings.add("enter", filter=typing)
+    def send(event: "KeyPressEvent") -> None:
+        event.current_buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter", filter=typing)
+    @bindings.add("c-j", filter=typing)
+    def begin_line(event: "KeyPressEvent") -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return bindings
+
+
+@contextmanager
+def keys_wait() -> Iterator[None]:
+    """Let keys that are pressed meanwhile, unseen, wait for the next prompt; Ctrl-C does not wait.
+
+    Otherwise the terminal shows them amid the reply, and turns Enter into Ctrl-J.
+    """
+    before = termios.tcgetattr(sys.stdin)
+    now: list[Any] = list(before)
+    now[0] &= ~termios.ICRNL
+    now[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, now)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+class History:
+    """The lines of before, one JSON string in each line of a file that only its owner may read.
+
+    If the file cannot be used, that is said once; lines are then recalled only while we run.
+    """
+
+    def __init__(self, path: Path, notify: Notify):
+        self.path, self.notify = path, notify
+        self.usable = True
+        self.last = ""
+
+    def load(self) -> list[str]:
+        """Return the lines of before, oldest first; shorten a long file to its end."""
+        try:
+            data, whole = end_of(self.path)
+            lines = [text_of(row) for row in data.splitlines()]
+            if not whole:
+                write_private(self.path, data)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            return self._give_up(f"cannot be used: {error.strerror}")
+        except (ValueError, RecursionError):
+            return self._give_up("holds something else, and is left as it is")
+        self.last = lines[-1] if lines else ""
+        return lines
+
+    def add(self, line: str) -> None:
+        """Keep a line, unless it is the one before, or very long."""
+        if not self.usable or line == self.last or len(line) > LONGEST_KEPT:
+            return
+        self.last = line
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            append_private(self.path, json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            self._give_up(f"cannot be written: {error.strerror}")
+
+    def _give_up(self, why: str) -> list[str]:
+        self.usable = False
+        self.notify(f"the history {self.path} {why}; lines are recalled until this chat ends")
+        return []
+
+
+def text_of(row: bytes) -> str:
+    text = json.loads(row)
+    if not isinstance(text, str):
+        raise ValueError("no text")
+    return text
+
+
+def end_of(path: Path) -> tuple[bytes, bool]:
+    """Return the last rows of a file, and whether they are all."""
+    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe is to wait for its other end
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    with path.open("rb") as file:
+        excess = file.seek(0, os.SEEK_END) - LARGEST_FILE
+        file.seek(max(0, excess))
+        if excess > 0:
+            file.readline()  # the rest of a row
+        return file.read(), excess <= 0
+
+
+def private(path: str, flags: int) -> int:
+    """Open a file that only its owner may read, also if it was another's to read before."""
+    descriptor = os.open(path, flags, 0o600)
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:
+        os.fchmod(descriptor, 0o600)
+    return descriptor
+
+
+def append_private(path: Path, row: bytes) -> None:
+    """Append all of a row, or nothing."""
+    with open(path, "ab", buffering=0, opener=private) as file:
+        before = os.fstat(file.fileno()).st_size
+        if file.write(row) < len(row):  # as much as the disk had room for
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file; a symbolic link stays one."""
+    path = path.resolve()
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb", opener=private) as file:
+            file.write(data)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,121 @@
+"""`mlx_stream sessions`: what is saved, and what to do with it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_stream.cli import options
+from mlx_stream.cli.harmless import harmless
+from mlx_stream.cli.report import print_json, print_table
+from mlx_stream.cli.terminal import guarded, note
+
+app = typer.Typer(
+    name="sessions",
+    help="Saved conversations: list, show, export, remove, verify.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the saved conversation.")]
+
+
+@app.command("list")
+@guarded
+def list_sessions(as_json: options.AsJson = False) -> None:
+    """List the saved conversations, the one used last first."""
+    from mlx_stream.sessions.manage import listed
+
+    found = listed()
+    if as_json:
+        rows = [
+            {
+                "name": one.name,
+                "exchanges": one.exchanges,
+                "attended_exchanges": one.attended,
+                "bytes": one.bytes,
+                "used": one.used,
+                "model": one.header.model if one.header else None,
+                "window": one.header.window if one.header else None,
+                "damage": one.damage or None,
+            }
+            for one in found
+        ]
+        print_json({"sessions": rows})
+    elif found:
+        rows = [
+            [
+                one.name,
+                f"{one.exchanges:,}",
+                f"{one.attended:,}",
+                f"{one.bytes / 1e6:.1f} MB",
+                one.used,
+                harmless(one.header.model) if one.header else "damaged: see verify",
+            ]
+            for one in found
+        ]
+        print_table(["name", "exchanges", "attended", "on disk", "last used", "model"], rows)
+    else:
+        note("no conversation is saved: begin one with mlx_stream chat --session NAME")
+
+
+@app.command()
+@guarded
+def show(name: Name) -> None:
+    """Print a conversation as Markdown."""
+    from mlx_stream.sessions.export import markdown
+    from mlx_stream.sessions.manage import reading
+
+    with reading(name) as store:
+        text = markdown(store.header, store.exchanges())
+    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+
+
+@app.command()
+@guarded
+def export(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .md or .json file.")],
+) -> None:
+    """Write a conversation to a Markdown or JSON file."""
+    from mlx_stream.sessions.conversation import write_export
+    from mlx_stream.sessions.manage import reading
+
+    with reading(name) as store:
+        exchanges = store.exchanges()
+        write_export(file, store.header, exchanges)
+    note(f"{len(exchanges):,} exchanges written to {file}")
+
+
+@app.command()
+@guarded
+def rm(name: Name) -> None:
+    """Remove a conversation for good: what was said, and the stream's state."""
+    from mlx_stream.sessions.manage import remove
+
+    remove(name)
+    note(f"{name} is removed")
+
+
+@app.command()
+@guarded
+def verify(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Default: all of them.")
+    ] = None,
+) -> None:
+    """Read everything that is saved and compare it with its checksums."""
+    from mlx_stream.cli.terminal import fail
+    from mlx_stream.errors import SessionError
+    from mlx_stream.sessions import manage, places
+
+    damaged = 0
+    for one in [name] if name is not None else places.names():
+        try:
+            print(f"{one}: {manage.verify(one)}")
+        except SessionError as error:
+            damaged += 1
+            note(" ".join(str(error).split()))
+    if damaged:
+        fail("what is damaged is not used; sessions show and export read what can be read")

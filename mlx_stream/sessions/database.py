@@ -1,0 +1,233 @@
+"""SQLite as conversations use it: a private file that survives a crash; knows no conversation.
+
+A file is untrusted: nothing is selected from it before its schema was found to be ours, no value of
+it is longer than it is, and whatever SQLite says of it becomes one line for its user.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlx_stream.errors import SessionError
+
+# "mlxs", in the header of the file.
+APPLICATION_ID = 0x6D6C7873
+# The statements that lead from each version of the schema to the next; the first, from nothing.
+MIGRATIONS = (
+    (
+        """CREATE TABLE session (
+            row INTEGER PRIMARY KEY CHECK (row = 1),
+            id TEXT NOT NULL,
+            created TEXT NOT NULL,
+            model TEXT NOT NULL,
+            fingerprint TEXT NOT NULL,
+            system TEXT,
+            window INTEGER NOT NULL,
+            sinks INTEGER NOT NULL,
+            evict TEXT NOT NULL,
+            first INTEGER NOT NULL,
+            sampler TEXT NOT NULL,
+            turns INTEGER NOT NULL,
+            head TEXT NOT NULL,
+            checksum TEXT NOT NULL
+        ) STRICT""",
+        """CREATE TABLE messages (
+            number INTEGER PRIMARY KEY,
+            role TEXT NOT NULL,
+            text TEXT NOT NULL,
+            ids BLOB NOT NULL,
+            closing_ids BLOB,
+            rest TEXT,
+            finish TEXT,
+            time TEXT NOT NULL,
+            checksum TEXT NOT NULL
+        ) STRICT""",
+    ),
+)
+PRAGMAS = (
+    "trusted_schema = OFF",
+    "cell_size_check = ON",
+    # A file that is cut short while it is mapped would kill the process.
+    "mmap_size = 0",
+    "synchronous = FULL",
+    # On a Mac, synchronous alone stops at the disk's own cache.
+    "fullfsync = ON",
+    # Removed text is overwritten, and no text is written to a temporary file.
+    "secure_delete = ON",
+    "temp_store = MEMORY",
+)
+# Bytes of a row that is written; a row that is read has at most those of its file.
+LONGEST_ROW = 256 * 2**20
+# Room for our own schema and for the short values of a file that is still empty.
+SHORTEST_LIMIT = 2**16
+# SQLite's steps for one statement on opening. Ours take some hundreds; a schema can be forged whose
+# pages lead back to themselves.
+OPENING_STEPS = 200_000
+# Seconds to wait for another program that has the file locked.
+PATIENCE = 2.0
+
+ADVICE = {
+    sqlite3.SQLITE_FULL: "the disk is full: make room, then try again",
+    sqlite3.SQLITE_READONLY: "it cannot be written: check the permissions of {path}",
+    sqlite3.SQLITE_PERM: "it cannot be written: check the permissions of {path}",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check the permissions of {path} and its folder",
+    sqlite3.SQLITE_BUSY: "another program is using it: close it there, then try again",
+    sqlite3.SQLITE_LOCKED: "another program is using it: close it there, then try again",
+    sqlite3.SQLITE_IOERR: "the disk cannot be read or written ({error}): check it, then try again",
+    sqlite3.SQLITE_TOOBIG: "too long to be stored",
+}
+DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_INTERRUPT)
+
+
+class Damage(ValueError):
+    """What was read is not what was written."""
+
+
+def connect(path: Path, longest: int) -> sqlite3.Connection:
+    """Open a file that is there, with no value longer than `longest` bytes; reads its schema."""
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        uri=True,
+        timeout=PATIENCE,
+        isolation_level=None,
+        # One thread at a time uses it, but not always the same one.
+        check_same_thread=False,
+    )
+    try:
+        limit(connection, longest)
+        connection.set_progress_handler(lambda: 1, OPENING_STEPS)
+        for setting in PRAGMAS:
+            connection.execute(f"PRAGMA {setting}").close()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def limit(connection: sqlite3.Connection, longest: int) -> None:
+    """Bound the bytes of a value, read or written."""
+    longest = min(max(longest, SHORTEST_LIMIT), LONGEST_ROW)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
+
+
+def prepare(connection: sqlite3.Connection) -> None:
+    """See that a file is one of ours, and bring it to the schema and journal of this version."""
+    with believing():
+        version = pragma(connection, "user_version")
+        if pragma(connection, "application_id") != APPLICATION_ID or version < 1:
+            raise ValueError("not a conversation of mlx_stream")
+        if version <= len(MIGRATIONS):
+            check_schema(connection)
+    if version > len(MIGRATIONS):
+        raise ValueError("written by a newer mlx_stream: update this one, or use another name")
+    if version < len(MIGRATIONS):
+        migrate(connection, version)
+    if (mode := pragma(connection, "journal_mode = WAL")) != "wal":
+        raise ValueError(f"its journal is {mode!r}: move it to a local disk")
+    connection.set_progress_handler(None, 0)
+
+
+def pragma(connection: sqlite3.Connection, text: str) -> Any:
+    ((value,),) = connection.execute(f"PRAGMA {text}").fetchall()
+    return value
+
+
+def migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Lead a file from a version of the schema to the newest, in one transaction."""
+    connection.execute("BEGIN IMMEDIATE")
+    for statements in MIGRATIONS[version:]:
+        for statement in statements:
+            connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+    connection.execute("COMMIT")
+
+
+def check_schema(connection: sqlite3.Connection) -> None:
+    """See that a file has its version's tables and nothing else: no trigger, no view, no index."""
+    wanted = schema(pragma(connection, "user_version"))
+    query = f"SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT {len(wanted) + 1}"
+    found = connection.execute(query).fetchall()
+    if len(found) != len(wanted) or set(found) != wanted:
+        raise ValueError("its tables are not those of a conversation")
+
+
+@cache
+def schema(version: int) -> frozenset[tuple[str, ...]]:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        for statements in MIGRATIONS[:version]:
+            for statement in statements:
+                connection.execute(statement)
+        query = "SELECT type, name, tbl_name, sql FROM sqlite_master"
+        return frozenset(connection.execute(query).fetchall())
+    finally:
+        connection.close()
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """Return every file a database may have: itself first, then what SQLite writes beside it."""
+    beside = ("-wal", "-shm", "-journal")
+    return (path, *(path.with_name(path.name + suffix) for suffix in beside))
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Return the bytes of a database and of its log."""
+    total = 0
+    # The log first: what leaves it meanwhile is in the database by then.
+    for part in (files(path)[1], path):
+        with suppress(FileNotFoundError):
+            total += part.stat().st_size
+    return total
+
+
+def flush(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+# --- errors ---
+
+
+@contextmanager
+def believing() -> Iterator[None]:
+    """Take whatever is wrong with a value for damage of the file it is read from."""
+    try:
+        yield
+    except (ValueError, TypeError, sqlite3.DataError) as error:
+        raise Damage(str(error)) from error
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a session's file into one line for its user."""
+    try:
+        yield
+    except (OSError, OverflowError, TypeError, ValueError, sqlite3.Error) as error:
+        raise SessionError(f"session {path.stem!r}: {explain(error, path)}") from error
+
+
+def explain(error: Exception, path: Path) -> str:
+    # SQLite quotes what it cannot read, and that may be anything.
+    text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
+    text = " ".join(text.split()) or type(error).__name__
+    code = getattr(error, "sqlite_errorcode", None)
+    # The low byte is the kind; the others say more of it.
+    kind = None if code is None else code & 0xFF
+    # Text that is not UTF-8 comes without a code.
+    undecodable = isinstance(error, sqlite3.OperationalError) and code is None
+    if isinstance(error, Damage) or kind in DAMAGES or undecodable:
+        return f"damaged: {text}; put a copy in place of {path}, or use another name"
+    if kind in ADVICE:
+        return ADVICE[kind].format(path=path, error=text)
+    if isinstance(error, OSError):
+        return f"{path}: {error.strerror}; check the disk and the folder's permissions"
+    return text

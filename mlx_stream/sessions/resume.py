@@ -1,0 +1,222 @@
+"""A saved conversation -> one that goes on: from its snapshot, or from what was said.
+
+From a snapshot nothing is read again, and what follows is bit for bit what would have followed. A
+snapshot that is missing, damaged or another model's is not used: then what was attended is read
+again from the transcript, and that is said.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from mlx_stream import snapshot
+from mlx_stream.errors import SnapshotError, ValueRefused
+from mlx_stream.exchange import Exchange
+from mlx_stream.generate import Sampling
+from mlx_stream.load import Model, ignore
+from mlx_stream.session import DEFAULT_MAX_TOKENS, ChatSession
+from mlx_stream.sessions.conversation import Conversation, Saved
+from mlx_stream.sessions.kept import About, about_of
+from mlx_stream.sessions.lock import Lock
+from mlx_stream.sessions.places import paths
+from mlx_stream.sessions.rows import Header
+from mlx_stream.sessions.store import Store
+
+# Beside the keys and values: numbers, ids and what was unread, in JSON and checksummed.
+BYTES_BESIDE = 2**20
+BYTES_PER_ID = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a conversation is held; None is what it was, or the default for a new one."""
+
+    system: str | None = None
+    window: int | None = None
+    sinks: int | None = None
+    evict: str | None = None
+    sampling: Sampling | None = None
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    stop: Sequence[str] = ()
+
+
+def header_of(name: str) -> Header | None:
+    """Return what a session is, without opening it for writing; None if there is none.
+
+    Raises:
+        SessionError: it is damaged, or it cannot be a name.
+    """
+    where = paths(name)
+    if not where.database.exists():
+        return None
+    with Store.open(where.database) as store:
+        return store.header
+
+
+def begin(model: Model, options: Options, notify: Callable[[str], None] = ignore) -> Conversation:
+    """Begin a conversation that is not saved."""
+    return Conversation(new_chat(model, options, notify), snapshot.fingerprint(model))
+
+
+def open_session(
+    name: str,
+    model: Model,
+    options: Options,
+    notify: Callable[[str], None] = ignore,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversation:
+    """Go on with the conversation saved as `name`, or begin it.
+
+    Args:
+        notify: told in one line what is read again, and why.
+        progress: called while that happens, with the tokens read and those to read.
+
+    Raises:
+        SessionError: another process has it open, or it is damaged.
+        MlxStreamError: as `ChatSession`.
+    """
+    where, mark = paths(name), snapshot.fingerprint(model)
+    lock = Lock.acquire(where.lock)
+    store = None
+    try:
+        if not where.database.exists():
+            chat = new_chat(model, options, notify)
+            lock.close()
+            new = Conversation(chat, mark)
+            new.saved = Saved.create(name, new.header(), chat.sampler.state())
+            return new
+        store = Store.open(where.database)
+        header = store.header
+        chat = new_chat(model, merged(options, header), notify, header.created)
+        conversation = Conversation(chat, mark, Saved(name, where, lock, store))
+        now = replace(conversation.header(), id=header.id, created=header.created)
+        same = header == replace(now, model=header.model)
+        catch_up(conversation, same, notify, progress)
+        if options.sampling is None or options.sampling.seed is None:
+            chat.sampler.restore(store.progress.sampler)
+        if header != now:
+            store.update(header=now)
+        return conversation
+    except BaseException:
+        if store:
+            store.close()
+        lock.close()
+        raise
+
+
+def new_chat(
+    model: Model,
+    options: Options,
+    notify: Callable[[str], None],
+    began: str | None = None,
+) -> ChatSession:
+    """Make a session; one that began before has the date of then in its template."""
+    template = model.tokenizer.template
+    if template and began:
+        template = template.at(datetime.fromisoformat(began).astimezone())
+    return ChatSession(
+        model,
+        options.system or None,
+        options.window,
+        options.sinks,
+        options.sampling,
+        options.max_tokens,
+        options.stop,
+        notify,
+        options.evict or "turn",
+        template=template,
+    )
+
+
+def merged(options: Options, header: Header) -> Options:
+    """Return options with what is not given taken from the session."""
+    return replace(
+        options,
+        system=header.system if options.system is None else options.system,
+        window=header.window if options.window is None else options.window,
+        sinks=header.sinks if options.sinks is None else options.sinks,
+        evict=header.evict if options.evict is None else options.evict,
+    )
+
+
+def catch_up(
+    conversation: Conversation,
+    same: bool,
+    notify: Callable[[str], None],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Bring the stream to where the transcript ends."""
+    saved, chat = conversation.saved, conversation.chat
+    assert saved is not None
+    store = saved.store
+    count, first = store.count, store.progress.first
+    if count == 0:
+        return
+    reason = "the model, the window or the system prompt has changed"
+    if same:
+        try:
+            about = restore(conversation, saved)
+            first = about.count + 1
+            conversation.snapshot_is(about.head)
+            reason = f"they are not in {saved.where.snapshot.name}"
+        except (SnapshotError, ValueRefused) as error:
+            chat.restart(chat.system, chat.stats.window)
+            reason = set_aside(saved, str(error))
+    missing = said_by(chat, store.exchanges(first))
+    if missing:
+        notify(
+            f"reading {len(missing):,} exchanges again: {reason}; replies may differ in rounding "
+            "from those of a conversation that was never closed"
+        )
+        chat.replay(missing, progress)
+
+
+def restore(conversation: Conversation, saved: Saved) -> About:
+    """Put the stream where the snapshot says.
+
+    Raises:
+        SnapshotError, ValueRefused: there is none, or it is not this conversation's.
+    """
+    chat, store, path = conversation.chat, saved.store, saved.where.snapshot
+    geometry = chat.cache.geometry
+    limit = chat.cache.nbytes + BYTES_BESIDE + BYTES_PER_ID * geometry.rows
+    try:
+        size = path.lstat().st_size
+    except OSError as error:
+        raise SnapshotError("there is no snapshot") from error
+    if size > limit:
+        raise SnapshotError(f"{path.name} has {size:,} bytes, more than the stream's {limit:,}")
+    found = snapshot.load(path)
+    about = about_of(found.about)
+    if found.model != conversation.model or about.session != store.header.id:
+        raise SnapshotError(f"{path.name} belongs to another model or conversation")
+    if about.count > store.count or store.head(about.count) != about.head:
+        raise SnapshotError(f"{path.name} holds what was taken back since")
+    chat.tokens.restore(found.state)
+    held = len(about.talk.places)
+    exchanges = store.exchanges(about.count - held + 1)[:held]
+    chat.resume(about.talk, exchanges)
+    return about
+
+
+def set_aside(saved: Saved, reason: str) -> str:
+    """Move a snapshot that cannot be used out of the way; return why."""
+    path = saved.where.snapshot
+    if path.exists():
+        path.replace(path.with_name(f"{path.name}.unusable"))
+    return reason
+
+
+def said_by(chat: ChatSession, exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """Return exchanges in this model's ids: what another model said is read as text."""
+    found: list[Exchange] = []
+    rest = chat.talk().unread.rest
+    for exchange in exchanges:
+        closing, question = chat.turns.following(rest, exchange.question)
+        text = chat.model.tokenizer.decode(exchange.reply_ids) + exchange.rest
+        if exchange.question_ids != tuple(question) or text != exchange.reply:
+            exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
+        exchange = replace(exchange, closing_ids=tuple(closing), question_ids=tuple(question))
+        found.append(exchange)
+        rest = chat.turns.rest_of(exchange)
+    return found

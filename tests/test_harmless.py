@@ -1,0 +1,100 @@
+"""Text of a model on a terminal: only shown, never obeyed, and nothing in it is invisible."""
+
+import sys
+import unicodedata
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_stream.cli.harmless import Harmless, harmless
+
+# Zero-width non-joiner and joiner; Arabic, Syriac and Kaithi signs that have a shape.
+SHAPED = {0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x600, 0x606)}
+KEPT = {0x9, 0xA, 0x200C, 0x200D, *SHAPED}
+
+characters = st.one_of(
+    st.characters(),
+    st.sampled_from("\r\n\t\x1b\x7f\x9b\u202e\u2066\u200b\u2028\U000e0041\ud800 a"),
+)
+
+
+def pieces_of(text, cuts):
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    return [text[start:end] for start, end in pairwise(edges)]
+
+
+@given(st.text(characters, max_size=40), st.lists(st.integers(0, 40), max_size=6))
+def test_pieces_in_any_split_join_to_what_the_whole_is(text, cuts):
+    filter = Harmless()
+    shown = "".join(filter.add(piece) for piece in pieces_of(text, cuts)) + filter.flush()
+    assert shown == harmless(text)
+    assert filter.flush() == ""
+
+
+@given(st.text(characters))
+def test_what_is_shown_has_no_control_character_and_nothing_lost(text):
+    shown = harmless(text)
+    for character in shown:
+        category = unicodedata.category(character)
+        assert category not in ("Cc", "Cf", "Cs", "Zl", "Zp") or ord(character) in KEPT
+    assert harmless(shown) == shown
+    visible = [
+        c for c in text if unicodedata.category(c)[0] in "LNPSZM" and c not in "\u2028\u2029"
+    ]
+    rest = iter(shown)
+    assert all(character in rest for character in visible)
+
+
+def test_of_all_unicode_only_format_and_control_characters_are_escaped():
+    for code in range(sys.maxunicode + 1):
+        category = unicodedata.category(chr(code))
+        escaped = harmless(chr(code)) != chr(code)
+        if category in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+            assert escaped == (code not in KEPT), f"U+{code:04X}"
+        elif escaped:  # unassigned, and reserved to be invisible
+            assert category == "Cn", f"U+{code:04X}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain, with a tab\tand\nlines\n",
+        "Größe, naïve, 日本語, 한국어, हिन्दी, ไทย, עברית, العربية",
+        "می\u200cخواهم",  # noqa: RUF001  (Persian, with a zero-width non-joiner)
+        "👩\u200d👩\u200d👧\u200d👦 ❤\ufe0f 👍🏽 葛\U000e0100",
+        "a \\x1b that was typed",
+    ],
+)
+def test_plain_text_is_unchanged(text):
+    assert harmless(text) == text
+    assert Harmless().add(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("\x1b]52;c;ZXZpbA==\x07", "\\x1b]52;c;ZXZpbA==\\x07"),  # the clipboard
+        ("\x9b2J", "\\x9b2J"),  # one byte that is ESC [
+        ("safe\rrm -rf", "safe\\rrm -rf"),
+        ("a\r\nb\r\r\nc\r", "a\nb\\r\nc\\r"),
+        ("abc\x08\x7f\x00", "abc\\x08\\x7f\\x00"),
+        ("user\u202egnp.exe", "user\\u202egnp.exe"),
+        ("pay\u200bpal", "pay\\u200bpal"),
+        ("hi\U000e0068\U000e0069", "hi\\U000e0068\\U000e0069"),
+    ],
+)
+def test_what_a_terminal_would_obey_or_hide_is_shown(text, shown):
+    assert harmless(text) == shown
+
+
+def test_a_carriage_return_waits_for_what_follows():
+    filter = Harmless()
+    assert filter.add("one\r") == "one"
+    assert filter.add("") == ""
+    assert filter.add("\ntwo\r") == "\ntwo"
+    assert filter.add("three") == "\\rthree"
+    assert filter.add("\r") == ""
+    assert filter.flush() == "\\r"
