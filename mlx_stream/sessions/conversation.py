@@ -192,7 +192,7 @@ class Conversation:
     def header(self) -> Header:
         """Return what describes this conversation, under a new id."""
         return Header.new(
-            model=self.chat.model.name,
+            model=lasting(self.chat.model.name),
             fingerprint=self.model,
             system=self.system,
             window=self.stats.window,
@@ -201,7 +201,7 @@ class Conversation:
         )
 
     def write_snapshot(self) -> None:
-        """Write the stream's state, if it is not what is on disk.
+        """Write the stream's state, if it is not what is on disk; not while a reply is going on.
 
         Raises:
             SnapshotError: it cannot be written.
@@ -282,6 +282,12 @@ class Conversation:
             header = self.saved.store.header
             header = replace(header, system=system, window=self.stats.window)
             self.saved.store.update(header=header)
+
+
+def lasting(source: str) -> str:
+    """Return a model's source so that it means the same in any folder."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
 
 
 def write_export(path: Path, header: Header, exchanges: Sequence[Exchange]) -> None:

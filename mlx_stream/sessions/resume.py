@@ -91,9 +91,10 @@ def open_session(
         conversation = Conversation(chat, mark, Saved(name, where, lock, store))
         now = replace(conversation.header(), id=header.id, created=header.created)
         same = header == replace(now, model=header.model)
+        seeded = chat.sampler.state()
         catch_up(conversation, same, notify, progress)
-        if options.sampling is None or options.sampling.seed is None:
-            chat.sampler.restore(store.progress.sampler)
+        asked = options.sampling is not None and options.sampling.seed is not None
+        chat.sampler.restore(seeded if asked else store.progress.sampler)
         if header != now:
             store.update(header=now)
         return conversation
