@@ -49,6 +49,6 @@ class Terminal:
     def end(self):
         """Wait until the program has ended well."""
         self.program.expect(pexpect.EOF)
-        self.shown += self.program.before
+        self.shown += str(self.program.before)
         self.program.close()
         assert self.program.exitstatus == 0, self.shown

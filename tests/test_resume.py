@@ -64,7 +64,7 @@ def same(first, second):
 def four_bits(folder, tmp_path_factory):
     """Return the folder of the same model in 4 bits, in mlx-lm's layout."""
     path = tmp_path_factory.mktemp("four_bits")
-    settings = {"group_size": 32, "bits": 4}
+    settings: dict[str, Any] = {"group_size": 32, "bits": 4}
     loaded: Any = mx.load(str(folder / "model.safetensors"))
     tensors = {}
     for name, weight in loaded.items():
