@@ -103,7 +103,7 @@ def test_the_weights_are_those_of_the_packed_file_without_loss(starter, folder):
 
 
 def test_a_pinned_fact_is_still_used_when_the_window_has_gone_by(starter):
-    found = compare(starter, facts()[:4], tokens=500, window=192)
+    found = compare(starter, facts()[:4], tokens=300, window=128)
     assert found["pinned"]["evicted_exchanges"] == found["unpinned"]["evicted_exchanges"] > 2
     assert found["unpinned"]["pinned"] == 0 < found["pinned"]["pinned"]
     assert found["likelier"] == 4 and found["gain"] > 2, found
