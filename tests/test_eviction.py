@@ -148,17 +148,8 @@ def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model, sa
     reserve = 30
     options = Options("Brief.", 4 * reserve, sampling=Sampling(1.0, seed=3), max_tokens=reserve)
     talk = open_session("s", model, options) if saved else begin(model, options)
+    number, before = tight_turn(talk, reserve)
     chat, cache = talk.chat, talk.chat.cache
-    for number in itertools.count():
-        pieces = talk.reply(QUESTIONS[number % len(QUESTIONS)])
-        next(pieces)
-        pieces.close()
-        turn = chat.attended.now.held[-1].start
-        before = cache.attended - (cache.length - turn)
-        wrapping = cache.row(cache.length + reserve - 1) < cache.row(turn)
-        # A short reply, and no room for more than the reserve: later ones fill the window.
-        if cache.evicted > 2 * 4 * reserve and wrapping and cache.room < reserve + 5:
-            break
     steps = count_steps(cache)
     expected, lengths, replies = oldest(chat, before), set(), set()
     for _ in range(100):
@@ -172,9 +163,27 @@ def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model, sa
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
         assert_well_formed(chat)
         if talk.saved:
-            assert talk.saved.store.exchanges(number + 1) == [last]
+            assert talk.saved.store.exchanges(number) == [last]
     assert max(lengths) == reserve and len(lengths) > 1 and len(replies) > 50
     talk.close()
+
+
+def tight_turn(talk, reserve):
+    """Have turns until one crosses the ring's end with room for the reserve and little more.
+
+    Its reply is short, so later ones fill the window. Returns how many turns there were, and how
+    many tokens are attended before the last one.
+    """
+    chat, cache = talk.chat, talk.chat.cache
+    for number, question in enumerate(QUESTIONS * 20, 1):
+        pieces = talk.reply(question)
+        next(pieces)
+        pieces.close()
+        turn = chat.attended.now.held[-1].start
+        crosses = cache.row(cache.length + reserve - 1) < cache.row(turn)
+        if cache.evicted > 2 * cache.geometry.window and crosses and cache.room < reserve + 5:
+            return number, cache.attended - (cache.length - turn)
+    raise AssertionError("no turn is as tight")
 
 
 def oldest(chat, count):
