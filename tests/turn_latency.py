@@ -1,6 +1,6 @@
 """Ask questions of 20 tokens late in a conversation and early in another, in turn, and time both.
 
-    python tests/turn_latency.py [--turns 5000] [--rounds 60]
+    python tests/turn_latency.py [--turns 5000] [--rounds 100]
 
 Two saved conversations on a tiny model, both with a full window: one around turn 50, one around
 turn 5,000. Timed are the first token, from the question on, and, apart from it, what comes after
@@ -104,7 +104,7 @@ def compared(timed: dict[str, list[Turn]], what: str) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--turns", type=int, default=5_000)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLX_STREAM_HOME"] = folder
