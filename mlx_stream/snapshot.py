@@ -8,6 +8,7 @@ checksum over all of it. A snapshot is untrusted: nothing in it is used before i
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_stream.checkpoint.folder import check_shard, one_line
-from mlx_stream.checkpoint.write import flush, partial_folder
+from mlx_stream.checkpoint.write import flush, partial_folder, sweep
 from mlx_stream.errors import CheckpointError, SnapshotError
 from mlx_stream.generate import TokenStream
 from mlx_stream.load import Model
@@ -137,6 +138,13 @@ def load(path: Path) -> Snapshot:
     ) as error:
         reason = "is not there" if not os.path.lexists(path) else one_line(error)
         raise SnapshotError(f"{path}: not a saved stream: {reason}") from error
+
+
+def clear(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it."""
+    # It is in nobody's way, so what cannot be removed may stay.
+    with suppress(OSError):
+        sweep(path.parent.absolute(), path.name)
 
 
 def is_one(path: Path) -> bool:

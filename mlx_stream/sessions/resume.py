@@ -79,6 +79,7 @@ def open_session(
     lock = Lock.acquire(where.lock)
     store = None
     try:
+        snapshot.clear(where.snapshot)
         if not where.database.exists():
             chat = new_chat(model, options, notify)
             lock.close()
