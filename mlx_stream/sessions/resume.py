@@ -5,6 +5,7 @@ snapshot that is missing, damaged or another model's is not used: then what was 
 again from the transcript, and that is said.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,7 +19,7 @@ from mlx_stream.session import DEFAULT_MAX_TOKENS, ChatSession
 from mlx_stream.sessions.conversation import Conversation, Saved
 from mlx_stream.sessions.kept import About, about_of
 from mlx_stream.sessions.lock import Lock
-from mlx_stream.sessions.places import paths
+from mlx_stream.sessions.places import is_file, paths
 from mlx_stream.sessions.rows import Header
 from mlx_stream.sessions.store import Store
 
@@ -181,13 +182,11 @@ def restore(conversation: Conversation, saved: Saved) -> About:
     chat, store, path = conversation.chat, saved.store, saved.where.snapshot
     geometry = chat.cache.geometry
     limit = chat.cache.nbytes + BYTES_BESIDE + BYTES_PER_ID * geometry.rows
-    try:
-        size = path.lstat().st_size
-    except OSError as error:
-        raise SnapshotError("there is no snapshot") from error
-    if size > limit:
-        raise SnapshotError(f"{path.name} has {size:,} bytes, more than the stream's {limit:,}")
-    found = snapshot.load(path)
+    if not os.path.lexists(path):
+        raise SnapshotError("there is no snapshot")
+    if not is_file(path):
+        raise SnapshotError(f"{path.name} is a link or no file")
+    found = snapshot.load(path, limit)
     about = about_of(found.about)
     if found.model != conversation.model or about.session != store.header.id:
         raise SnapshotError(f"{path.name} belongs to another model or conversation")
@@ -203,8 +202,11 @@ def restore(conversation: Conversation, saved: Saved) -> About:
 def set_aside(saved: Saved, reason: str) -> str:
     """Move a snapshot that cannot be used out of the way; return why."""
     path = saved.where.snapshot
-    if path.exists():
-        path.replace(path.with_name(f"{path.name}.unusable"))
+    if os.path.lexists(path):
+        try:
+            path.replace(path.with_name(f"{path.name}.unusable"))
+        except OSError as error:
+            return f"{reason}; it cannot be moved away: {error.strerror}"
     return reason
 
 
@@ -215,7 +217,8 @@ def said_by(chat: ChatSession, exchanges: Sequence[Exchange]) -> list[Exchange]:
     for exchange in exchanges:
         closing, question = chat.turns.following(rest, exchange.question)
         text = chat.model.tokenizer.decode(exchange.reply_ids) + exchange.rest
-        if exchange.question_ids != tuple(question) or text != exchange.reply:
+        known = chat.can_say(exchange.reply_ids)
+        if exchange.question_ids != tuple(question) or text != exchange.reply or not known:
             exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
         exchange = replace(exchange, closing_ids=tuple(closing), question_ids=tuple(question))
         found.append(exchange)
