@@ -158,10 +158,10 @@ class ChatSession:
         self._count()
         return last.exchange
 
-    def clear(self) -> None:
-        """Let every exchange leave attention; only the pinned beginning stays."""
+    def clear(self, keep: int = 0) -> None:
+        """Let every exchange but the last `keep` leave attention; the pinned beginning stays."""
         self._settle()
-        while self.attended.now.held:
+        while len(self.attended.now.held) > keep:
             self.attended.evict_oldest()
         self._count()
 

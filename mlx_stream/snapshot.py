@@ -140,10 +140,9 @@ def load(path: Path, most: int | None = None) -> Snapshot:
         if len(state) < len(header["numbers"]) + len(arrays) + len(empty):
             raise ValueError("two values have one name")
         return Snapshot(state, dict(header["about"]), str(header["model"]))
-    except (
-        *(OSError, CheckpointError, RuntimeError, ValueError, MemoryError),
-        *(KeyError, TypeError, AttributeError, RecursionError),
-    ) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SnapshotError(f"{path}: not a saved stream: its header is none of ours") from error
+    except (OSError, CheckpointError, RuntimeError, ValueError, MemoryError) as error:
         reason = "is not there" if not os.path.lexists(path) else one_line(error)
         raise SnapshotError(f"{path}: not a saved stream: {reason}") from error
 

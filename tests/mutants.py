@@ -103,7 +103,7 @@ class Found:
     state: dict[str, Any]
     reply: str
     bytes: int
-    read_again: bool
+    read_again: str
 
 
 @dataclass
@@ -162,11 +162,11 @@ class Judge:
         if peak > self.peak * own / self.whole.bytes + own + 2 * BYTES_BESIDE:
             raise Broken(f"{peak:,} bytes were allocated; a whole one takes {self.peak:,}")
         if believed:
-            return "read again" if found.read_again else "believed"
+            return found.read_again and f"read again: {found.read_again}" or "believed"
         if found.said != self.whole.said:
             raise Broken("an altered transcript was read")
         if found.read_again:
-            return "read again"
+            return f"read again: {found.read_again}"
         for name, value in self.whole.state.items():
             if not np.array_equal(found.state[name], value):
                 raise Broken(f"an altered state was used: {name}")
@@ -192,7 +192,7 @@ class Judge:
             check_attended(conversation, said)
             state = conversation.chat.tokens.state()
             plain = {n: np.array(v) if isinstance(v, mx.array) else v for n, v in state.items()}
-            again = any("again" in notice for notice in notices)
+            again = " ".join(notice for notice in notices if "again" in notice)
             found = Found(said, plain, "", conversation.chat.cache.nbytes, again)
             with suppress(MlxStreamError):
                 found = replace(found, reply=say(conversation, "And now?"))

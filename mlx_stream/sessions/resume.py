@@ -158,7 +158,9 @@ def catch_up(
     if same:
         try:
             about = restore(conversation, saved)
-            first = about.count + 1
+            # What has left since then: there was no room, or it was cleared.
+            chat.clear(keep=max(0, about.count + 1 - first))
+            first = max(first, about.count + 1)
             conversation.snapshot_is(about.head)
             reason = f"they are not in {saved.where.snapshot.name}"
         except (SnapshotError, ValueRefused) as error:
