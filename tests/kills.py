@@ -140,7 +140,7 @@ def talk(folder: Path, name: str, seed: int) -> None:
 
 def pick(luck: random.Random) -> str:
     whats = ("reply", "cut", "retry", "edit", "undo", "clear")
-    return luck.choices(whats, (8, 3, 2, 2, 2, 0.2))[0]
+    return luck.choices(whats, (8, 3, 2, 2, 2, 1))[0]
 
 
 def do(conversation: Conversation, what: str, question: str, luck: random.Random) -> None:
@@ -291,10 +291,12 @@ class Kills:
             assert all(any(reason in line for reason in HARMLESS) for line in again), again
             self.reread += len(again)
             check_attended(conversation, self.said[name])
+            assert conversation.saved
+            store = conversation.saved.store
+            assert len(conversation.chat.exchanges) <= store.count + 1 - store.progress.first
             for _ in conversation.reply("Still there?"):
                 pass
-            assert conversation.saved and conversation.last
-            now = conversation.saved.store.exchanges()
+            now = store.exchanges()
             assert now == [*self.said[name], conversation.last]
             check_attended(conversation, now)
             conversation.close()

@@ -151,28 +151,37 @@ def catch_up(
     saved, chat = conversation.saved, conversation.chat
     assert saved is not None
     store = saved.store
-    count, first = store.count, store.progress.first
+    count, oldest = store.count, store.progress.first
     if count == 0:
         return
+    first = oldest
     reason = "the model, the window or the system prompt has changed"
     if same:
         try:
             about = restore(conversation, saved)
-            # What has left since then: there was no room, or it was cleared.
-            chat.clear(keep=max(0, about.count + 1 - first))
-            first = max(first, about.count + 1)
+            first = about.count + 1
             conversation.snapshot_is(about.head)
             reason = f"they are not in {saved.where.snapshot.name}"
         except (SnapshotError, ValueRefused) as error:
             chat.restart(chat.system, chat.stats.window)
             reason = set_aside(saved, str(error))
-    missing = said_by(chat, store.exchanges(first))
+    exchanges = store.exchanges(first)
+    if oldest >= first and not closes(exchanges[oldest - first :]):
+        chat.clear()
+        exchanges = exchanges[oldest - first :]
+    missing = said_by(chat, exchanges)
     if missing:
         notify(
             f"reading {len(missing):,} exchanges again: {reason}; replies may differ in rounding "
             "from those of a conversation that was never closed"
         )
         chat.replay(missing, progress)
+    chat.clear(keep=count - oldest + 1)
+
+
+def closes(exchanges: Sequence[Exchange]) -> bool:
+    """Say whether the first of them closed one before it; where it did not, that was cleared."""
+    return bool(exchanges and exchanges[0].closing_ids)
 
 
 def restore(conversation: Conversation, saved: Saved) -> About:
