@@ -42,7 +42,7 @@ PHASES = ("start", "opening", "reply", "commit", "snapshot", "between")
 # Seconds a phase takes, roughly: a kill falls at a random moment of as long.
 LASTS = {"opening": 0.012, "reply": 0.1, "commit": 0.003, "snapshot": 0.006}
 WINDOW, LONGEST_REPLY = 150, 24
-WORDS = "the and he said in of a hat, on that Wh€n? to it is <|im_end|> then".split()
+WORDS = ("the", "and he", "said", "in of", "a hat,", "that", "Wh€n?", "<|im_end|>", "then")
 OPTIONS = Options(
     system="You are brief.", window=WINDOW, sampling=Sampling(1.0), max_tokens=LONGEST_REPLY
 )
@@ -314,7 +314,9 @@ def left_over(home: Path, name: str) -> list[str]:
     """Return what is there of a session beside its own files."""
     own = {f"{name}.{end}" for end in ("db", "db-wal", "db-shm", "lock", "safetensors")}
     own.add(f"{name}.safetensors.unusable")
-    found = [path.name for path in home.glob("s*/*") if path.name.lstrip(".").startswith(f"{name}.")]
+    found = [
+        path.name for path in home.glob("s*/*") if path.name.lstrip(".").startswith(f"{name}.")
+    ]
     return [each for each in found if each not in own]
 
 
@@ -329,7 +331,9 @@ def after(said: list[Exchange], told: dict[str, Any]) -> list[list[Exchange]]:
         return [said, said[:-1], *([[*said[:-1], blank]] if what == "edit" else [])]
     if told["did"] in ("undo", "clear"):
         return [said[:-1] if told["did"] == "undo" else said]
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in told["exchange"].items()}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in told["exchange"].items()
+    }
     kept = said[:-1] if told["did"] in ("retry", "edit") else said
     return [[*kept, Exchange(**values)]]
 

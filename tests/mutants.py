@@ -28,7 +28,6 @@ import numpy as np
 from kills import OPTIONS, check_attended, tiny_folder
 from mutations import BELIEVED, DATABASES, SNAPSHOTS
 
-from mlx_stream.backend import resident_bytes
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.exchange import Exchange
 from mlx_stream.load import Model, load
@@ -36,9 +35,10 @@ from mlx_stream.sessions import manage
 from mlx_stream.sessions.conversation import Conversation
 from mlx_stream.sessions.places import paths
 from mlx_stream.sessions.resume import BYTES_BESIDE, Options, open_session
-from mlx_stream.sessions.store import Store
 
 QUESTIONS = ("Hello there.", "And then? Tell me.", "Why äöü €?", "Go on", "x" * 30)
+LONGEST_REPLY = 8
+SHORT = replace(OPTIONS, max_tokens=LONGEST_REPLY)
 DEADLINE = 60
 # Python and the allocator keep some of what was freed.
 RESIDENT = 96 * 2**20
@@ -117,10 +117,10 @@ class Judge:
 
     def __post_init__(self) -> None:
         self.fresh()
-        self.whole, self.peak = self.measured(OPTIONS)
+        self.whole, self.peak = self.measured(SHORT)
         self.fresh()
         paths("x").snapshot.unlink()
-        self.peak = max(self.peak, self.measured(OPTIONS)[1])
+        self.peak = max(self.peak, self.measured(SHORT)[1])
 
     def fresh(self) -> None:
         """Put a whole copy of the session where sessions are."""
@@ -153,7 +153,7 @@ class Judge:
             manage.verify("x")
         try:
             # What was not asked for comes from the file.
-            options = Options(sampling=OPTIONS.sampling, max_tokens=OPTIONS.max_tokens)
+            options = Options(sampling=OPTIONS.sampling, max_tokens=LONGEST_REPLY)
             found, peak = self.measured(options)
         except MlxStreamError as error:
             return f"refused: {line_of(error)}"
@@ -162,7 +162,7 @@ class Judge:
         if peak > self.peak * own / self.whole.bytes + own + 2 * BYTES_BESIDE:
             raise Broken(f"{peak:,} bytes were allocated; a whole one takes {self.peak:,}")
         if believed:
-            return found.read_again and f"read again: {found.read_again}" or "believed"
+            return f"read again: {found.read_again}" if found.read_again else "believed"
         if found.said != self.whole.said:
             raise Broken("an altered transcript was read")
         if found.read_again:
@@ -216,16 +216,23 @@ def line_of(error: MlxStreamError) -> str:
 def serve(place: Path) -> None:
     """Judge the seeds of standard input, one a line."""
     judge = Judge(place, load(place / "model", dtype="float32", keep_quantized=False))
-    start = resident_bytes()
-    (limit, most) = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES, most))
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES, most))
+    start = most_resident()
     for line in sys.stdin:
         told = judge.judge(int(line))
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - start
+        grown = most_resident() - start
         if grown > RESIDENT:
             told.setdefault("broken", f"{grown:,} more bytes are resident")
         print(json.dumps({**told, "grown": grown, "peak": judge.most}), flush=True)
+
+
+def most_resident() -> int:
+    """Return the most bytes this process has had resident."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 # --- all of it ---

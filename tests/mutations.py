@@ -123,9 +123,13 @@ def forge_tensors(path: Path, luck: Random) -> None:
     entry, text = header[name], ""
     what = luck.randrange(9)
     if what == 0:
-        entry["data_offsets"][luck.randrange(2)] = luck.choice((*VALUES, 4, len(body), len(body) + 4))
+        entry["data_offsets"][luck.randrange(2)] = luck.choice(
+            (*VALUES, 4, len(body), len(body) + 4)
+        )
     elif what == 1:
-        entry["shape"] = luck.choice((*VALUES, [2**31 - 1] * 2, [luck.choice(HUGE), 4], [0], [1] * 999))
+        entry["shape"] = luck.choice(
+            (*VALUES, [2**31 - 1] * 2, [luck.choice(HUGE), 4], [0], [1] * 999)
+        )
     elif what == 2:
         entry["dtype"] = luck.choice(("F16", "BF16", "F64", "I32", "U32", "U8", "BOOL", "x", 3))
     elif what == 3:
@@ -150,9 +154,9 @@ def forge_tensors(path: Path, luck: Random) -> None:
 
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, mx.array]], Any]) -> None:
     """Change header and arrays of a snapshot, and compute its checksum again."""
-    arrays, metadata = mx.load(str(path), return_metadata=True)  # type: ignore[misc]
-    arrays = dict(arrays)  # type: ignore[arg-type]
-    header = json.loads(metadata["header"])  # type: ignore[index, call-overload]
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    arrays, metadata = loaded
+    header = json.loads(metadata["header"])
     text = change(header, arrays)
     text = text if isinstance(text, str) else json.dumps(header)
     mx.eval(arrays)
@@ -272,7 +276,9 @@ def forge_header(path: Path, luck: Random) -> None:
         elif what == 2:
             header["about"] = header["about"] | {"places": luck.choice(VALUES)}
         else:
-            deep = luck.choice(("[" * DEPTH, "[" * DEPTH + "]" * DEPTH, '{"a":' * DEPTH, "[" + "[]," * 300_000))
+            deep = luck.choice(
+                ("[" * DEPTH, "[" * DEPTH + "]" * DEPTH, '{"a":' * DEPTH, "[" + "[]," * 300_000)
+            )
             return luck.choice((deep, json.dumps(header)[:-1] + f', "about": {deep}}}'))
         return None
 
@@ -304,7 +310,9 @@ def forge_rows(path: Path, luck: Random) -> None:
             forge_state(state, luck)
         else:
             forge_message(luck.choice(rows[-8:]), luck)
-        head = digest("origin", *(state[[f.name for f in fields(Header)].index(n)] for n in ("id", "created")))
+        head = digest(
+            "origin", *(state[[f.name for f in fields(Header)].index(n)] for n in ("id", "created"))
+        )
         for row in rows:
             row[-1] = head = digest(head, *row[:-1])
         state[-2] = head

@@ -1,4 +1,4 @@
-"""What a killed program and a failing disk leave of a saved conversation: all that was committed."""
+"""What a killed program and a failing disk leave of a conversation: all that was committed."""
 
 import errno
 import json

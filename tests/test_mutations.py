@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -120,8 +121,6 @@ def test_a_reply_of_special_tokens_is_read_as_text(judge: Judge) -> None:
     model = judge.model
     conversation = open_session("x", model, OPTIONS)
     assert conversation.saved and conversation.last
-    from dataclasses import replace
-
     last, store = conversation.last, conversation.saved.store
     store.replace(replace(last, reply_ids=(*last.reply_ids, 1, 2)), store.progress)
     conversation.saved.close()
