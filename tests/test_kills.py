@@ -181,6 +181,37 @@ def test_death_at_any_step_of_a_snapshot(kills: Kills, model: Model, folder: Pat
     assert 5 < kept < len(points)
 
 
+def test_a_full_database(kills: Kills, model: Model) -> None:
+    conversation = begun(model)
+    assert conversation.saved
+    store = conversation.saved.store
+
+    def pages(count: int) -> None:
+        store.connection.execute(f"PRAGMA max_page_count = {count}").close()
+
+    pages(store.connection.execute("PRAGMA page_count").fetchone()[0])
+    with pytest.raises(SessionError, match="full"):
+        while True:
+            say(conversation, "Is there room? " * 6)
+    kept = store.exchanges()
+    for attempt in (
+        lambda: list(conversation.retry()),
+        lambda: conversation.set_system("Be brief. " * 9),
+        conversation.undo,
+    ):
+        with pytest.raises(SessionError, match="full"):
+            attempt()
+        assert store.exchanges() == kept
+        opens(kills, conversation)
+    pages(2**30)
+    say(conversation, "Now?")
+    # What was said and taken back meanwhile is as it would be, had there been room.
+    assert [e.question for e in store.exchanges()] == [*(e.question for e in kept), "Now?"]
+    assert store.header.system == "Be brief. " * 9
+    conversation.close()
+    assert manage.verify("x").endswith(f"exchange {len(kept) + 1}")
+
+
 # --- what is left ---
 
 
