@@ -29,7 +29,7 @@ VERSION = 1
 # Values of each tensor that go into a model's fingerprint.
 SAMPLED = 64
 # A header of more than this is nobody's: the numbers and notes of a stream are a few kilobytes.
-LONGEST_HEADER = 4 * 2**20
+LONGEST_HEADER = 16 * 2**20
 State = dict[str, mx.array | int]
 
 
@@ -110,11 +110,12 @@ def save(path: Path, stream: TokenStream, model: str, about: dict[str, Any]) -> 
         raise SnapshotError(f"{path}: could not be written: {one_line(error)}") from error
 
 
-def load(path: Path, most: int | None = None) -> Snapshot:
+def load(path: Path, most: int | None = None, longest: int = LONGEST_HEADER) -> Snapshot:
     """Read a snapshot; its arrays are evaluated, so the file may be replaced.
 
     Args:
         most: bytes the file may have; by default, what this device's memory holds.
+        longest: bytes that its numbers and notes may have; as Python's values they take more.
 
     Raises:
         SnapshotError: it is missing, damaged, larger, or not a stream's.
@@ -126,7 +127,7 @@ def load(path: Path, most: int | None = None) -> Snapshot:
         arrays, metadata = loaded
         check_opened(path, declared, arrays)
         text = metadata["header"]
-        if len(text) > LONGEST_HEADER:
+        if len(text) > longest:
             raise ValueError("its header is too long")
         header = json.loads(text)
         if (header["format"], header["version"]) != (FORMAT, VERSION):

@@ -191,13 +191,12 @@ def restore(conversation: Conversation, saved: Saved) -> About:
         SnapshotError, ValueRefused: there is none, or it is not this conversation's.
     """
     chat, store, path = conversation.chat, saved.store, saved.where.snapshot
-    geometry = chat.cache.geometry
-    limit = chat.cache.nbytes + BYTES_BESIDE + BYTES_PER_ID * geometry.rows
+    beside = BYTES_BESIDE + BYTES_PER_ID * chat.cache.geometry.rows
     if not os.path.lexists(path):
         raise SnapshotError("there is no snapshot")
     if not is_file(path):
         raise SnapshotError(f"{path.name} is a link or no file")
-    found = snapshot.load(path, limit)
+    found = snapshot.load(path, chat.cache.nbytes + beside, beside)
     about = about_of(found.about)
     if found.model != conversation.model or about.session != store.header.id:
         raise SnapshotError(f"{path.name} belongs to another model or conversation")
