@@ -191,7 +191,8 @@ def test_another_model_reads_the_texts(model, tmp_path):
 
 
 def test_every_turn_is_in_the_transcript_when_it_ends(model):
-    conversation = opened(model)
+    # With a seed: now and then a reply ends before it has begun, and is not interrupted.
+    conversation = opened(model, sampling=Sampling(1.0, top_p=0.95, seed=7))
     store = conversation.saved.store
     said(conversation.reply("One?"))
     pieces = conversation.reply("Two?")
@@ -325,4 +326,28 @@ def test_a_snapshot_is_written_now_and_then(model, monkeypatch):
     time.sleep(0.01)
     said(conversation.reply("Two?"))
     assert paths("s").snapshot.stat().st_mode & 0o777 == 0o600
+    conversation.close()
+
+
+def test_what_was_cleared_stays_out_of_attention(model):
+    """The snapshot is of before, and of the same transcript."""
+    conversation = opened(model)
+    for question in QUESTIONS[:3]:
+        said(conversation.reply(question))
+    conversation.close()
+    conversation = opened(model)
+    conversation.clear()
+    never = conversation.chat.tokens.attended_ids()
+    conversation.close()
+    conversation = opened(model)
+    assert conversation.last is None
+    assert conversation.chat.tokens.attended_ids() == never
+    said(conversation.reply("Four?"))
+    # The snapshot is still that of before, as after a crash.
+    assert conversation.saved.store.progress.first == 4
+    conversation.saved.close()
+    notices = []
+    conversation = opened(model, notices=notices)
+    assert "reading 1 exchanges again" in notices[0]
+    assert [e.question for e in conversation.chat.exchanges] == ["Four?"]
     conversation.close()
