@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_stream import backend, hub
-from mlx_stream.cache import DenseCache, StreamCache
+from mlx_stream.cache import DenseCache, StreamCache, stream_bytes
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
@@ -56,6 +56,7 @@ class Model:
         window: int | None = None,
         spare: int = 0,
         notify: Callable[[str], None] = ignore,
+        kv_bits: int | None = None,
     ) -> StreamCache:
         """Allocate the fixed buffer of one stream.
 
@@ -64,19 +65,22 @@ class Model:
             window: W, default 2,048 or what the trained context leaves if that is less.
             spare: rows beyond the window, for tokens that may be taken back.
             notify: told in one line if the model's sliding window reduces W.
+            kv_bits: 8 or 4 keeps the ring's keys and values quantized, the sinks' not.
 
         Raises:
-            ValueRefused: sinks or window out of range, or together above the trained context.
+            ValueRefused: sinks or window out of range, or together above the trained context;
+                heads that cannot be quantized.
             MemoryRefused: weights and ring exceed the device's budget.
         """
         sinks, window = self.resolve_window(sinks, window, notify)
         config = self.config
-        ring_bytes = (
-            config.num_hidden_layers
-            * self.dtype.size
-            * config.num_key_value_heads
-            * config.head_dim
-            * (2 * (sinks + window + spare) + sinks)
+        ring_bytes = config.num_hidden_layers * stream_bytes(
+            config.num_key_value_heads,
+            config.head_dim,
+            self.dtype,
+            sinks,
+            window + spare,
+            kv_bits,
         )
         if not self.force:
             check_memory(self.weight_bytes, ring_bytes)
@@ -90,6 +94,7 @@ class Model:
             window,
             spare,
             self.dtype,
+            bits=kv_bits,
         )
 
     def new_dense_cache(self) -> DenseCache:

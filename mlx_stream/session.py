@@ -30,7 +30,7 @@ class ChatSession:
         model: from `mlx_stream.load`.
         system: the system prompt. It is always attended, and comes on top of the window: the
             stream has as many sinks as it has tokens, or `sinks` if those are more.
-        window, sinks: see `Model.new_cache`.
+        window, sinks, kv_bits: see `Model.new_cache`.
         sampling: how tokens are chosen.
         max_tokens: of one reply, unless `reply` is told otherwise.
         stop: strings before which a reply ends.
@@ -61,6 +61,7 @@ class ChatSession:
         pin: bool = True,
         on_evict: Callable[[int, int], None] | None = None,
         template: ChatTemplate | None = None,
+        kv_bits: int | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
@@ -74,7 +75,7 @@ class ChatSession:
         self.model, self.template = model, template
         self.max_tokens, self.stop = max_tokens, StopFinder(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
-        self.sinks = DEFAULT_SINKS if sinks is None else sinks
+        self.sinks, self.kv_bits = DEFAULT_SINKS if sinks is None else sinks, kv_bits
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
         self._told, self._eviction_told = notify, False
@@ -364,7 +365,7 @@ class ChatSession:
         turns = Turns(self.model.tokenizer, self.template, system, self.pin)
         pinned = len(turns.pinned)
         sinks = self.model.sinks_for(pinned, self.sinks, window)
-        cache = self.model.new_cache(sinks, window, notify=self._notify)
+        cache = self.model.new_cache(sinks, window, notify=self._notify, kv_bits=self.kv_bits)
         self.turns, self.cache, self.tokens = turns, cache, TokenStream(self.model, cache)
         self.attended = Attended(cache, whole=self.evict == "turn")
         self.stats.sinks, self.stats.window = cache.geometry.sinks, cache.geometry.window

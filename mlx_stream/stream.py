@@ -188,13 +188,14 @@ def stream(
     stats: Stats | None = None,
     notify: Callable[[str], None] = ignore,
     progress: Callable[[int, int], None] | None = None,
+    kv_bits: int | None = None,
 ) -> Iterator[Piece]:
     """Continue a text of any length, piece by piece.
 
     Args:
         prompt: encoded as plain text, with the special tokens the tokenizer adds to one.
         stop: strings before which the text ends.
-        sinks, window: see `Model.new_cache`.
+        sinks, window, kv_bits: see `Model.new_cache`.
         stats: filled in as the stream goes.
         progress: called while the prompt is read with the tokens read and those to read.
 
@@ -210,7 +211,7 @@ def stream(
         stats.notices.append(notice)
         notify(notice)
 
-    cache = model.new_cache(sinks, window, notify=tell)
+    cache = model.new_cache(sinks, window, notify=tell, kv_bits=kv_bits)
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise TextError("the prompt is empty: give at least one character")

@@ -30,6 +30,7 @@ class Shape:
     clock_limit: int = 0
     yarn: bool = False
     dtype: mx.Dtype = mx.float32
+    bits: int | None = None
 
     def rope(self) -> Rope:
         if not self.yarn:
@@ -47,7 +48,7 @@ class Shape:
         return {"head_dim": self.head_dim} | ({"rope_scaling": YARN} if self.yarn else {})
 
     def cache(self) -> StreamCache:
-        return StreamCache(
+        cache = StreamCache(
             self.layers,
             self.kv_heads * self.group,
             self.kv_heads,
@@ -58,7 +59,11 @@ class Shape:
             self.spare,
             self.dtype,
             self.clock_limit,
+            self.bits,
         )
+        if self.bits:  # lower than it chooses itself, so that it is lowered more often
+            cache.clock_limit = max(self.clock_limit, 2 * cache.geometry.rows + 8)
+        return cache
 
     def slow(self) -> list[SlowAttention]:
         inv_freq, magnitude = rope_inv_freq(self.raw())
@@ -89,6 +94,21 @@ shapes = st.builds(
 )
 
 
+quantized_shapes = st.builds(
+    Shape,
+    sinks=st.integers(0, 6),
+    window=st.integers(1, 24),
+    spare=st.integers(0, 8),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([64, 128]),
+    layers=st.just(1),
+    clock_limit=st.sampled_from([0, 0, 150, 2**14]),
+    yarn=st.booleans(),
+    bits=st.sampled_from([4, 8]),
+)
+
+
 class Twins:
     """A cache and the slow reference, fed the same random queries, keys and values."""
 
@@ -111,12 +131,29 @@ class Twins:
             step = self.cache.begin(taken)
             assert step.count == taken <= step.rows
             heads = [self.heads(step.rows) for _ in range(self.shape.layers)]
+            seen = [self.seen(new) for new in heads]
             outs = [step.attend(layer, new) for layer, new in enumerate(heads)]
             self.cache.commit(step)
             mx.eval(outs, self.cache.arrays())
-            for slow, new, out in zip(self.slow, heads, outs, strict=True):
+            for slow, new, out in zip(self.slow, seen, outs, strict=True):
                 self.compare(slow, new, out, taken, compare)
             count -= taken
+
+    def seen(self, heads: mx.array) -> mx.array:
+        """Return queries, keys and values as they are attended to: rounded by the ring's bits."""
+        cache, rope = self.cache, self.cache.rope
+        if self.shape.bits is None:
+            return heads
+        queries, rest = cache.query_heads, cache.query_heads + cache.kv_heads
+        clock, sinks = cache.place.clock, max(0, self.shape.sinks - cache.length)
+        turned = rope.rotate(heads[:, :rest], mx.array([clock], mx.int32))[:, queries:]
+        keys = cache.format.stored(turned, sinks)
+        rows = [
+            rope.rotate_all(keys[:, :, row : row + 1], clock + row, backwards=True)
+            for row in range(heads.shape[2])
+        ]
+        values = cache.format.stored(heads[:, rest:], sinks)
+        return mx.concatenate([heads[:, :queries], mx.concatenate(rows, axis=2), values], axis=1)
 
     def compare(
         self,

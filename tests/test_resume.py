@@ -80,21 +80,31 @@ def four_bits(folder, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "4 bits"])
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Return the folder of a model whose keys can be quantized."""
+    config = tiny_config(head_dim=64)
+    return write_tiny(tmp_path_factory.mktemp("wide"), config, tiny_weights(config))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "4 bits", "8-bit keys"])
 @pytest.mark.parametrize("turns", [1, 3, 40])
 def test_what_follows_is_bit_for_bit_that_of_a_conversation_never_closed(
-    folder, four_bits, kind, turns
+    folder, four_bits, wide, kind, turns
 ):
     """40 turns wrap the ring many times and turn it back several times."""
     if kind == "4 bits":
         model = mlx_stream.load(four_bits, keep_quantized=True)
         assert model.quantized
+    elif kind == "8-bit keys":
+        model = mlx_stream.load(wide, dtype="float32")
     else:
         model = mlx_stream.load(folder, dtype=kind, keep_quantized=False)
     sampling = Sampling(1.0, top_p=0.95, seed=7)
-    never, notices = begin(model, replace(OPTIONS, sampling=sampling)), []
+    kv_bits = 8 if kind == "8-bit keys" else None
+    never, notices = begin(model, replace(OPTIONS, sampling=sampling, kv_bits=kv_bits)), []
     never.chat.cache.clock_limit = 600
-    conversation = opened(model, sampling=sampling)
+    conversation = opened(model, sampling=sampling, kv_bits=kv_bits)
     for turn in range(turns):
         conversation.chat.cache.clock_limit = 600
         question = QUESTIONS[turn % 5]

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_stream.cache.dense import DenseCache
+from mlx_stream.cache.rows import stream_bytes
 from mlx_stream.cache.stream import StreamCache
 
-__all__ = ["Cache", "DenseCache", "Step", "StreamCache"]
+__all__ = ["Cache", "DenseCache", "Step", "StreamCache", "stream_bytes"]
 
 
 class Step(Protocol):

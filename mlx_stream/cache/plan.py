@@ -25,12 +25,17 @@ class Place:
         floor: the lowest token in the ring that may still be attended (S in a young stream).
         clock: rotary position at which the next token will be stored.
         sinks_at: position at which the sinks' rows in the buffers stand; -1 if not known.
+        since: the first token that was stored by this clock...
+        lag: ...and how much lower the clock is than the one before it, by which earlier tokens were
+            stored that are not turned back. Only quantized rows are not: that would cost precision.
     """
 
     length: int
     floor: int
     clock: int
     sinks_at: int = 0
+    since: int = 0
+    lag: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,15 @@ class Geometry:
 
     def rewound(self, place: Place, count: int) -> Place:
         """Return the place once the newest `count` tokens have been taken back."""
-        return replace(place, length=place.length - count, clock=place.clock - count)
+        length = place.length - count
+        since = min(place.since, length)
+        return replace(place, length=length, clock=place.clock - count, since=since)
+
+    def lowered(self, place: Place) -> Place:
+        """Return the place with the clock lowered so that the lowest token stands behind S."""
+        lag = place.clock - place.length + place.floor - self.sinks
+        clock = place.clock - lag
+        return replace(place, clock=clock, sinks_at=-1, since=place.length, lag=lag)
 
     def extent(self, last: int) -> int:
         """Return how many leading rows hold every token up to `last`."""
@@ -140,6 +153,20 @@ class Geometry:
         is_sink = new < min(max(self.sinks - first, 0), rows)
         mask[:, extent:] = (new <= new.T) & (is_sink | (new >= -reach))
         return mask
+
+    def behind(self, place: Place, extent: int, newest: int) -> np.ndarray | None:
+        """Return which rows hold tokens stored by the clock before: (extent,) bool, or None.
+
+        None if no row that `newest` attends to does. What nothing attends to does not matter.
+
+        Args:
+            newest: the last token that is stored.
+        """
+        if place.since <= self.oldest(place, newest):
+            return None
+        behind = np.zeros(extent, bool)
+        behind[self.sinks :] = self._ages(newest, extent) > newest - place.since
+        return behind
 
     def _ages(self, newest: int, extent: int) -> np.ndarray:
         """Return how many tokens before `newest` each ring row was written."""

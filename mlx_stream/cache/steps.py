@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_stream.cache.plan import padded
+from mlx_stream.cache.rows import Rows
 
 if TYPE_CHECKING:
     from mlx_stream.cache.stream import StreamCache
@@ -21,8 +22,8 @@ class DecodeStep:
     cache: "StreamCache"
     count: int = 1
     rows: int = 1
-    keys: list[mx.array] = field(default_factory=list)
-    values: list[mx.array] = field(default_factory=list)
+    keys: list[Rows] = field(default_factory=list)
+    values: list[Rows] = field(default_factory=list)
     new_sinks: list[mx.array] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -65,8 +66,8 @@ class ChunkStep:
 
     def __init__(self, cache: "StreamCache", count: int):
         self.cache, self.count, self.rows = cache, count, padded(count)
-        self.keys: list[mx.array] = []
-        self.values: list[mx.array] = []
+        self.keys: list[Rows] = []
+        self.values: list[Rows] = []
         self.new_sinks: list[mx.array] = []
         geometry, first = cache.geometry, cache.length
         self.moves = geometry.room(cache.place) == 0 and geometry.sinks > 0
@@ -75,6 +76,9 @@ class ChunkStep:
         self.extent = geometry.extent(first - 1) if first else 0
         self.position = mx.array([cache.place.clock], mx.int32)
         self.segments = geometry.segments(first, count)
+        self.into_sinks = min(max(geometry.sinks - first, 0), self.rows)
+        behind = geometry.behind(cache.place, self.extent, first - 1)
+        self.behind = None if behind is None else mx.array(behind)[:, None]
         mask = mx.array(geometry.chunk_mask(cache.place, self.extent, self.rows))
         if self.moves:
             self._prepare_sinks(mask)
@@ -94,20 +98,24 @@ class ChunkStep:
         queries, new_keys = turned[:, : cache.query_heads], turned[:, cache.query_heads :]
         new_values = heads[:, split:]
         self._capture_sinks(heads[:, cache.query_heads : split])
+        seen_keys, seen_values = (
+            cache.format.stored(new, self.into_sinks) for new in (new_keys, new_values)
+        )
         if self.moves:
             out = self._attend_moving(
-                layer, heads[:, : cache.query_heads], queries, new_keys, new_values
+                layer, heads[:, : cache.query_heads], queries, seen_keys, seen_values
             )
         else:
             keys, values = self._buffer(layer, 0)
             out = mx.fast.scaled_dot_product_attention(
                 queries,
-                mx.concatenate([*keys, new_keys], axis=2),
-                mx.concatenate([*values, new_values], axis=2),
+                mx.concatenate([*keys, seen_keys], axis=2),
+                mx.concatenate([*values, seen_values], axis=2),
                 scale=cache.scale,
                 mask=self.mask,
             )
-        self._write(layer, new_keys, new_values)
+        self.keys.append(cache.format.write(cache.keys[layer], new_keys, self.segments))
+        self.values.append(cache.format.write(cache.values[layer], new_values, self.segments))
         return out
 
     def _attend_moving(
@@ -145,19 +153,14 @@ class ChunkStep:
         """Return the buffer's rows from `start` as they were before this step, or nothing."""
         if self.extent <= start:
             return [], []
-        rows = slice(start, self.extent)
-        return [self.cache.keys[layer][:, :, rows]], [self.cache.values[layer][:, :, rows]]
+        cache = self.cache
+        keys = cache.format.read(cache.keys[layer], start, self.extent)
+        if self.behind is not None:
+            turned = cache.rope.rotate_all(keys, cache.place.lag, backwards=True)
+            keys = mx.where(self.behind[start:], turned, keys)
+        return [keys], [cache.format.read(cache.values[layer], start, self.extent)]
 
     def _capture_sinks(self, unrotated: mx.array) -> None:
         read = min(self.count, self.cache.geometry.sinks - self.cache.length)
         if read > 0:
             self.new_sinks.append(unrotated[:, :, :read])
-
-    def _write(self, layer: int, new_keys: mx.array, new_values: mx.array) -> None:
-        # A second handle of the same buffer: the cache's own changes only at commit.
-        keys, values = mx.array(self.cache.keys[layer]), mx.array(self.cache.values[layer])
-        for start, stop, row in self.segments:
-            keys[:, :, row : row + stop - start] = new_keys[:, :, start:stop]
-            values[:, :, row : row + stop - start] = new_values[:, :, start:stop]
-        self.keys.append(keys)
-        self.values.append(values)

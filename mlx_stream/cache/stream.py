@@ -9,11 +9,14 @@ Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. On the clock the
 2, 3, 4, 5, 6: distance 4 to token 0, as rule 2 says (t - o + S - i = 6 - 4 + 2 - 0).
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_stream.cache.packed import PackedStep
 from mlx_stream.cache.plan import STEP_LENGTHS, Geometry, Place, padded
+from mlx_stream.cache.rows import BITS, GROUP_SIZE, Plain, Quantized, Rows
 from mlx_stream.cache.steps import ChunkStep, DecodeStep
 from mlx_stream.errors import ValueRefused
 from mlx_stream.rope import Rope
@@ -33,8 +36,8 @@ class Held:
     """
 
     place: Place
-    keys: list[mx.array]
-    values: list[mx.array]
+    keys: list[Rows]
+    values: list[Rows]
     sinks: mx.array
     back: int = 0
     turned: int = 0
@@ -51,9 +54,10 @@ class StreamCache:
         spare: X >= 0, rows beyond the window: up to X tokens can be taken back without a loss.
         dtype: of keys and values.
         clock_limit: re-anchor before the clock passes it (at least twice the buffer's rows).
+        bits: 8 or 4 keeps the ring's keys and values quantized (the sinks are not).
 
     Raises:
-        ValueRefused: a number out of range.
+        ValueRefused: a number out of range; heads that cannot be quantized.
     """
 
     def __init__(
@@ -68,25 +72,32 @@ class StreamCache:
         spare: int = 0,
         dtype: mx.Dtype = mx.float32,
         clock_limit: int = CLOCK_LIMIT,
+        bits: int | None = None,
     ):
         if sinks < 0 or window < 1 or spare < 0:
             raise ValueRefused(
                 f"a stream needs sinks >= 0, window >= 1 and spare rows >= 0, "
                 f"not {sinks}, {window} and {spare}"
             )
+        if bits is not None:
+            check_quantizable(head_dim, bits)
         self.geometry = Geometry(sinks, window, spare)
         self.layers, self.query_heads, self.kv_heads = layers, query_heads, kv_heads
         self.rope = rope
         self.scale = head_dim**-0.5 * rope.magnitude**2
-        self.clock_limit = max(clock_limit, 2 * self.geometry.rows)
+        rows, ring = self.geometry.rows, self.geometry.ring
+        self.format: Plain | Quantized
+        if bits is None:
+            self.format = Plain(kv_heads, rows, head_dim, dtype)
+        else:
+            self.format = Quantized(kv_heads, sinks, ring, head_dim, dtype, bits)
+        self.clock_limit = max(clock_limit, self.lowest_clock_limit)
         # Freed buffers a little too large would be handed out, and such are never updated in place.
         mx.clear_cache()
-        # Zeros, not garbage: a NaN in a masked row of V would reach the output.
-        shape = (1, kv_heads, self.geometry.rows, head_dim)
         self.held = Held(
             Place(length=0, floor=sinks, clock=0),
-            [mx.zeros(shape, dtype) for _ in range(layers)],
-            [mx.zeros(shape, dtype) for _ in range(layers)],
+            [self.format.empty() for _ in range(layers)],
+            [self.format.empty() for _ in range(layers)],
             mx.zeros((layers, kv_heads, sinks, head_dim), dtype),
         )
         mx.eval(self.arrays())
@@ -96,7 +107,7 @@ class StreamCache:
         return self.held.place
 
     @property
-    def keys(self) -> list[mx.array]:
+    def keys(self) -> list[Rows]:
         return self.held.keys
 
     @property
@@ -104,7 +115,7 @@ class StreamCache:
         return self.held.sinks
 
     @property
-    def values(self) -> list[mx.array]:
+    def values(self) -> list[Rows]:
         return self.held.values
 
     @property
@@ -134,11 +145,18 @@ class StreamCache:
         return self.length if self.evicted == 0 else self.geometry.held(self.place)
 
     @property
+    def lowest_clock_limit(self) -> int:
+        """How far the clock must run at least, so that what it was lowered for has left."""
+        spare = STEP_LENGTHS[-1] if self.format.clocks > 1 else 0
+        return 2 * self.geometry.rows + spare
+
+    @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays())
 
     def arrays(self) -> list[mx.array]:
-        return [*self.keys, *self.values, self.sinks]
+        rows = (self.format.arrays(rows).values() for rows in (*self.keys, *self.values))
+        return [*itertools.chain.from_iterable(rows), self.sinks]
 
     def row(self, token: int) -> int:
         return self.geometry.row(token)
@@ -149,7 +167,8 @@ class StreamCache:
 
     def take(self, waiting: int) -> int:
         geometry, place = self.geometry, self.place
-        limit = self.clock_limit - geometry.rows
+        # With two clocks, what was stored by the one has left before there can be a third.
+        limit = self.clock_limit - self.format.clocks * geometry.rows
         room = geometry.room(place)
         if room == 0 and geometry.sinks:
             row_bytes = 4 * self.query_heads * (geometry.rows + STEP_LENGTHS[-1])
@@ -157,7 +176,7 @@ class StreamCache:
         longest = max(length for length in STEP_LENGTHS if length <= limit)
         return min(waiting, longest, room or waiting)
 
-    def begin(self, count: int) -> DecodeStep | ChunkStep:
+    def begin(self, count: int) -> DecodeStep | PackedStep | ChunkStep:
         """Plan the step for the next `count` tokens, of which there may be `take(count)` at most.
 
         Turns the sinks to where this step needs them, and the ring back if the clock is due.
@@ -167,11 +186,11 @@ class StreamCache:
         self._turn_back()  # if an interrupt left that half done
         if self.place.clock + padded(count) > self.clock_limit:
             self._reanchor()
-        if count == 1:
-            return DecodeStep(self)
-        return ChunkStep(self, count)
+        if count > 1:
+            return ChunkStep(self, count)
+        return DecodeStep(self) if isinstance(self.format, Plain) else PackedStep(self, self.format)
 
-    def commit(self, step: DecodeStep | ChunkStep) -> None:
+    def commit(self, step: DecodeStep | PackedStep | ChunkStep) -> None:
         first, count, sinks = self.length, step.count, self.sinks
         if step.new_sinks:
             read = min(count, self.geometry.sinks - first)
@@ -215,10 +234,14 @@ class StreamCache:
             "floor": self.place.floor,
             "clock": self.place.clock,
             "sinks_at": self.place.sinks_at,
+            "since": self.place.since,
+            "lag": self.place.lag,
             "sinks": self.sinks,
         }
-        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
-            state[f"keys.{layer}"], state[f"values.{layer}"] = keys, values
+        for kind, layers in (("keys", self.keys), ("values", self.values)):
+            for layer, rows in enumerate(layers):
+                for part, array in self.format.arrays(rows).items():
+                    state[f"{kind}.{layer}{part}"] = array
         return state
 
     def restore(self, state: dict[str, mx.array | int]) -> None:
@@ -245,17 +268,22 @@ class StreamCache:
                     )
             elif type(given) is not int:  # nor a truth value
                 raise ValueRefused(f"not a state of this stream: {name!r} must be a whole number")
-        place = Place(*(state[name] for name in ("length", "floor", "clock", "sinks_at")))  # type: ignore[arg-type]
+        place = Place(**{name: state[name] for name in vars(self.place)})  # type: ignore[arg-type]
         self._check(place)
         mx.clear_cache()  # as when the buffers were made
-        held = Held(
-            place,
-            [_copy(state[f"keys.{layer}"]) for layer in range(self.layers)],
-            [_copy(state[f"values.{layer}"]) for layer in range(self.layers)],
-            _copy(state["sinks"]),
+        copied = {name: _copy(state[name]) for name, m in wanted.items() if isinstance(m, mx.array)}
+        mx.eval(copied)
+        self.held = Held(
+            place, self._rows("keys", copied), self._rows("values", copied), copied["sinks"]
         )
-        mx.eval(held.keys, held.values, held.sinks)
-        self.held = held
+
+    def _rows(self, kind: str, arrays: dict[str, mx.array]) -> list[Rows]:
+        """Return each layer's rows from the arrays of a state."""
+        parts = self.format.arrays(self.keys[0])
+        return [
+            self.format.joined({part: arrays[f"{kind}.{layer}{part}"] for part in parts})
+            for layer in range(self.layers)
+        ]
 
     def _check(self, place: Place) -> None:
         """Refuse numbers no stream of this geometry can reach: rows would be read unwritten."""
@@ -269,12 +297,20 @@ class StreamCache:
             and place.clock <= self.clock_limit
             and (place.length > geometry.sinks or place.floor == geometry.sinks)
             and -1 <= place.sinks_at <= self.clock_limit
+            and 0 <= place.since <= place.length
+            and 0 <= place.lag <= (self.clock_limit if isinstance(self.format, Quantized) else 0)
         )
         if not consistent:
             raise ValueRefused(f"not a state of this stream: its numbers do not agree ({place})")
 
     def _reanchor(self) -> None:
-        """Turn the ring back so that its lowest token stands directly behind the sinks."""
+        """Turn the ring back so that its lowest token stands directly behind the sinks.
+
+        Quantized rows stay as they are: queries are turned further for them until they have left.
+        """
+        if isinstance(self.format, Quantized):
+            self._move(self.geometry.lowered(self.place))
+            return
         base = self.place.length - self.place.clock
         back = self.place.floor - self.geometry.sinks - base
         mx.clear_cache()  # as when the buffers were made: theirs are the only sizes to be reused
@@ -300,16 +336,26 @@ class StreamCache:
         if self.geometry.sinks == 0 or position == self.place.sinks_at:
             return
         turned = self.rope.rotate(self.sinks, mx.array([position], mx.int32))
-        rewritten = []
-        for layer, keys in enumerate(self.keys):
-            keys = mx.array(keys)
-            keys[:, :, : self.geometry.sinks] = turned[layer : layer + 1]
-            rewritten.append(keys)
+        segments = [(0, self.geometry.sinks, 0)]
+        rewritten = [
+            self.format.write(keys, turned[layer : layer + 1], segments)
+            for layer, keys in enumerate(self.keys)
+        ]
         place = replace(self.place, sinks_at=position)
         self.held = replace(self.held, place=place, keys=rewritten)
 
     def _move(self, place: Place) -> None:
         self.held = replace(self.held, place=place)
+
+
+def check_quantizable(head_dim: int, bits: int) -> None:
+    if bits not in BITS:
+        raise ValueRefused(f"--kv-bits must be {BITS[0]} or {BITS[1]}, not {bits}")
+    if head_dim % GROUP_SIZE:
+        raise ValueRefused(
+            f"--kv-bits {bits} needs heads of a multiple of {GROUP_SIZE} numbers, and this model's "
+            f"have {head_dim}: leave it out"
+        )
 
 
 def _copy(array: mx.array | int) -> mx.array:

@@ -53,6 +53,7 @@ def chat(
     ] = False,
     window: options.Window = None,
     sinks: options.Sinks = None,
+    kv_bits: options.KvBits = None,
     evict: Annotated[
         str | None,
         typer.Option(
@@ -100,7 +101,9 @@ def chat(
         note(f"loading {source}")
     loaded = load(source, dtype, keep_quantized, force, note)
     screen = Screen(interactive)
-    chosen = resume.Options(system, window, sinks, evict, sampling, max_tokens, tuple(stop or ()))
+    chosen = resume.Options(
+        system, window, sinks, evict, sampling, max_tokens, tuple(stop or ()), kv_bits
+    )
     if session is None:
         conversation = resume.begin(loaded, chosen, screen.note)
     else:

@@ -25,6 +25,7 @@ def generate(
     stop: options.Stop = None,
     window: options.Window = None,
     sinks: options.Sinks = None,
+    kv_bits: options.KvBits = None,
     dtype: options.Dtype = None,
     keep_quantized: options.KeepQuantized = None,
     force: options.Force = False,
@@ -55,6 +56,7 @@ def generate(
             counts,
             note,
             progress,
+            kv_bits,
         ):
             finish = piece.finish
             if json:

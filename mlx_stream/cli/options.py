@@ -42,6 +42,13 @@ Window = Annotated[
         help="Latest tokens attended. Default: 2,048, or what the trained context leaves.",
     ),
 ]
+KvBits = Annotated[
+    int | None,
+    typer.Option(
+        "--kv-bits",
+        help="Keep the window's keys and values in 8 or 4 bits; the first tokens' stay whole.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest text to write, in tokens.")]
 Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the k likeliest tokens; 0 keeps all.")]

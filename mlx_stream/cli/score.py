@@ -17,6 +17,7 @@ def score(
     ],
     window: options.Window = None,
     sinks: options.Sinks = None,
+    kv_bits: options.KvBits = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Attend to everything instead, in growing memory.")
     ] = False,
@@ -47,12 +48,15 @@ def score(
         fail(f"{path}: is a folder: after the model, give the text file to score")
     if max_tokens is not None and max_tokens < 2:
         fail(f"--max-tokens must be at least 2, not {max_tokens}")
-    if dense and (window is not None or sinks is not None):
-        fail("--dense attends to everything: leave out --window and --sinks")
+    if dense and (window, sinks, kv_bits) != (None, None, None):
+        fail("--dense attends to everything: leave out --window, --sinks and --kv-bits")
     text = read_text(path)
     loaded = load(model, dtype, keep_quantized, force, note)
     ids = loaded.tokenizer.encode(text)[:max_tokens]
-    cache = loaded.new_dense_cache() if dense else loaded.new_cache(sinks, window, notify=note)
+    if dense:
+        cache = loaded.new_dense_cache()
+    else:
+        cache = loaded.new_cache(sinks, window, notify=note, kv_bits=kv_bits)
     with progress_bar("scoring") as progress:
         result = score_ids(TokenStream(loaded, cache), ids, chunk, progress)
     if json:

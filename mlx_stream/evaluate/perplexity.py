@@ -31,7 +31,7 @@ from mlx_stream.load import Model
 
 # What may be set for each cache, and for all of them: how far it reads.
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "stream": ("chunk",),
+    "stream": ("chunk", "kv", "clock"),
     "fresh": ("chunk",),
     "window": ("chunk",),
     "dense": ("chunk",),
@@ -188,7 +188,11 @@ def open_reader(setting: Setting, spec: Spec, ids: Sequence[int]) -> Reader:
     model, sinks, window = setting.model, setting.sinks, setting.window
     match spec.name:
         case "stream":
-            return StreamReader(model, ids, model.new_cache(sinks, window), spec["chunk"])
+            cache = model.new_cache(sinks, window, kv_bits=spec.settings.get("kv"))
+            # Lower than it chooses itself: then it is lowered, and rows are turned, more often.
+            limit = spec.settings.get("clock", cache.clock_limit)
+            cache.clock_limit = max(limit, cache.lowest_clock_limit)
+            return StreamReader(model, ids, cache, spec["chunk"])
         case "window":
             cache = model.new_cache(0, setting.capacity)
             return StreamReader(model, ids, cache, spec["chunk"])

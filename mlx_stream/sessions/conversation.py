@@ -200,6 +200,7 @@ class Conversation:
             window=self.stats.window,
             sinks=self.chat.sinks,
             evict=self.chat.evict,
+            kv_bits=self.chat.kv_bits,
         )
 
     def write_snapshot(self) -> None:

@@ -29,6 +29,7 @@ MIGRATIONS = (
             window INTEGER NOT NULL,
             sinks INTEGER NOT NULL,
             evict TEXT NOT NULL,
+            kv_bits INTEGER,
             first INTEGER NOT NULL,
             sampler TEXT NOT NULL,
             turns INTEGER NOT NULL,

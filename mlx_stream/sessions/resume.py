@@ -39,6 +39,7 @@ class Options:
     sampling: Sampling | None = None
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop: Sequence[str] = ()
+    kv_bits: int | None = None
 
 
 def header_of(name: str) -> Header | None:
@@ -128,6 +129,7 @@ def new_chat(
         notify,
         options.evict or "turn",
         template=template,
+        kv_bits=options.kv_bits,
     )
 
 
@@ -139,6 +141,7 @@ def merged(options: Options, header: Header) -> Options:
         window=header.window if options.window is None else options.window,
         sinks=header.sinks if options.sinks is None else options.sinks,
         evict=header.evict if options.evict is None else options.evict,
+        kv_bits=header.kv_bits if options.kv_bits is None else options.kv_bits,
     )
 
 

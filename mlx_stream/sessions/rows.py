@@ -27,6 +27,7 @@ class Header:
         model: as the user named it.
         fingerprint: of the model.
         evict: `turn` or `token`.
+        kv_bits: of the ring's keys and values; None if they are not quantized.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Header:
     window: int
     sinks: int
     evict: str
+    kv_bits: int | None = None
 
     @classmethod
     def new(cls, **fields: Any) -> Self:
@@ -45,7 +47,7 @@ class Header:
 
     def check(self) -> None:
         check_types(str, self.id, self.created, self.model, self.fingerprint, self.system or "")
-        check_types(int, self.window, self.sinks)
+        check_types(int, self.window, self.sinks, self.kv_bits or 0)
         if not ID.fullmatch(self.id) or not is_time(self.created):
             raise ValueError(f"id {self.id[:40]!r}, created {self.created[:40]!r}")
         if self.window < 1 or self.sinks < 0 or self.evict not in EVICTS:
