@@ -12,6 +12,11 @@ from dataclasses import dataclass
 FINISHES = ("end", "stop", "length", "interrupted")
 
 
+def counted(exchanges: int) -> str:
+    """Return how many exchanges there are, in words."""
+    return f"{exchanges:,} {'exchange' if exchanges == 1 else 'exchanges'}"
+
+
 @dataclass(frozen=True)
 class Exchange:
     """One question and its reply.

@@ -138,7 +138,7 @@ class Model:
         Raises:
             ValueRefused: as `new_cache`; or they are more than the window.
         """
-        sinks, _ = self.resolve_window(sinks, window)  # what was asked for is in range
+        sinks, _ = self.resolve_window(sinks, None)
         trained = self.config.max_position_embeddings
         if pinned >= trained:
             raise ValueRefused(

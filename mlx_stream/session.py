@@ -187,7 +187,8 @@ class ChatSession:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Read exchanges of before, in chunks, as if they were said now; same evictions."""
-        step = counted(progress, sum(len(e.question_ids + e.reply_ids) for e in exchanges))
+        texts = (e.closing_ids + e.question_ids + e.reply_ids for e in exchanges)
+        step = counted(progress, len(self.turns.pinned) + sum(map(len, texts)))
         for exchange in exchanges:
             now = self._settle()
             self.attended.make_room(len(now.unread.ids) + self._reserve(exchange, self.max_tokens))
@@ -252,14 +253,8 @@ class ChatSession:
         # A question that is asked again: its last token's output is what the reply begins from.
         self.tokens.rewind(max(0, self.tokens.length - turn.base - len(turn.read) + 1))
         prompt = turn.read[self.tokens.length - turn.base :]
-        ids = generate(
-            self.tokens,
-            prompt,
-            self.sampler,
-            limit,
-            self._end_ids,
-            counted(progress, len(prompt)),
-        )
+        step = counted(progress, len(prompt))
+        ids = generate(self.tokens, prompt, self.sampler, limit, self._end_ids, step)
         try:
             for piece in paced(
                 self._roomy(ids), reply, len(prompt), limit, self.stats, self.tokens
@@ -290,8 +285,8 @@ class ChatSession:
         exchange = Exchange(question, "", tuple(closing), tuple(ids), ())
         if len(ids) > self.cache.geometry.window:
             self._notify(
-                f"this turn of {len(ids)} tokens is longer than the window of "
-                f"{self.cache.geometry.window}: it is read in full, and only its end is attended"
+                f"this turn of {len(ids):,} tokens is longer than the window of "
+                f"{self.cache.geometry.window:,}: it is read in full, and only its end is attended"
             )
         self.attended.make_room(len(now.unread.ids) + self._reserve(exchange, limit))
         return self.attended.now.held, self._turn(exchange)
@@ -327,7 +322,9 @@ class ChatSession:
     def _held_or_refuse(self, what: str) -> tuple[Held, ...]:
         held = self._settle().held
         if not held:
-            raise ValueRefused(f"no exchange is attended that could be {what}")
+            gone = self.stats.evicted_exchanges
+            said = "all that was said has left attention:" if gone else "nothing was said yet:"
+            raise ValueRefused(f"{said} there is nothing that could be {what}")
         return held
 
     def _settle(self) -> Between:

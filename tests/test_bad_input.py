@@ -113,7 +113,7 @@ def test_options_out_of_range(whole: Path, options: list[object], expected: str)
         (["--max-tokens", 1], "--max-tokens must be at least 2, not 1"),
         (
             ["--dense", "--sinks", 2],
-            "--dense attends to everything: leave out --window and --sinks",
+            "--dense attends to everything: leave out --window, --sinks and --kv-bits",
         ),
     ],
 )

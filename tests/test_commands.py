@@ -161,7 +161,10 @@ def test_what_is_not_there_is_said():
     conversation = Recorder(system=None)
     conversation.last = None
     assert say("/system", conversation).text == "there is no system prompt"
-    assert say("/edit", conversation).text == "there is no question to edit"
+    assert (
+        say("/edit", conversation).text
+        == "nothing was said yet: there is nothing that could be edited"
+    )
     assert say("/sessions").text.startswith("no session is saved")
 
 

@@ -154,7 +154,7 @@ def test_every_name_that_can_be_parsed_can_be_read(setting: Setting) -> None:
     ("text", "said"),
     [
         ("streem", "--cache must be one of stream, fresh, window, dense, recompute, mlx-lm, "),
-        ("stream,stride=2", "--cache stream takes tokens, chunk, not 'stride'"),
+        ("stream,stride=2", "--cache stream takes tokens, chunk, kv, clock, not 'stride'"),
         ("recompute,stride", "stride must be a whole number, not ''"),
         ("recompute,stride=-1", "stride must be a whole number, not '-1'"),
         ("recompute,stride=²", "stride must be a whole number, not '²'"),

@@ -248,7 +248,7 @@ def test_nobody_opens_a_turn_by_typing_one(model):
 def test_bad_edits_and_empty_questions_change_nothing(model):
     chat = session(model, system="Brief.")
     for act in (chat.undo, chat.retry, lambda: chat.edit("And?")):
-        with pytest.raises(ValueRefused, match="no exchange is attended"):
+        with pytest.raises(ValueRefused, match="nothing was said yet"):
             act()
     list(chat.reply("One?"))
     before = chat.exchanges

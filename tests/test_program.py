@@ -217,7 +217,8 @@ class Terminal:
 def test_a_terminal_prompts_answers_and_ends_with_control_d(letters: Path) -> None:
     with Terminal("chat", letters, *GREEDY, "--max-tokens", 12) as terminal:
         assert terminal.sees(rb"> ").endswith(
-            b"latest 508 tokens; Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands\r\n> "
+            b"latest 508 tokens\r\n"
+            b"mlx_stream: Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands\r\n> "
         )
         terminal.type(b"Hello\n")
         assert re.search(rb"\r\n[a-z]{12}\r\n> $", terminal.sees(rb"\r\n> "))

@@ -75,7 +75,7 @@ def test_another_process_is_told_who_has_it_open(tmp_path: Path) -> None:
         process.kill()
     time_of_day = re.fullmatch(
         rf"session 'my.talk' is open in process {process.pid} since (\d\d:\d\d): "
-        "leave it there first, or use another name",
+        "close it there first, or use another name",
         line,
     )
     minutes = [time.strftime("%H:%M", time.localtime(time.time() - s)) for s in (0, 60)]

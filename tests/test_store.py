@@ -73,6 +73,16 @@ def test_what_goes_in_comes_out(store: Store) -> None:
     store.verify()
 
 
+def test_what_comes_before_a_damage_can_still_be_shown(path: Path) -> None:
+    connection = sqlite3.connect(kept(path, ODD))
+    connection.execute("UPDATE messages SET text = 'No.' WHERE number = 6")
+    connection.commit()
+    connection.close()
+    with Store.open(path) as store:
+        exchanges, damage = store.whole()
+    assert exchanges == ODD[:2] and "exchange 3 was altered" in damage
+
+
 def test_a_header_says_when_and_which(path: Path) -> None:
     other = Header.new(model="m", fingerprint="", system=None, window=1, sinks=0, evict="token")
     assert other.id != HEADER.id and len(other.created) == len("2026-05-09T17:03:00Z")

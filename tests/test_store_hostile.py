@@ -184,7 +184,7 @@ def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
 
         lines = unharmed_by(store, fill, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before))
-    assert all("the disk cannot be read or written" in line for line in lines)
+    assert all("the disk is full, or cannot be read or written" in line for line in lines)
 
 
 def test_a_file_that_may_not_be_written(tmp_path: Path) -> None:
@@ -294,8 +294,8 @@ FORGED = {
     "turns and rows": "UPDATE session SET turns = 3; DELETE FROM messages WHERE number > 6",
     "no header": "DELETE FROM session",
     "two headers": "PRAGMA ignore_check_constraints = ON; INSERT INTO session SELECT 2, id,"
-    " created, model, fingerprint, system, window, sinks, evict, first, sampler, turns, head,"
-    " checksum FROM session",
+    " created, model, fingerprint, system, window, sinks, evict, kv_bits, first, sampler, turns,"
+    " head, checksum FROM session",
     "view": "CREATE VIEW more AS SELECT * FROM messages",
     "a view instead": "ALTER TABLE messages RENAME TO old;"
     " CREATE VIEW messages AS SELECT * FROM old",

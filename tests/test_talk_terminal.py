@@ -97,7 +97,7 @@ def test_control_c_ends_a_reply_which_is_saved_and_the_next_evening_goes_on(lett
 
     again = Chat("--continue", "--max-tokens", 24, "--temp", 0)  # the model, too, is remembered
     shown = again.next()
-    assert "goes on with cut: 2 exchanges are attended" in shown and "again" not in shown
+    assert "goes on with cut: 2 exchanges attended" in shown and "again" not in shown
     assert re.search(r"\n[a-z]{24}\n", again.say("/retry"))
     again.leave()
     assert replies("cut")[0] == said[0] and replies("cut")[1][2] == "length"

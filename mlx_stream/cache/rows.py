@@ -47,8 +47,12 @@ class Format(Protocol):
         """Return a layer's rows, all zero: a NaN in a masked row of V would reach the output."""
         ...
 
-    def read(self, rows: Rows, start: int, stop: int) -> mx.array:
-        """Return some rows as they are attended to: (1, K, stop - start, D)."""
+    def read(self, rows: Rows, start: int, stop: int, after: mx.array) -> mx.array:
+        """Return some rows as they are attended to: (1, K, stop - start, D).
+
+        What must be unpacked is when `after` is there: nothing else orders the layers of a step,
+        and those of many would be unpacked at once.
+        """
         ...
 
     def stored(self, new: mx.array, sinks: int) -> mx.array:
@@ -82,7 +86,7 @@ class Plain:
     def empty(self) -> mx.array:
         return mx.zeros((1, self.kv_heads, self.count, self.head_dim), self.dtype)
 
-    def read(self, rows: mx.array, start: int, stop: int) -> mx.array:
+    def read(self, rows: mx.array, start: int, stop: int, after: mx.array) -> mx.array:
         return rows if stop - start == self.count else rows[:, :, start:stop]
 
     def stored(self, new: mx.array, sinks: int) -> mx.array:
@@ -127,7 +131,7 @@ class Quantized:
             mx.zeros(groups, self.scale_dtype),
         )
 
-    def read(self, rows: Packed, start: int, stop: int) -> mx.array:
+    def read(self, rows: Packed, start: int, stop: int, after: mx.array) -> mx.array:
         parts = []
         if start < self.sinks:
             parts.append(rows.sinks[:, :, start : min(stop, self.sinks)])
@@ -136,6 +140,7 @@ class Quantized:
             quants, scales, biases = (
                 part[:, :, window] for part in (rows.quants, rows.scales, rows.biases)
             )
+            (quants,) = mx.depends([quants], [after])
             parts.append(self._unpack(quants, scales, biases))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 

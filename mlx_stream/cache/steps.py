@@ -106,7 +106,7 @@ class ChunkStep:
                 layer, heads[:, : cache.query_heads], queries, seen_keys, seen_values
             )
         else:
-            keys, values = self._buffer(layer, 0)
+            keys, values = self._buffer(layer, 0, heads)
             out = mx.fast.scaled_dot_product_attention(
                 queries,
                 mx.concatenate([*keys, seen_keys], axis=2),
@@ -128,8 +128,8 @@ class ChunkStep:
     ) -> mx.array:
         cache, sinks = self.cache, self.cache.geometry.sinks
         sink_keys = self.sink_keys[layer : layer + 1]
-        ring_keys, _ = self._buffer(layer, sinks)
-        _, values = self._buffer(layer, 0)
+        ring_keys, _ = self._buffer(layer, sinks, plain)
+        _, values = self._buffer(layer, 0, plain)
         # Scores in the mask are float32 whatever the model's dtype: half precision would round
         # the sinks' scores, the largest there are, far more than those of the ring.
         far = cache.rope.rotate_all(plain, self.far).astype(mx.float32)
@@ -149,16 +149,18 @@ class ChunkStep:
         )
         return out.astype(plain.dtype)
 
-    def _buffer(self, layer: int, start: int) -> tuple[list[mx.array], list[mx.array]]:
+    def _buffer(
+        self, layer: int, start: int, new: mx.array
+    ) -> tuple[list[mx.array], list[mx.array]]:
         """Return the buffer's rows from `start` as they were before this step, or nothing."""
         if self.extent <= start:
             return [], []
         cache = self.cache
-        keys = cache.format.read(cache.keys[layer], start, self.extent)
+        keys = cache.format.read(cache.keys[layer], start, self.extent, new)
         if self.behind is not None:
             turned = cache.rope.rotate_all(keys, cache.place.lag, backwards=True)
             keys = mx.where(self.behind[start:], turned, keys)
-        return [keys], [cache.format.read(cache.values[layer], start, self.extent)]
+        return [keys], [cache.format.read(cache.values[layer], start, self.extent, new)]
 
     def _capture_sinks(self, unrotated: mx.array) -> None:
         read = min(self.count, self.cache.geometry.sinks - self.cache.length)

@@ -12,6 +12,7 @@ from mlx_stream.cli import options
 from mlx_stream.cli.harmless import Harmless
 from mlx_stream.cli.terminal import decode, guarded, note, seldom
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused
+from mlx_stream.exchange import counted
 
 if TYPE_CHECKING:
     from mlx_stream.sessions.conversation import Conversation
@@ -133,13 +134,12 @@ def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
         return ""
 
     now = conversation.stats
-    note(
-        f"attends to the first {now.sinks:,} and the latest {now.window:,} tokens; Ctrl-C ends a "
-        "reply, Ctrl-D leaves, /help lists commands"
-    )
+    begin = "the system prompt" if now.pinned else f"the first {now.sinks:,}"
+    note(f"attends to {begin} and the latest {now.window:,} tokens")
+    note("Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands")
     if conversation.last:
-        count = len(conversation.chat.exchanges)
-        note(f"goes on with {conversation.name}: {count:,} exchanges are attended")
+        held = counted(len(conversation.chat.exchanges))
+        note(f"goes on with {conversation.name}: {held} attended")
     history = places.data_folder().parent / "history"
     prompt = Prompt(history, status, commands.completions(), note, idle)
     line = ""
@@ -197,10 +197,13 @@ class Screen:
         from mlx_stream.cli.prompt import keys_wait
 
         with keys_wait() if self.interactive else nullcontext(), interrupts_asked() as stopped:
+            told = seldom("reading")
 
-            def check(*_: int) -> None:
+            def check(*read: int) -> None:
                 if stopped():
                     raise Stopped
+                if read:
+                    told(*read)
 
             self._check = check
             yield check
@@ -213,7 +216,8 @@ class Screen:
             for piece in pieces:
                 self.write(shown.add(piece.text) if shown else piece.text)
                 self._check()
-            self.write(shown.flush() if shown else "")
+            if shown and (rest := shown.flush()):
+                self.write(rest)
         except Stopped:
             self.note("stopped")
         finally:

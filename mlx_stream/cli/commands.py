@@ -200,7 +200,7 @@ def edit(given: Given) -> Outcome:
         return Outcome(pieces=given.conversation.edit(given.argument, progress=given.progress))
     last = given.conversation.last
     if last is None:
-        raise ValueRefused("there is no question to edit")
+        raise ValueRefused("nothing was said yet: there is nothing that could be edited")
     # The line says itself that it replaces a question: dropped, it has changed nothing.
     return Outcome(prefill=f"/edit {last.question}")
 

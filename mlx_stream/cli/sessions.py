@@ -10,6 +10,7 @@ from mlx_stream.cli import options
 from mlx_stream.cli.harmless import harmless
 from mlx_stream.cli.report import print_json, print_table
 from mlx_stream.cli.terminal import guarded, note
+from mlx_stream.exchange import counted
 
 app = typer.Typer(
     name="sessions",
@@ -51,7 +52,7 @@ def list_sessions(as_json: options.AsJson = False) -> None:
                 f"{one.attended:,}",
                 f"{one.bytes / 1e6:.1f} MB",
                 one.used,
-                harmless(one.header.model) if one.header else "damaged: see verify",
+                harmless(one.header.model) if one.header else "cannot be opened: see verify",
             ]
             for one in found
         ]
@@ -63,13 +64,17 @@ def list_sessions(as_json: options.AsJson = False) -> None:
 @app.command()
 @guarded
 def show(name: Name) -> None:
-    """Print a conversation as Markdown."""
+    """Print a conversation as Markdown; of a damaged one, what comes before the damage."""
+    from mlx_stream.cli.terminal import fail
     from mlx_stream.sessions.export import markdown
     from mlx_stream.sessions.manage import reading
 
     with reading(name) as store:
-        text = markdown(store.header, store.exchanges())
+        exchanges, damage = store.whole()
+        text = markdown(store.header, exchanges)
     sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+    if damage:
+        fail(f"{counted(len(exchanges))} shown, not all; {damage}")
 
 
 @app.command()
@@ -79,19 +84,22 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .md or .json file.")],
 ) -> None:
     """Write a conversation to a Markdown or JSON file."""
+    from mlx_stream.cli.terminal import fail
     from mlx_stream.sessions.conversation import write_export
     from mlx_stream.sessions.manage import reading
 
     with reading(name) as store:
-        exchanges = store.exchanges()
+        exchanges, damage = store.whole()
         write_export(file, store.header, exchanges)
-    note(f"{len(exchanges):,} exchanges written to {file}")
+    if damage:
+        fail(f"{counted(len(exchanges))} written to {file}, not all; {damage}")
+    note(f"{counted(len(exchanges))} written to {file}")
 
 
 @app.command()
 @guarded
 def rm(name: Name) -> None:
-    """Remove a conversation for good: what was said, and the stream's state."""
+    """Remove a conversation for good, text and state."""
     from mlx_stream.sessions.manage import remove
 
     remove(name)
@@ -118,4 +126,4 @@ def verify(
             damaged += 1
             note(" ".join(str(error).split()))
     if damaged:
-        fail("what is damaged is not used; sessions show and export read what can be read")
+        fail("sessions show and export give what comes before a damage, sessions rm removes all")

@@ -119,7 +119,7 @@ def seldom(label: str) -> Callable[[int, int], None]:
         nonlocal told
         if time.monotonic() - told > SECONDS_PER_LINE:
             told = time.monotonic()
-            left = (told - begun) * (total / max(done, 1) - 1)
+            left = max(0.0, (told - begun) * (total / max(done, 1) - 1))
             note(f"{label}: {done:,} of {total:,}, {left / 60:.0f} minutes left")
 
     return update

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_stream import snapshot
-from mlx_stream.errors import SessionError, ValueRefused
-from mlx_stream.exchange import Exchange
+from mlx_stream.errors import SessionError, SnapshotError, ValueRefused
+from mlx_stream.exchange import Exchange, counted
 from mlx_stream.session import ChatSession
 from mlx_stream.sessions.export import as_json, markdown
 from mlx_stream.sessions.kept import About
@@ -189,7 +189,7 @@ class Conversation:
         store = self.saved.store if self.saved else None
         exchanges = store.exchanges() if store else self.chat.exchanges
         write_export(path, store.header if store else self.header(), exchanges)
-        return f"{len(exchanges):,} exchanges written to {path}"
+        return f"{counted(len(exchanges))} written to {path}"
 
     def header(self) -> Header:
         """Return what describes this conversation, under a new id."""
@@ -218,7 +218,13 @@ class Conversation:
             return
         about = About(store.header.id, count, head, self.chat.talk())
         private(path.parent)
-        snapshot.save(path, self.chat.tokens, self.model, about.plain())
+        try:
+            snapshot.save(path, self.chat.tokens, self.model, about.plain())
+        except SnapshotError as error:
+            raise SnapshotError(
+                "all that was said is saved, but not the stream's state, so that the next chat "
+                f"reads what is attended again: make room, or set MLX_STREAM_HOME ({error})"
+            ) from error
         self._snapshot_at, self._snapshot_of = time.monotonic(), head
 
     def snapshot_is(self, head: str) -> None:
@@ -312,4 +318,6 @@ def write_export(path: Path, header: Header, exchanges: Sequence[Exchange]) -> N
             out.write(text)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, FileExistsError):
+            reason = "there is a file of that name: give another"
         raise SessionError(f"{path}: cannot be written: {reason}") from error

@@ -78,7 +78,8 @@ ADVICE = {
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check the permissions of {path} and its folder",
     sqlite3.SQLITE_BUSY: "another program is using it: close it there, then try again",
     sqlite3.SQLITE_LOCKED: "another program is using it: close it there, then try again",
-    sqlite3.SQLITE_IOERR: "the disk cannot be read or written ({error}): check it, then try again",
+    sqlite3.SQLITE_IOERR: "the disk is full, or cannot be read or written ({error}): make room, "
+    "or check it, then try again",
     sqlite3.SQLITE_TOOBIG: "too long to be stored",
 }
 DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_INTERRUPT)
@@ -231,7 +232,7 @@ def explain(error: Exception, path: Path) -> str:
     # Text that is not UTF-8 comes without a code.
     undecodable = isinstance(error, sqlite3.OperationalError) and code is None
     if isinstance(error, Damage) or kind in DAMAGES or undecodable:
-        return f"damaged: {text}; put a copy in place of {path}, or use another name"
+        return f"damaged: {text}; put a backup in place of {path}, or use another name"
     if kind in ADVICE:
         return ADVICE[kind].format(path=path, error=text)
     if isinstance(error, OSError):

@@ -83,7 +83,7 @@ def take(file: int, path: Path) -> None:
     except BlockingIOError as error:
         raise SessionError(
             f"session {path.stem!r} is open in {holder(file)}:"
-            " leave it there first, or use another name"
+            " close it there first, or use another name"
         ) from error
 
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mlx_stream.errors import SessionError, SnapshotError
+from mlx_stream.exchange import counted
 from mlx_stream.sessions.database import files, unfinished
 from mlx_stream.sessions.kept import about_of
 from mlx_stream.sessions.lock import Lock
@@ -18,7 +19,7 @@ from mlx_stream.sessions.store import Store
 
 @dataclass(frozen=True)
 class Listed:
-    """A saved conversation in a list; a damaged one has a reason and no header."""
+    """A saved conversation in a list; one that cannot be opened has a reason and no header."""
 
     name: str
     exchanges: int
@@ -105,7 +106,7 @@ def verify(name: str) -> str:
     where = paths(name)
     with Store.open(where.database) as store:
         store.verify()
-        said = f"{store.count:,} exchanges"
+        said = counted(store.count)
         if not where.snapshot.exists():
             return f"{said}; no snapshot"
         try:

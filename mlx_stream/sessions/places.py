@@ -57,8 +57,11 @@ def private(folder: Path) -> Path:
         if folder in (data_folder(), cache_folder()) and folder.stat().st_mode & 0o077:
             folder.chmod(0o700)
     except OSError as error:
+        reason = error.strerror
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "there is a file in its place"
         raise SessionError(
-            f"{folder}: cannot be made a folder of sessions: {error.strerror};"
+            f"{folder}: cannot be made a folder of sessions: {reason};"
             " set MLX_STREAM_HOME to another folder"
         ) from error
     return folder
@@ -106,7 +109,8 @@ def names() -> list[str]:
         return []
     except OSError as error:
         raise SessionError(
-            f"{folder}: cannot be read: {error.strerror}; check its permissions"
+            f"{folder}: cannot be read: {error.strerror}; check it, or set MLX_STREAM_HOME to "
+            "another folder"
         ) from error
     return sorted(path.stem for path in found if NAME.fullmatch(path.stem) and is_file(path))
 

@@ -12,7 +12,7 @@ from datetime import datetime
 
 from mlx_stream import snapshot
 from mlx_stream.errors import SnapshotError, ValueRefused
-from mlx_stream.exchange import Exchange
+from mlx_stream.exchange import Exchange, counted
 from mlx_stream.generate import Sampling
 from mlx_stream.load import Model, ignore
 from mlx_stream.session import DEFAULT_MAX_TOKENS, ChatSession
@@ -23,6 +23,15 @@ from mlx_stream.sessions.places import is_file, paths
 from mlx_stream.sessions.rows import Header
 from mlx_stream.sessions.store import Store
 
+# What a stream depends on, of a header, as its user knows it.
+WORDS = {
+    "fingerprint": "the model, or how it is loaded,",
+    "system": "the system prompt",
+    "window": "the window",
+    "sinks": "--sinks",
+    "evict": "--evict",
+    "kv_bits": "--kv-bits",
+}
 # Beside the keys and values: numbers, ids and what was unread, in JSON and checksummed.
 BYTES_BESIDE = 2**20
 BYTES_PER_ID = 32
@@ -93,9 +102,8 @@ def open_session(
         chat = new_chat(model, merged(options, header), notify, header.created)
         conversation = Conversation(chat, mark, Saved(name, where, lock, store))
         now = replace(conversation.header(), id=header.id, created=header.created)
-        same = header == replace(now, model=header.model)
         seeded = chat.sampler.state()
-        catch_up(conversation, same, notify, progress)
+        catch_up(conversation, changes(header, now), notify, progress)
         asked = options.sampling is not None and options.sampling.seed is not None
         chat.sampler.restore(seeded if asked else store.progress.sampler)
         if header != now:
@@ -145,9 +153,17 @@ def merged(options: Options, header: Header) -> Options:
     )
 
 
+def changes(before: Header, now: Header) -> str:
+    """Return what is not as it was, in words; "" if a snapshot of before can be used."""
+    differ = [name for name in WORDS if getattr(before, name) != getattr(now, name)]
+    if not differ:
+        return ""
+    return f"{' and '.join(WORDS[name] for name in differ)} changed"
+
+
 def catch_up(
     conversation: Conversation,
-    same: bool,
+    changed: str,
     notify: Callable[[str], None],
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -159,8 +175,8 @@ def catch_up(
     if count == 0:
         return
     first = oldest
-    reason = "the model, the window or the system prompt has changed"
-    if same:
+    reason = changed
+    if not changed:
         try:
             about = restore(conversation, saved)
             first = about.count + 1
@@ -176,8 +192,8 @@ def catch_up(
     missing = said_by(chat, exchanges)
     if missing:
         notify(
-            f"reading {len(missing):,} exchanges again: {reason}; replies may differ in rounding "
-            "from those of a conversation that was never closed"
+            f"reading {counted(len(missing))} again: {reason}; replies may differ from those of a "
+            "conversation that was never closed"
         )
         chat.replay(missing, progress)
     chat.clear(keep=count - oldest + 1)

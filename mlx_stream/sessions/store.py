@@ -150,6 +150,17 @@ class Store:
         with self._transaction("BEGIN"):
             return list(self._exchanges(self._state(), first))
 
+    def whole(self) -> tuple[list[Exchange], str]:
+        """Return the exchanges up to the first that is damaged, and a line about that, or ""."""
+        found: list[Exchange] = []
+        try:
+            with self._transaction("BEGIN"):
+                for exchange in self._exchanges(self._state(), 1):
+                    found.append(exchange)
+        except SessionError as error:
+            return found, str(error)
+        return found, ""
+
     def append(self, exchange: Exchange, progress: Progress) -> None:
         """Store an exchange after the last one; when this returns it is on disk."""
         with self._transaction("BEGIN IMMEDIATE"):
