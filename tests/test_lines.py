@@ -29,6 +29,8 @@ ROOMS = [
     "models",
     "weights",
     "checkpoint",
+    "devices",
+    "plan",
     "template",
     "tokenizer",
     "hub",
