@@ -34,6 +34,7 @@ ROOMS = [
     "template",
     "tokenizer",
     "hub",
+    "headers",
     "load",
     "generate",
     "stream",

@@ -13,7 +13,6 @@ from mlx_stream.plan.needs import (
     DEFAULT_GROUP_SIZE,
     NOT_QUANTIZED,
     Held,
-    Shapes,
     is_fused,
     loading_bytes,
     ring_bytes,
@@ -94,11 +93,15 @@ class Outline:
 class Asked:
     """What a plan is asked to keep to; None leaves the choice to it.
 
-    `keep` is False where weights are dequantized when loaded, as on the CPU backend.
+    Attributes:
+        dtype: computed in, and of keys and values; by default what `load` takes on the device.
+        keep: whether quantized weights stay so; by default on Metal alone, and if bits are given.
+        bits: that the weights are converted to; 16 leaves them floats.
+        kv_bits: of the ring; None keeps it in `dtype`.
     """
 
-    dtype: str
-    keep: bool = True
+    dtype: str | None = None
+    keep: bool | None = None
     sinks: int | None = None
     window: int | None = None
     bits: int | None = None
@@ -108,11 +111,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How all matrices are held; `bits` is None for as the files hold them."""
+    """How all matrices are held, and how the files hold them: once converted, the same.
+
+    `bits` is None for as they are now.
+    """
 
     name: str
     bits: int | None
     held: Held
+    stored: Held
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ class Plan:
 
     recipe: Recipe
     device: Device
+    dtype: str
     sinks: int
     window: int
     weights: int
@@ -165,7 +173,9 @@ class Plan:
         return None if bandwidth is None else bandwidth.amount / self.step
 
 
-def make_plan(outline: Outline, device: Device, asked: Asked) -> Plan:
+def make_plan(
+    outline: Outline, device: Device, asked: Asked, notify: Callable[[str], None] = ignore
+) -> Plan:
     """Return the plan that was asked for, or the best one that fits.
 
     The most bits come first, then the largest window; what does not leave room for the allocator's
@@ -174,19 +184,16 @@ def make_plan(outline: Outline, device: Device, asked: Asked) -> Plan:
     Raises:
         ValueRefused: a value out of range, or one MLX or the model does not have.
     """
-    shapes = shapes_of(outline.config)
-    recipes = list(recipes_of(outline, shapes, asked))
-    sinks, window = resolve_window(outline.config, asked.sinks, asked.window)
-    fixed = asked.window is not None
-    passes = ((window,),) if fixed else tuple(held_to(outline.config, sinks, w) for w in WINDOWS)
+    planner = Planner(outline, device, asked)
+    sinks, window = resolve_window(outline.config, asked.sinks, asked.window, notify)
+    passes = WINDOWS if asked.window is None else ((window,),)
     tried: list[Plan] = []
     for windows in passes:
-        for recipe in recipes:
-            for window in windows:
-                plan = plan_of(outline, shapes, device, asked, recipe, sinks, window)
-                if plan.verdict == FITS:
-                    return plan
-                tried.append(plan)
+        for recipe in planner.recipes():
+            for window in held_to(outline.config, sinks, windows):
+                tried.append(planner.plan(recipe, sinks, window))
+                if tried[-1].verdict == FITS:
+                    return tried[-1]
     return next((plan for plan in tried if plan.verdict == TIGHT), min(tried, key=lambda p: p.peak))
 
 
@@ -196,55 +203,63 @@ def held_to(config: ModelConfig, sinks: int, windows: tuple[int, ...]) -> tuple[
     return tuple(dict.fromkeys(min(window, limit) for window in windows))
 
 
-def recipes_of(outline: Outline, shapes: Shapes, asked: Asked) -> Iterator[Recipe]:
-    """Yield the recipes to choose from, the one with most bits first."""
-    if asked.bits is not None:
-        yield converted(asked.bits, asked)
-        return
-    if not asked.keep:
-        yield Recipe(f"{asked.dtype}, dequantized when loaded", NOT_QUANTIZED, lambda part: None)
-    widest: float = NOT_QUANTIZED
-    if outline.quantized:
-        itemsize = ITEMSIZES[outline.dtype]
-        widest = 8 * weights_bytes(shapes, outline.held, itemsize) / shapes.parameters
-        yield Recipe(f"as it is, {widest:.1f} bits a weight", None, outline.held)
-    elif asked.keep:
-        yield converted(NOT_QUANTIZED, asked)
-    yield from (converted(bits, asked) for bits in BITS if bits < int(widest))
+class Planner:
+    """What holds for every choice of recipe and window of one model on one device."""
 
+    def __init__(self, outline: Outline, device: Device, asked: Asked):
+        self.outline, self.device, self.asked = outline, device, asked
+        self.shapes = shapes_of(outline.config)
+        self.dtype = asked.dtype or (outline.dtype if device.metal else "float32")
+        if self.dtype not in ITEMSIZES:
+            raise ValueRefused(f"--dtype must be one of {', '.join(ITEMSIZES)}, not {self.dtype!r}")
+        self.itemsize = ITEMSIZES[self.dtype]
+        if asked.bits is not None and asked.keep is False:
+            raise ValueRefused("--bits is for weights that stay quantized: leave out --dequantize")
+        uniform(NOT_QUANTIZED if asked.bits is None else asked.bits, asked.group_size)
 
-def converted(bits: int, asked: Asked) -> Recipe:
-    held = uniform(bits, asked.group_size)
-    name = asked.dtype if bits == NOT_QUANTIZED else f"{bits} bits, groups of {asked.group_size}"
-    return Recipe(name, bits, held)
+    def recipes(self) -> Iterator[Recipe]:
+        """Yield the recipes to choose from, the one with most bits first."""
+        outline, asked = self.outline, self.asked
+        if asked.bits is not None:
+            yield self.converted(asked.bits)
+            return
+        kept = self.device.metal if asked.keep is None else asked.keep
+        if not kept or not outline.quantized:
+            quantized = " dequantized when loaded" if outline.quantized else ""
+            yield Recipe(f"{self.dtype}{quantized}", NOT_QUANTIZED, uniform(16), outline.held)
+        if asked.keep is False:
+            return
+        widest: float = NOT_QUANTIZED
+        if outline.quantized:
+            stored = weights_bytes(self.shapes, outline.held, ITEMSIZES[outline.dtype])
+            widest = 8 * stored / self.shapes.parameters
+            yield Recipe(f"as it is, {widest:.1f} bits a weight", None, outline.held, outline.held)
+        yield from (self.converted(bits) for bits in BITS if bits < int(widest))
 
+    def converted(self, bits: int) -> Recipe:
+        group_size = self.asked.group_size
+        held = uniform(bits, group_size)
+        name = self.dtype if bits == NOT_QUANTIZED else f"{bits} bits in groups of {group_size}"
+        return Recipe(name, bits, held, held)
 
-def plan_of(
-    outline: Outline,
-    shapes: Shapes,
-    device: Device,
-    asked: Asked,
-    recipe: Recipe,
-    sinks: int,
-    window: int,
-) -> Plan:
-    config, itemsize = outline.config, ITEMSIZES[asked.dtype]
-    ring = ring_bytes(config, sinks, window, itemsize, asked.kv_bits)
-    # What is converted is stored as it will be held; only what is dequantized is not.
-    dequantized = recipe.bits == NOT_QUANTIZED and outline.quantized
-    stored = outline.held if dequantized else recipe.held
-    floats = ITEMSIZES[outline.dtype]
-    return Plan(
-        recipe=recipe,
-        device=device,
-        sinks=sinks,
-        window=window,
-        weights=weights_bytes(shapes, recipe.held, itemsize),
-        ring=ring,
-        workspace=workspace_bytes(config, sinks, window, itemsize, is_fused(config, device.metal)),
-        loading=loading_bytes(shapes, stored, recipe.held, itemsize, floats),
-        step=step_bytes(config, shapes, recipe.held, itemsize, ring),
-    )
+    def plan(self, recipe: Recipe, sinks: int, window: int) -> Plan:
+        """Return what a recipe and a window take."""
+        config, itemsize = self.outline.config, self.itemsize
+        ring = ring_bytes(config, sinks, window, itemsize, self.asked.kv_bits)
+        fused = is_fused(config, self.device.metal)
+        floats = ITEMSIZES[self.outline.dtype]
+        return Plan(
+            recipe=recipe,
+            device=self.device,
+            dtype=self.dtype,
+            sinks=sinks,
+            window=window,
+            weights=weights_bytes(self.shapes, recipe.held, itemsize),
+            ring=ring,
+            workspace=workspace_bytes(config, sinks, window, itemsize, fused),
+            loading=loading_bytes(self.shapes, recipe.stored, recipe.held, itemsize, floats),
+            step=step_bytes(config, self.shapes, recipe.held, itemsize, ring),
+        )
 
 
 def without_entitlement(plan: Plan) -> Plan | None:
