@@ -12,7 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -107,6 +107,17 @@ def find(name: str, own: Path | None = None) -> Device:
     close = difflib.get_close_matches(name.lower(), known, 5, 0.5)
     meant = f"did you mean {', '.join(close)}? " if close else ""
     raise DeviceError(f"--device {name[:80]!r}: not known; {meant}`mlx_stream devices` lists all")
+
+
+def without_entitlement(device: Device) -> Device:
+    """Return the device as an app without the increased-memory-limit entitlement meets it.
+
+    Raises:
+        DeviceError: nothing there asks for an entitlement.
+    """
+    if device.without_entitlement is None:
+        raise DeviceError(f"--no-entitlement is for phones and tablets, which {device.name} is not")
+    return replace(device, budget=device.without_entitlement, without_entitlement=None)
 
 
 def here() -> Device:

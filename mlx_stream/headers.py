@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream import hub
-from mlx_stream.checkpoint.folder import DTYPES, check_shard, is_file, read_json, shard_names
+from mlx_stream.checkpoint.folder import (
+    DTYPES,
+    LARGEST_DIMENSION,
+    check_shard,
+    is_file,
+    read_json,
+    shard_names,
+)
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.checkpoint.gguf_header import read_header
 from mlx_stream.config import ModelConfig, read_config
@@ -36,7 +43,7 @@ def outline_of(source: str, notify: Callable[[str], None]) -> Outline:
         CheckpointError: its config or headers are damaged, or not those of a model we run.
     """
     if Path(source).suffix.lower() == ".json" and is_file(Path(source)):
-        return named(Path(source).stem, lambda: of_config(source, read_json(Path(source))))
+        return named(source, lambda: of_config(Path(source).stem, read_json(Path(source))))
     path = hub.local_path(source) if source != hub.STARTER else None
     repo = hub.STARTER_REPO if source == hub.STARTER else source
     if path is None and hub.HUB_ID.fullmatch(repo):
@@ -91,32 +98,39 @@ def of_gguf(source: str, path: Path) -> Outline:
 
 def of_hub(source: str, repo: str, notify: Callable[[str], None]) -> Outline:
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
         hub.ask_hub(repo, hub.PATIENCE)
         notify(f"reading the headers of {repo} on the Hugging Face Hub")
-        raw = read_json(Path(hf_hub_download(repo, "config.json")))
-        read = HfApi().get_safetensors_metadata(repo).files_metadata.values()
+        # One commit for all that is read, should the model change meanwhile.
+        commit = HfApi().model_info(repo, revision="main", timeout=hub.PATIENCE).sha
+        raw = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
+        files = HfApi().get_safetensors_metadata(repo, revision=commit).files_metadata
+        declared = {
+            name: (str(tensor.dtype), list(tensor.shape))
+            for file in files.values()
+            for name, tensor in file.tensors.items()
+        }
     except CheckpointError:
         raise
     except NotASafetensorsRepoError as error:
         raise SourceError(f"{repo}: has no weights in the safetensors format") from error
+    # The library takes what a header says of a tensor as it comes.
+    except (SafetensorsParsingError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{repo}: the header of one of its files is damaged ({type(error).__name__})"
+        ) from error
     # The HTTP client's own exceptions come through, and its name changes between versions.
     except Exception as error:
         raise SourceError(hub.explain_hub_error(repo, error)) from error
-    declared = {
-        name: (str(tensor.dtype), list(tensor.shape))
-        for file in read
-        for name, tensor in file.tensors.items()
-    }
     return of_headers(source, raw, declared)
 
 
 def of_config(source: str, raw: dict[str, Any]) -> Outline:
     """Describe a model by its config alone: all it says is quantized is taken to be."""
     config = read_config(raw)
-    dtype = raw.get("torch_dtype") or raw.get("dtype")
+    dtype = str(raw.get("torch_dtype") or raw.get("dtype"))
     paths = [part.path for part in shapes_of(config).matrices if config.quantized(part.path)]
     return Outline(source, config, dtype if dtype in ITEMSIZES else USUAL_FLOATS, frozenset(paths))
 
@@ -133,9 +147,11 @@ def of_headers(source: str, raw: dict[str, Any], declared: Declared) -> Outline:
 
 def check(config: ModelConfig, declared: Declared, quantized: frozenset[str]) -> None:
     """Refuse headers that are not those of the model the config describes."""
-    for name, (dtype, _) in declared.items():
+    for name, (dtype, shape) in declared.items():
         if dtype not in DTYPES:
             raise WeightsError(f"weights: {name!r} is {dtype}; expected one of {', '.join(DTYPES)}")
+        if not all(isinstance(size, int) and 1 <= size <= LARGEST_DIMENSION for size in shape):
+            raise WeightsError(f"weights: {name!r} has the impossible shape {shape!r:.80}")
     for part in shapes_of(config).matrices:
         how = config.quantized(part.path) if part.path in quantized else None
         columns = part.inputs if how is None else part.inputs * how.bits // 32

@@ -1,5 +1,6 @@
 """Options that several verbs share, declared once; knows no verb."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,6 +41,14 @@ Window = Annotated[
     typer.Option(
         "--window",
         help="Latest tokens attended. Default: 2,048, or what the trained context leaves.",
+    ),
+]
+Devices = Annotated[
+    Path | None,
+    typer.Option(
+        "--devices",
+        metavar="FILE",
+        help="A TOML file of your own devices, in place of the one in your configuration.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest text to write, in tokens.")]

@@ -1,7 +1,7 @@
 """Which bits and which window fit a device, and how fast at most; knows no files and no network."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from mlx_stream.backend import CACHE_LIMIT
 from mlx_stream.config import ModelConfig, Quantization
@@ -260,9 +260,3 @@ class Planner:
             loading=loading_bytes(self.shapes, recipe.stored, recipe.held, itemsize, floats),
             step=step_bytes(config, self.shapes, recipe.held, itemsize, ring),
         )
-
-
-def without_entitlement(plan: Plan) -> Plan | None:
-    """Return the same plan for an app without the increased-memory-limit entitlement, on iOS."""
-    lower = plan.device.without_entitlement
-    return None if lower is None else replace(plan, device=replace(plan.device, budget=lower))
