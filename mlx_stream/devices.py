@@ -42,7 +42,7 @@ class Figure:
     `estimated` says that nobody published it; `source` is then how it was arrived at.
     """
 
-    amount: float
+    amount: int
     source: str
     estimated: bool = False
 
@@ -256,10 +256,10 @@ def read_device(entry: Mapping[str, Any], name: str, size: float, file: str) -> 
         name,
         entry.get("title", name),
         entry["kind"],
-        figure(size * GB, entry, "memory", source),
+        figure(int(size * GB), entry, "memory", source),
         budget,
         lower,
-        bandwidth=figure(entry["bandwidth_gb_s"] * 1e9, entry, "bandwidth", source)
+        bandwidth=figure(round(entry["bandwidth_gb_s"] * 1e9), entry, "bandwidth", source)
         if "bandwidth_gb_s" in entry
         else None,
         chip=entry.get("chip", ""),
@@ -267,7 +267,7 @@ def read_device(entry: Mapping[str, Any], name: str, size: float, file: str) -> 
     )
 
 
-def figure(amount: float, entry: Mapping[str, Any], of: str, source: str) -> Figure:
+def figure(amount: int, entry: Mapping[str, Any], of: str, source: str) -> Figure:
     method = entry.get(f"{of}_estimate")
     if method is not None:
         return Figure(amount, method, estimated=True)
@@ -284,16 +284,16 @@ def budgets(entry: Mapping[str, Any], size: float, source: str) -> tuple[Figure,
         return usual_budgets(entry["kind"], size)
     where = entry.get("budget_source", source)
     lower = entry.get("without_entitlement_gb")
-    budget = Figure(entry["budget_gb"] * GB, where)
-    return budget, None if lower is None else Figure(lower * GB, where)
+    budget = Figure(int(entry["budget_gb"] * GB), where)
+    return budget, None if lower is None else Figure(int(lower * GB), where)
 
 
 def usual_budgets(kind: str, size: float) -> tuple[Figure, Figure | None]:
     for rule in data()["budget"]:
         if kind in rule["kinds"] and rule["memory_gb"] == size:
             lower = rule.get("without_entitlement_gb")
-            return Figure(rule["budget_gb"] * GB, rule["source"]), (
-                None if lower is None else Figure(lower * GB, rule["source"])
+            return Figure(int(rule["budget_gb"] * GB), rule["source"]), (
+                None if lower is None else Figure(int(lower * GB), rule["source"])
             )
     rule = next(
         rule
@@ -301,6 +301,6 @@ def usual_budgets(kind: str, size: float) -> tuple[Figure, Figure | None]:
         if kind in rule["kinds"] and size < rule.get("below_gb", float("inf"))
     )
     share = rule.get("without_entitlement_of_memory")
-    return Figure(rule["budget_of_memory"] * size * GB, rule["method"], estimated=True), (
-        None if share is None else Figure(share * size * GB, rule["method"], estimated=True)
+    return Figure(int(rule["budget_of_memory"] * size * GB), rule["method"], True), (
+        None if share is None else Figure(int(share * size * GB), rule["method"], True)
     )

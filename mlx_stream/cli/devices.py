@@ -62,7 +62,7 @@ def figure_as_json(figure: "Figure | None") -> dict[str, Any] | None:
     if figure is None:
         return None
     return {
-        "value": round(figure.amount),
+        "value": figure.amount,
         "estimated": figure.estimated,
         "method" if figure.estimated else "source": figure.source,
     }

@@ -147,9 +147,9 @@ def as_json(outline: "Outline", plan: "Plan", kv_bits: int | None) -> dict[str, 
 def budgets_as_json(device: "Device") -> dict[str, Any]:
     lower, bandwidth = device.without_entitlement, device.bandwidth
     return {
-        "budget_bytes": round(device.budget.amount),
+        "budget_bytes": device.budget.amount,
         "budget_estimated": device.budget.estimated,
-        "budget_bytes_without_entitlement": None if lower is None else round(lower.amount),
-        "bandwidth_bytes_per_second": None if bandwidth is None else round(bandwidth.amount),
+        "budget_bytes_without_entitlement": None if lower is None else lower.amount,
+        "bandwidth_bytes_per_second": None if bandwidth is None else bandwidth.amount,
         "bandwidth_estimated": None if bandwidth is None else bandwidth.estimated,
     }

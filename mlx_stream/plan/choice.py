@@ -155,7 +155,7 @@ class Plan:
     def verdict(self) -> str:
         return self.verdict_for(self.device.budget.amount)
 
-    def verdict_for(self, budget: float) -> str:
+    def verdict_for(self, budget: int) -> str:
         """Say whether it fits, and whether the allocator's cache of freed buffers does too."""
         if self.peak > budget:
             return TOO_LARGE
@@ -164,7 +164,7 @@ class Plan:
     @property
     def missing(self) -> int:
         """Bytes by which it exceeds the budget, or 0."""
-        return max(0, int(self.peak - self.device.budget.amount))
+        return max(0, self.peak - self.device.budget.amount)
 
     @property
     def tokens_per_second(self) -> float | None:
