@@ -164,6 +164,9 @@ def built_in() -> tuple[Device, ...]:
 
 def read_file(path: Path) -> dict[str, Any]:
     try:
+        # A named pipe would block for ever when opened.
+        if path.exists() and not path.is_file():
+            raise DeviceError(f"{path}: cannot be read: not a file")
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
     except OSError as error:
@@ -183,7 +186,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def read_devices(table: Mapping[str, Any], file: str, taken: set[str]) -> Iterator[Device]:
     """Check a file's content and yield its devices; `taken` are names it may not use."""
     if odd := sorted(table.keys() - {"device"}):
-        raise DeviceError(f"{file}: unknown key {odd[0]!r}; expected only [[device]] entries")
+        raise DeviceError(f"{file}: unknown key {odd[0]!r:.60}; expected only [[device]] entries")
     entries = table.get("device", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise DeviceError(f"{file}: device must be a list of tables, written [[device]]")
@@ -208,10 +211,10 @@ def named_sizes(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def check(entry: Mapping[str, Any], where: str) -> None:
-    """Refuse an entry with a key that is missing or unknown, or a value of the wrong type."""
+    """Refuse an entry with a key that is missing or unknown, or a value that is not one of its."""
     known = (*TEXTS, *AMOUNTS, "year")
     if odd := sorted(entry.keys() - set(known)):
-        raise DeviceError(f"{where}: unknown key {odd[0]!r}; known are {', '.join(known)}")
+        raise DeviceError(f"{where}: unknown key {odd[0]!r:.60}; known are {', '.join(known)}")
     for key in REQUIRED:
         if key not in entry:
             raise DeviceError(f"{where}: {key} is missing")
@@ -219,6 +222,22 @@ def check(entry: Mapping[str, Any], where: str) -> None:
         value = entry.get(key, "-")
         if not isinstance(value, str) or not value.strip() or not value.isprintable():
             raise DeviceError(f"{where}: {key} must be a line of text, not {value!r:.60}")
+    check_amounts(entry, where)
+    if not NAME.fullmatch(entry["name"]):
+        raise DeviceError(
+            f"{where}: name must be of a-z, 0-9 and '-', at most 64, not {entry['name']!r:.80}"
+        )
+    kind = entry["kind"]
+    if kind not in KINDS:
+        raise DeviceError(f"{where}: kind must be one of {', '.join(KINDS)}, not {kind!r:.60}")
+    on_ios = kind in ("phone", "tablet")
+    if "without_entitlement_gb" in entry and not (on_ios and "budget_gb" in entry):
+        raise DeviceError(
+            f"{where}: without_entitlement_gb is for phones and tablets, beside budget_gb"
+        )
+
+
+def check_amounts(entry: Mapping[str, Any], where: str) -> None:
     for key in AMOUNTS:
         values = entry.get(key, 1)
         for value in values if key == "memory_gb" and isinstance(values, list) else [values]:
@@ -229,17 +248,6 @@ def check(entry: Mapping[str, Any], where: str) -> None:
     year = entry.get("year", 2000)
     if not isinstance(year, int) or isinstance(year, bool) or not 2000 <= year < 2200:
         raise DeviceError(f"{where}: year must be a year, not {year!r:.60}")
-    if not NAME.fullmatch(entry["name"]):
-        raise DeviceError(
-            f"{where}: name must be of a-z, 0-9 and '-', at most 64, not {entry['name']!r:.80}"
-        )
-    if entry["kind"] not in KINDS:
-        raise DeviceError(f"{where}: kind must be one of {', '.join(KINDS)}, not {entry['kind']!r}")
-    mobile = entry["kind"] in ("phone", "tablet")
-    if "without_entitlement_gb" in entry and not (mobile and "budget_gb" in entry):
-        raise DeviceError(
-            f"{where}: without_entitlement_gb is for phones and tablets, beside budget_gb"
-        )
 
 
 def is_amount(value: Any) -> bool:

@@ -190,7 +190,7 @@ def test_a_name_is_used_once(own):
 def test_a_file_that_cannot_be_read_is_one_line(own, tmp_path):
     with pytest.raises(DeviceError, match="cannot be read: No such file"):
         all_devices(own)
-    with pytest.raises(DeviceError, match="cannot be read: Is a directory"):
+    with pytest.raises(DeviceError, match="cannot be read: not a file"):
         all_devices(tmp_path)
     own.write_bytes(b"\xff")
     with pytest.raises(DeviceError, match="not UTF-8 at byte 0"):
