@@ -69,18 +69,36 @@ class Attended:
         ):
             self._drop_oldest()
 
-    def check(self, held: Sequence[Held], pinned: Sequence[int], ids: Sequence[int]) -> None:
+    def check(
+        self,
+        held: Sequence[Held],
+        unread: Unread,
+        rests: Sequence[str],
+        pinned: Sequence[int],
+        ids: Sequence[int],
+    ) -> None:
         """Make sure that a stream attends to `held`, `pinned` before it, and to nothing else.
 
+        Nor may it be about to read anything else, which is what `unread` and each `before` hold.
+
         Args:
+            unread: of the last one.
+            rests: the text of each one that is read after its ids.
             ids: those attended, oldest first.
 
         Raises:
             ValueRefused: it does not.
         """
         said = dict(enumerate(pinned))
-        for h in held:
-            said.update(enumerate(h.read + h.exchange.reply_ids, h.base))
+        ends = [*((h.before, h.base) for h in held[1:]), (unread, self.cache.length)]
+        for number, (h, rest, (left, end)) in enumerate(zip(held, rests, ends, strict=False)):
+            whole = h.read + h.exchange.reply_ids
+            follows = number == 0 or h.lead == h.before.ids + h.exchange.closing_ids
+            if not (0 <= h.base <= end and follows and left == Unread(whole[end - h.base :], rest)):
+                raise ValueRefused("its exchanges do not stand where they were said")
+            # Before the first one's own ids is what is pinned, or nothing that is attended.
+            own = 0 if number else len(h.lead)
+            said.update(enumerate(whole[own:], h.base + own))
         sinks, length = self.cache.geometry.sinks, self.cache.length
         places = [*range(min(sinks, length)), *range(self.cache.oldest, length)]
         for place, id in zip(places, ids, strict=True):

@@ -159,10 +159,10 @@ class ChatSession:
         self._count()
         return last.exchange
 
-    def clear(self) -> None:
-        """Let every exchange leave attention; only the pinned beginning stays."""
+    def clear(self, keep: int = 0) -> None:
+        """Let every exchange but the last `keep` leave attention; the pinned beginning stays."""
         self._settle()
-        while self.attended.now.held:
+        while len(self.attended.now.held) > keep:
             self.attended.evict_oldest()
         self._count()
 
@@ -219,10 +219,18 @@ class ChatSession:
             ValueRefused: the stream does not attend to them.
         """
         held = tuple(Held(e, *place) for e, place in zip(exchanges, talk.places, strict=True))
-        self.attended.check(held, self.turns.pinned, self.tokens.attended_ids())
+        rests = [self.turns.rest_of(exchange) for exchange in exchanges]
+        ids = self.tokens.attended_ids()
+        self.attended.check(held, talk.unread, rests, self.turns.pinned, ids)
+        if not all(self.can_say(exchange.reply_ids) for exchange in exchanges):
+            raise ValueRefused("a reply holds what no reply can hold")
         self.sampler.restore(talk.sampler)
         self.attended.now = Between(held, talk.unread)
         self._count()
+
+    def can_say(self, ids: Sequence[int]) -> bool:
+        """Return whether ids can be a reply's: tokens of this model, none of them special."""
+        return all(id < self.model.config.vocab_size and id not in self._end_ids for id in ids)
 
     # --- one turn ---
 

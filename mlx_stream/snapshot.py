@@ -8,6 +8,7 @@ checksum over all of it. A snapshot is untrusted: nothing in it is used before i
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_stream.checkpoint.folder import check_shard, one_line
-from mlx_stream.checkpoint.write import flush, partial_folder
+from mlx_stream import backend
+from mlx_stream.checkpoint.folder import LARGEST_DIMENSION, check_opened, check_shard, one_line
+from mlx_stream.checkpoint.write import flush, partial_folder, sweep
 from mlx_stream.errors import CheckpointError, SnapshotError
 from mlx_stream.generate import TokenStream
 from mlx_stream.load import Model
@@ -108,18 +110,24 @@ def save(path: Path, stream: TokenStream, model: str, about: dict[str, Any]) -> 
         raise SnapshotError(f"{path}: could not be written: {one_line(error)}") from error
 
 
-def load(path: Path) -> Snapshot:
+def load(path: Path, most: int | None = None, longest: int = LONGEST_HEADER) -> Snapshot:
     """Read a snapshot; its arrays are evaluated, so the file may be replaced.
 
+    Args:
+        most: bytes the file may have; by default, what this device's memory holds.
+        longest: bytes that its numbers and notes may have; as Python's values they take more.
+
     Raises:
-        SnapshotError: it is missing, damaged, or not a stream's.
+        SnapshotError: it is missing, damaged, larger, or not a stream's.
     """
     try:
-        check_shard(path)
+        check_file(path, backend.memory_budget() if most is None else most)
+        declared = check_shard(path)
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
+        check_opened(path, declared, arrays)
         text = metadata["header"]
-        if len(text) > LONGEST_HEADER:
+        if len(text) > longest:
             raise ValueError("its header is too long")
         header = json.loads(text)
         if (header["format"], header["version"]) != (FORMAT, VERSION):
@@ -128,15 +136,40 @@ def load(path: Path) -> Snapshot:
             raise ValueError("its checksum does not agree")
         if not all(mx.isfinite(array).all().item() for array in arrays.values()):
             raise ValueError("keys or values are not numbers")
-        empty = {n: mx.zeros(shape, named_dtype(d)) for n, (shape, d) in header["empty"].items()}
+        empty = {name: nothing(*kind) for name, kind in header["empty"].items()}
         state: State = {**header["numbers"], **arrays, **empty}
+        if len(state) < len(header["numbers"]) + len(arrays) + len(empty):
+            raise ValueError("two values have one name")
         return Snapshot(state, dict(header["about"]), str(header["model"]))
-    except (
-        *(OSError, CheckpointError, RuntimeError, ValueError),
-        *(KeyError, TypeError, AttributeError, RecursionError),
-    ) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SnapshotError(f"{path}: not a saved stream: its header is none of ours") from error
+    except (OSError, CheckpointError, RuntimeError, ValueError, MemoryError) as error:
         reason = "is not there" if not os.path.lexists(path) else one_line(error)
         raise SnapshotError(f"{path}: not a saved stream: {reason}") from error
+
+
+def check_file(path: Path, most: int) -> None:
+    """See that `path` is a file, not a pipe that would block, of at most so many bytes."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"it has {size:,} bytes, more than the {most:,} of a stream here")
+
+
+def nothing(shape: Any, dtype: Any) -> mx.array:
+    """Return an array without values."""
+    sizes = [*shape]
+    # Asked before one is made: a forged one could be of any size.
+    if 0 not in sizes or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in sizes):
+        raise ValueError("an array without values has some")
+    return mx.zeros(sizes, named_dtype(dtype))
+
+
+def clear(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left beside it."""
+    # It is in nobody's way, so what cannot be removed may stay.
+    with suppress(OSError):
+        sweep(path.parent.absolute(), path.name)
 
 
 def is_one(path: Path) -> bool:

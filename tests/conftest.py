@@ -6,7 +6,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from string import ascii_lowercase
 
 # A job in the background of a script ignores Ctrl-C, and so would every program started by a test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -17,12 +16,11 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # M5 computes float32 at less pre
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
-import numpy as np
 import pytest
 import tiny_models
 from hypothesis import HealthCheck, settings
-from shell import SMALL, edit
-from tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
+from shell import SMALL
+from tiny import tiny_config, tiny_weights, write_letters, write_tiny
 
 from mlx_stream.load import Model, load
 
@@ -93,20 +91,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model that, when greedy, writes letters for ever and nothing else."""
-    config = tiny_config(**SMALL)
-    del config["eos_token_id"]
-    weights = tiny_weights(config)
-    head = weights["lm_head.weight"]
-    vocabulary = tiny_tokenizer().get_vocab()
-    ids = [vocabulary[letter] for letter in ascii_lowercase]
-    rows = np.zeros_like(head)
-    # Of a row and its negative one is above the zeros of all other tokens, whatever was read.
-    rows[ids[0::2]], rows[ids[1::2]] = head[ids[0::2]], -head[ids[0::2]]
-    folder = write_tiny(
-        tmp_path_factory.mktemp("cli") / "letters", config, weights | {"lm_head.weight": rows}
-    )
-    edit(folder / "tokenizer_config.json", eos_token=None)
-    return folder
+    return write_letters(tmp_path_factory.mktemp("cli") / "letters", tiny_config(**SMALL))
 
 
 @pytest.fixture(scope="session")

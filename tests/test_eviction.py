@@ -5,6 +5,7 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
+from conversations import assert_pinned, assert_well_formed, attended_text, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_config, tiny_weights, write_tiny
@@ -13,6 +14,7 @@ import mlx_stream
 from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.generate import Sampling, TokenStream
 from mlx_stream.session import ChatSession
+from mlx_stream.sessions.resume import Options, begin, open_session
 
 QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
 # Say the system prompt in the first question, as Llama 2 does, or have no word for it.
@@ -60,38 +62,13 @@ def session(model, **options):
     return ChatSession(model, **options)
 
 
-def said(pieces):
-    return "".join(piece.text for piece in pieces)
-
-
-def attended_text(chat):
-    """Return the text attended, and what will be read of the last exchange before the next."""
-    unread = chat._settle().unread
-    ids = [*chat.tokens.attended_ids(), *(unread.ids if chat.exchanges else ())]
-    text = chat.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
-    return text + (unread.rest + chat.template.closing if chat.exchanges else "")
-
-
-def rendered(chat):
-    messages = [*chat.turns.head]
-    for exchange in chat.exchanges:
-        messages.append({"role": "user", "content": exchange.question})
-        messages.append({"role": "assistant", "content": exchange.reply})
-    return chat.template.render(messages, reply=False) if messages else ""
-
-
-def assert_well_formed(chat):
-    assert attended_text(chat) == rendered(chat)
-    assert chat.cache.attended <= chat.cache.geometry.sinks + chat.cache.geometry.window
-
-
 @settings(max_examples=25)
 @given(st.data())
 def test_what_is_attended_is_always_a_conversation(model, data):
     system = data.draw(st.sampled_from(["You are brief.", "S" * 40]))
     chat = session(model, system=system, window=data.draw(st.integers(80, 200)))
-    begin = chat.turns.pinned
-    assert len(begin) >= 4 and chat.cache.geometry.sinks == len(begin)
+    pinned = len(chat.turns.pinned)
+    assert 4 <= pinned == chat.cache.geometry.sinks
     for _ in range(data.draw(st.integers(1, 12))):
         act = data.draw(st.sampled_from(["ask", "ask", "close", "retry", "undo", "edit", "clear"]))
         question = data.draw(st.sampled_from(QUESTIONS))
@@ -104,7 +81,7 @@ def test_what_is_attended_is_always_a_conversation(model, data):
             pieces.close()
         elif act == "clear":
             chat.clear()
-            assert chat.exchanges == [] and chat.cache.attended <= len(begin)
+            assert chat.exchanges == [] and chat.cache.attended <= pinned
         elif chat.exchanges:
             if act == "undo":
                 chat.undo()
@@ -112,7 +89,7 @@ def test_what_is_attended_is_always_a_conversation(model, data):
                 list(chat.retry(count) if act == "retry" else chat.edit(question, count))
         if chat.cache.length:
             assert_well_formed(chat)
-            assert tuple(chat.tokens.attended_ids()[: len(begin)]) == begin
+            assert_pinned(chat)
 
 
 @pytest.mark.parametrize("template", [WITHIN, NONE])
@@ -165,22 +142,67 @@ def test_what_left_is_on_the_last_piece(model):
     assert chat.stats.evicted_exchanges > 5
 
 
-def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model):
-    chat = session(model, system="Brief.", window=120, max_tokens=30)
-    for question in QUESTIONS * 4:
-        list(chat.reply(question))
-    assert chat.cache.evicted > 2 * 120
-    list(chat.reply("And?"))
-    ids = chat.tokens.attended_ids()
-    begin = len(ids) - (chat.cache.length - chat.attended.now.held[-1].start)
-    before, replies = ids[:begin], set()
+@pytest.mark.parametrize("saved", [False, True])
+def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model, saved):
+    """Replies go up to the reserve, a quarter of the window, and across the end of the ring."""
+    reserve = 30
+    options = Options("Brief.", 4 * reserve, sampling=Sampling(1.0, seed=3), max_tokens=reserve)
+    talk = open_session("s", model, options) if saved else begin(model, options)
+    number, before = tight_turn(talk, reserve)
+    chat, cache = talk.chat, talk.chat.cache
+    steps = count_steps(cache)
+    expected, lengths, replies = oldest(chat, before), set(), set()
     for _ in range(100):
-        read = chat.stats.prompt_tokens
-        replies.add(said(chat.retry()))
-        assert chat.stats.prompt_tokens == read + 1
-        assert chat.tokens.attended_ids()[:begin] == before
+        steps.clear()
+        replies.add(said(talk.retry()))
+        last = chat.exchanges[-1]
+        # The last id that is sampled is read with the next question; an end token never is.
+        assert steps == [1] * (len(last.reply_ids) + (last.finish == "end"))
+        lengths.add(len(last.reply_ids))
+        found = oldest(chat, before)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
         assert_well_formed(chat)
-    assert len(replies) > 50
+        if talk.saved:
+            assert talk.saved.store.exchanges(number) == [last]
+    assert max(lengths) == reserve and len(lengths) > 1 and len(replies) > 50
+    talk.close()
+
+
+def tight_turn(talk, reserve):
+    """Have turns until one crosses the ring's end with room for the reserve and little more.
+
+    Its reply is short, so later ones fill the window. Returns how many turns there were, and how
+    many tokens are attended before the last one.
+    """
+    chat, cache = talk.chat, talk.chat.cache
+    for number, question in enumerate(QUESTIONS * 20, 1):
+        pieces = talk.reply(question)
+        next(pieces)
+        pieces.close()
+        turn = chat.attended.now.held[-1].start
+        crosses = cache.row(cache.length + reserve - 1) < cache.row(turn)
+        if cache.evicted > 2 * cache.geometry.window and crosses and cache.room < reserve + 5:
+            return number, cache.attended - (cache.length - turn)
+    raise AssertionError("no turn is as tight")
+
+
+def oldest(chat, count):
+    """Return the ids, the rows, the keys and the values of the oldest `count` attended tokens."""
+    rows = chat.cache.attended_rows()[:count]
+    arrays = [np.array(array)[:, :, rows] for array in (*chat.cache.keys, *chat.cache.values)]
+    return [np.array(chat.tokens.attended_ids()[:count]), np.array(rows), *arrays]
+
+
+def count_steps(cache):
+    """Return a list to which each step of a cache adds how many tokens it reads."""
+    steps, commit = [], cache.commit
+
+    def counting(step):
+        steps.append(step.count)
+        commit(step)
+
+    cache.commit = counting
+    return steps
 
 
 def test_a_greedy_retry_in_a_wrapped_ring_says_the_same(model):

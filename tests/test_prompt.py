@@ -4,9 +4,21 @@ import os
 import re
 import subprocess
 import sys
+import time
 
-import pexpect
 import pytest
+from terminals import (
+    ALT_ENTER,
+    CTRL_C,
+    CTRL_D,
+    CTRL_J,
+    ENTER,
+    PASTE,
+    PROMPT,
+    TAB,
+    UP,
+    Terminal,
+)
 
 from mlx_stream.cli import prompt as prompt_module
 from mlx_stream.cli.prompt import History
@@ -15,13 +27,21 @@ from mlx_stream.cli.prompt import History
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
 PROGRAM = """
-import sys
+import os, sys
 from pathlib import Path
+from mlx_stream.cli import prompt as module
 from mlx_stream.cli.prompt import Prompt, keys_wait
+
+module.SECONDS_OF_IDLENESS = float(os.environ.get("IDLENESS", "60"))
+idled = 0
+def idle():
+    global idled
+    idled += 1
+    return f"IDLE {idled}"
 
 completions = {"/help": "list", "/retry": "answer again", "/export": "write"}
 prompt = Prompt(
-    Path(sys.argv[1]), lambda: "7 attended", completions, lambda text: print("NOTE", text)
+    Path(sys.argv[1]), lambda: "7 attended", completions, lambda text: print("NOTE", text), idle
 )
 default = " ".join(sys.argv[2:])
 try:
@@ -36,53 +56,12 @@ try:
 except EOFError:
     print("LEFT", flush=True)
 """
-WHERE_IS_THE_CURSOR = "\x1b[6n"
-PROMPT = ">"  # some versions of prompt_toolkit step over the space behind it instead of writing it
-UP, TAB, ENTER, ALT_ENTER, CTRL_C, CTRL_D, CTRL_J = "\x1b[A", "\t", "\r", "\x1b\r", "\3", "\4", "\n"
-PASTE = "\x1b[200~{}\x1b[201~"
 
 
-class Terminal:
-    """A program on a pseudo-terminal which tells, as terminals do, where its cursor is."""
-
-    def __init__(self, *args, **env):
-        self.program = pexpect.spawn(
-            sys.executable,
-            ["-c", PROGRAM, *map(str, args)],
-            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "", "NO_COLOR": "", **env},
-            encoding="utf-8",
-            codec_errors="backslashreplace",
-            timeout=60,
-            dimensions=(24, 100),
-        )
-        self.shown = ""
-
-    def see(self, text):
-        """Wait until a text is shown; return all that was shown since the last time."""
-        seen = ""
-        while True:
-            found = self.program.expect_exact([WHERE_IS_THE_CURSOR, text])
-            seen += f"{self.program.before}{self.program.after}"
-            if found:
-                self.shown += seen
-                return seen
-            self.program.send("\x1b[1;1R")
-
-    def type(self, *keys):
-        for key in keys:
-            self.program.send(key)
-
-    def got(self, line):
-        """Wait until a line has been read, and a prompt for the next one is there."""
-        self.see(f"GOT {line!a}\r\n")
-        self.see(PROMPT)
-
-    def leave(self):
-        self.type(CTRL_D)
-        self.see("LEFT")
-        self.program.expect(pexpect.EOF)
-        self.program.close()
-        assert self.program.exitstatus == 0, self.shown
+def got(terminal, line):
+    """Wait until a line has been read, and a prompt for the next one is there."""
+    terminal.see(f"GOT {line!a}\r\n")
+    terminal.see(PROMPT)
 
 
 @pytest.fixture
@@ -95,7 +74,7 @@ def terminals():
     opened = []
 
     def open_one(*args, **env):
-        opened.append(Terminal(*args, **env))
+        opened.append(Terminal("-c", PROGRAM, *args, **env))
         opened[-1].see(PROMPT)
         return opened[-1]
 
@@ -108,22 +87,22 @@ def test_lines_are_typed_edited_completed_dropped_and_pasted(terminals, path):
     terminal = terminals(path)
     terminal.see("7 attended")
     terminal.type("Hello, wörld", ENTER)
-    terminal.got("Hello, wörld")
+    got(terminal, "Hello, wörld")
     terminal.type(ENTER, "  ", ENTER, "one", ALT_ENTER, "two", CTRL_J, "three", ENTER)
-    terminal.got("one\ntwo\nthree")
+    got(terminal, "one\ntwo\nthree")
     terminal.type(PASTE.format("a\r\nb\rc\n\td /re"), ENTER)
-    terminal.got("a\nb\nc\n\td /re")
+    got(terminal, "a\nb\nc\n\td /re")
     terminal.type("/re", TAB)
     terminal.see("/retry")
     terminal.type(" now", ENTER)
-    terminal.got("/retry now")
+    got(terminal, "/retry now")
     terminal.type("see /re", TAB, ENTER)
-    terminal.got("see /re")
+    got(terminal, "see /re")
     terminal.type("never sent", CTRL_C)
     terminal.see("(Ctrl-D leaves)")
     terminal.see(PROMPT)
     terminal.type("ab", "\x1b[D", CTRL_D, ENTER)  # amid a line Ctrl-D deletes
-    terminal.got("a")
+    got(terminal, "a")
     terminal.leave()
 
 
@@ -135,9 +114,9 @@ def test_what_was_typed_is_recalled_by_the_next_program_and_is_the_users_own(ter
         os.umask(before)
     for line in ("first", "same", "same"):
         terminal.type(line, ENTER)
-        terminal.got(line)
+        got(terminal, line)
     terminal.type("two", ALT_ENTER, "lines", ENTER)
-    terminal.got("two\nlines")
+    got(terminal, "two\nlines")
     terminal.leave()
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.parent.stat().st_mode & 0o777 == 0o700
@@ -145,9 +124,9 @@ def test_what_was_typed_is_recalled_by_the_next_program_and_is_the_users_own(ter
 
     terminal = terminals(path)
     terminal.type(UP, ENTER)
-    terminal.got("two\nlines")
+    got(terminal, "two\nlines")
     terminal.type(UP, UP, UP, UP, ENTER)  # the first two pass the lines of the newest
-    terminal.got("first")
+    got(terminal, "first")
     terminal.leave()
 
 
@@ -157,14 +136,14 @@ def test_keys_pressed_during_a_reply_are_the_next_line(terminals, path):
     terminal.see("BUSY")
     terminal.type("!", "ahead", ENTER)
     assert "ahead" not in terminal.see("\n")  # of BUSY
-    terminal.got("ahead")
+    got(terminal, "ahead")
     terminal.leave()
 
 
 def test_a_default_can_be_edited(terminals, path):
     terminal = terminals(path, "/edit Who?")
     terminal.type("\x7f!", ENTER)
-    terminal.got("/edit Who!")
+    got(terminal, "/edit Who!")
     terminal.leave()
 
 
@@ -176,7 +155,22 @@ def test_bytes_that_are_no_text_are_not_sent(terminals, path):
     terminal.see("NOTE that line is not UTF-8")
     terminal.see(PROMPT)
     terminal.type("\x7f" * 3, "é", ENTER)
-    terminal.got("café")
+    got(terminal, "café")
+    terminal.leave()
+
+
+def test_idleness_is_told_once_a_prompt_and_not_while_someone_types(terminals, path):
+    terminal = terminals(path, IDLENESS="0.6")
+    for key in "typing":
+        terminal.type(key)
+        time.sleep(0.3)
+    terminal.type(ENTER)
+    assert "IDLE" not in terminal.see("GOT 'typing'\r\n")
+    terminal.see("NOTE IDLE 1")
+    time.sleep(1.5)
+    terminal.type("more", ENTER)
+    assert "IDLE" not in terminal.see("GOT 'more'\r\n")
+    terminal.see("NOTE IDLE 2")
     terminal.leave()
 
 
@@ -193,7 +187,7 @@ def test_no_color_means_none(terminals, path, no_color):
     terminal.type("/")
     terminal.see("answer again")  # the menu
     terminal.type("re", TAB, ENTER)
-    terminal.got("/retry")
+    got(terminal, "/retry")
     terminal.leave()
     assert bool(colours(terminal.shown)) == (not no_color)
     assert bool(re.search(r"\x1b\[[\d;]*7m7 attended", terminal.shown)) == (not no_color)
@@ -204,13 +198,13 @@ def test_a_terminal_that_can_do_nothing_gets_plain_lines(terminals, path, term):
     terminal = terminals(path, "/edit Who?", TERM=term)
     terminal.see("[/edit Who?] ")
     terminal.type(ENTER)
-    terminal.got("/edit Who?")
+    got(terminal, "/edit Who?")
 
 
 def test_a_dumb_terminal_gets_the_same_answers(terminals, path):
     terminal = terminals(path, TERM="dumb")
     terminal.type("Hello", ENTER)
-    terminal.got("Hello")
+    got(terminal, "Hello")
     terminal.type(ENTER, "never sent", CTRL_C)
     terminal.see("(Ctrl-D leaves)")
     terminal.see(PROMPT)
@@ -218,7 +212,7 @@ def test_a_dumb_terminal_gets_the_same_answers(terminals, path):
     terminal.see("NOTE that line is not UTF-8")
     terminal.see("> [caf\ufffd] ")
     terminal.type("café", ENTER)
-    terminal.got("café")
+    got(terminal, "café")
     terminal.leave()
     assert "\x1b" not in terminal.shown
     assert History(path, print).load() == ["Hello", "café"]
@@ -269,9 +263,9 @@ def test_lines_are_recalled_though_the_history_cannot_be_used(terminals, path):
     folder(path)
     terminal = terminals(path)
     terminal.type("first", ENTER)
-    terminal.got("first")
+    got(terminal, "first")
     terminal.type(UP, ENTER)
-    terminal.got("first")
+    got(terminal, "first")
     terminal.leave()
     assert terminal.shown.count("NOTE") == 1
 

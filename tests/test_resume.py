@@ -1,6 +1,7 @@
 """A conversation that was closed goes on as if it had not been; and what is kept of it, when."""
 
 import os
+import shutil
 import time
 from dataclasses import replace
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from shell import edit
 from tiny import tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
 from mlx_stream.errors import SessionError, ValueRefused
 from mlx_stream.generate import Sampling
 from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import Options, begin, open_session
+from mlx_stream.sessions.resume import Options, begin, header_of, open_session
 from mlx_stream.sessions.store import Store
 
 QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
@@ -58,11 +60,37 @@ def same(first, second):
     return all(np.array_equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.fixture(scope="module")
+def four_bits(folder, tmp_path_factory):
+    """Return the folder of the same model in 4 bits, in mlx-lm's layout."""
+    path = tmp_path_factory.mktemp("four_bits")
+    settings: dict[str, Any] = {"group_size": 32, "bits": 4}
+    loaded: Any = mx.load(str(folder / "model.safetensors"))
+    tensors = {}
+    for name, weight in loaded.items():
+        if weight.ndim < 2:
+            tensors[name] = weight
+            continue
+        parts = zip(("weight", "scales", "biases"), mx.quantize(weight, **settings), strict=True)
+        tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts}
+    mx.save_safetensors(str(path / "model.safetensors"), tensors)
+    for file in folder.glob("*.json"):
+        shutil.copy(file, path)
+    edit(path / "config.json", quantization=settings)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "4 bits"])
 @pytest.mark.parametrize("turns", [1, 3, 40])
-def test_what_follows_is_bit_for_bit_that_of_a_conversation_never_closed(folder, dtype, turns):
-    """40 turns wrap the ring many times and turn it back at least once."""
-    model = mlx_stream.load(folder, dtype=dtype, keep_quantized=False)
+def test_what_follows_is_bit_for_bit_that_of_a_conversation_never_closed(
+    folder, four_bits, kind, turns
+):
+    """40 turns wrap the ring many times and turn it back several times."""
+    if kind == "4 bits":
+        model = mlx_stream.load(four_bits, keep_quantized=True)
+        assert model.quantized
+    else:
+        model = mlx_stream.load(folder, dtype=kind, keep_quantized=False)
     sampling = Sampling(1.0, top_p=0.95, seed=7)
     never, notices = begin(model, replace(OPTIONS, sampling=sampling)), []
     never.chat.cache.clock_limit = 600
@@ -81,6 +109,8 @@ def test_what_follows_is_bit_for_bit_that_of_a_conversation_never_closed(folder,
     assert [e.reply for e in never.chat.exchanges] == [e.reply for e in conversation.chat.exchanges]
     if turns == 40:
         assert never.stats.evicted > 500
+        cache = never.chat.cache
+        assert cache.state()["clock"] <= cache.clock_limit < cache.length - 500
     conversation.close()
 
 
@@ -161,7 +191,8 @@ def test_another_model_reads_the_texts(model, tmp_path):
 
 
 def test_every_turn_is_in_the_transcript_when_it_ends(model):
-    conversation = opened(model)
+    # With a seed: now and then a reply ends before it has begun, and is not interrupted.
+    conversation = opened(model, sampling=Sampling(1.0, top_p=0.95, seed=7))
     store = conversation.saved.store
     said(conversation.reply("One?"))
     pieces = conversation.reply("Two?")
@@ -256,6 +287,35 @@ def test_what_is_not_asked_for_stays_as_it_was(model):
         assert store.header.window == 90 and store.header.system == "Another."
 
 
+def test_a_seed_that_is_asked_for_begins_its_numbers_anew(model):
+    sampling = Sampling(1.0, seed=7)
+    conversation = opened(model, sampling=sampling)
+    said(conversation.reply("One?"))
+    on = conversation.chat.sampler.state()
+    conversation.close()
+    unasked = opened(model, sampling=Sampling(1.0))
+    assert unasked.chat.sampler.state() == on
+    unasked.close()
+    asked = opened(model, sampling=sampling)
+    assert asked.chat.sampler.state() == begin(model, asked_for(7)).chat.sampler.state() != on
+    asked.close()
+
+
+def asked_for(seed):
+    return replace(OPTIONS, sampling=Sampling(1.0, seed=seed))
+
+
+def test_a_model_s_folder_is_remembered_whole(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    loaded = mlx_stream.load(folder.name, dtype="float32")
+    conversation = opened(loaded)
+    said(conversation.reply("One?"))
+    conversation.close()
+    monkeypatch.chdir("/")
+    header = header_of("s")
+    assert header is not None and header.model == str(folder)
+
+
 def test_a_snapshot_is_written_now_and_then(model, monkeypatch):
     from mlx_stream.sessions import conversation as module
 
@@ -266,4 +326,28 @@ def test_a_snapshot_is_written_now_and_then(model, monkeypatch):
     time.sleep(0.01)
     said(conversation.reply("Two?"))
     assert paths("s").snapshot.stat().st_mode & 0o777 == 0o600
+    conversation.close()
+
+
+def test_what_was_cleared_stays_out_of_attention(model):
+    """The snapshot is of before, and of the same transcript."""
+    conversation = opened(model)
+    for question in QUESTIONS[:3]:
+        said(conversation.reply(question))
+    conversation.close()
+    conversation = opened(model)
+    conversation.clear()
+    never = conversation.chat.tokens.attended_ids()
+    conversation.close()
+    conversation = opened(model)
+    assert conversation.last is None
+    assert conversation.chat.tokens.attended_ids() == never
+    said(conversation.reply("Four?"))
+    # The snapshot is still that of before, as after a crash.
+    assert conversation.saved.store.progress.first == 4
+    conversation.saved.close()
+    notices = []
+    conversation = opened(model, notices=notices)
+    assert "reading 1 exchanges again" in notices[0]
+    assert [e.question for e in conversation.chat.exchanges] == ["Four?"]
     conversation.close()

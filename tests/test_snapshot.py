@@ -154,6 +154,15 @@ def test_a_truncated_file(saved: Path, tmp_path: Path, size: int) -> None:
         snapshot.load(cut)
 
 
+def test_what_is_larger_than_it_may_be(saved: Path) -> None:
+    size = saved.stat().st_size
+    assert snapshot.load(saved, size).model == "m"
+    with pytest.raises(SnapshotError, match=f"{size:,} bytes, more than"):
+        snapshot.load(saved, size - 1)
+    with pytest.raises(SnapshotError, match="header is too long"):
+        snapshot.load(saved, longest=100)
+
+
 def test_a_missing_file_a_folder_and_a_model(tmp_path: Path, tiny: Path) -> None:
     for path in (tmp_path / "missing", tmp_path, tiny / "model.safetensors"):
         with pytest.raises(SnapshotError, match="not a saved stream"):

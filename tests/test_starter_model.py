@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from full_table import TOLERANCE, differences, plain_weights
+from pinned_facts import compare, facts
 
 from mlx_stream import hub
 from mlx_stream.checkpoint.folder import read_folder
@@ -99,3 +100,10 @@ def test_the_weights_are_those_of_the_packed_file_without_loss(starter, folder):
         parts[0], parts[1].astype(mx.float32), parts[2].astype(mx.float32), group_size=32, bits=4
     )
     assert np.array_equal(np.array(full), np.array(starter.network.layers[3].mlp.down_proj.weight))
+
+
+def test_a_pinned_fact_is_still_used_when_the_window_has_gone_by(starter):
+    found = compare(starter, facts()[:4], tokens=300, window=128)
+    assert found["pinned"]["evicted_exchanges"] == found["unpinned"]["evicted_exchanges"] > 2
+    assert found["unpinned"]["pinned"] == 0 < found["pinned"]["pinned"]
+    assert found["likelier"] == 4 and found["gain"] > 2, found

@@ -136,17 +136,26 @@ LONG = replace(ODD[0], reply="word " * 50_000)
 def unharmed_by(store: Store, fill: Callable[[], None], empty: Callable[[], None]) -> list[str]:
     """Write to a disk that is full, see that nothing changed, and write when it is not."""
     lines = []
-    methods = (store.append, store.replace)
-    for method in methods:
+    longer = replace(HEADER, system=LONG.reply)
+    for method, values in (
+        (store.append, {"exchange": LONG, "progress": START}),
+        (store.replace, {"exchange": LONG, "progress": START}),
+        (store.update, {"header": longer}),
+    ):
         fill()
         try:
-            lines.append(refusal(method, LONG, START))
+            lines.append(refusal(method, **values))
             assert store.exchanges() == ODD and store.progress == Progress(4, "04")
-            # To take something back still works, and what is short still fits.
+            assert store.header == HEADER
+            with Store.open(store.path) as again:
+                again.verify()
+            # What is short still fits, and to take something back still works.
             store.update(progress=Progress(4, "05"))
+            store.undo(Progress(3, "03"))
+            assert store.exchanges() == ODD[:3]
         finally:
             empty()
-        store.update(progress=Progress(4, "04"))
+        store.append(ODD[3], Progress(4, "04"))
     store.append(LONG, START)
     assert store.exchanges() == [*ODD, LONG]
     store.verify()
@@ -163,7 +172,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
             return lambda: store.connection.execute(f"PRAGMA max_page_count = {count}").close()
 
         lines = unharmed_by(store, most(pages + 1), most(2**30))
-    assert lines == ["session 'x': the disk is full: make room, then try again"] * 2
+    assert lines == ["session 'x': the disk is full: make room, then try again"] * 3
 
 
 def test_a_file_that_may_not_grow(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ a wrong position shows.
 
 import json
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 from safetensors import TensorSpec, serialize_file
@@ -153,6 +154,24 @@ def write_tiny(
             },
         )
     return folder
+
+
+def write_letters(folder: Path, config: dict) -> Path:
+    """Write a model that, when greedy, writes letters for ever and nothing else; return it."""
+    config = {key: value for key, value in config.items() if key != "eos_token_id"}
+    weights = tiny_weights(config)
+    head = weights["lm_head.weight"]
+    vocabulary = tiny_tokenizer(config["vocab_size"]).get_vocab()
+    ids = [vocabulary[letter] for letter in ascii_lowercase]
+    rows = np.zeros_like(head)
+    # Of a row and its negative one is above the zeros of all other tokens, whatever was read.
+    rows[ids[0::2]], rows[ids[1::2]] = head[ids[0::2]], -head[ids[0::2]]
+    write_tiny(folder, config, weights | {"lm_head.weight": rows})
+    path = Path(folder) / "tokenizer_config.json"
+    tokenizer_config = json.loads(path.read_text(encoding="utf-8"))
+    del tokenizer_config["eos_token"]
+    _write_json(path, tokenizer_config)
+    return Path(folder)
 
 
 def tiny_tokenizer(vocab_size: int = 300) -> Tokenizer:

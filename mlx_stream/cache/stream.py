@@ -243,7 +243,7 @@ class StreamCache:
                         f"not a state of this stream: {name!r} must be {mine.dtype} of shape "
                         f"{mine.shape}"
                     )
-            elif not isinstance(given, int):
+            elif type(given) is not int:  # nor a truth value
                 raise ValueRefused(f"not a state of this stream: {name!r} must be a whole number")
         place = Place(*(state[name] for name in ("length", "floor", "clock", "sinks_at")))  # type: ignore[arg-type]
         self._check(place)

@@ -6,7 +6,7 @@ only then handed to `mx.load`, whose own parser trusts what it is given. Pickles
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -231,11 +231,15 @@ def read_shard(path: Path) -> dict[str, mx.array]:
         arrays = cast(dict[str, mx.array], mx.load(str(path)))
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: MLX cannot open it: {one_line(error)}") from error
-    # Two parsers may read one header in two ways; only what both agree on has been checked.
+    check_opened(path, declared, arrays)
+    return arrays
+
+
+def check_opened(path: Path, declared: Declared, arrays: Mapping[str, mx.array]) -> None:
+    """See that MLX read a header as it was checked: two parsers may read one in two ways."""
     opened = {name: (array.dtype, list(array.shape)) for name, array in arrays.items()}
     if opened != {name: (DTYPES[dtype], shape) for name, (dtype, shape) in declared.items()}:
         raise CheckpointError(f"{path}: its header is ambiguous; fetch the model again")
-    return arrays
 
 
 def check_shard(path: Path) -> Declared:

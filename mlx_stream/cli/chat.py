@@ -122,6 +122,13 @@ def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
     def status() -> str:
         return commands.status(conversation.stats, conversation.name)
 
+    def idle() -> str:
+        try:
+            conversation.write_snapshot()
+        except MlxStreamError as error:
+            return " ".join(str(error).split())
+        return ""
+
     now = conversation.stats
     note(
         f"attends to the first {now.sinks:,} and the latest {now.window:,} tokens; Ctrl-C ends a "
@@ -131,7 +138,7 @@ def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
         count = len(conversation.chat.exchanges)
         note(f"goes on with {conversation.name}: {count:,} exchanges are attended")
     history = places.data_folder().parent / "history"
-    prompt = Prompt(history, status, commands.completions(), note)
+    prompt = Prompt(history, status, commands.completions(), note, idle)
     line = ""
     while True:
         try:

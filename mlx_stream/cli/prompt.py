@@ -4,6 +4,7 @@ Knows prompt_toolkit, which is imported when a prompt is made; knows no model, a
 their names. A terminal that cannot move its cursor (TERM=dumb) gets a plain line.
 """
 
+import asyncio
 import errno
 import json
 import os
@@ -29,6 +30,7 @@ NO_TEXT = re.compile("[\ud800-\udfff]")
 LONGEST_KEPT = 2**16
 # Of a longer history file its end is kept.
 LARGEST_FILE = 2**20
+SECONDS_OF_IDLENESS = 60.0
 
 Notify = Callable[[str], None]
 
@@ -43,6 +45,8 @@ class Prompt:
         status: returns the status bar's text, whenever it is drawn.
         completions: what may be completed at the beginning of a line, and what each does.
         notify: told in one line what the user should know.
+        idle: called once when nothing has been typed for a minute; keys wait meanwhile. What it
+            returns is said. A terminal that cannot move its cursor never calls it.
     """
 
     def __init__(
@@ -51,10 +55,13 @@ class Prompt:
         status: Callable[[], str],
         completions: Mapping[str, str],
         notify: Notify,
+        idle: Callable[[], str] = str,
     ):
         self.history, self.notify = History(history, notify), notify
         lines = self.history.load()
-        self._read = plain_line if is_dumb() else editor(lines, status, completions)
+        self._read = (
+            plain_line if is_dumb() else editor(lines, status, completions, self._when_idle(idle))
+        )
 
     def ask(self, default: str = "") -> str:
         """Return what was typed, which is not blank and may be several lines.
@@ -81,13 +88,36 @@ class Prompt:
             else:
                 default = ""
 
+    def _when_idle(self, idle: Callable[[], str]) -> Callable[[], None]:
+        """Return what waits, from when a prompt is shown, until nothing is typed any more."""
+
+        async def wait() -> None:
+            from prompt_toolkit.application import get_app, run_in_terminal
+
+            before = None
+            while (typed := get_app().current_buffer.text) != before:
+                before = typed
+                await asyncio.sleep(SECONDS_OF_IDLENESS)
+            if said := idle():
+                await run_in_terminal(lambda: self.notify(said))
+
+        def begin() -> None:
+            from prompt_toolkit.application import get_app
+
+            get_app().create_background_task(wait())
+
+        return begin
+
 
 def is_dumb() -> bool:
     return os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
 
 
 def editor(
-    lines: Sequence[str], status: Callable[[], str], completions: Mapping[str, str]
+    lines: Sequence[str],
+    status: Callable[[], str],
+    completions: Mapping[str, str],
+    begun: Callable[[], None],
 ) -> Callable[[str], str]:
     """Return a function that reads what is typed, edited with prompt_toolkit."""
     from prompt_toolkit import PromptSession
@@ -114,7 +144,7 @@ def editor(
     )
     # A terminal that does not tell where its cursor is has no status bar: no reason to warn.
     session.app.renderer.cpr_not_supported_callback = None
-    return lambda default: session.prompt(default=default)
+    return lambda default: session.prompt(default=default, pre_run=begun)
 
 
 def plain_line(default: str) -> str:

@@ -36,12 +36,14 @@ class Change:
         how: append, replace, undo, or stand: only where the conversation stands has changed.
         held: exchanges that are attended after it.
         sampler: the random state after it.
+        header: what the session is after it, if that has changed.
     """
 
     how: str
     exchange: Exchange
     held: int
     sampler: str
+    header: Header | None = None
 
     def write(self, store: Store) -> None:
         count = store.count + {"append": 1, "undo": -1}.get(self.how, 0)
@@ -53,7 +55,7 @@ class Change:
         elif self.how == "undo":
             store.undo(progress)
         else:
-            store.update(progress=progress)
+            store.update(header=self.header, progress=progress)
 
 
 @dataclass
@@ -192,7 +194,7 @@ class Conversation:
     def header(self) -> Header:
         """Return what describes this conversation, under a new id."""
         return Header.new(
-            model=self.chat.model.name,
+            model=lasting(self.chat.model.name),
             fingerprint=self.model,
             system=self.system,
             window=self.stats.window,
@@ -201,7 +203,7 @@ class Conversation:
         )
 
     def write_snapshot(self) -> None:
-        """Write the stream's state, if it is not what is on disk.
+        """Write the stream's state, if it is not what is on disk; not while a reply is going on.
 
         Raises:
             SnapshotError: it cannot be written.
@@ -260,13 +262,15 @@ class Conversation:
             self._running.close()
             self._running = None
 
-    def _write(self, how: str, exchange: Exchange | None = None) -> None:
+    def _write(
+        self, how: str, exchange: Exchange | None = None, header: Header | None = None
+    ) -> None:
         """Bring the transcript up to date, after what is waiting."""
         if self.saved is None:
             return
         blank = Exchange("", "", (), (), ())
         held, sampler = len(self.chat.exchanges), self.chat.sampler.state()
-        self._waiting.append(Change(how, exchange or blank, held, sampler))
+        self._waiting.append(Change(how, exchange or blank, held, sampler, header))
         self._flush()
 
     def _flush(self) -> None:
@@ -277,11 +281,16 @@ class Conversation:
     def _restart(self, system: str | None, window: int) -> None:
         self._end()
         self.chat.restart(system, window)
-        self._write("stand")
         if self.saved:
             header = self.saved.store.header
             header = replace(header, system=system, window=self.stats.window)
-            self.saved.store.update(header=header)
+            self._write("stand", header=header)
+
+
+def lasting(source: str) -> str:
+    """Return a model's source so that it means the same in any folder."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
 
 
 def write_export(path: Path, header: Header, exchanges: Sequence[Exchange]) -> None:

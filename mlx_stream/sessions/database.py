@@ -175,6 +175,11 @@ def files(path: Path) -> tuple[Path, ...]:
     return (path, *(path.with_name(path.name + suffix) for suffix in beside))
 
 
+def unfinished(path: Path) -> Path:
+    """Return where a database is until it is whole."""
+    return path.with_name(f".{path.name}.new")
+
+
 def bytes_on_disk(path: Path) -> int:
     """Return the bytes of a database and of its log."""
     total = 0

@@ -1,11 +1,14 @@
 """What is done to saved conversations from outside: list, verify, remove; loads no model."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from mlx_stream.errors import SessionError, SnapshotError
+from mlx_stream.sessions.database import files, unfinished
 from mlx_stream.sessions.kept import about_of
 from mlx_stream.sessions.lock import Lock
 from mlx_stream.sessions.places import Paths, names, paths, used
@@ -64,10 +67,13 @@ def remove(name: str) -> None:
     Raises:
         SessionError: there is none, or a process has it open.
     """
+    from mlx_stream import snapshot
+
     where = paths(name)
-    if not any(path.exists() for path in files_of(where)):
+    if not any(os.path.lexists(path) for path in files_of(where)):
         raise SessionError(f"session {name!r}: there is none; see that the name is right")
     with Lock.acquire(where.lock):
+        snapshot.clear(where.snapshot)
         for path in files_of(where):
             try:
                 path.unlink(missing_ok=True)
@@ -77,14 +83,14 @@ def remove(name: str) -> None:
             where.lock.unlink()
 
 
-def files_of(where: Paths) -> list:
+def files_of(where: Paths) -> list[Path]:
     """Return every file that holds something of a conversation; the transcript is the last."""
     database, snapshot = where.database, where.snapshot
     return [
         snapshot,
         snapshot.with_name(f"{snapshot.name}.unusable"),
-        *(database.with_name(f"{database.name}{end}") for end in ("-wal", "-shm", "-journal")),
-        database,
+        *files(unfinished(database)),
+        *reversed(files(database)),
     ]
 
 

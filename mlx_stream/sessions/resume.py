@@ -5,6 +5,7 @@ snapshot that is missing, damaged or another model's is not used: then what was 
 again from the transcript, and that is said.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -18,7 +19,7 @@ from mlx_stream.session import DEFAULT_MAX_TOKENS, ChatSession
 from mlx_stream.sessions.conversation import Conversation, Saved
 from mlx_stream.sessions.kept import About, about_of
 from mlx_stream.sessions.lock import Lock
-from mlx_stream.sessions.places import paths
+from mlx_stream.sessions.places import is_file, paths
 from mlx_stream.sessions.rows import Header
 from mlx_stream.sessions.store import Store
 
@@ -79,6 +80,7 @@ def open_session(
     lock = Lock.acquire(where.lock)
     store = None
     try:
+        snapshot.clear(where.snapshot)
         if not where.database.exists():
             chat = new_chat(model, options, notify)
             lock.close()
@@ -91,9 +93,10 @@ def open_session(
         conversation = Conversation(chat, mark, Saved(name, where, lock, store))
         now = replace(conversation.header(), id=header.id, created=header.created)
         same = header == replace(now, model=header.model)
+        seeded = chat.sampler.state()
         catch_up(conversation, same, notify, progress)
-        if options.sampling is None or options.sampling.seed is None:
-            chat.sampler.restore(store.progress.sampler)
+        asked = options.sampling is not None and options.sampling.seed is not None
+        chat.sampler.restore(seeded if asked else store.progress.sampler)
         if header != now:
             store.update(header=now)
         return conversation
@@ -149,9 +152,10 @@ def catch_up(
     saved, chat = conversation.saved, conversation.chat
     assert saved is not None
     store = saved.store
-    count, first = store.count, store.progress.first
+    count, oldest = store.count, store.progress.first
     if count == 0:
         return
+    first = oldest
     reason = "the model, the window or the system prompt has changed"
     if same:
         try:
@@ -162,13 +166,23 @@ def catch_up(
         except (SnapshotError, ValueRefused) as error:
             chat.restart(chat.system, chat.stats.window)
             reason = set_aside(saved, str(error))
-    missing = said_by(chat, store.exchanges(first))
+    exchanges = store.exchanges(first)
+    if oldest >= first and not closes(exchanges[oldest - first :]):
+        chat.clear()
+        exchanges = exchanges[oldest - first :]
+    missing = said_by(chat, exchanges)
     if missing:
         notify(
             f"reading {len(missing):,} exchanges again: {reason}; replies may differ in rounding "
             "from those of a conversation that was never closed"
         )
         chat.replay(missing, progress)
+    chat.clear(keep=count - oldest + 1)
+
+
+def closes(exchanges: Sequence[Exchange]) -> bool:
+    """Say whether the first of them closed one before it; where it did not, that was cleared."""
+    return bool(exchanges and exchanges[0].closing_ids)
 
 
 def restore(conversation: Conversation, saved: Saved) -> About:
@@ -178,15 +192,12 @@ def restore(conversation: Conversation, saved: Saved) -> About:
         SnapshotError, ValueRefused: there is none, or it is not this conversation's.
     """
     chat, store, path = conversation.chat, saved.store, saved.where.snapshot
-    geometry = chat.cache.geometry
-    limit = chat.cache.nbytes + BYTES_BESIDE + BYTES_PER_ID * geometry.rows
-    try:
-        size = path.lstat().st_size
-    except OSError as error:
-        raise SnapshotError("there is no snapshot") from error
-    if size > limit:
-        raise SnapshotError(f"{path.name} has {size:,} bytes, more than the stream's {limit:,}")
-    found = snapshot.load(path)
+    beside = BYTES_BESIDE + BYTES_PER_ID * chat.cache.geometry.rows
+    if not os.path.lexists(path):
+        raise SnapshotError("there is no snapshot")
+    if not is_file(path):
+        raise SnapshotError(f"{path.name} is a link or no file")
+    found = snapshot.load(path, chat.cache.nbytes + beside, beside)
     about = about_of(found.about)
     if found.model != conversation.model or about.session != store.header.id:
         raise SnapshotError(f"{path.name} belongs to another model or conversation")
@@ -202,8 +213,11 @@ def restore(conversation: Conversation, saved: Saved) -> About:
 def set_aside(saved: Saved, reason: str) -> str:
     """Move a snapshot that cannot be used out of the way; return why."""
     path = saved.where.snapshot
-    if path.exists():
-        path.replace(path.with_name(f"{path.name}.unusable"))
+    if os.path.lexists(path):
+        try:
+            path.replace(path.with_name(f"{path.name}.unusable"))
+        except OSError as error:
+            return f"{reason}; it cannot be moved away: {error.strerror}"
     return reason
 
 
@@ -214,7 +228,8 @@ def said_by(chat: ChatSession, exchanges: Sequence[Exchange]) -> list[Exchange]:
     for exchange in exchanges:
         closing, question = chat.turns.following(rest, exchange.question)
         text = chat.model.tokenizer.decode(exchange.reply_ids) + exchange.rest
-        if exchange.question_ids != tuple(question) or text != exchange.reply:
+        known = chat.can_say(exchange.reply_ids)
+        if exchange.question_ids != tuple(question) or text != exchange.reply or not known:
             exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
         exchange = replace(exchange, closing_ids=tuple(closing), question_ids=tuple(question))
         found.append(exchange)

@@ -46,7 +46,7 @@ class Header:
     def check(self) -> None:
         check_types(str, self.id, self.created, self.model, self.fingerprint, self.system or "")
         check_types(int, self.window, self.sinks)
-        if not ID.fullmatch(self.id) or not TIME.fullmatch(self.created):
+        if not ID.fullmatch(self.id) or not is_time(self.created):
             raise ValueError(f"id {self.id[:40]!r}, created {self.created[:40]!r}")
         if self.window < 1 or self.sinks < 0 or self.evict not in EVICTS:
             raise ValueError(f"window {self.window}, sinks {self.sinks}, evict {self.evict!r:.40}")
@@ -195,6 +195,14 @@ def check_types(kind: type, *values: object) -> None:
     for value in values:
         if type(value) is not kind:
             raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
+
+
+def is_time(text: str) -> bool:
+    """Say whether a text is a time of our form, on a day that every clock can show."""
+    try:
+        return bool(TIME.fullmatch(text)) and 1 < datetime.fromisoformat(text).year < 9999
+    except ValueError:
+        return False
 
 
 def now() -> str:

@@ -35,6 +35,7 @@ from mlx_stream.sessions.database import (
     migrate,
     prepare,
     refusing,
+    unfinished,
 )
 from mlx_stream.sessions.places import is_file, private
 from mlx_stream.sessions.rows import (
@@ -76,7 +77,7 @@ class Store:
         if os.path.lexists(path):
             raise SessionError(f"session {path.stem!r} exists; open it, or use another name")
         private(path.parent)
-        partial = path.with_name(f".{path.name}.new")
+        partial = unfinished(path)
         with refusing(path):
             state = State(header, progress, 0, origin(header))
             state.check()

@@ -1,0 +1,38 @@
+"""What every conversation must be after each of its turns, for tests and measurements."""
+
+from collections.abc import Iterable
+
+from mlx_stream.session import ChatSession
+from mlx_stream.stream import Piece
+
+
+def said(pieces: Iterable[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def attended_text(chat: ChatSession) -> str:
+    """Return the text attended, and what will be read of the last exchange before the next."""
+    unread = chat._settle().unread
+    ids = [*chat.tokens.attended_ids(), *(unread.ids if chat.exchanges else ())]
+    text = chat.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
+    return text + (unread.rest + chat.template.closing if chat.exchanges else "")
+
+
+def rendered(chat: ChatSession) -> str:
+    """Return what the model's template makes of the pinned beginning and of what is held."""
+    messages = [*chat.turns.head]
+    for exchange in chat.exchanges:
+        messages.append({"role": "user", "content": exchange.question})
+        messages.append({"role": "assistant", "content": exchange.reply})
+    return chat.template.render(messages, reply=False) if messages else ""
+
+
+def assert_well_formed(chat: ChatSession) -> None:
+    assert attended_text(chat) == rendered(chat)
+    assert chat.cache.attended <= chat.cache.geometry.sinks + chat.cache.geometry.window
+
+
+def assert_pinned(chat: ChatSession) -> None:
+    """See that the system prompt is what the stream begins with, and that it is all attended."""
+    pinned = chat.turns.pinned
+    assert pinned and tuple(chat.tokens.attended_ids()[: len(pinned)]) == pinned
