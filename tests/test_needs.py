@@ -207,6 +207,16 @@ def test_attention_that_is_fused_holds_no_scores():
     assert not needs.is_fused(config_of(head_dim=256), metal=True)
 
 
+def test_a_quantized_ring_is_unpacked_one_layer_at_a_time():
+    config = config_of(head_dim=64, num_hidden_layers=9)
+    numbers = config.num_key_value_heads * 64 * 2_044
+    for fused, held in ((False, 15), (True, 2 * 2)):
+        plain, packed = (
+            needs.workspace_bytes(config, 4, 2_044, 2, fused, bits) for bits in (None, 4)
+        )
+        assert packed - plain == held * numbers
+
+
 def test_without_sinks_no_chunk_moves_them():
     config = config_of()
     assert needs.workspace_bytes(config, 0, 2_048, 4) < needs.workspace_bytes(config, 1, 2_047, 4)

@@ -245,7 +245,8 @@ class Planner:
     def plan(self, recipe: Recipe, sinks: int, window: int) -> Plan:
         """Return what a recipe and a window take."""
         config, itemsize = self.outline.config, self.itemsize
-        ring = ring_bytes(config, sinks, window, itemsize, self.asked.kv_bits)
+        kv_bits = self.asked.kv_bits
+        ring = ring_bytes(config, sinks, window, itemsize, kv_bits)
         fused = is_fused(config, self.device.metal)
         floats = ITEMSIZES[self.outline.dtype]
         return Plan(
@@ -256,7 +257,7 @@ class Planner:
             window=window,
             weights=weights_bytes(self.shapes, recipe.held, itemsize),
             ring=ring,
-            workspace=workspace_bytes(config, sinks, window, itemsize, fused),
+            workspace=workspace_bytes(config, sinks, window, itemsize, fused, kv_bits),
             loading=loading_bytes(self.shapes, recipe.stored, recipe.held, itemsize, floats),
             step=step_bytes(config, self.shapes, recipe.held, itemsize, ring),
         )

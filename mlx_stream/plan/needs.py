@@ -181,7 +181,12 @@ def longest_moving_chunk(config: ModelConfig, sinks: int, window: int) -> int:
 
 
 def workspace_bytes(
-    config: ModelConfig, sinks: int, window: int, itemsize: int, fused: bool = False
+    config: ModelConfig,
+    sinks: int,
+    window: int,
+    itemsize: int,
+    fused: bool = False,
+    kv_bits: int | None = None,
 ) -> int:
     """Return the most a chat holds beyond weights and ring: one chunk, where the ring is full.
 
@@ -191,12 +196,21 @@ def workspace_bytes(
     filling = padded(min(CHUNK, sinks + window))
     needed = chunk_bytes(config, filling, itemsize)
     needed += attention_bytes(config, filling, sinks + window + filling, itemsize, fused)
-    if sinks == 0:
-        return needed
-    moving = longest_moving_chunk(config, sinks, window)
-    later = chunk_bytes(config, moving, itemsize)
-    later += moving_attention_bytes(config, moving, sinks + window + moving, itemsize, fused)
-    return max(needed, later)
+    if sinks:
+        moving = longest_moving_chunk(config, sinks, window)
+        later = chunk_bytes(config, moving, itemsize)
+        later += moving_attention_bytes(config, moving, sinks + window + moving, itemsize, fused)
+        needed = max(needed, later)
+    return needed + (0 if kv_bits is None else unpacking_bytes(config, window, itemsize, fused))
+
+
+def unpacking_bytes(config: ModelConfig, window: int, itemsize: int, fused: bool) -> int:
+    """Return what a chunk holds of one layer's quantized ring as floats: its keys, its values.
+
+    Metal does it in one kernel; the CPU backend in steps, with 15 bytes a number measured.
+    """
+    numbers = config.num_key_value_heads * config.head_dim * window
+    return numbers * (2 * itemsize if fused else 15)
 
 
 def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
