@@ -25,6 +25,7 @@ from mlx_stream.plan.choice import (
     Asked,
     Outline,
     Plan,
+    Planner,
     make_plan,
     resolve_window,
 )
@@ -131,8 +132,16 @@ def test_quantized_files_are_kept_on_metal_and_never_given_more_bits():
     assert make_plan(model, small, Asked(window=kept.window)).recipe.bits is None
     asked = Asked(window=kept.window, keep=False)
     assert make_plan(model, small, asked).verdict == TOO_LARGE
-    lower = make_plan(model, device(kept.peak - 1), Asked(window=kept.window)).recipe.bits
-    assert lower is not None and lower <= 8
+
+
+def test_files_of_four_bits_are_offered_fewer_alone(tmp_path):
+    raw = json.loads((PUBLISHED / "Llama-3.2-1B.json").read_text())
+    path = tmp_path / "four.json"
+    path.write_text(json.dumps(raw | {"quantization": {"group_size": 64, "bits": 4}}))
+    model = outline_of(str(path), never)
+    recipes = list(Planner(model, device(2**40), Asked()).recipes())
+    assert [recipe.bits for recipe in recipes] == [None, 3, 2]
+    assert recipes[0].name == "as it is, 4.5 bits a weight"
 
 
 def test_a_bounded_model_gets_no_longer_window():

@@ -104,6 +104,10 @@ def test_the_bandwidth_of_a_mac_is_known_where_its_chip_and_memory_tell():
     assert known is not None and known.amount == 546e9
     slower = devices.known_bandwidth("M4 Max", 36 * GB)
     assert slower is not None and slower.amount == 410e9
+    for mac in (device for device in built_in() if device.kind in ("laptop", "desktop")):
+        found = devices.known_bandwidth(mac.chip, mac.memory.amount)
+        assert found is not None and mac.bandwidth is not None
+        assert found.amount == mac.bandwidth.amount, mac.name
     assert devices.known_bandwidth("M9", 64 * GB) is None
     assert devices.known_bandwidth("M4 Max", 20 * GB) is None
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from shapes import Shape, shapes
@@ -158,6 +158,7 @@ def test_the_chunk_is_that_of_generate():
     assert needs.CHUNK == generate.PREFILL_CHUNK
 
 
+@example(heads=32, sinks=4, window=8_188)
 @given(heads=st.integers(1, 40), sinks=st.integers(1, 9), window=st.integers(1, 40_000))
 def test_the_longest_chunk_is_what_the_cache_takes(heads, sinks, window):
     shape = Shape(sinks, window, group=heads, head_dim=2, layers=1, clock_limit=CLOCK_LIMIT)
