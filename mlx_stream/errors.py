@@ -11,6 +11,7 @@
     ├── TextError           input text that cannot be read
     ├── SnapshotError       a saved stream that is damaged, or another model's
     ├── SessionError        a saved conversation: damaged, in use, or not to be written
+    ├── DeviceError         a device that is not known, or a file of devices
     └── MemoryRefused       the model and its ring do not fit the device
 
 The message of each is one line: what was given, what was expected, what to do.
@@ -59,6 +60,10 @@ class SnapshotError(MlxStreamError):
 
 class SessionError(MlxStreamError):
     """A saved conversation cannot be opened, read or written, or another process has it open."""
+
+
+class DeviceError(MlxStreamError):
+    """A device is not known, or a file that describes devices cannot be used."""
 
 
 class MemoryRefused(MlxStreamError):

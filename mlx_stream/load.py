@@ -8,23 +8,19 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_stream import backend, hub
-from mlx_stream.cache import DenseCache, StreamCache, stream_bytes
+from mlx_stream.cache import DenseCache, StreamCache
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, ValueRefused
 from mlx_stream.models import CausalLM
+from mlx_stream.plan.choice import ignore, resolve_window
+from mlx_stream.plan.needs import ring_bytes
 from mlx_stream.rope import Rope
 from mlx_stream.tokenizer import Tokenizer
 from mlx_stream.weights import Untaken, build, weight_bytes
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-DEFAULT_SINKS = 4
-DEFAULT_WINDOW = 2_048
-
-
-def ignore(notice: str) -> None:
-    """Take a notice and drop it: what a library does with one unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +70,9 @@ class Model:
         """
         sinks, window = self.resolve_window(sinks, window, notify)
         config = self.config
-        ring_bytes = config.num_hidden_layers * stream_bytes(
-            config.num_key_value_heads,
-            config.head_dim,
-            self.dtype,
-            sinks,
-            window + spare,
-            kv_bits,
-        )
+        needed = ring_bytes(config, sinks, window, self.dtype.size, kv_bits, spare)
         if not self.force:
-            check_memory(self.weight_bytes, ring_bytes)
+            check_memory(self.weight_bytes, needed)
         return StreamCache(
             config.num_hidden_layers,
             config.num_attention_heads,
@@ -113,24 +102,7 @@ class Model:
         self, sinks: int | None, window: int | None, notify: Callable[[str], None] = ignore
     ) -> tuple[int, int]:
         """Return S and W as they will be: defaults filled in, limits held."""
-        trained = self.config.max_position_embeddings
-        sinks = DEFAULT_SINKS if sinks is None else sinks
-        if not 0 <= sinks < trained:
-            raise ValueRefused(f"--sinks must be from 0 to {trained - 1}, not {sinks}")
-        if window is None:
-            window = min(DEFAULT_WINDOW, trained - sinks)
-        if window < 1:
-            raise ValueRefused(f"--window must be at least 1, not {window}")
-        if sinks + window > trained:
-            raise ValueRefused(
-                f"sinks {sinks} + window {window} = {sinks + window} tokens exceed the model's "
-                f"trained context of {trained}: use a window of at most {trained - sinks}"
-            )
-        bound = self.config.sliding_window
-        if bound is not None and bound < window:
-            notify(f"window reduced from {window} to {bound}: the model's sliding_window")
-            window = bound
-        return sinks, window
+        return resolve_window(self.config, sinks, window, notify)
 
     def sinks_for(self, pinned: int, sinks: int | None, window: int | None) -> int:
         """Return S of a stream whose first `pinned` tokens always stay attended: a system prompt.

@@ -14,7 +14,8 @@ from mlx_stream.attended import Attended, Between, During
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
 from mlx_stream.exchange import Exchange, Held, Talk, Unread
 from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
-from mlx_stream.load import DEFAULT_SINKS, Model, ignore
+from mlx_stream.load import Model, ignore
+from mlx_stream.plan.choice import DEFAULT_SINKS
 from mlx_stream.stream import Piece, Reply, Stats, StopFinder, counted, eviction_notice, paced
 from mlx_stream.template import ChatTemplate
 from mlx_stream.turns import Turns

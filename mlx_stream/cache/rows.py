@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import mlx.core as mx
 
 GROUP_SIZE = 64
-BITS = (4, 8)
+BITS = (8, 4)
 
 
 @dataclass(frozen=True)
@@ -204,10 +204,10 @@ class Quantized:
 
 
 def stream_bytes(
-    kv_heads: int, head_dim: int, dtype: mx.Dtype, sinks: int, ring: int, bits: int | None
+    kv_heads: int, head_dim: int, itemsize: int, sinks: int, ring: int, bits: int | None
 ) -> int:
     """Return the bytes of one layer of a stream: S + R rows, and the sinks before rotation."""
-    whole = head_dim * dtype.size
+    whole = head_dim * itemsize
     # A scale and a bias in 16 bits for each group.
     row = whole if bits is None else head_dim * bits // 8 + head_dim // GROUP_SIZE * 4
     return kv_heads * (2 * (sinks * whole + ring * row) + sinks * whole)

@@ -353,8 +353,8 @@ def check_quantizable(head_dim: int, bits: int) -> None:
         raise ValueRefused(f"--kv-bits must be {BITS[0]} or {BITS[1]}, not {bits}")
     if head_dim % GROUP_SIZE:
         raise ValueRefused(
-            f"--kv-bits {bits} needs heads of a multiple of {GROUP_SIZE} numbers, and this model's "
-            f"have {head_dim}: leave it out"
+            f"--kv-bits needs heads of a multiple of {GROUP_SIZE} numbers; this model's have "
+            f"{head_dim}: leave it out"
         )
 
 

@@ -1,5 +1,6 @@
 """Options that several verbs share, declared once; knows no verb."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,6 +48,14 @@ KvBits = Annotated[
     typer.Option(
         "--kv-bits",
         help="Keep the window's keys and values in 8 or 4 bits; the first tokens' stay whole.",
+    ),
+]
+Devices = Annotated[
+    Path | None,
+    typer.Option(
+        "--devices",
+        metavar="FILE",
+        help="A TOML file of your own devices, in place of the one in your configuration.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Longest text to write, in tokens.")]

@@ -1,0 +1,68 @@
+"""`mlx_stream devices`: the phones, tablets and Macs that `plan` knows."""
+
+from typing import TYPE_CHECKING, Any
+
+from mlx_stream.cli import options
+from mlx_stream.cli.terminal import guarded
+
+if TYPE_CHECKING:
+    from mlx_stream.devices import Device, Figure
+
+GB = 2**30
+NOTES = """
+Memory in GB of 2^30 bytes, bandwidth in GB/s of 10^9. One program: what an app may use on iOS
+with the increased-memory-limit entitlement, and without it; what Metal recommends on macOS.
+~: estimated, nobody published it. --json has the source or the method of each figure.
+Your own devices: {}"""
+
+
+@guarded
+def devices(own: options.Devices = None, json: options.AsJson = False) -> None:
+    """List the devices that plans can be made for, and your own."""
+    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.devices import all_devices, user_file
+
+    known = all_devices(own)
+    if json:
+        print_json({"devices": [as_json(device) for device in known]})
+        return
+    columns = ["name", "device", "memory", "one program", "no entitlement", "bandwidth"]
+    print_table(columns, [row(device) for device in known])
+    print(NOTES.format(own or user_file()))
+
+
+def row(device: "Device") -> list[str]:
+    memory, budget, lower = (
+        shown(figure, GB) for figure in (device.memory, device.budget, device.without_entitlement)
+    )
+    return [device.name, device.title, memory, budget, lower, shown(device.bandwidth, 1e9)]
+
+
+def shown(figure: "Figure | None", unit: float) -> str:
+    if figure is None:
+        return "-"
+    return f"{'~' if figure.estimated else ''}{figure.amount / unit:.4g}"
+
+
+def as_json(device: "Device") -> dict[str, Any]:
+    return {
+        "name": device.name,
+        "title": device.title,
+        "kind": device.kind,
+        "chip": device.chip,
+        "year": device.year,
+        "memory_bytes": figure_as_json(device.memory),
+        "budget_bytes": figure_as_json(device.budget),
+        "budget_bytes_without_entitlement": figure_as_json(device.without_entitlement),
+        "bandwidth_bytes_per_second": figure_as_json(device.bandwidth),
+    }
+
+
+def figure_as_json(figure: "Figure | None") -> dict[str, Any] | None:
+    if figure is None:
+        return None
+    return {
+        "value": figure.amount,
+        "estimated": figure.estimated,
+        "method" if figure.estimated else "source": figure.source,
+    }
