@@ -5,6 +5,7 @@ only then handed to `mx.load`, whose own parser trusts what it is given. Pickles
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,10 +100,12 @@ def is_file(path: Path) -> bool:
 def read_bytes(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # `read` allocates what it is asked for, so it is asked for no more than there is.
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size) if size <= limit else b""
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(data) > limit:
+    if size > limit:
         raise CheckpointError(f"{path}: larger than {limit >> 20} MB, which no such file is")
     return data
 
