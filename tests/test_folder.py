@@ -1,6 +1,7 @@
 """What is read from a folder is what was stored; what is damaged or hostile is refused by name."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -301,10 +302,11 @@ def test_other_dtypes_are_refused_by_name(model: Path, dtype: str) -> None:
     assert f"'odd' is {dtype}" in message
 
 
-@pytest.mark.parametrize("shape", [[0], [0, 2**40], [2, 0]])
+@pytest.mark.parametrize("shape", [[0], [0, 2**40], [2, 0], [1] * 9, [1] * 2_000])
 def test_impossible_shapes_are_refused(model: Path, shape: list[int]) -> None:
-    header = {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
-    (model / "model.safetensors").write_bytes(safetensors(header))
+    size = 4 * math.prod(shape)
+    header = {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    (model / "model.safetensors").write_bytes(safetensors(header, bytes(size)))
     assert "'odd' has the impossible shape" in refused(model, WeightsError)
 
 

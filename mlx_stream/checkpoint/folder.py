@@ -35,9 +35,11 @@ DTYPES = {
 # Far above any real file (the largest tokenizer.json known has 35 MB): a bound on what a hostile
 # file can make us hold.
 JSON_BYTES = 32 << 20
-TOKENIZER_BYTES = 256 << 20
+TOKENIZER_BYTES = 64 << 20
 # MLX counts the elements of one dimension in 32 bits.
 LARGEST_DIMENSION = 2**31 - 1
+# MLX's binding ends the process on a shape of some thousands.
+MOST_DIMENSIONS = 8
 
 # What a file declares of one tensor: dtype by its safetensors name, and shape.
 Declared = dict[str, tuple[str, list[int]]]
@@ -247,7 +249,8 @@ def check_shard(path: Path) -> Declared:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             declared = {n: (str(s.get_dtype()), list(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+    # MemoryError: it claims to be larger than what can be mapped.
+    except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(
             f"{path}: damaged or truncated, fetch it again ({one_line(error)})"
         ) from error
@@ -257,6 +260,6 @@ def check_shard(path: Path) -> Declared:
                 f"{path}: {name!r} is {dtype}; expected one of {', '.join(DTYPES)}"
                 " (a model in float32, float16, bfloat16 or quantized by mlx-lm)"
             )
-        if not all(1 <= size <= LARGEST_DIMENSION for size in shape):
+        if len(shape) > MOST_DIMENSIONS or not all(1 <= n <= LARGEST_DIMENSION for n in shape):
             raise WeightsError(f"{path}: {name!r} has the impossible shape {shape}")
     return declared
