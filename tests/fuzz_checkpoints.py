@@ -203,6 +203,10 @@ class Worker:
                 pipe.close()
         return code
 
+    def close(self) -> None:
+        self.stop()
+        self.log.close()
+
 
 def fuzz(count: int, seed: int, folder: Path, say: Callable[[str], None]) -> Counter[str]:
     """Try `count` files; return how often each outcome was seen, `BUG` among them."""
@@ -230,7 +234,7 @@ def fuzz(count: int, seed: int, folder: Path, say: Callable[[str], None]) -> Cou
             tally[outcome] += 1
             remove(path)
     finally:
-        worker.stop()
+        worker.close()
     say(f"slowest {slowest:.2f} s of processor time, largest growth {int(largest) >> 20} MB")
     return tally
 
@@ -269,7 +273,7 @@ def again(seed: int, number: int) -> None:
     try:
         print(*worker.ask(path), sep="\n")
     finally:
-        worker.stop()
+        worker.close()
 
 
 if __name__ == "__main__":
