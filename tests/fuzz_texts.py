@@ -12,6 +12,13 @@ HOSTILE_TEMPLATES = {
         "{% for i in range(99999) if false %}{% endfor %}"
         "{% for i in range(9999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}"
     ),
+    "loops over one list": (
+        "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
+    ),
+    "compared in a row": (
+        "{% set x = range(1000, 99999) | list %}{% set y = range(1000, 99999) | list %}"
+        "{% if x " + "== y == x " * 1_000 + "%}{% endif %}"
+    ),
     "loops that read loop": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% if loop.last %}{% endif %}"
         "{% endfor %}{% endfor %}"
@@ -105,6 +112,10 @@ HOSTILE_TEMPLATES = {
     "kept": (
         "{% set ns = namespace(x=none) %}{% for i in range(99999) %}"
         "{% set ns.x = namespace(before=ns.x, text=i ~ 'a' * 900000) %}{% endfor %}"
+    ),
+    "kept slices": (
+        "{% set ns = namespace(x=none) %}{% set x = 'a' * 900000 %}{% for i in range(99999) %}"
+        "{% set ns.x = namespace(before=ns.x, text=x[1:]) %}{% endfor %}"
     ),
     "kept lists": (
         "{% set ns = namespace(x=none) %}{% for i in range(99999) %}"

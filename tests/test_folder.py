@@ -12,7 +12,12 @@ from tiny import CHAT_TEMPLATE, stored_as, tiny_config, tiny_weights, write_tiny
 
 from mlx_stream.checkpoint import folder
 from mlx_stream.checkpoint.folder import INDEX, missing_files, read_folder
-from mlx_stream.errors import CheckpointError, SourceError, TokenizerError, WeightsError
+from mlx_stream.errors import (
+    CheckpointError,
+    SourceError,
+    TokenizerError,
+    WeightsError,
+)
 
 CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)
@@ -308,6 +313,30 @@ def test_impossible_shapes_are_refused(model: Path, shape: list[int]) -> None:
     header = {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
     (model / "model.safetensors").write_bytes(safetensors(header, bytes(size)))
     assert "'odd' has the impossible shape" in refused(model, WeightsError)
+
+
+def test_a_header_is_not_believed_about_its_length(model: Path) -> None:
+    path = model / "model.safetensors"
+    for length in (folder.HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1):
+        path.write_bytes(length.to_bytes(8, "little"))
+        os.truncate(path, 2 * folder.HEADER_BYTES)  # sparse
+        assert f"a header of {length} bytes" in refused(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", INDEX]
+)
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe", "loop", "nowhere", "."])
+def test_a_link_that_leads_to_no_file_is_none(sharded: Path, name: str, target: str) -> None:
+    (sharded / name).unlink(missing_ok=True)
+    os.mkfifo(sharded / "pipe")
+    (sharded / "loop").symlink_to("loop")
+    (sharded / name).symlink_to(target)
+    kinds = {"config.json": CheckpointError, "tokenizer.json": TokenizerError}
+    if name in kinds:
+        assert f"no {name}" in refused(sharded, kinds[name])
+    else:  # without it the folder is what it is
+        assert read_folder(sharded).tensors.keys() == WEIGHTS.keys()
 
 
 def test_no_tensors_at_all_is_refused(model: Path) -> None:

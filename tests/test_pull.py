@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,18 +192,23 @@ def test_a_killed_download_looks_like_none_and_is_gone_on_with(served: Hub) -> N
 
 
 def test_two_processes_fetch_each_file_once(served: Hub) -> None:
+    def once_both_have_begun(content: bytes, start: int) -> bytes:
+        until = time.monotonic() + 30
+        while "".join(served.asked).count("/revision/") < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        return content
+
+    served.sent["config.json"] = served.sent[SHARD] = once_both_have_begun
     env = {**os.environ, "HF_ENDPOINT": served.endpoint}
-    code = (
-        f"from mlx_stream import hub; print(hub.pull({REPO!r}, 'main', print, lambda *_: 0).path)"
-    )
     both = [
-        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(program("pull", REPO), env=env, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     paths = {process.communicate()[0] for process in both}
     assert [process.returncode for process in both] == [0, 0] and len(paths) == 1
-    fetched = [path for path in served.asked if path.endswith(SHARD)]
-    assert len(fetched) == 1
+    fetched = [path for path in served.asked if "/resolve/" in path]
+    assert len(fetched) == len(set(fetched)) == len(list(served.repos[REPO].iterdir()))
 
 
 # --- the verb ---

@@ -59,7 +59,16 @@ def test_a_template_ends_in_time_on_any_thread(name: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "name",
-    ["kept", "kept lists", "doubled by +", "nested list", "macro that writes", "join", "format"],
+    [
+        "kept",
+        "kept lists",
+        "kept slices",
+        "doubled by +",
+        "nested list",
+        "macro that writes",
+        "join",
+        "format",
+    ],
 )
 def test_a_template_ends_in_bounded_memory(name: str):
     source = HOSTILE_TEMPLATES.get(name, "{{ '{0}{0}'.format('a' * 900000) }}")

@@ -98,12 +98,14 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "dropout": (model(dropout=0.1), "a text is not always the same tokens"),
     "a long prefix": (model(continuing_subword_prefix="e" * 100_000), "is longer than 64"),
+    "a prefix no merge has": (model(continuing_subword_prefix="##"), "a merge does not begin"),
     "a long token": (model(vocab={"e" * 100_000: 0}), "a token is no text, or too long"),
     "another model": (model(type="WordPiece"), "model: 'WordPiece' is not supported"),
     "no model": (written(model=None), "model: None is not supported"),
     "a key twice": (SOUND.replace('"normalizer"', '"model"', 1), "a key is given twice"),
     "deep": (written()[:-1] + ',"x":' + "[" * 200_000, "not valid JSON"),
     "digits": (written()[:-1] + ',"x":' + "9" * 10_000 + "}", "not valid JSON"),
+    "many lists": (written()[:-1] + ',"x":[' + "[]," * 2_000_001 + "[]]}", "more than 4000000"),
     "a list": ("[]", "expected a JSON object"),
 }
 

@@ -34,7 +34,8 @@ DTYPES = {
 
 # Far above any real file (the largest tokenizer.json known has 35 MB): a bound on what a hostile
 # file can make us hold.
-JSON_BYTES = 32 << 20
+JSON_BYTES = 8 << 20
+HEADER_BYTES = 8 << 20
 TOKENIZER_BYTES = 64 << 20
 # MLX counts the elements of one dimension in 32 bits.
 LARGEST_DIMENSION = 2**31 - 1
@@ -246,6 +247,13 @@ def read_shard(path: Path) -> dict[str, mx.array]:
 def check_shard(path: Path) -> Declared:
     """Check header, offsets and size of a safetensors file; return what it declares."""
     try:
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > HEADER_BYTES:
+            raise CheckpointError(
+                f"{path}: damaged or truncated, fetch it again (a header of {length} bytes, more "
+                f"than {HEADER_BYTES})"
+            )
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             declared = {n: (str(s.get_dtype()), list(s.get_shape())) for n, s in slices.items()}

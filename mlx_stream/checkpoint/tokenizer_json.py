@@ -15,6 +15,8 @@ from typing import Any
 
 from mlx_stream.errors import TokenizerError
 
+# Lists, objects and what is in them: the largest vocabularies have two million with their merges.
+MAX_NODES = 4_000_000
 MAX_STEPS = 32
 MAX_DEPTH = 4
 MAX_ADDED_TOKENS = 100_000
@@ -33,6 +35,9 @@ def check_tokenizer(text: str) -> None:
     Raises:
         TokenizerError: it is not JSON, or a step of it is unknown, malformed or without bounds.
     """
+    # Counted in the text: read, each would take many times its length.
+    if sum(map(text.count, "[{,")) > MAX_NODES:
+        raise refusal(f"more than {MAX_NODES} lists, objects and items")
     try:
         value = json.loads(text, object_pairs_hook=unambiguous)
     except (RecursionError, ValueError) as error:
@@ -214,6 +219,7 @@ def check_model(model: Any) -> None:
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(key) or "")) > MAX_AFFIX:
             raise refusal(f"model: {key} is longer than {MAX_AFFIX}")
+    check_merges(model)
     vocabulary = model.get("vocab")
     if kind == "Unigram" and isinstance(vocabulary, list):
         vocabulary = [entry[0] for entry in vocabulary if isinstance(entry, list) and entry]
@@ -221,6 +227,15 @@ def check_model(model: Any) -> None:
         raise refusal("model: it has no vocabulary")
     if any(not isinstance(token, str) or len(token) > MAX_TOKEN for token in vocabulary):
         raise refusal("model: a token is no text, or too long")
+
+
+def check_merges(model: Step) -> None:
+    """See that what is merged to a word's inside begins as such: the library cuts it off unseen."""
+    prefix = model.get("continuing_subword_prefix")
+    for merge in (model.get("merges") or ()) if prefix else ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not str((parts or [""])[-1]).startswith(str(prefix)):
+            raise refusal("model: a merge does not begin with the continuing_subword_prefix")
 
 
 # --- regular expressions ---

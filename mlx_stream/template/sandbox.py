@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 from jinja2 import Template, nodes, pass_eval_context
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import CodeGenerator, Frame, operators
 from jinja2.exceptions import SecurityError
 from jinja2.exceptions import TemplateError as JinjaError
 from jinja2.ext import Extension, loopcontrols
@@ -102,16 +102,8 @@ class MeteredCode(CodeGenerator):
         return super().visit(node, *arguments, **named)
 
     def enter_frame(self, frame: Frame) -> None:
-        super().enter_frame(frame)  # of each turn of a loop, of each call of a macro or block
+        super().enter_frame(frame)  # of a turn of a loop, of a macro's call, of a loop's test
         self.writeline("environment.tick()")
-
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        if node.test is not None:  # it runs where no turn of the loop does
-            line = {"lineno": node.lineno}
-            tick = nodes.EnvironmentAttribute("tick", **line)
-            ticked = nodes.Not(nodes.Call(tick, [], [], None, None, **line), **line)
-            node.test = nodes.And(ticked, node.test, **line)
-        super().visit_For(node, frame)
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.concat((")
@@ -120,9 +112,10 @@ class MeteredCode(CodeGenerator):
             self.write(", ")
         self.write("))")
 
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        self.write("(environment.tick() or ")
-        super().visit_Compare(node, frame)
+    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:
+        # Two long lists are compared in one step, and `a == b == c` are two.
+        self.write(f" {operators[node.op]} (environment.tick() or ")
+        self.visit(node.expr, frame)
         self.write(")")
 
     def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
