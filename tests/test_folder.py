@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
@@ -195,6 +196,15 @@ def test_bad_json_is_refused(
     message = refused(sharded)
     assert expected in message
     assert name in message
+
+
+def test_a_file_takes_the_memory_it_has_not_what_it_might_have(model: Path) -> None:
+    tracemalloc.start()
+    try:
+        read_folder(model)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # --- indices nobody vouches for ---
