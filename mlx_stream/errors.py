@@ -14,12 +14,19 @@
     ├── DeviceError         a device that is not known, or a file of devices
     └── MemoryRefused       the model and its ring do not fit the device
 
-The message of each is one line: what was given, what was expected, what to do.
+The message of each is one line: what was given, what was expected, what to do. What was given may
+be a stranger's, and of any length: the middle of a long line is left out.
 """
+
+LONGEST_LINE = 1_000
 
 
 class MlxStreamError(Exception):
     """Base of every error this package raises on purpose."""
+
+    def __init__(self, line: str = ""):
+        half = LONGEST_LINE // 2 - 2
+        super().__init__(line if len(line) <= LONGEST_LINE else f"{line[:half]}...{line[-half:]}")
 
 
 class ValueRefused(MlxStreamError, ValueError):

@@ -47,7 +47,7 @@ def outline_of(source: str, notify: Callable[[str], None]) -> Outline:
     path = hub.local_path(source) if source != hub.STARTER else None
     repo = hub.STARTER_REPO if source == hub.STARTER else source
     if path is None and hub.HUB_ID.fullmatch(repo):
-        path = hub.find_in_hub_cache(repo)
+        path = hub.find_in_cache(repo)
     if path is None and source == hub.STARTER and hub.is_whole(hub.starter_folder()):
         path = hub.starter_folder()
     if path is not None:
@@ -101,10 +101,9 @@ def of_hub(source: str, repo: str, notify: Callable[[str], None]) -> Outline:
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
-        hub.ask_hub(repo, hub.PATIENCE)
-        notify(f"reading the headers of {repo} on the Hugging Face Hub")
         # One commit for all that is read, should the model change meanwhile.
-        commit = HfApi().model_info(repo, revision="main", timeout=hub.PATIENCE).sha
+        commit = hub.ask(repo, hub.MAIN, hub.PATIENCE).commit
+        notify(f"reading the headers of {repo} on the Hugging Face Hub")
         raw = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
         files = HfApi().get_safetensors_metadata(repo, revision=commit).files_metadata
         declared = {
@@ -112,7 +111,7 @@ def of_hub(source: str, repo: str, notify: Callable[[str], None]) -> Outline:
             for file in files.values()
             for name, tensor in file.tensors.items()
         }
-    except CheckpointError:
+    except (CheckpointError, SourceError):
         raise
     except NotASafetensorsRepoError as error:
         raise SourceError(f"{repo}: has no weights in the safetensors format") from error
@@ -123,7 +122,7 @@ def of_hub(source: str, repo: str, notify: Callable[[str], None]) -> Outline:
         ) from error
     # The HTTP client's own exceptions come through, and its name changes between versions.
     except Exception as error:
-        raise SourceError(hub.explain_hub_error(repo, error)) from error
+        raise SourceError(hub.explain_hub_error(repo, hub.MAIN, error)) from error
     return of_headers(source, raw, declared)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 
 from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.checkpoint.tokenizer_json import check_tokenizer
 from mlx_stream.errors import TextError, TokenizerError
 from mlx_stream.template import ChatTemplate
 
@@ -50,8 +51,10 @@ class Tokenizer:
         """Build the tokenizer of a checkpoint.
 
         Raises:
-            TokenizerError: tokenizer.json cannot be read, or an end token is not in it.
+            TokenizerError: tokenizer.json cannot be read, or an end token is not in it; or it asks
+                for what has no bounds.
         """
+        check_tokenizer(checkpoint.tokenizer)
         with library_errors("cannot be read"):
             backend = tokenizers.Tokenizer.from_str(checkpoint.tokenizer)
         tokenizer = cls(backend, checkpoint.tokenizer_config)

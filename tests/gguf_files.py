@@ -1,6 +1,7 @@
 """Tiny GGUF files for tests: whole models through llama.cpp's own writer, and forged headers."""
 
 import struct
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,43 +92,42 @@ def write_tiny(
     matrices, by GGUF name, another type than `kind`.
     """
     random = np.random.default_rng(3)
-    writer = gguf.GGUFWriter(path, architecture)
-    for key, value in {**KEYS, **(keys or {})}.items():
-        if value is not None:
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    expected: dict[str, np.ndarray] = {}
-    written: dict[str, tuple[np.ndarray, str]] = {}
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
+        for key, value in {**KEYS, **(keys or {})}.items():
+            if value is not None:
+                writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        expected: dict[str, np.ndarray] = {}
+        written: dict[str, tuple[np.ndarray, str]] = {}
 
-    def add(name: str, hf_name: str, shape: tuple[int, ...]) -> None:
-        values = random.standard_normal(shape).astype(np.float32)
-        use = (kinds or {}).get(name, kind) if len(shape) == 2 else "F32"
-        quantized = gguf.quants.quantize(values, gguf.GGMLQuantizationType[use])
-        expected[hf_name] = gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType[use])
-        heads = HEADS_OF.get(name.split(".")[-2], 0)
-        written[name] = (permute(quantized, heads) if heads else quantized, use)
+        def add(name: str, hf_name: str, shape: tuple[int, ...]) -> None:
+            values = random.standard_normal(shape).astype(np.float32)
+            use = (kinds or {}).get(name, kind) if len(shape) == 2 else "F32"
+            quantized = gguf.quants.quantize(values, gguf.GGMLQuantizationType[use])
+            expected[hf_name] = gguf.quants.dequantize(quantized, gguf.GGMLQuantizationType[use])
+            heads = HEADS_OF.get(name.split(".")[-2], 0)
+            written[name] = (permute(quantized, heads) if heads else quantized, use)
 
-    add("token_embd.weight", "model.embed_tokens.weight", (VOCAB, HIDDEN))
-    add("output_norm.weight", "model.norm.weight", (HIDDEN,))
-    if not tied:
-        add("output.weight", "lm_head.weight", (VOCAB, HIDDEN))
-    for layer in range(LAYERS):
-        gguf_block, hf_block = f"blk.{layer}", f"model.layers.{layer}"
-        for name, (module, rows, columns) in MODULES.items():
-            add(f"{gguf_block}.{name}.weight", f"{hf_block}.{module}.weight", (rows, columns))
-            if biases:
-                add(f"{gguf_block}.{name}.bias", f"{hf_block}.{module}.bias", (rows,))
-        for name, module in NORMS.items():
-            add(f"{gguf_block}.{name}.weight", f"{hf_block}.{module}.weight", (HIDDEN,))
-    for name, values in (tensors or {}).items():
-        written.pop(name, None)
-        if values is not None:
-            written[name] = (values, "F32")
-    for name, (values, use) in written.items():
-        writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType[use])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        add("token_embd.weight", "model.embed_tokens.weight", (VOCAB, HIDDEN))
+        add("output_norm.weight", "model.norm.weight", (HIDDEN,))
+        if not tied:
+            add("output.weight", "lm_head.weight", (VOCAB, HIDDEN))
+        for layer in range(LAYERS):
+            gguf_block, hf_block = f"blk.{layer}", f"model.layers.{layer}"
+            for name, (module, rows, columns) in MODULES.items():
+                add(f"{gguf_block}.{name}.weight", f"{hf_block}.{module}.weight", (rows, columns))
+                if biases:
+                    add(f"{gguf_block}.{name}.bias", f"{hf_block}.{module}.bias", (rows,))
+            for name, module in NORMS.items():
+                add(f"{gguf_block}.{name}.weight", f"{hf_block}.{module}.weight", (HIDDEN,))
+        for name, values in (tensors or {}).items():
+            written.pop(name, None)
+            if values is not None:
+                written[name] = (values, "F32")
+        for name, (values, use) in written.items():
+            writer.add_tensor(name, values, raw_dtype=gguf.GGMLQuantizationType[use])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
     return expected
 
 

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,12 +26,27 @@ NOBODY = "http://127.0.0.1:9"  # refuses at once
 
 
 class Hub:
-    """Serves folders in the Hub's wire format, and remembers what it was asked for."""
+    """Serves folders in the Hub's wire format, and remembers what it was asked for.
+
+    Attributes:
+        repos: folders by name; all their files are listed, safetensors as large ones (LFS).
+        asked: the paths of requests; `ranges` those of them that asked for a part, with its start.
+        errors: status and error code by name of a model, or of a file.
+        listed: changes of a file's entry in listings, by its name: lies.
+        sent: what becomes of a file's content on its way, by its name: (content, start) to bytes,
+            of which fewer than there should be end the connection.
+        commit: of every branch.
+    """
 
     def __init__(self) -> None:
         self.repos: dict[str, Path] = {}
         self.asked: list[str] = []
+        self.ranges: list[tuple[str, int]] = []
         self.errors: dict[str, tuple[int, str]] = {}
+        self.listed: dict[str, dict] = {}
+        self.sent: dict[str, Callable[[bytes, int], bytes]] = {}
+        self.commit = COMMIT
+        self.tokens: set[str | None] = set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,55 +54,83 @@ class Hub:
                 pass
 
             def do_HEAD(self) -> None:
-                self.reply(*outer.answer(self.path), body=False)
+                self.reply(body=False)
 
             def do_GET(self) -> None:
-                self.reply(*outer.answer(self.path), body=True)
+                self.reply(body=True)
 
-            def reply(self, status: int, headers: dict, content: bytes, body: bool) -> None:
+            def reply(self, body: bool) -> None:
+                outer.tokens.add(self.headers.get("Authorization"))
+                start = int(re.findall(r"\d+", self.headers.get("Range", "0"))[0])
+                status, headers, content, name = outer.answer(self.path, start)
                 self.send_response(status)
-                for name, value in {"Content-Length": len(content), **headers}.items():
-                    self.send_header(name, str(value))
+                for key, value in {"Content-Length": len(content), **headers}.items():
+                    self.send_header(key, str(value))
                 self.end_headers()
-                if body:
-                    self.wfile.write(content)
+                if not body:
+                    return
+                change = outer.sent.get(name)
+                sent = change(content, start) if change else content
+                with suppress(ConnectionError):  # one who has enough hangs up
+                    self.wfile.write(sent)
+                self.close_connection = True
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
 
-    def answer(self, path: str) -> tuple[int, dict, bytes]:
+    def answer(self, path: str, start: int) -> tuple[int, dict, bytes, str]:
         path = path.split("?")[0]
         self.asked.append(path)
         for repo, folder in self.repos.items():
-            if repo in self.errors and repo in path:
-                status, code = self.errors[repo]
-                return status, {"X-Error-Code": code}, b"{}"
+            for wanted, (status, code) in self.errors.items():
+                if repo in path and (wanted == repo or path.endswith(f"/{wanted}")):
+                    return status, {"X-Error-Code": code}, b"{}", ""
             files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
             table = {str(p.relative_to(folder)): p for p in files}
-            if path == f"/api/models/{repo}/revision/main":
-                siblings = [{"rfilename": name} for name in table]
-                info = {"id": repo, "sha": COMMIT, "siblings": siblings}
-                return 200, {}, json.dumps(info).encode()
-            if path == f"/api/models/{repo}/tree/{COMMIT}":
+            if match := re.fullmatch(f"/api/models/{repo}/revision/(.+)", path):
+                if match[1] not in ("main", "v1", self.commit):
+                    return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}", ""
+                siblings = [self.sibling(name, path) for name, path in table.items()]
+                info = {"id": repo, "sha": self.commit, "siblings": siblings}
+                return 200, {}, json.dumps(info).encode(), ""
+            if path == f"/api/models/{repo}/tree/{self.commit}":
                 tree = [
-                    {"type": "file", "path": n, "size": p.stat().st_size, "oid": etag(p)}
+                    {"type": "file", "path": n, "size": p.stat().st_size, "oid": digest(p)}
                     for n, p in table.items()
                 ]
-                return 200, {}, json.dumps(tree).encode()
-            name = path.removeprefix(f"/{repo}/resolve/{COMMIT}/")
+                return 200, {}, json.dumps(tree).encode(), ""
+            name = path.removeprefix(f"/{repo}/resolve/{self.commit}/")
             if name in table:
-                headers = {"ETag": f'"{etag(table[name])}"', "X-Repo-Commit": COMMIT}
-                return 200, headers, table[name].read_bytes()
-        return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+                headers = {"ETag": f'"{digest(table[name])}"', "X-Repo-Commit": self.commit}
+                if start:
+                    self.ranges.append((name, start))
+                content = table[name].read_bytes()[start:]
+                return 206 if start else 200, headers, content, name
+        return 404, {"X-Error-Code": "RepoNotFound"}, b"{}", ""
+
+    def sibling(self, name: str, path: Path) -> dict:
+        size = path.stat().st_size
+        entry: dict = {"rfilename": name, "size": size, "blobId": git_digest(path)}
+        if path.suffix == ".safetensors":
+            entry["lfs"] = {"size": size, "sha256": digest(path), "pointerSize": 130}
+        return entry | self.listed.get(name, {})
 
     def fetched(self) -> set[str]:
-        return {path.split(COMMIT + "/")[1] for path in self.asked if "/resolve/" in path}
+        return {path.split(self.commit + "/")[1] for path in self.asked if "/resolve/" in path}
 
 
-def etag(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+def digest(path: Path) -> str:
+    """Return the hash a file is listed by: large ones by their own, others by Git's."""
+    if path.suffix == ".safetensors":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return git_digest(path)
+
+
+def git_digest(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 # --- fixtures ---

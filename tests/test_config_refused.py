@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 
 from mlx_stream.config import ARCHITECTURES, Quantization, read_config
-from mlx_stream.errors import ConfigError
+from mlx_stream.errors import LONGEST_LINE, ConfigError
 
 # -- what is refused ------------------------------------------------------------------------------
 
@@ -246,3 +246,12 @@ def test_any_rotary_settings_are_read_or_refused_in_one_line(spelling, rope):
         read_config(tiny_config(**{spelling: rope}))
     except ConfigError as error:
         assert len(str(error).splitlines()) == 1, repr(str(error))
+
+
+def test_a_strangers_value_does_not_make_the_line_longer_than_a_line() -> None:
+    for value in (list(range(10_000)), "x" * 100_000, {"a" * 5_000: None}):
+        with pytest.raises(ConfigError) as error:
+            read_config(tiny_config(hidden_size=value))
+        line = str(error.value)
+        assert len(line) <= LONGEST_LINE and "..." in line
+        assert line.startswith("config: hidden_size must be a whole number from 1 to 2147483647")

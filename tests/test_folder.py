@@ -1,7 +1,9 @@
 """What is read from a folder is what was stored; what is damaged or hostile is refused by name."""
 
 import json
+import math
 import os
+import tracemalloc
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +13,12 @@ from tiny import CHAT_TEMPLATE, stored_as, tiny_config, tiny_weights, write_tiny
 
 from mlx_stream.checkpoint import folder
 from mlx_stream.checkpoint.folder import INDEX, missing_files, read_folder
-from mlx_stream.errors import CheckpointError, SourceError, TokenizerError, WeightsError
+from mlx_stream.errors import (
+    CheckpointError,
+    SourceError,
+    TokenizerError,
+    WeightsError,
+)
 
 CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)
@@ -191,6 +198,15 @@ def test_bad_json_is_refused(
     assert name in message
 
 
+def test_a_file_takes_the_memory_it_has_not_what_it_might_have(model: Path) -> None:
+    tracemalloc.start()
+    try:
+        read_folder(model)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
 # --- indices nobody vouches for ---
 
 
@@ -301,11 +317,36 @@ def test_other_dtypes_are_refused_by_name(model: Path, dtype: str) -> None:
     assert f"'odd' is {dtype}" in message
 
 
-@pytest.mark.parametrize("shape", [[0], [0, 2**40], [2, 0]])
+@pytest.mark.parametrize("shape", [[0], [0, 2**40], [2, 0], [1] * 9, [1] * 2_000])
 def test_impossible_shapes_are_refused(model: Path, shape: list[int]) -> None:
-    header = {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
-    (model / "model.safetensors").write_bytes(safetensors(header))
+    size = 4 * math.prod(shape)
+    header = {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    (model / "model.safetensors").write_bytes(safetensors(header, bytes(size)))
     assert "'odd' has the impossible shape" in refused(model, WeightsError)
+
+
+def test_a_header_is_not_believed_about_its_length(model: Path) -> None:
+    path = model / "model.safetensors"
+    for length in (folder.HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1):
+        path.write_bytes(length.to_bytes(8, "little"))
+        os.truncate(path, 2 * folder.HEADER_BYTES)  # sparse
+        assert f"a header of {length} bytes" in refused(model)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", INDEX]
+)
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe", "loop", "nowhere", "."])
+def test_a_link_that_leads_to_no_file_is_none(sharded: Path, name: str, target: str) -> None:
+    (sharded / name).unlink(missing_ok=True)
+    os.mkfifo(sharded / "pipe")
+    (sharded / "loop").symlink_to("loop")
+    (sharded / name).symlink_to(target)
+    kinds = {"config.json": CheckpointError, "tokenizer.json": TokenizerError}
+    if name in kinds:
+        assert f"no {name}" in refused(sharded, kinds[name])
+    else:  # without it the folder is what it is
+        assert read_folder(sharded).tensors.keys() == WEIGHTS.keys()
 
 
 def test_no_tensors_at_all_is_refused(model: Path) -> None:

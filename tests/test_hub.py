@@ -174,9 +174,9 @@ def test_models_in_the_caches_are_listed(
     assert hub.cached_models() == []
     found = hub.resolve(REPO, silent)
     served.repos["org/other"] = write_tiny(tmp_path / "other", CONFIG, WEIGHTS)
-    other = json.dumps({**CONFIG, "model_type": "gpt2"})
-    (served.repos["org/other"] / "config.json").write_text(other)
-    hub.resolve("org/other", silent)
+    other = hub.resolve("org/other", silent) / "config.json"
+    other.unlink()  # as another program may have it
+    other.write_text(json.dumps({**CONFIG, "model_type": "gpt2"}))
     write_tiny(hub.starter_folder(), CONFIG, WEIGHTS)
     size = sum(path.stat().st_size for path in model.iterdir())
     assert hub.cached_models() == [

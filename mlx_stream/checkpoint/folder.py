@@ -5,6 +5,7 @@ only then handed to `mx.load`, whose own parser trusts what it is given. Pickles
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,10 +34,13 @@ DTYPES = {
 
 # Far above any real file (the largest tokenizer.json known has 35 MB): a bound on what a hostile
 # file can make us hold.
-JSON_BYTES = 32 << 20
-TOKENIZER_BYTES = 256 << 20
+JSON_BYTES = 8 << 20
+HEADER_BYTES = 8 << 20
+TOKENIZER_BYTES = 64 << 20
 # MLX counts the elements of one dimension in 32 bits.
 LARGEST_DIMENSION = 2**31 - 1
+# MLX's binding ends the process on a shape of some thousands.
+MOST_DIMENSIONS = 8
 
 # What a file declares of one tensor: dtype by its safetensors name, and shape.
 Declared = dict[str, tuple[str, list[int]]]
@@ -99,10 +103,12 @@ def is_file(path: Path) -> bool:
 def read_bytes(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # `read` allocates what it is asked for, so it is asked for no more than there is.
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size) if size <= limit else b""
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(data) > limit:
+    if size > limit:
         raise CheckpointError(f"{path}: larger than {limit >> 20} MB, which no such file is")
     return data
 
@@ -245,10 +251,18 @@ def check_opened(path: Path, declared: Declared, arrays: Mapping[str, mx.array])
 def check_shard(path: Path) -> Declared:
     """Check header, offsets and size of a safetensors file; return what it declares."""
     try:
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > HEADER_BYTES:
+            raise CheckpointError(
+                f"{path}: damaged or truncated, fetch it again (a header of {length} bytes, more "
+                f"than {HEADER_BYTES})"
+            )
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             declared = {n: (str(s.get_dtype()), list(s.get_shape())) for n, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+    # MemoryError: it claims to be larger than what can be mapped.
+    except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(
             f"{path}: damaged or truncated, fetch it again ({one_line(error)})"
         ) from error
@@ -258,6 +272,6 @@ def check_shard(path: Path) -> Declared:
                 f"{path}: {name!r} is {dtype}; expected one of {', '.join(DTYPES)}"
                 " (a model in float32, float16, bfloat16 or quantized by mlx-lm)"
             )
-        if not all(1 <= size <= LARGEST_DIMENSION for size in shape):
+        if len(shape) > MOST_DIMENSIONS or not all(1 <= n <= LARGEST_DIMENSION for n in shape):
             raise WeightsError(f"{path}: {name!r} has the impossible shape {shape}")
     return declared

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_stream.errors import CheckpointError, ConfigError, MlxStreamError
 
 # No published header is near these: Llama 3's, among the largest, takes 8 MB and 400,000 strings.
-MAX_HEADER_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 64 * 2**20
 MAX_STRINGS = 2_000_000
 MAX_ENTRIES = 100_000
 MAX_NAME_BYTES = 65_535

@@ -13,6 +13,7 @@ from mlx_stream.cli.eval import app as evaluate
 from mlx_stream.cli.generate import generate
 from mlx_stream.cli.ls import ls
 from mlx_stream.cli.plan import plan
+from mlx_stream.cli.pull import pull
 from mlx_stream.cli.score import score
 from mlx_stream.cli.sessions import app as sessions
 from mlx_stream.cli.terminal import note
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help wraps whole sentences and cuts no option's name
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (chat, generate, score, plan, devices, bench, doctor, ls):
+for verb in (chat, generate, score, plan, devices, bench, doctor, pull, ls):
     app.command()(verb)
 app.add_typer(evaluate)
 app.add_typer(sessions)

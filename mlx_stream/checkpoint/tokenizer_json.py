@@ -1,0 +1,312 @@
+"""What a tokenizer.json may ask of the library that runs it; knows its steps, encodes no text.
+
+The library does as the file says: rewrites a text until memory ends, tries a regular expression for
+years, adds a template's tokens a million times. In Rust some of that ends the process, which no
+`except` sees. So before it is given the file, each step is held to what the tokenizers of language
+models do, with bounds. Format: `tokenizers`' serialization; a step of a type not here is refused.
+"""
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_stream.errors import TokenizerError
+
+# Lists, objects and what is in them: the largest vocabularies have two million with their merges.
+MAX_NODES = 4_000_000
+MAX_STEPS = 32
+MAX_DEPTH = 4
+MAX_ADDED_TOKENS = 100_000
+MAX_TOKEN = 2_000  # characters
+MAX_AFFIX = 64  # characters of what is put before, after or between
+MAX_TEMPLATE = 64
+# How many times longer a text may become before it is split.
+MAX_EXPANSION = 64
+
+Step = Mapping[str, Any]
+
+
+def check_tokenizer(text: str) -> None:
+    """Make sure that the library may be given the text of a tokenizer.json.
+
+    Raises:
+        TokenizerError: it is not JSON, or a step of it is unknown, malformed or without bounds.
+    """
+    # Counted in the text: read, each would take many times its length.
+    if sum(map(text.count, "[{,")) > MAX_NODES:
+        raise refusal(f"more than {MAX_NODES} lists, objects and items")
+    try:
+        value = json.loads(text, object_pairs_hook=unambiguous)
+    except (RecursionError, ValueError) as error:
+        raise refusal(f"not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise refusal("expected a JSON object")
+    check_added_tokens(value.get("added_tokens"))
+    factor = 1.0
+    for step in steps_of(value, "normalizer", "normalizers", NORMALIZERS):
+        factor *= growth_of(step)
+    if factor > MAX_EXPANSION:
+        raise refusal(f"its normalizer makes a text {factor:.0f} times longer")
+    for step in steps_of(value, "pre_tokenizer", "pretokenizers", PRE_TOKENIZERS):
+        check_pattern(step)
+        check_affixes(step, "replacement", "delimiter")
+    for step in steps_of(value, "decoder", "decoders", DECODERS):
+        check_pattern(step)
+        check_affixes(step, "content", "replacement", "prefix", "suffix", "start", "stop")
+    for step in steps_of(value, "post_processor", "processors", POST_PROCESSORS):
+        if step["type"] == "TemplateProcessing":
+            check_template(step)
+    check_model(value.get("model"))
+
+
+def refusal(what: str) -> TokenizerError:
+    return TokenizerError(f"tokenizer.json cannot be read: {' '.join(what.split())[:300]}")
+
+
+def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object in which a key is given twice: two parsers may take one each."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+# --- steps ---
+
+NORMALIZERS = {
+    *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "Prepend"),
+    *("Replace", "Precompiled", "BertNormalizer", "ByteLevel"),
+}
+PRE_TOKENIZERS = {
+    *("ByteLevel", "Metaspace", "Split", "Digits", "Whitespace", "WhitespaceSplit", "Punctuation"),
+    *("BertPreTokenizer", "CharDelimiterSplit", "UnicodeScripts"),
+}
+DECODERS = {
+    *("ByteLevel", "ByteFallback", "Fuse", "Strip", "Replace", "Metaspace", "BPEDecoder"),
+    *("WordPiece", "CTC"),
+}
+POST_PROCESSORS = {"ByteLevel", "TemplateProcessing", "BertProcessing", "RobertaProcessing"}
+
+
+def steps_of(value: Step, key: str, parts: str, known: set[str]) -> list[Step]:
+    """Return the steps of one stage in a row, all of known types."""
+    found: list[Step] = []
+
+    def add(step: Any, depth: int) -> None:
+        kind = step.get("type") if isinstance(step, Mapping) else None
+        if kind == "Sequence" and isinstance(step.get(parts), list) and depth < MAX_DEPTH:
+            for part in step[parts][: MAX_STEPS + 1]:
+                add(part, depth + 1)
+        elif kind in known:
+            found.append(step)
+        else:
+            raise refusal(
+                f"{key}: {kind!r} is not supported (supported: {', '.join(sorted(known))})"
+            )
+        if len(found) > MAX_STEPS:
+            raise refusal(f"{key}: more than {MAX_STEPS} steps")
+
+    if value.get(key) is not None:
+        add(value[key], 0)
+    return found
+
+
+def growth_of(step: Step) -> float:
+    """Return how many times longer, at most, a normalizer can make a text."""
+    if step["type"] == "ByteLevel":
+        return 2.0
+    if step["type"] == "Precompiled":
+        return longest_replacement(step.get("precompiled_charsmap")) / 3
+    check_affixes(step, "prepend", "content")
+    if step["type"] != "Replace":
+        return 1.0
+    check_pattern(step)
+    pattern = step.get("pattern")
+    plain = pattern.get("String") if isinstance(pattern, Mapping) else None
+    # Of a regular expression it is only known that it matches.
+    shortest = len(plain.encode(errors="replace")) if isinstance(plain, str) else 1
+    if shortest == 0:
+        raise refusal("normalizer: it replaces an empty text")
+    return max(1.0, len(str(step.get("content")).encode(errors="replace")) / shortest)
+
+
+def longest_replacement(charsmap: Any) -> int:
+    """Return the longest text, in bytes, of SentencePiece's table: trie size, trie, texts by NUL.
+
+    What is replaced by it is a character of three bytes where the table is Unicode's.
+    """
+    try:
+        table = base64.b64decode(charsmap or "", validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise refusal("normalizer: its precompiled_charsmap is not base64") from error
+    trie = int.from_bytes(table[:4], "little")
+    if len(table) < 4 or trie % 4 or not 1_024 <= trie <= len(table) - 4:
+        raise refusal("normalizer: its precompiled_charsmap is damaged")
+    return max(3, *map(len, table[4 + trie :].split(b"\0")))
+
+
+def check_affixes(step: Step, *keys: str) -> None:
+    for key in keys:
+        value = step.get(key)
+        size = len(value) if isinstance(value, str) else value if isinstance(value, int) else 0
+        if not 0 <= size <= MAX_AFFIX:
+            raise refusal(f"{step['type']}: {key} is longer than {MAX_AFFIX}")
+
+
+def check_pattern(step: Step) -> None:
+    pattern = step.get("pattern")
+    if isinstance(pattern, Mapping) and "Regex" in pattern:
+        check_regex(pattern["Regex"])
+
+
+def check_added_tokens(tokens: Any) -> None:
+    if not isinstance(tokens or [], list) or len(tokens or ()) > MAX_ADDED_TOKENS:
+        raise refusal(f"expected a list of at most {MAX_ADDED_TOKENS} added_tokens")
+    for token in tokens or ():
+        content = token.get("content") if isinstance(token, Mapping) else None
+        if not isinstance(content, str) or not 1 <= len(content) <= MAX_TOKEN:
+            raise refusal("an added token has no text, or one that is too long")
+
+
+def check_template(step: Step) -> None:
+    """See that a template adds few tokens, all of them declared, to the text once.
+
+    The library looks tokens up, and the second text of a pair, without asking whether they exist.
+    """
+    tokens = step.get("special_tokens")
+    tokens = tokens if isinstance(tokens, Mapping) else {}
+    for key, texts in (("single", {"A": 1}), ("pair", {"A": 1, "B": 1})):
+        pieces = step.get(key)
+        if not isinstance(pieces, list) or len(pieces) > MAX_TEMPLATE:
+            raise refusal(f"TemplateProcessing: {key} is not a list of at most {MAX_TEMPLATE}")
+        seen: dict[str, int] = {}
+        for piece in pieces:
+            kind, what = next(iter(piece.items())) if piece_like(piece) else (None, {})
+            name = what.get("id") if isinstance(what, Mapping) else None
+            if kind == "Sequence" and name in texts:
+                seen[name] = seen.get(name, 0) + 1
+            elif kind != "SpecialToken" or not added_by(tokens.get(name)):
+                raise refusal(f"TemplateProcessing: {key} names {name!r}, which is not declared")
+        if seen != texts:
+            raise refusal(f"TemplateProcessing: {key} does not hold each text once")
+
+
+def piece_like(piece: Any) -> bool:
+    return isinstance(piece, Mapping) and len(piece) == 1
+
+
+def added_by(token: Any) -> bool:
+    """Say whether a special token of a template is well-formed: a few ids, each with a text."""
+    ids = token.get("ids") if isinstance(token, Mapping) else None
+    texts = token.get("tokens") if isinstance(token, Mapping) else None
+    if not isinstance(ids, list) or not isinstance(texts, list):
+        return False
+    return len(ids) == len(texts) <= MAX_AFFIX
+
+
+# --- the model ---
+
+
+def check_model(model: Any) -> None:
+    kind = model.get("type") if isinstance(model, Mapping) else None
+    if kind not in ("BPE", "Unigram", "WordLevel"):
+        raise refusal(f"model: {kind!r} is not supported (supported: BPE, Unigram, WordLevel)")
+    if model.get("dropout"):
+        raise refusal("model: it has a dropout, so that a text is not always the same tokens")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if len(str(model.get(key) or "")) > MAX_AFFIX:
+            raise refusal(f"model: {key} is longer than {MAX_AFFIX}")
+    check_merges(model)
+    vocabulary = model.get("vocab")
+    if kind == "Unigram" and isinstance(vocabulary, list):
+        vocabulary = [entry[0] for entry in vocabulary if isinstance(entry, list) and entry]
+    if not isinstance(vocabulary, dict | list):
+        raise refusal("model: it has no vocabulary")
+    if any(not isinstance(token, str) or len(token) > MAX_TOKEN for token in vocabulary):
+        raise refusal("model: a token is no text, or too long")
+
+
+def check_merges(model: Step) -> None:
+    """See that what is merged to a word's inside begins as such: the library cuts it off unseen."""
+    prefix = model.get("continuing_subword_prefix")
+    for merge in (model.get("merges") or ()) if prefix else ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not str((parts or [""])[-1]).startswith(str(prefix)):
+            raise refusal("model: a merge does not begin with the continuing_subword_prefix")
+
+
+# --- regular expressions ---
+
+# Ends of published patterns that may fail after what was read without a bound: on white space and
+# on letters without case, and never far.
+KNOWN_BRANCHES = {
+    r"\s+(?!\S)",
+    r"\s+$",
+    r"\s*[\r\n]+",
+    r"\s*[\r\n]",
+    r"\s*[\r\n]+(?=[^\r\n])",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+}
+ESCAPE = r"\\(?:[sSdDwWhHrntfvae]|[^A-Za-z0-9])"
+# One character or none, and how often: `\p{L}+`, `[^\s]`, `a{1,3}`. A class may hold another.
+ATOM = re.compile(
+    rf"(?:\\[pPxu]\{{[^{{}}]*\}}|{ESCAPE}|\[(?:\\.|[^\[\]\\]|\[[^\[\]]*\])*\]|[^\\()\[\]{{}}*+?|])"
+    r"(\*|\+|\?|\{\d+(?:,\d*)?\}|\{,\d+\}|)",
+    re.DOTALL,
+)
+# A choice of plain texts, once or not at all: `(?i:'s|'t)`, `(?:a|b)?`.
+CHOICE = re.compile(rf"\((?:\?i?:)?(?:{ESCAPE}|[^\\()\[\]{{}}*+?])*\)(\??)", re.DOTALL)
+MAX_REGEX = 4_000
+MAX_TIMES = 100
+
+
+def check_regex(pattern: Any) -> None:
+    """Refuse a pattern that could be tried again and again on the same text.
+
+    It must be branches of single characters, each some number of times, and none that must be
+    there may follow one without a bound: then what was read is never given back, so a text is read
+    once, or as often as there are branches.
+    """
+    if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_REGEX:
+        raise refusal(f"a pattern is no text of 1 to {MAX_REGEX} characters")
+    at = begin = 0
+    unbounded = False
+    while at <= len(pattern):
+        if at == len(pattern) or pattern[at] == "|":
+            begin, unbounded, at = at + 1, False, at + 1
+            continue
+        known = next((b for b in KNOWN_BRANCHES if at == begin and is_branch(pattern, at, b)), None)
+        if known:
+            at += len(known)
+            continue
+        match = ATOM.match(pattern, at) or CHOICE.match(pattern, at)
+        if match is None:
+            raise refusal(f"the pattern {pattern[:60]!r} is not supported at {pattern[at:][:20]!r}")
+        least, most = bounds(match[1])
+        if (unbounded and least > 0) or max(least, most or 0) > MAX_TIMES:
+            raise refusal(
+                f"the pattern {pattern[:60]!r} could be tried without end at {pattern[at:][:20]!r}"
+            )
+        unbounded = unbounded or most is None
+        at = match.end()
+
+
+def is_branch(pattern: str, at: int, branch: str) -> bool:
+    end = at + len(branch)
+    return pattern.startswith(branch, at) and pattern[end : end + 1] in ("", "|")
+
+
+def bounds(times: str) -> tuple[int, int | None]:
+    """Return how often at least and at most; None is without a bound."""
+    if not times.startswith("{"):
+        return {"": (1, 1), "?": (0, 1), "*": (0, None), "+": (1, None)}[times]
+    least, comma, most = times[1:-1].partition(",")
+    low = int(least[:9] or 0)
+    if not comma:
+        return low, low
+    return low, (int(most[:9]) if most else None)

@@ -1,0 +1,247 @@
+"""One model on the Hugging Face Hub: what is in it, and what of it is fetched; knows no tensors.
+
+The Hub is not trusted either: of what it lists only names without a path are taken, with a size and
+a hash. The cache is that of huggingface_hub, in its layout, and a branch's name points to a commit
+only once all its files are there.
+"""
+
+import os
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from mlx_stream.checkpoint.folder import INDEX, PICKLES, missing_files, read_json
+from mlx_stream.config import read_config
+from mlx_stream.errors import SourceError
+from mlx_stream.hub.transfer import File, Repository, blob_of, link, place_blob, storage_of
+
+MAIN = "main"
+SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    INDEX,
+]
+FILES = [*SMALL_FILES, "*.safetensors"]
+# `*` also matches in subfolders, and some repositories carry all weights twice (consolidated).
+OTHER_FILES = ["*/*", "consolidated*"]
+MAX_FILES = 10_000
+# Small files are text; what a hostile Hub says they weigh is not taken at its word.
+SMALL_BYTES = 64 << 20
+
+COMMIT = re.compile("[0-9a-f]{40}")
+DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+REVISION = re.compile(r"(?!.*\.\.)[\w][\w./-]{0,199}", re.ASCII)
+
+# Told the bytes that are here and those that will be.
+Bar = Callable[[int, int], None]
+
+
+def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
+    """Find a model in the Hub's cache, if every file we read of it is there."""
+    # Asked first because the rest of huggingface_hub takes 0.2 s to import.
+    if not storage_of(name).is_dir():
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # The listing kept beside a snapshot tells here whether an optional small file is missing.
+        # Shards are counted below: of those, other programs fetch just what they need.
+        found = snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=True,
+            allow_patterns=SMALL_FILES,
+            ignore_patterns=OTHER_FILES,
+        )
+    # A damaged cache, its refs above all, is as good as none.
+    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return None if missing_files(Path(found)) else Path(found)
+
+
+# --- what there is ---
+
+
+def ask(name: str, revision: str, seconds: float) -> Repository:
+    """Ask the Hub what a model consists of; raise what its client raises, or TimeoutError.
+
+    In a thread, because a name server that does not answer blocks for longer than any timeout of
+    HTTP says, and huggingface_hub sets none on its own.
+    """
+    from huggingface_hub import HfApi
+
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put(
+                HfApi().model_info(name, revision=revision, timeout=seconds, files_metadata=True)
+            )
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return read_listing(name, revision, answer)
+
+
+def read_listing(name: str, revision: str, info: Any) -> Repository:
+    """Take from a listing what we read, and hold it to what a listing can be."""
+    siblings = info.siblings or []
+    if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+        raise SourceError(f"{name}: the Hub names no commit for {revision}")
+    if len(siblings) > MAX_FILES:
+        raise SourceError(f"{name}: the Hub lists {len(siblings)} files, more than {MAX_FILES}")
+    files, others = [], []
+    for sibling in siblings:
+        if not is_read(sibling.rfilename):
+            others.append(str(sibling.rfilename))
+            continue
+        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+        size = sibling.lfs.size if sibling.lfs else sibling.size
+        if not isinstance(size, int) or size < 0 or not DIGEST.fullmatch(str(digest)):
+            raise SourceError(
+                f"{name}: the Hub does not list size and hash of {sibling.rfilename!r}, without "
+                "which what it sends cannot be checked"
+            )
+        if sibling.rfilename in SMALL_FILES and size > SMALL_BYTES:
+            raise SourceError(
+                f"{name}: {sibling.rfilename} of {size >> 20} MB, which no such file has"
+            )
+        files.append(File(sibling.rfilename, size, digest))
+    return Repository(name, revision, info.sha, tuple(files), tuple(others))
+
+
+def is_read(name: Any) -> bool:
+    """Say whether a listed name is that of a file we read, in the repository's top folder."""
+    if not isinstance(name, str) or any(c in name for c in "/\\:\0"):
+        return False
+    wanted = any(fnmatch(name, pattern) for pattern in FILES)
+    return wanted and not any(fnmatch(name, pattern) for pattern in OTHER_FILES)
+
+
+def refuse_other_formats(repository: Repository) -> None:
+    """Refuse, before anything is fetched, a repository without what we read."""
+    names = {file.name for file in repository.files}
+    if not any(name.endswith(".safetensors") for name in names):
+        if any(fnmatch(name, pattern) for name in repository.others for pattern in PICKLES):
+            raise SourceError(
+                f"{repository.name}: no model.safetensors, only pickles (.bin, .pt), which are "
+                "never fetched or read because they can run code"
+            )
+        if gguf := sorted(name for name in repository.others if name.endswith(".gguf")):
+            raise SourceError(
+                f"{repository.name}: it holds GGUF files ({gguf[0]!r}): download one, and give its "
+                "path"
+            )
+        raise SourceError(
+            f"{repository.name}: no model.safetensors; expected weights in the safetensors format"
+        )
+    for name in ("config.json", "tokenizer.json"):
+        if name not in names:
+            raise SourceError(
+                f"{repository.name}: this model has no {name}; expected safetensors, a config.json "
+                "and a tokenizer.json (pickles are never read)"
+            )
+
+
+def refuse_other_models(repository: Repository) -> None:
+    """Refuse, once its config is here and before its weights, a model that we do not run."""
+    config = read_json(repository.snapshot / "config.json")
+    code = config.get("auto_map")
+    if isinstance(code, dict) and any(str(key).startswith("AutoModel") for key in code):
+        raise SourceError(
+            f"{repository.name}: its config asks for code of its own (auto_map), which is never "
+            "fetched or run: there is no trust_remote_code here"
+        )
+    read_config(config)
+
+
+# --- fetching ---
+
+
+def fetch(repository: Repository, bar: Bar) -> Path:
+    """Fetch what is not here yet of a model, check it, and name it in the cache.
+
+    Raises:
+        SourceError: it is in no format we read, or what was sent is not what was listed.
+        CheckpointError: its config is not one of a model that we run.
+        OSError, and what the Hub's client raises.
+    """
+    refuse_other_formats(repository)
+    # The config first: it tells whether the rest is wanted.
+    files = sorted(repository.files, key=lambda file: (file.name != "config.json", file.name))
+    missing = sum(file.size for file in files if not blob_of(repository, file).exists())
+    refuse_full_disk(repository, missing)
+    total, done = sum(file.size for file in files), 0
+    for file in files:
+        place_blob(repository, file, lambda here, done=done: bar(done + here, total))
+        done += file.size
+        bar(done, total)
+        link(repository, file)
+        if file.name == "config.json":
+            refuse_other_models(repository)
+    if missing_names := missing_files(repository.snapshot):
+        raise SourceError(
+            f"{repository.name}: this model has no {', '.join(missing_names)}, which its index "
+            "names"
+        )
+    keep_listing(repository)
+    name_commit(repository)
+    return repository.snapshot
+
+
+def refuse_full_disk(repository: Repository, needed: int) -> None:
+    repository.storage.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(repository.storage).free
+    if needed > free:
+        raise SourceError(
+            f"{repository.name}: {needed / 1e9:,.1f} GB are to be fetched, and "
+            f"{repository.storage.parent} has {free / 1e9:,.1f} GB left"
+        )
+
+
+def keep_listing(repository: Repository) -> None:
+    """Let huggingface_hub keep its listing beside the snapshot: what it takes for complete."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        # One file that is here: all it does is list the others.
+        snapshot_download(
+            repository.name, revision=repository.commit, allow_patterns=["config.json"]
+        )
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def name_commit(repository: Repository) -> None:
+    """Point the branch's name to the commit, as huggingface_hub does."""
+    if repository.revision == repository.commit:
+        return
+    name = repository.storage / "refs" / repository.revision
+    name.parent.mkdir(parents=True, exist_ok=True)
+    aside = name.with_name(f".{name.name}.{os.getpid()}")
+    aside.write_text(repository.commit)
+    aside.replace(name)
