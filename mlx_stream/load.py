@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_stream import backend, hub
 from mlx_stream.cache import DenseCache, StreamCache
+from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
@@ -177,7 +178,7 @@ def load(
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = hub.resolve(place, notify)
     with named(str(source), path):
-        checkpoint = read_gguf(path) if path.is_file() else read_folder(path)
+        checkpoint = read_checkpoint(path)
         config = read_config(checkpoint.config)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     computed = DTYPES[dtype] if dtype else default_dtype(checkpoint.tensors)
@@ -190,6 +191,11 @@ def load(
     quantized = keep and config.quantization is not None
     rope = Rope(config.rope, config.head_dim)
     return Model(str(source), config, network, tokenizer, rope, computed, quantized, needed, force)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a folder or a `.gguf` file; its tensors stay on disk."""
+    return read_gguf(path) if path.is_file() else read_folder(path)
 
 
 @contextmanager

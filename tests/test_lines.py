@@ -42,6 +42,7 @@ ROOMS = [
     "session",
     "sessions",
     "evaluate",
+    "conversion",
     "cli",
 ]
 # Packages by the name they are imported under, where it is not the distribution's.

@@ -1,6 +1,6 @@
 """The conversion engine: a checkpoint -> a folder of another, in bounded memory; runs no model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mlx_stream.checkpoint.quantize import Conversion, name_of, prepare
 from mlx_stream.checkpoint.recipes import Recipe
 from mlx_stream.checkpoint.shards import Shards
 from mlx_stream.checkpoint.write import refuse_taken, write_model
+from mlx_stream.config import ModelConfig
 from mlx_stream.errors import CheckpointError, ValueRefused
 
 # Of the form of conversion.json.
@@ -123,21 +124,27 @@ def describe(
         "parameters": parameters,
         "tensor_bytes": shards.tensor_bytes,
         "bits_per_weight": round(8 * shards.tensor_bytes / parameters, 4),
-        "bytes_per_token": bytes_per_token(conversion, watch.sizes),
+        "bytes_per_token": bytes_per_token(conversion.config, watch.sizes),
+        "report": None,
     }
     return watch.about
 
 
-def bytes_per_token(conversion: Conversion, sizes: dict[str, int]) -> int:
+def sizes_of(tensors: Mapping[str, mx.array]) -> dict[str, int]:
+    """Return the bytes of each tensor; those of a GGUF file are read for it, one by one."""
+    return {name: tensors[name].nbytes for name in tensors}
+
+
+def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
     """Return the bytes of weights that decoding one token reads.
 
     All of them, but for an embedding that is not the head too: of that, one row.
     """
     total = sum(sizes.values())
-    if conversion.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         return total
     table = sum(size for name, size in sizes.items() if name.startswith("model.embed_tokens."))
-    return total - table + table // conversion.config.vocab_size
+    return total - table + table // config.vocab_size
 
 
 def refuse_places(source: Path, out: Path) -> None:

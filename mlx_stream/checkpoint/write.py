@@ -111,6 +111,23 @@ def move_into_place(partial: Path, out: Path, replace: bool = False) -> bool:
     return True
 
 
+def replace_json(value: dict[str, Any], path: Path) -> None:
+    """Write a JSON file of a finished folder anew: the old one stays, or the new one is whole.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    folder = path.absolute().parent
+    try:
+        with partial_folder(folder.parent, folder.name) as partial:
+            write_json(value, partial / path.name)
+            flush(partial / path.name)
+            (partial / path.name).replace(path)
+            flush(folder)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written: {one_line(error)}") from error
+
+
 # --- what may be written over ---
 
 
