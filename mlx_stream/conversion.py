@@ -99,7 +99,7 @@ def convert_model(
     if recipe is not None and options.calibration is not None:
         recipe = calibrated(path, recipe, options.calibration, notify, progress)
     sizes = sizes_of(checkpoint.tensors) if text else {}
-    with named(source, path), progress("converting") as tell:
+    with named(source, path, out), progress("converting") as tell:
         result = convert(checkpoint, out, recipe, options.dtype, options.force, tell)
     if result.kept:
         notify(

@@ -199,12 +199,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 @contextmanager
-def named(source: str, path: Path) -> Iterator[None]:
-    """Make an error about a model's files say which model, where it does not yet."""
+def named(source: str, *paths: Path) -> Iterator[None]:
+    """Make an error about a model's files say which model, where it names none of them yet."""
     try:
         yield
     except (CheckpointError, TokenizerError) as error:
-        if str(path) in str(error) or f"{path.name}:" in str(error):
+        if any(str(path) in str(error) or f"{path.name}:" in str(error) for path in paths):
             raise
         raise type(error)(f"{source}: {error}") from error
 

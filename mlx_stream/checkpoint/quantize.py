@@ -21,7 +21,7 @@ from mlx_stream.weights import CheckpointWeights, Part, Untaken, dequantize, ref
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Elements of a matrix that are worked on at a time.
-BLOCK = 2**20
+BLOCK = 2**18
 # What names a place of its maker, or code that is not copied.
 LEFT_OUT = ("_name_or_path", "name_or_path", "auto_map")
 

@@ -114,7 +114,11 @@ def choose(
         if recipe is None:
             fail(f"--mode must be one of affine, mxfp4, mxfp8, nvfp4, not {mode!r}")
         base = recipe.base
-        checked(bits or base.bits, group_size or base.group_size, mode)
+        checked(
+            base.bits if bits is None else bits,
+            base.group_size if group_size is None else group_size,
+            base.mode,
+        )
         return recipe
     if bits is not None:
         return uniform(bits, DEFAULT_GROUP if group_size is None else group_size)
