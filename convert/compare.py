@@ -52,6 +52,8 @@ def compare(
         note(f"converting by {one.name}")
         with tempfile.TemporaryDirectory() as folder:
             result = convert_model(model, Path(folder) / one.name, options, note, progress_bar)
+        lost = result.about["report"]["kl_mean"]
+        note(f"{one.name}: {result.about['tensor_bytes']:,} bytes, KL {lost:.4f}")
         rows.append((model, one.name, result.about))
     if json:
         print_json({"model": model, "recipes": [about for _, _, about in rows]})

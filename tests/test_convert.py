@@ -11,6 +11,7 @@ import pytest
 from gguf_files import write_tiny as write_gguf
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model
+from shell import edit
 from tiny import LLAMA3, MISTRAL, YARN, tiny_config, tiny_weights, write_tiny
 from tiny_models import all_logits, some_ids
 
@@ -244,6 +245,14 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path, value: float, dtype:
         with pytest.raises(WeightsError, match=rf"layers\.1\.mlp\.up_proj.*fit {dtype}"):
             converted(source, tmp_path / "out", recipe, dtype=dtype)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_places_and_code_of_its_maker_are_left_out(llama: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "tokenizer_config.json"):
+        edit(llama / file, _name_or_path=str(llama), name_or_path="/home/me", auto_map={"A": "b.C"})
+    converted(llama, tmp_path / "out", uniform(4))
+    for data in files_of(tmp_path / "out").values():
+        assert b"name_or_path" not in data and b"auto_map" not in data
 
 
 def test_a_tensor_cut_away_leaves_nothing(llama: Path, tmp_path: Path) -> None:

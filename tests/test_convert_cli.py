@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from gguf_files import write_tiny as write_gguf
 from refusals import one_line
-from shell import DEADLINE, done, edit, parsed, program, run
+from shell import DEADLINE, done, edit, parsed, program
 from tiny import tiny_config, tiny_weights, write_tiny
 
 from mlx_stream.checkpoint import swap, write
@@ -314,5 +315,22 @@ def test_the_recipes_of_a_checkout_run(
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
 
 
-def test_help_names_every_option() -> None:
-    assert run("convert", "--help").code == 0
+@pytest.mark.parametrize("script", sorted(path.name for path in CONVERT.glob("*.py")))
+def test_a_recipe_of_a_checkout_says_what_it_takes(script: str) -> None:
+    # A script of this name would shadow the package for those beside it.
+    assert script != "gguf.py"
+    command = [sys.executable, str(CONVERT / script), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert result.returncode == 0 and result.stderr == ""
+    assert "Arguments:" in result.stdout and "--help" in result.stdout
+    table = (CONVERT / "README.md").read_text(encoding="utf-8")
+    assert f"`{script} " in table
+
+
+def test_from_gguf_is_for_gguf(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "Q4_1")
+    script, out = str(CONVERT / "from_gguf.py"), tmp_path / "out"
+    for source, code in ((tmp_path, 1), (tmp_path / "tiny.gguf", 0)):
+        command = [sys.executable, script, str(source), str(out)]
+        assert subprocess.run(command, capture_output=True, timeout=DEADLINE).returncode == code
+    assert read_folder(out).config["quantization"]["group_size"] == 32
