@@ -17,9 +17,8 @@ from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, Va
 from mlx_stream.models import CausalLM
 from mlx_stream.rope import Rope
 from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.weights import Untaken, build, weight_bytes
+from mlx_stream.weights import DTYPES, Untaken, build, weight_bytes
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 2_048
 

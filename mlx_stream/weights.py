@@ -12,7 +12,8 @@ from mlx_stream.errors import WeightsError
 from mlx_stream.models import MODELS, CausalLM
 from mlx_stream.models.layers import Projection
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+FLOATS = tuple(DTYPES.values())
 
 
 def build(

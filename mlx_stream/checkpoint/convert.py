@@ -67,24 +67,22 @@ def convert(
     """
     refuse_taken(out, force)
     conversion = prepare(checkpoint, recipe, dtype)
-    watch = Watch(conversion, progress)
-    written = write_model(
-        conversion.checkpoint,
-        watch.tensors(),
-        out,
-        lambda shards: describe(conversion, watch, shards, recipe),
-        force,
-    )
+    watch, result = Watch(conversion, progress), Converted()
+
+    def about(shards: Shards) -> dict[str, Any]:
+        result.about = describe(conversion, watch.sizes, shards, recipe)
+        return result.about
+
+    written = write_model(conversion.checkpoint, watch.tensors(), out, about, force)
     if written is None:
         raise CheckpointError(f"{out}: another process wrote it meanwhile; it was left as it is")
-    return Converted(
-        watch.about,
-        [path for path, kind in conversion.quantized.items() if kind is None] if recipe else [],
-        written.count,
-        MATRICES_HELD * conversion.largest + written.largest,
-        mx.get_peak_memory() - watch.active,
-        watch.resident,
-    )
+    if recipe is not None:
+        result.kept = [path for path, kind in conversion.quantized.items() if kind is None]
+    result.files = written.count
+    result.bound_bytes = MATRICES_HELD * conversion.largest + written.largest
+    result.peak_bytes = mx.get_peak_memory() - watch.active
+    result.resident_bytes = watch.resident
+    return result
 
 
 class Watch:
@@ -93,30 +91,29 @@ class Watch:
     def __init__(self, conversion: Conversion, progress: Callable[[int, int], None]):
         self.conversion, self.progress = conversion, progress
         self.sizes: dict[str, int] = {}
-        self.about: dict[str, Any] = {}
         mx.clear_cache()
         mx.reset_peak_memory()
         self.active, self.before = mx.get_active_memory(), backend.resident_bytes()
         self.resident = 0
 
     def tensors(self) -> Iterator[tuple[str, mx.array]]:
-        total = len(self.conversion.layout.parts)
+        done, total = 0, len(self.conversion.layout.parts)
         for name, array in self.conversion.tensors():
             self.sizes[name] = array.nbytes
             self.resident = max(self.resident, backend.resident_bytes() - self.before)
             yield name, array
             del array
             mx.clear_cache()
-            done = sum(name.endswith(".weight") for name in self.sizes)
+            done += name.endswith(".weight")
             self.progress(done, total)
 
 
 def describe(
-    conversion: Conversion, watch: Watch, shards: Shards, recipe: Recipe | None
+    conversion: Conversion, sizes: Mapping[str, int], shards: Shards, recipe: Recipe | None
 ) -> dict[str, Any]:
     """Return what `conversion.json` says: nothing of the day, the machine or its folders."""
     parameters = conversion.layout.parameters
-    watch.about = {
+    return {
         "conversion": VERSION,
         "recipe": recipe.name if recipe else None,
         "dtype": name_of(conversion.dtype) if conversion.dtype else None,
@@ -124,10 +121,9 @@ def describe(
         "parameters": parameters,
         "tensor_bytes": shards.tensor_bytes,
         "bits_per_weight": round(8 * shards.tensor_bytes / parameters, 4),
-        "bytes_per_token": bytes_per_token(conversion.config, watch.sizes),
+        "bytes_per_token": bytes_per_token(conversion.config, sizes),
         "report": None,
     }
-    return watch.about
 
 
 def sizes_of(tensors: Mapping[str, mx.array]) -> dict[str, int]:

@@ -17,9 +17,8 @@ from mlx_stream.config import ModelConfig, Quantization, read_config
 from mlx_stream.errors import ValueRefused, WeightsError
 from mlx_stream.models import MODELS
 from mlx_stream.models.layers import Projection
-from mlx_stream.weights import CheckpointWeights, Part, Untaken, dequantize, refuse_unknown
+from mlx_stream.weights import DTYPES, CheckpointWeights, Part, Untaken, dequantize, refuse_unknown
 
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Elements of a matrix that are worked on at a time.
 BLOCK = 2**18
 # What names a place of its maker, or code that is not copied.
