@@ -148,8 +148,12 @@ def test_two_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
     assert not swap.exchange(tmp_path / "one", tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [((), "another process wrote it meanwhile"), (("--force",), "never replaced")],
+)
 def test_a_process_that_was_first_keeps_its_folder(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, why: str
 ) -> None:
     flush, out = write.flush, tmp_path / "out"
 
@@ -160,9 +164,8 @@ def test_a_process_that_was_first_keeps_its_folder(
             (out / "theirs").touch()
 
     monkeypatch.setattr(write, "flush", race)
-    assert "another process wrote it meanwhile" in one_line("convert", source, out, "--bits", 4)
+    assert why in one_line("convert", source, out, "--bits", 4, *options)
     assert names(out) == ["theirs"] and names(tmp_path) == ["out"]
-    assert "never replaced" in one_line("convert", source, out, "--bits", 4, "--force")
 
 
 STOPPING = """
