@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_stream import backend, hub
 from mlx_stream.cache import DenseCache, StreamCache
+from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
@@ -18,9 +19,7 @@ from mlx_stream.plan.choice import ignore, resolve_window
 from mlx_stream.plan.needs import ring_bytes
 from mlx_stream.rope import Rope
 from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.weights import Untaken, build, weight_bytes
-
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+from mlx_stream.weights import DTYPES, Untaken, build, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def load(
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = hub.resolve(place, notify)
     with named(str(source), path):
-        checkpoint = read_gguf(path) if path.is_file() else read_folder(path)
+        checkpoint = read_checkpoint(path)
         config = read_config(checkpoint.config)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     computed = DTYPES[dtype] if dtype else default_dtype(checkpoint.tensors)
@@ -169,13 +168,18 @@ def load(
     return Model(str(source), config, network, tokenizer, rope, computed, quantized, needed, force)
 
 
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a folder or a `.gguf` file; its tensors stay on disk."""
+    return read_gguf(path) if path.is_file() else read_folder(path)
+
+
 @contextmanager
-def named(source: str, path: Path) -> Iterator[None]:
-    """Make an error about a model's files say which model, where it does not yet."""
+def named(source: str, *paths: Path) -> Iterator[None]:
+    """Make an error about a model's files say which model, where it names none of them yet."""
     try:
         yield
     except (CheckpointError, TokenizerError) as error:
-        if str(path) in str(error) or f"{path.name}:" in str(error):
+        if any(str(path) in str(error) or f"{path.name}:" in str(error) for path in paths):
             raise
         raise type(error)(f"{source}: {error}") from error
 

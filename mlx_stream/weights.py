@@ -12,7 +12,8 @@ from mlx_stream.errors import WeightsError
 from mlx_stream.models import MODELS, CausalLM
 from mlx_stream.models.layers import Projection
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+FLOATS = tuple(DTYPES.values())
 
 
 def build(
@@ -34,6 +35,16 @@ def build(
     """
     weights = CheckpointWeights(config, tensors, dtype, keep_quantized)
     model = MODELS[config.model_type](config, weights)
+    refuse_unknown(config, tensors)
+    return model
+
+
+def refuse_unknown(config: ModelConfig, tensors: MutableMapping[str, Any]) -> None:
+    """Drop the tensors left over that nobody needs.
+
+    Raises:
+        WeightsError: there are others.
+    """
     for name in list(tensors):
         # Buffers of old exports, and the copy of a tied embedding.
         if name.endswith("rotary_emb.inv_freq") or (
@@ -45,7 +56,6 @@ def build(
             f"weights: unknown tensor {min(tensors)!r} ({len(tensors)} in all): this is not the "
             f"{config.model_type} its config describes"
         )
-    return model
 
 
 class Untaken(MutableMapping[str, mx.array]):
@@ -88,33 +98,33 @@ class Part:
 
 
 class CheckpointWeights:
-    """Make modules out of a checkpoint's tensors."""
+    """Make modules out of a checkpoint's tensors; without a dtype, tensors keep their own."""
 
     def __init__(
         self,
         config: ModelConfig,
         tensors: MutableMapping[str, mx.array],
-        dtype: mx.Dtype,
+        dtype: mx.Dtype | None,
         keep_quantized: bool,
     ):
         self.config, self.tensors = config, tensors
         self.dtype, self.keep_quantized = dtype, keep_quantized
 
     def linear(self, *parts: Projection) -> nn.Module:
-        read = [self._part(p.path, p.outputs, p.inputs, p.bias) for p in parts]
+        read = [self.part(p.path, p.outputs, p.inputs, p.bias) for p in parts]
         alike = all(part.quantization == read[0].quantization for part in read)
         if not alike:
             return SideBySide([self._module([part]) for part in read])
         return self._module(read)
 
     def embedding(self, path: str, count: int, size: int) -> nn.Embedding | nn.QuantizedEmbedding:
-        part = self._part(path, count, size, False)
+        part = self.part(path, count, size, False)
         if part.quantization is None:
             module = nn.Embedding(1, 1)
             module.weight = part.tensors["weight"]
         else:
             module = nn.QuantizedEmbedding(
-                1, part.quantization.group_size, **_settings(part.quantization)
+                1, _smallest(part.quantization), **_settings(part.quantization)
             )
             module.num_embeddings, module.dims = count, size
             _set_quantized(module, part.tensors)
@@ -123,7 +133,7 @@ class CheckpointWeights:
 
     def norm(self, path: str, size: int, eps: float) -> nn.Module:
         module = nn.RMSNorm(1, eps)
-        module.weight = self._float(f"{path}.weight", (size,))
+        module.weight = self.floats(f"{path}.weight", (size,))
         mx.eval(module.parameters())
         return module
 
@@ -142,7 +152,7 @@ class CheckpointWeights:
             module.weight = joined["weight"]
         else:
             module = nn.QuantizedLinear(
-                quantization.group_size, 1, bias="bias" in joined, **_settings(quantization)
+                _smallest(quantization), 1, bias="bias" in joined, **_settings(quantization)
             )
             _set_quantized(module, joined)
         if "bias" in joined:
@@ -151,10 +161,11 @@ class CheckpointWeights:
         mx.eval(module.parameters())
         return module
 
-    def _part(self, path: str, outputs: int, inputs: int, bias: bool) -> Part:
-        tensors = {"bias": self._float(f"{path}.bias", (outputs,))} if bias else {}
+    def part(self, path: str, outputs: int, inputs: int, bias: bool) -> Part:
+        """Take one weight, its scales and its bias, as they are or dequantized."""
+        tensors = {"bias": self.floats(f"{path}.bias", (outputs,))} if bias else {}
         if f"{path}.scales" not in self.tensors:
-            tensors["weight"] = self._float(f"{path}.weight", (outputs, inputs))
+            tensors["weight"] = self.floats(f"{path}.weight", (outputs, inputs))
             return Part(tensors, None, inputs)
         quantization = self.config.quantized(path)
         if quantization is None:
@@ -164,10 +175,8 @@ class CheckpointWeights:
         packed = self._packed(path, outputs, inputs, quantization)
         if self.keep_quantized:
             return Part(tensors | packed, quantization, inputs)
-        full = mx.dequantize(
-            packed["weight"], packed["scales"], packed.get("biases"), **_settings(quantization)
-        )
-        return Part(tensors | {"weight": full.astype(self.dtype)}, None, inputs)
+        full = dequantize(packed, quantization)
+        return Part(tensors | {"weight": self._cast(full)}, None, inputs)
 
     def _packed(
         self, path: str, outputs: int, inputs: int, quantization: Quantization
@@ -184,14 +193,18 @@ class CheckpointWeights:
         if quantization.mode != "affine":
             scales = self._take(f"{path}.scales", groups, (mx.uint8,))
             return {"weight": weight, "scales": scales}
-        # Dequantizing in float32 is exact for 16-bit scales; kept ones follow the model's dtype.
-        dtype = self.dtype if self.keep_quantized else mx.float32
-        scales = self._take(f"{path}.scales", groups, FLOATS).astype(dtype)
-        biases = self._take(f"{path}.biases", groups, FLOATS).astype(dtype)
+        scales = self._take(f"{path}.scales", groups, FLOATS)
+        biases = self._take(f"{path}.biases", groups, FLOATS)
+        if self.keep_quantized:  # they follow the model's dtype
+            scales, biases = self._cast(scales), self._cast(biases)
         return {"weight": weight, "scales": scales, "biases": biases}
 
-    def _float(self, name: str, shape: tuple[int, ...]) -> mx.array:
-        return self._take(name, shape, FLOATS).astype(self.dtype)
+    def floats(self, name: str, shape: tuple[int, ...]) -> mx.array:
+        """Take a tensor that is not quantized."""
+        return self._cast(self._take(name, shape, FLOATS))
+
+    def _cast(self, array: mx.array) -> mx.array:
+        return array if self.dtype is None else array.astype(self.dtype)
 
     def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[mx.Dtype, ...]) -> mx.array:
         if name not in self.tensors:
@@ -261,6 +274,20 @@ def weight_bytes(
     count = WeightBytes(config, scales if keep_quantized else frozenset(), dtype.size)
     MODELS[config.model_type](config, count)
     return count.total
+
+
+def dequantize(packed: Mapping[str, mx.array], quantization: Quantization) -> mx.array:
+    """Return a quantized weight in float, affine ones in float32: exact for 16-bit scales."""
+    settings = _settings(quantization)
+    if quantization.mode != "affine":
+        return mx.dequantize(packed["weight"], packed["scales"], **settings)
+    scales, biases = (packed[name].astype(mx.float32) for name in ("scales", "biases"))
+    return mx.dequantize(packed["weight"], scales, biases, **settings)
+
+
+def _smallest(quantization: Quantization) -> int:
+    """Return the shortest row that MLX makes a module of."""
+    return max(quantization.group_size, 32)
 
 
 def _settings(quantization: Quantization) -> dict[str, Any]:

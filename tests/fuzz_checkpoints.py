@@ -12,6 +12,7 @@ import json
 import os
 import random
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,8 +70,26 @@ def read_truly(path: Path) -> None:
                 assert bits.tobytes() == content[start:stop], name
 
 
+def convert_and_load(path: Path) -> None:
+    """Convert a model, which is whole or leaves nothing, and load what came of it."""
+    from mlx_stream import load
+    from mlx_stream.checkpoint.recipes import uniform
+    from mlx_stream.conversion import Options, convert_model
+    from mlx_stream.errors import MlxStreamError
+
+    out = path.parent / "out" / "converted"
+    shutil.rmtree(out.parent, ignore_errors=True)
+    recipe = uniform(4, 32) if path.stem.endswith("q") else None
+    try:
+        convert_model(str(path), out, Options(recipe, None if recipe else "float16"))
+    except MlxStreamError:
+        assert not out.parent.exists() or list(out.parent.iterdir()) == [], "something is left"
+        raise
+    load(out)
+
+
 # Every way in which this package opens a checkpoint that nobody vouches for.
-TRIES: list[Callable[[Path], None]] = [load_and_talk, read_truly]
+TRIES: list[Callable[[Path], None]] = [load_and_talk, read_truly, convert_and_load]
 
 
 def attempt(path: Path) -> tuple[str, str]:

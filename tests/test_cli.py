@@ -18,7 +18,7 @@ from mlx_stream import ChatSession, Sampling
 from mlx_stream.cli import app
 from mlx_stream.generate import TokenStream
 
-VERBS = ("chat", "generate", "score", "plan", "devices", "bench", "doctor", "pull", "ls")
+VERBS = ("chat", "generate", "score", "plan", "devices", "convert", "bench", "doctor", "pull", "ls")
 TEXT = "The man and the other one sat in the shade of a hill, and he said: I see it is so.\n" * 3
 
 

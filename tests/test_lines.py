@@ -45,6 +45,7 @@ ROOMS = [
     "session",
     "sessions",
     "evaluate",
+    "conversion",
     "cli",
 ]
 # Packages by the name they are imported under, where it is not the distribution's.

@@ -1,11 +1,11 @@
 """Writes a checkpoint as a folder that is whole or not there; knows files, not modules."""
 
 import fcntl
-import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,18 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_stream.checkpoint import Checkpoint
-from mlx_stream.checkpoint.folder import check_shard, one_line
-from mlx_stream.errors import CheckpointError
+from mlx_stream.checkpoint.folder import one_line, read_json
+from mlx_stream.checkpoint.shards import Shards, write_json, write_shards
+from mlx_stream.checkpoint.swap import put_in_place_of
+from mlx_stream.errors import CheckpointError, MlxStreamError, ValueRefused
 
 PARTIAL = ".partial"
+# Says how a model was made, and what it cost; its presence, that it may be made again.
+CONVERSION = "conversion.json"
+WRITTEN = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|conversion)\.json"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+)
 
 
 def write_folder(checkpoint: Checkpoint, out: Path) -> bool:
@@ -28,20 +36,46 @@ def write_folder(checkpoint: Checkpoint, out: Path) -> bool:
     Raises:
         CheckpointError: it could not be written; nothing is left behind.
     """
+    tensors = ((name, checkpoint.tensors[name]) for name in checkpoint.tensors)
+    return write_model(checkpoint, tensors, out) is not None
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    tensors: Iterable[tuple[str, mx.array]],
+    out: Path,
+    about: Callable[[Shards], dict[str, Any]] | None = None,
+    replace: bool = False,
+) -> Shards | None:
+    """Write a checkpoint with other tensors than its own, as `write_folder` does.
+
+    Args:
+        tensors: by name; each is asked for once, when those before it are let go of.
+        about: what to say in `conversion.json`, which makes the folder one that can be replaced.
+        replace: put it in the place of such a folder.
+
+    Returns:
+        What was written, or None if another process was first.
+    """
     out = out.absolute()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(out.parent, out.name) as partial:
-            write_files(checkpoint, partial)
+            write_small_files(checkpoint, partial)
+            written = write_shards(tensors, partial)
+            if about is not None:
+                write_json(about(written), partial / CONVERSION)
             for path in (*partial.iterdir(), partial):
                 flush(path)
-            return move_into_place(partial, out)
+            return written if move_into_place(partial, out, replace) else None
     # mx.save_safetensors raises RuntimeError for a full disk; json the others.
     except (OSError, RuntimeError, RecursionError, TypeError, ValueError) as error:
+        if isinstance(error, MlxStreamError):
+            raise
         raise CheckpointError(f"{out}: could not be written: {one_line(error)}") from error
 
 
-def write_files(checkpoint: Checkpoint, folder: Path) -> None:
+def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
     config = dict(checkpoint.config)
     # transformers reads one name and mlx-lm the other.
     if config.get("quantization") is not None:
@@ -51,13 +85,6 @@ def write_files(checkpoint: Checkpoint, folder: Path) -> None:
     write_json(checkpoint.tokenizer_config, folder / "tokenizer_config.json")
     if checkpoint.generation_config:
         write_json(checkpoint.generation_config, folder / "generation_config.json")
-    weights = folder / "model.safetensors"
-    mx.save_safetensors(str(weights), dict(checkpoint.tensors), metadata={"format": "mlx"})
-    check_shard(weights)
-
-
-def write_json(value: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def flush(path: Path) -> None:
@@ -69,15 +96,76 @@ def flush(path: Path) -> None:
         os.close(file)
 
 
-def move_into_place(partial: Path, out: Path) -> bool:
+def move_into_place(partial: Path, out: Path, replace: bool = False) -> bool:
     try:
-        partial.rename(out)
+        if replace and out.exists() and not is_empty(out):
+            refuse_taken(out, replace)
+            put_in_place_of(partial, out)
+        else:
+            partial.rename(out)
     except OSError:
         if out.exists():
             return False
         raise
     flush(out.parent)
     return True
+
+
+def replace_json(value: dict[str, Any], path: Path) -> None:
+    """Write a JSON file of a finished folder anew: the old one stays, or the new one is whole.
+
+    Raises:
+        CheckpointError: it could not be written.
+    """
+    folder = path.absolute().parent
+    try:
+        with partial_folder(folder.parent, folder.name) as partial:
+            write_json(value, partial / path.name)
+            flush(partial / path.name)
+            (partial / path.name).replace(path)
+            flush(folder)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written: {one_line(error)}") from error
+
+
+# --- what may be written over ---
+
+
+def refuse_taken(out: Path, replace: bool) -> None:
+    """Refuse a place for a new folder where something is, other than what may be replaced.
+
+    Raises:
+        ValueRefused: it may not be written there.
+    """
+    if not os.path.lexists(out):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise ValueRefused(f"{out}: is a {'link' if out.is_symlink() else 'file'}: give a folder")
+    if is_empty(out):
+        return
+    if not replace:
+        raise ValueRefused(f"{out}: exists: give another folder, or --force to replace it")
+    if not is_converted(out):
+        raise ValueRefused(
+            f"{out}: holds something else than a model that `mlx_stream convert` wrote, which is "
+            "never replaced: give another folder"
+        )
+
+
+def is_empty(folder: Path) -> bool:
+    return next(folder.iterdir(), None) is None
+
+
+def is_converted(folder: Path) -> bool:
+    """Say whether a folder was written by a conversion, and holds nothing besides."""
+    try:
+        about = read_json(folder / CONVERSION)
+    except CheckpointError:
+        return False
+    return "conversion" in about and all(
+        path.is_file() and not path.is_symlink() and WRITTEN.fullmatch(path.name)
+        for path in folder.iterdir()
+    )
 
 
 # --- folders of work in progress ---

@@ -7,6 +7,7 @@ import typer
 
 from mlx_stream.cli.bench import bench
 from mlx_stream.cli.chat import chat
+from mlx_stream.cli.convert import convert
 from mlx_stream.cli.devices import devices
 from mlx_stream.cli.doctor import doctor
 from mlx_stream.cli.eval import app as evaluate
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help wraps whole sentences and cuts no option's name
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (chat, generate, score, plan, devices, bench, doctor, pull, ls):
+for verb in (chat, generate, score, plan, devices, convert, bench, doctor, pull, ls):
     app.command()(verb)
 app.add_typer(evaluate)
 app.add_typer(sessions)

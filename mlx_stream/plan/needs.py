@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_stream.cache import stream_bytes
 from mlx_stream.cache.plan import STEP_LENGTHS, padded
 from mlx_stream.cache.stream import CLOCK_LIMIT, MASK_BYTES, check_quantizable
+from mlx_stream.checkpoint.recipes import matrix_bytes as quantized_bytes
 from mlx_stream.config import QUANTIZATION_MODES, ModelConfig, Quantization
 from mlx_stream.errors import ValueRefused
 from mlx_stream.models import MODELS
@@ -100,10 +101,7 @@ def uniform(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> Held:
 def matrix_bytes(part: Projection, held: Quantization | None, itemsize: int) -> int:
     """Return the bytes of one matrix: packed integers, and scales (and biases) for each group."""
     numbers = part.outputs * part.inputs
-    if held is None:
-        return numbers * itemsize
-    group_bytes = 2 * itemsize if held.mode == "affine" else 1
-    return numbers * held.bits // 8 + numbers // held.group_size * group_bytes
+    return numbers * itemsize if held is None else quantized_bytes(numbers, held, itemsize)
 
 
 def weights_bytes(shapes: Shapes, held: Held, itemsize: int) -> int:

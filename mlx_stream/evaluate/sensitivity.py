@@ -1,0 +1,111 @@
+"""What quantizing one part of a model does to its predictions; knows no files and no recipes.
+
+A part is what the model multiplies by at once: queries, keys and values of a layer are one. Only
+the layers behind it are computed again.
+"""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_stream.config import Quantization
+from mlx_stream.errors import TextError
+from mlx_stream.evaluate.divergence import divergences, log_probabilities
+from mlx_stream.load import Model
+from mlx_stream.models.layers import DecoderLayer
+
+# Read at once, each attending to all before it.
+TOKENS = 512
+LEAST = 128
+# The modules of a layer, and the matrices of the checkpoint that each holds.
+PARTS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+
+
+def measure(
+    model: Model,
+    ids: Sequence[int],
+    quantization: Quantization,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[tuple[str, ...], float]:
+    """Return the mean KL divergence, in nats, when only one part is quantized, for each part.
+
+    The model holds no quantized weights, and is as it was afterwards. A part is named by its
+    modules' paths; one whose rows groups do not divide is left out.
+
+    Raises:
+        TextError: fewer than 128 tokens.
+    """
+    if len(ids) < LEAST:
+        raise TextError(f"the calibration text has {len(ids)} tokens: give at least {LEAST}")
+    passes = Passes(model, ids[:TOKENS])
+    layers = model.network.layers
+    found: dict[tuple[str, ...], float] = {}
+    for index, layer in enumerate(layers):
+        for name, matrices in PARTS.items():
+            module = module_of(layer, name)
+            if module.weight.shape[-1] % quantization.group_size == 0:
+                paths = tuple(f"model.layers.{index}.{matrix}" for matrix in matrices)
+                found[paths] = harm_of(passes, index, module, quantization)
+        progress(index + 1, len(layers))
+    return found
+
+
+def module_of(layer: DecoderLayer, name: str) -> nn.Linear:
+    block, projection = name.split(".")
+    module = getattr(getattr(layer, block), projection)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def harm_of(passes: "Passes", index: int, module: nn.Linear, quantization: Quantization) -> float:
+    original = module.weight
+    try:
+        module.weight = rounded(original, quantization)
+        return passes.divergence_from(index)
+    finally:
+        module.weight = original
+
+
+def rounded(weight: mx.array, quantization: Quantization) -> mx.array:
+    """Return the weights that quantized ones stand for."""
+    settings = {
+        "group_size": quantization.group_size,
+        "bits": quantization.bits,
+        "mode": quantization.mode,
+    }
+    return mx.dequantize(*mx.quantize(weight, **settings), **settings).astype(weight.dtype)
+
+
+class Passes:
+    """One text read by a model: what went into each layer, and what was predicted."""
+
+    def __init__(self, model: Model, ids: Sequence[int]):
+        self.network = model.network
+        self.new_cache = model.new_dense_cache
+        self.count = len(ids)
+        x = self.network.embed_tokens(mx.array([[*ids]], mx.int32))
+        step, self.inputs = self.new_cache().begin(self.count), []
+        for index, layer in enumerate(self.network.layers):
+            self.inputs.append(x)
+            x = layer(x, step, index)
+            mx.eval(x)
+        self.predicted = self._predict(x)
+        mx.eval(self.predicted)
+
+    def divergence_from(self, index: int) -> float:
+        """Compute layer `index` and those behind it again; return how far predictions moved."""
+        x, step = self.inputs[index], self.new_cache().begin(self.count)
+        for place, layer in enumerate(self.network.layers[index:], index):
+            x = layer(x, step, place)
+        found = divergences(self.predicted, self._predict(x)).mean().item()
+        assert isinstance(found, float)
+        return found
+
+    def _predict(self, x: mx.array) -> mx.array:
+        return log_probabilities(self.network.logits(self.network.norm(x))[0])
