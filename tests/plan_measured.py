@@ -61,6 +61,7 @@ def write_model(folder: Path, bits: int) -> Path:
             for kind, array in zip(("weight", "scales", "biases"), packed, strict=True):
                 tensors[f"{part.path}.{kind}"] = array
         mx.eval(list(tensors.values()))
+    folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     if bits != 16:
         raw["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
