@@ -249,7 +249,12 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path, value: float, dtype:
 
 def test_places_and_code_of_its_maker_are_left_out(llama: Path, tmp_path: Path) -> None:
     for file in ("config.json", "tokenizer_config.json"):
-        edit(llama / file, _name_or_path=str(llama), name_or_path="/home/me", auto_map={"A": "b.C"})
+        edit(
+            llama / file,
+            _name_or_path=str(llama),
+            name_or_path="/somewhere/else",
+            auto_map={"A": "b.C"},
+        )
     converted(llama, tmp_path / "out", uniform(4))
     for data in files_of(tmp_path / "out").values():
         assert b"name_or_path" not in data and b"auto_map" not in data

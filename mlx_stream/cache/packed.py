@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_stream.cache.rows import Packed, Quantized
+from mlx_stream.cache.steps import NOT_ATTENDED
 
 if TYPE_CHECKING:
     from mlx_stream.cache.stream import StreamCache
-
-# Finite, so that no row can become NaN.
-NOT_ATTENDED = -1e30
 
 
 @dataclass
