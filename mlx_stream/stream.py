@@ -121,10 +121,10 @@ class Reply:
 
     def add(self, token: int) -> str:
         """Take a sampled id; return the text that became final."""
-        self.count += 1
-        if self.remember:
-            self.ids.append(token)
+        if self.remember:  # an interrupt between the two leaves an end without an id, never read
             self.ends.append(len(self.text))
+            self.ids.append(token)
+        self.count += 1
         return self._advance(self.decoder.add(token))
 
     def flush(self) -> str:
@@ -171,7 +171,8 @@ class Reply:
     def _advance(self, text: str) -> str:
         if self.remember:
             self.text += text
-            self.ends[-1] = len(self.text)
+            if self.ids:
+                self.ends[len(self.ids) - 1] = len(self.text)
         final, self.stopped = self.finder.add(text)
         self.final += len(final)
         return final

@@ -13,6 +13,7 @@ from mlx_stream.cache import StreamCache
 from mlx_stream.generate import Sampling, TokenStream
 from mlx_stream.rope import Rope
 from mlx_stream.session import ChatSession
+from mlx_stream.stream import Reply
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(3, 290, 400)]
 
@@ -90,6 +91,25 @@ def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
         if not cut:
             break
     assert count > 2000
+
+
+@pytest.mark.parametrize("already", [0, 1])
+def test_a_reply_interrupted_anywhere_can_be_settled(tmp_path, already):
+    config = tiny_config(num_hidden_layers=1)
+    tokenizer = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config))).tokenizer
+    ids = tokenizer.encode("the ä")
+    count = 0
+    for count in itertools.count(1):
+        reply = Reply(tokenizer.decoder(), ())
+        for id in ids[:already]:
+            reply.add(id)
+        cut = interrupt_at(count, lambda: reply.add(ids[already]))  # noqa: B023
+        reply.flush()
+        assert reply.kept()[0] in (already, already + 1)
+        assert reply.kept(trim=True)[0] <= already + 1
+        if not cut:
+            break
+    assert count > 20
 
 
 @pytest.mark.parametrize("length", [2, 40])

@@ -134,7 +134,7 @@ def test_a_forged_config_is_planned_without_memory(tmp_path):
     before = mx.get_active_memory()
     found = plan(config, *PHONE)
     assert found["verdict"] == "does not fit" and found["missing_bytes"] > 2**70 // 2**10
-    assert mx.get_active_memory() == before
+    assert mx.get_active_memory() <= before
 
 
 @pytest.mark.parametrize(
