@@ -333,8 +333,9 @@ def forge_state(state: list[Any], luck: Random) -> None:
         5: (1, 20, 149, 151, 400, 600, 2**31, 2**40, 2**62),
         6: (0, 1, 60, 300, 511, 512, 2**31, 2**62),
         7: ("token",),
-        8: (1, 2, state[-3], state[-3] + 1),
-        9: ("", "zz", "00", "00" * 8, "00" * 9, "00" * 100_000, "é"),
+        8: (3, 4, 8, -1, 2**40),
+        9: (1, 2, state[-3], state[-3] + 1),
+        10: ("", "zz", "00", "00" * 8, "00" * 9, "00" * 100_000, "é"),
     }
     for at in luck.sample(list(whats), luck.randint(1, 2)):
         state[at] = luck.choice(whats[at])
