@@ -6,13 +6,16 @@ is the only place in the package that treats a platform apart.
 """
 
 import ctypes
+import functools
 import os
 import platform
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 OPENBLAS = "libopenblas.so.0"
+COMPILE = "MLX_STREAM_COMPILE"
 CACHE_LIMIT = 256 * 2**20
 
 
@@ -39,6 +42,33 @@ def on_metal() -> bool:
     import mlx.core as mx
 
     return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
+
+
+def tracing(settled: bool) -> bool:
+    """Return whether a decode step is traced with `mx.compile`.
+
+    `MLX_STREAM_COMPILE` decides, 0 or 1. Unset, Metal traces every step; the CPU backend only
+    those of a stream whose window is full (`settled`): it runs the system's C++ compiler for each
+    fused kernel, a second and a half each, once until the machine restarts.
+    """
+    chosen = os.environ.get(COMPILE, "")
+    if chosen:
+        return chosen != "0"
+    return on_metal() or (settled and has_compiler())
+
+
+def prepare_compiling() -> None:
+    """Where MLX has no compiler to run, tell it not to compile: its own activations would fail."""
+    import mlx.core as mx
+
+    if not on_metal() and not has_compiler():
+        mx.disable_compile()
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Return whether MLX can compile on the CPU backend: it runs g++ (macOS: clang++)."""
+    return shutil.which("g++" if sys.platform.startswith("linux") else "clang++") is not None
 
 
 def device() -> dict[str, str | int]:

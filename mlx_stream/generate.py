@@ -1,9 +1,8 @@
 """Prefill, decode, sample: token ids only, no text."""
 
-import math
-import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,143 +10,40 @@ import numpy as np
 from mlx_stream.cache import Cache
 from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
 from mlx_stream.load import Model
+from mlx_stream.sampling import Penalized, Sampler, Sampling, number
+from mlx_stream.trace import Decoded, decode, worth_tracing
+
+__all__ = ["PREFILL_CHUNK", "Sampler", "Sampling", "TokenStream", "generate", "number"]
 
 PREFILL_CHUNK = 128
 IDS = "ids"  # of the attended tokens, in a stream's state
-LOWEST_TEMPERATURE = 1e-30  # of those above 0; smaller ones are 0 in float32
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen, in this order: repetition penalty, temperature, top-k, top-p, min-p.
+class Ahead:
+    """A step that was built while the device worked, not submitted and no part of the stream yet.
 
-    Attributes:
-        temperature: 0 is greedy, and the rest but the penalty has no effect.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        repetition_penalty: divide the logits of attended tokens by it (multiply negative ones;
-            arXiv 1909.05858); 1 leaves them. Evicted tokens are not penalized.
-        seed: of the random numbers; None draws one.
-
-    Tokens as likely as the last one kept are kept too.
-
-    Raises:
-        ValueRefused: a number out of range.
+    It is for the stream exactly as it was then, for one token, and for one sampler's next draw.
     """
 
-    temperature: float = 0.6
-    top_k: int = 0
-    top_p: float = 0.9
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    held: object
+    token: mx.array
+    sampler: Sampler
+    key: mx.array
+    step: Any
+    decoded: Decoded
 
-    def __post_init__(self) -> None:
-        ranges = (
-            ("temperature", "--temp", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", "--top-k", self.top_k >= 0, "0 or more"),
-            ("top_p", "--top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", "--min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            (
-                "repetition_penalty",
-                "--repetition-penalty",
-                0.01 <= self.repetition_penalty <= 100,
-                "from 0.01 to 100",
-            ),
-            ("seed", "--seed", 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
-        )
-        for name, option, holds, expected in ranges:
-            if not holds:
-                raise ValueRefused(f"{option} must be {expected}, not {getattr(self, name)}")
-
-    def seeded(self) -> "Sampling":
-        """Return the same with a seed drawn if there was none."""
-        if self.seed is not None:
-            return self
-        return replace(self, seed=int.from_bytes(os.urandom(4), "little"))
-
-
-class Sampler:
-    """Choose tokens one after another; its state is one random key."""
-
-    def __init__(self, sampling: Sampling):
-        self.sampling = sampling.seeded()
-        assert self.sampling.seed is not None
-        self.key = mx.random.key(self.sampling.seed)
-
-    def state(self) -> str:
-        """Return the random key, hexadecimal."""
-        return np.array(self.key).tobytes().hex()
-
-    def restore(self, state: str) -> None:
-        """Go on from `state`.
-
-        Raises:
-            ValueRefused: it is not one.
-        """
-        try:
-            words = np.frombuffer(bytes.fromhex(state), np.uint32)
-        except ValueError:
-            words = np.zeros(0, np.uint32)
-        if words.shape != self.key.shape:
-            raise ValueRefused("not a state of random numbers")
-        self.key = mx.array(words)
-
-    def choose(self, logits: mx.array, attended: Callable[[], Sequence[int]]) -> int:
-        """Return a token for logits (vocabulary,); `attended` gives the ids that are penalized."""
-        logits = logits.astype(mx.float32)
-        if self.sampling.repetition_penalty != 1:
-            logits = penalize(logits, attended(), self.sampling.repetition_penalty)
-        if self.sampling.temperature == 0:
-            return number(mx.argmax(logits))
-        self.key, key = mx.random.split(self.key)
-        # From the highest down, so that no temperature, however small, divides to infinity.
-        cooled = (logits - logits.max()) / max(self.sampling.temperature, LOWEST_TEMPERATURE)
-        kept = truncate(cooled, self.sampling)
-        return number(mx.random.categorical(kept, key=key))
-
-
-def number(array: mx.array) -> int:
-    value = array.item()
-    assert isinstance(value, int)
-    return value
-
-
-def penalize(logits: mx.array, ids: Sequence[int], penalty: float) -> mx.array:
-    """Make the tokens in `ids` less likely (arXiv 1909.05858); a token twice counts once."""
-    if not ids:
-        return logits
-    rows = mx.array([*ids], mx.int32)
-    chosen = logits[rows]
-    logits = mx.array(logits)
-    logits[rows] = mx.where(chosen > 0, chosen / penalty, chosen * penalty)
-    return logits
-
-
-def truncate(logits: mx.array, sampling: Sampling) -> mx.array:
-    """Set to -inf what top-k, top-p and min-p leave out, by thresholds from one sort."""
-    if sampling.top_k or sampling.top_p < 1:
-        rising = mx.sort(logits)
-        if 0 < sampling.top_k < logits.size:
-            logits, rising = (
-                mx.where(x < rising[-sampling.top_k], -math.inf, x) for x in (logits, rising)
-            )
-        if sampling.top_p < 1:
-            below = mx.cumsum(mx.softmax(rising, precise=True))
-            # The lowest one kept is the first with which the tail exceeds 1 - p.
-            first = mx.argmax(below > 1 - sampling.top_p)
-            logits = mx.where(logits < rising[first], -math.inf, logits)
-    if sampling.min_p > 0:
-        logits = mx.where(logits < logits.max() + math.log(sampling.min_p), -math.inf, logits)
-    return logits
+    def fits(self, held: object, token: int, sampler: Sampler) -> bool:
+        same_draw = self.sampler is sampler and sampler.key is self.key
+        return held is self.held and same_draw and self.token.item() == token
 
 
 class TokenStream:
     """One stream of token ids through one model: its cache, and the ids that are attended."""
 
     def __init__(self, model: Model, cache: Cache):
-        self.network, self.cache = model.network, cache
+        self.network, self.cache, self._traces = model.network, cache, model.traces
+        self._ahead: Ahead | None = None
         # By row, like keys and values; and the ids of a step that may not be noted yet.
         self._ids: list[int] = []
         self._step: tuple[int, Sequence[int]] = (0, ())
@@ -193,6 +89,41 @@ class TokenStream:
             )
         return logits
 
+    def next(self, token: int, sampler: Sampler, more: bool = True) -> int:
+        """Read one token and return the one that `sampler` chooses after it.
+
+        Args:
+            more: whether another step is likely to follow: it is built, from the token that is not
+                known yet, while the device computes this one. Asking for anything else drops it.
+        """
+        self._check([token])
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead.fits(self.cache.standing(), token, sampler):
+            step, decoded = ahead.step, ahead.decoded
+        else:
+            mx.eval(self._computed)
+            step = self.cache.begin(1)
+            decoded = self._decode(step, mx.array([[token]], mx.uint32), sampler, sampler.key)
+        del ahead
+        self._commit(step, [token])
+        del step  # nothing but the update may hold the buffers
+        chosen, key = decoded.token, decoded.key
+        assert chosen is not None and key is not None
+        self._computed = [chosen, key]
+        mx.async_eval(chosen, key)
+        held = self.cache.standing() if more else None
+        if held is not None:
+            step = self.cache.begin(1)
+            following = self._decode(step, chosen.reshape(1, 1), sampler, key)
+            self._ahead = Ahead(held, chosen, sampler, key, step, following)
+        found = number(chosen)
+        sampler.key = key
+        return found
+
+    def drop_ahead(self) -> None:
+        """Let go of a step that was built ahead: it holds the buffers."""
+        self._ahead = None
+
     def steps(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[mx.array]:
         """Read token ids step by step; yields each step's hidden states (1, T, hidden size).
 
@@ -204,18 +135,22 @@ class TokenStream:
         """
         if not ids or chunk < 1:
             raise ValueRefused(f"cannot read {len(ids)} tokens in chunks of {chunk}")
-        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            raise TokenizerError(
-                f"token id {max(ids)} is outside the model's vocabulary of {self._vocabulary}: the "
-                "tokenizer is not the one the model was trained with"
-            )
+        self._check(ids)
         done = 0
         while done < len(ids):
+            self.drop_ahead()
             mx.eval(self._computed)
             count = self.cache.take(min(chunk, len(ids) - done))
-            self._note()
-            self._step = (self.length, ids[done : done + count])
-            hidden = self.network(ids[done : done + count], self.cache)
+            part = ids[done : done + count]
+            if count == 1:
+                step = self.cache.begin(1)
+                hidden = self._decode(step, mx.array([part], mx.uint32)).hidden
+                self._commit(step, part)
+                del step
+            else:
+                self._note()
+                self._step = (self.length, part)
+                hidden = self.network(part, self.cache)
             done += count
             self._computed = [hidden]
             if count > 1:
@@ -225,13 +160,55 @@ class TokenStream:
                 mx.eval(self.cache.arrays())
             yield hidden
 
+    def _check(self, ids: Sequence[int]) -> None:
+        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
+            raise TokenizerError(
+                f"token id {max(ids)} is outside the model's vocabulary of {self._vocabulary}: the "
+                "tokenizer is not the one the model was trained with"
+            )
+
+    def _decode(
+        self,
+        step: Any,
+        tokens: mx.array,
+        sampler: Sampler | None = None,
+        key: mx.array | None = None,
+    ) -> Decoded:
+        """Build one token's step, traced if it is worth it; nothing is part of the stream yet."""
+        penalized = None
+        if sampler and sampler.rule.penalizes:
+            penalized = self._penalized(tokens)
+        if worth_tracing(step):
+            return self._traces.run(step, tokens, sampler, key, penalized)
+        decoded = decode(self.network, step, tokens, sampler, key, penalized)
+        step.finish(step.keys, step.values)
+        return decoded
+
+    def _penalized(self, tokens: mx.array) -> Penalized:
+        """Return the ids attended once the next token, (1, 1), has been read, itself among them."""
+        self._note()
+        attended = self.cache.attended_next()
+        ids = np.zeros(len(attended), np.int32)
+        ids[: len(self._ids)] = self._ids[: len(ids)]
+        return Penalized(
+            mx.concatenate([mx.array(ids), tokens[0].astype(mx.int32)]),
+            mx.array(np.append(attended, True)),
+        )
+
+    def _commit(self, step: Any, ids: Sequence[int]) -> None:
+        self._note()
+        self._step = (self.length, ids)
+        self.cache.commit(step)
+
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens; see the cache's `rewind`."""
         self._note()
+        self.drop_ahead()
         self.cache.rewind(count)
 
     def evict(self, count: int) -> None:
         """Drop the oldest `count` attended tokens that are not sinks."""
+        self.drop_ahead()
         self.cache.evict(count)
 
     def state(self) -> dict[str, mx.array | int]:
@@ -256,7 +233,7 @@ class TokenStream:
         if len(known) <= max(rows, default=-1) or max(known, default=0) >= self._vocabulary:
             self.cache.restore(before)
             raise ValueRefused("not a state of this stream: its token ids do not fit")
-        self._ids, self._step, self._computed = known, (0, ()), []
+        self._ids, self._step, self._computed, self._ahead = known, (0, ()), [], None
 
     def _note(self) -> None:
         """Note the last step's ids, if it was not interrupted before it was part of the stream."""
@@ -285,11 +262,13 @@ def generate(
     Ends early before an id in `end_ids`, which is neither yielded nor read. A yielded id is read
     when the next one is asked for, so the last one yielded has not been read.
     """
-    logits = stream.read(prompt, progress=progress)
-    for sampled in range(max_tokens):
-        token = sampler.choose(logits, stream.attended_ids)
-        if token in end_ids:
-            return
-        yield token
-        if sampled + 1 < max_tokens:
-            logits = stream.read([token])
+    token = sampler.choose(stream.read(prompt, progress=progress), stream.attended_ids)
+    try:
+        for sampled in range(1, max_tokens + 1):
+            if token in end_ids:
+                return
+            yield token
+            if sampled < max_tokens:
+                token = stream.next(token, sampler, more=sampled + 1 < max_tokens)
+    finally:
+        stream.drop_ahead()

@@ -1,8 +1,9 @@
 """One call: a source -> a model and its tokenizer; knows no stream's contents."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx_stream.plan.choice import ignore, resolve_window
 from mlx_stream.plan.needs import ring_bytes
 from mlx_stream.rope import Rope
 from mlx_stream.tokenizer import Tokenizer
+from mlx_stream.trace import Traces
 from mlx_stream.weights import DTYPES, Untaken, build, weight_bytes
 
 
@@ -33,6 +35,7 @@ class Model:
         quantized: whether quantized weights were kept as they are.
         weight_bytes: memory of the weights.
         force: whether memory limits are overridden.
+        traces: its decode steps, traced; they live as long as it does.
     """
 
     name: str
@@ -44,6 +47,10 @@ class Model:
     quantized: bool
     weight_bytes: int
     force: bool = False
+    traces: Traces = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "traces", Traces(self.network))
 
     def new_cache(
         self,
@@ -149,6 +156,9 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if (compiled := os.environ.get(backend.COMPILE, "")) not in ("", "0", "1"):
+        raise ValueRefused(f"{backend.COMPILE} must be 0 or 1, not {compiled!r}")
+    backend.prepare_compiling()
     # A Path is always a place on disk; as a string, "starter" would be the starter.
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = hub.resolve(place, notify)

@@ -35,6 +35,8 @@ ROOMS = [
     "tokenizer",
     "hub",
     "headers",
+    "sampling",
+    "trace",
     "load",
     "generate",
     "stream",
@@ -61,6 +63,7 @@ MAY_IMPORT_MLX_LM = {"evaluate"}
 MAY_PRINT = {"cli"}
 MAY_EVALUATE = {
     "generate",
+    "sampling",  # its numbers, once
     "weights",
     "checkpoint",
     "evaluate",

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate import Sampler, Sampling, penalize, truncate
+from mlx_stream.sampling import Penalized, Sampler, Sampling, penalize, truncate
 from mlx_stream.stream import Reply, StopFinder
 
 TEXT = st.text("ab\n", max_size=12)
@@ -118,7 +118,9 @@ def reference_filter(logits, top_k, top_p, min_p):
 def test_truncation_keeps_what_a_plain_reading_keeps(seed, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).normal(scale=2, size=40).astype(np.float32)
     sampling = Sampling(1.0, top_k, top_p, min_p)
-    kept = np.isfinite(np.array(truncate(mx.array(logits), sampling)))
+    sampler = Sampler(sampling)
+    left = truncate(mx.array(logits), sampler.rule, sampler.numbers)
+    kept = np.isfinite(np.array(left))
     expected = reference_filter(logits.astype(np.float64), top_k, top_p, min_p)
     # A sum within rounding of p may fall on either side of one token.
     assert len(set(np.flatnonzero(kept)) ^ expected) <= 1
@@ -129,9 +131,12 @@ def test_truncation_keeps_what_a_plain_reading_keeps(seed, top_k, top_p, min_p):
 
 def test_the_repetition_penalty_touches_the_given_ids_once():
     logits = mx.array([2.0, -2.0, 1.0, 0.0])
-    assert penalize(logits, [0, 1, 0, 0], 2.0).tolist() == [1.0, -4.0, 1.0, 0.0]
+    ids, two = mx.array([0, 1, 0, 0, 2], mx.int32), mx.array(2.0)
+    attended = Penalized(ids, mx.array([True, True, True, False, False]))
+    assert penalize(logits, attended, two).tolist() == [1.0, -4.0, 1.0, 0.0]
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.0]
-    assert penalize(logits, [], 2.0).tolist() == logits.tolist()
+    nothing = Penalized(ids, mx.zeros(5, mx.bool_))
+    assert penalize(logits, nothing, two).tolist() == logits.tolist()
 
 
 def test_greedy_takes_the_likeliest_and_the_penalty_sees_only_what_is_attended():

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from tiny import tiny_config
 from tiny_models import some_ids
 
-from mlx_stream.cache import Cache, StreamCache
+from mlx_stream.cache import Cache, Step, StreamCache
 from mlx_stream.config import read_config
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.models import CausalLM
 from mlx_stream.rope import Rope
+from mlx_stream.trace import Traces
 
 
 class OnlyIds:
@@ -24,16 +26,27 @@ class OnlyIds:
 
     def __call__(self, ids: list[int], cache: Cache) -> mx.array:
         step = cache.begin(len(ids))
-        tokens = mx.array([[*ids, *[0] * (step.rows - step.count)]], mx.float32)
-        step.attend(0, mx.broadcast_to(tokens[:, None, :, None], (1, 3, step.rows, 2)))
+        hidden = self.hidden(mx.array([[*ids, *[0] * (step.rows - step.count)]]), step)
         cache.commit(step)
-        return tokens[:, : step.count, None]
+        return hidden[:, : step.count]
+
+    def hidden(self, tokens: mx.array, step: Step) -> mx.array:
+        tokens = tokens.astype(mx.float32)
+        step.attend(0, mx.broadcast_to(tokens[:, None, :, None], (1, 3, step.rows, 2)))
+        return tokens[:, :, None]
 
     def logits(self, hidden: mx.array) -> mx.array:
         return hidden
 
 
-ONLY_IDS = cast(Model, SimpleNamespace(network=OnlyIds(), config=SimpleNamespace(vocab_size=2**31)))
+ONLY_IDS = cast(
+    Model,
+    SimpleNamespace(
+        network=OnlyIds(),
+        config=SimpleNamespace(vocab_size=2**31),
+        traces=Traces(cast(CausalLM, OnlyIds())),
+    ),
+)
 operations = st.lists(
     st.tuples(
         st.sampled_from(["read", "decode", "evict", "rewind"]),

@@ -8,6 +8,7 @@ rows, L layers. Tokens of a stream are numbered t = 0, 1, 2, ...
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_stream.cache.dense import DenseCache
 from mlx_stream.cache.rows import stream_bytes
@@ -69,6 +70,17 @@ class Cache(Protocol):
 
     def attended_rows(self) -> list[int]:
         """Return the rows of the attended tokens, in the order of the text."""
+        ...
+
+    def attended_next(self) -> np.ndarray:
+        """Return which rows the next token will attend to, its own not among them: (rows,) bool."""
+        ...
+
+    def standing(self) -> object | None:
+        """Return what the stream is now, if a step of one token can be planned without a change.
+
+        Two calls give the same object as long as nothing has changed; None if it cannot.
+        """
         ...
 
     def take(self, waiting: int) -> int:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_stream.errors import ValueRefused
 from mlx_stream.rope import Rope
@@ -59,6 +60,12 @@ class DenseCache:
 
     def attended_rows(self) -> list[int]:
         return list(range(self.length))
+
+    def attended_next(self) -> np.ndarray:
+        return np.ones(self.length, bool)
+
+    def standing(self) -> None:
+        return None  # a comparison need not be fast
 
     def take(self, waiting: int) -> int:
         return min(waiting, LONGEST_STEP)
@@ -142,3 +149,6 @@ class DenseStep:
         buffer = mx.array(buffer)
         buffer[:, :, start:end] = new
         return buffer
+
+    def finish(self, keys: list[mx.array], values: list[mx.array]) -> None:
+        self.keys, self.values = keys, values

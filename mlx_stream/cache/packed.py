@@ -64,6 +64,9 @@ class PackedStep:
         weights = mx.softmax(scores, axis=-1, precise=True)
         return self._mixed(weights, values).reshape(plain.shape).astype(heads.dtype)
 
+    def finish(self, keys: list[Packed], values: list[Packed]) -> None:
+        self.keys, self.values = keys, values
+
     def _grouped(self, queries: mx.array) -> mx.array:
         """Return (1, H, 1, D) as (1, K, H / K, D) float32."""
         shape = (1, self.cache.kv_heads, -1, queries.shape[-1])

@@ -1,12 +1,13 @@
 """The two ways a stream reads: one token, or a chunk; each plans once what all layers share."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlx_stream.cache.plan import padded
-from mlx_stream.cache.rows import Rows
+from mlx_stream.cache.rows import Rows, placed
+from mlx_stream.rope import Rope
 
 if TYPE_CHECKING:
     from mlx_stream.cache.stream import StreamCache
@@ -15,44 +16,112 @@ if TYPE_CHECKING:
 NOT_ATTENDED = -1e30
 
 
-@dataclass
+@dataclass(frozen=True)
+class Decoding:
+    """What is the same in every step of one kind, so that one trace serves them all.
+
+    Attributes:
+        sinks: how many rows are rewritten in the step, because o moves with each token; or 0.
+        extent: how many leading rows are attended.
+    """
+
+    query_heads: int
+    kv_heads: int
+    rope: Rope
+    scale: float
+    sinks: int
+    extent: int
+
+
 class DecodeStep:
-    """One token: it is written into its row, then attends over the buffer, row order free."""
+    """One token: it is written into its row, then attends over the buffer, row order free.
 
-    cache: "StreamCache"
-    count: int = 1
-    rows: int = 1
-    keys: list[Rows] = field(default_factory=list)
-    values: list[Rows] = field(default_factory=list)
-    new_sinks: list[mx.array] = field(default_factory=list)
+    Args:
+        kind: what does not change from step to step.
+        arrays: what does: `position` and `row` (1,) int32, `keys` and `values` by layer; `mask`
+            (1, extent) bool where not every row is attended; `sinks` (L, K, S, D) before rotation
+            and `sinks_at` (1,) int32 where they are rewritten.
+        is_sink: whether the token is a sink.
+        settled: whether every later step is of the same kind, the window being full.
+        sinks_at: where the sinks' rows stand after the step.
+    """
 
-    def __post_init__(self) -> None:
-        cache = self.cache
-        token = cache.length
-        cache.place_sinks(token)
-        geometry, place = cache.geometry, cache.place
-        self.is_sink = token < geometry.sinks
-        self.extent = geometry.extent(token)
-        self.position = mx.array([place.clock], mx.int32)
-        self.row = mx.array([geometry.row(token)], mx.int32)
-        mask = geometry.decode_mask(place, self.extent)
-        self.mask = None if mask is None else mx.array(mask)[None]
+    count, rows = 1, 1
+
+    def __init__(
+        self,
+        kind: Decoding,
+        arrays: dict[str, Any],
+        is_sink: bool = False,
+        settled: bool = False,
+        sinks_at: int = -1,
+    ):
+        self.kind, self.arrays = kind, arrays
+        self.is_sink, self.settled, self.sinks_at = is_sink, settled, sinks_at
+        self.turned: mx.array | None = None
+        self.keys: list[Rows] = []
+        self.values: list[Rows] = []
+        self.new_sinks: list[mx.array] = []
+
+    @classmethod
+    def of(cls, cache: "StreamCache") -> "DecodeStep":
+        """Plan the step of a cache's next token."""
+        token, geometry = cache.length, cache.geometry
+        is_sink = token < geometry.sinks
+        mask = geometry.decode_mask(cache.place, geometry.extent(token))
+        # Where o moves with each token, the sinks are turned inside the step. Where it does not,
+        # they stand where they must already, or are put there once.
+        full = not is_sink and (mask is None or geometry.room(cache.place) == 0)
+        moves = full and geometry.sinks > 0
+        if not moves:
+            cache.place_sinks(token)
+        place, extent = cache.place, geometry.extent(token)
+        arrays: dict[str, Any] = {
+            "position": mx.array([place.clock], mx.int32),
+            "row": mx.array([geometry.row(token)], mx.int32),
+            "keys": [*cache.keys],
+            "values": [*cache.values],
+        }
+        if mask is not None:
+            arrays["mask"] = mx.array(mask)[None]
+        sinks_at = place.sinks_at
+        if moves:
+            sinks_at = geometry.sinks_clock(place, token)
+            arrays |= {"sinks": cache.sinks, "sinks_at": mx.array([sinks_at], mx.int32)}
+        kind = Decoding(
+            cache.query_heads,
+            cache.kv_heads,
+            cache.rope,
+            cache.scale,
+            geometry.sinks if moves else 0,
+            extent,
+        )
+        return cls(kind, arrays, is_sink, full and extent == geometry.rows, sinks_at)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
+        kind, arrays = self.kind, self.arrays
+        queries, split = kind.query_heads, heads.shape[1] - kind.kv_heads
         if self.is_sink:
-            self.new_sinks.append(heads[:, cache.query_heads : split])
-        turned = cache.rope.rotate(heads[:, :split], self.position)
-        new_keys = turned[:, cache.query_heads :]
-        keys = mx.slice_update(cache.keys[layer], new_keys, self.row, axes=(2,))
-        values = mx.slice_update(cache.values[layer], heads[:, split:], self.row, axes=(2,))
+            self.new_sinks.append(heads[:, queries:split])
+        turned = kind.rope.rotate(heads[:, :split], arrays["position"])
+        keys, values = arrays["keys"][layer], arrays["values"][layer]
+        if kind.sinks:
+            if self.turned is None:
+                self.turned = kind.rope.rotate(arrays["sinks"], arrays["sinks_at"])
+            keys = placed(keys, self.turned[layer : layer + 1], [(0, kind.sinks, 0)])
+        keys = mx.slice_update(keys, turned[:, queries:], arrays["row"], axes=(2,))
+        values = mx.slice_update(values, heads[:, split:], arrays["row"], axes=(2,))
         self.keys.append(keys)
         self.values.append(values)
-        if self.extent < keys.shape[2]:
-            keys, values = keys[:, :, : self.extent], values[:, :, : self.extent]
+        if kind.extent < keys.shape[2]:
+            keys, values = keys[:, :, : kind.extent], values[:, :, : kind.extent]
         return mx.fast.scaled_dot_product_attention(
-            turned[:, : cache.query_heads], keys, values, scale=cache.scale, mask=self.mask
+            turned[:, :queries], keys, values, scale=kind.scale, mask=arrays.get("mask")
         )
+
+    def finish(self, keys: list[mx.array], values: list[mx.array]) -> None:
+        """Take what a trace of this step computed, and let go of what it began from."""
+        self.keys, self.values, self.arrays = keys, values, {}
 
 
 class ChunkStep:

@@ -13,6 +13,7 @@ import itertools
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_stream.cache.packed import PackedStep
 from mlx_stream.cache.plan import STEP_LENGTHS, Geometry, Place, padded
@@ -165,6 +166,22 @@ class StreamCache:
         sinks = range(min(self.length, self.geometry.sinks))
         return [self.geometry.row(t) for t in (*sinks, *range(self.oldest, self.length))]
 
+    def attended_next(self) -> np.ndarray:
+        geometry, place = self.geometry, self.place
+        mask = geometry.decode_mask(place, geometry.rows)
+        attended = np.ones(geometry.rows, bool) if mask is None else mask
+        attended[geometry.row(place.length)] = False
+        return attended
+
+    def standing(self) -> Held | None:
+        held, geometry, place = self.held, self.geometry, self.place
+        if held.back or place.clock + 1 > self.clock_limit or place.length < geometry.sinks:
+            return None
+        moves = isinstance(self.format, Plain) and geometry.room(place) == 0
+        if geometry.sinks and not moves:
+            return held if place.sinks_at == geometry.sinks_clock(place, place.length) else None
+        return held
+
     def take(self, waiting: int) -> int:
         geometry, place = self.geometry, self.place
         # With two clocks, what was stored by the one has left before there can be a third.
@@ -188,7 +205,11 @@ class StreamCache:
             self._reanchor()
         if count > 1:
             return ChunkStep(self, count)
-        return DecodeStep(self) if isinstance(self.format, Plain) else PackedStep(self, self.format)
+        return (
+            PackedStep(self, self.format)
+            if isinstance(self.format, Quantized)
+            else DecodeStep.of(self)
+        )
 
     def commit(self, step: DecodeStep | PackedStep | ChunkStep) -> None:
         first, count, sinks = self.length, step.count, self.sinks
@@ -198,6 +219,8 @@ class StreamCache:
             sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
             mx.eval(sinks)  # nothing later in the step needs them, so nothing else would
         place = self.geometry.after(self.place, count)
+        if isinstance(step, DecodeStep):
+            place = replace(place, sinks_at=step.sinks_at)
         self.held = Held(place, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:

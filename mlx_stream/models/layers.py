@@ -55,9 +55,12 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
         batch, rows, _ = x.shape
-        heads = self.qkv_proj(x).reshape(batch, rows, -1, self.head_dim).swapaxes(1, 2)
-        out = step.attend(layer, heads)
-        return self.o_proj(out.swapaxes(1, 2).reshape(batch, rows, -1))
+        heads = self.qkv_proj(x)
+        if rows == 1:  # the same numbers in the same order, without turning axes there and back
+            heads = heads.reshape(batch, -1, 1, self.head_dim)
+            return self.o_proj(step.attend(layer, heads).reshape(batch, 1, -1))
+        heads = heads.reshape(batch, rows, -1, self.head_dim).swapaxes(1, 2)
+        return self.o_proj(step.attend(layer, heads).swapaxes(1, 2).reshape(batch, rows, -1))
 
 
 class MLP(nn.Module):
@@ -121,11 +124,16 @@ class CausalLM(nn.Module):
         step = cache.begin(len(ids))
         # Padded with a real id: whatever its row of the embedding holds has been seen already.
         tokens = [*ids, *[ids[-1]] * (step.rows - step.count)]
-        x = self.embed_tokens(mx.array([tokens], mx.int32))
+        hidden = self.hidden(mx.array([tokens], mx.int32), step)
+        cache.commit(step)
+        return hidden[:, : step.count]
+
+    def hidden(self, tokens: mx.array, step: Step) -> mx.array:
+        """Compute a step's tokens (1, T) through all layers: (1, T, hidden size), normalized."""
+        x = self.embed_tokens(tokens)
         for index, layer in enumerate(self.layers):
             x = layer(x, step, index)
-        cache.commit(step)
-        return self.norm(x[:, : step.count])
+        return self.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits (..., vocabulary) of hidden states (..., hidden size)."""

@@ -1,0 +1,202 @@
+"""How the next token is chosen from logits; knows no stream and no model.
+
+What is done (`Rule`) is fixed in a traced step; the numbers it is done with are arrays, so that
+another temperature is no other trace.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_stream.errors import ValueRefused
+
+LOWEST_TEMPERATURE = 1e-30  # of those above 0; smaller ones are 0 in float32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen, in this order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: 0 is greedy, and the rest but the penalty has no effect.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        repetition_penalty: divide the logits of attended tokens by it (multiply negative ones;
+            arXiv 1909.05858); 1 leaves them. Evicted tokens are not penalized.
+        seed: of the random numbers; None draws one.
+
+    Tokens as likely as the last one kept are kept too.
+
+    Raises:
+        ValueRefused: a number out of range.
+    """
+
+    temperature: float = 0.6
+    top_k: int = 0
+    top_p: float = 0.9
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        ranges = (
+            ("temperature", "--temp", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", "--top-k", self.top_k >= 0, "0 or more"),
+            ("top_p", "--top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", "--min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            (
+                "repetition_penalty",
+                "--repetition-penalty",
+                0.01 <= self.repetition_penalty <= 100,
+                "from 0.01 to 100",
+            ),
+            ("seed", "--seed", 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
+        )
+        for name, option, holds, expected in ranges:
+            if not holds:
+                raise ValueRefused(f"{option} must be {expected}, not {getattr(self, name)}")
+
+    def seeded(self) -> "Sampling":
+        """Return the same with a seed drawn if there was none."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=int.from_bytes(os.urandom(4), "little"))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which of the steps are taken."""
+
+    greedy: bool
+    penalizes: bool
+    top_k: bool
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Rule":
+        greedy = sampling.temperature == 0
+        return cls(
+            greedy,
+            sampling.repetition_penalty != 1,
+            not greedy and sampling.top_k > 0,
+            not greedy and sampling.top_p < 1,
+            not greedy and sampling.min_p > 0,
+        )
+
+
+@dataclass(frozen=True)
+class Penalized:
+    """Ids whose tokens are attended: `ids` (n,) int32, of which those with `attended` (n,) bool."""
+
+    ids: mx.array
+    attended: mx.array
+
+    @classmethod
+    def of(cls, arrays: Sequence[mx.array]) -> "Penalized | None":
+        return cls(*arrays) if arrays else None
+
+
+class Sampler:
+    """Choose tokens one after another; its state is one random key.
+
+    Attributes:
+        rule: what is done...
+        numbers: ...and with which: arrays of one element, by name.
+        key: the random key, (2,) uint32.
+    """
+
+    def __init__(self, sampling: Sampling):
+        self.sampling = sampling.seeded()
+        assert self.sampling.seed is not None
+        self.rule = Rule.of(self.sampling)
+        self.numbers = {
+            "temperature": mx.array(max(self.sampling.temperature, LOWEST_TEMPERATURE)),
+            "top_k": mx.array(min(self.sampling.top_k, 2**31 - 1), mx.int32),
+            "excess": mx.array(1 - self.sampling.top_p),
+            "min_p": mx.array(math.log(self.sampling.min_p) if self.sampling.min_p else -math.inf),
+            "penalty": mx.array(self.sampling.repetition_penalty),
+        }
+        self.key = mx.random.key(self.sampling.seed)
+        mx.eval(self.numbers, self.key)
+
+    def state(self) -> str:
+        """Return the random key, hexadecimal."""
+        return np.array(self.key).tobytes().hex()
+
+    def restore(self, state: str) -> None:
+        """Go on from `state`.
+
+        Raises:
+            ValueRefused: it is not one.
+        """
+        try:
+            words = np.frombuffer(bytes.fromhex(state), np.uint32)
+        except ValueError:
+            words = np.zeros(0, np.uint32)
+        if words.shape != self.key.shape:
+            raise ValueRefused("not a state of random numbers")
+        self.key = mx.array(words)
+
+    def choose(self, logits: mx.array, attended: Callable[[], Sequence[int]]) -> int:
+        """Return a token for logits (vocabulary,); `attended` gives the ids that are penalized."""
+        penalized = None
+        if self.rule.penalizes and (ids := attended()):
+            penalized = Penalized(mx.array([*ids], mx.int32), mx.ones(len(ids), mx.bool_))
+        token, self.key = choose(self.rule, self.numbers, logits, self.key, penalized)
+        return number(token)
+
+
+def number(array: mx.array) -> int:
+    value = array.item()
+    assert isinstance(value, int)
+    return value
+
+
+def choose(
+    rule: Rule,
+    numbers: dict[str, mx.array],
+    logits: mx.array,
+    key: mx.array,
+    penalized: Penalized | None,
+) -> tuple[mx.array, mx.array]:
+    """Return a token for logits (vocabulary,), uint32 without axes, and the next random key."""
+    logits = logits.astype(mx.float32)
+    if rule.penalizes and penalized is not None:
+        logits = penalize(logits, penalized, numbers["penalty"])
+    if rule.greedy:
+        return mx.argmax(logits), key
+    following, drawn = mx.random.split(key)
+    # From the highest down, so that no temperature, however small, divides to infinity.
+    cooled = (logits - logits.max()) / numbers["temperature"]
+    return mx.random.categorical(truncate(cooled, rule, numbers), key=drawn), following
+
+
+def penalize(logits: mx.array, penalized: Penalized, penalty: mx.array) -> mx.array:
+    """Make attended tokens less likely (arXiv 1909.05858); a token twice counts once."""
+    counts = mx.zeros(logits.shape, mx.int32)
+    chosen = counts.at[penalized.ids].maximum(penalized.attended.astype(mx.int32)) > 0
+    lowered = mx.where(logits > 0, logits / penalty, logits * penalty)
+    return mx.where(chosen, lowered, logits)
+
+
+def truncate(logits: mx.array, rule: Rule, numbers: dict[str, mx.array]) -> mx.array:
+    """Set to -inf what top-k, top-p and min-p leave out, by thresholds from one sort."""
+    if rule.top_k or rule.top_p:
+        rising = mx.sort(logits)
+        if rule.top_k:
+            lowest = rising[mx.maximum(logits.size - numbers["top_k"], 0)]
+            logits, rising = (mx.where(x < lowest, -math.inf, x) for x in (logits, rising))
+        if rule.top_p:
+            below = mx.cumsum(mx.softmax(rising, precise=True))
+            # The lowest one kept is the first with which the tail exceeds 1 - p.
+            first = mx.argmax(below > numbers["excess"])
+            logits = mx.where(logits < rising[first], -math.inf, logits)
+    if rule.min_p:
+        logits = mx.where(logits < logits.max() + numbers["min_p"], -math.inf, logits)
+    return logits
