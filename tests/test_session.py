@@ -253,10 +253,12 @@ def test_a_template_that_trims_replies_gets_its_trailing_whitespace_taken_back(t
     logits = chat.tokens.network.logits
     space = chat.model.tokenizer.encode("a \n", special=False)
 
+    step = itertools.count()
+
     def whitespace(hidden):
         # "a", then whitespace: what this model would hardly say by itself.
         bias = mx.zeros(logits(hidden).shape[-1])
-        bias[space[min(len(space) - 1, chat.stats.reply_tokens)]] = 1e4
+        bias[space[min(len(space) - 1, next(step))]] = 1e4
         return logits(hidden) + bias
 
     object.__setattr__(chat.tokens.network, "logits", whitespace)
