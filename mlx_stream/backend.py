@@ -8,11 +8,7 @@ is the only place in the package that treats a platform apart.
 import ctypes
 import functools
 import os
-import platform
-import shutil
 import sys
-from importlib.metadata import version
-from pathlib import Path
 
 OPENBLAS = "libopenblas.so.0"
 COMPILE = "MLX_STREAM_COMPILE"
@@ -68,6 +64,8 @@ def prepare_compiling() -> None:
 @functools.cache
 def has_compiler() -> bool:
     """Return whether MLX can compile on the CPU backend: it runs g++ (macOS: clang++)."""
+    import shutil
+
     return shutil.which("g++" if sys.platform.startswith("linux") else "clang++") is not None
 
 
@@ -96,6 +94,8 @@ def memory_budget() -> int:
 
 def resident_bytes() -> int:
     """Return this process's resident memory, in bytes; on macOS the most there ever was."""
+    from pathlib import Path
+
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -118,6 +118,9 @@ def set_cache_limit() -> None:
 
 def describe() -> dict[str, str | int | bool]:
     """Return what this machine is and what is installed, for people to paste."""
+    import platform
+    from importlib.metadata import version
+
     about = device()
     return {
         "mlx_stream": version("mlx_stream"),

@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +131,24 @@ def test_every_imported_package_is_declared_and_every_declared_one_imported():
 
 
 def test_public_names_are_complete():
-    public = {name for name in vars(mlx_stream) if not name.startswith("_")}
-    submodules = {room(path) for path in MODULES}
-    assert set(mlx_stream.__all__) == public - (submodules - set(mlx_stream.__all__))
-    assert list(mlx_stream.__all__) == sorted(mlx_stream.__all__)
+    """What type checkers see, what is fetched when asked for, and what is declared are one."""
+    seen = {
+        (alias.name, node.module)
+        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mlx_stream.")
+        for alias in node.names
+    }
+    assert seen == set(mlx_stream._HOMES.items())
+    assert sorted({*mlx_stream._HOMES, "errors"}) == dir(mlx_stream) == mlx_stream.__all__
+    for name, home in mlx_stream._HOMES.items():
+        assert getattr(mlx_stream, name) is getattr(import_module(home), name)
 
 
 def commands_of(group: Any, before: str = "") -> dict[str, Any]:
     """Return every command by what one types for it: `chat`, `eval sinks`."""
     found = {}
-    for name, command in group.commands.items():
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
         if hasattr(command, "commands"):
             found |= commands_of(command, f"{before}{name} ")
         else:

@@ -80,10 +80,10 @@ def convert(
     force: Force = False,
     json: options.AsJson = False,
 ) -> None:
-    """Write a model to the folder OUT: quantized with --bits, --recipe or --device, else as it is.
+    """Write a model to the folder OUT: quantized, or as it is.
 
-    The folder appears when it is whole. Memory does not grow with the model, but for a sensitive
-    recipe and a report, which run it.
+    --bits, --mode, --recipe and --device quantize it. The folder appears when it is whole. Memory
+    does not grow with the model, but for a sensitive recipe and a report, which run it.
     """
     from mlx_stream.cli.report import print_json
     from mlx_stream.conversion import Options, convert_model, recipe_for

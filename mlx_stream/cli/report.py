@@ -2,9 +2,10 @@
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_stream.stream import Stats
+if TYPE_CHECKING:
+    from mlx_stream.stream import Stats
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -12,7 +13,7 @@ def print_json(result: dict[str, Any]) -> None:
     sys.stdout.write("\n")
 
 
-def stats_as_json(stats: Stats) -> dict[str, Any]:
+def stats_as_json(stats: "Stats") -> dict[str, Any]:
     return {
         "prompt_tokens": stats.prompt_tokens,
         "reply_tokens": stats.reply_tokens,
@@ -28,7 +29,7 @@ def stats_as_json(stats: Stats) -> dict[str, Any]:
     }
 
 
-def print_stats(stats: Stats) -> None:
+def print_stats(stats: "Stats") -> None:
     print(f"[{stats}]", file=sys.stderr, flush=True)
 
 

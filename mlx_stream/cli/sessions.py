@@ -16,6 +16,7 @@ app = typer.Typer(
     name="sessions",
     help="Saved conversations: list, show, export, remove, verify.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 

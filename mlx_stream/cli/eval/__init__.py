@@ -13,6 +13,7 @@ app = typer.Typer(
     name="eval",
     help="The paper's experiments on your model, text and machine.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 for experiment in (perplexity, sinks, windows, latency, endurance, streameval, plot):
