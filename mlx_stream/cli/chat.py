@@ -4,6 +4,8 @@ import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -100,6 +102,8 @@ def chat(
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         note(f"loading {source}")
+        # Imported while the weights are read: MLX does that without Python's lock.
+        Thread(target=import_module, args=("prompt_toolkit",)).start()
     loaded = load(source, dtype, keep_quantized, force, note)
     screen = Screen(interactive)
     chosen = resume.Options(

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from mlx_stream import snapshot
@@ -88,16 +89,20 @@ class Conversation:
 
     Args:
         chat: the session; what is said in it directly is not saved.
-        model: the model's fingerprint.
     """
 
-    def __init__(self, chat: ChatSession, model: str, saved: Saved | None = None):
-        self.chat, self.model, self.saved = chat, model, saved
+    def __init__(self, chat: ChatSession, saved: Saved | None = None):
+        self.chat, self.saved = chat, saved
         self._running: Pieces | None = None
         # What could not be written, on a full disk say, oldest first: the next turn tries again.
         self._waiting: list[Change] = []
         self._snapshot_at = time.monotonic()
         self._snapshot_of = ""
+
+    @cached_property
+    def model(self) -> str:
+        """The model's fingerprint; nobody waits for it who saves nothing."""
+        return snapshot.fingerprint(self.chat.model)
 
     @property
     def name(self) -> str | None:

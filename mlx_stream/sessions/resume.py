@@ -66,7 +66,7 @@ def header_of(name: str) -> Header | None:
 
 def begin(model: Model, options: Options, notify: Callable[[str], None] = ignore) -> Conversation:
     """Begin a conversation that is not saved."""
-    return Conversation(new_chat(model, options, notify), snapshot.fingerprint(model))
+    return Conversation(new_chat(model, options, notify))
 
 
 def open_session(
@@ -86,7 +86,7 @@ def open_session(
         SessionError: another process has it open, or it is damaged.
         MlxStreamError: as `ChatSession`.
     """
-    where, mark = paths(name), snapshot.fingerprint(model)
+    where = paths(name)
     lock = Lock.acquire(where.lock)
     store = None
     try:
@@ -94,13 +94,13 @@ def open_session(
         if not where.database.exists():
             chat = new_chat(model, options, notify)
             lock.close()
-            new = Conversation(chat, mark)
+            new = Conversation(chat)
             new.saved = Saved.create(name, new.header(), chat.sampler.state())
             return new
         store = Store.open(where.database)
         header = store.header
         chat = new_chat(model, merged(options, header), notify, header.created)
-        conversation = Conversation(chat, mark, Saved(name, where, lock, store))
+        conversation = Conversation(chat, Saved(name, where, lock, store))
         now = replace(conversation.header(), id=header.id, created=header.created)
         seeded = chat.sampler.state()
         catch_up(conversation, changes(header, now), notify, progress)
