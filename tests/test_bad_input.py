@@ -129,6 +129,8 @@ def test_options_of_score_out_of_range(
     [
         (["--pairs", 2], "--pairs must be at least 3, not 2"),
         (["--chunk", 1], "--chunk must be at least 2, not 1"),
+        (["--prefill", 1], "--prefill must be at least 2, not 1"),
+        (["--prefill", 9, "--prefill-chunk", 1], "--prefill-chunk must be at least 2, not 1"),
         (["--window", 64, "--window", 0], "--window must be at least 1, not 0"),
         (["--window", 4096], "use a window of at most 508"),
         (["--against", "llama.cpp"], "--against must be one of mlx-lm, not 'llama.cpp'"),

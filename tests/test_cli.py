@@ -311,7 +311,8 @@ def test_wrong_usage_exits_with_2(arguments: list[str], named: str) -> None:
 
 def test_bench_compares_with_mlx_lm(tiny: Path) -> None:
     # A process of its own: mlx-lm imports much that other tests are better without.
-    command = program("bench", tiny, "--json", "--pairs", 3, "--window", 64, "--chunk", 16)
+    options = ("--json", "--pairs", 3, "--window", 64, "--chunk", 16, "--prefill", 40)
+    command = program("bench", tiny, *options)
     found = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE)
     assert found.returncode == 0, found.stderr
     assert all(line.startswith("mlx_stream: ") for line in found.stderr.splitlines())
@@ -323,3 +324,7 @@ def test_bench_compares_with_mlx_lm(tiny: Path) -> None:
     assert window["decode"]["pairs"] == window["prefill"]["pairs"] == 3
     for kind in ("decode", "prefill"):
         assert window[f"{kind}_ratio"] == window[kind]["ratio_quartiles"][1] > 0
+    assert window["python"]["ours_nodes"] > 100 < window["python"]["mlx_lm_nodes"]
+    assert window["bytes"].keys() == {"weights", "cache", "least_ms", "share_of_limit"}
+    assert result["read"]["bytes_per_second"] > 0
+    assert [one["tokens"] for one in (*result["prefill"], *result["prefill_best"])] == [40, 40]

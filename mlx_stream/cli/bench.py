@@ -1,6 +1,6 @@
 """`mlx_stream bench`: speed beside mlx-lm's, in one process, steps in turn."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,10 +16,24 @@ def bench(
     against: Annotated[str, typer.Option("--against", help="The peer: mlx-lm.")] = "mlx-lm",
     window: Annotated[
         list[int] | None,
-        typer.Option("--window", help="May be given several times. Default: 512 and 4,096."),
+        typer.Option("--window", help="May be given several times. Default: 512, 1,024 and 4,096."),
     ] = None,
     pairs: Annotated[int, typer.Option("--pairs", help="Decode steps timed of each.")] = 40,
-    chunk: Annotated[int, typer.Option("--chunk", help="Tokens of a prefill step.")] = 128,
+    chunk: Annotated[
+        int | None, typer.Option("--chunk", help="Tokens of a prefill step. Default: as we read.")
+    ] = None,
+    prefill: Annotated[
+        int | None,
+        typer.Option("--prefill", help="Also read a text of this many tokens through each window."),
+    ] = None,
+    prefill_chunk: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--prefill-chunk",
+            help="Tokens of a step of --prefill. May be given several times: the best of each is "
+            "compared too. Default: as we read.",
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         typer.Option("--dtype", metavar="TYPE", help="Both compute in this type."),
@@ -31,29 +45,46 @@ def bench(
     """Time decoding and prefill side by side with mlx-lm.
 
     Windows are full, steps are taken in turn. mlx-lm gets bounded caches by hand. A ratio is its
-    time over ours: above 1, ours is faster.
+    time over ours: above 1, ours is faster. Decoding is timed from a token to the next one; beside
+    it stand what a step must read against how fast memory is read here, and Python's part.
     """
     from mlx_stream import backend, hub
-    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.report import print_json
     from mlx_stream.evaluate.bench import bench as run
     from mlx_stream.evaluate.peer import load_peer
+    from mlx_stream.evaluate.prefill import best_of, check, prefills
     from mlx_stream.load import load
 
     if against not in PEERS:
         fail(f"--against must be one of {', '.join(PEERS)}, not {against!r}")
-    windows = window or [512, 4096]
+    if prefill is not None:
+        check(prefill, prefill_chunk or [])
+    windows = window or [512, 1024, 4096]
     loaded = load(model, dtype, keep_quantized, force, note)
     for one in windows:
         loaded.resolve_window(None, one)
     peer = load_peer(hub.resolve(model, note), loaded)
     results = run(loaded, peer, windows, pairs, chunk, note)
+    if prefill is not None:
+        results["prefill"] = prefills(loaded, peer, windows, prefill, prefill_chunk or [], note)
+        results["prefill_best"] = best_of(results["prefill"])
     if json:
         about = {"model": model, "dtype": dtype, "quantized": loaded.quantized, "against": against}
-        print_json({**about, "windows": results, "machine": backend.describe()})
+        print_json({**about, **results, "machine": backend.describe()})
         return
     print(f"{model}, {dtype}{', quantized' if loaded.quantized else ''}")
+    print_times(results["windows"])
+    print_python(results["windows"])
+    print_bytes(results["windows"], results["read"])
+    if prefill is not None:
+        print_prefill(results["prefill"], results["prefill_best"])
+
+
+def print_times(windows: dict[str, Any]) -> None:
+    from mlx_stream.cli.report import print_table
+
     rows = []
-    for one, result in results.items():
+    for one, result in windows.items():
         for kind in ("decode", "prefill"):
             times = result[kind]
             low, _, high = times["ratio_quartiles"]
@@ -69,3 +100,69 @@ def bench(
                 ]
             )
     print_table(["window", "step", "ours ms", "mlx-lm ms", "ratio", "quartiles", "pairs"], rows)
+
+
+def print_python(windows: dict[str, Any]) -> None:
+    from mlx_stream import backend
+    from mlx_stream.cli.report import print_table
+
+    print("\nof a decode step: Python until its graph stands, and the graph's nodes", end="")
+    print("" if backend.on_metal() else " (a proxy: the CPU backend expands what Metal fuses)")
+    rows = []
+    for one, result in windows.items():
+        python = result["python"]
+        rows.append(
+            [
+                one,
+                f"{python['ours_ms'][1]:.2f}",
+                f"{python['mlx_lm_ms'][1]:.2f}",
+                f"{python['share']:.3f}",
+                f"{python['ours_nodes']:,}",
+                f"{python['mlx_lm_nodes']:,}",
+                f"{python['node_share']:.3f}",
+            ]
+        )
+    columns = ["window", "ours ms", "mlx-lm ms", "share", "ours nodes", "mlx-lm nodes", "share"]
+    print_table(columns, rows)
+
+
+def print_bytes(windows: dict[str, Any], read: dict[str, Any]) -> None:
+    from mlx_stream.cli.report import print_table
+
+    rate = read["bytes_per_second"] / 1e9
+    print(f"\nof a decode step: what it must read; memory is read at {rate:.1f} GB/s", end="")
+    print(f" here ({read['operation']})")
+    rows = []
+    for one, result in windows.items():
+        must = result["bytes"]
+        rows.append(
+            [
+                one,
+                f"{must['weights'] / 1e6:,.1f}",
+                f"{must['cache'] / 1e6:,.1f}",
+                f"{must['least_ms']:.1f}",
+                f"{result['decode']['ours_ms'][1]:.1f}",
+                f"{must['share_of_limit']:.0%}",
+            ]
+        )
+    print_table(["window", "weights MB", "ring MB", "at least ms", "ours ms", "of the limit"], rows)
+
+
+def print_prefill(results: list[dict[str, Any]], best: list[dict[str, Any]]) -> None:
+    from mlx_stream.cli.report import print_table
+
+    print(f"\na text of {results[0]['tokens']:,} tokens, read from the beginning, tokens/s")
+    rows = [
+        [
+            f"{one['window']}",
+            f"{one['chunk']}",
+            f"{one['mlx_lm_chunk']}",
+            f"{one['ours_tokens_per_second']:.1f}",
+            f"{one['mlx_lm_tokens_per_second']:.1f}",
+            f"{one['ratio']:.3f}",
+            label,
+        ]
+        for label, some in (("", results), ("the best of each", best))
+        for one in some
+    ]
+    print_table(["window", "chunk", "mlx-lm chunk", "ours", "mlx-lm", "ratio", ""], rows)

@@ -1,6 +1,7 @@
 """Speed beside mlx-lm's: the same weights, one process, steps in turn; knows no command line.
 
-Windows are filled with random keys and values through the caches' own state.
+Windows are filled with random keys and values through the caches' own state. A decode step is timed
+from a token's id to the next one's, the likeliest.
 """
 
 import statistics
@@ -13,17 +14,27 @@ import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
+from mlx_stream.evaluate.costs import (
+    Reading,
+    cache_bytes_read,
+    graph_nodes,
+    reading,
+    weight_bytes_read,
+)
 from mlx_stream.evaluate.peer import head_of, rotating_caches
-from mlx_stream.generate import PREFILL_CHUNK
+from mlx_stream.generate import PREFILL_CHUNK, Sampler, Sampling, TokenStream, generate
 from mlx_stream.load import Model
 
 SINKS = 4
 WARMUP = 2
+TOKEN = 7  # what is read, whatever it means
 # A slow machine or slow weights: no more pairs than fit this many seconds, but at least three.
 SECONDS_PER_SERIES = 45.0
 LEAST_PAIRS = 3
+ENDLESS = 2**62
 
 Step = Callable[[], None]
+Build = Callable[[], mx.array]
 
 
 @dataclass(frozen=True)
@@ -61,28 +72,37 @@ def bench(
     peer: Any,
     windows: list[int],
     pairs: int = 40,
-    chunk: int = PREFILL_CHUNK,
+    chunk: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Time decoding and prefill at full windows, ours and mlx-lm's in turn.
 
+    Returns a result for each window, by its size; and under "read" how fast memory is read here.
+
     Args:
         windows: W of each comparison; both caches hold 4 + W tokens.
         pairs: decode steps of each (prefill: an eighth as many chunks).
-        chunk: tokens of a prefill step.
+        chunk: tokens of a prefill step. Default: what reading a text takes.
 
     Raises:
         ValueRefused: a number out of range.
     """
+    chunk = PREFILL_CHUNK if chunk is None else chunk
     if pairs < LEAST_PAIRS:
         raise ValueRefused(f"--pairs must be at least {LEAST_PAIRS}, not {pairs}")
     if chunk < 2:
         raise ValueRefused(f"--chunk must be at least 2, not {chunk}")
+    read = reading(progress)
     results = {}
     for asked in windows:
         _, window = model.resolve_window(SINKS, asked, progress)
         progress(f"window {window}: decoding")
-        decode = in_turn(our_step(model, window, 1), their_step(model, peer, window, 1), pairs)
+        cache = model.new_cache(SINKS, window)
+        fill(cache)
+        decode = in_turn(step_of(model, cache), their_step(model, peer, window, 1), pairs)
+        progress(f"window {window}: Python of a step")
+        built = costs_of_building(model, peer, window, pairs)
+        must_read = limit(model, cache, read, statistics.median(decode.ours))
         progress(f"window {window}: prefill in chunks of {chunk}")
         prefill = in_turn(
             our_step(model, window, chunk),
@@ -94,9 +114,27 @@ def bench(
             "prefill_ratio": prefill.ratio,
             "decode": decode.as_json(),
             "prefill": prefill.as_json() | {"chunk": chunk},
+            "python": built,
+            "bytes": must_read,
         }
+        del cache
         mx.clear_cache()
-    return results
+    return {
+        "windows": results,
+        "read": {"bytes_per_second": read.bytes_per_second, "operation": read.operation},
+    }
+
+
+def limit(model: Model, cache: StreamCache, read: Reading, seconds: float) -> dict[str, float]:
+    """Return what a step must read, and how near its time is to reading nothing else."""
+    weights, held = weight_bytes_read(model.network), cache_bytes_read(cache)
+    least = (weights + held) / read.bytes_per_second
+    return {
+        "weights": weights,
+        "cache": held,
+        "least_ms": 1e3 * least,
+        "share_of_limit": least / seconds,
+    }
 
 
 def in_turn(
@@ -122,6 +160,37 @@ def in_turn(
     return Series(times[ours], times[theirs])
 
 
+def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> dict[str, Any]:
+    """Return the milliseconds until a decode step's graph stands, not evaluated, and its nodes."""
+    cache = model.new_cache(SINKS, window)
+    fill(cache)
+    builds = {"ours": our_build(model, cache), "mlx_lm": their_build(model, peer, window)}
+    for build in [*builds.values()] * WARMUP:
+        mx.eval(build())
+    times: dict[str, list[float]] = {name: [] for name in builds}
+    nodes: dict[str, int] = {}
+    for pair in range(pairs):
+        for name in builds if pair % 2 == 0 else reversed(builds):
+            begun = time.perf_counter()
+            token = builds[name]()
+            times[name].append(1e3 * (time.perf_counter() - begun))
+            if pair == 0:
+                nodes[name] = graph_nodes(token)
+            mx.eval(token)
+    pairs_of = zip(times["ours"], times["mlx_lm"], strict=True)
+    return {
+        "ours_ms": quartiles(times["ours"]),
+        "mlx_lm_ms": quartiles(times["mlx_lm"]),
+        "share": statistics.median(ours / theirs for ours, theirs in pairs_of),
+        "ours_nodes": nodes["ours"],
+        "mlx_lm_nodes": nodes["mlx_lm"],
+        "node_share": nodes["ours"] / nodes["mlx_lm"],
+    }
+
+
+# --- ours ---
+
+
 def our_step(model: Model, window: int, count: int) -> Step:
     cache = model.new_cache(SINKS, window)
     fill(cache)
@@ -129,23 +198,24 @@ def our_step(model: Model, window: int, count: int) -> Step:
 
 
 def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
-    """Return a step that reads `count` tokens into a cache and chooses the next."""
-    ids = [7] * count
+    """Return a step that reads `count` tokens into a cache and chooses the next.
 
-    def step() -> None:
-        left = count
-        while True:
-            taken = cache.take(left)
-            hidden = model.network(ids[:taken], cache)
-            left -= taken
-            if not left:
-                break
-        token = mx.argmax(model.network.logits(hidden[:, -1]), axis=-1)
-        mx.eval(token)
-        if count > 1:
-            mx.eval(cache.arrays())
+    A cache that is changed otherwise needs a new step.
+    """
+    stream, greedy = TokenStream(model, cache), Sampler(Sampling(temperature=0))
+    if count == 1:
+        tokens = generate(stream, [TOKEN], greedy, ENDLESS)
+        return lambda: void(next(tokens))
+    return lambda: void(greedy.choose(stream.read([TOKEN] * count, count), stream.attended_ids))
 
-    return step
+
+def our_build(model: Model, cache: StreamCache) -> Build:
+    stream = TokenStream(model, cache)
+    return lambda: mx.argmax(stream.read([TOKEN]))
+
+
+def void(value: object) -> None:
+    pass
 
 
 def fill(cache: StreamCache, clock: int | None = None) -> None:
@@ -165,20 +235,39 @@ def fill(cache: StreamCache, clock: int | None = None) -> None:
     cache.restore(state)
 
 
-def their_step(model: Model, peer: Any, window: int, count: int) -> Step:
-    config = model.config
-    size = SINKS + window
+# --- mlx-lm ---
+
+
+def filled_caches(model: Model, peer: Any, window: int) -> list[Any]:
+    """Return mlx-lm's rotating caches, full and past their wrap."""
+    config, size = model.config, SINKS + window
     shape = (1, config.num_key_value_heads, size, config.head_dim)
     caches = rotating_caches(peer, size, SINKS)
     for cache in caches:
         keys, values = (mx.random.normal(shape, model.dtype) for _ in range(2))
         cache.state = (keys, values, 2 * size, SINKS, size, size)
     mx.eval([cache.state[:2] for cache in caches])
-    ids, head = mx.array([[7] * count]), head_of(peer)
+    return caches
 
-    def step() -> None:
-        hidden = peer.model(ids, cache=caches)[:, -1:]
-        token = mx.argmax(head(hidden), axis=-1)
-        mx.eval(token, [cache.state[:2] for cache in caches] if count > 1 else ())
 
-    return step
+def their_step(model: Model, peer: Any, window: int, count: int) -> Step:
+    """Return mlx-lm's step: a decode step gives its token back, as its own loop does."""
+    caches, head = filled_caches(model, peer, window), head_of(peer)
+    token = TOKEN
+
+    def decode() -> None:
+        nonlocal token
+        logits = peer(mx.array([[token]]), cache=caches)[:, -1]
+        chosen: Any = mx.argmax(logits, axis=-1).item()
+        token = chosen
+
+    def prefill() -> None:
+        hidden = peer.model(mx.array([[TOKEN] * count]), cache=caches)[:, -1:]
+        mx.eval(mx.argmax(head(hidden), axis=-1), [cache.state[:2] for cache in caches])
+
+    return decode if count == 1 else prefill
+
+
+def their_build(model: Model, peer: Any, window: int) -> Build:
+    caches = filled_caches(model, peer, window)
+    return lambda: mx.argmax(peer(mx.array([[TOKEN]]), cache=caches)[:, -1], axis=-1)

@@ -96,11 +96,12 @@ def latency(
             series = in_turn(ours, their_step(model, peer, size.window, 1), size.steps, None)
             yield row(size, "stream", series.ours)
             yield row(size, "mlx-lm", series.theirs)
+        del ours  # a step may hold the buffers
         progress(f"cache {size.capacity:,}: {FORCED} re-anchorings")
         plain, turned = forced(model, cache)
         yield row(size, "stream, plain", plain)
         yield row(size, "stream, re-anchoring", turned)
-        del ours, cache
+        del cache
         progress(f"cache {size.capacity:,}: recompute, {RECOMPUTED} steps")
         yield row(
             size, "recompute", [timed(recompute_step(model, size)) for _ in range(RECOMPUTED)]
@@ -116,9 +117,9 @@ def halfway(cache: StreamCache, steps: int) -> int:
 def forced(model: Model, cache: StreamCache) -> tuple[list[float], list[float]]:
     """Return the times of plain steps and of re-anchoring ones, taken in turn."""
     plain, turned = [], []
-    step = step_of(model, cache)
     for _ in range(FORCED):
         fill(cache, cache.clock_limit - 2)
+        step = step_of(model, cache)
         step()  # the first after a refill meets fresh memory
         plain.append(timed(step))
         before = cache.place.clock
