@@ -49,6 +49,7 @@ ROOMS = [
     "sessions",
     "evaluate",
     "conversion",
+    "selftest",
     "cli",
 ]
 # Packages by the name they are imported under, where it is not the distribution's.
@@ -68,6 +69,7 @@ MAY_EVALUATE = {
     "weights",
     "checkpoint",
     "evaluate",
+    "selftest",
     "rope",  # frequencies, once, when a model is built
     "cache",  # buffers, once, when a stream is made or restored
 }

@@ -1,0 +1,90 @@
+"""Whether this device computes what a stream needs, as it needs it; prints nothing.
+
+A test suite that passes on one backend says little of another: positions, masks, kernels and
+buffers are each device's own. These checks run on the device at hand, on a model's own shapes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mlx_stream.load import Model
+from mlx_stream.selftest import kernels, streams
+from mlx_stream.selftest.finding import Finding, Found
+
+Check = Callable[[Model], Found]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A check, what it sees to, and what to do where that does not hold."""
+
+    name: str
+    check: Check
+    advice: str
+
+
+REPORT = "report it with what doctor prints; until then do not trust what is written here"
+CHECKS = (
+    Named(
+        "rotary positions are right up to the clock's limit",
+        kernels.rotation,
+        REPORT,
+    ),
+    Named(
+        "attention is right: grouped heads, masks, one token and many",
+        kernels.attention,
+        REPORT,
+    ),
+    Named(
+        "attention is one fused kernel for these shapes",
+        kernels.fused,
+        "text is right but slower than it could be: update MLX (pip install -U mlx), or take a "
+        "model whose heads have 64 or 128 numbers",
+    ),
+    Named(
+        "quantized products are those of the dequantized weights",
+        kernels.quantized,
+        "update MLX; until then load with --dequantize",
+    ),
+    Named(
+        "sinks and ring are attended at the right places, across the wrap and a lowered clock",
+        streams.places,
+        REPORT,
+    ),
+    Named(
+        "chunks give what single tokens give",
+        streams.chunks,
+        REPORT + " (on an M5, set MLX_ENABLE_TF32=0 and try again)",
+    ),
+    Named(
+        "buffers are updated in place",
+        streams.in_place,
+        "memory and time per token are more than they need to be: update MLX, and report it",
+    ),
+    Named(
+        "a decode step is traced once",
+        streams.traced_once,
+        "decoding gets slower with each trace: set MLX_STREAM_COMPILE=0, and report it",
+    ),
+    Named(
+        "seeds decide what is drawn",
+        streams.seeds,
+        "--seed does not give the same text again here: update MLX, and report it",
+    ),
+    Named(
+        "a saved stream goes on to the bit",
+        streams.saved,
+        "leave --session out until it is fixed, and report it",
+    ),
+)
+
+
+def run(model: Model) -> Iterator[Finding]:
+    """Run every check on a model's shapes; yields what each found, as it is found."""
+    for named in CHECKS:
+        try:
+            found = named.check(model)
+        except (RuntimeError, ValueError) as error:  # MLX's own: a kernel that failed, say
+            found = Found(False, f"MLX refused: {' '.join(str(error).split())[:200]}")
+        advice = named.advice if found.holds is False else ""
+        yield Finding(named.name, found.holds, found.what, advice)

@@ -1,0 +1,148 @@
+"""Single operations on a model's shapes, each against numpy; knows no stream."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_stream import backend
+from mlx_stream.cache.stream import CLOCK_LIMIT
+from mlx_stream.generate import PREFILL_CHUNK
+from mlx_stream.load import Model
+from mlx_stream.rope import inverse_frequencies
+from mlx_stream.selftest import slow
+from mlx_stream.selftest.finding import Found, within
+
+# How far a result of numbers of about 1 may be off: float32's includes the angles' rounding near
+# the clock's limit, and the reduced precision an M5 computes it with.
+ALLOWED = {mx.float32: 1e-2, mx.float16: 2e-2, mx.bfloat16: 1e-1}
+ROWS = 2_052  # of a buffer: 4 sinks, the default window
+FEW = 8  # queries at once that the kernel for one still serves
+
+
+def allowed(model: Model) -> float:
+    return ALLOWED[model.dtype]
+
+
+def random(model: Model, *shape: int, seed: int = 0) -> mx.array:
+    """Return numbers of about 1 in a model's dtype, the same ones each time."""
+    values = np.random.default_rng((seed, *shape)).standard_normal(shape)
+    return mx.array(values.astype(np.float32)).astype(model.dtype)
+
+
+def plain(array: mx.array) -> np.ndarray:
+    """Return float64 values without the batch axis."""
+    return np.array(array.astype(mx.float32)).astype(np.float64)[0]
+
+
+def worst(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the largest difference; infinite if one of them is not a number."""
+    difference = np.abs(one - other).max(initial=0.0)
+    return float(difference) if np.isfinite(difference) else float("inf")
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    """Return the root mean square difference, as a share of the spread of `other`."""
+    difference = np.sqrt(np.mean((one - other) ** 2)) / other.std()
+    return float(difference) if np.isfinite(difference) else float("inf")
+
+
+def rotation(model: Model) -> Found:
+    """Turn rows to places from 0 to the clock's limit, and all of them there and back."""
+    config = model.config
+    frequencies = inverse_frequencies(config.rope, config.head_dim)
+    heads = config.num_attention_heads + config.num_key_value_heads
+    off = 0.0
+    for rows, place in ((1, 0), (1, CLOCK_LIMIT - 1), (9, 1_000), (9, CLOCK_LIMIT - 9)):
+        x = random(model, 1, heads, rows, config.head_dim)
+        places = place + np.arange(rows)
+        expected = slow.rotate(plain(x), places, frequencies)
+        turned = model.rope.rotate(x, mx.array([place], mx.int32))
+        off = max(off, worst(plain(turned), expected))
+        together = slow.rotate(plain(x), np.full(rows, place), frequencies)
+        all_turned = model.rope.rotate_all(x, place)
+        off = max(off, worst(plain(all_turned), together))
+        back = model.rope.rotate_all(all_turned, place, backwards=True)
+        off = max(off, worst(plain(back), plain(x)))
+    return within(off, allowed(model))
+
+
+def attention(model: Model) -> Found:
+    """Attend as a decode step and as a chunk do, with the masks they have."""
+    off = 0.0
+    for queries, keys, values, scale, mask in calls(model):
+        found = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        seen = added = None
+        if mask is not None and mask.dtype == mx.bool_:
+            seen = np.array(mask)
+        elif mask is not None:
+            added = np.array(mask)[0].astype(np.float64)
+        expected = slow.attend(plain(queries), plain(keys), plain(values), scale, seen, added)
+        off = max(off, worst(plain(found), expected))
+    return within(off, allowed(model))
+
+
+def fused(model: Model) -> Found:
+    """Ask for the fused kernel, which MLX refuses where it has none."""
+    if not backend.on_metal():
+        return Found(None, "not applicable: the CPU has no fused kernel")
+    refused = []
+    for queries, keys, values, scale, mask in calls(model):
+        try:
+            mx.eval(
+                mx.fast.scaled_dot_product_attention(
+                    queries, keys, values, scale=scale, mask=mask, force_fused=True
+                )
+            )
+        except (RuntimeError, ValueError) as error:
+            refused.append(f"{queries.shape[2]} tokens: {' '.join(str(error).split())[:120]}")
+    head_dim = model.config.head_dim
+    if refused:
+        return Found(False, f"heads of {head_dim} numbers, {'; '.join(refused)}")
+    return Found(True, f"heads of {head_dim} numbers, 1 to {PREFILL_CHUNK} tokens at once")
+
+
+def calls(
+    model: Model,
+) -> Iterator[tuple[mx.array, mx.array, mx.array, float, mx.array | None]]:
+    """Yield what attention is called with: queries, keys, values, scale, mask."""
+    config = model.config
+    shape = (ROWS, config.head_dim)
+    keys = random(model, 1, config.num_key_value_heads, *shape, seed=1)
+    values = random(model, 1, config.num_key_value_heads, *shape, seed=2)
+    scale = config.head_dim**-0.5
+    chosen = np.random.default_rng(3)
+    for tokens in (1, FEW, PREFILL_CHUNK):
+        queries = random(model, 1, config.num_attention_heads, tokens, config.head_dim)
+        if tokens == 1:
+            yield queries, keys, values, scale, None
+        seen: Any = chosen.random((tokens, ROWS)) < 0.5
+        seen[:, 0] = True  # no row without anything: its result is nobody's
+        yield queries, keys, values, scale, mx.array(seen)
+    # A chunk that moves the oldest token: the sinks' scores come in the mask, all in float32.
+    shape = (1, config.num_attention_heads, PREFILL_CHUNK, ROWS)
+    added = mx.array(np.where(chosen.random(shape) < 0.5, -1e30, 0.0).astype(np.float32))
+    added[..., :4] = mx.array(chosen.standard_normal((*shape[:-1], 4)).astype(np.float32))
+    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+    yield queries, keys, values, scale, added
+
+
+def quantized(model: Model) -> Found:
+    """Multiply with packed weights, and with what they stand for."""
+    config = model.config
+    inputs, outputs = config.hidden_size, config.intermediate_size
+    group = next((size for size in (64, 32) if inputs % size == 0), None)
+    if group is None:
+        return Found(None, f"not applicable: {inputs} inputs make no groups of 32")
+    weight = random(model, outputs, inputs) * inputs**-0.5
+    off = 0.0
+    for bits in (4, 8):
+        packed = mx.quantize(weight, group_size=group, bits=bits)
+        whole = mx.dequantize(*packed, group_size=group, bits=bits)
+        for rows in (1, FEW):
+            x = random(model, 1, rows, inputs, seed=rows)
+            product = mx.quantized_matmul(x, *packed, group_size=group, bits=bits)
+            expected = plain(x) @ np.array(whole.astype(mx.float32)).astype(np.float64).T
+            off = max(off, apart(plain(product), expected))
+    return within(off, allowed(model))

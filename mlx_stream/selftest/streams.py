@@ -1,0 +1,213 @@
+"""What a stream needs of a device: places, chunks, buffers in place, one trace, seeds, a way back.
+
+Windows are small and their contents random, so that each is past its wrap at once.
+"""
+
+import itertools
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_stream import snapshot
+from mlx_stream.cache import StreamCache
+from mlx_stream.evaluate.bench import fill
+from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
+from mlx_stream.load import Model
+from mlx_stream.rope import inverse_frequencies
+from mlx_stream.selftest import slow
+from mlx_stream.selftest.finding import Found, within
+from mlx_stream.selftest.kernels import allowed, apart, plain, random, worst
+
+SINKS, WINDOW = 4, 24
+AROUND_THE_LIMIT = 60  # tokens read before the clock is lowered, and after
+LARGE = 2_048
+STEPS = 32
+# Of the logits' spread, what another order of the same sums may change, root mean square.
+SPREAD = {mx.float32: 1e-2, mx.float16: 3e-2, mx.bfloat16: 2e-1}
+
+
+def places(model: Model) -> Found:
+    """Read one layer's tokens, singly and in chunks, while the clock is lowered; beside numpy."""
+    config = model.config
+    cache = StreamCache(
+        1,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        model.rope,
+        SINKS,
+        WINDOW,
+        dtype=model.dtype,
+    )
+    frequencies = inverse_frequencies(config.rope, config.head_dim)
+    reference = slow.SlowStream(SINKS, WINDOW, cache.scale, frequencies)
+    begin_at(cache, model, reference, cache.clock_limit - AROUND_THE_LIMIT)
+    end, off, lowered = cache.clock_limit + AROUND_THE_LIMIT, 0.0, False
+    counts = itertools.cycle((1, 1, 5, 1, 16, 30))
+    while cache.length < end:
+        first, clock = cache.length, cache.place.clock
+        count = cache.take(next(counts))
+        step = cache.begin(count)
+        heads = mx.concatenate([heads_of(model, first + i) for i in range(step.rows)], axis=2)
+        found = plain(step.attend(0, heads))[:, :count]
+        cache.commit(step)
+        mx.eval(cache.arrays())
+        lowered = lowered or cache.place.clock < clock
+        expected = [reference.read(first + i, *parts(model, first + i)) for i in range(count)]
+        off = max(off, worst(found, np.concatenate(expected, axis=1)))
+    assert lowered, "the clock should have been lowered"
+    return within(off, allowed(model))
+
+
+def heads_of(model: Model, token: int) -> mx.array:
+    """Return a token's queries, keys and values: (1, H + 2K, 1, D)."""
+    config = model.config
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    return random(model, 1, heads, 1, config.head_dim, seed=token)
+
+
+def parts(model: Model, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the same apart: (H, 1, D), (K, 1, D), (K, 1, D)."""
+    queries = model.config.num_attention_heads
+    ends = [queries, queries + model.config.num_key_value_heads]
+    query, key, value = np.split(plain(heads_of(model, token)), ends)
+    return query, key, value
+
+
+def begin_at(cache: StreamCache, model: Model, reference: slow.SlowStream, length: int) -> None:
+    """Put a stream, and the reference, where they are after `length` tokens."""
+    geometry = cache.geometry
+    oldest = length - geometry.window
+    shape = (model.config.num_key_value_heads, geometry.rows, model.config.head_dim)
+    keys, values = np.zeros(shape), np.zeros(shape)
+    for token in (*range(SINKS), *range(oldest, length)):
+        _, key, value = parts(model, token)
+        reference.rows[token] = key, value
+        row = geometry.row(token)
+        keys[:, row : row + 1] = slow.rotate(key, np.array([token]), reference.frequencies)
+        values[:, row : row + 1] = value
+    sinks = np.concatenate([reference.rows[token][0] for token in range(SINKS)], axis=1)
+    state = cache.state()
+    state |= {"length": length, "floor": oldest, "clock": length, "sinks_at": -1}
+    for name, rows in (("keys.0", keys), ("values.0", values), ("sinks", sinks)):
+        state[name] = mx.array(rows[None].astype(np.float32)).astype(model.dtype)
+    cache.restore(state)
+
+
+def chunks(model: Model) -> Found:
+    """Read the same ids one by one and in chunks, past the wrap, and compare what is predicted."""
+    ids = some_ids(model, 3 * (SINKS + WINDOW))
+    single, *others = (logits(model, ids, chunk) for chunk in (1, 7, 64))
+    return within(max(apart(other, single) for other in others), SPREAD[model.dtype])
+
+
+def some_ids(model: Model, count: int) -> list[int]:
+    return np.random.default_rng(5).integers(0, model.config.vocab_size, count).tolist()
+
+
+def logits(model: Model, ids: list[int], chunk: int) -> np.ndarray:
+    """Return the logits after each of the last tokens, those that a full window predicts."""
+    stream = TokenStream(model, model.new_cache(SINKS, WINDOW))
+    hidden = mx.concatenate([*stream.steps(ids, chunk)], axis=1)[:, -(SINKS + WINDOW) :]
+    return plain(model.network.logits(hidden))
+
+
+def in_place(model: Model) -> Found:
+    """Decode at a full window and see how much more memory was ever in use.
+
+    A step's own needs are those at a small window; a copy of a buffer is as large as the buffer.
+    """
+    _, large = model.resolve_window(SINKS, None)
+    small, large = WINDOW, min(large, LARGE)
+    if large < 4 * small:
+        return Found(None, f"not applicable: a window of {large} is too small to tell")
+    beyond = rise(model, large) - rise(model, small)
+    buffer = model.new_cache(SINKS, large).keys[0].nbytes
+    said = f"{max(beyond, 0) / 1e6:.2f} MB more over {STEPS} steps; a buffer has {buffer / 1e6:.2f}"
+    return Found(beyond < buffer / 2, said)
+
+
+def rise(model: Model, window: int) -> int:
+    """Return by how many bytes the peak of active memory rises in a few steps."""
+    fill(cache := model.new_cache(SINKS, window))
+    tokens = generate(TokenStream(model, cache), [0], greedy(), 2 * STEPS)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()  # of one buffer each, before a step could have left another
+    for _ in range(STEPS):
+        next(tokens)
+    return mx.get_peak_memory() - before
+
+
+def greedy() -> Sampler:
+    return Sampler(Sampling(temperature=0))
+
+
+def traced_once(model: Model) -> Found:
+    """Decode across a lowered clock and count the traces made on the way."""
+    if traces(model) is None:
+        return Found(None, "not applicable: no step is traced")
+    fill(cache := model.new_cache(SINKS, WINDOW), cache.clock_limit - STEPS // 2)
+    tokens = generate(TokenStream(model, cache), [0], greedy(), 2 * STEPS)
+    for _ in range(2):
+        next(tokens)
+    before = traces(model)
+    if not before:
+        return Found(None, "not applicable: no step is traced here")
+    for _ in range(STEPS):
+        next(tokens)
+    more = (traces(model) or 0) - before
+    return Found(more == 0, f"{more} more traces in {STEPS} steps")
+
+
+def traces(model: Model) -> int | None:
+    """Return how many steps of a model have been traced; None where that is not done."""
+    made = getattr(model, "traces", None)
+    return None if made is None else made.count
+
+
+def seeds(model: Model) -> Found:
+    """Draw with one seed twice, with another, and without any, on another thread too."""
+    level = mx.zeros(model.config.vocab_size)
+
+    def drawn(seed: int) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.0, top_p=1.0, seed=seed))
+        return [sampler.choose(level, list) for _ in range(STEPS)]
+
+    def unseeded() -> int | None:
+        return Sampling().seeded().seed
+
+    first = drawn(1)
+    wrong = []
+    if drawn(1) != first:
+        wrong.append("one seed gave two texts")
+    if drawn(2) == first:
+        wrong.append("two seeds gave one text")
+    if len(set(first)) == 1:
+        wrong.append("every draw was the same")
+    with ThreadPoolExecutor(1) as other:
+        seeds = {unseeded(), unseeded(), other.submit(unseeded).result()}
+    if len(seeds) < 3:
+        wrong.append("without a seed two were the same")
+    return Found(not wrong, "; ".join(wrong) or f"{STEPS} draws the same again, others differ")
+
+
+def saved(model: Model) -> Found:
+    """Write a stream past its wrap to a file, read it back, and go on with both."""
+    ids = some_ids(model, 2 * (SINKS + WINDOW))
+    stream = TokenStream(model, model.new_cache(SINKS, WINDOW))
+    for _ in stream.steps(ids):
+        pass
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "stream"
+        snapshot.save(path, stream, "self-test", {})
+        state = snapshot.load(path).state
+    again = TokenStream(model, model.new_cache(SINKS, WINDOW))
+    again.restore(state)
+    differ = sum(
+        not mx.array_equal(stream.read([token]), again.read([token])).item()
+        for token in ids[: STEPS // 2]
+    )
+    return Found(differ == 0, f"{differ} of {STEPS // 2} predictions differ")
