@@ -10,8 +10,9 @@ from shell import done, parsed, run
 from mlx_stream import backend, selftest, snapshot
 from mlx_stream.cache import StreamCache
 from mlx_stream.cache.plan import Geometry
-from mlx_stream.generate import Sampling
+from mlx_stream.cache.steps import DecodeStep
 from mlx_stream.rope import Rope
+from mlx_stream.sampling import Sampling
 from mlx_stream.selftest import kernels, streams
 from mlx_stream.selftest.made import made
 
@@ -149,6 +150,27 @@ def test_a_held_buffer_is_seen(model, monkeypatch):
 def test_a_window_too_small_to_tell_is_said_to_be(tiny_model):
     found = streams.in_place(tiny_model(max_position_embeddings=64))
     assert found.holds is None and "too small" in found.what
+
+
+def test_a_step_that_is_traced_again_is_seen(model, monkeypatch):
+    """As if a number that grows were a part of what is fixed in a trace."""
+    monkeypatch.setenv(backend.COMPILE, "1")
+    assert streams.traced_once(model).holds is True
+    right = DecodeStep.of
+
+    def wrong(cache: StreamCache) -> DecodeStep:
+        step = right(cache)
+        step.kind = replace(step.kind, scale=step.kind.scale + 1e-9 * cache.length)
+        return step
+
+    monkeypatch.setattr(DecodeStep, "of", wrong)
+    assert streams.traced_once(model).holds is False
+
+
+def test_where_nothing_is_traced_that_is_said(tiny_model, monkeypatch):
+    monkeypatch.setenv(backend.COMPILE, "0")
+    found = streams.traced_once(tiny_model())
+    assert found.holds is None and "MLX_STREAM_COMPILE" in found.what
 
 
 def test_draws_without_their_key_are_seen(model, monkeypatch):

@@ -159,7 +159,8 @@ class ChunkStep:
         self.far = cache.geometry.window - 1 + sinks
         self.sink_keys = cache.rope.rotate(cache.sinks, mx.array([0], mx.int32))
         ring = mx.where(mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
-        self.ring_mask = mx.broadcast_to(ring, (1, cache.query_heads, *ring.shape))
+        columns = mx.concatenate([mx.zeros((self.rows, sinks)), ring], axis=-1)
+        self.mask = mx.broadcast_to(columns, (1, cache.query_heads, *columns.shape))
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
@@ -204,9 +205,11 @@ class ChunkStep:
         far = cache.rope.rotate_all(plain, self.far).astype(mx.float32)
         grouped = far.reshape(1, cache.kv_heads, -1, far.shape[-1])
         scores = (grouped * cache.scale) @ sink_keys.astype(mx.float32).swapaxes(-1, -2)
-        mask = mx.concatenate(
-            [scores.reshape(1, cache.query_heads, self.rows, sinks), self.ring_mask], axis=-1
-        )
+        # The ring's part is the same for every layer: only the sinks' columns are written, in place
+        # once the layer before has used its own.
+        mask = mx.array(self.mask)
+        mask[..., :sinks] = scores.reshape(1, cache.query_heads, self.rows, sinks)
+        self.mask = mask
         out = mx.fast.scaled_dot_product_attention(
             queries.astype(mx.float32),
             mx.concatenate([mx.zeros_like(sink_keys), *ring_keys, new_keys], axis=2).astype(

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
+from mlx_stream.cache.steps import DecodeStep
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.costs import (
     Reading,
@@ -24,6 +25,7 @@ from mlx_stream.evaluate.costs import (
 from mlx_stream.evaluate.peer import head_of, rotating_caches
 from mlx_stream.generate import PREFILL_CHUNK, Sampler, Sampling, TokenStream, generate
 from mlx_stream.load import Model
+from mlx_stream.trace import decode, worth_tracing
 
 SINKS = 4
 WARMUP = 2
@@ -210,8 +212,20 @@ def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
 
 
 def our_build(model: Model, cache: StreamCache) -> Build:
-    stream = TokenStream(model, cache)
-    return lambda: mx.argmax(stream.read([TOKEN]))
+    """Return what builds the step that `generate` takes, and makes it part of the stream."""
+    greedy, token = Sampler(Sampling(temperature=0)), mx.array([[TOKEN]], mx.uint32)
+
+    def build() -> mx.array:
+        step = cache.begin(1)
+        if isinstance(step, DecodeStep) and worth_tracing(step):
+            decoded = model.traces.run(step, token, greedy, greedy.key)
+        else:
+            decoded = decode(model.network, step, token, greedy, greedy.key)
+        cache.commit(step)
+        assert decoded.token is not None
+        return decoded.token
+
+    return build
 
 
 def void(value: object) -> None:
