@@ -1,7 +1,7 @@
 """Speed beside mlx-lm's: the same weights, one process, steps in turn; knows no command line.
 
-Windows are filled with random keys and values through the caches' own state. A decode step is timed
-from a token's id to the next one's, the likeliest.
+Windows are filled with random keys and values through the caches' own state. Decoding is each
+side's own loop, from a token's id to the next one's, the likeliest.
 """
 
 import statistics
@@ -34,6 +34,9 @@ TOKEN = 7  # what is read, whatever it means
 SECONDS_PER_SERIES = 45.0
 LEAST_PAIRS = 3
 ENDLESS = 2**62
+# Each decodes so many tokens before it is the other's turn: its own loop overlaps Python with the
+# device from one token to the next.
+TURN = 8
 
 Step = Callable[[], None]
 Build = Callable[[], mx.array]
@@ -54,6 +57,10 @@ class Series:
     @property
     def ratios(self) -> list[float]:
         return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    def each(self, count: int) -> "Series":
+        """Return the times of one of the `count` steps that were timed together."""
+        return Series(*([x / count for x in times] for times in (self.ours, self.theirs)))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -83,7 +90,7 @@ def bench(
 
     Args:
         windows: W of each comparison; both caches hold 4 + W tokens.
-        pairs: decode steps of each (prefill: an eighth as many chunks).
+        pairs: decode steps of each, in turns of TURN (prefill: an eighth as many chunks).
         chunk: tokens of a prefill step. Default: what reading a text takes.
 
     Raises:
@@ -101,7 +108,7 @@ def bench(
         progress(f"window {window}: decoding")
         cache = model.new_cache(SINKS, window)
         fill(cache)
-        decode = in_turn(step_of(model, cache), their_step(model, peer, window, 1), pairs)
+        decode = decoding(model, peer, cache, pairs)
         progress(f"window {window}: Python of a step")
         built = costs_of_building(model, peer, window, pairs)
         must_read = limit(model, cache, read, statistics.median(decode.ours))
@@ -137,6 +144,18 @@ def limit(model: Model, cache: StreamCache, read: Reading, seconds: float) -> di
         "least_ms": 1e3 * least,
         "share_of_limit": least / seconds,
     }
+
+
+def decoding(model: Model, peer: Any, cache: StreamCache, pairs: int) -> Series:
+    """Time each side's own loop, in turns of TURN tokens; the times are of one token."""
+    step = step_of(model, cache)
+
+    def ours() -> None:
+        for _ in range(TURN):
+            step()
+
+    theirs = their_loop(model, peer, cache.geometry.window)
+    return in_turn(ours, theirs, max(LEAST_PAIRS, pairs // TURN)).each(TURN)
 
 
 def in_turn(
@@ -280,6 +299,22 @@ def their_step(model: Model, peer: Any, window: int, count: int) -> Step:
         mx.eval(mx.argmax(head(hidden), axis=-1), [cache.state[:2] for cache in caches])
 
     return decode if count == 1 else prefill
+
+
+def their_loop(model: Model, peer: Any, window: int) -> Step:
+    """Return a turn of mlx-lm's own generation, greedy."""
+    from mlx_lm.generate import generate_step, generation_stream
+
+    caches = filled_caches(model, peer, window)
+    tokens = generate_step(mx.array([TOKEN]), peer, max_tokens=-1, prompt_cache=caches)
+
+    def turn() -> None:
+        for _ in range(TURN):
+            next(tokens)
+        with mx.stream(generation_stream):
+            mx.synchronize()  # the token it has begun already is computed in its own turn
+
+    return turn
 
 
 def their_build(model: Model, peer: Any, window: int) -> Build:
