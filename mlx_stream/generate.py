@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.cache import Cache
+from mlx_stream.cache import Cache, StreamCache
+from mlx_stream.cache.verify import Verifying
 from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
 from mlx_stream.load import Model
 from mlx_stream.sampling import Penalized, Sampler, Sampling, number
@@ -38,10 +39,35 @@ class Ahead:
         return held is self.held and same_draw and self.token.item() == token
 
 
-class TokenStream:
-    """One stream of token ids through one model: its cache, and the ids that are attended."""
+class Follower(Protocol):
+    """What is told how a stream goes, to guess how it goes on."""
 
-    def __init__(self, model: Model, cache: Cache):
+    def read(self, ids: Sequence[int]) -> None:
+        """Ids have been read."""
+        ...
+
+    def rewind(self, count: int) -> None:
+        """The newest have been taken back."""
+        ...
+
+    def restart(self, ids: Sequence[int]) -> None:
+        """The stream is another one, of which these ids are attended."""
+        ...
+
+
+class TokenStream:
+    """One stream of token ids through one model: its cache, and the ids that are attended.
+
+    Attributes:
+        follower: told how the stream goes, evictions apart; None if there is none.
+        unasked: how many of the newest tokens are what follows, but were read before they were
+            asked for, as `speculate` does.
+        drafted, accepted: tokens that were guessed and verified, and those that were right.
+    """
+
+    def __init__(self, model: Model, cache: Cache, follower: Follower | None = None):
+        self.follower, self.unasked = follower, 0
+        self.drafted = self.accepted = 0
         self.network, self.cache, self._traces = model.network, cache, model.traces
         self._ahead: Ahead | None = None
         # By row, like keys and values; and the ids of a step that may not be noted yet.
@@ -55,10 +81,27 @@ class TokenStream:
     def length(self) -> int:
         return self.cache.length
 
-    def attended_ids(self) -> list[int]:
-        """Return the ids the newest token attends to, in the order of the text."""
-        self._note()
-        return [self._ids[row] for row in self.cache.attended_rows()]
+    @property
+    def attended(self) -> int:
+        """Tokens attended by the newest that was asked for."""
+        if not self.unasked:
+            return self.cache.attended
+        assert isinstance(self.cache, StreamCache)
+        geometry = self.cache.geometry
+        return geometry.sinks + geometry.held(geometry.rewound(self.cache.place, self.unasked))
+
+    @property
+    def evicted(self) -> int:
+        return self.length - self.unasked - self.attended
+
+    def attended_ids(self, before: int = 0) -> list[int]:
+        """Return the ids the newest token attends to, in the order of the text.
+
+        Args:
+            before: of the token that many before the newest, to which its successors do not.
+        """
+        self.note()
+        return [self._ids[row] for row in self.cache.attended_rows(before)]
 
     def read(
         self,
@@ -97,6 +140,7 @@ class TokenStream:
                 known yet, while the device computes this one. Asking for anything else drops it.
         """
         self._check([token])
+        self.unasked = 0
         ahead, self._ahead = self._ahead, None
         if ahead and ahead.fits(self.cache.standing(), token, sampler):
             step, decoded = ahead.step, ahead.decoded
@@ -136,7 +180,7 @@ class TokenStream:
         if not ids or chunk < 1:
             raise ValueRefused(f"cannot read {len(ids)} tokens in chunks of {chunk}")
         self._check(ids)
-        done = 0
+        done, self.unasked = 0, 0
         while done < len(ids):
             self.drop_ahead()
             mx.eval(self._computed)
@@ -148,7 +192,7 @@ class TokenStream:
                 self._commit(step, part)
                 del step
             else:
-                self._note()
+                self.note()
                 self._step = (self.length, part)
                 hidden = self.network(part, self.cache)
             done += count
@@ -186,7 +230,7 @@ class TokenStream:
 
     def _penalized(self, tokens: mx.array) -> Penalized:
         """Return the ids attended once the next token, (1, 1), has been read, itself among them."""
-        self._note()
+        self.note()
         attended = self.cache.attended_next()
         ids = np.zeros(len(attended), np.int32)
         ids[: len(self._ids)] = self._ids[: len(ids)]
@@ -196,15 +240,38 @@ class TokenStream:
         )
 
     def _commit(self, step: Any, ids: Sequence[int]) -> None:
-        self._note()
+        self.note()
         self._step = (self.length, ids)
         self.cache.commit(step)
 
+    def verify(self, ids: Sequence[int]) -> mx.array:
+        """Read up to `longest_verified` ids and return the logits (T, vocabulary) after each.
+
+        All but the first can be taken back without a loss.
+        """
+        self.drop_ahead()
+        mx.eval(self._computed)
+        self.note()
+        assert isinstance(self.cache, StreamCache)
+        self._step = (self.length, ids)
+        logits = self.network.logits(self.network(ids, cast(Cache, Verifying(self.cache))))[0]
+        self._computed = [logits]
+        mx.eval(logits)
+        return logits
+
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens; see the cache's `rewind`."""
-        self._note()
+        self.note()
         self.drop_ahead()
+        self.unasked = 0  # first: an interrupt must not leave what could be taken back twice
         self.cache.rewind(count)
+        if self.follower and count:
+            self.follower.rewind(count)
+
+    def take_back(self) -> None:
+        """Take back what was read before it was asked for."""
+        if self.unasked:
+            self.rewind(self.unasked)
 
     def evict(self, count: int) -> None:
         """Drop the oldest `count` attended tokens that are not sinks."""
@@ -213,7 +280,7 @@ class TokenStream:
 
     def state(self) -> dict[str, mx.array | int]:
         """Return the whole state: the cache's, and the ids by row; the arrays are the live ones."""
-        self._note()
+        self.note()
         return {**self.cache.state(), IDS: mx.array(self._ids, mx.uint32)}
 
     def restore(self, state: dict[str, mx.array | int]) -> None:
@@ -234,9 +301,12 @@ class TokenStream:
             self.cache.restore(before)
             raise ValueRefused("not a state of this stream: its token ids do not fit")
         self._ids, self._step, self._computed, self._ahead = known, (0, ()), [], None
+        self.unasked = 0
+        if self.follower:
+            self.follower.restart(self.attended_ids())
 
-    def _note(self) -> None:
-        """Note the last step's ids, if it was not interrupted before it was part of the stream."""
+    def note(self) -> None:
+        """Take down the last step's ids, unless it was interrupted before it was committed."""
         start, ids = self._step
         if ids and self.length > start:
             self._record(start, ids)
@@ -247,6 +317,15 @@ class TokenStream:
             row = self.cache.row(token)
             self._ids.extend([0] * (row + 1 - len(self._ids)))
             self._ids[row] = id
+        if self.follower:
+            self.follower.read(ids)
+
+
+def limited(max_tokens: int) -> int:
+    """Return a limit of tokens, or raise ValueRefused if it is below 1."""
+    if max_tokens < 1:
+        raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
+    return max_tokens
 
 
 def generate(

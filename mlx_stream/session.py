@@ -13,9 +13,10 @@ from dataclasses import replace
 from mlx_stream.attended import Attended, Between, During
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
 from mlx_stream.exchange import Exchange, Held, Talk, Unread
-from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
+from mlx_stream.generate import Sampler, Sampling, limited
 from mlx_stream.load import Model, ignore
 from mlx_stream.plan.choice import DEFAULT_SINKS
+from mlx_stream.speculate import decode, opener
 from mlx_stream.stream import Piece, Reply, Stats, StopFinder, counted, eviction_notice, paced
 from mlx_stream.template import ChatTemplate
 from mlx_stream.turns import Turns
@@ -42,6 +43,7 @@ class ChatSession:
         pin: False lets the system prompt be evicted like other text: for comparison.
         on_evict: called after a turn with the exchanges and the tokens that left during it.
         template: in place of the model's own.
+        speculate, draft: see `mlx_stream.stream`.
 
     Raises:
         TemplateError: the model has no chat template, or one that rewrites earlier turns.
@@ -63,20 +65,21 @@ class ChatSession:
         on_evict: Callable[[int, int], None] | None = None,
         template: ChatTemplate | None = None,
         kv_bits: int | None = None,
+        speculate: bool | None = None,
+        draft: Model | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
             raise TemplateError(
                 f"{model.name} has no chat template: it is not a chat model; use generate"
             )
-        if max_tokens < 1:
-            raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
         if evict not in ("turn", "token"):
             raise ValueRefused(f"--evict must be turn or token, not {evict!r}")
         self.model, self.template = model, template
-        self.max_tokens, self.stop = max_tokens, StopFinder(stop).stops
+        self.max_tokens, self.stop = limited(max_tokens), StopFinder(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
         self.sinks, self.kv_bits = DEFAULT_SINKS if sinks is None else sinks, kv_bits
+        self._open = opener(model, speculate, draft, kv_bits)
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
         self._told, self._eviction_told = notify, False
@@ -237,9 +240,7 @@ class ChatSession:
     # --- one turn ---
 
     def _new_reply(self, max_tokens: int | None, stop: Sequence[str] | None) -> tuple[int, Reply]:
-        limit = self.max_tokens if max_tokens is None else max_tokens
-        if limit < 1:
-            raise ValueRefused(f"--max-tokens must be at least 1, not {limit}")
+        limit = self.max_tokens if max_tokens is None else limited(max_tokens)
         return limit, Reply(self.model.tokenizer.decoder(), self.stop if stop is None else stop)
 
     def _pieces(
@@ -255,7 +256,7 @@ class ChatSession:
         self.tokens.rewind(max(0, self.tokens.length - turn.base - len(turn.read) + 1))
         prompt = turn.read[self.tokens.length - turn.base :]
         step = counted(progress, len(prompt))
-        ids = generate(self.tokens, prompt, self.sampler, limit, self._end_ids, step)
+        ids = decode(self.tokens, prompt, self.sampler, limit, self._end_ids, step)
         try:
             for piece in paced(
                 self._roomy(ids), reply, len(prompt), limit, self.stats, self.tokens
@@ -273,7 +274,8 @@ class ChatSession:
     def _roomy(self, ids: Iterator[int]) -> Iterator[int]:
         """Make room for each sampled id before it is read, which is when the next is asked for."""
         for id in ids:
-            self.attended.make_room(1)
+            if not self.tokens.unasked:  # else it was read, where there was room
+                self.attended.make_room(1)
             yield id
 
     def _ask(self, question: str, limit: int) -> tuple[tuple[Held, ...], Held]:
@@ -339,6 +341,7 @@ class ChatSession:
             now.reply.flush()  # what was held back of a reply that was cut stays said
             kept, rest = now.reply.kept(trim=self.template.trims)
             wanted = (*now.turn.read, *now.reply.ids[:kept])
+            self.tokens.take_back()
             excess = self.tokens.length - now.turn.base - len(wanted)
             if excess > 0:
                 # A window smaller than what must be taken back cannot hold a whole turn anyway.
@@ -363,8 +366,8 @@ class ChatSession:
         turns = Turns(self.model.tokenizer, self.template, system, self.pin)
         pinned = len(turns.pinned)
         sinks = self.model.sinks_for(pinned, self.sinks, window)
-        cache = self.model.new_cache(sinks, window, notify=self._notify, kv_bits=self.kv_bits)
-        self.turns, self.cache, self.tokens = turns, cache, TokenStream(self.model, cache)
+        self.cache, self.tokens = self._open(sinks, window, self._notify)
+        self.turns, cache = turns, self.cache
         self.attended = Attended(cache, whole=self.evict == "turn")
         self.stats.sinks, self.stats.window = cache.geometry.sinks, cache.geometry.window
         self.stats.pinned, self.stats.cache_bytes = pinned, cache.nbytes

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlx_stream.errors import TextError, ValueRefused
-from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
+from mlx_stream.generate import Sampler, Sampling, TokenStream, limited
 from mlx_stream.load import Model, ignore
+from mlx_stream.speculate import decode, opener
 from mlx_stream.tokenizer import StreamDecoder
 
 
@@ -36,6 +37,8 @@ class Stats:
     decoded_tokens: int = 0  # of replies, without each one's first, which the prompt's time holds
     prompt_seconds: float = 0.0
     reply_seconds: float = 0.0
+    drafted_tokens: int = 0  # guessed and verified...
+    accepted_tokens: int = 0  # ...and right
     attended: int = 0
     evicted: int = 0
     evicted_exchanges: int = 0
@@ -56,12 +59,14 @@ class Stats:
 
     def __str__(self) -> str:
         count = self.evicted_exchanges
+        guessed = f"{self.accepted_tokens:,} of {self.drafted_tokens:,} guesses right; "
+        guessed = guessed if self.drafted_tokens else ""
         exchanges = f" ({count:,} {'exchange' if count == 1 else 'exchanges'})" if count else ""
         return (
             f"{self.attended:,} of {self.sinks + self.window:,} tokens attended, "
             f"{self.evicted:,} evicted{exchanges}; {self.tokens_per_second:.1f} tok/s, reading "
-            f"{self.prompt_tokens_per_second:.0f} tok/s; cache {self.cache_bytes / 1e6:.1f} MB; "
-            f"seed {self.seed}"
+            f"{self.prompt_tokens_per_second:.0f} tok/s; {guessed}cache "
+            f"{self.cache_bytes / 1e6:.1f} MB; seed {self.seed}"
         )
 
 
@@ -190,6 +195,8 @@ def stream(
     notify: Callable[[str], None] = ignore,
     progress: Callable[[int, int], None] | None = None,
     kv_bits: int | None = None,
+    speculate: bool | None = None,
+    draft: Model | None = None,
 ) -> Iterator[Piece]:
     """Continue a text of any length, piece by piece.
 
@@ -199,35 +206,38 @@ def stream(
         sinks, window, kv_bits: see `Model.new_cache`.
         stats: filled in as the stream goes.
         progress: called while the prompt is read with the tokens read and those to read.
+        speculate: guess tokens and verify several in a step, which changes no text. Default: yes,
+            unless `kv_bits` is given.
+        draft: a smaller model of the same vocabulary that guesses too.
 
     Raises:
-        ValueRefused: a number out of range.
+        ValueRefused: a number out of range, a draft model of another vocabulary.
         TextError: the prompt has no tokens.
     """
-    if max_tokens < 1:
-        raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
+    limited(max_tokens)
     stats = Stats() if stats is None else stats
 
     def tell(notice: str) -> None:
         stats.notices.append(notice)
         notify(notice)
 
-    cache = model.new_cache(sinks, window, notify=tell, kv_bits=kv_bits)
+    cache, tokens = opener(model, speculate, draft, kv_bits)(sinks, window, tell)
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise TextError("the prompt is empty: give at least one character")
-    tokens, sampler = TokenStream(model, cache), Sampler(sampling or Sampling())
+    sampler = Sampler(sampling or Sampling())
     stats.seed = sampler.sampling.seed or 0
     stats.sinks, stats.window = cache.geometry.sinks, cache.geometry.window
     stats.cache_bytes = cache.nbytes
-    if len(ids) > cache.geometry.rows:
+    capacity = cache.geometry.sinks + cache.geometry.window
+    if len(ids) > capacity:
         tell(
             f"the text of {len(ids):,} tokens is longer than sinks and window, "
-            f"{cache.geometry.rows:,}: it is read in full, and only its end stays attended"
+            f"{capacity:,}: it is read in full, and only its end stays attended"
         )
     reply = Reply(model.tokenizer.decoder(), stop, remember=False)
     yield from paced(
-        generate(
+        decode(
             tokens,
             ids,
             sampler,
@@ -241,7 +251,7 @@ def stream(
         stats,
         tokens,
     )
-    if cache.evicted and len(ids) <= cache.geometry.rows:
+    if cache.evicted and len(ids) <= capacity:
         tell(eviction_notice(stats.window))
 
 
@@ -276,9 +286,10 @@ def paced(
     """Yield a reply's pieces; keep the statistics right at each of them."""
     started = time.perf_counter()
     first = True
+    drafted, accepted = tokens.drafted, tokens.accepted
 
     def tick() -> None:
-        nonlocal started, first
+        nonlocal started, first, drafted, accepted
         now = time.perf_counter()
         if first:
             stats.prompt_tokens += prompt_tokens
@@ -287,7 +298,10 @@ def paced(
             stats.reply_seconds += now - started
             stats.decoded_tokens += 1
         started, first = now, False
-        stats.attended, stats.evicted = tokens.cache.attended, tokens.cache.evicted
+        stats.attended, stats.evicted = tokens.attended, tokens.evicted
+        stats.drafted_tokens += tokens.drafted - drafted
+        stats.accepted_tokens += tokens.accepted - accepted
+        drafted, accepted = tokens.drafted, tokens.accepted
 
     finish, unsent = "end", ""
     for token in ids:
@@ -304,7 +318,8 @@ def paced(
     else:
         if first:
             tick()
-    stats.attended, stats.evicted = tokens.cache.attended, tokens.cache.evicted
+    tokens.take_back()
+    stats.attended, stats.evicted = tokens.attended, tokens.evicted
     rest = unsent + reply.flush()
     reply.finish = "stop" if reply.stopped else finish
     yield Piece(rest, reply.finish)

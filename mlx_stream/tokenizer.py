@@ -66,6 +66,10 @@ class Tokenizer:
         """The number of tokens, added ones included; a model's output may be wider."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return every token's id, added ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """The ids of special tokens: those that are no text, and that `decode` leaves out."""

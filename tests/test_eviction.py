@@ -146,7 +146,8 @@ def test_what_left_is_on_the_last_piece(model):
 def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model, saved):
     """Replies go up to the reserve, a quarter of the window, and across the end of the ring."""
     reserve = 30
-    options = Options("Brief.", 4 * reserve, sampling=Sampling(1.0, seed=3), max_tokens=reserve)
+    sampling = Sampling(1.0, seed=3)
+    options = Options("Brief.", 4 * reserve, sampling=sampling, max_tokens=reserve, speculate=False)
     talk = open_session("s", model, options) if saved else begin(model, options)
     number, before = tight_turn(talk, reserve)
     chat, cache = talk.chat, talk.chat.cache

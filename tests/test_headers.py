@@ -22,6 +22,7 @@ from test_weights import FOUR_BITS, MIXED, QUANTIZABLE, quantize
 from tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
 
 from mlx_stream import devices
+from mlx_stream.cache.verify import SPARE
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.write import write_folder
 from mlx_stream.errors import CheckpointError, ConfigError, SourceError, WeightsError
@@ -54,7 +55,7 @@ def test_a_plan_says_what_loading_takes(tmp_path, recipe, keep):
     model = load(folder, keep_quantized=keep)
     chosen = make_plan(outline_of(str(folder), never), devices.here(), Asked(keep=keep, window=100))
     assert (chosen.weights, chosen.dtype) == (model.weight_bytes, "float32")
-    assert chosen.ring == model.new_cache(window=100).nbytes
+    assert chosen.ring == model.new_cache(window=100, spare=SPARE).nbytes
     assert chosen.recipe.bits == (None if keep else 16)
 
 

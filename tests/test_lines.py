@@ -40,6 +40,7 @@ ROOMS = [
     "trace",
     "load",
     "generate",
+    "speculate",
     "stream",
     "snapshot",
     "exchange",

@@ -32,7 +32,7 @@ class Recorded(TokenStream):
 
     @property
     def all(self):
-        self._note()
+        self.note()
         return self._all[: self.length]
 
     def _record(self, start, ids):

@@ -68,8 +68,12 @@ class Cache(Protocol):
         """Return the row a token's key and value are stored in."""
         ...
 
-    def attended_rows(self) -> list[int]:
-        """Return the rows of the attended tokens, in the order of the text."""
+    def attended_rows(self, before: int = 0) -> list[int]:
+        """Return the rows of what the newest token attends to, in the order of the text.
+
+        Args:
+            before: of the token that many before it instead.
+        """
         ...
 
     def attended_next(self) -> np.ndarray:

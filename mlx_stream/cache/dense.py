@@ -58,8 +58,8 @@ class DenseCache:
     def row(self, token: int) -> int:
         return token
 
-    def attended_rows(self) -> list[int]:
-        return list(range(self.length))
+    def attended_rows(self, before: int = 0) -> list[int]:
+        return list(range(self.length - before))
 
     def attended_next(self) -> np.ndarray:
         return np.ones(self.length, bool)

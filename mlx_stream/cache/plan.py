@@ -132,7 +132,7 @@ class Geometry:
         mask = np.empty(extent, bool)
         sinks = min(self.sinks, extent)
         mask[:sinks] = np.arange(sinks) <= token
-        mask[sinks:] = self._ages(token, extent) <= attended
+        mask[sinks:] = self.ages(token, extent) <= attended
         return mask
 
     def chunk_mask(self, place: Place, extent: int, rows: int) -> np.ndarray:
@@ -148,7 +148,7 @@ class Geometry:
         mask = np.empty((rows, extent + rows), bool)
         sinks = min(self.sinks, extent)
         mask[:, :sinks] = np.arange(sinks) < first
-        mask[:, sinks:extent] = self._ages(first - 1, extent) + 1 <= reach
+        mask[:, sinks:extent] = self.ages(first - 1, extent) + 1 <= reach
         new = np.arange(rows)[None, :]
         is_sink = new < min(max(self.sinks - first, 0), rows)
         mask[:, extent:] = (new <= new.T) & (is_sink | (new >= -reach))
@@ -165,10 +165,10 @@ class Geometry:
         if place.since <= self.oldest(place, newest):
             return None
         behind = np.zeros(extent, bool)
-        behind[self.sinks :] = self._ages(newest, extent) > newest - place.since
+        behind[self.sinks :] = self.ages(newest, extent) > newest - place.since
         return behind
 
-    def _ages(self, newest: int, extent: int) -> np.ndarray:
+    def ages(self, newest: int, extent: int) -> np.ndarray:
         """Return how many tokens before `newest` each ring row was written."""
         slot = (newest - self.sinks) % self.ring
         return (slot - np.arange(max(0, extent - self.sinks))) % self.ring

@@ -19,6 +19,7 @@ from mlx_stream.cache.packed import PackedStep
 from mlx_stream.cache.plan import STEP_LENGTHS, Geometry, Place, padded
 from mlx_stream.cache.rows import BITS, GROUP_SIZE, Plain, Quantized, Rows
 from mlx_stream.cache.steps import ChunkStep, DecodeStep
+from mlx_stream.cache.verify import VerifyStep
 from mlx_stream.errors import ValueRefused
 from mlx_stream.rope import Rope
 
@@ -162,9 +163,11 @@ class StreamCache:
     def row(self, token: int) -> int:
         return self.geometry.row(token)
 
-    def attended_rows(self) -> list[int]:
-        sinks = range(min(self.length, self.geometry.sinks))
-        return [self.geometry.row(t) for t in (*sinks, *range(self.oldest, self.length))]
+    def attended_rows(self, before: int = 0) -> list[int]:
+        length, geometry = self.length - before, self.geometry
+        sinks = range(min(length, geometry.sinks))
+        oldest = geometry.oldest(self.place, length - 1)
+        return [geometry.row(t) for t in (*sinks, *range(oldest, length))]
 
     def attended_next(self) -> np.ndarray:
         geometry, place = self.geometry, self.place
@@ -200,9 +203,7 @@ class StreamCache:
         """
         if not 1 <= count == self.take(count):
             raise ValueRefused(f"a step of {count} tokens must be split; see take()")
-        self._turn_back()  # if an interrupt left that half done
-        if self.place.clock + padded(count) > self.clock_limit:
-            self._reanchor()
+        self.prepare(padded(count))
         if count > 1:
             return ChunkStep(self, count)
         return (
@@ -211,7 +212,13 @@ class StreamCache:
             else DecodeStep.of(self)
         )
 
-    def commit(self, step: DecodeStep | PackedStep | ChunkStep) -> None:
+    def prepare(self, rows: int) -> None:
+        """Turn the ring back if the clock is due within the next `rows` tokens."""
+        self._turn_back()  # if an interrupt left that half done
+        if self.place.clock + rows > self.clock_limit:
+            self._reanchor()
+
+    def commit(self, step: DecodeStep | PackedStep | ChunkStep | VerifyStep) -> None:
         first, count, sinks = self.length, step.count, self.sinks
         if step.new_sinks:
             read = min(count, self.geometry.sinks - first)

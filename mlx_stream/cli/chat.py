@@ -57,6 +57,8 @@ def chat(
     window: options.Window = None,
     sinks: options.Sinks = None,
     kv_bits: options.KvBits = None,
+    speculate: options.Speculate = None,
+    draft: options.Draft = None,
     evict: Annotated[
         str | None,
         typer.Option(
@@ -105,9 +107,19 @@ def chat(
         # Imported while the weights are read: MLX does that without Python's lock.
         Thread(target=import_module, args=("prompt_toolkit",)).start()
     loaded = load(source, dtype, keep_quantized, force, note)
+    guessing = load(draft, dtype, keep_quantized, force, note) if draft else None
     screen = Screen(interactive)
     chosen = resume.Options(
-        system, window, sinks, evict, sampling, max_tokens, tuple(stop or ()), kv_bits
+        system,
+        window,
+        sinks,
+        evict,
+        sampling,
+        max_tokens,
+        tuple(stop or ()),
+        kv_bits,
+        speculate,
+        guessing,
     )
     if session is None:
         conversation = resume.begin(loaded, chosen, screen.note)

@@ -26,6 +26,8 @@ def generate(
     window: options.Window = None,
     sinks: options.Sinks = None,
     kv_bits: options.KvBits = None,
+    speculate: options.Speculate = None,
+    draft: options.Draft = None,
     dtype: options.Dtype = None,
     keep_quantized: options.KeepQuantized = None,
     force: options.Force = False,
@@ -41,6 +43,7 @@ def generate(
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     text = read_text("-") if prompt == "-" else prompt
     loaded = load(model, dtype, keep_quantized, force, note)
+    guessing = load(draft, dtype, keep_quantized, force, note) if draft else None
     counts = Stats()
     pieces: list[str] = []
     finish = None
@@ -57,6 +60,8 @@ def generate(
             note,
             progress,
             kv_bits,
+            speculate,
+            guessing,
         ):
             finish = piece.finish
             if json:

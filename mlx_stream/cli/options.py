@@ -50,6 +50,23 @@ KvBits = Annotated[
         help="Keep the window's keys and values in 8 or 4 bits; the first tokens' stay whole.",
     ),
 ]
+Speculate = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess tokens from what was read and verify several at once: the same text, faster "
+        "where it repeats itself. Default: yes, unless --kv-bits is given.",
+        show_default=False,
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="MODEL",
+        help="A smaller model of the same vocabulary that guesses too; the text stays the same.",
+    ),
+]
 Devices = Annotated[
     Path | None,
     typer.Option(

@@ -19,6 +19,8 @@ def stats_as_json(stats: "Stats") -> dict[str, Any]:
         "reply_tokens": stats.reply_tokens,
         "prompt_tokens_per_second": stats.prompt_tokens_per_second,
         "tokens_per_second": stats.tokens_per_second,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         "attended": stats.attended,
         "evicted": stats.evicted,
         "sinks": stats.sinks,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mlx_stream.backend import CACHE_LIMIT
+from mlx_stream.cache.verify import spare_rows
 from mlx_stream.config import ModelConfig, Quantization
 from mlx_stream.devices import Device
 from mlx_stream.errors import ValueRefused
@@ -246,7 +247,7 @@ class Planner:
         """Return what a recipe and a window take."""
         config, itemsize = self.outline.config, self.itemsize
         kv_bits = self.asked.kv_bits
-        ring = ring_bytes(config, sinks, window, itemsize, kv_bits)
+        ring = ring_bytes(config, sinks, window, itemsize, kv_bits, spare_rows(kv_bits))
         fused = is_fused(config, self.device.metal)
         floats = ITEMSIZES[self.outline.dtype]
         return Plan(

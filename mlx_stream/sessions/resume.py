@@ -49,6 +49,8 @@ class Options:
     max_tokens: int = DEFAULT_MAX_TOKENS
     stop: Sequence[str] = ()
     kv_bits: int | None = None
+    speculate: bool | None = None
+    draft: Model | None = None
 
 
 def header_of(name: str) -> Header | None:
@@ -138,6 +140,8 @@ def new_chat(
         options.evict or "turn",
         template=template,
         kv_bits=options.kv_bits,
+        speculate=options.speculate,
+        draft=options.draft,
     )
 
 

@@ -1,0 +1,131 @@
+"""Decode with guesses: token ids only; the text is that of `generate`."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import mlx.core as mx
+
+from mlx_stream.cache.verify import longest_verified
+from mlx_stream.generate import PREFILL_CHUNK, Follower, Sampler, TokenStream, generate
+from mlx_stream.speculate.drafter import Drafter
+from mlx_stream.speculate.pace import Pace
+from mlx_stream.speculate.past import Past
+
+
+class Speculator:
+    """Guess from a stream's own past, and with a draft model if there is one.
+
+    It follows one stream, whose `follower` it is.
+
+    Args:
+        pace: decides how many tokens are guessed; it has the clock.
+        drafter: asked where the past has no guess that pays.
+    """
+
+    def __init__(self, pace: Pace | None = None, drafter: Drafter | None = None):
+        self.pace, self.past, self.drafter = pace or Pace(), Past(), drafter
+        self._followers: list[Follower] = [self.past, drafter] if drafter else [self.past]
+
+    def read(self, ids: Sequence[int]) -> None:
+        for follower in self._followers:
+            follower.read(ids)
+
+    def rewind(self, count: int) -> None:
+        for follower in self._followers:
+            follower.rewind(count)
+
+    def restart(self, ids: Sequence[int]) -> None:
+        for follower in self._followers:
+            follower.restart(ids)
+
+    def step(
+        self, stream: TokenStream, sampler: Sampler, token: int, most: int, ends: Collection[int]
+    ) -> tuple[list[int], list[mx.array]]:
+        """Read `token`, and what is guessed to follow; return the ids chosen, at least one.
+
+        All but the last of them have been read. With them comes the sampler's key after each.
+
+        Args:
+            most: how many ids may be returned.
+            ends: ids that are not read.
+        """
+        stream.note()  # for those who guess
+        more = most > 1
+        most = min(longest_verified(stream.cache), most) - 1
+        found = self.past.draft(token, most)
+        likely = [self.pace.chance(found.matched + i) for i in range(len(found.ids))]
+        count = self.pace.choose(likely)
+        guessed, modelled = before(ends, found.ids[:count]), ()
+        if not guessed and self.drafter and most > 0:
+            each = self.pace.relative(self.drafter.seconds)
+            count = self.pace.choose([self.drafter.chance] * most, each)
+            modelled = self.drafter.draft(token, count) if count else ()
+            guessed = before(ends, modelled)
+        chosen, keys = self._read(stream, sampler, [token, *guessed], more)
+        self.pace.judge(found.matched, found.ids, chosen)
+        if self.drafter and modelled:
+            self.drafter.judge(modelled, chosen)
+        return chosen, keys
+
+    def _read(
+        self, stream: TokenStream, sampler: Sampler, ids: list[int], more: bool
+    ) -> tuple[list[int], list[mx.array]]:
+        """Read an id and guesses of those after it; keep the guesses that are chosen anyway."""
+        started, most = self.pace.clock(), len(ids) - 1
+        if not most:
+            chosen = [stream.next(ids[0], sampler, more)]
+            self.pace.took(1, self.pace.clock() - started)
+            return chosen, [sampler.key]
+        rows = stream.verify(ids)
+        chosen = [sampler.choose(rows[0], lambda: stream.attended_ids(most))]
+        self.pace.took(len(ids), self.pace.clock() - started)
+        keys = [sampler.key]
+        while len(chosen) <= most and chosen[-1] == ids[len(chosen)]:
+            row = len(chosen)
+            later = most - row
+            chosen.append(sampler.choose(rows[row], lambda: stream.attended_ids(later)))  # noqa: B023
+            keys.append(sampler.key)
+        stream.rewind(len(ids) - len(chosen))
+        stream.drafted += most
+        stream.accepted += len(chosen) - 1
+        return chosen, keys
+
+
+def before(ends: Collection[int], ids: Sequence[int]) -> Sequence[int]:
+    """Return the ids before the first that is in `ends`."""
+    return next((ids[:at] for at, id in enumerate(ids) if id in ends), ids)
+
+
+def decode(
+    stream: TokenStream,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    max_tokens: int,
+    end_ids: Collection[int] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[int]:
+    """Do as `generate` does, in fewer steps if the stream's follower is a `Speculator`.
+
+    A yielded id may have been read before the next one is asked for, and others after it: the
+    stream's `unasked` says how many. Whoever asks for no more calls its `take_back`; then stream
+    and sampler are as `generate` leaves them.
+    """
+    speculator = stream.follower
+    if not isinstance(speculator, Speculator):
+        yield from generate(stream, prompt, sampler, max_tokens, end_ids, progress)
+        return
+    logits = stream.read(prompt, PREFILL_CHUNK, progress)
+    chosen, left = [sampler.choose(logits, stream.attended_ids)], max_tokens
+    keys = [sampler.key]
+    try:
+        while True:
+            for at, (token, key) in enumerate(zip(chosen, keys, strict=True), 1):
+                stream.unasked, sampler.key = len(chosen) - at, key
+                if token in end_ids:
+                    return
+                yield token
+            left -= len(chosen)
+            if not left:
+                return
+            chosen, keys = speculator.step(stream, sampler, chosen[-1], left, end_ids)
+    finally:
+        stream.drop_ahead()
