@@ -13,7 +13,7 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.generate import Sampler, Sampling, TokenStream
+from mlx_stream.generate import Sampler, Sampling, TokenStream, number
 from mlx_stream.load import Model, load
 from mlx_stream.speculate import decode, opener
 from mlx_stream.turns import Turns
@@ -127,7 +127,7 @@ def equal(model: Model, options: argparse.Namespace) -> None:
     logits = plain.read(prompt)
     theirs = decode(guessing, prompt, sampler, options.equal)
     for left in range(options.equal, 0, -1):
-        mine, guess = int(mx.argmax(logits).item()), next(theirs)
+        mine, guess = number(mx.argmax(logits)), next(theirs)
         if guess != mine:
             guessing.take_back()
             assert guessing.length == plain.length

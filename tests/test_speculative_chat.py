@@ -3,7 +3,8 @@
 import itertools
 
 import pytest
-from shell import SMALL
+from refusals import one_line
+from shell import GREEDY, SMALL, done, parsed
 from test_interrupts import interrupt_at
 from test_speculate import Eager
 from tiny import tiny_config, tiny_weights, write_tiny
@@ -138,3 +139,18 @@ def test_a_draft_model_of_another_vocabulary_is_refused(model, tmp_path, size):
     draft = load(write_tiny(tmp_path / "other", config, tiny_weights(config)), dtype="float32")
     with pytest.raises(ValueRefused, match=r"--draft.*another vocabulary.*same family"):
         ChatSession(model, draft=draft)
+
+
+def test_the_program_says_the_same_with_and_without(letters, tiny):
+    typed = ("generate", letters, "-p", "the sand " * 9, "--max-tokens", 40, *GREEDY, "--json")
+    ways = ((), ("--no-speculate",), ("--speculate",), ("--draft", tiny))
+    found = [parsed(done(*typed, *more).out) for more in ways]
+    assert len({one["text"] for one in found}) == 1
+    assert [one["drafted_tokens"] > 0 for one in found] == [True, False, True, True]
+    chats = [
+        done("chat", letters, "--max-tokens", 9, *GREEDY, *more, stdin="a\nb\n") for more in ways
+    ]
+    assert len({chat.out for chat in chats}) == 1
+    for more in (("--speculate",), ("--draft", tiny)):
+        said = one_line(*typed, "--kv-bits", 8, *more)
+        assert said == f"{more[0]} does not work with --kv-bits: leave one out"
