@@ -46,6 +46,7 @@ ROOMS = [
     "attended",
     "session",
     "sessions",
+    "engine",
     "evaluate",
     "conversion",
     "cli",
