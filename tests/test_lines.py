@@ -48,6 +48,7 @@ ROOMS = [
     "attended",
     "session",
     "sessions",
+    "engine",
     "evaluate",
     "conversion",
     "selftest",
