@@ -1,0 +1,144 @@
+"""The conversation as bubbles in a scrolling column; knows Toga, and nothing of an engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import toga
+from mlx_stream.exchange import counted
+from desktop.colours import Colours
+from desktop.saved import Said
+from desktop.wrapping import shown, wrap
+from toga.colors import TRANSPARENT
+from toga.fonts import BOLD, SYSTEM, SYSTEM_DEFAULT_FONT_SIZE
+from toga.style.pack import COLUMN, END, ROW, START, Pack
+
+EXCHANGES_SHOWN = 30
+WIDEST, INSET, BESIDE = 640, 12, 60
+NEAR_THE_END = 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """A bubble, or a remark between bubbles ("note")."""
+
+    kind: str
+    text: str
+    attended: bool = True
+
+
+def rows_of(said: Sequence[Said], attended: int, name: str | None) -> list[Row]:
+    """Return what is shown: the latest exchanges, and where attention begins."""
+    first, gone = max(0, len(said) - EXCHANGES_SHOWN), len(said) - attended
+    rows = []
+    if first:
+        rows.append(Row("note", f"{first:,} earlier: mlx_stream sessions show {name}", False))
+    for number, one in enumerate(said[first:], first):
+        if number == gone and gone:
+            rows.append(Row("note", f"{counted(gone)} above left the window: not attended", False))
+        rows.append(Row("you", shown(one.question), number >= gone))
+        rows.append(Row("model", ending(one), number >= gone))
+    if said and gone == len(said):
+        rows.append(Row("note", "all of the above left the window: not attended", False))
+    return rows
+
+
+def ending(one: Said) -> str:
+    """Return a reply with a word about how it ended, if not by itself."""
+    marks = {None: " \N{HORIZONTAL ELLIPSIS}", "interrupted": " [stopped]", "length": " [cut]"}
+    return shown(one.reply.rstrip()) + marks.get(one.finish, "")
+
+
+class Bubble:
+    """One row as widgets: who speaks, and text on a ground of its own."""
+
+    def __init__(self, row: Row, speaker: str, colours: Colours):
+        self.row, self.lines = row, ""
+        mine, note = row.kind == "you", row.kind == "note"
+        self.body = toga.Label("", style=Pack(margin=(2 if not note else 0, INSET, 8, INSET)))
+        ground = TRANSPARENT if note else colours.asked if mine else colours.answered
+        parts: list[toga.Widget] = []
+        if not note:
+            who = Pack(
+                margin=(8, INSET, 0, INSET),
+                font_weight=BOLD,
+                font_size=10,
+                color=colours.accent if mine else colours.faded,
+            )
+            parts.append(toga.Label("You" if mine else speaker, style=who))
+        self.ground = toga.Box(
+            children=[*parts, self.body],
+            style=Pack(direction=COLUMN, background_color=ground),
+        )
+        room = toga.Box(style=Pack(flex=1))
+        self.widget = toga.Box(
+            children=[room, self.ground] if mine else [self.ground, room],
+            style=Pack(direction=ROW, margin=(6, 12)),
+        )
+
+    def show(self, row: Row, lines: str, colours: Colours) -> None:
+        self.row = row
+        self.body.style.color = colours.text if row.attended else colours.faded
+        if lines != self.lines:
+            self.lines = self.body.text = lines
+
+
+class Transcript:
+    """Bubbles, of which only those are touched that have changed."""
+
+    def __init__(self, colours: Colours):
+        self._colours = colours
+        self._column = toga.Box(style=Pack(direction=COLUMN, margin=(6, 4)))
+        self.widget = toga.ScrollContainer(
+            content=self._column,
+            horizontal=False,
+            style=Pack(flex=1, background_color=colours.ground),
+        )
+        self._bubbles: list[Bubble] = []
+        self._font = toga.Font(SYSTEM, SYSTEM_DEFAULT_FONT_SIZE)
+        self._ruler = toga.Canvas()
+        self._measure = lru_cache(20_000)(self._width_of)
+        self._wrapped = lru_cache(4 * EXCHANGES_SHOWN)(self._wrap)
+
+    @property
+    def text(self) -> str:
+        """All that is shown, as plain text."""
+        return "\n\n".join(bubble.row.text for bubble in self._bubbles)
+
+    def show(self, rows: Sequence[Row], speaker: str, width: float) -> None:
+        """Show these rows in a column of `width`; follow the end if it was in sight."""
+        follow = self.at_the_end()
+        kinds = [row.kind for row in rows]
+        same = 0
+        while same < min(len(rows), len(self._bubbles)) and (
+            self._bubbles[same].row.kind == kinds[same]
+        ):
+            same += 1
+        for bubble in self._bubbles[same:]:
+            self._column.remove(bubble.widget)
+        del self._bubbles[same:]
+        for row in rows[same:]:
+            self._bubbles.append(Bubble(row, speaker, self._colours))
+            self._column.add(self._bubbles[-1].widget)
+        room = max(120, min(WIDEST, width - BESIDE)) - 2 * INSET
+        for bubble, row in zip(self._bubbles, rows, strict=True):
+            bubble.show(row, self._wrapped(row.text, room), self._colours)
+        if follow:
+            self.to_the_end()
+
+    def fitted(self, text: str, width: float) -> str:
+        """Return a text in lines for a label in a column of `width`."""
+        return self._wrapped(text, width - BESIDE)
+
+    def at_the_end(self) -> bool:
+        where = self.widget
+        return where.vertical_position >= where.max_vertical_position - NEAR_THE_END
+
+    def to_the_end(self) -> None:
+        self.widget.vertical_position = self.widget.max_vertical_position
+
+    def _wrap(self, text: str, room: float) -> str:
+        return wrap(text, room, self._measure)
+
+    def _width_of(self, text: str) -> float:
+        return self._ruler.measure_text(text, self._font)[0] if text.strip() else 4.0 * len(text)

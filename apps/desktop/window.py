@@ -1,0 +1,176 @@
+"""The window: what the desk says, as widgets, and what is clicked, as calls of the desk."""
+
+from collections.abc import Callable
+
+import toga
+from mlx_stream.exchange import counted
+from mlx_stream.sessions.manage import Listed
+from desktop.colours import DARK, LIGHT
+from desktop.desk import WINDOWS, Desk
+from desktop.gauge import GaugeBar
+from desktop.transcript import Transcript, rows_of
+from desktop.wrapping import shown
+from toga.style.pack import BOLD, CENTER, COLUMN, ROW, Pack
+
+SIDEBAR, SMALLEST_COLUMN = 220, 320
+SIZE, TITLE = (980, 680), "mlx_stream"
+
+
+class ChatWindow:
+    """Everything in one window; `draw` brings it up to date and is cheap if nothing changed."""
+
+    def __init__(self, desk: Desk, redraw: Callable[[], None], dark: bool | None):
+        self._desk, self._redraw = desk, redraw
+        self._colours = DARK if dark else LIGHT
+        self._filling, self._listed = False, []
+        self.conversations = toga.DetailedList(
+            on_select=self._opened, style=Pack(flex=1, width=SIDEBAR)
+        )
+        self.new = toga.Button("New conversation", on_press=self._begun, style=Pack(margin=8))
+        self.model = toga.Selection(on_change=self._model_chosen, style=Pack(flex=1))
+        self.window = toga.Selection(on_change=self._window_chosen, style=Pack(width=110))
+        self.transcript = Transcript(self._colours)
+        self.gauge = GaugeBar(self._colours)
+        self.notice = toga.Label("", style=Pack(margin=(4, 14)))
+        self.question = toga.TextInput(
+            placeholder="Ask something, then press Enter",
+            on_confirm=self._sent,
+            style=Pack(flex=1),
+        )
+        self.send = toga.Button("Send", on_press=self._sent, style=Pack(width=72, margin_left=8))
+        self.stop = toga.Button(
+            "Stop", on_press=self._stopped, style=Pack(width=72, margin_left=8), enabled=False
+        )
+        self.main = toga.MainWindow(title=TITLE, size=SIZE, on_resize=self._resized)
+        self.main.content = self._laid_out()
+
+    def _laid_out(self) -> toga.Box:
+        beside = Pack(margin=(0, 6, 0, 0))
+        pickers = toga.Box(
+            children=[
+                toga.Label("Model", style=beside),
+                self.model,
+                toga.Label("Window", style=Pack(margin=(0, 6, 0, 14))),
+                self.window,
+            ],
+            style=Pack(direction=ROW, align_items=CENTER, margin=(8, 14)),
+        )
+        typing = toga.Box(
+            children=[self.question, self.send, self.stop],
+            style=Pack(direction=ROW, align_items=CENTER, margin=(4, 14, 6, 14)),
+        )
+        side = toga.Box(
+            children=[
+                self.new,
+                toga.Label("Saved", style=Pack(font_weight=BOLD, margin=(4, 10))),
+                self.conversations,
+            ],
+            style=Pack(direction=COLUMN, width=SIDEBAR),
+        )
+        talk = toga.Box(
+            children=[
+                pickers,
+                toga.Divider(),
+                self.transcript.widget,
+                toga.Divider(),
+                self.notice,
+                typing,
+                self.gauge.widget,
+            ],
+            style=Pack(direction=COLUMN, flex=1),
+        )
+        return toga.Box(
+            children=[side, toga.Divider(direction=toga.Divider.VERTICAL), talk],
+            style=Pack(direction=ROW),
+        )
+
+    # --- what the desk says ---
+
+    @property
+    def column(self) -> float:
+        """The width the conversation has, in pixels."""
+        return max(SMALLEST_COLUMN, self.main.size.width - SIDEBAR)
+
+    def draw(self) -> None:
+        """Show what has changed."""
+        desk = self._desk
+        self._filling = True
+        try:
+            self._fill_pickers()
+            self._fill_conversations()
+        finally:
+            self._filling = False
+        rows = rows_of(desk.said, desk.attended, desk.name)
+        self.transcript.show(rows, desk.model, self.column)
+        self.gauge.show(desk.gauge)
+        self.notice.style.color = self._colours.alarm if desk.alarming else self._colours.faded
+        put(self.notice, "text", self.transcript.fitted(shown(desk.notice), self.column))
+        if desk.draft and not self.question.value:
+            self.question.value, desk.draft = desk.draft, ""
+        put(self.send, "enabled", desk.idle)
+        put(self.stop, "enabled", desk.can_stop)
+        for widget in (self.new, self.model, self.window):
+            put(widget, "enabled", desk.can_choose)
+
+    def _fill_pickers(self) -> None:
+        desk = self._desk
+        models = sorted({*desk.models, desk.model})
+        windows = sorted({*WINDOWS, desk.window})
+        for picker, items, chosen in (
+            (self.model, models, desk.model),
+            (self.window, [f"{w:,}" for w in windows], f"{desk.window:,}"),
+        ):
+            if [row.value for row in picker.items] != items:
+                picker.items = items
+            if picker.value != chosen:
+                picker.value = chosen
+
+    def _fill_conversations(self) -> None:
+        rows = [titled(one, one.name == self._desk.name) for one in self._desk.conversations]
+        if rows != self._listed:
+            self._listed = rows
+            self.conversations.data = rows
+
+    # --- what is clicked ---
+
+    async def _sent(self, *_: object, **__: object) -> None:
+        text = self.question.value
+        if self._desk.idle and text.strip():
+            self.question.value = ""
+            self.transcript.to_the_end()
+            await self._desk.send(text)
+
+    def _stopped(self, *_: object, **__: object) -> None:
+        self._desk.stop()
+
+    async def _begun(self, *_: object, **__: object) -> None:
+        await self._desk.begin()
+        self.question.focus()
+
+    async def _opened(self, *_: object, **__: object) -> None:
+        row = self.conversations.selection
+        if row is not None and not self._filling:
+            await self._desk.open(row.name)
+
+    async def _model_chosen(self, *_: object, **__: object) -> None:
+        if not self._filling and self.model.value:
+            await self._desk.choose_model(self.model.value)
+
+    async def _window_chosen(self, *_: object, **__: object) -> None:
+        if not self._filling and self.window.value:
+            await self._desk.choose_window(int(self.window.value.replace(",", "")))
+
+    def _resized(self, *_: object, **__: object) -> None:
+        self._redraw()
+
+
+def titled(one: Listed, is_open: bool) -> dict[str, str]:
+    """Return a saved conversation as a row of the list."""
+    about = f"{counted(one.exchanges)}, {one.used[:10]}" if one.header else "cannot be opened"
+    return {"title": f"\N{BULLET} {one.name}" if is_open else one.name, "subtitle": about, "name": one.name}
+
+
+def put(widget: toga.Widget, name: str, value: object) -> None:
+    """Set what differs: setting is not free on every desktop."""
+    if getattr(widget, name) != value:
+        setattr(widget, name, value)

@@ -1,0 +1,65 @@
+"""How tests drive the desktop app: its desk without a window, its window on Toga's dummy backend."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+os.environ["TOGA_BACKEND"] = "toga_dummy"  # of those installed; read when the first widget is made
+
+from desktop.app import Desktop
+from desktop.desk import Desk
+from shell import DEADLINE
+
+from mlx_stream import Sampling
+
+GREEDY = Sampling(temperature=0)
+
+
+async def until(so: Callable[[], object]) -> None:
+    """Let the event loop run until something is so."""
+    async with asyncio.timeout(DEADLINE):
+        while not so():
+            await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def desk(model: Path | str, window: int = 100, max_tokens: int = 40) -> AsyncIterator[Desk]:
+    """Give a desk that has loaded its model."""
+    one = Desk(lambda: None, str(model), window, GREEDY, max_tokens)
+    await one.start()
+    try:
+        yield one
+    finally:
+        await one.close()
+
+
+@asynccontextmanager
+async def app(
+    model: Path | str, window: int = 100, max_tokens: int = 40, status_icon: bool = False
+) -> AsyncIterator[Desktop]:
+    """Give the application on the dummy backend, its model loaded and its window drawn."""
+    one = Desktop(str(model), window, GREEDY, max_tokens, status_icon)
+    try:
+        await until(lambda: one.desk.can_choose and shows(one))
+        yield one
+    finally:
+        await one.on_exit()
+
+
+def shows(one: Desktop) -> bool:
+    """Return whether the window has caught up with the desk."""
+    return one.view.send.enabled == one.desk.idle and one.view.stop.enabled == one.desk.can_stop
+
+
+async def asked(one: Desktop, question: str) -> None:
+    """Type a question and press Send; returns at once, and it is being answered."""
+    one.view.question.value = question
+    one.view.send._impl.simulate_press()
+    await until(lambda: one.desk.can_stop)
+
+
+async def settled(one: Desktop) -> None:
+    """Wait until nothing goes on, and the window shows it."""
+    await until(lambda: one.desk.can_choose and shows(one))
