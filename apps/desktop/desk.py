@@ -178,12 +178,15 @@ class Desk:
                     self._hear(piece)
         except MlxStreamError as error:
             self._say(one_line(error), alarming=True)
+            if self._chat and not heard and is_broken(self._chat):
+                await self._close_chat()
         except asyncio.CancelledError:
             self._hear(Piece("", "interrupted"))
-            # It is the engine's turn now: it stops before its next token, and says so here.
+            heard = True
+        if heard:  # it is the engine's turn: it stops before its next token, and says what is kept
             await soon(lambda: self._last_held() is not before)
         self.phase = "idle"
-        self._settle(heard or self._last_held() is not before)
+        self._settle(self._last_held() is not before)
         self._changed()
 
     def _hear(self, piece: Piece) -> None:
@@ -332,6 +335,15 @@ def opened(chat: Session) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def is_broken(chat: Session) -> bool:
+    """Return whether a session could not be opened, and never will be."""
+    try:
+        opened(chat)
+    except MlxStreamError:
+        return True
+    return False
 
 
 async def soon(done: Callable[[], bool], seconds: float = 2.0) -> None:
