@@ -11,6 +11,7 @@ os.environ["TOGA_BACKEND"] = "toga_dummy"  # of those installed; read when the f
 from desktop.app import Desktop
 from desktop.desk import Desk
 from shell import DEADLINE
+from toga_dummy.utils import EventLog
 
 from mlx_stream import Sampling
 
@@ -21,7 +22,7 @@ async def until(so: Callable[[], object]) -> None:
     """Let the event loop run until something is so."""
     async with asyncio.timeout(DEADLINE):
         while not so():
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -45,7 +46,14 @@ async def app(
         await until(lambda: one.desk.can_choose and shows(one))
         yield one
     finally:
-        await one.on_exit()
+        one.request_exit()
+        await until(lambda: has_left(one))
+
+
+def has_left(one: Desktop) -> bool:
+    """Return whether the application has ended, as after Quit."""
+    events = (entry for entry in EventLog._log if entry.instance is one._impl)
+    return any(entry.context.get("action") == "exit" for entry in events)
 
 
 def shows(one: Desktop) -> bool:

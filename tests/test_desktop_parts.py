@@ -117,7 +117,7 @@ def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
     assert rows[0].text == "5 earlier: mlx_stream sessions show work"
     at = next(n for n, row in enumerate(rows) if row.kind == "note" and n)
     assert rows[at].text == f"{EXCHANGES_SHOWN + 3} exchanges above left the window: not attended"
-    assert [row.text for row in rows[at + 1 :]] == ["q33", "r33", "q34", "r34"]
+    assert [row.text for row in rows[at + 1 :]] == ["q23", "r23", "q24", "r24"]
     assert all(row.attended == (n > at) for n, row in enumerate(rows))
     assert [row.kind for row in rows_of(said[:1], 1, "work")] == ["you", "model"]
     assert rows_of([Said("q")], 1, None)[-1].text == " \N{HORIZONTAL ELLIPSIS}"

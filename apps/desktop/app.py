@@ -81,7 +81,7 @@ class Desktop(toga.App):
         """Show the conversation as text that can be selected and copied."""
         window = toga.Window(title=self.desk.name or NAME, size=(640, 560))
         window.content = toga.MultilineTextInput(
-            value=as_text(self.desk.said, self.desk.model), readonly=True, style=Pack(flex=1)
+            value=as_text(self.desk.said), readonly=True, style=Pack(flex=1)
         )
         window.show()
 
@@ -94,8 +94,8 @@ class Desktop(toga.App):
         return False
 
 
-def as_text(said: Sequence[Said], speaker: str) -> str:
-    return "\n\n".join(f"You:\n{one.question}\n\n{speaker}:\n{one.reply}" for one in said)
+def as_text(said: Sequence[Said]) -> str:
+    return "\n\n".join(f"You:\n{one.question}\n\nModel:\n{one.reply}" for one in said)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

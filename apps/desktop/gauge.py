@@ -1,45 +1,67 @@
-"""A bar of what is attended, for good and of the latest, and what is free; knows Toga only."""
+"""A bar of what is attended, for good and of the latest, and what is free; knows Toga only.
+
+It is drawn, not laid out: it changes with every token, and a layout takes the whole window along.
+"""
+
+from collections.abc import Callable
 
 import toga
 from desktop.colours import Colours
 from desktop.desk import Gauge
-from toga.style.pack import CENTER, COLUMN, ROW, Pack
+from toga.constants import Baseline
+from toga.fonts import SYSTEM, SYSTEM_DEFAULT_FONT_SIZE
+from toga.style.pack import Pack
 
-HEIGHT = 8
+BAR, LINE = 8, 18
 
 
 class GaugeBar:
-    """The bar, and under it the same in words and numbers."""
+    """The bar, and under it the same in words and numbers.
 
-    def __init__(self, colours: Colours):
-        self._now: Gauge | None = None
-        self._parts = [
-            toga.Box(style=Pack(flex=0, height=HEIGHT, background_color=colour))
-            for colour in (colours.pinned, colours.ring, colours.track)
-        ]
-        self._label = toga.Label("", style=Pack(font_size=10, margin_top=4))
-        bar = toga.Box(children=self._parts, style=Pack(direction=ROW, align_items=CENTER))
-        self.widget = toga.Box(
-            children=[bar, self._label], style=Pack(direction=COLUMN, margin=(2, 14, 10, 14))
+    Args:
+        fitted: breaks a text into lines of a width.
+    """
+
+    def __init__(self, colours: Colours, fitted: Callable[[str, float], str]):
+        self._colours, self._fitted = colours, fitted
+        self.now, self._width = Gauge(), 0.0
+        self._font = toga.Font(SYSTEM, SYSTEM_DEFAULT_FONT_SIZE)
+        self.widget = toga.Canvas(
+            style=Pack(height=BAR + 2 * LINE, margin=(2, 14, 4, 14)), on_resize=self._resized
         )
-        self.show(Gauge())
-
-    @property
-    def shares(self) -> list[float]:
-        """What of the bar is attended for good, attended, and free; in tokens."""
-        return [part.style.flex for part in self._parts]
+        self._draw()
 
     @property
     def text(self) -> str:
-        return self._label.text
+        return str(self.now)
+
+    @property
+    def shares(self) -> tuple[int, int, int]:
+        """What of the bar is attended for good, attended, and free; in tokens."""
+        now = self.now
+        return now.pinned, now.attended - now.pinned, max(0, now.capacity - now.attended)
 
     def show(self, gauge: Gauge) -> None:
-        if gauge == self._now:
-            return
-        self._now = gauge
-        pinned = min(gauge.pinned, gauge.attended)
-        free = max(0, gauge.capacity - gauge.attended)
-        shares = (pinned, gauge.attended - pinned, free if gauge.capacity else 1)
-        for part, share in zip(self._parts, shares, strict=True):
-            part.style.flex = share
-        self._label.text = str(gauge)
+        if gauge != self.now:
+            self.now = gauge
+            self._draw()
+
+    def _resized(self, widget: toga.Canvas, width: float, height: float, **_: object) -> None:
+        self._width = width
+        self._draw()
+
+    def _draw(self) -> None:
+        canvas, colours = self.widget, self._colours
+        per_token = self._width / max(1, sum(self.shares))
+        canvas.root_state.drawing_actions.clear()
+        left = 0.0
+        grounds = (colours.pinned, colours.ring, colours.track)
+        shares = self.shares if self.now.capacity else (0, 0, 1)
+        for share, ground in zip(shares, grounds, strict=True):
+            with canvas.fill(fill_style=ground):
+                canvas.rect(left, 0, share * per_token, BAR)
+            left += share * per_token
+        canvas.fill_style = colours.text
+        text = self._fitted(self.text, self._width)
+        canvas.fill_text(text, 0, BAR + 5, font=self._font, baseline=Baseline.TOP)
+        canvas.redraw()

@@ -13,7 +13,7 @@ from toga.colors import TRANSPARENT
 from toga.fonts import BOLD, SYSTEM, SYSTEM_DEFAULT_FONT_SIZE
 from toga.style.pack import COLUMN, END, ROW, START, Pack
 
-EXCHANGES_SHOWN = 30
+EXCHANGES_SHOWN = 20
 WIDEST, INSET, BESIDE = 640, 12, 60
 NEAR_THE_END = 40
 
@@ -52,8 +52,8 @@ def ending(one: Said) -> str:
 class Bubble:
     """One row as widgets: who speaks, and text on a ground of its own."""
 
-    def __init__(self, row: Row, speaker: str, colours: Colours):
-        self.row, self.lines = row, ""
+    def __init__(self, row: Row, colours: Colours):
+        self.row, self._lines, self._colour = row, "", ""
         mine, note = row.kind == "you", row.kind == "note"
         self.body = toga.Label("", style=Pack(margin=(2 if not note else 0, INSET, 8, INSET)))
         ground = TRANSPARENT if note else colours.asked if mine else colours.answered
@@ -65,22 +65,23 @@ class Bubble:
                 font_size=10,
                 color=colours.accent if mine else colours.faded,
             )
-            parts.append(toga.Label("You" if mine else speaker, style=who))
-        self.ground = toga.Box(
+            parts.append(toga.Label("You" if mine else "Model", style=who))
+        ground_box = toga.Box(
             children=[*parts, self.body],
             style=Pack(direction=COLUMN, background_color=ground),
         )
-        room = toga.Box(style=Pack(flex=1))
+        before = [toga.Box(style=Pack(flex=1))] if mine else []
         self.widget = toga.Box(
-            children=[room, self.ground] if mine else [self.ground, room],
-            style=Pack(direction=ROW, margin=(6, 12)),
+            children=[*before, ground_box], style=Pack(direction=ROW, margin=(6, 12))
         )
 
     def show(self, row: Row, lines: str, colours: Colours) -> None:
         self.row = row
-        self.body.style.color = colours.text if row.attended else colours.faded
-        if lines != self.lines:
-            self.lines = self.body.text = lines
+        colour = colours.text if row.attended else colours.faded
+        if colour != self._colour:
+            self._colour = self.body.style.color = colour
+        if lines != self._lines:
+            self._lines = self.body.text = lines
 
 
 class Transcript:
@@ -105,7 +106,7 @@ class Transcript:
         """All that is shown, as plain text."""
         return "\n\n".join(bubble.row.text for bubble in self._bubbles)
 
-    def show(self, rows: Sequence[Row], speaker: str, width: float) -> None:
+    def show(self, rows: Sequence[Row], width: float) -> None:
         """Show these rows in a column of `width`; follow the end if it was in sight."""
         follow = self.at_the_end()
         kinds = [row.kind for row in rows]
@@ -118,7 +119,7 @@ class Transcript:
             self._column.remove(bubble.widget)
         del self._bubbles[same:]
         for row in rows[same:]:
-            self._bubbles.append(Bubble(row, speaker, self._colours))
+            self._bubbles.append(Bubble(row, self._colours))
             self._column.add(self._bubbles[-1].widget)
         room = max(120, min(WIDEST, width - BESIDE)) - 2 * INSET
         for bubble, row in zip(self._bubbles, rows, strict=True):
@@ -126,9 +127,9 @@ class Transcript:
         if follow:
             self.to_the_end()
 
-    def fitted(self, text: str, width: float) -> str:
-        """Return a text in lines for a label in a column of `width`."""
-        return self._wrapped(text, width - BESIDE)
+    def in_lines(self, text: str, width: float) -> str:
+        """Return a text broken into lines of a width."""
+        return self._wrapped(text, width)
 
     def at_the_end(self) -> bool:
         where = self.widget

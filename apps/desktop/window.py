@@ -1,6 +1,6 @@
 """The window: what the desk says, as widgets, and what is clicked, as calls of the desk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import toga
 from mlx_stream.exchange import counted
@@ -12,7 +12,7 @@ from desktop.transcript import Transcript, rows_of
 from desktop.wrapping import shown
 from toga.style.pack import BOLD, CENTER, COLUMN, ROW, Pack
 
-SIDEBAR, SMALLEST_COLUMN = 220, 320
+SIDEBAR, SMALLEST_COLUMN, MARGIN = 220, 320, 14
 SIZE, TITLE = (980, 680), "mlx_stream"
 
 
@@ -22,7 +22,7 @@ class ChatWindow:
     def __init__(self, desk: Desk, redraw: Callable[[], None], dark: bool | None):
         self._desk, self._redraw = desk, redraw
         self._colours = DARK if dark else LIGHT
-        self._filling, self._listed = False, []
+        self._filling, self._put = False, {}
         self.conversations = toga.DetailedList(
             on_select=self._opened, style=Pack(flex=1, width=SIDEBAR)
         )
@@ -30,7 +30,7 @@ class ChatWindow:
         self.model = toga.Selection(on_change=self._model_chosen, style=Pack(flex=1))
         self.window = toga.Selection(on_change=self._window_chosen, style=Pack(width=110))
         self.transcript = Transcript(self._colours)
-        self.gauge = GaugeBar(self._colours)
+        self.gauge = GaugeBar(self._colours, self.transcript.in_lines)
         self.notice = toga.Label("", style=Pack(margin=(4, 14)))
         self.question = toga.TextInput(
             placeholder="Ask something, then press Enter",
@@ -101,35 +101,41 @@ class ChatWindow:
         finally:
             self._filling = False
         rows = rows_of(desk.said, desk.attended, desk.name)
-        self.transcript.show(rows, desk.model, self.column)
+        self.transcript.show(rows, self.column)
         self.gauge.show(desk.gauge)
-        self.notice.style.color = self._colours.alarm if desk.alarming else self._colours.faded
-        put(self.notice, "text", self.transcript.fitted(shown(desk.notice), self.column))
+        notice = self.transcript.in_lines(shown(desk.notice), self.column - 2 * MARGIN)
+        if self._differs("notice", (notice, desk.alarming)):
+            self.notice.style.color = self._colours.alarm if desk.alarming else self._colours.faded
+            self.notice.text = notice
         if desk.draft and not self.question.value:
             self.question.value, desk.draft = desk.draft, ""
-        put(self.send, "enabled", desk.idle)
-        put(self.stop, "enabled", desk.can_stop)
-        for widget in (self.new, self.model, self.window):
-            put(widget, "enabled", desk.can_choose)
+        if self._differs("phase", desk.phase):
+            self.send.enabled, self.stop.enabled = desk.idle, desk.can_stop
+            for widget in (self.new, self.model, self.window):
+                widget.enabled = desk.can_choose
 
     def _fill_pickers(self) -> None:
         desk = self._desk
         models = sorted({*desk.models, desk.model})
-        windows = sorted({*WINDOWS, desk.window})
+        windows = [f"{w:,}" for w in sorted({*WINDOWS, desk.window})]
         for picker, items, chosen in (
             (self.model, models, desk.model),
-            (self.window, [f"{w:,}" for w in windows], f"{desk.window:,}"),
+            (self.window, windows, f"{desk.window:,}"),
         ):
-            if [row.value for row in picker.items] != items:
+            if self._differs(picker, items):
                 picker.items = items
             if picker.value != chosen:
                 picker.value = chosen
 
     def _fill_conversations(self) -> None:
         rows = [titled(one, one.name == self._desk.name) for one in self._desk.conversations]
-        if rows != self._listed:
-            self._listed = rows
+        if self._differs("conversations", rows):
             self.conversations.data = rows
+
+    def _differs(self, what: Hashable, now: object) -> bool:
+        """Return whether `what` is shown otherwise; then it is put right by whoever asked."""
+        before, self._put[what] = self._put.get(what), now
+        return before != now
 
     # --- what is clicked ---
 
@@ -169,8 +175,3 @@ def titled(one: Listed, is_open: bool) -> dict[str, str]:
     about = f"{counted(one.exchanges)}, {one.used[:10]}" if one.header else "cannot be opened"
     return {"title": f"\N{BULLET} {one.name}" if is_open else one.name, "subtitle": about, "name": one.name}
 
-
-def put(widget: toga.Widget, name: str, value: object) -> None:
-    """Set what differs: setting is not free on every desktop."""
-    if getattr(widget, name) != value:
-        setattr(widget, name, value)
