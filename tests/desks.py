@@ -1,19 +1,21 @@
-"""How tests drive the desktop app: its desk without a window, its window on Toga's dummy backend."""
+"""How tests drive the desktop app: its desk alone, and its window on Toga's dummy backend."""
 
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ["TOGA_BACKEND"] = "toga_dummy"  # of those installed; read when the first widget is made
 
-from desktop.app import Desktop
-from desktop.desk import Desk
 from shell import DEADLINE
 from toga_dummy.utils import EventLog
 
+from desktop.app import Desktop
+from desktop.desk import Desk
 from mlx_stream import Sampling
+from mlx_stream.engine import Session
 
 GREEDY = Sampling(temperature=0)
 
@@ -23,6 +25,11 @@ async def until(so: Callable[[], object]) -> None:
     async with asyncio.timeout(DEADLINE):
         while not so():
             await asyncio.sleep(0.01)
+
+
+def chat_of(one: Desk) -> Session:
+    assert one._chat
+    return one._chat
 
 
 @asynccontextmanager
@@ -39,7 +46,7 @@ async def desk(model: Path | str, window: int = 100, max_tokens: int = 40) -> As
 @asynccontextmanager
 async def app(
     model: Path | str, window: int = 100, max_tokens: int = 40, status_icon: bool = False
-) -> AsyncIterator[Desktop]:
+) -> AsyncIterator[Any]:
     """Give the application on the dummy backend, its model loaded and its window drawn."""
     one = Desktop(str(model), window, GREEDY, max_tokens, status_icon)
     try:

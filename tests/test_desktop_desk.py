@@ -3,7 +3,7 @@
 import asyncio
 from dataclasses import replace
 
-from desks import desk, until
+from desks import chat_of, desk, until
 
 from mlx_stream.sessions import manage, places
 from mlx_stream.sessions.lock import Lock
@@ -23,7 +23,7 @@ def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
             ]
             assert one.idle and one.attended == 1
             assert one.gauge.capacity == 204 and 0 < one.gauge.attended < 204
-            assert one.gauge.bytes == one._chat.stats.cache_bytes > 0
+            assert one.gauge.bytes == chat_of(one).stats.cache_bytes > 0
             assert one.name == "hi-there-you"
             assert [c.name for c in one.conversations] == ["hi-there-you"]
             await one.send("Hi there, you!")
@@ -44,7 +44,7 @@ def test_stop_ends_a_reply_within_a_token_and_keeps_what_was_said(letters):
             # One more may be ready, and one is computed while that is shown.
             assert heard <= len(one.said[-1].reply) <= heard + 2
             kept = one.said[-1]
-            assert [e.reply for e in one._chat.exchanges] == [kept.reply]
+            assert [e.reply for e in chat_of(one).exchanges] == [kept.reply]
             await one.send("And now?")
             assert one.said[0] == kept and len(one.said[1].reply) == 600
 
@@ -57,7 +57,7 @@ def test_what_leaves_the_window_is_counted_in_the_gauge_and_among_the_exchanges(
             for number in range(4):
                 await one.send(f"Question {number}?")
             assert one.gauge.evicted > 0 and one.attended < 4 == len(one.said)
-            assert one.attended == len(one._chat.exchanges)
+            assert one.attended == len(chat_of(one).exchanges)
             assert f"{one.gauge.evicted:,} evicted" in str(one.gauge)
 
     asyncio.run(talk())
@@ -83,7 +83,9 @@ def test_a_saved_conversation_is_reopened_with_its_window_and_goes_on(letters):
     asyncio.run(talk())
 
 
-def test_a_conversation_that_is_open_elsewhere_is_refused_in_a_line_and_can_be_opened_later(letters):
+def test_a_conversation_open_elsewhere_is_refused_in_a_line_and_can_be_opened_later(
+    letters,
+):
     async def talk():
         async with desk(letters) as one:
             await one.send("First?")
@@ -136,7 +138,8 @@ def test_the_same_conversation_goes_on_with_another_model(letters, tiny):
             assert one.idle and one.model == str(tiny) and one.attended == 1
             await one.send("More")
             assert [s.question for s in one.said] == ["Hi", "More"]
-            assert one.conversations[0].header.model == str(tiny)
+            header = one.conversations[0].header
+            assert header and header.model == str(tiny)
 
     asyncio.run(talk())
 

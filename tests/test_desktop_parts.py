@@ -1,16 +1,17 @@
 """What the desktop app is made of: lines of text, pauses between drawings, names, rows."""
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from desktop.desk import Gauge
 from desktop.pace import Pacer
 from desktop.saved import Said, new_name, slug
 from desktop.wrapping import LONGEST_SHOWN, shown, wrap
-from hypothesis import given
-from hypothesis import strategies as st
-
 from mlx_stream.sessions import places
 
 APP = Path(__file__).parent.parent / "apps" / "desktop"
@@ -84,7 +85,7 @@ def test_a_thousand_changes_in_a_second_are_at_most_21_drawings_the_last_of_the_
         pacer()
     clock.run_to(102)
     assert 19 <= len(drawn) <= 21
-    assert all(b - a > 0.0499 for (a, _), (b, _) in zip(drawn, drawn[1:], strict=False))
+    assert all(b - a > 0.0499 for (a, _), (b, _) in pairwise(drawn))
     assert drawn[0][0] == 100.0 and drawn[-1][1] == 1_000
 
 
@@ -110,6 +111,7 @@ def test_a_gauge_says_numbers_with_their_units():
 
 def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
     from desks import GREEDY  # noqa: F401  # it chooses the backend
+
     from desktop.transcript import EXCHANGES_SHOWN, rows_of
 
     said = [Said(f"q{n}", f"r{n}", "end") for n in range(EXCHANGES_SHOWN + 5)]

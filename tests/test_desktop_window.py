@@ -41,7 +41,8 @@ def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
                 one.desk.gauge.attended,
                 one.desk.gauge.capacity,
             )
-            assert [row.title for row in view.conversations.data] == ["\N{BULLET} what-is-new"]
+            await until(lambda: len(view.conversations.data) == 1)
+            assert view.conversations.data[0].title == "\N{BULLET} what-is-new"
 
     asyncio.run(use())
 
@@ -136,6 +137,7 @@ def test_a_question_that_was_not_read_is_back_where_it_was_typed(letters):
         async with app(letters) as one:
             await asked(one, "First?")
             await settled(one)
+            await until(lambda: one.view.conversations.data)
             one.view.new._impl.simulate_press()
             await until(lambda: one.desk.name is None)
             with Lock.acquire(paths("first").lock):

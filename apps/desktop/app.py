@@ -1,18 +1,18 @@
 """The application: its window, its menus, and on a Mac an icon in the menu bar."""
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import mlx_stream
 import toga
+from toga.style.pack import Pack
+
+import mlx_stream
 from desktop.desk import DEFAULT_WINDOW, MAX_TOKENS, STARTER, Desk
 from desktop.pace import Pacer
 from desktop.saved import Said
 from desktop.window import ChatWindow
-from toga.style.pack import Pack
 
 NAME, ID = "mlx_stream", "io.github.mlx-stream.desktop"
 
@@ -43,7 +43,7 @@ class Desktop(toga.App):
         self._draw_soon = Pacer(self.view.draw, self.loop)
         self.main_window = self.view.main
         commands = (
-            self._command("New conversation", self.desk.begin, shortcut=toga.Key.MOD_1 + "n"),
+            self._command("New conversation", self.view.begin, shortcut=toga.Key.MOD_1 + "n"),
             self._command("Stop the reply", self.desk.stop, shortcut=toga.Key.MOD_1 + "."),
             self._command("Conversation as text", self._show_text, shortcut=toga.Key.MOD_1 + "t"),
         )
@@ -58,10 +58,11 @@ class Desktop(toga.App):
             self.view.main.on_close = self._hide
         self.view.main.show()
 
-    async def on_running(self) -> None:
+    # Toga awaits what its handlers return, and declares them as if it did not.
+    async def on_running(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         await self.desk.start()
 
-    async def on_exit(self) -> bool:
+    async def on_exit(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         await self.desk.close()
         return True
 
@@ -70,10 +71,9 @@ class Desktop(toga.App):
         self._draw_soon()
 
     def _command(self, text: str, action: Callable[[], object], **options: Any) -> toga.Command:
-        async def act(*_: object, **__: object) -> None:
-            found = action()
-            if inspect.isawaitable(found):
-                await found
+        def act(command: toga.Command, **_: object) -> bool:
+            action()
+            return True
 
         return toga.Command(act, text, **options)
 

@@ -1,26 +1,29 @@
 """What the window shows and what its buttons do; knows the engine and no widgets.
 
 Everything here runs on one event loop. What may block (a model's loading, disks) is awaited on a
-thread; nothing else waits. After any change `changed` is called, and the window reads what it needs.
+thread; nothing else waits. After any change `changed` is called; the window reads what it needs.
 """
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import mlx_stream
+from desktop import saved
+from desktop.saved import Said
 from mlx_stream import Engine, Piece, hub
 from mlx_stream.engine import Session
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.exchange import Exchange
 from mlx_stream.sessions import manage
-from desktop import saved
-from desktop.saved import Said
 
 STARTER, DEFAULT_WINDOW, MAX_TOKENS = hub.STARTER, 2_048, 512
 WINDOWS = (508, 1_020, DEFAULT_WINDOW, 4_092, 8_188)
 SECONDS_TO_CLOSE, SECONDS_BETWEEN = 5.0, 0.03
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Desk:
         self._engine: Engine | None = None
         self._chat: Session | None = None
         self._noted = ""
+        self._pool = ThreadPoolExecutor(2)
         self._reply: asyncio.Task[None] | None = None
 
     @property
@@ -126,7 +130,7 @@ class Desk:
         before, self.phase = self.phase, "loading"
         self._say(f"opening {name}")
         try:
-            said, damage = await asyncio.to_thread(saved.transcript, name)
+            said, damage = await self._aside(saved.transcript, name)
         except MlxStreamError as error:
             self.phase = before
             return self._say(one_line(error), alarming=True)
@@ -163,6 +167,7 @@ class Desk:
         if self._reply:
             await asyncio.wait({self._reply})
         await self._unload()
+        self._pool.shutdown()
 
     # --- one reply ---
 
@@ -170,9 +175,9 @@ class Desk:
         before, heard = self._last_held(), False
         try:
             if self._chat is None:
-                self.name = self.name or await asyncio.to_thread(saved.new_name, question)
-                self._open_chat()
-            async with aclosing(self._chat.areply(question)) as pieces:
+                self.name = self.name or await self._aside(saved.new_name, question)
+            chat = self._chat or self._open_chat()
+            async with aclosing(chat.areply(question)) as pieces:
                 async for piece in pieces:
                     heard = True
                     self._hear(piece)
@@ -235,8 +240,10 @@ class Desk:
 
     # --- conversations, models and lists ---
 
-    def _open_chat(self) -> None:
+    def _open_chat(self) -> Session:
+        assert self._engine, "without a model nothing can be asked or opened"
         begins = not self.said[:-1] and self.model == STARTER
+        self._noted = ""
         self._chat = self._engine.session(
             system=hub.STARTER_SYSTEM if begins else None,
             window=self.window,
@@ -244,15 +251,15 @@ class Desk:
             max_tokens=self._max_tokens,
             name=self.name,
         )
-        self._noted = ""
+        return self._chat
 
     async def _join(self) -> bool:
         """Open the conversation on the engine; return whether that went well."""
         self.phase = "loading"
         self._say(f"opening {self.name}")
         try:
-            self._open_chat()
-            while not opened(self._chat):
+            chat = self._open_chat()
+            while not opened(chat):
                 await asyncio.sleep(SECONDS_BETWEEN)
             self._say("")
         except MlxStreamError as error:
@@ -291,7 +298,7 @@ class Desk:
         await self._close_chat()
         engine, self._engine = self._engine, None
         if engine:
-            await asyncio.to_thread(engine.close, SECONDS_TO_CLOSE)
+            await self._aside(engine.close, SECONDS_TO_CLOSE)
 
     async def _leave(self) -> None:
         before, self.phase = self.phase, "loading"
@@ -305,19 +312,23 @@ class Desk:
         chat, self._chat = self._chat, None
         if chat:
             try:
-                await asyncio.to_thread(chat.close, SECONDS_TO_CLOSE)
+                await self._aside(chat.close, SECONDS_TO_CLOSE)
             except (MlxStreamError, TimeoutError) as error:
                 self._say(one_line(error), alarming=True)
 
     async def _list(self) -> None:
         """Read what is saved and which models are here."""
         try:
-            self.conversations = await asyncio.to_thread(manage.listed)
-            cached = await asyncio.to_thread(hub.cached_models)
+            self.conversations = await self._aside(manage.listed)
+            cached = await self._aside(hub.cached_models)
             self.models = sorted({STARTER, *(one.name for one in cached)})
             self._changed()
         except MlxStreamError as error:
             self._say(one_line(error), alarming=True)
+
+    async def _aside(self, work: Callable[..., T], *args: Any) -> T:
+        """Do what may block, on a thread that is not the window toolkit's."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     def _say(self, notice: str, alarming: bool = False) -> None:
         self.notice, self.alarming = notice, alarming

@@ -6,11 +6,12 @@ It is drawn, not laid out: it changes with every token, and a layout takes the w
 from collections.abc import Callable
 
 import toga
+from toga.constants import SYSTEM, Baseline
+from toga.fonts import SYSTEM_DEFAULT_FONT_SIZE
+from toga.style.pack import Pack
+
 from desktop.colours import Colours
 from desktop.desk import Gauge
-from toga.constants import Baseline
-from toga.fonts import SYSTEM, SYSTEM_DEFAULT_FONT_SIZE
-from toga.style.pack import Pack
 
 BAR, LINE = 8, 18
 

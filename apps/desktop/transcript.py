@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import toga
-from mlx_stream.exchange import counted
+from toga.constants import BOLD, COLUMN, ROW, SYSTEM, TRANSPARENT
+from toga.fonts import SYSTEM_DEFAULT_FONT_SIZE
+from toga.style.pack import Pack
+
 from desktop.colours import Colours
 from desktop.saved import Said
 from desktop.wrapping import shown, wrap
-from toga.colors import TRANSPARENT
-from toga.fonts import BOLD, SYSTEM, SYSTEM_DEFAULT_FONT_SIZE
-from toga.style.pack import COLUMN, END, ROW, START, Pack
+from mlx_stream.exchange import counted
 
 EXCHANGES_SHOWN = 20
 WIDEST, INSET, BESIDE = 640, 12, 60
@@ -88,11 +89,12 @@ class Transcript:
     """Bubbles, of which only those are touched that have changed."""
 
     def __init__(self, colours: Colours):
-        self._colours = colours
+        self._colours, self._follows = colours, True
         self._column = toga.Box(style=Pack(direction=COLUMN, margin=(6, 4)))
         self.widget = toga.ScrollContainer(
             content=self._column,
             horizontal=False,
+            on_scroll=self._scrolled,
             style=Pack(flex=1, background_color=colours.ground),
         )
         self._bubbles: list[Bubble] = []
@@ -107,8 +109,7 @@ class Transcript:
         return "\n\n".join(bubble.row.text for bubble in self._bubbles)
 
     def show(self, rows: Sequence[Row], width: float) -> None:
-        """Show these rows in a column of `width`; follow the end if it was in sight."""
-        follow = self.at_the_end()
+        """Show these rows in a column of `width`; follow the end unless somebody scrolled away."""
         kinds = [row.kind for row in rows]
         same = 0
         while same < min(len(rows), len(self._bubbles)) and (
@@ -124,18 +125,19 @@ class Transcript:
         room = max(120, min(WIDEST, width - BESIDE)) - 2 * INSET
         for bubble, row in zip(self._bubbles, rows, strict=True):
             bubble.show(row, self._wrapped(row.text, room), self._colours)
-        if follow:
+        if self._follows:
             self.to_the_end()
 
     def in_lines(self, text: str, width: float) -> str:
         """Return a text broken into lines of a width."""
         return self._wrapped(text, width)
 
-    def at_the_end(self) -> bool:
-        where = self.widget
-        return where.vertical_position >= where.max_vertical_position - NEAR_THE_END
+    def _scrolled(self, where: toga.ScrollContainer, **_: object) -> None:
+        end = where.max_vertical_position
+        self._follows = where.vertical_position >= end - NEAR_THE_END
 
     def to_the_end(self) -> None:
+        self._follows = True
         self.widget.vertical_position = self.widget.max_vertical_position
 
     def _wrap(self, text: str, room: float) -> str:

@@ -1,16 +1,20 @@
 """The window: what the desk says, as widgets, and what is clicked, as calls of the desk."""
 
-from collections.abc import Callable, Hashable
+import asyncio
+from collections.abc import Callable, Coroutine, Hashable
+from typing import Any
 
 import toga
-from mlx_stream.exchange import counted
-from mlx_stream.sessions.manage import Listed
+from toga.constants import BOLD, CENTER, COLUMN, ROW
+from toga.style.pack import Pack
+
 from desktop.colours import DARK, LIGHT
 from desktop.desk import WINDOWS, Desk
 from desktop.gauge import GaugeBar
 from desktop.transcript import Transcript, rows_of
 from desktop.wrapping import shown
-from toga.style.pack import BOLD, CENTER, COLUMN, ROW, Pack
+from mlx_stream.exchange import counted
+from mlx_stream.sessions.manage import Listed
 
 SIDEBAR, SMALLEST_COLUMN, MARGIN = 220, 320, 14
 SIZE, TITLE = (980, 680), "mlx_stream"
@@ -23,10 +27,11 @@ class ChatWindow:
         self._desk, self._redraw = desk, redraw
         self._colours = DARK if dark else LIGHT
         self._filling, self._put = False, {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self.conversations = toga.DetailedList(
             on_select=self._opened, style=Pack(flex=1, width=SIDEBAR)
         )
-        self.new = toga.Button("New conversation", on_press=self._begun, style=Pack(margin=8))
+        self.new = toga.Button("New conversation", on_press=self.begin, style=Pack(margin=8))
         self.model = toga.Selection(on_change=self._model_chosen, style=Pack(flex=1))
         self.window = toga.Selection(on_change=self._window_chosen, style=Pack(width=110))
         self.transcript = Transcript(self._colours)
@@ -139,32 +144,45 @@ class ChatWindow:
 
     # --- what is clicked ---
 
-    async def _sent(self, *_: object, **__: object) -> None:
+    # Of one that is called while the window is filled, nothing was clicked: so they look at once.
+
+    def _sent(self, *_: object, **__: object) -> None:
         text = self.question.value
         if self._desk.idle and text.strip():
             self.question.value = ""
             self.transcript.to_the_end()
-            await self._desk.send(text)
+            self._go(self._desk.send(text))
 
     def _stopped(self, *_: object, **__: object) -> None:
         self._desk.stop()
 
-    async def _begun(self, *_: object, **__: object) -> None:
-        await self._desk.begin()
+    def begin(self, *_: object, **__: object) -> None:
+        """Begin a new conversation."""
+        self._go(self._desk.begin())
         self.question.focus()
 
-    async def _opened(self, *_: object, **__: object) -> None:
+    def _opened(self, *_: object, **__: object) -> None:
         row = self.conversations.selection
         if row is not None and not self._filling:
-            await self._desk.open(row.name)
+            self._go(self._desk.open(row.name))
 
-    async def _model_chosen(self, *_: object, **__: object) -> None:
+    def _model_chosen(self, *_: object, **__: object) -> None:
         if not self._filling and self.model.value:
-            await self._desk.choose_model(self.model.value)
+            self._go(self._desk.choose_model(self.model.value))
 
-    async def _window_chosen(self, *_: object, **__: object) -> None:
+    def _window_chosen(self, *_: object, **__: object) -> None:
         if not self._filling and self.window.value:
-            await self._desk.choose_window(int(self.window.value.replace(",", "")))
+            self._go(self._desk.choose_window(int(self.window.value.replace(",", ""))))
+
+    def _go(self, doing: Coroutine[Any, Any, None]) -> None:
+        """Have it done; a fault of ours in it is heard of."""
+        task = asyncio.ensure_future(doing)
+        self._tasks.add(task)
+        task.add_done_callback(self._gone)
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        task.result()
 
     def _resized(self, *_: object, **__: object) -> None:
         self._redraw()
@@ -173,5 +191,5 @@ class ChatWindow:
 def titled(one: Listed, is_open: bool) -> dict[str, str]:
     """Return a saved conversation as a row of the list."""
     about = f"{counted(one.exchanges)}, {one.used[:10]}" if one.header else "cannot be opened"
-    return {"title": f"\N{BULLET} {one.name}" if is_open else one.name, "subtitle": about, "name": one.name}
-
+    title = f"\N{BULLET} {one.name}" if is_open else one.name
+    return {"title": title, "subtitle": about, "name": one.name}

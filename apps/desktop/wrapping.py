@@ -23,9 +23,7 @@ def wrap(text: str, width: float, measure: Callable[[str], float]) -> str:
 
     With 1 a character and a width of 7, "one two three" is "one two" and "three".
     """
-    return "\n".join(
-        part for line in text.split("\n") for part in lines_of(line, width, measure)
-    )
+    return "\n".join(part for line in text.split("\n") for part in lines_of(line, width, measure))
 
 
 def lines_of(line: str, width: float, measure: Callable[[str], float]) -> Iterator[str]:
