@@ -33,6 +33,7 @@ def test_a_file_is_short_says_what_it_knows_and_uses_what_is_public(path):
     ("text", "lines"),
     [
         ("one two three", ["one two", "three"]),
+        ("one four", ["one", "four"]),
         ("    def f(x):", ["    def", "f(x):"]),
         ("abcdefghijkl", ["abcdefg", "hijkl"]),
         ("a\n\nb", ["a", "", "b"]),
