@@ -1,0 +1,5 @@
+"""`python -m desktop`, and what Briefcase starts."""
+
+from desktop.app import main
+
+main()

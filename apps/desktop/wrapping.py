@@ -1,0 +1,56 @@
+"""Text that is not ours, broken into lines of a width that somebody else measures."""
+
+from collections.abc import Callable, Iterator
+
+LONGEST_SHOWN = 20_000
+WORD_JOINER = "\N{WORD JOINER}"
+
+
+def shown(text: str) -> str:
+    """Return what a label shows of a text: bounded, without control characters, never as markup.
+
+    A label of Qt takes a text for HTML if a tag is in its first line; after a word joiner none is.
+    """
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[:LONGEST_SHOWN]}\n(the first {LONGEST_SHOWN:,} of {len(text):,} characters)"
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
+    kept = "".join(c for c in text if c == "\n" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+    return kept.replace("<", f"<{WORD_JOINER}").replace("&", f"&{WORD_JOINER}")
+
+
+def wrap(text: str, width: float, measure: Callable[[str], float]) -> str:
+    """Break lines so that each is at most `width` wide; a longer word is broken inside.
+
+    With 1 a character and a width of 7, "one two three" is "one two" and "three".
+    """
+    return "\n".join(part for line in text.split("\n") for part in lines_of(line, width, measure))
+
+
+def lines_of(line: str, width: float, measure: Callable[[str], float]) -> Iterator[str]:
+    rest = line.lstrip(" ")
+    words = rest.rstrip(" ").split(" ")
+    words[0] = line[: len(line) - len(rest)] + words[0]
+    now, used, space = "", 0.0, measure(" ")
+    for word in words:
+        needed = measure(word)
+        if now and used + space + needed <= width:
+            now, used = f"{now} {word}", used + space + needed
+            continue
+        if now:
+            yield now
+        *full, now = broken(word, width, measure)
+        yield from full
+        used = measure(now)
+    yield now
+
+
+def broken(word: str, width: float, measure: Callable[[str], float]) -> list[str]:
+    """Return a word in parts of at most `width`, of one character at least."""
+    parts, used = [""], 0.0
+    for char in word if measure(word) > width else ():
+        wide = measure(char)
+        if parts[-1] and used + wide > width:
+            parts.append("")
+            used = 0.0
+        parts[-1], used = parts[-1] + char, used + wide
+    return parts if parts != [""] else [word]

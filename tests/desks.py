@@ -1,0 +1,80 @@
+"""How tests drive the desktop app: its desk alone, and its window on Toga's dummy backend."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ["TOGA_BACKEND"] = "toga_dummy"  # of those installed; read when the first widget is made
+
+from shell import DEADLINE
+from toga_dummy.utils import EventLog
+
+from desktop.app import Desktop
+from desktop.desk import Desk
+from mlx_stream import Sampling
+from mlx_stream.engine import Session
+
+GREEDY = Sampling(temperature=0)
+
+
+async def until(so: Callable[[], object]) -> None:
+    """Let the event loop run until something is so."""
+    async with asyncio.timeout(DEADLINE):
+        while not so():
+            await asyncio.sleep(0.01)
+
+
+def chat_of(one: Desk) -> Session:
+    assert one._chat
+    return one._chat
+
+
+@asynccontextmanager
+async def desk(model: Path | str, window: int = 100, max_tokens: int = 40) -> AsyncIterator[Desk]:
+    """Give a desk that has loaded its model."""
+    one = Desk(lambda: None, str(model), window, GREEDY, max_tokens)
+    await one.start()
+    try:
+        yield one
+    finally:
+        await one.close()
+
+
+@asynccontextmanager
+async def app(
+    model: Path | str, window: int = 100, max_tokens: int = 40, status_icon: bool = False
+) -> AsyncIterator[Any]:
+    """Give the application on the dummy backend, its model loaded and its window drawn."""
+    one = Desktop(str(model), window, GREEDY, max_tokens, status_icon)
+    try:
+        await until(lambda: one.desk.can_choose and shows(one))
+        yield one
+    finally:
+        one.request_exit()
+        await until(lambda: has_left(one))
+
+
+def has_left(one: Desktop) -> bool:
+    """Return whether the application has ended, as after Quit."""
+    events = (entry for entry in EventLog._log if entry.instance is one._impl)
+    return any(entry.context.get("action") == "exit" for entry in events)
+
+
+def shows(one: Desktop) -> bool:
+    """Return whether the window has caught up with the desk."""
+    return one.view.send.enabled == one.desk.idle and one.view.stop.enabled == one.desk.can_stop
+
+
+async def asked(one: Desktop, question: str) -> None:
+    """Type a question and press Send; returns at once, and it is being answered."""
+    one.view.question.value = question
+    one.view.send._impl.simulate_press()
+    await until(lambda: one.desk.can_stop)
+
+
+async def settled(one: Desktop) -> None:
+    """Wait until nothing goes on, and the window shows it."""
+    await until(lambda: one.desk.can_choose and shows(one))
