@@ -12,6 +12,7 @@ from mlx_stream import backend as _backend  # noqa: F401  (OpenBLAS, before MLX 
 from mlx_stream import errors
 
 if TYPE_CHECKING:
+    from mlx_stream.engine import Engine
     from mlx_stream.load import Model, load
     from mlx_stream.sampling import Sampling
     from mlx_stream.session import ChatSession
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ChatSession",
+    "Engine",
     "Model",
     "Piece",
     "Sampling",
@@ -30,6 +32,7 @@ __all__ = [
 
 _HOMES = {
     "ChatSession": "mlx_stream.session",
+    "Engine": "mlx_stream.engine",
     "Model": "mlx_stream.load",
     "Piece": "mlx_stream.stream",
     "Sampling": "mlx_stream.sampling",

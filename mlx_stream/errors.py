@@ -12,7 +12,10 @@
     ├── SnapshotError       a saved stream that is damaged, or another model's
     ├── SessionError        a saved conversation: damaged, in use, or not to be written
     ├── DeviceError         a device that is not known, or a file of devices
-    └── MemoryRefused       the model and its ring do not fit the device
+    ├── MemoryRefused       the model and its ring do not fit the device, or an engine's budget
+    ├── QueueFull           an engine has as much to do as it accepts
+    ├── EngineClosed        an engine or one of its sessions is closed
+    └── ComputeError        MLX failed, or a device did
 
 The message of each is one line: what was given, what was expected, what to do. What was given may
 be a stranger's, and of any length: the middle of a long line is left out.
@@ -75,3 +78,15 @@ class DeviceError(MlxStreamError):
 
 class MemoryRefused(MlxStreamError):
     """A model and its ring exceed what the device can hold."""
+
+
+class QueueFull(MlxStreamError):
+    """An engine, or a listener's backlog, holds as much as it accepts: try again later."""
+
+
+class EngineClosed(MlxStreamError):
+    """An engine or one of its sessions is closed, or may not be opened here."""
+
+
+class ComputeError(MlxStreamError):
+    """What was asked for could not be computed: MLX or the device failed."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +24,21 @@ from mlx_stream.trace import Traces
 from mlx_stream.weights import DTYPES, Untaken, build, weight_bytes
 
 
+def check_memory(weights: int, ring: int) -> None:
+    """Refuse what exceeds the device's budget, with the numbers."""
+    budget = backend.memory_budget()
+    if weights + ring > budget:
+        raise MemoryRefused(
+            f"{megabytes(weights)} of weights and {megabytes(ring)} of keys and values exceed the "
+            f"{megabytes(budget)} this device recommends: use a smaller window, a quantized model, "
+            "or --force"
+        )
+
+
+def megabytes(amount: int) -> str:
+    return f"{amount / 1e6:,.1f} MB"
+
+
 @dataclass(frozen=True)
 class Model:
     """A loaded model: weights, tokenizer, and what is needed to make caches for it.
@@ -35,6 +50,7 @@ class Model:
         quantized: whether quantized weights were kept as they are.
         weight_bytes: memory of the weights.
         force: whether memory limits are overridden.
+        check: refuses what is too much: bytes of the weights, and of one more stream.
         traces: its decode steps, traced; they live as long as it does.
     """
 
@@ -47,10 +63,17 @@ class Model:
     quantized: bool
     weight_bytes: int
     force: bool = False
+    check: Callable[[int, int], None] = check_memory
     traces: Traces = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "traces", Traces(self.network))
+
+    def checked_by(self, check: Callable[[int, int], None]) -> "Model":
+        """Return the same model, with the same traces, whose streams `check` may refuse."""
+        found = replace(self, check=check)
+        object.__setattr__(found, "traces", self.traces)
+        return found
 
     def new_cache(
         self,
@@ -78,7 +101,7 @@ class Model:
         config = self.config
         needed = ring_bytes(config, sinks, window, self.dtype.size, kv_bits, spare)
         if not self.force:
-            check_memory(self.weight_bytes, needed)
+            self.check(self.weight_bytes, needed)
         return StreamCache(
             config.num_hidden_layers,
             config.num_attention_heads,
@@ -139,6 +162,7 @@ def load(
     keep_quantized: bool | None = None,
     force: bool = False,
     notify: Callable[[str], None] = ignore,
+    check: Callable[[int, int], None] = check_memory,
 ) -> Model:
     """Load a model from a folder, a Hub id, a `.gguf` file, or `starter`.
 
@@ -149,6 +173,7 @@ def load(
             the CPU backend, whose quantized products are slower than float32.
         force: load even if the weights exceed the device's memory budget.
         notify: told in a line what is being fetched or converted.
+        check: in place of the device's memory budget; see `Model`.
 
     Raises:
         SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
@@ -170,12 +195,14 @@ def load(
     keep = backend.on_metal() if keep_quantized is None else keep_quantized
     needed = weight_bytes(config, checkpoint.tensors, computed, keep)
     if not force:
-        check_memory(needed, 0)
+        check(needed, 0)
     with named(str(source), path):
         network = build(config, Untaken(checkpoint.tensors), computed, keep)
     quantized = keep and config.quantization is not None
     rope = Rope(config.rope, config.head_dim)
-    return Model(str(source), config, network, tokenizer, rope, computed, quantized, needed, force)
+    return Model(
+        str(source), config, network, tokenizer, rope, computed, quantized, needed, force, check
+    )
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -205,18 +232,3 @@ def default_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
     if own not in DTYPES.values() or (own == mx.bfloat16 and not backend.native_bfloat16()):
         return mx.float16
     return own
-
-
-def check_memory(weights: int, ring: int) -> None:
-    """Refuse what exceeds the device's budget, with the numbers."""
-    budget = backend.memory_budget()
-    if weights + ring > budget:
-        raise MemoryRefused(
-            f"{megabytes(weights)} of weights and {megabytes(ring)} of keys and values exceed the "
-            f"{megabytes(budget)} this device recommends: use a smaller window, a quantized model, "
-            "or --force"
-        )
-
-
-def megabytes(amount: int) -> str:
-    return f"{amount / 1e6:,.1f} MB"

@@ -13,7 +13,7 @@ from dataclasses import replace
 from mlx_stream.attended import Attended, Between, During
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
 from mlx_stream.exchange import Exchange, Held, Talk, Unread
-from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
+from mlx_stream.generate import Sampler, Sampling, TokenStream, generate, read_ahead, read_in_steps
 from mlx_stream.load import Model, ignore
 from mlx_stream.plan.choice import DEFAULT_SINKS
 from mlx_stream.stream import Piece, Reply, Stats, StopFinder, counted, eviction_notice, paced
@@ -22,6 +22,7 @@ from mlx_stream.turns import Turns
 
 DEFAULT_MAX_TOKENS = 512
 NOTICES_KEPT = 8
+Told = Callable[[int, int], None]
 
 
 class ChatSession:
@@ -76,6 +77,7 @@ class ChatSession:
         self.model, self.template = model, template
         self.max_tokens, self.stop = max_tokens, StopFinder(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
+        self.steps = False  # whether replies yield after each step, so that others get a turn
         self.sinks, self.kv_bits = DEFAULT_SINKS if sinks is None else sinks, kv_bits
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
@@ -99,7 +101,7 @@ class ChatSession:
         question: str,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Told | None = None,
     ) -> Generator[Piece, None, None]:
         """Read a question and yield the reply's pieces; closing the generator stops the reply.
 
@@ -121,7 +123,7 @@ class ChatSession:
         self,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Told | None = None,
     ) -> Generator[Piece, None, None]:
         """Answer the last question once more; only its last token is read again.
 
@@ -137,7 +139,7 @@ class ChatSession:
         question: str,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Told | None = None,
     ) -> Generator[Piece, None, None]:
         """Put another question in place of the last one; otherwise as `reply` after `undo`."""
         pieces = self.reply(question, max_tokens, stop, progress)
@@ -182,24 +184,25 @@ class ChatSession:
             vars(self).update(before)
             raise
 
-    def replay(
-        self,
-        exchanges: Sequence[Exchange],
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
+    def replay(self, exchanges: Sequence[Exchange], progress: Told | None = None) -> None:
         """Read exchanges of before, in chunks, as if they were said now; same evictions."""
-        texts = (e.closing_ids + e.question_ids + e.reply_ids for e in exchanges)
+        for _ in self.replaying(exchanges, progress):
+            pass
+
+    def replaying(self, said: Sequence[Exchange], progress: Told | None = None) -> Iterator[None]:
+        """Do what `replay` does, and yield after each step."""
+        texts = (e.closing_ids + e.question_ids + e.reply_ids for e in said)
         step = counted(progress, len(self.turns.pinned) + sum(map(len, texts)))
-        for exchange in exchanges:
+        for exchange in said:
             now = self._settle()
             self.attended.make_room(len(now.unread.ids) + self._reserve(exchange, self.max_tokens))
             turn = self._turn(exchange)
-            self.tokens.read(turn.read, progress=step)
+            yield from read_in_steps(self.tokens, turn.read, step)
             held, reply = self.attended.now.held, exchange.reply_ids
             self.attended.now = Between((*held, turn), Unread(reply))
             self.attended.make_room(len(reply), keep=1)
             if reply:
-                self.tokens.read(reply, progress=step)
+                yield from read_in_steps(self.tokens, reply, step)
             self.attended.now = Between(
                 self.attended.now.held, Unread((), self.turns.rest_of(exchange))
             )
@@ -247,19 +250,16 @@ class ChatSession:
         begin: Callable[[], tuple[tuple[Held, ...], Held]],
         reply: Reply,
         limit: int,
-        progress: Callable[[int, int], None] | None,
+        progress: Told | None,
     ) -> Generator[Piece, None, None]:
         earlier, turn = begin()
         now = self.attended.now = During(earlier, turn, reply)
         # A question that is asked again: its last token's output is what the reply begins from.
         self.tokens.rewind(max(0, self.tokens.length - turn.base - len(turn.read) + 1))
         prompt = turn.read[self.tokens.length - turn.base :]
-        step = counted(progress, len(prompt))
-        ids = generate(self.tokens, prompt, self.sampler, limit, self._end_ids, step)
+        ids = self._ids(prompt, limit, progress)
         try:
-            for piece in paced(
-                self._roomy(ids), reply, len(prompt), limit, self.stats, self.tokens
-            ):
+            for piece in paced(ids, reply, len(prompt), limit, self.stats, self.tokens, self.steps):
                 yield self._last_piece(piece) if piece.finish else piece
                 if not self._is_current(now):  # the next turn has begun and settled this one
                     return
@@ -270,10 +270,13 @@ class ChatSession:
     def _is_current(self, turn: During) -> bool:
         return isinstance(self.attended.now, During) and self.attended.now.reply is turn.reply
 
-    def _roomy(self, ids: Iterator[int]) -> Iterator[int]:
-        """Make room for each sampled id before it is read, which is when the next is asked for."""
-        for id in ids:
-            self.attended.make_room(1)
+    def _ids(self, prompt: Sequence[int], limit: int, told: Told | None) -> Iterator[int | None]:
+        """Yield a reply's ids; with `steps`, None after each step of the prompt but the last."""
+        step = counted(told, len(prompt))
+        if self.steps:
+            prompt = yield from read_ahead(self.tokens, prompt, step)
+        for id in generate(self.tokens, prompt, self.sampler, limit, self._end_ids, step):
+            self.attended.make_room(1)  # before it is read, which is when the next is asked for
             yield id
 
     def _ask(self, question: str, limit: int) -> tuple[tuple[Held, ...], Held]:

@@ -18,6 +18,9 @@ class Piece:
         finish: set on the last one: end, stop or length.
         attended: on the last one of a conversation's reply, the tokens attended now.
         evicted_exchanges, evicted_tokens: on the same, what left attention during the turn.
+
+    One without text and `finish` is a step that made no text final; only `ChatSession.steps` asks
+    for these.
     """
 
     text: str
@@ -266,14 +269,20 @@ def counted(
 
 
 def paced(
-    ids: Iterator[int],
+    ids: Iterator[int | None],
     reply: Reply,
     prompt_tokens: int,
     max_tokens: int,
     stats: Stats,
     tokens: TokenStream,
+    steps: bool = False,
 ) -> Iterator[Piece]:
-    """Yield a reply's pieces; keep the statistics right at each of them."""
+    """Yield a reply's pieces; keep the statistics right at each of them.
+
+    Args:
+        ids: those sampled; None after a step that only read.
+        steps: yield a piece, which may have no text, after each.
+    """
     started = time.perf_counter()
     first = True
 
@@ -291,13 +300,19 @@ def paced(
 
     finish, unsent = "end", ""
     for token in ids:
+        if token is None:
+            paused = time.perf_counter()
+            stats.attended, stats.evicted = tokens.cache.attended, tokens.cache.evicted
+            yield Piece("")
+            started += time.perf_counter() - paused
+            continue
         tick()
         stats.reply_tokens += 1
         unsent = reply.add(token)
         if reply.stopped or reply.count == max_tokens:
             finish = "length"
             break
-        if unsent:
+        if unsent or steps:
             yield Piece(unsent)
             started = time.perf_counter()  # what the caller did with it is not our time
         unsent = ""

@@ -47,6 +47,7 @@ ROOMS = [
     "attended",
     "session",
     "sessions",
+    "engine",
     "evaluate",
     "conversion",
     "selftest",

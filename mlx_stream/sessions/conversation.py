@@ -121,22 +121,26 @@ class Conversation:
         """The last exchange that is attended."""
         return next(reversed(self.chat.exchanges), None)
 
-    def reply(self, question: str, *, progress: Told | None = None) -> Pieces:
+    def reply(
+        self, question: str, *, max_tokens: int | None = None, progress: Told | None = None
+    ) -> Pieces:
         """As `ChatSession.reply`; when the generator has ended, the exchange is on disk.
 
         Raises:
             SessionError: it could not be written; that is tried again with the next one.
         """
         self._end()
-        return self._kept(self.chat.reply(question, progress=progress), "append")
+        return self._kept(self.chat.reply(question, max_tokens, progress=progress), "append")
 
-    def retry(self, *, progress: Told | None = None) -> Pieces:
+    def retry(self, *, max_tokens: int | None = None, progress: Told | None = None) -> Pieces:
         self._end()
-        return self._kept(self.chat.retry(progress=progress), "replace")
+        return self._kept(self.chat.retry(max_tokens, progress=progress), "replace")
 
-    def edit(self, question: str, *, progress: Told | None = None) -> Pieces:
+    def edit(
+        self, question: str, *, max_tokens: int | None = None, progress: Told | None = None
+    ) -> Pieces:
         self._end()
-        last, pieces = self.last, self.chat.edit(question, progress=progress)
+        last, pieces = self.last, self.chat.edit(question, max_tokens, progress=progress)
         assert last is not None
         self._write("undo", last)
         return self._kept(pieces, "append")

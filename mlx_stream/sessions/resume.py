@@ -6,7 +6,7 @@ again from the transcript, and that is said.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -76,7 +76,23 @@ def open_session(
     notify: Callable[[str], None] = ignore,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversation:
-    """Go on with the conversation saved as `name`, or begin it.
+    """Do all of `opening` at once."""
+    steps = opening(name, model, options, notify, progress)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def opening(
+    name: str,
+    model: Model,
+    options: Options,
+    notify: Callable[[str], None] = ignore,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generator[None, None, Conversation]:
+    """Go on with the conversation saved as `name`, or begin it; yields while it is read again.
 
     Args:
         notify: told in one line what is read again, and why.
@@ -103,7 +119,7 @@ def open_session(
         conversation = Conversation(chat, Saved(name, where, lock, store))
         now = replace(conversation.header(), id=header.id, created=header.created)
         seeded = chat.sampler.state()
-        catch_up(conversation, changes(header, now), notify, progress)
+        yield from catch_up(conversation, changes(header, now), notify, progress)
         asked = options.sampling is not None and options.sampling.seed is not None
         chat.sampler.restore(seeded if asked else store.progress.sampler)
         if header != now:
@@ -166,7 +182,7 @@ def catch_up(
     changed: str,
     notify: Callable[[str], None],
     progress: Callable[[int, int], None] | None,
-) -> None:
+) -> Iterator[None]:
     """Bring the stream to where the transcript ends."""
     saved, chat = conversation.saved, conversation.chat
     assert saved is not None
@@ -195,7 +211,7 @@ def catch_up(
             f"reading {counted(len(missing))} again: {reason}; replies may differ from those of a "
             "conversation that was never closed"
         )
-        chat.replay(missing, progress)
+        yield from chat.replaying(missing, progress)
     chat.clear(keep=count - oldest + 1)
 
 

@@ -1,0 +1,143 @@
+"""An engine: the handle of the one thread that computes, for any other thread to hold."""
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_stream.engine.chat import OnEvict, OnToken, Session
+from mlx_stream.engine.core import Core
+from mlx_stream.engine.owner import Owner
+from mlx_stream.errors import MlxStreamError, ValueRefused
+from mlx_stream.generate import Sampling
+from mlx_stream.session import DEFAULT_MAX_TOKENS
+
+SECONDS_TO_CLOSE = 5.0
+
+
+class Engine:
+    """A model on a thread of its own, the only one of the process that touches MLX.
+
+    Returns at once; the model is loaded on the thread. Every method may be called on any thread, a
+    user interface's too: none waits but `wait` and `close`.
+
+    Args:
+        source, dtype, keep_quantized: see `mlx_stream.load`.
+        memory_budget: bytes that weights and the streams of all sessions may take; by default,
+            what the device recommends.
+        queue_size: commands that may be waiting or in progress, replies included.
+
+    Raises:
+        ValueRefused: a number out of range.
+        EngineClosed: another engine of this process is open.
+    """
+
+    def __init__(
+        self,
+        source: str | Path = "starter",
+        memory_budget: int | None = None,
+        queue_size: int = 64,
+        dtype: str | None = None,
+        keep_quantized: bool | None = None,
+    ):
+        if queue_size < 1 or (memory_budget is not None and memory_budget < 1):
+            raise ValueRefused(
+                "queue_size and memory_budget must be at least 1, not "
+                f"{queue_size} and {memory_budget}"
+            )
+        self._core = core = Core(source, memory_budget, dtype, keep_quantized)
+        self._owner = Owner(core.load, core.leave, queue_size)
+        weakref.finalize(self, self._owner.end).atexit = False
+
+    @property
+    def model_name(self) -> str:
+        """The source it was made with."""
+        return self._core.name
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model is loaded."""
+        return self._owner.ready and not self._owner.closing
+
+    @property
+    def error(self) -> MlxStreamError | None:
+        """Why the model could not be loaded."""
+        return self._owner.error
+
+    @property
+    def notices(self) -> list[str]:
+        """What was fetched or converted to load the model, in lines: a copy."""
+        return [*self._core.notices]
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes in use by weights and streams, and the budget (0 until loading has begun)."""
+        return self._core.budget.used, self._core.budget.limit
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until the model is loaded.
+
+        Raises:
+            TimeoutError: it takes longer than `timeout` seconds.
+            EngineClosed: the engine was closed before.
+            MlxStreamError: it cannot be loaded; see `mlx_stream.load`.
+        """
+        self._owner.wait(timeout)
+
+    def session(
+        self,
+        system: str | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        stop: Sequence[str] = (),
+        evict: str | None = None,
+        kv_bits: int | None = None,
+        name: str | None = None,
+        on_evict: OnEvict | None = None,
+        on_token: OnToken | None = None,
+    ) -> Session:
+        """Begin a conversation; returns at once. What is wrong is raised on its first use.
+
+        Args:
+            system, window, sinks, sampling, max_tokens, stop, evict, kv_bits: see `ChatSession`.
+            name: go on with the conversation saved under it, or begin it; each exchange is on disk
+                before the next can be asked for.
+            on_evict: called with the exchanges and the tokens that left...
+            on_token: ...and with each piece, on the thread of whoever reads the reply.
+
+        Raises:
+            QueueFull: the engine has too much to do.
+            EngineClosed: it is closed.
+        """
+        options = {
+            "system": system,
+            "window": window,
+            "sinks": sinks,
+            "evict": evict,
+            "sampling": sampling,
+            "max_tokens": max_tokens,
+            "stop": stop,
+            "kv_bits": kv_bits,
+        }
+        return Session(self._owner, self._core, options, name, on_evict, on_token, self)
+
+    def close(self, timeout: float = SECONDS_TO_CLOSE) -> bool:
+        """End replies, save what is saved, and let go of everything.
+
+        Leaving the process does the same.
+
+        Args:
+            timeout: seconds to wait for that; it goes on also if it takes longer.
+
+        Returns:
+            Whether it is done.
+        """
+        self._owner.end()
+        return self._owner.join(timeout)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
