@@ -10,6 +10,7 @@ nobody opens a turn by typing one.
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mlx_stream.errors import TemplateError
 from mlx_stream.exchange import Exchange
@@ -21,6 +22,23 @@ UNDERSTOOD = "Understood."
 # Marks where a text is cut before it is encoded: a code point that Unicode keeps out of texts.
 MARK = "\ufdd0"
 PROBES = ("What is the first?", "Tell me,\nhow many?")
+
+
+@dataclass(frozen=True)
+class OpenTurn:
+    """What surrounds the text of a user's turn that stays open while text is added to it.
+
+    Attributes:
+        opening: before the first turn's text: <|im_start|>system ... <|im_start|>user\\n
+        closing: after it, up to where the model answers: <|im_end|>\\n<|im_start|>assistant\\n
+        reopening: after a reply, up to the next turn's text: <|im_end|>\\n<|im_start|>user\\n
+        lead: spaces that come before the text; they are encoded with its first word.
+    """
+
+    opening: str
+    closing: str
+    reopening: str
+    lead: str = ""
 
 
 class Turns:
@@ -50,7 +68,7 @@ class Turns:
         # No system role, or one inside the first question: then the prompt opens the conversation.
         self.head = [user(system), assistant(UNDERSTOOD)]
         self._before = (
-            template.opening(None, self._guarded(system))
+            template.opening(None, self.guarded(system))
             + template.lead
             + UNDERSTOOD
             + template.closing
@@ -63,7 +81,7 @@ class Turns:
         Raises:
             TemplateError: the template failed, or would write other pinned ids for this question.
         """
-        ids = self._encode(self._opening_text(self._guarded(question)))
+        ids = self.encode(self._opening_text(self.guarded(question)))
         count = len(self.pinned)
         if tuple(ids[:count]) != self.pinned:
             raise TemplateError("chat template: what it says before a question depends on it")
@@ -80,9 +98,27 @@ class Turns:
         """
         before = rest + self.template.closing
         system = None if self._before is not None else self._guarded_system
-        ids = self._encode(before + self.template.turn(self._guarded(question), system))
-        count = common(self._encode(before), ids)
+        ids = self.encode(before + self.template.turn(self.guarded(question), system))
+        count = common(self.encode(before), ids)
         return ids[:count], ids[count:]
+
+    def open_turn(self) -> OpenTurn:
+        """Return what surrounds a user's text, in the template's words.
+
+        Raises:
+            TemplateError: it does not write the text as it is, or something else around another.
+        """
+        opening, closing = around([self._opening_text(probe) for probe in PROBES])
+        system = None if self._before is not None else self._guarded_system
+        again, closing_again = around([self.template.turn(probe, system) for probe in PROBES])
+        before, after = opening.rstrip(" "), again.rstrip(" ")
+        lead = opening[len(before) :]
+        if closing != closing_again or lead != again[len(after) :]:
+            raise TemplateError(
+                "chat template: it does not write a first question as it writes later ones, so no "
+                "turn can be kept open"
+            )
+        return OpenTurn(before, closing, self.template.closing + after, lead)
 
     def rest_of(self, exchange: Exchange) -> str:
         """Return the text of a reply that is read after its ids, with what closes it."""
@@ -97,7 +133,7 @@ class Turns:
 
     @property
     def _guarded_system(self) -> str | None:
-        return None if self.system is None else self._guarded(self.system)
+        return None if self.system is None else self.guarded(self.system)
 
     def _opening_text(self, question: str) -> str:
         if self._before is not None:
@@ -111,11 +147,11 @@ class Turns:
         turn = self.template.turn(PROBES[0], system)
         if not first.endswith(turn):
             return ()
-        before = self._encode(first[: len(first) - len(turn)])
-        whole = (before == self._encode(text)[: len(before)] for text in (first, second))
+        before = self.encode(first[: len(first) - len(turn)])
+        whole = (before == self.encode(text)[: len(before)] for text in (first, second))
         return tuple(before) if all(whole) else ()
 
-    def _guarded(self, text: str) -> str:
+    def guarded(self, text: str) -> str:
         """Return a text in which a mark cuts every special token's name apart."""
         text = text.replace(MARK, "")
         if self._names is None:
@@ -123,11 +159,25 @@ class Turns:
         cuts = [match.start() + 1 for match in self._names.finditer(text)]
         return MARK.join(text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True))
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text of the template's, in which what is guarded is plain text."""
         ids: list[int] = []
         for piece in text.split(MARK):
             ids += self.tokenizer.encode(piece, special=False)
         return ids
+
+
+def around(texts: Sequence[str]) -> tuple[str, str]:
+    """Return what is before and after the probes in their renders."""
+    parts = [text.partition(probe) for text, probe in zip(texts, PROBES, strict=True)]
+    before, found, after = parts[0]
+    same = all((part[0], part[2]) == (before, after) for part in parts)
+    if not (found and same):
+        raise TemplateError(
+            "chat template: what it writes around a question depends on it, so no turn can be "
+            "kept open"
+        )
+    return before, after
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:

@@ -1,11 +1,12 @@
-"""Models inside other programs: one thread computes, any thread asks, nothing waits for it.
+"""Models inside other programs: one thread computes, any thread asks, and none waits for it.
 
 engine      the thread, the model, the memory budget       Engine
 chat        a conversation                                 Session
-
+listener    a stream that is fed, and asked now and then    Listener
 """
 
 from mlx_stream.engine.chat import Session
 from mlx_stream.engine.engine import Engine
+from mlx_stream.engine.listener import Listener
 
-__all__ = ["Engine", "Session"]
+__all__ = ["Engine", "Listener", "Session"]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_stream.engine.consumer import consumed, consumed_async
 from mlx_stream.engine.core import Core
-from mlx_stream.engine.owner import Job, Lane, Owner, Work, again, typed
+from mlx_stream.engine.jobs import Job, Work, again, typed
+from mlx_stream.engine.owner import Lane, Owner
 from mlx_stream.errors import EngineClosed, MlxStreamError, TextError, ValueRefused
 from mlx_stream.exchange import Exchange
 from mlx_stream.stream import Piece, Stats

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import suppress
 
-from mlx_stream.engine.owner import Job
+from mlx_stream.engine.jobs import Job
 from mlx_stream.stream import Piece
 
 Told = Callable[[Piece | None], None]

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from mlx_stream.engine.chat import OnEvict, OnToken, Session
 from mlx_stream.engine.core import Core
+from mlx_stream.engine.hearing import Options
+from mlx_stream.engine.listener import Listener
 from mlx_stream.engine.owner import Owner
 from mlx_stream.errors import MlxStreamError, ValueRefused
 from mlx_stream.generate import Sampling
 from mlx_stream.session import DEFAULT_MAX_TOKENS
 
 SECONDS_TO_CLOSE = 5.0
+BACKLOG = 65_536
 
 
 class Engine:
@@ -121,6 +124,38 @@ class Engine:
             "kv_bits": kv_bits,
         }
         return Session(self._owner, self._core, options, name, on_evict, on_token, self)
+
+    def listen(
+        self,
+        system: str | None = None,
+        window: int | None = None,
+        sinks: int | None = None,
+        kv_bits: int | None = None,
+        sampling: Sampling | None = None,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        backlog: int = BACKLOG,
+        on_evict: OnEvict | None = None,
+        restore: str | Path | None = None,
+    ) -> Listener:
+        """Begin to listen; returns at once. What is wrong is raised on its first use.
+
+        Args:
+            system, window, sinks, kv_bits, sampling, max_tokens: see `ChatSession`; the last two
+                for answers.
+            backlog: characters that may wait to be read.
+            on_evict: called with 0 and the tokens that left, on the thread of whoever feeds, asks,
+                flushes or saves next.
+            restore: go on with what `Listener.save` wrote there, if it is there and will do; a
+                notice says why if it will not.
+
+        Raises:
+            QueueFull: the engine has too much to do.
+            EngineClosed: it is closed.
+        """
+        place = None if restore is None else Path(restore).absolute()
+        chosen = sampling or Sampling()
+        options = Options(system, window, sinks, kv_bits, chosen, max_tokens, place)
+        return Listener(self._owner, self._core, options, backlog, on_evict, self)
 
     def close(self, timeout: float = SECONDS_TO_CLOSE) -> bool:
         """End replies, save what is saved, and let go of everything.

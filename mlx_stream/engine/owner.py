@@ -1,30 +1,22 @@
 """The one thread that touches MLX: lanes take turns on it, a step each; knows no model.
 
-A lane is what is asked of one session, done in order. A job is one thing asked: a generator that
-runs on the thread, and hands what it yields to whoever asked. Everything else here may be called
-from any thread, and holds the lock for no longer than it takes to look at a few lists.
+A lane is what is asked of one session, done in order, job by job. What is not said to run on the
+thread may be called from any, and holds the lock for no longer than a look at a few lists takes.
 """
 
 import atexit
-import copy
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
-from mlx_stream.errors import ComputeError, EngineClosed, MlxStreamError, QueueFull
+from mlx_stream.engine.jobs import AHEAD, Job, Work, again, typed
+from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-# What a job may be ahead of whoever reads its pieces: the one computed while one is shown.
-AHEAD = 1
 SECONDS_AT_EXIT = 10.0
-
-Work = Generator[Any, None, Any]
 
 
 class Background(Protocol):
@@ -37,138 +29,6 @@ class Background(Protocol):
     def step(self) -> None:
         """Do a little of it."""
         ...
-
-
-class Job:
-    """One thing asked: what it has given so far, and whether it is wanted.
-
-    Args:
-        work: called on the thread, with nothing; None among what it yields is a step that gave
-            nothing.
-        ahead: how many items may wait to be taken before it pauses; None: any number.
-    """
-
-    def __init__(self, owner: "Owner", work: Callable[[], Work], ahead: int | None = AHEAD):
-        self.owner, self.ahead = owner, ahead
-        self.arrived = threading.Condition(owner.lock)
-        self.items: deque[Any] = deque()
-        self.cancelled = self.done = False
-        self.result: Any = None
-        self.error: MlxStreamError | None = None
-        self._tell: Callable[[], None] | None = None
-        self._begin, self._work = work, None
-
-    def take(self, timeout: float | None = None) -> Any:
-        """Return the next item, None when there will be none; waits for it.
-
-        Raises:
-            TimeoutError: it did not come in `timeout` seconds.
-            MlxStreamError: what the work raised.
-        """
-        with self.owner.lock:
-            if not self.arrived.wait_for(lambda: self.items or self.done, timeout):
-                raise TimeoutError(f"nothing came in {timeout} seconds")
-            return self.take_now()
-
-    def take_now(self) -> Any:
-        """Return the next item, None if there is none now; raises as `take`."""
-        with self.owner.lock:
-            if self.items:
-                self.owner.wake.notify()
-                return self.items.popleft()
-            if self.error:
-                raise again(self.error)
-            return None
-
-    def outcome(self, timeout: float | None = None) -> Any:
-        """Wait for the end and return its result; raises as `take`."""
-        with self.owner.lock:
-            if not self.arrived.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"not done in {timeout} seconds")
-            if self.error:
-                raise again(self.error)
-            return self.result
-
-    def on_arrival(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called, on the owner's thread, whenever something has come."""
-        with self.owner.lock:
-            self._tell = tell
-
-    def promise(self, future: "Future[Any]") -> None:
-        """Have a future hold the outcome."""
-
-        def tell() -> None:
-            with self.owner.lock:
-                # Once, whoever is first; and not if it was cancelled, which the work knows not of.
-                now = self.done and self._tell is tell
-                if now:
-                    self._tell = None
-            if now and future.set_running_or_notify_cancel():
-                if self.error:
-                    future.set_exception(self.error)
-                else:
-                    future.set_result(self.result)
-
-        with self.owner.lock:
-            self._tell = tell
-        tell()
-
-    def cancel(self) -> None:
-        """Have it stopped before its next step; nothing more is taken from it."""
-        with self.owner.lock:
-            self.cancelled = True
-            self.items.clear()
-            self.owner.wake.notify()
-
-    def runnable(self) -> bool:
-        return self.cancelled or self.ahead is None or len(self.items) < self.ahead
-
-    # --- on the owner's thread ---
-
-    def step(self) -> None:
-        """Run to the next item or the end."""
-        try:
-            if self.cancelled:
-                return self.abandon()
-            if self.owner.error:
-                raise again(self.owner.error)
-            if self._work is None:
-                self._work = self._begin()
-            item = next(self._work)
-            if item is not None:
-                self._give(item)
-        except StopIteration as end:
-            self._finish(end.value)
-        # The engine outlives it, whatever it is; who asked is told.
-        except Exception as error:
-            self._finish(error=typed(error))
-
-    def abandon(self, error: MlxStreamError | None = None) -> None:
-        """End before the end; `error` is what whoever waits is told."""
-        try:
-            if self._work:
-                self._work.close()
-        except Exception as found:
-            error = typed(found)
-        self._finish(error=error)
-
-    def _finish(self, result: Any = None, error: MlxStreamError | None = None) -> None:
-        with self.owner.lock:
-            self.done, self.result, self.error = True, result, error
-            self._work = None
-            self.arrived.notify_all()
-        self._told()
-
-    def _give(self, item: Any) -> None:
-        with self.owner.lock:
-            if not self.cancelled:
-                self.items.append(item)
-                self.arrived.notify_all()
-        self._told()
-
-    def _told(self) -> None:
-        if self._tell:  # without the lock: it is not ours
-            self._tell()
 
 
 class Lane:
@@ -224,7 +84,7 @@ class Lane:
             self.closing = self.closed = True
             if self in self.owner.lanes:
                 self.owner.lanes.remove(self)
-            self.owner.prepared.notify_all()
+            self.owner.changed.notify_all()
 
     def cancel(self) -> None:
         """Have everything that was asked stopped."""
@@ -241,7 +101,7 @@ class Lane:
     def wait_closed(self, timeout: float | None) -> bool:
         """Wait until it is closed; return whether it is. Raises what closing it raised."""
         with self.owner.lock:
-            done = self.owner.prepared.wait_for(lambda: self.closed or self.owner.ended, timeout)
+            done = self.owner.changed.wait_for(lambda: self.closed or self.owner.ended, timeout)
             if self.error:
                 raise again(self.error)
             return bool(done)
@@ -260,7 +120,7 @@ class Owner:
         # A cancel may come from a finalizer, in the middle of anything the same thread does here.
         self.lock = threading.RLock()
         self.wake = threading.Condition(self.lock)
-        self.prepared = threading.Condition(self.lock)
+        self.changed = threading.Condition(self.lock)
         self.ready = self.closing = self.ended = False
         self.error: MlxStreamError | None = None
         self.lanes: list[Lane] = []
@@ -273,7 +133,7 @@ class Owner:
 
     def add(self, lane: Lane) -> Lane:
         with self.lock:
-            self._check()
+            self.check()
             self.lanes.append(lane)
         return lane
 
@@ -286,9 +146,7 @@ class Owner:
         """
         job = Job(self, work, ahead)
         with self.lock:
-            self._check()
-            if lane.closing:
-                raise EngineClosed("this session is closed: begin another one")
+            self.check(lane)
             asked = sum(len(lane.jobs) for lane in self.lanes)
             if asked >= self.queue_size:
                 raise QueueFull(
@@ -307,7 +165,7 @@ class Owner:
             MlxStreamError: it cannot be, or it was closed before.
         """
         with self.lock:
-            if not self.prepared.wait_for(lambda: self.ready or self.error or self.ended, timeout):
+            if not self.changed.wait_for(lambda: self.ready or self.error or self.ended, timeout):
                 raise TimeoutError(f"the model is not loaded after {timeout} seconds")
             if self.error:
                 raise again(self.error)
@@ -326,12 +184,13 @@ class Owner:
             self._thread.join(timeout)
         return self.ended
 
-    def busy(self, but: Lane) -> bool:
-        """Return whether something was asked of another lane than `but`."""
+    def busy(self) -> bool:
+        """Return whether there is more to do than what goes on in the background."""
         with self.lock:
-            return any(lane.jobs for lane in self.lanes if lane is not but)
+            return any(lane.jobs for lane in self.lanes)
 
-    def _check(self) -> None:
+    def check(self, lane: Lane | None = None) -> None:
+        """Raise `EngineClosed` if nothing can be asked, of a lane or at all."""
         if self.closing or self.ended:
             raise EngineClosed("the engine is closed: make another one")
         if os.getpid() != self._process:
@@ -339,6 +198,8 @@ class Owner:
                 "an engine does not survive a fork: make it in the new process, or start "
                 "processes by spawning"
             )
+        if lane and lane.closing:
+            raise EngineClosed("this session is closed: begin another one")
 
     def _run(self) -> None:
         try:
@@ -363,7 +224,7 @@ class Owner:
             error = typed(found)
         with self.lock:
             self.error, self.ready = error, error is None
-            self.prepared.notify_all()
+            self.changed.notify_all()
 
     def _round(self) -> list[Lane]:
         """Return the lanes that have a step to do, once there are any; none at the end."""
@@ -385,24 +246,7 @@ class Owner:
         finally:
             with self.lock:
                 self.ended = True
-                self.prepared.notify_all()
-
-
-def again(error: MlxStreamError) -> MlxStreamError:
-    """Return an error to raise on another thread, maybe not for the first time."""
-    found = copy.copy(error)
-    found.__cause__ = error
-    return found
-
-
-def typed(error: Exception) -> MlxStreamError:
-    """Return an error as one of ours: those of MLX come as RuntimeError, late and from anywhere."""
-    if isinstance(error, MlxStreamError):
-        return error
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    found = ComputeError(f"it could not be computed: {what}")
-    found.__cause__ = error
-    return found
+                self.changed.notify_all()
 
 
 # --- one per process, and its end ---

@@ -1,0 +1,184 @@
+"""One thing asked of the engine's thread: a generator that runs there, and what it has given.
+
+What it yields is handed to whoever asked. A job that is not wanted any more ends before its next
+step.
+"""
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlx_stream.errors import ComputeError, MlxStreamError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+# What a job may be ahead of whoever reads its pieces: the one computed while one is shown.
+AHEAD = 1
+
+Work = Generator[Any, None, Any]
+
+
+class Thread(Protocol):
+    """What a job knows of the thread it runs on.
+
+    Attributes:
+        lock: guards what both sides look at.
+        wake: notified when there may be something to do.
+        error: what every job fails with, if there is something.
+    """
+
+    lock: Any
+    wake: threading.Condition
+    error: MlxStreamError | None
+
+
+class Job:
+    """One thing asked: what it has given so far, and whether it is wanted.
+
+    Args:
+        work: called on the thread, with nothing; None among what it yields is a step that gave
+            nothing.
+        ahead: how many items may wait to be taken before it pauses; None: any number.
+    """
+
+    def __init__(self, owner: Thread, work: Callable[[], Work], ahead: int | None = AHEAD):
+        self.owner, self.ahead = owner, ahead
+        self.arrived = threading.Condition(owner.lock)
+        self.items: deque[Any] = deque()
+        self.cancelled = self.done = False
+        self.result: Any = None
+        self.error: MlxStreamError | None = None
+        self._tell: Callable[[], None] | None = None
+        self._begin, self._work = work, None
+
+    def take(self, timeout: float | None = None) -> Any:
+        """Return the next item, None when there will be none; waits for it.
+
+        Raises:
+            TimeoutError: it did not come in `timeout` seconds.
+            MlxStreamError: what the work raised.
+        """
+        with self.owner.lock:
+            if not self.arrived.wait_for(lambda: self.items or self.done, timeout):
+                raise TimeoutError(f"nothing came in {timeout} seconds")
+            return self.take_now()
+
+    def take_now(self) -> Any:
+        """Return the next item, None if there is none now; raises as `take`."""
+        with self.owner.lock:
+            if self.items:
+                self.owner.wake.notify()
+                return self.items.popleft()
+            if self.error:
+                raise again(self.error)
+            return None
+
+    def outcome(self, timeout: float | None = None) -> Any:
+        """Wait for the end and return its result; raises as `take`."""
+        with self.owner.lock:
+            if not self.arrived.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"not done in {timeout} seconds")
+            if self.error:
+                raise again(self.error)
+            return self.result
+
+    def on_arrival(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called, on the owner's thread, whenever something has come."""
+        with self.owner.lock:
+            self._tell = tell
+
+    def promise(self, future: "Future[Any]") -> None:
+        """Have a future hold the outcome."""
+
+        def tell() -> None:
+            with self.owner.lock:
+                # Once, whoever is first; and not if it was cancelled, which the work knows not of.
+                now = self.done and self._tell is tell
+                if now:
+                    self._tell = None
+            if now and future.set_running_or_notify_cancel():
+                if self.error:
+                    future.set_exception(self.error)
+                else:
+                    future.set_result(self.result)
+
+        with self.owner.lock:
+            self._tell = tell
+        tell()
+
+    def cancel(self) -> None:
+        """Have it stopped before its next step; nothing more is taken from it."""
+        with self.owner.lock:
+            self.cancelled = True
+            self.items.clear()
+            self.owner.wake.notify()
+
+    def runnable(self) -> bool:
+        return self.cancelled or self.ahead is None or len(self.items) < self.ahead
+
+    # --- on the owner's thread ---
+
+    def step(self) -> None:
+        """Run to the next item or the end."""
+        try:
+            if self.cancelled:
+                return self.abandon()
+            if self.owner.error:
+                raise again(self.owner.error)
+            if self._work is None:
+                self._work = self._begin()
+            item = next(self._work)
+            if item is not None:
+                self._give(item)
+        except StopIteration as end:
+            self._finish(end.value)
+        # The engine outlives it, whatever it is; who asked is told.
+        except Exception as error:
+            self._finish(error=typed(error))
+
+    def abandon(self, error: MlxStreamError | None = None) -> None:
+        """End before the end; `error` is what whoever waits is told."""
+        try:
+            if self._work:
+                self._work.close()
+        except Exception as found:
+            error = typed(found)
+        self._finish(error=error)
+
+    def _finish(self, result: Any = None, error: MlxStreamError | None = None) -> None:
+        with self.owner.lock:
+            self.done, self.result, self.error = True, result, error
+            self._work = None
+            self.arrived.notify_all()
+        self._told()
+
+    def _give(self, item: Any) -> None:
+        with self.owner.lock:
+            if not self.cancelled:
+                self.items.append(item)
+                self.arrived.notify_all()
+        self._told()
+
+    def _told(self) -> None:
+        if self._tell:  # without the lock: it is not ours
+            self._tell()
+
+
+def again(error: MlxStreamError) -> MlxStreamError:
+    """Return an error to raise on another thread, maybe not for the first time."""
+    found = copy.copy(error)
+    found.__cause__ = error
+    return found
+
+
+def typed(error: Exception) -> MlxStreamError:
+    """Return an error as one of ours: those of MLX come as RuntimeError, late and from anywhere."""
+    if isinstance(error, MlxStreamError):
+        return error
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    found = ComputeError(f"it could not be computed: {what}")
+    found.__cause__ = error
+    return found

@@ -1,0 +1,247 @@
+"""Listening without replying: its handle, for any thread to hold; see `hearing` for the rest."""
+
+import copy
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_stream.engine.chat import OnEvict, check_limit, check_question
+from mlx_stream.engine.consumer import consumed, consumed_async
+from mlx_stream.engine.core import Core
+from mlx_stream.engine.hearing import Backlog, Hearing, Options
+from mlx_stream.engine.jobs import Job, Work
+from mlx_stream.engine.owner import Lane, Owner
+from mlx_stream.engine.saved import checked_note
+from mlx_stream.errors import QueueFull, TextError, ValueRefused
+from mlx_stream.stream import Piece, Stats
+
+
+class Listener:
+    """A stream that reads what it is fed, in the background, and can be asked about it.
+
+    What was fed is one open turn of the user's, of which the latest is attended. Every method may
+    be called on any thread; `feed` with a timeout, `flush`, `save`, `wait` and the pieces of an
+    answer wait, nothing else does.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        core: Core,
+        options: Options,
+        capacity: int,
+        on_evict: OnEvict | None,
+        engine: Any,
+    ):
+        if capacity < 1:
+            raise ValueRefused(f"backlog must be at least 1 character, not {capacity}")
+        check_limit(options.max_tokens)
+        self._engine = engine  # lives as long as a listener that is in use
+        self._owner, self._on_evict = owner, on_evict
+        self._backlog = Backlog(capacity)
+        self._hearing = hearing = Hearing(owner, core, options, self._backlog)
+        self._lane = owner.add(Lane(owner, hearing.after, hearing.close, hearing))
+        self._answer: Job | None = None
+        try:
+            self._opening = owner.submit(self._lane, hearing.open, None)
+        except BaseException:
+            self._lane.close()
+            raise
+        weakref.finalize(self, self._lane.close).atexit = False
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until it listens: the model loaded, what it goes on with restored.
+
+        Raises:
+            TimeoutError: it takes longer than `timeout` seconds.
+            MemoryRefused: it does not fit the engine's budget.
+            TemplateError: the model's template does not allow a turn to be kept open.
+            MlxStreamError: as `mlx_stream.load`.
+        """
+        self._opening.outcome(timeout)
+
+    @property
+    def restored(self) -> dict[str, str | int] | None:
+        """The note of the snapshot it goes on with; None before `wait`, or if it began anew."""
+        note = self._hearing.restored
+        return None if note is None else dict(note)
+
+    @property
+    def backlog(self) -> int:
+        """Characters fed that are not read; the last word is not among them, it may grow yet."""
+        with self._owner.lock:
+            return self._backlog.size
+
+    @property
+    def stats(self) -> Stats:
+        """How it stands after the last step: a copy."""
+        return copy.copy(self._hearing.seen)
+
+    def feed(self, text: str, timeout: float = 0.0) -> None:
+        """Add text to the open turn; it is read in the background.
+
+        Args:
+            timeout: seconds to wait for room.
+
+        Raises:
+            QueueFull: there is no room for it after that.
+            ValueRefused: there never can be.
+            TextError: it is not valid Unicode.
+            EngineClosed: the listener is closed.
+            MlxStreamError: it could not be opened, or what was fed not be read.
+        """
+        check_text(text)
+        backlog, owner = self._backlog, self._owner
+        if len(text) > backlog.capacity:
+            raise ValueRefused(
+                f"{len(text):,} characters are more than the backlog ever holds, "
+                f"{backlog.capacity:,}: feed them in parts"
+            )
+        self._deliver()
+        with owner.lock:
+            owner.changed.wait_for(
+                lambda: self._has_room(len(text)) or self._lane.closing or owner.closing, timeout
+            )
+            owner.check(self._lane)
+            if self._opening.done:
+                self._opening.outcome()
+            if self._hearing.error:
+                self._hearing.opened()
+            if not self._has_room(len(text)):
+                raise QueueFull(
+                    f"{backlog.size:,} characters are waiting to be read, and of at most "
+                    f"{backlog.capacity:,}: feed these {len(text):,} later"
+                )
+            backlog.add(text)
+            owner.wake.notify()
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until all that was fed is read, the last word too.
+
+        Raises:
+            TimeoutError: it takes longer than `timeout` seconds; it goes on.
+            MlxStreamError: it could not be read.
+        """
+        fed = self._fed()
+        self._submit(lambda: self._hearing.flush(fed), None).outcome(timeout)
+        self._deliver()
+
+    def ask(
+        self,
+        question: str,
+        remember: bool = True,
+        max_tokens: int | None = None,
+        now: bool = False,
+    ) -> Generator[Piece, None, None]:
+        """Yield the pieces of an answer from what is attended; then listening goes on.
+
+        The question ends the open turn, and a new one is opened behind the answer. Closing the
+        generator stops the answer within a token. Asking again ends an answer that is going on.
+
+        Args:
+            remember: False asks a copy of the stream, which stays as it is, to the bit. The copy is
+                counted in the engine's budget while it is there.
+            now: without waiting for what was fed and is not read.
+
+        Raises:
+            TextError: the question is empty.
+            MemoryRefused: the copy does not fit the budget.
+            QueueFull: the engine has too much to do.
+        """
+        return consumed(self._asking(question, remember, max_tokens, now), self._deliver)
+
+    def aask(
+        self,
+        question: str,
+        remember: bool = True,
+        max_tokens: int | None = None,
+        now: bool = False,
+    ) -> AsyncGenerator[Piece, None]:
+        """As `ask`, for asyncio; cancelling who waits for it stops it within a token."""
+        return consumed_async(self._asking(question, remember, max_tokens, now), self._deliver)
+
+    def save(
+        self, path: str | Path, note: Mapping[str, str | int], timeout: float | None = None
+    ) -> None:
+        """Write a snapshot, from which `Engine.listen(restore=path)` goes on, to the bit.
+
+        It is whole or not there, and holds all that was fed so far: what is not read yet is read
+        by whoever goes on. An answer that is going on is waited for.
+
+        Args:
+            note: small; given back in `restored`.
+
+        Raises:
+            ValueRefused: the note holds something else, or is too long.
+            SnapshotError: it could not be written; what was there before still is.
+            TimeoutError: it takes longer than `timeout` seconds; it is still going to be written.
+        """
+        place, kept = Path(path).absolute(), checked_note(note)
+        self._submit(lambda: self._hearing.save(place, kept), None).outcome(timeout)
+        self._deliver()
+
+    def close(self, timeout: float = 0.0) -> None:
+        """Stop listening and let go of the ring; nothing is saved. Returns at once.
+
+        Args:
+            timeout: seconds to wait for that.
+        """
+        self._lane.close()
+        if timeout > 0:
+            self._lane.wait_closed(timeout)
+
+    def __enter__(self) -> "Listener":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- between the threads ---
+
+    def _asking(
+        self, question: str, remember: bool, max_tokens: int | None, now: bool
+    ) -> Callable[[], Job]:
+        check_question(question)
+        check_text(question)
+        check_limit(max_tokens)
+
+        def ask() -> Job:
+            with self._owner.lock:
+                fed = None if now else self._fed()
+                # It does not wait for whoever reads it: what is fed meanwhile waits for its end.
+                job = self._submit(
+                    lambda: self._hearing.ask(question, max_tokens, fed, remember), None
+                )
+                before, self._answer = self._answer, job
+                if before:
+                    before.cancel()
+            return job
+
+        return ask
+
+    def _submit(self, work: Callable[[], Work], ahead: int | None) -> Job:
+        return self._owner.submit(self._lane, work, ahead)
+
+    def _fed(self) -> int:
+        with self._owner.lock:
+            return self._backlog.fed
+
+    def _has_room(self, count: int) -> bool:
+        return self._backlog.size + count <= self._backlog.capacity
+
+    def _deliver(self, piece: Piece | None = None) -> None:
+        """Say what left, on the thread of whoever uses it."""
+        with self._owner.lock:
+            left, self._hearing.evicted = self._hearing.evicted, 0
+        if self._on_evict and left:
+            self._on_evict(0, left)
+
+
+def check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"text: character {error.start} is half of a surrogate pair and not valid Unicode"
+        ) from error

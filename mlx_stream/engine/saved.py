@@ -1,0 +1,103 @@
+"""What a snapshot of a listening stream remembers beside it, as plain JSON; untrusted when read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from mlx_stream.errors import SnapshotError, ValueRefused
+
+KIND = "listener"
+LONGEST_NOTE = 65_536  # bytes, as JSON
+BYTES_BESIDE = 2**20
+BYTES_PER_CHARACTER = 12  # of a text in JSON, at most
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a listening stream stands, beside its keys and values.
+
+    Attributes:
+        note: the writer's own.
+        began: when it began, which its template may name.
+        sampler: the state of the random numbers, hexadecimal.
+        ids: encoded and not read.
+        context, lead, held, begun: see `Words`.
+        backlog: fed and not encoded.
+    """
+
+    note: dict[str, str | int]
+    began: datetime
+    sampler: str
+    ids: tuple[int, ...]
+    context: str
+    lead: str
+    held: str
+    begun: bool
+    backlog: str
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as values for JSON."""
+        values = asdict(self)
+        return {"kind": KIND, **values, "began": self.began.isoformat(), "ids": [*self.ids]}
+
+
+def longest(capacity: int) -> int:
+    """Return how many bytes it may take at most, with a backlog of so many characters."""
+    return BYTES_BESIDE + LONGEST_NOTE + BYTES_PER_CHARACTER * capacity
+
+
+def kept_of(plain: Mapping[str, Any], vocabulary: int) -> Kept:
+    """Return what `plain` made.
+
+    Raises:
+        SnapshotError: it made something else.
+    """
+    try:
+        if plain["kind"] != KIND or plain.keys() != {"kind", *Kept.__annotations__}:
+            raise ValueError("it is not a listener's")
+        texts = {
+            name: typed(str, plain[name])
+            for name in ("sampler", "context", "lead", "held", "backlog")
+        }
+        for text in texts.values():
+            text.encode()
+        ids = tuple(typed(int, id) for id in plain["ids"])
+        if not all(0 <= id < vocabulary for id in ids):
+            raise ValueError("an id is none of this model")
+        began = datetime.fromisoformat(typed(str, plain["began"])).astimezone()
+        note = checked_note(typed(dict, plain["note"]))
+        return Kept(note=note, began=began, ids=ids, begun=typed(bool, plain["begun"]), **texts)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise SnapshotError("it is not a listening stream's, or damaged") from error
+
+
+def checked_note(note: Any) -> dict[str, str | int]:
+    """Return a copy of a note that can be kept.
+
+    Raises:
+        ValueRefused: it is not made of texts and whole numbers, or too long.
+    """
+    if not isinstance(note, Mapping):
+        raise ValueRefused(
+            f"a note is a dict of texts and whole numbers, not {type(note).__name__}"
+        )
+    for name, value in note.items():
+        if type(name) is not str or type(value) not in (str, int):
+            raise ValueRefused(
+                f"a note holds texts and whole numbers by name, not {name!r:.80}: {value!r:.80}"
+            )
+    try:
+        size = len(json.dumps(dict(note)))
+    except ValueError as error:  # a number of too many digits
+        raise ValueRefused("a note holds texts and whole numbers of fewer digits") from error
+    if size > LONGEST_NOTE:
+        raise ValueRefused(f"a note has at most {LONGEST_NOTE:,} bytes as JSON, not {size:,}")
+    return dict(note)
+
+
+def typed(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, not {value!r:.40}")
+    return value
