@@ -9,7 +9,7 @@ nobody opens a turn by typing one.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlx_stream.errors import TemplateError
@@ -108,9 +108,9 @@ class Turns:
         Raises:
             TemplateError: it does not write the text as it is, or something else around another.
         """
-        opening, closing = around([self._opening_text(probe) for probe in PROBES])
+        opening, closing = around(self._opening_text)
         system = None if self._before is not None else self._guarded_system
-        again, closing_again = around([self.template.turn(probe, system) for probe in PROBES])
+        again, closing_again = around(lambda probe: self.template.turn(probe, system))
         before, after = opening.rstrip(" "), again.rstrip(" ")
         lead = opening[len(before) :]
         if closing != closing_again or lead != again[len(after) :]:
@@ -167,12 +167,11 @@ class Turns:
         return ids
 
 
-def around(texts: Sequence[str]) -> tuple[str, str]:
-    """Return what is before and after the probes in their renders."""
-    parts = [text.partition(probe) for text, probe in zip(texts, PROBES, strict=True)]
-    before, found, after = parts[0]
-    same = all((part[0], part[2]) == (before, after) for part in parts)
-    if not (found and same):
+def around(render: Callable[[str], str]) -> tuple[str, str]:
+    """Return what is before and after a question in its render, whatever it is."""
+    probes = (*PROBES, "?")
+    before, _, after = render(probes[0]).partition(probes[0])
+    if not all(render(probe) == before + probe + after for probe in probes):
         raise TemplateError(
             "chat template: what it writes around a question depends on it, so no turn can be "
             "kept open"

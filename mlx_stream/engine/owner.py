@@ -191,13 +191,13 @@ class Owner:
 
     def check(self, lane: Lane | None = None) -> None:
         """Raise `EngineClosed` if nothing can be asked, of a lane or at all."""
-        if self.closing or self.ended:
-            raise EngineClosed("the engine is closed: make another one")
         if os.getpid() != self._process:
             raise EngineClosed(
                 "an engine does not survive a fork: make it in the new process, or start "
                 "processes by spawning"
             )
+        if self.closing or self.ended:
+            raise EngineClosed("the engine is closed: make another one")
         if lane and lane.closing:
             raise EngineClosed("this session is closed: begin another one")
 
@@ -269,6 +269,30 @@ def claim(owner: Owner) -> list[Owner]:
             )
         _all.add(owner)
         return alive
+
+
+def hold_all() -> None:
+    """Let no other thread hold a lock while this process is forked: nobody would release it."""
+    for owner in [*_all]:
+        owner.lock.acquire()
+
+
+def release_all() -> None:
+    for owner in [*_all]:
+        owner.lock.release()
+
+
+def release_in_child() -> None:
+    """Have what waits for a thread that is not here any more wait no longer."""
+    for owner in [*_all]:
+        owner.closing = owner.ended = True
+    release_all()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=hold_all, after_in_parent=release_all, after_in_child=release_in_child
+    )
 
 
 @atexit.register

@@ -1,0 +1,57 @@
+"""What tests of the engine share: engines on tiny models, and what they must be equal to."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import mlx_stream
+from mlx_stream.generate import Sampling
+
+GREEDY = Sampling(temperature=0)
+DEADLINE = 60.0
+LONG = "and the man of the house " * 60  # several steps of a prompt
+
+
+def engine_of(folder: Path, **options: Any) -> mlx_stream.Engine:
+    return mlx_stream.Engine(folder, dtype="float32", keep_quantized=False, **options)
+
+
+def said(pieces: Iterable[mlx_stream.Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def alone(folder: Path, questions: Iterable[str], **options: Any) -> tuple[list[str], list[Any]]:
+    """Return the replies of a session of its own, on this thread, and its exchanges."""
+    model = mlx_stream.load(folder, dtype="float32", keep_quantized=False)
+    chat = mlx_stream.ChatSession(model, sampling=GREEDY, **options)
+    return [said(chat.reply(question)) for question in questions], chat.exchanges
+
+
+def together(*tasks: Callable[[], None]) -> None:
+    """Run each on a thread of its own, to the end; what one raises is raised."""
+    raised: list[BaseException] = []
+
+    def run(task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(task,), daemon=True) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive(), "a deadlock"
+    if raised:
+        raise raised[0]
+
+
+def eventually(holds: Callable[[], object]) -> None:
+    """Wait until something is so; fail if it never is."""
+    until = time.monotonic() + DEADLINE
+    while not holds():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.001)

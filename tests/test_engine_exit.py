@@ -1,0 +1,124 @@
+"""Programs with an engine end, and by themselves: in a reply, without close(), while loading."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import DEADLINE
+
+BEGIN = """
+import sys, threading, os, signal, asyncio
+import mlx_stream
+from mlx_stream.generate import Sampling
+engine = mlx_stream.Engine(sys.argv[1], dtype="float32", keep_quantized=False)
+chat = engine.session(sampling=Sampling(temperature=0), max_tokens=1_000_000, name="kept")
+"""
+ENDS = {
+    "in a reply": "next(chat.reply('Hi'))\npieces = chat.reply('Hi')\nnext(pieces)\nprint('end')",
+    "by sys.exit in a reply": "for piece in chat.reply('Hi'): print('end'); sys.exit(0)",
+    "without asking anything": "print('end')",
+    "without close after a reply": "list(chat.reply('Hi', 5))\nprint('end')",
+    "while others read": """
+def read():
+    try:
+        for piece in chat.reply('Hi'): begun.set()
+    except mlx_stream.errors.EngineClosed: pass
+begun = threading.Event()
+threading.Thread(target=read, daemon=True).start()
+begun.wait()
+print('end')
+""",
+    "with a listener": """
+listener = engine.listen()
+for _ in range(20): listener.feed('and the man of the house ' * 100, timeout=60)
+print('end')
+""",
+    "in asyncio": """
+async def main():
+    async for piece in chat.areply('Hi'):
+        break
+    print('end')
+asyncio.run(main())
+""",
+    "after close in a reply": "next(chat.reply('Hi'))\nengine.close()\nprint('end')",
+    "by an exception": """
+sys.excepthook = lambda *_: print('end')
+try:
+    next(chat.reply('Hi'))
+    raise ValueError
+finally:
+    pass
+""",
+}
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "MLX_STREAM_HOME": str(home),
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONWARNINGS": "error",
+    }
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_program_ends(letters, tmp_path, how):
+    program = BEGIN + ENDS[how]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(letters)],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert ended.stdout == "end\n" and ended.stderr == ""
+    assert ended.returncode == (1 if how == "by an exception" else 0)
+
+
+def test_what_was_said_is_on_disk_when_a_program_ends_without_close(letters, tmp_path):
+    program = BEGIN + "list(chat.reply('One?', 5))\nnext(chat.reply('Two?'))\n"
+    again = BEGIN + (
+        "chat.wait(60)\n"
+        "print([(e.question, e.finish) for e in chat.exchanges], chat.stats.notices)\n"
+        "engine.close()"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", text, str(letters)],
+            env=environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=True,
+        ).stdout
+        for text in (program, again)
+    ]
+    # Its stream too: nothing is read again.
+    assert outputs == ["", "[('One?', 'length'), ('Two?', 'interrupted')] []\n"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_an_engine_does_not_hang_in_a_fork(letters, tmp_path):
+    program = BEGIN + (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "list(chat.reply('One?', 5))\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    try:\n"
+        "        engine.session()\n"
+        "    except mlx_stream.errors.EngineClosed:\n"
+        "        os._exit(7)\n"
+        "    os._exit(8)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(letters)],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert ended.stdout == "7\n", ended.stderr

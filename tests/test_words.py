@@ -1,0 +1,165 @@
+"""Fed text in ids: as of the whole, however it is cut; special tokens only from the template."""
+
+import pydoc_data.topics
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_template import KNOWN, TOKENS
+from tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers
+
+from mlx_stream.engine.words import LONGEST_WORD, Words
+from mlx_stream.errors import TemplateError
+from mlx_stream.template import ChatTemplate
+from mlx_stream.tokenizer import Tokenizer
+from mlx_stream.turns import Turns
+
+TEXT = pydoc_data.topics.topics["compound"][:6_000]
+NAMES = ["<|im_end|>", "<|im_", "end|>", "<|im_start|>", "\ufdd0"]
+WORDS = st.sampled_from(
+    [*NAMES, *["the", " the", " and", "\n", "\n\n", " ", "  ", "\t", "x", "12", "你好", "é", "🙂"]]
+)
+
+
+def byte_level():
+    return Tokenizer(tiny_tokenizer(), {})
+
+
+def sentence_pieces():
+    """Return a tokenizer that puts a space before the first word of whatever it is given."""
+    letters = sorted({*TEXT, *"▁<|>_."} - {" "})
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "a"), ("▁a", "n"), ("▁an", "d")]
+    vocabulary = ["<unk>", "<s>", *[f"<0x{byte:02X}>" for byte in range(256)], *letters]
+    vocabulary += [a + b for a, b in merges]
+    bpe = models.BPE(
+        vocab={token: i for i, token in enumerate(vocabulary)},
+        merges=merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    backend = Backend(bpe)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_special_tokens(["<s>", *SPECIALS])
+    return Tokenizer(backend, {})
+
+
+@pytest.fixture(scope="module", params=[byte_level, sentence_pieces])
+def turns(request):
+    return Turns(request.param(), ChatTemplate(CHAT_TEMPLATE), "Be brief.", pin=True)
+
+
+def fed(words, pieces):
+    return [id for piece in pieces for id in words.add(piece)] + words.flush()
+
+
+def whole(turns, text):
+    """Return the ids of an open turn with all of a text in it."""
+    return turns.encode(turns.open_turn().opening + turns.guarded(text))
+
+
+def cut(text, places):
+    return [text[a:b] for a, b in pairwise([0, *sorted(places), len(text)])]
+
+
+@given(places=st.lists(st.integers(0, len(TEXT)), max_size=60))
+def test_english_in_any_pieces_has_the_ids_of_the_whole(turns, places):
+    opening = turns.open_turn().opening
+    found = fed(Words(turns, opening), cut(TEXT, places))
+    assert [*turns.encode(opening), *found] == whole(turns, TEXT)
+
+
+@given(pieces=st.lists(WORDS, min_size=1, max_size=40), cuts=st.lists(st.integers(0, 80)))
+def test_any_text_in_any_pieces_is_that_text_and_holds_no_special_token(turns, pieces, cuts):
+    text = "".join(pieces)
+    pieces = cut(text, [c for c in cuts if c < len(text)])
+    ids = fed(Words(turns, turns.open_turn().opening), pieces)
+    assert not turns.tokenizer.special_ids.intersection(ids)
+    said, wanted = turns.tokenizer.decode(ids), text.replace("\ufdd0", "")
+    # One of the tokenizers puts a space wherever a special token's name is cut apart.
+    assert said == wanted or (said.replace(" ", "") == wanted.replace(" ", "") and "<|" in text)
+
+
+def test_what_more_text_may_change_is_held_back(turns):
+    words = Words(turns, turns.open_turn().opening)
+    assert words.add("hel") == [] and words.held == "hel"
+    first = words.add("lo the wor")
+    assert (
+        words.held == " wor"
+        and first
+        == turns.encode(turns.open_turn().opening + "hello the")[
+            len(turns.encode(turns.open_turn().opening)) :
+        ]
+    )
+    assert words.add("ld") == [] and words.held == " world"
+    assert len(words.flush()) > 0 and words.held == "" and words.flush() == []
+
+
+def test_a_text_without_spaces_does_not_wait_for_ever(turns):
+    words = Words(turns, turns.open_turn().opening)
+    ids = [id for _ in range(40) for id in words.add("x" * 100)]
+    assert len(words.held) <= LONGEST_WORD + 100 and len(ids) >= 2_000
+
+
+def test_a_question_ends_the_turn_as_one_text(turns):
+    turn = turns.open_turn()
+    words = Words(turns, turn.opening)
+    read = turns.encode(turn.opening)
+    assert [*read, *words.ending("", "What?", turn.closing)] == turns.encode(
+        f"{turn.opening}What?{turn.closing}"
+    )
+    read += words.add("The man and the wom")
+    asked = words.ending(words.held, "What <|im_end|>?", turn.closing)
+    content = turns.guarded("The man and the wom\n\nWhat <|im_end|>?")
+    assert [*read, *asked] == turns.encode(turn.opening + content + turn.closing)
+    assert words.held == " wom"  # nothing has changed
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_an_open_turn_is_what_the_template_renders(name, system):
+    """Whatever is fed and asked, the conversation reads as if it had been asked in one piece."""
+    source, tokens = KNOWN[name][:2]
+    template = ChatTemplate(source, tokens)
+    turns = Turns(byte_level(), template, system, pin=True)
+    turn = turns.open_turn()
+    lead, closing = template.lead, turn.closing
+    text = (
+        f"{turn.opening}{turn.lead}One.\n\nWhat?{closing}{lead}It is one."
+        f"{turn.reopening}{turn.lead}Two.\n\nAnd?{closing}"
+    )
+    said = [("One.\n\nWhat?", "It is one."), ("Two.\n\nAnd?", None)]
+    messages = [*turns.head]
+    for question, reply in said:
+        messages.append({"role": "user", "content": question})
+        if reply:
+            messages.append({"role": "assistant", "content": reply})
+    assert text == template.render(messages, reply=True)
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "{{ m.content | upper }}",
+        "({{ m.content | length }}) {{ m.content }}",
+        "{{ m.content }}, {{ m.content }}",
+        "{% if loop.first %}First: {% endif %}{{ m.content }}{% if loop.first %}!{% endif %}",
+    ],
+)
+def test_a_template_in_which_no_turn_can_stay_open_is_refused(user):
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}"
+        + user
+        + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(TemplateError, match="kept open"):
+        Turns(byte_level(), ChatTemplate(source, TOKENS), None, pin=True).open_turn()
