@@ -86,9 +86,9 @@ class Worker:
         """Hold one conversation."""
         chat, life = self.patiently(lambda: self.engine.session(**OPTIONS)), Life(self.number)
         for _ in range(self.random.randint(1, 12)):
-            act = self.random.choices(
-                ("reply", "cut", "retry", "edit", "undo"), (50, 30, 8, 6, 6)
-            )[0]
+            act = self.random.choices(("reply", "cut", "retry", "edit", "undo"), (50, 30, 8, 6, 6))[
+                0
+            ]
             if act != "reply" and act != "cut" and not life.turns:
                 continue
             question = f"{self.number}: {self.random.choice(QUESTIONS)}"
@@ -129,6 +129,8 @@ class Worker:
             list(islice(pieces, self.random.randint(0, 6) if cut else None))
         pieces.close()
         last = self.patiently(lambda: chat._future(lambda talk: talk.last)).result(PATIENCE)
+        if last is None:  # longer than the window, it has left already
+            return False
         life.turns.append((act, question, len(last.reply_ids), last.finish == "interrupted"))
         life.replies.append(last.reply_ids)
         return bool(last.reply_ids)
