@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_stream
-from mlx_stream.generate import Sampling
+from mlx_stream.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 DEADLINE = 60.0

@@ -28,7 +28,7 @@ from typing import Any
 import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
-from engines import GREEDY, engine_of, said
+from engines import GREEDY, engine_of
 from shell import SMALL
 from tiny import tiny_config, write_letters
 

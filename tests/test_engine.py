@@ -47,7 +47,7 @@ def test_replies_take_turns_token_by_token(engine):
     chats = {n: engine.session(sampling=GREEDY, window=400, max_tokens=12) for n in range(3)}
     for chat in chats.values():
         chat.wait(DEADLINE)
-    step = TokenStream.steps
+    step, following = TokenStream.steps, TokenStream.next
     streams = {id(chat._talk.conversation.chat.tokens): n for n, chat in chats.items()}
 
     def steps(self, ids, chunk=128):
@@ -55,8 +55,13 @@ def test_replies_take_turns_token_by_token(engine):
             order.append((streams[id(self)], len(ids)))
             yield hidden
 
+    def one(self, *arguments, **options):
+        order.append((streams[id(self)], 1))
+        return following(self, *arguments, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenStream, "steps", steps)
+        patch.setattr(TokenStream, "next", one)
         # All are there before the first step of any.
         with engine._owner.lock:
             replies = [chat.reply(LONG if n == 2 else "Hi") for n, chat in chats.items()]

@@ -11,7 +11,7 @@ from engines import DEADLINE
 BEGIN = """
 import sys, threading, os, signal, asyncio
 import mlx_stream
-from mlx_stream.generate import Sampling
+from mlx_stream.sampling import Sampling
 engine = mlx_stream.Engine(sys.argv[1], dtype="float32", keep_quantized=False)
 chat = engine.session(sampling=Sampling(temperature=0), max_tokens=1_000_000, name="kept")
 """

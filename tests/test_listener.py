@@ -14,7 +14,8 @@ from tiny import tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
 from mlx_stream import errors
-from mlx_stream.generate import Sampling, TokenStream
+from mlx_stream.generate import TokenStream
+from mlx_stream.sampling import Sampling
 
 TEXT = pydoc_data.topics.topics["compound"][:4_000]
 

@@ -1,7 +1,6 @@
 """What the engine's thread knows: the model, fingerprint and budget; everything here is its own."""
 
 import itertools
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +67,7 @@ class Core:
 
     def model_for(self, key: int) -> Model:
         """Return the model with its streams charged to `key`."""
-        return replace(self.model, check=partial(self.budget.charge, key))
+        return self.model.checked_by(partial(self.budget.charge, key))
 
     def leave(self) -> None:
         """Let go of everything, so that another thread may begin."""

@@ -10,7 +10,7 @@ from mlx_stream.engine.hearing import Options
 from mlx_stream.engine.listener import Listener
 from mlx_stream.engine.owner import Owner
 from mlx_stream.errors import MlxStreamError, ValueRefused
-from mlx_stream.generate import Sampling
+from mlx_stream.sampling import Sampling
 from mlx_stream.session import DEFAULT_MAX_TOKENS
 
 SECONDS_TO_CLOSE = 5.0

@@ -33,12 +33,11 @@ from mlx_stream.errors import (
 )
 from mlx_stream.generate import (
     PREFILL_CHUNK,
-    Sampler,
-    Sampling,
     TokenStream,
     generate,
     read_ahead,
 )
+from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.session import NOTICES_KEPT
 from mlx_stream.stream import Piece, Reply, Stats, eviction_notice, paced
 from mlx_stream.turns import Turns
