@@ -255,16 +255,19 @@ class Session:
         return job
 
     def _consumed(self, begin: "Begin") -> Generator[Piece, None, None]:
-        return consumed(lambda: self._ask(lambda: self._talk.spoken(begin)), self._deliver)
+        talk = self._talk  # what is asked for does not keep the session
+        return consumed(lambda: self._ask(lambda: talk.spoken(begin)), self._deliver)
 
     def _consumed_async(self, begin: "Begin") -> AsyncGenerator[Piece, None]:
-        return consumed_async(lambda: self._ask(lambda: self._talk.spoken(begin)), self._deliver)
+        talk = self._talk
+        return consumed_async(lambda: self._ask(lambda: talk.spoken(begin)), self._deliver)
 
     def _future(self, what: "Callable[[Conversation], Any]") -> "Future[Any]":
         from concurrent.futures import Future
 
         future: Future[Any] = Future()
-        self._ask(lambda: self._talk.done(what), reply=False).promise(future)
+        talk = self._talk
+        self._ask(lambda: talk.done(what), reply=False).promise(future)
         return future
 
     def _deliver(self, piece: Piece | None = None) -> None:

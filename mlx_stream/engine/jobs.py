@@ -52,7 +52,8 @@ class Job:
         self.result: Any = None
         self.error: MlxStreamError | None = None
         self._tell: Callable[[], None] | None = None
-        self._begin, self._work = work, None
+        self._begin: Callable[[], Work] | None = work
+        self._work: Work | None = None
 
     def take(self, timeout: float | None = None) -> Any:
         """Return the next item, None when there will be none; waits for it.
@@ -129,6 +130,7 @@ class Job:
             if self.owner.error:
                 raise again(self.owner.error)
             if self._work is None:
+                assert self._begin
                 self._work = self._begin()
             item = next(self._work)
             if item is not None:
@@ -151,7 +153,7 @@ class Job:
     def _finish(self, result: Any = None, error: MlxStreamError | None = None) -> None:
         with self.owner.lock:
             self.done, self.result, self.error = True, result, error
-            self._work = None
+            self._begin = self._work = None  # a session that is forgotten is let go of at once
             self.arrived.notify_all()
         self._told()
 

@@ -123,8 +123,8 @@ class Listener:
             TimeoutError: it takes longer than `timeout` seconds; it goes on.
             MlxStreamError: it could not be read.
         """
-        fed = self._fed()
-        self._submit(lambda: self._hearing.flush(fed), None).outcome(timeout)
+        fed, hearing = self._fed(), self._hearing
+        self._submit(lambda: hearing.flush(fed), None).outcome(timeout)
         self._deliver()
 
     def ask(
@@ -177,8 +177,8 @@ class Listener:
             SnapshotError: it could not be written; what was there before still is.
             TimeoutError: it takes longer than `timeout` seconds; it is still going to be written.
         """
-        place, kept = Path(path).absolute(), checked_note(note)
-        self._submit(lambda: self._hearing.save(place, kept), None).outcome(timeout)
+        place, kept, hearing = Path(path).absolute(), checked_note(note), self._hearing
+        self._submit(lambda: hearing.save(place, kept), None).outcome(timeout)
         self._deliver()
 
     def close(self, timeout: float = 0.0) -> None:
@@ -205,14 +205,13 @@ class Listener:
         check_question(question)
         check_text(question)
         check_limit(max_tokens)
+        hearing = self._hearing
 
         def ask() -> Job:
             with self._owner.lock:
                 fed = None if now else self._fed()
                 # It does not wait for whoever reads it: what is fed meanwhile waits for its end.
-                job = self._submit(
-                    lambda: self._hearing.ask(question, max_tokens, fed, remember), None
-                )
+                job = self._submit(lambda: hearing.ask(question, max_tokens, fed, remember), None)
                 before, self._answer = self._answer, job
                 if before:
                     before.cancel()
