@@ -1,0 +1,46 @@
+"""A model in an asyncio program: each line of standard input is a question, a new one cancels.
+
+python apps/embed/asyncio_chat.py [MODEL]
+"""
+
+import asyncio
+import contextlib
+import sys
+
+import mlx_stream
+
+
+async def answer(chat, question):
+    try:
+        async for piece in chat.areply(question, max_tokens=200):
+            print(piece.text, end="", flush=True)
+    except mlx_stream.errors.MlxStreamError as error:
+        print(error, file=sys.stderr)
+    finally:  # cancelled or not
+        print()
+
+
+async def main():
+    model = sys.argv[1] if len(sys.argv) > 1 else "starter"
+    interactive = sys.stdin.isatty()
+    with mlx_stream.Engine(model) as engine, engine.session(system="You are brief.") as chat:
+        reply = None
+        # A thread waits for the keyboard: whatever else the loop does goes on meanwhile.
+        while question := await asyncio.to_thread(sys.stdin.readline):
+            if reply and not interactive:
+                await reply  # from a pipe, every question is answered to its end
+            elif reply and not reply.done():
+                reply.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reply
+            if question.strip():
+                reply = asyncio.create_task(answer(chat, question.strip()))
+        if reply:
+            await reply
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except mlx_stream.errors.MlxStreamError as error:
+        sys.exit(f"asyncio_chat.py: {error}")
