@@ -93,7 +93,7 @@ class Worker:
                 continue
             question = f"{self.number}: {self.random.choice(QUESTIONS)}"
             self.done[act] += 1
-            if not self.turn(chat, life, act, question):
+            if not self.turn(chat, life, act, question) or time.monotonic() > self.until:
                 break
         if self.random.random() < 0.3:  # in the middle of a reply
             self.done["closed in a reply"] += 1
