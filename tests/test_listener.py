@@ -246,6 +246,22 @@ def test_a_snapshot_goes_on_to_the_bit_and_holds_what_was_not_read(engine, tmp_p
     assert said(third.ask("And?", max_tokens=9)) == said(listener.ask("And?", max_tokens=9))
 
 
+def test_a_snapshot_between_an_answer_and_the_turn_behind_it_goes_on_there(engine, tmp_path):
+    path = tmp_path / "stream.safetensors"
+    listener = engine.listen(window=200, sampling=GREEDY)
+    listener.feed("One two three.")
+    heard = hearing(listener)
+    with engine._owner.lock:  # so that nothing comes between
+        listener._asking("Why?", True, 9, False)()
+        saving = listener._submit(lambda: heard.save(path, {}), None)
+    saving.outcome(DEADLINE)
+    again = engine.listen(window=200, sampling=GREEDY, restore=path)
+    for one in (listener, again):
+        one.feed("Four.")
+        one.flush(DEADLINE)
+    assert attended(again) == attended(listener)
+
+
 def test_a_snapshot_that_will_not_do_is_not_used_and_that_is_said(
     engine, tmp_path, tmp_path_factory
 ):
