@@ -6,6 +6,7 @@ import shutil
 import socket
 import stat
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,8 +21,19 @@ from assistant.power import battery_in, discharging
 from assistant.settings import Settings
 
 
+def silent(asked):
+    yield from ()
+
+
 @pytest.fixture
-def served(tmp_path):
+def near():
+    """Return a folder with a short path, as a socket needs it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def served(near):
     """Return a path on which requests are answered: `echo` and `fail`."""
 
     def answer(asked):
@@ -32,7 +44,7 @@ def served(tmp_path):
         if asked["what"] != "cut":
             yield {"done": True}
 
-    path, ended = tmp_path / "s.sock", threading.Event()
+    path, ended = near / "s.sock", threading.Event()
     door = Door(path, answer)
 
     def serve() -> None:
@@ -85,21 +97,21 @@ def test_those_who_say_nothing_do_not_keep_others_out(served, monkeypatch):
         caller.close()
 
 
-def test_a_socket_that_is_in_use_or_left_behind(tmp_path, served):
+def test_a_socket_that_is_in_use_or_left_behind(near, served):
     with pytest.raises(AssistantError, match="another process listens on it"):
-        Door(served, lambda asked: iter(()))
-    left = tmp_path / "left.sock"
+        Door(served, silent)
+    left = near / "left.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(left))
     with pytest.raises(AssistantError, match="does not run"):
         list(request(left, "main", what="x"))
-    Door(left, lambda asked: iter(())).close()
+    Door(left, silent).close()
     left.write_text("mine")
     with pytest.raises(AssistantError, match="not a socket; move it away"):
-        Door(left, lambda asked: iter(()))
+        Door(left, silent)
     assert left.read_text() == "mine"
     with pytest.raises(AssistantError, match="too long for a socket"):
-        Door(tmp_path / ("x" * 110), lambda asked: iter(()))
+        Door(near / ("x" * 110), silent)
 
 
 # --- services ---

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -95,6 +96,8 @@ def settings_of(
 ) -> Settings:
     """Return settings with whole paths, each once, and defaults for what was not given."""
     given = {name: value for name, value in others.items() if value is not None}
+    if Path(given["model"]).is_dir() or given["model"].endswith(".gguf"):
+        given["model"] = str(whole(Path(given["model"])))
     return Settings(
         follow=tuple(dict.fromkeys(map(whole, follow or ()))),
         folders=tuple(dict.fromkeys(map(whole, folder or ()))),
@@ -142,7 +145,21 @@ def run(
     )
     from assistant.run import Assistant
 
-    Assistant(settings, tell).run()
+    assistant = Assistant(settings, tell)
+    try:
+        assistant.run()
+    except MlxStreamError as error:
+        tell(" ".join(str(error).split()))
+        leave(1, assistant.has_ended)
+    leave(0, assistant.has_ended)
+
+
+def leave(status: int, has_ended: bool) -> NoReturn:
+    """End this process; without waiting, if something runs that the disk needs nothing of."""
+    if not has_ended:
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
 
 
 @app.command()

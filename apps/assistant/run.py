@@ -52,18 +52,22 @@ class Assistant:
 
     Args:
         tell: told in one line what the user should know.
+
+    Attributes:
+        has_ended: after `run`, whether all of its threads have; if not, they need not be awaited.
     """
 
     def __init__(self, settings: Settings, tell: Callable[[str], None]):
         settings.check()
         self.settings, self._tell = settings, tell
         self._started, self._next_power, self._try_again = time.monotonic(), 0.0, 0.0
-        self._stopping, self._paused = False, False
+        self._stopping, self._paused, self.has_ended = False, False, True
         self._sources: list[Source] = []
         self._input: StandardInput | None = None
         self._engine: Any = None
         self._noting: threading.Thread | None = None
         self._noted_at = 0.0
+        self._noticed = 0  # of the engine's notices
 
     def run(self) -> None:
         """Run until it is stopped.
@@ -83,12 +87,9 @@ class Assistant:
             door = Door(where.socket, self.desk.answer)
             stack.callback(door.close)
             self._engine = mlx_stream.Engine(self.settings.model)
-            stack.callback(self._engine.close, timeout=LAST_WORDS)
-            stack.callback(self.desk.stopping.set)
+            stack.callback(self._end)
             while not self._stopping:
                 self._step(door, where)
-            if self.desk.feeder:
-                self.desk.feeder.stop(LAST_WORDS)
 
     def stop(self) -> None:
         """Have `run` return within a second; from any thread."""
@@ -97,6 +98,14 @@ class Assistant:
 
     def _stop(self) -> None:
         self._stopping = True
+
+    def _end(self) -> None:
+        """Have everything end that runs; what is not done by then is done at the next start."""
+        self._stopping = True
+        self.desk.stopping.set()
+        if self.desk.feeder:
+            self.desk.feeder.stop(LAST_WORDS)
+        self.has_ended = self._engine.close(timeout=LAST_WORDS / 2)
 
     def _step(self, door: Door, where: Places) -> None:
         """Do what there is to do, then wait until there may be something again."""
@@ -146,8 +155,14 @@ class Assistant:
 
     def _begin_if_loaded(self, where: Places) -> None:
         """Go on with the stream, from its snapshot or from what the journal keeps."""
-        if not self._engine.wait(timeout=IDLE):
+        try:
+            self._engine.wait(timeout=FULL)
+        except TimeoutError:
             return
+        finally:
+            for notice in self._engine.notices[self._noticed :]:
+                self._noticed += 1
+                self._tell(notice)
         listener, fed = self._restored(where.snapshot)
         if listener is None:
             listener = self._listen(None)
