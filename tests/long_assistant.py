@@ -20,11 +20,16 @@ from typing import Any
 
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
-from assistant.journal import Journal
-from assistant.places import AssistantError, places
 from assistants import Running, Watch, asked, entries, has_caught_up
 
+from assistant.journal import Journal
+from assistant.places import AssistantError, places
+from assistant.settings import SYSTEM
 from mlx_stream import hub
+from mlx_stream.engine.words import Words
+from mlx_stream.load import read_checkpoint
+from mlx_stream.tokenizer import Tokenizer
+from mlx_stream.turns import Turns
 
 TICK, SAMPLE = 0.25, 5.0
 # Seconds after a start that resident memory may still grow in.
@@ -182,8 +187,14 @@ class Experiment:
         return all(ok for *_, ok in rows)
 
     def tokens(self) -> int:
-        """Return the tokens of an uninterrupted stream of everything that was fed."""
-        return 0
+        """Return the tokens of a stream that was never interrupted, fed the same."""
+        tokenizer = Tokenizer.from_checkpoint(read_checkpoint(Path(self.model)))
+        assert tokenizer.template
+        turns = Turns(tokenizer, tokenizer.template, SYSTEM, pin=True)
+        turn = turns.open_turn()
+        words = Words(turns, turn.opening, turn.lead)
+        before = len(turns.encode(turn.opening))
+        return before + sum(len(words.add(text)) for text in self.watch.fed)
 
     def memory(self) -> dict[int, tuple[float, float, int]]:
         """Return the least and the most resident memory of each process, once it was warm."""
@@ -210,7 +221,7 @@ def cpu_seconds(clock: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="See the top of this file.")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--home", type=Path, required=True, help="everything it makes is there")
     parser.add_argument("--bytes", type=int, help="the last so many of the text")

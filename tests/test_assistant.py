@@ -10,12 +10,12 @@ import zlib
 from pathlib import Path
 
 import pytest
-from assistant.journal import Journal
-from assistant.places import AssistantError, places
 from assistants import Running, Watch, asked, entries, has_caught_up, told
-from tiny import tiny_config, tiny_weights, write_letters, write_tiny
+from tiny import tiny_config, write_letters
 
 import mlx_stream
+from assistant.journal import Journal
+from assistant.places import AssistantError, places
 
 KILLS = 3
 SYSTEM = "Be brief."
@@ -69,7 +69,7 @@ def prose(count: int, seed: int = 1) -> str:
 
 
 def read_whole(model: Path, texts: list[str]) -> tuple[int, int]:
-    """Return the tokens a listener attends to, and those evicted, that was fed all of it at once."""
+    """Return the tokens attended and evicted by a listener that was fed everything at once."""
     with mlx_stream.Engine(str(model), queue_size=10_000) as engine:
         listener = engine.listen(system=SYSTEM, window=WINDOW)
         for text in texts:
@@ -256,7 +256,7 @@ def refused(*words: object, status: int = 1, **more) -> str:
     """Run a command that ends with one line, and return it."""
     done = told(*words, **more)
     assert done.returncode == status and done.stdout == "", (done.stdout, done.stderr)
-    *notices, line = done.stderr.splitlines()
+    line = done.stderr.splitlines()[-1]
     assert line.startswith("assistant: ") and "Traceback" not in done.stderr
     return line
 

@@ -72,7 +72,7 @@ class Feeder:
         self._awake.set()
 
     def stop(self, timeout: float) -> bool:
-        """Save the stream if nothing waits, and end; return whether it has ended in time."""
+        """Save the stream, and end; return whether it has ended in time."""
         self._stopping.set()
         self._awake.set()
         self._thread.join(timeout)
@@ -89,7 +89,7 @@ class Feeder:
                     self._save_if_due()
                 self._save_if_due()
                 self._awake.wait(self._patience())
-            if self.saved < self.fed and not self.waiting and not self._listener.backlog:
+            if self.saved < self.fed:
                 self._save()
         except errors.MlxStreamError as error:
             self.failure = error
