@@ -1,5 +1,6 @@
 """The assistant's folder of notes, journal and diary: nothing twice, nothing lost."""
 
+import ast
 import os
 import random
 import shutil
@@ -12,13 +13,26 @@ from pathlib import Path
 
 import pytest
 
+import mlx_stream
 from assistant import folder
 from assistant.diary import Diary, markdown
 from assistant.folder import BETWEEN, NotesFolder
 from assistant.journal import LONGEST_CHUNK, Arrival, Journal, cut
 from assistant.places import AssistantError, lock, places
 
+APP = Path(__file__).parent.parent / "apps" / "assistant"
 NOW = datetime(2026, 11, 27, 14, 5)
+
+
+def test_its_modules_are_short_and_use_the_public_api_only():
+    for path in APP.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400 and ast.get_docstring(ast.parse(text)), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_stream"):
+                assert node.module in ("mlx_stream", "mlx_stream.errors"), path
+                names = {alias.name for alias in node.names}
+                assert names <= {"errors", *dir(mlx_stream.errors)}, path
 
 
 # --- a folder of notes ---
