@@ -54,8 +54,10 @@ class Desk:
         if what == "status":
             yield {"done": True, **self.describe()}
         elif what == "stop":
-            self.stop()
-            yield {"done": True, "pid": os.getpid()}
+            try:
+                yield {"done": True, "pid": os.getpid()}
+            finally:
+                self.stop()
         elif what == "note":
             yield {"done": True, "note": self.note()}
         elif what == "ask":

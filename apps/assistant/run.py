@@ -27,6 +27,10 @@ from mlx_stream.errors import MlxStreamError
 
 # Seconds between two looks at the sources, when nothing arrives and when there is no room.
 IDLE, FULL = 1.0, 0.05
+# Characters the listener may be behind: a question waits until they are read.
+BACKLOG = 10_000
+# What was read is asked for, not made up.
+SAMPLING = mlx_stream.Sampling(temperature=0.0, repetition_penalty=1.1)
 # Seconds between two looks at the battery, and after which what the disk refused is tried again.
 POWER, AGAIN = 30.0, 10.0
 # Seconds after the start before a note is written that fell due meanwhile.
@@ -65,6 +69,7 @@ class Assistant:
         self._sources: list[Source] = []
         self._input: StandardInput | None = None
         self._engine: Any = None
+        self._listener: Any = None
         self._noting: threading.Thread | None = None
         self._noted_at = 0.0
         self._noticed = 0  # of the engine's notices
@@ -157,45 +162,51 @@ class Assistant:
         """Go on with the stream, from its snapshot or from what the journal keeps."""
         try:
             self._engine.wait(timeout=FULL)
+            if self._listener is None:
+                self._listener = self._listen(where.snapshot)
+            self._listener.wait(timeout=FULL)
         except TimeoutError:
             return
         finally:
             for notice in self._engine.notices[self._noticed :]:
                 self._noticed += 1
                 self._tell(notice)
-        listener, fed = self._restored(where.snapshot)
-        if listener is None:
-            listener = self._listen(None)
-            fed = self._journal.first - 1
-            if fed < self._journal.last:
-                kept = self._journal.last - fed
+        for notice in self._listener.stats.notices:
+            self._tell(notice)
+        journal, fed = self._journal, self._restored(where.snapshot)
+        if fed is None:
+            fed = journal.first - 1
+            if fed < journal.last:
+                kept = journal.last - fed
                 self._tell(f"the stream is built again from the latest {kept:,} pieces of text")
-        self.desk.listener = listener
         every = 60 * self.settings.snapshot_every
-        self.desk.feeder = Feeder(listener, self._journal, where.snapshot, fed, every, self._tell)
+        self.desk.listener = self._listener
+        self.desk.feeder = Feeder(self._listener, journal, where.snapshot, fed, every, self._tell)
         self._tell(f"{self.settings.name}: reading")
 
-    def _restored(self, snapshot: Path) -> tuple[Any, int]:
-        """Return the stream as it was saved, and the last chunk in it; None if it cannot be."""
-        if not snapshot.exists():
-            return None, 0
-        try:
-            listener = self._listen(snapshot)
-        except MlxStreamError as error:
-            self._tell(str(error))
-            return None, 0
-        note, journal = listener.restored or {}, self._journal
+    def _restored(self, snapshot: Path) -> int | None:
+        """Return the last chunk in the stream; None if there is none in it."""
+        note, journal = self._listener.restored, self._journal
+        if note is None:
+            return None
         fed = note.get("chunk")
         ours = note.get("journal") == journal.id
         if ours and isinstance(fed, int) and journal.first - 1 <= fed <= journal.last:
-            return listener, fed
+            return fed
         self._tell(f"{snapshot}: is not of this journal, or older than what it keeps")
-        listener.close()
-        return None, 0
+        self._listener.close()
+        self._listener = self._listen(None)
+        return None
 
     def _listen(self, snapshot: Path | None) -> Any:
         settings = self.settings
-        return self._engine.listen(system=settings.system, window=settings.window, restore=snapshot)
+        return self._engine.listen(
+            system=settings.system,
+            window=settings.window,
+            sampling=SAMPLING,
+            backlog=BACKLOG,
+            restore=snapshot,
+        )
 
     # --- going on ---
 
