@@ -21,12 +21,12 @@ from typing import Any
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 from assistants import Running, Watch, asked, entries, has_caught_up
-from mlx_stream.engine.words import Words
 
 from assistant.journal import Journal
 from assistant.places import AssistantError, places
 from assistant.settings import SYSTEM
 from mlx_stream import hub
+from mlx_stream.engine.words import Words
 from mlx_stream.load import read_checkpoint
 from mlx_stream.tokenizer import Tokenizer
 from mlx_stream.turns import Turns
