@@ -195,7 +195,8 @@ def test_moved_away_and_back_is_not_read_again(path):
     assert reading.taken == b"one\ntwo\n"
 
 
-def test_a_binary_file_is_refused_and_what_comes_in_its_place_is_read(path):
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_binary_file_is_refused_and_what_comes_in_its_place_is_read(path, renamed):
     add(path, b"one\n")
     reading = Reading(path)
     reading.poll()
@@ -205,8 +206,10 @@ def test_a_binary_file_is_refused_and_what_comes_in_its_place_is_read(path):
     assert reading.taken == b"one\n"
     assert [line for line in reading.told if "byte 8 is 0" in line] == reading.told
     assert "byte 8 is 0" in reading.source.state["complaint"]
+    if renamed:
+        path.rename(path.with_name("x.log.1"))
     path.write_bytes(b"two\n")
-    reading.wait()
+    reading.wait(2 * GRACE)
     assert reading.taken == b"one\ntwo\n"
     assert reading.source.state["complaint"] == ""
 

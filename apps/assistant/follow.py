@@ -191,6 +191,8 @@ class FollowedFile:
             rest = os.pread(self._file, CHUNK, self._place.offset)
             if rest:  # the first bytes of a character whose others never came
                 return self._arrival(rest)
+        else:  # what is not text is not looked for where it went
+            self._place = None
         self.close()
         if status is None:
             self._complain(f"{self.path}: is not there; waiting for it")

@@ -29,8 +29,8 @@ from mlx_stream.errors import MlxStreamError
 IDLE, FULL = 1.0, 0.05
 # Characters the listener may be behind: a question waits until they are read.
 BACKLOG = 10_000
-# What was read is asked for, not made up.
-SAMPLING = mlx_stream.Sampling(temperature=0.0, repetition_penalty=1.1)
+# What was read is asked for, not made up; a penalty on repetition would keep it from being quoted.
+SAMPLING = mlx_stream.Sampling(temperature=0.0)
 # Seconds between two looks at the battery, and after which what the disk refused is tried again.
 POWER, AGAIN = 30.0, 10.0
 # Seconds after the start before a note is written that fell due meanwhile.
@@ -251,7 +251,8 @@ class Assistant:
         """When to write the next note, in seconds since 1970."""
         every = 60 * self.settings.every
         begun = time.time() - time.monotonic() + self._started
-        return max(self._noted_at + every, begun + min(every, SETTLING))
+        first = min(every, SETTLING) if self._noted_at else every
+        return max(self._noted_at + every, begun + first)
 
     def _note(self) -> None:
         try:
