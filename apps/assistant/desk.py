@@ -20,7 +20,7 @@ NOTE = (
     "Write a note for my diary about the text you have just read: what happened, who was there, "
     "what matters, in two or three plain sentences."
 )
-LONGEST_NOTE, LONGEST_ANSWER = 160, 512
+LONGEST_NOTE, LONGEST_ANSWER = 128, 256
 ASKED = "asked"
 Lines = Generator[dict[str, Any], None, None]
 

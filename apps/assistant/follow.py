@@ -70,6 +70,7 @@ class FollowedFile:
         self._left: float | None = None  # since when another file, or none, has its name
         self._complaint = ""
         self._refused: Place | None = None  # there the file is not text
+        self._given_up: Place | None = None  # it was, and is not looked for where it went
 
     @property
     def state(self) -> dict[str, Any]:
@@ -131,7 +132,8 @@ class FollowedFile:
             status = self.path.stat()
         except FileNotFoundError:
             status = None
-        if self._place is not None and not (status and self._place.is_of(status)):
+        gone = self._place is not None and not (status and self._place.is_of(status))
+        if gone and self._place != self._given_up:
             old = self._renamed()
             if old is not None:
                 return old
@@ -191,8 +193,8 @@ class FollowedFile:
             rest = os.pread(self._file, CHUNK, self._place.offset)
             if rest:  # the first bytes of a character whose others never came
                 return self._arrival(rest)
-        else:  # what is not text is not looked for where it went
-            self._place = None
+        else:
+            self._given_up = self._place
         self.close()
         if status is None:
             self._complain(f"{self.path}: is not there; waiting for it")
