@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "apps"))
+
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 from assistants import Running, Watch, asked, entries, has_caught_up
@@ -180,7 +182,13 @@ class Experiment:
             rows.append(("CPU in an idle minute", f"{idle:.2f} %", idle < MOST_IDLE))
         rows.append(("seconds from SIGTERM to its end", f"{stopped:.2f}", stopped < 1.0))
         rows.append(("question", self.options.question, True))
-        rows.append(("answer", answer, self.options.expect.lower() in answer.lower()))
+        rows.append(
+            (
+                "answer",
+                " ".join(answer.split())[:300],
+                self.options.expect.lower() in answer.lower(),
+            )
+        )
         print(f"\nthe last note:\n\n{note or entries(self.diary)[-1]}")
         for what, shown, ok in rows:
             print(f"{'ok ' if ok else 'NOT'}  {what:<34} {shown}")

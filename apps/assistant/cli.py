@@ -149,17 +149,18 @@ def run(
     try:
         assistant.run()
     except MlxStreamError as error:
+        if assistant.has_ended:
+            raise
         tell(" ".join(str(error).split()))
-        leave(1, assistant.has_ended)
-    leave(0, assistant.has_ended)
+        leave(1)
+    leave(0)
 
 
-def leave(status: int, has_ended: bool) -> NoReturn:
-    """End this process; without waiting, if something runs that the disk needs nothing of."""
-    if not has_ended:
-        sys.stderr.flush()
-        os._exit(status)
-    raise SystemExit(status)
+def leave(status: int) -> NoReturn:
+    """End this process at once: all is on disk, and the interpreter's own end takes a while."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @app.command()

@@ -16,10 +16,8 @@ from assistant.feeder import Feeder
 from assistant.journal import Arrival, Journal
 from assistant.places import AssistantError
 
-NOTE = (
-    "Write a note for my diary about the text you have just read: what happened, who was there, "
-    "what matters, in two or three plain sentences."
-)
+# Plain, and about the text above: a small model takes more for the text itself.
+NOTE = "Summarize the text above in two sentences."
 LONGEST_NOTE, LONGEST_ANSWER = 128, 256
 ASKED = "asked"
 Lines = Generator[dict[str, Any], None, None]
