@@ -19,6 +19,8 @@ from assistant.text import NotText, decode
 SUFFIXES = (".txt", ".md", ".markdown")
 # Seconds between two looks at the names in a folder.
 BETWEEN = 2.0
+# More in a large folder: looking takes at most this part of the time.
+PART_OF_THE_TIME = 0.005
 # Notes of one folder that are read, and the folders below it that are looked into.
 MOST_NOTES, DEEPEST = 10_000, 8
 # A longer one is no note: it can be followed as a file.
@@ -65,8 +67,10 @@ class NotesFolder:
     def poll(self) -> Arrival | None:
         """Return what is new in one note, if in any; the same again until `taken` is called."""
         if not self._changed and self._clock() >= self._next_look:
-            self._next_look = self._clock() + BETWEEN
+            begun = self._clock()
             self._look()
+            took = self._clock() - begun
+            self._next_look = begun + max(BETWEEN, took / PART_OF_THE_TIME)
         while self._changed:
             path = self._changed[0]
             try:
