@@ -13,6 +13,7 @@ import pytest
 import typer.main
 
 import mlx_stream
+from assistant.cli import app as assistant
 from mlx_stream.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -161,32 +162,45 @@ def commands_of(group: Any, before: str = "") -> dict[str, Any]:
 
 
 COMMANDS = commands_of(typer.main.get_command(app))
+PROGRAMS = {
+    "mlx_stream": COMMANDS,
+    "apps/assistant": commands_of(typer.main.get_command(assistant)),
+}
 
 
 def readme_commands():
-    """Return the command lines of the README's code blocks that run this program."""
+    """Return the command lines of the README's code blocks that run one of these programs."""
     blocks = re.findall(r"```(?:bash|console|sh)\n(.*?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line[line.index("mlx_stream ") :] for line in lines if "mlx_stream " in line]
+    return [
+        line[line.index(f"{program} ") :]
+        for line in lines
+        for program in PROGRAMS
+        if f"{program} " in line
+    ]
 
 
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_every_verb_is_in_the_readme(verb):
-    assert f"mlx_stream {verb}" in README
+@pytest.mark.parametrize(
+    "words", [f"{program} {verb}" for program, verbs in PROGRAMS.items() for verb in verbs]
+)
+def test_every_verb_is_in_the_readme(words):
+    assert words in README
 
 
 @pytest.mark.parametrize("line", readme_commands())
 def test_every_command_of_the_readme_parses(line):
-    words = shlex.split(line.split("|")[0].split(">")[0])[1:]
-    verb = next(verb for verb in COMMANDS if f"{' '.join(words)} ".startswith(f"{verb} "))
+    program, *words = shlex.split(line.split("|")[0].split(">")[0])
+    verbs = PROGRAMS[program]
+    verb = next(verb for verb in verbs if f"{' '.join(words)} ".startswith(f"{verb} "))
     rest = words[len(verb.split()) :]
-    COMMANDS[verb].make_context(verb, rest)  # unknown options and missing arguments raise
+    verbs[verb].make_context(verb, rest)  # unknown options and missing arguments raise
 
 
 def test_every_option_named_in_the_readme_exists():
     known = {
         option
-        for command in COMMANDS.values()
+        for verbs in PROGRAMS.values()
+        for command in verbs.values()
         for param in command.params
         for option in (*param.opts, *param.secondary_opts)
     }

@@ -1,0 +1,284 @@
+"""A growing file -> what arrives in it, each byte once; knows no journal and no stream.
+
+A place is told by the file's device and number, not by its name, by how many of its bytes were
+read, and by a checksum of the last of those. So a file that was renamed to make room for a new one
+is read to its end first, wherever it went in its folder, and one that was cut or written anew is
+read from its beginning, after the rest of what it was if there is a copy of that beside it.
+"""
+
+import os
+import stat
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from assistant.journal import Arrival
+from assistant.text import NotText, decode, whole_characters
+
+# Bytes read at once.
+CHUNK = 4096
+# Bytes before the place that a checksum is kept of.
+TAIL = 256
+# Seconds without growth after which a line without an end is taken as it is.
+SETTLED = 0.5
+# Seconds without growth before a file that was renamed is left for the new one: who writes it may
+# not have noticed yet.
+GRACE = 3.0
+# Names in a folder that are looked at for a file that was renamed.
+MOST_NAMES = 10_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a file was read: the checksum is of its last bytes before `offset`."""
+
+    device: int
+    inode: int
+    offset: int = 0
+    tail: int = 0
+
+    def is_of(self, status: os.stat_result) -> bool:
+        return (self.device, self.inode) == (status.st_dev, status.st_ino)
+
+
+class FollowedFile:
+    """A file to which others append.
+
+    Args:
+        place: where a journal says it stands.
+        tell: told in one line what the user should know.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        place: dict[str, Any] | None,
+        tell: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.path, self.name, self._tell, self._clock = path, str(path), tell, clock
+        self._place = place_of(place)
+        self._file: int | None = None
+        self._size = 0  # at the last poll
+        self._mtime: int | None = None  # likewise, in nanoseconds
+        self._grown = 0.0  # when it last was another size
+        self._left: float | None = None  # since when another file, or none, has its name
+        self._complaint = ""
+        self._refused: Place | None = None  # there the file is not text
+        self._given_up: Place | None = None  # it was, and is not looked for where it went
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What there is to say about it: where it stands, its size, and what is wrong with it."""
+        return {
+            "offset": self._place.offset if self._place else 0,
+            "size": self._size,
+            "complaint": self._complaint,
+        }
+
+    def poll(self) -> Arrival | None:
+        """Return what is new, if anything is; the same again until `taken` is called."""
+        try:
+            if self._file is None and not self._open():
+                return None
+            return self._read() or self._turn()
+        except NotText as error:
+            self._complain(f"{error}; not read until another file is there")
+            self._refused = self._place
+        except OSError as error:
+            self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
+            self.close()
+        return None
+
+    def taken(self, arrival: Arrival) -> None:
+        """Go on after what `poll` returned: it is on disk."""
+        self._place = place_of(arrival.place)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = self._refused = None
+
+    # --- which file ---
+
+    def _open(self) -> bool:
+        """Open the file to read from; return whether there is one."""
+        path = self._find()
+        if path is None:
+            return False
+        self._file = opened(path)
+        status = os.fstat(self._file)
+        if not stat.S_ISREG(status.st_mode):
+            self._complain(f"{self.path}: is no file; waiting for one")
+            self.close()
+            return False
+        self._complain("")
+        if self._place is None or not self._place.is_of(status):
+            if self._place is not None:
+                self._tell(f"{self.path}: is another file now: read from its beginning")
+            self._place = Place(status.st_dev, status.st_ino)
+        self._size, self._grown, self._left = self._place.offset, self._clock(), None
+        self._mtime = None
+        return True
+
+    def _find(self) -> Path | None:
+        """Return the file that was being read, if not all of it was, or the one by our name."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            status = None
+        gone = self._place is not None and not (status and self._place.is_of(status))
+        if gone and self._place != self._given_up:
+            old = self._renamed()
+            if old is not None:
+                return old
+        if status is None:
+            self._complain(f"{self.path}: is not there; waiting for it")
+            return None
+        return self.path
+
+    def _renamed(self) -> Path | None:
+        """Return where the file that was being read is now, if it has more to read."""
+        assert self._place is not None
+        for entry, status in self._beside():
+            if self._place.is_of(status):
+                return entry if self._has_more(entry, status) else None
+        return None
+
+    def _copied(self) -> Path | None:
+        """Return a copy, named after the file, that has more of it than was read."""
+        assert self._place is not None
+        if self._place.offset:
+            for entry, status in self._beside():
+                if entry.name.startswith(self.path.name) and self._has_more(entry, status):
+                    return entry
+        return None
+
+    def _beside(self) -> Iterator[tuple[Path, os.stat_result]]:
+        with suppress(OSError), os.scandir(self.path.parent) as entries:
+            for _, entry in zip(range(MOST_NAMES), entries, strict=False):
+                if entry.name != self.path.name and entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path), entry.stat(follow_symlinks=False)
+
+    def _has_more(self, path: Path, status: os.stat_result) -> bool:
+        assert self._place is not None
+        if status.st_size <= self._place.offset:
+            return False
+        file = opened(path)
+        try:
+            return tail_of(file, self._place.offset) == self._place.tail
+        finally:
+            os.close(file)
+
+    def _turn(self) -> Arrival | None:
+        """See whether the name is another file's now; return what is left of this one."""
+        assert self._file is not None and self._place is not None
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            status = None
+        if status and self._place.is_of(status):
+            self._left = None
+            return None
+        if self._left is None:
+            self._left = self._clock()
+        if self._clock() - max(self._grown, self._left) < GRACE:
+            return None
+        if self._refused is None:
+            rest = os.pread(self._file, CHUNK, self._place.offset)
+            if rest:  # the first bytes of a character whose others never came
+                return self._arrival(rest)
+        else:
+            self._given_up = self._place
+        self.close()
+        if status is None:
+            self._complain(f"{self.path}: is not there; waiting for it")
+        return None
+
+    # --- what is new ---
+
+    def _read(self) -> Arrival | None:
+        assert self._file is not None and self._place is not None
+        status, offset = os.fstat(self._file), self._place.offset
+        size, written = status.st_size, status.st_mtime_ns != self._mtime
+        if size < offset or (written and self._is_altered()):
+            self._begin_again("was cut short" if size < offset else "was written anew")
+            return None
+        self._mtime = status.st_mtime_ns
+        if size != self._size:
+            self._size, self._grown = size, self._clock()
+        if self._refused is not None or size == offset:
+            return None
+        data = os.pread(self._file, CHUNK, offset)
+        growing = self._clock() - self._grown < SETTLED
+        data = data[: ending(data, more=len(data) == CHUNK, growing=growing)]
+        return self._arrival(data) if data else None
+
+    def _is_altered(self) -> bool:
+        assert self._file is not None and self._place is not None
+        return tail_of(self._file, self._place.offset) != self._place.tail
+
+    def _begin_again(self, why: str) -> None:
+        """Stand at the beginning, or, if there is a copy of what it was, where that goes on."""
+        assert self._file is not None and self._place is not None
+        copy, self._refused = self._copied(), None
+        if copy is None:
+            self._complain("")
+            self._place = replace(self._place, offset=0, tail=0)
+            self._tell(f"{self.path}: {why}: read from its beginning")
+            return
+        self._tell(f"{self.path}: {why}: the rest of it is read from {copy.name} first")
+        self.close()
+        self._file = opened(copy)
+        status = os.fstat(self._file)
+        self._place = replace(self._place, device=status.st_dev, inode=status.st_ino)
+        self._mtime = None
+
+    def _arrival(self, data: bytes) -> Arrival:
+        place = self._place
+        assert place is not None and self._file is not None
+        text = decode(data, self.name, place.offset)
+        end = place.offset + len(data)
+        after = replace(place, offset=end, tail=tail_of(self._file, end))
+        return Arrival(self.name, "file", self.path.name, data, text, vars(after))
+
+    def _complain(self, complaint: str) -> None:
+        """Say what is wrong, once, or that nothing is any more."""
+        if complaint and complaint != self._complaint:
+            self._tell(complaint)
+        elif self._complaint and not complaint:
+            self._tell(f"{self.path}: is there again")
+        self._complaint = complaint
+
+
+def place_of(values: dict[str, Any] | None) -> Place | None:
+    return Place(**values) if values else None
+
+
+def opened(path: Path) -> int:
+    # O_NONBLOCK: a pipe of that name must not make us wait.
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def tail_of(file: int, offset: int) -> int:
+    """Return the CRC-32 of a file's last bytes before an offset."""
+    start = max(0, offset - TAIL)
+    return zlib.crc32(os.pread(file, offset - start, start))
+
+
+def ending(data: bytes, more: bool, growing: bool) -> int:
+    """Return how many of a file's new bytes to take: whole lines, words or at least characters.
+
+    Args:
+        more: others follow them already.
+        growing: others were added since it was last looked at.
+    """
+    line = data.rfind(b"\n") + 1
+    if more:
+        return line or data.rfind(b" ") + 1 or whole_characters(data)
+    return line if growing else whole_characters(data)

@@ -1,0 +1,54 @@
+"""What an assistant is told to do; knows not how it is done."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from assistant.places import AssistantError
+
+SYSTEM = (
+    "You read along with notes, logs and other texts as they are written. "
+    "Answer questions about them briefly, from what you have read."
+)
+# Minutes between two notes, or two snapshots, at most: a year.
+LONGEST = 60 * 24 * 366
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an assistant was told to do.
+
+    Attributes:
+        follow, folders, stdin: what it reads.
+        notes: where it writes notes; None writes none.
+        every: minutes between two notes.
+        snapshot_every: minutes between two snapshots while text arrives.
+    """
+
+    name: str = "main"
+    model: str = "starter"
+    follow: tuple[Path, ...] = ()
+    folders: tuple[Path, ...] = ()
+    stdin: bool = False
+    notes: Path | None = None
+    every: float = 60.0
+    window: int | None = None
+    system: str = SYSTEM
+    snapshot_every: float = 5.0
+    pause_on_battery: bool = False
+
+    def check(self) -> None:
+        """See that it can be done.
+
+        Raises:
+            AssistantError: it cannot.
+        """
+        if not (self.follow or self.folders or self.stdin):
+            raise AssistantError(
+                "there is nothing to read: give --follow FILE, --folder FOLDER or --stdin"
+            )
+        for option, minutes in (("--every", self.every), ("--snapshot-every", self.snapshot_every)):
+            if not 0 < minutes <= LONGEST:
+                raise AssistantError(f"{option} takes minutes, above 0, not {minutes:g}")
+        for path in (*self.follow, *self.folders):
+            if self.notes is not None and path.resolve() == self.notes.resolve():
+                raise AssistantError(f"{path}: cannot be both read and written")
