@@ -351,29 +351,6 @@ def read_ahead(
     return prompt
 
 
-def read_in_steps(
-    tokens: TokenStream, ids: Sequence[int], progress: Callable[[int], None] | None
-) -> Iterator[None]:
-    """Read ids and yield after each step."""
-    for hidden in tokens.steps(ids):
-        if progress:
-            progress(hidden.shape[1])
-        yield
-
-
-def read_ahead(
-    tokens: TokenStream, prompt: Sequence[int], progress: Callable[[int], None] | None
-) -> Generator[None, None, Sequence[int]]:
-    """Read a prompt but for its last step, and return what is left; yields after each step.
-
-    The steps are those of a prompt that is read at once, so the numbers are the same, to the bit.
-    """
-    while (count := tokens.cache.take(min(PREFILL_CHUNK, len(prompt)))) < len(prompt):
-        yield from read_in_steps(tokens, prompt[:count], progress)
-        prompt = prompt[count:]
-    return prompt
-
-
 def generate(
     stream: TokenStream,
     prompt: Sequence[int],

@@ -80,7 +80,7 @@ class Worker:
                 return ask()
             except errors.QueueFull:
                 self.done["queue full"] += 1
-                time.sleep(self.random.random() / 50)
+                time.sleep(self.random.random() / 5)
 
     def talk(self) -> None:
         """Hold one conversation."""
@@ -97,8 +97,8 @@ class Worker:
                 break
         if self.random.random() < 0.3:  # in the middle of a reply
             self.done["closed in a reply"] += 1
-            pieces = chat.reply("Never read to its end", max_tokens=100_000)
-            self.patiently(lambda: next(pieces, None))
+            long = {"max_tokens": 100_000}
+            _pieces, _ = self.patiently(lambda: begun(chat.reply("Never read to its end", **long)))
         if self.random.random() < 0.5:
             self.done["closed"] += 1
             chat.close(0 if self.random.random() < 0.5 else PATIENCE)
@@ -121,8 +121,7 @@ class Worker:
             act, lambda: chat.reply(question)
         )
         try:
-            pieces = ask()
-            first = self.patiently(lambda: next(pieces, None))
+            pieces, first = self.patiently(lambda: begun(ask()))
         except errors.ValueRefused:  # nothing is attended that could be answered again
             return True
         if first:
@@ -148,8 +147,9 @@ class Worker:
             fed += text
             self.done["fed"] += 1
             if self.random.random() < 0.4:
-                pieces = listener.ask(f"{mine}What?", remember=False)
-                self.patiently(lambda: next(pieces, None))  # noqa: B023
+                pieces, _ = self.patiently(
+                    lambda: begun(listener.ask(f"{mine}What?", remember=False))
+                )
                 list(islice(pieces, self.random.choice((0, 1, None))))
                 pieces.close()
                 self.done["asked aside"] += 1
@@ -164,10 +164,14 @@ class Worker:
         # The first word may be cut elsewhere when it is encoded without the header before it.
         assert len(ids) == heard.tokens.length and attended == wanted, "another's text"
         self.done["heard as fed"] += 1
-        pieces = listener.ask(f"{mine}What?")
-        self.patiently(lambda: next(pieces, None))
+        pieces, _ = self.patiently(lambda: begun(listener.ask(f"{mine}What?")))
         pieces.close()
         listener.close()
+
+
+def begun(pieces: Any) -> tuple[Any, Any]:
+    """Return a reply and its first piece; one that was refused is over, and asked for anew."""
+    return pieces, next(pieces, None)
 
 
 def again(model: mlx_stream.Model, life: Life) -> None:
