@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from refusals import ASK, one_line, refused
-from shell import DEADLINE, GREEDY, done, edit, program
+from shell import DEADLINE, GREEDY, done, edit, program, run
 
 from mlx_stream import backend
 
@@ -261,3 +261,26 @@ def test_the_program_says_the_same_one_line(wrong: list[str]) -> None:
     found = subprocess.run(program(*wrong), capture_output=True, text=True, timeout=DEADLINE)
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr == f"mlx_stream: {one_line(*wrong)}\n"
+
+
+# --- a device that fails ---
+
+
+def test_a_gpu_that_fails_late_is_one_line_and_our_own_mistakes_are_not(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["[METAL] Command buffer execution failed:\nCaused GPU Timeout Error."]
+
+    def late(*_: object, **__: object) -> int:
+        raise RuntimeError(said[0])
+
+    monkeypatch.setattr("mlx_stream.generate.number", late)
+    result = run("generate", tiny, *ASK, "--max-tokens", 5)
+    assert result.code == 1
+    assert result.err == (
+        "mlx_stream: the device failed: [METAL] Command buffer execution failed: Caused GPU Timeout Error.: "
+        "start again, with a smaller --window if it recurs\n"
+    )
+    said[0] = "dictionary changed size during iteration"
+    with pytest.raises(RuntimeError, match="changed size"):
+        done("generate", tiny, *ASK, "--max-tokens", 5)

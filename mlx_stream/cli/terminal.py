@@ -16,6 +16,7 @@ from mlx_stream.errors import MlxStreamError, TextError
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
 SECONDS_PER_LINE = 30.0
+DEVICE_ERRORS = ("[metal", "[malloc")  # how MLX's messages begin
 UNWRITABLE = {
     errno.EPIPE: "was closed",
     errno.ENOSPC: "was full",
@@ -53,6 +54,12 @@ def guarded(verb: Verb) -> Verb:
             # The interpreter's own flush at exit must find a place to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             fail(f"standard output {UNWRITABLE[error.errno]} before everything was written")
+        except RuntimeError as error:
+            # A GPU's errors come late, from wherever its results are waited for.
+            if not str(error).lower().startswith(DEVICE_ERRORS):
+                raise
+            line = " ".join(str(error).split())
+            fail(f"the device failed: {line}: start again, with a smaller --window if it recurs")
         except KeyboardInterrupt:
             if sys.stdout.isatty():
                 print()
