@@ -278,8 +278,8 @@ def test_a_gpu_that_fails_late_is_one_line_and_our_own_mistakes_are_not(
     result = run("generate", tiny, *ASK, "--max-tokens", 5)
     assert result.code == 1
     assert result.err == (
-        "mlx_stream: the device failed: [METAL] Command buffer execution failed: Caused GPU Timeout Error.: "
-        "start again, with a smaller --window if it recurs\n"
+        "mlx_stream: the device failed: [METAL] Command buffer execution failed: Caused GPU "
+        "Timeout Error.: start again, with a smaller --window if it recurs\n"
     )
     said[0] = "dictionary changed size during iteration"
     with pytest.raises(RuntimeError, match="changed size"):

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.cache.steps import DecodeStep
+from mlx_stream.cache.verify import spare_rows
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.costs import (
     Reading,
@@ -106,7 +107,7 @@ def bench(
     for asked in windows:
         _, window = model.resolve_window(SINKS, asked, progress)
         progress(f"window {window}: decoding")
-        cache = model.new_cache(SINKS, window)
+        cache = model.new_cache(SINKS, window, spare_rows(None))
         fill(cache)
         decode = decoding(model, peer, cache, pairs)
         progress(f"window {window}: Python of a step")
@@ -183,7 +184,7 @@ def in_turn(
 
 def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> dict[str, Any]:
     """Return the milliseconds until a decode step's graph stands, not evaluated, and its nodes."""
-    cache = model.new_cache(SINKS, window)
+    cache = model.new_cache(SINKS, window, spare_rows(None))
     fill(cache)
     builds = {"ours": our_build(model, cache), "mlx_lm": their_build(model, peer, window)}
     for build in [*builds.values()] * WARMUP:
