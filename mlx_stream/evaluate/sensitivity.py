@@ -89,7 +89,7 @@ class Passes:
         self.network = model.network
         self.new_cache = model.new_dense_cache
         self.count = len(ids)
-        x = self.network.embed_tokens(mx.array([[*ids]], mx.int32))
+        x = self.network.embed_tokens(mx.array([*ids], mx.int32))
         step, self.inputs = self.new_cache().begin(self.count), []
         for index, layer in enumerate(self.network.layers):
             self.inputs.append(x)
@@ -108,4 +108,4 @@ class Passes:
         return found
 
     def _predict(self, x: mx.array) -> mx.array:
-        return log_probabilities(self.network.logits(self.network.norm(x))[0])
+        return log_probabilities(self.network.logits(self.network.norm(x)))

@@ -1,8 +1,8 @@
 """The blocks Llama and Mistral share; know no cache logic, no files and no text.
 
-Attention hands unrotated queries, keys and values to the step of a cache, which owns order,
-positions and masks. Q, K and V are one product, gate and up another, wherever their weights can be
-joined; names are those of the checkpoints.
+A layer maps (T, hidden size) to the same. Attention hands unrotated queries, keys and values to the
+step of a cache, which owns order, positions and masks. Q, K and V are one product, gate and up
+another, wherever their weights can be joined; names are those of the checkpoints.
 """
 
 from collections.abc import Sequence
@@ -54,13 +54,12 @@ class Attention(nn.Module):
         self.o_proj = weights.linear(Projection(f"{path}.o_proj", hidden, heads, bias))
 
     def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
-        batch, rows, _ = x.shape
-        heads = self.qkv_proj(x)
+        rows, heads = x.shape[0], self.qkv_proj(x)
         if rows == 1:  # the same numbers in the same order, without turning axes there and back
-            heads = heads.reshape(batch, -1, 1, self.head_dim)
-            return self.o_proj(step.attend(layer, heads).reshape(batch, 1, -1))
-        heads = heads.reshape(batch, rows, -1, self.head_dim).swapaxes(1, 2)
-        return self.o_proj(step.attend(layer, heads).swapaxes(1, 2).reshape(batch, rows, -1))
+            heads = heads.reshape(1, -1, 1, self.head_dim)
+            return self.o_proj(step.attend(layer, heads).reshape(1, -1))
+        heads = heads.reshape(1, rows, -1, self.head_dim).swapaxes(1, 2)
+        return self.o_proj(step.attend(layer, heads).swapaxes(1, 2).reshape(rows, -1))
 
 
 class MLP(nn.Module):
@@ -130,10 +129,11 @@ class CausalLM(nn.Module):
 
     def hidden(self, tokens: mx.array, step: Step) -> mx.array:
         """Compute a step's tokens (1, T) through all layers: (1, T, hidden size), normalized."""
-        x = self.embed_tokens(tokens)
+        # Without the batch of one: each product would take it off and put it on again.
+        x = self.embed_tokens(tokens.reshape(-1))
         for index, layer in enumerate(self.layers):
             x = layer(x, step, index)
-        return self.norm(x)
+        return self.norm(x)[None]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits (..., vocabulary) of hidden states (..., hidden size)."""
