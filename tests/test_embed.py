@@ -143,6 +143,13 @@ def test_the_readmes_blocks_run_in_their_order(letters, tmp_path):
     assert "{'lines': 2} " in ended.stdout
 
 
+@pytest.mark.starter
+def test_the_readmes_refused_session_is_refused_by_the_starter_anywhere(starter):
+    """By its context, that is: how many bytes fit differs from machine to machine."""
+    asked = re.search(r"session\(window=([\d_]+)\)\.wait", "\n".join(readme_blocks()))
+    assert asked and int(asked[1]) + 4 > starter.config.max_position_embeddings
+
+
 # What would leave the machine ends the program.
 DENY = """
 import os, sys
