@@ -164,6 +164,10 @@ class TokenStream:
         sampler.key = key
         return found
 
+    def settle(self) -> None:
+        """Compute what was read last, which else waits for the next step: for other threads."""
+        mx.eval(self._computed)
+
     def drop_ahead(self) -> None:
         """Let go of a step that was built ahead: it holds the buffers."""
         self._ahead = None

@@ -78,7 +78,7 @@ class ChatSession:
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
         self.steps = False  # whether replies yield after each step, so that others get a turn
         self.sinks, self.kv_bits = DEFAULT_SINKS if sinks is None else sinks, kv_bits
-        self._open = opener(model, speculate, draft, kv_bits)
+        self._open = opener(model, speculate, draft, kv_bits, sampling)
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
         self._told, self._eviction_told = notify, False

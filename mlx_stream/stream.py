@@ -209,8 +209,8 @@ def stream(
         sinks, window, kv_bits: see `Model.new_cache`.
         stats: filled in as the stream goes.
         progress: called while the prompt is read with the tokens read and those to read.
-        speculate: guess tokens and verify several in a step, which changes no text. Default: yes,
-            unless `kv_bits` is given.
+        speculate: guess tokens and verify several in a step, which changes no text but by the
+            rounding of sums. Default: yes, unless `kv_bits` or a seed is given.
         draft: a smaller model of the same vocabulary that guesses too.
 
     Raises:
@@ -224,7 +224,7 @@ def stream(
         stats.notices.append(notice)
         notify(notice)
 
-    cache, tokens = opener(model, speculate, draft, kv_bits)(sinks, window, tell)
+    cache, tokens = opener(model, speculate, draft, kv_bits, sampling)(sinks, window, tell)
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise TextError("the prompt is empty: give at least one character")

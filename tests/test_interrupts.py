@@ -55,7 +55,7 @@ def interrupt_at(count, function):
 def test_a_stream_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model, chunk):
     model = tiny_model()
     count = 0
-    for count in itertools.count(40, 97 if chunk == 1 else 61):
+    for count in itertools.count(40, 293 if chunk == 1 else 131):
         stream = stream_of(model, clock_limit=0)
         stream.read(IDS[:40], chunk)
         if not interrupt_at(count, lambda: stream.read(IDS[40:52], chunk)):  # noqa: B023

@@ -13,6 +13,7 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.generate import Sampling
 from mlx_stream.load import load
 from mlx_stream.session import ChatSession
+from mlx_stream.sessions.resume import Options, begin, open_session
 from mlx_stream.speculate import Speculator
 from mlx_stream.stream import Stats, stream
 
@@ -118,6 +119,21 @@ def test_a_text_goes_on_as_plain_decoding_and_counts_its_guesses(model):
         assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
         assert ("guesses right" in str(stats)) == (speculate is not False)
     assert found[True] == found[False] == found[None]
+
+
+def test_what_was_promised_to_the_bit_is_not_guessed_unless_asked_for(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_STREAM_HOME", str(tmp_path))
+    for seed, speculate, guesses in (
+        (None, None, True),
+        (3, None, False),
+        (3, True, True),
+        (None, False, False),
+    ):
+        options = Options(sampling=Sampling(1.0, seed=seed), speculate=speculate)
+        assert (begin(model, options).chat.tokens.follower is not None) == guesses
+        saved = open_session(f"of-{seed}-{speculate}", model, options)
+        assert (saved.chat.tokens.follower is not None) == bool(speculate)
+        saved.close()
 
 
 def test_a_draft_model_guesses_and_changes_no_turn(model, tiny):

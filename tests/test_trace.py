@@ -174,7 +174,7 @@ def test_generation_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model,
     plain = stream_of(model, clock_limit=0)
     expected = list(generate(plain, some_ids(30), Sampler(sampling), 12))
     count = 0
-    for count in itertools.count(1, 89):
+    for count in itertools.count(1, 311):
         stream, sampler = stream_of(model, clock_limit=0), Sampler(sampling)
         token = sampler.choose(stream.read(some_ids(30)), stream.attended_ids)
         said = [token]

@@ -55,7 +55,7 @@ Speculate = Annotated[
     typer.Option(
         "--speculate/--no-speculate",
         help="Guess tokens from what was read and verify several at once: the same text, faster "
-        "where it repeats itself. Default: yes, unless --kv-bits is given.",
+        "where it repeats itself. Default: yes, unless --kv-bits, --seed or --session is given.",
         show_default=False,
     ),
 ]

@@ -63,12 +63,11 @@ class Talk:
             raise
 
     def _open(self) -> Work:
-        from mlx_stream.sessions import conversation, resume
+        from mlx_stream.sessions import resume
 
         model, options = self.core.model_for(self.key), resume.Options(**self.options)
         if self.name is None:
-            chat = resume.new_chat(model, options, self.note)
-            found = conversation.Conversation(chat, "")
+            found = resume.begin(model, options, self.note)
         else:
             found = yield from resume.opening(self.name, model, options, self.note)
         found.chat.steps, found.chat.on_evict = True, self._evict

@@ -243,6 +243,7 @@ class Hearing:
             count = self.cache.take(min(chunk, waiting))
             for _ in self.tokens.steps(self.ids[:count]):
                 del self.ids[:count]
+            self.tokens.settle()
             self.stats.prompt_tokens += count
             self.stats.prompt_seconds += time.perf_counter() - started
         with self.owner.lock:

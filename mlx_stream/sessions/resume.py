@@ -107,6 +107,9 @@ def opening(
     where = paths(name)
     lock = Lock.acquire(where.lock)
     store = None
+    if options.speculate is None and options.draft is None:
+        # What is saved goes on to the bit, which guesses, timed as they are, would not.
+        options = replace(options, speculate=False)
     try:
         snapshot.clear(where.snapshot)
         if not where.database.exists():

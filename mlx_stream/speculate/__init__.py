@@ -13,6 +13,7 @@ from mlx_stream.cache.verify import spare_rows
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.sampling import Sampling
 from mlx_stream.speculate.decode import Speculator, decode
 from mlx_stream.speculate.drafter import DraftModel, check_draft
 from mlx_stream.speculate.pace import Pace
@@ -25,7 +26,11 @@ Opener = Callable[[int | None, int | None, Callable[[str], None]], tuple[StreamC
 
 
 def opener(
-    model: Model, speculate: bool | None, draft: Model | None, kv_bits: int | None
+    model: Model,
+    speculate: bool | None,
+    draft: Model | None,
+    kv_bits: int | None,
+    sampling: Sampling | None = None,
 ) -> Opener:
     """Return what makes streams that text is written on; they are decoded by `decode`.
 
@@ -33,8 +38,10 @@ def opener(
     with and without. What was measured of the machine is shared by all.
 
     Args:
-        speculate: None is yes, unless the ring is quantized, whose rows are not written ahead.
+        speculate: None is yes, unless the ring is quantized, whose rows are not written ahead...
         draft: a model that guesses too.
+        sampling: ...or has a seed: the text shall be had again, to the bit, but which guesses pay
+            is timed, and several rows at once are summed in another order than one.
 
     Raises:
         ValueRefused: options that exclude each other; a draft model of another vocabulary.
@@ -46,7 +53,9 @@ def opener(
         raise ValueRefused(f"{option} does not work with --kv-bits: leave one out")
     if draft:
         check_draft(model, draft)
-    pace, guess = Pace(), speculate is not False and kv_bits is None
+    seeded = sampling is not None and sampling.seed is not None
+    guess = speculate or (speculate is None and kv_bits is None and (draft or not seeded))
+    pace = Pace()
 
     def open(
         sinks: int | None, window: int | None, notify: Callable[[str], None]
