@@ -85,7 +85,7 @@ def print_times(windows: dict[str, Any]) -> None:
 
     rows = []
     for one, result in windows.items():
-        for kind in ("decode", "prefill"):
+        for kind in ("decode", "step", "prefill"):
             times = result[kind]
             low, _, high = times["ratio_quartiles"]
             rows.append(

@@ -1,7 +1,8 @@
 """Speed beside mlx-lm's: the same weights, one process, steps in turn; knows no command line.
 
 Windows are filled with random keys and values through the caches' own state. Decoding is each
-side's own loop, from a token's id to the next one's, the likeliest.
+side's own loop, from a token's id to the next one's, the likeliest; mlx-lm's submits a step before
+the last one is done. A step is one token, waited for.
 """
 
 import statistics
@@ -110,6 +111,7 @@ def bench(
         cache = model.new_cache(SINKS, window, spare_rows(None))
         fill(cache)
         decode = decoding(model, peer, cache, pairs)
+        alone = in_turn(step_of(model, cache), their_step(model, peer, window, 1), pairs)
         progress(f"window {window}: Python of a step")
         built = costs_of_building(model, peer, window, pairs)
         must_read = limit(model, cache, read, statistics.median(decode.ours))
@@ -121,8 +123,10 @@ def bench(
         )
         results[str(window)] = {
             "decode_ratio": decode.ratio,
+            "step_ratio": alone.ratio,
             "prefill_ratio": prefill.ratio,
             "decode": decode.as_json(),
+            "step": alone.as_json(),
             "prefill": prefill.as_json() | {"chunk": chunk},
             "python": built,
             "bytes": must_read,
