@@ -86,7 +86,7 @@ def test_mlx_lm_builds_the_same_step():
     model = make(raw, tensors_of(raw))
     fill(cache := model.new_cache(4, 20))
     ours, theirs = our_build(model, cache), their_build(model, peer, 20)
-    assert 0.5 < graph_nodes(ours()) / graph_nodes(theirs()) < 1.5
+    assert 0.2 < graph_nodes(ours()) / graph_nodes(theirs()) < 0.8  # the goal, see BENCHMARKS.md
 
 
 def test_a_long_text_is_read_once_by_both():

@@ -122,7 +122,7 @@ def test_generate_as_json_is_the_same_text(tiny: Path) -> None:
     assert found.keys() == {
         *("text", "finish", "prompt_tokens", "reply_tokens", "prompt_tokens_per_second"),
         *("tokens_per_second", "attended", "evicted", "sinks", "window", "cache_bytes", "seed"),
-        "notices",
+        *("drafted_tokens", "accepted_tokens", "notices"),
     }
     assert (found["finish"], found["reply_tokens"], found["seed"]) == ("length", 9, 3)
     assert (found["sinks"], found["window"]) == (4, 508)

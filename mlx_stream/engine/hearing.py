@@ -246,6 +246,7 @@ class Hearing:
             self.tokens.settle()
             self.stats.prompt_tokens += count
             self.stats.prompt_seconds += time.perf_counter() - started
+        self.after(None)  # first: who sees that nothing waits sees what was read
         with self.owner.lock:
             self.backlog.encoded = self.backlog.encoded * len(self.ids) // max(1, waiting)
             self.owner.changed.notify_all()
