@@ -11,6 +11,13 @@ from pathlib import Path
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# On Linux MLX compiles kernels into the temporary folder, and a second process would load a file
+# that is still being written.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["TMPDIR"] = str(Path(tempfile.gettempdir()) / f"mlx_stream-tests-{worker}")
+    Path(os.environ["TMPDIR"]).mkdir(exist_ok=True)
+    tempfile.tempdir = None
+
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # M5 computes float32 at less precision otherwise
 
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
