@@ -43,16 +43,20 @@ def measure(tokens: int, window: int) -> tuple[list[dict[str, Any]], np.ndarray]
     mx.reset_peak_memory()
     rows = []
     for part in range(PARTS):
-        new = begun(model, window, size)
-        for token in range(part * size, (part + 1) * size):
-            turns = (0, old), (1, new)
-            for which, ids in turns if token % 2 else reversed(turns):
-                started = time.perf_counter()
-                next(ids)
-                seconds[which, token] = time.perf_counter() - started
-        del new, turns, ids
-        rows.append(row(part, seconds[:, part * size : (part + 1) * size]))
+        part_seconds = seconds[:, part * size : (part + 1) * size]
+        in_turn(old, begun(model, window, size), part_seconds)
+        rows.append(row(part, part_seconds))
     return rows, seconds
+
+
+def in_turn(old: Iterator[int], new: Iterator[int], seconds: np.ndarray) -> None:
+    """Fill in the seconds of each token of two streams, (2, tokens)."""
+    for token in range(seconds.shape[1]):
+        turns = (0, old), (1, new)
+        for which, ids in turns if token % 2 else reversed(turns):
+            started = time.perf_counter()
+            next(ids)
+            seconds[which, token] = time.perf_counter() - started
 
 
 def begun(model: Model, window: int, tokens: int) -> Iterator[int]:
