@@ -362,7 +362,7 @@ def generate(
     max_tokens: int,
     end_ids: Collection[int] = (),
     progress: Callable[[int], None] | None = None,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Read a prompt and yield up to `max_tokens` ids, as they are sampled.
 
     Ends early before an id in `end_ids`, which is neither yielded nor read. A yielded id is read

@@ -53,7 +53,7 @@ class Seen(Desktop):
         return {
             "shown": self._shown(),
             "gauge": self.view.gauge.text,
-            "listed": [row.title for row in self.view.conversations.data],
+            "listed": [row.title for row in self.view.conversations.data],  # type: ignore[attr-defined]
             "notice": self.view.notice.text,
         }
 

@@ -168,7 +168,7 @@ def test_asking_for_the_next_reply_ends_the_one_before(engine):
 
 def test_retry_edit_and_undo_are_those_of_a_session_alone(letters, engine):
     model = mlx_stream.load(letters, dtype="float32", keep_quantized=False)
-    slow = mlx_stream.ChatSession(model, sampling=GREEDY, **OPTIONS)
+    slow = mlx_stream.ChatSession(model, sampling=GREEDY, **OPTIONS)  # type: ignore[arg-type]
     chat = engine.session(sampling=GREEDY, **OPTIONS)
     for talk in (slow, chat):
         said(talk.reply("One?"))

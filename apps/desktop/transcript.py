@@ -94,7 +94,7 @@ class Transcript:
         self.widget = toga.ScrollContainer(
             content=self._column,
             horizontal=False,
-            on_scroll=self._scrolled,
+            on_scroll=self._scrolled,  # type: ignore[arg-type]
             style=Pack(flex=1, background_color=colours.ground),
         )
         self._bubbles: list[Bubble] = []

@@ -164,15 +164,15 @@ class ChatWindow:
     def _opened(self, *_: object, **__: object) -> None:
         row = self.conversations.selection
         if row is not None and not self._filling:
-            self._go(self._desk.open(row.name))
+            self._go(self._desk.open(row.name))  # type: ignore[attr-defined]
 
     def _model_chosen(self, *_: object, **__: object) -> None:
         if not self._filling and self.model.value:
-            self._go(self._desk.choose_model(self.model.value))
+            self._go(self._desk.choose_model(str(self.model.value)))
 
     def _window_chosen(self, *_: object, **__: object) -> None:
         if not self._filling and self.window.value:
-            self._go(self._desk.choose_window(int(self.window.value.replace(",", ""))))
+            self._go(self._desk.choose_window(int(str(self.window.value).replace(",", ""))))
 
     def _go(self, doing: Coroutine[Any, Any, None]) -> None:
         """Have it done; a fault of ours in it is heard of."""

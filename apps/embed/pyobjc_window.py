@@ -6,9 +6,9 @@ python apps/embed/pyobjc_window.py [MODEL]
 import sys
 import threading
 
-import AppKit
-import objc
-from PyObjCTools import AppHelper
+import AppKit  # type: ignore[import-not-found]
+import objc  # type: ignore[import-not-found]
+from PyObjCTools import AppHelper  # type: ignore[import-not-found]
 
 import mlx_stream
 
