@@ -127,14 +127,16 @@ def stats_of(desk: Desk) -> dict[str, Any]:
     listener, feeder = desk.listener, desk.feeder
     if listener is None or feeder is None:
         return {}
+    # In the order in which text moves on: if nothing waits, the statistics have all of it.
+    waiting, backlog = feeder.waiting, listener.backlog
     stats = listener.stats
     return {
         "attended": stats.attended,
         "evicted": stats.evicted,
         "window": stats.window,
         "cache_bytes": stats.cache_bytes,
-        "backlog": listener.backlog,
-        "chunks_waiting": feeder.waiting,
+        "backlog": backlog,
+        "chunks_waiting": waiting,
         "chunks_fed": feeder.fed,
         "chunks_saved": feeder.saved,
     }
