@@ -70,15 +70,18 @@ class Running:
     def until(
         self, done: Callable[[dict[str, Any]], bool], seconds: float = DEADLINE
     ) -> dict[str, Any]:
-        """Wait until its status is as wanted, and return it."""
-        end, status = time.monotonic() + seconds, {}
+        """Wait until its status is as wanted, and stays so for a second, and return it."""
+        end, status, since, last = time.monotonic() + seconds, {}, 0.0, None
         while time.monotonic() < end:
             assert self.process.poll() is None, f"it has ended: {self.said}"
             try:
                 status = self.status()
             except AssistantError:  # it does not listen yet
                 status = {}
-            if status and done(status):
+            seen = [status.get(key) for key in ("attended", "evicted", "bytes_read")]
+            if not status or not done(status) or seen != last:
+                since, last = time.monotonic(), seen
+            elif time.monotonic() - since > 1.0:
                 return status
             time.sleep(0.02)
         raise AssertionError(f"not in {seconds} seconds: {status}; {self.said}")
