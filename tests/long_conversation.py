@@ -54,7 +54,7 @@ OBJECT_GROWTH = 100
 BLOCK_GROWTH = 1_000
 # Turns between two looks: bytes, the objects Python's collector knows, all it has, SQLite's log.
 EVERY = 20
-LAST_DRAW = 64  # bytes: between looks 40 were seen to come and go, random keys perhaps; none adds up
+LAST_DRAW = 64  # bytes: 40 were seen to come and go between looks, random keys perhaps
 LOOK = ("active", "cached", "resident", "objects", "blocks", "log")
 # More words than a tokenizer remembers.
 WORDS = 12_000
