@@ -54,8 +54,9 @@ OBJECT_GROWTH = 100
 BLOCK_GROWTH = 1_000
 # Turns between two looks: bytes, the objects Python's collector knows, all it has, SQLite's log.
 EVERY = 20
-LAST_DRAW = 64  # bytes: 40 were seen to come and go between looks, random keys perhaps
-LOOK = ("active", "cached", "resident", "objects", "blocks", "log")
+LOOK = ("active", "cached", "resident", "objects", "blocks", "log", "traces")
+# Kinds of steps: how a window is attended once it is full.
+TRACES = 4
 # More words than a tokenizer remembers.
 WORDS = 12_000
 
@@ -110,11 +111,16 @@ def check(conversation: Conversation, count: int) -> None:
 def look(conversation: Conversation) -> tuple[int, ...]:
     """Return what must not grow, as named in `LOOK`."""
     # What the last step computed, of one token or of many, is kept until the next one.
-    conversation.chat.tokens._computed = []
+    chat = conversation.chat
+    chat.tokens._computed = []
+    # A random key is half of the pair it was split into, and holds it; one that was read does not.
+    chat.sampler.restore(chat.sampler.state())
+    mx.eval(chat.sampler.key)
     gc.collect()
     log = sum(file.stat().st_size for file in files(paths(NAME).database)[1:] if file.exists())
     memory = mx.get_active_memory(), mx.get_cache_memory(), resident_bytes()
-    return (*memory, len(gc.get_objects()), sys.getallocatedblocks(), log)
+    traces = chat.tokens._traces.count
+    return (*memory, len(gc.get_objects()), sys.getallocatedblocks(), log, traces)
 
 
 def converse(model: Model, turns: int) -> dict:
@@ -168,8 +174,10 @@ def grown(looks: np.ndarray) -> dict:
     first = {name: values[quarter : quarter + tenth] for name, values in column.items()}
     last = {name: values[-tenth:] for name, values in column.items()}
     found = {
-        "active_least": column["active"].min(),
-        "active_most": column["active"].max(),
+        "active_at_first_look": column["active"][0],
+        "active_at_end": column["active"][-1],
+        "active_differs": sum(np.ptp(group) > 0 for group in between_traces(column)),
+        "traces": column["traces"].max(),
         "most_cached": column["cached"].max(),
         "log_most": column["log"].max(),
         "resident_at_first_look": column["resident"][0],
@@ -182,12 +190,18 @@ def grown(looks: np.ndarray) -> dict:
     return {name: int(value) for name, value in found.items()}
 
 
+def between_traces(column: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Return active memory from one trace to the next: each keeps its constants, some bytes."""
+    return [column["active"][column["traces"] == count] for count in set(column["traces"].tolist())]
+
+
 def flat(found: dict) -> bool:
     def growth(name: str) -> int:
         return found[f"{name}_at_end"] - found[f"{name}_after_a_quarter"]
 
     return (
-        found["active_most"] - found["active_least"] <= LAST_DRAW
+        found["active_differs"] == 0
+        and found["traces"] <= TRACES
         and found["most_cached"] <= CACHE_LIMIT
         and growth("resident") < RESIDENT_GROWTH
         and growth("objects") < OBJECT_GROWTH
