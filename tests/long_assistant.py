@@ -11,9 +11,10 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import zlib
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from mlx_stream.tokenizer import Tokenizer
 from mlx_stream.turns import Turns
 
 TICK, SAMPLE = 0.25, 5.0
-# Seconds after a start that resident memory may still grow in.
+# Seconds after a start that resident memory may still grow in: it is asked something then, so that
+# it has done once all it does. What a copy of its ring took is kept for the next one.
 WARM_UP = 60.0
 FLAT = 10e6
 MOST_IDLE = 1.0  # per cent of one core
@@ -69,6 +71,7 @@ class Experiment:
         luck = random.Random(options.seed)
         self.kills = sorted(luck.randrange(len(text)) for _ in range(options.kills))
         self.luck = random.Random()
+        self._asked = 0  # the process that was
         self.assistant = self.started()
 
     def started(self) -> Running:
@@ -123,6 +126,9 @@ class Experiment:
 
     def sample(self) -> None:
         if (status := self.status()) and "attended" in status:
+            if status["pid"] != self._asked:
+                self._asked = status["pid"]
+                threading.Thread(target=self.ask, daemon=True).start()
             row = [status["pid"], status["uptime_seconds"], status["resident_bytes"]]
             self.progress.samples.append(row)
             self.keep()
@@ -132,6 +138,10 @@ class Experiment:
                 f"{status['chunks_waiting']:>3} waiting  {status['resident_bytes'] / 1e6:.1f} MB",
                 flush=True,
             )
+
+    def ask(self) -> None:
+        with suppress(AssistantError):  # it may be killed meanwhile
+            asked("ask", question=self.options.question)
 
     def status(self) -> dict[str, Any]:
         try:

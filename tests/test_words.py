@@ -6,10 +6,11 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_gguf_tokenizer import LLAMA3_SPLIT
 from test_template import KNOWN, TOKENS
 from tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers
 
 from mlx_stream.engine.words import LONGEST_WORD, Words
 from mlx_stream.errors import TemplateError
@@ -23,9 +24,48 @@ WORDS = st.sampled_from(
     [*NAMES, *["the", " the", " and", "\n", "\n\n", " ", "  ", "\t", "x", "12", "你好", "é", "🙂"]]
 )
 
+SPACED = [
+    "the",
+    " the",
+    ".",
+    "\n",
+    "\n\n",
+    "\r\n",
+    " ",
+    "   ",
+    "\t",
+    "x",
+    " 12",
+    ",",
+    "\u00a0",
+    "é",
+]
+
 
 def byte_level():
     return Tokenizer(tiny_tokenizer(), {})
+
+
+def blank_lines(split=None):
+    """Return a byte-level one with tokens of several spaces or line ends, as large ones have."""
+    merges = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "t"), ("Ġt", "h"), ("Ġth", "e"), (".", "Ċ")]
+    tokens = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
+    backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIALS)
+    return Tokenizer(backend, {})
+
+
+def blank_lines_in_llama():
+    return blank_lines(LLAMA3_SPLIT)
 
 
 def sentence_pieces():
@@ -52,7 +92,9 @@ def sentence_pieces():
     return Tokenizer(backend, {})
 
 
-@pytest.fixture(scope="module", params=[byte_level, sentence_pieces])
+@pytest.fixture(
+    scope="module", params=[byte_level, blank_lines, blank_lines_in_llama, sentence_pieces]
+)
 def turns(request):
     return Turns(request.param(), ChatTemplate(CHAT_TEMPLATE), "Be brief.", pin=True)
 
@@ -75,6 +117,17 @@ def test_english_in_any_pieces_has_the_ids_of_the_whole(turns, places):
     opening = turns.open_turn().opening
     found = fed(Words(turns, opening), cut(TEXT, places))
     assert [*turns.encode(opening), *found] == whole(turns, TEXT)
+
+
+@given(
+    pieces=st.lists(st.sampled_from(SPACED), min_size=1, max_size=30),
+    places=st.lists(st.integers(0, 90)),
+)
+def test_lines_and_spaces_in_any_pieces_have_the_ids_of_the_whole(turns, pieces, places):
+    text = "x" + "".join(pieces)  # the template's last line end is read before any text is there
+    opening = turns.open_turn().opening
+    found = fed(Words(turns, opening), cut(text, [p for p in places if p < len(text)]))
+    assert [*turns.encode(opening), *found] == whole(turns, text)
 
 
 @given(pieces=st.lists(WORDS, min_size=1, max_size=40), cuts=st.lists(st.integers(0, 80)))

@@ -10,8 +10,9 @@ import re
 from mlx_stream.turns import Turns
 
 # Between words, wherever a tokenizer may draw the line: before the only space between two words;
-# before what begins a line.
-BETWEEN = re.compile(r"(?<=\S) (?=\S)|(?<=\n)(?=\S)")
+# after the only line end between two. Of a blank line many take the last character with what
+# follows, so what they see of it depends on whether something does.
+BETWEEN = re.compile(r"(?<=\S) (?=\S)|(?<=\S\n)(?=\S)")
 LONGEST_WORD = 1_000  # characters; longer ones (or a script without spaces) are cut anywhere
 CONTEXT = 200
 BEFORE_A_QUESTION = "\n\n"
