@@ -230,7 +230,8 @@ def test_what_is_wrong_with_one_is_told_to_it_alone(engine, monkeypatch):
         said(engine.session(window=0).reply("Hi"))
     with pytest.raises(errors.ValueRefused, match="window"):
         engine.session(window=0).wait(DEADLINE)
-    for wrong, error in ((("",), errors.TextError), (("x", 0), errors.ValueRefused)):
+    texts = errors.TextError
+    for wrong, error in ((("",), texts), ((b"x",), texts), (("x", 0), errors.ValueRefused)):
         with pytest.raises(error):
             good.reply(*wrong)
     assert len(said(good.reply("Hi"))) == 9

@@ -193,6 +193,8 @@ def test_what_is_fed_too_fast_is_refused_with_the_numbers_and_can_wait(engine):
         listener.feed("x" * 1_001)
     with pytest.raises(errors.TextError, match="surrogate"):
         listener.feed("a \ud800 b")
+    with pytest.raises(errors.TextError, match="not bytes"):
+        listener.feed(b"x")  # type: ignore[arg-type]
     listener.close(DEADLINE)
     with pytest.raises(errors.EngineClosed):
         listener.feed("x")

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from shell import done, program
+from shell import done, program, run
 from terminals import CTRL_C, ENTER, UP, Terminal
 
 from mlx_stream.sessions.places import paths
@@ -112,3 +112,17 @@ def test_a_second_terminal_is_told_who_holds_the_session(letters):
     assert second.program.exitstatus == 1
     chat.leave()
     assert replies("held") == []
+
+
+@pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
+def test_what_is_typed_while_the_model_loads_is_asked(letters, term):
+    chat = Chat(letters, "--temp", 0, "--max-tokens", 24, "--session", "early", TERM=term)
+    chat.see("loading")
+    chat.type("Hello", ENTER, "And then?", ENTER, "/quit", ENTER)
+    chat.end()
+    assert [question for question, *_ in replies("early")] == ["Hello", "And then?"]
+
+
+def test_verifying_what_is_not_there_is_one_line():
+    result = run("sessions", "verify", "nothing")
+    assert result.code == 1 and result.err.count("\n") == 1 and "there is none" in result.err

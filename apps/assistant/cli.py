@@ -277,8 +277,8 @@ def table(status: dict[str, Any]) -> list[str]:
     rows.append(("memory", f"{status['resident_bytes'] / 1e6:.1f} MB resident"))
     if status["notes"]:
         last = status["last_note"]
-        when = f"{datetime.fromtimestamp(last):%Y-%m-%d %H:%M}" if last else "never yet"
-        rows.append(("notes", f"{status['notes']}, last {when}"))
+        when = f"last {datetime.fromtimestamp(last):%Y-%m-%d %H:%M}" if last else "none written yet"
+        rows.append(("notes", f"{status['notes']}, {when}"))
     rows += [("reads", source_line(source)) for source in status["sources"]]
     return [f"{what:<9} {harmless(text)}" for what, text in rows]
 

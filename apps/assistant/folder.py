@@ -105,7 +105,10 @@ class NotesFolder:
                 found[path] = seen
             self._complain(more)
         except OSError as error:
-            self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
+            why = f"cannot be read: {error.strerror}; waiting for it"
+            if isinstance(error, NotADirectoryError):
+                why = "is no folder, but a file (--follow reads one); waiting for one"
+            self._complain(f"{self.path}: {why}")
             return
         self._changed = [
             path

@@ -114,7 +114,8 @@ class FollowedFile:
         self._file = opened(path)
         status = os.fstat(self._file)
         if not stat.S_ISREG(status.st_mode):
-            self._complain(f"{self.path}: is no file; waiting for one")
+            folder = ", but a folder (--folder reads one)" if stat.S_ISDIR(status.st_mode) else ""
+            self._complain(f"{self.path}: is no file{folder}; waiting for one")
             self.close()
             return False
         self._complain("")

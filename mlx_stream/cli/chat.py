@@ -85,47 +85,50 @@ def chat(
     Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation, /help lists commands. When
     standard input is not a terminal, each of its lines is a turn.
     """
-    from mlx_stream import hub
-    from mlx_stream.generate import Sampling
-    from mlx_stream.load import load
-    from mlx_stream.sessions import places, resume
+    from mlx_stream.cli.prompt import keys_wait
 
-    if go_on:
-        if session is not None:
-            raise ValueRefused("--continue and --session: give one of them")
-        session = places.latest()
-        if session is None:
-            raise SessionError("no session is saved: begin one with --session NAME")
-    saved = resume.header_of(session) if session is not None else None
-    source = model or (saved.model if saved else hub.STARTER)
-    if system is None and saved is None and source == hub.STARTER:
-        system = hub.STARTER_SYSTEM
-    sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if interactive:
-        note(f"loading {source}")
-        # Imported while the weights are read: MLX does that without Python's lock.
-        Thread(target=import_module, args=("prompt_toolkit",)).start()
-    loaded = load(source, dtype, keep_quantized, force, note)
-    guessing = load(draft, dtype, keep_quantized, force, note) if draft else None
-    screen = Screen(interactive)
-    chosen = resume.Options(
-        system,
-        window,
-        sinks,
-        evict,
-        sampling,
-        max_tokens,
-        tuple(stop or ()),
-        kv_bits,
-        speculate,
-        guessing,
-    )
-    if session is None:
-        conversation = resume.begin(loaded, chosen, screen.note)
-    else:
-        told = seldom("reading again")
-        conversation = resume.open_session(session, loaded, chosen, screen.note, told)
+    with keys_wait() if interactive else nullcontext():  # who types a question ahead has sent it
+        from mlx_stream import hub
+        from mlx_stream.generate import Sampling
+        from mlx_stream.load import load
+        from mlx_stream.sessions import places, resume
+
+        if go_on:
+            if session is not None:
+                raise ValueRefused("--continue and --session: give one of them")
+            session = places.latest()
+            if session is None:
+                raise SessionError("no session is saved: begin one with --session NAME")
+        saved = resume.header_of(session) if session is not None else None
+        source = model or (saved.model if saved else hub.STARTER)
+        if system is None and saved is None and source == hub.STARTER:
+            system = hub.STARTER_SYSTEM
+        sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
+        if interactive:
+            note(f"loading {source}")
+            # Imported while the weights are read: MLX does that without Python's lock.
+            Thread(target=import_module, args=("prompt_toolkit",)).start()
+        loaded = load(source, dtype, keep_quantized, force, note)
+        guessing = load(draft, dtype, keep_quantized, force, note) if draft else None
+        screen = Screen(interactive)
+        chosen = resume.Options(
+            system,
+            window,
+            sinks,
+            evict,
+            sampling,
+            max_tokens,
+            tuple(stop or ()),
+            kv_bits,
+            speculate,
+            guessing,
+        )
+        if session is None:
+            conversation = resume.begin(loaded, chosen, screen.note)
+        else:
+            told = seldom("reading again")
+            conversation = resume.open_session(session, loaded, chosen, screen.note, told)
     try:
         talk = typed if interactive else piped
         talk(conversation, screen, stats)

@@ -185,12 +185,15 @@ def key_bindings() -> "KeyBindings":
 def keys_wait() -> Iterator[None]:
     """Let keys that are pressed meanwhile, unseen, wait for the next prompt; Ctrl-C does not wait.
 
-    Otherwise the terminal shows them amid the reply, and turns Enter into Ctrl-J.
+    Otherwise the terminal shows them amid the reply, and turns Enter into Ctrl-J, which is right
+    only where lines are the terminal's own.
     """
     before = termios.tcgetattr(sys.stdin)
     now: list[Any] = list(before)
-    now[0] &= ~termios.ICRNL
-    now[3] &= ~(termios.ECHO | termios.ICANON)
+    now[3] &= ~termios.ECHO
+    if not is_dumb():
+        now[0] &= ~termios.ICRNL
+        now[3] &= ~termios.ICANON
     termios.tcsetattr(sys.stdin, termios.TCSANOW, now)
     try:
         yield

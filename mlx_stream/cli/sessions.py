@@ -124,6 +124,8 @@ def verify(
         try:
             print(f"{one}: {manage.verify(one)}")
         except SessionError as error:
+            if not places.paths(one).database.exists():
+                raise
             damaged += 1
             note(" ".join(str(error).split()))
     if damaged:

@@ -127,7 +127,7 @@ def seldom(label: str) -> Callable[[int, int], None]:
         if time.monotonic() - told > SECONDS_PER_LINE:
             told = time.monotonic()
             left = max(0.0, (told - begun) * (total / max(done, 1) - 1))
-            note(f"{label}: {done:,} of {total:,}, {left / 60:.0f} minutes left")
+            note(f"{label}: {done:,} of {total:,}, {left / 60:.0f} min left")
 
     return update
 

@@ -291,6 +291,8 @@ def edited(question: str, max_tokens: int | None) -> "Begin":
 
 
 def check_question(question: str) -> None:
+    if not isinstance(question, str):
+        raise TextError(f"a question is a str, not {type(question).__name__}")
     if not question:
         raise TextError("the question is empty")
 

@@ -238,6 +238,8 @@ class Listener:
 
 
 def check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TextError(f"text is a str, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -199,7 +199,7 @@ class Owner:
         if self.closing or self.ended:
             raise EngineClosed("the engine is closed: make another one")
         if lane and lane.closing:
-            raise EngineClosed("this session is closed: begin another one")
+            raise EngineClosed("this session or listener is closed: begin another one")
 
     def _run(self) -> None:
         try:
