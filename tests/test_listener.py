@@ -106,8 +106,6 @@ def test_the_stream_is_one_that_read_the_same_ids(letters, engine):
     heard = hearing(listener)
     ids = heard.turns.encode(heard.turn.opening + TEXT)
     assert listener.stats.evicted == len(ids) - listener.stats.attended > 0
-    with engine._owner.lock, pytest.raises(TimeoutError):
-        listener.flush(0)
     model = mlx_stream.load(letters, dtype="float32", keep_quantized=False)
     fresh = TokenStream(model, model.new_cache(heard.cache.geometry.sinks, 300))
     expected = fresh.read([*ids, 5, 6, 7])
@@ -115,6 +113,15 @@ def test_the_stream_is_one_that_read_the_same_ids(letters, engine):
         heard.tokens.attended_ids()[-100:] == fresh.attended_ids()[-103:-3]
     )
     assert np.allclose(np.array(heard.tokens.read([5, 6, 7])), np.array(expected), atol=1e-4)
+
+
+def test_what_takes_longer_than_somebody_waits_goes_on(engine):
+    listener = engine.listen(window=300, sampling=GREEDY)
+    listener.feed(TEXT * 5)
+    with pytest.raises(TimeoutError):
+        listener.flush(0)
+    listener.flush(DEADLINE)
+    assert listener.backlog == 0 and listener.stats.evicted > 1_000
 
 
 def test_asking_without_remembering_leaves_the_stream_as_it_was_to_the_bit(engine):
@@ -138,6 +145,7 @@ def test_asking_without_remembering_leaves_the_stream_as_it_was_to_the_bit(engin
     assert bits(listener) == before and engine.memory[0] == used
     # It is the answer that would be remembered.
     assert said(listener.ask("What is it?", max_tokens=20)) == answer
+    listener.flush(DEADLINE)  # what follows the answer is read on the engine's thread
     assert bits(listener) != before
 
 

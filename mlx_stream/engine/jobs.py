@@ -42,10 +42,18 @@ class Job:
         work: called on the thread, with nothing; None among what it yields is a step that gave
             nothing.
         ahead: how many items may wait to be taken before it pauses; None: any number.
+        publish: called on the thread after a step with None, and at the end with the job, before
+            whoever asked hears of it: who looks then sees how things are.
     """
 
-    def __init__(self, owner: Thread, work: Callable[[], Work], ahead: int | None = AHEAD):
-        self.owner, self.ahead = owner, ahead
+    def __init__(
+        self,
+        owner: Thread,
+        work: Callable[[], Work],
+        ahead: int | None = AHEAD,
+        publish: "Callable[[Job | None], None]" = lambda job: None,
+    ):
+        self.owner, self.ahead, self._publish = owner, ahead, publish
         self.arrived = threading.Condition(owner.lock)
         self.items: deque[Any] = deque()
         self.cancelled = self.done = False
@@ -73,7 +81,7 @@ class Job:
             if self.items:
                 self.owner.wake.notify()
                 return self.items.popleft()
-            if self.error:
+            if self.done and self.error:
                 raise again(self.error)
             return None
 
@@ -133,6 +141,7 @@ class Job:
                 assert self._begin
                 self._work = self._begin()
             item = next(self._work)
+            self._publish(None)
             if item is not None:
                 self._give(item)
         except StopIteration as end:
@@ -151,8 +160,10 @@ class Job:
         self._finish(error=error)
 
     def _finish(self, result: Any = None, error: MlxStreamError | None = None) -> None:
+        self.result, self.error = result, error
+        self._publish(self)
         with self.owner.lock:
-            self.done, self.result, self.error = True, result, error
+            self.done = True
             self._begin = self._work = None  # a session that is forgotten is let go of at once
             self.arrived.notify_all()
         self._told()

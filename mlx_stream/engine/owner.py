@@ -35,8 +35,8 @@ class Lane:
     """What is asked of one session: jobs in order, one at a time.
 
     Args:
-        after: called on the thread after every step, to say what has changed, with the job that
-            was done.
+        after: called on the thread after every step, to say what has changed, with the job if it
+            was its last.
         close: called there when the lane ends, whatever it ends for.
     """
 
@@ -70,7 +70,7 @@ class Lane:
             return self.end()
         elif self.background:
             self.background.step()
-        self.after(job if job and job.done else None)
+            self.after(None)
 
     def end(self, error: MlxStreamError | None = None) -> None:
         """Stop what was asked, which fails with `error`, and close."""
@@ -144,7 +144,7 @@ class Owner:
             QueueFull: too much was asked for that is not done.
             EngineClosed: the engine or the lane is closed.
         """
-        job = Job(self, work, ahead)
+        job = Job(self, work, ahead, lane.after)
         with self.lock:
             self.check(lane)
             asked = sum(len(lane.jobs) for lane in self.lanes)
