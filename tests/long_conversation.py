@@ -170,7 +170,7 @@ def grown(looks: np.ndarray) -> dict:
     By then SQLite's own cache of pages is full, too. Objects and blocks: the least of a tenth.
     """
     quarter, tenth = len(looks) // 4, max(1, len(looks) // 10)
-    column = dict(zip(LOOK, looks.T, strict=True))
+    column: dict[str, np.ndarray] = dict(zip(LOOK, looks.T, strict=True))
     first = {name: values[quarter : quarter + tenth] for name, values in column.items()}
     last = {name: values[-tenth:] for name, values in column.items()}
     found = {
