@@ -35,8 +35,8 @@ from mlx_stream.tokenizer import Tokenizer
 from mlx_stream.turns import Turns
 
 TICK, SAMPLE = 0.25, 5.0
-# Seconds after a start that resident memory may still grow in: it is asked something then, so that
-# it has done once all it does. What a copy of its ring took is kept for the next one.
+# Seconds after a start that resident memory may still grow in, and until it has answered a question:
+# then it has done once all it does, and what a copy of its ring took is kept for the next one.
 WARM_UP = 60.0
 FLAT = 10e6
 MOST_IDLE = 1.0  # per cent of one core
@@ -71,7 +71,7 @@ class Experiment:
         luck = random.Random(options.seed)
         self.kills = sorted(luck.randrange(len(text)) for _ in range(options.kills))
         self.luck = random.Random()
-        self._asked = 0  # the process that was
+        self._asked = self._answered = 0  # the processes that were, that have
         self.assistant = self.started()
 
     def started(self) -> Running:
@@ -128,10 +128,11 @@ class Experiment:
         if (status := self.status()) and "attended" in status:
             if status["pid"] != self._asked:
                 self._asked = status["pid"]
-                threading.Thread(target=self.ask, daemon=True).start()
-            row = [status["pid"], status["uptime_seconds"], status["resident_bytes"]]
-            self.progress.samples.append(row)
-            self.keep()
+                threading.Thread(target=self.ask, args=(status["pid"],), daemon=True).start()
+            if status["pid"] == self._answered:
+                row = [status["pid"], status["uptime_seconds"], status["resident_bytes"]]
+                self.progress.samples.append(row)
+                self.keep()
             print(
                 f"{self.progress.seconds:6.0f} s  {status['bytes_read']:>9,} of "
                 f"{len(self.text):,} bytes  {status['evicted']:>9,} evicted  "
@@ -139,9 +140,10 @@ class Experiment:
                 flush=True,
             )
 
-    def ask(self) -> None:
+    def ask(self, process: int) -> None:
         with suppress(AssistantError):  # it may be killed meanwhile
             asked("ask", question=self.options.question)
+            self._answered = process
 
     def status(self) -> dict[str, Any]:
         try:
