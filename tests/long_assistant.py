@@ -35,7 +35,7 @@ from mlx_stream.tokenizer import Tokenizer
 from mlx_stream.turns import Turns
 
 TICK, SAMPLE = 0.25, 5.0
-# Seconds after a start that resident memory may still grow in, and until it has answered a question:
+# Seconds after a start that resident memory may still grow in, and until it has answered something:
 # then it has done once all it does, and what a copy of its ring took is kept for the next one.
 WARM_UP = 60.0
 FLAT = 10e6
