@@ -314,7 +314,7 @@ def test_it_goes_on_past_sources_that_cannot_be_read(start, log, tmp_path):
         f"{binary}: is not text",
         f"{gone}: is not there; waiting",
         f"{loop}: cannot be read: Too many levels",
-        f"{log}: is no folder, but a file (--follow reads one)",
+        f"{log}: cannot be read: it is a file (--follow reads one)",
     ):
         assert assistant.said.count(line) == (2 if "levels" in line else 1)
     log.unlink()

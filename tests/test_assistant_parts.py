@@ -138,6 +138,7 @@ def test_a_folder_that_cannot_be_read_is_waited_for(tmp_path, kind):
     looking = Looking(path)
     assert looking.look() == []
     assert len(looking.told) == 1 and "cannot be read" in looking.told[0]
+    assert ("--follow" in looking.told[0]) == (kind == "file")
     if kind != "missing":
         path.unlink()
     path.mkdir()

@@ -105,10 +105,10 @@ class NotesFolder:
                 found[path] = seen
             self._complain(more)
         except OSError as error:
-            why = f"cannot be read: {error.strerror}; waiting for it"
+            why = f"{error.strerror}; waiting for it"
             if isinstance(error, NotADirectoryError):
-                why = "is no folder, but a file (--follow reads one); waiting for one"
-            self._complain(f"{self.path}: {why}")
+                why = "it is a file (--follow reads one); waiting for a folder"
+            self._complain(f"{self.path}: cannot be read: {why}")
             return
         self._changed = [
             path
