@@ -27,6 +27,22 @@ KEPT = 4
 MAX_RUN = 32
 
 
+def check_text(text: object) -> None:
+    """Refuse what has no ids.
+
+    Raises:
+        TextError: it is no str, or has a lone surrogate, which no encoding can carry.
+    """
+    if not isinstance(text, str):
+        raise TextError(f"text is a str, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"text: character {error.start} is half of a surrogate pair and not valid Unicode"
+        ) from error
+
+
 class Tokenizer:
     """A model's tokenizer: text to ids and back.
 
@@ -104,12 +120,7 @@ class Tokenizer:
         Raises:
             TextError: the text has a lone surrogate, which no encoding can carry.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(
-                f"text: character {error.start} is half of a surrogate pair and not valid Unicode"
-            ) from error
+        check_text(text)
         # Measured on 2.7 million characters: 3 s and 380 MB. `encode_batch_fast` takes 1.7 s and
         # 290 MB, but starts a pool of threads, which programs that fork then carry along.
         with library_errors("cannot encode this text"):

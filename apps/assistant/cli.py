@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
@@ -16,7 +16,7 @@ from assistant.places import places
 from assistant.settings import Settings
 from mlx_stream.errors import MlxStreamError
 
-Verb = TypeVar("Verb", bound=Callable[..., None])
+Params = ParamSpec("Params")
 app = typer.Typer(
     name="assistant",
     help="A local assistant that reads along for days. Nothing leaves this machine.",
@@ -76,11 +76,11 @@ def fail(text: str) -> NoReturn:
     raise SystemExit(1)
 
 
-def guarded(verb: Verb) -> Verb:
+def guarded(verb: Callable[Params, None]) -> Callable[Params, None]:
     """Turn errors that a user can cause into one line and exit status 1."""
 
     @functools.wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> None:
         try:
             verb(*args, **kwargs)
         except MlxStreamError as error:
@@ -88,7 +88,7 @@ def guarded(verb: Verb) -> Verb:
         except BrokenPipeError:
             raise SystemExit(1) from None
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 def settings_of(

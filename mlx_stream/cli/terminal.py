@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, ParamSpec
 
 from mlx_stream.errors import MlxStreamError, TextError
 
-Verb = TypeVar("Verb", bound=Callable[..., None])
+Params = ParamSpec("Params")
 
 SECONDS_PER_LINE = 30.0
 DEVICE_ERRORS = ("[metal", "[malloc")  # how MLX's messages begin
@@ -36,11 +36,11 @@ def fail(text: str) -> NoReturn:
     raise SystemExit(1)
 
 
-def guarded(verb: Verb) -> Verb:
+def guarded(verb: Callable[Params, None]) -> Callable[Params, None]:
     """Turn errors that a user can cause into one line on standard error and exit status 1."""
 
     @functools.wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> None:
+    def run(*args: Params.args, **kwargs: Params.kwargs) -> None:
         try:
             open_closed_streams()
             prepare()
@@ -66,7 +66,7 @@ def guarded(verb: Verb) -> Verb:
             note("interrupted")
             raise SystemExit(130) from None
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 def open_closed_streams() -> None:

@@ -13,6 +13,7 @@ from mlx_stream.engine.owner import Lane, Owner
 from mlx_stream.errors import EngineClosed, MlxStreamError, TextError, ValueRefused
 from mlx_stream.exchange import Exchange
 from mlx_stream.stream import Piece, Stats
+from mlx_stream.tokenizer import check_text
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -291,8 +292,7 @@ def edited(question: str, max_tokens: int | None) -> "Begin":
 
 
 def check_question(question: str) -> None:
-    if not isinstance(question, str):
-        raise TextError(f"a question is a str, not {type(question).__name__}")
+    check_text(question)
     if not question:
         raise TextError("the question is empty")
 

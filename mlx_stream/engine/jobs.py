@@ -41,17 +41,17 @@ class Job:
     Args:
         work: called on the thread, with nothing; None among what it yields is a step that gave
             nothing.
+        publish: called on the thread after each step, with None, and at the end, with the job;
+            before whoever asked hears of it, who then sees how things are.
         ahead: how many items may wait to be taken before it pauses; None: any number.
-        publish: called on the thread after a step with None, and at the end with the job, before
-            whoever asked hears of it: who looks then sees how things are.
     """
 
     def __init__(
         self,
         owner: Thread,
         work: Callable[[], Work],
+        publish: "Callable[[Job | None], None]",
         ahead: int | None = AHEAD,
-        publish: "Callable[[Job | None], None]" = lambda job: None,
     ):
         self.owner, self.ahead, self._publish = owner, ahead, publish
         self.arrived = threading.Condition(owner.lock)

@@ -13,8 +13,9 @@ from mlx_stream.engine.hearing import Backlog, Hearing, Options
 from mlx_stream.engine.jobs import Job, Work
 from mlx_stream.engine.owner import Lane, Owner
 from mlx_stream.engine.saved import checked_note
-from mlx_stream.errors import QueueFull, TextError, ValueRefused
+from mlx_stream.errors import QueueFull, ValueRefused
 from mlx_stream.stream import Piece, Stats
+from mlx_stream.tokenizer import check_text
 
 
 class Listener:
@@ -203,7 +204,6 @@ class Listener:
         self, question: str, remember: bool, max_tokens: int | None, now: bool
     ) -> Callable[[], Job]:
         check_question(question)
-        check_text(question)
         check_limit(max_tokens)
         hearing = self._hearing
 
@@ -235,14 +235,3 @@ class Listener:
             left, self._hearing.evicted = self._hearing.evicted, 0
         if self._on_evict and left:
             self._on_evict(0, left)
-
-
-def check_text(text: str) -> None:
-    if not isinstance(text, str):
-        raise TextError(f"text is a str, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"text: character {error.start} is half of a surrogate pair and not valid Unicode"
-        ) from error

@@ -35,8 +35,8 @@ class Lane:
     """What is asked of one session: jobs in order, one at a time.
 
     Args:
-        after: called on the thread after every step, to say what has changed, with the job if it
-            was its last.
+        after: called on the thread after every step, to say what has changed: with a job after its
+            last step, with None after others.
         close: called there when the lane ends, whatever it ends for.
     """
 
@@ -144,7 +144,7 @@ class Owner:
             QueueFull: too much was asked for that is not done.
             EngineClosed: the engine or the lane is closed.
         """
-        job = Job(self, work, ahead, lane.after)
+        job = Job(self, work, lane.after, ahead)
         with self.lock:
             self.check(lane)
             asked = sum(len(lane.jobs) for lane in self.lanes)
