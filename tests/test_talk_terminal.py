@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from shell import done, program, run
@@ -116,11 +117,17 @@ def test_a_second_terminal_is_told_who_holds_the_session(letters):
 
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
 def test_what_is_typed_while_the_model_loads_is_asked(letters, term):
-    chat = Chat(letters, "--temp", 0, "--max-tokens", 24, "--session", "early", TERM=term)
+    """A question at any moment from loading over the first prompt into the replies."""
+    chat = Chat(letters, "--temp", 0, "--max-tokens", 2, "--session", "early", TERM=term)
     chat.see("loading")
-    chat.type("Hello", ENTER, "And then?", ENTER, "/quit", ENTER)
+    chat.program.delaybeforesend = None
+    questions = [f"Question {number}" for number in range(60)]
+    for question in questions:
+        chat.type(question, ENTER)
+        time.sleep(0.02)
+    chat.type("/quit", ENTER)
     chat.end()
-    assert [question for question, *_ in replies("early")] == ["Hello", "And then?"]
+    assert [question for question, *_ in replies("early")] == questions
 
 
 def test_verifying_what_is_not_there_is_one_line():

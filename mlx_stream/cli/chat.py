@@ -111,7 +111,7 @@ def chat(
             Thread(target=import_module, args=("prompt_toolkit",)).start()
         loaded = load(source, dtype, keep_quantized, force, note)
         guessing = load(draft, dtype, keep_quantized, force, note) if draft else None
-        screen = Screen(interactive)
+        screen = Screen()
         chosen = resume.Options(
             system,
             window,
@@ -129,11 +129,11 @@ def chat(
         else:
             told = seldom("reading again")
             conversation = resume.open_session(session, loaded, chosen, screen.note, told)
-    try:
-        talk = typed if interactive else piped
-        talk(conversation, screen, stats)
-    finally:
-        conversation.close()
+        try:
+            talk = typed if interactive else piped
+            talk(conversation, screen, stats)
+        finally:
+            conversation.close()
 
 
 def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
@@ -207,15 +207,13 @@ def print_stats(conversation: "Conversation") -> None:
 class Screen:
     """Replies on standard output; on a terminal harmless, and no notice in the middle of one."""
 
-    def __init__(self, interactive: bool) -> None:
-        self.interactive, self.in_reply = interactive, False
+    def __init__(self) -> None:
+        self.in_reply = False
 
     @contextmanager
     def reply(self) -> Iterator[Told]:
         """Let Ctrl-C end the reply that is shown inside; gives what asks for that meanwhile."""
-        from mlx_stream.cli.prompt import keys_wait
-
-        with keys_wait() if self.interactive else nullcontext(), interrupts_asked() as stopped:
+        with interrupts_asked() as stopped:
             told = seldom("reading")
 
             def check(*read: int) -> None:

@@ -152,7 +152,10 @@ def plain_line(default: str) -> str:
     sys.stdout.write(f"{PROMPT}[{harmless(default)}] " if default else PROMPT)
     sys.stdout.flush()
     try:
-        data = sys.stdin.buffer.readline()
+        with terminal() as mode:
+            mode[3] |= termios.ECHO
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+            data = sys.stdin.buffer.readline()
     except KeyboardInterrupt:
         print()
         raise
@@ -183,20 +186,27 @@ def key_bindings() -> "KeyBindings":
 
 @contextmanager
 def keys_wait() -> Iterator[None]:
-    """Let keys that are pressed meanwhile, unseen, wait for the next prompt; Ctrl-C does not wait.
+    """Let keys that are pressed while no prompt is shown, unseen, wait for it; Ctrl-C does not.
 
     Otherwise the terminal shows them amid the reply, and turns Enter into Ctrl-J, which is right
-    only where lines are the terminal's own.
+    only where lines are the terminal's own. Around a whole conversation: between a reply and the
+    next prompt there is no moment at which Enter is something else.
     """
-    before = termios.tcgetattr(sys.stdin)
-    now: list[Any] = list(before)
-    now[3] &= ~termios.ECHO
-    if not is_dumb():
-        now[0] &= ~termios.ICRNL
-        now[3] &= ~termios.ICANON
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, now)
-    try:
+    with terminal() as mode:
+        mode[3] &= ~termios.ECHO
+        if not is_dumb():
+            mode[0] &= ~termios.ICRNL
+            mode[3] &= ~termios.ICANON
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
         yield
+
+
+@contextmanager
+def terminal() -> Iterator[list[Any]]:
+    """Give the terminal's attributes, to be changed and set; at the end they are what they were."""
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        yield list(before)
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
