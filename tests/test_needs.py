@@ -200,7 +200,7 @@ def chunk_peak(model: Model, window: int, length: int) -> int:
 
 def test_attention_that_is_fused_holds_no_scores():
     config = config_of(head_dim=64)
-    scores = 4 * 128 * (4 + 2_044 + 128) * 4
+    scores = 4 * 128 * (4 + 2_044 + 64) * 4
     unfused = needs.workspace_bytes(config, 4, 2_044, 4)
     assert unfused - needs.workspace_bytes(config, 4, 2_044, 4, fused=True) == scores
     assert needs.is_fused(config, metal=True)

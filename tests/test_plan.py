@@ -1,10 +1,10 @@
 """The plan of a cache: rows, masks and clocks are rules 1 and 2, near 2^62 too."""
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from shapes import FAR
 
-from mlx_stream.cache.plan import STEP_LENGTHS, Geometry, Place, padded
+from mlx_stream.cache.plan import BLOCK, STEP_LENGTHS, Geometry, Place, padded
 
 
 def test_the_worked_example():
@@ -87,7 +87,7 @@ def test_the_mask_of_one_token_is_rule_1(given_place):
 def test_the_mask_of_a_chunk_is_rule_1_in_every_row(given_place, rows):
     geometry, place = given_place
     first = place.length
-    extent = geometry.extent(first - 1) if first else 0
+    extent = geometry.chunk_extent(first - 1) if first else 0
     mask = geometry.chunk_mask(place, extent, rows)
     assert mask.dtype == bool and mask.shape == (rows, extent + rows)
     columns = [*holders(geometry, first - 1)[:extent], *range(first, first + rows)]
@@ -95,6 +95,31 @@ def test_the_mask_of_a_chunk_is_rule_1_in_every_row(given_place, rows):
         expected = attends(geometry, place, first + row)
         assert mask[row].tolist() == [column in expected for column in columns]
         assert expected <= set(columns)
+
+
+@given(places(), st.integers(1, 300))
+def test_the_blocks_of_a_chunk_at_a_full_window_are_rule_1_in_every_row(given_place, rows):
+    geometry, place = given_place
+    assume(geometry.room(place) == 0)
+    first, before = place.length, geometry.window - 1
+    sinks = range(geometry.sinks)
+    old = [*range(first - before, first)]
+    columns = [*old, *sinks, *range(first, first + rows)]
+    held = holders(geometry, first - 1)
+    stored = geometry.segments(first - before, before)
+    assert [held[row + i] for start, stop, row in stored for i in range(stop - start)] == old
+    blocks = geometry.blocks(rows)
+    assert [row for block in blocks for row in range(block.start, block.stop)] == [*range(rows)]
+    for block in blocks:
+        assert block.stop - block.start <= BLOCK
+        seen = columns[block.first : block.first + block.mask.shape[1]]
+        assert seen[block.sinks_at : block.sinks_at + geometry.sinks] == [*sinks]
+        for row in range(block.start, block.stop):
+            expected = attends(geometry, place, first + row)
+            assert block.mask[row - block.start].tolist() == [token in expected for token in seen]
+            assert expected <= {*seen}
+        if block.start <= before:
+            assert len(seen) <= before + geometry.sinks + BLOCK, "no more than its rows see"
 
 
 @given(places(), st.integers(0, 30))
@@ -133,6 +158,9 @@ def test_extents_hold_what_was_written_in_few_sizes(last, sinks, window):
     extent = geometry.extent(last)
     assert max(geometry.row(token) for token in range(last + 1)) < extent <= geometry.rows
     assert extent in (256, 512, 1_024, geometry.rows)
+    finer = geometry.chunk_extent(last)
+    assert max(geometry.row(token) for token in range(last + 1)) < finer <= extent
+    assert finer == geometry.rows or (finer % 128 == 0 and finer - last <= max(128, last / 4))
 
 
 def test_large_rings_mask_as_rule_1_says_while_they_fill():

@@ -14,6 +14,11 @@ import numpy as np
 STEP_LENGTHS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Before the ring is full only its first rows are attended, in few sizes: this, doubled at need.
 FIRST_EXTENT = 256
+# Sizes for a chunk, of which no step is traced, are this much apart, later an eighth to a quarter.
+EXTENT_STEP = 128
+# Rows of a chunk that attend at once: fewer pay for more products, more for columns that only
+# some of them see.
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,13 @@ class Geometry:
             extent *= 2
         return min(extent, self.rows)
 
+    def chunk_extent(self, last: int) -> int:
+        """Return the same in finer steps: each row of them is attended by all of a chunk's."""
+        step = EXTENT_STEP
+        while 8 * step <= last:
+            step *= 2
+        return min((last // step + 1) * step, self.rows)
+
     def segments(self, first: int, count: int) -> list[tuple[int, int, int]]:
         """Return where new tokens go: (source start, source stop, row), none across the wrap.
 
@@ -154,6 +166,24 @@ class Geometry:
         mask[:, extent:] = (new <= new.T) & (is_sink | (new >= -reach))
         return mask
 
+    def blocks(self, rows: int) -> list["Block"]:
+        """Return the parts in which a chunk's rows attend, the window being full.
+
+        Columns are the W - 1 newest tokens of before, oldest first, the sinks, and the new tokens:
+        so what a part's rows attend to lies side by side.
+        """
+        return [self._block(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
+
+    def _block(self, start: int, stop: int) -> "Block":
+        old, sinks = self.window - 1, self.sinks
+        first = min(start, old)  # row t sees the tokens of before from the t-th on
+        token = np.arange(start, stop)[:, None]
+        new = np.arange(stop)[None]
+        mask = np.ones((stop - start, old - first + sinks + stop), bool)
+        mask[:, : old - first] = np.arange(first, old) >= token
+        mask[:, old - first + sinks :] = (new <= token) & (new > token - self.window)
+        return Block(start, stop, first, old - first, mask)
+
     def behind(self, place: Place, extent: int, newest: int) -> np.ndarray | None:
         """Return which rows hold tokens stored by the clock before: (extent,) bool, or None.
 
@@ -172,6 +202,23 @@ class Geometry:
         """Return how many tokens before `newest` each ring row was written."""
         slot = (newest - self.sinks) % self.ring
         return (slot - np.arange(max(0, extent - self.sinks))) % self.ring
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some of a chunk's rows, and the columns that one or another of them attends to.
+
+    Attributes:
+        start, stop: its rows.
+        first: its first column; of the next `sinks_at` are the ring's, then come the sinks.
+        mask: (stop - start, columns) bool.
+    """
+
+    start: int
+    stop: int
+    first: int
+    sinks_at: int
+    mask: np.ndarray
 
 
 def padded(count: int) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import mlx.nn as nn
 
 from mlx_stream.cache import stream_bytes
-from mlx_stream.cache.plan import STEP_LENGTHS, padded
+from mlx_stream.cache.plan import BLOCK, STEP_LENGTHS, padded
 from mlx_stream.cache.stream import CLOCK_LIMIT, MASK_BYTES, check_quantizable
 from mlx_stream.checkpoint.recipes import matrix_bytes as quantized_bytes
 from mlx_stream.config import QUANTIZATION_MODES, ModelConfig, Quantization
@@ -230,13 +230,18 @@ def attention_bytes(
 def moving_attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return what it holds once o moves: all in float32, with a mask that carries sinks' scores."""
+    """Return what it holds once o moves: all in float32, in blocks of rows.
+
+    Each block has a mask that carries the sinks' scores; two at a time have scores, as the next
+    one's are allocated while one is computed.
+    """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    mask = heads * rows * attended * 4
-    scores = 0 if fused else mask
+    seen = attended - rows + min(rows, BLOCK)
+    masks = heads * rows * seen * 4
+    scores = 0 if fused else heads * min(rows, 2 * BLOCK) * seen * 4
     joined = 2 * kv_heads * attended * config.head_dim * (4 if itemsize == 4 else 4 + itemsize)
-    turned = 5 * rows * (heads + kv_heads) * config.head_dim * 4
-    return mask + scores + joined + 4 * rows * attended + turned
+    turned = 2 * rows * (heads + kv_heads) * config.head_dim * 4
+    return masks + scores + joined + 4 * rows * seen + turned
 
 
 # --- a step ---
