@@ -120,9 +120,10 @@ class TokenStream:
             progress: called after each step with the number of tokens it read.
         """
         hidden = None
-        for hidden in self.steps(ids, chunk):
+        for part, last in self._parts(ids, chunk):
+            hidden = self._read(part, skim=not last)
             if progress:
-                progress(hidden.shape[1])
+                progress(len(part))
         assert hidden is not None
         logits = self.network.logits(hidden[:, -1])[0]
         if len(ids) > 1 and not mx.isfinite(logits).all().item():
@@ -181,32 +182,51 @@ class TokenStream:
             ValueRefused: no ids, or `chunk` below 1.
             TokenizerError: an id the model has no embedding for; reading on would read past it.
         """
+        for part, _ in self._parts(ids, chunk):
+            yield self._read(part)
+
+    def skim(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[int]:
+        """Read token ids of which no prediction is asked; yields how many each step read.
+
+        The last layer only stores its keys and values: of `steps`, nothing else is attended to.
+
+        Raises:
+            ValueRefused, TokenizerError: as of `steps`.
+        """
+        for part, _ in self._parts(ids, chunk):
+            self._read(part, skim=True)
+            yield len(part)
+
+    def _parts(self, ids: Sequence[int], chunk: int) -> Iterator[tuple[Sequence[int], bool]]:
+        """Return the ids of each step, which is read before the next is asked for, and if last."""
         if not ids or chunk < 1:
             raise ValueRefused(f"cannot read {len(ids)} tokens in chunks of {chunk}")
         self._check(ids)
         done, self.unasked = 0, 0
         while done < len(ids):
-            self.drop_ahead()
-            mx.eval(self._computed)
-            count = self.cache.take(min(chunk, len(ids) - done))
-            part = ids[done : done + count]
-            if count == 1:
-                step = self.cache.begin(1)
-                hidden = self._decode(step, mx.array([part], mx.uint32)).hidden
-                self._commit(step, part)
-                del step
-            else:
-                self.note()
-                self._step = (self.length, part)
-                hidden = self.network(part, self.cache)
-            done += count
-            self._computed = [hidden]
-            if count > 1:
-                # A chunk's attention reads the buffers as they were, their new rows come after:
-                # evaluated together, Metal would still hold the old ones and copy them all.
-                mx.eval(hidden)
-                mx.eval(self.cache.arrays())
-            yield hidden
+            part = ids[done : done + self.cache.take(min(chunk, len(ids) - done))]
+            done += len(part)
+            yield part, done == len(ids)
+
+    def _read(self, part: Sequence[int], skim: bool = False) -> mx.array:
+        """Read one step's ids; returns its hidden states, or what `skim` of the network does."""
+        self.drop_ahead()
+        mx.eval(self._computed)
+        if len(part) == 1:
+            step = self.cache.begin(1)
+            found = self._decode(step, mx.array([part], mx.uint32)).hidden
+            self._commit(step, part)
+            self._computed = [found]
+            return found
+        self.note()
+        self._step = (self.length, part)
+        found = self.network(part, self.cache, skim)
+        self._computed = [found]
+        # A chunk's attention reads the buffers as they were, their new rows come after:
+        # evaluated together, Metal would still hold the old ones and copy them all.
+        mx.eval(found)
+        mx.eval(self.cache.arrays())
+        return found
 
     def _check(self, ids: Sequence[int]) -> None:
         if not 0 <= min(ids) <= max(ids) < self._vocabulary:
@@ -336,9 +356,9 @@ def read_in_steps(
     tokens: TokenStream, ids: Sequence[int], progress: Callable[[int], None] | None
 ) -> Iterator[None]:
     """Read ids and yield after each step."""
-    for hidden in tokens.steps(ids):
+    for count in tokens.skim(ids):
         if progress:
-            progress(hidden.shape[1])
+            progress(count)
         yield
 
 

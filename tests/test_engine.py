@@ -47,20 +47,19 @@ def test_replies_take_turns_token_by_token(engine):
     chats = {n: engine.session(sampling=GREEDY, window=400, max_tokens=12) for n in range(3)}
     for chat in chats.values():
         chat.wait(DEADLINE)
-    step, following = TokenStream.steps, TokenStream.next
+    step, following = TokenStream._read, TokenStream.next
     streams = {id(chat._talk.conversation.chat.tokens): n for n, chat in chats.items()}
 
-    def steps(self, ids, chunk=128):
-        for hidden in step(self, ids, chunk):
-            order.append((streams[id(self)], len(ids)))
-            yield hidden
+    def read(self, part, skim=False):
+        order.append((streams[id(self)], len(part)))
+        return step(self, part, skim)
 
     def one(self, *arguments, **options):
         order.append((streams[id(self)], 1))
         return following(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenStream, "steps", steps)
+        patch.setattr(TokenStream, "_read", read)
         patch.setattr(TokenStream, "next", one)
         # All are there before the first step of any.
         with engine._owner.lock:

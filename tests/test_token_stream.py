@@ -24,7 +24,7 @@ from mlx_stream.trace import Traces
 class OnlyIds:
     """A network that computes nothing, to drive a cache by ids."""
 
-    def __call__(self, ids: list[int], cache: Cache) -> mx.array:
+    def __call__(self, ids: list[int], cache: Cache, skim: bool = False) -> mx.array:
         step = cache.begin(len(ids))
         hidden = self.hidden(mx.array([[*ids, *[0] * (step.rows - step.count)]]), step)
         cache.commit(step)
@@ -119,6 +119,30 @@ def test_reading_in_chunks_equals_reading_at_once_and_progress_adds_up(tiny_mode
         told.clear()
     with pytest.raises(ValueRefused):
         TokenStream(model, model.new_cache(4, 200)).read([])
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_skimming_leaves_the_stream_that_reading_leaves(tiny_model, bits):
+    model, ids = tiny_model(head_dim=64), some_ids(160)
+    read, skimmed = (TokenStream(model, model.new_cache(4, 40, kv_bits=bits)) for _ in range(2))
+    shapes = [hidden.shape for hidden in read.steps(ids, 37)]
+    assert shapes == [(1, n, model.config.hidden_size) for n in (37, 7, 37, 37, 37, 5)]
+    assert [*skimmed.skim(ids, 37)] == [n for _, n, _ in shapes]
+    one, other = read.state(), skimmed.state()
+    assert one.keys() == other.keys()
+    for name, held in one.items():
+        assert mx.array_equal(mx.array(held), mx.array(other[name])), name
+    assert mx.array_equal(read.read([7]), skimmed.read([7]))
+
+
+def test_skimming_ends_where_the_last_layer_begins(tiny_model):
+    model, ids = tiny_model(), some_ids(8)
+    before = model.network(ids, model.new_cache(4, 40), skim=True)
+    x = model.network.embed_tokens(mx.array(ids))
+    step = model.new_cache(4, 40).begin(len(ids))
+    for index, layer in enumerate(model.network.layers[:-1]):
+        x = layer(x, step, index)
+    assert mx.array_equal(before[0], x)
 
 
 @pytest.mark.parametrize(

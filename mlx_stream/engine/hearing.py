@@ -241,7 +241,7 @@ class Hearing:
         started, waiting = time.perf_counter(), len(self.ids)
         if waiting:
             count = self.cache.take(min(chunk, waiting))
-            for _ in self.tokens.steps(self.ids[:count]):
+            for _ in self.tokens.skim(self.ids[:count]):
                 del self.ids[:count]
             self.tokens.settle()
             self.stats.prompt_tokens += count

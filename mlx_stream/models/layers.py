@@ -115,25 +115,31 @@ class CausalLM(nn.Module):
         if not self.tied:
             self.lm_head = weights.linear(Projection("lm_head", vocabulary, size))
 
-    def __call__(self, ids: Sequence[int], cache: Cache) -> mx.array:
+    def __call__(self, ids: Sequence[int], cache: Cache, skim: bool = False) -> mx.array:
         """Read one step's token ids, at most `cache.take(len(ids))`, into the cache.
 
-        Returns the hidden states (1, len(ids), hidden size), normalized, not yet evaluated.
+        Returns the hidden states (1, len(ids), hidden size), normalized, not yet evaluated. With
+        `skim`, what the last layer begins from instead: once this and then the cache's arrays are
+        evaluated, all that later tokens attend to is there, and nothing else was computed.
         """
         step = cache.begin(len(ids))
         # Padded with a real id: whatever its row of the embedding holds has been seen already.
         tokens = [*ids, *[ids[-1]] * (step.rows - step.count)]
-        hidden = self.hidden(mx.array([tokens], mx.int32), step)
+        before, x = self._through(mx.array([tokens], mx.int32), step)
         cache.commit(step)
-        return hidden[:, : step.count]
+        return (before if skim else self.norm(x))[None, : step.count]
 
     def hidden(self, tokens: mx.array, step: Step) -> mx.array:
         """Compute a step's tokens (1, T) through all layers: (1, T, hidden size), normalized."""
+        return self.norm(self._through(tokens, step)[1])[None]
+
+    def _through(self, tokens: mx.array, step: Step) -> tuple[mx.array, mx.array]:
+        """Return what the last layer begins from and what it gives, (T, hidden size) each."""
         # Without the batch of one: each product would take it off and put it on again.
-        x = self.embed_tokens(tokens.reshape(-1))
+        before = x = self.embed_tokens(tokens.reshape(-1))
         for index, layer in enumerate(self.layers):
-            x = layer(x, step, index)
-        return self.norm(x)[None]
+            before, x = x, layer(x, step, index)
+        return before, x
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits (..., vocabulary) of hidden states (..., hidden size)."""
