@@ -1,16 +1,21 @@
 """The cache alone against the slow reference: every row of every step, whatever is done to it."""
 
 import itertools
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from shapes import Shape, Twins, contents, quantized_shapes, read_random, shapes
+from shapes import FAR, Shape, Twins, contents, quantized_shapes, read_random, shapes
 
 from mlx_stream.cache import DenseCache, StreamCache
+from mlx_stream.cache.plan import Geometry, Place
+from mlx_stream.cache.steps import Decoding
 from mlx_stream.errors import ValueRefused
+from mlx_stream.rope import Rope
 
 
 class StreamMachine(RuleBasedStateMachine):
@@ -125,6 +130,17 @@ def test_chunks_equal_the_reference(shape, chunks):
     for count in chunks:
         twins.read(count)
         twins.check_numbers()
+
+
+@given(st.integers(0, 40), st.integers(1, 24), st.integers(1, 8), st.integers(0, 90) | st.just(FAR))
+def test_which_rows_a_full_window_leaves_out_follows_from_the_row(sinks, window, spare, more):
+    geometry, token = Geometry(sinks, window, spare), sinks + window - 1 + more
+    place = Place(token, max(sinks, token - geometry.ring), 0)
+    kind = Decoding(1, 1, cast(Rope, None), 1.0, sinks, geometry.rows, spare)
+    attended = np.array(kind.attended(mx.array([geometry.row(token)], mx.int32)))
+    expected = geometry.decode_mask(place, geometry.rows)
+    assert expected is not None and attended.shape == (1, geometry.rows)
+    assert attended[0].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(

@@ -125,14 +125,15 @@ def test_a_ring_that_is_not_turned_back_is_seen(model, monkeypatch):
 
 
 def test_a_chunk_that_sees_too_much_is_seen(model, monkeypatch):
-    right = Geometry.chunk_mask
+    right = Geometry.blocks
 
-    def wrong(self: Geometry, *where: Any) -> Any:
-        mask = right(self, *where)
-        mask[:, self.sinks + 3 :] |= mask[:, self.sinks + 2 : -1]
-        return mask
+    def wrong(self: Geometry, rows: int) -> Any:
+        blocks = right(self, rows)
+        for block in blocks:
+            block.mask[:, 1:] |= block.mask[:, :-1]
+        return blocks
 
-    monkeypatch.setattr(Geometry, "chunk_mask", wrong)
+    monkeypatch.setattr(Geometry, "blocks", wrong)
     assert streams.chunks(model).holds is False
 
 

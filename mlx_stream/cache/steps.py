@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_stream.cache.plan import padded
 from mlx_stream.cache.rows import Rows, placed
@@ -22,7 +23,8 @@ class Decoding:
 
     Attributes:
         sinks: how many rows are rewritten in the step, because o moves with each token; or 0.
-        extent: how many leading rows are attended.
+        extent: how many leading rows are attended...
+        spare: ...but for this many of the ring, where the window is full: those written next.
     """
 
     query_heads: int
@@ -31,6 +33,16 @@ class Decoding:
     scale: float
     sinks: int
     extent: int
+    spare: int = 0
+
+    def attended(self, row: mx.array) -> mx.array:
+        """Return which rows the token attends to whose row is given, int32 (1,): (1, N) bool."""
+        ring, columns = self.extent - self.sinks, np.arange(self.extent)
+        # A whole number of turns more, so that nothing is negative: backends divide differently.
+        turns = ring * -(-self.extent // ring)
+        latest = np.where(columns < self.sinks, ring, ring - self.spare - 1)
+        ages = mx.remainder(row + mx.array(turns - columns, mx.int32), ring)
+        return (ages <= mx.array(latest, mx.int32))[None]
 
 
 class DecodeStep:
@@ -39,8 +51,8 @@ class DecodeStep:
     Args:
         kind: what does not change from step to step.
         arrays: what does: `position` and `row` (1,) int32, `keys` and `values` by layer; `mask`
-            (1, extent) bool where not every row is attended; `sinks` (L, K, S, D) before rotation
-            and `sinks_at` (1,) int32 where they are rewritten.
+            (1, extent) bool where it does not follow from the kind; `sinks` (L, K, S, D) before
+            rotation and `sinks_at` (1,) int32 where they are rewritten.
         is_sink: whether the token is a sink.
         settled: whether every later step is of the same kind, the window being full.
         sinks_at: where the sinks' rows stand after the step.
@@ -59,6 +71,7 @@ class DecodeStep:
         self.kind, self.arrays = kind, arrays
         self.is_sink, self.settled, self.sinks_at = is_sink, settled, sinks_at
         self.turned: mx.array | None = None
+        self.mask: mx.array | None = arrays.get("mask")
         self.keys: list[Rows] = []
         self.values: list[Rows] = []
         self.new_sinks: list[mx.array] = []
@@ -67,15 +80,17 @@ class DecodeStep:
     def of(cls, cache: "StreamCache") -> "DecodeStep":
         """Plan the step of a cache's next token."""
         token, geometry = cache.length, cache.geometry
-        is_sink = token < geometry.sinks
-        mask = geometry.decode_mask(cache.place, geometry.extent(token))
+        is_sink, extent = token < geometry.sinks, geometry.extent(token)
         # Where o moves with each token, the sinks are turned inside the step. Where it does not,
         # they stand where they must already, or are put there once.
-        full = not is_sink and (mask is None or geometry.room(cache.place) == 0)
+        oldest = geometry.oldest(cache.place, token)
+        full = not is_sink and token - oldest == geometry.window - 1
+        settled = full and extent == geometry.rows
+        mask = None if settled else geometry.decode_mask(cache.place, extent)
         moves = full and geometry.sinks > 0
         if not moves:
             cache.place_sinks(token)
-        place, extent = cache.place, geometry.extent(token)
+        place = cache.place
         arrays: dict[str, Any] = {
             "position": mx.array([place.clock], mx.int32),
             "row": mx.array([geometry.row(token)], mx.int32),
@@ -95,8 +110,9 @@ class DecodeStep:
             cache.scale,
             geometry.sinks if moves else 0,
             extent,
+            geometry.spare if settled else 0,
         )
-        return cls(kind, arrays, is_sink, full and extent == geometry.rows, sinks_at)
+        return cls(kind, arrays, is_sink, settled, sinks_at)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         kind, arrays = self.kind, self.arrays
@@ -115,8 +131,10 @@ class DecodeStep:
         self.values.append(values)
         if kind.extent < keys.shape[2]:
             keys, values = keys[:, :, : kind.extent], values[:, :, : kind.extent]
+        if kind.spare and self.mask is None:
+            self.mask = kind.attended(arrays["row"])
         return mx.fast.scaled_dot_product_attention(
-            turned[:, :queries], keys, values, scale=kind.scale, mask=arrays.get("mask")
+            turned[:, :queries], keys, values, scale=kind.scale, mask=self.mask
         )
 
     def finish(self, keys: list[mx.array], values: list[mx.array]) -> None:

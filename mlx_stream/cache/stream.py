@@ -186,6 +186,8 @@ class StreamCache:
         return held
 
     def take(self, waiting: int) -> int:
+        if waiting == 1:
+            return 1
         geometry, place = self.geometry, self.place
         # With two clocks, what was stored by the one has left before there can be a third.
         limit = self.clock_limit - self.format.clocks * geometry.rows

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_stream import snapshot
 from mlx_stream.cache import StreamCache
 from mlx_stream.evaluate.bench import fill
-from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
+from mlx_stream.generate import PREFILL_CHUNK, Sampler, Sampling, TokenStream, generate
 from mlx_stream.load import Model
 from mlx_stream.rope import inverse_frequencies
 from mlx_stream.selftest import slow
@@ -100,7 +100,7 @@ def begin_at(cache: StreamCache, model: Model, reference: slow.SlowStream, lengt
 def chunks(model: Model) -> Found:
     """Read the same ids one by one and in chunks, past the wrap, and compare what is predicted."""
     ids = some_ids(model, 3 * (SINKS + WINDOW))
-    single, *others = (logits(model, ids, chunk) for chunk in (1, 7, 64))
+    single, *others = (logits(model, ids, chunk) for chunk in (1, 7, PREFILL_CHUNK))
     return within(max(apart(other, single) for other in others), SPREAD[model.dtype])
 
 
