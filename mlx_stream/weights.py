@@ -148,8 +148,7 @@ class CheckpointWeights:
         }
         quantization = parts[0].quantization
         if quantization is None:
-            module = nn.Linear(1, 1, bias="bias" in joined)
-            module.weight = joined["weight"]
+            module = Linear(joined["weight"])
         else:
             module = nn.QuantizedLinear(
                 _smallest(quantization), 1, bias="bias" in joined, **_settings(quantization)
@@ -220,6 +219,27 @@ class CheckpointWeights:
                 f"{' or '.join(str(dtype) for dtype in dtypes)}"
             )
         return tensor
+
+
+class Linear(nn.Module):
+    """A linear map; turned once, so that no step's graph has a node for it.
+
+    Args:
+        weight: (outputs, inputs).
+    """
+
+    def __init__(self, weight: mx.array):
+        super().__init__()
+        self.hold(weight)
+
+    def hold(self, weight: mx.array) -> None:
+        self.weight, self._turned = weight, weight.T  # not a parameter: it is the same buffer
+        mx.eval(self._turned)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "bias" in self:
+            return mx.addmm(self["bias"], x, self._turned)
+        return x @ self._turned
 
 
 class SideBySide(nn.Module):

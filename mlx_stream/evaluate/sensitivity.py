@@ -7,13 +7,13 @@ the layers behind it are computed again.
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_stream.config import Quantization
 from mlx_stream.errors import TextError
 from mlx_stream.evaluate.divergence import divergences, log_probabilities
 from mlx_stream.load import Model
 from mlx_stream.models.layers import DecoderLayer
+from mlx_stream.weights import Linear
 
 # Read at once, each attending to all before it.
 TOKENS = 512
@@ -56,20 +56,20 @@ def measure(
     return found
 
 
-def module_of(layer: DecoderLayer, name: str) -> nn.Linear:
+def module_of(layer: DecoderLayer, name: str) -> Linear:
     block, projection = name.split(".")
     module = getattr(getattr(layer, block), projection)
-    assert isinstance(module, nn.Linear)
+    assert isinstance(module, Linear)
     return module
 
 
-def harm_of(passes: "Passes", index: int, module: nn.Linear, quantization: Quantization) -> float:
+def harm_of(passes: "Passes", index: int, module: Linear, quantization: Quantization) -> float:
     original = module.weight
     try:
-        module.weight = rounded(original, quantization)
+        module.hold(rounded(original, quantization))
         return passes.divergence_from(index)
     finally:
-        module.weight = original
+        module.hold(original)
 
 
 def rounded(weight: mx.array, quantization: Quantization) -> mx.array:
