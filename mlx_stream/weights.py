@@ -222,7 +222,7 @@ class CheckpointWeights:
 
 
 class Linear(nn.Module):
-    """A linear map; turned once, so that no step's graph has a node for it.
+    """Map (T, inputs) to (T, outputs); the weight is turned once, not in every step's graph.
 
     Args:
         weight: (outputs, inputs).
