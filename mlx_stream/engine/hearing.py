@@ -17,8 +17,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+import mlx.core as mx
+
 from mlx_stream import snapshot
 from mlx_stream.cache import StreamCache
+from mlx_stream.cache.plan import padded
 from mlx_stream.engine.core import Core
 from mlx_stream.engine.jobs import Job, Work, again, typed
 from mlx_stream.engine.owner import Owner
@@ -118,6 +121,7 @@ class Hearing:
         self.open_ = False
         self.evicted = 0
         self.ids: list[int] = []  # encoded and not read
+        self._length = 0  # of the last step, padded
         self._told_evicted = 0
 
     # --- beginning ---
@@ -241,6 +245,10 @@ class Hearing:
         started, waiting = time.perf_counter(), len(self.ids)
         if waiting:
             count = self.cache.take(min(chunk, waiting))
+            if padded(count) != self._length:
+                # Freed buffers of each length would be kept for its next step: 50 MB seen.
+                self._length = padded(count)
+                mx.clear_cache()
             for _ in self.tokens.skim(self.ids[:count]):
                 del self.ids[:count]
             self.tokens.settle()
