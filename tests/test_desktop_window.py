@@ -18,7 +18,7 @@ def clicked(view, name):
 
 def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
     async def use():
-        async with app(letters, window=200, max_tokens=60) as one:
+        async with app(letters, window=200, max_tokens=150) as one:
             view = one.view
             assert view.gauge.text == "nothing is attended yet"
             assert view.send.enabled and not view.stop.enabled

@@ -65,8 +65,8 @@ def test_plan_says_what_a_phone_has_to_hold():
         "what       needs",
         "weights    695.2 MB  4 bits in groups of 64",
         "ring       33.8 MB  4 sinks, window 1,020",
-        "workspace  71.4 MB  one chunk of a prompt",
-        "total      800.5 MB  fits: one program has 6,442.5 MB with the increased-memory-limit "
+        "workspace  66.4 MB  one chunk of a prompt",
+        "total      795.4 MB  fits: one program has 6,442.5 MB with the increased-memory-limit "
         "entitlement; fits without, in 3,221.2 MB",
         "loading    704.5 MB  at its peak, before there is a ring",
         "reads      729.1 MB  a token: at 60 GB/s, 82.3 tokens/s at most",

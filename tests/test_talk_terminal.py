@@ -128,6 +128,8 @@ def test_what_is_typed_while_the_model_loads_is_asked(letters, term):
     chat.type("/quit", ENTER)
     chat.end()
     assert [question for question, *_ in replies("early")] == questions
+    shown = ESCAPES.sub("", chat.shown)
+    assert all(f"> {question}" in shown for question in questions)
 
 
 def test_verifying_what_is_not_there_is_one_line():

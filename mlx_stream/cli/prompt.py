@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import select
 import stat
 import sys
 import termios
@@ -149,12 +150,13 @@ def editor(
 
 def plain_line(default: str) -> str:
     """Read a line with nothing but what the terminal does itself; Enter alone is the default."""
-    sys.stdout.write(f"{PROMPT}[{harmless(default)}] " if default else PROMPT)
-    sys.stdout.flush()
+    typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # and so was not shown
     try:
         with terminal() as mode:
             mode[3] |= termios.ECHO
             termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+            sys.stdout.write(f"{PROMPT}[{harmless(default)}] " if default else PROMPT)
+            sys.stdout.flush()
             data = sys.stdin.buffer.readline()
     except KeyboardInterrupt:
         print()
@@ -162,7 +164,10 @@ def plain_line(default: str) -> str:
     if not data:
         print()
         raise EOFError
-    return data.decode("utf-8", "surrogateescape").rstrip("\r\n") or default
+    line = data.decode("utf-8", "surrogateescape").rstrip("\r\n")
+    if typed_ahead:
+        print(harmless(NO_TEXT.sub("\ufffd", line)), flush=True)
+    return line or default
 
 
 def key_bindings() -> "KeyBindings":
