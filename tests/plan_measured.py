@@ -26,6 +26,7 @@ import mlx.core as mx
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from mlx_stream import backend, devices, hub
+from mlx_stream.cache.verify import spare_rows
 from mlx_stream.config import read_config
 from mlx_stream.generate import PREFILL_CHUNK, Sampler, Sampling, TokenStream, generate
 from mlx_stream.headers import outline_of
@@ -92,7 +93,7 @@ def chat(model: Model, window: int, kv_bits: int | None, text: str) -> Talk:
 
 def chat_filled(model: Model, window: int, kv_bits: int | None, text: str) -> Talk:
     """Read a turn into a stream that is full already."""
-    cache = model.new_cache(window=window, kv_bits=kv_bits)
+    cache = model.new_cache(window=window, spare=spare_rows(kv_bits), kv_bits=kv_bits)
     length = cache.geometry.rows
     cache.restore(cache.state() | {"length": length, "clock": length, "sinks_at": -1})
     state = cache.state()
