@@ -83,11 +83,14 @@ class StopFinder:
         self.held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """Return the text that is final, and whether a stop string came right after it."""
+        """Return the text that is final, and whether a stop string came right after it.
+
+        Of several that overlap, the one that ends first stops the text, however it came in pieces.
+        """
         self.held += text
-        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        found = [(at + len(s), at) for s in self.stops if (at := self.held.find(s)) >= 0]
         if found:
-            final, self.held = self.held[: min(found)], ""
+            final, self.held = self.held[: min(found)[1]], ""
             return final, True
         keep = self._begun()
         final = self.held[: len(self.held) - keep]
