@@ -174,9 +174,9 @@ class ChunkStep:
 
     def _prepare_sinks(self) -> None:
         cache, geometry = self.cache, self.cache.geometry
-        self.far = geometry.window - 1 + geometry.sinks
-        self.sink_keys = cache.rope.rotate(cache.sinks, mx.array([0], mx.int32))
         old = geometry.window - 1
+        self.far = old + geometry.sinks
+        self.sink_keys = cache.rope.rotate(cache.sinks, mx.array([0], mx.int32))
         self.old = geometry.segments(cache.length - old, old)
         self.blocks = geometry.blocks(self.rows)
         self.masks = []
@@ -198,13 +198,12 @@ class ChunkStep:
                 layer, heads[:, : cache.query_heads], queries, seen_keys, seen_values
             )
         else:
-            keys, values = self._buffer(layer, 0, heads) if self.extent else ([], [])
+            if self.extent:
+                keys, values = self._buffer(layer, 0, heads)
+                seen_keys = mx.concatenate([keys, seen_keys], axis=2)
+                seen_values = mx.concatenate([values, seen_values], axis=2)
             out = mx.fast.scaled_dot_product_attention(
-                queries,
-                mx.concatenate([*keys, seen_keys], axis=2),
-                mx.concatenate([*values, seen_values], axis=2),
-                scale=cache.scale,
-                mask=self.mask,
+                queries, seen_keys, seen_values, scale=cache.scale, mask=self.mask
             )
         self.keys.append(cache.format.write(cache.keys[layer], new_keys, self.segments))
         self.values.append(cache.format.write(cache.values[layer], new_values, self.segments))
@@ -221,7 +220,7 @@ class ChunkStep:
         cache, sinks = self.cache, self.cache.geometry.sinks
         sink_keys = self.sink_keys[layer : layer + 1]
         sink_values = cache.format.read(cache.values[layer], 0, sinks, plain)
-        (ring_keys,), (ring_values,) = self._buffer(layer, sinks, plain)
+        ring_keys, ring_values = self._buffer(layer, sinks, plain)
         # Scores in the mask are float32 whatever the model's dtype: half precision would round
         # the sinks' scores, the largest there are, far more than those of the ring.
         far = cache.rope.rotate_all(plain, self.far).astype(mx.float32)
@@ -256,16 +255,14 @@ class ChunkStep:
         old = [ring[:, :, row - first : row - first + b - a] for a, b, row in self.old]
         return mx.concatenate([*old, sinks, new], axis=2).astype(mx.float32)
 
-    def _buffer(
-        self, layer: int, start: int, new: mx.array
-    ) -> tuple[list[mx.array], list[mx.array]]:
-        """Return the buffer's rows from `start` as they were before this step."""
+    def _buffer(self, layer: int, start: int, new: mx.array) -> tuple[mx.array, mx.array]:
+        """Return keys and values from row `start` on, as they were before this step."""
         cache = self.cache
         keys = cache.format.read(cache.keys[layer], start, self.extent, new)
         if self.behind is not None:
             turned = cache.rope.rotate_all(keys, cache.place.lag, backwards=True)
             keys = mx.where(self.behind[start:], turned, keys)
-        return [keys], [cache.format.read(cache.values[layer], start, self.extent, new)]
+        return keys, cache.format.read(cache.values[layer], start, self.extent, new)
 
     def _capture_sinks(self, unrotated: mx.array) -> None:
         read = min(self.count, self.cache.geometry.sinks - self.cache.length)
