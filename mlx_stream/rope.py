@@ -5,6 +5,7 @@ Formulas: RoPE (arXiv 2104.09864); linear, llama3 and yarn (arXiv 2309.00071) as
 """
 
 import math
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -42,6 +43,17 @@ class Rope:
         place = mx.array([position], mx.int32)
         return self._apply(rows, place, -1.0 if backwards else 1.0).reshape(x.shape)
 
+    def turn(self, position: mx.array, heads: int) -> "Turn":
+        """Return what turns the heads of one token to `position`, int32 of one element."""
+        # The reciprocal as `mx.fast.rope` takes it, so that both find the same angles.
+        angles = position.astype(mx.float32) * mx.reciprocal(self.periods)
+        cos, sin = mx.cos(angles), mx.sin(angles)
+        shape = (1, heads, 1, self.head_dim)
+        partners = mx.broadcast_to(
+            mx.roll(mx.arange(self.head_dim, dtype=mx.uint32), self.head_dim // 2), shape
+        )
+        return Turn(mx.concatenate([cos, cos]), mx.concatenate([-sin, sin]), partners)
+
     def _apply(self, x: mx.array, position: mx.array, scale: float) -> mx.array:
         return mx.fast.rope(
             x,
@@ -52,6 +64,30 @@ class Rope:
             offset=position,
             freqs=self.periods,
         )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One token's rotation, worked out once and used in every layer.
+
+    `mx.fast.rope` finds its angles again at each call. On the CPU backend that is 14 of the 50
+    operations of a layer, instead of 2; on Metal it is one small kernel, instead of two, but with
+    sines of angles up to the clock's limit by the fast functions, whose error grows with them.
+
+    Attributes:
+        cos, sin: (D,) float32; the sine of a pair's first half is negative.
+        partners: (1, heads, 1, D) int32, the other half of each pair.
+    """
+
+    cos: mx.array
+    sin: mx.array
+    partners: mx.array
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Turn (1, heads, 1, D); computed in float32 and rounded once, as on Metal."""
+        others = mx.take_along_axis(x, self.partners, axis=-1)
+        turned = x.astype(mx.float32) * self.cos + others.astype(mx.float32) * self.sin
+        return turned.astype(x.dtype)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:

@@ -241,6 +241,12 @@ class Linear(nn.Module):
             return mx.addmm(self["bias"], x, self._turned)
         return x @ self._turned
 
+    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
+        """Return `residual` and what `x` maps to, added."""
+        if "bias" in self:
+            return residual + self(x)
+        return mx.addmm(residual, x, self._turned)
+
 
 class SideBySide(nn.Module):
     """Projections that cannot be joined (other bits or groups), run one after another."""

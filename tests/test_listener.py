@@ -149,6 +149,15 @@ def test_asking_without_remembering_leaves_the_stream_as_it_was_to_the_bit(engin
     assert bits(listener) != before
 
 
+def test_answering_aside_keeps_no_freed_buffers(engine):
+    """They would stay for as long as nothing is asked again."""
+    listener = engine.listen(window=500, sampling=GREEDY)
+    listener.feed(TEXT[:200])
+    listener.flush(DEADLINE)
+    said(listener.ask("What is it?", remember=False, max_tokens=20))
+    assert mx.get_cache_memory() < listener.stats.cache_bytes / 2
+
+
 def test_a_copy_that_does_not_fit_is_refused_and_listening_goes_on(letters):
     with engine_of(letters) as engine:
         listener = engine.listen(window=100)

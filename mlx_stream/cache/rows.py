@@ -5,6 +5,7 @@ are and each later row is quantized by itself, in groups of 64 with scales in 16
 anything attends to it. So what a token sees does not depend on how the text was split.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -214,7 +215,7 @@ def stream_bytes(
 
 
 def placed(rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]) -> mx.array:
-    rows = mx.array(rows)  # a second handle of the same buffer: the cache's own stays as it is
+    rows = copy.copy(rows)  # a second handle of the same buffer: the cache's own stays as it is
     for start, stop, row in segments:
         rows[:, :, row : row + stop - start] = new[:, :, start:stop]
     return rows

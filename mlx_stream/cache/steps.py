@@ -8,7 +8,7 @@ import numpy as np
 
 from mlx_stream.cache.plan import padded
 from mlx_stream.cache.rows import Rows, placed
-from mlx_stream.rope import Rope
+from mlx_stream.rope import Rope, Turn
 
 if TYPE_CHECKING:
     from mlx_stream.cache.stream import StreamCache
@@ -70,7 +70,8 @@ class DecodeStep:
     ):
         self.kind, self.arrays = kind, arrays
         self.is_sink, self.settled, self.sinks_at = is_sink, settled, sinks_at
-        self.turned: mx.array | None = None
+        self.turn: Turn | None = None
+        self.turned_sinks: mx.array | None = None
         self.mask: mx.array | None = arrays.get("mask")
         self.keys: list[Rows] = []
         self.values: list[Rows] = []
@@ -116,17 +117,19 @@ class DecodeStep:
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         kind, arrays = self.kind, self.arrays
-        queries, split = kind.query_heads, heads.shape[1] - kind.kv_heads
+        plain, new_values = mx.split(heads, [heads.shape[1] - kind.kv_heads], axis=1)
         if self.is_sink:
-            self.new_sinks.append(heads[:, queries:split])
-        turned = kind.rope.rotate(heads[:, :split], arrays["position"])
+            self.new_sinks.append(plain[:, kind.query_heads :])
+        if self.turn is None:
+            self.turn = kind.rope.turn(arrays["position"], plain.shape[1])
+        queries, new_keys = mx.split(self.turn(plain), [kind.query_heads], axis=1)
         keys, values = arrays["keys"][layer], arrays["values"][layer]
         if kind.sinks:
-            if self.turned is None:
-                self.turned = kind.rope.rotate(arrays["sinks"], arrays["sinks_at"])
-            keys = placed(keys, self.turned[layer : layer + 1], [(0, kind.sinks, 0)])
-        keys = mx.slice_update(keys, turned[:, queries:], arrays["row"], axes=(2,))
-        values = mx.slice_update(values, heads[:, split:], arrays["row"], axes=(2,))
+            if self.turned_sinks is None:
+                self.turned_sinks = kind.rope.rotate(arrays["sinks"], arrays["sinks_at"])
+            keys = placed(keys, self.turned_sinks[layer : layer + 1], [(0, kind.sinks, 0)])
+        keys = mx.slice_update(keys, new_keys, arrays["row"], axes=(2,))
+        values = mx.slice_update(values, new_values, arrays["row"], axes=(2,))
         self.keys.append(keys)
         self.values.append(values)
         if kind.extent < keys.shape[2]:
@@ -134,7 +137,7 @@ class DecodeStep:
         if kind.spare and self.mask is None:
             self.mask = kind.attended(arrays["row"])
         return mx.fast.scaled_dot_product_attention(
-            turned[:, :queries], keys, values, scale=kind.scale, mask=self.mask
+            queries, keys, values, scale=kind.scale, mask=self.mask
         )
 
     def finish(self, keys: list[mx.array], values: list[mx.array]) -> None:

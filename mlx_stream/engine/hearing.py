@@ -245,10 +245,7 @@ class Hearing:
         started, waiting = time.perf_counter(), len(self.ids)
         if waiting:
             count = self.cache.take(min(chunk, waiting))
-            if padded(count) != self._length:
-                # Freed buffers of each length would be kept for its next step: 50 MB seen.
-                self._length = padded(count)
-                mx.clear_cache()
+            self._work_in(padded(count))
             for _ in self.tokens.skim(self.ids[:count]):
                 del self.ids[:count]
             self.tokens.settle()
@@ -258,6 +255,12 @@ class Hearing:
         with self.owner.lock:
             self.backlog.encoded = self.backlog.encoded * len(self.ids) // max(1, waiting)
             self.owner.changed.notify_all()
+
+    def _work_in(self, length: int) -> None:
+        """Let go of freed buffers if steps change their length: each one's were kept, 50 MB."""
+        if length != self._length:
+            self._length = length
+            mx.clear_cache()
 
     def _reading(self, fed: int) -> Iterator[None]:
         """Read all of the first `fed` characters; yields between the steps."""
@@ -298,14 +301,15 @@ class Hearing:
 
     def _aside(self, prompt: Sequence[int], limit: int) -> Work:
         """Answer from a copy of the stream, which is charged to the budget while it is there."""
-        cache = self._new_cache(self.cache.geometry.sinks)
+        tokens = TokenStream(self.model, self._new_cache(self.cache.geometry.sinks))
         try:
-            tokens = TokenStream(self.model, cache)
             tokens.restore(self.tokens.state())
             reply = Reply(self.model.tokenizer.decoder(), (), remember=False)
             sampler = Sampler(self.options.sampling)
             yield from self._answer(tokens, sampler, prompt, limit, reply, Stats())
         finally:
+            del tokens
+            mx.clear_cache()  # the next copy may be long in coming
             self.core.budget.settle(self.key, self.cache.nbytes)
 
     def _answer(
@@ -319,6 +323,7 @@ class Hearing:
     ) -> Work:
         tokenizer = self.model.tokenizer
         ends = tokenizer.eos_ids | tokenizer.special_ids
+        self._work_in(0)
 
         def sampled() -> Iterator[int | None]:
             rest = yield from read_ahead(tokens, prompt, None)

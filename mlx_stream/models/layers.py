@@ -40,6 +40,12 @@ class Weights(Protocol):
     def norm(self, path: str, size: int, eps: float) -> nn.Module: ...
 
 
+def onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
+    """Return residual + projection(x): one operation if the module has one, as `weights.Linear`."""
+    add = getattr(projection, "onto", None)
+    return add(residual, x) if add else residual + projection(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, weights: Weights, path: str, bias: bool):
         super().__init__()
@@ -53,13 +59,14 @@ class Attention(nn.Module):
         )
         self.o_proj = weights.linear(Projection(f"{path}.o_proj", hidden, heads, bias))
 
-    def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
+    def __call__(self, residual: mx.array, x: mx.array, step: Step, layer: int) -> mx.array:
         rows, heads = x.shape[0], self.qkv_proj(x)
         if rows == 1:  # the same numbers in the same order, without turning axes there and back
             heads = heads.reshape(1, -1, 1, self.head_dim)
-            return self.o_proj(step.attend(layer, heads).reshape(1, -1))
+            return onto(residual, self.o_proj, step.attend(layer, heads).reshape(1, -1))
         heads = heads.reshape(1, rows, -1, self.head_dim).swapaxes(1, 2)
-        return self.o_proj(step.attend(layer, heads).swapaxes(1, 2).reshape(rows, -1))
+        out = step.attend(layer, heads).swapaxes(1, 2).reshape(rows, -1)
+        return onto(residual, self.o_proj, out)
 
 
 class MLP(nn.Module):
@@ -72,9 +79,9 @@ class MLP(nn.Module):
         )
         self.down_proj = weights.linear(Projection(f"{path}.down_proj", hidden, inner, bias))
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(nn.silu(gate) * up)
+        return onto(residual, self.down_proj, nn.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -87,8 +94,8 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, weights, f"{path}.mlp", bias.mlp)
 
     def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), step, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(x, self.input_layernorm(x), step, layer)
+        return self.mlp(x, self.post_attention_layernorm(x))
 
 
 @dataclass(frozen=True)
