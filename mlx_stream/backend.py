@@ -40,17 +40,17 @@ def on_metal() -> bool:
     return mx.metal.is_available() and mx.default_device().type == mx.DeviceType.gpu
 
 
-def tracing(settled: bool) -> bool:
-    """Return whether a decode step is traced with `mx.compile`.
+def tracing() -> tuple[bool, bool]:
+    """Return whether decode steps are traced with `mx.compile`: before a window is full, and then.
 
     `MLX_STREAM_COMPILE` decides, 0 or 1. Unset, Metal traces every step; the CPU backend only
-    those of a stream whose window is full (`settled`): it runs the system's C++ compiler for each
-    fused kernel, a second and a half each, once until the machine restarts.
+    those of a full window: it runs the system's C++ compiler for each fused kernel, a second and a
+    half each, once until the machine restarts.
     """
     chosen = os.environ.get(COMPILE, "")
     if chosen:
-        return chosen != "0"
-    return on_metal() or (settled and has_compiler())
+        return chosen != "0", chosen != "0"
+    return on_metal(), on_metal() or has_compiler()
 
 
 def prepare_compiling() -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 import numpy as np
 
+from mlx_stream import backend
 from mlx_stream.cache import Cache, StreamCache
 from mlx_stream.cache.verify import Verifying
 from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
@@ -44,15 +45,12 @@ class Follower(Protocol):
 
     def read(self, ids: Sequence[int]) -> None:
         """Ids have been read."""
-        ...
 
     def rewind(self, count: int) -> None:
         """The newest have been taken back."""
-        ...
 
     def restart(self, ids: Sequence[int]) -> None:
         """The stream is another one, of which these ids are attended."""
-        ...
 
 
 class TokenStream:
@@ -69,6 +67,7 @@ class TokenStream:
         self.follower, self.unasked = follower, 0
         self.drafted = self.accepted = 0
         self.network, self.cache, self._traces = model.network, cache, model.traces
+        self._tracing = backend.tracing()
         self._ahead: Ahead | None = None
         # By row, like keys and values; and the ids of a step that may not be noted yet.
         self._ids: list[int] = []
@@ -246,7 +245,7 @@ class TokenStream:
         penalized = None
         if sampler and sampler.rule.penalizes:
             penalized = self._penalized(tokens)
-        if worth_tracing(step):
+        if worth_tracing(step, self._tracing):
             return self._traces.run(step, tokens, sampler, key, penalized)
         decoded = decode(self.network, step, tokens, sampler, key, penalized)
         step.finish(step.keys, step.values)

@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_stream import backend
 from mlx_stream.cache.steps import DecodeStep, Decoding
 from mlx_stream.models import CausalLM
 from mlx_stream.sampling import Penalized, Rule, Sampler, choose
@@ -113,8 +112,10 @@ def decode(
     return Decoded(hidden, logits, *chosen)
 
 
-def worth_tracing(step: Any) -> bool:
-    """Return whether a step is traced: one of plain rows, no sink, of a kind that comes again."""
-    if not isinstance(step, DecodeStep) or step.is_sink:
-        return False
-    return backend.tracing(settled=step.settled)
+def worth_tracing(step: Any, tracing: tuple[bool, bool]) -> bool:
+    """Return whether a step is traced: one of plain rows, no sink, of a kind that comes again.
+
+    Args:
+        tracing: as `backend` says; asked once for a stream, not for each step.
+    """
+    return isinstance(step, DecodeStep) and not step.is_sink and tracing[step.settled]

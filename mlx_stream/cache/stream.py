@@ -227,9 +227,8 @@ class StreamCache:
             sinks = mx.array(sinks)  # a handle of our own: a state given out stays as it was
             sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
             mx.eval(sinks)  # nothing later in the step needs them, so nothing else would
-        place = self.geometry.after(self.place, count)
-        if isinstance(step, DecodeStep):
-            place = replace(place, sinks_at=step.sinks_at)
+        sinks_at = step.sinks_at if isinstance(step, DecodeStep) else None
+        place = self.geometry.after(self.place, count, sinks_at)
         self.held = Held(place, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_stream import backend
 from mlx_stream.cache import StreamCache
 from mlx_stream.cache.steps import DecodeStep
 from mlx_stream.cache.verify import spare_rows
@@ -243,10 +244,11 @@ def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
 def our_build(model: Model, cache: StreamCache) -> Build:
     """Return what builds the step that `generate` takes, and makes it part of the stream."""
     greedy, token = Sampler(Sampling(temperature=0)), mx.array([[TOKEN]], mx.uint32)
+    tracing = backend.tracing()
 
     def build() -> mx.array:
         step = cache.begin(1)
-        if isinstance(step, DecodeStep) and worth_tracing(step):
+        if isinstance(step, DecodeStep) and worth_tracing(step, tracing):
             decoded = model.traces.run(step, token, greedy, greedy.key)
         else:
             decoded = decode(model.network, step, token, greedy, greedy.key)
