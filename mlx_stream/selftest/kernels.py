@@ -60,6 +60,9 @@ def rotation(model: Model) -> Found:
         expected = slow.rotate(plain(x), places, frequencies)
         turned = model.rope.rotate(x, mx.array([place], mx.int32))
         off = max(off, worst(plain(turned), expected))
+        if rows == 1:
+            once = model.rope.turn(mx.array([place], mx.int32), heads)(x)
+            off = max(off, worst(plain(once), expected))
         together = slow.rotate(plain(x), np.full(rows, place), frequencies)
         all_turned = model.rope.rotate_all(x, place)
         off = max(off, worst(plain(all_turned), together))
