@@ -76,7 +76,7 @@ class Turn:
 
     Attributes:
         cos, sin: (D,) float32; the sine of a pair's first half is negative.
-        partners: (1, heads, 1, D) int32, the other half of each pair.
+        partners: (1, heads, 1, D) uint32, the other half of each pair.
     """
 
     cos: mx.array

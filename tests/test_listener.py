@@ -14,6 +14,7 @@ from tiny import tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
 from mlx_stream import errors
+from mlx_stream.cache import StreamCache
 from mlx_stream.generate import TokenStream
 from mlx_stream.sampling import Sampling
 
@@ -155,6 +156,26 @@ def test_answering_aside_keeps_no_freed_buffers(engine):
     listener.feed(TEXT[:200])
     listener.flush(DEADLINE)
     said(listener.ask("What is it?", remember=False, max_tokens=20))
+    assert mx.get_cache_memory() < listener.stats.cache_bytes / 2
+
+
+@pytest.mark.parametrize("fails", [(TokenStream, "next"), (StreamCache, "__init__")], ids=str)
+def test_an_answer_aside_that_fails_leaves_nothing_behind(engine, monkeypatch, fails):
+    """As a device does that cannot compute, or has no memory left."""
+    listener = engine.listen(window=500, sampling=GREEDY)
+    listener.feed(TEXT[:200])
+    listener.flush(DEADLINE)
+    said(listener.ask("What is it?", remember=False, max_tokens=5))
+    before, used = mx.get_active_memory(), engine.memory[0]
+
+    def failing(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(errors.ComputeError, match="out of memory"):
+        patch.setattr(*fails, failing)
+        said(listener.ask("What is it?", remember=False, max_tokens=5))
+    assert engine.memory[0] == used
+    assert mx.get_active_memory() - before < listener.stats.cache_bytes / 2
     assert mx.get_cache_memory() < listener.stats.cache_bytes / 2
 
 

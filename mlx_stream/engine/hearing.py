@@ -11,8 +11,8 @@ was fed, so it can be saved there, and asking may end anywhere.
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +22,7 @@ import mlx.core as mx
 from mlx_stream import snapshot
 from mlx_stream.cache import StreamCache
 from mlx_stream.cache.plan import padded
+from mlx_stream.engine.backlog import Backlog
 from mlx_stream.engine.core import Core
 from mlx_stream.engine.jobs import Job, Work, again, typed
 from mlx_stream.engine.owner import Owner
@@ -45,7 +46,6 @@ from mlx_stream.session import NOTICES_KEPT
 from mlx_stream.stream import Piece, Reply, Stats, eviction_notice, paced
 from mlx_stream.turns import Turns
 
-CHARACTERS_A_STEP = 1_024  # that are encoded at once
 BUSY_CHUNK = 32  # tokens of a step while others wait for their replies
 
 
@@ -60,45 +60,6 @@ class Options:
     sampling: Sampling
     max_tokens: int
     restore: Path | None
-
-
-class Backlog:
-    """Text that was fed and not taken yet; for any thread, under the owner's lock.
-
-    Attributes:
-        fed, taken: characters, in all.
-        encoded: characters taken and not read.
-    """
-
-    def __init__(self, capacity: int):
-        self.capacity, self.fed, self.taken, self.encoded = capacity, 0, 0, 0
-        self.pieces: deque[str] = deque()
-
-    @property
-    def size(self) -> int:
-        return self.fed - self.taken + self.encoded
-
-    def add(self, text: str) -> None:
-        if text:
-            self.pieces.append(text)
-            self.fed += len(text)
-
-    def put_back(self, text: str) -> None:
-        """Put text before all other, as if it had been fed and not been taken."""
-        if text:
-            self.pieces.appendleft(text)
-            self.taken -= len(text)
-
-    def take(self) -> str:
-        """Return the oldest text, at most what is encoded at once."""
-        if not self.pieces:
-            return ""
-        text = self.pieces.popleft()
-        if len(text) > CHARACTERS_A_STEP:
-            self.pieces.appendleft(text[CHARACTERS_A_STEP:])
-            text = text[:CHARACTERS_A_STEP]
-        self.taken += len(text)
-        return text
 
 
 class Hearing:
@@ -301,14 +262,19 @@ class Hearing:
 
     def _aside(self, prompt: Sequence[int], limit: int) -> Work:
         """Answer from a copy of the stream, which is charged to the budget while it is there."""
-        tokens = TokenStream(self.model, self._new_cache(self.cache.geometry.sinks))
+        tokens = None
         try:
+            tokens = TokenStream(self.model, self._new_cache(self.cache.geometry.sinks))
             tokens.restore(self.tokens.state())
             reply = Reply(self.model.tokenizer.decoder(), (), remember=False)
             sampler = Sampler(self.options.sampling)
             yield from self._answer(tokens, sampler, prompt, limit, reply, Stats())
+        except Exception as error:
+            # Who is told keeps the error, and its frames, as any closure, would keep the copy.
+            traceback.clear_frames(error.__traceback__)
+            raise
         finally:
-            del tokens
+            tokens = None
             mx.clear_cache()  # the next copy may be long in coming
             self.core.budget.settle(self.key, self.cache.nbytes)
 
@@ -324,12 +290,8 @@ class Hearing:
         tokenizer = self.model.tokenizer
         ends = tokenizer.eos_ids | tokenizer.special_ids
         self._work_in(0)
-
-        def sampled() -> Iterator[int | None]:
-            rest = yield from read_ahead(tokens, prompt, None)
-            yield from generate(tokens, rest, sampler, limit, ends)
-
-        for piece in paced(sampled(), reply, len(prompt), limit, stats, tokens, steps=True):
+        sampled = _sampled(tokens, sampler, prompt, limit, ends)
+        for piece in paced(sampled, reply, len(prompt), limit, stats, tokens, steps=True):
             if piece.finish:
                 yield Piece(piece.text, piece.finish, tokens.cache.attended)
             else:
@@ -398,3 +360,11 @@ class Hearing:
 
     def _notify(self, line: str) -> None:
         self.stats.notices = [*self.stats.notices, line][-NOTICES_KEPT:]
+
+
+def _sampled(
+    tokens: TokenStream, sampler: Sampler, prompt: Sequence[int], limit: int, ends: Collection[int]
+) -> Iterator[int | None]:
+    """Yield the ids of an answer, and None after the steps that read its prompt."""
+    rest = yield from read_ahead(tokens, prompt, None)
+    yield from generate(tokens, rest, sampler, limit, ends)

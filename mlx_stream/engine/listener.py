@@ -6,10 +6,11 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_stream.engine.backlog import Backlog
 from mlx_stream.engine.chat import OnEvict, check_limit, check_question
 from mlx_stream.engine.consumer import consumed, consumed_async
 from mlx_stream.engine.core import Core
-from mlx_stream.engine.hearing import Backlog, Hearing, Options
+from mlx_stream.engine.hearing import Hearing, Options
 from mlx_stream.engine.jobs import Job, Work
 from mlx_stream.engine.owner import Lane, Owner
 from mlx_stream.engine.saved import checked_note
