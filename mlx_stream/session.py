@@ -167,7 +167,7 @@ class ChatSession:
         self._settle()
         while len(self.attended.now.held) > keep:
             self.attended.evict_oldest()
-        self._count()
+        self._count(asked=True)
 
     def restart(self, system: str | None, window: int | None) -> None:
         """Go on with another system prompt or window: what is attended is read again.
@@ -382,14 +382,14 @@ class ChatSession:
             evicted_tokens=tokens,
         )
 
-    def _count(self) -> None:
-        """Bring the statistics up to date, and say what has left."""
+    def _count(self, asked: bool = False) -> None:
+        """Bring the statistics up to date, and say what has left, if nobody `asked` for that."""
         self.stats.attended, self.stats.evicted = self.cache.attended, self.cache.evicted
         self.attended.forget()
         exchanges, tokens = self.attended.gone()
         self.attended.told()
         self.stats.evicted_exchanges += exchanges
-        if self.cache.evicted and not self._eviction_told:
+        if tokens > 0 and not asked and not self._eviction_told:
             self._eviction_told = True
             self._notify(eviction_notice(self.stats.window))
         if self.on_evict and (exchanges or tokens > 0):

@@ -286,3 +286,16 @@ def test_unpinned_the_system_prompt_leaves_like_other_text(model):
         list(chat.reply(question))
     assert "SYSTEM" not in attended_text(chat) and chat.cache.geometry.sinks == 4
     assert mx.isfinite(chat.tokens.read([5, 6])).all().item()
+
+
+def test_what_was_cleared_is_not_told_as_if_the_window_were_full(model):
+    notices = []
+    chat = session(model, notify=notices.append)
+    said(chat.reply("One?"))
+    chat.clear()
+    assert chat.stats.evicted and not notices
+    said(chat.reply("Two?"))
+    assert not notices
+    for _ in range(40):
+        said(chat.reply("And then what happened?"))
+    assert len(notices) == 1 and "begun to leave" in notices[0]

@@ -229,12 +229,16 @@ class Screen:
     def show(self, pieces: "Pieces") -> None:
         """Print a reply as it comes."""
         shown = Harmless() if sys.stdout.isatty() else None
+        finish = None
         try:
             for piece in pieces:
                 self.write(shown.add(piece.text) if shown else piece.text)
+                finish = piece.finish
                 self._check()
             if shown and (rest := shown.flush()):
                 self.write(rest)
+            if shown and finish == "length":
+                self.note("cut at its limit (--max-tokens)")
         except Stopped:
             self.note("stopped")
         finally:
