@@ -64,6 +64,19 @@ def test_every_row_is_that_of_the_reference(shape, moves, random):
         twins.check_numbers()
 
 
+@pytest.mark.parametrize("window", range(1, 9))
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_all_but_the_first_can_be_taken_back_also_where_the_window_is_smaller(sinks, window):
+    twins = Twins(Shape(sinks, window, 7, layers=1))
+    twins.read(sinks + window + 8)
+    for _ in range(20):
+        count = longest_verified(twins.cache)
+        verify(twins, count)
+        take_back(twins, count - 1)
+        twins.check_numbers()
+    assert count == min(7, window) + 1
+
+
 @pytest.mark.parametrize("sinks", [0, 4, 32])
 @pytest.mark.parametrize("count", range(1, 9))
 @pytest.mark.parametrize("clock_limit", [0, 2**14])

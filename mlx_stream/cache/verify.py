@@ -46,6 +46,7 @@ def longest_verified(cache: Any) -> int:
             MOST_ROWS,
             MOST_GROUPED_ROWS // shared,
             cache.geometry.spare + 1,
+            cache.geometry.window + 1,  # no more than are attended can be taken back
             cache.room or MOST_ROWS,
         ),
     )
