@@ -69,10 +69,11 @@ def shows(one: Desktop) -> bool:
 
 
 async def asked(one: Desktop, question: str) -> None:
-    """Type a question and press Send; returns at once, and it is being answered."""
+    """Type a question and press Send; returns once it is being answered, or has been."""
+    before = len(one.desk.said)
     one.view.question.value = question
     one.view.send._impl.simulate_press()
-    await until(lambda: one.desk.can_stop)
+    await until(lambda: one.desk.can_stop or len(one.desk.said) > before)
 
 
 async def settled(one: Desktop) -> None:

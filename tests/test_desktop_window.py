@@ -49,7 +49,7 @@ def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
 
 def test_enter_sends_too_and_nothing_is_sent_while_a_reply_streams(letters):
     async def use():
-        async with app(letters, window=200, max_tokens=100) as one:
+        async with app(letters, window=200, max_tokens=600) as one:
             one.view.question.value = "First"
             one.view.question._impl.simulate_confirm()
             await until(lambda: one.desk.can_stop)
@@ -85,6 +85,7 @@ def test_a_click_in_the_list_reopens_a_saved_conversation(letters):
             said = one.desk.said[0]
             view.new._impl.simulate_press()
             await until(lambda: view.transcript.text == "")
+            await settled(one)
             assert view.gauge.text == "nothing is attended yet"
             await asked(one, "Another?")
             await settled(one)
