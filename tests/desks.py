@@ -50,7 +50,7 @@ async def app(
     """Give the application on the dummy backend, its model loaded and its window drawn."""
     one = Desktop(str(model), window, GREEDY, max_tokens, status_icon)
     try:
-        await until(lambda: one.desk.can_choose and shows(one))
+        await settled(one)
         yield one
     finally:
         one.request_exit()
@@ -63,11 +63,6 @@ def has_left(one: Desktop) -> bool:
     return any(entry.context.get("action") == "exit" for entry in events)
 
 
-def shows(one: Desktop) -> bool:
-    """Return whether the window has caught up with the desk."""
-    return one.view.send.enabled == one.desk.idle and one.view.stop.enabled == one.desk.can_stop
-
-
 async def asked(one: Desktop, question: str) -> None:
     """Type a question and press Send; returns once it is being answered, or has been."""
     before = len(one.desk.said)
@@ -77,5 +72,5 @@ async def asked(one: Desktop, question: str) -> None:
 
 
 async def settled(one: Desktop) -> None:
-    """Wait until nothing goes on, and the window shows it."""
-    await until(lambda: one.desk.can_choose and shows(one))
+    """Wait until all that was clicked is done, and the window shows it."""
+    await until(lambda: one.desk.can_choose and not one.view._tasks and not one._draw_soon._waits)

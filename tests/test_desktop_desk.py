@@ -106,7 +106,7 @@ def test_a_model_that_is_missing_is_a_line_and_another_can_be_chosen(letters, tm
         async with desk(tmp_path / "nowhere") as one:
             assert one.phase == "failed" and one.alarming and "nowhere" in one.notice
             await one.send("Anybody?")
-            assert one.said == []
+            assert one.said == [] and one.draft == "Anybody?"
             await one.choose_model(str(letters))
             assert one.idle and not one.alarming
             await one.send("Hi")

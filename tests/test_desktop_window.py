@@ -153,6 +153,21 @@ def test_a_question_that_was_not_read_is_back_where_it_was_typed(letters):
     asyncio.run(use())
 
 
+def test_a_question_sent_in_the_moment_another_click_takes_is_not_lost(letters):
+    async def use():
+        async with app(letters) as one:
+            await asked(one, "First?")
+            await settled(one)
+            one.view.new._impl.simulate_press()
+            one.view.question.value = "Lost?"
+            one.view.send._impl.simulate_press()  # before the loop has begun with the first
+            assert one.view.question.value == ""
+            await settled(one)
+            assert one.view.question.value == "Lost?" and one.desk.said == []
+
+    asyncio.run(use())
+
+
 def test_on_a_mac_an_icon_in_the_menu_bar_stops_replies_and_brings_the_window_back(letters):
     async def use():
         async with app(letters, window=200, max_tokens=2_000, status_icon=True) as one:

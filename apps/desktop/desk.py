@@ -100,10 +100,16 @@ class Desk:
         await asyncio.gather(self._list(), self._load(self.model))
 
     async def send(self, text: str) -> None:
-        """Ask, and show the reply as it comes; returns when it has ended."""
+        """Ask, and show the reply as it comes; returns when it has ended.
+
+        A question that comes while something else goes on is a draft, not lost.
+        """
         question = text.strip()
-        if not question or not self.idle:
+        if not question:
             return
+        if not self.idle:
+            self.draft = question
+            return self._changed()
         self.phase, self.draft = "reading", ""
         self._say("")
         self.said.append(Said(question))
