@@ -83,7 +83,7 @@ def test_a_guessing_turn_interrupted_anywhere_is_taken_up(model):
     """The next turns are well-formed, and guess on."""
     backend = model.tokenizer._backend
     count = 0
-    for count in itertools.count(900, 1511):
+    for count in itertools.count(200, 307):
         chat = chat_of(model, True, window=400, sampling=Sampling(0))
         turn(chat, "the the", 12)
         cut = interrupt_at(count, lambda: turn(chat, "the the", 12))  # noqa: B023
@@ -97,7 +97,7 @@ def test_a_guessing_turn_interrupted_anywhere_is_taken_up(model):
         assert roles in (["user", "assistant"] * 2, ["user", "assistant"] * 3), (count, text)
         if not cut:
             break
-    assert count > 5_000
+    assert count > 3_000
 
 
 def test_a_text_goes_on_as_plain_decoding_and_counts_its_guesses(model):

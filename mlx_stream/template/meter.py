@@ -32,10 +32,16 @@ class LimitPassed(Exception):
 
 
 class Meter:
-    """What is left of one use of a template; `limit` is characters or items of one value."""
+    """What is left of one use of a template.
+
+    Attributes:
+        limit: characters or items of one value.
+        over: the use has ended, be it by an interrupt.
+    """
 
     def __init__(self, limit: int):
         self.limit = limit
+        self.over = False
         self.left = TURNOVER * limit
         self.began, self.began_cpu = time.monotonic(), time.thread_time()
 
@@ -103,12 +109,16 @@ def metered(characters: int = 0) -> Iterator[Meter]:
 
     `characters` are those of the messages, which an honest template copies and cuts.
     """
-    if meter := METER.get(None):
+    meter = METER.get(None)
+    if meter and not meter.over:
         meter.limit = max(meter.limit, MAX_ADDED + 4 * characters)
         yield meter
         return
-    token = METER.set(Meter(MAX_ADDED + 4 * characters))
+    meter = Meter(MAX_ADDED + 4 * characters)
     try:
-        yield METER.get()
+        METER.set(
+            meter
+        )  # and left there: an interrupt may come before a reset, and its time run out
+        yield meter
     finally:
-        METER.reset(token)
+        meter.over = True
