@@ -118,14 +118,17 @@ def logits(model: Model, ids: list[int], chunk: int) -> np.ndarray:
 def in_place(model: Model) -> Found:
     """Decode at a full window and see how much more memory was ever in use.
 
-    A step's own needs are those at a small window; a copy of a buffer is as large as the buffer.
+    A step's own needs are those at a small window, and what attention to so many rows takes; a
+    copy of a buffer is as large as the buffer.
     """
     _, large = model.resolve_window(SINKS, None)
     small, large = WINDOW, min(large, LARGE)
     if large < 4 * small:
         return Found(None, f"not applicable: a window of {large} is too small to tell")
-    beyond = rise(model, large) - rise(model, small)
-    buffer = model.new_cache(SINKS, large).keys[0].nbytes
+    keys = model.new_cache(SINKS, large).keys[0]
+    assert isinstance(keys, mx.array)
+    buffer = keys.nbytes
+    beyond = rise(model, large) - rise(model, small) - scores(model, keys)
     said = f"{max(beyond, 0) / 1e6:.2f} MB more over {STEPS} steps; a buffer has {buffer / 1e6:.2f}"
     return Found(beyond < buffer / 2, said)
 
@@ -138,6 +141,16 @@ def rise(model: Model, window: int) -> int:
     before = mx.get_active_memory()  # of one buffer each, before a step could have left another
     for _ in range(STEPS):
         next(tokens)
+    return mx.get_peak_memory() - before
+
+
+def scores(model: Model, keys: mx.array) -> int:
+    """Return by how many bytes it rises while one token attends to all rows of a buffer."""
+    queries = random(model, 1, model.config.num_attention_heads, 1, model.config.head_dim)
+    mx.eval(queries, keys)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(mx.fast.scaled_dot_product_attention(queries, keys, keys, scale=1.0, mask=None))
     return mx.get_peak_memory() - before
 
 
