@@ -26,7 +26,13 @@ class Rope:
         self.head_dim = head_dim
         self.magnitude = config.attention_factor
         self.periods = mx.array((1.0 / inverse_frequencies(config, head_dim)).astype(np.float32))
-        mx.eval(self.periods)
+        # What `turn` needs in every step, evaluated: a trace would make the rest of it each time.
+        # The reciprocal as `mx.fast.rope` takes it, so that both find the same angles.
+        rates, ones = mx.reciprocal(self.periods), mx.ones_like(self.periods)
+        self._rates = mx.concatenate([rates, rates])
+        self._signs = mx.concatenate([-ones, ones])
+        self._partners = mx.roll(mx.arange(head_dim, dtype=mx.uint32), head_dim // 2)
+        mx.eval(self.periods, self._rates, self._signs, self._partners)
 
     def rotate(self, x: mx.array, position: mx.array) -> mx.array:
         """Turn (B, heads, T, D) so that row r of T stands at position + r.
@@ -45,14 +51,9 @@ class Rope:
 
     def turn(self, position: mx.array, heads: int) -> "Turn":
         """Return what turns the heads of one token to `position`, int32 of one element."""
-        # The reciprocal as `mx.fast.rope` takes it, so that both find the same angles.
-        angles = position.astype(mx.float32) * mx.reciprocal(self.periods)
-        cos, sin = mx.cos(angles), mx.sin(angles)
-        shape = (1, heads, 1, self.head_dim)
-        partners = mx.broadcast_to(
-            mx.roll(mx.arange(self.head_dim, dtype=mx.uint32), self.head_dim // 2), shape
-        )
-        return Turn(mx.concatenate([cos, cos]), mx.concatenate([-sin, sin]), partners)
+        angles = position.astype(mx.float32) * self._rates
+        partners = mx.broadcast_to(self._partners, (1, heads, 1, self.head_dim))
+        return Turn(mx.cos(angles), mx.sin(angles) * self._signs, partners)
 
     def _apply(self, x: mx.array, position: mx.array, scale: float) -> mx.array:
         return mx.fast.rope(
