@@ -71,6 +71,13 @@ async def asked(one: Desktop, question: str) -> None:
     await until(lambda: one.desk.can_stop or len(one.desk.said) > before)
 
 
+def shows(one: Desktop) -> bool:
+    """Return whether the window has caught up with the desk."""
+    drawn = not one._draw_soon._waits
+    view, desk = one.view, one.desk
+    return drawn and view.send.enabled == desk.idle and view.stop.enabled == desk.can_stop
+
+
 async def settled(one: Desktop) -> None:
     """Wait until all that was clicked is done, and the window shows it."""
-    await until(lambda: one.desk.can_choose and not one.view._tasks and not one._draw_soon._waits)
+    await until(lambda: one.desk.can_choose and not one.view._tasks and shows(one))

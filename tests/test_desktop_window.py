@@ -159,11 +159,51 @@ def test_a_question_sent_in_the_moment_another_click_takes_is_not_lost(letters):
             await asked(one, "First?")
             await settled(one)
             one.view.new._impl.simulate_press()
-            one.view.question.value = "Lost?"
-            one.view.send._impl.simulate_press()  # before the loop has begun with the first
-            assert one.view.question.value == ""
+            for question in ("Lost?", "Or this?"):
+                one.view.question.value = question
+                one.view.send._impl.simulate_press()  # before the loop has begun with the first
+                assert one.view.question.value == ""
             await settled(one)
-            assert one.view.question.value == "Lost?" and one.desk.said == []
+            assert one.view.question.value == "Lost? Or this?" and one.desk.said == []
+
+    asyncio.run(use())
+
+
+def test_a_question_that_was_not_read_waits_while_the_next_is_typed(letters):
+    async def use():
+        async with app(letters) as one:
+            await asked(one, "First?")
+            await settled(one)
+            one.view.new._impl.simulate_press()
+            one.view.question.value = "Lost?"
+            one.view.send._impl.simulate_press()
+            one.view.question.value = "Second?"  # typed before the window shows the first again
+            await settled(one)
+            assert one.view.question.value == "Second?"
+            await asked(one, "Second?")
+            await settled(one)
+            await until(lambda: one.view.question.value == "Lost?")
+            assert [s.question for s in one.desk.said] == ["Second?"]
+
+    asyncio.run(use())
+
+
+def test_a_question_sent_while_the_window_is_changed_is_not_read_behind_its_back(letters):
+    async def use():
+        async with app(letters, window=200) as one:
+            await asked(one, "Hi")
+            await settled(one)
+            one.view.window.value = "508"
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            one.view.question.value = "More"
+            one.view.send._impl.simulate_press()
+            await settled(one)
+            assert one.desk.window == 508 and not one.desk.alarming
+            assert one.view.question.value == "More"
+            assert [s.question for s in one.desk.said] == ["Hi"]
+            (saved,) = one.desk.conversations
+            assert saved.exchanges == 1
 
     asyncio.run(use())
 

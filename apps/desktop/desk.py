@@ -56,7 +56,8 @@ class Desk:
         notice: one line the user should know, or nothing.
         said: of the conversation that is open, oldest first.
         attended: how many of the last of them are attended.
-        draft: a question that was not taken, to be put back where it was typed.
+        draft: questions that were not taken, to be put back where they were typed by whoever then
+            empties this.
     """
 
     def __init__(
@@ -108,9 +109,9 @@ class Desk:
         if not question:
             return
         if not self.idle:
-            self.draft = question
+            self._give_back(question)
             return self._changed()
-        self.phase, self.draft = "reading", ""
+        self.phase = "reading"
         self._say("")
         self.said.append(Said(question))
         self._reply = asyncio.create_task(self._ask(question))
@@ -161,6 +162,8 @@ class Desk:
         before, self.window = self.window, window
         if not self._engine or not self.name:
             return self._changed()
+        self.phase = "loading"  # nothing is sent to a conversation that is being closed
+        self._changed()
         await self._close_chat()
         if not await self._join():
             refused, self.window = self.notice, before
@@ -169,9 +172,10 @@ class Desk:
 
     async def close(self) -> None:
         """Stop what is going on, save, and give the model's memory back."""
-        self.stop()
-        if self._reply:
+        while self._reply and not self._reply.done():
+            self.stop()
             await asyncio.wait({self._reply})
+        self.phase = "loading"
         await self._unload()
         self._pool.shutdown()
 
@@ -212,13 +216,16 @@ class Desk:
         """Take the last exchange as the conversation has it; a question not read is a draft."""
         last, held = self.said[-1], self._last_held()
         if not read:
-            self.draft = last.question
+            self._give_back(last.question)
             del self.said[-1]
         elif held and held.question == last.question:
             self.said[-1] = Said(held.question, held.reply, held.finish)
         else:
             self.said[-1] = replace(last, finish=last.finish or "interrupted")
         self._count()
+
+    def _give_back(self, question: str) -> None:
+        self.draft = f"{self.draft} {question}".strip()
 
     def _last_held(self) -> Exchange | None:
         return next(reversed(self._chat.exchanges), None) if self._chat else None
