@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_stream.errors import MlxStreamError, TemplateError
 from mlx_stream.template import MAX_SOURCE, ChatTemplate, meter, user
-from mlx_stream.template.meter import TURNOVER, LimitPassed, Meter, metered
+from mlx_stream.template.meter import TURNOVER, LimitPassed, Meter
 
 # What these templates write is as short as they are.
 HARMLESS = {
@@ -107,14 +107,13 @@ def test_a_sleeping_machine_does_not_stop_an_honest_template(monkeypatch: pytest
 
 
 def test_a_value_that_holds_another_twice_weighs_it_twice():
-    with metered() as running:
-        value: list = ["ab"]
-        for _ in range(10):
-            value = [value, value]
-        running.limit = 2**10 * 4  # 1,024 texts, their 2,048 characters, 1,024 lists and theirs
-        with pytest.raises(LimitPassed, match="larger than"):
-            running.weigh([value, value], {"a": value}.items())
-        running.weigh("ab" * 10)
+    value: list = ["ab"]
+    for _ in range(10):
+        value = [value, value]
+    running = Meter(2**10 * 4)  # 1,024 texts, their 2,048 characters, 1,024 lists and theirs
+    with pytest.raises(LimitPassed, match="larger than"):
+        running.weigh([value, value], {"a": value}.items())
+    running.weigh("ab" * 10)
 
 
 def test_what_is_made_is_paid_for_once_and_for_all():

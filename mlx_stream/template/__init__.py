@@ -100,18 +100,20 @@ class ChatTemplate:
         Raises:
             TemplateError: the template failed, did what the sandbox forbids, or wrote too much.
         """
+
+        def text() -> str:
+            # tools and documents are always passed, as transformers does: templates test for none.
+            pieces = self._template.generate(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=reply,
+                **self._tokens,
+            )
+            return joined("", pieces)
+
         try:
-            with metered(sum(len(message["content"]) for message in messages)):
-                # tools and documents are always passed, as transformers does: templates test for
-                # none.
-                pieces = self._template.generate(
-                    messages=[dict(message) for message in messages],
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=reply,
-                    **self._tokens,
-                )
-                return joined("", pieces)
+            return metered(text, sum(len(message["content"]) for message in messages))
         # What a stranger's program may raise is not ours to list; all of it means one thing.
         except Exception as error:
             raise TemplateError(f"chat template: it failed: {one_line(error)}") from error
@@ -200,11 +202,13 @@ class ChatTemplate:
             TemplateError: it does not, or it has no system role. The template may still be used
                 for conversations that are rendered whole, but not on a stream.
         """
-        with metered():
-            self._check_appends(None)
-            if system:
-                self._check_system_role()
-                self._check_appends(SYSTEM["content"])
+        metered(lambda: self._check(system))
+
+    def _check(self, system: bool) -> None:
+        self._check_appends(None)
+        if system:
+            self._check_system_role()
+            self._check_appends(SYSTEM["content"])
 
     def _check_system_role(self) -> None:
         try:
@@ -274,8 +278,7 @@ def one_line(error: BaseException) -> str:
 
 def compile_source(source: str, now: datetime) -> Template:
     try:
-        with metered():
-            return compile_template(source, now)
+        return metered(lambda: compile_template(source, now))
     # As in `render`: deep nesting, for one, fails in ways that are not Jinja's.
     except Exception as error:
         raise TemplateError(f"chat template: it cannot be read: {one_line(error)}") from error

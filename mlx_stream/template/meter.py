@@ -6,10 +6,11 @@ limits hold on any thread, and a template that stays inside them does not notice
 """
 
 import time
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from contextlib import contextmanager
+from collections.abc import Callable, ItemsView, KeysView, ValuesView
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # A rendering of a published template takes milliseconds. Both must have passed: a machine that is
 # swapping or asleep can be slow with honest work.
@@ -103,22 +104,21 @@ class Meter:
 METER: ContextVar[Meter] = ContextVar("mlx_stream.template.meter")
 
 
-@contextmanager
-def metered(characters: int = 0) -> Iterator[Meter]:
-    """Meter what happens inside; inside another one, on that one's account.
+def metered(work: Callable[[], T], characters: int = 0) -> T:
+    """Return what `work` returns, metered; inside another use, on that one's account.
 
     `characters` are those of the messages, which an honest template copies and cuts.
     """
+    limit = MAX_ADDED + 4 * characters
     meter = METER.get(None)
     if meter and not meter.over:
-        meter.limit = max(meter.limit, MAX_ADDED + 4 * characters)
-        yield meter
-        return
-    meter = Meter(MAX_ADDED + 4 * characters)
+        meter.limit = max(meter.limit, limit)
+        return work()
+    meter = Meter(limit)
+    # Marked, not put back, and no generator's `with`: an interrupt at its border, whose traceback
+    # somebody keeps, would leave this one in use until its time is up, and for ever after.
     try:
-        METER.set(
-            meter
-        )  # and left there: an interrupt may come before a reset, and its time run out
-        yield meter
+        METER.set(meter)
+        return work()
     finally:
         meter.over = True
