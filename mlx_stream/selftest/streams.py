@@ -118,8 +118,8 @@ def logits(model: Model, ids: list[int], chunk: int) -> np.ndarray:
 def in_place(model: Model) -> Found:
     """Decode at a full window and see how much more memory was ever in use.
 
-    A step's own needs are those at a small window, and what attention to so many rows takes; a
-    copy of a buffer is as large as the buffer.
+    A step's own needs are those at a small window, and the scores of a few layers, which the CPU
+    frees late; a copy of a buffer is as large as the buffer.
     """
     _, large = model.resolve_window(SINKS, None)
     small, large = WINDOW, min(large, LARGE)
@@ -127,8 +127,10 @@ def in_place(model: Model) -> Found:
         return Found(None, f"not applicable: a window of {large} is too small to tell")
     keys = model.new_cache(SINKS, large).keys[0]
     assert isinstance(keys, mx.array)
-    buffer = keys.nbytes
-    beyond = rise(model, large) - rise(model, small) - scores(model, keys)
+    buffer, attention = keys.nbytes, scores(model, keys)
+    if 4 * attention > buffer:
+        return Found(None, "not applicable: scores are too large beside such small heads to tell")
+    beyond = rise(model, large) - rise(model, small) - 3 * attention
     said = f"{max(beyond, 0) / 1e6:.2f} MB more over {STEPS} steps; a buffer has {buffer / 1e6:.2f}"
     return Found(beyond < buffer / 2, said)
 
