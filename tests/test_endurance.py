@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -120,6 +121,7 @@ def test_stopped_or_killed_it_goes_on_where_it_was(
     more = (logged + 10) * SEGMENT
     result = done(*endurance("parts", "--tokens", more, "--no-fresh"))
     assert "again" not in result.err, "its state was of use"
+    assert re.search(r"parts: going on from token [\d,]+\n", result.err)
     done(*endurance("whole", "--tokens", more, "--no-fresh"))
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
 
@@ -261,10 +263,17 @@ def test_a_log_of_another_text_or_model(
 ) -> None:
     done(*endurance("log", "--tokens", 2 * SEGMENT, "--no-fresh"))
     rest = ("--log", tmp_path / "log", *SETTINGS, "--tokens", 3 * SEGMENT)
-    assert "another text" in one_line("eval", "endurance", tiny, texts[1], *rest)
-    assert "another model" in one_line("eval", "endurance", letters, *texts, *rest)
+    first, second = (path.name for path in texts)
+    said = one_line("eval", "endurance", tiny, texts[1], *rest)
+    assert f"another text ({first}, {second}, not {second}): choose another file" in said
+    said = one_line("eval", "endurance", letters, *texts, *rest)
+    assert f"another model ({tiny.name} float32, not {letters.name} float32): choose" in said
     half = ("--dtype", "float16")
-    assert "another model" in one_line("eval", "endurance", tiny, *texts, *rest, *half)
+    said = one_line("eval", "endurance", tiny, *texts, *rest, *half)
+    assert f"another model ({tiny.name} float32, not {tiny.name} float16): choose" in said
+    (other := tmp_path / second).write_text(texts[1].read_text().upper())
+    said = one_line("eval", "endurance", tiny, texts[0], other, *rest)
+    assert re.search(r"another text \([0-9a-f]{16}, not [0-9a-f]{16}\): choose", said)
 
 
 @pytest.mark.parametrize("content", ["Dear diary\n", "{}\n", "[1]\n", '{"log": 1}', "\n"])

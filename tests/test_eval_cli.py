@@ -1,7 +1,9 @@
 """The experiments as commands: tables, JSON, CSV, charts, and what they refuse in one line."""
 
 import csv
+import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -14,6 +16,7 @@ from refusals import one_line
 from shell import done, parsed, run
 
 from mlx_stream.cli.eval.common import cell
+from mlx_stream.errors import TextError
 from mlx_stream.evaluate import llamacpp
 from mlx_stream.evaluate.endurance import memory_line
 
@@ -163,8 +166,14 @@ def test_a_peer_that_is_not_installed_is_said_not_to_be_measured(tiny: Path, tex
         (("--cache", "stream", "--cache", "stream"), "--cache stream is given twice"),
         (("--cache", "recompute,stride=35"), "a stride of 35 and 0 sinks exceed the cache of 34"),
         (("--cache", "recompute,sinks=34,stride=1"), "a stride of 1 and 34 sinks exceed the cache"),
-        (("--cache", "stream,tokens=49"), "do not make a segment of 50"),
-        (("--tokens", 49), "do not make a segment of 50"),
+        (
+            ("--cache", "stream,tokens=49"),
+            "49 tokens do not make a segment of 50: read",
+        ),
+        (("--tokens", 49), "49 tokens do not make a segment of 50: read more of the"),
+        (("--cache", "dense", "--cache", "stream,kv=5"), "--cache stream,kv=5: kv must be 8 or 4"),
+        (("--cache", "dense", "--cache", "stream,clock=9"), "is lowered at 68 at the earliest"),
+        (("--cache", "stream,chunk=-1"), "chunk must be a whole number, at least 1, not '-1'"),
         (("--tokens", 0), "--tokens must be at least 1, not 0"),
         (("--tokens", -5), "--tokens must be at least 1, not -5"),
         (("--cache", "stream,chunk=1,chunk=2"), "chunk is given twice"),
@@ -193,7 +202,7 @@ def test_texts_and_models_that_cannot_be_read(name: str, tiny: Path, tmp_path: P
     (tmp_path / "empty.txt").write_text("")
     for file, said in (
         ("missing.txt", "missing.txt: cannot be read: No such file or directory"),
-        ("short.txt", "do not make a segment of"),
+        ("short.txt", "one to predict: give a longer text"),
         ("latin.txt", "is not UTF-8"),
         ("empty.txt", "is empty"),
     ):
@@ -247,22 +256,44 @@ def test_too_much_for_a_chart(tmp_path: Path) -> None:
     assert "not a result" in one_line("eval", "plot", tmp_path / "pipe", tmp_path / "c.svg")
 
 
-def test_interrupted_perplexity_shows_what_it_has(
-    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TextError("no more")])
+@pytest.mark.parametrize(
+    ("name", "of", "options", "rows"),
+    [
+        ("perplexity", "perplexity.measure", (*SMALL, "--cache", "stream"), 1),
+        ("sinks", "sweeps.sweep", ("--capacity", 40, "--tokens", 60), 1),
+        ("windows", "sweeps.sweep", ("--window", 30, "--window", 60, "--tokens", 60), 1),
+        ("latency", "latency.latency", ("--cache", 32, "--cache", 48, "--steps", 20), 7),
+    ],
+)
+def test_what_ends_early_shows_what_it_has(
+    tiny: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    of: str,
+    options: tuple[object, ...],
+    rows: int,
+    error: BaseException,
 ) -> None:
-    from mlx_stream.evaluate import perplexity
-
-    measure = perplexity.measure
+    module, function = of.split(".")
+    where = importlib.import_module(f"mlx_stream.evaluate.{module}")
+    whole = getattr(where, function)
 
     def cut(*args: Any) -> Any:
-        rows = measure(*args)
-        yield next(rows)
-        raise KeyboardInterrupt
+        yield from itertools.islice(whole(*args), rows)
+        raise error
 
-    monkeypatch.setattr(perplexity, "measure", cut)
-    result = run("eval", "perplexity", tiny, text, *SMALL, "--cache", "stream")
-    assert result.code == 130
-    assert len(result.out.splitlines()) == 3 and "interrupted" in result.out.splitlines()[-1]
+    monkeypatch.setattr(where, function, cut)
+    files = () if name == "latency" else (text,)
+    result = run("eval", name, tiny, *files, *options)
+    assert result.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    lines = result.out.splitlines()
+    if name == "latency":  # the size that was not done is left out
+        assert [line.split()[0] for line in lines[1:6]] == ["32"] * 5 and "48" not in result.out
+    else:
+        assert len(lines) == 3
+    assert "interrupted" in lines[-1]
 
 
 def test_memory_is_said_to_be_equal_only_if_it_is() -> None:

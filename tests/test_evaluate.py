@@ -155,9 +155,9 @@ def test_every_name_that_can_be_parsed_can_be_read(setting: Setting) -> None:
     [
         ("streem", "--cache must be one of stream, fresh, window, dense, recompute, mlx-lm, "),
         ("stream,stride=2", "--cache stream takes tokens, chunk, kv, clock, not 'stride'"),
-        ("recompute,stride", "stride must be a whole number, not ''"),
-        ("recompute,stride=-1", "stride must be a whole number, not '-1'"),
-        ("recompute,stride=²", "stride must be a whole number, not '²'"),
+        ("recompute,stride", "stride must be a whole number, at least 1, not ''"),
+        ("recompute,stride=-1", "stride must be a whole number, at least 1, not '-1'"),
+        ("recompute,stride=²", "stride must be a whole number, at least 1, not '²'"),
         ("recompute,stride=0", "stride must be at least 1"),
         ("dense,tokens=0", "tokens must be at least 1"),
         ("", "not ''"),

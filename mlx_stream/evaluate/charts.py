@@ -58,9 +58,9 @@ MACHINE |= {name: f"{name} {{}}" for name in ("mlx_stream", "mlx", "mlx-lm")}
 def check_plot(path: Path) -> None:
     """Raise ValueRefused, before hours of measuring, if no chart could be written to a file."""
     if path.suffix.lower() not in (".png", ".svg"):
-        raise ValueRefused(f"--plot {path}: the name must end in .png or .svg")
+        raise ValueRefused(f"{path}: the name of a chart must end in .png or .svg")
     if any(os.path.isdir(one) for one in (path, dark_twin(path))):  # noqa: PTH112
-        raise ValueRefused(f"--plot {path}: it or its dark twin is a folder")
+        raise ValueRefused(f"{path}: it or its dark twin is a folder")
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:

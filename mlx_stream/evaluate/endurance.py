@@ -147,6 +147,8 @@ def endure(
         return True
     reading = resume(course, log, notify)
     begun, saved = reading.stream.length, time.monotonic()
+    if begun:
+        notify(f"{log.path}: going on from token {begun:,}")
     try:
         if len(reading.nll) == course.segment:
             end_segment(course, reading, log, notify)  # its line did not get onto the disk

@@ -56,7 +56,8 @@ def parse(text: str, steps: int) -> Size:
     if size.capacity <= SINKS:
         raise ValueRefused(f"--cache {text}: must exceed the {SINKS} sinks")
     if size.steps < LEAST_STEPS:
-        raise ValueRefused(f"--steps must be at least {LEAST_STEPS}, not {size.steps}")
+        option = f"--cache {text}: steps" if pairs else "--steps"
+        raise ValueRefused(f"{option} must be at least {LEAST_STEPS}, not {size.steps}")
     return size
 
 

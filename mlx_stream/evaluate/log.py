@@ -46,7 +46,7 @@ class Log:
             if not stat.S_ISREG(os.fstat(self.file).st_mode):
                 raise ValueRefused(f"{path}: is no regular file: choose another")
             self._lock()
-            self.header = self._read(key) or self._begin(key, about)
+            self.header = self._read(key, about) or self._begin(key, about)
         except BaseException:
             os.close(self.file)
             raise
@@ -79,7 +79,7 @@ class Log:
         except OSError:
             pass  # a file system without locks: then it is on the user
 
-    def _read(self, key: Row) -> Row | None:
+    def _read(self, key: Row, about: Row) -> Row | None:
         data = self._bytes()
         self.size = data.rfind(b"\n") + 1
         if not data:
@@ -97,9 +97,12 @@ class Log:
             ) from None
         for name in key.keys() | found.keys():
             if key.get(name) != found.get(name):
+                was, wanted = told(name, found, header["about"]), told(name, key, about)
+                if was == wanted:  # of the same name, and not the same
+                    was, wanted = shown(found.get(name)), shown(key.get(name))
                 raise ValueRefused(
-                    f"{self.path}: is a log of another {name} ({shown(found.get(name))}, "
-                    f"not {shown(key.get(name))}): choose another file"
+                    f"{self.path}: is a log of another {name} ({was}, not {wanted}): choose "
+                    "another file for --log"
                 )
         if not all(isinstance(row, dict) for row in rows):
             raise ValueRefused(f"{self.path}: a line is not an object: choose another file")
@@ -137,6 +140,16 @@ class Log:
                 "kept: the same command goes on from there"
             ) from error
         self.size += len(data)
+
+
+def told(name: str, key: Row, about: Row) -> str:
+    """Return a part of a key as people know it: a text and a model by their names."""
+    match name:
+        case "text" if isinstance(texts := about.get("texts"), list):
+            return ", ".join(map(shown, texts[:4]))
+        case "model" if "model" in about:
+            return f"{shown(about['model'])} {shown(about.get('dtype'))}"
+    return shown(key.get(name))
 
 
 def shown(value: Any) -> str:

@@ -80,12 +80,17 @@ def parse(text: str) -> Spec:
         if key not in allowed:
             raise ValueRefused(f"--cache {name} takes {', '.join(allowed)}, not {key!r}")
         if not (value.isascii() and value.isdigit() and len(value) < 10):
-            raise ValueRefused(f"--cache {text}: {key} must be a whole number, not {value!r}")
+            least = 0 if key == "sinks" else 1
+            raise ValueRefused(
+                f"--cache {text}: {key} must be a whole number, at least {least}, not {value!r}"
+            )
         if key in settings:
             raise ValueRefused(f"--cache {text}: {key} is given twice")
         settings[key] = int(value)
         if settings[key] < 1 and key != "sinks":
             raise ValueRefused(f"--cache {text}: {key} must be at least 1")
+    if settings.get("kv", 8) not in (8, 4):
+        raise ValueRefused(f"--cache {text}: kv must be 8 or 4")
     return Spec(name, settings)
 
 
@@ -129,6 +134,13 @@ def check(setting: Setting, specs: Sequence[Spec]) -> None:
                 f"--cache recompute: a stride of {spec['stride']} and {spec['sinks']} sinks exceed "
                 f"the cache of {setting.capacity} tokens: use a smaller stride or a larger window"
             )
+        if "clock" in spec.settings:
+            lowest = setting.model.new_cache(setting.sinks, setting.window).lowest_clock_limit
+            if spec.settings["clock"] < lowest:
+                raise ValueRefused(
+                    f"--cache {spec.label}: the clock of this window is lowered at {lowest:,} at "
+                    "the earliest"
+                )
 
 
 def measure(
@@ -190,8 +202,7 @@ def open_reader(setting: Setting, spec: Spec, ids: Sequence[int]) -> Reader:
         case "stream":
             cache = model.new_cache(sinks, window, kv_bits=spec.settings.get("kv"))
             # Lower than it chooses itself: then it is lowered, and rows are turned, more often.
-            limit = spec.settings.get("clock", cache.clock_limit)
-            cache.clock_limit = max(limit, cache.lowest_clock_limit)
+            cache.clock_limit = spec.settings.get("clock", cache.clock_limit)
             return StreamReader(model, ids, cache, spec["chunk"])
         case "window":
             cache = model.new_cache(0, setting.capacity)

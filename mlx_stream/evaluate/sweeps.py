@@ -4,10 +4,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from mlx_stream.errors import ValueRefused
+from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.evaluate.readers import StreamReader
 from mlx_stream.evaluate.report import Row, perplexity
-from mlx_stream.evaluate.text import Text, segments_of
+from mlx_stream.evaluate.text import Text
 from mlx_stream.load import Model
 
 Shape = tuple[int, int]
@@ -74,7 +74,11 @@ def sweep(
     """
     if tokens < 1 or chunk < 1:
         raise ValueRefused(f"--tokens and --chunk must be at least 1, not {tokens} and {chunk}")
-    segments_of(text, tokens, tokens)
+    if len(text.ids) <= tokens:
+        raise TextError(
+            f"{', '.join(text.names)}: {len(text.ids):,} tokens are not {tokens:,} and one to "
+            "predict: give a longer text, or a smaller --tokens"
+        )
     ids = text.first(tokens + 1)
     for index, (sinks, window) in enumerate(shapes):
         cache = model.new_cache(sinks, window)

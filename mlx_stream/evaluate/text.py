@@ -47,6 +47,11 @@ def segments_of(text: Text, tokens: int, segment: int) -> int:
     """
     found = len(text.ids)
     count = min(tokens, found - 1) // segment
+    if tokens < segment:
+        raise TextError(
+            f"{tokens:,} tokens do not make a segment of {segment:,}: read more of the text "
+            "(--tokens, or tokens= of a cache), or choose a smaller --segment"
+        )
     if count < 1:
         raise TextError(
             f"{', '.join(text.names)}: {found:,} tokens do not make a segment of {segment:,} and "

@@ -2,13 +2,14 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_stream.cli.terminal import fail, note, read_text
+from mlx_stream.errors import MlxStreamError
 
 if TYPE_CHECKING:
     from mlx_stream.evaluate.report import Report, Row
@@ -76,6 +77,26 @@ def read_texts(model: "Model", files: Sequence[str]) -> "Text":
     from mlx_stream.evaluate.text import encode
 
     return encode(model.tokenizer, [(Path(path).name, read_text(path)) for path in files])
+
+
+def collected(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | None]":
+    """Return rows, and what ended them early: those that are there are shown, then it is raised.
+
+    Raises:
+        KeyboardInterrupt, MlxStreamError: it ended before there was any.
+    """
+    found: list[Row] = []
+    try:
+        for row in rows:
+            found.append(row)
+    except (KeyboardInterrupt, MlxStreamError) as error:
+        if not found:
+            raise
+        return found, error
+    return found, None
+
+
+CUT = "interrupted: the figures until then"
 
 
 def publish(

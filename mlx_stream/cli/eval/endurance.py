@@ -56,7 +56,7 @@ def endurance(
     csv: common.AsCsv = False,
     plot: common.Plot = None,
 ) -> None:
-    """Read texts one after another and over again, as one stream, logging each segment.
+    """Read texts over and over as one stream, into a log.
 
     Ctrl-C stops it after the step it is in; the same command goes on from there, with the bits it
     would have had. A larger --tokens goes on further. The last segment is read whole.

@@ -34,13 +34,14 @@ def perplexity(
             metavar="NAME[,SETTING=N...]",
             help="stream, fresh (a new stream for each segment, begun on the window before it), "
             "window (no sinks), dense, recompute, mlx-lm or llama.cpp; may be given several "
-            "times. Settings: tokens, chunk; for recompute stride and sinks. "
+            "times. Settings: tokens; for recompute stride and sinks, for all others chunk; for "
+            "stream kv (8 or 4 bits) and clock (where it is lowered). "
             "Default: dense, window, recompute, stream, mlx-lm.",
         ),
     ] = None,
     against: Annotated[
         list[str] | None,
-        typer.Option("--against", help="Add a peer: mlx-lm or llama.cpp."),
+        typer.Option("--against", help="Add a peer to the caches: mlx-lm or llama.cpp."),
     ] = None,
     gguf: Annotated[
         Path | None,
@@ -57,10 +58,12 @@ def perplexity(
     csv: common.AsCsv = False,
     plot: common.Plot = None,
 ) -> None:
-    """Read a text through several caches of the same size: perplexity, speed and memory.
+    """Perplexity, speed and memory of caches of the same size.
 
-    All but dense hold sinks + window tokens. mlx-lm gets rotating caches that keep as many first
-    tokens as there are sinks. Perplexity is that of each segment.
+    A text is read through one after another. All but dense hold sinks + window tokens. mlx-lm gets
+    rotating caches that keep as many first tokens as there are sinks. Perplexity is that of each
+    segment; a last part that makes none is not read. The speed of fresh counts the window it begins
+    on.
     """
     from mlx_stream import hub
     from mlx_stream.evaluate import llamacpp
@@ -96,15 +99,12 @@ def perplexity(
     text = common.read_texts(loaded, files)
     setting = Setting(loaded, folder, text, sinks, window, tokens, segment, gguf)
     check(setting, specs)
-    rows, interrupted = [], False
+    for line in notes:
+        note(line)
     with progress_bar("reading") as progress:
-        try:
-            for row in measure(setting, specs, progress):
-                rows.append(row)
-        except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
-        notes.append("interrupted: the figures until then")
+        rows, cut = common.collected(measure(setting, specs, progress))
+    if cut:
+        notes.append(common.CUT)
     about = facts(
         loaded,
         texts=text.names,
@@ -114,5 +114,5 @@ def perplexity(
         caches=[spec.label for spec in specs],
     )
     common.publish(Report("perplexity", about, rows, notes), COLUMNS, json, csv, plot)
-    if interrupted:
-        raise KeyboardInterrupt
+    if cut:
+        raise cut

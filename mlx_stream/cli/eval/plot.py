@@ -18,7 +18,7 @@ def plot(
         Path, typer.Argument(metavar="FILE", help="A .png or .svg; its dark twin is FILE-dark.")
     ],
 ) -> None:
-    """Draw the chart of a result that was kept with --json, without measuring again."""
+    """Draw a result that was kept with --json again."""
     from mlx_stream.evaluate.charts import check_plot, dark_twin, draw
     from mlx_stream.evaluate.report import read_report
 

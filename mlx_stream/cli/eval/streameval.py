@@ -45,10 +45,11 @@ def streameval(
     csv: common.AsCsv = False,
     plot: common.Plot = None,
 ) -> None:
-    """Read numbered lines as a stream and ask, every 10 lines, about lines further back.
+    """Ask a stream about lines further and further back.
 
-    An answer is right by likelihood if it is likelier than nine others (chance: 10 %), by
-    generation if the model writes it. The default window holds about 46 lines of 22 tokens.
+    It reads numbered lines; every 10 lines it is asked. An answer is right by likelihood if it is
+    likelier than nine others (chance: 10 %), by generation if the model writes it. The default
+    window holds about 46 lines of 22 tokens.
     """
     from mlx_stream.evaluate.streameval import streameval as ask
     from mlx_stream.evaluate.streameval_data import DISTANCES, make, write

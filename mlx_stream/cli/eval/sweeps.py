@@ -44,7 +44,7 @@ def sinks(
     csv: common.AsCsv = False,
     plot: common.Plot = None,
 ) -> None:
-    """Read a text with 0, 1, 2, 4 and 8 sinks in caches of one size: the paper's table 2."""
+    """Perplexity with 0 to 8 sinks, one size: the paper's table 2."""
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.evaluate.sweeps import sink_shapes
     from mlx_stream.load import load
@@ -53,9 +53,12 @@ def sinks(
     loaded = load(model, dtype, keep_quantized, force, note)
     shapes = sink_shapes(loaded, capacity, [0, 1, 2, 4, 8] if sinks is None else sinks)
     text = common.read_texts(loaded, files)
-    rows = read_through(loaded, text, shapes, tokens, chunk)
+    rows, cut = read_through(loaded, text, shapes, tokens, chunk)
     about = facts(loaded, texts=text.names, capacity=capacity, chunk=chunk)
-    common.publish(Report("sinks", about, rows), COLUMNS, json, csv, plot)
+    report = Report("sinks", about, rows, [common.CUT] if cut else [])
+    common.publish(report, COLUMNS, json, csv, plot)
+    if cut:
+        raise cut
 
 
 @guarded
@@ -78,7 +81,7 @@ def windows(
     csv: common.AsCsv = False,
     plot: common.Plot = None,
 ) -> None:
-    """Read a text through windows from 252 to 4,092: the paper's table 6."""
+    """Perplexity with windows of 252 to 4,092: its table 6."""
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.evaluate.sweeps import window_shapes
     from mlx_stream.load import load
@@ -88,15 +91,18 @@ def windows(
     chosen = [252, 508, 1_020, 2_044, 4_092] if window is None else window
     shapes = window_shapes(loaded, sinks, chosen)
     text = common.read_texts(loaded, files)
-    rows = read_through(loaded, text, shapes, tokens, chunk)
+    rows, cut = read_through(loaded, text, shapes, tokens, chunk)
     about = facts(loaded, texts=text.names, sinks=sinks, chunk=chunk)
-    common.publish(Report("windows", about, rows), COLUMNS, json, csv, plot)
+    report = Report("windows", about, rows, [common.CUT] if cut else [])
+    common.publish(report, COLUMNS, json, csv, plot)
+    if cut:
+        raise cut
 
 
 def read_through(
     model: "Model", text: "Text", shapes: "Sequence[Shape]", tokens: int, chunk: int
-) -> "list[Row]":
+) -> "tuple[list[Row], BaseException | None]":
     from mlx_stream.evaluate.sweeps import sweep
 
     with progress_bar("reading") as progress:
-        return list(sweep(model, text, shapes, tokens, chunk, progress))
+        return common.collected(sweep(model, text, shapes, tokens, chunk, progress))
