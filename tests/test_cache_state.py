@@ -256,3 +256,20 @@ def test_a_decode_step_writes_in_place(tiny_model, sinks, bits):
         f"{rise} bytes; a layer's K is {one}, all {cache.nbytes}"
     )
     assert abs(mx.get_active_memory() - before) <= 16_384  # hidden states, logits
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_a_chunk_that_was_read_is_let_go(tiny_model, kv_heads, bits):
+    model = tiny_model(
+        num_hidden_layers=4, hidden_size=256, head_dim=64, num_key_value_heads=kv_heads
+    )
+    cache = model.new_cache(4, 200, kv_bits=bits)
+    stream = TokenStream(model, cache)
+    mx.eval(cache.arrays())
+    gc.collect()
+    before = mx.get_active_memory()
+    stream.read([*range(3, 131)])
+    gc.collect()
+    hidden_states, a_layers_chunk = 128 * 256 * 4, 128 * 64 * 4 * kv_heads
+    assert mx.get_active_memory() - before < hidden_states + a_layers_chunk

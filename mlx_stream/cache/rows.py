@@ -154,7 +154,8 @@ class Quantized:
     def write(self, rows: Packed, new: mx.array, segments: list[tuple[int, int, int]]) -> Packed:
         into_sinks = [piece for piece in segments if piece[2] < self.sinks]
         into_ring = [(a, b, row - self.sinks) for a, b, row in segments if row >= self.sinks]
-        parts = [placed(rows.sinks, new, into_sinks)]
+        # Placed all at once they are a view of the chunk, which would be held as long as they are.
+        parts = [mx.contiguous(placed(rows.sinks, new, into_sinks)) if into_sinks else rows.sinks]
         packed = self._pack(new) if into_ring else (new, new, new)
         for part, fresh in zip((rows.quants, rows.scales, rows.biases), packed, strict=True):
             parts.append(placed(part, fresh, into_ring))
