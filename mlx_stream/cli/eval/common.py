@@ -96,9 +96,6 @@ def collected(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | None]"
     return found, None
 
 
-CUT = "interrupted: the figures until then"
-
-
 def publish(
     report: "Report",
     columns: Sequence[tuple[str, str, str]],
@@ -106,14 +103,19 @@ def publish(
     csv: bool,
     plot: Path | None,
     table: "Sequence[Row] | None" = None,
+    cut: BaseException | None = None,
 ) -> None:
     """Print a report as a table, JSON or CSV, and draw it.
 
     Args:
         columns: of the table: key of the rows, heading, format of a number.
         table: its rows, where there are too many in the report for people.
+        cut: what ended it early, as of `collected`: noted, and raised once the report is shown.
     """
     from mlx_stream.cli.report import print_json, print_table
+
+    if cut:
+        report.notes.append("interrupted: the figures until then")
 
     if json:
         print_json(report.as_json())
@@ -132,6 +134,8 @@ def publish(
 
         for path in draw(report, plot):
             note(f"drew {path}")
+    if cut:
+        raise cut
 
 
 def cell(value: Any, form: str) -> str:

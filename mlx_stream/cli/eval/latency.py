@@ -67,11 +67,8 @@ def latency(
     if cut:
         whole = {row["cache"] for row in rows if row["method"] == "recompute"}
         rows = [row for row in rows if row["cache"] in whole]
-        notes.append(common.CUT)
         if not rows:
             raise cut
     about = facts(loaded, sinks=SINKS)
     report = Report("latency", about, rows, [*findings(rows), *notes])
-    common.publish(report, COLUMNS, json, csv, plot)
-    if cut:
-        raise cut
+    common.publish(report, COLUMNS, json, csv, plot, cut=cut)

@@ -103,8 +103,6 @@ def perplexity(
         note(line)
     with progress_bar("reading") as progress:
         rows, cut = common.collected(measure(setting, specs, progress))
-    if cut:
-        notes.append(common.CUT)
     about = facts(
         loaded,
         texts=text.names,
@@ -113,6 +111,4 @@ def perplexity(
         segment=segment,
         caches=[spec.label for spec in specs],
     )
-    common.publish(Report("perplexity", about, rows, notes), COLUMNS, json, csv, plot)
-    if cut:
-        raise cut
+    common.publish(Report("perplexity", about, rows, notes), COLUMNS, json, csv, plot, cut=cut)

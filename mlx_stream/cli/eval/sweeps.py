@@ -55,10 +55,7 @@ def sinks(
     text = common.read_texts(loaded, files)
     rows, cut = read_through(loaded, text, shapes, tokens, chunk)
     about = facts(loaded, texts=text.names, capacity=capacity, chunk=chunk)
-    report = Report("sinks", about, rows, [common.CUT] if cut else [])
-    common.publish(report, COLUMNS, json, csv, plot)
-    if cut:
-        raise cut
+    common.publish(Report("sinks", about, rows), COLUMNS, json, csv, plot, cut=cut)
 
 
 @guarded
@@ -93,10 +90,7 @@ def windows(
     text = common.read_texts(loaded, files)
     rows, cut = read_through(loaded, text, shapes, tokens, chunk)
     about = facts(loaded, texts=text.names, sinks=sinks, chunk=chunk)
-    report = Report("windows", about, rows, [common.CUT] if cut else [])
-    common.publish(report, COLUMNS, json, csv, plot)
-    if cut:
-        raise cut
+    common.publish(Report("windows", about, rows), COLUMNS, json, csv, plot, cut=cut)
 
 
 def read_through(
