@@ -25,6 +25,23 @@ class During:
     turn: Held
     reply: Reply
 
+    def ended(self, trim: bool) -> Held:
+        """Return the turn with its final text; what was held back of a reply that was cut is said.
+
+        Args:
+            trim: whether the template drops spaces around a reply.
+        """
+        self.reply.flush()
+        kept, rest = self.reply.kept(trim=trim)
+        exchange = replace(
+            self.turn.exchange,
+            reply=self.reply.said(trim=trim),
+            reply_ids=tuple(self.reply.ids[:kept]),
+            rest=rest,
+            finish=self.reply.finish,
+        )
+        return replace(self.turn, exchange=exchange)
+
 
 class Attended:
     """The exchanges that a stream of one conversation attends to.

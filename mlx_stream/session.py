@@ -338,24 +338,16 @@ class ChatSession:
         """
         now = self.attended.now
         if isinstance(now, During):
-            now.reply.flush()  # what was held back of a reply that was cut stays said
-            kept, rest = now.reply.kept(trim=self.template.trims)
-            wanted = (*now.turn.read, *now.reply.ids[:kept])
+            turn = now.ended(trim=self.template.trims)
+            wanted = turn.read + turn.exchange.reply_ids
             self.tokens.take_back()
-            excess = self.tokens.length - now.turn.base - len(wanted)
+            excess = self.tokens.length - turn.base - len(wanted)
             if excess > 0:
                 # A window smaller than what must be taken back cannot hold a whole turn anyway.
                 self.tokens.rewind(min(excess, self.cache.rewindable))
-            exchange = replace(
-                now.turn.exchange,
-                reply=now.reply.said(trim=self.template.trims),
-                reply_ids=wanted[len(now.turn.read) :],
-                rest=rest,
-                finish=now.reply.finish,
-            )
-            unread = wanted[max(0, self.tokens.length - now.turn.base) :]
-            held = (*now.held, replace(now.turn, exchange=exchange))
-            now = self.attended.settle(held, Unread(unread, self.turns.rest_of(exchange)))
+            unread = wanted[max(0, self.tokens.length - turn.base) :]
+            rest = self.turns.rest_of(turn.exchange)
+            now = self.attended.settle((*now.held, turn), Unread(unread, rest))
             self._count()
         return now
 
