@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 
 from mlx_stream.attended import Attended, Between, During
-from mlx_stream.errors import TemplateError, TextError, ValueRefused
+from mlx_stream.errors import TemplateError, TextError, ValueRefused, WeightsError
 from mlx_stream.exchange import Exchange, Held, Talk, Unread
 from mlx_stream.generate import Sampler, Sampling, limited, read_ahead, read_in_steps
 from mlx_stream.load import Model, ignore
@@ -22,8 +22,11 @@ from mlx_stream.template import ChatTemplate
 from mlx_stream.turns import Turns
 
 DEFAULT_MAX_TOKENS = 512
-NOTICES_KEPT = 8
+# What a step raises that may leave anything in the buffers: MLX's errors, and output that is NaN.
+BROKEN = (RuntimeError, MemoryError, WeightsError)
 Told = Callable[[int, int], None]
+Pieces = Generator[Piece, None, None]
+Begin = Callable[[], tuple[tuple[Held, ...], Held]]
 
 
 class ChatSession:
@@ -77,6 +80,7 @@ class ChatSession:
         self.max_tokens, self.stop = limited(max_tokens), StopFinder(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
         self.steps = False  # whether replies yield after each step, so that others get a turn
+        self.failed = False  # whether a step did, so that what is attended has to be read again
         self.sinks, self.kv_bits = DEFAULT_SINKS if sinks is None else sinks, kv_bits
         self._open = opener(model, speculate, draft, kv_bits, sampling)
         self.sampler = Sampler(sampling or Sampling())
@@ -102,7 +106,7 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Told | None = None,
-    ) -> Generator[Piece, None, None]:
+    ) -> Pieces:
         """Read a question and yield the reply's pieces; closing the generator stops the reply.
 
         A reply that is still going on when the next one is asked for is closed.
@@ -124,7 +128,7 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Told | None = None,
-    ) -> Generator[Piece, None, None]:
+    ) -> Pieces:
         """Answer the last question once more; only its last token is read again.
 
         Raises:
@@ -140,7 +144,7 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Told | None = None,
-    ) -> Generator[Piece, None, None]:
+    ) -> Pieces:
         """Put another question in place of the last one; otherwise as `reply` after `undo`."""
         pieces = self.reply(question, max_tokens, stop, progress)
         self.undo()
@@ -176,10 +180,11 @@ class ChatSession:
             TemplateError, ValueRefused, MemoryRefused: as the constructor; nothing has changed.
         """
         exchanges, before = self.exchanges, dict(vars(self))
-        self.stats = replace(self.stats)
+        self.stats, settled = replace(self.stats), self.attended.settled
         try:
             self._begin(system, window)
             self.replay(exchanges)
+            self.attended.settled, self.failed = settled, False
         except BaseException:
             vars(self).update(before)
             raise
@@ -243,13 +248,7 @@ class ChatSession:
         limit = self.max_tokens if max_tokens is None else limited(max_tokens)
         return limit, Reply(self.model.tokenizer.decoder(), self.stop if stop is None else stop)
 
-    def _pieces(
-        self,
-        begin: Callable[[], tuple[tuple[Held, ...], Held]],
-        reply: Reply,
-        limit: int,
-        progress: Told | None,
-    ) -> Generator[Piece, None, None]:
+    def _pieces(self, begin: Begin, reply: Reply, limit: int, progress: Told | None) -> Pieces:
         earlier, turn = begin()
         now = self.attended.now = During(earlier, turn, reply)
         # A question that is asked again: its last token's output is what the reply begins from.
@@ -261,6 +260,9 @@ class ChatSession:
                 yield self._last_piece(piece) if piece.finish else piece
                 if not self._is_current(now):  # the next turn has begun and settled this one
                     return
+        except BROKEN:
+            self.failed = True
+            raise
         finally:
             if self._is_current(now):
                 self._settle()
@@ -280,7 +282,7 @@ class ChatSession:
 
     def _ask(self, question: str, limit: int) -> tuple[tuple[Held, ...], Held]:
         """Make room for a question and its reply; return what is before it, and the turn."""
-        now = self._settle()
+        now = self._sound()
         if self.tokens.length <= len(self.turns.pinned):
             closing, ids = [], self.turns.opening(question)
         else:
@@ -313,6 +315,7 @@ class ChatSession:
 
     def _last_question(self) -> tuple[tuple[Held, ...], Held]:
         """Return what is before the last turn, and the turn as it was before its reply."""
+        self._sound()
         *held, last = self._held_or_refuse("answered again")
         if max(last.start, self.cache.geometry.sinks) < self.cache.oldest:
             raise ValueRefused(
@@ -329,6 +332,15 @@ class ChatSession:
             said = "all that was said has left attention:" if gone else "nothing was said yet:"
             raise ValueRefused(f"{said} there is nothing that could be {what}")
         return held
+
+    def _sound(self) -> Between:
+        """Settle, and read anew what is attended if a step failed.
+
+        MLX tells of a device's error once; what it was computing passes for evaluated from then on.
+        """
+        if self.failed:
+            self.restart(self.system, self.stats.window)
+        return self._settle()
 
     def _settle(self) -> Between:
         """Leave the stream with the turn and the final text of the reply, and nothing else.
@@ -367,12 +379,8 @@ class ChatSession:
 
     def _last_piece(self, piece: Piece) -> Piece:
         exchanges, tokens = self.attended.gone()
-        return replace(
-            piece,
-            attended=self.cache.attended,
-            evicted_exchanges=exchanges,
-            evicted_tokens=tokens,
-        )
+        left = {"evicted_exchanges": exchanges, "evicted_tokens": tokens}
+        return replace(piece, attended=self.cache.attended, **left)
 
     def _count(self, asked: bool = False) -> None:
         """Bring the statistics up to date, and say what has left, if nobody `asked` for that."""
@@ -388,5 +396,5 @@ class ChatSession:
             self.on_evict(exchanges, tokens)
 
     def _notify(self, notice: str) -> None:
-        self.stats.notices = [*self.stats.notices[1 - NOTICES_KEPT :], notice]
+        self.stats.note(notice)
         self._told(notice)

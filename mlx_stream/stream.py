@@ -10,6 +10,8 @@ from mlx_stream.load import Model, ignore
 from mlx_stream.speculate import decode, opener
 from mlx_stream.tokenizer import StreamDecoder
 
+NOTICES_KEPT = 8
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -50,7 +52,11 @@ class Stats:
     window: int = 0
     cache_bytes: int = 0
     seed: int = 0
-    notices: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)  # the latest
+
+    def note(self, *lines: str) -> None:
+        """Keep what the user should know, in a list of its own: copies stay as they are."""
+        self.notices = [*self.notices, *lines][-NOTICES_KEPT:]
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -224,7 +230,7 @@ def stream(
     stats = Stats() if stats is None else stats
 
     def tell(notice: str) -> None:
-        stats.notices.append(notice)
+        stats.note(notice)
         notify(notice)
 
     cache, tokens = opener(model, speculate, draft, kv_bits, sampling)(sinks, window, tell)

@@ -49,11 +49,12 @@ class Running:
     log: Path
     stdin: Any = subprocess.DEVNULL
     environment: dict[str, str] = field(default_factory=dict)
+    program: tuple[object, ...] = (PROGRAM,)
 
     def __post_init__(self) -> None:
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command("run", *self.words),
+                [sys.executable, *map(str, (*self.program, "run", *self.words))],
                 stdin=self.stdin,
                 stdout=log,
                 stderr=log,

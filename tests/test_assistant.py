@@ -153,6 +153,37 @@ def test_without_its_snapshot_a_stream_is_built_again(start, log, what):
     assert "Traceback" not in assistant.said
 
 
+# --- a device that fails ---
+
+
+def test_after_a_step_that_failed_it_goes_on_from_its_snapshot(start, letters, log, tmp_path):
+    fail = tmp_path / "fail"
+    failing = Path(__file__).with_name("failing.py")
+    words = (f"--follow={log}", "--snapshot-every=0.005")
+    assistant = start(*words, program=(failing, fail))
+    text, watch = prose(120), Watch(places("main").journal)
+    parts = text[:2_000], text[2_000:]
+    log.write_text(parts[0])
+    assistant.until_read(len(parts[0].encode()))
+    fail.touch()
+    with log.open("a") as file:
+        file.write(parts[1])
+    status = assistant.until_read(len(text.encode()))
+    assert not fail.exists()
+    assert "file.; the stream goes on from its latest snapshot" in assistant.said
+    watch.look()
+    assert (status["attended"], status["evicted"]) == read_whole(letters, watch.fed)
+    fail.touch()
+    with log.open("a") as file:
+        file.write(prose(20))
+    assert assistant.process.wait(60) == 1, "it is not the device that is to blame"
+    assert "Traceback" not in assistant.said
+    assistant = start(*words)
+    assistant.until_read(log.stat().st_size)
+    watch.look()
+    assert watch.text(log) == log.read_text()
+
+
 # --- asked ---
 
 

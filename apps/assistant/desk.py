@@ -100,11 +100,10 @@ class Desk:
 
     def _remember(self, text: str) -> None:
         """Have the stream read what was asked and answered, as it reads everything else."""
-        feeder = self.feeder
-        assert feeder is not None
         data = text.encode("utf-8", "replace")
         self.journal.append(Arrival(ASKED, ASKED, ASKED, data, data.decode()))
-        feeder.wake()
+        if feeder := self.feeder:
+            feeder.wake()
 
     def _pieces(self, question: str, longest: int) -> Generator[str, None, None]:
         pieces = self._ready().ask(question, remember=False, max_tokens=longest)

@@ -23,7 +23,7 @@ from assistant.pipe import StandardInput
 from assistant.places import AssistantError, Places, lock, places
 from assistant.power import on_battery
 from assistant.settings import Settings
-from mlx_stream.errors import MlxStreamError
+from mlx_stream.errors import ComputeError, MlxStreamError
 
 # Seconds between two looks at the sources, when nothing arrives and when there is no room.
 IDLE, FULL = 1.0, 0.05
@@ -35,6 +35,8 @@ SAMPLING = mlx_stream.Sampling(temperature=0.0)
 POWER, AGAIN = 30.0, 10.0
 # Seconds after the start before a note is written that fell due meanwhile.
 SETTLING = 60.0
+# Seconds within which a second failure of the device ends the assistant.
+BETWEEN_FAILURES = 600.0
 # Seconds for what runs to end, of the one that stopping may take.
 LAST_WORDS = 0.5
 
@@ -65,6 +67,7 @@ class Assistant:
         settings.check()
         self.settings, self._tell = settings, tell
         self._started, self._next_power, self._try_again = time.monotonic(), 0.0, 0.0
+        self._not_again_before = 0.0
         self._stopping, self._paused, self.has_ended = False, False, True
         self._sources: list[Source] = []
         self._input: StandardInput | None = None
@@ -117,8 +120,8 @@ class Assistant:
         feeder = self.desk.feeder
         if feeder is None:
             self._begin_if_loaded(where)
-        elif feeder.failure:
-            raise feeder.failure
+        elif failure := feeder.failure or self._listener.error:
+            self._begin_again(feeder, failure)
         else:
             self._look_at_the_battery()
             self._note_if_due()
@@ -207,6 +210,21 @@ class Assistant:
             backlog=BACKLOG,
             restore=snapshot,
         )
+
+    def _begin_again(self, feeder: Feeder, failure: MlxStreamError) -> None:
+        """Drop a stream that could not be computed and go on from its snapshot, as after a crash.
+
+        Raises:
+            MlxStreamError: it was something else, or it has just happened before.
+        """
+        now = time.monotonic()
+        if not isinstance(failure, ComputeError) or now < self._not_again_before:
+            raise failure
+        self._not_again_before = now + BETWEEN_FAILURES
+        self._tell(f"{failure}; the stream goes on from its latest snapshot")
+        feeder.stop(0)
+        self._listener.close()
+        self.desk.feeder = self.desk.listener = self._listener = None
 
     # --- going on ---
 

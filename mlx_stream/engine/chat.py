@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 OnEvict = Callable[[int, int], None]
 OnToken = Callable[[Piece], None]
-NOTICES_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,8 @@ class Talk:
         else:
             found = yield from resume.opening(self.name, model, options, self.note)
         found.chat.steps, found.chat.on_evict = True, self._evict
-        found.chat.stats.notices = self.notices[-NOTICES_KEPT:]
+        found.chat.stats.notices = []
+        found.chat.stats.note(*self.notices)
         self.conversation = found
 
     def spoken(self, begin: "Begin") -> Work:
@@ -94,6 +94,8 @@ class Talk:
             raise again(self.error)
         if self.conversation is None:
             raise EngineClosed("this session is closed: begin another one")
+        if self.conversation.chat.failed:  # a new ring takes the place of the one there is
+            self.core.budget.settle(self.key, 0)
         return self.conversation
 
     def note(self, line: str) -> None:
@@ -107,7 +109,7 @@ class Talk:
             return
         chat = self.conversation.chat
         if job and job.cancelled and job.error:  # nobody else hears of it
-            chat.stats.notices = [*chat.stats.notices, str(job.error)][-NOTICES_KEPT:]
+            chat.stats.note(str(job.error))
         exchanges = self.seen.exchanges
         if job:
             exchanges = tuple(held.exchange for held in chat.attended.now.held)

@@ -13,6 +13,7 @@ was fed, so it can be saved there, and asking may end anywhere.
 import time
 import traceback
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -42,7 +43,6 @@ from mlx_stream.generate import (
     read_ahead,
 )
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.session import NOTICES_KEPT
 from mlx_stream.stream import Piece, Reply, Stats, eviction_notice, paced
 from mlx_stream.turns import Turns
 
@@ -193,6 +193,15 @@ class Hearing:
         except Exception as error:  # whoever uses it next is told
             self.error = typed(error)
 
+    @contextmanager
+    def _vouched(self) -> Iterator[None]:
+        """Let nobody use the stream after a step that failed: who knows what it left there."""
+        try:
+            yield
+        except Exception as error:
+            self.error = typed(error)
+            raise
+
     def _encode(self, count: int, fed: int) -> None:
         """Have so many ids to be read, if there is text among the first `fed` characters."""
         while len(self.ids) < count and self.backlog.taken < fed:
@@ -227,8 +236,9 @@ class Hearing:
         """Read all of the first `fed` characters; yields between the steps."""
         self.opened()
         while self.ids or self.backlog.taken < fed:
-            self._encode(PREFILL_CHUNK, fed)
-            self._read(PREFILL_CHUNK)
+            with self._vouched():
+                self._encode(PREFILL_CHUNK, fed)
+                self._read(PREFILL_CHUNK)
             yield
 
     def flush(self, fed: int) -> Work:
@@ -256,7 +266,8 @@ class Hearing:
         reply = Reply(self.model.tokenizer.decoder(), ())
         base = self.tokens.length
         try:
-            yield from self._answer(self.tokens, self.sampler, prompt, limit, reply, self.stats)
+            with self._vouched():
+                yield from self._answer(self.tokens, self.sampler, prompt, limit, reply, self.stats)
         finally:
             self._settle(base, prompt, reply)
 
@@ -359,7 +370,7 @@ class Hearing:
             self.evicted += left
 
     def _notify(self, line: str) -> None:
-        self.stats.notices = [*self.stats.notices, line][-NOTICES_KEPT:]
+        self.stats.note(line)
 
 
 def _sampled(

@@ -14,7 +14,7 @@ from mlx_stream.engine.hearing import Hearing, Options
 from mlx_stream.engine.jobs import Job, Work
 from mlx_stream.engine.owner import Lane, Owner
 from mlx_stream.engine.saved import checked_note
-from mlx_stream.errors import QueueFull, ValueRefused
+from mlx_stream.errors import MlxStreamError, QueueFull, ValueRefused
 from mlx_stream.stream import Piece, Stats
 from mlx_stream.tokenizer import check_text
 
@@ -68,6 +68,11 @@ class Listener:
         """The note of the snapshot it goes on with; None before `wait`, or if it began anew."""
         note = self._hearing.restored
         return None if note is None else dict(note)
+
+    @property
+    def error(self) -> MlxStreamError | None:
+        """Why it cannot be used any more: it was not opened, or a step of its own failed."""
+        return self._hearing.error
 
     @property
     def backlog(self) -> int:

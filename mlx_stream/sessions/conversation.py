@@ -215,10 +215,12 @@ class Conversation:
     def write_snapshot(self) -> None:
         """Write the stream's state, if it is not what is on disk; not while a reply is going on.
 
+        Nor after a step that failed: the next chat reads what is attended again.
+
         Raises:
             SnapshotError: it cannot be written.
         """
-        if self.saved is None or self._waiting:
+        if self.saved is None or self._waiting or self.chat.failed:
             return
         store, path = self.saved.store, self.saved.where.snapshot
         count = store.count
