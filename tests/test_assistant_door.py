@@ -16,7 +16,7 @@ import pytest
 from assistant import door as doors
 from assistant import service
 from assistant.door import Door, request
-from assistant.places import AssistantError
+from assistant.places import AssistantError, places
 from assistant.power import battery_in, discharging
 from assistant.settings import Settings
 
@@ -41,7 +41,7 @@ def served(near):
             raise AssistantError("it failed")
         yield {"text": asked["what"]}
         yield {"text": "!"}
-        if asked["what"] != "cut":
+        if "cut" not in (asked["what"], asked.get("question")):
             yield {"done": True}
 
     path, ended = near / "s.sock", threading.Event()
@@ -69,6 +69,23 @@ def test_a_request_is_answered_in_lines(served):
         list(request(served, "main", what="fail"))
     with pytest.raises(AssistantError, match="ended before it had answered"):
         list(request(served, "main", what="cut"))
+
+
+def test_an_answer_that_is_cut_ends_its_line(served, monkeypatch):
+    from typer.testing import CliRunner
+
+    from assistant.cli import app
+
+    monkeypatch.setenv("MLX_STREAM_HOME", str(served.parent))
+    path = places("main").socket
+    path.parent.mkdir(parents=True)
+    path.symlink_to(served)
+    for question, status in (("What?", 0), ("cut", 1)):
+        done = CliRunner().invoke(app, ["ask", question])
+        assert (done.stdout, done.exit_code) == ("ask!\n", status)
+    assert done.stderr.count("\n") == 1 and "ended before it had answered" in done.stderr
+    path.unlink()
+    assert CliRunner().invoke(app, ["ask", "What?"]).stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -172,7 +189,8 @@ def test_what_install_writes_is_what_run_would_be_told(home):
     words = service.words(settings(every=5.0, name="n", system="Be $brief.", snapshot_every=2.5))
     path = service.place("n")
     done = CliRunner().invoke(app, ["install", *words])
-    assert done.exit_code == 1 and "could not be started: " in done.stderr
+    assert done.exit_code == 1 and "but it could not be started: " in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
     text = path.read_bytes().decode()
     assert all(word.split("=")[0] in text for word in words) and "--stdin" not in text
     again = CliRunner().invoke(app, ["install", *words])

@@ -175,10 +175,15 @@ def ask(
 ) -> None:
     """Ask the running assistant; it answers from what it attends to."""
     what = {"what": "ask", "question": question, "remember": remember}
-    for line in request(places(name).socket, name, **what):
-        sys.stdout.write(harmless(line.get("text", "")))
-        sys.stdout.flush()
-    print()
+    begun = False
+    try:
+        for line in request(places(name).socket, name, **what):
+            sys.stdout.write(harmless(line.get("text", "")))
+            sys.stdout.flush()
+            begun = True
+    finally:
+        if begun:  # a line of its own for what ends it, Ctrl-C say
+            print(flush=True)
 
 
 @app.command()
@@ -244,9 +249,9 @@ def install(
     settings.check()
     where = places(name)
     path, trouble = service.install(service.of(settings, where.log))
-    tell(f"installed as {path}")
     if trouble:
-        fail(f"it could not be started: {trouble}")
+        fail(f"installed as {path}, but it could not be started: {trouble}")
+    tell(f"installed as {path}")
 
 
 @app.command()
