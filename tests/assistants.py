@@ -50,6 +50,7 @@ class Running:
     stdin: Any = subprocess.DEVNULL
     environment: dict[str, str] = field(default_factory=dict)
     program: tuple[object, ...] = (PROGRAM,)
+    stderr: Any = None
 
     def __post_init__(self) -> None:
         with self.log.open("a") as log:
@@ -57,7 +58,7 @@ class Running:
                 [sys.executable, *map(str, (*self.program, "run", *self.words))],
                 stdin=self.stdin,
                 stdout=log,
-                stderr=log,
+                stderr=self.stderr or log,
                 env={**os.environ, **self.environment},
             )
 

@@ -153,6 +153,36 @@ def test_without_its_snapshot_a_stream_is_built_again(start, log, what):
     assert "Traceback" not in assistant.said
 
 
+def test_a_note_that_is_followed_later_is_a_file(start, tmp_path):
+    folder, follow = f"--folder={tmp_path / 'notes'}", f"--follow={tmp_path / 'notes' / 'a.md'}"
+    tmp_path.joinpath("notes").mkdir()
+    tmp_path.joinpath("notes", "a.md").write_text("once\n")
+    assistant = start(folder)
+    assistant.until_read(5)
+    assistant.stop()
+    for count in (10, 10, 14):  # from its beginning, and then on, by one of them
+        if count == 14:
+            tmp_path.joinpath("notes", "a.md").write_text("once\nnew\n")
+        assistant = start(folder, follow)
+        assert assistant.until_read(count)["bytes_read"] == count
+        assistant.stop()
+    assert "Traceback" not in assistant.said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_it_goes_on_when_its_log_cannot_be_written(letters, log, tmp_path):
+    words = (f"--model={letters}", f"--window={WINDOW}", f"--follow={log}")
+    with Path("/dev/full").open("w") as full:
+        running = Running(words, tmp_path / "said", stderr=full)
+    log.write_text(prose(20))
+    running.until_read(log.stat().st_size)
+    log.unlink()  # which is said
+    time.sleep(1.5)
+    log.write_text(prose(10))
+    running.until_read(log.stat().st_size)
+    running.stop()
+
+
 # --- a device that fails ---
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
@@ -68,7 +69,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def tell(text: str) -> None:
     """Say something to the user that is not the result."""
     line = "".join(c if c.isprintable() else " " for c in text)
-    print(f"assistant: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # a log on a full disk, or closed: reading goes on
+        print(f"assistant: {line}", file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:
@@ -96,7 +98,7 @@ def settings_of(
 ) -> Settings:
     """Return settings with whole paths, each once, and defaults for what was not given."""
     given = {name: value for name, value in others.items() if value is not None}
-    if Path(given["model"]).is_dir() or given["model"].endswith(".gguf"):
+    if is_folder(Path(given["model"])) or given["model"].endswith(".gguf"):
         given["model"] = str(whole(Path(given["model"])))
     return Settings(
         follow=tuple(dict.fromkeys(map(whole, follow or ()))),
@@ -107,11 +109,18 @@ def settings_of(
 
 
 def whole(path: Path) -> Path:
-    """Return a path that means the same wherever the assistant runs."""
+    """Return a path that means the same wherever the assistant runs, however it is spelled."""
     try:
-        return path.expanduser().absolute()
+        return Path(os.path.normpath(path.expanduser().absolute()))
     except RuntimeError as error:
         fail(f"{path}: {error}")
+
+
+def is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long, or in one that may not be entered
+        return False
 
 
 @app.command()
@@ -153,13 +162,15 @@ def run(
             raise
         tell(" ".join(str(error).split()))
         leave(1)
+    tell(f"{name} has stopped; what it has read is kept")
     leave(0)
 
 
 def leave(status: int) -> NoReturn:
     """End this process at once: all is on disk, and the interpreter's own end takes a while."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -171,16 +182,22 @@ def ask(
         bool,
         typer.Option("--remember", help="Have it read question and answer, as it reads the rest."),
     ] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="Do not have it first read what waits to be read.")
+    ] = False,
     name: Name = "main",
 ) -> None:
     """Ask the running assistant; it answers from what it attends to."""
-    what = {"what": "ask", "question": question, "remember": remember}
+    what = {"what": "ask", "question": question, "remember": remember, "now": now}
     begun = False
     try:
         for line in request(places(name).socket, name, **what):
-            sys.stdout.write(harmless(line.get("text", "")))
-            sys.stdout.flush()
-            begun = True
+            if waiting := line.get("waiting"):
+                tell(f"it reads {waiting:,} characters first that have arrived; --now does not")
+            if text := line.get("text"):
+                sys.stdout.write(harmless(text))
+                sys.stdout.flush()
+                begun = True
     finally:
         if begun:  # a line of its own for what ends it, Ctrl-C say
             print(flush=True)
@@ -277,20 +294,24 @@ def table(status: dict[str, Any]) -> list[str]:
         rows += [
             ("attended", f"{status['attended']:,} tokens, window {status['window']:,}"),
             ("evicted", f"{status['evicted']:,} tokens"),
-            ("backlog", f"{status['backlog']:,}; {status['chunks_waiting']:,} pieces to feed"),
+            (
+                "backlog",
+                f"{status['backlog']:,} characters it is reading, "
+                f"{status['chunks_waiting']:,} pieces of text behind them",
+            ),
         ]
     rows.append(("memory", f"{status['resident_bytes'] / 1e6:.1f} MB resident"))
     if status["notes"]:
         last = status["last_note"]
         when = f"last {datetime.fromtimestamp(last):%Y-%m-%d %H:%M}" if last else "none written yet"
-        rows.append(("notes", f"{status['notes']}, {when}"))
+        rows.append(("diary", f"{status['notes']}, {when}"))
     rows += [("reads", source_line(source)) for source in status["sources"]]
     return [f"{what:<9} {harmless(text)}" for what, text in rows]
 
 
 def source_line(source: dict[str, Any]) -> str:
     if "notes" in source:
-        parts = [f"{source['notes']:,} notes read, {source['waiting']:,} waiting"]
+        parts = [f"notes read: {source['notes']:,}, waiting: {source['waiting']:,}"]
     elif "size" in source:
         parts = [f"at byte {source['offset']:,} of {source['size']:,}"]
     else:

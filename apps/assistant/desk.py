@@ -19,6 +19,8 @@ from assistant.places import AssistantError
 # Plain, and about the text above: a small model takes more for the text itself.
 NOTE = "Summarize the text above in two sentences."
 LONGEST_NOTE, LONGEST_ANSWER = 128, 256
+# Characters that are read before an answer without a word about it: a moment's, on any machine.
+UNTOLD = 500
 ASKED = "asked"
 Lines = Generator[dict[str, Any], None, None]
 
@@ -59,10 +61,10 @@ class Desk:
         elif what == "note":
             yield {"done": True, "note": self.note()}
         elif what == "ask":
-            question, remember = request.get("question"), request.get("remember", False)
+            question, options = request.get("question"), ("remember", "now")
             if not isinstance(question, str) or not question.strip():
                 raise AssistantError("there is no question")
-            yield from self._ask(question, remember is True)
+            yield from self._ask(question, *(request.get(name) is True for name in options))
         else:
             raise AssistantError("a request asks for status, stop, note or ask, as its `what`")
 
@@ -77,7 +79,11 @@ class Desk:
             raise AssistantError("there is no file for notes: run the assistant with --notes FILE")
         with self._one:
             diary.finish()
-            read, (noted, _) = self.journal.bytes, self.journal.noted
+            self._ready()
+            assert self.feeder is not None
+            fed, (noted, _) = self.feeder.fed, self.journal.noted
+            # What waits to be fed is not in the stream: the next note is about that.
+            read = self.journal.bytes - self.journal.bytes_after(fed)
             if read <= noted:
                 return None
             text = "".join(self._pieces(NOTE, LONGEST_NOTE))
@@ -88,10 +94,12 @@ class Desk:
             )
             return diary.write(text, datetime.now().astimezone(), about, read)
 
-    def _ask(self, question: str, remember: bool) -> Lines:
+    def _ask(self, question: str, remember: bool, now: bool) -> Lines:
         with self._one:
-            texts = []
-            for text in self._pieces(question, LONGEST_ANSWER):
+            texts, waiting = [], self._ready().backlog
+            if waiting > UNTOLD and not now:
+                yield {"waiting": waiting}
+            for text in self._pieces(question, LONGEST_ANSWER, now):
                 texts.append(text)
                 yield {"text": text}
             if remember:
@@ -105,8 +113,8 @@ class Desk:
         if feeder := self.feeder:
             feeder.wake()
 
-    def _pieces(self, question: str, longest: int) -> Generator[str, None, None]:
-        pieces = self._ready().ask(question, remember=False, max_tokens=longest)
+    def _pieces(self, question: str, longest: int, now: bool = False) -> Generator[str, None, None]:
+        pieces = self._ready().ask(question, remember=False, max_tokens=longest, now=now)
         try:
             for piece in pieces:
                 if self.stopping.is_set():

@@ -6,6 +6,7 @@ written twice.
 """
 
 import os
+import re
 import stat
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from assistant.journal import Journal
 from assistant.places import AssistantError
 
+# In a quote or a list, in which there may be any other block.
+BEFORE_A_BLOCK = re.compile(r"\A[\s>*+\-\d.)]*")
 EMPTY = "(The model had nothing to say.)"
 
 
@@ -131,8 +134,16 @@ def markdown(text: str, when: datetime, about: str) -> str:
 
 
 def quoted(line: str) -> str:
-    """Return a line that Markdown takes for no heading and no code's fence."""
-    start = line.lstrip()
-    if start.startswith(("#", "```", "~~~")) or (start and not start.strip("=-")):
-        return "\\" + start
+    """Return a line that Markdown takes for no heading, no code's fence and no HTML.
+
+    >>> quoted("# A"), quoted("> - # A"), quoted("<!-- A"), quoted("---"), quoted("- A #1")
+    ('\\\\# A', '> - \\\\# A', '\\\\<!-- A', '\\\\---', '- A #1')
+    """
+    start = BEFORE_A_BLOCK.sub("", line)
+    before = line[: len(line) - len(start)]
+    if start.startswith(("#", "```", "~~~", "<")):
+        return f"{before}\\{start}"
+    underline = line.lstrip("> \t")
+    if underline and not underline.strip("=-"):
+        return f"{line[: len(line) - len(underline)]}\\{underline}"
     return line

@@ -4,6 +4,7 @@ Only this user's processes may connect. What they send is bounded all the same: 
 request, the time it may take, how many are answered at once.
 """
 
+import errno
 import json
 import os
 import socket
@@ -19,9 +20,11 @@ from assistant.places import AssistantError
 from mlx_stream.errors import MlxStreamError
 
 LONGEST_REQUEST = 64 * 1024
-MOST_AT_ONCE = 8
+MOST_AT_ONCE = 32
 # Seconds for a request to be sent, and for a piece of an answer to be taken.
 PATIENCE = 10.0
+# Seconds that who is refused has to be done with asking, and for a descriptor to become free.
+BRIEFLY = 0.1
 # Bytes a socket's path may have: 104 on a Mac with the zero after it.
 LONGEST_PATH = 103
 Answer = Generator[dict[str, Any], None, None]
@@ -68,10 +71,16 @@ class Door:
         """Answer whoever has connected, in the background."""
         try:
             caller, _ = self._socket.accept()
-        except OSError:  # they have left already
+        except OSError as error:  # they have left already
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # or have to wait
+                time.sleep(BRIEFLY)
             return
         if not self._at_once.acquire(blocking=False):
             with caller, suppress(OSError):
+                caller.settimeout(BRIEFLY)
+                with suppress(TimeoutError):
+                    # Were the request unread, closing would take the answer back.
+                    caller.recv(LONGEST_REQUEST)
                 send(caller, {"error": f"{MOST_AT_ONCE} others are being answered: try again"})
             return
         threading.Thread(target=self._serve, args=(caller,), daemon=True).start()
@@ -163,8 +172,11 @@ def request(path: Path, name: str, **what: Any) -> Answer:
     """Ask the process that listens; yield the lines of its answer.
 
     Raises:
-        AssistantError: none listens, it says why it cannot answer, or it ends before it has.
+        AssistantError: it is too long, none listens, it says why it cannot answer, or it ends
+            before it has.
     """
+    if len(json.dumps(what)) >= LONGEST_REQUEST:
+        raise AssistantError(f"that is too long: a request has at most {LONGEST_REQUEST:,} bytes")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
         try:
             caller.connect(os.fspath(path))
@@ -173,7 +185,8 @@ def request(path: Path, name: str, **what: Any) -> Answer:
                 f"the assistant {name!r} does not run: start it with `run`, or `install` it"
             ) from error
         try:
-            send(caller, what)
+            with suppress(BrokenPipeError):  # refused unheard; why can be read all the same
+                send(caller, what)
             with caller.makefile("rb") as lines:
                 for text in lines:
                     line = json.loads(text)

@@ -50,7 +50,7 @@ class Feeder:
     ):
         self._listener, self._journal, self._snapshot = listener, journal, snapshot
         self.fed = self.saved = fed
-        self.failure: errors.MlxStreamError | None = None
+        self.failure: Exception | None = None
         self._every, self._tell = every, tell
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._last_save = self._last_fed = time.monotonic()
@@ -91,7 +91,8 @@ class Feeder:
                 self._awake.wait(self._patience())
             if self.saved < self.fed:
                 self._save()
-        except errors.MlxStreamError as error:
+        # Whatever it is, nothing is fed any more: the main thread has to know.
+        except Exception as error:
             self.failure = error
 
     def _feed(self, chunk: Chunk) -> None:

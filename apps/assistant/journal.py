@@ -270,6 +270,12 @@ class Journal:
         with self._lock, self._refusing():
             return self._one("SELECT bytes FROM about")
 
+    def bytes_after(self, number: int) -> int:
+        """Return the bytes of the chunks of numbers above it."""
+        with self._lock, self._refusing():
+            query = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
+            return int(self._connection.execute(query, (number,)).fetchone()[0])
+
     @property
     def noted(self) -> tuple[int, float]:
         """Those read before the last note, and when it was written (seconds since 1970, or 0)."""
@@ -331,8 +337,11 @@ class Journal:
 
 
 def source_of(row: Sequence[Any]) -> Source:
-    name, kind, place, total, crc = row
-    return Source(name, kind, json.loads(place), total, crc)
+    name, kind, text, total, crc = row
+    place = json.loads(text)
+    if not isinstance(place, dict):
+        raise ValueError(f"{place!r:.80} is no place in a source")
+    return Source(name, kind, place, total, crc)
 
 
 def heading(last: Chunk | None, arrival: Arrival, now: datetime) -> str:
@@ -368,6 +377,8 @@ def cut(text: str, longest: int) -> list[str]:
 
 
 def explain(error: Exception) -> str:
+    if isinstance(error, sqlite3.ProgrammingError):
+        return "it is closed: the assistant is stopping"
     # SQLite quotes what it cannot read, and that may be anything.
     text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
     code = getattr(error, "sqlite_errorcode", None)

@@ -41,7 +41,7 @@ def places(name: str) -> Places:
     """Return where an assistant's files are.
 
     Raises:
-        AssistantError: it cannot be a name.
+        AssistantError: it cannot be a name, or MLX_STREAM_HOME no folder's.
     """
     if not NAME.fullmatch(name):
         raise AssistantError(
@@ -49,7 +49,10 @@ def places(name: str) -> Places:
             "digits, '-', '_' and '.', and neither '.' nor '-' first"
         )
     if home := os.environ.get("MLX_STREAM_HOME"):
-        data = cache = Path(home).expanduser().absolute() / "assistant"
+        try:
+            data = cache = Path(home).expanduser().absolute() / "assistant"
+        except RuntimeError as error:
+            raise AssistantError(f"MLX_STREAM_HOME={home}: {error}") from error
     else:
         data = Path(platformdirs.user_data_dir("mlx_stream")) / "assistant"
         cache = Path(platformdirs.user_cache_dir("mlx_stream")) / "assistant"

@@ -74,7 +74,7 @@ class Assistant:
         self._engine: Any = None
         self._listener: Any = None
         self._noting: threading.Thread | None = None
-        self._noted_at = 0.0
+        self._next_note = 0.0  # of the clock that nobody sets
         self._noticed = 0  # of the engine's notices
 
     def run(self) -> None:
@@ -89,7 +89,7 @@ class Assistant:
             self._wake = stack.enter_context(Wake(self._stop))
             self._journal = Journal(where.journal)
             stack.callback(self._journal.close)
-            _, self._noted_at = self._journal.noted
+            self._next_note = self._started + self._until_the_next_note()
             self._open_sources()
             self.desk = Desk(self._journal, self._open_diary(), self._status, self.stop)
             door = Door(where.socket, self.desk.answer)
@@ -142,12 +142,15 @@ class Assistant:
         settings, journal = self.settings, self._journal
         for path in settings.follow:
             known = journal.source(str(path))
-            self._sources.append(FollowedFile(path, known and known.place, self._tell))
+            place = known.place if known and known.kind == "file" else None
+            self._sources.append(FollowedFile(path, place, self._tell))
         notes = {source.name: source.place for source in journal.sources("note")}
-        own = settings.notes and settings.notes.resolve()
+        others = {os.path.realpath(path) for path in settings.follow}
+        if settings.notes:
+            others.add(os.path.realpath(settings.notes))
         for path in settings.folders:
             inside = {name: p for name, p in notes.items() if Path(name).is_relative_to(path)}
-            excluded = lambda note: note.resolve() == own  # noqa: E731
+            excluded = lambda note: os.path.realpath(note) in others  # noqa: E731
             self._sources.append(NotesFolder(path, inside, self._tell, excluded))
         if settings.stdin:
             self._input = StandardInput(self._tell)
@@ -181,11 +184,12 @@ class Assistant:
             fed = journal.first - 1
             if fed < journal.last:
                 kept = journal.last - fed
-                self._tell(f"the stream is built again from the latest {kept:,} pieces of text")
+                self._tell(f"the stream is built again from the latest {pieces(kept)}")
         every = 60 * self.settings.snapshot_every
         self.desk.listener = self._listener
         self.desk.feeder = Feeder(self._listener, journal, where.snapshot, fed, every, self._tell)
-        self._tell(f"{self.settings.name}: reading")
+        attended = f", {self._listener.stats.attended:,} tokens attended" if journal.last else ""
+        self._tell(f"{self.settings.name}: reading{attended}")
 
     def _restored(self, snapshot: Path) -> int | None:
         """Return the last chunk in the stream; None if there is none in it."""
@@ -211,11 +215,11 @@ class Assistant:
             restore=snapshot,
         )
 
-    def _begin_again(self, feeder: Feeder, failure: MlxStreamError) -> None:
+    def _begin_again(self, feeder: Feeder, failure: Exception) -> None:
         """Drop a stream that could not be computed and go on from its snapshot, as after a crash.
 
         Raises:
-            MlxStreamError: it was something else, or it has just happened before.
+            Exception: it was something else, or it has just happened before.
         """
         now = time.monotonic()
         if not isinstance(failure, ComputeError) or now < self._not_again_before:
@@ -232,16 +236,18 @@ class Assistant:
         """Write to the journal what each source has, once; return whether one had anything."""
         if time.monotonic() < self._try_again:
             return False
-        any_new = False
-        try:
-            for source in self._sources:
+        any_new, failures = False, set()
+        for source in self._sources:
+            try:
                 arrival = source.poll()
                 if arrival is not None:
                     self._journal.append(arrival)
                     source.taken(arrival)
                     any_new = True
-        except AssistantError as error:
-            self._tell(f"{error}; tried again every {AGAIN:.0f} seconds")
+            except AssistantError as error:
+                failures.add(str(error))
+        for failure in sorted(failures):
+            self._tell(f"{failure}; tried again every {AGAIN:.0f} seconds")
             self._try_again = time.monotonic() + AGAIN
         if any_new and self.desk.feeder:
             self.desk.feeder.wake()
@@ -258,19 +264,19 @@ class Assistant:
 
     def _note_if_due(self) -> None:
         """Write a note in the background, if one is due and anything is new."""
-        if self.desk.diary is None or self._paused or time.time() < self._note_due:
+        if self.desk.diary is None or self._paused or time.monotonic() < self._next_note:
             return
         if self._noting is None or not self._noting.is_alive():
             self._noting = threading.Thread(target=self._note, name="note", daemon=True)
             self._noting.start()
 
-    @property
-    def _note_due(self) -> float:
-        """When to write the next note, in seconds since 1970."""
+    def _until_the_next_note(self) -> float:
+        """Return in how many seconds the first note of this run is due."""
         every = 60 * self.settings.every
-        begun = time.time() - time.monotonic() + self._started
-        first = min(every, SETTLING) if self._noted_at else every
-        return max(self._noted_at + every, begun + first)
+        _, noted_at = self._journal.noted
+        # The system's clock may have been set back since: then that note was just written.
+        left = every - max(0.0, time.time() - noted_at)
+        return max(left, min(every, SETTLING)) if noted_at else every
 
     def _note(self) -> None:
         try:
@@ -278,7 +284,8 @@ class Assistant:
         except MlxStreamError as error:
             if not self._stopping:
                 self._tell(str(error))
-        self._noted_at = time.time()
+        finally:
+            self._next_note = time.monotonic() + 60 * self.settings.every
 
     # --- how it stands ---
 
@@ -320,6 +327,7 @@ class Wake:
         self._before = {
             number: signal.signal(number, lambda *_: self._stop())
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
         }
         # The handler runs between two bytecodes; this byte ends the wait so that there are some.
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -342,6 +350,10 @@ class Wake:
     def clear(self) -> None:
         with suppress(BlockingIOError):
             os.read(self._read, 4096)
+
+
+def pieces(count: int) -> str:
+    return f"{count:,} {'piece' if count == 1 else 'pieces'} of text"
 
 
 def standing(source: Any) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def word(text: str, command: bool = False) -> str:
     ('"50%% of \\\\"a b\\\\""', '"$$HOME"')
     """
     if any(not c.isprintable() for c in text):
-        raise AssistantError(f"{text!r} cannot be in a unit of systemd: rename it")
+        raise AssistantError(f"{text!r} cannot be in a unit of systemd: leave such characters out")
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text.replace("$", "$$") if command else text}"'
 

@@ -1,5 +1,6 @@
 """What an assistant is told to do; knows not how it is done."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,14 @@ class Settings:
         for option, minutes in (("--every", self.every), ("--snapshot-every", self.snapshot_every)):
             if not 0 < minutes <= LONGEST:
                 raise AssistantError(f"{option} takes minutes, above 0, not {minutes:g}")
-        for path in (*self.follow, *self.folders):
-            if self.notes is not None and path.resolve() == self.notes.resolve():
+        read = (*self.follow, *self.folders)
+        for text in (*map(str, read), str(self.notes), self.model, self.system):
+            if not text.isascii() and text != text.encode("utf-8", "replace").decode():
+                raise AssistantError(f"{text!a}: is not valid UTF-8: rename it, or leave it out")
+        for path in read:
+            if self.notes is not None and os.path.realpath(path) == os.path.realpath(self.notes):
                 raise AssistantError(f"{path}: cannot be both read and written")
+        for folder in self.folders:
+            for other in self.folders:
+                if folder != other and folder.is_relative_to(other):
+                    raise AssistantError(f"{folder}: is read as a part of {other}: leave it out")
