@@ -154,18 +154,16 @@ def test_without_its_snapshot_a_stream_is_built_again(start, log, what):
 
 
 def test_a_note_that_is_followed_later_is_a_file(start, tmp_path):
-    folder, follow = f"--folder={tmp_path / 'notes'}", f"--follow={tmp_path / 'notes' / 'a.md'}"
-    tmp_path.joinpath("notes").mkdir()
-    tmp_path.joinpath("notes", "a.md").write_text("once\n")
-    assistant = start(folder)
-    assistant.until_read(5)
-    assistant.stop()
-    for count in (10, 10, 14):  # from its beginning, and then on, by one of them
-        if count == 14:
-            tmp_path.joinpath("notes", "a.md").write_text("once\nnew\n")
-        assistant = start(folder, follow)
+    note = tmp_path / "notes" / "a.md"
+    note.parent.mkdir()
+    words = [f"--folder={note.parent}"]
+    # The second time from its beginning, and then on, once and not twice.
+    for text, count in (("once\n", 5), ("once\n", 10), ("once\n", 10), ("once\nnew\n", 14)):
+        note.write_text(text)
+        assistant = start(*words)
         assert assistant.until_read(count)["bytes_read"] == count
         assistant.stop()
+        words = [f"--folder={note.parent}", f"--follow={note}"]
     assert "Traceback" not in assistant.said
 
 
