@@ -157,7 +157,6 @@ def test_a_note_that_is_followed_later_is_a_file(start, tmp_path):
     note = tmp_path / "notes" / "a.md"
     note.parent.mkdir()
     words = [f"--folder={note.parent}"]
-    # The second time from its beginning, and then on, once and not twice.
     for text, count in (("once\n", 5), ("once\n", 10), ("once\n", 10), ("once\nnew\n", 14)):
         note.write_text(text)
         assistant = start(*words)

@@ -130,6 +130,20 @@ def test_a_window_that_does_not_fit_is_refused_and_the_conversation_goes_on_in_i
     asyncio.run(talk())
 
 
+def test_a_first_question_that_is_refused_leaves_no_conversation(letters):
+    async def talk():
+        async with desk(letters, window=10**9) as one:
+            await one.send("Hi")
+            assert one.alarming and one.draft == "Hi" and one.said == [] and one.name is None
+            await one.choose_window(100)
+            await one.start()
+            assert one.conversations == []
+            await one.send("Hi")
+            assert [c.name for c in one.conversations] == ["hi"] == [one.name]
+
+    asyncio.run(talk())
+
+
 def test_the_same_conversation_goes_on_with_another_model(letters, tiny):
     async def talk():
         async with desk(letters) as one:

@@ -100,8 +100,22 @@ def as_text(said: Sequence[Said]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Open the window; as a program."""
-    parser = argparse.ArgumentParser(prog="desktop", description=Desktop.__doc__)
-    parser.add_argument("model", nargs="?", default=STARTER, metavar="MODEL")
-    parser.add_argument("--window", type=int, default=DEFAULT_WINDOW)
+    parser = argparse.ArgumentParser(
+        prog="python -m desktop", description="Chat with a model in a window of its own."
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=STARTER,
+        metavar="MODEL",
+        help="a folder, a Hub id, a .gguf file, or starter, which is the default",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=DEFAULT_WINDOW,
+        metavar="TOKENS",
+        help=f"latest tokens attended; default: {DEFAULT_WINDOW:,}",
+    )
     given = parser.parse_args(arguments)
     Desktop(given.model, given.window).main_loop()

@@ -21,7 +21,8 @@ from mlx_stream.exchange import Exchange
 from mlx_stream.sessions import manage
 
 STARTER, DEFAULT_WINDOW, MAX_TOKENS = hub.STARTER, 2_048, 512
-WINDOWS = (508, 1_020, DEFAULT_WINDOW, 4_092, 8_188)
+# The largest leaves room for the system prompt in the 8,192 places that many models know.
+WINDOWS = (508, 1_020, DEFAULT_WINDOW, 4_092, 8_000)
 SECONDS_TO_CLOSE, SECONDS_BETWEEN = 5.0, 0.03
 T = TypeVar("T")
 
@@ -195,6 +196,8 @@ class Desk:
             self._say(one_line(error), alarming=True)
             if self._chat and not heard and is_broken(self._chat):
                 await self._close_chat()
+                if len(self.said) == 1:  # it was never begun, and is nothing to go on with
+                    self.name = None
         except asyncio.CancelledError:
             self._hear(Piece("", "interrupted"))
             heard = True
