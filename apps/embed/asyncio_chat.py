@@ -5,6 +5,7 @@ python apps/embed/asyncio_chat.py [MODEL]
 
 import asyncio
 import contextlib
+import signal
 import sys
 
 import mlx_stream
@@ -40,6 +41,8 @@ async def main():
 
 
 if __name__ == "__main__":
+    # Ctrl-C ends it at once: nothing is saved here, and no thread can be called from a keyboard.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         asyncio.run(main())
     except mlx_stream.errors.MlxStreamError as error:
