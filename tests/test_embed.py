@@ -30,6 +30,8 @@ def until(holds):
 with mlx_stream.Engine(sys.argv[1], dtype="float32") as engine:
     root = tkinter.Tk()
     window = tk_window.Window(root, engine)
+    # Greedy it writes letters for ever; drawn at random it may end after a few.
+    window.chat = engine.session(sampling=mlx_stream.Sampling(temperature=0))
     said = lambda: window.text.get("1.0", "end")
     window.entry.insert(0, "Hello?")
     window.ask()
@@ -59,7 +61,7 @@ def drive():
     check()
 
 def check(until=time.monotonic() + 60):
-    if len(NSApplication.sharedApplication().delegate().text.string()) > 30:
+    if len(NSApplication.sharedApplication().delegate().text.string()) > len("> Hello?") + 3:
         print("driven", flush=True)
         AppHelper.stopEventLoop()
     elif time.monotonic() < until:
