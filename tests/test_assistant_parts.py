@@ -122,6 +122,38 @@ def test_what_is_no_note_is_said_once_and_left(tmp_path, monkeypatch):
     assert looking.look() == [("binary.txt", "now text\n")]
 
 
+def test_a_note_whose_name_is_not_utf_8_is_refused_and_the_others_are_read(tmp_path, journal):
+    bad = b"caf\xe9.md", b"caf\xe9/a.md"
+    (tmp_path / "sub").mkdir()
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+        for name in bad:
+            (tmp_path / os.fsdecode(name)).write_text("bad\n")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (tmp_path / "good.md").write_text("good\n")
+    (tmp_path / "sub" / "é.md").write_text("also\n")
+    looking = Looking(tmp_path)
+    assert sorted(looking.look(4)) == [("good.md", "good\n"), ("sub/é.md", "also\n")]
+    assert len(looking.told) == 2 and all("rename it" in line for line in looking.told)
+    assert any("caf\\udce9.md" in line for line in looking.told)
+    assert "\n".join([*looking.told, looking.source.state["complaint"]]).encode()
+    for source, place in looking.places.items():
+        journal.append(Arrival(source, "note", "n", b"", "", place))
+    (tmp_path / os.fsdecode(bad[0])).rename(tmp_path / "cafe.md")
+    assert looking.look() == [("cafe.md", "bad\n")]
+
+
+def test_a_byte_order_mark_is_no_text_of_a_note(tmp_path):
+    (tmp_path / "a.md").write_text("\ufeffone\n", encoding="utf-8")
+    looking = Looking(tmp_path)
+    assert looking.look() == [("a.md", "one\n")]
+    with (tmp_path / "a.md").open("a", encoding="utf-8") as file:
+        file.write("more \ufeff\n")
+    looking.begin()
+    assert looking.look() == [("a.md", "more \ufeff\n")]
+
+
 def test_the_assistants_own_notes_are_not_read(tmp_path):
     looking = Looking(tmp_path, excluded=lambda path: path.name == "diary.md")
     (tmp_path / "diary.md").write_text("mine\n")

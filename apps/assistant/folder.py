@@ -25,6 +25,8 @@ PART_OF_THE_TIME = 0.005
 MOST_NOTES, DEEPEST = 10_000, 8
 # A longer one is no note: it can be followed as a file.
 LONGEST_NOTE = 2**20
+# Some editors begin a file with it; it is no text.
+BYTE_ORDER_MARK = "\ufeff"
 Seen = tuple[int, int, int]  # file number, bytes, time of change
 
 
@@ -144,6 +146,8 @@ class NotesFolder:
 
     def _read(self, path: Path) -> Arrival | None:
         """Return what is new in a note; None if it is as it was."""
+        if (name := printable(path)) != str(path):
+            raise NotText(f"{name}: has a name that is not UTF-8: rename it")
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(file)
@@ -162,7 +166,10 @@ class NotesFolder:
         grown = zlib.crc32(data[:count]) == before["crc"]
         new = data[count:] if grown else data
         place = {"seen": list(seen_of(status)), "bytes": len(data), "crc": zlib.crc32(data)}
-        text = decode(new, str(path), len(data) - len(new))
+        at = len(data) - len(new)
+        text = decode(new, str(path), at)
+        if not at:
+            text = text.removeprefix(BYTE_ORDER_MARK)
         title = str(path.relative_to(self.path))
         return Arrival(str(path), "note", title, new, text, place, apart=True)
 
@@ -185,6 +192,15 @@ def is_note(entry: os.DirEntry[str]) -> bool:
         return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
     except OSError:
         return False
+
+
+def printable(path: Path) -> str:
+    r"""Return a path as text that can be written anywhere: bytes that are not UTF-8 are escaped.
+
+    >>> printable(Path("caf\udce9.md"))
+    'caf\\udce9.md'
+    """
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def seen_of(status: os.stat_result) -> Seen:
