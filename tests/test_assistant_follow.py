@@ -2,70 +2,20 @@
 
 import itertools
 import os
-import random
 from pathlib import Path
 
 import pytest
+from following import Reading, add
 
 from assistant import follow
-from assistant.follow import CHUNK, GRACE, SETTLED, FollowedFile, ending
+from assistant.follow import CHUNK, GRACE, SETTLED, ending
 from assistant.pipe import StandardInput
 from assistant.text import NotText, decode, whole_characters
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Reading:
-    """A followed file, what was taken of it, and what was said; it can begin anew as killed."""
-
-    def __init__(self, path: Path):
-        self.path, self.clock = path, Clock()
-        self.place: dict | None = None
-        self.taken, self.told = b"", []
-        self.begin()
-
-    def begin(self) -> None:
-        self.source = FollowedFile(self.path, self.place, self.told.append, self.clock)
-
-    def restart(self) -> None:
-        self.source.close()
-        self.begin()
-
-    def poll(self) -> bytes:
-        """Poll until nothing comes, at one moment; return what came."""
-        found = b""
-        while arrival := self.source.poll():
-            found += arrival.data
-            self.source.taken(arrival)
-            self.place = arrival.place
-        self.taken += found
-        return found
-
-    def wait(self, seconds: float = GRACE + 1) -> bytes:
-        """Poll every second for a while; return what came."""
-        found = self.poll()
-        for _ in range(round(seconds)):
-            self.clock.now += 1.0
-            found += self.poll()
-        return found
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "x.log"
-
-
-def add(path: Path, data: bytes) -> None:
-    with path.open("ab") as file:
-        file.write(data)
 
 
 def test_whole_lines_come_at_once_and_the_rest_of_one_when_it_is_left_alone(path):
@@ -169,6 +119,17 @@ def test_copied_and_cut(path):
     assert reading.taken == b"one\ntwo\nthree\nfour\n"
 
 
+def test_a_byte_order_mark_is_no_text(path):
+    add(path, "\ufeffone\n".encode())
+    reading = Reading(path)
+    arrival = reading.source.poll()
+    assert arrival and arrival.text == "one\n" and arrival.data == path.read_bytes()
+    reading.poll()
+    add(path, "\ufefftwo\n".encode())
+    arrival = reading.source.poll()
+    assert arrival and arrival.text == "\ufefftwo\n"
+
+
 def test_a_file_that_goes_and_comes_back(path):
     reading = Reading(path)
     assert reading.wait() == b""
@@ -241,29 +202,6 @@ def test_a_file_that_may_not_be_read(path):
     path.chmod(0o600)
     reading.wait()
     assert reading.taken == b"one\n"
-
-
-def test_a_random_life_of_a_file(path):
-    luck = random.Random(3)
-    reading, written, number = Reading(path), b"", 0
-    for _ in range(600):
-        what = luck.choices(("add", "rename", "restart", "wait", "poll"), (6, 1, 2, 3, 3))[0]
-        if what == "add":
-            line = f"line {number} {'é' * luck.randint(0, 900)}\n".encode()
-            add(path, line)
-            written, number = written + line, number + 1
-        elif what == "rename" and path.exists():
-            reading.wait()  # renamed twice between two looks, the one in between is missed
-            path.rename(path.with_name(f"x.log.{number}"))
-        elif what == "restart":
-            reading.restart()
-        elif what == "wait":
-            reading.wait(luck.choice((1, GRACE + 1)))
-        elif arrival := reading.source.poll():
-            reading.source.taken(arrival)
-            reading.place, reading.taken = arrival.place, reading.taken + arrival.data
-    reading.wait(20)
-    assert reading.taken == written and number > 100
 
 
 def test_where_bytes_may_end():

@@ -3,16 +3,22 @@
 A place is told by the file's device and number, not by its name, by how many of its bytes were
 read, and by a checksum of the last of those. So a file that was renamed to make room for a new one
 is read to its end first, wherever it went in its folder, and one that was cut or written anew is
-read from its beginning, after the rest of what it was if there is a copy of that beside it.
+read from its beginning, after the rest of what it was if there is a copy of that beside it. Files
+that were begun and renamed while nobody looked are read in between, the oldest first:
+
+    x.log.3  x.log.2  x.log.1  x.log      x.log.3 was read up to byte 5,000: it is read to its end,
+       A        B        C       D        then B, C and D from their beginnings
 """
 
 import os
+import re
 import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +36,26 @@ SETTLED = 0.5
 GRACE = 3.0
 # Names in a folder that are looked at for a file that was renamed.
 MOST_NAMES = 10_000
+# Some programs begin a file with it; it is no text.
+BYTE_ORDER_MARK = "\ufeff"
+# What rotation puts after a name: a number, a date or time, or a word.
+ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)
+Found = tuple[Path, os.stat_result]
 
 
 @dataclass(frozen=True)
 class Place:
-    """How far a file was read: the checksum is of its last bytes before `offset`."""
+    """How far a file was read: the checksum is of its last bytes before `offset`.
+
+    Attributes:
+        written: when the file had been written to last then, in nanoseconds since 1970.
+    """
 
     device: int
     inode: int
     offset: int = 0
     tail: int = 0
+    written: int = 0
 
     def is_of(self, status: os.stat_result) -> bool:
         return (self.device, self.inode) == (status.st_dev, status.st_ino)
@@ -71,6 +87,7 @@ class FollowedFile:
         self._complaint = ""
         self._refused: Place | None = None  # there the file is not text
         self._given_up: Place | None = None  # it was, and is not looked for where it went
+        self._said: set[str] = set()  # since a file was opened
 
     @property
     def state(self) -> dict[str, Any]:
@@ -90,6 +107,8 @@ class FollowedFile:
         except NotText as error:
             self._complain(f"{error}; not read until another file is there")
             self._refused = self._place
+        except FileNotFoundError:  # renamed between two looks: look again
+            self.close()
         except OSError as error:
             self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
             self.close()
@@ -108,11 +127,15 @@ class FollowedFile:
 
     def _open(self) -> bool:
         """Open the file to read from; return whether there is one."""
-        path = self._find()
-        if path is None:
+        found = self._find()
+        if found is None:
             return False
+        path, expected = found
         self._file = opened(path)
         status = os.fstat(self._file)
+        if not os.path.samestat(status, expected):  # renamed meanwhile: look again
+            self.close()
+            return False
         if not stat.S_ISREG(status.st_mode):
             folder = ", but a folder (--folder reads one)" if stat.S_ISDIR(status.st_mode) else ""
             self._complain(f"{self.path}: is no file{folder}; waiting for one")
@@ -121,64 +144,117 @@ class FollowedFile:
         self._complain("")
         if self._place is None or not self._place.is_of(status):
             if self._place is not None:
-                self._tell(f"{self.path}: is another file now: read from its beginning")
-            self._place = Place(status.st_dev, status.st_ino)
+                first = "" if path == self.path else f" {path.name} first,"
+                self._tell(f"{self.path}: is another file now: read{first} from its beginning")
+            self._place = Place(status.st_dev, status.st_ino, written=status.st_mtime_ns)
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
+        self._said.clear()
         return True
 
-    def _find(self) -> Path | None:
-        """Return the file that was being read, if not all of it was, or the one by our name."""
+    def _find(self) -> Found | None:
+        """Return the file that was being read, if not all of it was, or the one to read next."""
         try:
             status = self.path.stat()
         except FileNotFoundError:
             status = None
-        gone = self._place is not None and not (status and self._place.is_of(status))
-        if gone and self._place != self._given_up:
+        if self._place is not None and not (status and self._place.is_of(status)):
             old = self._renamed()
-            if old is not None:
+            if old and old[1].st_size > self._place.offset and self._place != self._given_up:
                 return old
+            if next_one := self._between(old):
+                return next_one
         if status is None:
             self._complain(f"{self.path}: is not there; waiting for it")
             return None
-        return self.path
+        return self.path, status
 
-    def _renamed(self) -> Path | None:
-        """Return where the file that was being read is now, if it has more to read."""
+    def _renamed(self) -> Found | None:
+        """Return where the file that was being read is now."""
         assert self._place is not None
-        for entry, status in self._beside():
+        for path, status in self._beside():
             if self._place.is_of(status):
-                return entry if self._has_more(entry, status) else None
+                return (path, status) if self._holds(path, status) else None
         return None
 
-    def _copied(self) -> Path | None:
-        """Return a copy, named after the file, that has more of it than was read."""
+    def _copied(self) -> Found | None:
+        """Return a copy of what was read, named by rotation, from where there is more to read."""
         assert self._place is not None
-        if self._place.offset:
-            for entry, status in self._beside():
-                if entry.name.startswith(self.path.name) and self._has_more(entry, status):
-                    return entry
+        # Files of before may begin as this one; the copy was written after we read.
+        since = self._place.written or float("inf")
+        copies = [
+            (path, status)
+            for path, status in self._beside()
+            if turn_of(self.path.name, path.name) and status.st_mtime_ns >= since
+        ]
+        for path, status in sorted(copies, key=lambda found: found[1].st_mtime_ns):
+            if self._holds(path, status):
+                more = status.st_size > self._place.offset or self._between((path, status))
+                return (path, status) if more else None
         return None
 
-    def _beside(self) -> Iterator[tuple[Path, os.stat_result]]:
+    def _between(self, old: Found | None) -> Found | None:
+        """Return the oldest of the files that were begun after `old` and renamed before we looked.
+
+        Those are the ones of which both rotation's names and the times they were written say so:
+        one that was read long ago must not be taken for one of them.
+        """
+        assert self._place is not None
+        ours = turn_of(self.path.name, old[0].name) if old else None
+        since = old[1].st_mtime_ns if old else self._place.written or float("inf")
+        later, others = [], []
+        for path, status in self._beside():
+            turn = turn_of(self.path.name, path.name)
+            if ours and turn and turn[0] == ours[0] and turn > ours:
+                later.append((turn[1], path, status))
+            elif turn and status.st_mtime_ns >= since and not (old and path == old[0]):
+                others.append((turn[1], path, status))
+        later.sort(key=lambda found: found[0])
+        if ours and not in_turn(ours, since, later):
+            others += [found for found in later if found[2].st_mtime_ns >= since]
+            later = []
+        if others:
+            names = ", ".join(sorted(path.name for _, path, _ in others))
+            self._say_once(f"{self.path}: not read, though newer than what was read: {names}")
+        for _, path, status in later:
+            if (file := self._open_beside(path)) is not None:
+                os.close(file)
+                return path, status
+        return None
+
+    def _beside(self) -> Iterator[Found]:
+        """Yield the other files in the folder; one may go at any moment."""
         with suppress(OSError), os.scandir(self.path.parent) as entries:
             for _, entry in zip(range(MOST_NAMES), entries, strict=False):
-                if entry.name != self.path.name and entry.is_file(follow_symlinks=False):
-                    yield Path(entry.path), entry.stat(follow_symlinks=False)
+                with suppress(OSError):
+                    if entry.name != self.path.name and entry.is_file(follow_symlinks=False):
+                        yield Path(entry.path), entry.stat(follow_symlinks=False)
 
-    def _has_more(self, path: Path, status: os.stat_result) -> bool:
+    def _holds(self, path: Path, status: os.stat_result) -> bool:
+        """Return whether a file has what was read, up to our place."""
         assert self._place is not None
-        if status.st_size <= self._place.offset:
+        if status.st_size < self._place.offset or (file := self._open_beside(path)) is None:
             return False
-        file = opened(path)
         try:
             return tail_of(file, self._place.offset) == self._place.tail
         finally:
             os.close(file)
 
+    def _open_beside(self, path: Path) -> int | None:
+        """Open another file than the one of our name; None if it cannot be read."""
+        try:
+            return opened(path)
+        except FileNotFoundError:
+            raise  # renamed meanwhile: `poll` looks again
+        except OSError as error:
+            self._say_once(f"{path}: cannot be read: {error.strerror}; taken as not there")
+            return None
+
     def _turn(self) -> Arrival | None:
         """See whether the name is another file's now; return what is left of this one."""
-        assert self._file is not None and self._place is not None
+        if self._file is None:  # it was cut, and there is a copy to open
+            return None
+        assert self._place is not None
         try:
             status = self.path.stat()
         except FileNotFoundError:
@@ -233,20 +309,26 @@ class FollowedFile:
             self._place = replace(self._place, offset=0, tail=0)
             self._tell(f"{self.path}: {why}: read from its beginning")
             return
-        self._tell(f"{self.path}: {why}: the rest of it is read from {copy.name} first")
-        self.close()
-        self._file = opened(copy)
-        status = os.fstat(self._file)
+        path, status = copy
+        self._tell(f"{self.path}: {why}: the rest of it is read from {path.name} first")
         self._place = replace(self._place, device=status.st_dev, inode=status.st_ino)
-        self._mtime = None
+        self.close()
 
     def _arrival(self, data: bytes) -> Arrival:
         place = self._place
         assert place is not None and self._file is not None
         text = decode(data, self.name, place.offset)
-        end = place.offset + len(data)
-        after = replace(place, offset=end, tail=tail_of(self._file, end))
+        if not place.offset:
+            text = text.removeprefix(BYTE_ORDER_MARK)
+        end, written = place.offset + len(data), os.fstat(self._file).st_mtime_ns
+        after = replace(place, offset=end, tail=tail_of(self._file, end), written=written)
         return Arrival(self.name, "file", self.path.name, data, text, vars(after))
+
+    def _say_once(self, notice: str) -> None:
+        """Say what is found in every look for a file, until one is opened."""
+        if notice not in self._said:
+            self._said.add(notice)
+            self._tell(notice)
 
     def _complain(self, complaint: str) -> None:
         """Say what is wrong, once, or that nothing is any more."""
@@ -270,6 +352,36 @@ def tail_of(file: int, offset: int) -> int:
     """Return the CRC-32 of a file's last bytes before an offset."""
     start = max(0, offset - TAIL)
     return zlib.crc32(os.pread(file, offset - start, start))
+
+
+def turn_of(name: str, other: str) -> tuple[str, int] | None:
+    """Return how another file is named by rotation, and which turn that is: a later one is higher.
+
+    >>> turn_of("x.log", "x.log.2"), turn_of("x.log", "x.log-20261128"), turn_of("x.log", "x.log.e")
+    (('.', -2), ('-00000000', 20261128), None)
+    """
+    match = ROTATED.fullmatch(other.removeprefix(name)) if other.startswith(name) else None
+    if match is None:
+        return None
+    before, number, date = match.groups()
+    if number:
+        return before, -int(number)
+    if date:
+        return re.sub(r"\d", "0", date), int(re.sub(r"\D", "", date))
+    return match[0], 0
+
+
+def in_turn(
+    ours: tuple[str, int], since: float, later: list[tuple[int, Path, os.stat_result]]
+) -> bool:
+    """Return whether files that are later by their names were written one after the other, too.
+
+    Numbers must go on down to 1 or 0: some programs give higher ones to later files.
+    """
+    scheme, turn = ours
+    turns, times = [turn for turn, _, _ in later], [s.st_mtime_ns for _, _, s in later]
+    whole = len(scheme) > 1 or turns in ([*range(turn + 1, 0)], [*range(turn + 1, 1)])
+    return whole and all(a <= b for a, b in pairwise([since, *times]))
 
 
 def ending(data: bytes, more: bool, growing: bool) -> int:

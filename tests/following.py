@@ -1,0 +1,71 @@
+"""A followed file as a test reads it, and what befalls it."""
+
+import os
+from pathlib import Path
+
+from assistant.follow import GRACE, FollowedFile
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Reading:
+    """A followed file, what was taken of it, and what was said; it can begin anew as killed."""
+
+    def __init__(self, path: Path):
+        self.path, self.clock = path, Clock()
+        self.place: dict | None = None
+        self.taken, self.told = b"", []
+        self.begin()
+
+    def begin(self) -> None:
+        self.source = FollowedFile(self.path, self.place, self.told.append, self.clock)
+
+    def restart(self) -> None:
+        self.source.close()
+        self.begin()
+
+    def poll(self) -> bytes:
+        """Poll until nothing comes, at one moment; return what came."""
+        found = b""
+        while arrival := self.source.poll():
+            found += arrival.data
+            self.source.taken(arrival)
+            self.place = arrival.place
+        self.taken += found
+        return found
+
+    def wait(self, seconds: float = GRACE + 1) -> bytes:
+        """Poll every second for a while; return what came."""
+        found = self.poll()
+        for _ in range(round(seconds)):
+            self.clock.now += 1.0
+            found += self.poll()
+        return found
+
+
+def add(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def rotate(path: Path) -> None:
+    """Rename x.log.2 to x.log.3, x.log.1 to x.log.2 and x.log to x.log.1."""
+    numbers = [int(old.suffix[1:]) for old in path.parent.glob(f"{path.name}.*")]
+    for number in sorted(numbers, reverse=True):
+        old = path.with_name(f"{path.name}.{number}")
+        old.rename(path.with_name(f"{path.name}.{number + 1}"))
+    path.rename(path.with_name(f"{path.name}.1"))
+
+
+def write(path: Path, data: bytes, second: int) -> None:
+    """Add to a file as if at another time."""
+    add(path, data)
+    os.utime(path, (second, second))
