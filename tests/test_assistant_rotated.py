@@ -60,7 +60,8 @@ def test_rotated_more_than_once_by_date(path, names):
     assert reading.taken == b"one\n3\n4\n" and len(reading.told) == 2
 
 
-def test_what_is_no_file_in_between_is_not_read_again(path):
+@pytest.mark.parametrize("kept", [(1, 2, 3), (1,), (3,)])
+def test_what_is_no_file_in_between_is_not_read_again(path, kept):
     """Higher numbers for later files; a file written to after it was left; one that is gone."""
     reading = Reading(path)
     for number in range(1, 4):
@@ -69,7 +70,9 @@ def test_what_is_no_file_in_between_is_not_read_again(path):
         path.rename(path.with_name(f"x.log.{number}"))
     write(path, b"4\n", 4)
     reading.wait()
-    write(path.with_name("x.log.1"), b"late\n", 9)
+    for number in {1, 2, 3} - {*kept}:
+        path.with_name(f"x.log.{number}").unlink()
+    write(path.with_name(f"x.log.{kept[-1]}"), b"late\n", 9)
     path.rename(path.with_name("x.log.4"))
     write(path, b"5\n", 10)
     reading.restart()
@@ -127,14 +130,18 @@ def test_another_file_that_may_not_be_read_is_taken_as_not_there(path, locked, h
         write(path, b"not read\n", 2**31)
         rotate(path)
     locked.add("x.log.1")
-    add(path, b"two\n")
     reading.restart()
+    reading.wait(5)
+    add(path, b"two\n")
     reading.wait(20)
     assert reading.taken == b"one\ntwo\n"
     assert sum("x.log.1: cannot be read: Permission denied" in line for line in reading.told) == 1
-    assert not [line for line in reading.told if "is there again" in line]
+    assert sum("is there again" in line for line in reading.told) == (how != "cut")
     add(path, b"three\n")
     assert reading.wait() == b"three\n"
+    rotate(path)
+    reading.wait(10)
+    assert sum("Permission denied" in line for line in reading.told) == 2
 
 
 def test_only_what_rotation_names_is_a_copy_and_only_if_it_is_newer(path):
@@ -207,6 +214,39 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
     reading.wait(60)
     assert next(opens) > 13
     assert reading.taken == b"one\ntwo\nthree\n0\n1\n3\n4\n8\n13\n"
+
+
+def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    add(path, b"two\n")
+    rotate(path)
+    add(path, b"three\n")
+    reading.restart()
+    whole, again = follow.opened, path.with_name("x.log.2")
+
+    def opened(found: Path) -> int:
+        if not again.exists():
+            path.with_name("x.log.1").rename(again)
+        return whole(found)
+
+    monkeypatch.setattr(follow, "opened", opened)
+    reading.wait(10)
+    assert reading.taken == b"one\ntwo\nthree\n"
+    assert not [line for line in reading.told if "cannot be read" in line]
+
+
+def test_a_copy_of_no_more_than_was_read_is_left(path):
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    path.with_name("x.log.1").write_bytes(b"one\n")
+    path.write_bytes(b"")
+    assert reading.wait() == b""
+    add(path, b"two\n")
+    assert reading.wait() == b"two\n"
+    assert reading.told == [f"{path}: was cut short: read from its beginning"]
 
 
 @pytest.mark.parametrize("seed", range(4))

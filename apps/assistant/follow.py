@@ -87,7 +87,7 @@ class FollowedFile:
         self._complaint = ""
         self._refused: Place | None = None  # there the file is not text
         self._given_up: Place | None = None  # it was, and is not looked for where it went
-        self._said: set[str] = set()  # since a file was opened
+        self._said: set[str] = set()  # since there was a file to read
 
     @property
     def state(self) -> dict[str, Any]:
@@ -306,6 +306,7 @@ class FollowedFile:
         copy, self._refused = self._copied(), None
         if copy is None:
             self._complain("")
+            self._said.clear()
             self._place = replace(self._place, offset=0, tail=0)
             self._tell(f"{self.path}: {why}: read from its beginning")
             return
@@ -325,7 +326,7 @@ class FollowedFile:
         return Arrival(self.name, "file", self.path.name, data, text, vars(after))
 
     def _say_once(self, notice: str) -> None:
-        """Say what is found in every look for a file, until one is opened."""
+        """Say what every look for a file finds, once until there is one to read."""
         if notice not in self._said:
             self._said.add(notice)
             self._tell(notice)
