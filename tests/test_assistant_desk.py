@@ -1,6 +1,8 @@
 """What the assistant answers and when, without a process of its own; and what it refuses."""
 
+import doctest
 import errno
+import importlib
 import os
 import resource
 import signal
@@ -25,6 +27,7 @@ from assistant.places import AssistantError
 from assistant.run import SETTLING, Assistant, Wake
 from assistant.settings import Settings
 
+APP = Path(__file__).parent.parent / "apps" / "assistant"
 NOW = datetime(2026, 11, 27, 14, 5)
 
 
@@ -225,3 +228,12 @@ def test_a_loop_of_links_is_only_a_path(tmp_path):
     loop.symlink_to(loop)
     Settings(follow=(loop,), notes=tmp_path / "diary.md").check()
     Settings(follow=(tmp_path / "x",), notes=loop).check()
+
+
+# --- what is written about it ---
+
+
+def test_the_examples_in_its_docstrings_are_true():
+    names = [path.stem for path in APP.glob("*.py") if ">>> " in path.read_text(encoding="utf-8")]
+    found = [doctest.testmod(importlib.import_module(f"assistant.{name}")) for name in names]
+    assert len(found) > 4 and all(result.attempted and not result.failed for result in found)

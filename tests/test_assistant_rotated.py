@@ -11,6 +11,7 @@ from following import Reading, add, rotate, write
 
 from assistant import follow
 from assistant.follow import GRACE
+from assistant.rotation import turn_of
 
 
 @pytest.fixture
@@ -159,15 +160,15 @@ def test_only_what_rotation_names_is_a_copy_and_only_if_it_is_newer(path):
 
 
 def test_how_rotation_names_files():
-    assert [follow.turn_of("x.log", f"x.log.{n}") for n in (10, 9, 0)] == [
+    assert [turn_of("x.log", f"x.log.{n}") for n in (10, 9, 0)] == [
         (".", -10),
         (".", -9),
         (".", 0),
     ]
     for end in ("-20261128", ".2026-11-28", "-20261128-1764300000", ".old", ".bak", "~"):
-        assert follow.turn_of("x.log", f"x.log{end}")
+        assert turn_of("x.log", f"x.log{end}")
     for other in ("x.log", "x.log.err", "x.log.1.gz", "y.log.1", "x.log1", "x.log.", "x.log.1.err"):
-        assert follow.turn_of("x.log", other) is None
+        assert turn_of("x.log", other) is None
 
 
 def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):

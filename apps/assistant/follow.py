@@ -11,18 +11,18 @@ that were begun and renamed while nobody looked are read in between, the oldest 
 """
 
 import os
-import re
 import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from assistant.journal import Arrival
+from assistant.places import AssistantError
+from assistant.rotation import in_turn, turn_of
 from assistant.text import NotText, decode, whole_characters
 
 # Bytes read at once.
@@ -38,8 +38,6 @@ GRACE = 3.0
 MOST_NAMES = 10_000
 # Some programs begin a file with it; it is no text.
 BYTE_ORDER_MARK = "\ufeff"
-# What rotation puts after a name: a number, a date or time, or a word.
-ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)
 Found = tuple[Path, os.stat_result]
 
 
@@ -94,7 +92,7 @@ class FollowedFile:
         """What there is to say about it: where it stands, its size, and what is wrong with it."""
         return {
             "offset": self._place.offset if self._place else 0,
-            "size": self._size,
+            "size": max(self._size, self._place.offset if self._place else 0),
             "complaint": self._complaint,
         }
 
@@ -341,7 +339,10 @@ class FollowedFile:
 
 
 def place_of(values: dict[str, Any] | None) -> Place | None:
-    return Place(**values) if values else None
+    try:
+        return Place(**values) if values else None
+    except TypeError as error:
+        raise AssistantError(f"the journal is damaged: {values!r:.80} is no place") from error
 
 
 def opened(path: Path) -> int:
@@ -353,36 +354,6 @@ def tail_of(file: int, offset: int) -> int:
     """Return the CRC-32 of a file's last bytes before an offset."""
     start = max(0, offset - TAIL)
     return zlib.crc32(os.pread(file, offset - start, start))
-
-
-def turn_of(name: str, other: str) -> tuple[str, int] | None:
-    """Return how another file is named by rotation, and which turn that is: a later one is higher.
-
-    >>> turn_of("x.log", "x.log.2"), turn_of("x.log", "x.log-20261128"), turn_of("x.log", "x.log.e")
-    (('.', -2), ('-00000000', 20261128), None)
-    """
-    match = ROTATED.fullmatch(other.removeprefix(name)) if other.startswith(name) else None
-    if match is None:
-        return None
-    before, number, date = match.groups()
-    if number:
-        return before, -int(number)
-    if date:
-        return re.sub(r"\d", "0", date), int(re.sub(r"\D", "", date))
-    return match[0], 0
-
-
-def in_turn(
-    ours: tuple[str, int], since: float, later: list[tuple[int, Path, os.stat_result]]
-) -> bool:
-    """Return whether files that are later by their names were written one after the other, too.
-
-    Numbers must go on down to 1 or 0: some programs give higher ones to later files.
-    """
-    scheme, turn = ours
-    turns, times = [turn for turn, _, _ in later], [s.st_mtime_ns for _, _, s in later]
-    whole = len(scheme) > 1 or turns in ([*range(turn + 1, 0)], [*range(turn + 1, 1)])
-    return whole and all(a <= b for a, b in pairwise([since, *times]))
 
 
 def ending(data: bytes, more: bool, growing: bool) -> int:
