@@ -229,6 +229,8 @@ class Session:
     def close(self, timeout: float = 0.0) -> None:
         """End what is going on, save what is saved, let go of the ring; returns at once.
 
+        Whoever still reads a reply, or waits for what was asked and is not done, gets EngineClosed.
+
         Args:
             timeout: seconds to wait for that.
 

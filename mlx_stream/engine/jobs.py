@@ -151,7 +151,9 @@ class Job:
             self._finish(error=typed(error))
 
     def abandon(self, error: MlxStreamError | None = None) -> None:
-        """End before the end; `error` is what whoever waits is told."""
+        """End before the end; `error` is what whoever waits is told, if anybody still does."""
+        if self.cancelled:
+            error = None
         try:
             if self._work:
                 self._work.close()

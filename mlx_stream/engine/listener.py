@@ -191,6 +191,8 @@ class Listener:
     def close(self, timeout: float = 0.0) -> None:
         """Stop listening and let go of the ring; nothing is saved. Returns at once.
 
+        Whoever still reads an answer, or waits for what is not done, gets EngineClosed.
+
         Args:
             timeout: seconds to wait for that.
         """

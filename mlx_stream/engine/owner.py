@@ -55,24 +55,26 @@ class Lane:
 
     def ready(self) -> bool:
         """Return whether there is a step to do; under the lock."""
+        if self.closing:
+            return True
         if self.jobs:
             return self.jobs[0].runnable()
-        return self.closing or bool(self.background and self.background.waiting())
+        return bool(self.background and self.background.waiting())
 
     def step(self) -> None:
         job = next(iter(self.jobs), None)
-        if job:
+        if self.closing:
+            self.end(EngineClosed("this session or listener was closed before this was done"))
+        elif job:
             job.step()
             with self.owner.lock:
                 if job.done:
                     self.jobs.popleft()
-        elif self.closing:
-            return self.end()
         elif self.background:
             self.background.step()
             self.after(None)
 
-    def end(self, error: MlxStreamError | None = None) -> None:
+    def end(self, error: MlxStreamError) -> None:
         """Stop what was asked, which fails with `error`, and close."""
         while self.jobs:
             self.jobs.popleft().abandon(error)
@@ -86,15 +88,9 @@ class Lane:
                 self.owner.lanes.remove(self)
             self.owner.changed.notify_all()
 
-    def cancel(self) -> None:
-        """Have everything that was asked stopped."""
-        for job in [*self.jobs]:
-            job.cancel()
-
     def close(self) -> None:
-        """Have the lane end, after what was asked before is stopped; returns at once."""
+        """Have the lane end, which stops what was asked before; returns at once."""
         with self.owner.lock:
-            self.cancel()
             self.closing = True
             self.owner.wake.notify()
 

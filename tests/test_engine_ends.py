@@ -1,0 +1,167 @@
+"""What somebody waits for ends: with what was wanted, or with the reason why it never will be."""
+
+import asyncio
+import threading
+from contextlib import contextmanager
+
+import pytest
+from engines import DEADLINE, GREEDY, LONG, engine_of, eventually, said, together
+
+import mlx_stream
+from mlx_stream import errors
+
+CLOSED = "closed before this was done"
+
+
+@pytest.fixture
+def engine(letters):
+    with engine_of(letters) as engine:
+        engine.wait(DEADLINE)
+        yield engine
+    assert engine.close(DEADLINE)
+
+
+@contextmanager
+def held_up(engine):
+    """Have the engine's thread do nothing meanwhile."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def hold(_):
+        begun.set()
+        assert gate.wait(DEADLINE)
+
+    with engine.session() as chat:
+        chat._future(hold)
+        assert begun.wait(DEADLINE)
+        try:
+            yield
+        finally:
+            gate.set()
+
+
+@pytest.mark.parametrize("asked", ["wait", "flush", "save"])
+def test_what_a_closed_listener_did_not_do_is_not_said_to_be_done(engine, tmp_path, asked):
+    path, refused = tmp_path / "stream.safetensors", []
+
+    def ask():
+        with pytest.raises(errors.EngineClosed, match=CLOSED):
+            if asked == "save":
+                listener.save(path, {}, timeout=DEADLINE)
+            else:
+                getattr(listener, asked)(DEADLINE)
+        refused.append(asked)
+
+    waiting = threading.Thread(target=ask, daemon=True)
+    with held_up(engine):
+        listener = engine.listen(window=300)
+        listener.feed(LONG)
+        waiting.start()
+        eventually(lambda: len(listener._lane.jobs) == (1 if asked == "wait" else 2))
+        listener.close()
+    waiting.join(DEADLINE)
+    assert refused and not path.exists()
+
+
+def test_what_a_closed_or_forgotten_session_did_not_do_is_told_to_who_waits(engine):
+    with held_up(engine):
+        chat = engine.session(sampling=GREEDY)
+        gone = chat.undo()
+        chat.close()
+        forgotten = engine.session().clear()  # nothing holds the session
+    for ask in (chat.wait, gone.result, forgotten.result):
+        with pytest.raises(errors.EngineClosed, match=CLOSED):
+            ask(DEADLINE)
+
+    async def taken_back():
+        with held_up(engine), engine.session() as other:
+            future = asyncio.wrap_future(other.undo())
+        await asyncio.wait_for(future, DEADLINE)
+
+    with pytest.raises(errors.EngineClosed, match=CLOSED):
+        asyncio.run(taken_back())
+
+
+def test_what_was_done_before_it_was_closed_is_done(engine):
+    chat = engine.session(sampling=GREEDY, max_tokens=3)
+    said(chat.reply("Hi"))
+    gone = chat.undo()
+    assert gone.result(DEADLINE).question == "Hi"
+    chat.close(DEADLINE)
+    chat.wait(DEADLINE)
+    assert gone.result(DEADLINE).question == "Hi"
+
+
+@pytest.mark.parametrize("kind", ["session", "listener"])
+def test_who_reads_a_reply_is_told_that_another_closed_it(engine, kind):
+    if kind == "session":
+        closed = engine.session(sampling=GREEDY, max_tokens=100_000)
+        replies = closed.reply("Hi"), closed.areply("Hi")
+    else:
+        closed = engine.listen(sampling=GREEDY, max_tokens=100_000)
+        replies = closed.ask("Hi", remember=False), closed.aask("Hi", remember=False)
+    closed.wait(DEADLINE)
+    begun, read = threading.Event(), []
+
+    def reading():
+        with pytest.raises(errors.EngineClosed, match=CLOSED):
+            for piece in replies[0]:
+                read.append(piece)
+                begun.set()
+
+    def closing():
+        assert begun.wait(DEADLINE)
+        closed.close()
+
+    together(reading, closing)
+    assert read
+    with pytest.raises(errors.EngineClosed):
+        asyncio.run(asyncio.wait_for(anext(replies[1]), DEADLINE))
+
+
+def test_who_reads_a_reply_in_asyncio_is_told_too(engine):
+    chat = engine.session(sampling=GREEDY)
+
+    async def read():
+        async for _ in chat.areply("Hi", max_tokens=100_000):
+            begun.set()
+
+    async def close():
+        await begun.wait()
+        chat.close()
+
+    async def both():
+        await asyncio.wait_for(asyncio.gather(read(), close()), DEADLINE)
+
+    begun = asyncio.Event()
+    with pytest.raises(errors.EngineClosed, match=CLOSED):
+        asyncio.run(both())
+    assert chat.stats.notices == []  # it was told where the reply was read
+
+
+def test_who_does_not_want_a_reply_any_more_is_told_nothing(engine):
+    chat = engine.session(sampling=GREEDY)
+    pieces = chat.reply("Hi", max_tokens=100_000)
+    next(pieces)
+    with engine._owner.lock:  # both before the next step
+        chat._ask(lambda: chat._talk.done(lambda _: None))
+        chat.close()
+    assert said(pieces) == ""
+    chat = engine.session(sampling=GREEDY)
+    pieces = chat.reply("Hi", max_tokens=100_000)
+    next(pieces)
+    chat.close()
+    pieces.close()
+    chat.close(DEADLINE)
+    assert chat.stats.notices == [] and engine.memory[0] == engine._core.budget.weights
+    eventually(lambda: not engine._owner.lanes)
+
+
+def test_a_closed_session_says_so_before_a_model_that_is_not_there(tmp_path):
+    with mlx_stream.Engine(tmp_path / "none") as engine:
+        with pytest.raises(errors.SourceError):
+            engine.wait(DEADLINE)
+        with engine._owner.lock:
+            chat = engine.session()
+            chat.close()
+        with pytest.raises(errors.EngineClosed, match=CLOSED):
+            chat.wait(DEADLINE)
