@@ -2,13 +2,14 @@
 
 import asyncio
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from engines import DEADLINE, GREEDY, LONG, engine_of, eventually, said, together
 
 import mlx_stream
 from mlx_stream import errors
+from mlx_stream.engine.core import Core
 
 CLOSED = "closed before this was done"
 
@@ -165,3 +166,64 @@ def test_a_closed_session_says_so_before_a_model_that_is_not_there(tmp_path):
             chat.close()
         with pytest.raises(errors.EngineClosed, match=CLOSED):
             chat.wait(DEADLINE)
+
+
+@contextmanager
+def waiting_for_room(listener, error, match=None):
+    """Have another thread feed what finds no room, which is to be refused with an error."""
+    refused = []
+
+    def feed():
+        with pytest.raises(error, match=match):
+            listener.feed("y" * 20, timeout=10 * DEADLINE)
+        refused.append(True)
+
+    listener.feed("x " * 10)
+    feeding = threading.Thread(target=feed, daemon=True)
+    feeding.start()
+    feeding.join(0.1)  # it waits by now, most likely
+    yield
+    feeding.join(DEADLINE / 2)  # sooner than what holds the engine up would end by itself
+    assert refused
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"), [("source", errors.SourceError), ("window", errors.ValueRefused)]
+)
+def test_who_waits_for_room_hears_that_it_could_not_be_opened(
+    letters, tmp_path, monkeypatch, wrong, error
+):
+    gate, load = threading.Event(), Core.load
+
+    def late(core):
+        assert gate.wait(DEADLINE)
+        load(core)
+
+    monkeypatch.setattr(Core, "load", late)
+    folder = tmp_path / "none" if wrong == "source" else letters
+    with engine_of(folder) as engine:
+        listener = engine.listen(backlog=20, window=10**7)
+        with waiting_for_room(listener, error):
+            gate.set()
+        assert isinstance(listener.error, error)
+
+
+def test_who_waits_for_room_hears_of_a_step_that_failed(engine, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("[metal] the device was lost")
+
+    listener = engine.listen(backlog=20)
+    listener.wait(DEADLINE)
+    with ExitStack() as held:
+        held.enter_context(held_up(engine))
+        monkeypatch.setattr(listener._hearing.tokens, "network", broken)
+        with waiting_for_room(listener, errors.ComputeError, "the device was lost"):
+            held.close()
+
+
+@pytest.mark.parametrize("closed", ["listener", "engine"])
+def test_who_waits_for_room_hears_of_its_end_before_a_step_has_ended(engine, closed):
+    with held_up(engine):
+        listener = engine.listen(backlog=20)
+        with waiting_for_room(listener, errors.EngineClosed, "closed"):
+            listener.close() if closed == "listener" else engine.close(0)

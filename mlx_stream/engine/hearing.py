@@ -93,7 +93,7 @@ class Hearing:
         try:
             self._open()
         except Exception as error:
-            self.error = typed(error)
+            self._fail(error)
             self.core.budget.settle(self.key, 0)
             raise
 
@@ -191,7 +191,7 @@ class Hearing:
             self._encode(chunk, self.backlog.fed)
             self._read(chunk)
         except Exception as error:  # whoever uses it next is told
-            self.error = typed(error)
+            self._fail(error)
 
     @contextmanager
     def _vouched(self) -> Iterator[None]:
@@ -199,8 +199,14 @@ class Hearing:
         try:
             yield
         except Exception as error:
-            self.error = typed(error)
+            self._fail(error)
             raise
+
+    def _fail(self, error: Exception) -> None:
+        """Have nobody use it any more; who waits for room hears of it."""
+        with self.owner.lock:
+            self.error = typed(error)
+            self.owner.changed.notify_all()
 
     def _encode(self, count: int, fed: int) -> None:
         """Have so many ids to be read, if there is text among the first `fed` characters."""

@@ -11,7 +11,7 @@ from mlx_stream.engine.chat import OnEvict, check_limit, check_question
 from mlx_stream.engine.consumer import consumed, consumed_async
 from mlx_stream.engine.core import Core
 from mlx_stream.engine.hearing import Hearing, Options
-from mlx_stream.engine.jobs import Job, Work
+from mlx_stream.engine.jobs import Job, Work, again
 from mlx_stream.engine.owner import Lane, Owner
 from mlx_stream.engine.saved import checked_note
 from mlx_stream.errors import MlxStreamError, QueueFull, ValueRefused
@@ -72,7 +72,7 @@ class Listener:
     @property
     def error(self) -> MlxStreamError | None:
         """Why it cannot be used any more: it was not opened, or a step of its own failed."""
-        return self._hearing.error
+        return self._hearing.error or self._owner.error
 
     @property
     def backlog(self) -> int:
@@ -108,13 +108,14 @@ class Listener:
         self._deliver()
         with owner.lock:
             owner.changed.wait_for(
-                lambda: self._has_room(len(text)) or self._lane.closing or owner.closing, timeout
+                lambda: (
+                    self._has_room(len(text)) or self._lane.closing or owner.closing or self.error
+                ),
+                timeout,
             )
             owner.check(self._lane)
-            if self._opening.done:
-                self._opening.outcome()
-            if self._hearing.error:
-                self._hearing.opened()
+            if self.error:
+                raise again(self.error)
             if not self._has_room(len(text)):
                 raise QueueFull(
                     f"{backlog.size:,} characters are waiting to be read, and of at most "

@@ -93,6 +93,7 @@ class Lane:
         with self.owner.lock:
             self.closing = True
             self.owner.wake.notify()
+            self.owner.changed.notify_all()
 
     def wait_closed(self, timeout: float | None) -> bool:
         """Wait until it is closed; return whether it is. Raises what closing it raised."""
@@ -173,6 +174,7 @@ class Owner:
         with self.lock:
             self.closing = True
             self.wake.notify_all()
+            self.changed.notify_all()
 
     def join(self, timeout: float | None) -> bool:
         """Wait for its end; return whether it has come."""
