@@ -227,3 +227,42 @@ def test_who_waits_for_room_hears_of_its_end_before_a_step_has_ended(engine, clo
         listener = engine.listen(backlog=20)
         with waiting_for_room(listener, errors.EngineClosed, "closed"):
             listener.close() if closed == "listener" else engine.close(0)
+
+
+def test_what_a_future_calls_back_is_refused_to_wait_for_the_engine(engine):
+    chat, other = (engine.session(sampling=GREEDY, max_tokens=3) for _ in range(2))
+    listener = engine.listen(backlog=20)
+    for one in (chat, other, listener):
+        one.wait(DEADLINE)
+    said(chat.reply("Hi"))
+
+    async def read_in_asyncio():
+        return [piece async for piece in chat.areply("Hi")]
+
+    asks = {
+        "reply": lambda: said(chat.reply("Hi")),
+        "asyncio": lambda: asyncio.run(asyncio.wait_for(read_in_asyncio(), DEADLINE)),
+        "session": lambda: engine.session().wait(),
+        "flush": listener.flush,
+        "feed": lambda: [listener.feed("x" * 15, timeout=DEADLINE) for _ in range(2)],
+        "close": lambda: other.close(DEADLINE),
+    }
+    refused = {}
+
+    def call_back(_):
+        for name, ask in asks.items():
+            try:
+                ask()
+            except errors.ValueRefused as error:
+                refused[name] = str(error)
+        listener.wait()  # what is done need not be waited for
+        engine.wait()
+        called.set()
+
+    called = threading.Event()
+    with held_up(engine):  # or it is called back here
+        chat.undo().add_done_callback(call_back)
+    assert called.wait(DEADLINE / 2)
+    assert refused.keys() == asks.keys()
+    assert all("another thread" in line for line in refused.values())
+    assert len(said(chat.reply("Hi"))) == 3

@@ -122,3 +122,41 @@ def test_an_engine_does_not_hang_in_a_fork(letters, tmp_path):
         timeout=DEADLINE,
     )
     assert ended.stdout == "7\n", ended.stderr
+
+
+# What is begun before a fork, and what waits for it in the new process.
+IN_A_FORK = {
+    "opening": ("", "chat.wait()"),
+    "reply": ("pieces = chat.reply('Hi')\nnext(pieces)", "list(pieces)"),
+    "feed": ("listener = engine.listen(backlog=9)", "while True: listener.feed('x' * 9, 60)"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("begun", IN_A_FORK)
+def test_what_was_begun_before_a_fork_is_not_waited_for_in_it(letters, tmp_path, begun):
+    begin, wait = IN_A_FORK[begun]
+    seconds = 0 if begun == "reply" else 2  # so that the rest is not done before
+    program = (
+        "import time, warnings; warnings.simplefilter('ignore')\n"
+        "from mlx_stream.engine.core import Core; load = Core.load\n"
+        f"Core.load = lambda core: (time.sleep({seconds}), load(core))\n"
+        f"{BEGIN}\n{begin}\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    signal.alarm(20)\n"
+        "    try:\n"
+        f"        {wait}\n"
+        "    except mlx_stream.errors.EngineClosed as error:\n"
+        "        os._exit(7 if 'fork' in str(error) else 8)\n"
+        "    os._exit(9)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(letters)],
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert ended.stdout == "7\n", ended.stderr

@@ -218,7 +218,8 @@ class Session:
         """Take the last exchange back; `.result()` of what is returned waits for it.
 
         Its result, or error, is as of `ChatSession.undo`. In asyncio:
-        `await asyncio.wrap_future(chat.undo())`.
+        `await asyncio.wrap_future(chat.undo())`. What is added by `add_done_callback` runs on the
+        engine's thread: waiting there for the engine, as for a reply, raises ValueRefused.
         """
         return self._future(lambda talk: talk.undo())
 

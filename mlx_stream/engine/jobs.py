@@ -28,11 +28,27 @@ class Thread(Protocol):
         lock: guards what both sides look at.
         wake: notified when there may be something to do.
         error: what every job fails with, if there is something.
+        ended: whether there is no such thread any more: what is not done never will be.
     """
 
     lock: Any
     wake: threading.Condition
     error: MlxStreamError | None
+    ended: bool
+
+    def wait_for(
+        self, condition: threading.Condition, holds: Callable[[], object], timeout: float | None
+    ) -> bool:
+        """Wait until something holds or it has ended; under the lock. Refused on the thread."""
+        ...
+
+    def check_elsewhere(self) -> None:
+        """Raise if this is the thread itself."""
+        ...
+
+    def check(self) -> None:
+        """Raise `EngineClosed` if it has ended."""
+        ...
 
 
 class Job:
@@ -68,10 +84,12 @@ class Job:
 
         Raises:
             TimeoutError: it did not come in `timeout` seconds.
+            ValueRefused: this is the thread that it would have to come from.
+            EngineClosed: it never will come.
             MlxStreamError: what the work raised.
         """
         with self.owner.lock:
-            if not self.arrived.wait_for(lambda: self.items or self.done, timeout):
+            if not self.owner.wait_for(self.arrived, lambda: self.items or self.done, timeout):
                 raise TimeoutError(f"nothing came in {timeout} seconds")
             return self.take_now()
 
@@ -81,26 +99,36 @@ class Job:
             if self.items:
                 self.owner.wake.notify()
                 return self.items.popleft()
-            if self.done and self.error:
-                raise again(self.error)
+            self._check()
             return None
 
     def outcome(self, timeout: float | None = None) -> Any:
         """Wait for the end and return its result; raises as `take`."""
         with self.owner.lock:
-            if not self.arrived.wait_for(lambda: self.done, timeout):
+            if not self.owner.wait_for(self.arrived, lambda: self.done, timeout):
                 raise TimeoutError(f"not done in {timeout} seconds")
-            if self.error:
-                raise again(self.error)
+            self._check()
             return self.result
 
+    def _check(self) -> None:
+        """Raise what keeps more from coming, if that is an error."""
+        if self.done and self.error:
+            raise again(self.error)
+        if self.owner.ended and not self.done:
+            self.owner.check()
+
     def on_arrival(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called, on the owner's thread, whenever something has come."""
+        """Have `tell` called, on the owner's thread, whenever something has come; to wait for it.
+
+        Raises:
+            ValueRefused: this is that thread.
+        """
+        self.owner.check_elsewhere()
         with self.owner.lock:
             self._tell = tell
 
     def promise(self, future: "Future[Any]") -> None:
-        """Have a future hold the outcome."""
+        """Have a future hold the outcome; what is called back by it is on the owner's thread."""
 
         def tell() -> None:
             with self.owner.lock:

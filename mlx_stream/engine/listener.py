@@ -107,7 +107,8 @@ class Listener:
             )
         self._deliver()
         with owner.lock:
-            owner.changed.wait_for(
+            owner.wait_for(
+                owner.changed,
                 lambda: (
                     self._has_room(len(text)) or self._lane.closing or owner.closing or self.error
                 ),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mlx_stream.engine.jobs import AHEAD, Job, Work, again, typed
-from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull
+from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused
 
 SECONDS_AT_EXIT = 10.0
 
@@ -97,11 +97,12 @@ class Lane:
 
     def wait_closed(self, timeout: float | None) -> bool:
         """Wait until it is closed; return whether it is. Raises what closing it raised."""
-        with self.owner.lock:
-            done = self.owner.changed.wait_for(lambda: self.closed or self.owner.ended, timeout)
+        owner = self.owner
+        with owner.lock:
+            done = owner.wait_for(owner.changed, lambda: self.closed, timeout)
             if self.error:
                 raise again(self.error)
-            return bool(done)
+            return done
 
 
 class Owner:
@@ -162,12 +163,36 @@ class Owner:
             MlxStreamError: it cannot be, or it was closed before.
         """
         with self.lock:
-            if not self.changed.wait_for(lambda: self.ready or self.error or self.ended, timeout):
+            if not self.wait_for(self.changed, lambda: self.ready or self.error, timeout):
                 raise TimeoutError(f"the model is not loaded after {timeout} seconds")
             if self.error:
                 raise again(self.error)
             if not self.ready:
                 raise EngineClosed("the engine was closed before the model was loaded")
+
+    def wait_for(
+        self, condition: threading.Condition, holds: Callable[[], object], timeout: float | None
+    ) -> bool:
+        """Wait until something holds, or there is no thread any more; return whether that is so.
+
+        Under the lock, which `condition` has too.
+
+        Raises:
+            ValueRefused: this is the thread, on which it would be waited for in vain.
+        """
+        if holds() or self.ended:
+            return True
+        if timeout is None or timeout > 0:
+            self.check_elsewhere()
+        return bool(condition.wait_for(lambda: holds() or self.ended, timeout))
+
+    def check_elsewhere(self) -> None:
+        """Raise `ValueRefused` on the thread itself."""
+        if threading.current_thread() is self._thread:
+            raise ValueRefused(
+                "what a future calls back runs on the engine's thread, and must not wait there for "
+                "the engine: have another thread do that"
+            )
 
     def end(self) -> None:
         """Have the thread end; returns at once."""
