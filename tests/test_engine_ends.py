@@ -266,3 +266,22 @@ def test_what_a_future_calls_back_is_refused_to_wait_for_the_engine(engine):
     assert refused.keys() == asks.keys()
     assert all("another thread" in line for line in refused.values())
     assert len(said(chat.reply("Hi"))) == 3
+
+
+def test_a_limit_that_is_no_whole_number_is_refused_before_anything_is_said(engine):
+    chat = engine.session(sampling=GREEDY)
+    for wrong in (1.5, "9", 2.0, b""):
+        for ask in (chat.reply, chat.areply, chat.edit, engine.listen().ask):
+            with pytest.raises(errors.ValueRefused, match="whole number, at least 1"):
+                ask("Hi", max_tokens=wrong)
+        for ask in (chat.retry, chat.aretry, engine.listen, engine.session):
+            with pytest.raises(errors.ValueRefused, match="whole number, at least 1"):
+                ask(max_tokens=wrong).wait(DEADLINE)
+
+
+def test_a_text_to_stop_at_is_one_text(engine):
+    free = said(engine.session(sampling=GREEDY, max_tokens=30).reply("Hi"))
+    stop = free[10:13]
+    chat = engine.session(sampling=GREEDY, max_tokens=30, stop=stop)
+    assert said(chat.reply("Hi")) == free[: free.index(stop)]
+    assert chat.exchanges[0].finish == "stop"

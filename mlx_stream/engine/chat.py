@@ -65,6 +65,7 @@ class Talk:
     def _open(self) -> Work:
         from mlx_stream.sessions import resume
 
+        check_limit(self.options["max_tokens"])
         model, options = self.core.model_for(self.key), resume.Options(**self.options)
         if self.name is None:
             found = resume.begin(model, options, self.note)
@@ -303,5 +304,5 @@ def check_question(question: str) -> None:
 
 
 def check_limit(max_tokens: int | None) -> None:
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueRefused(f"max_tokens must be at least 1, not {max_tokens}")
+    if max_tokens is not None and not (isinstance(max_tokens, int) and max_tokens >= 1):
+        raise ValueRefused(f"max_tokens must be a whole number, at least 1, not {max_tokens!r}")
