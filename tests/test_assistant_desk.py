@@ -81,6 +81,11 @@ def test_what_waits_to_be_read_is_said_unless_nobody_waits_for_it(desk):
     assert first["text"]
 
 
+def test_a_question_that_is_a_text_is_refused(desk):
+    with pytest.raises(AssistantError, match="at most 4,000 characters: have it read"):
+        next(desk.answer({"what": "ask", "question": "x" * 4_001}))
+
+
 @pytest.mark.parametrize(
     ("line", "shown"),
     [

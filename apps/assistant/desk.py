@@ -19,6 +19,8 @@ from assistant.places import AssistantError
 # Plain, and about the text above: a small model takes more for the text itself.
 NOTE = "Summarize the text above in two sentences."
 LONGEST_NOTE, LONGEST_ANSWER = 128, 256
+# Characters; a longer one would push most of what is attended out, and take minutes.
+LONGEST_QUESTION = 4_000
 # Characters that are read before an answer without a word about it: a moment's, on any machine.
 UNTOLD = 500
 ASKED = "asked"
@@ -64,6 +66,11 @@ class Desk:
             question, options = request.get("question"), ("remember", "now")
             if not isinstance(question, str) or not question.strip():
                 raise AssistantError("there is no question")
+            if len(question) > LONGEST_QUESTION:
+                raise AssistantError(
+                    f"a question has at most {LONGEST_QUESTION:,} characters: have it read a "
+                    "longer text, with --follow or --folder"
+                )
             yield from self._ask(question, *(request.get(name) is True for name in options))
         else:
             raise AssistantError("a request asks for status, stop, note or ask, as its `what`")

@@ -96,6 +96,8 @@ class Hearing:
             self._fail(error)
             self.core.budget.settle(self.key, 0)
             raise
+        finally:
+            mx.clear_cache()  # of what a snapshot was loaded into
 
     def _open(self) -> None:
         path, found, reason = self.options.restore, None, ""
@@ -110,10 +112,10 @@ class Hearing:
             try:
                 self._restore(*found)
             except ValueRefused as error:
-                reason = f"{path}: {error}"
+                reason = f"{path} does not fit this window and system prompt ({error})"
                 self._begin(datetime.now().astimezone())
         if reason:
-            self._notify(f"begins anew, what was heard before is not attended: {reason}")
+            self._notify(f"begins anew, without what was heard before: {reason}")
         self.core.budget.settle(self.key, self.cache.nbytes)
         self.open_ = True
 
