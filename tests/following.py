@@ -19,14 +19,16 @@ class Clock:
 class Reading:
     """A followed file, what was taken of it, and what was said; it can begin anew as killed."""
 
-    def __init__(self, path: Path):
-        self.path, self.clock = path, Clock()
+    def __init__(self, path: Path, from_end: bool = False):
+        self.path, self.clock, self.from_end = path, Clock(), from_end
         self.place: dict | None = None
         self.taken, self.told = b"", []
         self.begin()
 
     def begin(self) -> None:
-        self.source = FollowedFile(self.path, self.place, self.told.append, self.clock)
+        self.source = FollowedFile(
+            self.path, self.place, self.told.append, self.from_end, self.clock
+        )
 
     def restart(self) -> None:
         self.source.close()

@@ -126,6 +126,17 @@ def test_when_the_first_note_of_a_run_is_due(journal, minutes_ago, seconds):
     assert built(journal)._until_the_next_note() == pytest.approx(seconds, abs=5)
 
 
+@pytest.mark.parametrize(("clock", "date"), [(0, -60), (-60, 0)], ids=["slept", "set back"])
+def test_a_note_is_due_by_either_clock(journal, monkeypatch, clock, date):
+    """A Mac that sleeps stops one of them, and the other may be set back."""
+    assistant = built(journal)
+    assistant._note_in(30)
+    assert not assistant._note_is_due()
+    due, when = assistant._next_note
+    assistant._next_note = due + clock, when + date
+    assert assistant._note_is_due()
+
+
 def test_a_source_that_cannot_be_kept_does_not_keep_others_out(journal):
     def source(text):
         taken = SimpleNamespace(source="x", kind="file", title="x", data=b"x", text=text)
@@ -139,6 +150,12 @@ def test_a_source_that_cannot_be_kept_does_not_keep_others_out(journal):
     assert assistant._read()
     assert [chunk.text for chunk in journal.chunks(0)] == ["good"]
     assert len(said) == 1 and "tried again" in said[0]
+
+
+def test_a_place_is_kept_also_when_nothing_was_read(journal):
+    journal.append(Arrival("x.log", "file", "x.log", b"", "", {"offset": 7}))
+    assert journal.source("x.log").place == {"offset": 7}
+    assert journal.last == 0 and journal.bytes == 0
 
 
 def test_a_signal_that_was_to_be_ignored_is(monkeypatch):

@@ -186,7 +186,10 @@ def test_what_install_writes_is_what_run_would_be_told(home):
 
     from assistant.cli import app
 
-    words = service.words(settings(every=5.0, name="n", system="Be $brief.", snapshot_every=2.5))
+    words = service.words(
+        settings(every=5.0, name="n", system="Be $brief.", snapshot_every=2.5, from_end=True)
+    )
+    assert "--from-end" in words
     path = service.place("n")
     done = CliRunner().invoke(app, ["install", *words])
     assert done.exit_code == 1 and "but it could not be started: " in done.stderr

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from following import Reading, add
+from following import Reading, add, rotate
 
 from assistant import follow
 from assistant.follow import CHUNK, GRACE, SETTLED, ending
@@ -29,6 +29,34 @@ def test_whole_lines_come_at_once_and_the_rest_of_one_when_it_is_left_alone(path
     add(path, b"o\n")
     assert reading.poll() == b"o\n"
     assert reading.told == []
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_from_its_end_a_file_is_read_behind_the_lines_there_are(path, restart):
+    path.write_bytes(b"x\xff\n" * 5_000 + b"half")
+    reading = Reading(path, from_end=True)
+    assert reading.poll() == b"" and "read from its end" in reading.told[-1]
+    if restart:
+        reading.restart()
+    add(path, b" a line\nmore\n")
+    assert reading.wait() == b"half a line\nmore\n"
+    path.write_bytes(b"anew\n")
+    assert reading.wait() == b"anew\n"
+    rotate(path)
+    path.write_bytes(b"new\n")
+    assert reading.wait() == b"new\n" and len(reading.told) == 3
+
+
+def test_from_its_end_what_comes_later_is_read_whole(path):
+    reading = Reading(path, from_end=True)
+    assert reading.poll() == b""
+    path.write_bytes(b"one\n")
+    assert reading.poll() == b"one\n"
+    other = Reading(path.with_name("empty"), from_end=True)
+    other.path.touch()
+    assert other.poll() == b""
+    add(other.path, b"one\n")
+    assert other.poll() == b"one\n"
 
 
 def test_a_character_is_never_cut(path):

@@ -31,12 +31,20 @@ app = typer.Typer(
 Name = Annotated[str, typer.Option("--name", help="Which assistant, if there are several.")]
 Follow = Annotated[
     list[Path] | None,
-    typer.Option("--follow", metavar="FILE", help="Read a growing file; may be given often."),
+    typer.Option(
+        "--follow", metavar="FILE", help="Read a growing file; may be given several times."
+    ),
+]
+FromEnd = Annotated[
+    bool,
+    typer.Option("--from-end", help="Of files not followed before, read what is added from now."),
 ]
 Folder = Annotated[
     list[Path] | None,
     typer.Option(
-        "--folder", metavar="FOLDER", help="Read the .txt and .md notes in it; may be given often."
+        "--folder",
+        metavar="FOLDER",
+        help="Read the .txt and .md notes in it; may be given several times.",
     ),
 ]
 Notes = Annotated[
@@ -137,6 +145,7 @@ def run(
     system: System = None,
     snapshot_every: SnapshotEvery = 5.0,
     pause_on_battery: PauseOnBattery = False,
+    from_end: FromEnd = False,
 ) -> None:
     """Read along until it is stopped: with Ctrl-C, SIGTERM or `stop`."""
     settings = settings_of(
@@ -151,6 +160,7 @@ def run(
         system=system,
         snapshot_every=snapshot_every,
         pause_on_battery=pause_on_battery,
+        from_end=from_end,
     )
     from assistant.run import Assistant
 
@@ -206,7 +216,7 @@ def ask(
 @app.command()
 @guarded
 def note(name: Name = "main") -> None:
-    """Have the running assistant write a note now, if anything is new, and print it."""
+    """Have it write a note now, if anything is new, and print it."""
     (line,) = request(places(name).socket, name, what="note")
     if line["note"] is None:
         tell("nothing is new since the last note")
@@ -217,7 +227,7 @@ def note(name: Name = "main") -> None:
 @app.command()
 @guarded
 def status(as_json: AsJson = False, name: Name = "main") -> None:
-    """Show what is attended and evicted, memory, uptime, backlog, and where each source stands."""
+    """Show what is attended, memory, backlog and how far each source is read."""
     (line,) = request(places(name).socket, name, what="status")
     del line["done"]
     if as_json:
@@ -247,8 +257,9 @@ def install(
     system: System = None,
     snapshot_every: SnapshotEvery = 5.0,
     pause_on_battery: PauseOnBattery = False,
+    from_end: FromEnd = False,
 ) -> None:
-    """Have the system run it from each login on: a launchd agent, or a systemd user unit."""
+    """Have the system run it from each login on (by launchd or systemd)."""
     from assistant import service
 
     settings = settings_of(
@@ -262,6 +273,7 @@ def install(
         system=system,
         snapshot_every=snapshot_every,
         pause_on_battery=pause_on_battery,
+        from_end=from_end,
     )
     settings.check()
     where = places(name)

@@ -65,6 +65,7 @@ class FollowedFile:
     Args:
         place: where a journal says it stands.
         tell: told in one line what the user should know.
+        from_end: without a place, begin behind the whole lines that are there at the first look.
         clock: seconds.
     """
 
@@ -73,10 +74,11 @@ class FollowedFile:
         path: Path,
         place: dict[str, Any] | None,
         tell: Callable[[str], None],
+        from_end: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.path, self.name, self._tell, self._clock = path, str(path), tell, clock
-        self._place = place_of(place)
+        self._place, self._from_end = place_of(place), from_end and place is None
         self._file: int | None = None
         self._size = 0  # at the last poll
         self._mtime: int | None = None  # likewise, in nanoseconds
@@ -101,6 +103,8 @@ class FollowedFile:
         try:
             if self._file is None and not self._open():
                 return None
+            if self._from_end and self._place and not self._place.offset:
+                return self._skip()
             return self._read() or self._turn()
         except NotText as error:
             self._complain(f"{error}; not read until another file is there")
@@ -114,7 +118,7 @@ class FollowedFile:
 
     def taken(self, arrival: Arrival) -> None:
         """Go on after what `poll` returned: it is on disk."""
-        self._place = place_of(arrival.place)
+        self._place, self._from_end = place_of(arrival.place), False
 
     def close(self) -> None:
         if self._file is not None:
@@ -163,6 +167,7 @@ class FollowedFile:
             if next_one := self._between(old):
                 return next_one
         if status is None:
+            self._from_end = False  # what comes is new
             self._complain(f"{self.path}: is not there; waiting for it")
             return None
         return self.path, status
@@ -313,14 +318,26 @@ class FollowedFile:
         self._place = replace(self._place, device=status.st_dev, inode=status.st_ino)
         self.close()
 
+    def _skip(self) -> Arrival:
+        """Return nothing, and a place behind the whole lines there are: so that it is kept."""
+        assert self._file is not None
+        size = os.fstat(self._file).st_size
+        end = os.pread(self._file, CHUNK, max(0, size - CHUNK))
+        self._tell(f"{self.path}: read from its end")
+        return self._stands(size - len(end) + end.rfind(b"\n") + 1, b"", "")
+
     def _arrival(self, data: bytes) -> Arrival:
-        place = self._place
-        assert place is not None and self._file is not None
-        text = decode(data, self.name, place.offset)
-        if not place.offset:
-            text = text.removeprefix(BYTE_ORDER_MARK)
-        end, written = place.offset + len(data), os.fstat(self._file).st_mtime_ns
-        after = replace(place, offset=end, tail=tail_of(self._file, end), written=written)
+        assert self._place is not None
+        offset = self._place.offset
+        text = decode(data, self.name, offset)
+        text = text if offset else text.removeprefix(BYTE_ORDER_MARK)
+        return self._stands(offset + len(data), data, text)
+
+    def _stands(self, end: int, data: bytes, text: str) -> Arrival:
+        """Return what was read up to `end`."""
+        assert self._place is not None and self._file is not None
+        written = os.fstat(self._file).st_mtime_ns
+        after = replace(self._place, offset=end, tail=tail_of(self._file, end), written=written)
         return Arrival(self.name, "file", self.path.name, data, text, vars(after))
 
     def _say_once(self, notice: str) -> None:

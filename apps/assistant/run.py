@@ -74,7 +74,7 @@ class Assistant:
         self._engine: Any = None
         self._listener: Any = None
         self._noting: threading.Thread | None = None
-        self._next_note = 0.0  # of the clock that nobody sets
+        self._next_note = 0.0, 0.0
         self._noticed = 0  # of the engine's notices
 
     def run(self) -> None:
@@ -89,7 +89,7 @@ class Assistant:
             self._wake = stack.enter_context(Wake(self._stop))
             self._journal = Journal(where.journal)
             stack.callback(self._journal.close)
-            self._next_note = self._started + self._until_the_next_note()
+            self._note_in(self._until_the_next_note())
             self._open_sources()
             self.desk = Desk(self._journal, self._open_diary(), self._status, self.stop)
             door = Door(where.socket, self.desk.answer)
@@ -143,7 +143,7 @@ class Assistant:
         for path in settings.follow:
             known = journal.source(str(path))
             place = known.place if known and known.kind == "file" else None
-            self._sources.append(FollowedFile(path, place, self._tell))
+            self._sources.append(FollowedFile(path, place, self._tell, settings.from_end))
         notes = {source.name: source.place for source in journal.sources("note")}
         others = {os.path.realpath(path) for path in settings.follow}
         if settings.notes:
@@ -264,11 +264,19 @@ class Assistant:
 
     def _note_if_due(self) -> None:
         """Write a note in the background, if one is due and anything is new."""
-        if self.desk.diary is None or self._paused or time.monotonic() < self._next_note:
+        if self.desk.diary is None or self._paused or not self._note_is_due():
             return
         if self._noting is None or not self._noting.is_alive():
             self._noting = threading.Thread(target=self._note, name="note", daemon=True)
             self._noting.start()
+
+    def _note_in(self, seconds: float) -> None:
+        # By two clocks: one stands still while a Mac sleeps, the other may be set back.
+        self._next_note = time.monotonic() + seconds, time.time() + seconds
+
+    def _note_is_due(self) -> bool:
+        clock, date = self._next_note
+        return time.monotonic() >= clock or time.time() >= date
 
     def _until_the_next_note(self) -> float:
         """Return in how many seconds the first note of this run is due."""
@@ -285,7 +293,7 @@ class Assistant:
             if not self._stopping:
                 self._tell(str(error))
         finally:
-            self._next_note = time.monotonic() + 60 * self.settings.every
+            self._note_in(60 * self.settings.every)
 
     # --- how it stands ---
 

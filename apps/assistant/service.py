@@ -64,7 +64,8 @@ def words(settings: Settings) -> list[str]:
     ):
         if value is not None:
             found.append(f"{option}={value}")
-    return [*found, "--pause-on-battery"] if settings.pause_on_battery else found
+    flags = ("--from-end", settings.from_end), ("--pause-on-battery", settings.pause_on_battery)
+    return [*found, *(option for option, is_set in flags if is_set)]
 
 
 def agent(service: Service) -> bytes:

@@ -20,6 +20,7 @@ class Settings:
 
     Attributes:
         follow, folders, stdin: what it reads.
+        from_end: of files that it did not follow before, read what is added from now on.
         notes: where it writes notes; None writes none.
         every: minutes between two notes.
         snapshot_every: minutes between two snapshots while text arrives.
@@ -30,6 +31,7 @@ class Settings:
     follow: tuple[Path, ...] = ()
     folders: tuple[Path, ...] = ()
     stdin: bool = False
+    from_end: bool = False
     notes: Path | None = None
     every: float = 60.0
     window: int | None = None
