@@ -227,7 +227,7 @@ def note(name: Name = "main") -> None:
 @app.command()
 @guarded
 def status(as_json: AsJson = False, name: Name = "main") -> None:
-    """Show what is attended, memory, backlog and how far each source is read."""
+    """Show what is attended, memory, and how far each source is read."""
     (line,) = request(places(name).socket, name, what="status")
     del line["done"]
     if as_json:
@@ -259,7 +259,7 @@ def install(
     pause_on_battery: PauseOnBattery = False,
     from_end: FromEnd = False,
 ) -> None:
-    """Have the system run it from each login on (by launchd or systemd)."""
+    """Have launchd or systemd run it from each login on."""
     from assistant import service
 
     settings = settings_of(
