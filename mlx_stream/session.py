@@ -22,7 +22,7 @@ from mlx_stream.template import ChatTemplate
 from mlx_stream.turns import Turns
 
 DEFAULT_MAX_TOKENS = 512
-# What a step raises that may leave anything in the buffers: MLX's errors, and output that is NaN.
+# A step that raises one may have left anything in the buffers, which pass for evaluated then.
 BROKEN = (RuntimeError, MemoryError, WeightsError)
 Told = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
@@ -179,11 +179,16 @@ class ChatSession:
         Raises:
             TemplateError, ValueRefused, MemoryRefused: as the constructor; nothing has changed.
         """
+        for _ in self._restarting(system, window):
+            pass
+
+    def _restarting(self, system: str | None, window: int | None) -> Iterator[None]:
+        """Do what `restart` does, and yield after each step; closed before, nothing has changed."""
         exchanges, before = self.exchanges, dict(vars(self))
         self.stats, settled = replace(self.stats), self.attended.settled
         try:
             self._begin(system, window)
-            self.replay(exchanges)
+            yield from self.replaying(exchanges)
             self.attended.settled, self.failed = settled, False
         except BaseException:
             vars(self).update(before)
@@ -249,6 +254,11 @@ class ChatSession:
         return limit, Reply(self.model.tokenizer.decoder(), self.stop if stop is None else stop)
 
     def _pieces(self, begin: Begin, reply: Reply, limit: int, progress: Told | None) -> Pieces:
+        if self.failed:
+            self._notify("what is attended is read again: a step of the reply before failed")
+            for _ in self._restarting(self.system, self.stats.window):
+                if self.steps:
+                    yield Piece("")
         earlier, turn = begin()
         now = self.attended.now = During(earlier, turn, reply)
         # A question that is asked again: its last token's output is what the reply begins from.
@@ -262,6 +272,7 @@ class ChatSession:
                     return
         except BROKEN:
             self.failed = True
+            self.cache.release()
             raise
         finally:
             if self._is_current(now):
@@ -282,7 +293,7 @@ class ChatSession:
 
     def _ask(self, question: str, limit: int) -> tuple[tuple[Held, ...], Held]:
         """Make room for a question and its reply; return what is before it, and the turn."""
-        now = self._sound()
+        now = self._settle()
         if self.tokens.length <= len(self.turns.pinned):
             closing, ids = [], self.turns.opening(question)
         else:
@@ -315,7 +326,6 @@ class ChatSession:
 
     def _last_question(self) -> tuple[tuple[Held, ...], Held]:
         """Return what is before the last turn, and the turn as it was before its reply."""
-        self._sound()
         *held, last = self._held_or_refuse("answered again")
         if max(last.start, self.cache.geometry.sinks) < self.cache.oldest:
             raise ValueRefused(
@@ -332,15 +342,6 @@ class ChatSession:
             said = "all that was said has left attention:" if gone else "nothing was said yet:"
             raise ValueRefused(f"{said} there is nothing that could be {what}")
         return held
-
-    def _sound(self) -> Between:
-        """Settle, and read anew what is attended if a step failed.
-
-        MLX tells of a device's error once; what it was computing passes for evaluated from then on.
-        """
-        if self.failed:
-            self.restart(self.system, self.stats.window)
-        return self._settle()
 
     def _settle(self) -> Between:
         """Leave the stream with the turn and the final text of the reply, and nothing else.
@@ -378,9 +379,8 @@ class ChatSession:
         self._count()
 
     def _last_piece(self, piece: Piece) -> Piece:
-        exchanges, tokens = self.attended.gone()
-        left = {"evicted_exchanges": exchanges, "evicted_tokens": tokens}
-        return replace(piece, attended=self.cache.attended, **left)
+        left = zip(("evicted_exchanges", "evicted_tokens"), self.attended.gone(), strict=True)
+        return replace(piece, attended=self.cache.attended, **dict(left))
 
     def _count(self, asked: bool = False) -> None:
         """Bring the statistics up to date, and say what has left, if nobody `asked` for that."""

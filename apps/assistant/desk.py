@@ -63,7 +63,8 @@ class Desk:
         elif what == "note":
             yield {"done": True, "note": self.note()}
         elif what == "ask":
-            question, options = request.get("question"), ("remember", "now")
+            question = request.get("question")
+            remember, now = request.get("remember") is True, request.get("now") is True
             if not isinstance(question, str) or not question.strip():
                 raise AssistantError("there is no question")
             if len(question) > LONGEST_QUESTION:
@@ -71,7 +72,7 @@ class Desk:
                     f"a question has at most {LONGEST_QUESTION:,} characters: have it read a "
                     "longer text, with --follow or --folder"
                 )
-            yield from self._ask(question, *(request.get(name) is True for name in options))
+            yield from self._ask(question, remember, now)
         else:
             raise AssistantError("a request asks for status, stop, note or ask, as its `what`")
 
@@ -87,10 +88,9 @@ class Desk:
         with self._one:
             diary.finish()
             self._ready()
-            assert self.feeder is not None
-            fed, (noted, _) = self.feeder.fed, self.journal.noted
+            noted, _ = self.journal.noted
             # What waits to be fed is not in the stream: the next note is about that.
-            read = self.journal.bytes - self.journal.bytes_after(fed)
+            read = self.journal.bytes_through(self.feeder.fed if self.feeder else 0)
             if read <= noted:
                 return None
             text = "".join(self._pieces(NOTE, LONGEST_NOTE))
@@ -131,7 +131,7 @@ class Desk:
             pieces.close()
 
     def _ready(self) -> Any:
-        if self.listener is None:
+        if self.listener is None or self.feeder is None:
             raise AssistantError("the model is still being loaded: ask again in a moment")
         return self.listener
 

@@ -324,7 +324,8 @@ class FollowedFile:
         size = os.fstat(self._file).st_size
         end = os.pread(self._file, CHUNK, max(0, size - CHUNK))
         self._tell(f"{self.path}: read from its end")
-        return self._stands(size - len(end) + end.rfind(b"\n") + 1, b"", "")
+        whole = end.rfind(b"\n") + 1 or whole_characters(end)
+        return self._stands(size - len(end) + whole, b"", "")
 
     def _arrival(self, data: bytes) -> Arrival:
         assert self._place is not None

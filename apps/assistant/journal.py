@@ -270,10 +270,11 @@ class Journal:
         with self._lock, self._refusing():
             return self._one("SELECT bytes FROM about")
 
-    def bytes_after(self, number: int) -> int:
-        """Return the bytes of the chunks of numbers above it."""
+    def bytes_through(self, number: int) -> int:
+        """Return the bytes ever read up to a chunk: all but those of the chunks behind it."""
         with self._lock, self._refusing():
-            query = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
+            later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
+            query = f"SELECT bytes - ({later}) FROM about"
             return int(self._connection.execute(query, (number,)).fetchone()[0])
 
     @property

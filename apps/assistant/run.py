@@ -35,7 +35,7 @@ SAMPLING = mlx_stream.Sampling(temperature=0.0)
 POWER, AGAIN = 30.0, 10.0
 # Seconds after the start before a note is written that fell due meanwhile.
 SETTLING = 60.0
-# Seconds within which a second failure of the device ends the assistant.
+# Seconds between two failures of the device, or the stream rests for so long.
 BETWEEN_FAILURES = 600.0
 # Seconds for what runs to end, of the one that stopping may take.
 LAST_WORDS = 0.5
@@ -67,7 +67,7 @@ class Assistant:
         settings.check()
         self.settings, self._tell = settings, tell
         self._started, self._next_power, self._try_again = time.monotonic(), 0.0, 0.0
-        self._not_again_before = 0.0
+        self._failed_at, self._begin_at = float("-inf"), 0.0
         self._stopping, self._paused, self.has_ended = False, False, True
         self._sources: list[Source] = []
         self._input: StandardInput | None = None
@@ -118,14 +118,16 @@ class Assistant:
     def _step(self, door: Door, where: Places) -> None:
         """Do what there is to do, then wait until there may be something again."""
         feeder = self.desk.feeder
+        rests = time.monotonic() < self._begin_at
         if feeder is None:
-            self._begin_if_loaded(where)
+            if not rests:
+                self._begin_if_loaded(where)
         elif failure := feeder.failure or self._listener.error:
             self._begin_again(feeder, failure)
         else:
             self._look_at_the_battery()
             self._note_if_due()
-        wait = FULL if feeder is None or feeder.is_full else IDLE
+        wait = FULL if not rests and (feeder is None or feeder.is_full) else IDLE
         can_read = feeder and not feeder.is_full and not self._paused
         if can_read and self._read():
             wait = 0.0
@@ -219,13 +221,15 @@ class Assistant:
         """Drop a stream that could not be computed and go on from its snapshot, as after a crash.
 
         Raises:
-            Exception: it was something else, or it has just happened before.
+            Exception: it was something else.
         """
-        now = time.monotonic()
-        if not isinstance(failure, ComputeError) or now < self._not_again_before:
+        if not isinstance(failure, ComputeError):
             raise failure
-        self._not_again_before = now + BETWEEN_FAILURES
-        self._tell(f"{failure}; the stream goes on from its latest snapshot")
+        before, self._failed_at = self._failed_at, time.monotonic()
+        again = self._failed_at < before + BETWEEN_FAILURES
+        self._begin_at = self._failed_at + BETWEEN_FAILURES * again
+        when = f" in {BETWEEN_FAILURES / 60:.0f} minutes" if again else ""
+        self._tell(f"{failure}; the stream goes on from its latest snapshot{when}")
         feeder.stop(0)
         self._listener.close()
         self.desk.feeder = self.desk.listener = self._listener = None
@@ -300,7 +304,9 @@ class Assistant:
     def _status(self) -> dict[str, Any]:
         """Return what `status` says."""
         desk, settings = self.desk, self.settings
-        state = "loading" if desk.feeder is None else "paused" if self._paused else "reading"
+        state = "paused" if self._paused else "reading"
+        if desk.feeder is None:
+            state = "waiting" if time.monotonic() < self._begin_at else "loading"
         _, noted_at = self._journal.noted
         sources = {source.name: self._journal.source(source.name) for source in self._sources}
         return {

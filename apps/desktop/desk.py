@@ -196,8 +196,8 @@ class Desk:
             self._say(one_line(error), alarming=True)
             if self._chat and not heard and is_broken(self._chat):
                 await self._close_chat()
-                if len(self.said) == 1:  # it was never begun, and is nothing to go on with
-                    self.name = None
+            if not self._chat and len(self.said) == 1:  # it was not begun: nothing to go on with
+                self.name = None
         except asyncio.CancelledError:
             self._hear(Piece("", "interrupted"))
             heard = True

@@ -258,6 +258,13 @@ class StreamCache:
         if count:
             self._move(replace(self.place, floor=self.oldest + count))
 
+    def release(self) -> None:
+        """Let go of the buffers, of which a step that failed may have made anything.
+
+        Nothing can be read after that; what was read can still be taken back and counted.
+        """
+        self.held = replace(self.held, keys=[], values=[], sinks=mx.zeros(0))
+
     def state(self) -> dict[str, mx.array | int]:
         self._turn_back()
         state: dict[str, mx.array | int] = {

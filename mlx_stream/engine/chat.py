@@ -4,6 +4,7 @@ import copy
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from mlx_stream.engine.consumer import consumed, consumed_async
@@ -95,8 +96,6 @@ class Talk:
             raise again(self.error)
         if self.conversation is None:
             raise EngineClosed("this session is closed: begin another one")
-        if self.conversation.chat.failed:  # a new ring takes the place of the one there is
-            self.core.budget.settle(self.key, 0)
         return self.conversation
 
     def note(self, line: str) -> None:
@@ -304,5 +303,5 @@ def check_question(question: str) -> None:
 
 
 def check_limit(max_tokens: int | None) -> None:
-    if max_tokens is not None and not (isinstance(max_tokens, int) and max_tokens >= 1):
+    if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
         raise ValueRefused(f"max_tokens must be a whole number, at least 1, not {max_tokens!r}")

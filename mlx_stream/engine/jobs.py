@@ -6,6 +6,7 @@ step.
 
 import copy
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, Protocol
@@ -218,10 +219,18 @@ def again(error: MlxStreamError) -> MlxStreamError:
 
 
 def typed(error: Exception) -> MlxStreamError:
-    """Return an error as one of ours: those of MLX come as RuntimeError, late and from anywhere."""
-    if isinstance(error, MlxStreamError):
-        return error
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    found = ComputeError(f"it could not be computed: {what}")
-    found.__cause__ = error
+    """Return an error as one of ours, without its frames: it is kept, and they hold a ring.
+
+    Errors of MLX come as RuntimeError, late and from anywhere.
+    """
+    found = error
+    if not isinstance(found, MlxStreamError):
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        found = ComputeError(f"it could not be computed: {what}")
+        found.__cause__ = error
+        if error.__traceback__:
+            error.add_note("".join(traceback.format_tb(error.__traceback__)))
+    each: BaseException | None = error
+    while each:
+        each.__traceback__, each = None, each.__cause__ or each.__context__
     return found

@@ -62,7 +62,8 @@ class Lane:
         return bool(self.background and self.background.waiting())
 
     def step(self) -> None:
-        job = next(iter(self.jobs), None)
+        with self.owner.lock:
+            job = next(iter(self.jobs), None)
         if self.closing:
             self.end(EngineClosed("this session or listener was closed before this was done"))
         elif job:
