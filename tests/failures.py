@@ -112,6 +112,20 @@ def test_it_is_tried_again_if_it_fails_again(model):
     assert said(chat.reply(NEXT)) == said(again(model, before).reply(NEXT))
 
 
+def test_it_is_read_again_in_steps_and_may_be_left_halfway(model):
+    chat = mlx_stream.ChatSession(model, **ALONE)
+    said(chat.reply(QUESTIONS[1]))
+    fail(chat, chat.reply(QUESTIONS[1]), 2)
+    before, chat.steps = chat.exchanges, True
+    pieces = chat.reply(NEXT)
+    assert next(pieces).text == ""
+    pieces.close()
+    assert chat.failed and chat.exchanges == before
+    first, second, *pieces = chat.reply(NEXT)
+    assert (first.text, second.text) == ("", "")
+    assert said(pieces) == said(again(model, before).reply(NEXT))
+
+
 def test_the_state_of_a_stream_that_failed_is_not_saved(model):
     options = Options(**ALONE)
     notices = []
