@@ -64,16 +64,20 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("how", ENDS)
-def test_a_program_ends(letters, tmp_path, how):
-    program = BEGIN + ENDS[how]
-    ended = subprocess.run(
+def ran(program: str, letters: Path, home: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
         [sys.executable, "-c", program, str(letters)],
-        env=environment(tmp_path),
+        env=environment(home),
         capture_output=True,
         text=True,
         timeout=DEADLINE,
     )
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_program_ends(letters, tmp_path, how):
+    program = BEGIN + ENDS[how]
+    ended = ran(program, letters, tmp_path)
     assert ended.stdout == "end\n" and ended.stderr == ""
     assert ended.returncode == (1 if how == "by an exception" else 0)
 
@@ -85,17 +89,7 @@ def test_what_was_said_is_on_disk_when_a_program_ends_without_close(letters, tmp
         "print([(e.question, e.finish) for e in chat.exchanges], chat.stats.notices)\n"
         "engine.close()"
     )
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", text, str(letters)],
-            env=environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=True,
-        ).stdout
-        for text in (program, again)
-    ]
+    outputs = [ran(text, letters, tmp_path).stdout for text in (program, again)]
     # Its stream too: nothing is read again.
     assert outputs == ["", "[('One?', 'length'), ('Two?', 'interrupted')] []\n"]
 
@@ -114,13 +108,7 @@ def test_an_engine_does_not_hang_in_a_fork(letters, tmp_path):
         "    os._exit(8)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program, str(letters)],
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
+    ended = ran(program, letters, tmp_path)
     assert ended.stdout == "7\n", ended.stderr
 
 
@@ -152,11 +140,5 @@ def test_what_was_begun_before_a_fork_is_not_waited_for_in_it(letters, tmp_path,
         "    os._exit(9)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program, str(letters)],
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
+    ended = ran(program, letters, tmp_path)
     assert ended.stdout == "7\n", ended.stderr
