@@ -87,7 +87,7 @@ def test_the_data_is_installed_with_the_package():
     shipped = project["tool"]["setuptools"]["package-data"]["mlx_stream"]
     files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     data = [str(path.relative_to(package)) for path in files if path.suffix != ".py"]
-    assert data == shipped == ["devices.toml"]
+    assert sorted(data) == shipped == ["devices.toml", "py.typed"]
 
 
 def test_this_machine_has_its_real_figures():

@@ -290,7 +290,8 @@ def test_what_ends_early_shows_what_it_has(
     assert result.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
     lines = result.out.splitlines()
     if name == "latency":  # the size that was not done is left out
-        assert [line.split()[0] for line in lines[1:6]] == ["32"] * 5 and "48" not in result.out
+        sizes = [line.split()[0] for line in lines[1:] if line[:1].isdigit()]
+        assert sizes == ["32"] * 5
     else:
         assert len(lines) == 3
     assert "interrupted" in lines[-1]
