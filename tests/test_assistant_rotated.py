@@ -19,6 +19,18 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "x.log"
 
 
+def rotated_while_nobody_looked(path: Path) -> Reading:
+    """Return one that has read "one"; "two" is in x.log.1, and "three" in x.log."""
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    add(path, b"two\n")
+    rotate(path)
+    add(path, b"three\n")
+    reading.restart()
+    return reading
+
+
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("unread", [b"", b"two\nhalf a li"])
@@ -181,13 +193,7 @@ def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):
         def stat(self, **_):
             raise FileNotFoundError(2, "No such file or directory")
 
-    add(path, b"one\n")
-    reading = Reading(path)
-    reading.poll()
-    add(path, b"two\n")
-    rotate(path)
-    add(path, b"three\n")
-    reading.restart()
+    reading = rotated_while_nobody_looked(path)
     look = os.scandir
     entries = lambda folder: nullcontext(iter([Gone(), *look(folder)]))  # noqa: E731
     monkeypatch.setattr(follow.os, "scandir", entries)
@@ -218,13 +224,7 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
 
 
 def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
-    add(path, b"one\n")
-    reading = Reading(path)
-    reading.poll()
-    add(path, b"two\n")
-    rotate(path)
-    add(path, b"three\n")
-    reading.restart()
+    reading = rotated_while_nobody_looked(path)
     whole, again = follow.opened, path.with_name("x.log.2")
 
     def opened(found: Path) -> int:
