@@ -52,6 +52,9 @@ class Follower(Protocol):
     def restart(self, ids: Sequence[int]) -> None:
         """The stream is another one, of which these ids are attended."""
 
+    def erase(self) -> None:
+        """Keep nothing of what was taken back: the stream's state is given out."""
+
 
 class TokenStream:
     """One stream of token ids through one model: its cache, and the ids that are attended.
@@ -302,9 +305,27 @@ class TokenStream:
         self.cache.evict(count)
 
     def state(self) -> dict[str, mx.array | int]:
-        """Return the whole state: the cache's, and the ids by row; the arrays are the live ones."""
-        self.note()
+        """Return the whole state: the cache's, and the ids by row; the arrays are the live ones.
+
+        What is not attended is zero in it, keys, values and ids alike.
+        """
+        self.erase()
         return {**self.cache.state(), IDS: mx.array(self._ids, mx.uint32)}
+
+    def erase(self) -> None:
+        """Keep nothing that is not attended: neither keys and values nor ids."""
+        self.note()
+        self.drop_ahead()
+        self.cache.erase()
+        attended = {row: self._ids[row] for row in self.cache.attended_rows()}
+        self._ids = [attended.get(row, 0) for row in range(max(attended, default=-1) + 1)]
+        if self.follower:
+            self.follower.erase()
+
+    def forget(self) -> None:
+        """Have the follower know no more than what is attended: the rest is not to be kept."""
+        if self.follower:
+            self.follower.restart(self.attended_ids())
 
     def restore(self, state: dict[str, mx.array | int]) -> None:
         """Continue from a state of a stream of the same model and cache parameters.

@@ -171,6 +171,9 @@ class ChatSession:
         self._settle()
         while len(self.attended.now.held) > keep:
             self.attended.evict_oldest()
+        if not self.attended.now.held:
+            self.attended.now = Between()
+        self.tokens.forget()
         self._count(asked=True)
 
     def restart(self, system: str | None, window: int | None) -> None:

@@ -188,6 +188,10 @@ class SlowAttention:
             raise ValueError(f"cannot take back {count} of tokens {self.oldest} to {self.n - 1}")
         del self.store[kept:]
 
+    def erase(self) -> None:
+        """Forget all that the newest token does not attend to, as giving the state out does."""
+        self._forget(self.oldest)
+
     def _forget(self, floor: float) -> None:
         for token in range(self.floor, int(max(self.floor, floor))):
             self.store[token] = None

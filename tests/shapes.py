@@ -178,6 +178,12 @@ class Twins:
         queries = self.shape.kv_heads * self.shape.group
         return np.split(heads, [queries, queries + self.shape.kv_heads])
 
+    def contents(self) -> list:
+        """What the cache's state holds; giving it out leaves nothing else in either twin."""
+        for slow in self.slow:
+            slow.erase()
+        return contents(self.cache)
+
     def check_numbers(self) -> None:
         slow, cache = self.slow[0], self.cache
         assert cache.length == slow.n
@@ -204,13 +210,29 @@ def contents(cache: StreamCache) -> list:
     return copies
 
 
+def check_erased(cache: StreamCache) -> None:
+    """See that every row is zero but those attended to, which are not."""
+    geometry, attended = cache.geometry, set(cache.attended_rows())
+    rows = np.array([row in attended for row in range(geometry.rows)])
+    for layer in (*cache.keys, *cache.values):
+        whole = mx.concatenate([cache.format.read(layer, 0, geometry.rows, cache.sinks)], axis=2)
+        found = np.abs(np.array(whole.astype(mx.float32))).max(axis=(0, 1, 3)) > 0
+        assert (found == rows).all()
+        for array in cache.format.arrays(layer).values():
+            offset = 0 if array.shape[2] in (geometry.rows, geometry.sinks) else geometry.sinks
+            for row in set(range(geometry.rows)) - attended:
+                if 0 <= row - offset < array.shape[2]:
+                    assert not mx.any(array[:, :, row - offset]).item()
+    assert not mx.any(cache.sinks[:, :, min(cache.length, geometry.sinks) :]).item()
+
+
 def read_random(cache: StreamCache, count: int, seed: int = 0, chunk: int = 512) -> None:
     random = np.random.default_rng(seed)
     heads = cache.query_heads + 2 * cache.kv_heads
     while count:
         step = cache.begin(cache.take(min(count, chunk)))
         for layer in range(cache.layers):
-            shape = (1, heads, step.rows, cache.keys[0].shape[-1])
+            shape = (1, heads, step.rows, cache.format.head_dim)
             step.attend(layer, mx.array(random.standard_normal(shape).astype(np.float32)))
         cache.commit(step)
         mx.eval(cache.arrays())

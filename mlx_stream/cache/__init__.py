@@ -111,8 +111,15 @@ class Cache(Protocol):
         """Drop the oldest `count` attended tokens that are not sinks."""
         ...
 
+    def erase(self) -> None:
+        """Make every row zero that the newest token does not attend to, as `state` does."""
+        ...
+
     def state(self) -> dict[str, mx.array | int]:
-        """Return the whole state; the arrays are the live ones, not copies."""
+        """Return the whole state; the arrays are the live ones, not copies.
+
+        Rows that the newest token does not attend to are zero.
+        """
         ...
 
     def restore(self, state: dict[str, mx.array | int]) -> None:

@@ -86,6 +86,9 @@ class DenseCache:
         if count:
             raise ValueRefused("a dense cache attends to everything: nothing can be evicted")
 
+    def erase(self) -> None:
+        """Do nothing: all that is given out is attended."""
+
     def state(self) -> dict[str, mx.array | int]:
         state: dict[str, mx.array | int] = {"length": self.length}
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):

@@ -6,6 +6,7 @@ ring of 3, after token 6 the rows hold tokens 0, 1, 5, 6, 4. A stream's numbers 
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -134,6 +135,18 @@ class Geometry:
             pieces.append((source, stop, row))
             source = stop
         return pieces
+
+    def unattended(self, attended: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the runs of rows, first and one past the last, that are not among `attended`.
+
+        With rows 0, 1, 5, 6, 4 of 8: (2, 4) and (7, 8).
+        """
+        edges = np.zeros(self.rows + 2, np.int8)
+        edges[1:-1] = 1
+        edges[np.array([*attended], int) + 1] = 0
+        changes = np.diff(edges)
+        starts, stops = (np.flatnonzero(changes == by).tolist() for by in (1, -1))
+        return list(zip(starts, stops, strict=True))
 
     def decode_mask(self, place: Place, extent: int) -> np.ndarray | None:
         """Return which rows the next token attends to, itself stored: (extent,) bool, or None.

@@ -64,6 +64,10 @@ class Format(Protocol):
         """Return rows with new ones in their places; `rows` itself stays as it was."""
         ...
 
+    def erased(self, rows: Rows, runs: list[tuple[int, int]]) -> Rows:
+        """Return rows with zero in those from each run's first to before its last."""
+        ...
+
     def arrays(self, rows: Rows) -> dict[str, mx.array]:
         """Return the arrays of a layer's rows, by what is added to their name."""
         ...
@@ -97,6 +101,9 @@ class Plain:
         self, rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]
     ) -> mx.array:
         return placed(rows, new, segments)
+
+    def erased(self, rows: mx.array, runs: list[tuple[int, int]]) -> mx.array:
+        return zeroed(rows, runs)
 
     def arrays(self, rows: mx.array) -> dict[str, mx.array]:
         return {"": rows}
@@ -161,6 +168,12 @@ class Quantized:
             parts.append(placed(part, fresh, into_ring))
         return Packed(*parts)
 
+    def erased(self, rows: Packed, runs: list[tuple[int, int]]) -> Packed:
+        sinks = [(a, min(b, self.sinks)) for a, b in runs if a < self.sinks]
+        ring = [(max(a - self.sinks, 0), b - self.sinks) for a, b in runs if b > self.sinks]
+        parts = (zeroed(part, ring) for part in (rows.quants, rows.scales, rows.biases))
+        return Packed(zeroed(rows.sinks, sinks), *parts)
+
     def put(self, rows: Packed, new: mx.array, start: mx.array) -> Packed:
         """Return rows with one new one in row `start`, int32 (1,), of the ring."""
         parts = zip((rows.quants, rows.scales, rows.biases), self._pack(new), strict=True)
@@ -219,4 +232,11 @@ def placed(rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]) 
     rows = copy.copy(rows)  # a second handle of the same buffer: the cache's own stays as it is
     for start, stop, row in segments:
         rows[:, :, row : row + stop - start] = new[:, :, start:stop]
+    return rows
+
+
+def zeroed(rows: mx.array, runs: list[tuple[int, int]]) -> mx.array:
+    rows = copy.copy(rows)
+    for start, stop in runs:
+        rows[:, :, start:stop] = 0
     return rows

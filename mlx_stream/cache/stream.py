@@ -10,6 +10,7 @@ Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. On the clock the
 """
 
 import itertools
+import weakref
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -102,6 +103,7 @@ class StreamCache:
             [self.format.empty() for _ in range(layers)],
             mx.zeros((layers, kv_heads, sinks, head_dim), dtype),
         )
+        self._erased = weakref.ref(self.held)  # as it was when what is not attended was zero
         mx.eval(self.arrays())
 
     @property
@@ -265,8 +267,35 @@ class StreamCache:
         """
         self.held = replace(self.held, keys=[], values=[], sinks=mx.zeros(0))
 
-    def state(self) -> dict[str, mx.array | int]:
+    def erase(self) -> None:
+        """Make every row zero that the newest token does not attend to.
+
+        So nothing that was taken back, or has left, is in a state that is given out. What a take
+        back could have brought back of it has left for good.
+        """
         self._turn_back()
+        if self.held is self._erased():
+            return
+        held, geometry = self.held, self.geometry
+        runs = geometry.unattended(self.attended_rows())
+        sinks = mx.array(held.sinks)
+        sinks[:, :, min(self.length, geometry.sinks) :] = 0
+        self.held = replace(
+            held,
+            place=replace(held.place, floor=self.oldest),
+            keys=[self.format.erased(rows, runs) for rows in held.keys],
+            values=[self.format.erased(rows, runs) for rows in held.values],
+            sinks=sinks,
+        )
+        del held, sinks  # nothing but the update may hold the buffers
+        mx.eval(self.arrays())
+        self._erased = weakref.ref(self.held)
+
+    def state(self) -> dict[str, mx.array | int]:
+        self.erase()
+        return self._state()
+
+    def _state(self) -> dict[str, mx.array | int]:
         state: dict[str, mx.array | int] = {
             "length": self.place.length,
             "floor": self.place.floor,
@@ -288,7 +317,8 @@ class StreamCache:
         Raises:
             ValueRefused: the state is not one of a cache with these parameters.
         """
-        wanted = self.state()
+        self._turn_back()
+        wanted = self._state()
         if state.keys() != wanted.keys():
             odd = sorted(state.keys() ^ wanted.keys())
             raise ValueRefused(f"not a state of this stream: {odd[0]!r} is missing or unknown")

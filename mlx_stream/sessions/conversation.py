@@ -225,11 +225,16 @@ class Conversation:
         store, path = self.saved.store, self.saved.where.snapshot
         count = store.count
         head = store.head(count)
-        if count == 0 or head == self._snapshot_of:
+        if head == self._snapshot_of:
+            return
+        if count == 0:  # all was taken back, or nothing was said yet
+            remove(path)
+            self._snapshot_of = head
             return
         about = About(store.header.id, count, head, self.chat.talk())
         private(path.parent)
         try:
+            remove(self.saved.where.unusable)
             snapshot.save(path, self.chat.tokens, self.model, about.plain())
         except SnapshotError as error:
             raise SnapshotError(
@@ -303,6 +308,19 @@ class Conversation:
             header = self.saved.store.header
             header = replace(header, system=system, window=self.stats.window)
             self._write("stand", header=header)
+
+
+def remove(path: Path) -> None:
+    """Remove a file that may hold what was taken back.
+
+    Raises:
+        SnapshotError: it cannot be removed.
+    """
+    try:
+        if os.path.lexists(path) and not path.is_dir():
+            path.unlink()
+    except OSError as error:
+        raise SnapshotError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
 def lasting(source: str) -> str:

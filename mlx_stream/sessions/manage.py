@@ -89,7 +89,7 @@ def files_of(where: Paths) -> list[Path]:
     database, snapshot = where.database, where.snapshot
     return [
         snapshot,
-        snapshot.with_name(f"{snapshot.name}.unusable"),
+        where.unusable,
         *files(unfinished(database)),
         *reversed(files(database)),
     ]

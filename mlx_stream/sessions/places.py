@@ -29,6 +29,11 @@ class Paths:
     snapshot: Path
     lock: Path
 
+    @property
+    def unusable(self) -> Path:
+        """Where a snapshot goes that cannot be used."""
+        return self.snapshot.with_name(f"{self.snapshot.name}.unusable")
+
 
 def data_folder() -> Path:
     """Return the folder of conversations and their locks, which may not exist yet."""

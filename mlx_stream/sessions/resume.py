@@ -257,7 +257,7 @@ def set_aside(saved: Saved, reason: str) -> str:
     path = saved.where.snapshot
     if os.path.lexists(path):
         try:
-            path.replace(path.with_name(f"{path.name}.unusable"))
+            path.replace(saved.where.unusable)
         except OSError as error:
             return f"{reason}; it cannot be moved away: {error.strerror}"
     return reason

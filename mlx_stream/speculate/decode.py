@@ -37,6 +37,10 @@ class Speculator:
         for follower in self._followers:
             follower.restart(ids)
 
+    def erase(self) -> None:
+        for follower in self._followers:
+            follower.erase()
+
     def step(
         self, stream: TokenStream, sampler: Sampler, token: int, most: int, ends: Collection[int]
     ) -> tuple[list[int], list[mx.array]]:

@@ -99,6 +99,10 @@ class DraftModel:
         self.stream = self._new_stream()
         self._ahead, self._waiting = [], [*ids]
 
+    def erase(self) -> None:
+        self._take_back()
+        self.stream.erase()
+
     def draft(self, next: int, count: int) -> Sequence[int]:
         """Guess the likeliest ids one after another."""
         self._take_back()

@@ -62,11 +62,16 @@ class Past:
             slot = self.count % self.kept
             for n, entry in self._entries(self._ids[slot]):
                 self._tables[n][entry] = self._before[n][slot]
+                self._before[n][slot] = 0
+            self._ids[slot] = 0
 
     def restart(self, ids: Sequence[int]) -> None:
         """Forget everything; begin with these ids."""
         self.__init__(self.kept)
         self.read(ids)
+
+    def erase(self) -> None:
+        """Do nothing: what is taken back is erased at once."""
 
     def draft(self, next: int, most: int) -> Draft:
         """Guess up to `most` ids that follow `next`, itself not added yet."""
