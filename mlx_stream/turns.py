@@ -90,16 +90,17 @@ class Turns:
     def following(self, rest: str, question: str) -> tuple[list[int], list[int]]:
         """Return the ids that close the reply before, and those of a later question's turn.
 
-        Both are encoded as one text: some tokenizers put a space before the first word of
-        whatever they are given, and would put it here where the conversation has none.
+        Both are encoded as one text, behind the reply: some tokenizers put a space before the
+        first word of whatever they are given, and would put it where the conversation has none.
 
         Args:
             rest: text of the reply before that was not read as ids.
         """
         before = rest + self.template.closing
         system = None if self._before is not None else self._guarded_system
-        ids = self.encode(before + self.template.turn(self.guarded(question), system))
-        count = common(self.encode(before), ids)
+        turn = self.template.turn(self.guarded(question), system)
+        ids = self.encode(before + turn, behind_text=True)
+        count = common(self.encode(before, behind_text=True), ids)
         return ids[:count], ids[count:]
 
     def open_turn(self) -> OpenTurn:
@@ -159,11 +160,16 @@ class Turns:
         cuts = [match.start() + 1 for match in self._names.finditer(text)]
         return MARK.join(text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True))
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text of the template's, in which what is guarded is plain text."""
+    def encode(self, text: str, behind_text: bool = False) -> list[int]:
+        """Return the ids of a text of the template's, in which what is guarded is plain text.
+
+        Args:
+            behind_text: whether it follows another text.
+        """
         ids: list[int] = []
         for piece in text.split(MARK):
-            ids += self.tokenizer.encode(piece, special=False)
+            ids += self.tokenizer.encode(piece, special=False, behind_text=behind_text)
+            behind_text = True
         return ids
 
 

@@ -326,7 +326,7 @@ class Hearing:
             self.tokens.rewind(min(excess, self.cache.rewindable))
         said = rest if reply.ids else self.turns.template.lead
         unread = wanted[max(0, self.tokens.length - base) :]
-        self.ids += (*unread, *self.turns.encode(said + self.turn.reopening))
+        self.ids += (*unread, *self.turns.encode(said + self.turn.reopening, behind_text=True))
         self.words.restart(self.turn.reopening, self.turn.lead)
         self._count()
 

@@ -67,10 +67,12 @@ class Words:
         return ids
 
     def _after(self, text: str) -> list[int]:
-        before, whole = self.turns.encode(self.context), self.turns.encode(self.context + text)
-        if whole[: len(before)] == before:
-            return whole[len(before) :]
-        return self.turns.encode(text)  # the tokenizer joins what is apart here: it has to be cut
+        if self.context:
+            before, whole = (self.turns.encode(self.context + more) for more in ("", text))
+            if whole[: len(before)] == before:
+                return whole[len(before) :]
+        # There is no word before it, or the tokenizer joins what is apart here: it has to be cut.
+        return self.turns.encode(text, behind_text=True)
 
 
 def last_words(text: str) -> str:

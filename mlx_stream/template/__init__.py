@@ -56,8 +56,17 @@ class ChatTemplate:
     midnight still goes on as it began.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str] | None = None):
-        """Compile `source`; `tokens` are the special tokens it may name (`bos_token`, ...).
+    def __init__(
+        self,
+        source: str,
+        tokens: Mapping[str, str] | None = None,
+        special_texts: Sequence[str] = (),
+    ):
+        """Compile a template.
+
+        Args:
+            tokens: the special tokens it may name (`bos_token`, ...).
+            special_texts: the texts of all special tokens, none of which is ever cut.
 
         Raises:
             TemplateError: it is too long, or it is not a Jinja template.
@@ -67,16 +76,22 @@ class ChatTemplate:
                 f"chat template: {len(source)} characters, more than {MAX_SOURCE} are not accepted"
             )
         self._source, self._tokens = source, dict(tokens or {})
+        self._special_texts = special_texts
         self._template = compile_source(source, datetime.now())
 
     def at(self, moment: datetime) -> "ChatTemplate":
         """Return the same template, for a conversation that began at another time."""
-        other = ChatTemplate(self._source, self._tokens)
+        other = ChatTemplate(self._source, self._tokens, self._special_texts)
         other._template = compile_source(self._source, moment)
         return other
 
     @classmethod
-    def from_config(cls, tokenizer_config: Mapping[str, Any], tokens: Mapping[str, str]):
+    def from_config(
+        cls,
+        tokenizer_config: Mapping[str, Any],
+        tokens: Mapping[str, str],
+        special_texts: Sequence[str] = (),
+    ) -> "ChatTemplate | None":
         """Build the template that tokenizer_config.json holds, or return None if it holds none.
 
         Raises:
@@ -92,7 +107,7 @@ class ChatTemplate:
                 "chat template: tokenizer_config's chat_template must be text, or a list with one "
                 f"named 'default', not {type(found).__name__}"
             )
-        return cls(found, tokens)
+        return cls(found, tokens, special_texts)
 
     def render(self, messages: Sequence[Message], reply: bool) -> str:
         """Return the text of a conversation; `reply` adds what asks the model for its turn.
@@ -175,7 +190,7 @@ class ChatTemplate:
         lead, found, closing = after.partition(MARK)
         if found and closing:
             go_on = self.render([user("x"), assistant(MARK), user("x")], reply=True)
-            closing = commonprefix([closing, go_on.partition(MARK)[2]])  # noqa: RUF071
+            closing = shared_start(closing, go_on.partition(MARK)[2], self._special_texts)
         if not found or MARK in closing:
             raise TemplateError(
                 "chat template: it does not write a reply's content once, so it cannot be used on "
@@ -243,6 +258,23 @@ class ChatTemplate:
 def appended(before: str, whole: str, what: str) -> str:
     require(whole.startswith(before), what)
     return whole[len(before) :]
+
+
+def shared_start(first: str, second: str, special_texts: Sequence[str]) -> str:
+    """Return what two texts begin with alike, cut inside no special token of either.
+
+    "<|end|><|endoftext|>" and "<|end|><|user|>" share "<|end|>", not "<|end|><|".
+    """
+    end = len(commonprefix([first, second]))  # noqa: RUF071
+    while cuts := [
+        start
+        for text in (first, second)
+        for name in special_texts
+        for start in range(max(0, end - len(name) + 1), end)
+        if text.startswith(name, start)
+    ]:
+        end = min(cuts)
+    return first[:end]
 
 
 def require(holds: bool, what: str) -> None:
