@@ -2,64 +2,65 @@
 
     python convert/compare.py starter pride_and_prejudice.txt --calibration emma.txt
 
-Converts the model by each recipe into a temporary folder, compares it with the source on the text,
-and removes it.
+Runs `mlx_stream convert` by each recipe into a temporary folder, which compares the result with the
+source on the text, and removes it. Writes a table in Markdown, or with --json the reports.
 """
 
+import argparse
+import json
+import subprocess
+import sys
 import tempfile
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
-
-from mlx_stream.cli.convert import (
-    Calibration,
-    GroupSize,
-    ReportTokens,
-    named_text,
-    print_report,
-    run_script,
-)
-from mlx_stream.cli.report import print_json
-from mlx_stream.cli.terminal import guarded, note, progress_bar
-
-RECIPES = [f"uniform_{bits}" for bits in (8, 6, 5, 4, 3)] + ["mixed_4_6", "sensitive_4_6"]
+RECIPES = [f"uniform_{bits}" for bits in (8, 6, 5, 4, 3)] + ["mixed_4_6"]
+MEASURED = "sensitive_4_6"
 
 
-@guarded
-def compare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="What `mlx_stream convert` takes.")],
-    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text file to compare on.")],
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option("--recipe", help=f"May be given often. Default: {', '.join(RECIPES)}."),
-    ] = None,
-    group_size: GroupSize = None,
-    calibration: Calibration = None,
-    report_tokens: ReportTokens = 4_096,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Print what each recipe costs MODEL, measured on TEXT."""
-    from mlx_stream.checkpoint.recipes import recipe_named
-    from mlx_stream.conversion import Options, convert_model
+def report(model: str, text: str, recipe: str, calibration: str | None, tokens: int) -> Any:
+    """Return what `mlx_stream convert --json` says of one recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "mlx_stream", "convert", model, f"{folder}/{recipe}"]
+        command += ["--recipe", recipe, "--report", text, "--report-tokens", str(tokens), "--json"]
+        if recipe.startswith("sensitive") and calibration:
+            command += ["--calibration", calibration]
+        done = subprocess.run(command, stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    return json.loads(done.stdout)
 
-    texts = {"report": named_text(text), "calibration": named_text(calibration)}
-    recipes = [recipe_named(name, group_size) for name in recipe or RECIPES]
-    rows = []
-    for one in recipes:
-        needed = texts if one.rule == "sensitive" else {"report": texts["report"]}
-        options = Options(recipe=one, report_tokens=report_tokens, **needed)
-        note(f"converting by {one.name}")
-        with tempfile.TemporaryDirectory() as folder:
-            result = convert_model(model, Path(folder) / one.name, options, note, progress_bar)
-        lost = result.about["report"]["kl_mean"]
-        note(f"{one.name}: {result.about['tensor_bytes']:,} bytes, KL {lost:.4f}")
-        rows.append((model, one.name, result.about))
-    if json:
-        print_json({"model": model, "recipes": [about for _, _, about in rows]})
-    else:
-        print_report(rows)
+
+def row(name: str, about: dict[str, Any], found: dict[str, Any]) -> str:
+    cells = [name, f"{about['bits_per_weight']:.2f}", f"{about['tensor_bytes'] / 1e6:.1f}"]
+    cells += [f"{found['perplexity']:.2f}", f"{found['kl_mean']:.4f}", f"{found['kl_p99']:.3f}"]
+    return " | ".join([*cells, f"{found['top1_agreement']:.1%}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print what each recipe costs a model.")
+    parser.add_argument("model", help="a folder, a Hub id, a .gguf file, or starter")
+    parser.add_argument("text", help="the text file to compare on")
+    parser.add_argument("--recipe", action="append", help="one of them; may be given often")
+    parser.add_argument("--calibration", metavar="TEXT", help=f"adds {MEASURED}, measured on it")
+    parser.add_argument("--report-tokens", type=int, default=4_096, help="tokens to compare on")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    asked = parser.parse_args()
+    names = asked.recipe or [*RECIPES, *([MEASURED] if asked.calibration else [])]
+    found = []
+    for name in names:
+        about = report(asked.model, asked.text, name, asked.calibration, asked.report_tokens)
+        print(f"{name}: KL {about['report']['kl_mean']:.4f}", file=sys.stderr, flush=True)
+        found.append(about)
+    if asked.json:
+        print(json.dumps({"model": asked.model, "recipes": found}))
+        return
+    print("recipe | bits | MB | perplexity | KL mean | KL p99 | top-1 same")
+    print("--- | --- | --- | --- | --- | --- | ---")
+    source = found[0]["report"]["source"]["tensor_bytes"] / 1e6
+    print(f"source | | {source:.1f} | {found[0]['report']['source_perplexity']:.2f} | | |")
+    for name, about in zip(names, found, strict=True):
+        print(row(name, about, about["report"]))
 
 
 if __name__ == "__main__":
-    run_script(compare)
+    main()

@@ -12,11 +12,13 @@ from mlx_stream import backend as _backend  # noqa: F401  (OpenBLAS, before MLX 
 from mlx_stream import errors
 
 if TYPE_CHECKING:
+    from mlx_stream.chat.session import ChatSession
     from mlx_stream.engine import Engine
+    from mlx_stream.generate.completion import stream
+    from mlx_stream.generate.stats import Stats
     from mlx_stream.load import Model, load
     from mlx_stream.sampling import Sampling
-    from mlx_stream.session import ChatSession
-    from mlx_stream.stream import Piece, Stats, stream
+    from mlx_stream.text.pieces import Piece
 
 __all__ = [
     "ChatSession",
@@ -31,14 +33,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ChatSession": "mlx_stream.session",
+    "ChatSession": "mlx_stream.chat.session",
     "Engine": "mlx_stream.engine",
     "Model": "mlx_stream.load",
-    "Piece": "mlx_stream.stream",
+    "Piece": "mlx_stream.text.pieces",
     "Sampling": "mlx_stream.sampling",
-    "Stats": "mlx_stream.stream",
+    "Stats": "mlx_stream.generate.stats",
     "load": "mlx_stream.load",
-    "stream": "mlx_stream.stream",
+    "stream": "mlx_stream.generate.completion",
 }
 
 

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_stream import backend, hub
+from mlx_stream import backend
 from mlx_stream.cache import DenseCache, StreamCache
+from mlx_stream.cache.positions import Rope
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, ValueRefused
-from mlx_stream.models import CausalLM
-from mlx_stream.plan.choice import ignore, resolve_window
-from mlx_stream.plan.needs import ring_bytes
-from mlx_stream.rope import Rope
-from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.trace import Traces
-from mlx_stream.weights import DTYPES, Untaken, build, weight_bytes
+from mlx_stream.hub.resolve import resolve
+from mlx_stream.models.compiled import Traces
+from mlx_stream.models.layers import CausalLM
+from mlx_stream.models.layout import ring_bytes
+from mlx_stream.models.weights import DTYPES, Untaken, build, weight_bytes
+from mlx_stream.program.notices import Notify, discard
+from mlx_stream.text.tokenizer import Tokenizer
+from mlx_stream.window import resolve_window
 
 
 def check_memory(weights: int, ring: int) -> None:
@@ -80,7 +82,7 @@ class Model:
         sinks: int | None = None,
         window: int | None = None,
         spare: int = 0,
-        notify: Callable[[str], None] = ignore,
+        notify: Notify = discard,
         kv_bits: int | None = None,
     ) -> StreamCache:
         """Allocate the fixed buffer of one stream.
@@ -128,7 +130,7 @@ class Model:
         )
 
     def resolve_window(
-        self, sinks: int | None, window: int | None, notify: Callable[[str], None] = ignore
+        self, sinks: int | None, window: int | None, notify: Notify = discard
     ) -> tuple[int, int]:
         """Return S and W as they will be: defaults filled in, limits held."""
         return resolve_window(self.config, sinks, window, notify)
@@ -161,7 +163,7 @@ def load(
     dtype: str | None = None,
     keep_quantized: bool | None = None,
     force: bool = False,
-    notify: Callable[[str], None] = ignore,
+    notify: Notify = discard,
     check: Callable[[int, int], None] = check_memory,
 ) -> Model:
     """Load a model from a folder, a Hub id, a `.gguf` file, or `starter`.
@@ -186,7 +188,7 @@ def load(
     backend.prepare_compiling()
     # A Path is always a place on disk; as a string, "starter" would be the starter.
     place = str(source.absolute()) if isinstance(source, Path) else source
-    path = hub.resolve(place, notify)
+    path = resolve(place, notify)
     with named(str(source), path):
         checkpoint = read_checkpoint(path)
         config = read_config(checkpoint.config)

@@ -14,17 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from assistant.door import request
-from assistant.places import AssistantError, places
+from mlx_stream_assistant.paths import AssistantError, places
+from mlx_stream_assistant.socket_server import request
 
-PROGRAM = Path(__file__).parent.parent / "apps" / "assistant"
+PROGRAM = ("-m", "mlx_stream_assistant")
 DEADLINE = 120.0
 # One note of a diary: a heading with its date, text, a line on what it covers.
 ENTRY = re.compile(r"## \d{4}-\d\d-\d\d \d\d:\d\d\n\n(?!#).+?\n\n\*[^\n]+ evicted\*\n\n", re.DOTALL)
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, str(PROGRAM), *map(str, words)]
+    return [sys.executable, *PROGRAM, *map(str, words)]
 
 
 def told(*words: object, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -49,7 +49,7 @@ class Running:
     log: Path
     stdin: Any = subprocess.DEVNULL
     environment: dict[str, str] = field(default_factory=dict)
-    program: tuple[object, ...] = (PROGRAM,)
+    program: tuple[object, ...] = PROGRAM
     stderr: Any = None
 
     def __post_init__(self) -> None:

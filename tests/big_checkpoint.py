@@ -15,10 +15,10 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 import mlx.core as mx
 from tiny import CHAT_TEMPLATE, LLAMA3, SPECIALS, tiny_tokenizer
 
-from mlx_stream.checkpoint.quantize import layout_of
 from mlx_stream.checkpoint.shards import write_json, write_shards
 from mlx_stream.config import read_config
 from mlx_stream.models.layers import Projection
+from mlx_stream.models.layout import layout_of
 
 # Llama-3.2-1B's, but for the ids that end a text: the tokenizer is the tests' own.
 SHAPE = {
@@ -45,7 +45,7 @@ SHAPE = {
 def tensors(raw: dict) -> Iterator[tuple[str, mx.array]]:
     for seed, part in enumerate(layout_of(read_config(raw)).parts):
         if not isinstance(part, Projection):
-            yield f"{part[0]}.weight", mx.ones(part[1], mx.bfloat16)
+            yield f"{part.path}.weight", mx.ones(part.size, mx.bfloat16)
             continue
         shape, scale = (part.outputs, part.inputs), part.inputs**-0.5
         weight = mx.random.normal(shape, mx.bfloat16, scale=scale, key=mx.random.key(seed))

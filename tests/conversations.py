@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from mlx_stream.session import ChatSession
-from mlx_stream.stream import Piece
+from mlx_stream.chat.session import ChatSession
+from mlx_stream.text.pieces import Piece
 
 
 def said(pieces: Iterable[Piece]) -> str:

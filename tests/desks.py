@@ -12,10 +12,10 @@ os.environ["TOGA_BACKEND"] = "toga_dummy"  # of those installed; read when the f
 from shell import DEADLINE
 from toga_dummy.utils import EventLog
 
-from desktop.app import Desktop
-from desktop.desk import Desk
 from mlx_stream import Sampling
 from mlx_stream.engine import Session
+from mlx_stream_desktop.app import Desktop
+from mlx_stream_desktop.controller import Desk
 
 GREEDY = Sampling(temperature=0)
 

@@ -42,8 +42,8 @@ def failing(network: Any) -> Iterator[None]:
 
 def main(trigger: Path, *words: str) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "apps"))
-    from assistant import cli
-    from mlx_stream.engine.hearing import Hearing
+    from mlx_stream.engine.listener_worker import Hearing
+    from mlx_stream_assistant import cli
 
     read = Hearing._read
 

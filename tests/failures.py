@@ -16,8 +16,8 @@ from tiny import tiny_config, write_letters
 
 import mlx_stream
 from mlx_stream import errors
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import Options, begin, open_session
+from mlx_stream.chat.resume import Options, begin, open_session
+from mlx_stream.chat.session_files import paths
 
 QUESTIONS = ("Hello there.", "and the man of the house " * 3)
 NEXT = "Go on."

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from assistant.follow import GRACE, FollowedFile
+from mlx_stream_assistant.tail import GRACE, FollowedFile
 
 
 class Clock:

@@ -17,10 +17,10 @@ import numpy as np
 from reference import stream_nll
 
 import mlx_stream
-from mlx_stream import hub
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.evaluate.score import score
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.hub.resolve import resolve
 from mlx_stream.load import Model
 
 SINKS = (0, 1, 4, 32)
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     options = parser.parse_args()
     model = mlx_stream.load("starter", dtype="float32", keep_quantized=False)
-    raw = read_folder(hub.resolve("starter", print)).config
+    raw = read_folder(resolve("starter", print)).config
     weights = plain_weights(model)
     ids = model.tokenizer.encode(options.text.read_text("utf-8"))
     lines = options.log.read_text().splitlines() if options.log.exists() else []

@@ -37,8 +37,8 @@ QUESTION = "The theory: in 1234 they'll see <|im_end|> Été 東京 🙂 " + "a"
 def load_and_talk(path: Path) -> None:
     """Load a model, complete a text and hold a conversation with it."""
     from mlx_stream import ChatSession, load
-    from mlx_stream.generate import Sampling
-    from mlx_stream.stream import stream
+    from mlx_stream.generate.completion import stream
+    from mlx_stream.sampling import Sampling
 
     model = load(path, keep_quantized=path.stem.endswith("q"))
     "".join(piece.text for piece in stream(model, QUESTION, 3, Sampling(0.0), window=16))
@@ -73,9 +73,9 @@ def read_truly(path: Path) -> None:
 def convert_and_load(path: Path) -> None:
     """Convert a model, which is whole or leaves nothing, and load what came of it."""
     from mlx_stream import load
-    from mlx_stream.checkpoint.recipes import uniform
-    from mlx_stream.conversion import Options, convert_model
     from mlx_stream.errors import MlxStreamError
+    from mlx_stream.quantize.convert import Options, convert_model
+    from mlx_stream.quantize.recipes import uniform
 
     out = path.parent / "out" / "converted"
     shutil.rmtree(out.parent, ignore_errors=True)

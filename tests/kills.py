@@ -26,17 +26,17 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 
 from tiny import tiny_config, tiny_weights, write_tiny
 
-from mlx_stream import snapshot
-from mlx_stream.exchange import Exchange
-from mlx_stream.generate import Sampling
+from mlx_stream.chat import conversation as conversations
+from mlx_stream.chat import manage, resume
+from mlx_stream.chat.conversation import Change, Conversation
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.resume import Options, open_session
+from mlx_stream.chat.session import ChatSession
+from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.store import Store
+from mlx_stream.generate import snapshot
 from mlx_stream.load import Model, load
-from mlx_stream.session import ChatSession
-from mlx_stream.sessions import conversation as conversations
-from mlx_stream.sessions import manage, resume
-from mlx_stream.sessions.conversation import Change, Conversation
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import Options, open_session
-from mlx_stream.sessions.store import Store
+from mlx_stream.sampling import Sampling
 
 PHASES = ("start", "opening", "reply", "commit", "snapshot", "between")
 # Seconds a phase takes, roughly: a kill falls at a random moment of as long.

@@ -25,14 +25,14 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 
 from assistants import Running, Watch, asked, entries, has_caught_up
 
-from assistant.journal import Journal
-from assistant.places import AssistantError, places
-from assistant.settings import SYSTEM
-from mlx_stream import hub
-from mlx_stream.engine.words import Words
+from mlx_stream.chat.prompts import Turns
+from mlx_stream.engine.incremental_encoder import Words
+from mlx_stream.hub.resolve import resolve
 from mlx_stream.load import read_checkpoint
-from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.turns import Turns
+from mlx_stream.text.tokenizer import Tokenizer
+from mlx_stream_assistant.journal import Journal
+from mlx_stream_assistant.paths import AssistantError, places
+from mlx_stream_assistant.settings import SYSTEM
 
 TICK, SAMPLE = 0.25, 5.0
 # Seconds after a start that resident memory may still grow in, and until it has answered something:
@@ -61,7 +61,7 @@ class Experiment:
         self.home.mkdir(parents=True, exist_ok=True)
         self.followed, self.diary = self.home / "novels.txt", self.home / "diary.md"
         self.followed.touch()
-        self.model = hub.resolve(options.model, print)
+        self.model = resolve(options.model, print)
         os.environ["MLX_STREAM_HOME"] = str(self.home / "mlx_stream")
         self.progress = Progress()
         self._kept = self.home / "progress.json"

@@ -26,12 +26,12 @@ from conversations import assert_pinned, assert_well_formed, attended_text, rend
 from tiny import tiny_config, tiny_weights, write_tiny
 
 from mlx_stream.backend import resident_bytes
-from mlx_stream.generate import Sampling
+from mlx_stream.chat.conversation import Conversation
+from mlx_stream.chat.resume import Options, open_session
+from mlx_stream.chat.session_files import paths
 from mlx_stream.load import Model
-from mlx_stream.sessions.conversation import Conversation
-from mlx_stream.sessions.database import files
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import Options, open_session
+from mlx_stream.program.sqlite import files
+from mlx_stream.sampling import Sampling
 
 NAME = "long"
 OPTIONS = Options(

@@ -24,8 +24,9 @@ from tiny import tiny_config
 from tiny_models import make, some_ids, tensors_of
 
 from mlx_stream import backend
-from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
+from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
+from mlx_stream.sampling import Sampler, Sampling
 
 PARTS = 10
 PERCENTILES = {"p50": 50, "p99": 99}

@@ -15,8 +15,8 @@ import huggingface_hub.utils
 import pytest
 from tiny import tiny_config, tiny_weights, write_tiny
 
-from mlx_stream import hub
 from mlx_stream.errors import SourceError
+from mlx_stream.hub.resolve import resolve
 
 CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)
@@ -192,7 +192,7 @@ def served_fixture(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
 
 def refused(source: str) -> str:
     with pytest.raises(SourceError) as error:
-        hub.resolve(source, silent)
+        resolve(source, silent)
     assert "\n" not in str(error.value)
     return str(error.value)
 

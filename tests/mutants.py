@@ -28,13 +28,13 @@ import numpy as np
 from kills import OPTIONS, check_attended, tiny_folder
 from mutations import BELIEVED, DATABASES, SNAPSHOTS
 
+from mlx_stream.chat import manage
+from mlx_stream.chat.conversation import Conversation
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.resume import BYTES_BESIDE, Options, open_session
+from mlx_stream.chat.session_files import paths
 from mlx_stream.errors import MlxStreamError
-from mlx_stream.exchange import Exchange
 from mlx_stream.load import Model, load
-from mlx_stream.sessions import manage
-from mlx_stream.sessions.conversation import Conversation
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import BYTES_BESIDE, Options, open_session
 
 QUESTIONS = ("Hello there.", "And then? Tell me.", "Why äöü €?", "Go on", "x" * 30)
 LONGEST_REPLY = 8

@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream import snapshot
-from mlx_stream.sessions.database import files
-from mlx_stream.sessions.rows import Header, digest, packed, unpacked
+from mlx_stream.chat.schema import Header, digest, packed, unpacked
+from mlx_stream.generate import snapshot
+from mlx_stream.program.sqlite import files
 
 Change = Callable[[Path, Random], None]
 HUGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 10**30)

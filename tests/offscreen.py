@@ -1,6 +1,6 @@
 """The desktop app as a real window that nobody sees: asks, looks, stops; for a test, and by hand.
 
-    QT_QPA_PLATFORM=offscreen TOGA_BACKEND=toga_qt PYTHONPATH=apps \\
+    QT_QPA_PLATFORM=offscreen TOGA_BACKEND=toga_qt \\
         python tests/offscreen.py MODEL FOLDER QUESTION...
 
 Writes FOLDER/large.png while the last reply streams, and FOLDER/small.png, the window made smaller,
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from desktop.app import Desktop
-from desktop.transcript import ending
 from mlx_stream import Sampling
+from mlx_stream_desktop.app import Desktop
+from mlx_stream_desktop.transcript import ending
 
 WINDOW, MAX_TOKENS, SIZE, SMALL = 124, 48, (900, 640), (640, 420)
 

@@ -20,10 +20,10 @@ import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
 
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.evaluate.streameval import likeliest, log_probability
-from mlx_stream.exchange import Exchange
 from mlx_stream.load import Model
-from mlx_stream.session import ChatSession
 
 # What the facts are about, and the answers each may have; which one is right is `facts`'s to say.
 KINDS = {

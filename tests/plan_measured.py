@@ -25,14 +25,18 @@ import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 import mlx.core as mx
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
-from mlx_stream import backend, devices, hub
-from mlx_stream.cache.verify import spare_rows
+from mlx_stream import backend
+from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.config import read_config
-from mlx_stream.generate import PREFILL_CHUNK, Sampler, Sampling, TokenStream, generate
-from mlx_stream.headers import outline_of
+from mlx_stream.generate.token_stream import TokenStream, generate
+from mlx_stream.hub.starter import STARTER
 from mlx_stream.load import Model, load
-from mlx_stream.plan.choice import Asked, Plan, make_plan
-from mlx_stream.plan.needs import shapes_of
+from mlx_stream.models.layout import layout_of
+from mlx_stream.plan import devices
+from mlx_stream.plan.inspect import outline_of
+from mlx_stream.plan.planner import Asked, Plan, make_plan
+from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.window import PREFILL_CHUNK
 
 CONFIG = Path(__file__).parent / "published" / "Llama-3.2-1B.json"
 ALLOWED = 0.05
@@ -52,7 +56,7 @@ def write_model(folder: Path, bits: int) -> Path:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             name = f"model.layers.{layer}.{norm}.weight"
             tensors[name] = mx.ones(config.hidden_size, mx.bfloat16)
-    for part in shapes_of(config).matrices:
+    for part in layout_of(config).matrices:
         spread, shape = part.inputs**-0.5, (part.outputs, part.inputs)
         weight = mx.random.uniform(-spread, spread, shape, mx.bfloat16)
         if bits == 16:
@@ -155,7 +159,7 @@ def report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", default=hub.STARTER, choices=(hub.STARTER, "1b"))
+    parser.add_argument("model", nargs="?", default=STARTER, choices=(STARTER, "1b"))
     parser.add_argument("--window", type=int, default=1_020)
     parser.add_argument("--bits", type=int, default=16, choices=(16, 4))
     parser.add_argument("--dtype")

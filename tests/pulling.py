@@ -3,15 +3,16 @@
 import pytest
 from loopback import REPO, silent
 
-from mlx_stream import hub
 from mlx_stream.errors import MlxStreamError
-from mlx_stream.hub import repository, transfer
+from mlx_stream.hub import repository, resolve, transfer
+from mlx_stream.hub.listing import cached_models
+from mlx_stream.hub.resolve import Pulled
 
 SHARD = "model.safetensors"
 
 
-def pull(revision: str = "main") -> hub.Pulled:
-    return hub.pull(REPO, revision, silent, lambda done, total: None)
+def pull(revision: str = "main") -> Pulled:
+    return resolve.pull(REPO, revision, silent, lambda done, total: None)
 
 
 def refused(revision: str = "main") -> str:
@@ -22,7 +23,7 @@ def refused(revision: str = "main") -> str:
     storage = transfer.storage_of(REPO)
     assert list(storage.glob("refs/*")) == []
     assert repository.find_in_cache(REPO) is None
-    assert hub.cached_models() == []
+    assert cached_models() == []
     return str(error.value)
 
 

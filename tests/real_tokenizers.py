@@ -16,8 +16,8 @@ from test_template import LLAMA_2
 from turn_ids import read_ids, whole_ids
 
 from mlx_stream.errors import TemplateError
-from mlx_stream.template import ChatTemplate
-from mlx_stream.tokenizer import Tokenizer
+from mlx_stream.text.template import ChatTemplate
+from mlx_stream.text.tokenizer import Tokenizer
 
 TALK = [
     ("Hi there", "Hello! What can I do for you?"),

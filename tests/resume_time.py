@@ -21,11 +21,11 @@ import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
 
-from mlx_stream.generate import Sampling
+from mlx_stream.chat.conversation import Conversation
+from mlx_stream.chat.resume import Options, begin, open_session
+from mlx_stream.chat.session_files import paths
 from mlx_stream.load import Model
-from mlx_stream.sessions.conversation import Conversation
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import Options, begin, open_session
+from mlx_stream.sampling import Sampling
 
 NAME = "measured"
 

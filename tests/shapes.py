@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from reference import SlowAttention, rope_inv_freq
 
 from mlx_stream.cache import StreamCache
+from mlx_stream.cache.positions import Rope
 from mlx_stream.config import RopeConfig
-from mlx_stream.rope import Rope
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FAR = 2**62

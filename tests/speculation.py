@@ -13,10 +13,11 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.generate import Sampler, Sampling, TokenStream, number
+from mlx_stream.chat.prompts import Turns
+from mlx_stream.generate.speculative import decode, opener
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model, load
-from mlx_stream.speculate import decode, opener
-from mlx_stream.turns import Turns
+from mlx_stream.sampling import Sampler, Sampling, number
 
 LETTER = """Dear Mr. Holloway, I am writing to let you know that the delivery of the oak table, \
 which was planned for Tuesday the fourth of May, will be late. Our driver, Peter Marsh, broke his \

@@ -34,17 +34,19 @@ def mark(name): marks.append((name, time.perf_counter()))
 import mlx_stream.cli.chat
 mark("import the command line")
 import mlx.core as mx
-from mlx_stream import backend, hub
+from mlx_stream import backend
+from mlx_stream.hub.resolve import resolve
+from mlx_stream.hub.starter import STARTER_SYSTEM
 from mlx_stream.load import read_checkpoint
 from mlx_stream.config import read_config
 from mlx_stream.sessions import places, resume
-from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.weights import Untaken, build
+from mlx_stream.text.tokenizer import Tokenizer
+from mlx_stream.models.weights import Untaken, build
 from mlx_stream.load import load
 mark("import the rest")
 import mlx_stream.cli.prompt, prompt_toolkit, prompt_toolkit.shortcuts
 mark("import the terminal")
-path = hub.resolve(sys.argv[1], print)
+path = resolve(sys.argv[1], print)
 checkpoint = read_checkpoint(path)
 config = read_config(checkpoint.config)
 mark("open the files")
@@ -54,7 +56,7 @@ build(config, Untaken(checkpoint.tensors), mx.float32, sys.argv[2] == "quantized
 mark("read the weights" + ("" if sys.argv[2] == "quantized" else ", dequantize them"))
 model = load(sys.argv[1], "float32", sys.argv[2] == "quantized")
 loaded = time.perf_counter()
-resume.begin(model, resume.Options(system=hub.STARTER_SYSTEM), print)
+resume.begin(model, resume.Options(system=STARTER_SYSTEM), print)
 marks.append(("begin the conversation", marks[-1][1] + time.perf_counter() - loaded))
 print(json.dumps({b[0]: b[1] - a[1] for a, b in zip(marks, marks[1:])}))
 """

@@ -15,8 +15,8 @@ from assistants import Running, Watch, asked, entries, has_caught_up, told
 from tiny import tiny_config, write_letters
 
 import mlx_stream
-from assistant.journal import Journal
-from assistant.places import AssistantError, places
+from mlx_stream_assistant.journal import Journal
+from mlx_stream_assistant.paths import AssistantError, places
 
 KILLS = 3
 SYSTEM = "Be brief."

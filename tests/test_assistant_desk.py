@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 from engines import DEADLINE, GREEDY, engine_of, eventually
 
-from assistant import cli
-from assistant import door as doors
-from assistant.desk import Desk
-from assistant.diary import Diary, markdown
-from assistant.door import Door, request
-from assistant.journal import Arrival, Journal
-from assistant.places import AssistantError
-from assistant.run import SETTLING, Assistant, Wake
-from assistant.settings import Settings
+from mlx_stream_assistant import cli
+from mlx_stream_assistant import socket_server as doors
+from mlx_stream_assistant.daemon import SETTLING, Assistant, Wake
+from mlx_stream_assistant.journal import Arrival, Journal
+from mlx_stream_assistant.notes import Diary, markdown
+from mlx_stream_assistant.paths import AssistantError
+from mlx_stream_assistant.requests import Desk
+from mlx_stream_assistant.settings import Settings
+from mlx_stream_assistant.socket_server import Door, request
 
-APP = Path(__file__).parent.parent / "apps" / "assistant"
+APP = Path(__file__).parent.parent / "apps" / "mlx_stream_assistant"
 NOW = datetime(2026, 11, 27, 14, 5)
 
 
@@ -257,5 +257,7 @@ def test_a_loop_of_links_is_only_a_path(tmp_path):
 
 def test_the_examples_in_its_docstrings_are_true():
     names = [path.stem for path in APP.glob("*.py") if ">>> " in path.read_text(encoding="utf-8")]
-    found = [doctest.testmod(importlib.import_module(f"assistant.{name}")) for name in names]
+    found = [
+        doctest.testmod(importlib.import_module(f"mlx_stream_assistant.{name}")) for name in names
+    ]
     assert len(found) > 4 and all(result.attempted and not result.failed for result in found)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from assistant import door as doors
-from assistant import service
-from assistant.door import Door, request
-from assistant.places import AssistantError, places
-from assistant.power import battery_in, discharging
-from assistant.settings import Settings
+from mlx_stream_assistant import service
+from mlx_stream_assistant import socket_server as doors
+from mlx_stream_assistant.battery import battery_in, discharging
+from mlx_stream_assistant.paths import AssistantError, places
+from mlx_stream_assistant.settings import Settings
+from mlx_stream_assistant.socket_server import Door, request
 
 
 def silent(asked):
@@ -74,7 +74,7 @@ def test_a_request_is_answered_in_lines(served):
 def test_an_answer_that_is_cut_ends_its_line(served, monkeypatch):
     from typer.testing import CliRunner
 
-    from assistant.cli import app
+    from mlx_stream_assistant.cli import app
 
     monkeypatch.setenv("MLX_STREAM_HOME", str(served.parent))
     path = places("main").socket
@@ -153,8 +153,10 @@ def test_an_agent_of_launchd():
     made = service.of(settings(pause_on_battery=True), Path("/l.log"))
     agent = plistlib.loads(service.agent(made))
     assert agent["Label"] == "mlx_stream.assistant.main"
-    program, script, verb, *options = agent["ProgramArguments"]
-    assert Path(program).is_absolute() and Path(script, "__main__.py").exists() and verb == "run"
+    program, *module, verb, first = agent["ProgramArguments"][:6]
+    options = agent["ProgramArguments"][5:]
+    assert Path(program).is_absolute() and verb == "run" and first == options[0]
+    assert module == ["-P", "-m", "mlx_stream_assistant"]
     assert {f"--follow={HARD}", "--notes=/n.md", "--window=508"} < set(options)
     assert options[-1] == "--pause-on-battery"
     assert agent["ProcessType"] == "Adaptive" and agent["RunAtLoad"] is True
@@ -184,7 +186,7 @@ def test_a_unit_of_systemd(tmp_path):
 def test_what_install_writes_is_what_run_would_be_told(home):
     from typer.testing import CliRunner
 
-    from assistant.cli import app
+    from mlx_stream_assistant.cli import app
 
     words = service.words(
         settings(every=5.0, name="n", system="Be $brief.", snapshot_every=2.5, from_end=True)
@@ -232,7 +234,7 @@ def test_commands_that_start_and_stop_it_are_carried_out(home):
 def test_what_cannot_be_done_is_refused_before_it_is_installed(home, words):
     from typer.testing import CliRunner
 
-    from assistant.cli import app
+    from mlx_stream_assistant.cli import app
 
     for verb in ("install", "run"):
         done = CliRunner().invoke(app, [verb, *words])

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from following import Reading, add, rotate
 
-from assistant import follow
-from assistant.follow import CHUNK, GRACE, SETTLED, ending
-from assistant.pipe import StandardInput
-from assistant.text import NotText, decode, whole_characters
+from mlx_stream_assistant import tail
+from mlx_stream_assistant.decode import NotText, decode, whole_characters
+from mlx_stream_assistant.stdin import StandardInput
+from mlx_stream_assistant.tail import CHUNK, GRACE, SETTLED, ending
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_where_bytes_may_end():
     assert ending(b"one two", more=False, growing=False) == 7
     assert ending(b"one two", more=True, growing=False) == 4
     assert ending(b"onetwo\xc3", more=True, growing=False) == 6
-    assert follow.place_of(None) is None
+    assert tail.place_of(None) is None
 
 
 def test_what_is_text():

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from following import Reading, add, rotate, write
 
-from assistant import follow
-from assistant.follow import GRACE
-from assistant.rotation import turn_of
+from mlx_stream_assistant import tail
+from mlx_stream_assistant.rotation import turn_of
+from mlx_stream_assistant.tail import GRACE
 
 
 @pytest.fixture
@@ -117,14 +117,14 @@ def test_a_binary_file_in_between_is_passed_over(path):
 def locked(monkeypatch):
     """Names that may not be opened: root may open what others may not."""
     names: set[str] = set()
-    whole = follow.opened
+    whole = tail.opened
 
     def opened(path: Path) -> int:
         if path.name in names:
             raise PermissionError(13, "Permission denied")
         return whole(path)
 
-    monkeypatch.setattr(follow, "opened", opened)
+    monkeypatch.setattr(tail, "opened", opened)
     return names
 
 
@@ -196,7 +196,7 @@ def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):
     reading = rotated_while_nobody_looked(path)
     look = os.scandir
     entries = lambda folder: nullcontext(iter([Gone(), *look(folder)]))  # noqa: E731
-    monkeypatch.setattr(follow.os, "scandir", entries)
+    monkeypatch.setattr(tail.os, "scandir", entries)
     reading.wait()
     assert reading.taken == b"one\ntwo\nthree\n"
 
@@ -209,7 +209,7 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
     rotate(path)
     write(path, b"three\n", 3)
     reading.restart()
-    whole, opens = follow.opened, itertools.count()
+    whole, opens = tail.opened, itertools.count()
 
     def opened(found: Path) -> int:
         if (number := next(opens)) in (0, 1, 3, 4, 8, 13):
@@ -217,7 +217,7 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
             write(path, b"%d\n" % number, 10 + number)
         return whole(found)
 
-    monkeypatch.setattr(follow, "opened", opened)
+    monkeypatch.setattr(tail, "opened", opened)
     reading.wait(60)
     assert next(opens) > 13
     assert reading.taken == b"one\ntwo\nthree\n0\n1\n3\n4\n8\n13\n"
@@ -225,14 +225,14 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
 
 def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
     reading = rotated_while_nobody_looked(path)
-    whole, again = follow.opened, path.with_name("x.log.2")
+    whole, again = tail.opened, path.with_name("x.log.2")
 
     def opened(found: Path) -> int:
         if not again.exists():
             path.with_name("x.log.1").rename(again)
         return whole(found)
 
-    monkeypatch.setattr(follow, "opened", opened)
+    monkeypatch.setattr(tail, "opened", opened)
     reading.wait(10)
     assert reading.taken == b"one\ntwo\nthree\n"
     assert not [line for line in reading.told if "cannot be read" in line]

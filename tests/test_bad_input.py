@@ -141,7 +141,7 @@ def test_options_of_bench_out_of_range(
     whole: Path, options: list[object], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # mlx-lm itself is not needed to refuse, and is slow to import.
-    monkeypatch.setattr("mlx_stream.evaluate.peer.load_peer", lambda folder, model: None)
+    monkeypatch.setattr("mlx_stream.evaluate.mlx_lm.load_peer", lambda folder, model: None)
     more = () if "--window" in options else ("--window", 64)
     assert expected in one_line("bench", whole, *more, *options)
 
@@ -274,7 +274,7 @@ def test_a_gpu_that_fails_late_is_one_line_and_our_own_mistakes_are_not(
     def late(*_: object, **__: object) -> int:
         raise RuntimeError(said[0])
 
-    monkeypatch.setattr("mlx_stream.generate.number", late)
+    monkeypatch.setattr("mlx_stream.generate.token_stream.number", late)
     result = run("generate", tiny, *ASK, "--max-tokens", 5)
     assert result.code == 1
     assert result.err == (

@@ -8,13 +8,8 @@ from tiny_models import make, tensors_of
 
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.bench import Series, fill, limit, our_build, step_of, their_build
-from mlx_stream.evaluate.costs import (
-    Reading,
-    cache_bytes_read,
-    graph_nodes,
-    weight_bytes_read,
-)
-from mlx_stream.evaluate.prefill import best_of, check, our_reading, prefills, their_reading
+from mlx_stream.evaluate.costs import Reading, cache_bytes_read, graph_nodes, weight_bytes_read
+from mlx_stream.evaluate.prefill_speed import best_of, check, our_reading, prefills, their_reading
 
 LAYERS, HIDDEN, INNER, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 96, 300, 4, 2, 16
 ATTENTION = HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS)

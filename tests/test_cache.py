@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shapes import FAR, Shape, Twins, check_erased, contents, quantized_shapes, read_random, shapes
 
 from mlx_stream.cache import DenseCache, StreamCache
-from mlx_stream.cache.plan import Geometry, Place
-from mlx_stream.cache.steps import Decoding
+from mlx_stream.cache.geometry import Geometry, Place
+from mlx_stream.cache.positions import Rope
+from mlx_stream.cache.steps.decode import Decoding
 from mlx_stream.errors import ValueRefused
-from mlx_stream.rope import Rope
 
 
 class StreamMachine(RuleBasedStateMachine):

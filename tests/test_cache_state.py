@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from shapes import FAR, Shape, check_erased, contents, read_random
 
-from mlx_stream import rope as rope_module
 from mlx_stream.cache import StreamCache
-from mlx_stream.cache import steps as steps_module
+from mlx_stream.cache import positions as rope_module
 from mlx_stream.cache import stream as stream_module
+from mlx_stream.cache.steps import decode as steps_module
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 
 # -- state ----------------------------------------------------------------------------------------
 

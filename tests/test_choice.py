@@ -12,11 +12,11 @@ from tiny import tiny_config
 
 from mlx_stream.backend import CACHE_LIMIT
 from mlx_stream.config import read_config
-from mlx_stream.devices import Device, Figure, find, without_entitlement
 from mlx_stream.errors import DeviceError, ValueRefused
-from mlx_stream.headers import outline_of
-from mlx_stream.plan.choice import (
-    DEFAULT_WINDOW,
+from mlx_stream.plan.devices import Device, Figure, find, without_entitlement
+from mlx_stream.plan.inspect import outline_of
+from mlx_stream.plan.memory import BITS
+from mlx_stream.plan.planner import (
     FITS,
     ITEMSIZES,
     TIGHT,
@@ -27,9 +27,8 @@ from mlx_stream.plan.choice import (
     Plan,
     Planner,
     make_plan,
-    resolve_window,
 )
-from mlx_stream.plan.needs import BITS
+from mlx_stream.window import DEFAULT_WINDOW, resolve_window
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "tests" / "published"

@@ -16,7 +16,7 @@ from tiny import tiny_tokenizer
 import mlx_stream
 from mlx_stream import ChatSession, Sampling
 from mlx_stream.cli import VERBS as REGISTERED
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 
 VERBS = ("chat", "generate", "score", "plan", "devices", "convert", "bench", "doctor", "pull", "ls")
 TEXT = "The man and the other one sat in the shade of a hill, and he said: I see it is so.\n" * 3

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from mlx_stream.chat.exchange import Exchange
 from mlx_stream.cli.commands import COMMANDS, Call, completions, parse, run, status
 from mlx_stream.errors import MlxStreamError, SnapshotError, ValueRefused
-from mlx_stream.exchange import Exchange
-from mlx_stream.stream import Piece, Stats
+from mlx_stream.generate.stats import Stats
+from mlx_stream.text.pieces import Piece
 
 STATS = Stats(
     attended=1012,

@@ -14,8 +14,8 @@ from reference import rope_inv_freq
 from tiny import LLAMA3, YARN, tiny_config
 from transformers import LlamaConfig, MistralConfig
 
+from mlx_stream.cache.positions import Rope, inverse_frequencies
 from mlx_stream.config import ModelConfig, RopeConfig, read_config
-from mlx_stream.rope import Rope, inverse_frequencies
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 

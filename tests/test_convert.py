@@ -16,14 +16,14 @@ from tiny import LLAMA3, MISTRAL, YARN, tiny_config, tiny_weights, write_tiny
 from tiny_models import all_logits, some_ids
 
 from mlx_stream.checkpoint import shards
-from mlx_stream.checkpoint.convert import Converted, convert
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
-from mlx_stream.checkpoint.recipes import Recipe, recipe_named, uniform
 from mlx_stream.config import read_config
 from mlx_stream.errors import CheckpointError, ValueRefused, WeightsError
-from mlx_stream.evaluate.peer import load_peer
+from mlx_stream.evaluate.mlx_lm import load_peer
 from mlx_stream.load import load
+from mlx_stream.quantize.recipes import Recipe, recipe_named, uniform
+from mlx_stream.quantize.write_converted import Converted, convert
 
 # Rows of 128 and 256: every group size divides them.
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}

@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from gguf_files import write_tiny as write_gguf
 from refusals import one_line
 from shell import DEADLINE, done, edit, parsed, program
 from tiny import tiny_config, tiny_weights, write_tiny
 
-from mlx_stream.checkpoint import swap, write
+from mlx_stream.checkpoint import write
 from mlx_stream.checkpoint.folder import read_folder
-from mlx_stream.checkpoint.recipes import recipe_named
+from mlx_stream.program import atomic_replace
+from mlx_stream.quantize.recipes import recipe_named
 
 CONVERT = Path(__file__).parent.parent / "convert"
 WORDS = "the man and the house of the river and the sea in the end " * 40
@@ -123,29 +123,29 @@ def test_a_folder_is_replaced_or_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
 ) -> None:
     if not exchanges:
-        monkeypatch.setattr(swap, "system_call", lambda: None)
-    elif swap.system_call() is None:
+        monkeypatch.setattr(atomic_replace, "system_call", lambda: None)
+    elif atomic_replace.system_call() is None:
         pytest.skip("this system cannot exchange two names")
     new, old = tmp_path / "new", tmp_path / "old"
     for folder in (new, old):
         folder.mkdir()
         (folder / folder.name).touch()
-    swap.put_in_place_of(new, old)
+    atomic_replace.put_in_place_of(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
     with pytest.raises(OSError, match="new"):  # there is none any more
-        swap.put_in_place_of(new, old)
+        atomic_replace.put_in_place_of(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
 
 
 def test_two_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
-    if swap.system_call() is None:
+    if atomic_replace.system_call() is None:
         pytest.skip("this system cannot exchange two names")
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert swap.exchange(tmp_path / "one", tmp_path / "other")
+    assert atomic_replace.exchange(tmp_path / "one", tmp_path / "other")
     assert names(tmp_path / "one") == ["other"] and names(tmp_path / "other") == ["one"]
-    assert not swap.exchange(tmp_path / "one", tmp_path / "none")
+    assert not atomic_replace.exchange(tmp_path / "one", tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -305,38 +305,52 @@ def test_a_sensitive_recipe_gives_what_suffers_more_bits(
 
 
 @pytest.mark.parametrize(
-    ("script", "recipe"), [("phone.py", "uniform_4"), ("laptop.py", "uniform_6")]
+    ("words", "recipe"),
+    [
+        (["phone"], "uniform_4"),
+        (["laptop"], "uniform_6"),
+        (["laptop", "--bits", "8"], "uniform_8"),
+        (["phone", "--calibration", "TEXT"], "sensitive_4_6"),
+    ],
 )
-def test_the_recipes_of_a_checkout_run(
-    source: Path, tmp_path: Path, script: str, recipe: str
+def test_presets_run(
+    source: Path, text: Path, tmp_path: Path, words: list[str], recipe: str
 ) -> None:
-    command = [sys.executable, str(CONVERT / script), str(source), str(tmp_path / "out")]
+    preset, *options = [str(text) if word == "TEXT" else word for word in words]
+    command = [sys.executable, str(CONVERT / "presets.py"), preset, str(source)]
+    command += [str(tmp_path / "out"), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
     about = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert about["recipe"] == recipe and recipe_named(about["recipe"])
+    if preset == "phone":
+        assert about["dtype"] == "float16"
     result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
 
 
+def test_recipes_are_compared_on_a_text(source: Path, text: Path) -> None:
+    command = [sys.executable, str(CONVERT / "compare.py"), str(source), str(text)]
+    options = ["--recipe", "uniform_8", "--recipe", "uniform_3", "--report-tokens", "300"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0
+    assert [line.split(" |")[0] for line in done.stdout.splitlines()[2:]] == [
+        *("source", "uniform_8", "uniform_3")
+    ]
+    lost = [float(line.split(" | ")[4]) for line in done.stdout.splitlines()[3:]]
+    assert 0 < lost[0] < lost[1]
+    none = subprocess.run([*command, "--recipe", "none"], capture_output=True, timeout=DEADLINE)
+    assert none.returncode == 1 and none.stdout == b""
+
+
 @pytest.mark.parametrize("script", sorted(path.name for path in CONVERT.glob("*.py")))
-def test_a_recipe_of_a_checkout_says_what_it_takes(script: str) -> None:
+def test_a_script_says_what_it_takes(script: str) -> None:
     # A script of this name would shadow the package for those beside it.
     assert script != "gguf.py"
     command = [sys.executable, str(CONVERT / script), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     assert result.returncode == 0 and result.stderr == ""
-    assert "Arguments:" in result.stdout and "--help" in result.stdout
     table = (CONVERT / "README.md").read_text(encoding="utf-8")
     assert f"`{script} " in table
-
-
-def test_from_gguf_is_for_gguf(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf", "Q4_1")
-    script, out = str(CONVERT / "from_gguf.py"), tmp_path / "out"
-    for source, code in ((tmp_path, 1), (tmp_path / "tiny.gguf", 0)):
-        command = [sys.executable, script, str(source), str(out)]
-        assert subprocess.run(command, capture_output=True, timeout=DEADLINE).returncode == code
-    assert read_folder(out).config["quantization"]["group_size"] == 32
 
 
 def on_a_device(budget: int) -> None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from desks import chat_of, desk, until
 
-from mlx_stream.sessions import manage, places
-from mlx_stream.sessions.lock import Lock
+from mlx_stream.chat import manage, session_files
+from mlx_stream.program.lock import Lock
 
 
 def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
@@ -90,7 +90,7 @@ def test_a_conversation_open_elsewhere_is_refused_in_a_line_and_can_be_opened_la
         async with desk(letters) as one:
             await one.send("First?")
             await one.begin()
-            with Lock.acquire(places.paths("first").lock):
+            with Lock.acquire(session_files.paths("first").lock):
                 await one.open("first")
                 assert one.alarming and "'first'" in one.notice and "\n" not in one.notice
                 await one.send("Lost?")

@@ -28,14 +28,7 @@ def test_a_real_window_shows_a_conversation_the_gauge_and_no_markup(letters, tmp
         pytest.skip(reason)
     from PIL import Image
 
-    apps = str(SCRIPT.parent.parent / "apps")
-    path = os.pathsep.join([apps, os.environ.get("PYTHONPATH", "")])
-    env = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "QT_QPA_PLATFORM": "offscreen",
-        "TOGA_BACKEND": "toga_qt",
-    }
+    env = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "TOGA_BACKEND": "toga_qt"}
     questions = ["What is <b>this</b>?", "Go on."]
     run = subprocess.run(
         [sys.executable, SCRIPT, letters, tmp_path, *questions],

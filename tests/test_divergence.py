@@ -10,15 +10,15 @@ from tiny import MISTRAL, tiny_config
 from tiny_models import all_logits, make, some_ids, tensors_of
 
 from mlx_stream.checkpoint import shards
-from mlx_stream.checkpoint.convert import convert
 from mlx_stream.checkpoint.folder import read_folder
-from mlx_stream.checkpoint.recipes import uniform
 from mlx_stream.config import Quantization
 from mlx_stream.errors import TextError, WeightsError
 from mlx_stream.evaluate.divergence import Divergence, compare
 from mlx_stream.evaluate.sensitivity import PARTS, measure
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.quantize.recipes import uniform
+from mlx_stream.quantize.write_converted import convert
 
 IDS = some_ids(150)
 

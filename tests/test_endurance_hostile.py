@@ -13,8 +13,8 @@ from refusals import one_line
 from shell import done
 
 import mlx_stream
-from mlx_stream import snapshot
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate import snapshot
+from mlx_stream.generate.token_stream import TokenStream
 
 SEGMENT = 64
 SETTINGS = ("--window", 30, "--segment", SEGMENT, "--chunk", 24, "--no-fresh")

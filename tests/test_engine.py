@@ -12,7 +12,7 @@ from engines import DEADLINE, GREEDY, LONG, alone, engine_of, eventually, said, 
 
 import mlx_stream
 from mlx_stream import errors
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 
 QUESTIONS = {0: ("Hello.", LONG, "And?"), 1: ("Hi there", "What?", LONG), 2: (LONG, LONG)}
 OPTIONS = {"window": 200, "max_tokens": 40}

@@ -9,7 +9,7 @@ from engines import DEADLINE, GREEDY, LONG, engine_of, eventually, said, togethe
 
 import mlx_stream
 from mlx_stream import errors
-from mlx_stream.engine.core import Core
+from mlx_stream.engine.model_host import Core
 
 CLOSED = "closed before this was done"
 

@@ -12,9 +12,9 @@ from tiny_models import all_logits, make, some_ids, tensors_of
 
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import latency, readers, sweeps
+from mlx_stream.evaluate.corpus import Text
 from mlx_stream.evaluate.perplexity import SETTINGS, Setting, Spec, measure, parse
 from mlx_stream.evaluate.report import Report, perplexity
-from mlx_stream.evaluate.text import Text
 from mlx_stream.load import Model
 
 Make = Callable[..., Model]

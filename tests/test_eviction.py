@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
+from mlx_stream.chat.resume import Options, begin, open_session
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import TextError, ValueRefused
-from mlx_stream.generate import Sampling, TokenStream
-from mlx_stream.session import ChatSession
-from mlx_stream.sessions.resume import Options, begin, open_session
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.sampling import Sampling
 
 QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
 # Say the system prompt in the first question, as Llama 2 does, or have no word for it.

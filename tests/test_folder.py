@@ -13,12 +13,7 @@ from tiny import CHAT_TEMPLATE, stored_as, tiny_config, tiny_weights, write_tiny
 
 from mlx_stream.checkpoint import folder
 from mlx_stream.checkpoint.folder import INDEX, missing_files, read_folder
-from mlx_stream.errors import (
-    CheckpointError,
-    SourceError,
-    TokenizerError,
-    WeightsError,
-)
+from mlx_stream.errors import CheckpointError, SourceError, TokenizerError, WeightsError
 
 CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_stream.cli.harmless import Harmless, harmless
+from mlx_stream.program.escape import Harmless, harmless
 
 # Zero-width non-joiner and joiner; Arabic, Syriac and Kaithi signs that have a shape.
 SHAPED = {0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x600, 0x606)}

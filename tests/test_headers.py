@@ -21,14 +21,14 @@ from shell import edit
 from test_weights import FOUR_BITS, MIXED, QUANTIZABLE, quantize
 from tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
 
-from mlx_stream import devices
-from mlx_stream.cache.verify import SPARE
+from mlx_stream.cache.steps.verify import SPARE
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.write import write_folder
 from mlx_stream.errors import CheckpointError, ConfigError, SourceError, WeightsError
-from mlx_stream.headers import outline_of
 from mlx_stream.load import load
-from mlx_stream.plan.choice import Asked, make_plan
+from mlx_stream.plan import devices
+from mlx_stream.plan.inspect import outline_of
+from mlx_stream.plan.planner import Asked, make_plan
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -172,9 +172,9 @@ def test_of_shards_on_the_hub_every_header_is_read(served: Hub, tmp_path):
 
 
 def test_a_cached_model_is_read_without_the_network(served: Hub):
-    from mlx_stream import hub
+    from mlx_stream.hub.resolve import resolve
 
-    hub.resolve(REPO, silent)
+    resolve(REPO, silent)
     served.asked.clear()
     assert outline_of(REPO, never).stored
     assert served.asked == []

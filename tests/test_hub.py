@@ -25,8 +25,10 @@ from loopback import (  # noqa: F401 (pytest)
 )
 from tiny import write_tiny
 
-from mlx_stream import hub
 from mlx_stream.checkpoint.folder import read_folder
+from mlx_stream.hub.listing import CachedModel, cached_models
+from mlx_stream.hub.resolve import resolve
+from mlx_stream.hub.starter import starter_folder
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -40,8 +42,8 @@ def test_an_existing_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "HOME").mkdir()
     (tmp_path / "HOME" / "a.GGUF").touch()
     for source in ("org/name", "./org/name", str(tmp_path / "org"), "org", "."):
-        assert hub.resolve(source, never) == Path(source)
-    assert hub.resolve("~/a.GGUF", never) == tmp_path / "HOME" / "a.GGUF"
+        assert resolve(source, never) == Path(source)
+    assert resolve("~/a.GGUF", never) == tmp_path / "HOME" / "a.GGUF"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,9 @@ def test_another_file_is_not_a_model(tmp_path: Path) -> None:
 
 
 def test_importing_the_hub_imports_nothing_slow() -> None:
-    code = "import sys, mlx_stream.hub; print([m for m in sys.modules if 'huggingface' in m])"
+    code = (
+        "import sys, mlx_stream.hub.resolve; print([m for m in sys.modules if 'huggingface' in m])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
 
 
@@ -77,23 +81,23 @@ def test_only_what_we_read_is_fetched_and_only_once(model: Path, served: Hub) ->
     (model / "onnx" / "model.safetensors").write_bytes(b"not for us")
     (model / "chat_template.jinja").write_text("{{ messages }}")
     lines: list[str] = []
-    found = hub.resolve(REPO, lines.append)
+    found = resolve(REPO, lines.append)
     assert lines == [f"fetching {REPO} from the Hugging Face Hub"]
     assert served.fetched() == wanted | {"chat_template.jinja"}
     assert read_folder(found).tensors.keys() == WEIGHTS.keys()
     served.asked.clear()
-    assert hub.resolve(REPO, never) == found
+    assert resolve(REPO, never) == found
     assert served.asked == []
 
 
 def test_a_cached_model_opens_with_the_hub_gone_or_forbidden(
     served: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = hub.resolve(REPO, silent)
+    found = resolve(REPO, silent)
     use_endpoint(monkeypatch, NOBODY)
-    assert hub.resolve(REPO, never) == found
+    assert resolve(REPO, never) == found
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert hub.resolve(REPO, never) == found
+    assert resolve(REPO, never) == found
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -101,7 +105,7 @@ def test_an_incomplete_cache_is_completed(
     tmp_path: Path, served: Hub, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
     served.repos[REPO] = write_tiny(tmp_path / "sharded", CONFIG, WEIGHTS, shards=3)
-    found = hub.resolve(REPO, silent)
+    found = resolve(REPO, silent)
     if not listed:  # as other programs and older versions of the library leave it
         for listing in found.parent.parent.glob("trees/*"):
             listing.unlink()
@@ -109,20 +113,22 @@ def test_an_incomplete_cache_is_completed(
     use_endpoint(monkeypatch, NOBODY)
     assert "cannot be reached" in refused(REPO)
     use_endpoint(monkeypatch, served.endpoint)
-    assert hub.resolve(REPO, silent) == found
+    assert resolve(REPO, silent) == found
     assert read_folder(found).tensors.keys() == WEIGHTS.keys()
 
 
 def test_a_lost_template_makes_the_cache_incomplete(model: Path, served: Hub) -> None:
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    found = hub.resolve(REPO, silent)
+    found = resolve(REPO, silent)
     (found / "chat_template.jinja").unlink()
-    assert hub.resolve(REPO, silent) == found
+    assert resolve(REPO, silent) == found
     assert (found / "chat_template.jinja").is_file()
 
 
 def test_what_the_environment_says_about_the_hub_holds(served: Hub, tmp_path: Path) -> None:
-    code = f"from mlx_stream import hub; print(hub.resolve({REPO!r}, lambda line: None))"
+    code = (
+        f"from mlx_stream.hub.resolve import resolve; print(resolve({REPO!r}, lambda line: None))"
+    )
     env = {**os.environ, "HF_ENDPOINT": served.endpoint, "HF_HOME": str(tmp_path / "elsewhere")}
 
     def run(**more: str) -> subprocess.CompletedProcess[str]:
@@ -171,18 +177,18 @@ def test_a_repository_without_safetensors(model: Path, served: Hub) -> None:
 def test_models_in_the_caches_are_listed(
     model: Path, tmp_path: Path, home: Path, served: Hub
 ) -> None:
-    assert hub.cached_models() == []
-    found = hub.resolve(REPO, silent)
+    assert cached_models() == []
+    found = resolve(REPO, silent)
     served.repos["org/other"] = write_tiny(tmp_path / "other", CONFIG, WEIGHTS)
-    other = hub.resolve("org/other", silent) / "config.json"
+    other = resolve("org/other", silent) / "config.json"
     other.unlink()  # as another program may have it
     other.write_text(json.dumps({**CONFIG, "model_type": "gpt2"}))
-    write_tiny(hub.starter_folder(), CONFIG, WEIGHTS)
+    write_tiny(starter_folder(), CONFIG, WEIGHTS)
     size = sum(path.stat().st_size for path in model.iterdir())
-    assert hub.cached_models() == [
-        hub.CachedModel(REPO, found, size, "hub"),
-        hub.CachedModel("starter", hub.starter_folder(), size, "starter"),
+    assert cached_models() == [
+        CachedModel(REPO, found, size, "hub"),
+        CachedModel("starter", starter_folder(), size, "starter"),
     ]
     (found / "model.safetensors").unlink()
-    (hub.starter_folder() / "model.safetensors").write_bytes(b"cut")
-    assert hub.cached_models() == []
+    (starter_folder() / "model.safetensors").write_bytes(b"cut")
+    assert cached_models() == []

@@ -14,12 +14,13 @@ from tiny import tiny_config, tiny_weights, write_tiny
 import mlx_stream
 from mlx_stream import backend
 from mlx_stream.cache import StreamCache
-from mlx_stream.generate import Sampling, TokenStream
-from mlx_stream.rope import Rope
-from mlx_stream.session import ChatSession
-from mlx_stream.stream import Reply
-from mlx_stream.template import ChatTemplate, user
-from mlx_stream.template.meter import METER, TURNOVER, metered
+from mlx_stream.cache.positions import Rope
+from mlx_stream.chat.session import ChatSession
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.sampling import Sampling
+from mlx_stream.text.pieces import Reply
+from mlx_stream.text.template import ChatTemplate, user
+from mlx_stream.text.template.meter import METER, TURNOVER, metered
 
 IDS = [int(i) for i in np.random.default_rng(5).integers(3, 290, 400)]
 

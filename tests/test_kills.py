@@ -15,13 +15,13 @@ import pytest
 from faults import fault
 from kills import OPTIONS, Kills, check_attended, left_over, tiny_folder
 
-from mlx_stream import snapshot
+from mlx_stream.chat import manage
+from mlx_stream.chat.conversation import Conversation
+from mlx_stream.chat.resume import open_session
+from mlx_stream.chat.session_files import paths
 from mlx_stream.errors import SessionError, SnapshotError
+from mlx_stream.generate import snapshot
 from mlx_stream.load import Model, load
-from mlx_stream.sessions import manage
-from mlx_stream.sessions.conversation import Conversation
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import open_session
 
 KILLS = 12
 NOWHERE = -1
@@ -143,7 +143,7 @@ import mlx_stream
 from faults import fault
 from kills import OPTIONS
 from mlx_stream.load import load
-from mlx_stream.sessions.resume import open_session
+from mlx_stream.chat.resume import open_session
 conversation = open_session("x", load(Path(sys.argv[1]), dtype="float32"), OPTIONS)
 for _ in conversation.reply("And?"):
     pass

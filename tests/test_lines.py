@@ -13,8 +13,8 @@ import pytest
 import typer.main
 
 import mlx_stream
-from assistant.cli import app as assistant
 from mlx_stream.cli import app
+from mlx_stream_assistant.cli import app as assistant
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mlx_stream"
@@ -25,33 +25,22 @@ README = (ROOT / "README.md").read_text("utf-8")
 ROOMS = [
     "backend",
     "errors",
+    "program",
     "config",
-    "rope",
-    "cache",
-    "models",
-    "weights",
-    "checkpoint",
-    "devices",
-    "plan",
-    "template",
-    "tokenizer",
-    "hub",
-    "headers",
     "sampling",
-    "trace",
+    "window",
+    "cache",
+    "checkpoint",
+    "models",
+    "text",
+    "hub",
     "load",
+    "plan",
     "generate",
-    "speculate",
-    "stream",
-    "snapshot",
-    "exchange",
-    "turns",
-    "attended",
-    "session",
-    "sessions",
-    "engine",
     "evaluate",
-    "conversion",
+    "quantize",
+    "chat",
+    "engine",
     "selftest",
     "cli",
 ]
@@ -65,16 +54,16 @@ DISTRIBUTIONS = {
 # Extras that a verb may ask for; `dev` is for working on the project.
 OPTIONAL = ("eval", "llama-cpp")
 MAY_IMPORT_MLX_LM = {"evaluate"}
-MAY_PRINT = {"cli"}
+MAY_PRINT = {"cli", "program"}
 MAY_EVALUATE = {
     "generate",
     "sampling",  # its numbers, once
-    "weights",
+    "models",  # weights, once, when a model is built
     "checkpoint",
+    "quantize",
     "evaluate",
     "selftest",
-    "rope",  # frequencies, once, when a model is built
-    "cache",  # buffers, once, when a stream is made or restored
+    "cache",  # frequencies and buffers, once, when a stream is made or restored
 }
 
 
@@ -158,7 +147,7 @@ def commands_of(group: Any, before: str = "") -> dict[str, Any]:
 COMMANDS = commands_of(typer.main.get_command(app))
 PROGRAMS = {
     "mlx_stream": COMMANDS,
-    "apps/assistant": commands_of(typer.main.get_command(assistant)),
+    "mlx_stream_assistant": commands_of(typer.main.get_command(assistant)),
 }
 
 

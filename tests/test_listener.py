@@ -15,7 +15,8 @@ from tiny import tiny_config, tiny_weights, write_tiny
 import mlx_stream
 from mlx_stream import errors
 from mlx_stream.cache import StreamCache
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate import snapshot
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.sampling import Sampling
 
 TEXT = pydoc_data.topics.topics["compound"][:4_000]
@@ -339,12 +340,12 @@ def test_a_snapshot_that_will_not_do_is_not_used_and_that_is_said(
 
 
 def test_forged_headers_are_refused(engine, tmp_path):
-    from mlx_stream.engine.saved import kept_of
+    from mlx_stream.engine.listener_snapshot import kept_of
 
     listener = engine.listen(window=60)
     path = tmp_path / "stream.safetensors"
     listener.save(path, {"n": 1, "s": "x"})
-    about = mlx_stream.snapshot.load(path).about
+    about = snapshot.load(path).about
     assert kept_of(about, 300).note == {"n": 1, "s": "x"}
     for name, wrong in (
         *((name, None) for name in about),

@@ -14,12 +14,12 @@ from kills import OPTIONS, check_attended
 from mutants import Judge, line_of, make_place, run, say, summary
 from mutations import rewrite
 
+from mlx_stream.chat import manage
+from mlx_stream.chat.resume import open_session
+from mlx_stream.chat.schema import Header
+from mlx_stream.chat.session_files import paths
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.load import load
-from mlx_stream.sessions import manage
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import open_session
-from mlx_stream.sessions.rows import Header
 
 COUNT = 100
 

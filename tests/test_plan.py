@@ -4,7 +4,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from shapes import FAR
 
-from mlx_stream.cache.plan import BLOCK, STEP_LENGTHS, Geometry, Place, padded
+from mlx_stream.cache.geometry import BLOCK, STEP_LENGTHS, Geometry, Place, padded
 
 
 def test_the_worked_example():

@@ -10,9 +10,10 @@ from refusals import one_line
 from shell import DEADLINE, done, parsed, program, run
 from tiny import tiny_config, tiny_weights, write_tiny
 
-from mlx_stream import backend, devices
-from mlx_stream.cache.verify import SPARE
+from mlx_stream import backend
+from mlx_stream.cache.steps.verify import SPARE
 from mlx_stream.load import load
+from mlx_stream.plan import devices
 
 PUBLISHED = Path(__file__).parent / "published"
 ONE = PUBLISHED / "Llama-3.2-1B.json"

@@ -26,9 +26,11 @@ from pulling import SHARD, blobs, pull, refused
 from shell import GREEDY, edit, parsed, program
 from shell import run as run_here
 
-from mlx_stream import hub
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.hub import repository, transfer
+from mlx_stream.hub.listing import cached_models
+from mlx_stream.hub.resolve import pull as pull_from_hub
+from mlx_stream.hub.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -55,7 +57,7 @@ def test_a_model_is_pinned_to_a_commit_and_opens_without_the_hub(
     served.server.shutdown()
     served.server.server_close()
     use_endpoint(monkeypatch, NOBODY)
-    assert hub.resolve(REPO, never) == found.path
+    assert resolve(REPO, never) == found.path
     asked = run_here("chat", REPO, *GREEDY, "--max-tokens", 3, stdin="Hello\n")
     assert (asked.code, asked.err) == (0, "")
     assert read_folder(found.path).tensors.keys() == WEIGHTS.keys()
@@ -81,7 +83,7 @@ def test_pulling_again_fetches_only_what_is_new(served: Hub) -> None:
     edit(served.repos[REPO] / "generation_config.json", eos_token_id=1)
     second = pull()
     assert second.commit == OTHER and served.fetched() == {"generation_config.json"}
-    assert hub.resolve(REPO, never) == second.path != first.path
+    assert resolve(REPO, never) == second.path != first.path
     assert read_folder(first.path).generation_config["eos_token_id"] == 2
 
 
@@ -106,7 +108,7 @@ def test_offline_the_cache_is_what_there_is(served: Hub, monkeypatch: pytest.Mon
     found = pull()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     lines: list[str] = []
-    assert hub.pull(REPO, "main", lines.append, lambda *_: None) == found
+    assert pull_from_hub(REPO, "main", lines.append, lambda *_: None) == found
     assert "may be old" in lines[0]
 
 
@@ -169,14 +171,14 @@ def test_a_busy_hub_is_asked_again(served: Hub, monkeypatch: pytest.MonkeyPatch)
 
 KILLED = """
 import os, sys
-from mlx_stream import hub
 from mlx_stream.hub import repository
+from mlx_stream.hub.resolve import pull
 
 def stop(done, total):
     if done > 3 * total // 4:
         os._exit(9)
 
-hub.pull(sys.argv[1], "main", print, stop)
+pull(sys.argv[1], "main", print, stop)
 """
 
 
@@ -185,7 +187,7 @@ def test_a_killed_download_looks_like_none_and_is_gone_on_with(served: Hub) -> N
     env = {**os.environ, "HF_ENDPOINT": served.endpoint}
     killed = subprocess.run([sys.executable, "-c", KILLED, REPO], env=env, capture_output=True)
     assert killed.returncode == 9, killed.stderr
-    assert hub.cached_models() == [] and repository.find_in_cache(REPO) is None
+    assert cached_models() == [] and repository.find_in_cache(REPO) is None
     served.ranges.clear()
     pull()
     assert served.ranges[0][1] > 0
@@ -248,5 +250,5 @@ def test_the_program_says_in_one_line_what_is_wrong(served: Hub) -> None:
 
 def test_progress_is_told_in_bytes(served: Hub) -> None:
     told: list[tuple[int, int]] = []
-    total = hub.pull(REPO, "main", silent, lambda *count: told.append(count)).bytes
+    total = pull_from_hub(REPO, "main", silent, lambda *count: told.append(count)).bytes
     assert told[-1] == (total, total) and [done for done, _ in told] == sorted(d for d, _ in told)

@@ -7,16 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
-from mlx_stream.checkpoint.recipes import (
-    ENDS,
-    RECIPES,
-    matrix_bytes,
-    recipe_named,
-    settle,
-    uniform,
-)
 from mlx_stream.config import QUANTIZATION_MODES, Quantization
 from mlx_stream.errors import ValueRefused
+from mlx_stream.models.layout import matrix_bytes
+from mlx_stream.quantize.recipes import ENDS, RECIPES, recipe_named, settle, uniform
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PARTS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -69,7 +63,7 @@ def test_what_mlx_has_not_is_refused(make, why: str) -> None:
 
 
 def total(recipe, elements: dict[str, int], layers: int) -> int:
-    return sum(matrix_bytes(n, recipe.quantized(path, layers)) for path, n in elements.items())
+    return sum(matrix_bytes(n, recipe.quantized(path, layers), 2) for path, n in elements.items())
 
 
 @given(

@@ -13,11 +13,11 @@ from shell import edit
 from tiny import tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
+from mlx_stream.chat.resume import Options, begin, header_of, open_session
+from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError, ValueRefused
-from mlx_stream.generate import Sampling
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import Options, begin, header_of, open_session
-from mlx_stream.sessions.store import Store
+from mlx_stream.sampling import Sampling
 
 QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
 OPTIONS = Options(
@@ -328,7 +328,7 @@ def test_a_model_s_folder_is_remembered_whole(folder, monkeypatch):
 
 
 def test_a_snapshot_is_written_now_and_then(model, monkeypatch):
-    from mlx_stream.sessions import conversation as module
+    from mlx_stream.chat import conversation as module
 
     conversation = opened(model)
     said(conversation.reply("One?"))

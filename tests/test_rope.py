@@ -6,9 +6,9 @@ import pytest
 import reference
 from tiny import LLAMA3, YARN, tiny_config
 
+from mlx_stream.cache.positions import Rope, inverse_frequencies
 from mlx_stream.cache.stream import CLOCK_LIMIT
 from mlx_stream.config import read_config
-from mlx_stream.rope import Rope, inverse_frequencies
 
 PLACES = (0, 1, 1_000, CLOCK_LIMIT - 1)
 

@@ -7,14 +7,15 @@ import mlx.core as mx
 import pytest
 from shell import done, parsed, run
 
-from mlx_stream import backend, selftest, snapshot
+from mlx_stream import backend, selftest
 from mlx_stream.cache import StreamCache
-from mlx_stream.cache.plan import Geometry
-from mlx_stream.cache.steps import DecodeStep
-from mlx_stream.rope import Rope
+from mlx_stream.cache.geometry import Geometry
+from mlx_stream.cache.positions import Rope
+from mlx_stream.cache.steps.decode import DecodeStep
+from mlx_stream.generate import snapshot
 from mlx_stream.sampling import Sampling
 from mlx_stream.selftest import kernels, streams
-from mlx_stream.selftest.made import made
+from mlx_stream.selftest.tiny_model import made
 
 
 @pytest.fixture(scope="module")

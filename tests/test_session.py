@@ -10,9 +10,10 @@ from tiny import tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
 from mlx_stream import backend
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
-from mlx_stream.generate import Sampling, TokenStream
-from mlx_stream.session import ChatSession
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.sampling import Sampling
 
 QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on")
 

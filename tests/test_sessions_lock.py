@@ -12,16 +12,9 @@ import pytest
 from test_store import refusal
 
 import mlx_stream
-from mlx_stream.sessions.lock import Lock
-from mlx_stream.sessions.places import (
-    cache_folder,
-    check_name,
-    data_folder,
-    latest,
-    names,
-    paths,
-    private,
-)
+from mlx_stream.chat.session_files import check_name, latest, names, paths
+from mlx_stream.program.lock import Lock
+from mlx_stream.program.paths import cache_folder, data_folder, private
 
 # The package is a stand-in, because importing the real one takes longer than the test.
 PROGRAM = f"""
@@ -31,7 +24,7 @@ package = types.ModuleType("mlx_stream")
 package.__path__ = {mlx_stream.__path__!r}
 sys.modules["mlx_stream"] = package
 from mlx_stream.errors import SessionError
-from mlx_stream.sessions.lock import Lock
+from mlx_stream.program.lock import Lock
 path = Path(sys.argv[1])
 """
 HOLD = """

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import some_ids
 
-from mlx_stream import snapshot
 from mlx_stream.errors import SnapshotError, ValueRefused
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate import snapshot
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 
 Make = Callable[..., Model]

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from tiny_models import some_ids
 
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate import Sampler, Sampling, TokenStream, generate
-from mlx_stream.speculate import DraftModel, Pace, Past, Speculator, decode, opener
-from mlx_stream.speculate.past import LENGTHS
+from mlx_stream.generate.draft_length import Pace
+from mlx_stream.generate.draft_model import DraftModel
+from mlx_stream.generate.ngram import LENGTHS, Past
+from mlx_stream.generate.speculative import Speculator, decode, opener
+from mlx_stream.generate.token_stream import TokenStream, generate
+from mlx_stream.sampling import Sampler, Sampling
 
 SAMPLINGS = [
     Sampling(0),

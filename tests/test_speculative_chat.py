@@ -9,13 +9,14 @@ from test_interrupts import interrupt_at
 from test_speculate import Eager
 from tiny import tiny_config, tiny_weights, write_tiny
 
+from mlx_stream.chat.resume import Options, begin, open_session
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate import Sampling
+from mlx_stream.generate.completion import stream
+from mlx_stream.generate.speculative import Speculator
+from mlx_stream.generate.stats import Stats
 from mlx_stream.load import load
-from mlx_stream.session import ChatSession
-from mlx_stream.sessions.resume import Options, begin, open_session
-from mlx_stream.speculate import Speculator
-from mlx_stream.stream import Stats, stream
+from mlx_stream.sampling import Sampling
 
 QUESTIONS = ("the the the", "sand the sand", "What is the sand?", "the", "of the sand in the sand")
 

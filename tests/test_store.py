@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_stream
+from mlx_stream.chat import schema
+from mlx_stream.chat.exchange import FINISHES, Exchange
+from mlx_stream.chat.export import as_json, markdown
+from mlx_stream.chat.store import Header, Progress, Store
 from mlx_stream.errors import SessionError
-from mlx_stream.exchange import FINISHES, Exchange
-from mlx_stream.sessions import database
-from mlx_stream.sessions.export import as_json, markdown
-from mlx_stream.sessions.store import Header, Progress, Store
 
 START = Progress(1, "00ff")
 HEADER = Header.new(
@@ -181,8 +181,8 @@ def test_sqlite_is_set_to_lose_nothing_and_trust_nothing(store: Store) -> None:
         "cell_size_check": 1,
         "mmap_size": 0,
         "temp_store": 2,
-        "user_version": len(database.MIGRATIONS),
-        "application_id": database.APPLICATION_ID,
+        "user_version": len(schema.MIGRATIONS),
+        "application_id": schema.APPLICATION_ID,
     }
     found = {name: store.connection.execute(f"PRAGMA {name}").fetchone() for name in wanted}
     # A build without a feature has no such setting.
@@ -206,7 +206,7 @@ def test_sqlite_is_set_to_lose_nothing_and_trust_nothing(store: Store) -> None:
     ids=lambda change: f"{change!r:.30}",
 )
 def test_what_cannot_be_stored(store: Store, change: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_stream.sessions.store.LONGEST_ROW", 2**16)
+    monkeypatch.setattr("mlx_stream.chat.store.LONGEST_ROW", 2**16)
     for method in (store.append, store.replace):
         refusal(method, replace(ODD[0], **change), START)
     assert store.exchanges() == ODD and store.progress == Progress(4, "04")
@@ -275,18 +275,18 @@ def test_a_log_left_by_another_is_not_read(path: Path) -> None:
 def test_versions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept(path, ODD)
     with monkeypatch.context() as patch:
-        half = (*database.MIGRATIONS, ("CREATE TABLE more (x INTEGER) STRICT", "no SQL"))
-        patch.setattr(database, "MIGRATIONS", half)
+        half = (*schema.MIGRATIONS, ("CREATE TABLE more (x INTEGER) STRICT", "no SQL"))
+        patch.setattr(schema, "MIGRATIONS", half)
         assert "syntax error" in refusal(Store.open, path)
     with Store.open(path) as store:
         assert store.exchanges() == ODD
     with monkeypatch.context() as patch:
-        newer = (*database.MIGRATIONS, ("CREATE TABLE more (x INTEGER) STRICT",))
-        patch.setattr(database, "MIGRATIONS", newer)
+        newer = (*schema.MIGRATIONS, ("CREATE TABLE more (x INTEGER) STRICT",))
+        patch.setattr(schema, "MIGRATIONS", newer)
         with Store.open(path) as store:
             assert store.exchanges() == ODD
             store.verify()
-    database.schema.cache_clear()
+    schema.schema.cache_clear()
     assert "written by a newer mlx_stream" in refusal(Store.open, path)
 
 
@@ -308,7 +308,7 @@ def test_nothing_here_imports_mlx() -> None:
     code = (
         "import sys, types; package = types.ModuleType('mlx_stream');"
         f"package.__path__ = {mlx_stream.__path__!r}; sys.modules['mlx_stream'] = package;"
-        "import mlx_stream.sessions.lock, mlx_stream.sessions.export;"
+        "import mlx_stream.program.lock, mlx_stream.chat.export;"
         "assert not {'mlx', 'numpy', 'tokenizers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,11 +18,11 @@ import pytest
 from test_store import HEADER, ODD, START, kept, refusal
 
 import mlx_stream
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.schema import digest, packed
+from mlx_stream.chat.store import Progress, Store
 from mlx_stream.errors import SessionError
-from mlx_stream.exchange import Exchange
-from mlx_stream.sessions.database import files
-from mlx_stream.sessions.rows import digest, packed
-from mlx_stream.sessions.store import Progress, Store
+from mlx_stream.program.sqlite import files
 
 KILLS = int(os.environ.get("MLX_STREAM_TEST_KILLS", "15"))
 FLIPS = 300
@@ -45,8 +45,9 @@ from pathlib import Path
 package = types.ModuleType("mlx_stream")
 package.__path__ = {mlx_stream.__path__!r}
 sys.modules["mlx_stream"] = package
-from mlx_stream.exchange import Exchange
-from mlx_stream.sessions.store import Header, Progress, Store
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.schema import Header, Progress
+from mlx_stream.chat.store import Store
 {inspect.getsource(said)}
 path, header, start = Path(sys.argv[1]), {HEADER!r}, {START!r}
 if sys.argv[2] == "create":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_stream.errors import ValueRefused
 from mlx_stream.sampling import Penalized, Sampler, Sampling, penalize, truncate
-from mlx_stream.stream import Reply, StopFinder
+from mlx_stream.text.pieces import Reply, StopFinder
 
 TEXT = st.text("ab\n", max_size=12)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)

@@ -9,11 +9,12 @@ from shell import edit
 from tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
-from mlx_stream import Engine, snapshot
-from mlx_stream.generate import Sampling
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.resume import Options, open_session
-from mlx_stream.speculate import Speculator
+from mlx_stream import Engine
+from mlx_stream.chat.resume import Options, open_session
+from mlx_stream.chat.session_files import paths
+from mlx_stream.generate import snapshot
+from mlx_stream.generate.speculative import Speculator
+from mlx_stream.sampling import Sampling
 
 SECRET = "zebra quagga okapi"
 OTHER = "Hello there."

@@ -8,8 +8,8 @@ import pytest
 from shell import done, program, run
 from terminals import CTRL_C, ENTER, UP, Terminal
 
-from mlx_stream.sessions.places import paths
-from mlx_stream.sessions.store import Store
+from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.store import Store
 
 # From 3.12 Python warns of a fork where there are threads; pexpect's child runs a program at once.
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")

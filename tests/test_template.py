@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-import mlx_stream.template
+import mlx_stream.text.template
 from mlx_stream.errors import TemplateError
-from mlx_stream.template import MAX_SOURCE, ChatTemplate, assistant, user
+from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, assistant, user
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -213,7 +213,7 @@ def test_the_date_is_that_of_construction(monkeypatch: pytest.MonkeyPatch):
         def now(cls, tz: Any = None) -> "Clock":
             return cls(2031, 7, next(cls.days))
 
-    monkeypatch.setattr(mlx_stream.template, "datetime", Clock)
+    monkeypatch.setattr(mlx_stream.text.template, "datetime", Clock)
     known = template("Llama 3.1")
     assert "Today Date: 01 Jul 2031" in known.opening(None, "Hi")
     assert "Today Date: 01 Jul 2031" in known.opening(None, "Hi")

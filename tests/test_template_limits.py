@@ -11,8 +11,8 @@ from fuzz_texts import HOSTILE_TEMPLATES
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_stream.errors import MlxStreamError, TemplateError
-from mlx_stream.template import MAX_SOURCE, ChatTemplate, meter, user
-from mlx_stream.template.meter import TURNOVER, LimitPassed, Meter
+from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, meter, user
+from mlx_stream.text.template.meter import TURNOVER, LimitPassed, Meter
 
 # What these templates write is as short as they are.
 HARMLESS = {

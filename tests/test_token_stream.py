@@ -12,13 +12,13 @@ from tiny import tiny_config
 from tiny_models import some_ids
 
 from mlx_stream.cache import Cache, Step, StreamCache
+from mlx_stream.cache.positions import Rope
 from mlx_stream.config import read_config
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.models import CausalLM
-from mlx_stream.rope import Rope
-from mlx_stream.trace import Traces
+from mlx_stream.models.compiled import Traces
+from mlx_stream.models.layers import CausalLM
 
 
 class OnlyIds:

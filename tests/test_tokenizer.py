@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.errors import TemplateError, TextError, TokenizerError
-from mlx_stream.tokenizer import MAX_RUN, Tokenizer, unfinished_bytes
+from mlx_stream.text.tokenizer import MAX_RUN, Tokenizer, unfinished_bytes
 
 ENGLISH = "\n".join(topics.values())
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -389,7 +389,7 @@ def with_metaspace(scheme: Any) -> Tokenizer:
 
 def test_heavy_libraries_are_not_imported():
     code = (
-        "import sys, mlx_stream.tokenizer; "
+        "import sys, mlx_stream.text.tokenizer; "
         "print([name for name in ('transformers', 'mlx_lm') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.gguf_tokenizer import PIPELINES
 from mlx_stream.checkpoint.tokenizer_json import check_regex, check_tokenizer
 from mlx_stream.errors import TokenizerError
-from mlx_stream.tokenizer import Tokenizer
+from mlx_stream.text.tokenizer import Tokenizer
 
 SOUND = tiny_tokenizer().to_str()
 DOUBLE = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}

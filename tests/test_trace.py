@@ -13,7 +13,7 @@ from tiny_models import some_ids
 import mlx_stream
 from mlx_stream import backend
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate import TokenStream, generate
+from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.sampling import Sampler, Sampling
 
 GREEDY = Sampling(0.0)
@@ -101,7 +101,7 @@ def test_unset_the_cpu_traces_only_what_never_changes_again(tiny_model, monkeypa
 
 def test_no_more_is_traced_than_is_kept(tiny_model, monkeypatch):
     monkeypatch.setenv(backend.COMPILE, "1")
-    monkeypatch.setattr("mlx_stream.trace.KEPT", 2)
+    monkeypatch.setattr("mlx_stream.models.compiled.KEPT", 2)
     model = tiny_model()
     for window in (20, 21, 22, 20):
         stream = stream_of(model, window=window)

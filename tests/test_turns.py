@@ -7,9 +7,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from turn_ids import read_ids, whole_ids
 
-from mlx_stream.template import ChatTemplate, shared_start
-from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.turns import Turns
+from mlx_stream.chat.prompts import Turns
+from mlx_stream.text.template import ChatTemplate, shared_start
+from mlx_stream.text.tokenizer import Tokenizer
 
 EXCHANGES = [
     ("Hi there", "Hello. The thin man."),

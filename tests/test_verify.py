@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shapes import Shape, Twins, shapes
 
 from mlx_stream.cache import DenseCache
-from mlx_stream.cache.verify import Verifying, longest_verified
+from mlx_stream.cache.steps.verify import Verifying, longest_verified
 
 
 def verify(twins: Twins, count: int) -> None:

@@ -15,8 +15,8 @@ from tiny_models import Tensors, all_logits, make, some_ids, tensors_of
 
 from mlx_stream.config import read_config
 from mlx_stream.errors import ConfigError, WeightsError
-from mlx_stream.models import CausalLM
-from mlx_stream.weights import SideBySide
+from mlx_stream.models.layers import CausalLM
+from mlx_stream.models.weights import SideBySide
 
 # -- quantized checkpoints ------------------------------------------------------------------------
 

@@ -12,11 +12,11 @@ from tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from mlx_stream.engine.words import LONGEST_WORD, Words
+from mlx_stream.chat.prompts import Turns
+from mlx_stream.engine.incremental_encoder import LONGEST_WORD, Words
 from mlx_stream.errors import TemplateError
-from mlx_stream.template import ChatTemplate
-from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.turns import Turns
+from mlx_stream.text.template import ChatTemplate
+from mlx_stream.text.tokenizer import Tokenizer
 
 TEXT = pydoc_data.topics.topics["compound"][:6_000]
 NAMES = ["<|im_end|>", "<|im_", "end|>", "<|im_start|>", "\ufdd0"]

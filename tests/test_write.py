@@ -14,8 +14,9 @@ from tiny import tiny_config, tiny_weights, write_tiny
 
 from mlx_stream.checkpoint import Checkpoint, write
 from mlx_stream.checkpoint.folder import read_folder
-from mlx_stream.checkpoint.write import partial_folder, write_folder
+from mlx_stream.checkpoint.write import write_folder
 from mlx_stream.errors import CheckpointError, WeightsError
+from mlx_stream.program.atomic_replace import partial_folder
 
 CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)

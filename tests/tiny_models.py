@@ -7,11 +7,11 @@ import numpy as np
 from tiny import tiny_weights
 
 from mlx_stream.cache import Cache
+from mlx_stream.cache.positions import Rope
 from mlx_stream.config import read_config
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.rope import Rope
-from mlx_stream.weights import build, weight_bytes
+from mlx_stream.models.weights import build, weight_bytes
 
 Tensors = dict[str, mx.array]
 

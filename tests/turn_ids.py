@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from mlx_stream.exchange import Exchange
-from mlx_stream.template import ChatTemplate, Message, assistant, system_turn, user
-from mlx_stream.tokenizer import Tokenizer
-from mlx_stream.turns import Turns
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.prompts import Turns
+from mlx_stream.text.template import ChatTemplate, Message, assistant, system_turn, user
+from mlx_stream.text.tokenizer import Tokenizer
 
 
 def read_ids(

@@ -22,10 +22,10 @@ import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 import numpy as np
 from tiny import tiny_config, write_letters
 
-from mlx_stream.generate import Sampling
+from mlx_stream.chat.conversation import Conversation
+from mlx_stream.chat.resume import Options, open_session
 from mlx_stream.load import Model
-from mlx_stream.sessions.conversation import Conversation
-from mlx_stream.sessions.resume import Options, open_session
+from mlx_stream.sampling import Sampling
 
 WINDOW, QUESTION_TOKENS, REPLY_TOKENS = 480, 20, 6
 EARLY = 50

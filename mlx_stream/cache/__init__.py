@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.cache.dense import DenseCache
-from mlx_stream.cache.rows import stream_bytes
+from mlx_stream.cache.storage import stream_bytes
 from mlx_stream.cache.stream import StreamCache
 
 __all__ = ["Cache", "DenseCache", "Step", "StreamCache", "stream_bytes"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from mlx_stream.cache.positions import Rope
 from mlx_stream.errors import ValueRefused
-from mlx_stream.rope import Rope
 
 GROWTH = 256  # rows added at a time, at least
 LONGEST_STEP = 512

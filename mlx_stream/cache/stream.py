@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.cache.packed import PackedStep
-from mlx_stream.cache.plan import STEP_LENGTHS, Geometry, Place, padded
-from mlx_stream.cache.rows import BITS, GROUP_SIZE, Plain, Quantized, Rows
-from mlx_stream.cache.steps import ChunkStep, DecodeStep
-from mlx_stream.cache.verify import VerifyStep
+from mlx_stream.cache.geometry import STEP_LENGTHS, Geometry, Place, padded
+from mlx_stream.cache.positions import Rope
+from mlx_stream.cache.steps.decode import DecodeStep
+from mlx_stream.cache.steps.prefill import ChunkStep
+from mlx_stream.cache.steps.quantized import PackedStep
+from mlx_stream.cache.steps.verify import VerifyStep
+from mlx_stream.cache.storage import BITS, GROUP_SIZE, Plain, Quantized, Rows
 from mlx_stream.errors import ValueRefused
-from mlx_stream.rope import Rope
 
 # Clocks stay below this (or twice the buffer): fp32 angles are good to 2e-4 in scores at 1e4.
 CLOCK_LIMIT = 2**14

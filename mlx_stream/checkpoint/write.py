@@ -1,12 +1,8 @@
 """Writes a checkpoint as a folder that is whole or not there; knows files, not modules."""
 
-import fcntl
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +11,9 @@ import mlx.core as mx
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.folder import one_line, read_json
 from mlx_stream.checkpoint.shards import Shards, write_json, write_shards
-from mlx_stream.checkpoint.swap import put_in_place_of
 from mlx_stream.errors import CheckpointError, MlxStreamError, ValueRefused
+from mlx_stream.program.atomic_replace import flush, partial_folder, put_in_place_of
 
-PARTIAL = ".partial"
 # Says how a model was made, and what it cost; its presence, that it may be made again.
 CONVERSION = "conversion.json"
 WRITTEN = re.compile(
@@ -85,15 +80,6 @@ def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
     write_json(checkpoint.tokenizer_config, folder / "tokenizer_config.json")
     if checkpoint.generation_config:
         write_json(checkpoint.generation_config, folder / "generation_config.json")
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def move_into_place(partial: Path, out: Path, replace: bool = False) -> bool:
@@ -169,62 +155,3 @@ def is_converted(folder: Path) -> bool:
 
 
 # --- folders of work in progress ---
-
-
-@contextmanager
-def partial_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Make a folder in `parent` for work on `name`; it is removed on the way out, come what may.
-
-    A process that is killed cannot remove its folder, so each call first removes those of the
-    dead. Its maker holds a lock on the folder; the system lets go of it when the maker dies, which
-    a process id in the name cannot tell: ids are used again, and mean nothing in another container.
-    """
-    sweep(parent, name)
-    folder, lock = make_locked_folder(parent, name)
-    try:
-        yield folder
-    finally:
-        # If it was renamed into place there is nothing left under this name.
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def sweep(parent: Path, name: str) -> None:
-    """Remove the folders that processes now dead left in `parent`, of their work on `name`."""
-    for folder in list(parent.iterdir()):
-        if not (folder.name.startswith(f".{name}.") and folder.name.endswith(PARTIAL)):
-            continue
-        try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # gone meanwhile, or not a folder of ours
-            continue
-        try:
-            if take_lock(lock, without_locks=False):
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
-
-
-def make_locked_folder(parent: Path, name: str) -> tuple[Path, int]:
-    while True:
-        folder = parent / f".{name}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
-        folder.mkdir()
-        try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue
-        # Between mkdir and here another process may have swept it away: then make another.
-        if take_lock(lock, without_locks=True) and folder.exists():
-            return folder, lock
-        os.close(lock)
-
-
-def take_lock(file: int, *, without_locks: bool) -> bool:
-    """Try to lock an open folder; `without_locks` is the answer where the system has none."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return without_locks
-    return True

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from mlx_stream.cli.terminal import note
+from mlx_stream.program.exits import note
 
 # Each is a function of its name, or a group of them named `app`, in the file of its name; beside
 # it what help says: the first sentence of its own.

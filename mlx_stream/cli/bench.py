@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import fail, guarded, note
+from mlx_stream.program.exits import fail, guarded, note
 
 PEERS = ("mlx-lm",)
 
@@ -48,11 +48,12 @@ def bench(
     time over ours: above 1, ours is faster. Decoding is timed from a token to the next one; beside
     it stand what a step must read against how fast memory is read here, and Python's part.
     """
-    from mlx_stream import backend, hub
+    from mlx_stream import backend
     from mlx_stream.cli.report import print_json
     from mlx_stream.evaluate.bench import bench as run
-    from mlx_stream.evaluate.peer import load_peer
-    from mlx_stream.evaluate.prefill import best_of, check, prefills
+    from mlx_stream.evaluate.mlx_lm import load_peer
+    from mlx_stream.evaluate.prefill_speed import best_of, check, prefills
+    from mlx_stream.hub.resolve import resolve
     from mlx_stream.load import load
 
     if against not in PEERS:
@@ -63,7 +64,7 @@ def bench(
     loaded = load(model, dtype, keep_quantized, force, note)
     for one in windows:
         loaded.resolve_window(None, one)
-    peer = load_peer(hub.resolve(model, note), loaded)
+    peer = load_peer(resolve(model, note), loaded)
     results = run(loaded, peer, windows, pairs, chunk, note)
     if prefill is not None:
         results["prefill"] = prefills(loaded, peer, windows, prefill, prefill_chunk or [], note)

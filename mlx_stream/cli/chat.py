@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_stream.chat.exchange import counted
 from mlx_stream.cli import options
-from mlx_stream.cli.harmless import Harmless
-from mlx_stream.cli.terminal import decode, guarded, note, seldom
+from mlx_stream.cli.terminal import decode, seldom
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused
-from mlx_stream.exchange import counted
+from mlx_stream.program.escape import Harmless
+from mlx_stream.program.exits import guarded, note
 
 if TYPE_CHECKING:
-    from mlx_stream.sessions.conversation import Conversation
-    from mlx_stream.stream import Piece
+    from mlx_stream.chat.conversation import Conversation
+    from mlx_stream.text.pieces import Piece
 
     Pieces = Generator[Piece, None, None]
 
@@ -89,21 +90,21 @@ def chat(
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with keys_wait() if interactive else nullcontext():  # who types a question ahead has sent it
-        from mlx_stream import hub
-        from mlx_stream.generate import Sampling
+        from mlx_stream.chat import resume, session_files
+        from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
         from mlx_stream.load import load
-        from mlx_stream.sessions import places, resume
+        from mlx_stream.sampling import Sampling
 
         if go_on:
             if session is not None:
                 raise ValueRefused("--continue and --session: give one of them")
-            session = places.latest()
+            session = session_files.latest()
             if session is None:
                 raise SessionError("no session is saved: begin one with --session NAME")
         saved = resume.header_of(session) if session is not None else None
-        source = model or (saved.model if saved else hub.STARTER)
-        if system is None and saved is None and source == hub.STARTER:
-            system = hub.STARTER_SYSTEM
+        source = model or (saved.model if saved else STARTER)
+        if system is None and saved is None and source == STARTER:
+            system = STARTER_SYSTEM
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
         if interactive:
             note(f"loading {source}")
@@ -138,9 +139,9 @@ def chat(
 
 def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
     """Ask for lines on the terminal until Ctrl-D."""
+    from mlx_stream.chat import session_files
     from mlx_stream.cli import commands
     from mlx_stream.cli.prompt import Prompt
-    from mlx_stream.sessions import places
 
     def status() -> str:
         return commands.status(conversation.stats, conversation.name)
@@ -159,7 +160,7 @@ def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
     if conversation.last:
         held = counted(len(conversation.chat.exchanges))
         note(f"goes on with {conversation.name}: {held} attended")
-    history = places.data_folder().parent / "history"
+    history = session_files.data_folder().parent / "history"
     prompt = Prompt(history, status, commands.completions(), note, idle)
     line = ""
     while True:
@@ -173,7 +174,7 @@ def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
                 if isinstance(asked, str):
                     screen.show(conversation.reply(asked, progress=progress))
                 else:
-                    outcome = commands.run(asked, conversation, places.names, progress)
+                    outcome = commands.run(asked, conversation, session_files.names, progress)
                     if outcome.text:
                         print(outcome.text)
                     if outcome.pieces:

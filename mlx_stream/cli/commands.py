@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mlx_stream.cli.harmless import harmless
 from mlx_stream.errors import MlxStreamError, ValueRefused
+from mlx_stream.program.escape import harmless
 
 if TYPE_CHECKING:
-    from mlx_stream.exchange import Exchange
-    from mlx_stream.stream import Piece, Stats
+    from mlx_stream.chat.exchange import Exchange
+    from mlx_stream.generate.stats import Stats
+    from mlx_stream.text.pieces import Piece
 
     Pieces = Generator[Piece, None, None]
 

@@ -1,17 +1,17 @@
 """`mlx_stream convert`: another size or type of a model, as a folder of mlx-lm's layout."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import fail, guarded, note, progress_bar, read_text
+from mlx_stream.cli.terminal import progress_bar, read_text
+from mlx_stream.program.exits import fail, guarded, note
 
 if TYPE_CHECKING:
-    from mlx_stream.checkpoint.convert import Converted
-    from mlx_stream.checkpoint.recipes import Recipe
+    from mlx_stream.quantize.recipes import Recipe
+    from mlx_stream.quantize.write_converted import Converted
 
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A folder, a Hub id, a .gguf file, or starter.")
@@ -86,7 +86,7 @@ def convert(
     does not grow with the model, but for a sensitive recipe and a report, which run it.
     """
     from mlx_stream.cli.report import print_json
-    from mlx_stream.conversion import Options, convert_model, recipe_for
+    from mlx_stream.quantize.convert import Options, convert_model, recipe_for
 
     if device is None:
         chosen = choose(bits, group_size, mode, recipe)
@@ -113,7 +113,7 @@ def choose(
     bits: int | None, group_size: int | None, mode: str | None, name: str | None
 ) -> "Recipe | None":
     """Return the recipe that these options ask for; none if none of them is given."""
-    from mlx_stream.checkpoint.recipes import DEFAULT_GROUP, checked, recipe_named, uniform
+    from mlx_stream.quantize.recipes import DEFAULT_GROUP, checked, recipe_named, uniform
 
     if name is not None:
         if bits is not None or mode is not None:
@@ -166,32 +166,19 @@ def print_result(source: str, out: Path, result: "Converted") -> None:
         f"the process grew by {megabytes(result.resident_bytes)} MB"
     )
     if about["report"]:
-        print_report([(source, out.name, about)])
+        print_report(source, out.name, about)
 
 
-def print_report(rows: list[tuple[str, str, dict[str, Any]]]) -> None:
-    """Print what conversions of one source cost: (source, name, what `conversion.json` says)."""
+def print_report(source: str, name: str, about: dict[str, Any]) -> None:
+    """Print how far a result is from its source."""
     from mlx_stream.cli.report import print_table
 
-    source, _, about = rows[0]
     found = about["report"]
     columns = ["", "bits", "MB", "MB read a token", "perplexity", "KL mean", "KL p99", "top-1 same"]
-    first = [source, "", *figures(found["source"]), f"{found['source_perplexity']:.3f}"]
-    table = [[*first, "", "", ""]]
-    for _, name, about in rows:
-        found = about["report"]
-        table.append(
-            [
-                name,
-                f"{about['bits_per_weight']:.2f}",
-                *figures(about),
-                f"{found['perplexity']:.3f}",
-                f"{found['kl_mean']:.4f}",
-                f"{found['kl_p99']:.3f}",
-                f"{found['top1_agreement']:.1%}",
-            ]
-        )
-    print_table(columns, table)
+    first = [source, "", *figures(found["source"]), f"{found['source_perplexity']:.3f}", "", "", ""]
+    result = [name, f"{about['bits_per_weight']:.2f}", *figures(about)]
+    result += [f"{found['perplexity']:.3f}", f"{found['kl_mean']:.4f}", f"{found['kl_p99']:.3f}"]
+    print_table(columns, [first, [*result, f"{found['top1_agreement']:.1%}"]])
 
 
 def figures(about: dict[str, Any]) -> list[str]:
@@ -200,10 +187,3 @@ def figures(about: dict[str, Any]) -> list[str]:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f}"
-
-
-def run_script(verb: Callable[..., None]) -> None:
-    """Run a recipe of `convert/` as a program of its own."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command()(verb)
-    app()

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import guarded
+from mlx_stream.program.exits import guarded
 
 if TYPE_CHECKING:
-    from mlx_stream.devices import Device, Figure
+    from mlx_stream.plan.devices import Device, Figure
 
 GB = 2**30
 NOTES = """
@@ -20,7 +20,7 @@ Your own devices: {}"""
 def devices(own: options.Devices = None, json: options.AsJson = False) -> None:
     """List the devices that plans can be made for, and your own."""
     from mlx_stream.cli.report import print_json, print_table
-    from mlx_stream.devices import all_devices, user_file
+    from mlx_stream.plan.devices import all_devices, user_file
 
     known = all_devices(own)
     if json:

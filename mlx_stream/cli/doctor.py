@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import fail, guarded, note
+from mlx_stream.program.exits import fail, guarded, note
 
 
 @guarded
@@ -32,8 +32,9 @@ def doctor(
     With --self-test, whether attention, positions, buffers, seeds and saved streams are here what
     they must be; exits with 1 if one is not.
     """
-    from mlx_stream import backend, hub
+    from mlx_stream import backend
     from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.program.paths import cache_root
 
     if self_test:
         check(model, dtype, keep_quantized, force, json)
@@ -41,7 +42,7 @@ def doctor(
     if model is not None or dtype is not None or keep_quantized is not None:
         fail("MODEL, --dtype and --keep-quantized are for --self-test: give that too")
     facts = backend.describe()
-    facts["cache"] = str(hub.cache_root())
+    facts["cache"] = str(cache_root())
     advice = backend.advice()
     if json:
         print_json({**facts, "advice": advice})
@@ -61,7 +62,7 @@ def check(
     from mlx_stream import backend, selftest
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.load import load
-    from mlx_stream.selftest.made import made
+    from mlx_stream.selftest.tiny_model import made
 
     if source is None and keep_quantized is not None:
         fail("--keep-quantized and --dequantize are about a model's weights: give MODEL")

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import guarded, note, progress_bar, read_text
+from mlx_stream.cli.terminal import progress_bar, read_text
+from mlx_stream.program.exits import guarded, note
 
 
 @guarded
@@ -36,9 +37,10 @@ def generate(
 ) -> None:
     """Continue a text of any length, as it is: no chat template."""
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
-    from mlx_stream.generate import Sampling
+    from mlx_stream.generate.completion import stream
+    from mlx_stream.generate.stats import Stats
     from mlx_stream.load import load
-    from mlx_stream.stream import Stats, stream
+    from mlx_stream.sampling import Sampling
 
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     text = read_text("-") if prompt == "-" else prompt

@@ -1,16 +1,16 @@
 """`mlx_stream ls`: the models that open without the network."""
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import guarded, note
+from mlx_stream.program.exits import guarded, note
 
 
 @guarded
 def ls(json: options.AsJson = False) -> None:
     """List the cached models."""
-    from mlx_stream import hub
     from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.hub.listing import cached_models
 
-    models = hub.cached_models()
+    models = cached_models()
     if json:
         entries = [
             {"name": m.name, "kind": m.kind, "bytes": m.bytes, "path": str(m.path)} for m in models

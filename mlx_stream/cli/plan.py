@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import guarded, note
+from mlx_stream.program.exits import guarded, note
 
 if TYPE_CHECKING:
-    from mlx_stream.devices import Device
-    from mlx_stream.plan.choice import Outline, Plan
+    from mlx_stream.plan.devices import Device
+    from mlx_stream.plan.planner import Outline, Plan
 
 
 @guarded
@@ -55,10 +55,10 @@ def plan(
     Without --bits and --window it chooses: the most bits that fit with a window of 2,048, then
     the longest window.
     """
-    from mlx_stream import devices
     from mlx_stream.cli.report import print_json, print_table
-    from mlx_stream.headers import outline_of
-    from mlx_stream.plan.choice import Asked, make_plan
+    from mlx_stream.plan import devices
+    from mlx_stream.plan.inspect import outline_of
+    from mlx_stream.plan.planner import Asked, make_plan
 
     place = devices.find(device, own) if device is not None else devices.here()
     if no_entitlement:

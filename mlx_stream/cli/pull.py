@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import guarded, note, progress_bar
+from mlx_stream.cli.terminal import progress_bar
+from mlx_stream.program.exits import guarded, note
 
 MEGABYTE = 1_000_000
 
@@ -19,11 +20,11 @@ def pull(
     json: options.AsJson = False,
 ) -> None:
     """Fetch a model into the shared Hugging Face cache: weights and words, never code."""
-    from mlx_stream import hub
     from mlx_stream.cli.report import print_json
+    from mlx_stream.hub.resolve import pull
 
     with progress_bar("fetching, MB") as bar:
-        found = hub.pull(
+        found = pull(
             model,
             revision,
             note,

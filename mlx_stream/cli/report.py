@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_stream.stream import Stats
+    from mlx_stream.generate.stats import Stats
 
 
 def print_json(result: dict[str, Any]) -> None:

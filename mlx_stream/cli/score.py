@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import fail, guarded, note, progress_bar, read_text
+from mlx_stream.cli.terminal import progress_bar, read_text
+from mlx_stream.program.exits import fail, guarded, note
 
 
 @guarded
@@ -35,7 +36,7 @@ def score(
     """Print the perplexity of a text, read as is: no chat template."""
     from mlx_stream.cli.report import print_json
     from mlx_stream.evaluate.score import score as score_ids
-    from mlx_stream.generate import TokenStream
+    from mlx_stream.generate.token_stream import TokenStream
     from mlx_stream.load import load
 
     if len(what) > 2:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
+from mlx_stream.chat.exchange import counted
 from mlx_stream.cli import options
-from mlx_stream.cli.harmless import harmless
 from mlx_stream.cli.report import print_json, print_table
-from mlx_stream.cli.terminal import guarded, note
-from mlx_stream.exchange import counted
+from mlx_stream.program.escape import harmless
+from mlx_stream.program.exits import guarded, note
 
 app = typer.Typer(
     name="sessions",
@@ -27,7 +27,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the saved conversa
 @guarded
 def list_sessions(as_json: options.AsJson = False) -> None:
     """List the saved conversations, the one used last first."""
-    from mlx_stream.sessions.manage import listed
+    from mlx_stream.chat.manage import listed
 
     found = listed()
     if as_json:
@@ -66,9 +66,9 @@ def list_sessions(as_json: options.AsJson = False) -> None:
 @guarded
 def show(name: Name) -> None:
     """Print a conversation as Markdown; of a damaged one, what comes before the damage."""
-    from mlx_stream.cli.terminal import fail
-    from mlx_stream.sessions.export import markdown
-    from mlx_stream.sessions.manage import reading
+    from mlx_stream.chat.export import markdown
+    from mlx_stream.chat.manage import reading
+    from mlx_stream.program.exits import fail
 
     with reading(name) as store:
         exchanges, damage = store.whole()
@@ -85,9 +85,9 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .md or .json file.")],
 ) -> None:
     """Write a conversation to a Markdown or JSON file."""
-    from mlx_stream.cli.terminal import fail
-    from mlx_stream.sessions.conversation import write_export
-    from mlx_stream.sessions.manage import reading
+    from mlx_stream.chat.conversation import write_export
+    from mlx_stream.chat.manage import reading
+    from mlx_stream.program.exits import fail
 
     with reading(name) as store:
         exchanges, damage = store.whole()
@@ -101,7 +101,7 @@ def export(
 @guarded
 def rm(name: Name) -> None:
     """Remove a conversation for good, text and state."""
-    from mlx_stream.sessions.manage import remove
+    from mlx_stream.chat.manage import remove
 
     remove(name)
     note(f"{name} is removed")
@@ -115,16 +115,16 @@ def verify(
     ] = None,
 ) -> None:
     """Read everything that is saved and compare it with its checksums."""
-    from mlx_stream.cli.terminal import fail
+    from mlx_stream.chat import manage, session_files
     from mlx_stream.errors import SessionError
-    from mlx_stream.sessions import manage, places
+    from mlx_stream.program.exits import fail
 
     damaged = 0
-    for one in [name] if name is not None else places.names():
+    for one in [name] if name is not None else session_files.names():
         try:
             print(f"{one}: {manage.verify(one)}")
         except SessionError as error:
-            if not places.paths(one).database.exists():
+            if not session_files.paths(one).database.exists():
                 raise
             damaged += 1
             note(" ".join(str(error).split()))

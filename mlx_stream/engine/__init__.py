@@ -5,8 +5,8 @@ chat        a conversation                                 Session
 listener    a stream that is fed, and asked now and then    Listener
 """
 
-from mlx_stream.engine.chat import Session
 from mlx_stream.engine.engine import Engine
+from mlx_stream.engine.handle import Session
 from mlx_stream.engine.listener import Listener
 
 __all__ = ["Engine", "Listener", "Session"]

@@ -4,14 +4,14 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_stream.engine.chat import OnEvict, OnToken, Session
-from mlx_stream.engine.core import Core
-from mlx_stream.engine.hearing import Options
+from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
+from mlx_stream.engine.handle import OnEvict, OnToken, Session
 from mlx_stream.engine.listener import Listener
-from mlx_stream.engine.owner import Owner
+from mlx_stream.engine.listener_worker import Options
+from mlx_stream.engine.model_host import Core
+from mlx_stream.engine.worker import Owner
 from mlx_stream.errors import MlxStreamError, ValueRefused
 from mlx_stream.sampling import Sampling
-from mlx_stream.session import DEFAULT_MAX_TOKENS
 
 SECONDS_TO_CLOSE = 5.0
 BACKLOG = 65_536

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream.engine.backlog import Backlog
-from mlx_stream.engine.chat import OnEvict, check_limit, check_question
-from mlx_stream.engine.consumer import consumed, consumed_async
-from mlx_stream.engine.core import Core
-from mlx_stream.engine.hearing import Hearing, Options
-from mlx_stream.engine.jobs import Job, Work, again
-from mlx_stream.engine.owner import Lane, Owner
-from mlx_stream.engine.saved import checked_note
+from mlx_stream.engine.handle import OnEvict, check_limit, check_question
+from mlx_stream.engine.listener_snapshot import checked_note
+from mlx_stream.engine.listener_worker import Hearing, Options
+from mlx_stream.engine.model_host import Core
+from mlx_stream.engine.replies import consumed, consumed_async
+from mlx_stream.engine.task import Job, Work, again
+from mlx_stream.engine.worker import Lane, Owner
 from mlx_stream.errors import MlxStreamError, QueueFull, ValueRefused
-from mlx_stream.stream import Piece, Stats
-from mlx_stream.tokenizer import check_text
+from mlx_stream.generate.stats import Stats
+from mlx_stream.text.pieces import Piece
+from mlx_stream.text.tokenizer import check_text
 
 
 class Listener:

@@ -15,8 +15,8 @@ import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.cache import StreamCache
-from mlx_stream.cache.steps import DecodeStep
-from mlx_stream.cache.verify import spare_rows
+from mlx_stream.cache.steps.decode import DecodeStep
+from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.costs import (
     Reading,
@@ -25,10 +25,12 @@ from mlx_stream.evaluate.costs import (
     reading,
     weight_bytes_read,
 )
-from mlx_stream.evaluate.peer import head_of, rotating_caches
-from mlx_stream.generate import PREFILL_CHUNK, Sampler, Sampling, TokenStream, generate
+from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
+from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
-from mlx_stream.trace import decode, worth_tracing
+from mlx_stream.models.compiled import decode, worth_tracing
+from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.window import PREFILL_CHUNK
 
 SINKS = 4
 WARMUP = 2

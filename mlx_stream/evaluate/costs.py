@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_stream.cache import Cache
-from mlx_stream.models import CausalLM
+from mlx_stream.models.layers import CausalLM
 
 READ_BYTES = 256 * 2**20
 READ_ROUNDS = 5

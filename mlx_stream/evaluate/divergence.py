@@ -11,7 +11,8 @@ import numpy as np
 from mlx_stream.errors import WeightsError
 from mlx_stream.evaluate.report import perplexity
 from mlx_stream.evaluate.score import HEAD_ROWS
-from mlx_stream.generate import PREFILL_CHUNK, TokenStream
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.window import PREFILL_CHUNK
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_stream import backend, snapshot
+from mlx_stream import backend
 from mlx_stream.errors import SnapshotError, TextError, ValueRefused
-from mlx_stream.evaluate.log import Log
+from mlx_stream.evaluate.corpus import Text
+from mlx_stream.evaluate.jsonl import Log
 from mlx_stream.evaluate.readers import StreamReader
 from mlx_stream.evaluate.report import Row, perplexity
 from mlx_stream.evaluate.score import losses_of
-from mlx_stream.evaluate.text import Text
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate import snapshot
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.program.notices import Notify
 
 FRESH = "fresh"
 
@@ -126,7 +128,7 @@ def endure(
     tokens: int,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    notify: Callable[[str], None] = lambda line: None,
+    notify: Notify = lambda line: None,
 ) -> bool:
     """Read on until at least `tokens` tokens are logged; return whether that is done.
 
@@ -185,7 +187,7 @@ def steps(course: Course, reading: Reading, target: int) -> Iterator[bool]:
         yield stop - start == left
 
 
-def end_segment(course: Course, reading: Reading, log: Log, notify: Callable[[str], None]) -> None:
+def end_segment(course: Course, reading: Reading, log: Log, notify: Notify) -> None:
     """Log the segment that has just ended, or hold it against the line that is there already."""
     done = segments(log)
     row = {
@@ -214,7 +216,7 @@ def save(reading: Reading, log: Log) -> None:
     snapshot.save(state_path(log.path), reading.stream, model, about)
 
 
-def resume(course: Course, log: Log, notify: Callable[[str], None]) -> Reading:
+def resume(course: Course, log: Log, notify: Notify) -> Reading:
     """Return the stream as it was saved, or from the beginning where no state is of use."""
     reading = Reading(new_stream(course))
     path = state_path(log.path)

@@ -17,7 +17,7 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.bench import SINKS, Step, fill, in_turn, step_of, their_step
 from mlx_stream.evaluate.readers import RECOMPUTE_CHUNK
 from mlx_stream.evaluate.report import Row
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 
 LEAST_STEPS = 20

@@ -16,7 +16,8 @@ import mlx.core as mx
 from mlx_stream import backend
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import llamacpp
-from mlx_stream.evaluate.peer import load_peer
+from mlx_stream.evaluate.corpus import Text, segments_of
+from mlx_stream.evaluate.mlx_lm import load_peer
 from mlx_stream.evaluate.readers import (
     FreshReader,
     PeerReader,
@@ -25,9 +26,8 @@ from mlx_stream.evaluate.readers import (
     StreamReader,
 )
 from mlx_stream.evaluate.report import Row, perplexity
-from mlx_stream.evaluate.text import Text, segments_of
-from mlx_stream.generate import PREFILL_CHUNK
 from mlx_stream.load import Model
+from mlx_stream.window import PREFILL_CHUNK
 
 # What may be set for each cache, and for all of them: how far it reads.
 SETTINGS: dict[str, tuple[str, ...]] = {

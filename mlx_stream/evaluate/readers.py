@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_stream.cache import Cache
-from mlx_stream.evaluate.peer import head_of, rotating_caches
+from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.evaluate.score import losses, losses_of
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 
 # The longest step of a window read from scratch.

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_stream.errors import TextError, ValueRefused, WeightsError
 from mlx_stream.evaluate.report import perplexity
-from mlx_stream.generate import TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 
 # Logits of this many rows are in memory at once: 50 MB for a vocabulary of 50,000 in float32.
 HEAD_ROWS = 128

@@ -13,7 +13,7 @@ from mlx_stream.errors import TextError
 from mlx_stream.evaluate.divergence import divergences, log_probabilities
 from mlx_stream.load import Model
 from mlx_stream.models.layers import DecoderLayer
-from mlx_stream.weights import Linear
+from mlx_stream.models.weights import Linear
 
 # Read at once, each attending to all before it.
 TOKENS = 512

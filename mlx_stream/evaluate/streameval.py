@@ -29,9 +29,11 @@ from mlx_stream.evaluate.streameval_data import (
     StreamEvalData,
     make,
 )
-from mlx_stream.generate import PREFILL_CHUNK, TokenStream, number
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.tokenizer import Tokenizer
+from mlx_stream.sampling import number
+from mlx_stream.text.tokenizer import Tokenizer
+from mlx_stream.window import PREFILL_CHUNK
 
 # Every line begins behind this; some tokenizers treat the beginning of a text differently.
 BEFORE_A_LINE = "\n"

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_stream.checkpoint.write import flush, partial_folder
 from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.program.atomic_replace import flush, partial_folder
 
 FORMAT = "mlx_stream streameval"
 VERSION = 1

@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.evaluate.corpus import Text
 from mlx_stream.evaluate.readers import StreamReader
 from mlx_stream.evaluate.report import Row, perplexity
-from mlx_stream.evaluate.text import Text
 from mlx_stream.load import Model
 
 Shape = tuple[int, int]

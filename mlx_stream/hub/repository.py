@@ -245,3 +245,10 @@ def name_commit(repository: Repository) -> None:
     aside = name.with_name(f".{name.name}.{os.getpid()}")
     aside.write_text(repository.commit)
     aside.replace(name)
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+
+
+# Seconds to wait for a first answer. The starter has a second source, so it need not wait long.
+PATIENCE = 15.0

@@ -1,15 +1,1 @@
-"""The registry: which function builds which `model_type`."""
-
-from collections.abc import Callable
-
-from mlx_stream.config import ModelConfig
-from mlx_stream.models.layers import CausalLM, Weights
-from mlx_stream.models.llama import llama
-from mlx_stream.models.mistral import mistral
-
-MODELS: dict[str, Callable[[ModelConfig, Weights], CausalLM]] = {
-    "llama": llama,
-    "mistral": mistral,
-}
-
-__all__ = ["MODELS", "CausalLM", "Weights"]
+"""Networks: their layers, families, weights and traced steps; knows no stream and no text."""

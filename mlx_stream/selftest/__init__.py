@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mlx_stream.load import Model
 from mlx_stream.selftest import kernels, streams
-from mlx_stream.selftest.finding import Finding, Found
+from mlx_stream.selftest.result import Finding, Found
 
 Check = Callable[[Model], Found]
 

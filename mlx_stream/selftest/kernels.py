@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream import backend
+from mlx_stream.cache.positions import inverse_frequencies
 from mlx_stream.cache.stream import CLOCK_LIMIT
-from mlx_stream.generate import PREFILL_CHUNK
 from mlx_stream.load import Model
-from mlx_stream.rope import inverse_frequencies
-from mlx_stream.selftest import slow
-from mlx_stream.selftest.finding import Found, within
+from mlx_stream.selftest import reference
+from mlx_stream.selftest.result import Found, within
+from mlx_stream.window import PREFILL_CHUNK
 
 # How far a result of numbers of about 1 may be off: float32's includes the angles' rounding near
 # the clock's limit, and the reduced precision an M5 computes it with.
@@ -57,13 +57,13 @@ def rotation(model: Model) -> Found:
     for rows, place in ((1, 0), (1, CLOCK_LIMIT - 1), (9, 1_000), (9, CLOCK_LIMIT - 9)):
         x = random(model, 1, heads, rows, config.head_dim)
         places = place + np.arange(rows)
-        expected = slow.rotate(plain(x), places, frequencies)
+        expected = reference.rotate(plain(x), places, frequencies)
         turned = model.rope.rotate(x, mx.array([place], mx.int32))
         off = max(off, worst(plain(turned), expected))
         if rows == 1:
             once = model.rope.turn(mx.array([place], mx.int32), heads)(x)
             off = max(off, worst(plain(once), expected))
-        together = slow.rotate(plain(x), np.full(rows, place), frequencies)
+        together = reference.rotate(plain(x), np.full(rows, place), frequencies)
         all_turned = model.rope.rotate_all(x, place)
         off = max(off, worst(plain(all_turned), together))
         back = model.rope.rotate_all(all_turned, place, backwards=True)
@@ -81,7 +81,7 @@ def attention(model: Model) -> Found:
             seen = np.array(mask)
         elif mask is not None:
             added = np.array(mask)[0].astype(np.float64)
-        expected = slow.attend(plain(queries), plain(keys), plain(values), scale, seen, added)
+        expected = reference.attend(plain(queries), plain(keys), plain(values), scale, seen, added)
         off = max(off, worst(plain(found), expected))
     return within(off, allowed(model))
 

@@ -11,15 +11,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream import snapshot
 from mlx_stream.cache import StreamCache
+from mlx_stream.cache.positions import inverse_frequencies
 from mlx_stream.evaluate.bench import fill
-from mlx_stream.generate import PREFILL_CHUNK, Sampler, Sampling, TokenStream, generate
+from mlx_stream.generate import snapshot
+from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
-from mlx_stream.rope import inverse_frequencies
-from mlx_stream.selftest import slow
-from mlx_stream.selftest.finding import Found, within
+from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.selftest import reference
 from mlx_stream.selftest.kernels import allowed, apart, plain, random, worst
+from mlx_stream.selftest.result import Found, within
+from mlx_stream.window import PREFILL_CHUNK
 
 SINKS, WINDOW = 4, 24
 AROUND_THE_LIMIT = 60  # tokens read before the clock is lowered, and after
@@ -43,8 +45,8 @@ def places(model: Model) -> Found:
         dtype=model.dtype,
     )
     frequencies = inverse_frequencies(config.rope, config.head_dim)
-    reference = slow.SlowStream(SINKS, WINDOW, cache.scale, frequencies)
-    begin_at(cache, model, reference, cache.clock_limit - AROUND_THE_LIMIT)
+    slow = reference.SlowStream(SINKS, WINDOW, cache.scale, frequencies)
+    begin_at(cache, model, slow, cache.clock_limit - AROUND_THE_LIMIT)
     end, off, lowered = cache.clock_limit + AROUND_THE_LIMIT, 0.0, False
     counts = itertools.cycle((1, 1, 5, 1, 16, 30))
     while cache.length < end:
@@ -56,7 +58,7 @@ def places(model: Model) -> Found:
         cache.commit(step)
         mx.eval(cache.arrays())
         lowered = lowered or cache.place.clock < clock
-        expected = [reference.read(first + i, *parts(model, first + i)) for i in range(count)]
+        expected = [slow.read(first + i, *parts(model, first + i)) for i in range(count)]
         off = max(off, worst(found, np.concatenate(expected, axis=1)))
     assert lowered, "the clock should have been lowered"
     return within(off, allowed(model))
@@ -77,7 +79,7 @@ def parts(model: Model, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return query, key, value
 
 
-def begin_at(cache: StreamCache, model: Model, reference: slow.SlowStream, length: int) -> None:
+def begin_at(cache: StreamCache, model: Model, slow: reference.SlowStream, length: int) -> None:
     """Put a stream, and the reference, where they are after `length` tokens."""
     geometry = cache.geometry
     oldest = length - geometry.window
@@ -85,11 +87,11 @@ def begin_at(cache: StreamCache, model: Model, reference: slow.SlowStream, lengt
     keys, values = np.zeros(shape), np.zeros(shape)
     for token in (*range(SINKS), *range(oldest, length)):
         _, key, value = parts(model, token)
-        reference.rows[token] = key, value
+        slow.rows[token] = key, value
         row = geometry.row(token)
-        keys[:, row : row + 1] = slow.rotate(key, np.array([token]), reference.frequencies)
+        keys[:, row : row + 1] = reference.rotate(key, np.array([token]), slow.frequencies)
         values[:, row : row + 1] = value
-    sinks = np.concatenate([reference.rows[token][0] for token in range(SINKS)], axis=1)
+    sinks = np.concatenate([slow.rows[token][0] for token in range(SINKS)], axis=1)
     state = cache.state()
     state |= {"length": length, "floor": oldest, "clock": length, "sinks_at": -1}
     for name, rows in (("keys.0", keys), ("values.0", values), ("sinks", sinks)):

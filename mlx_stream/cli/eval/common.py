@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_stream.cli.terminal import fail, note, read_text
+from mlx_stream.cli.terminal import read_text
 from mlx_stream.errors import MlxStreamError
+from mlx_stream.program.exits import fail, note
 
 if TYPE_CHECKING:
+    from mlx_stream.evaluate.corpus import Text
     from mlx_stream.evaluate.report import Report, Row
-    from mlx_stream.evaluate.text import Text
     from mlx_stream.load import Model
 
 ModelName = Annotated[
@@ -74,7 +75,7 @@ def refuse_same_files(read: "Sequence[str | Path]", written: "Sequence[Path]") -
 
 
 def read_texts(model: "Model", files: Sequence[str]) -> "Text":
-    from mlx_stream.evaluate.text import encode
+    from mlx_stream.evaluate.corpus import encode
 
     return encode(model.tokenizer, [(Path(path).name, read_text(path)) for path in files])
 

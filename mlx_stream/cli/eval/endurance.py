@@ -10,7 +10,8 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.cli.terminal import guarded, note, progress_bar
+from mlx_stream.cli.terminal import progress_bar
+from mlx_stream.program.exits import guarded, note
 
 COLUMNS = (
     ("tokens", "tokens", ","),
@@ -70,7 +71,7 @@ def endurance(
         state_path,
         tenths,
     )
-    from mlx_stream.evaluate.log import Log
+    from mlx_stream.evaluate.jsonl import Log
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.load import load
 

@@ -6,7 +6,7 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.cli.terminal import guarded, note
+from mlx_stream.program.exits import guarded, note
 
 COLUMNS = (
     ("cache", "cache", ","),
@@ -45,19 +45,19 @@ def latency(
     window again for each token. A re-anchoring falls into the middle of the stream's steps, and 20
     more are timed beside plain steps.
     """
-    from mlx_stream import hub
     from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, parse
     from mlx_stream.evaluate.latency import latency as measure
-    from mlx_stream.evaluate.peer import load_peer
+    from mlx_stream.evaluate.mlx_lm import load_peer
     from mlx_stream.evaluate.report import Report, facts
+    from mlx_stream.hub.resolve import resolve
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot)
     chosen = cache or ["256", "512", "1024", "2048", "4096"]
     sizes = [parse(one, steps) for one in chosen]
     loaded = load(model, dtype, keep_quantized, force, note)
-    folder = hub.resolve(model, note)
+    folder = resolve(model, note)
     peer, notes = None, []
     if folder.is_file():
         notes.append("mlx-lm: not measured: it reads folders: convert the model to one")

@@ -8,7 +8,8 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.cli.terminal import fail, guarded, note, progress_bar
+from mlx_stream.cli.terminal import progress_bar
+from mlx_stream.program.exits import fail, guarded, note
 
 PEERS = ("mlx-lm", "llama.cpp")
 DEFAULT_CACHES = ("dense", "window", "recompute", "stream", "mlx-lm")
@@ -65,10 +66,10 @@ def perplexity(
     segment; a last part that makes none is not read. The speed of fresh counts the window it begins
     on.
     """
-    from mlx_stream import hub
     from mlx_stream.evaluate import llamacpp
     from mlx_stream.evaluate.perplexity import DEFAULTS, Setting, Spec, check, measure, parse
     from mlx_stream.evaluate.report import Report, facts
+    from mlx_stream.hub.resolve import resolve
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot, files)
@@ -82,7 +83,7 @@ def perplexity(
         if peer not in (spec.name for spec in specs):
             specs.append(Spec(peer))
     loaded = load(model, dtype, keep_quantized, force, note)
-    folder = hub.resolve(model, note)
+    folder = resolve(model, note)
     if gguf is None and folder.is_file():
         gguf = folder
     if gguf is not None and not os.path.isfile(gguf):  # noqa: PTH113  (any name will do)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mlx_stream.cli.eval.common import refuse_same_files
-from mlx_stream.cli.terminal import guarded, note
+from mlx_stream.program.exits import guarded, note
 
 
 @guarded

@@ -7,7 +7,8 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.cli.terminal import guarded, note, progress_bar
+from mlx_stream.cli.terminal import progress_bar
+from mlx_stream.program.exits import guarded, note
 
 COLUMNS = (
     ("lines_back", "lines back", ","),

@@ -7,12 +7,13 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.cli.terminal import guarded, note, progress_bar
+from mlx_stream.cli.terminal import progress_bar
+from mlx_stream.program.exits import guarded, note
 
 if TYPE_CHECKING:
+    from mlx_stream.evaluate.corpus import Text
     from mlx_stream.evaluate.report import Row
     from mlx_stream.evaluate.sweeps import Shape
-    from mlx_stream.evaluate.text import Text
     from mlx_stream.load import Model
 
 COLUMNS = (

@@ -1,0 +1,387 @@
+"""A growing file -> what arrives in it, each byte once; knows no journal and no stream.
+
+A place is told by the file's device and number, not by its name, by how many of its bytes were
+read, and by a checksum of the last of those. So a file that was renamed to make room for a new one
+is read to its end first, wherever it went in its folder, and one that was cut or written anew is
+read from its beginning, after the rest of what it was if there is a copy of that beside it. Files
+that were begun and renamed while nobody looked are read in between, the oldest first:
+
+    x.log.3  x.log.2  x.log.1  x.log      x.log.3 was read up to byte 5,000: it is read to its end,
+       A        B        C       D        then B, C and D from their beginnings
+"""
+
+import os
+import stat
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_stream_assistant.decode import NotText, decode, whole_characters
+from mlx_stream_assistant.journal import Arrival
+from mlx_stream_assistant.paths import AssistantError
+from mlx_stream_assistant.rotation import in_turn, turn_of
+
+# Bytes read at once.
+CHUNK = 4096
+# Bytes before the place that a checksum is kept of.
+TAIL = 256
+# Seconds without growth after which a line without an end is taken as it is.
+SETTLED = 0.5
+# Seconds without growth before a file that was renamed is left for the new one: who writes it may
+# not have noticed yet.
+GRACE = 3.0
+# Names in a folder that are looked at for a file that was renamed.
+MOST_NAMES = 10_000
+# Some programs begin a file with it; it is no text.
+BYTE_ORDER_MARK = "\ufeff"
+Found = tuple[Path, os.stat_result]
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a file was read: the checksum is of its last bytes before `offset`.
+
+    Attributes:
+        written: when the file had been written to last then, in nanoseconds since 1970.
+    """
+
+    device: int
+    inode: int
+    offset: int = 0
+    tail: int = 0
+    written: int = 0
+
+    def is_of(self, status: os.stat_result) -> bool:
+        return (self.device, self.inode) == (status.st_dev, status.st_ino)
+
+
+class FollowedFile:
+    """A file to which others append.
+
+    Args:
+        place: where a journal says it stands.
+        tell: told in one line what the user should know.
+        from_end: without a place, begin behind the whole lines that are there at the first look.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        place: dict[str, Any] | None,
+        tell: Callable[[str], None],
+        from_end: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.path, self.name, self._tell, self._clock = path, str(path), tell, clock
+        self._place, self._from_end = place_of(place), from_end and place is None
+        self._file: int | None = None
+        self._size = 0  # at the last poll
+        self._mtime: int | None = None  # likewise, in nanoseconds
+        self._grown = 0.0  # when it last was another size
+        self._left: float | None = None  # since when another file, or none, has its name
+        self._complaint = ""
+        self._refused: Place | None = None  # there the file is not text
+        self._given_up: Place | None = None  # it was, and is not looked for where it went
+        self._said: set[str] = set()  # since there was a file to read
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What there is to say about it: where it stands, its size, and what is wrong with it."""
+        return {
+            "offset": self._place.offset if self._place else 0,
+            "size": max(self._size, self._place.offset if self._place else 0),
+            "complaint": self._complaint,
+        }
+
+    def poll(self) -> Arrival | None:
+        """Return what is new, if anything is; the same again until `taken` is called."""
+        try:
+            if self._file is None and not self._open():
+                return None
+            if self._from_end and self._place and not self._place.offset:
+                return self._skip()
+            return self._read() or self._turn()
+        except NotText as error:
+            self._complain(f"{error}; not read until another file is there")
+            self._refused = self._place
+        except FileNotFoundError:  # renamed between two looks: look again
+            self.close()
+        except OSError as error:
+            self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
+            self.close()
+        return None
+
+    def taken(self, arrival: Arrival) -> None:
+        """Go on after what `poll` returned: it is on disk."""
+        self._place, self._from_end = place_of(arrival.place), False
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file = self._refused = None
+
+    # --- which file ---
+
+    def _open(self) -> bool:
+        """Open the file to read from; return whether there is one."""
+        found = self._find()
+        if found is None:
+            return False
+        path, expected = found
+        self._file = opened(path)
+        status = os.fstat(self._file)
+        if not os.path.samestat(status, expected):  # renamed meanwhile: look again
+            self.close()
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            folder = ", but a folder (--folder reads one)" if stat.S_ISDIR(status.st_mode) else ""
+            self._complain(f"{self.path}: is no file{folder}; waiting for one")
+            self.close()
+            return False
+        self._complain("")
+        if self._place is None or not self._place.is_of(status):
+            if self._place is not None:
+                first = "" if path == self.path else f" {path.name} first,"
+                self._tell(f"{self.path}: is another file now: read{first} from its beginning")
+            self._place = Place(status.st_dev, status.st_ino, written=status.st_mtime_ns)
+        self._size, self._grown, self._left = self._place.offset, self._clock(), None
+        self._mtime = None
+        self._said.clear()
+        return True
+
+    def _find(self) -> Found | None:
+        """Return the file that was being read, if not all of it was, or the one to read next."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            status = None
+        if self._place is not None and not (status and self._place.is_of(status)):
+            old = self._renamed()
+            if old and old[1].st_size > self._place.offset and self._place != self._given_up:
+                return old
+            if next_one := self._between(old):
+                return next_one
+        if status is None:
+            self._from_end = False  # what comes is new
+            self._complain(f"{self.path}: is not there; waiting for it")
+            return None
+        return self.path, status
+
+    def _renamed(self) -> Found | None:
+        """Return where the file that was being read is now."""
+        assert self._place is not None
+        for path, status in self._beside():
+            if self._place.is_of(status):
+                return (path, status) if self._holds(path, status) else None
+        return None
+
+    def _copied(self) -> Found | None:
+        """Return a copy of what was read, named by rotation, from where there is more to read."""
+        assert self._place is not None
+        # Files of before may begin as this one; the copy was written after we read.
+        since = self._place.written or float("inf")
+        copies = [
+            (path, status)
+            for path, status in self._beside()
+            if turn_of(self.path.name, path.name) and status.st_mtime_ns >= since
+        ]
+        for path, status in sorted(copies, key=lambda found: found[1].st_mtime_ns):
+            if self._holds(path, status):
+                more = status.st_size > self._place.offset or self._between((path, status))
+                return (path, status) if more else None
+        return None
+
+    def _between(self, old: Found | None) -> Found | None:
+        """Return the oldest of the files that were begun after `old` and renamed before we looked.
+
+        Those are the ones of which both rotation's names and the times they were written say so:
+        one that was read long ago must not be taken for one of them.
+        """
+        assert self._place is not None
+        ours = turn_of(self.path.name, old[0].name) if old else None
+        since = old[1].st_mtime_ns if old else self._place.written or float("inf")
+        later, others = [], []
+        for path, status in self._beside():
+            turn = turn_of(self.path.name, path.name)
+            if ours and turn and turn[0] == ours[0] and turn > ours:
+                later.append((turn[1], path, status))
+            elif turn and status.st_mtime_ns >= since and not (old and path == old[0]):
+                others.append((turn[1], path, status))
+        later.sort(key=lambda found: found[0])
+        if ours and not in_turn(ours, since, later):
+            others += [found for found in later if found[2].st_mtime_ns >= since]
+            later = []
+        if others:
+            names = ", ".join(sorted(path.name for _, path, _ in others))
+            self._say_once(f"{self.path}: not read, though newer than what was read: {names}")
+        for _, path, status in later:
+            if (file := self._open_beside(path)) is not None:
+                os.close(file)
+                return path, status
+        return None
+
+    def _beside(self) -> Iterator[Found]:
+        """Yield the other files in the folder; one may go at any moment."""
+        with suppress(OSError), os.scandir(self.path.parent) as entries:
+            for _, entry in zip(range(MOST_NAMES), entries, strict=False):
+                with suppress(OSError):
+                    if entry.name != self.path.name and entry.is_file(follow_symlinks=False):
+                        yield Path(entry.path), entry.stat(follow_symlinks=False)
+
+    def _holds(self, path: Path, status: os.stat_result) -> bool:
+        """Return whether a file has what was read, up to our place."""
+        assert self._place is not None
+        if status.st_size < self._place.offset or (file := self._open_beside(path)) is None:
+            return False
+        try:
+            return tail_of(file, self._place.offset) == self._place.tail
+        finally:
+            os.close(file)
+
+    def _open_beside(self, path: Path) -> int | None:
+        """Open another file than the one of our name; None if it cannot be read."""
+        try:
+            return opened(path)
+        except FileNotFoundError:
+            raise  # renamed meanwhile: `poll` looks again
+        except OSError as error:
+            self._say_once(f"{path}: cannot be read: {error.strerror}; taken as not there")
+            return None
+
+    def _turn(self) -> Arrival | None:
+        """See whether the name is another file's now; return what is left of this one."""
+        if self._file is None:  # it was cut, and there is a copy to open
+            return None
+        assert self._place is not None
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            status = None
+        if status and self._place.is_of(status):
+            self._left = None
+            return None
+        if self._left is None:
+            self._left = self._clock()
+        if self._clock() - max(self._grown, self._left) < GRACE:
+            return None
+        if self._refused is None:
+            rest = os.pread(self._file, CHUNK, self._place.offset)
+            if rest:  # the first bytes of a character whose others never came
+                return self._arrival(rest)
+        else:
+            self._given_up = self._place
+        self.close()
+        if status is None:
+            self._complain(f"{self.path}: is not there; waiting for it")
+        return None
+
+    # --- what is new ---
+
+    def _read(self) -> Arrival | None:
+        assert self._file is not None and self._place is not None
+        status, offset = os.fstat(self._file), self._place.offset
+        size, written = status.st_size, status.st_mtime_ns != self._mtime
+        if size < offset or (written and self._is_altered()):
+            self._begin_again("was cut short" if size < offset else "was written anew")
+            return None
+        self._mtime = status.st_mtime_ns
+        if size != self._size:
+            self._size, self._grown = size, self._clock()
+        if self._refused is not None or size == offset:
+            return None
+        data = os.pread(self._file, CHUNK, offset)
+        growing = self._clock() - self._grown < SETTLED
+        data = data[: ending(data, more=len(data) == CHUNK, growing=growing)]
+        return self._arrival(data) if data else None
+
+    def _is_altered(self) -> bool:
+        assert self._file is not None and self._place is not None
+        return tail_of(self._file, self._place.offset) != self._place.tail
+
+    def _begin_again(self, why: str) -> None:
+        """Stand at the beginning, or, if there is a copy of what it was, where that goes on."""
+        assert self._file is not None and self._place is not None
+        copy, self._refused = self._copied(), None
+        if copy is None:
+            self._complain("")
+            self._said.clear()
+            self._place = replace(self._place, offset=0, tail=0)
+            self._tell(f"{self.path}: {why}: read from its beginning")
+            return
+        path, status = copy
+        self._tell(f"{self.path}: {why}: the rest of it is read from {path.name} first")
+        self._place = replace(self._place, device=status.st_dev, inode=status.st_ino)
+        self.close()
+
+    def _skip(self) -> Arrival:
+        """Return nothing, and a place behind the whole lines there are: so that it is kept."""
+        assert self._file is not None
+        size = os.fstat(self._file).st_size
+        end = os.pread(self._file, CHUNK, max(0, size - CHUNK))
+        self._tell(f"{self.path}: read from its end")
+        whole = end.rfind(b"\n") + 1 or whole_characters(end)
+        return self._stands(size - len(end) + whole, b"", "")
+
+    def _arrival(self, data: bytes) -> Arrival:
+        assert self._place is not None
+        offset = self._place.offset
+        text = decode(data, self.name, offset)
+        text = text if offset else text.removeprefix(BYTE_ORDER_MARK)
+        return self._stands(offset + len(data), data, text)
+
+    def _stands(self, end: int, data: bytes, text: str) -> Arrival:
+        """Return what was read up to `end`."""
+        assert self._place is not None and self._file is not None
+        written = os.fstat(self._file).st_mtime_ns
+        after = replace(self._place, offset=end, tail=tail_of(self._file, end), written=written)
+        return Arrival(self.name, "file", self.path.name, data, text, vars(after))
+
+    def _say_once(self, notice: str) -> None:
+        """Say what every look for a file finds, once until there is one to read."""
+        if notice not in self._said:
+            self._said.add(notice)
+            self._tell(notice)
+
+    def _complain(self, complaint: str) -> None:
+        """Say what is wrong, once, or that nothing is any more."""
+        if complaint and complaint != self._complaint:
+            self._tell(complaint)
+        elif self._complaint and not complaint:
+            self._tell(f"{self.path}: is there again")
+        self._complaint = complaint
+
+
+def place_of(values: dict[str, Any] | None) -> Place | None:
+    try:
+        return Place(**values) if values else None
+    except TypeError as error:
+        raise AssistantError(f"the journal is damaged: {values!r:.80} is no place") from error
+
+
+def opened(path: Path) -> int:
+    # O_NONBLOCK: a pipe of that name must not make us wait.
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def tail_of(file: int, offset: int) -> int:
+    """Return the CRC-32 of a file's last bytes before an offset."""
+    start = max(0, offset - TAIL)
+    return zlib.crc32(os.pread(file, offset - start, start))
+
+
+def ending(data: bytes, more: bool, growing: bool) -> int:
+    """Return how many of a file's new bytes to take: whole lines, words or at least characters.
+
+    Args:
+        more: others follow them already.
+        growing: others were added since it was last looked at.
+    """
+    line = data.rfind(b"\n") + 1
+    if more:
+        return line or data.rfind(b" ") + 1 or whole_characters(data)
+    return line if growing else whole_characters(data)

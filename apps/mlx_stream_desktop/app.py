@@ -1,0 +1,121 @@
+"""The application: its window, its menus, and on a Mac an icon in the menu bar."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import toga
+from toga.style.pack import Pack
+
+import mlx_stream
+from mlx_stream_desktop.controller import DEFAULT_WINDOW, MAX_TOKENS, STARTER, Desk
+from mlx_stream_desktop.history import Said
+from mlx_stream_desktop.throttle import Pacer
+from mlx_stream_desktop.window import ChatWindow
+
+NAME, ID = "mlx_stream", "io.github.mlx-stream.desktop"
+
+
+class Desktop(toga.App):
+    """One window onto one desk.
+
+    Args:
+        model, window: what it begins with.
+        sampling, max_tokens: of each reply.
+        status_icon: put an icon in the menu bar; then closing the window leaves it running.
+    """
+
+    def __init__(
+        self,
+        model: str = STARTER,
+        window: int = DEFAULT_WINDOW,
+        sampling: mlx_stream.Sampling | None = None,
+        max_tokens: int = MAX_TOKENS,
+        status_icon: bool = sys.platform == "darwin",
+    ):
+        self._has_icon = status_icon
+        self.desk = Desk(self.changed, model, window, sampling, max_tokens)
+        super().__init__(NAME, ID, app_name="mlx_stream_desktop")
+
+    def startup(self) -> None:
+        self.view = ChatWindow(self.desk, self.changed, self.dark_mode)
+        self._draw_soon = Pacer(self.view.draw, self.loop)
+        self.main_window = self.view.main
+        commands = (
+            self._command("New conversation", self.view.begin, shortcut=toga.Key.MOD_1 + "n"),
+            self._command("Stop the reply", self.desk.stop, shortcut=toga.Key.MOD_1 + "."),
+            self._command("Conversation as text", self._show_text, shortcut=toga.Key.MOD_1 + "t"),
+        )
+        self.commands.add(*commands)
+        if self._has_icon:
+            icon = toga.MenuStatusIcon(text=NAME)
+            self.status_icons.add(icon)
+            self.status_icons.commands.add(
+                self._command("Show window", self._show, group=icon),
+                self._command("Stop the reply", self.desk.stop, group=icon),
+            )
+            self.view.main.on_close = self._hide
+        self.view.main.show()
+
+    # Toga awaits what its handlers return, and declares them as if it did not.
+    async def on_running(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        await self.desk.start()
+
+    async def on_exit(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        await self.desk.close()
+        return True
+
+    def changed(self) -> None:
+        """Have the window drawn soon."""
+        self._draw_soon()
+
+    def _command(self, text: str, action: Callable[[], object], **options: Any) -> toga.Command:
+        def act(command: toga.Command, **_: object) -> bool:
+            action()
+            return True
+
+        return toga.Command(act, text, **options)
+
+    def _show_text(self) -> None:
+        """Show the conversation as text that can be selected and copied."""
+        window = toga.Window(title=self.desk.name or NAME, size=(640, 560))
+        window.content = toga.MultilineTextInput(
+            value=as_text(self.desk.said), readonly=True, style=Pack(flex=1)
+        )
+        window.show()
+
+    def _show(self) -> None:
+        self.view.main.show()
+
+    def _hide(self, *_: object, **__: object) -> bool:
+        """Leave the window out of sight and a reply in progress; the icon brings it back."""
+        self.view.main.hide()
+        return False
+
+
+def as_text(said: Sequence[Said]) -> str:
+    return "\n\n".join(f"You:\n{one.question}\n\nModel:\n{one.reply}" for one in said)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Open the window; as a program."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_stream_desktop", description="Chat with a model in a window of its own."
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=STARTER,
+        metavar="MODEL",
+        help="a folder, a Hub id, a .gguf file, or starter, which is the default",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=DEFAULT_WINDOW,
+        metavar="TOKENS",
+        help=f"latest tokens attended; default: {DEFAULT_WINDOW:,}",
+    )
+    given = parser.parse_args(arguments)
+    Desktop(given.model, given.window).main_loop()

@@ -1,0 +1,68 @@
+"""A bar of what is attended, for good and of the latest, and what is free; knows Toga only.
+
+It is drawn, not laid out: it changes with every token, and a layout takes the whole window along.
+"""
+
+from collections.abc import Callable
+
+import toga
+from toga.constants import SYSTEM, Baseline
+from toga.fonts import SYSTEM_DEFAULT_FONT_SIZE
+from toga.style.pack import Pack
+
+from mlx_stream_desktop.colours import Colours
+from mlx_stream_desktop.controller import Gauge
+
+BAR, LINE = 8, 18
+
+
+class GaugeBar:
+    """The bar, and under it the same in words and numbers.
+
+    Args:
+        fitted: breaks a text into lines of a width.
+    """
+
+    def __init__(self, colours: Colours, fitted: Callable[[str, float], str]):
+        self._colours, self._fitted = colours, fitted
+        self.now, self._width = Gauge(), 0.0
+        self._font = toga.Font(SYSTEM, SYSTEM_DEFAULT_FONT_SIZE)
+        self.widget = toga.Canvas(
+            style=Pack(height=BAR + 2 * LINE, margin=(2, 14, 4, 14)), on_resize=self._resized
+        )
+        self._draw()
+
+    @property
+    def text(self) -> str:
+        return str(self.now)
+
+    @property
+    def shares(self) -> tuple[int, int, int]:
+        """What of the bar is attended for good, attended, and free; in tokens."""
+        now = self.now
+        return now.pinned, now.attended - now.pinned, max(0, now.capacity - now.attended)
+
+    def show(self, gauge: Gauge) -> None:
+        if gauge != self.now:
+            self.now = gauge
+            self._draw()
+
+    def _resized(self, widget: toga.Canvas, width: float, height: float, **_: object) -> None:
+        self._width = width
+        self._draw()
+
+    def _draw(self) -> None:
+        canvas, colours = self.widget, self._colours
+        per_token = self._width / max(1, sum(self.shares))
+        canvas.root_state.drawing_actions.clear()
+        left = 0.0
+        grounds = (colours.pinned, colours.ring, colours.track)
+        shares = self.shares if self.now.capacity else (0, 0, 1)
+        for share, ground in zip(shares, grounds, strict=True):
+            with canvas.fill(fill_style=ground):
+                canvas.rect(left, 0, share * per_token, BAR)
+            left += share * per_token
+        canvas.fill_style = colours.text
+        text = self._fitted(self.text, self._width)
+        canvas.fill_text(text, 0, BAR + 5, font=self._font, baseline=Baseline.TOP)
+        canvas.redraw()

@@ -1,0 +1,57 @@
+"""Saved conversations as the window needs them: a list, what was said, a name for a new one."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from mlx_stream.chat import manage, session_files
+
+LONGEST_NAME = 40
+
+
+@dataclass(frozen=True)
+class Said:
+    """A question and its reply so far; `finish` is None while it streams."""
+
+    question: str
+    reply: str = ""
+    finish: str | None = None
+
+
+def transcript(name: str) -> tuple[list[Said], str]:
+    """Return what was said, and a line if the end of it is damaged; reads files.
+
+    Raises:
+        SessionError: there is no such conversation, or nothing of it can be read.
+    """
+    with manage.reading(name) as store:
+        exchanges, damage = store.whole()
+    return [Said(e.question, e.reply, e.finish) for e in exchanges], str(damage or "")
+
+
+def new_name(question: str) -> str:
+    """Return a name that no saved conversation has, after its first question; reads a folder.
+
+    "Why is the sky blue?" is why-is-the-sky-blue, then why-is-the-sky-blue-2.
+
+    Raises:
+        SessionError: the folder cannot be read.
+    """
+    name, taken = slug(question), {one.lower() for one in session_files.names()}
+    return next(n for n in numbered(name) if n not in taken)
+
+
+def slug(question: str) -> str:
+    """Return the first words of a question as a name: letters a to z and digits."""
+    name = ""
+    for word in re.findall(r"[a-z0-9]+", question.lower()):
+        if len(name) + 1 + len(word) > LONGEST_NAME:
+            break
+        name = f"{name}-{word}" if name else word
+    return name or "conversation"
+
+
+def numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}-{number}" for number in count(2))

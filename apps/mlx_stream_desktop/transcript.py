@@ -1,0 +1,147 @@
+"""The conversation as bubbles in a scrolling column; knows Toga, and nothing of an engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import toga
+from toga.constants import BOLD, COLUMN, ROW, SYSTEM, TRANSPARENT
+from toga.fonts import SYSTEM_DEFAULT_FONT_SIZE
+from toga.style.pack import Pack
+
+from mlx_stream.chat.exchange import counted
+from mlx_stream_desktop.colours import Colours
+from mlx_stream_desktop.history import Said
+from mlx_stream_desktop.text_layout import shown, wrap
+
+EXCHANGES_SHOWN = 20
+WIDEST, INSET, BESIDE = 640, 12, 60
+NEAR_THE_END = 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """A bubble, or a remark between bubbles ("note")."""
+
+    kind: str
+    text: str
+    attended: bool = True
+
+
+def rows_of(said: Sequence[Said], attended: int, name: str | None) -> list[Row]:
+    """Return what is shown: the latest exchanges, and where attention begins."""
+    first, gone = max(0, len(said) - EXCHANGES_SHOWN), len(said) - attended
+    rows = []
+    if first:
+        rows.append(Row("note", f"{first:,} earlier: mlx_stream sessions show {name}", False))
+    for number, one in enumerate(said[first:], first):
+        if number == gone and gone:
+            rows.append(Row("note", f"{counted(gone)} above left the window: not attended", False))
+        rows.append(Row("you", shown(one.question), number >= gone))
+        rows.append(Row("model", ending(one), number >= gone))
+    if said and gone == len(said):
+        rows.append(Row("note", "all of the above left the window: not attended", False))
+    return rows
+
+
+def ending(one: Said) -> str:
+    """Return a reply with a word about how it ended, if not by itself."""
+    marks = {None: " \N{HORIZONTAL ELLIPSIS}", "interrupted": " [stopped]", "length": " [cut]"}
+    return shown(one.reply.rstrip()) + marks.get(one.finish, "")
+
+
+class Bubble:
+    """One row as widgets: who speaks, and text on a ground of its own."""
+
+    def __init__(self, row: Row, colours: Colours):
+        self.row, self._lines, self._colour = row, "", ""
+        mine, note = row.kind == "you", row.kind == "note"
+        self.body = toga.Label("", style=Pack(margin=(2 if not note else 0, INSET, 8, INSET)))
+        ground = TRANSPARENT if note else colours.asked if mine else colours.answered
+        parts: list[toga.Widget] = []
+        if not note:
+            who = Pack(
+                margin=(8, INSET, 0, INSET),
+                font_weight=BOLD,
+                font_size=10,
+                color=colours.accent if mine else colours.faded,
+            )
+            parts.append(toga.Label("You" if mine else "Model", style=who))
+        ground_box = toga.Box(
+            children=[*parts, self.body],
+            style=Pack(direction=COLUMN, background_color=ground),
+        )
+        before = [toga.Box(style=Pack(flex=1))] if mine else []
+        self.widget = toga.Box(
+            children=[*before, ground_box], style=Pack(direction=ROW, margin=(6, 12))
+        )
+
+    def show(self, row: Row, lines: str, colours: Colours) -> None:
+        self.row = row
+        colour = colours.text if row.attended else colours.faded
+        if colour != self._colour:
+            self._colour = self.body.style.color = colour
+        if lines != self._lines:
+            self._lines = self.body.text = lines
+
+
+class Transcript:
+    """Bubbles, of which only those are touched that have changed."""
+
+    def __init__(self, colours: Colours):
+        self._colours, self._follows = colours, True
+        self._column = toga.Box(style=Pack(direction=COLUMN, margin=(6, 4)))
+        self.widget = toga.ScrollContainer(
+            content=self._column,
+            horizontal=False,
+            on_scroll=self._scrolled,  # type: ignore[arg-type]
+            style=Pack(flex=1, background_color=colours.ground),
+        )
+        self._bubbles: list[Bubble] = []
+        self._font = toga.Font(SYSTEM, SYSTEM_DEFAULT_FONT_SIZE)
+        self._ruler = toga.Canvas()
+        self._measure = lru_cache(20_000)(self._width_of)
+        self._wrapped = lru_cache(4 * EXCHANGES_SHOWN)(self._wrap)
+
+    @property
+    def text(self) -> str:
+        """All that is shown, as plain text."""
+        return "\n\n".join(bubble.row.text for bubble in self._bubbles)
+
+    def show(self, rows: Sequence[Row], width: float) -> None:
+        """Show these rows in a column of `width`; follow the end unless somebody scrolled away."""
+        kinds = [row.kind for row in rows]
+        same = 0
+        while same < min(len(rows), len(self._bubbles)) and (
+            self._bubbles[same].row.kind == kinds[same]
+        ):
+            same += 1
+        for bubble in self._bubbles[same:]:
+            self._column.remove(bubble.widget)
+        del self._bubbles[same:]
+        for row in rows[same:]:
+            self._bubbles.append(Bubble(row, self._colours))
+            self._column.add(self._bubbles[-1].widget)
+        room = max(120, min(WIDEST, width - BESIDE)) - 2 * INSET
+        for bubble, row in zip(self._bubbles, rows, strict=True):
+            bubble.show(row, self._wrapped(row.text, room), self._colours)
+        if self._follows:
+            self.to_the_end()
+
+    def in_lines(self, text: str, width: float) -> str:
+        """Return a text broken into lines of a width."""
+        return self._wrapped(text, width)
+
+    def _scrolled(self, where: toga.ScrollContainer, **_: object) -> None:
+        end = where.max_vertical_position
+        self._follows = where.vertical_position >= end - NEAR_THE_END
+
+    def to_the_end(self) -> None:
+        self._follows = True
+        self.widget.vertical_position = self.widget.max_vertical_position
+
+    def _wrap(self, text: str, room: float) -> str:
+        return wrap(text, room, self._measure)
+
+    def _width_of(self, text: str) -> float:
+        return self._ruler.measure_text(text, self._font)[0] if text.strip() else 4.0 * len(text)

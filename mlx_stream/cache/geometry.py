@@ -1,0 +1,245 @@
+"""Which row, which clock and which mask: whole numbers and numpy only, no MLX, no keys.
+
+Token t < S is in row t, a later one in row S + (t - S) mod R. Worked example: with 2 sinks and a
+ring of 3, after token 6 the rows hold tokens 0, 1, 5, 6, 4. A stream's numbers may be as large as
+2^62; every array made here holds ages and rows, which do not grow.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+# The lengths of a step: a tail of a prompt is padded to one of these, so that arrays come in few
+# sizes and the allocator's cache of freed buffers stays small.
+STEP_LENGTHS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Before the ring is full only its first rows are attended, in few sizes: this, doubled at need.
+FIRST_EXTENT = 256
+# Sizes for a chunk, of which no step is traced, are this much apart, later an eighth to a quarter.
+EXTENT_STEP = 128
+# Rows of a chunk that attend at once: fewer pay for more products, more for columns that only
+# some of them see.
+BLOCK = 64
+
+# Stands for "not attended" in an additive mask: finite, so that no row can become NaN.
+NOT_ATTENDED = -1e30
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stream stands.
+
+    Attributes:
+        length: tokens read; the next is t = length.
+        floor: the lowest token in the ring that may still be attended (S in a young stream).
+        clock: rotary position at which the next token will be stored.
+        sinks_at: position at which the sinks' rows in the buffers stand; -1 if not known.
+        since: the first token that was stored by this clock...
+        lag: ...and how much lower the clock is than the one before it, by which earlier tokens were
+            stored that are not turned back. Only quantized rows are not: that would cost precision.
+    """
+
+    length: int
+    floor: int
+    clock: int
+    sinks_at: int = 0
+    since: int = 0
+    lag: int = 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The fixed numbers of a stream: S sinks, W window, X spare rows."""
+
+    sinks: int
+    window: int
+    spare: int = 0
+
+    @functools.cached_property
+    def ring(self) -> int:
+        return self.window + self.spare
+
+    @functools.cached_property
+    def rows(self) -> int:
+        return self.sinks + self.ring
+
+    def row(self, token: int) -> int:
+        """Return the row of a token: t itself for sinks, else S + (t - S) mod R."""
+        if token < self.sinks:
+            return token
+        return self.sinks + (token - self.sinks) % self.ring
+
+    def oldest(self, place: Place, token: int) -> int:
+        """Return o for a token: the first attended one that is not a sink (rule 1)."""
+        return max(place.floor, token - self.window + 1)
+
+    def held(self, place: Place) -> int:
+        """Return how many ring tokens the newest token attends to."""
+        return max(0, place.length - self.oldest(place, place.length - 1))
+
+    def room(self, place: Place) -> int:
+        """Return how many tokens can still be read before o has to move."""
+        return max(0, place.floor + self.window - place.length)
+
+    def sinks_clock(self, place: Place, token: int) -> int:
+        """Return the clock at which sink 0 must stand for a token: the sinks end before o."""
+        base = place.length - place.clock
+        return self.oldest(place, token) - base - self.sinks
+
+    def after(self, place: Place, count: int, sinks_at: int | None = None) -> Place:
+        """Return the place once `count` more tokens have been read, and the sinks moved if told."""
+        length = place.length + count
+        # What is more than R tokens back has been overwritten and cannot come back by a rewind.
+        floor = max(place.floor, length - self.ring)
+        at = place.sinks_at if sinks_at is None else sinks_at
+        # Not by `replace`, which would be a fiftieth of a step's Python.
+        return Place(length, floor, place.clock + count, at, place.since, place.lag)
+
+    def rewound(self, place: Place, count: int) -> Place:
+        """Return the place once the newest `count` tokens have been taken back."""
+        length = place.length - count
+        since = min(place.since, length)
+        return replace(place, length=length, clock=place.clock - count, since=since)
+
+    def lowered(self, place: Place) -> Place:
+        """Return the place with the clock lowered so that the lowest token stands behind S."""
+        lag = place.clock - place.length + place.floor - self.sinks
+        clock = place.clock - lag
+        return replace(place, clock=clock, sinks_at=-1, since=place.length, lag=lag)
+
+    def extent(self, last: int) -> int:
+        """Return how many leading rows hold every token up to `last`."""
+        extent = FIRST_EXTENT
+        while extent <= last and extent < self.rows:
+            extent *= 2
+        return min(extent, self.rows)
+
+    def chunk_extent(self, last: int) -> int:
+        """Return the same in finer steps: each row of them is attended by all of a chunk's."""
+        step = EXTENT_STEP
+        while 8 * step <= last:
+            step *= 2
+        return min((last // step + 1) * step, self.rows)
+
+    def segments(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """Return where new tokens go: (source start, source stop, row), none across the wrap.
+
+        Of more than R ring tokens only the last R are stored.
+        """
+        pieces = []
+        into_sinks = min(max(self.sinks - first, 0), count)
+        if into_sinks:
+            pieces.append((0, into_sinks, first))
+        source = max(into_sinks, count - self.ring)
+        while source < count:
+            row = self.row(first + source)
+            stop = min(count, source + self.rows - row)
+            pieces.append((source, stop, row))
+            source = stop
+        return pieces
+
+    def unattended(self, attended: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the runs of rows, first and one past the last, that are not among `attended`.
+
+        With rows 0, 1, 5, 6, 4 of 8: (2, 4) and (7, 8).
+        """
+        edges = np.zeros(self.rows + 2, np.int8)
+        edges[1:-1] = 1
+        edges[np.array([*attended], int) + 1] = 0
+        changes = np.diff(edges)
+        starts, stops = (np.flatnonzero(changes == by).tolist() for by in (1, -1))
+        return list(zip(starts, stops, strict=True))
+
+    def decode_mask(self, place: Place, extent: int) -> np.ndarray | None:
+        """Return which rows the next token attends to, itself stored: (extent,) bool, or None.
+
+        None if that is all of them.
+        """
+        token = place.length
+        attended = token - self.oldest(place, token)
+        if extent == self.rows and token >= self.sinks and attended == self.ring - 1:
+            return None
+        mask = np.empty(extent, bool)
+        sinks = min(self.sinks, extent)
+        mask[:sinks] = np.arange(sinks) <= token
+        mask[sinks:] = self.ages(token, extent) <= attended
+        return mask
+
+    def chunk_mask(self, place: Place, extent: int, rows: int) -> np.ndarray:
+        """Return what each new row attends to: (T, extent + T) bool.
+
+        Columns are the buffer's rows as they were before the step, then the new tokens.
+        """
+        first = place.length
+        # Ages are counted back from the first new token; -reach is the oldest new one attended.
+        reach = np.minimum(
+            min(first - place.floor, self.window), self.window - 1 - np.arange(rows)
+        )[:, None]
+        mask = np.empty((rows, extent + rows), bool)
+        sinks = min(self.sinks, extent)
+        mask[:, :sinks] = np.arange(sinks) < first
+        mask[:, sinks:extent] = self.ages(first - 1, extent) + 1 <= reach
+        new = np.arange(rows)[None, :]
+        is_sink = new < min(max(self.sinks - first, 0), rows)
+        mask[:, extent:] = (new <= new.T) & (is_sink | (new >= -reach))
+        return mask
+
+    def blocks(self, rows: int) -> list["Block"]:
+        """Return the parts in which a chunk's rows attend, the window being full.
+
+        Columns are the W - 1 newest tokens of before, oldest first, the sinks, and the new tokens:
+        so what a part's rows attend to lies side by side.
+        """
+        return [self._block(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
+
+    def _block(self, start: int, stop: int) -> "Block":
+        old, sinks = self.window - 1, self.sinks
+        first = min(start, old)  # row t sees the tokens of before from the t-th on
+        token = np.arange(start, stop)[:, None]
+        new = np.arange(stop)[None]
+        mask = np.ones((stop - start, old - first + sinks + stop), bool)
+        mask[:, : old - first] = np.arange(first, old) >= token
+        mask[:, old - first + sinks :] = (new <= token) & (new > token - self.window)
+        return Block(start, stop, first, old - first, mask)
+
+    def behind(self, place: Place, extent: int, newest: int) -> np.ndarray | None:
+        """Return which rows hold tokens stored by the clock before: (extent,) bool, or None.
+
+        None if no row that `newest` attends to does. What nothing attends to does not matter.
+
+        Args:
+            newest: the last token that is stored.
+        """
+        if place.since <= self.oldest(place, newest):
+            return None
+        behind = np.zeros(extent, bool)
+        behind[self.sinks :] = self.ages(newest, extent) > newest - place.since
+        return behind
+
+    def ages(self, newest: int, extent: int) -> np.ndarray:
+        """Return how many tokens before `newest` each ring row was written."""
+        slot = (newest - self.sinks) % self.ring
+        return (slot - np.arange(max(0, extent - self.sinks))) % self.ring
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some of a chunk's rows, and the columns that one or another of them attends to.
+
+    Attributes:
+        start, stop: its rows.
+        first: its first column; of the next `sinks_at` are the ring's, then come the sinks.
+        mask: (stop - start, columns) bool.
+    """
+
+    start: int
+    stop: int
+    first: int
+    sinks_at: int
+    mask: np.ndarray
+
+
+def padded(count: int) -> int:
+    """Return the smallest step length that holds `count` tokens."""
+    return next(length for length in STEP_LENGTHS if length >= count)

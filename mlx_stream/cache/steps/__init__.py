@@ -1,0 +1,1 @@
+"""How a stream reads: one token, a chunk, verified guesses; each plans once what layers share."""

@@ -1,0 +1,141 @@
+"""One token: it is written into its row, then attends over the buffer, whatever the rows' order."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_stream.cache.positions import Rope, Turn
+from mlx_stream.cache.storage import Rows, placed
+
+if TYPE_CHECKING:
+    from mlx_stream.cache.stream import StreamCache
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What is the same in every step of one kind, so that one trace serves them all.
+
+    Attributes:
+        sinks: how many rows are rewritten in the step, because o moves with each token; or 0.
+        extent: how many leading rows are attended...
+        spare: ...but for this many of the ring, where the window is full: those written next.
+    """
+
+    query_heads: int
+    kv_heads: int
+    rope: Rope
+    scale: float
+    sinks: int
+    extent: int
+    spare: int = 0
+
+    def attended(self, row: mx.array) -> mx.array:
+        """Return which rows the token attends to whose row is given, int32 (1,): (1, N) bool."""
+        ring, columns = self.extent - self.sinks, np.arange(self.extent)
+        # A whole number of turns more, so that nothing is negative: backends divide differently.
+        turns = ring * -(-self.extent // ring)
+        latest = np.where(columns < self.sinks, ring, ring - self.spare - 1)
+        ages = mx.remainder(row + mx.array(turns - columns, mx.int32), ring)
+        return (ages <= mx.array(latest, mx.int32))[None]
+
+
+class DecodeStep:
+    """One token: it is written into its row, then attends over the buffer, row order free.
+
+    Args:
+        kind: what does not change from step to step.
+        arrays: what does: `position` and `row` (1,) int32, `keys` and `values` by layer; `mask`
+            (1, extent) bool where it does not follow from the kind; `sinks` (L, K, S, D) before
+            rotation and `sinks_at` (1,) int32 where they are rewritten.
+        is_sink: whether the token is a sink.
+        settled: whether every later step is of the same kind, the window being full.
+        sinks_at: where the sinks' rows stand after the step.
+    """
+
+    count, rows = 1, 1
+
+    def __init__(
+        self,
+        kind: Decoding,
+        arrays: dict[str, Any],
+        is_sink: bool = False,
+        settled: bool = False,
+        sinks_at: int = -1,
+    ):
+        self.kind, self.arrays = kind, arrays
+        self.is_sink, self.settled, self.sinks_at = is_sink, settled, sinks_at
+        self.turn: Turn | None = None
+        self.turned_sinks: mx.array | None = None
+        self.mask: mx.array | None = arrays.get("mask")
+        self.keys: list[Rows] = []
+        self.values: list[Rows] = []
+        self.new_sinks: list[mx.array] = []
+
+    @classmethod
+    def of(cls, cache: "StreamCache") -> "DecodeStep":
+        """Plan the step of a cache's next token."""
+        token, geometry = cache.length, cache.geometry
+        is_sink, extent = token < geometry.sinks, geometry.extent(token)
+        # Where o moves with each token, the sinks are turned inside the step. Where it does not,
+        # they stand where they must already, or are put there once.
+        oldest = geometry.oldest(cache.place, token)
+        full = not is_sink and token - oldest == geometry.window - 1
+        settled = full and extent == geometry.rows
+        mask = None if settled else geometry.decode_mask(cache.place, extent)
+        moves = full and geometry.sinks > 0
+        if not moves:
+            cache.place_sinks(token)
+        place = cache.place
+        arrays: dict[str, Any] = {
+            "position": mx.array([place.clock], mx.int32),
+            "row": mx.array([geometry.row(token)], mx.int32),
+            "keys": [*cache.keys],
+            "values": [*cache.values],
+        }
+        if mask is not None:
+            arrays["mask"] = mx.array(mask)[None]
+        sinks_at = place.sinks_at
+        if moves:
+            sinks_at = geometry.sinks_clock(place, token)
+            arrays |= {"sinks": cache.sinks, "sinks_at": mx.array([sinks_at], mx.int32)}
+        kind = Decoding(
+            cache.query_heads,
+            cache.kv_heads,
+            cache.rope,
+            cache.scale,
+            geometry.sinks if moves else 0,
+            extent,
+            geometry.spare if settled else 0,
+        )
+        return cls(kind, arrays, is_sink, settled, sinks_at)
+
+    def attend(self, layer: int, heads: mx.array) -> mx.array:
+        kind, arrays = self.kind, self.arrays
+        plain, new_values = mx.split(heads, [heads.shape[1] - kind.kv_heads], axis=1)
+        if self.is_sink:
+            self.new_sinks.append(plain[:, kind.query_heads :])
+        if self.turn is None:
+            self.turn = kind.rope.turn(arrays["position"], plain.shape[1])
+        queries, new_keys = mx.split(self.turn(plain), [kind.query_heads], axis=1)
+        keys, values = arrays["keys"][layer], arrays["values"][layer]
+        if kind.sinks:
+            if self.turned_sinks is None:
+                self.turned_sinks = kind.rope.rotate(arrays["sinks"], arrays["sinks_at"])
+            keys = placed(keys, self.turned_sinks[layer : layer + 1], [(0, kind.sinks, 0)])
+        keys = mx.slice_update(keys, new_keys, arrays["row"], axes=(2,))
+        values = mx.slice_update(values, new_values, arrays["row"], axes=(2,))
+        self.keys.append(keys)
+        self.values.append(values)
+        if kind.extent < keys.shape[2]:
+            keys, values = keys[:, :, : kind.extent], values[:, :, : kind.extent]
+        if kind.spare and self.mask is None:
+            self.mask = kind.attended(arrays["row"])
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=kind.scale, mask=self.mask
+        )
+
+    def finish(self, keys: list[mx.array], values: list[mx.array]) -> None:
+        """Take what a trace of this step computed, and let go of what it began from."""
+        self.keys, self.values, self.arrays = keys, values, {}

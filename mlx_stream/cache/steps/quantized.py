@@ -1,0 +1,102 @@
+"""How one token reads quantized rows: its own are quantized first, then all are read as they lie.
+
+Scores and the mixture are products with packed rows, so that a step reads 8 or 4 bits of what is
+attended and makes no second copy of it. Both are computed in float32: half precision would round
+the scores, which the fused attention over plain rows does not.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_stream.cache.geometry import NOT_ATTENDED
+from mlx_stream.cache.storage import Packed, Quantized
+
+if TYPE_CHECKING:
+    from mlx_stream.cache.stream import StreamCache
+
+
+@dataclass
+class PackedStep:
+    """One token: it is written into its row, then attends over sinks and ring."""
+
+    cache: "StreamCache"
+    format: Quantized
+    count: int = 1
+    rows: int = 1
+    keys: list[Packed] = field(default_factory=list)
+    values: list[Packed] = field(default_factory=list)
+    new_sinks: list[mx.array] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        cache = self.cache
+        token = cache.length
+        cache.place_sinks(token)
+        geometry, place = cache.geometry, cache.place
+        self.is_sink = token < geometry.sinks
+        extent = geometry.extent(token)
+        self.sinks = min(geometry.sinks, extent)
+        self.ring = extent - self.sinks
+        self.position = mx.array([place.clock], mx.int32)
+        self.row = geometry.row(token) - (0 if self.is_sink else geometry.sinks)
+        self.start = mx.array([self.row], mx.int32)
+        mask = geometry.decode_mask(place, extent)
+        self.mask = None if mask is None else mx.array(mask)
+        behind = geometry.behind(place, extent, token)
+        self.behind = None if behind is None else mx.array(behind[self.sinks :])
+        self.further = mx.array([place.clock + place.lag], mx.int32)
+
+    def attend(self, layer: int, heads: mx.array) -> mx.array:
+        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
+        plain = heads[:, : cache.query_heads]
+        if self.is_sink:
+            self.new_sinks.append(heads[:, cache.query_heads : split])
+        turned = cache.rope.rotate(heads[:, :split], self.position)
+        keys = self._put(cache.keys[layer], turned[:, cache.query_heads :])
+        values = self._put(cache.values[layer], heads[:, split:])
+        self.keys.append(keys)
+        self.values.append(values)
+        scores = self._scores(self._grouped(turned[:, : cache.query_heads]), plain, keys)
+        scores = scores * cache.scale
+        if self.mask is not None:
+            scores = mx.where(self.mask, scores, NOT_ATTENDED)
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        return self._mixed(weights, values).reshape(plain.shape).astype(heads.dtype)
+
+    def finish(self, keys: list[Packed], values: list[Packed]) -> None:
+        self.keys, self.values = keys, values
+
+    def _grouped(self, queries: mx.array) -> mx.array:
+        """Return (1, H, 1, D) as (1, K, H / K, D) float32."""
+        shape = (1, self.cache.kv_heads, -1, queries.shape[-1])
+        return queries.reshape(shape).astype(mx.float32)
+
+    def _scores(self, queries: mx.array, plain: mx.array, keys: Packed) -> mx.array:
+        """Return (1, K, H / K, sinks + ring) before scaling."""
+        parts = []
+        if self.sinks:
+            sinks = keys.sinks[:, :, : self.sinks].astype(mx.float32)
+            parts.append(queries @ sinks.swapaxes(-1, -2))
+        if self.ring:
+            ring = self.format.scores(queries, keys, self.ring)
+            if self.behind is not None:
+                further = self._grouped(self.cache.rope.rotate(plain, self.further))
+                older = self.format.scores(further, keys, self.ring)
+                ring = mx.where(self.behind, older, ring)
+            parts.append(ring)
+        return mx.concatenate(parts, axis=-1)
+
+    def _mixed(self, weights: mx.array, values: Packed) -> mx.array:
+        parts = []
+        if self.sinks:
+            sinks = values.sinks[:, :, : self.sinks].astype(mx.float32)
+            parts.append(weights[..., : self.sinks] @ sinks)
+        if self.ring:
+            parts.append(self.format.mixed(weights[..., self.sinks :], values, self.ring))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def _put(self, rows: Packed, new: mx.array) -> Packed:
+        if self.is_sink:
+            return self.format.write(rows, new, [(0, 1, self.row)])
+        return self.format.put(rows, new, self.start)

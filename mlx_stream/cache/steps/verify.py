@@ -1,0 +1,160 @@
+"""A few tokens of which the last may be taken back: written into the ring first, then attended.
+
+With R = W + X and at most X + 1 tokens a step, writing them overwrites nothing that any of them
+attends to, and taking back all but the first loses nothing either. Worked example, S = 2, W = 3,
+X = 2, tokens 7, 8, 9 after token 6 (rows 2 to 6 are the ring):
+
+    before   [ 0  1 | 2  3  4  5  6 ]        7, 8, 9 go to the rows of 2, 3, 4
+    after    [ 0  1 | 7  8  9  5  6 ]        7 attends to 5, 6, 7; 8 to 6, 7, 8; 9 to 7, 8, 9
+
+A chunk instead reads the buffer as it was and joins its own rows to it, a copy of all keys and
+values, which for a few tokens costs more than what it computes.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry, Place
+from mlx_stream.cache.storage import Plain
+
+if TYPE_CHECKING:
+    from mlx_stream.cache.stream import StreamCache
+
+# Metal's fused attention takes up to 8 rows of queries, and 32 of all heads that share a key.
+MOST_ROWS = 8
+SPARE = MOST_ROWS - 1  # rows beyond the window: the first of them is never taken back
+MOST_GROUPED_ROWS = 32
+
+
+def longest_verified(cache: Any) -> int:
+    """Return how many tokens one step can read of which all but the first may be taken back.
+
+    As many as leave without a loss, as Metal's fused attention takes, and, as in any step, no more
+    than there is room for before the oldest must leave. 1: none can be taken back.
+    """
+    if not hasattr(cache, "geometry") or not isinstance(cache.format, Plain):
+        return 1  # attends to everything, or packs its rows: no row can be written ahead
+    if cache.length < cache.geometry.sinks:
+        return 1
+    shared = cache.query_heads // cache.kv_heads
+    return max(
+        1,
+        min(
+            MOST_ROWS,
+            MOST_GROUPED_ROWS // shared,
+            cache.geometry.spare + 1,
+            cache.geometry.window + 1,  # no more than are attended can be taken back
+            cache.room or MOST_ROWS,
+        ),
+    )
+
+
+def spare_rows(bits: int | None) -> int:
+    """Return X of a stream text is written on: quantized rows are not written ahead."""
+    return SPARE if bits is None else 0
+
+
+class Verifying:
+    """A cache as the network sees it while it verifies: begins this kind of step."""
+
+    def __init__(self, cache: "StreamCache"):
+        self.cache = cache
+
+    def begin(self, count: int) -> "VerifyStep":
+        assert 1 < count <= longest_verified(self.cache)
+        self.cache.prepare(count)
+        return VerifyStep(self.cache, count)
+
+    def commit(self, step: "VerifyStep") -> None:
+        self.cache.commit(step)
+
+
+class VerifyStep:
+    """T <= X + 1 tokens beyond the sinks: each is written, then attends with its own o.
+
+    If o moves within the step, the sinks' rows stand right for the first token only. What that adds
+    to the others' scores is made good by the mask: the exact scores, of a second rotation of the
+    queries at the constant place C - 1, less those the rows give. The difference is small, so that
+    half precision rounds it no more than it rounds queries and keys.
+    """
+
+    def __init__(self, cache: "StreamCache", count: int):
+        self.cache, self.count, self.rows = cache, count, count
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+        self.new_sinks: list[mx.array] = []
+        geometry, first = cache.geometry, cache.length
+        self.moves = geometry.room(cache.place) == 0 and geometry.sinks > 0
+        cache.place_sinks(first)
+        place = cache.place
+        self.extent = geometry.extent(first + count - 1)
+        self.position = mx.array([place.clock], mx.int32)
+        self.pieces = [
+            (start, stop, mx.array([row], mx.int32))
+            for start, stop, row in geometry.segments(first, count)
+        ]
+        mask = mx.array(attended_rows(geometry, place, self.extent, count))
+        self.mask = mask
+        if self.moves:
+            self._prepare_sinks(mask)
+
+    def _prepare_sinks(self, mask: mx.array) -> None:
+        cache, sinks = self.cache, self.cache.geometry.sinks
+        rotate, sink_keys = cache.rope.rotate, cache.sinks.astype(mx.float32)
+        self.far = cache.geometry.window - 1 + sinks
+        # Turned apart: reading the buffer's own rows here would copy the buffer.
+        placed = rotate(sink_keys, mx.array([cache.place.sinks_at], mx.int32))
+        first = rotate(sink_keys, mx.array([0], mx.int32))
+        # (L, K, 2D, S): queries and far queries, side by side, times these are the differences.
+        self.differing = mx.concatenate([-placed, first], axis=-1).swapaxes(-1, -2)
+        ring = mx.where(mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
+        self.ring_mask = mx.broadcast_to(ring, (1, cache.query_heads, *ring.shape))
+
+    def attend(self, layer: int, heads: mx.array) -> mx.array:
+        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
+        turned = cache.rope.rotate(heads[:, :split], self.position)
+        queries = turned[:, : cache.query_heads]
+        keys = self._put(cache.keys[layer], turned[:, cache.query_heads :])
+        values = self._put(cache.values[layer], heads[:, split:])
+        self.keys.append(keys)
+        self.values.append(values)
+        mask = self.mask
+        if self.moves:
+            mask = self._corrected(layer, heads[:, : cache.query_heads], queries)
+        if self.extent < keys.shape[2]:
+            keys, values = keys[:, :, : self.extent], values[:, :, : self.extent]
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=cache.scale, mask=mask
+        )
+
+    def _corrected(self, layer: int, plain: mx.array, queries: mx.array) -> mx.array:
+        """Return an additive mask (1, H, T, N) that puts the sinks' scores right."""
+        cache = self.cache
+        far = cache.rope.rotate_all(plain, self.far)
+        both = mx.concatenate([queries, far], axis=-1).astype(mx.float32) * cache.scale
+        grouped = both.reshape(1, cache.kv_heads, -1, both.shape[-1])
+        scores = grouped @ self.differing[layer : layer + 1]
+        scores = scores.reshape(1, cache.query_heads, self.rows, -1)
+        return mx.concatenate([scores, self.ring_mask], axis=-1).astype(queries.dtype)
+
+    def _put(self, rows: mx.array, new: mx.array) -> mx.array:
+        for start, stop, row in self.pieces:
+            rows = mx.slice_update(rows, new[:, :, start:stop], row, axes=(2,))
+        return rows
+
+
+def attended_rows(geometry: Geometry, place: Place, extent: int, count: int) -> np.ndarray:
+    """Return what each of `count` tokens beyond the sinks attends to, all of them stored.
+
+    (T, extent) bool; columns are the buffer's rows.
+    """
+    newest = place.length + count - 1
+    mask = np.ones((count, extent), bool)
+    ages = geometry.ages(newest, extent)
+    for row in range(count):
+        token = place.length + row
+        oldest = newest - geometry.oldest(place, token)
+        mask[row, geometry.sinks :] = (newest - token <= ages) & (ages <= oldest)
+    return mask

@@ -1,0 +1,124 @@
+"""What is done to saved conversations from outside: list, verify, remove; loads no model."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlx_stream.chat.exchange import counted
+from mlx_stream.chat.schema import Header
+from mlx_stream.chat.session_files import Paths, names, paths, used
+from mlx_stream.chat.snapshot_metadata import about_of
+from mlx_stream.chat.store import Store
+from mlx_stream.errors import SessionError, SnapshotError
+from mlx_stream.program.lock import Lock
+from mlx_stream.program.sqlite import files, unfinished
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A saved conversation in a list; one that cannot be opened has a reason and no header."""
+
+    name: str
+    exchanges: int
+    attended: int
+    bytes: int
+    used: str
+    header: Header | None
+    damage: str = ""
+
+
+def listed() -> list[Listed]:
+    """Return the saved conversations, the one used last first."""
+    return [describe(name) for name in sorted(names(), key=last_used, reverse=True)]
+
+
+def last_used(name: str) -> int:
+    return used(paths(name).database)
+
+
+def describe(name: str) -> Listed:
+    where = paths(name)
+    size = sum(path.stat().st_size for path in files_of(where) if path.exists())
+    when = datetime.fromtimestamp(last_used(name) / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    try:
+        with Store.open(where.database) as store:
+            count, first = store.count, store.progress.first
+            return Listed(name, count, count - first + 1, size, when, store.header)
+    except SessionError as error:
+        return Listed(name, 0, 0, size, when, None, str(error))
+
+
+@contextmanager
+def reading(name: str) -> Iterator[Store]:
+    """Open a conversation's transcript to read it; another process may be talking in it.
+
+    Raises:
+        SessionError: there is none, or it is damaged.
+    """
+    with Store.open(paths(name).database) as store:
+        yield store
+
+
+def remove(name: str) -> None:
+    """Remove a conversation: what was said, and the stream's state.
+
+    Raises:
+        SessionError: there is none, or a process has it open.
+    """
+    from mlx_stream.generate import snapshot
+
+    where = paths(name)
+    if not any(os.path.lexists(path) for path in files_of(where)):
+        raise SessionError(f"session {name!r}: there is none; see that the name is right")
+    with Lock.acquire(where.lock):
+        snapshot.clear(where.snapshot)
+        for path in files_of(where):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise SessionError(f"{path}: cannot be removed: {error.strerror}") from error
+        with suppress(OSError):
+            where.lock.unlink()
+
+
+def files_of(where: Paths) -> list[Path]:
+    """Return every file that holds something of a conversation; the transcript is the last."""
+    database, snapshot = where.database, where.snapshot
+    return [
+        snapshot,
+        where.unusable,
+        *files(unfinished(database)),
+        *reversed(files(database)),
+    ]
+
+
+def verify(name: str) -> str:
+    """Read all of a conversation; return a line that says what holds.
+
+    Raises:
+        SessionError: its transcript, or its snapshot, is damaged.
+    """
+    from mlx_stream.generate import snapshot
+
+    where = paths(name)
+    with Store.open(where.database) as store:
+        store.verify()
+        said = counted(store.count)
+        if not where.snapshot.exists():
+            return f"{said}; no snapshot"
+        try:
+            found = snapshot.load(where.snapshot)
+            about = about_of(found.about)
+        except SnapshotError as error:
+            raise SessionError(
+                f"session {name!r}: its transcript is whole, its snapshot is not ({error}): the "
+                "next chat reads what is attended again"
+            ) from error
+        if about.session != store.header.id or found.model != store.header.fingerprint:
+            return f"{said}; the snapshot is another model's or conversation's, and is not used"
+        if about.count > store.count or store.head(about.count) != about.head:
+            return f"{said}; the snapshot is of what was taken back, and is not used"
+        return f"{said}; snapshot after exchange {about.count:,}"

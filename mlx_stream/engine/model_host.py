@@ -1,0 +1,79 @@
+"""What the engine's thread knows: the model, fingerprint and budget; everything here is its own."""
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+from mlx_stream import backend
+from mlx_stream.engine.budget import Budget
+from mlx_stream.load import Model, load
+
+WEIGHTS = 0  # the key of what is loaded
+
+
+class Core:
+    """One model, shared by sessions.
+
+    Args:
+        source, dtype, keep_quantized: see `load`.
+        limit: bytes that weights and streams may take; None: what the device recommends.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        limit: int | None,
+        dtype: str | None,
+        keep_quantized: bool | None,
+    ):
+        self.name = str(source)
+        self.notices: list[str] = []
+        self.budget = Budget(limit or 0)
+        self._source, self._limit = source, limit
+        self._dtype, self._keep = dtype, keep_quantized
+        self._model: Model | None = None
+        self._mark = ""
+        self._keys = itertools.count(1)
+
+    def load(self) -> None:
+        """Load the model. On the thread, as all that follows."""
+        if self._limit is None:
+            self.budget.limit = backend.memory_budget()
+        # Freed buffers are kept by MLX, and would otherwise be as much as the whole memory.
+        backend.set_cache_limit()
+        self._model = load(
+            self._source,
+            self._dtype,
+            self._keep,
+            notify=self.notices.append,
+            check=partial(self.budget.charge, WEIGHTS),
+        )
+
+    @property
+    def model(self) -> Model:
+        assert self._model is not None
+        return self._model
+
+    @property
+    def mark(self) -> str:
+        """The model's fingerprint."""
+        from mlx_stream.generate import snapshot
+
+        self._mark = self._mark or snapshot.fingerprint(self.model)
+        return self._mark
+
+    def new_key(self) -> int:
+        return next(self._keys)
+
+    def model_for(self, key: int) -> Model:
+        """Return the model with its streams charged to `key`."""
+        return self.model.checked_by(partial(self.budget.charge, key))
+
+    def leave(self) -> None:
+        """Let go of everything, so that another thread may begin."""
+        import mlx.core as mx
+
+        self._model = None
+        self.budget.weights = 0
+        mx.clear_cache()
+        mx.clear_streams()

@@ -1,0 +1,330 @@
+"""The one thread that touches MLX: lanes take turns on it, a step each; knows no model.
+
+A lane is what is asked of one session, done in order, job by job. What is not said to run on the
+thread may be called from any, and holds the lock for no longer than a look at a few lists takes.
+"""
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from mlx_stream.engine.task import AHEAD, Job, Work, again, typed
+from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused
+
+SECONDS_AT_EXIT = 10.0
+
+
+class Background(Protocol):
+    """What a lane does while nothing is asked of it."""
+
+    def waiting(self) -> bool:
+        """Return whether there is something to do; asked on any thread, under the lock."""
+        ...
+
+    def step(self) -> None:
+        """Do a little of it."""
+        ...
+
+
+class Lane:
+    """What is asked of one session: jobs in order, one at a time.
+
+    Args:
+        after: called on the thread after every step, to say what has changed: with a job after its
+            last step, with None after others.
+        close: called there when the lane ends, whatever it ends for.
+    """
+
+    def __init__(
+        self,
+        owner: "Owner",
+        after: Callable[[Job | None], None],
+        close: Callable[[], None],
+        background: Background | None = None,
+    ):
+        self.owner, self.after, self.background = owner, after, background
+        self.jobs: deque[Job] = deque()
+        self.closing = self.closed = False
+        self.error: MlxStreamError | None = None  # of closing
+        self._close = close
+
+    def ready(self) -> bool:
+        """Return whether there is a step to do; under the lock."""
+        if self.closing:
+            return True
+        if self.jobs:
+            return self.jobs[0].runnable()
+        return bool(self.background and self.background.waiting())
+
+    def step(self) -> None:
+        with self.owner.lock:
+            job = next(iter(self.jobs), None)
+        if self.closing:
+            self.end(EngineClosed("this session or listener was closed before this was done"))
+        elif job:
+            job.step()
+            with self.owner.lock:
+                if job.done:
+                    self.jobs.popleft()
+        elif self.background:
+            self.background.step()
+            self.after(None)
+
+    def end(self, error: MlxStreamError) -> None:
+        """Stop what was asked, which fails with `error`, and close."""
+        while self.jobs:
+            self.jobs.popleft().abandon(error)
+        try:
+            self._close()
+        except Exception as found:
+            self.error = typed(found)
+        with self.owner.lock:
+            self.closing = self.closed = True
+            if self in self.owner.lanes:
+                self.owner.lanes.remove(self)
+            self.owner.changed.notify_all()
+
+    def close(self) -> None:
+        """Have the lane end, which stops what was asked before; returns at once."""
+        with self.owner.lock:
+            self.closing = True
+            self.owner.wake.notify()
+            self.owner.changed.notify_all()
+
+    def wait_closed(self, timeout: float | None) -> bool:
+        """Wait until it is closed; return whether it is. Raises what closing it raised."""
+        owner = self.owner
+        with owner.lock:
+            done = owner.wait_for(owner.changed, lambda: self.closed, timeout)
+            if self.error:
+                raise again(self.error)
+            return done
+
+
+class Owner:
+    """A thread, the lanes that take turns on it, and how it ends.
+
+    Args:
+        prepare: called first, on the thread; what it raises is raised by every job.
+        leave: called last, on the thread.
+        queue_size: jobs that may be asked for and not done.
+    """
+
+    def __init__(self, prepare: Callable[[], None], leave: Callable[[], None], queue_size: int):
+        # A cancel may come from a finalizer, in the middle of anything the same thread does here.
+        self.lock = threading.RLock()
+        self.wake = threading.Condition(self.lock)
+        self.changed = threading.Condition(self.lock)
+        self.ready = self.closing = self.ended = False
+        self.error: MlxStreamError | None = None
+        self.lanes: list[Lane] = []
+        self.queue_size = queue_size
+        self._prepare, self._leave = prepare, leave
+        self._process = os.getpid()
+        self._before = claim(self)
+        self._thread = threading.Thread(target=self._run, name="mlx_stream", daemon=True)
+        self._thread.start()
+
+    def add(self, lane: Lane) -> Lane:
+        with self.lock:
+            self.check()
+            self.lanes.append(lane)
+        return lane
+
+    def submit(self, lane: Lane, work: Callable[[], Work], ahead: int | None = AHEAD) -> Job:
+        """Ask for `work`, after what was asked of the lane before.
+
+        Raises:
+            QueueFull: too much was asked for that is not done.
+            EngineClosed: the engine or the lane is closed.
+        """
+        job = Job(self, work, lane.after, ahead)
+        with self.lock:
+            self.check(lane)
+            asked = sum(len(lane.jobs) for lane in self.lanes)
+            if asked >= self.queue_size:
+                raise QueueFull(
+                    f"{asked:,} commands are waiting or in progress, and the queue holds "
+                    f"{self.queue_size:,}: try again later, or give the engine a larger queue_size"
+                )
+            lane.jobs.append(job)
+            self.wake.notify()
+        return job
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait until it is prepared.
+
+        Raises:
+            TimeoutError: it takes longer than `timeout` seconds.
+            MlxStreamError: it cannot be, or it was closed before.
+        """
+        with self.lock:
+            if not self.wait_for(self.changed, lambda: self.ready or self.error, timeout):
+                raise TimeoutError(f"the model is not loaded after {timeout} seconds")
+            if self.error:
+                raise again(self.error)
+            if not self.ready:
+                raise EngineClosed("the engine was closed before the model was loaded")
+
+    def wait_for(
+        self, condition: threading.Condition, holds: Callable[[], object], timeout: float | None
+    ) -> bool:
+        """Wait until something holds, or there is no thread any more; return whether that is so.
+
+        Under the lock, which `condition` has too.
+
+        Raises:
+            ValueRefused: this is the thread, on which it would be waited for in vain.
+        """
+        if holds() or self.ended:
+            return True
+        if timeout is None or timeout > 0:
+            self.check_elsewhere()
+        return bool(condition.wait_for(lambda: holds() or self.ended, timeout))
+
+    def check_elsewhere(self) -> None:
+        """Raise `ValueRefused` on the thread itself."""
+        if threading.current_thread() is self._thread:
+            raise ValueRefused(
+                "what a future calls back runs on the engine's thread, and must not wait there for "
+                "the engine: have another thread do that"
+            )
+
+    def end(self) -> None:
+        """Have the thread end; returns at once."""
+        with self.lock:
+            self.closing = True
+            self.wake.notify_all()
+            self.changed.notify_all()
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait for its end; return whether it has come."""
+        if os.getpid() == self._process and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        return self.ended
+
+    def busy(self) -> bool:
+        """Return whether there is more to do than what goes on in the background."""
+        with self.lock:
+            return any(lane.jobs for lane in self.lanes)
+
+    def check(self, lane: Lane | None = None) -> None:
+        """Raise `EngineClosed` if nothing can be asked, of a lane or at all."""
+        if os.getpid() != self._process:
+            raise EngineClosed(
+                "an engine does not survive a fork: make it in the new process, or start "
+                "processes by spawning"
+            )
+        if self.closing or self.ended:
+            raise EngineClosed("the engine is closed: make another one")
+        if lane and lane.closing:
+            raise EngineClosed("this session or listener is closed: begin another one")
+
+    def _run(self) -> None:
+        try:
+            for other in self._before:
+                other.join(None)
+            self._begin()
+            while lanes := self._round():
+                for lane in lanes:
+                    if self.closing:
+                        break
+                    lane.step()
+        finally:
+            self._finish()
+
+    def _begin(self) -> None:
+        error = None
+        try:
+            if not self.closing:
+                self._prepare()
+        # Whatever keeps a model from being loaded is told to everyone who asks.
+        except Exception as found:
+            error = typed(found)
+        with self.lock:
+            self.error, self.ready = error, error is None
+            self.changed.notify_all()
+
+    def _round(self) -> list[Lane]:
+        """Return the lanes that have a step to do, once there are any; none at the end."""
+        with self.lock:
+            while not self.closing:
+                if lanes := [lane for lane in self.lanes if lane.ready()]:
+                    return lanes
+                self.wake.wait()
+        return []
+
+    def _finish(self) -> None:
+        """Stop what is going on and close what is open; whoever waits is told."""
+        with self.lock:
+            self.closing = True
+        try:
+            while self.lanes:
+                self.lanes[0].end(EngineClosed("the engine was closed before this was done"))
+            self._leave()
+        finally:
+            with self.lock:
+                self.ended = True
+                self.changed.notify_all()
+
+
+# --- one per process, and its end ---
+
+_all: "weakref.WeakSet[Owner]" = weakref.WeakSet()
+_claims = threading.RLock()
+
+
+def claim(owner: Owner) -> list[Owner]:
+    """Make `owner` the one thread of MLX; return those before, whose end it must await.
+
+    Raises:
+        EngineClosed: there is one that nobody has asked to end.
+    """
+    with _claims:
+        alive = [other for other in _all if not other.ended and other._process == os.getpid()]
+        if any(not other.closing for other in alive):
+            raise EngineClosed(
+                "an engine is open in this process, and MLX belongs on one thread: close it first"
+            )
+        _all.add(owner)
+        return alive
+
+
+def hold_all() -> None:
+    """Let no other thread hold a lock while this process is forked: nobody would release it."""
+    for owner in [*_all]:
+        owner.lock.acquire()
+
+
+def release_all() -> None:
+    for owner in [*_all]:
+        owner.lock.release()
+
+
+def release_in_child() -> None:
+    """Have what waits for a thread that is not here any more wait no longer."""
+    for owner in [*_all]:
+        owner.closing = owner.ended = True
+    release_all()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=hold_all, after_in_parent=release_all, after_in_child=release_in_child
+    )
+
+
+@atexit.register
+def end_all() -> None:
+    """Have every thread end before the interpreter does, which would pull MLX from under it."""
+    owners = [*_all]
+    for owner in owners:
+        owner.end()
+    until = time.monotonic() + SECONDS_AT_EXIT
+    for owner in owners:
+        owner.join(max(0.0, until - time.monotonic()))

@@ -1,0 +1,149 @@
+"""Guesses of a second, smaller model that reads along."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_stream.cache import StreamCache
+from mlx_stream.errors import ValueRefused
+from mlx_stream.generate.draft_length import Chance
+from mlx_stream.generate.token_stream import Follower, TokenStream
+from mlx_stream.load import Model, check_memory
+from mlx_stream.sampling import number
+
+# Ids that wait to be read, until guesses are asked for.
+MOST_WAITING = 512
+FIRST_CHANCE = Chance(right=2.4, all=4.0)
+MEASURED = 9
+SPARE = 8  # what was read to guess, all of which may be taken back
+
+
+class Drafter(Follower, Protocol):
+    """A follower that guesses what comes next, at a cost.
+
+    Attributes:
+        chance: how likely a guess is right if those before it are.
+        seconds: what a guess takes.
+    """
+
+    @property
+    def chance(self) -> float: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+    def draft(self, next: int, count: int) -> Sequence[int]:
+        """Guess `count` ids that follow `next`, itself not read yet."""
+        ...
+
+    def judge(self, guessed: Sequence[int], chosen: Sequence[int]) -> None:
+        """Learn from what was chosen."""
+        ...
+
+
+class DraftModel:
+    """A model whose own stream, of the same window, is kept in step with another.
+
+    Args:
+        model: of the same vocabulary; see `check_draft`.
+        followed: the cache of the stream it is kept in step with.
+        clock: returns seconds.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        followed: StreamCache,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.model, self.clock = model, clock
+        trained = model.config.max_position_embeddings
+        self._sinks = min(followed.geometry.sinks, trained // 2)
+        self._window = min(followed.geometry.window, trained - self._sinks)
+        self.stream = self._new_stream()
+        self._chance = Chance(FIRST_CHANCE.right, FIRST_CHANCE.all)
+        self._seconds: deque[float] = deque(maxlen=MEASURED)
+        self._waiting: list[int] = []  # not read yet
+        self._ahead: list[int] = []  # read to guess, and not yet by the stream that is followed
+
+    @property
+    def chance(self) -> float:
+        return self._chance.share
+
+    @property
+    def seconds(self) -> float:
+        return median(self._seconds) if self._seconds else 0.0
+
+    def read(self, ids: Sequence[int]) -> None:
+        agreed = 0
+        while agreed < min(len(ids), len(self._ahead)) and ids[agreed] == self._ahead[agreed]:
+            agreed += 1
+        del self._ahead[:agreed]
+        if agreed < len(ids):
+            self._take_back()
+            self._waiting.extend(ids[agreed:])
+        if len(self._waiting) > MOST_WAITING:
+            self.stream.read(self._waiting)
+            self._waiting = []
+
+    def rewind(self, count: int) -> None:
+        self._take_back()
+        waiting = min(count, len(self._waiting))
+        del self._waiting[len(self._waiting) - waiting :]
+        self.stream.rewind(min(count - waiting, self.stream.cache.rewindable))
+
+    def restart(self, ids: Sequence[int]) -> None:
+        self.stream = self._new_stream()
+        self._ahead, self._waiting = [], [*ids]
+
+    def erase(self) -> None:
+        self._take_back()
+        self.stream.erase()
+
+    def draft(self, next: int, count: int) -> Sequence[int]:
+        """Guess the likeliest ids one after another."""
+        self._take_back()
+        new, guessed = [*self._waiting, next], []
+        self._waiting = []
+        for _ in range(count):
+            started = self.clock()
+            guessed.append(number(mx.argmax(self.stream.read(new))))
+            if len(new) == 1:
+                self._seconds.append(self.clock() - started)
+            self._ahead.append(new[-1])
+            new = guessed[-1:]
+        return guessed
+
+    def judge(self, guessed: Sequence[int], chosen: Sequence[int]) -> None:
+        for guess, choice in zip(guessed, chosen, strict=False):
+            self._chance.add(guess == choice)
+            if guess != choice:
+                return
+
+    def _take_back(self) -> None:
+        self.stream.rewind(len(self._ahead))
+        self._ahead = []
+
+    def _new_stream(self) -> TokenStream:
+        return TokenStream(self.model, self.model.new_cache(self._sinks, self._window, SPARE))
+
+
+def check_draft(model: Model, draft: Model) -> None:
+    """Make sure that a model can guess for another.
+
+    Raises:
+        ValueRefused: its vocabulary is another one.
+        MemoryRefused: the weights of both exceed the device's budget.
+    """
+    sizes = [m.config.vocab_size for m in (model, draft)]
+    if sizes[0] != sizes[1] or model.tokenizer.vocabulary() != draft.tokenizer.vocabulary():
+        raise ValueRefused(
+            f"--draft {draft.name} has another vocabulary than {model.name} ({sizes[1]:,} and "
+            f"{sizes[0]:,} tokens): use a smaller model of the same family"
+        )
+    if not model.force:
+        check_memory(model.weight_bytes + draft.weight_bytes, 0)

@@ -1,0 +1,68 @@
+"""What the Hub's client raises -> one line, and how far a download is; knows no files."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlx_stream.checkpoint.folder import one_line
+from mlx_stream.errors import CheckpointError, SourceError
+from mlx_stream.hub.repository import MAIN, Bar
+from mlx_stream.program.notices import Notify
+
+
+@contextmanager
+def explained(repo: str, revision: str = MAIN) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except CheckpointError as error:
+        if repo in str(error):
+            raise
+        raise type(error)(f"{repo}: {error}") from error
+    # The HTTP client's own exceptions come through, and its name changes between versions.
+    except Exception as error:
+        raise SourceError(explain_hub_error(repo, revision, error)) from error
+
+
+def tenths(progress: Notify) -> Bar:
+    """Return a bar that, on a terminal, says in lines how far it is."""
+    told = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal told
+        reached = 10 * done // max(total, 1)
+        if told < reached < 10 and sys.stderr is not None and sys.stderr.isatty():
+            progress(f"fetched {reached}0 %")
+            told = reached
+
+    return update
+
+
+def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo}: not a valid Hub id; expected org/name"
+    if errors.OfflineModeIsEnabled in (type(error), type(error.__cause__)):
+        return f"{repo}: not (all) in the cache, and HF_HUB_OFFLINE is set; unset it to fetch it"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo}: gated; accept its terms at {hub}/{repo}, then run `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo}: no revision {revision!r}; expected a branch, a tag or a commit of it"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{repo}: no such folder, and no such model at {hub} (private? run `hf auth login`, or "
+            "set HF_TOKEN)"
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"{repo}: {hub} answered: {one_line(error)[:200]}; try again later"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        return f"{repo}: cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror}"
+    return (
+        f"{repo}: not in the cache, and {hub} cannot be reached ({type(error).__name__});"
+        " check the network, or give a folder or a .gguf file"
+    )

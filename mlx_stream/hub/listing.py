@@ -1,0 +1,53 @@
+"""The models on this machine that open without the network; fetches nothing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mlx_stream.checkpoint.folder import missing_files, read_json
+from mlx_stream.config import ARCHITECTURES
+from mlx_stream.errors import CheckpointError
+from mlx_stream.hub.starter import STARTER, is_whole, size_of, starter_folder
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model that opens without the network: its name for `resolve`, and bytes on disk."""
+
+    name: str
+    path: Path
+    bytes: int
+    kind: Literal["hub", "starter"]
+
+
+def cached_models() -> list[CachedModel]:
+    """List the models `resolve` opens without the network: the Hub's cache, then the starter."""
+    models = list(cached_hub_models())
+    if is_whole(folder := starter_folder()):
+        models.append(CachedModel(STARTER, folder, size_of(folder), "starter"))
+    return models
+
+
+def cached_hub_models() -> Iterator[CachedModel]:
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
+    except (CacheNotFound, ValueError):
+        return
+    for repo in sorted(cache.repos, key=lambda repo: repo.repo_id.lower()):
+        for revision in repo.revisions:
+            folder = revision.snapshot_path
+            if repo.repo_type == "model" and "main" in revision.refs and is_ours(folder):
+                yield CachedModel(repo.repo_id, folder, revision.size_on_disk, "hub")
+
+
+def is_ours(folder: Path) -> bool:
+    """Say whether a folder is complete, and of a family we run."""
+    try:
+        family = read_json(folder / "config.json").get("model_type")
+    except CheckpointError:
+        return False
+    return family in ARCHITECTURES and not missing_files(folder)

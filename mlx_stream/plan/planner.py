@@ -1,0 +1,228 @@
+"""Which bits and which window fit a device, and how fast at most; knows no files and no network."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlx_stream.backend import CACHE_LIMIT
+from mlx_stream.cache.steps.verify import spare_rows
+from mlx_stream.config import ModelConfig, Quantization
+from mlx_stream.errors import ValueRefused
+from mlx_stream.models.layers import Projection
+from mlx_stream.models.layout import QuantizationOf, layout_of, ring_bytes, weights_bytes
+from mlx_stream.plan.devices import Device
+from mlx_stream.plan.memory import (
+    BITS,
+    DEFAULT_GROUP_SIZE,
+    NOT_QUANTIZED,
+    is_fused,
+    loading_bytes,
+    step_bytes,
+    uniform_quantization,
+    workspace_bytes,
+)
+from mlx_stream.program.notices import Notify, discard
+from mlx_stream.window import DEFAULT_WINDOW, held_to, resolve_window
+
+ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Tried where no window is asked for, each with every recipe. Fewer bits cost more than a window
+# does, but one below the default makes a conversation short: those come last.
+WINDOWS = ((8_188, 4_092, DEFAULT_WINDOW), (1_020, 508, 252))
+
+FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model as its config and its files' headers describe it.
+
+    Attributes:
+        dtype: of the floats in its files.
+        quantized: paths of the modules whose weights are stored quantized, as the config says how.
+        stored: bytes of its weights on disk; None if no file was there to ask.
+    """
+
+    name: str
+    config: ModelConfig
+    dtype: str
+    quantized: frozenset[str] = frozenset()
+    stored: int | None = None
+
+    def quantization_of(self, part: Projection) -> Quantization | None:
+        """Return how its files hold a matrix."""
+        return self.config.quantized(part.path) if part.path in self.quantized else None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is asked to keep to; None leaves the choice to it.
+
+    Attributes:
+        dtype: computed in, and of keys and values; by default what `load` takes on the device.
+        keep: whether quantized weights stay so; by default on Metal alone, and if bits are given.
+        bits: that the weights are converted to; 16 leaves them floats.
+        kv_bits: of the ring; None keeps it in `dtype`.
+    """
+
+    dtype: str | None = None
+    keep: bool | None = None
+    sinks: int | None = None
+    window: int | None = None
+    bits: int | None = None
+    group_size: int = DEFAULT_GROUP_SIZE
+    kv_bits: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How all matrices are held, and how the files hold them: once converted, the same.
+
+    `bits` is None for as they are now.
+    """
+
+    name: str
+    bits: int | None
+    in_memory: QuantizationOf
+    on_disk: QuantizationOf
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one choice of recipe and window needs on a device.
+
+    Attributes:
+        weights, ring, workspace: bytes; together the peak of a running chat, once it is loaded.
+        loading: the peak while loading.
+        step: bytes that writing one token reads.
+    """
+
+    recipe: Recipe
+    device: Device
+    dtype: str
+    sinks: int
+    window: int
+    weights: int
+    ring: int
+    workspace: int
+    loading: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.ring + self.workspace
+
+    @property
+    def peak(self) -> int:
+        return max(self.total, self.loading)
+
+    @property
+    def verdict(self) -> str:
+        return self.verdict_for(self.device.budget.amount)
+
+    def verdict_for(self, budget: int) -> str:
+        """Say whether it fits, and whether the allocator's cache of freed buffers does too."""
+        if self.peak > budget:
+            return TOO_LARGE
+        return FITS if self.peak + CACHE_LIMIT <= budget else TIGHT
+
+    @property
+    def missing(self) -> int:
+        """Bytes by which it exceeds the budget, or 0."""
+        return max(0, self.peak - self.device.budget.amount)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The speed that reading `step` bytes a token allows at most, if the bandwidth is known."""
+        bandwidth = self.device.bandwidth
+        return None if bandwidth is None else bandwidth.amount / self.step
+
+
+def make_plan(outline: Outline, device: Device, asked: Asked, notify: Notify = discard) -> Plan:
+    """Return the plan that was asked for, or the best one that fits.
+
+    The most bits come first, then the largest window; what does not leave room for the allocator's
+    cache is taken if nothing else fits. If nothing does, it is the smallest one.
+
+    Raises:
+        ValueRefused: a value out of range, or one MLX or the model does not have.
+    """
+    planner = Planner(outline, device, asked)
+    sinks, window = resolve_window(outline.config, asked.sinks, asked.window, notify)
+    passes = WINDOWS if asked.window is None else ((window,),)
+    tried: list[Plan] = []
+    for windows in passes:
+        for recipe in planner.recipes():
+            for window in held_to(outline.config, sinks, windows):
+                tried.append(planner.plan(recipe, sinks, window))
+                if tried[-1].verdict == FITS:
+                    return tried[-1]
+    return next((plan for plan in tried if plan.verdict == TIGHT), min(tried, key=lambda p: p.peak))
+
+
+class Planner:
+    """What holds for every choice of recipe and window of one model on one device."""
+
+    def __init__(self, outline: Outline, device: Device, asked: Asked):
+        self.outline, self.device, self.asked = outline, device, asked
+        self.layout = layout_of(outline.config)
+        self.dtype = asked.dtype or (outline.dtype if device.metal else "float32")
+        if self.dtype not in ITEMSIZES:
+            raise ValueRefused(f"--dtype must be one of {', '.join(ITEMSIZES)}, not {self.dtype!r}")
+        self.itemsize = ITEMSIZES[self.dtype]
+        if asked.bits is not None and asked.keep is False:
+            raise ValueRefused("--bits is for weights that stay quantized: leave out --dequantize")
+        uniform_quantization(NOT_QUANTIZED if asked.bits is None else asked.bits, asked.group_size)
+
+    def recipes(self) -> Iterator[Recipe]:
+        """Yield the recipes to choose from, the one with most bits first."""
+        outline, asked = self.outline, self.asked
+        if asked.bits is not None:
+            yield self.converted(asked.bits)
+            return
+        kept = self.device.metal if asked.keep is None else asked.keep
+        if not kept or not outline.quantized:
+            quantized = " dequantized when loaded" if outline.quantized else ""
+            yield Recipe(
+                f"{self.dtype}{quantized}",
+                NOT_QUANTIZED,
+                uniform_quantization(16),
+                outline.quantization_of,
+            )
+        if asked.keep is False:
+            return
+        widest: float = NOT_QUANTIZED
+        if outline.quantized:
+            stored = weights_bytes(self.layout, outline.quantization_of, ITEMSIZES[outline.dtype])
+            widest = 8 * stored / self.layout.parameters
+            yield Recipe(
+                f"as it is, {widest:.1f} bits a weight",
+                None,
+                outline.quantization_of,
+                outline.quantization_of,
+            )
+        yield from (self.converted(bits) for bits in BITS if bits < int(widest))
+
+    def converted(self, bits: int) -> Recipe:
+        group_size = self.asked.group_size
+        quantization_of = uniform_quantization(bits, group_size)
+        name = self.dtype if bits == NOT_QUANTIZED else f"{bits} bits in groups of {group_size}"
+        return Recipe(name, bits, quantization_of, quantization_of)
+
+    def plan(self, recipe: Recipe, sinks: int, window: int) -> Plan:
+        """Return what a recipe and a window take."""
+        config, itemsize = self.outline.config, self.itemsize
+        kv_bits = self.asked.kv_bits
+        ring = ring_bytes(config, sinks, window, itemsize, kv_bits, spare_rows(kv_bits))
+        fused = is_fused(config, self.device.metal)
+        floats = ITEMSIZES[self.outline.dtype]
+        return Plan(
+            recipe=recipe,
+            device=self.device,
+            dtype=self.dtype,
+            sinks=sinks,
+            window=window,
+            weights=weights_bytes(self.layout, recipe.in_memory, itemsize),
+            ring=ring,
+            workspace=workspace_bytes(config, sinks, window, itemsize, fused, kv_bits),
+            loading=loading_bytes(self.layout, recipe.on_disk, recipe.in_memory, itemsize, floats),
+            step=step_bytes(config, self.layout, recipe.in_memory, itemsize, ring),
+        )

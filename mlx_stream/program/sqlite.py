@@ -1,0 +1,154 @@
+"""SQLite as conversations use it: a private file that survives a crash; knows no conversation.
+
+A file is untrusted: nothing is selected from it before its schema was found to be ours, no value of
+it is longer than it is, and whatever SQLite says of it becomes one line for its user.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mlx_stream.errors import SessionError
+
+PRAGMAS = (
+    "trusted_schema = OFF",
+    "cell_size_check = ON",
+    # A file that is cut short while it is mapped would kill the process.
+    "mmap_size = 0",
+    "synchronous = FULL",
+    # On a Mac, synchronous alone stops at the disk's own cache.
+    "fullfsync = ON",
+    # Removed text is overwritten, and no text is written to a temporary file.
+    "secure_delete = ON",
+    "temp_store = MEMORY",
+)
+# Bytes of a row that is written; a row that is read has at most those of its file.
+LONGEST_ROW = 256 * 2**20
+# Room for our own schema and for the short values of a file that is still empty.
+SHORTEST_LIMIT = 2**16
+# SQLite's steps for one statement on opening. Ours take some hundreds; a schema can be forged whose
+# pages lead back to themselves.
+OPENING_STEPS = 200_000
+# Seconds to wait for another program that has the file locked.
+PATIENCE = 2.0
+
+ADVICE = {
+    sqlite3.SQLITE_FULL: "the disk is full: make room, then try again",
+    sqlite3.SQLITE_READONLY: "it cannot be written: check the permissions of {path}",
+    sqlite3.SQLITE_PERM: "it cannot be written: check the permissions of {path}",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check the permissions of {path} and its folder",
+    sqlite3.SQLITE_BUSY: "another program is using it: close it there, then try again",
+    sqlite3.SQLITE_LOCKED: "another program is using it: close it there, then try again",
+    sqlite3.SQLITE_IOERR: "the disk is full, or cannot be read or written ({error}): make room, "
+    "or check it, then try again",
+    sqlite3.SQLITE_TOOBIG: "too long to be stored",
+}
+DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_INTERRUPT)
+
+
+class Damage(ValueError):
+    """What was read is not what was written."""
+
+
+def connect(path: Path, longest: int) -> sqlite3.Connection:
+    """Open a file that is there, with no value longer than `longest` bytes; reads its schema."""
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        uri=True,
+        timeout=PATIENCE,
+        isolation_level=None,
+        # One thread at a time uses it, but not always the same one.
+        check_same_thread=False,
+    )
+    try:
+        limit(connection, longest)
+        connection.set_progress_handler(lambda: 1, OPENING_STEPS)
+        for setting in PRAGMAS:
+            connection.execute(f"PRAGMA {setting}").close()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def limit(connection: sqlite3.Connection, longest: int) -> None:
+    """Bound the bytes of a value, read or written."""
+    longest = min(max(longest, SHORTEST_LIMIT), LONGEST_ROW)
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
+
+
+def pragma(connection: sqlite3.Connection, text: str) -> Any:
+    ((value,),) = connection.execute(f"PRAGMA {text}").fetchall()
+    return value
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """Return every file a database may have: itself first, then what SQLite writes beside it."""
+    beside = ("-wal", "-shm", "-journal")
+    return (path, *(path.with_name(path.name + suffix) for suffix in beside))
+
+
+def unfinished(path: Path) -> Path:
+    """Return where a database is until it is whole."""
+    return path.with_name(f".{path.name}.new")
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Return the bytes of a database and of its log."""
+    total = 0
+    # The log first: what leaves it meanwhile is in the database by then.
+    for part in (files(path)[1], path):
+        with suppress(FileNotFoundError):
+            total += part.stat().st_size
+    return total
+
+
+def flush(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+# --- errors ---
+
+
+@contextmanager
+def believing() -> Iterator[None]:
+    """Take whatever is wrong with a value for damage of the file it is read from."""
+    try:
+        yield
+    except (ValueError, TypeError, sqlite3.DataError) as error:
+        raise Damage(str(error)) from error
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a session's file into one line for its user."""
+    try:
+        yield
+    except (OSError, OverflowError, TypeError, ValueError, sqlite3.Error) as error:
+        raise SessionError(f"session {path.stem!r}: {explain(error, path)}") from error
+
+
+def explain(error: Exception, path: Path) -> str:
+    # SQLite quotes what it cannot read, and that may be anything.
+    text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
+    text = " ".join(text.split()) or type(error).__name__
+    code = getattr(error, "sqlite_errorcode", None)
+    # The low byte is the kind; the others say more of it.
+    kind = None if code is None else code & 0xFF
+    # Text that is not UTF-8 comes without a code.
+    undecodable = isinstance(error, sqlite3.OperationalError) and code is None
+    if isinstance(error, Damage) or kind in DAMAGES or undecodable:
+        return f"damaged: {text}; put a backup in place of {path}, or use another name"
+    if kind in ADVICE:
+        return ADVICE[kind].format(path=path, error=text)
+    if isinstance(error, OSError):
+        return f"{path}: {error.strerror}; check the disk and the folder's permissions"
+    return text

@@ -1,0 +1,230 @@
+"""A checkpoint's tensors -> the same quantized or in another type, one matrix at a time.
+
+Knows modules by path and what `mx.quantize` takes; writes nothing. What is stored as it was asked
+for already is copied, bit for bit.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.config import ModelConfig, Quantization, read_config
+from mlx_stream.errors import ValueRefused, WeightsError
+from mlx_stream.models.layers import Projection
+from mlx_stream.models.layout import Layout, layout_of
+from mlx_stream.models.weights import (
+    DTYPES,
+    CheckpointWeights,
+    Part,
+    Untaken,
+    dequantize,
+    refuse_unknown,
+)
+from mlx_stream.quantize.recipes import Recipe
+
+# Elements of a matrix that are worked on at a time.
+BLOCK = 2**18
+# What names a place of its maker, or code that is not copied.
+LEFT_OUT = ("_name_or_path", "name_or_path", "auto_map")
+
+
+@dataclass
+class Conversion:
+    """What a checkpoint becomes.
+
+    Attributes:
+        checkpoint: the source, its config that of the result.
+        config: of the source.
+        quantized: how each matrix will be stored, by module path; None for floats.
+        dtype: of floats, scales included; None keeps each tensor's own.
+        largest: bytes of the largest matrix so far, of the source or the result.
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    layout: Layout
+    quantized: Mapping[str, Quantization | None]
+    dtype: mx.Dtype | None
+    largest: int = 0
+
+    def tensors(self) -> Iterator[tuple[str, mx.array]]:
+        """Yield the result's tensors, evaluated; the source's are taken out of the checkpoint.
+
+        Raises:
+            WeightsError: a tensor is missing or of the wrong shape, or its values do not fit the
+                type they are to be stored in.
+        """
+        source = CheckpointWeights(self.config, Untaken(self.checkpoint.tensors), None, True)
+        for part in self.layout.parts:
+            if isinstance(part, Projection):
+                yield from self._matrix(source, part).items()
+            else:
+                name = f"{part.path}.weight"
+                yield name, self._stored(name, source.floats(name, (part.size,)))
+
+    def _matrix(self, source: CheckpointWeights, at: Projection) -> dict[str, mx.array]:
+        part = source.part(at.path, at.outputs, at.inputs, at.bias)
+        mx.eval(part.tensors)
+        self._note(part.tensors)
+        wanted = self.quantized[at.path]
+        bias = {"bias": part.tensors.pop("bias")} if at.bias else {}
+        as_it_is = part.quantization == wanted
+        tensors = part.tensors if as_it_is else self._in_blocks(part, wanted, at)
+        self._note(tensors)
+        del part
+        return {
+            f"{at.path}.{name}": self._stored(f"{at.path}.{name}", array)
+            for name, array in (tensors | bias).items()
+        }
+
+    def _in_blocks(
+        self, part: Part, wanted: Quantization | None, at: Projection
+    ) -> dict[str, mx.array]:
+        """Return a matrix stored another way, made some rows at a time.
+
+        MLX takes up to 80 bytes an element to quantize on the CPU, and a matrix unpacked takes
+        eight times its bytes.
+        """
+        blocks: list[dict[str, mx.array]] = []
+        rows = max(1, BLOCK // at.inputs)
+        for start in range(0, at.outputs, rows):
+            block = {name: array[start : start + rows] for name, array in part.tensors.items()}
+            if part.quantization is not None:
+                block = {"weight": dequantize(block, part.quantization)}
+            weight = self._stored(f"{at.path}.weight", block["weight"])
+            blocks.append({"weight": weight} if wanted is None else quantize(weight, wanted))
+            mx.eval(blocks[-1])
+        joined = {name: mx.concatenate([one[name] for one in blocks]) for name in blocks[0]}
+        mx.eval(joined)
+        return joined
+
+    def _note(self, tensors: Mapping[str, mx.array]) -> None:
+        self.largest = max(self.largest, sum(array.nbytes for array in tensors.values()))
+
+    def _stored(self, name: str, array: mx.array) -> mx.array:
+        """Return an array in the type it is stored in, evaluated, and hold it to be finite."""
+        if self.dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+            mx.eval(array)
+            return array
+        array = array.astype(self.dtype)
+        if not mx.isfinite(mx.stack([array.min(), array.max()])).all().item():
+            raise WeightsError(
+                f"weights: {name} has values that are no numbers or do not fit "
+                f"{name_of(self.dtype)}: try --dtype float32"
+            )
+        return array
+
+
+def quantize(weight: mx.array, wanted: Quantization) -> dict[str, mx.array]:
+    """Return a matrix as `mx.quantize` packs it: weight, scales and, where affine, biases."""
+    parts = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
+    return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+
+def prepare(checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -> Conversion:
+    """Decide how each tensor of a checkpoint is stored; reads none of them.
+
+    Args:
+        recipe: how to quantize; None leaves what is quantized as it is, or, if a dtype is given,
+            dequantizes it.
+        dtype: float32, float16 or bfloat16, of all that stays float. Default: with a recipe the
+            model's own, without one each tensor's.
+
+    Raises:
+        ConfigError: the config is not one of a model we know.
+        WeightsError: there are tensors that such a model has not.
+        ValueRefused: no such dtype, or no matrix can be quantized so.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    config = read_config(checkpoint.config)
+    layout, names = layout_of(config), frozenset(checkpoint.tensors)
+    refuse_unknown(config, dict.fromkeys(names - frozenset(layout.tensor_names())))
+    if recipe is not None:
+        dtype = dtype or own_dtype(checkpoint)
+        quantized = {at.path: fit(recipe, at, config) for at in layout.matrices}
+        if not any(quantized.values()):
+            raise ValueRefused(
+                f"groups of {recipe.base.group_size} divide no matrix of this model: use a smaller "
+                "--group-size"
+            )
+    elif dtype is not None:
+        quantized = dict.fromkeys(at.path for at in layout.matrices)
+    else:
+        packed = [at.path for at in layout.matrices if f"{at.path}.scales" in names]
+        quantized = dict.fromkeys(at.path for at in layout.matrices)
+        quantized |= {path: config.quantized(path) for path in packed}
+    base = recipe.base if recipe else (config.quantization or {}).get("")
+    raw = rewrite(checkpoint.config, base, quantized, dtype)
+    tokenizer_config = {k: v for k, v in checkpoint.tokenizer_config.items() if k not in LEFT_OUT}
+    result = replace(checkpoint, config=raw, tokenizer_config=tokenizer_config)
+    return Conversion(result, config, layout, quantized, DTYPES[dtype] if dtype else None)
+
+
+def fit(recipe: Recipe, at: Projection, config: ModelConfig) -> Quantization | None:
+    """Return how a recipe stores a matrix: as floats where its groups do not divide a row."""
+    wanted = recipe.quantized(at.path, config.num_hidden_layers)
+    return None if at.inputs % wanted.group_size else wanted
+
+
+def own_dtype(checkpoint: Checkpoint) -> str:
+    """Return the type a checkpoint says it has, or else that of its embedding or first norm."""
+    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if isinstance(said, str) and said in DTYPES:
+        return said
+    names = ("model.embed_tokens.scales", "model.embed_tokens.weight", "model.norm.weight")
+    for name in names:
+        if name in checkpoint.tensors:
+            found = name_of(checkpoint.tensors[name].dtype)
+            if found in DTYPES:
+                return found
+    return "float16"
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+# --- config.json ---
+
+
+def rewrite(
+    raw: Mapping[str, Any],
+    base: Quantization | None,
+    quantized: Mapping[str, Quantization | None],
+    dtype: str | None,
+) -> dict[str, Any]:
+    """Return config.json's entries of the result."""
+    gone = ("quantization", "quantization_config", *LEFT_OUT)
+    config = {key: value for key, value in raw.items() if key not in gone}
+    if dtype is not None:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config]
+        config |= dict.fromkeys(keys or ["torch_dtype"], dtype)
+    config |= older_rope(config)
+    if base is not None and any(quantized.values()):
+        others = {path: entry(kind) for path, kind in quantized.items() if kind != base}
+        config["quantization"] = {**as_json(base), **others}
+    return config
+
+
+def entry(kind: Quantization | None) -> dict[str, Any] | bool:
+    return False if kind is None else as_json(kind)
+
+
+def as_json(kind: Quantization) -> dict[str, Any]:
+    return {"group_size": kind.group_size, "bits": kind.bits, "mode": kind.mode}
+
+
+def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings as mlx-lm reads them, where only transformers 5's are there."""
+    newer = dict(config.get("rope_parameters") or {})
+    theta = newer.pop("rope_theta", None)
+    found: dict[str, Any] = {}
+    if theta is not None and "rope_theta" not in config:
+        found["rope_theta"] = theta
+    if newer.get("rope_type", "default") != "default" and not config.get("rope_scaling"):
+        found["rope_scaling"] = newer
+    return found

@@ -1,0 +1,207 @@
+"""One call: a source -> a converted folder, its recipe measured and its cost reported.
+
+Knows what follows what; each step is elsewhere. The engine, which runs no model, is
+`mlx_stream.quantize.write_converted`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.checkpoint.write import CONVERSION, refuse_taken, replace_json
+from mlx_stream.config import read_config
+from mlx_stream.errors import MemoryRefused, TextError, ValueRefused
+from mlx_stream.evaluate.corpus import Text, encode
+from mlx_stream.evaluate.divergence import compare
+from mlx_stream.evaluate.sensitivity import measure
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.hub.resolve import resolve
+from mlx_stream.load import Model, load, named, read_checkpoint
+from mlx_stream.models.layout import layout_of
+from mlx_stream.plan import devices
+from mlx_stream.plan.inspect import outline_of
+from mlx_stream.plan.memory import NOT_QUANTIZED
+from mlx_stream.plan.planner import Asked, make_plan
+from mlx_stream.program.notices import Notify, discard
+from mlx_stream.quantize.recipes import DEFAULT_GROUP, Recipe, settle, uniform
+from mlx_stream.quantize.write_converted import (
+    Converted,
+    bytes_per_token,
+    convert,
+    refuse_places,
+    sizes_of,
+)
+from mlx_stream.text.tokenizer import Tokenizer
+
+# The stream that a report reads its text as.
+SINKS, WINDOW = 4, 1_020
+REPORT_TOKENS = 4_096
+# A 99th percentile of fewer would be a single token.
+LEAST_TOKENS = 200
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
+
+
+@contextmanager
+def quietly(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show no progress: what a library does."""
+    yield lambda done, total: None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+        recipe, dtype: see `checkpoint.quantize.prepare`.
+        calibration: a text that a sensitive recipe is measured on: name and text.
+        report: a text to compare source and result on: name and text.
+        report_tokens: how much of it is read.
+        force: replace a folder that an earlier conversion wrote.
+    """
+
+    recipe: Recipe | None = None
+    dtype: str | None = None
+    calibration: tuple[str, str] | None = None
+    report: tuple[str, str] | None = None
+    report_tokens: int = REPORT_TOKENS
+    force: bool = False
+
+
+def convert_model(
+    source: str,
+    out: Path,
+    options: Options,
+    notify: Notify = discard,
+    progress: Progress = quietly,
+) -> Converted:
+    """Convert a folder, a Hub id, a `.gguf` file or `starter` to the folder `out`.
+
+    Only a sensitive recipe and a report run the model, which then is in memory whole; without
+    them memory is bounded whatever the model's size.
+
+    Raises:
+        ValueRefused: options that do not go together, or a place that is taken.
+        TextError: a text is too short.
+        SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
+    """
+    check(options)
+    refuse_taken(out, options.force)
+    path = resolve(source, notify)
+    refuse_places(path, out)
+    with named(source, path):
+        checkpoint = read_checkpoint(path)
+        config = read_config(checkpoint.config)
+    text = options.report and report_text(checkpoint, options)
+    recipe = options.recipe
+    if recipe is not None and config.quantization is not None:
+        notify("the source is quantized already: its error stays, and this one comes on top")
+    if recipe is not None and options.calibration is not None:
+        recipe = calibrated(path, recipe, options.calibration, notify, progress)
+    sizes = sizes_of(checkpoint.tensors) if text else {}
+    with named(source, path, out), progress("converting") as tell:
+        result = convert(checkpoint, out, recipe, options.dtype, options.force, tell)
+    if result.kept:
+        notify(
+            f"{len(result.kept)} of its matrices stay as they are: groups of "
+            f"{recipe and recipe.base.group_size} do not divide their rows ({result.kept[0]})"
+        )
+    if text:
+        before = {"tensor_bytes": sum(sizes.values()), "bytes_per_token": 0}
+        before["bytes_per_token"] = bytes_per_token(config, sizes)
+        with progress("comparing") as tell:
+            found = report(path, out, text, tell)
+        result.about["report"] = {**found, "source": before}
+        replace_json(result.about, out / CONVERSION)
+    return result
+
+
+def recipe_for(
+    source: str, device: str, group_size: int | None, notify: Notify = discard
+) -> Recipe | None:
+    """Return the recipe with the most bits that fit a device; None if the source does as it is.
+
+    Raises:
+        DeviceError: there is no such device.
+        MemoryRefused: the model fits it at no bits.
+        ValueRefused, SourceError, CheckpointError: as `convert_model`.
+    """
+    place = devices.find(device)
+    asked = Asked(group_size=DEFAULT_GROUP if group_size is None else group_size)
+    chosen = make_plan(outline_of(source, notify), place, asked, notify)
+    if chosen.missing:
+        raise MemoryRefused(
+            f"{source} does not fit {place.title}, not even as {chosen.recipe.name}: "
+            f"{chosen.missing / 1e6:,.1f} MB are missing; see mlx_stream plan"
+        )
+    notify(f"for {place.title}: {chosen.recipe.name}, which leaves a window of {chosen.window:,}")
+    bits = chosen.recipe.bits
+    return None if bits in (None, NOT_QUANTIZED) else uniform(bits, asked.group_size)
+
+
+def check(options: Options) -> None:
+    """Refuse options that do not go together, before anything is fetched or read."""
+    sensitive = options.recipe is not None and options.recipe.rule == "sensitive"
+    if sensitive and options.calibration is None:
+        raise ValueRefused(
+            f"--recipe {options.recipe and options.recipe.name} is measured on a text: give one "
+            "with --calibration"
+        )
+    if options.calibration is not None and not sensitive:
+        raise ValueRefused("--calibration is for recipes that are measured: sensitive_...")
+    if options.report_tokens <= LEAST_TOKENS:
+        raise ValueRefused(
+            f"--report-tokens must be above {LEAST_TOKENS}, not {options.report_tokens}"
+        )
+
+
+def report_text(checkpoint: Checkpoint, options: Options) -> Text:
+    assert options.report is not None
+    text = encode(Tokenizer.from_checkpoint(checkpoint), [options.report])
+    if len(text.ids) <= LEAST_TOKENS:
+        raise TextError(
+            f"{options.report[0]}: {len(text.ids)} tokens: a report needs more than {LEAST_TOKENS}"
+        )
+    return replace(text, ids=text.ids[: options.report_tokens])
+
+
+def calibrated(
+    path: Path,
+    recipe: Recipe,
+    text: tuple[str, str],
+    notify: Notify,
+    progress: Progress,
+) -> Recipe:
+    """Measure which parts of a model suffer most at a recipe's base bits, and settle it."""
+    model = load(path, keep_quantized=False, notify=notify)
+    ids = model.tokenizer.encode(text[1])
+    with progress("measuring sensitivity") as tell:
+        harm = measure(model, ids, recipe.base, tell)
+    elements = {
+        at.path: at.outputs * at.inputs
+        for at in layout_of(model.config).matrices
+        if at.inputs % recipe.base.group_size == 0
+    }
+    del model
+    mx.clear_cache()
+    return settle(recipe, elements, harm)
+
+
+def report(
+    source: Path, result: Path, text: Text, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Read a text with both models and return how far the result is from the source."""
+    before, after = (stream_of(load(path)) for path in (source, result))
+    found = compare(before, after, text.ids.tolist(), progress=progress)
+    return {"text": text.digest, "sinks": SINKS, "window": WINDOW, **found.as_json()}
+
+
+def stream_of(model: Model) -> TokenStream:
+    # A model may be trained on less; a sliding window bounds both alike.
+    window = min(WINDOW, model.config.max_position_embeddings - SINKS)
+    return TokenStream(model, model.new_cache(SINKS, window))

@@ -1,0 +1,162 @@
+"""How many bits each matrix of a model gets: recipes as data; knows module paths, no arrays."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from mlx_stream.config import QUANTIZATION_MODES, Quantization
+from mlx_stream.errors import ValueRefused
+from mlx_stream.models.layout import matrix_bytes
+
+DEFAULT_GROUP = 64
+# The matrices every token goes through in full, and that no other corrects.
+ENDS = ("model.embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How each matrix is quantized.
+
+    Attributes:
+        name: as on the command line.
+        base: of what the rule does not single out.
+        high: of what it does; None where all are alike.
+        rule: who gets `high`. `mlx-lm`: its mixed recipes' choice of layers, by their place.
+            `sensitive`: embedding, head, and the paths in `chosen`.
+        chosen: what measuring found, see `settle`; None before that.
+    """
+
+    name: str
+    base: Quantization
+    high: Quantization | None = None
+    rule: Literal["uniform", "mlx-lm", "sensitive"] = "uniform"
+    chosen: frozenset[str] | None = None
+
+    def quantized(self, path: str, layers: int) -> Quantization:
+        """Return how the matrix of module `path` is quantized in a model of so many layers."""
+        if self.high is None:
+            return self.base
+        if self.rule == "mlx-lm":
+            return self.high if mlx_lm_gives_more(path, layers) else self.base
+        return self.high if path in ENDS or path in (self.chosen or ()) else self.base
+
+    @property
+    def ceiling(self) -> Quantization:
+        """How a uniform model is quantized that a measured recipe takes no more bytes than."""
+        return replace(self.base, bits=self.base.bits + 1) if self.high else self.base
+
+
+def mlx_lm_gives_more(path: str, layers: int) -> bool:
+    """Say whether mlx-lm's mixed recipes give a path more bits (`mixed_quant_predicate_builder`).
+
+    The values and the last product of the first and the last eighth of the layers and of every
+    third one between, and an untied head.
+    """
+    if path == "lm_head":
+        return True
+    if not path.endswith(("v_proj", "down_proj")):
+        return False
+    layer, eighth = int(path.split(".")[2]), layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def uniform(bits: int, group_size: int = DEFAULT_GROUP, mode: str = "affine") -> Recipe:
+    """Return the recipe that gives every matrix the same bits.
+
+    Raises:
+        ValueRefused: MLX has no such combination.
+    """
+    name = f"uniform_{bits}" if mode == "affine" else mode
+    return Recipe(name, checked(bits, group_size, mode))
+
+
+def checked(bits: int, group_size: int, mode: str) -> Quantization:
+    if mode not in QUANTIZATION_MODES:
+        raise ValueRefused(f"--mode must be one of {', '.join(QUANTIZATION_MODES)}, not {mode!r}")
+    all_bits, groups = QUANTIZATION_MODES[mode]
+    if bits not in all_bits:
+        raise ValueRefused(f"--bits must be {one_of(all_bits)} in mode {mode}, not {bits}")
+    if group_size not in groups:
+        raise ValueRefused(
+            f"--group-size must be {one_of(groups)} in mode {mode}, not {group_size}"
+        )
+    return Quantization(group_size, bits, mode)
+
+
+def one_of(numbers: Collection[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def mixed(kind: Literal["mlx-lm", "sensitive"], low: int, high: int) -> Recipe:
+    name = f"{'mixed' if kind == 'mlx-lm' else kind}_{low}_{high}"
+    base, more = (Quantization(DEFAULT_GROUP, bits) for bits in (low, high))
+    return Recipe(name, base, more, kind)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        *(uniform(bits) for bits in QUANTIZATION_MODES["affine"][0]),
+        *(
+            uniform(QUANTIZATION_MODES[mode][0][0], QUANTIZATION_MODES[mode][1][0], mode)
+            for mode in ("mxfp4", "mxfp8", "nvfp4")
+        ),
+        *(mixed("mlx-lm", low, high) for low, high in ((2, 6), (3, 4), (3, 6), (4, 6))),
+        *(mixed("sensitive", low, high) for low, high in ((3, 6), (4, 6), (4, 8))),
+    )
+}
+
+
+def recipe_named(name: str, group_size: int | None = None) -> Recipe:
+    """Return a recipe by its name, with another group size if one is given.
+
+    Raises:
+        ValueRefused: there is none of that name, or it cannot have that group size.
+    """
+    if name not in RECIPES:
+        raise ValueRefused(f"--recipe must be one of {', '.join(RECIPES)}, not {name!r}")
+    recipe = RECIPES[name]
+    if group_size is None:
+        return recipe
+    base = checked(recipe.base.bits, group_size, recipe.base.mode)
+    high = recipe.high and checked(recipe.high.bits, group_size, recipe.high.mode)
+    return replace(recipe, base=base, high=high)
+
+
+# --- recipes that are measured ---
+
+
+def settle(
+    recipe: Recipe, elements: Mapping[str, int], harm: Mapping[tuple[str, ...], float]
+) -> Recipe:
+    """Return a sensitive recipe with its choice made: where more bits undo most harm per byte.
+
+    Embedding and head have them already; what they leave of the bytes of `ceiling` is spent on
+    the others, the most harm per byte first.
+
+    Args:
+        elements: of each matrix, by path.
+        harm: what `base` does to the model's output in one part of it, by the paths of the part.
+    """
+    assert recipe.high is not None
+    high = recipe.high
+
+    bytes_of = partial(matrix_bytes, itemsize=2)
+
+    def extra(path: str) -> int:
+        return bytes_of(elements[path], high) - bytes_of(elements[path], recipe.base)
+
+    allowed = sum(
+        bytes_of(count, recipe.ceiling) - bytes_of(count, recipe.base)
+        for count in elements.values()
+    )
+    left = allowed - sum(extra(path) for path in ENDS if path in elements)
+    chosen: set[str] = set()
+    costs = {part: sum(map(extra, part)) for part in harm}
+    for part in sorted(harm, key=lambda part: (-harm[part] / costs[part], part)):
+        if harm[part] > 0 and costs[part] <= left:
+            chosen.update(part)
+            left -= costs[part]
+    return replace(recipe, chosen=frozenset(chosen))

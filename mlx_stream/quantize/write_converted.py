@@ -1,0 +1,154 @@
+"""The conversion engine: a checkpoint -> a folder of another, in bounded memory; runs no model."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_stream import backend
+from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.checkpoint.shards import Shards
+from mlx_stream.checkpoint.write import refuse_taken, write_model
+from mlx_stream.config import ModelConfig
+from mlx_stream.errors import CheckpointError, ValueRefused
+from mlx_stream.quantize.conversion import Conversion, name_of, prepare
+from mlx_stream.quantize.recipes import Recipe
+
+# Of the form of conversion.json.
+VERSION = 1
+# Beside the shard that is filled: a matrix as it was, its blocks as they become, and these joined.
+MATRICES_HELD = 3
+
+
+@dataclass
+class Converted:
+    """What a conversion wrote, and the memory it took.
+
+    Attributes:
+        about: what its `conversion.json` says.
+        kept: paths of matrices that stay floats, because groups do not divide their rows.
+        bound_bytes: what MLX may have held: three of the largest matrix, and the largest shard.
+        peak_bytes: what it did hold.
+        resident_bytes: the most this process grew, seen after each tensor.
+    """
+
+    about: dict[str, Any] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    files: int = 0
+    bound_bytes: int = 0
+    peak_bytes: int = 0
+    resident_bytes: int = 0
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    recipe: Recipe | None = None,
+    dtype: str | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Converted:
+    """Write a checkpoint to the folder `out`, quantized by a recipe, its floats in a dtype.
+
+    One matrix after another is read, quantized and let go of, so that a model may be larger than
+    memory; its tensors are taken out of the checkpoint. The folder appears whole or not at all,
+    and the same source and options give the same bytes.
+
+    Args:
+        recipe, dtype: see `quantize.prepare`.
+        force: replace a folder that an earlier conversion wrote.
+        progress: called with tensors written and to write.
+
+    Raises:
+        ValueRefused: `out` is taken, or the recipe does not fit.
+        CheckpointError: the source is damaged, or the result could not be written.
+    """
+    refuse_taken(out, force)
+    conversion = prepare(checkpoint, recipe, dtype)
+    watch, result = Watch(conversion, progress), Converted()
+
+    def about(shards: Shards) -> dict[str, Any]:
+        result.about = describe(conversion, watch.sizes, shards, recipe)
+        return result.about
+
+    written = write_model(conversion.checkpoint, watch.tensors(), out, about, force)
+    if written is None:
+        raise CheckpointError(f"{out}: another process wrote it meanwhile; it was left as it is")
+    if recipe is not None:
+        result.kept = [path for path, kind in conversion.quantized.items() if kind is None]
+    result.files = written.count
+    result.bound_bytes = MATRICES_HELD * conversion.largest + written.largest
+    result.peak_bytes = mx.get_peak_memory() - watch.active
+    result.resident_bytes = watch.resident
+    return result
+
+
+class Watch:
+    """Count what passes from a conversion to its shards, and the memory meanwhile."""
+
+    def __init__(self, conversion: Conversion, progress: Callable[[int, int], None]):
+        self.conversion, self.progress = conversion, progress
+        self.sizes: dict[str, int] = {}
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        self.active, self.before = mx.get_active_memory(), backend.resident_bytes()
+        self.resident = 0
+
+    def tensors(self) -> Iterator[tuple[str, mx.array]]:
+        done, total = 0, sum(1 for _ in self.conversion.layout.parts)
+        for name, array in self.conversion.tensors():
+            self.sizes[name] = array.nbytes
+            self.resident = max(self.resident, backend.resident_bytes() - self.before)
+            yield name, array
+            del array
+            mx.clear_cache()
+            done += name.endswith(".weight")
+            self.progress(done, total)
+
+
+def describe(
+    conversion: Conversion, sizes: Mapping[str, int], shards: Shards, recipe: Recipe | None
+) -> dict[str, Any]:
+    """Return what `conversion.json` says: nothing of the day, the machine or its folders."""
+    parameters = conversion.layout.parameters
+    return {
+        "conversion": VERSION,
+        "recipe": recipe.name if recipe else None,
+        "dtype": name_of(conversion.dtype) if conversion.dtype else None,
+        "source_quantized": conversion.config.quantization is not None,
+        "parameters": parameters,
+        "tensor_bytes": shards.tensor_bytes,
+        "bits_per_weight": round(8 * shards.tensor_bytes / parameters, 4),
+        "bytes_per_token": bytes_per_token(conversion.config, sizes),
+        "report": None,
+    }
+
+
+def sizes_of(tensors: Mapping[str, mx.array]) -> dict[str, int]:
+    """Return the bytes of each tensor; those of a GGUF file are read for it, one by one."""
+    return {name: tensors[name].nbytes for name in tensors}
+
+
+def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
+    """Return the bytes of weights that decoding one token reads.
+
+    All of them, but for an embedding that is not the head too: of that, one row.
+    """
+    total = sum(sizes.values())
+    if config.tie_word_embeddings:
+        return total
+    table = sum(size for name, size in sizes.items() if name.startswith("model.embed_tokens."))
+    return total - table + table // config.vocab_size
+
+
+def refuse_places(source: Path, out: Path) -> None:
+    """Refuse a place for the result that is the source, inside it or around it.
+
+    Raises:
+        ValueRefused: it is.
+    """
+    inner, outer = source.resolve(), out.resolve()
+    if inner == outer or inner in outer.parents or outer in inner.parents:
+        raise ValueRefused(f"{out}: is the source, inside it, or around it: give another folder")

@@ -1,0 +1,143 @@
+"""Sampled ids -> pieces of text that are final, stop strings among them; knows no stream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_stream.errors import ValueRefused
+from mlx_stream.text.tokenizer import StreamDecoder
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of text that is final.
+
+    Attributes:
+        finish: set on the last one: end, stop or length.
+        attended: on the last one of a conversation's reply, the tokens attended now.
+        evicted_exchanges, evicted_tokens: on the same, what left attention during the turn.
+
+    One without text and `finish` is a step that made no text final; only `ChatSession.steps` asks
+    for these.
+    """
+
+    text: str
+    finish: str | None = None
+    attended: int | None = None
+    evicted_exchanges: int = 0
+    evicted_tokens: int = 0
+
+
+class StopFinder:
+    """Hold back text in which a stop string may have begun."""
+
+    def __init__(self, stops: str | Sequence[str]):
+        self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if not all(self.stops):
+            raise ValueRefused("--stop must not be an empty text")
+        self.held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """Return the text that is final, and whether a stop string came right after it.
+
+        Of several that overlap, the one that ends first stops the text, however it came in pieces.
+        """
+        self.held += text
+        found = [(at + len(s), at) for s in self.stops if (at := self.held.find(s)) >= 0]
+        if found:
+            final, self.held = self.held[: min(found)[1]], ""
+            return final, True
+        keep = self._begun()
+        final = self.held[: len(self.held) - keep]
+        self.held = self.held[len(self.held) - keep :]
+        return final, False
+
+    def flush(self) -> str:
+        """Return what was held back, when no more text comes."""
+        held, self.held = self.held, ""
+        return held
+
+    def _begun(self) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        for length in range(min(longest, len(self.held)), 0, -1):
+            end = self.held[len(self.held) - length :]
+            if any(stop.startswith(end) for stop in self.stops):
+                return length
+        return 0
+
+
+class Reply:
+    """Turn sampled ids into pieces of text.
+
+    With `remember`, also which ids make up the final text: after the last piece (or when it is
+    abandoned), `ids[:kept()[0]]` followed by the text `kept()[1]` is exactly what was said: a stop
+    string may begin in the middle of a token. Without, nothing grows with the length of the text.
+    """
+
+    def __init__(self, decoder: StreamDecoder, stops: str | Sequence[str], remember: bool = True):
+        self.decoder, self.finder, self.remember = decoder, StopFinder(stops), remember
+        self.count = 0
+        self.ids: list[int] = []
+        self.text = ""  # all that was decoded
+        self.ends: list[int] = []  # length of the text after each id
+        self.final = 0  # length of the text handed out
+        self.stopped = False
+        self.finish = "interrupted"  # until it ends otherwise
+
+    def add(self, token: int) -> str:
+        """Take a sampled id; return the text that became final."""
+        if self.remember:  # an interrupt between the two leaves an end without an id, never read
+            self.ends.append(len(self.text))
+            self.ids.append(token)
+        self.count += 1
+        return self._advance(self.decoder.add(token))
+
+    def flush(self) -> str:
+        """Return what was held back, when no more ids come."""
+        if self.stopped:
+            return ""
+        text = self._advance(self.decoder.flush()) if self.count else ""
+        if self.stopped:
+            return text
+        rest = self.finder.flush()
+        self.final += len(rest)
+        return text + rest
+
+    def kept(self, trim: bool = False) -> tuple[int, str]:
+        """Return how many ids lie within the final text, and the text that follows them.
+
+        `trim` leaves out the whitespace at its end, for templates that do.
+        """
+        final = self.final if self.stopped else len(self.text)
+        if trim:
+            final = len(self.text[:final].rstrip())
+        elif not self.stopped:
+            return len(self.ids), ""
+        count = self._ids_within(final)
+        if self._end(count) == final:
+            return count, ""
+        # The stop string begins inside an id. It goes, with those before it that hold the first
+        # bytes of a character which it completes.
+        start = self._end(count - 1)
+        return self._ids_within(start), self.text[start:final]
+
+    def said(self, trim: bool = False) -> str:
+        """Return the final text."""
+        text = self.text[: self.final] if self.stopped else self.text
+        return text.rstrip() if trim else text
+
+    def _end(self, count: int) -> int:
+        return self.ends[count - 1] if count else 0
+
+    def _ids_within(self, length: int) -> int:
+        """Return the fewest ids whose text has at least this length."""
+        return next(k for k in range(len(self.ids) + 1) if self._end(k) >= length)
+
+    def _advance(self, text: str) -> str:
+        if self.remember:
+            self.text += text
+            if self.ids:
+                self.ends[len(self.ids) - 1] = len(self.text)
+        final, self.stopped = self.finder.add(text)
+        self.final += len(final)
+        return final

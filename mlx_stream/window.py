@@ -1,0 +1,47 @@
+"""A stream's sinks and window: defaults and bounds; and how a prompt is cut. Knows no cache."""
+
+from mlx_stream.config import ModelConfig
+from mlx_stream.errors import ValueRefused
+from mlx_stream.program.notices import Notify, discard
+
+DEFAULT_SINKS = 4
+DEFAULT_WINDOW = 2_048
+# Tokens of a step that reads a prompt, at most.
+PREFILL_CHUNK = 128
+
+
+def resolve_window(
+    config: ModelConfig,
+    sinks: int | None,
+    window: int | None,
+    notify: Notify = discard,
+) -> tuple[int, int]:
+    """Return S and W as they will be: defaults filled in, limits held.
+
+    Raises:
+        ValueRefused: out of range, or together above the trained context.
+    """
+    trained = config.max_position_embeddings
+    sinks = DEFAULT_SINKS if sinks is None else sinks
+    if not 0 <= sinks < trained:
+        raise ValueRefused(f"--sinks must be from 0 to {trained - 1}, not {sinks}")
+    if window is None:
+        window = min(DEFAULT_WINDOW, trained - sinks)
+    if window < 1:
+        raise ValueRefused(f"--window must be at least 1, not {window}")
+    if sinks + window > trained:
+        raise ValueRefused(
+            f"sinks {sinks} + window {window} = {sinks + window} tokens exceed the model's "
+            f"trained context of {trained}: use a window of at most {trained - sinks}"
+        )
+    bound = config.sliding_window
+    if bound is not None and bound < window:
+        notify(f"window reduced from {window} to {bound}: the model's sliding_window")
+        window = bound
+    return sinks, window
+
+
+def held_to(config: ModelConfig, sinks: int, windows: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the windows with those that the model does not have lowered to what it has."""
+    limit = min(config.max_position_embeddings - sinks, config.sliding_window or 2**31)
+    return tuple(dict.fromkeys(min(window, limit) for window in windows))
