@@ -17,10 +17,10 @@ from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, ValueRefused
 from mlx_stream.hub.resolve import resolve
-from mlx_stream.models.compiled import Traces
+from mlx_stream.models.compiled import CompiledSteps
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.models.layout import ring_bytes
-from mlx_stream.models.weights import DTYPES, Untaken, build, weight_bytes
+from mlx_stream.models.weights import DTYPES, RemainingTensors, build, weight_bytes
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.text.tokenizer import Tokenizer
 from mlx_stream.window import resolve_window
@@ -66,15 +66,15 @@ class Model:
     weight_bytes: int
     force: bool = False
     check: Callable[[int, int], None] = check_memory
-    traces: Traces = field(init=False, repr=False, compare=False)
+    compiled_steps: CompiledSteps = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "traces", Traces(self.network))
+        object.__setattr__(self, "compiled_steps", CompiledSteps(self.network))
 
-    def checked_by(self, check: Callable[[int, int], None]) -> "Model":
+    def with_check(self, check: Callable[[int, int], None]) -> "Model":
         """Return the same model, with the same traces, whose streams `check` may refuse."""
         found = replace(self, check=check)
-        object.__setattr__(found, "traces", self.traces)
+        object.__setattr__(found, "compiled_steps", self.compiled_steps)
         return found
 
     def new_cache(
@@ -189,7 +189,7 @@ def load(
     # A Path is always a place on disk; as a string, "starter" would be the starter.
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = resolve(place, notify)
-    with named(str(source), path):
+    with naming(str(source), path):
         checkpoint = read_checkpoint(path)
         config = read_config(checkpoint.config)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
@@ -198,8 +198,8 @@ def load(
     needed = weight_bytes(config, checkpoint.tensors, computed, keep)
     if not force:
         check(needed, 0)
-    with named(str(source), path):
-        network = build(config, Untaken(checkpoint.tensors), computed, keep)
+    with naming(str(source), path):
+        network = build(config, RemainingTensors(checkpoint.tensors), computed, keep)
     quantized = keep and config.quantization is not None
     rope = Rope(config.rope, config.head_dim)
     return Model(
@@ -213,7 +213,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 @contextmanager
-def named(source: str, *paths: Path) -> Iterator[None]:
+def naming(source: str, *paths: Path) -> Iterator[None]:
     """Make an error about a model's files say which model, where it names none of them yet."""
     try:
         yield

@@ -61,7 +61,7 @@ class Sampling:
             if not holds:
                 raise ValueRefused(f"{option} must be {expected}, not {getattr(self, name)}")
 
-    def seeded(self) -> "Sampling":
+    def with_seed(self) -> "Sampling":
         """Return the same with a seed drawn if there was none."""
         if self.seed is not None:
             return self
@@ -69,7 +69,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Rule:
+class SamplingMode:
     """Which of the steps are taken."""
 
     greedy: bool
@@ -79,7 +79,7 @@ class Rule:
     min_p: bool
 
     @classmethod
-    def of(cls, sampling: Sampling) -> "Rule":
+    def of(cls, sampling: Sampling) -> "SamplingMode":
         greedy = sampling.temperature == 0
         return cls(
             greedy,
@@ -91,14 +91,14 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Penalized:
+class PenalizedIds:
     """Ids whose tokens are attended: `ids` (n,) int32, of which those with `attended` (n,) bool."""
 
     ids: mx.array
     attended: mx.array
 
     @classmethod
-    def of(cls, arrays: Sequence[mx.array]) -> "Penalized | None":
+    def of(cls, arrays: Sequence[mx.array]) -> "PenalizedIds | None":
         return cls(*arrays) if arrays else None
 
 
@@ -112,9 +112,9 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling):
-        self.sampling = sampling.seeded()
+        self.sampling = sampling.with_seed()
         assert self.sampling.seed is not None
-        self.rule = Rule.of(self.sampling)
+        self.mode = SamplingMode.of(self.sampling)
         self.numbers = {
             "temperature": mx.array(max(self.sampling.temperature, LOWEST_TEMPERATURE)),
             "top_k": mx.array(min(self.sampling.top_k, 2**31 - 1), mx.int32),
@@ -146,24 +146,24 @@ class Sampler:
     def choose(self, logits: mx.array, attended: Callable[[], Sequence[int]]) -> int:
         """Return a token for logits (vocabulary,); `attended` gives the ids that are penalized."""
         penalized = None
-        if self.rule.penalizes and (ids := attended()):
-            penalized = Penalized(mx.array([*ids], mx.int32), mx.ones(len(ids), mx.bool_))
-        token, self.key = choose(self.rule, self.numbers, logits, self.key, penalized)
-        return number(token)
+        if self.mode.penalizes and (ids := attended()):
+            penalized = PenalizedIds(mx.array([*ids], mx.int32), mx.ones(len(ids), mx.bool_))
+        token, self.key = choose_token(self.mode, self.numbers, logits, self.key, penalized)
+        return as_int(token)
 
 
-def number(array: mx.array) -> int:
+def as_int(array: mx.array) -> int:
     value = array.item()
     assert isinstance(value, int)
     return value
 
 
-def choose(
-    rule: Rule,
+def choose_token(
+    rule: SamplingMode,
     numbers: dict[str, mx.array],
     logits: mx.array,
     key: mx.array,
-    penalized: Penalized | None,
+    penalized: PenalizedIds | None,
 ) -> tuple[mx.array, mx.array]:
     """Return a token for logits (vocabulary,), uint32 without axes, and the next random key."""
     logits = logits.astype(mx.float32)
@@ -177,7 +177,7 @@ def choose(
     return mx.random.categorical(truncate(cooled, rule, numbers), key=drawn), following
 
 
-def penalize(logits: mx.array, penalized: Penalized, penalty: mx.array) -> mx.array:
+def penalize(logits: mx.array, penalized: PenalizedIds, penalty: mx.array) -> mx.array:
     """Make attended tokens less likely (arXiv 1909.05858); a token twice counts once."""
     counts = mx.zeros(logits.shape, mx.int32)
     chosen = counts.at[penalized.ids].maximum(penalized.attended.astype(mx.int32)) > 0
@@ -185,7 +185,7 @@ def penalize(logits: mx.array, penalized: Penalized, penalty: mx.array) -> mx.ar
     return mx.where(chosen, lowered, logits)
 
 
-def truncate(logits: mx.array, rule: Rule, numbers: dict[str, mx.array]) -> mx.array:
+def truncate(logits: mx.array, rule: SamplingMode, numbers: dict[str, mx.array]) -> mx.array:
     """Set to -inf what top-k, top-p and min-p leave out, by thresholds from one sort."""
     if rule.top_k or rule.top_p:
         rising = mx.sort(logits)

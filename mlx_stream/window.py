@@ -41,7 +41,7 @@ def resolve_window(
     return sinks, window
 
 
-def held_to(config: ModelConfig, sinks: int, windows: tuple[int, ...]) -> tuple[int, ...]:
+def bounded_windows(config: ModelConfig, sinks: int, windows: tuple[int, ...]) -> tuple[int, ...]:
     """Return the windows with those that the model does not have lowered to what it has."""
     limit = min(config.max_position_embeddings - sinks, config.sliding_window or 2**31)
     return tuple(dict.fromkeys(min(window, limit) for window in windows))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_stream_assistant.paths import AssistantError, places
+from mlx_stream_assistant.paths import AssistantError, assistant_paths
 from mlx_stream_assistant.socket_server import request
 
 PROGRAM = ("-m", "mlx_stream_assistant")
@@ -35,7 +35,7 @@ def told(*words: object, **more: Any) -> subprocess.CompletedProcess[str]:
 def asked(what: str, name: str = "main", **more: Any) -> dict[str, Any]:
     """Ask the running assistant; return the text and whatever else its answer has."""
     found: dict[str, Any] = {"text": ""}
-    for line in request(places(name).socket, name, what=what, **more):
+    for line in request(assistant_paths(name).socket, name, what=what, **more):
         found["text"] += line.pop("text", "")
         found |= line
     return found

@@ -12,7 +12,7 @@ def said(pieces: Iterable[Piece]) -> str:
 
 def attended_text(chat: ChatSession) -> str:
     """Return the text attended, and what will be read of the last exchange before the next."""
-    unread = chat._settle().unread
+    unread = chat._settle().pending
     ids = [*chat.tokens.attended_ids(), *(unread.ids if chat.exchanges else ())]
     text = chat.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
     return text + (unread.rest + chat.template.closing if chat.exchanges else "")
@@ -20,7 +20,7 @@ def attended_text(chat: ChatSession) -> str:
 
 def rendered(chat: ChatSession) -> str:
     """Return what the model's template makes of the pinned beginning and of what is held."""
-    messages = [*chat.turns.head]
+    messages = [*chat.prompts.head]
     for exchange in chat.exchanges:
         messages.append({"role": "user", "content": exchange.question})
         messages.append({"role": "assistant", "content": exchange.reply})
@@ -34,5 +34,5 @@ def assert_well_formed(chat: ChatSession) -> None:
 
 def assert_pinned(chat: ChatSession) -> None:
     """See that the system prompt is what the stream begins with, and that it is all attended."""
-    pinned = chat.turns.pinned
+    pinned = chat.prompts.pinned
     assert pinned and tuple(chat.tokens.attended_ids()[: len(pinned)]) == pinned

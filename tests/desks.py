@@ -15,7 +15,7 @@ from toga_dummy.utils import EventLog
 from mlx_stream import Sampling
 from mlx_stream.engine import Session
 from mlx_stream_desktop.app import Desktop
-from mlx_stream_desktop.controller import Desk
+from mlx_stream_desktop.controller import ChatController
 
 GREEDY = Sampling(temperature=0)
 
@@ -27,15 +27,17 @@ async def until(so: Callable[[], object]) -> None:
             await asyncio.sleep(0.01)
 
 
-def chat_of(one: Desk) -> Session:
+def chat_of(one: ChatController) -> Session:
     assert one._chat
     return one._chat
 
 
 @asynccontextmanager
-async def desk(model: Path | str, window: int = 100, max_tokens: int = 40) -> AsyncIterator[Desk]:
+async def desk(
+    model: Path | str, window: int = 100, max_tokens: int = 40
+) -> AsyncIterator[ChatController]:
     """Give a desk that has loaded its model."""
-    one = Desk(lambda: None, str(model), window, GREEDY, max_tokens)
+    one = ChatController(lambda: None, str(model), window, GREEDY, max_tokens)
     await one.start()
     try:
         yield one

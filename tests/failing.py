@@ -42,19 +42,19 @@ def failing(network: Any) -> Iterator[None]:
 
 def main(trigger: Path, *words: str) -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "apps"))
-    from mlx_stream.engine.listener_worker import Hearing
+    from mlx_stream.engine.listener_worker import ListenerWorker
     from mlx_stream_assistant import cli
 
-    read = Hearing._read
+    read = ListenerWorker._read
 
-    def read_or_fail(self: Hearing, chunk: int) -> None:
+    def read_or_fail(self: ListenerWorker, chunk: int) -> None:
         if not (trigger.exists() and self.ids):
             return read(self, chunk)
         trigger.unlink()
         with failing(self.model.network):
             read(self, chunk)
 
-    Hearing._read = read_or_fail  # type: ignore[method-assign]
+    ListenerWorker._read = read_or_fail  # type: ignore[method-assign]
     sys.argv[1:] = words
     cli.main()
 

@@ -16,8 +16,8 @@ from tiny import tiny_config, write_letters
 
 import mlx_stream
 from mlx_stream import errors
-from mlx_stream.chat.resume import Options, begin, open_session
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.resume import SessionOptions, begin, open_session
+from mlx_stream.chat.session_files import session_paths
 
 QUESTIONS = ("Hello there.", "and the man of the house " * 3)
 NEXT = "Go on."
@@ -78,12 +78,12 @@ def test_a_conversation_goes_on_as_one_that_read_it_again(model, where, options)
     for question in (*QUESTIONS, *QUESTIONS):
         said(chat.reply(question))
     taken = fail(chat, chat.reply(QUESTIONS[1]), 0 if where == "question" else 3)
-    exchanges, settled = chat.exchanges, chat.attended.settled
+    exchanges, settled = chat.exchanges, chat.evictor.ended
     assert exchanges[-1].question == QUESTIONS[1] and exchanges[-1].reply.startswith(taken)
     other = again(model, exchanges, **options)
     assert said(chat.reply(NEXT)) == said(other.reply(NEXT))
     assert same(state_of(chat), state_of(other)) and not chat.failed
-    assert chat.attended.settled == settled + 1
+    assert chat.evictor.ended == settled + 1
 
 
 @pytest.mark.parametrize("how", ["retry", "edit", "undo"])
@@ -127,14 +127,14 @@ def test_it_is_read_again_in_steps_and_may_be_left_halfway(model):
 
 
 def test_the_state_of_a_stream_that_failed_is_not_saved(model):
-    options = Options(**ALONE)
+    options = SessionOptions(**ALONE)
     notices = []
     with ExitStack() as stack:
         found = open_session("s", model, options, notices.append)
         stack.callback(found.close)
         said(found.reply(QUESTIONS[0]))
         fail(found.chat, found.reply(QUESTIONS[1]), 2)
-    assert not paths("s").snapshot.exists()
+    assert not session_paths("s").snapshot.exists()
     found = open_session("s", model, options, notices.append)
     exchanges = found.chat.exchanges
     assert [exchange.question for exchange in exchanges] == [*QUESTIONS]
@@ -143,7 +143,7 @@ def test_the_state_of_a_stream_that_failed_is_not_saved(model):
     assert said(found.reply(NEXT)) == said(other.reply(NEXT))
     assert same(state_of(found.chat), state_of(other.chat))
     found.close()
-    assert paths("s").snapshot.exists()
+    assert session_paths("s").snapshot.exists()
 
 
 def test_a_session_of_an_engine_goes_on_within_the_budget(letters, untraced, model):
@@ -196,7 +196,7 @@ def test_a_stream_that_listens_is_not_used_after_it(letters, untraced, tmp_path,
     with engine_of(letters) as engine, engine.listen(**OPTIONS) as listener:
         listener.feed(FED)
         listener.flush(DEADLINE)
-        heard = listener._hearing
+        heard = listener._listener_worker
         assert listener.error is None
 
         def failing_once():

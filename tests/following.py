@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from mlx_stream_assistant.tail import GRACE, FollowedFile
+from mlx_stream_assistant.tail import GRACE, TailedFile
 
 
 class Clock:
@@ -26,9 +26,7 @@ class Reading:
         self.begin()
 
     def begin(self) -> None:
-        self.source = FollowedFile(
-            self.path, self.place, self.told.append, self.from_end, self.clock
-        )
+        self.source = TailedFile(self.path, self.place, self.told.append, self.from_end, self.clock)
 
     def restart(self) -> None:
         self.source.close()
@@ -39,7 +37,7 @@ class Reading:
         found = b""
         while arrival := self.source.poll():
             found += arrival.data
-            self.source.taken(arrival)
+            self.source.ack(arrival)
             self.place = arrival.place
         self.taken += found
         return found

@@ -74,14 +74,14 @@ def convert_and_load(path: Path) -> None:
     """Convert a model, which is whole or leaves nothing, and load what came of it."""
     from mlx_stream import load
     from mlx_stream.errors import MlxStreamError
-    from mlx_stream.quantize.convert import Options, convert_model
-    from mlx_stream.quantize.recipes import uniform
+    from mlx_stream.quantize.convert import ConvertOptions, convert_model
+    from mlx_stream.quantize.recipes import uniform_recipe
 
     out = path.parent / "out" / "converted"
     shutil.rmtree(out.parent, ignore_errors=True)
-    recipe = uniform(4, 32) if path.stem.endswith("q") else None
+    recipe = uniform_recipe(4, 32) if path.stem.endswith("q") else None
     try:
-        convert_model(str(path), out, Options(recipe, None if recipe else "float16"))
+        convert_model(str(path), out, ConvertOptions(recipe, None if recipe else "float16"))
     except MlxStreamError:
         assert not out.parent.exists() or list(out.parent.iterdir()) == [], "something is left"
         raise

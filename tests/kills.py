@@ -30,9 +30,9 @@ from mlx_stream.chat import conversation as conversations
 from mlx_stream.chat import manage, resume
 from mlx_stream.chat.conversation import Change, Conversation
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.resume import Options, open_session
+from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.chat.session import ChatSession
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
 from mlx_stream.generate import snapshot
 from mlx_stream.load import Model, load
@@ -43,7 +43,7 @@ PHASES = ("start", "opening", "reply", "commit", "snapshot", "between")
 LASTS = {"opening": 0.012, "reply": 0.1, "commit": 0.003, "snapshot": 0.006}
 WINDOW, LONGEST_REPLY = 150, 24
 WORDS = ("the", "and he", "said", "in of", "a hat,", "that", "Wh€n?", "<|im_end|>", "then")
-OPTIONS = Options(
+OPTIONS = SessionOptions(
     system="You are brief.", window=WINDOW, sampling=Sampling(1.0), max_tokens=LONGEST_REPLY
 )
 # Why a snapshot that is whole may still not be all that is needed.
@@ -108,7 +108,7 @@ class Marks:
 def prepare(marks: Marks) -> None:
     """Write a snapshot after every turn, and say where this process is."""
     conversations.SECONDS_BETWEEN_SNAPSHOTS = -1
-    marks.mark(snapshot, "save", "snapshot")
+    marks.mark(snapshot, "save_snapshot", "snapshot")
     marks.mark(Change, "write", "commit")
     marks.mark(resume, "open_session", "opening")
     marks.mark_replies()
@@ -255,7 +255,7 @@ class Kills:
     def stored(self, name: str) -> list[Exchange]:
         """Return what a transcript holds, of a copy: what goes on is what was killed."""
         with self.copied():
-            database = paths(name).database
+            database = session_paths(name).database
             if not database.exists():
                 return []
             with Store.open(database) as store:
@@ -283,8 +283,8 @@ class Kills:
         """See that a session verifies, opens, holds what was said, and goes on."""
         assert len(left_over(self.home, name)) <= 2, left_over(self.home, name)
         with self.copied() as copy:
-            if paths(name).database.exists():
-                manage.verify(name)
+            if session_paths(name).database.exists():
+                manage.verify_session(name)
             notices: list[str] = []
             conversation = open_session(name, self.model, OPTIONS, notices.append)
             again = [notice for notice in notices if "again" in notice]
@@ -300,7 +300,7 @@ class Kills:
             assert now == [*self.said[name], conversation.last]
             check_attended(conversation, now)
             conversation.close()
-            assert "snapshot after exchange" in manage.verify(name)
+            assert "snapshot after exchange" in manage.verify_session(name)
             assert left_over(copy, name) == []
 
     def end(self) -> None:
@@ -350,12 +350,12 @@ def same(now: list[Exchange], wanted: list[Exchange]) -> bool:
 def check_attended(conversation: Conversation, said: list[Exchange]) -> None:
     """See that a stream attends to its pinned beginning and to the end of what was said."""
     chat = conversation.chat
-    held, pinned = chat.exchanges, list(chat.turns.pinned)
+    held, pinned = chat.exchanges, list(chat.prompts.pinned)
     assert [(e.question, e.reply) for e in held] == [
         (e.question, e.reply) for e in said[len(said) - len(held) :]
     ]
     ids = [id for n, e in enumerate(held) for id in ((e.closing_ids if n else ()) + read(e))]
-    ids = ids[: len(ids) - len(chat.talk().unread.ids)]
+    ids = ids[: len(ids) - len(chat.conversation_state().pending.ids)]
     attended = chat.tokens.attended_ids()
     assert attended[: len(pinned)] == pinned[: len(attended)]
     # Sinks beyond the pinned ones may be of an exchange that has left.

@@ -25,13 +25,13 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 
 from assistants import Running, Watch, asked, entries, has_caught_up
 
-from mlx_stream.chat.prompts import Turns
-from mlx_stream.engine.incremental_encoder import Words
+from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.engine.incremental_encoder import IncrementalEncoder
 from mlx_stream.hub.resolve import resolve
 from mlx_stream.load import read_checkpoint
 from mlx_stream.text.tokenizer import Tokenizer
 from mlx_stream_assistant.journal import Journal
-from mlx_stream_assistant.paths import AssistantError, places
+from mlx_stream_assistant.paths import AssistantError, assistant_paths
 from mlx_stream_assistant.settings import SYSTEM
 
 TICK, SAMPLE = 0.25, 5.0
@@ -67,7 +67,7 @@ class Experiment:
         self._kept = self.home / "progress.json"
         if self._kept.exists():
             self.progress = Progress(**json.loads(self._kept.read_text(encoding="utf-8")))
-        self.watch = Watch(places("main").journal, self.home / "chunks.jsonl")
+        self.watch = Watch(assistant_paths("main").journal, self.home / "chunks.jsonl")
         luck = random.Random(options.seed)
         self.kills = sorted(luck.randrange(len(text)) for _ in range(options.kills))
         self.luck = random.Random()
@@ -170,7 +170,7 @@ class Experiment:
         idle = self.idle_cpu() if self.options.idle else None
         stopped = self.assistant.stop()
         self.watch.look()
-        with closing(Journal(places("main").journal)) as journal:
+        with closing(Journal(assistant_paths("main").journal)) as journal:
             source = journal.source(str(self.followed))
         written = self.followed.read_bytes()
         count, crc = len(written), zlib.crc32(written)
@@ -210,9 +210,9 @@ class Experiment:
         """Return the tokens of a stream that was never interrupted, fed the same."""
         tokenizer = Tokenizer.from_checkpoint(read_checkpoint(Path(self.model)))
         assert tokenizer.template
-        turns = Turns(tokenizer, tokenizer.template, SYSTEM, pin=True)
+        turns = PromptBuilder(tokenizer, tokenizer.template, SYSTEM, pin=True)
         turn = turns.open_turn()
-        words = Words(turns, turn.opening, turn.lead)
+        words = IncrementalEncoder(turns, turn.opening, turn.lead)
         before = len(turns.encode(turn.opening))
         return before + sum(len(words.add(text)) for text in self.watch.fed)
 

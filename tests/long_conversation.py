@@ -27,14 +27,14 @@ from tiny import tiny_config, tiny_weights, write_tiny
 
 from mlx_stream.backend import resident_bytes
 from mlx_stream.chat.conversation import Conversation
-from mlx_stream.chat.resume import Options, open_session
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.load import Model
 from mlx_stream.program.sqlite import files
 from mlx_stream.sampling import Sampling
 
 NAME = "long"
-OPTIONS = Options(
+OPTIONS = SessionOptions(
     system="You are brief.", window=180, sampling=Sampling(1.0, top_p=0.98, seed=5), max_tokens=30
 )
 QUESTIONS = (
@@ -89,7 +89,7 @@ def talk(conversation: Conversation, random: np.random.Generator) -> str:
 
 def is_whole(conversation: Conversation) -> bool:
     """Return whether all of the last exchange is attended."""
-    held = conversation.chat.attended.now.held
+    held = conversation.chat.evictor.state.turns
     return bool(held) and held[-1].start >= conversation.chat.cache.oldest
 
 
@@ -99,7 +99,7 @@ def check(conversation: Conversation, count: int) -> None:
     assert_pinned(chat)
     if chat.exchanges and not is_whole(conversation):
         # Longer than the window: it alone is attended, as much of its end as there is room for.
-        begun = chat.template.render(chat.turns.head, reply=False)
+        begun = chat.template.render(chat.prompts.head, reply=False)
         found, whole = attended_text(chat), rendered(chat)
         assert len(chat.exchanges) == 1 and found.startswith(begun)
         assert whole.endswith(found.removeprefix(begun)) and len(found) < len(whole)
@@ -117,7 +117,9 @@ def look(conversation: Conversation) -> tuple[int, ...]:
     chat.sampler.restore(chat.sampler.state())
     mx.eval(chat.sampler.key)
     gc.collect()
-    log = sum(file.stat().st_size for file in files(paths(NAME).database)[1:] if file.exists())
+    log = sum(
+        file.stat().st_size for file in files(session_paths(NAME).database)[1:] if file.exists()
+    )
     memory = mx.get_active_memory(), mx.get_cache_memory(), resident_bytes()
     traces = chat.tokens._traces.count
     return (*memory, len(gc.get_objects()), sys.getallocatedblocks(), log, traces)

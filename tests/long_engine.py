@@ -159,8 +159,8 @@ class Worker:
             self.done["closed while reading"] += 1
             return listener.close()
         self.patiently(lambda: listener.flush(PATIENCE))
-        heard = listener._hearing
-        ids = [*heard.pinned, *heard.turns.encode(heard.turns.guarded(fed))]
+        heard = listener._listener_worker
+        ids = [*heard.pinned, *heard.prompts.encode(heard.prompts.escape_special_tokens(fed))]
         wanted = ids[: heard.cache.geometry.sinks] + ids[heard.cache.oldest :]
         attended = heard.tokens.attended_ids()
         # The first word may be cut elsewhere when it is encoded without the header before it.

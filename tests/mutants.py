@@ -31,8 +31,8 @@ from mutations import BELIEVED, DATABASES, SNAPSHOTS
 from mlx_stream.chat import manage
 from mlx_stream.chat.conversation import Conversation
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.resume import BYTES_BESIDE, Options, open_session
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.resume import BYTES_BESIDE, SessionOptions, open_session
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.load import Model, load
 
@@ -65,10 +65,10 @@ def make_place(place: Path) -> None:
     shutil.rmtree(place / "home")
     conversation = converse("x", model, 9)
     conversation.write_snapshot()
-    shutil.copy(paths("x").snapshot, others / "older.safetensors")
+    shutil.copy(session_paths("x").snapshot, others / "older.safetensors")
     say(conversation, "One more.")
     conversation.write_snapshot()
-    shutil.copy(paths("x").snapshot, others / "taken_back.safetensors")
+    shutil.copy(session_paths("x").snapshot, others / "taken_back.safetensors")
     conversation.undo()
     say(conversation, "Another.")
     conversation.close()
@@ -84,7 +84,7 @@ def converse(name: str, model: Model, turns: int) -> Conversation:
 def keep(others: Path, which: str, conversation: Conversation) -> None:
     name = conversation.name or ""
     conversation.close()
-    for file in (paths(name).snapshot, paths(name).database):
+    for file in (session_paths(name).snapshot, session_paths(name).database):
         shutil.copy(file, others / f"{which}{file.suffix}")
 
 
@@ -119,7 +119,7 @@ class Judge:
         self.fresh()
         self.whole, self.peak = self.measured(SHORT)
         self.fresh()
-        paths("x").snapshot.unlink()
+        session_paths("x").snapshot.unlink()
         self.peak = max(self.peak, self.measured(SHORT)[1])
 
     def fresh(self) -> None:
@@ -140,7 +140,7 @@ class Judge:
         told = {"seed": seed, "kind": f"{'db' if database else 'kv'} {change.__name__}"}
         signal.alarm(DEADLINE)
         try:
-            change(paths("x").database if database else paths("x").snapshot, luck)
+            change(session_paths("x").database if database else session_paths("x").snapshot, luck)
             told["end"] = self.opened(change in BELIEVED)
         except Exception:
             told["broken"] = traceback.format_exc()
@@ -150,10 +150,10 @@ class Judge:
     def opened(self, believed: bool) -> str:
         """Open the session; return `refused: why`, `read again`, `as it was` or `believed`."""
         with suppress(MlxStreamError):
-            manage.verify("x")
+            manage.verify_session("x")
         try:
             # What was not asked for comes from the file.
-            options = Options(sampling=OPTIONS.sampling, max_tokens=LONGEST_REPLY)
+            options = SessionOptions(sampling=OPTIONS.sampling, max_tokens=LONGEST_REPLY)
             found, peak = self.measured(options)
         except MlxStreamError as error:
             return f"refused: {line_of(error)}"
@@ -174,7 +174,7 @@ class Judge:
             raise Broken("the reply is another")
         return "as it was"
 
-    def measured(self, options: Options) -> tuple[Found, int]:
+    def measured(self, options: SessionOptions) -> tuple[Found, int]:
         """Open, reply and close; return also the most bytes that MLX held meanwhile."""
         gc.collect()
         mx.clear_cache()
@@ -183,7 +183,7 @@ class Judge:
         found = self.found(options)
         return found, mx.get_peak_memory() - before
 
-    def found(self, options: Options) -> Found:
+    def found(self, options: SessionOptions) -> Found:
         notices: list[str] = []
         conversation = open_session("x", self.model, options, notices.append)
         try:

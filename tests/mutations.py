@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.chat.schema import Header, digest, packed, unpacked
+from mlx_stream.chat.schema import SessionHeader, digest, pack_ids, unpack_ids
 from mlx_stream.generate import snapshot
 from mlx_stream.program.sqlite import files
 
@@ -311,7 +311,8 @@ def forge_rows(path: Path, luck: Random) -> None:
         else:
             forge_message(luck.choice(rows[-8:]), luck)
         head = digest(
-            "origin", *(state[[f.name for f in fields(Header)].index(n)] for n in ("id", "created"))
+            "origin",
+            *(state[[f.name for f in fields(SessionHeader)].index(n)] for n in ("id", "created")),
         )
         for row in rows:
             row[-1] = head = digest(head, *row[:-1])
@@ -343,18 +344,18 @@ def forge_state(state: list[Any], luck: Random) -> None:
 
 def forge_message(row: list[Any], luck: Random) -> None:
     asks = row[0] % 2
-    ids = list(unpacked(row[3]))
+    ids = list(unpack_ids(row[3]))
     at = luck.randrange(len(ids) + 1)
     odd = luck.choice((0, 1, 2, 299, 300, 2**31, 2**32 - 1))
     what = luck.randrange(5)
     if what == 0:
         row[2] = luck.choice(("", "Obey.", "\ufdd0", "\0", "x" * 20_000))
     elif what == 1:
-        row[3] = packed((*ids[:at], odd, *ids[at:]))
+        row[3] = pack_ids((*ids[:at], odd, *ids[at:]))
     elif what == 2:
-        row[3] = packed(luck.choice((tuple(ids[:at]), (), tuple(ids) * 40, (odd,) * 500)))
+        row[3] = pack_ids(luck.choice((tuple(ids[:at]), (), tuple(ids) * 40, (odd,) * 500)))
     elif asks:
-        row[4] = packed(luck.choice(((), (odd,), (1, 5, 6), (7,) * 2000)))
+        row[4] = pack_ids(luck.choice(((), (odd,), (1, 5, 6), (7,) * 2000)))
     else:
         row[5] = luck.choice(("x", "<|im_start|>system\n", "x" * 20_000, "\ud7ff"))
 

@@ -94,10 +94,10 @@ def exchanges() -> Iterator[tuple[str, str]]:
 
 def read(chat: ChatSession, question: str, reply: str = "") -> None:
     """Let a session read an exchange as if it had been said."""
-    if chat.tokens.length <= len(chat.turns.pinned):
-        closing, asked = [], chat.turns.opening(question)
+    if chat.tokens.length <= len(chat.prompts.pinned):
+        closing, asked = [], chat.prompts.opening(question)
     else:
-        closing, asked = chat.turns.following(chat.talk().unread.rest, question)
+        closing, asked = chat.prompts.following(chat.conversation_state().pending.rest, question)
     said = chat.model.tokenizer.encode(reply, special=False)
     chat.replay([Exchange(question, reply, tuple(closing), tuple(asked), tuple(said))])
 

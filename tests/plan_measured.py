@@ -33,8 +33,8 @@ from mlx_stream.hub.starter import STARTER
 from mlx_stream.load import Model, load
 from mlx_stream.models.layout import layout_of
 from mlx_stream.plan import devices
-from mlx_stream.plan.inspect import outline_of
-from mlx_stream.plan.planner import Asked, Plan, make_plan
+from mlx_stream.plan.inspect import summarize_model
+from mlx_stream.plan.planner import Plan, PlanRequest, make_plan
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.window import PREFILL_CHUNK
 
@@ -119,7 +119,7 @@ def turn_of(model: Model, length: int) -> str:
 
 
 def measure(
-    source: str, asked: Asked, talk: Callable[[Model, int, int | None, str], Talk]
+    source: str, asked: PlanRequest, talk: Callable[[Model, int, int | None, str], Talk]
 ) -> dict[str, Any]:
     assert asked.window is not None
     backend.set_cache_limit()
@@ -131,7 +131,7 @@ def measure(
     mx.reset_peak_memory()
     sinks, ring = talk(model, asked.window, asked.kv_bits, turn)
     peak = mx.get_peak_memory()
-    plan = make_plan(outline_of(source, print), devices.here(), replace(asked, sinks=sinks))
+    plan = make_plan(summarize_model(source, print), devices.here(), replace(asked, sinks=sinks))
     return report(plan, asked.kv_bits, peak, loading, ring, model.weight_bytes)
 
 
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--filled", action="store_true")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    asked = Asked(
+    asked = PlanRequest(
         options.dtype, options.keep_quantized, window=options.window, kv_bits=options.kv_bits
     )
     talk = chat_filled if options.filled else chat

@@ -6,12 +6,12 @@ from loopback import REPO, silent
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.hub import repository, resolve, transfer
 from mlx_stream.hub.listing import cached_models
-from mlx_stream.hub.resolve import Pulled
+from mlx_stream.hub.resolve import PulledModel
 
 SHARD = "model.safetensors"
 
 
-def pull(revision: str = "main") -> Pulled:
+def pull(revision: str = "main") -> PulledModel:
     return resolve.pull(REPO, revision, silent, lambda done, total: None)
 
 

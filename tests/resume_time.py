@@ -22,8 +22,8 @@ import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 import mlx.core as mx
 
 from mlx_stream.chat.conversation import Conversation
-from mlx_stream.chat.resume import Options, begin, open_session
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.resume import SessionOptions, begin, open_session
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
 
@@ -49,8 +49,8 @@ def differences(first: Conversation, second: Conversation) -> int:
 
 
 def measure(model: Model, window: int, rounds: int) -> dict[str, Any]:
-    options = Options("You are brief.", window, sampling=Sampling(seed=1), max_tokens=8)
-    going_on = Options(max_tokens=8, sampling=Sampling())
+    options = SessionOptions("You are brief.", window, sampling=Sampling(seed=1), max_tokens=8)
+    going_on = SessionOptions(max_tokens=8, sampling=Sampling())
     never = begin(model, options)
     fill(never, window)
     fill(conversation := open_session(NAME, model, options), window)
@@ -71,7 +71,7 @@ def measure(model: Model, window: int, rounds: int) -> dict[str, Any]:
     return {
         "window": window,
         "attended": attended,
-        "snapshot_bytes": paths(NAME).snapshot.stat().st_size,
+        "snapshot_bytes": session_paths(NAME).snapshot.stat().st_size,
         "seconds_to_open": statistics.median(opening),
         "longest_to_open": max(opening),
         "seconds_to_close": statistics.median(closing),

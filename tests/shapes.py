@@ -126,7 +126,7 @@ class Twins:
     def read(self, count: int, compare: Callable[[int], bool] = lambda token: True) -> None:
         """Read tokens in as few steps as the cache allows; compare every row of every layer."""
         while count:
-            taken = self.cache.take(count)
+            taken = self.cache.max_step(count)
             assert 1 <= taken <= count
             step = self.cache.begin(taken)
             assert step.count == taken <= step.rows
@@ -145,14 +145,14 @@ class Twins:
         if self.shape.bits is None:
             return heads
         queries, rest = cache.query_heads, cache.query_heads + cache.kv_heads
-        clock, sinks = cache.place.clock, max(0, self.shape.sinks - cache.length)
+        clock, sinks = cache.position.clock, max(0, self.shape.sinks - cache.length)
         turned = rope.rotate(heads[:, :rest], mx.array([clock], mx.int32))[:, queries:]
-        keys = cache.format.stored(turned, sinks)
+        keys = cache.storage.as_attended(turned, sinks)
         rows = [
             rope.rotate_all(keys[:, :, row : row + 1], clock + row, backwards=True)
             for row in range(heads.shape[2])
         ]
-        values = cache.format.stored(heads[:, rest:], sinks)
+        values = cache.storage.as_attended(heads[:, rest:], sinks)
         return mx.concatenate([heads[:, :queries], mx.concatenate(rows, axis=2), values], axis=1)
 
     def compare(
@@ -194,7 +194,7 @@ class Twins:
         assert cache.attended_rows() == [geometry.row(token) for token in slow.attended()]
         complete = slow.oldest == slow.sinks
         assert cache.rewindable == (slow.n if complete else slow.n - slow.oldest)
-        assert cache.place.clock <= cache.clock_limit
+        assert cache.position.clock <= cache.clock_limit
         for array in cache.arrays():
             assert not mx.any(mx.isnan(array)).item()
 
@@ -215,10 +215,10 @@ def check_erased(cache: StreamCache) -> None:
     geometry, attended = cache.geometry, set(cache.attended_rows())
     rows = np.array([row in attended for row in range(geometry.rows)])
     for layer in (*cache.keys, *cache.values):
-        whole = mx.concatenate([cache.format.read(layer, 0, geometry.rows, cache.sinks)], axis=2)
+        whole = mx.concatenate([cache.storage.read(layer, 0, geometry.rows, cache.sinks)], axis=2)
         found = np.abs(np.array(whole.astype(mx.float32))).max(axis=(0, 1, 3)) > 0
         assert (found == rows).all()
-        for array in cache.format.arrays(layer).values():
+        for array in cache.storage.arrays(layer).values():
             offset = 0 if array.shape[2] in (geometry.rows, geometry.sinks) else geometry.sinks
             for row in set(range(geometry.rows)) - attended:
                 if 0 <= row - offset < array.shape[2]:
@@ -230,9 +230,9 @@ def read_random(cache: StreamCache, count: int, seed: int = 0, chunk: int = 512)
     random = np.random.default_rng(seed)
     heads = cache.query_heads + 2 * cache.kv_heads
     while count:
-        step = cache.begin(cache.take(min(count, chunk)))
+        step = cache.begin(cache.max_step(min(count, chunk)))
         for layer in range(cache.layers):
-            shape = (1, heads, step.rows, cache.format.head_dim)
+            shape = (1, heads, step.rows, cache.storage.head_dim)
             step.attend(layer, mx.array(random.standard_normal(shape).astype(np.float32)))
         cache.commit(step)
         mx.eval(cache.arrays())

@@ -13,11 +13,11 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.chat.prompts import Turns
-from mlx_stream.generate.speculative import decode, opener
+from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.generate.speculative import decode_speculatively, stream_factory
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model, load
-from mlx_stream.sampling import Sampler, Sampling, number
+from mlx_stream.sampling import Sampler, Sampling, as_int
 
 LETTER = """Dear Mr. Holloway, I am writing to let you know that the delivery of the oak table, \
 which was planned for Tuesday the fourth of May, will be late. Our driver, Peter Marsh, broke his \
@@ -78,16 +78,23 @@ def distinct(ids: list[int], size: int = 4) -> float:
 def timed(stream: TokenStream, model: Model, prompt: list[int], sampling: Sampling, most: int):
     """Return the ids of a reply and its tokens per second, the first one left out."""
     ids, began = [], 0.0
-    for id in decode(stream, prompt, Sampler(sampling), most, model.tokenizer.eos_ids):
+    for id in decode_speculatively(
+        stream, prompt, Sampler(sampling), most, model.tokenizer.eos_ids
+    ):
         began = began or time.perf_counter()
         ids.append(id)
     return ids, (len(ids) - 1) / (time.perf_counter() - began)
 
 
 def tasks(model: Model, options: argparse.Namespace) -> None:
-    ways = {name: opener(model, name == "guessing", None, None) for name in ("plain", "guessing")}
+    ways = {
+        name: stream_factory(model, name == "guessing", None, None)
+        for name in ("plain", "guessing")
+    }
     assert model.tokenizer.template
-    turns = Turns(model.tokenizer, model.tokenizer.template, "You are a helpful assistant.", True)
+    turns = PromptBuilder(
+        model.tokenizer, model.tokenizer.template, "You are a helpful assistant.", True
+    )
     print(f"{options.model}, {model.dtype}, window {options.window:,}, temperature {options.temp}")
     for name, question in TASKS.items():
         if options.task and name not in options.task:
@@ -121,23 +128,23 @@ def tasks(model: Model, options: argparse.Namespace) -> None:
 
 def equal(model: Model, options: argparse.Namespace) -> None:
     """Hold greedy ids against plain decoding; where logits nearly tie, both go the plain way."""
-    _, plain = opener(model, False, None, None)(None, options.window, print)
-    _, guessing = opener(model, True, None, None)(None, options.window, print)
+    _, plain = stream_factory(model, False, None, None)(None, options.window, print)
+    _, guessing = stream_factory(model, True, None, None)(None, options.window, print)
     prompt = model.tokenizer.encode(TASKS["edit"])
     sampler, ties = Sampler(Sampling(0)), 0
     logits = plain.read(prompt)
-    theirs = decode(guessing, prompt, sampler, options.equal)
+    theirs = decode_speculatively(guessing, prompt, sampler, options.equal)
     for left in range(options.equal, 0, -1):
-        mine, guess = number(mx.argmax(logits)), next(theirs)
+        mine, guess = as_int(mx.argmax(logits)), next(theirs)
         if guess != mine:
-            guessing.take_back()
+            guessing.rollback_lookahead()
             assert guessing.length == plain.length
             top = np.sort(np.array(logits))[-2:]
             said = f"token {plain.length:,}: {guess}, not {mine}; the best two logits are {top}"
             assert top[1] - top[0] < 1e-3, said
             print(said, flush=True)
             ties += 1
-            theirs = decode(guessing, [mine], sampler, left)
+            theirs = decode_speculatively(guessing, [mine], sampler, left)
         logits = plain.read([mine])
         if left % 500 == 0:
             print(f"{left:,} to go, {plain.cache.evicted:,} evicted", flush=True)

@@ -56,7 +56,7 @@ build(config, Untaken(checkpoint.tensors), mx.float32, sys.argv[2] == "quantized
 mark("read the weights" + ("" if sys.argv[2] == "quantized" else ", dequantize them"))
 model = load(sys.argv[1], "float32", sys.argv[2] == "quantized")
 loaded = time.perf_counter()
-resume.begin(model, resume.Options(system=STARTER_SYSTEM), print)
+resume.begin(model, resume.SessionOptions(system=STARTER_SYSTEM), print)
 marks.append(("begin the conversation", marks[-1][1] + time.perf_counter() - loaded))
 print(json.dumps({b[0]: b[1] - a[1] for a, b in zip(marks, marks[1:])}))
 """

@@ -16,7 +16,7 @@ from tiny import tiny_config, write_letters
 
 import mlx_stream
 from mlx_stream_assistant.journal import Journal
-from mlx_stream_assistant.paths import AssistantError, places
+from mlx_stream_assistant.paths import AssistantError, assistant_paths
 
 KILLS = 3
 SYSTEM = "Be brief."
@@ -86,7 +86,7 @@ def read_whole(model: Path, texts: list[str]) -> tuple[int, int]:
 def test_killed_again_and_again_it_reads_everything_once(start, letters, log, tmp_path):
     """The quick version of `long_assistant.py`."""
     luck, diary, text = random.Random(7), tmp_path / "diary.md", prose(200).encode()
-    watch = Watch(places("main").journal)
+    watch = Watch(assistant_paths("main").journal)
     words = (f"--follow={log}", f"--notes={diary}", "--snapshot-every=0.005")
     pieces = [text[at : at + 500] for at in range(0, len(text), 500)]
     ends = sorted(luck.sample(range(len(pieces)), KILLS))
@@ -108,7 +108,7 @@ def test_killed_again_and_again_it_reads_everything_once(start, letters, log, tm
     assistant.stop()
     watch.look()
     assert watch.text(log) == text.decode()
-    source = Journal(places("main").journal).source(str(log))
+    source = Journal(assistant_paths("main").journal).source(str(log))
     assert source and (source.bytes, source.crc) == (len(text), zlib.crc32(text))
     assert (status["attended"], status["evicted"]) == read_whole(letters, watch.fed)
 
@@ -118,7 +118,7 @@ def test_a_stop_saves_the_stream_and_a_start_goes_on_with_it(start, log):
     assistant = start(f"--follow={log}")
     before = assistant.until_read(log.stat().st_size)
     assistant.stop()
-    assert places("main").snapshot.exists() and not places("main").socket.exists()
+    assert assistant_paths("main").snapshot.exists() and not assistant_paths("main").socket.exists()
     assistant = start(f"--follow={log}")
     status = assistant.until(has_caught_up)
     assert status["chunks_saved"] == before["chunks_fed"]
@@ -134,7 +134,7 @@ def test_without_its_snapshot_a_stream_is_built_again(start, log, what):
     assistant = start(f"--follow={log}")
     before = assistant.until_read(log.stat().st_size)
     assistant.stop()
-    where = places("main")
+    where = assistant_paths("main")
     if what == "gone":
         where.snapshot.unlink()
     elif what == "damaged":
@@ -187,7 +187,7 @@ def test_after_a_step_that_failed_it_goes_on_from_its_snapshot(start, letters, l
     failing = Path(__file__).with_name("failing.py")
     words = (f"--follow={log}", "--snapshot-every=0.005")
     assistant = start(*words, program=(failing, fail))
-    text, watch = prose(120), Watch(places("main").journal)
+    text, watch = prose(120), Watch(assistant_paths("main").journal)
     parts = text[:2_000], text[2_000:]
     log.write_text(parts[0])
     assistant.until_read(len(parts[0].encode()))
@@ -237,7 +237,7 @@ def test_questions_leave_the_stream_as_it_is(start, log, tmp_path):
     assert after["chunks_fed"] == before["chunks_fed"] + 1
     assert after["evicted"] > before["evicted"]
     assistant.stop()
-    *_, last = Journal(places("main").journal).chunks(0)
+    *_, last = Journal(assistant_paths("main").journal).chunks(0)
     assert last.source == "asked" and last.text == f"Question: And?\nAnswer: {answer.strip()}\n"
 
 
@@ -270,7 +270,7 @@ def test_input_folder_and_files_at_once(start, log, tmp_path):
         status = assistant.until(lambda status: status["sources"][2]["ended"])
     assert status["sources"][1]["notes"] == 1  # the diary is not read
     assistant.stop()
-    chunks = list(Journal(places("main").journal).chunks(0))
+    chunks = list(Journal(assistant_paths("main").journal).chunks(0))
     assert sorted(chunk.text for chunk in chunks) == ["A line.\n", "A note.\n", "Typed: €.\n"]
     assert all(chunk.head for chunk in chunks)
 
@@ -332,7 +332,7 @@ def test_what_keeps_it_from_starting_is_said_in_a_line(letters, log, tmp_path):
     assert "99,999" in line or "99999" in line
     assert "does not run" in refused("ask", "Who?")
     assert "does not run" in refused("status")
-    where = places("main")
+    where = assistant_paths("main")
     where.journal.write_bytes(b"not a journal " * 100)
     assert "move it away" in refused("run", f"--follow={log}", model)
     where.journal.unlink()

@@ -20,12 +20,12 @@ from engines import DEADLINE, GREEDY, engine_of, eventually
 from mlx_stream_assistant import cli
 from mlx_stream_assistant import socket_server as doors
 from mlx_stream_assistant.daemon import SETTLING, Assistant, Wake
-from mlx_stream_assistant.journal import Arrival, Journal
-from mlx_stream_assistant.notes import Diary, markdown
+from mlx_stream_assistant.journal import Chunk, Journal
+from mlx_stream_assistant.notes import NotesFile, markdown
 from mlx_stream_assistant.paths import AssistantError
-from mlx_stream_assistant.requests import Desk
+from mlx_stream_assistant.requests import RequestHandler
 from mlx_stream_assistant.settings import Settings
-from mlx_stream_assistant.socket_server import Door, request
+from mlx_stream_assistant.socket_server import SocketServer, request
 
 APP = Path(__file__).parent.parent / "apps" / "mlx_stream_assistant"
 NOW = datetime(2026, 11, 27, 14, 5)
@@ -38,8 +38,8 @@ def journal(tmp_path):
     journal.close()
 
 
-def arrival(text: str) -> Arrival:
-    return Arrival("x.log", "file", "x.log", text.encode(), text)
+def arrival(text: str) -> Chunk:
+    return Chunk("x.log", "file", "x.log", text.encode(), text)
 
 
 # --- questions and notes ---
@@ -51,9 +51,9 @@ def desk(letters, journal, tmp_path):
     with engine_of(letters) as engine:
         listener = engine.listen(window=300, sampling=GREEDY, max_tokens=5, backlog=10_000)
         listener.wait(DEADLINE)
-        diary = Diary(tmp_path / "diary.md", journal)
+        diary = NotesFile(tmp_path / "diary.md", journal)
         feeder: Any = SimpleNamespace(fed=0)
-        yield Desk(journal, diary, dict, lambda: None, listener, feeder)
+        yield RequestHandler(journal, diary, dict, lambda: None, listener, feeder)
 
 
 def test_a_note_is_about_what_was_fed_and_the_next_about_the_rest(desk, journal):
@@ -140,7 +140,7 @@ def test_a_note_is_due_by_either_clock(journal, monkeypatch, clock, date):
 def test_a_source_that_cannot_be_kept_does_not_keep_others_out(journal):
     def source(text):
         taken = SimpleNamespace(source="x", kind="file", title="x", data=b"x", text=text)
-        return SimpleNamespace(poll=lambda: Arrival(**vars(taken)), taken=lambda arrival: None)
+        return SimpleNamespace(poll=lambda: Chunk(**vars(taken)), ack=lambda arrival: None)
 
     said = []
     assistant = built(journal)
@@ -153,7 +153,7 @@ def test_a_source_that_cannot_be_kept_does_not_keep_others_out(journal):
 
 
 def test_a_place_is_kept_also_when_nothing_was_read(journal):
-    journal.append(Arrival("x.log", "file", "x.log", b"", "", {"offset": 7}))
+    journal.append(Chunk("x.log", "file", "x.log", b"", "", {"offset": 7}))
     assert journal.source("x.log").place == {"offset": 7}
     assert journal.last == 0 and journal.bytes == 0
 
@@ -178,7 +178,9 @@ def test_a_signal_that_was_to_be_ignored_is(monkeypatch):
 @pytest.fixture
 def door():
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        door = Door(Path(folder) / "s.sock", lambda asked: (line for line in [{"done": True}]))
+        door = SocketServer(
+            Path(folder) / "s.sock", lambda asked: (line for line in [{"done": True}])
+        )
         yield door
         door.close()
 

@@ -16,9 +16,9 @@ import pytest
 from mlx_stream_assistant import service
 from mlx_stream_assistant import socket_server as doors
 from mlx_stream_assistant.battery import battery_in, discharging
-from mlx_stream_assistant.paths import AssistantError, places
+from mlx_stream_assistant.paths import AssistantError, assistant_paths
 from mlx_stream_assistant.settings import Settings
-from mlx_stream_assistant.socket_server import Door, request
+from mlx_stream_assistant.socket_server import SocketServer, request
 
 
 def silent(asked):
@@ -45,7 +45,7 @@ def served(near):
             yield {"done": True}
 
     path, ended = near / "s.sock", threading.Event()
-    door = Door(path, answer)
+    door = SocketServer(path, answer)
 
     def serve() -> None:
         while not ended.is_set():
@@ -77,7 +77,7 @@ def test_an_answer_that_is_cut_ends_its_line(served, monkeypatch):
     from mlx_stream_assistant.cli import app
 
     monkeypatch.setenv("MLX_STREAM_HOME", str(served.parent))
-    path = places("main").socket
+    path = assistant_paths("main").socket
     path.parent.mkdir(parents=True)
     path.symlink_to(served)
     for question, status in (("What?", 0), ("cut", 1)):
@@ -116,19 +116,19 @@ def test_those_who_say_nothing_do_not_keep_others_out(served, monkeypatch):
 
 def test_a_socket_that_is_in_use_or_left_behind(near, served):
     with pytest.raises(AssistantError, match="another process listens on it"):
-        Door(served, silent)
+        SocketServer(served, silent)
     left = near / "left.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(left))
     with pytest.raises(AssistantError, match="does not run"):
         list(request(left, "main", what="x"))
-    Door(left, silent).close()
+    SocketServer(left, silent).close()
     left.write_text("mine")
     with pytest.raises(AssistantError, match="not a socket; move it away"):
-        Door(left, silent)
+        SocketServer(left, silent)
     assert left.read_text() == "mine"
     with pytest.raises(AssistantError, match="too long for a socket"):
-        Door(near / ("x" * 110), silent)
+        SocketServer(near / ("x" * 110), silent)
 
 
 # --- services ---
@@ -150,7 +150,7 @@ def settings(**more) -> Settings:
 
 
 def test_an_agent_of_launchd():
-    made = service.of(settings(pause_on_battery=True), Path("/l.log"))
+    made = service.service_for(settings(pause_on_battery=True), Path("/l.log"))
     agent = plistlib.loads(service.agent(made))
     assert agent["Label"] == "mlx_stream.assistant.main"
     program, *module, verb, first = agent["ProgramArguments"][:6]
@@ -163,13 +163,13 @@ def test_an_agent_of_launchd():
     assert agent["KeepAlive"] == {"Crashed": True}
     assert "MLX_STREAM_HOME" in agent["EnvironmentVariables"]
     assert service.place("main", "darwin").parts[-3:-1] == ("Library", "LaunchAgents")
-    (start,), (stop,) = service.starting("x", "darwin"), service.stopping("x", "darwin")
+    (start,), (stop,) = service.start_commands("x", "darwin"), service.stop_commands("x", "darwin")
     assert start[:2] == ["launchctl", "bootstrap"] and start[3].endswith("assistant.x.plist")
     assert stop[:2] == ["launchctl", "bootout"] and stop[2].endswith("/mlx_stream.assistant.x")
 
 
 def test_a_unit_of_systemd(tmp_path):
-    unit = service.unit(service.of(settings(), Path("/l.log")))
+    unit = service.unit(service.service_for(settings(), Path("/l.log")))
     assert "Restart=on-abnormal\n" in unit and "WantedBy=default.target\n" in unit
     assert '"--follow=/a b/50%% $$HOME/\\"x\\\\.log"' in unit
     with pytest.raises(AssistantError, match="leave such characters out"):
@@ -212,12 +212,12 @@ def test_commands_that_start_and_stop_it_are_carried_out(home):
     for name in ("launchctl", "systemctl"):
         (home / name).write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
         (home / name).chmod(0o700)
-    path, trouble = service.install(service.of(settings(), home / "l.log"))
+    path, trouble = service.install(service.service_for(settings(), home / "l.log"))
     assert trouble == "" and service.uninstall("main") == path
     assert said.read_text().splitlines()[-1].startswith(("bootout", "--user disable --now"))
     (home / "launchctl").write_text("#!/bin/sh\necho no bus >&2\nexit 5\n")
     (home / "systemctl").write_text("#!/bin/sh\necho no bus >&2\nexit 5\n")
-    assert service.install(service.of(settings(), home / "l.log"))[1].endswith(": no bus")
+    assert service.install(service.service_for(settings(), home / "l.log"))[1].endswith(": no bus")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from following import Reading, add, rotate
 from mlx_stream_assistant import tail
 from mlx_stream_assistant.decode import NotText, decode, whole_characters
 from mlx_stream_assistant.stdin import StandardInput
-from mlx_stream_assistant.tail import CHUNK, GRACE, SETTLED, ending
+from mlx_stream_assistant.tail import CHUNK, GRACE, SETTLED, line_end
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_character_is_never_cut(path):
             assert "\ufffd" not in arrival.text and arrival.text.encode() == arrival.data
             assert len(arrival.data) <= CHUNK
             reading.taken += arrival.data
-            reading.source.taken(arrival)
+            reading.source.ack(arrival)
     assert reading.taken == text
 
 
@@ -235,12 +235,12 @@ def test_a_file_that_may_not_be_read(path):
 def test_where_bytes_may_end():
     assert [whole_characters("a€".encode()[:n]) for n in range(5)] == [0, 1, 1, 1, 4]
     assert whole_characters(b"\x80\x80\x80\x80") == 4
-    assert ending(b"one\ntwo", more=False, growing=True) == 4
-    assert ending(b"one two", more=False, growing=True) == 0
-    assert ending(b"one two", more=False, growing=False) == 7
-    assert ending(b"one two", more=True, growing=False) == 4
-    assert ending(b"onetwo\xc3", more=True, growing=False) == 6
-    assert tail.place_of(None) is None
+    assert line_end(b"one\ntwo", more=False, growing=True) == 4
+    assert line_end(b"one two", more=False, growing=True) == 0
+    assert line_end(b"one two", more=False, growing=False) == 7
+    assert line_end(b"one two", more=True, growing=False) == 4
+    assert line_end(b"onetwo\xc3", more=True, growing=False) == 6
+    assert tail.position_of(None) is None
 
 
 def test_what_is_text():
@@ -264,7 +264,7 @@ def test_standard_input_comes_in_whole_characters_to_its_end():
         nonlocal taken
         while arrival := source.poll():
             taken += arrival.data
-            source.taken(arrival)
+            source.ack(arrival)
 
     os.write(write, "one\n€".encode()[:-1])
     source.read()

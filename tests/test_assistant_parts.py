@@ -15,10 +15,10 @@ import pytest
 
 import mlx_stream
 from mlx_stream_assistant import notes_folder
-from mlx_stream_assistant.journal import LONGEST_CHUNK, Arrival, Journal, cut
-from mlx_stream_assistant.notes import Diary, markdown
+from mlx_stream_assistant.journal import LONGEST_CHUNK, Chunk, Journal, cut
+from mlx_stream_assistant.notes import NotesFile, markdown
 from mlx_stream_assistant.notes_folder import BETWEEN, NotesFolder
-from mlx_stream_assistant.paths import AssistantError, lock, places
+from mlx_stream_assistant.paths import AssistantError, assistant_paths, lock
 
 APP = Path(__file__).parent.parent / "apps" / "mlx_stream_assistant"
 NOW = datetime(2026, 11, 27, 14, 5)
@@ -63,7 +63,7 @@ class Looking:
             while arrival := self.source.poll():
                 if arrival.text:
                     found.append((arrival.title, arrival.text))
-                self.source.taken(arrival)
+                self.source.ack(arrival)
                 self.places[arrival.source] = arrival.place
         return found
 
@@ -142,7 +142,7 @@ def test_a_note_whose_name_is_not_utf_8_is_refused_and_the_others_are_read(tmp_p
     assert any("caf\\udce9.md" in line for line in looking.told)
     assert "\n".join([*looking.told, looking.source.state["complaint"]]).encode()
     for source, place in looking.places.items():
-        journal.append(Arrival(source, "note", "n", b"", "", place))
+        journal.append(Chunk(source, "note", "n", b"", "", place))
     (tmp_path / os.fsdecode(bad[0])).rename(tmp_path / "cafe.md")
     assert looking.look() == [("cafe.md", "bad\n")]
 
@@ -197,8 +197,8 @@ def journal(tmp_path):
     journal.close()
 
 
-def arrival(text: str, source: str = "x.log", **more) -> Arrival:
-    return Arrival(source, "file", source, text.encode(), text, {"offset": 1}, **more)
+def arrival(text: str, source: str = "x.log", **more) -> Chunk:
+    return Chunk(source, "file", source, text.encode(), text, {"offset": 1}, **more)
 
 
 def test_what_was_appended_is_there_after_a_restart(journal, tmp_path):
@@ -292,7 +292,7 @@ def test_threads_that_append_at_once(journal):
 def test_a_transaction_that_fails_changes_nothing(journal):
     journal.append(arrival("a"))
     with pytest.raises(AssistantError):
-        journal.append(Arrival("x", "file", "x", b"", "\ud800"))
+        journal.append(Chunk("x", "file", "x", b"", "\ud800"))
     (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
     journal._connection.execute(f"PRAGMA max_page_count = {pages}").close()
     with pytest.raises(AssistantError, match="disk is full"):
@@ -327,7 +327,7 @@ def test_a_damaged_or_foreign_journal_is_refused_in_a_line(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    where = places("main")
+    where = assistant_paths("main")
     held = lock(where.lock)
     with pytest.raises(AssistantError, match="running already"):
         lock(where.lock)
@@ -335,7 +335,7 @@ def test_one_process_at_a_time(tmp_path):
     os.close(lock(where.lock))
     for name in ("", ".x", "-x", "a/b", "x" * 33):
         with pytest.raises(AssistantError, match="cannot be an assistant's name"):
-            places(name)
+            assistant_paths(name)
 
 
 # --- notes ---
@@ -343,7 +343,7 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_notes_are_added_to_the_end_of_their_file(journal, tmp_path):
     path = tmp_path / "deep" / "diary.md"
-    diary = Diary(path, journal)
+    diary = NotesFile(path, journal)
     diary.write("All was well.\n", NOW, "about", 5)
     path.write_text(path.read_text().rstrip("\n") + "\n\nMine.")
     diary.write("# Loud\n```\nTwo\n===\n", NOW, "about", 9)
@@ -351,7 +351,7 @@ def test_notes_are_added_to_the_end_of_their_file(journal, tmp_path):
         "## 2026-11-27 14:05\n\nAll was well.\n\n*about*\n\nMine.\n\n"
         "## 2026-11-27 14:05\n\n\\# Loud\n\\```\nTwo\n\\===\n\n*about*\n\n"
     )
-    assert journal.noted == (9, NOW.timestamp()) and journal.writing is None
+    assert journal.last_note_chunk == (9, NOW.timestamp()) and journal.writing is None
     assert "had nothing to say" in markdown(" \n", NOW, "about")
 
 
@@ -359,7 +359,7 @@ def test_notes_are_added_to_the_end_of_their_file(journal, tmp_path):
 @pytest.mark.parametrize("after", [b"", b"After.\n"])
 def test_a_note_that_was_cut_short_is_written_whole_and_once(journal, tmp_path, before, after):
     path = tmp_path / "diary.md"
-    diary = Diary(path, journal)
+    diary = NotesFile(path, journal)
     text = ("\n" if before else "") + markdown("All was well.", NOW, "about")
     wanted = None
     for count in range(len(text) + 1):
@@ -381,7 +381,7 @@ def test_a_note_that_was_cut_short_is_written_whole_and_once(journal, tmp_path, 
 def test_a_note_that_cannot_be_written_is_kept(journal, tmp_path):
     path = tmp_path / "diary.md"
     path.mkdir()
-    diary = Diary(path, journal)
+    diary = NotesFile(path, journal)
     for attempt in (diary.check, lambda: diary.write("x", NOW, "about", 1)):
         with pytest.raises(AssistantError, match=r"diary.md: notes cannot be written"):
             attempt()

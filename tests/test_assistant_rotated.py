@@ -10,7 +10,7 @@ import pytest
 from following import Reading, add, rotate, write
 
 from mlx_stream_assistant import tail
-from mlx_stream_assistant.rotation import turn_of
+from mlx_stream_assistant.rotation import rotation_number
 from mlx_stream_assistant.tail import GRACE
 
 
@@ -117,14 +117,14 @@ def test_a_binary_file_in_between_is_passed_over(path):
 def locked(monkeypatch):
     """Names that may not be opened: root may open what others may not."""
     names: set[str] = set()
-    whole = tail.opened
+    whole = tail.open_file
 
     def opened(path: Path) -> int:
         if path.name in names:
             raise PermissionError(13, "Permission denied")
         return whole(path)
 
-    monkeypatch.setattr(tail, "opened", opened)
+    monkeypatch.setattr(tail, "open_file", opened)
     return names
 
 
@@ -172,15 +172,15 @@ def test_only_what_rotation_names_is_a_copy_and_only_if_it_is_newer(path):
 
 
 def test_how_rotation_names_files():
-    assert [turn_of("x.log", f"x.log.{n}") for n in (10, 9, 0)] == [
+    assert [rotation_number("x.log", f"x.log.{n}") for n in (10, 9, 0)] == [
         (".", -10),
         (".", -9),
         (".", 0),
     ]
     for end in ("-20261128", ".2026-11-28", "-20261128-1764300000", ".old", ".bak", "~"):
-        assert turn_of("x.log", f"x.log{end}")
+        assert rotation_number("x.log", f"x.log{end}")
     for other in ("x.log", "x.log.err", "x.log.1.gz", "y.log.1", "x.log1", "x.log.", "x.log.1.err"):
-        assert turn_of("x.log", other) is None
+        assert rotation_number("x.log", other) is None
 
 
 def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):
@@ -209,7 +209,7 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
     rotate(path)
     write(path, b"three\n", 3)
     reading.restart()
-    whole, opens = tail.opened, itertools.count()
+    whole, opens = tail.open_file, itertools.count()
 
     def opened(found: Path) -> int:
         if (number := next(opens)) in (0, 1, 3, 4, 8, 13):
@@ -217,7 +217,7 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
             write(path, b"%d\n" % number, 10 + number)
         return whole(found)
 
-    monkeypatch.setattr(tail, "opened", opened)
+    monkeypatch.setattr(tail, "open_file", opened)
     reading.wait(60)
     assert next(opens) > 13
     assert reading.taken == b"one\ntwo\nthree\n0\n1\n3\n4\n8\n13\n"
@@ -225,14 +225,14 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
 
 def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
     reading = rotated_while_nobody_looked(path)
-    whole, again = tail.opened, path.with_name("x.log.2")
+    whole, again = tail.open_file, path.with_name("x.log.2")
 
     def opened(found: Path) -> int:
         if not again.exists():
             path.with_name("x.log.1").rename(again)
         return whole(found)
 
-    monkeypatch.setattr(tail, "opened", opened)
+    monkeypatch.setattr(tail, "open_file", opened)
     reading.wait(10)
     assert reading.taken == b"one\ntwo\nthree\n"
     assert not [line for line in reading.told if "cannot be read" in line]
@@ -274,7 +274,7 @@ def test_a_random_life_of_a_file(path, seed):
         elif what == "wait":
             reading.wait(luck.choice((1, GRACE + 1)))
         elif (arrival := reading.source.poll()) and luck.random() < 0.7:
-            reading.source.taken(arrival)
+            reading.source.ack(arrival)
             reading.place, reading.taken = arrival.place, reading.taken + arrival.data
     reading.wait(400)
     assert reading.taken == written and number > 100

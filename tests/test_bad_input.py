@@ -274,7 +274,7 @@ def test_a_gpu_that_fails_late_is_one_line_and_our_own_mistakes_are_not(
     def late(*_: object, **__: object) -> int:
         raise RuntimeError(said[0])
 
-    monkeypatch.setattr("mlx_stream.generate.token_stream.number", late)
+    monkeypatch.setattr("mlx_stream.generate.token_stream.as_int", late)
     result = run("generate", tiny, *ASK, "--max-tokens", 5)
     assert result.code == 1
     assert result.err == (

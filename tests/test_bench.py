@@ -7,9 +7,15 @@ from tiny import tiny_config
 from tiny_models import make, tensors_of
 
 from mlx_stream.errors import ValueRefused
-from mlx_stream.evaluate.bench import Series, fill, limit, our_build, step_of, their_build
-from mlx_stream.evaluate.costs import Reading, cache_bytes_read, graph_nodes, weight_bytes_read
-from mlx_stream.evaluate.prefill_speed import best_of, check, our_reading, prefills, their_reading
+from mlx_stream.evaluate.bench import Series, bandwidth_limit, fill, our_build, step_of, their_build
+from mlx_stream.evaluate.costs import ReadRate, cache_bytes_read, graph_nodes, weight_bytes_read
+from mlx_stream.evaluate.prefill_speed import (
+    best_of,
+    check_prefill,
+    our_reading,
+    prefills,
+    their_reading,
+)
 
 LAYERS, HIDDEN, INNER, VOCABULARY, HEADS, KV_HEADS, HEAD_DIM = 2, 64, 96, 300, 4, 2, 16
 ATTENTION = HIDDEN * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS)
@@ -42,7 +48,7 @@ def test_the_cache_is_read_whole_and_the_limit_is_bytes_over_speed(tiny_model):
     cache = model.new_cache(4, 20)
     rows = LAYERS * KV_HEADS * HEAD_DIM * 4
     assert cache_bytes_read(cache) == rows * (2 * 24 + 4)
-    found = limit(model, cache, Reading(1e6, "sum"), seconds=2.0)
+    found = bandwidth_limit(model, cache, ReadRate(1e6, "sum"), seconds=2.0)
     assert found["least_ms"] == pytest.approx((found["weights"] + found["cache"]) / 1e3)
     assert found["share_of_limit"] == pytest.approx(found["least_ms"] / 2e3)
 
@@ -125,10 +131,10 @@ def test_the_best_chunk_of_each_is_compared():
 
 
 def test_a_text_or_chunk_too_short_to_be_timed_is_refused():
-    check(2, [])
+    check_prefill(2, [])
     for tokens, chunks in ((1, []), (10, [64, 1])):
         with pytest.raises(ValueRefused, match="must be at least 2, not 1"):
-            check(tokens, chunks)
+            check_prefill(tokens, chunks)
 
 
 def test_a_ratio_is_theirs_over_ours_pair_by_pair():

@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from shapes import FAR, Shape, Twins, check_erased, contents, quantized_shapes, read_random, shapes
 
 from mlx_stream.cache import DenseCache, StreamCache
-from mlx_stream.cache.geometry import Geometry, Place
+from mlx_stream.cache.geometry import Geometry, StreamPosition
 from mlx_stream.cache.positions import Rope
-from mlx_stream.cache.steps.decode import Decoding
+from mlx_stream.cache.steps.decode import DecodeKind
 from mlx_stream.errors import ValueRefused
 
 
@@ -55,7 +55,7 @@ class StreamMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 20), layers=st.integers(0, 1))
     def abandon_a_step(self, count: int, layers: int):
         """What an interrupt does: a step is begun, perhaps evaluated, and never committed."""
-        step = self.cache.begin(self.cache.take(count))
+        step = self.cache.begin(self.cache.max_step(count))
         for layer in range(layers):
             mx.eval(step.attend(layer, self.twins.heads(step.rows)))
 
@@ -70,7 +70,7 @@ class StreamMachine(RuleBasedStateMachine):
         for refused in (self.cache.rewind, self.cache.evict):
             with pytest.raises(ValueRefused):
                 refused(-extra)
-        for count in (0, -1, self.cache.take(2**20) + extra):
+        for count in (0, -1, self.cache.max_step(2**20) + extra):
             with pytest.raises(ValueRefused):
                 self.cache.begin(count)
         assert self.twins.contents() == before
@@ -83,7 +83,7 @@ class StreamMachine(RuleBasedStateMachine):
         assert contents(new) == self.twins.contents()
         check_erased(new)
         for chunk in (count, 1, 1):
-            step = old.begin(old.take(chunk))
+            step = old.begin(old.max_step(chunk))
             for layer in range(self.twins.shape.layers):
                 step.attend(layer, self.twins.heads(step.rows))
             old.commit(step)
@@ -136,9 +136,9 @@ def test_chunks_equal_the_reference(shape, chunks):
 @given(st.integers(0, 40), st.integers(1, 24), st.integers(1, 8), st.integers(0, 90) | st.just(FAR))
 def test_which_rows_a_full_window_leaves_out_follows_from_the_row(sinks, window, spare, more):
     geometry, token = Geometry(sinks, window, spare), sinks + window - 1 + more
-    place = Place(token, max(sinks, token - geometry.ring), 0)
-    kind = Decoding(1, 1, cast(Rope, None), 1.0, sinks, geometry.rows, spare)
-    attended = np.array(kind.attended(mx.array([geometry.row(token)], mx.int32)))
+    place = StreamPosition(token, max(sinks, token - geometry.ring), 0)
+    kind = DecodeKind(1, 1, cast(Rope, None), 1.0, sinks, geometry.rows, spare)
+    attended = np.array(kind.attended_mask(mx.array([geometry.row(token)], mx.int32)))
     expected = geometry.decode_mask(place, geometry.rows)
     assert expected is not None and attended.shape == (1, geometry.rows)
     assert attended[0].tolist() == expected.tolist()
@@ -161,22 +161,22 @@ def test_half_precision_stays_within_its_rounding(dtype, tolerance, clock_limit)
 def test_angles_hold_up_to_the_limit_of_the_clock():
     twins = Twins(Shape(window=6, layers=1, clock_limit=2**14), tolerance=1e-3)
     twins.read(2**14 - 300, compare=lambda token: token > 2**14 - 400)
-    assert twins.cache.place.clock > 2**14 - 512
+    assert twins.cache.position.clock > 2**14 - 512
     twins.read(1)
     twins.read(600)
-    assert twins.cache.place.clock < 1_000
+    assert twins.cache.position.clock < 1_000
 
 
 def test_the_sinks_are_turned_after_a_reanchoring_even_to_where_they_were():
     twins = Twins(Shape(sinks=2, window=5, clock_limit=64))
     twins.read(7)
     twins.read(1)
-    assert twins.cache.place.sinks_at == 1
+    assert twins.cache.position.sinks_at == 1
     for _ in range(7):  # chunks that move o leave the rows of the sinks alone
         twins.read(8)
-    assert (twins.cache.place.clock, twins.cache.place.sinks_at) == (64, 1)
+    assert (twins.cache.position.clock, twins.cache.position.sinks_at) == (64, 1)
     twins.read(1)
-    assert (twins.cache.place.clock, twins.cache.place.sinks_at) == (8, 1)
+    assert (twins.cache.position.clock, twins.cache.position.sinks_at) == (8, 1)
 
 
 @pytest.mark.parametrize("old_reads_on", [True, False])
@@ -199,7 +199,7 @@ def test_many_reanchorings_add_no_error():
     clocks = []
     for _ in range(300):
         twins.read(1)
-        clocks.append(twins.cache.place.clock)
+        clocks.append(twins.cache.position.clock)
     turned_back = sum(later < sooner for sooner, later in itertools.pairwise(clocks))
     assert turned_back > 30
     assert max(clocks) <= 12
@@ -210,10 +210,10 @@ def test_many_reanchorings_add_no_error():
 def test_what_is_written_after_a_rewind_past_a_lowered_clock_is_of_the_new_clock(sinks, count):
     twins = Twins(Shape(sinks=sinks, window=20, head_dim=64, layers=1, bits=8), tolerance=1e-3)
     for _ in range(3):
-        lag, since = twins.cache.place.lag, twins.cache.place.since
-        while (twins.cache.place.lag, twins.cache.place.since) == (lag, since):
+        lag, since = twins.cache.position.clock_offset, twins.cache.position.clock_epoch
+        while (twins.cache.position.clock_offset, twins.cache.position.clock_epoch) == (lag, since):
             twins.read(1)
-        assert twins.cache.place.since == twins.cache.length - 1
+        assert twins.cache.position.clock_epoch == twins.cache.length - 1
         twins.cache.rewind(6)
         twins.slow[0].rewind(6)
         for _ in range(5):
@@ -229,7 +229,7 @@ def test_decode_equals_one_chunk(bits):
         cache = Shape(group=2, clock_limit=2**14, head_dim=dim, bits=bits).cache()
         outs, first = [], 0
         while first < 90:
-            step = cache.begin(cache.take(min(chunk, 90 - first)))
+            step = cache.begin(cache.max_step(min(chunk, 90 - first)))
             count = step.count
             new = heads[:, :, first : first + count]
             padding = mx.full((1, 4, step.rows - count, dim), 1e4)
@@ -243,8 +243,8 @@ def test_decode_equals_one_chunk(bits):
     one, cache = run(83)  # rows that pad a step hold huge numbers
     many, other = run(1)
     np.testing.assert_allclose(one, many, atol=2e-5)
-    assert cache.place.length == other.place.length == 90
-    mine, its = (c.format.arrays(c.values[0]).values() for c in (cache, other))
+    assert cache.position.length == other.position.length == 90
+    mine, its = (c.storage.arrays(c.values[0]).values() for c in (cache, other))
     for a, b in zip(mine, its, strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-6, err_msg="padding stored")
 

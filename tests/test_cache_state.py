@@ -199,7 +199,7 @@ def test_a_stream_near_2_to_62_is_bit_identical(
     assert np.array_equal(got, expected)
     assert len(seen) > len(chunks)
     assert far.length == cache.length + shift > FAR - ring
-    assert far.place.clock == cache.place.clock
+    assert far.position.clock == cache.position.clock
     rows = cache.geometry.rows
     assert near == max(seen) < max(2**14, 2 * rows) + 512
     for one, other in zip(cache.arrays(), far.arrays(), strict=True):
@@ -275,7 +275,7 @@ def test_a_decode_step_writes_in_place(tiny_model, sinks, bits):
     for token in range(32):
         mx.eval(stream.read([token]))
     rise = mx.get_peak_memory() - before
-    one = sum(array.nbytes for array in cache.format.arrays(cache.keys[0]).values())
+    one = sum(array.nbytes for array in cache.storage.arrays(cache.keys[0]).values())
     # The scores over quantized rows are there too, in float32.
     assert rise < one * (0.8 if bits else 0.5), (
         f"{rise} bytes; a layer's K is {one}, all {cache.nbytes}"

@@ -80,7 +80,7 @@ def printed(axes: Axes) -> list[str]:
 @EVERY
 def test_light_and_dark_files_are_whole_and_the_same_each_time(name: str, tmp_path: Path) -> None:
     svg, png = tmp_path / "chart.svg", tmp_path / "chart.png"
-    written = [*charts.draw(REPORTS[name], svg), *charts.draw(REPORTS[name], png)]
+    written = [*charts.draw_chart(REPORTS[name], svg), *charts.draw_chart(REPORTS[name], png)]
     names = ["chart.svg", "chart-dark.svg", "chart.png", "chart-dark.png"]
     assert [path.name for path in written] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
@@ -95,7 +95,7 @@ def test_light_and_dark_files_are_whole_and_the_same_each_time(name: str, tmp_pa
         assert struct.unpack(">I", one[16:20]) == (1_660,)  # twice 830 pixels
     for path in (svg, png) if name == "sinks" else (svg,):
         with matplotlib.rc_context({"font.size": 20, "svg.hashsalt": None, "axes.linewidth": 5}):
-            charts.draw(REPORTS[name], path)
+            charts.draw_chart(REPORTS[name], path)
     assert [path.read_bytes() for path in written] == data
 
 
@@ -105,7 +105,7 @@ def test_four_million_tokens_stay_a_small_file(tmp_path: Path) -> None:
     for row, speed in zip(rows, reversed(noise), strict=True):
         row["tokens_per_second"] = speed
     report = Report("endurance", ABOUT, rows)
-    assert len(charts.draw(report, tmp_path / "chart.svg")[0].read_bytes()) < 150_000
+    assert len(charts.draw_chart(report, tmp_path / "chart.svg")[0].read_bytes()) < 150_000
 
 
 def test_matplotlib_is_imported_late_without_pyplot_and_left_as_it_was(tmp_path: Path) -> None:
@@ -114,11 +114,11 @@ def test_matplotlib_is_imported_late_without_pyplot_and_left_as_it_was(tmp_path:
         from mlx_stream.evaluate import charts
         assert "matplotlib" not in sys.modules
         rows = [{"sinks": 4, "window": 9, "perplexity": 9.5}]
-        charts.draw(charts.Report("sinks", {}, rows), charts.Path(sys.argv[1]))
+        charts.draw_chart(charts.Report("sinks", {}, rows), charts.Path(sys.argv[1]))
         assert "matplotlib.pyplot" not in sys.modules"""
     subprocess.run([sys.executable, "-c", code, tmp_path / "chart.svg"], check=True)
     before = list(dict.items(matplotlib.rcParams))
-    charts.figure(REPORTS["sinks"])
+    charts.make_figure(REPORTS["sinks"])
     assert list(dict.items(matplotlib.rcParams)) == before
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_cannot_be_written_is_refused_beforehand(place: str, tmp_pat
     for folder in ("folder.svg", "x-dark.png"):
         (tmp_path / folder).mkdir()
     before = sorted(tmp_path.rglob("*"))
-    for refusing in (charts.check_plot, lambda path: charts.draw(REPORTS["sinks"], path)):
+    for refusing in (charts.check_plot, lambda path: charts.draw_chart(REPORTS["sinks"], path)):
         with pytest.raises(ValueRefused) as caught:
             refusing(tmp_path / place)
         assert "\n" not in str(caught.value) and place in str(caught.value)
@@ -159,7 +159,7 @@ def test_no_half_file(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(Path, method, failing)
     with pytest.raises(ValueRefused) as caught:
-        charts.draw(REPORTS["sinks"], path)
+        charts.draw_chart(REPORTS["sinks"], path)
     assert str(caught.value) == f"{path}: could not be written: No space left on device"
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("chart.svg", "before")]
 
@@ -171,7 +171,7 @@ def test_a_row_without_what_is_needed_is_refused(name: str, key: str, tmp_path: 
         bad.append("\x1b[31m\n" * 20)
     for value in bad:
         with pytest.raises(ValueRefused) as caught:
-            charts.draw(changed(name, key, value, row=-1), tmp_path / "chart.svg")
+            charts.draw_chart(changed(name, key, value, row=-1), tmp_path / "chart.svg")
         message = str(caught.value)
         assert message.startswith("no chart: ") and repr(key) in message and message.isprintable()
         assert len(message) < 120 and not list(tmp_path.iterdir())
@@ -185,7 +185,7 @@ def test_an_unknown_experiment_no_rows_and_bad_facts_are_refused() -> None:
         Report("endurance", ABOUT | {"fresh": FRESH | {"from": "x"}}, LONG),
     ):
         with pytest.raises(ValueRefused, match=r"^no chart: .*$"):
-            charts.figure(report)
+            charts.make_figure(report)
 
 
 def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
@@ -193,15 +193,17 @@ def test_hostile_text_is_shown_as_text(tmp_path: Path) -> None:
     odd = "$x^{$ \x00\x1b[31m\n<b>&\ud800 \u4e2d _ " + 90 * "y"
     about = report.about | {"model": odd, "texts": [odd] * 9, "machine": {"device": odd}}
     rows = [row | {"cache": odd} for row in report.rows[:3]]
-    light, _ = charts.draw(Report("perplexity", about | {"window": odd}, rows), tmp_path / "a.svg")
+    light, _ = charts.draw_chart(
+        Report("perplexity", about | {"window": odd}, rows), tmp_path / "a.svg"
+    )
     ElementTree.fromstring(light.read_bytes())
-    texts = says(charts.figure(Report("perplexity", about, rows)))
+    texts = says(charts.make_figure(Report("perplexity", about, rows)))
     assert any("$x^{$ [31m <b>&" in text for text in texts) and max(map(len, texts)) < 200
 
 
 @pytest.mark.parametrize("name", ["perplexity", "endurance"])
 def test_speed_and_memory_begin_at_0_and_perplexity_is_logarithmic(name: str) -> None:
-    losses, speeds, memory = charts.figure(REPORTS[name]).axes
+    losses, speeds, memory = charts.make_figure(REPORTS[name]).axes
     assert (losses.get_yscale(), losses.get_ylabel()) == ("log", "perplexity (log)")
     assert speeds.get_ylabel() == "tokens/s" and memory.get_ylabel() == "memory (MB)"
     for axes in (speeds, memory):
@@ -214,7 +216,7 @@ def test_speed_and_memory_begin_at_0_and_perplexity_is_logarithmic(name: str) ->
 
 def test_every_segment_is_drawn_as_it_was_measured() -> None:
     report = REPORTS["perplexity"]
-    losses, speeds, memory = (named(axes) for axes in charts.figure(report).axes)
+    losses, speeds, memory = (named(axes) for axes in charts.make_figure(report).axes)
     assert set(losses) == set(speeds) == {row["cache"] for row in report.rows}
     assert set(memory) == set(losses) - {"llama.cpp"}
     for cache, line in losses.items():
@@ -228,7 +230,7 @@ def test_every_segment_is_drawn_as_it_was_measured() -> None:
 
 def test_infinite_perplexity_is_a_triangle_at_the_top() -> None:
     for value in (None, math.inf, 1e300):
-        axes = charts.figure(changed("perplexity", "perplexity", value, row=7)).axes[0]
+        axes = charts.make_figure(changed("perplexity", "perplexity", value, row=7)).axes[0]
         assert math.isnan(ys(named(axes)["dense"])[-1]) and len(ys(named(axes)["dense"])) == 8
         triangles = [(xs(line), ys(line)) for line in axes.lines if line.get_marker() == "^"]
         assert ([8 * 2_048], [axes.get_ylim()[1]]) in triangles
@@ -237,7 +239,9 @@ def test_infinite_perplexity_is_a_triangle_at_the_top() -> None:
 
 @pytest.mark.parametrize("rising", [1.0, 2.9, 3.1, math.inf])
 def test_perplexity_over_sinks_is_from_0_or_logarithmic_and_printed(rising: float) -> None:
-    figure = charts.figure(Report("sinks", {}, sweep([20.5 * rising, 22.5, 21.5, 21.25, 20.5])))
+    figure = charts.make_figure(
+        Report("sinks", {}, sweep([20.5 * rising, 22.5, 21.5, 21.25, 20.5]))
+    )
     (axes,) = figure.axes
     scale, low = ("log", axes.get_ylim()[0]) if rising > 3 else ("linear", 0)
     assert (axes.get_yscale(), axes.get_ylim()[0]) == (scale, low)
@@ -248,7 +252,7 @@ def test_perplexity_over_sinks_is_from_0_or_logarithmic_and_printed(rising: floa
 
 
 def test_windows_are_spaced_by_doubling_and_their_cache_begins_at_0() -> None:
-    losses, memory = charts.figure(REPORTS["windows"]).axes
+    losses, memory = charts.make_figure(REPORTS["windows"]).axes
     assert memory.get_ylim()[0] == 0 and losses.get_yscale() == "log"
     assert memory.get_xticks() == pytest.approx(np.log2(WINDOWS))
     assert [tick.get_text() for tick in memory.get_xticklabels()] == [f"{w:,}" for w in WINDOWS]
@@ -257,7 +261,7 @@ def test_windows_are_spaced_by_doubling_and_their_cache_begins_at_0() -> None:
 
 
 def test_the_setting_the_machine_the_window_and_the_trained_context_are_named() -> None:
-    figure = charts.figure(REPORTS["perplexity"])
+    figure = charts.make_figure(REPORTS["perplexity"])
     assert {
         "Reading 49,152 tokens: perplexity, speed and memory",
         "tiny · float32 · a.txt, emma.txt · 4 sinks · window 1,020",
@@ -269,24 +273,24 @@ def test_the_setting_the_machine_the_window_and_the_trained_context_are_named() 
         upright = [xs(line)[0] for line in axes.lines if ys(line) == [0, 1]]
         assert upright == [1_020, 8_192]
     long = Report("endurance", ABOUT, segments("", FLAT * 40, 110, 586e6))
-    marked = printed(charts.figure(long).axes[0])
+    marked = printed(charts.make_figure(long).axes[0])
     assert "trained context 8,192" in marked and "window 1,020" not in marked  # as wide as a dash
     metal = {"machine": {"device": "Apple M3", "metal": True}}
-    assert "Apple M3 · Metal" in says(charts.figure(Report("sinks", metal, sweep([9.5] * 5))))
+    assert "Apple M3 · Metal" in says(charts.make_figure(Report("sinks", metal, sweep([9.5] * 5))))
 
 
 def test_a_fresh_stream_is_a_line_over_its_range() -> None:
-    figure = charts.figure(REPORTS["endurance"])
+    figure = charts.make_figure(REPORTS["endurance"])
     start = "100,000 to 200,000: stream 21.4, fresh stream "
     assert f"{start}21.2" in says(figure)
     (line,) = (line for line in figure.axes[0].lines if line.get_marker() == "|")
     assert (xs(line), ys(line)) == ([100_000, 200_000], [21.25, 21.25])
     infinite = REPORTS["endurance"].about | {"fresh": FRESH | {"perplexity": None}}
-    assert f"{start}infinite" in says(charts.figure(Report("endurance", infinite, LONG)))
+    assert f"{start}infinite" in says(charts.make_figure(Report("endurance", infinite, LONG)))
 
 
 def test_latency_shows_the_sizes_there_are_whiskers_to_p99_and_the_speed_up() -> None:
-    axes = charts.figure(REPORTS["latency"]).axes[0]
+    axes = charts.make_figure(REPORTS["latency"]).axes[0]
     lines = named(axes)
     assert set(lines) == {"stream", "recompute", "mlx-lm", "stream, re-anchoring"}
     assert ys(lines["stream"]) == [28, 32, 44] and ys(lines["stream, re-anchoring"]) == [60.5]
@@ -301,7 +305,7 @@ def test_latency_shows_the_sizes_there_are_whiskers_to_p99_and_the_speed_up() ->
 def test_streameval_shades_what_left_the_window_and_marks_chance() -> None:
     rows = [dict(row) for row in reversed(STREAMEVAL)]
     rows[1] |= {"generation": None, "queries": 20}
-    figure = charts.figure(Report("streameval", REPORTS["streameval"].about, rows))
+    figure = charts.make_figure(Report("streameval", REPORTS["streameval"].about, rows))
     (axes,) = figure.axes
     assert ys(named(axes)["likelihood"]) == [100, 95, 90, 12, 9]
     assert ys(named(axes)["generation"]) == [98, 88, 71, 0]
@@ -309,19 +313,19 @@ def test_streameval_shades_what_left_the_window_and_marks_chance() -> None:
     assert axes.get_ylim() == (0, 104) and [10, 10] in [ys(line) for line in axes.lines]
     assert {"left the window", "chance: 10", "160\n3,744"} <= set(says(figure))
     assert any("20 to 50 queries each" in text for text in says(figure))
-    inside = charts.figure(Report("streameval", {"candidates": 4}, STREAMEVAL[:2]))
+    inside = charts.make_figure(Report("streameval", {"candidates": 4}, STREAMEVAL[:2]))
     assert not inside.axes[0].patches and "left the window" not in says(inside)
 
 
 @EVERY
 def test_one_row_is_enough(name: str) -> None:
-    figure = charts.figure(Report(name, REPORTS[name].about, REPORTS[name].rows[-1:]))
+    figure = charts.make_figure(Report(name, REPORTS[name].about, REPORTS[name].rows[-1:]))
     assert all(len(xs(line)) == 1 for axes in figure.axes for line in named(axes).values())
 
 
 @EVERY
 def test_no_text_covers_another_or_is_cut_off(name: str) -> None:
-    figure = charts.figure(REPORTS[name])
+    figure = charts.make_figure(REPORTS[name])
     figure.canvas.draw()
     boxes = [(text.get_text(), Text.get_window_extent(text)) for text in drawn_texts(figure)]
     for text, box in boxes:
@@ -335,7 +339,7 @@ def test_no_text_covers_another_or_is_cut_off(name: str) -> None:
 
 def test_names_of_marks_that_stand_close_do_not_meet() -> None:
     about = ABOUT | {"trained_context": 1_500}
-    figure = charts.figure(Report("perplexity", about, REPORTS["perplexity"].rows))
+    figure = charts.make_figure(Report("perplexity", about, REPORTS["perplexity"].rows))
     names = [
         t for t in drawn_texts(figure) if t.get_text() in ("window 1,020", "trained context 1,500")
     ]

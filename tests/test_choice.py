@@ -14,7 +14,7 @@ from mlx_stream.backend import CACHE_LIMIT
 from mlx_stream.config import read_config
 from mlx_stream.errors import DeviceError, ValueRefused
 from mlx_stream.plan.devices import Device, Figure, find, without_entitlement
-from mlx_stream.plan.inspect import outline_of
+from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.memory import BITS
 from mlx_stream.plan.planner import (
     FITS,
@@ -22,10 +22,10 @@ from mlx_stream.plan.planner import (
     TIGHT,
     TOO_LARGE,
     WINDOWS,
-    Asked,
-    Outline,
+    ModelSummary,
     Plan,
     Planner,
+    PlanRequest,
     make_plan,
 )
 from mlx_stream.window import DEFAULT_WINDOW, resolve_window
@@ -39,8 +39,8 @@ def never(notice: str) -> None:
     raise AssertionError(notice)
 
 
-def outline(name: str = "Llama-3.2-1B") -> Outline:
-    return outline_of(str(PUBLISHED / f"{name}.json"), never)
+def outline(name: str = "Llama-3.2-1B") -> ModelSummary:
+    return summarize_model(str(PUBLISHED / f"{name}.json"), never)
 
 
 def device(budget: int, metal: bool = True) -> Device:
@@ -48,8 +48,8 @@ def device(budget: int, metal: bool = True) -> Device:
     return Device("d", "d", "laptop", Figure(2**40, here), Figure(int(budget), here), metal=metal)
 
 
-def tiny_outline(**changes) -> Outline:
-    return Outline("tiny", read_config(tiny_config(**changes)), "float16")
+def tiny_outline(**changes) -> ModelSummary:
+    return ModelSummary("tiny", read_config(tiny_config(**changes)), "float16")
 
 
 # --- the choice ---
@@ -64,9 +64,9 @@ def order(plan: Plan) -> tuple[bool, int, int]:
 @given(budget=st.integers(4 * 10**8, 5 * 10**9))
 def test_nothing_better_fits_than_what_is_chosen(budget):
     model, place = outline(), device(budget)
-    chosen = make_plan(model, place, Asked())
+    chosen = make_plan(model, place, PlanRequest())
     each = [
-        make_plan(model, place, Asked(bits=bits, window=window))
+        make_plan(model, place, PlanRequest(bits=bits, window=window))
         for bits in BITS
         for window in ALL_WINDOWS
     ]
@@ -80,7 +80,7 @@ def test_nothing_better_fits_than_what_is_chosen(budget):
 
 
 def test_a_verdict_leaves_room_for_the_allocators_cache():
-    chosen = make_plan(outline(), device(2**40), Asked(bits=4, window=1_020))
+    chosen = make_plan(outline(), device(2**40), PlanRequest(bits=4, window=1_020))
     assert chosen.peak == chosen.total > chosen.loading
     for room, verdict in (
         (CACHE_LIMIT, FITS),
@@ -92,14 +92,14 @@ def test_a_verdict_leaves_room_for_the_allocators_cache():
 
 
 def test_what_fits_nowhere_says_by_how_much():
-    chosen = make_plan(outline("Mistral-Nemo-12B"), find("iphone-13"), Asked())
+    chosen = make_plan(outline("Mistral-Nemo-12B"), find("iphone-13"), PlanRequest())
     assert (chosen.recipe.bits, chosen.window) == (2, min(ALL_WINDOWS))
     assert chosen.verdict == TOO_LARGE
     assert chosen.missing == chosen.peak - int(2.4 * 2**30) > 10**9
 
 
 def test_what_is_asked_for_is_kept():
-    asked = Asked("float16", sinks=9, window=777, bits=3, group_size=32, kv_bits=8)
+    asked = PlanRequest("float16", sinks=9, window=777, bits=3, group_size=32, kv_bits=8)
     chosen = make_plan(outline(), device(2**40), asked)
     assert (chosen.dtype, chosen.sinks, chosen.window) == ("float16", 9, 777)
     assert chosen.recipe.name == "3 bits in groups of 32"
@@ -109,10 +109,10 @@ def test_what_is_asked_for_is_kept():
 
 
 def test_speed_is_bandwidth_over_what_a_token_reads():
-    chosen = make_plan(outline(), find("macbook-air-m2-8gb"), Asked(bits=8, window=1_020))
+    chosen = make_plan(outline(), find("macbook-air-m2-8gb"), PlanRequest(bits=8, window=1_020))
     assert chosen.step == chosen.weights + chosen.ring  # its head is its embedding
     assert chosen.tokens_per_second == 100e9 / chosen.step
-    assert make_plan(outline(), device(2**40), Asked()).tokens_per_second is None
+    assert make_plan(outline(), device(2**40), PlanRequest()).tokens_per_second is None
 
 
 def test_quantized_files_are_kept_on_metal_and_never_given_more_bits():
@@ -120,16 +120,16 @@ def test_quantized_files_are_kept_on_metal_and_never_given_more_bits():
     config = read_config(raw)
     paths = ("q", "k", "v", "o")
     held = frozenset(f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in paths)
-    model = Outline("tiny", config, "float16", held)
-    kept = make_plan(model, device(2**40), Asked())
+    model = ModelSummary("tiny", config, "float16", held)
+    kept = make_plan(model, device(2**40), PlanRequest())
     assert kept.recipe.bits is None and kept.recipe.name.startswith("as it is, 1")
-    dequantized = make_plan(model, device(2**40, metal=False), Asked(window=kept.window))
+    dequantized = make_plan(model, device(2**40, metal=False), PlanRequest(window=kept.window))
     assert dequantized.recipe.name == "float32 dequantized when loaded"
     assert dequantized.weights > 2 * kept.weights
     # Where that does not fit, they are kept after all.
     small = device(dequantized.peak - 1, metal=False)
-    assert make_plan(model, small, Asked(window=kept.window)).recipe.bits is None
-    asked = Asked(window=kept.window, keep=False)
+    assert make_plan(model, small, PlanRequest(window=kept.window)).recipe.bits is None
+    asked = PlanRequest(window=kept.window, keep=False)
     assert make_plan(model, small, asked).verdict == TOO_LARGE
 
 
@@ -137,35 +137,38 @@ def test_files_of_four_bits_are_offered_fewer_alone(tmp_path):
     raw = json.loads((PUBLISHED / "Llama-3.2-1B.json").read_text())
     path = tmp_path / "four.json"
     path.write_text(json.dumps(raw | {"quantization": {"group_size": 64, "bits": 4}}))
-    model = outline_of(str(path), never)
-    recipes = list(Planner(model, device(2**40), Asked()).recipes())
+    model = summarize_model(str(path), never)
+    recipes = list(Planner(model, device(2**40), PlanRequest()).recipes())
     assert [recipe.bits for recipe in recipes] == [None, 3, 2]
     assert recipes[0].name == "as it is, 4.5 bits a weight"
 
 
 def test_a_bounded_model_gets_no_longer_window():
-    assert make_plan(tiny_outline(), device(2**40), Asked()).window == 512 - 4
+    assert make_plan(tiny_outline(), device(2**40), PlanRequest()).window == 512 - 4
     told = []
     model = tiny_outline(model_type="mistral", sliding_window=100)
-    chosen = make_plan(model, device(2**40), Asked(window=300), told.append)
+    chosen = make_plan(model, device(2**40), PlanRequest(window=300), told.append)
     assert chosen.window == 100
     assert told == ["window reduced from 300 to 100: the model's sliding_window"]
-    assert make_plan(model, device(2**40), Asked()).window == 100
+    assert make_plan(model, device(2**40), PlanRequest()).window == 100
     assert resolve_window(model.config, None, None) == (4, 100)
 
 
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        (Asked(window=509), r"sinks 4 \+ window 509 = 513 tokens exceed .* of 512: .* at most 508"),
-        (Asked(window=0), "--window must be at least 1, not 0"),
-        (Asked(sinks=-1), "--sinks must be from 0 to 511, not -1"),
-        (Asked(bits=7), "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
-        (Asked(group_size=16), "--group-size must be one of 32, 64, 128, not 16"),
-        (Asked(kv_bits=2), "--kv-bits must be 8 or 4, not 2"),
-        (Asked(kv_bits=8), "--kv-bits needs heads of a multiple of 64 numbers"),
-        (Asked("float8"), "--dtype must be one of float32, float16, bfloat16, not 'float8'"),
-        (Asked(bits=4, keep=False), "--bits is for weights that stay quantized"),
+        (
+            PlanRequest(window=509),
+            r"sinks 4 \+ window 509 = 513 tokens exceed .* of 512: .* at most 508",
+        ),
+        (PlanRequest(window=0), "--window must be at least 1, not 0"),
+        (PlanRequest(sinks=-1), "--sinks must be from 0 to 511, not -1"),
+        (PlanRequest(bits=7), "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
+        (PlanRequest(group_size=16), "--group-size must be one of 32, 64, 128, not 16"),
+        (PlanRequest(kv_bits=2), "--kv-bits must be 8 or 4, not 2"),
+        (PlanRequest(kv_bits=8), "--kv-bits needs heads of a multiple of 64 numbers"),
+        (PlanRequest("float8"), "--dtype must be one of float32, float16, bfloat16, not 'float8'"),
+        (PlanRequest(bits=4, keep=False), "--bits is for weights that stay quantized"),
     ],
 )
 def test_what_there_is_not_is_refused(asked, why):
@@ -209,7 +212,7 @@ def test_the_readmes_table_is_what_plan_says():
     assert kinds == ["phone", "laptop", "laptop", "laptop"]
     assert list(cells) == [path.stem for path in sorted(PUBLISHED.glob("[LM]*.json"))]
     for model, found in cells.items():
-        plans = [make_plan(outline(model), find(name), Asked()) for name in names]
+        plans = [make_plan(outline(model), find(name), PlanRequest()) for name in names]
         assert all(plan.verdict == FITS for plan in plans)
         assert found == [cell(plan) for plan in plans], model
 

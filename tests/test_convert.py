@@ -22,8 +22,8 @@ from mlx_stream.config import read_config
 from mlx_stream.errors import CheckpointError, ValueRefused, WeightsError
 from mlx_stream.evaluate.mlx_lm import load_peer
 from mlx_stream.load import load
-from mlx_stream.quantize.recipes import Recipe, recipe_named, uniform
-from mlx_stream.quantize.write_converted import Converted, convert
+from mlx_stream.quantize.recipes import Recipe, recipe_named, uniform_recipe
+from mlx_stream.quantize.write_converted import ConversionResult, write_converted
 
 # Rows of 128 and 256: every group size divides them.
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
@@ -52,8 +52,10 @@ def llama(tmp_path: Path) -> Path:
     return write_tiny(tmp_path / "llama", config, tiny_weights(config), "bfloat16", shards=2)
 
 
-def converted(source: Path, out: Path, recipe: Recipe | None = None, **options: Any) -> Converted:
-    return convert(read_folder(source), out, recipe, **options)
+def converted(
+    source: Path, out: Path, recipe: Recipe | None = None, **options: Any
+) -> ConversionResult:
+    return write_converted(read_folder(source), out, recipe, **options)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,9 +77,9 @@ def peer_logits(folder: Path, keep: bool) -> np.ndarray:
     return np.array(peer(mx.array([IDS]))[0])
 
 
-ALIKE = [uniform(bits) for bits in (2, 3, 4, 5, 6, 8)]
+ALIKE = [uniform_recipe(bits) for bits in (2, 3, 4, 5, 6, 8)]
 ALIKE += [recipe_named(name) for name in ("mxfp4", "mxfp8", "nvfp4")]
-GROUPS = [uniform(4, 32), uniform(3, 128), recipe_named("mixed_3_6", 32)]
+GROUPS = [uniform_recipe(4, 32), uniform_recipe(3, 128), recipe_named("mixed_3_6", 32)]
 
 
 @pytest.mark.parametrize("recipe", [*ALIKE, *GROUPS, None], ids=lambda r: r.name if r else "copy")
@@ -121,7 +123,7 @@ def test_every_bit_is_as_mlx_lm_quantizes(llama: Path, tmp_path: Path, recipe: R
         assert ours.quantized(path) == theirs.quantized(path) == recipe.quantized(path, 2)
 
 
-@pytest.mark.parametrize("recipe", [uniform(4), recipe_named("mixed_2_6"), None])
+@pytest.mark.parametrize("recipe", [uniform_recipe(4), recipe_named("mixed_2_6"), None])
 def test_converting_twice_gives_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe | None
 ) -> None:
@@ -134,7 +136,7 @@ def test_converting_twice_gives_the_same_bytes(
 
 
 def test_the_layout_is_mlx_lms(llama: Path, tmp_path: Path) -> None:
-    result = converted(llama, tmp_path / "out", uniform(4))
+    result = converted(llama, tmp_path / "out", uniform_recipe(4))
     names = {"config.json", "conversion.json", "generation_config.json", "model.safetensors"}
     names |= {"model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"}
     assert files_of(tmp_path / "out").keys() == names
@@ -173,27 +175,27 @@ def test_shards_are_as_large_as_they_may_be(
 def test_a_gguf_is_copied_without_loss(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, kind)
-    convert(read_gguf(path), tmp_path / "out")
+    write_converted(read_gguf(path), tmp_path / "out")
     before, after = read_gguf(path).tensors, read_folder(tmp_path / "out").tensors
     assert before.keys() == after.keys()
     assert all(mx.array_equal(after[name], before[name]).item() for name in before)
 
 
 def test_what_is_stored_as_asked_for_is_not_quantized_again(llama: Path, tmp_path: Path) -> None:
-    converted(llama, tmp_path / "four", uniform(4))
-    converted(tmp_path / "four", tmp_path / "again", uniform(4))
+    converted(llama, tmp_path / "four", uniform_recipe(4))
+    converted(tmp_path / "four", tmp_path / "again", uniform_recipe(4))
     assert (
         files_of(tmp_path / "four")["model.safetensors"]
         == (files_of(tmp_path / "again")["model.safetensors"])
     )
-    converted(tmp_path / "four", tmp_path / "wider", uniform(8, 32))
+    converted(tmp_path / "four", tmp_path / "wider", uniform_recipe(8, 32))
     error = logits(tmp_path / "wider", False) - logits(tmp_path / "four", False)
     assert 0 < np.abs(error).max() < 0.5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_dtype_alone_is_that_of_everything(llama: Path, tmp_path: Path, dtype: str) -> None:
-    converted(llama, tmp_path / "four", uniform(4))
+    converted(llama, tmp_path / "four", uniform_recipe(4))
     converted(tmp_path / "four", tmp_path / "out", dtype=dtype)
     found = read_folder(tmp_path / "out")
     assert {str(array.dtype) for array in found.tensors.values()} == {f"mlx.core.{dtype}"}
@@ -203,7 +205,7 @@ def test_a_dtype_alone_is_that_of_everything(llama: Path, tmp_path: Path, dtype:
 
 
 def test_a_dtype_with_bits_is_that_of_scales_and_norms(llama: Path, tmp_path: Path) -> None:
-    converted(llama, tmp_path / "out", uniform(4), dtype="float16")
+    converted(llama, tmp_path / "out", uniform_recipe(4), dtype="float16")
     tensors = read_folder(tmp_path / "out").tensors
     assert {str(array.dtype) for name, array in tensors.items() if "weight" not in name} == {
         "mlx.core.float16"
@@ -214,25 +216,25 @@ def test_a_dtype_with_bits_is_that_of_scales_and_norms(llama: Path, tmp_path: Pa
 def test_matrices_that_groups_do_not_divide_stay_floats(tmp_path: Path) -> None:
     config = tiny_config()  # rows of 64 and 96
     source = write_tiny(tmp_path / "model", config, tiny_weights(config), "bfloat16")
-    result = converted(source, tmp_path / "out", uniform(4))
-    assert result.kept == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    result = converted(source, tmp_path / "out", uniform_recipe(4))
+    assert result.unquantized == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     ours, theirs = (of(tmp_path / "out", True) for of in (logits, peer_logits))
     assert np.abs(ours - theirs).max() < 1e-3
     with pytest.raises(ValueRefused, match="groups of 128 divide no matrix"):
-        converted(source, tmp_path / "other", uniform(4, 128))
+        converted(source, tmp_path / "other", uniform_recipe(4, 128))
 
 
 def test_leftovers_of_old_exports_are_left_out(llama: Path, tmp_path: Path) -> None:
     checkpoint = read_folder(llama)
     assert isinstance(checkpoint.tensors, dict)
     checkpoint.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.zeros(16)
-    convert(checkpoint, tmp_path / "out", uniform(4))
+    write_converted(checkpoint, tmp_path / "out", uniform_recipe(4))
     assert not any("inv_freq" in name for name in read_folder(tmp_path / "out").tensors)
     checkpoint = read_folder(llama)
     assert isinstance(checkpoint.tensors, dict)
     checkpoint.tensors["model.vision.weight"] = mx.zeros(16)
     with pytest.raises(WeightsError, match=r"unknown tensor 'model\.vision\.weight'"):
-        convert(checkpoint, tmp_path / "other", uniform(4))
+        write_converted(checkpoint, tmp_path / "other", uniform_recipe(4))
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (np.nan, "bfloat16")])
@@ -241,7 +243,7 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path, value: float, dtype:
     weights = tiny_weights(config)
     weights["model.layers.1.mlp.up_proj.weight"][7, 9] = value
     source = write_tiny(tmp_path / "model", config, weights, "bfloat16")
-    for recipe in (uniform(4), None):
+    for recipe in (uniform_recipe(4), None):
         with pytest.raises(WeightsError, match=rf"layers\.1\.mlp\.up_proj.*fit {dtype}"):
             converted(source, tmp_path / "out", recipe, dtype=dtype)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -255,7 +257,7 @@ def test_places_and_code_of_its_maker_are_left_out(llama: Path, tmp_path: Path) 
             name_or_path="/somewhere/else",
             auto_map={"A": "b.C"},
         )
-    converted(llama, tmp_path / "out", uniform(4))
+    converted(llama, tmp_path / "out", uniform_recipe(4))
     for data in files_of(tmp_path / "out").values():
         assert b"name_or_path" not in data and b"auto_map" not in data
 
@@ -265,5 +267,5 @@ def test_a_tensor_cut_away_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     assert isinstance(checkpoint.tensors, dict)
     del checkpoint.tensors["model.norm.weight"]
     with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' is missing"):
-        convert(checkpoint, tmp_path / "out", uniform(4))
+        write_converted(checkpoint, tmp_path / "out", uniform_recipe(4))
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]

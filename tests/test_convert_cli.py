@@ -130,10 +130,10 @@ def test_a_folder_is_replaced_or_stays(
     for folder in (new, old):
         folder.mkdir()
         (folder / folder.name).touch()
-    atomic_replace.put_in_place_of(new, old)
+    atomic_replace.replace_folder(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
     with pytest.raises(OSError, match="new"):  # there is none any more
-        atomic_replace.put_in_place_of(new, old)
+        atomic_replace.replace_folder(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
 
 

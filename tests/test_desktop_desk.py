@@ -77,7 +77,7 @@ def test_a_saved_conversation_is_reopened_with_its_window_and_goes_on(letters):
             assert one.gauge == replace(gauge, tokens_per_second=0.0)
             await one.send("Second?")
             assert len(one.said) == 2 and one.said[:1] == before
-        with manage.reading("first") as store:
+        with manage.open_transcript("first") as store:
             assert [e.question for e in store.whole()[0]] == ["First?", "Second?"]
 
     asyncio.run(talk())
@@ -90,7 +90,7 @@ def test_a_conversation_open_elsewhere_is_refused_in_a_line_and_can_be_opened_la
         async with desk(letters) as one:
             await one.send("First?")
             await one.begin()
-            with Lock.acquire(session_files.paths("first").lock):
+            with Lock.acquire(session_files.session_paths("first").lock):
                 await one.open("first")
                 assert one.alarming and "'first'" in one.notice and "\n" not in one.notice
                 await one.send("Lost?")
@@ -164,7 +164,7 @@ def test_leaving_in_the_middle_of_a_reply_saves_it(letters):
             task = asyncio.create_task(one.send("Go on."))
             await until(lambda: one.said and one.said[-1].reply)
         await task
-        with manage.reading("go-on") as store:
+        with manage.open_transcript("go-on") as store:
             (kept,), damage = store.whole()
         assert kept.finish == "interrupted" and kept.reply and not damage
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mlx_stream.chat import session_files
 from mlx_stream.program import paths
 from mlx_stream_desktop.controller import Gauge
-from mlx_stream_desktop.history import Said, new_name, slug
-from mlx_stream_desktop.text_layout import LONGEST_SHOWN, shown, wrap
-from mlx_stream_desktop.throttle import Pacer
+from mlx_stream_desktop.history import Message, new_name, slug
+from mlx_stream_desktop.text_layout import LONGEST_SHOWN, escape_markup, wrap
+from mlx_stream_desktop.throttle import Throttle
 
 APP = Path(__file__).parent.parent / "apps" / "mlx_stream_desktop"
 PUBLIC = {"mlx_stream.errors", "mlx_stream.chat", "mlx_stream.engine", "mlx_stream.hub"}
@@ -54,8 +54,8 @@ def test_no_line_is_too_wide_and_nothing_but_spaces_is_lost(text, width):
 
 
 def test_what_is_shown_is_bounded_and_without_control_characters():
-    assert shown("a\x1b[2Jb\r\nc\td\x00") == "a[2Jb\nc    d"
-    long = shown("x" * (LONGEST_SHOWN + 5))
+    assert escape_markup("a\x1b[2Jb\r\nc\td\x00") == "a[2Jb\nc    d"
+    long = escape_markup("x" * (LONGEST_SHOWN + 5))
     assert len(long) < LONGEST_SHOWN + 100 and long.endswith("of 20,005 characters)")
 
 
@@ -80,7 +80,7 @@ class Clock:
 
 def test_a_thousand_changes_in_a_second_are_at_most_21_drawings_the_last_of_the_newest():
     clock, drawn, value = Clock(), [], 0
-    pacer = Pacer(lambda: drawn.append((clock.now, value)), clock)
+    pacer = Throttle(lambda: drawn.append((clock.now, value)), clock)
     for millisecond in range(1_000):
         clock.run_to(100 + millisecond / 1_000)
         value += 1
@@ -98,7 +98,7 @@ def test_a_conversation_is_named_after_its_first_question_and_no_other_has_the_n
     assert len(slug("word " * 100)) <= 40
     paths.private(paths.data_folder())
     for taken in ("hi", "Hi-2"):
-        session_files.paths(taken).database.touch()
+        session_files.session_paths(taken).database.touch()
     assert new_name("Hi!") == "hi-3"
     assert session_files.NAME.fullmatch(new_name("x" * 500))
 
@@ -116,7 +116,7 @@ def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
 
     from mlx_stream_desktop.transcript import EXCHANGES_SHOWN, rows_of
 
-    said = [Said(f"q{n}", f"r{n}", "end") for n in range(EXCHANGES_SHOWN + 5)]
+    said = [Message(f"q{n}", f"r{n}", "end") for n in range(EXCHANGES_SHOWN + 5)]
     rows = rows_of(said, attended=2, name="work")
     assert rows[0].text == "5 earlier: mlx_stream sessions show work"
     at = next(n for n, row in enumerate(rows) if row.kind == "note" and n)
@@ -124,4 +124,4 @@ def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
     assert [row.text for row in rows[at + 1 :]] == ["q23", "r23", "q24", "r24"]
     assert all(row.attended == (n > at) for n, row in enumerate(rows))
     assert [row.kind for row in rows_of(said[:1], 1, "work")] == ["you", "model"]
-    assert rows_of([Said("q")], 1, None)[-1].text == " \N{HORIZONTAL ELLIPSIS}"
+    assert rows_of([Message("q")], 1, None)[-1].text == " \N{HORIZONTAL ELLIPSIS}"

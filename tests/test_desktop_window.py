@@ -6,7 +6,7 @@ from desks import app, asked, has_left, settled, until
 from shell import SMALL
 from tiny import tiny_config, write_letters
 
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.program.lock import Lock
 
 
@@ -141,7 +141,7 @@ def test_a_question_that_was_not_read_is_back_where_it_was_typed(letters):
             await until(lambda: one.view.conversations.data)
             one.view.new._impl.simulate_press()
             await until(lambda: one.desk.name is None)
-            with Lock.acquire(paths("first").lock):
+            with Lock.acquire(session_paths("first").lock):
                 clicked(one.view, "first")
                 await until(lambda: one.desk.alarming)
                 await settled(one)

@@ -14,11 +14,11 @@ from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.config import Quantization
 from mlx_stream.errors import TextError, WeightsError
 from mlx_stream.evaluate.divergence import Divergence, compare
-from mlx_stream.evaluate.sensitivity import PARTS, measure
+from mlx_stream.evaluate.sensitivity import PARTS, measure_sensitivity
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.quantize.recipes import uniform
-from mlx_stream.quantize.write_converted import convert
+from mlx_stream.quantize.recipes import uniform_recipe
+from mlx_stream.quantize.write_converted import write_converted
 
 IDS = some_ids(150)
 
@@ -73,7 +73,7 @@ def test_a_damaged_model_has_no_figures(tiny_model) -> None:
 def test_sensitivity_is_what_rounding_one_part_does(changes: dict) -> None:
     raw = tiny_config(**changes)
     kind = Quantization(32, 2)
-    found = measure(make(raw, tensors_of(raw)), IDS, kind)
+    found = measure_sensitivity(make(raw, tensors_of(raw)), IDS, kind)
     assert len(found) == raw["num_hidden_layers"] * len(PARTS)
     original = make(raw, tensors_of(raw))
     expected = all_logits(original, original.new_dense_cache(), IDS, 256)
@@ -93,11 +93,11 @@ def test_a_measured_model_is_as_it_was() -> None:
     model = make(raw, tensors_of(raw))
     before = all_logits(model, model.new_dense_cache(), IDS, 256)
     # Rows of 96 are not groups of 64.
-    found = measure(model, IDS, Quantization(64, 2))
+    found = measure_sensitivity(model, IDS, Quantization(64, 2))
     assert not any("down_proj" in path for part in found for path in part)
     assert np.array_equal(before, all_logits(model, model.new_dense_cache(), IDS, 256))
     with pytest.raises(TextError, match="has 127 tokens: give at least 128"):
-        measure(model, IDS[:127], Quantization(64, 2))
+        measure_sensitivity(model, IDS[:127], Quantization(64, 2))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,13 +106,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch: pytest.Monke
     source = write_big(tmp_path / "source", **shape, num_attention_heads=8, num_key_value_heads=2)
     whole = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     for name, recipe, dtype in (
-        ("four", uniform(4), None),
-        ("two", uniform(2, 32), "float32"),
-        ("again", uniform(3), None),
+        ("four", uniform_recipe(4), None),
+        ("two", uniform_recipe(2, 32), "float32"),
+        ("again", uniform_recipe(3), None),
         ("full", None, "float32"),
     ):
         start = tmp_path / "four" if name in ("again", "full") else source
-        result = convert(read_folder(start), tmp_path / name, recipe, dtype)
+        result = write_converted(read_folder(start), tmp_path / name, recipe, dtype)
         assert result.peak_bytes <= result.bound_bytes, name
         assert result.bound_bytes < (0.6 if name == "full" else 0.35) * whole
         assert 0 <= result.resident_bytes < result.bound_bytes

@@ -133,11 +133,11 @@ def test_a_state_that_says_the_impossible_is_not_used(
 ) -> None:
     shutil.copy(log, tmp_path / "kept")
     state = tmp_path / "log.state"
-    saved = snapshot.load(state)
+    saved = snapshot.load_snapshot(state)
     model = mlx_stream.load(tiny)
     stream = TokenStream(model, model.new_cache(window=30))
     stream.restore(saved.state)
-    snapshot.save(state, stream, saved.model, {**saved.about, **changes})
+    snapshot.save_snapshot(state, stream, saved.model, {**saved.about, **changes})
     result = done(*endurance(6))
     assert "logged tokens again" in result.err
     ours = [json.loads(line)["nll"] for line in log.read_text().splitlines()[1:]]
@@ -151,12 +151,12 @@ def test_a_state_of_keys_that_are_no_numbers_is_not_used(
     endurance: Command, tmp_path: Path, tiny: Path, log: Path
 ) -> None:
     state = tmp_path / "log.state"
-    saved = snapshot.load(state)
+    saved = snapshot.load_snapshot(state)
     model = mlx_stream.load(tiny)
     stream = TokenStream(model, model.new_cache(window=30))
     keys: Any = saved.state["keys.0"]
     stream.restore({**saved.state, "keys.0": mx.full(keys.shape, float("nan"), keys.dtype)})
-    snapshot.save(state, stream, saved.model, saved.about)
+    snapshot.save_snapshot(state, stream, saved.model, saved.about)
     assert "logged tokens again" in done(*endurance(5)).err
     assert "again" not in done(*endurance(6)).err
 

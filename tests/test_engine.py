@@ -48,11 +48,11 @@ def test_replies_take_turns_token_by_token(engine):
     for chat in chats.values():
         chat.wait(DEADLINE)
     step, following = TokenStream._read, TokenStream.next
-    streams = {id(chat._talk.conversation.chat.tokens): n for n, chat in chats.items()}
+    streams = {id(chat._session_worker.conversation.chat.tokens): n for n, chat in chats.items()}
 
-    def read(self, part, skim=False):
+    def read(self, part, prefill=False):
         order.append((streams[id(self)], len(part)))
-        return step(self, part, skim)
+        return step(self, part, prefill)
 
     def one(self, *arguments, **options):
         order.append((streams[id(self)], 1))
@@ -62,7 +62,7 @@ def test_replies_take_turns_token_by_token(engine):
         patch.setattr(TokenStream, "_read", read)
         patch.setattr(TokenStream, "next", one)
         # All are there before the first step of any.
-        with engine._owner.lock:
+        with engine._worker.lock:
             replies = [chat.reply(LONG if n == 2 else "Hi") for n, chat in chats.items()]
             jobs = [threading.Thread(target=said, args=(r,), daemon=True) for r in replies]
             for job in jobs:
@@ -80,9 +80,9 @@ def test_replies_take_turns_token_by_token(engine):
 
 def eventually_asked(engine, count):
     """Let others submit, who need the lock that is held here, until there are `count` jobs."""
-    wait = threading.Condition(engine._owner.lock)
+    wait = threading.Condition(engine._worker.lock)
     for _ in range(10_000):
-        if sum(len(lane.jobs) for lane in engine._owner.lanes) == count:
+        if sum(len(lane.tasks) for lane in engine._worker.queues) == count:
             return
         wait.wait(0.001)
     raise AssertionError("nobody asked")
@@ -216,7 +216,7 @@ def test_callbacks_run_where_the_reply_is_read(engine):
 def test_what_is_wrong_with_one_is_told_to_it_alone(engine, monkeypatch):
     good, bad = (engine.session(sampling=GREEDY, max_tokens=9) for _ in range(2))
     bad.wait(DEADLINE)
-    stream = bad._talk.conversation.chat.tokens
+    stream = bad._session_worker.conversation.chat.tokens
 
     def broken(*_):
         raise RuntimeError("[metal] the device was lost")
@@ -325,7 +325,7 @@ def test_one_engine_at_a_time_and_none_after_its_end(letters):
 def test_a_forgotten_engine_ends(letters):
     engine = engine_of(letters)
     said(engine.session(sampling=GREEDY).reply("Hi", max_tokens=3))
-    owner = engine._owner
+    owner = engine._worker
     gone = weakref.ref(engine)
     del engine
     gc.collect()

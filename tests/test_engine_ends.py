@@ -9,7 +9,7 @@ from engines import DEADLINE, GREEDY, LONG, engine_of, eventually, said, togethe
 
 import mlx_stream
 from mlx_stream import errors
-from mlx_stream.engine.model_host import Core
+from mlx_stream.engine.model_host import ModelHost
 
 CLOSED = "closed before this was done"
 
@@ -57,7 +57,7 @@ def test_what_a_closed_listener_did_not_do_is_not_said_to_be_done(engine, tmp_pa
         listener = engine.listen(window=300)
         listener.feed(LONG)
         waiting.start()
-        eventually(lambda: len(listener._lane.jobs) == (1 if asked == "wait" else 2))
+        eventually(lambda: len(listener._queue.tasks) == (1 if asked == "wait" else 2))
         listener.close()
     waiting.join(DEADLINE)
     assert refused and not path.exists()
@@ -143,8 +143,8 @@ def test_who_does_not_want_a_reply_any_more_is_told_nothing(engine):
     chat = engine.session(sampling=GREEDY)
     pieces = chat.reply("Hi", max_tokens=100_000)
     next(pieces)
-    with engine._owner.lock:  # both before the next step
-        chat._ask(lambda: chat._talk.done(lambda _: None))
+    with engine._worker.lock:  # both before the next step
+        chat._ask(lambda: chat._session_worker.perform(lambda _: None))
         chat.close()
     assert said(pieces) == ""
     chat = engine.session(sampling=GREEDY)
@@ -153,15 +153,15 @@ def test_who_does_not_want_a_reply_any_more_is_told_nothing(engine):
     chat.close()
     pieces.close()
     chat.close(DEADLINE)
-    assert chat.stats.notices == [] and engine.memory[0] == engine._core.budget.weights
-    eventually(lambda: not engine._owner.lanes)
+    assert chat.stats.notices == [] and engine.memory[0] == engine._host.budget.weights
+    eventually(lambda: not engine._worker.queues)
 
 
 def test_a_closed_session_says_so_before_a_model_that_is_not_there(tmp_path):
     with mlx_stream.Engine(tmp_path / "none") as engine:
         with pytest.raises(errors.SourceError):
             engine.wait(DEADLINE)
-        with engine._owner.lock:
+        with engine._worker.lock:
             chat = engine.session()
             chat.close()
         with pytest.raises(errors.EngineClosed, match=CLOSED):
@@ -193,13 +193,13 @@ def waiting_for_room(listener, error, match=None):
 def test_who_waits_for_room_hears_that_it_could_not_be_opened(
     letters, tmp_path, monkeypatch, wrong, error
 ):
-    gate, load = threading.Event(), Core.load
+    gate, load = threading.Event(), ModelHost.load
 
     def late(core):
         assert gate.wait(DEADLINE)
         load(core)
 
-    monkeypatch.setattr(Core, "load", late)
+    monkeypatch.setattr(ModelHost, "load", late)
     folder = tmp_path / "none" if wrong == "source" else letters
     with engine_of(folder) as engine:
         listener = engine.listen(backlog=20, window=10**7)
@@ -216,7 +216,7 @@ def test_who_waits_for_room_hears_of_a_step_that_failed(engine, monkeypatch):
     listener.wait(DEADLINE)
     with ExitStack() as held:
         held.enter_context(held_up(engine))
-        monkeypatch.setattr(listener._hearing.tokens, "network", broken)
+        monkeypatch.setattr(listener._listener_worker.tokens, "network", broken)
         with waiting_for_room(listener, errors.ComputeError, "the device was lost"):
             held.close()
 

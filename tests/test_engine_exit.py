@@ -127,8 +127,8 @@ def test_what_was_begun_before_a_fork_is_not_waited_for_in_it(letters, tmp_path,
     seconds = 0 if begun == "reply" else 2  # so that the rest is not done before
     program = (
         "import time, warnings; warnings.simplefilter('ignore')\n"
-        "from mlx_stream.engine.model_host import Core; load = Core.load\n"
-        f"Core.load = lambda core: (time.sleep({seconds}), load(core))\n"
+        "from mlx_stream.engine.model_host import ModelHost; load = ModelHost.load\n"
+        f"ModelHost.load = lambda host: (time.sleep({seconds}), load(host))\n"
         f"{BEGIN}\n{begin}\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"

@@ -260,10 +260,10 @@ def test_too_much_for_a_chart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "of", "options", "rows"),
     [
-        ("perplexity", "perplexity.measure", (*SMALL, "--cache", "stream"), 1),
+        ("perplexity", "perplexity.measure_perplexity", (*SMALL, "--cache", "stream"), 1),
         ("sinks", "sweeps.sweep", ("--capacity", 40, "--tokens", 60), 1),
         ("windows", "sweeps.sweep", ("--window", 30, "--window", 60, "--tokens", 60), 1),
-        ("latency", "latency.latency", ("--cache", 32, "--cache", 48, "--steps", 20), 7),
+        ("latency", "latency.measure_latency", ("--cache", 32, "--cache", 48, "--steps", 20), 7),
     ],
 )
 def test_what_ends_early_shows_what_it_has(

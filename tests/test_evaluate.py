@@ -12,8 +12,14 @@ from tiny_models import all_logits, make, some_ids, tensors_of
 
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import latency, readers, sweeps
-from mlx_stream.evaluate.corpus import Text
-from mlx_stream.evaluate.perplexity import SETTINGS, Setting, Spec, measure, parse
+from mlx_stream.evaluate.corpus import Corpus
+from mlx_stream.evaluate.perplexity import (
+    SETTINGS,
+    Setting,
+    Spec,
+    measure_perplexity,
+    parse_setting,
+)
 from mlx_stream.evaluate.report import Report, perplexity
 from mlx_stream.load import Model
 
@@ -104,7 +110,7 @@ def test_mlx_lm_before_its_cache_is_full_is_dense(tied: bool) -> None:
 
 @pytest.fixture
 def setting(tiny_model: Make, tmp_path: Path) -> Setting:
-    text = Text(["a.txt"], np.array(IDS, np.int32))
+    text = Corpus(["a.txt"], np.array(IDS, np.int32))
     return Setting(tiny_model(), tmp_path, text, SINKS, WINDOW, 120, 40)
 
 
@@ -116,8 +122,8 @@ def test_each_cache_is_measured_segment_by_segment(setting: Setting) -> None:
         "dense": model.new_dense_cache,
     }
     told: list[tuple[int, int]] = []
-    specs = [*(Spec(name) for name in caches), parse("dense,tokens=80,chunk=3")]
-    rows = list(measure(setting, specs, lambda done, total: told.append((done, total))))
+    specs = [*(Spec(name) for name in caches), parse_setting("dense,tokens=80,chunk=3")]
+    rows = list(measure_perplexity(setting, specs, lambda done, total: told.append((done, total))))
     assert [row["cache"] for row in rows] == [
         *(label for label in caches for _ in range(3)),
         *["dense, chunk 3"] * 2,
@@ -133,7 +139,11 @@ def test_each_cache_is_measured_segment_by_segment(setting: Setting) -> None:
 
 
 def test_memory_is_of_the_weights_and_one_cache(setting: Setting) -> None:
-    rows = list(measure(setting, [Spec("stream"), Spec("dense"), parse("stream,chunk=1")]))
+    rows = list(
+        measure_perplexity(
+            setting, [Spec("stream"), Spec("dense"), parse_setting("stream,chunk=1")]
+        )
+    )
     weights = setting.model.weight_bytes
     stream = setting.model.new_cache(SINKS, WINDOW).nbytes
     for row in rows:
@@ -145,8 +155,11 @@ def test_memory_is_of_the_weights_and_one_cache(setting: Setting) -> None:
 def test_every_name_that_can_be_parsed_can_be_read(setting: Setting) -> None:
     """mlx-lm and llama.cpp need files: the command line's tests read through mlx-lm."""
     names = [name for name in SETTINGS if name not in ("mlx-lm", "llama.cpp")]
-    assert [row["cache"] for row in measure(setting, [parse(f"{n},tokens=40") for n in names[:4]])]
-    rows = measure(setting, [parse("recompute,stride=8,sinks=2,tokens=40")])
+    assert [
+        row["cache"]
+        for row in measure_perplexity(setting, [parse_setting(f"{n},tokens=40") for n in names[:4]])
+    ]
+    rows = measure_perplexity(setting, [parse_setting("recompute,stride=8,sinks=2,tokens=40")])
     assert [row["cache"] for row in rows] == ["recompute, stride 8, sinks 2"]
 
 
@@ -165,7 +178,7 @@ def test_every_name_that_can_be_parsed_can_be_read(setting: Setting) -> None:
 )
 def test_a_cache_that_cannot_be_parsed(text: str, said: str) -> None:
     with pytest.raises(ValueRefused) as refused:
-        parse(text)
+        parse_setting(text)
     assert said in str(refused.value)
 
 
@@ -173,7 +186,7 @@ def test_a_cache_that_cannot_be_parsed(text: str, said: str) -> None:
 
 
 def test_a_sweep_reads_the_same_tokens_through_each_shape(tiny_model: Make) -> None:
-    model, text = tiny_model(), Text(["a"], np.array(IDS, np.int32))
+    model, text = tiny_model(), Corpus(["a"], np.array(IDS, np.int32))
     shapes = sweeps.sink_shapes(model, 16, [0, 2])
     assert shapes == [(0, 16), (2, 14)]
     rows = list(sweeps.sweep(model, text, shapes, 110, 13))
@@ -200,7 +213,7 @@ def test_latency_has_every_method_and_crosses_a_re_anchoring(
     monkeypatch.setattr(
         StreamCache, "_reanchor", lambda self: (turned.append(1), reanchor(self))[1]
     )
-    rows = list(latency.latency(model, None, [latency.parse("64,steps=30", 99)]))
+    rows = list(latency.measure_latency(model, None, [latency.parse_sizes("64,steps=30", 99)]))
     assert [row["method"] for row in rows] == [
         "stream",
         "stream, plain",
@@ -217,7 +230,7 @@ def test_latency_has_every_method_and_crosses_a_re_anchoring(
 
 def test_percentiles_are_of_the_steps() -> None:
     size = latency.Size(256, 101)
-    row = latency.row(size, "stream", [x / 1e3 for x in range(101)])
+    row = latency.latency_row(size, "stream", [x / 1e3 for x in range(101)])
     assert [row[k] for k in ("p50_ms", "p95_ms", "p99_ms", "max_ms")] == pytest.approx(
         [50, 95, 99, 100]
     )
@@ -226,7 +239,7 @@ def test_percentiles_are_of_the_steps() -> None:
 @pytest.mark.parametrize("text", ["", "4", "x", "-8", "64,step=3", "64,steps=", "64,steps=3"])
 def test_a_size_that_will_not_do(text: str) -> None:
     with pytest.raises(ValueRefused, match=r"--cache|--steps"):
-        latency.parse(text, 300)
+        latency.parse_sizes(text, 300)
 
 
 def test_a_report_is_json_and_csv_of_the_same_rows() -> None:

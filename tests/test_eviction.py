@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
-from mlx_stream.chat.resume import Options, begin, open_session
+from mlx_stream.chat.resume import SessionOptions, begin, open_session
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.generate.token_stream import TokenStream
@@ -68,7 +68,7 @@ def session(model, **options):
 def test_what_is_attended_is_always_a_conversation(model, data):
     system = data.draw(st.sampled_from(["You are brief.", "S" * 40]))
     chat = session(model, system=system, window=data.draw(st.integers(80, 200)))
-    pinned = len(chat.turns.pinned)
+    pinned = len(chat.prompts.pinned)
     assert 4 <= pinned == chat.cache.geometry.sinks
     for _ in range(data.draw(st.integers(1, 12))):
         act = data.draw(st.sampled_from(["ask", "ask", "close", "retry", "undo", "edit", "clear"]))
@@ -148,7 +148,9 @@ def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model, sa
     """Replies go up to the reserve, a quarter of the window, and across the end of the ring."""
     reserve = 30
     sampling = Sampling(1.0, seed=3)
-    options = Options("Brief.", 4 * reserve, sampling=sampling, max_tokens=reserve, speculate=False)
+    options = SessionOptions(
+        "Brief.", 4 * reserve, sampling=sampling, max_tokens=reserve, speculate=False
+    )
     talk = open_session("s", model, options) if saved else begin(model, options)
     number, before = tight_turn(talk, reserve)
     chat, cache = talk.chat, talk.chat.cache
@@ -181,7 +183,7 @@ def tight_turn(talk, reserve):
         pieces = talk.reply(question)
         next(pieces)
         pieces.close()
-        turn = chat.attended.now.held[-1].start
+        turn = chat.evictor.state.turns[-1].start
         crosses = cache.row(cache.length + reserve - 1) < cache.row(turn)
         if cache.evicted > 2 * cache.geometry.window and crosses and cache.room < reserve + 5:
             return number, cache.attended - (cache.length - turn)
@@ -237,7 +239,7 @@ def test_nobody_opens_a_turn_by_typing_one(model):
     special = model.tokenizer.special_ids
     for system in (None, "Be brief.", forged):
         chat = session(model, system=system, window=400)
-        turns = chat.turns
+        turns = chat.prompts
         plain = [*turns.opening("a"), *turns.following("", "a")[1]]
         typed = [*turns.opening(forged), *turns.following("", forged)[1]]
         count = sum(id in special for id in plain)

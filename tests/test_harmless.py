@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_stream.program.escape import Harmless, harmless
+from mlx_stream.program.escape import TerminalEscaper, escape
 
 # Zero-width non-joiner and joiner; Arabic, Syriac and Kaithi signs that have a shape.
 SHAPED = {0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x600, 0x606)}
@@ -27,19 +27,19 @@ def pieces_of(text, cuts):
 
 @given(st.text(characters, max_size=40), st.lists(st.integers(0, 40), max_size=6))
 def test_pieces_in_any_split_join_to_what_the_whole_is(text, cuts):
-    filter = Harmless()
+    filter = TerminalEscaper()
     shown = "".join(filter.add(piece) for piece in pieces_of(text, cuts)) + filter.flush()
-    assert shown == harmless(text)
+    assert shown == escape(text)
     assert filter.flush() == ""
 
 
 @given(st.text(characters))
 def test_what_is_shown_has_no_control_character_and_nothing_lost(text):
-    shown = harmless(text)
+    shown = escape(text)
     for character in shown:
         category = unicodedata.category(character)
         assert category not in ("Cc", "Cf", "Cs", "Zl", "Zp") or ord(character) in KEPT
-    assert harmless(shown) == shown
+    assert escape(shown) == shown
     visible = [
         c for c in text if unicodedata.category(c)[0] in "LNPSZM" and c not in "\u2028\u2029"
     ]
@@ -50,7 +50,7 @@ def test_what_is_shown_has_no_control_character_and_nothing_lost(text):
 def test_of_all_unicode_only_format_and_control_characters_are_escaped():
     for code in range(sys.maxunicode + 1):
         category = unicodedata.category(chr(code))
-        escaped = harmless(chr(code)) != chr(code)
+        escaped = escape(chr(code)) != chr(code)
         if category in ("Cc", "Cf", "Cs", "Zl", "Zp"):
             assert escaped == (code not in KEPT), f"U+{code:04X}"
         elif escaped:  # unassigned, and reserved to be invisible
@@ -68,8 +68,8 @@ def test_of_all_unicode_only_format_and_control_characters_are_escaped():
     ],
 )
 def test_plain_text_is_unchanged(text):
-    assert harmless(text) == text
-    assert Harmless().add(text) == text
+    assert escape(text) == text
+    assert TerminalEscaper().add(text) == text
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_plain_text_is_unchanged(text):
     ],
 )
 def test_what_a_terminal_would_obey_or_hide_is_shown(text, shown):
-    assert harmless(text) == shown
+    assert escape(text) == shown
 
 
 def test_a_carriage_return_waits_for_what_follows():
-    filter = Harmless()
+    filter = TerminalEscaper()
     assert filter.add("one\r") == "one"
     assert filter.add("") == ""
     assert filter.add("\ntwo\r") == "\ntwo"

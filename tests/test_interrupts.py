@@ -18,7 +18,7 @@ from mlx_stream.cache.positions import Rope
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.sampling import Sampling
-from mlx_stream.text.pieces import Reply
+from mlx_stream.text.pieces import ReplyDecoder
 from mlx_stream.text.template import ChatTemplate, user
 from mlx_stream.text.template.meter import METER, TURNOVER, metered
 
@@ -118,9 +118,9 @@ def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
         # Nothing of the second turn, or all of it, is followed by a third that is well-formed.
         list(chat.reply("Three?", max_tokens=1))
         between = chat._settle()
-        ids = [*chat.tokens.attended_ids(), *between.unread.ids]
+        ids = [*chat.tokens.attended_ids(), *between.pending.ids]
         text = backend.decode(ids, skip_special_tokens=False)
-        text += between.unread.rest + chat.template.closing
+        text += between.pending.rest + chat.template.closing
         turns = text.split("<|im_start|>")[1:]
         assert all(turn.endswith("<|im_end|>\n") for turn in turns), (count, text)
         roles = [turn.split("\n")[0] for turn in turns]
@@ -149,13 +149,13 @@ def test_a_reply_interrupted_anywhere_can_be_settled(tmp_path, already):
     ids = tokenizer.encode("the ä")
     count = 0
     for count in itertools.count(1):
-        reply = Reply(tokenizer.decoder(), ())
+        reply = ReplyDecoder(tokenizer.decoder(), ())
         for id in ids[:already]:
             reply.add(id)
         cut = interrupt_at(count, lambda: reply.add(ids[already]))  # noqa: B023
         reply.flush()
-        assert reply.kept()[0] in (already, already + 1)
-        assert reply.kept(trim=True)[0] <= already + 1
+        assert reply.final_ids()[0] in (already, already + 1)
+        assert reply.final_ids(trim=True)[0] <= already + 1
         if not cut:
             break
     assert count > 20

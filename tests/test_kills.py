@@ -18,7 +18,7 @@ from kills import OPTIONS, Kills, check_attended, left_over, tiny_folder
 from mlx_stream.chat import manage
 from mlx_stream.chat.conversation import Conversation
 from mlx_stream.chat.resume import open_session
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.generate import snapshot
 from mlx_stream.load import Model, load
@@ -73,7 +73,7 @@ def opens(kills: Kills, conversation: Conversation) -> str:
     kills.said["x"] = conversation.saved.store.exchanges()
     # A folder that could not be removed; it is when the session is next opened or written.
     assert len(left_over(kills.home, "x")) <= 1
-    whole = manage.verify("x")
+    whole = manage.verify_session("x")
     with kills.copied() as copy:
         notices: list[str] = []
         again = open_session("x", kills.model, OPTIONS, notices.append)
@@ -82,7 +82,7 @@ def opens(kills: Kills, conversation: Conversation) -> str:
         check_attended(again, kills.said["x"])
         say(again)
         again.close()
-        manage.verify("x")
+        manage.verify_session("x")
     return whole
 
 
@@ -102,7 +102,7 @@ def test_a_fault_at_any_step_of_a_snapshot(kills: Kills, model: Model, number: i
     def act() -> None:
         raise OSError(number, os.strerror(number))
 
-    conversation, path = begun(model), paths("x").snapshot
+    conversation, path = begun(model), session_paths("x").snapshot
     calls = failing(conversation, NOWHERE, act)
     assert {"mkdir", "open", "fsync", "rename", "replace"} <= set(calls)
     assert calls[calls.index("replace") :].count("fsync") == 1, "the folder is flushed"
@@ -120,7 +120,7 @@ def test_a_fault_at_any_step_of_a_snapshot(kills: Kills, model: Model, number: i
 
 
 def test_a_snapshot_that_does_not_fit_on_the_disk(kills: Kills, model: Model) -> None:
-    conversation, path = begun(model), paths("x").snapshot
+    conversation, path = begun(model), session_paths("x").snapshot
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     for most in (0, 5, 300, 4096, len(before) // 2, len(before) - 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
@@ -132,7 +132,7 @@ def test_a_snapshot_that_does_not_fit_on_the_disk(kills: Kills, model: Model) ->
         assert path.read_bytes() == before
         assert opens(kills, conversation).endswith("exchange 1")
     conversation.close()
-    assert manage.verify("x").endswith("exchange 2")
+    assert manage.verify_session("x").endswith("exchange 2")
 
 
 # Dies at one call of writing a snapshot; with none, tells which there are.
@@ -160,19 +160,19 @@ def test_death_at_any_step_of_a_snapshot(kills: Kills, model: Model, folder: Pat
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
 
     begun(model).close()
-    alive, path, kept = die(NOWHERE), paths("x").snapshot, 0
+    alive, path, kept = die(NOWHERE), session_paths("x").snapshot, 0
     assert alive.returncode == 0, alive.stderr
     # Those that change nothing on disk leave the same as the one after them.
     points = [at for at, name in enumerate(json.loads(alive.stdout)) if name not in UNSEEN]
     for number, point in enumerate(points, 4):
-        before = snapshot.load(path).about["count"]
+        before = snapshot.load_snapshot(path).about["count"]
         dead = die(point)
         assert dead.returncode == 9, dead.stderr
-        found = snapshot.load(path).about["count"]
+        found = snapshot.load_snapshot(path).about["count"]
         assert found in (before, number), "what was there, or what was being written"
         kept += found == before
         assert len(left_over(kills.home, "x")) <= 1
-        manage.verify("x")
+        manage.verify_session("x")
         with kills.copied() as copy:
             conversation = open_session("x", model, OPTIONS)
             assert conversation.saved and conversation.saved.store.count == number
@@ -209,7 +209,7 @@ def test_a_full_database(kills: Kills, model: Model) -> None:
     assert [e.question for e in store.exchanges()] == [*(e.question for e in kept), "Now?"]
     assert store.header.system == "Be brief. " * 9
     conversation.close()
-    assert manage.verify("x").endswith(f"exchange {len(kept) + 1}")
+    assert manage.verify_session("x").endswith(f"exchange {len(kept) + 1}")
 
 
 # --- what is left ---
@@ -222,11 +222,11 @@ def test_what_the_dead_left_goes_with_the_session(model: Model, kills: Kills) ->
     (left / "stream.safetensors").write_text("what was said")
     unfinished = kills.home / "sessions" / ".x.db.new"
     unfinished.write_text("a system prompt")
-    manage.remove("x")
+    manage.remove_session("x")
     assert [path for path in kills.home.rglob("*") if path.is_file()] == []
     assert not left.exists()
     unfinished.write_text("a system prompt")
-    manage.remove("x")
+    manage.remove_session("x")
     assert not unfinished.exists()
     with pytest.raises(SessionError, match="there is none"):
-        manage.remove("x")
+        manage.remove_session("x")

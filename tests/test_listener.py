@@ -31,7 +31,7 @@ def engine(letters):
 
 def hearing(listener):
     listener.wait(DEADLINE)
-    return listener._hearing
+    return listener._listener_worker
 
 
 def attended(listener):
@@ -53,7 +53,7 @@ def rendered(listener, *said, system=None):
         messages.append({"role": "user", "content": question})
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
-    return hearing(listener).turns.template.render(messages, reply=False)
+    return hearing(listener).prompts.template.render(messages, reply=False)
 
 
 def test_what_is_fed_is_one_open_turn_and_questions_close_it(engine):
@@ -91,7 +91,7 @@ def test_a_question_ends_what_was_fed_before_it_also_in_the_middle_of_a_word(eng
 def test_asked_now_it_answers_from_what_is_read_and_loses_nothing(engine):
     listener = engine.listen(window=400, sampling=GREEDY)
     listener.feed("One two thr")
-    eventually(lambda: hearing(listener).words.held == " thr")
+    eventually(lambda: hearing(listener).encoder.pending == " thr")
     answer = said(listener.ask("Why?", max_tokens=3, now=True))
     listener.feed("ee four")
     listener.flush(DEADLINE)
@@ -106,7 +106,7 @@ def test_the_stream_is_one_that_read_the_same_ids(letters, engine):
         listener.feed(TEXT[at : at + 37], timeout=DEADLINE)
     listener.flush(DEADLINE)
     heard = hearing(listener)
-    ids = heard.turns.encode(heard.turn.opening + TEXT)
+    ids = heard.prompts.encode(heard.turn.opening + TEXT)
     assert listener.stats.evicted == len(ids) - listener.stats.attended > 0
     model = mlx_stream.load(letters, dtype="float32", keep_quantized=False)
     fresh = TokenStream(model, model.new_cache(heard.cache.geometry.sinks, 300))
@@ -131,19 +131,19 @@ def test_asking_without_remembering_leaves_the_stream_as_it_was_to_the_bit(engin
     listener.feed(TEXT)
     listener.flush(DEADLINE)
     listener.feed(" and a begun wo")
-    eventually(lambda: not listener.backlog and hearing(listener).words.held == " wo")
-    before, words = bits(listener), dict(vars(hearing(listener).words))
+    eventually(lambda: not listener.backlog and hearing(listener).encoder.pending == " wo")
+    before, words = bits(listener), dict(vars(hearing(listener).encoder))
     used, _ = engine.memory
     pieces = listener.ask("What is it?", remember=False, max_tokens=20)
     first = next(pieces).text
     assert engine.memory[0] == used + listener.stats.cache_bytes or first
     answer = first + said(pieces)
     assert engine.memory[0] == used
-    assert bits(listener) == before and vars(hearing(listener).words) == words
+    assert bits(listener) == before and vars(hearing(listener).encoder) == words
     stopped = listener.ask("What is it?", remember=False, max_tokens=100_000)
     next(stopped)
     stopped.close()
-    eventually(lambda: not listener._lane.jobs)
+    eventually(lambda: not listener._queue.tasks)
     assert bits(listener) == before and engine.memory[0] == used
     # It is the answer that would be remembered.
     assert said(listener.ask("What is it?", max_tokens=20)) == answer
@@ -206,7 +206,7 @@ def test_an_answer_that_is_cut_leaves_a_well_formed_stream(engine):
     pieces.close()
     never_begun = listener.ask("How? " * 300, max_tokens=100_000)
     threading.Thread(target=lambda: next(never_begun, None), daemon=True).start()
-    eventually(lambda: listener._lane.jobs)
+    eventually(lambda: listener._queue.tasks)
     listener._answer.cancel()
     listener.feed("And four.")
     listener.flush(DEADLINE)
@@ -219,7 +219,7 @@ def test_an_answer_that_is_cut_leaves_a_well_formed_stream(engine):
 
 def test_what_is_fed_too_fast_is_refused_with_the_numbers_and_can_wait(engine):
     listener = engine.listen(window=100, backlog=1_000)
-    with engine._owner.lock:  # nothing is taken meanwhile
+    with engine._worker.lock:  # nothing is taken meanwhile
         listener.feed("x " * 400)
         with pytest.raises(errors.QueueFull, match=r"800 characters.*at most 1,000"):
             listener.feed("y " * 200)
@@ -263,7 +263,7 @@ def test_a_snapshot_goes_on_to_the_bit_and_holds_what_was_not_read(engine, tmp_p
     assert listener.restored is None
     listener.feed(TEXT[:1_000])
     said(listener.ask("Why?", max_tokens=9))
-    with engine._owner.lock:  # so that most of it is not read when it is saved
+    with engine._worker.lock:  # so that most of it is not read when it is saved
         listener.feed(TEXT[1_000:3_010])
         saving = threading.Thread(target=listener.save, args=(path, {"byte": 3_010, "file": "a"}))
         saving.start()
@@ -292,8 +292,8 @@ def test_a_snapshot_between_an_answer_and_the_turn_behind_it_goes_on_there(engin
     listener = engine.listen(window=200, sampling=GREEDY)
     listener.feed("One two three.")
     heard = hearing(listener)
-    with engine._owner.lock:  # so that nothing comes between
-        listener._asking("Why?", True, 9, False)()
+    with engine._worker.lock:  # so that nothing comes between
+        listener._ask_command("Why?", True, 9, False)()
         saving = listener._submit(lambda: heard.save(path, {}), None)
     saving.outcome(DEADLINE)
     again = engine.listen(window=200, sampling=GREEDY, restore=path)
@@ -340,13 +340,13 @@ def test_a_snapshot_that_will_not_do_is_not_used_and_that_is_said(
 
 
 def test_forged_headers_are_refused(engine, tmp_path):
-    from mlx_stream.engine.listener_snapshot import kept_of
+    from mlx_stream.engine.listener_snapshot import parse_listener_state
 
     listener = engine.listen(window=60)
     path = tmp_path / "stream.safetensors"
     listener.save(path, {"n": 1, "s": "x"})
-    about = snapshot.load(path).about
-    assert kept_of(about, 300).note == {"n": 1, "s": "x"}
+    about = snapshot.load_snapshot(path).about
+    assert parse_listener_state(about, 300).note == {"n": 1, "s": "x"}
     for name, wrong in (
         *((name, None) for name in about),
         *(("ids", value) for value in ([300], [-1], [1.0], [True], "12", {"1": 2})),
@@ -357,9 +357,9 @@ def test_forged_headers_are_refused(engine, tmp_path):
         ("kind", "conversation"),
     ):
         with pytest.raises((errors.SnapshotError, errors.ValueRefused)):
-            kept_of({**about, name: wrong}, 300)
+            parse_listener_state({**about, name: wrong}, 300)
     with pytest.raises(errors.SnapshotError):
-        kept_of(json.loads(json.dumps({**about, "more": 1})), 300)
+        parse_listener_state(json.loads(json.dumps({**about, "more": 1})), 300)
     for note in ({"a": 1.5}, {1: "a"}, {"a": "x" * 70_000}, {"a": True}):
         with pytest.raises(errors.ValueRefused):
             listener.save(path, note)

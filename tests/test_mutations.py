@@ -16,8 +16,8 @@ from mutations import rewrite
 
 from mlx_stream.chat import manage
 from mlx_stream.chat.resume import open_session
-from mlx_stream.chat.schema import Header
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.schema import SessionHeader
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.load import load
 
@@ -88,9 +88,9 @@ def test_what_was_forged_is_not_used(judge: Judge, name: str) -> None:
     judge.fresh()
     assert reopened(judge) == ""
     judge.fresh()
-    rewrite(paths("x").snapshot, FORGED[name])
+    rewrite(session_paths("x").snapshot, FORGED[name])
     assert "reading" in reopened(judge)
-    assert "snapshot after exchange" in manage.verify("x")
+    assert "snapshot after exchange" in manage.verify_session("x")
 
 
 def make_pipe(path: Path) -> None:
@@ -113,20 +113,20 @@ def test_what_is_no_file_is_not_opened(
     judge: Judge, obstacle: bool, change: Callable[[Path], None]
 ) -> None:
     judge.fresh()
-    snapshot = paths("x").snapshot
+    snapshot = session_paths("x").snapshot
     change(snapshot)
     if obstacle:
         snapshot.with_name(f"{snapshot.name}.unusable").write_text("of before")
     if change is not make_link:
         with pytest.raises(SessionError, match="its snapshot is not") as caught:
-            manage.verify("x")
+            manage.verify_session("x")
         line_of(caught.value)
     if obstacle and change is make_folder:  # it cannot be moved to where a file is
         with pytest.raises(SnapshotError, match="could not be written"):
             reopened(judge)
     else:
         assert "is a link or no file" in reopened(judge)
-        assert "snapshot after exchange" in manage.verify("x")
+        assert "snapshot after exchange" in manage.verify_session("x")
 
 
 def test_a_reply_of_special_tokens_is_read_as_text(judge: Judge) -> None:
@@ -145,7 +145,7 @@ def test_a_reply_of_special_tokens_is_read_as_text(judge: Judge) -> None:
 
 @pytest.mark.parametrize("created", ["9999-99-99T99:99:99Z", "0001-01-01T00:00:00Z"])
 def test_a_time_that_no_clock_shows(created: str) -> None:
-    header = Header(
+    header = SessionHeader(
         id="0" * 32,
         created=created,
         model="m",

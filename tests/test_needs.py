@@ -162,7 +162,7 @@ def test_the_longest_chunk_is_what_the_cache_takes(heads, sinks, window):
     shape = Shape(sinks, window, group=heads, head_dim=2, layers=1, clock_limit=CLOCK_LIMIT)
     cache = after(shape.cache(), sinks + window)
     config = config_of(num_attention_heads=heads, num_key_value_heads=1)
-    assert memory.longest_moving_chunk(config, sinks, window) == cache.take(PREFILL_CHUNK)
+    assert memory.longest_moving_chunk(config, sinks, window) == cache.max_step(PREFILL_CHUNK)
 
 
 WORKS = [
@@ -189,7 +189,7 @@ def chunk_peak(model: Model, window: int, length: int) -> int:
     """Return the most that one chunk holds after `length` tokens."""
     cache = after(model.new_cache(4, window), length)
     stream = TokenStream(model, cache)
-    ids = [7] * cache.take(PREFILL_CHUNK)
+    ids = [7] * cache.max_step(PREFILL_CHUNK)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     list(stream.steps(ids))

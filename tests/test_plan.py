@@ -4,21 +4,21 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from shapes import FAR
 
-from mlx_stream.cache.geometry import BLOCK, STEP_LENGTHS, Geometry, Place, padded
+from mlx_stream.cache.geometry import BLOCK, STEP_LENGTHS, Geometry, StreamPosition, pad_length
 
 
 def test_the_worked_example():
     geometry = Geometry(sinks=2, window=3)
     rows = {geometry.row(token): token for token in range(7)}
     assert [rows[row] for row in range(geometry.rows)] == [0, 1, 5, 6, 4]
-    place = Place(length=7, floor=4, clock=7)
+    place = StreamPosition(length=7, floor=4, clock=7)
     # "On the clock these stand at 2, 3, 4, 5, 6"
     assert geometry.oldest(place, 6) == 4
     assert geometry.sinks_clock(place, 6) == 2
 
 
 @st.composite
-def places(draw: st.DrawFn) -> tuple[Geometry, Place]:
+def places(draw: st.DrawFn) -> tuple[Geometry, StreamPosition]:
     """A geometry and a place a stream can reach, early, late, or near 2^62."""
     geometry = Geometry(draw(st.integers(0, 6)), draw(st.integers(1, 24)), draw(st.integers(0, 8)))
     length = draw(
@@ -31,10 +31,10 @@ def places(draw: st.DrawFn) -> tuple[Geometry, Place]:
     lowest = max(geometry.sinks, length - geometry.ring)
     floor = draw(st.integers(lowest, max(length, geometry.sinks)))
     base = draw(st.integers(max(0, floor - geometry.sinks - 1_000), floor - geometry.sinks))
-    return geometry, Place(length, floor, length - base)
+    return geometry, StreamPosition(length, floor, length - base)
 
 
-def attends(geometry: Geometry, place: Place, token: int) -> set[int]:
+def attends(geometry: Geometry, place: StreamPosition, token: int) -> set[int]:
     """Rule 1, literally; None of it looks at rows."""
     sinks = {i for i in range(geometry.sinks) if i <= token}
     oldest = max(geometry.sinks, place.floor, token - geometry.window + 1)
@@ -72,7 +72,7 @@ def test_the_mask_of_one_token_is_rule_1(given_place):
     geometry, place = given_place
     token = place.length
     expected = attends(geometry, place, token)
-    for extent in {geometry.extent(token), geometry.rows}:
+    for extent in {geometry.prefix_rows(token), geometry.rows}:
         mask = geometry.decode_mask(place, extent)
         held = holders(geometry, token)[:extent]
         wanted = [row in expected for row in held]
@@ -87,7 +87,7 @@ def test_the_mask_of_one_token_is_rule_1(given_place):
 def test_the_mask_of_a_chunk_is_rule_1_in_every_row(given_place, rows):
     geometry, place = given_place
     first = place.length
-    extent = geometry.chunk_extent(first - 1) if first else 0
+    extent = geometry.chunk_prefix_rows(first - 1) if first else 0
     mask = geometry.chunk_mask(place, extent, rows)
     assert mask.dtype == bool and mask.shape == (rows, extent + rows)
     columns = [*holders(geometry, first - 1)[:extent], *range(first, first + rows)]
@@ -138,16 +138,16 @@ def test_the_sinks_stand_directly_before_the_oldest_token(given_place, ahead):
 @given(places(), st.integers(1, 70))
 def test_a_place_moves_as_its_tokens_do(given_place, count):
     geometry, place = given_place
-    after = geometry.after(place, count)
+    after = geometry.advance(place, count)
     assert (after.length, after.clock) == (place.length + count, place.clock + count)
     assert after.floor == max(place.floor, after.length - geometry.ring)
-    back = geometry.rewound(after, count)
+    back = geometry.rewind(after, count)
     assert (back.length, back.clock, back.floor) == (place.length, place.clock, after.floor)
     room = geometry.room(place)
     tokens = [place.length + i for i in range(room)]
     assert all(geometry.oldest(place, token) == place.floor for token in tokens)
     assert geometry.oldest(place, place.length + room) > place.floor
-    assert geometry.held(place) == len(
+    assert geometry.ring_count(place) == len(
         [t for t in attends(geometry, place, place.length - 1) if t >= geometry.sinks]
     )
 
@@ -155,10 +155,10 @@ def test_a_place_moves_as_its_tokens_do(given_place, count):
 @given(st.integers(0, 2_000), st.integers(0, 6), st.integers(1, 1_500))
 def test_extents_hold_what_was_written_in_few_sizes(last, sinks, window):
     geometry = Geometry(sinks, window)
-    extent = geometry.extent(last)
+    extent = geometry.prefix_rows(last)
     assert max(geometry.row(token) for token in range(last + 1)) < extent <= geometry.rows
     assert extent in (256, 512, 1_024, geometry.rows)
-    finer = geometry.chunk_extent(last)
+    finer = geometry.chunk_prefix_rows(last)
     assert max(geometry.row(token) for token in range(last + 1)) < finer <= extent
     assert finer == geometry.rows or (finer % 128 == 0 and finer - last <= max(128, last / 4))
 
@@ -166,14 +166,22 @@ def test_extents_hold_what_was_written_in_few_sizes(last, sinks, window):
 def test_large_rings_mask_as_rule_1_says_while_they_fill():
     geometry = Geometry(sinks=5, window=590, spare=8)
     for length in (0, 5, 255, 256, 257, 511, 512, 594, 595, 603, 604, 2_000, FAR):
-        place = Place(length, max(geometry.sinks, length - geometry.ring), 0)
+        place = StreamPosition(length, max(geometry.sinks, length - geometry.ring), 0)
         expected = attends(geometry, place, length)
-        extent = geometry.extent(length)
+        extent = geometry.prefix_rows(length)
         mask = geometry.decode_mask(place, extent)
         assert mask is not None
         assert mask.tolist() == [t in expected for t in holders(geometry, length)[:extent]]
 
 
 def test_padded_lengths():
-    assert [padded(count) for count in (1, 2, 3, 48, 49, 511, 512)] == [1, 2, 4, 48, 64, 512, 512]
+    assert [pad_length(count) for count in (1, 2, 3, 48, 49, 511, 512)] == [
+        1,
+        2,
+        4,
+        48,
+        64,
+        512,
+        512,
+    ]
     assert sorted(STEP_LENGTHS) == list(STEP_LENGTHS)

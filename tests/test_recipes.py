@@ -10,7 +10,7 @@ from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_stream.config import QUANTIZATION_MODES, Quantization
 from mlx_stream.errors import ValueRefused
 from mlx_stream.models.layout import matrix_bytes
-from mlx_stream.quantize.recipes import ENDS, RECIPES, recipe_named, settle, uniform
+from mlx_stream.quantize.recipes import ENDS, RECIPES, allocate_bits, recipe_named, uniform_recipe
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 PARTS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -48,11 +48,17 @@ def test_every_recipe_has_its_own_name_and_what_mlx_takes() -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: uniform(7), "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 7"),
-        (lambda: uniform(4, 16), "--group-size must be 32, 64 or 128 in mode affine, not 16"),
-        (lambda: uniform(8, 32, "mxfp4"), "--bits must be 4 in mode mxfp4, not 8"),
-        (lambda: uniform(4, 64, "mxfp4"), "--group-size must be 32 in mode mxfp4, not 64"),
-        (lambda: uniform(4, 64, "int4"), "--mode must be one of affine, mxfp4, .* not 'int4'"),
+        (lambda: uniform_recipe(7), "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 7"),
+        (
+            lambda: uniform_recipe(4, 16),
+            "--group-size must be 32, 64 or 128 in mode affine, not 16",
+        ),
+        (lambda: uniform_recipe(8, 32, "mxfp4"), "--bits must be 4 in mode mxfp4, not 8"),
+        (lambda: uniform_recipe(4, 64, "mxfp4"), "--group-size must be 32 in mode mxfp4, not 64"),
+        (
+            lambda: uniform_recipe(4, 64, "int4"),
+            "--mode must be one of affine, mxfp4, .* not 'int4'",
+        ),
         (lambda: recipe_named("best"), "--recipe must be one of uniform_2, .* not 'best'"),
         (lambda: recipe_named("nvfp4", 64), "--group-size must be 16 in mode nvfp4, not 64"),
     ],
@@ -74,9 +80,9 @@ def total(recipe, elements: dict[str, int], layers: int) -> int:
 def test_a_measured_recipe_costs_no_more_than_a_bit_more(name, harm, sizes) -> None:
     parts = [(f"model.layers.{i}.mlp.up_proj",) for i in range(12)]
     elements = {path: 1024 * n for (path,), n in zip(parts, sizes, strict=True)}
-    recipe = settle(recipe_named(name), elements, dict(zip(parts, harm, strict=True)))
+    recipe = allocate_bits(recipe_named(name), elements, dict(zip(parts, harm, strict=True)))
     assert recipe.chosen is not None
-    assert total(recipe, elements, 12) <= total(uniform(recipe.base.bits + 1), elements, 12)
+    assert total(recipe, elements, 12) <= total(uniform_recipe(recipe.base.bits + 1), elements, 12)
     for (path,), value in zip(parts, harm, strict=True):
         assert value > 0 or path not in recipe.chosen
     # What was left out would not fit, or does less good for its bytes than all that were taken.
@@ -92,11 +98,13 @@ def test_embedding_and_head_come_first() -> None:
     elements = {"model.embed_tokens": 64_000, "model.layers.0.mlp.up_proj": 6400}
     harm = {("model.layers.0.mlp.up_proj",): 1.0}
     # Two bits more for the embedding are more than one bit more for all: none is left.
-    settled = settle(recipe, elements, harm)
+    settled = allocate_bits(recipe, elements, harm)
     assert settled.chosen == frozenset()
     assert settled.quantized("model.embed_tokens", 1).bits == 6
     assert settled.quantized("model.layers.0.mlp.up_proj", 1).bits == 4
     elements["model.embed_tokens"] = 640
-    assert settle(recipe, elements, harm).chosen == frozenset()  # 12,800 bits, 7,040 - 1,280 left
+    assert (
+        allocate_bits(recipe, elements, harm).chosen == frozenset()
+    )  # 12,800 bits, 7,040 - 1,280 left
     elements["model.layers.0.mlp.down_proj"] = 64_000
-    assert settle(recipe, elements, harm).chosen == {"model.layers.0.mlp.up_proj"}
+    assert allocate_bits(recipe, elements, harm).chosen == {"model.layers.0.mlp.up_proj"}

@@ -13,14 +13,14 @@ from shell import edit
 from tiny import tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
-from mlx_stream.chat.resume import Options, begin, header_of, open_session
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.resume import SessionOptions, begin, header_of, open_session
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError, ValueRefused
 from mlx_stream.sampling import Sampling
 
 QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
-OPTIONS = Options(
+OPTIONS = SessionOptions(
     system="You are brief.", window=120, sampling=Sampling(1.0, top_p=0.95), max_tokens=20
 )
 
@@ -131,7 +131,7 @@ def test_without_a_snapshot_it_is_read_again_and_said(model):
     held = [e.question for e in conversation.chat.exchanges]
     attended = conversation.chat.tokens.attended_ids()
     conversation.close()
-    snapshot = paths("s").snapshot
+    snapshot = session_paths("s").snapshot
     snapshot.unlink()
     notices = []
     conversation = opened(model, notices=notices)
@@ -149,13 +149,13 @@ def test_an_older_snapshot_is_caught_up(model):
     for question in QUESTIONS * 2:
         said(conversation.reply(question))
     conversation.write_snapshot()
-    old = paths("s").snapshot.read_bytes()
+    old = session_paths("s").snapshot.read_bytes()
     for question in QUESTIONS:
         said(conversation.reply(question))
     never = state_of(conversation)
     held = [e.question for e in conversation.chat.exchanges]
     conversation.close()
-    paths("s").snapshot.write_bytes(old)
+    session_paths("s").snapshot.write_bytes(old)
     notices = []
     conversation = opened(model, notices=notices)
     assert "reading 5 exchanges again: they are not in s.safetensors" in notices[0]
@@ -170,16 +170,16 @@ def test_a_snapshot_of_what_was_taken_back_is_not_used(model):
     for question in QUESTIONS:
         said(conversation.reply(question))
     conversation.write_snapshot()
-    old = paths("s").snapshot.read_bytes()
+    old = session_paths("s").snapshot.read_bytes()
     conversation.undo()
     said(conversation.reply("Something else"))
     conversation.close()
-    paths("s").snapshot.write_bytes(old)
+    session_paths("s").snapshot.write_bytes(old)
     notices = []
     conversation = opened(model, notices=notices)
     assert "taken back since" in notices[0]
     assert conversation.last.question == "Something else"
-    assert paths("s").snapshot.with_name("s.safetensors.unusable").exists()
+    assert session_paths("s").snapshot.with_name("s.safetensors.unusable").exists()
     conversation.close()
 
 
@@ -286,15 +286,15 @@ def test_what_is_not_asked_for_stays_as_it_was(model):
     conversation.set_system("Another.")
     conversation.resize(150)
     conversation.close()
-    again = open_session("s", model, Options(sampling=Sampling(1.0)))
+    again = open_session("s", model, SessionOptions(sampling=Sampling(1.0)))
     assert (again.system, again.stats.window) == ("Another.", 150)
     again.close()
     notices = []
-    third = open_session("s", model, Options(window=90), notices.append)
+    third = open_session("s", model, SessionOptions(window=90), notices.append)
     assert third.stats.window == 90
     assert any("again: the window changed" in notice for notice in notices)
     third.close()
-    with Store.open(paths("s").database) as store:
+    with Store.open(session_paths("s").database) as store:
         assert store.header.window == 90 and store.header.system == "Another."
 
 
@@ -332,11 +332,11 @@ def test_a_snapshot_is_written_now_and_then(model, monkeypatch):
 
     conversation = opened(model)
     said(conversation.reply("One?"))
-    assert not paths("s").snapshot.exists()
+    assert not session_paths("s").snapshot.exists()
     monkeypatch.setattr(module, "SECONDS_BETWEEN_SNAPSHOTS", 0)
     time.sleep(0.01)
     said(conversation.reply("Two?"))
-    assert paths("s").snapshot.stat().st_mode & 0o777 == 0o600
+    assert session_paths("s").snapshot.stat().st_mode & 0o777 == 0o600
     conversation.close()
 
 

@@ -25,7 +25,7 @@ def test_a_token_is_turned_as_by_the_operation_and_as_in_float64(scaling, head_d
     rope, x, frequencies = made(scaling, head_dim, heads, mx.float32)
     for place in PLACES:
         position = mx.array([place], mx.int32)
-        turned = np.array(rope.turn(position, heads)(x))
+        turned = np.array(rope.token_rotation(position, heads)(x))
         assert np.abs(turned - np.array(rope.rotate(x, position))).max() < 1e-6
         plain = np.array(x, np.float64)[0].swapaxes(0, 1)  # (T, heads, D)
         exact = reference.rotate(plain, np.array([place]), frequencies)
@@ -36,7 +36,7 @@ def test_a_token_is_turned_as_by_the_operation_and_as_in_float64(scaling, head_d
 def test_half_precision_is_rounded_once(dtype):
     rope, x, frequencies = made(None, 64, 12, dtype)
     for place in PLACES[:-1]:  # angles themselves are that exact
-        turned = rope.turn(mx.array([place], mx.int32), 12)(x)
+        turned = rope.token_rotation(mx.array([place], mx.int32), 12)(x)
         assert turned.dtype == dtype
         plain = np.array(x.astype(mx.float32), np.float64)[0].swapaxes(0, 1)
         exact = mx.array(reference.rotate(plain, np.array([place]), frequencies)).astype(dtype)

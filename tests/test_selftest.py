@@ -15,12 +15,12 @@ from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.generate import snapshot
 from mlx_stream.sampling import Sampling
 from mlx_stream.selftest import kernels, streams
-from mlx_stream.selftest.tiny_model import made
+from mlx_stream.selftest.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return made()
+    return make_tiny_model()
 
 
 attend = mx.fast.scaled_dot_product_attention
@@ -188,19 +188,19 @@ def test_one_key_for_all_is_seen(model, monkeypatch):
 
 
 def test_unseeded_streams_that_are_the_same_are_seen(model, monkeypatch):
-    monkeypatch.setattr(Sampling, "seeded", lambda self: replace(self, seed=self.seed or 3))
+    monkeypatch.setattr(Sampling, "with_seed", lambda self: replace(self, seed=self.seed or 3))
     assert streams.seeds(model).what == "without a seed two were the same"
 
 
 def test_a_state_that_comes_back_otherwise_is_seen(model, monkeypatch):
-    right = snapshot.load
+    right = snapshot.load_snapshot
 
     def wrong(path: Any) -> snapshot.Snapshot:
         found = right(path)
         return replace(found, state={**found.state, "values.0": found.state["values.1"]})
 
-    monkeypatch.setattr(snapshot, "load", wrong)
-    assert streams.saved(model).holds is False
+    monkeypatch.setattr(snapshot, "load_snapshot", wrong)
+    assert streams.snapshot_restores(model).holds is False
 
 
 def test_what_mlx_refuses_does_not_hold(model, monkeypatch):

@@ -34,7 +34,7 @@ class Recorded(TokenStream):
 
     @property
     def all(self):
-        self.note()
+        self.record()
         return self._all[: self.length]
 
     def _record(self, start, ids):
@@ -54,7 +54,7 @@ def session(model, **options) -> Any:
 def held_text(chat):
     """Return the text of the stream, and of what it will read before the next turn."""
     backend = chat.model.tokenizer._backend
-    unread = chat.attended.now.unread
+    unread = chat.evictor.state.pending
     ids = [*chat.tokens.all, *unread.ids]
     closing = chat.template.closing
     return backend.decode(ids, skip_special_tokens=False) + unread.rest + closing

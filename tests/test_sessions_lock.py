@@ -12,7 +12,7 @@ import pytest
 from test_store import refusal
 
 import mlx_stream
-from mlx_stream.chat.session_files import check_name, latest, names, paths
+from mlx_stream.chat.session_files import check_name, latest_session, session_names, session_paths
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.paths import cache_folder, data_folder, private
 
@@ -133,7 +133,7 @@ def test_what_is_no_lock(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a", "_", "A-z_0.9", "9", "x" * 64, "a.db", "a..b", "con"])
 def test_names(name: str) -> None:
     assert check_name(name) == name
-    found = paths(name)
+    found = session_paths(name)
     assert found.database.parent == found.lock.parent == data_folder()
     assert found.database.stem == found.lock.stem == found.snapshot.stem == name
 
@@ -144,7 +144,7 @@ def test_names(name: str) -> None:
     ids=lambda name: ascii(name)[:20],
 )
 def test_names_that_cannot_be(name: str) -> None:
-    for function in (check_name, paths):
+    for function in (check_name, session_paths):
         assert "cannot be a session's name; expected" in refusal(function, name)
 
 
@@ -152,7 +152,7 @@ def test_folders_are_only_its_users(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     home = tmp_path / "new" / "home"
     monkeypatch.setenv("MLX_STREAM_HOME", str(home))
     assert (data_folder(), cache_folder()) == (home / "sessions", home / "snapshots")
-    assert names() == [] and latest() is None and not home.exists()
+    assert session_names() == [] and latest_session() is None and not home.exists()
     for folder in (data_folder(), cache_folder()):
         assert private(folder).stat().st_mode & 0o777 == 0o700
         folder.chmod(0o755)
@@ -163,7 +163,7 @@ def test_folders_are_only_its_users(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "file").touch()
     monkeypatch.setenv("MLX_STREAM_HOME", str(tmp_path / "file"))
     assert "set MLX_STREAM_HOME" in refusal(private, data_folder())
-    assert "cannot be read" in refusal(names)
+    assert "cannot be read" in refusal(session_names)
 
 
 def test_folders_without_a_home_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,13 +175,13 @@ def test_folders_without_a_home_of_our_own(monkeypatch: pytest.MonkeyPatch) -> N
 def test_sessions_are_listed_by_name_and_found_by_use() -> None:
     folder = private(data_folder())
     for number, name in enumerate(("b", "a", "c.d")):
-        paths(name).database.touch()
-        os.utime(paths(name).database, (number, number))
+        session_paths(name).database.touch()
+        os.utime(session_paths(name).database, (number, number))
     for name in (".x.db.new", ".x.db", "-.db", "a.db-wal", "a.lock", "é.db"):
         (folder / name).touch()
     (folder / "link.db").symlink_to(folder / "a.db")
     (folder / "folder.db").mkdir()
     os.utime(folder / "a.db-wal", (1, 1))
-    assert names() == ["a", "b", "c.d"] and latest() == "c.d"
+    assert session_names() == ["a", "b", "c.d"] and latest_session() == "c.d"
     os.utime(folder / "a.db-wal", (9, 9))
-    assert latest() == "a"
+    assert latest_session() == "a"

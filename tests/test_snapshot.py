@@ -42,8 +42,8 @@ def test_a_stream_goes_on_as_if_it_had_never_been_closed(
     if length:
         read(stream, ids[:length])
     path = tmp_path / "saved"
-    snapshot.save(path, stream, "model", {"turn": 3})
-    loaded = snapshot.load(path)
+    snapshot.save_snapshot(path, stream, "model", {"turn": 3})
+    loaded = snapshot.load_snapshot(path)
     other = new(model, sinks)
     other.restore(loaded.state)
     assert (loaded.about, loaded.model) == ({"turn": 3}, "model")
@@ -58,7 +58,7 @@ def test_saving_does_not_disturb_the_stream(tiny_model: Make, tmp_path: Path) ->
     last = np.array(math.nan)
     for start in range(0, 90, 9):
         read(saved, ids[start : start + 9], 3)
-        snapshot.save(tmp_path / "s", saved, "m", {})
+        snapshot.save_snapshot(tmp_path / "s", saved, "m", {})
         last = read(plain, ids[start : start + 9], 3)
     assert np.array_equal(read(saved, [5]), read(plain, [5]))
     assert np.isfinite(last).all()
@@ -73,8 +73,8 @@ def test_numbers_of_any_stream_survive(tiny_model: Make, tmp_path: Path) -> None
     state |= {"length": int(state["length"]) + far - far % ring}  # type: ignore[arg-type]
     state["floor"] = int(state["floor"]) + far - far % ring  # type: ignore[arg-type]
     stream.restore(state)
-    snapshot.save(tmp_path / "s", stream, "m", {})
-    assert snapshot.load(tmp_path / "s").state["length"] == state["length"]
+    snapshot.save_snapshot(tmp_path / "s", stream, "m", {})
+    assert snapshot.load_snapshot(tmp_path / "s").state["length"] == state["length"]
 
 
 def test_only_the_user_may_read_it_and_nothing_else_is_left(
@@ -84,7 +84,7 @@ def test_only_the_user_may_read_it_and_nothing_else_is_left(
     read(stream, [1, 2, 3])
     path = tmp_path / "deep" / "saved.state"
     for _ in range(2):
-        snapshot.save(path, stream, "m", {})
+        snapshot.save_snapshot(path, stream, "m", {})
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(path.parent.iterdir()) == [path]
 
@@ -94,7 +94,7 @@ def test_a_place_that_cannot_be_written(tiny_model: Make, tmp_path: Path) -> Non
     read(stream, [1])
     (tmp_path / "file").write_text("")
     with pytest.raises(SnapshotError, match="could not be written"):
-        snapshot.save(tmp_path / "file" / "s", stream, "m", {})
+        snapshot.save_snapshot(tmp_path / "file" / "s", stream, "m", {})
 
 
 def test_what_was_saved_before_survives_a_full_disk(
@@ -103,7 +103,7 @@ def test_what_was_saved_before_survives_a_full_disk(
     stream = new(tiny_model())
     read(stream, [1, 2, 3])
     path = tmp_path / "s"
-    snapshot.save(path, stream, "m", {"turn": 1})
+    snapshot.save_snapshot(path, stream, "m", {"turn": 1})
     before = path.read_bytes()
 
     def full(name: str, arrays: object, metadata: object) -> None:
@@ -112,7 +112,7 @@ def test_what_was_saved_before_survives_a_full_disk(
 
     monkeypatch.setattr(mx, "save_safetensors", full)
     with pytest.raises(SnapshotError, match="could not be written"):
-        snapshot.save(path, stream, "m", {"turn": 2})
+        snapshot.save_snapshot(path, stream, "m", {"turn": 2})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -122,7 +122,7 @@ def saved(tiny_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stream = new(tiny_model())
     read(stream, some_ids(40))
     path = tmp_path_factory.mktemp("snapshots") / "saved"
-    snapshot.save(path, stream, "m", {"turn": 1})
+    snapshot.save_snapshot(path, stream, "m", {"turn": 1})
     return path
 
 
@@ -134,12 +134,12 @@ def test_a_flipped_byte_is_found(saved: Path, data: st.DataObject) -> None:
     damaged = saved.with_name("damaged")
     damaged.write_bytes(content)
     try:
-        loaded = snapshot.load(damaged)
+        loaded = snapshot.load_snapshot(damaged)
     except SnapshotError as error:
         assert str(damaged) in str(error) and "\n" not in str(error)
         return
     # JSON has spaces that mean nothing, and safetensors a padding.
-    whole = snapshot.load(saved)
+    whole = snapshot.load_snapshot(saved)
     assert (loaded.about, loaded.model) == (whole.about, whole.model)
     assert loaded.state.keys() == whole.state.keys()
     for name, value in whole.state.items():
@@ -151,22 +151,22 @@ def test_a_truncated_file(saved: Path, tmp_path: Path, size: int) -> None:
     cut = tmp_path / "cut"
     cut.write_bytes(saved.read_bytes()[:size])
     with pytest.raises(SnapshotError, match="not a saved stream"):
-        snapshot.load(cut)
+        snapshot.load_snapshot(cut)
 
 
 def test_what_is_larger_than_it_may_be(saved: Path) -> None:
     size = saved.stat().st_size
-    assert snapshot.load(saved, size).model == "m"
+    assert snapshot.load_snapshot(saved, size).model == "m"
     with pytest.raises(SnapshotError, match=f"{size:,} bytes, more than"):
-        snapshot.load(saved, size - 1)
+        snapshot.load_snapshot(saved, size - 1)
     with pytest.raises(SnapshotError, match="header is too long"):
-        snapshot.load(saved, longest=100)
+        snapshot.load_snapshot(saved, longest=100)
 
 
 def test_a_missing_file_a_folder_and_a_model(tmp_path: Path, tiny: Path) -> None:
     for path in (tmp_path / "missing", tmp_path, tiny / "model.safetensors"):
         with pytest.raises(SnapshotError, match="not a saved stream"):
-            snapshot.load(path)
+            snapshot.load_snapshot(path)
 
 
 def test_a_newer_version_is_refused_by_name(saved: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_newer_version_is_refused_by_name(saved: Path, tmp_path: Path) -> None
     newer = tmp_path / "newer"
     newer.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
     with pytest.raises(SnapshotError, match="version 2"):
-        snapshot.load(newer)
+        snapshot.load_snapshot(newer)
 
 
 def test_a_state_of_another_shape_changes_nothing(tiny_model: Make, saved: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_state_of_another_shape_changes_nothing(tiny_model: Make, saved: Path)
     for one in (stream, expected):
         read(one, ids)
     with pytest.raises(ValueRefused, match="not a state of this stream"):
-        stream.restore(snapshot.load(saved).state)
+        stream.restore(snapshot.load_snapshot(saved).state)
     assert np.array_equal(read(stream, [3]), read(expected, [3]))
 
 
@@ -201,7 +201,7 @@ def test_token_ids_that_do_not_fit_change_nothing(
     stream, expected = new(model), new(model)
     for one in (stream, expected):
         read(one, some_ids(33, seed=5))
-    state = snapshot.load(saved).state
+    state = snapshot.load_snapshot(saved).state
     state["ids"] = 3 if ids is None else mx.array(ids, mx.uint32)
     with pytest.raises(ValueRefused, match="token ids"):
         stream.restore(state)

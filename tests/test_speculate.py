@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny_models import some_ids
 
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate.draft_length import Pace
+from mlx_stream.generate.draft_length import DraftLengthController
 from mlx_stream.generate.draft_model import DraftModel
-from mlx_stream.generate.ngram import LENGTHS, Past
-from mlx_stream.generate.speculative import Speculator, decode, opener
+from mlx_stream.generate.ngram import LENGTHS, NgramLookup
+from mlx_stream.generate.speculative import Speculator, decode_speculatively, stream_factory
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.sampling import Sampler, Sampling
 
@@ -27,7 +27,7 @@ SAMPLINGS = [
 ]
 
 
-class Eager(Pace):
+class Eager(DraftLengthController):
     """Verifies whatever is guessed."""
 
     def choose(self, chances: Sequence[float], each: float = 0.0) -> int:
@@ -38,7 +38,7 @@ def plain(model, window=40):
     return TokenStream(model, model.new_cache(4, window, 7))
 
 
-def guessing(model, window=40, pace: Pace | None = None, draft=None):
+def guessing(model, window=40, pace: DraftLengthController | None = None, draft=None):
     cache = model.new_cache(4, window, 7)
     pace = pace or Eager(lambda: 0.0)
     drafter = DraftModel(draft, cache, pace.clock) if draft else None
@@ -69,7 +69,7 @@ operations = st.lists(
 
 @given(operations, st.integers(20, 70), st.integers(2, 4), st.randoms(use_true_random=False))
 def test_a_guess_is_what_followed_the_last_time(operations, kept, letters, random):
-    past, ids, floor = Past(kept), [], 0
+    past, ids, floor = NgramLookup(kept), [], 0
     for operation, count in operations:
         if operation == "read":
             new = [random.randrange(letters) for _ in range(count)]
@@ -89,7 +89,7 @@ def test_a_guess_is_what_followed_the_last_time(operations, kept, letters, rando
 
 
 def test_a_past_does_not_grow():
-    past = Past(100)
+    past = NgramLookup(100)
     sizes = []
     for _ in range(3):
         past.read(some_ids(1_000))
@@ -108,9 +108,9 @@ def test_the_ids_are_those_of_plain_decoding(tiny_model, sampling, window):
     model = tiny_model(vocab_size=8)
     prompt = [id % 8 for id in some_ids(30)]
     stream, other = guessing(model, window), plain(model, window)
-    found = list(decode(stream, prompt, Sampler(sampling), 150))
+    found = list(decode_speculatively(stream, prompt, Sampler(sampling), 150))
     assert found == list(generate(other, prompt, Sampler(sampling), 150))
-    assert stream.length == other.length and stream.unasked == 0
+    assert stream.length == other.length and stream.lookahead == 0
     assert stream.attended_ids() == other.attended_ids()
     assert 20 < stream.accepted < stream.drafted, "some guesses right and some wrong"
 
@@ -124,10 +124,12 @@ def test_wherever_it_ends_the_stream_is_that_of_plain_decoding(tiny_model, ends)
         samplers = [Sampler(sampling) for _ in streams]
         ids = [
             list(itertools.islice(way(stream, prompt, sampler, limit, ends), asked))
-            for way, stream, sampler in zip((decode, generate), streams, samplers, strict=True)
+            for way, stream, sampler in zip(
+                (decode_speculatively, generate), streams, samplers, strict=True
+            )
         ]
         assert ids[0] == ids[1]
-        streams[0].take_back()
+        streams[0].rollback_lookahead()
         assert samplers[0].state() == samplers[1].state()
         assert streams[0].length == streams[1].length
         assert streams[0].attended_ids() == streams[1].attended_ids()
@@ -139,7 +141,7 @@ def test_a_stream_taken_back_or_restored_guesses_on(tiny_model):
     for prompt in ([1, 2, 3] * 9, [4, 5] * 9, [1, 2, 3, 4] * 9):
         ids = [
             list(way(s, prompt, Sampler(sampling), 40))
-            for way, s in ((decode, stream), (generate, other))
+            for way, s in ((decode_speculatively, stream), (generate, other))
         ]
         assert ids[0] == ids[1]
         for s in (stream, other):
@@ -156,7 +158,7 @@ def test_two_tokens_have_the_distribution_of_the_model(tiny_model):
     stream, sampler = guessing(model, window=20), Sampler(Sampling(warm, top_p=1.0, seed=11))
     stream.read(prompt[:-1])
     pairs: Counter[tuple[int, int]] = Counter()
-    speculator = stream.follower
+    speculator = stream.observer
     assert isinstance(speculator, Speculator)
     for _ in range(runs):
         chosen, _ = speculator.step(stream, sampler, prompt[-1], 2, ())
@@ -189,7 +191,7 @@ def test_a_draft_model_changes_no_text(tiny_model, seed):
     model, draft = tiny_model(), tiny_model(seed=seed)
     sampling, prompt = Sampling(0.2, seed=2), some_ids(20)
     stream, other = guessing(model, draft=draft), plain(model)
-    found = list(decode(stream, prompt, Sampler(sampling), 120))
+    found = list(decode_speculatively(stream, prompt, Sampler(sampling), 120))
     assert found == list(generate(other, prompt, Sampler(sampling), 120))
     share = stream.accepted / stream.drafted
     assert share > 0.4 if seed == 0 else share < 0.2
@@ -199,11 +201,11 @@ def test_a_draft_model_is_kept_in_step(tiny_model):
     """Whatever was guessed, read and taken back, it holds what the stream holds."""
     model = tiny_model()
     stream = guessing(model, draft=model)
-    list(decode(stream, some_ids(20), Sampler(Sampling(0.5, seed=3)), 100))
+    list(decode_speculatively(stream, some_ids(20), Sampler(Sampling(0.5, seed=3)), 100))
     stream.rewind(7)
-    list(decode(stream, [5, 6], Sampler(Sampling(0.5, seed=4)), 50))
-    stream.note()
-    speculator = stream.follower
+    list(decode_speculatively(stream, [5, 6], Sampler(Sampling(0.5, seed=4)), 50))
+    stream.record()
+    speculator = stream.observer
     assert isinstance(speculator, Speculator) and isinstance(speculator.drafter, DraftModel)
     drafter = speculator.drafter
     drafter.draft(9, 2)
@@ -215,11 +217,11 @@ def test_a_draft_model_is_kept_in_step(tiny_model):
 # --- when it pays ---
 
 
-def paced(costs: dict[int, float]) -> Pace:
-    pace = Pace(lambda: 0.0)
+def paced(costs: dict[int, float]) -> DraftLengthController:
+    pace = DraftLengthController(lambda: 0.0)
     for rows, seconds in costs.items():
         for _ in range(4):
-            pace.took(rows, seconds)
+            pace.record_step(rows, seconds)
     return pace
 
 
@@ -247,7 +249,7 @@ def test_what_guesses_cost_counts():
 
 
 def test_chances_follow_what_was_chosen():
-    pace = Pace(lambda: 0.0)
+    pace = DraftLengthController(lambda: 0.0)
     for _ in range(60):
         pace.judge(2, [1, 2, 3], [9])
         pace.judge(20, [1, 2, 3], [1, 2, 3, 4])
@@ -263,21 +265,23 @@ def test_guessing_turns_itself_off_and_looks_again():
     steps = []
     for _ in range(2_000):
         count = pace.choose([0.9] * 7)
-        pace.took(count + 1, float(count + 1))
+        pace.record_step(count + 1, float(count + 1))
         steps.append(count)
     assert 3 < sum(count > 0 for count in steps) < 10
     for _ in range(20):
         count = pace.choose([0.9] * 7) or 7
-        pace.took(count + 1, 1.1)
+        pace.record_step(count + 1, 1.1)
     assert pace.choose([0.9] * 7) > 0
 
 
 def test_a_stream_measures_its_own_steps(tiny_model):
     ticks = itertools.count()
-    stream = guessing(tiny_model(vocab_size=8), pace=Pace(lambda: float(next(ticks))))
-    list(decode(stream, [1, 2, 3] * 9, Sampler(Sampling(0)), 100))
-    assert isinstance(stream.follower, Speculator)
-    measured = stream.follower.pace._seconds
+    stream = guessing(
+        tiny_model(vocab_size=8), pace=DraftLengthController(lambda: float(next(ticks)))
+    )
+    list(decode_speculatively(stream, [1, 2, 3] * 9, Sampler(Sampling(0)), 100))
+    assert isinstance(stream.observer, Speculator)
+    measured = stream.observer.length._seconds
     assert len(measured) > 2 and all(s == 1.0 for found in measured.values() for s in found)
     assert stream.accepted > 50
 
@@ -294,4 +298,4 @@ def test_options_that_exclude_each_other_are_refused(tiny_model, options, says):
     model = tiny_model()
     speculate, draft, bits = options
     with pytest.raises(ValueRefused, match=says):
-        opener(model, speculate, draft and model, bits)
+        stream_factory(model, speculate, draft and model, bits)

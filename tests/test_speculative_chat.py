@@ -9,7 +9,7 @@ from test_interrupts import interrupt_at
 from test_speculate import Eager
 from tiny import tiny_config, tiny_weights, write_tiny
 
-from mlx_stream.chat.resume import Options, begin, open_session
+from mlx_stream.chat.resume import SessionOptions, begin, open_session
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.completion import stream
@@ -29,8 +29,8 @@ def model(letters):
 def chat_of(model, speculate, **options):
     chat = ChatSession(model, speculate=speculate, max_tokens=25, **options)
     if speculate:
-        assert isinstance(chat.tokens.follower, Speculator)
-        chat.tokens.follower.pace = Eager(lambda: 0.0)
+        assert isinstance(chat.tokens.observer, Speculator)
+        chat.tokens.observer.length = Eager(lambda: 0.0)
     return chat
 
 
@@ -46,7 +46,13 @@ def stands(chat):
     stats = {name: value for name, value in vars(chat.stats).items() if "seconds" not in name}
     guessed = stats.pop("drafted_tokens"), stats.pop("accepted_tokens")
     place = (chat.cache.length, chat.cache.oldest, chat.cache.attended, chat.cache.evicted)
-    return (chat.talk(), chat.exchanges, chat.tokens.attended_ids(), place, stats), guessed
+    return (
+        chat.conversation_state(),
+        chat.exchanges,
+        chat.tokens.attended_ids(),
+        place,
+        stats,
+    ), guessed
 
 
 @pytest.mark.parametrize("pieces", [None, 1, 4, 9])
@@ -90,7 +96,7 @@ def test_a_guessing_turn_interrupted_anywhere_is_taken_up(model):
         cut = interrupt_at(count, lambda: turn(chat, "the the", 12))  # noqa: B023
         turn(chat, "the", 3)
         between = chat._settle()
-        ids = [*chat.tokens.attended_ids(), *between.unread.ids]
+        ids = [*chat.tokens.attended_ids(), *between.pending.ids]
         text = backend.decode(ids, skip_special_tokens=False) + chat.template.closing
         turns = text.split("<|im_start|>")[1:]
         assert all(turn.endswith("<|im_end|>\n") for turn in turns), (count, text)
@@ -130,10 +136,10 @@ def test_what_was_promised_to_the_bit_is_not_guessed_unless_asked_for(model, tmp
         (3, True, True),
         (None, False, False),
     ):
-        options = Options(sampling=Sampling(1.0, seed=seed), speculate=speculate)
-        assert (begin(model, options).chat.tokens.follower is not None) == guesses
+        options = SessionOptions(sampling=Sampling(1.0, seed=seed), speculate=speculate)
+        assert (begin(model, options).chat.tokens.observer is not None) == guesses
         saved = open_session(f"of-{seed}-{speculate}", model, options)
-        assert (saved.chat.tokens.follower is not None) == bool(speculate)
+        assert (saved.chat.tokens.observer is not None) == bool(speculate)
         saved.close()
 
 

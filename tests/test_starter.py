@@ -137,7 +137,7 @@ def test_an_interrupted_fetch_leaves_nothing(
         started.append(process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(starter, "watch", interrupted)
+    monkeypatch.setattr(starter, "watch_download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         resolve("starter", silent)
     assert started[0].returncode == -signal.SIGKILL

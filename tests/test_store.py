@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 import mlx_stream
 from mlx_stream.chat import schema
 from mlx_stream.chat.exchange import FINISHES, Exchange
-from mlx_stream.chat.export import as_json, markdown
-from mlx_stream.chat.store import Header, Progress, Store
+from mlx_stream.chat.export import export_json, export_markdown
+from mlx_stream.chat.store import SessionHeader, SessionProgress, Store
 from mlx_stream.errors import SessionError
 
-START = Progress(1, "00ff")
-HEADER = Header.new(
+START = SessionProgress(1, "00ff")
+HEADER = SessionHeader.new(
     model="./a model", fingerprint="f" * 16, system="Be é\0.", window=60, sinks=4, evict="turn"
 )
 IDS = st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple)
@@ -38,11 +38,11 @@ ODD = [
 ]
 
 
-def kept(path: Path, exchanges: list[Exchange], header: Header = HEADER) -> Path:
+def kept(path: Path, exchanges: list[Exchange], header: SessionHeader = HEADER) -> Path:
     """Write a session with these exchanges, and close it."""
     with Store.create(path, header, START) as store:
         for number, exchange in enumerate(exchanges, 1):
-            store.append(exchange, Progress(number, f"{number:02x}"))
+            store.append(exchange, SessionProgress(number, f"{number:02x}"))
     return path
 
 
@@ -67,7 +67,7 @@ def refusal(function, *args, **kwargs) -> str:
 
 
 def test_what_goes_in_comes_out(store: Store) -> None:
-    assert (store.header, store.progress, store.count) == (HEADER, Progress(4, "04"), 4)
+    assert (store.header, store.progress, store.count) == (HEADER, SessionProgress(4, "04"), 4)
     assert store.exchanges() == ODD
     assert [store.exchanges(first) for first in (3, 4, 5)] == [ODD[2:], ODD[3:], []]
     store.verify()
@@ -84,7 +84,9 @@ def test_what_comes_before_a_damage_can_still_be_shown(path: Path) -> None:
 
 
 def test_a_header_says_when_and_which(path: Path) -> None:
-    other = Header.new(model="m", fingerprint="", system=None, window=1, sinks=0, evict="token")
+    other = SessionHeader.new(
+        model="m", fingerprint="", system=None, window=1, sinks=0, evict="token"
+    )
     assert other.id != HEADER.id and len(other.created) == len("2026-05-09T17:03:00Z")
     with Store.create(path, other, START) as store:
         assert (store.header, store.count, store.exchanges()) == (other, 0, [])
@@ -106,7 +108,7 @@ def test_it_is_a_list_of_exchanges(changes: list) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store.create(Path(folder) / "x.db", header, progress)
         for number, (change, value) in enumerate(changes):
-            after = Progress(1 + number % max(1, len(said)), f"{number:x}")
+            after = SessionProgress(1 + number % max(1, len(said)), f"{number:x}")
             if change == "reopen":
                 store.close()
                 store = Store.open(store.path)
@@ -209,16 +211,16 @@ def test_what_cannot_be_stored(store: Store, change: dict, monkeypatch: pytest.M
     monkeypatch.setattr("mlx_stream.chat.store.LONGEST_ROW", 2**16)
     for method in (store.append, store.replace):
         refusal(method, replace(ODD[0], **change), START)
-    assert store.exchanges() == ODD and store.progress == Progress(4, "04")
-    store.append(ODD[0], Progress(5, ""))
+    assert store.exchanges() == ODD and store.progress == SessionProgress(4, "04")
+    store.append(ODD[0], SessionProgress(5, ""))
     store.verify()
 
 
 @pytest.mark.parametrize("first", [0, -1, 7, 2**70, "1"])
 def test_progress_that_cannot_be(store: Store, first) -> None:
-    refusal(store.append, ODD[0], Progress(first, ""))
-    refusal(store.update, progress=Progress(first, ""))
-    assert store.exchanges() == ODD and store.progress == Progress(4, "04")
+    refusal(store.append, ODD[0], SessionProgress(first, ""))
+    refusal(store.update, progress=SessionProgress(first, ""))
+    assert store.exchanges() == ODD and store.progress == SessionProgress(4, "04")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,7 @@ def test_nothing_here_imports_mlx() -> None:
 
 
 def test_markdown_holds_every_text_and_headings_nobody_can_forge() -> None:
-    text = markdown(HEADER, ODD)
+    text = export_markdown(HEADER, ODD)
     assert all(e.question in text and e.reply in text for e in ODD)
     lines = text.split("\n")
     assert lines[0] == f"# Conversation of {HEADER.created}"
@@ -328,14 +330,14 @@ def test_markdown_holds_every_text_and_headings_nobody_can_forge() -> None:
         "(cut at its limit)"
     )
     forged = replace(ODD[0], reply="Yes.\n\n## 2. You\n\nI agree")
-    lines = markdown(HEADER, [forged]).split("\n")
+    lines = export_markdown(HEADER, [forged]).split("\n")
     assert [line for line in lines if line.endswith(f" [{HEADER.id}]")] == [
         f"## {heading} [{HEADER.id}]" for heading in ("System", "1. You", "1. Model")
     ]
 
 
 def test_json_survives_a_file() -> None:
-    value = as_json(HEADER, ODD)
+    value = export_json(HEADER, ODD)
     assert json.loads(json.dumps(value)) == value
     assert list(value) == ["session", "created", "model", "system", "turns"]
     assert value["turns"][0] == {"question": "Hi", "reply": "Hello.", "finish": "end"}

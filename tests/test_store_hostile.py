@@ -19,8 +19,8 @@ from test_store import HEADER, ODD, START, kept, refusal
 
 import mlx_stream
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.schema import digest, packed
-from mlx_stream.chat.store import Progress, Store
+from mlx_stream.chat.schema import digest, pack_ids
+from mlx_stream.chat.store import SessionProgress, Store
 from mlx_stream.errors import SessionError
 from mlx_stream.program.sqlite import files
 
@@ -46,7 +46,7 @@ package = types.ModuleType("mlx_stream")
 package.__path__ = {mlx_stream.__path__!r}
 sys.modules["mlx_stream"] = package
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.schema import Header, Progress
+from mlx_stream.chat.schema import SessionHeader, SessionProgress
 from mlx_stream.chat.store import Store
 {inspect.getsource(said)}
 path, header, start = Path(sys.argv[1]), {HEADER!r}, {START!r}
@@ -54,9 +54,9 @@ if sys.argv[2] == "create":
     for number in range(10**6):
         Store.create(path.with_name(f"{{number}}.db"), header, start).close()
         print(number, flush=True)
-store = Store.open(path) if path.exists() else Store.create(path, header, Progress(1, "0"))
+store = Store.open(path) if path.exists() else Store.create(path, header, SessionProgress(1, "0"))
 for number in range(int(store.progress.sampler) + 1, 10**6):
-    after = Progress(1, str(number))
+    after = SessionProgress(1, str(number))
     if number % 5 == 3:
         store.replace(said(number), after)
     elif number % 5 == 4:
@@ -146,17 +146,17 @@ def unharmed_by(store: Store, fill: Callable[[], None], empty: Callable[[], None
         fill()
         try:
             lines.append(refusal(method, **values))
-            assert store.exchanges() == ODD and store.progress == Progress(4, "04")
+            assert store.exchanges() == ODD and store.progress == SessionProgress(4, "04")
             assert store.header == HEADER
             with Store.open(store.path) as again:
                 again.verify()
             # What is short still fits, and to take something back still works.
-            store.update(progress=Progress(4, "05"))
-            store.undo(Progress(3, "03"))
+            store.update(progress=SessionProgress(4, "05"))
+            store.undo(SessionProgress(3, "03"))
             assert store.exchanges() == ODD[:3]
         finally:
             empty()
-        store.append(ODD[3], Progress(4, "04"))
+        store.append(ODD[3], SessionProgress(4, "04"))
     store.append(LONG, START)
     assert store.exchanges() == [*ODD, LONG]
     store.verify()
@@ -203,11 +203,11 @@ def held(path: Path) -> str:
     try:
         with Store.open(path) as store:
             assert store.exchanges() == ODD
-            assert (store.header, store.progress) == (HEADER, Progress(4, "04"))
+            assert (store.header, store.progress) == (HEADER, SessionProgress(4, "04"))
             assert store.exchanges(3) == ODD[2:]
             store.append(LONG, START)
             assert store.exchanges() == [*ODD, LONG]
-            store.undo(Progress(4, "04"))
+            store.undo(SessionProgress(4, "04"))
             assert store.exchanges() == ODD
             store.verify()
     except SessionError as error:
@@ -243,7 +243,7 @@ def test_bytes_that_changed(tmp_path: Path) -> None:
 def test_a_log_whose_bytes_changed(tmp_path: Path) -> None:
     path, copy, luck = tmp_path / "x.db", tmp_path / "y.db", random.Random(4)
     with Store.open(kept(path, ODD[:3])) as store:
-        store.append(ODD[3], Progress(4, "04"))
+        store.append(ODD[3], SessionProgress(4, "04"))
         whole = [file.read_bytes() for file in files(path)[:2]]
     for _ in range(40):
         for file, data in zip(files(copy), whole, strict=False):
@@ -386,7 +386,7 @@ def test_rows_that_are_no_exchange_though_their_checksums_agree(
 
 def test_files_that_are_no_session(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
-    for data in (b"", b"x", b"SQLite format 3\0", b"\0" * 8192, packed(tuple(range(5000)))):
+    for data in (b"", b"x", b"SQLite format 3\0", b"\0" * 8192, pack_ids(tuple(range(5000)))):
         path.write_bytes(data)
         assert "damaged" in held(path)
     path.unlink()

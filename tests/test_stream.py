@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_stream.errors import ValueRefused
-from mlx_stream.sampling import Penalized, Sampler, Sampling, penalize, truncate
-from mlx_stream.text.pieces import Reply, StopFinder
+from mlx_stream.sampling import PenalizedIds, Sampler, Sampling, penalize, truncate
+from mlx_stream.text.pieces import ReplyDecoder, StopMatcher
 
 TEXT = st.text("ab\n", max_size=12)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
@@ -47,7 +47,7 @@ def before_a_stop(whole, stops):
 @example(["a\na"], ["\n", "a\na"])
 @given(st.lists(TEXT, max_size=8), STOPS)
 def test_stop_finder_gives_the_text_before_the_first_stop(pieces, stops):
-    finder, given_out, stopped = StopFinder(stops), "", False
+    finder, given_out, stopped = StopMatcher(stops), "", False
     for piece in pieces:
         text, stopped = finder.add(piece)
         given_out += text
@@ -55,7 +55,7 @@ def test_stop_finder_gives_the_text_before_the_first_stop(pieces, stops):
             break
         # Nothing that could still become a stop string has been given out.
         assert not any(
-            given_out.endswith(stop[:n]) and finder.held == "" and n
+            given_out.endswith(stop[:n]) and finder.pending == "" and n
             for stop in stops
             for n in range(1, len(stop))
         )
@@ -68,13 +68,13 @@ def test_stop_finder_gives_the_text_before_the_first_stop(pieces, stops):
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueRefused, match="empty"):
-        StopFinder(["a", ""])
+        StopMatcher(["a", ""])
 
 
 @given(st.lists(TEXT, min_size=1, max_size=8), STOPS, st.data())
 def test_kept_ids_and_rest_are_exactly_what_was_said(pieces, stops, data):
     held = data.draw(st.sets(st.integers(0, len(pieces) - 1), max_size=3))
-    reply = Reply(Letters(pieces, held), stops)  # type: ignore[arg-type]
+    reply = ReplyDecoder(Letters(pieces, held), stops)  # type: ignore[arg-type]
     said = ""
     for token in range(len(pieces)):
         said += reply.add(token)
@@ -84,7 +84,7 @@ def test_kept_ids_and_rest_are_exactly_what_was_said(pieces, stops, data):
     whole = "".join(pieces)
     assert said == before_a_stop(whole, stops)
     for trim in (False, True):
-        count, rest = reply.kept(trim)
+        count, rest = reply.final_ids(trim)
         expected = said.rstrip() if trim else said
         assert "".join(pieces[:count]) + rest == expected
         # No id is taken back that need not be: the next one with text of its own goes too far.
@@ -94,9 +94,9 @@ def test_kept_ids_and_rest_are_exactly_what_was_said(pieces, stops, data):
 
 
 def test_a_stop_string_in_the_middle_of_an_id():
-    reply = Reply(Letters(["Hel", "lo. W", "orld"]), ["."])  # type: ignore[arg-type]
+    reply = ReplyDecoder(Letters(["Hel", "lo. W", "orld"]), ["."])  # type: ignore[arg-type]
     assert [reply.add(0), reply.add(1)] == ["Hel", "lo"]
-    assert reply.stopped and reply.kept() == (1, "lo")
+    assert reply.stopped and reply.final_ids() == (1, "lo")
 
 
 def reference_filter(logits, top_k, top_p, min_p):
@@ -128,7 +128,7 @@ def test_truncation_keeps_what_a_plain_reading_keeps(seed, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).normal(scale=2, size=40).astype(np.float32)
     sampling = Sampling(1.0, top_k, top_p, min_p)
     sampler = Sampler(sampling)
-    left = truncate(mx.array(logits), sampler.rule, sampler.numbers)
+    left = truncate(mx.array(logits), sampler.mode, sampler.numbers)
     kept = np.isfinite(np.array(left))
     expected = reference_filter(logits.astype(np.float64), top_k, top_p, min_p)
     # A sum within rounding of p may fall on either side of one token.
@@ -141,10 +141,10 @@ def test_truncation_keeps_what_a_plain_reading_keeps(seed, top_k, top_p, min_p):
 def test_the_repetition_penalty_touches_the_given_ids_once():
     logits = mx.array([2.0, -2.0, 1.0, 0.0])
     ids, two = mx.array([0, 1, 0, 0, 2], mx.int32), mx.array(2.0)
-    attended = Penalized(ids, mx.array([True, True, True, False, False]))
+    attended = PenalizedIds(ids, mx.array([True, True, True, False, False]))
     assert penalize(logits, attended, two).tolist() == [1.0, -4.0, 1.0, 0.0]
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.0]
-    nothing = Penalized(ids, mx.zeros(5, mx.bool_))
+    nothing = PenalizedIds(ids, mx.zeros(5, mx.bool_))
     assert penalize(logits, nothing, two).tolist() == logits.tolist()
 
 

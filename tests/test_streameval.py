@@ -18,7 +18,7 @@ from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import streameval as streams
 from mlx_stream.evaluate import streameval_data as texts
-from mlx_stream.evaluate.streameval import Answer, Asked, Outcome, streameval
+from mlx_stream.evaluate.streameval import Answer, EncodedQuery, QueryOutcome, streameval
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model, load
 from mlx_stream.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from mlx_stream.text.tokenizer import Tokenizer
 # A line takes the tiny tokenizer about 45 tokens, a query 60: the line before it is in the window,
 # the third is not.
 SINKS, WINDOW = 4, 130
-DATA = texts.make(7, 30, (1, 2, 3, 10))
+DATA = texts.make_data(7, 30, (1, 2, 3, 10))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def model(tiny: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def asked(model: Model) -> list[Asked]:
+def asked(model: Model) -> list[EncodedQuery]:
     return [streams.encode_query(model.tokenizer, query) for query in DATA.queries]
 
 
@@ -52,7 +52,7 @@ def plain_stream(model: Model, after: int) -> TokenStream:
     return stream
 
 
-def spare_of(asked: Sequence[Asked]) -> int:
+def spare_of(asked: Sequence[EncodedQuery]) -> int:
     return max(len(one.ids) + one.longest for one in asked)
 
 
@@ -83,7 +83,9 @@ def test_what_is_refused(model: Model, changes: dict, says: str) -> None:
 # --- text to ids ---
 
 
-def test_lines_encoded_apart_are_the_text_encoded_whole(model: Model, asked: list[Asked]) -> None:
+def test_lines_encoded_apart_are_the_text_encoded_whole(
+    model: Model, asked: list[EncodedQuery]
+) -> None:
     tokenizer = model.tokenizer
     apart = tokenizer.encode(texts.OPENING)
     for line in DATA.lines:
@@ -119,15 +121,17 @@ def test_a_tokenizer_that_puts_a_space_before_every_text() -> None:
 # --- one stream ---
 
 
-def test_candidates_score_as_they_do_from_scratch(model: Model, asked: list[Asked]) -> None:
+def test_candidates_score_as_they_do_from_scratch(model: Model, asked: list[EncodedQuery]) -> None:
     given: list[Answer] = []
 
-    def listen(model: Model, stream: TokenStream, one: Asked, generation: bool) -> Answer:
-        given.append(streams.ask(model, stream, one, generation))
+    def listen(model: Model, stream: TokenStream, one: EncodedQuery, generation: bool) -> Answer:
+        given.append(streams.ask_queries(model, stream, one, generation))
         return given[-1]
 
     cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
-    assert len([*streams.run(model, cache, DATA, asked, answer=listen)]) == len(asked) == 12
+    assert (
+        len([*streams.run_distances(model, cache, DATA, asked, answer=listen)]) == len(asked) == 12
+    )
     # The ring has gone round twice before the first query. Some of each point, inside and outside.
     for index in (0, 5, 10):
         one, answer = asked[index], given[index]
@@ -150,10 +154,10 @@ def test_candidates_score_as_they_do_from_scratch(model: Model, asked: list[Aske
 
 
 def test_a_stream_that_was_asked_goes_on_as_one_that_was_not(
-    model: Model, asked: list[Asked]
+    model: Model, asked: list[EncodedQuery]
 ) -> None:
     cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
-    assert [*streams.run(model, cache, DATA, asked)]
+    assert [*streams.run_distances(model, cache, DATA, asked)]
     plain = plain_stream(model, 30)
     assert cache.length == plain.length
     assert cache.attended == plain.cache.attended == SINKS + WINDOW
@@ -164,11 +168,11 @@ def test_a_stream_that_was_asked_goes_on_as_one_that_was_not(
 
 
 def test_a_written_answer_ends_before_an_end_token(
-    model: Model, asked: list[Asked], monkeypatch: pytest.MonkeyPatch
+    model: Model, asked: list[EncodedQuery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def said() -> list[int] | None:
         stream = TokenStream(model, model.new_cache(SINKS, WINDOW, spare_of(asked)))
-        return streams.ask(model, stream, asked[0], True).said
+        return streams.ask_queries(model, stream, asked[0], True).said
 
     written = said()
     assert written and len(written) == asked[0].longest + 1
@@ -176,11 +180,11 @@ def test_a_written_answer_ends_before_an_end_token(
     assert said() == written[: len([*itertools.takewhile(lambda x: x == written[0], written)])]
 
 
-def test_inside_is_what_the_cache_attends_to(model: Model, asked: list[Asked]) -> None:
+def test_inside_is_what_the_cache_attends_to(model: Model, asked: list[EncodedQuery]) -> None:
     """The last token that a candidate is scored by is read, and the stream says what it attends."""
     found: list[float] = []
 
-    def listen(model: Model, stream: TokenStream, one: Asked, generation: bool) -> Answer:
+    def listen(model: Model, stream: TokenStream, one: EncodedQuery, generation: bool) -> Answer:
         longest = max(one.candidates, key=len)
         begun = stream.length
         stream.read([*one.ids, *longest[:-1]])
@@ -194,13 +198,13 @@ def test_inside_is_what_the_cache_attends_to(model: Model, asked: list[Asked]) -
         return Answer([0.0] * 10, None)
 
     cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
-    outcomes = [*streams.run(model, cache, DATA, asked, answer=listen)]
+    outcomes = [*streams.run_distances(model, cache, DATA, asked, answer=listen)]
     assert [one.attended for one in outcomes] == found
     assert [one.tokens_back for one in outcomes] == [
         len(ids_until(model, one.query.after)) - len(ids_until(model, one.query.about - 1))
         for one in asked
     ]
-    by_distance = {row["lines_back"]: row for row in streams.rows(outcomes)}
+    by_distance = {row["lines_back"]: row for row in streams.outcome_rows(outcomes)}
     assert {d: row["inside"] for d, row in by_distance.items()} == {
         1: True, 2: False, 3: False, 10: False,
     }  # fmt: skip
@@ -223,7 +227,7 @@ def knowing(right: Sequence[bool], ties: bool = False):
     """Return one that answers queries right or wrong as told, by either rule."""
     told = iter(right)
 
-    def answer(model: Model, stream: TokenStream, one: Asked, generation: bool) -> Answer:
+    def answer(model: Model, stream: TokenStream, one: EncodedQuery, generation: bool) -> Answer:
         chosen = one.right if next(told) else (one.right + 1) % 10
         likelihoods = [-1.0 if i == chosen else -2.0 - i for i in range(10)]
         if ties:
@@ -233,12 +237,12 @@ def knowing(right: Sequence[bool], ties: bool = False):
     return answer
 
 
-def test_accuracy_is_counted_for_each_distance(model: Model, asked: list[Asked]) -> None:
+def test_accuracy_is_counted_for_each_distance(model: Model, asked: list[EncodedQuery]) -> None:
     # Three queries of four distances: none, one, two and all three right.
     right = [False, False, True, True, False, True, True, True, False, False, False, True]
     cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
-    outcomes = [*streams.run(model, cache, DATA, asked, answer=knowing(right))]
-    rows = streams.rows(outcomes)
+    outcomes = [*streams.run_distances(model, cache, DATA, asked, answer=knowing(right))]
+    rows = streams.outcome_rows(outcomes)
     assert [row["lines_back"] for row in rows] == [1, 2, 3, 10]
     assert [row["queries"] for row in rows] == [3] * 4
     for rule in ("likelihood", "generation"):
@@ -246,18 +250,18 @@ def test_accuracy_is_counted_for_each_distance(model: Model, asked: list[Asked])
     assert all(row["likelihood_low"] <= row["likelihood"] <= row["likelihood_high"] for row in rows)
 
 
-def test_a_tie_is_no_answer(model: Model, asked: list[Asked]) -> None:
+def test_a_tie_is_no_answer(model: Model, asked: list[EncodedQuery]) -> None:
     cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
     given = knowing([True] * 12, ties=True)
-    outcomes = [*streams.run(model, cache, DATA, asked, generation=False, answer=given)]
-    assert [row["likelihood"] for row in streams.rows(outcomes)] == [0] * 4
-    assert [row["generation"] for row in streams.rows(outcomes)] == [None] * 4
+    outcomes = [*streams.run_distances(model, cache, DATA, asked, generation=False, answer=given)]
+    assert [row["likelihood"] for row in streams.outcome_rows(outcomes)] == [0] * 4
+    assert [row["generation"] for row in streams.outcome_rows(outcomes)] == [None] * 4
     assert streams.likeliest([-3.0, -1.0, -2.0]) == 1
     assert streams.likeliest([-1.0, -1.0]) is None
     assert streams.likeliest([-math.inf, -5.0]) == 1
 
 
-def test_a_written_answer_is_a_whole_word(model: Model, asked: list[Asked]) -> None:
+def test_a_written_answer_is_a_whole_word(model: Model, asked: list[EncodedQuery]) -> None:
     one, tokenizer = asked[0], model.tokenizer
 
     def says(text: str) -> bool:
@@ -280,10 +284,10 @@ def test_wilsons_interval() -> None:
 
 
 def test_rows_say_at_worst_partly_inside() -> None:
-    outcomes = [Outcome(5, 100, 1.0, True, None), Outcome(5, 110, 0.5, False, None)]
-    (row,) = streams.rows(outcomes)
+    outcomes = [QueryOutcome(5, 100, 1.0, True, None), QueryOutcome(5, 110, 0.5, False, None)]
+    (row,) = streams.outcome_rows(outcomes)
     assert (row["inside"], row["attended"], row["tokens_back"]) == (False, 0.75, 105)
-    (row,) = streams.rows(outcomes[:1])
+    (row,) = streams.outcome_rows(outcomes[:1])
     assert row["inside"] is True
 
 
@@ -294,17 +298,17 @@ def test_the_report(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     caches: list[StreamCache] = []
 
-    def listen(model: Model, cache: StreamCache, *more: Any) -> Iterator[Outcome]:
+    def listen(model: Model, cache: StreamCache, *more: Any) -> Iterator[QueryOutcome]:
         caches.append(cache)
         return run(model, cache, *more)
 
-    run = streams.run
-    monkeypatch.setattr(streams, "run", listen)
+    run = streams.run_distances
+    monkeypatch.setattr(streams, "run_distances", listen)
     report = streameval(
         model, SINKS, WINDOW, 7, 25, (1, 10), lambda *lines: told.append(lines), generation=False
     )
     assert told == [(10, 20), (20, 20)]
-    queries = texts.make(7, 25, (1, 10)).queries
+    queries = texts.make_data(7, 25, (1, 10)).queries
     spare = spare_of([streams.encode_query(model.tokenizer, query) for query in queries])
     assert caches[0].geometry.spare == spare, "no query costs the stream an attended token"
     assert report.experiment == "streameval"

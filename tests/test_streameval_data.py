@@ -15,13 +15,13 @@ from mlx_stream.evaluate import streameval_data as texts
 
 # Of the data file of seed 1, 200 lines and the default distances; a change needs a new version.
 GOLDEN = "f99733943db319a480884aa49f92a71971453e8ba60c91f6baac162a3307283c"
-DATA = texts.make(7, 30, (1, 2, 3, 10))
+DATA = texts.make_data(7, 30, (1, 2, 3, 10))
 
 
 def test_the_data_are_the_same_bytes_everywhere() -> None:
-    data = texts.make(1, 200)
+    data = texts.make_data(1, 200)
     assert hashlib.sha256(data.as_bytes()).hexdigest() == GOLDEN
-    assert texts.make(2, 200).as_bytes() != data.as_bytes()
+    assert texts.make_data(2, 200).as_bytes() != data.as_bytes()
 
 
 def test_the_lists_are_as_the_generator_needs_them() -> None:
@@ -33,7 +33,7 @@ def test_the_lists_are_as_the_generator_needs_them() -> None:
 
 
 def test_each_answer_is_in_the_line_asked_about() -> None:
-    data = texts.make(3, 300)
+    data = texts.make_data(3, 300)
     assert [line.number for line in data.lines] == [*range(1, 301)]
     assert data.text == texts.OPENING + "".join(line.text for line in data.lines)
     places = [(q.after, q.lines_back) for q in data.queries]
@@ -52,7 +52,7 @@ def test_each_answer_is_in_the_line_asked_about() -> None:
 
 
 def test_facts_are_drawn_evenly_and_first_names_come_round_late() -> None:
-    data = texts.make(5, 2_000, (1,))
+    data = texts.make_data(5, 2_000, (1,))
     counts = [sum(line.answer == f" {name}" for line in data.lines) for name in texts.SURNAMES]
     # 200 each, give or take; a standard deviation is 13.
     assert sum(counts) == 2_000 and 145 < min(counts) < max(counts) < 255
@@ -67,7 +67,7 @@ def test_facts_are_drawn_evenly_and_first_names_come_round_late() -> None:
 
 
 def test_fewer_lines_are_the_beginning_of_more() -> None:
-    few, many = texts.make(4, 40, (5, 20)), texts.make(4, 95, (5, 20))
+    few, many = texts.make_data(4, 40, (5, 20)), texts.make_data(4, 95, (5, 20))
     assert many.text.startswith(few.text)
     assert many.queries[: len(few.queries)] == few.queries
     # The worked example.
@@ -77,7 +77,7 @@ def test_fewer_lines_are_the_beginning_of_more() -> None:
 def test_the_file_has_lines_and_queries_in_the_order_of_reading(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("what was there before")
-    texts.write(DATA, path)
+    texts.write_data(DATA, path)
     assert path.read_bytes() == DATA.as_bytes()
     assert [one.name for one in tmp_path.iterdir()] == ["data.jsonl"]
     header, *records = map(json.loads, path.read_text("ascii").splitlines())
@@ -114,23 +114,23 @@ def test_a_file_that_cannot_be_written_is_left_as_it_was(
     path.write_text("what was there before")
     monkeypatch.setattr(texts, "flush", full)
     with pytest.raises(TextError, match=r"data\.jsonl: cannot be written: No space left"):
-        texts.write(DATA, path)
+        texts.write_data(DATA, path)
     assert path.read_text() == "what was there before"
     assert [one.name for one in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 def test_places_that_no_file_can_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="cannot be written: No such file"):
-        texts.write(DATA, tmp_path / "nowhere" / "data.jsonl")
+        texts.write_data(DATA, tmp_path / "nowhere" / "data.jsonl")
     with pytest.raises(ValueRefused, match="--data-out"):
-        texts.write(DATA, tmp_path)
+        texts.write_data(DATA, tmp_path)
     # Not a device of the machine: were it not refused, it would be replaced.
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueRefused, match="--data-out"):
-        texts.write(DATA, tmp_path / "pipe")
+        texts.write_data(DATA, tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
-    texts.write(DATA, tmp_path / "link")
+    texts.write_data(DATA, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_bytes() == DATA.as_bytes()

@@ -10,8 +10,8 @@ from tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 
 import mlx_stream
 from mlx_stream import Engine
-from mlx_stream.chat.resume import Options, open_session
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.generate import snapshot
 from mlx_stream.generate.speculative import Speculator
 from mlx_stream.sampling import Sampling
@@ -72,10 +72,10 @@ WAYS: list[Callable[[Any], None]] = [undone, undone_when_saved, edited, cut_and_
 
 
 @pytest.fixture(params=[None, 8, "guessing"])
-def options(request) -> Options:
+def options(request) -> SessionOptions:
     bits = request.param if request.param == 8 else None
     # Guesses are verified, and those that are wrong taken back.
-    return Options(
+    return SessionOptions(
         window=120,
         sampling=Sampling(0),
         max_tokens=12,
@@ -98,11 +98,11 @@ def check(tokens, model) -> None:
     attended = set(cache.attended_rows())
     assert all(id == 0 for row, id in enumerate(ids.tolist()) if row not in attended)
     for layer in (*cache.keys, *cache.values):
-        rows = np.array(cache.format.read(layer, 0, cache.geometry.rows, cache.sinks))
+        rows = np.array(cache.storage.read(layer, 0, cache.geometry.rows, cache.sinks))
         used = np.flatnonzero(np.abs(rows).max(axis=(0, 1, 3)))
         assert set(used.tolist()) == attended
-    if isinstance(tokens.follower, Speculator):
-        past = tokens.follower.past
+    if isinstance(tokens.observer, Speculator):
+        past = tokens.observer.ngram
         known = np.array(past._ids)[: past.count]
         assert ids_of(model, SECRET) not in known.astype(np.uint32).tobytes()
         assert not np.any(np.array(past._ids)[past.count :])
@@ -117,8 +117,8 @@ def test_no_state_and_no_snapshot_has_it(model, options, way, first):
     way(conversation)
     check(conversation.chat.tokens, model)
     conversation.close()
-    where, wanted = paths("s"), ids_of(model, SECRET)
-    for path in (where.snapshot, where.database, where.unusable):
+    where, wanted = session_paths("s"), ids_of(model, SECRET)
+    for path in (where.snapshot, where.database, where.quarantine):
         stays = way is cleared and path == where.database  # what was said is still said
         if path.exists() and not stays:
             assert SECRET.encode() not in path.read_bytes()
@@ -145,7 +145,7 @@ def test_a_retried_reply_leaves_nothing_of_the_one_before(model, options):
     gone = np.array(before[-6:], np.uint32).tobytes()
     assert gone not in np.array(conversation.chat.tokens.state()["ids"]).tobytes()
     conversation.close()
-    assert gone not in paths("s").snapshot.read_bytes()
+    assert gone not in session_paths("s").snapshot.read_bytes()
 
 
 def test_a_snapshot_that_was_set_aside_goes_with_the_next_one(model, options):
@@ -156,10 +156,10 @@ def test_a_snapshot_that_was_set_aside_goes_with_the_next_one(model, options):
     conversation.undo()
     conversation.saved.close()  # killed before the snapshot is written anew
     again = open_session("s", model, options)
-    assert paths("s").unusable.exists()
+    assert session_paths("s").quarantine.exists()
     again.close()
-    assert not paths("s").unusable.exists()
-    assert ids_of(model, SECRET) not in paths("s").snapshot.read_bytes()
+    assert not session_paths("s").quarantine.exists()
+    assert ids_of(model, SECRET) not in session_paths("s").snapshot.read_bytes()
 
 
 def test_a_listener_keeps_nothing_of_a_cut_answer(tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_a_listener_keeps_nothing_of_a_cut_answer(tmp_path, monkeypatch):
 
 def check_file(path) -> None:
     """See that a snapshot's keys and values are zero but for what is attended."""
-    state = snapshot.load(path).state
+    state = snapshot.load_snapshot(path).state
     length, floor = (int(str(state[name])) for name in ("length", "floor"))
     sinks, rows = (np.array(state[name]).shape[2] for name in ("sinks", "keys.0"))
     ring = rows - sinks

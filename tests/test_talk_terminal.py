@@ -8,7 +8,7 @@ import pytest
 from shell import done, program, run
 from terminals import CTRL_C, ENTER, UP, Terminal
 
-from mlx_stream.chat.session_files import paths
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
 
 # From 3.12 Python warns of a fork where there are threads; pexpect's child runs a program at once.
@@ -36,7 +36,7 @@ class Chat(Terminal):
 
 
 def replies(name):
-    with Store.open(paths(name).database) as store:
+    with Store.open(session_paths(name).database) as store:
         return [(e.question, e.reply, e.finish) for e in store.exchanges()]
 
 
@@ -67,7 +67,7 @@ def test_an_evening(letters, tmp_path):
     assert "is changed" in chat.say("/system Be long.")
     assert re.search(r"\n[a-z]{24}\n", chat.say("Still there?"))
     assert "saved as evening" in chat.say("/save")
-    assert paths("evening").snapshot.exists()
+    assert session_paths("evening").snapshot.exists()
     assert "evening" in chat.say("/sessions")
     assert "14 exchanges written" in chat.say(f"/export {tmp_path / 'evening.json'}")
     assert "is attended now" in chat.say("/clear")

@@ -17,14 +17,14 @@ from mlx_stream.config import read_config
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.models.compiled import Traces
+from mlx_stream.models.compiled import CompiledSteps
 from mlx_stream.models.layers import CausalLM
 
 
 class OnlyIds:
     """A network that computes nothing, to drive a cache by ids."""
 
-    def __call__(self, ids: list[int], cache: Cache, skim: bool = False) -> mx.array:
+    def __call__(self, ids: list[int], cache: Cache, prefill: bool = False) -> mx.array:
         step = cache.begin(len(ids))
         hidden = self.hidden(mx.array([[*ids, *[0] * (step.rows - step.count)]]), step)
         cache.commit(step)
@@ -44,7 +44,7 @@ ONLY_IDS = cast(
     SimpleNamespace(
         network=OnlyIds(),
         config=SimpleNamespace(vocab_size=2**31),
-        traces=Traces(cast(CausalLM, OnlyIds())),
+        compiled_steps=CompiledSteps(cast(CausalLM, OnlyIds())),
     ),
 )
 operations = st.lists(
@@ -122,22 +122,22 @@ def test_reading_in_chunks_equals_reading_at_once_and_progress_adds_up(tiny_mode
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_skimming_leaves_the_stream_that_reading_leaves(tiny_model, bits):
+def test_prefill_leaves_the_stream_that_reading_leaves(tiny_model, bits):
     model, ids = tiny_model(head_dim=64), some_ids(160)
-    read, skimmed = (TokenStream(model, model.new_cache(4, 40, kv_bits=bits)) for _ in range(2))
+    read, prefilled = (TokenStream(model, model.new_cache(4, 40, kv_bits=bits)) for _ in range(2))
     shapes = [hidden.shape for hidden in read.steps(ids, 37)]
     assert shapes == [(1, n, model.config.hidden_size) for n in (37, 7, 37, 37, 37, 5)]
-    assert [*skimmed.skim(ids, 37)] == [n for _, n, _ in shapes]
-    one, other = read.state(), skimmed.state()
+    assert [*prefilled.prefill(ids, 37)] == [n for _, n, _ in shapes]
+    one, other = read.state(), prefilled.state()
     assert one.keys() == other.keys()
     for name, held in one.items():
         assert mx.array_equal(mx.array(held), mx.array(other[name])), name
-    assert mx.array_equal(read.read([7]), skimmed.read([7]))
+    assert mx.array_equal(read.read([7]), prefilled.read([7]))
 
 
-def test_skimming_ends_where_the_last_layer_begins(tiny_model):
+def test_prefill_ends_where_the_last_layer_begins(tiny_model):
     model, ids = tiny_model(), some_ids(8)
-    before = model.network(ids, model.new_cache(4, 40), skim=True)
+    before = model.network(ids, model.new_cache(4, 40), prefill=True)
     x = model.network.embed_tokens(mx.array(ids))
     step = model.new_cache(4, 40).begin(len(ids))
     for index, layer in enumerate(model.network.layers[:-1]):

@@ -76,7 +76,7 @@ def test_a_full_window_is_traced_once_and_before_it_a_few_times(tiny_model, monk
     counts = []
     for _ in range(2):
         ids = generate(stream_of(model, 4, 600), some_ids(5), Sampler(GREEDY), 1_500)
-        counts += [model.traces.count for _ in ids]
+        counts += [model.compiled_steps.count for _ in ids]
     # 256 and 512 rows of the buffer, all of them with a mask, and the full window.
     assert (counts[0], counts[700], counts[-1]) == (0, 4, 4)
     # Numbers are arrays: another temperature is no other trace, another kind of step is.
@@ -85,7 +85,7 @@ def test_a_full_window_is_traced_once_and_before_it_a_few_times(tiny_model, monk
         stream.read(some_ids(40))
         list(generate(stream, [5, 6], Sampler(Sampling(sampling, seed=1)), 30))
         expected += 0 if sampling else 1  # greedy, over this smaller window
-        assert model.traces.count == expected
+        assert model.compiled_steps.count == expected
 
 
 def test_unset_the_cpu_traces_only_what_never_changes_again(tiny_model, monkeypatch):
@@ -93,7 +93,7 @@ def test_unset_the_cpu_traces_only_what_never_changes_again(tiny_model, monkeypa
     model = tiny_model()
     counts = []
     for _ in generate(stream_of(model), some_ids(5), Sampler(GREEDY), 60):
-        counts.append(model.traces.count)
+        counts.append(model.compiled_steps.count)
     early = 1 if backend.on_metal() else 0
     assert counts[10] == early
     assert counts[-1] == early + backend.has_compiler()
@@ -101,14 +101,14 @@ def test_unset_the_cpu_traces_only_what_never_changes_again(tiny_model, monkeypa
 
 def test_no_more_is_traced_than_is_kept(tiny_model, monkeypatch):
     monkeypatch.setenv(backend.COMPILE, "1")
-    monkeypatch.setattr("mlx_stream.models.compiled.KEPT", 2)
+    monkeypatch.setattr("mlx_stream.models.compiled.MOST_TRACES", 2)
     model = tiny_model()
     for window in (20, 21, 22, 20):
         stream = stream_of(model, window=window)
         stream.read(some_ids(40))
         list(generate(stream, [5, 6], Sampler(GREEDY), 4))
-    assert model.traces.count == 4
-    assert len(model.traces._kept) == 2
+    assert model.compiled_steps.count == 4
+    assert len(model.compiled_steps._kept) == 2
 
 
 def test_buffers_stay_in_place(tiny_model, compiled):
@@ -137,7 +137,7 @@ def test_a_step_built_ahead_is_used_only_for_what_it_was_built_for(tiny_model, c
         for one in (stream, fresh):
             one.read(text[:50])
         stream.next(7, sampler)
-        assert stream._ahead is not None
+        assert stream._pending is not None
         fresh.read([7])
         for one in (stream, fresh):
             change(one)
@@ -153,7 +153,7 @@ def test_a_step_built_ahead_is_used_only_for_what_it_was_built_for(tiny_model, c
     after(lambda stream: stream.cache.evict(5))
     after(lambda stream: stream.read(text[50:57]))
     after(lambda stream: stream.restore(stream.state()))
-    after(lambda stream: stream.drop_ahead())
+    after(lambda stream: stream.drop_pending())
 
 
 def test_a_step_built_ahead_does_not_hold_what_is_read_next(tiny_model, compiled):
@@ -163,9 +163,9 @@ def test_a_step_built_ahead_does_not_hold_what_is_read_next(tiny_model, compiled
     ids = generate(stream, [5], Sampler(GREEDY), 9)
     next(ids)
     next(ids)
-    assert stream._ahead is not None
+    assert stream._pending is not None
     ids.close()
-    assert stream._ahead is None
+    assert stream._pending is None
 
 
 def test_generation_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model, compiled):

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from turn_ids import read_ids, whole_ids
 
-from mlx_stream.chat.prompts import Turns
+from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.text.template import ChatTemplate, shared_start
 from mlx_stream.text.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ def test_turns_have_the_ids_of_the_whole_render(source, tokenizer, count, unread
 @pytest.mark.parametrize("tokenizer", [byte_level, sentence_pieces])
 def test_a_word_that_was_stopped_in_its_middle_gets_no_space(tokenizer):
     backend, template = tokenizer(), ChatTemplate(LLAMA_2, TOKENS)
-    turns = Turns(backend, template, None, pin=True)
+    turns = PromptBuilder(backend, template, None, pin=True)
     closing, asked = turns.following("en", "x")
     ids = [*backend.encode("th", special=False), *closing, *asked]
     assert backend.decode(ids).strip().startswith("then ")
@@ -65,7 +65,7 @@ def test_a_word_that_was_stopped_in_its_middle_gets_no_space(tokenizer):
 def test_a_special_token_s_name_in_a_question_gets_no_spaces():
     """What is guarded is encoded in parts, of which only the first begins a text."""
     tokenizer = sentence_pieces()
-    turns = Turns(tokenizer, ChatTemplate(LLAMA_2, TOKENS), None, pin=True)
+    turns = PromptBuilder(tokenizer, ChatTemplate(LLAMA_2, TOKENS), None, pin=True)
     ids = turns.opening("the <s> end")
     assert tokenizer.decode(ids).replace(" ", "").count("<s>") == 1
     assert "< s>" not in tokenizer.decode(ids)
@@ -89,7 +89,7 @@ def test_what_closes_a_reply_is_not_cut_inside_a_special_token(source, closing):
     tokenizer._tokenizer_config = {"eos_token": "<|endoftext|>", "chat_template": source}
     template = tokenizer.template
     assert template is not None and template.closing == closing
-    turns = Turns(tokenizer, template, "Be brief.", pin=True)
+    turns = PromptBuilder(tokenizer, template, "Be brief.", pin=True)
     assert tokenizer.decode(turns.pinned) == "" or "Be brief." in tokenizer.decode(turns.pinned)
     assert turns.pinned and turns.head == [{"role": "system", "content": "Be brief."}]
     exchanges = EXCHANGES[:3]

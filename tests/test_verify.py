@@ -98,7 +98,7 @@ def test_rejected_tokens_cost_no_attended_one(sinks, count, clock_limit):
         twins.check_numbers()
         if wraps % 3 == 0:
             twins.read(1)
-    assert clock_limit or twins.cache.place.clock <= 2 * shape.cache().geometry.rows
+    assert clock_limit or twins.cache.position.clock <= 2 * shape.cache().geometry.rows
 
 
 def test_it_equals_one_by_one_and_a_chunk():
@@ -111,7 +111,7 @@ def test_it_equals_one_by_one_and_a_chunk():
         while first < 400:
             through: Any = Verifying(cache) if way == "verify" and first >= 4 else cache
             most = 1 if way == "one" else 8
-            most = longest_verified(cache) if through is not cache else cache.take(most)
+            most = longest_verified(cache) if through is not cache else cache.max_step(most)
             step, out = through.begin(min(most, 400 - first)), heads
             for layer in range(2):
                 out = step.attend(layer, heads[:, :, first : first + step.rows])

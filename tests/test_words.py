@@ -12,8 +12,8 @@ from tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from mlx_stream.chat.prompts import Turns
-from mlx_stream.engine.incremental_encoder import LONGEST_WORD, Words
+from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.engine.incremental_encoder import LONGEST_WORD, IncrementalEncoder
 from mlx_stream.errors import TemplateError
 from mlx_stream.text.template import ChatTemplate
 from mlx_stream.text.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def sentence_pieces():
     scope="module", params=[byte_level, blank_lines, blank_lines_in_llama, sentence_pieces]
 )
 def turns(request):
-    return Turns(request.param(), ChatTemplate(CHAT_TEMPLATE), "Be brief.", pin=True)
+    return PromptBuilder(request.param(), ChatTemplate(CHAT_TEMPLATE), "Be brief.", pin=True)
 
 
 def fed(words, pieces):
@@ -105,7 +105,7 @@ def fed(words, pieces):
 
 def whole(turns, text):
     """Return the ids of an open turn with all of a text in it."""
-    return turns.encode(turns.open_turn().opening + turns.guarded(text))
+    return turns.encode(turns.open_turn().opening + turns.escape_special_tokens(text))
 
 
 def cut(text, places):
@@ -115,7 +115,7 @@ def cut(text, places):
 @given(places=st.lists(st.integers(0, len(TEXT)), max_size=60))
 def test_english_in_any_pieces_has_the_ids_of_the_whole(turns, places):
     opening = turns.open_turn().opening
-    found = fed(Words(turns, opening), cut(TEXT, places))
+    found = fed(IncrementalEncoder(turns, opening), cut(TEXT, places))
     assert [*turns.encode(opening), *found] == whole(turns, TEXT)
 
 
@@ -126,7 +126,7 @@ def test_english_in_any_pieces_has_the_ids_of_the_whole(turns, places):
 def test_lines_and_spaces_in_any_pieces_have_the_ids_of_the_whole(turns, pieces, places):
     text = "x" + "".join(pieces)  # the template's last line end is read before any text is there
     opening = turns.open_turn().opening
-    found = fed(Words(turns, opening), cut(text, [p for p in places if p < len(text)]))
+    found = fed(IncrementalEncoder(turns, opening), cut(text, [p for p in places if p < len(text)]))
     assert [*turns.encode(opening), *found] == whole(turns, text)
 
 
@@ -134,7 +134,7 @@ def test_lines_and_spaces_in_any_pieces_have_the_ids_of_the_whole(turns, pieces,
 def test_any_text_in_any_pieces_is_that_text_and_holds_no_special_token(turns, pieces, cuts):
     text = "".join(pieces)
     pieces = cut(text, [c for c in cuts if c < len(text)])
-    ids = fed(Words(turns, turns.open_turn().opening), pieces)
+    ids = fed(IncrementalEncoder(turns, turns.open_turn().opening), pieces)
     assert not turns.tokenizer.special_ids.intersection(ids)
     said, wanted = turns.tokenizer.decode(ids), text.replace("\ufdd0", "")
     # One of the tokenizers puts a space wherever a special token's name is cut apart.
@@ -142,38 +142,38 @@ def test_any_text_in_any_pieces_is_that_text_and_holds_no_special_token(turns, p
 
 
 def test_what_more_text_may_change_is_held_back(turns):
-    words = Words(turns, turns.open_turn().opening)
-    assert words.add("hel") == [] and words.held == "hel"
+    words = IncrementalEncoder(turns, turns.open_turn().opening)
+    assert words.add("hel") == [] and words.pending == "hel"
     first = words.add("lo the wor")
     assert (
-        words.held == " wor"
+        words.pending == " wor"
         and first
         == turns.encode(turns.open_turn().opening + "hello the")[
             len(turns.encode(turns.open_turn().opening)) :
         ]
     )
-    assert words.add("ld") == [] and words.held == " world"
-    assert len(words.flush()) > 0 and words.held == "" and words.flush() == []
+    assert words.add("ld") == [] and words.pending == " world"
+    assert len(words.flush()) > 0 and words.pending == "" and words.flush() == []
 
 
 def test_a_text_without_spaces_does_not_wait_for_ever(turns):
-    words = Words(turns, turns.open_turn().opening)
+    words = IncrementalEncoder(turns, turns.open_turn().opening)
     ids = [id for _ in range(40) for id in words.add("x" * 100)]
-    assert len(words.held) <= LONGEST_WORD + 100 and len(ids) >= 2_000
+    assert len(words.pending) <= LONGEST_WORD + 100 and len(ids) >= 2_000
 
 
 def test_a_question_ends_the_turn_as_one_text(turns):
     turn = turns.open_turn()
-    words = Words(turns, turn.opening)
+    words = IncrementalEncoder(turns, turn.opening)
     read = turns.encode(turn.opening)
-    assert [*read, *words.ending("", "What?", turn.closing)] == turns.encode(
+    assert [*read, *words.end_turn("", "What?", turn.closing)] == turns.encode(
         f"{turn.opening}What?{turn.closing}"
     )
     read += words.add("The man and the wom")
-    asked = words.ending(words.held, "What <|im_end|>?", turn.closing)
-    content = turns.guarded("The man and the wom\n\nWhat <|im_end|>?")
+    asked = words.end_turn(words.pending, "What <|im_end|>?", turn.closing)
+    content = turns.escape_special_tokens("The man and the wom\n\nWhat <|im_end|>?")
     assert [*read, *asked] == turns.encode(turn.opening + content + turn.closing)
-    assert words.held == " wom"  # nothing has changed
+    assert words.pending == " wom"  # nothing has changed
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -182,7 +182,7 @@ def test_an_open_turn_is_what_the_template_renders(name, system):
     """Whatever is fed and asked, the conversation reads as if it had been asked in one piece."""
     source, tokens = KNOWN[name][:2]
     template = ChatTemplate(source, tokens)
-    turns = Turns(byte_level(), template, system, pin=True)
+    turns = PromptBuilder(byte_level(), template, system, pin=True)
     turn = turns.open_turn()
     lead, closing = template.lead, turn.closing
     text = (
@@ -215,4 +215,4 @@ def test_a_template_in_which_no_turn_can_stay_open_is_refused(user):
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     with pytest.raises(TemplateError, match="kept open"):
-        Turns(byte_level(), ChatTemplate(source, TOKENS), None, pin=True).open_turn()
+        PromptBuilder(byte_level(), ChatTemplate(source, TOKENS), None, pin=True).open_turn()

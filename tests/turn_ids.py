@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.prompts import Turns
+from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.text.template import ChatTemplate, Message, assistant, system_turn, user
 from mlx_stream.text.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ def read_ids(
         unread: the end of each reply, read as text behind its ids: where a stop string began
             inside an id.
     """
-    turns = Turns(tokenizer, template, system, pin=True)
+    turns = PromptBuilder(tokenizer, template, system, pin=True)
     ids, rest = [*turns.pinned], ""
     for number, (question, reply) in enumerate(exchanges):
         if number == 0:

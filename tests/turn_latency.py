@@ -23,14 +23,14 @@ import numpy as np
 from tiny import tiny_config, write_letters
 
 from mlx_stream.chat.conversation import Conversation
-from mlx_stream.chat.resume import Options, open_session
+from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
 
 WINDOW, QUESTION_TOKENS, REPLY_TOKENS = 480, 20, 6
 EARLY = 50
 ALLOWED = 0.1
-OPTIONS = Options(
+OPTIONS = SessionOptions(
     system="You are brief.",
     window=WINDOW,
     sampling=Sampling(0.0),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 import typer
 
 from mlx_stream.errors import MlxStreamError
-from mlx_stream_assistant.paths import places
+from mlx_stream_assistant.paths import assistant_paths
 from mlx_stream_assistant.settings import Settings
 from mlx_stream_assistant.socket_server import request
 
@@ -74,7 +74,7 @@ PauseOnBattery = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def tell(text: str) -> None:
+def notify(text: str) -> None:
     """Say something to the user that is not the result."""
     line = "".join(c if c.isprintable() else " " for c in text)
     with suppress(OSError, ValueError):  # a log on a full disk, or closed: reading goes on
@@ -82,11 +82,11 @@ def tell(text: str) -> None:
 
 
 def fail(text: str) -> NoReturn:
-    tell(text)
+    notify(text)
     raise SystemExit(1)
 
 
-def guarded(verb: Callable[Params, None]) -> Callable[Params, None]:
+def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
     """Turn errors that a user can cause into one line and exit status 1."""
 
     @functools.wraps(verb)
@@ -107,16 +107,16 @@ def settings_of(
     """Return settings with whole paths, each once, and defaults for what was not given."""
     given = {name: value for name, value in others.items() if value is not None}
     if is_folder(Path(given["model"])) or given["model"].endswith(".gguf"):
-        given["model"] = str(whole(Path(given["model"])))
+        given["model"] = str(absolute_path(Path(given["model"])))
     return Settings(
-        follow=tuple(dict.fromkeys(map(whole, follow or ()))),
-        folders=tuple(dict.fromkeys(map(whole, folder or ()))),
-        notes=None if notes is None else whole(notes),
+        follow=tuple(dict.fromkeys(map(absolute_path, follow or ()))),
+        folders=tuple(dict.fromkeys(map(absolute_path, folder or ()))),
+        notes=None if notes is None else absolute_path(notes),
         **given,
     )
 
 
-def whole(path: Path) -> Path:
+def absolute_path(path: Path) -> Path:
     """Return a path that means the same wherever the assistant runs, however it is spelled."""
     try:
         return Path(os.path.normpath(path.expanduser().absolute()))
@@ -132,7 +132,7 @@ def is_folder(path: Path) -> bool:
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def run(
     follow: Follow = None,
     folder: Folder = None,
@@ -164,15 +164,15 @@ def run(
     )
     from mlx_stream_assistant.daemon import Assistant
 
-    assistant = Assistant(settings, tell)
+    assistant = Assistant(settings, notify)
     try:
         assistant.run()
     except MlxStreamError as error:
         if assistant.has_ended:
             raise
-        tell(" ".join(str(error).split()))
+        notify(" ".join(str(error).split()))
         leave(1)
-    tell(f"{name} has stopped; what it has read is kept")
+    notify(f"{name} has stopped; what it has read is kept")
     leave(0)
 
 
@@ -185,7 +185,7 @@ def leave(status: int) -> NoReturn:
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
     remember: Annotated[
@@ -201,11 +201,11 @@ def ask(
     what = {"what": "ask", "question": question, "remember": remember, "now": now}
     begun = False
     try:
-        for line in request(places(name).socket, name, **what):
+        for line in request(assistant_paths(name).socket, name, **what):
             if waiting := line.get("waiting"):
-                tell(f"it reads {waiting:,} characters first that have arrived; --now does not")
+                notify(f"it reads {waiting:,} characters first that have arrived; --now does not")
             if text := line.get("text"):
-                sys.stdout.write(harmless(text))
+                sys.stdout.write(escape(text))
                 sys.stdout.flush()
                 begun = True
     finally:
@@ -214,21 +214,21 @@ def ask(
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def note(name: Name = "main") -> None:
     """Have it write a note now, if anything is new, and print it."""
-    (line,) = request(places(name).socket, name, what="note")
+    (line,) = request(assistant_paths(name).socket, name, what="note")
     if line["note"] is None:
-        tell("nothing is new since the last note")
+        notify("nothing is new since the last note")
     else:
-        print(harmless(line["note"]).strip())
+        print(escape(line["note"]).strip())
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def status(as_json: AsJson = False, name: Name = "main") -> None:
     """Show what is attended, memory, and how far each source is read."""
-    (line,) = request(places(name).socket, name, what="status")
+    (line,) = request(assistant_paths(name).socket, name, what="status")
     del line["done"]
     if as_json:
         print(json.dumps(line))
@@ -237,15 +237,15 @@ def status(as_json: AsJson = False, name: Name = "main") -> None:
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def stop(name: Name = "main") -> None:
     """Stop the running assistant; nothing is lost."""
-    (line,) = request(places(name).socket, name, what="stop")
-    tell(f"{name} is stopping (process {line['pid']})")
+    (line,) = request(assistant_paths(name).socket, name, what="stop")
+    notify(f"{name} is stopping (process {line['pid']})")
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def install(
     follow: Follow = None,
     folder: Folder = None,
@@ -276,24 +276,24 @@ def install(
         from_end=from_end,
     )
     settings.check()
-    where = places(name)
-    path, trouble = service.install(service.of(settings, where.log))
+    where = assistant_paths(name)
+    path, trouble = service.install(service.service_for(settings, where.log))
     if trouble:
         fail(f"installed as {path}, but it could not be started: {trouble}")
-    tell(f"installed as {path}")
+    notify(f"installed as {path}")
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def uninstall(name: Name = "main") -> None:
     """Stop it and have the system forget it; what it has read stays."""
     from mlx_stream_assistant import service
 
-    where = places(name)
+    where = assistant_paths(name)
     path = service.uninstall(name)
     if path is None:
         fail(f"the assistant {name!r} is not installed")
-    tell(f"{path} is removed; what it has read stays in {where.journal}")
+    notify(f"{path} is removed; what it has read stays in {where.journal}")
 
 
 def table(status: dict[str, Any]) -> list[str]:
@@ -318,7 +318,7 @@ def table(status: dict[str, Any]) -> list[str]:
         when = f"last {datetime.fromtimestamp(last):%Y-%m-%d %H:%M}" if last else "none written yet"
         rows.append(("diary", f"{status['notes']}, {when}"))
     rows += [("reads", source_line(source)) for source in status["sources"]]
-    return [f"{what:<9} {harmless(text)}" for what, text in rows]
+    return [f"{what:<9} {escape(text)}" for what, text in rows]
 
 
 def source_line(source: dict[str, Any]) -> str:
@@ -342,7 +342,7 @@ def duration(status: dict[str, Any]) -> str:
     return f"up {days} d {clock}" if days else f"up {clock}"
 
 
-def harmless(text: str) -> str:
+def escape(text: str) -> str:
     """Return text that a terminal only shows: what it would obey, or hide, is an escape."""
     shown = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
     return "".join(shown)
@@ -353,5 +353,5 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        tell("interrupted")
+        notify("interrupted")
         raise SystemExit(130) from None

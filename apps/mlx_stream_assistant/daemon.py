@@ -15,15 +15,15 @@ import mlx_stream
 from mlx_stream.errors import ComputeError, MlxStreamError
 from mlx_stream_assistant.battery import on_battery
 from mlx_stream_assistant.feeder import Feeder
-from mlx_stream_assistant.journal import Arrival, Journal
-from mlx_stream_assistant.notes import Diary
+from mlx_stream_assistant.journal import Chunk, Journal
+from mlx_stream_assistant.notes import NotesFile
 from mlx_stream_assistant.notes_folder import NotesFolder
-from mlx_stream_assistant.paths import AssistantError, Places, lock, places
-from mlx_stream_assistant.requests import Desk, stats_of
+from mlx_stream_assistant.paths import AssistantError, AssistantPaths, assistant_paths, lock
+from mlx_stream_assistant.requests import RequestHandler, stats_of
 from mlx_stream_assistant.settings import Settings
-from mlx_stream_assistant.socket_server import Door
+from mlx_stream_assistant.socket_server import SocketServer
 from mlx_stream_assistant.stdin import StandardInput
-from mlx_stream_assistant.tail import FollowedFile
+from mlx_stream_assistant.tail import TailedFile
 
 # Seconds between two looks at the sources, when nothing arrives and when there is no room.
 IDLE, FULL = 1.0, 0.05
@@ -48,8 +48,8 @@ class Source(Protocol):
 
     @property
     def state(self) -> dict[str, Any]: ...
-    def poll(self) -> Arrival | None: ...
-    def taken(self, arrival: Arrival) -> None: ...
+    def poll(self) -> Chunk | None: ...
+    def ack(self, arrival: Chunk) -> None: ...
     def close(self) -> None: ...
 
 
@@ -83,7 +83,7 @@ class Assistant:
         Raises:
             MlxStreamError: it cannot begin, or go on.
         """
-        where = places(self.settings.name)
+        where = assistant_paths(self.settings.name)
         with ExitStack() as stack:
             stack.callback(os.close, lock(where.lock))
             self._wake = stack.enter_context(Wake(self._stop))
@@ -91,8 +91,8 @@ class Assistant:
             stack.callback(self._journal.close)
             self._note_in(self._until_the_next_note())
             self._open_sources()
-            self.desk = Desk(self._journal, self._open_diary(), self._status, self.stop)
-            door = Door(where.socket, self.desk.answer)
+            self.desk = RequestHandler(self._journal, self._open_diary(), self._status, self.stop)
+            door = SocketServer(where.socket, self.desk.answer)
             stack.callback(door.close)
             self._engine = mlx_stream.Engine(self.settings.model)
             stack.callback(self._end)
@@ -115,7 +115,7 @@ class Assistant:
             self.desk.feeder.stop(LAST_WORDS)
         self.has_ended = self._engine.close(timeout=LAST_WORDS / 2)
 
-    def _step(self, door: Door, where: Places) -> None:
+    def _step(self, door: SocketServer, where: AssistantPaths) -> None:
         """Do what there is to do, then wait until there may be something again."""
         feeder = self.desk.feeder
         rests = time.monotonic() < self._begin_at
@@ -145,7 +145,7 @@ class Assistant:
         for path in settings.follow:
             known = journal.source(str(path))
             place = known.place if known and known.kind == "file" else None
-            self._sources.append(FollowedFile(path, place, self._tell, settings.from_end))
+            self._sources.append(TailedFile(path, place, self._tell, settings.from_end))
         notes = {source.name: source.place for source in journal.sources("note")}
         others = {os.path.realpath(path) for path in settings.follow}
         if settings.notes:
@@ -158,15 +158,15 @@ class Assistant:
             self._input = StandardInput(self._tell)
             self._sources.append(self._input)
 
-    def _open_diary(self) -> Diary | None:
+    def _open_diary(self) -> NotesFile | None:
         if self.settings.notes is None:
             return None
-        diary = Diary(self.settings.notes, self._journal)
+        diary = NotesFile(self.settings.notes, self._journal)
         diary.finish()
         diary.check()
         return diary
 
-    def _begin_if_loaded(self, where: Places) -> None:
+    def _begin_if_loaded(self, where: AssistantPaths) -> None:
         """Go on with the stream, from its snapshot or from what the journal keeps."""
         try:
             self._engine.wait(timeout=FULL)
@@ -246,7 +246,7 @@ class Assistant:
                 arrival = source.poll()
                 if arrival is not None:
                     self._journal.append(arrival)
-                    source.taken(arrival)
+                    source.ack(arrival)
                     any_new = True
             except AssistantError as error:
                 failures.add(str(error))
@@ -268,7 +268,7 @@ class Assistant:
 
     def _note_if_due(self) -> None:
         """Write a note in the background, if one is due and anything is new."""
-        if self.desk.diary is None or self._paused or not self._note_is_due():
+        if self.desk.notes is None or self._paused or not self._note_is_due():
             return
         if self._noting is None or not self._noting.is_alive():
             self._noting = threading.Thread(target=self._note, name="note", daemon=True)
@@ -285,7 +285,7 @@ class Assistant:
     def _until_the_next_note(self) -> float:
         """Return in how many seconds the first note of this run is due."""
         every = 60 * self.settings.every
-        _, noted_at = self._journal.noted
+        _, noted_at = self._journal.last_note_chunk
         # The system's clock may have been set back since: then that note was just written.
         left = every - max(0.0, time.time() - noted_at)
         return max(left, min(every, SETTLING)) if noted_at else every
@@ -307,7 +307,7 @@ class Assistant:
         state = "paused" if self._paused else "reading"
         if desk.feeder is None:
             state = "waiting" if time.monotonic() < self._begin_at else "loading"
-        _, noted_at = self._journal.noted
+        _, noted_at = self._journal.last_note_chunk
         sources = {source.name: self._journal.source(source.name) for source in self._sources}
         return {
             "name": settings.name,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream import errors
-from mlx_stream_assistant.journal import Chunk, Journal
+from mlx_stream_assistant.journal import Journal, StoredChunk
 
 # Chunks that wait beyond which nothing more is read.
 AHEAD = 4
@@ -95,7 +95,7 @@ class Feeder:
         except Exception as error:
             self.failure = error
 
-    def _feed(self, chunk: Chunk) -> None:
+    def _feed(self, chunk: StoredChunk) -> None:
         while not self._stopping.is_set():
             try:
                 self._listener.feed(chunk.fed, timeout=PATIENCE)

@@ -74,7 +74,7 @@ PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
-class Arrival:
+class Chunk:
     """What a source gives at once.
 
     Attributes:
@@ -97,7 +97,7 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredChunk:
     """A piece of the stream: a heading, which may be empty, and text."""
 
     number: int
@@ -172,7 +172,7 @@ class Journal:
 
     # --- what was read ---
 
-    def append(self, arrival: Arrival) -> None:
+    def append(self, arrival: Chunk) -> None:
         """Write what arrived, and where its source stands; when this returns it is on disk.
 
         Raises:
@@ -192,7 +192,7 @@ class Journal:
                 self._stand(arrival)
             self.last += len(texts)
 
-    def _stand(self, arrival: Arrival) -> None:
+    def _stand(self, arrival: Chunk) -> None:
         before = self._source(arrival.source)
         total, crc = (before.bytes, before.crc) if before else (0, 0)
         row = (
@@ -210,7 +210,7 @@ class Journal:
         delete = f"DELETE FROM sources WHERE rowid IN ({notes} LIMIT -1 OFFSET ?)"
         self._connection.execute(delete, (MOST_NOTES,))
 
-    def chunks(self, after: int) -> Iterator[Chunk]:
+    def chunks(self, after: int) -> Iterator[StoredChunk]:
         """Yield the chunks of numbers above `after`, also those that come meanwhile."""
         number = after
         while True:
@@ -220,7 +220,7 @@ class Journal:
             if not rows:
                 return
             for row in rows:
-                yield Chunk(*row)
+                yield StoredChunk(*row)
             number = rows[-1][0]
 
     @property
@@ -278,7 +278,7 @@ class Journal:
             return int(self._connection.execute(query, (number,)).fetchone()[0])
 
     @property
-    def noted(self) -> tuple[int, float]:
+    def last_note_chunk(self) -> tuple[int, float]:
         """Those read before the last note, and when it was written (seconds since 1970, or 0)."""
         with self._lock, self._refusing():
             return self._connection.execute("SELECT noted, noted_at FROM about").fetchone()
@@ -311,10 +311,10 @@ class Journal:
         (value,) = self._connection.execute(query).fetchone()
         return value
 
-    def _last_chunk(self) -> Chunk | None:
+    def _last_chunk(self) -> StoredChunk | None:
         query = "SELECT * FROM chunks ORDER BY number DESC LIMIT 1"
         row = self._connection.execute(query).fetchone()
-        return None if row is None else Chunk(*row)
+        return None if row is None else StoredChunk(*row)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -345,10 +345,10 @@ def source_of(row: Sequence[Any]) -> Source:
     return Source(name, kind, place, total, crc)
 
 
-def heading(last: Chunk | None, arrival: Arrival, now: datetime) -> str:
+def heading(last: StoredChunk | None, arrival: Chunk, now: datetime) -> str:
     """Return what comes before a text: where it is from, and when, unless that was said.
 
-    >>> heading(None, Arrival("/a/x.log", "file", "x.log", b"", ""), datetime(2026, 11, 27, 14, 5))
+    >>> heading(None, Chunk("/a/x.log", "file", "x.log", b"", ""), datetime(2026, 11, 27, 14, 5))
     '[x.log, 2026-11-27 14:05]\\n'
     """
     head = f"[{arrival.title}, {now:%Y-%m-%d %H:%M}]\n"

@@ -20,7 +20,7 @@ BEFORE_A_BLOCK = re.compile(r"\A[\s>*+\-\d.)]*")
 EMPTY = "(The model had nothing to say.)"
 
 
-class Diary:
+class NotesFile:
     """A Markdown file that dated notes are added to."""
 
     def __init__(self, path: Path, journal: Journal):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream_assistant.decode import NotText, decode
-from mlx_stream_assistant.journal import Arrival
+from mlx_stream_assistant.journal import Chunk
 
 SUFFIXES = (".txt", ".md", ".markdown")
 # Seconds between two looks at the names in a folder.
@@ -66,7 +66,7 @@ class NotesFolder:
             "complaint": next(filter(None, complaints), ""),
         }
 
-    def poll(self) -> Arrival | None:
+    def poll(self) -> Chunk | None:
         """Return what is new in one note, if in any; the same again until `taken` is called."""
         if not self._changed and self._clock() >= self._next_look:
             begun = self._clock()
@@ -87,7 +87,7 @@ class NotesFolder:
             self._changed.pop(0)
         return None
 
-    def taken(self, arrival: Arrival) -> None:
+    def ack(self, arrival: Chunk) -> None:
         """Go on after what `poll` returned: it is on disk."""
         self._places[arrival.source] = arrival.place
         self._changed = [path for path in self._changed if path != arrival.source]
@@ -142,9 +142,9 @@ class NotesFolder:
                             folders.append((Path(entry.path), depth + 1))
                     elif is_note(entry) and not self._excluded(Path(entry.path)):
                         with suppress(OSError):
-                            yield entry.path, seen_of(entry.stat())
+                            yield entry.path, file_stamp(entry.stat())
 
-    def _read(self, path: Path) -> Arrival | None:
+    def _read(self, path: Path) -> Chunk | None:
         """Return what is new in a note; None if it is as it was."""
         if (name := printable(path)) != str(path):
             raise NotText(f"{name}: has a name that is not UTF-8: rename it")
@@ -165,13 +165,13 @@ class NotesFolder:
         count = before["bytes"] if before["bytes"] <= len(data) else 0
         grown = zlib.crc32(data[:count]) == before["crc"]
         new = data[count:] if grown else data
-        place = {"seen": list(seen_of(status)), "bytes": len(data), "crc": zlib.crc32(data)}
+        place = {"seen": list(file_stamp(status)), "bytes": len(data), "crc": zlib.crc32(data)}
         at = len(data) - len(new)
         text = decode(new, str(path), at)
         if not at:
             text = text.removeprefix(BYTE_ORDER_MARK)
         title = str(path.relative_to(self.path))
-        return Arrival(str(path), "note", title, new, text, place, apart=True)
+        return Chunk(str(path), "note", title, new, text, place, apart=True)
 
     def _refuse(self, path: str, why: str) -> None:
         """Leave a note alone until it is changed, and say so."""
@@ -203,7 +203,7 @@ def printable(path: Path) -> str:
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def seen_of(status: os.stat_result) -> Seen:
+def file_stamp(status: os.stat_result) -> Seen:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

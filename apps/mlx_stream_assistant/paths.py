@@ -19,7 +19,7 @@ class AssistantError(MlxStreamError):
 
 
 @dataclass(frozen=True)
-class Places:
+class AssistantPaths:
     """The files of one assistant, of which any may not exist.
 
     Attributes:
@@ -37,7 +37,7 @@ class Places:
     log: Path
 
 
-def places(name: str) -> Places:
+def assistant_paths(name: str) -> AssistantPaths:
     """Return where an assistant's files are.
 
     Raises:
@@ -56,7 +56,7 @@ def places(name: str) -> Places:
     else:
         data = Path(platformdirs.user_data_dir("mlx_stream")) / "assistant"
         cache = Path(platformdirs.user_cache_dir("mlx_stream")) / "assistant"
-    return Places(
+    return AssistantPaths(
         journal=data / f"{name}.db",
         snapshot=cache / f"{name}.safetensors",
         lock=data / f"{name}.lock",

@@ -12,8 +12,8 @@ from datetime import datetime
 from typing import Any
 
 from mlx_stream_assistant.feeder import Feeder
-from mlx_stream_assistant.journal import Arrival, Journal
-from mlx_stream_assistant.notes import Diary
+from mlx_stream_assistant.journal import Chunk, Journal
+from mlx_stream_assistant.notes import NotesFile
 from mlx_stream_assistant.paths import AssistantError
 
 # Plain, and about the text above: a small model takes more for the text itself.
@@ -28,7 +28,7 @@ Lines = Generator[dict[str, Any], None, None]
 
 
 @dataclass
-class Desk:
+class RequestHandler:
     """Answers requests about one running assistant; called from many threads.
 
     Attributes:
@@ -38,7 +38,7 @@ class Desk:
     """
 
     journal: Journal
-    diary: Diary | None
+    notes: NotesFile | None
     describe: Callable[[], dict[str, Any]]
     stop: Callable[[], None]
     listener: Any = None
@@ -82,13 +82,13 @@ class Desk:
         Raises:
             MlxStreamError: there is no file of notes, or it cannot be written.
         """
-        diary = self.diary
+        diary = self.notes
         if diary is None:
             raise AssistantError("there is no file for notes: run the assistant with --notes FILE")
         with self._one:
             diary.finish()
             self._ready()
-            noted, _ = self.journal.noted
+            noted, _ = self.journal.last_note_chunk
             # What waits to be fed is not in the stream: the next note is about that.
             read = self.journal.bytes_through(self.feeder.fed if self.feeder else 0)
             if read <= noted:
@@ -116,7 +116,7 @@ class Desk:
     def _remember(self, text: str) -> None:
         """Have the stream read what was asked and answered, as it reads everything else."""
         data = text.encode("utf-8", "replace")
-        self.journal.append(Arrival(ASKED, ASKED, ASKED, data, data.decode()))
+        self.journal.append(Chunk(ASKED, ASKED, ASKED, data, data.decode()))
         if feeder := self.feeder:
             feeder.wake()
 
@@ -136,7 +136,7 @@ class Desk:
         return self.listener
 
 
-def stats_of(desk: Desk) -> dict[str, Any]:
+def stats_of(desk: RequestHandler) -> dict[str, Any]:
     """Return what `status` says of the stream: nothing before there is one."""
     listener, feeder = desk.listener, desk.feeder
     if listener is None or feeder is None:

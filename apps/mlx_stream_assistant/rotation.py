@@ -9,11 +9,11 @@ from pathlib import Path
 ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)
 
 
-def turn_of(name: str, other: str) -> tuple[str, int] | None:
+def rotation_number(name: str, other: str) -> tuple[str, int] | None:
     """Return how another file is named by rotation, and which turn that is: a later one is higher.
 
-    >>> turn_of("x.log", "x.log.2"), turn_of("x.log", "x.log-20261128"), turn_of("x.log", "x.log.e")
-    (('.', -2), ('-00000000', 20261128), None)
+    >>> rotation_number("x.log", "x.log.2"), rotation_number("x.log", "x.log-20261128")
+    (('.', -2), ('-00000000', 20261128))
     """
     match = ROTATED.fullmatch(other.removeprefix(name)) if other.startswith(name) else None
     if match is None:
@@ -26,7 +26,7 @@ def turn_of(name: str, other: str) -> tuple[str, int] | None:
     return match[0], 0
 
 
-def in_turn(
+def in_rotation_order(
     ours: tuple[str, int], since: float, later: list[tuple[int, Path, os.stat_result]]
 ) -> bool:
     """Return whether files that are later by their names were written one after the other, too.

@@ -40,7 +40,7 @@ class Service:
     log: Path
 
 
-def of(settings: Settings, log: Path) -> Service:
+def service_for(settings: Settings, log: Path) -> Service:
     """Return the service that runs an assistant with these settings, with this Python."""
     environment = {n: os.environ[n] for n in PASSED_ON if os.environ.get(n)}
     command = (sys.executable, "-P", "-m", "mlx_stream_assistant", "run", *words(settings))
@@ -136,7 +136,7 @@ def place(name: str, platform: str = sys.platform) -> Path:
     return configuration / "systemd" / "user" / f"mlx_stream-assistant-{name}.service"
 
 
-def starting(name: str, platform: str = sys.platform) -> list[list[str]]:
+def start_commands(name: str, platform: str = sys.platform) -> list[list[str]]:
     """Return the commands that have the system start it, now and at each login."""
     path = place(name, platform)
     if platform == "darwin":
@@ -147,7 +147,7 @@ def starting(name: str, platform: str = sys.platform) -> list[list[str]]:
     ]
 
 
-def stopping(name: str, platform: str = sys.platform) -> list[list[str]]:
+def stop_commands(name: str, platform: str = sys.platform) -> list[list[str]]:
     """Return the commands that have the system stop it and forget it."""
     if platform == "darwin":
         return [["launchctl", "bootout", f"gui/{os.getuid()}/{label(name)}"]]
@@ -165,7 +165,7 @@ def install(service: Service) -> tuple[Path, str]:
     private(service.log.parent)
     try:
         if path.exists():
-            told(stopping(service.name))
+            run_command(stop_commands(service.name))
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_name(f".{path.name}.new")
         written.write_bytes(data)
@@ -174,7 +174,7 @@ def install(service: Service) -> tuple[Path, str]:
         raise AssistantError(
             f"{path}: cannot be written: {error.strerror}; check the folder's permissions"
         ) from error
-    return path, told(starting(service.name))
+    return path, run_command(start_commands(service.name))
 
 
 def uninstall(name: str) -> Path | None:
@@ -186,7 +186,7 @@ def uninstall(name: str) -> Path | None:
     path = place(name)
     if not path.exists():
         return None
-    told(stopping(name))
+    run_command(stop_commands(name))
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -194,7 +194,7 @@ def uninstall(name: str) -> Path | None:
     return path
 
 
-def told(commands: list[list[str]]) -> str:
+def run_command(commands: list[list[str]]) -> str:
     """Carry commands out; return what went wrong with the first that failed, or ""."""
     for command in commands:
         try:

@@ -30,7 +30,7 @@ LONGEST_PATH = 103
 Answer = Generator[dict[str, Any], None, None]
 
 
-class Door:
+class SocketServer:
     """A listening socket; each request is answered on a thread of its own.
 
     Args:

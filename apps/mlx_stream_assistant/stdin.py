@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_stream_assistant.decode import NotText, decode
-from mlx_stream_assistant.journal import Arrival
-from mlx_stream_assistant.tail import CHUNK, ending
+from mlx_stream_assistant.journal import Chunk
+from mlx_stream_assistant.tail import CHUNK, line_end
 
 NAME = "standard input"
 
@@ -55,21 +55,21 @@ class StandardInput:
             self.ended = True
             self._tell(f"{NAME}: ended")
 
-    def poll(self) -> Arrival | None:
+    def poll(self) -> Chunk | None:
         """Return what was read, if anything was; the same again until `taken` is called."""
         more = len(self._data) == CHUNK
-        count = len(self._data) if self.ended else ending(self._data, more, growing=False)
+        count = len(self._data) if self.ended else line_end(self._data, more, growing=False)
         data = self._data[:count]
         if not data:
             return None
         try:
-            return Arrival(NAME, "input", NAME, data, decode(data, NAME))
+            return Chunk(NAME, "input", NAME, data, decode(data, NAME))
         except NotText as error:
             self._tell(f"{error}; not read any more")
             self._complaint, self.ended, self._data = str(error), True, b""
             return None
 
-    def taken(self, arrival: Arrival) -> None:
+    def ack(self, arrival: Chunk) -> None:
         """Go on after what `poll` returned: it is on disk."""
         self._data = self._data[len(arrival.data) :]
 

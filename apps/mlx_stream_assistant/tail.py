@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream_assistant.decode import NotText, decode, whole_characters
-from mlx_stream_assistant.journal import Arrival
+from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.paths import AssistantError
-from mlx_stream_assistant.rotation import in_turn, turn_of
+from mlx_stream_assistant.rotation import in_rotation_order, rotation_number
 
 # Bytes read at once.
 CHUNK = 4096
@@ -42,7 +42,7 @@ Found = tuple[Path, os.stat_result]
 
 
 @dataclass(frozen=True)
-class Place:
+class FilePosition:
     """How far a file was read: the checksum is of its last bytes before `offset`.
 
     Attributes:
@@ -59,7 +59,7 @@ class Place:
         return (self.device, self.inode) == (status.st_dev, status.st_ino)
 
 
-class FollowedFile:
+class TailedFile:
     """A file to which others append.
 
     Args:
@@ -78,15 +78,15 @@ class FollowedFile:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.path, self.name, self._tell, self._clock = path, str(path), tell, clock
-        self._place, self._from_end = place_of(place), from_end and place is None
+        self._place, self._from_end = position_of(place), from_end and place is None
         self._file: int | None = None
         self._size = 0  # at the last poll
         self._mtime: int | None = None  # likewise, in nanoseconds
         self._grown = 0.0  # when it last was another size
         self._left: float | None = None  # since when another file, or none, has its name
         self._complaint = ""
-        self._refused: Place | None = None  # there the file is not text
-        self._given_up: Place | None = None  # it was, and is not looked for where it went
+        self._refused: FilePosition | None = None  # there the file is not text
+        self._given_up: FilePosition | None = None  # it was, and is not looked for where it went
         self._said: set[str] = set()  # since there was a file to read
 
     @property
@@ -98,7 +98,7 @@ class FollowedFile:
             "complaint": self._complaint,
         }
 
-    def poll(self) -> Arrival | None:
+    def poll(self) -> Chunk | None:
         """Return what is new, if anything is; the same again until `taken` is called."""
         try:
             if self._file is None and not self._open():
@@ -116,9 +116,9 @@ class FollowedFile:
             self.close()
         return None
 
-    def taken(self, arrival: Arrival) -> None:
+    def ack(self, arrival: Chunk) -> None:
         """Go on after what `poll` returned: it is on disk."""
-        self._place, self._from_end = place_of(arrival.place), False
+        self._place, self._from_end = position_of(arrival.place), False
 
     def close(self) -> None:
         if self._file is not None:
@@ -133,7 +133,7 @@ class FollowedFile:
         if found is None:
             return False
         path, expected = found
-        self._file = opened(path)
+        self._file = open_file(path)
         status = os.fstat(self._file)
         if not os.path.samestat(status, expected):  # renamed meanwhile: look again
             self.close()
@@ -148,7 +148,7 @@ class FollowedFile:
             if self._place is not None:
                 first = "" if path == self.path else f" {path.name} first,"
                 self._tell(f"{self.path}: is another file now: read{first} from its beginning")
-            self._place = Place(status.st_dev, status.st_ino, written=status.st_mtime_ns)
+            self._place = FilePosition(status.st_dev, status.st_ino, written=status.st_mtime_ns)
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
         self._said.clear()
@@ -188,7 +188,7 @@ class FollowedFile:
         copies = [
             (path, status)
             for path, status in self._beside()
-            if turn_of(self.path.name, path.name) and status.st_mtime_ns >= since
+            if rotation_number(self.path.name, path.name) and status.st_mtime_ns >= since
         ]
         for path, status in sorted(copies, key=lambda found: found[1].st_mtime_ns):
             if self._holds(path, status):
@@ -203,17 +203,17 @@ class FollowedFile:
         one that was read long ago must not be taken for one of them.
         """
         assert self._place is not None
-        ours = turn_of(self.path.name, old[0].name) if old else None
+        ours = rotation_number(self.path.name, old[0].name) if old else None
         since = old[1].st_mtime_ns if old else self._place.written or float("inf")
         later, others = [], []
         for path, status in self._beside():
-            turn = turn_of(self.path.name, path.name)
+            turn = rotation_number(self.path.name, path.name)
             if ours and turn and turn[0] == ours[0] and turn > ours:
                 later.append((turn[1], path, status))
             elif turn and status.st_mtime_ns >= since and not (old and path == old[0]):
                 others.append((turn[1], path, status))
         later.sort(key=lambda found: found[0])
-        if ours and not in_turn(ours, since, later):
+        if ours and not in_rotation_order(ours, since, later):
             others += [found for found in later if found[2].st_mtime_ns >= since]
             later = []
         if others:
@@ -239,21 +239,21 @@ class FollowedFile:
         if status.st_size < self._place.offset or (file := self._open_beside(path)) is None:
             return False
         try:
-            return tail_of(file, self._place.offset) == self._place.tail
+            return last_bytes(file, self._place.offset) == self._place.tail
         finally:
             os.close(file)
 
     def _open_beside(self, path: Path) -> int | None:
         """Open another file than the one of our name; None if it cannot be read."""
         try:
-            return opened(path)
+            return open_file(path)
         except FileNotFoundError:
             raise  # renamed meanwhile: `poll` looks again
         except OSError as error:
             self._say_once(f"{path}: cannot be read: {error.strerror}; taken as not there")
             return None
 
-    def _turn(self) -> Arrival | None:
+    def _turn(self) -> Chunk | None:
         """See whether the name is another file's now; return what is left of this one."""
         if self._file is None:  # it was cut, and there is a copy to open
             return None
@@ -282,7 +282,7 @@ class FollowedFile:
 
     # --- what is new ---
 
-    def _read(self) -> Arrival | None:
+    def _read(self) -> Chunk | None:
         assert self._file is not None and self._place is not None
         status, offset = os.fstat(self._file), self._place.offset
         size, written = status.st_size, status.st_mtime_ns != self._mtime
@@ -296,12 +296,12 @@ class FollowedFile:
             return None
         data = os.pread(self._file, CHUNK, offset)
         growing = self._clock() - self._grown < SETTLED
-        data = data[: ending(data, more=len(data) == CHUNK, growing=growing)]
+        data = data[: line_end(data, more=len(data) == CHUNK, growing=growing)]
         return self._arrival(data) if data else None
 
     def _is_altered(self) -> bool:
         assert self._file is not None and self._place is not None
-        return tail_of(self._file, self._place.offset) != self._place.tail
+        return last_bytes(self._file, self._place.offset) != self._place.tail
 
     def _begin_again(self, why: str) -> None:
         """Stand at the beginning, or, if there is a copy of what it was, where that goes on."""
@@ -318,7 +318,7 @@ class FollowedFile:
         self._place = replace(self._place, device=status.st_dev, inode=status.st_ino)
         self.close()
 
-    def _skip(self) -> Arrival:
+    def _skip(self) -> Chunk:
         """Return nothing, and a place behind the whole lines there are: so that it is kept."""
         assert self._file is not None
         size = os.fstat(self._file).st_size
@@ -327,19 +327,19 @@ class FollowedFile:
         whole = end.rfind(b"\n") + 1 or whole_characters(end)
         return self._stands(size - len(end) + whole, b"", "")
 
-    def _arrival(self, data: bytes) -> Arrival:
+    def _arrival(self, data: bytes) -> Chunk:
         assert self._place is not None
         offset = self._place.offset
         text = decode(data, self.name, offset)
         text = text if offset else text.removeprefix(BYTE_ORDER_MARK)
         return self._stands(offset + len(data), data, text)
 
-    def _stands(self, end: int, data: bytes, text: str) -> Arrival:
+    def _stands(self, end: int, data: bytes, text: str) -> Chunk:
         """Return what was read up to `end`."""
         assert self._place is not None and self._file is not None
         written = os.fstat(self._file).st_mtime_ns
-        after = replace(self._place, offset=end, tail=tail_of(self._file, end), written=written)
-        return Arrival(self.name, "file", self.path.name, data, text, vars(after))
+        after = replace(self._place, offset=end, tail=last_bytes(self._file, end), written=written)
+        return Chunk(self.name, "file", self.path.name, data, text, vars(after))
 
     def _say_once(self, notice: str) -> None:
         """Say what every look for a file finds, once until there is one to read."""
@@ -356,25 +356,25 @@ class FollowedFile:
         self._complaint = complaint
 
 
-def place_of(values: dict[str, Any] | None) -> Place | None:
+def position_of(values: dict[str, Any] | None) -> FilePosition | None:
     try:
-        return Place(**values) if values else None
+        return FilePosition(**values) if values else None
     except TypeError as error:
         raise AssistantError(f"the journal is damaged: {values!r:.80} is no place") from error
 
 
-def opened(path: Path) -> int:
+def open_file(path: Path) -> int:
     # O_NONBLOCK: a pipe of that name must not make us wait.
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def tail_of(file: int, offset: int) -> int:
+def last_bytes(file: int, offset: int) -> int:
     """Return the CRC-32 of a file's last bytes before an offset."""
     start = max(0, offset - TAIL)
     return zlib.crc32(os.pread(file, offset - start, start))
 
 
-def ending(data: bytes, more: bool, growing: bool) -> int:
+def line_end(data: bytes, more: bool, growing: bool) -> int:
     """Return how many of a file's new bytes to take: whole lines, words or at least characters.
 
     Args:

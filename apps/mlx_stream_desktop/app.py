@@ -9,9 +9,9 @@ import toga
 from toga.style.pack import Pack
 
 import mlx_stream
-from mlx_stream_desktop.controller import DEFAULT_WINDOW, MAX_TOKENS, STARTER, Desk
-from mlx_stream_desktop.history import Said
-from mlx_stream_desktop.throttle import Pacer
+from mlx_stream_desktop.controller import DEFAULT_WINDOW, MAX_TOKENS, STARTER, ChatController
+from mlx_stream_desktop.history import Message
+from mlx_stream_desktop.throttle import Throttle
 from mlx_stream_desktop.window import ChatWindow
 
 NAME, ID = "mlx_stream", "io.github.mlx-stream.desktop"
@@ -35,12 +35,12 @@ class Desktop(toga.App):
         status_icon: bool = sys.platform == "darwin",
     ):
         self._has_icon = status_icon
-        self.desk = Desk(self.changed, model, window, sampling, max_tokens)
+        self.desk = ChatController(self.changed, model, window, sampling, max_tokens)
         super().__init__(NAME, ID, app_name="mlx_stream_desktop")
 
     def startup(self) -> None:
         self.view = ChatWindow(self.desk, self.changed, self.dark_mode)
-        self._draw_soon = Pacer(self.view.draw, self.loop)
+        self._draw_soon = Throttle(self.view.draw, self.loop)
         self.main_window = self.view.main
         commands = (
             self._command("New conversation", self.view.begin, shortcut=toga.Key.MOD_1 + "n"),
@@ -94,7 +94,7 @@ class Desktop(toga.App):
         return False
 
 
-def as_text(said: Sequence[Said]) -> str:
+def as_text(said: Sequence[Message]) -> str:
     return "\n\n".join(f"You:\n{one.question}\n\nModel:\n{one.reply}" for one in said)
 
 

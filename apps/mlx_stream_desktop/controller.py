@@ -20,7 +20,7 @@ from mlx_stream.errors import MlxStreamError
 from mlx_stream.hub.listing import cached_models
 from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 from mlx_stream_desktop import history
-from mlx_stream_desktop.history import Said
+from mlx_stream_desktop.history import Message
 
 STARTER, DEFAULT_WINDOW, MAX_TOKENS = STARTER, 2_048, 512
 # The largest leaves room for the system prompt in the 8,192 places that many models know.
@@ -51,7 +51,7 @@ class Gauge:
         )
 
 
-class Desk:
+class ChatController:
     """One conversation at a time, on one model.
 
     Attributes:
@@ -76,9 +76,9 @@ class Desk:
         self._max_tokens = max_tokens
         self._sampling = sampling or mlx_stream.Sampling(temperature=0.6, top_p=0.9)
         self.models: list[str] = [model]
-        self.conversations: list[manage.Listed] = []
+        self.conversations: list[manage.SessionSummary] = []
         self.name: str | None = None
-        self.said: list[Said] = []
+        self.said: list[Message] = []
         self.attended, self.gauge = 0, Gauge()
         self.phase, self.notice, self.alarming, self.draft = "loading", "", False, ""
         self._engine: Engine | None = None
@@ -116,7 +116,7 @@ class Desk:
             return self._changed()
         self.phase = "reading"
         self._say("")
-        self.said.append(Said(question))
+        self.said.append(Message(question))
         self._reply = asyncio.create_task(self._ask(question))
         await asyncio.wait({self._reply})
         self._reply.result()
@@ -224,7 +224,7 @@ class Desk:
             self._give_back(last.question)
             del self.said[-1]
         elif held and held.question == last.question:
-            self.said[-1] = Said(held.question, held.reply, held.finish)
+            self.said[-1] = Message(held.question, held.reply, held.finish)
         else:
             self.said[-1] = replace(last, finish=last.finish or "interrupted")
         self._count()
@@ -337,7 +337,7 @@ class Desk:
     async def _list(self) -> None:
         """Read what is saved and which models are here."""
         try:
-            self.conversations = await self._aside(manage.listed)
+            self.conversations = await self._aside(manage.session_summaries)
             cached = await self._aside(cached_models)
             self.models = sorted({STARTER, *(one.name for one in cached)})
             self._changed()

@@ -11,7 +11,7 @@ LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
-class Said:
+class Message:
     """A question and its reply so far; `finish` is None while it streams."""
 
     question: str
@@ -19,15 +19,15 @@ class Said:
     finish: str | None = None
 
 
-def transcript(name: str) -> tuple[list[Said], str]:
+def transcript(name: str) -> tuple[list[Message], str]:
     """Return what was said, and a line if the end of it is damaged; reads files.
 
     Raises:
         SessionError: there is no such conversation, or nothing of it can be read.
     """
-    with manage.reading(name) as store:
+    with manage.open_transcript(name) as store:
         exchanges, damage = store.whole()
-    return [Said(e.question, e.reply, e.finish) for e in exchanges], str(damage or "")
+    return [Message(e.question, e.reply, e.finish) for e in exchanges], str(damage or "")
 
 
 def new_name(question: str) -> str:
@@ -38,7 +38,7 @@ def new_name(question: str) -> str:
     Raises:
         SessionError: the folder cannot be read.
     """
-    name, taken = slug(question), {one.lower() for one in session_files.names()}
+    name, taken = slug(question), {one.lower() for one in session_files.session_names()}
     return next(n for n in numbered(name) if n not in taken)
 
 

@@ -6,7 +6,7 @@ LONGEST_SHOWN = 20_000
 WORD_JOINER = "\N{WORD JOINER}"
 
 
-def shown(text: str) -> str:
+def escape_markup(text: str) -> str:
     """Return what a label shows of a text: bounded, without control characters, never as markup.
 
     A label of Qt takes a text for HTML if a tag is in its first line; after a word joiner none is.
@@ -38,13 +38,13 @@ def lines_of(line: str, width: float, measure: Callable[[str], float]) -> Iterat
             continue
         if now:
             yield now
-        *full, now = broken(word, width, measure)
+        *full, now = break_word(word, width, measure)
         yield from full
         used = measure(now)
     yield now
 
 
-def broken(word: str, width: float, measure: Callable[[str], float]) -> list[str]:
+def break_word(word: str, width: float, measure: Callable[[str], float]) -> list[str]:
     """Return a word in parts of at most `width`, of one character at least."""
     parts, used = [""], 0.0
     for char in word if measure(word) > width else ():

@@ -19,7 +19,7 @@ class Clock(Protocol):
     def call_later(self, delay: float, callback: Callable[[], None]) -> object: ...
 
 
-class Pacer:
+class Throttle:
     """Draw soon after each call, however often it is called, with a pause between two drawings."""
 
     def __init__(self, draw: Callable[[], None], clock: Clock, seconds: float = SECONDS_BETWEEN):

@@ -9,10 +9,10 @@ from toga.constants import BOLD, COLUMN, ROW, SYSTEM, TRANSPARENT
 from toga.fonts import SYSTEM_DEFAULT_FONT_SIZE
 from toga.style.pack import Pack
 
-from mlx_stream.chat.exchange import counted
+from mlx_stream.chat.exchange import plural
 from mlx_stream_desktop.colours import Colours
-from mlx_stream_desktop.history import Said
-from mlx_stream_desktop.text_layout import shown, wrap
+from mlx_stream_desktop.history import Message
+from mlx_stream_desktop.text_layout import escape_markup, wrap
 
 EXCHANGES_SHOWN = 20
 WIDEST, INSET, BESIDE = 640, 12, 60
@@ -28,7 +28,7 @@ class Row:
     attended: bool = True
 
 
-def rows_of(said: Sequence[Said], attended: int, name: str | None) -> list[Row]:
+def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Row]:
     """Return what is shown: the latest exchanges, and where attention begins."""
     first, gone = max(0, len(said) - EXCHANGES_SHOWN), len(said) - attended
     rows = []
@@ -36,18 +36,18 @@ def rows_of(said: Sequence[Said], attended: int, name: str | None) -> list[Row]:
         rows.append(Row("note", f"{first:,} earlier: mlx_stream sessions show {name}", False))
     for number, one in enumerate(said[first:], first):
         if number == gone and gone:
-            rows.append(Row("note", f"{counted(gone)} above left the window: not attended", False))
-        rows.append(Row("you", shown(one.question), number >= gone))
+            rows.append(Row("note", f"{plural(gone)} above left the window: not attended", False))
+        rows.append(Row("you", escape_markup(one.question), number >= gone))
         rows.append(Row("model", ending(one), number >= gone))
     if said and gone == len(said):
         rows.append(Row("note", "all of the above left the window: not attended", False))
     return rows
 
 
-def ending(one: Said) -> str:
+def ending(one: Message) -> str:
     """Return a reply with a word about how it ended, if not by itself."""
     marks = {None: " \N{HORIZONTAL ELLIPSIS}", "interrupted": " [stopped]", "length": " [cut]"}
-    return shown(one.reply.rstrip()) + marks.get(one.finish, "")
+    return escape_markup(one.reply.rstrip()) + marks.get(one.finish, "")
 
 
 class Bubble:

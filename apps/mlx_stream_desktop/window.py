@@ -8,12 +8,12 @@ import toga
 from toga.constants import BOLD, CENTER, COLUMN, ROW
 from toga.style.pack import Pack
 
-from mlx_stream.chat.exchange import counted
-from mlx_stream.chat.manage import Listed
+from mlx_stream.chat.exchange import plural
+from mlx_stream.chat.manage import SessionSummary
 from mlx_stream_desktop.colours import DARK, LIGHT
-from mlx_stream_desktop.controller import WINDOWS, Desk
+from mlx_stream_desktop.controller import WINDOWS, ChatController
 from mlx_stream_desktop.gauge import GaugeBar
-from mlx_stream_desktop.text_layout import shown
+from mlx_stream_desktop.text_layout import escape_markup
 from mlx_stream_desktop.transcript import Transcript, rows_of
 
 SIDEBAR, SMALLEST_COLUMN, MARGIN = 220, 320, 14
@@ -23,7 +23,7 @@ SIZE, TITLE = (980, 680), "mlx_stream"
 class ChatWindow:
     """Everything in one window; `draw` brings it up to date and is cheap if nothing changed."""
 
-    def __init__(self, desk: Desk, redraw: Callable[[], None], dark: bool | None):
+    def __init__(self, desk: ChatController, redraw: Callable[[], None], dark: bool | None):
         self._desk, self._redraw = desk, redraw
         self._colours = DARK if dark else LIGHT
         self._filling, self._put = False, {}
@@ -108,7 +108,7 @@ class ChatWindow:
         rows = rows_of(desk.said, desk.attended, desk.name)
         self.transcript.show(rows, self.column)
         self.gauge.show(desk.gauge)
-        notice = self.transcript.in_lines(shown(desk.notice), self.column - 2 * MARGIN)
+        notice = self.transcript.in_lines(escape_markup(desk.notice), self.column - 2 * MARGIN)
         if self._differs("notice", (notice, desk.alarming)):
             self.notice.style.color = self._colours.alarm if desk.alarming else self._colours.faded
             self.notice.text = notice
@@ -188,8 +188,8 @@ class ChatWindow:
         self._redraw()
 
 
-def titled(one: Listed, is_open: bool) -> dict[str, str]:
+def titled(one: SessionSummary, is_open: bool) -> dict[str, str]:
     """Return a saved conversation as a row of the list."""
-    about = f"{counted(one.exchanges)}, {one.used[:10]}" if one.header else "cannot be opened"
+    about = f"{plural(one.exchanges)}, {one.used[:10]}" if one.header else "cannot be opened"
     title = f"\N{BULLET} {one.name}" if is_open else one.name
     return {"title": title, "subtitle": about, "name": one.name}

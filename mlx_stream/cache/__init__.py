@@ -80,14 +80,14 @@ class Cache(Protocol):
         """Return which rows the next token will attend to, its own not among them: (rows,) bool."""
         ...
 
-    def standing(self) -> object | None:
+    def version(self) -> object | None:
         """Return what the stream is now, if a step of one token can be planned without a change.
 
         Two calls give the same object as long as nothing has changed; None if it cannot.
         """
         ...
 
-    def take(self, waiting: int) -> int:
+    def max_step(self, waiting: int) -> int:
         """Return how many of `waiting` tokens the next step can read."""
         ...
 

@@ -64,10 +64,10 @@ class DenseCache:
     def attended_next(self) -> np.ndarray:
         return np.ones(self.length, bool)
 
-    def standing(self) -> None:
+    def version(self) -> None:
         return None  # a comparison need not be fast
 
-    def take(self, waiting: int) -> int:
+    def max_step(self, waiting: int) -> int:
         return min(waiting, LONGEST_STEP)
 
     def begin(self, count: int) -> "DenseStep":

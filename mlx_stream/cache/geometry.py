@@ -27,7 +27,7 @@ NOT_ATTENDED = -1e30
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamPosition:
     """Where a stream stands.
 
     Attributes:
@@ -44,8 +44,8 @@ class Place:
     floor: int
     clock: int
     sinks_at: int = 0
-    since: int = 0
-    lag: int = 0
+    clock_epoch: int = 0
+    clock_offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,52 +70,58 @@ class Geometry:
             return token
         return self.sinks + (token - self.sinks) % self.ring
 
-    def oldest(self, place: Place, token: int) -> int:
+    def oldest(self, position: StreamPosition, token: int) -> int:
         """Return o for a token: the first attended one that is not a sink (rule 1)."""
-        return max(place.floor, token - self.window + 1)
+        return max(position.floor, token - self.window + 1)
 
-    def held(self, place: Place) -> int:
+    def ring_count(self, position: StreamPosition) -> int:
         """Return how many ring tokens the newest token attends to."""
-        return max(0, place.length - self.oldest(place, place.length - 1))
+        return max(0, position.length - self.oldest(position, position.length - 1))
 
-    def room(self, place: Place) -> int:
+    def room(self, position: StreamPosition) -> int:
         """Return how many tokens can still be read before o has to move."""
-        return max(0, place.floor + self.window - place.length)
+        return max(0, position.floor + self.window - position.length)
 
-    def sinks_clock(self, place: Place, token: int) -> int:
+    def sinks_clock(self, position: StreamPosition, token: int) -> int:
         """Return the clock at which sink 0 must stand for a token: the sinks end before o."""
-        base = place.length - place.clock
-        return self.oldest(place, token) - base - self.sinks
+        base = position.length - position.clock
+        return self.oldest(position, token) - base - self.sinks
 
-    def after(self, place: Place, count: int, sinks_at: int | None = None) -> Place:
-        """Return the place once `count` more tokens have been read, and the sinks moved if told."""
-        length = place.length + count
+    def advance(
+        self, position: StreamPosition, count: int, sinks_at: int | None = None
+    ) -> StreamPosition:
+        """Return the position after `count` more tokens; `sinks_at`: the sinks moved, too."""
+        length = position.length + count
         # What is more than R tokens back has been overwritten and cannot come back by a rewind.
-        floor = max(place.floor, length - self.ring)
-        at = place.sinks_at if sinks_at is None else sinks_at
+        floor = max(position.floor, length - self.ring)
+        at = position.sinks_at if sinks_at is None else sinks_at
         # Not by `replace`, which would be a fiftieth of a step's Python.
-        return Place(length, floor, place.clock + count, at, place.since, place.lag)
+        return StreamPosition(
+            length, floor, position.clock + count, at, position.clock_epoch, position.clock_offset
+        )
 
-    def rewound(self, place: Place, count: int) -> Place:
-        """Return the place once the newest `count` tokens have been taken back."""
-        length = place.length - count
-        since = min(place.since, length)
-        return replace(place, length=length, clock=place.clock - count, since=since)
+    def rewind(self, position: StreamPosition, count: int) -> StreamPosition:
+        """Return the position once the newest `count` tokens have been taken back."""
+        length = position.length - count
+        epoch = min(position.clock_epoch, length)
+        return replace(position, length=length, clock=position.clock - count, clock_epoch=epoch)
 
-    def lowered(self, place: Place) -> Place:
-        """Return the place with the clock lowered so that the lowest token stands behind S."""
-        lag = place.clock - place.length + place.floor - self.sinks
-        clock = place.clock - lag
-        return replace(place, clock=clock, sinks_at=-1, since=place.length, lag=lag)
+    def lower_clock(self, position: StreamPosition) -> StreamPosition:
+        """Return the position with the clock lowered so that the lowest token stands behind S."""
+        offset = position.clock - position.length + position.floor - self.sinks
+        clock = position.clock - offset
+        return replace(
+            position, clock=clock, sinks_at=-1, clock_epoch=position.length, clock_offset=offset
+        )
 
-    def extent(self, last: int) -> int:
+    def prefix_rows(self, last: int) -> int:
         """Return how many leading rows hold every token up to `last`."""
-        extent = FIRST_EXTENT
-        while extent <= last and extent < self.rows:
-            extent *= 2
-        return min(extent, self.rows)
+        prefix_rows = FIRST_EXTENT
+        while prefix_rows <= last and prefix_rows < self.rows:
+            prefix_rows *= 2
+        return min(prefix_rows, self.rows)
 
-    def chunk_extent(self, last: int) -> int:
+    def chunk_prefix_rows(self, last: int) -> int:
         """Return the same in finer steps: each row of them is attended by all of a chunk's."""
         step = EXTENT_STEP
         while 8 * step <= last:
@@ -139,7 +145,7 @@ class Geometry:
             source = stop
         return pieces
 
-    def unattended(self, attended: Sequence[int]) -> list[tuple[int, int]]:
+    def unattended_runs(self, attended: Sequence[int]) -> list[tuple[int, int]]:
         """Return the runs of rows, first and one past the last, that are not among `attended`.
 
         With rows 0, 1, 5, 6, 4 of 8: (2, 4) and (7, 8).
@@ -151,38 +157,38 @@ class Geometry:
         starts, stops = (np.flatnonzero(changes == by).tolist() for by in (1, -1))
         return list(zip(starts, stops, strict=True))
 
-    def decode_mask(self, place: Place, extent: int) -> np.ndarray | None:
-        """Return which rows the next token attends to, itself stored: (extent,) bool, or None.
+    def decode_mask(self, position: StreamPosition, prefix_rows: int) -> np.ndarray | None:
+        """Return which rows the next token attends to, itself stored: (prefix_rows,) bool, or None.
 
         None if that is all of them.
         """
-        token = place.length
-        attended = token - self.oldest(place, token)
-        if extent == self.rows and token >= self.sinks and attended == self.ring - 1:
+        token = position.length
+        attended = token - self.oldest(position, token)
+        if prefix_rows == self.rows and token >= self.sinks and attended == self.ring - 1:
             return None
-        mask = np.empty(extent, bool)
-        sinks = min(self.sinks, extent)
+        mask = np.empty(prefix_rows, bool)
+        sinks = min(self.sinks, prefix_rows)
         mask[:sinks] = np.arange(sinks) <= token
-        mask[sinks:] = self.ages(token, extent) <= attended
+        mask[sinks:] = self.ages(token, prefix_rows) <= attended
         return mask
 
-    def chunk_mask(self, place: Place, extent: int, rows: int) -> np.ndarray:
-        """Return what each new row attends to: (T, extent + T) bool.
+    def chunk_mask(self, position: StreamPosition, prefix_rows: int, rows: int) -> np.ndarray:
+        """Return what each new row attends to: (T, prefix_rows + T) bool.
 
         Columns are the buffer's rows as they were before the step, then the new tokens.
         """
-        first = place.length
+        first = position.length
         # Ages are counted back from the first new token; -reach is the oldest new one attended.
         reach = np.minimum(
-            min(first - place.floor, self.window), self.window - 1 - np.arange(rows)
+            min(first - position.floor, self.window), self.window - 1 - np.arange(rows)
         )[:, None]
-        mask = np.empty((rows, extent + rows), bool)
-        sinks = min(self.sinks, extent)
+        mask = np.empty((rows, prefix_rows + rows), bool)
+        sinks = min(self.sinks, prefix_rows)
         mask[:, :sinks] = np.arange(sinks) < first
-        mask[:, sinks:extent] = self.ages(first - 1, extent) + 1 <= reach
+        mask[:, sinks:prefix_rows] = self.ages(first - 1, prefix_rows) + 1 <= reach
         new = np.arange(rows)[None, :]
         is_sink = new < min(max(self.sinks - first, 0), rows)
-        mask[:, extent:] = (new <= new.T) & (is_sink | (new >= -reach))
+        mask[:, prefix_rows:] = (new <= new.T) & (is_sink | (new >= -reach))
         return mask
 
     def blocks(self, rows: int) -> list["Block"]:
@@ -203,24 +209,26 @@ class Geometry:
         mask[:, old - first + sinks :] = (new <= token) & (new > token - self.window)
         return Block(start, stop, first, old - first, mask)
 
-    def behind(self, place: Place, extent: int, newest: int) -> np.ndarray | None:
-        """Return which rows hold tokens stored by the clock before: (extent,) bool, or None.
+    def old_clock_mask(
+        self, position: StreamPosition, prefix_rows: int, newest: int
+    ) -> np.ndarray | None:
+        """Return which rows hold tokens stored by the clock before: (prefix_rows,) bool, or None.
 
         None if no row that `newest` attends to does. What nothing attends to does not matter.
 
         Args:
             newest: the last token that is stored.
         """
-        if place.since <= self.oldest(place, newest):
+        if position.clock_epoch <= self.oldest(position, newest):
             return None
-        behind = np.zeros(extent, bool)
-        behind[self.sinks :] = self.ages(newest, extent) > newest - place.since
-        return behind
+        old = np.zeros(prefix_rows, bool)
+        old[self.sinks :] = self.ages(newest, prefix_rows) > newest - position.clock_epoch
+        return old
 
-    def ages(self, newest: int, extent: int) -> np.ndarray:
+    def ages(self, newest: int, prefix_rows: int) -> np.ndarray:
         """Return how many tokens before `newest` each ring row was written."""
         slot = (newest - self.sinks) % self.ring
-        return (slot - np.arange(max(0, extent - self.sinks))) % self.ring
+        return (slot - np.arange(max(0, prefix_rows - self.sinks))) % self.ring
 
 
 @dataclass(frozen=True)
@@ -240,6 +248,6 @@ class Block:
     mask: np.ndarray
 
 
-def padded(count: int) -> int:
+def pad_length(count: int) -> int:
     """Return the smallest step length that holds `count` tokens."""
     return next(length for length in STEP_LENGTHS if length >= count)

@@ -49,11 +49,11 @@ class Rope:
         place = mx.array([position], mx.int32)
         return self._apply(rows, place, -1.0 if backwards else 1.0).reshape(x.shape)
 
-    def turn(self, position: mx.array, heads: int) -> "Turn":
+    def token_rotation(self, position: mx.array, heads: int) -> "TokenRotation":
         """Return what turns the heads of one token to `position`, int32 of one element."""
         angles = position.astype(mx.float32) * self._rates
         partners = mx.broadcast_to(self._partners, (1, heads, 1, self.head_dim))
-        return Turn(mx.cos(angles), mx.sin(angles) * self._signs, partners)
+        return TokenRotation(mx.cos(angles), mx.sin(angles) * self._signs, partners)
 
     def _apply(self, x: mx.array, position: mx.array, scale: float) -> mx.array:
         return mx.fast.rope(
@@ -68,7 +68,7 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class Turn:
+class TokenRotation:
     """One token's rotation, worked out once and used in every layer.
 
     `mx.fast.rope` finds its angles again at each call. On the CPU backend that is 14 of the 50

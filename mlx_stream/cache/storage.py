@@ -16,7 +16,7 @@ BITS = (8, 4)
 
 
 @dataclass(frozen=True)
-class Packed:
+class QuantizedRows:
     """Rows of which the first S are as they are, and the others quantized.
 
     Attributes:
@@ -31,10 +31,10 @@ class Packed:
     biases: mx.array
 
 
-Rows = Any  # mx.array or Packed, as the format says
+Rows = Any  # mx.array or QuantizedRows, as the storage says
 
 
-class Format(Protocol):
+class RowStorage(Protocol):
     """What a cache asks of its rows. Segments are (source start, source stop, row).
 
     Attributes:
@@ -56,7 +56,7 @@ class Format(Protocol):
         """
         ...
 
-    def stored(self, new: mx.array, sinks: int) -> mx.array:
+    def as_attended(self, new: mx.array, sinks: int) -> mx.array:
         """Return new rows as they will be attended to; the first `sinks` of them are sinks."""
         ...
 
@@ -64,7 +64,7 @@ class Format(Protocol):
         """Return rows with new ones in their places; `rows` itself stays as it was."""
         ...
 
-    def erased(self, rows: Rows, runs: list[tuple[int, int]]) -> Rows:
+    def zero(self, rows: Rows, runs: list[tuple[int, int]]) -> Rows:
         """Return rows with zero in those from each run's first to before its last."""
         ...
 
@@ -72,13 +72,13 @@ class Format(Protocol):
         """Return the arrays of a layer's rows, by what is added to their name."""
         ...
 
-    def joined(self, arrays: dict[str, mx.array]) -> Rows:
+    def from_arrays(self, arrays: dict[str, mx.array]) -> Rows:
         """Return the rows of which `arrays` are the arrays."""
         ...
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainStorage:
     """Rows as they are: one array (1, K, S + R, D)."""
 
     clocks: ClassVar[int] = 1
@@ -94,26 +94,26 @@ class Plain:
     def read(self, rows: mx.array, start: int, stop: int, after: mx.array) -> mx.array:
         return rows if stop - start == self.count else rows[:, :, start:stop]
 
-    def stored(self, new: mx.array, sinks: int) -> mx.array:
+    def as_attended(self, new: mx.array, sinks: int) -> mx.array:
         return new
 
     def write(
         self, rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]
     ) -> mx.array:
-        return placed(rows, new, segments)
+        return write_rows(rows, new, segments)
 
-    def erased(self, rows: mx.array, runs: list[tuple[int, int]]) -> mx.array:
-        return zeroed(rows, runs)
+    def zero(self, rows: mx.array, runs: list[tuple[int, int]]) -> mx.array:
+        return zero_rows(rows, runs)
 
     def arrays(self, rows: mx.array) -> dict[str, mx.array]:
         return {"": rows}
 
-    def joined(self, arrays: dict[str, mx.array]) -> mx.array:
+    def from_arrays(self, arrays: dict[str, mx.array]) -> mx.array:
         return arrays[""]
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedStorage:
     """S rows as they are, R quantized; D is a multiple of 64."""
 
     clocks: ClassVar[int] = 2
@@ -129,17 +129,17 @@ class Quantized:
     def scale_dtype(self) -> mx.Dtype:
         return self.dtype if self.dtype.size == 2 else mx.float16
 
-    def empty(self) -> Packed:
+    def empty(self) -> QuantizedRows:
         shape = (1, self.kv_heads, self.ring)
         groups = (*shape, self.head_dim // GROUP_SIZE)
-        return Packed(
+        return QuantizedRows(
             mx.zeros((1, self.kv_heads, self.sinks, self.head_dim), self.dtype),
             mx.zeros((*shape, self.head_dim * self.bits // 32), mx.uint32),
             mx.zeros(groups, self.scale_dtype),
             mx.zeros(groups, self.scale_dtype),
         )
 
-    def read(self, rows: Packed, start: int, stop: int, after: mx.array) -> mx.array:
+    def read(self, rows: QuantizedRows, start: int, stop: int, after: mx.array) -> mx.array:
         parts = []
         if start < self.sinks:
             parts.append(rows.sinks[:, :, start : min(stop, self.sinks)])
@@ -152,54 +152,62 @@ class Quantized:
             parts.append(self._unpack(quants, scales, biases))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
-    def stored(self, new: mx.array, sinks: int) -> mx.array:
+    def as_attended(self, new: mx.array, sinks: int) -> mx.array:
         if sinks >= new.shape[2]:
             return new
         seen = self._unpack(*self._pack(new[:, :, sinks:]))
         return mx.concatenate([new[:, :, :sinks], seen], axis=2) if sinks else seen
 
-    def write(self, rows: Packed, new: mx.array, segments: list[tuple[int, int, int]]) -> Packed:
+    def write(
+        self, rows: QuantizedRows, new: mx.array, segments: list[tuple[int, int, int]]
+    ) -> QuantizedRows:
         into_sinks = [piece for piece in segments if piece[2] < self.sinks]
         into_ring = [(a, b, row - self.sinks) for a, b, row in segments if row >= self.sinks]
         # Placed all at once they are a view of the chunk, which would be held as long as they are.
-        parts = [mx.contiguous(placed(rows.sinks, new, into_sinks)) if into_sinks else rows.sinks]
+        parts = [
+            mx.contiguous(write_rows(rows.sinks, new, into_sinks)) if into_sinks else rows.sinks
+        ]
         packed = self._pack(new) if into_ring else (new, new, new)
         for part, fresh in zip((rows.quants, rows.scales, rows.biases), packed, strict=True):
-            parts.append(placed(part, fresh, into_ring))
-        return Packed(*parts)
+            parts.append(write_rows(part, fresh, into_ring))
+        return QuantizedRows(*parts)
 
-    def erased(self, rows: Packed, runs: list[tuple[int, int]]) -> Packed:
+    def zero(self, rows: QuantizedRows, runs: list[tuple[int, int]]) -> QuantizedRows:
         sinks = [(a, min(b, self.sinks)) for a, b in runs if a < self.sinks]
         ring = [(max(a - self.sinks, 0), b - self.sinks) for a, b in runs if b > self.sinks]
-        parts = (zeroed(part, ring) for part in (rows.quants, rows.scales, rows.biases))
-        return Packed(zeroed(rows.sinks, sinks), *parts)
+        parts = (zero_rows(part, ring) for part in (rows.quants, rows.scales, rows.biases))
+        return QuantizedRows(zero_rows(rows.sinks, sinks), *parts)
 
-    def put(self, rows: Packed, new: mx.array, start: mx.array) -> Packed:
+    def put(self, rows: QuantizedRows, new: mx.array, start: mx.array) -> QuantizedRows:
         """Return rows with one new one in row `start`, int32 (1,), of the ring."""
         parts = zip((rows.quants, rows.scales, rows.biases), self._pack(new), strict=True)
-        return Packed(
+        return QuantizedRows(
             rows.sinks, *(mx.slice_update(part, fresh, start, axes=(2,)) for part, fresh in parts)
         )
 
-    def arrays(self, rows: Packed) -> dict[str, mx.array]:
+    def arrays(self, rows: QuantizedRows) -> dict[str, mx.array]:
         names = (".sinks", ".quants", ".scales", ".biases")
         return dict(zip(names, (rows.sinks, rows.quants, rows.scales, rows.biases), strict=True))
 
-    def joined(self, arrays: dict[str, mx.array]) -> Packed:
-        return Packed(*(arrays[name] for name in (".sinks", ".quants", ".scales", ".biases")))
+    def from_arrays(self, arrays: dict[str, mx.array]) -> QuantizedRows:
+        return QuantizedRows(
+            *(arrays[name] for name in (".sinks", ".quants", ".scales", ".biases"))
+        )
 
-    def scores(self, queries: mx.array, rows: Packed, extent: int) -> mx.array:
-        """Return queries (1, K, T, D) times the ring's keys: (1, K, T, extent)."""
-        return self._product(queries, rows, extent, transpose=True)
+    def scores(self, queries: mx.array, rows: QuantizedRows, ring_rows: int) -> mx.array:
+        """Return queries (1, K, T, D) times the ring's keys: (1, K, T, ring_rows)."""
+        return self._product(queries, rows, ring_rows, transpose=True)
 
-    def mixed(self, weights: mx.array, rows: Packed, extent: int) -> mx.array:
-        """Return weights (1, K, T, extent) times the ring's values: (1, K, T, D)."""
-        return self._product(weights, rows, extent, transpose=False)
+    def weighted_values(self, weights: mx.array, rows: QuantizedRows, ring_rows: int) -> mx.array:
+        """Return weights (1, K, T, ring_rows) times the ring's values: (1, K, T, D)."""
+        return self._product(weights, rows, ring_rows, transpose=False)
 
-    def _product(self, x: mx.array, rows: Packed, extent: int, transpose: bool) -> mx.array:
+    def _product(
+        self, x: mx.array, rows: QuantizedRows, ring_rows: int, transpose: bool
+    ) -> mx.array:
         parts = (rows.quants, rows.scales, rows.biases)
-        if extent < self.ring:
-            parts = tuple(part[:, :, :extent] for part in parts)
+        if ring_rows < self.ring:
+            parts = tuple(part[:, :, :ring_rows] for part in parts)
         return mx.quantized_matmul(
             x, *parts, transpose=transpose, group_size=GROUP_SIZE, bits=self.bits
         )
@@ -228,14 +236,14 @@ def stream_bytes(
     return kv_heads * (2 * (sinks * whole + ring * row) + sinks * whole)
 
 
-def placed(rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]) -> mx.array:
+def write_rows(rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]) -> mx.array:
     rows = copy.copy(rows)  # a second handle of the same buffer: the cache's own stays as it is
     for start, stop, row in segments:
         rows[:, :, row : row + stop - start] = new[:, :, start:stop]
     return rows
 
 
-def zeroed(rows: mx.array, runs: list[tuple[int, int]]) -> mx.array:
+def zero_rows(rows: mx.array, runs: list[tuple[int, int]]) -> mx.array:
     rows = copy.copy(rows)
     for start, stop in runs:
         rows[:, :, start:stop] = 0

@@ -12,39 +12,50 @@ Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. On the clock the
 import itertools
 import weakref
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.cache.geometry import STEP_LENGTHS, Geometry, Place, padded
+from mlx_stream.cache.geometry import STEP_LENGTHS, Geometry, StreamPosition, pad_length
 from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.decode import DecodeStep
-from mlx_stream.cache.steps.prefill import ChunkStep
-from mlx_stream.cache.steps.quantized import PackedStep
+from mlx_stream.cache.steps.prefill import PrefillStep
+from mlx_stream.cache.steps.quantized import QuantizedDecodeStep
 from mlx_stream.cache.steps.verify import VerifyStep
-from mlx_stream.cache.storage import BITS, GROUP_SIZE, Plain, Quantized, Rows
+from mlx_stream.cache.storage import BITS, GROUP_SIZE, PlainStorage, QuantizedStorage, Rows
 from mlx_stream.errors import ValueRefused
 
 # Clocks stay below this (or twice the buffer): fp32 angles are good to 2e-4 in scores at 1e4.
 CLOCK_LIMIT = 2**14
 # A chunk that moves o carries an additive mask of H x T x N float32; T is held to this many bytes.
 MASK_BYTES = 128 * 2**20
+# A position's numbers by their names in a state, which saved streams have.
+STATE_NUMBERS = {
+    "length": "length",
+    "floor": "floor",
+    "clock": "clock",
+    "sinks_at": "sinks_at",
+    "since": "clock_epoch",
+    "lag": "clock_offset",
+}
 
 
 @dataclass(frozen=True)
-class Held:
+class CacheState:
     """What a stream holds between steps, exchanged whole: an interrupt finds the old or the new.
 
     `sinks` are the sinks' keys before rotation, (L, K, S, D), apart from K: reading them out of K
-    would copy K. `back` is how far the ring is being turned back, `turned` how many layers are.
+    would copy K. `pending_turn` is how far the ring is being turned back,
+    `layers_turned` how many layers are.
     """
 
-    place: Place
+    position: StreamPosition
     keys: list[Rows]
     values: list[Rows]
     sinks: mx.array
-    back: int = 0
-    turned: int = 0
+    pending_turn: int = 0
+    layers_turned: int = 0
 
 
 class StreamCache:
@@ -90,46 +101,46 @@ class StreamCache:
         self.rope = rope
         self.scale = head_dim**-0.5 * rope.magnitude**2
         rows, ring = self.geometry.rows, self.geometry.ring
-        self.format: Plain | Quantized
+        self.storage: PlainStorage | QuantizedStorage
         if bits is None:
-            self.format = Plain(kv_heads, rows, head_dim, dtype)
+            self.storage = PlainStorage(kv_heads, rows, head_dim, dtype)
         else:
-            self.format = Quantized(kv_heads, sinks, ring, head_dim, dtype, bits)
+            self.storage = QuantizedStorage(kv_heads, sinks, ring, head_dim, dtype, bits)
         self.clock_limit = max(clock_limit, self.lowest_clock_limit)
         # Freed buffers a little too large would be handed out, and such are never updated in place.
         mx.clear_cache()
-        self.held = Held(
-            Place(length=0, floor=sinks, clock=0),
-            [self.format.empty() for _ in range(layers)],
-            [self.format.empty() for _ in range(layers)],
+        self.current = CacheState(
+            StreamPosition(length=0, floor=sinks, clock=0),
+            [self.storage.empty() for _ in range(layers)],
+            [self.storage.empty() for _ in range(layers)],
             mx.zeros((layers, kv_heads, sinks, head_dim), dtype),
         )
-        self._erased = weakref.ref(self.held)  # as it was when what is not attended was zero
+        self._erased = weakref.ref(self.current)  # as it was when what is not attended was zero
         mx.eval(self.arrays())
 
     @property
-    def place(self) -> Place:
-        return self.held.place
+    def position(self) -> StreamPosition:
+        return self.current.position
 
     @property
     def keys(self) -> list[Rows]:
-        return self.held.keys
+        return self.current.keys
 
     @property
     def sinks(self) -> mx.array:
-        return self.held.sinks
+        return self.current.sinks
 
     @property
     def values(self) -> list[Rows]:
-        return self.held.values
+        return self.current.values
 
     @property
     def length(self) -> int:
-        return self.place.length
+        return self.position.length
 
     @property
     def attended(self) -> int:
-        return min(self.length, self.geometry.sinks) + self.geometry.held(self.place)
+        return min(self.length, self.geometry.sinks) + self.geometry.ring_count(self.position)
 
     @property
     def evicted(self) -> int:
@@ -138,21 +149,21 @@ class StreamCache:
     @property
     def oldest(self) -> int:
         """The oldest attended token that is not a sink: o of the newest token."""
-        return self.geometry.oldest(self.place, self.length - 1)
+        return self.geometry.oldest(self.position, self.length - 1)
 
     @property
     def room(self) -> int:
         """How many tokens can be read before the oldest must leave."""
-        return self.geometry.room(self.place)
+        return self.geometry.room(self.position)
 
     @property
     def rewindable(self) -> int:
-        return self.length if self.evicted == 0 else self.geometry.held(self.place)
+        return self.length if self.evicted == 0 else self.geometry.ring_count(self.position)
 
     @property
     def lowest_clock_limit(self) -> int:
         """How far the clock must run at least, so that what it was lowered for has left."""
-        spare = STEP_LENGTHS[-1] if self.format.clocks > 1 else 0
+        spare = STEP_LENGTHS[-1] if self.storage.clocks > 1 else 0
         return 2 * self.geometry.rows + spare
 
     @property
@@ -160,7 +171,7 @@ class StreamCache:
         return sum(array.nbytes for array in self.arrays())
 
     def arrays(self) -> list[mx.array]:
-        rows = (self.format.arrays(rows).values() for rows in (*self.keys, *self.values))
+        rows = (self.storage.arrays(rows).values() for rows in (*self.keys, *self.values))
         return [*itertools.chain.from_iterable(rows), self.sinks]
 
     def row(self, token: int) -> int:
@@ -169,61 +180,69 @@ class StreamCache:
     def attended_rows(self, before: int = 0) -> list[int]:
         length, geometry = self.length - before, self.geometry
         sinks = range(min(length, geometry.sinks))
-        oldest = geometry.oldest(self.place, length - 1)
+        oldest = geometry.oldest(self.position, length - 1)
         return [geometry.row(t) for t in (*sinks, *range(oldest, length))]
 
     def attended_next(self) -> np.ndarray:
-        geometry, place = self.geometry, self.place
-        mask = geometry.decode_mask(place, geometry.rows)
+        geometry, position = self.geometry, self.position
+        mask = geometry.decode_mask(position, geometry.rows)
         attended = np.ones(geometry.rows, bool) if mask is None else mask
-        attended[geometry.row(place.length)] = False
+        attended[geometry.row(position.length)] = False
         return attended
 
-    def standing(self) -> Held | None:
-        held, geometry, place = self.held, self.geometry, self.place
-        if held.back or place.clock + 1 > self.clock_limit or place.length < geometry.sinks:
+    def version(self) -> CacheState | None:
+        current, geometry, position = self.current, self.geometry, self.position
+        if (
+            current.pending_turn
+            or position.clock + 1 > self.clock_limit
+            or position.length < geometry.sinks
+        ):
             return None
-        moves = isinstance(self.format, Plain) and geometry.room(place) == 0
+        moves = isinstance(self.storage, PlainStorage) and geometry.room(position) == 0
         if geometry.sinks and not moves:
-            return held if place.sinks_at == geometry.sinks_clock(place, place.length) else None
-        return held
+            return (
+                current
+                if position.sinks_at == geometry.sinks_clock(position, position.length)
+                else None
+            )
+        return current
 
-    def take(self, waiting: int) -> int:
+    def max_step(self, waiting: int) -> int:
         if waiting == 1:
             return 1
-        geometry, place = self.geometry, self.place
+        geometry, position = self.geometry, self.position
         # With two clocks, what was stored by the one has left before there can be a third.
-        limit = self.clock_limit - self.format.clocks * geometry.rows
-        room = geometry.room(place)
+        limit = self.clock_limit - self.storage.clocks * geometry.rows
+        room = geometry.room(position)
         if room == 0 and geometry.sinks:
             row_bytes = 4 * self.query_heads * (geometry.rows + STEP_LENGTHS[-1])
             limit = min(limit, max(1, MASK_BYTES // row_bytes))
         longest = max(length for length in STEP_LENGTHS if length <= limit)
         return min(waiting, longest, room or waiting)
 
-    def begin(self, count: int) -> DecodeStep | PackedStep | ChunkStep:
+    def begin(self, count: int) -> DecodeStep | QuantizedDecodeStep | PrefillStep:
         """Plan the step for the next `count` tokens, of which there may be `take(count)` at most.
 
         Turns the sinks to where this step needs them, and the ring back if the clock is due.
         """
-        if not 1 <= count == self.take(count):
+        if not 1 <= count == self.max_step(count):
             raise ValueRefused(f"a step of {count} tokens must be split; see take()")
-        self.prepare(padded(count))
+        self.prepare(pad_length(count))
         if count > 1:
-            return ChunkStep(self, count)
+            return PrefillStep(self, count)
         return (
-            PackedStep(self, self.format)
-            if isinstance(self.format, Quantized)
+            QuantizedDecodeStep(self, self.storage)
+            if isinstance(self.storage, QuantizedStorage)
             else DecodeStep.of(self)
         )
 
     def prepare(self, rows: int) -> None:
         """Turn the ring back if the clock is due within the next `rows` tokens."""
         self._turn_back()  # if an interrupt left that half done
-        if self.place.clock + rows > self.clock_limit:
+        if self.position.clock + rows > self.clock_limit:
             self._reanchor()
 
-    def commit(self, step: DecodeStep | PackedStep | ChunkStep | VerifyStep) -> None:
+    def commit(self, step: DecodeStep | QuantizedDecodeStep | PrefillStep | VerifyStep) -> None:
         first, count, sinks = self.length, step.count, self.sinks
         if step.new_sinks:
             read = min(count, self.geometry.sinks - first)
@@ -231,8 +250,8 @@ class StreamCache:
             sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
             mx.eval(sinks)  # nothing later in the step needs them, so nothing else would
         sinks_at = step.sinks_at if isinstance(step, DecodeStep) else None
-        place = self.geometry.after(self.place, count, sinks_at)
-        self.held = Held(place, step.keys, step.values, sinks)
+        position = self.geometry.advance(self.position, count, sinks_at)
+        self.current = CacheState(position, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens (rule 9).
@@ -247,7 +266,7 @@ class StreamCache:
             raise ValueRefused(
                 f"{count} tokens cannot be taken back: the window holds {self.rewindable}"
             )
-        self._move(self.geometry.rewound(self.place, count))
+        self._move(self.geometry.rewind(self.position, count))
 
     def evict(self, count: int) -> None:
         """Drop the oldest `count` attended tokens that are not sinks, for ever (rule 9).
@@ -255,18 +274,18 @@ class StreamCache:
         Raises:
             ValueRefused: more tokens than are held.
         """
-        held = self.geometry.held(self.place)
+        held = self.geometry.ring_count(self.position)
         if not 0 <= count <= held:
             raise ValueRefused(f"{count} tokens cannot be evicted: the window holds {held}")
         if count:
-            self._move(replace(self.place, floor=self.oldest + count))
+            self._move(replace(self.position, floor=self.oldest + count))
 
     def release(self) -> None:
         """Let go of the buffers, of which a step that failed may have made anything.
 
         Nothing can be read after that; what was read can still be taken back and counted.
         """
-        self.held = replace(self.held, keys=[], values=[], sinks=mx.zeros(0))
+        self.current = replace(self.current, keys=[], values=[], sinks=mx.zeros(0))
 
     def erase(self) -> None:
         """Make every row zero that the newest token does not attend to.
@@ -275,22 +294,22 @@ class StreamCache:
         back could have brought back of it has left for good.
         """
         self._turn_back()
-        if self.held is self._erased():
+        if self.current is self._erased():
             return
-        held, geometry = self.held, self.geometry
-        runs = geometry.unattended(self.attended_rows())
-        sinks = mx.array(held.sinks)
+        current, geometry = self.current, self.geometry
+        runs = geometry.unattended_runs(self.attended_rows())
+        sinks = mx.array(current.sinks)
         sinks[:, :, min(self.length, geometry.sinks) :] = 0
-        self.held = replace(
-            held,
-            place=replace(held.place, floor=self.oldest),
-            keys=[self.format.erased(rows, runs) for rows in held.keys],
-            values=[self.format.erased(rows, runs) for rows in held.values],
+        self.current = replace(
+            current,
+            position=replace(current.position, floor=self.oldest),
+            keys=[self.storage.zero(rows, runs) for rows in current.keys],
+            values=[self.storage.zero(rows, runs) for rows in current.values],
             sinks=sinks,
         )
-        del held, sinks  # nothing but the update may hold the buffers
+        del current, sinks  # nothing but the update may hold the buffers
         mx.eval(self.arrays())
-        self._erased = weakref.ref(self.held)
+        self._erased = weakref.ref(self.current)
 
     def state(self) -> dict[str, mx.array | int]:
         self.erase()
@@ -298,17 +317,12 @@ class StreamCache:
 
     def _state(self) -> dict[str, mx.array | int]:
         state: dict[str, mx.array | int] = {
-            "length": self.place.length,
-            "floor": self.place.floor,
-            "clock": self.place.clock,
-            "sinks_at": self.place.sinks_at,
-            "since": self.place.since,
-            "lag": self.place.lag,
-            "sinks": self.sinks,
+            name: getattr(self.position, field) for name, field in STATE_NUMBERS.items()
         }
+        state["sinks"] = self.sinks
         for kind, layers in (("keys", self.keys), ("values", self.values)):
             for layer, rows in enumerate(layers):
-                for part, array in self.format.arrays(rows).items():
+                for part, array in self.storage.arrays(rows).items():
                     state[f"{kind}.{layer}{part}"] = array
         return state
 
@@ -337,84 +351,89 @@ class StreamCache:
                     )
             elif type(given) is not int:  # nor a truth value
                 raise ValueRefused(f"not a state of this stream: {name!r} must be a whole number")
-        place = Place(**{name: state[name] for name in vars(self.place)})  # type: ignore[arg-type]
-        self._check(place)
+        numbers: dict[str, Any] = {field: state[name] for name, field in STATE_NUMBERS.items()}
+        position = StreamPosition(**numbers)
+        self._check(position)
         mx.clear_cache()  # as when the buffers were made
         copied = {name: _copy(state[name]) for name, m in wanted.items() if isinstance(m, mx.array)}
         mx.eval(copied)
-        self.held = Held(
-            place, self._rows("keys", copied), self._rows("values", copied), copied["sinks"]
+        self.current = CacheState(
+            position, self._rows("keys", copied), self._rows("values", copied), copied["sinks"]
         )
 
     def _rows(self, kind: str, arrays: dict[str, mx.array]) -> list[Rows]:
         """Return each layer's rows from the arrays of a state."""
-        parts = self.format.arrays(self.keys[0])
+        parts = self.storage.arrays(self.keys[0])
         return [
-            self.format.joined({part: arrays[f"{kind}.{layer}{part}"] for part in parts})
+            self.storage.from_arrays({part: arrays[f"{kind}.{layer}{part}"] for part in parts})
             for layer in range(self.layers)
         ]
 
-    def _check(self, place: Place) -> None:
+    def _check(self, position: StreamPosition) -> None:
         """Refuse numbers no stream of this geometry can reach: rows would be read unwritten."""
         geometry = self.geometry
-        base = place.length - place.clock
+        base = position.length - position.clock
         consistent = (
-            0 <= place.length < 2**63
-            and max(geometry.sinks, place.length - geometry.ring) <= place.floor
-            and place.floor <= max(place.length, geometry.sinks)
-            and 0 <= base <= place.floor - geometry.sinks
-            and place.clock <= self.clock_limit
-            and (place.length > geometry.sinks or place.floor == geometry.sinks)
-            and -1 <= place.sinks_at <= self.clock_limit
-            and 0 <= place.since <= place.length
-            and 0 <= place.lag <= (self.clock_limit if isinstance(self.format, Quantized) else 0)
+            0 <= position.length < 2**63
+            and max(geometry.sinks, position.length - geometry.ring) <= position.floor
+            and position.floor <= max(position.length, geometry.sinks)
+            and 0 <= base <= position.floor - geometry.sinks
+            and position.clock <= self.clock_limit
+            and (position.length > geometry.sinks or position.floor == geometry.sinks)
+            and -1 <= position.sinks_at <= self.clock_limit
+            and 0 <= position.clock_epoch <= position.length
+            and 0
+            <= position.clock_offset
+            <= (self.clock_limit if isinstance(self.storage, QuantizedStorage) else 0)
         )
         if not consistent:
-            raise ValueRefused(f"not a state of this stream: its numbers do not agree ({place})")
+            raise ValueRefused(f"not a state of this stream: its numbers do not agree ({position})")
 
     def _reanchor(self) -> None:
         """Turn the ring back so that its lowest token stands directly behind the sinks.
 
         Quantized rows stay as they are: queries are turned further for them until they have left.
         """
-        if isinstance(self.format, Quantized):
-            self._move(self.geometry.lowered(self.place))
+        if isinstance(self.storage, QuantizedStorage):
+            self._move(self.geometry.lower_clock(self.position))
             return
-        base = self.place.length - self.place.clock
-        back = self.place.floor - self.geometry.sinks - base
+        base = self.position.length - self.position.clock
+        pending = self.position.floor - self.geometry.sinks - base
         mx.clear_cache()  # as when the buffers were made: theirs are the only sizes to be reused
-        self.held = replace(self.held, back=back)
+        self.current = replace(self.current, pending_turn=pending)
         self._turn_back()
 
     def _turn_back(self) -> None:
         """Turn what is left to be turned, one layer at a time: one layer's K is there twice."""
-        while self.held.back and self.held.turned < self.layers:
-            held, layer = self.held, self.held.turned
-            keys = list(held.keys)
-            keys[layer] = self.rope.rotate_all(keys[layer], held.back, backwards=True)
+        while self.current.pending_turn and self.current.layers_turned < self.layers:
+            current, layer = self.current, self.current.layers_turned
+            keys = list(current.keys)
+            keys[layer] = self.rope.rotate_all(keys[layer], current.pending_turn, backwards=True)
             mx.eval(keys[layer])
-            self.held = replace(held, keys=keys, turned=layer + 1)
-        held = self.held
-        if held.back:
-            place = replace(held.place, clock=held.place.clock - held.back, sinks_at=-1)
-            self.held = replace(held, place=place, back=0, turned=0)
+            self.current = replace(current, keys=keys, layers_turned=layer + 1)
+        current = self.current
+        if current.pending_turn:
+            position = replace(
+                current.position, clock=current.position.clock - current.pending_turn, sinks_at=-1
+            )
+            self.current = replace(current, position=position, pending_turn=0, layers_turned=0)
 
     def place_sinks(self, token: int) -> None:
         """Rewrite the sinks' rows to stand where `token` must see them, if they do not yet."""
-        position = self.geometry.sinks_clock(self.place, token)
-        if self.geometry.sinks == 0 or position == self.place.sinks_at:
+        position = self.geometry.sinks_clock(self.position, token)
+        if self.geometry.sinks == 0 or position == self.position.sinks_at:
             return
         turned = self.rope.rotate(self.sinks, mx.array([position], mx.int32))
         segments = [(0, self.geometry.sinks, 0)]
         rewritten = [
-            self.format.write(keys, turned[layer : layer + 1], segments)
+            self.storage.write(keys, turned[layer : layer + 1], segments)
             for layer, keys in enumerate(self.keys)
         ]
-        place = replace(self.place, sinks_at=position)
-        self.held = replace(self.held, place=place, keys=rewritten)
+        position = replace(self.position, sinks_at=position)
+        self.current = replace(self.current, position=position, keys=rewritten)
 
-    def _move(self, place: Place) -> None:
-        self.held = replace(self.held, place=place)
+    def _move(self, position: StreamPosition) -> None:
+        self.current = replace(self.current, position=position)
 
 
 def check_quantizable(head_dim: int, bits: int) -> None:

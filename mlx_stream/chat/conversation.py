@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from mlx_stream.chat.exchange import Exchange, counted
-from mlx_stream.chat.export import as_json, markdown
-from mlx_stream.chat.schema import Header, Progress
+from mlx_stream.chat.exchange import Exchange, plural
+from mlx_stream.chat.export import export_json, export_markdown
+from mlx_stream.chat.schema import SessionHeader, SessionProgress
 from mlx_stream.chat.session import ChatSession
-from mlx_stream.chat.session_files import Paths, paths
-from mlx_stream.chat.snapshot_metadata import About
+from mlx_stream.chat.session_files import SessionPaths, session_paths
+from mlx_stream.chat.snapshot_metadata import SnapshotMetadata
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError, SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
@@ -27,7 +27,7 @@ from mlx_stream.program.paths import private
 from mlx_stream.text.pieces import Piece
 
 SECONDS_BETWEEN_SNAPSHOTS = 300
-Told = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
 
 
@@ -46,11 +46,11 @@ class Change:
     exchange: Exchange
     held: int
     sampler: str
-    header: Header | None = None
+    header: SessionHeader | None = None
 
     def write(self, store: Store) -> None:
         count = store.count + {"append": 1, "undo": -1}.get(self.how, 0)
-        progress = Progress(max(1, count - self.held + 1), self.sampler)
+        progress = SessionProgress(max(1, count - self.held + 1), self.sampler)
         if self.how == "append":
             store.append(self.exchange, progress)
         elif self.how == "replace":
@@ -62,20 +62,20 @@ class Change:
 
 
 @dataclass
-class Saved:
+class SavedSession:
     """The files of a saved conversation, open."""
 
     name: str
-    where: Paths
+    where: SessionPaths
     lock: Lock
     store: Store
 
     @classmethod
-    def create(cls, name: str, header: Header, sampler: str) -> "Saved":
-        where = paths(name)
+    def create(cls, name: str, header: SessionHeader, sampler: str) -> "SavedSession":
+        where = session_paths(name)
         lock = Lock.acquire(where.lock)
         try:
-            store = Store.create(where.database, header, Progress(1, sampler))
+            store = Store.create(where.database, header, SessionProgress(1, sampler))
         except BaseException:
             lock.close()
             raise
@@ -93,7 +93,7 @@ class Conversation:
         chat: the session; what is said in it directly is not saved.
     """
 
-    def __init__(self, chat: ChatSession, saved: Saved | None = None):
+    def __init__(self, chat: ChatSession, saved: SavedSession | None = None):
         self.chat, self.saved = chat, saved
         self._running: Pieces | None = None
         # What could not be written, on a full disk say, oldest first: the next turn tries again.
@@ -124,7 +124,7 @@ class Conversation:
         return next(reversed(self.chat.exchanges), None)
 
     def reply(
-        self, question: str, *, max_tokens: int | None = None, progress: Told | None = None
+        self, question: str, *, max_tokens: int | None = None, progress: Progress | None = None
     ) -> Pieces:
         """As `ChatSession.reply`; when the generator has ended, the exchange is on disk.
 
@@ -132,20 +132,20 @@ class Conversation:
             SessionError: it could not be written; that is tried again with the next one.
         """
         self._end()
-        return self._kept(self.chat.reply(question, max_tokens, progress=progress), "append")
+        return self._recorded(self.chat.reply(question, max_tokens, progress=progress), "append")
 
-    def retry(self, *, max_tokens: int | None = None, progress: Told | None = None) -> Pieces:
+    def retry(self, *, max_tokens: int | None = None, progress: Progress | None = None) -> Pieces:
         self._end()
-        return self._kept(self.chat.retry(max_tokens, progress=progress), "replace")
+        return self._recorded(self.chat.retry(max_tokens, progress=progress), "replace")
 
     def edit(
-        self, question: str, *, max_tokens: int | None = None, progress: Told | None = None
+        self, question: str, *, max_tokens: int | None = None, progress: Progress | None = None
     ) -> Pieces:
         self._end()
         last, pieces = self.last, self.chat.edit(question, max_tokens, progress=progress)
         assert last is not None
         self._write("undo", last)
-        return self._kept(pieces, "append")
+        return self._recorded(pieces, "append")
 
     def undo(self) -> Exchange:
         self._end()
@@ -175,7 +175,7 @@ class Conversation:
         if self.saved is None:
             if name is None:
                 raise ValueRefused("this conversation has no name yet: give one, /save NAME")
-            saved = Saved.create(name, self.header(), self.chat.sampler.state())
+            saved = SavedSession.create(name, self.header(), self.chat.sampler.state())
             try:
                 exchanges = self.chat.exchanges
                 for held, exchange in enumerate(exchanges, 1):
@@ -200,12 +200,12 @@ class Conversation:
         store = self.saved.store if self.saved else None
         exchanges = store.exchanges() if store else self.chat.exchanges
         write_export(path, store.header if store else self.header(), exchanges)
-        return f"{counted(len(exchanges))} written to {path}"
+        return f"{plural(len(exchanges))} written to {path}"
 
-    def header(self) -> Header:
+    def header(self) -> SessionHeader:
         """Return what describes this conversation, under a new id."""
-        return Header.new(
-            model=lasting(self.chat.model.name),
+        return SessionHeader.new(
+            model=absolute_source(self.chat.model.name),
             fingerprint=self.model,
             system=self.system,
             window=self.stats.window,
@@ -230,14 +230,14 @@ class Conversation:
         if head == self._snapshot_of:
             return
         if count == 0:  # all was taken back, or nothing was said yet
-            remove(path)
+            remove_file(path)
             self._snapshot_of = head
             return
-        about = About(store.header.id, count, head, self.chat.talk())
+        about = SnapshotMetadata(store.header.id, count, head, self.chat.conversation_state())
         private(path.parent)
         try:
-            remove(self.saved.where.unusable)
-            snapshot.save(path, self.chat.tokens, self.model, about.plain())
+            remove_file(self.saved.where.quarantine)
+            snapshot.save_snapshot(path, self.chat.tokens, self.model, about.plain())
         except SnapshotError as error:
             raise SnapshotError(
                 "all that was said is saved, but not the stream's state, so that the next chat "
@@ -245,7 +245,7 @@ class Conversation:
             ) from error
         self._snapshot_at, self._snapshot_of = time.monotonic(), head
 
-    def snapshot_is(self, head: str) -> None:
+    def set_snapshot_head(self, head: str) -> None:
         """Note which transcript the snapshot on disk belongs to."""
         self._snapshot_of = head
 
@@ -266,14 +266,14 @@ class Conversation:
 
     # --- what is written ---
 
-    def _kept(self, pieces: Pieces, how: str) -> Pieces:
+    def _recorded(self, pieces: Pieces, how: str) -> Pieces:
         def run() -> Pieces:
-            settled = self.chat.attended.settled
+            settled = self.chat.evictor.ended
             try:
                 yield from pieces
             finally:
                 pieces.close()
-                if self.chat.attended.settled > settled:
+                if self.chat.evictor.ended > settled:
                     self._write(how, self.last)
                     if time.monotonic() - self._snapshot_at > SECONDS_BETWEEN_SNAPSHOTS:
                         self.write_snapshot()
@@ -288,7 +288,7 @@ class Conversation:
             self._running = None
 
     def _write(
-        self, how: str, exchange: Exchange | None = None, header: Header | None = None
+        self, how: str, exchange: Exchange | None = None, header: SessionHeader | None = None
     ) -> None:
         """Bring the transcript up to date, after what is waiting."""
         if self.saved is None:
@@ -312,7 +312,7 @@ class Conversation:
             self._write("stand", header=header)
 
 
-def remove(path: Path) -> None:
+def remove_file(path: Path) -> None:
     """Remove a file that may hold what was taken back.
 
     Raises:
@@ -325,22 +325,22 @@ def remove(path: Path) -> None:
         raise SnapshotError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
-def lasting(source: str) -> str:
+def absolute_source(source: str) -> str:
     """Return a model's source so that it means the same in any folder."""
     path = Path(source).expanduser()
     return str(path.absolute()) if path.exists() else source
 
 
-def write_export(path: Path, header: Header, exchanges: Sequence[Exchange]) -> None:
+def write_export(path: Path, header: SessionHeader, exchanges: Sequence[Exchange]) -> None:
     """Write a conversation to a new file that only this user may read: .md or .json.
 
     Raises:
         SessionError: the file exists, has another suffix, or cannot be written.
     """
     if path.suffix == ".json":
-        text = json.dumps(as_json(header, exchanges), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(export_json(header, exchanges), indent=2, ensure_ascii=False) + "\n"
     elif path.suffix == ".md":
-        text = markdown(header, exchanges)
+        text = export_markdown(header, exchanges)
     else:
         raise SessionError(f"{path}: give a file that ends in .md or .json")
     try:

@@ -4,38 +4,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mlx_stream.cache import StreamCache
-from mlx_stream.chat.exchange import Held, Unread
+from mlx_stream.chat.exchange import Pending, PlacedTurn
 from mlx_stream.errors import ValueRefused
-from mlx_stream.text.pieces import Reply
+from mlx_stream.text.pieces import ReplyDecoder
 
 
 @dataclass(frozen=True)
-class Between:
+class Idle:
     """Between turns: the exchanges attended, and what is unread of the last one."""
 
-    held: tuple[Held, ...] = ()
-    unread: Unread = field(default_factory=Unread)
+    turns: tuple[PlacedTurn, ...] = ()
+    pending: Pending = field(default_factory=Pending)
 
 
 @dataclass(frozen=True)
-class During:
+class ActiveTurn:
     """In a turn: the exchanges before it, its question, and what is said so far."""
 
-    held: tuple[Held, ...]
-    turn: Held
-    reply: Reply
+    turns: tuple[PlacedTurn, ...]
+    turn: PlacedTurn
+    reply: ReplyDecoder
 
-    def ended(self, trim: bool) -> Held:
+    def finished(self, trim: bool) -> PlacedTurn:
         """Return the turn with its final text; what was held back of a reply that was cut is said.
 
         Args:
             trim: whether the template drops spaces around a reply.
         """
         self.reply.flush()
-        kept, rest = self.reply.kept(trim=trim)
+        kept, rest = self.reply.final_ids(trim=trim)
         exchange = replace(
             self.turn.exchange,
-            reply=self.reply.said(trim=trim),
+            reply=self.reply.final_text(trim=trim),
             reply_ids=tuple(self.reply.ids[:kept]),
             rest=rest,
             finish=self.reply.finish,
@@ -43,7 +43,7 @@ class During:
         return replace(self.turn, exchange=exchange)
 
 
-class Attended:
+class TurnEvictor:
     """The exchanges that a stream of one conversation attends to.
 
     Attributes:
@@ -54,21 +54,21 @@ class Attended:
 
     def __init__(self, cache: StreamCache, whole: bool):
         self.cache, self.whole = cache, whole
-        self.now: Between | During = Between()
-        self.settled = 0
+        self.state: Idle | ActiveTurn = Idle()
+        self.ended = 0
         self._gone = 0
         self._told = (0, 0)
 
-    def settle(self, held: tuple[Held, ...], unread: Unread) -> Between:
+    def end_turn(self, held: tuple[PlacedTurn, ...], unread: Pending) -> Idle:
         """End a turn."""
-        now = Between(held, unread)
-        self.now, self.settled = now, self.settled + 1
+        now = Idle(held, unread)
+        self.state, self.ended = now, self.ended + 1
         return now
 
     def make_room(self, count: int, keep: int = 0) -> None:
         """Let the oldest exchanges leave until `count` tokens can be read; the last `keep` stay."""
         self.forget()
-        while self.whole and self.cache.room < count and len(self.now.held) > keep:
+        while self.whole and self.cache.room < count and len(self.state.turns) > keep:
             self.evict_oldest()
 
     def evict_oldest(self) -> None:
@@ -80,7 +80,7 @@ class Attended:
         """Forget exchanges of which no token is attended any more."""
         sinks = self.cache.geometry.sinks
         while (
-            self.now.held
+            self.state.turns
             and sinks < self.cache.oldest
             and self._end_of_oldest() <= self.cache.oldest
         ):
@@ -88,8 +88,8 @@ class Attended:
 
     def check(
         self,
-        held: Sequence[Held],
-        unread: Unread,
+        held: Sequence[PlacedTurn],
+        unread: Pending,
         rests: Sequence[str],
         pinned: Sequence[int],
         ids: Sequence[int],
@@ -109,9 +109,11 @@ class Attended:
         said = dict(enumerate(pinned))
         ends = [*((h.before, h.base) for h in held[1:]), (unread, self.cache.length)]
         for number, (h, rest, (left, end)) in enumerate(zip(held, rests, ends, strict=False)):
-            whole = h.read + h.exchange.reply_ids
+            whole = h.prompt_ids + h.exchange.reply_ids
             follows = number == 0 or h.lead == h.before.ids + h.exchange.closing_ids
-            if not (0 <= h.base <= end and follows and left == Unread(whole[end - h.base :], rest)):
+            if not (
+                0 <= h.base <= end and follows and left == Pending(whole[end - h.base :], rest)
+            ):
                 raise ValueRefused("its exchanges do not stand where they were said")
             # Before the first one's own ids is what is pinned, or nothing that is attended.
             own = 0 if number else len(h.lead)
@@ -123,23 +125,23 @@ class Attended:
             if said.get(place, id if place < sinks else None) != id:
                 raise ValueRefused(f"its token {place} is not the one that was said there")
 
-    def gone(self) -> tuple[int, int]:
+    def evicted_since_report(self) -> tuple[int, int]:
         """Return the exchanges and the tokens that left since `told` was last called."""
         return self._gone - self._told[0], self.cache.evicted - self._told[1]
 
-    def told(self) -> None:
+    def mark_reported(self) -> None:
         self._told = self._gone, self.cache.evicted
 
     def _drop_oldest(self) -> None:
-        self.now = replace(self.now, held=self.now.held[1:])
+        self.state = replace(self.state, turns=self.state.turns[1:])
         self._gone += 1
 
     def _end_of_oldest(self) -> int:
         """Return the stream's length after the oldest exchange and what closes it."""
-        now = self.now
-        if len(now.held) > 1:
-            return now.held[1].start
-        if isinstance(now, During):
+        now = self.state
+        if len(now.turns) > 1:
+            return now.turns[1].start
+        if isinstance(now, ActiveTurn):
             return now.turn.start
         # If it has not been read, what is read of it later begins there.
-        return max(self.cache.length, next(iter(now.held)).start + 1)
+        return max(self.cache.length, next(iter(now.turns)).start + 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 FINISHES = ("end", "stop", "length", "interrupted")
 
 
-def counted(exchanges: int) -> str:
+def plural(exchanges: int) -> str:
     """Return how many exchanges there are, in words."""
     return f"{exchanges:,} {'exchange' if exchanges == 1 else 'exchanges'}"
 
@@ -43,7 +43,7 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Unread:
+class Pending:
     """What the stream has not read of an exchange that is over: ids, then text of its reply."""
 
     ids: tuple[int, ...] = ()
@@ -51,7 +51,7 @@ class Unread:
 
 
 @dataclass(frozen=True)
-class Held:
+class PlacedTurn:
     """An exchange whose tokens are attended.
 
     Attributes:
@@ -61,12 +61,12 @@ class Held:
     """
 
     exchange: Exchange
-    before: Unread
+    before: Pending
     base: int
     lead: tuple[int, ...]
 
     @property
-    def read(self) -> tuple[int, ...]:
+    def prompt_ids(self) -> tuple[int, ...]:
         """The ids that are read before the model replies."""
         return self.lead + self.exchange.question_ids
 
@@ -77,7 +77,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Talk:
+class ConversationState:
     """Where a conversation stands, beside its exchanges and the state of its stream.
 
     Attributes:
@@ -86,6 +86,6 @@ class Talk:
         sampler: the state of the random numbers, hexadecimal.
     """
 
-    places: tuple[tuple[Unread, int, tuple[int, ...]], ...]
-    unread: Unread
+    places: tuple[tuple[Pending, int, tuple[int, ...]], ...]
+    pending: Pending
     sampler: str

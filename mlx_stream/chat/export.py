@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.store import Header
+from mlx_stream.chat.store import SessionHeader
 
 HEADING = re.compile(r"^## +(System|\d+\. (You|Model))", re.MULTILINE)
 # How a reply ended, where a reader would otherwise wonder.
 CUT = {"length": " (cut at its limit)", "interrupted": " (interrupted)"}
 
 
-def markdown(header: Header, exchanges: Sequence[Exchange]) -> str:
+def export_markdown(header: SessionHeader, exchanges: Sequence[Exchange]) -> str:
     """Return a conversation for people to read, its texts unchanged.
 
     A text may itself hold a line like our headings. Then ours end with the session's id, which
@@ -40,7 +40,7 @@ def markdown(header: Header, exchanges: Sequence[Exchange]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(header: Header, exchanges: Sequence[Exchange]) -> dict[str, Any]:
+def export_json(header: SessionHeader, exchanges: Sequence[Exchange]) -> dict[str, Any]:
     """Return a conversation as plain values for `json.dumps`."""
     return {
         "session": header.id,

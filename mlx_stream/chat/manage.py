@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mlx_stream.chat.exchange import counted
-from mlx_stream.chat.schema import Header
-from mlx_stream.chat.session_files import Paths, names, paths, used
-from mlx_stream.chat.snapshot_metadata import about_of
+from mlx_stream.chat.exchange import plural
+from mlx_stream.chat.schema import SessionHeader
+from mlx_stream.chat.session_files import SessionPaths, last_written, session_names, session_paths
+from mlx_stream.chat.snapshot_metadata import parse_metadata
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.program.lock import Lock
@@ -18,7 +18,7 @@ from mlx_stream.program.sqlite import files, unfinished
 
 
 @dataclass(frozen=True)
-class Listed:
+class SessionSummary:
     """A saved conversation in a list; one that cannot be opened has a reason and no header."""
 
     name: str
@@ -26,43 +26,45 @@ class Listed:
     attended: int
     bytes: int
     used: str
-    header: Header | None
+    header: SessionHeader | None
     damage: str = ""
 
 
-def listed() -> list[Listed]:
+def session_summaries() -> list[SessionSummary]:
     """Return the saved conversations, the one used last first."""
-    return [describe(name) for name in sorted(names(), key=last_used, reverse=True)]
+    return [
+        summarize_session(name) for name in sorted(session_names(), key=last_used, reverse=True)
+    ]
 
 
 def last_used(name: str) -> int:
-    return used(paths(name).database)
+    return last_written(session_paths(name).database)
 
 
-def describe(name: str) -> Listed:
-    where = paths(name)
+def summarize_session(name: str) -> SessionSummary:
+    where = session_paths(name)
     size = sum(path.stat().st_size for path in files_of(where) if path.exists())
     when = datetime.fromtimestamp(last_used(name) / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     try:
         with Store.open(where.database) as store:
             count, first = store.count, store.progress.first
-            return Listed(name, count, count - first + 1, size, when, store.header)
+            return SessionSummary(name, count, count - first + 1, size, when, store.header)
     except SessionError as error:
-        return Listed(name, 0, 0, size, when, None, str(error))
+        return SessionSummary(name, 0, 0, size, when, None, str(error))
 
 
 @contextmanager
-def reading(name: str) -> Iterator[Store]:
+def open_transcript(name: str) -> Iterator[Store]:
     """Open a conversation's transcript to read it; another process may be talking in it.
 
     Raises:
         SessionError: there is none, or it is damaged.
     """
-    with Store.open(paths(name).database) as store:
+    with Store.open(session_paths(name).database) as store:
         yield store
 
 
-def remove(name: str) -> None:
+def remove_session(name: str) -> None:
     """Remove a conversation: what was said, and the stream's state.
 
     Raises:
@@ -70,11 +72,11 @@ def remove(name: str) -> None:
     """
     from mlx_stream.generate import snapshot
 
-    where = paths(name)
+    where = session_paths(name)
     if not any(os.path.lexists(path) for path in files_of(where)):
         raise SessionError(f"session {name!r}: there is none; see that the name is right")
     with Lock.acquire(where.lock):
-        snapshot.clear(where.snapshot)
+        snapshot.sweep_partial(where.snapshot)
         for path in files_of(where):
             try:
                 path.unlink(missing_ok=True)
@@ -84,18 +86,18 @@ def remove(name: str) -> None:
             where.lock.unlink()
 
 
-def files_of(where: Paths) -> list[Path]:
+def files_of(where: SessionPaths) -> list[Path]:
     """Return every file that holds something of a conversation; the transcript is the last."""
     database, snapshot = where.database, where.snapshot
     return [
         snapshot,
-        where.unusable,
+        where.quarantine,
         *files(unfinished(database)),
         *reversed(files(database)),
     ]
 
 
-def verify(name: str) -> str:
+def verify_session(name: str) -> str:
     """Read all of a conversation; return a line that says what holds.
 
     Raises:
@@ -103,15 +105,15 @@ def verify(name: str) -> str:
     """
     from mlx_stream.generate import snapshot
 
-    where = paths(name)
+    where = session_paths(name)
     with Store.open(where.database) as store:
         store.verify()
-        said = counted(store.count)
+        said = plural(store.count)
         if not where.snapshot.exists():
             return f"{said}; no snapshot"
         try:
-            found = snapshot.load(where.snapshot)
-            about = about_of(found.about)
+            found = snapshot.load_snapshot(where.snapshot)
+            about = parse_metadata(found.about)
         except SnapshotError as error:
             raise SessionError(
                 f"session {name!r}: its transcript is whole, its snapshot is not ({error}): the "

@@ -41,7 +41,7 @@ class OpenTurn:
     lead: str = ""
 
 
-class Turns:
+class PromptBuilder:
     """The ids of a conversation's parts, under one template and one system prompt.
 
     Attributes:
@@ -68,7 +68,7 @@ class Turns:
         # No system role, or one inside the first question: then the prompt opens the conversation.
         self.head = [user(system), assistant(UNDERSTOOD)]
         self._before = (
-            template.opening(None, self.guarded(system))
+            template.opening(None, self.escape_special_tokens(system))
             + template.lead
             + UNDERSTOOD
             + template.closing
@@ -81,7 +81,7 @@ class Turns:
         Raises:
             TemplateError: the template failed, or would write other pinned ids for this question.
         """
-        ids = self.encode(self._opening_text(self.guarded(question)))
+        ids = self.encode(self._opening_text(self.escape_special_tokens(question)))
         count = len(self.pinned)
         if tuple(ids[:count]) != self.pinned:
             raise TemplateError("chat template: what it says before a question depends on it")
@@ -97,10 +97,10 @@ class Turns:
             rest: text of the reply before that was not read as ids.
         """
         before = rest + self.template.closing
-        system = None if self._before is not None else self._guarded_system
-        turn = self.template.turn(self.guarded(question), system)
+        system = None if self._before is not None else self._escaped_system
+        turn = self.template.turn(self.escape_special_tokens(question), system)
         ids = self.encode(before + turn, behind_text=True)
-        count = common(self.encode(before, behind_text=True), ids)
+        count = common_prefix(self.encode(before, behind_text=True), ids)
         return ids[:count], ids[count:]
 
     def open_turn(self) -> OpenTurn:
@@ -110,7 +110,7 @@ class Turns:
             TemplateError: it does not write the text as it is, or something else around another.
         """
         opening, closing = around(self._opening_text)
-        system = None if self._before is not None else self._guarded_system
+        system = None if self._before is not None else self._escaped_system
         again, closing_again = around(lambda probe: self.template.turn(probe, system))
         before, after = opening.rstrip(" "), again.rstrip(" ")
         lead = opening[len(before) :]
@@ -133,18 +133,18 @@ class Turns:
         return True
 
     @property
-    def _guarded_system(self) -> str | None:
-        return None if self.system is None else self.guarded(self.system)
+    def _escaped_system(self) -> str | None:
+        return None if self.system is None else self.escape_special_tokens(self.system)
 
     def _opening_text(self, question: str) -> str:
         if self._before is not None:
             return self._before + self.template.turn(question)
-        return self.template.opening(self._guarded_system, question)
+        return self.template.opening(self._escaped_system, question)
 
     def _border(self) -> tuple[int, ...]:
         """Return the ids that come before any first question, if a turn ends there."""
         first, second = (self._opening_text(probe) for probe in PROBES)
-        system = None if self._before is not None else self._guarded_system
+        system = None if self._before is not None else self._escaped_system
         turn = self.template.turn(PROBES[0], system)
         if not first.endswith(turn):
             return ()
@@ -152,7 +152,7 @@ class Turns:
         whole = (before == self.encode(text)[: len(before)] for text in (first, second))
         return tuple(before) if all(whole) else ()
 
-    def guarded(self, text: str) -> str:
+    def escape_special_tokens(self, text: str) -> str:
         """Return a text in which a mark cuts every special token's name apart."""
         text = text.replace(MARK, "")
         if self._names is None:
@@ -185,7 +185,7 @@ def around(render: Callable[[str], str]) -> tuple[str, str]:
     return before, after
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many leading ids two sequences share."""
     pairs = zip(first, second, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

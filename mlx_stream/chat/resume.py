@@ -10,12 +10,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from mlx_stream.chat.conversation import Conversation, Saved
-from mlx_stream.chat.exchange import Exchange, counted
-from mlx_stream.chat.schema import Header
+from mlx_stream.chat.conversation import Conversation, SavedSession
+from mlx_stream.chat.exchange import Exchange, plural
+from mlx_stream.chat.schema import SessionHeader
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS, ChatSession
-from mlx_stream.chat.session_files import paths
-from mlx_stream.chat.snapshot_metadata import About, about_of
+from mlx_stream.chat.session_files import session_paths
+from mlx_stream.chat.snapshot_metadata import SnapshotMetadata, parse_metadata
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
@@ -40,7 +40,7 @@ BYTES_PER_ID = 32
 
 
 @dataclass(frozen=True)
-class Options:
+class SessionOptions:
     """How a conversation is held; None is what it was, or the default for a new one."""
 
     system: str | None = None
@@ -55,20 +55,20 @@ class Options:
     draft: Model | None = None
 
 
-def header_of(name: str) -> Header | None:
+def header_of(name: str) -> SessionHeader | None:
     """Return what a session is, without opening it for writing; None if there is none.
 
     Raises:
         SessionError: it is damaged, or it cannot be a name.
     """
-    where = paths(name)
+    where = session_paths(name)
     if not where.database.exists():
         return None
     with Store.open(where.database) as store:
         return store.header
 
 
-def begin(model: Model, options: Options, notify: Notify = discard) -> Conversation:
+def begin(model: Model, options: SessionOptions, notify: Notify = discard) -> Conversation:
     """Begin a conversation that is not saved."""
     return Conversation(new_chat(model, options, notify))
 
@@ -76,12 +76,12 @@ def begin(model: Model, options: Options, notify: Notify = discard) -> Conversat
 def open_session(
     name: str,
     model: Model,
-    options: Options,
+    options: SessionOptions,
     notify: Notify = discard,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversation:
     """Do all of `opening` at once."""
-    steps = opening(name, model, options, notify, progress)
+    steps = open_steps(name, model, options, notify, progress)
     while True:
         try:
             next(steps)
@@ -89,10 +89,10 @@ def open_session(
             return end.value
 
 
-def opening(
+def open_steps(
     name: str,
     model: Model,
-    options: Options,
+    options: SessionOptions,
     notify: Notify = discard,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generator[None, None, Conversation]:
@@ -106,24 +106,24 @@ def opening(
         SessionError: another process has it open, or it is damaged.
         MlxStreamError: as `ChatSession`.
     """
-    where = paths(name)
+    where = session_paths(name)
     lock = Lock.acquire(where.lock)
     store = None
     if options.speculate is None and options.draft is None:
         # What is saved goes on to the bit, which guesses, timed as they are, would not.
         options = replace(options, speculate=False)
     try:
-        snapshot.clear(where.snapshot)
+        snapshot.sweep_partial(where.snapshot)
         if not where.database.exists():
             chat = new_chat(model, options, notify)
             lock.close()
             new = Conversation(chat)
-            new.saved = Saved.create(name, new.header(), chat.sampler.state())
+            new.saved = SavedSession.create(name, new.header(), chat.sampler.state())
             return new
         store = Store.open(where.database)
         header = store.header
-        chat = new_chat(model, merged(options, header), notify, header.created)
-        conversation = Conversation(chat, Saved(name, where, lock, store))
+        chat = new_chat(model, merge_options(options, header), notify, header.created)
+        conversation = Conversation(chat, SavedSession(name, where, lock, store))
         now = replace(conversation.header(), id=header.id, created=header.created)
         seeded = chat.sampler.state()
         yield from catch_up(conversation, changes(header, now), notify, progress)
@@ -141,7 +141,7 @@ def opening(
 
 def new_chat(
     model: Model,
-    options: Options,
+    options: SessionOptions,
     notify: Notify,
     began: str | None = None,
 ) -> ChatSession:
@@ -166,7 +166,7 @@ def new_chat(
     )
 
 
-def merged(options: Options, header: Header) -> Options:
+def merge_options(options: SessionOptions, header: SessionHeader) -> SessionOptions:
     """Return options with what is not given taken from the session."""
     return replace(
         options,
@@ -178,7 +178,7 @@ def merged(options: Options, header: Header) -> Options:
     )
 
 
-def changes(before: Header, now: Header) -> str:
+def changes(before: SessionHeader, now: SessionHeader) -> str:
     """Return what is not as it was, in words; "" if a snapshot of before can be used."""
     differ = [name for name in WORDS if getattr(before, name) != getattr(now, name)]
     if not differ:
@@ -205,31 +205,31 @@ def catch_up(
         try:
             about = restore(conversation, saved)
             first = about.count + 1
-            conversation.snapshot_is(about.head)
+            conversation.set_snapshot_head(about.head)
             reason = f"they are not in {saved.where.snapshot.name}"
         except (SnapshotError, ValueRefused) as error:
             chat.restart(chat.system, chat.stats.window)
-            reason = set_aside(saved, str(error))
+            reason = quarantine(saved, str(error))
     exchanges = store.exchanges(first)
-    if oldest >= first and not closes(exchanges[oldest - first :]):
+    if oldest >= first and not closes_previous(exchanges[oldest - first :]):
         chat.clear()
         exchanges = exchanges[oldest - first :]
-    missing = said_by(chat, exchanges)
+    missing = reencode(chat, exchanges)
     if missing:
         notify(
-            f"reading {counted(len(missing))} again: {reason}; replies may differ from those of a "
+            f"reading {plural(len(missing))} again: {reason}; replies may differ from those of a "
             "conversation that was never closed"
         )
-        yield from chat.replaying(missing, progress)
+        yield from chat.replay_steps(missing, progress)
     chat.clear(keep=count - oldest + 1)
 
 
-def closes(exchanges: Sequence[Exchange]) -> bool:
+def closes_previous(exchanges: Sequence[Exchange]) -> bool:
     """Say whether the first of them closed one before it; where it did not, that was cleared."""
     return bool(exchanges and exchanges[0].closing_ids)
 
 
-def restore(conversation: Conversation, saved: Saved) -> About:
+def restore(conversation: Conversation, saved: SavedSession) -> SnapshotMetadata:
     """Put the stream where the snapshot says.
 
     Raises:
@@ -241,41 +241,41 @@ def restore(conversation: Conversation, saved: Saved) -> About:
         raise SnapshotError("there is no snapshot")
     if not is_file(path):
         raise SnapshotError(f"{path.name} is a link or no file")
-    found = snapshot.load(path, chat.cache.nbytes + beside, beside)
-    about = about_of(found.about)
+    found = snapshot.load_snapshot(path, chat.cache.nbytes + beside, beside)
+    about = parse_metadata(found.about)
     if found.model != conversation.model or about.session != store.header.id:
         raise SnapshotError(f"{path.name} belongs to another model or conversation")
     if about.count > store.count or store.head(about.count) != about.head:
         raise SnapshotError(f"{path.name} holds what was taken back since")
     chat.tokens.restore(found.state)
-    held = len(about.talk.places)
+    held = len(about.state.places)
     exchanges = store.exchanges(about.count - held + 1)[:held]
-    chat.resume(about.talk, exchanges)
+    chat.resume(about.state, exchanges)
     return about
 
 
-def set_aside(saved: Saved, reason: str) -> str:
+def quarantine(saved: SavedSession, reason: str) -> str:
     """Move a snapshot that cannot be used out of the way; return why."""
     path = saved.where.snapshot
     if os.path.lexists(path):
         try:
-            path.replace(saved.where.unusable)
+            path.replace(saved.where.quarantine)
         except OSError as error:
             return f"{reason}; it cannot be moved away: {error.strerror}"
     return reason
 
 
-def said_by(chat: ChatSession, exchanges: Sequence[Exchange]) -> list[Exchange]:
+def reencode(chat: ChatSession, exchanges: Sequence[Exchange]) -> list[Exchange]:
     """Return exchanges in this model's ids: what another model said is read as text."""
     found: list[Exchange] = []
-    rest = chat.talk().unread.rest
+    rest = chat.conversation_state().pending.rest
     for exchange in exchanges:
-        closing, question = chat.turns.following(rest, exchange.question)
+        closing, question = chat.prompts.following(rest, exchange.question)
         text = chat.model.tokenizer.decode(exchange.reply_ids) + exchange.rest
-        known = chat.can_say(exchange.reply_ids)
+        known = chat.accepts_reply(exchange.reply_ids)
         if exchange.question_ids != tuple(question) or text != exchange.reply or not known:
             exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
         exchange = replace(exchange, closing_ids=tuple(closing), question_ids=tuple(question))
         found.append(exchange)
-        rest = chat.turns.rest_of(exchange)
+        rest = chat.prompts.rest_of(exchange)
     return found

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Self
 
 from mlx_stream.chat.exchange import FINISHES, Exchange
-from mlx_stream.program.sqlite import believing, pragma
+from mlx_stream.program.sqlite import pragma, reporting_damage
 
 EVICTS = ("turn", "token")
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+]00:00)", re.ASCII)
@@ -21,7 +21,7 @@ Value = str | int | bytes | None
 
 
 @dataclass(frozen=True)
-class Header:
+class SessionHeader:
     """What a session is: written once, but for what `Store.update` changes.
 
     Attributes:
@@ -58,7 +58,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SessionProgress:
     """Where the conversation stands after its last exchange.
 
     Attributes:
@@ -78,7 +78,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class State:
+class TranscriptState:
     """The row of `session`.
 
     Attributes:
@@ -86,8 +86,8 @@ class State:
         head: checksum of the last message; of nothing but the origin where there is none.
     """
 
-    header: Header
-    progress: Progress
+    header: SessionHeader
+    progress: SessionProgress
     turns: int
     head: str
 
@@ -101,7 +101,7 @@ class State:
         return (*values, digest("session", *values))
 
 
-def state_of(row: tuple[Any, ...]) -> State:
+def state_of(row: tuple[Any, ...]) -> TranscriptState:
     """Return the state a row holds.
 
     Raises:
@@ -110,8 +110,10 @@ def state_of(row: tuple[Any, ...]) -> State:
     *values, turns, head, checksum = row
     if checksum != digest("session", *values, turns, head):
         raise ValueError("what it says of itself was altered")
-    count = len(fields(Header))
-    state = State(Header(*values[:count]), Progress(*values[count:]), turns, head)
+    count = len(fields(SessionHeader))
+    state = TranscriptState(
+        SessionHeader(*values[:count]), SessionProgress(*values[count:]), turns, head
+    )
     state.check()
     return state
 
@@ -121,8 +123,8 @@ def rows_of(number: int, exchange: Exchange) -> tuple[tuple[Value, ...], tuple[V
     if exchange.finish not in FINISHES:
         raise ValueError(f"finish {exchange.finish!r:.40} is none of {', '.join(FINISHES)}")
     check_types(str, exchange.question, exchange.reply, exchange.rest)
-    question, closing = packed(exchange.question_ids), packed(exchange.closing_ids)
-    reply, time = packed(exchange.reply_ids), now()
+    question, closing = pack_ids(exchange.question_ids), pack_ids(exchange.closing_ids)
+    reply, time = pack_ids(exchange.reply_ids), now()
     return (
         (2 * number - 1, "user", exchange.question, question, closing, None, None, time),
         (
@@ -151,11 +153,11 @@ def exchange_of(user: tuple[Any, ...], assistant: tuple[Any, ...]) -> Exchange:
     if finish not in FINISHES:
         raise ValueError(f"a reply ended by {finish!r:.40}")
     check_types(str, question, reply, rest)
-    closing, asked, replied = (unpacked(ids) for ids in (closing_ids, question_ids, reply_ids))
+    closing, asked, replied = (unpack_ids(ids) for ids in (closing_ids, question_ids, reply_ids))
     return Exchange(question, reply, closing, asked, replied, rest, finish)
 
 
-def packed(ids: tuple[int, ...]) -> bytes:
+def pack_ids(ids: tuple[int, ...]) -> bytes:
     """Return ids as little-endian uint32."""
     try:
         return struct.pack(f"<{len(ids)}I", *ids)
@@ -163,14 +165,14 @@ def packed(ids: tuple[int, ...]) -> bytes:
         raise ValueError(f"ids must be whole numbers below 2^32: {error}") from error
 
 
-def unpacked(data: Any) -> tuple[int, ...]:
+def unpack_ids(data: Any) -> tuple[int, ...]:
     check_types(bytes, data)
     if len(data) % 4:
         raise ValueError("ids of no whole number")
     return struct.unpack(f"<{len(data) // 4}I", data)
 
 
-def origin(header: Header) -> str:
+def origin(header: SessionHeader) -> str:
     """Return the checksum before the first message's: other sessions have another."""
     return digest("origin", header.id, header.created)
 
@@ -179,13 +181,13 @@ def digest(*values: Value) -> str:
     """Return the SHA-256 of some values; others, or the same in other places, have another."""
     whole = hashlib.sha256()
     for value in values:
-        kind, data = encoded(value)
+        kind, data = encode_value(value)
         whole.update(f"{kind}{len(data)}:".encode())
         whole.update(data)
     return whole.hexdigest()
 
 
-def encoded(value: Value) -> tuple[str, bytes]:
+def encode_value(value: Value) -> tuple[str, bytes]:
     if value is None:
         return "n", b""
     if isinstance(value, str):
@@ -253,9 +255,9 @@ MIGRATIONS = (
 )
 
 
-def prepare(connection: sqlite3.Connection) -> None:
+def prepare_database(connection: sqlite3.Connection) -> None:
     """See that a file is one of ours, and bring it to the schema and journal of this version."""
-    with believing():
+    with reporting_damage():
         version = pragma(connection, "user_version")
         if pragma(connection, "application_id") != APPLICATION_ID or version < 1:
             raise ValueError("not a conversation of mlx_stream")

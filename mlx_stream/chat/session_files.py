@@ -13,7 +13,7 @@ DATABASE = ".db"
 
 
 @dataclass(frozen=True)
-class Paths:
+class SessionPaths:
     """The files of one session, of which any may not exist.
 
     Attributes:
@@ -27,7 +27,7 @@ class Paths:
     lock: Path
 
     @property
-    def unusable(self) -> Path:
+    def quarantine(self) -> Path:
         """Where a snapshot goes that cannot be used."""
         return self.snapshot.with_name(f"{self.snapshot.name}.unusable")
 
@@ -46,7 +46,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def paths(name: str) -> Paths:
+def session_paths(name: str) -> SessionPaths:
     """Return where a session's files are.
 
     Raises:
@@ -54,14 +54,14 @@ def paths(name: str) -> Paths:
     """
     check_name(name)
     data = data_folder()
-    return Paths(
+    return SessionPaths(
         database=data / f"{name}{DATABASE}",
         snapshot=cache_folder() / f"{name}.safetensors",
         lock=data / f"{name}.lock",
     )
 
 
-def names() -> list[str]:
+def session_names() -> list[str]:
     """List the sessions there are, in the order of the alphabet.
 
     Raises:
@@ -80,12 +80,14 @@ def names() -> list[str]:
     return sorted(path.stem for path in found if NAME.fullmatch(path.stem) and is_file(path))
 
 
-def latest() -> str | None:
+def latest_session() -> str | None:
     """Return the session that was written to last; None if there is none."""
-    return max(names(), key=lambda name: used(paths(name).database), default=None)
+    return max(
+        session_names(), key=lambda name: last_written(session_paths(name).database), default=None
+    )
 
 
-def used(database: Path) -> int:
+def last_written(database: Path) -> int:
     """Return when a session was last written to, in nanoseconds; 0 if it is gone."""
     times = [0]
     # What is new is written beside the database first.

@@ -23,16 +23,16 @@ from typing import Any, Self
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.schema import (
-    Header,
-    Progress,
-    State,
+    SessionHeader,
+    SessionProgress,
+    TranscriptState,
     check_schema,
     check_types,
     digest,
     exchange_of,
     migrate,
     origin,
-    prepare,
+    prepare_database,
     rows_of,
     state_of,
 )
@@ -40,13 +40,13 @@ from mlx_stream.errors import SessionError
 from mlx_stream.program.paths import is_file, private
 from mlx_stream.program.sqlite import (
     LONGEST_ROW,
-    believing,
     bytes_on_disk,
     connect,
     files,
-    flush,
-    limit,
-    refusing,
+    flush_folder,
+    limit_length,
+    reporting_damage,
+    reporting_errors,
     unfinished,
 )
 
@@ -68,7 +68,7 @@ class Store:
         self.path, self.connection = path, connection
 
     @classmethod
-    def create(cls, path: Path, header: Header, progress: Progress) -> Self:
+    def create(cls, path: Path, header: SessionHeader, progress: SessionProgress) -> Self:
         """Make a conversation without exchanges, and open it; it is whole or not there.
 
         Raises:
@@ -78,8 +78,8 @@ class Store:
             raise SessionError(f"session {path.stem!r} exists; open it, or use another name")
         private(path.parent)
         partial = unfinished(path)
-        with refusing(path):
-            state = State(header, progress, 0, origin(header))
+        with reporting_errors(path):
+            state = TranscriptState(header, progress, 0, origin(header))
             state.check()
             # Left by processes that were killed. A log would be played into the new database.
             for old in (*files(partial), *files(path)[1:]):
@@ -90,7 +90,7 @@ class Store:
                     migrate(connection, 0)
                     write_state(connection, state)
                 partial.rename(path)
-                flush(path.parent)
+                flush_folder(path.parent)
             finally:
                 partial.unlink(missing_ok=True)
         return cls.open(path)
@@ -106,12 +106,12 @@ class Store:
             raise SessionError(f"session {path.stem!r}: there is none; see that the name is right")
         if not is_file(path):
             raise SessionError(f"session {path.stem!r}: {path} is a link or no file; move it away")
-        with refusing(path):
+        with reporting_errors(path):
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)
             connection = connect(path, bytes_on_disk(path))
             try:
-                prepare(connection)
+                prepare_database(connection)
                 store = cls(path, connection)
                 _ = store.count
             except BaseException:
@@ -120,11 +120,11 @@ class Store:
         return store
 
     @property
-    def header(self) -> Header:
+    def header(self) -> SessionHeader:
         return self._now().header
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> SessionProgress:
         return self._now().progress
 
     @property
@@ -161,24 +161,26 @@ class Store:
             return found, str(error)
         return found, ""
 
-    def append(self, exchange: Exchange, progress: Progress) -> None:
+    def append(self, exchange: Exchange, progress: SessionProgress) -> None:
         """Store an exchange after the last one; when this returns it is on disk."""
         with self._transaction("BEGIN IMMEDIATE"):
             self._write(self._with(self._state(), exchange), progress)
 
-    def undo(self, progress: Progress) -> None:
+    def undo(self, progress: SessionProgress) -> None:
         """Remove the last exchange, also from the disk's blocks."""
         with self._transaction("BEGIN IMMEDIATE"):
             self._write(self._without_last(), progress)
         self._clear_log()
 
-    def replace(self, exchange: Exchange, progress: Progress) -> None:
+    def replace(self, exchange: Exchange, progress: SessionProgress) -> None:
         """Put an exchange in the last one's place."""
         with self._transaction("BEGIN IMMEDIATE"):
             self._write(self._with(self._without_last(), exchange), progress)
         self._clear_log()
 
-    def update(self, *, header: Header | None = None, progress: Progress | None = None) -> None:
+    def update(
+        self, *, header: SessionHeader | None = None, progress: SessionProgress | None = None
+    ) -> None:
         """Change what the session is, but for its id and when it was created, or where it stands.
 
         Raises:
@@ -197,7 +199,7 @@ class Store:
         Raises:
             SessionError: it is damaged.
         """
-        with self._transaction("BEGIN"), believing():
+        with self._transaction("BEGIN"), reporting_damage():
             check_schema(self.connection)
             ((answer,),) = self.connection.execute("PRAGMA integrity_check(1)").fetchall()
             if answer != "ok":
@@ -218,12 +220,12 @@ class Store:
 
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[None]:
-        with refusing(self.path):
+        with reporting_errors(self.path):
             try:
                 # An interrupt may have left one open; for reading, no value exceeds its file.
                 self.connection.rollback()
                 longest = bytes_on_disk(self.path) if begin == "BEGIN" else LONGEST_ROW
-                limit(self.connection, longest)
+                limit_length(self.connection, longest)
                 self.connection.execute(begin)
                 yield
                 self.connection.execute("COMMIT")
@@ -231,13 +233,13 @@ class Store:
                 self.connection.rollback()
                 raise
 
-    def _now(self) -> State:
+    def _now(self) -> TranscriptState:
         with self._transaction("BEGIN"):
             return self._state()
 
-    def _state(self) -> State:
+    def _state(self) -> TranscriptState:
         """Return the row of `session`, and see that the last message is the one it names."""
-        with believing():
+        with reporting_damage():
             rows = self.connection.execute("SELECT * FROM session LIMIT 2").fetchall()
             if len(rows) != 1 or rows[0][0] != 1:
                 raise ValueError("it has no row that says what it is, or several")
@@ -248,21 +250,21 @@ class Store:
                 raise ValueError("its last exchange is not the one it had")
             return state
 
-    def _link(self, state: State, number: int) -> str:
+    def _link(self, state: TranscriptState, number: int) -> str:
         """Return the checksum after an exchange, as it is stored."""
         if not 0 <= number <= state.turns:
             raise ValueError(f"there is no exchange {number}, of {state.turns}")
         if number == 0:
             return origin(state.header)
-        with believing():
+        with reporting_damage():
             query = "SELECT checksum FROM messages WHERE number = ?"
             ((link,),) = self.connection.execute(query, (2 * number,)).fetchall()
             check_types(str, link)
             return link
 
-    def _exchanges(self, state: State, first: int) -> Iterator[Exchange]:
+    def _exchanges(self, state: TranscriptState, first: int) -> Iterator[Exchange]:
         link = self._link(state, first - 1)
-        with believing():
+        with reporting_damage():
             number = 2 * first - 2
             # A row before the first is one too many.
             start = number + 1 if number else SMALLEST
@@ -280,7 +282,7 @@ class Store:
             if (number, link) != (2 * state.turns, state.head):
                 raise ValueError("exchanges are missing, or are too many")
 
-    def _with(self, state: State, exchange: Exchange) -> State:
+    def _with(self, state: TranscriptState, exchange: Exchange) -> TranscriptState:
         """Insert an exchange, and return the state after it."""
         turns, head = state.turns + 1, state.head
         for row in rows_of(turns, exchange):
@@ -289,7 +291,7 @@ class Store:
             self.connection.execute(insert, (*row, head))
         return replace(state, turns=turns, head=head)
 
-    def _without_last(self) -> State:
+    def _without_last(self) -> TranscriptState:
         """Delete the last exchange, and return the state after it."""
         state = self._state()
         if state.turns == 0:
@@ -299,7 +301,7 @@ class Store:
         self.connection.execute("DELETE FROM messages WHERE number > ?", (2 * turns,))
         return replace(state, turns=turns, head=head)
 
-    def _write(self, state: State, progress: Progress) -> None:
+    def _write(self, state: TranscriptState, progress: SessionProgress) -> None:
         state = replace(state, progress=progress)
         state.check()
         write_state(self.connection, state)
@@ -311,6 +313,6 @@ class Store:
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
-def write_state(connection: sqlite3.Connection, state: State) -> None:
+def write_state(connection: sqlite3.Connection, state: TranscriptState) -> None:
     row = (1, *state.row())
     connection.execute(f"REPLACE INTO session VALUES ({', '.join('?' * len(row))})", row)

@@ -61,14 +61,14 @@ def read_folder(path: Path) -> Checkpoint:
         raise SourceError(f"{path}: cannot be read: {one_line(error)}") from error
     if not found:
         raise SourceError(f"{path}: no such folder")
-    if not is_file(path / "config.json"):
+    if not exists_as_file(path / "config.json"):
         raise CheckpointError(f"{path}: no config.json; expected a folder with a model in it")
     config = read_json(path / "config.json")
     tokenizer = read_tokenizer(path)
     tokenizer_config = read_json_if_there(path / "tokenizer_config.json")
     # transformers writes the template to a file of its own, and lets that file win.
-    if is_file(path / "chat_template.jinja"):
-        template = read_text(path / "chat_template.jinja", JSON_BYTES)
+    if exists_as_file(path / "chat_template.jinja"):
+        template = read_text_file(path / "chat_template.jinja", JSON_BYTES)
         tokenizer_config["chat_template"] = template
     return Checkpoint(
         config=config,
@@ -81,18 +81,20 @@ def read_folder(path: Path) -> Checkpoint:
 
 def missing_files(path: Path) -> list[str]:
     """Name the files `read_folder` needs and would not find in `path`, without opening a shard."""
-    missing = [name for name in ("config.json", "tokenizer.json") if not is_file(path / name)]
+    missing = [
+        name for name in ("config.json", "tokenizer.json") if not exists_as_file(path / name)
+    ]
     try:
         shards = shard_names(path)
     except CheckpointError:
         return [*missing, "model.safetensors"]
-    return missing + [name for name in shards if not is_file(path / name)]
+    return missing + [name for name in shards if not exists_as_file(path / name)]
 
 
 # --- text and JSON ---
 
 
-def is_file(path: Path) -> bool:
+def exists_as_file(path: Path) -> bool:
     """Say whether `path` is a regular file: never a folder, nor a pipe that would block."""
     try:
         return path.is_file()
@@ -113,7 +115,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     return data
 
 
-def read_text(path: Path, limit: int) -> str:
+def read_text_file(path: Path, limit: int) -> str:
     try:
         return read_bytes(path, limit).decode()
     except UnicodeDecodeError as error:
@@ -121,7 +123,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    text = read_text(path, JSON_BYTES)
+    text = read_text_file(path, JSON_BYTES)
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -134,18 +136,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if is_file(path) else {}
+    return read_json(path) if exists_as_file(path) else {}
 
 
 def read_tokenizer(path: Path) -> str:
     file = path / "tokenizer.json"
-    if not is_file(file):
+    if not exists_as_file(file):
         raise TokenizerError(
             f"{path}: no tokenizer.json; convert it with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
-        return read_text(file, TOKENIZER_BYTES)
+        return read_text_file(file, TOKENIZER_BYTES)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
 
@@ -162,13 +164,13 @@ def read_shards(path: Path) -> dict[str, mx.array]:
     tensors: dict[str, mx.array] = {}
     origin: dict[str, str] = {}
     for shard in shard_names(path):
-        if not is_file(path / shard):
+        if not exists_as_file(path / shard):
             raise CheckpointError(f"{path}: shard {shard!r} is missing; fetch the model again")
         for name, array in read_shard(path / shard).items():
             if name in origin:
                 raise WeightsError(f"{path}: {name!r} is in both {origin[name]!r} and {shard!r}")
             tensors[name], origin[name] = array, shard
-    if is_file(path / INDEX):
+    if exists_as_file(path / INDEX):
         for name, shard in read_weight_map(path / INDEX).items():
             if origin.get(name) != shard:
                 raise WeightsError(
@@ -181,7 +183,7 @@ def read_shards(path: Path) -> dict[str, mx.array]:
 
 def shard_names(path: Path) -> list[str]:
     """Name the safetensors files of a folder: those of its index, or else those in it."""
-    if is_file(path / INDEX):
+    if exists_as_file(path / INDEX):
         return sorted(set(read_weight_map(path / INDEX).values()))
     for pattern in PATTERNS:
         if names := sorted(file.name for file in path.glob(pattern)):

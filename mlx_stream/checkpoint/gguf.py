@@ -14,9 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.checkpoint import Checkpoint
-from mlx_stream.checkpoint.gguf_config import read_config, read_rope_scaling, refuse_unsupported
-from mlx_stream.checkpoint.gguf_header import Header, Tensor, describe, read_header
-from mlx_stream.checkpoint.gguf_tokenizer import read_tokenizer
+from mlx_stream.checkpoint.gguf_config import (
+    gguf_config,
+    read_rope_scaling,
+    refuse_unsupported_gguf,
+)
+from mlx_stream.checkpoint.gguf_header import GGUFHeader, Tensor, read_header, shorten
+from mlx_stream.checkpoint.gguf_tokenizer import gguf_tokenizer
 from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
 
 GROUP = 32
@@ -43,32 +47,32 @@ def read_gguf(path: Path) -> Checkpoint:
         TokenizerError: the tokenizer cannot be rebuilt.
     """
     header = read_header(path)
-    refuse_unsupported(header)
+    refuse_unsupported_gguf(header)
     refuse_types(header)
-    config = read_config(header)
+    config = gguf_config(header)
     modules = name_tensors(header, config)
     path = path.absolute()
     scaling = read_rope_scaling(header, config, read_factors(header, config["head_dim"], path))
     if scaling is not None:
         config["rope_scaling"] = scaling
-    quantization = read_quantization(modules)
+    quantization = gguf_quantization(modules)
     if quantization is not None:
         config["quantization"] = quantization
-    tokenizer, tokenizer_config = read_tokenizer(header, config["vocab_size"])
+    tokenizer, tokenizer_config = gguf_tokenizer(header, config["vocab_size"])
     return Checkpoint(config, GGUFTensors(path, header.file, modules), tokenizer, tokenizer_config)
 
 
-def refuse_types(header: Header) -> None:
+def refuse_types(header: GGUFHeader) -> None:
     supported = (*PLAIN, *BLOCKS)
     for tensor in header.tensors.values():
         if tensor.kind not in supported:
             raise CheckpointError(
-                f"{header.file}: the tensor {describe(tensor.name)} has the type {tensor.kind}, "
+                f"{header.file}: the tensor {shorten(tensor.name)} has the type {tensor.kind}, "
                 f"which is not supported (supported: {', '.join(supported)})"
             )
 
 
-def read_factors(header: Header, head_dim: int, path: Path) -> np.ndarray | None:
+def read_factors(header: GGUFHeader, head_dim: int, path: Path) -> np.ndarray | None:
     tensor = header.tensors.get("rope_freqs.weight")
     if tensor is None:
         return None
@@ -88,7 +92,7 @@ class Parameter:
     heads: int = 0
 
 
-def name_tensors(header: Header, config: Mapping[str, Any]) -> dict[str, Parameter]:
+def name_tensors(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Parameter]:
     """Return every tensor by its Hugging Face name, all there, none left, shapes checked."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -136,13 +140,13 @@ def name_tensors(header: Header, config: Mapping[str, Any]) -> dict[str, Paramet
             take(f"blk.{layer}.{name}", f"model.layers.{layer}.{module}", *rule)
     if left:
         raise WeightsError(
-            f"{header.file}: the tensor {describe(next(iter(left)))} is not one of a Llama's "
+            f"{header.file}: the tensor {shorten(next(iter(left)))} is not one of a Llama's "
             f"({len(left)} unknown)"
         )
     return named
 
 
-def read_quantization(named: Mapping[str, Parameter]) -> dict[str, Any] | None:
+def gguf_quantization(named: Mapping[str, Parameter]) -> dict[str, Any] | None:
     """Return mlx-lm's entry: the most common bits, and each matrix that differs by its path."""
     bits = {
         name.removesuffix(".weight"): BLOCKS[p.tensor.kind][0] if p.tensor.kind in BLOCKS else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_stream.checkpoint.gguf_header import Header, Metadata, describe
+from mlx_stream.checkpoint.gguf_header import GGUFHeader, Metadata, shorten
 from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
 
 ARCHITECTURES = ("llama",)
@@ -39,12 +39,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_unsupported(header: Header) -> None:
+def refuse_unsupported_gguf(header: GGUFHeader) -> None:
     keys = header.metadata
     architecture = keys.text("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ConfigError(
-            f"{header.file}: the architecture {describe(architecture)} is not supported "
+            f"{header.file}: the architecture {shorten(architecture)} is not supported "
             f"(supported: {', '.join(ARCHITECTURES)})"
         )
     if keys.text("general.type", "model") != "model":
@@ -58,12 +58,12 @@ def refuse_unsupported(header: Header) -> None:
         value = keys.value(f"llama.{key}", neutral[0])
         if isinstance(value, list | np.ndarray) or value not in neutral:
             raise ConfigError(
-                f"{header.file}: llama.{key} = {describe(value)} changes the computation and is "
+                f"{header.file}: llama.{key} = {shorten(value)} changes the computation and is "
                 "not supported"
             )
 
 
-def read_config(header: Header) -> dict[str, Any]:
+def gguf_config(header: GGUFHeader) -> dict[str, Any]:
     """Return what config.json would say, but for rope_scaling and quantization."""
     keys = header.metadata
     hidden = keys.count("llama.embedding_length")
@@ -132,12 +132,12 @@ def read_head_dim(keys: Metadata, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def has_bias(header: Header, prefix: str) -> bool:
+def has_bias(header: GGUFHeader, prefix: str) -> bool:
     return any(re.fullmatch(rf"blk\.\d+\.{prefix}\w+\.bias", name) for name in header.tensors)
 
 
 def read_rope_scaling(
-    header: Header, config: Mapping[str, Any], factors: np.ndarray | None
+    header: GGUFHeader, config: Mapping[str, Any], factors: np.ndarray | None
 ) -> dict[str, Any] | None:
     """Return Hugging Face's entry; `factors` are those of rope_freqs.weight, if it is there."""
     keys = header.metadata
@@ -145,7 +145,7 @@ def read_rope_scaling(
     kind = keys.text("llama.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ConfigError(
-            f"{header.file}: llama.rope.scaling.type {describe(kind)} is not supported (supported: "
+            f"{header.file}: llama.rope.scaling.type {shorten(kind)} is not supported (supported: "
             "none, linear, yarn)"
         )
     old = keys.number("llama.rope.scale_linear", 1.0)
@@ -171,7 +171,7 @@ def read_rope_scaling(
 
 
 def read_rope_factors(
-    header: Header, config: Mapping[str, Any], factors: np.ndarray
+    header: GGUFHeader, config: Mapping[str, Any], factors: np.ndarray
 ) -> dict[str, Any] | None:
     """Recover Llama 3's settings from the factors llama.cpp's converter made of them.
 

@@ -114,12 +114,12 @@ class Metadata:
         return value
 
     def wrong(self, key: str, expected: str) -> MlxStreamError:
-        given = describe(self.values.get(key))
+        given = shorten(self.values.get(key))
         return self.error(f"{self.file}: {key} must be {expected}, not {given}")
 
 
 @dataclass(frozen=True)
-class Header:
+class GGUFHeader:
     """What a GGUF file says before its data; `file` is its name as used in messages."""
 
     file: str
@@ -127,7 +127,7 @@ class Header:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> GGUFHeader:
     """Read and check the header of a GGUF file (version 2 or 3, little endian).
 
     Numbers of metadata are int, float or bool, strings str, arrays of strings list, and other
@@ -160,13 +160,13 @@ class Parser:
         self.place = 0
         self.strings_read = 0
 
-    def header(self) -> Header:
+    def header(self) -> GGUFHeader:
         tensor_count, key_count = self.preamble()
         values: dict[str, Any] = {}
         for _ in range(key_count):
             key = self.name("a metadata key")
             if key in values:
-                raise self.damaged(f"the key {describe(key)} occurs twice")
+                raise self.damaged(f"the key {shorten(key)} occurs twice")
             values[key] = self.value(key, self.scalar("I"))
         metadata = Metadata(values, self.file)
         alignment = metadata.count("general.alignment", 32)
@@ -176,9 +176,9 @@ class Parser:
         for _ in range(tensor_count):
             tensor = self.tensor()
             if tensor.name in tensors:
-                raise self.damaged(f"the tensor {describe(tensor.name)} occurs twice")
+                raise self.damaged(f"the tensor {shorten(tensor.name)} occurs twice")
             tensors[tensor.name] = tensor
-        return Header(self.file, metadata, self.laid_out(tensors, alignment))
+        return GGUFHeader(self.file, metadata, self.laid_out(tensors, alignment))
 
     def preamble(self) -> tuple[int, int]:
         if self.data[:4] != b"GGUF":
@@ -204,22 +204,22 @@ class Parser:
         if kind == ARRAY:
             return self.array(key)
         if kind not in SCALARS:
-            raise self.damaged(f"{describe(key)} has a value of unknown type {kind}")
+            raise self.damaged(f"{shorten(key)} has a value of unknown type {kind}")
         value = self.scalar(SCALARS[kind])
         if kind == BOOL and value > 1:
-            raise self.damaged(f"{describe(key)} is neither true nor false")
+            raise self.damaged(f"{shorten(key)} is neither true nor false")
         return bool(value) if kind == BOOL else shortest(value) if kind == 6 else value
 
     def array(self, key: str) -> list[str] | np.ndarray:
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind == ARRAY:
-            raise self.damaged(f"{describe(key)} is an array of arrays, which is not supported")
+            raise self.damaged(f"{shorten(key)} is an array of arrays, which is not supported")
         if kind == STRING:
             return self.strings(key, count)
         if kind not in SCALARS:
-            raise self.damaged(f"{describe(key)} is an array of unknown type {kind}")
+            raise self.damaged(f"{shorten(key)} is an array of unknown type {kind}")
         dtype = np.dtype("<" + SCALARS[kind])
-        start = self.take(count * dtype.itemsize, f"the array {describe(key)}")
+        start = self.take(count * dtype.itemsize, f"the array {shorten(key)}")
         return np.frombuffer(self.data[start : self.place], dtype)
 
     def strings(self, key: str, count: int) -> list[str]:
@@ -227,7 +227,7 @@ class Parser:
         self.strings_read += count
         if self.strings_read > MAX_STRINGS:
             raise self.damaged(
-                f"{describe(key)} claims {count} strings, more than a header may hold"
+                f"{shorten(key)} claims {count} strings, more than a header may hold"
             )
         data, limit, place = self.data, self.limit, self.place
         length_at = struct.Struct("<Q").unpack_from
@@ -236,13 +236,13 @@ class Parser:
             for _ in range(count):
                 start = place + 8
                 if start > limit:
-                    raise self.ends_early(f"the strings of {describe(key)}")
+                    raise self.ends_early(f"the strings of {shorten(key)}")
                 place = start + length_at(data, place)[0]
                 if place > limit:
-                    raise self.ends_early(f"the strings of {describe(key)}")
+                    raise self.ends_early(f"the strings of {shorten(key)}")
                 found.append(data[start:place].decode())
         except UnicodeDecodeError:
-            raise self.damaged(f"{describe(key)} holds a string that is not UTF-8") from None
+            raise self.damaged(f"{shorten(key)} holds a string that is not UTF-8") from None
         self.place = place
         return found
 
@@ -251,15 +251,15 @@ class Parser:
         name = self.name("a tensor's name")
         dimensions = self.scalar("I")
         if not 1 <= dimensions <= 4:
-            raise self.damaged(f"the tensor {describe(name)} has {dimensions} dimensions")
+            raise self.damaged(f"the tensor {shorten(name)} has {dimensions} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(dimensions))[::-1]
         number, offset = self.scalar("I"), self.scalar("Q")
         if number not in TENSOR_TYPES:
-            raise self.damaged(f"the tensor {describe(name)} has the unknown type {number}")
+            raise self.damaged(f"the tensor {shorten(name)} has the unknown type {number}")
         kind, block, block_bytes = TENSOR_TYPES[number]
         elements = math.prod(shape)
         if not 1 <= elements < 2**60 or shape[-1] % block:
-            raise self.damaged(f"the tensor {describe(name)} of type {kind} has shape {shape}")
+            raise self.damaged(f"the tensor {shorten(name)} of type {kind} has shape {shape}")
         return Tensor(name, kind, shape, offset, elements // block * block_bytes)
 
     def laid_out(self, tensors: dict[str, Tensor], alignment: int) -> dict[str, Tensor]:
@@ -267,7 +267,7 @@ class Parser:
         begin = end = -(-self.place // alignment) * alignment
         placed = {}
         for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
-            name, offset = describe(tensor.name), begin + tensor.offset
+            name, offset = shorten(tensor.name), begin + tensor.offset
             if tensor.offset % alignment:
                 raise self.damaged(f"the tensor {name} is not aligned to {alignment} bytes")
             if offset < end:
@@ -321,7 +321,7 @@ def shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def describe(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Show a value from the file in one short line, whatever it holds."""
     if isinstance(value, list | np.ndarray):
         return f"an array of {len(value)}"

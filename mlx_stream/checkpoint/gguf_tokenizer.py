@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_stream.checkpoint.gguf_header import Header, Metadata, describe
+from mlx_stream.checkpoint.gguf_header import GGUFHeader, Metadata, shorten
 from mlx_stream.errors import TokenizerError
 
 # GGUF's kinds of tokens (llama.cpp's llama_token_type).
@@ -37,7 +37,7 @@ def byte_level(use_regex: bool) -> dict[str, Any]:
     }
 
 
-def words(pattern: str) -> list[dict[str, Any]]:
+def named_list(pattern: str) -> list[dict[str, Any]]:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
     return [split | {"invert": False}, byte_level(use_regex=False)]
 
@@ -51,19 +51,19 @@ class Pipeline:
     add_bos: bool = False
 
 
-LLAMA3 = Pipeline(words(LLAMA3_WORDS), ignore_merges=True, add_bos=True)
+LLAMA3 = Pipeline(named_list(LLAMA3_WORDS), ignore_merges=True, add_bos=True)
 PIPELINES = {
     "smollm": Pipeline([{"type": "Digits", "individual_digits": True}, byte_level(True)]),
     "llama-bpe": LLAMA3,
     # Two names llama.cpp also reads as llama-bpe.
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
-    "tekken": Pipeline(words(TEKKEN_WORDS), ignore_merges=True, add_bos=True),
+    "tekken": Pipeline(named_list(TEKKEN_WORDS), ignore_merges=True, add_bos=True),
     "gpt-2": Pipeline([byte_level(True)]),
 }
 
 
-def read_tokenizer(header: Header, vocab_size: int) -> tuple[str, dict[str, Any]]:
+def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, Any]]:
     """Return the text of tokenizer.json and what tokenizer_config.json holds.
 
     `vocab_size` is the rows of the embedding: no token may lie past them.
@@ -81,7 +81,7 @@ def read_tokenizer(header: Header, vocab_size: int) -> tuple[str, dict[str, Any]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(t for index, t in enumerate(tokens) if vocabulary[t] != index)
-        raise TokenizerError(f"{keys.file}: the token {describe(twice)} occurs twice")
+        raise TokenizerError(f"{keys.file}: the token {shorten(twice)} occurs twice")
     named = {
         role: read_id(keys, f"tokenizer.ggml.{key}_token_id", len(tokens))
         for role, key in NAMED.items()
@@ -134,14 +134,14 @@ def read_pipeline(keys: Metadata) -> Pipeline:
     model = keys.text("tokenizer.ggml.model")
     if model != "gpt2":
         raise TokenizerError(
-            f"{keys.file}: tokenizer.ggml.model {describe(model)} is not supported (supported: "
+            f"{keys.file}: tokenizer.ggml.model {shorten(model)} is not supported (supported: "
             "'gpt2', byte-level BPE); use the model's Hugging Face folder"
         )
     # Files of early 2024 have none, and llama.cpp then guesses.
     name = keys.text("tokenizer.ggml.pre", "")
     if name not in PIPELINES:
         raise TokenizerError(
-            f"{keys.file}: tokenizer.ggml.pre {describe(name)} is not supported (supported: "
+            f"{keys.file}: tokenizer.ggml.pre {shorten(name)} is not supported (supported: "
             f"{', '.join(PIPELINES)}); use the model's Hugging Face folder"
         )
     return PIPELINES[name]
@@ -192,12 +192,12 @@ def read_merges(keys: Metadata, vocabulary: dict[str, int]) -> list[list[str]]:
         # In a byte-level vocabulary a space is another letter, so one space parts two tokens.
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
-            raise TokenizerError(f"{keys.file}: the merge {describe(merge)} is not two tokens")
+            raise TokenizerError(f"{keys.file}: the merge {shorten(merge)} is not two tokens")
         for token in (left, right, left + right):
             if token not in vocabulary:
                 raise TokenizerError(
-                    f"{keys.file}: the merge {describe(merge)} needs the token "
-                    f"{describe(token)}, which is not in the vocabulary"
+                    f"{keys.file}: the merge {shorten(merge)} needs the token "
+                    f"{shorten(token)}, which is not in the vocabulary"
                 )
         merges.append([left, right])
     return merges

@@ -12,7 +12,7 @@ from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.folder import one_line, read_json
 from mlx_stream.checkpoint.shards import Shards, write_json, write_shards
 from mlx_stream.errors import CheckpointError, MlxStreamError, ValueRefused
-from mlx_stream.program.atomic_replace import flush, partial_folder, put_in_place_of
+from mlx_stream.program.atomic_replace import flush, partial_folder, replace_folder
 
 # Says how a model was made, and what it cost; its presence, that it may be made again.
 CONVERSION = "conversion.json"
@@ -86,7 +86,7 @@ def move_into_place(partial: Path, out: Path, replace: bool = False) -> bool:
     try:
         if replace and out.exists() and not is_empty(out):
             refuse_taken(out, replace)
-            put_in_place_of(partial, out)
+            replace_folder(partial, out)
         else:
             partial.rename(out)
     except OSError:

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from mlx_stream.program.exits import note
+from mlx_stream.program.exits import notify
 
 # Each is a function of its name, or a group of them named `app`, in the file of its name; beside
 # it what help says: the first sentence of its own.
@@ -100,5 +100,5 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:  # before the verb began
-        note("interrupted")
+        notify("interrupted")
         raise SystemExit(130) from None

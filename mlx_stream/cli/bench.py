@@ -5,12 +5,12 @@ from typing import Annotated, Any
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.program.exits import fail, guarded, note
+from mlx_stream.program.exits import exits_cleanly, fail, notify
 
 PEERS = ("mlx-lm",)
 
 
-@guarded
+@exits_cleanly
 def bench(
     model: options.ModelArgument = "starter",
     against: Annotated[str, typer.Option("--against", help="The peer: mlx-lm.")] = "mlx-lm",
@@ -52,22 +52,22 @@ def bench(
     from mlx_stream.cli.report import print_json
     from mlx_stream.evaluate.bench import bench as run
     from mlx_stream.evaluate.mlx_lm import load_peer
-    from mlx_stream.evaluate.prefill_speed import best_of, check, prefills
+    from mlx_stream.evaluate.prefill_speed import best_of, check_prefill, prefills
     from mlx_stream.hub.resolve import resolve
     from mlx_stream.load import load
 
     if against not in PEERS:
         fail(f"--against must be one of {', '.join(PEERS)}, not {against!r}")
     if prefill is not None:
-        check(prefill, prefill_chunk or [])
+        check_prefill(prefill, prefill_chunk or [])
     windows = window or [512, 1024, 4096]
-    loaded = load(model, dtype, keep_quantized, force, note)
+    loaded = load(model, dtype, keep_quantized, force, notify)
     for one in windows:
         loaded.resolve_window(None, one)
-    peer = load_peer(resolve(model, note), loaded)
-    results = run(loaded, peer, windows, pairs, chunk, note)
+    peer = load_peer(resolve(model, notify), loaded)
+    results = run(loaded, peer, windows, pairs, chunk, notify)
     if prefill is not None:
-        results["prefill"] = prefills(loaded, peer, windows, prefill, prefill_chunk or [], note)
+        results["prefill"] = prefills(loaded, peer, windows, prefill, prefill_chunk or [], notify)
         results["prefill_best"] = best_of(results["prefill"])
     if json:
         about = {"model": model, "dtype": dtype, "quantized": loaded.quantized, "against": against}

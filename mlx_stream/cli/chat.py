@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_stream.chat.exchange import counted
+from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import decode, seldom
+from mlx_stream.cli.terminal import decode_utf8, log_progress
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused
-from mlx_stream.program.escape import Harmless
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.escape import TerminalEscaper
+from mlx_stream.program.exits import exits_cleanly, notify
 
 if TYPE_CHECKING:
     from mlx_stream.chat.conversation import Conversation
@@ -30,7 +30,7 @@ class Stopped(Exception):
     """The user asked for the reply to end."""
 
 
-@guarded
+@exits_cleanly
 def chat(
     model: Annotated[
         str | None,
@@ -98,7 +98,7 @@ def chat(
         if go_on:
             if session is not None:
                 raise ValueRefused("--continue and --session: give one of them")
-            session = session_files.latest()
+            session = session_files.latest_session()
             if session is None:
                 raise SessionError("no session is saved: begin one with --session NAME")
         saved = resume.header_of(session) if session is not None else None
@@ -107,13 +107,13 @@ def chat(
             system = STARTER_SYSTEM
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
         if interactive:
-            note(f"loading {source}")
+            notify(f"loading {source}")
             # Imported while the weights are read: MLX does that without Python's lock.
             Thread(target=import_module, args=("prompt_toolkit",)).start()
-        loaded = load(source, dtype, keep_quantized, force, note)
-        guessing = load(draft, dtype, keep_quantized, force, note) if draft else None
+        loaded = load(source, dtype, keep_quantized, force, notify)
+        guessing = load(draft, dtype, keep_quantized, force, notify) if draft else None
         screen = Screen()
-        chosen = resume.Options(
+        chosen = resume.SessionOptions(
             system,
             window,
             sinks,
@@ -126,18 +126,18 @@ def chat(
             guessing,
         )
         if session is None:
-            conversation = resume.begin(loaded, chosen, screen.note)
+            conversation = resume.begin(loaded, chosen, screen.notify)
         else:
-            told = seldom("reading again")
-            conversation = resume.open_session(session, loaded, chosen, screen.note, told)
+            told = log_progress("reading again")
+            conversation = resume.open_session(session, loaded, chosen, screen.notify, told)
         try:
-            talk = typed if interactive else piped
+            talk = run_interactive if interactive else run_batch
             talk(conversation, screen, stats)
         finally:
             conversation.close()
 
 
-def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
+def run_interactive(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
     """Ask for lines on the terminal until Ctrl-D."""
     from mlx_stream.chat import session_files
     from mlx_stream.cli import commands
@@ -155,13 +155,13 @@ def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
 
     now = conversation.stats
     begin = "the system prompt" if now.pinned else f"the first {now.sinks:,}"
-    note(f"attends to {begin} and the latest {now.window:,} tokens")
-    note("Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands")
+    notify(f"attends to {begin} and the latest {now.window:,} tokens")
+    notify("Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands")
     if conversation.last:
-        held = counted(len(conversation.chat.exchanges))
-        note(f"goes on with {conversation.name}: {held} attended")
+        held = plural(len(conversation.chat.exchanges))
+        notify(f"goes on with {conversation.name}: {held} attended")
     history = session_files.data_folder().parent / "history"
-    prompt = Prompt(history, status, commands.completions(), note, idle)
+    prompt = Prompt(history, status, commands.completions(), notify, idle)
     line = ""
     while True:
         try:
@@ -174,7 +174,9 @@ def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
                 if isinstance(asked, str):
                     screen.show(conversation.reply(asked, progress=progress))
                 else:
-                    outcome = commands.run(asked, conversation, session_files.names, progress)
+                    outcome = commands.run(
+                        asked, conversation, session_files.session_names, progress
+                    )
                     if outcome.text:
                         print(outcome.text)
                     if outcome.pieces:
@@ -183,15 +185,15 @@ def typed(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
                         return
                     line = outcome.prefill
         except MlxStreamError as error:
-            screen.note(" ".join(str(error).split()))
+            screen.notify(" ".join(str(error).split()))
         if stats:
             print_stats(conversation)
 
 
-def piped(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
+def run_batch(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
     """Take each line of standard input that is not blank as a turn."""
     for number, line in enumerate(sys.stdin.buffer, 1):
-        turn = decode(line, f"standard input, line {number}").strip()
+        turn = decode_utf8(line, f"standard input, line {number}").strip()
         if turn:
             with screen.reply() as progress:
                 screen.show(conversation.reply(turn, progress=progress))
@@ -215,7 +217,7 @@ class Screen:
     def reply(self) -> Iterator[Told]:
         """Let Ctrl-C end the reply that is shown inside; gives what asks for that meanwhile."""
         with interrupts_asked() as stopped:
-            told = seldom("reading")
+            told = log_progress("reading")
 
             def check(*read: int) -> None:
                 if stopped():
@@ -229,7 +231,7 @@ class Screen:
 
     def show(self, pieces: "Pieces") -> None:
         """Print a reply as it comes."""
-        shown = Harmless() if sys.stdout.isatty() else None
+        shown = TerminalEscaper() if sys.stdout.isatty() else None
         finish = None
         try:
             for piece in pieces:
@@ -239,9 +241,9 @@ class Screen:
             if shown and (rest := shown.flush()):
                 self.write(rest)
             if shown and finish == "length":
-                self.note("cut at its limit (--max-tokens)")
+                self.notify("cut at its limit (--max-tokens)")
         except Stopped:
-            self.note("stopped")
+            self.notify("stopped")
         finally:
             pieces.close()
 
@@ -255,10 +257,10 @@ class Screen:
             print(flush=True)
         self.in_reply = False
 
-    def note(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         if sys.stdout.isatty():
             self.end_reply()
-        note(text)
+        notify(text)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_stream.errors import MlxStreamError, ValueRefused
-from mlx_stream.program.escape import harmless
+from mlx_stream.program.escape import escape
 
 if TYPE_CHECKING:
     from mlx_stream.chat.exchange import Exchange
@@ -58,7 +58,7 @@ class Conversation(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CommandOutcome:
     """What is to be done after a command.
 
     Attributes:
@@ -82,7 +82,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Given:
+class CommandContext:
     """What every command is run with."""
 
     conversation: Conversation
@@ -97,7 +97,7 @@ class Command:
 
     argument: str
     help: str
-    run: Callable[[Given], Outcome]
+    run: Callable[[CommandContext], CommandOutcome]
 
 
 def parse(line: str) -> Call | str:
@@ -115,7 +115,7 @@ def run(
     conversation: Conversation,
     list_sessions: Callable[[], Iterable[str]],
     progress: Progress | None = None,
-) -> Outcome:
+) -> CommandOutcome:
     """Carry a command out.
 
     Args:
@@ -124,10 +124,10 @@ def run(
     """
     try:
         command = command_of(call)
-        outcome = command.run(Given(conversation, call.argument, list_sessions, progress))
+        outcome = command.run(CommandContext(conversation, call.argument, list_sessions, progress))
     except MlxStreamError as error:
-        return Outcome(harmless(" ".join(str(error).split())))
-    return Outcome(harmless(outcome.text), outcome.pieces, outcome.prefill, outcome.quit)
+        return CommandOutcome(escape(" ".join(str(error).split())))
+    return CommandOutcome(escape(outcome.text), outcome.pieces, outcome.prefill, outcome.quit)
 
 
 def command_of(call: Call) -> Command:
@@ -170,51 +170,59 @@ def quoted(text: str) -> str:
 # --- the commands ---
 
 
-def show_help(given: Given) -> Outcome:
+def show_help(given: CommandContext) -> CommandOutcome:
     usages = [f"{name} {command.argument}".rstrip() for name, command in COMMANDS.items()]
     width = max(len(usage) for usage in usages)
     lines = [
         f"{usage:<{width}}  {command.help}"
         for usage, command in zip(usages, COMMANDS.values(), strict=True)
     ]
-    return Outcome("\n".join([*lines, f"{'//TEXT':<{width}}  send a question that begins with /"]))
+    return CommandOutcome(
+        "\n".join([*lines, f"{'//TEXT':<{width}}  send a question that begins with /"])
+    )
 
 
-def system(given: Given) -> Outcome:
+def system(given: CommandContext) -> CommandOutcome:
     if given.argument:
         text = None if given.argument in NOTHING else given.argument
         given.conversation.set_system(text)
-        return Outcome("the system prompt is changed" if text else "there is no system prompt now")
-    return Outcome(given.conversation.system or "there is no system prompt")
+        return CommandOutcome(
+            "the system prompt is changed" if text else "there is no system prompt now"
+        )
+    return CommandOutcome(given.conversation.system or "there is no system prompt")
 
 
-def retry(given: Given) -> Outcome:
-    return Outcome(pieces=given.conversation.retry(progress=given.progress))
+def retry(given: CommandContext) -> CommandOutcome:
+    return CommandOutcome(pieces=given.conversation.retry(progress=given.progress))
 
 
-def undo(given: Given) -> Outcome:
-    return Outcome(f"taken back: {quoted(given.conversation.undo().question)}")
+def undo(given: CommandContext) -> CommandOutcome:
+    return CommandOutcome(f"taken back: {quoted(given.conversation.undo().question)}")
 
 
-def edit(given: Given) -> Outcome:
+def edit(given: CommandContext) -> CommandOutcome:
     if given.argument:
-        return Outcome(pieces=given.conversation.edit(given.argument, progress=given.progress))
+        return CommandOutcome(
+            pieces=given.conversation.edit(given.argument, progress=given.progress)
+        )
     last = given.conversation.last
     if last is None:
         raise ValueRefused("nothing was said yet: there is nothing that could be edited")
     # The line says itself that it replaces a question: dropped, it has changed nothing.
-    return Outcome(prefill=f"/edit {last.question}")
+    return CommandOutcome(prefill=f"/edit {last.question}")
 
 
-def stats(given: Given) -> Outcome:
-    return Outcome(str(given.conversation.stats))
+def stats(given: CommandContext) -> CommandOutcome:
+    return CommandOutcome(str(given.conversation.stats))
 
 
-def window(given: Given) -> Outcome:
+def window(given: CommandContext) -> CommandOutcome:
     if given.argument:
         given.conversation.resize(tokens(given.argument))
     now = given.conversation.stats
-    return Outcome(f"the window is {now.window:,} tokens, after {now.sinks:,} that always stay")
+    return CommandOutcome(
+        f"the window is {now.window:,} tokens, after {now.sinks:,} that always stay"
+    )
 
 
 def tokens(argument: str) -> int:
@@ -226,16 +234,16 @@ def tokens(argument: str) -> int:
         ) from None
 
 
-def save(given: Given) -> Outcome:
-    return Outcome(given.conversation.save(given.argument or None))
+def save(given: CommandContext) -> CommandOutcome:
+    return CommandOutcome(given.conversation.save(given.argument or None))
 
 
-def sessions(given: Given) -> Outcome:
+def sessions(given: CommandContext) -> CommandOutcome:
     names = list(given.list_sessions())
-    return Outcome("\n".join(names) or "no session is saved: /save NAME saves this one")
+    return CommandOutcome("\n".join(names) or "no session is saved: /save NAME saves this one")
 
 
-def export(given: Given) -> Outcome:
+def export(given: CommandContext) -> CommandOutcome:
     name = given.argument
     if len(name) > 2 and name[0] == name[-1] and name[0] in "'\"":
         name = name[1:-1]
@@ -243,16 +251,16 @@ def export(given: Given) -> Outcome:
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise ValueRefused(f"/export {name}: {error}") from error
-    return Outcome(given.conversation.export(path))
+    return CommandOutcome(given.conversation.export(path))
 
 
-def clear(given: Given) -> Outcome:
+def clear(given: CommandContext) -> CommandOutcome:
     given.conversation.clear()
-    return Outcome("nothing but the system prompt is attended now")
+    return CommandOutcome("nothing but the system prompt is attended now")
 
 
-def leave(given: Given) -> Outcome:
-    return Outcome(quit=True)
+def leave(given: CommandContext) -> CommandOutcome:
+    return CommandOutcome(quit=True)
 
 
 COMMANDS = {

@@ -7,11 +7,11 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.terminal import progress_bar, read_text
-from mlx_stream.program.exits import fail, guarded, note
+from mlx_stream.program.exits import exits_cleanly, fail, notify
 
 if TYPE_CHECKING:
     from mlx_stream.quantize.recipes import Recipe
-    from mlx_stream.quantize.write_converted import Converted
+    from mlx_stream.quantize.write_converted import ConversionResult
 
 Source = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A folder, a Hub id, a .gguf file, or starter.")
@@ -48,7 +48,7 @@ Force = Annotated[
 ]
 
 
-@guarded
+@exits_cleanly
 def convert(
     source: Source,
     out: Out,
@@ -86,15 +86,15 @@ def convert(
     does not grow with the model, but for a sensitive recipe and a report, which run it.
     """
     from mlx_stream.cli.report import print_json
-    from mlx_stream.quantize.convert import Options, convert_model, recipe_for
+    from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for
 
     if device is None:
         chosen = choose(bits, group_size, mode, recipe)
     elif (bits, mode, recipe) == (None, None, None):
-        chosen = recipe_for(source, device, group_size, note)
+        chosen = recipe_for(source, device, group_size, notify)
     else:
         fail("--device chooses the bits itself: leave out --bits, --mode and --recipe")
-    asked = Options(
+    asked = ConvertOptions(
         recipe=chosen,
         dtype=dtype,
         calibration=named_text(calibration),
@@ -102,7 +102,7 @@ def convert(
         report_tokens=report_tokens,
         force=force,
     )
-    result = convert_model(source, out, asked, note, progress_bar)
+    result = convert_model(source, out, asked, notify, progress_bar)
     if json:
         print_json(as_json(result))
     else:
@@ -113,7 +113,12 @@ def choose(
     bits: int | None, group_size: int | None, mode: str | None, name: str | None
 ) -> "Recipe | None":
     """Return the recipe that these options ask for; none if none of them is given."""
-    from mlx_stream.quantize.recipes import DEFAULT_GROUP, checked, recipe_named, uniform
+    from mlx_stream.quantize.recipes import (
+        DEFAULT_GROUP,
+        check_quantization,
+        recipe_named,
+        uniform_recipe,
+    )
 
     if name is not None:
         if bits is not None or mode is not None:
@@ -124,14 +129,14 @@ def choose(
         if recipe is None:
             fail(f"--mode must be one of affine, mxfp4, mxfp8, nvfp4, not {mode!r}")
         base = recipe.base
-        checked(
+        check_quantization(
             base.bits if bits is None else bits,
             base.group_size if group_size is None else group_size,
             base.mode,
         )
         return recipe
     if bits is not None:
-        return uniform(bits, DEFAULT_GROUP if group_size is None else group_size)
+        return uniform_recipe(bits, DEFAULT_GROUP if group_size is None else group_size)
     if mode is not None or group_size is not None:
         fail("--group-size and --mode affine need --bits: how many?")
     return None
@@ -141,18 +146,18 @@ def named_text(path: str | None) -> tuple[str, str] | None:
     return None if path is None else (path, read_text(path))
 
 
-def as_json(result: "Converted") -> dict[str, Any]:
+def as_json(result: "ConversionResult") -> dict[str, Any]:
     return {
         **result.about,
         "files": result.files,
-        "not_quantized": result.kept,
+        "not_quantized": result.unquantized,
         "peak_bytes": result.peak_bytes,
         "bound_bytes": result.bound_bytes,
         "resident_bytes": result.resident_bytes,
     }
 
 
-def print_result(source: str, out: Path, result: "Converted") -> None:
+def print_result(source: str, out: Path, result: "ConversionResult") -> None:
     about = result.about
     files = "1 file" if result.files == 1 else f"{result.files} files"
     print(

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mlx_stream.cli import options
-from mlx_stream.program.exits import guarded
+from mlx_stream.program.exits import exits_cleanly
 
 if TYPE_CHECKING:
     from mlx_stream.plan.devices import Device, Figure
@@ -16,7 +16,7 @@ with the increased-memory-limit entitlement, and without it; what Metal recommen
 Your own devices: {}"""
 
 
-@guarded
+@exits_cleanly
 def devices(own: options.Devices = None, json: options.AsJson = False) -> None:
     """List the devices that plans can be made for, and your own."""
     from mlx_stream.cli.report import print_json, print_table

@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.program.exits import fail, guarded, note
+from mlx_stream.program.exits import exits_cleanly, fail, notify
 
 
-@guarded
+@exits_cleanly
 def doctor(
     model: Annotated[
         str | None,
@@ -62,14 +62,18 @@ def check(
     from mlx_stream import backend, selftest
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.load import load
-    from mlx_stream.selftest.tiny_model import made
+    from mlx_stream.selftest.tiny_model import make_tiny_model
 
     if source is None and keep_quantized is not None:
         fail("--keep-quantized and --dequantize are about a model's weights: give MODEL")
-    model = made(dtype) if source is None else load(source, dtype, keep_quantized, force, note)
+    model = (
+        make_tiny_model(dtype)
+        if source is None
+        else load(source, dtype, keep_quantized, force, notify)
+    )
     findings = []
     for finding in selftest.run(model):
-        note(f"{finding.check}: {said(finding.holds)}")
+        notify(f"{finding.check}: {said(finding.holds)}")
         findings.append(finding)
     failed = [finding for finding in findings if finding.holds is False]
     if json:

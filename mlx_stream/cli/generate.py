@@ -7,10 +7,10 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.terminal import progress_bar, read_text
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 
-@guarded
+@exits_cleanly
 def generate(
     prompt: Annotated[
         str, typer.Option("-p", "--prompt", help="The text to go on from; - reads standard input.")
@@ -44,8 +44,8 @@ def generate(
 
     sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     text = read_text("-") if prompt == "-" else prompt
-    loaded = load(model, dtype, keep_quantized, force, note)
-    guessing = load(draft, dtype, keep_quantized, force, note) if draft else None
+    loaded = load(model, dtype, keep_quantized, force, notify)
+    guessing = load(draft, dtype, keep_quantized, force, notify) if draft else None
     counts = Stats()
     pieces: list[str] = []
     finish = None
@@ -59,7 +59,7 @@ def generate(
             sinks,
             window,
             counts,
-            note,
+            notify,
             progress,
             kv_bits,
             speculate,

@@ -1,10 +1,10 @@
 """`mlx_stream ls`: the models that open without the network."""
 
 from mlx_stream.cli import options
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 
-@guarded
+@exits_cleanly
 def ls(json: options.AsJson = False) -> None:
     """List the cached models."""
     from mlx_stream.cli.report import print_json, print_table
@@ -20,4 +20,4 @@ def ls(json: options.AsJson = False) -> None:
         rows = [[m.name, f"{m.bytes / 1e6:,.1f} MB", str(m.path)] for m in models]
         print_table(["model", "size", "path"], rows)
     else:
-        note("no models are cached yet; `mlx_stream chat` fetches the starter")
+        notify("no models are cached yet; `mlx_stream chat` fetches the starter")

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_stream.cli import options
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 if TYPE_CHECKING:
     from mlx_stream.plan.devices import Device
-    from mlx_stream.plan.planner import Outline, Plan
+    from mlx_stream.plan.planner import ModelSummary, Plan
 
 
-@guarded
+@exits_cleanly
 def plan(
     model: Annotated[
         str,
@@ -57,15 +57,15 @@ def plan(
     """
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.plan import devices
-    from mlx_stream.plan.inspect import outline_of
-    from mlx_stream.plan.planner import Asked, make_plan
+    from mlx_stream.plan.inspect import summarize_model
+    from mlx_stream.plan.planner import PlanRequest, make_plan
 
     place = devices.find(device, own) if device is not None else devices.here()
     if no_entitlement:
         place = devices.without_entitlement(place)
-    outline = outline_of(model, note)
-    asked = Asked(dtype, keep_quantized, sinks, window, bits, group_size, kv_bits)
-    chosen = make_plan(outline, place, asked, note)
+    outline = summarize_model(model, notify)
+    asked = PlanRequest(dtype, keep_quantized, sinks, window, bits, group_size, kv_bits)
+    chosen = make_plan(outline, place, asked, notify)
     if json:
         print_json(as_json(outline, chosen, kv_bits))
         return
@@ -113,7 +113,7 @@ def megabytes(amount: float) -> str:
     return f"{amount / 1e6:,.1f} MB"
 
 
-def as_json(outline: "Outline", plan: "Plan", kv_bits: int | None) -> dict[str, Any]:
+def as_json(outline: "ModelSummary", plan: "Plan", kv_bits: int | None) -> dict[str, Any]:
     lower = plan.device.without_entitlement
     return {
         "model": outline.name,

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_stream.program.escape import harmless
+from mlx_stream.program.escape import escape
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -155,7 +155,7 @@ def plain_line(default: str) -> str:
         with terminal() as mode:
             mode[3] |= termios.ECHO
             termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
-            sys.stdout.write(f"{PROMPT}[{harmless(default)}] " if default else PROMPT)
+            sys.stdout.write(f"{PROMPT}[{escape(default)}] " if default else PROMPT)
             sys.stdout.flush()
             data = sys.stdin.buffer.readline()
     except KeyboardInterrupt:
@@ -166,7 +166,7 @@ def plain_line(default: str) -> str:
         raise EOFError
     line = data.decode("utf-8", "surrogateescape").rstrip("\r\n")
     if typed_ahead:
-        print(harmless(NO_TEXT.sub("\ufffd", line)), flush=True)
+        print(escape(NO_TEXT.sub("\ufffd", line)), flush=True)
     return line or default
 
 

@@ -6,12 +6,12 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 MEGABYTE = 1_000_000
 
 
-@guarded
+@exits_cleanly
 def pull(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hub id org/name, or starter.")],
     revision: Annotated[
@@ -27,7 +27,7 @@ def pull(
         found = pull(
             model,
             revision,
-            note,
+            notify,
             lambda done, total: bar(done // MEGABYTE, total // MEGABYTE),
         )
     if json:

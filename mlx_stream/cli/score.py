@@ -7,10 +7,10 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.terminal import progress_bar, read_text
-from mlx_stream.program.exits import fail, guarded, note
+from mlx_stream.program.exits import exits_cleanly, fail, notify
 
 
-@guarded
+@exits_cleanly
 def score(
     what: Annotated[
         list[str],
@@ -52,12 +52,12 @@ def score(
     if dense and (window, sinks, kv_bits) != (None, None, None):
         fail("--dense attends to everything: leave out --window, --sinks and --kv-bits")
     text = read_text(path)
-    loaded = load(model, dtype, keep_quantized, force, note)
+    loaded = load(model, dtype, keep_quantized, force, notify)
     ids = loaded.tokenizer.encode(text)[:max_tokens]
     if dense:
         cache = loaded.new_dense_cache()
     else:
-        cache = loaded.new_cache(sinks, window, notify=note, kv_bits=kv_bits)
+        cache = loaded.new_cache(sinks, window, notify=notify, kv_bits=kv_bits)
     with progress_bar("scoring") as progress:
         result = score_ids(TokenStream(loaded, cache), ids, chunk, progress)
     if json:

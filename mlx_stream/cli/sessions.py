@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from mlx_stream.chat.exchange import counted
+from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
 from mlx_stream.cli.report import print_json, print_table
-from mlx_stream.program.escape import harmless
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.escape import escape
+from mlx_stream.program.exits import exits_cleanly, notify
 
 app = typer.Typer(
     name="sessions",
@@ -24,12 +24,12 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the saved conversa
 
 
 @app.command("list")
-@guarded
+@exits_cleanly
 def list_sessions(as_json: options.AsJson = False) -> None:
     """List the saved conversations, the one used last first."""
-    from mlx_stream.chat.manage import listed
+    from mlx_stream.chat.manage import session_summaries
 
-    found = listed()
+    found = session_summaries()
     if as_json:
         rows = [
             {
@@ -53,62 +53,62 @@ def list_sessions(as_json: options.AsJson = False) -> None:
                 f"{one.attended:,}",
                 f"{one.bytes / 1e6:.1f} MB",
                 one.used,
-                harmless(one.header.model) if one.header else "cannot be opened: see verify",
+                escape(one.header.model) if one.header else "cannot be opened: see verify",
             ]
             for one in found
         ]
         print_table(["name", "exchanges", "attended", "on disk", "last used", "model"], rows)
     else:
-        note("no conversation is saved: begin one with mlx_stream chat --session NAME")
+        notify("no conversation is saved: begin one with mlx_stream chat --session NAME")
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def show(name: Name) -> None:
     """Print a conversation as Markdown; of a damaged one, what comes before the damage."""
-    from mlx_stream.chat.export import markdown
-    from mlx_stream.chat.manage import reading
+    from mlx_stream.chat.export import export_markdown
+    from mlx_stream.chat.manage import open_transcript
     from mlx_stream.program.exits import fail
 
-    with reading(name) as store:
+    with open_transcript(name) as store:
         exchanges, damage = store.whole()
-        text = markdown(store.header, exchanges)
-    sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
+        text = export_markdown(store.header, exchanges)
+    sys.stdout.write(escape(text) if sys.stdout.isatty() else text)
     if damage:
-        fail(f"{counted(len(exchanges))} shown, not all; {damage}")
+        fail(f"{plural(len(exchanges))} shown, not all; {damage}")
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def export(
     name: Name,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .md or .json file.")],
 ) -> None:
     """Write a conversation to a Markdown or JSON file."""
     from mlx_stream.chat.conversation import write_export
-    from mlx_stream.chat.manage import reading
+    from mlx_stream.chat.manage import open_transcript
     from mlx_stream.program.exits import fail
 
-    with reading(name) as store:
+    with open_transcript(name) as store:
         exchanges, damage = store.whole()
         write_export(file, store.header, exchanges)
     if damage:
-        fail(f"{counted(len(exchanges))} written to {file}, not all; {damage}")
-    note(f"{counted(len(exchanges))} written to {file}")
+        fail(f"{plural(len(exchanges))} written to {file}, not all; {damage}")
+    notify(f"{plural(len(exchanges))} written to {file}")
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def rm(name: Name) -> None:
     """Remove a conversation for good, text and state."""
-    from mlx_stream.chat.manage import remove
+    from mlx_stream.chat.manage import remove_session
 
-    remove(name)
-    note(f"{name} is removed")
+    remove_session(name)
+    notify(f"{name} is removed")
 
 
 @app.command()
-@guarded
+@exits_cleanly
 def verify(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Default: all of them.")
@@ -120,13 +120,13 @@ def verify(
     from mlx_stream.program.exits import fail
 
     damaged = 0
-    for one in [name] if name is not None else session_files.names():
+    for one in [name] if name is not None else session_files.session_names():
         try:
-            print(f"{one}: {manage.verify(one)}")
+            print(f"{one}: {manage.verify_session(one)}")
         except SessionError as error:
-            if not session_files.paths(one).database.exists():
+            if not session_files.session_paths(one).database.exists():
                 raise
             damaged += 1
-            note(" ".join(str(error).split()))
+            notify(" ".join(str(error).split()))
     if damaged:
         fail("sessions show and export give what comes before a damage, sessions rm removes all")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_stream.errors import TextError
-from mlx_stream.program.exits import note
+from mlx_stream.program.exits import notify
 
 SECONDS_PER_LINE = 30.0
 
@@ -24,13 +24,13 @@ def read_text(path: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise TextError(f"{name}: cannot be read: {reason}") from error
-    text = decode(data, name)
+    text = decode_utf8(data, name)
     if not text:
         raise TextError(f"{name}: is empty: give a text of at least one character")
     return text
 
 
-def decode(data: bytes, name: str) -> str:
+def decode_utf8(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -40,7 +40,7 @@ def decode(data: bytes, name: str) -> str:
         ) from error
 
 
-def seldom(label: str) -> Callable[[int, int], None]:
+def log_progress(label: str) -> Callable[[int, int], None]:
     """Return a progress callback for logs: a line now and then, none for what is soon done."""
     begun = told = time.monotonic()
 
@@ -49,7 +49,7 @@ def seldom(label: str) -> Callable[[int, int], None]:
         if time.monotonic() - told > SECONDS_PER_LINE:
             told = time.monotonic()
             left = max(0.0, (told - begun) * (total / max(done, 1) - 1))
-            note(f"{label}: {done:,} of {total:,}, {left / 60:.0f} min left")
+            notify(f"{label}: {done:,} of {total:,}, {left / 60:.0f} min left")
 
     return update
 
@@ -58,7 +58,7 @@ def seldom(label: str) -> Callable[[int, int], None]:
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show on standard error a bar with the time left, or lines where it is no terminal."""
     if not sys.stderr.isatty():
-        yield seldom(label)
+        yield log_progress(label)
         return
     from rich.console import Console
     from rich.progress import (

@@ -41,7 +41,7 @@ class Budget:
             self.weights = weights
             self._streams[key] = self._streams.get(key, 0) + stream
 
-    def settle(self, key: int, stream: int) -> None:
+    def set_stream(self, key: int, stream: int) -> None:
         """Note what `key` takes by now, all in all."""
         with self._lock:
             self._streams[key] = stream

@@ -7,9 +7,9 @@ from pathlib import Path
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
 from mlx_stream.engine.handle import OnEvict, OnToken, Session
 from mlx_stream.engine.listener import Listener
-from mlx_stream.engine.listener_worker import Options
-from mlx_stream.engine.model_host import Core
-from mlx_stream.engine.worker import Owner
+from mlx_stream.engine.listener_worker import ListenerOptions
+from mlx_stream.engine.model_host import ModelHost
+from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
 from mlx_stream.sampling import Sampling
 
@@ -47,34 +47,34 @@ class Engine:
                 "queue_size and memory_budget must be at least 1, not "
                 f"{queue_size} and {memory_budget}"
             )
-        self._core = core = Core(source, memory_budget, dtype, keep_quantized)
-        self._owner = Owner(core.load, core.leave, queue_size)
-        weakref.finalize(self, self._owner.end).atexit = False
+        self._host = core = ModelHost(source, memory_budget, dtype, keep_quantized)
+        self._worker = Worker(core.load, core.leave, queue_size)
+        weakref.finalize(self, self._worker.end).atexit = False
 
     @property
     def model_name(self) -> str:
         """The source it was made with."""
-        return self._core.name
+        return self._host.name
 
     @property
     def ready(self) -> bool:
         """Whether the model is loaded."""
-        return self._owner.ready and not self._owner.closing
+        return self._worker.ready and not self._worker.closing
 
     @property
     def error(self) -> MlxStreamError | None:
         """Why the model could not be loaded."""
-        return self._owner.error
+        return self._worker.error
 
     @property
     def notices(self) -> list[str]:
         """What was fetched or converted to load the model, in lines: a copy."""
-        return [*self._core.notices]
+        return [*self._host.notices]
 
     @property
     def memory(self) -> tuple[int, int]:
         """Bytes in use by weights and streams, and the budget (0 until loading has begun)."""
-        return self._core.budget.used, self._core.budget.limit
+        return self._host.budget.used, self._host.budget.limit
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the model is loaded.
@@ -84,7 +84,7 @@ class Engine:
             EngineClosed: the engine was closed before.
             MlxStreamError: it cannot be loaded; see `mlx_stream.load`.
         """
-        self._owner.wait(timeout)
+        self._worker.wait(timeout)
 
     def session(
         self,
@@ -123,7 +123,7 @@ class Engine:
             "stop": stop,
             "kv_bits": kv_bits,
         }
-        return Session(self._owner, self._core, options, name, on_evict, on_token, self)
+        return Session(self._worker, self._host, options, name, on_evict, on_token, self)
 
     def listen(
         self,
@@ -154,8 +154,8 @@ class Engine:
         """
         place = None if restore is None else Path(restore).absolute()
         chosen = sampling or Sampling()
-        options = Options(system, window, sinks, kv_bits, chosen, max_tokens, place)
-        return Listener(self._owner, self._core, options, backlog, on_evict, self)
+        options = ListenerOptions(system, window, sinks, kv_bits, chosen, max_tokens, place)
+        return Listener(self._worker, self._host, options, backlog, on_evict, self)
 
     def close(self, timeout: float = SECONDS_TO_CLOSE) -> bool:
         """End replies, save what is saved, and let go of everything.
@@ -168,8 +168,8 @@ class Engine:
         Returns:
             Whether it is done.
         """
-        self._owner.end()
-        return self._owner.join(timeout)
+        self._worker.end()
+        return self._worker.join(timeout)
 
     def __enter__(self) -> "Engine":
         return self

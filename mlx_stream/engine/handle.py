@@ -8,10 +8,10 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.engine.model_host import Core
-from mlx_stream.engine.replies import consumed, consumed_async
-from mlx_stream.engine.task import Job, Work, again, typed
-from mlx_stream.engine.worker import Lane, Owner
+from mlx_stream.engine.model_host import ModelHost
+from mlx_stream.engine.replies import iterate, iterate_async
+from mlx_stream.engine.task import Task, Work, as_engine_error, reraise
+from mlx_stream.engine.worker import SessionQueue, Worker
 from mlx_stream.errors import EngineClosed, MlxStreamError, TextError, ValueRefused
 from mlx_stream.generate.stats import Stats
 from mlx_stream.text.pieces import Piece
@@ -30,14 +30,14 @@ OnToken = Callable[[Piece], None]
 
 
 @dataclass(frozen=True)
-class Seen:
+class SessionView:
     """What there is to see of a conversation; exchanged whole, so any thread may look."""
 
     stats: Stats
     exchanges: tuple[Exchange, ...] = ()
 
 
-class Talk:
+class SessionWorker:
     """A conversation as the engine's thread holds it.
 
     Args:
@@ -45,77 +45,77 @@ class Talk:
         name: of a saved conversation, or None.
     """
 
-    def __init__(self, core: Core, options: dict[str, Any], name: str | None):
-        self.core, self.options, self.name = core, options, name
+    def __init__(self, core: ModelHost, options: dict[str, Any], name: str | None):
+        self.host, self.options, self.name = core, options, name
         self.key = core.new_key()
         self.conversation: Conversation | None = None
         self.error: MlxStreamError | None = None
         self.notices: list[str] = []
         self.evicted: list[tuple[int, int]] = []
         self.listened = False  # whether anybody wants to know what left
-        self.seen = Seen(Stats())
+        self.view = SessionView(Stats())
 
     def open(self) -> Work:
         """Begin, or go on with what is saved; yields between the steps of that."""
         try:
             yield from self._open()
         except Exception as error:
-            self.error = typed(error)
-            self.core.budget.settle(self.key, 0)
+            self.error = as_engine_error(error)
+            self.host.budget.set_stream(self.key, 0)
             raise
 
     def _open(self) -> Work:
         from mlx_stream.chat import resume
 
         check_limit(self.options["max_tokens"])
-        model, options = self.core.model_for(self.key), resume.Options(**self.options)
+        model, options = self.host.model_for(self.key), resume.SessionOptions(**self.options)
         if self.name is None:
-            found = resume.begin(model, options, self.note)
+            found = resume.begin(model, options, self.notify)
         else:
-            found = yield from resume.opening(self.name, model, options, self.note)
+            found = yield from resume.open_steps(self.name, model, options, self.notify)
         found.chat.steps, found.chat.on_evict = True, self._evict
         found.chat.stats.notices = []
-        found.chat.stats.note(*self.notices)
+        found.chat.stats.add_notices(*self.notices)
         self.conversation = found
 
-    def spoken(self, begin: "Begin") -> Work:
+    def reply_steps(self, begin: "Begin") -> Work:
         """Yield a reply's pieces, and None after steps without text."""
-        pieces = begin(self.opened())
+        pieces = begin(self.check_open())
         try:
             for piece in pieces:
                 yield piece if piece.text or piece.finish else None
         finally:
             pieces.close()
 
-    def done(self, what: "Callable[[Conversation], Any]") -> Work:
+    def perform(self, what: "Callable[[Conversation], Any]") -> Work:
         """Do one thing, and return what it gives."""
         yield from ()
-        return what(self.opened())
+        return what(self.check_open())
 
-    def opened(self) -> "Conversation":
+    def check_open(self) -> "Conversation":
         if self.error:
-            raise again(self.error)
+            raise reraise(self.error)
         if self.conversation is None:
             raise EngineClosed("this session is closed: begin another one")
         return self.conversation
 
-    def note(self, line: str) -> None:
+    def notify(self, line: str) -> None:
         """Keep what is told while it is opened; later its statistics have it anyway."""
         if self.conversation is None:
             self.notices.append(line)
 
-    def after(self, job: Job | None) -> None:
+    def after(self, job: Task | None) -> None:
         """Publish how things are."""
         if self.conversation is None:
             return
         chat = self.conversation.chat
         if job and job.cancelled and job.error:  # nobody else hears of it
-            chat.stats.note(str(job.error))
-        exchanges = self.seen.exchanges
+            chat.stats.add_notices(str(job.error))
+        exchanges = self.view.exchanges
         if job:
-            exchanges = tuple(held.exchange for held in chat.attended.now.held)
-            self.core.budget.settle(self.key, chat.cache.nbytes)
-        self.seen = Seen(replace(chat.stats, notices=[*chat.stats.notices]), exchanges)
+            exchanges = tuple(held.exchange for held in chat.evictor.state.turns)
+            self.host.budget.set_stream(self.key, chat.cache.nbytes)
+        self.view = SessionView(replace(chat.stats, notices=[*chat.stats.notices]), exchanges)
 
     def close(self) -> None:
         """Write what is not written, and let go of the ring."""
@@ -124,7 +124,7 @@ class Talk:
             if found:
                 found.close()
         finally:
-            self.core.budget.settle(self.key, 0)
+            self.host.budget.set_stream(self.key, 0)
 
     def _evict(self, exchanges: int, tokens: int) -> None:
         if self.listened:
@@ -141,8 +141,8 @@ class Session:
 
     def __init__(
         self,
-        owner: Owner,
-        core: Core,
+        owner: Worker,
+        core: ModelHost,
         options: dict[str, Any],
         name: str | None,
         on_evict: OnEvict | None,
@@ -151,17 +151,17 @@ class Session:
     ):
         self.name = name
         self._engine = engine  # lives as long as a session that is in use
-        self._owner, self._on_evict, self._on_token = owner, on_evict, on_token
-        self._talk = talk = Talk(core, options, name)
+        self._worker, self._on_evict, self._on_token = owner, on_evict, on_token
+        self._session_worker = talk = SessionWorker(core, options, name)
         talk.listened = on_evict is not None
-        self._lane = owner.add(Lane(owner, talk.after, talk.close))
-        self._reply: Job | None = None
+        self._queue = owner.add(SessionQueue(owner, talk.after, talk.close))
+        self._reply: Task | None = None
         try:
-            self._opening = owner.submit(self._lane, talk.open, None)
+            self._opening = owner.submit(self._queue, talk.open, None)
         except BaseException:
-            self._lane.close()
+            self._queue.close()
             raise
-        weakref.finalize(self, self._lane.close).atexit = False
+        weakref.finalize(self, self._queue.close).atexit = False
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the session is open: the model loaded, what is missing of it read again.
@@ -177,12 +177,12 @@ class Session:
     @property
     def stats(self) -> Stats:
         """How it stands after the last step: a copy."""
-        return copy.copy(self._talk.seen.stats)
+        return copy.copy(self._session_worker.view.stats)
 
     @property
     def exchanges(self) -> list[Exchange]:
         """The exchanges attended after the last thing asked was done, oldest first: a copy."""
-        return [*self._talk.seen.exchanges]
+        return [*self._session_worker.view.exchanges]
 
     def reply(self, question: str, max_tokens: int | None = None) -> Generator[Piece, None, None]:
         """Yield a reply's pieces as they come; closing the generator stops it within a token.
@@ -193,11 +193,11 @@ class Session:
             QueueFull: the engine has too much to do.
             MlxStreamError: whatever went wrong; the engine and other sessions go on.
         """
-        return self._consumed(asked(question, max_tokens))
+        return self._consumed(reply_command(question, max_tokens))
 
     def areply(self, question: str, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
         """As `reply`, for asyncio; cancelling who waits for it stops it within a token."""
-        return self._consumed_async(asked(question, max_tokens))
+        return self._consumed_async(reply_command(question, max_tokens))
 
     def retry(self, max_tokens: int | None = None) -> Generator[Piece, None, None]:
         """Answer the last question once more, in place of the last reply; as `reply`."""
@@ -210,10 +210,10 @@ class Session:
 
     def edit(self, question: str, max_tokens: int | None = None) -> Generator[Piece, None, None]:
         """Put another question in place of the last one, and answer it; as `reply`."""
-        return self._consumed(edited(question, max_tokens))
+        return self._consumed(edit_command(question, max_tokens))
 
     def aedit(self, question: str, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
-        return self._consumed_async(edited(question, max_tokens))
+        return self._consumed_async(edit_command(question, max_tokens))
 
     def undo(self) -> "Future[Exchange]":
         """Take the last exchange back; `.result()` of what is returned waits for it.
@@ -239,9 +239,9 @@ class Session:
         Raises:
             SessionError, SnapshotError: what was waited for could not be written.
         """
-        self._lane.close()
+        self._queue.close()
         if timeout > 0:
-            self._lane.wait_closed(timeout)
+            self._queue.wait_closed(timeout)
 
     def __enter__(self) -> "Session":
         return self
@@ -251,47 +251,47 @@ class Session:
 
     # --- between the threads ---
 
-    def _ask(self, work: Callable[[], Work], reply: bool = True) -> Job:
+    def _ask(self, work: Callable[[], Work], reply: bool = True) -> Task:
         """Ask for something, and end the reply that is going on."""
-        with self._owner.lock:
-            job = self._owner.submit(self._lane, work)
+        with self._worker.lock:
+            job = self._worker.submit(self._queue, work)
             before, self._reply = self._reply, job if reply else None
             if before:
                 before.cancel()
         return job
 
     def _consumed(self, begin: "Begin") -> Generator[Piece, None, None]:
-        talk = self._talk  # what is asked for does not keep the session
-        return consumed(lambda: self._ask(lambda: talk.spoken(begin)), self._deliver)
+        talk = self._session_worker  # what is asked for does not keep the session
+        return iterate(lambda: self._ask(lambda: talk.reply_steps(begin)), self._deliver)
 
     def _consumed_async(self, begin: "Begin") -> AsyncGenerator[Piece, None]:
-        talk = self._talk
-        return consumed_async(lambda: self._ask(lambda: talk.spoken(begin)), self._deliver)
+        talk = self._session_worker
+        return iterate_async(lambda: self._ask(lambda: talk.reply_steps(begin)), self._deliver)
 
     def _future(self, what: "Callable[[Conversation], Any]") -> "Future[Any]":
         from concurrent.futures import Future
 
         future: Future[Any] = Future()
-        talk = self._talk
-        self._ask(lambda: talk.done(what), reply=False).promise(future)
+        talk = self._session_worker
+        self._ask(lambda: talk.perform(what), reply=False).promise(future)
         return future
 
     def _deliver(self, piece: Piece | None = None) -> None:
         """Call back what there is to tell, on the thread of whoever reads the reply."""
-        told, self._talk.evicted = self._talk.evicted, []
+        told, self._session_worker.evicted = self._session_worker.evicted, []
         if self._on_evict and told:
             self._on_evict(sum(e for e, _ in told), sum(t for _, t in told))
         if self._on_token and piece:
             self._on_token(piece)
 
 
-def asked(question: str, max_tokens: int | None) -> "Begin":
+def reply_command(question: str, max_tokens: int | None) -> "Begin":
     check_question(question)
     check_limit(max_tokens)
     return lambda talk: talk.reply(question, max_tokens=max_tokens)
 
 
-def edited(question: str, max_tokens: int | None) -> "Begin":
+def edit_command(question: str, max_tokens: int | None) -> "Begin":
     check_question(question)
     check_limit(max_tokens)
     return lambda talk: talk.edit(question, max_tokens=max_tokens)

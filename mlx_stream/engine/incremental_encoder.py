@@ -7,7 +7,7 @@ tokenizer which puts a space before the first word of what it is given puts none
 
 import re
 
-from mlx_stream.chat.prompts import Turns
+from mlx_stream.chat.prompts import PromptBuilder
 
 # Between words, wherever a tokenizer may draw the line: before the only space between two words;
 # after the only line end between two. Of a blank line many take the last character with what
@@ -18,41 +18,43 @@ CONTEXT = 200
 BEFORE_A_QUESTION = "\n\n"
 
 
-class Words:
+class IncrementalEncoder:
     """Text that was added to a turn and how far it is encoded.
 
     Attributes:
-        context: the last words that were encoded, as `Turns.guarded` makes them; at first, those
-            of the template before the turn's text.
+        context: the last words that were encoded, special tokens escaped; at first those of the
+            template before the turn's text.
         lead: what the template puts before the first word, until it is encoded.
-        held: text that more text may still change.
+        pending: text that more text may still change.
     """
 
-    def __init__(self, turns: Turns, context: str, lead: str = "", held: str = ""):
-        self.turns, self.context, self.lead, self.held = turns, context, lead, held
+    def __init__(self, turns: PromptBuilder, context: str, lead: str = "", held: str = ""):
+        self.prompts, self.context, self.lead, self.pending = turns, context, lead, held
         self.begun = False  # whether anything of the turn's text is encoded
 
     def add(self, text: str) -> list[int]:
         """Return the ids of the words that are certain now."""
-        self.held += text
-        cuts = [match.start() for match in BETWEEN.finditer(self.held)]
+        self.pending += text
+        cuts = [match.start() for match in BETWEEN.finditer(self.pending)]
         cut = cuts[-1] if cuts else 0
-        if len(self.held) - cut > LONGEST_WORD:
-            cut = len(self.held) - 1
+        if len(self.pending) - cut > LONGEST_WORD:
+            cut = len(self.pending) - 1
         return self._take(cut)
 
     def flush(self) -> list[int]:
         """Return the ids of what was held back, as if nothing followed it."""
-        return self._take(len(self.held))
+        return self._take(len(self.pending))
 
-    def ending(self, held: str, question: str, closing: str) -> list[int]:
+    def end_turn(self, held: str, question: str, closing: str) -> list[int]:
         """Return the ids of a turn's end: a question and a template's words; changes nothing.
 
         Args:
             held: what is taken before it of the text held back: all, or nothing.
         """
         gap = BEFORE_A_QUESTION if self.begun or held else ""
-        return self._after(self.lead + self.turns.guarded(held + gap + question) + closing)
+        return self._after(
+            self.lead + self.prompts.escape_special_tokens(held + gap + question) + closing
+        )
 
     def restart(self, context: str, lead: str) -> None:
         """Go on in another turn; what is held back is still to come."""
@@ -61,18 +63,21 @@ class Words:
     def _take(self, cut: int) -> list[int]:
         if not cut:
             return []
-        piece, self.held = self.lead + self.turns.guarded(self.held[:cut]), self.held[cut:]
+        piece, self.pending = (
+            self.lead + self.prompts.escape_special_tokens(self.pending[:cut]),
+            self.pending[cut:],
+        )
         ids = self._after(piece)
         self.context, self.lead, self.begun = last_words(self.context + piece), "", True
         return ids
 
     def _after(self, text: str) -> list[int]:
         if self.context:
-            before, whole = (self.turns.encode(self.context + more) for more in ("", text))
+            before, whole = (self.prompts.encode(self.context + more) for more in ("", text))
             if whole[: len(before)] == before:
                 return whole[len(before) :]
         # There is no word before it, or the tokenizer joins what is apart here: it has to be cut.
-        return self.turns.encode(text, behind_text=True)
+        return self.prompts.encode(text, behind_text=True)
 
 
 def last_words(text: str) -> str:

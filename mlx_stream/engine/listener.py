@@ -8,12 +8,12 @@ from typing import Any
 
 from mlx_stream.engine.backlog import Backlog
 from mlx_stream.engine.handle import OnEvict, check_limit, check_question
-from mlx_stream.engine.listener_snapshot import checked_note
-from mlx_stream.engine.listener_worker import Hearing, Options
-from mlx_stream.engine.model_host import Core
-from mlx_stream.engine.replies import consumed, consumed_async
-from mlx_stream.engine.task import Job, Work, again
-from mlx_stream.engine.worker import Lane, Owner
+from mlx_stream.engine.listener_snapshot import check_note
+from mlx_stream.engine.listener_worker import ListenerOptions, ListenerWorker
+from mlx_stream.engine.model_host import ModelHost
+from mlx_stream.engine.replies import iterate, iterate_async
+from mlx_stream.engine.task import Task, Work, reraise
+from mlx_stream.engine.worker import SessionQueue, Worker
 from mlx_stream.errors import MlxStreamError, QueueFull, ValueRefused
 from mlx_stream.generate.stats import Stats
 from mlx_stream.text.pieces import Piece
@@ -30,9 +30,9 @@ class Listener:
 
     def __init__(
         self,
-        owner: Owner,
-        core: Core,
-        options: Options,
+        owner: Worker,
+        core: ModelHost,
+        options: ListenerOptions,
         capacity: int,
         on_evict: OnEvict | None,
         engine: Any,
@@ -41,17 +41,17 @@ class Listener:
             raise ValueRefused(f"backlog must be at least 1 character, not {capacity}")
         check_limit(options.max_tokens)
         self._engine = engine  # lives as long as a listener that is in use
-        self._owner, self._on_evict = owner, on_evict
+        self._worker, self._on_evict = owner, on_evict
         self._backlog = Backlog(capacity)
-        self._hearing = hearing = Hearing(owner, core, options, self._backlog)
-        self._lane = owner.add(Lane(owner, hearing.after, hearing.close, hearing))
-        self._answer: Job | None = None
+        self._listener_worker = hearing = ListenerWorker(owner, core, options, self._backlog)
+        self._queue = owner.add(SessionQueue(owner, hearing.after, hearing.close, hearing))
+        self._answer: Task | None = None
         try:
-            self._opening = owner.submit(self._lane, hearing.open, None)
+            self._opening = owner.submit(self._queue, hearing.open, None)
         except BaseException:
-            self._lane.close()
+            self._queue.close()
             raise
-        weakref.finalize(self, self._lane.close).atexit = False
+        weakref.finalize(self, self._queue.close).atexit = False
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until it listens: the model loaded, what it goes on with restored.
@@ -67,24 +67,24 @@ class Listener:
     @property
     def restored(self) -> dict[str, str | int] | None:
         """The note of the snapshot it goes on with; None before `wait`, or if it began anew."""
-        note = self._hearing.restored
+        note = self._listener_worker.restored
         return None if note is None else dict(note)
 
     @property
     def error(self) -> MlxStreamError | None:
         """Why it cannot be used any more: it was not opened, or a step of its own failed."""
-        return self._hearing.error or self._owner.error
+        return self._listener_worker.error or self._worker.error
 
     @property
     def backlog(self) -> int:
         """Characters fed that are not read; the last word is not among them, it may grow yet."""
-        with self._owner.lock:
+        with self._worker.lock:
             return self._backlog.size
 
     @property
     def stats(self) -> Stats:
         """How it stands after the last step: a copy."""
-        return copy.copy(self._hearing.seen)
+        return copy.copy(self._listener_worker.published)
 
     def feed(self, text: str, timeout: float = 0.0) -> None:
         """Add text to the open turn; it is read in the background.
@@ -100,7 +100,7 @@ class Listener:
             MlxStreamError: it could not be opened, or what was fed not be read.
         """
         check_text(text)
-        backlog, owner = self._backlog, self._owner
+        backlog, owner = self._backlog, self._worker
         if len(text) > backlog.capacity:
             raise ValueRefused(
                 f"{len(text):,} characters are more than the backlog ever holds, "
@@ -111,13 +111,13 @@ class Listener:
             owner.wait_for(
                 owner.changed,
                 lambda: (
-                    self._has_room(len(text)) or self._lane.closing or owner.closing or self.error
+                    self._has_room(len(text)) or self._queue.closing or owner.closing or self.error
                 ),
                 timeout,
             )
-            owner.check(self._lane)
+            owner.check(self._queue)
             if self.error:
-                raise again(self.error)
+                raise reraise(self.error)
             if not self._has_room(len(text)):
                 raise QueueFull(
                     f"{backlog.size:,} characters are waiting to be read, and of at most "
@@ -133,7 +133,7 @@ class Listener:
             TimeoutError: it takes longer than `timeout` seconds; it goes on.
             MlxStreamError: it could not be read.
         """
-        fed, hearing = self._fed(), self._hearing
+        fed, hearing = self._fed(), self._listener_worker
         self._submit(lambda: hearing.flush(fed), None).outcome(timeout)
         self._deliver()
 
@@ -159,7 +159,7 @@ class Listener:
             MemoryRefused: the copy does not fit the budget.
             QueueFull: the engine has too much to do.
         """
-        return consumed(self._asking(question, remember, max_tokens, now), self._deliver)
+        return iterate(self._ask_command(question, remember, max_tokens, now), self._deliver)
 
     def aask(
         self,
@@ -169,7 +169,7 @@ class Listener:
         now: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """As `ask`, for asyncio; cancelling who waits for it stops it within a token."""
-        return consumed_async(self._asking(question, remember, max_tokens, now), self._deliver)
+        return iterate_async(self._ask_command(question, remember, max_tokens, now), self._deliver)
 
     def save(
         self, path: str | Path, note: Mapping[str, str | int], timeout: float | None = None
@@ -187,7 +187,7 @@ class Listener:
             SnapshotError: it could not be written; what was there before still is.
             TimeoutError: it takes longer than `timeout` seconds; it is still going to be written.
         """
-        place, kept, hearing = Path(path).absolute(), checked_note(note), self._hearing
+        place, kept, hearing = Path(path).absolute(), check_note(note), self._listener_worker
         self._submit(lambda: hearing.save(place, kept), None).outcome(timeout)
         self._deliver()
 
@@ -199,9 +199,9 @@ class Listener:
         Args:
             timeout: seconds to wait for that.
         """
-        self._lane.close()
+        self._queue.close()
         if timeout > 0:
-            self._lane.wait_closed(timeout)
+            self._queue.wait_closed(timeout)
 
     def __enter__(self) -> "Listener":
         return self
@@ -211,15 +211,15 @@ class Listener:
 
     # --- between the threads ---
 
-    def _asking(
+    def _ask_command(
         self, question: str, remember: bool, max_tokens: int | None, now: bool
-    ) -> Callable[[], Job]:
+    ) -> Callable[[], Task]:
         check_question(question)
         check_limit(max_tokens)
-        hearing = self._hearing
+        hearing = self._listener_worker
 
-        def ask() -> Job:
-            with self._owner.lock:
+        def ask() -> Task:
+            with self._worker.lock:
                 fed = None if now else self._fed()
                 # It does not wait for whoever reads it: what is fed meanwhile waits for its end.
                 job = self._submit(lambda: hearing.ask(question, max_tokens, fed, remember), None)
@@ -230,11 +230,11 @@ class Listener:
 
         return ask
 
-    def _submit(self, work: Callable[[], Work], ahead: int | None) -> Job:
-        return self._owner.submit(self._lane, work, ahead)
+    def _submit(self, work: Callable[[], Work], ahead: int | None) -> Task:
+        return self._worker.submit(self._queue, work, ahead)
 
     def _fed(self) -> int:
-        with self._owner.lock:
+        with self._worker.lock:
             return self._backlog.fed
 
     def _has_room(self, count: int) -> bool:
@@ -242,7 +242,7 @@ class Listener:
 
     def _deliver(self, piece: Piece | None = None) -> None:
         """Say what left, on the thread of whoever uses it."""
-        with self._owner.lock:
-            left, self._hearing.evicted = self._hearing.evicted, 0
+        with self._worker.lock:
+            left, self._listener_worker.evicted = self._listener_worker.evicted, 0
         if self._on_evict and left:
             self._on_evict(0, left)

@@ -15,7 +15,7 @@ BYTES_PER_CHARACTER = 12  # of a text in JSON, at most
 
 
 @dataclass(frozen=True)
-class Kept:
+class ListenerState:
     """Where a listening stream stands, beside its keys and values.
 
     Attributes:
@@ -23,7 +23,7 @@ class Kept:
         began: when it began, which its template may name.
         sampler: the state of the random numbers, hexadecimal.
         ids: encoded and not read.
-        context, lead, held, begun: see `Words`.
+        context, lead, held, begun: see `IncrementalEncoder`.
         backlog: fed and not encoded.
     """
 
@@ -43,37 +43,39 @@ class Kept:
         return {"kind": KIND, **values, "began": self.began.isoformat(), "ids": [*self.ids]}
 
 
-def longest(capacity: int) -> int:
+def largest_metadata(capacity: int) -> int:
     """Return how many bytes it may take at most, with a backlog of so many characters."""
     return BYTES_BESIDE + LONGEST_NOTE + BYTES_PER_CHARACTER * capacity
 
 
-def kept_of(plain: Mapping[str, Any], vocabulary: int) -> Kept:
+def parse_listener_state(plain: Mapping[str, Any], vocabulary: int) -> ListenerState:
     """Return what `plain` made.
 
     Raises:
         SnapshotError: it made something else.
     """
     try:
-        if plain["kind"] != KIND or plain.keys() != {"kind", *Kept.__annotations__}:
+        if plain["kind"] != KIND or plain.keys() != {"kind", *ListenerState.__annotations__}:
             raise ValueError("it is not a listener's")
         texts = {
-            name: typed(str, plain[name])
+            name: of_type(str, plain[name])
             for name in ("sampler", "context", "lead", "held", "backlog")
         }
         for text in texts.values():
             text.encode()
-        ids = tuple(typed(int, id) for id in plain["ids"])
+        ids = tuple(of_type(int, id) for id in plain["ids"])
         if not all(0 <= id < vocabulary for id in ids):
             raise ValueError("an id is none of this model")
-        began = datetime.fromisoformat(typed(str, plain["began"])).astimezone()
-        note = checked_note(typed(dict, plain["note"]))
-        return Kept(note=note, began=began, ids=ids, begun=typed(bool, plain["begun"]), **texts)
+        began = datetime.fromisoformat(of_type(str, plain["began"])).astimezone()
+        note = check_note(of_type(dict, plain["note"]))
+        return ListenerState(
+            note=note, began=began, ids=ids, begun=of_type(bool, plain["begun"]), **texts
+        )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SnapshotError("it is not a listening stream's, or damaged") from error
 
 
-def checked_note(note: Any) -> dict[str, str | int]:
+def check_note(note: Any) -> dict[str, str | int]:
     """Return a copy of a note that can be kept.
 
     Raises:
@@ -97,7 +99,7 @@ def checked_note(note: Any) -> dict[str, str | int]:
     return dict(note)
 
 
-def typed(kind: type, value: Any) -> Any:
+def of_type(kind: type, value: Any) -> Any:
     if type(value) is not kind:
         raise TypeError(f"expected {kind.__name__}, not {value!r:.40}")
     return value

@@ -6,8 +6,8 @@
     (the model) At 10:07.
     reopening   <|im_end|>\\n<|im_start|>user\\n
 
-Between two steps what the stream has read, `Hearing.ids` and the text after them make up all that
-was fed, so it can be saved there, and asking may end anywhere.
+Between two steps what the stream has read, `ListenerWorker.ids` and the text after them make up
+all that was fed, so it can be saved there, and asking may end anywhere.
 """
 
 import time
@@ -21,14 +21,18 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
-from mlx_stream.cache.geometry import padded
-from mlx_stream.chat.prompts import Turns
+from mlx_stream.cache.geometry import pad_length
+from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.engine.backlog import Backlog
-from mlx_stream.engine.incremental_encoder import Words
-from mlx_stream.engine.listener_snapshot import Kept, kept_of, longest
-from mlx_stream.engine.model_host import Core
-from mlx_stream.engine.task import Job, Work, again, typed
-from mlx_stream.engine.worker import Owner
+from mlx_stream.engine.incremental_encoder import IncrementalEncoder
+from mlx_stream.engine.listener_snapshot import (
+    ListenerState,
+    largest_metadata,
+    parse_listener_state,
+)
+from mlx_stream.engine.model_host import ModelHost
+from mlx_stream.engine.task import Task, Work, as_engine_error, reraise
+from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import (
     EngineClosed,
     MlxStreamError,
@@ -37,18 +41,18 @@ from mlx_stream.errors import (
     ValueRefused,
 )
 from mlx_stream.generate import snapshot
-from mlx_stream.generate.completion import paced
+from mlx_stream.generate.completion import stream_pieces
 from mlx_stream.generate.stats import Stats, eviction_notice
-from mlx_stream.generate.token_stream import TokenStream, generate, read_ahead
+from mlx_stream.generate.token_stream import TokenStream, generate, read_all_but_last_step
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.text.pieces import Piece, Reply
+from mlx_stream.text.pieces import Piece, ReplyDecoder
 from mlx_stream.window import PREFILL_CHUNK
 
 BUSY_CHUNK = 32  # tokens of a step while others wait for their replies
 
 
 @dataclass(frozen=True)
-class Options:
+class ListenerOptions:
     """How a stream listens; see `Engine.listen`."""
 
     system: str | None
@@ -60,7 +64,7 @@ class Options:
     restore: Path | None
 
 
-class Hearing:
+class ListenerWorker:
     """One stream that listens.
 
     Attributes:
@@ -70,18 +74,18 @@ class Hearing:
         evicted: tokens that left and nobody was told of.
     """
 
-    def __init__(self, owner: Owner, core: Core, options: Options, backlog: Backlog):
-        self.owner, self.core, self.options, self.backlog = owner, core, options, backlog
+    def __init__(self, owner: Worker, core: ModelHost, options: ListenerOptions, backlog: Backlog):
+        self.worker, self.host, self.options, self.backlog = owner, core, options, backlog
         self.key = core.new_key()
         self.error: MlxStreamError | None = None
         self.restored: dict[str, str | int] | None = None
         self.stats = Stats()
-        self.seen = self.stats
-        self.open_ = False
+        self.published = self.stats
+        self.is_open = False
         self.evicted = 0
         self.ids: list[int] = []  # encoded and not read
         self._length = 0  # of the last step, padded
-        self._told_evicted = 0
+        self._reported_evicted = 0
 
     # --- beginning ---
 
@@ -92,7 +96,7 @@ class Hearing:
             self._open()
         except Exception as error:
             self._fail(error)
-            self.core.budget.settle(self.key, 0)
+            self.host.budget.set_stream(self.key, 0)
             raise
         finally:
             mx.clear_cache()  # of what a snapshot was loaded into
@@ -104,7 +108,7 @@ class Hearing:
                 found = self._load(path)
             except SnapshotError as error:
                 reason = str(error)
-        self.sampling = self.options.sampling.seeded()
+        self.sampling = self.options.sampling.with_seed()
         self._begin(found[1].began if found else datetime.now().astimezone())
         if found:
             try:
@@ -114,24 +118,29 @@ class Hearing:
                 self._begin(datetime.now().astimezone())
         if reason:
             self._notify(f"begins anew, without what was heard before: {reason}")
-        self.core.budget.settle(self.key, self.cache.nbytes)
-        self.open_ = True
+        self.host.budget.set_stream(self.key, self.cache.nbytes)
+        self.is_open = True
 
     def _begin(self, began: datetime) -> None:
         """Allocate the stream; read nothing yet."""
-        options, model = self.options, self.core.model_for(self.key)
+        options, model = self.options, self.host.model_for(self.key)
         template = model.tokenizer.template
         if template is None:
             raise TemplateError(f"{model.name} has no chat template: it cannot be asked anything")
-        self.core.budget.settle(self.key, 0)
+        self.host.budget.set_stream(self.key, 0)
         self.model, self.began = model, began
-        self.turns = Turns(model.tokenizer, template.at(began), options.system or None, pin=True)
-        self.turn = self.turns.open_turn()
-        self.pinned = self.turns.encode(self.turn.opening)
+        self.prompts = PromptBuilder(
+            model.tokenizer, template.at(began), options.system or None, pin=True
+        )
+        self.turn = self.prompts.open_turn()
+        self.pinned = self.prompts.encode(self.turn.opening)
         sinks = model.sinks_for(len(self.pinned), options.sinks, options.window)
         self.cache = self._new_cache(sinks)
         self.tokens, self.sampler = TokenStream(model, self.cache), Sampler(self.sampling)
-        self.words, self.ids = Words(self.turns, self.turn.opening, self.turn.lead), [*self.pinned]
+        self.encoder, self.ids = (
+            IncrementalEncoder(self.prompts, self.turn.opening, self.turn.lead),
+            [*self.pinned],
+        )
         geometry = self.cache.geometry
         self.stats = Stats(
             seed=self.sampling.seed or 0,
@@ -147,13 +156,13 @@ class Hearing:
             sinks, self.options.window, notify=self._notify, kv_bits=self.options.kv_bits
         )
 
-    def _load(self, path: Path) -> tuple[snapshot.Snapshot, Kept]:
-        found = snapshot.load(path, longest=longest(self.backlog.capacity))
-        if found.model != self.core.mark:
+    def _load(self, path: Path) -> tuple[snapshot.Snapshot, ListenerState]:
+        found = snapshot.load_snapshot(path, longest=largest_metadata(self.backlog.capacity))
+        if found.model != self.host.fingerprint:
             raise SnapshotError(f"{path} belongs to another model, or one loaded another way")
-        return found, kept_of(found.about, self.core.model.config.vocab_size)
+        return found, parse_listener_state(found.about, self.host.model.config.vocab_size)
 
-    def _restore(self, found: snapshot.Snapshot, kept: Kept) -> None:
+    def _restore(self, found: snapshot.Snapshot, kept: ListenerState) -> None:
         """Stand where the snapshot was made.
 
         Raises:
@@ -165,36 +174,36 @@ class Hearing:
             raise ValueRefused("it was made with another system prompt")
         self.sampler.restore(kept.sampler)
         self.ids, self.restored = [*kept.ids], kept.note
-        self.words = Words(self.turns, kept.context, kept.lead, kept.held)
-        self.words.begun = kept.begun
-        with self.owner.lock:
+        self.encoder = IncrementalEncoder(self.prompts, kept.context, kept.lead, kept.held)
+        self.encoder.begun = kept.begun
+        with self.worker.lock:
             self.backlog.put_back(kept.backlog)
-        self._told_evicted = self.cache.evicted
+        self._reported_evicted = self.cache.evicted
         self._count()
 
-    def opened(self) -> None:
+    def check_open(self) -> None:
         """Raise what keeps it from being used."""
         if self.error:
-            raise again(self.error)
-        if not self.open_:
+            raise reraise(self.error)
+        if not self.is_open:
             raise EngineClosed("this listener is closed: begin another one")
 
     # --- listening ---
 
     def waiting(self) -> bool:
-        return self.open_ and not self.error and bool(self.ids or self.backlog.pieces)
+        return self.is_open and not self.error and bool(self.ids or self.backlog.pieces)
 
     def step(self) -> None:
         """Read a little more of what was fed."""
         try:
-            chunk = BUSY_CHUNK if self.owner.busy() else PREFILL_CHUNK
+            chunk = BUSY_CHUNK if self.worker.busy() else PREFILL_CHUNK
             self._encode(chunk, self.backlog.fed)
             self._read(chunk)
         except Exception as error:  # whoever uses it next is told
             self._fail(error)
 
     @contextmanager
-    def _vouched(self) -> Iterator[None]:
+    def _failing(self) -> Iterator[None]:
         """Let nobody use the stream after a step that failed: who knows what it left there."""
         try:
             yield
@@ -204,33 +213,33 @@ class Hearing:
 
     def _fail(self, error: Exception) -> None:
         """Have nobody use it any more; who waits for room hears of it."""
-        with self.owner.lock:
-            self.error = typed(error)
-            self.owner.changed.notify_all()
+        with self.worker.lock:
+            self.error = as_engine_error(error)
+            self.worker.changed.notify_all()
 
     def _encode(self, count: int, fed: int) -> None:
         """Have so many ids to be read, if there is text among the first `fed` characters."""
         while len(self.ids) < count and self.backlog.taken < fed:
-            with self.owner.lock:
+            with self.worker.lock:
                 text = self.backlog.take()
                 self.backlog.encoded += len(text)
-            self.ids += self.words.add(text)
+            self.ids += self.encoder.add(text)
 
     def _read(self, chunk: int) -> None:
         """Read ids, as many as one step takes."""
         started, waiting = time.perf_counter(), len(self.ids)
         if waiting:
-            count = self.cache.take(min(chunk, waiting))
-            self._work_in(padded(count))
-            for _ in self.tokens.skim(self.ids[:count]):
+            count = self.cache.max_step(min(chunk, waiting))
+            self._work_in(pad_length(count))
+            for _ in self.tokens.prefill(self.ids[:count]):
                 del self.ids[:count]
-            self.tokens.settle()
+            self.tokens.synchronize()
             self.stats.prompt_tokens += count
             self.stats.prompt_seconds += time.perf_counter() - started
         self.after(None)  # first: who sees that nothing waits sees what was read
-        with self.owner.lock:
+        with self.worker.lock:
             self.backlog.encoded = self.backlog.encoded * len(self.ids) // max(1, waiting)
-            self.owner.changed.notify_all()
+            self.worker.changed.notify_all()
 
     def _work_in(self, length: int) -> None:
         """Let go of freed buffers if steps change their length: each one's were kept, 50 MB."""
@@ -238,20 +247,20 @@ class Hearing:
             self._length = length
             mx.clear_cache()
 
-    def _reading(self, fed: int) -> Iterator[None]:
+    def _read_steps(self, fed: int) -> Iterator[None]:
         """Read all of the first `fed` characters; yields between the steps."""
-        self.opened()
+        self.check_open()
         while self.ids or self.backlog.taken < fed:
-            with self._vouched():
+            with self._failing():
                 self._encode(PREFILL_CHUNK, fed)
                 self._read(PREFILL_CHUNK)
             yield
 
     def flush(self, fed: int) -> Work:
         """Read all that was fed before, its last word too."""
-        yield from self._reading(fed)
-        self.ids += self.words.flush()
-        yield from self._reading(fed)
+        yield from self._read_steps(fed)
+        self.ids += self.encoder.flush()
+        yield from self._read_steps(fed)
 
     # --- asking ---
 
@@ -261,18 +270,18 @@ class Hearing:
         Args:
             fed: characters that are read before; None: what is encoded already.
         """
-        yield from self._reading(0 if fed is None else fed)
-        held = "" if fed is None else self.words.held
-        prompt = self.words.ending(held, question, self.turn.closing)
+        yield from self._read_steps(0 if fed is None else fed)
+        held = "" if fed is None else self.encoder.pending
+        prompt = self.encoder.end_turn(held, question, self.turn.closing)
         limit = limit or self.options.max_tokens
         if not remember:
             yield from self._aside(prompt, limit)
             return
-        self.words.held = self.words.held[len(held) :]
-        reply = Reply(self.model.tokenizer.decoder(), ())
+        self.encoder.pending = self.encoder.pending[len(held) :]
+        reply = ReplyDecoder(self.model.tokenizer.decoder(), ())
         base = self.tokens.length
         try:
-            with self._vouched():
+            with self._failing():
                 yield from self._answer(self.tokens, self.sampler, prompt, limit, reply, self.stats)
         finally:
             self._settle(base, prompt, reply)
@@ -283,7 +292,7 @@ class Hearing:
         try:
             tokens = TokenStream(self.model, self._new_cache(self.cache.geometry.sinks))
             tokens.restore(self.tokens.state())
-            reply = Reply(self.model.tokenizer.decoder(), (), remember=False)
+            reply = ReplyDecoder(self.model.tokenizer.decoder(), (), remember=False)
             sampler = Sampler(self.options.sampling)
             yield from self._answer(tokens, sampler, prompt, limit, reply, Stats())
         except Exception as error:
@@ -293,7 +302,7 @@ class Hearing:
         finally:
             tokens = None
             mx.clear_cache()  # the next copy may be long in coming
-            self.core.budget.settle(self.key, self.cache.nbytes)
+            self.host.budget.set_stream(self.key, self.cache.nbytes)
 
     def _answer(
         self,
@@ -301,31 +310,31 @@ class Hearing:
         sampler: Sampler,
         prompt: Sequence[int],
         limit: int,
-        reply: Reply,
+        reply: ReplyDecoder,
         stats: Stats,
     ) -> Work:
         tokenizer = self.model.tokenizer
         ends = tokenizer.eos_ids | tokenizer.special_ids
         self._work_in(0)
         sampled = _sampled(tokens, sampler, prompt, limit, ends)
-        for piece in paced(sampled, reply, len(prompt), limit, stats, tokens, steps=True):
+        for piece in stream_pieces(sampled, reply, len(prompt), limit, stats, tokens, steps=True):
             if piece.finish:
                 yield Piece(piece.text, piece.finish, tokens.cache.attended)
             else:
                 yield piece if piece.text else None
 
-    def _settle(self, base: int, prompt: Sequence[int], reply: Reply) -> None:
+    def _settle(self, base: int, prompt: Sequence[int], reply: ReplyDecoder) -> None:
         """Leave the stream with the question and what was said, and open a turn behind it."""
         reply.flush()
-        kept, rest = reply.kept(trim=self.turns.template.trims)
+        kept, rest = reply.final_ids(trim=self.prompts.template.trims)
         wanted = (*prompt, *reply.ids[:kept])
         excess = self.tokens.length - base - len(wanted)
         if excess > 0:
             self.tokens.rewind(min(excess, self.cache.rewindable))
-        said = rest if reply.ids else self.turns.template.lead
+        said = rest if reply.ids else self.prompts.template.lead
         unread = wanted[max(0, self.tokens.length - base) :]
-        self.ids += (*unread, *self.turns.encode(said + self.turn.reopening, behind_text=True))
-        self.words.restart(self.turn.reopening, self.turn.lead)
+        self.ids += (*unread, *self.prompts.encode(said + self.turn.reopening, behind_text=True))
+        self.encoder.restart(self.turn.reopening, self.turn.lead)
         self._count()
 
     # --- keeping ---
@@ -333,55 +342,55 @@ class Hearing:
     def save(self, path: Path, note: dict[str, str | int]) -> Work:
         """Write the stream and all that was fed."""
         yield from ()
-        self.opened()
-        with self.owner.lock:
+        self.check_open()
+        with self.worker.lock:
             backlog = "".join(self.backlog.pieces)
-        kept = Kept(
+        kept = ListenerState(
             note=note,
             began=self.began,
             sampler=self.sampler.state(),
             ids=tuple(self.ids),
-            context=self.words.context,
-            lead=self.words.lead,
-            held=self.words.held,
-            begun=self.words.begun,
+            context=self.encoder.context,
+            lead=self.encoder.lead,
+            held=self.encoder.pending,
+            begun=self.encoder.begun,
             backlog=backlog,
         )
-        snapshot.save(path, self.tokens, self.core.mark, kept.plain())
+        snapshot.save_snapshot(path, self.tokens, self.host.fingerprint, kept.plain())
 
     def close(self) -> None:
         """Let go of the ring."""
-        self.open_, self.ids = False, []
+        self.is_open, self.ids = False, []
         for name in ("tokens", "cache", "model", "sampler"):
             vars(self).pop(name, None)
-        self.core.budget.settle(self.key, 0)
+        self.host.budget.set_stream(self.key, 0)
 
     # --- what is said about it ---
 
-    def after(self, job: Job | None) -> None:
+    def after(self, job: Task | None) -> None:
         """Publish how things are."""
-        if self.open_:
+        if self.is_open:
             if job and job.cancelled and job.error:  # nobody else hears of it
                 self._notify(str(job.error))
             self._count()
-            self.seen = replace(self.stats, notices=[*self.stats.notices])
+            self.published = replace(self.stats, notices=[*self.stats.notices])
 
     def _count(self) -> None:
         stats, cache = self.stats, self.cache
         stats.attended, stats.evicted = cache.attended, cache.evicted
-        if stats.evicted and not self._told_evicted and not self.restored:
+        if stats.evicted and not self._reported_evicted and not self.restored:
             self._notify(eviction_notice(stats.window))
-        left, self._told_evicted = stats.evicted - self._told_evicted, stats.evicted
-        with self.owner.lock:
+        left, self._reported_evicted = stats.evicted - self._reported_evicted, stats.evicted
+        with self.worker.lock:
             self.evicted += left
 
     def _notify(self, line: str) -> None:
-        self.stats.note(line)
+        self.stats.add_notices(line)
 
 
 def _sampled(
     tokens: TokenStream, sampler: Sampler, prompt: Sequence[int], limit: int, ends: Collection[int]
 ) -> Iterator[int | None]:
     """Yield the ids of an answer, and None after the steps that read its prompt."""
-    rest = yield from read_ahead(tokens, prompt, None)
+    rest = yield from read_all_but_last_step(tokens, prompt, None)
     yield from generate(tokens, rest, sampler, limit, ends)

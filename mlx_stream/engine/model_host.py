@@ -11,7 +11,7 @@ from mlx_stream.load import Model, load
 WEIGHTS = 0  # the key of what is loaded
 
 
-class Core:
+class ModelHost:
     """One model, shared by sessions.
 
     Args:
@@ -55,7 +55,7 @@ class Core:
         return self._model
 
     @property
-    def mark(self) -> str:
+    def fingerprint(self) -> str:
         """The model's fingerprint."""
         from mlx_stream.generate import snapshot
 
@@ -67,7 +67,7 @@ class Core:
 
     def model_for(self, key: int) -> Model:
         """Return the model with its streams charged to `key`."""
-        return self.model.checked_by(partial(self.budget.charge, key))
+        return self.model.with_check(partial(self.budget.charge, key))
 
     def leave(self) -> None:
         """Let go of everything, so that another thread may begin."""

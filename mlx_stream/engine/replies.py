@@ -3,13 +3,13 @@
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import suppress
 
-from mlx_stream.engine.task import Job
+from mlx_stream.engine.task import Task
 from mlx_stream.text.pieces import Piece
 
-Told = Callable[[Piece | None], None]
+OnPiece = Callable[[Piece | None], None]
 
 
-def consumed(ask: Callable[[], Job], told: Told) -> Generator[Piece, None, None]:
+def iterate(ask: Callable[[], Task], told: OnPiece) -> Generator[Piece, None, None]:
     """Ask, and yield the pieces; closing the generator cancels the job.
 
     Args:
@@ -25,7 +25,7 @@ def consumed(ask: Callable[[], Job], told: Told) -> Generator[Piece, None, None]
         job.cancel()
 
 
-async def consumed_async(ask: Callable[[], Job], told: Told) -> AsyncGenerator[Piece, None]:
+async def iterate_async(ask: Callable[[], Task], told: OnPiece) -> AsyncGenerator[Piece, None]:
     """As `consumed`, without holding up the event loop."""
     import asyncio
 

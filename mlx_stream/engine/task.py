@@ -22,7 +22,7 @@ AHEAD = 1
 Work = Generator[Any, None, Any]
 
 
-class Thread(Protocol):
+class WorkerThread(Protocol):
     """What a job knows of the thread it runs on.
 
     Attributes:
@@ -52,7 +52,7 @@ class Thread(Protocol):
         ...
 
 
-class Job:
+class Task:
     """One thing asked: what it has given so far, and whether it is wanted.
 
     Args:
@@ -65,12 +65,12 @@ class Job:
 
     def __init__(
         self,
-        owner: Thread,
+        owner: WorkerThread,
         work: Callable[[], Work],
-        publish: "Callable[[Job | None], None]",
+        publish: "Callable[[Task | None], None]",
         ahead: int | None = AHEAD,
     ):
-        self.owner, self.ahead, self._publish = owner, ahead, publish
+        self.worker, self.ahead, self._publish = owner, ahead, publish
         self.arrived = threading.Condition(owner.lock)
         self.items: deque[Any] = deque()
         self.cancelled = self.done = False
@@ -89,24 +89,24 @@ class Job:
             EngineClosed: it never will come.
             MlxStreamError: what the work raised.
         """
-        with self.owner.lock:
-            if not self.owner.wait_for(self.arrived, lambda: self.items or self.done, timeout):
+        with self.worker.lock:
+            if not self.worker.wait_for(self.arrived, lambda: self.items or self.done, timeout):
                 raise TimeoutError(f"nothing came in {timeout} seconds")
             return self.take_now()
 
     def take_now(self) -> Any:
         """Return the next item, None if there is none now; raises as `take`."""
-        with self.owner.lock:
+        with self.worker.lock:
             if self.items:
-                self.owner.wake.notify()
+                self.worker.wake.notify()
                 return self.items.popleft()
             self._check()
             return None
 
     def outcome(self, timeout: float | None = None) -> Any:
         """Wait for the end and return its result; raises as `take`."""
-        with self.owner.lock:
-            if not self.owner.wait_for(self.arrived, lambda: self.done, timeout):
+        with self.worker.lock:
+            if not self.worker.wait_for(self.arrived, lambda: self.done, timeout):
                 raise TimeoutError(f"not done in {timeout} seconds")
             self._check()
             return self.result
@@ -114,9 +114,9 @@ class Job:
     def _check(self) -> None:
         """Raise what keeps more from coming, if that is an error."""
         if self.done and self.error:
-            raise again(self.error)
-        if self.owner.ended and not self.done:
-            self.owner.check()
+            raise reraise(self.error)
+        if self.worker.ended and not self.done:
+            self.worker.check()
 
     def on_arrival(self, tell: Callable[[], None]) -> None:
         """Have `tell` called, on the owner's thread, whenever something has come; to wait for it.
@@ -124,15 +124,15 @@ class Job:
         Raises:
             ValueRefused: this is that thread.
         """
-        self.owner.check_elsewhere()
-        with self.owner.lock:
+        self.worker.check_elsewhere()
+        with self.worker.lock:
             self._tell = tell
 
     def promise(self, future: "Future[Any]") -> None:
         """Have a future hold the outcome; what is called back by it is on the owner's thread."""
 
         def tell() -> None:
-            with self.owner.lock:
+            with self.worker.lock:
                 # Once, whoever is first; and not if it was cancelled, which the work knows not of.
                 now = self.done and self._tell is tell
                 if now:
@@ -143,16 +143,16 @@ class Job:
                 else:
                     future.set_result(self.result)
 
-        with self.owner.lock:
+        with self.worker.lock:
             self._tell = tell
         tell()
 
     def cancel(self) -> None:
         """Have it stopped before its next step; nothing more is taken from it."""
-        with self.owner.lock:
+        with self.worker.lock:
             self.cancelled = True
             self.items.clear()
-            self.owner.wake.notify()
+            self.worker.wake.notify()
 
     def runnable(self) -> bool:
         return self.cancelled or self.ahead is None or len(self.items) < self.ahead
@@ -164,8 +164,8 @@ class Job:
         try:
             if self.cancelled:
                 return self.abandon()
-            if self.owner.error:
-                raise again(self.owner.error)
+            if self.worker.error:
+                raise reraise(self.worker.error)
             if self._work is None:
                 assert self._begin
                 self._work = self._begin()
@@ -177,7 +177,7 @@ class Job:
             self._finish(end.value)
         # The engine outlives it, whatever it is; who asked is told.
         except Exception as error:
-            self._finish(error=typed(error))
+            self._finish(error=as_engine_error(error))
 
     def abandon(self, error: MlxStreamError | None = None) -> None:
         """End before the end; `error` is what whoever waits is told, if anybody still does."""
@@ -187,38 +187,38 @@ class Job:
             if self._work:
                 self._work.close()
         except Exception as found:
-            error = typed(found)
+            error = as_engine_error(found)
         self._finish(error=error)
 
     def _finish(self, result: Any = None, error: MlxStreamError | None = None) -> None:
         self.result, self.error = result, error
         self._publish(self)
-        with self.owner.lock:
+        with self.worker.lock:
             self.done = True
             self._begin = self._work = None  # a session that is forgotten is let go of at once
             self.arrived.notify_all()
-        self._told()
+        self._tell_waiting()
 
     def _give(self, item: Any) -> None:
-        with self.owner.lock:
+        with self.worker.lock:
             if not self.cancelled:
                 self.items.append(item)
                 self.arrived.notify_all()
-        self._told()
+        self._tell_waiting()
 
-    def _told(self) -> None:
+    def _tell_waiting(self) -> None:
         if self._tell:  # without the lock: it is not ours
             self._tell()
 
 
-def again(error: MlxStreamError) -> MlxStreamError:
+def reraise(error: MlxStreamError) -> MlxStreamError:
     """Return an error to raise on another thread, maybe not for the first time."""
     found = copy.copy(error)
     found.__cause__ = error
     return found
 
 
-def typed(error: Exception) -> MlxStreamError:
+def as_engine_error(error: Exception) -> MlxStreamError:
     """Return an error as one of ours, without its frames: it is kept, and they hold a ring.
 
     Errors of MLX come as RuntimeError, late and from anywhere.

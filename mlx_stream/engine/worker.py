@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from mlx_stream.engine.task import AHEAD, Job, Work, again, typed
+from mlx_stream.engine.task import AHEAD, Task, Work, as_engine_error, reraise
 from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused
 
 SECONDS_AT_EXIT = 10.0
@@ -31,7 +31,7 @@ class Background(Protocol):
         ...
 
 
-class Lane:
+class SessionQueue:
     """What is asked of one session: jobs in order, one at a time.
 
     Args:
@@ -42,13 +42,13 @@ class Lane:
 
     def __init__(
         self,
-        owner: "Owner",
-        after: Callable[[Job | None], None],
+        owner: "Worker",
+        after: Callable[[Task | None], None],
         close: Callable[[], None],
         background: Background | None = None,
     ):
-        self.owner, self.after, self.background = owner, after, background
-        self.jobs: deque[Job] = deque()
+        self.worker, self.after, self.background = owner, after, background
+        self.tasks: deque[Task] = deque()
         self.closing = self.closed = False
         self.error: MlxStreamError | None = None  # of closing
         self._close = close
@@ -57,56 +57,56 @@ class Lane:
         """Return whether there is a step to do; under the lock."""
         if self.closing:
             return True
-        if self.jobs:
-            return self.jobs[0].runnable()
+        if self.tasks:
+            return self.tasks[0].runnable()
         return bool(self.background and self.background.waiting())
 
     def step(self) -> None:
-        with self.owner.lock:
-            job = next(iter(self.jobs), None)
+        with self.worker.lock:
+            job = next(iter(self.tasks), None)
         if self.closing:
             self.end(EngineClosed("this session or listener was closed before this was done"))
         elif job:
             job.step()
-            with self.owner.lock:
+            with self.worker.lock:
                 if job.done:
-                    self.jobs.popleft()
+                    self.tasks.popleft()
         elif self.background:
             self.background.step()
             self.after(None)
 
     def end(self, error: MlxStreamError) -> None:
         """Stop what was asked, which fails with `error`, and close."""
-        while self.jobs:
-            self.jobs.popleft().abandon(error)
+        while self.tasks:
+            self.tasks.popleft().abandon(error)
         try:
             self._close()
         except Exception as found:
-            self.error = typed(found)
-        with self.owner.lock:
+            self.error = as_engine_error(found)
+        with self.worker.lock:
             self.closing = self.closed = True
-            if self in self.owner.lanes:
-                self.owner.lanes.remove(self)
-            self.owner.changed.notify_all()
+            if self in self.worker.queues:
+                self.worker.queues.remove(self)
+            self.worker.changed.notify_all()
 
     def close(self) -> None:
         """Have the lane end, which stops what was asked before; returns at once."""
-        with self.owner.lock:
+        with self.worker.lock:
             self.closing = True
-            self.owner.wake.notify()
-            self.owner.changed.notify_all()
+            self.worker.wake.notify()
+            self.worker.changed.notify_all()
 
     def wait_closed(self, timeout: float | None) -> bool:
         """Wait until it is closed; return whether it is. Raises what closing it raised."""
-        owner = self.owner
+        owner = self.worker
         with owner.lock:
             done = owner.wait_for(owner.changed, lambda: self.closed, timeout)
             if self.error:
-                raise again(self.error)
+                raise reraise(self.error)
             return done
 
 
-class Owner:
+class Worker:
     """A thread, the lanes that take turns on it, and how it ends.
 
     Args:
@@ -122,7 +122,7 @@ class Owner:
         self.changed = threading.Condition(self.lock)
         self.ready = self.closing = self.ended = False
         self.error: MlxStreamError | None = None
-        self.lanes: list[Lane] = []
+        self.queues: list[SessionQueue] = []
         self.queue_size = queue_size
         self._prepare, self._leave = prepare, leave
         self._process = os.getpid()
@@ -130,29 +130,31 @@ class Owner:
         self._thread = threading.Thread(target=self._run, name="mlx_stream", daemon=True)
         self._thread.start()
 
-    def add(self, lane: Lane) -> Lane:
+    def add(self, lane: SessionQueue) -> SessionQueue:
         with self.lock:
             self.check()
-            self.lanes.append(lane)
+            self.queues.append(lane)
         return lane
 
-    def submit(self, lane: Lane, work: Callable[[], Work], ahead: int | None = AHEAD) -> Job:
+    def submit(
+        self, lane: SessionQueue, work: Callable[[], Work], ahead: int | None = AHEAD
+    ) -> Task:
         """Ask for `work`, after what was asked of the lane before.
 
         Raises:
             QueueFull: too much was asked for that is not done.
             EngineClosed: the engine or the lane is closed.
         """
-        job = Job(self, work, lane.after, ahead)
+        job = Task(self, work, lane.after, ahead)
         with self.lock:
             self.check(lane)
-            asked = sum(len(lane.jobs) for lane in self.lanes)
+            asked = sum(len(lane.tasks) for lane in self.queues)
             if asked >= self.queue_size:
                 raise QueueFull(
                     f"{asked:,} commands are waiting or in progress, and the queue holds "
                     f"{self.queue_size:,}: try again later, or give the engine a larger queue_size"
                 )
-            lane.jobs.append(job)
+            lane.tasks.append(job)
             self.wake.notify()
         return job
 
@@ -167,7 +169,7 @@ class Owner:
             if not self.wait_for(self.changed, lambda: self.ready or self.error, timeout):
                 raise TimeoutError(f"the model is not loaded after {timeout} seconds")
             if self.error:
-                raise again(self.error)
+                raise reraise(self.error)
             if not self.ready:
                 raise EngineClosed("the engine was closed before the model was loaded")
 
@@ -211,9 +213,9 @@ class Owner:
     def busy(self) -> bool:
         """Return whether there is more to do than what goes on in the background."""
         with self.lock:
-            return any(lane.jobs for lane in self.lanes)
+            return any(lane.tasks for lane in self.queues)
 
-    def check(self, lane: Lane | None = None) -> None:
+    def check(self, lane: SessionQueue | None = None) -> None:
         """Raise `EngineClosed` if nothing can be asked, of a lane or at all."""
         if os.getpid() != self._process:
             raise EngineClosed(
@@ -245,16 +247,16 @@ class Owner:
                 self._prepare()
         # Whatever keeps a model from being loaded is told to everyone who asks.
         except Exception as found:
-            error = typed(found)
+            error = as_engine_error(found)
         with self.lock:
             self.error, self.ready = error, error is None
             self.changed.notify_all()
 
-    def _round(self) -> list[Lane]:
+    def _round(self) -> list[SessionQueue]:
         """Return the lanes that have a step to do, once there are any; none at the end."""
         with self.lock:
             while not self.closing:
-                if lanes := [lane for lane in self.lanes if lane.ready()]:
+                if lanes := [lane for lane in self.queues if lane.ready()]:
                     return lanes
                 self.wake.wait()
         return []
@@ -264,8 +266,8 @@ class Owner:
         with self.lock:
             self.closing = True
         try:
-            while self.lanes:
-                self.lanes[0].end(EngineClosed("the engine was closed before this was done"))
+            while self.queues:
+                self.queues[0].end(EngineClosed("the engine was closed before this was done"))
             self._leave()
         finally:
             with self.lock:
@@ -275,11 +277,11 @@ class Owner:
 
 # --- one per process, and its end ---
 
-_all: "weakref.WeakSet[Owner]" = weakref.WeakSet()
+_all: "weakref.WeakSet[Worker]" = weakref.WeakSet()
 _claims = threading.RLock()
 
 
-def claim(owner: Owner) -> list[Owner]:
+def claim(owner: Worker) -> list[Worker]:
     """Make `owner` the one thread of MLX; return those before, whose end it must await.
 
     Raises:
@@ -295,7 +297,7 @@ def claim(owner: Owner) -> list[Owner]:
         return alive
 
 
-def hold_all() -> None:
+def acquire_all() -> None:
     """Let no other thread hold a lock while this process is forked: nobody would release it."""
     for owner in [*_all]:
         owner.lock.acquire()
@@ -315,7 +317,7 @@ def release_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=hold_all, after_in_parent=release_all, after_in_child=release_in_child
+        before=acquire_all, after_in_parent=release_all, after_in_child=release_in_child
     )
 
 

@@ -19,16 +19,16 @@ from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.costs import (
-    Reading,
+    ReadRate,
     cache_bytes_read,
     graph_nodes,
-    reading,
+    read_rate,
     weight_bytes_read,
 )
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
-from mlx_stream.models.compiled import decode, worth_tracing
+from mlx_stream.models.compiled import decode_eagerly, worth_tracing
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.window import PREFILL_CHUNK
 
@@ -106,7 +106,7 @@ def bench(
         raise ValueRefused(f"--pairs must be at least {LEAST_PAIRS}, not {pairs}")
     if chunk < 2:
         raise ValueRefused(f"--chunk must be at least 2, not {chunk}")
-    read = reading(progress)
+    read = read_rate(progress)
     results = {}
     for asked in windows:
         _, window = model.resolve_window(SINKS, asked, progress)
@@ -117,7 +117,7 @@ def bench(
         alone = in_turn(step_of(model, cache), their_step(model, peer, window, 1), pairs)
         progress(f"window {window}: Python of a step")
         built = costs_of_building(model, peer, window, pairs)
-        must_read = limit(model, cache, read, statistics.median(decode.ours))
+        must_read = bandwidth_limit(model, cache, read, statistics.median(decode.ours))
         progress(f"window {window}: prefill in chunks of {chunk}")
         prefill = in_turn(
             our_step(model, window, chunk),
@@ -142,7 +142,9 @@ def bench(
     }
 
 
-def limit(model: Model, cache: StreamCache, read: Reading, seconds: float) -> dict[str, float]:
+def bandwidth_limit(
+    model: Model, cache: StreamCache, read: ReadRate, seconds: float
+) -> dict[str, float]:
     """Return what a step must read, and how near its time is to reading nothing else."""
     weights, held = weight_bytes_read(model.network), cache_bytes_read(cache)
     least = (weights + held) / read.bytes_per_second
@@ -251,9 +253,9 @@ def our_build(model: Model, cache: StreamCache) -> Build:
     def build() -> mx.array:
         step = cache.begin(1)
         if isinstance(step, DecodeStep) and worth_tracing(step, tracing):
-            decoded = model.traces.run(step, token, greedy, greedy.key)
+            decoded = model.compiled_steps.run(step, token, greedy, greedy.key)
         else:
-            decoded = decode(model.network, step, token, greedy, greedy.key)
+            decoded = decode_eagerly(model.network, step, token, greedy, greedy.key)
         cache.commit(step)
         assert decoded.token is not None
         return decoded.token

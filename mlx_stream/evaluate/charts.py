@@ -65,10 +65,10 @@ def check_plot(path: Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ValueRefused("--plot needs matplotlib: pip install 'mlx_stream[eval]'") from error
-    write({path: b"", dark_twin(path): b""}, keep=False)
+    write_chart({path: b"", dark_twin(path): b""}, keep=False)
 
 
-def draw(report: Report, path: Path) -> list[Path]:
+def draw_chart(report: Report, path: Path) -> list[Path]:
     """Write a report's light chart to `path` and its dark one beside it; return both paths.
 
     The same report gives the same bytes. A failure is a ValueRefused and leaves no half of a file.
@@ -77,11 +77,11 @@ def draw(report: Report, path: Path) -> list[Path]:
     form, files = path.suffix[1:].lower(), {}
     facts = {"Software": None} if form == "png" else {"Date": None, "Creator": None}
     for dark, one in ((False, path), (True, dark_twin(path))):
-        drawn, out = figure(report, dark), io.BytesIO()
+        drawn, out = make_figure(report, dark), io.BytesIO()
         with theme(dark):
             drawn.savefig(out, format=form, dpi=200, metadata=facts)
         files[one] = out.getvalue()
-    write(files)
+    write_chart(files)
     return list(files)
 
 
@@ -89,7 +89,7 @@ def dark_twin(path: Path) -> Path:
     return path.with_name(f"{path.stem}-dark{path.suffix}")
 
 
-def write(files: dict[Path, bytes], keep: bool = True) -> None:
+def write_chart(files: dict[Path, bytes], keep: bool = True) -> None:
     """Write all files or none; without `keep`, only find out whether that can be done."""
     partial = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     paths = list(files)
@@ -125,7 +125,7 @@ def theme(dark: bool) -> Iterator[dict[str, str]]:
         yield ink
 
 
-def figure(report: Report, dark: bool = False) -> "Figure":
+def make_figure(report: Report, dark: bool = False) -> "Figure":
     """Return a report's chart; raise ValueRefused where its experiment or a figure is not known."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -149,7 +149,7 @@ def clean(value: object) -> str:
     return text if len(text) <= 34 else f"{text[:33]}…"
 
 
-def said(found: Any, forms: dict[str, str], *more: str) -> str:
+def caption(found: Any, forms: dict[str, str], *more: str) -> str:
     """Say what a report knows of something, each thing in its form."""
     found = found if isinstance(found, dict) else {}
     known = {key: value for key, value in found.items() if value is not None and value is not False}
@@ -207,8 +207,8 @@ class Page:
         )  # fmt: skip
         about, muted = self.report.about, self.ink["muted"]
         self.figure.text(0.018, 1 - 0.3 / inches, title, size=12, weight="bold")
-        self.figure.text(0.018, 1 - 0.53 / inches, said(about, ABOUT, more), color=muted)
-        self.figure.text(0.018, 0.13 / inches, said(about.get("machine"), MACHINE), color=muted)
+        self.figure.text(0.018, 1 - 0.53 / inches, caption(about, ABOUT, more), color=muted)
+        self.figure.text(0.018, 0.13 / inches, caption(about.get("machine"), MACHINE), color=muted)
         return self.figure.subplots(len(heights), sharex=True, height_ratios=heights)
 
     def log_axis(self, axes: "Axes", values: Figures, name: str) -> None:
@@ -300,7 +300,7 @@ class Page:
             edge = label.get_window_extent().x1 + 12
 
 
-def reading(page: Page) -> None:
+def read_points(page: Page) -> None:
     """Draw perplexity, speed and memory below each other, over the tokens read."""
     from matplotlib.ticker import EngFormatter
 
@@ -312,7 +312,7 @@ def reading(page: Page) -> None:
     beside = [name for name, x in zip(names, xs, strict=True) if x > 0.95 * last]
     title = f"Reading {last:,.0f} tokens: perplexity, speed and memory"
     panels = page.panels(title, 1.8, 1.05, 1.05, beside=beside)
-    tokens = said(page.report.about, {"segment": "tokens read, in segments of {}"})
+    tokens = caption(page.report.about, {"segment": "tokens read, in segments of {}"})
     panels[2].set(xlim=(0, last), xlabel=tokens or "tokens read")
     panels[2].xaxis.set_major_formatter(EngFormatter(sep=""))
     page.log_axis(panels[0], losses, "perplexity")
@@ -331,7 +331,7 @@ def reading(page: Page) -> None:
         panels[0].set_title(text, loc="right", size=9, pad=4, color=red)
 
 
-def sinks(page: Page) -> None:
+def draw_sinks(page: Page) -> None:
     ys, places = page.column("perplexity", 0.1, math.inf), range(len(page.report.rows))
     axes = page.panels("Perplexity by number of sinks", 3.2)
     (page.log_axis if max(ys) > 3 * min(ys) else page.zero_axis)(axes, ys, "perplexity")
@@ -340,7 +340,7 @@ def sinks(page: Page) -> None:
     page.ticks(axes, places, texts, "sinks + window")
 
 
-def windows(page: Page) -> None:
+def draw_windows(page: Page) -> None:
     sizes, losses = page.column("window", 1), page.column("perplexity", 0.1, math.inf)
     memory = [y / 1e6 for y in page.column("cache_bytes")]
     panels = page.panels("Perplexity and memory by size of the window", 1.9, 1.4)
@@ -351,7 +351,7 @@ def windows(page: Page) -> None:
         page.show_values(axes, "stream", np.log2(sizes), ys)
 
 
-def latency(page: Page) -> None:
+def draw_latency(page: Page) -> None:
     sizes, names = page.column("cache", 1), page.names("method")
     typical, worst = page.column("p50_ms", 1e-6), page.column("p99_ms", 1e-6)
     beside = [name for name, size in zip(names, sizes, strict=True) if size == max(sizes)]
@@ -373,7 +373,7 @@ def latency(page: Page) -> None:
             axes.text(np.log2(n), math.sqrt(ours * again), text, ha="center")
 
 
-def streameval(page: Page) -> None:
+def draw_streameval(page: Page) -> None:
     backs, tokens = page.column("lines_back"), page.column("tokens_back")
     right = page.column("likelihood") + page.column("generation", empty=math.nan)
     chance = 100 / page.column("candidates", 1, of=[page.report.about])[0]
@@ -395,6 +395,10 @@ def streameval(page: Page) -> None:
 
 
 CHARTS = {
-    "perplexity": reading, "endurance": reading, "sinks": sinks, "windows": windows,
-    "latency": latency, "streameval": streameval,
-}  # fmt: skip
+    "perplexity": read_points,
+    "endurance": read_points,
+    "sinks": draw_sinks,
+    "windows": draw_windows,
+    "latency": draw_latency,
+    "streameval": draw_streameval,
+}

@@ -11,7 +11,7 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Text:
+class Corpus:
     """Texts one after another, as ids: int32, four bytes a token however long they are."""
 
     names: list[str]
@@ -33,13 +33,13 @@ class Text:
         return self.ids[np.arange(start, stop) % len(self.ids)].tolist()
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> Text:
+def encode(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> Corpus:
     """Encode (name, text) pairs as they are: no template, nothing between them."""
     encoded = [np.array(tokenizer.encode(text), np.int32) for _, text in texts]
-    return Text([name for name, _ in texts], np.concatenate(encoded))
+    return Corpus([name for name, _ in texts], np.concatenate(encoded))
 
 
-def segments_of(text: Text, tokens: int, segment: int) -> int:
+def segments_of(text: Corpus, tokens: int, segment: int) -> int:
     """Return how many whole segments the first `tokens` tokens make.
 
     Raises:

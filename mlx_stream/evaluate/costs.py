@@ -25,7 +25,7 @@ NODE = "shape=rectangle"  # of a primitive, in the text of a graph
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadRate:
     """How fast memory is read here: bytes per second, and by which operation."""
 
     bytes_per_second: float
@@ -49,13 +49,13 @@ def cache_bytes_read(cache: Cache) -> int:
     return cache.nbytes
 
 
-def reading(progress: Callable[[str], None] = lambda line: None) -> Reading:
+def read_rate(progress: Callable[[str], None] = lambda line: None) -> ReadRate:
     """Measure how fast this machine reads memory, with MLX's own operations."""
     progress(f"reading {READ_BYTES // 2**20} MiB, {READ_ROUNDS} times in each of three ways")
     rates = read_rates()
     mx.clear_cache()
     fastest = max(rates, key=lambda name: rates[name])
-    return Reading(rates[fastest], fastest)
+    return ReadRate(rates[fastest], fastest)
 
 
 def read_rates() -> dict[str, float]:

@@ -17,8 +17,8 @@ import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.errors import SnapshotError, TextError, ValueRefused
-from mlx_stream.evaluate.corpus import Text
-from mlx_stream.evaluate.jsonl import Log
+from mlx_stream.evaluate.corpus import Corpus
+from mlx_stream.evaluate.jsonl import JsonLog
 from mlx_stream.evaluate.readers import StreamReader
 from mlx_stream.evaluate.report import Row, perplexity
 from mlx_stream.evaluate.score import losses_of
@@ -42,7 +42,7 @@ class Course:
     """
 
     model: Model
-    text: Text
+    text: Corpus
     sinks: int
     window: int
     segment: int
@@ -78,7 +78,7 @@ class Course:
 
 
 @dataclass
-class Reading:
+class EnduranceState:
     """A stream on its way, and what it found in the segment it is in."""
 
     stream: TokenStream
@@ -91,11 +91,11 @@ def state_path(log: Path) -> Path:
     return log.with_name(f"{log.name}.state")
 
 
-def segments(log: Log) -> list[Row]:
+def segments(log: JsonLog) -> list[Row]:
     return [row for row in log.rows if "segment" in row]
 
 
-def check_log(course: Course, log: Log) -> None:
+def check_log(course: Course, log: JsonLog) -> None:
     """Refuse a log whose lines are not what this module writes.
 
     Raises:
@@ -124,7 +124,7 @@ def is_number(value: Any) -> bool:
 
 def endure(
     course: Course,
-    log: Log,
+    log: JsonLog,
     tokens: int,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -147,7 +147,7 @@ def endure(
     target = math.ceil(tokens / course.segment) * course.segment
     if len(segments(log)) * course.segment >= target:
         return True
-    reading = resume(course, log, notify)
+    reading = resume_state(course, log, notify)
     begun, saved = reading.stream.length, time.monotonic()
     if begun:
         notify(f"{log.path}: going on from token {begun:,}")
@@ -159,20 +159,20 @@ def endure(
                 end_segment(course, reading, log, notify)
             progress(reading.stream.length - begun, target - begun)
             if time.monotonic() - saved > course.save_every:
-                save(reading, log)
+                save_state(reading, log)
                 saved = time.monotonic()
             if stopped():
                 break
     except TextError:
         # The log's disk is full. Where the state still finds room, nothing is read twice.
         with suppress(SnapshotError):
-            save(reading, log)
+            save_state(reading, log)
         raise
-    save(reading, log)
+    save_state(reading, log)
     return reading.stream.length == target
 
 
-def steps(course: Course, reading: Reading, target: int) -> Iterator[bool]:
+def steps(course: Course, reading: EnduranceState, target: int) -> Iterator[bool]:
     """Read step by step to `target`; yield after each whether it ended a segment."""
     stream = reading.stream
     while stream.length < target:
@@ -187,7 +187,7 @@ def steps(course: Course, reading: Reading, target: int) -> Iterator[bool]:
         yield stop - start == left
 
 
-def end_segment(course: Course, reading: Reading, log: Log, notify: Notify) -> None:
+def end_segment(course: Course, reading: EnduranceState, log: JsonLog, notify: Notify) -> None:
     """Log the segment that has just ended, or hold it against the line that is there already."""
     done = segments(log)
     row = {
@@ -210,21 +210,21 @@ def end_segment(course: Course, reading: Reading, log: Log, notify: Notify) -> N
     reading.nll, reading.seconds = [], 0.0
 
 
-def save(reading: Reading, log: Log) -> None:
+def save_state(reading: EnduranceState, log: JsonLog) -> None:
     about = {"key": log.header["key"], "nll": reading.nll, "seconds": reading.seconds}
     model = log.header["key"]["model"]
-    snapshot.save(state_path(log.path), reading.stream, model, about)
+    snapshot.save_snapshot(state_path(log.path), reading.stream, model, about)
 
 
-def resume(course: Course, log: Log, notify: Notify) -> Reading:
+def resume_state(course: Course, log: JsonLog, notify: Notify) -> EnduranceState:
     """Return the stream as it was saved, or from the beginning where no state is of use."""
-    reading = Reading(new_stream(course))
+    reading = EnduranceState(new_stream(course))
     path = state_path(log.path)
     logged = len(segments(log))
     if not logged and not path.exists():
         return reading
     try:
-        found = snapshot.load(path)
+        found = snapshot.load_snapshot(path)
         length = found.state.get("length")
         if found.about.get("key") != log.header["key"]:
             raise SnapshotError(f"{path}: is not the state of this log")
@@ -241,13 +241,13 @@ def resume(course: Course, log: Log, notify: Notify) -> Reading:
         if odd or len(nll) > course.segment or not 0 <= begun <= logged:
             raise SnapshotError(f"{path}: does not fit the log, which has {logged} segments")
         reading.stream.restore(found.state)
-        return Reading(reading.stream, nll, seconds)
+        return EnduranceState(reading.stream, nll, seconds)
     except (SnapshotError, ValueRefused, KeyError) as error:
         notify(f"{error}; reading {logged * course.segment:,} logged tokens again")
         return reading  # a state that is refused changes nothing
 
 
-def check_state_path(log: Log) -> None:
+def check_state_path(log: JsonLog) -> None:
     """Refuse to put the state where another file is, or where none can be.
 
     Raises:
@@ -261,7 +261,7 @@ def check_state_path(log: Log) -> None:
         return
     except OSError as error:
         raise TextError(f"{path}: cannot be used: {error.strerror}: choose another log") from error
-    if not snapshot.is_one(path):
+    if not snapshot.is_snapshot(path):
         raise ValueRefused(
             f"{path}: the log's state goes there, and a file that is none is there: move it away "
             "or choose another log"
@@ -274,7 +274,7 @@ def new_stream(course: Course) -> TokenStream:
 
 def compare_with_fresh(
     course: Course,
-    log: Log,
+    log: JsonLog,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Row:
     """Read the last tenth with a fresh stream, begun on the window before it; log and return it.
@@ -313,7 +313,7 @@ def mean_perplexity(rows: Sequence[Row]) -> float:
     return perplexity([row["nll"] for row in rows])
 
 
-def tenths(rows: Sequence[Row]) -> list[Row]:
+def in_tenths(rows: Sequence[Row]) -> list[Row]:
     """Return up to ten rows that sum up a log, the last one the rest."""
     count = min(10, len(rows))
     bounds = [index * len(rows) // count for index in range(count + 1)]

@@ -20,7 +20,7 @@ KIND = "mlx_stream log"
 VERSION = 1
 
 
-class Log:
+class JsonLog:
     """An open log, which no other process can write meanwhile.
 
     Attributes:
@@ -60,7 +60,7 @@ class Log:
         self._write(finite(row))
         self.rows.append(row)
 
-    def __enter__(self) -> "Log":
+    def __enter__(self) -> "JsonLog":
         return self
 
     def __exit__(
@@ -97,9 +97,12 @@ class Log:
             ) from None
         for name in key.keys() | found.keys():
             if key.get(name) != found.get(name):
-                was, wanted = told(name, found, header["about"]), told(name, key, about)
+                was, wanted = (
+                    progress_line(name, found, header["about"]),
+                    progress_line(name, key, about),
+                )
                 if was == wanted:  # of the same name, and not the same
-                    was, wanted = shown(found.get(name)), shown(key.get(name))
+                    was, wanted = one_line_of(found.get(name)), one_line_of(key.get(name))
                 raise ValueRefused(
                     f"{self.path}: is a log of another {name} ({was}, not {wanted}): choose "
                     "another file for --log"
@@ -142,17 +145,17 @@ class Log:
         self.size += len(data)
 
 
-def told(name: str, key: Row, about: Row) -> str:
+def progress_line(name: str, key: Row, about: Row) -> str:
     """Return a part of a key as people know it: a text and a model by their names."""
     match name:
         case "text" if isinstance(texts := about.get("texts"), list):
-            return ", ".join(map(shown, texts[:4]))
+            return ", ".join(map(one_line_of, texts[:4]))
         case "model" if "model" in about:
-            return f"{shown(about['model'])} {shown(about.get('dtype'))}"
-    return shown(key.get(name))
+            return f"{one_line_of(about['model'])} {one_line_of(about.get('dtype'))}"
+    return one_line_of(key.get(name))
 
 
-def shown(value: Any) -> str:
+def one_line_of(value: Any) -> str:
     """Return a value of a file nobody vouches for, short and without control characters."""
     text = str(value) if isinstance(value, int) else ascii(value).strip("'")
     return text if len(text) <= 40 else f"{text[:40]}..."

@@ -37,7 +37,7 @@ class Size:
         return self.capacity - SINKS
 
 
-def parse(text: str, steps: int) -> Size:
+def parse_sizes(text: str, steps: int) -> Size:
     """Read `TOKENS[,steps=N]`.
 
     Raises:
@@ -61,7 +61,7 @@ def parse(text: str, steps: int) -> Size:
     return size
 
 
-def latency(
+def measure_latency(
     model: Model,
     peer: Any | None,
     sizes: Sequence[Size],
@@ -92,19 +92,19 @@ def latency(
         ours = step_of(model, cache)
         if peer is None:
             times = [timed(ours) for _ in range(size.steps)]
-            yield row(size, "stream", times)
+            yield latency_row(size, "stream", times)
         else:
             series = in_turn(ours, their_step(model, peer, size.window, 1), size.steps, None)
-            yield row(size, "stream", series.ours)
-            yield row(size, "mlx-lm", series.theirs)
+            yield latency_row(size, "stream", series.ours)
+            yield latency_row(size, "mlx-lm", series.theirs)
         del ours  # a step may hold the buffers
         progress(f"cache {size.capacity:,}: {FORCED} re-anchorings")
         plain, turned = forced(model, cache)
-        yield row(size, "stream, plain", plain)
-        yield row(size, "stream, re-anchoring", turned)
+        yield latency_row(size, "stream, plain", plain)
+        yield latency_row(size, "stream, re-anchoring", turned)
         del cache
         progress(f"cache {size.capacity:,}: recompute, {RECOMPUTED} steps")
-        yield row(
+        yield latency_row(
             size, "recompute", [timed(recompute_step(model, size)) for _ in range(RECOMPUTED)]
         )
         mx.clear_cache()
@@ -123,9 +123,9 @@ def forced(model: Model, cache: StreamCache) -> tuple[list[float], list[float]]:
         step = step_of(model, cache)
         step()  # the first after a refill meets fresh memory
         plain.append(timed(step))
-        before = cache.place.clock
+        before = cache.position.clock
         turned.append(timed(step))
-        assert cache.place.clock < before, "this step should have re-anchored"
+        assert cache.position.clock < before, "this step should have re-anchored"
     return plain, turned
 
 
@@ -146,7 +146,7 @@ def timed(step: Step) -> float:
     return time.perf_counter() - begun
 
 
-def row(size: Size, method: str, seconds: Sequence[float]) -> Row:
+def latency_row(size: Size, method: str, seconds: Sequence[float]) -> Row:
     ordered = [1e3 * value for value in sorted(seconds)]
     hundredths = statistics.quantiles(ordered, n=100, method="inclusive")
     return {

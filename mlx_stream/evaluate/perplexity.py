@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_stream import backend
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import llamacpp
-from mlx_stream.evaluate.corpus import Text, segments_of
+from mlx_stream.evaluate.corpus import Corpus, segments_of
 from mlx_stream.evaluate.mlx_lm import load_peer
 from mlx_stream.evaluate.readers import (
     FreshReader,
@@ -64,7 +64,7 @@ class Spec:
         return min(self.settings.get("tokens", tokens), tokens)
 
 
-def parse(text: str) -> Spec:
+def parse_setting(text: str) -> Spec:
     """Read `NAME[,SETTING=NUMBER...]`, such as `recompute,stride=8,tokens=4096`.
 
     Raises:
@@ -100,7 +100,7 @@ class Setting:
 
     model: Model
     folder: Path
-    text: Text
+    text: Corpus
     sinks: int
     window: int
     tokens: int
@@ -112,7 +112,7 @@ class Setting:
         return self.sinks + self.window
 
 
-def check(setting: Setting, specs: Sequence[Spec]) -> None:
+def check_settings(setting: Setting, specs: Sequence[Spec]) -> None:
     """Refuse, before anything is read, what cannot be measured.
 
     Raises:
@@ -143,7 +143,7 @@ def check(setting: Setting, specs: Sequence[Spec]) -> None:
                 )
 
 
-def measure(
+def measure_perplexity(
     setting: Setting,
     specs: Sequence[Spec],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -153,7 +153,7 @@ def measure(
     Args:
         progress: called with tokens read and to read, of all caches together.
     """
-    check(setting, specs)
+    check_settings(setting, specs)
     counts = [
         segments_of(setting.text, spec.limit(setting.tokens), setting.segment) for spec in specs
     ]

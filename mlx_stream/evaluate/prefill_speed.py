@@ -14,7 +14,7 @@ from mlx_stream.load import Model
 from mlx_stream.window import PREFILL_CHUNK
 
 
-def check(tokens: int, chunks: Sequence[int]) -> None:
+def check_prefill(tokens: int, chunks: Sequence[int]) -> None:
     """Refuse what cannot be measured.
 
     Raises:
@@ -39,7 +39,7 @@ def prefills(
     Raises:
         ValueRefused: see `check`.
     """
-    check(tokens, chunks)
+    check_prefill(tokens, chunks)
     ids = [token % model.config.vocab_size for token in range(tokens)]
     found = []
     for asked in windows:
@@ -98,7 +98,7 @@ def our_reading(model: Model, window: int, ids: Sequence[int], chunk: int) -> It
     stream = TokenStream(model, model.new_cache(SINKS, window))
     rest = chunk * ((len(ids) - 1) // chunk)
     if rest:
-        yield from stream.skim(ids[:rest], chunk)
+        yield from stream.prefill(ids[:rest], chunk)
     mx.eval(mx.argmax(stream.read(ids[rest:], chunk)))
     yield len(ids) - rest
 

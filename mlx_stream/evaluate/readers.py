@@ -55,7 +55,7 @@ class FreshReader:
         stream = TokenStream(self.model, self.model.new_cache(self.sinks, self.window))
         begin = max(0, start - self.sinks - self.window)
         if begin < start:
-            for _ in stream.skim(self.ids[begin:start], self.chunk):
+            for _ in stream.prefill(self.ids[begin:start], self.chunk):
                 pass
         steps = losses_of(stream, self.ids[start : stop + 1], self.chunk)
         return [loss for step in steps for loss in step]

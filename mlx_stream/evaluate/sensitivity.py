@@ -27,7 +27,7 @@ PARTS = {
 }
 
 
-def measure(
+def measure_sensitivity(
     model: Model,
     ids: Sequence[int],
     quantization: Quantization,
@@ -51,7 +51,7 @@ def measure(
             module = module_of(layer, name)
             if module.weight.shape[-1] % quantization.group_size == 0:
                 paths = tuple(f"model.layers.{index}.{matrix}" for matrix in matrices)
-                found[paths] = harm_of(passes, index, module, quantization)
+                found[paths] = sensitivity_of(passes, index, module, quantization)
         progress(index + 1, len(layers))
     return found
 
@@ -63,16 +63,18 @@ def module_of(layer: DecoderLayer, name: str) -> Linear:
     return module
 
 
-def harm_of(passes: "Passes", index: int, module: Linear, quantization: Quantization) -> float:
+def sensitivity_of(
+    passes: "Passes", index: int, module: Linear, quantization: Quantization
+) -> float:
     original = module.weight
     try:
-        module.hold(rounded(original, quantization))
+        module.set_weight(round_weights(original, quantization))
         return passes.divergence_from(index)
     finally:
-        module.hold(original)
+        module.set_weight(original)
 
 
-def rounded(weight: mx.array, quantization: Quantization) -> mx.array:
+def round_weights(weight: mx.array, quantization: Quantization) -> mx.array:
     """Return the weights that quantized ones stand for."""
     settings = {
         "group_size": quantization.group_size,

@@ -27,11 +27,11 @@ from mlx_stream.evaluate.streameval_data import (
     SURNAMES,
     Query,
     StreamEvalData,
-    make,
+    make_data,
 )
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.sampling import number
+from mlx_stream.sampling import as_int
 from mlx_stream.text.tokenizer import Tokenizer
 from mlx_stream.window import PREFILL_CHUNK
 
@@ -42,7 +42,7 @@ WILSON_Z = 1.959964
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedQuery:
     """A query as token ids: what all ten continuations begin with, and the rest of each."""
 
     query: Query
@@ -74,7 +74,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class QueryOutcome:
     """One query's result.
 
     Attributes:
@@ -90,7 +90,7 @@ class Outcome:
     generation: bool | None
 
 
-Ask = Callable[[Model, TokenStream, Asked, bool], Answer]
+Ask = Callable[[Model, TokenStream, EncodedQuery, bool], Answer]
 
 
 def streameval(
@@ -123,7 +123,7 @@ def streameval(
         ValueRefused: a number out of range, or a window that does not hold a query.
         WeightsError: the model's output is not a number.
     """
-    data = make(seed, lines, distances)
+    data = make_data(seed, lines, distances)
     sinks, window = model.resolve_window(sinks, window)
     asked = [encode_query(model.tokenizer, query) for query in data.queries]
     # Read after the query are at most all of a candidate's tokens.
@@ -133,7 +133,7 @@ def streameval(
             f"--window must be at least {spare}, what a query and its answer take, not {window}"
         )
     cache = model.new_cache(sinks, window, spare)
-    outcomes = list(run(model, cache, data, asked, progress, generation))
+    outcomes = list(run_distances(model, cache, data, asked, progress, generation))
     about = facts(
         model,
         sinks=sinks,
@@ -143,7 +143,7 @@ def streameval(
         query_every=QUERY_EVERY,
         candidates=len(SURNAMES),
     )
-    return Report("streameval", about, rows(outcomes))
+    return Report("streameval", about, outcome_rows(outcomes))
 
 
 # --- text to ids ---
@@ -158,7 +158,7 @@ def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, special=False)
 
 
-def encode_query(tokenizer: Tokenizer, query: Query) -> Asked:
+def encode_query(tokenizer: Tokenizer, query: Query) -> EncodedQuery:
     """Return a query and its candidates, each encoded as one text with the query.
 
     Where that text's tokens differ from those of another candidate is for the tokenizer to say:
@@ -167,13 +167,13 @@ def encode_query(tokenizer: Tokenizer, query: Query) -> Asked:
     texts = [encode_line(tokenizer, query.text + candidate) for candidate in query.candidates]
     places = zip(*texts, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda place: len(set(place)) == 1, places))
-    return Asked(query, texts[0][:shared], [ids[shared:] for ids in texts])
+    return EncodedQuery(query, texts[0][:shared], [ids[shared:] for ids in texts])
 
 
 # --- one query ---
 
 
-def ask(model: Model, stream: TokenStream, asked: Asked, generation: bool) -> Answer:
+def ask_queries(model: Model, stream: TokenStream, asked: EncodedQuery, generation: bool) -> Answer:
     """Read a query, score each candidate from there, write an answer, and take it all back."""
     begun = stream.length
     logits = stream.read(asked.ids)
@@ -211,7 +211,7 @@ def write_on(model: Model, stream: TokenStream, logits: mx.array, count: int) ->
     while len(ids) < count:
         if ids:
             logits = stream.read(ids[-1:])
-        token = number(mx.argmax(logits))
+        token = as_int(mx.argmax(logits))
         if token in model.tokenizer.eos_ids:
             break
         ids.append(token)
@@ -228,7 +228,7 @@ def likeliest(likelihoods: Sequence[float]) -> int | None:
     return None if highest in likelihoods[first + 1 :] else first
 
 
-def says(tokenizer: Tokenizer, asked: Asked, said: Sequence[int]) -> bool:
+def says(tokenizer: Tokenizer, asked: EncodedQuery, said: Sequence[int]) -> bool:
     """Return whether a text goes on with the answer, in the same letters, and a word ends there.
 
     "Ruth Adams." and "Ruth Adams and" answer Adams; "Ruth Adamson", "Ruth J. Adams" do not.
@@ -241,15 +241,15 @@ def says(tokenizer: Tokenizer, asked: Asked, said: Sequence[int]) -> bool:
 # --- one stream ---
 
 
-def run(
+def run_distances(
     model: Model,
     cache: StreamCache,
     data: StreamEvalData,
-    asked: Sequence[Asked],
+    asked: Sequence[EncodedQuery],
     progress: Callable[[int, int], None] | None = None,
     generation: bool = True,
-    answer: Ask = ask,
-) -> Iterator[Outcome]:
+    answer: Ask = ask_queries,
+) -> Iterator[QueryOutcome]:
     """Read the lines through a cache up to the last query; yield each query's outcome."""
     stream = TokenStream(model, cache)
     total = data.queries[-1].after
@@ -270,7 +270,7 @@ def run(
             tokens = range(starts[about], starts[about + 1])
             seen = attended(cache, tokens, len(one.ids) + one.longest - 1)
             given = answer(model, stream, one, generation)
-            yield Outcome(
+            yield QueryOutcome(
                 lines_back=one.query.lines_back,
                 tokens_back=stream.length - tokens.start,
                 attended=seen / len(tokens),
@@ -288,22 +288,22 @@ def attended(cache: StreamCache, tokens: range, more: int) -> int:
     predicted from. Worked example: with 2 sinks and a window of 10, after 30 tokens and 5 more,
     token 34 attends to 0, 1 and 25 to 34; of tokens 20 to 27 these are three.
     """
-    oldest = cache.geometry.oldest(cache.place, cache.length + more - 1)
+    oldest = cache.geometry.oldest(cache.position, cache.length + more - 1)
     return sum(token < cache.geometry.sinks or token >= oldest for token in tokens)
 
 
 # --- figures ---
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+def outcome_rows(outcomes: Sequence[QueryOutcome]) -> list[Row]:
     """Return one row for each distance, in the order in which they were asked."""
-    by_distance: dict[int, list[Outcome]] = {}
+    by_distance: dict[int, list[QueryOutcome]] = {}
     for outcome in outcomes:
         by_distance.setdefault(outcome.lines_back, []).append(outcome)
-    return [row(found) for found in by_distance.values()]
+    return [outcome_row(found) for found in by_distance.values()]
 
 
-def row(outcomes: Sequence[Outcome]) -> Row:
+def outcome_row(outcomes: Sequence[QueryOutcome]) -> Row:
     count = len(outcomes)
     right = sum(one.likelihood for one in outcomes)
     low, high = wilson(right, count)

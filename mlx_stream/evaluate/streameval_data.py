@@ -40,14 +40,14 @@ HOW = (
 OPENING = "Below is a list of things and the people they belong to.\n"
 
 
-def words(text: str) -> tuple[str, ...]:
+def word_list(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
 # No surname begins another, and each is common enough to be one token of most vocabularies.
-SURNAMES = words("Adams Brown Clark Harris Jones Lewis Scott Smith Taylor Wilson")
-JOBS = words("baker doctor farmer painter sailor singer soldier teacher")
-THINGS = words(
+SURNAMES = word_list("Adams Brown Clark Harris Jones Lewis Scott Smith Taylor Wilson")
+JOBS = word_list("baker doctor farmer painter sailor singer soldier teacher")
+THINGS = word_list(
     """
     anchor axe ball barn barrel basket bath bed bell belt bench bike boat book boot bowl box bridge
     broom brush bucket cabin cage candle cart chair clock coat coin comb cradle crate cup desk door
@@ -59,7 +59,7 @@ THINGS = words(
     """
 )
 # 101 of them, a prime: whatever the stride, none comes again within 101 lines.
-FIRST_NAMES = words(
+FIRST_NAMES = word_list(
     """
     Alice Anna Arthur Barbara Basil Beatrice Bernard Carol Cecil Charles Clara Colin Daniel David
     Deborah Diana Donald Dorothy Edgar Edith Edward Eleanor Ellen Emily Emma Eric Ernest Esther Eva
@@ -149,7 +149,7 @@ class StreamEvalData:
         return b"".join(json.dumps(one).encode("ascii") + b"\n" for one in self.records())
 
 
-def make(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> StreamEvalData:
+def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> StreamEvalData:
     """Generate lines, and after every tenth a query for each distance.
 
     All distances are asked at the same places, from the first one with a line so far back. Fewer
@@ -164,7 +164,7 @@ def make(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> StreamE
     Raises:
         ValueRefused: a number out of range, or too few lines for one query.
     """
-    check(seed, lines, distances)
+    check_data(seed, lines, distances)
     made = [make_line(seed, number) for number in range(1, lines + 1)]
     queries: list[Query] = []
     for after in range(QUERY_EVERY, lines + 1, QUERY_EVERY):
@@ -186,7 +186,7 @@ def make(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> StreamE
     return StreamEvalData(seed, tuple(distances), made, queries)
 
 
-def check(seed: int, lines: int, distances: Sequence[int]) -> None:
+def check_data(seed: int, lines: int, distances: Sequence[int]) -> None:
     if not 0 <= seed < 2**64:
         raise ValueRefused(f"--seed must be from 0 to 2^64 - 1, not {seed}")
     if not 1 <= lines <= MOST_LINES:
@@ -209,13 +209,13 @@ def check(seed: int, lines: int, distances: Sequence[int]) -> None:
 
 def make_line(seed: int, number: int) -> Line:
     """Return a line; it depends on the seed and its number alone."""
-    turn = draw(seed, 0, "first name", len(FIRST_NAMES))
+    turn = draw_words(seed, 0, "first name", len(FIRST_NAMES))
     first = FIRST_NAMES[(turn + STRIDE * number) % len(FIRST_NAMES)]
     thing, job, surname = (
-        known[draw(seed, number, name, len(known))]
+        known[draw_words(seed, number, name, len(known))]
         for name, known in (("thing", THINGS), ("job", JOBS), ("surname", SURNAMES))
     )
-    house = 10 + draw(seed, number, "house", 90)
+    house = 10 + draw_words(seed, number, "house", 90)
     what = f"{thing} at number {house}"
     return Line(
         number,
@@ -225,7 +225,7 @@ def make_line(seed: int, number: int) -> Line:
     )
 
 
-def draw(seed: int, number: int, what: str, count: int) -> int:
+def draw_words(seed: int, number: int, what: str, count: int) -> int:
     """Return a whole number from 0 to count - 1: 64 bits of SHA-256 of "seed/number/what".
 
     Not `random`: what its methods make of the generator's bits may change with Python's version,
@@ -236,7 +236,7 @@ def draw(seed: int, number: int, what: str, count: int) -> int:
     return int.from_bytes(digest[:8], "big") % count
 
 
-def write(data: StreamEvalData, path: Path) -> None:
+def write_data(data: StreamEvalData, path: Path) -> None:
     """Write the data file, in place of what was there; it is whole or not there.
 
     Raises:

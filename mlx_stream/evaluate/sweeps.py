@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from mlx_stream.errors import TextError, ValueRefused
-from mlx_stream.evaluate.corpus import Text
+from mlx_stream.evaluate.corpus import Corpus
 from mlx_stream.evaluate.readers import StreamReader
 from mlx_stream.evaluate.report import Row, perplexity
 from mlx_stream.load import Model
@@ -60,7 +60,7 @@ def resolved(model: Model, shapes: Sequence[Shape]) -> list[Shape]:
 
 def sweep(
     model: Model,
-    text: Text,
+    text: Corpus,
     shapes: Sequence[Shape],
     tokens: int,
     chunk: int,

@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from mlx_stream.errors import TextError
-from mlx_stream.generate.speculative import decode, opener
+from mlx_stream.generate.speculative import decode_speculatively, stream_factory
 from mlx_stream.generate.stats import Stats, eviction_notice
-from mlx_stream.generate.token_stream import TokenStream, limited
+from mlx_stream.generate.token_stream import TokenStream, check_max_tokens
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.text.pieces import Piece, Reply
+from mlx_stream.text.pieces import Piece, ReplyDecoder
 
 
 def stream(
@@ -44,14 +44,14 @@ def stream(
         ValueRefused: a number out of range, a draft model of another vocabulary.
         TextError: the prompt has no tokens.
     """
-    limited(max_tokens)
+    check_max_tokens(max_tokens)
     stats = Stats() if stats is None else stats
 
     def tell(notice: str) -> None:
-        stats.note(notice)
+        stats.add_notices(notice)
         notify(notice)
 
-    cache, tokens = opener(model, speculate, draft, kv_bits, sampling)(sinks, window, tell)
+    cache, tokens = stream_factory(model, speculate, draft, kv_bits, sampling)(sinks, window, tell)
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise TextError("the prompt is empty: give at least one character")
@@ -65,15 +65,15 @@ def stream(
             f"the text of {len(ids):,} tokens is longer than sinks and window, "
             f"{capacity:,}: it is read in full, and only its end stays attended"
         )
-    reply = Reply(model.tokenizer.decoder(), stop, remember=False)
-    yield from paced(
-        decode(
+    reply = ReplyDecoder(model.tokenizer.decoder(), stop, remember=False)
+    yield from stream_pieces(
+        decode_speculatively(
             tokens,
             ids,
             sampler,
             max_tokens,
             model.tokenizer.eos_ids,
-            counted(progress, len(ids)),
+            cumulative(progress, len(ids)),
         ),
         reply,
         len(ids),
@@ -85,7 +85,7 @@ def stream(
         tell(eviction_notice(stats.window))
 
 
-def counted(
+def cumulative(
     progress: Callable[[int, int], None] | None, total: int
 ) -> Callable[[int], None] | None:
     """Turn steps' token counts into a running total."""
@@ -101,9 +101,9 @@ def counted(
     return step
 
 
-def paced(
+def stream_pieces(
     ids: Iterator[int | None],
-    reply: Reply,
+    reply: ReplyDecoder,
     prompt_tokens: int,
     max_tokens: int,
     stats: Stats,
@@ -156,7 +156,7 @@ def paced(
     else:
         if first:
             tick()
-    tokens.take_back()
+    tokens.rollback_lookahead()
     stats.attended, stats.evicted = tokens.attended, tokens.evicted
     rest = unsent + reply.flush()
     reply.finish = "stop" if reply.stopped else finish

@@ -26,7 +26,7 @@ LOOK_AGAIN = 256  # steps of one token
 
 
 @dataclass
-class Chance:
+class AcceptanceRate:
     """How often guesses of a kind were right, old ones forgotten."""
 
     right: float
@@ -41,7 +41,7 @@ class Chance:
         return self.right / self.all
 
 
-class Pace:
+class DraftLengthController:
     """Choose how many tokens a step verifies.
 
     Args:
@@ -50,7 +50,7 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self._chances = [Chance(FIRST_WEIGHT * p, FIRST_WEIGHT) for p in FIRST_CHANCES]
+        self._chances = [AcceptanceRate(FIRST_WEIGHT * p, FIRST_WEIGHT) for p in FIRST_CHANCES]
         self._seconds: dict[int, deque[float]] = {}
         self._skipped: set[int] = set()
         self._plain = 0  # steps of one token since several were last read
@@ -66,7 +66,7 @@ class Pace:
             if guess != choice:
                 return
 
-    def took(self, rows: int, seconds: float) -> None:
+    def record_step(self, rows: int, seconds: float) -> None:
         """Learn what a step of `rows` tokens took."""
         self._plain = self._plain + 1 if rows == 1 else 0
         if rows not in self._skipped:  # the first of a kind makes what later ones reuse
@@ -88,7 +88,7 @@ class Pace:
             cost = cost + ASSUMED if median is None else median / one
         return cost
 
-    def relative(self, seconds: float) -> float:
+    def in_steps(self, seconds: float) -> float:
         """Return seconds in steps of one token."""
         return seconds / (self._median(1) or max(seconds, 1e-9))
 

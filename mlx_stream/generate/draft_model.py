@@ -10,19 +10,19 @@ import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate.draft_length import Chance
-from mlx_stream.generate.token_stream import Follower, TokenStream
+from mlx_stream.generate.draft_length import AcceptanceRate
+from mlx_stream.generate.token_stream import StreamObserver, TokenStream
 from mlx_stream.load import Model, check_memory
-from mlx_stream.sampling import number
+from mlx_stream.sampling import as_int
 
 # Ids that wait to be read, until guesses are asked for.
 MOST_WAITING = 512
-FIRST_CHANCE = Chance(right=2.4, all=4.0)
+FIRST_CHANCE = AcceptanceRate(right=2.4, all=4.0)
 MEASURED = 9
 SPARE = 8  # what was read to guess, all of which may be taken back
 
 
-class Drafter(Follower, Protocol):
+class Drafter(StreamObserver, Protocol):
     """A follower that guesses what comes next, at a cost.
 
     Attributes:
@@ -65,7 +65,7 @@ class DraftModel:
         self._sinks = min(followed.geometry.sinks, trained // 2)
         self._window = min(followed.geometry.window, trained - self._sinks)
         self.stream = self._new_stream()
-        self._chance = Chance(FIRST_CHANCE.right, FIRST_CHANCE.all)
+        self._chance = AcceptanceRate(FIRST_CHANCE.right, FIRST_CHANCE.all)
         self._seconds: deque[float] = deque(maxlen=MEASURED)
         self._waiting: list[int] = []  # not read yet
         self._ahead: list[int] = []  # read to guess, and not yet by the stream that is followed
@@ -84,14 +84,14 @@ class DraftModel:
             agreed += 1
         del self._ahead[:agreed]
         if agreed < len(ids):
-            self._take_back()
+            self._roll_back()
             self._waiting.extend(ids[agreed:])
         if len(self._waiting) > MOST_WAITING:
             self.stream.read(self._waiting)
             self._waiting = []
 
     def rewind(self, count: int) -> None:
-        self._take_back()
+        self._roll_back()
         waiting = min(count, len(self._waiting))
         del self._waiting[len(self._waiting) - waiting :]
         self.stream.rewind(min(count - waiting, self.stream.cache.rewindable))
@@ -101,17 +101,17 @@ class DraftModel:
         self._ahead, self._waiting = [], [*ids]
 
     def erase(self) -> None:
-        self._take_back()
+        self._roll_back()
         self.stream.erase()
 
     def draft(self, next: int, count: int) -> Sequence[int]:
         """Guess the likeliest ids one after another."""
-        self._take_back()
+        self._roll_back()
         new, guessed = [*self._waiting, next], []
         self._waiting = []
         for _ in range(count):
             started = self.clock()
-            guessed.append(number(mx.argmax(self.stream.read(new))))
+            guessed.append(as_int(mx.argmax(self.stream.read(new))))
             if len(new) == 1:
                 self._seconds.append(self.clock() - started)
             self._ahead.append(new[-1])
@@ -124,7 +124,7 @@ class DraftModel:
             if guess != choice:
                 return
 
-    def _take_back(self) -> None:
+    def _roll_back(self) -> None:
         self.stream.rewind(len(self._ahead))
         self._ahead = []
 

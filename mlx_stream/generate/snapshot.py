@@ -22,7 +22,7 @@ from mlx_stream.checkpoint.folder import LARGEST_DIMENSION, check_opened, check_
 from mlx_stream.errors import CheckpointError, SnapshotError
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.program.atomic_replace import flush, partial_folder, sweep
+from mlx_stream.program.atomic_replace import flush, partial_folder, sweep_partial_folders
 
 FORMAT = "mlx_stream stream"
 VERSION = 1
@@ -61,11 +61,11 @@ def fingerprint(model: Model) -> str:
     for name, tensor in sorted(tensors):
         digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
         flat = tensor.reshape(-1)
-        digest.update(raw(flat[:: max(1, flat.size // SAMPLED)]))
+        digest.update(raw_bytes(flat[:: max(1, flat.size // SAMPLED)]))
     return digest.hexdigest()[:16]
 
 
-def save(path: Path, stream: TokenStream, model: str, about: dict[str, Any]) -> None:
+def save_snapshot(path: Path, stream: TokenStream, model: str, about: dict[str, Any]) -> None:
     """Write a stream to `path`, in place of what was there; only this user may read it.
 
     It is whole or not there: written beside it, flushed to disk, renamed, the folder flushed.
@@ -110,7 +110,7 @@ def save(path: Path, stream: TokenStream, model: str, about: dict[str, Any]) -> 
         raise SnapshotError(f"{path}: could not be written: {one_line(error)}") from error
 
 
-def load(path: Path, most: int | None = None, longest: int = LONGEST_HEADER) -> Snapshot:
+def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HEADER) -> Snapshot:
     """Read a snapshot; its arrays are evaluated, so the file may be replaced.
 
     Args:
@@ -136,7 +136,7 @@ def load(path: Path, most: int | None = None, longest: int = LONGEST_HEADER) -> 
             raise ValueError("its checksum does not agree")
         if not all(mx.isfinite(array).all().item() for array in arrays.values()):
             raise ValueError("keys or values are not numbers")
-        empty = {name: nothing(*kind) for name, kind in header["empty"].items()}
+        empty = {name: empty_array(*kind) for name, kind in header["empty"].items()}
         state: State = {**header["numbers"], **arrays, **empty}
         if len(state) < len(header["numbers"]) + len(arrays) + len(empty):
             raise ValueError("two values have one name")
@@ -156,7 +156,7 @@ def check_file(path: Path, most: int) -> None:
         raise ValueError(f"it has {size:,} bytes, more than the {most:,} of a stream here")
 
 
-def nothing(shape: Any, dtype: Any) -> mx.array:
+def empty_array(shape: Any, dtype: Any) -> mx.array:
     """Return an array without values."""
     sizes = [*shape]
     # Asked before one is made: a forged one could be of any size.
@@ -165,14 +165,14 @@ def nothing(shape: Any, dtype: Any) -> mx.array:
     return mx.zeros(sizes, named_dtype(dtype))
 
 
-def clear(path: Path) -> None:
+def sweep_partial(path: Path) -> None:
     """Remove what processes that were killed while they wrote `path` left beside it."""
     # It is in nobody's way, so what cannot be removed may stay.
     with suppress(OSError):
-        sweep(path.parent.absolute(), path.name)
+        sweep_partial_folders(path.parent.absolute(), path.name)
 
 
-def is_one(path: Path) -> bool:
+def is_snapshot(path: Path) -> bool:
     """Return whether `save` wrote a file, as far as its header tells; it may be damaged."""
     try:
         with path.open("rb") as file:
@@ -188,11 +188,11 @@ def checksum(header: str, arrays: dict[str, mx.array]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(raw(array))
+        digest.update(raw_bytes(array))
     return digest.hexdigest()
 
 
-def raw(array: mx.array) -> memoryview:
+def raw_bytes(array: mx.array) -> memoryview:
     """Return an array's bytes, in row order; evaluates it."""
     integers = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
     # numpy has no bfloat16; the bits are what counts.

@@ -7,10 +7,10 @@ import mlx.core as mx
 from mlx_stream.cache import StreamCache
 from mlx_stream.cache.steps.verify import longest_verified, spare_rows
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate.draft_length import Pace
+from mlx_stream.generate.draft_length import DraftLengthController
 from mlx_stream.generate.draft_model import Drafter, DraftModel, check_draft
-from mlx_stream.generate.ngram import Past
-from mlx_stream.generate.token_stream import Follower, TokenStream, generate
+from mlx_stream.generate.ngram import NgramLookup
+from mlx_stream.generate.token_stream import StreamObserver, TokenStream, generate
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify
 from mlx_stream.sampling import Sampler, Sampling
@@ -27,24 +27,28 @@ class Speculator:
         drafter: asked where the past has no guess that pays.
     """
 
-    def __init__(self, pace: Pace | None = None, drafter: Drafter | None = None):
-        self.pace, self.past, self.drafter = pace or Pace(), Past(), drafter
-        self._followers: list[Follower] = [self.past, drafter] if drafter else [self.past]
+    def __init__(self, pace: DraftLengthController | None = None, drafter: Drafter | None = None):
+        self.length, self.ngram, self.drafter = (
+            pace or DraftLengthController(),
+            NgramLookup(),
+            drafter,
+        )
+        self._observers: list[StreamObserver] = [self.ngram, drafter] if drafter else [self.ngram]
 
     def read(self, ids: Sequence[int]) -> None:
-        for follower in self._followers:
+        for follower in self._observers:
             follower.read(ids)
 
     def rewind(self, count: int) -> None:
-        for follower in self._followers:
+        for follower in self._observers:
             follower.rewind(count)
 
     def restart(self, ids: Sequence[int]) -> None:
-        for follower in self._followers:
+        for follower in self._observers:
             follower.restart(ids)
 
     def erase(self) -> None:
-        for follower in self._followers:
+        for follower in self._observers:
             follower.erase()
 
     def step(
@@ -58,20 +62,20 @@ class Speculator:
             most: how many ids may be returned.
             ends: ids that are not read.
         """
-        stream.note()  # for those who guess
+        stream.record()  # for those who guess
         more = most > 1
         most = min(longest_verified(stream.cache), most) - 1
-        found = self.past.draft(token, most)
-        likely = [self.pace.chance(found.matched + i) for i in range(len(found.ids))]
-        count = self.pace.choose(likely)
-        guessed, modelled = before(ends, found.ids[:count]), ()
+        found = self.ngram.draft(token, most)
+        likely = [self.length.chance(found.matched + i) for i in range(len(found.ids))]
+        count = self.length.choose(likely)
+        guessed, modelled = ids_before(ends, found.ids[:count]), ()
         if not guessed and self.drafter and most > 0:
-            each = self.pace.relative(self.drafter.seconds)
-            count = self.pace.choose([self.drafter.chance] * most, each)
+            each = self.length.in_steps(self.drafter.seconds)
+            count = self.length.choose([self.drafter.chance] * most, each)
             modelled = self.drafter.draft(token, count) if count else ()
-            guessed = before(ends, modelled)
+            guessed = ids_before(ends, modelled)
         chosen, keys = self._read(stream, sampler, [token, *guessed], more)
-        self.pace.judge(found.matched, found.ids, chosen)
+        self.length.judge(found.matched, found.ids, chosen)
         if self.drafter and modelled:
             self.drafter.judge(modelled, chosen)
         return chosen, keys
@@ -80,14 +84,14 @@ class Speculator:
         self, stream: TokenStream, sampler: Sampler, ids: list[int], more: bool
     ) -> tuple[list[int], list[mx.array]]:
         """Read an id and guesses of those after it; keep the guesses that are chosen anyway."""
-        started, most = self.pace.clock(), len(ids) - 1
+        started, most = self.length.clock(), len(ids) - 1
         if not most:
             chosen = [stream.next(ids[0], sampler, more)]
-            self.pace.took(1, self.pace.clock() - started)
+            self.length.record_step(1, self.length.clock() - started)
             return chosen, [sampler.key]
         rows = stream.verify(ids)
         chosen = [sampler.choose(rows[0], lambda: stream.attended_ids(most))]
-        self.pace.took(len(ids), self.pace.clock() - started)
+        self.length.record_step(len(ids), self.length.clock() - started)
         keys = [sampler.key]
         while len(chosen) <= most and chosen[-1] == ids[len(chosen)]:
             row = len(chosen)
@@ -100,12 +104,12 @@ class Speculator:
         return chosen, keys
 
 
-def before(ends: Collection[int], ids: Sequence[int]) -> Sequence[int]:
+def ids_before(ends: Collection[int], ids: Sequence[int]) -> Sequence[int]:
     """Return the ids before the first that is in `ends`."""
     return next((ids[:at] for at, id in enumerate(ids) if id in ends), ids)
 
 
-def decode(
+def decode_speculatively(
     stream: TokenStream,
     prompt: Sequence[int],
     sampler: Sampler,
@@ -116,10 +120,10 @@ def decode(
     """Do as `generate` does, in fewer steps if the stream's follower is a `Speculator`.
 
     A yielded id may have been read before the next one is asked for, and others after it: the
-    stream's `unasked` says how many. Whoever asks for no more calls its `take_back`; then stream
-    and sampler are as `generate` leaves them.
+    stream's `lookahead` says how many. A caller that stops calls its `rollback_lookahead`; then
+    stream and sampler are as `generate` leaves them.
     """
-    speculator = stream.follower
+    speculator = stream.observer
     if not isinstance(speculator, Speculator):
         yield from generate(stream, prompt, sampler, max_tokens, end_ids, progress)
         return
@@ -129,7 +133,7 @@ def decode(
     try:
         while True:
             for at, (token, key) in enumerate(zip(chosen, keys, strict=True), 1):
-                stream.unasked, sampler.key = len(chosen) - at, key
+                stream.lookahead, sampler.key = len(chosen) - at, key
                 if token in end_ids:
                     return
                 yield token
@@ -138,20 +142,22 @@ def decode(
                 return
             chosen, keys = speculator.step(stream, sampler, chosen[-1], left, end_ids)
     finally:
-        stream.drop_ahead()
+        stream.drop_pending()
 
 
 # From S and W as they were asked for, and whom to tell, to a stream of ids.
-Opener = Callable[[int | None, int | None, Callable[[str], None]], tuple[StreamCache, TokenStream]]
+StreamFactory = Callable[
+    [int | None, int | None, Callable[[str], None]], tuple[StreamCache, TokenStream]
+]
 
 
-def opener(
+def stream_factory(
     model: Model,
     speculate: bool | None,
     draft: Model | None,
     kv_bits: int | None,
     sampling: Sampling | None = None,
-) -> Opener:
+) -> StreamFactory:
     """Return what makes streams that text is written on; they are decoded by `decode`.
 
     A stream has its spare rows even where nothing is guessed, so that its state can be continued
@@ -175,7 +181,7 @@ def opener(
         check_draft(model, draft)
     seeded = sampling is not None and sampling.seed is not None
     guess = speculate or (speculate is None and kv_bits is None and (draft or not seeded))
-    pace = Pace()
+    pace = DraftLengthController()
 
     def open(
         sinks: int | None, window: int | None, notify: Notify

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-NOTICES_KEPT = 8
+MOST_NOTICES = 8
 
 
 @dataclass
@@ -26,9 +26,9 @@ class Stats:
     seed: int = 0
     notices: list[str] = field(default_factory=list)  # the latest
 
-    def note(self, *lines: str) -> None:
+    def add_notices(self, *lines: str) -> None:
         """Keep what the user should know, in a list of its own: copies stay as they are."""
-        self.notices = [*self.notices, *lines][-NOTICES_KEPT:]
+        self.notices = [*self.notices, *lines][-MOST_NOTICES:]
 
     @property
     def prompt_tokens_per_second(self) -> float:

@@ -12,35 +12,35 @@ from mlx_stream.cache import Cache, StreamCache
 from mlx_stream.cache.steps.verify import Verifying
 from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
 from mlx_stream.load import Model
-from mlx_stream.models.compiled import Decoded, decode, worth_tracing
-from mlx_stream.sampling import Penalized, Sampler, Sampling, number
+from mlx_stream.models.compiled import DecodeOutput, decode_eagerly, worth_tracing
+from mlx_stream.sampling import PenalizedIds, Sampler, Sampling, as_int
 from mlx_stream.window import PREFILL_CHUNK
 
-__all__ = ["PREFILL_CHUNK", "Sampler", "Sampling", "TokenStream", "generate", "number"]
+__all__ = ["PREFILL_CHUNK", "Sampler", "Sampling", "TokenStream", "as_int", "generate"]
 
 IDS = "ids"  # of the attended tokens, in a stream's state
 
 
 @dataclass(frozen=True)
-class Ahead:
+class PendingStep:
     """A step that was built while the device worked, not submitted and no part of the stream yet.
 
     It is for the stream exactly as it was then, for one token, and for one sampler's next draw.
     """
 
-    held: object
+    version: object
     token: mx.array
     sampler: Sampler
     key: mx.array
     step: Any
-    decoded: Decoded
+    output: DecodeOutput
 
     def fits(self, held: object, token: int, sampler: Sampler) -> bool:
         same_draw = self.sampler is sampler and sampler.key is self.key
-        return held is self.held and same_draw and self.token.item() == token
+        return held is self.version and same_draw and self.token.item() == token
 
 
-class Follower(Protocol):
+class StreamObserver(Protocol):
     """What is told how a stream goes, to guess how it goes on."""
 
     def read(self, ids: Sequence[int]) -> None:
@@ -61,17 +61,17 @@ class TokenStream:
 
     Attributes:
         follower: told how the stream goes, evictions apart; None if there is none.
-        unasked: how many of the newest tokens are what follows, but were read before they were
+        lookahead: how many of the newest tokens are what follows, but were read before they were
             asked for, as `speculate` does.
         drafted, accepted: tokens that were guessed and verified, and those that were right.
     """
 
-    def __init__(self, model: Model, cache: Cache, follower: Follower | None = None):
-        self.follower, self.unasked = follower, 0
+    def __init__(self, model: Model, cache: Cache, follower: StreamObserver | None = None):
+        self.observer, self.lookahead = follower, 0
         self.drafted = self.accepted = 0
-        self.network, self.cache, self._traces = model.network, cache, model.traces
+        self.network, self.cache, self._traces = model.network, cache, model.compiled_steps
         self._tracing = backend.tracing()
-        self._ahead: Ahead | None = None
+        self._pending: PendingStep | None = None
         # By row, like keys and values; and the ids of a step that may not be noted yet.
         self._ids: list[int] = []
         self._step: tuple[int, Sequence[int]] = (0, ())
@@ -86,15 +86,17 @@ class TokenStream:
     @property
     def attended(self) -> int:
         """Tokens attended by the newest that was asked for."""
-        if not self.unasked:
+        if not self.lookahead:
             return self.cache.attended
         assert isinstance(self.cache, StreamCache)
         geometry = self.cache.geometry
-        return geometry.sinks + geometry.held(geometry.rewound(self.cache.place, self.unasked))
+        return geometry.sinks + geometry.ring_count(
+            geometry.rewind(self.cache.position, self.lookahead)
+        )
 
     @property
     def evicted(self) -> int:
-        return self.length - self.unasked - self.attended
+        return self.length - self.lookahead - self.attended
 
     def attended_ids(self, before: int = 0) -> list[int]:
         """Return the ids the newest token attends to, in the order of the text.
@@ -102,7 +104,7 @@ class TokenStream:
         Args:
             before: of the token that many before the newest, to which its successors do not.
         """
-        self.note()
+        self.record()
         return [self._ids[row] for row in self.cache.attended_rows(before)]
 
     def read(
@@ -123,7 +125,7 @@ class TokenStream:
         """
         hidden = None
         for part, last in self._parts(ids, chunk):
-            hidden = self._read(part, skim=not last)
+            hidden = self._read(part, prefill=not last)
             if progress:
                 progress(len(part))
         assert hidden is not None
@@ -143,10 +145,10 @@ class TokenStream:
                 known yet, while the device computes this one. Asking for anything else drops it.
         """
         self._check([token])
-        self.unasked = 0
-        ahead, self._ahead = self._ahead, None
-        if ahead and ahead.fits(self.cache.standing(), token, sampler):
-            step, decoded = ahead.step, ahead.decoded
+        self.lookahead = 0
+        ahead, self._pending = self._pending, None
+        if ahead and ahead.fits(self.cache.version(), token, sampler):
+            step, decoded = ahead.step, ahead.output
         else:
             mx.eval(self._computed)
             step = self.cache.begin(1)
@@ -158,22 +160,22 @@ class TokenStream:
         assert chosen is not None and key is not None
         self._computed = [chosen, key]
         mx.async_eval(chosen, key)
-        held = self.cache.standing() if more else None
+        held = self.cache.version() if more else None
         if held is not None:
             step = self.cache.begin(1)
             following = self._decode(step, chosen.reshape(1, 1), sampler, key)
-            self._ahead = Ahead(held, chosen, sampler, key, step, following)
-        found = number(chosen)
+            self._pending = PendingStep(held, chosen, sampler, key, step, following)
+        found = as_int(chosen)
         sampler.key = key
         return found
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Compute what was read last, which else waits for the next step: for other threads."""
         mx.eval(self._computed)
 
-    def drop_ahead(self) -> None:
+    def drop_pending(self) -> None:
         """Let go of a step that was built ahead: it holds the buffers."""
-        self._ahead = None
+        self._pending = None
 
     def steps(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[mx.array]:
         """Read token ids step by step; yields each step's hidden states (1, T, hidden size).
@@ -187,7 +189,7 @@ class TokenStream:
         for part, _ in self._parts(ids, chunk):
             yield self._read(part)
 
-    def skim(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[int]:
+    def prefill(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[int]:
         """Read token ids of which no prediction is asked; yields how many each step read.
 
         The last layer only stores its keys and values: of `steps`, nothing else is attended to.
@@ -196,7 +198,7 @@ class TokenStream:
             ValueRefused, TokenizerError: as of `steps`.
         """
         for part, _ in self._parts(ids, chunk):
-            self._read(part, skim=True)
+            self._read(part, prefill=True)
             yield len(part)
 
     def _parts(self, ids: Sequence[int], chunk: int) -> Iterator[tuple[Sequence[int], bool]]:
@@ -204,15 +206,15 @@ class TokenStream:
         if not ids or chunk < 1:
             raise ValueRefused(f"cannot read {len(ids)} tokens in chunks of {chunk}")
         self._check(ids)
-        done, self.unasked = 0, 0
+        done, self.lookahead = 0, 0
         while done < len(ids):
-            part = ids[done : done + self.cache.take(min(chunk, len(ids) - done))]
+            part = ids[done : done + self.cache.max_step(min(chunk, len(ids) - done))]
             done += len(part)
             yield part, done == len(ids)
 
-    def _read(self, part: Sequence[int], skim: bool = False) -> mx.array:
-        """Read one step's ids; returns its hidden states, or what `skim` of the network does."""
-        self.drop_ahead()
+    def _read(self, part: Sequence[int], prefill: bool = False) -> mx.array:
+        """Read one step's ids; returns its hidden states, or what `prefill` of the network does."""
+        self.drop_pending()
         mx.eval(self._computed)
         if len(part) == 1:
             step = self.cache.begin(1)
@@ -220,9 +222,9 @@ class TokenStream:
             self._commit(step, part)
             self._computed = [found]
             return found
-        self.note()
+        self.record()
         self._step = (self.length, part)
-        found = self.network(part, self.cache, skim)
+        found = self.network(part, self.cache, prefill)
         self._computed = [found]
         # A chunk's attention reads the buffers as they were, their new rows come after:
         # evaluated together, Metal would still hold the old ones and copy them all.
@@ -243,30 +245,30 @@ class TokenStream:
         tokens: mx.array,
         sampler: Sampler | None = None,
         key: mx.array | None = None,
-    ) -> Decoded:
+    ) -> DecodeOutput:
         """Build one token's step, traced if it is worth it; nothing is part of the stream yet."""
         penalized = None
-        if sampler and sampler.rule.penalizes:
+        if sampler and sampler.mode.penalizes:
             penalized = self._penalized(tokens)
         if worth_tracing(step, self._tracing):
             return self._traces.run(step, tokens, sampler, key, penalized)
-        decoded = decode(self.network, step, tokens, sampler, key, penalized)
+        decoded = decode_eagerly(self.network, step, tokens, sampler, key, penalized)
         step.finish(step.keys, step.values)
         return decoded
 
-    def _penalized(self, tokens: mx.array) -> Penalized:
+    def _penalized(self, tokens: mx.array) -> PenalizedIds:
         """Return the ids attended once the next token, (1, 1), has been read, itself among them."""
-        self.note()
+        self.record()
         attended = self.cache.attended_next()
         ids = np.zeros(len(attended), np.int32)
         ids[: len(self._ids)] = self._ids[: len(ids)]
-        return Penalized(
+        return PenalizedIds(
             mx.concatenate([mx.array(ids), tokens[0].astype(mx.int32)]),
             mx.array(np.append(attended, True)),
         )
 
     def _commit(self, step: Any, ids: Sequence[int]) -> None:
-        self.note()
+        self.record()
         self._step = (self.length, ids)
         self.cache.commit(step)
 
@@ -275,9 +277,9 @@ class TokenStream:
 
         All but the first can be taken back without a loss.
         """
-        self.drop_ahead()
+        self.drop_pending()
         mx.eval(self._computed)
-        self.note()
+        self.record()
         assert isinstance(self.cache, StreamCache)
         self._step = (self.length, ids)
         logits = self.network.logits(self.network(ids, cast(Cache, Verifying(self.cache))))[0]
@@ -287,21 +289,21 @@ class TokenStream:
 
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens; see the cache's `rewind`."""
-        self.note()
-        self.drop_ahead()
-        self.unasked = 0  # first: an interrupt must not leave what could be taken back twice
+        self.record()
+        self.drop_pending()
+        self.lookahead = 0  # first: an interrupt must not leave what could be taken back twice
         self.cache.rewind(count)
-        if self.follower and count:
-            self.follower.rewind(count)
+        if self.observer and count:
+            self.observer.rewind(count)
 
-    def take_back(self) -> None:
+    def rollback_lookahead(self) -> None:
         """Take back what was read before it was asked for."""
-        if self.unasked:
-            self.rewind(self.unasked)
+        if self.lookahead:
+            self.rewind(self.lookahead)
 
     def evict(self, count: int) -> None:
         """Drop the oldest `count` attended tokens that are not sinks."""
-        self.drop_ahead()
+        self.drop_pending()
         self.cache.evict(count)
 
     def state(self) -> dict[str, mx.array | int]:
@@ -314,18 +316,18 @@ class TokenStream:
 
     def erase(self) -> None:
         """Keep nothing that is not attended: neither keys and values nor ids."""
-        self.note()
-        self.drop_ahead()
+        self.record()
+        self.drop_pending()
         self.cache.erase()
         attended = {row: self._ids[row] for row in self.cache.attended_rows()}
         self._ids = [attended.get(row, 0) for row in range(max(attended, default=-1) + 1)]
-        if self.follower:
-            self.follower.erase()
+        if self.observer:
+            self.observer.erase()
 
-    def forget(self) -> None:
+    def restart_observer(self) -> None:
         """Have the follower know no more than what is attended: the rest is not to be kept."""
-        if self.follower:
-            self.follower.restart(self.attended_ids())
+        if self.observer:
+            self.observer.restart(self.attended_ids())
 
     def restore(self, state: dict[str, mx.array | int]) -> None:
         """Continue from a state of a stream of the same model and cache parameters.
@@ -344,12 +346,12 @@ class TokenStream:
         if len(known) <= max(rows, default=-1) or max(known, default=0) >= self._vocabulary:
             self.cache.restore(before)
             raise ValueRefused("not a state of this stream: its token ids do not fit")
-        self._ids, self._step, self._computed, self._ahead = known, (0, ()), [], None
-        self.unasked = 0
-        if self.follower:
-            self.follower.restart(self.attended_ids())
+        self._ids, self._step, self._computed, self._pending = known, (0, ()), [], None
+        self.lookahead = 0
+        if self.observer:
+            self.observer.restart(self.attended_ids())
 
-    def note(self) -> None:
+    def record(self) -> None:
         """Take down the last step's ids, unless it was interrupted before it was committed."""
         start, ids = self._step
         if ids and self.length > start:
@@ -361,11 +363,11 @@ class TokenStream:
             row = self.cache.row(token)
             self._ids.extend([0] * (row + 1 - len(self._ids)))
             self._ids[row] = id
-        if self.follower:
-            self.follower.read(ids)
+        if self.observer:
+            self.observer.read(ids)
 
 
-def limited(max_tokens: int) -> int:
+def check_max_tokens(max_tokens: int) -> int:
     """Return a limit of tokens, or raise ValueRefused if it is below 1."""
     if max_tokens < 1:
         raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
@@ -376,20 +378,20 @@ def read_in_steps(
     tokens: TokenStream, ids: Sequence[int], progress: Callable[[int], None] | None
 ) -> Iterator[None]:
     """Read ids and yield after each step."""
-    for count in tokens.skim(ids):
+    for count in tokens.prefill(ids):
         if progress:
             progress(count)
         yield
 
 
-def read_ahead(
+def read_all_but_last_step(
     tokens: TokenStream, prompt: Sequence[int], progress: Callable[[int], None] | None
 ) -> Generator[None, None, Sequence[int]]:
     """Read a prompt but for its last step, and return what is left; yields after each step.
 
     The steps are those of a prompt that is read at once, so the numbers are the same, to the bit.
     """
-    while (count := tokens.cache.take(min(PREFILL_CHUNK, len(prompt)))) < len(prompt):
+    while (count := tokens.cache.max_step(min(PREFILL_CHUNK, len(prompt)))) < len(prompt):
         yield from read_in_steps(tokens, prompt[:count], progress)
         prompt = prompt[count:]
     return prompt
@@ -417,4 +419,4 @@ def generate(
             if sampled < max_tokens:
                 token = stream.next(token, sampler, more=sampled + 1 < max_tokens)
     finally:
-        stream.drop_ahead()
+        stream.drop_pending()

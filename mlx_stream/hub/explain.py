@@ -12,7 +12,7 @@ from mlx_stream.program.notices import Notify
 
 
 @contextmanager
-def explained(repo: str, revision: str = MAIN) -> Iterator[None]:
+def explaining_hub_errors(repo: str, revision: str = MAIN) -> Iterator[None]:
     """Turn what the Hub's client raises into one line."""
     try:
         yield
@@ -27,7 +27,7 @@ def explained(repo: str, revision: str = MAIN) -> Iterator[None]:
         raise SourceError(explain_hub_error(repo, revision, error)) from error
 
 
-def tenths(progress: Notify) -> Bar:
+def progress_in_tenths(progress: Notify) -> Bar:
     """Return a bar that, on a terminal, says in lines how far it is."""
     told = 0
 

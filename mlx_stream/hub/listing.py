@@ -8,7 +8,7 @@ from typing import Literal
 from mlx_stream.checkpoint.folder import missing_files, read_json
 from mlx_stream.config import ARCHITECTURES
 from mlx_stream.errors import CheckpointError
-from mlx_stream.hub.starter import STARTER, is_whole, size_of, starter_folder
+from mlx_stream.hub.starter import STARTER, is_complete, size_of, starter_folder
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class CachedModel:
 def cached_models() -> list[CachedModel]:
     """List the models `resolve` opens without the network: the Hub's cache, then the starter."""
     models = list(cached_hub_models())
-    if is_whole(folder := starter_folder()):
+    if is_complete(folder := starter_folder()):
         models.append(CachedModel(STARTER, folder, size_of(folder), "starter"))
     return models
 
@@ -40,11 +40,11 @@ def cached_hub_models() -> Iterator[CachedModel]:
     for repo in sorted(cache.repos, key=lambda repo: repo.repo_id.lower()):
         for revision in repo.revisions:
             folder = revision.snapshot_path
-            if repo.repo_type == "model" and "main" in revision.refs and is_ours(folder):
+            if repo.repo_type == "model" and "main" in revision.refs and is_supported(folder):
                 yield CachedModel(repo.repo_id, folder, revision.size_on_disk, "hub")
 
 
-def is_ours(folder: Path) -> bool:
+def is_supported(folder: Path) -> bool:
     """Say whether a folder is complete, and of a family we run."""
     try:
         family = read_json(folder / "config.json").get("model_type")

@@ -71,7 +71,7 @@ def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
 # --- what there is ---
 
 
-def ask(name: str, revision: str, seconds: float) -> Repository:
+def ask_hub(name: str, revision: str, seconds: float) -> Repository:
     """Ask the Hub what a model consists of; raise what its client raises, or TimeoutError.
 
     In a thread, because a name server that does not answer blocks for longer than any timeout of

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_stream.errors import SourceError
-from mlx_stream.hub.explain import explained, tenths
+from mlx_stream.hub.explain import explaining_hub_errors, progress_in_tenths
 from mlx_stream.hub.listing import size_of
 from mlx_stream.hub.repository import (
     HUB_ID,
@@ -12,7 +12,7 @@ from mlx_stream.hub.repository import (
     PATIENCE,
     REVISION,
     Bar,
-    ask,
+    ask_hub,
     fetch,
     find_in_cache,
 )
@@ -21,7 +21,7 @@ from mlx_stream.program.notices import Notify
 
 
 @dataclass(frozen=True)
-class Pulled:
+class PulledModel:
     """A model that was fetched: its commit, None for the starter of the package index; bytes."""
 
     name: str
@@ -73,13 +73,13 @@ def local_path(source: str) -> Path | None:
 def resolve_hub(repo: str, progress: Notify) -> Path:
     if cached := find_in_cache(repo):
         return cached
-    with explained(repo):
-        repository = ask(repo, MAIN, PATIENCE)
+    with explaining_hub_errors(repo):
+        repository = ask_hub(repo, MAIN, PATIENCE)
         progress(f"fetching {repo} from the Hugging Face Hub")
-        return fetch(repository, tenths(progress))
+        return fetch(repository, progress_in_tenths(progress))
 
 
-def pull(source: str, revision: str, progress: Notify, bar: Bar) -> Pulled:
+def pull(source: str, revision: str, progress: Notify, bar: Bar) -> PulledModel:
     """Fetch what the Hub has of a model now into the shared cache, and say what it is.
 
     With `HF_HUB_OFFLINE` what is in the cache is taken for what there is.
@@ -92,7 +92,7 @@ def pull(source: str, revision: str, progress: Notify, bar: Bar) -> Pulled:
 
     if source == STARTER:
         folder = resolve_starter(progress)
-        return Pulled(STARTER, revision, None, folder, size_of(folder))
+        return PulledModel(STARTER, revision, None, folder, size_of(folder))
     if not HUB_ID.fullmatch(source):
         raise SourceError(f"{source!r} is not on the Hub; expected a Hub id org/name, or starter")
     if not REVISION.fullmatch(revision):
@@ -100,11 +100,11 @@ def pull(source: str, revision: str, progress: Notify, bar: Bar) -> Pulled:
     cached = find_in_cache(source, revision) if constants.HF_HUB_OFFLINE else None
     if cached:
         progress("HF_HUB_OFFLINE is set: this is what the cache has, and may be old")
-        return Pulled(source, revision, cached.name, cached, size_of(cached))
-    with explained(source, revision):
-        repository = ask(source, revision, PATIENCE)
+        return PulledModel(source, revision, cached.name, cached, size_of(cached))
+    with explaining_hub_errors(source, revision):
+        repository = ask_hub(source, revision, PATIENCE)
         folder = fetch(repository, bar)
-    return Pulled(source, revision, repository.commit, folder, size_of(folder))
+    return PulledModel(source, revision, repository.commit, folder, size_of(folder))
 
 
 # --- the starter ---

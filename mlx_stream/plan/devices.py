@@ -141,10 +141,10 @@ def here() -> Device:
 def known_bandwidth(chip: str, memory: int) -> Figure | None:
     """Return the bandwidth of Macs with this chip and memory, which tell one apart from another."""
     macs = (d for d in built_in() if d.kind in ("laptop", "desktop") and d.chip == chip)
-    return next((d.bandwidth for d in macs if same(d, memory)), None)
+    return next((d.bandwidth for d in macs if same_figure(d, memory)), None)
 
 
-def same(device: Device, memory: int) -> bool:
+def same_figure(device: Device, memory: int) -> bool:
     return abs(device.memory.amount - memory) < GB
 
 
@@ -191,7 +191,7 @@ def read_devices(table: Mapping[str, Any], file: str, taken: set[str]) -> Iterat
         raise DeviceError(f"{file}: device must be a list of tables, written [[device]]")
     for number, entry in enumerate(entries, 1):
         where = f"{file}: device {number}"
-        check(entry, where)
+        check_device_file(entry, where)
         for name, size in named_sizes(entry):
             if name in taken:
                 raise DeviceError(f"{where}: the name {name!r} is taken; choose another")
@@ -209,7 +209,7 @@ def named_sizes(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
     )
 
 
-def check(entry: Mapping[str, Any], where: str) -> None:
+def check_device_file(entry: Mapping[str, Any], where: str) -> None:
     """Refuse an entry with a key that is missing or unknown, or a value that is not one of its."""
     known = (*TEXTS, *AMOUNTS, "year")
     if odd := sorted(entry.keys() - set(known)):
@@ -263,10 +263,10 @@ def read_device(entry: Mapping[str, Any], name: str, size: float, file: str) -> 
         name,
         entry.get("title", name),
         entry["kind"],
-        figure(int(size * GB), entry, "memory", source),
+        read_figure(int(size * GB), entry, "memory", source),
         budget,
         lower,
-        bandwidth=figure(round(entry["bandwidth_gb_s"] * 1e9), entry, "bandwidth", source)
+        bandwidth=read_figure(round(entry["bandwidth_gb_s"] * 1e9), entry, "bandwidth", source)
         if "bandwidth_gb_s" in entry
         else None,
         chip=entry.get("chip", ""),
@@ -274,7 +274,7 @@ def read_device(entry: Mapping[str, Any], name: str, size: float, file: str) -> 
     )
 
 
-def figure(amount: int, entry: Mapping[str, Any], of: str, source: str) -> Figure:
+def read_figure(amount: int, entry: Mapping[str, Any], of: str, source: str) -> Figure:
     method = entry.get(f"{of}_estimate")
     if method is not None:
         return Figure(amount, method, estimated=True)

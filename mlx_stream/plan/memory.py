@@ -6,7 +6,7 @@ once, and held to measurements on the CPU backend (`tests/plan_measured.py`); fo
 from the same code, and nobody has measured it there.
 """
 
-from mlx_stream.cache.geometry import BLOCK, STEP_LENGTHS, padded
+from mlx_stream.cache.geometry import BLOCK, STEP_LENGTHS, pad_length
 from mlx_stream.cache.stream import CLOCK_LIMIT, MASK_BYTES
 from mlx_stream.config import QUANTIZATION_MODES, ModelConfig, Quantization
 from mlx_stream.errors import ValueRefused
@@ -95,7 +95,7 @@ def workspace_bytes(
     A step of one token holds less than a hundredth of it. What happens once in 10,000 tokens,
     turning the ring back, holds one layer's keys twice, which is less too.
     """
-    filling = padded(min(PREFILL_CHUNK, sinks + window))
+    filling = pad_length(min(PREFILL_CHUNK, sinks + window))
     needed = chunk_bytes(config, filling, itemsize)
     needed += attention_bytes(config, filling, sinks + window + filling, itemsize, fused)
     if sinks:

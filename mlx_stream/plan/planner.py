@@ -21,7 +21,7 @@ from mlx_stream.plan.memory import (
     workspace_bytes,
 )
 from mlx_stream.program.notices import Notify, discard
-from mlx_stream.window import DEFAULT_WINDOW, held_to, resolve_window
+from mlx_stream.window import DEFAULT_WINDOW, bounded_windows, resolve_window
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Tried where no window is asked for, each with every recipe. Fewer bits cost more than a window
@@ -32,7 +32,7 @@ FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
 
 @dataclass(frozen=True)
-class Outline:
+class ModelSummary:
     """A model as its config and its files' headers describe it.
 
     Attributes:
@@ -53,7 +53,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanRequest:
     """What a plan is asked to keep to; None leaves the choice to it.
 
     Attributes:
@@ -73,7 +73,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WeightFormat:
     """How all matrices are held, and how the files hold them: once converted, the same.
 
     `bits` is None for as they are now.
@@ -95,7 +95,7 @@ class Plan:
         step: bytes that writing one token reads.
     """
 
-    recipe: Recipe
+    recipe: WeightFormat
     device: Device
     dtype: str
     sinks: int
@@ -136,7 +136,9 @@ class Plan:
         return None if bandwidth is None else bandwidth.amount / self.step
 
 
-def make_plan(outline: Outline, device: Device, asked: Asked, notify: Notify = discard) -> Plan:
+def make_plan(
+    outline: ModelSummary, device: Device, asked: PlanRequest, notify: Notify = discard
+) -> Plan:
     """Return the plan that was asked for, or the best one that fits.
 
     The most bits come first, then the largest window; what does not leave room for the allocator's
@@ -151,7 +153,7 @@ def make_plan(outline: Outline, device: Device, asked: Asked, notify: Notify = d
     tried: list[Plan] = []
     for windows in passes:
         for recipe in planner.recipes():
-            for window in held_to(outline.config, sinks, windows):
+            for window in bounded_windows(outline.config, sinks, windows):
                 tried.append(planner.plan(recipe, sinks, window))
                 if tried[-1].verdict == FITS:
                     return tried[-1]
@@ -161,8 +163,8 @@ def make_plan(outline: Outline, device: Device, asked: Asked, notify: Notify = d
 class Planner:
     """What holds for every choice of recipe and window of one model on one device."""
 
-    def __init__(self, outline: Outline, device: Device, asked: Asked):
-        self.outline, self.device, self.asked = outline, device, asked
+    def __init__(self, outline: ModelSummary, device: Device, asked: PlanRequest):
+        self.summary, self.device, self.request = outline, device, asked
         self.layout = layout_of(outline.config)
         self.dtype = asked.dtype or (outline.dtype if device.metal else "float32")
         if self.dtype not in ITEMSIZES:
@@ -172,16 +174,16 @@ class Planner:
             raise ValueRefused("--bits is for weights that stay quantized: leave out --dequantize")
         uniform_quantization(NOT_QUANTIZED if asked.bits is None else asked.bits, asked.group_size)
 
-    def recipes(self) -> Iterator[Recipe]:
+    def recipes(self) -> Iterator[WeightFormat]:
         """Yield the recipes to choose from, the one with most bits first."""
-        outline, asked = self.outline, self.asked
+        outline, asked = self.summary, self.request
         if asked.bits is not None:
-            yield self.converted(asked.bits)
+            yield self.at_bits(asked.bits)
             return
         kept = self.device.metal if asked.keep is None else asked.keep
         if not kept or not outline.quantized:
             quantized = " dequantized when loaded" if outline.quantized else ""
-            yield Recipe(
+            yield WeightFormat(
                 f"{self.dtype}{quantized}",
                 NOT_QUANTIZED,
                 uniform_quantization(16),
@@ -193,27 +195,27 @@ class Planner:
         if outline.quantized:
             stored = weights_bytes(self.layout, outline.quantization_of, ITEMSIZES[outline.dtype])
             widest = 8 * stored / self.layout.parameters
-            yield Recipe(
+            yield WeightFormat(
                 f"as it is, {widest:.1f} bits a weight",
                 None,
                 outline.quantization_of,
                 outline.quantization_of,
             )
-        yield from (self.converted(bits) for bits in BITS if bits < int(widest))
+        yield from (self.at_bits(bits) for bits in BITS if bits < int(widest))
 
-    def converted(self, bits: int) -> Recipe:
-        group_size = self.asked.group_size
+    def at_bits(self, bits: int) -> WeightFormat:
+        group_size = self.request.group_size
         quantization_of = uniform_quantization(bits, group_size)
         name = self.dtype if bits == NOT_QUANTIZED else f"{bits} bits in groups of {group_size}"
-        return Recipe(name, bits, quantization_of, quantization_of)
+        return WeightFormat(name, bits, quantization_of, quantization_of)
 
-    def plan(self, recipe: Recipe, sinks: int, window: int) -> Plan:
+    def plan(self, recipe: WeightFormat, sinks: int, window: int) -> Plan:
         """Return what a recipe and a window take."""
-        config, itemsize = self.outline.config, self.itemsize
-        kv_bits = self.asked.kv_bits
+        config, itemsize = self.summary.config, self.itemsize
+        kv_bits = self.request.kv_bits
         ring = ring_bytes(config, sinks, window, itemsize, kv_bits, spare_rows(kv_bits))
         fused = is_fused(config, self.device.metal)
-        floats = ITEMSIZES[self.outline.dtype]
+        floats = ITEMSIZES[self.summary.dtype]
         return Plan(
             recipe=recipe,
             device=self.device,

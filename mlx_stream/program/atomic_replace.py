@@ -14,7 +14,7 @@ EXCHANGE = 2
 HERE = -100  # AT_FDCWD
 
 
-def put_in_place_of(new: Path, old: Path) -> None:
+def replace_folder(new: Path, old: Path) -> None:
     """Give `new` the name of the folder `old`, whose files are removed.
 
     Where the file system cannot exchange two names there is a moment between two renames: killed
@@ -71,7 +71,7 @@ def partial_folder(parent: Path, name: str) -> Iterator[Path]:
     dead. Its maker holds a lock on the folder; the system lets go of it when the maker dies, which
     a process id in the name cannot tell: ids are used again, and mean nothing in another container.
     """
-    sweep(parent, name)
+    sweep_partial_folders(parent, name)
     folder, lock = make_locked_folder(parent, name)
     try:
         yield folder
@@ -81,7 +81,7 @@ def partial_folder(parent: Path, name: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def sweep(parent: Path, name: str) -> None:
+def sweep_partial_folders(parent: Path, name: str) -> None:
     """Remove the folders that processes now dead left in `parent`, of their work on `name`."""
     for folder in list(parent.iterdir()):
         if not (folder.name.startswith(f".{name}.") and folder.name.endswith(PARTIAL)):

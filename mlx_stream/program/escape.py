@@ -25,7 +25,7 @@ HARMFUL = re.compile(
 )
 
 
-class Harmless:
+class TerminalEscaper:
     """Make a text harmless that comes in pieces; the results join to `harmless` of the whole."""
 
     def __init__(self) -> None:
@@ -35,18 +35,18 @@ class Harmless:
         """Take a piece; return what can be shown. A \\r at its end waits: \\n may follow."""
         text = self._held + text
         self._held = "\r" if text.endswith("\r") else ""
-        return harmless(text.removesuffix("\r"))
+        return escape(text.removesuffix("\r"))
 
     def flush(self) -> str:
         """Return what was held back, when no more text comes."""
         held, self._held = self._held, ""
-        return harmless(held)
+        return escape(held)
 
 
-def harmless(text: str) -> str:
+def escape(text: str) -> str:
     """Return a whole text with control and invisible characters as escapes, and \\r\\n as \\n."""
-    return HARMFUL.sub(escape, text.replace("\r\n", "\n"))
+    return HARMFUL.sub(escape_character, text.replace("\r\n", "\n"))
 
 
-def escape(found: re.Match[str]) -> str:
+def escape_character(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode("ascii")

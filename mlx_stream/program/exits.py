@@ -25,24 +25,24 @@ UNWRITABLE = {
 }
 
 
-def note(text: str) -> None:
+def notify(text: str) -> None:
     """Say something to the user that is not the result."""
     print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:
-    note(text)
+    notify(text)
     raise SystemExit(1)
 
 
-def guarded(verb: Callable[Params, None]) -> Callable[Params, None]:
+def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
     """Turn errors that a user can cause into one line on standard error and exit status 1."""
 
     @functools.wraps(verb)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> None:
         try:
             open_closed_streams()
-            prepare()
+            prepare_process()
             verb(*args, **kwargs)
             sys.stdout.flush()
         except MlxStreamError as error:
@@ -62,7 +62,7 @@ def guarded(verb: Callable[Params, None]) -> Callable[Params, None]:
         except KeyboardInterrupt:
             if sys.stdout.isatty():
                 print()
-            note("interrupted")
+            notify("interrupted")
             raise SystemExit(130) from None
 
     return run
@@ -79,7 +79,7 @@ def open_closed_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
-def prepare() -> None:
+def prepare_process() -> None:
     """Set this process up as a program: what an import must not do for others."""
     from mlx_stream import backend
 

@@ -64,7 +64,7 @@ def connect(path: Path, longest: int) -> sqlite3.Connection:
         check_same_thread=False,
     )
     try:
-        limit(connection, longest)
+        limit_length(connection, longest)
         connection.set_progress_handler(lambda: 1, OPENING_STEPS)
         for setting in PRAGMAS:
             connection.execute(f"PRAGMA {setting}").close()
@@ -74,7 +74,7 @@ def connect(path: Path, longest: int) -> sqlite3.Connection:
     return connection
 
 
-def limit(connection: sqlite3.Connection, longest: int) -> None:
+def limit_length(connection: sqlite3.Connection, longest: int) -> None:
     """Bound the bytes of a value, read or written."""
     longest = min(max(longest, SHORTEST_LIMIT), LONGEST_ROW)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
@@ -106,7 +106,7 @@ def bytes_on_disk(path: Path) -> int:
     return total
 
 
-def flush(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Wait until the names in a folder are on disk."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -119,7 +119,7 @@ def flush(folder: Path) -> None:
 
 
 @contextmanager
-def believing() -> Iterator[None]:
+def reporting_damage() -> Iterator[None]:
     """Take whatever is wrong with a value for damage of the file it is read from."""
     try:
         yield
@@ -128,15 +128,15 @@ def believing() -> Iterator[None]:
 
 
 @contextmanager
-def refusing(path: Path) -> Iterator[None]:
+def reporting_errors(path: Path) -> Iterator[None]:
     """Turn what goes wrong with a session's file into one line for its user."""
     try:
         yield
     except (OSError, OverflowError, TypeError, ValueError, sqlite3.Error) as error:
-        raise SessionError(f"session {path.stem!r}: {explain(error, path)}") from error
+        raise SessionError(f"session {path.stem!r}: {explain_error(error, path)}") from error
 
 
-def explain(error: Exception, path: Path) -> str:
+def explain_error(error: Exception, path: Path) -> str:
     # SQLite quotes what it cannot read, and that may be anything.
     text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
     text = " ".join(text.split()) or type(error).__name__

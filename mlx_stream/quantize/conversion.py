@@ -19,7 +19,7 @@ from mlx_stream.models.weights import (
     DTYPES,
     CheckpointWeights,
     Part,
-    Untaken,
+    RemainingTensors,
     dequantize,
     refuse_unknown,
 )
@@ -57,7 +57,9 @@ class Conversion:
             WeightsError: a tensor is missing or of the wrong shape, or its values do not fit the
                 type they are to be stored in.
         """
-        source = CheckpointWeights(self.config, Untaken(self.checkpoint.tensors), None, True)
+        source = CheckpointWeights(
+            self.config, RemainingTensors(self.checkpoint.tensors), None, True
+        )
         for part in self.layout.parts:
             if isinstance(part, Projection):
                 yield from self._matrix(source, part).items()
@@ -68,12 +70,12 @@ class Conversion:
     def _matrix(self, source: CheckpointWeights, at: Projection) -> dict[str, mx.array]:
         part = source.part(at.path, at.outputs, at.inputs, at.bias)
         mx.eval(part.tensors)
-        self._note(part.tensors)
+        self._track_largest(part.tensors)
         wanted = self.quantized[at.path]
         bias = {"bias": part.tensors.pop("bias")} if at.bias else {}
         as_it_is = part.quantization == wanted
         tensors = part.tensors if as_it_is else self._in_blocks(part, wanted, at)
-        self._note(tensors)
+        self._track_largest(tensors)
         del part
         return {
             f"{at.path}.{name}": self._stored(f"{at.path}.{name}", array)
@@ -101,7 +103,7 @@ class Conversion:
         mx.eval(joined)
         return joined
 
-    def _note(self, tensors: Mapping[str, mx.array]) -> None:
+    def _track_largest(self, tensors: Mapping[str, mx.array]) -> None:
         self.largest = max(self.largest, sum(array.nbytes for array in tensors.values()))
 
     def _stored(self, name: str, array: mx.array) -> mx.array:
@@ -124,7 +126,9 @@ def quantize(weight: mx.array, wanted: Quantization) -> dict[str, mx.array]:
     return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
 
-def prepare(checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -> Conversion:
+def prepare_conversion(
+    checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None
+) -> Conversion:
     """Decide how each tensor of a checkpoint is stored; reads none of them.
 
     Args:
@@ -206,15 +210,15 @@ def rewrite(
     config |= older_rope(config)
     if base is not None and any(quantized.values()):
         others = {path: entry(kind) for path, kind in quantized.items() if kind != base}
-        config["quantization"] = {**as_json(base), **others}
+        config["quantization"] = {**quantization_json(base), **others}
     return config
 
 
 def entry(kind: Quantization | None) -> dict[str, Any] | bool:
-    return False if kind is None else as_json(kind)
+    return False if kind is None else quantization_json(kind)
 
 
-def as_json(kind: Quantization) -> dict[str, Any]:
+def quantization_json(kind: Quantization) -> dict[str, Any]:
     return {"group_size": kind.group_size, "bits": kind.bits, "mode": kind.mode}
 
 

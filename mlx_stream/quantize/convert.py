@@ -16,25 +16,25 @@ from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.write import CONVERSION, refuse_taken, replace_json
 from mlx_stream.config import read_config
 from mlx_stream.errors import MemoryRefused, TextError, ValueRefused
-from mlx_stream.evaluate.corpus import Text, encode
+from mlx_stream.evaluate.corpus import Corpus, encode
 from mlx_stream.evaluate.divergence import compare
-from mlx_stream.evaluate.sensitivity import measure
+from mlx_stream.evaluate.sensitivity import measure_sensitivity
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.hub.resolve import resolve
-from mlx_stream.load import Model, load, named, read_checkpoint
+from mlx_stream.load import Model, load, naming, read_checkpoint
 from mlx_stream.models.layout import layout_of
 from mlx_stream.plan import devices
-from mlx_stream.plan.inspect import outline_of
+from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.memory import NOT_QUANTIZED
-from mlx_stream.plan.planner import Asked, make_plan
+from mlx_stream.plan.planner import PlanRequest, make_plan
 from mlx_stream.program.notices import Notify, discard
-from mlx_stream.quantize.recipes import DEFAULT_GROUP, Recipe, settle, uniform
+from mlx_stream.quantize.recipes import DEFAULT_GROUP, Recipe, allocate_bits, uniform_recipe
 from mlx_stream.quantize.write_converted import (
-    Converted,
+    ConversionResult,
     bytes_per_token,
-    convert,
     refuse_places,
     sizes_of,
+    write_converted,
 )
 from mlx_stream.text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def quietly(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """How to convert.
 
     Attributes:
@@ -76,10 +76,10 @@ class Options:
 def convert_model(
     source: str,
     out: Path,
-    options: Options,
+    options: ConvertOptions,
     notify: Notify = discard,
     progress: Progress = quietly,
-) -> Converted:
+) -> ConversionResult:
     """Convert a folder, a Hub id, a `.gguf` file or `starter` to the folder `out`.
 
     Only a sensitive recipe and a report run the model, which then is in memory whole; without
@@ -90,11 +90,11 @@ def convert_model(
         TextError: a text is too short.
         SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
     """
-    check(options)
+    check_options(options)
     refuse_taken(out, options.force)
     path = resolve(source, notify)
     refuse_places(path, out)
-    with named(source, path):
+    with naming(source, path):
         checkpoint = read_checkpoint(path)
         config = read_config(checkpoint.config)
     text = options.report and report_text(checkpoint, options)
@@ -102,20 +102,21 @@ def convert_model(
     if recipe is not None and config.quantization is not None:
         notify("the source is quantized already: its error stays, and this one comes on top")
     if recipe is not None and options.calibration is not None:
-        recipe = calibrated(path, recipe, options.calibration, notify, progress)
+        recipe = calibrate(path, recipe, options.calibration, notify, progress)
     sizes = sizes_of(checkpoint.tensors) if text else {}
-    with named(source, path, out), progress("converting") as tell:
-        result = convert(checkpoint, out, recipe, options.dtype, options.force, tell)
-    if result.kept:
+    with naming(source, path, out), progress("converting") as tell:
+        result = write_converted(checkpoint, out, recipe, options.dtype, options.force, tell)
+    if result.unquantized:
+        count, first = len(result.unquantized), result.unquantized[0]
         notify(
-            f"{len(result.kept)} of its matrices stay as they are: groups of "
-            f"{recipe and recipe.base.group_size} do not divide their rows ({result.kept[0]})"
+            f"{count} of its matrices stay as they are: groups of "
+            f"{recipe and recipe.base.group_size} do not divide their rows ({first})"
         )
     if text:
         before = {"tensor_bytes": sum(sizes.values()), "bytes_per_token": 0}
         before["bytes_per_token"] = bytes_per_token(config, sizes)
         with progress("comparing") as tell:
-            found = report(path, out, text, tell)
+            found = compare_with_source(path, out, text, tell)
         result.about["report"] = {**found, "source": before}
         replace_json(result.about, out / CONVERSION)
     return result
@@ -132,8 +133,8 @@ def recipe_for(
         ValueRefused, SourceError, CheckpointError: as `convert_model`.
     """
     place = devices.find(device)
-    asked = Asked(group_size=DEFAULT_GROUP if group_size is None else group_size)
-    chosen = make_plan(outline_of(source, notify), place, asked, notify)
+    asked = PlanRequest(group_size=DEFAULT_GROUP if group_size is None else group_size)
+    chosen = make_plan(summarize_model(source, notify), place, asked, notify)
     if chosen.missing:
         raise MemoryRefused(
             f"{source} does not fit {place.title}, not even as {chosen.recipe.name}: "
@@ -141,10 +142,10 @@ def recipe_for(
         )
     notify(f"for {place.title}: {chosen.recipe.name}, which leaves a window of {chosen.window:,}")
     bits = chosen.recipe.bits
-    return None if bits in (None, NOT_QUANTIZED) else uniform(bits, asked.group_size)
+    return None if bits in (None, NOT_QUANTIZED) else uniform_recipe(bits, asked.group_size)
 
 
-def check(options: Options) -> None:
+def check_options(options: ConvertOptions) -> None:
     """Refuse options that do not go together, before anything is fetched or read."""
     sensitive = options.recipe is not None and options.recipe.rule == "sensitive"
     if sensitive and options.calibration is None:
@@ -160,7 +161,7 @@ def check(options: Options) -> None:
         )
 
 
-def report_text(checkpoint: Checkpoint, options: Options) -> Text:
+def report_text(checkpoint: Checkpoint, options: ConvertOptions) -> Corpus:
     assert options.report is not None
     text = encode(Tokenizer.from_checkpoint(checkpoint), [options.report])
     if len(text.ids) <= LEAST_TOKENS:
@@ -170,7 +171,7 @@ def report_text(checkpoint: Checkpoint, options: Options) -> Text:
     return replace(text, ids=text.ids[: options.report_tokens])
 
 
-def calibrated(
+def calibrate(
     path: Path,
     recipe: Recipe,
     text: tuple[str, str],
@@ -181,7 +182,7 @@ def calibrated(
     model = load(path, keep_quantized=False, notify=notify)
     ids = model.tokenizer.encode(text[1])
     with progress("measuring sensitivity") as tell:
-        harm = measure(model, ids, recipe.base, tell)
+        harm = measure_sensitivity(model, ids, recipe.base, tell)
     elements = {
         at.path: at.outputs * at.inputs
         for at in layout_of(model.config).matrices
@@ -189,11 +190,11 @@ def calibrated(
     }
     del model
     mx.clear_cache()
-    return settle(recipe, elements, harm)
+    return allocate_bits(recipe, elements, harm)
 
 
-def report(
-    source: Path, result: Path, text: Text, progress: Callable[[int, int], None]
+def compare_with_source(
+    source: Path, result: Path, text: Corpus, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Read a text with both models and return how far the result is from the source."""
     before, after = (stream_of(load(path)) for path in (source, result))

@@ -61,17 +61,17 @@ def mlx_lm_gives_more(path: str, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def uniform(bits: int, group_size: int = DEFAULT_GROUP, mode: str = "affine") -> Recipe:
+def uniform_recipe(bits: int, group_size: int = DEFAULT_GROUP, mode: str = "affine") -> Recipe:
     """Return the recipe that gives every matrix the same bits.
 
     Raises:
         ValueRefused: MLX has no such combination.
     """
     name = f"uniform_{bits}" if mode == "affine" else mode
-    return Recipe(name, checked(bits, group_size, mode))
+    return Recipe(name, check_quantization(bits, group_size, mode))
 
 
-def checked(bits: int, group_size: int, mode: str) -> Quantization:
+def check_quantization(bits: int, group_size: int, mode: str) -> Quantization:
     if mode not in QUANTIZATION_MODES:
         raise ValueRefused(f"--mode must be one of {', '.join(QUANTIZATION_MODES)}, not {mode!r}")
     all_bits, groups = QUANTIZATION_MODES[mode]
@@ -89,7 +89,7 @@ def one_of(numbers: Collection[int]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def mixed(kind: Literal["mlx-lm", "sensitive"], low: int, high: int) -> Recipe:
+def mixed_recipe(kind: Literal["mlx-lm", "sensitive"], low: int, high: int) -> Recipe:
     name = f"{'mixed' if kind == 'mlx-lm' else kind}_{low}_{high}"
     base, more = (Quantization(DEFAULT_GROUP, bits) for bits in (low, high))
     return Recipe(name, base, more, kind)
@@ -98,13 +98,13 @@ def mixed(kind: Literal["mlx-lm", "sensitive"], low: int, high: int) -> Recipe:
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        *(uniform(bits) for bits in QUANTIZATION_MODES["affine"][0]),
+        *(uniform_recipe(bits) for bits in QUANTIZATION_MODES["affine"][0]),
         *(
-            uniform(QUANTIZATION_MODES[mode][0][0], QUANTIZATION_MODES[mode][1][0], mode)
+            uniform_recipe(QUANTIZATION_MODES[mode][0][0], QUANTIZATION_MODES[mode][1][0], mode)
             for mode in ("mxfp4", "mxfp8", "nvfp4")
         ),
-        *(mixed("mlx-lm", low, high) for low, high in ((2, 6), (3, 4), (3, 6), (4, 6))),
-        *(mixed("sensitive", low, high) for low, high in ((3, 6), (4, 6), (4, 8))),
+        *(mixed_recipe("mlx-lm", low, high) for low, high in ((2, 6), (3, 4), (3, 6), (4, 6))),
+        *(mixed_recipe("sensitive", low, high) for low, high in ((3, 6), (4, 6), (4, 8))),
     )
 }
 
@@ -120,16 +120,16 @@ def recipe_named(name: str, group_size: int | None = None) -> Recipe:
     recipe = RECIPES[name]
     if group_size is None:
         return recipe
-    base = checked(recipe.base.bits, group_size, recipe.base.mode)
-    high = recipe.high and checked(recipe.high.bits, group_size, recipe.high.mode)
+    base = check_quantization(recipe.base.bits, group_size, recipe.base.mode)
+    high = recipe.high and check_quantization(recipe.high.bits, group_size, recipe.high.mode)
     return replace(recipe, base=base, high=high)
 
 
 # --- recipes that are measured ---
 
 
-def settle(
-    recipe: Recipe, elements: Mapping[str, int], harm: Mapping[tuple[str, ...], float]
+def allocate_bits(
+    recipe: Recipe, elements: Mapping[str, int], sensitivity: Mapping[tuple[str, ...], float]
 ) -> Recipe:
     """Return a sensitive recipe with its choice made: where more bits undo most harm per byte.
 
@@ -154,9 +154,9 @@ def settle(
     )
     left = allowed - sum(extra(path) for path in ENDS if path in elements)
     chosen: set[str] = set()
-    costs = {part: sum(map(extra, part)) for part in harm}
-    for part in sorted(harm, key=lambda part: (-harm[part] / costs[part], part)):
-        if harm[part] > 0 and costs[part] <= left:
+    costs = {part: sum(map(extra, part)) for part in sensitivity}
+    for part in sorted(sensitivity, key=lambda part: (-sensitivity[part] / costs[part], part)):
+        if sensitivity[part] > 0 and costs[part] <= left:
             chosen.update(part)
             left -= costs[part]
     return replace(recipe, chosen=frozenset(chosen))

@@ -13,7 +13,7 @@ from mlx_stream.checkpoint.shards import Shards
 from mlx_stream.checkpoint.write import refuse_taken, write_model
 from mlx_stream.config import ModelConfig
 from mlx_stream.errors import CheckpointError, ValueRefused
-from mlx_stream.quantize.conversion import Conversion, name_of, prepare
+from mlx_stream.quantize.conversion import Conversion, name_of, prepare_conversion
 from mlx_stream.quantize.recipes import Recipe
 
 # Of the form of conversion.json.
@@ -23,7 +23,7 @@ MATRICES_HELD = 3
 
 
 @dataclass
-class Converted:
+class ConversionResult:
     """What a conversion wrote, and the memory it took.
 
     Attributes:
@@ -35,21 +35,21 @@ class Converted:
     """
 
     about: dict[str, Any] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
+    unquantized: list[str] = field(default_factory=list)
     files: int = 0
     bound_bytes: int = 0
     peak_bytes: int = 0
     resident_bytes: int = 0
 
 
-def convert(
+def write_converted(
     checkpoint: Checkpoint,
     out: Path,
     recipe: Recipe | None = None,
     dtype: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Converted:
+) -> ConversionResult:
     """Write a checkpoint to the folder `out`, quantized by a recipe, its floats in a dtype.
 
     One matrix after another is read, quantized and let go of, so that a model may be larger than
@@ -66,18 +66,18 @@ def convert(
         CheckpointError: the source is damaged, or the result could not be written.
     """
     refuse_taken(out, force)
-    conversion = prepare(checkpoint, recipe, dtype)
-    watch, result = Watch(conversion, progress), Converted()
+    conversion = prepare_conversion(checkpoint, recipe, dtype)
+    watch, result = MemoryMonitor(conversion, progress), ConversionResult()
 
     def about(shards: Shards) -> dict[str, Any]:
-        result.about = describe(conversion, watch.sizes, shards, recipe)
+        result.about = describe_conversion(conversion, watch.sizes, shards, recipe)
         return result.about
 
     written = write_model(conversion.checkpoint, watch.tensors(), out, about, force)
     if written is None:
         raise CheckpointError(f"{out}: another process wrote it meanwhile; it was left as it is")
     if recipe is not None:
-        result.kept = [path for path, kind in conversion.quantized.items() if kind is None]
+        result.unquantized = [path for path, kind in conversion.quantized.items() if kind is None]
     result.files = written.count
     result.bound_bytes = MATRICES_HELD * conversion.largest + written.largest
     result.peak_bytes = mx.get_peak_memory() - watch.active
@@ -85,7 +85,7 @@ def convert(
     return result
 
 
-class Watch:
+class MemoryMonitor:
     """Count what passes from a conversion to its shards, and the memory meanwhile."""
 
     def __init__(self, conversion: Conversion, progress: Callable[[int, int], None]):
@@ -108,7 +108,7 @@ class Watch:
             self.progress(done, total)
 
 
-def describe(
+def describe_conversion(
     conversion: Conversion, sizes: Mapping[str, int], shards: Shards, recipe: Recipe | None
 ) -> dict[str, Any]:
     """Return what `conversion.json` says: nothing of the day, the machine or its folders."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from mlx_stream.load import Model
 from mlx_stream.selftest import kernels, streams
-from mlx_stream.selftest.result import Finding, Found
+from mlx_stream.selftest.result import CheckOutcome, CheckResult
 
-Check = Callable[[Model], Found]
+Check = Callable[[Model], CheckOutcome]
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,18 @@ CHECKS = (
     ),
     Named(
         "a saved stream goes on to the bit",
-        streams.saved,
+        streams.snapshot_restores,
         "leave --session out until it is fixed, and report it",
     ),
 )
 
 
-def run(model: Model) -> Iterator[Finding]:
+def run(model: Model) -> Iterator[CheckResult]:
     """Run every check on a model's shapes; yields what each found, as it is found."""
     for named in CHECKS:
         try:
             found = named.check(model)
         except (RuntimeError, ValueError) as error:  # MLX's own: a kernel that failed, say
-            found = Found(False, f"MLX refused: {' '.join(str(error).split())[:200]}")
+            found = CheckOutcome(False, f"MLX refused: {' '.join(str(error).split())[:200]}")
         advice = named.advice if found.holds is False else ""
-        yield Finding(named.name, found.holds, found.what, advice)
+        yield CheckResult(named.name, found.holds, found.what, advice)

@@ -11,7 +11,7 @@ from mlx_stream.cache.positions import inverse_frequencies
 from mlx_stream.cache.stream import CLOCK_LIMIT
 from mlx_stream.load import Model
 from mlx_stream.selftest import reference
-from mlx_stream.selftest.result import Found, within
+from mlx_stream.selftest.result import CheckOutcome, within
 from mlx_stream.window import PREFILL_CHUNK
 
 # How far a result of numbers of about 1 may be off: float32's includes the angles' rounding near
@@ -48,7 +48,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(difference) if np.isfinite(difference) else float("inf")
 
 
-def rotation(model: Model) -> Found:
+def rotation(model: Model) -> CheckOutcome:
     """Turn rows to places from 0 to the clock's limit, and all of them there and back."""
     config = model.config
     frequencies = inverse_frequencies(config.rope, config.head_dim)
@@ -61,7 +61,7 @@ def rotation(model: Model) -> Found:
         turned = model.rope.rotate(x, mx.array([place], mx.int32))
         off = max(off, worst(plain(turned), expected))
         if rows == 1:
-            once = model.rope.turn(mx.array([place], mx.int32), heads)(x)
+            once = model.rope.token_rotation(mx.array([place], mx.int32), heads)(x)
             off = max(off, worst(plain(once), expected))
         together = reference.rotate(plain(x), np.full(rows, place), frequencies)
         all_turned = model.rope.rotate_all(x, place)
@@ -71,7 +71,7 @@ def rotation(model: Model) -> Found:
     return within(off, allowed(model))
 
 
-def attention(model: Model) -> Found:
+def attention(model: Model) -> CheckOutcome:
     """Attend as a decode step and as a chunk do, with the masks they have."""
     off = 0.0
     for queries, keys, values, scale, mask in calls(model):
@@ -86,10 +86,10 @@ def attention(model: Model) -> Found:
     return within(off, allowed(model))
 
 
-def fused(model: Model) -> Found:
+def fused(model: Model) -> CheckOutcome:
     """Ask for the fused kernel, which MLX refuses where it has none."""
     if not backend.on_metal():
-        return Found(None, "not applicable: the CPU has no fused kernel")
+        return CheckOutcome(None, "not applicable: the CPU has no fused kernel")
     refused = []
     for queries, keys, values, scale, mask in calls(model):
         try:
@@ -102,8 +102,8 @@ def fused(model: Model) -> Found:
             refused.append(f"{queries.shape[2]} tokens: {' '.join(str(error).split())[:120]}")
     head_dim = model.config.head_dim
     if refused:
-        return Found(False, f"heads of {head_dim} numbers, {'; '.join(refused)}")
-    return Found(True, f"heads of {head_dim} numbers, 1 to {PREFILL_CHUNK} tokens at once")
+        return CheckOutcome(False, f"heads of {head_dim} numbers, {'; '.join(refused)}")
+    return CheckOutcome(True, f"heads of {head_dim} numbers, 1 to {PREFILL_CHUNK} tokens at once")
 
 
 def calls(
@@ -131,13 +131,13 @@ def calls(
     yield queries, keys, values, scale, added
 
 
-def quantized(model: Model) -> Found:
+def quantized(model: Model) -> CheckOutcome:
     """Multiply with packed weights, and with what they stand for."""
     config = model.config
     inputs, outputs = config.hidden_size, config.intermediate_size
     group = next((size for size in (64, 32) if inputs % size == 0), None)
     if group is None:
-        return Found(None, f"not applicable: {inputs} inputs make no groups of 32")
+        return CheckOutcome(None, f"not applicable: {inputs} inputs make no groups of 32")
     weight = random(model, outputs, inputs) * inputs**-0.5
     off = 0.0
     for bits in (4, 8):

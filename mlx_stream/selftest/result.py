@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckOutcome:
     """Whether something holds, None if that cannot be asked here, and what was seen."""
 
     holds: bool | None
@@ -12,7 +12,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What a check found, under its name, with what to do where it does not hold."""
 
     check: str
@@ -21,6 +21,6 @@ class Finding:
     advice: str
 
 
-def within(worst: float, allowed: float) -> Found:
+def within(worst: float, allowed: float) -> CheckOutcome:
     """Return whether a difference is small enough; one that is not a number is not."""
-    return Found(worst <= allowed, f"off by {worst:.1e} at most, {allowed:.0e} allowed")
+    return CheckOutcome(worst <= allowed, f"off by {worst:.1e} at most, {allowed:.0e} allowed")

@@ -20,7 +20,7 @@ from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.selftest import reference
 from mlx_stream.selftest.kernels import allowed, apart, plain, random, worst
-from mlx_stream.selftest.result import Found, within
+from mlx_stream.selftest.result import CheckOutcome, within
 from mlx_stream.window import PREFILL_CHUNK
 
 SINKS, WINDOW = 4, 24
@@ -31,7 +31,7 @@ STEPS = 32
 SPREAD = {mx.float32: 1e-2, mx.float16: 3e-2, mx.bfloat16: 2e-1}
 
 
-def places(model: Model) -> Found:
+def places(model: Model) -> CheckOutcome:
     """Read one layer's tokens, singly and in chunks, while the clock is lowered; beside numpy."""
     config = model.config
     cache = StreamCache(
@@ -50,14 +50,14 @@ def places(model: Model) -> Found:
     end, off, lowered = cache.clock_limit + AROUND_THE_LIMIT, 0.0, False
     counts = itertools.cycle((1, 1, 5, 1, 16, 30))
     while cache.length < end:
-        first, clock = cache.length, cache.place.clock
-        count = cache.take(next(counts))
+        first, clock = cache.length, cache.position.clock
+        count = cache.max_step(next(counts))
         step = cache.begin(count)
         heads = mx.concatenate([heads_of(model, first + i) for i in range(step.rows)], axis=2)
         found = plain(step.attend(0, heads))[:, :count]
         cache.commit(step)
         mx.eval(cache.arrays())
-        lowered = lowered or cache.place.clock < clock
+        lowered = lowered or cache.position.clock < clock
         expected = [slow.read(first + i, *parts(model, first + i)) for i in range(count)]
         off = max(off, worst(found, np.concatenate(expected, axis=1)))
     assert lowered, "the clock should have been lowered"
@@ -99,7 +99,7 @@ def begin_at(cache: StreamCache, model: Model, slow: reference.SlowStream, lengt
     cache.restore(state)
 
 
-def chunks(model: Model) -> Found:
+def chunks(model: Model) -> CheckOutcome:
     """Read the same ids one by one and in chunks, past the wrap, and compare what is predicted."""
     ids = some_ids(model, 3 * (SINKS + WINDOW))
     single, *others = (logits(model, ids, chunk) for chunk in (1, 7, PREFILL_CHUNK))
@@ -117,7 +117,7 @@ def logits(model: Model, ids: list[int], chunk: int) -> np.ndarray:
     return plain(model.network.logits(hidden))
 
 
-def in_place(model: Model) -> Found:
+def in_place(model: Model) -> CheckOutcome:
     """Decode at a full window and see how much more memory was ever in use.
 
     A step's own needs are those at a small window, and the scores of a few layers, which the CPU
@@ -126,15 +126,17 @@ def in_place(model: Model) -> Found:
     _, large = model.resolve_window(SINKS, None)
     small, large = WINDOW, min(large, LARGE)
     if large < 4 * small:
-        return Found(None, f"not applicable: a window of {large} is too small to tell")
+        return CheckOutcome(None, f"not applicable: a window of {large} is too small to tell")
     keys = model.new_cache(SINKS, large).keys[0]
     assert isinstance(keys, mx.array)
     buffer, attention = keys.nbytes, scores(model, keys)
     if 4 * attention > buffer:
-        return Found(None, "not applicable: scores are too large beside such small heads to tell")
+        return CheckOutcome(
+            None, "not applicable: scores are too large beside such small heads to tell"
+        )
     beyond = rise(model, large) - rise(model, small) - 3 * attention
     said = f"{max(beyond, 0) / 1e6:.2f} MB more over {STEPS} steps; a buffer has {buffer / 1e6:.2f}"
-    return Found(beyond < buffer / 2, said)
+    return CheckOutcome(beyond < buffer / 2, said)
 
 
 def rise(model: Model, window: int) -> int:
@@ -162,25 +164,25 @@ def greedy() -> Sampler:
     return Sampler(Sampling(temperature=0))
 
 
-def traced_once(model: Model) -> Found:
+def traced_once(model: Model) -> CheckOutcome:
     """Decode across a lowered clock and count the traces made on the way."""
     cache = model.new_cache(SINKS, WINDOW)
     fill(cache, cache.clock_limit - STEPS // 2)
     tokens = generate(TokenStream(model, cache), [0], greedy(), 2 * STEPS)
     for _ in range(STEPS // 4):
         next(tokens)
-    before = model.traces.count
+    before = model.compiled_steps.count
     if not before:
-        return Found(None, "not applicable: no step is traced here (see MLX_STREAM_COMPILE)")
-    clock = cache.place.clock
+        return CheckOutcome(None, "not applicable: no step is traced here (see MLX_STREAM_COMPILE)")
+    clock = cache.position.clock
     for _ in range(STEPS):
         next(tokens)
-    assert cache.place.clock < clock, "the clock should have been lowered"
-    more = model.traces.count - before
-    return Found(more == 0, f"traced again {more} times in {STEPS} steps")
+    assert cache.position.clock < clock, "the clock should have been lowered"
+    more = model.compiled_steps.count - before
+    return CheckOutcome(more == 0, f"traced again {more} times in {STEPS} steps")
 
 
-def seeds(model: Model) -> Found:
+def seeds(model: Model) -> CheckOutcome:
     """Draw with one seed twice, with another, and without any, on another thread too."""
     level = mx.zeros(model.config.vocab_size)
 
@@ -189,7 +191,7 @@ def seeds(model: Model) -> Found:
         return [sampler.choose(level, list) for _ in range(STEPS)]
 
     def unseeded() -> int | None:
-        return Sampling().seeded().seed
+        return Sampling().with_seed().seed
 
     first = drawn(1)
     wrong = []
@@ -203,10 +205,12 @@ def seeds(model: Model) -> Found:
         seeds = {unseeded(), unseeded(), other.submit(unseeded).result()}
     if len(seeds) < 3:
         wrong.append("without a seed two were the same")
-    return Found(not wrong, "; ".join(wrong) or f"{STEPS} draws the same again, others differ")
+    return CheckOutcome(
+        not wrong, "; ".join(wrong) or f"{STEPS} draws the same again, others differ"
+    )
 
 
-def saved(model: Model) -> Found:
+def snapshot_restores(model: Model) -> CheckOutcome:
     """Write a stream past its wrap to a file, read it back, and go on with both."""
     ids = some_ids(model, 2 * (SINKS + WINDOW))
     stream = TokenStream(model, model.new_cache(SINKS, WINDOW))
@@ -214,12 +218,12 @@ def saved(model: Model) -> Found:
         pass
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stream"
-        snapshot.save(path, stream, "self-test", {})
-        state = snapshot.load(path).state
+        snapshot.save_snapshot(path, stream, "self-test", {})
+        state = snapshot.load_snapshot(path).state
     again = TokenStream(model, model.new_cache(SINKS, WINDOW))
     again.restore(state)
     differ = sum(
         not mx.array_equal(stream.read([token]), again.read([token])).item()
         for token in ids[: STEPS // 2]
     )
-    return Found(differ == 0, f"{differ} of {STEPS // 2} predictions differ")
+    return CheckOutcome(differ == 0, f"{differ} of {STEPS // 2} predictions differ")

@@ -37,7 +37,7 @@ CONFIG: dict[str, Any] = {
 NAME = "made on the spot"
 
 
-def made(dtype: str | None = None) -> Model:
+def make_tiny_model(dtype: str | None = None) -> Model:
     """Return a small model without a tokenizer, in float16 on Metal, else in float32.
 
     Raises:

@@ -27,46 +27,46 @@ class Piece:
     evicted_tokens: int = 0
 
 
-class StopFinder:
+class StopMatcher:
     """Hold back text in which a stop string may have begun."""
 
     def __init__(self, stops: str | Sequence[str]):
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(self.stops):
             raise ValueRefused("--stop must not be an empty text")
-        self.held = ""
+        self.pending = ""
 
     def add(self, text: str) -> tuple[str, bool]:
         """Return the text that is final, and whether a stop string came right after it.
 
         Of several that overlap, the one that ends first stops the text, however it came in pieces.
         """
-        self.held += text
-        found = [(at + len(s), at) for s in self.stops if (at := self.held.find(s)) >= 0]
+        self.pending += text
+        found = [(at + len(s), at) for s in self.stops if (at := self.pending.find(s)) >= 0]
         if found:
-            final, self.held = self.held[: min(found)[1]], ""
+            final, self.pending = self.pending[: min(found)[1]], ""
             return final, True
-        keep = self._begun()
-        final = self.held[: len(self.held) - keep]
-        self.held = self.held[len(self.held) - keep :]
+        keep = self._partial_match()
+        final = self.pending[: len(self.pending) - keep]
+        self.pending = self.pending[len(self.pending) - keep :]
         return final, False
 
     def flush(self) -> str:
         """Return what was held back, when no more text comes."""
-        held, self.held = self.held, ""
+        held, self.pending = self.pending, ""
         return held
 
-    def _begun(self) -> int:
+    def _partial_match(self) -> int:
         """Return the length of the longest end of the text that begins a stop string."""
         longest = max((len(stop) for stop in self.stops), default=1) - 1
-        for length in range(min(longest, len(self.held)), 0, -1):
-            end = self.held[len(self.held) - length :]
+        for length in range(min(longest, len(self.pending)), 0, -1):
+            end = self.pending[len(self.pending) - length :]
             if any(stop.startswith(end) for stop in self.stops):
                 return length
         return 0
 
 
-class Reply:
+class ReplyDecoder:
     """Turn sampled ids into pieces of text.
 
     With `remember`, also which ids make up the final text: after the last piece (or when it is
@@ -75,7 +75,7 @@ class Reply:
     """
 
     def __init__(self, decoder: StreamDecoder, stops: str | Sequence[str], remember: bool = True):
-        self.decoder, self.finder, self.remember = decoder, StopFinder(stops), remember
+        self.decoder, self.matcher, self.remember = decoder, StopMatcher(stops), remember
         self.count = 0
         self.ids: list[int] = []
         self.text = ""  # all that was decoded
@@ -99,11 +99,11 @@ class Reply:
         text = self._advance(self.decoder.flush()) if self.count else ""
         if self.stopped:
             return text
-        rest = self.finder.flush()
+        rest = self.matcher.flush()
         self.final += len(rest)
         return text + rest
 
-    def kept(self, trim: bool = False) -> tuple[int, str]:
+    def final_ids(self, trim: bool = False) -> tuple[int, str]:
         """Return how many ids lie within the final text, and the text that follows them.
 
         `trim` leaves out the whitespace at its end, for templates that do.
@@ -121,7 +121,7 @@ class Reply:
         start = self._end(count - 1)
         return self._ids_within(start), self.text[start:final]
 
-    def said(self, trim: bool = False) -> str:
+    def final_text(self, trim: bool = False) -> str:
         """Return the final text."""
         text = self.text[: self.final] if self.stopped else self.text
         return text.rstrip() if trim else text
@@ -138,6 +138,6 @@ class Reply:
             self.text += text
             if self.ids:
                 self.ends[len(self.ids) - 1] = len(self.text)
-        final, self.stopped = self.finder.add(text)
+        final, self.stopped = self.matcher.add(text)
         self.final += len(final)
         return final

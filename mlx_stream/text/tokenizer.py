@@ -26,7 +26,7 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Ids that stay in a decoder's window once their text is out. One is enough to no longer be at the
 # start of the text, where decoders drop a space. Four cover the three bytes that an unfinished
 # character can have.
-KEPT = 4
+WINDOW = 4
 # Bytes that byte tokens may be ahead of their text.
 MAX_RUN = 32
 
@@ -255,7 +255,7 @@ class StreamDecoder:
 
     def _shorten(self, held: int = 0) -> None:
         """Keep the last ids, whose text is out but for the last `held` characters."""
-        del self._window[:-KEPT]
+        del self._window[:-WINDOW]
         self._sent = len(self._decode()) - held
 
     def _decode(self) -> str:

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.cache.positions import Rope, Turn
-from mlx_stream.cache.storage import Rows, placed
+from mlx_stream.cache.positions import Rope, TokenRotation
+from mlx_stream.cache.storage import Rows, write_rows
 
 if TYPE_CHECKING:
     from mlx_stream.cache.stream import StreamCache
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodeKind:
     """What is the same in every step of one kind, so that one trace serves them all.
 
     Attributes:
         sinks: how many rows are rewritten in the step, because o moves with each token; or 0.
-        extent: how many leading rows are attended...
+        prefix_rows: how many leading rows are attended...
         spare: ...but for this many of the ring, where the window is full: those written next.
     """
 
@@ -28,14 +28,14 @@ class Decoding:
     rope: Rope
     scale: float
     sinks: int
-    extent: int
+    prefix_rows: int
     spare: int = 0
 
-    def attended(self, row: mx.array) -> mx.array:
+    def attended_mask(self, row: mx.array) -> mx.array:
         """Return which rows the token attends to whose row is given, int32 (1,): (1, N) bool."""
-        ring, columns = self.extent - self.sinks, np.arange(self.extent)
+        ring, columns = self.prefix_rows - self.sinks, np.arange(self.prefix_rows)
         # A whole number of turns more, so that nothing is negative: backends divide differently.
-        turns = ring * -(-self.extent // ring)
+        turns = ring * -(-self.prefix_rows // ring)
         latest = np.where(columns < self.sinks, ring, ring - self.spare - 1)
         ages = mx.remainder(row + mx.array(turns - columns, mx.int32), ring)
         return (ages <= mx.array(latest, mx.int32))[None]
@@ -47,10 +47,10 @@ class DecodeStep:
     Args:
         kind: what does not change from step to step.
         arrays: what does: `position` and `row` (1,) int32, `keys` and `values` by layer; `mask`
-            (1, extent) bool where it does not follow from the kind; `sinks` (L, K, S, D) before
-            rotation and `sinks_at` (1,) int32 where they are rewritten.
+            (1, prefix_rows) bool where it does not follow from the kind; `sinks` (L, K, S, D),
+            not rotated, and `sinks_at` (1,) int32 where they are rewritten.
         is_sink: whether the token is a sink.
-        settled: whether every later step is of the same kind, the window being full.
+        steady: whether every later step is of the same kind, the window being full.
         sinks_at: where the sinks' rows stand after the step.
     """
 
@@ -58,15 +58,15 @@ class DecodeStep:
 
     def __init__(
         self,
-        kind: Decoding,
+        kind: DecodeKind,
         arrays: dict[str, Any],
         is_sink: bool = False,
-        settled: bool = False,
+        steady: bool = False,
         sinks_at: int = -1,
     ):
         self.kind, self.arrays = kind, arrays
-        self.is_sink, self.settled, self.sinks_at = is_sink, settled, sinks_at
-        self.turn: Turn | None = None
+        self.is_sink, self.steady, self.sinks_at = is_sink, steady, sinks_at
+        self.rotation: TokenRotation | None = None
         self.turned_sinks: mx.array | None = None
         self.mask: mx.array | None = arrays.get("mask")
         self.keys: list[Rows] = []
@@ -77,61 +77,61 @@ class DecodeStep:
     def of(cls, cache: "StreamCache") -> "DecodeStep":
         """Plan the step of a cache's next token."""
         token, geometry = cache.length, cache.geometry
-        is_sink, extent = token < geometry.sinks, geometry.extent(token)
+        is_sink, prefix_rows = token < geometry.sinks, geometry.prefix_rows(token)
         # Where o moves with each token, the sinks are turned inside the step. Where it does not,
         # they stand where they must already, or are put there once.
-        oldest = geometry.oldest(cache.place, token)
+        oldest = geometry.oldest(cache.position, token)
         full = not is_sink and token - oldest == geometry.window - 1
-        settled = full and extent == geometry.rows
-        mask = None if settled else geometry.decode_mask(cache.place, extent)
+        steady = full and prefix_rows == geometry.rows
+        mask = None if steady else geometry.decode_mask(cache.position, prefix_rows)
         moves = full and geometry.sinks > 0
         if not moves:
             cache.place_sinks(token)
-        place = cache.place
+        position = cache.position
         arrays: dict[str, Any] = {
-            "position": mx.array([place.clock], mx.int32),
+            "position": mx.array([position.clock], mx.int32),
             "row": mx.array([geometry.row(token)], mx.int32),
             "keys": [*cache.keys],
             "values": [*cache.values],
         }
         if mask is not None:
             arrays["mask"] = mx.array(mask)[None]
-        sinks_at = place.sinks_at
+        sinks_at = position.sinks_at
         if moves:
-            sinks_at = geometry.sinks_clock(place, token)
+            sinks_at = geometry.sinks_clock(position, token)
             arrays |= {"sinks": cache.sinks, "sinks_at": mx.array([sinks_at], mx.int32)}
-        kind = Decoding(
+        kind = DecodeKind(
             cache.query_heads,
             cache.kv_heads,
             cache.rope,
             cache.scale,
             geometry.sinks if moves else 0,
-            extent,
-            geometry.spare if settled else 0,
+            prefix_rows,
+            geometry.spare if steady else 0,
         )
-        return cls(kind, arrays, is_sink, settled, sinks_at)
+        return cls(kind, arrays, is_sink, steady, sinks_at)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         kind, arrays = self.kind, self.arrays
         plain, new_values = mx.split(heads, [heads.shape[1] - kind.kv_heads], axis=1)
         if self.is_sink:
             self.new_sinks.append(plain[:, kind.query_heads :])
-        if self.turn is None:
-            self.turn = kind.rope.turn(arrays["position"], plain.shape[1])
-        queries, new_keys = mx.split(self.turn(plain), [kind.query_heads], axis=1)
+        if self.rotation is None:
+            self.rotation = kind.rope.token_rotation(arrays["position"], plain.shape[1])
+        queries, new_keys = mx.split(self.rotation(plain), [kind.query_heads], axis=1)
         keys, values = arrays["keys"][layer], arrays["values"][layer]
         if kind.sinks:
             if self.turned_sinks is None:
                 self.turned_sinks = kind.rope.rotate(arrays["sinks"], arrays["sinks_at"])
-            keys = placed(keys, self.turned_sinks[layer : layer + 1], [(0, kind.sinks, 0)])
+            keys = write_rows(keys, self.turned_sinks[layer : layer + 1], [(0, kind.sinks, 0)])
         keys = mx.slice_update(keys, new_keys, arrays["row"], axes=(2,))
         values = mx.slice_update(values, new_values, arrays["row"], axes=(2,))
         self.keys.append(keys)
         self.values.append(values)
-        if kind.extent < keys.shape[2]:
-            keys, values = keys[:, :, : kind.extent], values[:, :, : kind.extent]
+        if kind.prefix_rows < keys.shape[2]:
+            keys, values = keys[:, :, : kind.prefix_rows], values[:, :, : kind.prefix_rows]
         if kind.spare and self.mask is None:
-            self.mask = kind.attended(arrays["row"])
+            self.mask = kind.attended_mask(arrays["row"])
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=kind.scale, mask=self.mask
         )

@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_stream.cache.geometry import NOT_ATTENDED, padded
+from mlx_stream.cache.geometry import NOT_ATTENDED, pad_length
 from mlx_stream.cache.storage import Rows
 
 if TYPE_CHECKING:
     from mlx_stream.cache.stream import StreamCache
 
 
-class ChunkStep:
+class PrefillStep:
     """Several tokens: they attend to the buffer as it was and to themselves, then are written.
 
     Each row has its own o. If o does not move within the chunk, the sinks' rows on the clock are
@@ -22,24 +22,24 @@ class ChunkStep:
     """
 
     def __init__(self, cache: "StreamCache", count: int):
-        self.cache, self.count, self.rows = cache, count, padded(count)
+        self.cache, self.count, self.rows = cache, count, pad_length(count)
         self.keys: list[Rows] = []
         self.values: list[Rows] = []
         self.new_sinks: list[mx.array] = []
         geometry, first = cache.geometry, cache.length
-        self.moves = geometry.room(cache.place) == 0 and geometry.sinks > 0
+        self.moves = geometry.room(cache.position) == 0 and geometry.sinks > 0
         if not self.moves:
             cache.place_sinks(first + count - 1)
-        self.extent = geometry.chunk_extent(first - 1) if first else 0
-        self.position = mx.array([cache.place.clock], mx.int32)
+        self.prefix_rows = geometry.chunk_prefix_rows(first - 1) if first else 0
+        self.position = mx.array([cache.position.clock], mx.int32)
         self.segments = geometry.segments(first, count)
         self.into_sinks = min(max(geometry.sinks - first, 0), self.rows)
-        behind = geometry.behind(cache.place, self.extent, first - 1)
-        self.behind = None if behind is None else mx.array(behind)[:, None]
+        old_clock_mask = geometry.old_clock_mask(cache.position, self.prefix_rows, first - 1)
+        self.old_clock_mask = None if old_clock_mask is None else mx.array(old_clock_mask)[:, None]
         if self.moves:
             self._prepare_sinks()
         else:
-            self.mask = mx.array(geometry.chunk_mask(cache.place, self.extent, self.rows))
+            self.mask = mx.array(geometry.chunk_mask(cache.position, self.prefix_rows, self.rows))
 
     def _prepare_sinks(self) -> None:
         cache, geometry = self.cache, self.cache.geometry
@@ -60,22 +60,22 @@ class ChunkStep:
         new_values = heads[:, split:]
         self._capture_sinks(heads[:, cache.query_heads : split])
         seen_keys, seen_values = (
-            cache.format.stored(new, self.into_sinks) for new in (new_keys, new_values)
+            cache.storage.as_attended(new, self.into_sinks) for new in (new_keys, new_values)
         )
         if self.moves:
             out = self._attend_moving(
                 layer, heads[:, : cache.query_heads], queries, seen_keys, seen_values
             )
         else:
-            if self.extent:
+            if self.prefix_rows:
                 keys, values = self._buffer(layer, 0, heads)
                 seen_keys = mx.concatenate([keys, seen_keys], axis=2)
                 seen_values = mx.concatenate([values, seen_values], axis=2)
             out = mx.fast.scaled_dot_product_attention(
                 queries, seen_keys, seen_values, scale=cache.scale, mask=self.mask
             )
-        self.keys.append(cache.format.write(cache.keys[layer], new_keys, self.segments))
-        self.values.append(cache.format.write(cache.values[layer], new_values, self.segments))
+        self.keys.append(cache.storage.write(cache.keys[layer], new_keys, self.segments))
+        self.values.append(cache.storage.write(cache.values[layer], new_values, self.segments))
         return out
 
     def _attend_moving(
@@ -88,7 +88,7 @@ class ChunkStep:
     ) -> mx.array:
         cache, sinks = self.cache, self.cache.geometry.sinks
         sink_keys = self.sink_keys[layer : layer + 1]
-        sink_values = cache.format.read(cache.values[layer], 0, sinks, plain)
+        sink_values = cache.storage.read(cache.values[layer], 0, sinks, plain)
         ring_keys, ring_values = self._buffer(layer, sinks, plain)
         # Scores in the mask are float32 whatever the model's dtype: half precision would round
         # the sinks' scores, the largest there are, far more than those of the ring.
@@ -127,11 +127,11 @@ class ChunkStep:
     def _buffer(self, layer: int, start: int, new: mx.array) -> tuple[mx.array, mx.array]:
         """Return keys and values from row `start` on, as they were before this step."""
         cache = self.cache
-        keys = cache.format.read(cache.keys[layer], start, self.extent, new)
-        if self.behind is not None:
-            turned = cache.rope.rotate_all(keys, cache.place.lag, backwards=True)
-            keys = mx.where(self.behind[start:], turned, keys)
-        return keys, cache.format.read(cache.values[layer], start, self.extent, new)
+        keys = cache.storage.read(cache.keys[layer], start, self.prefix_rows, new)
+        if self.old_clock_mask is not None:
+            turned = cache.rope.rotate_all(keys, cache.position.clock_offset, backwards=True)
+            keys = mx.where(self.old_clock_mask[start:], turned, keys)
+        return keys, cache.storage.read(cache.values[layer], start, self.prefix_rows, new)
 
     def _capture_sinks(self, unrotated: mx.array) -> None:
         read = min(self.count, self.cache.geometry.sinks - self.cache.length)

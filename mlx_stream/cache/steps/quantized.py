@@ -11,41 +11,43 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_stream.cache.geometry import NOT_ATTENDED
-from mlx_stream.cache.storage import Packed, Quantized
+from mlx_stream.cache.storage import QuantizedRows, QuantizedStorage
 
 if TYPE_CHECKING:
     from mlx_stream.cache.stream import StreamCache
 
 
 @dataclass
-class PackedStep:
+class QuantizedDecodeStep:
     """One token: it is written into its row, then attends over sinks and ring."""
 
     cache: "StreamCache"
-    format: Quantized
+    storage: QuantizedStorage
     count: int = 1
     rows: int = 1
-    keys: list[Packed] = field(default_factory=list)
-    values: list[Packed] = field(default_factory=list)
+    keys: list[QuantizedRows] = field(default_factory=list)
+    values: list[QuantizedRows] = field(default_factory=list)
     new_sinks: list[mx.array] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         cache = self.cache
         token = cache.length
         cache.place_sinks(token)
-        geometry, place = cache.geometry, cache.place
+        geometry, position = cache.geometry, cache.position
         self.is_sink = token < geometry.sinks
-        extent = geometry.extent(token)
-        self.sinks = min(geometry.sinks, extent)
-        self.ring = extent - self.sinks
-        self.position = mx.array([place.clock], mx.int32)
+        prefix_rows = geometry.prefix_rows(token)
+        self.sinks = min(geometry.sinks, prefix_rows)
+        self.ring = prefix_rows - self.sinks
+        self.position = mx.array([position.clock], mx.int32)
         self.row = geometry.row(token) - (0 if self.is_sink else geometry.sinks)
         self.start = mx.array([self.row], mx.int32)
-        mask = geometry.decode_mask(place, extent)
+        mask = geometry.decode_mask(position, prefix_rows)
         self.mask = None if mask is None else mx.array(mask)
-        behind = geometry.behind(place, extent, token)
-        self.behind = None if behind is None else mx.array(behind[self.sinks :])
-        self.further = mx.array([place.clock + place.lag], mx.int32)
+        old_clock_mask = geometry.old_clock_mask(position, prefix_rows, token)
+        self.old_clock_mask = (
+            None if old_clock_mask is None else mx.array(old_clock_mask[self.sinks :])
+        )
+        self.old_clock_position = mx.array([position.clock + position.clock_offset], mx.int32)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
@@ -62,9 +64,9 @@ class PackedStep:
         if self.mask is not None:
             scores = mx.where(self.mask, scores, NOT_ATTENDED)
         weights = mx.softmax(scores, axis=-1, precise=True)
-        return self._mixed(weights, values).reshape(plain.shape).astype(heads.dtype)
+        return self._weighted_values(weights, values).reshape(plain.shape).astype(heads.dtype)
 
-    def finish(self, keys: list[Packed], values: list[Packed]) -> None:
+    def finish(self, keys: list[QuantizedRows], values: list[QuantizedRows]) -> None:
         self.keys, self.values = keys, values
 
     def _grouped(self, queries: mx.array) -> mx.array:
@@ -72,31 +74,33 @@ class PackedStep:
         shape = (1, self.cache.kv_heads, -1, queries.shape[-1])
         return queries.reshape(shape).astype(mx.float32)
 
-    def _scores(self, queries: mx.array, plain: mx.array, keys: Packed) -> mx.array:
+    def _scores(self, queries: mx.array, plain: mx.array, keys: QuantizedRows) -> mx.array:
         """Return (1, K, H / K, sinks + ring) before scaling."""
         parts = []
         if self.sinks:
             sinks = keys.sinks[:, :, : self.sinks].astype(mx.float32)
             parts.append(queries @ sinks.swapaxes(-1, -2))
         if self.ring:
-            ring = self.format.scores(queries, keys, self.ring)
-            if self.behind is not None:
-                further = self._grouped(self.cache.rope.rotate(plain, self.further))
-                older = self.format.scores(further, keys, self.ring)
-                ring = mx.where(self.behind, older, ring)
+            ring = self.storage.scores(queries, keys, self.ring)
+            if self.old_clock_mask is not None:
+                further = self._grouped(self.cache.rope.rotate(plain, self.old_clock_position))
+                older = self.storage.scores(further, keys, self.ring)
+                ring = mx.where(self.old_clock_mask, older, ring)
             parts.append(ring)
         return mx.concatenate(parts, axis=-1)
 
-    def _mixed(self, weights: mx.array, values: Packed) -> mx.array:
+    def _weighted_values(self, weights: mx.array, values: QuantizedRows) -> mx.array:
         parts = []
         if self.sinks:
             sinks = values.sinks[:, :, : self.sinks].astype(mx.float32)
             parts.append(weights[..., : self.sinks] @ sinks)
         if self.ring:
-            parts.append(self.format.mixed(weights[..., self.sinks :], values, self.ring))
+            parts.append(
+                self.storage.weighted_values(weights[..., self.sinks :], values, self.ring)
+            )
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
-    def _put(self, rows: Packed, new: mx.array) -> Packed:
+    def _put(self, rows: QuantizedRows, new: mx.array) -> QuantizedRows:
         if self.is_sink:
-            return self.format.write(rows, new, [(0, 1, self.row)])
-        return self.format.put(rows, new, self.start)
+            return self.storage.write(rows, new, [(0, 1, self.row)])
+        return self.storage.put(rows, new, self.start)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry, Place
-from mlx_stream.cache.storage import Plain
+from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry, StreamPosition
+from mlx_stream.cache.storage import PlainStorage
 
 if TYPE_CHECKING:
     from mlx_stream.cache.stream import StreamCache
@@ -34,7 +34,7 @@ def longest_verified(cache: Any) -> int:
     As many as leave without a loss, as Metal's fused attention takes, and, as in any step, no more
     than there is room for before the oldest must leave. 1: none can be taken back.
     """
-    if not hasattr(cache, "geometry") or not isinstance(cache.format, Plain):
+    if not hasattr(cache, "geometry") or not isinstance(cache.storage, PlainStorage):
         return 1  # attends to everything, or packs its rows: no row can be written ahead
     if cache.length < cache.geometry.sinks:
         return 1
@@ -86,16 +86,16 @@ class VerifyStep:
         self.values: list[mx.array] = []
         self.new_sinks: list[mx.array] = []
         geometry, first = cache.geometry, cache.length
-        self.moves = geometry.room(cache.place) == 0 and geometry.sinks > 0
+        self.moves = geometry.room(cache.position) == 0 and geometry.sinks > 0
         cache.place_sinks(first)
-        place = cache.place
-        self.extent = geometry.extent(first + count - 1)
-        self.position = mx.array([place.clock], mx.int32)
+        position = cache.position
+        self.prefix_rows = geometry.prefix_rows(first + count - 1)
+        self.position = mx.array([position.clock], mx.int32)
         self.pieces = [
             (start, stop, mx.array([row], mx.int32))
             for start, stop, row in geometry.segments(first, count)
         ]
-        mask = mx.array(attended_rows(geometry, place, self.extent, count))
+        mask = mx.array(attended_rows(geometry, position, self.prefix_rows, count))
         self.mask = mask
         if self.moves:
             self._prepare_sinks(mask)
@@ -105,10 +105,10 @@ class VerifyStep:
         rotate, sink_keys = cache.rope.rotate, cache.sinks.astype(mx.float32)
         self.far = cache.geometry.window - 1 + sinks
         # Turned apart: reading the buffer's own rows here would copy the buffer.
-        placed = rotate(sink_keys, mx.array([cache.place.sinks_at], mx.int32))
+        placed = rotate(sink_keys, mx.array([cache.position.sinks_at], mx.int32))
         first = rotate(sink_keys, mx.array([0], mx.int32))
         # (L, K, 2D, S): queries and far queries, side by side, times these are the differences.
-        self.differing = mx.concatenate([-placed, first], axis=-1).swapaxes(-1, -2)
+        self.sink_difference = mx.concatenate([-placed, first], axis=-1).swapaxes(-1, -2)
         ring = mx.where(mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
         self.ring_mask = mx.broadcast_to(ring, (1, cache.query_heads, *ring.shape))
 
@@ -123,8 +123,8 @@ class VerifyStep:
         mask = self.mask
         if self.moves:
             mask = self._corrected(layer, heads[:, : cache.query_heads], queries)
-        if self.extent < keys.shape[2]:
-            keys, values = keys[:, :, : self.extent], values[:, :, : self.extent]
+        if self.prefix_rows < keys.shape[2]:
+            keys, values = keys[:, :, : self.prefix_rows], values[:, :, : self.prefix_rows]
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=cache.scale, mask=mask
         )
@@ -135,7 +135,7 @@ class VerifyStep:
         far = cache.rope.rotate_all(plain, self.far)
         both = mx.concatenate([queries, far], axis=-1).astype(mx.float32) * cache.scale
         grouped = both.reshape(1, cache.kv_heads, -1, both.shape[-1])
-        scores = grouped @ self.differing[layer : layer + 1]
+        scores = grouped @ self.sink_difference[layer : layer + 1]
         scores = scores.reshape(1, cache.query_heads, self.rows, -1)
         return mx.concatenate([scores, self.ring_mask], axis=-1).astype(queries.dtype)
 
@@ -145,16 +145,18 @@ class VerifyStep:
         return rows
 
 
-def attended_rows(geometry: Geometry, place: Place, extent: int, count: int) -> np.ndarray:
+def attended_rows(
+    geometry: Geometry, position: StreamPosition, prefix_rows: int, count: int
+) -> np.ndarray:
     """Return what each of `count` tokens beyond the sinks attends to, all of them stored.
 
-    (T, extent) bool; columns are the buffer's rows.
+    (T, prefix_rows) bool; columns are the buffer's rows.
     """
-    newest = place.length + count - 1
-    mask = np.ones((count, extent), bool)
-    ages = geometry.ages(newest, extent)
+    newest = position.length + count - 1
+    mask = np.ones((count, prefix_rows), bool)
+    ages = geometry.ages(newest, prefix_rows)
     for row in range(count):
-        token = place.length + row
-        oldest = newest - geometry.oldest(place, token)
+        token = position.length + row
+        oldest = newest - geometry.oldest(position, token)
         mask[row, geometry.sinks :] = (newest - token <= ages) & (ages <= oldest)
     return mask

@@ -10,10 +10,10 @@ import typer
 
 from mlx_stream.cli.terminal import read_text
 from mlx_stream.errors import MlxStreamError
-from mlx_stream.program.exits import fail, note
+from mlx_stream.program.exits import fail, notify
 
 if TYPE_CHECKING:
-    from mlx_stream.evaluate.corpus import Text
+    from mlx_stream.evaluate.corpus import Corpus
     from mlx_stream.evaluate.report import Report, Row
     from mlx_stream.load import Model
 
@@ -74,7 +74,7 @@ def refuse_same_files(read: "Sequence[str | Path]", written: "Sequence[Path]") -
         taken[place] = "something else is written there"
 
 
-def read_texts(model: "Model", files: Sequence[str]) -> "Text":
+def read_texts(model: "Model", files: Sequence[str]) -> "Corpus":
     from mlx_stream.evaluate.corpus import encode
 
     return encode(model.tokenizer, [(Path(path).name, read_text(path)) for path in files])
@@ -131,10 +131,10 @@ def publish(
         for line in report.notes:
             print(line)
     if plot is not None:
-        from mlx_stream.evaluate.charts import draw
+        from mlx_stream.evaluate.charts import draw_chart
 
-        for path in draw(report, plot):
-            note(f"drew {path}")
+        for path in draw_chart(report, plot):
+            notify(f"drew {path}")
     if cut:
         raise cut
 

@@ -11,7 +11,7 @@ import typer
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
 from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 COLUMNS = (
     ("tokens", "tokens", ","),
@@ -23,7 +23,7 @@ COLUMNS = (
 )
 
 
-@guarded
+@exits_cleanly
 def endurance(
     model: common.ModelName,
     files: common.Files,
@@ -66,28 +66,28 @@ def endurance(
         Course,
         compare_with_fresh,
         endure,
+        in_tenths,
         memory_line,
         segments,
         state_path,
-        tenths,
     )
-    from mlx_stream.evaluate.jsonl import Log
+    from mlx_stream.evaluate.jsonl import JsonLog
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot, files, (log, state_path(log)))
-    loaded = load(model, dtype, keep_quantized, force, note)
-    sinks, window = loaded.resolve_window(sinks, window, note)
+    loaded = load(model, dtype, keep_quantized, force, notify)
+    sinks, window = loaded.resolve_window(sinks, window, notify)
     text = common.read_texts(loaded, files)
     course = Course(loaded, text, sinks, window, segment, chunk, save_every)
     about = facts(
         loaded, texts=text.names, sinks=sinks, window=window, segment=segment, chunk=chunk
     )
-    with Log(log, course.key, about) as opened:
+    with JsonLog(log, course.key, about) as opened:
         with stop_on_signals() as stopped, progress_bar("reading") as progress:
-            done = endure(course, opened, tokens, stopped, progress, note)
+            done = endure(course, opened, tokens, stopped, progress, notify)
         if not done:
-            note(f"stopped: {log} and its state are saved; the same command goes on from there")
+            notify(f"stopped: {log} and its state are saved; the same command goes on from there")
             raise SystemExit(130)
         rows = segments(opened)
         notes = [memory_line(rows)]
@@ -101,7 +101,7 @@ def endurance(
                 f"{found['perplexity']:.3f} ({difference:+.2%})"
             )
     report = Report("endurance", about, rows, notes)
-    common.publish(report, COLUMNS, json, csv, plot, tenths(rows))
+    common.publish(report, COLUMNS, json, csv, plot, in_tenths(rows))
 
 
 @contextmanager

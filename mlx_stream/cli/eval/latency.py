@@ -6,7 +6,7 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 COLUMNS = (
     ("cache", "cache", ","),
@@ -19,7 +19,7 @@ COLUMNS = (
 )
 
 
-@guarded
+@exits_cleanly
 def latency(
     model: options.ModelArgument = "starter",
     cache: Annotated[
@@ -46,8 +46,8 @@ def latency(
     more are timed beside plain steps.
     """
     from mlx_stream.evaluate.bench import SINKS
-    from mlx_stream.evaluate.latency import findings, parse
-    from mlx_stream.evaluate.latency import latency as measure
+    from mlx_stream.evaluate.latency import findings, parse_sizes
+    from mlx_stream.evaluate.latency import measure_latency as measure
     from mlx_stream.evaluate.mlx_lm import load_peer
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.hub.resolve import resolve
@@ -55,15 +55,15 @@ def latency(
 
     common.check_output(json, csv, plot)
     chosen = cache or ["256", "512", "1024", "2048", "4096"]
-    sizes = [parse(one, steps) for one in chosen]
-    loaded = load(model, dtype, keep_quantized, force, note)
-    folder = resolve(model, note)
+    sizes = [parse_sizes(one, steps) for one in chosen]
+    loaded = load(model, dtype, keep_quantized, force, notify)
+    folder = resolve(model, notify)
     peer, notes = None, []
     if folder.is_file():
         notes.append("mlx-lm: not measured: it reads folders: convert the model to one")
     else:
         peer = load_peer(folder, loaded)
-    rows, cut = common.collected(measure(loaded, peer, sizes, note))
+    rows, cut = common.collected(measure(loaded, peer, sizes, notify))
     if cut:
         whole = {row["cache"] for row in rows if row["method"] == "recompute"}
         rows = [row for row in rows if row["cache"] in whole]

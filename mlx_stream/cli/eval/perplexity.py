@@ -9,7 +9,7 @@ import typer
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
 from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import fail, guarded, note
+from mlx_stream.program.exits import exits_cleanly, fail, notify
 
 PEERS = ("mlx-lm", "llama.cpp")
 DEFAULT_CACHES = ("dense", "window", "recompute", "stream", "mlx-lm")
@@ -24,7 +24,7 @@ COLUMNS = (
 )
 
 
-@guarded
+@exits_cleanly
 def perplexity(
     model: common.ModelName,
     files: common.Files,
@@ -67,13 +67,20 @@ def perplexity(
     on.
     """
     from mlx_stream.evaluate import llamacpp
-    from mlx_stream.evaluate.perplexity import DEFAULTS, Setting, Spec, check, measure, parse
+    from mlx_stream.evaluate.perplexity import (
+        DEFAULTS,
+        Setting,
+        Spec,
+        check_settings,
+        measure_perplexity,
+        parse_setting,
+    )
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.hub.resolve import resolve
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot, files)
-    specs = [parse(one) for one in cache or DEFAULT_CACHES]
+    specs = [parse_setting(one) for one in cache or DEFAULT_CACHES]
     if not cache:  # a small window takes a small stride
         stride = max(1, min(DEFAULTS["stride"], sinks + window))
         specs = [Spec(s.name, {"stride": stride}) if s.name == "recompute" else s for s in specs]
@@ -82,8 +89,8 @@ def perplexity(
             fail(f"--against must be one of {', '.join(PEERS)}, not {peer!r}")
         if peer not in (spec.name for spec in specs):
             specs.append(Spec(peer))
-    loaded = load(model, dtype, keep_quantized, force, note)
-    folder = resolve(model, note)
+    loaded = load(model, dtype, keep_quantized, force, notify)
+    folder = resolve(model, notify)
     if gguf is None and folder.is_file():
         gguf = folder
     if gguf is not None and not os.path.isfile(gguf):  # noqa: PTH113  (any name will do)
@@ -96,14 +103,14 @@ def perplexity(
     }
     notes = [f"{s.label}: not measured: {absent[s.name]}" for s in specs if absent.get(s.name)]
     specs = [spec for spec in specs if not absent.get(spec.name)]
-    sinks, window = loaded.resolve_window(sinks, window, note)
+    sinks, window = loaded.resolve_window(sinks, window, notify)
     text = common.read_texts(loaded, files)
     setting = Setting(loaded, folder, text, sinks, window, tokens, segment, gguf)
-    check(setting, specs)
+    check_settings(setting, specs)
     for line in notes:
-        note(line)
+        notify(line)
     with progress_bar("reading") as progress:
-        rows, cut = common.collected(measure(setting, specs, progress))
+        rows, cut = common.collected(measure_perplexity(setting, specs, progress))
     about = facts(
         loaded,
         texts=text.names,

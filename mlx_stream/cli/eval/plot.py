@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from mlx_stream.cli.eval.common import refuse_same_files
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 
-@guarded
+@exits_cleanly
 def plot(
     result: Annotated[
         Path, typer.Argument(metavar="RESULT", help="What an experiment printed with --json.")
@@ -19,10 +19,10 @@ def plot(
     ],
 ) -> None:
     """Draw a result that was kept with --json again."""
-    from mlx_stream.evaluate.charts import check_plot, dark_twin, draw
+    from mlx_stream.evaluate.charts import check_plot, dark_twin, draw_chart
     from mlx_stream.evaluate.report import read_report
 
     check_plot(file)
     refuse_same_files([result], [file, dark_twin(file)])
-    for path in draw(read_report(result), file):
-        note(f"drew {path}")
+    for path in draw_chart(read_report(result), file):
+        notify(f"drew {path}")

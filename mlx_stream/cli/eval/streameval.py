@@ -8,7 +8,7 @@ import typer
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
 from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 COLUMNS = (
     ("lines_back", "lines back", ","),
@@ -20,7 +20,7 @@ COLUMNS = (
 )
 
 
-@guarded
+@exits_cleanly
 def streameval(
     model: options.ModelArgument = "starter",
     window: common.Window = 1_020,
@@ -53,17 +53,17 @@ def streameval(
     window holds about 46 lines of 22 tokens.
     """
     from mlx_stream.evaluate.streameval import streameval as ask
-    from mlx_stream.evaluate.streameval_data import DISTANCES, make, write
+    from mlx_stream.evaluate.streameval_data import DISTANCES, make_data, write_data
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot, (), (data_out,))
     chosen = tuple(distances or DISTANCES)
-    data = make(seed, lines, chosen)
-    loaded = load(model, dtype, keep_quantized, force, note)
-    sinks, window = loaded.resolve_window(sinks, window, note)
+    data = make_data(seed, lines, chosen)
+    loaded = load(model, dtype, keep_quantized, force, notify)
+    sinks, window = loaded.resolve_window(sinks, window, notify)
     if data_out is not None:
-        write(data, data_out)
-        note(f"wrote {data_out}")
+        write_data(data, data_out)
+        notify(f"wrote {data_out}")
     with progress_bar("reading lines") as progress:
         report = ask(loaded, sinks, window, seed, lines, chosen, progress)
     common.publish(report, COLUMNS, json, csv, plot)

@@ -8,10 +8,10 @@ import typer
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
 from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import guarded, note
+from mlx_stream.program.exits import exits_cleanly, notify
 
 if TYPE_CHECKING:
-    from mlx_stream.evaluate.corpus import Text
+    from mlx_stream.evaluate.corpus import Corpus
     from mlx_stream.evaluate.report import Row
     from mlx_stream.evaluate.sweeps import Shape
     from mlx_stream.load import Model
@@ -25,7 +25,7 @@ COLUMNS = (
 )
 
 
-@guarded
+@exits_cleanly
 def sinks(
     model: common.ModelName,
     files: common.Files,
@@ -51,7 +51,7 @@ def sinks(
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot, files)
-    loaded = load(model, dtype, keep_quantized, force, note)
+    loaded = load(model, dtype, keep_quantized, force, notify)
     shapes = sink_shapes(loaded, capacity, [0, 1, 2, 4, 8] if sinks is None else sinks)
     text = common.read_texts(loaded, files)
     rows, cut = read_through(loaded, text, shapes, tokens, chunk)
@@ -59,7 +59,7 @@ def sinks(
     common.publish(Report("sinks", about, rows), COLUMNS, json, csv, plot, cut=cut)
 
 
-@guarded
+@exits_cleanly
 def windows(
     model: common.ModelName,
     files: common.Files,
@@ -85,7 +85,7 @@ def windows(
     from mlx_stream.load import load
 
     common.check_output(json, csv, plot, files)
-    loaded = load(model, dtype, keep_quantized, force, note)
+    loaded = load(model, dtype, keep_quantized, force, notify)
     chosen = [252, 508, 1_020, 2_044, 4_092] if window is None else window
     shapes = window_shapes(loaded, sinks, chosen)
     text = common.read_texts(loaded, files)
@@ -95,7 +95,7 @@ def windows(
 
 
 def read_through(
-    model: "Model", text: "Text", shapes: "Sequence[Shape]", tokens: int, chunk: int
+    model: "Model", text: "Corpus", shapes: "Sequence[Shape]", tokens: int, chunk: int
 ) -> "tuple[list[Row], BaseException | None]":
     from mlx_stream.evaluate.sweeps import sweep
 
