@@ -24,6 +24,12 @@ be a stranger's, and of any length: the middle of a long line is left out.
 LONGEST_LINE = 1_000
 
 
+def one_line(error: object, longest: int = LONGEST_LINE) -> str:
+    """Return a message on one line, cut at `longest` characters; an empty error's class name."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
 class MlxStreamError(Exception):
     """Base of every error this package raises on purpose."""
 

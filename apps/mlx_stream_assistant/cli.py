@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
 
-from mlx_stream.errors import MlxStreamError
+from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream_assistant.paths import assistant_paths
 from mlx_stream_assistant.settings import Settings
 from mlx_stream_assistant.socket_server import request
@@ -94,7 +94,7 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
         try:
             verb(*args, **kwargs)
         except MlxStreamError as error:
-            fail(" ".join(str(error).split()))
+            fail(one_line(error))
         except BrokenPipeError:
             raise SystemExit(1) from None
 
@@ -170,7 +170,7 @@ def run(
     except MlxStreamError as error:
         if assistant.has_ended:
             raise
-        notify(" ".join(str(error).split()))
+        notify(one_line(error))
         leave(1)
     notify(f"{name} has stopped; what it has read is kept")
     leave(0)

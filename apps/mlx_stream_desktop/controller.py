@@ -16,7 +16,7 @@ from mlx_stream import Engine, Piece
 from mlx_stream.chat import manage
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.engine import Session
-from mlx_stream.errors import MlxStreamError
+from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.hub.listing import cached_models
 from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 from mlx_stream_desktop import history
@@ -380,7 +380,3 @@ async def soon(done: Callable[[], bool], seconds: float = 2.0) -> None:
     until = asyncio.get_running_loop().time() + seconds
     while not done() and asyncio.get_running_loop().time() < until:
         await asyncio.sleep(SECONDS_BETWEEN)
-
-
-def one_line(message: object) -> str:
-    return " ".join(str(message).split())

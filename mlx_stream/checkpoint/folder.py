@@ -15,7 +15,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from mlx_stream.checkpoint import Checkpoint
-from mlx_stream.errors import CheckpointError, SourceError, TokenizerError, WeightsError
+from mlx_stream.errors import CheckpointError, SourceError, TokenizerError, WeightsError, one_line
 
 INDEX = "model.safetensors.index.json"
 # The order of preference where a folder has no index.
@@ -150,10 +150,6 @@ def read_tokenizer(path: Path) -> str:
         return read_text_file(file, TOKENIZER_BYTES)
     except CheckpointError as error:
         raise TokenizerError(str(error)) from error
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # --- shards ---

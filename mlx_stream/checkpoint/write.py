@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_stream.checkpoint import Checkpoint
-from mlx_stream.checkpoint.folder import one_line, read_json
+from mlx_stream.checkpoint.folder import read_json
 from mlx_stream.checkpoint.shards import Shards, write_json, write_shards
-from mlx_stream.errors import CheckpointError, MlxStreamError, ValueRefused
+from mlx_stream.errors import CheckpointError, MlxStreamError, ValueRefused, one_line
 from mlx_stream.program.atomic_replace import flush, partial_folder, replace_folder
 
 # Says how a model was made, and what it cost; its presence, that it may be made again.

@@ -13,7 +13,7 @@ import typer
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
 from mlx_stream.cli.terminal import decode_utf8, log_progress
-from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused
+from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
 from mlx_stream.program.exits import exits_cleanly, notify
 
@@ -150,7 +150,7 @@ def run_interactive(conversation: "Conversation", screen: "Screen", stats: bool)
         try:
             conversation.write_snapshot()
         except MlxStreamError as error:
-            return " ".join(str(error).split())
+            return one_line(error)
         return ""
 
     now = conversation.stats
@@ -185,7 +185,7 @@ def run_interactive(conversation: "Conversation", screen: "Screen", stats: bool)
                         return
                     line = outcome.prefill
         except MlxStreamError as error:
-            screen.notify(" ".join(str(error).split()))
+            screen.notify(one_line(error))
         if stats:
             print_stats(conversation)
 

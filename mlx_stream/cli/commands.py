@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from mlx_stream.errors import MlxStreamError, ValueRefused
+from mlx_stream.errors import MlxStreamError, ValueRefused, one_line
 from mlx_stream.program.escape import escape
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def run(
         command = command_of(call)
         outcome = command.run(CommandContext(conversation, call.argument, list_sessions, progress))
     except MlxStreamError as error:
-        return CommandOutcome(escape(" ".join(str(error).split())))
+        return CommandOutcome(escape(one_line(error)))
     return CommandOutcome(escape(outcome.text), outcome.pieces, outcome.prefill, outcome.quit)
 
 

@@ -116,7 +116,7 @@ def verify(
 ) -> None:
     """Read everything that is saved and compare it with its checksums."""
     from mlx_stream.chat import manage, session_files
-    from mlx_stream.errors import SessionError
+    from mlx_stream.errors import SessionError, one_line
     from mlx_stream.program.exits import fail
 
     damaged = 0
@@ -127,6 +127,6 @@ def verify(
             if not session_files.session_paths(one).database.exists():
                 raise
             damaged += 1
-            notify(" ".join(str(error).split()))
+            notify(one_line(error))
     if damaged:
         fail("sessions show and export give what comes before a damage, sessions rm removes all")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
+from mlx_stream.chat.snapshot_metadata import of_type
 from mlx_stream.errors import SnapshotError, ValueRefused
 
 KIND = "listener"
@@ -97,9 +98,3 @@ def check_note(note: Any) -> dict[str, str | int]:
     if size > LONGEST_NOTE:
         raise ValueRefused(f"a note has at most {LONGEST_NOTE:,} bytes as JSON, not {size:,}")
     return dict(note)
-
-
-def of_type(kind: type, value: Any) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, not {value!r:.40}")
-    return value

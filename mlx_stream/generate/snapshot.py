@@ -18,8 +18,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_stream import backend
-from mlx_stream.checkpoint.folder import LARGEST_DIMENSION, check_opened, check_shard, one_line
-from mlx_stream.errors import CheckpointError, SnapshotError
+from mlx_stream.checkpoint.folder import LARGEST_DIMENSION, check_opened, check_shard
+from mlx_stream.errors import CheckpointError, SnapshotError, one_line
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.program.atomic_replace import flush, partial_folder, sweep_partial_folders

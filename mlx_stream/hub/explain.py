@@ -5,8 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_stream.checkpoint.folder import one_line
-from mlx_stream.errors import CheckpointError, SourceError
+from mlx_stream.errors import CheckpointError, SourceError, one_line
 from mlx_stream.hub.repository import MAIN, Bar
 from mlx_stream.program.notices import Notify
 

@@ -10,9 +10,9 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
-from mlx_stream.checkpoint.folder import one_line, read_folder
+from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.write import write_folder
-from mlx_stream.errors import CheckpointError, MlxStreamError, SourceError
+from mlx_stream.errors import CheckpointError, MlxStreamError, SourceError, one_line
 from mlx_stream.hub.explain import explaining_hub_errors, progress_in_tenths
 from mlx_stream.hub.repository import MAIN, ask_hub, fetch, find_in_cache
 from mlx_stream.program.atomic_replace import partial_folder, sweep_partial_folders

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
-from mlx_stream.errors import MlxStreamError
+from mlx_stream.errors import MlxStreamError, one_line
 
 Params = ParamSpec("Params")
 
@@ -46,7 +46,7 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
             verb(*args, **kwargs)
             sys.stdout.flush()
         except MlxStreamError as error:
-            fail(" ".join(str(error).split()))
+            fail(one_line(error))
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
@@ -57,7 +57,7 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
             # A GPU's errors come late, from wherever its results are waited for.
             if not str(error).lower().startswith(DEVICE_ERRORS):
                 raise
-            line = " ".join(str(error).split())
+            line = one_line(error)
             fail(f"the device failed: {line}: start again, with a smaller --window if it recurs")
         except KeyboardInterrupt:
             if sys.stdout.isatty():

@@ -11,7 +11,7 @@ import tokenizers
 
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.tokenizer_json import check_tokenizer
-from mlx_stream.errors import TextError, TokenizerError
+from mlx_stream.errors import TextError, TokenizerError, one_line
 from mlx_stream.text.template import ChatTemplate
 
 # The special tokens that a chat template may name.
@@ -272,7 +272,7 @@ def library_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise TokenizerError(f"tokenizer.json {what}: {reason}") from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2 import Template
 
-from mlx_stream.errors import TemplateError
+from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.text.template.limits import joined
 from mlx_stream.text.template.meter import metered
 from mlx_stream.text.template.sandbox import compile_template
@@ -131,7 +131,7 @@ class ChatTemplate:
             return metered(text, sum(len(message["content"]) for message in messages))
         # What a stranger's program may raise is not ours to list; all of it means one thing.
         except Exception as error:
-            raise TemplateError(f"chat template: it failed: {one_line(error)}") from error
+            raise TemplateError(f"chat template: it failed: {one_line(error, 200)}") from error
 
     def opening(self, system: str | None, question: str) -> str:
         """Return the text of a first turn, up to where the model answers.
@@ -303,14 +303,9 @@ def pick_default(templates: Sequence[Any]) -> Any:
     return named["default"]
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
 def compile_source(source: str, now: datetime) -> Template:
     try:
         return metered(lambda: compile_template(source, now))
     # As in `render`: deep nesting, for one, fails in ways that are not Jinja's.
     except Exception as error:
-        raise TemplateError(f"chat template: it cannot be read: {one_line(error)}") from error
+        raise TemplateError(f"chat template: it cannot be read: {one_line(error, 200)}") from error
