@@ -24,12 +24,12 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 
 import mlx.core as mx
 import pytest
-import tiny_models
 from hypothesis import HealthCheck, settings
-from shell import SMALL
-from tiny import tiny_config, tiny_weights, write_letters, write_tiny
 
 from mlx_stream.load import Model, load
+from tests.fakes import tiny_models
+from tests.fakes.shell import SMALL
+from tests.fakes.tiny import tiny_config, tiny_weights, write_letters, write_tiny
 
 # huggingface_hub reads the environment once, when it is imported: nothing listens on port 9.
 NOWHERE = "http://127.0.0.1:9"

@@ -7,11 +7,20 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from peer import peer_of
-from reference import SlowAttention, SlowLlama, rope_inv_freq, stream_nll
-from tiny import LLAMA3, YARN, stored_as, tiny_config, tiny_tokenizer, tiny_weights, write_tiny
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, modeling_rope_utils
+
+from tests.fakes.peer import peer_of
+from tests.fakes.tiny import (
+    LLAMA3,
+    YARN,
+    stored_as,
+    tiny_config,
+    tiny_tokenizer,
+    tiny_weights,
+    write_tiny,
+)
+from tests.reference import SlowAttention, SlowLlama, rope_inv_freq, stream_nll
 
 
 def read(attention: SlowAttention, count: int = 1) -> np.ndarray:

@@ -7,13 +7,13 @@ from pydoc_data.topics import topics
 import mlx.core as mx
 import numpy as np
 import pytest
-from full_table import TOLERANCE, differences, plain_weights
-from pinned_facts import compare, facts
 
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.evaluate.mlx_lm import load_peer
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.hub.resolve import resolve
+from tests.long.pinned_facts import compare, facts
+from tests.long.reference_table import TOLERANCE, differences, plain_weights
 
 pytestmark = pytest.mark.starter
 

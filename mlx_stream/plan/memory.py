@@ -1,9 +1,9 @@
 """Bytes of weights, ring and workspace, from the shapes in a config; opens and allocates nothing.
 
 A forged config that asks for terabytes is a number here. Weights and ring are exact. The workspace
-is the peak of one prefill chunk, term by term what `models/layers.py` and `cache/steps.py` hold at
-once, and held to measurements on the CPU backend (`tests/plan_measured.py`); for Metal it follows
-from the same code, and nobody has measured it there.
+is the peak of one prefill chunk, term by term what `models/layers.py` and `cache/steps` hold at
+once, and held to measurements on the CPU backend (`tests/measure/plan_memory.py`); for Metal it
+follows from the same code, and nobody has measured it there.
 """
 
 from mlx_stream.cache.geometry import BLOCK, STEP_LENGTHS, pad_length

@@ -1,0 +1,398 @@
+"""The assistant's folder of notes, journal and diary: nothing twice, nothing lost."""
+
+import ast
+import os
+import random
+import shutil
+import sqlite3
+import stat
+import threading
+import zlib
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+import mlx_stream
+from mlx_stream_assistant import notes_folder
+from mlx_stream_assistant.journal import LONGEST_CHUNK, Chunk, Journal, cut
+from mlx_stream_assistant.notes import NotesFile, markdown
+from mlx_stream_assistant.notes_folder import BETWEEN, NotesFolder
+from mlx_stream_assistant.paths import AssistantError, assistant_paths, lock
+
+APP = Path(__file__).parents[2] / "apps" / "mlx_stream_assistant"
+NOW = datetime(2026, 11, 27, 14, 5)
+
+
+def test_its_modules_are_short_and_use_the_public_api_only():
+    for path in APP.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), path
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and (node.module or "").split(".")[0] == "mlx_stream"
+            ):
+                assert node.module in ("mlx_stream", "mlx_stream.errors"), path
+                names = {alias.name for alias in node.names}
+                assert names <= {"errors", *dir(mlx_stream.errors)}, path
+
+
+# --- a folder of notes ---
+
+
+class Looking:
+    """A folder of notes, what came of it, and what was said."""
+
+    def __init__(self, path: Path, **more):
+        self.path, self.more, self.now = path, more, 0.0
+        self.places: dict[str, dict] = {}
+        self.told: list[str] = []
+        self.begin()
+
+    def begin(self) -> None:
+        clock = lambda: self.now  # noqa: E731
+        self.source = NotesFolder(
+            self.path, self.places, self.told.append, clock=clock, **self.more
+        )
+
+    def look(self, times: int = 2) -> list[tuple[str, str]]:
+        found = []
+        for _ in range(times):
+            self.now += BETWEEN
+            while arrival := self.source.poll():
+                if arrival.text:
+                    found.append((arrival.title, arrival.text))
+                self.source.ack(arrival)
+                self.places[arrival.source] = arrival.place
+        return found
+
+
+def test_notes_are_read_once_and_then_what_is_new_in_them(tmp_path):
+    looking = Looking(tmp_path)
+    (tmp_path / "a.md").write_text("one\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.TXT").write_text("two\n")
+    for name in (".hidden.md", "c.py", "d.md~"):
+        (tmp_path / name).write_text("no\n")
+    (tmp_path / "empty.md").touch()
+    assert looking.look(1) == []  # they may still be being written
+    assert sorted(looking.look(1)) == [("a.md", "one\n"), ("sub/b.TXT", "two\n")]
+    looking.begin()
+    assert looking.look() == []
+    with (tmp_path / "a.md").open("a") as file:
+        file.write("more\n")
+    assert looking.look() == [("a.md", "more\n")]
+    (tmp_path / "a.md").write_text("other, and longer than it was\n")
+    os.utime(tmp_path / "sub" / "b.TXT", (1, 1))
+    assert looking.look() == [("a.md", "other, and longer than it was\n")]
+    (tmp_path / "a.md").unlink()
+    assert looking.look() == []
+    assert looking.told == []
+
+
+def test_a_note_that_is_being_written_waits(tmp_path):
+    looking = Looking(tmp_path)
+    for number in range(5):
+        (tmp_path / "a.md").write_text("x" * (number + 1))
+        assert looking.look(1) == []
+    assert looking.look(1) == [("a.md", "xxxxx")]
+
+
+def test_no_note_is_held_open(tmp_path):
+    (tmp_path / "a.md").write_text("one\n")
+    before = len(list(Path("/dev/fd").iterdir()))
+    looking = Looking(tmp_path)
+    assert looking.look()
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def test_what_is_no_note_is_said_once_and_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(notes_folder, "LONGEST_NOTE", 100)
+    (tmp_path / "long.md").write_text("x" * 101)
+    (tmp_path / "binary.txt").write_bytes(b"\x00\x01")
+    os.mkfifo(tmp_path / "pipe.md")
+    (tmp_path / "loop.md").symlink_to(tmp_path / "loop.md")
+    (tmp_path / "inside").symlink_to(tmp_path)
+    (tmp_path / "good.md").write_text("good\n")
+    looking = Looking(tmp_path)
+    assert looking.look(4) == [("good.md", "good\n")]
+    assert len(looking.told) == 2
+    assert any("long.md: has 101 bytes" in line for line in looking.told)
+    assert any("binary.txt: is not text" in line for line in looking.told)
+    assert looking.source.state["complaint"]
+    (tmp_path / "binary.txt").write_text("now text\n")
+    assert looking.look() == [("binary.txt", "now text\n")]
+
+
+def test_a_note_whose_name_is_not_utf_8_is_refused_and_the_others_are_read(tmp_path, journal):
+    bad = b"caf\xe9.md", b"caf\xe9/a.md"
+    (tmp_path / "sub").mkdir()
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+        for name in bad:
+            (tmp_path / os.fsdecode(name)).write_text("bad\n")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (tmp_path / "good.md").write_text("good\n")
+    (tmp_path / "sub" / "é.md").write_text("also\n")
+    looking = Looking(tmp_path)
+    assert sorted(looking.look(4)) == [("good.md", "good\n"), ("sub/é.md", "also\n")]
+    assert len(looking.told) == 2 and all("rename it" in line for line in looking.told)
+    assert any("caf\\udce9.md" in line for line in looking.told)
+    assert "\n".join([*looking.told, looking.source.state["complaint"]]).encode()
+    for source, place in looking.places.items():
+        journal.append(Chunk(source, "note", "n", b"", "", place))
+    (tmp_path / os.fsdecode(bad[0])).rename(tmp_path / "cafe.md")
+    assert looking.look() == [("cafe.md", "bad\n")]
+
+
+def test_a_byte_order_mark_is_no_text_of_a_note(tmp_path):
+    (tmp_path / "a.md").write_text("\ufeffone\n", encoding="utf-8")
+    looking = Looking(tmp_path)
+    assert looking.look() == [("a.md", "one\n")]
+    with (tmp_path / "a.md").open("a", encoding="utf-8") as file:
+        file.write("more \ufeff\n")
+    looking.begin()
+    assert looking.look() == [("a.md", "more \ufeff\n")]
+
+
+def test_the_assistants_own_notes_are_not_read(tmp_path):
+    looking = Looking(tmp_path, excluded=lambda path: path.name == "diary.md")
+    (tmp_path / "diary.md").write_text("mine\n")
+    assert looking.look() == []
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "loop"])
+def test_a_folder_that_cannot_be_read_is_waited_for(tmp_path, kind):
+    path = tmp_path / "notes"
+    if kind == "file":
+        path.touch()
+    elif kind == "loop":
+        path.symlink_to(path)
+    looking = Looking(path)
+    assert looking.look() == []
+    assert len(looking.told) == 1 and "cannot be read" in looking.told[0]
+    assert ("--follow" in looking.told[0]) == (kind == "file")
+    if kind != "missing":
+        path.unlink()
+    path.mkdir()
+    (path / "a.md").write_text("one\n")
+    assert looking.look() == [("a.md", "one\n")]
+    assert "can be read again" in looking.told[1]
+    shutil.rmtree(path)
+    looking.look()
+    path.mkdir()
+    (path / "a.md").write_text("one\n")
+    assert looking.look() == []  # as it was
+
+
+# --- the journal ---
+
+
+@pytest.fixture
+def journal(tmp_path):
+    journal = Journal(tmp_path / "j" / "main.db")
+    yield journal
+    journal.close()
+
+
+def arrival(text: str, source: str = "x.log", **more) -> Chunk:
+    return Chunk(source, "file", source, text.encode(), text, {"offset": 1}, **more)
+
+
+def test_what_was_appended_is_there_after_a_restart(journal, tmp_path):
+    for number in range(5):
+        journal.append(arrival(f"line {number}\n"))
+    again = Journal(journal.path)
+    assert again.id == journal.id and again.last == 5 and again.first == 1
+    chunks = list(again.chunks(2))
+    assert [c.number for c in chunks] == [3, 4, 5]
+    assert [c.text for c in chunks] == ["line 2\n", "line 3\n", "line 4\n"]
+    source = again.source("x.log")
+    text = b"".join(b"line %d\n" % n for n in range(5))
+    assert source and (source.bytes, source.crc) == (len(text), zlib.crc32(text))
+    assert again.bytes == len(text) and source.place == {"offset": 1}
+    assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(journal.path.parent.stat().st_mode) == 0o700
+    again.close()
+
+
+def test_headings_say_where_a_text_is_from(journal):
+    for text, source in (("a\n", "x"), ("b", "x"), ("c\n", "y"), ("d\n", "x"), ("e\n", "x")):
+        journal.append(arrival(text, source))
+    journal.append(arrival("f\n", "x", apart=True))
+    heads = [chunk.head for chunk in journal.chunks(0)]
+    assert [head.strip()[:3] for head in heads] == ["[x,", "", "[y,", "[x,", "", "[x,"]
+    assert [head.startswith("\n\n") for head in heads] == [False, False, True, False, False, False]
+    assert heads[0].endswith("]\n") and "".join(c.fed for c in journal.chunks(0)).count("[") == 4
+
+
+def test_a_long_text_is_cut_into_chunks_that_join_to_it(journal):
+    luck = random.Random(2)
+    text = "".join(luck.choice("ab \né") for _ in range(20_000)) + "x" * 9000
+    journal.append(arrival(text))
+    chunks = list(journal.chunks(0))
+    assert "".join(c.text for c in chunks) == text and journal.last == len(chunks) > 6
+    assert all(len(c.text) <= LONGEST_CHUNK for c in chunks)
+    assert cut("", 9) == [] and [c.head for c in chunks][1:] == [""] * (len(chunks) - 1)
+
+
+def test_pruning_keeps_what_a_snapshot_lacks_and_a_windows_worth(journal):
+    for _ in range(30):
+        journal.append(arrival("x" * 100))
+    journal.prune(20, keep=250)
+    assert (journal.first, journal.last) == (18, 30)
+    journal.prune(20, keep=10_000)
+    assert journal.first == 18
+    journal.prune(30, keep=0)
+    assert (journal.first, journal.last) == (30, 30)
+    journal.close()
+    again = Journal(journal.path)
+    again.append(arrival("y"))
+    assert (again.first, again.last) == (30, 31)
+    again.close()
+
+
+def test_a_journal_does_not_grow(journal):
+    def size() -> int:
+        return sum(path.stat().st_size for path in journal.path.parent.iterdir())
+
+    sizes = []
+    for number in range(200):
+        journal.append(arrival("x" * 4000))
+        journal.prune(number - 3, keep=20_000)
+        sizes.append(size())
+    assert max(sizes[100:]) <= max(sizes[50:100])
+
+
+def test_chunks_that_come_while_others_are_read(journal):
+    journal.append(arrival("a"))
+    chunks = journal.chunks(0)
+    assert next(chunks).text == "a"
+    journal.append(arrival("b"))
+    assert next(chunks).text == "b" and next(chunks, None) is None
+
+
+def test_threads_that_append_at_once(journal):
+    def work(name: str) -> None:
+        for number in range(30):
+            journal.append(arrival(f"{name} {number}\n", name))
+
+    threads = [threading.Thread(target=work, args=(f"t{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    chunks = list(journal.chunks(0))
+    assert [c.number for c in chunks] == list(range(1, 121)) and journal.last == 120
+    assert [c.text for c in chunks if c.source == "t2"] == [f"t2 {n}\n" for n in range(30)]
+
+
+def test_a_transaction_that_fails_changes_nothing(journal):
+    journal.append(arrival("a"))
+    with pytest.raises(AssistantError):
+        journal.append(Chunk("x", "file", "x", b"", "\ud800"))
+    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
+    journal._connection.execute(f"PRAGMA max_page_count = {pages}").close()
+    with pytest.raises(AssistantError, match="disk is full"):
+        journal.append(arrival("b" * 100_000))
+    source = journal.source("x.log")
+    assert journal.last == 1 and source and source.bytes == 1
+    journal._connection.execute("PRAGMA max_page_count = 100000").close()
+    journal.append(arrival("c"))
+    assert [c.text for c in journal.chunks(0)] == ["a", "c"]
+
+
+def test_a_damaged_or_foreign_journal_is_refused_in_a_line(tmp_path):
+    for name, data in (
+        ("text", b"not a database " * 100),
+        ("cut", b"SQLite format 3\0" + b"x" * 99),
+    ):
+        path = tmp_path / f"{name}.db"
+        path.write_bytes(data)
+        with pytest.raises(AssistantError, match="move it away") as caught:
+            Journal(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    other = tmp_path / "other.db"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE x (y)")
+    connection.close()
+    with pytest.raises(AssistantError, match="not a journal"):
+        Journal(other)
+    folder = tmp_path / "folder.db"
+    folder.mkdir()
+    with pytest.raises(AssistantError):
+        Journal(folder)
+
+
+def test_one_process_at_a_time(tmp_path):
+    where = assistant_paths("main")
+    held = lock(where.lock)
+    with pytest.raises(AssistantError, match="running already"):
+        lock(where.lock)
+    os.close(held)
+    os.close(lock(where.lock))
+    for name in ("", ".x", "-x", "a/b", "x" * 33):
+        with pytest.raises(AssistantError, match="cannot be an assistant's name"):
+            assistant_paths(name)
+
+
+# --- notes ---
+
+
+def test_notes_are_added_to_the_end_of_their_file(journal, tmp_path):
+    path = tmp_path / "deep" / "diary.md"
+    diary = NotesFile(path, journal)
+    diary.write("All was well.\n", NOW, "about", 5)
+    path.write_text(path.read_text().rstrip("\n") + "\n\nMine.")
+    diary.write("# Loud\n```\nTwo\n===\n", NOW, "about", 9)
+    assert path.read_text() == (
+        "## 2026-11-27 14:05\n\nAll was well.\n\n*about*\n\nMine.\n\n"
+        "## 2026-11-27 14:05\n\n\\# Loud\n\\```\nTwo\n\\===\n\n*about*\n\n"
+    )
+    assert journal.last_note_chunk == (9, NOW.timestamp()) and journal.writing is None
+    assert "had nothing to say" in markdown(" \n", NOW, "about")
+
+
+@pytest.mark.parametrize("before", [b"", b"Before.\n"])
+@pytest.mark.parametrize("after", [b"", b"After.\n"])
+def test_a_note_that_was_cut_short_is_written_whole_and_once(journal, tmp_path, before, after):
+    path = tmp_path / "diary.md"
+    diary = NotesFile(path, journal)
+    text = ("\n" if before else "") + markdown("All was well.", NOW, "about")
+    wanted = None
+    for count in range(len(text) + 1):
+        if after and 0 < count < len(text):
+            continue  # a half with something after it is not the work of a crash
+        journal.begin_note({"note": text, "at": len(before)}, 1, 0.0)
+        path.write_bytes(before + text[:count].encode() + after)
+        diary.finish()
+        found = path.read_bytes()
+        assert found.count(b"All was well.") == 1 and journal.writing is None
+        assert found.count(after) and found.startswith(before)
+        if not after:
+            assert found == (wanted := wanted or found) == before + text.encode()
+        assert b"\n\n\n" not in found and (b"\n\n## " in found or found.startswith(b"## "))
+        diary.finish()
+        assert path.read_bytes() == found
+
+
+def test_a_note_that_cannot_be_written_is_kept(journal, tmp_path):
+    path = tmp_path / "diary.md"
+    path.mkdir()
+    diary = NotesFile(path, journal)
+    for attempt in (diary.check, lambda: diary.write("x", NOW, "about", 1)):
+        with pytest.raises(AssistantError, match=r"diary.md: notes cannot be written"):
+            attempt()
+    path.rmdir()
+    diary.check()
+    journal.begin_note({"note": "## x\n\n", "at": 0}, 1, 0.0)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(AssistantError):
+        diary.finish()
+    assert journal.writing
+    path.rmdir()
+    diary.finish()
+    assert path.read_text() == "## x\n\n"

@@ -1,0 +1,281 @@
+"""A followed file that is rotated is read whole and once, whatever its neighbours are."""
+
+import itertools
+import os
+import random
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from mlx_stream_assistant import tail
+from mlx_stream_assistant.rotation import rotation_number
+from mlx_stream_assistant.tail import GRACE
+from tests.fakes.following import Reading, add, rotate, write
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "x.log"
+
+
+def rotated_while_nobody_looked(path: Path) -> Reading:
+    """Return one that has read "one"; "two" is in x.log.1, and "three" in x.log."""
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    add(path, b"two\n")
+    rotate(path)
+    add(path, b"three\n")
+    reading.restart()
+    return reading
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("unread", [b"", b"two\nhalf a li"])
+def test_rotated_more_than_once_while_nobody_looked(path, unread, restart, cut):
+    write(path.with_name("x.log.1"), b"of long ago\n", 1)
+    write(path, b"one\n", 2)
+    reading = Reading(path)
+    reading.poll()
+    write(path, unread, 3)
+    for number in range(4, 7):
+        if cut:
+            path.with_name("kept").write_bytes(path.read_bytes())
+            os.utime(path.with_name("kept"), (number - 1, number - 1))
+        rotate(path)
+        if cut:  # copied, and emptied in its place
+            path.with_name("x.log.1").rename(path)
+            path.with_name("kept").rename(path.with_name("x.log.1"))
+            os.truncate(path, 0)
+        write(path, b"%d\n" % number, number)
+    for _ in range(30):
+        if restart:
+            reading.restart()
+        reading.wait()
+    assert reading.taken == b"one\n" + unread + b"4\n5\n6\n"
+
+
+@pytest.mark.parametrize(
+    "names", [("-20261128", "-20261129"), (".2026-11-28_23", ".2026-11-29_00")]
+)
+def test_rotated_more_than_once_by_date(path, names):
+    write(path.with_name(f"x.log{names[0][:-1]}"), b"another kind\n", 1)
+    write(path, b"one\n", 2)
+    reading = Reading(path)
+    reading.poll()
+    for second, name in enumerate(names, 3):
+        path.rename(path.with_name(f"x.log{name}"))
+        write(path, b"%d\n" % second, second)
+    reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"one\n3\n4\n" and len(reading.told) == 2
+
+
+@pytest.mark.parametrize("kept", [(1, 2, 3), (1,), (3,)])
+def test_what_is_no_file_in_between_is_not_read_again(path, kept):
+    """Higher numbers for later files; a file written to after it was left; one that is gone."""
+    reading = Reading(path)
+    for number in range(1, 4):
+        write(path, b"%d\n" % number, number)
+        reading.wait()
+        path.rename(path.with_name(f"x.log.{number}"))
+    write(path, b"4\n", 4)
+    reading.wait()
+    for number in {1, 2, 3} - {*kept}:
+        path.with_name(f"x.log.{number}").unlink()
+    write(path.with_name(f"x.log.{kept[-1]}"), b"late\n", 9)
+    path.rename(path.with_name("x.log.4"))
+    write(path, b"5\n", 10)
+    reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"1\n2\n3\n4\n5\n"
+    assert [line for line in reading.told if "not read, though newer" in line]
+    path.unlink()
+    write(path.with_name("x.log.5"), b"new\n", 11)
+    write(path, b"6\n", 12)
+    reading.told.clear()
+    reading.restart()
+    reading.wait()
+    assert reading.taken == b"1\n2\n3\n4\n5\n6\n"
+    assert [line for line in reading.told if line.endswith("newer than what was read: x.log.5")]
+
+
+def test_a_binary_file_in_between_is_passed_over(path):
+    write(path, b"one\n", 1)
+    reading = Reading(path)
+    reading.poll()
+    for second, data in ((2, b"\0\0"), (3, b"two\n"), (4, b"three\n")):
+        rotate(path)
+        write(path, data, second)
+    reading.wait(30)
+    assert reading.taken == b"one\ntwo\nthree\n"
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """Names that may not be opened: root may open what others may not."""
+    names: set[str] = set()
+    whole = tail.open_file
+
+    def opened(path: Path) -> int:
+        if path.name in names:
+            raise PermissionError(13, "Permission denied")
+        return whole(path)
+
+    monkeypatch.setattr(tail, "open_file", opened)
+    return names
+
+
+@pytest.mark.parametrize("how", ["cut", "renamed", "in between"])
+def test_another_file_that_may_not_be_read_is_taken_as_not_there(path, locked, how):
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    if how == "cut":
+        add(path.with_name("x.log.1"), b"one\nmore than was read\n")
+        os.truncate(path, 0)
+    else:
+        add(path, b"unread\n" if how == "renamed" else b"")
+        rotate(path)
+    if how == "in between":
+        write(path, b"not read\n", 2**31)
+        rotate(path)
+    locked.add("x.log.1")
+    reading.restart()
+    reading.wait(5)
+    add(path, b"two\n")
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\n"
+    assert sum("x.log.1: cannot be read: Permission denied" in line for line in reading.told) == 1
+    assert sum("is there again" in line for line in reading.told) == (how != "cut")
+    add(path, b"three\n")
+    assert reading.wait() == b"three\n"
+    rotate(path)
+    reading.wait(10)
+    assert sum("Permission denied" in line for line in reading.told) == 2
+
+
+def test_only_what_rotation_names_is_a_copy_and_only_if_it_is_newer(path):
+    write(path.with_name("x.log.1"), b"# started\nread long ago\n", 1)
+    for name in ("x.log.err", "x.log2", "x.log.1.gz", "x.log.tmp"):
+        write(path.with_name(name), b"# started\nof another\n", 5)
+    write(path, b"# started\n", 2)
+    reading = Reading(path)
+    reading.poll()
+    path.write_bytes(b"new\n")
+    reading.restart()
+    reading.wait()
+    assert reading.taken == b"# started\nnew\n"
+    assert len(reading.told) == 1
+
+
+def test_how_rotation_names_files():
+    assert [rotation_number("x.log", f"x.log.{n}") for n in (10, 9, 0)] == [
+        (".", -10),
+        (".", -9),
+        (".", 0),
+    ]
+    for end in ("-20261128", ".2026-11-28", "-20261128-1764300000", ".old", ".bak", "~"):
+        assert rotation_number("x.log", f"x.log{end}")
+    for other in ("x.log", "x.log.err", "x.log.1.gz", "y.log.1", "x.log1", "x.log.", "x.log.1.err"):
+        assert rotation_number("x.log", other) is None
+
+
+def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):
+    class Gone:
+        name, path = "gone.1", "gone.1"
+
+        def is_file(self, **_):
+            return True
+
+        def stat(self, **_):
+            raise FileNotFoundError(2, "No such file or directory")
+
+    reading = rotated_while_nobody_looked(path)
+    look = os.scandir
+    entries = lambda folder: nullcontext(iter([Gone(), *look(folder)]))  # noqa: E731
+    monkeypatch.setattr(tail.os, "scandir", entries)
+    reading.wait()
+    assert reading.taken == b"one\ntwo\nthree\n"
+
+
+def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
+    write(path, b"one\n", 1)
+    reading = Reading(path)
+    reading.poll()
+    write(path, b"two\n", 2)
+    rotate(path)
+    write(path, b"three\n", 3)
+    reading.restart()
+    whole, opens = tail.open_file, itertools.count()
+
+    def opened(found: Path) -> int:
+        if (number := next(opens)) in (0, 1, 3, 4, 8, 13):
+            rotate(path)
+            write(path, b"%d\n" % number, 10 + number)
+        return whole(found)
+
+    monkeypatch.setattr(tail, "open_file", opened)
+    reading.wait(60)
+    assert next(opens) > 13
+    assert reading.taken == b"one\ntwo\nthree\n0\n1\n3\n4\n8\n13\n"
+
+
+def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
+    reading = rotated_while_nobody_looked(path)
+    whole, again = tail.open_file, path.with_name("x.log.2")
+
+    def opened(found: Path) -> int:
+        if not again.exists():
+            path.with_name("x.log.1").rename(again)
+        return whole(found)
+
+    monkeypatch.setattr(tail, "open_file", opened)
+    reading.wait(10)
+    assert reading.taken == b"one\ntwo\nthree\n"
+    assert not [line for line in reading.told if "cannot be read" in line]
+
+
+def test_a_copy_of_no_more_than_was_read_is_left(path):
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    path.with_name("x.log.1").write_bytes(b"one\n")
+    path.write_bytes(b"")
+    assert reading.wait() == b""
+    add(path, b"two\n")
+    assert reading.wait() == b"two\n"
+    assert reading.told == [f"{path}: was cut short: read from its beginning"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_life_of_a_file(path, seed):
+    """Also killed before what was read is on disk, and renamed often between two looks."""
+    luck, number, now = random.Random(seed), 0, 0
+    reading, written = Reading(path), b""
+    rotates = (
+        rotate if seed % 2 else lambda path: path.rename(path.with_name(f"x.log-{10**9 + now}"))
+    )
+    for step in range(600):
+        what = luck.choices(("add", "rename", "restart", "wait", "poll"), (6, 1, 2, 2, 3))[0]
+        if what == "add" or step == 0:
+            line = f"line {number} {'é' * luck.randint(0, 900)}\n".encode()
+            now += 1
+            write(path, line, now)
+            written, number = written + line, number + 1
+            if step == 0:
+                reading.wait()  # of what was there before the first look, nothing is known
+        elif what == "rename" and path.exists():
+            rotates(path)
+        elif what == "restart":
+            reading.restart()
+        elif what == "wait":
+            reading.wait(luck.choice((1, GRACE + 1)))
+        elif (arrival := reading.source.poll()) and luck.random() < 0.7:
+            reading.source.ack(arrival)
+            reading.place, reading.taken = arrival.place, reading.taken + arrival.data
+    reading.wait(400)
+    assert reading.taken == written and number > 100
+    assert not [line for line in reading.told if "not read" in line]

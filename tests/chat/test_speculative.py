@@ -1,0 +1,179 @@
+"""Conversations that guess: turn for turn those that do not, evictions and unread ids included."""
+
+import itertools
+
+import pytest
+
+from mlx_stream.chat.resume import SessionOptions, begin, open_session
+from mlx_stream.chat.session import ChatSession
+from mlx_stream.errors import ValueRefused
+from mlx_stream.generate.completion import stream
+from mlx_stream.generate.speculative import Speculator
+from mlx_stream.generate.stats import Stats
+from mlx_stream.load import load
+from mlx_stream.sampling import Sampling
+from tests.fakes.refusals import one_line
+from tests.fakes.shell import GREEDY, SMALL, done, parsed
+from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.generate.test_interrupts import interrupt_at
+from tests.generate.test_speculative import Eager
+
+QUESTIONS = ("the the the", "sand the sand", "What is the sand?", "the", "of the sand in the sand")
+
+
+@pytest.fixture(scope="module")
+def model(letters):
+    return load(letters, dtype="float32")
+
+
+def chat_of(model, speculate, **options):
+    chat = ChatSession(model, speculate=speculate, max_tokens=25, **options)
+    if speculate:
+        assert isinstance(chat.tokens.observer, Speculator)
+        chat.tokens.observer.length = Eager(lambda: 0.0)
+    return chat
+
+
+def turn(chat, question, pieces):
+    said = chat.reply(question)
+    found = list(itertools.islice(said, pieces))
+    said.close()
+    return found
+
+
+def stands(chat):
+    """Return all that must be the same between two turns."""
+    stats = {name: value for name, value in vars(chat.stats).items() if "seconds" not in name}
+    guessed = stats.pop("drafted_tokens"), stats.pop("accepted_tokens")
+    place = (chat.cache.length, chat.cache.oldest, chat.cache.attended, chat.cache.evicted)
+    return (
+        chat.conversation_state(),
+        chat.exchanges,
+        chat.tokens.attended_ids(),
+        place,
+        stats,
+    ), guessed
+
+
+@pytest.mark.parametrize("pieces", [None, 1, 4, 9])
+@pytest.mark.parametrize("evict", ["turn", "token"])
+@pytest.mark.parametrize(
+    ("window", "temperature", "stop"), [(70, 0, ()), (130, 0.4, ()), (130, 0.2, ("ab", "q", "the"))]
+)
+def test_every_turn_leaves_what_plain_decoding_leaves(
+    model, evict, window, temperature, stop, pieces
+):
+    options = {"window": window, "evict": evict, "stop": stop, "system": "Say."}
+    options["sampling"] = Sampling(temperature, top_p=1.0, seed=4)
+    plain, guessing = (chat_of(model, speculate, **options) for speculate in (False, True))
+    right = 0
+    for question in QUESTIONS:
+        assert turn(guessing, question, pieces) == turn(plain, question, pieces)
+        (expected, _), (found, (_, right)) = stands(plain), stands(guessing)
+        assert found == expected
+    assert pieces or (plain.stats.evicted and (right > 5 or temperature))
+
+
+def test_retry_undo_and_edit_are_those_of_plain_decoding(model):
+    options = {"window": 150, "sampling": Sampling(0.3, seed=4)}
+    plain, guessing = (chat_of(model, speculate, **options) for speculate in (False, True))
+    for chat in (plain, guessing):
+        for question in QUESTIONS:
+            turn(chat, question, 30)
+            list(chat.retry())
+            list(chat.edit(f"{question} again", max_tokens=7))
+        chat.undo()
+    assert stands(guessing)[0] == stands(plain)[0]
+
+
+def test_a_guessing_turn_interrupted_anywhere_is_taken_up(model):
+    """The next turns are well-formed, and guess on."""
+    backend = model.tokenizer._backend
+    count = 0
+    for count in itertools.count(200, 307):
+        chat = chat_of(model, True, window=400, sampling=Sampling(0))
+        turn(chat, "the the", 12)
+        cut = interrupt_at(count, lambda: turn(chat, "the the", 12))  # noqa: B023
+        turn(chat, "the", 3)
+        between = chat._settle()
+        ids = [*chat.tokens.attended_ids(), *between.pending.ids]
+        text = backend.decode(ids, skip_special_tokens=False) + chat.template.closing
+        turns = text.split("<|im_start|>")[1:]
+        assert all(turn.endswith("<|im_end|>\n") for turn in turns), (count, text)
+        roles = [turn.split("\n")[0] for turn in turns]
+        assert roles in (["user", "assistant"] * 2, ["user", "assistant"] * 3), (count, text)
+        if not cut:
+            break
+    assert count > 3_000
+
+
+def test_a_text_goes_on_as_plain_decoding_and_counts_its_guesses(model):
+    found = {}
+    for speculate in (False, True, None):
+        stats = Stats()
+        pieces = stream(
+            model,
+            "the sand " * 12,
+            90,
+            Sampling(0),
+            window=40,
+            stats=stats,
+            speculate=speculate,
+        )
+        text = "".join(piece.text for piece in pieces)
+        found[speculate] = text, stats.reply_tokens, stats.attended, stats.evicted
+        assert bool(stats.drafted_tokens) == (speculate is not False)
+        assert 0 <= stats.accepted_tokens <= stats.drafted_tokens
+        assert ("guesses right" in str(stats)) == (speculate is not False)
+    assert found[True] == found[False] == found[None]
+
+
+def test_what_was_promised_to_the_bit_is_not_guessed_unless_asked_for(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_STREAM_HOME", str(tmp_path))
+    for seed, speculate, guesses in (
+        (None, None, True),
+        (3, None, False),
+        (3, True, True),
+        (None, False, False),
+    ):
+        options = SessionOptions(sampling=Sampling(1.0, seed=seed), speculate=speculate)
+        assert (begin(model, options).chat.tokens.observer is not None) == guesses
+        saved = open_session(f"of-{seed}-{speculate}", model, options)
+        assert (saved.chat.tokens.observer is not None) == bool(speculate)
+        saved.close()
+
+
+def test_a_draft_model_guesses_and_changes_no_turn(model, tiny):
+    options = {"window": 60, "sampling": Sampling(0.3, seed=4)}
+    plain = chat_of(model, False, **options)
+    guessing = chat_of(model, True, draft=load(tiny, dtype="float32"), **options)
+    for question in QUESTIONS:
+        turn(guessing, question, None)
+        turn(plain, question, None)
+        assert stands(guessing)[0] == stands(plain)[0]
+    guessing.restart("Say.", 50)
+    turn(guessing, "the", None)
+    assert guessing.stats.drafted_tokens > 200
+
+
+@pytest.mark.parametrize("size", [290, 310])
+def test_a_draft_model_of_another_vocabulary_is_refused(model, tmp_path, size):
+    config = tiny_config(vocab_size=size, **SMALL)
+    draft = load(write_tiny(tmp_path / "other", config, tiny_weights(config)), dtype="float32")
+    with pytest.raises(ValueRefused, match=r"--draft.*another vocabulary.*same family"):
+        ChatSession(model, draft=draft)
+
+
+def test_the_program_says_the_same_with_and_without(letters, tiny):
+    typed = ("generate", letters, "-p", "the sand " * 9, "--max-tokens", 40, *GREEDY, "--json")
+    ways = ((), ("--no-speculate",), ("--speculate",), ("--draft", tiny))
+    found = [parsed(done(*typed, *more).out) for more in ways]
+    assert len({one["text"] for one in found}) == 1
+    assert [one["drafted_tokens"] > 0 for one in found] == [True, False, True, True]
+    chats = [
+        done("chat", letters, "--max-tokens", 9, *GREEDY, *more, stdin="a\nb\n") for more in ways
+    ]
+    assert len({chat.out for chat in chats}) == 1
+    for more in (("--speculate",), ("--draft", tiny)):
+        said = one_line(*typed, "--kv-bits", 8, *more)
+        assert said == f"{more[0]} does not work with --kv-bits: leave one out"

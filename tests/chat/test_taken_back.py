@@ -1,0 +1,196 @@
+"""What was taken back, cleared or cut is in no state and no snapshot: neither ids nor keys."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mlx_stream
+from mlx_stream import Engine
+from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.chat.session_files import session_paths
+from mlx_stream.generate import snapshot
+from mlx_stream.generate.speculative import Speculator
+from mlx_stream.sampling import Sampling
+from tests.fakes.shell import edit
+from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
+
+SECRET = "zebra quagga okapi"
+OTHER = "Hello there."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = tiny_config(head_dim=64)
+    return write_tiny(tmp_path_factory.mktemp("model"), config, tiny_weights(config))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return mlx_stream.load(folder, dtype="float32", keep_quantized=False)
+
+
+def to_the_end(pieces) -> None:
+    for _ in pieces:
+        pass
+
+
+def cut(pieces, after: int = 3) -> None:
+    for _ in range(after):
+        next(pieces)
+    pieces.close()
+
+
+def undone(conversation) -> None:
+    to_the_end(conversation.reply(SECRET))
+    conversation.undo()
+
+
+def undone_when_saved(conversation) -> None:
+    to_the_end(conversation.reply(SECRET))
+    conversation.write_snapshot()
+    conversation.undo()
+
+
+def edited(conversation) -> None:
+    to_the_end(conversation.reply(SECRET))
+    to_the_end(conversation.edit("And then?"))
+
+
+def cut_and_edited(conversation) -> None:
+    cut(conversation.reply(SECRET))
+    cut(conversation.edit("And then?"))
+
+
+def cleared(conversation) -> None:
+    cut(conversation.reply(SECRET))
+    conversation.clear()
+
+
+WAYS: list[Callable[[Any], None]] = [undone, undone_when_saved, edited, cut_and_edited, cleared]
+
+
+@pytest.fixture(params=[None, 8, "guessing"])
+def options(request) -> SessionOptions:
+    bits = request.param if request.param == 8 else None
+    # Guesses are verified, and those that are wrong taken back.
+    return SessionOptions(
+        window=120,
+        sampling=Sampling(0),
+        max_tokens=12,
+        kv_bits=bits,
+        speculate=request.param == "guessing",
+    )
+
+
+def ids_of(model, text: str) -> bytes:
+    # From the second word on: the first may share an id with what is around it.
+    ids = model.tokenizer.encode(text, special=False)[2:6]
+    return np.array(ids, np.uint32).tobytes()
+
+
+def check(tokens, model) -> None:
+    """See that a stream's state holds what is attended and nothing else."""
+    state, cache = tokens.state(), tokens.cache
+    ids = np.array(state["ids"])
+    assert ids_of(model, SECRET) not in ids.tobytes()
+    attended = set(cache.attended_rows())
+    assert all(id == 0 for row, id in enumerate(ids.tolist()) if row not in attended)
+    for layer in (*cache.keys, *cache.values):
+        rows = np.array(cache.storage.read(layer, 0, cache.geometry.rows, cache.sinks))
+        used = np.flatnonzero(np.abs(rows).max(axis=(0, 1, 3)))
+        assert set(used.tolist()) == attended
+    if isinstance(tokens.observer, Speculator):
+        past = tokens.observer.ngram
+        known = np.array(past._ids)[: past.count]
+        assert ids_of(model, SECRET) not in known.astype(np.uint32).tobytes()
+        assert not np.any(np.array(past._ids)[past.count :])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
+def test_no_state_and_no_snapshot_has_it(model, options, way, first):
+    conversation = opened(model, options)
+    if not first:
+        to_the_end(conversation.reply(OTHER))
+    way(conversation)
+    check(conversation.chat.tokens, model)
+    conversation.close()
+    where, wanted = session_paths("s"), ids_of(model, SECRET)
+    for path in (where.snapshot, where.database, where.quarantine):
+        stays = way is cleared and path == where.database  # what was said is still said
+        if path.exists() and not stays:
+            assert SECRET.encode() not in path.read_bytes()
+            assert wanted not in path.read_bytes()
+    if where.snapshot.exists():
+        again = open_session("s", model, options)
+        check(again.chat.tokens, model)
+        again.close()
+    else:
+        assert first and way in (undone, undone_when_saved)
+
+
+def opened(model, options) -> Any:
+    return open_session("s", model, options)
+
+
+def test_a_retried_reply_leaves_nothing_of_the_one_before(model, options):
+    conversation = opened(model, options)
+    to_the_end(conversation.reply(OTHER, max_tokens=40))
+    before = conversation.last.reply_ids
+    cut(conversation.retry(), 2)
+    assert len(conversation.last.reply_ids) < len(before) - 8
+    check(conversation.chat.tokens, model)
+    gone = np.array(before[-6:], np.uint32).tobytes()
+    assert gone not in np.array(conversation.chat.tokens.state()["ids"]).tobytes()
+    conversation.close()
+    assert gone not in session_paths("s").snapshot.read_bytes()
+
+
+def test_a_snapshot_that_was_set_aside_goes_with_the_next_one(model, options):
+    conversation = opened(model, options)
+    to_the_end(conversation.reply(OTHER))
+    to_the_end(conversation.reply(SECRET))
+    conversation.write_snapshot()
+    conversation.undo()
+    conversation.saved.close()  # killed before the snapshot is written anew
+    again = open_session("s", model, options)
+    assert session_paths("s").quarantine.exists()
+    again.close()
+    assert not session_paths("s").quarantine.exists()
+    assert ids_of(model, SECRET) not in session_paths("s").snapshot.read_bytes()
+
+
+def test_a_listener_keeps_nothing_of_a_cut_answer(tmp_path, monkeypatch):
+    """Where the template trims replies, spaces at a cut answer's end are taken back."""
+    config = tiny_config()
+    template = CHAT_TEMPLATE.replace("message['content']", "(message['content'] | trim)")
+    folder = write_tiny(tmp_path / "model", config, tiny_weights(config))
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    monkeypatch.setenv("MLX_STREAM_COMPILE", "0")
+    path, sampling = tmp_path / "state", Sampling(1.5, top_p=1.0, seed=5)
+    with Engine(folder, dtype="float32") as engine:
+        listener = engine.listen(window=200, sampling=sampling, max_tokens=40)
+        for count in range(1, 20):
+            listener.feed("The train is late. ")
+            pieces = listener.ask("When?")
+            for _ in range(count):
+                next(pieces, None)
+            pieces.close()
+            listener.save(path, {})
+            check_file(path)
+
+
+def check_file(path) -> None:
+    """See that a snapshot's keys and values are zero but for what is attended."""
+    state = snapshot.load_snapshot(path).state
+    length, floor = (int(str(state[name])) for name in ("length", "floor"))
+    sinks, rows = (np.array(state[name]).shape[2] for name in ("sinks", "keys.0"))
+    ring = rows - sinks
+    attended = {*range(min(sinks, length))}
+    attended |= {sinks + (token - sinks) % ring for token in range(floor, length)}
+    for name in ("keys.0", "values.0"):
+        used = np.flatnonzero(np.abs(np.array(state[name])).max(axis=(0, 1, 3)))
+        assert set(used.tolist()) == attended
+    assert np.array(state["ids"]).size == max(attended) + 1

@@ -1,0 +1,261 @@
+"""A written folder is the same when read again, and is whole or not there, whatever happens."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_stream.checkpoint import Checkpoint, write
+from mlx_stream.checkpoint.folder import read_folder
+from mlx_stream.checkpoint.write import write_folder
+from mlx_stream.errors import CheckpointError, WeightsError
+from mlx_stream.program.atomic_replace import partial_folder
+from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+
+CONFIG = tiny_config(num_hidden_layers=1)
+WEIGHTS = tiny_weights(CONFIG)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "model", CONFIG, WEIGHTS)
+
+
+def same(left: Mapping[str, mx.array], right: Mapping[str, mx.array]) -> bool:
+    return left.keys() == right.keys() and all(
+        a.dtype == right[name].dtype and mx.array_equal(a, right[name]).item()
+        for name, a in left.items()
+    )
+
+
+def quantized_checkpoint(source: Path) -> Checkpoint:
+    """Return the tiny model with affine 4-bit attention and mxfp4 in the rest."""
+    found = read_folder(source)
+    tensors: dict[str, mx.array] = {}
+    modes: dict[str, dict] = {}
+    for name, array in found.tensors.items():
+        module = name.removesuffix(".weight")
+        if array.ndim != 2:
+            tensors[name] = array
+            continue
+        mode = "affine" if "attn" in name or "embed" in name else "mxfp4"
+        parts = mx.quantize(array, 32, 4, mode=mode)
+        keys = ("weight", "scales", "biases")
+        tensors |= {f"{module}.{key}": part for key, part in zip(keys, parts, strict=False)}
+        modes[module] = {"group_size": 32, "bits": 4, "mode": mode}
+    quantization = {"group_size": 32, "bits": 4, "mode": "affine", **modes}
+    return replace(found, config={**found.config, "quantization": quantization}, tensors=tensors)
+
+
+def nothing_but(parent: Path, *names: str) -> bool:
+    return sorted(path.name for path in parent.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_written_and_read_again_is_the_same(tmp_path: Path, dtype: str) -> None:
+    before = read_folder(write_tiny(tmp_path / "model", CONFIG, WEIGHTS, dtype))
+    assert write_folder(before, tmp_path / "new" / "out")
+    after = read_folder(tmp_path / "new" / "out")
+    assert same(before.tensors, after.tensors)
+    assert replace(before, tensors={}) == replace(after, tensors={})
+    assert nothing_but(tmp_path / "new", "out")
+
+
+def test_written_quantized_and_read_again_is_the_same(model: Path, tmp_path: Path) -> None:
+    before = quantized_checkpoint(model)
+    assert write_folder(replace(before, generation_config={}), tmp_path / "out")
+    after = read_folder(tmp_path / "out")
+    assert same(before.tensors, after.tensors)
+    assert after.config["quantization"] == before.config["quantization"]
+    assert after.config["quantization_config"] == before.config["quantization"]
+    assert nothing_but(
+        tmp_path / "out",
+        *("config.json", "model.safetensors", "model.safetensors.index.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    )
+
+
+MLX_LM = """
+import sys
+import mlx.core as mx
+import mlx_lm
+model, tokenizer = mlx_lm.load(sys.argv[1])
+assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantizedLinear"
+assert model.model.layers[0].mlp.up_proj.mode == "mxfp4"
+assert mx.isfinite(model(mx.array([tokenizer.encode("the house")]))).all().item()
+"""
+
+
+def test_mlx_lm_loads_what_is_written(model: Path, tmp_path: Path) -> None:
+    write_folder(quantized_checkpoint(model), tmp_path / "out")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run([sys.executable, "-c", MLX_LM, str(tmp_path / "out")], env=env, check=True)
+
+
+class Failing(Mapping[str, mx.array]):
+    """Tensors that cannot be read after all."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __getitem__(self, name: str) -> mx.array:
+        raise self.error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["w"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(28, "No space left on device"), CheckpointError),
+        (WeightsError("w: no"), WeightsError),
+    ],
+)
+def test_a_failed_write_leaves_nothing(
+    model: Path, tmp_path: Path, raised: BaseException, seen: type[BaseException]
+) -> None:
+    with pytest.raises(seen):
+        write_folder(replace(read_folder(model), tensors=Failing(raised)), tmp_path / "out")
+    assert nothing_but(tmp_path, "model")
+
+
+def test_a_failed_flush_or_rename_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    for owner, name in ((write.os, "fsync"), (Path, "rename")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(CheckpointError, match=r"could not be written: .* Input/output"):
+                write_folder(read_folder(model), tmp_path / "out")
+        assert nothing_but(tmp_path, "model")
+
+
+def test_everything_is_flushed_before_it_appears(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    rename = Path.rename
+    monkeypatch.setattr(write, "flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append("rename"), rename(a, b))[1])
+    write_folder(read_folder(model), tmp_path / "out")
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    assert {path.name for path in (tmp_path / "out").iterdir()} < set(before)
+    assert before[-1].endswith(".partial")
+    assert after == [tmp_path.name]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from mlx_stream.checkpoint.folder import read_folder
+from mlx_stream.checkpoint.write import write_folder
+from mlx_stream.errors import CheckpointError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+try:
+    write_folder(read_folder(Path(sys.argv[1])), Path(sys.argv[2]))
+except CheckpointError as error:
+    sys.exit(0 if "could not be written" in str(error) and "\\n" not in str(error) else 2)
+sys.exit(3)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(model), str(tmp_path / "out")]
+    assert subprocess.run(command).returncode == 0
+    assert nothing_but(tmp_path, "model")
+
+
+def test_what_is_there_already_is_kept(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "theirs").touch()
+    assert write_folder(read_folder(model), tmp_path / "out") is False
+    assert nothing_but(tmp_path / "out", "theirs")
+    assert nothing_but(tmp_path, "model", "out")
+
+
+KILLED = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from mlx_stream.checkpoint import shards, write
+from mlx_stream.checkpoint.folder import read_folder
+def stop(path):
+    print(path, flush=True)
+    time.sleep(60)
+shards.check_shard = stop
+write.write_folder(read_folder(Path(sys.argv[1])), Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_write_is_swept_by_the_next_and_a_living_one_is_not(
+    model: Path, tmp_path: Path
+) -> None:
+    parent = tmp_path / "parent"
+    command = [sys.executable, "-c", KILLED, str(model), str(parent / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            weights = Path(process.stdout.readline().strip())
+            assert weights.name == "shard-0.safetensors"
+            with partial_folder(parent, "out") as other:
+                assert nothing_but(parent, other.name, weights.parent.name)
+            assert weights.is_file()
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert nothing_but(parent, weights.parent.name)
+    with partial_folder(parent, "other"):
+        assert weights.is_file()  # somebody else's name
+    assert write_folder(read_folder(model), parent / "out")
+    assert nothing_but(parent, "out")
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from mlx_stream.checkpoint.folder import read_folder
+from mlx_stream.checkpoint.write import write_folder
+checkpoint = read_folder(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+won = 0
+for i in range(12):
+    out = Path(sys.argv[2]) / f"out{i}"
+    won += write_folder(checkpoint, out)
+    read_folder(out)
+print(won)
+"""
+
+
+def test_racing_writers_all_succeed_and_one_wins(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "parent").mkdir()
+    command = [sys.executable, "-c", RACE, str(model), str(tmp_path / "parent")]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    won = [int(process.communicate(timeout=60)[0]) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sum(won) == 12
+    assert nothing_but(tmp_path / "parent", *(f"out{i}" for i in range(12)))

@@ -1,0 +1,386 @@
+"""`mlx_stream convert` refuses in a line, leaves nothing half done, and replaces only its own."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_stream.checkpoint import write
+from mlx_stream.checkpoint.folder import read_folder
+from mlx_stream.program import atomic_replace
+from mlx_stream.quantize.recipes import recipe_named
+from tests.fakes.refusals import one_line
+from tests.fakes.shell import DEADLINE, done, edit, parsed, program
+from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+
+CONVERT = Path(__file__).parents[2] / "convert"
+WORDS = "the man and the house of the river and the sea in the end " * 40
+SHAPE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(**SHAPE)
+    folder = tmp_path_factory.mktemp("source") / "model"
+    return write_tiny(folder, config, tiny_weights(config), "bfloat16", shards=2)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(WORDS)
+    return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("--bits 7", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 7"),
+        ("--bits 0", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 0"),
+        ("--bits 4 --group-size 48", "--group-size must be 32, 64 or 128 in mode affine, not 48"),
+        ("--bits 4 --group-size 0", "--group-size must be 32, 64 or 128 in mode affine, not 0"),
+        ("--group-size 64", "--group-size and --mode affine need --bits: how many?"),
+        ("--mode affine", "--group-size and --mode affine need --bits: how many?"),
+        ("--mode int4", "--mode must be one of affine, mxfp4, mxfp8, nvfp4, not 'int4'"),
+        ("--mode mxfp4 --bits 8", "--bits must be 4 in mode mxfp4, not 8"),
+        ("--mode nvfp4 --group-size 32", "--group-size must be 16 in mode nvfp4, not 32"),
+        ("--mode nvfp4 --bits 0", "--bits must be 4 in mode nvfp4, not 0"),
+        ("--recipe mixed_4_6 --bits 4", "--recipe says bits and mode itself: leave out --bits"),
+        ("--recipe best", "--recipe must be one of uniform_2, "),
+        ("--recipe sensitive_4_6", "--recipe sensitive_4_6 is measured on a text: give one with"),
+        ("--bits 4 --calibration TEXT", "--calibration is for recipes that are measured"),
+        ("--dtype int8", "--dtype must be one of float32, float16, bfloat16, not 'int8'"),
+        ("--report none.txt", "none.txt: cannot be read: No such file or directory"),
+        ("--report SHORT", "SHORT: 63 tokens: a report needs more than 200"),
+        ("--recipe sensitive_4_6 --calibration SHORT", "the calibration text has 63 tokens: give"),
+        ("--report TEXT --report-tokens 5", "--report-tokens must be above 200, not 5"),
+    ],
+)
+def test_what_cannot_be_done_is_said(source: Path, text: Path, options: str, why: str) -> None:
+    short = text.with_name("short.txt")
+    short.write_text(WORDS[:120])
+    words = options.replace("TEXT", str(text)).replace("SHORT", str(short)).split()
+    assert why in one_line("convert", source, "out", *words).replace(str(short), "SHORT")
+
+
+def test_places_that_will_not_do_are_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    (tmp_path / "theirs" / "model.safetensors").touch()
+    before = names(tmp_path), names(source)
+    for out, why in (
+        (tmp_path / "file", "is a file: give a folder"),
+        (tmp_path / "link", "is a link: give a folder"),
+        (tmp_path / "theirs", "exists: give another folder, or --force to replace it"),
+        (source / "out", "is the source, inside it, or around it"),
+    ):
+        assert one_line("convert", source, out).startswith(f"{out}: {why}")
+    for place in (tmp_path / "theirs", source, source.parent):
+        assert "never replaced" in one_line("convert", source, place, "--bits", 4, "--force")
+    out = tmp_path / "file" / "out"
+    assert one_line("convert", source, out).startswith(f"{out}: could not be written: ")
+    assert "no such folder or file" in one_line("convert", tmp_path / "none", tmp_path / "out")
+    assert (names(tmp_path), names(source)) == before
+
+
+def test_only_what_a_conversion_wrote_is_replaced(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()  # an empty folder is no model
+    done("convert", source, out, "--bits", 4)
+    first = files_of(out)
+    assert "or --force to replace it" in one_line("convert", source, out, "--bits", 8)
+    assert files_of(out) == first
+    done("convert", source, out, "--bits", 8, "--force")
+    assert json.loads((out / "conversion.json").read_text())["recipe"] == "uniform_8"
+    done("convert", source, out, "--bits", 4, "--force")
+    assert files_of(out) == first and names(tmp_path) == ["out"]
+    (out / "notes.txt").touch()
+    assert "never replaced" in one_line("convert", source, out, "--force")
+    (out / "notes.txt").unlink()
+    edit(out / "conversion.json", conversion=None)
+    assert "never replaced" in one_line("convert", source, out, "--force")
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_folder_is_replaced_or_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(atomic_replace, "system_call", lambda: None)
+    elif atomic_replace.system_call() is None:
+        pytest.skip("this system cannot exchange two names")
+    new, old = tmp_path / "new", tmp_path / "old"
+    for folder in (new, old):
+        folder.mkdir()
+        (folder / folder.name).touch()
+    atomic_replace.replace_folder(new, old)
+    assert names(tmp_path) == ["old"] and names(old) == ["new"]
+    with pytest.raises(OSError, match="new"):  # there is none any more
+        atomic_replace.replace_folder(new, old)
+    assert names(tmp_path) == ["old"] and names(old) == ["new"]
+
+
+def test_two_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
+    if atomic_replace.system_call() is None:
+        pytest.skip("this system cannot exchange two names")
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert atomic_replace.exchange(tmp_path / "one", tmp_path / "other")
+    assert names(tmp_path / "one") == ["other"] and names(tmp_path / "other") == ["one"]
+    assert not atomic_replace.exchange(tmp_path / "one", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [((), "another process wrote it meanwhile"), (("--force",), "never replaced")],
+)
+def test_a_process_that_was_first_keeps_its_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, why: str
+) -> None:
+    flush, out = write.flush, tmp_path / "out"
+
+    def race(path: Path) -> None:
+        flush(path)
+        if not out.exists():
+            out.mkdir()
+            (out / "theirs").touch()
+
+    monkeypatch.setattr(write, "flush", race)
+    assert why in one_line("convert", source, out, "--bits", 4, *options)
+    assert names(out) == ["theirs"] and names(tmp_path) == ["out"]
+
+
+STOPPING = """
+import sys, time
+from mlx_stream.checkpoint import shards
+check = shards.check_shard
+def stop(path):
+    print(path, file=sys.stderr, flush=True)
+    time.sleep(60)
+shards.check_shard = stop
+from mlx_stream.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_what_is_interrupted_leaves_nothing_that_looks_finished(
+    source: Path, tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", STOPPING, "convert", str(source), str(out), "--bits", "4"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert Path(process.stderr.readline().strip()).name == "shard-0.safetensors"
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=DEADLINE)
+    assert process.returncode == code and not out.exists()
+    if sent == signal.SIGINT:
+        assert said == "mlx_stream: interrupted\n" and names(tmp_path) == []
+    else:
+        assert [name.startswith(".out.") for name in names(tmp_path)] == [True]
+    done("convert", source, out, "--bits", 4)
+    assert names(tmp_path) == ["out"]
+    read_folder(out)
+
+
+def limit_files() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+def test_a_full_disk_is_one_line(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = program("convert", source, out, "--bits", 4)
+    result = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=limit_files, timeout=DEADLINE
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"mlx_stream: {out}: could not be written: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert names(tmp_path) == []
+
+
+def test_every_process_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        command = program("convert", source, tmp_path / name, "--recipe", "mixed_4_6")
+        env = {**os.environ, "PYTHONHASHSEED": name.replace("one", "1").replace("two", "2")}
+        subprocess.run(command, env=env, check=True, capture_output=True, timeout=DEADLINE)
+        time.sleep(1)  # a date would differ
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_what_was_written_is_said(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = done("convert", source, out, "--bits", 4)
+    first, second = said.out.splitlines()
+    assert first.startswith(f"{out}: uniform_4, 4.5") and first.endswith("MB in 1 file")
+    assert "at peak, within the bound of" in second and said.err == ""
+    found = parsed(done("convert", out, tmp_path / "again", "--json").out)
+    assert found["tensor_bytes"] == sum(a.nbytes for a in read_folder(out).tensors.values())
+    assert found["peak_bytes"] <= found["bound_bytes"] and found["report"] is None
+    assert found["recipe"] is None and found["source_quantized"] and found["not_quantized"] == []
+
+
+def test_what_is_doubtful_is_told(source: Path, tmp_path: Path) -> None:
+    done("convert", source, tmp_path / "four", "--bits", 4)
+    again = done("convert", tmp_path / "four", tmp_path / "out", "--bits", 3, "--group-size", 128)
+    assert again.err.startswith("mlx_stream: the source is quantized already: its error stays")
+    config = tiny_config()
+    odd = write_tiny(tmp_path / "odd", config, tiny_weights(config), "float16")
+    told = done("convert", odd, tmp_path / "odd4", "--bits", 4).err
+    assert "2 of its matrices stay as they are: groups of 64 do not divide their rows" in told
+
+
+REPORT_KEYS = {"text", "sinks", "window", "tokens", "source_perplexity", "perplexity", "kl_mean"}
+REPORT_KEYS |= {"kl_p99", "top1_agreement", "source"}
+
+
+def test_a_report_says_what_was_lost(source: Path, text: Path, tmp_path: Path) -> None:
+    found = {}
+    for bits in (8, 2):
+        out = tmp_path / f"out{bits}"
+        options = ("--bits", bits, "--report", text, "--report-tokens", 300)
+        result = parsed(done("convert", source, out, *options, "--json").out)
+        about = json.loads((out / "conversion.json").read_text())
+        assert about == {key: result[key] for key in about}
+        assert about["report"].keys() == REPORT_KEYS and about["report"]["tokens"] == 299
+        sizes = sum(array.nbytes for array in read_folder(source).tensors.values())
+        assert about["report"]["source"]["tensor_bytes"] == sizes
+        found[bits] = about["report"]
+    assert 0 < found[8]["kl_mean"] < found[2]["kl_mean"]
+    assert found[8]["kl_mean"] < found[8]["kl_p99"]
+    assert found[8]["top1_agreement"] > found[2]["top1_agreement"]
+    score = parsed(
+        done(
+            *("score", tmp_path / "out2", text, "--window", 508, "--max-tokens", 300, "--json"),
+            *("--dtype", "float32"),
+        ).out
+    )
+    assert abs(score["perplexity"] - found[2]["perplexity"]) < 1e-3 * score["perplexity"]
+    assert names(tmp_path) == ["out2", "out8", "text.txt"]
+
+
+def test_a_copy_lost_nothing(source: Path, text: Path, tmp_path: Path) -> None:
+    said = done("convert", source, tmp_path / "out", "--report", text, "--report-tokens", 300)
+    about = json.loads((tmp_path / "out" / "conversion.json").read_text())["report"]
+    assert abs(about["kl_mean"]) < 1e-6 and about["top1_agreement"] == 1
+    assert about["perplexity"] == about["source_perplexity"]
+    assert "KL mean" in said.out and said.out.splitlines()[-1].endswith("100.0%")
+
+
+def test_a_sensitive_recipe_gives_what_suffers_more_bits(
+    source: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--recipe", "sensitive_4_6", "--calibration", text, "--json")
+    found = parsed(done("convert", source, out, *options).out)
+    entry = json.loads((out / "config.json").read_text())["quantization"]
+    more = {path for path, kind in entry.items() if isinstance(kind, dict) and kind["bits"] == 6}
+    assert entry["bits"] == 4 and {"model.embed_tokens", "lm_head"} < more
+    assert found["recipe"] == "sensitive_4_6"
+    five = parsed(done("convert", source, tmp_path / "five", "--bits", 5, "--json").out)
+    four = parsed(done("convert", source, tmp_path / "four", "--bits", 4, "--json").out)
+    assert four["tensor_bytes"] < found["tensor_bytes"] <= five["tensor_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [
+        (["phone"], "uniform_4"),
+        (["laptop"], "uniform_6"),
+        (["laptop", "--bits", "8"], "uniform_8"),
+        (["phone", "--calibration", "TEXT"], "sensitive_4_6"),
+    ],
+)
+def test_presets_run(
+    source: Path, text: Path, tmp_path: Path, words: list[str], recipe: str
+) -> None:
+    preset, *options = [str(text) if word == "TEXT" else word for word in words]
+    command = [sys.executable, str(CONVERT / "presets.py"), preset, str(source)]
+    command += [str(tmp_path / "out"), *options]
+    subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
+    about = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert about["recipe"] == recipe and recipe_named(about["recipe"])
+    if preset == "phone":
+        assert about["dtype"] == "float16"
+    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+
+
+def test_recipes_are_compared_on_a_text(source: Path, text: Path) -> None:
+    command = [sys.executable, str(CONVERT / "compare.py"), str(source), str(text)]
+    options = ["--recipe", "uniform_8", "--recipe", "uniform_3", "--report-tokens", "300"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=DEADLINE)
+    assert done.returncode == 0
+    assert [line.split(" |")[0] for line in done.stdout.splitlines()[2:]] == [
+        *("source", "uniform_8", "uniform_3")
+    ]
+    lost = [float(line.split(" | ")[4]) for line in done.stdout.splitlines()[3:]]
+    assert 0 < lost[0] < lost[1]
+    none = subprocess.run([*command, "--recipe", "none"], capture_output=True, timeout=DEADLINE)
+    assert none.returncode == 1 and none.stdout == b""
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in CONVERT.glob("*.py")))
+def test_a_script_says_what_it_takes(script: str) -> None:
+    # A script of this name would shadow the package for those beside it.
+    assert script != "gguf.py"
+    command = [sys.executable, str(CONVERT / script), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert result.returncode == 0 and result.stderr == ""
+    table = (CONVERT / "README.md").read_text(encoding="utf-8")
+    assert f"`{script} " in table
+
+
+def on_a_device(budget: int) -> None:
+    """Describe a device of one's own on which a program may use so many bytes."""
+    home = Path(os.environ["MLX_STREAM_HOME"])
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "devices.toml").write_text(
+        f'[[device]]\nname = "mine"\nkind = "laptop"\nmemory_gb = 1\nbudget_gb = {budget / 2**30}\n'
+    )
+
+
+def test_a_device_gets_the_most_bits_that_fit_it(source: Path, tmp_path: Path) -> None:
+    on_a_device(2**28)
+    needed = {}
+    for bits in (8, 6):
+        plan = parsed(done("plan", source, "--device", "mine", "--bits", bits, "--json").out)
+        needed[bits] = plan["total_bytes"]
+    on_a_device((needed[8] + needed[6]) // 2)
+    told = done("convert", source, tmp_path / "six", "--device", "mine")
+    assert "for mine: 6 bits" in told.err
+    config = json.loads((tmp_path / "six" / "config.json").read_text())
+    assert config["quantization"]["bits"] == 6
+    assert "quantization" not in json.loads((source / "config.json").read_text())
+    whole = done("convert", source, tmp_path / "whole", "--device", "iphone-16-pro")
+    assert "bfloat16" in whole.err and "not quantized" in whole.out
+    on_a_device(100_000)
+    line = one_line("convert", source, tmp_path / "none", "--device", "mine")
+    assert "does not fit mine" in line and not (tmp_path / "none").exists()
+    with_bits = one_line("convert", source, tmp_path / "none", "--device", "mine", "--bits", 4)
+    assert "leave out --bits" in with_bits
+    assert "did you mean mine?" in one_line(
+        "convert", source, tmp_path / "none", "--device", "minus"
+    )

@@ -1,0 +1,307 @@
+"""The experiments as commands: tables, JSON, CSV, charts, and what they refuse in one line."""
+
+import csv
+import importlib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_stream.cli.eval.common import cell
+from mlx_stream.errors import TextError
+from mlx_stream.evaluate import llamacpp
+from mlx_stream.evaluate.endurance import memory_line
+from tests.fakes.refusals import one_line
+from tests.fakes.shell import done, parsed, run
+
+SMALL = ("--segment", 50, "--tokens", 150, "--window", 30)
+Eval = Callable[..., tuple[object, ...]]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The man and the other one sat in the shade of a tree.\n" * 12)
+    return path
+
+
+@pytest.fixture
+def experiments(tiny: Path, text: Path) -> dict[str, tuple[object, ...]]:
+    """Return a small command of each experiment."""
+    return {
+        "perplexity": ("eval", "perplexity", tiny, text, *SMALL, "--cache", "stream"),
+        "sinks": ("eval", "sinks", tiny, text, "--capacity", 32, "--tokens", 100),
+        "windows": ("eval", "windows", tiny, text, "--window", 20, "--window", 40, "--tokens", 99),
+        "latency": ("eval", "latency", tiny, "--cache", 32, "--cache", "64,steps=20"),
+        "streameval": (
+            *("eval", "streameval", tiny, "--lines", 40, "--window", 150),
+            *("--distances", 1, "--distances", 10),
+        ),
+        "endurance": (
+            *("eval", "endurance", tiny, text, "--log", text.with_name("log")),
+            *("--segment", 50, "--tokens", 500, "--window", 30),
+        ),
+    }
+
+
+NAMES = ["perplexity", "sinks", "windows", "latency", "streameval", "endurance"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_csv_and_table_show_the_same(
+    name: str, experiments: dict[str, tuple[object, ...]]
+) -> None:
+    command = experiments[name]
+    report = parsed(done(*command, "--json").out)
+    assert (report["experiment"], report["about"]["model"]) == (name, "tiny")
+    assert report["about"]["machine"]["mlx"] and report["rows"]
+    rows = list(csv.DictReader(io.StringIO(done(*command, "--csv").out)))
+    assert [list(row) for row in rows] == [list(row) for row in report["rows"]]
+    table = done(*command).out.splitlines()
+    assert len(table) == 1 + len(report["rows"]) + len(report["notes"])
+    assert re.search("perplexity|p50 ms|by likelihood", table[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kept_result_is_drawn_again(
+    name: str, experiments: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    (tmp_path / "kept.json").write_text(done(*experiments[name], "--json").out)
+    result = done("eval", "plot", tmp_path / "kept.json", tmp_path / "chart.png")
+    for path in (tmp_path / "chart.png", tmp_path / "chart-dark.png"):
+        assert path.read_bytes().startswith(b"\x89PNG") and f"drew {path}" in result.err
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"experiment": 1}', "[" * 100_000, "\xff"])
+def test_what_is_no_result_is_not_drawn(tmp_path: Path, content: str) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text(content, "latin-1")
+    line = one_line("eval", "plot", kept, tmp_path / "chart.png")
+    assert line == f"{kept}: not a result that `mlx_stream eval --json` printed"
+    assert list(tmp_path.iterdir()) == [kept]
+    assert "cannot be read" in one_line("eval", "plot", tmp_path / "no", tmp_path / "chart.png")
+
+
+def test_the_data_of_streameval_can_be_kept(
+    experiments: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        done(*experiments["streameval"], "--data-out", tmp_path / name)
+    lines = (tmp_path / "one").read_text().splitlines()
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    kinds = [next(iter(parsed(line + "\n"))) for line in lines]
+    assert kinds[0] == "format" and kinds.count("line") == 40 and kinds.count("query") >= 6
+    bad = tmp_path / "nowhere" / "data"
+    (tmp_path / "nowhere").write_text("")
+    assert str(bad) in one_line(*experiments["streameval"], "--data-out", bad)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chart_is_drawn_in_light_and_dark(
+    name: str, experiments: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    result = done(*experiments[name], "--plot", tmp_path / "chart.svg")
+    for path in (tmp_path / "chart.svg", tmp_path / "chart-dark.svg"):
+        assert path.read_text().startswith("<?xml") and f"drew {path}" in result.err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_cannot_be_shown_is_refused_before_anything_is_measured(
+    name: str, experiments: dict[str, tuple[object, ...]], tmp_path: Path
+) -> None:
+    assert one_line(*experiments[name], "--json", "--csv").startswith("--json and --csv")
+    for place in ("chart.gif", "nowhere/chart.svg", "."):
+        one_line(*experiments[name], "--plot", tmp_path / place)
+    assert not (tmp_path / "log").exists()
+
+
+# --- perplexity ---
+
+
+def test_perplexity_beside_mlx_lm(tiny: Path, text: Path) -> None:
+    command = ("eval", "perplexity", tiny, text, *SMALL)
+    caches = ("stream", "window", "dense", "recompute,stride=25", "mlx-lm", "mlx-lm,chunk=1")
+    options = [word for cache in caches for word in ("--cache", cache)]
+    report = parsed(done(*command, *options, "--json").out)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        rows.setdefault(row["cache"], []).append(row)
+    assert list(rows) == [
+        *("stream", "window", "dense", "recompute, stride 25", "mlx-lm", "mlx-lm, chunk 1")
+    ]
+    assert all([row["tokens"] for row in mine] == [50, 100, 150] for mine in rows.values())
+    scored = parsed(done("score", tiny, text, "--window", 30, "--max-tokens", 151, "--json").out)
+    mean = sum(scored["nll"]) / 150
+    assert sum(row["nll"] for row in rows["stream"]) / 3 == pytest.approx(mean, abs=1e-4)
+
+
+def test_the_default_caches_and_peers(tiny: Path, text: Path) -> None:
+    command = ("eval", "perplexity", tiny, text, *SMALL, "--window", 140)
+    report = parsed(done(*command, "--json", "--against", "mlx-lm").out)
+    labels = ["dense", "window", "recompute, stride 128", "stream", "mlx-lm"]
+    assert report["about"]["caches"] == labels
+    report = parsed(done("eval", "perplexity", tiny, text, *SMALL, "--json").out)
+    assert "recompute, stride 34" in report["about"]["caches"], "a small window, a small stride"
+
+
+def test_a_peer_that_is_not_installed_is_said_not_to_be_measured(tiny: Path, text: Path) -> None:
+    reason = llamacpp.why_not(None)
+    assert reason
+    command = ("eval", "perplexity", tiny, text, *SMALL, "--cache", "stream")
+    result = done(*command, "--against", "llama.cpp")
+    assert result.out.splitlines()[-1] == f"llama.cpp: not measured: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--cache", "streem"), "--cache must be one of "),
+        (("--cache", "stream,tokens=x"), "tokens must be a whole number"),
+        (("--cache", "stream", "--cache", "stream"), "--cache stream is given twice"),
+        (("--cache", "recompute,stride=35"), "a stride of 35 and 0 sinks exceed the cache of 34"),
+        (("--cache", "recompute,sinks=34,stride=1"), "a stride of 1 and 34 sinks exceed the cache"),
+        (
+            ("--cache", "stream,tokens=49"),
+            "49 tokens do not make a segment of 50: read",
+        ),
+        (("--tokens", 49), "49 tokens do not make a segment of 50: read more of the"),
+        (("--cache", "dense", "--cache", "stream,kv=5"), "--cache stream,kv=5: kv must be 8 or 4"),
+        (("--cache", "dense", "--cache", "stream,clock=9"), "is lowered at 68 at the earliest"),
+        (("--cache", "stream,chunk=-1"), "chunk must be a whole number, at least 1, not '-1'"),
+        (("--tokens", 0), "--tokens must be at least 1, not 0"),
+        (("--tokens", -5), "--tokens must be at least 1, not -5"),
+        (("--cache", "stream,chunk=1,chunk=2"), "chunk is given twice"),
+        (("--cache", "recompute,sinks=30,stride=5"), "5 and 30 sinks exceed the cache of 34"),
+        (("--cache", "stream", "--gguf", __file__), "--gguf is for llama.cpp"),
+        (("--segment", 0), "--segment must be at least 1, not 0"),
+        (("--segment", 5000), "do not make a segment of 5,000"),
+        (("--window", 0), "--window must be at least 1, not 0"),
+        (("--window", 100_000), "exceed the model's trained context"),
+        (("--against", "ollama"), "--against must be one of mlx-lm, llama.cpp, not 'ollama'"),
+        (("--gguf", "nowhere.gguf"), "nowhere.gguf: no such file"),
+        (("--dtype", "int4"), "--dtype must be one of"),
+    ],
+)
+def test_a_perplexity_that_cannot_be_measured(
+    tiny: Path, text: Path, change: tuple[object, ...], said: str
+) -> None:
+    assert said in one_line("eval", "perplexity", tiny, text, *SMALL, *change)
+
+
+@pytest.mark.parametrize("name", ["perplexity", "sinks", "windows", "endurance"])
+def test_texts_and_models_that_cannot_be_read(name: str, tiny: Path, tmp_path: Path) -> None:
+    log = ("--log", tmp_path / "log") if name == "endurance" else ()
+    (tmp_path / "short.txt").write_text("The man")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    for file, said in (
+        ("missing.txt", "missing.txt: cannot be read: No such file or directory"),
+        ("short.txt", "one to predict: give a longer text"),
+        ("latin.txt", "is not UTF-8"),
+        ("empty.txt", "is empty"),
+    ):
+        command = ("eval", name, tiny, tmp_path / file, "--window", 30, *log)
+        if name == "sinks":
+            command = ("eval", name, tiny, tmp_path / file, "--capacity", 30)
+        assert said in one_line(*command)
+    assert "no such folder" in one_line("eval", name, "./nowhere", tmp_path / "short.txt", *log)
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("sinks", "--capacity", 8), "--sinks 8 leaves no window in a cache of 8 tokens"),
+        (("sinks", "--sinks", 2, "--sinks", 2), "--sinks 2 is given twice"),
+        (("sinks", "--sinks", -1), "--sinks must be from 0"),
+        (("sinks", "--capacity", 40, "--tokens", 0), "must be at least 1"),
+        (("sinks", "--capacity", 40, "--chunk", 0), "must be at least 1"),
+        (("windows", "--window", 0), "--window must be at least 1"),
+        (("windows", "--window", 9, "--window", 9), "--window 9 is given twice"),
+    ],
+)
+def test_shapes_that_will_not_do(
+    tiny: Path, text: Path, command: tuple[object, ...], said: str
+) -> None:
+    name, *options = command
+    assert said in one_line("eval", name, tiny, text, *options)
+
+
+@pytest.mark.parametrize("size", ["x", "4", "64,steps=2", "64,steps=20,steps=21", "100000"])
+def test_latency_of_a_size_that_will_not_do(tiny: Path, size: str) -> None:
+    assert re.search(
+        "--cache|--steps|trained context", one_line("eval", "latency", tiny, "--cache", size)
+    )
+
+
+def test_a_size_given_twice(tiny: Path) -> None:
+    assert "given twice" in one_line("eval", "latency", tiny, "--cache", 32, "--cache", 32)
+
+
+def test_too_much_for_a_chart(tmp_path: Path) -> None:
+    row = {"tokens": 1, "perplexity": 1.0, "tokens_per_second": 1.0, "active_bytes": 1}
+    for rows in ([row] * 10_001, [row | {"cache": str(n)} for n in range(21)]):
+        report = {"experiment": "perplexity", "about": {}, "rows": rows, "notes": []}
+        (tmp_path / "kept").write_text(json.dumps(report))
+        assert "no chart: more than" in one_line(
+            "eval", "plot", tmp_path / "kept", tmp_path / "c.svg"
+        )
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a result" in one_line("eval", "plot", tmp_path / "pipe", tmp_path / "c.svg")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), TextError("no more")])
+@pytest.mark.parametrize(
+    ("name", "of", "options", "rows"),
+    [
+        ("perplexity", "perplexity.measure_perplexity", (*SMALL, "--cache", "stream"), 1),
+        ("sinks", "sweeps.sweep", ("--capacity", 40, "--tokens", 60), 1),
+        ("windows", "sweeps.sweep", ("--window", 30, "--window", 60, "--tokens", 60), 1),
+        ("latency", "latency.measure_latency", ("--cache", 32, "--cache", 48, "--steps", 20), 7),
+    ],
+)
+def test_what_ends_early_shows_what_it_has(
+    tiny: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    of: str,
+    options: tuple[object, ...],
+    rows: int,
+    error: BaseException,
+) -> None:
+    module, function = of.split(".")
+    where = importlib.import_module(f"mlx_stream.evaluate.{module}")
+    whole = getattr(where, function)
+
+    def cut(*args: Any) -> Any:
+        yield from itertools.islice(whole(*args), rows)
+        raise error
+
+    monkeypatch.setattr(where, function, cut)
+    files = () if name == "latency" else (text,)
+    result = run("eval", name, tiny, *files, *options)
+    assert result.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    lines = result.out.splitlines()
+    if name == "latency":  # the size that was not done is left out
+        sizes = [line.split()[0] for line in lines[1:] if line[:1].isdigit()]
+        assert sizes == ["32"] * 5
+    else:
+        assert len(lines) == 3
+    assert "interrupted" in lines[-1]
+
+
+def test_memory_is_said_to_be_equal_only_if_it_is() -> None:
+    equal, other = {"active_bytes": 5_000}, {"active_bytes": 5_001}
+    assert memory_line([equal, equal]).endswith("5,000 bytes after every segment")
+    assert memory_line([equal, other]).endswith("from 5,000 to 5,001 bytes")
+
+
+def test_cells_of_a_table() -> None:
+    assert [cell(None, ".2f"), cell(1.005e6, "MB"), cell(2_500, ",")] == ["-", "1.0", "2,500"]

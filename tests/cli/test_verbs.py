@@ -1,0 +1,329 @@
+"""The verbs as their users meet them: whole transcripts, results, help and wrong usage."""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mlx_stream
+from mlx_stream import ChatSession, Sampling
+from mlx_stream.cli import VERBS as REGISTERED
+from mlx_stream.generate.token_stream import TokenStream
+from tests.fakes.shell import DEADLINE, GREEDY, done, edit, parsed, program, run
+from tests.fakes.tiny import tiny_tokenizer
+
+VERBS = ("chat", "generate", "score", "plan", "devices", "convert", "bench", "doctor", "pull", "ls")
+TEXT = "The man and the other one sat in the shade of a hill, and he said: I see it is so.\n" * 3
+
+
+# --- chat, piped ---
+
+
+def test_chat_answers_each_line_and_says_nothing_else(letters: Path) -> None:
+    result = done("chat", letters, *GREEDY, "--max-tokens", 12, stdin="Hello\nAnd then?\n")
+    assert re.fullmatch(r"[a-z]{12}\n[a-z]{12}\n", result.out)
+    assert result.err == ""
+
+
+def test_chat_is_a_chat_session(tiny: Path) -> None:
+    sampling = Sampling(1.1, 40, 0.95, 0.01, 1.2, 7)
+    session = ChatSession(
+        mlx_stream.load(tiny), "Be brief.", 48, 2, sampling, max_tokens=30, stop=["e", "zz"]
+    )
+    expected = "".join(
+        "".join(piece.text for piece in session.reply(question)) + "\n"
+        for question in ("Hello there", "And then?")
+    )
+    options = "--window 48 --sinks 2 --temp 1.1 --top-k 40 --top-p 0.95 --min-p 0.01 --seed 7"
+    more = "--repetition-penalty 1.2 --max-tokens 30 --stop e --stop zz --dtype float32"
+    system = ("--system", "Be brief.")
+    lines = "Hello there\n\n   \n\tAnd then?  \n \n"
+    result = done("chat", tiny, *system, *options.split(), *more.split(), stdin=lines)
+    assert result.out == expected
+    other = done("chat", tiny, *options.split(), *more.split(), stdin=lines)
+    assert other.out != expected
+
+
+def test_chat_of_no_lines_or_without_a_last_newline(letters: Path) -> None:
+    for nothing in ("", "\n \n\t\n"):
+        assert done("chat", letters, *GREEDY, stdin=nothing).out == ""
+    whole = done("chat", letters, *GREEDY, "--max-tokens", 5, stdin="Hello\r\nso\r\n").out
+    assert done("chat", letters, *GREEDY, "--max-tokens", 5, stdin="Hello\nso").out == whole
+
+
+def test_stats_go_to_standard_error(letters: Path) -> None:
+    options = ("chat", letters, *GREEDY, "--max-tokens", 40, "--window", 24, "--seed", 5)
+    quiet, result = (done(*options, *more, stdin="a\nb\n") for more in ((), ("--stats",)))
+    assert result.out == quiet.out
+    # Of what is attended the user is told once, with and without.
+    assert quiet.err.startswith("mlx_stream: the window of 24 tokens is full: the oldest have")
+    assert quiet.err.count("\n") == 1 == result.err.count(quiet.err)
+    line = (
+        r"\[28 of 28 tokens attended, [\d,]+ evicted(?: \(1 exchange\))?; "
+        r"\d+\.\d tok/s, reading \d+ tok/s; cache \d+\.\d MB; seed 5\]\n"
+    )
+    assert re.fullmatch(f"({line}){{2}}", result.err.replace(quiet.err, ""))
+
+
+def test_a_turn_longer_than_the_window_is_said_on_standard_error(letters: Path) -> None:
+    result = done("chat", letters, *GREEDY, "--max-tokens", 4, "--window", 8, stdin="the man " * 20)
+    assert re.fullmatch(r"[a-z]{4}\n", result.out)
+    longer, full = result.err.splitlines()
+    assert re.match(r"mlx_stream: this turn of \d+ tokens is longer than the window of 8: ", longer)
+    assert full.startswith("mlx_stream: the window of 8 tokens is full: ")
+
+
+# --- generate ---
+
+
+def test_the_seed_decides_and_greedy_needs_none(tiny: Path) -> None:
+    def said(*options: object) -> str:
+        return done("generate", tiny, "-p", "The man", "--max-tokens", 24, *options).out
+
+    assert said("--seed", 3) == said("--seed", 3) != said("--seed", 4)
+    assert said() != said()
+    assert said(*GREEDY) == said(*GREEDY, "--seed", 4)
+
+
+def test_generate_reads_its_prompt_as_it_is(tiny: Path) -> None:
+    options = ("generate", tiny, "--seed", 1, "--max-tokens", 16)
+    texts = {
+        text: done(*options, "-p", text).out for text in ("a\n b\n", "a\n b", "<|im_start|>", "€")
+    }
+    for text, out in texts.items():
+        assert done(*options, "-p", "-", stdin=text).out == out
+    assert len(set(texts.values())) == len(texts)
+
+
+def test_a_long_standard_input_passes_through_a_small_window(letters: Path) -> None:
+    options = ("generate", letters, "-p", "-", *GREEDY, "--window", 32, "--max-tokens", 20)
+    prompt = " the" * 50_000
+    assert len(prompt) == 200_000
+    ran = done(*options, "--json", stdin=prompt)
+    result = parsed(ran.out)
+    assert [f"mlx_stream: {notice}" for notice in result["notices"]] == ran.err.splitlines()
+    assert ran.err.startswith("mlx_stream: the text of 50,000 tokens is longer than sinks and ")
+    assert re.fullmatch(r"[a-z]{20}", result["text"])
+    assert result["prompt_tokens"] == 50_000 and result["attended"] == 36
+    assert result["evicted"] == 50_000 + 19 - 36
+
+
+def test_generate_as_json_is_the_same_text(tiny: Path) -> None:
+    options = ("generate", tiny, "-p", "The man", "--seed", 3)
+    result = done(*options, "--max-tokens", 9, "--json")
+    assert result.err == ""
+    found = parsed(result.out)
+    assert found.keys() == {
+        *("text", "finish", "prompt_tokens", "reply_tokens", "prompt_tokens_per_second"),
+        *("tokens_per_second", "attended", "evicted", "sinks", "window", "cache_bytes", "seed"),
+        *("drafted_tokens", "accepted_tokens", "notices"),
+    }
+    assert (found["finish"], found["reply_tokens"], found["seed"]) == ("length", 9, 3)
+    assert (found["sinks"], found["window"]) == (4, 508)
+    plain = done(*options, "--max-tokens", 9).out
+    assert plain == found["text"] + "\n"
+    stop = found["text"].strip()[-1]
+    stopped = parsed(done(*options, "--max-tokens", 9, "--json", "--stop", stop).out)
+    assert stopped["finish"] == "stop"
+    assert stopped["text"] == found["text"].partition(stop)[0]
+
+
+def test_a_reply_ends_where_the_model_ends_it(letters: Path, tmp_path: Path) -> None:
+    said = done("generate", letters, "-p", "a", *GREEDY, "--max-tokens", 9).out.strip()
+    folder = Path(shutil.copytree(letters, tmp_path / "ends"))
+    edit(folder / "config.json", eos_token_id=tiny_tokenizer().get_vocab()[said[-1]])
+    expected = said.partition(said[-1])[0]
+    result = parsed(done("generate", folder, "-p", "a", *GREEDY, "--json").out)
+    assert (result["text"], result["finish"]) == (expected, "end")
+    assert result["reply_tokens"] == len(expected)
+    assert done("generate", folder, "-p", "a", *GREEDY).out == f"{expected}\n"
+
+
+# --- score ---
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def scored(*args: object, stdin: str | bytes = b"") -> dict[str, Any]:
+    result = done("score", *args, "--json", stdin=stdin)
+    assert result.err == ""
+    return parsed(result.out)
+
+
+def test_score_as_json(tiny: Path, text: Path) -> None:
+    count = len(mlx_stream.load(tiny).tokenizer.encode(TEXT))
+    found = scored(tiny, text, "--window", 24)
+    assert found.keys() == {
+        *("tokens", "perplexity", "nll", "evicted", "seconds", "active_bytes", "peak_bytes")
+    }
+    assert found["tokens"] == len(found["nll"]) == count - 1
+    mean = math.fsum(found["nll"]) / len(found["nll"])
+    assert found["perplexity"] == pytest.approx(math.exp(mean), rel=1e-9)
+    assert found["evicted"] == count - 1 - 28
+    assert 0 < found["active_bytes"] <= found["peak_bytes"] and found["seconds"] > 0
+    assert all(type(found[key]) is int for key in ("tokens", "evicted", "peak_bytes"))
+    assert scored(tiny, "-", "--window", 24, stdin=TEXT)["nll"] == found["nll"]
+
+
+def test_score_is_what_the_model_says_of_each_next_token(tiny: Path, text: Path) -> None:
+    model = mlx_stream.load(tiny)
+    ids = model.tokenizer.encode(TEXT)
+    found = scored(tiny, text, "--window", 24)["nll"]
+    for count in (1, 2, 28, 29, len(ids) - 1):
+        logits = np.array(TokenStream(model, model.new_cache(4, 24)).read(ids[:count]))
+        expected = np.logaddexp.reduce(logits) - logits[ids[count]]
+        assert found[count - 1] == pytest.approx(expected, abs=2e-3)
+
+
+def test_score_does_not_depend_on_the_chunk(tiny: Path, text: Path) -> None:
+    one, *others = (
+        scored(tiny, text, "--window", 24, "--sinks", 2, "--chunk", chunk)["nll"]
+        for chunk in (1, 7, 64, 1000)
+    )
+    for other in others:
+        assert np.allclose(one, other, rtol=0, atol=2e-3)
+    wider = scored(tiny, text, "--window", 40, "--sinks", 2)["nll"]
+    assert not np.allclose(one, wider, rtol=0, atol=0.1)
+
+
+def test_score_of_a_window_that_holds_the_text_is_dense(tiny: Path, text: Path) -> None:
+    dense, streamed = scored(tiny, text, "--dense"), scored(tiny, text, "--window", 500)
+    assert dense["evicted"] == streamed["evicted"] == 0
+    assert np.allclose(dense["nll"], streamed["nll"], rtol=0, atol=2e-3)
+
+
+def test_score_counts_input_tokens(tiny: Path, text: Path) -> None:
+    whole, part = (scored(tiny, text, *more)["nll"] for more in ((), ("--max-tokens", 10)))
+    assert len(part) == 9 and np.allclose(part, whole[:9], rtol=0, atol=2e-3)
+
+
+def test_score_for_people(tiny: Path, text: Path) -> None:
+    found = scored(tiny, text)
+    result = done("score", tiny, text)
+    pattern = (
+        r"perplexity ([\d.]+) over ([\d,]+) tokens\n0 evicted; [\d.]+ tok/s; "
+        r"[\d.]+ MB active, [\d.]+ MB at peak\n"
+    )
+    match = re.fullmatch(pattern, result.out)
+    assert match is not None and result.err == ""
+    assert float(match[1]) == pytest.approx(found["perplexity"], abs=1e-3)
+    assert int(match[2].replace(",", "")) == found["tokens"]
+
+
+# --- doctor, ls, help, bench ---
+
+
+def test_doctor_says_what_is_here() -> None:
+    result = done("doctor", "--json")
+    facts = parsed(result.out)
+    assert result.err == ""
+    assert facts.keys() == {
+        *("mlx_stream", "mlx", "mlx-lm", "python", "system", "device", "metal", "openblas"),
+        *("memory_budget_bytes", "cores", "cache", "advice"),
+    }
+    assert facts["cache"].startswith(os.environ["MLX_STREAM_HOME"])
+    assert all(isinstance(line, str) and line for line in facts["advice"])
+    lines = done("doctor").out.splitlines()
+    rows = dict(line.split(maxsplit=1) for line in lines[1 : lines.index("")])
+    assert rows == {name: str(value) for name, value in facts.items() if name != "advice"}
+    assert [line[2:] for line in lines[lines.index("") + 1 :]] == (
+        facts["advice"] or ["nothing here will be slower than it must be"]
+    )
+
+
+def test_ls_of_nothing() -> None:
+    result = done("ls")
+    assert result.out == ""
+    assert result.err == (
+        "mlx_stream: no models are cached yet; `mlx_stream chat` fetches the starter\n"
+    )
+    result = done("ls", "--json")
+    assert (parsed(result.out), result.err) == ({"models": []}, "")
+
+
+def test_a_cached_model_is_listed_and_opens_without_the_network(tiny: Path) -> None:
+    folder = Path(os.environ["HF_HOME"]) / "hub" / "models--org--name"
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    for path in tiny.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    result = done("ls")
+    assert result.err == ""
+    assert [line.split()[0] for line in result.out.splitlines()] == ["model", "org/name"]
+    [entry] = parsed(done("ls", "--json").out)["models"]
+    assert entry.keys() == {"name", "kind", "bytes", "path"}
+    assert (entry["name"], entry["kind"]) == ("org/name", "hub")
+    options = ("-p", "a", *GREEDY, "--max-tokens", 8)
+    by_name, by_path = (done("generate", name, *options) for name in ("org/name", tiny))
+    assert (by_name.out, by_name.err) == (by_path.out, "")
+
+
+def test_help_names_every_verb() -> None:
+    found = subprocess.run(
+        program("--help"), capture_output=True, text=True, timeout=DEADLINE, check=True
+    )
+    assert found.stderr == ""
+    assert all(re.search(rf"\b{verb}\b", found.stdout) for verb in VERBS)
+    assert set(REGISTERED) == {*VERBS, "eval", "sessions"}
+    for verb in VERBS:
+        assert done(verb, "--help").out == done(verb, "-h").out != ""
+
+
+def plain(text: str) -> str:
+    """Take out colours, and the frame's line breaks."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nonsense"], "nonsense"),
+        (["--nonsense"], "--nonsense"),
+        (["chat", "x", "--nonsense"], "--nonsense"),
+        (["chat", "x", "y"], "y"),
+        (["generate", "x"], "--prompt"),
+        (["score"], "FILE"),
+        (["score", "x", "y", "--window", "many"], "--window"),
+        (["bench", "x", "--pairs", "2.5"], "--pairs"),
+        (["generate", "x", "-p"], "-p"),
+        (["ls", "x"], "x"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], named: str) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert named in plain(result.err) and "Traceback" not in result.err
+
+
+def test_bench_compares_with_mlx_lm(tiny: Path) -> None:
+    # A process of its own: mlx-lm imports much that other tests are better without.
+    options = ("--json", "--pairs", 3, "--window", 64, "--chunk", 16, "--prefill", 40)
+    command = program("bench", tiny, *options)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE)
+    assert found.returncode == 0, found.stderr
+    assert all(line.startswith("mlx_stream: ") for line in found.stderr.splitlines())
+    result = parsed(found.stdout)
+    assert result.keys() >= {"model", "dtype", "quantized", "against", "windows", "machine"}
+    assert (result["against"], result["dtype"], result["quantized"]) == ("mlx-lm", "float32", False)
+    assert list(result["windows"]) == ["64"]
+    window = result["windows"]["64"]
+    assert window["decode"]["pairs"] == window["prefill"]["pairs"] == 3
+    for kind in ("decode", "prefill"):
+        assert window[f"{kind}_ratio"] == window[kind]["ratio_quartiles"][1] > 0
+    assert window["python"]["ours_nodes"] > 100 < window["python"]["mlx_lm_nodes"]
+    assert window["bytes"].keys() == {"weights", "cache", "least_ms", "share_of_limit"}
+    assert result["read"]["bytes_per_second"] > 0
+    assert [one["tokens"] for one in (*result["prefill"], *result["prefill_best"])] == [40, 40]

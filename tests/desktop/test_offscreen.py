@@ -1,0 +1,50 @@
+"""The desktop app as a real window, drawn by Qt where nobody sees it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.fakes.shell import DEADLINE
+
+
+def qt_is_missing() -> str:
+    """Return why Qt cannot draw here, or nothing."""
+    if sys.platform != "linux":
+        return "Toga draws with Qt on Linux only"
+    # In another process: a backend is chosen once, and these tests have chosen the dummy.
+    tried = subprocess.run(
+        [sys.executable, "-c", "import toga_qt, PySide6.QtWidgets"], capture_output=True, text=True
+    )
+    return tried.stderr.strip().rpartition("\n")[2]
+
+
+def test_a_real_window_shows_a_conversation_the_gauge_and_no_markup(letters, tmp_path):
+    if reason := qt_is_missing():
+        pytest.skip(reason)
+    from PIL import Image
+
+    env = {**os.environ, "QT_QPA_PLATFORM": "offscreen", "TOGA_BACKEND": "toga_qt"}
+    questions = ["What is <b>this</b>?", "Go on."]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.measure.screenshot", letters, tmp_path, *questions],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE,
+    )
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout.splitlines()[-1])
+    assert seen["shown"].startswith("What is <\N{WORD JOINER}b>this<\N{WORD JOINER}/b>?")
+    assert "Go on." in seen["shown"] and "tokens attended" in seen["gauge"]
+    assert seen["listed"] == ["\N{BULLET} what-is-b-this-b"]
+    colours = []
+    for name in ("large.png", "small.png"):
+        with Image.open(tmp_path / name) as image:
+            drawn = image.convert("RGB").getcolors(1 << 20) or []
+            colours.append({colour for count, colour in drawn if count > 100})
+    for ground in ("#dcebff", "#efeff2", "#2f7de1"):  # a question, a reply, the gauge
+        rgb = tuple(int(ground[at : at + 2], 16) for at in (1, 3, 5))
+        assert all(rgb in found for found in colours), ground

@@ -1,0 +1,126 @@
+"""What the desktop app is made of: lines of text, pauses between drawings, names, rows."""
+
+import ast
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_stream.chat import session_files
+from mlx_stream.program import paths
+from mlx_stream_desktop.controller import Gauge
+from mlx_stream_desktop.history import Message, new_name, slug
+from mlx_stream_desktop.text_layout import LONGEST_SHOWN, escape_markup, wrap
+from mlx_stream_desktop.throttle import Throttle
+
+APP = Path(__file__).parents[2] / "apps" / "mlx_stream_desktop"
+PUBLIC = {"mlx_stream.errors", "mlx_stream.chat", "mlx_stream.engine", "mlx_stream.hub"}
+PUBLIC |= {"mlx_stream.program"}
+
+
+@pytest.mark.parametrize("path", sorted(APP.glob("*.py")), ids=lambda path: path.name)
+def test_a_file_is_short_says_what_it_knows_and_uses_what_is_public(path):
+    text = path.read_text("utf-8")
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mlx_stream."):
+            assert any(str(node.module).startswith(name) for name in PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one two three", ["one two", "three"]),
+        ("one four", ["one", "four"]),
+        ("    def f(x):", ["    def", "f(x):"]),
+        ("abcdefghijkl", ["abcdefg", "hijkl"]),
+        ("a\n\nb", ["a", "", "b"]),
+        ("a b  ", ["a b"]),
+        ("", [""]),
+    ],
+)
+def test_lines_break_between_words_and_in_words_that_are_too_long(text, lines):
+    assert wrap(text, 7, len).split("\n") == lines
+
+
+@given(st.text("ab \n", max_size=60), st.integers(1, 12))
+def test_no_line_is_too_wide_and_nothing_but_spaces_is_lost(text, width):
+    wrapped = wrap(text, width, len)
+    assert all(len(line) <= width for line in wrapped.split("\n"))
+    assert wrapped.replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
+
+
+def test_what_is_shown_is_bounded_and_without_control_characters():
+    assert escape_markup("a\x1b[2Jb\r\nc\td\x00") == "a[2Jb\nc    d"
+    long = escape_markup("x" * (LONGEST_SHOWN + 5))
+    assert len(long) < LONGEST_SHOWN + 100 and long.endswith("of 20,005 characters)")
+
+
+class Clock:
+    """An event loop's clock, turned by hand."""
+
+    def __init__(self):
+        self.now, self.waiting = 100.0, []
+
+    def time(self):
+        return self.now
+
+    def call_later(self, delay, callback):
+        self.waiting.append((self.now + delay, callback))
+
+    def run_to(self, now):
+        while self.waiting and self.waiting[0][0] <= now:
+            self.now, callback = self.waiting.pop(0)
+            callback()
+        self.now = now
+
+
+def test_a_thousand_changes_in_a_second_are_at_most_21_drawings_the_last_of_the_newest():
+    clock, drawn, value = Clock(), [], 0
+    pacer = Throttle(lambda: drawn.append((clock.now, value)), clock)
+    for millisecond in range(1_000):
+        clock.run_to(100 + millisecond / 1_000)
+        value += 1
+        pacer()
+    clock.run_to(102)
+    assert 19 <= len(drawn) <= 21
+    assert all(b - a > 0.0499 for (a, _), (b, _) in pairwise(drawn))
+    assert drawn[0][0] == 100.0 and drawn[-1][1] == 1_000
+
+
+def test_a_conversation_is_named_after_its_first_question_and_no_other_has_the_name():
+    assert slug("Why is the sky blue?") == "why-is-the-sky-blue"
+    assert slug("/../../etc \N{SNOWMAN}") == "etc"
+    assert slug("\N{SNOWMAN}") == "conversation"
+    assert len(slug("word " * 100)) <= 40
+    paths.private(paths.data_folder())
+    for taken in ("hi", "Hi-2"):
+        session_files.session_paths(taken).database.touch()
+    assert new_name("Hi!") == "hi-3"
+    assert session_files.NAME.fullmatch(new_name("x" * 500))
+
+
+def test_a_gauge_says_numbers_with_their_units():
+    gauge = Gauge(1_203, 42, 2_090, 3_412, 94_600_000, 21.34)
+    assert str(gauge) == (
+        "1,203 of 2,090 tokens attended (42 for good) · 3,412 evicted · 94.6 MB · 21.3 tok/s"
+    )
+    assert str(Gauge()) == "nothing is attended yet"
+
+
+def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
+    from mlx_stream_desktop.transcript import EXCHANGES_SHOWN, rows_of
+    from tests.fakes.desks import GREEDY  # noqa: F401  # it chooses the backend
+
+    said = [Message(f"q{n}", f"r{n}", "end") for n in range(EXCHANGES_SHOWN + 5)]
+    rows = rows_of(said, attended=2, name="work")
+    assert rows[0].text == "5 earlier: mlx_stream sessions show work"
+    at = next(n for n, row in enumerate(rows) if row.kind == "note" and n)
+    assert rows[at].text == f"{EXCHANGES_SHOWN + 3} exchanges above left the window: not attended"
+    assert [row.text for row in rows[at + 1 :]] == ["q23", "r23", "q24", "r24"]
+    assert all(row.attended == (n > at) for n, row in enumerate(rows))
+    assert [row.kind for row in rows_of(said[:1], 1, "work")] == ["you", "model"]
+    assert rows_of([Message("q")], 1, None)[-1].text == " \N{HORIZONTAL ELLIPSIS}"

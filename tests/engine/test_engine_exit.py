@@ -1,0 +1,145 @@
+"""Programs with an engine end, and by themselves: in a reply, without close(), while loading."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.engines import DEADLINE
+
+BEGIN = """
+import sys, threading, os, signal, asyncio
+import mlx_stream
+from mlx_stream.sampling import Sampling
+engine = mlx_stream.Engine(sys.argv[1], dtype="float32", keep_quantized=False)
+chat = engine.session(sampling=Sampling(temperature=0), max_tokens=1_000_000, name="kept")
+"""
+ENDS = {
+    "in a reply": "next(chat.reply('Hi'))\npieces = chat.reply('Hi')\nnext(pieces)\nprint('end')",
+    "by sys.exit in a reply": "for piece in chat.reply('Hi'): print('end'); sys.exit(0)",
+    "without asking anything": "print('end')",
+    "without close after a reply": "list(chat.reply('Hi', 5))\nprint('end')",
+    "while others read": """
+def read():
+    try:
+        for piece in chat.reply('Hi'): begun.set()
+    except mlx_stream.errors.EngineClosed: pass
+begun = threading.Event()
+threading.Thread(target=read, daemon=True).start()
+begun.wait()
+print('end')
+""",
+    "with a listener": """
+listener = engine.listen()
+for _ in range(20): listener.feed('and the man of the house ' * 100, timeout=60)
+print('end')
+""",
+    "in asyncio": """
+async def main():
+    async for piece in chat.areply('Hi'):
+        break
+    print('end')
+asyncio.run(main())
+""",
+    "after close in a reply": "next(chat.reply('Hi'))\nengine.close()\nprint('end')",
+    "by an exception": """
+sys.excepthook = lambda *_: print('end')
+try:
+    next(chat.reply('Hi'))
+    raise ValueError
+finally:
+    pass
+""",
+}
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "MLX_STREAM_HOME": str(home),
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONWARNINGS": "error",
+    }
+
+
+def ran(program: str, letters: Path, home: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", program, str(letters)],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_program_ends(letters, tmp_path, how):
+    program = BEGIN + ENDS[how]
+    ended = ran(program, letters, tmp_path)
+    assert ended.stdout == "end\n" and ended.stderr == ""
+    assert ended.returncode == (1 if how == "by an exception" else 0)
+
+
+def test_what_was_said_is_on_disk_when_a_program_ends_without_close(letters, tmp_path):
+    program = BEGIN + "list(chat.reply('One?', 5))\nnext(chat.reply('Two?'))\n"
+    again = BEGIN + (
+        "chat.wait(60)\n"
+        "print([(e.question, e.finish) for e in chat.exchanges], chat.stats.notices)\n"
+        "engine.close()"
+    )
+    outputs = [ran(text, letters, tmp_path).stdout for text in (program, again)]
+    # Its stream too: nothing is read again.
+    assert outputs == ["", "[('One?', 'length'), ('Two?', 'interrupted')] []\n"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_an_engine_does_not_hang_in_a_fork(letters, tmp_path):
+    program = BEGIN + (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "list(chat.reply('One?', 5))\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    try:\n"
+        "        engine.session()\n"
+        "    except mlx_stream.errors.EngineClosed:\n"
+        "        os._exit(7)\n"
+        "    os._exit(8)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    ended = ran(program, letters, tmp_path)
+    assert ended.stdout == "7\n", ended.stderr
+
+
+# What is begun before a fork, and what waits for it in the new process.
+IN_A_FORK = {
+    "opening": ("", "chat.wait()"),
+    "reply": ("pieces = chat.reply('Hi')\nnext(pieces)", "list(pieces)"),
+    "feed": ("listener = engine.listen(backlog=9)", "while True: listener.feed('x' * 9, 60)"),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("begun", IN_A_FORK)
+def test_what_was_begun_before_a_fork_is_not_waited_for_in_it(letters, tmp_path, begun):
+    begin, wait = IN_A_FORK[begun]
+    seconds = 0 if begun == "reply" else 2  # so that the rest is not done before
+    program = (
+        "import time, warnings; warnings.simplefilter('ignore')\n"
+        "from mlx_stream.engine.model_host import ModelHost; load = ModelHost.load\n"
+        f"ModelHost.load = lambda host: (time.sleep({seconds}), load(host))\n"
+        f"{BEGIN}\n{begin}\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    signal.alarm(20)\n"
+        "    try:\n"
+        f"        {wait}\n"
+        "    except mlx_stream.errors.EngineClosed as error:\n"
+        "        os._exit(7 if 'fork' in str(error) else 8)\n"
+        "    os._exit(9)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    ended = ran(program, letters, tmp_path)
+    assert ended.stdout == "7\n", ended.stderr

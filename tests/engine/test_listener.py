@@ -1,0 +1,401 @@
+"""Listening: what is fed is attended as it is, questions come and go, and nothing fed is lost."""
+
+import asyncio
+import json
+import pydoc_data.topics
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_stream
+from mlx_stream import errors
+from mlx_stream.cache import StreamCache
+from mlx_stream.generate import snapshot
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.sampling import Sampling
+from tests.chat.test_session import set_template
+from tests.fakes.engines import DEADLINE, GREEDY, engine_of, eventually, said, together
+from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+
+TEXT = pydoc_data.topics.topics["compound"][:4_000]
+
+
+@pytest.fixture
+def engine(letters):
+    with engine_of(letters) as engine:
+        yield engine
+    assert engine.close(DEADLINE)
+
+
+def hearing(listener):
+    listener.wait(DEADLINE)
+    return listener._listener_worker
+
+
+def attended(listener):
+    """Return the text attended; only while nothing is read."""
+    heard = hearing(listener)
+    ids = heard.tokens.attended_ids()
+    return heard.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
+
+
+def bits(listener):
+    """Return the whole state of a stream, as numbers."""
+    state = hearing(listener).tokens.state()
+    return {n: np.array(v).tolist() if isinstance(v, mx.array) else v for n, v in state.items()}
+
+
+def rendered(listener, *said, system=None):
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, reply in said:
+        messages.append({"role": "user", "content": question})
+        if reply is not None:
+            messages.append({"role": "assistant", "content": reply})
+    return hearing(listener).prompts.template.render(messages, reply=False)
+
+
+def test_what_is_fed_is_one_open_turn_and_questions_close_it(engine):
+    listener = engine.listen(system="You listen.", window=400, sampling=GREEDY)
+    listener.feed("The train is la")
+    listener.feed("te. It is <|im_end|> of May.")
+    listener.flush(DEADLINE)
+    text = "The train is late. It is <|im_end|> of May."
+    closing = "<|im_end|>\n"
+    assert attended(listener) + closing == rendered(listener, (text, None), system="You listen.")
+    answer = said(listener.ask("Why?", max_tokens=9))
+    assert len(answer) == 9
+    listener.feed("It came. ")
+    listener.flush(DEADLINE)
+    turns = ((f"{text}\n\nWhy?", answer), ("It came. ", None))
+    assert attended(listener) + closing == rendered(listener, *turns, system="You listen.")
+    again = said(listener.ask("When?", max_tokens=9))
+    more = said(listener.ask("Where?", max_tokens=9))
+    listener.flush(DEADLINE)
+    turns = (turns[0], ("It came. \n\nWhen?", again), ("Where?", more), ("", None))
+    assert attended(listener) + closing == rendered(listener, *turns, system="You listen.")
+    assert listener.stats.pinned > 0 and listener.backlog == 0
+
+
+def test_a_question_ends_what_was_fed_before_it_also_in_the_middle_of_a_word(engine):
+    listener = engine.listen(window=400, sampling=GREEDY)
+    listener.feed("The train is la")
+    answer = said(listener.ask("Why?", max_tokens=3))
+    listener.flush(DEADLINE)
+    assert f"The train is la\n\nWhy?<|im_end|>\n<|im_start|>assistant\n{answer}" in attended(
+        listener
+    )
+
+
+def test_asked_now_it_answers_from_what_is_read_and_loses_nothing(engine):
+    listener = engine.listen(window=400, sampling=GREEDY)
+    listener.feed("One two thr")
+    eventually(lambda: hearing(listener).encoder.pending == " thr")
+    answer = said(listener.ask("Why?", max_tokens=3, now=True))
+    listener.feed("ee four")
+    listener.flush(DEADLINE)
+    text = attended(listener)
+    assert f"user\nOne two\n\nWhy?<|im_end|>\n<|im_start|>assistant\n{answer}" in text
+    assert text.endswith("<|im_start|>user\n three four")
+
+
+def test_the_stream_is_one_that_read_the_same_ids(letters, engine):
+    listener = engine.listen(window=300, sampling=GREEDY)
+    for at in range(0, len(TEXT), 37):
+        listener.feed(TEXT[at : at + 37], timeout=DEADLINE)
+    listener.flush(DEADLINE)
+    heard = hearing(listener)
+    ids = heard.prompts.encode(heard.turn.opening + TEXT)
+    assert listener.stats.evicted == len(ids) - listener.stats.attended > 0
+    model = mlx_stream.load(letters, dtype="float32", keep_quantized=False)
+    fresh = TokenStream(model, model.new_cache(heard.cache.geometry.sinks, 300))
+    expected = fresh.read([*ids, 5, 6, 7])
+    assert heard.tokens.attended_ids() == fresh.attended_ids()[:-3] or (
+        heard.tokens.attended_ids()[-100:] == fresh.attended_ids()[-103:-3]
+    )
+    assert np.allclose(np.array(heard.tokens.read([5, 6, 7])), np.array(expected), atol=1e-4)
+
+
+def test_what_takes_longer_than_somebody_waits_goes_on(engine):
+    listener = engine.listen(window=300, sampling=GREEDY)
+    listener.feed(TEXT * 5)
+    with pytest.raises(TimeoutError):
+        listener.flush(0)
+    listener.flush(DEADLINE)
+    assert listener.backlog == 0 and listener.stats.evicted > 1_000
+
+
+def test_asking_without_remembering_leaves_the_stream_as_it_was_to_the_bit(engine):
+    listener = engine.listen(window=150, sampling=GREEDY)
+    listener.feed(TEXT)
+    listener.flush(DEADLINE)
+    listener.feed(" and a begun wo")
+    eventually(lambda: not listener.backlog and hearing(listener).encoder.pending == " wo")
+    before, words = bits(listener), dict(vars(hearing(listener).encoder))
+    used, _ = engine.memory
+    pieces = listener.ask("What is it?", remember=False, max_tokens=20)
+    first = next(pieces).text
+    assert engine.memory[0] == used + listener.stats.cache_bytes or first
+    answer = first + said(pieces)
+    assert engine.memory[0] == used
+    assert bits(listener) == before and vars(hearing(listener).encoder) == words
+    stopped = listener.ask("What is it?", remember=False, max_tokens=100_000)
+    next(stopped)
+    stopped.close()
+    eventually(lambda: not listener._queue.tasks)
+    assert bits(listener) == before and engine.memory[0] == used
+    # It is the answer that would be remembered.
+    assert said(listener.ask("What is it?", max_tokens=20)) == answer
+    listener.flush(DEADLINE)  # what follows the answer is read on the engine's thread
+    assert bits(listener) != before
+
+
+def test_answering_aside_keeps_no_freed_buffers(engine):
+    """They would stay for as long as nothing is asked again."""
+    listener = engine.listen(window=500, sampling=GREEDY)
+    listener.feed(TEXT[:200])
+    listener.flush(DEADLINE)
+    said(listener.ask("What is it?", remember=False, max_tokens=20))
+    assert mx.get_cache_memory() < listener.stats.cache_bytes / 2
+
+
+@pytest.mark.parametrize("fails", [(TokenStream, "next"), (StreamCache, "__init__")], ids=str)
+def test_an_answer_aside_that_fails_leaves_nothing_behind(engine, monkeypatch, fails):
+    """As a device does that cannot compute, or has no memory left."""
+    listener = engine.listen(window=500, sampling=GREEDY)
+    listener.feed(TEXT[:200])
+    listener.flush(DEADLINE)
+    said(listener.ask("What is it?", remember=False, max_tokens=5))
+    before, used = mx.get_active_memory(), engine.memory[0]
+
+    def failing(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(errors.ComputeError, match="out of memory"):
+        patch.setattr(*fails, failing)
+        said(listener.ask("What is it?", remember=False, max_tokens=5))
+    assert engine.memory[0] == used
+    assert mx.get_active_memory() - before < listener.stats.cache_bytes / 2
+    assert mx.get_cache_memory() < listener.stats.cache_bytes / 2
+
+
+def test_a_copy_that_does_not_fit_is_refused_and_listening_goes_on(letters):
+    with engine_of(letters) as engine:
+        listener = engine.listen(window=100)
+        listener.wait(DEADLINE)
+        used, ring = engine.memory[0], listener.stats.cache_bytes
+    with engine_of(letters, memory_budget=used + ring - 1) as engine:
+        listener = engine.listen(window=100, sampling=GREEDY)
+        with pytest.raises(errors.MemoryRefused, match="budget"):
+            said(listener.ask("What?", remember=False))
+        assert len(said(listener.ask("What?", max_tokens=5))) == 5
+        with pytest.raises(errors.MemoryRefused):
+            engine.listen(window=100).wait(DEADLINE)
+        other = engine.listen(window=100)
+        with pytest.raises(errors.MemoryRefused):
+            while True:  # at once it may not be known yet
+                other.feed("x", timeout=0.01)
+
+
+def test_an_answer_that_is_cut_leaves_a_well_formed_stream(engine):
+    listener = engine.listen(window=500, sampling=GREEDY)
+    listener.feed("One two three.")
+    pieces = listener.ask("Why?", max_tokens=100_000)
+    shown = next(pieces).text
+    pieces.close()
+    never_begun = listener.ask("How? " * 300, max_tokens=100_000)
+    threading.Thread(target=lambda: next(never_begun, None), daemon=True).start()
+    eventually(lambda: listener._queue.tasks)
+    listener._answer.cancel()
+    listener.feed("And four.")
+    listener.flush(DEADLINE)
+    text = attended(listener)
+    assert shown
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nAnd four.")
+    assert text.count("<|im_start|>") in (3, 5)
+    assert text.count("<|im_end|>\n<|im_start|>") == text.count("<|im_start|>") - 1
+
+
+def test_what_is_fed_too_fast_is_refused_with_the_numbers_and_can_wait(engine):
+    listener = engine.listen(window=100, backlog=1_000)
+    with engine._worker.lock:  # nothing is taken meanwhile
+        listener.feed("x " * 400)
+        with pytest.raises(errors.QueueFull, match=r"800 characters.*at most 1,000"):
+            listener.feed("y " * 200)
+        assert listener.backlog == 800
+    for _ in range(20):
+        listener.feed("y " * 200, timeout=DEADLINE)
+    listener.flush(DEADLINE)
+    assert listener.backlog == 0
+    with pytest.raises(errors.ValueRefused, match="in parts"):
+        listener.feed("x" * 1_001)
+    with pytest.raises(errors.TextError, match="surrogate"):
+        listener.feed("a \ud800 b")
+    with pytest.raises(errors.TextError, match="not bytes"):
+        listener.feed(b"x")  # type: ignore[arg-type]
+    listener.close(DEADLINE)
+    with pytest.raises(errors.EngineClosed):
+        listener.feed("x")
+
+
+def test_evictions_are_told_where_the_listener_is_used(engine):
+    left, threads = [], set()
+
+    def on_evict(exchanges, tokens):
+        threads.add(threading.current_thread())
+        left.append(tokens)
+
+    listener = engine.listen(window=60, sampling=GREEDY, on_evict=on_evict)
+    listener.feed(TEXT)
+    listener.flush(DEADLINE)
+    said(listener.ask("Why?", max_tokens=20))
+    listener.flush(DEADLINE)
+    assert sum(left) == listener.stats.evicted > 0
+    assert threads == {threading.current_thread()}
+    assert any("begun to leave" in notice for notice in listener.stats.notices)
+
+
+def test_a_snapshot_goes_on_to_the_bit_and_holds_what_was_not_read(engine, tmp_path):
+    path = tmp_path / "stream.safetensors"
+    options = {"system": "You listen.", "window": 120, "sampling": Sampling(0.8, seed=3)}
+    listener = engine.listen(**options)
+    assert listener.restored is None
+    listener.feed(TEXT[:1_000])
+    said(listener.ask("Why?", max_tokens=9))
+    with engine._worker.lock:  # so that most of it is not read when it is saved
+        listener.feed(TEXT[1_000:3_010])
+        saving = threading.Thread(target=listener.save, args=(path, {"byte": 3_010, "file": "a"}))
+        saving.start()
+    saving.join(DEADLINE)
+    listener.feed(TEXT[3_010:])
+    listener.flush(DEADLINE)
+    again = engine.listen(**options, restore=path)
+    again.wait(DEADLINE)
+    assert again.restored == {"byte": 3_010, "file": "a"}
+    again.feed(TEXT[3_010:])
+    again.flush(DEADLINE)
+    assert hearing(again).tokens.attended_ids() == hearing(listener).tokens.attended_ids()
+    assert again.stats.evicted == listener.stats.evicted
+    assert said(again.ask("What?", max_tokens=9)) == said(listener.ask("What?", max_tokens=9))
+    # Saved where all is read, and so read in the same steps: to the bit.
+    listener.flush(DEADLINE)
+    listener.save(path, {})
+    third = engine.listen(**options, restore=path)
+    third.wait(DEADLINE)
+    assert bits(third) == bits(listener) and third.restored == {}
+    assert said(third.ask("And?", max_tokens=9)) == said(listener.ask("And?", max_tokens=9))
+
+
+def test_a_snapshot_between_an_answer_and_the_turn_behind_it_goes_on_there(engine, tmp_path):
+    path = tmp_path / "stream.safetensors"
+    listener = engine.listen(window=200, sampling=GREEDY)
+    listener.feed("One two three.")
+    heard = hearing(listener)
+    with engine._worker.lock:  # so that nothing comes between
+        listener._ask_command("Why?", True, 9, False)()
+        saving = listener._submit(lambda: heard.save(path, {}), None)
+    saving.outcome(DEADLINE)
+    again = engine.listen(window=200, sampling=GREEDY, restore=path)
+    for one in (listener, again):
+        one.feed("Four.")
+        one.flush(DEADLINE)
+    assert attended(again) == attended(listener)
+
+
+def test_a_snapshot_that_will_not_do_is_not_used_and_that_is_said(
+    engine, tmp_path, tmp_path_factory
+):
+    path = tmp_path / "stream.safetensors"
+    missing = engine.listen(window=60, restore=path)
+    missing.wait(DEADLINE)
+    assert missing.restored is None and missing.stats.notices == []
+    missing.save(path, {"n": 1})
+    whole = path.read_bytes()
+    begin = {"window": 60, "restore": path}
+    for change, damage in (
+        ({"window": 61}, whole),
+        ({"system": "Another."}, whole),
+        ({}, whole[:-1]),
+        ({}, b""),
+        ({}, whole.replace(b"listener", b"lustener")),
+    ):
+        path.write_bytes(damage)
+        listener = engine.listen(**{**begin, **change})
+        listener.wait(DEADLINE)
+        assert listener.restored is None
+        assert "begins anew" in listener.stats.notices[0]
+        listener.feed("One two three.")
+        listener.flush(DEADLINE)
+        assert attended(listener).endswith("<|im_start|>user\nOne two three.")
+        listener.close(DEADLINE)
+    path.write_bytes(whole)
+    config = tiny_config()
+    other = write_tiny(tmp_path_factory.mktemp("other"), config, tiny_weights(config, seed=9))
+    engine.close(DEADLINE)
+    with engine_of(other) as another:
+        listener = another.listen(**begin)
+        listener.wait(DEADLINE)
+        assert listener.restored is None and "another model" in listener.stats.notices[0]
+
+
+def test_forged_headers_are_refused(engine, tmp_path):
+    from mlx_stream.engine.listener_snapshot import parse_listener_state
+
+    listener = engine.listen(window=60)
+    path = tmp_path / "stream.safetensors"
+    listener.save(path, {"n": 1, "s": "x"})
+    about = snapshot.load_snapshot(path).about
+    assert parse_listener_state(about, 300).note == {"n": 1, "s": "x"}
+    for name, wrong in (
+        *((name, None) for name in about),
+        *(("ids", value) for value in ([300], [-1], [1.0], [True], "12", {"1": 2})),
+        *(("note", value) for value in ([], {"a": []}, {"a": 1.0}, {"a": "x" * 70_000})),
+        ("began", "yesterday"),
+        ("held", "\ud800"),
+        ("begun", 1),
+        ("kind", "conversation"),
+    ):
+        with pytest.raises((errors.SnapshotError, errors.ValueRefused)):
+            parse_listener_state({**about, name: wrong}, 300)
+    with pytest.raises(errors.SnapshotError):
+        parse_listener_state(json.loads(json.dumps({**about, "more": 1})), 300)
+    for note in ({"a": 1.5}, {1: "a"}, {"a": "x" * 70_000}, {"a": True}):
+        with pytest.raises(errors.ValueRefused):
+            listener.save(path, note)
+
+
+def test_a_stream_listens_while_others_reply_and_asks_in_asyncio(engine):
+    listener = engine.listen(window=200, sampling=GREEDY)
+    chat = engine.session(sampling=GREEDY)
+    expected = said(chat.reply("Hi", max_tokens=60))
+    chat.undo().result(DEADLINE)
+
+    def feed():
+        for at in range(0, len(TEXT), 500):
+            listener.feed(TEXT[at : at + 500], timeout=DEADLINE)
+        listener.flush(DEADLINE)
+
+    found = []
+    together(feed, lambda: found.append(said(chat.reply("Hi", max_tokens=60))))
+    assert found == [expected]
+
+    async def ask():
+        return [piece async for piece in listener.aask("What?", max_tokens=7)]
+
+    pieces = asyncio.run(ask())
+    assert len(said(pieces)) == 7 and pieces[-1].finish == "length"
+    assert pieces[-1].attended == listener.stats.attended or pieces[-1].attended
+
+
+def test_a_model_that_cannot_be_asked_is_refused(tmp_path):
+    config = tiny_config()
+    folder = write_tiny(tmp_path / "plain", config, tiny_weights(config))
+    set_template(folder, None)
+    with engine_of(folder) as engine:
+        with pytest.raises(errors.TemplateError, match="no chat template"):
+            engine.listen().wait(DEADLINE)
+        with pytest.raises(errors.ValueRefused, match="backlog"):
+            engine.listen(backlog=0)
+        with pytest.raises(errors.ValueRefused, match="max_tokens"):
+            engine.listen(max_tokens=0)

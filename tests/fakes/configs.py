@@ -1,0 +1,31 @@
+"""Tiny configs that are read or refused, and the keys every config must have."""
+
+import pytest
+
+from mlx_stream.config import ModelConfig, read_config
+from mlx_stream.errors import ConfigError
+from tests.fakes.tiny import tiny_config
+
+REQUIRED = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "rms_norm_eps",
+)
+
+
+def refused(raw: dict) -> str:
+    """Return the message a config is refused with: one line, of a length people read."""
+    with pytest.raises(ConfigError) as error:
+        read_config(raw)
+    message = str(error.value)
+    assert message.startswith("config")
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def read(**changes) -> ModelConfig:
+    return read_config(tiny_config(**changes))

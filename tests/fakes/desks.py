@@ -1,0 +1,85 @@
+"""How tests drive the desktop app: its desk alone, and its window on Toga's dummy backend."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ["TOGA_BACKEND"] = "toga_dummy"  # of those installed; read when the first widget is made
+
+from toga_dummy.utils import EventLog
+
+from mlx_stream import Sampling
+from mlx_stream.engine import Session
+from mlx_stream_desktop.app import Desktop
+from mlx_stream_desktop.controller import ChatController
+from tests.fakes.shell import DEADLINE
+
+GREEDY = Sampling(temperature=0)
+
+
+async def until(so: Callable[[], object]) -> None:
+    """Let the event loop run until something is so."""
+    async with asyncio.timeout(DEADLINE):
+        while not so():
+            await asyncio.sleep(0.01)
+
+
+def chat_of(one: ChatController) -> Session:
+    assert one._chat
+    return one._chat
+
+
+@asynccontextmanager
+async def desk(
+    model: Path | str, window: int = 100, max_tokens: int = 40
+) -> AsyncIterator[ChatController]:
+    """Give a desk that has loaded its model."""
+    one = ChatController(lambda: None, str(model), window, GREEDY, max_tokens)
+    await one.start()
+    try:
+        yield one
+    finally:
+        await one.close()
+
+
+@asynccontextmanager
+async def app(
+    model: Path | str, window: int = 100, max_tokens: int = 40, status_icon: bool = False
+) -> AsyncIterator[Any]:
+    """Give the application on the dummy backend, its model loaded and its window drawn."""
+    one = Desktop(str(model), window, GREEDY, max_tokens, status_icon)
+    try:
+        await settled(one)
+        yield one
+    finally:
+        one.request_exit()
+        await until(lambda: has_left(one))
+
+
+def has_left(one: Desktop) -> bool:
+    """Return whether the application has ended, as after Quit."""
+    events = (entry for entry in EventLog._log if entry.instance is one._impl)
+    return any(entry.context.get("action") == "exit" for entry in events)
+
+
+async def asked(one: Desktop, question: str) -> None:
+    """Type a question and press Send; returns once it is being answered, or has been."""
+    before = len(one.desk.said)
+    one.view.question.value = question
+    one.view.send._impl.simulate_press()
+    await until(lambda: one.desk.can_stop or len(one.desk.said) > before)
+
+
+def shows(one: Desktop) -> bool:
+    """Return whether the window has caught up with the desk."""
+    drawn = not one._draw_soon._waits
+    view, desk = one.view, one.desk
+    return drawn and view.send.enabled == desk.idle and view.stop.enabled == desk.can_stop
+
+
+async def settled(one: Desktop) -> None:
+    """Wait until all that was clicked is done, and the window shows it."""
+    await until(lambda: one.desk.can_choose and not one.view._tasks and shows(one))

@@ -1,0 +1,62 @@
+"""Has MLX fail for real where it computes a step: a weight is read from a file that was cut.
+
+As with a device that fails, MLX says so once. The weight then passes for evaluated, and holds what
+there was in the file: numbers that are wrong.
+
+    python -m tests.fakes.failing FILE ...
+
+runs the assistant with the words that follow, and fails one step of its reading whenever FILE is
+there, which it removes.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
+
+import mlx.core as mx
+
+WRONG = 7.0
+
+
+@contextmanager
+def failing(network: Any) -> Iterator[None]:
+    """Have the next step fail that is not traced; on the thread that computes."""
+    layer = network.layers[0].input_layernorm
+    good = layer.weight
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cut.safetensors"
+        mx.save_safetensors(str(path), {"weight": mx.full(good.shape, WRONG, good.dtype)})
+        layer.weight = mx.load(str(path))["weight"]  # type: ignore[index]
+        os.truncate(path, path.stat().st_size - 1)
+        try:
+            yield
+        finally:
+            layer.weight = good
+
+
+def main(trigger: Path, *words: str) -> None:
+    from mlx_stream.engine.listener_worker import ListenerWorker
+    from mlx_stream_assistant import cli
+
+    read = ListenerWorker._read
+
+    def read_or_fail(self: ListenerWorker, chunk: int) -> None:
+        if not (trigger.exists() and self.ids):
+            return read(self, chunk)
+        trigger.unlink()
+        with failing(self.model.network):
+            read(self, chunk)
+
+    ListenerWorker._read = read_or_fail  # type: ignore[method-assign]
+    sys.argv[1:] = words
+    cli.main()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

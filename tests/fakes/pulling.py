@@ -1,0 +1,32 @@
+"""Pulling the model of the Hub on loopback, and what the cache then holds; knows no test."""
+
+import pytest
+
+from mlx_stream.errors import MlxStreamError
+from mlx_stream.hub import repository, resolve, transfer
+from mlx_stream.hub.listing import cached_models
+from mlx_stream.hub.resolve import PulledModel
+from tests.fakes.loopback import REPO, silent
+
+SHARD = "model.safetensors"
+
+
+def pull(revision: str = "main") -> PulledModel:
+    return resolve.pull(REPO, revision, silent, lambda done, total: None)
+
+
+def refused(revision: str = "main") -> str:
+    """Return why a model was not fetched, having seen that nothing looks as if it were."""
+    with pytest.raises(MlxStreamError) as error:
+        pull(revision)
+    assert "\n" not in str(error.value) and str(error.value).startswith((REPO, "--revision"))
+    storage = transfer.storage_of(REPO)
+    assert list(storage.glob("refs/*")) == []
+    assert repository.find_in_cache(REPO) is None
+    assert cached_models() == []
+    return str(error.value)
+
+
+def blobs() -> dict[str, int]:
+    """Return what the cache holds, by name."""
+    return {path.name: path.stat().st_size for path in transfer.storage_of(REPO).glob("blobs/*")}

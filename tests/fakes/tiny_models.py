@@ -1,0 +1,47 @@
+"""Tiny models built of tensors in memory, without a tokenizer, and the logits they give."""
+
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_stream.cache import Cache
+from mlx_stream.cache.positions import Rope
+from mlx_stream.config import read_config
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.load import Model
+from mlx_stream.models.weights import build, weight_bytes
+from tests.fakes.tiny import tiny_weights
+
+Tensors = dict[str, mx.array]
+
+
+def make(
+    raw: dict,
+    tensors: Tensors,
+    dtype: mx.Dtype = mx.float32,
+    keep_quantized: bool = False,
+) -> Model:
+    """Build a model of tensors, without a tokenizer; the tensors are used up."""
+    config = read_config(raw)
+    needed = weight_bytes(config, tensors, dtype, keep_quantized)
+    network = build(config, tensors, dtype, keep_quantized)
+    assert not tensors, "the caller's handles are dropped"
+    rope = Rope(config.rope, config.head_dim)
+    nothing = cast(Any, None)
+    return Model("tiny", config, network, nothing, rope, dtype, keep_quantized, needed)
+
+
+def tensors_of(raw: dict, seed: int = 0) -> Tensors:
+    return {name: mx.array(w) for name, w in tiny_weights(raw, seed).items()}
+
+
+def some_ids(count: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 300, count).tolist()
+
+
+def all_logits(model: Model, cache: Cache, ids: list[int], chunk: int) -> np.ndarray:
+    """Return the logits (n, V) after each token."""
+    stream = TokenStream(model, cache)
+    hidden = mx.concatenate(list(stream.steps(ids, chunk)), axis=1)
+    return np.array(model.network.logits(hidden)[0].astype(mx.float32))

@@ -1,0 +1,275 @@
+"""Opens saved sessions that were altered, in a process of its own, and judges what comes of it.
+
+Each must be refused in one line, or read again with a notice, or be exactly what was saved. Where
+checksums were forged too, what is attended must still be what the transcript says was said.
+"""
+
+import gc
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_stream.chat import manage
+from mlx_stream.chat.conversation import Conversation
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.resume import BYTES_BESIDE, SessionOptions, open_session
+from mlx_stream.chat.session_files import session_paths
+from mlx_stream.errors import MlxStreamError
+from mlx_stream.load import Model, load
+from tests.fakes.killed_chat import OPTIONS, check_attended, tiny_folder
+from tests.fuzz.session_mutations import BELIEVED, DATABASES, SNAPSHOTS
+
+QUESTIONS = ("Hello there.", "And then? Tell me.", "Why äöü €?", "Go on", "x" * 30)
+LONGEST_REPLY = 8
+SHORT = replace(OPTIONS, max_tokens=LONGEST_REPLY)
+DEADLINE = 60
+# Python and the allocator keep some of what was freed.
+RESIDENT = 96 * 2**20
+ADDRESSES = 2**30
+
+
+class Broken(AssertionError):
+    """Something came of an alteration that must not."""
+
+
+# --- the session that is altered ---
+
+
+def make_place(place: Path) -> None:
+    """Write a model, a session of it, and beside it files of others."""
+    folder, others = tiny_folder(place / "model"), place / "others"
+    others.mkdir()
+    os.environ["MLX_STREAM_HOME"] = str(place / "home")
+    model = load(folder, dtype="float32", keep_quantized=False)
+    keep(others, "session", converse("y", model, 9))
+    shutil.rmtree(place / "home")
+    half = load(folder, dtype="bfloat16", keep_quantized=False)
+    keep(others, "model", converse("x", half, 9))
+    shutil.rmtree(place / "home")
+    conversation = converse("x", model, 9)
+    conversation.write_snapshot()
+    shutil.copy(session_paths("x").snapshot, others / "older.safetensors")
+    say(conversation, "One more.")
+    conversation.write_snapshot()
+    shutil.copy(session_paths("x").snapshot, others / "taken_back.safetensors")
+    conversation.undo()
+    say(conversation, "Another.")
+    conversation.close()
+
+
+def converse(name: str, model: Model, turns: int) -> Conversation:
+    conversation = open_session(name, model, OPTIONS)
+    for turn in range(turns):
+        say(conversation, QUESTIONS[turn % len(QUESTIONS)])
+    return conversation
+
+
+def keep(others: Path, which: str, conversation: Conversation) -> None:
+    name = conversation.name or ""
+    conversation.close()
+    for file in (session_paths(name).snapshot, session_paths(name).database):
+        shutil.copy(file, others / f"{which}{file.suffix}")
+
+
+def say(conversation: Conversation, question: str) -> str:
+    return "".join(piece.text for piece in conversation.reply(question))
+
+
+# --- what comes of altering it ---
+
+
+@dataclass
+class Found:
+    """What a session was when it was opened."""
+
+    said: list[Exchange]
+    state: dict[str, Any]
+    reply: str
+    bytes: int
+    read_again: str
+
+
+@dataclass
+class Judge:
+    """Alters copies of the session in `place`, opens them, and tells what came of it."""
+
+    place: Path
+    model: Model
+    whole: Found = field(init=False)
+    most: int = 0
+
+    def __post_init__(self) -> None:
+        self.fresh()
+        self.whole, self.peak = self.measured(SHORT)
+        self.fresh()
+        session_paths("x").snapshot.unlink()
+        self.peak = max(self.peak, self.measured(SHORT)[1])
+
+    def fresh(self) -> None:
+        """Put a whole copy of the session where sessions are."""
+        work = self.place / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        shutil.copytree(self.place / "home", work / "home")
+        (work / "others").symlink_to(self.place / "others")
+        os.environ["MLX_STREAM_HOME"] = str(work / "home")
+
+    def judge(self, seed: int) -> dict[str, Any]:
+        """Alter the session once and open it; say what was done and what came of it."""
+        luck = Random(seed)
+        self.fresh()
+        database = luck.random() < 0.4
+        change = luck.choice(DATABASES if database else SNAPSHOTS)
+        told = {"seed": seed, "kind": f"{'db' if database else 'kv'} {change.__name__}"}
+        signal.alarm(DEADLINE)
+        try:
+            change(session_paths("x").database if database else session_paths("x").snapshot, luck)
+            told["end"] = self.opened(change in BELIEVED)
+        except Exception:
+            told["broken"] = traceback.format_exc()
+        signal.alarm(0)
+        return told
+
+    def opened(self, believed: bool) -> str:
+        """Open the session; return `refused: why`, `read again`, `as it was` or `believed`."""
+        with suppress(MlxStreamError):
+            manage.verify_session("x")
+        try:
+            # What was not asked for comes from the file.
+            options = SessionOptions(sampling=OPTIONS.sampling, max_tokens=LONGEST_REPLY)
+            found, peak = self.measured(options)
+        except MlxStreamError as error:
+            return f"refused: {line_of(error)}"
+        self.most = max(self.most, peak)
+        own = max(found.bytes, self.whole.bytes)
+        if peak > self.peak * own / self.whole.bytes + own + 2 * BYTES_BESIDE:
+            raise Broken(f"{peak:,} bytes were allocated; a whole one takes {self.peak:,}")
+        if believed:
+            return f"read again: {found.read_again}" if found.read_again else "believed"
+        if found.said != self.whole.said:
+            raise Broken("an altered transcript was read")
+        if found.read_again:
+            return f"read again: {found.read_again}"
+        for name, value in self.whole.state.items():
+            if not np.array_equal(found.state[name], value):
+                raise Broken(f"an altered state was used: {name}")
+        if found.reply != self.whole.reply:
+            raise Broken("the reply is another")
+        return "as it was"
+
+    def measured(self, options: SessionOptions) -> tuple[Found, int]:
+        """Open, reply and close; return also the most bytes that MLX held meanwhile."""
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        found = self.found(options)
+        return found, mx.get_peak_memory() - before
+
+    def found(self, options: SessionOptions) -> Found:
+        notices: list[str] = []
+        conversation = open_session("x", self.model, options, notices.append)
+        try:
+            assert conversation.saved
+            said = conversation.saved.store.exchanges()
+            check_attended(conversation, said)
+            state = conversation.chat.tokens.state()
+            plain = {n: np.array(v) if isinstance(v, mx.array) else v for n, v in state.items()}
+            again = " ".join(notice for notice in notices if "again" in notice)
+            found = Found(said, plain, "", conversation.chat.cache.nbytes, again)
+            with suppress(MlxStreamError):
+                found = replace(found, reply=say(conversation, "And now?"))
+                check_attended(conversation, conversation.saved.store.exchanges())
+        finally:
+            with suppress(MlxStreamError):
+                conversation.close()
+        # What was written is whole, or what it was: both are read once more.
+        with suppress(MlxStreamError):
+            open_session("x", self.model, options).close()
+        return found
+
+
+def line_of(error: MlxStreamError) -> str:
+    line = str(error)
+    if "\n" in line or not line.isprintable() or len(line) > 1000 or "alloc" in line:
+        raise Broken(f"refused by {line!r}")
+    return line
+
+
+def serve(place: Path) -> None:
+    """Judge the seeds of standard input, one a line."""
+    judge = Judge(place, load(place / "model", dtype="float32", keep_quantized=False))
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES, most))
+    start = most_resident()
+    for line in sys.stdin:
+        told = judge.judge(int(line))
+        grown = most_resident() - start
+        if grown > RESIDENT:
+            told.setdefault("broken", f"{grown:,} more bytes are resident")
+        print(json.dumps({**told, "grown": grown, "peak": judge.most}), flush=True)
+
+
+def most_resident() -> int:
+    """Return the most bytes this process has had resident."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+# --- all of it ---
+
+
+def run(place: Path, seeds: list[int]) -> Iterator[dict[str, Any]]:
+    """Judge every seed, in processes that may crash; a crash is told like what is broken."""
+    left = list(seeds)
+    while left:
+        command = [sys.executable, "-m", "tests.fuzz.altered_sessions", str(place)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdin and process.stdout
+            while left and process.poll() is None:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(f"{left[0]}\n")
+                    process.stdin.flush()
+                line = process.stdout.readline()
+                if line.endswith("\n"):
+                    yield json.loads(line)
+                else:
+                    process.wait()
+                    yield {"seed": left[0], "broken": f"crashed: {process.returncode}"}
+                left.pop(0)
+
+
+def summary(told: list[dict[str, Any]]) -> dict[str, Any]:
+    ends = Counter(one["end"].split(":")[0] for one in told if "end" in one)
+    return {
+        "altered": len(told),
+        **ends,
+        "broken": sum("broken" in one for one in told),
+        "most_allocated": max(one.get("peak", 0) for one in told),
+        "most_grown": max(one.get("grown", 0) for one in told),
+    }
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))

@@ -1,0 +1,344 @@
+"""Makes hostile files of tiny models, by seed: bytes, JSON, headers, tokenizers, templates.
+
+Each mutation changes one or two files of a copy and says what it did; none is known to the product.
+"""
+
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from tests.fakes import gguf_files
+from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
+from tests.fuzz.texts import HOSTILE_STEPS, HOSTILE_TEMPLATES, some_template
+
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+INDEX = "model.safetensors.index.json"
+NUMBERS = (0, -1, 1, 2, 3, 7, 10_001, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**12)
+FLOATS = (0.0, -0.5, 1e-300, 1e300, float("nan"), float("inf"), 1.5)
+WORDS = ("", "a", "../up", "/etc/passwd", "a\0b", "x" * 3_000, "é😀", "\u202e", "<|im_end|>", "\n")
+# Keys that files of other models have: some change the computation.
+KEYS = (
+    *("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "quantization"),
+    *("quantization_config", "head_dim", "num_key_value_heads", "auto_map", "eos_token_id"),
+    *("partial_rotary_factor", "attention_bias", "original_max_position_embeddings"),
+)
+
+
+def write_originals(folder: Path) -> list[Path]:
+    """Write one sound model of each layout; return their paths."""
+    config = tiny_config(**SMALL)
+    weights = tiny_weights(config)
+    mistral = tiny_config(**SMALL, model_type="mistral")
+    single = write_tiny(folder / "single", config, weights)
+    sharded = write_tiny(folder / "sharded", mistral, tiny_weights(mistral), "bfloat16", shards=3)
+    quantized = write_tiny(folder / "quantized", config, weights, "float16")
+    quantize(quantized)
+    files = []
+    for kind in ("Q4_0", "Q8_0", "F16"):
+        files.append(folder / f"{kind}.gguf")
+        gguf_files.write_tiny(files[-1], kind, {"tokenizer.chat_template": CHAT_TEMPLATE})
+    return [single, sharded, quantized, *files]
+
+
+def quantize(folder: Path) -> None:
+    """Rewrite a folder in mlx-lm's layout: 4 bits, the head in 8, norms as they are."""
+    path = folder / "model.safetensors"
+    tensors = mx.load(str(path))
+    assert isinstance(tensors, dict)
+    kept = {}
+    for name, array in tensors.items():
+        if array.ndim != 2:
+            kept[name] = array
+            continue
+        module, bits = name.removesuffix(".weight"), 8 if name.startswith("lm_head") else 4
+        parts = mx.quantize(array, group_size=32, bits=bits)
+        kept |= dict(zip((name, f"{module}.scales", f"{module}.biases"), parts, strict=True))
+    mx.save_safetensors(str(path), kept, metadata={"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = {"group_size": 32, "bits": 4, "lm_head": {"group_size": 32, "bits": 8}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def mutate(original: Path, copy: Path, draw: random.Random) -> tuple[str, Path]:
+    """Make a hostile copy of a model; return what was done, and the copy's path."""
+    if original.is_file():
+        target = copy.with_suffix(".gguf")
+        shutil.copyfile(original, target)
+        what = draw.choices((gguf_bytes, gguf_header, gguf_data, cut), (4, 6, 2, 1))[0]
+        return f"{original.name}: {what(target, draw)}", target
+    shutil.copytree(original, copy)
+    kinds: dict[Callable[[Path, random.Random], str], int] = {
+        **{any_json: 8, tokenizer_steps: 4, template: 5, safetensors_header: 8},
+        **{any_bytes: 4, any_cut: 2, strange_file: 2, index: 4, tensor_data: 3, deep: 1},
+    }
+    what = draw.choices(tuple(kinds), tuple(kinds.values()))[0]
+    return f"{original.name}: {what(copy, draw)}", copy
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+# --- bytes ---
+
+
+def scramble(path: Path, draw: random.Random, begin: int, end: int) -> str:
+    content = bytearray(path.read_bytes())
+    places = [draw.randrange(begin, max(begin + 1, end)) for _ in range(draw.randint(1, 6))]
+    for place in places:
+        width = draw.choice((1, 1, 2, 4, 8))
+        new = draw.choice((b"\0", b"\xff", b"\x7f", b"\x80", b"\x01")) * width
+        content[place : place + width] = draw.choice((new, draw.randbytes(width)))
+    path.write_bytes(content)
+    return f"{path.name}: bytes at {places}"
+
+
+def cut(path: Path, draw: random.Random) -> str:
+    size = path.stat().st_size
+    length = draw.choice((draw.randrange(size), draw.randrange(min(size, 400)), size - 1, 0))
+    os.truncate(path, length)
+    return f"{path.name}: cut to {length}"
+
+
+def some_file(folder: Path, draw: random.Random) -> Path:
+    return draw.choice(sorted(folder.iterdir()))
+
+
+def some_shard(folder: Path, draw: random.Random) -> Path:
+    return draw.choice(sorted(folder.glob("*.safetensors")))
+
+
+def header_length(path: Path) -> int:
+    with path.open("rb") as file:
+        return struct.unpack("<Q", file.read(8))[0]
+
+
+def any_bytes(folder: Path, draw: random.Random) -> str:
+    path = some_file(folder, draw)
+    end = path.stat().st_size
+    if path.suffix == ".safetensors":
+        end = 8 + header_length(path)
+    return scramble(path, draw, 0, end)
+
+
+def any_cut(folder: Path, draw: random.Random) -> str:
+    return cut(some_file(folder, draw), draw)
+
+
+def tensor_data(folder: Path, draw: random.Random) -> str:
+    path = some_shard(folder, draw)
+    begin, end = 8 + header_length(path), path.stat().st_size
+    return "only tensor data: " + scramble(path, draw, begin, end - 8)
+
+
+def strange_file(folder: Path, draw: random.Random) -> str:
+    path = some_file(folder, draw)
+    path.unlink()
+    kind = draw.choice(("folder", "pipe", "loop", "dangling", "zero", "passwd", "large", "none"))
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "large":  # sparse: it claims what it does not hold
+        path.touch()
+        os.truncate(path, 2**40)
+    elif kind != "none":
+        links = {"loop": path.name, "zero": "/dev/zero", "passwd": "/etc/passwd"}
+        path.symlink_to(links.get(kind, "nowhere"))
+    return f"{path.name}: {kind}"
+
+
+# --- JSON ---
+
+
+def some_value(draw: random.Random) -> Any:
+    if draw.random() < 0.4:
+        return draw.choice(NUMBERS)
+    simple = (None, True, False, [], {}, [[]], {"a": None}, "1", [1, "a"], list(range(2_000)))
+    return draw.choice(draw.choice((FLOATS, WORDS, simple)))
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """List every (container, key) of a JSON value, at most some thousands."""
+    found: list[tuple[Any, Any]] = []
+    waiting = [value]
+    while waiting and len(found) < 5_000:
+        node = waiting.pop(0)
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, child in list(items):
+            found.append((node, key))
+            if isinstance(child, dict | list):
+                waiting.append(child)
+    return found
+
+
+def change_json(value: Any, draw: random.Random) -> str:
+    # Most of a tokenizer is its vocabulary: shallow places come first in the list.
+    nodes = places(value)
+    near = min(len(nodes), draw.choice((12, 60, len(nodes))))
+    node, key = draw.choice(nodes[: max(near, 1)]) if nodes else (value, "a")
+    way = draw.choice(("set", "set", "set", "drop", "add", "swap"))
+    if way == "drop":
+        node.pop(key) if isinstance(node, dict) else node.__delitem__(key)
+    elif way == "add" and isinstance(value, dict):
+        key = draw.choice(KEYS)
+        value[key] = some_value(draw)
+    elif way == "swap" and nodes:
+        other, place = draw.choice(nodes)
+        try:
+            node[key], other[place] = other[place], node[key]
+        except (KeyError, IndexError):
+            node[key] = None
+    else:
+        node[key] = some_value(draw)
+    return f"{way} {str(key)[:40]!r}"
+
+
+def dumps(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (RecursionError, ValueError):  # swapped into itself
+        return "[" * 5_000
+
+
+def any_json(folder: Path, draw: random.Random) -> str:
+    path = folder / draw.choice(JSON_FILES)
+    value = json.loads(path.read_text())
+    done = [change_json(value, draw) for _ in range(draw.choice((1, 1, 2, 4)))]
+    path.write_text(dumps(value))
+    return f"{path.name}: {', '.join(done)}"
+
+
+def deep(folder: Path, draw: random.Random) -> str:
+    path = folder / draw.choice((*JSON_FILES, INDEX))
+    depth = draw.choice((100, 900, 5_000, 200_000))
+    opening, closing = draw.choice((("[", "]"), ('{"a":', "}")))
+    whole = opening * depth + "1" + closing * depth
+    path.write_text('{"a": ' + draw.choice((whole, opening * depth, "9" * depth)) + "}")
+    return f"{path.name}: {depth} deep or long"
+
+
+def index(folder: Path, draw: random.Random) -> str:
+    path = folder / INDEX
+    if not path.exists():
+        path.write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
+    value = json.loads(path.read_text())
+    table = value["weight_map"]
+    outside = ("../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\0.safetensors", ".")
+    choice = draw.choice((*outside, 7, None, "model-00001-of-99999.safetensors", INDEX, "json"))
+    if choice == "json":
+        done = change_json(value, draw)
+    else:
+        name = draw.choice([*table, "extra"])
+        table[name], done = choice, f"{name} in {choice!r}"
+    path.write_text(dumps(value))
+    return f"{path.name}: {done}"
+
+
+# --- safetensors ---
+
+
+def safetensors_header(folder: Path, draw: random.Random) -> str:
+    path = some_shard(folder, draw)
+    content, length = path.read_bytes(), header_length(path)
+    header = json.loads(content[8 : 8 + length])
+    name = draw.choice([key for key in header if key != "__metadata__"])
+    entry = header[name]
+    huge = draw.choice((2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -1, 0))
+    lies: dict[str, Callable[[], Any]] = {
+        "shape": lambda: entry.update(shape=draw.choice(([huge], [huge] * 4, [], [[1]], "x"))),
+        "product": lambda: entry.update(shape=[2**32, 2**32, entry["shape"][0], 0]),
+        "transpose": lambda: entry.update(shape=entry["shape"][::-1]),
+        "ones": lambda: entry.update(shape=[1] * draw.choice((1, 40, 2_000)) + entry["shape"]),
+        "dtype": lambda: entry.update(
+            dtype=draw.choice(("F64", "I8", "U32", "F16", "BF16", "U8", "F4", "C64", "", 7))
+        ),
+        "offsets": lambda: entry.update(data_offsets=[draw.choice((0, huge)), huge]),
+        "overlap": lambda: entry.update(data_offsets=[0, np.prod(entry["shape"]).item() * 4]),
+        "name": lambda: header.update({draw.choice(WORDS): header.pop(name)}),
+        "drop": lambda: header.pop(name),
+        "more": lambda: header.update({f"w{i}": {**entry, "shape": [0]} for i in range(3_000)}),
+        "metadata": lambda: header.update(__metadata__=some_value(draw)),
+        "json": lambda: change_json(header, draw),
+    }
+    what = draw.choice(tuple(lies))
+    lies[what]()
+    text = dumps(header).encode()
+    size = draw.choice((len(text),) * 6 + (huge, len(text) + 8, 1, 2**27))
+    path.write_bytes(struct.pack("<Q", size % 2**64) + text + content[8 + length :])
+    return f"{path.name}: header, {what} of {name}, length {size}"
+
+
+# --- tokenizers and templates ---
+
+
+def tokenizer_steps(folder: Path, draw: random.Random) -> str:
+    path = folder / "tokenizer.json"
+    value = json.loads(path.read_text())
+    what = draw.choice(tuple(HOSTILE_STEPS))
+    HOSTILE_STEPS[what](value, draw)
+    path.write_text(dumps(value))
+    return f"tokenizer.json: {what}"
+
+
+def template(folder: Path, draw: random.Random) -> str:
+    name = draw.choice((*HOSTILE_TEMPLATES, "generated", "generated", "generated"))
+    text = HOSTILE_TEMPLATES.get(name) or some_template(draw)
+    if draw.random() < 0.5:
+        (folder / "chat_template.jinja").write_text(text)
+    else:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": text}))
+    return f"template: {name}: {text[:60]!r}"
+
+
+# --- GGUF ---
+
+
+def gguf_end_of_header(path: Path) -> int:
+    # Near enough: the data of these files is the last six tenths.
+    return path.stat().st_size * 2 // 5
+
+
+def gguf_bytes(path: Path, draw: random.Random) -> str:
+    end = draw.choice((32, 900, gguf_end_of_header(path)))
+    return scramble(path, draw, 0, end)
+
+
+def gguf_data(path: Path, draw: random.Random) -> str:
+    size = path.stat().st_size
+    return "only tensor data: " + scramble(path, draw, size * 3 // 4, size - 8)
+
+
+def gguf_header(path: Path, draw: random.Random) -> str:
+    """Write the file again with keys that lie; llama.cpp's own writer puts them down."""
+    keys: dict[str, Any] = {"tokenizer.chat_template": CHAT_TEMPLATE}
+    for _ in range(draw.choice((1, 1, 2))):
+        name = draw.choice((*gguf_files.KEYS, "general.alignment", "llama.rope.scaling.type"))
+        old = gguf_files.KEYS.get(name)
+        values = {
+            int: [n for n in NUMBERS if 0 <= n < 2**32],
+            float: list(FLOATS),
+            str: [*WORDS, *HOSTILE_TEMPLATES.values(), "llama-bpe", "tekken"],
+            list: [[1, 2], ["a", "a"], [0.5], ["a b"] * 3_000, ["", "x" * 9_000]],
+        }
+        kind = type(old) if old is not None and draw.random() < 0.7 else draw.choice(list(values))
+        keys[name] = draw.choice((*values[kind], None))
+    path.unlink()
+    try:
+        gguf_files.write_tiny(path, keys=keys)
+    except (ValueError, TypeError, struct.error, OverflowError) as error:  # no such file can be
+        path.write_bytes(b"GGUF" + str(error).encode())
+    return f"keys {str(keys)[-100:]}"

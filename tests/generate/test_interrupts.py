@@ -1,0 +1,232 @@
+"""What an interrupt, a kept state or Metal's reading of offsets could spoil: none of it may."""
+
+import contextlib
+import dis
+import functools
+import itertools
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_stream
+from mlx_stream import backend
+from mlx_stream.cache import StreamCache
+from mlx_stream.cache.positions import Rope
+from mlx_stream.chat.session import ChatSession
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.sampling import Sampling
+from mlx_stream.text.pieces import ReplyDecoder
+from mlx_stream.text.template import ChatTemplate, user
+from mlx_stream.text.template.meter import METER, TURNOVER, metered
+from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+
+IDS = [int(i) for i in np.random.default_rng(5).integers(3, 290, 400)]
+
+
+def stream_of(model, window=20, sinks=3, clock_limit=None):
+    cache = model.new_cache(sinks, window)
+    if clock_limit is not None:
+        cache.clock_limit = max(clock_limit, 2 * cache.geometry.rows)
+    return TokenStream(model, cache)
+
+
+@functools.cache
+def handling(code):
+    """Return before which bytecodes Python may be seen to have handled a signal: after a call,
+    where a function begins or goes on, and where a loop goes round.
+
+    Not between what is stored and what is returned. Nor where the next bytecode is outside a `try`
+    its call is inside of: the call would raise, and be caught there.
+    """
+    handlers = {
+        at: entry.target
+        for entry in dis.Bytecode(code).exception_entries  # pyright: ignore
+        for at in range(entry.start, entry.end, 2)
+    }
+    found, before = set(), None
+    for one in dis.get_instructions(code):
+        handles = before and before.opname.startswith(("RESUME", "CALL"))
+        if before and handles and handlers.get(before.offset) == handlers.get(one.offset):
+            found.add(one.offset)
+        if "JUMP_BACKWARD" in one.opname:
+            found.add(one.argval)
+        before = one
+    return found
+
+
+def interrupt_at(count, function):
+    """Run a function; raise KeyboardInterrupt the `count`th time it could come into our code.
+
+    Returns it, for whoever keeps it; nothing once the function has fewer such places.
+    """
+    left = count
+
+    def trace(frame, event, arg):
+        nonlocal left
+        if not ("mlx_stream" in frame.f_code.co_filename or frame.f_globals is vars(contextlib)):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and frame.f_lasti in handling(frame.f_code):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt as interrupt:
+        return interrupt
+    finally:
+        sys.settrace(None)
+    assert left > 0, "Python swallowed it: nothing was interrupted"
+    return None
+
+
+@pytest.mark.parametrize("chunk", [1, 6])
+def test_a_stream_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model, chunk):
+    model = tiny_model()
+    count = 0
+    for count in itertools.count(10, 61 if chunk == 1 else 31):
+        stream = stream_of(model, clock_limit=0)
+        stream.read(IDS[:40], chunk)
+        if not interrupt_at(count, lambda: stream.read(IDS[40:52], chunk)):  # noqa: B023
+            break
+        # What its length says was read, and nothing else, is in the stream.
+        read = stream.length
+        fresh = stream_of(model, clock_limit=0)
+        fresh.read(IDS[:read], chunk)
+        assert stream.attended_ids() == fresh.attended_ids()
+        expected, found = fresh.read(IDS[read : read + 3]), stream.read(IDS[read : read + 3])
+        assert np.allclose(np.array(found), np.array(expected), atol=1e-4)
+    assert count > 300
+
+
+# In a generator that is being dropped Python itself ignores an interrupt, and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
+    config = tiny_config(num_hidden_layers=1)
+    model = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
+    backend = model.tokenizer._backend
+    count = 0
+    for count in itertools.count(1, 43):
+        chat = ChatSession(model, window=400, sampling=Sampling(1.0, top_p=1.0, seed=1))
+        "".join(piece.text for piece in chat.reply("One?", max_tokens=4))
+        cut = interrupt_at(count, lambda: list(chat.reply("Two?", max_tokens=4)))  # noqa: B023
+        # Nothing of the second turn, or all of it, is followed by a third that is well-formed.
+        list(chat.reply("Three?", max_tokens=1))
+        between = chat._settle()
+        ids = [*chat.tokens.attended_ids(), *between.pending.ids]
+        text = backend.decode(ids, skip_special_tokens=False)
+        text += between.pending.rest + chat.template.closing
+        turns = text.split("<|im_start|>")[1:]
+        assert all(turn.endswith("<|im_end|>\n") for turn in turns), (count, text)
+        roles = [turn.split("\n")[0] for turn in turns]
+        assert roles in (["user", "assistant"] * 2, ["user", "assistant"] * 3), (count, text)
+        if not cut:
+            break
+    assert count > 1_000
+
+
+def test_a_template_interrupted_anywhere_leaves_no_clock_running():
+    template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
+    count = 0
+    for count in itertools.count(1):
+        cut = interrupt_at(count, lambda: template.render([user("Hi")], True))
+        fresh = metered(METER.get)
+        assert fresh.left == TURNOVER * fresh.limit, count
+        if not cut:
+            break
+    assert count > 20
+
+
+@pytest.mark.parametrize("already", [0, 1])
+def test_a_reply_interrupted_anywhere_can_be_settled(tmp_path, already):
+    config = tiny_config(num_hidden_layers=1)
+    tokenizer = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config))).tokenizer
+    ids = tokenizer.encode("the ä")
+    count = 0
+    for count in itertools.count(1):
+        reply = ReplyDecoder(tokenizer.decoder(), ())
+        for id in ids[:already]:
+            reply.add(id)
+        cut = interrupt_at(count, lambda: reply.add(ids[already]))  # noqa: B023
+        reply.flush()
+        assert reply.final_ids()[0] in (already, already + 1)
+        assert reply.final_ids(trim=True)[0] <= already + 1
+        if not cut:
+            break
+    assert count > 20
+
+
+@pytest.mark.parametrize("length", [2, 40])
+def test_a_state_stays_what_it_was_while_its_stream_goes_on(tiny_model, length):
+    model = tiny_model()
+    stream = stream_of(model)
+    stream.read(IDS[:length])
+    stream.rewind(1)
+    state = stream.cache.state()
+    before = {k: np.array(v) if isinstance(v, mx.array) else v for k, v in state.items()}
+    stream.evict(5 if length > 5 else 0)
+    stream.read(IDS[40:41])
+    stream.read(IDS[41:48])
+    after = {k: np.array(v) if isinstance(v, mx.array) else v for k, v in state.items()}
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_reanchoring_holds_one_layer_twice_and_no_more(tiny_model):
+    model = tiny_model(num_hidden_layers=6, max_position_embeddings=20_000)
+    stream = stream_of(model, window=8_000)
+    cache = stream.cache
+    assert isinstance(cache, StreamCache)
+    layer = cache.keys[0].nbytes
+    stream.read(IDS[:8])
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    active = mx.get_active_memory()
+    cache._reanchor()
+    assert mx.get_peak_memory() - active < 2 * layer
+
+
+def test_a_rotation_never_leaves_metal_a_position_to_read_past(tiny_model, monkeypatch):
+    """Metal reads offset[b] for each b of B, whatever the offset's length."""
+    rope, seen = mx.fast.rope, []
+
+    def spy(x, *args, offset, **kwargs):
+        seen.append(x.shape[0])
+        assert isinstance(offset, mx.array) and offset.dtype == mx.int32
+        assert offset.size >= x.shape[0] and min(offset.tolist()) >= 0  # type: ignore[type-var]
+        return rope(x, *args, offset=offset, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "rope", spy)
+    monkeypatch.setenv(backend.COMPILE, "0")  # in a trace no numbers can be looked at
+    stream = stream_of(tiny_model(num_hidden_layers=3), clock_limit=0)
+    for chunk in (1, 7, 64):
+        stream.read(IDS[:150], chunk)
+    assert len(seen) > 300
+
+
+def test_what_pads_a_chunk_never_reaches_real_rows(tiny_model):
+    """Not even if the embedding has a row of NaN that nobody asked for."""
+    model = tiny_model(tie_word_embeddings=False)
+    weight = model.network.embed_tokens.weight
+    weight[0] = float("nan")
+    stream = stream_of(model)
+    logits = [np.array(stream.read(IDS[start : start + 5])) for start in range(0, 60, 5)]
+    assert np.isfinite(logits).all()
+
+
+def test_positions_of_every_layer_are_the_same(tiny_model):
+    rope = Rope(tiny_model().config.rope, 16)
+    x = mx.random.normal((3, 2, 4, 16))
+    together = rope.rotate(x, mx.array([9], mx.int32))
+    apart = mx.concatenate([rope.rotate(part, mx.array([9], mx.int32)) for part in mx.split(x, 3)])
+    assert np.allclose(np.array(together), np.array(apart), atol=1e-6)
+
+
+def test_one_stop_string_may_be_given_as_it_is(tmp_path):
+    config = tiny_config()
+    model = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
+    assert ChatSession(model, stop="User:").stop == ("User:",)

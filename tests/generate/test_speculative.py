@@ -1,0 +1,301 @@
+"""Guessing changes no text: the same ids as plain decoding, one by one, whatever is guessed."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_stream.errors import ValueRefused
+from mlx_stream.generate.draft_length import DraftLengthController
+from mlx_stream.generate.draft_model import DraftModel
+from mlx_stream.generate.ngram import LENGTHS, NgramLookup
+from mlx_stream.generate.speculative import Speculator, decode_speculatively, stream_factory
+from mlx_stream.generate.token_stream import TokenStream, generate
+from mlx_stream.sampling import Sampler, Sampling
+from tests.fakes.tiny_models import some_ids
+
+SAMPLINGS = [
+    Sampling(0),
+    Sampling(0.3, seed=5),
+    Sampling(0.5, top_k=3, top_p=0.9, min_p=0.05, repetition_penalty=1.3, seed=7),
+    Sampling(0, repetition_penalty=1.2),
+]
+
+
+class Eager(DraftLengthController):
+    """Verifies whatever is guessed."""
+
+    def choose(self, chances: Sequence[float], each: float = 0.0) -> int:
+        return len(chances)
+
+
+def plain(model, window=40):
+    return TokenStream(model, model.new_cache(4, window, 7))
+
+
+def guessing(model, window=40, pace: DraftLengthController | None = None, draft=None):
+    cache = model.new_cache(4, window, 7)
+    pace = pace or Eager(lambda: 0.0)
+    drafter = DraftModel(draft, cache, pace.clock) if draft else None
+    return TokenStream(model, cache, Speculator(pace, drafter))
+
+
+# --- what is guessed ---
+
+
+def slow_draft(ids: list[int], floor: int, next: int, most: int) -> list[int]:
+    """Return what followed the last occurrence of the longest pattern that ends with `next`."""
+    whole = [*ids, next]
+    for n in reversed(LENGTHS):
+        pattern = whole[len(whole) - n :]
+        if len(whole) - n < floor:
+            continue
+        for end in range(len(ids), floor + n - 1, -1):
+            if whole[end - n : end] == pattern:
+                followed = whole[end:]
+                return [*itertools.islice(itertools.cycle(followed), most)]
+    return []
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from(["read", "read", "rewind"]), st.integers(0, 30)), max_size=12
+)
+
+
+@given(operations, st.integers(20, 70), st.integers(2, 4), st.randoms(use_true_random=False))
+def test_a_guess_is_what_followed_the_last_time(operations, kept, letters, random):
+    past, ids, floor = NgramLookup(kept), [], 0
+    for operation, count in operations:
+        if operation == "read":
+            new = [random.randrange(letters) for _ in range(count)]
+            past.read(new)
+            ids += new
+            floor = max(floor, len(ids) - kept)
+        else:
+            past.rewind(count)
+            del ids[len(ids) - min(count, len(ids) - floor) :]
+        for next in range(letters):
+            draft = past.draft(next, 9)
+            assert list(draft.ids) == slow_draft(ids, floor, next, 9)
+            matched = draft.matched
+            assert not matched or matched >= LENGTHS[0]
+    past.restart([1, 2, 3, 1])
+    assert past.draft(2, 4).ids == (3, 1, 2, 3)
+
+
+def test_a_past_does_not_grow():
+    past = NgramLookup(100)
+    sizes = []
+    for _ in range(3):
+        past.read(some_ids(1_000))
+        sizes.append(
+            [len(part) for part in (past._ids, *past._tables.values(), *past._before.values())]
+        )
+    assert sizes[0] == sizes[2]
+
+
+# --- the text ---
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("window", [12, 60])
+def test_the_ids_are_those_of_plain_decoding(tiny_model, sampling, window):
+    model = tiny_model(vocab_size=8)
+    prompt = [id % 8 for id in some_ids(30)]
+    stream, other = guessing(model, window), plain(model, window)
+    found = list(decode_speculatively(stream, prompt, Sampler(sampling), 150))
+    assert found == list(generate(other, prompt, Sampler(sampling), 150))
+    assert stream.length == other.length and stream.lookahead == 0
+    assert stream.attended_ids() == other.attended_ids()
+    assert 20 < stream.accepted < stream.drafted, "some guesses right and some wrong"
+
+
+@pytest.mark.parametrize("ends", [(), (3,), (0, 1)])
+def test_wherever_it_ends_the_stream_is_that_of_plain_decoding(tiny_model, ends):
+    model, sampling = tiny_model(vocab_size=8), Sampling(0.3, seed=2)
+    prompt = [id % 8 for id in some_ids(30)]
+    for limit, asked in [*((limit, 99) for limit in range(1, 14)), *((99, n) for n in range(14))]:
+        streams = guessing(model), plain(model)
+        samplers = [Sampler(sampling) for _ in streams]
+        ids = [
+            list(itertools.islice(way(stream, prompt, sampler, limit, ends), asked))
+            for way, stream, sampler in zip(
+                (decode_speculatively, generate), streams, samplers, strict=True
+            )
+        ]
+        assert ids[0] == ids[1]
+        streams[0].rollback_lookahead()
+        assert samplers[0].state() == samplers[1].state()
+        assert streams[0].length == streams[1].length
+        assert streams[0].attended_ids() == streams[1].attended_ids()
+
+
+def test_a_stream_taken_back_or_restored_guesses_on(tiny_model):
+    model, sampling = tiny_model(vocab_size=8), Sampling(0.3, seed=2)
+    stream, other = guessing(model), plain(model)
+    for prompt in ([1, 2, 3] * 9, [4, 5] * 9, [1, 2, 3, 4] * 9):
+        ids = [
+            list(way(s, prompt, Sampler(sampling), 40))
+            for way, s in ((decode_speculatively, stream), (generate, other))
+        ]
+        assert ids[0] == ids[1]
+        for s in (stream, other):
+            s.rewind(20)
+            s.restore(s.state())
+    assert stream.accepted > 10
+
+
+def test_two_tokens_have_the_distribution_of_the_model(tiny_model):
+    """Chi-square over their pairs; wrong acceptance of any kind moves it far out."""
+    runs, vocabulary, warm = 2_000, 4, 3.0
+    model = tiny_model(vocab_size=vocabulary, num_hidden_layers=1)
+    prompt = [id % vocabulary for id in some_ids(30)]
+    stream, sampler = guessing(model, window=20), Sampler(Sampling(warm, top_p=1.0, seed=11))
+    stream.read(prompt[:-1])
+    pairs: Counter[tuple[int, int]] = Counter()
+    speculator = stream.observer
+    assert isinstance(speculator, Speculator)
+    for _ in range(runs):
+        chosen, _ = speculator.step(stream, sampler, prompt[-1], 2, ())
+        if len(chosen) == 1:
+            chosen += speculator.step(stream, sampler, chosen[0], 1, ())[0]
+        pairs[chosen[0], chosen[1]] += 1
+        stream.rewind(2)
+    assert 0.1 * runs < stream.accepted < 0.9 * stream.drafted
+    expected = np.zeros((vocabulary, vocabulary))
+    first = np.array(mx.softmax(last_logits(model, prompt) / warm))
+    for token in range(vocabulary):
+        expected[token] = first[token] * np.array(
+            mx.softmax(last_logits(model, [*prompt, token]) / warm)
+        )
+    found = np.array([[pairs[a, b] for b in range(vocabulary)] for a in range(vocabulary)])
+    assert expected.min() * runs > 5
+    chi = ((found - runs * expected) ** 2 / (runs * expected)).sum()
+    assert chi < 37.7, "15 degrees of freedom: one fair sampler in a thousand is above"
+
+
+def last_logits(model, ids):
+    return plain(model, window=20).read(ids)
+
+
+# --- a draft model ---
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_draft_model_changes_no_text(tiny_model, seed):
+    model, draft = tiny_model(), tiny_model(seed=seed)
+    sampling, prompt = Sampling(0.2, seed=2), some_ids(20)
+    stream, other = guessing(model, draft=draft), plain(model)
+    found = list(decode_speculatively(stream, prompt, Sampler(sampling), 120))
+    assert found == list(generate(other, prompt, Sampler(sampling), 120))
+    share = stream.accepted / stream.drafted
+    assert share > 0.4 if seed == 0 else share < 0.2
+
+
+def test_a_draft_model_is_kept_in_step(tiny_model):
+    """Whatever was guessed, read and taken back, it holds what the stream holds."""
+    model = tiny_model()
+    stream = guessing(model, draft=model)
+    list(decode_speculatively(stream, some_ids(20), Sampler(Sampling(0.5, seed=3)), 100))
+    stream.rewind(7)
+    list(decode_speculatively(stream, [5, 6], Sampler(Sampling(0.5, seed=4)), 50))
+    stream.record()
+    speculator = stream.observer
+    assert isinstance(speculator, Speculator) and isinstance(speculator.drafter, DraftModel)
+    drafter = speculator.drafter
+    drafter.draft(9, 2)
+    held = [*stream.attended_ids(), 9]
+    assert drafter.stream.attended_ids()[-20:] == [*held, drafter._ahead[-1]][-20:]
+    assert drafter.stream.length == stream.length + 2
+
+
+# --- when it pays ---
+
+
+def paced(costs: dict[int, float]) -> DraftLengthController:
+    pace = DraftLengthController(lambda: 0.0)
+    for rows, seconds in costs.items():
+        for _ in range(4):
+            pace.record_step(rows, seconds)
+    return pace
+
+
+@pytest.mark.parametrize(
+    ("costs", "chances", "expected"),
+    [
+        (dict.fromkeys(range(1, 9), 1.0), [0.9] * 7, 7),
+        ({rows: 1.0 * rows for rows in range(1, 9)}, [0.9] * 7, 0),
+        ({rows: 1.0 + 0.1 * rows for rows in range(1, 9)}, [0.1] * 7, 0),
+        ({1: 1.0, 2: 1.1, 3: 1.2, 4: 1.3, 5: 2.6, 6: 2.7, 7: 2.8, 8: 2.9}, [0.8] * 7, 3),
+        ({1: 1.0, 2: 1.01}, [0.02], 0),
+        ({}, [0.9] * 7, 7),
+        ({}, [], 0),
+    ],
+)
+def test_as_many_are_verified_as_pay(costs, chances, expected):
+    assert paced(costs).choose(chances) == expected
+
+
+def test_what_guesses_cost_counts():
+    pace = paced(dict.fromkeys(range(1, 9), 1.0))
+    assert pace.choose([0.8] * 7, each=0.0) == 7
+    assert 0 < pace.choose([0.8] * 7, each=0.2) < 7
+    assert pace.choose([0.8] * 7, each=0.9) == 0
+
+
+def test_chances_follow_what_was_chosen():
+    pace = DraftLengthController(lambda: 0.0)
+    for _ in range(60):
+        pace.judge(2, [1, 2, 3], [9])
+        pace.judge(20, [1, 2, 3], [1, 2, 3, 4])
+    assert pace.chance(2) < 0.1 and pace.chance(30) > 0.95
+    for _ in range(60):
+        pace.judge(2, [1], [1])
+    assert pace.chance(2) > 0.8
+
+
+def test_guessing_turns_itself_off_and_looks_again():
+    """Where eight rows cost eight times one, hardly any step is more than one token."""
+    pace = paced({rows: float(rows) for rows in range(1, 9)})
+    steps = []
+    for _ in range(2_000):
+        count = pace.choose([0.9] * 7)
+        pace.record_step(count + 1, float(count + 1))
+        steps.append(count)
+    assert 3 < sum(count > 0 for count in steps) < 10
+    for _ in range(20):
+        count = pace.choose([0.9] * 7) or 7
+        pace.record_step(count + 1, 1.1)
+    assert pace.choose([0.9] * 7) > 0
+
+
+def test_a_stream_measures_its_own_steps(tiny_model):
+    ticks = itertools.count()
+    stream = guessing(
+        tiny_model(vocab_size=8), pace=DraftLengthController(lambda: float(next(ticks)))
+    )
+    list(decode_speculatively(stream, [1, 2, 3] * 9, Sampler(Sampling(0)), 100))
+    assert isinstance(stream.observer, Speculator)
+    measured = stream.observer.length._seconds
+    assert len(measured) > 2 and all(s == 1.0 for found in measured.values() for s in found)
+    assert stream.accepted > 50
+
+
+# --- what excludes what ---
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [((True, None, 8), "--kv-bits"), ((None, "draft", 8), "--draft.*--kv-bits"),
+     ((False, "draft", None), "--no-speculate")],
+)  # fmt: skip
+def test_options_that_exclude_each_other_are_refused(tiny_model, options, says):
+    model = tiny_model()
+    speculate, draft, bits = options
+    with pytest.raises(ValueRefused, match=says):
+        stream_factory(model, speculate, draft and model, bits)

@@ -1,0 +1,52 @@
+"""Kill a scripted chat with SIGKILL at random moments, and look at what is left each time.
+
+    python -m tests.long.kills [--kills 300] [--seed 1]
+
+Prints a line for each kill and one of JSON at the end; exits with 1 if a committed turn was lost, a
+session did not open or verify, or no kill fell into a reply, a commit or a snapshot. Takes minutes:
+not collected by pytest.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mlx_stream.load import load
+from tests.fakes.killed_chat import Kills, tiny_folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
+    given = parser.parse_args()
+    print(f"seed {given.seed}", flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["MLX_STREAM_HOME"] = str(Path(place) / "home")
+        folder = tiny_folder(Path(place) / "model")
+        model = load(folder, dtype="float32", keep_quantized=False)
+        kills = Kills(model, folder, random.Random(given.seed))
+        for number in range(given.kills):
+            print(kills.kill(number), flush=True)
+        kills.end()
+    measured = {
+        "seed": given.seed,
+        "kills": given.kills,
+        "fell_in": dict(kills.fell),
+        "sessions": len(kills.said),
+        "turns_committed": kills.committed,
+        "read_again": kills.reread,
+        "seconds": round(time.monotonic() - started),
+    }
+    print(json.dumps(measured))
+    return 0 if all(kills.fell[phase] for phase in ("reply", "commit", "snapshot")) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Measure how long a saved conversation of the starter takes to go on, its window full.
+
+    python -m tests.measure.resume_time [--window 2048] [--rounds 5]
+
+Fills the window, closes, and opens it again `rounds` times, each time beside a conversation that is
+never closed: what both attend to is the same to the bit, and so is what they say. Prints one line
+of JSON; exits with 1 if they differ. Takes a minute: not collected by pytest.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pydoc_data.topics import topics
+from typing import Any
+
+import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
+
+import mlx.core as mx
+
+from mlx_stream.chat.conversation import Conversation
+from mlx_stream.chat.resume import SessionOptions, begin, open_session
+from mlx_stream.chat.session_files import session_paths
+from mlx_stream.load import Model
+from mlx_stream.sampling import Sampling
+
+NAME = "measured"
+
+
+def fill(conversation: Conversation, window: int) -> None:
+    """Say long questions, answered in a word, until the window has wrapped."""
+    for text in topics.values():
+        list(conversation.reply(text[:1200]))
+        if conversation.stats.evicted > window // 4:
+            return
+
+
+def differences(first: Conversation, second: Conversation) -> int:
+    """Return in how many of their arrays and numbers two streams differ."""
+    one, other = first.chat.tokens.state(), second.chat.tokens.state()
+
+    def same(a: Any, b: Any) -> bool:
+        return bool(mx.array_equal(a, b).item()) if isinstance(a, mx.array) else a == b
+
+    return sum(not same(value, other[name]) for name, value in one.items())
+
+
+def measure(model: Model, window: int, rounds: int) -> dict[str, Any]:
+    options = SessionOptions("You are brief.", window, sampling=Sampling(seed=1), max_tokens=8)
+    going_on = SessionOptions(max_tokens=8, sampling=Sampling())
+    never = begin(model, options)
+    fill(never, window)
+    fill(conversation := open_session(NAME, model, options), window)
+    seconds, odd, notices = [], 0, []
+    for number in range(rounds):
+        began = time.perf_counter()
+        conversation.close()
+        closed = time.perf_counter()
+        conversation = open_session(NAME, model, going_on, notices.append)
+        seconds.append((time.perf_counter() - closed, closed - began))
+        odd += differences(never, conversation)
+        question = f"Say the number {number}."
+        said = [[piece.text for piece in pair.reply(question)] for pair in (never, conversation)]
+        odd += said[0] != said[1]
+    attended = conversation.stats.attended
+    conversation.close()
+    opening, closing = zip(*seconds, strict=True)
+    return {
+        "window": window,
+        "attended": attended,
+        "snapshot_bytes": session_paths(NAME).snapshot.stat().st_size,
+        "seconds_to_open": statistics.median(opening),
+        "longest_to_open": max(opening),
+        "seconds_to_close": statistics.median(closing),
+        "read_again": len([notice for notice in notices if "again" in notice]),
+        "differences": odd,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--window", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    model = mlx_stream.load("starter", dtype="float32", keep_quantized=False)
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["MLX_STREAM_HOME"] = home
+        found = measure(model, given.window, given.rounds)
+    print(json.dumps(found))
+    sys.exit(found["differences"] > 0 or found["read_again"] > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The desktop app as a real window that nobody sees: asks, looks, stops; for a test, and by hand.
+
+    QT_QPA_PLATFORM=offscreen TOGA_BACKEND=toga_qt \\
+        python -m tests.measure.screenshot MODEL FOLDER QUESTION...
+
+Writes FOLDER/large.png while the last reply streams, and FOLDER/small.png, the window made smaller,
+when it has ended; prints a line of JSON with what was shown.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_stream import Sampling
+from mlx_stream_desktop.app import Desktop
+from mlx_stream_desktop.transcript import ending
+
+WINDOW, MAX_TOKENS, SIZE, SMALL = 124, 48, (900, 640), (640, 420)
+
+
+class Seen(Desktop):
+    """The application, used by a script."""
+
+    def __init__(self, model: str, folder: Path, questions: list[str]):
+        self._folder, self._questions = folder, questions
+        super().__init__(model, WINDOW, Sampling(temperature=0), MAX_TOKENS, status_icon=False)
+
+    async def on_running(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        try:
+            print(json.dumps(await self._used()), flush=True)
+        finally:
+            self.request_exit()
+
+    async def _used(self) -> dict[str, Any]:
+        self.view.main.size = SIZE
+        await self.desk.start()
+        for count, question in enumerate(self._questions, 1):
+            await self._until(lambda: self.desk.idle and self.view.send.enabled)
+            self.view.question.value = question
+            self.view.send._impl.native.click()
+            await self._until(lambda count=count: len(self.desk.said) == count)
+        await self._until(lambda: len(self._last()) > 40)
+        await self._until(lambda: self._last()[:20] in self._shown())
+        self._draw(self._folder / "large.png")
+        self.desk.stop()
+        await self._until(lambda: self.desk.idle)
+        self.view.main.size = SMALL
+        await self._until(lambda: self._shown().endswith(ending(self.desk.said[-1])))
+        self._draw(self._folder / "small.png")
+        return {
+            "shown": self._shown(),
+            "gauge": self.view.gauge.text,
+            "listed": [row.title for row in self.view.conversations.data],  # type: ignore[attr-defined]
+            "notice": self.view.notice.text,
+        }
+
+    def _last(self) -> str:
+        return self.desk.said[-1].reply
+
+    def _shown(self) -> str:
+        return self.view.transcript.text
+
+    async def _until(self, so: Callable[[], object]) -> None:
+        while not so():
+            await asyncio.sleep(0.02)
+
+    def _draw(self, path: Path) -> None:
+        self.view.draw()
+        path.write_bytes(self.view.main.as_image().data)
+
+
+if __name__ == "__main__":
+    Seen(sys.argv[1], Path(sys.argv[2]), sys.argv[3:]).main_loop()

@@ -1,0 +1,148 @@
+"""Models and their streams against mlx-lm and the slow reference."""
+
+import functools
+from collections.abc import Iterable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_stream.cache import StreamCache
+from mlx_stream.load import Model
+from tests.fakes.peer import peer_of
+from tests.fakes.tiny import LLAMA3, MISTRAL, YARN, tiny_config, tiny_weights
+from tests.fakes.tiny_models import all_logits, make, some_ids, tensors_of
+from tests.reference import SlowLlama
+
+
+def read_in_all_ways(model: Model, ids: list[int]) -> Iterable[np.ndarray]:
+    window = len(ids) + 3
+    yield all_logits(model, model.new_dense_cache(), ids, 17)
+    yield all_logits(model, model.new_dense_cache(), ids[:20], 1)
+    yield all_logits(model, model.new_cache(4, window), ids, 31)
+    yield all_logits(model, model.new_cache(0, window), ids, 1)
+    yield all_logits(model, model.new_cache(7, window, spare=5), ids, 500)
+
+
+# -- a window that holds the text: as mlx-lm computes it ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"num_key_value_heads": None},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True},
+        {"mlp_bias": True, "attention_bias": True, "num_key_value_heads": 1},
+        {"head_dim": 24},
+        {"head_dim": None, "hidden_size": 48},
+        {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1},
+        {"rope_theta": 500.0},
+        {"rms_norm_eps": 0.1},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": YARN},
+        {"rope_scaling": YARN | {"beta_fast": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3}},
+        MISTRAL,
+        {**MISTRAL, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_dense_and_wide_streams_equal_mlx_lm(changes):
+    raw = tiny_config(**changes)
+    ids = some_ids(70)
+    expected = np.array(peer_of(raw, tensors_of(raw))(mx.array(ids)[None])[0])
+    model = make(raw, tensors_of(raw))
+    for logits in read_in_all_ways(model, ids):
+        np.testing.assert_allclose(logits, expected[: len(logits)], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e5, **LLAMA3}},
+        {"rope_parameters": {"rope_theta": 1e4, **YARN}},
+        {"rope_scaling": YARN | {"attention_factor": 0.6}},
+        {"rope_scaling": YARN | {"truncate": False}},
+        {**MISTRAL, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    ],
+    ids=str,
+)
+def test_where_mlx_lm_is_wrong_the_reference_counts(changes):
+    raw = tiny_config(**changes)
+    ids = some_ids(70)
+    expected = SlowLlama(raw, tiny_weights(raw), 0, None).logits(ids)
+    model = make(raw, tensors_of(raw))
+    for logits in read_in_all_ways(model, ids):
+        np.testing.assert_allclose(logits, expected[: len(logits)], atol=1e-3)
+
+
+def test_the_sliding_window_of_a_mistral_bounds_the_window():
+    raw = tiny_config(**MISTRAL, sliding_window=20)
+    ids = some_ids(90)
+    expected = SlowLlama(raw, tiny_weights(raw), 4, 60).logits(ids)
+    model = make(raw, tensors_of(raw))
+    notices: list[str] = []
+    cache = model.new_cache(4, 60, notify=notices.append)
+    assert (cache.geometry.window, len(notices)) == (20, 1)
+    assert "60" in notices[0] and "20" in notices[0] and "\n" not in notices[0]
+    np.testing.assert_allclose(all_logits(model, cache, ids, 37), expected, atol=1e-3)
+    model.new_cache(4, 20, notify=notices.append)
+    assert len(notices) == 1
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_half_precision_is_near(dtype):
+    raw = tiny_config()
+    ids = some_ids(90)
+    expected = SlowLlama(raw, tiny_weights(raw), 4, 30).logits(ids)
+    model = make(raw, tensors_of(raw), dtype)
+    for chunk in (1, 37):
+        logits = all_logits(model, model.new_cache(4, 30), ids, chunk)
+        error = np.abs(logits - expected).mean()
+        assert error < (6e-3 if dtype == mx.float16 else 5e-2)
+
+
+# -- C: a stream, against the reference -----------------------------------------------------------
+
+TEXT = some_ids(300, seed=7)
+
+
+@functools.cache
+def streaming_reference(sinks: int, window: int) -> np.ndarray:
+    raw = tiny_config()
+    return SlowLlama(raw, tiny_weights(raw), sinks, window).logits(TEXT)
+
+
+def nll(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)[:-1]
+    chosen = logits[np.arange(len(logits)), TEXT[1:]]
+    return np.log(np.exp(logits).sum(axis=-1)) - chosen
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 37, 128, 500])
+@pytest.mark.parametrize("window", [20, 60, 100])
+@pytest.mark.parametrize("sinks", [0, 1, 4, 32])
+def test_streams_equal_the_reference(tiny_model, sinks, window, chunk):
+    model = tiny_model()
+    expected = streaming_reference(sinks, window)
+    cache = model.new_cache(sinks, window)
+    logits = all_logits(model, cache, TEXT, chunk)
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
+    np.testing.assert_allclose(nll(logits), nll(expected), atol=2e-3)
+    assert cache.attended == sinks + window
+    assert cache.evicted == 300 - sinks - window
+
+
+@pytest.mark.parametrize("chunk", [1, 50])
+def test_models_stream_over_reanchorings_with_yarn_and_biases(chunk):
+    raw = tiny_config(rope_scaling=YARN, attention_bias=True, num_key_value_heads=1)
+    expected = SlowLlama(raw, tiny_weights(raw), 3, 20).logits(TEXT)
+    model = make(raw, tensors_of(raw))
+    cache = StreamCache(2, 4, 1, 16, model.rope, 3, 20, clock_limit=0)
+    np.testing.assert_allclose(all_logits(model, cache, TEXT, chunk), expected, atol=1e-3)

@@ -1,0 +1,223 @@
+"""Which bits and window a plan chooses, against all there are; and the README's table, anew."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_stream.backend import CACHE_LIMIT
+from mlx_stream.config import read_config
+from mlx_stream.errors import DeviceError, ValueRefused
+from mlx_stream.plan.devices import Device, Figure, find, without_entitlement
+from mlx_stream.plan.inspect import summarize_model
+from mlx_stream.plan.memory import BITS
+from mlx_stream.plan.planner import (
+    FITS,
+    ITEMSIZES,
+    TIGHT,
+    TOO_LARGE,
+    WINDOWS,
+    ModelSummary,
+    Plan,
+    Planner,
+    PlanRequest,
+    make_plan,
+)
+from mlx_stream.window import DEFAULT_WINDOW, resolve_window
+from tests.fakes.tiny import tiny_config
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "tests" / "fakes" / "published"
+ALL_WINDOWS = [window for windows in WINDOWS for window in windows]
+
+
+def never(notice: str) -> None:
+    raise AssertionError(notice)
+
+
+def outline(name: str = "Llama-3.2-1B") -> ModelSummary:
+    return summarize_model(str(PUBLISHED / f"{name}.json"), never)
+
+
+def device(budget: int, metal: bool = True) -> Device:
+    here = "a test"
+    return Device("d", "d", "laptop", Figure(2**40, here), Figure(int(budget), here), metal=metal)
+
+
+def tiny_outline(**changes) -> ModelSummary:
+    return ModelSummary("tiny", read_config(tiny_config(**changes)), "float16")
+
+
+# --- the choice ---
+
+
+def order(plan: Plan) -> tuple[bool, int, int]:
+    """How good a plan is: a window of the default at least, then bits, then the window."""
+    assert plan.recipe.bits is not None
+    return plan.window >= DEFAULT_WINDOW, plan.recipe.bits, plan.window
+
+
+@given(budget=st.integers(4 * 10**8, 5 * 10**9))
+def test_nothing_better_fits_than_what_is_chosen(budget):
+    model, place = outline(), device(budget)
+    chosen = make_plan(model, place, PlanRequest())
+    each = [
+        make_plan(model, place, PlanRequest(bits=bits, window=window))
+        for bits in BITS
+        for window in ALL_WINDOWS
+    ]
+    fitting = [plan for plan in each if plan.verdict == FITS]
+    if fitting:
+        assert order(chosen) == max(order(plan) for plan in fitting)
+    elif any(plan.verdict == TIGHT for plan in each):
+        assert chosen.verdict == TIGHT
+    else:
+        assert chosen.verdict == TOO_LARGE and chosen.peak == min(plan.peak for plan in each)
+
+
+def test_a_verdict_leaves_room_for_the_allocators_cache():
+    chosen = make_plan(outline(), device(2**40), PlanRequest(bits=4, window=1_020))
+    assert chosen.peak == chosen.total > chosen.loading
+    for room, verdict in (
+        (CACHE_LIMIT, FITS),
+        (CACHE_LIMIT - 1, TIGHT),
+        (0, TIGHT),
+        (-1, TOO_LARGE),
+    ):
+        assert chosen.verdict_for(chosen.peak + room) == verdict
+
+
+def test_what_fits_nowhere_says_by_how_much():
+    chosen = make_plan(outline("Mistral-Nemo-12B"), find("iphone-13"), PlanRequest())
+    assert (chosen.recipe.bits, chosen.window) == (2, min(ALL_WINDOWS))
+    assert chosen.verdict == TOO_LARGE
+    assert chosen.missing == chosen.peak - int(2.4 * 2**30) > 10**9
+
+
+def test_what_is_asked_for_is_kept():
+    asked = PlanRequest("float16", sinks=9, window=777, bits=3, group_size=32, kv_bits=8)
+    chosen = make_plan(outline(), device(2**40), asked)
+    assert (chosen.dtype, chosen.sinks, chosen.window) == ("float16", 9, 777)
+    assert chosen.recipe.name == "3 bits in groups of 32"
+    full = make_plan(outline(), device(2**40), replace(asked, kv_bits=None))
+    assert 0.53 < chosen.ring / full.ring < 0.54
+    assert chosen.weights == full.weights
+
+
+def test_speed_is_bandwidth_over_what_a_token_reads():
+    chosen = make_plan(outline(), find("macbook-air-m2-8gb"), PlanRequest(bits=8, window=1_020))
+    assert chosen.step == chosen.weights + chosen.ring  # its head is its embedding
+    assert chosen.tokens_per_second == 100e9 / chosen.step
+    assert make_plan(outline(), device(2**40), PlanRequest()).tokens_per_second is None
+
+
+def test_quantized_files_are_kept_on_metal_and_never_given_more_bits():
+    raw = tiny_config(quantization={"group_size": 32, "bits": 4})
+    config = read_config(raw)
+    paths = ("q", "k", "v", "o")
+    held = frozenset(f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in paths)
+    model = ModelSummary("tiny", config, "float16", held)
+    kept = make_plan(model, device(2**40), PlanRequest())
+    assert kept.recipe.bits is None and kept.recipe.name.startswith("as it is, 1")
+    dequantized = make_plan(model, device(2**40, metal=False), PlanRequest(window=kept.window))
+    assert dequantized.recipe.name == "float32 dequantized when loaded"
+    assert dequantized.weights > 2 * kept.weights
+    # Where that does not fit, they are kept after all.
+    small = device(dequantized.peak - 1, metal=False)
+    assert make_plan(model, small, PlanRequest(window=kept.window)).recipe.bits is None
+    asked = PlanRequest(window=kept.window, keep=False)
+    assert make_plan(model, small, asked).verdict == TOO_LARGE
+
+
+def test_files_of_four_bits_are_offered_fewer_alone(tmp_path):
+    raw = json.loads((PUBLISHED / "Llama-3.2-1B.json").read_text())
+    path = tmp_path / "four.json"
+    path.write_text(json.dumps(raw | {"quantization": {"group_size": 64, "bits": 4}}))
+    model = summarize_model(str(path), never)
+    recipes = list(Planner(model, device(2**40), PlanRequest()).recipes())
+    assert [recipe.bits for recipe in recipes] == [None, 3, 2]
+    assert recipes[0].name == "as it is, 4.5 bits a weight"
+
+
+def test_a_bounded_model_gets_no_longer_window():
+    assert make_plan(tiny_outline(), device(2**40), PlanRequest()).window == 512 - 4
+    told = []
+    model = tiny_outline(model_type="mistral", sliding_window=100)
+    chosen = make_plan(model, device(2**40), PlanRequest(window=300), told.append)
+    assert chosen.window == 100
+    assert told == ["window reduced from 300 to 100: the model's sliding_window"]
+    assert make_plan(model, device(2**40), PlanRequest()).window == 100
+    assert resolve_window(model.config, None, None) == (4, 100)
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (
+            PlanRequest(window=509),
+            r"sinks 4 \+ window 509 = 513 tokens exceed .* of 512: .* at most 508",
+        ),
+        (PlanRequest(window=0), "--window must be at least 1, not 0"),
+        (PlanRequest(sinks=-1), "--sinks must be from 0 to 511, not -1"),
+        (PlanRequest(bits=7), "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
+        (PlanRequest(group_size=16), "--group-size must be one of 32, 64, 128, not 16"),
+        (PlanRequest(kv_bits=2), "--kv-bits must be 8 or 4, not 2"),
+        (PlanRequest(kv_bits=8), "--kv-bits needs heads of a multiple of 64 numbers"),
+        (PlanRequest("float8"), "--dtype must be one of float32, float16, bfloat16, not 'float8'"),
+        (PlanRequest(bits=4, keep=False), "--bits is for weights that stay quantized"),
+    ],
+)
+def test_what_there_is_not_is_refused(asked, why):
+    with pytest.raises(ValueRefused, match=why):
+        make_plan(tiny_outline(), device(2**40), asked)
+
+
+def test_without_the_entitlement_an_app_has_less():
+    phone = find("iphone-16-pro")
+    lower = without_entitlement(phone)
+    assert lower.budget == phone.without_entitlement and lower.without_entitlement is None
+    with pytest.raises(DeviceError, match="which macbook-neo is not"):
+        without_entitlement(find("macbook-neo"))
+
+
+# --- the README's table ---
+
+ROW = re.compile(r"^\| (\S+) \| (.+) \|$")
+
+
+def readme_table() -> tuple[list[str], dict[str, list[str]]]:
+    """Return the devices of the README's table, and its cells by model."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    section = text[text.index("## On phones and laptops") :]
+    section = section[: section.index("\n## ")]
+    command = re.search(r"for device in ([^;]*); do", section.replace("\\\n", " "))
+    assert command
+    rows = [match for line in section.splitlines() if (match := ROW.match(line))]
+    return command[1].split(), {row[1]: row[2].split(" | ") for row in rows}
+
+
+def cell(chosen: Plan) -> str:
+    bits = chosen.recipe.name.replace(" in groups of 64", "")
+    return f"{bits}, {chosen.window:,}, {chosen.tokens_per_second:.0f}"
+
+
+def test_the_readmes_table_is_what_plan_says():
+    names, cells = readme_table()
+    assert {find(name).memory.amount / 2**30 for name in names} == {8, 16, 64}
+    kinds = [find(name).kind for name in names]
+    assert kinds == ["phone", "laptop", "laptop", "laptop"]
+    assert list(cells) == [path.stem for path in sorted(PUBLISHED.glob("[LM]*.json"))]
+    for model, found in cells.items():
+        plans = [make_plan(outline(model), find(name), PlanRequest()) for name in names]
+        assert all(plan.verdict == FITS for plan in plans)
+        assert found == [cell(plan) for plan in plans], model
+
+
+def test_the_published_configs_are_read():
+    for path in PUBLISHED.glob("*.json"):
+        raw = json.loads(path.read_text())
+        assert outline(path.stem).dtype == raw["torch_dtype"] and raw["torch_dtype"] in ITEMSIZES

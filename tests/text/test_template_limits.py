@@ -1,0 +1,172 @@
+"""What strangers' templates may not use up: time, memory and Python; and what honest ones may."""
+
+import json
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from mlx_stream.errors import MlxStreamError, TemplateError
+from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, meter, user
+from mlx_stream.text.template.meter import TURNOVER, LimitPassed, Meter
+from tests.fuzz.texts import HOSTILE_TEMPLATES
+
+# What these templates write is as short as they are.
+HARMLESS = {
+    *("nested namespaces", "long text", "long source", "large constants", "writes a name"),
+    "surrogate",
+}
+# Compiling one of the largest takes this much; what it makes when it runs takes less.
+MEMORY = 160 << 20
+# Seconds of CPU that tell a template that was stopped, on any machine, from one that runs on: those
+# that should be stopped take minutes, or never end.
+ENDS = 20
+
+
+def elsewhere(do: Callable[[], object]) -> tuple[BaseException | None, float]:
+    """Run in a thread of its own, where no signal arrives; return what it raised, and CPU time."""
+    found: list[tuple[BaseException | None, float]] = []
+
+    def run() -> None:
+        began, raised = time.thread_time(), None
+        try:
+            do()
+        except MlxStreamError as error:
+            raised = error
+        found.append((raised, time.thread_time() - began))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    (answer,) = found  # anything but an error of ours leaves none
+    return answer
+
+
+def answer(source: str) -> str:
+    return ChatTemplate(source).render([user("Hi")], reply=True)
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+def test_a_template_ends_in_time_on_any_thread(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(meter, "SECONDS", 0.3)
+    monkeypatch.setattr(meter, "CPU_SECONDS", 0.2)
+    raised, seconds = elsewhere(lambda: answer(HOSTILE_TEMPLATES[name]))
+    assert seconds < ENDS
+    assert (raised is None) == (name in HARMLESS), raised
+    if raised is not None:
+        assert isinstance(raised, TemplateError) and len(str(raised)) < 300
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kept",
+        "kept lists",
+        "kept slices",
+        "doubled by +",
+        "nested list",
+        "macro that writes",
+        "join",
+        "format",
+    ],
+)
+def test_a_template_ends_in_bounded_memory(name: str):
+    source = HOSTILE_TEMPLATES.get(name, "{{ '{0}{0}'.format('a' * 900000) }}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(TemplateError):
+            answer(source)
+        assert tracemalloc.get_traced_memory()[1] < MEMORY
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_longest_source_compiles_or_is_refused_in_time():
+    for unit in ("{{a}}", "{%if a%}{%endif%}", "{%macro a()%}{%endmacro%}", "{%set a=b%}"):
+        source = unit * (MAX_SOURCE // len(unit))
+        raised, seconds = elsewhere(lambda source=source: ChatTemplate(source))
+        assert seconds < ENDS and (raised is None or isinstance(raised, TemplateError))
+
+
+def test_checking_a_template_is_one_use_of_it():
+    # Each rendering is well inside the limit, and a check is some forty of them.
+    slow = (
+        "{% for i in range(99999) %}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    raised, seconds = elsewhere(lambda: ChatTemplate(slow * 3).check(system=True))
+    assert isinstance(raised, TemplateError) and seconds < ENDS
+
+
+def test_a_sleeping_machine_does_not_stop_an_honest_template(monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(0, 1_000_000, 60))
+    monkeypatch.setattr(meter.time, "monotonic", lambda: next(clock))
+    assert answer("{% for m in messages %}{{ m.content }}{% endfor %}") == "Hi"
+
+
+def test_a_value_that_holds_another_twice_weighs_it_twice():
+    value: list = ["ab"]
+    for _ in range(10):
+        value = [value, value]
+    running = Meter(2**10 * 4)  # 1,024 texts, their 2,048 characters, 1,024 lists and theirs
+    with pytest.raises(LimitPassed, match="larger than"):
+        running.weigh([value, value], {"a": value}.items())
+    running.weigh("ab" * 10)
+
+
+def test_what_is_made_is_paid_for_once_and_for_all():
+    running = Meter(1_000)
+    for _ in range(TURNOVER):
+        running.made("x" * (1_000 - 64))
+    with pytest.raises(LimitPassed, match="memory"):
+        running.made("x")
+
+
+def test_a_value_as_large_as_the_messages_is_honest():
+    question = "long " * 1_000_000
+    source = "{% set c = messages[0].content | trim %}{% set c = '[' + c + ']' %}{{ c ~ c }}"
+    assert len(ChatTemplate(source).render([user(question)], False)) == 2 * len(question) + 2
+    with pytest.raises(TemplateError, match="larger than"):
+        ChatTemplate("{{ " + " ~ ".join(["messages[0].content"] * 6) + " }}").render(
+            [user(question)], False
+        )
+
+
+HONEST = [
+    "{{ '%s is %5.2f%% of %-4d|' % ('a', 1.5, 7) }}{{ '%(a)s' % {'a': 'b'} }}{{ '%s' | format(3)}}",
+    "{{ '{:>4}{x!r:^5}'.format(1, x='y') }}{{ '{a}'.format_map({'a': 1}) }}",
+    "{{ 'a' | center(5) }}|{{ 'b'.ljust(3) }}|{{ '7'.zfill(3) }}|{{ 'a\nb' | indent(2) }}",
+    "{{ 'a\tb'.expandtabs(2) }}{{ ['a', 1] | join(', ') }}{{ '-'.join(['x', 'y']) }}",
+    "{{ messages | map(attribute='content') | join('+') }}{{ messages | join(',', 'role') }}",
+    "{{ [1, 2.5] | sum }}{{ [{'n': 2}] | sum(attribute='n', start=1) }}{{ 3.14159 | round(2) }}",
+    "{{ 'aXbX' | replace('X', '--') }}{{ 'aa'.replace('a', 'b', 1) }}{{ 'x,y'.split(',')[-1] }}",
+    "{{ {'b': [1, {'a': none}], 'a': 'é'} | tojson(indent=1, sort_keys=true) }}",
+    "{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':')) }}{{ {'b': 1, 'a': 2} | dictsort }}",
+    "{% for a, b in {'x': 1}.items() if b < 2 %}{{ a }}{{ loop.length }}{% endfor %}",
+    "{{ '<b>' | safe }}{{ ('<%s>' | safe) % '<' }}{{ '<' | e }}{{ ('<{}>' | safe).format('<') }}",
+    "{{ (1, 2)[:1] }}{{ 'abc'[::-1] }}{{ [3, 1] | sort | last }}{{ messages[0]['role'][1:] }}",
+    "{% for i in [1, [2, [3]]] recursive %}{{ loop(i) if i is not number else i }}{% endfor %}",
+    "{{ [1, 2, 3] | batch(2, 0) | list }}{{ [1, 2] | slice(2) | list }}{{ range(3) | list }}",
+    "{{ 1 < 2 < 3 }}{{ 'H' in messages[0].content }}{{ 2 ** 8 - 1 }}{{ 7 // 2 % 2 }}{{ 1 / 4 }}",
+    "{{ no }}{{ messages[0].no is defined }}{{ none }}{{ 1.0 }}{{ true }}{{ [none, 'a'] }}",
+    "{% set x %}a{{ 1 }}{% endset %}{{ x | upper }}{% filter upper %}b{% endfilter %}",
+    "{% macro m(a, b=2) %}{{ a }}{{ b }}{{ caller() if caller }}{{ varargs }}{% endmacro %}"
+    "{{ m(1) }}{% call m(3, 4, 5) %}!{% endcall %}",
+    "{% for m in messages %}{{ loop.index ~ loop.last ~ loop.cycle(1, 2) }}{% endfor %}",
+    "{% set ns = namespace(a=[], n=0) %}{% for i in range(3) %}{% set ns.a = ns.a + [i] %}"
+    "{% set ns.n = ns.n + i %}{% endfor %}{{ ns.a }}{{ ns.n }}",
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
+    "{{ messages | rejectattr('role', 'in', ['user']) | list }}{{ [1, 1] | unique | list }}",
+    "{% if messages is iterable and messages[0] is mapping and 'a' is string %}yes{% endif %}",
+    "{{ 'hello there' | title }}{{ ' a ' | trim }}{{ 'b' | default('c') }}{{ no | default('c') }}",
+    "{% block a %}{{ messages | length }}{% endblock %}{{self.a()}}{%with x=1%}{{x}}{%endwith%}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", HONEST)
+def test_what_honest_templates_use_is_as_in_jinja(source: str):
+    peer = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    peer.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
+    assert answer(source) == peer.from_string(source).render(messages=[user("Hi")])
