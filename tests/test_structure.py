@@ -191,6 +191,69 @@ def test_every_option_named_in_the_readme_exists():
     assert set(re.findall(r"`(--[a-z-]+)", prose)) <= known | {"--help"}
 
 
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph():
+    """Return which of our modules each one imports, for types too."""
+    names = {module_of(path) for path in MODULES}
+    graph = {}
+    for path in MODULES:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    whole = f"{node.module}.{alias.name}"
+                    found.add(whole if whole in names else str(node.module))
+        graph[module_of(path)] = (found & names) - {module_of(path)}
+    return graph
+
+
+def reachable(graph, start):
+    seen, waiting = set(), list(graph[start])
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting += graph[name]
+    return seen
+
+
+# Steps know the cache whose step they are, until it plans them without changing anything.
+ALLOWED_CIRCLE = {"mlx_stream.cache.stream"} | {
+    f"mlx_stream.cache.steps.{name}" for name in ("decode", "prefill", "quantized", "verify")
+}
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = import_graph()
+    circles = {name for name in graph if name in reachable(graph, name)}
+    assert circles <= ALLOWED_CIRCLE
+
+
+def test_no_two_modules_have_one_name():
+    stems = [path.stem for path in MODULES if "cli" not in path.relative_to(PACKAGE).parts]
+    twice = {stem for stem in stems if stems.count(stem) > 1} - {"__init__"}
+    assert not twice
+
+
+def test_no_public_name_stands_for_two_things():
+    """A verb in `cli/` may have the name of what it runs, and helpers of its own."""
+    places: dict[str, list[Path]] = {}
+    for path in MODULES:
+        if "cli" in path.relative_to(PACKAGE).parts:
+            continue
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                places.setdefault(node.name, []).append(path)
+    twice = {name for name, found in places.items() if len(found) > 1}
+    assert {name for name in twice if not name.startswith("_")} == set()
+
+
 def test_tests_stand_as_the_package_does():
     rooms = {room(path) for path in MODULES} - {"__init__", "__main__"}
     served = {"fakes", "fuzz", "long", "measure", "apps", "assistant", "desktop"}
