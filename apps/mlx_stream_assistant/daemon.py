@@ -41,7 +41,7 @@ BETWEEN_FAILURES = 600.0
 LAST_WORDS = 0.5
 
 
-class Source(Protocol):
+class TextSource(Protocol):
     """What the assistant reads along with."""
 
     name: str
@@ -69,7 +69,7 @@ class Assistant:
         self._started, self._next_power, self._try_again = time.monotonic(), 0.0, 0.0
         self._failed_at, self._begin_at = float("-inf"), 0.0
         self._stopping, self._paused, self.has_ended = False, False, True
-        self._sources: list[Source] = []
+        self._sources: list[TextSource] = []
         self._input: StandardInput | None = None
         self._engine: Any = None
         self._listener: Any = None
@@ -121,7 +121,7 @@ class Assistant:
         rests = time.monotonic() < self._begin_at
         if feeder is None:
             if not rests:
-                self._begin_if_loaded(where)
+                self._begin_when_loaded(where)
         elif failure := feeder.failure or self._listener.error:
             self._begin_again(feeder, failure)
         else:
@@ -166,7 +166,7 @@ class Assistant:
         diary.check()
         return diary
 
-    def _begin_if_loaded(self, where: AssistantPaths) -> None:
+    def _begin_when_loaded(self, where: AssistantPaths) -> None:
         """Go on with the stream, from its snapshot or from what the journal keeps."""
         try:
             self._engine.wait(timeout=FULL)
@@ -181,7 +181,7 @@ class Assistant:
                 self._tell(notice)
         for notice in self._listener.stats.notices:
             self._tell(notice)
-        journal, fed = self._journal, self._restored(where.snapshot)
+        journal, fed = self._journal, self._apply_note(where.snapshot)
         if fed is None:
             fed = journal.first - 1
             if fed < journal.last:
@@ -193,7 +193,7 @@ class Assistant:
         attended = f", {self._listener.stats.attended:,} tokens attended" if journal.last else ""
         self._tell(f"{self.settings.name}: reading{attended}")
 
-    def _restored(self, snapshot: Path) -> int | None:
+    def _apply_note(self, snapshot: Path) -> int | None:
         """Return the last chunk in the stream; None if there is none in it."""
         note, journal = self._listener.restored, self._journal
         if note is None:
@@ -322,7 +322,7 @@ class Assistant:
             "notes": str(settings.notes) if settings.notes else None,
             "last_note": round(noted_at) or None,
             "sources": [
-                {"name": source.name, **source.state, **standing(sources[source.name])}
+                {"name": source.name, **source.state, **source_state(sources[source.name])}
                 for source in self._sources
             ],
         }
@@ -370,7 +370,7 @@ def pieces(count: int) -> str:
     return f"{count:,} {'piece' if count == 1 else 'pieces'} of text"
 
 
-def standing(source: Any) -> dict[str, Any]:
+def source_state(source: Any) -> dict[str, Any]:
     return {"bytes_read": source.bytes, "crc": source.crc} if source else {}
 
 

@@ -112,7 +112,7 @@ class StoredChunk:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceRow:
     """Where a source stands: all bytes ever read of it, and their CRC-32."""
 
     name: str
@@ -247,17 +247,17 @@ class Journal:
 
     # --- the sources ---
 
-    def source(self, name: str) -> Source | None:
+    def source(self, name: str) -> SourceRow | None:
         with self._lock, self._refusing():
             return self._source(name)
 
-    def sources(self, kind: str | None = None) -> list[Source]:
+    def sources(self, kind: str | None = None) -> list[SourceRow]:
         """Return all sources ever read, or those of a kind, the one heard of last at the end."""
         with self._lock, self._refusing():
             query = "SELECT * FROM sources WHERE kind = coalesce(?, kind) ORDER BY rowid"
             return [source_of(row) for row in self._connection.execute(query, (kind,))]
 
-    def _source(self, name: str) -> Source | None:
+    def _source(self, name: str) -> SourceRow | None:
         query = "SELECT * FROM sources WHERE name = ?"
         row = self._connection.execute(query, (name,)).fetchone()
         return None if row is None else source_of(row)
@@ -337,12 +337,12 @@ class Journal:
             raise AssistantError(f"{self.path}: {explain(error)}") from error
 
 
-def source_of(row: Sequence[Any]) -> Source:
+def source_of(row: Sequence[Any]) -> SourceRow:
     name, kind, text, total, crc = row
     place = json.loads(text)
     if not isinstance(place, dict):
         raise ValueError(f"{place!r:.80} is no place in a source")
-    return Source(name, kind, place, total, crc)
+    return SourceRow(name, kind, place, total, crc)
 
 
 def heading(last: StoredChunk | None, arrival: Chunk, now: datetime) -> str:

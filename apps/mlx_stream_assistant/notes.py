@@ -32,7 +32,7 @@ class NotesFile:
         Raises:
             AssistantError: it cannot.
         """
-        os.close(self._opened())
+        os.close(self._open_file())
 
     def write(self, text: str, when: datetime, about: str, noted: int) -> str:
         """Add a note and return it; when this returns it is on disk, or will be.
@@ -47,9 +47,12 @@ class NotesFile:
         """
         self.finish()
         note = markdown(text, when, about)
-        file = self._opened()
+        file = self._open_file()
         try:
-            begun = {"note": (apart(file) + note.encode()).decode(), "at": os.fstat(file).st_size}
+            begun = {
+                "note": (split_file_end(file) + note.encode()).decode(),
+                "at": os.fstat(file).st_size,
+            }
             self._journal.begin_note(begun, noted, when.timestamp())
         finally:
             os.close(file)
@@ -65,7 +68,7 @@ class NotesFile:
         begun = self._journal.writing
         if begun is None:
             return
-        file = self._opened()
+        file = self._open_file()
         try:
             self._put(file, begun)
         except OSError as error:
@@ -82,11 +85,11 @@ class NotesFile:
         if end == at + len(there) and data.startswith(there):
             os.ftruncate(file, at)  # a half
         else:  # someone else wrote to it meanwhile
-            data = apart(file) + data.lstrip(b"\n")
+            data = split_file_end(file) + data.lstrip(b"\n")
         write_whole(file, data, os.fstat(file).st_size)
         os.fsync(file)
 
-    def _opened(self) -> int:
+    def _open_file(self) -> int:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
@@ -105,7 +108,7 @@ class NotesFile:
         )
 
 
-def apart(file: int) -> bytes:
+def split_file_end(file: int) -> bytes:
     """Return the line ends that are missing between a file's last line and a heading."""
     end = os.fstat(file).st_size
     last = os.pread(file, 2, max(0, end - 2))
@@ -128,16 +131,16 @@ def markdown(text: str, when: datetime, about: str) -> str:
     Nothing in the model's text is a heading: each of those is a note's.
     """
     lines = [line.rstrip() for line in text.strip().splitlines()]
-    lines = [quoted(line) for line in lines]
+    lines = [escape_markdown(line) for line in lines]
     body = "\n".join(lines) or EMPTY
     return f"## {when:%Y-%m-%d %H:%M}\n\n{body}\n\n*{about}*\n\n"
 
 
-def quoted(line: str) -> str:
+def escape_markdown(line: str) -> str:
     """Return a line that Markdown takes for no heading, no code's fence and no HTML.
 
-    >>> quoted("# A"), quoted("> - # A"), quoted("<!-- A"), quoted("---"), quoted("- A #1")
-    ('\\\\# A', '> - \\\\# A', '\\\\<!-- A', '\\\\---', '- A #1')
+    >>> [escape_markdown(line) for line in ("# A", "> - # A", "<!-- A", "---", "- A #1")]
+    ['\\\\# A', '> - \\\\# A', '\\\\<!-- A', '\\\\---', '- A #1']
     """
     start = BEFORE_A_BLOCK.sub("", line)
     before = line[: len(line) - len(start)]

@@ -146,7 +146,7 @@ class NotesFolder:
 
     def _read(self, path: Path) -> Chunk | None:
         """Return what is new in a note; None if it is as it was."""
-        if (name := printable(path)) != str(path):
+        if (name := printable_path(path)) != str(path):
             raise NotText(f"{name}: has a name that is not UTF-8: rename it")
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -194,10 +194,10 @@ def is_note(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def printable(path: Path) -> str:
+def printable_path(path: Path) -> str:
     r"""Return a path as text that can be written anywhere: bytes that are not UTF-8 are escaped.
 
-    >>> printable(Path("caf\udce9.md"))
+    >>> printable_path(Path("caf\udce9.md"))
     'caf\\udce9.md'
     """
     return str(path).encode("utf-8", "backslashreplace").decode()

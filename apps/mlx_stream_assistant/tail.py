@@ -161,7 +161,7 @@ class TailedFile:
         except FileNotFoundError:
             status = None
         if self._place is not None and not (status and self._place.is_of(status)):
-            old = self._renamed()
+            old = self._find_renamed()
             if old and old[1].st_size > self._place.offset and self._place != self._given_up:
                 return old
             if next_one := self._between(old):
@@ -172,7 +172,7 @@ class TailedFile:
             return None
         return self.path, status
 
-    def _renamed(self) -> Found | None:
+    def _find_renamed(self) -> Found | None:
         """Return where the file that was being read is now."""
         assert self._place is not None
         for path, status in self._beside():
@@ -180,7 +180,7 @@ class TailedFile:
                 return (path, status) if self._holds(path, status) else None
         return None
 
-    def _copied(self) -> Found | None:
+    def _find_copy(self) -> Found | None:
         """Return a copy of what was read, named by rotation, from where there is more to read."""
         assert self._place is not None
         # Files of before may begin as this one; the copy was written after we read.
@@ -306,7 +306,7 @@ class TailedFile:
     def _begin_again(self, why: str) -> None:
         """Stand at the beginning, or, if there is a copy of what it was, where that goes on."""
         assert self._file is not None and self._place is not None
-        copy, self._refused = self._copied(), None
+        copy, self._refused = self._find_copy(), None
         if copy is None:
             self._complain("")
             self._said.clear()

@@ -28,7 +28,7 @@ class GaugeBar:
         self.now, self._width = Gauge(), 0.0
         self._font = toga.Font(SYSTEM, SYSTEM_DEFAULT_FONT_SIZE)
         self.widget = toga.Canvas(
-            style=Pack(height=BAR + 2 * LINE, margin=(2, 14, 4, 14)), on_resize=self._resized
+            style=Pack(height=BAR + 2 * LINE, margin=(2, 14, 4, 14)), on_resize=self._on_resize
         )
         self._draw()
 
@@ -47,7 +47,7 @@ class GaugeBar:
             self.now = gauge
             self._draw()
 
-    def _resized(self, widget: toga.Canvas, width: float, height: float, **_: object) -> None:
+    def _on_resize(self, widget: toga.Canvas, width: float, height: float, **_: object) -> None:
         self._width = width
         self._draw()
 

@@ -39,7 +39,7 @@ def new_name(question: str) -> str:
         SessionError: the folder cannot be read.
     """
     name, taken = slug(question), {one.lower() for one in session_files.session_names()}
-    return next(n for n in numbered(name) if n not in taken)
+    return next(n for n in number_name(name) if n not in taken)
 
 
 def slug(question: str) -> str:
@@ -52,6 +52,6 @@ def slug(question: str) -> str:
     return name or "conversation"
 
 
-def numbered(name: str) -> Iterator[str]:
+def number_name(name: str) -> Iterator[str]:
     yield name
     yield from (f"{name}-{number}" for number in count(2))

@@ -94,7 +94,7 @@ class Transcript:
         self.widget = toga.ScrollContainer(
             content=self._column,
             horizontal=False,
-            on_scroll=self._scrolled,  # type: ignore[arg-type]
+            on_scroll=self._on_scroll,  # type: ignore[arg-type]
             style=Pack(flex=1, background_color=colours.ground),
         )
         self._bubbles: list[Bubble] = []
@@ -132,7 +132,7 @@ class Transcript:
         """Return a text broken into lines of a width."""
         return self._wrapped(text, width)
 
-    def _scrolled(self, where: toga.ScrollContainer, **_: object) -> None:
+    def _on_scroll(self, where: toga.ScrollContainer, **_: object) -> None:
         end = where.max_vertical_position
         self._follows = where.vertical_position >= end - NEAR_THE_END
 

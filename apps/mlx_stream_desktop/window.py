@@ -29,27 +29,27 @@ class ChatWindow:
         self._filling, self._put = False, {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.conversations = toga.DetailedList(
-            on_select=self._opened, style=Pack(flex=1, width=SIDEBAR)
+            on_select=self._on_open, style=Pack(flex=1, width=SIDEBAR)
         )
         self.new = toga.Button("New conversation", on_press=self.begin, style=Pack(margin=8))
-        self.model = toga.Selection(on_change=self._model_chosen, style=Pack(flex=1))
-        self.window = toga.Selection(on_change=self._window_chosen, style=Pack(width=110))
+        self.model = toga.Selection(on_change=self._on_model, style=Pack(flex=1))
+        self.window = toga.Selection(on_change=self._on_window, style=Pack(width=110))
         self.transcript = Transcript(self._colours)
         self.gauge = GaugeBar(self._colours, self.transcript.in_lines)
         self.notice = toga.Label("", style=Pack(margin=(4, 14)))
         self.question = toga.TextInput(
             placeholder="Ask something, then press Enter",
-            on_confirm=self._sent,
+            on_confirm=self._on_send,
             style=Pack(flex=1),
         )
-        self.send = toga.Button("Send", on_press=self._sent, style=Pack(width=72, margin_left=8))
+        self.send = toga.Button("Send", on_press=self._on_send, style=Pack(width=72, margin_left=8))
         self.stop = toga.Button(
-            "Stop", on_press=self._stopped, style=Pack(width=72, margin_left=8), enabled=False
+            "Stop", on_press=self._on_stop, style=Pack(width=72, margin_left=8), enabled=False
         )
-        self.main = toga.MainWindow(title=TITLE, size=SIZE, on_resize=self._resized)
-        self.main.content = self._laid_out()
+        self.main = toga.MainWindow(title=TITLE, size=SIZE, on_resize=self._on_resize)
+        self.main.content = self._layout()
 
-    def _laid_out(self) -> toga.Box:
+    def _layout(self) -> toga.Box:
         beside = Pack(margin=(0, 6, 0, 0))
         pickers = toga.Box(
             children=[
@@ -133,7 +133,7 @@ class ChatWindow:
                 picker.value = chosen
 
     def _fill_conversations(self) -> None:
-        rows = [titled(one, one.name == self._desk.name) for one in self._desk.conversations]
+        rows = [with_title(one, one.name == self._desk.name) for one in self._desk.conversations]
         if self._differs("conversations", rows):
             self.conversations.data = rows
 
@@ -146,14 +146,14 @@ class ChatWindow:
 
     # Of one that is called while the window is filled, nothing was clicked: so they look at once.
 
-    def _sent(self, *_: object, **__: object) -> None:
+    def _on_send(self, *_: object, **__: object) -> None:
         text = self.question.value
         if self._desk.idle and text.strip():
             self.question.value = ""
             self.transcript.to_the_end()
             self._go(self._desk.send(text))
 
-    def _stopped(self, *_: object, **__: object) -> None:
+    def _on_stop(self, *_: object, **__: object) -> None:
         self._desk.stop()
 
     def begin(self, *_: object, **__: object) -> None:
@@ -161,16 +161,16 @@ class ChatWindow:
         self._go(self._desk.begin())
         self.question.focus()
 
-    def _opened(self, *_: object, **__: object) -> None:
+    def _on_open(self, *_: object, **__: object) -> None:
         row = self.conversations.selection
         if row is not None and not self._filling:
             self._go(self._desk.open(row.name))  # type: ignore[attr-defined]
 
-    def _model_chosen(self, *_: object, **__: object) -> None:
+    def _on_model(self, *_: object, **__: object) -> None:
         if not self._filling and self.model.value:
             self._go(self._desk.choose_model(str(self.model.value)))
 
-    def _window_chosen(self, *_: object, **__: object) -> None:
+    def _on_window(self, *_: object, **__: object) -> None:
         if not self._filling and self.window.value:
             self._go(self._desk.choose_window(int(str(self.window.value).replace(",", ""))))
 
@@ -178,17 +178,17 @@ class ChatWindow:
         """Have it done; a fault of ours in it is heard of."""
         task = asyncio.ensure_future(doing)
         self._tasks.add(task)
-        task.add_done_callback(self._gone)
+        task.add_done_callback(self._on_close)
 
-    def _gone(self, task: asyncio.Task[None]) -> None:
+    def _on_close(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         task.result()
 
-    def _resized(self, *_: object, **__: object) -> None:
+    def _on_resize(self, *_: object, **__: object) -> None:
         self._redraw()
 
 
-def titled(one: SessionSummary, is_open: bool) -> dict[str, str]:
+def with_title(one: SessionSummary, is_open: bool) -> dict[str, str]:
     """Return a saved conversation as a row of the list."""
     about = f"{plural(one.exchanges)}, {one.used[:10]}" if one.header else "cannot be opened"
     title = f"\N{BULLET} {one.name}" if is_open else one.name

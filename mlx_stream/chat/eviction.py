@@ -25,7 +25,7 @@ class ActiveTurn:
     turn: PlacedTurn
     reply: ReplyDecoder
 
-    def finished(self, trim: bool) -> PlacedTurn:
+    def finish(self, trim: bool) -> PlacedTurn:
         """Return the turn with its final text; what was held back of a reply that was cut is said.
 
         Args:

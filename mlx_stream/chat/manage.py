@@ -14,7 +14,7 @@ from mlx_stream.chat.snapshot_metadata import parse_metadata
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.program.lock import Lock
-from mlx_stream.program.sqlite import files, unfinished
+from mlx_stream.program.sqlite import files, partial_path
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def files_of(where: SessionPaths) -> list[Path]:
     return [
         snapshot,
         where.quarantine,
-        *files(unfinished(database)),
+        *files(partial_path(database)),
         *reversed(files(database)),
     ]
 

@@ -372,7 +372,7 @@ class ChatSession:
         """
         now = self.evictor.state
         if isinstance(now, ActiveTurn):
-            turn = now.finished(trim=self.template.trims)
+            turn = now.finish(trim=self.template.trims)
             wanted = turn.prompt_ids + turn.exchange.reply_ids
             self.tokens.rollback_lookahead()
             excess = self.tokens.length - turn.base - len(wanted)

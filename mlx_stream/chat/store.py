@@ -45,9 +45,9 @@ from mlx_stream.program.sqlite import (
     files,
     flush_folder,
     limit_length,
+    partial_path,
     reporting_damage,
     reporting_errors,
-    unfinished,
 )
 
 # The smallest number of a row.
@@ -77,7 +77,7 @@ class Store:
         if os.path.lexists(path):
             raise SessionError(f"session {path.stem!r} exists; open it, or use another name")
         private(path.parent)
-        partial = unfinished(path)
+        partial = partial_path(path)
         with reporting_errors(path):
             state = TranscriptState(header, progress, 0, origin(header))
             state.check()

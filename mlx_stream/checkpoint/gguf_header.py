@@ -136,7 +136,7 @@ def read_header(path: Path) -> GGUFHeader:
     Raises:
         CheckpointError: not such a file, damaged, truncated, or past this reader's limits.
     """
-    file = printable(path.name)
+    file = escape_unprintable(path.name)
     try:
         # A named pipe would block for ever when opened.
         if not path.is_file():
@@ -330,5 +330,5 @@ def shorten(value: Any) -> str:
     return repr(value)
 
 
-def printable(name: str) -> str:
+def escape_unprintable(name: str) -> str:
     return name if name.isprintable() else repr(name)

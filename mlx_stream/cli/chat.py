@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Told = Callable[[int, int], None]
 
 
-class Stopped(Exception):
+class ReplyStopped(Exception):
     """The user asked for the reply to end."""
 
 
@@ -216,12 +216,12 @@ class Screen:
     @contextmanager
     def reply(self) -> Iterator[Told]:
         """Let Ctrl-C end the reply that is shown inside; gives what asks for that meanwhile."""
-        with interrupts_asked() as stopped:
+        with defer_interrupts() as stopped:
             told = log_progress("reading")
 
             def check(*read: int) -> None:
                 if stopped():
-                    raise Stopped
+                    raise ReplyStopped
                 if read:
                     told(*read)
 
@@ -242,7 +242,7 @@ class Screen:
                 self.write(rest)
             if shown and finish == "length":
                 self.notify("cut at its limit (--max-tokens)")
-        except Stopped:
+        except ReplyStopped:
             self.notify("stopped")
         finally:
             pieces.close()
@@ -264,7 +264,7 @@ class Screen:
 
 
 @contextmanager
-def interrupts_asked() -> Iterator[Callable[[], bool]]:
+def defer_interrupts() -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C ask for the reply's end between two tokens; a second one leaves the program."""
     asked = False
 

@@ -135,11 +135,13 @@ def command_of(call: Call) -> Command:
     command = COMMANDS.get(call.name)
     if command is None:
         raise ValueRefused(
-            f"{quoted(call.name)} is no command: /help lists them, and // at the beginning sends "
-            "a line that begins with /"
+            f"{shorten_line(call.name)} is no command: /help lists them, and // at the beginning "
+            "sends a line that begins with /"
         )
     if call.argument and not command.argument:
-        raise ValueRefused(f"{call.name} takes nothing after it, not {quoted(call.argument)!r}")
+        raise ValueRefused(
+            f"{call.name} takes nothing after it, not {shorten_line(call.argument)!r}"
+        )
     if command.argument and not call.argument and not command.argument.startswith("["):
         raise ValueRefused(f"{call.name} needs something after it: {call.name} {command.argument}")
     return command
@@ -161,7 +163,7 @@ def status(stats: "Stats", name: str | None = None) -> str:
     return " · ".join([*parts, name] if name else parts)
 
 
-def quoted(text: str) -> str:
+def shorten_line(text: str) -> str:
     """Return a text on one line, its end left out if it is long."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_QUOTE else line[: LONGEST_QUOTE - 1] + "…"
@@ -197,7 +199,7 @@ def retry(given: CommandContext) -> CommandOutcome:
 
 
 def undo(given: CommandContext) -> CommandOutcome:
-    return CommandOutcome(f"taken back: {quoted(given.conversation.undo().question)}")
+    return CommandOutcome(f"taken back: {shorten_line(given.conversation.undo().question)}")
 
 
 def edit(given: CommandContext) -> CommandOutcome:
@@ -230,7 +232,7 @@ def tokens(argument: str) -> int:
         return int(argument.replace(",", ""))
     except ValueError:
         raise ValueRefused(
-            f"/window takes a whole number of tokens, not {quoted(argument)!r}"
+            f"/window takes a whole number of tokens, not {shorten_line(argument)!r}"
         ) from None
 
 

@@ -33,12 +33,13 @@ def devices(own: options.Devices = None, json: options.AsJson = False) -> None:
 
 def row(device: "Device") -> list[str]:
     memory, budget, lower = (
-        shown(figure, GB) for figure in (device.memory, device.budget, device.without_entitlement)
+        format_amount(figure, GB)
+        for figure in (device.memory, device.budget, device.without_entitlement)
     )
-    return [device.name, device.title, memory, budget, lower, shown(device.bandwidth, 1e9)]
+    return [device.name, device.title, memory, budget, lower, format_amount(device.bandwidth, 1e9)]
 
 
-def shown(figure: "Figure | None", unit: float) -> str:
+def format_amount(figure: "Figure | None", unit: float) -> str:
     if figure is None:
         return "-"
     return f"{'~' if figure.estimated else ''}{figure.amount / unit:.4g}"

@@ -73,7 +73,7 @@ def check(
     )
     findings = []
     for finding in selftest.run(model):
-        notify(f"{finding.check}: {said(finding.holds)}")
+        notify(f"{finding.check}: {describe_result(finding.holds)}")
         findings.append(finding)
     failed = [finding for finding in findings if finding.holds is False]
     if json:
@@ -81,7 +81,7 @@ def check(
         checks = [asdict(finding) for finding in findings]
         print_json({**about, "holds": not failed, "checks": checks, "machine": backend.describe()})
     else:
-        rows = [[one.check, said(one.holds), one.found] for one in findings]
+        rows = [[one.check, describe_result(one.holds), one.found] for one in findings]
         print_table(["check", "holds", "found"], rows)
         for one in failed:
             print(f"- {one.check}: {one.advice}")
@@ -89,5 +89,5 @@ def check(
         raise SystemExit(1)
 
 
-def said(holds: bool | None) -> str:
+def describe_result(holds: bool | None) -> str:
     return {True: "yes", False: "NO", None: "-"}[holds]

@@ -91,7 +91,7 @@ def measure_latency(
         fill(cache, halfway(cache, size.steps))
         ours = step_of(model, cache)
         if peer is None:
-            times = [timed(ours) for _ in range(size.steps)]
+            times = [time_step(ours) for _ in range(size.steps)]
             yield latency_row(size, "stream", times)
         else:
             series = in_turn(ours, their_step(model, peer, size.window, 1), size.steps, None)
@@ -99,13 +99,13 @@ def measure_latency(
             yield latency_row(size, "mlx-lm", series.theirs)
         del ours  # a step may hold the buffers
         progress(f"cache {size.capacity:,}: {FORCED} re-anchorings")
-        plain, turned = forced(model, cache)
+        plain, turned = force_token(model, cache)
         yield latency_row(size, "stream, plain", plain)
         yield latency_row(size, "stream, re-anchoring", turned)
         del cache
         progress(f"cache {size.capacity:,}: recompute, {RECOMPUTED} steps")
         yield latency_row(
-            size, "recompute", [timed(recompute_step(model, size)) for _ in range(RECOMPUTED)]
+            size, "recompute", [time_step(recompute_step(model, size)) for _ in range(RECOMPUTED)]
         )
         mx.clear_cache()
 
@@ -115,16 +115,16 @@ def halfway(cache: StreamCache, steps: int) -> int:
     return max(cache.geometry.rows, cache.clock_limit - steps // 2)
 
 
-def forced(model: Model, cache: StreamCache) -> tuple[list[float], list[float]]:
+def force_token(model: Model, cache: StreamCache) -> tuple[list[float], list[float]]:
     """Return the times of plain steps and of re-anchoring ones, taken in turn."""
     plain, turned = [], []
     for _ in range(FORCED):
         fill(cache, cache.clock_limit - 2)
         step = step_of(model, cache)
         step()  # the first after a refill meets fresh memory
-        plain.append(timed(step))
+        plain.append(time_step(step))
         before = cache.position.clock
-        turned.append(timed(step))
+        turned.append(time_step(step))
         assert cache.position.clock < before, "this step should have re-anchored"
     return plain, turned
 
@@ -139,7 +139,7 @@ def recompute_step(model: Model, size: Size) -> Step:
     return step
 
 
-def timed(step: Step) -> float:
+def time_step(step: Step) -> float:
     """Return the seconds a step takes."""
     begun = time.perf_counter()
     step()

@@ -28,7 +28,7 @@ def sink_shapes(model: Model, capacity: int, counts: Sequence[int]) -> list[Shap
                 f"--sinks {count} leaves no window in a cache of {capacity} tokens: use a larger "
                 "--capacity"
             )
-    return resolved(model, [(count, capacity - count) for count in counts])
+    return resolve_shapes(model, [(count, capacity - count) for count in counts])
 
 
 def window_shapes(model: Model, sinks: int, windows: Sequence[int]) -> list[Shape]:
@@ -38,7 +38,7 @@ def window_shapes(model: Model, sinks: int, windows: Sequence[int]) -> list[Shap
         ValueRefused: a window out of range or twice.
     """
     refuse_twice("--window", windows)
-    return resolved(model, [(sinks, window) for window in windows])
+    return resolve_shapes(model, [(sinks, window) for window in windows])
 
 
 def refuse_twice(option: str, values: Sequence[int]) -> None:
@@ -47,7 +47,7 @@ def refuse_twice(option: str, values: Sequence[int]) -> None:
         raise ValueRefused(f"{option} {twice} is given twice")
 
 
-def resolved(model: Model, shapes: Sequence[Shape]) -> list[Shape]:
+def resolve_shapes(model: Model, shapes: Sequence[Shape]) -> list[Shape]:
     """Refuse shapes the model cannot have, and those its sliding window would make equal."""
     for sinks, window in shapes:
         if model.resolve_window(sinks, window) != (sinks, window):

@@ -67,7 +67,7 @@ def place_blob(repository: Repository, file: File, here: Callable[[int], None]) 
     blob = blob_of(repository, file)
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(f"{file.digest}.incomplete")
-    with locked(partial) as opened:
+    with file_lock(partial) as opened:
         if blob.exists() and blob.stat().st_size == file.size:
             partial.unlink(missing_ok=True)
             return
@@ -91,7 +91,7 @@ def place_blob(repository: Repository, file: File, here: Callable[[int], None]) 
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[BinaryIO]:
+def file_lock(path: Path) -> Iterator[BinaryIO]:
     """Open a file to go on with, alone: of two processes the second waits for the first."""
     while True:
         with path.open("a+b") as opened:
@@ -109,7 +109,7 @@ def download(
     attempts = 0
     while (before := opened.seek(0, os.SEEK_END)) < file.size:
         try:
-            receive(repository, file, opened, here)
+            receive_bytes(repository, file, opened, here)
             broken: Exception | None = None
         except Exception as error:
             if is_final(error):
@@ -142,7 +142,7 @@ def is_network(error: OSError) -> bool:
     return isinstance(error, ConnectionError | TimeoutError)
 
 
-def receive(
+def receive_bytes(
     repository: Repository, file: File, opened: BinaryIO, here: Callable[[int], None]
 ) -> None:
     """Ask for the rest of a file once, and append what comes, never more than was listed."""

@@ -172,13 +172,13 @@ class CheckpointWeights:
             raise WeightsError(
                 f"weights: {path}.scales is there but the config does not say how it is quantized"
             )
-        packed = self._packed(path, outputs, inputs, quantization)
+        packed = self._take_quantized(path, outputs, inputs, quantization)
         if self.keep_quantized:
             return Part(tensors | packed, quantization, inputs)
         full = dequantize(packed, quantization)
         return Part(tensors | {"weight": self._cast(full)}, None, inputs)
 
-    def _packed(
+    def _take_quantized(
         self, path: str, outputs: int, inputs: int, quantization: Quantization
     ) -> dict[str, mx.array]:
         """Take a quantized weight: uint32 words, and scales (and biases) a group."""

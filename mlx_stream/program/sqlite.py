@@ -91,7 +91,7 @@ def files(path: Path) -> tuple[Path, ...]:
     return (path, *(path.with_name(path.name + suffix) for suffix in beside))
 
 
-def unfinished(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Return where a database is until it is whole."""
     return path.with_name(f".{path.name}.new")
 

@@ -65,7 +65,7 @@ class Conversion:
                 yield from self._matrix(source, part).items()
             else:
                 name = f"{part.path}.weight"
-                yield name, self._stored(name, source.floats(name, (part.size,)))
+                yield name, self._to_dtype(name, source.floats(name, (part.size,)))
 
     def _matrix(self, source: CheckpointWeights, at: Projection) -> dict[str, mx.array]:
         part = source.part(at.path, at.outputs, at.inputs, at.bias)
@@ -78,7 +78,7 @@ class Conversion:
         self._track_largest(tensors)
         del part
         return {
-            f"{at.path}.{name}": self._stored(f"{at.path}.{name}", array)
+            f"{at.path}.{name}": self._to_dtype(f"{at.path}.{name}", array)
             for name, array in (tensors | bias).items()
         }
 
@@ -96,7 +96,7 @@ class Conversion:
             block = {name: array[start : start + rows] for name, array in part.tensors.items()}
             if part.quantization is not None:
                 block = {"weight": dequantize(block, part.quantization)}
-            weight = self._stored(f"{at.path}.weight", block["weight"])
+            weight = self._to_dtype(f"{at.path}.weight", block["weight"])
             blocks.append({"weight": weight} if wanted is None else quantize(weight, wanted))
             mx.eval(blocks[-1])
         joined = {name: mx.concatenate([one[name] for one in blocks]) for name in blocks[0]}
@@ -106,7 +106,7 @@ class Conversion:
     def _track_largest(self, tensors: Mapping[str, mx.array]) -> None:
         self.largest = max(self.largest, sum(array.nbytes for array in tensors.values()))
 
-    def _stored(self, name: str, array: mx.array) -> mx.array:
+    def _to_dtype(self, name: str, array: mx.array) -> mx.array:
         """Return an array in the type it is stored in, evaluated, and hold it to be finite."""
         if self.dtype is None or not mx.issubdtype(array.dtype, mx.floating):
             mx.eval(array)

@@ -11,67 +11,65 @@ from mlx_stream.load import Model
 from mlx_stream.selftest import kernels, streams
 from mlx_stream.selftest.result import CheckOutcome, CheckResult
 
-Check = Callable[[Model], CheckOutcome]
-
 
 @dataclass(frozen=True)
-class Named:
+class Check:
     """A check, what it sees to, and what to do where that does not hold."""
 
     name: str
-    check: Check
+    check: Callable[[Model], CheckOutcome]
     advice: str
 
 
 REPORT = "report it with what doctor prints; until then do not trust what is written here"
 CHECKS = (
-    Named(
+    Check(
         "rotary positions are right up to the clock's limit",
         kernels.rotation,
         REPORT,
     ),
-    Named(
+    Check(
         "attention is right: grouped heads, masks, one token and many",
         kernels.attention,
         REPORT,
     ),
-    Named(
+    Check(
         "attention is one fused kernel for these shapes",
-        kernels.fused,
+        kernels.fused_attention,
         "text is right but slower than it could be: update MLX (pip install -U mlx), or take a "
         "model whose heads have 64 or 128 numbers",
     ),
-    Named(
+    Check(
         "quantized products are those of the dequantized weights",
-        kernels.quantized,
+        kernels.quantized_product,
         "update MLX; until then load with --dequantize",
     ),
-    Named(
+    Check(
         "sinks and ring are attended at the right places, across the wrap and a lowered clock",
         streams.places,
         REPORT,
     ),
-    Named(
+    Check(
         "chunks give what single tokens give",
         streams.chunks,
         REPORT + " (on an M5, set MLX_ENABLE_TF32=0 and try again)",
     ),
-    Named(
+    Check(
         "buffers are updated in place",
         streams.in_place,
         "memory and time per token are more than they need to be: update MLX, and report it",
     ),
-    Named(
+    Check(
         "a decode step is traced once",
         streams.traced_once,
         "decoding gets slower with each trace: set MLX_STREAM_COMPILE=0, and report it",
     ),
-    Named(
+    Check(
         "seeds decide what is drawn",
         streams.seeds,
         "--seed does not give the same text again here: update MLX, and report it",
     ),
-    Named(
+    Check(
         "a saved stream goes on to the bit",
         streams.snapshot_restores,
         "leave --session out until it is fixed, and report it",

@@ -21,7 +21,7 @@ ROWS = 2_052  # of a buffer: 4 sinks, the default window
 FEW = 8  # queries at once that the kernel for one still serves
 
 
-def allowed(model: Model) -> float:
+def tolerance(model: Model) -> float:
     return ALLOWED[model.dtype]
 
 
@@ -42,7 +42,7 @@ def worst(one: np.ndarray, other: np.ndarray) -> float:
     return float(difference) if np.isfinite(difference) else float("inf")
 
 
-def apart(one: np.ndarray, other: np.ndarray) -> float:
+def distance(one: np.ndarray, other: np.ndarray) -> float:
     """Return the root mean square difference, as a share of the spread of `other`."""
     difference = np.sqrt(np.mean((one - other) ** 2)) / other.std()
     return float(difference) if np.isfinite(difference) else float("inf")
@@ -68,7 +68,7 @@ def rotation(model: Model) -> CheckOutcome:
         off = max(off, worst(plain(all_turned), together))
         back = model.rope.rotate_all(all_turned, place, backwards=True)
         off = max(off, worst(plain(back), plain(x)))
-    return within(off, allowed(model))
+    return within(off, tolerance(model))
 
 
 def attention(model: Model) -> CheckOutcome:
@@ -83,10 +83,10 @@ def attention(model: Model) -> CheckOutcome:
             added = np.array(mask)[0].astype(np.float64)
         expected = reference.attend(plain(queries), plain(keys), plain(values), scale, seen, added)
         off = max(off, worst(plain(found), expected))
-    return within(off, allowed(model))
+    return within(off, tolerance(model))
 
 
-def fused(model: Model) -> CheckOutcome:
+def fused_attention(model: Model) -> CheckOutcome:
     """Ask for the fused kernel, which MLX refuses where it has none."""
     if not backend.on_metal():
         return CheckOutcome(None, "not applicable: the CPU has no fused kernel")
@@ -131,7 +131,7 @@ def calls(
     yield queries, keys, values, scale, added
 
 
-def quantized(model: Model) -> CheckOutcome:
+def quantized_product(model: Model) -> CheckOutcome:
     """Multiply with packed weights, and with what they stand for."""
     config = model.config
     inputs, outputs = config.hidden_size, config.intermediate_size
@@ -147,5 +147,5 @@ def quantized(model: Model) -> CheckOutcome:
             x = random(model, 1, rows, inputs, seed=rows)
             product = mx.quantized_matmul(x, *packed, group_size=group, bits=bits)
             expected = plain(x) @ np.array(whole.astype(mx.float32)).astype(np.float64).T
-            off = max(off, apart(plain(product), expected))
-    return within(off, allowed(model))
+            off = max(off, distance(plain(product), expected))
+    return within(off, tolerance(model))

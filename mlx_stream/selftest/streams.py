@@ -19,7 +19,7 @@ from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.selftest import reference
-from mlx_stream.selftest.kernels import allowed, apart, plain, random, worst
+from mlx_stream.selftest.kernels import distance, plain, random, tolerance, worst
 from mlx_stream.selftest.result import CheckOutcome, within
 from mlx_stream.window import PREFILL_CHUNK
 
@@ -61,7 +61,7 @@ def places(model: Model) -> CheckOutcome:
         expected = [slow.read(first + i, *parts(model, first + i)) for i in range(count)]
         off = max(off, worst(found, np.concatenate(expected, axis=1)))
     assert lowered, "the clock should have been lowered"
-    return within(off, allowed(model))
+    return within(off, tolerance(model))
 
 
 def heads_of(model: Model, token: int) -> mx.array:
@@ -103,7 +103,7 @@ def chunks(model: Model) -> CheckOutcome:
     """Read the same ids one by one and in chunks, past the wrap, and compare what is predicted."""
     ids = some_ids(model, 3 * (SINKS + WINDOW))
     single, *others = (logits(model, ids, chunk) for chunk in (1, 7, PREFILL_CHUNK))
-    return within(max(apart(other, single) for other in others), SPREAD[model.dtype])
+    return within(max(distance(other, single) for other in others), SPREAD[model.dtype])
 
 
 def some_ids(model: Model, count: int) -> list[int]:

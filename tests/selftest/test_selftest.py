@@ -86,7 +86,7 @@ def test_a_kernel_that_is_not_there_is_seen(model, monkeypatch):
     if backend.on_metal():
         pytest.skip("Metal has the kernel")
     monkeypatch.setattr(backend, "on_metal", lambda: True)
-    found = kernels.fused(model)
+    found = kernels.fused_attention(model)
     assert found.holds is False and "heads of 64 numbers, 1 tokens: " in found.what
     # And with a kernel that is there:
     monkeypatch.setattr(
@@ -94,13 +94,13 @@ def test_a_kernel_that_is_not_there_is_seen(model, monkeypatch):
         "scaled_dot_product_attention",
         lambda *arrays, force_fused, **rest: attend(*arrays, **rest),
     )
-    assert kernels.fused(model).holds is True
+    assert kernels.fused_attention(model).holds is True
 
 
 def test_a_wrong_quantized_product_is_seen(model, monkeypatch):
     right = mx.quantized_matmul
     monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **more: 1.1 * right(*a, **more))
-    assert kernels.quantized(model).holds is False
+    assert kernels.quantized_product(model).holds is False
 
 
 @pytest.mark.parametrize("method", ["sinks_clock", "row", "oldest"])

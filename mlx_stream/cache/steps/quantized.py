@@ -59,7 +59,7 @@ class QuantizedDecodeStep:
         values = self._put(cache.values[layer], heads[:, split:])
         self.keys.append(keys)
         self.values.append(values)
-        scores = self._scores(self._grouped(turned[:, : cache.query_heads]), plain, keys)
+        scores = self._scores(self._group_heads(turned[:, : cache.query_heads]), plain, keys)
         scores = scores * cache.scale
         if self.mask is not None:
             scores = mx.where(self.mask, scores, NOT_ATTENDED)
@@ -69,7 +69,7 @@ class QuantizedDecodeStep:
     def finish(self, keys: list[QuantizedRows], values: list[QuantizedRows]) -> None:
         self.keys, self.values = keys, values
 
-    def _grouped(self, queries: mx.array) -> mx.array:
+    def _group_heads(self, queries: mx.array) -> mx.array:
         """Return (1, H, 1, D) as (1, K, H / K, D) float32."""
         shape = (1, self.cache.kv_heads, -1, queries.shape[-1])
         return queries.reshape(shape).astype(mx.float32)
@@ -83,7 +83,7 @@ class QuantizedDecodeStep:
         if self.ring:
             ring = self.storage.scores(queries, keys, self.ring)
             if self.old_clock_mask is not None:
-                further = self._grouped(self.cache.rope.rotate(plain, self.old_clock_position))
+                further = self._group_heads(self.cache.rope.rotate(plain, self.old_clock_position))
                 older = self.storage.scores(further, keys, self.ring)
                 ring = mx.where(self.old_clock_mask, older, ring)
             parts.append(ring)

@@ -122,14 +122,14 @@ class VerifyStep:
         self.values.append(values)
         mask = self.mask
         if self.moves:
-            mask = self._corrected(layer, heads[:, : cache.query_heads], queries)
+            mask = self._correct_sinks(layer, heads[:, : cache.query_heads], queries)
         if self.prefix_rows < keys.shape[2]:
             keys, values = keys[:, :, : self.prefix_rows], values[:, :, : self.prefix_rows]
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=cache.scale, mask=mask
         )
 
-    def _corrected(self, layer: int, plain: mx.array, queries: mx.array) -> mx.array:
+    def _correct_sinks(self, layer: int, plain: mx.array, queries: mx.array) -> mx.array:
         """Return an additive mask (1, H, T, N) that puts the sinks' scores right."""
         cache = self.cache
         far = cache.rope.rotate_all(plain, self.far)

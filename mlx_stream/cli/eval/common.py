@@ -80,7 +80,7 @@ def read_texts(model: "Model", files: Sequence[str]) -> "Corpus":
     return encode(model.tokenizer, [(Path(path).name, read_text(path)) for path in files])
 
 
-def collected(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | None]":
+def collecting_rows(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | None]":
     """Return rows, and what ended them early: those that are there are shown, then it is raised.
 
     Raises:

@@ -63,7 +63,7 @@ def latency(
         notes.append("mlx-lm: not measured: it reads folders: convert the model to one")
     else:
         peer = load_peer(folder, loaded)
-    rows, cut = common.collected(measure(loaded, peer, sizes, notify))
+    rows, cut = common.collecting_rows(measure(loaded, peer, sizes, notify))
     if cut:
         whole = {row["cache"] for row in rows if row["method"] == "recompute"}
         rows = [row for row in rows if row["cache"] in whole]

@@ -110,7 +110,7 @@ def perplexity(
     for line in notes:
         notify(line)
     with progress_bar("reading") as progress:
-        rows, cut = common.collected(measure_perplexity(setting, specs, progress))
+        rows, cut = common.collecting_rows(measure_perplexity(setting, specs, progress))
     about = facts(
         loaded,
         texts=text.names,

@@ -100,4 +100,4 @@ def read_through(
     from mlx_stream.evaluate.sweeps import sweep
 
     with progress_bar("reading") as progress:
-        return common.collected(sweep(model, text, shapes, tokens, chunk, progress))
+        return common.collecting_rows(sweep(model, text, shapes, tokens, chunk, progress))
