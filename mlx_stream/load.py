@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_stream import backend
-from mlx_stream.cache import DenseCache, StreamCache
+from mlx_stream.cache import AttentionShape, DenseCache, StreamCache
 from mlx_stream.cache.positions import Rope
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.folder import read_folder
@@ -17,6 +17,7 @@ from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, ValueRefused
 from mlx_stream.hub.resolve import resolve
+from mlx_stream.models import fingerprint
 from mlx_stream.models.compiled import CompiledSteps
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.models.layout import ring_bytes
@@ -48,25 +49,27 @@ class Model:
     Attributes:
         name: the source it was loaded from.
         network: computes; holds no state of a stream.
+        attention: what the caches of its streams need to know.
         dtype: of activations, keys and values.
         quantized: whether quantized weights were kept as they are.
         weight_bytes: memory of the weights.
         force: whether memory limits are overridden.
         check: refuses what is too much: bytes of the weights, and of one more stream.
-        traces: its decode steps, traced; they live as long as it does.
+        compiled_steps: its decode steps, traced; they live as long as it does.
     """
 
     name: str
     config: ModelConfig
     network: CausalLM
     tokenizer: Tokenizer
-    rope: Rope
+    attention: AttentionShape
     dtype: mx.Dtype
     quantized: bool
     weight_bytes: int
     force: bool = False
     check: Callable[[int, int], None] = check_memory
     compiled_steps: CompiledSteps = field(init=False, repr=False, compare=False)
+    _fingerprints: dict[int, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compiled_steps", CompiledSteps(self.network))
@@ -76,6 +79,18 @@ class Model:
         found = replace(self, check=check)
         object.__setattr__(found, "compiled_steps", self.compiled_steps)
         return found
+
+    def fingerprint(self, version: int = fingerprint.VERSION) -> str:
+        """Return what tells this model, loaded as it is, from another; see `models.fingerprint`."""
+        if version not in self._fingerprints:
+            compute = {1: fingerprint.fingerprint_1, 2: fingerprint.fingerprint}[version]
+            found = compute(self.config, self.network, self.dtype, self.quantized)
+            self._fingerprints[version] = found
+        return self._fingerprints[version]
+
+    def is_fingerprint(self, text: str) -> bool:
+        """Return whether a text is this model's fingerprint, of whichever version."""
+        return text == self.fingerprint(2 if ":" in text else 1)
 
     def new_cache(
         self,
@@ -100,34 +115,14 @@ class Model:
             MemoryRefused: weights and ring exceed the device's budget.
         """
         sinks, window = self.resolve_window(sinks, window, notify)
-        config = self.config
-        needed = ring_bytes(config, sinks, window, self.dtype.size, kv_bits, spare)
+        needed = ring_bytes(self.config, sinks, window, self.dtype.size, kv_bits, spare)
         if not self.force:
             self.check(self.weight_bytes, needed)
-        return StreamCache(
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            self.rope,
-            sinks,
-            window,
-            spare,
-            self.dtype,
-            bits=kv_bits,
-        )
+        return StreamCache(self.attention, sinks, window, spare, self.dtype, bits=kv_bits)
 
     def new_dense_cache(self) -> DenseCache:
         """Make a cache that attends to everything and grows: for comparison."""
-        config = self.config
-        return DenseCache(
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            self.rope,
-            self.dtype,
-        )
+        return DenseCache(self.attention, self.dtype)
 
     def resolve_window(
         self, sinks: int | None, window: int | None, notify: Notify = discard
@@ -201,9 +196,20 @@ def load(
     with naming(str(source), path):
         network = build(config, RemainingTensors(checkpoint.tensors), computed, keep)
     quantized = keep and config.quantization is not None
-    rope = Rope(config.rope, config.head_dim)
+    shape = attention_shape(config)
     return Model(
-        str(source), config, network, tokenizer, rope, computed, quantized, needed, force, check
+        str(source), config, network, tokenizer, shape, computed, quantized, needed, force, check
+    )
+
+
+def attention_shape(config: ModelConfig) -> AttentionShape:
+    """Return what the caches of a model's streams need to know of it."""
+    return AttentionShape(
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        Rope(config.rope, config.head_dim),
     )
 
 

@@ -99,6 +99,7 @@ def test_a_module_says_what_it_knows_and_imports_one_way(path):
     for name in imports(path):
         if name.startswith("mlx_stream."):
             assert ROOMS.index(name.split(".")[1]) <= rank, f"{path.name} imports {name}"
+        assert not name.startswith("mlx_stream_"), f"{path.name} imports a program"
         if name.split(".")[0] in ("mlx_lm", "transformers"):
             assert name.startswith("mlx_lm") and room(path) in MAY_IMPORT_MLX_LM
     if room(path) not in MAY_PRINT:
@@ -130,6 +131,133 @@ def test_public_names_are_complete():
     assert sorted({*mlx_stream._HOMES, "errors"}) == dir(mlx_stream) == mlx_stream.__all__
     for name, home in mlx_stream._HOMES.items():
         assert getattr(mlx_stream, name) is getattr(import_module(home), name)
+
+
+@pytest.mark.parametrize("package", ["chat", "hub"])
+def test_public_names_of_a_room_are_those_it_declares(package):
+    room = import_module(f"mlx_stream.{package}")
+    seen = {
+        (alias.name, node.module)
+        for node in ast.walk(ast.parse((PACKAGE / package / "__init__.py").read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module != "mlx_stream.program.public_names"
+        for alias in node.names
+        if str(node.module).startswith("mlx_stream.")
+    }
+    assert seen == set(room._HOMES.items()) and room.__all__ == sorted(room._HOMES, key=all_order)
+    for name, home in room._HOMES.items():
+        assert getattr(room, name) is getattr(import_module(home), name)
+
+
+def all_order(name: str) -> tuple[bool, bool, str]:
+    """Order names as ruff does in `__all__`: constants, classes, the others."""
+    return not name.isupper(), name[0].islower(), name
+
+
+# What programs beside the package may use: of these the names in `__all__`, ...
+PUBLIC = ("mlx_stream", "mlx_stream.chat", "mlx_stream.engine", "mlx_stream.hub")
+# ... of these, and of what is in them, all names without an underscore.
+PUBLIC_WHOLE = ("mlx_stream.errors", "mlx_stream.program")
+APPS = ROOT / "apps"
+PROGRAM_FILES = sorted(p for folder in (APPS, ROOT / "convert") for p in folder.rglob("*.py"))
+
+
+def is_public(module: str, name: str) -> bool:
+    """Return whether programs beside the package may import a name from a module."""
+    found = import_module(module)
+    if name.startswith("_") or not all(part.isidentifier() for part in module.split(".")):
+        return False
+    if module in PUBLIC:
+        return name in found.__all__ or f"{module}.{name}" in PUBLIC_WHOLE
+    if module in PUBLIC_WHOLE or module.rpartition(".")[0] in PUBLIC_WHOLE:
+        return getattr(getattr(found, name, found), "__module__", module) == module
+    return False
+
+
+def uses_of(tree: ast.AST, own: str) -> set[str]:
+    """Return what a program beside the package uses, though it may not.
+
+    Args:
+        own: the program's package, "" if it has none.
+    """
+    wrong = set()
+    for node in ast.walk(tree):
+        names: list[tuple[str, str]] = []
+        if isinstance(node, ast.Import):
+            wrong |= {a.name for a in node.names if a.name.startswith("mlx_stream.")}
+            names = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [(str(node.module), alias.name) for alias in node.names]
+            if node.level:
+                wrong.add("a relative import")
+        elif isinstance(node, ast.Attribute):
+            whose = ast.unparse(node.value)
+            if whose == "mlx_stream" and not is_public(whose, node.attr):
+                wrong.add(f"mlx_stream.{node.attr}")
+            private = node.attr.startswith("_") and not node.attr.endswith("__")
+            if private and whose != "self" and (whose, node.attr) != ("os", "_exit"):
+                wrong.add(f"{whose}.{node.attr}")
+        for module, name in names:
+            top = module.split(".")[0]
+            if any(part.startswith("_") and part != "__future__" for part in module.split(".")):
+                wrong.add(module)
+            elif name.startswith("_") or (
+                top == "mlx_stream" and name and not is_public(module, name)
+            ):
+                wrong.add(f"{module}.{name}")
+            elif top.startswith("mlx_stream_") and top != own:
+                wrong.add(module)
+    return wrong
+
+
+@pytest.mark.parametrize("path", PROGRAM_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_programs_stand_on_public_names(path):
+    own = path.parent.name if path.parent.name.startswith("mlx_stream_") else ""
+    assert uses_of(ast.parse(path.read_text("utf-8")), own) == set()
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ("from mlx_stream import Engine, errors", ""),
+        ("from mlx_stream.errors import one_line", ""),
+        ("from mlx_stream.program.lock import Lock", ""),
+        ("from mlx_stream.program import sqlite", ""),
+        ("from mlx_stream.chat import plural", ""),
+        ("from mlx_stream_desktop.history import Message", ""),
+        ("import mlx_stream; mlx_stream.load; self._mine; x.__doc__", ""),
+        ("from mlx_stream import _HOMES", "mlx_stream._HOMES"),
+        ("from mlx_stream import chat", "mlx_stream.chat"),
+        ("from mlx_stream import cli", "mlx_stream.cli"),
+        ("import mlx_stream.chat.session", "mlx_stream.chat.session"),
+        ("from mlx_stream.chat import manage", "mlx_stream.chat.manage"),
+        ("from mlx_stream.chat.manage import session_summaries", "mlx_stream.chat.manage."),
+        ("from mlx_stream.cli.report import print_json", "mlx_stream.cli.report.print_json"),
+        ("from mlx_stream.hub import resolve", "mlx_stream.hub.resolve"),
+        ("from mlx_stream.program.lock import Path", "mlx_stream.program.lock.Path"),
+        ("from mlx_stream_assistant.paths import private", "mlx_stream_assistant.paths"),
+        ("from mlx_stream_desktop.app import _main", "mlx_stream_desktop.app._main"),
+        ("import _thread", "_thread"),
+        ("import mlx_stream; mlx_stream._HOMES", "mlx_stream._HOMES"),
+        ("chat._settle()", "chat._settle"),
+        ("from . import history", "a relative import"),
+    ],
+)
+def test_what_is_not_public_is_found(line, wrong):
+    found = sorted(uses_of(ast.parse(line), "mlx_stream_desktop"))
+    assert (found[0].startswith(wrong) and len(found) == 1) if wrong else not found
+
+
+MOST_METHODS = 20
+
+
+@pytest.mark.parametrize("path", PROGRAM_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_class_of_a_program_has_too_many_methods(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            methods = [
+                n for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+            ]
+            assert len(methods) <= MOST_METHODS, node.name
 
 
 def commands_of(group: Any, before: str = "") -> dict[str, Any]:
@@ -223,16 +351,10 @@ def reachable(graph, start):
     return seen
 
 
-# Steps know the cache whose step they are, until it plans them without changing anything.
-ALLOWED_CIRCLE = {"mlx_stream.cache.stream"} | {
-    f"mlx_stream.cache.steps.{name}" for name in ("decode", "prefill", "quantized", "verify")
-}
-
-
 def test_no_file_imports_itself_by_way_of_others():
     graph = import_graph()
     circles = {name for name in graph if name in reachable(graph, name)}
-    assert circles <= ALLOWED_CIRCLE
+    assert not circles
 
 
 def test_no_two_modules_have_one_name():

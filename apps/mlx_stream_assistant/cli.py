@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, ParamSpec
 import typer
 
 from mlx_stream.errors import MlxStreamError, one_line
+from mlx_stream.program.escape import TerminalEscaper, escape
 from mlx_stream_assistant.paths import assistant_paths
 from mlx_stream_assistant.settings import Settings
 from mlx_stream_assistant.socket_server import request
@@ -199,18 +200,18 @@ def ask(
 ) -> None:
     """Ask the running assistant; it answers from what it attends to."""
     what = {"what": "ask", "question": question, "remember": remember, "now": now}
-    begun = False
+    shown, begun = TerminalEscaper(), False
     try:
         for line in request(assistant_paths(name).socket, name, **what):
             if waiting := line.get("waiting"):
                 notify(f"it reads {waiting:,} characters first that have arrived; --now does not")
             if text := line.get("text"):
-                sys.stdout.write(escape(text))
+                sys.stdout.write(shown.add(text))
                 sys.stdout.flush()
                 begun = True
     finally:
         if begun:  # a line of its own for what ends it, Ctrl-C say
-            print(flush=True)
+            print(shown.flush(), flush=True)
 
 
 @app.command()
@@ -342,16 +343,14 @@ def duration(status: dict[str, Any]) -> str:
     return f"up {days} d {clock}" if days else f"up {clock}"
 
 
-def escape(text: str) -> str:
-    """Return text that a terminal only shows: what it would obey, or hide, is an escape."""
-    shown = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-    return "".join(shown)
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command line.
 
-
-def main() -> None:
-    """Run the command line."""
+    Args:
+        program: what help calls it.
+    """
     try:
-        app()
+        app(args=arguments, prog_name=program)
     except KeyboardInterrupt:
         notify("interrupted")
         raise SystemExit(130) from None

@@ -13,50 +13,31 @@ that were begun and renamed while nobody looked are read in between, the oldest 
 import os
 import stat
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_stream_assistant.decode import NotText, decode, whole_characters
+from mlx_stream_assistant.file_search import (
+    FilePosition,
+    FileSearch,
+    Found,
+    last_bytes,
+    open_file,
+)
 from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.paths import AssistantError
-from mlx_stream_assistant.rotation import in_rotation_order, rotation_number
 
 # Bytes read at once.
 CHUNK = 4096
-# Bytes before the place that a checksum is kept of.
-TAIL = 256
 # Seconds without growth after which a line without an end is taken as it is.
 SETTLED = 0.5
 # Seconds without growth before a file that was renamed is left for the new one: who writes it may
 # not have noticed yet.
 GRACE = 3.0
-# Names in a folder that are looked at for a file that was renamed.
-MOST_NAMES = 10_000
 # Some programs begin a file with it; it is no text.
 BYTE_ORDER_MARK = "\ufeff"
-Found = tuple[Path, os.stat_result]
-
-
-@dataclass(frozen=True)
-class FilePosition:
-    """How far a file was read: the checksum is of its last bytes before `offset`.
-
-    Attributes:
-        written: when the file had been written to last then, in nanoseconds since 1970.
-    """
-
-    device: int
-    inode: int
-    offset: int = 0
-    tail: int = 0
-    written: int = 0
-
-    def is_of(self, status: os.stat_result) -> bool:
-        return (self.device, self.inode) == (status.st_dev, status.st_ino)
 
 
 class TailedFile:
@@ -87,7 +68,7 @@ class TailedFile:
         self._complaint = ""
         self._refused: FilePosition | None = None  # there the file is not text
         self._given_up: FilePosition | None = None  # it was, and is not looked for where it went
-        self._said: set[str] = set()  # since there was a file to read
+        self._search = FileSearch(path, tell)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -151,7 +132,7 @@ class TailedFile:
             self._place = FilePosition(status.st_dev, status.st_ino, written=status.st_mtime_ns)
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
-        self._said.clear()
+        self._search.forget_notices()
         return True
 
     def _find(self) -> Found | None:
@@ -161,97 +142,16 @@ class TailedFile:
         except FileNotFoundError:
             status = None
         if self._place is not None and not (status and self._place.is_of(status)):
-            old = self._find_renamed()
+            old = self._search.find_renamed(self._place)
             if old and old[1].st_size > self._place.offset and self._place != self._given_up:
                 return old
-            if next_one := self._between(old):
+            if next_one := self._search.find_between(self._place, old):
                 return next_one
         if status is None:
             self._from_end = False  # what comes is new
             self._complain(f"{self.path}: is not there; waiting for it")
             return None
         return self.path, status
-
-    def _find_renamed(self) -> Found | None:
-        """Return where the file that was being read is now."""
-        assert self._place is not None
-        for path, status in self._beside():
-            if self._place.is_of(status):
-                return (path, status) if self._holds(path, status) else None
-        return None
-
-    def _find_copy(self) -> Found | None:
-        """Return a copy of what was read, named by rotation, from where there is more to read."""
-        assert self._place is not None
-        # Files of before may begin as this one; the copy was written after we read.
-        since = self._place.written or float("inf")
-        copies = [
-            (path, status)
-            for path, status in self._beside()
-            if rotation_number(self.path.name, path.name) and status.st_mtime_ns >= since
-        ]
-        for path, status in sorted(copies, key=lambda found: found[1].st_mtime_ns):
-            if self._holds(path, status):
-                more = status.st_size > self._place.offset or self._between((path, status))
-                return (path, status) if more else None
-        return None
-
-    def _between(self, old: Found | None) -> Found | None:
-        """Return the oldest of the files that were begun after `old` and renamed before we looked.
-
-        Those are the ones of which both rotation's names and the times they were written say so:
-        one that was read long ago must not be taken for one of them.
-        """
-        assert self._place is not None
-        ours = rotation_number(self.path.name, old[0].name) if old else None
-        since = old[1].st_mtime_ns if old else self._place.written or float("inf")
-        later, others = [], []
-        for path, status in self._beside():
-            turn = rotation_number(self.path.name, path.name)
-            if ours and turn and turn[0] == ours[0] and turn > ours:
-                later.append((turn[1], path, status))
-            elif turn and status.st_mtime_ns >= since and not (old and path == old[0]):
-                others.append((turn[1], path, status))
-        later.sort(key=lambda found: found[0])
-        if ours and not in_rotation_order(ours, since, later):
-            others += [found for found in later if found[2].st_mtime_ns >= since]
-            later = []
-        if others:
-            names = ", ".join(sorted(path.name for _, path, _ in others))
-            self._say_once(f"{self.path}: not read, though newer than what was read: {names}")
-        for _, path, status in later:
-            if (file := self._open_beside(path)) is not None:
-                os.close(file)
-                return path, status
-        return None
-
-    def _beside(self) -> Iterator[Found]:
-        """Yield the other files in the folder; one may go at any moment."""
-        with suppress(OSError), os.scandir(self.path.parent) as entries:
-            for _, entry in zip(range(MOST_NAMES), entries, strict=False):
-                with suppress(OSError):
-                    if entry.name != self.path.name and entry.is_file(follow_symlinks=False):
-                        yield Path(entry.path), entry.stat(follow_symlinks=False)
-
-    def _holds(self, path: Path, status: os.stat_result) -> bool:
-        """Return whether a file has what was read, up to our place."""
-        assert self._place is not None
-        if status.st_size < self._place.offset or (file := self._open_beside(path)) is None:
-            return False
-        try:
-            return last_bytes(file, self._place.offset) == self._place.tail
-        finally:
-            os.close(file)
-
-    def _open_beside(self, path: Path) -> int | None:
-        """Open another file than the one of our name; None if it cannot be read."""
-        try:
-            return open_file(path)
-        except FileNotFoundError:
-            raise  # renamed meanwhile: `poll` looks again
-        except OSError as error:
-            self._say_once(f"{path}: cannot be read: {error.strerror}; taken as not there")
-            return None
 
     def _turn(self) -> Chunk | None:
         """See whether the name is another file's now; return what is left of this one."""
@@ -306,10 +206,10 @@ class TailedFile:
     def _begin_again(self, why: str) -> None:
         """Stand at the beginning, or, if there is a copy of what it was, where that goes on."""
         assert self._file is not None and self._place is not None
-        copy, self._refused = self._find_copy(), None
+        copy, self._refused = self._search.find_copy(self._place), None
         if copy is None:
             self._complain("")
-            self._said.clear()
+            self._search.forget_notices()
             self._place = replace(self._place, offset=0, tail=0)
             self._tell(f"{self.path}: {why}: read from its beginning")
             return
@@ -341,12 +241,6 @@ class TailedFile:
         after = replace(self._place, offset=end, tail=last_bytes(self._file, end), written=written)
         return Chunk(self.name, "file", self.path.name, data, text, vars(after))
 
-    def _say_once(self, notice: str) -> None:
-        """Say what every look for a file finds, once until there is one to read."""
-        if notice not in self._said:
-            self._said.add(notice)
-            self._tell(notice)
-
     def _complain(self, complaint: str) -> None:
         """Say what is wrong, once, or that nothing is any more."""
         if complaint and complaint != self._complaint:
@@ -361,17 +255,6 @@ def position_of(values: dict[str, Any] | None) -> FilePosition | None:
         return FilePosition(**values) if values else None
     except TypeError as error:
         raise AssistantError(f"the journal is damaged: {values!r:.80} is no place") from error
-
-
-def open_file(path: Path) -> int:
-    # O_NONBLOCK: a pipe of that name must not make us wait.
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def last_bytes(file: int, offset: int) -> int:
-    """Return the CRC-32 of a file's last bytes before an offset."""
-    start = max(0, offset - TAIL)
-    return zlib.crc32(os.pread(file, offset - start, start))
 
 
 def line_end(data: bytes, more: bool, growing: bool) -> int:

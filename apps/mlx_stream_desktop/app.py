@@ -9,7 +9,8 @@ import toga
 from toga.style.pack import Pack
 
 import mlx_stream
-from mlx_stream_desktop.controller import DEFAULT_WINDOW, MAX_TOKENS, STARTER, ChatController
+from mlx_stream.hub import STARTER
+from mlx_stream_desktop.controller import DEFAULT_WINDOW, MAX_TOKENS, ChatController
 from mlx_stream_desktop.history import Message
 from mlx_stream_desktop.throttle import Throttle
 from mlx_stream_desktop.window import ChatWindow
@@ -98,10 +99,16 @@ def as_text(said: Sequence[Message]) -> str:
     return "\n\n".join(f"You:\n{one.question}\n\nModel:\n{one.reply}" for one in said)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Open the window; as a program."""
+def main(
+    arguments: Sequence[str] | None = None, program: str = "python -m mlx_stream_desktop"
+) -> None:
+    """Open the window; as a program.
+
+    Args:
+        program: what help calls it.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m mlx_stream_desktop", description="Chat with a model in a window of its own."
+        prog=program, description="Chat with a model in a window of its own."
     )
     parser.add_argument(
         "model",

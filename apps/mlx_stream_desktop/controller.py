@@ -1,4 +1,4 @@
-"""What the window shows and what its buttons do; knows the engine and no widgets.
+"""What the window shows and what its buttons do; knows no engine and no widgets.
 
 Everything here runs on one event loop. What may block (a model's loading, disks) is awaited on a
 thread; nothing else waits. After any change `changed` is called; the window reads what it needs.
@@ -6,86 +6,34 @@ thread; nothing else waits. After any change `changed` is called; the window rea
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
 
-import mlx_stream
-from mlx_stream import Engine, Piece
-from mlx_stream.chat import manage
-from mlx_stream.chat.exchange import Exchange
-from mlx_stream.engine import Session
+from mlx_stream import Piece, Sampling
+from mlx_stream.chat import SessionSummary, session_summaries
 from mlx_stream.errors import MlxStreamError, one_line
-from mlx_stream.hub.listing import cached_models
-from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
+from mlx_stream.hub import STARTER, STARTER_SYSTEM, cached_models
 from mlx_stream_desktop import history
 from mlx_stream_desktop.history import Message
+from mlx_stream_desktop.model_session import SECONDS_BETWEEN, Gauge, ModelSession
 
-STARTER, DEFAULT_WINDOW, MAX_TOKENS = STARTER, 2_048, 512
+DEFAULT_WINDOW, MAX_TOKENS = 2_048, 512
 # The largest leaves room for the system prompt in the 8,192 places that many models know.
 WINDOWS = (508, 1_020, DEFAULT_WINDOW, 4_092, 8_000)
-SECONDS_TO_CLOSE, SECONDS_BETWEEN = 5.0, 0.03
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Gauge:
-    """What the stream holds: in tokens, and bytes; `capacity` is 0 before there is a stream."""
-
-    attended: int = 0
-    pinned: int = 0
-    capacity: int = 0
-    evicted: int = 0
-    bytes: int = 0
-    tokens_per_second: float = 0.0
-
-    def __str__(self) -> str:
-        if not self.capacity:
-            return "nothing is attended yet"
-        kept = f" ({self.pinned:,} for good)" if self.pinned else ""
-        speed = f" · {self.tokens_per_second:.1f} tok/s" if self.tokens_per_second else ""
-        return (
-            f"{self.attended:,} of {self.capacity:,} tokens attended{kept} · "
-            f"{self.evicted:,} evicted · {self.bytes / 1e6:,.1f} MB{speed}"
-        )
-
-
-class ChatController:
-    """One conversation at a time, on one model.
+class Status:
+    """What goes on, what can be done meanwhile, and one line about it.
 
     Attributes:
         phase: "loading", "idle", "reading" a question or "replying"; "failed" without a model.
         notice: one line the user should know, or nothing.
-        said: of the conversation that is open, oldest first.
-        attended: how many of the last of them are attended.
-        draft: questions that were not taken, to be put back where they were typed by whoever then
-            empties this.
+        alarming: whether it says what went wrong.
     """
 
-    def __init__(
-        self,
-        changed: Callable[[], None],
-        model: str = STARTER,
-        window: int = DEFAULT_WINDOW,
-        sampling: mlx_stream.Sampling | None = None,
-        max_tokens: int = MAX_TOKENS,
-    ):
+    def __init__(self, changed: Callable[[], None]):
         self._changed = changed
-        self.model, self.window = model, window
-        self._max_tokens = max_tokens
-        self._sampling = sampling or mlx_stream.Sampling(temperature=0.6, top_p=0.9)
-        self.models: list[str] = [model]
-        self.conversations: list[manage.SessionSummary] = []
-        self.name: str | None = None
-        self.said: list[Message] = []
-        self.attended, self.gauge = 0, Gauge()
-        self.phase, self.notice, self.alarming, self.draft = "loading", "", False, ""
-        self._engine: Engine | None = None
-        self._chat: Session | None = None
-        self._noted = ""
-        self._pool = ThreadPoolExecutor(2)
-        self._reply: asyncio.Task[None] | None = None
+        self.phase, self.notice, self.alarming = "loading", "", False
 
     @property
     def idle(self) -> bool:
@@ -99,8 +47,43 @@ class ChatController:
     def can_choose(self) -> bool:
         return self.phase in ("idle", "failed")
 
+    def say(self, notice: str, alarming: bool = False) -> None:
+        self.notice, self.alarming = notice, alarming
+        self._changed()
+
+
+class ChatController:
+    """One conversation at a time, on one model.
+
+    Attributes:
+        said: of the conversation that is open, oldest first.
+        attended: how many of the last of them are attended.
+        draft: questions that were not taken, to be put back where they were typed by whoever then
+            empties this.
+    """
+
+    def __init__(
+        self,
+        changed: Callable[[], None],
+        model: str = STARTER,
+        window: int = DEFAULT_WINDOW,
+        sampling: Sampling | None = None,
+        max_tokens: int = MAX_TOKENS,
+    ):
+        self._changed = changed
+        self.status = Status(lambda: self._changed())
+        self.model, self.window = model, window
+        sampling = sampling or Sampling(temperature=0.6, top_p=0.9)
+        self._session = ModelSession(sampling, max_tokens)
+        self.models: list[str] = [model]
+        self.conversations: list[SessionSummary] = []
+        self.name: str | None = None
+        self.said: list[Message] = []
+        self.attended, self.gauge, self.draft = 0, Gauge(), ""
+        self._reply: asyncio.Task[None] | None = None
+
     async def start(self) -> None:
-        """Load the model, and list what is history."""
+        """Load the model, and list what is saved."""
         await asyncio.gather(self._list(), self._load(self.model))
 
     async def send(self, text: str) -> None:
@@ -111,11 +94,11 @@ class ChatController:
         question = text.strip()
         if not question:
             return
-        if not self.idle:
+        if not self.status.idle:
             self._give_back(question)
             return self._changed()
-        self.phase = "reading"
-        self._say("")
+        self.status.phase = "reading"
+        self.status.say("")
         self.said.append(Message(question))
         self._reply = asyncio.create_task(self._ask(question))
         await asyncio.wait({self._reply})
@@ -124,102 +107,104 @@ class ChatController:
 
     def stop(self) -> None:
         """End the reply within one token."""
-        if self._reply and self.can_stop:
+        if self._reply and self.status.can_stop:
             self._reply.cancel()
 
     async def begin(self) -> None:
         """Leave the conversation for a new one, which gets a name with its first question."""
-        if self.can_choose:
+        if self.status.can_choose:
             await self._leave()
-            self._say("")
+            self.status.say("")
 
     async def open(self, name: str) -> None:
         """Go on with a saved conversation, on its own model and window."""
-        if not self.can_choose or name == self.name:
+        if not self.status.can_choose or name == self.name:
             return
-        before, self.phase = self.phase, "loading"
-        self._say(f"opening {name}")
+        before, self.status.phase = self.status.phase, "loading"
+        self.status.say(f"opening {name}")
         try:
-            said, damage = await self._aside(history.transcript, name)
+            said, damage = await self._session.aside(history.transcript, name)
         except MlxStreamError as error:
-            self.phase = before
-            return self._say(one_line(error), alarming=True)
+            self.status.phase = before
+            return self.status.say(one_line(error), alarming=True)
         await self._leave()
         self.name, self.said = name, said
         header = next((one.header for one in self.conversations if one.name == name), None)
         model = header.model if header else self.model
         self.window = header.window if header else self.window
-        await (self._join() if self._engine and model == self.model else self._load(model))
+        loaded = self._session.engine and model == self.model
+        await (self._join() if loaded else self._load(model))
         if damage:
-            self._say(damage, alarming=True)
+            self.status.say(damage, alarming=True)
 
     async def choose_model(self, model: str) -> None:
         """Go on with another model; what is attended of the conversation is read again."""
-        if self.can_choose and (model != self.model or not self._engine):
+        if self.status.can_choose and (model != self.model or not self._session.engine):
             await self._load(model)
 
     async def choose_window(self, window: int) -> None:
         """Go on with another window; what is attended of the conversation is read again."""
-        if not self.can_choose or window == self.window:
+        if not self.status.can_choose or window == self.window:
             return
         before, self.window = self.window, window
-        if not self._engine or not self.name:
+        if not self._session.engine or not self.name:
             return self._changed()
-        self.phase = "loading"  # nothing is sent to a conversation that is being closed
+        self.status.phase = "loading"  # nothing is sent to a conversation that is being closed
         self._changed()
         await self._close_chat()
         if not await self._join():
-            refused, self.window = self.notice, before
+            refused, self.window = self.status.notice, before
             await self._join()
-            self._say(refused, alarming=True)
+            self.status.say(refused, alarming=True)
 
     async def close(self) -> None:
         """Stop what is going on, save, and give the model's memory back."""
         while self._reply and not self._reply.done():
             self.stop()
             await asyncio.wait({self._reply})
-        self.phase = "loading"
-        await self._unload()
-        self._pool.shutdown()
+        self.status.phase = "loading"
+        await self._close_chat()
+        await self._session.close()
 
     # --- one reply ---
 
     async def _ask(self, question: str) -> None:
-        before, heard = self._last_held(), False
+        session = self._session
+        before, heard = session.last, False
         try:
-            if self._chat is None:
-                self.name = self.name or await self._aside(history.new_name, question)
-            chat = self._chat or self._open_chat()
+            if session.chat is None:
+                self.name = self.name or await session.aside(history.new_name, question)
+            chat = session.chat or session.open(self.name, self.window, self._system)
             async with aclosing(chat.areply(question)) as pieces:
                 async for piece in pieces:
                     heard = True
                     self._hear(piece)
         except MlxStreamError as error:
-            self._say(one_line(error), alarming=True)
-            if self._chat and not heard and is_broken(self._chat):
+            self.status.say(one_line(error), alarming=True)
+            if not heard and session.is_broken():
                 await self._close_chat()
-            if not self._chat and len(self.said) == 1:  # it was not begun: nothing to go on with
+            if not session.chat and len(self.said) == 1:  # it was not begun: nothing to go on with
                 self.name = None
         except asyncio.CancelledError:
             self._hear(Piece("", "interrupted"))
             heard = True
         if heard:  # it is the engine's turn: it stops before its next token, and says what is kept
-            await soon(lambda: self._last_held() is not before)
-        self.phase = "idle"
-        self._settle(self._last_held() is not before)
+            await soon(lambda: session.last is not before)
+        self.status.phase = "idle"
+        self._settle(session.last is not before)
         self._changed()
 
     def _hear(self, piece: Piece) -> None:
         last = self.said[-1]
         self.said[-1] = replace(last, reply=last.reply + piece.text, finish=piece.finish)
         if piece.text:
-            self.phase = "replying"
+            self.status.phase = "replying"
         self._count()
         self._changed()
 
     def _settle(self, read: bool) -> None:
         """Take the last exchange as the conversation has it; a question not read is a draft."""
-        last, held = self.said[-1], self._last_held()
+        last, held = self.said[-1], self._session.last
         if not read:
             self._give_back(last.question)
             del self.said[-1]
@@ -232,147 +217,79 @@ class ChatController:
     def _give_back(self, question: str) -> None:
         self.draft = f"{self.draft} {question}".strip()
 
-    def _last_held(self) -> Exchange | None:
-        return next(reversed(self._chat.exchanges), None) if self._chat else None
-
     def _count(self) -> None:
         """Read the gauge, and what the conversation has to say."""
-        if self._chat is None:
-            self.attended, self.gauge = 0, Gauge()
-            return
-        stats, streams = self._chat.stats, self.can_stop
         # The exchange that is going on is attended, and not among those that are done.
-        self.attended = min(len(self.said), len(self._chat.exchanges) + streams)
-        self.gauge = Gauge(
-            stats.attended,
-            min(stats.pinned, stats.attended),
-            stats.sinks + stats.window,
-            stats.evicted,
-            stats.cache_bytes,
-            stats.tokens_per_second,
-        )
-        noted = one_line(next(reversed(stats.notices), ""))
-        if noted != self._noted and not self.alarming:
-            self.notice = noted
-        self._noted = noted
+        streams = bool(self._session.chat) and self.status.can_stop
+        self.attended = min(len(self.said), len(self._session.exchanges) + streams)
+        self.gauge, notice = self._session.gauge, self._session.new_notice()
+        if notice is not None and not self.status.alarming:
+            self.status.notice = notice
 
     # --- conversations, models and lists ---
 
-    def _open_chat(self) -> Session:
-        assert self._engine, "without a model nothing can be asked or opened"
+    @property
+    def _system(self) -> str | None:
+        """The system prompt a conversation is opened with; None is its own."""
         begins = not self.said[:-1] and self.model == STARTER
-        self._noted = ""
-        self._chat = self._engine.session(
-            system=STARTER_SYSTEM if begins else None,
-            window=self.window,
-            sampling=self._sampling,
-            max_tokens=self._max_tokens,
-            name=self.name,
-        )
-        return self._chat
+        return STARTER_SYSTEM if begins else None
 
     async def _join(self) -> bool:
         """Open the conversation on the engine; return whether that went well."""
-        self.phase = "loading"
-        self._say(f"opening {self.name}")
+        self.status.phase = "loading"
+        self.status.say(f"opening {self.name}")
         try:
-            chat = self._open_chat()
-            while not opened(chat):
-                await asyncio.sleep(SECONDS_BETWEEN)
-            self._say("")
+            self._session.open(self.name, self.window, self._system)
+            await self._session.wait()
+            self.status.say("")
         except MlxStreamError as error:
             await self._close_chat()
-            self._say(one_line(error), alarming=True)
-        self.phase = "idle"
+            self.status.say(one_line(error), alarming=True)
+        self.status.phase = "idle"
         self._count()
         self._changed()
-        return self._chat is not None
+        return self._session.chat is not None
 
     async def _load(self, model: str) -> None:
-        """Put another engine in place of the one there is, and go on with the conversation."""
-        self.model, self.phase = model, "loading"
-        self._say(f"loading {model}")
-        await self._unload()
+        """Put another model in place of the one there is, and go on with the conversation."""
+        self.model, self.status.phase = model, "loading"
+        self.status.say(f"loading {model}")
+        await self._close_chat()
         try:
-            engine = self._engine = Engine(model)
-            while engine is self._engine and not (engine.ready or engine.error):
-                self._say(one_line((engine.notices or [f"loading {model}"])[-1]))
-                await asyncio.sleep(SECONDS_BETWEEN)
-            if engine.error:
-                raise engine.error
+            if not await self._session.load(model, self.status.say):
+                return  # closed meanwhile
         except MlxStreamError as error:
-            await self._unload()
-            self.phase = "failed"
-            return self._say(one_line(error), alarming=True)
-        if engine is not self._engine:  # closed meanwhile
-            return
+            self.status.phase = "failed"
+            return self.status.say(one_line(error), alarming=True)
         if self.name:
             await self._join()
         else:
-            self.phase = "idle"
-            self._say("")
-
-    async def _unload(self) -> None:
-        await self._close_chat()
-        engine, self._engine = self._engine, None
-        if engine:
-            await self._aside(engine.close, SECONDS_TO_CLOSE)
+            self.status.phase = "idle"
+            self.status.say("")
 
     async def _leave(self) -> None:
-        before, self.phase = self.phase, "loading"
+        before, self.status.phase = self.status.phase, "loading"
         await self._close_chat()
-        self.name, self.said, self.phase = None, [], before
+        self.name, self.said, self.status.phase = None, [], before
         self._count()
         self._changed()
 
     async def _close_chat(self) -> None:
         """Save the conversation; whoever opens it next finds it closed."""
-        chat, self._chat = self._chat, None
-        if chat:
-            try:
-                await self._aside(chat.close, SECONDS_TO_CLOSE)
-            except (MlxStreamError, TimeoutError) as error:
-                self._say(one_line(error), alarming=True)
+        try:
+            await self._session.close_chat()
+        except (MlxStreamError, TimeoutError) as error:
+            self.status.say(one_line(error), alarming=True)
 
     async def _list(self) -> None:
         """Read what is saved and which models are here."""
         try:
-            self.conversations = await self._aside(manage.session_summaries)
-            cached = await self._aside(cached_models)
+            self.conversations = await self._session.aside(session_summaries)
+            cached = await self._session.aside(cached_models)
             self.models = sorted({STARTER, *(one.name for one in cached)})
             self._changed()
         except MlxStreamError as error:
-            self._say(one_line(error), alarming=True)
-
-    async def _aside(self, work: Callable[..., T], *args: Any) -> T:
-        """Do what may block, on a thread that is not the window toolkit's."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
-    def _say(self, notice: str, alarming: bool = False) -> None:
-        self.notice, self.alarming = notice, alarming
-        self._changed()
-
-
-def opened(chat: Session) -> bool:
-    """Return whether a session is open by now.
-
-    Raises:
-        MlxStreamError: it cannot be opened.
-    """
-    try:
-        chat.wait(0)
-    except TimeoutError:
-        return False
-    return True
-
-
-def is_broken(chat: Session) -> bool:
-    """Return whether a session could not be opened, and never will be."""
-    try:
-        opened(chat)
-    except MlxStreamError:
-        return True
-    return False
+            self.status.say(one_line(error), alarming=True)
 
 
 async def soon(done: Callable[[], bool], seconds: float = 2.0) -> None:

@@ -11,7 +11,7 @@ from toga.fonts import SYSTEM_DEFAULT_FONT_SIZE
 from toga.style.pack import Pack
 
 from mlx_stream_desktop.colours import Colours
-from mlx_stream_desktop.controller import Gauge
+from mlx_stream_desktop.model_session import Gauge
 
 BAR, LINE = 8, 18
 

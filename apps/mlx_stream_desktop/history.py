@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from mlx_stream.chat import manage, session_files
+from mlx_stream.chat import open_transcript, session_names
 
 LONGEST_NAME = 40
 
@@ -25,9 +25,10 @@ def transcript(name: str) -> tuple[list[Message], str]:
     Raises:
         SessionError: there is no such conversation, or nothing of it can be read.
     """
-    with manage.open_transcript(name) as store:
-        exchanges, damage = store.whole()
-    return [Message(e.question, e.reply, e.finish) for e in exchanges], str(damage or "")
+    with open_transcript(name) as store:
+        turns, damage = store.whole()
+    said = [turn.exchange for turn in turns]
+    return [Message(e.question, e.reply, e.finish) for e in said], damage
 
 
 def new_name(question: str) -> str:
@@ -38,7 +39,7 @@ def new_name(question: str) -> str:
     Raises:
         SessionError: the folder cannot be read.
     """
-    name, taken = slug(question), {one.lower() for one in session_files.session_names()}
+    name, taken = slug(question), {one.lower() for one in session_names()}
     return next(n for n in number_name(name) if n not in taken)
 
 

@@ -9,7 +9,7 @@ from toga.constants import BOLD, COLUMN, ROW, SYSTEM, TRANSPARENT
 from toga.fonts import SYSTEM_DEFAULT_FONT_SIZE
 from toga.style.pack import Pack
 
-from mlx_stream.chat.exchange import plural
+from mlx_stream.chat import plural
 from mlx_stream_desktop.colours import Colours
 from mlx_stream_desktop.history import Message
 from mlx_stream_desktop.text_layout import escape_markup, wrap

@@ -8,8 +8,7 @@ import toga
 from toga.constants import BOLD, CENTER, COLUMN, ROW
 from toga.style.pack import Pack
 
-from mlx_stream.chat.exchange import plural
-from mlx_stream.chat.manage import SessionSummary
+from mlx_stream.chat import SessionSummary, plural
 from mlx_stream_desktop.colours import DARK, LIGHT
 from mlx_stream_desktop.controller import WINDOWS, ChatController
 from mlx_stream_desktop.gauge import GaugeBar
@@ -98,7 +97,7 @@ class ChatWindow:
 
     def draw(self) -> None:
         """Show what has changed."""
-        desk = self._desk
+        desk, status = self._desk, self._desk.status
         self._filling = True
         try:
             self._fill_pickers()
@@ -108,16 +107,18 @@ class ChatWindow:
         rows = rows_of(desk.said, desk.attended, desk.name)
         self.transcript.show(rows, self.column)
         self.gauge.show(desk.gauge)
-        notice = self.transcript.in_lines(escape_markup(desk.notice), self.column - 2 * MARGIN)
-        if self._differs("notice", (notice, desk.alarming)):
-            self.notice.style.color = self._colours.alarm if desk.alarming else self._colours.faded
+        notice = self.transcript.in_lines(escape_markup(status.notice), self.column - 2 * MARGIN)
+        if self._differs("notice", (notice, status.alarming)):
+            self.notice.style.color = (
+                self._colours.alarm if status.alarming else self._colours.faded
+            )
             self.notice.text = notice
         if desk.draft and not self.question.value:
             self.question.value, desk.draft = desk.draft, ""
-        if self._differs("phase", desk.phase):
-            self.send.enabled, self.stop.enabled = desk.idle, desk.can_stop
+        if self._differs("phase", status.phase):
+            self.send.enabled, self.stop.enabled = status.idle, status.can_stop
             for widget in (self.new, self.model, self.window):
-                widget.enabled = desk.can_choose
+                widget.enabled = status.can_choose
 
     def _fill_pickers(self) -> None:
         desk = self._desk
@@ -148,7 +149,7 @@ class ChatWindow:
 
     def _on_send(self, *_: object, **__: object) -> None:
         text = self.question.value
-        if self._desk.idle and text.strip():
+        if self._desk.status.idle and text.strip():
             self.question.value = ""
             self.transcript.to_the_end()
             self._go(self._desk.send(text))

@@ -10,25 +10,28 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlx_stream.cache.attention import AttentionShape
 from mlx_stream.cache.dense import DenseCache
 from mlx_stream.cache.storage import stream_bytes
 from mlx_stream.cache.stream import StreamCache
 
-__all__ = ["Cache", "DenseCache", "Step", "StreamCache", "stream_bytes"]
+__all__ = ["AttentionShape", "Cache", "DenseCache", "Step", "StreamCache", "stream_bytes"]
 
 
 class Step(Protocol):
     """One pass of new tokens through all layers: what is the same for every layer, once.
 
-    `rows` is T, the number of token rows the model must compute; `count` of them are real, the
-    rest pad the step to one of a few lengths and are never stored nor attended by real rows.
+    Attributes:
+        count: how many tokens are read.
+        rows: T, the number of token rows the model must compute: the real ones, and others that
+            pad the step to one of a few lengths and are never stored nor attended by real rows.
     """
 
-    rows: int
     count: int
+    rows: int
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        """Store a layer's new keys and values and attend.
+        """Compute a layer's attention, and its rows with the new keys and values in them.
 
         Takes (B, H + 2K, T, D): unrotated queries, keys and values stacked along the heads.
         Returns (B, H, T, D).
@@ -59,11 +62,6 @@ class Cache(Protocol):
         """How many of the newest tokens can be taken back."""
         ...
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        ...
-
     def row(self, token: int) -> int:
         """Return the row a token's key and value are stored in."""
         ...
@@ -80,23 +78,42 @@ class Cache(Protocol):
         """Return which rows the next token will attend to, its own not among them: (rows,) bool."""
         ...
 
-    def version(self) -> object | None:
-        """Return what the stream is now, if a step of one token can be planned without a change.
+    @property
+    def version(self) -> object:
+        """What the stream is now: the same object as long as nothing has changed."""
+        ...
 
-        Two calls give the same object as long as nothing has changed; None if it cannot.
-        """
+    @property
+    def max_verify(self) -> int:
+        """How many tokens a step can read of which all but the first may be taken back; 1: none."""
         ...
 
     def max_step(self, waiting: int) -> int:
         """Return how many of `waiting` tokens the next step can read."""
         ...
 
-    def begin(self, count: int) -> Step:
-        """Plan the step that reads the next `count` tokens; changes nothing attended."""
+    def is_ready(self, count: int) -> bool:
+        """Return whether a step of `count` tokens can be planned without `prepare`."""
+        ...
+
+    def prepare(self, count: int) -> None:
+        """Make a step of `count` tokens possible; what is attended stays as it was."""
+        ...
+
+    def plan(self, count: int, verify: bool = False) -> Any:
+        """Plan the step that reads the next `count` tokens; changes nothing.
+
+        Args:
+            verify: all but the first of them may be taken back without a loss.
+        """
         ...
 
     def commit(self, step: Any) -> None:
-        """Make what a step of this cache computed the stream's state."""
+        """Make what a step of this cache computed the stream's state.
+
+        Neither the step nor anything else may hold the rows of before when they are evaluated: they
+        would be copied.
+        """
         ...
 
     def arrays(self) -> list[mx.array]:
@@ -107,8 +124,8 @@ class Cache(Protocol):
         """Take back the newest `count` tokens."""
         ...
 
-    def evict(self, count: int) -> None:
-        """Drop the oldest `count` attended tokens that are not sinks."""
+    def release(self) -> None:
+        """Let go of the buffers, of which a step that failed may have made anything."""
         ...
 
     def erase(self) -> None:

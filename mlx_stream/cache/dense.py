@@ -1,11 +1,9 @@
 """Attention to everything, in a buffer that grows: the yardstick a stream is compared with."""
 
-from dataclasses import dataclass, field
-
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.cache.positions import Rope
+from mlx_stream.cache.attention import AttentionShape
 from mlx_stream.errors import ValueRefused
 
 GROWTH = 256  # rows added at a time, at least
@@ -15,26 +13,18 @@ LONGEST_STEP = 512
 class DenseCache:
     """Keep every token of a text; positions are places in the text.
 
-    Takes the model's shape as `StreamCache` does. For comparison only: memory and the time of a
-    step grow with the text, and the model's trained context is no limit here.
+    For comparison only: memory and the time of a step grow with the text, and the model's trained
+    context is no limit here.
     """
 
-    def __init__(
-        self,
-        layers: int,
-        query_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        rope: Rope,
-        dtype: mx.Dtype = mx.float32,
-    ):
-        self.query_heads, self.kv_heads = query_heads, kv_heads
-        self.rope = rope
-        self.scale = head_dim**-0.5 * rope.magnitude**2
+    max_verify = 1
+
+    def __init__(self, shape: AttentionShape, dtype: mx.Dtype = mx.float32):
+        self.shape = shape
         self.length = 0
-        empty = mx.zeros((1, kv_heads, 0, head_dim), dtype)
-        self.keys: list[mx.array] = [empty] * layers
-        self.values: list[mx.array] = [empty] * layers
+        empty = mx.zeros((1, shape.kv_heads, 0, shape.head_dim), dtype)
+        self.keys: list[mx.array] = [empty] * shape.layers
+        self.values: list[mx.array] = [empty] * shape.layers
 
     @property
     def attended(self) -> int:
@@ -48,10 +38,6 @@ class DenseCache:
     def rewindable(self) -> int:
         return self.length
 
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays())
-
     def arrays(self) -> list[mx.array]:
         return [*self.keys, *self.values]
 
@@ -64,14 +50,23 @@ class DenseCache:
     def attended_next(self) -> np.ndarray:
         return np.ones(self.length, bool)
 
-    def version(self) -> None:
-        return None  # a comparison need not be fast
+    @property
+    def version(self) -> object:
+        return self.keys
 
     def max_step(self, waiting: int) -> int:
         return min(waiting, LONGEST_STEP)
 
-    def begin(self, count: int) -> "DenseStep":
-        return DenseStep(self, count)
+    def is_ready(self, count: int) -> bool:
+        return True
+
+    def prepare(self, count: int) -> None:
+        """Do nothing: every place in the text is a position."""
+
+    def plan(self, count: int, verify: bool = False) -> "DenseStep":
+        if verify and count > self.max_verify:
+            raise ValueRefused("a dense cache verifies no guesses")
+        return DenseStep(self.shape, self.keys, self.values, self.length, count)
 
     def commit(self, step: "DenseStep") -> None:
         self.keys, self.values = step.keys, step.values
@@ -81,10 +76,10 @@ class DenseCache:
         if not 0 <= count <= self.length:
             raise ValueRefused(f"{count} tokens cannot be taken back: {self.length} were read")
         self.length -= count
+        self.keys = [*self.keys]  # another version
 
-    def evict(self, count: int) -> None:
-        if count:
-            raise ValueRefused("a dense cache attends to everything: nothing can be evicted")
+    def release(self) -> None:
+        self.keys, self.values = [], []
 
     def erase(self) -> None:
         """Do nothing: all that is given out is attended."""
@@ -114,37 +109,42 @@ class DenseCache:
         self.length = length
 
 
-@dataclass
 class DenseStep:
     """New tokens: written behind the others, then each attends to all up to itself."""
 
-    cache: DenseCache
-    count: int
-    keys: list[mx.array] = field(default_factory=list)
-    values: list[mx.array] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.rows = self.count
-        self.position = mx.array([self.cache.length], mx.int32)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        keys: list[mx.array],
+        values: list[mx.array],
+        length: int,
+        count: int,
+    ):
+        self.shape, self.length = shape, length
+        self.count = self.rows = count
+        self.old_keys, self.old_values = keys, values
+        self.keys: list[mx.array] = []
+        self.values: list[mx.array] = []
+        self.position = mx.array([length], mx.int32)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
-        turned = cache.rope.rotate(heads[:, :split], self.position)
-        keys = self._append(cache.keys[layer], turned[:, cache.query_heads :])
-        values = self._append(cache.values[layer], heads[:, split:])
+        shape, split = self.shape, heads.shape[1] - self.shape.kv_heads
+        turned = shape.rope.rotate(heads[:, :split], self.position)
+        keys = self._append(self.old_keys[layer], turned[:, shape.query_heads :])
+        values = self._append(self.old_values[layer], heads[:, split:])
         self.keys.append(keys)
         self.values.append(values)
-        end = cache.length + self.count
+        end = self.length + self.count
         return mx.fast.scaled_dot_product_attention(
-            turned[:, : cache.query_heads],
+            turned[:, : shape.query_heads],
             keys[:, :, :end],
             values[:, :, :end],
-            scale=cache.scale,
+            scale=shape.scale,
             mask="causal" if self.count > 1 else None,
         )
 
     def _append(self, buffer: mx.array, new: mx.array) -> mx.array:
-        start, end = self.cache.length, self.cache.length + self.count
+        start, end = self.length, self.length + self.count
         _, heads, rows, head_dim = buffer.shape
         if end > rows:
             more = mx.zeros((1, heads, max(GROWTH, self.count, rows // 2), head_dim), buffer.dtype)
@@ -152,6 +152,3 @@ class DenseStep:
         buffer = mx.array(buffer)
         buffer[:, :, start:end] = new
         return buffer
-
-    def finish(self, keys: list[mx.array], values: list[mx.array]) -> None:
-        self.keys, self.values = keys, values

@@ -6,6 +6,7 @@ ring of 3, after token 6 the rows hold tokens 0, 1, 5, 6, 4. A stream's numbers 
 """
 
 import functools
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -87,17 +88,19 @@ class Geometry:
         base = position.length - position.clock
         return self.oldest(position, token) - base - self.sinks
 
-    def advance(
-        self, position: StreamPosition, count: int, sinks_at: int | None = None
-    ) -> StreamPosition:
-        """Return the position after `count` more tokens; `sinks_at`: the sinks moved, too."""
+    def advance(self, position: StreamPosition, count: int, sinks_at: int) -> StreamPosition:
+        """Return the position after `count` more tokens, the sinks' rows standing at `sinks_at`."""
         length = position.length + count
         # What is more than R tokens back has been overwritten and cannot come back by a rewind.
         floor = max(position.floor, length - self.ring)
-        at = position.sinks_at if sinks_at is None else sinks_at
         # Not by `replace`, which would be a fiftieth of a step's Python.
         return StreamPosition(
-            length, floor, position.clock + count, at, position.clock_epoch, position.clock_offset
+            length,
+            floor,
+            position.clock + count,
+            sinks_at,
+            position.clock_epoch,
+            position.clock_offset,
         )
 
     def rewind(self, position: StreamPosition, count: int) -> StreamPosition:
@@ -250,4 +253,4 @@ class Block:
 
 def pad_length(count: int) -> int:
     """Return the smallest step length that holds `count` tokens."""
-    return next(length for length in STEP_LENGTHS if length >= count)
+    return STEP_LENGTHS[bisect_left(STEP_LENGTHS, count)]

@@ -1,4 +1,4 @@
-"""How a layer's keys or values lie in memory: as they are, or quantized; knows no positions.
+"""What a stream holds, and how a layer's rows lie in memory: as they are, or quantized.
 
 A buffer has S + R rows. Quantized, the first S (the sinks, a pinned prefix among them) stay as they
 are and each later row is quantized by itself, in groups of 64 with scales in 16 bits, before
@@ -11,8 +11,30 @@ from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
 
+from mlx_stream.cache.geometry import StreamPosition
+
 GROUP_SIZE = 64
 BITS = (8, 4)
+
+
+@dataclass(frozen=True)
+class CacheState:
+    """What a stream holds between steps, exchanged whole: an interrupt finds the old or the new.
+
+    Attributes:
+        keys, values: each layer's rows.
+        sinks: the sinks' keys before rotation, (L, K, S, D), apart from K: reading them out of K
+            would copy K.
+        pending_turn: how far the ring is being turned back...
+        layers_turned: ...and in how many layers it is.
+    """
+
+    position: StreamPosition
+    keys: list["Rows"]
+    values: list["Rows"]
+    sinks: mx.array
+    pending_turn: int = 0
+    layers_turned: int = 0
 
 
 @dataclass(frozen=True)

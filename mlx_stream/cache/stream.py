@@ -11,19 +11,26 @@ Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. On the clock the
 
 import itertools
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_stream.cache.attention import AttentionShape
 from mlx_stream.cache.geometry import STEP_LENGTHS, Geometry, StreamPosition, pad_length
-from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.cache.steps.prefill import PrefillStep
 from mlx_stream.cache.steps.quantized import QuantizedDecodeStep
-from mlx_stream.cache.steps.verify import VerifyStep
-from mlx_stream.cache.storage import BITS, GROUP_SIZE, PlainStorage, QuantizedStorage, Rows
+from mlx_stream.cache.steps.verify import VerifyStep, longest_verified
+from mlx_stream.cache.storage import (
+    BITS,
+    GROUP_SIZE,
+    CacheState,
+    PlainStorage,
+    QuantizedStorage,
+    Rows,
+)
 from mlx_stream.errors import ValueRefused
 
 # Clocks stay below this (or twice the buffer): fp32 angles are good to 2e-4 in scores at 1e4.
@@ -41,29 +48,11 @@ STATE_NUMBERS = {
 }
 
 
-@dataclass(frozen=True)
-class CacheState:
-    """What a stream holds between steps, exchanged whole: an interrupt finds the old or the new.
-
-    `sinks` are the sinks' keys before rotation, (L, K, S, D), apart from K: reading them out of K
-    would copy K. `pending_turn` is how far the ring is being turned back,
-    `layers_turned` how many layers are.
-    """
-
-    position: StreamPosition
-    keys: list[Rows]
-    values: list[Rows]
-    sinks: mx.array
-    pending_turn: int = 0
-    layers_turned: int = 0
-
-
 class StreamCache:
     """All layers of one stream: S sinks and a ring of R = W + X tokens, allocated once.
 
     Args:
-        layers, query_heads, kv_heads, head_dim: the model's shape.
-        rope: the model's rotary frequencies.
+        shape: the model's attention.
         sinks: S >= 0, the first tokens that are never evicted.
         window: W >= 1, the latest tokens attended.
         spare: X >= 0, rows beyond the window: up to X tokens can be taken back without a loss.
@@ -71,17 +60,16 @@ class StreamCache:
         clock_limit: re-anchor before the clock passes it (at least twice the buffer's rows).
         bits: 8 or 4 keeps the ring's keys and values quantized (the sinks are not).
 
+    Attributes:
+        current: what the stream holds now.
+
     Raises:
         ValueRefused: a number out of range; heads that cannot be quantized.
     """
 
     def __init__(
         self,
-        layers: int,
-        query_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        rope: Rope,
+        shape: AttentionShape,
         sinks: int = 4,
         window: int = 1_020,
         spare: int = 0,
@@ -95,25 +83,23 @@ class StreamCache:
                 f"not {sinks}, {window} and {spare}"
             )
         if bits is not None:
-            check_quantizable(head_dim, bits)
-        self.geometry = Geometry(sinks, window, spare)
-        self.layers, self.query_heads, self.kv_heads = layers, query_heads, kv_heads
-        self.rope = rope
-        self.scale = head_dim**-0.5 * rope.magnitude**2
-        rows, ring = self.geometry.rows, self.geometry.ring
+            check_quantizable(shape.head_dim, bits)
+        self.shape, self.geometry = shape, Geometry(sinks, window, spare)
+        kv_heads, head_dim = shape.kv_heads, shape.head_dim
         self.storage: PlainStorage | QuantizedStorage
         if bits is None:
-            self.storage = PlainStorage(kv_heads, rows, head_dim, dtype)
+            self.storage = PlainStorage(kv_heads, self.geometry.rows, head_dim, dtype)
         else:
+            ring = self.geometry.ring
             self.storage = QuantizedStorage(kv_heads, sinks, ring, head_dim, dtype, bits)
         self.clock_limit = max(clock_limit, self.lowest_clock_limit)
         # Freed buffers a little too large would be handed out, and such are never updated in place.
         mx.clear_cache()
         self.current = CacheState(
             StreamPosition(length=0, floor=sinks, clock=0),
-            [self.storage.empty() for _ in range(layers)],
-            [self.storage.empty() for _ in range(layers)],
-            mx.zeros((layers, kv_heads, sinks, head_dim), dtype),
+            [self.storage.empty() for _ in range(shape.layers)],
+            [self.storage.empty() for _ in range(shape.layers)],
+            mx.zeros((shape.layers, kv_heads, sinks, head_dim), dtype),
         )
         self._erased = weakref.ref(self.current)  # as it was when what is not attended was zero
         mx.eval(self.arrays())
@@ -121,18 +107,6 @@ class StreamCache:
     @property
     def position(self) -> StreamPosition:
         return self.current.position
-
-    @property
-    def keys(self) -> list[Rows]:
-        return self.current.keys
-
-    @property
-    def sinks(self) -> mx.array:
-        return self.current.sinks
-
-    @property
-    def values(self) -> list[Rows]:
-        return self.current.values
 
     @property
     def length(self) -> int:
@@ -171,8 +145,9 @@ class StreamCache:
         return sum(array.nbytes for array in self.arrays())
 
     def arrays(self) -> list[mx.array]:
-        rows = (self.storage.arrays(rows).values() for rows in (*self.keys, *self.values))
-        return [*itertools.chain.from_iterable(rows), self.sinks]
+        state = self.current
+        rows = (self.storage.arrays(rows).values() for rows in (*state.keys, *state.values))
+        return [*itertools.chain.from_iterable(rows), state.sinks]
 
     def row(self, token: int) -> int:
         return self.geometry.row(token)
@@ -190,22 +165,19 @@ class StreamCache:
         attended[geometry.row(position.length)] = False
         return attended
 
-    def version(self) -> CacheState | None:
-        current, geometry, position = self.current, self.geometry, self.position
-        if (
-            current.pending_turn
-            or position.clock + 1 > self.clock_limit
-            or position.length < geometry.sinks
-        ):
-            return None
-        moves = isinstance(self.storage, PlainStorage) and geometry.room(position) == 0
-        if geometry.sinks and not moves:
-            return (
-                current
-                if position.sinks_at == geometry.sinks_clock(position, position.length)
-                else None
-            )
-        return current
+    @property
+    def version(self) -> object:
+        return self.current
+
+    @property
+    def max_verify(self) -> int:
+        if not isinstance(self.storage, PlainStorage):
+            return 1  # no row can be written ahead of its turn: it would be quantized alone
+        return longest_verified(self.shape, self.geometry, self.position)
+
+    def is_ready(self, count: int) -> bool:
+        turning = self.current.pending_turn > 0
+        return not turning and self.position.clock + pad_length(count) <= self.clock_limit
 
     def max_step(self, waiting: int) -> int:
         if waiting == 1:
@@ -215,42 +187,40 @@ class StreamCache:
         limit = self.clock_limit - self.storage.clocks * geometry.rows
         room = geometry.room(position)
         if room == 0 and geometry.sinks:
-            row_bytes = 4 * self.query_heads * (geometry.rows + STEP_LENGTHS[-1])
+            row_bytes = 4 * self.shape.query_heads * (geometry.rows + STEP_LENGTHS[-1])
             limit = min(limit, max(1, MASK_BYTES // row_bytes))
         longest = max(length for length in STEP_LENGTHS if length <= limit)
         return min(waiting, longest, room or waiting)
 
-    def begin(self, count: int) -> DecodeStep | QuantizedDecodeStep | PrefillStep:
-        """Plan the step for the next `count` tokens, of which there may be `take(count)` at most.
-
-        Turns the sinks to where this step needs them, and the ring back if the clock is due.
-        """
-        if not 1 <= count == self.max_step(count):
-            raise ValueRefused(f"a step of {count} tokens must be split; see take()")
-        self.prepare(pad_length(count))
-        if count > 1:
-            return PrefillStep(self, count)
-        return (
-            QuantizedDecodeStep(self, self.storage)
-            if isinstance(self.storage, QuantizedStorage)
-            else DecodeStep.of(self)
-        )
-
-    def prepare(self, rows: int) -> None:
-        """Turn the ring back if the clock is due within the next `rows` tokens."""
+    def prepare(self, count: int) -> None:
+        """Turn the ring back if the clock is due within the next `count` tokens."""
         self._turn_back()  # if an interrupt left that half done
-        if self.position.clock + rows > self.clock_limit:
+        if not self.is_ready(count):
             self._reanchor()
 
-    def commit(self, step: DecodeStep | QuantizedDecodeStep | PrefillStep | VerifyStep) -> None:
-        first, count, sinks = self.length, step.count, self.sinks
+    def plan(
+        self, count: int, verify: bool = False
+    ) -> DecodeStep | QuantizedDecodeStep | PrefillStep | VerifyStep:
+        longest = self.max_verify if verify else self.max_step(count)
+        if not 1 <= count <= longest or not self.is_ready(count):
+            raise ValueRefused(f"a step of {count} tokens must be split or prepared; see max_step")
+        shape, geometry, state = self.shape, self.geometry, self.current
+        if verify and count > 1 and isinstance(self.storage, PlainStorage):
+            return VerifyStep(shape, self.storage, geometry, state, count)
+        if count > 1:
+            return PrefillStep(shape, self.storage, geometry, state, count)
+        if isinstance(self.storage, QuantizedStorage):
+            return QuantizedDecodeStep(shape, self.storage, geometry, state)
+        return DecodeStep.plan(shape, self.storage, geometry, state)
+
+    def commit(self, step: Any) -> None:
+        first, sinks = self.length, self.current.sinks
         if step.new_sinks:
-            read = min(count, self.geometry.sinks - first)
+            read = min(step.count, self.geometry.sinks - first)
             sinks = mx.array(sinks)  # a handle of our own: a state given out stays as it was
             sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
             mx.eval(sinks)  # nothing later in the step needs them, so nothing else would
-        sinks_at = step.sinks_at if isinstance(step, DecodeStep) else None
-        position = self.geometry.advance(self.position, count, sinks_at)
+        position = self.geometry.advance(self.position, step.count, step.sinks_at)
         self.current = CacheState(position, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:
@@ -316,11 +286,10 @@ class StreamCache:
         return self._state()
 
     def _state(self) -> dict[str, mx.array | int]:
-        state: dict[str, mx.array | int] = {
-            name: getattr(self.position, field) for name, field in STATE_NUMBERS.items()
-        }
-        state["sinks"] = self.sinks
-        for kind, layers in (("keys", self.keys), ("values", self.values)):
+        numbers = vars(self.position)
+        state: dict[str, mx.array | int] = {n: numbers[f] for n, f in STATE_NUMBERS.items()}
+        state["sinks"] = self.current.sinks
+        for kind, layers in (("keys", self.current.keys), ("values", self.current.values)):
             for layer, rows in enumerate(layers):
                 for part, array in self.storage.arrays(rows).items():
                     state[f"{kind}.{layer}{part}"] = array
@@ -363,10 +332,10 @@ class StreamCache:
 
     def _rows(self, kind: str, arrays: dict[str, mx.array]) -> list[Rows]:
         """Return each layer's rows from the arrays of a state."""
-        parts = self.storage.arrays(self.keys[0])
+        parts = self.storage.arrays(self.current.keys[0])
         return [
             self.storage.from_arrays({part: arrays[f"{kind}.{layer}{part}"] for part in parts})
-            for layer in range(self.layers)
+            for layer in range(self.shape.layers)
         ]
 
     def _check(self, position: StreamPosition) -> None:
@@ -405,10 +374,11 @@ class StreamCache:
 
     def _turn_back(self) -> None:
         """Turn what is left to be turned, one layer at a time: one layer's K is there twice."""
-        while self.current.pending_turn and self.current.layers_turned < self.layers:
+        while self.current.pending_turn and self.current.layers_turned < self.shape.layers:
             current, layer = self.current, self.current.layers_turned
             keys = list(current.keys)
-            keys[layer] = self.rope.rotate_all(keys[layer], current.pending_turn, backwards=True)
+            by = current.pending_turn
+            keys[layer] = self.shape.rope.rotate_all(keys[layer], by, backwards=True)
             mx.eval(keys[layer])
             self.current = replace(current, keys=keys, layers_turned=layer + 1)
         current = self.current
@@ -417,20 +387,6 @@ class StreamCache:
                 current.position, clock=current.position.clock - current.pending_turn, sinks_at=-1
             )
             self.current = replace(current, position=position, pending_turn=0, layers_turned=0)
-
-    def place_sinks(self, token: int) -> None:
-        """Rewrite the sinks' rows to stand where `token` must see them, if they do not yet."""
-        position = self.geometry.sinks_clock(self.position, token)
-        if self.geometry.sinks == 0 or position == self.position.sinks_at:
-            return
-        turned = self.rope.rotate(self.sinks, mx.array([position], mx.int32))
-        segments = [(0, self.geometry.sinks, 0)]
-        rewritten = [
-            self.storage.write(keys, turned[layer : layer + 1], segments)
-            for layer, keys in enumerate(self.keys)
-        ]
-        position = replace(self.position, sinks_at=position)
-        self.current = replace(self.current, position=position, keys=rewritten)
 
     def _move(self, position: StreamPosition) -> None:
         self.current = replace(self.current, position=position)

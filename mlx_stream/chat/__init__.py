@@ -1,1 +1,35 @@
-"""Conversations on one stream, and how they are saved; knows no thread and no terminal."""
+"""Conversations on one stream, and how they are saved; knows no thread and no terminal.
+
+The names for programs that show saved conversations, each fetched when it is first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mlx_stream.program.public_names import fetch_name
+
+if TYPE_CHECKING:
+    from mlx_stream.chat.exchange import Exchange, plural
+    from mlx_stream.chat.manage import SessionSummary, open_transcript, session_summaries
+    from mlx_stream.chat.session_files import session_names
+
+__all__ = [
+    "Exchange",
+    "SessionSummary",
+    "open_transcript",
+    "plural",
+    "session_names",
+    "session_summaries",
+]
+
+_HOMES = {
+    "Exchange": "mlx_stream.chat.exchange",
+    "SessionSummary": "mlx_stream.chat.manage",
+    "open_transcript": "mlx_stream.chat.manage",
+    "plural": "mlx_stream.chat.exchange",
+    "session_names": "mlx_stream.chat.session_files",
+    "session_summaries": "mlx_stream.chat.manage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return fetch_name(__name__, _HOMES, name)

@@ -7,6 +7,7 @@
 Text does not always encode back to the ids that were sampled, so both are kept.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 FINISHES = ("end", "stop", "length", "interrupted")
@@ -31,6 +32,8 @@ class Exchange:
         rest: the end of the reply that `reply_ids` do not cover: a stop string may begin inside
             an id.
         finish: how the reply ended: `end`, `stop`, `length` or `interrupted`.
+        settled_ids: its ids as the template writes them once the next question is there, where
+            those are others than were read.
     """
 
     question: str
@@ -40,40 +43,49 @@ class Exchange:
     reply_ids: tuple[int, ...]
     rest: str = ""
     finish: str = "end"
+    settled_ids: tuple[int, ...] | None = None
 
-
-@dataclass(frozen=True)
-class Pending:
-    """What the stream has not read of an exchange that is over: ids, then text of its reply."""
-
-    ids: tuple[int, ...] = ()
-    rest: str = ""
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The ids the stream holds of it at rest, what closes it not among them."""
+        if self.settled_ids is not None:
+            return self.settled_ids
+        return self.question_ids + self.reply_ids
 
 
 @dataclass(frozen=True)
 class PlacedTurn:
-    """An exchange whose tokens are attended.
+    """An exchange that is attended, or being read.
 
     Attributes:
-        before: what was unread of the exchange before it.
-        base: the stream's length before it was read.
-        lead: ids read ahead of its own: what was unread, and what closed the exchange before.
+        number: which turn of the conversation it is, from 1.
+        start: the place in the stream of its first own id. What closes the turn before it stands
+            directly before that, as long as that turn is attended.
     """
 
     exchange: Exchange
-    before: Pending
-    base: int
-    lead: tuple[int, ...]
+    number: int
+    start: int
 
     @property
-    def prompt_ids(self) -> tuple[int, ...]:
-        """The ids that are read before the model replies."""
-        return self.lead + self.exchange.question_ids
+    def end(self) -> int:
+        """The place after its last id, once all of them are read."""
+        return self.start + len(self.exchange.ids)
 
-    @property
-    def start(self) -> int:
-        """The stream's length before the exchange's own ids."""
-        return self.base + len(self.lead)
+
+def ids_of(turns: Sequence[PlacedTurn]) -> tuple[int, ...]:
+    """Return the ids of turns that follow each other, from the start of the first one on."""
+    closings = ((), *(turn.exchange.closing_ids for turn in turns[1:]))
+    pairs = zip(closings, turns, strict=False)
+    return tuple(id for closing, turn in pairs for id in closing + turn.exchange.ids)
+
+
+def unread_ids(pinned: Sequence[int], turns: Sequence[PlacedTurn], length: int) -> tuple[int, ...]:
+    """Return the ids that a stream of a length has yet to read of turns, and before them."""
+    if not turns:
+        return ()
+    start = turns[0].start
+    return (*pinned[length:start], *ids_of(turns)[max(0, length - start) :])
 
 
 @dataclass(frozen=True)
@@ -81,11 +93,16 @@ class ConversationState:
     """Where a conversation stands, beside its exchanges and the state of its stream.
 
     Attributes:
-        places: of the exchanges that are held, oldest first: `before`, `base` and `lead`.
-        unread: of the last one.
+        turns: the number of the last turn.
+        places: of the turns that are attended, oldest first: `number` and `start`.
         sampler: the state of the random numbers, hexadecimal.
     """
 
-    places: tuple[tuple[Pending, int, tuple[int, ...]], ...]
-    pending: Pending
+    turns: int
+    places: tuple[tuple[int, int], ...]
     sampler: str
+
+    @property
+    def first(self) -> int:
+        """The number of the oldest turn that is attended; one more than the last if none is."""
+        return self.places[0][0] if self.places else self.turns + 1

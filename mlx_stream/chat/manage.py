@@ -47,8 +47,9 @@ def summarize_session(name: str) -> SessionSummary:
     when = datetime.fromtimestamp(last_used(name) / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     try:
         with Store.open(where.database) as store:
-            count, first = store.count, store.progress.first
-            return SessionSummary(name, count, count - first + 1, size, when, store.header)
+            state = store.state
+            attended = state.count - state.first + 1
+            return SessionSummary(name, state.count, attended, size, when, state.header)
     except SessionError as error:
         return SessionSummary(name, 0, 0, size, when, None, str(error))
 
@@ -108,19 +109,23 @@ def verify_session(name: str) -> str:
     where = session_paths(name)
     with Store.open(where.database) as store:
         store.verify()
-        said = plural(store.count)
+        state = store.state
+        said = plural(state.count)
         if not where.snapshot.exists():
             return f"{said}; no snapshot"
         try:
             found = snapshot.load_snapshot(where.snapshot)
-            about = parse_metadata(found.about)
+            about = parse_metadata(found)
         except SnapshotError as error:
             raise SessionError(
                 f"session {name!r}: its transcript is whole, its snapshot is not ({error}): the "
                 "next chat reads what is attended again"
             ) from error
-        if about.session != store.header.id or found.model != store.header.fingerprint:
+        model = state.header.fingerprint
+        # A snapshot from before an update has the same model's fingerprint of then.
+        known = found.model == model or (found.version == 1 and model.startswith("2:"))
+        if about.session != state.header.id or not known:
             return f"{said}; the snapshot is another model's or conversation's, and is not used"
-        if about.count > store.count or store.head(about.count) != about.head:
+        if not about.is_of(store, found):
             return f"{said}; the snapshot is of what was taken back, and is not used"
-        return f"{said}; snapshot after exchange {about.count:,}"
+        return f"{said}; snapshot after exchange {about.state.turns:,}"

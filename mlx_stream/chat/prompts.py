@@ -9,10 +9,12 @@ nobody opens a turn by typing one.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.settle import common_prefix
 from mlx_stream.errors import TemplateError
 from mlx_stream.text.template import ChatTemplate, Message, assistant, system_turn, user
 from mlx_stream.text.tokenizer import Tokenizer
@@ -67,27 +69,90 @@ class PromptBuilder:
                 return
         # No system role, or one inside the first question: then the prompt opens the conversation.
         self.head = [user(system), assistant(UNDERSTOOD)]
-        self._before = (
-            template.opening(None, self.escape_special_tokens(system))
-            + template.lead
-            + UNDERSTOOD
-            + template.closing
-        )
+        text = self.escape_special_tokens(system)
+        self._before = template.settled(text, UNDERSTOOD, first=True) + template.closing
         self.pinned = self._border()
 
-    def opening(self, question: str) -> list[int]:
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a reply, which is text.
+
+        A special token is none: were one read, the model could open a turn of its own, which no
+        template renders.
+        """
+        return self.tokenizer.eos_ids | self.tokenizer.special_ids
+
+    def accepts(self, reply_ids: Sequence[int]) -> bool:
+        """Return whether ids can be a reply's."""
+        size = self.tokenizer.vocab_size
+        return all(id < size and id not in self.end_ids for id in reply_ids)
+
+    def question(
+        self, question: str, rest: str | None, first: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids that close the turn before a question, and those of the question.
+
+        Args:
+            rest: text of the reply before that was not read as ids; None: there is no turn before.
+            first: whether it is the conversation's first question.
+
+        Raises:
+            TemplateError: the template failed, or would write other pinned ids for this question.
+        """
+        if first:
+            return (), tuple(self.opening(question))
+        closing, ids = self.following(rest or "", question)
+        return () if rest is None else tuple(closing), tuple(ids)
+
+    def settle(self, exchange: Exchange, first: bool) -> Exchange:
+        """Return an exchange with the ids it has once the next question is there.
+
+        Those of its reply are the ones that were sampled, where these are the template's text of
+        it, else the ids of that text.
+
+        Raises:
+            TemplateError: the template refuses the reply.
+        """
+        if not self.template.rewrites:
+            return exchange
+        text = self._settled_text(exchange.question, exchange.reply, first)
+        head = self._settled_text(exchange.question, PROBES[0], first).removesuffix(PROBES[0])
+        sampled = None
+        if text.startswith(head) and not exchange.rest:
+            sampled = self._last_ids(exchange, text[len(head) :].replace(MARK, ""))
+        ids = self._ids(text, first) if sampled is None else (*self._ids(head, first), *sampled)
+        as_read = ids == exchange.question_ids + exchange.reply_ids and not exchange.rest
+        return replace(exchange, settled_ids=None if as_read else ids)
+
+    def encode_again(
+        self, exchanges: Mapping[int, Exchange], rest: str | None = None
+    ) -> dict[int, Exchange]:
+        """Return exchanges in this model's ids, by number: what another model said is read as text.
+
+        Args:
+            rest: of the turn before them, that was not read as ids; None if there is none.
+        """
+        found: dict[int, Exchange] = {}
+        for number, exchange in exchanges.items():
+            closing, question = self.question(exchange.question, rest, number == 1)
+            ids = exchange.reply_ids
+            known = self.accepts(ids)
+            if not known or self.tokenizer.decode(ids) + exchange.rest != exchange.reply:
+                exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
+            exchange = replace(exchange, closing_ids=closing, question_ids=question)
+            found[number] = self.settle(exchange, number == 1)
+            rest = self.rest_of(found[number])
+        return found
+
+    def opening(self, question: str) -> tuple[int, ...]:
         """Return the ids of the first question's turn, which come after the pinned ones.
 
         Raises:
             TemplateError: the template failed, or would write other pinned ids for this question.
         """
-        ids = self.encode(self._opening_text(self.escape_special_tokens(question)))
-        count = len(self.pinned)
-        if tuple(ids[:count]) != self.pinned:
-            raise TemplateError("chat template: what it says before a question depends on it")
-        return ids[count:]
+        return self._ids(self._opening_text(self.escape_special_tokens(question)), first=True)
 
-    def following(self, rest: str, question: str) -> tuple[list[int], list[int]]:
+    def following(self, rest: str, question: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the ids that close the reply before, and those of a later question's turn.
 
         Both are encoded as one text, behind the reply: some tokenizers put a space before the
@@ -96,12 +161,8 @@ class PromptBuilder:
         Args:
             rest: text of the reply before that was not read as ids.
         """
-        before = rest + self.template.closing
-        system = None if self._before is not None else self._escaped_system
-        turn = self.template.turn(self.escape_special_tokens(question), system)
-        ids = self.encode(before + turn, behind_text=True)
-        count = common_prefix(self.encode(before, behind_text=True), ids)
-        return ids[:count], ids[count:]
+        turn = self.template.turn(self.escape_special_tokens(question), self._turn_system)
+        return self._ids_behind(rest + self.template.closing, turn)
 
     def open_turn(self) -> OpenTurn:
         """Return what surrounds a user's text, in the template's words.
@@ -109,9 +170,12 @@ class PromptBuilder:
         Raises:
             TemplateError: it does not write the text as it is, or something else around another.
         """
+        if self.template.rewrites:
+            raise TemplateError(
+                "chat template: it writes earlier turns anew, so no turn can be kept open"
+            )
         opening, closing = around(self._opening_text)
-        system = None if self._before is not None else self._escaped_system
-        again, closing_again = around(lambda probe: self.template.turn(probe, system))
+        again, closing_again = around(lambda probe: self.template.turn(probe, self._turn_system))
         before, after = opening.rstrip(" "), again.rstrip(" ")
         lead = opening[len(before) :]
         if closing != closing_again or lead != again[len(after) :]:
@@ -123,6 +187,8 @@ class PromptBuilder:
 
     def rest_of(self, exchange: Exchange) -> str:
         """Return the text of a reply that is read after its ids, with what closes it."""
+        if exchange.settled_ids is not None:
+            return ""
         return exchange.rest if exchange.reply_ids or exchange.rest else self.template.lead
 
     def _has_system_role(self) -> bool:
@@ -133,19 +199,54 @@ class PromptBuilder:
         return True
 
     @property
-    def _escaped_system(self) -> str | None:
-        return None if self.system is None else self.escape_special_tokens(self.system)
+    def _turn_system(self) -> str | None:
+        """The system prompt as a turn of its own, if it is one."""
+        if self._before is not None or self.system is None:
+            return None
+        return self.escape_special_tokens(self.system)
 
     def _opening_text(self, question: str) -> str:
         if self._before is not None:
             return self._before + self.template.turn(question)
-        return self.template.opening(self._escaped_system, question)
+        return self.template.opening(self._turn_system, question)
+
+    def _settled_text(self, question: str, reply: str, first: bool) -> str:
+        question, reply = map(self.escape_special_tokens, (question, reply))
+        opens = first and self._before is None
+        whole = self.template.settled(question, reply, self._turn_system, first=opens)
+        return (self._before or "") + whole if first else whole
+
+    def _ids(self, text: str, first: bool) -> tuple[int, ...]:
+        """Return the ids of a turn's text; that of the first turn has all before it, too."""
+        if not first:
+            return self._ids_behind(self.template.closing, text)[1]
+        ids, count = self.encode(text), len(self.pinned)
+        if tuple(ids[:count]) != self.pinned:
+            raise TemplateError("chat template: what it says before a question depends on it")
+        return tuple(ids[count:])
+
+    def _ids_behind(self, before: str, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the ids of two texts that follow each other and others."""
+        ids = tuple(self.encode(before + text, behind_text=True))
+        count = common_prefix(self.encode(before, behind_text=True), ids)
+        return ids[:count], ids[count:]
+
+    def _last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
+        """Return the ids of a text that a reply ends with; None if no id begins there."""
+        decoder, begin = self.tokenizer.decoder(), len(exchange.reply) - len(text)
+        at, ids = 0, exchange.reply_ids
+        if not exchange.reply.endswith(text):
+            return None
+        for number, id in enumerate(ids):
+            if at == begin:
+                return ids[number:]
+            at += len(decoder.add(id))
+        return () if not text else None
 
     def _border(self) -> tuple[int, ...]:
         """Return the ids that come before any first question, if a turn ends there."""
         first, second = (self._opening_text(probe) for probe in PROBES)
-        system = None if self._before is not None else self._escaped_system
-        turn = self.template.turn(PROBES[0], system)
+        turn = self.template.turn(PROBES[0], self._turn_system)
         if not first.endswith(turn):
             return ()
         before = self.encode(first[: len(first) - len(turn)])
@@ -183,9 +284,3 @@ def around(render: Callable[[str], str]) -> tuple[str, str]:
             "kept open"
         )
     return before, after
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many leading ids two sequences share."""
-    pairs = zip(first, second, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -6,24 +6,27 @@ again from the transcript, and that is said.
 """
 
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from mlx_stream.chat.conversation import Conversation, SavedSession
+from mlx_stream.chat import saving
 from mlx_stream.chat.exchange import Exchange, plural
-from mlx_stream.chat.schema import SessionHeader
+from mlx_stream.chat.saving import SavedSession
+from mlx_stream.chat.schema import ANSWERED, ASKED, SessionHeader
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS, ChatSession
-from mlx_stream.chat.session_files import session_paths
+from mlx_stream.chat.session_files import SessionPaths, session_paths
 from mlx_stream.chat.snapshot_metadata import SnapshotMetadata, parse_metadata
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.requests import Coroutine, run_coroutine
 from mlx_stream.load import Model
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.program.paths import is_file
 from mlx_stream.sampling import Sampling
+from mlx_stream.text.pieces import Piece
 
 # What a stream depends on, of a header, as its user knows it.
 WORDS = {
@@ -65,12 +68,7 @@ def header_of(name: str) -> SessionHeader | None:
     if not where.database.exists():
         return None
     with Store.open(where.database) as store:
-        return store.header
-
-
-def begin(model: Model, options: SessionOptions, notify: Notify = discard) -> Conversation:
-    """Begin a conversation that is not saved."""
-    return Conversation(new_chat(model, options, notify))
+        return store.state.header
 
 
 def open_session(
@@ -79,14 +77,9 @@ def open_session(
     options: SessionOptions,
     notify: Notify = discard,
     progress: Callable[[int, int], None] | None = None,
-) -> Conversation:
-    """Do all of `opening` at once."""
-    steps = open_steps(name, model, options, notify, progress)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+) -> SavedSession:
+    """Do all of `open_steps` at once."""
+    return run_coroutine(open_steps(name, model, options, notify, progress))
 
 
 def open_steps(
@@ -95,8 +88,8 @@ def open_steps(
     options: SessionOptions,
     notify: Notify = discard,
     progress: Callable[[int, int], None] | None = None,
-) -> Generator[None, None, Conversation]:
-    """Go on with the conversation saved as `name`, or begin it; yields while it is read again.
+) -> Coroutine[Piece, SavedSession]:
+    """Go on with the conversation saved as `name`, or begin it; a coroutine.
 
     Args:
         notify: told in one line what is read again, and why.
@@ -106,32 +99,33 @@ def open_steps(
         SessionError: another process has it open, or it is damaged.
         MlxStreamError: as `ChatSession`.
     """
-    where = session_paths(name)
-    lock = Lock.acquire(where.lock)
+    paths = session_paths(name)
+    lock = Lock.acquire(paths.lock)
     store = None
     if options.speculate is None and options.draft is None:
         # What is saved goes on to the bit, which guesses, timed as they are, would not.
         options = replace(options, speculate=False)
     try:
-        snapshot.sweep_partial(where.snapshot)
-        if not where.database.exists():
+        snapshot.sweep_partial(paths.snapshot)
+        if not paths.database.exists():
             chat = new_chat(model, options, notify)
             lock.close()
-            new = Conversation(chat)
-            new.saved = SavedSession.create(name, new.header(), chat.sampler.state())
-            return new
-        store = Store.open(where.database)
-        header = store.header
-        chat = new_chat(model, merge_options(options, header), notify, header.created)
-        conversation = Conversation(chat, SavedSession(name, where, lock, store))
-        now = replace(conversation.header(), id=header.id, created=header.created)
+            return SavedSession.create(chat, name)
+        store = Store.open(paths.database)
+        state = store.state
+        chat = new_chat(model, merge_options(options, state.header), notify, state.header.created)
+        now = replace(saving.new_header(chat), id=state.header.id, created=state.header.created)
         seeded = chat.sampler.state()
-        yield from catch_up(conversation, changes(header, now), notify, progress)
+        changed = changes(state.header, now, model)
+        head = yield from catch_up(chat, store, paths, changed, notify, progress)
         asked = options.sampling is not None and options.sampling.seed is not None
-        chat.sampler.restore(seeded if asked else store.progress.sampler)
-        if header != now:
+        chat.sampler.restore(seeded if asked else state.sampler)
+        if state.header != now:
             store.update(header=now)
-        return conversation
+        saved = SavedSession(chat, name, paths, lock, store, head)
+        if not head:
+            chat.record_turns()
+        return saved
     except BaseException:
         if store:
             store.close()
@@ -178,8 +172,10 @@ def merge_options(options: SessionOptions, header: SessionHeader) -> SessionOpti
     )
 
 
-def changes(before: SessionHeader, now: SessionHeader) -> str:
+def changes(before: SessionHeader, now: SessionHeader, model: Model) -> str:
     """Return what is not as it was, in words; "" if a snapshot of before can be used."""
+    if model.is_fingerprint(before.fingerprint):
+        before = replace(before, fingerprint=now.fingerprint)
     differ = [name for name in WORDS if getattr(before, name) != getattr(now, name)]
     if not differ:
         return ""
@@ -187,95 +183,86 @@ def changes(before: SessionHeader, now: SessionHeader) -> str:
 
 
 def catch_up(
-    conversation: Conversation,
+    chat: ChatSession,
+    store: Store,
+    paths: SessionPaths,
     changed: str,
     notify: Notify,
     progress: Callable[[int, int], None] | None,
-) -> Iterator[None]:
-    """Bring the stream to where the transcript ends."""
-    saved, chat = conversation.saved, conversation.chat
-    assert saved is not None
-    store = saved.store
-    count, oldest = store.count, store.progress.first
-    if count == 0:
-        return
-    first = oldest
-    reason = changed
+) -> Coroutine[Piece, str]:
+    """Bring the stream to where the transcript ends; a coroutine.
+
+    Returns:
+        The head of the transcript if the snapshot holds all of it as it is, else "".
+    """
+    state, head, first, reason = store.state, "", store.state.first, changed
+    if not state.count:
+        return ""
     if not changed:
         try:
-            about = restore(conversation, saved)
-            first = about.count + 1
-            conversation.set_snapshot_head(about.head)
-            reason = f"they are not in {saved.where.snapshot.name}"
+            about = restore(chat, store, paths)
+            head, first = about.head, about.state.turns + 1
+            reason = f"they are not in {paths.snapshot.name}"
         except (SnapshotError, ValueRefused) as error:
             chat.restart(chat.system, chat.stats.window)
-            reason = quarantine(saved, str(error))
-    exchanges = store.exchanges(first)
-    if oldest >= first and not closes_previous(exchanges[oldest - first :]):
+            reason = quarantine(paths, str(error))
+    turns = store.turns(min(first, state.first))
+    missing = {t.number: t.exchange for t in turns if t.number >= first and t.state == ANSWERED}
+    if state.first >= first and not closes_previous(missing, state.first):
         chat.clear()
-        exchanges = exchanges[oldest - first :]
-    missing = reencode(chat, exchanges)
+        missing = {number: missing[number] for number in missing if number >= state.first}
     if missing:
+        head = ""
         notify(
             f"reading {plural(len(missing))} again: {reason}; replies may differ from those of a "
             "conversation that was never closed"
         )
         yield from chat.replay_steps(missing, progress)
-    chat.clear(keep=count - oldest + 1)
+    chat.clear(state.first)
+    chat.number = state.count
+    if state.first <= state.count and turns[-1].state == ASKED:
+        chat.unanswered = turns[-1].exchange.question
+        notify("the last question was not answered, the program ended before: /retry answers it")
+    return head
 
 
-def closes_previous(exchanges: Sequence[Exchange]) -> bool:
-    """Say whether the first of them closed one before it; where it did not, that was cleared."""
-    return bool(exchanges and exchanges[0].closing_ids)
+def closes_previous(exchanges: Mapping[int, Exchange], number: int) -> bool:
+    """Say whether a turn closed one before it; where it did not, that was cleared."""
+    return number in exchanges and bool(exchanges[number].closing_ids)
 
 
-def restore(conversation: Conversation, saved: SavedSession) -> SnapshotMetadata:
+def restore(chat: ChatSession, store: Store, paths: SessionPaths) -> SnapshotMetadata:
     """Put the stream where the snapshot says.
 
     Raises:
         SnapshotError, ValueRefused: there is none, or it is not this conversation's.
     """
-    chat, store, path = conversation.chat, saved.store, saved.where.snapshot
+    path, transcript = paths.snapshot, store.state
     beside = BYTES_BESIDE + BYTES_PER_ID * chat.cache.geometry.rows
     if not os.path.lexists(path):
         raise SnapshotError("there is no snapshot")
     if not is_file(path):
         raise SnapshotError(f"{path.name} is a link or no file")
     found = snapshot.load_snapshot(path, chat.cache.nbytes + beside, beside)
-    about = parse_metadata(found.about)
-    if found.model != conversation.model or about.session != store.header.id:
+    about = parse_metadata(found)
+    if not chat.model.is_fingerprint(found.model) or about.session != transcript.header.id:
         raise SnapshotError(f"{path.name} belongs to another model or conversation")
-    if about.count > store.count or store.head(about.count) != about.head:
+    if not about.is_of(store, found):
         raise SnapshotError(f"{path.name} holds what was taken back since")
+    exchanges = store.exchanges(about.state.first)
+    if [n for n in exchanges if n <= about.state.turns] != [n for n, _ in about.state.places]:
+        raise SnapshotError(f"{path.name} leaves out what was said")
     chat.tokens.restore(found.state)
-    held = len(about.state.places)
-    exchanges = store.exchanges(about.count - held + 1)[:held]
     chat.resume(about.state, exchanges)
     return about
 
 
-def quarantine(saved: SavedSession, reason: str) -> str:
+def quarantine(paths: SessionPaths, reason: str) -> str:
     """Move a snapshot that cannot be used out of the way; return why."""
-    path = saved.where.snapshot
+    path = paths.snapshot
     if os.path.lexists(path):
         try:
-            path.replace(saved.where.quarantine)
+            path.replace(paths.quarantine)
         except OSError as error:
             return f"{reason}; it cannot be moved away: {error.strerror}"
     return reason
-
-
-def reencode(chat: ChatSession, exchanges: Sequence[Exchange]) -> list[Exchange]:
-    """Return exchanges in this model's ids: what another model said is read as text."""
-    found: list[Exchange] = []
-    rest = chat.conversation_state().pending.rest
-    for exchange in exchanges:
-        closing, question = chat.prompts.following(rest, exchange.question)
-        text = chat.model.tokenizer.decode(exchange.reply_ids) + exchange.rest
-        known = chat.accepts_reply(exchange.reply_ids)
-        if exchange.question_ids != tuple(question) or text != exchange.reply or not known:
-            exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
-        exchange = replace(exchange, closing_ids=tuple(closing), question_ids=tuple(question))
-        found.append(exchange)
-        rest = chat.prompts.rest_of(exchange)
-    return found

@@ -1,28 +1,33 @@
-"""A conversation's rows and their checksums: values to and from columns; knows no database."""
+"""A conversation's rows and their checksums: values to and from columns; knows no database.
+
+A turn's checksum covers the session's id, the turn's number and all that was said in it. So what
+was altered, swapped or brought from another session is found when it is read, and what is missing
+by its number; not so what someone forged who computed the checksums anew.
+"""
 
 import hashlib
 import re
-import sqlite3
 import struct
 import uuid
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
-from functools import cache
 from typing import Any, Self
 
 from mlx_stream.chat.exchange import FINISHES, Exchange
-from mlx_stream.program.sqlite import pragma, reporting_damage
 
 EVICTS = ("turn", "token")
+ASKED, ANSWERED, FORGOTTEN = "asked", "answered", "forgotten"  # states of a turn
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+]00:00)", re.ASCII)
 ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 Value = str | int | bytes | None
+Row = tuple[Value, ...]
 
 
 @dataclass(frozen=True)
 class SessionHeader:
-    """What a session is: written once, but for what `Store.update` changes.
+    """What a session is: written once, but for what `Store` changes.
 
     Attributes:
         id: 32 hexadecimal digits, drawn when it was created.
@@ -58,106 +63,131 @@ class SessionHeader:
 
 
 @dataclass(frozen=True)
-class SessionProgress:
-    """Where the conversation stands after its last exchange.
-
-    Attributes:
-        first: number of the oldest exchange that is attended, from 1; one more than there are
-            where none is.
-        sampler: the state of the random numbers, hexadecimal.
-    """
-
-    first: int
-    sampler: str
-
-    def check(self, turns: int) -> None:
-        check_types(int, self.first, turns)
-        check_types(str, self.sampler)
-        if not 1 <= self.first <= turns + 1:
-            raise ValueError(f"{self.first} cannot be the first attended of {turns} exchanges")
-
-
-@dataclass(frozen=True)
 class TranscriptState:
     """The row of `session`.
 
     Attributes:
-        turns: how many exchanges there are.
-        head: checksum of the last message; of nothing but the origin where there is none.
+        first: the number of the oldest turn that is attended, from 1; one more than there are
+            where none is.
+        sampler: the state of the random numbers, hexadecimal.
+        recall_from: the oldest turn that may be recalled.
+        count: how many turns there are.
+        last: the checksum of the last one; "" where there is none.
     """
 
     header: SessionHeader
-    progress: SessionProgress
-    turns: int
-    head: str
+    first: int
+    sampler: str
+    recall_from: int = 1
+    count: int = 0
+    last: str = ""
 
     def check(self) -> None:
         self.header.check()
-        self.progress.check(self.turns)
-        check_types(str, self.head)
+        check_types(int, self.first, self.recall_from, self.count)
+        check_types(str, self.sampler, self.last)
+        if not (1 <= self.first <= self.count + 1 and 1 <= self.recall_from <= self.count + 1):
+            raise ValueError(
+                f"turn {self.first} cannot be the first attended, nor {self.recall_from} the first "
+                f"recalled, of {self.count}"
+            )
 
-    def row(self) -> tuple[Value, ...]:
-        values = (*astuple(self.header), *astuple(self.progress), self.turns, self.head)
+    def row(self) -> Row:
+        values = (1, *astuple(self.header), *(getattr(self, name) for name in NUMBERS))
         return (*values, digest("session", *values))
 
 
-def state_of(row: tuple[Any, ...]) -> TranscriptState:
+NUMBERS = tuple(field.name for field in fields(TranscriptState))[1:]
+
+
+def state_of(row: Row) -> TranscriptState:
     """Return the state a row holds.
 
     Raises:
         ValueError, TypeError: it was altered.
     """
-    *values, turns, head, checksum = row
-    if checksum != digest("session", *values, turns, head):
+    *values, checksum = row
+    if checksum != digest("session", *values):
         raise ValueError("what it says of itself was altered")
+    found: list[Any] = values[1:]
     count = len(fields(SessionHeader))
-    state = TranscriptState(
-        SessionHeader(*values[:count]), SessionProgress(*values[count:]), turns, head
-    )
+    state = TranscriptState(SessionHeader(*found[:count]), *found[count:])
     state.check()
     return state
 
 
-def rows_of(number: int, exchange: Exchange) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
-    """Return an exchange's two messages, without their checksums."""
-    if exchange.finish not in FINISHES:
-        raise ValueError(f"finish {exchange.finish!r:.40} is none of {', '.join(FINISHES)}")
-    check_types(str, exchange.question, exchange.reply, exchange.rest)
-    question, closing = pack_ids(exchange.question_ids), pack_ids(exchange.closing_ids)
-    reply, time = pack_ids(exchange.reply_ids), now()
-    return (
-        (2 * number - 1, "user", exchange.question, question, closing, None, None, time),
-        (
-            2 * number,
-            "assistant",
-            exchange.reply,
-            reply,
-            None,
-            exchange.rest,
-            exchange.finish,
-            time,
-        ),
-    )
+@dataclass(frozen=True)
+class StoredTurn:
+    """A turn as it is written down.
+
+    Attributes:
+        state: `asked`, `answered` or `forgotten`; nothing but its number is left of the last kind.
+        exchange: what was said; its reply is empty where it is only asked.
+        time: ISO 8601, UTC, seconds: when it was written.
+    """
+
+    number: int
+    state: str
+    exchange: Exchange
+    time: str
+
+    def rows(self) -> tuple[Row, list[Row]]:
+        """Return the row of `turns`, without its checksum, and those of `messages`."""
+        exchange, answered = self.exchange, self.state == ANSWERED
+        if exchange.finish not in FINISHES:
+            raise ValueError(f"finish {exchange.finish!r:.40} is none of {', '.join(FINISHES)}")
+        check_types(str, exchange.question, exchange.reply, exchange.rest)
+        settled = None if exchange.settled_ids is None else pack_ids(exchange.settled_ids)
+        finish, closing = exchange.finish if answered else None, pack_ids(exchange.closing_ids)
+        turn: Row = (self.number, self.state, finish, self.time, closing, settled)
+        question, reply = (pack_ids(ids) for ids in (exchange.question_ids, exchange.reply_ids))
+        messages: list[Row] = [
+            (self.number, 0, "user", exchange.question, None, None, question, None),
+            (self.number, 1, "assistant", exchange.reply, None, None, reply, exchange.rest),
+        ]
+        return turn, messages[: 1 + answered]
 
 
-def exchange_of(user: tuple[Any, ...], assistant: tuple[Any, ...]) -> Exchange:
-    """Return the exchange of two messages, given without their checksums.
+def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
+    """Return what a turn's rows hold, given without its checksum.
 
     Raises:
-        ValueError, TypeError: they are no exchange.
+        ValueError, TypeError: they are no turn.
     """
-    _, asks, question, question_ids, closing_ids, *none, _ = user
-    _, answers, reply, reply_ids, nothing, rest, finish, _ = assistant
-    if (asks, answers, *none, nothing) != ("user", "assistant", None, None, None):
-        raise ValueError("a message is not of its form")
-    if finish not in FINISHES:
-        raise ValueError(f"a reply ended by {finish!r:.40}")
-    check_types(str, question, reply, rest)
-    closing, asked, replied = (unpack_ids(ids) for ids in (closing_ids, question_ids, reply_ids))
-    return Exchange(question, reply, closing, asked, replied, rest, finish)
+    columns: tuple[Any, ...] = turn
+    number, state, finish, time, closing, settled = columns
+    kinds = {ASKED: ["user"], ANSWERED: ["user", "assistant"], FORGOTTEN: []}
+    places = [(message[0], message[1]) for message in messages]
+    roles = [message[2] for message in messages]
+    if roles != kinds.get(str(state)) or places != [(number, at) for at in range(len(roles))]:
+        raise ValueError(f"it has not the messages of a turn that is {state!r:.40}")
+    if (finish in FINISHES) != (state == ANSWERED) or not is_time(time):
+        raise ValueError(f"a turn that is {state!r} ended by {finish!r:.40}, {time!r:.40}")
+    check_types(int, number)
+    missing: Row = (number, -1, "", "", None, None, b"", "")
+    question, reply, *_ = (*messages, missing, missing)
+    texts: list[Any] = [question[3], reply[3], reply[7]]
+    check_types(str, *texts)
+    exchange = Exchange(
+        question=texts[0],
+        reply=texts[1],
+        closing_ids=unpack_ids(closing),
+        question_ids=unpack_ids(question[6]),
+        reply_ids=unpack_ids(reply[6]),
+        rest=texts[2],
+        finish=finish or "interrupted",
+        settled_ids=None if settled is None else unpack_ids(settled),
+    )
+    return StoredTurn(number, state, exchange, time)
 
 
-def pack_ids(ids: tuple[int, ...]) -> bytes:
+def turn_checksum(session: str, turn: Row, messages: Sequence[Row]) -> str:
+    """Return the checksum of a turn's rows."""
+    values = (value for row in (turn, *messages) for value in row)
+    return digest("turn", session, len(messages), *values)
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
     """Return ids as little-endian uint32."""
     try:
         return struct.pack(f"<{len(ids)}I", *ids)
@@ -170,11 +200,6 @@ def unpack_ids(data: Any) -> tuple[int, ...]:
     if len(data) % 4:
         raise ValueError("ids of no whole number")
     return struct.unpack(f"<{len(data) // 4}I", data)
-
-
-def origin(header: SessionHeader) -> str:
-    """Return the checksum before the first message's: other sessions have another."""
-    return digest("origin", header.id, header.created)
 
 
 def digest(*values: Value) -> str:
@@ -204,102 +229,13 @@ def check_types(kind: type, *values: object) -> None:
             raise TypeError(f"expected {kind.__name__}, found {type(value).__name__}")
 
 
-def is_time(text: str) -> bool:
-    """Say whether a text is a time of our form, on a day that every clock can show."""
+def is_time(text: Any) -> bool:
+    """Say whether a value is a time of our form, on a day that every clock can show."""
     try:
         return bool(TIME.fullmatch(text)) and 1 < datetime.fromisoformat(text).year < 9999
-    except ValueError:
+    except (ValueError, TypeError):
         return False
 
 
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-# "mlxs", in the header of the file.
-APPLICATION_ID = 0x6D6C7873
-
-
-# The statements that lead from each version of the schema to the next; the first, from nothing.
-MIGRATIONS = (
-    (
-        """CREATE TABLE session (
-            row INTEGER PRIMARY KEY CHECK (row = 1),
-            id TEXT NOT NULL,
-            created TEXT NOT NULL,
-            model TEXT NOT NULL,
-            fingerprint TEXT NOT NULL,
-            system TEXT,
-            window INTEGER NOT NULL,
-            sinks INTEGER NOT NULL,
-            evict TEXT NOT NULL,
-            kv_bits INTEGER,
-            first INTEGER NOT NULL,
-            sampler TEXT NOT NULL,
-            turns INTEGER NOT NULL,
-            head TEXT NOT NULL,
-            checksum TEXT NOT NULL
-        ) STRICT""",
-        """CREATE TABLE messages (
-            number INTEGER PRIMARY KEY,
-            role TEXT NOT NULL,
-            text TEXT NOT NULL,
-            ids BLOB NOT NULL,
-            closing_ids BLOB,
-            rest TEXT,
-            finish TEXT,
-            time TEXT NOT NULL,
-            checksum TEXT NOT NULL
-        ) STRICT""",
-    ),
-)
-
-
-def prepare_database(connection: sqlite3.Connection) -> None:
-    """See that a file is one of ours, and bring it to the schema and journal of this version."""
-    with reporting_damage():
-        version = pragma(connection, "user_version")
-        if pragma(connection, "application_id") != APPLICATION_ID or version < 1:
-            raise ValueError("not a conversation of mlx_stream")
-        if version <= len(MIGRATIONS):
-            check_schema(connection)
-    if version > len(MIGRATIONS):
-        raise ValueError("written by a newer mlx_stream: update this one, or use another name")
-    if version < len(MIGRATIONS):
-        migrate(connection, version)
-    if (mode := pragma(connection, "journal_mode = WAL")) != "wal":
-        raise ValueError(f"its journal is {mode!r}: move it to a local disk")
-    connection.set_progress_handler(None, 0)
-
-
-def migrate(connection: sqlite3.Connection, version: int) -> None:
-    """Lead a file from a version of the schema to the newest, in one transaction."""
-    connection.execute("BEGIN IMMEDIATE")
-    for statements in MIGRATIONS[version:]:
-        for statement in statements:
-            connection.execute(statement)
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
-    connection.execute("COMMIT")
-
-
-def check_schema(connection: sqlite3.Connection) -> None:
-    """See that a file has its version's tables and nothing else: no trigger, no view, no index."""
-    wanted = schema(pragma(connection, "user_version"))
-    query = f"SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT {len(wanted) + 1}"
-    found = connection.execute(query).fetchall()
-    if len(found) != len(wanted) or set(found) != wanted:
-        raise ValueError("its tables are not those of a conversation")
-
-
-@cache
-def schema(version: int) -> frozenset[tuple[str, ...]]:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    try:
-        for statements in MIGRATIONS[:version]:
-            for statement in statements:
-                connection.execute(statement)
-        query = "SELECT type, name, tbl_name, sql FROM sqlite_master"
-        return frozenset(connection.execute(query).fetchall())
-    finally:
-        connection.close()

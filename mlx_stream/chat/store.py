@@ -1,16 +1,8 @@
 """One conversation <-> one SQLite file, which is the truth about it; knows no model and no stream.
 
-An exchange is two rows of `messages`, written in one transaction with the row of `session` that
-says where the conversation stands. Each message's checksum covers its own columns and the checksum
-before it, and `session` holds the last one:
-
-    origin     = SHA-256 of the session's id and when it was created
-    checksum 1 = SHA-256 of origin,     1, "user",      "Hi",     ids, ...
-    checksum 2 = SHA-256 of checksum 1, 2, "assistant", "Hello.", ids, ...
-
-So what was altered, removed, swapped, added or taken from another session is found when it is read;
-not so what someone forged who computed all checksums anew. Nor can a few forged pages be read as
-endless messages: each ends with a checksum of its own, so no two share their last page.
+A turn is a row of `turns` and one of `messages` for each thing said in it, written in one
+transaction with the row of `session` that says where the conversation stands. Numbers of turns
+never change. See `schema` for what is checked when they are read.
 """
 
 import os
@@ -19,22 +11,29 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.schema import (
-    SessionHeader,
-    SessionProgress,
-    TranscriptState,
+from mlx_stream.chat.migrations import (
     check_schema,
-    check_types,
-    digest,
-    exchange_of,
-    migrate,
-    origin,
+    head_of_version_1,
+    insert_row,
+    insert_turn,
+    make_tables,
     prepare_database,
-    rows_of,
+)
+from mlx_stream.chat.recorder import Change, ChangeKind
+from mlx_stream.chat.schema import (
+    ANSWERED,
+    ASKED,
+    SessionHeader,
+    StoredTurn,
+    TranscriptState,
+    digest,
+    now,
     state_of,
+    turn_checksum,
+    turn_of,
 )
 from mlx_stream.errors import SessionError
 from mlx_stream.program.paths import is_file, private
@@ -50,8 +49,7 @@ from mlx_stream.program.sqlite import (
     reporting_errors,
 )
 
-# The smallest number of a row.
-SMALLEST = -(2**63)
+SMALLEST = -(2**63)  # number of a row
 
 
 class Store:
@@ -68,8 +66,8 @@ class Store:
         self.path, self.connection = path, connection
 
     @classmethod
-    def create(cls, path: Path, header: SessionHeader, progress: SessionProgress) -> Self:
-        """Make a conversation without exchanges, and open it; it is whole or not there.
+    def create(cls, path: Path, header: SessionHeader, sampler: str) -> Self:
+        """Make a conversation without turns, and open it; it is whole or not there.
 
         Raises:
             SessionError: there is one, or it cannot be written.
@@ -79,7 +77,7 @@ class Store:
         private(path.parent)
         partial = partial_path(path)
         with reporting_errors(path):
-            state = TranscriptState(header, progress, 0, origin(header))
+            state = TranscriptState(header, 1, sampler)
             state.check()
             # Left by processes that were killed. A log would be played into the new database.
             for old in (*files(partial), *files(path)[1:]):
@@ -87,8 +85,10 @@ class Store:
             try:
                 os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
                 with closing(connect(partial, LONGEST_ROW)) as connection:
-                    migrate(connection, 0)
-                    write_state(connection, state)
+                    connection.execute("BEGIN IMMEDIATE")
+                    make_tables(connection)
+                    insert_row(connection, "session", state.row())
+                    connection.execute("COMMIT")
                 partial.rename(path)
                 flush_folder(path.parent)
             finally:
@@ -113,85 +113,103 @@ class Store:
             try:
                 prepare_database(connection)
                 store = cls(path, connection)
-                _ = store.count
+                _ = store.state
             except BaseException:
                 connection.close()
                 raise
         return store
 
     @property
-    def header(self) -> SessionHeader:
-        return self._now().header
+    def state(self) -> TranscriptState:
+        """What the session is, and where it stands."""
+        with self._transaction("BEGIN"):
+            return self._state()
 
-    @property
-    def progress(self) -> SessionProgress:
-        return self._now().progress
-
-    @property
-    def count(self) -> int:
-        """How many exchanges there are."""
-        return self._now().turns
-
-    def head(self, number: int) -> str:
-        """Return a checksum of the header and of all exchanges up to `number`, hexadecimal.
+    def head(self, first: int, last: int) -> str:
+        """Return a checksum of the header and of some turns, hexadecimal.
 
         It changes with any of them. It is taken from what is stored, not computed from the texts.
         """
         with self._transaction("BEGIN"):
-            state = self._state()
-            return digest("head", *astuple(state.header), self._link(state, number))
+            state, query = self._state(), "SELECT checksum FROM turns WHERE number BETWEEN ? AND ?"
+            found = self.connection.execute(f"{query} ORDER BY number", (first, last)).fetchall()
+            links = [link for (link,) in found]
+            if first < 1 or last > state.count or len(links) != last - first + 1:
+                raise ValueError(f"there are no turns {first} to {last}, of {state.count}")
+            return digest("head", *astuple(state.header), first, *links)
 
-    def exchanges(self, first: int = 1) -> list[Exchange]:
-        """Return the exchanges from number `first` on.
+    def head_of_version_1(self, count: int, fingerprint: str) -> str:
+        """Return what version 1 called the head after so many turns of a model.
+
+        Where one of them is damaged, it is another.
+        """
+        turns, _ = self.whole()
+        header = replace(self.state.header, fingerprint=fingerprint)
+        return head_of_version_1(header, turns[:count])
+
+    def turns(self, first: int = 1) -> list[StoredTurn]:
+        """Return the turns from number `first` on.
 
         Raises:
             SessionError: one of them is not what was written.
         """
         with self._transaction("BEGIN"):
-            return list(self._exchanges(self._state(), first))
+            return list(self._turns(self._state(), first))
 
-    def whole(self) -> tuple[list[Exchange], str]:
-        """Return the exchanges up to the first that is damaged, and a line about that, or ""."""
-        found: list[Exchange] = []
+    def exchanges(self, first: int = 1) -> dict[int, Exchange]:
+        """Return the turns that were answered, by number, from number `first` on; see `turns`."""
+        return {t.number: t.exchange for t in self.turns(first) if t.state == ANSWERED}
+
+    def whole(self) -> tuple[list[StoredTurn], str]:
+        """Return the turns up to the first that is damaged, and a line about that, or ""."""
+        found: list[StoredTurn] = []
         try:
             with self._transaction("BEGIN"):
-                for exchange in self._exchanges(self._state(), 1):
-                    found.append(exchange)
+                for turn in self._turns(self._state(), 1):
+                    found.append(turn)
         except SessionError as error:
             return found, str(error)
         return found, ""
 
-    def append(self, exchange: Exchange, progress: SessionProgress) -> None:
-        """Store an exchange after the last one; when this returns it is on disk."""
-        with self._transaction("BEGIN IMMEDIATE"):
-            self._write(self._with(self._state(), exchange), progress)
+    def write(self, change: Change) -> None:
+        """Write what has happened; when this returns it is on disk.
 
-    def undo(self, progress: SessionProgress) -> None:
-        """Remove the last exchange, also from the disk's blocks."""
+        There is no turn after the one that something has happened to.
+        """
         with self._transaction("BEGIN IMMEDIATE"):
-            self._write(self._without_last(), progress)
-        self._clear_log()
+            state, kind = self._state(), change.kind
+            kept = change.number - (kind is not ChangeKind.STAND)
+            count = change.number - (kind is ChangeKind.UNDO)
+            new = range(min(kept, state.count) + 1, count + 1)
+            known = all(0 < number <= count for number in change.exchanges)
+            if not known or not all(number in change.exchanges for number in new):
+                raise ValueError(f"turn {change.number} cannot follow turn {state.count}")
+            for table, column in (("turns", "number"), ("messages", "turn")):
+                self.connection.execute(f"DELETE FROM {table} WHERE {column} > ?", (kept,))
+            header = replace(state.header, system=change.system, window=change.window)
+            for number, exchange in change.exchanges.items():
+                time = self._column("time", number) or now()
+                turn_state = ASKED if kind is ChangeKind.ASK else ANSWERED
+                turn, messages = StoredTurn(number, turn_state, exchange, time).rows()
+                checksum = turn_checksum(header.id, turn, messages)
+                insert_turn(self.connection, turn, messages, checksum)
+            last = self._column("checksum", count)
+            first, recall_from = min(change.first, count + 1), min(state.recall_from, count + 1)
+            self._write(TranscriptState(header, first, change.sampler, recall_from, count, last))
+        if kept < state.count:
+            self._clear_log()
 
-    def replace(self, exchange: Exchange, progress: SessionProgress) -> None:
-        """Put an exchange in the last one's place."""
-        with self._transaction("BEGIN IMMEDIATE"):
-            self._write(self._with(self._without_last(), exchange), progress)
-        self._clear_log()
-
-    def update(
-        self, *, header: SessionHeader | None = None, progress: SessionProgress | None = None
-    ) -> None:
-        """Change what the session is, but for its id and when it was created, or where it stands.
+    def update(self, header: SessionHeader) -> None:
+        """Change what the session is, but for its id and when it was created.
 
         Raises:
             SessionError: it cannot be stored, or the header is another session's.
         """
         with self._transaction("BEGIN IMMEDIATE"):
             state = self._state()
-            header = header or state.header
-            if origin(header) != origin(state.header):
+            if (header.id, header.created) != (state.header.id, state.header.created):
                 raise ValueError("a session's id and time of creation do not change")
-            self._write(replace(state, header=header), progress or state.progress)
+            self._write(replace(state, header=header))
 
     def verify(self) -> None:
         """Read all of the file, and compare it with its checksums.
@@ -204,8 +222,11 @@ class Store:
             ((answer,),) = self.connection.execute("PRAGMA integrity_check(1)").fetchall()
             if answer != "ok":
                 raise ValueError(answer)
-            for _ in self._exchanges(self._state(), 1):
+            for _ in self._turns(self._state(), 1):
                 pass
+            stray = "SELECT count(*) FROM messages WHERE turn NOT IN (SELECT number FROM turns)"
+            if self.connection.execute(stray).fetchone() != (0,):
+                raise ValueError("there are messages of no turn")
 
     def close(self) -> None:
         """Close the file, and the log beside it if no one else has it open."""
@@ -233,86 +254,49 @@ class Store:
                 self.connection.rollback()
                 raise
 
-    def _now(self) -> TranscriptState:
-        with self._transaction("BEGIN"):
-            return self._state()
-
     def _state(self) -> TranscriptState:
-        """Return the row of `session`, and see that the last message is the one it names."""
+        """Return the row of `session`, and see that the last turn is the one it names."""
         with reporting_damage():
             rows = self.connection.execute("SELECT * FROM session LIMIT 2").fetchall()
             if len(rows) != 1 or rows[0][0] != 1:
                 raise ValueError("it has no row that says what it is, or several")
-            state = state_of(rows[0][1:])
-            last = "SELECT number, checksum FROM messages ORDER BY number DESC LIMIT 1"
-            found = self.connection.execute(last).fetchone() or (0, origin(state.header))
-            if found != (2 * state.turns, state.head):
-                raise ValueError("its last exchange is not the one it had")
+            state = state_of(rows[0])
+            last = "SELECT number, checksum FROM turns ORDER BY number DESC LIMIT 1"
+            found = self.connection.execute(last).fetchone() or (0, "")
+            if found != (state.count, state.last):
+                raise ValueError("its last turn is not the one it had")
             return state
 
-    def _link(self, state: TranscriptState, number: int) -> str:
-        """Return the checksum after an exchange, as it is stored."""
-        if not 0 <= number <= state.turns:
-            raise ValueError(f"there is no exchange {number}, of {state.turns}")
-        if number == 0:
-            return origin(state.header)
+    def _turns(self, state: TranscriptState, first: int) -> Iterator[StoredTurn]:
         with reporting_damage():
-            query = "SELECT checksum FROM messages WHERE number = ?"
-            ((link,),) = self.connection.execute(query, (2 * number,)).fetchall()
-            check_types(str, link)
-            return link
-
-    def _exchanges(self, state: TranscriptState, first: int) -> Iterator[Exchange]:
-        link = self._link(state, first - 1)
-        with reporting_damage():
-            number = 2 * first - 2
+            number = first - 1
             # A row before the first is one too many.
-            start = number + 1 if number else SMALLEST
-            query = "SELECT * FROM messages WHERE number >= ? ORDER BY number"
-            question: tuple[Any, ...] = ()
-            for *fields, checksum in self.connection.execute(query, (start,)):
+            start = first if number else SMALLEST
+            query = "SELECT * FROM turns WHERE number >= ? ORDER BY number"
+            said = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
+            for *turn, checksum in self.connection.execute(query, (start,)):
                 number += 1
-                link = digest(link, *fields)
-                if fields[0] != number or checksum != link:
-                    raise ValueError(f"exchange {(number + 1) // 2} was altered")
-                if number % 2:
-                    question = tuple(fields)
-                else:
-                    yield exchange_of(question, tuple(fields))
-            if (number, link) != (2 * state.turns, state.head):
-                raise ValueError("exchanges are missing, or are too many")
+                messages = self.connection.execute(said, (number,)).fetchmany(3)
+                row = tuple(turn)
+                if turn[0] != number:
+                    raise ValueError(f"turn {number} is missing")
+                if checksum != turn_checksum(state.header.id, row, messages):
+                    raise ValueError(f"turn {number} was altered")
+                yield turn_of(row, messages)
+            if number != state.count:
+                raise ValueError("turns are missing, or are too many")
 
-    def _with(self, state: TranscriptState, exchange: Exchange) -> TranscriptState:
-        """Insert an exchange, and return the state after it."""
-        turns, head = state.turns + 1, state.head
-        for row in rows_of(turns, exchange):
-            head = digest(head, *row)
-            insert = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            self.connection.execute(insert, (*row, head))
-        return replace(state, turns=turns, head=head)
+    def _column(self, name: str, number: int) -> str:
+        """Return a value of a turn's row, "" if there is no such turn."""
+        query = f"SELECT {name} FROM turns WHERE number = ?"
+        return (self.connection.execute(query, (number,)).fetchone() or ("",))[0]
 
-    def _without_last(self) -> TranscriptState:
-        """Delete the last exchange, and return the state after it."""
-        state = self._state()
-        if state.turns == 0:
-            raise ValueError("there is no exchange to take back")
-        turns = state.turns - 1
-        head = self._link(state, turns)
-        self.connection.execute("DELETE FROM messages WHERE number > ?", (2 * turns,))
-        return replace(state, turns=turns, head=head)
-
-    def _write(self, state: TranscriptState, progress: SessionProgress) -> None:
-        state = replace(state, progress=progress)
+    def _write(self, state: TranscriptState) -> None:
         state.check()
-        write_state(self.connection, state)
+        insert_row(self.connection, "session", state.row())
 
     def _clear_log(self) -> None:
         """Write the log into the database and empty it, so that what was removed is in neither."""
         # It was committed. What cannot be done now is done when it is next closed.
         with suppress(sqlite3.Error):
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-
-def write_state(connection: sqlite3.Connection, state: TranscriptState) -> None:
-    row = (1, *state.row())
-    connection.execute(f"REPLACE INTO session VALUES ({', '.join('?' * len(row))})", row)

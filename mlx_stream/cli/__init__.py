@@ -1,17 +1,21 @@
 """The command line: one short file per verb; holds no arithmetic.
 
 A verb's file is imported when the verb is asked for, so that none waits for the others' options.
+Programs that are installed beside the package are verbs, too; they are found by entry points.
 """
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from mlx_stream.program.exits import notify
+from mlx_stream.program.exits import fail, notify
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 # Each is a function of its name, or a group of them named `app`, in the file of its name; beside
 # it what help says: the first sentence of its own.
@@ -29,6 +33,12 @@ VERBS = {
     "eval": "The paper's experiments on your model, text and machine.",
     "sessions": "Saved conversations: list, show, export, remove, verify.",
 }
+# What help says of programs that are installed beside the package, of those it knows.
+PROGRAMS = {
+    "assistant": "Read along with files, notes and pipes for days, and answer.",
+    "desktop": "Chat in a window of its own.",
+}
+ENTRY_POINTS = "mlx_stream.programs"
 SETTINGS: dict[str, Any] = {
     "add_completion": False,
     "pretty_exceptions_enable": False,
@@ -40,21 +50,27 @@ SETTINGS: dict[str, Any] = {
 class Verbs(TyperGroup):
     """Know every verb's name and sentence, and import it when it is to be run."""
 
+    commands: dict[str, Any]
+
     def __init__(self, **settings: Any):
         super().__init__(**settings)
-        self.commands: dict[str, Any] = dict.fromkeys(VERBS)
+        self.commands = {}
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(VERBS)
+        return [*VERBS, *installed_programs()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name in VERBS and self.commands[cmd_name] is None:
-            self.commands[cmd_name] = command(cmd_name)
+        if cmd_name not in self.commands:
+            if cmd_name in VERBS:
+                self.commands[cmd_name] = command(cmd_name)
+            elif program := installed_programs().get(cmd_name):
+                self.commands[cmd_name] = program_command(program)
         return self.commands.get(cmd_name)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
+        programs = {name: PROGRAMS.get(name, "A program.") for name in installed_programs()}
         with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl(list((VERBS | programs).items()))
 
 
 def command(name: str) -> Any:
@@ -65,6 +81,38 @@ def command(name: str) -> Any:
         verb: Callable[..., None] = getattr(module, name)
         group = typer.Typer(**SETTINGS)
         group.command(name)(verb)
+    return get_command(group)
+
+
+def installed_programs() -> "dict[str, EntryPoint]":
+    """Return the programs that are installed beside the package, by the names of their verbs."""
+    from importlib.metadata import entry_points
+
+    found = sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name)
+    return {entry.name: entry for entry in found if entry.name not in VERBS}
+
+
+def program_command(program: "EntryPoint") -> Any:
+    """Build a verb that hands all that comes after it on to a program."""
+
+    def run_program(context: typer.Context) -> None:
+        try:
+            main = program.load()
+        except ModuleNotFoundError as error:
+            fail(
+                f"{program.name} needs {error.name}, which is not installed: "
+                f"pip install 'mlx_stream[{program.name}]'"
+            )
+        main(context.args, f"mlx_stream {program.name}")
+
+    group = typer.Typer(**SETTINGS)
+    everything = {
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+    options = group.command(program.name, context_settings=everything, add_help_option=False)
+    options(run_program)
     return get_command(group)
 
 

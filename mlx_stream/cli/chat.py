@@ -18,7 +18,7 @@ from mlx_stream.program.escape import TerminalEscaper
 from mlx_stream.program.exits import exits_cleanly, notify
 
 if TYPE_CHECKING:
-    from mlx_stream.chat.conversation import Conversation
+    from mlx_stream.chat.session import ChatSession
     from mlx_stream.text.pieces import Piece
 
     Pieces = Generator[Piece, None, None]
@@ -90,7 +90,7 @@ def chat(
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with keys_wait() if interactive else nullcontext():  # who types a question ahead has sent it
-        from mlx_stream.chat import resume, session_files
+        from mlx_stream.chat import resume, saving, session_files
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
         from mlx_stream.load import load
         from mlx_stream.sampling import Sampling
@@ -101,9 +101,9 @@ def chat(
             session = session_files.latest_session()
             if session is None:
                 raise SessionError("no session is saved: begin one with --session NAME")
-        saved = resume.header_of(session) if session is not None else None
-        source = model or (saved.model if saved else STARTER)
-        if system is None and saved is None and source == STARTER:
+        before = resume.header_of(session) if session is not None else None
+        source = model or (before.model if before else STARTER)
+        if system is None and before is None and source == STARTER:
             system = STARTER_SYSTEM
         sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
         if interactive:
@@ -126,40 +126,44 @@ def chat(
             guessing,
         )
         if session is None:
-            conversation = resume.begin(loaded, chosen, screen.notify)
+            talk = resume.new_chat(loaded, chosen, screen.notify)
         else:
             told = log_progress("reading again")
-            conversation = resume.open_session(session, loaded, chosen, screen.notify, told)
+            talk = resume.open_session(session, loaded, chosen, screen.notify, told).chat
         try:
-            talk = run_interactive if interactive else run_batch
-            talk(conversation, screen, stats)
+            (run_interactive if interactive else run_batch)(talk, screen, stats)
         finally:
-            conversation.close()
+            if saved := saving.saved_as(talk):
+                saved.close()
 
 
-def run_interactive(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
+def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
     """Ask for lines on the terminal until Ctrl-D."""
     from mlx_stream.chat import session_files
+    from mlx_stream.chat.saving import saved_as
     from mlx_stream.cli import commands
     from mlx_stream.cli.prompt import Prompt
+    from mlx_stream.cli.report import print_stats
 
     def status() -> str:
-        return commands.status(conversation.stats, conversation.name)
+        saved = saved_as(chat)
+        return commands.status(chat.stats, saved.name if saved else None)
 
     def idle() -> str:
         try:
-            conversation.write_snapshot()
+            if saved := saved_as(chat):
+                saved.write_snapshot()
         except MlxStreamError as error:
             return one_line(error)
         return ""
 
-    now = conversation.stats
+    now = chat.stats
     begin = "the system prompt" if now.pinned else f"the first {now.sinks:,}"
     notify(f"attends to {begin} and the latest {now.window:,} tokens")
     notify("Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands")
-    if conversation.last:
-        held = plural(len(conversation.chat.exchanges))
-        notify(f"goes on with {conversation.name}: {held} attended")
+    saved, held = saved_as(chat), len(chat.exchanges)
+    if saved and held:
+        notify(f"goes on with {saved.name}: {plural(held)} attended")
     history = session_files.data_folder().parent / "history"
     prompt = Prompt(history, status, commands.completions(), notify, idle)
     line = ""
@@ -172,11 +176,9 @@ def run_interactive(conversation: "Conversation", screen: "Screen", stats: bool)
         try:
             with screen.reply() as progress:
                 if isinstance(asked, str):
-                    screen.show(conversation.reply(asked, progress=progress))
+                    screen.show(chat.reply(asked, progress=progress))
                 else:
-                    outcome = commands.run(
-                        asked, conversation, session_files.session_names, progress
-                    )
+                    outcome = commands.run(asked, chat, session_files.session_names, progress)
                     if outcome.text:
                         print(outcome.text)
                     if outcome.pieces:
@@ -187,24 +189,20 @@ def run_interactive(conversation: "Conversation", screen: "Screen", stats: bool)
         except MlxStreamError as error:
             screen.notify(one_line(error))
         if stats:
-            print_stats(conversation)
+            print_stats(chat.stats)
 
 
-def run_batch(conversation: "Conversation", screen: "Screen", stats: bool) -> None:
+def run_batch(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
     """Take each line of standard input that is not blank as a turn."""
+    from mlx_stream.cli.report import print_stats
+
     for number, line in enumerate(sys.stdin.buffer, 1):
         turn = decode_utf8(line, f"standard input, line {number}").strip()
         if turn:
             with screen.reply() as progress:
-                screen.show(conversation.reply(turn, progress=progress))
+                screen.show(chat.reply(turn, progress=progress))
             if stats:
-                print_stats(conversation)
-
-
-def print_stats(conversation: "Conversation") -> None:
-    from mlx_stream.cli.report import print_stats
-
-    print_stats(conversation.stats)
+                print_stats(chat.stats)
 
 
 class Screen:

@@ -7,13 +7,14 @@ has happened, and the chat goes on.
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from mlx_stream.chat.exchange import plural
 from mlx_stream.errors import MlxStreamError, ValueRefused, one_line
 from mlx_stream.program.escape import escape
 
 if TYPE_CHECKING:
-    from mlx_stream.chat.exchange import Exchange
+    from mlx_stream.chat.session import ChatSession
     from mlx_stream.generate.stats import Stats
     from mlx_stream.text.pieces import Piece
 
@@ -23,38 +24,6 @@ Progress = Callable[[int, int], None]
 
 NOTHING = ("''", '""')
 LONGEST_QUOTE = 60
-
-
-class Conversation(Protocol):
-    """What commands act on. Each method raises `MlxStreamError` and has then changed nothing."""
-
-    @property
-    def name(self) -> str | None:
-        """Of the saved session."""
-        ...
-
-    @property
-    def system(self) -> str | None: ...
-    @property
-    def stats(self) -> "Stats": ...
-    @property
-    def last(self) -> "Exchange | None":
-        """The last exchange that is attended."""
-        ...
-
-    def retry(self, *, progress: Progress | None = None) -> "Pieces": ...
-    def edit(self, question: str, *, progress: Progress | None = None) -> "Pieces": ...
-    def undo(self) -> "Exchange": ...
-    def clear(self) -> None: ...
-    def set_system(self, text: str | None) -> None: ...
-    def resize(self, window: int) -> None: ...
-    def save(self, name: str | None) -> str:
-        """Write now; return a line to show."""
-        ...
-
-    def export(self, path: Path) -> str:
-        """Write Markdown or JSON, as the suffix says; return a line to show."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +54,7 @@ class Call:
 class CommandContext:
     """What every command is run with."""
 
-    conversation: Conversation
+    chat: "ChatSession"
     argument: str
     list_sessions: Callable[[], Iterable[str]]
     progress: Progress | None
@@ -112,7 +81,7 @@ def parse(line: str) -> Call | str:
 
 def run(
     call: Call,
-    conversation: Conversation,
+    chat: "ChatSession",
     list_sessions: Callable[[], Iterable[str]],
     progress: Progress | None = None,
 ) -> CommandOutcome:
@@ -124,7 +93,7 @@ def run(
     """
     try:
         command = command_of(call)
-        outcome = command.run(CommandContext(conversation, call.argument, list_sessions, progress))
+        outcome = command.run(CommandContext(chat, call.argument, list_sessions, progress))
     except MlxStreamError as error:
         return CommandOutcome(escape(one_line(error)))
     return CommandOutcome(escape(outcome.text), outcome.pieces, outcome.prefill, outcome.quit)
@@ -187,41 +156,39 @@ def show_help(given: CommandContext) -> CommandOutcome:
 def system(given: CommandContext) -> CommandOutcome:
     if given.argument:
         text = None if given.argument in NOTHING else given.argument
-        given.conversation.set_system(text)
+        given.chat.restart(text, given.chat.stats.window)
         return CommandOutcome(
             "the system prompt is changed" if text else "there is no system prompt now"
         )
-    return CommandOutcome(given.conversation.system or "there is no system prompt")
+    return CommandOutcome(given.chat.system or "there is no system prompt")
 
 
 def retry(given: CommandContext) -> CommandOutcome:
-    return CommandOutcome(pieces=given.conversation.retry(progress=given.progress))
+    return CommandOutcome(pieces=given.chat.retry(progress=given.progress))
 
 
 def undo(given: CommandContext) -> CommandOutcome:
-    return CommandOutcome(f"taken back: {shorten_line(given.conversation.undo().question)}")
+    return CommandOutcome(f"taken back: {shorten_line(given.chat.undo().question)}")
 
 
 def edit(given: CommandContext) -> CommandOutcome:
     if given.argument:
-        return CommandOutcome(
-            pieces=given.conversation.edit(given.argument, progress=given.progress)
-        )
-    last = given.conversation.last
-    if last is None:
+        return CommandOutcome(pieces=given.chat.edit(given.argument, progress=given.progress))
+    question = given.chat.unanswered or "".join(e.question for e in given.chat.exchanges[-1:])
+    if not question:
         raise ValueRefused("nothing was said yet: there is nothing that could be edited")
     # The line says itself that it replaces a question: dropped, it has changed nothing.
-    return CommandOutcome(prefill=f"/edit {last.question}")
+    return CommandOutcome(prefill=f"/edit {question}")
 
 
 def stats(given: CommandContext) -> CommandOutcome:
-    return CommandOutcome(str(given.conversation.stats))
+    return CommandOutcome(str(given.chat.stats))
 
 
 def window(given: CommandContext) -> CommandOutcome:
     if given.argument:
-        given.conversation.resize(tokens(given.argument))
-    now = given.conversation.stats
+        given.chat.restart(given.chat.system, tokens(given.argument))
+    now = given.chat.stats
     return CommandOutcome(
         f"the window is {now.window:,} tokens, after {now.sinks:,} that always stay"
     )
@@ -237,7 +204,19 @@ def tokens(argument: str) -> int:
 
 
 def save(given: CommandContext) -> CommandOutcome:
-    return CommandOutcome(given.conversation.save(given.argument or None))
+    from mlx_stream.chat.saving import SavedSession, saved_as
+
+    saved, name = saved_as(given.chat), given.argument
+    if not saved and not name:
+        raise ValueRefused("this conversation has no name yet: give one, /save NAME")
+    saved = saved or SavedSession.create(given.chat, name)
+    if name not in ("", saved.name):
+        raise ValueRefused(f"it is saved as {saved.name!r}; /export writes a copy")
+    saved.flush()
+    saved.write_snapshot()
+    return CommandOutcome(
+        f"saved as {saved.name}; go on with: mlx_stream chat --session {saved.name}"
+    )
 
 
 def sessions(given: CommandContext) -> CommandOutcome:
@@ -246,6 +225,9 @@ def sessions(given: CommandContext) -> CommandOutcome:
 
 
 def export(given: CommandContext) -> CommandOutcome:
+    from mlx_stream.chat.export import write_export
+    from mlx_stream.chat.saving import saved_turns
+
     name = given.argument
     if len(name) > 2 and name[0] == name[-1] and name[0] in "'\"":
         name = name[1:-1]
@@ -253,11 +235,13 @@ def export(given: CommandContext) -> CommandOutcome:
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise ValueRefused(f"/export {name}: {error}") from error
-    return CommandOutcome(given.conversation.export(path))
+    header, turns = saved_turns(given.chat)
+    write_export(path, header, turns)
+    return CommandOutcome(f"{plural(len(turns))} written to {path}")
 
 
 def clear(given: CommandContext) -> CommandOutcome:
-    given.conversation.clear()
+    given.chat.clear()
     return CommandOutcome("nothing but the system prompt is attended now")
 
 

@@ -71,11 +71,11 @@ def show(name: Name) -> None:
     from mlx_stream.program.exits import fail
 
     with open_transcript(name) as store:
-        exchanges, damage = store.whole()
-        text = export_markdown(store.header, exchanges)
+        turns, damage = store.whole()
+        text = export_markdown(store.state.header, turns)
     sys.stdout.write(escape(text) if sys.stdout.isatty() else text)
     if damage:
-        fail(f"{plural(len(exchanges))} shown, not all; {damage}")
+        fail(f"{plural(len(turns))} shown, not all; {damage}")
 
 
 @app.command()
@@ -85,16 +85,16 @@ def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .md or .json file.")],
 ) -> None:
     """Write a conversation to a Markdown or JSON file."""
-    from mlx_stream.chat.conversation import write_export
+    from mlx_stream.chat.export import write_export
     from mlx_stream.chat.manage import open_transcript
     from mlx_stream.program.exits import fail
 
     with open_transcript(name) as store:
-        exchanges, damage = store.whole()
-        write_export(file, store.header, exchanges)
+        turns, damage = store.whole()
+        write_export(file, store.state.header, turns)
     if damage:
-        fail(f"{plural(len(exchanges))} written to {file}, not all; {damage}")
-    notify(f"{plural(len(exchanges))} written to {file}")
+        fail(f"{plural(len(turns))} written to {file}, not all; {damage}")
+    notify(f"{plural(len(turns))} written to {file}")
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Models inside other programs: one thread computes, any thread asks, and none waits for it.
 
-engine      the thread, the model, the memory budget       Engine
-chat        a conversation                                 Session
+engine      the thread, the model, the memory budget        Engine
+handle      a conversation                                  Session
 listener    a stream that is fed, and asked now and then    Listener
 """
 

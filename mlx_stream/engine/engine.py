@@ -7,7 +7,7 @@ from pathlib import Path
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
 from mlx_stream.engine.handle import OnEvict, OnToken, Session
 from mlx_stream.engine.listener import Listener
-from mlx_stream.engine.listener_worker import ListenerOptions
+from mlx_stream.engine.listener_stream import ListenerOptions
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
@@ -47,8 +47,8 @@ class Engine:
                 "queue_size and memory_budget must be at least 1, not "
                 f"{queue_size} and {memory_budget}"
             )
-        self._host = core = ModelHost(source, memory_budget, dtype, keep_quantized)
-        self._worker = Worker(core.load, core.leave, queue_size)
+        self._host = ModelHost(source, memory_budget, dtype, keep_quantized)
+        self._worker = Worker(self._host.load, self._host.leave, queue_size)
         weakref.finalize(self, self._worker.end).atexit = False
 
     @property

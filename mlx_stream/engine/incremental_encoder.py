@@ -28,8 +28,8 @@ class IncrementalEncoder:
         pending: text that more text may still change.
     """
 
-    def __init__(self, turns: PromptBuilder, context: str, lead: str = "", held: str = ""):
-        self.prompts, self.context, self.lead, self.pending = turns, context, lead, held
+    def __init__(self, prompts: PromptBuilder, context: str, lead: str = "", pending: str = ""):
+        self.prompts, self.context, self.lead, self.pending = prompts, context, lead, pending
         self.begun = False  # whether anything of the turn's text is encoded
 
     def add(self, text: str) -> list[int]:
@@ -63,12 +63,10 @@ class IncrementalEncoder:
     def _take(self, cut: int) -> list[int]:
         if not cut:
             return []
-        piece, self.pending = (
-            self.lead + self.prompts.escape_special_tokens(self.pending[:cut]),
-            self.pending[cut:],
-        )
-        ids = self._after(piece)
-        self.context, self.lead, self.begun = last_words(self.context + piece), "", True
+        piece = self.lead + self.prompts.escape_special_tokens(self.pending[:cut])
+        ids = self._after(piece)  # before anything changes: if it fails, no text is lost
+        self.context, self.pending = last_words(self.context + piece), self.pending[cut:]
+        self.lead, self.begun = "", True
         return ids
 
     def _after(self, text: str) -> list[int]:

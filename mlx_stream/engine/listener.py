@@ -1,26 +1,24 @@
-"""Listening without replying: its handle, for any thread to hold; see `hearing` for the rest."""
+"""Listening without replying: its handle, for any thread to hold."""
 
-import copy
-import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlx_stream.engine.backlog import Backlog
-from mlx_stream.engine.handle import OnEvict, check_limit, check_question
+from mlx_stream.engine.handle import Handle, OnEvict
 from mlx_stream.engine.listener_snapshot import check_note
-from mlx_stream.engine.listener_worker import ListenerOptions, ListenerWorker
+from mlx_stream.engine.listener_stream import ListenerOptions
+from mlx_stream.engine.listener_worker import ListenerWorker
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.replies import iterate, iterate_async
+from mlx_stream.engine.replies import check_limit, check_question, iterate, iterate_async
 from mlx_stream.engine.task import Task, Work, reraise
-from mlx_stream.engine.worker import SessionQueue, Worker
+from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, QueueFull, ValueRefused
-from mlx_stream.generate.stats import Stats
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tokenizer import check_text
 
 
-class Listener:
+class Listener(Handle):
     """A stream that reads what it is fed, in the background, and can be asked about it.
 
     What was fed is one open turn of the user's, of which the latest is attended. Every method may
@@ -30,8 +28,8 @@ class Listener:
 
     def __init__(
         self,
-        owner: Worker,
-        core: ModelHost,
+        worker: Worker,
+        host: ModelHost,
         options: ListenerOptions,
         capacity: int,
         on_evict: OnEvict | None,
@@ -40,29 +38,9 @@ class Listener:
         if capacity < 1:
             raise ValueRefused(f"backlog must be at least 1 character, not {capacity}")
         check_limit(options.max_tokens)
-        self._engine = engine  # lives as long as a listener that is in use
-        self._worker, self._on_evict = owner, on_evict
         self._backlog = Backlog(capacity)
-        self._listener_worker = hearing = ListenerWorker(owner, core, options, self._backlog)
-        self._queue = owner.add(SessionQueue(owner, hearing.after, hearing.close, hearing))
-        self._answer: Task | None = None
-        try:
-            self._opening = owner.submit(self._queue, hearing.open, None)
-        except BaseException:
-            self._queue.close()
-            raise
-        weakref.finalize(self, self._queue.close).atexit = False
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait until it listens: the model loaded, what it goes on with restored.
-
-        Raises:
-            TimeoutError: it takes longer than `timeout` seconds.
-            MemoryRefused: it does not fit the engine's budget.
-            TemplateError: the model's template does not allow a turn to be kept open.
-            MlxStreamError: as `mlx_stream.load`.
-        """
-        self._opening.outcome(timeout)
+        self._listener_worker = ListenerWorker(worker, host, options, self._backlog)
+        super().__init__(worker, self._listener_worker, engine, on_evict)
 
     @property
     def restored(self) -> dict[str, str | int] | None:
@@ -73,18 +51,13 @@ class Listener:
     @property
     def error(self) -> MlxStreamError | None:
         """Why it cannot be used any more: it was not opened, or a step of its own failed."""
-        return self._listener_worker.error or self._worker.error
+        return self._queue.failure or self._worker.error
 
     @property
     def backlog(self) -> int:
         """Characters fed that are not read; the last word is not among them, it may grow yet."""
         with self._worker.lock:
             return self._backlog.size
-
-    @property
-    def stats(self) -> Stats:
-        """How it stands after the last step: a copy."""
-        return copy.copy(self._listener_worker.published)
 
     def feed(self, text: str, timeout: float = 0.0) -> None:
         """Add text to the open turn; it is read in the background.
@@ -100,22 +73,22 @@ class Listener:
             MlxStreamError: it could not be opened, or what was fed not be read.
         """
         check_text(text)
-        backlog, owner = self._backlog, self._worker
+        backlog, worker = self._backlog, self._worker
         if len(text) > backlog.capacity:
             raise ValueRefused(
                 f"{len(text):,} characters are more than the backlog ever holds, "
                 f"{backlog.capacity:,}: feed them in parts"
             )
         self._deliver()
-        with owner.lock:
-            owner.wait_for(
-                owner.changed,
+        with worker.lock:
+            worker.wait_for(
+                worker.changed,
                 lambda: (
-                    self._has_room(len(text)) or self._queue.closing or owner.closing or self.error
+                    self._has_room(len(text)) or self._queue.closing or worker.closing or self.error
                 ),
                 timeout,
             )
-            owner.check(self._queue)
+            worker.check(self._queue)
             if self.error:
                 raise reraise(self.error)
             if not self._has_room(len(text)):
@@ -124,7 +97,7 @@ class Listener:
                     f"{backlog.capacity:,}: feed these {len(text):,} later"
                 )
             backlog.add(text)
-            owner.wake.notify()
+            worker.wake.notify()
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until all that was fed is read, the last word too.
@@ -133,9 +106,8 @@ class Listener:
             TimeoutError: it takes longer than `timeout` seconds; it goes on.
             MlxStreamError: it could not be read.
         """
-        fed, hearing = self._fed(), self._listener_worker
-        self._submit(lambda: hearing.flush(fed), None).outcome(timeout)
-        self._deliver()
+        fed, worker = self._fed(), self._listener_worker
+        self._wait_for(lambda: worker.current().flush(fed), timeout)
 
     def ask(
         self,
@@ -187,27 +159,8 @@ class Listener:
             SnapshotError: it could not be written; what was there before still is.
             TimeoutError: it takes longer than `timeout` seconds; it is still going to be written.
         """
-        place, kept, hearing = Path(path).absolute(), check_note(note), self._listener_worker
-        self._submit(lambda: hearing.save(place, kept), None).outcome(timeout)
-        self._deliver()
-
-    def close(self, timeout: float = 0.0) -> None:
-        """Stop listening and let go of the ring; nothing is saved. Returns at once.
-
-        Whoever still reads an answer, or waits for what is not done, gets EngineClosed.
-
-        Args:
-            timeout: seconds to wait for that.
-        """
-        self._queue.close()
-        if timeout > 0:
-            self._queue.wait_closed(timeout)
-
-    def __enter__(self) -> "Listener":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        path, copy, worker = Path(path).absolute(), check_note(note), self._listener_worker
+        self._wait_for(lambda: worker.current().save(path, copy), timeout)
 
     # --- between the threads ---
 
@@ -216,22 +169,22 @@ class Listener:
     ) -> Callable[[], Task]:
         check_question(question)
         check_limit(max_tokens)
-        hearing = self._listener_worker
+        worker = self._listener_worker
 
         def ask() -> Task:
             with self._worker.lock:
                 fed = None if now else self._fed()
                 # It does not wait for whoever reads it: what is fed meanwhile waits for its end.
-                job = self._submit(lambda: hearing.ask(question, max_tokens, fed, remember), None)
-                before, self._answer = self._answer, job
-                if before:
-                    before.cancel()
-            return job
+                return self._ask(
+                    lambda: worker.current().ask(question, max_tokens, fed, remember), None
+                )
 
         return ask
 
-    def _submit(self, work: Callable[[], Work], ahead: int | None) -> Task:
-        return self._worker.submit(self._queue, work, ahead)
+    def _wait_for(self, begin: Callable[[], Work], timeout: float | None) -> None:
+        """Ask for something and wait for its end; an answer that is going on comes first."""
+        self._worker.submit(self._queue, begin, None).outcome(timeout)
+        self._deliver()
 
     def _fed(self) -> int:
         with self._worker.lock:
@@ -239,10 +192,3 @@ class Listener:
 
     def _has_room(self, count: int) -> bool:
         return self._backlog.size + count <= self._backlog.capacity
-
-    def _deliver(self, piece: Piece | None = None) -> None:
-        """Say what left, on the thread of whoever uses it."""
-        with self._worker.lock:
-            left, self._listener_worker.evicted = self._listener_worker.evicted, 0
-        if self._on_evict and left:
-            self._on_evict(0, left)

@@ -1,13 +1,16 @@
-"""What a snapshot of a listening stream remembers beside it, as plain JSON; untrusted when read."""
+"""A snapshot of a listening stream, and what it remembers beside it; untrusted when it is read."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from mlx_stream.chat.snapshot_metadata import of_type
 from mlx_stream.errors import SnapshotError, ValueRefused
+from mlx_stream.generate.snapshot import State, load_snapshot
+from mlx_stream.load import Model
 
 KIND = "listener"
 LONGEST_NOTE = 65_536  # bytes, as JSON
@@ -44,9 +47,20 @@ class ListenerState:
         return {"kind": KIND, **values, "began": self.began.isoformat(), "ids": [*self.ids]}
 
 
-def largest_metadata(capacity: int) -> int:
-    """Return how many bytes it may take at most, with a backlog of so many characters."""
-    return BYTES_BESIDE + LONGEST_NOTE + BYTES_PER_CHARACTER * capacity
+def load_listener(path: Path, model: Model, capacity: int) -> tuple[State, ListenerState]:
+    """Return a stream's state, and where it stands.
+
+    Args:
+        capacity: characters of the backlog.
+
+    Raises:
+        SnapshotError: it is damaged, another model's, or not a listening stream's.
+    """
+    longest = BYTES_BESIDE + LONGEST_NOTE + BYTES_PER_CHARACTER * capacity
+    found = load_snapshot(path, longest=longest)
+    if not model.is_fingerprint(found.model):
+        raise SnapshotError(f"{path} belongs to another model, or one loaded another way")
+    return found.state, parse_listener_state(found.about, model.config.vocab_size)
 
 
 def parse_listener_state(plain: Mapping[str, Any], vocabulary: int) -> ListenerState:

@@ -1,4 +1,4 @@
-"""What the engine's thread knows: the model, fingerprint and budget; everything here is its own."""
+"""The model of an engine and its budget; used on the engine's thread alone."""
 
 import itertools
 from functools import partial
@@ -32,7 +32,6 @@ class ModelHost:
         self._source, self._limit = source, limit
         self._dtype, self._keep = dtype, keep_quantized
         self._model: Model | None = None
-        self._mark = ""
         self._keys = itertools.count(1)
 
     def load(self) -> None:
@@ -53,14 +52,6 @@ class ModelHost:
     def model(self) -> Model:
         assert self._model is not None
         return self._model
-
-    @property
-    def fingerprint(self) -> str:
-        """The model's fingerprint."""
-        from mlx_stream.generate import snapshot
-
-        self._mark = self._mark or snapshot.fingerprint(self.model)
-        return self._mark
 
     def new_key(self) -> int:
         return next(self._keys)

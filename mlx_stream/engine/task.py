@@ -1,40 +1,39 @@
-"""One thing asked of the engine's thread: a generator that runs there, and what it has given.
+"""One thing asked of the engine's thread: a coroutine that is driven there, and what it has given.
 
-What it yields is handed to whoever asked. A job that is not wanted any more ends before its next
-step.
+The reads it asks for are run, a step each; what else it yields is handed to whoever asked. A task
+that is cancelled ends before its next step.
 """
 
 import copy
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_stream.errors import ComputeError, MlxStreamError
+from mlx_stream.generate.requests import Coroutine, ReadRequest
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-# What a job may be ahead of whoever reads its pieces: the one computed while one is shown.
+# How far a task may be ahead of whoever reads its pieces: one is computed while one is shown.
 AHEAD = 1
 
-Work = Generator[Any, None, Any]
+Work = Coroutine[Any, Any]
 
 
 class WorkerThread(Protocol):
-    """What a job knows of the thread it runs on.
+    """What a task knows of the thread it runs on.
 
     Attributes:
         lock: guards what both sides look at.
         wake: notified when there may be something to do.
-        error: what every job fails with, if there is something.
         ended: whether there is no such thread any more: what is not done never will be.
     """
 
     lock: Any
     wake: threading.Condition
-    error: MlxStreamError | None
     ended: bool
 
     def wait_for(
@@ -56,29 +55,29 @@ class Task:
     """One thing asked: what it has given so far, and whether it is wanted.
 
     Args:
-        work: called on the thread, with nothing; None among what it yields is a step that gave
-            nothing.
-        publish: called on the thread after each step, with None, and at the end, with the job;
+        begin: called on the thread; returns the coroutine.
+        publish: called on the thread after each step, with None, and at the end, with the task;
             before whoever asked hears of it, who then sees how things are.
         ahead: how many items may wait to be taken before it pauses; None: any number.
     """
 
     def __init__(
         self,
-        owner: WorkerThread,
-        work: Callable[[], Work],
+        worker: WorkerThread,
+        begin: Callable[[], Work],
         publish: "Callable[[Task | None], None]",
         ahead: int | None = AHEAD,
     ):
-        self.worker, self.ahead, self._publish = owner, ahead, publish
-        self.arrived = threading.Condition(owner.lock)
+        self.worker, self.ahead, self._publish = worker, ahead, publish
+        self.arrived = threading.Condition(worker.lock)
         self.items: deque[Any] = deque()
         self.cancelled = self.done = False
         self.result: Any = None
         self.error: MlxStreamError | None = None
         self._tell: Callable[[], None] | None = None
-        self._begin: Callable[[], Work] | None = work
+        self._begin: Callable[[], Work] | None = begin
         self._work: Work | None = None
+        self._request: ReadRequest | None = None  # what the work waits for
 
     def take(self, timeout: float | None = None) -> Any:
         """Return the next item, None when there will be none; waits for it.
@@ -119,7 +118,7 @@ class Task:
             self.worker.check()
 
     def on_arrival(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called, on the owner's thread, whenever something has come; to wait for it.
+        """Have `tell` called, on the worker's thread, whenever something has come; to wait for it.
 
         Raises:
             ValueRefused: this is that thread.
@@ -129,7 +128,7 @@ class Task:
             self._tell = tell
 
     def promise(self, future: "Future[Any]") -> None:
-        """Have a future hold the outcome; what is called back by it is on the owner's thread."""
+        """Have a future hold the outcome; what is called back by it is on the worker's thread."""
 
         def tell() -> None:
             with self.worker.lock:
@@ -157,32 +156,38 @@ class Task:
     def runnable(self) -> bool:
         return self.cancelled or self.ahead is None or len(self.items) < self.ahead
 
-    # --- on the owner's thread ---
+    # --- on the worker's thread ---
 
     def step(self) -> None:
-        """Run to the next item or the end."""
+        """Run the read it waits for, and go on to the next one, or until it is far enough ahead."""
+        if self.cancelled:
+            return self.abandon()
         try:
-            if self.cancelled:
-                return self.abandon()
-            if self.worker.error:
-                raise reraise(self.worker.error)
-            if self._work is None:
-                assert self._begin
-                self._work = self._begin()
-            item = next(self._work)
-            self._publish(None)
-            if item is not None:
-                self._give(item)
+            self._advance()
         except StopIteration as end:
             self._finish(end.value)
         # The engine outlives it, whatever it is; who asked is told.
         except Exception as error:
-            self._finish(error=as_engine_error(error))
+            self.abandon(as_engine_error(error))
+
+    def _advance(self) -> None:
+        if self._work is None:
+            assert self._begin
+            self._work = self._begin()
+        result = None
+        if self._request:  # no other name for it: it keeps a stream
+            result, self._request = self._request.stream.run(self._request), None
+        while self._request is None and self.runnable():
+            item, result = self._work.send(result), None
+            self._publish(None)
+            if isinstance(item, ReadRequest):
+                self._request = item
+            else:
+                self._give(item)
 
     def abandon(self, error: MlxStreamError | None = None) -> None:
-        """End before the end; `error` is what whoever waits is told, if anybody still does."""
-        if self.cancelled:
-            error = None
+        """End before the end; `error` is what whoever waits is told."""
+        self._request = None
         try:
             if self._work:
                 self._work.close()

@@ -1,7 +1,7 @@
-"""The one thread that touches MLX: lanes take turns on it, a step each; knows no model.
+"""The one thread that touches MLX: sessions take turns on it, a step each; knows no model.
 
-A lane is what is asked of one session, done in order, job by job. What is not said to run on the
-thread may be called from any, and holds the lock for no longer than a look at a few lists takes.
+What is not said to run on the thread may be called from any, and holds the lock for no longer than
+a look at a few lists takes.
 """
 
 import atexit
@@ -15,72 +15,106 @@ from typing import Protocol
 
 from mlx_stream.engine.task import AHEAD, Task, Work, as_engine_error, reraise
 from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused
+from mlx_stream.generate.stats import Stats
 
 SECONDS_AT_EXIT = 10.0
 
 
-class Background(Protocol):
-    """What a lane does while nothing is asked of it."""
+class StreamOwner(Protocol):
+    """A session or a listener as its queue sees it; runs on the thread, but for `waiting`.
+
+    Attributes:
+        published: its statistics after the last step; exchanged whole, so any thread may look.
+        evicted: exchanges and tokens that left and were not reported yet; under the lock.
+    """
+
+    published: Stats
+    evicted: tuple[int, int]
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is open, and no step has left its stream in an unknown state."""
+        ...
+
+    def open(self) -> Work:
+        """Return the coroutine that opens it."""
+        ...
+
+    def after(self, task: Task | None) -> None:
+        """Publish how things are: with a task after its last step, with None after others."""
+        ...
 
     def waiting(self) -> bool:
-        """Return whether there is something to do; asked on any thread, under the lock."""
+        """Return whether it has something to do in the background; any thread, under the lock."""
         ...
 
     def step(self) -> None:
         """Do a little of it."""
         ...
 
+    def close(self) -> None:
+        """Let go of the stream; may be called twice."""
+        ...
+
 
 class SessionQueue:
-    """What is asked of one session: jobs in order, one at a time.
+    """What is asked of one session: tasks in order, one at a time.
 
-    Args:
-        after: called on the thread after every step, to say what has changed: with a job after its
-            last step, with None after others.
-        close: called there when the lane ends, whatever it ends for.
+    Attributes:
+        failure: why it cannot be used any more.
+        error: what closing it raised.
     """
 
-    def __init__(
-        self,
-        owner: "Worker",
-        after: Callable[[Task | None], None],
-        close: Callable[[], None],
-        background: Background | None = None,
-    ):
-        self.worker, self.after, self.background = owner, after, background
+    def __init__(self, worker: "Worker", owner: StreamOwner):
+        self.worker, self.owner = worker, owner
         self.tasks: deque[Task] = deque()
         self.closing = self.closed = False
-        self.error: MlxStreamError | None = None  # of closing
-        self._close = close
+        self.failure: MlxStreamError | None = None
+        self.error: MlxStreamError | None = None
 
     def ready(self) -> bool:
         """Return whether there is a step to do; under the lock."""
         if self.closing:
             return True
-        if self.tasks:
-            return self.tasks[0].runnable()
-        return bool(self.background and self.background.waiting())
+        return self.tasks[0].runnable() if self.tasks else self.owner.waiting()
 
     def step(self) -> None:
         with self.worker.lock:
-            job = next(iter(self.tasks), None)
+            task = next(iter(self.tasks), None)
         if self.closing:
             self.end(EngineClosed("this session or listener was closed before this was done"))
-        elif job:
-            job.step()
+        elif task:
+            failure = self.worker.error or self.failure
+            task.abandon(reraise(failure)) if failure else task.step()
             with self.worker.lock:
-                if job.done:
+                if task.done:
                     self.tasks.popleft()
-        elif self.background:
-            self.background.step()
-            self.after(None)
+        else:
+            try:
+                self.owner.step()
+            except Exception as error:  # who uses it next is told
+                self._fail(as_engine_error(error))
+
+    def after(self, task: Task | None) -> None:
+        """Publish how things are after a step of a task."""
+        if task and task.error and not (self.failure or self.owner.usable):
+            self._fail(task.error)
+        self.owner.after(task)
+
+    def _fail(self, error: MlxStreamError) -> None:
+        """Let go of a stream that cannot be used any more; who waits for room hears of it."""
+        with self.worker.lock:
+            self.failure = error
+            self.worker.changed.notify_all()
+        self.owner.close()
 
     def end(self, error: MlxStreamError) -> None:
         """Stop what was asked, which fails with `error`, and close."""
         while self.tasks:
-            self.tasks.popleft().abandon(error)
+            task = self.tasks.popleft()
+            task.abandon(None if task.cancelled else error)
         try:
-            self._close()
+            self.owner.close()
         except Exception as found:
             self.error = as_engine_error(found)
         with self.worker.lock:
@@ -90,7 +124,7 @@ class SessionQueue:
             self.worker.changed.notify_all()
 
     def close(self) -> None:
-        """Have the lane end, which stops what was asked before; returns at once."""
+        """Make the queue end, which stops what was asked before; returns at once."""
         with self.worker.lock:
             self.closing = True
             self.worker.wake.notify()
@@ -98,21 +132,21 @@ class SessionQueue:
 
     def wait_closed(self, timeout: float | None) -> bool:
         """Wait until it is closed; return whether it is. Raises what closing it raised."""
-        owner = self.worker
-        with owner.lock:
-            done = owner.wait_for(owner.changed, lambda: self.closed, timeout)
+        worker = self.worker
+        with worker.lock:
+            done = worker.wait_for(worker.changed, lambda: self.closed, timeout)
             if self.error:
                 raise reraise(self.error)
             return done
 
 
 class Worker:
-    """A thread, the lanes that take turns on it, and how it ends.
+    """A thread, the queues that take turns on it, and how it ends.
 
     Args:
-        prepare: called first, on the thread; what it raises is raised by every job.
+        prepare: called first, on the thread; what it raises is raised by every task.
         leave: called last, on the thread.
-        queue_size: jobs that may be asked for and not done.
+        queue_size: tasks that may be asked for and not done.
     """
 
     def __init__(self, prepare: Callable[[], None], leave: Callable[[], None], queue_size: int):
@@ -130,33 +164,39 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="mlx_stream", daemon=True)
         self._thread.start()
 
-    def add(self, lane: SessionQueue) -> SessionQueue:
+    def open(self, owner: StreamOwner) -> tuple[SessionQueue, Task]:
+        """Make a session's queue; return it, and the task that opens the session.
+
+        Raises:
+            QueueFull, EngineClosed: as `submit`.
+        """
+        queue = SessionQueue(self, owner)
         with self.lock:
-            self.check()
-            self.queues.append(lane)
-        return lane
+            opening = self.submit(queue, owner.open, None)
+            self.queues.append(queue)
+        return queue, opening
 
     def submit(
-        self, lane: SessionQueue, work: Callable[[], Work], ahead: int | None = AHEAD
+        self, queue: SessionQueue, begin: Callable[[], Work], ahead: int | None = AHEAD
     ) -> Task:
-        """Ask for `work`, after what was asked of the lane before.
+        """Ask for a coroutine to be driven, after what was asked of the queue before.
 
         Raises:
             QueueFull: too much was asked for that is not done.
-            EngineClosed: the engine or the lane is closed.
+            EngineClosed: the engine or the queue is closed.
         """
-        job = Task(self, work, lane.after, ahead)
+        task = Task(self, begin, queue.after, ahead)
         with self.lock:
-            self.check(lane)
-            asked = sum(len(lane.tasks) for lane in self.queues)
+            self.check(queue)
+            asked = sum(len(queue.tasks) for queue in self.queues)
             if asked >= self.queue_size:
                 raise QueueFull(
                     f"{asked:,} commands are waiting or in progress, and the queue holds "
                     f"{self.queue_size:,}: try again later, or give the engine a larger queue_size"
                 )
-            lane.tasks.append(job)
+            queue.tasks.append(task)
             self.wake.notify()
-        return job
+        return task
 
     def wait(self, timeout: float | None) -> None:
         """Wait until it is prepared.
@@ -213,10 +253,10 @@ class Worker:
     def busy(self) -> bool:
         """Return whether there is more to do than what goes on in the background."""
         with self.lock:
-            return any(lane.tasks for lane in self.queues)
+            return any(queue.tasks for queue in self.queues)
 
-    def check(self, lane: SessionQueue | None = None) -> None:
-        """Raise `EngineClosed` if nothing can be asked, of a lane or at all."""
+    def check(self, queue: SessionQueue | None = None) -> None:
+        """Raise `EngineClosed` if nothing can be asked, of a queue or at all."""
         if os.getpid() != self._process:
             raise EngineClosed(
                 "an engine does not survive a fork: make it in the new process, or start "
@@ -224,7 +264,7 @@ class Worker:
             )
         if self.closing or self.ended:
             raise EngineClosed("the engine is closed: make another one")
-        if lane and lane.closing:
+        if queue and queue.closing:
             raise EngineClosed("this session or listener is closed: begin another one")
 
     def _run(self) -> None:
@@ -232,11 +272,11 @@ class Worker:
             for other in self._before:
                 other.join(None)
             self._begin()
-            while lanes := self._round():
-                for lane in lanes:
+            while queues := self._round():
+                for queue in queues:
                     if self.closing:
                         break
-                    lane.step()
+                    queue.step()
         finally:
             self._finish()
 
@@ -253,11 +293,11 @@ class Worker:
             self.changed.notify_all()
 
     def _round(self) -> list[SessionQueue]:
-        """Return the lanes that have a step to do, once there are any; none at the end."""
+        """Return the queues that have a step to do, once there are any; none at the end."""
         with self.lock:
             while not self.closing:
-                if lanes := [lane for lane in self.queues if lane.ready()]:
-                    return lanes
+                if queues := [queue for queue in self.queues if queue.ready()]:
+                    return queues
                 self.wake.wait()
         return []
 
@@ -281,8 +321,8 @@ _all: "weakref.WeakSet[Worker]" = weakref.WeakSet()
 _claims = threading.RLock()
 
 
-def claim(owner: Worker) -> list[Worker]:
-    """Make `owner` the one thread of MLX; return those before, whose end it must await.
+def claim(worker: Worker) -> list[Worker]:
+    """Make `worker` the one thread of MLX; return those before, whose end it must await.
 
     Raises:
         EngineClosed: there is one that nobody has asked to end.
@@ -293,25 +333,25 @@ def claim(owner: Worker) -> list[Worker]:
             raise EngineClosed(
                 "an engine is open in this process, and MLX belongs on one thread: close it first"
             )
-        _all.add(owner)
+        _all.add(worker)
         return alive
 
 
 def acquire_all() -> None:
     """Let no other thread hold a lock while this process is forked: nobody would release it."""
-    for owner in [*_all]:
-        owner.lock.acquire()
+    for worker in [*_all]:
+        worker.lock.acquire()
 
 
 def release_all() -> None:
-    for owner in [*_all]:
-        owner.lock.release()
+    for worker in [*_all]:
+        worker.lock.release()
 
 
 def release_in_child() -> None:
     """Have what waits for a thread that is not here any more wait no longer."""
-    for owner in [*_all]:
-        owner.closing = owner.ended = True
+    for worker in [*_all]:
+        worker.closing = worker.ended = True
     release_all()
 
 
@@ -324,9 +364,9 @@ if hasattr(os, "register_at_fork"):
 @atexit.register
 def end_all() -> None:
     """Have every thread end before the interpreter does, which would pull MLX from under it."""
-    owners = [*_all]
-    for owner in owners:
-        owner.end()
+    workers = [*_all]
+    for worker in workers:
+        worker.end()
     until = time.monotonic() + SECONDS_AT_EXIT
-    for owner in owners:
-        owner.join(max(0.0, until - time.monotonic()))
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))

@@ -15,7 +15,6 @@ import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.cache import StreamCache
-from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.costs import (
@@ -28,7 +27,6 @@ from mlx_stream.evaluate.costs import (
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
-from mlx_stream.models.compiled import decode_eagerly, worth_tracing
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.window import PREFILL_CHUNK
 
@@ -242,7 +240,7 @@ def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
     if count == 1:
         tokens = generate(stream, [TOKEN], greedy, ENDLESS)
         return lambda: void(next(tokens))
-    return lambda: void(greedy.choose(stream.read([TOKEN] * count, count), stream.attended_ids))
+    return lambda: void(greedy.choose(stream.read([TOKEN] * count, count), stream.ids.attended))
 
 
 def our_build(model: Model, cache: StreamCache) -> Build:
@@ -251,11 +249,9 @@ def our_build(model: Model, cache: StreamCache) -> Build:
     tracing = backend.tracing()
 
     def build() -> mx.array:
-        step = cache.begin(1)
-        if isinstance(step, DecodeStep) and worth_tracing(step, tracing):
-            decoded = model.compiled_steps.run(step, token, greedy, greedy.key)
-        else:
-            decoded = decode_eagerly(model.network, step, token, greedy, greedy.key)
+        cache.prepare(1)
+        step = cache.plan(1)
+        decoded = model.compiled_steps.decode(step, token, tracing, greedy, greedy.key)
         cache.commit(step)
         assert decoded.token is not None
         return decoded.token

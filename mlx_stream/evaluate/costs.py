@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_stream.cache import Cache
+from mlx_stream.cache import StreamCache
 from mlx_stream.models.layers import CausalLM
 
 READ_BYTES = 256 * 2**20
@@ -44,7 +44,7 @@ def weight_bytes_read(network: CausalLM) -> int:
     return total
 
 
-def cache_bytes_read(cache: Cache) -> int:
+def cache_bytes_read(cache: StreamCache) -> int:
     """Return the bytes of keys and values that a step at a full window reads: its whole buffer."""
     return cache.nbytes
 

@@ -68,7 +68,7 @@ class Course:
         """What a log must agree in to be one of this course."""
         return {
             "experiment": "endurance",
-            "model": snapshot.fingerprint(self.model),
+            "model": self.model.fingerprint(),
             "text": self.text.digest,
             "sinks": self.sinks,
             "window": self.window,

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.bench import SINKS
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
+from mlx_stream.generate.requests import ReadRequest
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.window import PREFILL_CHUNK
@@ -97,8 +98,8 @@ def best_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def our_reading(model: Model, window: int, ids: Sequence[int], chunk: int) -> Iterator[int]:
     stream = TokenStream(model, model.new_cache(SINKS, window))
     rest = chunk * ((len(ids) - 1) // chunk)
-    if rest:
-        yield from stream.prefill(ids[:rest], chunk)
+    while stream.length < rest:
+        yield stream.run(ReadRequest(stream, ids[stream.length : rest], chunk=chunk)).count
     mx.eval(mx.argmax(stream.read(ids[rest:], chunk)))
     yield len(ids) - rest
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_stream.cache import Cache
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.evaluate.score import losses, losses_of
+from mlx_stream.generate.requests import read_ids, run_coroutine
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 
@@ -55,8 +56,7 @@ class FreshReader:
         stream = TokenStream(self.model, self.model.new_cache(self.sinks, self.window))
         begin = max(0, start - self.sinks - self.window)
         if begin < start:
-            for _ in stream.prefill(self.ids[begin:start], self.chunk):
-                pass
+            run_coroutine(read_ids(stream, self.ids[begin:start], chunk=self.chunk))
         steps = losses_of(stream, self.ids[start : stop + 1], self.chunk)
         return [loss for step in steps for loss in step]
 

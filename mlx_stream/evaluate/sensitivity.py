@@ -18,13 +18,6 @@ from mlx_stream.models.weights import Linear
 # Read at once, each attending to all before it.
 TOKENS = 512
 LEAST = 128
-# The modules of a layer, and the matrices of the checkpoint that each holds.
-PARTS = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.down_proj": ("mlp.down_proj",),
-}
 
 
 def measure_sensitivity(
@@ -47,8 +40,7 @@ def measure_sensitivity(
     layers = model.network.layers
     found: dict[tuple[str, ...], float] = {}
     for index, layer in enumerate(layers):
-        for name, matrices in PARTS.items():
-            module = module_of(layer, name)
+        for matrices, module in parts_of(layer).items():
             if module.weight.shape[-1] % quantization.group_size == 0:
                 paths = tuple(f"model.layers.{index}.{matrix}" for matrix in matrices)
                 found[paths] = sensitivity_of(passes, index, module, quantization)
@@ -56,11 +48,15 @@ def measure_sensitivity(
     return found
 
 
-def module_of(layer: DecoderLayer, name: str) -> Linear:
-    block, projection = name.split(".")
-    module = getattr(getattr(layer, block), projection)
-    assert isinstance(module, Linear)
-    return module
+def parts_of(layer: DecoderLayer) -> dict[tuple[str, ...], Linear]:
+    """Return the modules of a layer by the matrices of the checkpoint that each holds."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return {
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): attention.qkv_proj,
+        ("self_attn.o_proj",): attention.o_proj,
+        ("mlp.gate_proj", "mlp.up_proj"): mlp.gate_up_proj,
+        ("mlp.down_proj",): mlp.down_proj,
+    }
 
 
 def sensitivity_of(
@@ -92,7 +88,7 @@ class Passes:
         self.new_cache = model.new_dense_cache
         self.count = len(ids)
         x = self.network.embed_tokens(mx.array([*ids], mx.int32))
-        step, self.inputs = self.new_cache().begin(self.count), []
+        step, self.inputs = self.new_cache().plan(self.count), []
         for index, layer in enumerate(self.network.layers):
             self.inputs.append(x)
             x = layer(x, step, index)
@@ -102,7 +98,7 @@ class Passes:
 
     def divergence_from(self, index: int) -> float:
         """Compute layer `index` and those behind it again; return how far predictions moved."""
-        x, step = self.inputs[index], self.new_cache().begin(self.count)
+        x, step = self.inputs[index], self.new_cache().plan(self.count)
         for place, layer in enumerate(self.network.layers[index:], index):
             x = layer(x, step, place)
         found = divergences(self.predicted, self._predict(x)).mean().item()

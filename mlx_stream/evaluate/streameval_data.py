@@ -253,6 +253,7 @@ def write_data(data: StreamEvalData, path: Path) -> None:
             flush(written)
             written.replace(path)
             flush(path.parent)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round in circles
-        reason = getattr(error, "strerror", None) or error
-        raise TextError(f"{path}: cannot be written: {reason}") from error
+    except OSError as error:
+        raise TextError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except RuntimeError as error:  # links that go round in circles
+        raise TextError(f"{path}: cannot be written: {error}") from error

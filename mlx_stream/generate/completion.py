@@ -1,12 +1,13 @@
-"""Ids -> pieces of text, stop strings, statistics; knows no turns and no templates."""
+"""One text continued, as a caller who has a model wants it; knows no turns and no templates."""
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 from mlx_stream.errors import TextError
-from mlx_stream.generate.speculative import decode_speculatively, stream_factory
-from mlx_stream.generate.stats import Stats, eviction_notice
-from mlx_stream.generate.token_stream import TokenStream, check_max_tokens
+from mlx_stream.generate.reply import write_reply
+from mlx_stream.generate.requests import drive
+from mlx_stream.generate.speculative import writer_factory
+from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
+from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
@@ -51,11 +52,12 @@ def stream(
         stats.add_notices(notice)
         notify(notice)
 
-    cache, tokens = stream_factory(model, speculate, draft, kv_bits, sampling)(sinks, window, tell)
+    writer = writer_factory(model, speculate, draft, kv_bits, sampling)(sinks, window, tell)
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise TextError("the prompt is empty: give at least one character")
     sampler = Sampler(sampling or Sampling())
+    cache = writer.cache
     stats.seed = sampler.sampling.seed or 0
     stats.sinks, stats.window = cache.geometry.sinks, cache.geometry.window
     stats.cache_bytes = cache.nbytes
@@ -66,98 +68,11 @@ def stream(
             f"{capacity:,}: it is read in full, and only its end stays attended"
         )
     reply = ReplyDecoder(model.tokenizer.decoder(), stop, remember=False)
-    yield from stream_pieces(
-        decode_speculatively(
-            tokens,
-            ids,
-            sampler,
-            max_tokens,
-            model.tokenizer.eos_ids,
-            cumulative(progress, len(ids)),
-        ),
-        reply,
-        len(ids),
-        max_tokens,
-        stats,
-        tokens,
+    told, ends = cumulative(progress, len(ids)), model.tokenizer.eos_ids
+    yield (
+        yield from drive(
+            write_reply(writer, ids, sampler, max_tokens, ends, reply, stats, progress=told)
+        )
     )
     if cache.evicted and len(ids) <= capacity:
         tell(eviction_notice(stats.window))
-
-
-def cumulative(
-    progress: Callable[[int, int], None] | None, total: int
-) -> Callable[[int], None] | None:
-    """Turn steps' token counts into a running total."""
-    if progress is None:
-        return None
-    done = 0
-
-    def step(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    return step
-
-
-def stream_pieces(
-    ids: Iterator[int | None],
-    reply: ReplyDecoder,
-    prompt_tokens: int,
-    max_tokens: int,
-    stats: Stats,
-    tokens: TokenStream,
-    steps: bool = False,
-) -> Iterator[Piece]:
-    """Yield a reply's pieces; keep the statistics right at each of them.
-
-    Args:
-        ids: those sampled; None after a step that only read.
-        steps: yield a piece, which may have no text, after each.
-    """
-    started = time.perf_counter()
-    first = True
-    drafted, accepted = tokens.drafted, tokens.accepted
-
-    def tick() -> None:
-        nonlocal started, first, drafted, accepted
-        now = time.perf_counter()
-        if first:
-            stats.prompt_tokens += prompt_tokens
-            stats.prompt_seconds += now - started
-        else:
-            stats.reply_seconds += now - started
-            stats.decoded_tokens += 1
-        started, first = now, False
-        stats.attended, stats.evicted = tokens.attended, tokens.evicted
-        stats.drafted_tokens += tokens.drafted - drafted
-        stats.accepted_tokens += tokens.accepted - accepted
-        drafted, accepted = tokens.drafted, tokens.accepted
-
-    finish, unsent = "end", ""
-    for token in ids:
-        if token is None:
-            paused = time.perf_counter()
-            stats.attended, stats.evicted = tokens.cache.attended, tokens.cache.evicted
-            yield Piece("")
-            started += time.perf_counter() - paused
-            continue
-        tick()
-        stats.reply_tokens += 1
-        unsent = reply.add(token)
-        if reply.stopped or reply.count == max_tokens:
-            finish = "length"
-            break
-        if unsent or steps:
-            yield Piece(unsent)
-            started = time.perf_counter()  # what the caller did with it is not our time
-        unsent = ""
-    else:
-        if first:
-            tick()
-    tokens.rollback_lookahead()
-    stats.attended, stats.evicted = tokens.attended, tokens.evicted
-    rest = unsent + reply.flush()
-    reply.finish = "stop" if reply.stopped else finish
-    yield Piece(rest, reply.finish)

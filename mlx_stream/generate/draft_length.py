@@ -6,10 +6,9 @@ the chip, the bits and the window.
 """
 
 import statistics
-import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # How many ids before a guess agreed: guesses are judged apart by it.
@@ -42,14 +41,9 @@ class AcceptanceRate:
 
 
 class DraftLengthController:
-    """Choose how many tokens a step verifies.
+    """Choose how many tokens a step verifies."""
 
-    Args:
-        clock: returns seconds; only differences matter.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.clock = clock
+    def __init__(self) -> None:
         self._chances = [AcceptanceRate(FIRST_WEIGHT * p, FIRST_WEIGHT) for p in FIRST_CHANCES]
         self._seconds: dict[int, deque[float]] = {}
         self._skipped: set[int] = set()

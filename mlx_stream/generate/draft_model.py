@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
+from mlx_stream.generate.attended_ids import StreamObserver
 from mlx_stream.generate.draft_length import AcceptanceRate
-from mlx_stream.generate.token_stream import StreamObserver, TokenStream
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model, check_memory
 from mlx_stream.sampling import as_int
 

@@ -9,28 +9,26 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_stream import backend
 from mlx_stream.checkpoint.folder import LARGEST_DIMENSION, check_opened, check_shard
 from mlx_stream.errors import CheckpointError, SnapshotError, one_line
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
+from mlx_stream.models.fingerprint import raw_bytes
+from mlx_stream.models.weights import DTYPES
 from mlx_stream.program.atomic_replace import flush, partial_folder, sweep_partial_folders
 
 FORMAT = "mlx_stream stream"
-VERSION = 1
-# Values of each tensor that go into a model's fingerprint.
-SAMPLED = 64
+VERSION = 2  # in version 1 the fingerprint, and what writers remember, were others
 # A header of more than this is nobody's: the numbers and notes of a stream are a few kilobytes.
 LONGEST_HEADER = 16 * 2**20
 State = dict[str, mx.array | int]
+STATE_DTYPES = {**DTYPES, "uint32": mx.uint32}
 
 
 @dataclass(frozen=True)
@@ -41,28 +39,13 @@ class Snapshot:
         state: for `TokenStream.restore`.
         about: what the writer wanted to remember, as plain JSON values.
         model: fingerprint of the model it belongs to.
+        version: of the file, from 1.
     """
 
     state: State
     about: dict[str, Any]
     model: str
-
-
-def fingerprint(model: Model) -> str:
-    """Return what tells a model, computed as it is here, from another: 16 hexadecimal digits.
-
-    Of configuration, dtype, and every tensor's name, shape and a few of its values. It finds
-    another model or fine-tune, not a single damaged value.
-    """
-    digest = hashlib.sha256()
-    about = {"config": asdict(model.config), "dtype": str(model.dtype), "kept": model.quantized}
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    tensors: list[tuple[str, mx.array]] = tree_flatten(model.network.parameters())  # type: ignore[assignment]
-    for name, tensor in sorted(tensors):
-        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-        flat = tensor.reshape(-1)
-        digest.update(raw_bytes(flat[:: max(1, flat.size // SAMPLED)]))
-    return digest.hexdigest()[:16]
+    version: int = VERSION
 
 
 def save_snapshot(path: Path, stream: TokenStream, model: str, about: dict[str, Any]) -> None:
@@ -71,7 +54,7 @@ def save_snapshot(path: Path, stream: TokenStream, model: str, about: dict[str, 
     It is whole or not there: written beside it, flushed to disk, renamed, the folder flushed.
 
     Args:
-        model: the model's `fingerprint`.
+        model: the model's fingerprint.
         about: plain JSON values to remember with it.
 
     Raises:
@@ -130,7 +113,7 @@ def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HE
         if len(text) > longest:
             raise ValueError("its header is too long")
         header = json.loads(text)
-        if (header["format"], header["version"]) != (FORMAT, VERSION):
+        if header["format"] != FORMAT or header["version"] not in range(1, VERSION + 1):
             raise ValueError(f"format {header['format']!r}, version {header['version']!r}")
         if metadata["checksum"] != checksum(text, arrays):
             raise ValueError("its checksum does not agree")
@@ -140,7 +123,8 @@ def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HE
         state: State = {**header["numbers"], **arrays, **empty}
         if len(state) < len(header["numbers"]) + len(arrays) + len(empty):
             raise ValueError("two values have one name")
-        return Snapshot(state, dict(header["about"]), str(header["model"]))
+        version = int(header["version"])
+        return Snapshot(state, dict(header["about"]), str(header["model"]), version)
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SnapshotError(f"{path}: not a saved stream: its header is none of ours") from error
     except (OSError, CheckpointError, RuntimeError, ValueError, MemoryError) as error:
@@ -162,7 +146,9 @@ def empty_array(shape: Any, dtype: Any) -> mx.array:
     # Asked before one is made: a forged one could be of any size.
     if 0 not in sizes or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in sizes):
         raise ValueError("an array without values has some")
-    return mx.zeros(sizes, named_dtype(dtype))
+    if dtype not in STATE_DTYPES:
+        raise ValueError(f"no such type: {dtype!r}")
+    return mx.zeros(sizes, STATE_DTYPES[dtype])
 
 
 def sweep_partial(path: Path) -> None:
@@ -192,20 +178,5 @@ def checksum(header: str, arrays: dict[str, mx.array]) -> str:
     return digest.hexdigest()
 
 
-def raw_bytes(array: mx.array) -> memoryview:
-    """Return an array's bytes, in row order; evaluates it."""
-    integers = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
-    # numpy has no bfloat16; the bits are what counts.
-    values: Any = np.ascontiguousarray(np.array(array.view(integers), copy=False))
-    return memoryview(values).cast("B")
-
-
 def dtype_name(array: mx.array) -> str:
     return str(array.dtype).removeprefix("mlx.core.")
-
-
-def named_dtype(name: str) -> mx.Dtype:
-    dtype = getattr(mx, name, None)
-    if not isinstance(dtype, mx.Dtype):
-        raise ValueError(f"no such type: {name!r}")
-    return dtype

@@ -1,107 +1,110 @@
-"""Decode with guesses: token ids only; the text is that of `generate`."""
+"""Guess the next tokens and verify them in one step: the same ids in fewer steps.
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+A guess is kept where it equals what the sampler chose anyway, so the ids are those of plain
+decoding whatever the sampler and however bad the guesses: with the same seed the same, up to the
+rounding of several rows computed at once (for guesses that are not random, sampling and matching is
+speculative sampling, arXiv 2211.17192).
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
-from mlx_stream.cache.steps.verify import longest_verified, spare_rows
+from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.errors import ValueRefused
+from mlx_stream.generate.attended_ids import StreamObserver
 from mlx_stream.generate.draft_length import DraftLengthController
 from mlx_stream.generate.draft_model import Drafter, DraftModel, check_draft
-from mlx_stream.generate.ngram import NgramLookup
-from mlx_stream.generate.token_stream import StreamObserver, TokenStream, generate
+from mlx_stream.generate.ngram import NgramDraft, NgramLookup
+from mlx_stream.generate.token_stream import STEP_ERRORS, TokenStream
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.window import PREFILL_CHUNK
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Ids that may come next.
+
+    Attributes:
+        ids: those worth verifying.
+        ngram: what the stream's own past says.
+        modelled: what the draft model says, if it was asked.
+    """
+
+    ids: Sequence[int]
+    ngram: NgramDraft
+    modelled: Sequence[int] = ()
 
 
 class Speculator:
     """Guess from a stream's own past, and with a draft model if there is one.
 
-    It follows one stream, whose `follower` it is.
-
     Args:
-        pace: decides how many tokens are guessed; it has the clock.
+        length: decides how many tokens are guessed.
         drafter: asked where the past has no guess that pays.
+
+    Attributes:
+        observers: the stream's, which tell what the past is.
     """
 
-    def __init__(self, pace: DraftLengthController | None = None, drafter: Drafter | None = None):
-        self.length, self.ngram, self.drafter = (
-            pace or DraftLengthController(),
-            NgramLookup(),
-            drafter,
-        )
-        self._observers: list[StreamObserver] = [self.ngram, drafter] if drafter else [self.ngram]
+    def __init__(self, length: DraftLengthController | None = None, drafter: Drafter | None = None):
+        self.length, self.drafter = length or DraftLengthController(), drafter
+        self.ngram = NgramLookup()
+        self.observers: list[StreamObserver] = [self.ngram, drafter] if drafter else [self.ngram]
 
-    def read(self, ids: Sequence[int]) -> None:
-        for follower in self._observers:
-            follower.read(ids)
-
-    def rewind(self, count: int) -> None:
-        for follower in self._observers:
-            follower.rewind(count)
-
-    def restart(self, ids: Sequence[int]) -> None:
-        for follower in self._observers:
-            follower.restart(ids)
-
-    def erase(self) -> None:
-        for follower in self._observers:
-            follower.erase()
-
-    def step(
-        self, stream: TokenStream, sampler: Sampler, token: int, most: int, ends: Collection[int]
-    ) -> tuple[list[int], list[mx.array]]:
-        """Read `token`, and what is guessed to follow; return the ids chosen, at least one.
-
-        All but the last of them have been read. With them comes the sampler's key after each.
+    def guess(self, stream: TokenStream, token: int, most: int, ends: Collection[int]) -> Guess:
+        """Guess up to `most` ids that follow `token`, itself not read yet.
 
         Args:
-            most: how many ids may be returned.
             ends: ids that are not read.
         """
-        stream.record()  # for those who guess
-        more = most > 1
-        most = min(longest_verified(stream.cache), most) - 1
+        stream.ids.record()  # for those who guess
+        most = min(stream.cache.max_verify - 1, most)
         found = self.ngram.draft(token, most)
         likely = [self.length.chance(found.matched + i) for i in range(len(found.ids))]
-        count = self.length.choose(likely)
-        guessed, modelled = ids_before(ends, found.ids[:count]), ()
-        if not guessed and self.drafter and most > 0:
-            each = self.length.in_steps(self.drafter.seconds)
-            count = self.length.choose([self.drafter.chance] * most, each)
+        ids = ids_before(ends, found.ids[: self.length.choose(likely)])
+        if ids or not self.drafter or most < 1:
+            return Guess(ids, found)
+        each = self.length.in_steps(self.drafter.seconds)
+        count = self.length.choose([self.drafter.chance] * most, each)
+        try:
             modelled = self.drafter.draft(token, count) if count else ()
-            guessed = ids_before(ends, modelled)
-        chosen, keys = self._read(stream, sampler, [token, *guessed], more)
-        self.length.judge(found.matched, found.ids, chosen)
-        if self.drafter and modelled:
-            self.drafter.judge(modelled, chosen)
-        return chosen, keys
+        except STEP_ERRORS:
+            stream.fail()  # what the draft model has read is not known any more
+            raise
+        return Guess(ids_before(ends, modelled), found, modelled)
 
-    def _read(
-        self, stream: TokenStream, sampler: Sampler, ids: list[int], more: bool
-    ) -> tuple[list[int], list[mx.array]]:
-        """Read an id and guesses of those after it; keep the guesses that are chosen anyway."""
-        started, most = self.length.clock(), len(ids) - 1
-        if not most:
-            chosen = [stream.next(ids[0], sampler, more)]
-            self.length.record_step(1, self.length.clock() - started)
-            return chosen, [sampler.key]
-        rows = stream.verify(ids)
-        chosen = [sampler.choose(rows[0], lambda: stream.attended_ids(most))]
-        self.length.record_step(len(ids), self.length.clock() - started)
-        keys = [sampler.key]
-        while len(chosen) <= most and chosen[-1] == ids[len(chosen)]:
-            row = len(chosen)
-            later = most - row
-            chosen.append(sampler.choose(rows[row], lambda: stream.attended_ids(later)))  # noqa: B023
-            keys.append(sampler.key)
-        stream.rewind(len(ids) - len(chosen))
-        stream.drafted += most
-        stream.accepted += len(chosen) - 1
-        return chosen, keys
+    def learn(self, guess: Guess, chosen: Sequence[int], seconds: float) -> None:
+        """Learn from what was chosen, and from what the step took."""
+        self.length.record_step(1 + len(guess.ids), seconds)
+        self.length.judge(guess.ngram.matched, guess.ngram.ids, chosen)
+        if self.drafter and guess.modelled:
+            self.drafter.judge(guess.modelled, chosen)
+
+
+def choose_verified(
+    stream: TokenStream, sampler: Sampler, guessed: Sequence[int], rows: mx.array
+) -> tuple[list[int], list[mx.array]]:
+    """Return the ids chosen after a verified guess, at least one, and the sampler's key after each.
+
+    All but the last of them have been read; what was guessed wrong is taken back.
+
+    Args:
+        rows: logits (T, vocabulary) after the token before the guess, and after each of its ids.
+    """
+    chosen: list[int] = []
+    keys: list[mx.array] = []
+    for row, logits in enumerate(rows):
+        later = len(guessed) - row
+        chosen.append(sampler.choose(logits, lambda: stream.ids.attended(later)))  # noqa: B023
+        keys.append(sampler.key)
+        if row == len(guessed) or chosen[-1] != guessed[row]:
+            break
+    stream.rewind(1 + len(guessed) - len(chosen))
+    return chosen, keys
 
 
 def ids_before(ends: Collection[int], ids: Sequence[int]) -> Sequence[int]:
@@ -109,56 +112,27 @@ def ids_before(ends: Collection[int], ids: Sequence[int]) -> Sequence[int]:
     return next((ids[:at] for at, id in enumerate(ids) if id in ends), ids)
 
 
-def decode_speculatively(
-    stream: TokenStream,
-    prompt: Sequence[int],
-    sampler: Sampler,
-    max_tokens: int,
-    end_ids: Collection[int] = (),
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[int]:
-    """Do as `generate` does, in fewer steps if the stream's follower is a `Speculator`.
+@dataclass(frozen=True)
+class Writer:
+    """A stream that text is written on, its cache, and what guesses for it."""
 
-    A yielded id may have been read before the next one is asked for, and others after it: the
-    stream's `lookahead` says how many. A caller that stops calls its `rollback_lookahead`; then
-    stream and sampler are as `generate` leaves them.
-    """
-    speculator = stream.observer
-    if not isinstance(speculator, Speculator):
-        yield from generate(stream, prompt, sampler, max_tokens, end_ids, progress)
-        return
-    logits = stream.read(prompt, PREFILL_CHUNK, progress)
-    chosen, left = [sampler.choose(logits, stream.attended_ids)], max_tokens
-    keys = [sampler.key]
-    try:
-        while True:
-            for at, (token, key) in enumerate(zip(chosen, keys, strict=True), 1):
-                stream.lookahead, sampler.key = len(chosen) - at, key
-                if token in end_ids:
-                    return
-                yield token
-            left -= len(chosen)
-            if not left:
-                return
-            chosen, keys = speculator.step(stream, sampler, chosen[-1], left, end_ids)
-    finally:
-        stream.drop_pending()
+    tokens: TokenStream
+    cache: StreamCache
+    speculator: Speculator | None = None
 
 
-# From S and W as they were asked for, and whom to tell, to a stream of ids.
-StreamFactory = Callable[
-    [int | None, int | None, Callable[[str], None]], tuple[StreamCache, TokenStream]
-]
+# From S and W as they were asked for, and whom to tell, to a stream that text is written on.
+WriterFactory = Callable[[int | None, int | None, Notify], Writer]
 
 
-def stream_factory(
+def writer_factory(
     model: Model,
     speculate: bool | None,
     draft: Model | None,
     kv_bits: int | None,
     sampling: Sampling | None = None,
-) -> StreamFactory:
-    """Return what makes streams that text is written on; they are decoded by `decode`.
+) -> WriterFactory:
+    """Return what makes streams that text is written on.
 
     A stream has its spare rows even where nothing is guessed, so that its state can be continued
     with and without. What was measured of the machine is shared by all.
@@ -181,15 +155,14 @@ def stream_factory(
         check_draft(model, draft)
     seeded = sampling is not None and sampling.seed is not None
     guess = speculate or (speculate is None and kv_bits is None and (draft or not seeded))
-    pace = DraftLengthController()
+    length = DraftLengthController()
 
-    def open(
-        sinks: int | None, window: int | None, notify: Notify
-    ) -> tuple[StreamCache, TokenStream]:
+    def make(sinks: int | None, window: int | None, notify: Notify) -> Writer:
         cache = model.new_cache(sinks, window, spare_rows(kv_bits), notify, kv_bits)
         if not guess:
-            return cache, TokenStream(model, cache)
-        drafter = DraftModel(draft, cache, pace.clock) if draft else None
-        return cache, TokenStream(model, cache, Speculator(pace, drafter))
+            return Writer(TokenStream(model, cache), cache)
+        drafter = DraftModel(draft, cache) if draft else None
+        speculator = Speculator(length, drafter)
+        return Writer(TokenStream(model, cache, speculator.observers), cache, speculator)
 
-    return open
+    return make

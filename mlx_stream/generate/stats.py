@@ -1,5 +1,6 @@
 """What a stream has done, in numbers, and what its user should know; computes nothing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MOST_NOTICES = 8
@@ -16,6 +17,7 @@ class Stats:
     reply_seconds: float = 0.0
     drafted_tokens: int = 0  # guessed and verified...
     accepted_tokens: int = 0  # ...and right
+    settled: int = 0  # read so that the stream holds what the template renders
     attended: int = 0
     evicted: int = 0
     evicted_exchanges: int = 0
@@ -53,3 +55,19 @@ class Stats:
 
 def eviction_notice(window: int) -> str:
     return f"the window of {window:,} tokens is full: the oldest have begun to leave attention"
+
+
+def cumulative(
+    progress: Callable[[int, int], None] | None, total: int
+) -> Callable[[int], None] | None:
+    """Turn steps' token counts into a running total."""
+    if progress is None:
+        return None
+    done = 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return step

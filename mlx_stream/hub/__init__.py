@@ -2,4 +2,27 @@
 
 What is already here is used without touching the network. Only weights, configuration and
 tokenizer are ever fetched: never code, never pickles.
+
+The names for programs that offer models, each fetched when it is first asked for.
 """
+
+from typing import TYPE_CHECKING, Any
+
+from mlx_stream.program.public_names import fetch_name
+
+if TYPE_CHECKING:
+    from mlx_stream.hub.listing import CachedModel, cached_models
+    from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
+
+__all__ = ["STARTER", "STARTER_SYSTEM", "CachedModel", "cached_models"]
+
+_HOMES = {
+    "CachedModel": "mlx_stream.hub.listing",
+    "STARTER": "mlx_stream.hub.starter",
+    "STARTER_SYSTEM": "mlx_stream.hub.starter",
+    "cached_models": "mlx_stream.hub.listing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return fetch_name(__name__, _HOMES, name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_stream.cache import Step
 from mlx_stream.cache.steps.decode import DecodeKind, DecodeStep
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.sampling import PenalizedIds, Sampler, SamplingMode, choose_token
@@ -47,29 +48,49 @@ class CompiledSteps:
         self.count = 0
         self._kept: dict[tuple[DecodeKind, SamplingMode | None, bool], Callable[..., Any]] = {}
 
-    def run(
+    def decode(
         self,
-        step: DecodeStep,
+        step: Step,
         tokens: mx.array,
+        tracing: tuple[bool, bool],
         sampler: Sampler | None = None,
         key: mx.array | None = None,
         penalized: PenalizedIds | None = None,
     ) -> DecodeOutput:
-        """Compute a step that is `worth_tracing`; arguments as of `decode`."""
-        rule = sampler.mode if sampler else None
-        fixed = (step.kind, rule, "mask" in step.arrays)
+        """Compute a step of one token, traced if it is of a kind that comes again.
+
+        Args:
+            tokens: its id, (1, 1) uint32.
+            tracing: as `backend` says, for kinds that come a few times, and for ever.
+            sampler, key: choose the next token with this random key.
+            penalized: what the sampler's penalty is for, if it has one.
+        """
+        if isinstance(step, DecodeStep) and not step.is_sink and tracing[step.kind.steady]:
+            return self._traced(step, tokens, sampler, key, penalized)
+        return decode_eagerly(self.network, step, tokens, sampler, key, penalized)
+
+    def _traced(
+        self,
+        step: DecodeStep,
+        tokens: mx.array,
+        sampler: Sampler | None,
+        key: mx.array | None,
+        penalized: PenalizedIds | None,
+    ) -> DecodeOutput:
+        mode = sampler.mode if sampler else None
+        fixed = (step.kind, mode, "mask" in step.arrays)
         traced = self._kept.get(fixed)
         if traced is None:
             while len(self._kept) >= MOST_TRACES:
                 del self._kept[next(iter(self._kept))]
-            traced = self._kept[fixed] = mx.compile(self._function(step.kind, rule))
+            traced = self._kept[fixed] = mx.compile(self._function(step.kind, mode))
         numbers = sampler.numbers if sampler else {}
         ids = [] if penalized is None else [penalized.ids, penalized.attended]
         hidden, logits, chosen, keys, values = traced(tokens, step.arrays, numbers, key, ids)
         step.finish(keys, values)
         return DecodeOutput(hidden, logits, *chosen)
 
-    def _function(self, kind: DecodeKind, rule: SamplingMode | None) -> Callable[..., Any]:
+    def _function(self, kind: DecodeKind, mode: SamplingMode | None) -> Callable[..., Any]:
         def run(
             tokens: mx.array,
             arrays: dict[str, Any],
@@ -79,11 +100,11 @@ class CompiledSteps:
         ) -> tuple[Any, ...]:
             self.count += 1
             step = DecodeStep(kind, arrays)
-            hidden = self.network.hidden(tokens, step)
+            hidden = self.network(tokens, step)
             logits = self.network.logits(hidden[:, -1])[0]
             chosen: tuple[mx.array, ...] = ()
-            if rule is not None and key is not None:
-                chosen = choose_token(rule, numbers, logits, key, PenalizedIds.of(ids))
+            if mode is not None and key is not None:
+                chosen = choose_token(mode, numbers, logits, key, PenalizedIds.of(ids))
             return hidden, logits, chosen, step.keys, step.values
 
         return run
@@ -91,31 +112,16 @@ class CompiledSteps:
 
 def decode_eagerly(
     network: CausalLM,
-    step: Any,
+    step: Step,
     tokens: mx.array,
     sampler: Sampler | None = None,
     key: mx.array | None = None,
     penalized: PenalizedIds | None = None,
 ) -> DecodeOutput:
-    """Compute a step of one token without a trace.
-
-    Args:
-        tokens: its id, (1, 1) uint32.
-        sampler, key: choose the next token with this random key.
-        penalized: what the sampler's penalty is for, if it has one.
-    """
-    hidden = network.hidden(tokens, step)
+    """Compute a step of one token without a trace; arguments as of `CompiledSteps.decode`."""
+    hidden = network(tokens, step)
     logits = network.logits(hidden[:, -1])[0]
     if sampler is None or key is None:
         return DecodeOutput(hidden, logits)
     chosen = choose_token(sampler.mode, sampler.numbers, logits, key, penalized)
     return DecodeOutput(hidden, logits, *chosen)
-
-
-def worth_tracing(step: Any, tracing: tuple[bool, bool]) -> bool:
-    """Return whether a step is traced: one of plain rows, no sink, of a kind that comes again.
-
-    Args:
-        tracing: as `backend` says; asked once for a stream, not for each step.
-    """
-    return isinstance(step, DecodeStep) and not step.is_sink and tracing[step.steady]

@@ -5,14 +5,14 @@ step of a cache, which owns order, positions and masks. Q, K and V are one produ
 another, wherever their weights can be joined; names are those of the checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_stream.cache import Cache, Step
+from mlx_stream.cache import Step
 from mlx_stream.config import ModelConfig
 
 
@@ -26,11 +26,23 @@ class Projection:
     bias: bool = False
 
 
+class LinearModule(Protocol):
+    """A linear map, its weight quantized or not."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map (T, inputs) to (T, outputs)."""
+        ...
+
+    def add_to(self, residual: mx.array, x: mx.array) -> mx.array:
+        """Return `residual` and what `x` maps to, added: one operation where there is one."""
+        ...
+
+
 class Weights(Protocol):
     """Where a model's modules come from: asked for each by the names of its tensors."""
 
-    def linear(self, *parts: Projection) -> nn.Module:
-        """Return one module whose output is the parts' outputs, one behind the other."""
+    def linear(self, *parts: Projection) -> Any:
+        """Return one `LinearModule` whose output is the parts' outputs, one behind the other."""
         ...
 
     def embedding(
@@ -38,12 +50,6 @@ class Weights(Protocol):
     ) -> nn.Embedding | nn.QuantizedEmbedding: ...
 
     def norm(self, path: str, size: int, eps: float) -> nn.Module: ...
-
-
-def add_to(residual: mx.array, projection: nn.Module, x: mx.array) -> mx.array:
-    """Return residual + projection(x): one operation if the module has one, as `weights.Linear`."""
-    add = getattr(projection, "add_to", None)
-    return add(residual, x) if add else residual + projection(x)
 
 
 class Attention(nn.Module):
@@ -63,10 +69,10 @@ class Attention(nn.Module):
         rows, heads = x.shape[0], self.qkv_proj(x)
         if rows == 1:  # the same numbers in the same order, without turning axes there and back
             heads = heads.reshape(1, -1, 1, self.head_dim)
-            return add_to(residual, self.o_proj, step.attend(layer, heads).reshape(1, -1))
+            return self.o_proj.add_to(residual, step.attend(layer, heads).reshape(1, -1))
         heads = heads.reshape(1, rows, -1, self.head_dim).swapaxes(1, 2)
         out = step.attend(layer, heads).swapaxes(1, 2).reshape(rows, -1)
-        return add_to(residual, self.o_proj, out)
+        return self.o_proj.add_to(residual, out)
 
 
 class MLP(nn.Module):
@@ -81,7 +87,7 @@ class MLP(nn.Module):
 
     def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return add_to(residual, self.down_proj, nn.silu(gate) * up)
+        return self.down_proj.add_to(residual, nn.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -107,7 +113,13 @@ class Biases:
 
 
 class CausalLM(nn.Module):
-    """A decoder with its head: token ids in, hidden states and logits out."""
+    """A decoder with its head: token ids in, hidden states and logits out.
+
+    Attributes:
+        named_tensors: yields its tensors by the checkpoint's names; set by who builds it.
+    """
+
+    named_tensors: Callable[[], Iterator[tuple[str, mx.array]]]
 
     def __init__(self, config: ModelConfig, weights: Weights, bias: Biases):
         super().__init__()
@@ -122,23 +134,17 @@ class CausalLM(nn.Module):
         if not self.tied:
             self.lm_head = weights.linear(Projection("lm_head", vocabulary, size))
 
-    def __call__(self, ids: Sequence[int], cache: Cache, prefill: bool = False) -> mx.array:
-        """Read one step's token ids, at most `cache.take(len(ids))`, into the cache.
-
-        Returns the hidden states (1, len(ids), hidden size), normalized, not yet evaluated. With
-        `prefill`, what the last layer begins from instead: once this and then the cache's arrays
-        are evaluated, all that later tokens attend to is there, and nothing else was computed.
-        """
-        step = cache.begin(len(ids))
-        # Padded with a real id: whatever its row of the embedding holds has been seen already.
-        tokens = [*ids, *[ids[-1]] * (step.rows - step.count)]
-        before, x = self._through(mx.array([tokens], mx.int32), step)
-        cache.commit(step)
-        return (before if prefill else self.norm(x))[None, : step.count]
-
-    def hidden(self, tokens: mx.array, step: Step) -> mx.array:
-        """Compute a step's tokens (1, T) through all layers: (1, T, hidden size), normalized."""
+    def __call__(self, tokens: mx.array, step: Step) -> mx.array:
+        """Return the hidden states (1, T, hidden size) of a step's tokens (1, T), normalized."""
         return self.norm(self._through(tokens, step)[1])[None]
+
+    def prefill(self, tokens: mx.array, step: Step) -> mx.array:
+        """Return what the last layer begins from, (1, T, hidden size), for a step's tokens (1, T).
+
+        Once this and then the step's keys and values are evaluated, all that later tokens attend
+        to is there, and nothing else was computed.
+        """
+        return self._through(tokens, step)[0][None]
 
     def _through(self, tokens: mx.array, step: Step) -> tuple[mx.array, mx.array]:
         """Return what the last layer begins from and what it gives, (T, hidden size) each."""

@@ -1,7 +1,8 @@
 """Tensors of a checkpoint -> modules: names and shapes checked, quantized or not, joined."""
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,7 @@ import mlx.nn as nn
 from mlx_stream.config import ModelConfig, Quantization
 from mlx_stream.errors import WeightsError
 from mlx_stream.models.layers import CausalLM, Projection
-from mlx_stream.models.layout import layout_of, weights_bytes
+from mlx_stream.models.layout import Vector, layout_of, weights_bytes
 from mlx_stream.models.registry import MODELS
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -37,6 +38,7 @@ def build(
     weights = CheckpointWeights(config, tensors, dtype, keep_quantized)
     model = MODELS[config.model_type](config, weights)
     refuse_unknown(config, tensors)
+    model.named_tensors = partial(named_tensors, weights.made)
     return model
 
 
@@ -110,13 +112,18 @@ class CheckpointWeights:
     ):
         self.config, self.tensors = config, tensors
         self.dtype, self.keep_quantized = dtype, keep_quantized
+        self.made: list[tuple[tuple[Projection | Vector, ...], nn.Module]] = []
 
     def linear(self, *parts: Projection) -> nn.Module:
         read = [self.part(p.path, p.outputs, p.inputs, p.bias) for p in parts]
         alike = all(part.quantization == read[0].quantization for part in read)
-        if not alike:
-            return SideBySide([self._module([part]) for part in read])
-        return self._module(read)
+        if alike:
+            module = self._module(read)
+            self.made.append((parts, module))
+            return module
+        modules = [self._module([part]) for part in read]
+        self.made += [((part,), module) for part, module in zip(parts, modules, strict=True)]
+        return SideBySide(modules)
 
     def embedding(self, path: str, count: int, size: int) -> nn.Embedding | nn.QuantizedEmbedding:
         part = self.part(path, count, size, False)
@@ -130,12 +137,14 @@ class CheckpointWeights:
             module.num_embeddings, module.dims = count, size
             _set_quantized(module, part.tensors)
         mx.eval(module.parameters())
+        self.made.append(((Projection(path, count, size),), module))
         return module
 
     def norm(self, path: str, size: int, eps: float) -> nn.Module:
         module = nn.RMSNorm(1, eps)
         module.weight = self.floats(f"{path}.weight", (size,))
         mx.eval(module.parameters())
+        self.made.append(((Vector(path, size),), module))
         return module
 
     def _module(self, parts: list[Part]) -> nn.Module:
@@ -151,7 +160,7 @@ class CheckpointWeights:
         if quantization is None:
             module = Linear(joined["weight"])
         else:
-            module = nn.QuantizedLinear(
+            module = QuantizedLinear(
                 _smallest(quantization), 1, bias="bias" in joined, **_settings(quantization)
             )
             _set_quantized(module, joined)
@@ -222,6 +231,23 @@ class CheckpointWeights:
         return tensor
 
 
+def named_tensors(
+    made: Iterable[tuple[tuple[Projection | Vector, ...], nn.Module]],
+) -> Iterator[tuple[str, mx.array]]:
+    """Yield the tensors of modules as they are computed with, by the checkpoint's names.
+
+    One that is a part of a joined matrix is a view of its rows.
+    """
+    for parts, module in made:
+        row = 0
+        for part in parts:
+            rows = part.size if isinstance(part, Vector) else part.outputs
+            for name in ("weight", "scales", "biases", "bias"):
+                if name in module:
+                    yield f"{part.path}.{name}", module[name][row : row + rows]
+            row += rows
+
+
 class Linear(nn.Module):
     """Map (T, inputs) to (T, outputs); the weight is turned once, not in every step's graph.
 
@@ -249,6 +275,13 @@ class Linear(nn.Module):
         return mx.addmm(residual, x, self._turned)
 
 
+class QuantizedLinear(nn.QuantizedLinear):
+    """Map (T, inputs) to (T, outputs) by a quantized weight."""
+
+    def add_to(self, residual: mx.array, x: mx.array) -> mx.array:
+        return residual + self(x)
+
+
 class SideBySide(nn.Module):
     """Projections that cannot be joined (other bits or groups), run one after another."""
 
@@ -258,6 +291,9 @@ class SideBySide(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return mx.concatenate([part(x) for part in self.parts], axis=-1)
+
+    def add_to(self, residual: mx.array, x: mx.array) -> mx.array:
+        return residual + self(x)
 
 
 def weight_bytes(

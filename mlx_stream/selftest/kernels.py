@@ -53,20 +53,20 @@ def rotation(model: Model) -> CheckOutcome:
     config = model.config
     frequencies = inverse_frequencies(config.rope, config.head_dim)
     heads = config.num_attention_heads + config.num_key_value_heads
-    off = 0.0
+    rope, off = model.attention.rope, 0.0
     for rows, place in ((1, 0), (1, CLOCK_LIMIT - 1), (9, 1_000), (9, CLOCK_LIMIT - 9)):
         x = random(model, 1, heads, rows, config.head_dim)
         places = place + np.arange(rows)
         expected = reference.rotate(plain(x), places, frequencies)
-        turned = model.rope.rotate(x, mx.array([place], mx.int32))
+        turned = rope.rotate(x, mx.array([place], mx.int32))
         off = max(off, worst(plain(turned), expected))
         if rows == 1:
-            once = model.rope.token_rotation(mx.array([place], mx.int32), heads)(x)
+            once = rope.token_rotation(mx.array([place], mx.int32), heads)(x)
             off = max(off, worst(plain(once), expected))
         together = reference.rotate(plain(x), np.full(rows, place), frequencies)
-        all_turned = model.rope.rotate_all(x, place)
+        all_turned = rope.rotate_all(x, place)
         off = max(off, worst(plain(all_turned), together))
-        back = model.rope.rotate_all(all_turned, place, backwards=True)
+        back = rope.rotate_all(all_turned, place, backwards=True)
         off = max(off, worst(plain(back), plain(x)))
     return within(off, tolerance(model))
 

@@ -6,6 +6,7 @@ Windows are small and their contents random, so that each is past its wrap at on
 import itertools
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -34,25 +35,18 @@ SPREAD = {mx.float32: 1e-2, mx.float16: 3e-2, mx.bfloat16: 2e-1}
 def places(model: Model) -> CheckOutcome:
     """Read one layer's tokens, singly and in chunks, while the clock is lowered; beside numpy."""
     config = model.config
-    cache = StreamCache(
-        1,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        model.rope,
-        SINKS,
-        WINDOW,
-        dtype=model.dtype,
-    )
+    one_layer = replace(model.attention, layers=1)
+    cache = StreamCache(one_layer, SINKS, WINDOW, dtype=model.dtype)
     frequencies = inverse_frequencies(config.rope, config.head_dim)
-    slow = reference.SlowStream(SINKS, WINDOW, cache.scale, frequencies)
+    slow = reference.SlowStream(SINKS, WINDOW, cache.shape.scale, frequencies)
     begin_at(cache, model, slow, cache.clock_limit - AROUND_THE_LIMIT)
     end, off, lowered = cache.clock_limit + AROUND_THE_LIMIT, 0.0, False
     counts = itertools.cycle((1, 1, 5, 1, 16, 30))
     while cache.length < end:
         first, clock = cache.length, cache.position.clock
         count = cache.max_step(next(counts))
-        step = cache.begin(count)
+        cache.prepare(count)
+        step = cache.plan(count)
         heads = mx.concatenate([heads_of(model, first + i) for i in range(step.rows)], axis=2)
         found = plain(step.attend(0, heads))[:, :count]
         cache.commit(step)
@@ -127,7 +121,7 @@ def in_place(model: Model) -> CheckOutcome:
     small, large = WINDOW, min(large, LARGE)
     if large < 4 * small:
         return CheckOutcome(None, f"not applicable: a window of {large} is too small to tell")
-    keys = model.new_cache(SINKS, large).keys[0]
+    keys = model.new_cache(SINKS, large).current.keys[0]
     assert isinstance(keys, mx.array)
     buffer, attention = keys.nbytes, scores(model, keys)
     if 4 * attention > buffer:

@@ -5,10 +5,9 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_stream import backend
-from mlx_stream.cache.positions import Rope
 from mlx_stream.config import read_config
 from mlx_stream.errors import ValueRefused
-from mlx_stream.load import Model
+from mlx_stream.load import Model, attention_shape
 from mlx_stream.models.weights import DTYPES, build, weight_bytes
 
 # Llama 3's: four query heads to each key head, its rotary frequencies, the head tied.
@@ -50,9 +49,9 @@ def make_tiny_model(dtype: str | None = None) -> Model:
     tensors = weights()
     needed = weight_bytes(config, tensors, computed, False)
     network = build(config, tensors, computed, False)
-    rope = Rope(config.rope, config.head_dim)
+    shape = attention_shape(config)
     no_tokenizer = cast(Any, None)
-    return Model(NAME, config, network, no_tokenizer, rope, computed, False, needed)
+    return Model(NAME, config, network, no_tokenizer, shape, computed, False, needed)
 
 
 def weights() -> dict[str, mx.array]:

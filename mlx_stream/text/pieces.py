@@ -15,9 +15,6 @@ class Piece:
         finish: set on the last one: end, stop or length.
         attended: on the last one of a conversation's reply, the tokens attended now.
         evicted_exchanges, evicted_tokens: on the same, what left attention during the turn.
-
-    One without text and `finish` is a step that made no text final; only `ChatSession.steps` asks
-    for these.
     """
 
     text: str
@@ -35,6 +32,7 @@ class StopMatcher:
         if not all(self.stops):
             raise ValueRefused("--stop must not be an empty text")
         self.pending = ""
+        self._longest = max(map(len, self.stops), default=1) - 1  # of what may have begun
 
     def add(self, text: str) -> tuple[str, bool]:
         """Return the text that is final, and whether a stop string came right after it.
@@ -58,8 +56,7 @@ class StopMatcher:
 
     def _partial_match(self) -> int:
         """Return the length of the longest end of the text that begins a stop string."""
-        longest = max((len(stop) for stop in self.stops), default=1) - 1
-        for length in range(min(longest, len(self.pending)), 0, -1):
+        for length in range(min(self._longest, len(self.pending)), 0, -1):
             end = self.pending[len(self.pending) - length :]
             if any(stop.startswith(end) for stop in self.stops):
                 return length
@@ -138,6 +135,8 @@ class ReplyDecoder:
             self.text += text
             if self.ids:
                 self.ends[len(self.ids) - 1] = len(self.text)
-        final, self.stopped = self.matcher.add(text)
+        final = text
+        if self.matcher.stops:
+            final, self.stopped = self.matcher.add(text)
         self.final += len(final)
         return final

@@ -259,8 +259,12 @@ class StreamDecoder:
         self._sent = len(self._decode()) - held
 
     def _decode(self) -> str:
-        with library_errors("cannot decode these ids"):
+        try:  # for every token: a context manager would be a tenth of a step's calls
             return self._backend.decode(self._window, skip_special_tokens=True)
+        except BaseException as error:
+            if ours := as_tokenizer_error(error, "cannot decode these ids"):
+                raise ours from error
+            raise
 
 
 @contextmanager
@@ -268,12 +272,18 @@ def library_errors(what: str) -> Iterator[None]:
     """Turn what the library raises about a stranger's tokenizer.json into our own error."""
     try:
         yield
-    # It raises plain Exception, and where its Rust code gives up, a BaseException by this name.
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = one_line(error)
-        raise TokenizerError(f"tokenizer.json {what}: {reason}") from error
+        if ours := as_tokenizer_error(error, what):
+            raise ours from error
+        raise
+
+
+def as_tokenizer_error(error: BaseException, what: str) -> TokenizerError | None:
+    """Return our own error for what the library raised; None for an interrupt and the like."""
+    # It raises plain Exception, and where its Rust code gives up, a BaseException by this name.
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        return None
+    return TokenizerError(f"tokenizer.json {what}: {one_line(error)}")
 
 
 def decoder_kinds(backend: tokenizers.Tokenizer) -> set[str]:

@@ -142,7 +142,7 @@ def test_without_its_snapshot_a_stream_is_built_again(start, log, what):
         data[-1] ^= 1
         where.snapshot.write_bytes(data)
     elif what == "of another journal":
-        with Journal(where.journal)._connection as connection:
+        with Journal(where.journal)._file.connection as connection:
             connection.execute("UPDATE about SET id = 'x'")
     words = ("--window=300",) if what == "of another window" else ()
     assistant = start(f"--follow={log}", *words)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_stream_assistant import tail
+from mlx_stream_assistant import file_search, tail
 from mlx_stream_assistant.rotation import rotation_number
 from mlx_stream_assistant.tail import GRACE
 from tests.fakes.following import Reading, add, rotate, write
@@ -113,6 +113,12 @@ def test_a_binary_file_in_between_is_passed_over(path):
     assert reading.taken == b"one\ntwo\nthree\n"
 
 
+def replace_open_file(monkeypatch, opened) -> None:
+    """Have files opened another way, the one that is read and those beside it."""
+    for module in (tail, file_search):
+        monkeypatch.setattr(module, "open_file", opened)
+
+
 @pytest.fixture
 def locked(monkeypatch):
     """Names that may not be opened: root may open what others may not."""
@@ -124,7 +130,7 @@ def locked(monkeypatch):
             raise PermissionError(13, "Permission denied")
         return whole(path)
 
-    monkeypatch.setattr(tail, "open_file", opened)
+    replace_open_file(monkeypatch, opened)
     return names
 
 
@@ -196,7 +202,7 @@ def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):
     reading = rotated_while_nobody_looked(path)
     look = os.scandir
     entries = lambda folder: nullcontext(iter([Gone(), *look(folder)]))  # noqa: E731
-    monkeypatch.setattr(tail.os, "scandir", entries)
+    monkeypatch.setattr(file_search.os, "scandir", entries)
     reading.wait()
     assert reading.taken == b"one\ntwo\nthree\n"
 
@@ -217,7 +223,7 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
             write(path, b"%d\n" % number, 10 + number)
         return whole(found)
 
-    monkeypatch.setattr(tail, "open_file", opened)
+    replace_open_file(monkeypatch, opened)
     reading.wait(60)
     assert next(opens) > 13
     assert reading.taken == b"one\ntwo\nthree\n0\n1\n3\n4\n8\n13\n"
@@ -232,7 +238,7 @@ def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
             path.with_name("x.log.1").rename(again)
         return whole(found)
 
-    monkeypatch.setattr(tail, "open_file", opened)
+    replace_open_file(monkeypatch, opened)
     reading.wait(10)
     assert reading.taken == b"one\ntwo\nthree\n"
     assert not [line for line in reading.told if "cannot be read" in line]

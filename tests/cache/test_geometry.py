@@ -135,11 +135,13 @@ def test_the_sinks_stand_directly_before_the_oldest_token(given_place, ahead):
     assert clock - sink == token - oldest + geometry.sinks  # rule 2, for sink 0
 
 
-@given(places(), st.integers(1, 70))
-def test_a_place_moves_as_its_tokens_do(given_place, count):
+@given(places(), st.integers(1, 70), st.integers(-1, 70))
+def test_a_place_moves_as_its_tokens_do(given_place, count, sinks_at):
     geometry, place = given_place
-    after = geometry.advance(place, count)
+    after = geometry.advance(place, count, sinks_at)
     assert (after.length, after.clock) == (place.length + count, place.clock + count)
+    assert after.sinks_at == sinks_at
+    assert after.clock_epoch == place.clock_epoch and after.clock_offset == place.clock_offset
     assert after.floor == max(place.floor, after.length - geometry.ring)
     back = geometry.rewind(after, count)
     assert (back.length, back.clock, back.floor) == (place.length, place.clock, after.floor)

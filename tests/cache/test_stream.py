@@ -1,7 +1,6 @@
 """The cache alone against the slow reference: every row of every step, whatever is done to it."""
 
 import itertools
-from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from mlx_stream.cache import DenseCache, StreamCache
 from mlx_stream.cache.geometry import Geometry, StreamPosition
-from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.decode import DecodeKind
 from mlx_stream.errors import ValueRefused
 from tests.fakes.shapes import (
@@ -21,6 +19,8 @@ from tests.fakes.shapes import (
     Twins,
     check_erased,
     contents,
+    everything,
+    next_step,
     quantized_shapes,
     read_random,
     shapes,
@@ -63,13 +63,18 @@ class StreamMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 20), layers=st.integers(0, 1))
     def abandon_a_step(self, count: int, layers: int):
-        """What an interrupt does: a step is begun, perhaps evaluated, and never committed."""
-        step = self.cache.begin(self.cache.max_step(count))
+        """What an interrupt does: a step is planned, perhaps evaluated, and never committed."""
+        count = self.cache.max_step(count)
+        self.cache.prepare(count)
+        version, before = self.cache.version, everything(self.cache)
+        step = self.cache.plan(count)
         for layer in range(layers):
             mx.eval(step.attend(layer, self.twins.heads(step.rows)))
+        assert self.cache.version is version and everything(self.cache) == before
 
     @rule(extra=st.integers(1, 2**70))
     def ask_for_too_much(self, extra: int):
+        self.cache.prepare(1)
         before = self.twins.contents()
         held = self.cache.attended - min(self.cache.length, self.cache.geometry.sinks)
         with pytest.raises(ValueRefused):
@@ -81,7 +86,10 @@ class StreamMachine(RuleBasedStateMachine):
                 refused(-extra)
         for count in (0, -1, self.cache.max_step(2**20) + extra):
             with pytest.raises(ValueRefused):
-                self.cache.begin(count)
+                self.cache.plan(count)
+        for count in (0, -1, self.cache.max_verify + extra):
+            with pytest.raises(ValueRefused):
+                self.cache.plan(count, verify=True)
         assert self.twins.contents() == before
 
     @precondition(lambda self: self.cache.length > 0)
@@ -92,7 +100,7 @@ class StreamMachine(RuleBasedStateMachine):
         assert contents(new) == self.twins.contents()
         check_erased(new)
         for chunk in (count, 1, 1):
-            step = old.begin(old.max_step(chunk))
+            step = next_step(old, old.max_step(chunk))
             for layer in range(self.twins.shape.layers):
                 step.attend(layer, self.twins.heads(step.rows))
             old.commit(step)
@@ -146,7 +154,7 @@ def test_chunks_equal_the_reference(shape, chunks):
 def test_which_rows_a_full_window_leaves_out_follows_from_the_row(sinks, window, spare, more):
     geometry, token = Geometry(sinks, window, spare), sinks + window - 1 + more
     place = StreamPosition(token, max(sinks, token - geometry.ring), 0)
-    kind = DecodeKind(1, 1, cast(Rope, None), 1.0, sinks, geometry.rows, spare)
+    kind = DecodeKind(Shape().attention(), sinks, geometry.rows, spare)
     attended = np.array(kind.attended_mask(mx.array([geometry.row(token)], mx.int32)))
     expected = geometry.decode_mask(place, geometry.rows)
     assert expected is not None and attended.shape == (1, geometry.rows)
@@ -238,7 +246,7 @@ def test_decode_equals_one_chunk(bits):
         cache = Shape(group=2, clock_limit=2**14, head_dim=dim, bits=bits).cache()
         outs, first = [], 0
         while first < 90:
-            step = cache.begin(cache.max_step(min(chunk, 90 - first)))
+            step = next_step(cache, cache.max_step(min(chunk, 90 - first)))
             count = step.count
             new = heads[:, :, first : first + count]
             padding = mx.full((1, 4, step.rows - count, dim), 1e4)
@@ -253,7 +261,7 @@ def test_decode_equals_one_chunk(bits):
     many, other = run(1)
     np.testing.assert_allclose(one, many, atol=2e-5)
     assert cache.position.length == other.position.length == 90
-    mine, its = (c.storage.arrays(c.values[0]).values() for c in (cache, other))
+    mine, its = (c.storage.arrays(c.current.values[0]).values() for c in (cache, other))
     for a, b in zip(mine, its, strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-6, err_msg="padding stored")
 
@@ -273,7 +281,7 @@ def test_impossible_streams_are_refused(sinks, window, spare):
 @pytest.mark.parametrize(("bits", "dim"), [(2, 64), (16, 64), (8, 80), (4, 32)])
 def test_rows_that_cannot_be_quantized_are_refused(bits, dim):
     with pytest.raises(ValueRefused, match="--kv-bits"):
-        StreamCache(1, 1, 1, dim, Shape(head_dim=dim).rope(), bits=bits)
+        StreamCache(Shape(head_dim=dim).attention(), bits=bits)
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.53125), (4, 0.28125)])
@@ -291,7 +299,7 @@ def test_the_bytes_of_a_quantized_ring(bits, share):
 def test_a_dense_cache_attends_to_everything_and_rewinds():
     shape = Shape(window=400, sinks=0)
     twins = Twins(shape)
-    dense = DenseCache(2, 1, 1, 8, shape.rope())
+    dense = DenseCache(shape.attention())
     twins.cache = dense  # type: ignore[assignment]
     for count in (1, 40, 1, 250, 1):
         twins.read(count)
@@ -300,10 +308,10 @@ def test_a_dense_cache_attends_to_everything_and_rewinds():
         slow.rewind(45)
     saved = dense.state()
     twins.read(20)
-    other = DenseCache(2, 1, 1, 8, shape.rope())
+    other = DenseCache(shape.attention())
     other.restore(saved)
     assert (dense.attended, dense.evicted, other.length) == (268, 0, 248)
-    for refused in (lambda: dense.rewind(269), lambda: dense.rewind(-1), lambda: dense.evict(1)):
+    for refused in (lambda: dense.rewind(269), lambda: dense.rewind(-1)):
         with pytest.raises(ValueRefused):
             refused()
     assert dense.length == 268

@@ -1,7 +1,6 @@
 """Steps of a few tokens on the ring, some of them taken back, against the slow reference."""
 
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,20 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_stream.cache import DenseCache
-from mlx_stream.cache.steps.verify import Verifying, longest_verified
-from tests.fakes.shapes import Shape, Twins, shapes
+from mlx_stream.cache.steps.verify import VerifyStep
+from mlx_stream.errors import ValueRefused
+from tests.fakes.shapes import Shape, Twins, next_step, shapes
 
 
 def verify(twins: Twins, count: int) -> None:
     """Read tokens in one step that writes first; compare every row of every layer."""
-    if count == 1:
-        twins.read(1)
-        return
-    cache = Verifying(twins.cache)
-    step = cache.begin(count)
+    step = next_step(twins.cache, count, verify=True)
+    assert isinstance(step, VerifyStep) == (count > 1) and step.count == step.rows == count
     heads = [twins.heads(step.rows) for _ in range(twins.shape.layers)]
     outs = [step.attend(layer, new) for layer, new in enumerate(heads)]
-    cache.commit(step)
+    twins.cache.commit(step)
     mx.eval(outs, twins.cache.arrays())
     for slow, new, out in zip(twins.slow, heads, outs, strict=True):
         twins.compare(slow, new, out, count, lambda token: True)
@@ -46,7 +43,7 @@ def test_every_row_is_that_of_the_reference(shape, moves, random):
     twins = Twins(shape)
     for move, amount in moves:
         if move == "verify":
-            count = 1 + amount % longest_verified(twins.cache)
+            count = 1 + amount % twins.cache.max_verify
             before, rejected = twins.cache.attended, random.randrange(count)
             verify(twins, count)
             take_back(twins, rejected)
@@ -70,7 +67,7 @@ def test_all_but_the_first_can_be_taken_back_also_where_the_window_is_smaller(si
     twins = Twins(Shape(sinks, window, 7, layers=1))
     twins.read(sinks + window + 8)
     for _ in range(20):
-        count = longest_verified(twins.cache)
+        count = twins.cache.max_verify
         assert count == min(7, window) + 1
         verify(twins, count)
         take_back(twins, count - 1)
@@ -88,7 +85,7 @@ def test_rejected_tokens_cost_no_attended_one(sinks, count, clock_limit):
     twins.read(sinks + 20)
     wraps = 0
     while wraps < 3 * (window + 7):
-        taken = min(count, longest_verified(twins.cache))
+        taken = min(count, twins.cache.max_verify)
         verify(twins, taken)
         accepted = 1 + (wraps % taken)
         take_back(twins, taken - accepted)
@@ -109,13 +106,12 @@ def test_it_equals_one_by_one_and_a_chunk():
     def run(way: str) -> np.ndarray:
         cache, outs, first = shape.cache(), [], 0
         while first < 400:
-            through: Any = Verifying(cache) if way == "verify" and first >= 4 else cache
-            most = 1 if way == "one" else 8
-            most = longest_verified(cache) if through is not cache else cache.max_step(most)
-            step, out = through.begin(min(most, 400 - first)), heads
+            verifies = way == "verify"
+            most = cache.max_verify if verifies else cache.max_step(1 if way == "one" else 8)
+            step, out = next_step(cache, min(most, 400 - first), verifies), heads
             for layer in range(2):
                 out = step.attend(layer, heads[:, :, first : first + step.rows])
-            through.commit(step)
+            cache.commit(step)
             outs.append(out[:, :, : step.count])
             mx.eval(outs, cache.arrays())
             first += step.count
@@ -134,12 +130,12 @@ def test_half_precision_stays_within_its_rounding(dtype, tolerance):
     twins = Twins(shape, tolerance)
     twins.read(20)
     for _ in range(30):
-        verify(twins, min(8, longest_verified(twins.cache)))
+        verify(twins, min(8, twins.cache.max_verify))
 
 
 def test_how_many_tokens_a_step_verifies():
     shape = Shape(sinks=2, window=20, spare=7, group=2)
-    assert longest_verified(shape.cache()) == 1  # its sinks come first
+    assert shape.cache().max_verify == 1  # its sinks come first
     for change, expected in (
         ({}, 8),
         ({"spare": 0}, 1),
@@ -151,12 +147,15 @@ def test_how_many_tokens_a_step_verifies():
     ):
         twins = Twins(replace(shape, **change))
         twins.read(5)
-        assert longest_verified(twins.cache) == expected
+        assert twins.cache.max_verify == expected
         twins.read(14)
-        assert longest_verified(twins.cache) == min(expected, 3)  # before the oldest must leave
+        assert twins.cache.max_verify == min(expected, 3)  # before the oldest must leave
         twins.read(10)
-        assert longest_verified(twins.cache) == expected
-    assert longest_verified(DenseCache(2, 1, 1, 8, shape.rope())) == 1
+        assert twins.cache.max_verify == expected
+    dense = DenseCache(shape.attention())
+    assert dense.max_verify == 1
+    with pytest.raises(ValueRefused):
+        dense.plan(2, verify=True)
 
 
 def test_buffers_are_updated_in_place():
@@ -170,10 +169,10 @@ def test_buffers_are_updated_in_place():
         if warm and not active:
             active = mx.get_active_memory()
             mx.reset_peak_memory()
-        step = Verifying(cache).begin(8)
+        step = next_step(cache, 8, verify=True)
         outs = [step.attend(layer, heads) for layer in range(2)]
         cache.commit(step)
         del step
         mx.eval(outs)
         del outs
-    assert mx.get_peak_memory() - active < cache.keys[0].nbytes
+    assert mx.get_peak_memory() - active < cache.current.keys[0].nbytes

@@ -9,12 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_stream
-from mlx_stream.chat.resume import SessionOptions, begin, open_session
+from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
+from mlx_stream.chat.saving import saved_as
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.program.notices import discard
 from mlx_stream.sampling import Sampling
-from tests.fakes.conversations import assert_pinned, assert_well_formed, attended_text, said
+from tests.fakes.conversations import (
+    assert_pinned,
+    assert_well_formed,
+    attended_text,
+    rendered,
+    said,
+)
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
 
 QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
@@ -117,8 +125,13 @@ def test_an_exchange_longer_than_the_window_leaves_whole_with_the_next_question(
     list(chat.reply("word " * 40, max_tokens=3))
     assert [e.question for e in chat.exchanges] == ["word " * 40]
     assert chat.cache.attended == chat.cache.geometry.sinks + 60
-    with pytest.raises(ValueRefused, match="left the window in part"):
-        chat.retry()
+    # What has left of its question is read again to answer it again.
+    assert said(chat.retry(max_tokens=3))
+    assert [e.question for e in chat.exchanges] == ["word " * 40]
+    assert chat.cache.attended == chat.cache.geometry.sinks + 60
+    pinned = chat.model.tokenizer._backend.decode(chat.prompts.pinned, skip_special_tokens=False)
+    attended = attended_text(chat)
+    assert attended.startswith(pinned) and rendered(chat).endswith(attended[len(pinned) :])
     list(chat.reply("Two?", max_tokens=3))
     assert_well_formed(chat)
     assert [e.question for e in chat.exchanges] == ["Two?"]
@@ -151,14 +164,14 @@ def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model, sa
     options = SessionOptions(
         "Brief.", 4 * reserve, sampling=sampling, max_tokens=reserve, speculate=False
     )
-    talk = open_session("s", model, options) if saved else begin(model, options)
-    number, before = tight_turn(talk, reserve)
-    chat, cache = talk.chat, talk.chat.cache
+    chat = open_session("s", model, options).chat if saved else new_chat(model, options, discard)
+    number, before = tight_turn(chat, reserve)
+    cache, files = chat.cache, saved_as(chat)
     steps = count_steps(cache)
     expected, lengths, replies = oldest(chat, before), set(), set()
     for _ in range(100):
         steps.clear()
-        replies.add(said(talk.retry()))
+        replies.add(said(chat.retry()))
         last = chat.exchanges[-1]
         # The last id that is sampled is read with the next question; an end token never is.
         assert steps == [1] * (len(last.reply_ids) + (last.finish == "end"))
@@ -166,21 +179,22 @@ def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model, sa
         found = oldest(chat, before)
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
         assert_well_formed(chat)
-        if talk.saved:
-            assert talk.saved.store.exchanges(number) == [last]
+        if files:
+            assert files.store.exchanges(number) == {number: last}
     assert max(lengths) == reserve and len(lengths) > 1 and len(replies) > 50
-    talk.close()
+    if files:
+        files.close()
 
 
-def tight_turn(talk, reserve):
+def tight_turn(chat, reserve):
     """Have turns until one crosses the ring's end with room for the reserve and little more.
 
     Its reply is short, so later ones fill the window. Returns how many turns there were, and how
     many tokens are attended before the last one.
     """
-    chat, cache = talk.chat, talk.chat.cache
+    cache = chat.cache
     for number, question in enumerate(QUESTIONS * 20, 1):
-        pieces = talk.reply(question)
+        pieces = chat.reply(question)
         next(pieces)
         pieces.close()
         turn = chat.evictor.state.turns[-1].start
@@ -192,9 +206,9 @@ def tight_turn(talk, reserve):
 
 def oldest(chat, count):
     """Return the ids, the rows, the keys and the values of the oldest `count` attended tokens."""
-    rows = chat.cache.attended_rows()[:count]
-    arrays = [np.array(array)[:, :, rows] for array in (*chat.cache.keys, *chat.cache.values)]
-    return [np.array(chat.tokens.attended_ids()[:count]), np.array(rows), *arrays]
+    rows, now = chat.cache.attended_rows()[:count], chat.cache.current
+    arrays = [np.array(array)[:, :, rows] for array in (*now.keys, *now.values)]
+    return [np.array(chat.tokens.ids.attended()[:count]), np.array(rows), *arrays]
 
 
 def count_steps(cache):
@@ -227,7 +241,7 @@ def test_a_stream_after_evictions_and_rewinds_computes_what_one_that_never_read_
         list(chat.reply(question))
         list(chat.retry())
     fresh = TokenStream(model, model.new_cache(chat.cache.geometry.sinks, 120))
-    ids = chat.tokens.attended_ids()
+    ids = chat.tokens.ids.attended()
     probe = [5, 6, 7]
     expected = fresh.read([*ids, *probe])
     found = chat.tokens.read(probe)

@@ -4,8 +4,16 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.prompts import PromptBuilder
-from mlx_stream.text.template import ChatTemplate, shared_start
+from mlx_stream.text.template import (
+    ChatTemplate,
+    Message,
+    assistant,
+    shared_start,
+    system_turn,
+    user,
+)
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.engine.test_incremental_encoder import blank_lines, byte_level, sentence_pieces
 from tests.fakes.turn_ids import read_ids, whole_ids
@@ -37,6 +45,15 @@ PHI_3_5 = (
     " '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}"
     "{{ eos_token }}{% endif %}"
 )
+# Drops what a reply thought once the next question is there, as Qwen 3 does.
+THINKS = (
+    "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 < last.user %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PHI_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
@@ -50,6 +67,70 @@ def test_turns_have_the_ids_of_the_whole_render(source, tokenizer, count, unread
     assert read_ids(backend, template, None, exchanges, unread) == whole_ids(
         backend, template, None, exchanges
     )
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("tokenizer", [byte_level, blank_lines, sentence_pieces])
+@pytest.mark.parametrize("unread", ["", " the"], ids=["whole", "stopped inside an id"])
+def test_settled_turns_have_the_ids_of_the_whole_render(tokenizer, system, unread):
+    """What a reply thought is gone; its answer has the ids that were sampled."""
+    backend, template = tokenizer(), ChatTemplate(THINKS, TOKENS)
+    assert template.rewrites
+    thoughts = ("the first", "", "a\n\nb", "", "An end")
+    exchanges = [
+        (asked, f"<think>\n{thought}\n</think>\n\n{said}{unread}" if thought else said + unread)
+        for (asked, said), thought in zip(EXCHANGES, thoughts, strict=True)
+    ]
+    found = read_ids(backend, template, system, exchanges, unread)
+    messages: list[Message] = [*system_turn(system)]
+    for asked, said in exchanges:
+        messages += [user(asked), assistant(said)]
+    text = template.render([*messages, user("x")], reply=True)
+    whole = backend.encode(text, special=False)
+    assert found == whole[: len(found)]
+    assert "think" not in backend.decode(found) and "An end." in backend.decode(found)
+
+
+def test_an_answer_keeps_the_ids_that_were_sampled_where_its_text_would_get_others():
+    tokenizer, template = byte_level(), ChatTemplate(THINKS, TOKENS)
+    prompts = PromptBuilder(tokenizer, template, None, pin=True)
+    _, asked = prompts.question("Hi", None, first=True)
+    thought = tokenizer.encode("<think>the</think>", special=False)
+    letters = [id for letter in "then" for id in tokenizer.encode(letter, special=False)]
+    assert letters != tokenizer.encode("then", special=False)
+    reply = "<think>the</think>then"
+    exchange = Exchange("Hi", reply, (), asked, (*thought, *letters))
+    assert prompts.settle(exchange, first=True).ids == (*asked, *letters)
+    # With a text that no ids were sampled for, it is encoded.
+    cut = Exchange("Hi", reply, (), asked, (*thought, *letters[:2]), rest="en")
+    settled = prompts.settle(cut, first=True)
+    assert settled.ids == (*asked, *tokenizer.encode("then", special=False))
+    assert prompts.rest_of(settled) == "" and prompts.rest_of(cut) == "en"
+    # What is as it was read has no other ids.
+    plain = Exchange("Hi", "then", (), asked, tuple(letters))
+    assert prompts.settle(plain, first=True).settled_ids is None
+
+
+def test_exchanges_of_another_model_are_read_as_text():
+    tokenizer, template = byte_level(), ChatTemplate(LLAMA_2, TOKENS)
+    prompts = PromptBuilder(tokenizer, template, None, pin=True)
+    ids = tuple(tokenizer.encode("then", special=False, behind_text=True))
+    foreign = (tokenizer.vocab_size + 5, 1)
+    exchanges = {
+        1: Exchange("Hi", "then", (), (7, 7), ids),
+        2: Exchange("And?", "the end", (9,), (7,), foreign),
+        3: Exchange("So?", "that", (), (), tuple(tokenizer.encode("this", special=False))),
+        4: Exchange("No?", "then", (), (), (*ids, min(prompts.end_ids))),
+    }
+    found = prompts.encode_again(exchanges)
+    assert [*found] == [1, 2, 3, 4]
+    assert found[1].reply_ids == ids and found[1].rest == ""
+    read = [(exchange.reply_ids, exchange.rest) for exchange in found.values()]
+    assert read[1:] == [((), "the end"), ((), "that"), ((), "then")]
+    rests = [None, "", "the end", "that"]
+    for (number, exchange), rest in zip(found.items(), rests, strict=True):
+        asked = prompts.question(exchange.question, rest, number == 1)
+        assert (exchange.closing_ids, exchange.question_ids) == asked
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, sentence_pieces])

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import sqlite3
 import time
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import mlx.core as mx
@@ -11,11 +13,18 @@ import numpy as np
 import pytest
 
 import mlx_stream
-from mlx_stream.chat.resume import SessionOptions, begin, header_of, open_session
+from mlx_stream.chat import saving
+from mlx_stream.chat.export import write_export
+from mlx_stream.chat.resume import SessionOptions, header_of, new_chat, open_session
+from mlx_stream.chat.saving import SavedSession, saved_as, saved_turns
+from mlx_stream.chat.schema import ANSWERED, ASKED
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
-from mlx_stream.errors import SessionError, ValueRefused
+from mlx_stream.errors import SessionError, TextError
+from mlx_stream.program.notices import discard
 from mlx_stream.sampling import Sampling
+from tests.fakes.conversations import said
+from tests.fakes.killed_chat import check_attended, turns_of
 from tests.fakes.shell import edit
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
 
@@ -36,11 +45,7 @@ def model(folder):
     return mlx_stream.load(folder, dtype="float32", keep_quantized=False)
 
 
-def said(pieces):
-    return "".join(piece.text for piece in pieces)
-
-
-def opened(model, name="s", notices=None, **changes) -> Any:
+def opened(model, name="s", notices=None, **changes) -> SavedSession:
     def notify(notice):
         if notices is not None and "again" in notice:
             notices.append(notice)
@@ -48,8 +53,12 @@ def opened(model, name="s", notices=None, **changes) -> Any:
     return open_session(name, model, replace(OPTIONS, **changes), notify)
 
 
-def state_of(conversation):
-    state = conversation.chat.tokens.state()
+def unsaved(model, options=OPTIONS):
+    return new_chat(model, options, discard)
+
+
+def state_of(chat):
+    state = chat.tokens.state()
     return {
         k: np.array(v.astype(mx.float32)) if isinstance(v, mx.array) else v
         for k, v in state.items()
@@ -102,213 +111,318 @@ def test_what_follows_is_bit_for_bit_that_of_a_conversation_never_closed(
         model = mlx_stream.load(folder, dtype=kind, keep_quantized=False)
     sampling = Sampling(1.0, top_p=0.95, seed=7)
     kv_bits = 8 if kind == "8-bit keys" else None
-    never, notices = begin(model, replace(OPTIONS, sampling=sampling, kv_bits=kv_bits)), []
-    never.chat.cache.clock_limit = 600
-    conversation = opened(model, sampling=sampling, kv_bits=kv_bits)
+    never, notices = unsaved(model, replace(OPTIONS, sampling=sampling, kv_bits=kv_bits)), []
+    never.cache.clock_limit = 600
+    saved = opened(model, sampling=sampling, kv_bits=kv_bits)
     for turn in range(turns):
-        conversation.chat.cache.clock_limit = 600
+        saved.chat.cache.clock_limit = 600
         question = QUESTIONS[turn % 5]
         expected = said(never.reply(question))
-        assert said(conversation.reply(question)) == expected
+        assert said(saved.chat.reply(question)) == expected
         if turn % 4 == 0:
-            assert said(conversation.retry()) == said(never.retry())
-        conversation.close()
-        conversation = opened(model, notices=notices)
-        assert same(state_of(never), state_of(conversation))
+            assert said(saved.chat.retry()) == said(never.retry())
+        saved.close()
+        saved = opened(model, notices=notices)
+        assert same(state_of(never), state_of(saved.chat))
     assert notices == []
-    assert [e.reply for e in never.chat.exchanges] == [e.reply for e in conversation.chat.exchanges]
+    assert [e.reply for e in never.exchanges] == [e.reply for e in saved.chat.exchanges]
     if turns == 40:
         assert never.stats.evicted > 500
-        cache = never.chat.cache
+        cache = never.cache
         assert cache.state()["clock"] <= cache.clock_limit < cache.length - 500
-    conversation.close()
+    saved.close()
 
 
 def test_without_a_snapshot_it_is_read_again_and_said(model):
-    conversation = opened(model)
+    saved = opened(model)
     for question in QUESTIONS * 3:
-        said(conversation.reply(question))
-    held = [e.question for e in conversation.chat.exchanges]
-    attended = conversation.chat.tokens.attended_ids()
-    conversation.close()
+        said(saved.chat.reply(question))
+    held = [e.question for e in saved.chat.exchanges]
+    attended = saved.chat.tokens.ids.attended()
+    saved.close()
     snapshot = session_paths("s").snapshot
     snapshot.unlink()
     notices = []
-    conversation = opened(model, notices=notices)
+    saved = opened(model, notices=notices)
     assert len(notices) == 1 and f"reading {len(held)} exchanges again" in notices[0]
-    assert [e.question for e in conversation.chat.exchanges] == held
+    assert [e.question for e in saved.chat.exchanges] == held
     # The last id of a reply that was cut is read at once here, else with the next question.
-    assert conversation.chat.tokens.attended_ids()[: len(attended)] == attended
-    said(conversation.reply("And?"))
-    conversation.close()
+    assert saved.chat.tokens.ids.attended()[: len(attended)] == attended
+    said(saved.chat.reply("And?"))
+    saved.close()
     assert snapshot.exists()
 
 
 def test_an_older_snapshot_is_caught_up(model):
-    conversation = opened(model)
+    saved = opened(model)
     for question in QUESTIONS * 2:
-        said(conversation.reply(question))
-    conversation.write_snapshot()
+        said(saved.chat.reply(question))
+    saved.write_snapshot()
     old = session_paths("s").snapshot.read_bytes()
     for question in QUESTIONS:
-        said(conversation.reply(question))
-    never = state_of(conversation)
-    held = [e.question for e in conversation.chat.exchanges]
-    conversation.close()
+        said(saved.chat.reply(question))
+    never = state_of(saved.chat)
+    held = [e.question for e in saved.chat.exchanges]
+    saved.close()
     session_paths("s").snapshot.write_bytes(old)
     notices = []
-    conversation = opened(model, notices=notices)
+    saved = opened(model, notices=notices)
     assert "reading 5 exchanges again: they are not in s.safetensors" in notices[0]
-    assert [e.question for e in conversation.chat.exchanges] == held
-    assert never["floor"] == conversation.chat.cache.state()["floor"]
-    said(conversation.reply("And?"))
-    conversation.close()
+    assert [e.question for e in saved.chat.exchanges] == held
+    assert never["floor"] == saved.chat.cache.state()["floor"]
+    said(saved.chat.reply("And?"))
+    saved.close()
 
 
 def test_a_snapshot_of_what_was_taken_back_is_not_used(model):
-    conversation = opened(model)
+    saved = opened(model)
     for question in QUESTIONS:
-        said(conversation.reply(question))
-    conversation.write_snapshot()
+        said(saved.chat.reply(question))
+    saved.write_snapshot()
     old = session_paths("s").snapshot.read_bytes()
-    conversation.undo()
-    said(conversation.reply("Something else"))
-    conversation.close()
+    saved.chat.undo()
+    said(saved.chat.reply("Something else"))
+    saved.close()
     session_paths("s").snapshot.write_bytes(old)
     notices = []
-    conversation = opened(model, notices=notices)
+    saved = opened(model, notices=notices)
     assert "taken back since" in notices[0]
-    assert conversation.last.question == "Something else"
+    assert saved.chat.exchanges[-1].question == "Something else"
     assert session_paths("s").snapshot.with_name("s.safetensors.unusable").exists()
-    conversation.close()
+    saved.close()
 
 
 def test_another_model_reads_the_texts(model, tmp_path):
     config = tiny_config(vocab_size=320, hidden_size=32)
     other = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
-    conversation = opened(model)
+    saved = opened(model)
     for question in QUESTIONS:
-        said(conversation.reply(question))
-    before = [(e.question, e.reply) for e in conversation.chat.exchanges]
-    conversation.close()
+        said(saved.chat.reply(question))
+    before = [(e.question, e.reply) for e in saved.chat.exchanges]
+    saved.close()
     for loaded in (other, model):
         notices = []
-        conversation = opened(loaded, notices=notices)
+        saved = opened(loaded, notices=notices)
         assert "again: the model, or how it is loaded, changed" in notices[0]
-        held = [(e.question, e.reply) for e in conversation.chat.exchanges]
+        held = [(e.question, e.reply) for e in saved.chat.exchanges]
         assert held == before[len(before) - len(held) :] and held
-        conversation.close()
+        saved.close()
+
+
+def states(saved):
+    return [(turn.state, turn.exchange.question) for turn in saved.store.turns()]
 
 
 def test_every_turn_is_in_the_transcript_when_it_ends(model):
     # With a seed: now and then a reply ends before it has begun, and is not interrupted.
-    conversation = opened(model, sampling=Sampling(1.0, top_p=0.95, seed=7))
-    store = conversation.saved.store
-    said(conversation.reply("One?"))
-    pieces = conversation.reply("Two?")
+    saved = opened(model, sampling=Sampling(1.0, top_p=0.95, seed=7))
+    store, chat = saved.store, saved.chat
+    said(chat.reply("One?"))
+    pieces = chat.reply("Two?")
+    assert store.state.count == 1, "nothing has been read yet"
     next(pieces)
-    assert store.count == 1
+    assert states(saved) == [(ANSWERED, "One?"), (ASKED, "Two?")]
     pieces.close()
-    assert [e.finish for e in store.exchanges()][1] == "interrupted"
-    first = store.exchanges()[1].reply
+    assert [e.finish for e in store.exchanges().values()][1] == "interrupted"
+    first = store.exchanges()[2].reply
     for _ in range(3):
-        said(conversation.retry())
-    assert store.count == 2 and store.exchanges()[1].reply != first
-    said(conversation.edit("Two and a half?"))
-    assert [e.question for e in store.exchanges()] == ["One?", "Two and a half?"]
-    left = conversation.reply("Three?")
+        said(chat.retry())
+    assert store.state.count == 2 and store.exchanges()[2].reply != first
+    pieces = chat.retry()
+    next(pieces)
+    # What is answered again keeps its answer until there is another.
+    assert states(saved) == [(ANSWERED, "One?"), (ANSWERED, "Two?")]
+    pieces.close()
+    pieces = chat.edit("Two and a half?")
+    next(pieces)
+    assert states(saved) == [(ANSWERED, "One?"), (ASKED, "Two and a half?")]
+    said(pieces)
+    assert states(saved) == [(ANSWERED, "One?"), (ANSWERED, "Two and a half?")]
+    left = chat.reply("Three?")
     next(left)
-    said(conversation.reply("Four?"))  # ends the one before
-    assert [e.question for e in store.exchanges()][2:] == ["Three?", "Four?"]
-    conversation.undo()
-    conversation.clear()
-    assert store.count == 3 and store.progress.first == 4
-    conversation.close()
-    conversation = opened(model)
-    assert conversation.last is None and conversation.saved.store.count == 3
-    said(conversation.reply("Five?"))
-    conversation.close()
+    said(chat.reply("Four?"))  # ends the one before
+    assert states(saved)[2:] == [(ANSWERED, "Three?"), (ANSWERED, "Four?")]
+    chat.undo()
+    chat.clear()
+    assert store.state.count == 3 and store.state.first == 4
+    saved.close()
+    saved = opened(model)
+    assert saved.chat.exchanges == [] and saved.store.state.count == 3
+    said(saved.chat.reply("Five?"))
+    assert saved.store.state.first == 4 and saved.chat.number == 4
+    saved.close()
+
+
+def test_what_is_written_is_what_is_attended(model):
+    """After whatever is done, and after it is read again."""
+    saved, luck = opened(model, window=70), Random(3)
+    for turn in range(60):
+        chat, what = saved.chat, luck.choice(("reply", "reply", "cut", "retry", "edit", "undo"))
+        if what in ("reply", "cut") or not chat.exchanges:
+            pieces = chat.reply(QUESTIONS[turn % 5])
+            for _ in range(luck.randint(0, 3) if what == "cut" else 999):
+                next(pieces, None)
+            pieces.close()
+        elif what == "undo":
+            chat.undo()
+        else:
+            said(chat.retry() if what == "retry" else chat.edit("Say it anew"))
+        if turn % 20 == 19:
+            chat.clear()
+        held = {turn.number: turn.exchange for turn in chat.evictor.state.turns}
+        stored = saved.store.exchanges(saved.store.state.first)
+        assert {n: stored[n] for n in held} == held
+        # Where tokens leave one by one, and at a reply's end, the oldest may have just left.
+        assert set(stored) - set(held) <= {min(stored, default=0)}
+        assert saved.store.state.count == chat.number
+        assert saved.store.state.sampler == chat.sampler.state()
+        saved.store.verify()
+        if turn % 7 == 6:
+            saved.close()
+            if turn % 2:
+                session_paths("s").snapshot.unlink(missing_ok=True)
+            saved = opened(model, window=70)
+    saved.close()
+
+
+@pytest.mark.parametrize("question", ["\ud800", ""])
+def test_a_question_that_is_refused_changes_nothing(model, question):
+    saved = opened(model)
+    for each in QUESTIONS[:2]:
+        said(saved.chat.reply(each))
+    turns, state = saved.store.turns(), state_of(saved.chat)
+    for ask in (saved.chat.edit, saved.chat.reply):
+        with pytest.raises(TextError):
+            said(ask(question))
+        assert saved.store.turns() == turns and saved.chat.number == 2
+        assert same(state, state_of(saved.chat))
+    saved.close()
+    notices = []
+    saved = opened(model, notices=notices)
+    assert notices == [] and saved.chat.number == 2
+    saved.close()
 
 
 def test_a_full_disk_is_said_and_nothing_is_lost_once_there_is_room(model):
-    conversation = opened(model)
-    said(conversation.reply("One?"))
-    store = conversation.saved.store
+    saved = opened(model)
+    said(saved.chat.reply("One?"))
+    store = saved.store
     pages = store.connection.execute("PRAGMA page_count").fetchone()[0]
     store.connection.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(SessionError, match="full"):
         for _ in range(200):
-            said(conversation.reply("Is there room? " * 4))
+            said(saved.chat.reply("Is there room? " * 4))
     with pytest.raises(SessionError, match="full"):
-        said(conversation.reply("Is there room? " * 4))
-    written = store.count
+        said(saved.chat.reply("Is there room? " * 4))
+    count = store.state.count
     store.connection.execute("PRAGMA max_page_count = 100000")
-    said(conversation.reply("Now?"))
-    assert store.count == written + 3
-    conversation.close()
+    said(saved.chat.reply("Now?"))
+    assert [state for state, _ in states(saved)] == [ANSWERED] * store.state.count
+    assert store.state.count == saved.chat.number and store.state.count in (count + 2, count + 3)
+    saved.close()
 
 
 def test_one_process_has_it_open(model):
-    conversation = opened(model)
+    saved = opened(model)
     with pytest.raises(SessionError, match=f"process {os.getpid()}"):
         opened(model)
-    conversation.close()
-    conversation.close()
+    saved.close()
+    saved.close()
     opened(model).close()
 
 
 def test_a_conversation_without_a_name_gets_one(model, tmp_path):
-    conversation = begin(model, OPTIONS)
-    said(conversation.reply("One?"))
-    with pytest.raises(ValueRefused, match="no name"):
-        conversation.save(None)
-    assert "--session talk" in conversation.save("talk")
-    with pytest.raises(ValueRefused, match="'talk'"):
-        conversation.save("other")
-    said(conversation.reply("Two?"))
+    chat = unsaved(model)
+    for question in ("Nought?", "One?"):
+        said(chat.reply(question))
+    assert saved_as(chat) is None
+    header, turns = saved_turns(chat)
+    assert (header.system, [turn.number for turn in turns]) == ("You are brief.", [1, 2])
+    chat.clear()
+    said(chat.reply("One!"))
+    saved = SavedSession.create(chat, "talk")
+    assert saved_as(chat) is saved
+    assert [turn.exchange.question for turn in saved.store.turns()] == ["One!"], "what is attended"
+    with pytest.raises(SessionError, match="is open in process"):
+        SavedSession.create(unsaved(model), "talk")
+    assert saved_as(chat) is saved
+    said(chat.reply("Two?"))
+    assert chat.number == 2
     for suffix in ("md", "json"):
-        assert "2 exchanges" in conversation.export(tmp_path / f"talk.{suffix}")
+        header, turns = saved_turns(chat)
+        assert header.id == saved.store.state.header.id and len(turns) == 2
+        write_export(tmp_path / f"talk.{suffix}", header, turns)
         assert "Two?" in (tmp_path / f"talk.{suffix}").read_text()
     with pytest.raises(SessionError, match="there is a file of that name"):
-        conversation.export(tmp_path / "talk.md")
+        write_export(tmp_path / "talk.md", header, turns)
     with pytest.raises(SessionError, match=r"\.md or \.json"):
-        conversation.export(tmp_path / "talk.txt")
-    conversation.close()
+        write_export(tmp_path / "talk.txt", header, turns)
+    saved.close()
+    assert saved_as(chat) is None
     assert (tmp_path / "talk.md").stat().st_mode & 0o777 == 0o600
     again = opened(model, "talk")
-    assert [e.question for e in again.chat.exchanges] == ["One?", "Two?"]
+    assert [e.question for e in again.chat.exchanges] == ["One!", "Two?"]
     again.close()
+
+
+def test_a_conversation_may_get_a_name_in_a_reply(model):
+    chat = unsaved(model)
+    said(chat.reply("One?"))
+    chat.clear()
+    pieces = chat.reply("Two?")
+    next(pieces)
+    saved = SavedSession.create(chat, "talk")  # which ends the reply
+    assert states(saved) == [(ANSWERED, "Two?")] and chat.number == 1
+    assert list(pieces) == []
+    said(chat.reply("Three?"))
+    assert states(saved) == [(ANSWERED, "Two?"), (ANSWERED, "Three?")]
+    saved.close()
+
+
+def test_a_name_that_cannot_be_written_leaves_the_conversation_as_it_was(model, monkeypatch):
+    chat = unsaved(model)
+    said(chat.reply("One?"))
+    (session_paths("talk").database.parent).parent.mkdir(parents=True, exist_ok=True)
+    session_paths("talk").database.parent.write_text("no folder")
+    with pytest.raises(SessionError):
+        SavedSession.create(chat, "talk")
+    assert saved_as(chat) is None
+    session_paths("talk").database.parent.unlink()
+    said(chat.reply("Two?"))
+    saved = SavedSession.create(chat, "talk")
+    assert states(saved) == [(ANSWERED, "One?"), (ANSWERED, "Two?")]
+    saved.close()
 
 
 def test_what_is_not_asked_for_stays_as_it_was(model):
-    conversation = opened(model)
-    said(conversation.reply("One?"))
-    conversation.set_system("Another.")
-    conversation.resize(150)
-    conversation.close()
+    saved = opened(model)
+    said(saved.chat.reply("One?"))
+    saved.chat.restart("Another.", 120)
+    saved.chat.restart("Another.", 150)
+    saved.close()
     again = open_session("s", model, SessionOptions(sampling=Sampling(1.0)))
-    assert (again.system, again.stats.window) == ("Another.", 150)
+    assert (again.chat.system, again.chat.stats.window) == ("Another.", 150)
     again.close()
     notices = []
     third = open_session("s", model, SessionOptions(window=90), notices.append)
-    assert third.stats.window == 90
+    assert third.chat.stats.window == 90
     assert any("again: the window changed" in notice for notice in notices)
     third.close()
     with Store.open(session_paths("s").database) as store:
-        assert store.header.window == 90 and store.header.system == "Another."
+        assert store.state.header.window == 90 and store.state.header.system == "Another."
 
 
 def test_a_seed_that_is_asked_for_begins_its_numbers_anew(model):
     sampling = Sampling(1.0, seed=7)
-    conversation = opened(model, sampling=sampling)
-    said(conversation.reply("One?"))
-    on = conversation.chat.sampler.state()
-    conversation.close()
+    saved = opened(model, sampling=sampling)
+    said(saved.chat.reply("One?"))
+    on = saved.chat.sampler.state()
+    saved.close()
     unasked = opened(model, sampling=Sampling(1.0))
     assert unasked.chat.sampler.state() == on
     unasked.close()
     asked = opened(model, sampling=sampling)
-    assert asked.chat.sampler.state() == begin(model, asked_for(7)).chat.sampler.state() != on
+    assert asked.chat.sampler.state() == unsaved(model, asked_for(7)).sampler.state() != on
     asked.close()
 
 
@@ -319,46 +433,197 @@ def asked_for(seed):
 def test_a_model_s_folder_is_remembered_whole(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     loaded = mlx_stream.load(folder.name, dtype="float32")
-    conversation = opened(loaded)
-    said(conversation.reply("One?"))
-    conversation.close()
+    saved = opened(loaded)
+    said(saved.chat.reply("One?"))
+    saved.close()
     monkeypatch.chdir("/")
     header = header_of("s")
     assert header is not None and header.model == str(folder)
 
 
 def test_a_snapshot_is_written_now_and_then(model, monkeypatch):
-    from mlx_stream.chat import conversation as module
-
-    conversation = opened(model)
-    said(conversation.reply("One?"))
+    saved = opened(model)
+    said(saved.chat.reply("One?"))
     assert not session_paths("s").snapshot.exists()
-    monkeypatch.setattr(module, "SECONDS_BETWEEN_SNAPSHOTS", 0)
+    monkeypatch.setattr(saving, "SECONDS_BETWEEN_SNAPSHOTS", 0)
     time.sleep(0.01)
-    said(conversation.reply("Two?"))
+    said(saved.chat.reply("Two?"))
     assert session_paths("s").snapshot.stat().st_mode & 0o777 == 0o600
-    conversation.close()
+    saved.close()
 
 
 def test_what_was_cleared_stays_out_of_attention(model):
     """The snapshot is of before, and of the same transcript."""
-    conversation = opened(model)
+    saved = opened(model)
     for question in QUESTIONS[:3]:
-        said(conversation.reply(question))
-    conversation.close()
-    conversation = opened(model)
-    conversation.clear()
-    never = conversation.chat.tokens.attended_ids()
-    conversation.close()
-    conversation = opened(model)
-    assert conversation.last is None
-    assert conversation.chat.tokens.attended_ids() == never
-    said(conversation.reply("Four?"))
+        said(saved.chat.reply(question))
+    saved.close()
+    saved = opened(model)
+    saved.chat.clear()
+    never = saved.chat.tokens.ids.attended()
+    saved.close()
+    saved = opened(model)
+    assert saved.chat.exchanges == []
+    assert saved.chat.tokens.ids.attended() == never
+    said(saved.chat.reply("Four?"))
     # The snapshot is still that of before, as after a crash.
-    assert conversation.saved.store.progress.first == 4
-    conversation.saved.close()
+    assert saved.store.state.first == 4
+    saved._let_go()
     notices = []
-    conversation = opened(model, notices=notices)
+    saved = opened(model, notices=notices)
     assert "reading 1 exchange again" in notices[0]
-    assert [e.question for e in conversation.chat.exchanges] == ["Four?"]
-    conversation.close()
+    assert [e.question for e in saved.chat.exchanges] == ["Four?"]
+    saved.close()
+
+
+# --- what is read again, and that it is written down ---
+
+
+def kill(saved):
+    """Leave a session as a program does that is killed."""
+    saved._let_go()
+
+
+def ask_only(saved, question):
+    """Leave a question as a program does that is killed in its reply."""
+    pieces = saved.chat.reply(question)
+    next(pieces)
+    saved.chat.recorder = None
+    pieces.close()
+    saved._let_go()
+
+
+def check_stored(saved):
+    """See that what is attended is what the transcript says of it, to the id."""
+    held = {turn.number: turn.exchange for turn in saved.chat.evictor.state.turns}
+    stored = saved.store.exchanges(saved.store.state.first)
+    assert held == {number: exchange for number, exchange in stored.items() if number in held}
+    assert saved.chat.number == saved.store.state.count
+    check_attended(saved.chat, turns_of(saved.store.turns()))
+    return held
+
+
+WIDE: dict[str, Any] = {"window": 300}
+
+
+def asked_in_the_middle(model):
+    """Return a closed session of four turns whose third was never answered."""
+    saved = opened(model, **WIDE)
+    for question in QUESTIONS[:2]:
+        said(saved.chat.reply(question))
+    ask_only(saved, "Was it killed?")
+    saved = opened(model, **WIDE)
+    said(saved.chat.reply("On we go."))
+    saved.close()
+    return saved
+
+
+def test_what_fits_is_not_read_again_where_a_question_was_left(model):
+    before = asked_in_the_middle(model)
+    notices = []
+    saved = opened(model, notices=notices, **WIDE)
+    assert notices == [] and list(check_stored(saved)) == [1, 2, 4]
+    assert same(state_of(before.chat), state_of(saved.chat))
+    assert said(saved.chat.reply("And?")) == said(before.chat.reply("And?"))
+    kill(saved)
+    saved = opened(model, notices=notices, **WIDE)
+    assert len(notices) == 1 and "reading 1 exchange again: they are not in" in notices[0]
+    assert list(check_stored(saved)) == [1, 2, 4, 5]
+    saved.close()
+
+
+@pytest.mark.parametrize("how", ["no snapshot", "damaged", "window", "system", "another model"])
+def test_what_is_read_again_is_written_down(model, tmp_path, how):
+    """So that the next snapshot, and what is read from the transcript, fit each other."""
+    config = tiny_config(vocab_size=265, hidden_size=32)  # whose ids are others
+    other = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
+    asked_in_the_middle(model)
+    path, loaded = session_paths("s").snapshot, model
+    changes: dict[str, Any] = WIDE
+    if how == "no snapshot":
+        path.unlink()
+    elif how == "damaged":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif how == "another model":
+        loaded = other
+    else:
+        changes = {"window": 290} if how == "window" else {**WIDE, "system": "You are kind."}
+    times = [turn.time for turn in before(loaded)]
+    for leave in (kill, kill, SavedSession.close):
+        notices = []
+        saved = opened(loaded, notices=notices, **changes)
+        assert len(notices) == 1 and "reading" in notices[0] and "again" in notices[0]
+        assert list(check_stored(saved)) == [1, 2, 4]
+        assert [turn.state for turn in saved.store.turns()][2] == ASKED
+        assert [turn.time for turn in saved.store.turns()] == times
+        saved.store.verify()
+        leave(saved)
+    notices = []
+    saved = opened(loaded, notices=notices, **changes)
+    assert notices == []
+    check_stored(saved)
+    saved.close()
+
+
+def before(model):
+    with Store.open(session_paths("s").database) as store:
+        return store.turns()
+
+
+@pytest.mark.parametrize("snapshot", [True, False])
+def test_what_was_cleared_is_not_read_again(model, snapshot):
+    saved = opened(model)
+    for question in QUESTIONS[:2]:
+        said(saved.chat.reply(question))
+    saved.write_snapshot()
+    said(saved.chat.reply(QUESTIONS[2]))
+    saved.chat.clear()
+    ask_only(saved, "Was it killed?")
+    saved = opened(model)
+    assert saved.chat.exchanges == [] and saved.chat.unanswered == "Was it killed?"
+    said(saved.chat.reply("Anew."))
+    kill(saved)
+    if not snapshot:
+        session_paths("s").snapshot.unlink()
+    notices = []
+    saved = opened(model, notices=notices)
+    assert len(notices) == 1 and "reading 1 exchange again" in notices[0]
+    assert list(check_stored(saved)) == [5] and saved.chat.unanswered == ""
+    saved.close()
+
+
+def test_a_question_left_without_any_turn_is_said_again_and_again(model):
+    """Nothing is attended, so there is no snapshot, and nothing to read again."""
+    saved = opened(model)
+    ask_only(saved, "Was it killed?")
+    for leave in (kill, SavedSession.close, kill):
+        notices = []
+        saved = open_session("s", model, OPTIONS, notices.append)
+        assert notices == [
+            "the last question was not answered, the program ended before: /retry answers it"
+        ]
+        assert saved.chat.unanswered == "Was it killed?" and saved.store.state.first == 1
+        leave(saved)
+
+
+def test_a_damage_before_what_is_attended_keeps_nobody_out(model):
+    saved = opened(model)
+    for question in QUESTIONS[:3]:
+        said(saved.chat.reply(question))
+    saved.chat.clear()
+    said(saved.chat.reply("Anew."))
+    saved.close()
+    connection = sqlite3.connect(session_paths("s").database, isolation_level=None)
+    connection.execute("UPDATE messages SET text = 'No.' WHERE turn = 2")
+    notices = []
+    saved = opened(model, notices=notices)
+    assert notices == [] and [e.question for e in saved.chat.exchanges] == ["Anew."]
+    saved.chat.clear()
+    saved.close()
+    # Nor does one in the last turn, once nothing is attended.
+    connection.execute("UPDATE messages SET text = 'No.' WHERE turn = 4")
+    connection.close()
+    saved = opened(model)
+    assert saved.chat.exchanges == []
+    said(saved.chat.reply("On we go."))
+    saved.close()

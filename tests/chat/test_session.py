@@ -9,6 +9,7 @@ import pytest
 
 import mlx_stream
 from mlx_stream import backend
+from mlx_stream.chat.exchange import unread_ids
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
 from mlx_stream.generate.token_stream import TokenStream
@@ -25,39 +26,49 @@ def model(tmp_path_factory):
     return mlx_stream.load(folder, dtype="float32", keep_quantized=False)
 
 
-class Recorded(TokenStream):
-    """A stream that also keeps every id it holds, evicted or not."""
+class History:
+    """Every id a stream holds, evicted or not."""
 
-    def __init__(self, model, cache):
-        super().__init__(model, cache)
-        self._all = []
+    def __init__(self):
+        self.ids = []
 
-    @property
-    def all(self):
-        self.record()
-        return self._all[: self.length]
+    def read(self, ids):
+        self.ids.extend(ids)
 
-    def _record(self, start, ids):
-        super()._record(start, ids)
-        self._all[start:] = ids
+    def rewind(self, count):
+        del self.ids[len(self.ids) - count :]
+
+    def restart(self, ids):
+        raise AssertionError("it is another stream")
+
+    def erase(self):
+        pass
 
 
 def session(model, **options) -> Any:
-    """Return a `ChatSession` whose `tokens` are `Recorded`; test_eviction.py has whole turns."""
+    """Return a `ChatSession` observed by a `History`; test_eviction.py has whole turns."""
     options.setdefault("evict", "token")
     options.setdefault("sampling", Sampling(1.0, top_p=1.0, seed=3))
     chat = ChatSession(model, **options)
-    chat.tokens = Recorded(model, chat.cache)
+    chat.tokens.ids.observers = [*chat.tokens.ids.observers, History()]
     return chat
+
+
+def all_ids(chat):
+    """Return every id that a stream holds, evicted or not."""
+    chat.tokens.ids.record()
+    history = chat.tokens.ids.observers[-1].ids
+    assert len(history) == chat.tokens.length
+    return [*history]
 
 
 def held_text(chat):
     """Return the text of the stream, and of what it will read before the next turn."""
-    backend = chat.model.tokenizer._backend
-    unread = chat.evictor.state.pending
-    ids = [*chat.tokens.all, *unread.ids]
-    closing = chat.template.closing
-    return backend.decode(ids, skip_special_tokens=False) + unread.rest + closing
+    assert chat.exchanges
+    turns, pinned = chat.evictor.state.turns, chat.prompts.pinned
+    ids = [*all_ids(chat), *unread_ids(pinned, turns, chat.tokens.length)]
+    text = chat.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
+    return text + chat.prompts.rest_of(turns[-1].exchange) + chat.template.closing
 
 
 def rendered(chat, turns):
@@ -151,7 +162,7 @@ def test_a_stream_after_stops_and_rewinds_is_one_that_read_the_same_ids(model):
         ENDINGS["stop"](chat, question)
     fresh = TokenStream(model, model.new_cache(window=400))
     probe = [5, 6, 7]
-    expected = fresh.read([*chat.tokens.all, *probe])
+    expected = fresh.read([*all_ids(chat), *probe])
     found = chat.tokens.read(probe)
     assert np.allclose(np.array(found), np.array(expected), atol=1e-4)
 
@@ -178,7 +189,7 @@ def test_each_turn_reads_only_its_own_tokens(model):
     to_the_end(chat, "Two?", max_tokens=5)
     added = "".join([chat.template.closing, chat.template.turn("Two?", "Once."), "x" * 8])
     assert chat.tokens.length - before <= len(added)
-    assert "Once." not in chat.model.tokenizer.decode(chat.tokens.all[before:])
+    assert "Once." not in chat.model.tokenizer.decode(all_ids(chat)[before:])
 
 
 def test_pieces_join_to_whole_characters_and_stats_add_up(model):

@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 
-from mlx_stream.chat.resume import SessionOptions, begin, open_session
+from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.completion import stream
-from mlx_stream.generate.speculative import Speculator
 from mlx_stream.generate.stats import Stats
 from mlx_stream.load import load
+from mlx_stream.program.notices import discard
 from mlx_stream.sampling import Sampling
+from tests.fakes.conversations import attended_text
 from tests.fakes.refusals import one_line
 from tests.fakes.shell import GREEDY, SMALL, done, parsed
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
@@ -29,8 +30,8 @@ def model(letters):
 def chat_of(model, speculate, **options):
     chat = ChatSession(model, speculate=speculate, max_tokens=25, **options)
     if speculate:
-        assert isinstance(chat.tokens.observer, Speculator)
-        chat.tokens.observer.length = Eager(lambda: 0.0)
+        assert chat.writer.speculator
+        chat.writer.speculator.length = Eager()
     return chat
 
 
@@ -49,7 +50,7 @@ def stands(chat):
     return (
         chat.conversation_state(),
         chat.exchanges,
-        chat.tokens.attended_ids(),
+        chat.tokens.ids.attended(),
         place,
         stats,
     ), guessed
@@ -88,16 +89,13 @@ def test_retry_undo_and_edit_are_those_of_plain_decoding(model):
 
 def test_a_guessing_turn_interrupted_anywhere_is_taken_up(model):
     """The next turns are well-formed, and guess on."""
-    backend = model.tokenizer._backend
     count = 0
     for count in itertools.count(200, 307):
         chat = chat_of(model, True, window=400, sampling=Sampling(0))
         turn(chat, "the the", 12)
         cut = interrupt_at(count, lambda: turn(chat, "the the", 12))  # noqa: B023
         turn(chat, "the", 3)
-        between = chat._settle()
-        ids = [*chat.tokens.attended_ids(), *between.pending.ids]
-        text = backend.decode(ids, skip_special_tokens=False) + chat.template.closing
+        text = attended_text(chat)
         turns = text.split("<|im_start|>")[1:]
         assert all(turn.endswith("<|im_end|>\n") for turn in turns), (count, text)
         roles = [turn.split("\n")[0] for turn in turns]
@@ -137,9 +135,9 @@ def test_what_was_promised_to_the_bit_is_not_guessed_unless_asked_for(model, tmp
         (None, False, False),
     ):
         options = SessionOptions(sampling=Sampling(1.0, seed=seed), speculate=speculate)
-        assert (begin(model, options).chat.tokens.observer is not None) == guesses
+        assert bool(new_chat(model, options, discard).writer.speculator) == guesses
         saved = open_session(f"of-{seed}-{speculate}", model, options)
-        assert (saved.chat.tokens.observer is not None) == bool(speculate)
+        assert bool(saved.chat.writer.speculator) == bool(speculate)
         saved.close()
 
 

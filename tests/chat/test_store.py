@@ -14,19 +14,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_stream
-from mlx_stream.chat import schema
+from mlx_stream.chat import migrations
 from mlx_stream.chat.exchange import FINISHES, Exchange
 from mlx_stream.chat.export import export_json, export_markdown
-from mlx_stream.chat.store import SessionHeader, SessionProgress, Store
+from mlx_stream.chat.recorder import Change, ChangeKind
+from mlx_stream.chat.schema import (
+    ANSWERED,
+    ASKED,
+    SessionHeader,
+    StoredTurn,
+    pack_ids,
+    turn_checksum,
+)
+from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError
 
-START = SessionProgress(1, "00ff")
+ASK, ANSWER, UNDO, STAND = ChangeKind
+START = "00ff"  # a sampler's state
 HEADER = SessionHeader.new(
     model="./a model", fingerprint="f" * 16, system="Be é\0.", window=60, sinks=4, evict="turn"
 )
 IDS = st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple)
 EXCHANGES = st.builds(
-    Exchange, st.text(), st.text(), IDS, IDS, IDS, st.text(), st.sampled_from(FINISHES)
+    Exchange,
+    *(st.text(), st.text(), IDS, IDS, IDS, st.text(), st.sampled_from(FINISHES)),
+    st.none() | IDS,
 )
 ODD = [
     Exchange("Hi", "Hello.", (), (1, 2), (3,)),
@@ -38,12 +50,39 @@ ODD = [
 ]
 
 
+def changed(
+    kind: ChangeKind,
+    number: int,
+    exchange: Exchange | None = None,
+    first: int = 1,
+    sampler: str = START,
+    header: SessionHeader = HEADER,
+) -> Change:
+    exchanges = {} if exchange is None else {number: exchange}
+    return Change(kind, number, exchanges, first, sampler, header.system, header.window)
+
+
 def kept(path: Path, exchanges: list[Exchange], header: SessionHeader = HEADER) -> Path:
     """Write a session with these exchanges, and close it."""
     with Store.create(path, header, START) as store:
         for number, exchange in enumerate(exchanges, 1):
-            store.append(exchange, SessionProgress(number, f"{number:02x}"))
+            store.write(changed(ASK, number, exchange, number, header=header))
+            sampler = f"{number:02x}"
+            store.write(changed(ANSWER, number, exchange, number, sampler, header))
     return path
+
+
+def said(store: Store, first: int = 1) -> list[Exchange]:
+    """Return the exchanges of a session; see that each has its number and was answered."""
+    turns, count = store.turns(first), store.state.count
+    assert [turn.number for turn in turns] == [*range(first, count + 1)]
+    assert {turn.state for turn in turns} <= {ANSWERED}
+    return [turn.exchange for turn in turns]
+
+
+def standing(store: Store) -> tuple[SessionHeader, int, str, int]:
+    state = store.state
+    return state.header, state.first, state.sampler, state.count
 
 
 @pytest.fixture
@@ -67,20 +106,101 @@ def refusal(function, *args, **kwargs) -> str:
 
 
 def test_what_goes_in_comes_out(store: Store) -> None:
-    assert (store.header, store.progress, store.count) == (HEADER, SessionProgress(4, "04"), 4)
-    assert store.exchanges() == ODD
-    assert [store.exchanges(first) for first in (3, 4, 5)] == [ODD[2:], ODD[3:], []]
+    assert standing(store) == (HEADER, 4, "04", 4)
+    assert said(store) == ODD
+    assert [said(store, first) for first in (3, 4, 5)] == [ODD[2:], ODD[3:], []]
+    assert store.exchanges(3) == {3: ODD[2], 4: ODD[3]}
+    store.verify()
+
+
+def test_a_question_is_there_before_its_answer(store: Store) -> None:
+    asked = Exchange("Why?", "", (7,), (1, 2), ())
+    store.write(changed(ASK, 5, asked, 2, "05"))
+    assert standing(store) == (HEADER, 2, "05", 5)
+    turn = store.turns(5)[0]
+    interrupted = replace(asked, finish="interrupted")  # what an answer that never came is
+    assert turn == StoredTurn(5, ASKED, interrupted, turn.time)
+    assert store.exchanges() == dict(enumerate(ODD, 1))
+    store.verify()
+    answered = replace(asked, reply="So.", reply_ids=(3,), finish="stop")
+    # Another may be asked though it was not answered; what came of the first can come later.
+    for _ in range(2):
+        store.write(changed(ANSWER, 6, answered))
+        assert [turn.state for turn in store.turns()] == [ANSWERED] * 4 + [ASKED, ANSWERED]
+        assert store.exchanges(5) == {6: answered}
+    store.write(changed(ASK, 5, replace(asked, question="Who?")))
+    assert [turn.exchange.question for turn in store.turns(4)] == [ODD[3].question, "Who?"]
+    store.write(changed(ANSWER, 5, answered))
+    assert said(store) == [*ODD, answered]
+    store.verify()
+
+
+def test_the_time_of_a_turn_stays_when_its_ids_change(store: Store) -> None:
+    turns = "UPDATE turns SET time = '2020-01-01T00:00:00Z', checksum = ? WHERE number = 2"
+    row = ((2, ANSWERED, "interrupted", "2020-01-01T00:00:00Z", pack_ids((7,)), None), [])
+    messages = store.connection.execute("SELECT * FROM messages WHERE turn = 2").fetchall()
+    store.connection.execute(turns, (turn_checksum(HEADER.id, row[0], messages),))
+    other = {2: replace(ODD[1], question_ids=(9,)), 4: ODD[3]}
+    for _ in range(2):
+        store.write(Change(STAND, 4, other, 2, "07", "Another.", 61))
+        now = {turn.number: turn for turn in store.turns()}
+        assert now[2].time == "2020-01-01T00:00:00Z" and now[2].exchange.question_ids == (9,)
+        assert [now[n].exchange for n in (1, 3, 4)] == [ODD[0], ODD[2], ODD[3]]
+    header = replace(HEADER, system="Another.", window=61)
+    assert standing(store) == (header, 2, "07", 4)
+    store.verify()
+
+
+def test_all_that_was_said_before_it_had_a_name(path: Path) -> None:
+    with Store.create(path, HEADER, START) as store:
+        turns = dict(enumerate(ODD, 1))
+        store.write(Change(STAND, 4, turns, 2, START, HEADER.system, HEADER.window))
+        assert said(store) == ODD and standing(store) == (HEADER, 2, START, 4)
+        turns = {4: ODD[0], 5: ODD[1]}
+        store.write(Change(STAND, 5, turns, 2, START, HEADER.system, HEADER.window))
+        assert said(store) == [*ODD[:3], *ODD[:2]]
+        store.verify()
+
+
+def test_where_it_stands_is_where_it_ends(store: Store) -> None:
+    """A question that was interrupted before it was read, and turns that were taken back."""
+    store.write(changed(ASK, 5, ODD[0]))
+    store.write(changed(STAND, 4, first=5))
+    assert said(store) == ODD and store.state.first == 5
+    store.write(changed(STAND, 2, first=5))
+    assert said(store) == ODD[:2] and store.state.first == 3
+    store.verify()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(changed(kind, 6, ODD[0]) for kind in (ASK, ANSWER, UNDO)),
+        *(changed(STAND, number) for number in (5, 6)),
+        Change(STAND, 4, {5: ODD[0]}, 1, START, None, 60),
+        Change(STAND, 6, {6: ODD[0]}, 1, START, None, 60),
+        Change(STAND, 2**62, {5: ODD[0]}, 1, START, None, 60),
+        Change(ANSWER, 5, {4: ODD[0]}, 1, START, None, 60),
+        Change(ANSWER, 5, {}, 1, START, None, 60),
+        *(changed(kind, 0, ODD[0]) for kind in (ASK, ANSWER, UNDO)),
+        changed(STAND, -1),
+    ],
+    ids=str,
+)
+def test_turns_that_cannot_be(store: Store, change: Change) -> None:
+    assert "cannot" in refusal(store.write, change)
+    assert said(store) == ODD and standing(store) == (HEADER, 4, "04", 4)
     store.verify()
 
 
 def test_what_comes_before_a_damage_can_still_be_shown(path: Path) -> None:
     connection = sqlite3.connect(kept(path, ODD))
-    connection.execute("UPDATE messages SET text = 'No.' WHERE number = 6")
+    connection.execute("UPDATE messages SET text = 'No.' WHERE (turn, place) = (3, 1)")
     connection.commit()
     connection.close()
     with Store.open(path) as store:
-        exchanges, damage = store.whole()
-    assert exchanges == ODD[:2] and "exchange 3 was altered" in damage
+        turns, damage = store.whole()
+    assert [turn.exchange for turn in turns] == ODD[:2] and "turn 3 was altered" in damage
 
 
 def test_a_header_says_when_and_which(path: Path) -> None:
@@ -89,88 +209,136 @@ def test_a_header_says_when_and_which(path: Path) -> None:
     )
     assert other.id != HEADER.id and len(other.created) == len("2026-05-09T17:03:00Z")
     with Store.create(path, other, START) as store:
-        assert (store.header, store.count, store.exchanges()) == (other, 0, [])
+        assert standing(store) == (other, 1, START, 0) and said(store) == []
 
 
 changes = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["append", "replace"]), EXCHANGES),
+        st.tuples(st.sampled_from(["ask", "answer", "replace", "ask again"]), EXCHANGES),
         st.tuples(st.sampled_from(["undo", "reopen"]), st.none()),
-        st.tuples(st.just("update"), st.text()),
+        st.tuples(st.just("stand"), st.text()),
     ),
-    max_size=8,
+    max_size=10,
 )
 
 
 @given(changes)
-def test_it_is_a_list_of_exchanges(changes: list) -> None:
-    said, header, progress = [], HEADER, START
+def test_it_is_a_list_of_turns(changes: list) -> None:
+    turns: list[tuple[str, Exchange]] = []
+    header, stands = HEADER, (1, START)
     with tempfile.TemporaryDirectory() as folder:
-        store = Store.create(Path(folder) / "x.db", header, progress)
-        for number, (change, value) in enumerate(changes):
-            after = SessionProgress(1 + number % max(1, len(said)), f"{number:x}")
-            if change == "reopen":
+        store = Store.create(Path(folder) / "x.db", header, START)
+        for step, (what, value) in enumerate(changes):
+            if what == "reopen":
                 store.close()
                 store = Store.open(store.path)
                 continue
-            if change in ("undo", "replace") and not said:
-                assert "no exchange" in refusal(
-                    getattr(store, change), *([value] if value else []), START
-                )
+            if what in ("undo", "replace", "ask again") and not turns:
                 continue
-            progress = after if change != "undo" else START
-            if change == "undo":
-                store.undo(progress)
-                said.pop()
-            elif change == "append":
-                store.append(value, progress)
-                said.append(value)
-            elif change == "replace":
-                store.replace(value, progress)
-                said[-1] = value
-            else:
-                header = replace(header, system=value, window=1 + number)
-                store.update(header=header, progress=progress)
-            assert (store.header, store.progress, store.count) == (header, progress, len(said))
-            assert store.exchanges() == said
-        heads = [store.head(number) for number in range(len(said) + 1)]
+            kinds = {"undo": UNDO, "stand": STAND, "ask": ASK, "ask again": ASK}
+            kind, last = kinds.get(what, ANSWER), turns[-1:]
+            if what in ("undo", "replace", "ask again"):
+                turns.pop()
+            if what == "answer" and last and last[0][0] == ASKED:
+                turns.pop()  # it is the answer to what was asked
+            number = len(turns) + (kind is not STAND)
+            if what == "stand":
+                header = replace(header, system=value, window=1 + step)
+            if kind in (ASK, ANSWER):
+                turns.append((ASKED if kind is ASK else ANSWERED, value))
+            stands = (1 + step % (len(turns) + 1), f"{step:x}")
+            exchange = value if kind in (ASK, ANSWER) else None
+            for _ in range(1 + step % 2):  # as after an interrupt
+                store.write(changed(kind, number, exchange, *stands, header))
+            check_turns(store, turns)
+            assert standing(store) == (header, *stands, len(turns))
+        heads = [store.head(1, number) for number in range(len(turns) + 1)]
         assert len(set(heads)) == len(heads)
         store.verify()
         store.close()
         with Store.open(store.path) as store:
-            assert (store.header, store.progress, store.exchanges()) == (header, progress, said)
-            assert heads == [store.head(number) for number in range(len(said) + 1)]
+            check_turns(store, turns)
+            assert standing(store) == (header, *stands, len(turns))
+            assert heads == [store.head(1, number) for number in range(len(turns) + 1)]
 
 
-def test_a_head_changes_with_what_is_before_it(store: Store) -> None:
-    before = [store.head(number) for number in range(5)]
-    store.replace(replace(ODD[3], reply="another"), START)
-    after = [store.head(number) for number in range(5)]
-    assert after[:4] == before[:4] and after[4] != before[4]
+def check_turns(store: Store, turns: list[tuple[str, Exchange]]) -> None:
+    blank = {"reply": "", "reply_ids": (), "rest": "", "finish": "interrupted"}
+    wanted = [(s, replace(e, **blank) if s == ASKED else e) for s, e in turns]
+    assert [(turn.state, turn.exchange) for turn in store.turns()] == wanted
+    answered = {n: e for n, (state, e) in enumerate(turns, 1) if state == ANSWERED}
+    assert store.exchanges() == answered
+
+
+def test_a_head_changes_with_what_it_covers(store: Store) -> None:
+    def heads() -> dict[tuple[int, int], str]:
+        pairs = [(first, last) for first in range(1, 6) for last in range(first - 1, 5)]
+        return {pair: store.head(*pair) for pair in pairs}
+
+    before = heads()
+    assert len(set(before.values())) == len(before)
+    store.write(changed(STAND, 4, first=5))  # what is attended is no part of it
+    assert heads() == before
+    store.write(Change(STAND, 4, {2: replace(ODD[1], rest="x")}, 1, START, HEADER.system, 60))
+    after = heads()
+    assert {p for p in before if before[p] != after[p]} == {
+        (first, last) for first, last in before if first <= 2 <= last
+    }
     store.update(header=replace(HEADER, system=None))
-    assert not set(after) & {store.head(number) for number in range(5)}
-    assert "no exchange 5, of 4" in refusal(store.head, 5)
-    assert "no exchange -1" in refusal(store.head, -1)
+    assert not set(after.values()) & set(heads().values())
+    for first, last in ((1, 5), (5, 5), (0, 4), (-1, 2), (4, 1), (6, 5)):
+        assert f"no turns {first} to {last}, of 4" in refusal(store.head, first, last)
 
 
 def test_only_its_user_may_read_it(path: Path) -> None:
     kept(path, ODD).chmod(0o644)
     with Store.open(path) as store:
-        store.append(ODD[0], START)
+        store.write(changed(ANSWER, 5, ODD[0]))
         modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
         assert modes == {"a.b.db": 0o600, "a.b.db-wal": 0o600, "a.b.db-shm": 0o600}
     assert [file.name for file in path.parent.iterdir()] == ["a.b.db"]
 
 
+def on_disk(path: Path, *texts: str) -> list[bool]:
+    left = b"".join(file.read_bytes() for file in path.parent.iterdir())
+    return [text.encode()[:9] in left for text in texts]
+
+
 def test_what_is_taken_back_is_on_no_disk(path: Path) -> None:
     secrets = [f"secret {number} " * 2000 for number in range(3)]
     with Store.create(path, HEADER, START) as store:
-        for text in secrets[:2]:
-            store.append(replace(ODD[0], reply=text), START)
-        store.replace(replace(ODD[0], reply=secrets[2]), START)
-        store.undo(START)
-        left = b"".join(file.read_bytes() for file in path.parent.iterdir())
-    assert [text.encode()[:9] in left for text in secrets] == [True, False, False]
+        for number, text in enumerate(secrets[:2], 1):
+            store.write(changed(ANSWER, number, replace(ODD[0], reply=text)))
+        store.write(changed(ANSWER, 2, replace(ODD[0], reply=secrets[2])))
+        store.write(changed(UNDO, 2))
+        assert on_disk(path, *secrets) == [True, False, False]
+
+
+@pytest.mark.parametrize("kind", [ASK, ANSWER, UNDO, STAND])
+def test_nor_is_a_question_that_was_replaced_before_its_answer(path: Path, kind) -> None:
+    before, after = "secret question " * 2000, "another question"
+    with Store.create(path, HEADER, START) as store:
+        store.write(changed(ASK, 1, replace(ODD[0], question="An earlier one " * 2000)))
+        store.write(changed(ANSWER, 1, replace(ODD[0], question="An earlier one " * 2000)))
+        store.write(changed(ASK, 2, replace(ODD[0], question=before)))
+        number = 2 - (kind is STAND)
+        exchange = replace(ODD[0], question=after) if kind in (ASK, ANSWER) else None
+        store.write(changed(kind, number, exchange))
+        assert on_disk(path, before, "An earlier one") == [False, True]
+
+
+def test_turns_that_follow_one_that_changes_are_on_no_disk(path: Path) -> None:
+    """Where a question was left unanswered, and the turn before it is answered again."""
+    secret = "secret question " * 2000
+    for change in (changed(ANSWER, 4, ODD[0]), changed(UNDO, 4), changed(ASK, 3, ODD[0])):
+        with Store.open(kept(path, ODD)) as store:
+            store.write(changed(ASK, 5, replace(ODD[0], question=secret)))
+            assert on_disk(path, secret) == [True]
+            store.write(change)
+            assert on_disk(path, secret) == [False]
+            assert store.state.count == change.number - (change.kind is UNDO)
+            store.verify()
+        path.unlink()
 
 
 def test_sqlite_is_set_to_lose_nothing_and_trust_nothing(store: Store) -> None:
@@ -183,8 +351,8 @@ def test_sqlite_is_set_to_lose_nothing_and_trust_nothing(store: Store) -> None:
         "cell_size_check": 1,
         "mmap_size": 0,
         "temp_store": 2,
-        "user_version": len(schema.MIGRATIONS),
-        "application_id": schema.APPLICATION_ID,
+        "user_version": migrations.VERSION,
+        "application_id": migrations.APPLICATION_ID,
     }
     found = {name: store.connection.execute(f"PRAGMA {name}").fetchone() for name in wanted}
     # A build without a feature has no such setting.
@@ -203,24 +371,33 @@ def test_sqlite_is_set_to_lose_nothing_and_trust_nothing(store: Store) -> None:
         {"question_ids": (2**32,)},
         {"reply_ids": (-1,)},
         {"closing_ids": (0.5,)},
+        {"settled_ids": (2**32,)},
         {"question": "x" * 70_000},
     ],
     ids=lambda change: f"{change!r:.30}",
 )
 def test_what_cannot_be_stored(store: Store, change: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_stream.chat.store.LONGEST_ROW", 2**16)
-    for method in (store.append, store.replace):
-        refusal(method, replace(ODD[0], **change), START)
-    assert store.exchanges() == ODD and store.progress == SessionProgress(4, "04")
-    store.append(ODD[0], SessionProgress(5, ""))
+    odd = replace(ODD[0], **change)
+    for number in (4, 5):
+        refusal(store.write, changed(ANSWER, number, odd))
+        if "question" in change:
+            refusal(store.write, changed(ASK, number, odd))
+    refusal(store.write, changed(STAND, 4, odd))
+    assert said(store) == ODD and standing(store) == (HEADER, 4, "04", 4)
+    store.write(changed(ANSWER, 5, ODD[0]))
     store.verify()
 
 
-@pytest.mark.parametrize("first", [0, -1, 7, 2**70, "1"])
-def test_progress_that_cannot_be(store: Store, first) -> None:
-    refusal(store.append, ODD[0], SessionProgress(first, ""))
-    refusal(store.update, progress=SessionProgress(first, ""))
-    assert store.exchanges() == ODD and store.progress == SessionProgress(4, "04")
+@pytest.mark.parametrize(
+    "change",
+    [{"first": 0}, {"first": -1}, {"first": "1"}, {"sampler": None}, {"sampler": "\ud800"}],
+    ids=str,
+)
+def test_where_it_cannot_stand(store: Store, change: dict) -> None:
+    refusal(store.write, replace(changed(ANSWER, 5, ODD[0]), **change))
+    refusal(store.write, replace(changed(STAND, 4), **change))
+    assert said(store) == ODD and standing(store) == (HEADER, 4, "04", 4)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +418,9 @@ def test_progress_that_cannot_be(store: Store, first) -> None:
 )
 def test_headers_that_cannot_be(store: Store, path: Path, change: dict) -> None:
     refusal(store.update, header=replace(HEADER, **change))
-    assert store.header == HEADER
+    if change.keys() <= {"system", "window"}:
+        refusal(store.write, changed(STAND, 4, header=replace(HEADER, **change)))
+    assert store.state.header == HEADER
     if change not in ({"id": "0" * 32}, {"created": "2020-01-01T00:00:00Z"}):
         new = path.with_name("new.db")
         refusal(Store.create, new, replace(HEADER, **change), START)
@@ -258,52 +437,45 @@ def test_a_name_that_is_taken_or_is_no_file(path: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.db").mkdir()
     assert "no file" in refusal(Store.open, tmp_path / "folder.db")
     with Store.open(path) as store:
-        assert store.exchanges() == ODD
-    assert "closed" in refusal(store.append, ODD[0], START)
+        assert said(store) == ODD
+    assert "closed" in refusal(store.write, changed(ANSWER, 5, ODD[0]))
     store.close()
 
 
 def test_a_log_left_by_another_is_not_read(path: Path) -> None:
     with Store.open(kept(path, ODD)) as store:
-        store.append(ODD[0], START)
+        store.write(changed(ANSWER, 5, ODD[0]))
         log = Path(f"{path}-wal").read_bytes()
     path.unlink()
     Path(f"{path}-wal").write_bytes(log)
     header = replace(HEADER, id="1" * 32)
     with Store.create(path, header, START) as store:
-        assert (store.header, store.exchanges()) == (header, [])
+        assert (store.state.header, said(store)) == (header, [])
 
 
-def test_versions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept(path, ODD)
-    with monkeypatch.context() as patch:
-        half = (*schema.MIGRATIONS, ("CREATE TABLE more (x INTEGER) STRICT", "no SQL"))
-        patch.setattr(schema, "MIGRATIONS", half)
-        assert "syntax error" in refusal(Store.open, path)
-    with Store.open(path) as store:
-        assert store.exchanges() == ODD
-    with monkeypatch.context() as patch:
-        newer = (*schema.MIGRATIONS, ("CREATE TABLE more (x INTEGER) STRICT",))
-        patch.setattr(schema, "MIGRATIONS", newer)
-        with Store.open(path) as store:
-            assert store.exchanges() == ODD
-            store.verify()
-    schema.schema.cache_clear()
+@pytest.mark.parametrize("version", [3, 2**31 - 1])
+def test_a_newer_version(path: Path, version: int) -> None:
+    connection = sqlite3.connect(kept(path, ODD), isolation_level=None)
+    connection.execute("CREATE TABLE more (x INTEGER) STRICT")
+    connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+    whole = path.read_bytes()
     assert "written by a newer mlx_stream" in refusal(Store.open, path)
+    assert path.read_bytes() == whole
 
 
 def test_two_may_read_while_one_writes(store: Store, path: Path) -> None:
     with Store.open(path) as reader:
-        store.append(ODD[0], START)
-        assert reader.exchanges() == store.exchanges() == [*ODD, ODD[0]]
+        store.write(changed(ANSWER, 5, ODD[0]))
+        assert said(reader) == said(store) == [*ODD, ODD[0]]
     with sqlite3.connect(path, isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         store.connection.execute("PRAGMA busy_timeout = 0")
-        assert "another program is using it" in refusal(store.undo, START)
+        assert "another program is using it" in refusal(store.write, changed(UNDO, 5))
         other.execute("ROLLBACK")
     other.close()
-    store.undo(START)
-    assert store.exchanges() == ODD
+    store.write(changed(UNDO, 5))
+    assert said(store) == ODD
 
 
 def test_nothing_here_imports_mlx() -> None:
@@ -319,8 +491,12 @@ def test_nothing_here_imports_mlx() -> None:
 # --- export ---
 
 
+def turns_of(*exchanges: Exchange) -> list[StoredTurn]:
+    return [StoredTurn(n, ANSWERED, e, "2026-05-09T17:03:00Z") for n, e in enumerate(exchanges, 1)]
+
+
 def test_markdown_holds_every_text_and_headings_nobody_can_forge() -> None:
-    text = export_markdown(HEADER, ODD)
+    text = export_markdown(HEADER, turns_of(*ODD))
     assert all(e.question in text and e.reply in text for e in ODD)
     lines = text.split("\n")
     assert lines[0] == f"# Conversation of {HEADER.created}"
@@ -330,14 +506,29 @@ def test_markdown_holds_every_text_and_headings_nobody_can_forge() -> None:
         "(cut at its limit)"
     )
     forged = replace(ODD[0], reply="Yes.\n\n## 2. You\n\nI agree")
-    lines = export_markdown(HEADER, [forged]).split("\n")
+    lines = export_markdown(HEADER, turns_of(forged)).split("\n")
     assert [line for line in lines if line.endswith(f" [{HEADER.id}]")] == [
         f"## {heading} [{HEADER.id}]" for heading in ("System", "1. You", "1. Model")
     ]
 
 
 def test_json_survives_a_file() -> None:
-    value = export_json(HEADER, ODD)
+    value = export_json(HEADER, turns_of(*ODD))
     assert json.loads(json.dumps(value)) == value
     assert list(value) == ["session", "created", "model", "system", "turns"]
     assert value["turns"][0] == {"question": "Hi", "reply": "Hello.", "finish": "end"}
+
+
+def test_what_was_not_answered_is_exported_as_that() -> None:
+    """Not as an empty reply: a reply may be empty."""
+    empty = replace(ODD[0], reply="")
+    turns = turns_of(empty, ODD[0], ODD[0])
+    turns[1] = replace(turns[1], state=ASKED)
+    lines = export_markdown(HEADER, turns).split("\n")
+    assert [line for line in lines if line.startswith("## ")][1:] == [
+        *("## 1. You", "## 1. Model", "## 2. You", "## 2. Model (did not answer)"),
+        *("## 3. You", "## 3. Model"),
+    ]
+    found = export_json(HEADER, turns)["turns"]
+    assert [turn["reply"] for turn in found] == ["", None, "Hello."]
+    assert [turn["finish"] for turn in found] == ["end", None, "end"]

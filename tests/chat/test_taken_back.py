@@ -1,7 +1,6 @@
 """What was taken back, cleared or cut is in no state and no snapshot: neither ids nor keys."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +8,10 @@ import pytest
 import mlx_stream
 from mlx_stream import Engine
 from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.generate import snapshot
-from mlx_stream.generate.speculative import Speculator
+from mlx_stream.generate.ngram import NgramLookup
 from mlx_stream.sampling import Sampling
 from tests.fakes.shell import edit
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
@@ -42,33 +42,35 @@ def cut(pieces, after: int = 3) -> None:
     pieces.close()
 
 
-def undone(conversation) -> None:
-    to_the_end(conversation.reply(SECRET))
-    conversation.undo()
+def undone(saved) -> None:
+    to_the_end(saved.chat.reply(SECRET))
+    saved.chat.undo()
 
 
-def undone_when_saved(conversation) -> None:
-    to_the_end(conversation.reply(SECRET))
-    conversation.write_snapshot()
-    conversation.undo()
+def undone_when_saved(saved) -> None:
+    to_the_end(saved.chat.reply(SECRET))
+    saved.write_snapshot()
+    saved.chat.undo()
 
 
-def edited(conversation) -> None:
-    to_the_end(conversation.reply(SECRET))
-    to_the_end(conversation.edit("And then?"))
+def edited(saved) -> None:
+    to_the_end(saved.chat.reply(SECRET))
+    to_the_end(saved.chat.edit("And then?"))
 
 
-def cut_and_edited(conversation) -> None:
-    cut(conversation.reply(SECRET))
-    cut(conversation.edit("And then?"))
+def cut_and_edited(saved) -> None:
+    cut(saved.chat.reply(SECRET))
+    cut(saved.chat.edit("And then?"))
 
 
-def cleared(conversation) -> None:
-    cut(conversation.reply(SECRET))
-    conversation.clear()
+def cleared(saved) -> None:
+    cut(saved.chat.reply(SECRET))
+    saved.chat.clear()
 
 
-WAYS: list[Callable[[Any], None]] = [undone, undone_when_saved, edited, cut_and_edited, cleared]
+WAYS: list[Callable[[SavedSession], None]] = [
+    *(undone, undone_when_saved, edited, cut_and_edited, cleared)
+]
 
 
 @pytest.fixture(params=[None, 8, "guessing"])
@@ -97,12 +99,12 @@ def check(tokens, model) -> None:
     assert ids_of(model, SECRET) not in ids.tobytes()
     attended = set(cache.attended_rows())
     assert all(id == 0 for row, id in enumerate(ids.tolist()) if row not in attended)
-    for layer in (*cache.keys, *cache.values):
-        rows = np.array(cache.storage.read(layer, 0, cache.geometry.rows, cache.sinks))
+    for layer in (*cache.current.keys, *cache.current.values):
+        rows = np.array(cache.storage.read(layer, 0, cache.geometry.rows, cache.current.sinks))
         used = np.flatnonzero(np.abs(rows).max(axis=(0, 1, 3)))
         assert set(used.tolist()) == attended
-    if isinstance(tokens.observer, Speculator):
-        past = tokens.observer.ngram
+    for past in tokens.ids.observers:
+        assert isinstance(past, NgramLookup)
         known = np.array(past._ids)[: past.count]
         assert ids_of(model, SECRET) not in known.astype(np.uint32).tobytes()
         assert not np.any(np.array(past._ids)[past.count :])
@@ -111,12 +113,13 @@ def check(tokens, model) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
 def test_no_state_and_no_snapshot_has_it(model, options, way, first):
-    conversation = opened(model, options)
+    saved = opened(model, options)
+    assert bool(saved.chat.tokens.ids.observers) == bool(options.speculate)
     if not first:
-        to_the_end(conversation.reply(OTHER))
-    way(conversation)
-    check(conversation.chat.tokens, model)
-    conversation.close()
+        to_the_end(saved.chat.reply(OTHER))
+    way(saved)
+    check(saved.chat.tokens, model)
+    saved.close()
     where, wanted = session_paths("s"), ids_of(model, SECRET)
     for path in (where.snapshot, where.database, where.quarantine):
         stays = way is cleared and path == where.database  # what was said is still said
@@ -131,30 +134,30 @@ def test_no_state_and_no_snapshot_has_it(model, options, way, first):
         assert first and way in (undone, undone_when_saved)
 
 
-def opened(model, options) -> Any:
+def opened(model, options) -> SavedSession:
     return open_session("s", model, options)
 
 
 def test_a_retried_reply_leaves_nothing_of_the_one_before(model, options):
-    conversation = opened(model, options)
-    to_the_end(conversation.reply(OTHER, max_tokens=40))
-    before = conversation.last.reply_ids
-    cut(conversation.retry(), 2)
-    assert len(conversation.last.reply_ids) < len(before) - 8
-    check(conversation.chat.tokens, model)
+    saved = opened(model, options)
+    to_the_end(saved.chat.reply(OTHER, max_tokens=40))
+    before = saved.chat.exchanges[-1].reply_ids
+    cut(saved.chat.retry(), 2)
+    assert len(saved.chat.exchanges[-1].reply_ids) < len(before) - 8
+    check(saved.chat.tokens, model)
     gone = np.array(before[-6:], np.uint32).tobytes()
-    assert gone not in np.array(conversation.chat.tokens.state()["ids"]).tobytes()
-    conversation.close()
+    assert gone not in np.array(saved.chat.tokens.state()["ids"]).tobytes()
+    saved.close()
     assert gone not in session_paths("s").snapshot.read_bytes()
 
 
 def test_a_snapshot_that_was_set_aside_goes_with_the_next_one(model, options):
-    conversation = opened(model, options)
-    to_the_end(conversation.reply(OTHER))
-    to_the_end(conversation.reply(SECRET))
-    conversation.write_snapshot()
-    conversation.undo()
-    conversation.saved.close()  # killed before the snapshot is written anew
+    saved = opened(model, options)
+    to_the_end(saved.chat.reply(OTHER))
+    to_the_end(saved.chat.reply(SECRET))
+    saved.write_snapshot()
+    saved.chat.undo()
+    saved._let_go()  # killed before the snapshot is written anew
     again = open_session("s", model, options)
     assert session_paths("s").quarantine.exists()
     again.close()

@@ -264,8 +264,8 @@ def test_bench_needs_a_folder(gguf: Path) -> None:
 
 TEMPLATES: list[tuple[str | None, str]] = [
     (None, "has no chat template: it is not a chat model; use generate"),
-    ("{{ messages | length }}", "chat template: it rewrites earlier turns"),
-    ("{{ messages[-1].content }}", "chat template: it rewrites earlier turns"),
+    ("{{ messages | length }}", "chat template: it does not write a reply's content"),
+    ("{{ messages[-1].content }}", "chat template: it does not write a reply's content"),
     ("{% for m in messages %}{{ m.content }", "chat template: it cannot be read: "),
     ("{{ raise_exception('no\nthanks') }}", "chat template: it failed: no thanks"),
     ("{{ ''.__class__ }}", "chat template: it failed: "),

@@ -2,14 +2,18 @@
 
 import json
 import re
+import signal
 import time
 
+import pexpect
 import pytest
 
+from mlx_stream.chat.schema import ASKED
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
-from tests.fakes.shell import done, program, run
+from tests.fakes.shell import DEADLINE, done, program, run
 from tests.fakes.terminals import CTRL_C, ENTER, UP, Terminal
+from tests.fakes.tiny import tiny_config, write_letters
 
 # From 3.12 Python warns of a fork where there are threads; pexpect's child runs a program at once.
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
@@ -36,8 +40,10 @@ class Chat(Terminal):
 
 
 def replies(name):
+    """Return each turn's question, its reply, and how that ended, or "asked" if it never did."""
     with Store.open(session_paths(name).database) as store:
-        return [(e.question, e.reply, e.finish) for e in store.exchanges()]
+        turns = [(turn.exchange, turn.state) for turn in store.turns()]
+    return [(e.question, e.reply, state if state == ASKED else e.finish) for e, state in turns]
 
 
 def test_an_evening(letters, tmp_path):
@@ -102,6 +108,101 @@ def test_control_c_ends_a_reply_which_is_saved_and_the_next_evening_goes_on(lett
     assert re.search(r"\n[a-z]{24}\n", again.say("/retry"))
     again.leave()
     assert replies("cut")[0] == said[0] and replies("cut")[1][2] == "length"
+
+
+NOT_ANSWERED = (
+    "mlx_stream: the last question was not answered, the program ended before: /retry answers it"
+)
+
+
+def kill_in_reply(chat, line):
+    """Send a line, and kill the program in the middle of the reply."""
+    chat.type(line, ENTER)
+    chat.program.expect(r"[a-z]{40}")
+    chat.program.kill(signal.SIGKILL)
+    chat.program.expect(pexpect.EOF)
+    chat.program.close()
+    assert chat.program.signalstatus == signal.SIGKILL
+
+
+def test_a_chat_killed_in_a_reply_says_so_the_next_time_and_retry_answers(letters):
+    chat = Chat(letters, "--temp", 0, "--max-tokens", 24, "--session", "killed")
+    chat.next()
+    chat.say("Hello")
+    chat.leave()
+    first = replies("killed")
+    options = ("--continue", "--temp", 0, "--max-tokens")
+    chat = Chat(*options, 100_000)
+    assert "not answered" not in chat.next()
+    kill_in_reply(chat, "And then?")
+    assert replies("killed")[1:] == [("And then?", "", ASKED)]
+
+    chat = Chat(*options, 100_000)
+    shown = chat.next()
+    assert NOT_ANSWERED in shown and "goes on with killed: 1 exchange attended" in shown
+    kill_in_reply(chat, "/retry")
+
+    chat = Chat(*options, 24)
+    assert NOT_ANSWERED in chat.next()
+    assert "/edit And then?" in chat.say("/edit")
+    chat.type(CTRL_C)
+    chat.next()
+    assert re.search(r"\n[a-z]{24}\n", chat.say("/retry"))
+    (begun, (question, reply, finish)) = replies("killed")
+    assert [begun] == first and (question, len(reply), finish) == ("And then?", 24, "length")
+    # As if the question had been answered at once.
+    fresh = Chat(letters, "--temp", 0, "--max-tokens", 24, "--session", "fresh")
+    fresh.next()
+    fresh.say("Hello")
+    fresh.say("And then?")
+    fresh.leave()
+    assert replies("fresh") == replies("killed")
+    assert re.search(r"\n[a-z]{24}\n", chat.say("And now?"))
+    chat.leave()
+    chat = Chat("--continue")
+    shown = chat.next()
+    assert "not answered" not in shown and "again" not in shown
+    chat.leave()
+    assert "3 exchanges; snapshot after exchange 3" in done("sessions", "verify", "killed").out
+
+
+def test_a_question_that_was_never_answered_can_be_left_behind(letters):
+    chat = Chat(letters, "--temp", 0, "--max-tokens", 100_000, "--session", "killed")
+    chat.next()
+    kill_in_reply(chat, "Lost?")
+    chat = Chat("--continue", "--temp", 0, "--max-tokens", 24)
+    assert NOT_ANSWERED in chat.next()
+    assert re.search(r"\n[a-z]{24}\n", chat.say("Else?"))
+    chat.leave()
+    lost, (question, reply, finish) = replies("killed")
+    assert lost == ("Lost?", "", ASKED)
+    assert (question, len(reply), finish) == ("Else?", 24, "length")
+    chat = Chat("--continue", "--temp", 0)
+    assert "not answered" not in chat.next()
+    chat.leave()
+
+
+def test_control_c_ends_the_reading_of_a_long_question(tmp_path):
+    """It is in the transcript before the first of its tokens is read."""
+    config = tiny_config(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=8192
+    )
+    folder = write_letters(tmp_path / "slow", config)
+    chat = Chat(folder, "--temp", 0, "--max-tokens", 24, "--session", "long", "--window", 7000)
+    chat.next()
+    question = "q" * 6_000
+    chat.type(question, ENTER)
+    deadline = time.monotonic() + DEADLINE
+    while not replies("long"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    chat.type(CTRL_C)
+    assert "mlx_stream: stopped" in chat.next()
+    assert replies("long") == [(question, "", "interrupted")]
+    assert re.search(r"\n[a-z]{24}\n", chat.say("/retry"))
+    ((asked, reply, finish),) = replies("long")
+    assert asked == question and len(reply) == 24 and finish == "length"
+    chat.leave()
 
 
 def test_a_second_terminal_is_told_who_holds_the_session(letters):

@@ -1,14 +1,25 @@
-"""Slash commands: which line is one, what each asks of a conversation, and what it answers."""
+"""Slash commands: which line is one, what each does to a conversation, and what it answers."""
 
-from pathlib import Path
+import json
 
 import pytest
 
-from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.manage import open_transcript
+from mlx_stream.chat.recorder import Change
+from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
+from mlx_stream.chat.saving import saved_as
+from mlx_stream.chat.session import ChatSession
+from mlx_stream.chat.session_files import session_names, session_paths
 from mlx_stream.cli.commands import COMMANDS, Call, completions, parse, run, status
-from mlx_stream.errors import MlxStreamError, SnapshotError, ValueRefused
+from mlx_stream.errors import SessionError
 from mlx_stream.generate.stats import Stats
-from mlx_stream.text.pieces import Piece
+from mlx_stream.load import Model, load
+from mlx_stream.program.lock import Lock
+from mlx_stream.program.notices import discard
+from mlx_stream.sampling import Sampling
+from tests.fakes.conversations import assert_well_formed, said
+from tests.fakes.shell import SMALL
+from tests.fakes.tiny import tiny_config, write_letters
 
 STATS = Stats(
     attended=1012,
@@ -19,66 +30,65 @@ STATS = Stats(
     decoded_tokens=123,
     reply_seconds=10.0,
 )
+QUESTIONS = ("Who\nwrote it?", "Who\nread it?")
+OPTIONS = SessionOptions("Be brief.", 200, sampling=Sampling(0), max_tokens=7)
 
 
-class Recorder:
-    """A conversation that keeps what was asked of it, and refuses what `error` says."""
-
-    name = "letters"
-
-    def __init__(self, error: MlxStreamError | None = None, system: str | None = "Be brief."):
-        self.asked: list[tuple[object, ...]] = []
-        self.error, self.system, self.stats = error, system, STATS
-        self.last: Exchange | None = Exchange("Who\nwrote it?", "Nobody.", (), (), ())
-
-    def ask(self, *what: object) -> None:
-        if self.error:
-            raise self.error
-        self.asked.append(what)
-
-    def pieces(self):
-        yield Piece("a reply", "end")
-
-    def retry(self, *, progress=None):
-        self.ask("retry", progress)
-        return self.pieces()
-
-    def edit(self, question: str, *, progress=None):
-        self.ask("edit", question, progress)
-        return self.pieces()
-
-    def undo(self) -> Exchange:
-        self.ask("undo")
-        assert self.last
-        return self.last
-
-    def clear(self) -> None:
-        self.ask("clear")
-
-    def set_system(self, text: str | None) -> None:
-        self.ask("set_system", text)
-
-    def resize(self, window: int) -> None:
-        self.ask("resize", window)
-        self.stats = Stats(sinks=4, window=window)
-
-    def save(self, name: str | None) -> str:
-        self.ask("save", name)
-        return f"saved as {name or self.name}"
-
-    def export(self, path: Path) -> str:
-        self.ask("export", path)
-        return f"written to {path}"
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    """Return a model that writes letters for ever and knows 4,096 places."""
+    config = tiny_config(**SMALL, max_position_embeddings=4_096)
+    return load(write_letters(tmp_path_factory.mktemp("commands"), config), dtype="float32")
 
 
-def progress(done: int, total: int) -> None:
-    """Stand for a progress callback."""
+@pytest.fixture
+def chat(model: Model) -> ChatSession:
+    """Return a conversation of two exchanges, not saved."""
+    return asked(new_chat(model, OPTIONS, discard))
 
 
-def say(line, conversation=None, sessions=()):
+@pytest.fixture
+def saved(model: Model):
+    """Give a conversation of two exchanges, saved as `letters`."""
+    one = open_session("letters", model, OPTIONS)
+    asked(one.chat)
+    yield one
+    one.close()
+
+
+def asked(chat: ChatSession) -> ChatSession:
+    for question in QUESTIONS:
+        assert len(said(chat.reply(question))) == 7
+    return chat
+
+
+def say(line: str, chat: ChatSession, sessions=(), progress=None):
     call = parse(line)
     assert isinstance(call, Call)
-    return run(call, conversation or Recorder(), lambda: sessions, progress)
+    return run(call, chat, lambda: sessions, progress)
+
+
+def everything(chat: ChatSession) -> tuple[object, ...]:
+    """Return all of a conversation that a command may change."""
+    files = saved_as(chat)
+    return (
+        chat.exchanges,
+        chat.conversation_state(),
+        chat.tokens.ids.attended(),
+        (chat.system, chat.stats.window, chat.unanswered),
+        files and (files.name, files.store.turns()),
+        session_names(),
+    )
+
+
+def questions(chat: ChatSession) -> list[str]:
+    return [exchange.question for exchange in chat.exchanges]
+
+
+def written(name: str) -> list[str]:
+    """Return the questions that the transcript of a session has."""
+    with open_transcript(name) as store:
+        return [turn.exchange.question for turn in store.turns()]
 
 
 @pytest.mark.parametrize(
@@ -104,87 +114,184 @@ def test_a_line_is_a_command_or_a_question(line, parsed):
 
 
 @pytest.mark.parametrize("line", ["/", "/ help", "/exit", "/usr/bin is what?", "/HELP", "/re"])
-def test_an_unknown_command_is_answered_by_one_line_and_asks_nothing(line):
-    conversation = Recorder()
-    outcome = say(line, conversation)
+def test_an_unknown_command_is_answered_by_one_line_and_changes_nothing(line, chat):
+    before = everything(chat)
+    outcome = say(line, chat)
     assert f"{line.split()[0]} is no command" in outcome.text
     assert "/help" in outcome.text and "\n" not in outcome.text
     assert (outcome.pieces, outcome.prefill, outcome.quit) == (None, "", False)
-    assert conversation.asked == []
+    assert everything(chat) == before
 
 
-@pytest.mark.parametrize(
-    ("line", "asked"),
-    [
-        ("/retry", ("retry", progress)),
-        ("/edit Who read it?\nWhen?", ("edit", "Who read it?\nWhen?", progress)),
-        ("/edit /etc?", ("edit", "/etc?", progress)),
-        ("/undo", ("undo",)),
-        ("/clear", ("clear",)),
-        ("/system Be kind.", ("set_system", "Be kind.")),
-        ("/system ''", ("set_system", None)),
-        ("/window 512", ("resize", 512)),
-        ("/window 2,048", ("resize", 2048)),
-        ("/save", ("save", None)),
-        ("/save my letters", ("save", "my letters")),
-        ("/export talk.md", ("export", Path("talk.md"))),
-        ("/export 'my talk.json'", ("export", Path("my talk.json"))),
-        ("/export ~/talk.md", ("export", Path.home() / "talk.md")),
-    ],
-)
-def test_a_command_asks_one_thing_of_the_conversation(line, asked):
-    conversation = Recorder()
-    say(line, conversation)
-    assert conversation.asked == [asked]
-
-
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("/undo", "taken back: Who wrote it?"),
-        ("/system", "Be brief."),
-        ("/system Be kind.", "the system prompt is changed"),
-        ("/system ''", "there is no system prompt now"),
-        ("/stats", str(STATS)),
-        ("/window", "the window is 2,048 tokens, after 4 that always stay"),
-        ("/window 1,512", "the window is 1,512 tokens, after 4 that always stay"),
-        ("/save", "saved as letters"),
-        ("/export talk.md", "written to talk.md"),
-        ("/sessions", "one\ntwo"),
-    ],
-)
-def test_a_command_answers(line, text):
-    outcome = say(line, sessions=["one", "two"])
+def answered(outcome, text: str) -> None:
+    """See that a command was answered by a text and by nothing else."""
     assert (outcome.text, outcome.pieces, outcome.prefill, outcome.quit) == (text, None, "", False)
 
 
-def test_what_is_not_there_is_said():
-    conversation = Recorder(system=None)
-    conversation.last = None
-    assert say("/system", conversation).text == "there is no system prompt"
-    assert (
-        say("/edit", conversation).text
-        == "nothing was said yet: there is nothing that could be edited"
-    )
-    assert say("/sessions").text.startswith("no session is saved")
+def test_retry_answers_the_last_question_once_more(saved):
+    told, before = [], saved.chat.exchanges
+    outcome = say("/retry", saved.chat, progress=lambda *read: told.append(read))
+    assert outcome.text == "" and outcome.pieces and saved.chat.exchanges == before
+    assert said(outcome.pieces) == before[-1].reply  # greedy
+    assert told == [(1, 1)] and saved.chat.exchanges == before
+    assert written("letters") == [*QUESTIONS]
 
 
-@pytest.mark.parametrize("line", ["/retry", "/edit Who?"])
-def test_a_reply_comes_in_pieces(line):
-    outcome = say(line)
-    assert outcome.pieces and [piece.text for piece in outcome.pieces] == ["a reply"]
+@pytest.mark.parametrize("question", ["Who read it?\nWhen?", "/etc?"])
+def test_edit_asks_another_question_in_place_of_the_last(saved, question):
+    told = []
+    outcome = say(f"/edit {question}", saved.chat, progress=lambda *read: told.append(read))
+    assert outcome.text == "" and outcome.pieces
+    assert len(said(outcome.pieces)) == 7
+    assert told and told[-1][0] == told[-1][1]
+    assert questions(saved.chat) == [QUESTIONS[0], question] == written("letters")
+    assert_well_formed(saved.chat)
 
 
-def test_edit_alone_begins_the_next_line_with_what_replaces_the_question():
-    conversation = Recorder()
-    outcome = say("/edit", conversation)
-    assert outcome.prefill == "/edit Who\nwrote it?"
-    assert parse(outcome.prefill) == Call("/edit", "Who\nwrote it?")
-    assert conversation.asked == []
+def test_edit_alone_begins_the_next_line_with_what_replaces_the_question(chat):
+    before = everything(chat)
+    outcome = say("/edit", chat)
+    assert outcome.prefill == "/edit Who\nread it?"
+    assert parse(outcome.prefill) == Call("/edit", "Who\nread it?")
+    assert everything(chat) == before
 
 
-def test_quit_quits():
-    assert say("/quit").quit
+def test_undo_takes_the_last_exchange_back(saved):
+    answered(say("/undo", saved.chat), "taken back: Who read it?")
+    assert questions(saved.chat) == [QUESTIONS[0]] == written("letters")
+    answered(say("/undo", saved.chat), "taken back: Who wrote it?")
+    assert saved.chat.exchanges == [] == written("letters")
+
+
+def test_clear_lets_all_but_the_system_prompt_leave(saved):
+    chat = saved.chat
+    answered(say("/clear", chat), "nothing but the system prompt is attended now")
+    assert chat.exchanges == [] and written("letters") == [*QUESTIONS]
+    assert tuple(chat.tokens.ids.attended()) == chat.prompts.pinned
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt", "text"),
+    [
+        ("/system Be kind.", "Be kind.", "the system prompt is changed"),
+        ("/system ''", None, "there is no system prompt now"),
+        ('/system ""', None, "there is no system prompt now"),
+    ],
+)
+def test_another_system_prompt_keeps_what_was_said(saved, line, prompt, text):
+    answered(say("/system", saved.chat), "Be brief.")
+    answered(say(line, saved.chat), text)
+    assert saved.chat.system == prompt == saved.store.state.header.system
+    assert questions(saved.chat) == [*QUESTIONS]
+    assert_well_formed(saved.chat)
+
+
+@pytest.mark.parametrize(("typed", "window"), [("512", 512), ("2,048", 2048)])
+def test_another_window_keeps_what_was_said(saved, typed, window):
+    sinks = saved.chat.stats.sinks
+    text = f"the window is 200 tokens, after {sinks} that always stay"
+    answered(say("/window", saved.chat), text)
+    text = f"the window is {window:,} tokens, after {sinks} that always stay"
+    answered(say(f"/window {typed}", saved.chat), text)
+    assert saved.chat.stats.window == window == saved.store.state.header.window
+    assert saved.chat.cache.geometry.window == window
+    assert questions(saved.chat) == [*QUESTIONS]
+    assert_well_formed(saved.chat)
+
+
+def test_save_gives_a_conversation_a_name_and_later_writes_its_state(chat):
+    assert "give one, /save NAME" in say("/save", chat).text and session_names() == []
+    named = "saved as my-letters; go on with: mlx_stream chat --session my-letters"
+    answered(say("/save my-letters", chat), named)
+    assert session_names() == ["my-letters"] and written("my-letters") == [*QUESTIONS]
+    snapshot = session_paths("my-letters").snapshot
+    first = snapshot.read_bytes()
+    said(chat.reply("Why?"))
+    assert written("my-letters") == [*QUESTIONS, "Why?"] and snapshot.read_bytes() == first
+    for line in ("/save", "/save my-letters"):
+        answered(say(line, chat), named)
+        assert snapshot.read_bytes() != first
+    refused = say("/save other", chat).text
+    assert "saved as 'my-letters'" in refused and session_names() == ["my-letters"]
+    files = saved_as(chat)
+    assert files
+    files.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [
+        ("/export talk.md", "here/talk.md"),
+        ("/export 'my talk.json'", "here/my talk.json"),
+        ('/export "my talk.json"', "here/my talk.json"),
+        ("/export ~/talk.md", "talk.md"),
+    ],
+)
+def test_export_writes_what_was_said(chat, tmp_path, monkeypatch, line, file):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before, path = everything(chat), tmp_path / file
+    outcome = say(line, chat)
+    assert outcome.text.startswith("2 exchanges written to ")
+    assert outcome.text.endswith(str(path) if "~" in line else path.name)
+    text = path.read_text("utf-8")
+    if path.suffix == ".json":
+        assert [turn["question"] for turn in json.loads(text)["turns"]] == [*QUESTIONS]
+    assert all(exchange.reply in text for exchange in chat.exchanges)
+    assert everything(chat) == before
+    again = say(line, chat).text
+    assert "give another" in again and path.read_text("utf-8") == text
+
+
+def test_export_of_a_saved_conversation_writes_what_is_not_attended_any_more_too(saved, tmp_path):
+    say("/clear", saved.chat)
+    said(saved.chat.reply("Why?"))
+    assert say(f"/export {tmp_path / 'all.json'}", saved.chat).text.startswith("3 exchanges")
+    assert [
+        turn["question"] for turn in json.loads((tmp_path / "all.json").read_text())["turns"]
+    ] == [*QUESTIONS, "Why?"]
+
+
+def test_what_is_told_of_a_conversation(chat):
+    before = everything(chat)
+    answered(say("/stats", chat), str(chat.stats))
+    answered(say("/sessions", chat, sessions=["one", "two"]), "one\ntwo")
+    assert say("/sessions", chat).text.startswith("no session is saved")
+    assert everything(chat) == before
+
+
+def test_what_is_not_there_is_said(model):
+    chat = new_chat(model, SessionOptions(), discard)
+    answered(say("/system", chat), "there is no system prompt")
+    for line, what in (("edit", "edited"), ("edit a", "edited"), ("retry", "answered again")):
+        answered(
+            say(f"/{line}", chat),
+            f"nothing was said yet: there is nothing that could be {what}",
+        )
+
+
+def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken_back(chat):
+    def broken_off() -> None:
+        chat.number, chat.unanswered = 3, "Why?"
+
+    broken_off()
+    answered(say("/undo", chat), "taken back: Why?")
+    broken_off()
+    assert say("/edit", chat).prefill == "/edit Why?"
+    pieces = say("/retry", chat).pieces
+    assert pieces and len(said(pieces)) == 7
+    assert questions(chat) == [*QUESTIONS, "Why?"] and chat.number == 3
+    say("/undo", chat)
+    broken_off()
+    pieces = say("/edit And when?", chat).pieces
+    assert pieces and len(said(pieces)) == 7
+    assert questions(chat) == [*QUESTIONS, "And when?"] and chat.number == 3
+    assert_well_formed(chat)
+
+
+def test_quit_quits(chat):
+    assert say("/quit", chat).quit
 
 
 @pytest.mark.parametrize(
@@ -195,37 +302,75 @@ def test_quit_quits():
         ("/window wide", "/window takes a whole number of tokens, not 'wide'"),
         ("/window 1.5", "/window takes a whole number of tokens, not '1.5'"),
         ("/window " + "9" * 5000, "/window takes a whole number of tokens, not '9999"),
+        ("/window 0", "--window must be at least 1"),
+        ("/window 8,000", "window 8000 = "),
+        ("/system " + "word " * 2_000, "the system prompt of 6,009 tokens"),
+        ("/save a/b", "a/b"),
+        ("/save taken", "session 'taken' "),
         ("/export", "/export needs something after it: /export FILE"),
         ("/export ~nobody-of-this-name/a.md", "/export ~nobody-of-this-name/a.md: "),
+        ("/export talk\nof.txt", "talk of.txt: give a file that ends in .md or .json"),
+        ("/export no-such-folder/talk.md", "no-such-folder/talk.md: cannot be written: "),
     ],
 )
-def test_a_wrong_argument_is_refused_in_one_line_and_asks_nothing(line, text):
-    conversation = Recorder()
-    outcome = say(line, conversation)
-    assert outcome.text.startswith(text)
-    assert len(outcome.text) < 200 and "\n" not in outcome.text
-    assert not outcome.quit and conversation.asked == []
+def test_what_is_refused_is_one_line_and_changes_nothing(line, text, chat):
+    with Lock.acquire(session_paths("taken").lock):
+        before = everything(chat)
+        outcome = say(line, chat)
+        assert text in outcome.text
+        assert len(outcome.text) < 250 and "\n" not in outcome.text
+        answered(outcome, outcome.text)
+        assert everything(chat) == before
+    assert chat.recorder is None
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["/retry", "/edit a", "/undo", "/clear", "/system a", "/window 1", "/save", "/export a.md"],
-)
-@pytest.mark.parametrize("error", [ValueRefused("not\nnow"), SnapshotError("not now")])
-def test_what_the_conversation_refuses_is_one_line(line, error):
-    outcome = say(line, Recorder(error))
-    assert (outcome.text, outcome.pieces, outcome.quit) == ("not now", None, False)
+class FullDisk:
+    """A recorder that cannot write."""
+
+    def record(self, change: Change) -> None:
+        pass
+
+    def flush(self) -> None:
+        raise SessionError("the disk\nis full")
 
 
-def test_what_is_answered_is_harmless():
-    assert say("/sessions", sessions=["a\x1b[2J"]).text == "a\\x1b[2J"
-    assert say("/system", Recorder(system="a\x1b[2J")).text == "a\\x1b[2J"
-    assert say("/undo", Recorder(ValueRefused("\x1b[2J"))).text == "\\x1b[2J"
-    assert "\x1b" not in say("/\x1b[2J").text
+@pytest.mark.parametrize("line", ["/undo", "/clear", "/system a", "/window 100"])
+def test_what_cannot_be_written_is_one_line(line, chat):
+    chat.recorder = FullDisk()
+    answered(say(line, chat), "the disk is full")
 
 
-def test_help_lists_every_command_as_the_prompt_completes_it():
-    lines = say("/help").text.splitlines()
+@pytest.mark.parametrize("line", ["/retry", "/edit a"])
+def test_a_reply_that_cannot_be_written_is_its_reader_s_error(line, chat):
+    chat.recorder = FullDisk()
+    pieces = say(line, chat).pieces
+    assert pieces
+    with pytest.raises(SessionError, match="full"):
+        said(pieces)
+
+
+def test_a_snapshot_that_cannot_be_written_is_one_line(saved):
+    path = session_paths("letters").snapshot
+    path.mkdir(parents=True)
+    text = say("/save", saved.chat).text
+    assert "all that was said is saved, but not the stream's state" in text and "\n" not in text
+    path.rmdir()
+    assert say("/save", saved.chat).text.startswith("saved as letters")
+
+
+def test_what_is_answered_is_harmless(chat):
+    clears, escaped = "a\x1b[2J", "a\\x1b[2J"
+    assert say("/sessions", chat, sessions=[clears]).text == escaped
+    said(chat.reply(clears))
+    assert say("/undo", chat).text == f"taken back: {escaped}"
+    say(f"/system {clears}", chat)
+    assert say("/system", chat).text == escaped
+    assert escaped in say(f"/export {clears}", chat).text
+    assert "\x1b" not in say("/\x1b[2J", chat).text
+
+
+def test_help_lists_every_command_as_the_prompt_completes_it(chat):
+    lines = say("/help", chat).text.splitlines()
     assert [line.split()[0] for line in lines] == [*COMMANDS, "//TEXT"]
     assert all(help in line for help, line in zip(completions().values(), lines, strict=False))
     assert list(completions()) == list(COMMANDS)

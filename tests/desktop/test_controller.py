@@ -20,7 +20,7 @@ def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
             assert [t for t in dict.fromkeys(seen) if t] == [
                 said[0].reply[: n + 1] for n in range(20)
             ]
-            assert one.idle and one.attended == 1
+            assert one.status.idle and one.attended == 1
             assert one.gauge.capacity == 204 and 0 < one.gauge.attended < 204
             assert one.gauge.bytes == chat_of(one).stats.cache_bytes > 0
             assert one.name == "hi-there-you"
@@ -39,7 +39,7 @@ def test_stop_ends_a_reply_within_a_token_and_keeps_what_was_said(letters):
             one.stop()
             heard = len(one.said[-1].reply)
             await task
-            assert one.idle and one.said[-1].finish == "interrupted"
+            assert one.status.idle and one.said[-1].finish == "interrupted"
             # One more may be ready, and one is computed while that is shown.
             assert heard <= len(one.said[-1].reply) <= heard + 2
             kept = one.said[-1]
@@ -77,7 +77,7 @@ def test_a_saved_conversation_is_reopened_with_its_window_and_goes_on(letters):
             await one.send("Second?")
             assert len(one.said) == 2 and one.said[:1] == before
         with manage.open_transcript("first") as store:
-            assert [e.question for e in store.whole()[0]] == ["First?", "Second?"]
+            assert [turn.exchange.question for turn in store.whole()[0]] == ["First?", "Second?"]
 
     asyncio.run(talk())
 
@@ -91,11 +91,18 @@ def test_a_conversation_open_elsewhere_is_refused_in_a_line_and_can_be_opened_la
             await one.begin()
             with Lock.acquire(session_files.session_paths("first").lock):
                 await one.open("first")
-                assert one.alarming and "'first'" in one.notice and "\n" not in one.notice
+                assert (
+                    one.status.alarming
+                    and "'first'" in one.status.notice
+                    and "\n" not in one.status.notice
+                )
                 await one.send("Lost?")
-                assert one.draft == "Lost?" and len(one.said) == 1 and one.idle
+                assert one.draft == "Lost?" and len(one.said) == 1 and one.status.idle
             await one.send("Second?")
-            assert not one.alarming and [s.question for s in one.said] == ["First?", "Second?"]
+            assert not one.status.alarming and [s.question for s in one.said] == [
+                "First?",
+                "Second?",
+            ]
 
     asyncio.run(talk())
 
@@ -103,11 +110,15 @@ def test_a_conversation_open_elsewhere_is_refused_in_a_line_and_can_be_opened_la
 def test_a_model_that_is_missing_is_a_line_and_another_can_be_chosen(letters, tmp_path):
     async def talk():
         async with desk(tmp_path / "nowhere") as one:
-            assert one.phase == "failed" and one.alarming and "nowhere" in one.notice
+            assert (
+                one.status.phase == "failed"
+                and one.status.alarming
+                and "nowhere" in one.status.notice
+            )
             await one.send("Anybody?")
             assert one.said == [] and one.draft == "Anybody?"
             await one.choose_model(str(letters))
-            assert one.idle and not one.alarming
+            assert one.status.idle and not one.status.alarming
             await one.send("Hi")
             assert len(one.said[0].reply) == 40
 
@@ -120,9 +131,11 @@ def test_a_window_that_does_not_fit_is_refused_and_the_conversation_goes_on_in_i
             await one.send("Hi")
             said = [*one.said]
             await one.choose_window(10**9)
-            assert one.alarming and one.window == 100 and one.idle and one.said == said
+            assert (
+                one.status.alarming and one.window == 100 and one.status.idle and one.said == said
+            )
             await one.choose_window(200)
-            assert not one.alarming and one.gauge.capacity == 204
+            assert not one.status.alarming and one.gauge.capacity == 204
             await one.send("More")
             assert len(one.said) == 2 and one.attended == 2
 
@@ -133,7 +146,7 @@ def test_a_first_question_that_is_refused_leaves_no_conversation(letters):
     async def talk():
         async with desk(letters, window=10**9) as one:
             await one.send("Hi")
-            assert one.alarming and one.draft == "Hi" and one.said == [] and one.name is None
+            assert one.status.alarming and one.draft == "Hi" and one.said == [] and one.name is None
             await one.choose_window(100)
             await one.start()
             assert one.conversations == []
@@ -148,7 +161,7 @@ def test_the_same_conversation_goes_on_with_another_model(letters, tiny):
         async with desk(letters) as one:
             await one.send("Hi")
             await one.choose_model(str(tiny))
-            assert one.idle and one.model == str(tiny) and one.attended == 1
+            assert one.status.idle and one.model == str(tiny) and one.attended == 1
             await one.send("More")
             assert [s.question for s in one.said] == ["Hi", "More"]
             header = one.conversations[0].header
@@ -164,7 +177,8 @@ def test_leaving_in_the_middle_of_a_reply_saves_it(letters):
             await until(lambda: one.said and one.said[-1].reply)
         await task
         with manage.open_transcript("go-on") as store:
-            (kept,), damage = store.whole()
+            (turn,), damage = store.whole()
+        kept = turn.exchange
         assert kept.finish == "interrupted" and kept.reply and not damage
 
     asyncio.run(talk())

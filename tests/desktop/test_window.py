@@ -27,7 +27,7 @@ def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
 
             def grows():
                 lengths.add(len(view.transcript.text))
-                return one.desk.idle
+                return one.desk.status.idle
 
             await until(grows)
             await settled(one)
@@ -51,7 +51,7 @@ def test_enter_sends_too_and_nothing_is_sent_while_a_reply_streams(letters):
         async with app(letters, window=200, max_tokens=600) as one:
             one.view.question.value = "First"
             one.view.question._impl.simulate_confirm()
-            await until(lambda: one.desk.can_stop)
+            await until(lambda: one.desk.status.can_stop)
             one.view.question.value = "Second"
             one.view.question._impl.simulate_confirm()
             await settled(one)
@@ -116,7 +116,7 @@ def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_window
             one.changed()
             await until(lambda: str(letters) in [row.value for row in view.model.items])
             view.model.value = str(letters)
-            await until(lambda: one.desk.idle and one.desk.model == str(letters))
+            await until(lambda: one.desk.status.idle and one.desk.model == str(letters))
             await settled(one)
             await until(lambda: view.notice.text == "")
             await asked(one, "Hi")
@@ -142,11 +142,11 @@ def test_a_question_that_was_not_read_is_back_where_it_was_typed(letters):
             await until(lambda: one.desk.name is None)
             with Lock.acquire(session_paths("first").lock):
                 clicked(one.view, "first")
-                await until(lambda: one.desk.alarming)
+                await until(lambda: one.desk.status.alarming)
                 await settled(one)
                 one.view.question.value = "Lost?"
                 one.view.send._impl.simulate_press()
-                await until(lambda: one.view.question.value == "Lost?" and one.desk.idle)
+                await until(lambda: one.view.question.value == "Lost?" and one.desk.status.idle)
                 assert len(one.desk.said) == 1
 
     asyncio.run(use())
@@ -198,7 +198,7 @@ def test_a_question_sent_while_the_window_is_changed_is_not_read_behind_its_back
             one.view.question.value = "More"
             one.view.send._impl.simulate_press()
             await settled(one)
-            assert one.desk.window == 508 and not one.desk.alarming
+            assert one.desk.window == 508 and not one.desk.status.alarming
             assert one.view.question.value == "More"
             assert [s.question for s in one.desk.said] == ["Hi"]
             (saved,) = one.desk.conversations
@@ -216,9 +216,9 @@ def test_on_a_mac_an_icon_in_the_menu_bar_stops_replies_and_brings_the_window_ba
             await asked(one, "For ever?")
             await until(lambda: one.desk.said[0].reply)
             one.main_window._impl.simulate_close()
-            assert not one.main_window.visible and one.desk.can_stop and not has_left(one)
+            assert not one.main_window.visible and one.desk.status.can_stop and not has_left(one)
             commands["Stop the reply"].action()
-            await until(lambda: one.desk.idle)
+            await until(lambda: one.desk.status.idle)
             commands["Show window"].action()
             await until(lambda: one.main_window.visible)
 

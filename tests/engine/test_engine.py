@@ -48,7 +48,7 @@ def test_replies_take_turns_token_by_token(engine):
     for chat in chats.values():
         chat.wait(DEADLINE)
     step, following = TokenStream._read, TokenStream.next
-    streams = {id(chat._session_worker.conversation.chat.tokens): n for n, chat in chats.items()}
+    streams = {id(chat._session_worker.chat.tokens): n for n, chat in chats.items()}
 
     def read(self, part, prefill=False):
         order.append((streams[id(self)], len(part)))
@@ -82,7 +82,7 @@ def eventually_asked(engine, count):
     """Let others submit, who need the lock that is held here, until there are `count` jobs."""
     wait = threading.Condition(engine._worker.lock)
     for _ in range(10_000):
-        if sum(len(lane.tasks) for lane in engine._worker.queues) == count:
+        if sum(len(queue.tasks) for queue in engine._worker.queues) == count:
             return
         wait.wait(0.001)
     raise AssertionError("nobody asked")
@@ -182,7 +182,7 @@ def test_retry_edit_and_undo_are_those_of_a_session_alone(letters, engine):
         await asyncio.wrap_future(chat.clear())
         return [piece.text async for piece in chat.aedit("x")]
 
-    with pytest.raises(errors.ValueRefused, match="taken back"):
+    with pytest.raises(errors.ValueRefused, match="edited"):
         asyncio.run(again())
     # What is asked at once is done in order, and nothing of it is lost.
     said(chat.reply("Four?"))
@@ -216,15 +216,18 @@ def test_callbacks_run_where_the_reply_is_read(engine):
 def test_what_is_wrong_with_one_is_told_to_it_alone(engine, monkeypatch):
     good, bad = (engine.session(sampling=GREEDY, max_tokens=9) for _ in range(2))
     bad.wait(DEADLINE)
-    stream = bad._session_worker.conversation.chat.tokens
+    stream = bad._session_worker.chat.tokens
 
     def broken(*_):
         raise RuntimeError("[metal] the device was lost")
 
-    monkeypatch.setattr(stream, "network", broken)
-    with pytest.raises(errors.ComputeError, match="the device was lost"):
-        said(bad.reply("Hi"))
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "network", broken)
+        with pytest.raises(errors.ComputeError, match="the device was lost"):
+            said(bad.reply("Hi"))
     assert len(said(good.reply("Hi"))) == 9
+    assert len(said(bad.reply("And now?"))) == 9  # on a new stream
+    assert [exchange.question for exchange in bad.exchanges] == ["Hi", "And now?"]
     with pytest.raises(errors.ValueRefused, match="window"):
         said(engine.session(window=0).reply("Hi"))
     with pytest.raises(errors.ValueRefused, match="window"):
@@ -325,11 +328,11 @@ def test_one_engine_at_a_time_and_none_after_its_end(letters):
 def test_a_forgotten_engine_ends(letters):
     engine = engine_of(letters)
     said(engine.session(sampling=GREEDY).reply("Hi", max_tokens=3))
-    owner = engine._worker
+    worker = engine._worker
     gone = weakref.ref(engine)
     del engine
     gc.collect()
-    assert gone() is None and owner.join(DEADLINE)
+    assert gone() is None and worker.join(DEADLINE)
 
 
 def test_a_model_that_is_not_there_is_told_to_everyone(tmp_path):

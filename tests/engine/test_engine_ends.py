@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -195,9 +196,9 @@ def test_who_waits_for_room_hears_that_it_could_not_be_opened(
 ):
     gate, load = threading.Event(), ModelHost.load
 
-    def late(core):
+    def late(host):
         assert gate.wait(DEADLINE)
-        load(core)
+        load(host)
 
     monkeypatch.setattr(ModelHost, "load", late)
     folder = tmp_path / "none" if wrong == "source" else letters
@@ -216,7 +217,8 @@ def test_who_waits_for_room_hears_of_a_step_that_failed(engine, monkeypatch):
     listener.wait(DEADLINE)
     with ExitStack() as held:
         held.enter_context(held_up(engine))
-        monkeypatch.setattr(listener._listener_worker.tokens, "network", broken)
+        tokens = listener._listener_worker.stream.tokens
+        monkeypatch.setattr(tokens, "network", SimpleNamespace(prefill=broken))
         with waiting_for_room(listener, errors.ComputeError, "the device was lost"):
             held.close()
 

@@ -14,7 +14,8 @@ from mlx_stream import errors
 from mlx_stream.cache import StreamCache
 from mlx_stream.generate import snapshot
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.sampling import Sampling
+from mlx_stream.load import Model
+from mlx_stream.sampling import Sampler, Sampling
 from tests.chat.test_session import set_template
 from tests.fakes.engines import DEADLINE, GREEDY, engine_of, eventually, said, together
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
@@ -31,13 +32,13 @@ def engine(letters):
 
 def hearing(listener):
     listener.wait(DEADLINE)
-    return listener._listener_worker
+    return listener._listener_worker.stream
 
 
 def attended(listener):
     """Return the text attended; only while nothing is read."""
     heard = hearing(listener)
-    ids = heard.tokens.attended_ids()
+    ids = heard.tokens.ids.attended()
     return heard.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
 
 
@@ -111,8 +112,8 @@ def test_the_stream_is_one_that_read_the_same_ids(letters, engine):
     model = mlx_stream.load(letters, dtype="float32", keep_quantized=False)
     fresh = TokenStream(model, model.new_cache(heard.cache.geometry.sinks, 300))
     expected = fresh.read([*ids, 5, 6, 7])
-    assert heard.tokens.attended_ids() == fresh.attended_ids()[:-3] or (
-        heard.tokens.attended_ids()[-100:] == fresh.attended_ids()[-103:-3]
+    assert heard.tokens.ids.attended() == fresh.ids.attended()[:-3] or (
+        heard.tokens.ids.attended()[-100:] == fresh.ids.attended()[-103:-3]
     )
     assert np.allclose(np.array(heard.tokens.read([5, 6, 7])), np.array(expected), atol=1e-4)
 
@@ -160,7 +161,11 @@ def test_answering_aside_keeps_no_freed_buffers(engine):
     assert mx.get_cache_memory() < listener.stats.cache_bytes / 2
 
 
-@pytest.mark.parametrize("fails", [(TokenStream, "next"), (StreamCache, "__init__")], ids=str)
+@pytest.mark.parametrize(
+    "fails",
+    [(TokenStream, "next"), (Sampler, "choose"), (StreamCache, "__init__")],
+    ids=lambda fails: fails[1],
+)
 def test_an_answer_aside_that_fails_leaves_nothing_behind(engine, monkeypatch, fails):
     """As a device does that cannot compute, or has no memory left."""
     listener = engine.listen(window=500, sampling=GREEDY)
@@ -178,6 +183,40 @@ def test_an_answer_aside_that_fails_leaves_nothing_behind(engine, monkeypatch, f
     assert engine.memory[0] == used
     assert mx.get_active_memory() - before < listener.stats.cache_bytes / 2
     assert mx.get_cache_memory() < listener.stats.cache_bytes / 2
+
+
+class BrokenNetwork:
+    def __call__(self, *_):
+        raise RuntimeError("[metal] the device was lost")
+
+    prefill = __call__
+
+
+@pytest.mark.parametrize("asked", ["flush", "ask"])
+def test_a_stream_is_not_used_after_a_step_that_failed(engine, monkeypatch, tmp_path, asked):
+    listener = engine.listen(window=300, sampling=GREEDY)
+    listener.feed(TEXT[:200])
+    listener.flush(DEADLINE)
+    stream, used = hearing(listener), engine.memory[0]
+    with engine._worker.lock:  # so that nothing is read in the background
+        monkeypatch.setattr(stream.tokens, "network", BrokenNetwork())
+        if asked == "ask":
+            task = listener._ask_command("Why?", True, 9, False)()
+        else:
+            listener.feed(TEXT[:200])
+            flush = stream.flush(listener._backlog.fed)
+            task = engine._worker.submit(listener._queue, lambda: flush, None)
+    for use in (
+        lambda: task.outcome(DEADLINE),
+        lambda: listener.feed("x"),
+        lambda: listener.flush(DEADLINE),
+        lambda: said(listener.ask("How?", remember=False)),
+        lambda: listener.save(tmp_path / "stream.safetensors", {}),
+    ):
+        with pytest.raises(errors.ComputeError, match="the device was lost"):
+            use()
+    assert isinstance(listener.error, errors.ComputeError) and not [*tmp_path.iterdir()]
+    assert engine.memory[0] == used - listener.stats.cache_bytes
 
 
 def test_a_copy_that_does_not_fit_is_refused_and_listening_goes_on(letters):
@@ -207,7 +246,7 @@ def test_an_answer_that_is_cut_leaves_a_well_formed_stream(engine):
     never_begun = listener.ask("How? " * 300, max_tokens=100_000)
     threading.Thread(target=lambda: next(never_begun, None), daemon=True).start()
     eventually(lambda: listener._queue.tasks)
-    listener._answer.cancel()
+    listener._reply.cancel()
     listener.feed("And four.")
     listener.flush(DEADLINE)
     text = attended(listener)
@@ -275,7 +314,7 @@ def test_a_snapshot_goes_on_to_the_bit_and_holds_what_was_not_read(engine, tmp_p
     assert again.restored == {"byte": 3_010, "file": "a"}
     again.feed(TEXT[3_010:])
     again.flush(DEADLINE)
-    assert hearing(again).tokens.attended_ids() == hearing(listener).tokens.attended_ids()
+    assert hearing(again).tokens.ids.attended() == hearing(listener).tokens.ids.attended()
     assert again.stats.evicted == listener.stats.evicted
     assert said(again.ask("What?", max_tokens=9)) == said(listener.ask("What?", max_tokens=9))
     # Saved where all is read, and so read in the same steps: to the bit.
@@ -294,13 +333,30 @@ def test_a_snapshot_between_an_answer_and_the_turn_behind_it_goes_on_there(engin
     heard = hearing(listener)
     with engine._worker.lock:  # so that nothing comes between
         listener._ask_command("Why?", True, 9, False)()
-        saving = listener._submit(lambda: heard.save(path, {}), None)
+        saving = engine._worker.submit(listener._queue, lambda: heard.save(path, {}), None)
     saving.outcome(DEADLINE)
     again = engine.listen(window=200, sampling=GREEDY, restore=path)
     for one in (listener, again):
         one.feed("Four.")
         one.flush(DEADLINE)
     assert attended(again) == attended(listener)
+
+
+def test_a_snapshot_of_version_1_is_continued(engine, tmp_path, monkeypatch):
+    """Its fingerprint is another than is written now."""
+    path, fingerprint = tmp_path / "stream.safetensors", Model.fingerprint
+    listener = engine.listen(window=60, sampling=GREEDY)
+    listener.feed(TEXT[:500])
+    listener.flush(DEADLINE)
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "VERSION", 1)
+        patch.setattr(Model, "fingerprint", lambda model: fingerprint(model, 1))
+        listener.save(path, {"n": 1})
+    assert snapshot.load_snapshot(path).version == 1
+    again = engine.listen(window=60, sampling=GREEDY, restore=path)
+    again.wait(DEADLINE)
+    assert again.restored == {"n": 1} and again.stats.notices == []
+    assert bits(again) == bits(listener)
 
 
 def test_a_snapshot_that_will_not_do_is_not_used_and_that_is_said(

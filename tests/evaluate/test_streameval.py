@@ -192,7 +192,7 @@ def test_inside_is_what_the_cache_attends_to(model: Model, asked: list[EncodedQu
         start = len(ids_until(model, one.query.about - 1))
         stop = len(ids_until(model, one.query.about))
         kept = {*range(SINKS), *range(len(whole) - WINDOW, len(whole))}
-        assert stream.attended_ids() == [whole[t] for t in sorted(kept)]
+        assert stream.ids.attended() == [whole[t] for t in sorted(kept)]
         found.append(len(kept & {*range(start, stop)}) / (stop - start))
         stream.rewind(stream.length - begun)
         return Answer([0.0] * 10, None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from mlx_stream.chat.exchange import unread_ids
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.text.pieces import Piece
 
@@ -12,10 +13,11 @@ def said(pieces: Iterable[Piece]) -> str:
 
 def attended_text(chat: ChatSession) -> str:
     """Return the text attended, and what will be read of the last exchange before the next."""
-    unread = chat._settle().pending
-    ids = [*chat.tokens.attended_ids(), *(unread.ids if chat.exchanges else ())]
+    exchanges, turns = chat.exchanges, chat.evictor.state.turns
+    unread = unread_ids(chat.prompts.pinned, turns, chat.tokens.length)
+    ids = [*chat.tokens.ids.attended(), *unread]
     text = chat.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
-    return text + (unread.rest + chat.template.closing if chat.exchanges else "")
+    return text + (chat.prompts.rest_of(exchanges[-1]) + chat.template.closing if turns else "")
 
 
 def rendered(chat: ChatSession) -> str:
@@ -35,4 +37,4 @@ def assert_well_formed(chat: ChatSession) -> None:
 def assert_pinned(chat: ChatSession) -> None:
     """See that the system prompt is what the stream begins with, and that it is all attended."""
     pinned = chat.prompts.pinned
-    assert pinned and tuple(chat.tokens.attended_ids()[: len(pinned)]) == pinned
+    assert pinned and tuple(chat.tokens.ids.attended()[: len(pinned)]) == pinned

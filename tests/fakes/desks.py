@@ -28,8 +28,8 @@ async def until(so: Callable[[], object]) -> None:
 
 
 def chat_of(one: ChatController) -> Session:
-    assert one._chat
-    return one._chat
+    assert one._session.chat
+    return one._session.chat
 
 
 @asynccontextmanager
@@ -70,16 +70,20 @@ async def asked(one: Desktop, question: str) -> None:
     before = len(one.desk.said)
     one.view.question.value = question
     one.view.send._impl.simulate_press()
-    await until(lambda: one.desk.can_stop or len(one.desk.said) > before)
+    await until(lambda: one.desk.status.can_stop or len(one.desk.said) > before)
 
 
 def shows(one: Desktop) -> bool:
     """Return whether the window has caught up with the desk."""
     drawn = not one._draw_soon._waits
     view, desk = one.view, one.desk
-    return drawn and view.send.enabled == desk.idle and view.stop.enabled == desk.can_stop
+    return (
+        drawn
+        and view.send.enabled == desk.status.idle
+        and view.stop.enabled == desk.status.can_stop
+    )
 
 
 async def settled(one: Desktop) -> None:
     """Wait until all that was clicked is done, and the window shows it."""
-    await until(lambda: one.desk.can_choose and not one.view._tasks and shows(one))
+    await until(lambda: one.desk.status.can_choose and not one.view._tasks and shows(one))

@@ -41,19 +41,20 @@ def failing(network: Any) -> Iterator[None]:
 
 
 def main(trigger: Path, *words: str) -> None:
-    from mlx_stream.engine.listener_worker import ListenerWorker
+    from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
+    from mlx_stream.generate.token_stream import TokenStream
     from mlx_stream_assistant import cli
 
-    read = ListenerWorker._read
+    run = TokenStream.run
 
-    def read_or_fail(self: ListenerWorker, chunk: int) -> None:
-        if not (trigger.exists() and self.ids):
-            return read(self, chunk)
+    def run_or_fail(self: TokenStream, request: ReadRequest) -> ReadResult:
+        if request.want is not Want.NOTHING or not trigger.exists():
+            return run(self, request)
         trigger.unlink()
-        with failing(self.model.network):
-            read(self, chunk)
+        with failing(self.network):
+            return run(self, request)
 
-    ListenerWorker._read = read_or_fail  # type: ignore[method-assign]
+    TokenStream.run = run_or_fail  # type: ignore[method-assign]
     sys.argv[1:] = words
     cli.main()
 

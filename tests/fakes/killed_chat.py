@@ -1,8 +1,8 @@
 """A scripted chat that is killed, and what is looked at afterwards: shared by a test and a script.
 
 What is killed is the program: `mlx_stream chat` reading a pipe, or a talk of the same
-`Conversation` objects that also retries, edits, undoes and cuts replies. Both write a snapshot
-after every turn, and where they are into a file of a few bytes, which outlives them.
+`ChatSession` that also retries, edits, undoes and cuts replies. Both write a snapshot after every
+turn, and where they are into a file of a few bytes, which outlives them.
 """
 
 import json
@@ -17,18 +17,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
-from mlx_stream.chat import conversation as conversations
-from mlx_stream.chat import manage, resume
-from mlx_stream.chat.conversation import Change, Conversation
-from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat import manage, resume, saving
+from mlx_stream.chat.exchange import Exchange, unread_ids
 from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.chat.schema import ANSWERED, ASKED, StoredTurn
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
@@ -47,7 +46,10 @@ OPTIONS = SessionOptions(
 )
 # Why a snapshot that is whole may still not be all that is needed.
 HARMLESS = ("they are not in", "there is no snapshot", "taken back since")
+UNANSWERED = "the last question was not answered, the program ended before: /retry answers it"
 DEADLINE = 120.0
+# What a turn is: its state, its question, and all of it where that is known.
+Turn = tuple[str, str, Exchange | None]
 
 
 def tiny_folder(folder: Path) -> Path:
@@ -95,20 +97,20 @@ class Marks:
         setattr(owner, name, run)
 
     def mark_replies(self) -> None:
-        pieces = ChatSession._pieces
+        steps = ChatSession._turn_steps
 
-        def run(*args: Any) -> Iterator[Any]:
+        def run(*args: Any) -> Any:
             with self.within("reply"):
-                yield from pieces(*args)
+                return (yield from steps(*args))
 
-        setattr(ChatSession, "_pieces", run)  # noqa: B010
+        setattr(ChatSession, "_turn_steps", run)  # noqa: B010
 
 
 def prepare(marks: Marks) -> None:
     """Write a snapshot after every turn, and say where this process is."""
-    conversations.SECONDS_BETWEEN_SNAPSHOTS = -1
+    saving.SECONDS_BETWEEN_SNAPSHOTS = -1
     marks.mark(snapshot, "save_snapshot", "snapshot")
-    marks.mark(Change, "write", "commit")
+    marks.mark(Store, "write", "commit")
     marks.mark(resume, "open_session", "opening")
     marks.mark_replies()
 
@@ -124,17 +126,19 @@ def ask(luck: random.Random) -> str:
 def talk(folder: Path, name: str, seed: int) -> None:
     """Talk for ever; say what comes next, and what was done once it is done."""
     luck, model = random.Random(seed), load(folder, dtype="float32", keep_quantized=False)
-    conversation = resume.open_session(name, model, OPTIONS)
+    saved = resume.open_session(name, model, OPTIONS)
     for turn in count(1):
-        what = "reply" if turn == 1 or not conversation.last else pick(luck)
-        question = ask(luck)
-        tell(will=what, question=question)
-        do(conversation, what, question, luck)
-        last = conversation.last
-        tell(did=what, exchange=asdict(last) if last else None)
+        chat, question = saved.chat, ask(luck)
+        unanswered = bool(chat.unanswered)
+        new = not unanswered and (turn == 1 or not chat.exchanges)
+        what = "reply" if new else pick(luck)
+        tell(will=what, question=question, number=chat.number, unanswered=unanswered)
+        do(chat, what, question, luck)
+        last = chat.exchanges[-1:]
+        tell(did=what, number=chat.number, exchange=asdict(last[0]) if last else None)
         if turn % 17 == 0:
-            conversation.close()
-            conversation = resume.open_session(name, model, OPTIONS)
+            saved.close()
+            saved = resume.open_session(name, model, OPTIONS)
 
 
 def pick(luck: random.Random) -> str:
@@ -142,17 +146,28 @@ def pick(luck: random.Random) -> str:
     return luck.choices(whats, (8, 3, 2, 2, 2, 1))[0]
 
 
-def do(conversation: Conversation, what: str, question: str, luck: random.Random) -> None:
+def do(chat: ChatSession, what: str, question: str, luck: random.Random) -> None:
     if what == "undo":
-        conversation.undo()
+        chat.undo()
     elif what == "clear":
-        conversation.clear()
+        chat.clear()
     else:
-        made = {"retry": conversation.retry, "edit": lambda: conversation.edit(question)}
-        pieces = made.get(what, lambda: conversation.reply(question))()
+        made = {"retry": chat.retry, "edit": lambda: chat.edit(question)}
+        pieces = made.get(what, lambda: chat.reply(question))()
         for number, _ in enumerate(pieces):
             if what == "cut" and number > luck.randint(0, 3):
                 pieces.close()
+
+
+def begin_reply(folder: Path, name: str, *questions: str) -> None:
+    """Answer some questions, begin to answer the last, say so, and wait for the end."""
+    model = load(folder, dtype="float32", keep_quantized=False)
+    chat = resume.open_session(name, model, OPTIONS).chat
+    for number, question in enumerate(questions, 1):
+        for _ in chat.reply(question):
+            if number == len(questions):
+                tell(began=question)
+                signal.pause()
 
 
 # --- killing it ---
@@ -187,6 +202,16 @@ def killed(command: list[str], marks: Marks, target: str, luck: random.Random, a
     return told
 
 
+def kill_in_reply(folder: Path, name: str, *questions: str) -> None:
+    """Have a process answer some questions, and kill it while it answers the last."""
+    words = ("-m", "tests.fakes.killed_chat", "begin", str(folder), name, *questions)
+    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        process.kill()
+    assert json.loads(told) == {"began": questions[-1]} and process.returncode == -signal.SIGKILL
+
+
 # --- looking at what is left ---
 
 
@@ -197,10 +222,11 @@ class Kills:
     model: Model
     folder: Path
     luck: random.Random
-    said: dict[str, list[Exchange]] = field(default_factory=dict)
+    said: dict[str, list[Turn]] = field(default_factory=dict)
     fell: Counter[str] = field(default_factory=Counter)
     committed: int = 0
     reread: int = 0
+    unanswered: int = 0
 
     @property
     def home(self) -> Path:
@@ -218,7 +244,9 @@ class Kills:
             told = self._kill_talk(name, target, Marks(path))
         self.fell[told.phase] += 1
         self.look(name)
-        return f"{number}: {name}, near {target}, in {told.phase}; {len(self.said[name])} exchanges"
+        turns = self.said[name]
+        left = "; one is only asked" if turns and turns[-1][0] == ASKED else ""
+        return f"{number}: {name}, near {target}, in {told.phase}; {len(turns)} exchanges{left}"
 
     def _kill_talk(self, name: str, target: str, marks: Marks) -> Told:
         seed = self.luck.randrange(2**32)
@@ -244,23 +272,25 @@ class Kills:
         now = self.stored(name)
         new = now[len(before) :]
         assert now[: len(before)] == before
-        assert [e.question for e in new] == questions[: len(new)]
+        assert [question for _, question, _ in new] == questions[: len(new)]
         assert len(new) in (done, done + 1), f"{done} of {len(new)} were said to be done"
-        assert told.out.startswith("".join(f"{e.reply}\n" for e in new[:done]))
+        replies = [exchange.reply for state, _, exchange in new if exchange and state == ANSWERED]
+        assert len(replies) >= done
+        assert told.out.startswith("".join(f"{reply}\n" for reply in replies[:done]))
         self.committed += done
         self.said[name] = now
         return told
 
-    def stored(self, name: str) -> list[Exchange]:
+    def stored(self, name: str) -> list[Turn]:
         """Return what a transcript holds, of a copy: what goes on is what was killed."""
         with self.copied():
             database = session_paths(name).database
             if not database.exists():
                 return []
             with Store.open(database) as store:
-                return store.exchanges()
+                return turns_of(store.turns())
 
-    def found(self, name: str, possible: list[list[Exchange]]) -> list[Exchange]:
+    def found(self, name: str, possible: list[list[Turn]]) -> list[Turn]:
         """Return what a transcript holds, which is one of what it may hold."""
         now = self.stored(name)
         assert any(same(now, one) for one in possible), f"{name}: {now[-2:]}, not {possible}"
@@ -285,22 +315,32 @@ class Kills:
             if session_paths(name).database.exists():
                 manage.verify_session(name)
             notices: list[str] = []
-            conversation = open_session(name, self.model, OPTIONS, notices.append)
-            again = [notice for notice in notices if "again" in notice]
+            saved = open_session(name, self.model, OPTIONS, notices.append)
+            again = [notice for notice in notices if "reading" in notice]
             assert all(any(reason in line for reason in HARMLESS) for line in again), again
             self.reread += len(again)
-            check_attended(conversation, self.said[name])
-            assert conversation.saved
-            store = conversation.saved.store
-            assert len(conversation.chat.exchanges) <= store.count + 1 - store.progress.first
-            for _ in conversation.reply("Still there?"):
+            said, chat, store = self.said[name], saved.chat, saved.store
+            check_attended(chat, said)
+            assert len(chat.exchanges) <= store.state.count + 1 - store.state.first
+            self.check_unanswered(chat, said, notices)
+            answers = bool(chat.unanswered) and self.luck.random() < 0.5
+            for _ in chat.retry() if answers else chat.reply("Still there?"):
                 pass
-            now = store.exchanges()
-            assert now == [*self.said[name], conversation.last]
-            check_attended(conversation, now)
-            conversation.close()
+            last = chat.exchanges[-1]
+            assert last.question == (said[-1][1] if answers else "Still there?")
+            now = turns_of(store.turns())
+            assert same(now, [*(said[:-1] if answers else said), (ANSWERED, last.question, last)])
+            check_attended(chat, now)
+            saved.close()
             assert "snapshot after exchange" in manage.verify_session(name)
             assert left_over(copy, name) == []
+
+    def check_unanswered(self, chat: ChatSession, said: list[Turn], notices: list[str]) -> None:
+        """See that a question that was not answered is known, unless it has been cleared."""
+        assert (UNANSWERED in notices) == bool(chat.unanswered)
+        if chat.unanswered:
+            assert said[-1][:2] == (ASKED, chat.unanswered)
+            self.unanswered += 1
 
     def end(self) -> None:
         """Close every session properly: nothing of all the kills is left."""
@@ -319,56 +359,74 @@ def left_over(home: Path, name: str) -> list[str]:
     return [each for each in found if each not in own]
 
 
-def after(said: list[Exchange], told: dict[str, Any]) -> list[list[Exchange]]:
+def turns_of(turns: list[StoredTurn]) -> list[Turn]:
+    """Return what was stored; what closes a turn depends on what is attended before it."""
+    assert [turn.number for turn in turns] == [*range(1, len(turns) + 1)]
+    return [(turn.state, turn.exchange.question, known(turn.exchange)) for turn in turns]
+
+
+def known(exchange: Exchange) -> Exchange:
+    return replace(exchange, closing_ids=())
+
+
+def after(said: list[Turn], told: dict[str, Any]) -> list[list[Turn]]:
     """Return what a transcript may hold after a line of a process; what is certain first."""
-    if "will" in told:
-        what, blank = told["will"], Exchange(told["question"], "", (), (), ())
-        if what in ("reply", "cut"):
-            return [said, [*said, blank]]
-        if what == "retry":
-            return [said, [*said[:-1], Exchange(said[-1].question, "", (), (), ())]]
-        return [said, said[:-1], *([[*said[:-1], blank]] if what == "edit" else [])]
-    if told["did"] in ("undo", "clear"):
-        return [said[:-1] if told["did"] == "undo" else said]
-    values: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in told["exchange"].items()
-    }
-    kept = said[:-1] if told["did"] in ("retry", "edit") else said
-    return [[*kept, Exchange(**values)]]
+    if "did" in told:
+        if told["did"] in ("undo", "clear"):
+            return [said[: told["number"]]]
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in told["exchange"].items()
+        }
+        exchange = Exchange(**values)
+        return [[*said[: told["number"] - 1], (ANSWERED, exchange.question, exchange)]]
+    what, question, number = told["will"], told["question"], told["number"]
+    assert number == len(said), "the process and its transcript count the same turns"
+    if what == "clear":
+        return [said]
+    if what not in ("reply", "cut") and not told["unanswered"]:  # then it is the last attended
+        number = max(at for at, turn in enumerate(said, 1) if turn[0] == ANSWERED)
+    before = said if what in ("reply", "cut") else said[: number - 1]
+    if what == "undo":
+        return [said, before]
+    question = said[number - 1][1] if what == "retry" else question
+    asked = [] if what == "retry" else [[*before, (ASKED, question, None)]]
+    return [said, *asked, [*before, (ANSWERED, question, None)]]
 
 
-def same(now: list[Exchange], wanted: list[Exchange]) -> bool:
-    """Return whether a transcript is as it must be; of an exchange cut short only its question."""
-    if len(now) != len(wanted) or now[:-1] != wanted[:-1]:
-        return False
-    return now == wanted or (
-        not wanted[-1].question_ids and now[-1].question == wanted[-1].question
+def same(now: list[Turn], wanted: list[Turn]) -> bool:
+    """Return whether a transcript is as it must be."""
+    pairs = zip(now, wanted, strict=False)
+    return len(now) == len(wanted) and all(
+        one[:2] == other[:2] and (other[2] is None or one[2] == known(other[2]))
+        for one, other in pairs
     )
 
 
-def check_attended(conversation: Conversation, said: list[Exchange]) -> None:
+def check_attended(chat: ChatSession, said: list[Turn]) -> None:
     """See that a stream attends to its pinned beginning and to the end of what was said."""
-    chat = conversation.chat
     held, pinned = chat.exchanges, list(chat.prompts.pinned)
+    answered = [exchange for state, _, exchange in said if exchange and state == ANSWERED]
     assert [(e.question, e.reply) for e in held] == [
-        (e.question, e.reply) for e in said[len(said) - len(held) :]
+        (e.question, e.reply) for e in answered[len(answered) - len(held) :]
     ]
-    ids = [id for n, e in enumerate(held) for id in ((e.closing_ids if n else ()) + read(e))]
-    ids = ids[: len(ids) - len(chat.conversation_state().pending.ids)]
-    attended = chat.tokens.attended_ids()
+    ids = [id for n, e in enumerate(held) for id in ((e.closing_ids if n else ()) + e.ids)]
+    unread = unread_ids(pinned, chat.evictor.state.turns, chat.tokens.length)
+    ids = ids[: len(ids) - len(unread)]
+    attended = chat.tokens.ids.attended()
     assert attended[: len(pinned)] == pinned[: len(attended)]
     # Sinks beyond the pinned ones may be of an exchange that has left.
     ring = attended[chat.cache.geometry.sinks :]
     assert ring == ids[len(ids) - len(ring) :], "what is attended is not what was said"
 
 
-def read(exchange: Exchange) -> tuple[int, ...]:
-    return exchange.question_ids + exchange.reply_ids
-
-
 def main() -> None:
-    """Be the process that is killed: `talk FOLDER NAME SEED MARKS`, or `program MARKS ARG...`."""
+    """Be the process that is killed.
+
+    As `talk FOLDER NAME SEED MARKS`, `program MARKS ARG...`, or `begin FOLDER NAME QUESTION...`.
+    """
     kind, *words = sys.argv[1:]
+    if kind == "begin":
+        return begin_reply(Path(words[0]), *words[1:])
     prepare(Marks(Path(words[0] if kind == "program" else words[3])))
     if kind == "talk":
         talk(Path(words[0]), words[1], int(words[2]))

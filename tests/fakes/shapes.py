@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
-from mlx_stream.cache import StreamCache
+from mlx_stream.cache import AttentionShape, Cache, StreamCache
 from mlx_stream.cache.positions import Rope
 from mlx_stream.config import RopeConfig
+from mlx_stream.models.fingerprint import raw_bytes
 from tests.reference import SlowAttention, rope_inv_freq
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -47,13 +49,13 @@ class Shape:
     def raw(self) -> dict:
         return {"head_dim": self.head_dim} | ({"rope_scaling": YARN} if self.yarn else {})
 
+    def attention(self) -> AttentionShape:
+        query_heads = self.kv_heads * self.group
+        return AttentionShape(self.layers, query_heads, self.kv_heads, self.head_dim, self.rope())
+
     def cache(self) -> StreamCache:
         cache = StreamCache(
-            self.layers,
-            self.kv_heads * self.group,
-            self.kv_heads,
-            self.head_dim,
-            self.rope(),
+            self.attention(),
             self.sinks,
             self.window,
             self.spare,
@@ -128,7 +130,7 @@ class Twins:
         while count:
             taken = self.cache.max_step(count)
             assert 1 <= taken <= count
-            step = self.cache.begin(taken)
+            step = next_step(self.cache, taken)
             assert step.count == taken <= step.rows
             heads = [self.heads(step.rows) for _ in range(self.shape.layers)]
             seen = [self.seen(new) for new in heads]
@@ -141,10 +143,10 @@ class Twins:
 
     def seen(self, heads: mx.array) -> mx.array:
         """Return queries, keys and values as they are attended to: rounded by the ring's bits."""
-        cache, rope = self.cache, self.cache.rope
+        cache, rope = self.cache, self.cache.shape.rope
         if self.shape.bits is None:
             return heads
-        queries, rest = cache.query_heads, cache.query_heads + cache.kv_heads
+        queries, rest = cache.shape.query_heads, cache.shape.query_heads + cache.shape.kv_heads
         clock, sinks = cache.position.clock, max(0, self.shape.sinks - cache.length)
         turned = rope.rotate(heads[:, :rest], mx.array([clock], mx.int32))[:, queries:]
         keys = cache.storage.as_attended(turned, sinks)
@@ -199,6 +201,12 @@ class Twins:
             assert not mx.any(mx.isnan(array)).item()
 
 
+def next_step(cache: Cache, count: int, verify: bool = False) -> Any:
+    """Plan the step of the next `count` tokens, with what must be done for it to be possible."""
+    cache.prepare(count)
+    return cache.plan(count, verify)
+
+
 def contents(cache: StreamCache) -> list:
     """What `state()` holds, copied, to be compared with `==`."""
     copies = []
@@ -206,16 +214,27 @@ def contents(cache: StreamCache) -> list:
         if isinstance(value, int):
             copies.append((name, value))
         else:
-            copies.append((name, np.array(value.astype(mx.float32)).tobytes()))
+            copies.append((name, bytes_of(value)))
     return copies
+
+
+def bytes_of(array: mx.array) -> bytes:
+    return bytes(raw_bytes(array)) if array.size else b""
+
+
+def everything(cache: StreamCache) -> list:
+    """What a cache holds now, copied, what is not attended to included; asking changes nothing."""
+    current, arrays = cache.current, map(bytes_of, cache.arrays())
+    return [current.position, current.pending_turn, current.layers_turned, *arrays]
 
 
 def check_erased(cache: StreamCache) -> None:
     """See that every row is zero but those attended to, which are not."""
     geometry, attended = cache.geometry, set(cache.attended_rows())
     rows = np.array([row in attended for row in range(geometry.rows)])
-    for layer in (*cache.keys, *cache.values):
-        whole = mx.concatenate([cache.storage.read(layer, 0, geometry.rows, cache.sinks)], axis=2)
+    for layer in (*cache.current.keys, *cache.current.values):
+        read = cache.storage.read(layer, 0, geometry.rows, cache.current.sinks)
+        whole = mx.concatenate([read], axis=2)
         found = np.abs(np.array(whole.astype(mx.float32))).max(axis=(0, 1, 3)) > 0
         assert (found == rows).all()
         for array in cache.storage.arrays(layer).values():
@@ -223,16 +242,16 @@ def check_erased(cache: StreamCache) -> None:
             for row in set(range(geometry.rows)) - attended:
                 if 0 <= row - offset < array.shape[2]:
                     assert not mx.any(array[:, :, row - offset]).item()
-    assert not mx.any(cache.sinks[:, :, min(cache.length, geometry.sinks) :]).item()
+    assert not mx.any(cache.current.sinks[:, :, min(cache.length, geometry.sinks) :]).item()
 
 
 def read_random(cache: StreamCache, count: int, seed: int = 0, chunk: int = 512) -> None:
     random = np.random.default_rng(seed)
-    heads = cache.query_heads + 2 * cache.kv_heads
+    heads = cache.shape.query_heads + 2 * cache.shape.kv_heads
     while count:
-        step = cache.begin(cache.max_step(min(count, chunk)))
-        for layer in range(cache.layers):
-            shape = (1, heads, step.rows, cache.storage.head_dim)
+        step = next_step(cache, cache.max_step(min(count, chunk)))
+        for layer in range(cache.shape.layers):
+            shape = (1, heads, step.rows, cache.shape.head_dim)
             step.attend(layer, mx.array(random.standard_normal(shape).astype(np.float32)))
         cache.commit(step)
         mx.eval(cache.arrays())

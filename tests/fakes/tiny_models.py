@@ -6,10 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.cache import Cache
-from mlx_stream.cache.positions import Rope
 from mlx_stream.config import read_config
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
+from mlx_stream.load import Model, attention_shape
 from mlx_stream.models.weights import build, weight_bytes
 from tests.fakes.tiny import tiny_weights
 
@@ -27,9 +26,9 @@ def make(
     needed = weight_bytes(config, tensors, dtype, keep_quantized)
     network = build(config, tensors, dtype, keep_quantized)
     assert not tensors, "the caller's handles are dropped"
-    rope = Rope(config.rope, config.head_dim)
+    shape = attention_shape(config)
     nothing = cast(Any, None)
-    return Model("tiny", config, network, nothing, rope, dtype, keep_quantized, needed)
+    return Model("tiny", config, network, nothing, shape, dtype, keep_quantized, needed)
 
 
 def tensors_of(raw: dict, seed: int = 0) -> Tensors:

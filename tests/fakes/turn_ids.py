@@ -22,20 +22,17 @@ def read_ids(
             inside an id.
     """
     turns = PromptBuilder(tokenizer, template, system, pin=True)
-    ids, rest = [*turns.pinned], ""
-    for number, (question, reply) in enumerate(exchanges):
-        if number == 0:
-            ids += turns.opening(question)
-        else:
-            closing, asked = turns.following(rest, question)
-            ids += closing + asked
+    ids, rest = [*turns.pinned], None
+    for number, (question, reply) in enumerate(exchanges, 1):
+        closing, asked = turns.question(question, rest, number == 1)
         said = reply.removesuffix(unread)
         said_ids = tokenizer.encode(template.lead + said, special=False, behind_text=True)
-        exchange = Exchange(question, reply, (), (), tuple(said_ids), unread)
-        ids += said_ids
+        exchange = Exchange(question, reply, closing, asked, tuple(said_ids), unread)
+        exchange = turns.settle(exchange, number == 1)
+        ids += closing + exchange.ids
         rest = turns.rest_of(exchange)
-    closing, _ = turns.following(rest, "x")
-    return ids + closing
+    closing, _ = turns.following(rest or "", "x")
+    return [*ids, *closing]
 
 
 def whole_ids(

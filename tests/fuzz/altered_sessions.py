@@ -27,13 +27,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.chat import manage
-from mlx_stream.chat.conversation import Conversation
-from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.resume import BYTES_BESIDE, SessionOptions, open_session
+from mlx_stream.chat.saving import SavedSession
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.load import Model, load
-from tests.fakes.killed_chat import OPTIONS, check_attended, tiny_folder
+from tests.fakes.killed_chat import OPTIONS, Turn, check_attended, tiny_folder, turns_of
 from tests.fuzz.session_mutations import BELIEVED, DATABASES, SNAPSHOTS
 
 QUESTIONS = ("Hello there.", "And then? Tell me.", "Why äöü €?", "Go on", "x" * 30)
@@ -63,33 +63,40 @@ def make_place(place: Path) -> None:
     half = load(folder, dtype="bfloat16", keep_quantized=False)
     keep(others, "model", converse("x", half, 9))
     shutil.rmtree(place / "home")
-    conversation = converse("x", model, 9)
-    conversation.write_snapshot()
+    saved = converse("x", model, 9)
+    saved.write_snapshot()
     shutil.copy(session_paths("x").snapshot, others / "older.safetensors")
-    say(conversation, "One more.")
-    conversation.write_snapshot()
+    say(saved.chat, "One more.")
+    saved.write_snapshot()
     shutil.copy(session_paths("x").snapshot, others / "taken_back.safetensors")
-    conversation.undo()
-    say(conversation, "Another.")
-    conversation.close()
+    saved.chat.undo()
+    say(saved.chat, "Another.")
+    # One that a program was killed in, and went on after.
+    pieces = saved.chat.reply("Was it killed?")
+    next(pieces)
+    saved.chat.recorder = None
+    pieces.close()
+    saved._let_go()
+    saved = open_session("x", model, OPTIONS)
+    say(saved.chat, "Yes.")
+    saved.close()
 
 
-def converse(name: str, model: Model, turns: int) -> Conversation:
-    conversation = open_session(name, model, OPTIONS)
+def converse(name: str, model: Model, turns: int) -> SavedSession:
+    saved = open_session(name, model, OPTIONS)
     for turn in range(turns):
-        say(conversation, QUESTIONS[turn % len(QUESTIONS)])
-    return conversation
+        say(saved.chat, QUESTIONS[turn % len(QUESTIONS)])
+    return saved
 
 
-def keep(others: Path, which: str, conversation: Conversation) -> None:
-    name = conversation.name or ""
-    conversation.close()
-    for file in (session_paths(name).snapshot, session_paths(name).database):
+def keep(others: Path, which: str, saved: SavedSession) -> None:
+    saved.close()
+    for file in (saved.paths.snapshot, saved.paths.database):
         shutil.copy(file, others / f"{which}{file.suffix}")
 
 
-def say(conversation: Conversation, question: str) -> str:
-    return "".join(piece.text for piece in conversation.reply(question))
+def say(chat: ChatSession, question: str) -> str:
+    return "".join(piece.text for piece in chat.reply(question))
 
 
 # --- what comes of altering it ---
@@ -99,7 +106,7 @@ def say(conversation: Conversation, question: str) -> str:
 class Found:
     """What a session was when it was opened."""
 
-    said: list[Exchange]
+    said: list[Turn]
     state: dict[str, Any]
     reply: str
     bytes: int
@@ -185,21 +192,20 @@ class Judge:
 
     def found(self, options: SessionOptions) -> Found:
         notices: list[str] = []
-        conversation = open_session("x", self.model, options, notices.append)
+        saved = open_session("x", self.model, options, notices.append)
         try:
-            assert conversation.saved
-            said = conversation.saved.store.exchanges()
-            check_attended(conversation, said)
-            state = conversation.chat.tokens.state()
+            said = turns_of(saved.store.turns())
+            check_attended(saved.chat, said)
+            state = saved.chat.tokens.state()
             plain = {n: np.array(v) if isinstance(v, mx.array) else v for n, v in state.items()}
             again = " ".join(notice for notice in notices if "again" in notice)
-            found = Found(said, plain, "", conversation.chat.cache.nbytes, again)
+            found = Found(said, plain, "", saved.chat.cache.nbytes, again)
             with suppress(MlxStreamError):
-                found = replace(found, reply=say(conversation, "And now?"))
-                check_attended(conversation, conversation.saved.store.exchanges())
+                found = replace(found, reply=say(saved.chat, "And now?"))
+                check_attended(saved.chat, turns_of(saved.store.turns()))
         finally:
             with suppress(MlxStreamError):
-                conversation.close()
+                saved.close()
         # What was written is whole, or what it was: both are read once more.
         with suppress(MlxStreamError):
             open_session("x", self.model, options).close()

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +14,13 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.draft_length import DraftLengthController
 from mlx_stream.generate.draft_model import DraftModel
 from mlx_stream.generate.ngram import LENGTHS, NgramLookup
-from mlx_stream.generate.speculative import Speculator, decode_speculatively, stream_factory
+from mlx_stream.generate.reply import write_reply
+from mlx_stream.generate.requests import ReadRequest
+from mlx_stream.generate.speculative import Speculator, Writer, choose_verified, writer_factory
+from mlx_stream.generate.stats import Stats
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.sampling import Sampler, Sampling
+from tests.fakes.replies import Eager, reply_of_ids, write_ids
 from tests.fakes.tiny_models import some_ids
 
 SAMPLINGS = [
@@ -27,22 +31,15 @@ SAMPLINGS = [
 ]
 
 
-class Eager(DraftLengthController):
-    """Verifies whatever is guessed."""
-
-    def choose(self, chances: Sequence[float], each: float = 0.0) -> int:
-        return len(chances)
-
-
 def plain(model, window=40):
     return TokenStream(model, model.new_cache(4, window, 7))
 
 
-def guessing(model, window=40, pace: DraftLengthController | None = None, draft=None):
+def guessing(model, window=40, draft=None) -> Writer:
     cache = model.new_cache(4, window, 7)
-    pace = pace or Eager(lambda: 0.0)
-    drafter = DraftModel(draft, cache, pace.clock) if draft else None
-    return TokenStream(model, cache, Speculator(pace, drafter))
+    drafter = DraftModel(draft, cache, lambda: 0.0) if draft else None
+    speculator = Speculator(Eager(), drafter)
+    return Writer(TokenStream(model, cache, speculator.observers), cache, speculator)
 
 
 # --- what is guessed ---
@@ -107,12 +104,14 @@ def test_a_past_does_not_grow():
 def test_the_ids_are_those_of_plain_decoding(tiny_model, sampling, window):
     model = tiny_model(vocab_size=8)
     prompt = [id % 8 for id in some_ids(30)]
-    stream, other = guessing(model, window), plain(model, window)
-    found = list(decode_speculatively(stream, prompt, Sampler(sampling), 150))
+    writer, other, stats = guessing(model, window), plain(model, window), Stats()
+    found = list(write_ids(writer, prompt, Sampler(sampling), 150, stats=stats))
     assert found == list(generate(other, prompt, Sampler(sampling), 150))
+    stream = writer.tokens
     assert stream.length == other.length and stream.lookahead == 0
-    assert stream.attended_ids() == other.attended_ids()
-    assert 20 < stream.accepted < stream.drafted, "some guesses right and some wrong"
+    assert stream.ids.attended() == other.ids.attended()
+    right, all = stats.accepted_tokens, stats.drafted_tokens
+    assert 20 < right < all, "some guesses right and some wrong"
 
 
 @pytest.mark.parametrize("ends", [(), (3,), (0, 1)])
@@ -120,34 +119,29 @@ def test_wherever_it_ends_the_stream_is_that_of_plain_decoding(tiny_model, ends)
     model, sampling = tiny_model(vocab_size=8), Sampling(0.3, seed=2)
     prompt = [id % 8 for id in some_ids(30)]
     for limit, asked in [*((limit, 99) for limit in range(1, 14)), *((99, n) for n in range(14))]:
-        streams = guessing(model), plain(model)
-        samplers = [Sampler(sampling) for _ in streams]
-        ids = [
-            list(itertools.islice(way(stream, prompt, sampler, limit, ends), asked))
-            for way, stream, sampler in zip(
-                (decode_speculatively, generate), streams, samplers, strict=True
-            )
-        ]
-        assert ids[0] == ids[1]
-        streams[0].rollback_lookahead()
-        assert samplers[0].state() == samplers[1].state()
-        assert streams[0].length == streams[1].length
-        assert streams[0].attended_ids() == streams[1].attended_ids()
+        writer, other = guessing(model), plain(model)
+        one, sampler = Sampler(sampling), Sampler(sampling)
+        found = list(itertools.islice(write_ids(writer, prompt, one, limit, ends), asked))
+        expected = list(itertools.islice(generate(other, prompt, sampler, limit, ends), asked))
+        # The id that ends a text is no part of it; it has not been read either.
+        assert found == [id for id in expected if id not in ends]
+        stream = writer.tokens
+        stream.rewind(stream.lookahead)
+        assert one.state() == sampler.state()
+        assert stream.length == other.length
+        assert stream.ids.attended() == other.ids.attended()
 
 
 def test_a_stream_taken_back_or_restored_guesses_on(tiny_model):
     model, sampling = tiny_model(vocab_size=8), Sampling(0.3, seed=2)
-    stream, other = guessing(model), plain(model)
+    writer, other, stats = guessing(model), plain(model), Stats()
     for prompt in ([1, 2, 3] * 9, [4, 5] * 9, [1, 2, 3, 4] * 9):
-        ids = [
-            list(way(s, prompt, Sampler(sampling), 40))
-            for way, s in ((decode_speculatively, stream), (generate, other))
-        ]
-        assert ids[0] == ids[1]
-        for s in (stream, other):
-            s.rewind(20)
-            s.restore(s.state())
-    assert stream.accepted > 10
+        found = list(write_ids(writer, prompt, Sampler(sampling), 40, stats=stats))
+        assert found == list(generate(other, prompt, Sampler(sampling), 40))
+        for stream in (writer.tokens, other):
+            stream.rewind(20)
+            stream.restore(stream.state())
+    assert stats.accepted_tokens > 10
 
 
 def test_two_tokens_have_the_distribution_of_the_model(tiny_model):
@@ -155,18 +149,24 @@ def test_two_tokens_have_the_distribution_of_the_model(tiny_model):
     runs, vocabulary, warm = 2_000, 4, 3.0
     model = tiny_model(vocab_size=vocabulary, num_hidden_layers=1)
     prompt = [id % vocabulary for id in some_ids(30)]
-    stream, sampler = guessing(model, window=20), Sampler(Sampling(warm, top_p=1.0, seed=11))
+    writer, sampler = guessing(model, window=20), Sampler(Sampling(warm, top_p=1.0, seed=11))
+    stream, speculator = writer.tokens, writer.speculator
+    assert speculator is not None
     stream.read(prompt[:-1])
     pairs: Counter[tuple[int, int]] = Counter()
-    speculator = stream.observer
-    assert isinstance(speculator, Speculator)
+    drafted = accepted = 0
     for _ in range(runs):
-        chosen, _ = speculator.step(stream, sampler, prompt[-1], 2, ())
+        guess = speculator.guess(stream, prompt[-1], 1, ())
+        rows = stream.verify([prompt[-1], *guess.ids])
+        chosen, keys = choose_verified(stream, sampler, guess.ids, rows)
+        speculator.learn(guess, chosen, 0.0)
+        drafted, accepted = drafted + len(guess.ids), accepted + len(chosen) - 1
+        assert len(keys) == len(chosen) and keys[-1] is sampler.key
         if len(chosen) == 1:
-            chosen += speculator.step(stream, sampler, chosen[0], 1, ())[0]
+            chosen.append(stream.next(chosen[0], sampler, more=False))
         pairs[chosen[0], chosen[1]] += 1
         stream.rewind(2)
-    assert 0.1 * runs < stream.accepted < 0.9 * stream.drafted
+    assert 0.1 * runs < accepted < 0.9 * drafted
     expected = np.zeros((vocabulary, vocabulary))
     first = np.array(mx.softmax(last_logits(model, prompt) / warm))
     for token in range(vocabulary):
@@ -190,27 +190,27 @@ def last_logits(model, ids):
 def test_a_draft_model_changes_no_text(tiny_model, seed):
     model, draft = tiny_model(), tiny_model(seed=seed)
     sampling, prompt = Sampling(0.2, seed=2), some_ids(20)
-    stream, other = guessing(model, draft=draft), plain(model)
-    found = list(decode_speculatively(stream, prompt, Sampler(sampling), 120))
+    writer, other, stats = guessing(model, draft=draft), plain(model), Stats()
+    found = list(write_ids(writer, prompt, Sampler(sampling), 120, stats=stats))
     assert found == list(generate(other, prompt, Sampler(sampling), 120))
-    share = stream.accepted / stream.drafted
+    share = stats.accepted_tokens / stats.drafted_tokens
     assert share > 0.4 if seed == 0 else share < 0.2
 
 
 def test_a_draft_model_is_kept_in_step(tiny_model):
     """Whatever was guessed, read and taken back, it holds what the stream holds."""
     model = tiny_model()
-    stream = guessing(model, draft=model)
-    list(decode_speculatively(stream, some_ids(20), Sampler(Sampling(0.5, seed=3)), 100))
+    writer = guessing(model, draft=model)
+    stream, speculator = writer.tokens, writer.speculator
+    list(write_ids(writer, some_ids(20), Sampler(Sampling(0.5, seed=3)), 100))
     stream.rewind(7)
-    list(decode_speculatively(stream, [5, 6], Sampler(Sampling(0.5, seed=4)), 50))
-    stream.record()
-    speculator = stream.observer
-    assert isinstance(speculator, Speculator) and isinstance(speculator.drafter, DraftModel)
+    list(write_ids(writer, [5, 6], Sampler(Sampling(0.5, seed=4)), 50))
+    stream.ids.record()
+    assert speculator is not None and isinstance(speculator.drafter, DraftModel)
     drafter = speculator.drafter
     drafter.draft(9, 2)
-    held = [*stream.attended_ids(), 9]
-    assert drafter.stream.attended_ids()[-20:] == [*held, drafter._ahead[-1]][-20:]
+    held = [*stream.ids.attended(), 9]
+    assert drafter.stream.ids.attended()[-20:] == [*held, drafter._ahead[-1]][-20:]
     assert drafter.stream.length == stream.length + 2
 
 
@@ -218,7 +218,7 @@ def test_a_draft_model_is_kept_in_step(tiny_model):
 
 
 def paced(costs: dict[int, float]) -> DraftLengthController:
-    pace = DraftLengthController(lambda: 0.0)
+    pace = DraftLengthController()
     for rows, seconds in costs.items():
         for _ in range(4):
             pace.record_step(rows, seconds)
@@ -249,7 +249,7 @@ def test_what_guesses_cost_counts():
 
 
 def test_chances_follow_what_was_chosen():
-    pace = DraftLengthController(lambda: 0.0)
+    pace = DraftLengthController()
     for _ in range(60):
         pace.judge(2, [1, 2, 3], [9])
         pace.judge(20, [1, 2, 3], [1, 2, 3, 4])
@@ -275,15 +275,30 @@ def test_guessing_turns_itself_off_and_looks_again():
 
 
 def test_a_stream_measures_its_own_steps(tiny_model):
-    ticks = itertools.count()
-    stream = guessing(
-        tiny_model(vocab_size=8), pace=DraftLengthController(lambda: float(next(ticks)))
-    )
-    list(decode_speculatively(stream, [1, 2, 3] * 9, Sampler(Sampling(0)), 100))
-    assert isinstance(stream.observer, Speculator)
-    measured = stream.observer.length._seconds
-    assert len(measured) > 2 and all(s == 1.0 for found in measured.values() for s in found)
-    assert stream.accepted > 50
+    model, measured, stats = tiny_model(vocab_size=8), [], Stats()
+
+    class Measuring(DraftLengthController):
+        def record_step(self, rows: int, seconds: float) -> None:
+            measured.append((rows, seconds))
+            super().record_step(rows, seconds)
+
+    cache, speculator = model.new_cache(4, 40, 7), Speculator(Measuring())
+    writer = Writer(TokenStream(model, cache, speculator.observers), cache, speculator)
+    reply = write_reply(writer, [1, 2, 3] * 9, Sampler(Sampling(0)), 100, (), reply_of_ids(), stats)
+    steps, result = [], None
+    while True:
+        try:
+            request = reply.send(result)
+        except StopIteration:
+            break
+        result = None
+        if isinstance(request, ReadRequest):
+            result = replace(request.stream.run(request), seconds=float(len(steps) + 1))
+            steps.append((len(request.ids), result.seconds))
+    assert measured == steps[1:], "the prompt is none of them"
+    assert len({rows for rows, _ in measured}) > 2
+    assert stats.reply_seconds == sum(seconds for _, seconds in measured)
+    assert stats.accepted_tokens > 50
 
 
 # --- what excludes what ---
@@ -298,4 +313,4 @@ def test_options_that_exclude_each_other_are_refused(tiny_model, options, says):
     model = tiny_model()
     speculate, draft, bits = options
     with pytest.raises(ValueRefused, match=says):
-        stream_factory(model, speculate, draft and model, bits)
+        writer_factory(model, speculate, draft and model, bits)

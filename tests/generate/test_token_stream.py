@@ -1,7 +1,9 @@
 """The stream of ids: what it reads, attends to and takes back, and how long it may be."""
 
+import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -9,14 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_stream.cache import Cache, Step, StreamCache
+from mlx_stream import backend
+from mlx_stream.cache import AttentionShape, Step, StreamCache
 from mlx_stream.cache.positions import Rope
 from mlx_stream.config import read_config
-from mlx_stream.errors import ValueRefused
-from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
+from mlx_stream.generate.requests import ReadRequest, Want
+from mlx_stream.generate.token_stream import IDS, TokenStream
 from mlx_stream.load import Model
 from mlx_stream.models.compiled import CompiledSteps
-from mlx_stream.models.layers import CausalLM
+from mlx_stream.models.layers import CausalLM, DecoderLayer
+from mlx_stream.sampling import Sampler, Sampling
+from tests.fakes.shapes import check_erased
 from tests.fakes.tiny import tiny_config
 from tests.fakes.tiny_models import some_ids
 
@@ -24,16 +30,12 @@ from tests.fakes.tiny_models import some_ids
 class OnlyIds:
     """A network that computes nothing, to drive a cache by ids."""
 
-    def __call__(self, ids: list[int], cache: Cache, prefill: bool = False) -> mx.array:
-        step = cache.begin(len(ids))
-        hidden = self.hidden(mx.array([[*ids, *[0] * (step.rows - step.count)]]), step)
-        cache.commit(step)
-        return hidden[:, : step.count]
-
-    def hidden(self, tokens: mx.array, step: Step) -> mx.array:
+    def __call__(self, tokens: mx.array, step: Step) -> mx.array:
         tokens = tokens.astype(mx.float32)
         step.attend(0, mx.broadcast_to(tokens[:, None, :, None], (1, 3, step.rows, 2)))
         return tokens[:, :, None]
+
+    prefill = __call__
 
     def logits(self, hidden: mx.array) -> mx.array:
         return hidden
@@ -59,7 +61,8 @@ operations = st.lists(
 @given(st.integers(0, 5), st.integers(1, 12), st.integers(0, 6), operations)
 def test_attended_ids_are_those_the_cache_attends(sinks, window, spare, operations):
     rope = Rope(read_config(tiny_config()).rope, 2)
-    cache = StreamCache(1, 1, 1, 2, rope, sinks, window, spare, clock_limit=0)
+    shape = AttentionShape(1, 1, 1, 2, rope)
+    cache = StreamCache(shape, sinks, window, spare, clock_limit=0)
     stream = TokenStream(ONLY_IDS, cache)
     text: list[int] = []  # the id of each token, by its number
     for operation, amount in operations:
@@ -73,13 +76,13 @@ def test_attended_ids_are_those_the_cache_attends(sinks, window, spare, operatio
             stream.rewind(count)
             del text[len(text) - count :]
         else:
-            stream.evict(min(amount, cache.attended - min(cache.length, sinks)))
+            cache.evict(min(amount, cache.attended - min(cache.length, sinks)))
         first = range(min(sinks, len(text)))
         attended = [text[t] for t in (*first, *range(cache.oldest, len(text)))]
-        assert stream.attended_ids() == attended
+        assert stream.ids.attended() == attended
         assert stream.length == len(text)
         # The cache's values are the ids: what is attended is what is said to be.
-        held = np.array(cache.values[0])[0, 0, cache.attended_rows(), 0]
+        held = np.array(cache.current.values[0])[0, 0, cache.attended_rows(), 0]
         assert held.astype(int).tolist() == attended
 
 
@@ -87,38 +90,37 @@ def test_a_stream_can_go_back_into_its_sinks(tiny_model):
     stream = TokenStream(tiny_model(), tiny_model().new_cache(3, 10))
     stream.read([1, 2, 3, 4, 5])
     stream.rewind(4)
-    assert stream.attended_ids() == [1]
+    assert stream.ids.attended() == [1]
     stream.read([6, 7, 8])
-    assert stream.attended_ids() == [1, 6, 7, 8]
+    assert stream.ids.attended() == [1, 6, 7, 8]
     stream.rewind(4)
-    assert stream.attended_ids() == []
+    assert stream.ids.attended() == []
 
 
 def test_refused_moves_leave_the_ids_as_they_were(tiny_model):
-    stream = TokenStream(tiny_model(), tiny_model().new_cache(2, 10))
+    cache = tiny_model().new_cache(2, 10)
+    stream = TokenStream(tiny_model(), cache)
     stream.read(some_ids(30))
-    before = stream.attended_ids()
-    for refused in (stream.rewind, stream.evict):
+    before = stream.ids.attended()
+    for refused in (stream.rewind, cache.evict):
         for count in (-1, 11):
             with pytest.raises(ValueRefused):
                 refused(count)
-    assert stream.attended_ids() == before == [*some_ids(30)[:2], *some_ids(30)[-10:]]
+    assert stream.ids.attended() == before == [*some_ids(30)[:2], *some_ids(30)[-10:]]
 
 
-def test_reading_in_chunks_equals_reading_at_once_and_progress_adds_up(tiny_model):
+def test_reading_in_chunks_equals_reading_at_once(tiny_model):
     model = tiny_model()
     ids = some_ids(150)
     whole = TokenStream(model, model.new_dense_cache()).read(ids, 512)
-    told: list[int] = []
     for chunk in (1, 7, 128):
         stream = TokenStream(model, model.new_cache(4, 200))
-        logits = stream.read(ids, chunk, told.append)
+        logits = stream.read(ids, chunk)
         np.testing.assert_allclose(np.array(logits), np.array(whole), atol=1e-3)
         assert logits.shape == (300,)
-        assert sum(told) == 150
-        told.clear()
-    with pytest.raises(ValueRefused):
-        TokenStream(model, model.new_cache(4, 200)).read([])
+    for refused, chunk in (([], 1), ([1, 2], 0)):
+        with pytest.raises(ValueRefused):
+            TokenStream(model, model.new_cache(4, 200)).read(refused, chunk)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -127,7 +129,9 @@ def test_prefill_leaves_the_stream_that_reading_leaves(tiny_model, bits):
     read, prefilled = (TokenStream(model, model.new_cache(4, 40, kv_bits=bits)) for _ in range(2))
     shapes = [hidden.shape for hidden in read.steps(ids, 37)]
     assert shapes == [(1, n, model.config.hidden_size) for n in (37, 7, 37, 37, 37, 5)]
-    assert [*prefilled.prefill(ids, 37)] == [n for _, n, _ in shapes]
+    for _, count, _ in shapes:
+        found = prefilled.run(ReadRequest(prefilled, ids[prefilled.length :], chunk=37))
+        assert (found.count, found.logits) == (count, None)
     one, other = read.state(), prefilled.state()
     assert one.keys() == other.keys()
     for name, held in one.items():
@@ -137,12 +141,171 @@ def test_prefill_leaves_the_stream_that_reading_leaves(tiny_model, bits):
 
 def test_prefill_ends_where_the_last_layer_begins(tiny_model):
     model, ids = tiny_model(), some_ids(8)
-    before = model.network(ids, model.new_cache(4, 40), prefill=True)
+    step, other = (model.new_cache(4, 40).plan(len(ids)) for _ in range(2))
+    before = model.network.prefill(mx.array([ids]), other)
     x = model.network.embed_tokens(mx.array(ids))
-    step = model.new_cache(4, 40).begin(len(ids))
     for index, layer in enumerate(model.network.layers[:-1]):
         x = layer(x, step, index)
     assert mx.array_equal(before[0], x)
+
+
+class Told:
+    """An observer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple] = []
+
+    def read(self, ids: Sequence[int]) -> None:
+        self.events.append(("read", *ids))
+
+    def rewind(self, count: int) -> None:
+        self.events.append(("rewind", count))
+
+    def restart(self, ids: Sequence[int]) -> None:
+        self.events.append(("restart", *ids))
+
+    def erase(self) -> None:
+        self.events.append(("erase",))
+
+
+def test_observers_are_told_how_the_stream_goes(tiny_model):
+    model, observers = tiny_model(), [Told(), Told()]
+    stream = TokenStream(model, model.new_cache(2, 10, 7), observers)
+    stream.read([5, 6, 7])
+    stream.read([8])
+    stream.rewind(0)
+    stream.verify([9, 10])
+    stream.rewind(1)
+    stream.restore(stream.state())
+    expected = [("read", 5, 6, 7), ("read", 8), ("read", 9, 10), ("rewind", 1), ("erase",)]
+    # Restoring looks at what there was, in case it must be put back.
+    assert [event for event in observers[0].events if event != ("erase",)] == [
+        *expected[:-1],
+        ("restart", 5, 6, 7, 8, 9),
+    ]
+    assert ("erase",) in observers[0].events
+    assert observers[0].events == observers[1].events
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("way", ["erase", "state"])
+def test_what_is_not_attended_is_zero_once_a_state_is_given_out(tiny_model, bits, way):
+    """Keys and values, and ids, whatever was taken back or has left."""
+    model, told = tiny_model(head_dim=64), Told()
+    cache = model.new_cache(3, 10, 0 if bits else 5, kv_bits=bits)
+    stream, ids = TokenStream(model, cache, [told]), itertools.cycle(range(3, 290))
+    for act in (
+        lambda: stream.read([*itertools.islice(ids, 8)]),
+        lambda: stream.rewind(6),  # back into the sinks
+        lambda: stream.read([*itertools.islice(ids, 5)]),
+        lambda: cache.evict(4),
+        lambda: stream.read([*itertools.islice(ids, 30)]),
+        lambda: stream.rewind(5),
+        lambda: stream.next(7, Sampler(Sampling(0.0))),  # another is built ahead
+        lambda: cache.evict(3),
+        lambda: stream.rewind(2),
+    ):
+        act()
+        attended, rows = stream.ids.attended(), cache.attended_rows()
+        if way == "state":
+            held = np.array(stream.state()[IDS]).tolist()
+        else:
+            stream.erase()
+            held = stream.ids.by_row
+        check_erased(cache)
+        assert told.events[-1] == ("erase",)
+        assert len(held) == max(rows) + 1
+        assert [held[row] for row in rows] == attended == stream.ids.attended()
+        assert not any(id for row, id in enumerate(held) if row not in rows)
+
+
+# --- requests ---
+
+
+def pair(model) -> tuple[TokenStream, TokenStream]:
+    """Return two streams that have read the same, past their wrap."""
+    streams = [TokenStream(model, model.new_cache(3, 20, 7)) for _ in range(2)]
+    for stream in streams:
+        stream.read(some_ids(40))
+    return streams[0], streams[1]
+
+
+def test_a_request_is_read_as_far_as_a_step_goes_and_gives_what_is_wanted(tiny_model):
+    one, other = pair(tiny_model())
+    ids = some_ids(12, seed=2)
+    first = one.run(ReadRequest(one, ids, Want.LOGITS, chunk=5))
+    assert (first.count, first.logits, first.token) == (5, None, -1)
+    assert first.seconds > 0 and one.length == 45
+    last = one.run(ReadRequest(one, ids[5:], Want.LOGITS))
+    assert last.count == 7 and last.logits is not None
+    other.read(ids[:5])
+    assert mx.array_equal(last.logits, other.read(ids[5:]))
+    for want in (Want.NOTHING, Want.LOGITS):
+        found = one.run(ReadRequest(one, [9], want))
+        assert found.count == 1
+        assert (found.logits is None) == (want is Want.NOTHING)
+        expected = other.read([9])
+        assert found.logits is None or mx.array_equal(found.logits, expected)
+    rows = one.run(ReadRequest(one, [4, 5, 6], Want.ROWS))
+    assert rows.count == 3 and rows.logits is not None
+    assert mx.array_equal(rows.logits, other.verify([4, 5, 6]))
+    samplers = [Sampler(Sampling(1.0, seed=4)) for _ in range(2)]
+    found = one.run(ReadRequest(one, (8,), Want.TOKEN, sampler=samplers[0], more=False))
+    assert found.count == 1 and found.logits is None
+    assert found.token == other.next(8, samplers[1])
+    assert (one._pending is None, other._pending is None) == (True, False)
+    assert one.ids.attended() == other.ids.attended() and not one.failed
+
+
+@pytest.mark.parametrize("want", Want)
+def test_ids_that_cannot_be_read_change_nothing(tiny_model, want):
+    one, other = pair(tiny_model())
+    greedy = Sampler(Sampling(0.0))
+    for ids in ([300], [-1]):
+        with pytest.raises(TokenizerError, match="outside the model's vocabulary of 300"):
+            one.run(ReadRequest(one, ids, want, sampler=greedy))
+    if want in (Want.NOTHING, Want.LOGITS):
+        for ids, chunk in (([], 5), ([3], 0)):
+            with pytest.raises(ValueRefused):
+                one.run(ReadRequest(one, ids, want, chunk))
+    assert not one.failed
+    assert one.ids.attended() == other.ids.attended()
+    assert mx.array_equal(one.read([5]), other.read([5]))
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("the device failed")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("want", Want)
+def test_a_step_that_fails_lets_go_of_the_rows(tiny_model, want, count, monkeypatch):
+    """As tests/long/failures.py, where MLX itself fails."""
+    monkeypatch.setenv(backend.COMPILE, "0")
+    model = tiny_model()
+    stream, greedy = pair(model)[0], Sampler(Sampling(0.0))
+    ids = some_ids(1 if want is Want.TOKEN else count)
+    monkeypatch.setattr(DecoderLayer, "__call__", fail)
+    with pytest.raises(RuntimeError, match="the device failed"):
+        stream.run(ReadRequest(stream, ids, want, sampler=greedy))
+    assert stream.failed
+    assert stream._pending is None and not stream._computed
+    assert sum(array.nbytes for array in stream.cache.arrays()) == 0
+    # What was read is still known, and can be counted and taken back.
+    stream.rewind(stream.length - 38)
+    assert stream.ids.attended() == [*some_ids(40)[:3], *some_ids(40)[18:38]]
+
+
+def test_logits_that_are_no_numbers_are_refused(tiny_model):
+    model = tiny_model()
+    stream = pair(model)[0]
+    model.network.norm.weight = model.network.norm.weight * float("nan")
+    with pytest.raises(WeightsError, match="not a number"):
+        stream.run(ReadRequest(stream, [5], Want.LOGITS))
+    assert stream.failed
+
+
+# --- how long a stream may be ---
 
 
 @pytest.mark.parametrize(

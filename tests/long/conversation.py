@@ -24,8 +24,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.backend import resident_bytes
-from mlx_stream.chat.conversation import Conversation
 from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.chat.saving import SavedSession
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.load import Model
 from mlx_stream.program.sqlite import files
@@ -61,43 +62,43 @@ TRACES = 4
 WORDS = 12_000
 
 
-def talk(conversation: Conversation, random: np.random.Generator) -> str:
+def talk(chat: ChatSession, random: np.random.Generator) -> str:
     """Have one turn of a kind drawn at random; return which."""
     acts, weights = list(HOW_OFTEN), np.array([*HOW_OFTEN.values()])
     act = str(random.choice(acts, p=weights / weights.sum()))
-    if act in ("retry", "edit", "undo") and not is_whole(conversation):
+    if act in ("retry", "edit", "undo") and not chat.exchanges:
         act = "ask"
     if act == "long":
         question = QUESTIONS[-1]
     else:
         question = f"{random.integers(10**6)} {QUESTIONS[random.integers(len(QUESTIONS) - 1)]}"
     if act == "undo":
-        conversation.undo()
+        chat.undo()
     elif act == "retry":
-        for _ in conversation.retry():
+        for _ in chat.retry():
             pass
     elif act == "edit":
-        for _ in conversation.edit(question):
+        for _ in chat.edit(question):
             pass
     else:
-        pieces = conversation.reply(question)
+        pieces = chat.reply(question)
         for _ in islice(pieces, int(random.integers(1, 20)) if act == "cut" else None):
             pass
         pieces.close()
     return act
 
 
-def is_whole(conversation: Conversation) -> bool:
+def is_whole(chat: ChatSession) -> bool:
     """Return whether all of the last exchange is attended."""
-    held = conversation.chat.evictor.state.turns
-    return bool(held) and held[-1].start >= conversation.chat.cache.oldest
+    turns = chat.evictor.state.turns
+    return bool(turns) and turns[-1].start >= chat.cache.oldest
 
 
-def check(conversation: Conversation, count: int) -> None:
+def check(saved: SavedSession, count: int) -> None:
     """See that what is attended is a conversation, pinned beginning first, and all are saved."""
-    chat = conversation.chat
+    chat = saved.chat
     assert_pinned(chat)
-    if chat.exchanges and not is_whole(conversation):
+    if chat.exchanges and not is_whole(chat):
         # Longer than the window: it alone is attended, as much of its end as there is room for.
         begun = chat.template.render(chat.prompts.head, reply=False)
         found, whole = attended_text(chat), rendered(chat)
@@ -105,13 +106,12 @@ def check(conversation: Conversation, count: int) -> None:
         assert whole.endswith(found.removeprefix(begun)) and len(found) < len(whole)
     else:
         assert_well_formed(chat)
-    assert conversation.saved is not None and conversation.saved.store.count == count
+    assert saved.store.state.count == chat.number == count
 
 
-def look(conversation: Conversation) -> tuple[int, ...]:
+def look(chat: ChatSession) -> tuple[int, ...]:
     """Return what must not grow, as named in `LOOK`."""
     # What the last step computed, of one token or of many, is kept until the next one.
-    chat = conversation.chat
     chat.tokens._computed = []
     # A random key is half of the pair it was split into, and holds it; one that was read does not.
     chat.sampler.restore(chat.sampler.state())
@@ -121,7 +121,7 @@ def look(conversation: Conversation) -> tuple[int, ...]:
         file.stat().st_size for file in files(session_paths(NAME).database)[1:] if file.exists()
     )
     memory = mx.get_active_memory(), mx.get_cache_memory(), resident_bytes()
-    traces = chat.tokens._traces.count
+    traces = chat.model.compiled_steps.count
     return (*memory, len(gc.get_objects()), sys.getallocatedblocks(), log, traces)
 
 
@@ -134,24 +134,23 @@ def converse(model: Model, turns: int) -> dict:
     looks = np.zeros((turns // EVERY, len(LOOK)), np.int64)
     for word in range(WORDS):
         model.tokenizer.encode(str(word))
-    conversation = open_session(NAME, model, OPTIONS)
-    assert conversation.saved is not None
-    store, count, started = conversation.saved.store, 0, time.perf_counter()
+    saved = open_session(NAME, model, OPTIONS)
+    chat, count, started = saved.chat, 0, time.perf_counter()
     for turn in range(turns):
-        act = talk(conversation, random)
+        act = talk(chat, random)
         acts[act] += 1
         count += {"undo": -1, "retry": 0, "edit": 0}.get(act, 1)
-        check(conversation, count)
+        check(saved, count)
         if turn % EVERY == EVERY - 1:
-            looks[turn // EVERY] = look(conversation)
+            looks[turn // EVERY] = look(chat)
     seconds = time.perf_counter() - started
-    stats, held = conversation.stats, conversation.chat.exchanges
-    store.verify()
-    conversation.close()
-    conversation = open_session(NAME, model, OPTIONS)
-    assert conversation.chat.exchanges == held
-    check(conversation, count)
-    conversation.close()
+    stats, held = chat.stats, chat.exchanges
+    saved.store.verify()
+    saved.close()
+    saved = open_session(NAME, model, OPTIONS)
+    assert saved.chat.exchanges == held
+    check(saved, count)
+    saved.close()
     mx.set_cache_limit(before)
     return {
         "turns": turns,

@@ -102,7 +102,7 @@ def judged(rows: Sequence[dict[str, Any]], seconds: np.ndarray) -> dict[str, tup
         first, second = (old / new for old, new in halves)
         change = float(second / first - 1)
         found[f"{name}_ms"] = (abs(change) <= OF_HALVES, f"{change:+.1%} from half to half")
-    speeds = [one["of_a_new_stream"] for one in rows]
+    speeds = [float(one["of_a_new_stream"]) for one in rows]
     change = speeds[-1] / speeds[1] - 1
     found["of_a_new_stream"] = (
         abs(change) <= OF_TENTHS,

@@ -33,6 +33,7 @@ import mlx.core as mx
 
 from mlx_stream import errors
 from mlx_stream.backend import resident_bytes
+from mlx_stream.chat.exchange import Exchange
 from tests.fakes.engines import GREEDY, engine_of
 from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters
@@ -129,7 +130,7 @@ class Worker:
         if first:
             list(islice(pieces, self.random.randint(0, 6) if cut else None))
         pieces.close()
-        last = self.patiently(lambda: chat._future(lambda talk: talk.last)).result(PATIENCE)
+        last = self.patiently(lambda: chat._future(last_exchange)).result(PATIENCE)
         if last is None:  # longer than the window, it has left already
             return False
         life.turns.append((act, question, len(last.reply_ids), last.finish == "interrupted"))
@@ -159,16 +160,20 @@ class Worker:
             self.done["closed while reading"] += 1
             return listener.close()
         self.patiently(lambda: listener.flush(PATIENCE))
-        heard = listener._listener_worker
+        heard = listener._listener_worker.current()
         ids = [*heard.pinned, *heard.prompts.encode(heard.prompts.escape_special_tokens(fed))]
         wanted = ids[: heard.cache.geometry.sinks] + ids[heard.cache.oldest :]
-        attended = heard.tokens.attended_ids()
+        attended = heard.tokens.ids.attended()
         # The first word may be cut elsewhere when it is encoded without the header before it.
         assert len(ids) == heard.tokens.length and attended == wanted, "another's text"
         self.done["heard as fed"] += 1
         pieces, _ = self.patiently(lambda: begun(listener.ask(f"{mine}What?")))
         pieces.close()
         listener.close()
+
+
+def last_exchange(chat: mlx_stream.ChatSession) -> Exchange | None:
+    return next(reversed(chat.exchanges), None)
 
 
 def begun(pieces: Any) -> tuple[Any, Any]:

@@ -13,8 +13,11 @@ import pytest
 
 import mlx_stream
 from mlx_stream import errors
-from mlx_stream.chat.resume import SessionOptions, begin, open_session
+from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
 from mlx_stream.chat.session_files import session_paths
+from mlx_stream.generate.requests import ReadRequest, Want, run_coroutine
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.sampling import Sampler
 from tests.fakes.engines import DEADLINE, GREEDY, engine_of, said
 from tests.fakes.failing import failing
 from tests.fakes.tiny import tiny_config, write_letters
@@ -61,14 +64,29 @@ def fail(chat, pieces, count):
 
 def fails(stack):
     """Return what has the next step fail, when it is done on an engine's thread."""
-    return lambda talk: stack.enter_context(failing(talk.chat.model.network))
+    return lambda chat: stack.enter_context(failing(chat.model.network))
 
 
 def again(model, exchanges, **options):
     """Return a session in which the same was said before, read at once."""
     chat = mlx_stream.ChatSession(model, **{**ALONE, **options})
-    chat.replay(exchanges)
+    run_coroutine(chat.replay_steps(dict(enumerate(exchanges, 1))))
+    chat.restart(chat.system, chat.stats.window)
     return chat
+
+
+@pytest.mark.parametrize("want", Want)
+def test_a_stream_lets_go_of_its_rows(model, want):
+    stream = TokenStream(model, model.new_cache(3, 20, 7))
+    ids = [*range(3, 43)]
+    stream.read(ids)
+    new = ids[:1] if want is Want.TOKEN else ids[:3]
+    request = ReadRequest(stream, new, want, sampler=Sampler(GREEDY))
+    with failing(model.network), pytest.raises(RuntimeError, match="read from file"):
+        stream.run(request)
+    assert stream.failed and sum(array.nbytes for array in stream.cache.arrays()) == 0
+    stream.rewind(stream.length - 38)
+    assert stream.ids.attended() == [*ids[:3], *ids[18:38]]
 
 
 @pytest.mark.parametrize("where", ["question", "reply"])
@@ -78,12 +96,12 @@ def test_a_conversation_goes_on_as_one_that_read_it_again(model, where, options)
     for question in (*QUESTIONS, *QUESTIONS):
         said(chat.reply(question))
     taken = fail(chat, chat.reply(QUESTIONS[1]), 0 if where == "question" else 3)
-    exchanges, settled = chat.exchanges, chat.evictor.ended
+    exchanges, number = chat.exchanges, chat.number
     assert exchanges[-1].question == QUESTIONS[1] and exchanges[-1].reply.startswith(taken)
     other = again(model, exchanges, **options)
     assert said(chat.reply(NEXT)) == said(other.reply(NEXT))
-    assert same(state_of(chat), state_of(other)) and not chat.failed
-    assert chat.evictor.ended == settled + 1
+    assert same(state_of(chat), state_of(other)) and not chat.tokens.failed
+    assert chat.number == number + 1
 
 
 @pytest.mark.parametrize("how", ["retry", "edit", "undo"])
@@ -108,7 +126,7 @@ def test_it_is_tried_again_if_it_fails_again(model):
     fail(chat, chat.reply(QUESTIONS[1]), 2)
     before = chat.exchanges
     fail(chat, chat.reply(NEXT), 0)  # what is attended cannot be read again
-    assert chat.failed and chat.exchanges == before
+    assert chat.tokens.failed and chat.exchanges == before
     assert said(chat.reply(NEXT)) == said(again(model, before).reply(NEXT))
 
 
@@ -116,14 +134,16 @@ def test_it_is_read_again_in_steps_and_may_be_left_halfway(model):
     chat = mlx_stream.ChatSession(model, **ALONE)
     said(chat.reply(QUESTIONS[1]))
     fail(chat, chat.reply(QUESTIONS[1]), 2)
-    before, chat.steps = chat.exchanges, True
-    pieces = chat.reply(NEXT)
-    assert next(pieces).text == ""
-    pieces.close()
-    assert chat.failed and chat.exchanges == before
-    first, second, *pieces = chat.reply(NEXT)
-    assert (first.text, second.text) == ("", "")
-    assert said(pieces) == said(again(model, before).reply(NEXT))
+    before, stream = chat.exchanges, chat.tokens
+    steps = chat.reply_steps(NEXT)
+    first = next(steps)
+    assert isinstance(first, ReadRequest) and first.want is Want.NOTHING
+    assert first.stream is chat.tokens is not stream
+    assert steps.send(first.stream.run(first)) is not None
+    steps.close()
+    assert chat.tokens is stream and stream.failed and chat.exchanges == before
+    assert said(chat.reply(NEXT)) == said(again(model, before).reply(NEXT))
+    assert not chat.tokens.failed
 
 
 def test_the_state_of_a_stream_that_failed_is_not_saved(model):
@@ -132,16 +152,16 @@ def test_the_state_of_a_stream_that_failed_is_not_saved(model):
     with ExitStack() as stack:
         found = open_session("s", model, options, notices.append)
         stack.callback(found.close)
-        said(found.reply(QUESTIONS[0]))
-        fail(found.chat, found.reply(QUESTIONS[1]), 2)
+        said(found.chat.reply(QUESTIONS[0]))
+        fail(found.chat, found.chat.reply(QUESTIONS[1]), 2)
     assert not session_paths("s").snapshot.exists()
     found = open_session("s", model, options, notices.append)
     exchanges = found.chat.exchanges
     assert [exchange.question for exchange in exchanges] == [*QUESTIONS]
-    other = begin(model, options, notices.append)
-    other.chat.replay(exchanges)
-    assert said(found.reply(NEXT)) == said(other.reply(NEXT))
-    assert same(state_of(found.chat), state_of(other.chat))
+    other = new_chat(model, options, notices.append)
+    run_coroutine(other.replay_steps(dict(enumerate(exchanges, 1))))
+    assert said(found.chat.reply(NEXT)) == said(other.reply(NEXT))
+    assert same(state_of(found.chat), state_of(other))
     found.close()
     assert session_paths("s").snapshot.exists()
 
@@ -196,7 +216,7 @@ def test_a_stream_that_listens_is_not_used_after_it(letters, untraced, tmp_path,
     with engine_of(letters) as engine, engine.listen(**OPTIONS) as listener:
         listener.feed(FED)
         listener.flush(DEADLINE)
-        heard = listener._listener_worker
+        heard = listener._listener_worker.current()
         assert listener.error is None
 
         def failing_once():
@@ -209,7 +229,7 @@ def test_a_stream_that_listens_is_not_used_after_it(letters, untraced, tmp_path,
             yield from heard.flush(heard.backlog.fed)
 
         with pytest.raises(errors.ComputeError, match="read from file"):
-            listener._submit(failing_once, None).outcome(DEADLINE)
+            listener._worker.submit(listener._queue, failing_once, None).outcome(DEADLINE)
         for use in (
             lambda: listener.feed("x"),
             lambda: listener.flush(DEADLINE),

@@ -10,7 +10,6 @@ import gc
 import json
 import sys
 import time
-from typing import Any, cast
 
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
@@ -18,12 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.backend import resident_bytes
-from mlx_stream.cache.positions import Rope
-from mlx_stream.config import read_config
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
-from mlx_stream.models.weights import build, weight_bytes
-from tests.fakes.tiny import tiny_config, tiny_weights
+from tests.fakes.tiny import tiny_config
+from tests.fakes.tiny_models import make, tensors_of
 
 SINKS, WINDOW = 4, 60
 CACHE_LIMIT = 4 * 2**20
@@ -33,21 +29,12 @@ LONGEST_READ = 150
 ROUNDING = 16_384
 
 
-def tiny() -> Model:
-    raw = tiny_config()
-    config = read_config(raw)
-    tensors = {name: mx.array(w) for name, w in tiny_weights(raw).items()}
-    needed = weight_bytes(config, tensors, mx.float32, False)
-    network = build(config, tensors, mx.float32, False)
-    rope = Rope(config.rope, config.head_dim)
-    return Model("tiny", config, network, cast(Any, None), rope, mx.float32, False, needed)
-
-
 def run(tokens: int) -> dict[str, int | float | bool]:
     """Read `tokens` ids, half by half as chunks and as single tokens; return what was measured."""
     mx.clear_cache()
     before = mx.set_cache_limit(CACHE_LIMIT)
-    model = tiny()
+    raw = tiny_config()
+    model = make(raw, tensors_of(raw))
     cache = model.new_cache(SINKS, WINDOW)
     stream = TokenStream(model, cache)
     random = np.random.default_rng(0)

@@ -23,6 +23,7 @@ import mlx.core as mx
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.evaluate.streameval import likeliest, log_probability
+from mlx_stream.generate import requests
 from mlx_stream.load import Model
 
 # What the facts are about, and the answers each may have; which one is right is `facts`'s to say.
@@ -94,12 +95,10 @@ def exchanges() -> Iterator[tuple[str, str]]:
 
 def read(chat: ChatSession, question: str, reply: str = "") -> None:
     """Let a session read an exchange as if it had been said."""
-    if chat.tokens.length <= len(chat.prompts.pinned):
-        closing, asked = [], chat.prompts.opening(question)
-    else:
-        closing, asked = chat.prompts.following(chat.conversation_state().pending.rest, question)
     said = chat.model.tokenizer.encode(reply, special=False)
-    chat.replay([Exchange(question, reply, tuple(closing), tuple(asked), tuple(said))])
+    exchange = Exchange(question, reply, (), (), tuple(said))
+    requests.run_coroutine(chat.replay_steps({chat.number + 1: exchange}))
+    chat.evictor.make_room(REPLY_TOKENS, keep=1)
 
 
 def ask(chat: ChatSession, fact: Fact) -> list[float]:

@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.chat.prompts import PromptBuilder
-from mlx_stream.generate.speculative import decode_speculatively, stream_factory
-from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.generate.speculative import Writer, writer_factory
+from mlx_stream.generate.stats import Stats
 from mlx_stream.load import Model, load
 from mlx_stream.sampling import Sampler, Sampling, as_int
+from tests.fakes.replies import write_ids
 
 LETTER = """Dear Mr. Holloway, I am writing to let you know that the delivery of the oak table, \
 which was planned for Tuesday the fourth of May, will be late. Our driver, Peter Marsh, broke his \
@@ -75,20 +76,19 @@ def distinct(ids: list[int], size: int = 4) -> float:
     return len(set(grams)) / max(1, len(grams))
 
 
-def timed(stream: TokenStream, model: Model, prompt: list[int], sampling: Sampling, most: int):
-    """Return the ids of a reply and its tokens per second, the first one left out."""
-    ids, began = [], 0.0
-    for id in decode_speculatively(
-        stream, prompt, Sampler(sampling), most, model.tokenizer.eos_ids
-    ):
+def timed(writer: Writer, model: Model, prompt: list[int], sampling: Sampling, most: int):
+    """Return the ids of a reply, its tokens per second, the first one left out, and its numbers."""
+    ids, began, stats = [], 0.0, Stats()
+    ends = model.tokenizer.eos_ids
+    for id in write_ids(writer, prompt, Sampler(sampling), most, ends, stats):
         began = began or time.perf_counter()
         ids.append(id)
-    return ids, (len(ids) - 1) / (time.perf_counter() - began)
+    return ids, (len(ids) - 1) / (time.perf_counter() - began), stats
 
 
 def tasks(model: Model, options: argparse.Namespace) -> None:
     ways = {
-        name: stream_factory(model, name == "guessing", None, None)
+        name: writer_factory(model, name == "guessing", None, None)
         for name in ("plain", "guessing")
     }
     assert model.tokenizer.template
@@ -106,13 +106,14 @@ def tasks(model: Model, options: argparse.Namespace) -> None:
             texts = []
             # In turn, and each first as often as the other.
             for way in sorted(ways, reverse=run % 2 == 1):
-                _, stream = ways[way](None, options.window, print)
+                writer = ways[way](None, options.window, print)
                 sampling = Sampling(options.temp, seed=options.seed + run)
-                ids, speed = timed(stream, model, prompt, sampling, options.max_tokens)
+                ids, speed, stats = timed(writer, model, prompt, sampling, options.max_tokens)
                 speeds[way].append(speed)
                 texts.append(ids)
                 if way == "guessing":
-                    share, shown = stream.accepted / max(1, stream.drafted), ids
+                    share = stats.accepted_tokens / max(1, stats.drafted_tokens)
+                    shown = ids
             both = zip(*texts, strict=False)
             agreed = next((i for i, (a, b) in enumerate(both) if a != b), len(texts[0]))
             same.append(f"{agreed} of {len(texts[0])}")
@@ -128,29 +129,31 @@ def tasks(model: Model, options: argparse.Namespace) -> None:
 
 def equal(model: Model, options: argparse.Namespace) -> None:
     """Hold greedy ids against plain decoding; where logits nearly tie, both go the plain way."""
-    _, plain = stream_factory(model, False, None, None)(None, options.window, print)
-    _, guessing = stream_factory(model, True, None, None)(None, options.window, print)
+    plain = writer_factory(model, False, None, None)(None, options.window, print).tokens
+    writer = writer_factory(model, True, None, None)(None, options.window, print)
+    guessing, stats = writer.tokens, Stats()
     prompt = model.tokenizer.encode(TASKS["edit"])
     sampler, ties = Sampler(Sampling(0)), 0
     logits = plain.read(prompt)
-    theirs = decode_speculatively(guessing, prompt, sampler, options.equal)
+    theirs = write_ids(writer, prompt, sampler, options.equal, stats=stats)
     for left in range(options.equal, 0, -1):
         mine, guess = as_int(mx.argmax(logits)), next(theirs)
         if guess != mine:
-            guessing.rollback_lookahead()
+            theirs.close()
+            guessing.rewind(guessing.lookahead)
             assert guessing.length == plain.length
             top = np.sort(np.array(logits))[-2:]
             said = f"token {plain.length:,}: {guess}, not {mine}; the best two logits are {top}"
             assert top[1] - top[0] < 1e-3, said
             print(said, flush=True)
             ties += 1
-            theirs = decode_speculatively(guessing, [mine], sampler, left)
+            theirs = write_ids(writer, [mine], sampler, left, stats=stats)
         logits = plain.read([mine])
         if left % 500 == 0:
             print(f"{left:,} to go, {plain.cache.evicted:,} evicted", flush=True)
     print(
         f"{options.equal:,} greedy tokens in a window of {options.window:,} equal, but for {ties} "
-        f"near ties; {guessing.accepted:,} of {guessing.drafted:,} guesses right"
+        f"near ties; {stats.accepted_tokens:,} of {stats.drafted_tokens:,} guesses right"
     )
 
 

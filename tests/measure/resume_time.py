@@ -21,26 +21,27 @@ import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
 
-from mlx_stream.chat.conversation import Conversation
-from mlx_stream.chat.resume import SessionOptions, begin, open_session
+from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.load import Model
+from mlx_stream.program.notices import discard
 from mlx_stream.sampling import Sampling
 
 NAME = "measured"
 
 
-def fill(conversation: Conversation, window: int) -> None:
+def fill(chat: ChatSession, window: int) -> None:
     """Say long questions, answered in a word, until the window has wrapped."""
     for text in topics.values():
-        list(conversation.reply(text[:1200]))
-        if conversation.stats.evicted > window // 4:
+        list(chat.reply(text[:1200]))
+        if chat.stats.evicted > window // 4:
             return
 
 
-def differences(first: Conversation, second: Conversation) -> int:
+def differences(first: ChatSession, second: ChatSession) -> int:
     """Return in how many of their arrays and numbers two streams differ."""
-    one, other = first.chat.tokens.state(), second.chat.tokens.state()
+    one, other = first.tokens.state(), second.tokens.state()
 
     def same(a: Any, b: Any) -> bool:
         return bool(mx.array_equal(a, b).item()) if isinstance(a, mx.array) else a == b
@@ -51,22 +52,23 @@ def differences(first: Conversation, second: Conversation) -> int:
 def measure(model: Model, window: int, rounds: int) -> dict[str, Any]:
     options = SessionOptions("You are brief.", window, sampling=Sampling(seed=1), max_tokens=8)
     going_on = SessionOptions(max_tokens=8, sampling=Sampling())
-    never = begin(model, options)
+    never = new_chat(model, options, discard)
     fill(never, window)
-    fill(conversation := open_session(NAME, model, options), window)
+    saved = open_session(NAME, model, options)
+    fill(saved.chat, window)
     seconds, odd, notices = [], 0, []
     for number in range(rounds):
         began = time.perf_counter()
-        conversation.close()
+        saved.close()
         closed = time.perf_counter()
-        conversation = open_session(NAME, model, going_on, notices.append)
+        saved = open_session(NAME, model, going_on, notices.append)
         seconds.append((time.perf_counter() - closed, closed - began))
-        odd += differences(never, conversation)
+        odd += differences(never, saved.chat)
         question = f"Say the number {number}."
-        said = [[piece.text for piece in pair.reply(question)] for pair in (never, conversation)]
+        said = [[piece.text for piece in chat.reply(question)] for chat in (never, saved.chat)]
         odd += said[0] != said[1]
-    attended = conversation.stats.attended
-    conversation.close()
+    attended = saved.chat.stats.attended
+    saved.close()
     opening, closing = zip(*seconds, strict=True)
     return {
         "window": window,

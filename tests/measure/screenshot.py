@@ -38,7 +38,7 @@ class Seen(Desktop):
         self.view.main.size = SIZE
         await self.desk.start()
         for count, question in enumerate(self._questions, 1):
-            await self._until(lambda: self.desk.idle and self.view.send.enabled)
+            await self._until(lambda: self.desk.status.idle and self.view.send.enabled)
             self.view.question.value = question
             self.view.send._impl.native.click()
             await self._until(lambda count=count: len(self.desk.said) == count)
@@ -46,7 +46,7 @@ class Seen(Desktop):
         await self._until(lambda: self._last()[:20] in self._shown())
         self._draw(self._folder / "large.png")
         self.desk.stop()
-        await self._until(lambda: self.desk.idle)
+        await self._until(lambda: self.desk.status.idle)
         self.view.main.size = SMALL
         await self._until(lambda: self._shown().endswith(ending(self.desk.said[-1])))
         self._draw(self._folder / "small.png")

@@ -39,9 +39,9 @@ from mlx_stream.hub.resolve import resolve
 from mlx_stream.hub.starter import STARTER_SYSTEM
 from mlx_stream.load import read_checkpoint
 from mlx_stream.config import read_config
-from mlx_stream.sessions import places, resume
+from mlx_stream.chat import resume, session_files
 from mlx_stream.text.tokenizer import Tokenizer
-from mlx_stream.models.weights import Untaken, build
+from mlx_stream.models.weights import RemainingTensors, build
 from mlx_stream.load import load
 mark("import the rest")
 import mlx_stream.cli.prompt, prompt_toolkit, prompt_toolkit.shortcuts
@@ -52,11 +52,11 @@ config = read_config(checkpoint.config)
 mark("open the files")
 tokenizer = Tokenizer.from_checkpoint(checkpoint)
 mark("build the tokenizer")
-build(config, Untaken(checkpoint.tensors), mx.float32, sys.argv[2] == "quantized")
+build(config, RemainingTensors(checkpoint.tensors), mx.float32, sys.argv[2] == "quantized")
 mark("read the weights" + ("" if sys.argv[2] == "quantized" else ", dequantize them"))
 model = load(sys.argv[1], "float32", sys.argv[2] == "quantized")
 loaded = time.perf_counter()
-resume.begin(model, resume.SessionOptions(system=STARTER_SYSTEM), print)
+resume.new_chat(model, resume.SessionOptions(system=STARTER_SYSTEM), print)
 marks.append(("begin the conversation", marks[-1][1] + time.perf_counter() - loaded))
 print(json.dumps({b[0]: b[1] - a[1] for a, b in zip(marks, marks[1:])}))
 """

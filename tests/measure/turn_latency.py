@@ -21,8 +21,9 @@ import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import numpy as np
 
-from mlx_stream.chat.conversation import Conversation
 from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.chat.saving import SavedSession
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
 from tests.fakes.tiny import tiny_config, write_letters
@@ -53,9 +54,9 @@ def question(model: Model, number: int) -> str:
     return text
 
 
-def ask(conversation: Conversation, number: int) -> Turn:
-    text, started = question(conversation.chat.model, number), time.perf_counter()
-    pieces = conversation.reply(text)
+def ask(chat: ChatSession, number: int) -> Turn:
+    text, started = question(chat.model, number), time.perf_counter()
+    pieces = chat.reply(text)
     next(pieces)
     first = last = time.perf_counter()
     for _ in pieces:
@@ -63,18 +64,19 @@ def ask(conversation: Conversation, number: int) -> Turn:
     return Turn(1e3 * (first - started), 1e3 * (time.perf_counter() - last))
 
 
-def begun(model: Model, name: str, turns: int) -> Conversation:
+def begun(model: Model, name: str, turns: int) -> SavedSession:
     """Return a saved conversation of so many turns, with a full window."""
-    conversation = open_session(name, model, OPTIONS)
+    saved = open_session(name, model, OPTIONS)
     for number in range(turns):
-        ask(conversation, number)
-    assert conversation.stats.evicted_exchanges > 0
-    return conversation
+        ask(saved.chat, number)
+    assert saved.chat.stats.evicted_exchanges > 0
+    return saved
 
 
 def measure(model: Model, turns: int, rounds: int) -> dict:
     """Have `rounds` turns in each conversation, one here and one there."""
-    conversations = {"early": begun(model, "early", EARLY), "late": begun(model, "late", turns)}
+    sessions = {"early": begun(model, "early", EARLY), "late": begun(model, "late", turns)}
+    conversations = {name: saved.chat for name, saved in sessions.items()}
     read = {name: one.stats.prompt_tokens for name, one in conversations.items()}
     timed: dict[str, list[Turn]] = {"early": [], "late": []}
     for number in range(rounds):
@@ -82,8 +84,8 @@ def measure(model: Model, turns: int, rounds: int) -> dict:
             timed[name].append(ask(conversations[name], number))
     tokens = {one.stats.prompt_tokens - read[name] for name, one in conversations.items()}
     assert len(tokens) == 1, "both read as much"
-    for conversation in conversations.values():
-        conversation.close()
+    for saved in sessions.values():
+        saved.close()
     return {
         "turns": [EARLY, turns],
         "rounds": rounds,

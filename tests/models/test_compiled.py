@@ -42,7 +42,7 @@ def one_by_one(stream, prompt, sampler, count):
     """Yield what `generate` must yield, each token read and chosen apart."""
     logits = stream.read(prompt)
     for _ in range(count):
-        token = sampler.choose(logits, stream.attended_ids)
+        token = sampler.choose(logits, stream.ids.attended)
         yield token
         logits = stream.read([token])
 
@@ -141,7 +141,7 @@ def test_a_step_built_ahead_is_used_only_for_what_it_was_built_for(tiny_model, c
         fresh.read([7])
         for one in (stream, fresh):
             change(one)
-        assert stream.attended_ids() == fresh.attended_ids()
+        assert stream.ids.attended() == fresh.ids.attended()
         found, expected = (np.array(one.read([9])) for one in (stream, fresh))
         np.testing.assert_allclose(found, expected, atol=1e-4)
         greedy = Sampler(GREEDY)
@@ -149,7 +149,6 @@ def test_a_step_built_ahead_is_used_only_for_what_it_was_built_for(tiny_model, c
 
     after(lambda stream: None)
     after(lambda stream: stream.rewind(3))
-    after(lambda stream: stream.evict(5))
     after(lambda stream: stream.cache.evict(5))
     after(lambda stream: stream.read(text[50:57]))
     after(lambda stream: stream.restore(stream.state()))
@@ -176,7 +175,7 @@ def test_generation_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model,
     count = 0
     for count in itertools.count(1, 61):
         stream, sampler = stream_of(model, clock_limit=0), Sampler(sampling)
-        token = sampler.choose(stream.read(some_ids(30)), stream.attended_ids)
+        token = sampler.choose(stream.read(some_ids(30)), stream.ids.attended)
         said = [token]
 
         def go_on(stream=stream, sampler=sampler, said=said):

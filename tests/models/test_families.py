@@ -144,5 +144,5 @@ def test_models_stream_over_reanchorings_with_yarn_and_biases(chunk):
     raw = tiny_config(rope_scaling=YARN, attention_bias=True, num_key_value_heads=1)
     expected = SlowLlama(raw, tiny_weights(raw), 3, 20).logits(TEXT)
     model = make(raw, tensors_of(raw))
-    cache = StreamCache(2, 4, 1, 16, model.rope, 3, 20, clock_limit=0)
+    cache = StreamCache(model.attention, 3, 20, clock_limit=0)
     np.testing.assert_allclose(all_logits(model, cache, TEXT, chunk), expected, atol=1e-3)

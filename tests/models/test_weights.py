@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_stream.config import read_config
 from mlx_stream.errors import ConfigError, WeightsError
 from mlx_stream.models.layers import CausalLM
-from mlx_stream.models.weights import SideBySide
+from mlx_stream.models.weights import QuantizedLinear, SideBySide
 from tests.fakes.peer import peer_of
 from tests.fakes.tiny import MISTRAL, YARN, tiny_config, tiny_weights
 from tests.fakes.tiny_models import Tensors, all_logits, make, some_ids, tensors_of
@@ -70,7 +70,7 @@ def test_quantized_checkpoints(recipe, tied, keep_quantized):
     expected = SlowLlama(raw, plain, 4, 30).logits(ids)
     model = make(config, tensors, keep_quantized=keep_quantized)
     kinds = {type(module) for _, module in model.network.named_modules()}
-    assert (nn.QuantizedLinear in kinds) == keep_quantized
+    assert (QuantizedLinear in kinds) == keep_quantized
     assert (nn.QuantizedEmbedding in kinds) == keep_quantized
     assert (SideBySide in kinds) == (keep_quantized and recipe is MIXED)
     for chunk in (1, 25):

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_stream import backend, selftest
-from mlx_stream.cache import StreamCache
+from mlx_stream.cache import AttentionShape, StreamCache
 from mlx_stream.cache.geometry import Geometry
 from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.decode import DecodeStep
@@ -142,7 +142,7 @@ def test_a_held_buffer_is_seen(model, monkeypatch):
     right, held = StreamCache.commit, []
 
     def wrong(self: StreamCache, step: Any) -> None:
-        held[:] = [self.keys[0]]
+        held[:] = [self.current.keys[0]]
         right(self, step)
 
     monkeypatch.setattr(StreamCache, "commit", wrong)
@@ -158,14 +158,15 @@ def test_a_step_that_is_traced_again_is_seen(model, monkeypatch):
     """As if a number that grows were a part of what is fixed in a trace."""
     monkeypatch.setenv(backend.COMPILE, "1")
     assert streams.traced_once(model).holds is True
-    right = DecodeStep.of
+    right = DecodeStep.plan
 
-    def wrong(cache: StreamCache) -> DecodeStep:
-        step = right(cache)
-        step.kind = replace(step.kind, scale=step.kind.scale + 1e-9 * cache.length)
+    def wrong(shape: AttentionShape, *rest: Any) -> DecodeStep:
+        step = right(shape, *rest)
+        growing = shape.layers + rest[-1].position.length
+        step.kind = replace(step.kind, shape=replace(shape, layers=growing))
         return step
 
-    monkeypatch.setattr(DecodeStep, "of", wrong)
+    monkeypatch.setattr(DecodeStep, "plan", wrong)
     assert streams.traced_once(model).holds is False
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import mlx_stream.text.template
 from mlx_stream.errors import TemplateError
-from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, assistant, user
+from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, assistant, system_turn, user
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -257,17 +257,25 @@ CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</>' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-REWRITES = {
+# Write an exchange anew once the next question is there.
+SETTLES = {
     "drops the thinking of earlier turns": CHATML.replace(
         "m.content", "(m.content if loop.last else m.content.split('</think>')[-1])"
     ),
     "drops all thinking": CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
     "thinks in the prompt": CHATML.replace("<assistant>{%", "<assistant><think>{%"),
+    "marks the last turn": CHATML.replace("'</>'", "('</last>' if loop.last else '</>')"),
+}
+# Write one anew later than that, or not at all.
+REWRITES = {
     "writes before a reply": CHATML.replace(
         "m.content", "('Answer: ' if m.role == 'assistant' else '') + m.content"
     ),
-    "marks the last turn": CHATML.replace("'</>'", "('</last>' if loop.last else '</>')"),
     "keeps the last two exchanges": CHATML.replace("in messages", "in messages[-4:]"),
+    "drops the thinking before the last two questions": CHATML.replace(
+        "m.content",
+        "(m.content if loop.revindex < 4 else m.content.split('</think>')[-1])",
+    ),
     "counts the messages": "{{ messages | length }}" + CHATML,
     "counts the turns": CHATML.replace("m.content", "(m.content ~ loop.index)"),
     "numbers the questions": CHATML.replace(
@@ -283,6 +291,21 @@ REWRITES = {
 }
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("name", SETTLES)
+def test_an_exchange_is_settled_as_it_stands_behind_the_next_question(name, system):
+    found = ChatTemplate(SETTLES[name])
+    found.check(system=True)
+    assert found.rewrites and not ChatTemplate(CHATML).rewrites
+    exchanges = [("One?", "<think>\na\n</think>b"), ("Two?", "c"), ("Three?", "</think>\n\nd")]
+    messages, before = [*system_turn(system)], ""
+    for number, (question, reply) in enumerate(exchanges):
+        messages += [user(question), assistant(reply)]
+        before += found.settled(question, reply, system, first=not number) + found.closing
+        asked = found.render([*messages, user("And?")], reply=True)
+        assert asked == before + found.turn("And?", system)
+
+
 @pytest.mark.parametrize("name", REWRITES)
 def test_templates_that_do_more_than_append_are_refused(name: str):
     ChatTemplate(CHATML).check(system=True)
@@ -294,7 +317,7 @@ def test_the_refusal_says_why():
     with pytest.raises(
         TemplateError, match=r"rewrites earlier turns .* cannot be used on a stream"
     ):
-        ChatTemplate(REWRITES["drops the thinking of earlier turns"]).check(system=False)
+        ChatTemplate(REWRITES["keeps the last two exchanges"]).check(system=False)
 
 
 def test_a_closing_that_comes_late_is_appended_too():

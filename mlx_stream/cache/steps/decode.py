@@ -1,16 +1,16 @@
 """One token: it is written into its row, then attends over the buffer, whatever the rows' order."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.cache.positions import Rope, TokenRotation
-from mlx_stream.cache.storage import Rows, write_rows
-
-if TYPE_CHECKING:
-    from mlx_stream.cache.stream import StreamCache
+from mlx_stream.cache.attention import AttentionShape
+from mlx_stream.cache.geometry import Geometry
+from mlx_stream.cache.positions import TokenRotation
+from mlx_stream.cache.steps.sinks import place_sinks
+from mlx_stream.cache.storage import CacheState, Rows, RowStorage, write_rows
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,14 @@ class DecodeKind:
         sinks: how many rows are rewritten in the step, because o moves with each token; or 0.
         prefix_rows: how many leading rows are attended...
         spare: ...but for this many of the ring, where the window is full: those written next.
+        steady: whether every later step is of the same kind, the window being full.
     """
 
-    query_heads: int
-    kv_heads: int
-    rope: Rope
-    scale: float
+    shape: AttentionShape
     sinks: int
     prefix_rows: int
     spare: int = 0
+    steady: bool = False
 
     def attended_mask(self, row: mx.array) -> mx.array:
         """Return which rows the token attends to whose row is given, int32 (1,): (1, N) bool."""
@@ -42,7 +41,7 @@ class DecodeKind:
 
 
 class DecodeStep:
-    """One token: it is written into its row, then attends over the buffer, row order free.
+    """The step of one token over rows as they are.
 
     Args:
         kind: what does not change from step to step.
@@ -50,7 +49,6 @@ class DecodeStep:
             (1, prefix_rows) bool where it does not follow from the kind; `sinks` (L, K, S, D),
             not rotated, and `sinks_at` (1,) int32 where they are rewritten.
         is_sink: whether the token is a sink.
-        steady: whether every later step is of the same kind, the window being full.
         sinks_at: where the sinks' rows stand after the step.
     """
 
@@ -61,11 +59,10 @@ class DecodeStep:
         kind: DecodeKind,
         arrays: dict[str, Any],
         is_sink: bool = False,
-        steady: bool = False,
         sinks_at: int = -1,
     ):
         self.kind, self.arrays = kind, arrays
-        self.is_sink, self.steady, self.sinks_at = is_sink, steady, sinks_at
+        self.is_sink, self.sinks_at = is_sink, sinks_at
         self.rotation: TokenRotation | None = None
         self.turned_sinks: mx.array | None = None
         self.mask: mx.array | None = arrays.get("mask")
@@ -74,55 +71,51 @@ class DecodeStep:
         self.new_sinks: list[mx.array] = []
 
     @classmethod
-    def of(cls, cache: "StreamCache") -> "DecodeStep":
-        """Plan the step of a cache's next token."""
-        token, geometry = cache.length, cache.geometry
+    def plan(
+        cls, shape: AttentionShape, storage: RowStorage, geometry: Geometry, state: CacheState
+    ) -> "DecodeStep":
+        """Plan the step of a stream's next token."""
+        position = state.position
+        token = position.length
         is_sink, prefix_rows = token < geometry.sinks, geometry.prefix_rows(token)
         # Where o moves with each token, the sinks are turned inside the step. Where it does not,
         # they stand where they must already, or are put there once.
-        oldest = geometry.oldest(cache.position, token)
+        oldest = geometry.oldest(position, token)
         full = not is_sink and token - oldest == geometry.window - 1
         steady = full and prefix_rows == geometry.rows
-        mask = None if steady else geometry.decode_mask(cache.position, prefix_rows)
+        mask = None if steady else geometry.decode_mask(position, prefix_rows)
         moves = full and geometry.sinks > 0
-        if not moves:
-            cache.place_sinks(token)
-        position = cache.position
         arrays: dict[str, Any] = {
             "position": mx.array([position.clock], mx.int32),
             "row": mx.array([geometry.row(token)], mx.int32),
-            "keys": [*cache.keys],
-            "values": [*cache.values],
+            "values": [*state.values],
         }
         if mask is not None:
             arrays["mask"] = mx.array(mask)[None]
-        sinks_at = position.sinks_at
         if moves:
             sinks_at = geometry.sinks_clock(position, token)
-            arrays |= {"sinks": cache.sinks, "sinks_at": mx.array([sinks_at], mx.int32)}
-        kind = DecodeKind(
-            cache.query_heads,
-            cache.kv_heads,
-            cache.rope,
-            cache.scale,
-            geometry.sinks if moves else 0,
-            prefix_rows,
-            geometry.spare if steady else 0,
-        )
-        return cls(kind, arrays, is_sink, steady, sinks_at)
+            at = mx.array([sinks_at], mx.int32)
+            arrays |= {"keys": [*state.keys], "sinks": state.sinks, "sinks_at": at}
+        else:
+            keys, sinks_at = place_sinks(shape, storage, geometry, state, token)
+            arrays["keys"] = [*keys]
+        spare = geometry.spare if steady else 0
+        kind = DecodeKind(shape, geometry.sinks if moves else 0, prefix_rows, spare, steady)
+        return cls(kind, arrays, is_sink, sinks_at)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         kind, arrays = self.kind, self.arrays
-        plain, new_values = mx.split(heads, [heads.shape[1] - kind.kv_heads], axis=1)
+        shape = kind.shape
+        plain, new_values = mx.split(heads, [heads.shape[1] - shape.kv_heads], axis=1)
         if self.is_sink:
-            self.new_sinks.append(plain[:, kind.query_heads :])
+            self.new_sinks.append(plain[:, shape.query_heads :])
         if self.rotation is None:
-            self.rotation = kind.rope.token_rotation(arrays["position"], plain.shape[1])
-        queries, new_keys = mx.split(self.rotation(plain), [kind.query_heads], axis=1)
+            self.rotation = shape.rope.token_rotation(arrays["position"], plain.shape[1])
+        queries, new_keys = mx.split(self.rotation(plain), [shape.query_heads], axis=1)
         keys, values = arrays["keys"][layer], arrays["values"][layer]
         if kind.sinks:
             if self.turned_sinks is None:
-                self.turned_sinks = kind.rope.rotate(arrays["sinks"], arrays["sinks_at"])
+                self.turned_sinks = shape.rope.rotate(arrays["sinks"], arrays["sinks_at"])
             keys = write_rows(keys, self.turned_sinks[layer : layer + 1], [(0, kind.sinks, 0)])
         keys = mx.slice_update(keys, new_keys, arrays["row"], axes=(2,))
         values = mx.slice_update(values, new_values, arrays["row"], axes=(2,))
@@ -133,9 +126,9 @@ class DecodeStep:
         if kind.spare and self.mask is None:
             self.mask = kind.attended_mask(arrays["row"])
         return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=kind.scale, mask=self.mask
+            queries, keys, values, scale=shape.scale, mask=self.mask
         )
 
-    def finish(self, keys: list[mx.array], values: list[mx.array]) -> None:
+    def finish(self, keys: list[Rows], values: list[Rows]) -> None:
         """Take what a trace of this step computed, and let go of what it began from."""
         self.keys, self.values, self.arrays = keys, values, {}

@@ -1,14 +1,11 @@
 """A chunk of several tokens: it attends to the buffer as it was and to itself, then is written."""
 
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
 
-from mlx_stream.cache.geometry import NOT_ATTENDED, pad_length
-from mlx_stream.cache.storage import Rows
-
-if TYPE_CHECKING:
-    from mlx_stream.cache.stream import StreamCache
+from mlx_stream.cache.attention import AttentionShape
+from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry, pad_length
+from mlx_stream.cache.steps.sinks import place_sinks
+from mlx_stream.cache.storage import CacheState, Rows, RowStorage
 
 
 class PrefillStep:
@@ -21,50 +18,64 @@ class PrefillStep:
     attend in blocks, each to no more columns than its own rows see.
     """
 
-    def __init__(self, cache: "StreamCache", count: int):
-        self.cache, self.count, self.rows = cache, count, pad_length(count)
+    def __init__(
+        self,
+        shape: AttentionShape,
+        storage: RowStorage,
+        geometry: Geometry,
+        state: CacheState,
+        count: int,
+    ):
+        self.shape, self.storage, self.geometry = shape, storage, geometry
+        self.count, self.rows = count, pad_length(count)
         self.keys: list[Rows] = []
         self.values: list[Rows] = []
         self.new_sinks: list[mx.array] = []
-        geometry, first = cache.geometry, cache.length
-        self.moves = geometry.room(cache.position) == 0 and geometry.sinks > 0
+        position = state.position
+        first = position.length
+        self.moves = geometry.room(position) == 0 and geometry.sinks > 0
+        self.old_keys, self.old_values = state.keys, state.values
+        self.sinks_at = position.sinks_at
         if not self.moves:
-            cache.place_sinks(first + count - 1)
+            self.old_keys, self.sinks_at = place_sinks(
+                shape, storage, geometry, state, first + count - 1
+            )
         self.prefix_rows = geometry.chunk_prefix_rows(first - 1) if first else 0
-        self.position = mx.array([cache.position.clock], mx.int32)
+        self.position = mx.array([position.clock], mx.int32)
         self.segments = geometry.segments(first, count)
         self.into_sinks = min(max(geometry.sinks - first, 0), self.rows)
-        old_clock_mask = geometry.old_clock_mask(cache.position, self.prefix_rows, first - 1)
+        self.captured_sinks = min(count, geometry.sinks - first)
+        self.clock_offset = position.clock_offset
+        old_clock_mask = geometry.old_clock_mask(position, self.prefix_rows, first - 1)
         self.old_clock_mask = None if old_clock_mask is None else mx.array(old_clock_mask)[:, None]
         if self.moves:
-            self._prepare_sinks()
+            self._prepare_sinks(state.sinks, first)
         else:
-            self.mask = mx.array(geometry.chunk_mask(cache.position, self.prefix_rows, self.rows))
+            self.mask = mx.array(geometry.chunk_mask(position, self.prefix_rows, self.rows))
 
-    def _prepare_sinks(self) -> None:
-        cache, geometry = self.cache, self.cache.geometry
-        old = geometry.window - 1
+    def _prepare_sinks(self, sinks: mx.array, first: int) -> None:
+        geometry, old = self.geometry, self.geometry.window - 1
         self.far = old + geometry.sinks
-        self.sink_keys = cache.rope.rotate(cache.sinks, mx.array([0], mx.int32))
-        self.old = geometry.segments(cache.length - old, old)
+        self.sink_keys = self.shape.rope.rotate(sinks, mx.array([0], mx.int32))
+        self.ring_segments = geometry.segments(first - old, old)
         self.blocks = geometry.blocks(self.rows)
         self.masks = []
         for block in self.blocks:
             mask = mx.where(mx.array(block.mask), mx.array(0.0), mx.array(NOT_ATTENDED))
-            self.masks.append(mx.broadcast_to(mask, (1, cache.query_heads, *mask.shape)))
+            self.masks.append(mx.broadcast_to(mask, (1, self.shape.query_heads, *mask.shape)))
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
-        turned = cache.rope.rotate(heads[:, :split], self.position)
-        queries, new_keys = turned[:, : cache.query_heads], turned[:, cache.query_heads :]
+        shape, split = self.shape, heads.shape[1] - self.shape.kv_heads
+        turned = shape.rope.rotate(heads[:, :split], self.position)
+        queries, new_keys = turned[:, : shape.query_heads], turned[:, shape.query_heads :]
         new_values = heads[:, split:]
-        self._capture_sinks(heads[:, cache.query_heads : split])
+        self._capture_sinks(heads[:, shape.query_heads : split])
         seen_keys, seen_values = (
-            cache.storage.as_attended(new, self.into_sinks) for new in (new_keys, new_values)
+            self.storage.as_attended(new, self.into_sinks) for new in (new_keys, new_values)
         )
         if self.moves:
             out = self._attend_moving(
-                layer, heads[:, : cache.query_heads], queries, seen_keys, seen_values
+                layer, heads[:, : shape.query_heads], queries, seen_keys, seen_values
             )
         else:
             if self.prefix_rows:
@@ -72,10 +83,10 @@ class PrefillStep:
                 seen_keys = mx.concatenate([keys, seen_keys], axis=2)
                 seen_values = mx.concatenate([values, seen_values], axis=2)
             out = mx.fast.scaled_dot_product_attention(
-                queries, seen_keys, seen_values, scale=cache.scale, mask=self.mask
+                queries, seen_keys, seen_values, scale=shape.scale, mask=self.mask
             )
-        self.keys.append(cache.storage.write(cache.keys[layer], new_keys, self.segments))
-        self.values.append(cache.storage.write(cache.values[layer], new_values, self.segments))
+        self.keys.append(self.storage.write(self.old_keys[layer], new_keys, self.segments))
+        self.values.append(self.storage.write(self.old_values[layer], new_values, self.segments))
         return out
 
     def _attend_moving(
@@ -86,16 +97,16 @@ class PrefillStep:
         new_keys: mx.array,
         new_values: mx.array,
     ) -> mx.array:
-        cache, sinks = self.cache, self.cache.geometry.sinks
+        shape, sinks = self.shape, self.geometry.sinks
         sink_keys = self.sink_keys[layer : layer + 1]
-        sink_values = cache.storage.read(cache.values[layer], 0, sinks, plain)
+        sink_values = self.storage.read(self.old_values[layer], 0, sinks, plain)
         ring_keys, ring_values = self._buffer(layer, sinks, plain)
         # Scores in the mask are float32 whatever the model's dtype: half precision would round
         # the sinks' scores, the largest there are, far more than those of the ring.
-        far = cache.rope.rotate_all(plain, self.far).astype(mx.float32)
-        grouped = far.reshape(1, cache.kv_heads, -1, far.shape[-1])
-        scores = (grouped * cache.scale) @ sink_keys.astype(mx.float32).swapaxes(-1, -2)
-        scores = scores.reshape(1, cache.query_heads, self.rows, sinks)
+        far = shape.rope.rotate_all(plain, self.far).astype(mx.float32)
+        grouped = far.reshape(1, shape.kv_heads, -1, far.shape[-1])
+        scores = (grouped * shape.scale) @ sink_keys.astype(mx.float32).swapaxes(-1, -2)
+        scores = scores.reshape(1, shape.query_heads, self.rows, sinks)
         queries = queries.astype(mx.float32)
         keys = self._columns(ring_keys, mx.zeros_like(sink_keys), new_keys)
         values = self._columns(ring_values, sink_values, new_values)
@@ -112,7 +123,7 @@ class PrefillStep:
                     queries[:, :, block.start : block.stop],
                     keys[:, :, seen],
                     values[:, :, seen],
-                    scale=cache.scale,
+                    scale=shape.scale,
                     mask=mask,
                 )
             )
@@ -120,20 +131,18 @@ class PrefillStep:
 
     def _columns(self, ring: mx.array, sinks: mx.array, new: mx.array) -> mx.array:
         """Return what the blocks attend to, float32: the ring from its oldest on, sinks, new."""
-        first = self.cache.geometry.sinks
-        old = [ring[:, :, row - first : row - first + b - a] for a, b, row in self.old]
+        first = self.geometry.sinks
+        old = [ring[:, :, row - first : row - first + b - a] for a, b, row in self.ring_segments]
         return mx.concatenate([*old, sinks, new], axis=2).astype(mx.float32)
 
     def _buffer(self, layer: int, start: int, new: mx.array) -> tuple[mx.array, mx.array]:
         """Return keys and values from row `start` on, as they were before this step."""
-        cache = self.cache
-        keys = cache.storage.read(cache.keys[layer], start, self.prefix_rows, new)
+        keys = self.storage.read(self.old_keys[layer], start, self.prefix_rows, new)
         if self.old_clock_mask is not None:
-            turned = cache.rope.rotate_all(keys, cache.position.clock_offset, backwards=True)
+            turned = self.shape.rope.rotate_all(keys, self.clock_offset, backwards=True)
             keys = mx.where(self.old_clock_mask[start:], turned, keys)
-        return keys, cache.storage.read(cache.values[layer], start, self.prefix_rows, new)
+        return keys, self.storage.read(self.old_values[layer], start, self.prefix_rows, new)
 
     def _capture_sinks(self, unrotated: mx.array) -> None:
-        read = min(self.count, self.cache.geometry.sinks - self.cache.length)
-        if read > 0:
-            self.new_sinks.append(unrotated[:, :, :read])
+        if self.captured_sinks > 0:
+            self.new_sinks.append(unrotated[:, :, : self.captured_sinks])

@@ -5,35 +5,34 @@ attended and makes no second copy of it. Both are computed in float32: half prec
 the scores, which the fused attention over plain rows does not.
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
 
-from mlx_stream.cache.geometry import NOT_ATTENDED
-from mlx_stream.cache.storage import QuantizedRows, QuantizedStorage
+from mlx_stream.cache.attention import AttentionShape
+from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry
+from mlx_stream.cache.steps.sinks import place_sinks
+from mlx_stream.cache.storage import CacheState, QuantizedRows, QuantizedStorage
 
-if TYPE_CHECKING:
-    from mlx_stream.cache.stream import StreamCache
 
-
-@dataclass
 class QuantizedDecodeStep:
     """One token: it is written into its row, then attends over sinks and ring."""
 
-    cache: "StreamCache"
-    storage: QuantizedStorage
-    count: int = 1
-    rows: int = 1
-    keys: list[QuantizedRows] = field(default_factory=list)
-    values: list[QuantizedRows] = field(default_factory=list)
-    new_sinks: list[mx.array] = field(default_factory=list)
+    count, rows = 1, 1
 
-    def __post_init__(self) -> None:
-        cache = self.cache
-        token = cache.length
-        cache.place_sinks(token)
-        geometry, position = cache.geometry, cache.position
+    def __init__(
+        self,
+        shape: AttentionShape,
+        storage: QuantizedStorage,
+        geometry: Geometry,
+        state: CacheState,
+    ):
+        self.shape, self.storage = shape, storage
+        self.keys: list[QuantizedRows] = []
+        self.values: list[QuantizedRows] = []
+        self.new_sinks: list[mx.array] = []
+        position = state.position
+        token = position.length
+        self.old_keys, self.sinks_at = place_sinks(shape, storage, geometry, state, token)
+        self.old_values = state.values
         self.is_sink = token < geometry.sinks
         prefix_rows = geometry.prefix_rows(token)
         self.sinks = min(geometry.sinks, prefix_rows)
@@ -43,35 +42,30 @@ class QuantizedDecodeStep:
         self.start = mx.array([self.row], mx.int32)
         mask = geometry.decode_mask(position, prefix_rows)
         self.mask = None if mask is None else mx.array(mask)
-        old_clock_mask = geometry.old_clock_mask(position, prefix_rows, token)
-        self.old_clock_mask = (
-            None if old_clock_mask is None else mx.array(old_clock_mask[self.sinks :])
-        )
+        old = geometry.old_clock_mask(position, prefix_rows, token)
+        self.old_clock_mask = None if old is None else mx.array(old[self.sinks :])
         self.old_clock_position = mx.array([position.clock + position.clock_offset], mx.int32)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
-        plain = heads[:, : cache.query_heads]
+        shape, split = self.shape, heads.shape[1] - self.shape.kv_heads
+        plain = heads[:, : shape.query_heads]
         if self.is_sink:
-            self.new_sinks.append(heads[:, cache.query_heads : split])
-        turned = cache.rope.rotate(heads[:, :split], self.position)
-        keys = self._put(cache.keys[layer], turned[:, cache.query_heads :])
-        values = self._put(cache.values[layer], heads[:, split:])
+            self.new_sinks.append(heads[:, shape.query_heads : split])
+        turned = shape.rope.rotate(heads[:, :split], self.position)
+        keys = self._put(self.old_keys[layer], turned[:, shape.query_heads :])
+        values = self._put(self.old_values[layer], heads[:, split:])
         self.keys.append(keys)
         self.values.append(values)
-        scores = self._scores(self._group_heads(turned[:, : cache.query_heads]), plain, keys)
-        scores = scores * cache.scale
+        scores = self._scores(self._group_heads(turned[:, : shape.query_heads]), plain, keys)
+        scores = scores * shape.scale
         if self.mask is not None:
             scores = mx.where(self.mask, scores, NOT_ATTENDED)
         weights = mx.softmax(scores, axis=-1, precise=True)
         return self._weighted_values(weights, values).reshape(plain.shape).astype(heads.dtype)
 
-    def finish(self, keys: list[QuantizedRows], values: list[QuantizedRows]) -> None:
-        self.keys, self.values = keys, values
-
     def _group_heads(self, queries: mx.array) -> mx.array:
         """Return (1, H, 1, D) as (1, K, H / K, D) float32."""
-        shape = (1, self.cache.kv_heads, -1, queries.shape[-1])
+        shape = (1, self.shape.kv_heads, -1, queries.shape[-1])
         return queries.reshape(shape).astype(mx.float32)
 
     def _scores(self, queries: mx.array, plain: mx.array, keys: QuantizedRows) -> mx.array:
@@ -83,7 +77,7 @@ class QuantizedDecodeStep:
         if self.ring:
             ring = self.storage.scores(queries, keys, self.ring)
             if self.old_clock_mask is not None:
-                further = self._group_heads(self.cache.rope.rotate(plain, self.old_clock_position))
+                further = self._group_heads(self.shape.rope.rotate(plain, self.old_clock_position))
                 older = self.storage.scores(further, keys, self.ring)
                 ring = mx.where(self.old_clock_mask, older, ring)
             parts.append(ring)

@@ -11,16 +11,13 @@ A chunk instead reads the buffer as it was and joins its own rows to it, a copy 
 values, which for a few tokens costs more than what it computes.
 """
 
-from typing import TYPE_CHECKING, Any
-
 import mlx.core as mx
 import numpy as np
 
+from mlx_stream.cache.attention import AttentionShape
 from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry, StreamPosition
-from mlx_stream.cache.storage import PlainStorage
-
-if TYPE_CHECKING:
-    from mlx_stream.cache.stream import StreamCache
+from mlx_stream.cache.steps.sinks import place_sinks
+from mlx_stream.cache.storage import CacheState, PlainStorage
 
 # Metal's fused attention takes up to 8 rows of queries, and 32 of all heads that share a key.
 MOST_ROWS = 8
@@ -28,47 +25,27 @@ SPARE = MOST_ROWS - 1  # rows beyond the window: the first of them is never take
 MOST_GROUPED_ROWS = 32
 
 
-def longest_verified(cache: Any) -> int:
+def longest_verified(shape: AttentionShape, geometry: Geometry, position: StreamPosition) -> int:
     """Return how many tokens one step can read of which all but the first may be taken back.
 
     As many as leave without a loss, as Metal's fused attention takes, and, as in any step, no more
     than there is room for before the oldest must leave. 1: none can be taken back.
     """
-    if not hasattr(cache, "geometry") or not isinstance(cache.storage, PlainStorage):
-        return 1  # attends to everything, or packs its rows: no row can be written ahead
-    if cache.length < cache.geometry.sinks:
+    if position.length < geometry.sinks:
         return 1
-    shared = cache.query_heads // cache.kv_heads
-    return max(
-        1,
-        min(
-            MOST_ROWS,
-            MOST_GROUPED_ROWS // shared,
-            cache.geometry.spare + 1,
-            cache.geometry.window + 1,  # no more than are attended can be taken back
-            cache.room or MOST_ROWS,
-        ),
+    longest = min(
+        MOST_ROWS,
+        MOST_GROUPED_ROWS // (shape.query_heads // shape.kv_heads),
+        geometry.spare + 1,
+        geometry.window + 1,  # no more than are attended can be taken back
+        geometry.room(position) or MOST_ROWS,
     )
+    return max(1, longest)
 
 
 def spare_rows(bits: int | None) -> int:
     """Return X of a stream text is written on: quantized rows are not written ahead."""
     return SPARE if bits is None else 0
-
-
-class Verifying:
-    """A cache as the network sees it while it verifies: begins this kind of step."""
-
-    def __init__(self, cache: "StreamCache"):
-        self.cache = cache
-
-    def begin(self, count: int) -> "VerifyStep":
-        assert 1 < count <= longest_verified(self.cache)
-        self.cache.prepare(count)
-        return VerifyStep(self.cache, count)
-
-    def commit(self, step: "VerifyStep") -> None:
-        self.cache.commit(step)
 
 
 class VerifyStep:
@@ -80,63 +57,69 @@ class VerifyStep:
     half precision rounds it no more than it rounds queries and keys.
     """
 
-    def __init__(self, cache: "StreamCache", count: int):
-        self.cache, self.count, self.rows = cache, count, count
+    def __init__(
+        self,
+        shape: AttentionShape,
+        storage: PlainStorage,
+        geometry: Geometry,
+        state: CacheState,
+        count: int,
+    ):
+        self.shape, self.count, self.rows = shape, count, count
         self.keys: list[mx.array] = []
         self.values: list[mx.array] = []
         self.new_sinks: list[mx.array] = []
-        geometry, first = cache.geometry, cache.length
-        self.moves = geometry.room(cache.position) == 0 and geometry.sinks > 0
-        cache.place_sinks(first)
-        position = cache.position
+        position = state.position
+        first = position.length
+        self.moves = geometry.room(position) == 0 and geometry.sinks > 0
+        self.old_keys, self.sinks_at = place_sinks(shape, storage, geometry, state, first)
+        self.old_values = state.values
         self.prefix_rows = geometry.prefix_rows(first + count - 1)
         self.position = mx.array([position.clock], mx.int32)
         self.pieces = [
             (start, stop, mx.array([row], mx.int32))
             for start, stop, row in geometry.segments(first, count)
         ]
-        mask = mx.array(attended_rows(geometry, position, self.prefix_rows, count))
-        self.mask = mask
+        self.mask = mx.array(attended_rows(geometry, position, self.prefix_rows, count))
         if self.moves:
-            self._prepare_sinks(mask)
+            self.far = geometry.window - 1 + geometry.sinks
+            self._prepare_sinks(state.sinks.astype(mx.float32))
 
-    def _prepare_sinks(self, mask: mx.array) -> None:
-        cache, sinks = self.cache, self.cache.geometry.sinks
-        rotate, sink_keys = cache.rope.rotate, cache.sinks.astype(mx.float32)
-        self.far = cache.geometry.window - 1 + sinks
+    def _prepare_sinks(self, sink_keys: mx.array) -> None:
+        rotate, sinks = self.shape.rope.rotate, sink_keys.shape[2]
         # Turned apart: reading the buffer's own rows here would copy the buffer.
-        placed = rotate(sink_keys, mx.array([cache.position.sinks_at], mx.int32))
+        placed = rotate(sink_keys, mx.array([self.sinks_at], mx.int32))
         first = rotate(sink_keys, mx.array([0], mx.int32))
         # (L, K, 2D, S): queries and far queries, side by side, times these are the differences.
         self.sink_difference = mx.concatenate([-placed, first], axis=-1).swapaxes(-1, -2)
-        ring = mx.where(mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
-        self.ring_mask = mx.broadcast_to(ring, (1, cache.query_heads, *ring.shape))
+        ring = mx.where(self.mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
+        self.ring_mask = mx.broadcast_to(ring, (1, self.shape.query_heads, *ring.shape))
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        cache, split = self.cache, heads.shape[1] - self.cache.kv_heads
-        turned = cache.rope.rotate(heads[:, :split], self.position)
-        queries = turned[:, : cache.query_heads]
-        keys = self._put(cache.keys[layer], turned[:, cache.query_heads :])
-        values = self._put(cache.values[layer], heads[:, split:])
+        shape, split = self.shape, heads.shape[1] - self.shape.kv_heads
+        turned = shape.rope.rotate(heads[:, :split], self.position)
+        queries = turned[:, : shape.query_heads]
+        keys = self._put(self.old_keys[layer], turned[:, shape.query_heads :])
+        values = self._put(self.old_values[layer], heads[:, split:])
         self.keys.append(keys)
         self.values.append(values)
         mask = self.mask
         if self.moves:
-            mask = self._correct_sinks(layer, heads[:, : cache.query_heads], queries)
+            mask = self._correct_sinks(layer, heads[:, : shape.query_heads], queries)
         if self.prefix_rows < keys.shape[2]:
             keys, values = keys[:, :, : self.prefix_rows], values[:, :, : self.prefix_rows]
         return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=cache.scale, mask=mask
+            queries, keys, values, scale=shape.scale, mask=mask
         )
 
     def _correct_sinks(self, layer: int, plain: mx.array, queries: mx.array) -> mx.array:
         """Return an additive mask (1, H, T, N) that puts the sinks' scores right."""
-        cache = self.cache
-        far = cache.rope.rotate_all(plain, self.far)
-        both = mx.concatenate([queries, far], axis=-1).astype(mx.float32) * cache.scale
-        grouped = both.reshape(1, cache.kv_heads, -1, both.shape[-1])
+        shape = self.shape
+        far = shape.rope.rotate_all(plain, self.far)
+        both = mx.concatenate([queries, far], axis=-1).astype(mx.float32) * shape.scale
+        grouped = both.reshape(1, shape.kv_heads, -1, both.shape[-1])
         scores = grouped @ self.sink_difference[layer : layer + 1]
-        scores = scores.reshape(1, cache.query_heads, self.rows, -1)
+        scores = scores.reshape(1, shape.query_heads, self.rows, -1)
         return mx.concatenate([scores, self.ring_mask], axis=-1).astype(queries.dtype)
 
     def _put(self, rows: mx.array, new: mx.array) -> mx.array:

@@ -1,13 +1,14 @@
 """Chat templates on a stream: knows messages and text, not tokens; renders what strangers wrote.
 
-A stream is never read again, so a turn must be what the template appends and nothing else:
+Each turn is read once, so it must be what the template appends:
 
     opening("Be brief.", "Hi")    <|im_start|>system ... user\nHi<|im_end|>\n<|im_start|>assistant\n
     (the model)                   Hello.
     closing                       <|im_end|>\n
     turn("And?", "Be brief.")     <|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n
 
-A template that says something else about earlier turns once a later one is there is refused.
+A template may write an exchange anew once the next question is there, and drop what its reply
+thought: `settled` gives that. One that changes an exchange after that is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ EXCHANGES: Sequence[tuple[str, str]] = (
     ("What is the first?", "It is one."),
     ("And the second,\nplease?", "<think>\nOne more than one.\n</think>\n\nIt is two."),
     ("The third?", "It is three."),
+    ("The last?", "So it is one, or three."),
 )
 
 
@@ -144,18 +146,39 @@ class ChatTemplate:
     def turn(self, question: str, system: str | None = None) -> str:
         """Return what a later turn appends after `closing`, up to where the model answers.
 
-        It is found behind a stand-in for the conversation, so it costs the same however long
-        that is; `check` makes sure that no template which needs the real one gets this far.
-        Encode `closing` and this as one text: some tokenizers put a space before the first word
-        of whatever they are given, and would put it here where the conversation has none.
+        It is found behind a stand-in for the conversation, so it costs the same however long that
+        is; `check` makes sure that no template which needs the real one gets this far. Encode
+        `closing` and this as one text: some tokenizers put a space before the first word of
+        whatever they are given, and would put it here where the conversation has none.
 
         Raises:
-            TemplateError: as `render`; or the template rewrites earlier turns.
+            TemplateError: as `render`; or the template writes no closing before a question.
         """
-        before = [*system_turn(system), user("x"), assistant(MARK)]
-        return appended(
-            self._closed(before), self.render([*before, user(question)], reply=True), "a question"
-        )
+        mark = stand_in(question, system)
+        messages = [*system_turn(system), user("x"), assistant(mark), user(question)]
+        return self._behind(mark, self.render(messages, reply=True), "a question")
+
+    def settled(
+        self, question: str, reply: str, system: str | None = None, first: bool = False
+    ) -> str:
+        """Return an exchange as it is written once the next question is there, without `closing`.
+
+        That is where templates drop what a reply thought. With `first`, it is the conversation's
+        first one, and all that comes before it is in the text.
+
+        Raises:
+            TemplateError: as `render`; or the template refuses the reply.
+        """
+        mark = stand_in(question, reply, system)
+        before = [*system_turn(system)]
+        if not first:
+            before += [user("x"), assistant(mark)]
+        text = self.render([*before, user(question), assistant(reply), user(mark)], reply=True)
+        if not first:
+            text = self._behind(mark, text, "a question")
+        next_turn = self.closing + self.turn(mark, system)
+        require(text.endswith(next_turn), "a reply")
+        return text[: len(text) - len(next_turn)]
 
     @property
     def closing(self) -> str:
@@ -181,21 +204,26 @@ class ChatTemplate:
         return padded not in self.render([user("x"), assistant(padded)], reply=False)
 
     @cached_property
-    def _around_reply(self) -> tuple[str, str]:
-        after = appended(
-            self.render([user("x")], reply=True),
-            self.render([user("x"), assistant(MARK)], reply=False),
-            "a reply",
+    def rewrites(self) -> bool:
+        """Whether an exchange is written otherwise once the next question is there."""
+        return any(
+            self.settled(question, reply) != self.turn(question) + self.lead + reply
+            for question, reply in EXCHANGES
         )
-        lead, found, closing = after.partition(MARK)
-        if found and closing:
-            go_on = self.render([user("x"), assistant(MARK), user("x")], reply=True)
-            closing = shared_start(closing, go_on.partition(MARK)[2], self._special_texts)
-        if not found or MARK in closing:
+
+    @cached_property
+    def _around_reply(self) -> tuple[str, str]:
+        asked = self.render([user("x")], reply=True)
+        alone = self.render([user("x"), assistant(MARK)], reply=False)
+        go_on = self.render([user("x"), assistant(MARK), user("x")], reply=True)
+        before, found, after = go_on.partition(MARK)
+        if not found or MARK in after or alone.count(MARK) != 1:
             raise TemplateError(
                 "chat template: it does not write a reply's content once, so it cannot be used on "
                 "a stream"
             )
+        closing = shared_start(alone.partition(MARK)[2], after, self._special_texts)
+        lead = before.removeprefix(asked) if before.startswith(asked) else ""
         if lead.strip():
             raise TemplateError(
                 f"chat template: it writes {lead[:80]!r} before a reply that it does not write "
@@ -203,15 +231,14 @@ class ChatTemplate:
             )
         return lead, closing
 
-    def _closed(self, messages: Sequence[Message]) -> str:
-        """Return the text of a conversation up to what closes its last reply."""
-        text, reply = self.render(messages, reply=False), messages[-1]["content"]
-        end = text.rfind(reply) + len(reply)
-        require(text[:end].endswith(reply) and text.startswith(self.closing, end), "a reply")
-        return text[:end] + self.closing
+    def _behind(self, mark: str, text: str, what: str) -> str:
+        """Return what follows a stand-in for a reply, and what closes it."""
+        return appended(self.closing, text.partition(mark)[2], what)
 
     def check(self, system: bool) -> None:
-        """Make sure that the template only ever appends; with `system`, also after a system turn.
+        """Make sure that each exchange is written once and stays; `system`: behind a system turn.
+
+        An exchange may change when the next question is there, and never after that.
 
         Raises:
             TemplateError: it does not, or it has no system role. The template may still be used
@@ -220,10 +247,10 @@ class ChatTemplate:
         metered(lambda: self._check(system))
 
     def _check(self, system: bool) -> None:
-        self._check_appends(None)
+        self._check_settles(None)
         if system:
             self._check_system_role()
-            self._check_appends(SYSTEM["content"])
+            self._check_settles(SYSTEM["content"])
 
     def _check_system_role(self) -> None:
         try:
@@ -239,20 +266,34 @@ class ChatTemplate:
                 "prompt out"
             )
 
-    def _check_appends(self, system: str | None) -> None:
+    def _check_settles(self, system: str | None) -> None:
         where = "with a system prompt, " if system is not None else ""
-        messages = [*system_turn(system)]
-        closed: str | None = None
-        for question, reply in EXCHANGES:
+        messages, before = [*system_turn(system)], ""
+        for number, (question, reply) in enumerate(EXCHANGES):
             messages.append(user(question))
             asked = self.render(messages, reply=True)
-            if closed is not None:
-                grown = appended(closed, asked, f"{where}a question")
-                require(grown == self.turn(question, system), f"{where}a later question")
+            turn = self.turn(question, system) if number else asked
+            require(asked == before + turn, f"{where}a later question")
             messages.append(assistant(reply))
-            closed = self._closed(messages)
-            rest = appended(asked, closed, f"{where}a reply")
-            require(rest == self.lead + reply + self.closing, f"{where}the text of a reply")
+            settled = self.settled(question, reply, system, first=number == 0)
+            holds = settled.endswith(visible(reply))
+            if not self.rewrites:
+                holds = settled == turn + self.lead + reply
+            require(holds, f"{where}the text of a reply")
+            before += settled + self.closing
+
+
+def visible(reply: str) -> str:
+    """Return what of a reply no template drops."""
+    return reply.rpartition("</think>")[2].strip()
+
+
+def stand_in(*texts: str | None) -> str:
+    """Return a word that is in none of some texts."""
+    mark = MARK
+    while any(mark in text for text in texts if text):
+        mark += "s"
+    return mark
 
 
 def appended(before: str, whole: str, what: str) -> str:

@@ -1,0 +1,26 @@
+"""Where the sinks stand on the clock: directly before the oldest attended token."""
+
+import mlx.core as mx
+
+from mlx_stream.cache.attention import AttentionShape
+from mlx_stream.cache.geometry import Geometry
+from mlx_stream.cache.storage import CacheState, Rows, RowStorage
+
+
+def place_sinks(
+    shape: AttentionShape, storage: RowStorage, geometry: Geometry, state: CacheState, token: int
+) -> tuple[list[Rows], int]:
+    """Return each layer's keys with the sinks where `token` must see them, and that place.
+
+    Nothing is computed if they stand there already; the state itself stays as it was.
+    """
+    clock = geometry.sinks_clock(state.position, token)
+    if geometry.sinks == 0 or clock == state.position.sinks_at:
+        return state.keys, state.position.sinks_at
+    turned = shape.rope.rotate(state.sinks, mx.array([clock], mx.int32))
+    segments = [(0, geometry.sinks, 0)]
+    placed = [
+        storage.write(keys, turned[layer : layer + 1], segments)
+        for layer, keys in enumerate(state.keys)
+    ]
+    return placed, clock

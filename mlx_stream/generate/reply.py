@@ -1,0 +1,94 @@
+"""One reply as a coroutine: it says what it needs read and gives pieces of text; knows no turns.
+
+It is sent what each step gave (see `requests`), so its driver decides when it is computed.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+
+from mlx_stream.generate.requests import Coroutine, ReadRequest, Want, read_ids
+from mlx_stream.generate.speculative import Writer, choose_verified
+from mlx_stream.generate.stats import Stats
+from mlx_stream.sampling import Sampler
+from mlx_stream.text.pieces import Piece, ReplyDecoder
+
+
+def write_reply(
+    writer: Writer,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    limit: int,
+    ends: Collection[int],
+    reply: ReplyDecoder,
+    stats: Stats,
+    make_room: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Coroutine[Piece, Piece]:
+    """Read a prompt and write up to `limit` tokens; returns the last piece, which is not given.
+
+    The last token written has not been read, nor has one in `ends` that ended the reply.
+
+    Args:
+        make_room: called with 1 before a token is read, as soon as the token is known.
+        progress: called after each step of the prompt with the number of tokens it read.
+        stats: right whenever a piece is given.
+    """
+    tokens, speculator = writer.tokens, writer.speculator
+    result = yield from read_ids(tokens, prompt, Want.LOGITS, progress)
+    assert result.logits is not None
+    chosen, keys = [sampler.choose(result.logits, tokens.ids.attended)], [sampler.key]
+    stats.prompt_tokens += len(prompt)
+    stats.prompt_seconds += result.seconds
+    finish, unsent = "", ""
+    try:
+        while True:
+            for at, token in enumerate(chosen, 1):
+                tokens.lookahead = len(chosen) - at
+                sampler.key = keys[at - 1]
+                if token in ends:
+                    finish = "end"
+                    break
+                stats.reply_tokens += 1
+                stats.decoded_tokens += reply.count > 0
+                unsent = reply.add(token)
+                if reply.stopped or reply.count == limit:
+                    finish = "length"
+                    break
+                if make_room and not tokens.lookahead:  # else it was read, where there was room
+                    make_room(1)
+                if unsent:
+                    count_attended(stats, writer)
+                    yield Piece(unsent)
+                    unsent = ""
+            if finish:
+                break
+            token, left = chosen[-1], limit - reply.count
+            guess = speculator.guess(tokens, token, left - 1, ends) if speculator else None
+            if guess and guess.ids:
+                result = yield ReadRequest(tokens, [token, *guess.ids], Want.ROWS)
+                assert result is not None and result.logits is not None
+                chosen, keys = choose_verified(tokens, sampler, guess.ids, result.logits)
+                stats.drafted_tokens += len(guess.ids)
+                stats.accepted_tokens += len(chosen) - 1
+            else:
+                request = ReadRequest(tokens, (token,), Want.TOKEN, sampler=sampler, more=left > 1)
+                result = yield request
+                assert result is not None
+                chosen, keys = [result.token], [sampler.key]
+            stats.reply_seconds += result.seconds
+            if speculator and guess:
+                speculator.learn(guess, chosen, result.seconds)
+    finally:
+        tokens.drop_pending()
+    if tokens.lookahead:
+        tokens.rewind(tokens.lookahead)
+    count_attended(stats, writer)
+    rest = unsent + reply.flush()
+    reply.finish = "stop" if reply.stopped else finish
+    return Piece(rest, reply.finish)
+
+
+def count_attended(stats: Stats, writer: Writer) -> None:
+    """Note what the newest token that was asked for attends to, and what has left before it."""
+    tokens = writer.tokens
+    stats.attended = tokens.attended
+    stats.evicted = tokens.length - tokens.lookahead - stats.attended

@@ -1,0 +1,108 @@
+"""What tells a model, computed as it is here, from another: it finds a fine-tune, no damaged value.
+
+Version 2 names tensors as the checkpoint does and leaves settings out that are as they always were,
+so it stays the same when modules are arranged anew or a family learns something. Version 1 has the
+names of our own modules; it is still computed for files that were written with it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_stream.config import ModelConfig
+from mlx_stream.models.layers import CausalLM
+
+VERSION = 2
+# Values of each tensor that are looked at.
+SAMPLED = 64
+# These say how long a stream may be and how the weights are stored, which their tensors show.
+NOT_COMPUTED = {"max_position_embeddings", "sliding_window", "quantization", "vocab_size"}
+# The settings there were in version 1.
+SETTINGS_1 = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "quantization",
+)
+ROPE_1 = (
+    "rope_theta",
+    "rope_type",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+    "attention_factor",
+)
+
+
+def fingerprint(config: ModelConfig, network: CausalLM, dtype: mx.Dtype, quantized: bool) -> str:
+    """Return a model's fingerprint: "2:" and 16 hexadecimal digits.
+
+    Args:
+        quantized: whether quantized weights are computed with as they are.
+    """
+    settings = {
+        name: value for name, value in settings_of(config).items() if name not in NOT_COMPUTED
+    }
+    about = {"config": settings, "dtype": str(dtype), "kept": quantized}
+    return f"{VERSION}:{digest_tensors(about, network.named_tensors())}"
+
+
+def fingerprint_1(config: ModelConfig, network: CausalLM, dtype: mx.Dtype, quantized: bool) -> str:
+    """Return a model's fingerprint of version 1: 16 hexadecimal digits."""
+    settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS_1}
+    settings["rope"] = {name: getattr(config.rope, name) for name in ROPE_1}
+    if config.quantization is not None:
+        table = config.quantization.items()
+        settings["quantization"] = {path: entry and vars(entry) for path, entry in table}
+    about = {"config": settings, "dtype": str(dtype), "kept": quantized}
+    tensors: Any = tree_flatten(network.parameters())
+    return digest_tensors(about, tensors)
+
+
+def digest_tensors(about: dict[str, Any], tensors: Iterable[tuple[str, mx.array]]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
+        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+        flat = tensor.reshape(-1)
+        digest.update(raw_bytes(flat[:: max(1, flat.size // SAMPLED)]))
+    return digest.hexdigest()[:16]
+
+
+def settings_of(settings: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that have no default, or are not as by default."""
+    found: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.default is MISSING or value != field.default:
+            found[field.name] = settings_of(value) if is_dataclass(value) else value
+    return found
+
+
+def raw_bytes(array: mx.array) -> memoryview:
+    """Return an array's bytes, in row order; evaluates it."""
+    integers = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
+    # numpy has no bfloat16; the bits are what counts.
+    values: Any = np.ascontiguousarray(np.array(array.view(integers), copy=False))
+    return memoryview(values).cast("B")

@@ -1,0 +1,456 @@
+"""What version 1 wrote is the same in version 2, and goes on without being read again."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from random import Random
+from threading import Thread
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_stream.chat import manage, migrations
+from mlx_stream.chat.exchange import FINISHES
+from mlx_stream.chat.resume import SessionOptions, open_session
+from mlx_stream.chat.saving import SavedSession
+from mlx_stream.chat.session_files import session_paths
+from mlx_stream.chat.store import Store
+from mlx_stream.load import Model, load
+from mlx_stream.program.sqlite import connect
+from mlx_stream.sampling import Sampling
+from tests.chat.test_store import refusal
+from tests.fakes.conversations import said
+from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.version_1 import (
+    OldHeader,
+    OldTurn,
+    check_migrated,
+    head_of,
+    kill_migrations,
+    write_version_1,
+)
+from tests.fuzz.session_mutations import rewrite
+
+KILLS = int(os.environ.get("MLX_STREAM_TEST_KILLS", "10"))
+HEADER = OldHeader()
+TURNS = [
+    OldTurn("Hi", "Hello."),
+    OldTurn("", "", (7,), (), (), "", "interrupted", "2026-05-09T17:04:00Z"),
+    OldTurn("a\0b\nÜ 🦙 \u202e", "\0", (2**32 - 1,), (0, 2**31), (5,) * 3000, "\0", "stop"),
+    OldTurn("long " * 9000, "'; DROP TABLE messages; --", (1,), (2,), (3,), "rest", "length"),
+    OldTurn("Bye", "Bye.", (9, 8), (7, 6), (5, 4), time="2026-05-10T00:00:00+00:00"),
+]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "x.db"
+
+
+def scripted(path: Path, script: str) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(script)
+    connection.close()
+
+
+def test_these_are_the_tables_there_were(path: Path) -> None:
+    connection = sqlite3.connect(write_version_1(path, HEADER, TURNS))
+    found = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")}
+    connection.close()
+    assert found == set(migrations.TABLES[1])
+
+
+@pytest.mark.parametrize("count", range(len(TURNS) + 1))
+def test_a_transcript_stays_what_it_was(path: Path, count: int) -> None:
+    turns, first = TURNS[:count], max(1, count)
+    write_version_1(path, HEADER, turns, first, "0a")
+    for _ in range(2):  # once it is migrated, then as it is
+        check_migrated(path, HEADER, turns, first, "0a")
+    with Store.open(path) as store:
+        for number in range(count + 1):
+            head = head_of(HEADER, turns[:number])
+            assert store.head_of_version_1(number, HEADER.fingerprint) == head
+            assert store.head_of_version_1(number, "another") != head
+
+
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
+IDS = st.lists(st.integers(0, 2**32 - 1), max_size=4).map(tuple)
+OLD_TURNS = st.builds(OldTurn, TEXTS, TEXTS, IDS, IDS, IDS, TEXTS, st.sampled_from(FINISHES))
+
+
+@given(st.lists(OLD_TURNS, max_size=6), TEXTS | st.none(), st.sampled_from([None, 4, 8]))
+def test_any_transcript_stays_what_it_was(tmp_path_factory, turns, system, kv_bits) -> None:
+    path = tmp_path_factory.mktemp("any") / "x.db"
+    header = replace(HEADER, system=system, kv_bits=kv_bits, evict="token")
+    check_migrated(write_version_1(path, header, turns), header, turns)
+
+
+def test_it_goes_on_as_any_other(path: Path) -> None:
+    write_version_1(path, HEADER, TURNS)
+    with Store.open(path) as store:
+        turns = store.turns()
+        assert path.stat().st_mode & 0o777 == 0o600
+        store.update(replace(store.state.header, window=61))
+        assert store.turns() == turns
+    with Store.open(path) as store:
+        assert store.turns() == turns and store.state.header.window == 61
+
+
+def test_what_was_written_to_the_log_is_not_forgotten(path: Path) -> None:
+    """The old program was killed, and left a log beside its file."""
+    write_version_1(path, HEADER, TURNS[:3])
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    later = write_version_1(path.with_name("later.db"), HEADER, TURNS)
+    connection.execute(f"ATTACH '{later}' AS later")
+    for table in ("messages", "session"):
+        connection.execute(f"REPLACE INTO {table} SELECT * FROM later.{table}")
+    copy = path.with_name("copy.db")
+    for end in ("", "-wal"):
+        shutil.copy(f"{path}{end}", f"{copy}{end}")
+    connection.close()
+    check_migrated(copy, HEADER, TURNS)
+
+
+# What was altered, the first turn that is damaged, and the first from which all can be read.
+DAMAGED = {
+    "text": ("UPDATE messages SET text = 'No.' WHERE number = 5", 3, 4),
+    "a reply's text": ("UPDATE messages SET text = 'No.' WHERE number = 6", 3, 4),
+    "ids": ("UPDATE messages SET ids = x'00000000' WHERE number = 3", 2, 3),
+    "closing": ("UPDATE messages SET closing_ids = x'' WHERE number = 5", 3, 4),
+    "no closing": ("UPDATE messages SET closing_ids = NULL WHERE number = 1", 1, 2),
+    "a reply's closing": ("UPDATE messages SET closing_ids = x'' WHERE number = 6", 3, 4),
+    "rest": ("UPDATE messages SET rest = 'x' WHERE number = 6", 3, 4),
+    "a question's rest": ("UPDATE messages SET rest = '' WHERE number = 7", 4, 5),
+    "no rest": ("UPDATE messages SET rest = NULL WHERE number = 2", 1, 2),
+    "finish": ("UPDATE messages SET finish = 'stop' WHERE number = 2", 1, 2),
+    "no finish": ("UPDATE messages SET finish = NULL WHERE number = 4", 2, 3),
+    "a question's finish": ("UPDATE messages SET finish = 'end' WHERE number = 3", 2, 3),
+    "time": ("UPDATE messages SET time = '' WHERE number = 2", 1, 2),
+    "a question's time": ("UPDATE messages SET time = '' WHERE number = 7", 4, 5),
+    "role": ("UPDATE messages SET role = 'assistant' WHERE number = 1", 1, 2),
+    "a checksum": ("UPDATE messages SET checksum = 'x' WHERE number = 6", 3, 5),
+    "no UTF-8": ("UPDATE messages SET text = CAST(x'ff1b5b' AS TEXT) WHERE number = 6", 3, 4),
+    "the last": ("UPDATE messages SET text = 'No.' WHERE number = 10", 5, 6),
+    "missing": ("DELETE FROM messages WHERE number IN (5, 6)", 3, 5),
+    "the first missing": ("DELETE FROM messages WHERE number < 3", 1, 3),
+    "a question missing": ("DELETE FROM messages WHERE number = 5", 3, 4),
+    "a reply missing": ("DELETE FROM messages WHERE number = 6", 3, 5),
+    "the last question missing": ("DELETE FROM messages WHERE number = 9", 5, 6),
+    "all but the last": ("DELETE FROM messages WHERE number < 9", 1, 6),
+    "swapped": (
+        "UPDATE messages SET number = -number WHERE number IN (3, 5);"
+        "UPDATE messages SET number = 8 + number WHERE number < 0",
+        2,
+        4,
+    ),
+    "swapped turns": (
+        "UPDATE messages SET number = -number WHERE number IN (3, 4, 5, 6);"
+        "UPDATE messages SET number = 2 - number WHERE number IN (-3, -4);"
+        "UPDATE messages SET number = -2 - number WHERE number < 0",
+        2,
+        5,
+    ),
+    "moved": ("UPDATE messages SET number = 0 WHERE number = 2", 1, 3),
+    "one before": (
+        "INSERT INTO messages SELECT 0, role, text, ids, closing_ids, rest, finish, time,"
+        " checksum FROM messages WHERE number = 8",
+        1,
+        2,
+    ),
+    "many before": (
+        "INSERT INTO messages SELECT -number, role, text, ids, closing_ids, rest, finish, time,"
+        " checksum FROM messages; INSERT INTO messages SELECT -9223372036854775808, role, text,"
+        " ids, closing_ids, rest, finish, time, checksum FROM messages WHERE number = 8",
+        1,
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_was_damaged_is_damaged_at_the_same_turn(path: Path, name: str) -> None:
+    script, bad, whole = DAMAGED[name]
+    write_version_1(path, HEADER, TURNS)
+    scripted(path, script)
+    for _ in range(2):  # as it is migrated, and ever after
+        with Store.open(path) as store:
+            turns, damage = store.whole()
+            assert [turn.exchange.question for turn in turns] == [
+                turn.question for turn in TURNS[: bad - 1]
+            ]
+            reasons = (f"turn {bad} was altered", f"turn {bad} is missing", "UTF-8")
+            assert "damaged" in damage and any(reason in damage for reason in reasons)
+            assert refusal(store.verify) == damage
+            for first in range(1, whole):
+                assert "damaged" in refusal(store.turns, first)
+            for first in range(whole, len(TURNS) + 1):
+                later = [turn.exchange.reply for turn in store.turns(first)]
+                assert later == [turn.reply for turn in TURNS[first - 1 :]]
+
+
+REFUSED = {
+    "header": "UPDATE session SET system = 'Obey.'",
+    "first": "UPDATE session SET first = 2",
+    "turns": "UPDATE session SET turns = 3",
+    "turns and rows": "UPDATE session SET turns = 3; DELETE FROM messages WHERE number > 6",
+    "head": "UPDATE session SET head = ''",
+    "no header": "DELETE FROM session",
+    "the last row": "DELETE FROM messages WHERE number = 10",
+    "the last two": "DELETE FROM messages WHERE number > 8",
+    "all": "DELETE FROM messages",
+    "one more": "INSERT INTO messages SELECT 11, role, text, ids, closing_ids, rest, finish, time,"
+    " checksum FROM messages WHERE number = 10",
+    "the last checksum": "UPDATE messages SET checksum = 'x' WHERE number = 10",
+    "two headers": "PRAGMA ignore_check_constraints = ON; INSERT INTO session SELECT 2, id,"
+    " created, model, fingerprint, system, window, sinks, evict, kv_bits, first, sampler, turns,"
+    " head, checksum FROM session",
+    "trigger": "CREATE TRIGGER more AFTER INSERT ON messages BEGIN DELETE FROM messages; END",
+    "view": "CREATE VIEW turns AS SELECT * FROM messages",
+    "table": "CREATE TABLE turns (x)",
+    "column": "ALTER TABLE messages ADD COLUMN more TEXT",
+    "version 2": "PRAGMA user_version = 2",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_version_1_would_not_open_is_not_migrated(path: Path, name: str) -> None:
+    write_version_1(path, HEADER, TURNS)
+    scripted(path, REFUSED[name])
+    before = path.read_bytes()
+    assert "damaged" in refusal(Store.open, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["x.db"]
+
+
+def test_a_full_disk_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_version_1(path, HEADER, TURNS * 20)
+    before = path.read_bytes()
+
+    def full(*args: Any) -> sqlite3.Connection:
+        connection = connect(*args)
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages + 9}").close()
+        return connection
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_stream.chat.store.connect", full)
+        assert "the disk is full: make room" in refusal(Store.open, path)
+    assert path.read_bytes() == before
+    check_migrated(path, HEADER, TURNS * 20)
+
+
+def test_several_may_open_it_at_once(path: Path) -> None:
+    """One of them migrates it; the others find that it was."""
+    write_version_1(path, HEADER, TURNS * 40)
+    slow, late = (connect(path, 2**20) for _ in range(2))
+    for connection in (slow, late):  # both have seen that it is of version 1
+        migrations.migrate(connection)
+        connection.close()
+    check_migrated(path, HEADER, TURNS * 40)
+    for number in range(3):
+        write_version_1(path.with_name(f"y{number}.db"), HEADER, TURNS * 40)
+        errors: list[Exception] = []
+
+        def opens(path: Path, errors: list[Exception]) -> None:
+            try:
+                check_migrated(path, HEADER, TURNS * 40)
+            except Exception as error:
+                errors.append(error)
+
+        args = (path.with_name(f"y{number}.db"), errors)
+        threads = [Thread(target=opens, args=args) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+
+
+def test_a_migration_that_is_killed_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    left = kill_migrations(tmp_path, KILLS, Random(6))
+    assert left["old"] and left["cut"] + left["new"]
+
+
+# --- with its snapshot ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    config = tiny_config(head_dim=64)
+    folder = write_tiny(tmp_path_factory.mktemp("model"), config, tiny_weights(config))
+    return load(folder, dtype="float32", keep_quantized=False)
+
+
+OPTIONS = SessionOptions(
+    system="You are brief.", window=120, sampling=Sampling(1.0, top_p=0.95), max_tokens=12
+)
+QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
+
+
+def make_old(saved: SavedSession) -> OldHeader:
+    """Write the files of a closed session anew, as version 1 would have written them."""
+    paths, chat = session_paths(saved.name), saved.chat
+    with Store.open(paths.database) as store:
+        state, turns = store.state, store.turns()
+    names = [field.name for field in fields(OldHeader)]
+    values: dict[str, Any] = {name: getattr(state.header, name) for name in names}
+    header = replace(OldHeader(**values), fingerprint=chat.model.fingerprint(1))
+    old = [
+        OldTurn(
+            *(turn.exchange.question, turn.exchange.reply, turn.exchange.closing_ids),
+            *(turn.exchange.question_ids, turn.exchange.reply_ids, turn.exchange.rest),
+            *(turn.exchange.finish, turn.time),
+        )
+        for turn in turns
+    ]
+    paths.database.unlink()
+    write_version_1(paths.database, header, old, state.first, state.sampler)
+
+    def change(snapshot: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+        snapshot["version"], snapshot["model"] = 1, header.fingerprint
+        snapshot["about"] = about_of(saved, header, old)
+
+    rewrite(paths.snapshot, change)
+    return header
+
+
+def about_of(saved: SavedSession, header: OldHeader, old: list[OldTurn]) -> dict[str, Any]:
+    """Return what version 1 wrote of a conversation beside its stream."""
+    chat = saved.chat
+    places, before, length = [], [[], ""], 0
+    for turn in chat.evictor.state.turns:
+        # The end of a reply that was cut had not been read when the next question came.
+        unread = before[0]
+        lead = [*unread, *turn.exchange.closing_ids] if places else [*chat.prompts.pinned]
+        lead = lead if places or turn.start == len(lead) else []
+        places.append([before, turn.start - len(lead), lead])
+        length = turn.end
+        cut = turn.exchange.finish == "length"
+        before = [[*turn.exchange.ids[-1:]] if cut else [], ""]
+    unread = chat.exchanges[-1].ids[chat.tokens.length - length :] if chat.exchanges else ()
+    unread = [*unread] if chat.tokens.length < length else []
+    return {
+        "session": header.id,
+        "count": len(old),
+        "head": head_of(header, old),
+        "places": [[*before, base, lead] for before, base, lead in places],
+        "unread": [unread, ""],
+        "sampler": chat.sampler.state(),
+    }
+
+
+def plain(saved: SavedSession) -> dict[str, Any]:
+    state = saved.chat.tokens.state()
+    return {n: np.array(v) if isinstance(v, mx.array) else v for n, v in state.items()}
+
+
+def talk(saved: SavedSession) -> None:
+    for question in QUESTIONS[:3]:
+        said(saved.chat.reply(question))
+
+
+def talk_long(saved: SavedSession) -> None:
+    for question in QUESTIONS * 3:
+        said(saved.chat.reply(question))
+    assert saved.chat.stats.evicted > 100
+
+
+def undo(saved: SavedSession) -> None:
+    talk(saved)
+    saved.chat.undo()
+
+
+def interrupt(saved: SavedSession) -> None:
+    talk(saved)
+    pieces = saved.chat.reply("Wait.")
+    for _ in range(3):
+        next(pieces)
+    pieces.close()
+
+
+def clear(saved: SavedSession) -> None:
+    talk(saved)
+    saved.chat.clear()
+    said(saved.chat.reply("Anew."))
+
+
+WAYS: dict[str, tuple[Callable[[SavedSession], None], dict[str, Any]]] = {
+    "plain": (talk, {}),
+    "no prompt": (talk, {"system": None}),
+    "evicted": (talk_long, {"window": 64}),
+    "token by token": (talk_long, {"window": 64, "evict": "token"}),
+    "8-bit keys": (talk_long, {"kv_bits": 8}),
+    "undone": (undo, {}),
+    "interrupted": (interrupt, {}),
+    "cleared": (clear, {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_old_snapshot_is_used_and_nothing_read_again(model: Model, way: str) -> None:
+    act, changes = WAYS[way]
+    options = replace(OPTIONS, **changes)
+    saved = open_session("x", model, options)
+    act(saved)
+    saved.close()
+    expected, exchanges = plain(saved), saved.chat.exchanges
+    make_old(saved)
+    assert "snapshot after exchange" in manage.verify_session("x")  # which migrates it
+    notices: list[str] = []
+    again = open_session("x", model, options, notices.append)
+    assert not any("again" in notice for notice in notices)
+    assert again.chat.exchanges == exchanges
+    found = plain(again)
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
+    # A second time from the same files, as after a crash: now the transcript knows the new model.
+    again._let_go()
+    again = open_session("x", model, options, notices.append)
+    assert not any("again" in notice for notice in notices)
+    for question in ("And now?", "Then?"):
+        assert said(again.chat.reply(question)) == said(saved.chat.reply(question))
+    again.close()
+    third = open_session("x", model, options, notices.append)
+    assert not any("again" in notice for notice in notices)
+    assert third.chat.exchanges == again.chat.exchanges
+    third.close()
+
+
+def test_an_old_snapshot_of_what_was_taken_back_is_not_used(model: Model) -> None:
+    saved = open_session("x", model, OPTIONS)
+    talk(saved)
+    saved.close()
+    make_old(saved)
+    old = session_paths("x").snapshot.read_bytes()
+    again = open_session("x", model, OPTIONS)
+    again.chat.undo()
+    said(again.chat.reply("Something else"))
+    again.close()
+    session_paths("x").snapshot.write_bytes(old)
+    assert "of what was taken back" in manage.verify_session("x")
+    notices: list[str] = []
+    again = open_session("x", model, OPTIONS, notices.append)
+    assert any("taken back since" in notice for notice in notices)
+    assert again.chat.exchanges[-1].question == "Something else"
+    again.close()
+
+
+def test_an_old_turn_that_is_damaged_and_not_attended_keeps_nobody_out(model: Model) -> None:
+    saved = open_session("x", model, replace(OPTIONS, window=64))
+    talk_long(saved)
+    saved.close()
+    make_old(saved)
+    scripted(session_paths("x").database, "UPDATE messages SET text = 'No.' WHERE number = 2")
+    notices: list[str] = []
+    again = open_session("x", model, replace(OPTIONS, window=64), notices.append)
+    assert any("reading" in notice for notice in notices)
+    assert again.chat.exchanges[-1].question == QUESTIONS[-1]
+    assert said(again.chat.reply("And now?"))
+    again.close()

@@ -1,0 +1,208 @@
+"""A reply as a coroutine: what it asks for, what it gives, and what its numbers are meanwhile."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mlx_stream.generate.reply import write_reply
+from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
+from mlx_stream.generate.speculative import Speculator, Writer
+from mlx_stream.generate.stats import Stats
+from mlx_stream.generate.token_stream import TokenStream, generate
+from mlx_stream.models.layers import DecoderLayer
+from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.text.pieces import Piece
+from tests.fakes.replies import Eager, ids_of, letters_of, reply_of_ids, write
+from tests.fakes.tiny_models import some_ids
+
+GREEDY = Sampling(0.0)
+PROMPT = [1, 2, 3, 4] * 9
+
+
+def writer_of(model, guesses: bool = False, window: int = 120) -> Writer:
+    cache = model.new_cache(2, window, 7)
+    if not guesses:
+        return Writer(TokenStream(model, cache), cache)
+    speculator = Speculator(Eager())
+    return Writer(TokenStream(model, cache, speculator.observers), cache, speculator)
+
+
+def expected_of(model, prompt: Sequence[int], count: int, window: int = 120) -> list[int]:
+    stream = writer_of(model, window=window).tokens
+    return [*generate(stream, prompt, Sampler(GREEDY), count)]
+
+
+def steps_of(writer: Writer, limit: int, **options: Any) -> Iterator[ReadRequest | Piece]:
+    """Yield what a greedy reply asks for and gives; its steps are run."""
+    options = {
+        "prompt": PROMPT, "ends": (), "reply": reply_of_ids(), "stats": Stats(), **options
+    }  # fmt: skip
+    steps = write_reply(writer, sampler=Sampler(GREEDY), limit=limit, **options)
+    result: ReadResult | None = None
+    while True:
+        try:
+            item = steps.send(result)
+        except StopIteration as end:
+            yield end.value
+            return
+        yield item
+        result = item.stream.run(item) if isinstance(item, ReadRequest) else None
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_it_asks_for_the_prompt_then_for_token_after_token(tiny_model, guesses):
+    model, told = tiny_model(vocab_size=8, num_hidden_layers=1), []
+    prompt = [id % 8 for id in some_ids(300)]
+    writer, stats = writer_of(model, guesses, window=100), Stats()
+    items = [*steps_of(writer, 40, prompt=prompt, stats=stats, progress=told.append)]
+    asked = [item for item in items if isinstance(item, ReadRequest)]
+    assert all(request.stream is writer.tokens for request in asked)
+    first = [request for request in asked if request.want is Want.LOGITS]
+    assert asked[: len(first)] == first and len(first) == len(told) > 1 and sum(told) == 300
+    kinds = {request.want for request in asked[len(first) :]}
+    assert kinds == ({Want.TOKEN, Want.ROWS} if guesses else {Want.TOKEN})
+    ids = [id for item in items if not isinstance(item, ReadRequest) for id in ids_of(item.text)]
+    assert ids == expected_of(model, prompt, 40, 100)
+    single = [request for request in asked if request.want is Want.TOKEN]
+    assert all(len(request.ids) == 1 and request.sampler for request in single)
+    if not guesses:
+        assert [[*request.ids] for request in single] == [[id] for id in ids[:-1]]
+        assert [request.more for request in single] == [True] * 38 + [False]
+        assert writer.tokens.length == 300 + 39, "the last one is not read"
+    verified = [request for request in asked if request.want is Want.ROWS]
+    assert stats.drafted_tokens == sum(len(request.ids) - 1 for request in verified)
+    assert stats.reply_tokens == 40 == 1 + len(single) + len(verified) + stats.accepted_tokens
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_numbers_are_right_whenever_a_piece_is_given(tiny_model, guesses):
+    model, stats = tiny_model(vocab_size=8, num_hidden_layers=1), Stats()
+    writer = writer_of(model, guesses, window=45)
+    plain = writer_of(model, window=45)
+    plain.tokens.read(PROMPT)
+    ids, seen = expected_of(model, PROMPT, 30, 45), 0
+    for item in steps_of(writer, 30, stats=stats):
+        if isinstance(item, ReadRequest):
+            continue
+        seen += 1
+        assert stats.prompt_tokens == len(PROMPT) and stats.prompt_seconds > 0
+        assert (stats.reply_tokens, stats.decoded_tokens) == (seen, seen - 1)
+        assert (stats.attended, stats.evicted) == (plain.cache.attended, plain.cache.evicted)
+        assert (stats.reply_seconds > 0) == (seen > 1)
+        if seen < 30:
+            plain.tokens.read([ids[seen - 1]])
+    assert seen == 30 and stats.evicted > 5
+    assert guesses == (stats.accepted_tokens > 5)
+
+
+def test_seconds_are_those_of_its_own_steps(tiny_model):
+    """Whoever drives it may take as long as they like between steps."""
+    writer, stats = writer_of(tiny_model()), Stats()
+    steps = write_reply(writer, PROMPT, Sampler(GREEDY), 5, (), reply_of_ids(), stats)
+    result = None
+    with pytest.raises(StopIteration):
+        while True:
+            item = steps.send(result)
+            result = None
+            if isinstance(item, ReadRequest):
+                result = replace(item.stream.run(item), seconds=2.0)
+    assert (stats.prompt_seconds, stats.reply_seconds) == (2.0, 8.0)
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_room_is_made_for_each_token_before_it_is_read(tiny_model, guesses):
+    model = tiny_model(vocab_size=8, num_hidden_layers=1)
+    writer, made = writer_of(model, guesses), []
+
+    def make_room(count: int) -> None:
+        made.append((count, writer.tokens.length))
+
+    items = steps_of(writer, 30, make_room=make_room)
+    assert isinstance(next(items), ReadRequest)
+    steps = 0
+    for item in items:
+        steps += isinstance(item, ReadRequest)
+        # Before the piece is given: what leaves has left when it is shown.
+        expected = steps + (not isinstance(item, ReadRequest) and not writer.tokens.lookahead)
+        assert len(made) == expected - (item.finish is not None if isinstance(item, Piece) else 0)
+    assert {count for count, _ in made} == {1} and len(made) == steps
+    places = [place for _, place in made]
+    assert places == sorted({*places}) and places[0] == len(PROMPT)
+    assert (steps < 20) == guesses
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("way", ["end", "stop", "length"])
+def test_however_it_ends_nothing_is_read_beyond(tiny_model, guesses, at, way):
+    model = tiny_model(vocab_size=8, num_hidden_layers=1)
+    prompt = [3, 1, 3, 5, 5, 3] * 6
+    ids = expected_of(model, prompt, 30)
+    firsts = [place for place in range(30) if ids[place] not in ids[:place]]
+    place = firsts[at % len(firsts)] if way == "end" else 2 + 4 * at
+    # The fewest of the last letters that have not come before.
+    text, stop = letters_of(ids[: place + 1]), ""
+    while way == "stop" and text.index(stop) + len(stop) <= place:
+        stop = text[len(text) - len(stop) - 1 :]
+    writer, stats = writer_of(model, guesses), Stats()
+    pieces = [
+        item
+        for item in steps_of(
+            writer,
+            place + 1 if way == "length" else 30,
+            prompt=prompt,
+            stats=stats,
+            ends={ids[place]} if way == "end" else (),
+            reply=reply_of_ids([stop] if way == "stop" else ()),
+        )
+        if isinstance(item, Piece)
+    ]
+    said = {"end": text[:-1], "stop": text.removesuffix(stop), "length": text}[way]
+    assert "".join(piece.text for piece in pieces) == said
+    assert [piece.finish for piece in pieces] == [None] * (len(pieces) - 1) + [way]
+    stream = writer.tokens
+    assert stream.lookahead == 0 and stream._pending is None
+    assert stream.ids.since(0) == [*prompt, *ids[:place]]
+    assert stats.reply_tokens == place + (way != "end")
+    assert (stats.attended, stats.evicted) == (len(prompt) + place, 0)
+
+
+@pytest.mark.parametrize("guesses", [False, True])
+def test_a_reply_closed_anywhere_leaves_what_was_said_and_a_few_guesses(tiny_model, guesses):
+    model = tiny_model(vocab_size=8, num_hidden_layers=1)
+    ids = expected_of(model, PROMPT, 20)
+    for asked in range(1, 21):
+        writer = writer_of(model, guesses)
+        reply = reply_of_ids()
+        pieces = write(write_reply(writer, PROMPT, Sampler(GREEDY), 20, (), reply, Stats()))
+        given = [next(pieces).text for _ in range(asked)]
+        pieces.close()
+        assert ids_of("".join(given)) == reply.ids == ids[:asked]
+        stream = writer.tokens
+        assert stream._pending is None
+        stream.rewind(stream.lookahead)
+        assert stream.ids.since(0) == [*PROMPT, *ids[: asked - 1]]
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("the device failed")
+
+
+def test_a_step_that_fails_ends_the_reply(tiny_model, monkeypatch):
+    monkeypatch.setenv("MLX_STREAM_COMPILE", "0")
+    model = tiny_model()
+    for whole in (0, 3):
+        writer = writer_of(model)
+        pieces = write(
+            write_reply(writer, PROMPT, Sampler(GREEDY), 20, (), reply_of_ids(), Stats())
+        )
+        for _ in range(whole):
+            next(pieces)
+        writer.tokens.drop_pending()  # it was built with the weights as they are
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="failed"):
+            patched.setattr(DecoderLayer, "__call__", fail)
+            list(pieces)
+        assert writer.tokens.failed and writer.tokens._pending is None
+        assert writer.cache.nbytes == 0
