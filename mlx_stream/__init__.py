@@ -13,7 +13,7 @@ from mlx_stream import errors
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
-    from mlx_stream.engine import Engine
+    from mlx_stream.engine import Engine, Session
     from mlx_stream.generate.completion import stream
     from mlx_stream.generate.stats import Stats
     from mlx_stream.load import Model, load
@@ -26,6 +26,7 @@ __all__ = [
     "Model",
     "Piece",
     "Sampling",
+    "Session",
     "Stats",
     "errors",
     "load",
@@ -38,6 +39,7 @@ _HOMES = {
     "Model": "mlx_stream.load",
     "Piece": "mlx_stream.text.pieces",
     "Sampling": "mlx_stream.sampling",
+    "Session": "mlx_stream.engine",
     "Stats": "mlx_stream.generate.stats",
     "load": "mlx_stream.load",
     "stream": "mlx_stream.generate.completion",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -176,8 +177,7 @@ def load(
         SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
         MemoryRefused: the weights exceed the device's budget.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    chosen = named_dtype(dtype)
     if (compiled := os.environ.get(backend.COMPILE, "")) not in ("", "0", "1"):
         raise ValueRefused(f"{backend.COMPILE} must be 0 or 1, not {compiled!r}")
     backend.prepare_compiling()
@@ -188,7 +188,7 @@ def load(
         checkpoint = read_checkpoint(path)
         config = read_config(checkpoint.config)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    computed = DTYPES[dtype] if dtype else default_dtype(checkpoint.tensors)
+    computed = chosen or default_dtype(checkpoint.tensors)
     keep = backend.on_metal() if keep_quantized is None else keep_quantized
     needed = weight_bytes(config, checkpoint.tensors, computed, keep)
     if not force:
@@ -200,6 +200,36 @@ def load(
     return Model(
         str(source), config, network, tokenizer, shape, computed, quantized, needed, force, check
     )
+
+
+def build_model(
+    name: str,
+    settings: dict[str, Any],
+    tensors: dict[str, mx.array],
+    dtype: mx.Dtype,
+    keep_quantized: bool = False,
+) -> Model:
+    """Build a model without a tokenizer from a config.json's settings and tensors in memory.
+
+    Args:
+        tensors: by the checkpoint's names; they are used up.
+    """
+    config = read_config(settings)
+    needed = weight_bytes(config, tensors, dtype, keep_quantized)
+    network = build(config, tensors, dtype, keep_quantized)
+    shape, no_tokenizer = attention_shape(config), cast(Any, None)
+    return Model(name, config, network, no_tokenizer, shape, dtype, keep_quantized, needed)
+
+
+def named_dtype(name: str | None) -> mx.Dtype | None:
+    """Return what `--dtype` names.
+
+    Raises:
+        ValueRefused: nothing.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+    return DTYPES[name] if name else None
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:

@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mlx_stream import Engine, Sampling
+from mlx_stream import Engine, Sampling, Session
 from mlx_stream.chat import Exchange
-from mlx_stream.engine import Session
 from mlx_stream.errors import MlxStreamError, one_line
 
 SECONDS_TO_CLOSE, SECONDS_BETWEEN = 5.0, 0.03

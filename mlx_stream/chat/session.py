@@ -27,7 +27,6 @@ from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
 from mlx_stream.text.template import ChatTemplate
-from mlx_stream.window import DEFAULT_SINKS
 
 DEFAULT_MAX_TOKENS = 512
 Progress = Callable[[int, int], None]
@@ -94,7 +93,7 @@ class ChatSession:
         self.model, self.template = model, template
         self.max_tokens, self.stop = check_max_tokens(max_tokens), StopMatcher(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
-        self.sinks, self.kv_bits = DEFAULT_SINKS if sinks is None else sinks, kv_bits
+        self.sinks, self.kv_bits = model.resolve_window(sinks, None)[0], kv_bits
         self.recorder: Recorder | None = None
         self.number, self.unanswered = 0, ""
         self._writer_factory = writer_factory(model, speculate, draft, kv_bits, sampling)

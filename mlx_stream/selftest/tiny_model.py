@@ -1,14 +1,11 @@
 """A model made on the spot: random weights, the shapes of a family; nothing is fetched."""
 
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_stream import backend
-from mlx_stream.config import read_config
-from mlx_stream.errors import ValueRefused
-from mlx_stream.load import Model, attention_shape
-from mlx_stream.models.weights import DTYPES, build, weight_bytes
+from mlx_stream.load import Model, build_model, named_dtype
 
 # Llama 3's: four query heads to each key head, its rotary frequencies, the head tied.
 CONFIG: dict[str, Any] = {
@@ -42,16 +39,8 @@ def make_tiny_model(dtype: str | None = None) -> Model:
     Raises:
         ValueRefused: `dtype` is none.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    computed = DTYPES[dtype] if dtype else mx.float16 if backend.on_metal() else mx.float32
-    config = read_config(CONFIG)
-    tensors = weights()
-    needed = weight_bytes(config, tensors, computed, False)
-    network = build(config, tensors, computed, False)
-    shape = attention_shape(config)
-    no_tokenizer = cast(Any, None)
-    return Model(NAME, config, network, no_tokenizer, shape, computed, False, needed)
+    default = mx.float16 if backend.on_metal() else mx.float32
+    return build_model(NAME, CONFIG, weights(), named_dtype(dtype) or default)
 
 
 def weights() -> dict[str, mx.array]:

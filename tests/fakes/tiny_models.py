@@ -1,15 +1,11 @@
 """Tiny models built of tensors in memory, without a tokenizer, and the logits they give."""
 
-from typing import Any, cast
-
 import mlx.core as mx
 import numpy as np
 
 from mlx_stream.cache import Cache
-from mlx_stream.config import read_config
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model, attention_shape
-from mlx_stream.models.weights import build, weight_bytes
+from mlx_stream.load import Model, build_model
 from tests.fakes.tiny import tiny_weights
 
 Tensors = dict[str, mx.array]
@@ -22,13 +18,9 @@ def make(
     keep_quantized: bool = False,
 ) -> Model:
     """Build a model of tensors, without a tokenizer; the tensors are used up."""
-    config = read_config(raw)
-    needed = weight_bytes(config, tensors, dtype, keep_quantized)
-    network = build(config, tensors, dtype, keep_quantized)
+    model = build_model("tiny", raw, tensors, dtype, keep_quantized)
     assert not tensors, "the caller's handles are dropped"
-    shape = attention_shape(config)
-    nothing = cast(Any, None)
-    return Model("tiny", config, network, nothing, shape, dtype, keep_quantized, needed)
+    return model
 
 
 def tensors_of(raw: dict, seed: int = 0) -> Tensors:
