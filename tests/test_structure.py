@@ -1,4 +1,4 @@
-"""What nothing keeps unless a test does: imports one way, a README that is true."""
+"""What nothing keeps unless a test does: imports one way, READMEs that are true."""
 
 import ast
 import re
@@ -20,6 +20,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mlx_stream"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 README = (ROOT / "README.md").read_text("utf-8")
+# Every README by its path, and the log of benchmarks.
+READMES = {
+    str(path.relative_to(ROOT)): path.read_text("utf-8")
+    for folder in ("", "mlx_stream/**", "apps/**", "convert", "tests/**")
+    for name in ("README.md", "BENCHMARKS.md", "CHANGELOG.md")
+    for path in sorted(ROOT.glob(f"{folder}/{name}".removeprefix("/")))
+}
 
 # Each room may import those before it, and files of its own. `backend` first: it loads OpenBLAS.
 ROOMS = [
@@ -280,34 +287,38 @@ PROGRAMS = {
 
 
 def readme_commands():
-    """Return the command lines of the README's code blocks that run one of these programs."""
-    blocks = re.findall(r"```(?:bash|console|sh)\n(.*?)```", README, re.DOTALL)
+    """Return the command lines of the READMEs' code blocks that run one of these programs."""
+    blocks = re.findall(r"```(?:bash|console|sh)\n(.*?)```", "\n".join(READMES.values()), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
+    return dict.fromkeys(
         line[line.index(f"{program} ") :]
         for line in lines
         for program in PROGRAMS
         if f"{program} " in line
-    ]
+    )
 
 
 @pytest.mark.parametrize(
     "words", [f"{program} {verb}" for program, verbs in PROGRAMS.items() for verb in verbs]
 )
-def test_every_verb_is_in_the_readme(words):
-    assert words in README
+def test_every_verb_is_in_a_readme(words):
+    text = README if words.startswith("mlx_stream ") else "\n".join(READMES.values())
+    assert words in text
 
 
 @pytest.mark.parametrize("line", readme_commands())
-def test_every_command_of_the_readme_parses(line):
+def test_every_command_of_the_readmes_parses(line):
     program, *words = shlex.split(line.split("|")[0].split(">")[0])
+    if words[0] == "assistant":
+        program, words = "mlx_stream_assistant", words[1:]
     verbs = PROGRAMS[program]
     verb = next(verb for verb in verbs if f"{' '.join(words)} ".startswith(f"{verb} "))
     rest = words[len(verb.split()) :]
     verbs[verb].make_context(verb, rest)  # unknown options and missing arguments raise
 
 
-def test_every_option_named_in_the_readme_exists():
+@pytest.mark.parametrize("name", READMES)
+def test_every_option_named_in_a_readme_exists(name):
     known = {
         option
         for verbs in PROGRAMS.values()
@@ -315,8 +326,48 @@ def test_every_option_named_in_the_readme_exists():
         for param in command.params
         for option in (*param.opts, *param.secondary_opts)
     }
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
-    assert set(re.findall(r"`(--[a-z-]+)", prose)) <= known | {"--help"}
+    prose = re.sub(r"```.*?```", "", READMES[name], flags=re.DOTALL)
+    spans = [s for s in re.findall(r"`([^`]+)`", prose) if s.startswith(("--", "mlx_stream"))]
+    named = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z-]+", span)}
+    assert named <= known | {"--help"}
+
+
+def test_the_readme_is_short_and_each_one_begins_with_its_subject():
+    assert len(README.splitlines()) <= 200
+    for name, text in READMES.items():
+        heading, empty, first = text.splitlines()[:3]
+        assert heading.startswith("# ") and not empty and first, name
+
+
+def anchors(text: str) -> set[str]:
+    """Return what GitHub calls the headings of a page."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_link_between_readmes_leads_somewhere(name):
+    here = ROOT / name
+    prose = re.sub(r"```.*?```", "", READMES[name], flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'src(?:set)?="([^"]+)"', prose)
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        place, _, anchor = link.partition("#")
+        target = here.parent / place if place else here
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), link
+
+
+@pytest.mark.parametrize("name", [n for n in READMES if n.endswith("README.md")])
+def test_a_readme_names_every_file_of_its_folder(name):
+    folder = (ROOT / name).parent
+    if "tests" in folder.relative_to(ROOT).parts:
+        return
+    files = {path.name for path in folder.glob("*.py") if not path.name.startswith("_")}
+    assert {file for file in files if file not in READMES[name]} == set()
 
 
 def module_of(path):
@@ -384,11 +435,13 @@ def test_tests_stand_as_the_package_does():
 
 
 def test_the_readme_shows_every_room():
-    tree = README[README.index("## Where things are") :]
+    tree = README[README.index("## Working on it") :]
+    shown = (p.name for p in PACKAGE.iterdir() if not p.name.startswith(("_", ".")))
     missing = [
         name
-        for name in (p.name for p in PACKAGE.iterdir() if not p.name.startswith(("_", ".")))
-        if not re.search(rf"^\s+{re.escape(name)}/?\s", tree, re.MULTILINE)
+        for name in shown
+        if name not in ("README.md", "py.typed")
+        and not re.search(rf"^\s+{re.escape(name)}/?\s", tree, re.MULTILINE)
     ]
     assert not missing
 

@@ -130,10 +130,9 @@ def test_every_example_is_here_and_short():
 
 
 def readme_blocks() -> list[str]:
-    """Return the Python of the README's section for app developers."""
-    readme = (EMBED.parent.parent / "README.md").read_text("utf-8")
-    section = readme.split("\n## Inside your app\n")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    """Return the Python of the engine's README, which is for app developers."""
+    readme = (EMBED.parent.parent / "mlx_stream" / "engine" / "README.md").read_text("utf-8")
+    return re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
 
 
 def test_the_readmes_blocks_run_in_their_order(letters, tmp_path):

@@ -191,8 +191,8 @@ ROW = re.compile(r"^\| (\S+) \| (.+) \|$")
 
 def readme_table() -> tuple[list[str], dict[str, list[str]]]:
     """Return the devices of the README's table, and its cells by model."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    section = text[text.index("## On phones and laptops") :]
+    text = (ROOT / "mlx_stream" / "plan" / "README.md").read_text("utf-8")
+    section = text[text.index("## Phones and laptops") :]
     section = section[: section.index("\n## ")]
     command = re.search(r"for device in ([^;]*); do", section.replace("\\\n", " "))
     assert command
