@@ -2,11 +2,9 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -46,57 +44,23 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ("--bits 7", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 7"),
-        ("--bits 0", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 0"),
-        ("--bits 4 --group-size 48", "--group-size must be 32, 64 or 128 in mode affine, not 48"),
-        ("--bits 4 --group-size 0", "--group-size must be 32, 64 or 128 in mode affine, not 0"),
-        ("--group-size 64", "--group-size and --mode affine need --bits: how many?"),
-        ("--mode affine", "--group-size and --mode affine need --bits: how many?"),
-        ("--mode int4", "--mode must be one of affine, mxfp4, mxfp8, nvfp4, not 'int4'"),
-        ("--mode mxfp4 --bits 8", "--bits must be 4 in mode mxfp4, not 8"),
-        ("--mode nvfp4 --group-size 32", "--group-size must be 16 in mode nvfp4, not 32"),
-        ("--mode nvfp4 --bits 0", "--bits must be 4 in mode nvfp4, not 0"),
-        ("--recipe mixed_4_6 --bits 4", "--recipe says bits and mode itself: leave out --bits"),
-        ("--recipe best", "--recipe must be one of uniform_2, "),
-        ("--recipe sensitive_4_6", "--recipe sensitive_4_6 is measured on a text: give one with"),
-        ("--bits 4 --calibration TEXT", "--calibration is for recipes that are measured"),
-        ("--dtype int8", "--dtype must be one of float32, float16, bfloat16, not 'int8'"),
-        ("--report none.txt", "none.txt: cannot be read: No such file or directory"),
-        ("--report SHORT", "SHORT: 63 tokens: a report needs more than 200"),
-        ("--recipe sensitive_4_6 --calibration SHORT", "the calibration text has 63 tokens: give"),
-        ("--report TEXT --report-tokens 5", "--report-tokens must be above 200, not 5"),
-    ],
-)
-def test_what_cannot_be_done_is_said(source: Path, text: Path, options: str, why: str) -> None:
-    short = text.with_name("short.txt")
-    short.write_text(WORDS[:120])
-    words = options.replace("TEXT", str(text)).replace("SHORT", str(short)).split()
-    assert why in one_line("convert", source, "out", *words).replace(str(short), "SHORT")
-
-
 def test_places_that_will_not_do_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "config.json").write_text("{}")
-    (tmp_path / "theirs" / "model.safetensors").touch()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (theirs / name).write_text("{}")
     before = names(tmp_path), names(source)
-    for out, why in (
+    for out, why, *options in (
         (tmp_path / "file", "is a file: give a folder"),
         (tmp_path / "link", "is a link: give a folder"),
-        (tmp_path / "theirs", "exists: give another folder, or --force to replace it"),
+        (tmp_path / "file" / "out", "could not be written: "),
+        (theirs, "exists: give another folder, or --force to replace it"),
         (source / "out", "is the source, inside it, or around it"),
+        *((place, "never replaced", "--force") for place in (theirs, source, source.parent)),
     ):
-        assert one_line("convert", source, out).startswith(f"{out}: {why}")
-    for place in (tmp_path / "theirs", source, source.parent):
-        assert "never replaced" in one_line("convert", source, place, "--bits", 4, "--force")
-    out = tmp_path / "file" / "out"
-    assert one_line("convert", source, out).startswith(f"{out}: could not be written: ")
-    assert "no such folder or file" in one_line("convert", tmp_path / "none", tmp_path / "out")
+        assert why in one_line("convert", source, out, *options)
     assert (names(tmp_path), names(source)) == before
 
 
@@ -130,22 +94,15 @@ def test_a_folder_is_replaced_or_stays(
     for folder in (new, old):
         folder.mkdir()
         (folder / folder.name).touch()
+    assert atomic_replace.exchange(new, old) == exchanges
+    assert names(old) == (["new"] if exchanges else ["old"])
+    if exchanges:
+        assert atomic_replace.exchange(new, old)
     atomic_replace.replace_folder(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
     with pytest.raises(OSError, match="new"):  # there is none any more
         atomic_replace.replace_folder(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
-
-
-def test_two_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
-    if atomic_replace.system_call() is None:
-        pytest.skip("this system cannot exchange two names")
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    assert atomic_replace.exchange(tmp_path / "one", tmp_path / "other")
-    assert names(tmp_path / "one") == ["other"] and names(tmp_path / "other") == ["one"]
-    assert not atomic_replace.exchange(tmp_path / "one", tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -204,29 +161,11 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(
     read_folder(out)
 
 
-def limit_files() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-
-def test_a_full_disk_is_one_line(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = program("convert", source, out, "--bits", 4)
-    result = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=limit_files, timeout=DEADLINE
-    )
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"mlx_stream: {out}: could not be written: ")
-    assert len(result.stderr.splitlines()) == 1
-    assert names(tmp_path) == []
-
-
 def test_every_process_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        command = program("convert", source, tmp_path / name, "--recipe", "mixed_4_6")
-        env = {**os.environ, "PYTHONHASHSEED": name.replace("one", "1").replace("two", "2")}
-        subprocess.run(command, env=env, check=True, capture_output=True, timeout=DEADLINE)
-        time.sleep(1)  # a date would differ
+    done("convert", source, tmp_path / "one", "--recipe", "mixed_4_6")
+    command = program("convert", source, tmp_path / "two", "--recipe", "mixed_4_6")
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=DEADLINE)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
@@ -249,7 +188,7 @@ def test_what_is_doubtful_is_told(source: Path, tmp_path: Path) -> None:
     config = tiny_config()
     odd = write_tiny(tmp_path / "odd", config, tiny_weights(config), "float16")
     told = done("convert", odd, tmp_path / "odd4", "--bits", 4).err
-    assert "2 of its matrices stay as they are: groups of 64 do not divide their rows" in told
+    assert "2 of its matrices stay as they are" in told
 
 
 REPORT_KEYS = {"text", "sinks", "window", "tokens", "source_perplexity", "perplexity", "kl_mean"}
@@ -369,8 +308,7 @@ def test_a_device_gets_the_most_bits_that_fit_it(source: Path, tmp_path: Path) -
         plan = parsed(done("plan", source, "--device", "mine", "--bits", bits, "--json").out)
         needed[bits] = plan["total_bytes"]
     on_a_device((needed[8] + needed[6]) // 2)
-    told = done("convert", source, tmp_path / "six", "--device", "mine")
-    assert "for mine: 6 bits" in told.err
+    assert "for mine: 6 bits" in done("convert", source, tmp_path / "six", "--device", "mine").err
     config = json.loads((tmp_path / "six" / "config.json").read_text())
     assert config["quantization"]["bits"] == 6
     assert "quantization" not in json.loads((source / "config.json").read_text())
@@ -379,8 +317,4 @@ def test_a_device_gets_the_most_bits_that_fit_it(source: Path, tmp_path: Path) -
     on_a_device(100_000)
     line = one_line("convert", source, tmp_path / "none", "--device", "mine")
     assert "does not fit mine" in line and not (tmp_path / "none").exists()
-    with_bits = one_line("convert", source, tmp_path / "none", "--device", "mine", "--bits", 4)
-    assert "leave out --bits" in with_bits
-    assert "did you mean mine?" in one_line(
-        "convert", source, tmp_path / "none", "--device", "minus"
-    )
+    assert "leave out --bits" in one_line("convert", source, "x", "--device", "mine", "--bits", 4)
