@@ -1,10 +1,9 @@
 """A written folder is the same when read again, and is whole or not there, whatever happens."""
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from mlx_stream.checkpoint import Checkpoint, write
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.write import write_folder
 from mlx_stream.errors import CheckpointError, WeightsError
-from mlx_stream.program.atomic_replace import partial_folder
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
 
 CONFIG = tiny_config(num_hidden_layers=1)
@@ -98,50 +96,49 @@ def test_mlx_lm_loads_what_is_written(model: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", MLX_LM, str(tmp_path / "out")], env=env, check=True)
 
 
-class Failing(Mapping[str, mx.array]):
+class Failing(dict[str, mx.array]):
     """Tensors that cannot be read after all."""
 
     def __init__(self, error: BaseException) -> None:
+        super().__init__(w=mx.zeros(1))
         self.error = error
 
     def __getitem__(self, name: str) -> mx.array:
         raise self.error
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(["w"])
 
-    def __len__(self) -> int:
-        return 1
+FAULT = OSError(5, "Input/output error")
 
 
 @pytest.mark.parametrize(
-    ("raised", "seen"),
+    ("where", "raised", "seen"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt),
-        (OSError(28, "No space left on device"), CheckpointError),
-        (WeightsError("w: no"), WeightsError),
+        ("tensors", KeyboardInterrupt(), KeyboardInterrupt),
+        ("tensors", OSError(28, "No space left on device"), CheckpointError),
+        ("tensors", WeightsError("w: no"), WeightsError),
+        ("fsync", FAULT, CheckpointError),
+        ("rename", FAULT, CheckpointError),
     ],
 )
 def test_a_failed_write_leaves_nothing(
-    model: Path, tmp_path: Path, raised: BaseException, seen: type[BaseException]
-) -> None:
-    with pytest.raises(seen):
-        write_folder(replace(read_folder(model), tensors=Failing(raised)), tmp_path / "out")
-    assert nothing_but(tmp_path, "model")
-
-
-def test_a_failed_flush_or_rename_leaves_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    raised: BaseException,
+    seen: type[BaseException],
 ) -> None:
     def fail(*_: object) -> None:
-        raise OSError(5, "Input/output error")
+        raise raised
 
-    for owner, name in ((write.os, "fsync"), (Path, "rename")):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fail)
-            with pytest.raises(CheckpointError, match=r"could not be written: .* Input/output"):
-                write_folder(read_folder(model), tmp_path / "out")
-        assert nothing_but(tmp_path, "model")
+    found = read_folder(model)
+    if where == "tensors":
+        found = replace(found, tensors=Failing(raised))
+    else:
+        monkeypatch.setattr(write.os if where == "fsync" else Path, where, fail)
+    with pytest.raises(seen, match="Input/output" if raised is FAULT else None):
+        write_folder(found, tmp_path / "out")
+    assert nothing_but(tmp_path, "model")
 
 
 def test_everything_is_flushed_before_it_appears(
@@ -186,42 +183,6 @@ def test_what_is_there_already_is_kept(model: Path, tmp_path: Path) -> None:
     assert write_folder(read_folder(model), tmp_path / "out") is False
     assert nothing_but(tmp_path / "out", "theirs")
     assert nothing_but(tmp_path, "model", "out")
-
-
-KILLED = """
-import sys, time
-from dataclasses import replace
-from pathlib import Path
-from mlx_stream.checkpoint import shards, write
-from mlx_stream.checkpoint.folder import read_folder
-def stop(path):
-    print(path, flush=True)
-    time.sleep(60)
-shards.check_shard = stop
-write.write_folder(read_folder(Path(sys.argv[1])), Path(sys.argv[2]))
-"""
-
-
-def test_a_killed_write_is_swept_by_the_next_and_a_living_one_is_not(
-    model: Path, tmp_path: Path
-) -> None:
-    parent = tmp_path / "parent"
-    command = [sys.executable, "-c", KILLED, str(model), str(parent / "out")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            weights = Path(process.stdout.readline().strip())
-            assert weights.name == "shard-0.safetensors"
-            with partial_folder(parent, "out") as other:
-                assert nothing_but(parent, other.name, weights.parent.name)
-            assert weights.is_file()
-        finally:
-            process.send_signal(signal.SIGKILL)
-    assert nothing_but(parent, weights.parent.name)
-    with partial_folder(parent, "other"):
-        assert weights.is_file()  # somebody else's name
-    assert write_folder(read_folder(model), parent / "out")
-    assert nothing_but(parent, "out")
 
 
 RACE = """

@@ -32,6 +32,7 @@ COMMANDS = {
     "bench": "bench MODEL --window 64",
     "convert": "convert WIDE out",
     "plan": "plan LLAMA",
+    "tiny": "plan MODEL",
     "devices": "devices",
     "phone": "plan LLAMA --device iphone-16-pro",
 }
@@ -95,6 +96,8 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("convert", "--mode affine", "--group-size and --mode affine need --bits"),
     ("convert", "--mode int4", "--mode must be one of affine, mxfp4, mxfp8, nvfp4, not 'int4'"),
     ("convert", "--mode mxfp4 --bits 8", "--bits must be 4 in mode mxfp4, not 8"),
+    ("convert", "--mode mxfp4 --group-size 64", "--group-size must be 32 in mode mxfp4, not 64"),
+    ("convert", "--bits 4 --group-size 0", "--group-size must be 32, 64 or 128 in mode affine"),
     ("convert", "--mode nvfp4 --group-size 32", "--group-size must be 16 in mode nvfp4, not 32"),
     ("convert", "--recipe mixed_4_6 --bits 4", "leave out --bits"),
     ("convert", "--recipe best", "--recipe must be one of uniform_2, "),
@@ -105,11 +108,15 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("convert", "--recipe sensitive_4_6 --calibration SHORT", "the calibration text has 63 tokens"),
     ("convert", "--report TEXT --report-tokens 5", "--report-tokens must be above 200, not 5"),
     ("convert plan", "--device iphone-16-prp", "not known; did you mean iphone-"),
-    ("plan", "--device macbook-air-m3", "say which: macbook-air-m3-8gb, macbook-air-m3-16gb"),
+    ("plan", "--device toaster", "'toaster': not known; `mlx_stream devices` lists all"),
+    ("plan", "--device macbook-air-m3", "say which: macbook-air-m3-8gb, macbook-air-m3-16gb, mac"),
     ("phone", "--window 200000", "exceed the model's trained context of 131072"),
     ("phone", "--bits 7", "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
     ("phone", "--group-size 48", "--group-size must be one of 32, 64, 128"),
     ("phone", "--kv-bits 3", "--kv-bits must be 8 or 4, not 3"),
+    ("tiny", "--kv-bits 8", "--kv-bits needs heads of a multiple of 64 numbers"),
+    ("phone tiny", "--sinks -1", "--sinks must be from 0 to"),
+    ("tiny", "--window 0", "--window must be at least 1, not 0"),
     ("phone", "--bits 4 --dequantize", "--bits is for weights that stay quantized"),
     ("plan", "--device macbook-neo --no-entitlement", "--no-entitlement is for phones"),
     ("plan", "--no-entitlement", "--no-entitlement is for phones and tablets, which here is not"),
@@ -169,7 +176,7 @@ def test_names_and_texts_that_will_not_do(
         gguf_files.write_tiny(given["GGUF"])
     began = time.monotonic()
     assert why in one_line(*words(command, given), stdin=stdin)
-    assert time.monotonic() - began < 10  # also with a Hub that does not answer
+    assert time.monotonic() - began < DEADLINE / 2  # also with a Hub that does not answer
 
 
 def test_a_line_of_chat_that_is_not_utf8_ends_it_where_it_is(whole: Path) -> None:
@@ -179,8 +186,8 @@ def test_a_line_of_chat_that_is_not_utf8_ends_it_where_it_is(whole: Path) -> Non
     assert line.startswith("standard input, line 3: is not UTF-8 (byte 3 is 0xff): convert it")
 
 
-@pytest.mark.parametrize("wrong", [["generate", "./nowhere", "-p", "x"], ["chat", "org/name"]])
-def test_the_program_says_the_same_one_line(wrong: list[str]) -> None:
+def test_the_program_says_the_same_one_line() -> None:
+    wrong = ("chat", "org/name")
     found = subprocess.run(program(*wrong), capture_output=True, text=True, timeout=DEADLINE)
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr == f"mlx_stream: {one_line(*wrong)}\n"
