@@ -90,7 +90,10 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (holds_only("consolidated.00.pth"), "only pickles", NOTHING),
     (holds_only("model-Q4_0.gguf"), "it holds GGUF files ('model-Q4_0.gguf')", NOTHING),
     (holds_only("flax_model.msgpack"), "expected weights in the safetensors format", NOTHING),
-    (says(auto_map={"A": "modeling.M"}), "there is no trust_remote_code here", {"config.json"}),
+    (
+        says(auto_map={"AutoModelForCausalLM": "modeling.M"}),
+        *("there is no trust_remote_code here", {"config.json"}),
+    ),
     (says(model_type="gpt2"), "model_type 'gpt2' is not supported", {"config.json"}),
     (says(num_hidden_layers=10**9), "num_hidden_layers must be", {"config.json"}),
     (
