@@ -260,25 +260,18 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["nonsense"], "nonsense"),
-        (["--nonsense"], "--nonsense"),
-        (["chat", "x", "--nonsense"], "--nonsense"),
-        (["chat", "x", "y"], "y"),
-        (["generate", "x"], "--prompt"),
-        (["score"], "FILE"),
-        (["score", "x", "y", "--window", "many"], "--window"),
-        (["bench", "x", "--pairs", "2.5"], "--pairs"),
-        (["generate", "x", "-p"], "-p"),
-        (["ls", "x"], "x"),
-    ],
-)
-def test_wrong_usage_exits_with_2(arguments: list[str], named: str) -> None:
-    result = run(*arguments)
+USAGE = {
+    **{"nonsense": "nonsense", "--nonsense": "--nonsense", "chat x --nonsense": "--nonsense"},
+    **{"chat x y": "y", "generate x": "--prompt", "score": "FILE", "generate x -p": "-p"},
+    **{"score x y --window many": "--window", "bench x --pairs 2.5": "--pairs", "ls x": "x"},
+}
+
+
+@pytest.mark.parametrize("arguments", USAGE)
+def test_wrong_usage_exits_with_2(arguments: str) -> None:
+    result = run(*arguments.split())
     assert (result.code, result.out) == (2, "")
-    assert named in plain(result.err) and "Traceback" not in result.err
+    assert USAGE[arguments] in plain(result.err) and "Traceback" not in result.err
 
 
 def test_bench_compares_with_mlx_lm(tiny: Path) -> None:

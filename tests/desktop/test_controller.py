@@ -3,8 +3,7 @@
 import asyncio
 from dataclasses import replace
 
-from mlx_stream.chat import manage, session_files
-from mlx_stream.program.lock import Lock
+from mlx_stream.chat import manage
 from tests.fakes.desks import chat_of, desk, on_a_loop, until
 
 
@@ -70,58 +69,6 @@ async def test_a_saved_conversation_is_reopened_with_its_window_and_goes_on(lett
         assert len(one.said) == 2 and one.said[:1] == before
     with manage.open_transcript("first") as store:
         assert [turn.exchange.question for turn in store.whole()[0]] == ["First?", "Second?"]
-
-
-@on_a_loop
-async def test_a_conversation_open_elsewhere_is_refused_in_a_line_and_can_be_opened_later(
-    letters,
-):
-    async with desk(letters) as one:
-        await one.send("First?")
-        await one.begin()
-        with Lock.acquire(session_files.session_paths("first").lock):
-            await one.open("first")
-            assert (
-                one.status.alarming
-                and "'first'" in one.status.notice
-                and "\n" not in one.status.notice
-            )
-            await one.send("Lost?")
-            assert one.draft == "Lost?" and len(one.said) == 1 and one.status.idle
-        await one.send("Second?")
-        assert not one.status.alarming and [s.question for s in one.said] == [
-            "First?",
-            "Second?",
-        ]
-
-
-@on_a_loop
-async def test_a_model_that_is_missing_is_a_line_and_another_can_be_chosen(letters, tmp_path):
-    async with desk(tmp_path / "nowhere") as one:
-        assert (
-            one.status.phase == "failed" and one.status.alarming and "nowhere" in one.status.notice
-        )
-        await one.send("Anybody?")
-        assert one.said == [] and one.draft == "Anybody?"
-        await one.choose_model(str(letters))
-        assert one.status.idle and not one.status.alarming
-        await one.send("Hi")
-        assert len(one.said[0].reply) == 40
-
-
-@on_a_loop
-async def test_a_window_that_does_not_fit_is_refused_and_the_conversation_goes_on_in_its_own(
-    letters,
-):
-    async with desk(letters) as one:
-        await one.send("Hi")
-        said = [*one.said]
-        await one.choose_window(10**9)
-        assert one.status.alarming and one.window == 100 and one.status.idle and one.said == said
-        await one.choose_window(200)
-        assert not one.status.alarming and one.gauge.capacity == 204
-        await one.send("More")
-        assert len(one.said) == 2 and one.attended == 2
 
 
 @on_a_loop

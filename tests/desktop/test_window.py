@@ -15,6 +15,14 @@ def clicked(view, name):
     view.conversations._impl.simulate_selection(names.index(name))
 
 
+async def asked_in_vain(one, question):
+    """Send a question that is not read, and see it where it was typed."""
+    one.view.question.value = question
+    one.view.send._impl.simulate_press()
+    assert one.view.question.value == ""
+    await until(lambda: one.view.question.value == question)
+
+
 @on_a_loop
 async def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
     async with app(letters, window=200, max_tokens=150) as one:
@@ -36,10 +44,7 @@ async def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters)
         assert view.transcript.text.startswith("What is new?\n\n")
         assert view.gauge.text == str(one.desk.gauge)
         pinned, attended, free = view.gauge.shares
-        assert (pinned + attended, pinned + attended + free) == (
-            one.desk.gauge.attended,
-            one.desk.gauge.capacity,
-        )
+        assert pinned + attended == one.desk.gauge.attended == one.desk.gauge.capacity - free
         await until(lambda: len(view.conversations.data) == 1)
         assert view.conversations.data[0].title == "\N{BULLET} what-is-new"
 
@@ -103,7 +108,8 @@ def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_window
             view = one.view
             assert "nowhere" in view.notice.text.replace("\n", "")
             assert view.notice.style.color != view.transcript._colours.faded
-            await until(lambda: one.desk.models == ["starter"])
+            await asked_in_vain(one, "Anybody?")
+        await until(lambda: one.desk.models == ["starter"])
             one.desk.models.append(str(letters))
             one.changed()
             await until(lambda: str(letters) in [row.value for row in view.model.items])
@@ -120,6 +126,9 @@ def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_window
             await until(lambda: "trained context" in view.notice.text.replace("\n", " "))
             await settled(one)
             await until(lambda: view.window.value == "508")
+        await asked(one, "More")
+        await settled(one)
+        assert len(one.desk.said) == 2 == one.desk.attended
 
     asyncio.run(use())
 
@@ -136,10 +145,14 @@ async def test_a_question_that_was_not_read_is_back_where_it_was_typed(letters):
             clicked(one.view, "first")
             await until(lambda: one.desk.status.alarming)
             await settled(one)
-            one.view.question.value = "Lost?"
-            one.view.send._impl.simulate_press()
-            await until(lambda: one.view.question.value == "Lost?" and one.desk.status.idle)
-            assert len(one.desk.said) == 1
+            notice = one.desk.status.notice
+            assert "'first'" in notice and "\n" not in notice
+            await asked_in_vain(one, "Lost?")
+            assert len(one.desk.said) == 1 and one.desk.status.idle
+        await asked(one, "Second?")
+        await settled(one)
+        assert [s.question for s in one.desk.said] == ["First?", "Second?"]
+        assert not one.desk.status.alarming
 
 
 @on_a_loop

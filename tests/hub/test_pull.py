@@ -15,19 +15,7 @@ from mlx_stream.hub import repository, transfer
 from mlx_stream.hub.listing import cached_models
 from mlx_stream.hub.resolve import pull as pull_from_hub
 from mlx_stream.hub.resolve import resolve
-from tests.fakes.loopback import (  # noqa: F401 (pytest)
-    COMMIT,
-    NOBODY,
-    REPO,
-    WEIGHTS,
-    Hub,
-    home_fixture,
-    model_fixture,
-    never,
-    served_fixture,
-    silent,
-    use_endpoint,
-)
+from tests.fakes.loopback import COMMIT, NOBODY, REPO, WEIGHTS, Hub, never, silent, use_endpoint
 from tests.fakes.pulling import SHARD, blobs, pull, refused
 from tests.fakes.shell import GREEDY, edit, parsed, program
 from tests.fakes.shell import run as run_here
@@ -57,6 +45,8 @@ def test_a_model_is_pinned_to_a_commit_and_opens_without_the_hub(
     served.server.shutdown()
     served.server.server_close()
     use_endpoint(monkeypatch, NOBODY)
+    assert resolve(REPO, never) == found.path
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert resolve(REPO, never) == found.path
     asked = run_here("chat", REPO, *GREEDY, "--max-tokens", 3, stdin="Hello\n")
     assert (asked.code, asked.err) == (0, "")

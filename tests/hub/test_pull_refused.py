@@ -7,15 +7,7 @@ import huggingface_hub.constants
 import pytest
 
 from mlx_stream.hub import transfer
-from tests.fakes.loopback import (  # noqa: F401 (pytest)
-    CONFIG,
-    REPO,
-    WEIGHTS,
-    Hub,
-    home_fixture,
-    model_fixture,
-    served_fixture,
-)
+from tests.fakes.loopback import CONFIG, REPO, WEIGHTS, Hub
 from tests.fakes.pulling import SHARD, blobs, pull, refused
 from tests.fakes.shell import edit
 from tests.fakes.tiny import write_tiny

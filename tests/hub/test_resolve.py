@@ -13,18 +13,15 @@ from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.hub.listing import CachedModel, cached_models
 from mlx_stream.hub.resolve import resolve
 from mlx_stream.hub.starter import starter_folder
-from tests.fakes.loopback import (  # noqa: F401 (pytest)
+from tests.fakes.loopback import (
     CONFIG,
     NOBODY,
     REPO,
     WEIGHTS,
     Hub,
-    home_fixture,
-    model_fixture,
     names,
     never,
     refused,
-    served_fixture,
     silent,
     use_endpoint,
 )
@@ -87,16 +84,6 @@ def test_only_what_we_read_is_fetched_and_only_once(model: Path, served: Hub) ->
     served.asked.clear()
     assert resolve(REPO, never) == found
     assert served.asked == []
-
-
-def test_a_cached_model_opens_with_the_hub_gone_or_forbidden(
-    served: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = resolve(REPO, silent)
-    use_endpoint(monkeypatch, NOBODY)
-    assert resolve(REPO, never) == found
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert resolve(REPO, never) == found
 
 
 @pytest.mark.parametrize("listed", [True, False])

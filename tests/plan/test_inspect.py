@@ -15,17 +15,7 @@ from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.planner import PlanRequest, make_plan
 from tests.fakes import gguf_files
-from tests.fakes.loopback import (  # noqa: F401 (pytest)
-    CONFIG,
-    REPO,
-    WEIGHTS,
-    Hub,
-    home_fixture,
-    model_fixture,
-    never,
-    served_fixture,
-    silent,
-)
+from tests.fakes.loopback import CONFIG, REPO, WEIGHTS, Hub, never, silent
 from tests.fakes.shell import edit
 from tests.fakes.tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
 from tests.models.test_weights import FOUR_BITS, MIXED, QUANTIZABLE, quantize
