@@ -87,10 +87,10 @@ def test_a_question_that_is_a_text_is_refused(desk):
 
 
 def test_nothing_the_model_says_is_a_heading_or_hides_others():
-    hidden = ("# A", "## A", "```", "<!-- A", "<h2>", "---", "===")
     for prefix in ("", "  ", "> ", "> - ", "1. "):
-        for line in hidden:
+        for line in ("# A", "## A", "```", "<!-- A", "<h2>", "==="):
             assert f"\n{prefix}\\{line}\n" in markdown(f"A\n{prefix}{line}", NOW, "about")
+    assert "\n\\---\n" in markdown("A\n---", NOW, "about")
     for line in ("- A #1 < 2", "A - B"):
         assert f"\n{line}\n" in markdown(f"A\n{line}", NOW, "about")
 
@@ -172,15 +172,6 @@ def door():
         )
         yield door
         door.close()
-
-
-def test_who_is_too_many_is_told_so(door, monkeypatch):
-    monkeypatch.setattr(door, "_at_once", SimpleNamespace(acquire=lambda blocking: False))
-    with socket.socket(socket.AF_UNIX) as caller:
-        caller.connect(str(door.path))
-        doors.send(caller, {"what": "status"})
-        door.admit()
-        assert b"others are being answered" in caller.makefile("rb").readline()
 
 
 def test_what_is_too_long_is_refused_before_it_is_sent():

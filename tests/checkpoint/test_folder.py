@@ -62,7 +62,7 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_tensors_are_those_stored(tmp_path: Path, dtype: str, shards: int) -> None:
+def test_tensors_are_those_stored(tmp_path, dtype, shards):
     found = read_folder(tiny(tmp_path / "model", dtype, shards))
     expected = stored_as(WEIGHTS, dtype)
     assert found.tensors.keys() == expected.keys()
@@ -71,7 +71,7 @@ def test_tensors_are_those_stored(tmp_path: Path, dtype: str, shards: int) -> No
         np.testing.assert_array_equal(np.array(array.astype(mx.float32)), expected[name])
 
 
-def test_config_and_tokenizer_come_as_they_are(model: Path) -> None:
+def test_config_and_tokenizer_come_as_they_are(model):
     found = read_folder(model)
     assert found.config == json.loads((model / "config.json").read_text())
     assert found.tokenizer == (model / "tokenizer.json").read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def test_config_and_tokenizer_come_as_they_are(model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model-{}-of-00003", "weights.{}"])
-def test_shards_without_an_index_are_found(sharded: Path, name: str) -> None:
+def test_shards_without_an_index_are_found(sharded, name):
     (sharded / INDEX).unlink()
     for i in range(1, 4):
         shard = sharded / f"model-{i:05}-of-00003.safetensors"
@@ -88,7 +88,7 @@ def test_shards_without_an_index_are_found(sharded: Path, name: str) -> None:
     assert read_folder(sharded).tensors.keys() == WEIGHTS.keys()
 
 
-def test_symbolic_links_are_followed_as_the_hub_cache_needs(model: Path) -> None:
+def test_symbolic_links_are_followed_as_the_hub_cache_needs(model):
     (model / "model.safetensors").rename(model.parent / "blob")
     (model / "model.safetensors").symlink_to("../blob")
     assert read_folder(model).tensors.keys() == WEIGHTS.keys()
@@ -96,9 +96,7 @@ def test_symbolic_links_are_followed_as_the_hub_cache_needs(model: Path) -> None
     assert missing_files(model) == ["model.safetensors"]
 
 
-def test_templates_come_from_a_file_or_by_name_and_optional_files_may_be_missing(
-    model: Path,
-) -> None:
+def test_templates_come_from_a_file_or_by_name_and_optional_files_may_be_missing(model):
     (model / "chat_template.jinja").write_text("{{ 'é' }}", encoding="utf-8")
     assert read_folder(model).tokenizer_config["chat_template"] == "{{ 'é' }}"
     assert read_folder(model).tokenizer_config["bos_token"] == "<|im_start|>"
@@ -111,7 +109,7 @@ def test_templates_come_from_a_file_or_by_name_and_optional_files_may_be_missing
     assert read_folder(model).tokenizer_config == read_folder(model).generation_config == {}
 
 
-def test_missing_files_names_what_reading_needs(sharded: Path) -> None:
+def test_missing_files_names_what_reading_needs(sharded):
     assert missing_files(sharded) == []
     for name in ("tokenizer.json", SECOND):
         (sharded / name).unlink()
@@ -122,7 +120,7 @@ def test_missing_files_names_what_reading_needs(sharded: Path) -> None:
     assert missing_files(sharded) == ["tokenizer.json", "model.safetensors"]
 
 
-def test_a_file_takes_the_memory_it_has_not_what_it_might_have(model: Path) -> None:
+def test_a_file_takes_the_memory_it_has_not_what_it_might_have(model):
     tracemalloc.start()
     try:
         read_folder(model)
@@ -216,25 +214,19 @@ REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("change", "kind", "why"), REFUSED)
-def test_what_is_wrong_with_a_folder_is_said(
-    sharded: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Path], object],
-    kind: type[Exception],
-    why: str,
-) -> None:
+def test_what_is_wrong_with_a_folder_is_said(sharded, monkeypatch, change, kind, why):
     monkeypatch.setattr(folder, "JSON_BYTES", 4 << 20)
     change(sharded)
     assert why in refused(sharded, kind)
 
 
-def test_a_missing_folder(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path):
     assert "no such folder" in refused(tmp_path / "none", SourceError)
     assert "no such folder" in refused(Path(__file__), SourceError)
     refused(Path("x" * 5_000), SourceError)
 
 
-def test_a_missing_shard_is_named_without_an_index_too(sharded: Path) -> None:
+def test_a_missing_shard_is_named_without_an_index_too(sharded):
     (sharded / SECOND).unlink()
     (sharded / INDEX).unlink()
     assert f"'{SECOND}' is missing" in refused(sharded)
@@ -245,7 +237,7 @@ OUTSIDE += ("..\\outside.safetensors", "C:outside.safetensors", "out\0side.safet
 
 
 @pytest.mark.parametrize("shard", [*OUTSIDE, "", 7, None, ["a.safetensors"]])
-def test_an_index_may_not_leave_its_folder(sharded: Path, shard: object) -> None:
+def test_an_index_may_not_leave_its_folder(sharded, shard):
     # Both exist and would do, were they read.
     (sharded / "sub").mkdir()
     for target in (sharded.parent / "outside.safetensors", sharded / "sub" / "inside.safetensors"):
@@ -260,7 +252,7 @@ def test_an_index_may_not_leave_its_folder(sharded: Path, shard: object) -> None
 # --- shards nobody vouches for ---
 
 
-def test_a_truncated_shard_is_refused_at_any_length(model: Path) -> None:
+def test_a_truncated_shard_is_refused_at_any_length(model):
     path = model / "model.safetensors"
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -281,7 +273,7 @@ def test_a_truncated_shard_is_refused_at_any_length(model: Path) -> None:
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", INDEX]
 )
 @pytest.mark.parametrize("target", ["/dev/zero", "pipe", "loop", "nowhere", "."])
-def test_a_link_that_leads_to_no_file_is_none(sharded: Path, name: str, target: str) -> None:
+def test_a_link_that_leads_to_no_file_is_none(sharded, name, target):
     (sharded / name).unlink(missing_ok=True)
     os.mkfifo(sharded / "pipe")
     (sharded / "loop").symlink_to("loop")
@@ -293,13 +285,13 @@ def test_a_link_that_leads_to_no_file_is_none(sharded: Path, name: str, target: 
         assert read_folder(sharded).tensors.keys() == WEIGHTS.keys()
 
 
-def test_no_tensors_at_all_is_refused(model: Path) -> None:
+def test_no_tensors_at_all_is_refused(model):
     (model / "model.safetensors").write_bytes(safetensors({"__metadata__": {"format": "pt"}}))
     assert "no tensors" in refused(model, WeightsError)
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_header_that_two_parsers_read_differently_is_refused(model: Path, order: int) -> None:
+def test_a_header_that_two_parsers_read_differently_is_refused(model, order):
     entries = [
         b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',
         b'"w":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}',
@@ -316,9 +308,7 @@ def test_a_header_that_two_parsers_read_differently_is_refused(model: Path, orde
     assert declared["w"] == ("F32", list(found.shape))
 
 
-def test_what_the_checker_and_mlx_see_must_agree(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_checker_and_mlx_see_must_agree(model, monkeypatch):
     loaded = mx.load(str(model / "model.safetensors"))
     assert isinstance(loaded, dict)
     loaded["model.norm.weight"] = loaded["model.norm.weight"][:-1]

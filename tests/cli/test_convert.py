@@ -43,7 +43,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_places_that_will_not_do_are_refused(source: Path, tmp_path: Path) -> None:
+def test_places_that_will_not_do_are_refused(source, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     theirs = tmp_path / "theirs"
@@ -63,7 +63,7 @@ def test_places_that_will_not_do_are_refused(source: Path, tmp_path: Path) -> No
     assert (names(tmp_path), names(source)) == before
 
 
-def test_only_what_a_conversion_wrote_is_replaced(source: Path, tmp_path: Path) -> None:
+def test_only_what_a_conversion_wrote_is_replaced(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is no model
     done("convert", source, out, "--bits", 4)
@@ -82,9 +82,7 @@ def test_only_what_a_conversion_wrote_is_replaced(source: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_folder_is_replaced_or_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
-) -> None:
+def test_a_folder_is_replaced_or_stays(tmp_path, monkeypatch, exchanges):
     if not exchanges:
         monkeypatch.setattr(atomic_replace, "system_call", lambda: None)
     elif atomic_replace.system_call() is None:
@@ -108,9 +106,7 @@ def test_a_folder_is_replaced_or_stays(
     ("options", "why"),
     [((), "another process wrote it meanwhile"), (("--force",), "never replaced")],
 )
-def test_a_process_that_was_first_keeps_its_folder(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, why: str
-) -> None:
+def test_a_process_that_was_first_keeps_its_folder(source, tmp_path, monkeypatch, options, why):
     flush, out = write.flush, tmp_path / "out"
 
     def race(path: Path) -> None:
@@ -140,9 +136,7 @@ main()
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_what_is_interrupted_leaves_nothing_that_looks_finished(
-    source: Path, tmp_path: Path, sent: signal.Signals, code: int
-) -> None:
+def test_what_is_interrupted_leaves_nothing_that_looks_finished(source, tmp_path, sent, code):
     out = tmp_path / "out"
     command = [sys.executable, "-c", STOPPING, "convert", str(source), str(out), "--bits", "4"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -164,7 +158,7 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(
     read_folder(out)
 
 
-def test_every_process_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
+def test_every_process_writes_the_same_bytes(source, tmp_path):
     done("convert", source, tmp_path / "one", "--recipe", "mixed_4_6")
     command = program("convert", source, tmp_path / "two", "--recipe", "mixed_4_6")
     env = {**os.environ, "PYTHONHASHSEED": "1"}
@@ -174,7 +168,7 @@ def test_every_process_writes_the_same_bytes(source: Path, tmp_path: Path) -> No
     assert not any(str(tmp_path).encode() in data for data in one.values())
 
 
-def test_what_was_written_is_said(source: Path, tmp_path: Path) -> None:
+def test_what_was_written_is_said(source, tmp_path):
     out = tmp_path / "out"
     said = done("convert", source, out, "--bits", 4)
     first, second = said.out.splitlines()
@@ -186,7 +180,7 @@ def test_what_was_written_is_said(source: Path, tmp_path: Path) -> None:
     assert found["recipe"] is None and found["source_quantized"] and found["not_quantized"] == []
 
 
-def test_what_is_doubtful_is_told(source: Path, tmp_path: Path) -> None:
+def test_what_is_doubtful_is_told(source, tmp_path):
     done("convert", source, tmp_path / "four", "--bits", 4)
     again = done("convert", tmp_path / "four", tmp_path / "out", "--bits", 3, "--group-size", 128)
     assert again.err.startswith("mlx_stream: the source is quantized already: its error stays")
@@ -196,7 +190,7 @@ def test_what_is_doubtful_is_told(source: Path, tmp_path: Path) -> None:
     assert "2 of its matrices stay as they are" in told
 
 
-def test_a_report_says_what_was_lost(source: Path, text: Path, tmp_path: Path) -> None:
+def test_a_report_says_what_was_lost(source, text, tmp_path):
     found = {}
     for name, bits in (("copy", ()), ("eight", ("--bits", 8)), ("two", ("--bits", 2))):
         options = (*bits, "--report", text, "--report-tokens", 300, "--json")
@@ -221,9 +215,7 @@ def test_a_report_says_what_was_lost(source: Path, text: Path, tmp_path: Path) -
     assert names(tmp_path) == ["copy", "eight", "text.txt", "two"]
 
 
-def test_a_sensitive_recipe_gives_what_suffers_more_bits(
-    source: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_sensitive_recipe_gives_what_suffers_more_bits(source, text, tmp_path):
     out = tmp_path / "out"
     options = ("--recipe", "sensitive_4_6", "--calibration", text, "--json")
     found = parsed(done("convert", source, out, *options).out)
@@ -245,7 +237,7 @@ def test_a_sensitive_recipe_gives_what_suffers_more_bits(
         ("phone --calibration TEXT", "sensitive_4_6"),
     ],
 )
-def test_presets_run(source: Path, text: Path, tmp_path: Path, words: str, recipe: str) -> None:
+def test_presets_run(source, text, tmp_path, words, recipe):
     preset, *options = words.replace("TEXT", str(text)).split()
     command = [sys.executable, str(CONVERT / "presets.py"), preset, str(source)]
     command += [str(tmp_path / "out"), *options]
@@ -257,7 +249,7 @@ def test_presets_run(source: Path, text: Path, tmp_path: Path, words: str, recip
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
 
 
-def test_recipes_are_compared_on_a_text(source: Path, text: Path) -> None:
+def test_recipes_are_compared_on_a_text(source, text):
     command = [sys.executable, str(CONVERT / "compare.py"), str(source), str(text)]
     options = ["--recipe", "uniform_8", "--recipe", "uniform_3", "--report-tokens", "300"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=DEADLINE)
@@ -272,7 +264,7 @@ def test_recipes_are_compared_on_a_text(source: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in CONVERT.glob("*.py")))
-def test_a_script_says_what_it_takes(script: str) -> None:
+def test_a_script_says_what_it_takes(script):
     # A script of this name would shadow the package for those beside it.
     assert script != "gguf.py"
     command = [sys.executable, str(CONVERT / script), "--help"]
@@ -291,7 +283,7 @@ def on_a_device(budget: int) -> None:
     )
 
 
-def test_a_device_gets_the_most_bits_that_fit_it(source: Path, tmp_path: Path) -> None:
+def test_a_device_gets_the_most_bits_that_fit_it(source, tmp_path):
     on_a_device(2**28)
     needed = {}
     for bits in (8, 6):

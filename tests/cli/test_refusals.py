@@ -125,9 +125,7 @@ OPTIONS: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("verbs", "options", "why"), OPTIONS)
-def test_options_that_will_not_do(
-    given: dict[str, Path], verbs: str, options: str, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_that_will_not_do(given, verbs, options, why, monkeypatch):
     # mlx-lm itself is not needed to refuse, and is slow to import.
     monkeypatch.setattr("mlx_stream.evaluate.mlx_lm.load_peer", lambda folder, model: None)
     for verb in verbs.split():
@@ -168,9 +166,7 @@ OTHERS: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("command", "stdin", "why"), OTHERS)
-def test_names_and_texts_that_will_not_do(
-    given: dict[str, Path], tmp_path: Path, command: str, stdin: bytes, why: str
-) -> None:
+def test_names_and_texts_that_will_not_do(given, tmp_path, command, stdin, why):
     if "GGUF" in command:
         given = given | {"GGUF": tmp_path / "tiny.gguf"}
         gguf_files.write_tiny(given["GGUF"])
@@ -179,14 +175,14 @@ def test_names_and_texts_that_will_not_do(
     assert time.monotonic() - began < DEADLINE / 2  # also with a Hub that does not answer
 
 
-def test_a_line_of_chat_that_is_not_utf8_ends_it_where_it_is(whole: Path) -> None:
+def test_a_line_of_chat_that_is_not_utf8_ends_it_where_it_is(whole):
     options = ("chat", whole, *GREEDY, "--max-tokens", 4)
     first = done(*options, stdin=b"Hello\n").out
     line = one_line(*options, stdin=b"Hello\n\nso \xff\nand\n", out=first)
     assert line.startswith("standard input, line 3: is not UTF-8 (byte 3 is 0xff): convert it")
 
 
-def test_the_program_says_the_same_one_line() -> None:
+def test_the_program_says_the_same_one_line():
     wrong = ("chat", "org/name")
     found = subprocess.run(program(*wrong), capture_output=True, text=True, timeout=DEADLINE)
     assert (found.returncode, found.stdout) == (1, "")
@@ -204,24 +200,22 @@ def template(text: str | None) -> Callable[[Path], None]:
     return lambda model: edit(model / "tokenizer_config.json", chat_template=text)
 
 
-def written(file: str, content: bytes) -> Callable[[Path], None]:
-    return lambda model: (model / file).write_bytes(content) and None
+def written(file: str, content: bytes) -> Callable[[Path], object]:
+    return lambda model: (model / file).write_bytes(content)
 
 
-def tensors(dtype: str = "float32", **changes: tuple[int, ...] | None) -> Callable[[Path], None]:
-    """Write other tensors: of these shapes, or none of that name."""
-
-    def rewrite(model: Path) -> None:
-        arrays = {n: s if s is None else np.ones(s, np.float32) for n, s in changes.items()}
-        weights = {name: w for name, w in {**WEIGHTS, **arrays}.items() if w is not None}
-        write_tiny(model, CONFIG, weights, dtype, tokenizer=False)
-
-    return rewrite
+def tensors(
+    name: str, shape: tuple[int, ...] = (), dtype: str = "float32"
+) -> Callable[[Path], None]:
+    """Write the weights again, with one of another shape, or without it."""
+    weights = {key: value for key, value in WEIGHTS.items() if key != name}
+    weights |= {name: np.ones(shape, np.float32)} if shape else {}
+    return lambda model: write_tiny(model, CONFIG, weights, dtype, tokenizer=False) and None
 
 
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 NO_REPLY = "chat template: it does not write a reply's content"
-MODELS: list[tuple[Callable[[Path], Any], str]] = [
+MODELS: list[tuple[Callable[[Path], object], str]] = [
     (lambda model: (model / "config.json").unlink(), "no config.json; expected a folder with a"),
     (lambda model: (model / "model.safetensors").unlink(), "expected weights in the safetensors"),
     (
@@ -245,10 +239,10 @@ MODELS: list[tuple[Callable[[Path], Any], str]] = [
     (changed(hidden_act="gelu"), "hidden_act = 'gelu' changes the computation"),
     (changed(quantization_config={"quant_method": "gptq"}), "quantization_config of method 'gptq'"),
     (changed(eos_token_id=300), "eos_token_id 300 is not in the vocabulary"),
-    (tensors(**{NORM: None}), f"weights: tensor '{NORM}' is missing"),
-    (tensors(**{UP: (34, 32)}), f"'{UP}' has shape (34, 32), the config asks for (32, 32)"),
-    (tensors(**{"x\ny": (3,)}), "weights: unknown tensor 'x\\ny' (1 in all)"),
-    (tensors("int32"), "I32; expected one of F32, "),
+    (tensors(NORM), f"weights: tensor '{NORM}' is missing"),
+    (tensors(UP, (34, 32)), f"'{UP}' has shape (34, 32), the config asks for (32, 32)"),
+    (tensors("x\ny", (3,)), "weights: unknown tensor 'x\\ny' (1 in all)"),
+    (tensors(NORM, (32,), "int32"), "I32; expected one of F32, "),
     (written("model.safetensors", b"\x10" * 40), "damaged or truncated, fetch it again ("),
     (template(None), "it is not a chat model; use generate"),
     (template("{{ messages[-1].content }}"), NO_REPLY),
@@ -259,9 +253,7 @@ MODELS: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "why"), MODELS, ids=[why for _, why in MODELS])
-def test_a_model_that_will_not_do_is_named_with_what_is_wrong(
-    model: Path, spoil: Callable[[Path], None], why: str
-) -> None:
+def test_a_model_that_will_not_do_is_named_with_what_is_wrong(model, spoil, why):
     spoil(model)
     line = one_line("chat", model, stdin="Hello\n")
     assert why in line
@@ -280,7 +272,7 @@ def test_a_model_that_will_not_do_is_named_with_what_is_wrong(
         ({}, "truncated"),
     ],
 )
-def test_a_gguf_file_that_will_not_do_is_named(tmp_path: Path, changes: dict, why: str) -> None:
+def test_a_gguf_file_that_will_not_do_is_named(tmp_path, changes, why):
     path = tmp_path / "tiny.gguf"
     gguf_files.write_tiny(path, **changes)
     if not changes:
@@ -290,7 +282,7 @@ def test_a_gguf_file_that_will_not_do_is_named(tmp_path: Path, changes: dict, wh
     assert line.startswith("tiny.gguf: ") and why in line
 
 
-def test_a_config_that_is_none_is_refused_by_plan_too(tmp_path: Path) -> None:
+def test_a_config_that_is_none_is_refused_by_plan_too(tmp_path):
     config = tmp_path / "config.json"
     for text, why in (("[]", "expected a JSON object"), ("{", "not valid JSON"), ("{}", "model_t")):
         config.write_text(text)
@@ -298,7 +290,7 @@ def test_a_config_that_is_none_is_refused_by_plan_too(tmp_path: Path) -> None:
         assert line.startswith(f"{config}: ") and why in line
 
 
-def test_a_template_without_a_system_role_takes_the_prompt_as_an_opening(model: Path) -> None:
+def test_a_template_without_a_system_role_takes_the_prompt_as_an_opening(model):
     path = model / "tokenizer_config.json"
     known = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('only users') }}{% endif %}"
@@ -315,9 +307,7 @@ REFUSAL = (
 )
 
 
-def test_what_exceeds_memory_is_refused_with_the_numbers_unless_forced(
-    given: dict[str, Path], model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_exceeds_memory_is_refused_with_the_numbers_unless_forced(given, model, monkeypatch):
     monkeypatch.setattr(backend, "memory_budget", lambda: 1000)
     for verb in ("generate", "chat", "score", "bench"):
         more = ("--max-tokens", 4) if verb != "bench" else ()
@@ -335,9 +325,7 @@ def test_what_exceeds_memory_is_refused_with_the_numbers_unless_forced(
     assert done("generate", model, *ASK, "--window", 1000).err == ""
 
 
-def test_a_gpu_that_fails_late_is_one_line_and_our_own_mistakes_are_not(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_that_fails_late_is_one_line_and_our_own_mistakes_are_not(tiny, monkeypatch):
     said = ["[METAL] Command buffer execution failed:\nCaused GPU Timeout Error."]
 
     def late(*_: object, **__: object) -> int:

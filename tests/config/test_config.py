@@ -85,48 +85,6 @@ def test_a_mistral_has_its_window_and_no_biases():
 
 # -- rotary settings ------------------------------------------------------------------------------
 
-ROPES = [
-    {"rope_type": "default"},
-    LINEAR,
-    {"type": "linear", "factor": 2.5},
-    {"type": "linear", "rope_type": "linear", "factor": 3},
-    LLAMA3,
-    LLAMA3 | {"low_freq_factor": 0.5, "high_freq_factor": 3.0},
-    {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
-    YARN,
-    {"type": "yarn", "factor": 4.0},
-    YARN | {"factor": 1.0},
-    YARN | {"factor": None},
-    YARN | {"attention_factor": 0.8},
-    YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
-    YARN | {"mscale": 0.7},
-    YARN | {"mscale": 0.7, "mscale_all_dim": 0},
-    YARN | {"beta_fast": 4.0, "beta_slow": 0.5},
-    YARN | {"truncate": False},
-    YARN | {"truncate": True},
-    YARN | {"original_max_position_embeddings": 4, "beta_fast": 1.0},
-]
-
-
-@pytest.mark.parametrize("rope", ROPES, ids=str)
-@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters", "both"])
-@pytest.mark.parametrize("head_dim", [16, 64])
-def test_frequencies_equal_the_reference_in_both_spellings(rope, spelling, head_dim):
-    raw = tiny_config(rope_theta=50_000.0, head_dim=head_dim)
-    if spelling != "rope_parameters":
-        raw["rope_scaling"] = dict(rope)
-    if spelling != "rope_scaling":
-        raw["rope_parameters"] = {**rope, "rope_theta": 50_000.0}
-    if spelling == "rope_parameters":
-        del raw["rope_theta"]
-    config = read_config(raw)
-    expected, magnitude = rope_inv_freq(raw)
-    got = inverse_frequencies(config.rope, head_dim)
-    np.testing.assert_allclose(got, expected, rtol=1e-12)
-    rotation = Rope(config.rope, head_dim)
-    np.testing.assert_allclose(np.array(rotation.periods), 1 / expected, rtol=1e-6)
-    assert rotation.magnitude == config.rope.attention_factor == pytest.approx(magnitude, rel=1e-12)
-
 
 def test_the_trained_length_beside_the_rotary_settings_counts():
     for rope in (YARN, LLAMA3):
@@ -137,29 +95,47 @@ def test_the_trained_length_beside_the_rotary_settings_counts():
         assert not np.allclose(got, inverse_frequencies(read(rope_scaling=rope).rope, 16))
 
 
-numbers = st.floats(1e-3, 1e6) | st.integers(1, 100_000)
-
-
-@given(
-    st.sampled_from([LINEAR, LLAMA3, YARN]),
-    st.dictionaries(
-        st.sampled_from(
-            ["factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"]
-        ),
-        numbers,
-    ),
-    st.floats(1.5, 1e7),
-    st.integers(1, 200_000),
-    st.sampled_from([2, 16, 128]),
+NUMBERS = st.floats(1e-3, 1e6) | st.integers(1, 100_000)
+NAMES = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+# Mostly left out: each changes the frequencies or what they are multiplied by.
+OTHERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "original_max_position_embeddings": st.integers(1, 200_000),
+        "attention_factor": st.floats(0.1, 9),
+        "mscale": st.floats(0.1, 9),
+        "mscale_all_dim": st.floats(0.1, 9) | st.just(0),
+        "truncate": st.booleans(),
+    },
 )
-@settings(max_examples=150)
-def test_accepted_settings_have_the_reference_s_frequencies(rope, changes, theta, original, size):
-    rope = {**rope, **changes, "original_max_position_embeddings": original}
+
+
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters", "both", "type"])
+@given(
+    st.sampled_from([{"rope_type": "default"}, LINEAR, LLAMA3, YARN]),
+    st.dictionaries(st.sampled_from(NAMES), NUMBERS) | OTHERS,
+    st.floats(1.5, 1e7),
+    st.sampled_from([2, 16, 64, 128]),
+)
+@settings(max_examples=80)
+def test_accepted_settings_have_the_reference_s_frequencies(spelling, rope, changes, theta, size):
+    rope = {**rope, **changes}
     # Others make no sense, and equal ones divide by zero: see the refusals.
     assume(rope["rope_type"] != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"])
-    raw = tiny_config(rope_theta=theta, rope_scaling=rope, head_dim=size)
+    if spelling == "type":
+        rope["type"] = rope.pop("rope_type")
+    raw = tiny_config(rope_theta=theta, head_dim=size)
+    if spelling != "rope_parameters":
+        raw["rope_scaling"] = dict(rope)
+    if spelling in ("rope_parameters", "both"):
+        raw["rope_parameters"] = {**rope, "rope_theta": theta}
+    if spelling == "rope_parameters":
+        del raw["rope_theta"]
     config = read_config(raw)
+    expected, magnitude = rope_inv_freq(raw)
     got = inverse_frequencies(config.rope, size)
     assert np.isfinite(got).all() and (got > 0).all()
-    np.testing.assert_allclose(got, rope_inv_freq(raw)[0], rtol=1e-9)
-    assert Rope(config.rope, size).magnitude == pytest.approx(rope_inv_freq(raw)[1])
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+    rotation = Rope(config.rope, size)
+    np.testing.assert_allclose(np.array(rotation.periods), 1 / expected, rtol=1e-6)
+    assert rotation.magnitude == config.rope.attention_factor == pytest.approx(magnitude, rel=1e-12)

@@ -23,36 +23,22 @@ NO_NUMBERS = (True, 0, -1.0, "1", [1], math.nan, math.inf)
 # --- one table: what a file says, and what its refusal names ---
 
 # What would change the computation, in each family.
+KEYS_THAT_MATTER = {
+    **{"partial_rotary_factor": 0.5, "attn_logit_softcapping": 50.0, "logits_scaling": 8.0},
+    **{"final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256, "logit_scale": 0.0625},
+    **{"attention_multiplier": 0.5, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    **{"no_rope_layers": [1, 1, 0], "num_local_experts": 8, "num_experts": 16, "qk_norm": True},
+    **{"use_qk_norm": True, "use_sliding_window": True, "attention_chunk_size": 8192},
+    **{"alibi": True, "hidden_act": "gelu", "layer_types": "full_attention"},
+}
 COMPUTED: list[tuple[dict[str, Any], str]] = [
-    ({key: value}, key)
-    for key, value in (
-        ("partial_rotary_factor", 0.5),
-        ("hidden_act", "gelu"),
-        ("hidden_act", ["silu"]),
-        ("attn_logit_softcapping", 50.0),
-        ("final_logit_softcapping", 30.0),
-        ("query_pre_attn_scalar", 256),
-        ("attention_multiplier", 0.5),
-        ("embedding_multiplier", 12.0),
-        ("residual_multiplier", 0.22),
-        ("logits_scaling", 8.0),
-        ("logit_scale", 0.0625),
-        ("no_rope_layers", [1, 1, 0]),
-        ("num_local_experts", 8),
-        ("num_experts", 16),
-        ("use_qk_norm", True),
-        ("qk_norm", True),
-        ("use_sliding_window", True),
-        ("attention_chunk_size", 8192),
-        ("alibi", True),
-        ("layer_types", ["full_attention", "sliding_attention"]),
-        ("layer_types", ["chunked_attention"] * 2),
-        ("layer_types", "full_attention"),
-        ("quantization_config", {"bits": 4}),
-        ("quantization_config", "awq"),
-    )
+    *(({key: value}, key) for key, value in KEYS_THAT_MATTER.items()),
+    ({"hidden_act": ["silu"]}, "hidden_act"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"layer_types": ["chunked_attention"] * 2}, "layer_types"),
+    *(({"quantization_config": value}, "quantization_config") for value in ({"bits": 4}, "awq")),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
 ]
-COMPUTED += [({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq")]
 # Rotary settings, in each spelling.
 ROPES: list[tuple[Any, str]] = [
     ({"rope_type": "dynamic", "factor": 2.0}, f"'dynamic'.*{SUPPORTED}"),
@@ -168,9 +154,9 @@ def test_quantization_is_read_with_its_overrides():
 
 KEYS = "rope_scaling rope_parameters layer_types sliding_window quantization quantization_config"
 KEYS = (*KEYS.split(), "original_max_position_embeddings", "partial_rotary_factor", *tiny_config())
-INNER = "rope_type type rope_theta factor mscale mscale_all_dim attention_factor beta_fast"
-INNER += " original_max_position_embeddings beta_slow truncate low_freq_factor high_freq_factor"
-INNER = st.sampled_from(f"{INNER} bits group_size mode quant_method partial_rotary_factor".split())
+names = "rope_type type rope_theta factor mscale mscale_all_dim attention_factor beta_fast"
+names += " original_max_position_embeddings beta_slow truncate low_freq_factor high_freq_factor"
+INNER = st.sampled_from(f"{names} bits group_size mode quant_method partial_rotary_factor".split())
 WORDS = "llama mistral yarn linear llama3 default silu affine mxfp4 full_attention dynamic"
 NUMBERS = st.integers() | st.integers(1, 128) | st.floats() | st.floats(0.1, 64)
 TEXTS = st.sampled_from([*WORDS.split(), "sliding_attention"]) | st.text(max_size=8)

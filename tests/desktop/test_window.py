@@ -98,39 +98,37 @@ async def test_a_click_in_the_list_reopens_a_saved_conversation(letters):
         assert [s.question for s in one.desk.said] == ["First?", "Second?"]
 
 
-def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_window(tmp_path):
+@on_a_loop
+async def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_window(tmp_path):
     letters = write_letters(
         tmp_path / "letters", tiny_config(**SMALL, max_position_embeddings=1_024)
     )
 
-    async def use():
-        async with app(tmp_path / "nowhere") as one:
-            view = one.view
-            assert "nowhere" in view.notice.text.replace("\n", "")
-            assert view.notice.style.color != view.transcript._colours.faded
-            await asked_in_vain(one, "Anybody?")
+    async with app(tmp_path / "nowhere") as one:
+        view = one.view
+        assert "nowhere" in view.notice.text.replace("\n", "")
+        assert view.notice.style.color != view.transcript._colours.faded
+        await asked_in_vain(one, "Anybody?")
         await until(lambda: one.desk.models == ["starter"])
-            one.desk.models.append(str(letters))
-            one.changed()
-            await until(lambda: str(letters) in [row.value for row in view.model.items])
-            view.model.value = str(letters)
-            await until(lambda: one.desk.status.idle and one.desk.model == str(letters))
-            await settled(one)
-            await until(lambda: view.notice.text == "")
-            await asked(one, "Hi")
-            await settled(one)
-            view.window.value = "508"
-            await until(lambda: one.desk.gauge.capacity == 512)
-            await settled(one)
-            view.window.value = "8,000"  # more than the model was trained with
-            await until(lambda: "trained context" in view.notice.text.replace("\n", " "))
-            await settled(one)
-            await until(lambda: view.window.value == "508")
+        one.desk.models.append(str(letters))
+        one.changed()
+        await until(lambda: str(letters) in [row.value for row in view.model.items])
+        view.model.value = str(letters)
+        await until(lambda: one.desk.status.idle and one.desk.model == str(letters))
+        await settled(one)
+        await until(lambda: view.notice.text == "")
+        await asked(one, "Hi")
+        await settled(one)
+        view.window.value = "508"
+        await until(lambda: one.desk.gauge.capacity == 512)
+        await settled(one)
+        view.window.value = "8,000"  # more than the model was trained with
+        await until(lambda: "trained context" in view.notice.text.replace("\n", " "))
+        await settled(one)
+        await until(lambda: view.window.value == "508")
         await asked(one, "More")
         await settled(one)
         assert len(one.desk.said) == 2 == one.desk.attended
-
-    asyncio.run(use())
 
 
 @on_a_loop

@@ -43,12 +43,10 @@ REFUSALS = {"CheckpointError", "ConfigError", "WeightsError", "TokenizerError", 
     ("name", "ends"),
     [
         ("checkpoints", {"ran", *REFUSALS}),
-        ("sessions", {"read again", "refused", "as it was", "believed"}),
+        ("sessions", {"read again", "refused", "as it was"}),
     ],
 )
-def test_what_is_hostile_or_altered_comes_to_no_harm(
-    place: Path, tmp_path: Path, name: str, ends: set[str]
-) -> None:
+def test_what_is_hostile_or_altered_comes_to_no_harm(place, tmp_path, name, ends):
     said: list[str] = []
     if name == "checkpoints":
         checkpoints.prepare(place := tmp_path)
@@ -109,7 +107,7 @@ FORGED: dict[str, Callable[[dict[str, Any], dict[str, mx.array]], Any]] = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_what_was_forged_is_not_used(judge: Judge, name: str) -> None:
+def test_what_was_forged_is_not_used(judge, name):
     judge.fresh()
     assert reopened(judge) == ""
     judge.fresh()
@@ -120,7 +118,7 @@ def test_what_was_forged_is_not_used(judge: Judge, name: str) -> None:
 
 @pytest.mark.parametrize("change", [files.pipe, files.link, files.folder])
 @pytest.mark.parametrize("obstacle", [False, True], ids=["", "obstacle"])
-def test_what_is_no_file_is_not_opened(judge: Judge, obstacle: bool, change: files.Change) -> None:
+def test_what_is_no_file_is_not_opened(judge, obstacle, change):
     judge.fresh()
     snapshot = session_paths("x").snapshot
     change(snapshot, Random(0))
@@ -138,7 +136,7 @@ def test_what_is_no_file_is_not_opened(judge: Judge, obstacle: bool, change: fil
         assert "snapshot after exchange" in manage.verify_session("x")
 
 
-def test_a_reply_of_special_tokens_is_read_as_text(judge: Judge) -> None:
+def test_a_reply_of_special_tokens_is_read_as_text(judge):
     """They have no text, so the transcript would not show the turn they open."""
     judge.fresh()
     saved = open_session("x", judge.model, OPTIONS)

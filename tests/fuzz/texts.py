@@ -13,25 +13,21 @@ def grown(step: str, out: str = "ns.x | length", first: str = "1", times: int = 
     )
 
 
+FOR, END = "{% for i in range(99999) %}", "{% endfor %}"
 # Each would take time or memory without end, or reach for Python.
 HOSTILE_TEMPLATES = {
     "python": "{{ ''.__class__.__mro__ }}",
-    "quiet loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "quiet loops": FOR * 2 + END * 2,
     "quiet loops with a test": (
         "{% for i in range(99999) if false %}{% endfor %}"
         "{% for i in range(9999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}"
     ),
-    "loops over one list": (
-        "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
-    ),
+    "loops over one list": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}" + END * 2,
     "compared in a row": (
         "{% set x = range(1000, 99999) | list %}{% set y = range(1000, 99999) | list %}"
         "{% if x " + "== y == x " * 1_000 + "%}{% endif %}"
     ),
-    "loops that read loop": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% if loop.last %}{% endif %}"
-        "{% endfor %}{% endfor %}"
-    ),
+    "loops that read loop": FOR * 2 + "{% if loop.last %}{% endif %}" + END * 2,
     "recursive loop": (
         "{% for i in range(9) recursive %}{{ loop(range(9)) if loop.depth < 9 }}{% endfor %}"
     ),

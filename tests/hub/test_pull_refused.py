@@ -97,9 +97,7 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
 
 
 @pytest.mark.parametrize(("change", "why", "fetched"), REFUSED)
-def test_what_a_hub_has_or_says_is_refused_in_one_line(
-    served: Hub, change: Callable[[Hub], object], why: str, fetched: set[str] | None
-) -> None:
+def test_what_a_hub_has_or_says_is_refused_in_one_line(served, change, why, fetched):
     change(served)
     assert why in refused()
     assert fetched is None or served.fetched() == fetched
@@ -107,12 +105,12 @@ def test_what_a_hub_has_or_says_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("revision", ["none", "../main", "/main", "", "-x", "a b"])
-def test_a_revision_that_is_none(served: Hub, revision: str) -> None:
+def test_a_revision_that_is_none(served, revision):
     line = refused(revision)
     assert repr(revision) in line and "a branch, a tag or a commit" in line
 
 
-def test_a_file_that_is_not_what_was_listed_is_not_kept(served: Hub) -> None:
+def test_a_file_that_is_not_what_was_listed_is_not_kept(served):
     for name in ("config.json", SHARD, "tokenizer.json"):
         served.sent[name] = lambda content, start: bytes([content[0] ^ 1]) + content[1:]
         assert f"{name} is not what the Hub says it is" in refused()
@@ -124,7 +122,7 @@ def test_a_file_that_is_not_what_was_listed_is_not_kept(served: Hub) -> None:
     pull()
 
 
-def test_a_file_without_end_is_cut_off(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_end_is_cut_off(served, monkeypatch):
     answer, more = served.answer, 50 << 20
 
     def without_end(path: str, start: int) -> tuple[int, dict, bytes, str]:
@@ -141,7 +139,7 @@ def test_a_file_without_end_is_cut_off(served: Hub, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/x.safetensors", "a/b.safetensors", "..\\x.safetensors"]
 )
-def test_names_that_lead_elsewhere_are_not_ours(served: Hub, name: str) -> None:
+def test_names_that_lead_elsewhere_are_not_ours(served, name):
     served.listed["README.md"] = {"rfilename": name}
     (served.repos[REPO] / "README.md").write_text("x")
     assert {path.name for path in pull().path.iterdir()} == {
@@ -149,7 +147,7 @@ def test_names_that_lead_elsewhere_are_not_ours(served: Hub, name: str) -> None:
     }
 
 
-def test_a_token_is_sent(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_is_sent(served, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     pull()
     assert served.tokens == {"Bearer hf_secret"}

@@ -18,7 +18,6 @@ from tests.fakes.loopback import (
     NOBODY,
     REPO,
     WEIGHTS,
-    Hub,
     names,
     never,
     refused,
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("home")
 # --- paths ---
 
 
-def test_an_existing_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_path_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     (tmp_path / "HOME").mkdir()
@@ -55,11 +54,11 @@ NO_SOURCES = ("", "none", "a/b/c", "a b/c", "a\0/b", "-a/b", "é/b")
         (__file__, "expected a folder or a .gguf file"),
     ],
 )
-def test_what_is_no_source_names_the_accepted_forms(source: str, why: str) -> None:
+def test_what_is_no_source_names_the_accepted_forms(source, why):
     assert why in refused(source)
 
 
-def test_importing_the_hub_imports_nothing_slow() -> None:
+def test_importing_the_hub_imports_nothing_slow():
     code = (
         "import sys, mlx_stream.hub.resolve; print([m for m in sys.modules if 'huggingface' in m])"
     )
@@ -69,7 +68,7 @@ def test_importing_the_hub_imports_nothing_slow() -> None:
 # --- the Hub ---
 
 
-def test_only_what_we_read_is_fetched_and_only_once(model: Path, served: Hub) -> None:
+def test_only_what_we_read_is_fetched_and_only_once(model, served):
     wanted = set(names(model))
     for name in ("pytorch_model.bin", "modeling.py", "README.md", "consolidated.safetensors"):
         (model / name).write_bytes(b"not for us")
@@ -87,9 +86,7 @@ def test_only_what_we_read_is_fetched_and_only_once(model: Path, served: Hub) ->
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_an_incomplete_cache_is_completed(
-    tmp_path: Path, served: Hub, monkeypatch: pytest.MonkeyPatch, listed: bool
-) -> None:
+def test_an_incomplete_cache_is_completed(tmp_path, served, monkeypatch, listed):
     served.repos[REPO] = write_tiny(tmp_path / "sharded", CONFIG, WEIGHTS, shards=3)
     found = resolve(REPO, silent)
     if not listed:  # as other programs and older versions of the library leave it
@@ -103,7 +100,7 @@ def test_an_incomplete_cache_is_completed(
     assert read_folder(found).tensors.keys() == WEIGHTS.keys()
 
 
-def test_a_lost_template_makes_the_cache_incomplete(model: Path, served: Hub) -> None:
+def test_a_lost_template_makes_the_cache_incomplete(model, served):
     (model / "chat_template.jinja").write_text("{{ messages }}")
     found = resolve(REPO, silent)
     (found / "chat_template.jinja").unlink()
@@ -111,7 +108,7 @@ def test_a_lost_template_makes_the_cache_incomplete(model: Path, served: Hub) ->
     assert (found / "chat_template.jinja").is_file()
 
 
-def test_what_the_environment_says_about_the_hub_holds(served: Hub, tmp_path: Path) -> None:
+def test_what_the_environment_says_about_the_hub_holds(served, tmp_path):
     code = (
         f"from mlx_stream.hub.resolve import resolve; print(resolve({REPO!r}, lambda line: None))"
     )
@@ -129,16 +126,14 @@ def test_what_the_environment_says_about_the_hub_holds(served: Hub, tmp_path: Pa
     assert run(HF_HUB_OFFLINE="1").stdout == found.stdout
 
 
-def test_an_unreachable_hub_and_offline_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_and_offline_mode(monkeypatch):
     assert f"{NOBODY} cannot be reached" in refused(REPO)
     assert "not a valid Hub id" in refused("org/na--me")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refused(REPO)
 
 
-def test_models_in_the_caches_are_listed(
-    model: Path, tmp_path: Path, home: Path, served: Hub
-) -> None:
+def test_models_in_the_caches_are_listed(model, tmp_path, home, served):
     assert cached_models() == []
     found = resolve(REPO, silent)
     served.repos["org/other"] = write_tiny(tmp_path / "other", CONFIG, WEIGHTS)
