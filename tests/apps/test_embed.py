@@ -14,7 +14,6 @@ from tests.engine.test_engine_exit import environment
 from tests.fakes.engines import DEADLINE
 
 EMBED = Path(__file__).parents[2] / "apps" / "embed"
-EXAMPLES = sorted(EMBED.glob("*.py"))
 
 # Drives the window as a user does, on Tk's own thread.
 DRIVE_TK = """
@@ -115,18 +114,6 @@ def display() -> Iterator[str]:
     finally:
         server.terminate()
         server.wait()
-
-
-def test_every_example_is_here_and_short():
-    assert [path.name for path in EXAMPLES] == [
-        "asyncio_chat.py",
-        "pyobjc_window.py",
-        "script.py",
-        "tk_window.py",
-    ]
-    for path in EXAMPLES:
-        assert len(path.read_text("utf-8").splitlines()) < 60
-        compile(path.read_text("utf-8"), path, "exec")
 
 
 def readme_blocks() -> list[str]:

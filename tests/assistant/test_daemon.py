@@ -128,28 +128,32 @@ def test_a_stop_saves_the_stream_and_a_start_goes_on_with_it(start, log):
     assert assistant.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("what", ["gone", "damaged", "of another journal", "of another window"])
-def test_without_its_snapshot_a_stream_is_built_again(start, log, what):
+def test_without_its_snapshot_a_stream_is_built_again(start, log):
     log.write_text(prose(60))
     assistant = start(f"--follow={log}")
     before = assistant.until_read(log.stat().st_size)
     assistant.stop()
     where = assistant_paths("main")
-    if what == "gone":
-        where.snapshot.unlink()
-    elif what == "damaged":
+
+    def damage() -> None:
         data = bytearray(where.snapshot.read_bytes())
         data[-1] ^= 1
         where.snapshot.write_bytes(data)
-    elif what == "of another journal":
+
+    def rename_the_journal() -> None:
         with Journal(where.journal)._file.connection as connection:
             connection.execute("UPDATE about SET id = 'x'")
-    words = ("--window=300",) if what == "of another window" else ()
-    assistant = start(f"--follow={log}", *words)
-    status = assistant.until(has_caught_up)
-    assert "is built again from the latest" in assistant.said
-    assert status["bytes_read"] == before["bytes_read"]
-    assert status["attended"] == (before["attended"] if not words else before["attended"] - 100)
+
+    spoils = (where.snapshot.unlink, damage, rename_the_journal, lambda: None)
+    for count, spoil in enumerate(spoils, 1):
+        spoil()
+        words = ("--window=300",) if count == 4 else ()
+        assistant = start(f"--follow={log}", *words)
+        status = assistant.until(has_caught_up)
+        assert assistant.said.count("is built again from the latest") == count
+        assert status["bytes_read"] == before["bytes_read"]
+        assert status["attended"] == before["attended"] - (100 if words else 0)
+        assistant.stop()
     assert "Traceback" not in assistant.said
 
 

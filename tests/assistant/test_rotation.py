@@ -19,14 +19,20 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "x.log"
 
 
-def rotated_while_nobody_looked(path: Path) -> Reading:
-    """Return one that has read "one"; "two" is in x.log.1, and "three" in x.log."""
-    add(path, b"one\n")
+def read_one(path: Path) -> Reading:
+    """Return one that has read "one"."""
+    write(path, b"one\n", 2)
     reading = Reading(path)
     reading.poll()
-    add(path, b"two\n")
+    return reading
+
+
+def rotated_while_nobody_looked(path: Path) -> Reading:
+    """Return one that has read "one"; "two" is in x.log.1, and "three" in x.log."""
+    reading = read_one(path)
+    write(path, b"two\n", 3)
     rotate(path)
-    add(path, b"three\n")
+    write(path, b"three\n", 4)
     reading.restart()
     return reading
 
@@ -36,9 +42,7 @@ def rotated_while_nobody_looked(path: Path) -> Reading:
 @pytest.mark.parametrize("unread", [b"", b"two\nhalf a li"])
 def test_rotated_more_than_once_while_nobody_looked(path, unread, restart, cut):
     write(path.with_name("x.log.1"), b"of long ago\n", 1)
-    write(path, b"one\n", 2)
-    reading = Reading(path)
-    reading.poll()
+    reading = read_one(path)
     write(path, unread, 3)
     for number in range(4, 7):
         if cut:
@@ -62,9 +66,7 @@ def test_rotated_more_than_once_while_nobody_looked(path, unread, restart, cut):
 )
 def test_rotated_more_than_once_by_date(path, names):
     write(path.with_name(f"x.log{names[0][:-1]}"), b"another kind\n", 1)
-    write(path, b"one\n", 2)
-    reading = Reading(path)
-    reading.poll()
+    reading = read_one(path)
     for second, name in enumerate(names, 3):
         path.rename(path.with_name(f"x.log{name}"))
         write(path, b"%d\n" % second, second)
@@ -103,10 +105,8 @@ def test_what_is_no_file_in_between_is_not_read_again(path, kept):
 
 
 def test_a_binary_file_in_between_is_passed_over(path):
-    write(path, b"one\n", 1)
-    reading = Reading(path)
-    reading.poll()
-    for second, data in ((2, b"\0\0"), (3, b"two\n"), (4, b"three\n")):
+    reading = read_one(path)
+    for second, data in ((3, b"\0\0"), (4, b"two\n"), (5, b"three\n")):
         rotate(path)
         write(path, data, second)
     reading.wait(30)
@@ -136,9 +136,7 @@ def locked(monkeypatch):
 
 @pytest.mark.parametrize("how", ["cut", "renamed", "in between"])
 def test_another_file_that_may_not_be_read_is_taken_as_not_there(path, locked, how):
-    add(path, b"one\n")
-    reading = Reading(path)
-    reading.poll()
+    reading = read_one(path)
     if how == "cut":
         add(path.with_name("x.log.1"), b"one\nmore than was read\n")
         os.truncate(path, 0)
@@ -178,11 +176,8 @@ def test_only_what_rotation_names_is_a_copy_and_only_if_it_is_newer(path):
 
 
 def test_how_rotation_names_files():
-    assert [rotation_number("x.log", f"x.log.{n}") for n in (10, 9, 0)] == [
-        (".", -10),
-        (".", -9),
-        (".", 0),
-    ]
+    for number in (10, 9, 0):
+        assert rotation_number("x.log", f"x.log.{number}") == (".", -number)
     for end in ("-20261128", ".2026-11-28", "-20261128-1764300000", ".old", ".bak", "~"):
         assert rotation_number("x.log", f"x.log{end}")
     for other in ("x.log", "x.log.err", "x.log.1.gz", "y.log.1", "x.log1", "x.log.", "x.log.1.err"):
@@ -208,13 +203,7 @@ def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):
 
 
 def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
-    write(path, b"one\n", 1)
-    reading = Reading(path)
-    reading.poll()
-    write(path, b"two\n", 2)
-    rotate(path)
-    write(path, b"three\n", 3)
-    reading.restart()
+    reading = rotated_while_nobody_looked(path)
     whole, opens = tail.open_file, itertools.count()
 
     def opened(found: Path) -> int:
@@ -245,9 +234,7 @@ def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
 
 
 def test_a_copy_of_no_more_than_was_read_is_left(path):
-    add(path, b"one\n")
-    reading = Reading(path)
-    reading.poll()
+    reading = read_one(path)
     path.with_name("x.log.1").write_bytes(b"one\n")
     path.write_bytes(b"")
     assert reading.wait() == b""

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from mlx_stream_assistant import service
 from mlx_stream_assistant import socket_server as doors
 from mlx_stream_assistant.battery import battery_in, discharging
+from mlx_stream_assistant.cli import app
 from mlx_stream_assistant.paths import AssistantError, assistant_paths
 from mlx_stream_assistant.settings import Settings
 from mlx_stream_assistant.socket_server import SocketServer, request
@@ -72,10 +74,6 @@ def test_a_request_is_answered_in_lines(served):
 
 
 def test_an_answer_that_is_cut_ends_its_line(served, monkeypatch):
-    from typer.testing import CliRunner
-
-    from mlx_stream_assistant.cli import app
-
     monkeypatch.setenv("MLX_STREAM_HOME", str(served.parent))
     path = assistant_paths("main").socket
     path.parent.mkdir(parents=True)
@@ -184,10 +182,6 @@ def test_a_unit_of_systemd(tmp_path):
 
 
 def test_what_install_writes_is_what_run_would_be_told(home):
-    from typer.testing import CliRunner
-
-    from mlx_stream_assistant.cli import app
-
     words = service.words(
         settings(every=5.0, name="n", system="Be $brief.", snapshot_every=2.5, from_end=True)
     )
@@ -232,10 +226,6 @@ def test_commands_that_start_and_stop_it_are_carried_out(home):
     ],
 )
 def test_what_cannot_be_done_is_refused_before_it_is_installed(home, words):
-    from typer.testing import CliRunner
-
-    from mlx_stream_assistant.cli import app
-
     for verb in ("install", "run"):
         done = CliRunner().invoke(app, [verb, *words])
         assert done.exit_code == 1 and done.stderr.count("\n") == 1 and done.stdout == ""

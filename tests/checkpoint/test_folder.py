@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from tests.fakes.tiny import CHAT_TEMPLATE, stored_as, tiny_config, tiny_weights
 
 CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)
+SECOND = "model-00002-of-00003.safetensors"
 
 
 def tiny(path: Path, dtype: str = "float32", shards: int = 1) -> Path:
@@ -60,7 +62,7 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_tensors_are_those_stored(tmp_path: Path, dtype: str, shards: int) -> None:
+def test_tensors_are_those_stored(tmp_path, dtype, shards):
     found = read_folder(tiny(tmp_path / "model", dtype, shards))
     expected = stored_as(WEIGHTS, dtype)
     assert found.tensors.keys() == expected.keys()
@@ -69,7 +71,7 @@ def test_tensors_are_those_stored(tmp_path: Path, dtype: str, shards: int) -> No
         np.testing.assert_array_equal(np.array(array.astype(mx.float32)), expected[name])
 
 
-def test_config_and_tokenizer_come_as_they_are(model: Path) -> None:
+def test_config_and_tokenizer_come_as_they_are(model):
     found = read_folder(model)
     assert found.config == json.loads((model / "config.json").read_text())
     assert found.tokenizer == (model / "tokenizer.json").read_text(encoding="utf-8")
@@ -78,7 +80,7 @@ def test_config_and_tokenizer_come_as_they_are(model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model-{}-of-00003", "weights.{}"])
-def test_shards_without_an_index_are_found(sharded: Path, name: str) -> None:
+def test_shards_without_an_index_are_found(sharded, name):
     (sharded / INDEX).unlink()
     for i in range(1, 4):
         shard = sharded / f"model-{i:05}-of-00003.safetensors"
@@ -86,7 +88,7 @@ def test_shards_without_an_index_are_found(sharded: Path, name: str) -> None:
     assert read_folder(sharded).tensors.keys() == WEIGHTS.keys()
 
 
-def test_symbolic_links_are_followed_as_the_hub_cache_needs(model: Path) -> None:
+def test_symbolic_links_are_followed_as_the_hub_cache_needs(model):
     (model / "model.safetensors").rename(model.parent / "blob")
     (model / "model.safetensors").symlink_to("../blob")
     assert read_folder(model).tensors.keys() == WEIGHTS.keys()
@@ -94,106 +96,31 @@ def test_symbolic_links_are_followed_as_the_hub_cache_needs(model: Path) -> None
     assert missing_files(model) == ["model.safetensors"]
 
 
-def test_a_template_file_overrides_the_tokenizer_config(model: Path) -> None:
+def test_templates_come_from_a_file_or_by_name_and_optional_files_may_be_missing(model):
     (model / "chat_template.jinja").write_text("{{ 'é' }}", encoding="utf-8")
     assert read_folder(model).tokenizer_config["chat_template"] == "{{ 'é' }}"
     assert read_folder(model).tokenizer_config["bos_token"] == "<|im_start|>"
-
-
-def test_optional_files_may_be_missing_and_named_templates_are_kept(model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
     named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert read_folder(model).tokenizer_config == {"chat_template": named}
     (model / "tokenizer_config.json").unlink()
     (model / "generation_config.json").unlink()
-    assert read_folder(model).tokenizer_config == {}
-    assert read_folder(model).generation_config == {}
+    assert read_folder(model).tokenizer_config == read_folder(model).generation_config == {}
 
 
-# --- what is missing ---
-
-
-def test_a_missing_folder(tmp_path: Path) -> None:
-    assert "no such folder" in refused(tmp_path / "none", SourceError)
-    assert "no such folder" in refused(Path(__file__), SourceError)
-    refused(Path("x" * 5_000), SourceError)
-
-
-def test_a_missing_config(model: Path) -> None:
-    (model / "config.json").unlink()
-    assert "config.json" in refused(model)
-    os.mkfifo(model / "config.json")  # would block whoever opens it
-    assert "config.json" in refused(model)
-
-
-def test_a_missing_tokenizer(model: Path) -> None:
-    (model / "tokenizer.json").write_bytes(b"{\xff}")
-    assert "UTF-8" in refused(model, TokenizerError)
-    (model / "tokenizer.json").unlink()
-    message = refused(model, TokenizerError)
-    assert "no tokenizer.json" in message
-    assert "transformers" in message
-
-
-@pytest.mark.parametrize(
-    ("file", "expected"),
-    [
-        (None, "expected weights in the safetensors format"),
-        ("pytorch_model.bin", "pickles"),
-        ("consolidated.00.pth", "never read"),
-        ("tiny.Q4_1.gguf", "'tiny.Q4_1.gguf': name that file instead"),
-    ],
-)
-def test_missing_weights(model: Path, file: str | None, expected: str) -> None:
-    (model / "model.safetensors").unlink()
-    if file is not None:
-        (model / file).write_bytes(b"never opened")
-    assert expected in refused(model)
-
-
-def test_missing_files_names_what_reading_needs(sharded: Path) -> None:
+def test_missing_files_names_what_reading_needs(sharded):
     assert missing_files(sharded) == []
-    shard = "model-00002-of-00003.safetensors"
-    for name in ("tokenizer.json", shard):
+    for name in ("tokenizer.json", SECOND):
         (sharded / name).unlink()
-    assert missing_files(sharded) == ["tokenizer.json", shard]
+    assert missing_files(sharded) == ["tokenizer.json", SECOND]
     (sharded / INDEX).unlink()  # the names of the others still tell
-    assert missing_files(sharded) == ["tokenizer.json", shard]
+    assert missing_files(sharded) == ["tokenizer.json", SECOND]
     (sharded / INDEX).write_text("{")
     assert missing_files(sharded) == ["tokenizer.json", "model.safetensors"]
 
 
-# --- JSON nobody vouches for ---
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer_config.json", "generation_config.json", INDEX]
-)
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"", "not valid JSON"),
-        (b'{"a": 1', "not valid JSON"),
-        (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
-        (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
-        (b'{"a": ' * 200_000, "nested too deeply"),
-        (b"[1, 2]", "expected a JSON object, not [1, 2]"),
-        (b'{"a": "\xff"}', "not UTF-8"),
-        (b'{"a": "' + b"x" * 5_000_000 + b'"}', "larger than 4 MB"),
-    ],
-    ids=["empty", "cut", "number", "arrays", "objects", "list", "latin1", "large"],
-)
-def test_bad_json_is_refused(
-    sharded: Path, name: str, content: bytes, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(folder, "JSON_BYTES", 4 << 20)
-    (sharded / name).write_bytes(content)
-    message = refused(sharded)
-    assert expected in message
-    assert name in message
-
-
-def test_a_file_takes_the_memory_it_has_not_what_it_might_have(model: Path) -> None:
+def test_a_file_takes_the_memory_it_has_not_what_it_might_have(model):
     tracemalloc.start()
     try:
         read_folder(model)
@@ -202,26 +129,115 @@ def test_a_file_takes_the_memory_it_has_not_what_it_might_have(model: Path) -> N
         tracemalloc.stop()
 
 
-# --- indices nobody vouches for ---
+# --- what is refused, in three shards ---
 
 
-@pytest.mark.parametrize(
-    "shard",
-    [
-        "../outside.safetensors",
-        "{parent}/outside.safetensors",
-        "sub/inside.safetensors",
-        "..\\outside.safetensors",
-        "C:outside.safetensors",
-        "out\0side.safetensors",
-        "outside.bin",
-        "",
-        7,
-        None,
-        ["a.safetensors"],
-    ],
-)
-def test_an_index_may_not_leave_its_folder(sharded: Path, shard: object) -> None:
+def without_weights(file: str) -> Callable[[Path], object]:
+    """Leave out the weights; put a file of that name in their place."""
+
+    def change(path: Path) -> None:
+        for weights in path.glob("model*"):
+            weights.unlink()
+        (path / file).write_bytes(b"never opened")
+
+    return change
+
+
+def written(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda path: (path / name).write_bytes(content)
+
+
+def entry(dtype: str, shape: list[int], size: int) -> Callable[[Path], object]:
+    """Put a shard there that holds one tensor, `odd`."""
+    header = {"odd": {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}}
+    return written(SECOND, safetensors(header, bytes(size)))
+
+
+def twice(path: Path) -> None:
+    mx.save_safetensors(str(path / "more.safetensors"), {"model.norm.weight": mx.zeros((64,))})
+    edit_index(path, **{"model.norm.weight": "more.safetensors"})
+
+
+def long_header(length: int) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        (path / SECOND).write_bytes(length.to_bytes(8, "little"))
+        os.truncate(path / SECOND, 2 * folder.HEADER_BYTES)  # sparse
+
+    return change
+
+
+def remove_config(path: Path) -> None:
+    (path / "config.json").unlink()
+    os.mkfifo(path / "config.json")  # would block whoever opens it
+
+
+JSONS = [
+    (b"", "not valid JSON"),
+    (b'{"a": 1', "not valid JSON"),
+    (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+    (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
+    (b'{"a": ' * 200_000, "nested too deeply"),
+    (b"[1, 2]", "expected a JSON object, not [1, 2]"),
+    (b'{"a": "\xff"}', "not UTF-8"),
+    (b'{"a": "' + b"x" * 5_000_000 + b'"}', "larger than 4 MB"),
+]
+JSON_FILES = ("config.json", "tokenizer_config.json", "generation_config.json", INDEX)
+REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
+    (remove_config, CheckpointError, "config.json"),
+    (written("tokenizer.json", b"{\xff}"), TokenizerError, "UTF-8"),
+    (lambda path: (path / "tokenizer.json").unlink(), TokenizerError, "with transformers"),
+    (without_weights("x"), CheckpointError, "expected weights in the safetensors format"),
+    (without_weights("pytorch_model.bin"), CheckpointError, "pickles"),
+    (without_weights("consolidated.00.pth"), CheckpointError, "never read"),
+    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "'tiny.Q4_1.gguf': name that file"),
+    *((written(name, text), CheckpointError, why) for name in JSON_FILES for text, why in JSONS),
+    *(
+        (written(INDEX, json.dumps({"weight_map": table}).encode()), CheckpointError, "weight_map")
+        for table in (None, {}, [], "model.safetensors")
+    ),
+    (lambda path: edit_index(path, extra=SECOND), WeightsError, f"'extra' is in '{SECOND}', which"),
+    (lambda path: (path / SECOND).unlink(), CheckpointError, f"'{SECOND}' is missing"),
+    (twice, WeightsError, "'model.norm.weight' is in both"),
+    *(
+        (entry(dtype, [8], 8 * size), WeightsError, f"'odd' is {dtype}")
+        for dtype, size in (("F64", 8), ("I64", 8), ("I32", 4), ("BOOL", 1), ("F8_E4M3", 1))
+    ),
+    *(
+        (entry("F32", shape, 4 * math.prod(shape)), WeightsError, "'odd' has the impossible shape")
+        for shape in ([0], [0, 2**40], [2, 0], [1] * 9, [1] * 2_000)
+    ),
+    *(
+        (long_header(length), CheckpointError, f"a header of {length} bytes")
+        for length in (folder.HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1)
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "why"), REFUSED)
+def test_what_is_wrong_with_a_folder_is_said(sharded, monkeypatch, change, kind, why):
+    monkeypatch.setattr(folder, "JSON_BYTES", 4 << 20)
+    change(sharded)
+    assert why in refused(sharded, kind)
+
+
+def test_a_missing_folder(tmp_path):
+    assert "no such folder" in refused(tmp_path / "none", SourceError)
+    assert "no such folder" in refused(Path(__file__), SourceError)
+    refused(Path("x" * 5_000), SourceError)
+
+
+def test_a_missing_shard_is_named_without_an_index_too(sharded):
+    (sharded / SECOND).unlink()
+    (sharded / INDEX).unlink()
+    assert f"'{SECOND}' is missing" in refused(sharded)
+
+
+OUTSIDE = ("../outside.safetensors", "{parent}/outside.safetensors", "sub/inside.safetensors")
+OUTSIDE += ("..\\outside.safetensors", "C:outside.safetensors", "out\0side.safetensors", "a.bin")
+
+
+@pytest.mark.parametrize("shard", [*OUTSIDE, "", 7, None, ["a.safetensors"]])
+def test_an_index_may_not_leave_its_folder(sharded, shard):
     # Both exist and would do, were they read.
     (sharded / "sub").mkdir()
     for target in (sharded.parent / "outside.safetensors", sharded / "sub" / "inside.safetensors"):
@@ -233,36 +249,10 @@ def test_an_index_may_not_leave_its_folder(sharded: Path, shard: object) -> None
     assert missing_files(sharded)
 
 
-def test_an_index_must_agree_with_its_shards(sharded: Path) -> None:
-    edit_index(sharded, extra="model-00002-of-00003.safetensors")
-    message = refused(sharded, WeightsError)
-    assert "'extra'" in message
-    assert "'model-00002-of-00003.safetensors'" in message
-
-
-def test_a_missing_shard_is_named(sharded: Path) -> None:
-    (sharded / "model-00002-of-00003.safetensors").unlink()
-    assert "'model-00002-of-00003.safetensors' is missing" in refused(sharded)
-    (sharded / INDEX).unlink()
-    assert "'model-00002-of-00003.safetensors' is missing" in refused(sharded)
-
-
-def test_a_tensor_given_twice_is_refused(sharded: Path) -> None:
-    mx.save_safetensors(str(sharded / "more.safetensors"), {"model.norm.weight": mx.zeros((64,))})
-    edit_index(sharded, **{"model.norm.weight": "more.safetensors"})
-    assert "'model.norm.weight' is in both" in refused(sharded, WeightsError)
-
-
-@pytest.mark.parametrize("table", [None, {}, [], "model.safetensors"])
-def test_an_index_without_a_map_is_refused(sharded: Path, table: object) -> None:
-    (sharded / INDEX).write_text(json.dumps({"weight_map": table}))
-    assert "weight_map" in refused(sharded)
-
-
 # --- shards nobody vouches for ---
 
 
-def test_a_truncated_shard_is_refused_at_any_length(model: Path) -> None:
+def test_a_truncated_shard_is_refused_at_any_length(model):
     path = model / "model.safetensors"
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -279,60 +269,11 @@ def test_a_truncated_shard_is_refused_at_any_length(model: Path) -> None:
     assert read_folder(model).tensors.keys() == WEIGHTS.keys()
 
 
-def test_a_flipped_header_is_refused_or_harmless(model: Path) -> None:
-    path = model / "model.safetensors"
-    tensors = {"b": mx.ones((3, 5), mx.bfloat16), "w": mx.arange(12, dtype=mx.uint32)}
-    mx.save_safetensors(str(path), tensors, metadata={"format": "mlx"})
-    whole = path.read_bytes()
-    size = sum(array.nbytes for array in tensors.values())
-    refusals = 0
-    for place in range(8 + int.from_bytes(whole[:8], "little")):
-        for bit in (1, 4, 32, 128):
-            flipped = bytearray(whole)
-            flipped[place] ^= bit
-            path.write_bytes(flipped)
-            try:
-                found = read_folder(model).tensors
-            except CheckpointError as error:
-                refusals += 1
-                assert "\n" not in str(error)
-                continue
-            # Only a name or a dtype of the same size can have changed.
-            mx.eval(list(found.values()))
-            assert sum(array.nbytes for array in found.values()) == size
-    assert refusals > 400
-
-
-@pytest.mark.parametrize("dtype", ["F64", "I64", "I32", "BOOL", "F8_E4M3"])
-def test_other_dtypes_are_refused_by_name(model: Path, dtype: str) -> None:
-    bytes_each = {"F64": 8, "I64": 8, "I32": 4}.get(dtype, 1)
-    header = {"odd": {"dtype": dtype, "shape": [8], "data_offsets": [0, 8 * bytes_each]}}
-    (model / "model.safetensors").write_bytes(safetensors(header, bytes(8 * bytes_each)))
-    message = refused(model, WeightsError)
-    assert f"'odd' is {dtype}" in message
-
-
-@pytest.mark.parametrize("shape", [[0], [0, 2**40], [2, 0], [1] * 9, [1] * 2_000])
-def test_impossible_shapes_are_refused(model: Path, shape: list[int]) -> None:
-    size = 4 * math.prod(shape)
-    header = {"odd": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
-    (model / "model.safetensors").write_bytes(safetensors(header, bytes(size)))
-    assert "'odd' has the impossible shape" in refused(model, WeightsError)
-
-
-def test_a_header_is_not_believed_about_its_length(model: Path) -> None:
-    path = model / "model.safetensors"
-    for length in (folder.HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1):
-        path.write_bytes(length.to_bytes(8, "little"))
-        os.truncate(path, 2 * folder.HEADER_BYTES)  # sparse
-        assert f"a header of {length} bytes" in refused(model)
-
-
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", INDEX]
 )
 @pytest.mark.parametrize("target", ["/dev/zero", "pipe", "loop", "nowhere", "."])
-def test_a_link_that_leads_to_no_file_is_none(sharded: Path, name: str, target: str) -> None:
+def test_a_link_that_leads_to_no_file_is_none(sharded, name, target):
     (sharded / name).unlink(missing_ok=True)
     os.mkfifo(sharded / "pipe")
     (sharded / "loop").symlink_to("loop")
@@ -344,13 +285,13 @@ def test_a_link_that_leads_to_no_file_is_none(sharded: Path, name: str, target: 
         assert read_folder(sharded).tensors.keys() == WEIGHTS.keys()
 
 
-def test_no_tensors_at_all_is_refused(model: Path) -> None:
+def test_no_tensors_at_all_is_refused(model):
     (model / "model.safetensors").write_bytes(safetensors({"__metadata__": {"format": "pt"}}))
     assert "no tensors" in refused(model, WeightsError)
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_header_that_two_parsers_read_differently_is_refused(model: Path, order: int) -> None:
+def test_a_header_that_two_parsers_read_differently_is_refused(model, order):
     entries = [
         b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',
         b'"w":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}',
@@ -367,9 +308,7 @@ def test_a_header_that_two_parsers_read_differently_is_refused(model: Path, orde
     assert declared["w"] == ("F32", list(found.shape))
 
 
-def test_what_the_checker_and_mlx_see_must_agree(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_checker_and_mlx_see_must_agree(model, monkeypatch):
     loaded = mx.load(str(model / "model.safetensors"))
     assert isinstance(loaded, dict)
     loaded["model.norm.weight"] = loaded["model.norm.weight"][:-1]

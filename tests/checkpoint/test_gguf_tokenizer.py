@@ -7,8 +7,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from mlx_stream.checkpoint.gguf import read_gguf
-from mlx_stream.errors import TokenizerError
-from tests.fakes.gguf_files import CONTROL, MERGES, TEMPLATE, TOKENS, TYPES, refused, write_tiny
+from tests.fakes.gguf_files import CONTROL, MERGES, TEMPLATE, TOKENS, write_tiny
 
 TEXT = "The  theory: in the year 1234, 'they'll hello hello-hello\n\nhello"
 TEXT += "\n\n\tÉté, 東京 🙂 <|im_end|><tool>12"
@@ -107,38 +106,3 @@ def test_tokenizer_config(path: Path):
         "pad_token": "<|im_end|>",
         "chat_template": TEMPLATE,
     }
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported (supported: 'gpt2'"),
-        ({"pre": "qwen2"}, "'qwen2' is not supported (supported: smollm, llama-bpe"),
-        ({"pre": None}, "tokenizer.ggml.pre '' is not supported"),
-        ({"tokens": None}, "no tokenizer.ggml.tokens"),
-        ({"tokens": [1, 2]}, "tokens must be an array of strings"),
-        ({"tokens": [*TOKENS, "a", "b"]}, "for an embedding of"),
-        ({"tokens": [*TOKENS[:-1], "the"]}, "'the' occurs twice"),
-        ({"token_type": None}, "no tokenizer.ggml.token_type"),
-        ({"token_type": TYPES[:-1]}, "token_type has"),
-        ({"token_type": TOKENS}, "token_type must be"),
-        ({"token_type": [0, *TYPES[1:]]}, "unknown kind 0"),
-        ({"merges": ["th"]}, "'th' is not two tokens"),
-        ({"merges": ["t h e"]}, "'t h e' is not two tokens"),
-        ({"merges": ["t nothing"]}, "'nothing', which is not in the vocabulary"),
-        ({"merges": ["e h"]}, "'eh', which is not in the vocabulary"),
-        ({"merges": 3}, "merges must be an array of strings"),
-        ({"bos_token_id": len(TOKENS)}, "is not one of the"),
-        ({"add_bos_token": True, "bos_token_id": None}, "no tokenizer.ggml.bos_token_id"),
-        ({"add_bos_token": 1}, "add_bos_token must be true or false"),
-        ({"tokens": ["", *TOKENS[1:]]}, "token 0 is special and empty"),
-    ],
-)
-def test_bad_tokenizers_are_refused(path: Path, keys: dict[str, Any], message: str):
-    write_tiny(path, keys={f"tokenizer.ggml.{name}": value for name, value in keys.items()})
-    assert message in refused(path, TokenizerError)
-
-
-def test_a_chat_template_that_is_no_text_is_refused(path: Path):
-    write_tiny(path, keys={"tokenizer.chat_template": 3})
-    assert "tokenizer.chat_template must be text" in refused(path, TokenizerError)

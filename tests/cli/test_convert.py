@@ -2,11 +2,9 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ import pytest
 from mlx_stream.checkpoint import write
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.program import atomic_replace
-from mlx_stream.quantize.recipes import recipe_named
 from tests.fakes.refusals import one_line
 from tests.fakes.shell import DEADLINE, done, edit, parsed, program
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
@@ -46,61 +43,27 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ("--bits 7", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 7"),
-        ("--bits 0", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 0"),
-        ("--bits 4 --group-size 48", "--group-size must be 32, 64 or 128 in mode affine, not 48"),
-        ("--bits 4 --group-size 0", "--group-size must be 32, 64 or 128 in mode affine, not 0"),
-        ("--group-size 64", "--group-size and --mode affine need --bits: how many?"),
-        ("--mode affine", "--group-size and --mode affine need --bits: how many?"),
-        ("--mode int4", "--mode must be one of affine, mxfp4, mxfp8, nvfp4, not 'int4'"),
-        ("--mode mxfp4 --bits 8", "--bits must be 4 in mode mxfp4, not 8"),
-        ("--mode nvfp4 --group-size 32", "--group-size must be 16 in mode nvfp4, not 32"),
-        ("--mode nvfp4 --bits 0", "--bits must be 4 in mode nvfp4, not 0"),
-        ("--recipe mixed_4_6 --bits 4", "--recipe says bits and mode itself: leave out --bits"),
-        ("--recipe best", "--recipe must be one of uniform_2, "),
-        ("--recipe sensitive_4_6", "--recipe sensitive_4_6 is measured on a text: give one with"),
-        ("--bits 4 --calibration TEXT", "--calibration is for recipes that are measured"),
-        ("--dtype int8", "--dtype must be one of float32, float16, bfloat16, not 'int8'"),
-        ("--report none.txt", "none.txt: cannot be read: No such file or directory"),
-        ("--report SHORT", "SHORT: 63 tokens: a report needs more than 200"),
-        ("--recipe sensitive_4_6 --calibration SHORT", "the calibration text has 63 tokens: give"),
-        ("--report TEXT --report-tokens 5", "--report-tokens must be above 200, not 5"),
-    ],
-)
-def test_what_cannot_be_done_is_said(source: Path, text: Path, options: str, why: str) -> None:
-    short = text.with_name("short.txt")
-    short.write_text(WORDS[:120])
-    words = options.replace("TEXT", str(text)).replace("SHORT", str(short)).split()
-    assert why in one_line("convert", source, "out", *words).replace(str(short), "SHORT")
-
-
-def test_places_that_will_not_do_are_refused(source: Path, tmp_path: Path) -> None:
+def test_places_that_will_not_do_are_refused(source, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "config.json").write_text("{}")
-    (tmp_path / "theirs" / "model.safetensors").touch()
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (theirs / name).write_text("{}")
     before = names(tmp_path), names(source)
-    for out, why in (
+    for out, why, *options in (
         (tmp_path / "file", "is a file: give a folder"),
         (tmp_path / "link", "is a link: give a folder"),
-        (tmp_path / "theirs", "exists: give another folder, or --force to replace it"),
+        (tmp_path / "file" / "out", "could not be written: "),
+        (theirs, "exists: give another folder, or --force to replace it"),
         (source / "out", "is the source, inside it, or around it"),
+        *((place, "never replaced", "--force") for place in (theirs, source, source.parent)),
     ):
-        assert one_line("convert", source, out).startswith(f"{out}: {why}")
-    for place in (tmp_path / "theirs", source, source.parent):
-        assert "never replaced" in one_line("convert", source, place, "--bits", 4, "--force")
-    out = tmp_path / "file" / "out"
-    assert one_line("convert", source, out).startswith(f"{out}: could not be written: ")
-    assert "no such folder or file" in one_line("convert", tmp_path / "none", tmp_path / "out")
+        assert why in one_line("convert", source, out, *options)
     assert (names(tmp_path), names(source)) == before
 
 
-def test_only_what_a_conversion_wrote_is_replaced(source: Path, tmp_path: Path) -> None:
+def test_only_what_a_conversion_wrote_is_replaced(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()  # an empty folder is no model
     done("convert", source, out, "--bits", 4)
@@ -119,9 +82,7 @@ def test_only_what_a_conversion_wrote_is_replaced(source: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("exchanges", [True, False])
-def test_a_folder_is_replaced_or_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
-) -> None:
+def test_a_folder_is_replaced_or_stays(tmp_path, monkeypatch, exchanges):
     if not exchanges:
         monkeypatch.setattr(atomic_replace, "system_call", lambda: None)
     elif atomic_replace.system_call() is None:
@@ -130,6 +91,10 @@ def test_a_folder_is_replaced_or_stays(
     for folder in (new, old):
         folder.mkdir()
         (folder / folder.name).touch()
+    assert atomic_replace.exchange(new, old) == exchanges
+    assert names(old) == (["new"] if exchanges else ["old"])
+    if exchanges:
+        assert atomic_replace.exchange(new, old)
     atomic_replace.replace_folder(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
     with pytest.raises(OSError, match="new"):  # there is none any more
@@ -137,24 +102,11 @@ def test_a_folder_is_replaced_or_stays(
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
 
 
-def test_two_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
-    if atomic_replace.system_call() is None:
-        pytest.skip("this system cannot exchange two names")
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).touch()
-    assert atomic_replace.exchange(tmp_path / "one", tmp_path / "other")
-    assert names(tmp_path / "one") == ["other"] and names(tmp_path / "other") == ["one"]
-    assert not atomic_replace.exchange(tmp_path / "one", tmp_path / "none")
-
-
 @pytest.mark.parametrize(
     ("options", "why"),
     [((), "another process wrote it meanwhile"), (("--force",), "never replaced")],
 )
-def test_a_process_that_was_first_keeps_its_folder(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple, why: str
-) -> None:
+def test_a_process_that_was_first_keeps_its_folder(source, tmp_path, monkeypatch, options, why):
     flush, out = write.flush, tmp_path / "out"
 
     def race(path: Path) -> None:
@@ -184,14 +136,16 @@ main()
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_what_is_interrupted_leaves_nothing_that_looks_finished(
-    source: Path, tmp_path: Path, sent: signal.Signals, code: int
-) -> None:
+def test_what_is_interrupted_leaves_nothing_that_looks_finished(source, tmp_path, sent, code):
     out = tmp_path / "out"
     command = [sys.executable, "-c", STOPPING, "convert", str(source), str(out), "--bits", "4"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert Path(process.stderr.readline().strip()).name == "shard-0.safetensors"
+        weights = Path(process.stderr.readline().strip())
+        assert weights.name == "shard-0.safetensors"
+        for name in ("out", "other"):  # while it lives nobody sweeps it
+            with atomic_replace.partial_folder(tmp_path, name):
+                assert weights.is_file()
         process.send_signal(sent)
         _, said = process.communicate(timeout=DEADLINE)
     assert process.returncode == code and not out.exists()
@@ -204,33 +158,17 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(
     read_folder(out)
 
 
-def limit_files() -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+def test_every_process_writes_the_same_bytes(source, tmp_path):
+    done("convert", source, tmp_path / "one", "--recipe", "mixed_4_6")
+    command = program("convert", source, tmp_path / "two", "--recipe", "mixed_4_6")
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    subprocess.run(command, env=env, check=True, capture_output=True, timeout=DEADLINE)
+    one = files_of(tmp_path / "one")
+    assert one == files_of(tmp_path / "two")
+    assert not any(str(tmp_path).encode() in data for data in one.values())
 
 
-def test_a_full_disk_is_one_line(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = program("convert", source, out, "--bits", 4)
-    result = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=limit_files, timeout=DEADLINE
-    )
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"mlx_stream: {out}: could not be written: ")
-    assert len(result.stderr.splitlines()) == 1
-    assert names(tmp_path) == []
-
-
-def test_every_process_writes_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        command = program("convert", source, tmp_path / name, "--recipe", "mixed_4_6")
-        env = {**os.environ, "PYTHONHASHSEED": name.replace("one", "1").replace("two", "2")}
-        subprocess.run(command, env=env, check=True, capture_output=True, timeout=DEADLINE)
-        time.sleep(1)  # a date would differ
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-
-
-def test_what_was_written_is_said(source: Path, tmp_path: Path) -> None:
+def test_what_was_written_is_said(source, tmp_path):
     out = tmp_path / "out"
     said = done("convert", source, out, "--bits", 4)
     first, second = said.out.splitlines()
@@ -242,56 +180,42 @@ def test_what_was_written_is_said(source: Path, tmp_path: Path) -> None:
     assert found["recipe"] is None and found["source_quantized"] and found["not_quantized"] == []
 
 
-def test_what_is_doubtful_is_told(source: Path, tmp_path: Path) -> None:
+def test_what_is_doubtful_is_told(source, tmp_path):
     done("convert", source, tmp_path / "four", "--bits", 4)
     again = done("convert", tmp_path / "four", tmp_path / "out", "--bits", 3, "--group-size", 128)
     assert again.err.startswith("mlx_stream: the source is quantized already: its error stays")
     config = tiny_config()
     odd = write_tiny(tmp_path / "odd", config, tiny_weights(config), "float16")
     told = done("convert", odd, tmp_path / "odd4", "--bits", 4).err
-    assert "2 of its matrices stay as they are: groups of 64 do not divide their rows" in told
+    assert "2 of its matrices stay as they are" in told
 
 
-REPORT_KEYS = {"text", "sinks", "window", "tokens", "source_perplexity", "perplexity", "kl_mean"}
-REPORT_KEYS |= {"kl_p99", "top1_agreement", "source"}
-
-
-def test_a_report_says_what_was_lost(source: Path, text: Path, tmp_path: Path) -> None:
+def test_a_report_says_what_was_lost(source, text, tmp_path):
     found = {}
-    for bits in (8, 2):
-        out = tmp_path / f"out{bits}"
-        options = ("--bits", bits, "--report", text, "--report-tokens", 300)
-        result = parsed(done("convert", source, out, *options, "--json").out)
-        about = json.loads((out / "conversion.json").read_text())
+    for name, bits in (("copy", ()), ("eight", ("--bits", 8)), ("two", ("--bits", 2))):
+        options = (*bits, "--report", text, "--report-tokens", 300, "--json")
+        result = parsed(done("convert", source, tmp_path / name, *options).out)
+        about = json.loads((tmp_path / name / "conversion.json").read_text())
         assert about == {key: result[key] for key in about}
-        assert about["report"].keys() == REPORT_KEYS and about["report"]["tokens"] == 299
+        report = found[name] = about["report"]
+        assert report.keys() == {
+            *("text", "sinks", "window", "tokens", "source_perplexity", "perplexity", "kl_mean"),
+            *("kl_p99", "top1_agreement", "source"),
+        }
         sizes = sum(array.nbytes for array in read_folder(source).tensors.values())
-        assert about["report"]["source"]["tensor_bytes"] == sizes
-        found[bits] = about["report"]
-    assert 0 < found[8]["kl_mean"] < found[2]["kl_mean"]
-    assert found[8]["kl_mean"] < found[8]["kl_p99"]
-    assert found[8]["top1_agreement"] > found[2]["top1_agreement"]
-    score = parsed(
-        done(
-            *("score", tmp_path / "out2", text, "--window", 508, "--max-tokens", 300, "--json"),
-            *("--dtype", "float32"),
-        ).out
-    )
-    assert abs(score["perplexity"] - found[2]["perplexity"]) < 1e-3 * score["perplexity"]
-    assert names(tmp_path) == ["out2", "out8", "text.txt"]
+        assert report["tokens"] == 299 and report["source"]["tensor_bytes"] == sizes
+    copy, eight, two = found["copy"], found["eight"], found["two"]
+    assert abs(copy["kl_mean"]) < 1e-6 and copy["top1_agreement"] == 1
+    assert copy["perplexity"] == copy["source_perplexity"]
+    assert 0 < eight["kl_mean"] < two["kl_mean"] and eight["kl_mean"] < eight["kl_p99"]
+    assert eight["top1_agreement"] > two["top1_agreement"]
+    options = ("--window", 508, "--max-tokens", 300, "--dtype", "float32", "--json")
+    score = parsed(done("score", tmp_path / "two", text, *options).out)
+    assert abs(score["perplexity"] - two["perplexity"]) < 1e-3 * score["perplexity"]
+    assert names(tmp_path) == ["copy", "eight", "text.txt", "two"]
 
 
-def test_a_copy_lost_nothing(source: Path, text: Path, tmp_path: Path) -> None:
-    said = done("convert", source, tmp_path / "out", "--report", text, "--report-tokens", 300)
-    about = json.loads((tmp_path / "out" / "conversion.json").read_text())["report"]
-    assert abs(about["kl_mean"]) < 1e-6 and about["top1_agreement"] == 1
-    assert about["perplexity"] == about["source_perplexity"]
-    assert "KL mean" in said.out and said.out.splitlines()[-1].endswith("100.0%")
-
-
-def test_a_sensitive_recipe_gives_what_suffers_more_bits(
-    source: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_sensitive_recipe_gives_what_suffers_more_bits(source, text, tmp_path):
     out = tmp_path / "out"
     options = ("--recipe", "sensitive_4_6", "--calibration", text, "--json")
     found = parsed(done("convert", source, out, *options).out)
@@ -307,28 +231,25 @@ def test_a_sensitive_recipe_gives_what_suffers_more_bits(
 @pytest.mark.parametrize(
     ("words", "recipe"),
     [
-        (["phone"], "uniform_4"),
-        (["laptop"], "uniform_6"),
-        (["laptop", "--bits", "8"], "uniform_8"),
-        (["phone", "--calibration", "TEXT"], "sensitive_4_6"),
+        ("phone", "uniform_4"),
+        ("laptop", "uniform_6"),
+        ("laptop --bits 8", "uniform_8"),
+        ("phone --calibration TEXT", "sensitive_4_6"),
     ],
 )
-def test_presets_run(
-    source: Path, text: Path, tmp_path: Path, words: list[str], recipe: str
-) -> None:
-    preset, *options = [str(text) if word == "TEXT" else word for word in words]
+def test_presets_run(source, text, tmp_path, words, recipe):
+    preset, *options = words.replace("TEXT", str(text)).split()
     command = [sys.executable, str(CONVERT / "presets.py"), preset, str(source)]
     command += [str(tmp_path / "out"), *options]
     subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
     about = json.loads((tmp_path / "out" / "conversion.json").read_text())
-    assert about["recipe"] == recipe and recipe_named(about["recipe"])
-    if preset == "phone":
-        assert about["dtype"] == "float16"
-    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert about["recipe"] == recipe and (preset == "laptop" or about["dtype"] == "float16")
+    if words == "phone":  # it does not replace what is there
+        result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
 
 
-def test_recipes_are_compared_on_a_text(source: Path, text: Path) -> None:
+def test_recipes_are_compared_on_a_text(source, text):
     command = [sys.executable, str(CONVERT / "compare.py"), str(source), str(text)]
     options = ["--recipe", "uniform_8", "--recipe", "uniform_3", "--report-tokens", "300"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=DEADLINE)
@@ -343,7 +264,7 @@ def test_recipes_are_compared_on_a_text(source: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in CONVERT.glob("*.py")))
-def test_a_script_says_what_it_takes(script: str) -> None:
+def test_a_script_says_what_it_takes(script):
     # A script of this name would shadow the package for those beside it.
     assert script != "gguf.py"
     command = [sys.executable, str(CONVERT / script), "--help"]
@@ -362,15 +283,14 @@ def on_a_device(budget: int) -> None:
     )
 
 
-def test_a_device_gets_the_most_bits_that_fit_it(source: Path, tmp_path: Path) -> None:
+def test_a_device_gets_the_most_bits_that_fit_it(source, tmp_path):
     on_a_device(2**28)
     needed = {}
     for bits in (8, 6):
         plan = parsed(done("plan", source, "--device", "mine", "--bits", bits, "--json").out)
         needed[bits] = plan["total_bytes"]
     on_a_device((needed[8] + needed[6]) // 2)
-    told = done("convert", source, tmp_path / "six", "--device", "mine")
-    assert "for mine: 6 bits" in told.err
+    assert "for mine: 6 bits" in done("convert", source, tmp_path / "six", "--device", "mine").err
     config = json.loads((tmp_path / "six" / "config.json").read_text())
     assert config["quantization"]["bits"] == 6
     assert "quantization" not in json.loads((source / "config.json").read_text())
@@ -379,8 +299,4 @@ def test_a_device_gets_the_most_bits_that_fit_it(source: Path, tmp_path: Path) -
     on_a_device(100_000)
     line = one_line("convert", source, tmp_path / "none", "--device", "mine")
     assert "does not fit mine" in line and not (tmp_path / "none").exists()
-    with_bits = one_line("convert", source, tmp_path / "none", "--device", "mine", "--bits", 4)
-    assert "leave out --bits" in with_bits
-    assert "did you mean mine?" in one_line(
-        "convert", source, tmp_path / "none", "--device", "minus"
-    )
+    assert "leave out --bits" in one_line("convert", source, "x", "--device", "mine", "--bits", 4)

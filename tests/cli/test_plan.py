@@ -1,56 +1,32 @@
 """`plan` and `devices` as typed: their lines, their JSON, and what they refuse."""
 
 import json
-import subprocess
 from pathlib import Path
-
-import mlx.core as mx
-import pytest
 
 from mlx_stream import backend
 from mlx_stream.cache.steps.verify import SPARE
 from mlx_stream.load import load
 from mlx_stream.plan import devices
-from tests.fakes.refusals import one_line
-from tests.fakes.shell import DEADLINE, done, parsed, program, run
+from tests.fakes.shell import done, parsed
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
 
 PUBLISHED = Path(__file__).parents[1] / "fakes" / "published"
 ONE = PUBLISHED / "Llama-3.2-1B.json"
 PHONE = ("--device", "iphone-16-pro")
 
-PLAN_KEYS = [
-    "model",
-    "device",
-    "recipe",
-    "bits",
-    "dtype",
-    "kv_bits",
-    "sinks",
-    "window",
-    "weights_bytes",
-    "ring_bytes",
-    "workspace_bytes",
-    "total_bytes",
-    "loading_bytes",
-    "stored_bytes",
-    "step_bytes",
-    "budget_bytes",
-    "budget_estimated",
-    "budget_bytes_without_entitlement",
-    "bandwidth_bytes_per_second",
-    "bandwidth_estimated",
-    "verdict",
-    "missing_bytes",
-    "verdict_without_entitlement",
-    "tokens_per_second",
-]
+PLAN_KEYS = {
+    *("model", "device", "recipe", "bits", "dtype", "kv_bits", "sinks", "window", "weights_bytes"),
+    *("ring_bytes", "workspace_bytes", "total_bytes", "loading_bytes", "stored_bytes"),
+    *("step_bytes", "budget_bytes", "budget_estimated", "budget_bytes_without_entitlement"),
+    *("bandwidth_bytes_per_second", "bandwidth_estimated", "verdict", "missing_bytes"),
+    *("verdict_without_entitlement", "tokens_per_second"),
+}
 
 
 def plan(*args: object) -> dict:
     result = done("plan", *args, "--json")
     found = parsed(result.out)
-    assert list(found) == PLAN_KEYS
+    assert found.keys() == PLAN_KEYS
     total = found["weights_bytes"] + found["ring_bytes"] + found["workspace_bytes"]
     assert found["total_bytes"] == total
     return found
@@ -86,15 +62,11 @@ def test_plan_chooses_where_nothing_is_asked_for():
 
 
 def test_a_model_that_no_recipe_makes_fit_says_by_how_much():
-    large = PUBLISHED / "Mistral-Nemo-12B.json"
-    found = plan(large, "--device", "iphone-13")
+    command = (PUBLISHED / "Mistral-Nemo-12B.json", "--device", "iphone-13")
+    found = plan(*command)
     assert (found["bits"], found["verdict"]) == (2, "does not fit")
-    assert found["missing_bytes"] == found["total_bytes"] - found["budget_bytes"] > 0
     missing = f"{found['missing_bytes'] / 1e6:,.1f} MB"
-    assert (
-        f"does not fit by {missing}: one program has"
-        in done("plan", large, "--device", "iphone-13").out
-    )
+    assert f"does not fit by {missing}: one program has" in done("plan", *command).out
 
 
 def test_a_quantized_ring_is_planned_for():
@@ -129,84 +101,17 @@ def test_a_window_the_model_bounds_is_said(tmp_path):
     assert parsed(result.out)["window"] == 100
 
 
-def test_a_forged_config_is_planned_without_memory(tmp_path):
-    config = tmp_path / "config.json"
-    huge = {"hidden_size": 2**30, "intermediate_size": 2**30, "vocab_size": 2**30}
-    config.write_text(json.dumps(tiny_config(**huge, num_hidden_layers=9_999)))
-    before = mx.get_active_memory()
-    found = plan(config, *PHONE)
-    assert found["verdict"] == "does not fit" and found["missing_bytes"] > 2**70 // 2**10
-    assert mx.get_active_memory() <= before
-
-
-@pytest.mark.parametrize(
-    ("args", "why"),
-    [
-        (
-            ("--device", "iphone-16-prp"),
-            "--device 'iphone-16-prp': not known; did you mean iphone-",
-        ),
-        (("--device", "macbook-air-m3"), "say which: macbook-air-m3-8gb, macbook-air-m3-16gb"),
-        ((*PHONE, "--window", 200_000), "exceed the model's trained context of 131072"),
-        ((*PHONE, "--bits", 7), "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
-        ((*PHONE, "--bits", 4, "--group-size", 48), "--group-size must be one of 32, 64, 128"),
-        ((*PHONE, "--group-size", 48), "--group-size must be one of 32, 64, 128"),
-        ((*PHONE, "--kv-bits", 3), "--kv-bits must be 8 or 4, not 3"),
-        ((*PHONE, "--bits", 4, "--dequantize"), "--bits is for weights that stay quantized"),
-        ((*PHONE, "--dtype", "int8"), "--dtype must be one of float32, float16, bfloat16"),
-        (("--device", "macbook-neo", "--no-entitlement"), "--no-entitlement is for phones"),
-        (("--no-entitlement",), "--no-entitlement is for phones and tablets, which here is not"),
-        ((*PHONE, "--devices", "none.toml"), "none.toml: cannot be read: No such file"),
-    ],
-)
-def test_what_will_not_do_is_one_line(args, why):
-    assert why in one_line("plan", ONE, *args)
-
-
-@pytest.mark.parametrize("model", ["none", "none.json", "org/none"])
-def test_a_model_that_is_not_there_is_one_line(model):
-    assert one_line("plan", model, *PHONE).startswith(("'none", "org/none: "))
-
-
-def test_a_config_that_is_none_is_one_line_that_names_it(tmp_path):
-    config = tmp_path / "config.json"
-    for text, why in (
-        ("[]", "expected a JSON object"),
-        ("{", "not valid JSON"),
-        ("{}", "model_type"),
-    ):
-        config.write_text(text)
-        line = one_line("plan", config, *PHONE)
-        assert line.startswith(f"{config}: ") and why in line
-    config.write_text("[" * 100_000)
-    assert "nested too deeply" in one_line("plan", config, *PHONE)
-
-
-def test_help_is_quick_to_import_and_loads_no_mlx():
-    code = (
-        "import sys, mlx_stream.cli.plan, mlx_stream.cli.devices; print('mlx.core' in sys.modules)"
-    )
-    python = program()[0]
-    before = "import sys, mlx_stream.cli.doctor; print('mlx.core' in sys.modules)"
-    outs = [
-        subprocess.run([python, "-c", c], capture_output=True, text=True, timeout=DEADLINE).stdout
-        for c in (before, code)
-    ]
-    assert outs[0] == outs[1]
-
-
 # --- devices ---
 
 
 def test_devices_lists_all_and_marks_what_is_estimated():
-    lines = done("devices").out.splitlines()
-    assert lines[0].split()[:3] == ["name", "device", "memory"]
-    rows = {line.split()[0]: line for line in lines[1:] if line.startswith(("i", "mac"))}
+    *lines, last = done("devices").out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[1:] if line.startswith(("i", "mac"))}
     assert list(rows) == [device.name for device in devices.built_in()]
-    assert rows["iphone-16-pro"].split()[-4:] == ["8", "6", "3", "60"]
-    assert rows["iphone-air"].split()[-4:] == ["12", "~9", "~4.5", "~76.8"]
-    assert rows["mac-studio-m3-ultra-512gb"].split()[-4:] == ["512", "~384", "-", "819"]
-    assert lines[-1] == f"Your own devices: {devices.user_file()}"
+    assert rows["iphone-16-pro"][-4:] == ["8", "6", "3", "60"]
+    assert rows["iphone-air"][-4:] == ["12", "~9", "~4.5", "~76.8"]
+    assert rows["mac-studio-m3-ultra-512gb"][-4:] == ["512", "~384", "-", "819"]
+    assert last.endswith(str(devices.user_file()))
 
 
 def test_devices_as_json_have_the_source_or_the_method_of_each_figure(tmp_path):
@@ -215,21 +120,8 @@ def test_devices_as_json_have_the_source_or_the_method_of_each_figure(tmp_path):
     found = parsed(done("devices", "--devices", own, "--json").out)["devices"]
     assert [device["name"] for device in found[-2:]] == ["mac-studio-m3-ultra-512gb", "mine"]
     phone = next(device for device in found if device["name"] == "iphone-17")
-    assert phone["bandwidth_bytes_per_second"] == {
-        "value": 68_300_000_000,
-        "estimated": True,
-        "method": "64 bits of LPDDR5X at 8533 MT/s, as leaked",
-    }
-    assert phone["memory_bytes"]["value"] == 8 * 2**30
-    assert phone["memory_bytes"]["source"].startswith("TrendForce")
+    bandwidth = phone["bandwidth_bytes_per_second"]
+    assert bandwidth["value"] == 68_300_000_000 and bandwidth["estimated"] and bandwidth["method"]
+    assert phone["memory_bytes"]["value"] == 8 * 2**30 and phone["memory_bytes"]["source"]
     assert found[-1]["bandwidth_bytes_per_second"] is None
     assert done("plan", ONE, "--device", "mine", "--devices", own).out.startswith("Llama-3.2-1B on")
-
-
-def test_a_damaged_file_of_devices_is_one_line(tmp_path):
-    own = tmp_path / "own.toml"
-    own.write_text("device = 7")
-    assert one_line("devices", "--devices", own) == (
-        f"{own}: device must be a list of tables, written [[device]]"
-    )
-    assert run("devices", "--nonsense").code == 2

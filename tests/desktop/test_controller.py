@@ -3,182 +3,105 @@
 import asyncio
 from dataclasses import replace
 
-from mlx_stream.chat import manage, session_files
-from mlx_stream.program.lock import Lock
-from tests.fakes.desks import chat_of, desk, until
+from mlx_stream.chat import manage
+from tests.fakes.desks import chat_of, desk, on_a_loop, until
 
 
-def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
-    async def talk():
-        async with desk(letters, window=200, max_tokens=20) as one:
-            seen = []
-            one._changed = lambda: seen.append(one.said[-1].reply if one.said else "")
-            await one.send("  Hi there, you!  ")
-            said = one.said
-            assert [(s.question, s.finish) for s in said] == [("Hi there, you!", "length")]
-            assert len(said[0].reply) == 20 and said[0].reply.isalpha()
-            assert [t for t in dict.fromkeys(seen) if t] == [
-                said[0].reply[: n + 1] for n in range(20)
-            ]
-            assert one.status.idle and one.attended == 1
-            assert one.gauge.capacity == 204 and 0 < one.gauge.attended < 204
-            assert one.gauge.bytes == chat_of(one).stats.cache_bytes > 0
-            assert one.name == "hi-there-you"
-            assert [c.name for c in one.conversations] == ["hi-there-you"]
-            await one.send("Hi there, you!")
-            assert len(one.said) == 2 and one.conversations[0].exchanges == 2
-
-    asyncio.run(talk())
+@on_a_loop
+async def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
+    async with desk(letters, window=200, max_tokens=20) as one:
+        seen = []
+        one._changed = lambda: seen.append(one.said[-1].reply if one.said else "")
+        await one.send("  Hi there, you!  ")
+        said = one.said
+        assert [(s.question, s.finish) for s in said] == [("Hi there, you!", "length")]
+        assert len(said[0].reply) == 20 and said[0].reply.isalpha()
+        assert [t for t in dict.fromkeys(seen) if t] == [said[0].reply[: n + 1] for n in range(20)]
+        assert one.status.idle and one.attended == 1
+        assert one.gauge.capacity == 204 and 0 < one.gauge.attended < 204
+        assert one.gauge.bytes == chat_of(one).stats.cache_bytes > 0
+        assert one.name == "hi-there-you"
+        assert [c.name for c in one.conversations] == ["hi-there-you"]
+        await one.send("Hi there, you!")
+        assert len(one.said) == 2 and one.conversations[0].exchanges == 2
 
 
-def test_stop_ends_a_reply_within_a_token_and_keeps_what_was_said(letters):
-    async def talk():
-        async with desk(letters, window=200, max_tokens=600) as one:
-            task = asyncio.create_task(one.send("Go on for ever."))
-            await until(lambda: one.said and len(one.said[-1].reply) >= 5)
-            one.stop()
-            heard = len(one.said[-1].reply)
-            await task
-            assert one.status.idle and one.said[-1].finish == "interrupted"
-            # One more may be ready, and one is computed while that is shown.
-            assert heard <= len(one.said[-1].reply) <= heard + 2
-            kept = one.said[-1]
-            assert [e.reply for e in chat_of(one).exchanges] == [kept.reply]
-            await one.send("And now?")
-            assert one.said[0] == kept and len(one.said[1].reply) == 600
-
-    asyncio.run(talk())
-
-
-def test_what_leaves_the_window_is_counted_in_the_gauge_and_among_the_exchanges(letters):
-    async def talk():
-        async with desk(letters, window=60, max_tokens=20) as one:
-            for number in range(4):
-                await one.send(f"Question {number}?")
-            assert one.gauge.evicted > 0 and one.attended < 4 == len(one.said)
-            assert one.attended == len(chat_of(one).exchanges)
-            assert f"{one.gauge.evicted:,} evicted" in str(one.gauge)
-
-    asyncio.run(talk())
-
-
-def test_a_saved_conversation_is_reopened_with_its_window_and_goes_on(letters):
-    async def talk():
-        async with desk(letters, window=90) as one:
-            await one.send("First?")
-            before, gauge = [*one.said], one.gauge
-            await one.begin()
-            assert one.said == [] and one.name is None and one.gauge.capacity == 0
-            await one.choose_window(120)
-            await one.send("Another?")
-            await one.open("first")
-            assert one.said == before and one.window == 90 and one.attended == 1
-            assert one.gauge == replace(gauge, tokens_per_second=0.0)
-            await one.send("Second?")
-            assert len(one.said) == 2 and one.said[:1] == before
-        with manage.open_transcript("first") as store:
-            assert [turn.exchange.question for turn in store.whole()[0]] == ["First?", "Second?"]
-
-    asyncio.run(talk())
-
-
-def test_a_conversation_open_elsewhere_is_refused_in_a_line_and_can_be_opened_later(
-    letters,
-):
-    async def talk():
-        async with desk(letters) as one:
-            await one.send("First?")
-            await one.begin()
-            with Lock.acquire(session_files.session_paths("first").lock):
-                await one.open("first")
-                assert (
-                    one.status.alarming
-                    and "'first'" in one.status.notice
-                    and "\n" not in one.status.notice
-                )
-                await one.send("Lost?")
-                assert one.draft == "Lost?" and len(one.said) == 1 and one.status.idle
-            await one.send("Second?")
-            assert not one.status.alarming and [s.question for s in one.said] == [
-                "First?",
-                "Second?",
-            ]
-
-    asyncio.run(talk())
-
-
-def test_a_model_that_is_missing_is_a_line_and_another_can_be_chosen(letters, tmp_path):
-    async def talk():
-        async with desk(tmp_path / "nowhere") as one:
-            assert (
-                one.status.phase == "failed"
-                and one.status.alarming
-                and "nowhere" in one.status.notice
-            )
-            await one.send("Anybody?")
-            assert one.said == [] and one.draft == "Anybody?"
-            await one.choose_model(str(letters))
-            assert one.status.idle and not one.status.alarming
-            await one.send("Hi")
-            assert len(one.said[0].reply) == 40
-
-    asyncio.run(talk())
-
-
-def test_a_window_that_does_not_fit_is_refused_and_the_conversation_goes_on_in_its_own(letters):
-    async def talk():
-        async with desk(letters) as one:
-            await one.send("Hi")
-            said = [*one.said]
-            await one.choose_window(10**9)
-            assert (
-                one.status.alarming and one.window == 100 and one.status.idle and one.said == said
-            )
-            await one.choose_window(200)
-            assert not one.status.alarming and one.gauge.capacity == 204
-            await one.send("More")
-            assert len(one.said) == 2 and one.attended == 2
-
-    asyncio.run(talk())
-
-
-def test_a_first_question_that_is_refused_leaves_no_conversation(letters):
-    async def talk():
-        async with desk(letters, window=10**9) as one:
-            await one.send("Hi")
-            assert one.status.alarming and one.draft == "Hi" and one.said == [] and one.name is None
-            await one.choose_window(100)
-            await one.start()
-            assert one.conversations == []
-            await one.send("Hi")
-            assert [c.name for c in one.conversations] == ["hi"] == [one.name]
-
-    asyncio.run(talk())
-
-
-def test_the_same_conversation_goes_on_with_another_model(letters, tiny):
-    async def talk():
-        async with desk(letters) as one:
-            await one.send("Hi")
-            await one.choose_model(str(tiny))
-            assert one.status.idle and one.model == str(tiny) and one.attended == 1
-            await one.send("More")
-            assert [s.question for s in one.said] == ["Hi", "More"]
-            header = one.conversations[0].header
-            assert header and header.model == str(tiny)
-
-    asyncio.run(talk())
-
-
-def test_leaving_in_the_middle_of_a_reply_saves_it(letters):
-    async def talk():
-        async with desk(letters, window=200, max_tokens=600) as one:
-            task = asyncio.create_task(one.send("Go on."))
-            await until(lambda: one.said and one.said[-1].reply)
+@on_a_loop
+async def test_stop_ends_a_reply_within_a_token_and_keeps_what_was_said(letters):
+    async with desk(letters, window=200, max_tokens=600) as one:
+        task = asyncio.create_task(one.send("Go on for ever."))
+        await until(lambda: one.said and len(one.said[-1].reply) >= 5)
+        one.stop()
+        heard = len(one.said[-1].reply)
         await task
-        with manage.open_transcript("go-on") as store:
-            (turn,), damage = store.whole()
-        kept = turn.exchange
-        assert kept.finish == "interrupted" and kept.reply and not damage
+        assert one.status.idle and one.said[-1].finish == "interrupted"
+        # One more may be ready, and one is computed while that is shown.
+        assert heard <= len(one.said[-1].reply) <= heard + 2
+        kept = one.said[-1]
+        assert [e.reply for e in chat_of(one).exchanges] == [kept.reply]
+        await one.send("And now?")
+        assert one.said[0] == kept and len(one.said[1].reply) == 600
 
-    asyncio.run(talk())
+
+@on_a_loop
+async def test_what_leaves_the_window_is_counted_in_the_gauge_and_among_the_exchanges(letters):
+    async with desk(letters, window=60, max_tokens=20) as one:
+        for number in range(4):
+            await one.send(f"Question {number}?")
+        assert one.gauge.evicted > 0 and one.attended < 4 == len(one.said)
+        assert one.attended == len(chat_of(one).exchanges)
+        assert f"{one.gauge.evicted:,} evicted" in str(one.gauge)
+
+
+@on_a_loop
+async def test_a_saved_conversation_is_reopened_with_its_window_and_goes_on(letters):
+    async with desk(letters, window=90) as one:
+        await one.send("First?")
+        before, gauge = [*one.said], one.gauge
+        await one.begin()
+        assert one.said == [] and one.name is None and one.gauge.capacity == 0
+        await one.choose_window(120)
+        await one.send("Another?")
+        await one.open("first")
+        assert one.said == before and one.window == 90 and one.attended == 1
+        assert one.gauge == replace(gauge, tokens_per_second=0.0)
+        await one.send("Second?")
+        assert len(one.said) == 2 and one.said[:1] == before
+    with manage.open_transcript("first") as store:
+        assert [turn.exchange.question for turn in store.whole()[0]] == ["First?", "Second?"]
+
+
+@on_a_loop
+async def test_a_first_question_that_is_refused_leaves_no_conversation(letters):
+    async with desk(letters, window=10**9) as one:
+        await one.send("Hi")
+        assert one.status.alarming and one.draft == "Hi" and one.said == [] and one.name is None
+        await one.choose_window(100)
+        await one.start()
+        assert one.conversations == []
+        await one.send("Hi")
+        assert [c.name for c in one.conversations] == ["hi"] == [one.name]
+
+
+@on_a_loop
+async def test_the_same_conversation_goes_on_with_another_model(letters, tiny):
+    async with desk(letters) as one:
+        await one.send("Hi")
+        await one.choose_model(str(tiny))
+        assert one.status.idle and one.model == str(tiny) and one.attended == 1
+        await one.send("More")
+        assert [s.question for s in one.said] == ["Hi", "More"]
+        header = one.conversations[0].header
+        assert header and header.model == str(tiny)
+
+
+@on_a_loop
+async def test_leaving_in_the_middle_of_a_reply_saves_it(letters):
+    async with desk(letters, window=200, max_tokens=600) as one:
+        task = asyncio.create_task(one.send("Go on."))
+        await until(lambda: one.said and one.said[-1].reply)
+    await task
+    with manage.open_transcript("go-on") as store:
+        (turn,), damage = store.whole()
+    kept = turn.exchange
+    assert kept.finish == "interrupted" and kept.reply and not damage

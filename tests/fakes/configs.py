@@ -1,20 +1,10 @@
-"""Tiny configs that are read or refused, and the keys every config must have."""
+"""Tiny configs that are read or refused."""
 
 import pytest
 
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import ConfigError
 from tests.fakes.tiny import tiny_config
-
-REQUIRED = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "rms_norm_eps",
-)
 
 
 def refused(raw: dict) -> str:

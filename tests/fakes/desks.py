@@ -2,8 +2,9 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from mlx_stream_desktop.controller import ChatController
 from tests.fakes.shell import DEADLINE
 
 GREEDY = Sampling(temperature=0)
+
+
+def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test that is a coroutine."""
+    return wraps(test)(lambda *args, **more: asyncio.run(test(*args, **more)))
 
 
 async def until(so: Callable[[], object]) -> None:
@@ -75,13 +81,9 @@ async def asked(one: Desktop, question: str) -> None:
 
 def shows(one: Desktop) -> bool:
     """Return whether the window has caught up with the desk."""
-    drawn = not one._draw_soon._waits
-    view, desk = one.view, one.desk
-    return (
-        drawn
-        and view.send.enabled == desk.status.idle
-        and view.stop.enabled == desk.status.can_stop
-    )
+    status, view = one.desk.status, one.view
+    buttons = (view.send.enabled, view.stop.enabled)
+    return not one._draw_soon._waits and buttons == (status.idle, status.can_stop)
 
 
 async def settled(one: Desktop) -> None:

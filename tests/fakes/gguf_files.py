@@ -76,6 +76,21 @@ def permute(weights: np.ndarray, n_head: int) -> np.ndarray:
     )
 
 
+def llama3_factors(factor: float, low: float = 1.0) -> np.ndarray:
+    """llama.cpp's convert_hf_to_gguf.py, `LlamaModel.generate_extra_tensors`."""
+    factors = []
+    for frequency in 50_000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM):
+        wavelength = 2 * np.pi / frequency
+        smooth = (8192 / wavelength - low) / (4.0 - low)
+        if wavelength < 8192 / 4.0:
+            factors.append(1.0)
+        elif wavelength > 8192 / low:
+            factors.append(factor)
+        else:
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(factors, np.float32)
+
+
 def write_tiny(
     path: Path,
     kind: str = "Q4_0",

@@ -4,7 +4,6 @@ Each mutation changes one or two files of a copy and says what it did; none is k
 """
 
 import json
-import os
 import random
 import shutil
 import struct
@@ -13,18 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from tests.fakes import gguf_files
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
+from tests.fuzz.files import (
+    BYTES,
+    HUGE,
+    INSTEAD,
+    Change,
+    cut,
+    forge_tensors,
+    header_of,
+    nothing,
+    scramble,
+)
 from tests.fuzz.texts import HOSTILE_STEPS, HOSTILE_TEMPLATES, some_template
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 INDEX = "model.safetensors.index.json"
-NUMBERS = (0, -1, 1, 2, 3, 7, 10_001, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**12)
+NUMBERS = (0, -1, 1, 2, 3, 7, 10_001, 2**64, 10**12, *HUGE)
 FLOATS = (0.0, -0.5, 1e-300, 1e300, float("nan"), float("inf"), 1.5)
 WORDS = ("", "a", "../up", "/etc/passwd", "a\0b", "x" * 3_000, "é😀", "\u202e", "<|im_end|>", "\n")
+Way = Callable[[Path, random.Random], str]
 # Keys that files of other models have: some change the computation.
 KEYS = (
     *("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "quantization"),
@@ -73,43 +83,29 @@ def mutate(original: Path, copy: Path, draw: random.Random) -> tuple[str, Path]:
     if original.is_file():
         target = copy.with_suffix(".gguf")
         shutil.copyfile(original, target)
-        what = draw.choices((gguf_bytes, gguf_header, gguf_data, cut), (4, 6, 2, 1))[0]
+        gguf: list[Way] = [
+            gguf_bytes,
+            gguf_header,
+            gguf_data,
+            lambda path, draw: did(cut, path, draw),
+        ]
+        what = draw.choices(gguf, (4, 6, 2, 1))[0]
         return f"{original.name}: {what(target, draw)}", target
     shutil.copytree(original, copy)
-    kinds: dict[Callable[[Path, random.Random], str], int] = {
+    kinds: dict[Way, int] = {
         **{any_json: 8, tokenizer_steps: 4, template: 5, safetensors_header: 8},
-        **{any_bytes: 4, any_cut: 2, strange_file: 2, index: 4, tensor_data: 3, deep: 1},
+        **{any_bytes: 8, strange_file: 2, index: 4, tensor_data: 3, deep: 1},
     }
     what = draw.choices(tuple(kinds), tuple(kinds.values()))[0]
     return f"{original.name}: {what(copy, draw)}", copy
 
 
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+# --- files ---
 
 
-# --- bytes ---
-
-
-def scramble(path: Path, draw: random.Random, begin: int, end: int) -> str:
-    content = bytearray(path.read_bytes())
-    places = [draw.randrange(begin, max(begin + 1, end)) for _ in range(draw.randint(1, 6))]
-    for place in places:
-        width = draw.choice((1, 1, 2, 4, 8))
-        new = draw.choice((b"\0", b"\xff", b"\x7f", b"\x80", b"\x01")) * width
-        content[place : place + width] = draw.choice((new, draw.randbytes(width)))
-    path.write_bytes(content)
-    return f"{path.name}: bytes at {places}"
-
-
-def cut(path: Path, draw: random.Random) -> str:
-    size = path.stat().st_size
-    length = draw.choice((draw.randrange(size), draw.randrange(min(size, 400)), size - 1, 0))
-    os.truncate(path, length)
-    return f"{path.name}: cut to {length}"
+def did(change: Change, path: Path, draw: random.Random) -> str:
+    change(path, draw)
+    return f"{change.__name__} {path.name}"
 
 
 def some_file(folder: Path, draw: random.Random) -> Path:
@@ -120,44 +116,27 @@ def some_shard(folder: Path, draw: random.Random) -> Path:
     return draw.choice(sorted(folder.glob("*.safetensors")))
 
 
-def header_length(path: Path) -> int:
-    with path.open("rb") as file:
-        return struct.unpack("<Q", file.read(8))[0]
-
-
 def any_bytes(folder: Path, draw: random.Random) -> str:
     path = some_file(folder, draw)
-    end = path.stat().st_size
-    if path.suffix == ".safetensors":
-        end = 8 + header_length(path)
-    return scramble(path, draw, 0, end)
-
-
-def any_cut(folder: Path, draw: random.Random) -> str:
-    return cut(some_file(folder, draw), draw)
+    if path.suffix == ".safetensors" and draw.random() < 0.7:
+        scramble(path, draw, 0, len(path.read_bytes()) - len(header_of(path)[1]))
+        return f"header of {path.name}"
+    return did(draw.choice(BYTES), path, draw)
 
 
 def tensor_data(folder: Path, draw: random.Random) -> str:
     path = some_shard(folder, draw)
-    begin, end = 8 + header_length(path), path.stat().st_size
-    return "only tensor data: " + scramble(path, draw, begin, end - 8)
+    size = path.stat().st_size
+    scramble(path, draw, size - len(header_of(path)[1]), size - 8)
+    return f"only tensor data of {path.name}"
 
 
 def strange_file(folder: Path, draw: random.Random) -> str:
-    path = some_file(folder, draw)
-    path.unlink()
-    kind = draw.choice(("folder", "pipe", "loop", "dangling", "zero", "passwd", "large", "none"))
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "large":  # sparse: it claims what it does not hold
-        path.touch()
-        os.truncate(path, 2**40)
-    elif kind != "none":
-        links = {"loop": path.name, "zero": "/dev/zero", "passwd": "/etc/passwd"}
-        path.symlink_to(links.get(kind, "nowhere"))
-    return f"{path.name}: {kind}"
+    return did(draw.choice((*INSTEAD, nothing)), some_file(folder, draw), draw)
+
+
+def safetensors_header(folder: Path, draw: random.Random) -> str:
+    return did(forge_tensors, some_shard(folder, draw), draw)
 
 
 # --- JSON ---
@@ -247,40 +226,6 @@ def index(folder: Path, draw: random.Random) -> str:
     return f"{path.name}: {done}"
 
 
-# --- safetensors ---
-
-
-def safetensors_header(folder: Path, draw: random.Random) -> str:
-    path = some_shard(folder, draw)
-    content, length = path.read_bytes(), header_length(path)
-    header = json.loads(content[8 : 8 + length])
-    name = draw.choice([key for key in header if key != "__metadata__"])
-    entry = header[name]
-    huge = draw.choice((2**31, 2**32, 2**62, 2**63, 2**64, 10**30, -1, 0))
-    lies: dict[str, Callable[[], Any]] = {
-        "shape": lambda: entry.update(shape=draw.choice(([huge], [huge] * 4, [], [[1]], "x"))),
-        "product": lambda: entry.update(shape=[2**32, 2**32, entry["shape"][0], 0]),
-        "transpose": lambda: entry.update(shape=entry["shape"][::-1]),
-        "ones": lambda: entry.update(shape=[1] * draw.choice((1, 40, 2_000)) + entry["shape"]),
-        "dtype": lambda: entry.update(
-            dtype=draw.choice(("F64", "I8", "U32", "F16", "BF16", "U8", "F4", "C64", "", 7))
-        ),
-        "offsets": lambda: entry.update(data_offsets=[draw.choice((0, huge)), huge]),
-        "overlap": lambda: entry.update(data_offsets=[0, np.prod(entry["shape"]).item() * 4]),
-        "name": lambda: header.update({draw.choice(WORDS): header.pop(name)}),
-        "drop": lambda: header.pop(name),
-        "more": lambda: header.update({f"w{i}": {**entry, "shape": [0]} for i in range(3_000)}),
-        "metadata": lambda: header.update(__metadata__=some_value(draw)),
-        "json": lambda: change_json(header, draw),
-    }
-    what = draw.choice(tuple(lies))
-    lies[what]()
-    text = dumps(header).encode()
-    size = draw.choice((len(text),) * 6 + (huge, len(text) + 8, 1, 2**27))
-    path.write_bytes(struct.pack("<Q", size % 2**64) + text + content[8 + length :])
-    return f"{path.name}: header, {what} of {name}, length {size}"
-
-
 # --- tokenizers and templates ---
 
 
@@ -307,19 +252,17 @@ def template(folder: Path, draw: random.Random) -> str:
 # --- GGUF ---
 
 
-def gguf_end_of_header(path: Path) -> int:
-    # Near enough: the data of these files is the last six tenths.
-    return path.stat().st_size * 2 // 5
-
-
 def gguf_bytes(path: Path, draw: random.Random) -> str:
-    end = draw.choice((32, 900, gguf_end_of_header(path)))
-    return scramble(path, draw, 0, end)
+    # Near enough: the data of these files is the last six tenths.
+    end = draw.choice((32, 900, path.stat().st_size * 2 // 5))
+    scramble(path, draw, 0, end)
+    return f"bytes before {end}"
 
 
 def gguf_data(path: Path, draw: random.Random) -> str:
     size = path.stat().st_size
-    return "only tensor data: " + scramble(path, draw, size * 3 // 4, size - 8)
+    scramble(path, draw, size * 3 // 4, size - 8)
+    return "only tensor data"
 
 
 def gguf_header(path: Path, draw: random.Random) -> str:

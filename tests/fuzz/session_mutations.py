@@ -1,15 +1,12 @@
 """Alters the files of a saved session, at random: by bytes, or by values with checksums anew.
 
-Each alteration takes the place of a file and a source of random numbers. Those in `FORGED` compute
-the checksums again, so that what they write may be believed as far as it is consistent; whatever
-the others change must be found.
+Those in `BELIEVED` compute the checksums again, so that what they write may be believed as far as
+it is consistent; whatever the others change must be found.
 """
 
 import json
-import os
 import shutil
 import sqlite3
-import struct
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import fields
@@ -23,130 +20,18 @@ import numpy as np
 from mlx_stream.chat.schema import SessionHeader, digest, pack_ids, turn_checksum, unpack_ids
 from mlx_stream.generate import snapshot
 from mlx_stream.program.sqlite import files
+from tests.fuzz.files import BYTES, DEPTH, HUGE, INSTEAD, VALUES, Change, forge_tensors
 
-Change = Callable[[Path, Random], None]
-HUGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 10**30)
-VALUES: tuple[Any, ...] = (
-    *(-1, 0, 1, 2, 7, -(2**31), -(2**63), 0.5, 1e308, True, False, None, "", "x", [], {}, [[]]),
-    *(float("nan"), float("inf"), *HUGE),
-)
 NUMBERS = ("length", "floor", "clock", "sinks_at")
-DEPTH = 100_000
 
 
-# --- bytes ---
-
-
-def flip(path: Path, luck: Random) -> None:
-    data = bytearray(path.read_bytes())
-    for _ in range(luck.randint(1, 3)):
-        data[luck.randrange(len(data))] ^= 1 << luck.randrange(8)
-    path.write_bytes(data)
-
-
-def flip_in_front(path: Path, luck: Random) -> None:
-    data = bytearray(path.read_bytes())
-    data[luck.randrange(min(len(data), luck.choice((8, 100, 4000))))] ^= 1 << luck.randrange(8)
-    path.write_bytes(data)
-
-
-def cut(path: Path, luck: Random) -> None:
-    os.truncate(path, luck.choice((0, 1, 7, 8, 9, 100, luck.randrange(path.stat().st_size))))
-
-
-def lengthen(path: Path, luck: Random) -> None:
-    with path.open("ab") as file:
-        file.write(luck.randbytes(luck.choice((1, 8, 4096, 100_000))))
-
-
-def make_huge(path: Path, luck: Random) -> None:
-    os.truncate(path, luck.choice((2**31, 2**36)))
-
-
-def blank(path: Path, luck: Random) -> None:
-    data = bytearray(path.read_bytes())
-    at, count = luck.randrange(len(data)), luck.choice((1, 16, 4096))
-    data[at : at + count] = luck.choice((bytes, luck.randbytes))(len(data[at : at + count]))
-    path.write_bytes(data)
-
-
-def swap(path: Path, luck: Random) -> None:
-    data, size = bytearray(path.read_bytes()), luck.choice((64, 4096))
-    a, b = (size * luck.randrange(len(data) // size) for _ in range(2))
-    data[a : a + size], data[b : b + size] = data[b : b + size], data[a : a + size]
-    path.write_bytes(data)
-
-
-def noise(path: Path, luck: Random) -> None:
-    path.write_bytes(luck.randbytes(luck.choice((1, 8, 1000, 50_000))))
-
-
-# --- what is there instead ---
-
-
-def folder(path: Path, luck: Random) -> None:
-    path.unlink()
-    path.mkdir()
-    if luck.random() < 0.5:
-        (path / "x").write_text("x")
-    if luck.random() < 0.5:
-        path.with_name(f"{path.name}.unusable").write_text("x")
-
-
-def pipe(path: Path, luck: Random) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def link(path: Path, luck: Random) -> None:
-    whole = path.rename(path.with_name("elsewhere"))
-    if luck.random() < 0.3:
-        os.truncate(whole, 2**36)
-    path.symlink_to(luck.choice((whole, path, "/nowhere", path.parent)))
+# --- another's file ---
 
 
 def another(path: Path, luck: Random) -> None:
     """Put another's file there: of another session or model, or the same one's of before."""
     beside = sorted(path.parent.parent.parent.glob(f"others/*{path.suffix}"))
     shutil.copy(luck.choice(beside), path)
-
-
-# --- the header of a file of tensors ---
-
-
-def forge_tensors(path: Path, luck: Random) -> None:
-    data = path.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
-    name = luck.choice([name for name in header if name != "__metadata__"])
-    other = luck.choice([other for other in header if other not in ("__metadata__", name)])
-    entry, text = header[name], ""
-    what = luck.randrange(9)
-    if what == 0:
-        entry["data_offsets"][luck.randrange(2)] = luck.choice(
-            (*VALUES, 4, len(body), len(body) + 4)
-        )
-    elif what == 1:
-        entry["shape"] = luck.choice(
-            (*VALUES, [2**31 - 1] * 2, [luck.choice(HUGE), 4], [0], [1] * 999)
-        )
-    elif what == 2:
-        entry["dtype"] = luck.choice(("F16", "BF16", "F64", "I32", "U32", "U8", "BOOL", "x", 3))
-    elif what == 3:
-        header[name], header[other] = header[other], header[name]
-    elif what == 4:
-        del header[name]
-    elif what == 5:
-        header[f"{name}x"] = header.pop(name)
-    elif what == 6:
-        header["__metadata__"] = luck.choice((*VALUES, {"header": "[" * DEPTH, "checksum": ""}))
-    elif what == 7:
-        text = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[other])}}}'
-    else:
-        text = "[" * DEPTH
-    new = (text or json.dumps(header)).encode()
-    size = luck.choice((len(new), len(new), len(new), *HUGE[:-2], 0)) if what > 5 else len(new)
-    path.write_bytes(struct.pack("<Q", size) + new + body)
 
 
 # --- a snapshot whose checksum agrees ---
@@ -398,16 +283,16 @@ def forge_turn(turn: list[Any], rows: list[list[Any]], luck: Random) -> None:
         rows[:] = [row for row in rows if row[0] != turn[0] or row[1] < most]
 
 
-BYTES: tuple[Change, ...] = (flip, flip_in_front, cut, lengthen, blank, swap, noise, make_huge)
-INSTEAD: tuple[Change, ...] = (folder, pipe, link, another)
-SNAPSHOTS: tuple[Change, ...] = (
-    *(*BYTES, *INSTEAD, forge_tensors, forge_tensors),
-    *(forge_numbers, forge_arrays, forge_empties, forge_about, forge_header, forge_version) * 3,
-)
-DATABASES: tuple[Change, ...] = (*BYTES, *INSTEAD, forge_log, forge_tables, *(forge_rows,) * 4)
-FORGED = {
+SNAPSHOT: tuple[Change, ...] = (
     *(forge_numbers, forge_arrays, forge_empties, forge_about, forge_header, forge_version),
-    forge_rows,
-}
+)
+SNAPSHOTS: tuple[Change, ...] = (
+    *(*BYTES, *INSTEAD, another, forge_tensors, forge_tensors),
+    *SNAPSHOT * 3,
+)
+DATABASES: tuple[Change, ...] = (
+    *(*BYTES, *INSTEAD, another, forge_log, forge_tables),
+    *(forge_rows,) * 4,
+)
 # A whole file of another's is as whole as one that was forged.
-BELIEVED = FORGED | {another}
+BELIEVED = {*SNAPSHOT, forge_rows, another}

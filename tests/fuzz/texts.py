@@ -4,48 +4,38 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+
+def grown(step: str, out: str = "ns.x | length", first: str = "1", times: int = 60) -> str:
+    """Return a template that makes more of a value, again and again, and then writes `out`."""
+    return (
+        f"{{% set ns = namespace(x={first}) %}}{{% for i in range({times}) %}}"
+        f"{{% set ns.x = {step} %}}{{% endfor %}}{{{{ {out} }}}}"
+    )
+
+
+FOR, END = "{% for i in range(99999) %}", "{% endfor %}"
 # Each would take time or memory without end, or reach for Python.
 HOSTILE_TEMPLATES = {
     "python": "{{ ''.__class__.__mro__ }}",
-    "quiet loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "quiet loops": FOR * 2 + END * 2,
     "quiet loops with a test": (
         "{% for i in range(99999) if false %}{% endfor %}"
         "{% for i in range(9999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}"
     ),
-    "loops over one list": (
-        "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
-    ),
+    "loops over one list": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}" + END * 2,
     "compared in a row": (
         "{% set x = range(1000, 99999) | list %}{% set y = range(1000, 99999) | list %}"
         "{% if x " + "== y == x " * 1_000 + "%}{% endif %}"
     ),
-    "loops that read loop": (
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% if loop.last %}{% endif %}"
-        "{% endfor %}{% endfor %}"
-    ),
+    "loops that read loop": FOR * 2 + "{% if loop.last %}{% endif %}" + END * 2,
     "recursive loop": (
         "{% for i in range(9) recursive %}{{ loop(range(9)) if loop.depth < 9 }}{% endfor %}"
     ),
-    "doubled by +": (
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}"
-        "{% endfor %}{{ ns.x | length }}"
-    ),
-    "doubled by ~": (
-        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}"
-        "{% endfor %}{{ ns.x | length }}"
-    ),
-    "doubled list": (
-        "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}"
-        "{% endfor %}{{ ns.x | length }}"
-    ),
-    "nested list": (
-        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}"
-        "{% endfor %}{{ ns.x }}"
-    ),
-    "nested dict": (
-        "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = {'a': ns.x, 'b': ns.x} "
-        "%}{% endfor %}{{ ns.x | tojson }}"
-    ),
+    "doubled by +": grown("ns.x + ns.x", first="'ab'", times=99),
+    "doubled by ~": grown("ns.x ~ ns.x", first="'ab'", times=99),
+    "doubled list": grown("ns.x + ns.x", first="[1]", times=99),
+    "nested list": grown("[ns.x, ns.x]", "ns.x", "[1]"),
+    "nested dict": grown("{'a': ns.x, 'b': ns.x}", "ns.x | tojson"),
     "nested list compared": (
         "{% set ns = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] "
         "%}{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}"
@@ -54,14 +44,8 @@ HOSTILE_TEMPLATES = {
         "{% set ns = namespace(x=1) %}{% set top = namespace(n=ns) %}{% for i in range(60) %}"
         "{% set m = namespace(x=1) %}{% set ns.a = [m, m] %}{% endfor %}{{ top }}"
     ),
-    "nested by product": (
-        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x] * 2 %}"
-        "{% endfor %}{{ ns.x }}"
-    ),
-    "nested by dict": (
-        "{% set ns = namespace(x=1) %}{% for i in range(60) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}"
-        "{% endfor %}{{ ns.x }}"
-    ),
+    "nested by product": grown("[ns.x] * 2", "ns.x", "[1]"),
+    "nested by dict": grown("dict(a=ns.x, b=ns.x)", "ns.x"),
     "nested by macro": (
         "{% macro m(n) %}{% if n < 60 %}{{ m(n + 1, varargs, varargs) }}{% else %}{{ varargs }}"
         "{% endif %}{% endmacro %}{{ m(0, 1, 1) }}"
@@ -109,18 +93,12 @@ HOSTILE_TEMPLATES = {
         "{% set x = 'a' * 900000 %}{% set y = 'a' * 400000 + 'b' + 'a' * 400000 %}"
         "{% for i in range(99999) %}{% if y in x %}{% endif %}{% endfor %}"
     ),
-    "kept": (
-        "{% set ns = namespace(x=none) %}{% for i in range(99999) %}"
-        "{% set ns.x = namespace(before=ns.x, text=i ~ 'a' * 900000) %}{% endfor %}"
-    ),
+    "kept": grown("namespace(before=ns.x, text=i ~ 'a' * 900000)", "''", "none", 99999),
     "kept slices": (
         "{% set ns = namespace(x=none) %}{% set x = 'a' * 900000 %}{% for i in range(99999) %}"
         "{% set ns.x = namespace(before=ns.x, text=x[1:]) %}{% endfor %}"
     ),
-    "kept lists": (
-        "{% set ns = namespace(x=none) %}{% for i in range(99999) %}"
-        "{% set ns.x = namespace(before=ns.x, all=range(99999) | list) %}{% endfor %}"
-    ),
+    "kept lists": grown("namespace(before=ns.x, all=range(99999) | list)", "''", "none", 99999),
     "macro that writes": (
         "{% macro m() %}" + "{{ 'a' * 900000 }}" * 900 + "{% endmacro %}{% set x = m() %}"
     ),
@@ -156,19 +134,10 @@ HOSTILE_TEMPLATES = {
 PARTS = (
     *("{{ m.content }}", "{{ m['role'] }}", "{{ x }}", "{{ ns.x | length }}", "<|im_end|>"),
     *("{% set ns.x = ns.x + ns.x %}", "{% set x = [x, x] %}", "{% set x = x ~ x %}", "{{ x * 9 }}"),
-    *(
-        "{{ '%' ~ 99999 ~ 'd' % 1 }}",
-        "{{ x | tojson }}",
-        "{{ m | dictsort }}",
-        "{{ ns.x.split() }}",
-    ),
-    *(
-        "{{ loop.index }}",
-        "{{ x | replace('a', ns.x) }}",
-        "{{ x.join(messages) }}",
-        "{{ range(9) }}",
-    ),
-    *("{{ x.y.z }}", "{{ messages | map(attribute='content') | join(ns.x) }}", "{{ m.items() }}"),
+    *("{{ '%' ~ 99999 ~ 'd' % 1 }}", "{{ x | tojson }}", "{{ m | dictsort }}", "{{ x.y.z }}"),
+    *("{{ loop.index }}", "{{ x | replace('a', ns.x) }}", "{{ x.join(messages) }}"),
+    *("{{ messages | map(attribute='content') | join(ns.x) }}", "{{ ns.x.split() }}"),
+    *("{{ range(9) }}", "{{ m.items() }}"),
 )
 
 
@@ -182,39 +151,71 @@ def some_template(draw: random.Random) -> str:
 
 
 Step = Callable[[dict[str, Any], random.Random], None]
+HUGE = (0, 1, -1, 2**31, 2**40, 2**62, 2**63)
+BEHAVIORS = ("Isolated", "Removed", "MergedWithNext", "Nothing")
+# Some take time without end for some texts.
+PATTERNS = ("", "(a*)*b", "(.|e)*x", "(?=(\\w+))\\1:", "\\w", "(x+x+)+y", "[", "(?<=a)", "(e*)*z")
+PATTERNS += ("(a|aa)+$", "(\\w+\\s?)+$", "(((((e+)+)+)+)+)z")
 
 
-def replaces(value: dict[str, Any], draw: random.Random) -> None:
-    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
-    value["normalizer"] = {"type": "Sequence", "normalizers": [step] * draw.choice((2, 26, 60))}
+def replaces(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
 
 
-def replace_by_regex(value: dict[str, Any], draw: random.Random) -> None:
-    pattern = draw.choice(("", "(a*)*b", "(.|e)*x", "(?=(\\w+))\\1:", "\\w", "(x+x+)+y", "["))
-    content = draw.choice(("", "ee" * 1_000))
-    value["normalizer"] = {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+def normalizer(value: dict[str, Any], draw: random.Random) -> None:
+    step = replaces({"String": "e"}, "ee")
+    maps = ("", "AAAA", "/////w==", "x")
+    value["normalizer"] = draw.choice(
+        (
+            *({"type": "Sequence", "normalizers": [step] * count} for count in (2, 26, 60)),
+            replaces({"Regex": draw.choice(PATTERNS)}, draw.choice(("", "ee" * 1_000))),
+            replaces({"Regex": draw.choice(PATTERNS)}, draw.choice(("", "ee" * 1_000))),
+            {"type": "Precompiled", "precompiled_charsmap": draw.choice(maps)},
+            {"type": "Prepend", "prepend": "e" * draw.choice((0, 1_000_000))},
+            {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 2_000},
+            {"type": "Strip", "strip_left": True, "strip_right": True},
+            {"type": draw.choice(("ByteLevel", "NoSuch"))},
+        )
+    )
 
 
-def split(value: dict[str, Any], draw: random.Random) -> None:
-    pattern = draw.choice(("(a|aa)+$", "(e*)*z", "(\\w+\\s?)+$", "", "(?<=a)", "(((((e+)+)+)+)+)z"))
-    value["pre_tokenizer"] = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": draw.choice(("Isolated", "Removed", "MergedWithNext", "Nothing")),
-        "invert": draw.choice((False, True)),
-    }
+def decoder(value: dict[str, Any], draw: random.Random) -> None:
+    value["decoder"] = draw.choice(
+        (
+            replaces({"Regex": "(e*)*z"}, "e" * 10_000),
+            {"type": "Strip", "content": "e", "start": 2**40, "stop": 2**40},
+            {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True},
+            {"type": "WordPiece", "prefix": "e", "cleanup": True},
+            {"type": "BPEDecoder", "suffix": "e"},
+            {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 2_000},
+            None,
+        )
+    )
+
+
+def pre_tokenizer(value: dict[str, Any], draw: random.Random) -> None:
+    split = {"type": "Split", "behavior": draw.choice(BEHAVIORS), "invert": draw.random() < 0.5}
+    value["pre_tokenizer"] = draw.choice(
+        (
+            *({**split, "pattern": {"Regex": draw.choice(PATTERNS)}} for _ in range(4)),
+            {"type": "Metaspace", "replacement": draw.choice(("▁", "", "ab")), "split": True},
+            {"type": "FixedLength", "length": draw.choice(HUGE)},
+            {"type": "CharDelimiterSplit", "delimiter": draw.choice(("e", "", "ab"))},
+            {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 3_000},
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+            {"type": "UnicodeScripts"},
+            None,
+        )
+    )
 
 
 def templates(value: dict[str, Any], draw: random.Random) -> None:
     special = {"id": "x", "ids": draw.choice(([], [1], [9_999_999], [1] * 50_000)), "tokens": ["x"]}
     single = [{"SpecialToken": {"id": draw.choice(("x", "y")), "type_id": 0}}]
     single += [{"Sequence": {"id": draw.choice("AB"), "type_id": 0}}] * draw.choice((0, 1, 500))
-    value["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": single,
-        "special_tokens": draw.choice(({}, {"x": special}, {"z": special})),
-    }
+    tokens = draw.choice(({}, {"x": special}, {"z": special}))
+    texts = {"single": single, "pair": single, "special_tokens": tokens}
+    value["post_processor"] = {"type": "TemplateProcessing", **texts}
 
 
 def added(value: dict[str, Any], draw: random.Random) -> None:
@@ -246,86 +247,36 @@ def vocabulary(value: dict[str, Any], draw: random.Random) -> None:
 
 
 def other_model(value: dict[str, Any], draw: random.Random) -> None:
-    vocab = value["model"]["vocab"]
+    model, vocab = value["model"], value["model"]["vocab"]
     scores = [[token, draw.choice((-1.0, 0.0, 1e300, -1e300))] for token in vocab]
-    models = [
-        {"type": "Unigram", "unk_id": draw.choice((0, None, 10**6)), "vocab": scores},
-        {"type": "Unigram", "unk_id": 0, "vocab": []},
-        {"type": "WordLevel", "vocab": vocab, "unk_token": draw.choice(("", "no"))},
-        {
-            "type": "WordPiece",
-            "vocab": vocab,
-            "unk_token": "no",
-            "continuing_subword_prefix": "#" * draw.choice((0, 2, 100_000)),
-            "max_input_chars_per_word": draw.choice((0, 100, 2**63)),
-        },
-        {"type": "BPE", "vocab": vocab, "merges": [], "dropout": draw.choice((1.0, 0.5, 7, -1))},
-        value["model"] | {"unk_token": "no such"},
-        value["model"] | {"byte_fallback": True, "fuse_unk": True},
-        value["model"] | {"continuing_subword_prefix": "é" * 3, "end_of_word_suffix": "x"},
-    ]
-    value["model"] = draw.choice(models)
-
-
-def other_steps(value: dict[str, Any], draw: random.Random) -> None:
-    steps = [
-        {"type": "Precompiled", "precompiled_charsmap": draw.choice(("", "AAAA", "/////w==", "x"))},
-        {"type": "Prepend", "prepend": "e" * draw.choice((0, 1_000_000))},
-        {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 2_000},
-        {"type": "Strip", "strip_left": True, "strip_right": True},
-        {"type": "ByteLevel"},
-        {"type": "NoSuch"},
-    ]
-    value["normalizer"] = draw.choice(steps)
-    value["decoder"] = draw.choice(
+    pieces = {"type": "WordPiece", "vocab": vocab, "unk_token": "no"}
+    pieces["continuing_subword_prefix"] = "#" * draw.choice((0, 2, 100_000))
+    value["model"] = draw.choice(
         (
-            value["decoder"],
-            {"type": "Replace", "pattern": {"Regex": "(e*)*z"}, "content": "e" * 10_000},
-            {"type": "Strip", "content": "e", "start": 2**40, "stop": 2**40},
-            {"type": "CTC", "pad_token": "", "word_delimiter_token": "", "cleanup": True},
-            {"type": "WordPiece", "prefix": "e", "cleanup": True},
-            {"type": "BPEDecoder", "suffix": "e"},
-            {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 2_000},
-            None,
-        )
-    )
-
-
-def words(value: dict[str, Any], draw: random.Random) -> None:
-    value["pre_tokenizer"] = draw.choice(
-        (
-            {"type": "Metaspace", "replacement": draw.choice(("▁", "", "ab")), "split": True},
-            {"type": "FixedLength", "length": draw.choice((0, 1, -1, 2**63))},
-            {"type": "CharDelimiterSplit", "delimiter": draw.choice(("e", "", "ab"))},
-            {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 3_000},
-            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
-            {"type": "UnicodeScripts"},
-            None,
+            {"type": "Unigram", "unk_id": draw.choice((0, None, 10**6)), "vocab": scores},
+            {"type": "Unigram", "unk_id": 0, "vocab": []},
+            {"type": "WordLevel", "vocab": vocab, "unk_token": draw.choice(("", "no"))},
+            pieces | {"max_input_chars_per_word": draw.choice((0, 100, 2**63))},
+            {"type": "BPE", "vocab": vocab, "merges": [], "dropout": draw.choice((1.0, 0.5, 7))},
+            model | {"unk_token": "no such"},
+            model | {"byte_fallback": True, "fuse_unk": True},
+            model | {"continuing_subword_prefix": "é" * 3, "end_of_word_suffix": "x"},
         )
     )
 
 
 def settings(value: dict[str, Any], draw: random.Random) -> None:
-    huge = draw.choice((0, 1, 2**31, 2**62))
-    value["truncation"] = {
-        "direction": "Right",
-        "max_length": huge,
-        "strategy": "LongestFirst",
-        "stride": draw.choice((0, huge)),
-    }
+    huge, step = (draw.choice(HUGE[:2] + HUGE[3:6]) for _ in range(2))
+    cut = {"max_length": huge, "strategy": "LongestFirst", "stride": step}
+    value["truncation"] = {"direction": "Right", **cut}
     value["padding"] = {
-        "strategy": {"Fixed": huge},
-        "direction": "Right",
-        "pad_to_multiple_of": draw.choice((None, 0, huge)),
-        "pad_id": 2**32 - 1,
-        "pad_type_id": 0,
-        "pad_token": "p",
+        **{"strategy": {"Fixed": huge}, "direction": "Right", "pad_to_multiple_of": step},
+        **{"pad_id": 2**32 - 1, "pad_type_id": 0, "pad_token": "p"},
     }
 
 
 HOSTILE_STEPS: dict[str, Step] = {
-    **{"replaces": replaces, "replaces by regex": replace_by_regex, "split": split},
-    **{"template processing": templates, "added tokens": added, "vocabulary": vocabulary},
-    **{"another model": other_model, "other steps": other_steps, "words": words},
+    **{"normalizer": normalizer, "decoder": decoder, "words": pre_tokenizer, "added": added},
+    **{"template processing": templates, "vocabulary": vocabulary, "another model": other_model},
     **{"settings": settings},
 }

@@ -15,19 +15,7 @@ from mlx_stream.hub import repository, transfer
 from mlx_stream.hub.listing import cached_models
 from mlx_stream.hub.resolve import pull as pull_from_hub
 from mlx_stream.hub.resolve import resolve
-from tests.fakes.loopback import (  # noqa: F401 (pytest)
-    COMMIT,
-    NOBODY,
-    REPO,
-    WEIGHTS,
-    Hub,
-    home_fixture,
-    model_fixture,
-    never,
-    served_fixture,
-    silent,
-    use_endpoint,
-)
+from tests.fakes.loopback import COMMIT, NOBODY, REPO, WEIGHTS, never, silent, use_endpoint
 from tests.fakes.pulling import SHARD, blobs, pull, refused
 from tests.fakes.shell import GREEDY, edit, parsed, program
 from tests.fakes.shell import run as run_here
@@ -45,9 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- a whole model ---
 
 
-def test_a_model_is_pinned_to_a_commit_and_opens_without_the_hub(
-    served: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_pinned_to_a_commit_and_opens_without_the_hub(served, monkeypatch):
     found = pull()
     assert (found.name, found.revision, found.commit) == (REPO, "main", COMMIT)
     assert found.path.name == COMMIT
@@ -58,12 +44,14 @@ def test_a_model_is_pinned_to_a_commit_and_opens_without_the_hub(
     served.server.server_close()
     use_endpoint(monkeypatch, NOBODY)
     assert resolve(REPO, never) == found.path
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert resolve(REPO, never) == found.path
     asked = run_here("chat", REPO, *GREEDY, "--max-tokens", 3, stdin="Hello\n")
     assert (asked.code, asked.err) == (0, "")
     assert read_folder(found.path).tensors.keys() == WEIGHTS.keys()
 
 
-def test_huggingface_hub_takes_what_was_fetched_for_its_own(served: Hub) -> None:
+def test_huggingface_hub_takes_what_was_fetched_for_its_own(served):
     found = pull()
     served.asked.clear()
     own = huggingface_hub.snapshot_download(
@@ -75,7 +63,7 @@ def test_huggingface_hub_takes_what_was_fetched_for_its_own(served: Hub) -> None
     assert served.asked == []
 
 
-def test_pulling_again_fetches_only_what_is_new(served: Hub) -> None:
+def test_pulling_again_fetches_only_what_is_new(served):
     first = pull()
     served.asked.clear()
     assert pull() == first and served.fetched() == set()
@@ -87,7 +75,7 @@ def test_pulling_again_fetches_only_what_is_new(served: Hub) -> None:
     assert read_folder(first.path).generation_config["eos_token_id"] == 2
 
 
-def test_a_revision_is_a_branch_a_tag_or_a_commit(served: Hub) -> None:
+def test_a_revision_is_a_branch_a_tag_or_a_commit(served):
     assert pull("v1").commit == COMMIT
     assert (transfer.storage_of(REPO) / "refs" / "v1").read_text() == COMMIT
     assert pull(COMMIT).path == pull("v1").path
@@ -95,13 +83,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(served: Hub) -> None:
     assert repository.find_in_cache(REPO) is None  # main was not asked for
 
 
-@pytest.mark.parametrize("revision", ["none", "../main", "/main", "", "-x", "a b"])
-def test_a_revision_that_is_none(served: Hub, revision: str) -> None:
-    line = refused(revision)
-    assert repr(revision) in line and "a branch, a tag or a commit" in line
-
-
-def test_offline_the_cache_is_what_there_is(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_cache_is_what_there_is(served, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set; unset it" in refused()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -119,7 +101,7 @@ def broken_after(count: int) -> Callable[[bytes, int], bytes]:
     return lambda content, start: content[:count]
 
 
-def test_a_download_goes_on_where_the_connection_broke(served: Hub) -> None:
+def test_a_download_goes_on_where_the_connection_broke(served):
     size = (served.repos[REPO] / SHARD).stat().st_size
     step = size // 5
     served.sent[SHARD] = broken_after(step)
@@ -127,28 +109,14 @@ def test_a_download_goes_on_where_the_connection_broke(served: Hub) -> None:
     assert served.ranges == [(SHARD, start) for start in range(step, size, step)]
 
 
-def test_another_process_goes_on_with_what_one_left(served: Hub) -> None:
-    size = (served.repos[REPO] / SHARD).stat().st_size
-    served.sent[SHARD] = lambda content, start: content[: 1_000 if start == 0 else 0]
-    assert f"ends at 1,000 of {size:,} bytes, again and again" in refused()
-    assert 1_000 in blobs().values()
-    served.sent.clear()
-    served.ranges.clear()
-    pull()
-    assert served.ranges == [(SHARD, 1_000)]
-    assert not any(name.endswith(".incomplete") for name in blobs())
-
-
-def test_what_was_left_damaged_is_fetched_again(served: Hub) -> None:
+def test_what_was_left_damaged_is_fetched_again(served):
     served.sent[SHARD] = lambda content, start: bytes(1_000) if start == 0 else b""
     refused()
     served.sent.clear()
     assert read_folder(pull().path).tensors.keys() == WEIGHTS.keys()
 
 
-def test_a_hub_that_knows_no_ranges_sends_all_again(
-    served: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_knows_no_ranges_sends_all_again(served, monkeypatch):
     served.sent[SHARD] = lambda content, start: content[: 1_000 if start == 0 else 0]
     refused()
     served.sent.clear()
@@ -157,7 +125,7 @@ def test_a_hub_that_knows_no_ranges_sends_all_again(
     assert read_folder(pull().path).tensors.keys() == WEIGHTS.keys()
 
 
-def test_a_busy_hub_is_asked_again(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_hub_is_asked_again(served, monkeypatch):
     busy = iter([(503, {}, b"", ""), (429, {}, b"", "")])
     answer = served.answer
     monkeypatch.setattr(
@@ -182,7 +150,7 @@ pull(sys.argv[1], "main", print, stop)
 """
 
 
-def test_a_killed_download_looks_like_none_and_is_gone_on_with(served: Hub) -> None:
+def test_a_killed_download_looks_like_none_and_is_gone_on_with(served):
     served.sent[SHARD] = broken_after(50_000)
     env = {**os.environ, "HF_ENDPOINT": served.endpoint}
     killed = subprocess.run([sys.executable, "-c", KILLED, REPO], env=env, capture_output=True)
@@ -191,9 +159,10 @@ def test_a_killed_download_looks_like_none_and_is_gone_on_with(served: Hub) -> N
     served.ranges.clear()
     pull()
     assert served.ranges[0][1] > 0
+    assert not any(name.endswith(".incomplete") for name in blobs())
 
 
-def test_two_processes_fetch_each_file_once(served: Hub) -> None:
+def test_two_processes_fetch_each_file_once(served):
     def once_both_have_begun(content: bytes, start: int) -> bytes:
         until = time.monotonic() + 30
         while "".join(served.asked).count("/revision/") < 2 and time.monotonic() < until:
@@ -216,7 +185,7 @@ def test_two_processes_fetch_each_file_once(served: Hub) -> None:
 # --- the verb ---
 
 
-def test_the_verb_prints_the_commit_and_json(served: Hub) -> None:
+def test_the_verb_prints_the_commit_and_json(served):
     found = pull()
     result = run_here("pull", REPO)
     assert (result.code, result.err) == (0, "")
@@ -231,24 +200,13 @@ def test_the_verb_prints_the_commit_and_json(served: Hub) -> None:
 
 
 @pytest.mark.parametrize("source", [".", "none", "a/b/c", "model.gguf"])
-def test_what_is_not_on_the_hub(source: str) -> None:
+def test_what_is_not_on_the_hub(source):
     result = run_here("pull", source)
     assert (result.code, result.out) == (1, "")
-    assert result.err == (
-        f"mlx_stream: {source!r} is not on the Hub; expected a Hub id org/name, or starter\n"
-    )
+    assert f"{source!r} is not on the Hub; expected a Hub id org/name" in result.err
 
 
-def test_the_program_says_in_one_line_what_is_wrong(served: Hub) -> None:
-    served.errors[REPO] = (404, "RepoNotFound")
-    env = {**os.environ, "HF_ENDPOINT": served.endpoint}
-    result = subprocess.run(program("pull", REPO), env=env, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"mlx_stream: {REPO}: no such folder, and no such model at")
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_progress_is_told_in_bytes(served: Hub) -> None:
+def test_progress_is_told_in_bytes(served):
     told: list[tuple[int, int]] = []
     total = pull_from_hub(REPO, "main", silent, lambda *count: told.append(count)).bytes
     assert told[-1] == (total, total) and [done for done, _ in told] == sorted(d for d, _ in told)

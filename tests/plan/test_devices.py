@@ -55,21 +55,6 @@ def test_every_figure_is_sane_and_has_a_source():
         assert device.year is not None and 2020 <= device.year <= 2026 and device.chip
 
 
-def test_the_kinds_and_sizes_that_were_asked_for_are_there():
-    def sizes(kind: str, start: str) -> set[float]:
-        found = [d for d in built_in() if d.kind == kind and d.name.startswith(start)]
-        return {device.memory.amount / GB for device in found}
-
-    assert sizes("phone", "iphone") == {4, 6, 8, 12}
-    assert sizes("tablet", "ipad") == {3, 4, 6, 8, 12, 16}
-    assert {8, 16, 24, 32} <= sizes("laptop", "macbook-air")
-    assert {8, 16, 18, 24, 32, 36, 48, 64, 96, 128} <= sizes("laptop", "macbook-pro")
-    assert {8, 16, 24, 32, 48, 64} <= sizes("desktop", "mac-mini")
-    assert {32, 64, 96, 128, 192, 256, 512} <= sizes("desktop", "mac-studio")
-    years = {device.year for device in built_in() if device.kind == "phone"}
-    assert years == {2021, 2022, 2023, 2024, 2025, 2026}
-
-
 def test_what_nobody_published_is_estimated_by_a_rule():
     published, estimated = find("macbook-air-m2-16gb"), find("macbook-pro-m3-pro-18gb")
     assert not published.budget.estimated and published.budget.amount == int(10.67 * GB)
@@ -83,41 +68,21 @@ def test_what_nobody_published_is_estimated_by_a_rule():
 
 def test_this_machine_has_its_real_figures():
     machine = here()
-    assert machine.budget.amount == backend.memory_budget()
+    assert machine.budget.amount == backend.memory_budget() <= machine.memory.amount
     assert machine.metal == backend.on_metal()
-    assert machine.memory.amount >= machine.budget.amount
-    if not machine.metal:
-        assert machine.bandwidth is None
+    assert machine.metal or machine.bandwidth is None
 
 
 def test_the_bandwidth_of_a_mac_is_known_where_its_chip_and_memory_tell():
-    known = devices.known_bandwidth("M4 Max", 64 * GB)
-    assert known is not None and known.amount == 546e9
-    slower = devices.known_bandwidth("M4 Max", 36 * GB)
-    assert slower is not None and slower.amount == 410e9
+    for memory, bandwidth in ((64, 546e9), (36, 410e9)):
+        known = devices.known_bandwidth("M4 Max", memory * GB)
+        assert known is not None and known.amount == bandwidth
     for mac in (device for device in built_in() if device.kind in ("laptop", "desktop")):
         found = devices.known_bandwidth(mac.chip, mac.memory.amount)
         assert found is not None and mac.bandwidth is not None
         assert found.amount == mac.bandwidth.amount, mac.name
     assert devices.known_bandwidth("M9", 64 * GB) is None
     assert devices.known_bandwidth("M4 Max", 20 * GB) is None
-
-
-# --- names ---
-
-
-def test_an_unknown_device_names_the_nearest():
-    with pytest.raises(DeviceError, match=r"not known; did you mean .*iphone-16-pro"):
-        find("iphone-16-prp")
-    with pytest.raises(DeviceError, match=r"'toaster': not known; `mlx_stream devices` lists all"):
-        find("toaster")
-
-
-def test_a_device_of_several_sizes_asks_which():
-    with pytest.raises(DeviceError) as error:
-        find("macbook-air-m3")
-    sizes = "macbook-air-m3-8gb, macbook-air-m3-16gb, macbook-air-m3-24gb"
-    assert str(error.value) == f"--device macbook-air-m3: say which: {sizes}"
 
 
 # --- a user's own ---
@@ -130,13 +95,9 @@ def test_own_devices_are_added(own):
     assert device.bandwidth is not None and device.bandwidth.amount == 273.5e9
     assert device.budget.source == str(own) and not device.budget.estimated
     assert find("iphone-16", own) == find("iphone-16")
-
-
-def test_own_devices_are_read_from_the_users_file():
-    path = devices.user_file()
     assert len(all_devices()) == len(built_in())
-    path.parent.mkdir(parents=True)
-    path.write_text(MINE)
+    devices.user_file().parent.mkdir(parents=True)
+    devices.user_file().write_text(MINE)
     assert all_devices()[-1].name == "my-mac"
 
 
@@ -170,16 +131,13 @@ def test_what_an_own_device_leaves_out_is_what_its_kind_has(own):
         (('[[device]]', 'colour = 1\n[[device]]'), "unknown key 'colour'; expected only"),
         (('[[device]]', '[device]'), "device must be a list of tables, written [[device]]"),
         (('[[device]]', '[[device]'), "not valid TOML: "),
+        (('[[device]]', 'a = ' + '[' * 100_000), "nested too deeply"),
+        (('[[device]]', MINE + '[[device]]'), "device 2: the name 'my-mac' is taken"),
         (('budget_gb = 40', 'year = "old"'), "year must be a year, not 'old'"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_own_devices_are_checked_strictly(own, change, why):
     assert why in refused(own, MINE.replace(*change))
-
-
-def test_a_name_is_used_once(own):
-    assert "device 2: the name 'my-mac' is taken" in refused(own, MINE + MINE)
 
 
 def test_a_file_that_cannot_be_read_is_one_line(own, tmp_path):
@@ -193,4 +151,3 @@ def test_a_file_that_cannot_be_read_is_one_line(own, tmp_path):
     own.write_bytes(b"#" * (2**20 + 1))
     with pytest.raises(DeviceError, match="larger than 1 MB"):
         all_devices(own)
-    assert "nested too deeply" in refused(own, "a = " + "[" * 100_000)

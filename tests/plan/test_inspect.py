@@ -15,17 +15,7 @@ from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.planner import PlanRequest, make_plan
 from tests.fakes import gguf_files
-from tests.fakes.loopback import (  # noqa: F401 (pytest)
-    CONFIG,
-    REPO,
-    WEIGHTS,
-    Hub,
-    home_fixture,
-    model_fixture,
-    never,
-    served_fixture,
-    silent,
-)
+from tests.fakes.loopback import CONFIG, REPO, WEIGHTS, Hub, never, silent
 from tests.fakes.shell import edit
 from tests.fakes.tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
 from tests.models.test_weights import FOUR_BITS, MIXED, QUANTIZABLE, quantize
@@ -124,25 +114,22 @@ def test_a_config_alone_says_its_dtype(tmp_path):
 # --- what is not a model's ---
 
 
-def test_headers_that_are_not_the_configs_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "kind", "why"),
+    [
+        ({"intermediate_size": 128}, WeightsError, r"gate_proj.weight' has.*\(96, .*\(128, 64\)"),
+        ({"num_hidden_layers": 3}, WeightsError, r"/model: .*layers\.2.*q_proj.weight' is missing"),
+        ({"model_type": "gemma"}, ConfigError, r"/model: .*'gemma' is not supported"),
+        ({}, CheckpointError, "damaged or truncated"),
+    ],
+)
+def test_headers_that_are_not_the_configs_are_refused(tmp_path, changes, kind, why):
     raw = tiny_config()
     folder = write_tiny(tmp_path / "model", raw, tiny_weights(raw))
-    edit(folder / "config.json", intermediate_size=128)
-    with pytest.raises(WeightsError, match=r"gate_proj.weight' has shape \(96, 64\).*\(128, 64\)"):
-        summarize_model(str(folder), never)
-    edit(folder / "config.json", intermediate_size=96, num_hidden_layers=3)
-    with pytest.raises(WeightsError, match=r"^.*/model: .*layers\.2.*q_proj.weight' is missing"):
-        summarize_model(str(folder), never)
-    edit(folder / "config.json", model_type="gemma")
-    with pytest.raises(ConfigError, match=r"^.*/model: .*'gemma' is not supported"):
-        summarize_model(str(folder), never)
-
-
-def test_damaged_headers_are_refused(tmp_path):
-    raw = tiny_config()
-    folder = write_tiny(tmp_path / "model", raw, tiny_weights(raw))
-    (folder / "model.safetensors").write_bytes(b"\x10" * 40)
-    with pytest.raises(CheckpointError, match="damaged or truncated"):
+    edit(folder / "config.json", **changes)
+    if not changes:
+        (folder / "model.safetensors").write_bytes(b"\x10" * 40)
+    with pytest.raises(kind, match=why):
         summarize_model(str(folder), never)
 
 
@@ -165,12 +152,8 @@ def test_of_a_model_on_the_hub_only_headers_are_fetched(served: Hub, home: Path,
     assert [path.name for path in kept] == ["config.json"]
     assert max(path.stat().st_size for path in tmp_path.rglob("blobs/*")) < 2_000
     assert "tokenizer.json" not in served.fetched()
-
-
-def test_of_shards_on_the_hub_every_header_is_read(served: Hub, tmp_path):
-    served.repos[REPO] = write_tiny(tmp_path / "shards", CONFIG, WEIGHTS, shards=3)
-    outline = summarize_model(REPO, silent)
-    assert outline.stored == sum(weight.nbytes for weight in WEIGHTS.values())
+    served.repos["org/shards"] = write_tiny(tmp_path / "shards", CONFIG, WEIGHTS, shards=3)
+    assert summarize_model("org/shards", silent).stored == outline.stored
 
 
 def test_a_cached_model_is_read_without_the_network(served: Hub):
@@ -190,23 +173,20 @@ def test_a_model_the_hub_has_not_or_has_no_safetensors_of_is_one_line(served: Hu
         summarize_model(REPO, silent)
 
 
-@pytest.mark.parametrize(
-    "header",
-    ["\0", "[]", '{"a": 1}', '{"a": {"dtype": "F32", "shape": 7, "data_offsets": [0, 4]}}'],
-)
-def test_a_damaged_header_on_the_hub_is_one_line(served: Hub, header: str):
-    content = len(header).to_bytes(8, "little") + header.encode()
-    (served.repos[REPO] / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"^{REPO}: the header of one of its files is"):
-        summarize_model(REPO, silent)
+def odd(dtype: str = "F32", shape: str = "[4]") -> str:
+    return f'{{"a": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [0, 4]}}}}'
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [("F64", "[4]"), ("F32", "[-4]"), ("F32", '["4"]')])
-def test_tensors_nobody_runs_are_refused(served: Hub, dtype: str, shape: str):
-    header = f'{{"a": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [0, 4]}}}}'
+DAMAGED = "the header of one of its files is"
+HEADERS = [("\0", DAMAGED), ("[]", DAMAGED), ('{"a": 1}', DAMAGED), (odd(shape="7"), DAMAGED)]
+HEADERS += [(odd("F64"), "'a' is F64"), (odd(shape="[-4]"), "impossible shape|damaged")]
+
+
+@pytest.mark.parametrize(("header", "why"), [*HEADERS, (odd(shape='["4"]'), "shape|damaged")])
+def test_a_header_on_the_hub_that_nobody_runs_is_one_line(served: Hub, header: str, why: str):
     content = len(header).to_bytes(8, "little") + header.encode()
     (served.repos[REPO] / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=f"^{REPO}: .*('a' is F64|impossible shape|damaged)"):
+    with pytest.raises(CheckpointError, match=f"^{REPO}: .*({why})"):
         summarize_model(REPO, silent)
 
 

@@ -1,0 +1,340 @@
+"""What the command line refuses: one line that says what is wrong and what to do, status 1."""
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_stream import backend
+from tests.fakes import gguf_files
+from tests.fakes.refusals import ASK, one_line, refused
+from tests.fakes.shell import DEADLINE, GREEDY, SMALL, done, edit, program, run
+from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+CONFIG = tiny_config(**SMALL)
+WEIGHTS = tiny_weights(CONFIG)
+PUBLISHED = Path(__file__).parents[1] / "fakes" / "published"
+TEXT = "the man and the house of the river and the sea in the end " * 40
+# In capitals: what a test makes of it.
+COMMANDS = {
+    "generate": "generate MODEL -p the",
+    "chat": "chat MODEL",
+    "score": "score MODEL TEXT",
+    "bench": "bench MODEL --window 64",
+    "convert": "convert WIDE out",
+    "plan": "plan LLAMA",
+    "tiny": "plan MODEL",
+    "devices": "devices",
+    "phone": "plan LLAMA --device iphone-16-pro",
+}
+
+
+@pytest.fixture(scope="module")
+def given(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return what stands for the words in capitals."""
+    folder = tmp_path_factory.mktemp("given")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "short.txt").write_text(TEXT[:120])
+    config = tiny_config(hidden_size=128, intermediate_size=256, head_dim=32)
+    wide = write_tiny(folder / "wide", config, tiny_weights(config))
+    files = {"TEXT": folder / "text.txt", "SHORT": folder / "short.txt"}
+    return {"MODEL": whole, "WIDE": wide, "LLAMA": PUBLISHED / "Llama-3.2-1B.json", **files}
+
+
+def words(text: str, given: dict[str, Path]) -> list[object]:
+    return [given.get(word, word) for word in shlex.split(text)]
+
+
+# --- options ---
+
+DTYPES = "--dtype must be one of float32, float16, bfloat16, not"
+OPTIONS: list[tuple[str, str, str]] = [
+    ("generate chat score", "--window 0", "--window must be at least 1, not 0"),
+    ("generate chat score", "--sinks -1", "--sinks must be from 0 to 511, not -1"),
+    ("generate", "--sinks 512", "--sinks must be from 0 to 511, not 512"),
+    ("generate chat score", "--window 509", "sinks 4 + window 509 = 513 tokens exceed the model's"),
+    ("generate", "--window 509", "trained context of 512: use a window of at most 508"),
+    ("generate", "--window 500 --sinks 20", "use a window of at most 492"),
+    ("generate chat score bench convert phone", "--dtype int8", f"{DTYPES} 'int8'"),
+    ("generate", "--dtype ''", f"{DTYPES} ''"),
+    ("generate chat", "--temp -1", "--temp must be 0 or more, not -1.0"),
+    ("generate", "--temp nan", "--temp must be 0 or more, not nan"),
+    ("generate", "--temp inf", "--temp must be 0 or more, not inf"),
+    ("generate chat", "--top-p 0", "--top-p must be above 0 and at most 1, not 0.0"),
+    ("generate", "--top-p 1.01", "--top-p must be above 0 and at most 1, not 1.01"),
+    ("generate chat", "--min-p 2", "--min-p must be from 0 to 1, not 2.0"),
+    ("generate", "--min-p -0.1", "--min-p must be from 0 to 1, not -0.1"),
+    ("generate chat", "--top-k -1", "--top-k must be 0 or more, not -1"),
+    ("generate chat", "--repetition-penalty 0", "--repetition-penalty must be from 0.01 to 100"),
+    ("generate chat", "--seed -1", "--seed must be from 0 to 2^64 - 1, not -1"),
+    ("generate", f"--seed {2**64}", f"--seed must be from 0 to 2^64 - 1, not {2**64}"),
+    ("generate chat", "--max-tokens 0", "--max-tokens must be at least 1, not 0"),
+    ("generate chat", "--stop x --stop ''", "--stop must not be an empty text"),
+    ("score", "--chunk 0", "--chunk must be at least 1, not 0"),
+    ("score", "--max-tokens 1 --json", "--max-tokens must be at least 2, not 1"),
+    ("score", "--dense --sinks 2", "--dense attends to everything: leave out --window, --sinks"),
+    ("bench", "--pairs 2", "--pairs must be at least 3, not 2"),
+    ("bench", "--chunk 1", "--chunk must be at least 2, not 1"),
+    ("bench", "--prefill 1", "--prefill must be at least 2, not 1"),
+    ("bench", "--prefill 9 --prefill-chunk 1", "--prefill-chunk must be at least 2, not 1"),
+    ("bench", "--window 0", "--window must be at least 1, not 0"),
+    ("bench", "--window 4096", "use a window of at most 508"),
+    ("bench", "--against llama.cpp", "--against must be one of mlx-lm, not 'llama.cpp'"),
+    ("convert", "--bits 7", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 7"),
+    ("convert", "--bits 0", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 0"),
+    ("convert", "--bits 4 --group-size 48", "--group-size must be 32, 64 or 128 in mode affine"),
+    ("convert", "--group-size 64", "--group-size and --mode affine need --bits"),
+    ("convert", "--mode affine", "--group-size and --mode affine need --bits"),
+    ("convert", "--mode int4", "--mode must be one of affine, mxfp4, mxfp8, nvfp4, not 'int4'"),
+    ("convert", "--mode mxfp4 --bits 8", "--bits must be 4 in mode mxfp4, not 8"),
+    ("convert", "--mode mxfp4 --group-size 64", "--group-size must be 32 in mode mxfp4, not 64"),
+    ("convert", "--bits 4 --group-size 0", "--group-size must be 32, 64 or 128 in mode affine"),
+    ("convert", "--mode nvfp4 --group-size 32", "--group-size must be 16 in mode nvfp4, not 32"),
+    ("convert", "--recipe mixed_4_6 --bits 4", "leave out --bits"),
+    ("convert", "--recipe best", "--recipe must be one of uniform_2, "),
+    ("convert", "--recipe sensitive_4_6", "--recipe sensitive_4_6 is measured on a text: give one"),
+    ("convert", "--bits 4 --calibration TEXT", "--calibration is for recipes that are measured"),
+    ("convert", "--report none.txt", "none.txt: cannot be read: No such file or directory"),
+    ("convert", "--report SHORT", "63 tokens: a report needs more than 200"),
+    ("convert", "--recipe sensitive_4_6 --calibration SHORT", "the calibration text has 63 tokens"),
+    ("convert", "--report TEXT --report-tokens 5", "--report-tokens must be above 200, not 5"),
+    ("convert plan", "--device iphone-16-prp", "not known; did you mean iphone-"),
+    ("plan", "--device toaster", "'toaster': not known; `mlx_stream devices` lists all"),
+    ("plan", "--device macbook-air-m3", "say which: macbook-air-m3-8gb, macbook-air-m3-16gb, mac"),
+    ("phone", "--window 200000", "exceed the model's trained context of 131072"),
+    ("phone", "--bits 7", "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
+    ("phone", "--group-size 48", "--group-size must be one of 32, 64, 128"),
+    ("phone", "--kv-bits 3", "--kv-bits must be 8 or 4, not 3"),
+    ("tiny", "--kv-bits 8", "--kv-bits needs heads of a multiple of 64 numbers"),
+    ("phone tiny", "--sinks -1", "--sinks must be from 0 to"),
+    ("tiny", "--window 0", "--window must be at least 1, not 0"),
+    ("phone", "--bits 4 --dequantize", "--bits is for weights that stay quantized"),
+    ("plan", "--device macbook-neo --no-entitlement", "--no-entitlement is for phones"),
+    ("plan", "--no-entitlement", "--no-entitlement is for phones and tablets, which here is not"),
+    ("phone devices", "--devices none.toml", "none.toml: cannot be read: No such file"),
+]
+
+
+@pytest.mark.parametrize(("verbs", "options", "why"), OPTIONS)
+def test_options_that_will_not_do(given, verbs, options, why, monkeypatch):
+    # mlx-lm itself is not needed to refuse, and is slow to import.
+    monkeypatch.setattr("mlx_stream.evaluate.mlx_lm.load_peer", lambda folder, model: None)
+    for verb in verbs.split():
+        assert why in one_line(*words(f"{COMMANDS[verb]} {options}", given), stdin="the\n")
+
+
+# --- names, texts and places ---
+
+OTHERS: list[tuple[str, bytes, str]] = [
+    *(
+        (f"{verb} {name} {more}", b"Hello\n", why)
+        for verb, more in (("chat", ""), ("generate", "-p a"), ("score", "TEXT"), ("bench", ""))
+        for name, why in (
+            ("./nowhere", "./nowhere: no such folder or file"),
+            ("nowhere.gguf", "nowhere.gguf: no such folder or file"),
+            ("nowhere", "'nowhere' is not a model; expected a folder, a .gguf file, a Hub id"),
+            ("org/name", "org/name: not in the cache, and "),
+        )
+    ),
+    ("chat './no\n\nwhere'", b"", "./no where: no such folder or file"),
+    ("generate TEXT -p a", b"", "not a model; expected a folder or a .gguf file"),
+    ("plan none", b"", "'none"),
+    ("plan org/none", b"", "org/none: "),
+    ("convert none out", b"", "is not a model"),
+    ("score MODEL none.txt", b"", "none.txt: cannot be read: No such file or directory"),
+    ("score MODEL MODEL", b"", "is a folder: after the model, give the text file to score"),
+    ("score MODEL", b"", "is a folder: after the model, give the text file to score"),
+    ("score MODEL -", b"", "standard input: is empty: give a text of at least one character"),
+    ("score MODEL -", b"a", "the text has 1 token: at least two are needed to predict one"),
+    ("score MODEL -", b"good " * 1000 + b"\xe2\x82", "is not UTF-8 (byte 5000 is 0xe2): convert"),
+    ("generate MODEL -p -", b"", "standard input: is empty: give a text"),
+    ("generate MODEL -p -", b"the\n\xff", "standard input: is not UTF-8 (byte 4 is 0xff)"),
+    ("generate MODEL -p ''", b"", "the prompt is empty: give at least one character"),
+    ("generate MODEL -p abc\udcff", b"", "character 3 is half of a surrogate pair"),
+    ("chat MODEL", b"\xe9t\xe9\n", "standard input, line 1: is not UTF-8 (byte 0 is 0xe9): conv"),
+    ("bench GGUF --window 64", b"", "mlx-lm reads folders; convert the model to one first"),
+]
+
+
+@pytest.mark.parametrize(("command", "stdin", "why"), OTHERS)
+def test_names_and_texts_that_will_not_do(given, tmp_path, command, stdin, why):
+    if "GGUF" in command:
+        given = given | {"GGUF": tmp_path / "tiny.gguf"}
+        gguf_files.write_tiny(given["GGUF"])
+    began = time.monotonic()
+    assert why in one_line(*words(command, given), stdin=stdin)
+    assert time.monotonic() - began < DEADLINE / 2  # also with a Hub that does not answer
+
+
+def test_a_line_of_chat_that_is_not_utf8_ends_it_where_it_is(whole):
+    options = ("chat", whole, *GREEDY, "--max-tokens", 4)
+    first = done(*options, stdin=b"Hello\n").out
+    line = one_line(*options, stdin=b"Hello\n\nso \xff\nand\n", out=first)
+    assert line.startswith("standard input, line 3: is not UTF-8 (byte 3 is 0xff): convert it")
+
+
+def test_the_program_says_the_same_one_line():
+    wrong = ("chat", "org/name")
+    found = subprocess.run(program(*wrong), capture_output=True, text=True, timeout=DEADLINE)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr == f"mlx_stream: {one_line(*wrong)}\n"
+
+
+# --- what is wrong with a model ---
+
+
+def changed(**changes: Any) -> Callable[[Path], None]:
+    return lambda model: edit(model / "config.json", **changes)
+
+
+def template(text: str | None) -> Callable[[Path], None]:
+    return lambda model: edit(model / "tokenizer_config.json", chat_template=text)
+
+
+def written(file: str, content: bytes) -> Callable[[Path], object]:
+    return lambda model: (model / file).write_bytes(content)
+
+
+def tensors(
+    name: str, shape: tuple[int, ...] = (), dtype: str = "float32"
+) -> Callable[[Path], None]:
+    """Write the weights again, with one of another shape, or without it."""
+    weights = {key: value for key, value in WEIGHTS.items() if key != name}
+    weights |= {name: np.ones(shape, np.float32)} if shape else {}
+    return lambda model: write_tiny(model, CONFIG, weights, dtype, tokenizer=False) and None
+
+
+NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+NO_REPLY = "chat template: it does not write a reply's content"
+MODELS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda model: (model / "config.json").unlink(), "no config.json; expected a folder with a"),
+    (lambda model: (model / "model.safetensors").unlink(), "expected weights in the safetensors"),
+    (
+        lambda model: (model / "tokenizer.json").unlink(),
+        "no tokenizer.json; convert it with tran",
+    ),
+    *(
+        (written(file, content), file)
+        for file in ("config.json", "tokenizer.json", "tokenizer_config.json")
+        for content in (b"", b"[]", b'{"a": \xff}', b"{} {}")
+    ),
+    (changed(model_type="qwen2"), "model_type 'qwen2' is not supported (supported: llama, mistral"),
+    (changed(hidden_size=None), "config: hidden_size is missing"),
+    (
+        changed(hidden_size="32"),
+        "hidden_size must be a whole number from 1 to 2147483647, not",
+    ),
+    (changed(rope_theta=float("nan")), "rope_theta must be a positive number, not nan"),
+    (changed(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "'dynamic' changes its freq"),
+    (changed(rope_scaling={"type": "dynamic", "factor": 2.0}), "cannot be used on a stream"),
+    (changed(hidden_act="gelu"), "hidden_act = 'gelu' changes the computation"),
+    (changed(quantization_config={"quant_method": "gptq"}), "quantization_config of method 'gptq'"),
+    (changed(eos_token_id=300), "eos_token_id 300 is not in the vocabulary"),
+    (tensors(NORM), f"weights: tensor '{NORM}' is missing"),
+    (tensors(UP, (34, 32)), f"'{UP}' has shape (34, 32), the config asks for (32, 32)"),
+    (tensors("x\ny", (3,)), "weights: unknown tensor 'x\\ny' (1 in all)"),
+    (tensors(NORM, (32,), "int32"), "I32; expected one of F32, "),
+    (written("model.safetensors", b"\x10" * 40), "damaged or truncated, fetch it again ("),
+    (template(None), "it is not a chat model; use generate"),
+    (template("{{ messages[-1].content }}"), NO_REPLY),
+    (template("{% for m in messages %}{{ m.content }"), "chat template: it cannot be read: "),
+    (template("{{ raise_exception('no\nthanks') }}"), "chat template: it failed: no thanks"),
+    (template("{{ ''.__class__ }}"), "chat template: it failed: "),
+]
+
+
+@pytest.mark.parametrize(("spoil", "why"), MODELS, ids=[why for _, why in MODELS])
+def test_a_model_that_will_not_do_is_named_with_what_is_wrong(model, spoil, why):
+    spoil(model)
+    line = one_line("chat", model, stdin="Hello\n")
+    assert why in line
+    if "template" in line:
+        assert done("generate", model, *ASK).err == ""
+    else:
+        assert line.startswith(str(model)) and why in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"kinds": {"blk.1.ffn_up.weight": "Q5_0"}}, "has the type Q5_0, which is not supported"),
+        ({"architecture": "qwen2"}, "the architecture 'qwen2' is not supported (supported: llama"),
+        ({"tensors": {"blk.1.ffn_up.weight": None}}, "blk.1.ffn_up.weight is missing"),
+        ({}, "truncated"),
+    ],
+)
+def test_a_gguf_file_that_will_not_do_is_named(tmp_path, changes, why):
+    path = tmp_path / "tiny.gguf"
+    gguf_files.write_tiny(path, **changes)
+    if not changes:
+        assert done("generate", path, *ASK).err == ""
+        path.write_bytes(path.read_bytes()[:-1])
+    line = refused(path)
+    assert line.startswith("tiny.gguf: ") and why in line
+
+
+def test_a_config_that_is_none_is_refused_by_plan_too(tmp_path):
+    config = tmp_path / "config.json"
+    for text, why in (("[]", "expected a JSON object"), ("{", "not valid JSON"), ("{}", "model_t")):
+        config.write_text(text)
+        line = one_line("plan", config, "--device", "iphone-16-pro")
+        assert line.startswith(f"{config}: ") and why in line
+
+
+def test_a_template_without_a_system_role_takes_the_prompt_as_an_opening(model):
+    path = model / "tokenizer_config.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('only users') }}{% endif %}"
+    edit(path, chat_template=refusing + known)
+    for more in ((), ("--system", ""), ("--system", "Be brief.")):
+        assert done("chat", model, *more, *GREEDY, "--max-tokens", 3, stdin="Hello\n").err == ""
+
+
+# --- memory and the device ---
+
+REFUSAL = (
+    r"([\d,.]+) MB of weights and ([\d,.]+) MB of keys and values exceed the ([\d,.]+) MB this "
+    r"device recommends: use a smaller window, a quantized model, or --force"
+)
+
+
+def test_what_exceeds_memory_is_refused_with_the_numbers_unless_forced(given, model, monkeypatch):
+    monkeypatch.setattr(backend, "memory_budget", lambda: 1000)
+    for verb in ("generate", "chat", "score", "bench"):
+        more = ("--max-tokens", 4) if verb != "bench" else ()
+        command = (*words(COMMANDS[verb], given), *more)
+        assert re.fullmatch(REFUSAL, one_line(*command, stdin="Hello\n"))
+        if verb != "bench":
+            assert done(*command, "--force", stdin="Hello\n").out
+    edit(model / "config.json", max_position_embeddings=10_000_000)
+    monkeypatch.setattr(backend, "memory_budget", lambda: 2**29)
+    for verb in ("generate", "chat", "score"):
+        command = words(f"{COMMANDS[verb]} --window 9999996", given | {"MODEL": model})
+        found = re.fullmatch(REFUSAL, one_line(*command, stdin="Hello\n"))
+        # One layer of one head: 2 of 16 float32 a token.
+        assert found is not None and found.groups() == ("0.1", "1,280.0", "536.9")
+    assert done("generate", model, *ASK, "--window", 1000).err == ""
+
+
+def test_a_gpu_that_fails_late_is_one_line_and_our_own_mistakes_are_not(tiny, monkeypatch):
+    said = ["[METAL] Command buffer execution failed:\nCaused GPU Timeout Error."]
+
+    def late(*_: object, **__: object) -> int:
+        raise RuntimeError(said[0])
+
+    monkeypatch.setattr("mlx_stream.generate.token_stream.as_int", late)
+    result = run("generate", tiny, *ASK, "--max-tokens", 5)
+    assert result.code == 1 and len(result.err.splitlines()) == 1
+    assert "Caused GPU Timeout Error.: start again, with a smaller --window" in result.err
+    said[0] = "dictionary changed size during iteration"
+    with pytest.raises(RuntimeError, match="changed size"):
+        done("generate", tiny, *ASK, "--max-tokens", 5)
