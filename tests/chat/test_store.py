@@ -222,10 +222,11 @@ def test_it_is_a_list_of_turns(changes: list) -> None:
                 header = replace(header, system=value, window=1 + step)
             if kind in (ASK, ANSWER):
                 turns.append((ASKED if kind is ASK else ANSWERED, value))
-            stands = (1 + step % (len(turns) + 1), f"{step:x}")
+            asked = (1 + step % (len(turns) + 3), f"{step:x}")
+            stands = (min(asked[0], len(turns) + 1), asked[1])
             exchange = value if kind in (ASK, ANSWER) else None
             for _ in range(1 + step % 2):  # as after an interrupt
-                store.write(changed(kind, number, exchange, *stands, header))
+                store.write(changed(kind, number, exchange, *asked, header))
             check_turns(store, turns)
             assert standing(store) == (header, *stands, len(turns))
         heads = [store.head(1, number) for number in range(len(turns) + 1)]
