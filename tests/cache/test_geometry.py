@@ -3,7 +3,7 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mlx_stream.cache.geometry import BLOCK, STEP_LENGTHS, Geometry, StreamPosition, pad_length
+from mlx_stream.cache.geometry import BLOCK, Geometry, StreamPosition
 from tests.fakes.shapes import FAR
 
 
@@ -174,16 +174,3 @@ def test_large_rings_mask_as_rule_1_says_while_they_fill():
         mask = geometry.decode_mask(place, extent)
         assert mask is not None
         assert mask.tolist() == [t in expected for t in holders(geometry, length)[:extent]]
-
-
-def test_padded_lengths():
-    assert [pad_length(count) for count in (1, 2, 3, 48, 49, 511, 512)] == [
-        1,
-        2,
-        4,
-        48,
-        64,
-        512,
-        512,
-    ]
-    assert sorted(STEP_LENGTHS) == list(STEP_LENGTHS)

@@ -1,28 +1,23 @@
 """What a killed program and a failing disk leave of a conversation: all that was committed."""
 
 import errno
-import json
 import os
 import random
-import resource
-import subprocess
-import sys
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_stream.chat import manage
-from mlx_stream.chat.export import export_json, export_markdown
 from mlx_stream.chat.resume import open_session
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.schema import ANSWERED, ASKED
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import SessionError, SnapshotError
-from mlx_stream.generate import snapshot
 from mlx_stream.load import Model, load
 from tests.fakes.faults import fault
 from tests.fakes.killed_chat import (
@@ -36,9 +31,8 @@ from tests.fakes.killed_chat import (
     turns_of,
 )
 
-KILLS = 12
+KILLS = 18
 NOWHERE = -1
-UNSEEN = ("close", "flock")
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +104,9 @@ def failing(saved: SavedSession, point: int, act: Callable[[], Any]) -> list[str
     return calls
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_fault_at_any_step_of_a_snapshot(kills: Kills, model: Model, number: int) -> None:
+def test_a_fault_at_any_step_of_a_snapshot(kills: Kills, model: Model) -> None:
     def act() -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     saved, path = begun(model), session_paths("x").snapshot
     calls = failing(saved, NOWHERE, act)
@@ -130,68 +123,6 @@ def test_a_fault_at_any_step_of_a_snapshot(kills: Kills, model: Model, number: i
         saved.write_snapshot()
     assert kept >= 8 and replaced >= 2
     saved.close()
-
-
-def test_a_snapshot_that_does_not_fit_on_the_disk(kills: Kills, model: Model) -> None:
-    saved, path = begun(model), session_paths("x").snapshot
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    for most in (0, 5, 300, 4096, len(before) // 2, len(before) - 1):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
-        try:
-            with pytest.raises(SnapshotError, match="could not be written"):
-                saved.write_snapshot()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert path.read_bytes() == before
-        assert opens(kills, saved).endswith("exchange 1")
-    saved.close()
-    assert manage.verify_session("x").endswith("exchange 2")
-
-
-# Dies at one call of writing a snapshot; with none, tells which there are.
-DYING = """
-import json, os, sys
-from pathlib import Path
-import mlx_stream
-from tests.fakes.faults import fault
-from tests.fakes.killed_chat import OPTIONS
-from mlx_stream.load import load
-from mlx_stream.chat.resume import open_session
-saved = open_session("x", load(Path(sys.argv[1]), dtype="float32"), OPTIONS)
-for _ in saved.chat.reply("And?"):
-    pass
-with fault(int(sys.argv[2]), lambda: os._exit(9)) as calls:
-    saved.write_snapshot()
-print(json.dumps(calls), flush=True)
-os._exit(0)
-"""
-
-
-def test_death_at_any_step_of_a_snapshot(kills: Kills, model: Model, folder: Path) -> None:
-    def die(point: int) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", DYING, str(folder), str(point)]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    begun(model).close()
-    alive, path, kept = die(NOWHERE), session_paths("x").snapshot, 0
-    assert alive.returncode == 0, alive.stderr
-    # Those that change nothing on disk leave the same as the one after them.
-    points = [at for at, name in enumerate(json.loads(alive.stdout)) if name not in UNSEEN]
-    for number, point in enumerate(points, 4):
-        before = snapshot.load_snapshot(path).about["turns"]
-        dead = die(point)
-        assert dead.returncode == 9, dead.stderr
-        found = snapshot.load_snapshot(path).about["turns"]
-        assert found in (before, number), "what was there, or what was being written"
-        kept += found == before
-        assert len(left_over(kills.home, "x")) <= 1
-        manage.verify_session("x")
-        with kills.copied() as copy:
-            saved = open_session("x", model, OPTIONS)
-            assert saved.store.state.count == number
-            assert left_over(copy, "x") == []
-            saved.close()
-    assert 5 < kept < len(points)
 
 
 def test_a_full_database(kills: Kills, model: Model) -> None:
@@ -233,10 +164,6 @@ def test_a_full_database(kills: Kills, model: Model) -> None:
 ONE, TWO, THREE = "One? Say it.", "And two?\nWhy?", "Three."
 
 
-def killed_in(folder: Path, *questions: str) -> None:
-    kill_in_reply(folder, "x", *questions)
-
-
 def reopened(model: Model, unanswered: str = "") -> SavedSession:
     """Open a session that is whole; see that it says of a question that it was not answered."""
     notices: list[str] = []
@@ -252,135 +179,64 @@ def states(saved: SavedSession) -> list[tuple[int, str, str]]:
     return [(turn.number, turn.state, turn.exchange.question) for turn in saved.store.turns()]
 
 
-@pytest.fixture(params=[(TWO,), (ONE, TWO)], ids=["first", "second"])
-def killed_at(request: pytest.FixtureRequest, folder: Path) -> list[tuple[int, str, str]]:
-    """Kill a chat in its reply to the first or the second question; return the turns there are."""
-    killed_in(folder, *request.param)
-    answered = [(1, ANSWERED, ONE)] if len(request.param) == 2 else []
-    return [*answered, (len(answered) + 1, ASKED, TWO)]
+@dataclass
+class Way:
+    """What is done about a question that was left; its turn and later ones then, and questions."""
+
+    act: Callable[[ChatSession], Any]
+    then: list[tuple[str, str]]
+    attended: list[str]
 
 
-def test_a_killed_reply_leaves_its_question(model: Model, killed_at: list) -> None:
-    for _ in range(3):  # and says so each time, until something is done
+KEPT, ANEW = (ASKED, TWO), (ANSWERED, THREE)
+WAYS = {
+    "nothing": Way(lambda chat: None, [KEPT], []),
+    "retry": Way(lambda chat: list(chat.retry()), [(ANSWERED, TWO)], [TWO]),
+    "retry twice": Way(lambda chat: [*chat.retry(), *chat.retry()], [(ANSWERED, TWO)], [TWO]),
+    "another question": Way(lambda chat: say(chat, THREE), [KEPT, ANEW], [THREE]),
+    "one that is taken back": Way(lambda chat: (say(chat, THREE), chat.undo()), [KEPT], []),
+    "undo": Way(lambda chat: chat.undo(), [], []),
+    "edit": Way(lambda chat: list(chat.edit(THREE)), [ANEW], [THREE]),
+    "clear": Way(lambda chat: chat.clear(), [KEPT], []),
+    "another prompt": Way(lambda chat: chat.restart("Be kind.", 130), [KEPT], []),
+}
+
+
+@pytest.mark.parametrize("before", [(), (ONE,)], ids=["first", "second"])
+def test_a_killed_reply_leaves_its_question_until_something_is_done_about_it(
+    model: Model, folder: Path, before: tuple[str, ...]
+) -> None:
+    home, copy = Path(os.environ["MLX_STREAM_HOME"]), "copy"
+    kill_in_reply(folder, "x", *before, TWO)
+    for name, way in WAYS.items():
+        shutil.copytree(home, home.with_name(copy), dirs_exist_ok=True)
         saved = reopened(model, TWO)
-        assert states(saved) == killed_at and saved.chat.number == len(killed_at)
+        turns = [*((ANSWERED, question) for question in before), *way.then]
+        way.act(saved.chat)
+        held = [] if name == "clear" else [*before]
+        assert states(saved) == [(n, *turn) for n, turn in enumerate(turns, 1)], name
+        assert [e.question for e in saved.chat.exchanges] == [*held, *way.attended], name
+        unanswered = TWO if name in ("nothing", "another prompt") else ""
+        assert saved.chat.unanswered == unanswered and saved.chat.number == len(turns), name
         saved.close()
-    assert manage.summarize_session("x").exchanges == len(killed_at)
-
-
-def test_retry_answers_it_under_its_number(model: Model, killed_at: list) -> None:
-    saved, number = reopened(model, TWO), len(killed_at)
-    reply = "".join(piece.text for piece in saved.chat.retry())
-    assert states(saved) == [*killed_at[:-1], (number, ANSWERED, TWO)]
-    assert saved.store.turns()[-1].exchange == saved.chat.exchanges[-1]
-    assert saved.chat.exchanges[-1].reply == reply and not saved.chat.unanswered
-    list(saved.chat.retry())  # and once more, as any other
-    assert [state for _, state, _ in states(saved)] == [ANSWERED] * number
-    saved.close()
-    again = reopened(model)
-    assert again.chat.exchanges == saved.chat.exchanges and again.chat.number == number
-    again.close()
-
-
-def test_a_new_question_leaves_it_asked(model: Model, killed_at: list) -> None:
-    saved, number = reopened(model, TWO), len(killed_at)
-    say(saved.chat, THREE)
-    wanted = [*killed_at, (number + 1, ANSWERED, THREE)]
-    assert states(saved) == wanted and saved.chat.number == number + 1
-    assert [e.question for e in saved.chat.exchanges] == [q for _, s, q in wanted if s == ANSWERED]
-    saved.close()
-    again = reopened(model)
-    assert states(again) == wanted
-    say(again.chat)
-    assert states(again) == [*wanted, (number + 2, ANSWERED, "And?")]
-    again.close()
-    # Without the snapshot, too, what is attended is what was answered.
-    session_paths("x").snapshot.unlink()
-    again = reopened(model)
-    assert again.chat.number == number + 2
-    again.close()
-
-
-def test_a_new_question_can_be_taken_back_too(model: Model, killed_at: list) -> None:
-    saved, number = reopened(model, TWO), len(killed_at)
-    say(saved.chat, THREE)
-    saved.chat.undo()
-    assert states(saved) == killed_at and saved.chat.number == number
-    if number == 1:
-        say(saved.chat, THREE)
-        assert states(saved) == [*killed_at, (2, ANSWERED, THREE)]
-    else:  # the turn before is taken back with what was asked after it
-        assert saved.chat.undo().question == ONE
-        assert states(saved) == [] and saved.chat.number == 0
-        say(saved.chat, THREE)
-        assert states(saved) == [(1, ANSWERED, THREE)]
-    saved.close()
-    reopened(model).close()
-
-
-def test_undo_takes_it_back(model: Model, killed_at: list) -> None:
-    saved = reopened(model, TWO)
-    assert saved.chat.undo().question == TWO
-    assert states(saved) == killed_at[:-1] and not saved.chat.unanswered
-    saved.close()
-    assert TWO.encode() not in session_paths("x").database.read_bytes()
-    again = reopened(model)
-    assert states(again) == killed_at[:-1]
-    say(again.chat, THREE)
-    assert states(again) == [*killed_at[:-1], (len(killed_at), ANSWERED, THREE)]
-    again.close()
-
-
-def test_edit_replaces_it(model: Model, killed_at: list) -> None:
-    saved, number = reopened(model, TWO), len(killed_at)
-    list(saved.chat.edit(THREE))
-    assert states(saved) == [*killed_at[:-1], (number, ANSWERED, THREE)]
-    saved.close()
-    assert TWO.encode() not in session_paths("x").database.read_bytes()
-    again = reopened(model)
-    assert again.chat.exchanges[-1].question == THREE
-    again.close()
-
-
-def test_clear_lets_it_stay_in_the_transcript(model: Model, killed_at: list) -> None:
-    saved, number = reopened(model, TWO), len(killed_at)
-    saved.chat.clear()
-    assert states(saved) == killed_at and not saved.chat.unanswered
-    saved.close()
-    again = reopened(model)
-    assert states(again) == killed_at and again.chat.exchanges == []
-    say(again.chat, THREE)
-    assert states(again) == [*killed_at, (number + 1, ANSWERED, THREE)]
-    again.close()
-    again = reopened(model)
-    assert [e.question for e in again.chat.exchanges] == [THREE]
-    again.close()
-
-
-def test_another_prompt_or_window_leaves_it_to_be_answered(model: Model, killed_at: list) -> None:
-    saved = reopened(model, TWO)
-    saved.chat.restart("Be kind.", 130)
-    assert saved.chat.unanswered == TWO and states(saved) == killed_at
-    saved._let_go()  # killed once more
-    again = open_session("x", model, replace(OPTIONS, system=None, window=None))
-    assert again.chat.unanswered == TWO and again.chat.system == "Be kind."
-    list(again.chat.retry())
-    assert states(again) == [*killed_at[:-1], (len(killed_at), ANSWERED, TWO)]
-    again.close()
-
-
-def test_what_was_only_asked_is_shown_and_exported(model: Model, folder: Path) -> None:
-    killed_in(folder, ONE, TWO)
-    with manage.open_transcript("x") as store:
-        header, turns = store.state.header, store.turns()
-    text, first = export_markdown(header, turns), turns[0].exchange
-    assert text.endswith(
-        f"\n\n{first.reply}\n\n## 2. You\n\n{TWO}\n\n## 2. Model (did not answer)\n"
-    )
-    assert export_json(header, turns)["turns"] == [
-        {"question": ONE, "reply": first.reply, "finish": first.finish},
-        {"question": TWO, "reply": None, "finish": None},
-    ]
+        gone = TWO.encode() not in session_paths("x").database.read_bytes()
+        assert gone == (TWO not in [question for _, question in turns]), name
+        # The next time it is the same, and goes on.
+        again = open_session("x", model, replace(OPTIONS, system=None, window=None))
+        assert states(again) == [(n, *turn) for n, turn in enumerate(turns, 1)], name
+        assert [e.question for e in again.chat.exchanges] == [*held, *way.attended], name
+        if unanswered:
+            assert again.chat.unanswered == TWO, name
+            list(again.chat.retry())
+            turns[-1] = (ANSWERED, TWO)
+        else:
+            say(again.chat)
+            turns.append((ANSWERED, "And?"))
+        assert states(again) == [(n, *turn) for n, turn in enumerate(turns, 1)], name
+        check_attended(again.chat, turns_of(again.store.turns()))
+        again.close()
+        shutil.rmtree(home)
+        home.with_name(copy).rename(home)
 
 
 # --- what is left ---

@@ -81,17 +81,6 @@ def test_another_process_is_told_who_has_it_open(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600 and path.read_bytes() == b""
 
 
-def test_a_lock_ends_once(tmp_path: Path) -> None:
-    path = tmp_path / "x.lock"
-    first = Lock.acquire(path)
-    first.close()
-    with Lock.acquire(path):
-        first.close()
-        refusal(Lock.acquire, path)
-        with Lock.acquire(path.with_name("y.lock")):
-            pass
-
-
 def test_a_lock_that_is_removed_while_others_wait_is_one_lock(tmp_path: Path) -> None:
     programs = [started(FIGHT, tmp_path / "x.lock", 1.0) for _ in range(3)]
     results = [program.communicate() for program in programs]
@@ -166,12 +155,6 @@ def test_folders_are_only_its_users(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "cannot be read" in refusal(session_names)
 
 
-def test_folders_without_a_home_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLX_STREAM_HOME")
-    for folder in (data_folder(), cache_folder()):
-        assert folder.is_absolute() and folder.parts[-2:] == ("mlx_stream", "sessions")
-
-
 def test_sessions_are_listed_by_name_and_found_by_use() -> None:
     folder = private(data_folder())
     for number, name in enumerate(("b", "a", "c.d")):
@@ -185,3 +168,18 @@ def test_sessions_are_listed_by_name_and_found_by_use() -> None:
     assert session_names() == ["a", "b", "c.d"] and latest_session() == "c.d"
     os.utime(folder / "a.db-wal", (9, 9))
     assert latest_session() == "a"
+
+
+def test_a_lock_ends_once(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    first = Lock.acquire(path)
+    first.close()
+    with Lock.acquire(path):
+        first.close()
+        refusal(Lock.acquire, path)
+
+
+def test_folders_without_a_home_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLX_STREAM_HOME")
+    for folder in (data_folder(), cache_folder()):
+        assert folder.is_absolute() and folder.parts[-2:] == ("mlx_stream", "sessions")

@@ -4,10 +4,11 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from random import Random
-from threading import Thread
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ from mlx_stream.program.sqlite import connect
 from mlx_stream.sampling import Sampling
 from tests.chat.test_store import refusal
 from tests.fakes.conversations import said
+from tests.fakes.engines import together
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
 from tests.fakes.version_1 import (
     OldHeader,
@@ -68,11 +70,12 @@ def test_these_are_the_tables_there_were(path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", range(len(TURNS) + 1))
-def test_a_transcript_stays_what_it_was(path: Path, count: int) -> None:
+def test_a_snapshot_of_any_turn_is_known_by_its_head(path: Path, count: int) -> None:
     turns, first = TURNS[:count], max(1, count)
     write_version_1(path, HEADER, turns, first, "0a")
     for _ in range(2):  # once it is migrated, then as it is
         check_migrated(path, HEADER, turns, first, "0a")
+    assert path.stat().st_mode & 0o777 == 0o600
     with Store.open(path) as store:
         for number in range(count + 1):
             head = head_of(HEADER, turns[:number])
@@ -90,17 +93,6 @@ def test_any_transcript_stays_what_it_was(tmp_path_factory, turns, system, kv_bi
     path = tmp_path_factory.mktemp("any") / "x.db"
     header = replace(HEADER, system=system, kv_bits=kv_bits, evict="token")
     check_migrated(write_version_1(path, header, turns), header, turns)
-
-
-def test_it_goes_on_as_any_other(path: Path) -> None:
-    write_version_1(path, HEADER, TURNS)
-    with Store.open(path) as store:
-        turns = store.turns()
-        assert path.stat().st_mode & 0o777 == 0o600
-        store.update(replace(store.state.header, window=61))
-        assert store.turns() == turns
-    with Store.open(path) as store:
-        assert store.turns() == turns and store.state.header.window == 61
 
 
 def test_what_was_written_to_the_log_is_not_forgotten(path: Path) -> None:
@@ -121,36 +113,13 @@ def test_what_was_written_to_the_log_is_not_forgotten(path: Path) -> None:
 
 # What was altered, the first turn that is damaged, and the first from which all can be read.
 DAMAGED = {
-    "text": ("UPDATE messages SET text = 'No.' WHERE number = 5", 3, 4),
-    "a reply's text": ("UPDATE messages SET text = 'No.' WHERE number = 6", 3, 4),
-    "ids": ("UPDATE messages SET ids = x'00000000' WHERE number = 3", 2, 3),
-    "closing": ("UPDATE messages SET closing_ids = x'' WHERE number = 5", 3, 4),
-    "no closing": ("UPDATE messages SET closing_ids = NULL WHERE number = 1", 1, 2),
-    "a reply's closing": ("UPDATE messages SET closing_ids = x'' WHERE number = 6", 3, 4),
-    "rest": ("UPDATE messages SET rest = 'x' WHERE number = 6", 3, 4),
-    "a question's rest": ("UPDATE messages SET rest = '' WHERE number = 7", 4, 5),
-    "no rest": ("UPDATE messages SET rest = NULL WHERE number = 2", 1, 2),
-    "finish": ("UPDATE messages SET finish = 'stop' WHERE number = 2", 1, 2),
-    "no finish": ("UPDATE messages SET finish = NULL WHERE number = 4", 2, 3),
-    "a question's finish": ("UPDATE messages SET finish = 'end' WHERE number = 3", 2, 3),
-    "time": ("UPDATE messages SET time = '' WHERE number = 2", 1, 2),
-    "a question's time": ("UPDATE messages SET time = '' WHERE number = 7", 4, 5),
-    "role": ("UPDATE messages SET role = 'assistant' WHERE number = 1", 1, 2),
     "a checksum": ("UPDATE messages SET checksum = 'x' WHERE number = 6", 3, 5),
     "no UTF-8": ("UPDATE messages SET text = CAST(x'ff1b5b' AS TEXT) WHERE number = 6", 3, 4),
     "the last": ("UPDATE messages SET text = 'No.' WHERE number = 10", 5, 6),
     "missing": ("DELETE FROM messages WHERE number IN (5, 6)", 3, 5),
-    "the first missing": ("DELETE FROM messages WHERE number < 3", 1, 3),
     "a question missing": ("DELETE FROM messages WHERE number = 5", 3, 4),
     "a reply missing": ("DELETE FROM messages WHERE number = 6", 3, 5),
-    "the last question missing": ("DELETE FROM messages WHERE number = 9", 5, 6),
     "all but the last": ("DELETE FROM messages WHERE number < 9", 1, 6),
-    "swapped": (
-        "UPDATE messages SET number = -number WHERE number IN (3, 5);"
-        "UPDATE messages SET number = 8 + number WHERE number < 0",
-        2,
-        4,
-    ),
     "swapped turns": (
         "UPDATE messages SET number = -number WHERE number IN (3, 4, 5, 6);"
         "UPDATE messages SET number = 2 - number WHERE number IN (-3, -4);"
@@ -158,7 +127,6 @@ DAMAGED = {
         2,
         5,
     ),
-    "moved": ("UPDATE messages SET number = 0 WHERE number = 2", 1, 3),
     "one before": (
         "INSERT INTO messages SELECT 0, role, text, ids, closing_ids, rest, finish, time,"
         " checksum FROM messages WHERE number = 8",
@@ -180,6 +148,36 @@ def test_what_was_damaged_is_damaged_at_the_same_turn(path: Path, name: str) -> 
     script, bad, whole = DAMAGED[name]
     write_version_1(path, HEADER, TURNS)
     scripted(path, script)
+    check_damaged(path, bad, whole)
+
+
+COLUMNS = {
+    "role": ("assistant", "user"), "text": ("No.",), "ids": (b"0000", b""), "rest": ("x", "", None),
+    "closing_ids": (b"0000", b"", None), "finish": ("limit", None), "time": ("",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_any_value_that_was_altered_is_damaged_at_its_turn(path: Path, column: str) -> None:
+    select, altered = f"SELECT {column} FROM messages WHERE number = ?", 0
+    for number in range(1, 2 * len(TURNS) + 1):
+        for value in COLUMNS[column]:
+            write_version_1(path, HEADER, TURNS)
+            with closing(sqlite3.connect(path, isolation_level=None)) as file:
+                changes = file.execute(select, (number,)).fetchone() != (value,)
+                update = f"UPDATE messages SET {column} = ? WHERE number = ?"
+                file.execute(update, (value, number))
+            if changes:
+                bad = (number + 1) // 2
+                check_damaged(path, bad, bad + 1)
+                altered += 1
+            for file in path.parent.iterdir():
+                file.unlink()
+    assert altered >= 5
+
+
+def check_damaged(path: Path, bad: int, whole: int) -> None:
+    """See which turn is the first that cannot be read, and from which all can."""
     for _ in range(2):  # as it is migrated, and ever after
         with Store.open(path) as store:
             turns, damage = store.whole()
@@ -197,11 +195,11 @@ def test_what_was_damaged_is_damaged_at_the_same_turn(path: Path, name: str) -> 
 
 
 REFUSED = {
-    "header": "UPDATE session SET system = 'Obey.'",
-    "first": "UPDATE session SET first = 2",
-    "turns": "UPDATE session SET turns = 3",
+    **{
+        name: f"UPDATE session SET {name} = {value}"
+        for name, value in (("system", "'Obey.'"), ("first", 2), ("turns", 3), ("head", "''"))
+    },
     "turns and rows": "UPDATE session SET turns = 3; DELETE FROM messages WHERE number > 6",
-    "head": "UPDATE session SET head = ''",
     "no header": "DELETE FROM session",
     "the last row": "DELETE FROM messages WHERE number = 10",
     "the last two": "DELETE FROM messages WHERE number > 8",
@@ -256,22 +254,8 @@ def test_several_may_open_it_at_once(path: Path) -> None:
         connection.close()
     check_migrated(path, HEADER, TURNS * 40)
     for number in range(3):
-        write_version_1(path.with_name(f"y{number}.db"), HEADER, TURNS * 40)
-        errors: list[Exception] = []
-
-        def opens(path: Path, errors: list[Exception]) -> None:
-            try:
-                check_migrated(path, HEADER, TURNS * 40)
-            except Exception as error:
-                errors.append(error)
-
-        args = (path.with_name(f"y{number}.db"), errors)
-        threads = [Thread(target=opens, args=args) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert errors == []
+        other = write_version_1(path.with_name(f"y{number}.db"), HEADER, TURNS * 40)
+        together(*[lambda other=other: check_migrated(other, HEADER, TURNS * 40)] * 4)
 
 
 def test_a_migration_that_is_killed_leaves_the_old_or_the_new(tmp_path: Path) -> None:
@@ -352,27 +336,15 @@ def plain(saved: SavedSession) -> dict[str, Any]:
     return {n: np.array(v) if isinstance(v, mx.array) else v for n, v in state.items()}
 
 
-def talk(saved: SavedSession) -> None:
-    for question in QUESTIONS[:3]:
+def talk(saved: SavedSession, times: int = 1) -> None:
+    for question in QUESTIONS[:3] * times:
         said(saved.chat.reply(question))
-
-
-def talk_long(saved: SavedSession) -> None:
-    for question in QUESTIONS * 3:
-        said(saved.chat.reply(question))
-    assert saved.chat.stats.evicted > 100
-
-
-def undo(saved: SavedSession) -> None:
-    talk(saved)
-    saved.chat.undo()
 
 
 def interrupt(saved: SavedSession) -> None:
     talk(saved)
     pieces = saved.chat.reply("Wait.")
-    for _ in range(3):
-        next(pieces)
+    said(islice(pieces, 3))
     pieces.close()
 
 
@@ -382,13 +354,13 @@ def clear(saved: SavedSession) -> None:
     said(saved.chat.reply("Anew."))
 
 
-WAYS: dict[str, tuple[Callable[[SavedSession], None], dict[str, Any]]] = {
+WAYS: dict[str, tuple[Callable[[SavedSession], Any], dict[str, Any]]] = {
     "plain": (talk, {}),
     "no prompt": (talk, {"system": None}),
-    "evicted": (talk_long, {"window": 64}),
-    "token by token": (talk_long, {"window": 64, "evict": "token"}),
-    "8-bit keys": (talk_long, {"kv_bits": 8}),
-    "undone": (undo, {}),
+    "evicted": (lambda saved: talk(saved, 5), {"window": 64}),
+    "token by token": (lambda saved: talk(saved, 5), {"window": 64, "evict": "token"}),
+    "8-bit keys": (lambda saved: talk(saved, 5), {"kv_bits": 8}),
+    "undone": (lambda saved: (talk(saved), saved.chat.undo()), {}),
     "interrupted": (interrupt, {}),
     "cleared": (clear, {}),
 }
@@ -421,36 +393,3 @@ def test_an_old_snapshot_is_used_and_nothing_read_again(model: Model, way: str) 
     assert not any("again" in notice for notice in notices)
     assert third.chat.exchanges == again.chat.exchanges
     third.close()
-
-
-def test_an_old_snapshot_of_what_was_taken_back_is_not_used(model: Model) -> None:
-    saved = open_session("x", model, OPTIONS)
-    talk(saved)
-    saved.close()
-    make_old(saved)
-    old = session_paths("x").snapshot.read_bytes()
-    again = open_session("x", model, OPTIONS)
-    again.chat.undo()
-    said(again.chat.reply("Something else"))
-    again.close()
-    session_paths("x").snapshot.write_bytes(old)
-    assert "of what was taken back" in manage.verify_session("x")
-    notices: list[str] = []
-    again = open_session("x", model, OPTIONS, notices.append)
-    assert any("taken back since" in notice for notice in notices)
-    assert again.chat.exchanges[-1].question == "Something else"
-    again.close()
-
-
-def test_an_old_turn_that_is_damaged_and_not_attended_keeps_nobody_out(model: Model) -> None:
-    saved = open_session("x", model, replace(OPTIONS, window=64))
-    talk_long(saved)
-    saved.close()
-    make_old(saved)
-    scripted(session_paths("x").database, "UPDATE messages SET text = 'No.' WHERE number = 2")
-    notices: list[str] = []
-    again = open_session("x", model, replace(OPTIONS, window=64), notices.append)
-    assert any("reading" in notice for notice in notices)
-    assert again.chat.exchanges[-1].question == QUESTIONS[-1]
-    assert said(again.chat.reply("And now?"))
-    again.close()

@@ -10,7 +10,6 @@ from mlx_stream.text.template import (
     ChatTemplate,
     Message,
     assistant,
-    shared_start,
     system_turn,
     user,
 )
@@ -176,13 +175,3 @@ def test_what_closes_a_reply_is_not_cut_inside_a_special_token(source, closing):
     exchanges = EXCHANGES[:3]
     whole = whole_ids(tokenizer, template, "Be brief.", exchanges)
     assert read_ids(tokenizer, template, "Be brief.", exchanges) == whole[:-1]  # the text's end
-
-
-def test_what_two_texts_share_ends_at_a_special_token_s_border():
-    names = ["<|end|>", "<|user|>", "<|endoftext|>", "<a><|"]
-    assert shared_start("<|end|><|endoftext|>", "<|end|><|user|>", names) == "<|end|>"
-    assert shared_start("x<|end|>", "x<|endoftext|>", names) == "x"
-    assert shared_start("x<|end|>y", "x<|end|>z", names) == "x<|end|>"
-    assert shared_start("x<a><|user|>", "x<a><|end|>", names) == "x"
-    assert shared_start("same", "same", names) == "same"
-    assert shared_start("a<b", "a<c", []) == "a<"

@@ -1,18 +1,16 @@
 """What was taken back, cleared or cut is in no state and no snapshot: neither ids nor keys."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
 import mlx_stream
 from mlx_stream import Engine
 from mlx_stream.chat.resume import SessionOptions, open_session
-from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.generate import snapshot
 from mlx_stream.generate.ngram import NgramLookup
 from mlx_stream.sampling import Sampling
+from tests.fakes.conversations import said
 from tests.fakes.shell import edit
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 
@@ -31,11 +29,6 @@ def model(folder):
     return mlx_stream.load(folder, dtype="float32", keep_quantized=False)
 
 
-def to_the_end(pieces) -> None:
-    for _ in pieces:
-        pass
-
-
 def cut(pieces, after: int = 3) -> None:
     for _ in range(after):
         next(pieces)
@@ -43,19 +36,14 @@ def cut(pieces, after: int = 3) -> None:
 
 
 def undone(saved) -> None:
-    to_the_end(saved.chat.reply(SECRET))
+    said(saved.chat.reply(SECRET))
     saved.chat.undo()
 
 
 def undone_when_saved(saved) -> None:
-    to_the_end(saved.chat.reply(SECRET))
+    said(saved.chat.reply(SECRET))
     saved.write_snapshot()
     saved.chat.undo()
-
-
-def edited(saved) -> None:
-    to_the_end(saved.chat.reply(SECRET))
-    to_the_end(saved.chat.edit("And then?"))
 
 
 def cut_and_edited(saved) -> None:
@@ -66,11 +54,6 @@ def cut_and_edited(saved) -> None:
 def cleared(saved) -> None:
     cut(saved.chat.reply(SECRET))
     saved.chat.clear()
-
-
-WAYS: list[Callable[[SavedSession], None]] = [
-    *(undone, undone_when_saved, edited, cut_and_edited, cleared)
-]
 
 
 @pytest.fixture(params=[None, 8, "guessing"])
@@ -110,13 +93,13 @@ def check(tokens, model) -> None:
         assert not np.any(np.array(past._ids)[past.count :])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [undone, undone_when_saved, cut_and_edited, cleared])
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
 def test_no_state_and_no_snapshot_has_it(model, options, way, first):
-    saved = opened(model, options)
+    saved = open_session("s", model, options)
     assert bool(saved.chat.tokens.ids.observers) == bool(options.speculate)
     if not first:
-        to_the_end(saved.chat.reply(OTHER))
+        said(saved.chat.reply(OTHER))
     way(saved)
     check(saved.chat.tokens, model)
     saved.close()
@@ -134,13 +117,9 @@ def test_no_state_and_no_snapshot_has_it(model, options, way, first):
         assert first and way in (undone, undone_when_saved)
 
 
-def opened(model, options) -> SavedSession:
-    return open_session("s", model, options)
-
-
 def test_a_retried_reply_leaves_nothing_of_the_one_before(model, options):
-    saved = opened(model, options)
-    to_the_end(saved.chat.reply(OTHER, max_tokens=40))
+    saved = open_session("s", model, options)
+    said(saved.chat.reply(OTHER, max_tokens=40))
     before = saved.chat.exchanges[-1].reply_ids
     cut(saved.chat.retry(), 2)
     assert len(saved.chat.exchanges[-1].reply_ids) < len(before) - 8
@@ -152,9 +131,9 @@ def test_a_retried_reply_leaves_nothing_of_the_one_before(model, options):
 
 
 def test_a_snapshot_that_was_set_aside_goes_with_the_next_one(model, options):
-    saved = opened(model, options)
-    to_the_end(saved.chat.reply(OTHER))
-    to_the_end(saved.chat.reply(SECRET))
+    saved = open_session("s", model, options)
+    said(saved.chat.reply(OTHER))
+    said(saved.chat.reply(SECRET))
     saved.write_snapshot()
     saved.chat.undo()
     saved._let_go()  # killed before the snapshot is written anew

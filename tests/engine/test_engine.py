@@ -25,19 +25,26 @@ def engine(letters):
     assert engine.close(DEADLINE)
 
 
+def hold(chat, questions):
+    """Ask, and have the last answer once more, and to another question; return what was said."""
+    replies = [said(chat.reply(question)) for question in questions]
+    return [*replies, said(chat.retry()), said(chat.edit("Two?")), said(chat.reply("Three?"))]
+
+
 def test_sessions_at_once_say_what_each_says_alone(letters, engine):
     """To the bit: a greedy reply of letters has the ids of the numbers before it."""
     chats = {n: engine.session(sampling=GREEDY, **OPTIONS) for n in QUESTIONS}
-    found = {}
+    model, found = mlx_stream.load(letters, dtype="float32", keep_quantized=False), {}
 
     def talk(n):
-        found[n] = [said(chats[n].reply(question)) for question in QUESTIONS[n]]
+        found[n] = hold(chats[n], QUESTIONS[n])
 
     together(*(lambda n=n: talk(n) for n in QUESTIONS))
     for n, questions in QUESTIONS.items():
-        replies, exchanges = alone(letters, questions, **OPTIONS)
-        assert found[n] == replies
-        assert chats[n].exchanges == exchanges  # ids and all
+        slow = mlx_stream.ChatSession(model, sampling=GREEDY, **OPTIONS)  # type: ignore[arg-type]
+        assert found[n] == hold(slow, questions)
+        assert chats[n].undo().result(DEADLINE) == slow.undo()
+        assert chats[n].exchanges == slow.exchanges  # ids and all
         assert chats[n].stats.evicted > 0
 
 
@@ -135,27 +142,6 @@ def test_a_reply_that_nobody_reads_waits(engine):
     assert next(pieces).text and said_before
 
 
-def test_cancelling_a_task_stops_its_reply(engine):
-    chat = engine.session(sampling=GREEDY, window=200)
-    shown = []
-
-    async def talk():
-        async for piece in chat.areply("Hi", max_tokens=100_000):
-            shown.append(piece.text)
-
-    async def main():
-        task = asyncio.create_task(talk())
-        while len(shown) < 3:
-            await asyncio.sleep(0)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    asyncio.run(main())
-    eventually(lambda: chat.exchanges)
-    assert len(chat.exchanges[0].reply_ids) <= len(shown) + 1
-
-
 def test_asking_for_the_next_reply_ends_the_one_before(engine):
     chat = engine.session(sampling=GREEDY)
     first = chat.reply("One?", max_tokens=100_000)
@@ -165,26 +151,16 @@ def test_asking_for_the_next_reply_ends_the_one_before(engine):
     assert [exchange.question for exchange in chat.exchanges] == ["One?", "Two?"]
 
 
-def test_retry_edit_and_undo_are_those_of_a_session_alone(letters, engine):
-    model = mlx_stream.load(letters, dtype="float32", keep_quantized=False)
-    slow = mlx_stream.ChatSession(model, sampling=GREEDY, **OPTIONS)  # type: ignore[arg-type]
+def test_what_is_asked_at_once_is_done_in_order(engine):
     chat = engine.session(sampling=GREEDY, **OPTIONS)
-    for talk in (slow, chat):
-        said(talk.reply("One?"))
-        said(talk.retry())
-        said(talk.edit("Two?"))
-        said(talk.reply("Three?"))
-    gone = chat.undo()
-    assert gone.result(DEADLINE) == slow.undo()
-    assert chat.exchanges == slow.exchanges
 
     async def again():
         await asyncio.wrap_future(chat.clear())
         return [piece.text async for piece in chat.aedit("x")]
 
+    said(chat.reply("Three?"))
     with pytest.raises(errors.ValueRefused, match="edited"):
         asyncio.run(again())
-    # What is asked at once is done in order, and nothing of it is lost.
     said(chat.reply("Four?"))
     chat.undo()
     said(chat.reply("Five?"))
@@ -343,3 +319,24 @@ def test_a_model_that_is_not_there_is_told_to_everyone(tmp_path):
                 ask(DEADLINE)
         assert isinstance(engine.error, errors.SourceError)
         assert engine.model_name == str(tmp_path / "none")
+
+
+def test_cancelling_a_task_stops_its_reply(engine):
+    chat = engine.session(sampling=GREEDY, window=200)
+    shown = []
+
+    async def talk():
+        async for piece in chat.areply("Hi", max_tokens=100_000):
+            shown.append(piece.text)
+
+    async def main():
+        task = asyncio.create_task(talk())
+        while len(shown) < 3:
+            await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    eventually(lambda: chat.exchanges)
+    assert len(chat.exchanges[0].reply_ids) <= len(shown) + 1

@@ -83,16 +83,6 @@ def test_what_a_closed_or_forgotten_session_did_not_do_is_told_to_who_waits(engi
         asyncio.run(taken_back())
 
 
-def test_what_was_done_before_it_was_closed_is_done(engine):
-    chat = engine.session(sampling=GREEDY, max_tokens=3)
-    said(chat.reply("Hi"))
-    gone = chat.undo()
-    assert gone.result(DEADLINE).question == "Hi"
-    chat.close(DEADLINE)
-    chat.wait(DEADLINE)
-    assert gone.result(DEADLINE).question == "Hi"
-
-
 @pytest.mark.parametrize("kind", ["session", "listener"])
 def test_who_reads_a_reply_is_told_that_another_closed_it(engine, kind):
     if kind == "session":
@@ -118,26 +108,6 @@ def test_who_reads_a_reply_is_told_that_another_closed_it(engine, kind):
     assert read
     with pytest.raises(errors.EngineClosed):
         asyncio.run(asyncio.wait_for(anext(replies[1]), DEADLINE))
-
-
-def test_who_reads_a_reply_in_asyncio_is_told_too(engine):
-    chat = engine.session(sampling=GREEDY)
-
-    async def read():
-        async for _ in chat.areply("Hi", max_tokens=100_000):
-            begun.set()
-
-    async def close():
-        await begun.wait()
-        chat.close()
-
-    async def both():
-        await asyncio.wait_for(asyncio.gather(read(), close()), DEADLINE)
-
-    begun = asyncio.Event()
-    with pytest.raises(errors.EngineClosed, match=CLOSED):
-        asyncio.run(both())
-    assert chat.stats.notices == []  # it was told where the reply was read
 
 
 def test_who_does_not_want_a_reply_any_more_is_told_nothing(engine):

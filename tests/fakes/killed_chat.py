@@ -1,8 +1,8 @@
 """A scripted chat that is killed, and what is looked at afterwards: shared by a test and a script.
 
-What is killed is the program: `mlx_stream chat` reading a pipe, or a talk of the same
-`ChatSession` that also retries, edits, undoes and cuts replies. Both write a snapshot after every
-turn, and where they are into a file of a few bytes, which outlives them.
+What is killed talks in a `ChatSession`: it asks, retries, edits, undoes, clears and cuts replies,
+and writes a snapshot after every turn, and where it is into a file of a few bytes, which outlives
+it. (tests/cli/test_chat_terminal.py kills the program.)
 """
 
 import json
@@ -182,14 +182,13 @@ class Told:
     err: str
 
 
-def killed(command: list[str], marks: Marks, target: str, luck: random.Random, asks: str) -> Told:
+def killed(command: list[str], marks: Marks, target: str, luck: random.Random) -> Told:
     """Start a process and kill it at a random moment near one of its phases."""
     folder = Path(os.environ["MLX_STREAM_HOME"]).parent
-    out, err, into = (folder / name for name in ("out", "err", "in"))
-    into.write_text(asks, encoding="utf-8")
+    out, err = folder / "out", folder / "err"
     visit = 1 if target == "opening" else luck.randint(1, 9)
-    with into.open() as stdin, out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr)
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
         until = time.monotonic() + DEADLINE
         while marks.entered(target) < visit and process.poll() is None:
             assert time.monotonic() < until, f"no {target}: {err.read_text()}"
@@ -238,10 +237,7 @@ class Kills:
         name = "long" if number % 3 else f"s{number // 9}"
         path = self.home.parent / "marks"
         path.write_bytes(b"")
-        if number % 5 == 4:
-            told = self._kill_program(name, target, Marks(path))
-        else:
-            told = self._kill_talk(name, target, Marks(path))
+        told = self._kill_talk(name, target, Marks(path))
         self.fell[told.phase] += 1
         self.look(name)
         turns = self.said[name]
@@ -252,33 +248,13 @@ class Kills:
         seed = self.luck.randrange(2**32)
         words = (self.folder, name, seed, self.home.parent / "marks")
         command = [sys.executable, "-m", "tests.fakes.killed_chat", "talk", *map(str, words)]
-        told = killed(command, marks, target, self.luck, "")
+        told = killed(command, marks, target, self.luck)
         possible = [self.said.get(name, [])]
         for line in told.out.splitlines(keepends=True):
             if line.endswith("\n"):
                 possible = after(possible[0], json.loads(line))
                 self.committed += "did" in line
         self.said[name] = self.found(name, possible)
-        return told
-
-    def _kill_program(self, name: str, target: str, marks: Marks) -> Told:
-        questions = [ask(self.luck) for _ in range(300)]
-        options = {"system": OPTIONS.system, "window": WINDOW, "max-tokens": LONGEST_REPLY}
-        words = [self.home.parent / "marks", "chat", self.folder, "--stats", f"--session={name}"]
-        words += [f"--{option}={value}" for option, value in options.items()]
-        command = [sys.executable, "-m", "tests.fakes.killed_chat", "program", *map(str, words)]
-        told = killed(command, marks, target, self.luck, "\n".join(questions))
-        before, done = self.said.get(name, []), told.err.count("\n[") + told.err.startswith("[")
-        now = self.stored(name)
-        new = now[len(before) :]
-        assert now[: len(before)] == before
-        assert [question for _, question, _ in new] == questions[: len(new)]
-        assert len(new) in (done, done + 1), f"{done} of {len(new)} were said to be done"
-        replies = [exchange.reply for state, _, exchange in new if exchange and state == ANSWERED]
-        assert len(replies) >= done
-        assert told.out.startswith("".join(f"{reply}\n" for reply in replies[:done]))
-        self.committed += done
-        self.said[name] = now
         return told
 
     def stored(self, name: str) -> list[Turn]:
@@ -420,21 +396,12 @@ def check_attended(chat: ChatSession, said: list[Turn]) -> None:
 
 
 def main() -> None:
-    """Be the process that is killed.
-
-    As `talk FOLDER NAME SEED MARKS`, `program MARKS ARG...`, or `begin FOLDER NAME QUESTION...`.
-    """
+    """Be the process that is killed: `talk FOLDER NAME SEED MARKS`, `begin FOLDER NAME ASK...`."""
     kind, *words = sys.argv[1:]
     if kind == "begin":
         return begin_reply(Path(words[0]), *words[1:])
-    prepare(Marks(Path(words[0] if kind == "program" else words[3])))
-    if kind == "talk":
-        talk(Path(words[0]), words[1], int(words[2]))
-    else:
-        from mlx_stream.cli import main
-
-        sys.argv[1:] = words[1:]
-        main()
+    prepare(Marks(Path(words[3])))
+    talk(Path(words[0]), words[1], int(words[2]))
 
 
 if __name__ == "__main__":

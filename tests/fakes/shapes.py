@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_stream.cache import AttentionShape, Cache, StreamCache
 from mlx_stream.cache.positions import Rope
+from mlx_stream.cache.steps.verify import VerifyStep
 from mlx_stream.config import RopeConfig
 from mlx_stream.models.fingerprint import raw_bytes
 from tests.reference import SlowAttention, rope_inv_freq
@@ -140,6 +141,26 @@ class Twins:
             for slow, new, out in zip(self.slow, seen, outs, strict=True):
                 self.compare(slow, new, out, taken, compare)
             count -= taken
+
+    def verify(self, count: int) -> None:
+        """Read tokens in one step that writes first; compare every row of every layer."""
+        step = next_step(self.cache, count, verify=True)
+        assert isinstance(step, VerifyStep) == (count > 1) and step.count == count <= step.rows
+        heads = [self.heads(step.rows) for _ in range(self.shape.layers)]
+        seen = [self.seen(new) for new in heads]
+        outs = [step.attend(layer, new) for layer, new in enumerate(heads)]
+        self.cache.commit(step)
+        mx.eval(outs, self.cache.arrays())
+        for slow, new, out in zip(self.slow, seen, outs, strict=True):
+            self.compare(slow, new, out, count, lambda token: True)
+
+    def rewind(self, count: int) -> None:
+        for one in (self.cache, *self.slow):
+            one.rewind(count)
+
+    def evict(self, count: int) -> None:
+        for one in (self.cache, *self.slow):
+            one.evict(count)
 
     def seen(self, heads: mx.array) -> mx.array:
         """Return queries, keys and values as they are attended to: rounded by the ring's bits."""

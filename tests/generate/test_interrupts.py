@@ -13,7 +13,6 @@ import pytest
 import mlx_stream
 from mlx_stream import backend
 from mlx_stream.cache import StreamCache
-from mlx_stream.cache.positions import Rope
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.settle import common_prefix
 from mlx_stream.generate.reply import write_reply
@@ -83,13 +82,14 @@ def interrupt_at(count, function):
                 raise KeyboardInterrupt
         return trace
 
+    before = sys.gettrace()
     sys.settrace(trace)
     try:
         function()
     except KeyboardInterrupt as interrupt:
         return interrupt
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     assert left > 0, "Python swallowed it: nothing was interrupted"
     return None
 
@@ -135,9 +135,10 @@ def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
     assert count > 1_000
 
 
-@pytest.mark.parametrize("guesses", [False, True])
-def test_a_reply_being_written_is_interrupted_anywhere(tiny_model, guesses):
+@pytest.mark.parametrize(("guesses", "traced"), [(False, "0"), (False, "1"), (True, "0")])
+def test_a_reply_being_written_is_interrupted_anywhere(tiny_model, monkeypatch, guesses, traced):
     """What is given and what is held begin as they would have; the rest can be taken back."""
+    monkeypatch.setenv(backend.COMPILE, traced)
     model = tiny_model(vocab_size=8, num_hidden_layers=1)
     prompt, whole = [1, 2, 3, 4] * 9, ""
     count = 0
@@ -220,23 +221,6 @@ def test_a_reply_interrupted_anywhere_can_be_settled(tmp_path, already):
     assert count > 20
 
 
-@pytest.mark.parametrize("length", [2, 40])
-def test_a_state_stays_what_it_was_while_its_stream_goes_on(tiny_model, length):
-    model = tiny_model()
-    stream = stream_of(model)
-    stream.read(IDS[:length])
-    stream.rewind(1)
-    cache = stream.cache
-    assert isinstance(cache, StreamCache)
-    state = cache.state()
-    before = {k: np.array(v) if isinstance(v, mx.array) else v for k, v in state.items()}
-    cache.evict(5 if length > 5 else 0)
-    stream.read(IDS[40:41])
-    stream.read(IDS[41:48])
-    after = {k: np.array(v) if isinstance(v, mx.array) else v for k, v in state.items()}
-    assert all(np.array_equal(before[name], after[name]) for name in before)
-
-
 def test_reanchoring_holds_one_layer_twice_and_no_more(tiny_model):
     model = tiny_model(num_hidden_layers=6, max_position_embeddings=20_000)
     stream = stream_of(model, window=8_000)
@@ -277,17 +261,3 @@ def test_what_pads_a_chunk_never_reaches_real_rows(tiny_model):
     stream = stream_of(model)
     logits = [np.array(stream.read(IDS[start : start + 5])) for start in range(0, 60, 5)]
     assert np.isfinite(logits).all()
-
-
-def test_positions_of_every_layer_are_the_same(tiny_model):
-    rope = Rope(tiny_model().config.rope, 16)
-    x = mx.random.normal((3, 2, 4, 16))
-    together = rope.rotate(x, mx.array([9], mx.int32))
-    apart = mx.concatenate([rope.rotate(part, mx.array([9], mx.int32)) for part in mx.split(x, 3)])
-    assert np.allclose(np.array(together), np.array(apart), atol=1e-6)
-
-
-def test_one_stop_string_may_be_given_as_it_is(tmp_path):
-    config = tiny_config()
-    model = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
-    assert ChatSession(model, stop="User:").stop == ("User:",)

@@ -114,24 +114,6 @@ def test_the_ids_are_those_of_plain_decoding(tiny_model, sampling, window):
     assert 20 < right < all, "some guesses right and some wrong"
 
 
-@pytest.mark.parametrize("ends", [(), (3,), (0, 1)])
-def test_wherever_it_ends_the_stream_is_that_of_plain_decoding(tiny_model, ends):
-    model, sampling = tiny_model(vocab_size=8), Sampling(0.3, seed=2)
-    prompt = [id % 8 for id in some_ids(30)]
-    for limit, asked in [*((limit, 99) for limit in range(1, 14)), *((99, n) for n in range(14))]:
-        writer, other = guessing(model), plain(model)
-        one, sampler = Sampler(sampling), Sampler(sampling)
-        found = list(itertools.islice(write_ids(writer, prompt, one, limit, ends), asked))
-        expected = list(itertools.islice(generate(other, prompt, sampler, limit, ends), asked))
-        # The id that ends a text is no part of it; it has not been read either.
-        assert found == [id for id in expected if id not in ends]
-        stream = writer.tokens
-        stream.rewind(stream.lookahead)
-        assert one.state() == sampler.state()
-        assert stream.length == other.length
-        assert stream.ids.attended() == other.ids.attended()
-
-
 def test_a_stream_taken_back_or_restored_guesses_on(tiny_model):
     model, sampling = tiny_model(vocab_size=8), Sampling(0.3, seed=2)
     writer, other, stats = guessing(model), plain(model), Stats()
@@ -297,6 +279,7 @@ def test_a_stream_measures_its_own_steps(tiny_model):
             steps.append((len(request.ids), result.seconds))
     assert measured == steps[1:], "the prompt is none of them"
     assert len({rows for rows, _ in measured}) > 2
+    assert stats.prompt_seconds == steps[0][1]
     assert stats.reply_seconds == sum(seconds for _, seconds in measured)
     assert stats.accepted_tokens > 50
 

@@ -21,6 +21,7 @@ from mlx_stream.models.layout import layout_of
 from tests.fakes.tiny import CHAT_TEMPLATE, LLAMA3, SPECIALS, tiny_tokenizer
 
 # Llama-3.2-1B's, but for the ids that end a text: the tokenizer is the tests' own.
+GROUP_SIZE = 64
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -42,26 +43,30 @@ SHAPE = {
 }
 
 
-def tensors(raw: dict) -> Iterator[tuple[str, mx.array]]:
+def tensors(raw: dict, bits: int) -> Iterator[tuple[str, mx.array]]:
     for seed, part in enumerate(layout_of(read_config(raw)).parts):
         if not isinstance(part, Projection):
             yield f"{part.path}.weight", mx.ones(part.size, mx.bfloat16)
             continue
         shape, scale = (part.outputs, part.inputs), part.inputs**-0.5
         weight = mx.random.normal(shape, mx.bfloat16, scale=scale, key=mx.random.key(seed))
-        mx.eval(weight)
-        yield f"{part.path}.weight", weight
+        parts = [weight] if bits == 16 else mx.quantize(weight, GROUP_SIZE, bits)
+        mx.eval(parts)
+        for kind, array in zip(("weight", "scales", "biases"), parts, strict=False):
+            yield f"{part.path}.{kind}", array
 
 
-def write_big(out: Path, **changes: object) -> Path:
-    """Write a model of that shape, changed; return its folder."""
-    out.mkdir(parents=True)
+def write_big(out: Path, bits: int = 16, **changes: object) -> Path:
+    """Write a model of that shape, changed, in bfloat16 or fewer bits; return its folder."""
+    out.mkdir(parents=True, exist_ok=True)
     raw = {**SHAPE, **changes}
+    if bits != 16:
+        raw["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
     write_json(raw, out / "config.json")
     tiny_tokenizer().save(str(out / "tokenizer.json"))
     named = {"eos_token": SPECIALS[2], "chat_template": CHAT_TEMPLATE}
     write_json(named, out / "tokenizer_config.json")
-    write_shards(tensors(raw), out)
+    write_shards(tensors(raw, bits), out)
     return out
 
 

@@ -74,17 +74,12 @@ def talk(chat: ChatSession, random: np.random.Generator) -> str:
         question = f"{random.integers(10**6)} {QUESTIONS[random.integers(len(QUESTIONS) - 1)]}"
     if act == "undo":
         chat.undo()
-    elif act == "retry":
-        for _ in chat.retry():
-            pass
-    elif act == "edit":
-        for _ in chat.edit(question):
-            pass
-    else:
-        pieces = chat.reply(question)
-        for _ in islice(pieces, int(random.integers(1, 20)) if act == "cut" else None):
-            pass
-        pieces.close()
+        return act
+    asks = {"retry": chat.retry, "edit": lambda: chat.edit(question)}
+    pieces = asks.get(act, lambda: chat.reply(question))()
+    for _ in islice(pieces, int(random.integers(1, 20)) if act == "cut" else None):
+        pass
+    pieces.close()
     return act
 
 

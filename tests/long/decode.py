@@ -4,9 +4,9 @@
 
 Greedy decoding through `generate`, as a program does it, from a full window on. Each token is timed
 in turn with one of a stream that is begun anew at each tenth: how much slower the old one is does
-not hang on what else the machine does. Prints a table of the tenths; exits with 1 if memory has
-grown, if p50 or p99 beside the new streams' is more than 10 % off from half to half, or tokens per
-second beside theirs more than 5 % from the second tenth to the last. Not collected by pytest.
+not hang on what else the machine does. Prints a line of JSON for each tenth; exits with 1 if memory
+has grown, if p50 or p99 beside the new streams' is more than 10 % off from half to half, or tokens
+per second beside theirs more than 5 % from the second tenth to the last. Not collected by pytest.
 """
 
 import argparse
@@ -115,25 +115,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--window", type=int, default=252)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     if given.tokens < 100 * PARTS or given.window < 1:
         parser.error(f"at least {100 * PARTS} tokens and a window of 1")
     rows, seconds = measure(given.tokens, given.window)
     verdicts = judged(rows, seconds)
-    if given.json:
-        print(json.dumps({"rows": rows, "verdicts": verdicts}))
-    else:
-        print("tenth   tok/s  of new   p50 ms   p99 ms      active        peak      cached    held")
-        for one in rows:
-            print(
-                f"{one['tenth']:>5}{one['tokens_per_second']:>8.0f}{one['of_a_new_stream']:>8.3f}"
-                f"{one['p50_ms']:>9.3f}"
-                f"{one['p99_ms']:>9.3f}{one['active_bytes']:>12,}{one['peak_bytes']:>12,}"
-                f"{one['cached_bytes']:>12,}{one['resident_bytes']:>12,}"
-            )
-        for what, (holds, said) in verdicts.items():
-            print(f"{what}: {said}: {'holds' if holds else 'DOES NOT HOLD'}")
+    for one in rows:
+        print(json.dumps(one))
+    for what, (holds, said) in verdicts.items():
+        print(f"{what}: {said}: {'holds' if holds else 'DOES NOT HOLD'}")
     return 0 if all(holds for holds, _ in verdicts.values()) else 1
 
 

@@ -16,8 +16,6 @@ from mlx_stream import errors
 from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.generate.requests import ReadRequest, Want, run_coroutine
-from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.sampling import Sampler
 from tests.fakes.engines import DEADLINE, GREEDY, engine_of, said
 from tests.fakes.failing import failing
 from tests.fakes.tiny import tiny_config, write_letters
@@ -73,20 +71,6 @@ def again(model, exchanges, **options):
     run_coroutine(chat.replay_steps(dict(enumerate(exchanges, 1))))
     chat.restart(chat.system, chat.stats.window)
     return chat
-
-
-@pytest.mark.parametrize("want", Want)
-def test_a_stream_lets_go_of_its_rows(model, want):
-    stream = TokenStream(model, model.new_cache(3, 20, 7))
-    ids = [*range(3, 43)]
-    stream.read(ids)
-    new = ids[:1] if want is Want.TOKEN else ids[:3]
-    request = ReadRequest(stream, new, want, sampler=Sampler(GREEDY))
-    with failing(model.network), pytest.raises(RuntimeError, match="read from file"):
-        stream.run(request)
-    assert stream.failed and sum(array.nbytes for array in stream.cache.arrays()) == 0
-    stream.rewind(stream.length - 38)
-    assert stream.ids.attended() == [*ids[:3], *ids[18:38]]
 
 
 @pytest.mark.parametrize("where", ["question", "reply"])
@@ -209,33 +193,3 @@ def test_a_ring_that_failed_is_let_go_of(letters, untraced):
             said(chat.reply(NEXT))
             chat.close(DEADLINE)
             assert mx.get_active_memory() - before < ring / 2
-
-
-@pytest.mark.parametrize("asked", ["flush", "ask"])
-def test_a_stream_that_listens_is_not_used_after_it(letters, untraced, tmp_path, asked):
-    with engine_of(letters) as engine, engine.listen(**OPTIONS) as listener:
-        listener.feed(FED)
-        listener.flush(DEADLINE)
-        heard = listener._listener_worker.current()
-        assert listener.error is None
-
-        def failing_once():
-            yield from ()
-            with failing(heard.model.network):
-                yield from heard.ask(NEXT, None, None, True) if asked == "ask" else fed()
-
-        def fed():
-            heard.backlog.add(FED)
-            yield from heard.flush(heard.backlog.fed)
-
-        with pytest.raises(errors.ComputeError, match="read from file"):
-            listener._worker.submit(listener._queue, failing_once, None).outcome(DEADLINE)
-        for use in (
-            lambda: listener.feed("x"),
-            lambda: listener.flush(DEADLINE),
-            lambda: said(listener.ask(NEXT, remember=False)),
-            lambda: listener.save(tmp_path / "s.safetensors", {}),
-        ):
-            with pytest.raises(errors.ComputeError, match="read from file"):
-                use()
-        assert isinstance(listener.error, errors.ComputeError) and not [*tmp_path.iterdir()]

@@ -31,32 +31,8 @@ TOLERANCE = 2e-3
 
 
 def plain_weights(model: Model) -> dict[str, np.ndarray]:
-    """Return the model's float32 weights under their checkpoint names: joined rows taken apart."""
-    config, network = model.config, model.network
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    weights = {
-        "model.embed_tokens.weight": network.embed_tokens.weight,
-        "model.norm.weight": network.norm.weight,
-    }
-    if not config.tie_word_embeddings:
-        weights["lm_head.weight"] = network.lm_head.weight
-    for index, layer in enumerate(network.layers):
-        path = f"model.layers.{index}"
-        q, k, v = np.split(np.array(layer.self_attn.qkv_proj.weight), [queries, queries + keys])
-        gate, up = np.split(np.array(layer.mlp.gate_up_proj.weight), 2)
-        weights |= {
-            f"{path}.self_attn.q_proj.weight": q,
-            f"{path}.self_attn.k_proj.weight": k,
-            f"{path}.self_attn.v_proj.weight": v,
-            f"{path}.self_attn.o_proj.weight": layer.self_attn.o_proj.weight,
-            f"{path}.mlp.gate_proj.weight": gate,
-            f"{path}.mlp.up_proj.weight": up,
-            f"{path}.mlp.down_proj.weight": layer.mlp.down_proj.weight,
-            f"{path}.input_layernorm.weight": layer.input_layernorm.weight,
-            f"{path}.post_attention_layernorm.weight": layer.post_attention_layernorm.weight,
-        }
-    return {name: np.array(weight) for name, weight in weights.items()}
+    """Return the model's float32 weights under their checkpoint names."""
+    return {name: np.array(tensor) for name, tensor in model.network.named_tensors()}
 
 
 def differences(

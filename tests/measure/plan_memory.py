@@ -26,55 +26,21 @@ import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.cache.steps.verify import spare_rows
-from mlx_stream.config import read_config
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.hub.starter import STARTER
 from mlx_stream.load import Model, load
-from mlx_stream.models.layout import layout_of
 from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.planner import Plan, PlanRequest, make_plan
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.window import PREFILL_CHUNK
-from tests.fakes.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.long.big_checkpoint import write_big
 
-CONFIG = Path(__file__).parents[1] / "fakes" / "published" / "Llama-3.2-1B.json"
 ALLOWED = 0.05
 OVER = PREFILL_CHUNK + 60  # tokens of the turn beyond the window
 REPLY = 4
-GROUP_SIZE = 64
 
 Talk = tuple[int, int]  # the sinks of the stream, and the bytes of its keys and values
-
-
-def write_model(folder: Path, bits: int) -> Path:
-    """Write random weights of the 1B shape: one safetensors file, a tokenizer of letters."""
-    raw = json.loads(CONFIG.read_text())
-    config = read_config(raw)
-    tensors: dict[str, mx.array] = {"model.norm.weight": mx.ones(config.hidden_size, mx.bfloat16)}
-    for layer in range(config.num_hidden_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            name = f"model.layers.{layer}.{norm}.weight"
-            tensors[name] = mx.ones(config.hidden_size, mx.bfloat16)
-    for part in layout_of(config).matrices:
-        spread, shape = part.inputs**-0.5, (part.outputs, part.inputs)
-        weight = mx.random.uniform(-spread, spread, shape, mx.bfloat16)
-        if bits == 16:
-            tensors[f"{part.path}.weight"] = weight
-        else:
-            packed = mx.quantize(weight, GROUP_SIZE, bits)
-            for kind, array in zip(("weight", "scales", "biases"), packed, strict=True):
-                tensors[f"{part.path}.{kind}"] = array
-        mx.eval(list(tensors.values()))
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    if bits != 16:
-        raw["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
-    (folder / "config.json").write_text(json.dumps({**raw, "bos_token_id": 1, "eos_token_id": 2}))
-    (folder / "tokenizer.json").write_text(tiny_tokenizer().to_str())
-    settings = {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def chat(model: Model, window: int, kv_bits: int | None, text: str) -> Talk:
@@ -177,7 +143,7 @@ def main() -> None:
         if source == "1b":
             folder = options.folder or Path(temporary)
             if not (folder / "tokenizer_config.json").exists():
-                write_model(folder, options.bits)
+                write_big(folder, options.bits)
             source = str(folder)
         mx.clear_cache()
         result = {"model": options.model, "filled": options.filled} | measure(source, asked, talk)

@@ -1,7 +1,6 @@
 """A decode step traced once: same tokens, one trace, buffers in place, nothing kept in vain."""
 
 import gc
-import itertools
 from dataclasses import replace
 
 import mlx.core as mx
@@ -14,7 +13,6 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.sampling import Sampler, Sampling
 from tests.fakes.tiny_models import some_ids
-from tests.generate.test_interrupts import interrupt_at
 
 GREEDY = Sampling(0.0)
 SAMPLINGS = (
@@ -165,30 +163,6 @@ def test_a_step_built_ahead_does_not_hold_what_is_read_next(tiny_model, compiled
     assert stream._pending is not None
     ids.close()
     assert stream._pending is None
-
-
-def test_generation_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model, compiled):
-    model = tiny_model()
-    sampling = Sampling(1.0, top_p=0.9, seed=5)
-    plain = stream_of(model, clock_limit=0)
-    expected = list(generate(plain, some_ids(30), Sampler(sampling), 12))
-    count = 0
-    for count in itertools.count(1, 61):
-        stream, sampler = stream_of(model, clock_limit=0), Sampler(sampling)
-        token = sampler.choose(stream.read(some_ids(30)), stream.ids.attended)
-        said = [token]
-
-        def go_on(stream=stream, sampler=sampler, said=said):
-            while len(said) < 12:
-                said.append(stream.next(said[-1], sampler))
-
-        if not interrupt_at(count, go_on):
-            break
-        # Said, but perhaps read already: what is said once more is what was drawn before.
-        stream.rewind(stream.length - 30 - (len(said) - 1))
-        go_on()
-        assert said == expected
-    assert count > 1_000
 
 
 def test_a_model_that_is_let_go_frees_what_its_traces_hold(tiny_model, monkeypatch):

@@ -27,38 +27,26 @@ def fixed_tensors(raw: dict) -> Tensors:
     return found
 
 
+YARN_AND_BIASES = {"rope_scaling": YARN, "attention_bias": True}
+LLAMA3_AND_TIED = {"rope_scaling": LLAMA3, "tie_word_embeddings": True}
+MISTRAL_WITH_WINDOW = {"model_type": "mistral", "sliding_window": 100}
 # Those of version 1 are of the code that wrote its files, those of 2 of the code that made it.
-@pytest.mark.parametrize(
-    ("changes", "dtype", "first", "second"),
-    [
-        ({}, mx.float32, "c926d5a332c852fa", "2:07b1115ae8122211"),
-        ({}, mx.bfloat16, "d0e1a86d14e7d55f", "2:c53ab79a2df619d3"),
-        (
-            {"rope_scaling": YARN, "attention_bias": True},
-            mx.float32,
-            "579d8436ab19ae06",
-            "2:8faec03e1fb1eef3",
-        ),
-        (
-            {"rope_scaling": LLAMA3, "tie_word_embeddings": True},
-            mx.float16,
-            "f44692a2fa7c8818",
-            "2:f69b28c328c4faab",
-        ),
-        (
-            {"model_type": "mistral", "sliding_window": 100},
-            mx.float32,
-            "a3443533beafe872",
-            "2:60a60a1b9a135a12",
-        ),
-    ],
-)
+FIXED: list[tuple[dict[str, Any], mx.Dtype, str, str]] = [
+    ({}, mx.float32, "c926d5a332c852fa", "07b1115ae8122211"),
+    ({}, mx.bfloat16, "d0e1a86d14e7d55f", "c53ab79a2df619d3"),
+    (YARN_AND_BIASES, mx.float32, "579d8436ab19ae06", "8faec03e1fb1eef3"),
+    (LLAMA3_AND_TIED, mx.float16, "f44692a2fa7c8818", "f69b28c328c4faab"),
+    (MISTRAL_WITH_WINDOW, mx.float32, "a3443533beafe872", "60a60a1b9a135a12"),
+]
+
+
+@pytest.mark.parametrize(("changes", "dtype", "first", "second"), FIXED)
 def test_fingerprints_stay_what_they_were(changes, dtype, first, second):
     raw = tiny_config(**changes)
     model = make(raw, fixed_tensors(raw), dtype)
     assert model.fingerprint(1) == first
-    assert model.fingerprint() == model.fingerprint(2) == second
-    assert model.is_fingerprint(first) and model.is_fingerprint(second)
+    assert model.fingerprint() == model.fingerprint(2) == f"2:{second}"
+    assert model.is_fingerprint(first) and model.is_fingerprint(f"2:{second}")
 
 
 def test_a_models_fingerprint_is_of_either_version_and_of_no_other_model(tiny_model: Make):
@@ -69,26 +57,8 @@ def test_a_models_fingerprint_is_of_either_version_and_of_no_other_model(tiny_mo
         assert not model.is_fingerprint(other.fingerprint(version))
     assert len(model.fingerprint(1)) == 16 and len(model.fingerprint(2)) == 18
     second = model.fingerprint()
-    for text in (
-        "",
-        "2:",
-        second.removeprefix("2:"),
-        "1:" + model.fingerprint(1),
-        "3" + second[1:],
-    ):
+    for text in ("", "2:", second[2:], "1:" + model.fingerprint(1), "3" + second[1:]):
         assert not model.is_fingerprint(text)
-
-
-def test_fingerprints_tell_models_apart(tiny_model: Make):
-    others = [
-        tiny_model(),
-        tiny_model(seed=1),
-        tiny_model(mx.float16),
-        tiny_model(rms_norm_eps=1e-3),
-        tiny_model(num_hidden_layers=1),
-    ]
-    for version in (1, 2):
-        assert len({model.fingerprint(version) for model in others}) == len(others)
 
 
 OTHERWISE: dict[str, Any] = {
