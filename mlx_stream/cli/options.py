@@ -194,10 +194,9 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Any] = {}
     shown: list[inspect.Parameter] = []
     for parameter in inspect.signature(verb, eval_str=True).parameters.values():
-        group: Any = parameter.annotation
-        if is_dataclass(group):
-            groups[parameter.name] = group
-            parts = inspect.signature(group, eval_str=True).parameters.values()
+        if is_dataclass(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
+            parts = inspect.signature(groups[parameter.name], eval_str=True).parameters.values()
             shown += [part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in parts]
         else:
             shown.append(parameter)
