@@ -31,7 +31,9 @@ class ReplyStopped(Exception):
 
 
 @exits_cleanly
+@options.grouped
 def chat(
+    *,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -55,9 +57,7 @@ def chat(
     go_on: Annotated[
         bool, typer.Option("--continue", help="Go on with the session used last.")
     ] = False,
-    window: options.Window = None,
-    sinks: options.Sinks = None,
-    kv_bits: options.KvBits = None,
+    attended: options.WindowOptions,
     speculate: options.Speculate = None,
     draft: options.Draft = None,
     evict: Annotated[
@@ -69,16 +69,9 @@ def chat(
         ),
     ] = None,
     max_tokens: options.MaxTokens = 512,
-    temp: options.Temp = 0.6,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 0.9,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = None,
+    sampling: options.SamplingOptions,
     stop: options.Stop = None,
-    dtype: options.Dtype = None,
-    keep_quantized: options.KeepQuantized = None,
-    force: options.Force = False,
+    loading: options.LoadOptions,
     stats: options.ShowStats = False,
 ) -> None:
     """Talk with a model for as long as you like.
@@ -92,8 +85,6 @@ def chat(
     with keys_wait() if interactive else nullcontext():  # who types a question ahead has sent it
         from mlx_stream.chat import resume, saving, session_files
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
-        from mlx_stream.load import load
-        from mlx_stream.sampling import Sampling
 
         if go_on:
             if session is not None:
@@ -105,23 +96,23 @@ def chat(
         source = model or (before.model if before else STARTER)
         if system is None and before is None and source == STARTER:
             system = STARTER_SYSTEM
-        sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
+        choice = sampling.as_sampling()
         if interactive:
             notify(f"loading {source}")
             # Imported while the weights are read: MLX does that without Python's lock.
             Thread(target=import_module, args=("prompt_toolkit",)).start()
-        loaded = load(source, dtype, keep_quantized, force, notify)
-        guessing = load(draft, dtype, keep_quantized, force, notify) if draft else None
+        loaded = loading.load(source)
+        guessing = loading.load(draft) if draft else None
         screen = Screen()
         chosen = resume.SessionOptions(
             system,
-            window,
-            sinks,
+            attended.window,
+            attended.sinks,
             evict,
-            sampling,
+            choice,
             max_tokens,
             tuple(stop or ()),
-            kv_bits,
+            attended.kv_bits,
             speculate,
             guessing,
         )

@@ -11,27 +11,20 @@ from mlx_stream.program.exits import exits_cleanly, notify
 
 
 @exits_cleanly
+@options.grouped
 def generate(
+    *,
     prompt: Annotated[
         str, typer.Option("-p", "--prompt", help="The text to go on from; - reads standard input.")
     ],
     model: options.ModelArgument = "starter",
     max_tokens: options.MaxTokens = 256,
-    temp: options.Temp = 0.6,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 0.9,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = None,
+    sampling: options.SamplingOptions,
     stop: options.Stop = None,
-    window: options.Window = None,
-    sinks: options.Sinks = None,
-    kv_bits: options.KvBits = None,
+    attended: options.WindowOptions,
     speculate: options.Speculate = None,
     draft: options.Draft = None,
-    dtype: options.Dtype = None,
-    keep_quantized: options.KeepQuantized = None,
-    force: options.Force = False,
+    loading: options.LoadOptions,
     stats: options.ShowStats = False,
     json: options.AsJson = False,
 ) -> None:
@@ -39,13 +32,11 @@ def generate(
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
     from mlx_stream.generate.completion import stream
     from mlx_stream.generate.stats import Stats
-    from mlx_stream.load import load
-    from mlx_stream.sampling import Sampling
 
-    sampling = Sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
+    chosen = sampling.as_sampling()
     text = read_text("-") if prompt == "-" else prompt
-    loaded = load(model, dtype, keep_quantized, force, notify)
-    guessing = load(draft, dtype, keep_quantized, force, notify) if draft else None
+    loaded = loading.load(model)
+    guessing = loading.load(draft) if draft else None
     counts = Stats()
     pieces: list[str] = []
     finish = None
@@ -54,14 +45,14 @@ def generate(
             loaded,
             text,
             max_tokens,
-            sampling,
+            chosen,
             stop or (),
-            sinks,
-            window,
+            attended.sinks,
+            attended.window,
             counts,
             notify,
             progress,
-            kv_bits,
+            attended.kv_bits,
             speculate,
             guessing,
         ):
@@ -72,13 +63,7 @@ def generate(
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
     if json:
-        print_json(
-            {
-                "text": "".join(pieces),
-                "finish": finish,
-                **stats_as_json(counts),
-            }
-        )
+        print_json({"text": "".join(pieces), "finish": finish, **stats_as_json(counts)})
     else:
         print()
     if stats:

@@ -5,15 +5,12 @@ their names. A terminal that cannot move its cursor (TERM=dumb) gets a plain lin
 """
 
 import asyncio
-import errno
-import json
 import os
 import re
 import select
-import stat
 import sys
 import termios
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +18,13 @@ from typing import TYPE_CHECKING, Any
 from mlx_stream.program.escape import escape
 
 if TYPE_CHECKING:
+    from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 PROMPT = "> "
 HINT = "(Ctrl-D leaves)"
 # What stands for bytes that are not UTF-8.
 NO_TEXT = re.compile("[\ud800-\udfff]")
-# A line longer than this is a pasted document: recalled while we run, and not kept.
-LONGEST_KEPT = 2**16
-# Of a longer history file its end is kept.
-LARGEST_FILE = 2**20
 SECONDS_OF_IDLENESS = 60.0
 
 Notify = Callable[[str], None]
@@ -39,13 +33,13 @@ Notify = Callable[[str], None]
 class Prompt:
     """Ask for lines on the terminal: standard input and output must be one.
 
-    Enter sends; Alt-Enter or Ctrl-J begins a new line; what is pasted stays one text.
+    Enter sends; Alt-Enter or Ctrl-J begins a new line; pasted text stays one text.
 
     Args:
-        history: the file of the lines of before; made, with its folder, when there is a line.
+        history: the file of earlier lines; made, with its folder, if it is not there.
         status: returns the status bar's text, whenever it is drawn.
         completions: what may be completed at the beginning of a line, and what each does.
-        notify: told in one line what the user should know.
+        notify: called with one line that the user should know.
         idle: called once when nothing has been typed for a minute; keys wait meanwhile. What it
             returns is said. A terminal that cannot move its cursor never calls it.
     """
@@ -58,11 +52,14 @@ class Prompt:
         notify: Notify,
         idle: Callable[[], str] = str,
     ):
-        self.history, self.notify = History(history, notify), notify
-        lines = self.history.load()
-        self._read = (
-            plain_line if is_dumb() else editor(lines, status, completions, self._when_idle(idle))
-        )
+        from mlx_stream.cli.history import open_history
+
+        self.notify, self._notices = notify, []
+        kept = open_history(history, self._notices.append)
+        if is_dumb():
+            self._read = plain_reader(kept)
+        else:
+            self._read = editor(kept, status, completions, self._when_idle(idle))
 
     def ask(self, default: str = "") -> str:
         """Return what was typed, which is not blank and may be several lines.
@@ -74,6 +71,8 @@ class Prompt:
             EOFError: Ctrl-D on an empty line, or there is no more input.
         """
         while True:
+            while self._notices:  # not amid a line that is edited
+                self.notify(self._notices.pop(0))
             try:
                 line = self._read(default)
             except KeyboardInterrupt:
@@ -84,7 +83,6 @@ class Prompt:
             if line != default:
                 self.notify("that line is not UTF-8: type again what is shown as \ufffd")
             elif line.strip():
-                self.history.add(line)
                 return line
             else:
                 default = ""
@@ -115,7 +113,7 @@ def is_dumb() -> bool:
 
 
 def editor(
-    lines: Sequence[str],
+    history: "History",
     status: Callable[[], str],
     completions: Mapping[str, str],
     begun: Callable[[], None],
@@ -124,7 +122,6 @@ def editor(
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
-    from prompt_toolkit.history import InMemoryHistory
     from prompt_toolkit.output import ColorDepth
     from prompt_toolkit.styles import Style
 
@@ -132,7 +129,7 @@ def editor(
     session: PromptSession[str] = PromptSession(
         PROMPT,
         multiline=True,
-        history=InMemoryHistory(lines),
+        history=history,
         # `sentence`: what is completed begins where the text does.
         completer=WordCompleter(list(completions), meta_dict=completions, sentence=True),
         # The menu's room is kept free whenever it may open: only for what begins a command.
@@ -146,6 +143,15 @@ def editor(
     # A terminal that does not tell where its cursor is has no status bar: no reason to warn.
     session.app.renderer.cpr_not_supported_callback = None
     return lambda default: session.prompt(default=default, pre_run=begun)
+
+
+def plain_reader(history: "History") -> Callable[[str], str]:
+    def read(default: str) -> str:
+        line = plain_line(default)
+        history.append_string(line)
+        return line
+
+    return read
 
 
 def plain_line(default: str) -> str:
@@ -214,95 +220,3 @@ def terminal() -> Iterator[list[Any]]:
         yield list(before)
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-class History:
-    """The lines of before, one JSON string in each line of a file that only its owner may read.
-
-    If the file cannot be used, that is said once; lines are then recalled only while we run.
-    """
-
-    def __init__(self, path: Path, notify: Notify):
-        self.path, self.notify = path, notify
-        self.usable = True
-        self.last = ""
-
-    def load(self) -> list[str]:
-        """Return the lines of before, oldest first; shorten a long file to its end."""
-        try:
-            data, whole = end_of(self.path)
-            lines = [text_of(row) for row in data.splitlines()]
-            if not whole:
-                write_private(self.path, data)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            return self._give_up(f"cannot be used: {error.strerror}")
-        except (ValueError, RecursionError):
-            return self._give_up("holds something else, and is left as it is")
-        self.last = lines[-1] if lines else ""
-        return lines
-
-    def add(self, line: str) -> None:
-        """Keep a line, unless it is the one before, or very long."""
-        if not self.usable or line == self.last or len(line) > LONGEST_KEPT:
-            return
-        self.last = line
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            append_private(self.path, json.dumps(line).encode() + b"\n")
-        except OSError as error:
-            self._give_up(f"cannot be written: {error.strerror}")
-
-    def _give_up(self, why: str) -> list[str]:
-        self.usable = False
-        self.notify(f"the history {self.path} {why}; lines are recalled until this chat ends")
-        return []
-
-
-def text_of(row: bytes) -> str:
-    text = json.loads(row)
-    if not isinstance(text, str):
-        raise ValueError("no text")
-    return text
-
-
-def end_of(path: Path) -> tuple[bytes, bool]:
-    """Return the last rows of a file, and whether they are all."""
-    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe is to wait for its other end
-        raise OSError(errno.EINVAL, "it is not a regular file")
-    with path.open("rb") as file:
-        excess = file.seek(0, os.SEEK_END) - LARGEST_FILE
-        file.seek(max(0, excess))
-        if excess > 0:
-            file.readline()  # the rest of a row
-        return file.read(), excess <= 0
-
-
-def private(path: str, flags: int) -> int:
-    """Open a file that only its owner may read, also if it was another's to read before."""
-    descriptor = os.open(path, flags, 0o600)
-    if stat.S_IMODE(os.fstat(descriptor).st_mode) != 0o600:
-        os.fchmod(descriptor, 0o600)
-    return descriptor
-
-
-def append_private(path: Path, row: bytes) -> None:
-    """Append all of a row, or nothing."""
-    with open(path, "ab", buffering=0, opener=private) as file:
-        before = os.fstat(file.fileno()).st_size
-        if file.write(row) < len(row):  # as much as the disk had room for
-            file.truncate(before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file; a symbolic link stays one."""
-    path = path.resolve()
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb", opener=private) as file:
-            file.write(data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -11,14 +11,14 @@ from mlx_stream.program.exits import exits_cleanly, fail, notify
 
 
 @exits_cleanly
+@options.grouped
 def score(
+    *,
     what: Annotated[
         list[str],
         typer.Argument(metavar="[MODEL] FILE", help="The text file; - reads standard input."),
     ],
-    window: options.Window = None,
-    sinks: options.Sinks = None,
-    kv_bits: options.KvBits = None,
+    attended: options.WindowOptions,
     dense: Annotated[
         bool, typer.Option("--dense", help="Attend to everything instead, in growing memory.")
     ] = False,
@@ -28,16 +28,13 @@ def score(
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Read only so many tokens of the text.")
     ] = None,
-    dtype: options.Dtype = None,
-    keep_quantized: options.KeepQuantized = None,
-    force: options.Force = False,
+    loading: options.LoadOptions,
     json: options.AsJson = False,
 ) -> None:
     """Print the perplexity of a text, read as is: no chat template."""
     from mlx_stream.cli.report import print_json
     from mlx_stream.evaluate.score import score as score_ids
     from mlx_stream.generate.token_stream import TokenStream
-    from mlx_stream.load import load
 
     if len(what) > 2:
         raise typer.BadParameter(f"expected [MODEL] FILE, got {len(what)} arguments")
@@ -49,15 +46,17 @@ def score(
         fail(f"{path}: is a folder: after the model, give the text file to score")
     if max_tokens is not None and max_tokens < 2:
         fail(f"--max-tokens must be at least 2, not {max_tokens}")
-    if dense and (window, sinks, kv_bits) != (None, None, None):
+    if dense and attended != options.WindowOptions():
         fail("--dense attends to everything: leave out --window, --sinks and --kv-bits")
     text = read_text(path)
-    loaded = load(model, dtype, keep_quantized, force, notify)
+    loaded = loading.load(model)
     ids = loaded.tokenizer.encode(text)[:max_tokens]
     if dense:
         cache = loaded.new_dense_cache()
     else:
-        cache = loaded.new_cache(sinks, window, notify=notify, kv_bits=kv_bits)
+        cache = loaded.new_cache(
+            attended.sinks, attended.window, notify=notify, kv_bits=attended.kv_bits
+        )
     with progress_bar("scoring") as progress:
         result = score_ids(TokenStream(loaded, cache), ids, chunk, progress)
     if json:

@@ -19,7 +19,6 @@ from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.costs import (
     ReadRate,
-    cache_bytes_read,
     graph_nodes,
     read_rate,
     weight_bytes_read,
@@ -53,17 +52,13 @@ class Series:
     theirs: list[float]
 
     @property
-    def ratio(self) -> float:
-        """mlx-lm's time over ours, median over the pairs: above 1, ours is faster."""
-        return statistics.median(self.ratios)
-
-    @property
     def ratios(self) -> list[float]:
+        """mlx-lm's time over ours, of each pair: above 1, ours is faster."""
         return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
-    def each(self, count: int) -> "Series":
-        """Return the times of one of the `count` steps that were timed together."""
-        return Series(*([x / count for x in times] for times in (self.ours, self.theirs)))
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -144,14 +139,10 @@ def bandwidth_limit(
     model: Model, cache: StreamCache, read: ReadRate, seconds: float
 ) -> dict[str, float]:
     """Return what a step must read, and how near its time is to reading nothing else."""
-    weights, held = weight_bytes_read(model.network), cache_bytes_read(cache)
+    weights, held = weight_bytes_read(model.network), cache.nbytes
     least = (weights + held) / read.bytes_per_second
-    return {
-        "weights": weights,
-        "cache": held,
-        "least_ms": 1e3 * least,
-        "share_of_limit": least / seconds,
-    }
+    share = least / seconds
+    return {"weights": weights, "cache": held, "least_ms": 1e3 * least, "share_of_limit": share}
 
 
 def decoding(model: Model, peer: Any, cache: StreamCache, pairs: int) -> Series:
@@ -163,7 +154,8 @@ def decoding(model: Model, peer: Any, cache: StreamCache, pairs: int) -> Series:
             step()
 
     theirs = their_loop(model, peer, cache.geometry.window)
-    return in_turn(ours, theirs, max(LEAST_PAIRS, pairs // TURN)).each(TURN)
+    turns = in_turn(ours, theirs, max(LEAST_PAIRS, pairs // TURN))
+    return Series([x / TURN for x in turns.ours], [x / TURN for x in turns.theirs])
 
 
 def in_turn(
@@ -208,14 +200,13 @@ def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> dict[
             begun = time.perf_counter()
             token = builds[name]()
             times[name].append(1e3 * (time.perf_counter() - begun))
-            if pair == 0:
-                nodes[name] = graph_nodes(token)
+            nodes[name] = nodes.get(name) or graph_nodes(token)
             mx.eval(token)
-    medians = {name: statistics.median(of) for name, of in times.items()}
+    ours, theirs = quartiles(times["ours"]), quartiles(times["mlx_lm"])
     return {
-        "ours_ms": quartiles(times["ours"]),
-        "mlx_lm_ms": quartiles(times["mlx_lm"]),
-        "share": medians["ours"] / medians["mlx_lm"],
+        "ours_ms": ours,
+        "mlx_lm_ms": theirs,
+        "share": ours[1] / theirs[1],
         "ours_nodes": nodes["ours"],
         "mlx_lm_nodes": nodes["mlx_lm"],
         "node_share": nodes["ours"] / nodes["mlx_lm"],

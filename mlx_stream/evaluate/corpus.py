@@ -32,29 +32,16 @@ class Corpus:
         """
         return self.ids[np.arange(start, stop) % len(self.ids)].tolist()
 
+    def require(self, tokens: int, option: str) -> None:
+        """Raise TextError unless there are so many tokens, and one more to predict."""
+        if len(self.ids) <= tokens:
+            raise TextError(
+                f"{', '.join(self.names)}: {len(self.ids):,} tokens are not {tokens:,} and one to "
+                f"predict: give a longer text, or a smaller {option}"
+            )
+
 
 def encode(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> Corpus:
     """Encode (name, text) pairs as they are: no template, nothing between them."""
     encoded = [np.array(tokenizer.encode(text), np.int32) for _, text in texts]
     return Corpus([name for name, _ in texts], np.concatenate(encoded))
-
-
-def segments_of(text: Corpus, tokens: int, segment: int) -> int:
-    """Return how many whole segments the first `tokens` tokens make.
-
-    Raises:
-        TextError: not one: its last token must have a next one to predict.
-    """
-    found = len(text.ids)
-    count = min(tokens, found - 1) // segment
-    if tokens < segment:
-        raise TextError(
-            f"{tokens:,} tokens do not make a segment of {segment:,}: read more of the text "
-            "(--tokens, or tokens= of a cache), or choose a smaller --segment"
-        )
-    if count < 1:
-        raise TextError(
-            f"{', '.join(text.names)}: {found:,} tokens do not make a segment of {segment:,} and "
-            "one to predict: give a longer text, or a smaller --segment"
-        )
-    return count

@@ -1,8 +1,7 @@
 """What a decode step costs beside its time: bytes to be read, nodes of its graph; knows no peer.
 
 A step must read all weights and what it attends to once; no machine does that faster than it reads
-memory. How fast that is here is measured: the fastest of a few plain MLX reductions of one large
-array, so that what is called a limit is one.
+memory.
 """
 
 import io
@@ -15,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_stream.cache import StreamCache
 from mlx_stream.models.layers import CausalLM
 
 READ_BYTES = 256 * 2**20
@@ -44,22 +42,9 @@ def weight_bytes_read(network: CausalLM) -> int:
     return total
 
 
-def cache_bytes_read(cache: StreamCache) -> int:
-    """Return the bytes of keys and values that a step at a full window reads: its whole buffer."""
-    return cache.nbytes
-
-
 def read_rate(progress: Callable[[str], None] = lambda line: None) -> ReadRate:
-    """Measure how fast this machine reads memory, with MLX's own operations."""
+    """Measure how fast this machine reads memory: the fastest of a few reductions of one array."""
     progress(f"reading {READ_BYTES // 2**20} MiB, {READ_ROUNDS} times in each of three ways")
-    rates = read_rates()
-    mx.clear_cache()
-    fastest = max(rates, key=lambda name: rates[name])
-    return ReadRate(rates[fastest], fastest)
-
-
-def read_rates() -> dict[str, float]:
-    """Return bytes per second of each way to read an array once."""
     array = mx.ones((READ_BYTES // 4 // COLUMNS, COLUMNS))
     column = mx.ones((COLUMNS, 1))
     mx.eval(array, column)
@@ -68,7 +53,9 @@ def read_rates() -> dict[str, float]:
         "max": lambda: mx.max(array),
         "product with a vector": lambda: array @ column,
     }
-    return {name: array.nbytes / median_seconds(way) for name, way in ways.items()}
+    rates = [ReadRate(array.nbytes / median_seconds(way), name) for name, way in ways.items()]
+    mx.clear_cache()
+    return max(rates, key=lambda rate: rate.bytes_per_second)
 
 
 def median_seconds(way: Callable[[], mx.array]) -> float:

@@ -8,23 +8,22 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.errors import WeightsError
 from mlx_stream.evaluate.report import perplexity
-from mlx_stream.evaluate.score import HEAD_ROWS
+from mlx_stream.evaluate.score import HEAD_ROWS, refuse_infinite
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.window import PREFILL_CHUNK
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """What a model lost against the one it was made of.
+    """What a model lost against its source.
 
     Attributes:
         tokens: predictions compared.
-        source_perplexity, perplexity: of the text to either.
+        source_perplexity, perplexity: of the text, to each model.
         kl_mean, kl_p99: Kullback-Leibler divergence from the source's prediction of a token to the
             other's, in nats: mean, and 99th percentile.
-        top1_agreement: fraction of tokens of which both hold the same one for the likeliest.
+        top1_agreement: fraction of tokens for which the likeliest one is the same.
     """
 
     tokens: int
@@ -50,15 +49,14 @@ class Figures:
     same: list[bool] = field(default_factory=list)
 
     def add(self, source: mx.array, other: mx.array, targets: Sequence[int]) -> None:
-        """Take logits (T, vocabulary) of both and the ids that came."""
+        """Add logits (T, vocabulary) of both and the ids that came."""
         chosen = mx.array([*targets], mx.int32)[:, None]
         p, q = log_probabilities(source), log_probabilities(other)
         losses = (-mx.take_along_axis(one, chosen, axis=-1)[:, 0] for one in (p, q))
-        for values, new in zip((self.source, self.other), losses, strict=True):
-            values.extend(new.tolist())  # type: ignore[arg-type]
-        self.kl.extend(divergences(p, q).tolist())  # type: ignore[arg-type]
         same = mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)
-        self.same.extend(same.tolist())  # type: ignore[arg-type]
+        lists = (self.source, self.other, self.kl, self.same)
+        for found, new in zip(lists, (*losses, divergences(p, q), same), strict=True):
+            found.extend(new.tolist())  # type: ignore[arg-type]
 
     def result(self) -> Divergence:
         return Divergence(
@@ -99,16 +97,11 @@ def compare(
     figures = Figures()
     steps = (stream.steps(ids[:-1], chunk) for stream in (source, other))
     for ours, theirs in zip(*steps, strict=True):
-        assert ours.shape[1] == theirs.shape[1]
         for start in range(0, ours.shape[1], HEAD_ROWS):
             logits = source.network.logits(ours[0, start : start + HEAD_ROWS])
             others = other.network.logits(theirs[0, start : start + HEAD_ROWS])
             begin = len(figures.kl) + 1
             figures.add(logits, others, ids[begin : begin + len(logits)])
         progress(len(figures.kl), len(ids) - 1)
-    if not all(map(math.isfinite, (*figures.source, *figures.other, *figures.kl))):
-        raise WeightsError(
-            "the model's output is not a number: its weights are damaged, or overflow in this "
-            "dtype (try --dtype float32)"
-        )
+    refuse_infinite([*figures.source, *figures.other, *figures.kl])
     return figures.result()

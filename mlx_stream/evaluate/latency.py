@@ -16,7 +16,8 @@ from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.bench import SINKS, Step, fill, in_turn, step_of, their_step
 from mlx_stream.evaluate.readers import RECOMPUTE_CHUNK
-from mlx_stream.evaluate.report import Row
+from mlx_stream.evaluate.report import Row, refuse_twice
+from mlx_stream.evaluate.sweeps import check_shape
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 
@@ -32,33 +33,15 @@ class Size:
     capacity: int
     steps: int
 
+    def __post_init__(self) -> None:
+        if self.capacity <= SINKS:
+            raise ValueRefused(f"--cache {self.capacity}: must exceed the {SINKS} sinks")
+        if self.steps < LEAST_STEPS:
+            raise ValueRefused(f"--steps must be at least {LEAST_STEPS}, not {self.steps}")
+
     @property
     def window(self) -> int:
         return self.capacity - SINKS
-
-
-def parse_sizes(text: str, steps: int) -> Size:
-    """Read `TOKENS[,steps=N]`.
-
-    Raises:
-        ValueRefused: not that, or out of range.
-    """
-    capacity, *pairs = text.split(",")
-    values = [capacity]
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        if key != "steps" or len(pairs) > 1:
-            raise ValueRefused(f"--cache {text}: takes steps, once, not {','.join(pairs)!r}")
-        values.append(value)
-    if not all(v.isascii() and v.isdigit() and len(v) < 10 for v in values):
-        raise ValueRefused(f"--cache must be TOKENS or TOKENS,steps=N, not {text!r}")
-    size = Size(int(capacity), int(values[-1]) if pairs else steps)
-    if size.capacity <= SINKS:
-        raise ValueRefused(f"--cache {text}: must exceed the {SINKS} sinks")
-    if size.steps < LEAST_STEPS:
-        option = f"--cache {text}: steps" if pairs else "--steps"
-        raise ValueRefused(f"{option} must be at least {LEAST_STEPS}, not {size.steps}")
-    return size
 
 
 def measure_latency(
@@ -75,20 +58,14 @@ def measure_latency(
     Raises:
         ValueRefused: a size the model cannot have.
     """
-    capacities = [size.capacity for size in sizes]
-    twice = next((one for one in capacities if capacities.count(one) > 1), None)
-    if twice is not None:
-        raise ValueRefused(f"--cache {twice} is given twice")
+    refuse_twice("--cache", [size.capacity for size in sizes])
     for size in sizes:
-        if model.resolve_window(SINKS, size.window) != (SINKS, size.window):
-            raise ValueRefused(
-                f"a cache of {size.capacity} exceeds the model's sliding_window of "
-                f"{model.config.sliding_window}: leave it out"
-            )
+        check_shape(model, SINKS, size.window)
     for size in sizes:
         progress(f"cache {size.capacity:,}: {size.steps:,} steps")
         cache = model.new_cache(SINKS, size.window)
-        fill(cache, halfway(cache, size.steps))
+        # A re-anchoring comes in the middle of the steps.
+        fill(cache, max(cache.geometry.rows, cache.clock_limit - size.steps // 2))
         ours = step_of(model, cache)
         if peer is None:
             times = [time_step(ours) for _ in range(size.steps)]
@@ -99,23 +76,17 @@ def measure_latency(
             yield latency_row(size, "mlx-lm", series.theirs)
         del ours  # a step may hold the buffers
         progress(f"cache {size.capacity:,}: {FORCED} re-anchorings")
-        plain, turned = force_token(model, cache)
+        plain, turned = force_reanchoring(model, cache)
         yield latency_row(size, "stream, plain", plain)
         yield latency_row(size, "stream, re-anchoring", turned)
         del cache
         progress(f"cache {size.capacity:,}: recompute, {RECOMPUTED} steps")
-        yield latency_row(
-            size, "recompute", [time_step(recompute_step(model, size)) for _ in range(RECOMPUTED)]
-        )
+        again = recompute_step(model, size)
+        yield latency_row(size, "recompute", [time_step(again) for _ in range(RECOMPUTED)])
         mx.clear_cache()
 
 
-def halfway(cache: StreamCache, steps: int) -> int:
-    """Return the clock from which a re-anchoring comes in the middle of so many steps."""
-    return max(cache.geometry.rows, cache.clock_limit - steps // 2)
-
-
-def force_token(model: Model, cache: StreamCache) -> tuple[list[float], list[float]]:
+def force_reanchoring(model: Model, cache: StreamCache) -> tuple[list[float], list[float]]:
     """Return the times of plain steps and of re-anchoring ones, taken in turn."""
     plain, turned = [], []
     for _ in range(FORCED):
@@ -130,11 +101,9 @@ def force_token(model: Model, cache: StreamCache) -> tuple[list[float], list[flo
 
 
 def recompute_step(model: Model, size: Size) -> Step:
-    ids = [7] * size.capacity
-
     def step() -> None:
         stream = TokenStream(model, model.new_dense_cache())
-        mx.eval(mx.argmax(stream.read(ids, RECOMPUTE_CHUNK)))
+        mx.eval(mx.argmax(stream.read([7] * size.capacity, RECOMPUTE_CHUNK)))
 
     return step
 
@@ -147,17 +116,11 @@ def time_step(step: Step) -> float:
 
 
 def latency_row(size: Size, method: str, seconds: Sequence[float]) -> Row:
-    ordered = [1e3 * value for value in sorted(seconds)]
-    hundredths = statistics.quantiles(ordered, n=100, method="inclusive")
-    return {
-        "cache": size.capacity,
-        "method": method,
-        "steps": len(ordered),
-        "p50_ms": hundredths[49],
-        "p95_ms": hundredths[94],
-        "p99_ms": hundredths[98],
-        "max_ms": ordered[-1],
-    }
+    times = [1e3 * value for value in seconds]
+    hundredths = statistics.quantiles(times, n=100, method="inclusive")
+    row: Row = {"cache": size.capacity, "method": method, "steps": len(times)}
+    row |= {f"p{percent}_ms": hundredths[percent - 1] for percent in (50, 95, 99)}
+    return {**row, "max_ms": max(times)}
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
@@ -171,11 +134,9 @@ def findings(rows: Sequence[Row]) -> list[str]:
         lines.append(f"streaming grows {growth:.2f} times from cache {low:,} to {high:,}")
     for size in sizes:
         ours = at[size, "stream"]
-        line = (
-            f"cache {size:,}: {at[size, 'recompute']['p50_ms'] / ours['p50_ms']:.1f} times faster "
-        )
-        line += "than recompute"
+        faster = at[size, "recompute"]["p50_ms"] / ours["p50_ms"]
         turned = at[size, "stream, re-anchoring"]["p50_ms"] / at[size, "stream, plain"]["p50_ms"]
+        line = f"cache {size:,}: {faster:.1f} times faster than recompute"
         line += f"; a re-anchoring step takes {turned:.2f} plain ones"
         line += f"; p99 / p50 {ours['p99_ms'] / ours['p50_ms']:.3f}"
         if theirs := at.get((size, "mlx-lm")):

@@ -7,7 +7,6 @@ is not kept is dropped and the rest moved down, as llama.cpp's own programs do.
 import ctypes
 import functools
 import importlib.util
-import math
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ def why_not(gguf: Path | None) -> str | None:
     return None
 
 
-class LlamaCppReader:
+class LlamaCpp:
     """Read ids through llama.cpp with a context of `capacity` tokens, the first `keep` kept.
 
     Raises:
@@ -48,26 +47,21 @@ class LlamaCppReader:
         )
         if not self.model:
             raise SourceError(f"{gguf}: llama.cpp cannot open it")
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(
-            llama_cpp.llama_model_get_vocab(self.model)
-        )
-        self.context = self._open_context()
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = capacity, self.chunk, self.chunk
+        params.n_threads = params.n_threads_batch = 1
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise SourceError(f"llama.cpp cannot make a context of {capacity} tokens")
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.batch = llama_cpp.llama_batch_init(self.chunk, 0, 1)
         self.past = 0
         weakref.finalize(self, free, llama_cpp, self.batch, self.context, self.model)
 
-    def _open_context(self) -> Any:
-        params = self.library.llama_context_default_params()
-        params.n_ctx = self.capacity
-        params.n_batch = params.n_ubatch = self.chunk
-        params.n_threads = params.n_threads_batch = 1
-        context = self.library.llama_init_from_model(self.model, params)
-        if not context:
-            raise SourceError(f"llama.cpp cannot make a context of {self.capacity} tokens")
-        return context
-
     def read(self, start: int, stop: int) -> list[float]:
+        """Return the losses of ids[start + 1] to ids[stop], as readers do."""
         found = []
         for first in range(start, stop, self.chunk):
             end = min(first + self.chunk, stop)
@@ -95,12 +89,13 @@ class LlamaCppReader:
         self.past += count
         pointer = self.library.llama_get_logits(self.context)
         logits = np.ctypeslib.as_array(pointer, shape=(count, self.vocabulary)).astype(np.float64)
-        return [loss(logits[row], self.ids[first + row + 1]) for row in range(count)]
+        normal = np.logaddexp.reduce(logits, axis=-1)
+        return (normal - logits[np.arange(count), self.ids[first + 1 : end + 1]]).tolist()
 
 
 @functools.cache
 def start_silently() -> Any:
-    """Begin with llama.cpp and keep it quiet; the callback is kept, for it may be called ever."""
+    """Start llama.cpp without its log; the callback must live as long as the process."""
     import llama_cpp  # type: ignore[import-not-found]
 
     silence = llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -110,13 +105,7 @@ def start_silently() -> Any:
 
 
 def free(library: Any, batch: Any, context: Any, model: Any) -> None:
-    """Free what only C knows of, in this order."""
+    """Free C's objects, in this order."""
     library.llama_batch_free(batch)
     library.llama_free(context)
     library.llama_model_free(model)
-
-
-def loss(logits: np.ndarray, target: int) -> float:
-    """Return -log p of one id given logits (vocabulary,)."""
-    highest = float(logits.max())
-    return math.log(float(np.exp(logits - highest).sum())) + highest - float(logits[target])

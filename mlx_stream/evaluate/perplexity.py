@@ -14,22 +14,22 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_stream import backend
-from mlx_stream.errors import ValueRefused
+from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.evaluate import llamacpp
-from mlx_stream.evaluate.corpus import Corpus, segments_of
+from mlx_stream.evaluate.corpus import Corpus
 from mlx_stream.evaluate.mlx_lm import load_peer
 from mlx_stream.evaluate.readers import (
-    FreshReader,
-    PeerReader,
     Reader,
-    RecomputeReader,
-    StreamReader,
+    fresh_reader,
+    peer_reader,
+    recompute_reader,
+    stream_reader,
 )
-from mlx_stream.evaluate.report import Row, perplexity
+from mlx_stream.evaluate.report import Row, perplexity, refuse_twice
 from mlx_stream.load import Model
 from mlx_stream.window import PREFILL_CHUNK
 
-# What may be set for each cache, and for all of them: how far it reads.
+# The settings of each cache, beside `tokens`: how far it reads.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "stream": ("chunk", "kv", "clock"),
     "fresh": ("chunk",),
@@ -39,7 +39,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "mlx-lm": ("chunk",),
     "llama.cpp": ("chunk",),
 }
-MLX_COUNTS = ("active_bytes", "peak_bytes")
+PEERS = ("mlx-lm", "llama.cpp")
 DEFAULTS = {"chunk": PREFILL_CHUNK, "stride": 128, "sinks": 0}
 
 
@@ -52,46 +52,13 @@ class Spec:
 
     @property
     def label(self) -> str:
-        """What the cache is called in tables: `recompute, stride 8`."""
+        """The name of the cache in tables: `recompute, stride 8`."""
         shown = {"stride": self["stride"]} if self.name == "recompute" else {}
         shown |= {k: v for k, v in self.settings.items() if k != "tokens"}
         return ", ".join([self.name, *(f"{key} {value}" for key, value in shown.items())])
 
     def __getitem__(self, setting: str) -> int:
         return self.settings.get(setting, DEFAULTS[setting])
-
-    def limit(self, tokens: int) -> int:
-        return min(self.settings.get("tokens", tokens), tokens)
-
-
-def parse_setting(text: str) -> Spec:
-    """Read `NAME[,SETTING=NUMBER...]`, such as `recompute,stride=8,tokens=4096`.
-
-    Raises:
-        ValueRefused: no such cache or setting, or a number that is none.
-    """
-    name, *pairs = text.split(",")
-    if name not in SETTINGS:
-        raise ValueRefused(f"--cache must be one of {', '.join(SETTINGS)}, not {name!r}")
-    allowed = ("tokens", *SETTINGS[name])
-    settings = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        if key not in allowed:
-            raise ValueRefused(f"--cache {name} takes {', '.join(allowed)}, not {key!r}")
-        if not (value.isascii() and value.isdigit() and len(value) < 10):
-            least = 0 if key == "sinks" else 1
-            raise ValueRefused(
-                f"--cache {text}: {key} must be a whole number, at least {least}, not {value!r}"
-            )
-        if key in settings:
-            raise ValueRefused(f"--cache {text}: {key} is given twice")
-        settings[key] = int(value)
-        if settings[key] < 1 and key != "sinks":
-            raise ValueRefused(f"--cache {text}: {key} must be at least 1")
-    if settings.get("kv", 8) not in (8, 4):
-        raise ValueRefused(f"--cache {text}: kv must be 8 or 4")
-    return Spec(name, settings)
 
 
 @dataclass(frozen=True)
@@ -111,6 +78,11 @@ class Setting:
     def capacity(self) -> int:
         return self.sinks + self.window
 
+    def segments(self, spec: Spec) -> int:
+        """Return how many whole segments a cache reads, each with a next token to predict."""
+        tokens = min(spec.settings.get("tokens", self.tokens), self.tokens)
+        return min(tokens, len(self.text.ids) - 1) // self.segment
+
 
 def check_settings(setting: Setting, specs: Sequence[Spec]) -> None:
     """Refuse, before anything is read, what cannot be measured.
@@ -119,16 +91,17 @@ def check_settings(setting: Setting, specs: Sequence[Spec]) -> None:
         ValueRefused: a number out of range, or the same cache twice.
         TextError: a cache would read less than a segment.
     """
-    if setting.segment < 1:
-        raise ValueRefused(f"--segment must be at least 1, not {setting.segment}")
-    if setting.tokens < 1:
-        raise ValueRefused(f"--tokens must be at least 1, not {setting.tokens}")
-    labels = [spec.label for spec in specs]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice:
-        raise ValueRefused(f"--cache {twice} is given twice")
+    for option, number in (("--segment", setting.segment), ("--tokens", setting.tokens)):
+        if number < 1:
+            raise ValueRefused(f"{option} must be at least 1, not {number}")
+    refuse_twice("--cache", [spec.label for spec in specs])
+    setting.text.require(setting.segment, "--segment")
     for spec in specs:
-        segments_of(setting.text, spec.limit(setting.tokens), setting.segment)
+        if not setting.segments(spec):
+            raise TextError(
+                f"--cache {spec.label} reads less than a segment of {setting.segment:,} tokens: "
+                "use a larger --tokens (or tokens= of the cache), or a smaller --segment"
+            )
         if spec.name == "recompute" and spec["stride"] > setting.capacity - spec["sinks"]:
             raise ValueRefused(
                 f"--cache recompute: a stride of {spec['stride']} and {spec['sinks']} sinks exceed "
@@ -137,10 +110,7 @@ def check_settings(setting: Setting, specs: Sequence[Spec]) -> None:
         if "clock" in spec.settings:
             lowest = setting.model.new_cache(setting.sinks, setting.window).lowest_clock_limit
             if spec.settings["clock"] < lowest:
-                raise ValueRefused(
-                    f"--cache {spec.label}: the clock of this window is lowered at {lowest:,} at "
-                    "the earliest"
-                )
+                raise ValueRefused(f"--cache {spec.label}: clock must be at least {lowest:,}")
 
 
 def measure_perplexity(
@@ -154,21 +124,17 @@ def measure_perplexity(
         progress: called with tokens read and to read, of all caches together.
     """
     check_settings(setting, specs)
-    counts = [
-        segments_of(setting.text, spec.limit(setting.tokens), setting.segment) for spec in specs
-    ]
-    total, done = sum(counts) * setting.segment, 0
+    total, done = sum(map(setting.segments, specs)) * setting.segment, 0
     progress(done, total)
-    for spec, count in zip(specs, counts, strict=True):
+    for spec in specs:
         gc.collect()
         mx.clear_cache()
-        ours = spec.name not in ("mlx-lm", "llama.cpp")
-        others = mx.get_active_memory() - (setting.model.weight_bytes if ours else 0)
-        ids = setting.text.first(count * setting.segment + 1)
+        weights = 0 if spec.name in PEERS else setting.model.weight_bytes
+        others = mx.get_active_memory() - weights
+        ids = setting.text.first(setting.segments(spec) * setting.segment + 1)
         reader = open_reader(setting, spec, ids)
-        for row in read_segments(setting, reader, count):
-            for name in MLX_COUNTS:
-                # llama.cpp's memory is none of MLX's.
+        for row in read_segments(setting, reader, setting.segments(spec)):
+            for name in ("active_bytes", "peak_bytes"):  # MLX does not see llama.cpp's memory
                 row[name] = None if spec.name == "llama.cpp" else row[name] - others
             yield {"cache": spec.label, **row}
             done += setting.segment
@@ -176,13 +142,13 @@ def measure_perplexity(
         del reader
 
 
-def read_segments(setting: Setting, reader: Reader, count: int) -> Iterator[Row]:
+def read_segments(setting: Setting, read: Reader, count: int) -> Iterator[Row]:
     mx.reset_peak_memory()
     for segment in range(count):
         start = segment * setting.segment
         stop = start + setting.segment
         begun = time.perf_counter()
-        nll = reader.read(start, stop)
+        nll = read(start, stop)
         seconds = time.perf_counter() - begun
         yield {
             "segment": segment,
@@ -197,27 +163,24 @@ def read_segments(setting: Setting, reader: Reader, count: int) -> Iterator[Row]
 
 
 def open_reader(setting: Setting, spec: Spec, ids: Sequence[int]) -> Reader:
-    model, sinks, window = setting.model, setting.sinks, setting.window
+    model, sinks, window, capacity = setting.model, setting.sinks, setting.window, setting.capacity
     match spec.name:
         case "stream":
             cache = model.new_cache(sinks, window, kv_bits=spec.settings.get("kv"))
-            # Lower than it chooses itself: then it is lowered, and rows are turned, more often.
+            # A lower limit re-anchors more often.
             cache.clock_limit = spec.settings.get("clock", cache.clock_limit)
-            return StreamReader(model, ids, cache, spec["chunk"])
+            return stream_reader(model, ids, cache, spec["chunk"])
         case "window":
-            cache = model.new_cache(0, setting.capacity)
-            return StreamReader(model, ids, cache, spec["chunk"])
+            return stream_reader(model, ids, model.new_cache(0, capacity), spec["chunk"])
         case "dense":
-            return StreamReader(model, ids, model.new_dense_cache(), spec["chunk"])
+            return stream_reader(model, ids, model.new_dense_cache(), spec["chunk"])
         case "fresh":
-            return FreshReader(model, ids, sinks, window, spec["chunk"])
+            return fresh_reader(model, ids, sinks, window, spec["chunk"])
         case "recompute":
-            return RecomputeReader(model, ids, setting.capacity, spec["stride"], spec["sinks"])
+            return recompute_reader(model, ids, capacity, spec["stride"], spec["sinks"])
         case "mlx-lm":
             peer = load_peer(setting.folder, model)
-            return PeerReader(peer, ids, setting.capacity, sinks, spec["chunk"])
+            return peer_reader(peer, ids, capacity, sinks, spec["chunk"])
         case _:
             assert setting.gguf is not None
-            return llamacpp.LlamaCppReader(
-                setting.gguf, ids, setting.capacity, sinks, spec["chunk"]
-            )
+            return llamacpp.LlamaCpp(setting.gguf, ids, capacity, sinks, spec["chunk"]).read

@@ -16,11 +16,7 @@ from mlx_stream.window import PREFILL_CHUNK
 
 
 def check_prefill(tokens: int, chunks: Sequence[int]) -> None:
-    """Refuse what cannot be measured.
-
-    Raises:
-        ValueRefused: fewer than 2 tokens, or than 2 in a chunk.
-    """
+    """Raise ValueRefused for fewer than 2 tokens, or 2 in a chunk."""
     if tokens < 2:
         raise ValueRefused(f"--prefill must be at least 2, not {tokens}")
     if min(chunks, default=2) < 2:
@@ -35,11 +31,7 @@ def prefills(
     chunks: Sequence[int],
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Time reading a text of so many tokens through each window, in steps of each chunk.
-
-    Raises:
-        ValueRefused: see `check`.
-    """
+    """Time reading a text of so many tokens through each window, in steps of each chunk."""
     check_prefill(tokens, chunks)
     ids = [token % model.config.vocab_size for token in range(tokens)]
     found = []
@@ -54,7 +46,7 @@ def prefills(
 def prefill(model: Model, peer: Any, window: int, ids: Sequence[int], chunk: int) -> dict[str, Any]:
     """Read one text through both windows from the beginning, in turn, and time all of it.
 
-    Whoever has read less reads the next chunk. Both run their head for the last token only.
+    The side that has read less reads the next chunk. Both run their head for the last token only.
     """
     readers = {
         "ours": our_reading(model, window, ids, chunk),

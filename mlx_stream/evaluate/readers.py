@@ -1,12 +1,12 @@
 """One text read through one cache, some tokens at a time: ours, the paper's baselines, a peer's.
 
-A reader reads its text in order. `read(start, stop)` takes tokens `start` to `stop - 1` in and
+A reader is a function: `read(start, stop)` reads tokens `start` to `stop - 1`, in order, and
 returns the loss, -log p in nats, of each token after them: ids[start + 1] to ids[stop].
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,50 +19,39 @@ from mlx_stream.load import Model
 
 # The longest step of a window read from scratch.
 RECOMPUTE_CHUNK = 512
+Ids = Sequence[int]
+Reader = Callable[[int, int], list[float]]
 
 
-class Reader(Protocol):
-    def read(self, start: int, stop: int) -> list[float]: ...
-
-
-class StreamReader:
+def stream_reader(model: Model, ids: Ids, cache: Cache, chunk: int) -> Reader:
     """Read through one cache that lives as long as the text: `stream`, `window`, `dense`."""
+    stream = TokenStream(model, cache)
 
-    def __init__(self, model: Model, ids: Sequence[int], cache: Cache, chunk: int):
-        self.stream, self.ids, self.chunk = TokenStream(model, cache), ids, chunk
+    def read(start: int, stop: int) -> list[float]:
+        assert start == stream.length
+        return list(chain.from_iterable(losses_of(stream, ids[start : stop + 1], chunk)))
 
-    def read(self, start: int, stop: int) -> list[float]:
-        assert start == self.stream.length
-        steps = losses_of(self.stream, self.ids[start : stop + 1], self.chunk)
-        return [loss for step in steps for loss in step]
+    return read
 
 
-@dataclass(frozen=True)
-class FreshReader:
+def fresh_reader(model: Model, ids: Ids, sinks: int, window: int, chunk: int) -> Reader:
     """Read each piece with a stream begun on the window before it: `fresh`.
 
-    What a stream that has run for ever is held against: it forgot nothing it should know and
-    carries nothing it should not. With 2 sinks and a window of 3, tokens from 10 on are read by a
-    stream that began at token 5.
+    A stream that has run for long is compared with it. With 2 sinks and a window of 3, tokens from
+    10 on are read by a stream that began at token 5.
     """
 
-    model: Model
-    ids: Sequence[int]
-    sinks: int
-    window: int
-    chunk: int
-
-    def read(self, start: int, stop: int) -> list[float]:
-        stream = TokenStream(self.model, self.model.new_cache(self.sinks, self.window))
-        begin = max(0, start - self.sinks - self.window)
+    def read(start: int, stop: int) -> list[float]:
+        stream = TokenStream(model, model.new_cache(sinks, window))
+        begin = max(0, start - sinks - window)
         if begin < start:
-            run_coroutine(read_ids(stream, self.ids[begin:start], chunk=self.chunk))
-        steps = losses_of(stream, self.ids[start : stop + 1], self.chunk)
-        return [loss for step in steps for loss in step]
+            run_coroutine(read_ids(stream, ids[begin:start], chunk=chunk))
+        return list(chain.from_iterable(losses_of(stream, ids[start : stop + 1], chunk)))
+
+    return read
 
 
-@dataclass(frozen=True)
-class RecomputeReader:
+def recompute_reader(model: Model, ids: Ids, capacity: int, stride: int, sinks: int = 0) -> Reader:
     """Read the latest tokens again from scratch for every `stride` tokens: `recompute`.
 
     The paper's baseline, with a stride of 1. Token t is predicted from at most `capacity` tokens,
@@ -73,41 +62,38 @@ class RecomputeReader:
     read, and the last two rows count.
     """
 
-    model: Model
-    ids: Sequence[int]
-    capacity: int
-    stride: int
-    sinks: int = 0
-
-    def read(self, start: int, stop: int) -> list[float]:
-        found = []
-        for first in range(start, stop, self.stride):
-            found.extend(self._group(first, min(first + self.stride, stop)))
-        return found
-
-    def _group(self, first: int, end: int) -> list[float]:
-        begin = max(0, end - self.capacity)
-        context = list(self.ids[begin:end])
-        if begin and self.sinks:
-            context = [*self.ids[: self.sinks], *context[self.sinks :]]
-        stream = TokenStream(self.model, self.model.new_dense_cache())
+    def read_stride(first: int, end: int) -> list[float]:
+        begin = max(0, end - capacity)
+        context = list(ids[begin:end])
+        if begin and sinks:
+            context = [*ids[:sinks], *context[sinks:]]
+        stream = TokenStream(model, model.new_dense_cache())
         hidden = mx.concatenate(list(stream.steps(context, RECOMPUTE_CHUNK)), axis=1)
-        rows = hidden[0, first - end :]
-        return losses(self.model.network.logits, rows, self.ids[first + 1 : end + 1])
+        return losses(model.network.logits, hidden[0, first - end :], ids[first + 1 : end + 1])
+
+    return in_pieces(read_stride, stride)
 
 
-class PeerReader:
+def peer_reader(peer: Any, ids: Ids, capacity: int, keep: int, chunk: int) -> Reader:
     """Read with mlx-lm through its rotating cache."""
+    caches, head = rotating_caches(peer, capacity, keep), head_of(peer)
 
-    def __init__(self, peer: Any, ids: Sequence[int], capacity: int, keep: int, chunk: int):
-        self.peer, self.ids, self.chunk = peer, ids, chunk
-        self.caches, self.head = rotating_caches(peer, capacity, keep), head_of(peer)
-
-    def read(self, start: int, stop: int) -> list[float]:
-        found = []
-        for first in range(start, stop, self.chunk):
-            end = min(first + self.chunk, stop)
-            hidden = self.peer.model(mx.array([[*self.ids[first:end]]]), cache=self.caches)
-            found.extend(losses(self.head, hidden[0], self.ids[first + 1 : end + 1]))
-            mx.eval([cache.state for cache in self.caches])
+    def read_chunk(first: int, end: int) -> list[float]:
+        hidden = peer.model(mx.array([[*ids[first:end]]]), cache=caches)
+        found = losses(head, hidden[0], ids[first + 1 : end + 1])
+        mx.eval([cache.state for cache in caches])
         return found
+
+    return in_pieces(read_chunk, chunk)
+
+
+def in_pieces(read: Reader, most: int) -> Reader:
+    """Return a reader that takes no more than so many tokens at once."""
+
+    def read_pieces(start: int, stop: int) -> list[float]:
+        found = []
+        for first in range(start, stop, most):
+            found.extend(read(first, min(first + most, stop)))
+        return found
+
+    return read_pieces

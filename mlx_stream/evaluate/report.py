@@ -1,20 +1,18 @@
-"""What an experiment found: facts about it and flat rows; knows no experiment, no terminal."""
+"""The result of an experiment: facts about it and flat rows; knows no experiment, no terminal."""
 
 import csv
 import io
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_stream import backend
-from mlx_stream.errors import TextError
+from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.load import Model
 
 Row = dict[str, Any]
-# A kept result of more bytes is none: a row takes about 300.
-LARGEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,12 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def as_json(self) -> Row:
-        return finite(
-            {
-                "experiment": self.experiment,
-                "about": self.about,
-                "rows": self.rows,
-                "notes": self.notes,
-            }
-        )
+        return finite(asdict(self))
 
     def as_csv(self) -> str:
         """Return the rows as CSV; a row without a figure leaves its cell empty."""
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
         out = io.StringIO()
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
         writer = csv.DictWriter(out, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
@@ -78,25 +69,22 @@ def read_report(path: Path) -> Report:
     """Read a report that was printed with `--json`.
 
     Raises:
-        TextError: the file cannot be read, or is none.
+        TextError: the file cannot be read, or is not a report.
     """
     try:
-        if path.is_dir() or path.stat().st_size > LARGEST or not path.is_file():
-            raise ValueError
         raw = json.loads(path.read_text("utf-8-sig"))
-        report = Report(raw["experiment"], raw["about"], raw["rows"], raw["notes"])
+        return Report(raw["experiment"], raw["about"], raw["rows"], raw["notes"])
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TextError(f"{path}: not a result that `mlx_stream eval --json` printed") from error
-    if not (
-        isinstance(report.experiment, str)
-        and isinstance(report.about, dict)
-        and isinstance(report.rows, list)
-        and all(isinstance(row, dict) for row in report.rows)
-    ):
-        raise TextError(f"{path}: not a result that `mlx_stream eval --json` printed")
-    return report
+
+
+def refuse_twice(option: str, values: list[Any]) -> None:
+    """Raise ValueRefused if an option that may be given several times has one value twice."""
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueRefused(f"{option} {value} is given twice")
 
 
 def perplexity(nll: list[float]) -> float:

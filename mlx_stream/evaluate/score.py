@@ -3,12 +3,12 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import mlx.core as mx
 
 from mlx_stream.errors import TextError, ValueRefused, WeightsError
-from mlx_stream.evaluate.report import perplexity
+from mlx_stream.evaluate.report import finite, perplexity
 from mlx_stream.generate.token_stream import TokenStream
 
 # Logits of this many rows are in memory at once: 50 MB for a vocabulary of 50,000 in float32.
@@ -18,14 +18,14 @@ Head = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Score:
-    """What a text scored.
+    """The result of scoring a text.
 
     Attributes:
         tokens: predictions made, one fewer than tokens read.
         nll: negative log-likelihood of each predicted token, natural log.
-        evicted: tokens that had left attention in the end.
+        evicted: tokens that had left attention at the end.
         seconds: time of reading and scoring.
-        active_bytes, peak_bytes: MLX's memory in the end, and its peak meanwhile.
+        active_bytes, peak_bytes: MLX's memory at the end, and its peak.
     """
 
     tokens: int
@@ -40,16 +40,7 @@ class Score:
         return perplexity(self.nll)
 
     def as_json(self) -> dict[str, object]:
-        return {
-            "tokens": self.tokens,
-            # JSON has no infinity.
-            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
-            "nll": self.nll,
-            "evicted": self.evicted,
-            "seconds": self.seconds,
-            "active_bytes": self.active_bytes,
-            "peak_bytes": self.peak_bytes,
-        }
+        return finite({"perplexity": self.perplexity, **asdict(self)})
 
 
 def score(
@@ -92,9 +83,8 @@ def score(
 
 
 def losses_of(stream: TokenStream, ids: Sequence[int], chunk: int) -> Iterator[list[float]]:
-    """Yield the negative log-likelihoods of `ids[1:]`, step by step."""
+    """Yield the negative log-likelihoods of `ids[1:]`, step by step; the last id is not read."""
     read = 0
-    # The last token is read only to be predicted: nothing is asked of the state after it.
     for hidden in stream.steps(ids[:-1], chunk):
         count = hidden.shape[1]
         yield losses(stream.network.logits, hidden[0], ids[read + 1 : read + 1 + count])
@@ -113,9 +103,14 @@ def losses(head: Head, hidden: mx.array, targets: Sequence[int]) -> list[float]:
         chosen = mx.array([*targets[start : start + HEAD_ROWS]], mx.int32)[:, None]
         loss = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, chosen, axis=-1)[:, 0]
         values.extend(loss.tolist())  # type: ignore[arg-type]
+    refuse_infinite(values)
+    return values
+
+
+def refuse_infinite(values: Sequence[float]) -> None:
+    """Raise WeightsError if a figure of a model is not a number."""
     if not all(map(math.isfinite, values)):
         raise WeightsError(
             "the model's output is not a number: its weights are damaged, or overflow in this "
             "dtype (try --dtype float32)"
         )
-    return values

@@ -43,7 +43,12 @@ def measure_sensitivity(
         for matrices, module in parts_of(layer).items():
             if module.weight.shape[-1] % quantization.group_size == 0:
                 paths = tuple(f"model.layers.{index}.{matrix}" for matrix in matrices)
-                found[paths] = sensitivity_of(passes, index, module, quantization)
+                original = module.weight
+                try:
+                    module.set_weight(round_weights(original, quantization))
+                    found[paths] = passes.divergence_from(index)
+                finally:
+                    module.set_weight(original)
         progress(index + 1, len(layers))
     return found
 
@@ -57,17 +62,6 @@ def parts_of(layer: DecoderLayer) -> dict[tuple[str, ...], Linear]:
         ("mlp.gate_proj", "mlp.up_proj"): mlp.gate_up_proj,
         ("mlp.down_proj",): mlp.down_proj,
     }
-
-
-def sensitivity_of(
-    passes: "Passes", index: int, module: Linear, quantization: Quantization
-) -> float:
-    original = module.weight
-    try:
-        module.set_weight(round_weights(original, quantization))
-        return passes.divergence_from(index)
-    finally:
-        module.set_weight(original)
 
 
 def round_weights(weight: mx.array, quantization: Quantization) -> mx.array:
@@ -101,9 +95,7 @@ class Passes:
         x, step = self.inputs[index], self.new_cache().plan(self.count)
         for place, layer in enumerate(self.network.layers[index:], index):
             x = layer(x, step, place)
-        found = divergences(self.predicted, self._predict(x)).mean().item()
-        assert isinstance(found, float)
-        return found
+        return float(divergences(self.predicted, self._predict(x)).mean().item())  # type: ignore[arg-type]
 
     def _predict(self, x: mx.array) -> mx.array:
         return log_probabilities(self.network.logits(self.network.norm(x)))

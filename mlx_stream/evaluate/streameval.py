@@ -1,12 +1,11 @@
 """`eval streameval`: what a stream still knows of lines further and further back.
 
-One stream reads lines for ever (StreamEval, arXiv 2309.17453, section 4.3). Every 10 lines it is
-asked about a line at each distance, and taken back to where it was after each query. The paper's
-stream keeps questions and answers; here they would tell a fact anew that another distance asks
-for later, so what is read is the lines and nothing else, and a distance is a distance.
+One stream reads lines (StreamEval, arXiv 2309.17453, section 4.3). Every 10 lines it is asked about
+a line at each distance, and rewound after each query. The paper's stream keeps questions and
+answers; here they would repeat a fact that another distance asks for later.
 
 Rewinding costs nothing: the cache has spare rows for a query and its answer, so every candidate
-is read in the same state, and the stream goes on as one that was never asked.
+is read in the same state, and the stream continues as one that was never asked.
 """
 
 import itertools
@@ -43,7 +42,12 @@ WILSON_Z = 1.959964
 
 @dataclass(frozen=True)
 class EncodedQuery:
-    """A query as token ids: what all ten continuations begin with, and the rest of each."""
+    """A query as token ids: what all ten continuations begin with, and the rest of each.
+
+    Attributes:
+        right: index of the right candidate.
+        longest: most tokens of a candidate.
+    """
 
     query: Query
     ids: list[int]
@@ -51,22 +55,20 @@ class EncodedQuery:
 
     @property
     def right(self) -> int:
-        """The index of the right candidate."""
         return self.query.candidates.index(self.query.answer)
 
     @property
     def longest(self) -> int:
-        """The most tokens a candidate has."""
         return max(map(len, self.candidates))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of a query.
+    """A model's answer to a query.
 
     Attributes:
         likelihoods: log-probability of each candidate after the query, natural log.
-        said: the ids it goes on with when greedy; None if that was not asked for.
+        said: the ids of its greedy continuation; None if that was not asked for.
     """
 
     likelihoods: list[float]
@@ -107,10 +109,9 @@ def streameval(
 
     Rows: `lines_back`; `tokens_back`, the mean; `queries`; `likelihood`, the share of queries
     whose answer is likelier than each of the nine other candidates, with its 95 % Wilson interval
-    `likelihood_low` to `likelihood_high`; `generation`, the share whose answer is what the model
-    writes (None if not asked for); `attended`, the mean share of the line's tokens that were
-    attended; `inside`, whether that was all of them at every query. A distance that is at times
-    partly attended is not inside.
+    `likelihood_low` to `likelihood_high`; `generation`, the share whose answer the model writes
+    (None if not asked for); `attended`, the mean share of the line's tokens that were attended;
+    `inside`, whether that was all of them at every query.
 
     Args:
         sinks, window: S and W of the stream; None is the model's default.
@@ -161,8 +162,7 @@ def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_query(tokenizer: Tokenizer, query: Query) -> EncodedQuery:
     """Return a query and its candidates, each encoded as one text with the query.
 
-    Where that text's tokens differ from those of another candidate is for the tokenizer to say:
-    no candidate begins another, so each has a rest.
+    No candidate begins another, so each has tokens of its own after those that all share.
     """
     texts = [encode_line(tokenizer, query.text + candidate) for candidate in query.candidates]
     places = zip(*texts, strict=False)
@@ -180,7 +180,7 @@ def ask_queries(model: Model, stream: TokenStream, asked: EncodedQuery, generati
     log_p = logits.astype(mx.float32)
     log_p = log_p - mx.logsumexp(log_p)
     likelihoods = [log_probability(stream, log_p, ids) for ids in asked.candidates]
-    # One token more than an answer has, to see whether a word ends there.
+    # One token more than an answer has shows whether the word ends there.
     said = write_on(model, stream, logits, asked.longest + 1) if generation else None
     stream.rewind(stream.length - begun)
     return Answer(likelihoods, said)
@@ -191,10 +191,6 @@ def log_probability(stream: TokenStream, log_p: mx.array, ids: Sequence[int]) ->
 
     Args:
         log_p: of the first one, (vocabulary,).
-
-    Not divided by the number of tokens: the sum is the probability of the word, however it is cut
-    up, and a mean would favour long words, whose later tokens are easily guessed. The ten words
-    are one token each in most vocabularies, so that it hardly matters.
     """
     found = float(log_p[ids[0]].item())  # type: ignore[arg-type]
     if len(ids) > 1:
@@ -206,7 +202,7 @@ def log_probability(stream: TokenStream, log_p: mx.array, ids: Sequence[int]) ->
 
 
 def write_on(model: Model, stream: TokenStream, logits: mx.array, count: int) -> list[int]:
-    """Return up to `count` ids that a greedy model goes on with; all but the last are read."""
+    """Return up to `count` ids of the greedy continuation; all but the last are read."""
     ids: list[int] = []
     while len(ids) < count:
         if ids:
@@ -229,7 +225,7 @@ def likeliest(likelihoods: Sequence[float]) -> int | None:
 
 
 def says(tokenizer: Tokenizer, asked: EncodedQuery, said: Sequence[int]) -> bool:
-    """Return whether a text goes on with the answer, in the same letters, and a word ends there.
+    """Return whether a text continues with the answer, in the same letters, as a whole word.
 
     "Ruth Adams." and "Ruth Adams and" answer Adams; "Ruth Adamson", "Ruth J. Adams" do not.
     """
@@ -253,8 +249,7 @@ def run_distances(
     """Read the lines through a cache up to the last query; yield each query's outcome."""
     stream = TokenStream(model, cache)
     total = data.queries[-1].after
-    # Where line n begins: starts[n]. With an opening of 12 tokens line 1 is tokens 12 to
-    # starts[2] - 1.
+    # Line n is tokens starts[n] to starts[n + 1] - 1.
     opening = model.tokenizer.encode(OPENING)
     starts = [0, len(opening)]
     stream.read(opening)
@@ -284,9 +279,8 @@ def run_distances(
 def attended(cache: StreamCache, tokens: range, more: int) -> int:
     """Return how many of `tokens` are attended after `more` further ones, by the last of these.
 
-    More is the query and the candidate but for the candidate's last token, which nothing is
-    predicted from. Worked example: with 2 sinks and a window of 10, after 30 tokens and 5 more,
-    token 34 attends to 0, 1 and 25 to 34; of tokens 20 to 27 these are three.
+    Worked example: with 2 sinks and a window of 10, after 30 tokens and 5 more, token 34 attends to
+    0, 1 and 25 to 34; of tokens 20 to 27 these are three.
     """
     oldest = cache.geometry.oldest(cache.position, cache.length + more - 1)
     return sum(token < cache.geometry.sinks or token >= oldest for token in tokens)
@@ -297,10 +291,8 @@ def attended(cache: StreamCache, tokens: range, more: int) -> int:
 
 def outcome_rows(outcomes: Sequence[QueryOutcome]) -> list[Row]:
     """Return one row for each distance, in the order in which they were asked."""
-    by_distance: dict[int, list[QueryOutcome]] = {}
-    for outcome in outcomes:
-        by_distance.setdefault(outcome.lines_back, []).append(outcome)
-    return [outcome_row(found) for found in by_distance.values()]
+    distances = dict.fromkeys(one.lines_back for one in outcomes)
+    return [outcome_row([one for one in outcomes if one.lines_back == d]) for d in distances]
 
 
 def outcome_row(outcomes: Sequence[QueryOutcome]) -> Row:

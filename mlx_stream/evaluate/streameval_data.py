@@ -9,28 +9,25 @@ line, and a query about it, read
     Question: Who owns the violin at number 87 in line 12?
     Answer: Ruth
 
-which a model that only continues text, however small, goes on with as asked. There are ten
-surnames, and each line has one of them, drawn independently of all others. So the same ten are
-the candidates of every query, all of them are facts of lines nearby, and whoever cannot see the
-line is right once in ten: recency helps nobody. First names come round every 101 lines, the
-line's number never.
+There are ten surnames, drawn independently for each line and all candidates of every query, so a
+model that cannot see the line is right once in ten. First names repeat every 101 lines.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from mlx_stream.errors import TextError, ValueRefused
-from mlx_stream.program.atomic_replace import flush, partial_folder
+from mlx_stream.evaluate.report import refuse_twice
 
 FORMAT = "mlx_stream streameval"
 VERSION = 1
 QUERY_EVERY = 10
 DISTANCES = (1, 5, 10, 20, 40, 80, 160)
-MOST_LINES = 100_000  # 2 million tokens
 HOW = (
     "A model reads the opening and the text of each line, in this order. A query is asked where it "
     "stands: the model reads its text, and its answer or a candidate would follow directly, space "
@@ -40,15 +37,14 @@ HOW = (
 OPENING = "Below is a list of things and the people they belong to.\n"
 
 
-def word_list(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+def words(text: str) -> list[str]:
+    return text.split()
 
 
 # No surname begins another, and each is common enough to be one token of most vocabularies.
-SURNAMES = word_list("Adams Brown Clark Harris Jones Lewis Scott Smith Taylor Wilson")
-JOBS = word_list("baker doctor farmer painter sailor singer soldier teacher")
-THINGS = word_list(
-    """
+SURNAMES = words("Adams Brown Clark Harris Jones Lewis Scott Smith Taylor Wilson")
+JOBS = words("baker doctor farmer painter sailor singer soldier teacher")
+THINGS = words("""
     anchor axe ball barn barrel basket bath bed bell belt bench bike boat book boot bowl box bridge
     broom brush bucket cabin cage candle cart chair clock coat coin comb cradle crate cup desk door
     drum easel engine fence flag flute frame gate globe glove hammer hat hive hook jug kettle key
@@ -56,11 +52,9 @@ THINGS = word_list(
     pipe plate plough pump quilt rake ring rope sail saw scarf shed shelf shoe sink sled spade
     spoon statue stool stove table tent towel tower train tray truck trunk tub van vase violin
     wagon wheel
-    """
-)
+""")
 # 101 of them, a prime: whatever the stride, none comes again within 101 lines.
-FIRST_NAMES = word_list(
-    """
+FIRST_NAMES = words("""
     Alice Anna Arthur Barbara Basil Beatrice Bernard Carol Cecil Charles Clara Colin Daniel David
     Deborah Diana Donald Dorothy Edgar Edith Edward Eleanor Ellen Emily Emma Eric Ernest Esther Eva
     Felix Fiona Florence Frances Frank Fred George Gerald Gloria Grace Harold Harry Helen Henry
@@ -68,8 +62,7 @@ FIRST_NAMES = word_list(
     Kate Laura Leonard Lily Linda Louis Lucy Mabel Margaret Maria Mark Martha Martin Mary Maud
     Michael Nancy Nathan Nora Norman Olive Oliver Oscar Paul Peter Philip Rachel Ralph Robert Roger
     Rosa Ruth Sally Samuel Sarah Simon Stephen Susan Sylvia Thomas Ursula
-    """
-)
+""")
 STRIDE = 39
 
 
@@ -114,7 +107,7 @@ class StreamEvalData:
 
     @property
     def text(self) -> str:
-        """All that is read without being asked about."""
+        """All that is read, without the queries."""
         return OPENING + "".join(line.text for line in self.lines)
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -129,11 +122,10 @@ class StreamEvalData:
             "how": HOW,
             "opening": OPENING,
         }
-        waiting = iter(self.queries)
-        query = next(waiting, None)
+        at = {after: [*asked] for after, asked in groupby(self.queries, lambda one: one.after)}
         for line in self.lines:
             yield {"line": line.number, "text": line.text}
-            while query and query.after == line.number:
+            for query in at.get(line.number, ()):
                 yield {
                     "query": query.number,
                     "about": query.about,
@@ -142,7 +134,6 @@ class StreamEvalData:
                     "answer": query.answer,
                     "candidates": list(query.candidates),
                 }
-                query = next(waiting, None)
 
     def as_bytes(self) -> bytes:
         """Return the data file: JSON lines in ASCII, the same bytes everywhere."""
@@ -189,15 +180,9 @@ def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> St
 def check_data(seed: int, lines: int, distances: Sequence[int]) -> None:
     if not 0 <= seed < 2**64:
         raise ValueRefused(f"--seed must be from 0 to 2^64 - 1, not {seed}")
-    if not 1 <= lines <= MOST_LINES:
-        raise ValueRefused(f"--lines must be from 1 to {MOST_LINES:,}, not {lines}")
-    if not distances:
-        raise ValueRefused("--distances must name at least one number of lines")
-    for distance in distances:
-        if distance < 1:
-            raise ValueRefused(f"--distances must be at least 1 line back, not {distance}")
-        if distances.count(distance) > 1:
-            raise ValueRefused(f"--distances must differ; {distance} is there twice")
+    if min(distances, default=0) < 1:
+        raise ValueRefused(f"--distances must be at least 1 line back, not {[*distances]}")
+    refuse_twice("--distances", [*distances])
     # The first query comes after this line.
     first = -(-max(distances) // QUERY_EVERY) * QUERY_EVERY
     if lines < first:
@@ -209,13 +194,13 @@ def check_data(seed: int, lines: int, distances: Sequence[int]) -> None:
 
 def make_line(seed: int, number: int) -> Line:
     """Return a line; it depends on the seed and its number alone."""
-    turn = draw_words(seed, 0, "first name", len(FIRST_NAMES))
+    turn = draw(seed, 0, "first name", len(FIRST_NAMES))
     first = FIRST_NAMES[(turn + STRIDE * number) % len(FIRST_NAMES)]
     thing, job, surname = (
-        known[draw_words(seed, number, name, len(known))]
+        known[draw(seed, number, name, len(known))]
         for name, known in (("thing", THINGS), ("job", JOBS), ("surname", SURNAMES))
     )
-    house = 10 + draw_words(seed, number, "house", 90)
+    house = 10 + draw(seed, number, "house", 90)
     what = f"{thing} at number {house}"
     return Line(
         number,
@@ -225,35 +210,18 @@ def make_line(seed: int, number: int) -> Line:
     )
 
 
-def draw_words(seed: int, number: int, what: str, count: int) -> int:
+def draw(seed: int, number: int, what: str, count: int) -> int:
     """Return a whole number from 0 to count - 1: 64 bits of SHA-256 of "seed/number/what".
 
-    Not `random`: what its methods make of the generator's bits may change with Python's version,
-    and a hash is the same in every language. For counts as here the remainder's bias is below
-    2^-57.
+    `random` is not used: its results may change with Python's version.
     """
     digest = hashlib.sha256(f"{seed}/{number}/{what}".encode("ascii")).digest()
     return int.from_bytes(digest[:8], "big") % count
 
 
 def write_data(data: StreamEvalData, path: Path) -> None:
-    """Write the data file, in place of what was there; it is whole or not there.
-
-    Raises:
-        ValueRefused: the path is something other than a file.
-        TextError: it cannot be written; what was there before still is.
-    """
+    """Write the data file; raise TextError if it cannot be written."""
     try:
-        path = path.resolve()  # a link stays one, and what it names is replaced
-        if path.exists() and not path.is_file():
-            raise ValueRefused(f"{path}: is not a file: choose another name for --data-out")
-        with partial_folder(path.parent, path.name) as folder:
-            written = folder / path.name
-            written.write_bytes(data.as_bytes())
-            flush(written)
-            written.replace(path)
-            flush(path.parent)
+        path.write_bytes(data.as_bytes())
     except OSError as error:
-        raise TextError(f"{path}: cannot be written: {error.strerror or error}") from error
-    except RuntimeError as error:  # links that go round in circles
-        raise TextError(f"{path}: cannot be written: {error}") from error
+        raise TextError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,13 +1,13 @@
-"""What all experiments share: options, loading, and the three ways a result is shown."""
+"""What all experiments share: their texts, and the three ways a result is shown."""
 
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from mlx_stream.cli import options
 from mlx_stream.cli.terminal import read_text
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.program.exits import fail, notify
@@ -17,61 +17,93 @@ if TYPE_CHECKING:
     from mlx_stream.evaluate.report import Report, Row
     from mlx_stream.load import Model
 
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a Hub id, a .gguf file, or starter.")
-]
-Files = Annotated[
-    list[str],
-    typer.Argument(metavar="FILE...", help="Text files, read one after another; - is stdin."),
-]
-Dtype = Annotated[
-    str, typer.Option("--dtype", metavar="TYPE", help="Compute in float32, float16 or bfloat16.")
-]
-Window = Annotated[int, typer.Option("--window", help="Latest tokens attended.")]
-Sinks = Annotated[int, typer.Option("--sinks", help="First tokens kept.")]
-Tokens = Annotated[int, typer.Option("--tokens", help="Tokens of the text to read.")]
-Segment = Annotated[int, typer.Option("--segment", help="Tokens of a segment.")]
-Chunk = Annotated[int, typer.Option("--chunk", help="Tokens read per step.")]
-AsCsv = Annotated[bool, typer.Option("--csv", help="Print the rows as CSV.")]
-Plot = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot", metavar="FILE", help="Draw a .png or .svg, and its dark twin FILE-dark."
-    ),
-]
+Columns = Sequence[tuple[str, str, str]]
 
 
-def check_output(
-    json: bool,
-    csv: bool,
-    plot: Path | None,
-    read: "Sequence[str | Path]" = (),
-    written: "Sequence[Path | None]" = (),
-) -> None:
-    """Refuse before anything is measured what could not be shown afterwards.
+@dataclass(frozen=True)
+class OutputOptions:
+    """How a result is shown."""
 
-    Args:
-        read: files that are read, and must not be written over.
-        written: files that are written besides the plot.
-    """
-    if json and csv:
-        fail("--json and --csv both want standard output: choose one")
-    if plot is not None:
-        from mlx_stream.evaluate.charts import check_plot, dark_twin
+    json: options.AsJson = False
+    csv: options.AsCsv = False
+    plot: options.Plot = None
 
-        check_plot(plot)
-        written = [*written, plot, dark_twin(plot)]
-    refuse_same_files(read, [path for path in written if path is not None])
+    def check(
+        self, read: "Sequence[str | Path]" = (), written: "Sequence[Path | None]" = ()
+    ) -> None:
+        """Refuse before anything is measured what could not be shown afterwards.
+
+        Args:
+            read: files that are read, and must not be written over.
+            written: files that are written besides the plot.
+        """
+        if self.json and self.csv:
+            fail("--json and --csv both want standard output: choose one")
+        if self.plot is not None:
+            from mlx_stream.evaluate.charts import check_plot, dark_twin
+
+            check_plot(self.plot)
+            written = [*written, self.plot, dark_twin(self.plot)]
+        refuse_same_files(read, [path for path in written if path is not None])
+
+    def publish(
+        self,
+        report: "Report",
+        columns: Columns,
+        table: "Sequence[Row] | None" = None,
+        cut: BaseException | None = None,
+    ) -> None:
+        """Print a report as a table, JSON or CSV, and draw it.
+
+        Args:
+            columns: of the table: key of the rows, heading, format of a number.
+            table: its rows, where there are too many in the report for people.
+            cut: what ended it early, as of `collecting_rows`: noted, and raised in the end.
+        """
+        from mlx_stream.cli.report import print_json
+
+        if cut:
+            report.notes.append("interrupted: the figures until then")
+        if self.json:
+            print_json(report.as_json())
+        elif self.csv:
+            sys.stdout.write(report.as_csv())
+        else:
+            print_rows(report.rows if table is None else table, columns)
+            for line in report.notes:
+                print(line)
+        if self.plot is not None:
+            from mlx_stream.evaluate.charts import draw_chart
+
+            for path in draw_chart(report, self.plot):
+                notify(f"drew {path}")
+        if cut:
+            raise cut
+
+
+def parse_cache(text: str, allowed: Sequence[str]) -> tuple[str, dict[str, int]]:
+    """Read `NAME[,SETTING=NUMBER...]`, such as `recompute,stride=8,tokens=4096`."""
+    name, *pairs = text.split(",")
+    settings: dict[str, int] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        least = 0 if key == "sinks" else 1
+        if key not in allowed or key in settings:
+            fail(f"--cache {text}: takes {', '.join(allowed)}, each once, not {pair!r}")
+        if not (value.isdecimal() and len(value) < 10 and int(value) >= least):
+            fail(f"--cache {text}: {key} must be a whole number, at least {least}, not {value!r}")
+        settings[key] = int(value)
+    return name, settings
 
 
 def refuse_same_files(read: "Sequence[str | Path]", written: "Sequence[Path]") -> None:
     """Refuse to write one file twice, or over one that is read."""
-    taken = {os.path.realpath(path): "it is read" for path in read if path != "-"}
+    taken = {os.path.realpath(path) for path in read if path != "-"}
     for path in written:
         place = os.path.realpath(path)
         if place in taken:
-            fail(f"{path}: cannot be written to, {taken[place]} as well: choose another file")
-        taken[place] = "something else is written there"
+            fail(f"{path}: cannot be written to, it has another use: choose another file")
+        taken.add(place)
 
 
 def read_texts(model: "Model", files: Sequence[str]) -> "Corpus":
@@ -97,46 +129,11 @@ def collecting_rows(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | 
     return found, None
 
 
-def publish(
-    report: "Report",
-    columns: Sequence[tuple[str, str, str]],
-    json: bool,
-    csv: bool,
-    plot: Path | None,
-    table: "Sequence[Row] | None" = None,
-    cut: BaseException | None = None,
-) -> None:
-    """Print a report as a table, JSON or CSV, and draw it.
+def print_rows(rows: "Sequence[Row]", columns: Columns) -> None:
+    from mlx_stream.cli.report import print_table
 
-    Args:
-        columns: of the table: key of the rows, heading, format of a number.
-        table: its rows, where there are too many in the report for people.
-        cut: what ended it early, as of `collected`: noted, and raised once the report is shown.
-    """
-    from mlx_stream.cli.report import print_json, print_table
-
-    if cut:
-        report.notes.append("interrupted: the figures until then")
-
-    if json:
-        print_json(report.as_json())
-    elif csv:
-        sys.stdout.write(report.as_csv())
-    else:
-        shown = [
-            [cell(row.get(key), form) for key, _, form in columns]
-            for row in (report.rows if table is None else table)
-        ]
-        print_table([heading for _, heading, _ in columns], shown)
-        for line in report.notes:
-            print(line)
-    if plot is not None:
-        from mlx_stream.evaluate.charts import draw_chart
-
-        for path in draw_chart(report, plot):
-            notify(f"drew {path}")
-    if cut:
-        raise cut
+    shown = [[cell(row.get(key), form) for key, _, form in columns] for row in rows]
+    print_table([heading for _, heading, _ in columns], shown)
 
 
 def cell(value: Any, form: str) -> str:

@@ -24,9 +24,11 @@ COLUMNS = (
 
 
 @exits_cleanly
+@options.grouped
 def endurance(
-    model: common.ModelName,
-    files: common.Files,
+    *,
+    model: options.ModelArgument,
+    files: options.Files,
     log: Annotated[
         Path,
         typer.Option(
@@ -35,11 +37,11 @@ def endurance(
             help="JSON lines, one per segment; the stream's state is saved beside it.",
         ),
     ],
-    tokens: common.Tokens = 250_000,
-    window: common.Window = 1_020,
-    sinks: common.Sinks = 4,
-    segment: common.Segment = 2_048,
-    chunk: common.Chunk = 128,
+    tokens: options.Tokens = 250_000,
+    window: options.WindowSize = 1_020,
+    sinks: options.SinkCount = 4,
+    segment: options.Segment = 2_048,
+    chunk: options.Chunk = 128,
     save_every: Annotated[
         float, typer.Option("--save-every", help="Seconds between saved states.")
     ] = 300.0,
@@ -50,17 +52,13 @@ def endurance(
             help="In the end, read the last tenth with a fresh stream too, and compare.",
         ),
     ] = True,
-    dtype: common.Dtype = "float32",
-    keep_quantized: options.KeepQuantized = False,
-    force: options.Force = False,
-    json: options.AsJson = False,
-    csv: common.AsCsv = False,
-    plot: common.Plot = None,
+    loading: options.MeasuredLoadOptions,
+    output: common.OutputOptions,
 ) -> None:
     """Read texts over and over as one stream, into a log.
 
-    Ctrl-C stops it after the step it is in; the same command goes on from there, with the bits it
-    would have had. A larger --tokens goes on further. The last segment is read whole.
+    Ctrl-C stops it after the step it is in; the same command continues from there, with the bits it
+    would have had. A larger --tokens reads further. The last segment is read whole.
     """
     from mlx_stream.evaluate.endurance import (
         Course,
@@ -73,10 +71,9 @@ def endurance(
     )
     from mlx_stream.evaluate.jsonl import JsonLog
     from mlx_stream.evaluate.report import Report, facts
-    from mlx_stream.load import load
 
-    common.check_output(json, csv, plot, files, (log, state_path(log)))
-    loaded = load(model, dtype, keep_quantized, force, notify)
+    output.check(files, (log, state_path(log)))
+    loaded = loading.load(model)
     sinks, window = loaded.resolve_window(sinks, window, notify)
     text = common.read_texts(loaded, files)
     course = Course(loaded, text, sinks, window, segment, chunk, save_every)
@@ -87,7 +84,7 @@ def endurance(
         with stop_on_signals() as stopped, progress_bar("reading") as progress:
             done = endure(course, opened, tokens, stopped, progress, notify)
         if not done:
-            notify(f"stopped: {log} and its state are saved; the same command goes on from there")
+            notify(f"stopped: {log} and its state are saved; the same command continues from there")
             raise SystemExit(130)
         rows = segments(opened)
         notes = [memory_line(rows)]
@@ -101,7 +98,7 @@ def endurance(
                 f"{found['perplexity']:.3f} ({difference:+.2%})"
             )
     report = Report("endurance", about, rows, notes)
-    common.publish(report, COLUMNS, json, csv, plot, in_tenths(rows))
+    output.publish(report, COLUMNS, in_tenths(rows))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import typer
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.program.exits import exits_cleanly, notify
+from mlx_stream.program.exits import exits_cleanly, fail, notify
 
 COLUMNS = (
     ("cache", "cache", ","),
@@ -20,7 +20,9 @@ COLUMNS = (
 
 
 @exits_cleanly
+@options.grouped
 def latency(
+    *,
     model: options.ModelArgument = "starter",
     cache: Annotated[
         list[str] | None,
@@ -32,12 +34,8 @@ def latency(
         ),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Steps timed at each size.")] = 300,
-    dtype: common.Dtype = "float32",
-    keep_quantized: options.KeepQuantized = False,
-    force: options.Force = False,
-    json: options.AsJson = False,
-    csv: common.AsCsv = False,
-    plot: common.Plot = None,
+    loading: options.MeasuredLoadOptions,
+    output: common.OutputOptions,
 ) -> None:
     """Time per token against cache size: the paper's figure 10.
 
@@ -46,17 +44,20 @@ def latency(
     more are timed beside plain steps.
     """
     from mlx_stream.evaluate.bench import SINKS
-    from mlx_stream.evaluate.latency import findings, parse_sizes
+    from mlx_stream.evaluate.latency import Size, findings
     from mlx_stream.evaluate.latency import measure_latency as measure
     from mlx_stream.evaluate.mlx_lm import load_peer
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.hub.resolve import resolve
-    from mlx_stream.load import load
 
-    common.check_output(json, csv, plot)
-    chosen = cache or ["256", "512", "1024", "2048", "4096"]
-    sizes = [parse_sizes(one, steps) for one in chosen]
-    loaded = load(model, dtype, keep_quantized, force, notify)
+    output.check()
+    sizes: list[Size] = []
+    for one in cache or ["256", "512", "1024", "2048", "4096"]:
+        capacity, settings = common.parse_cache(one, ["steps"])
+        if not (capacity.isdecimal() and len(capacity) < 10):
+            fail(f"--cache must be TOKENS or TOKENS,steps=N, not {one!r}")
+        sizes.append(Size(int(capacity), settings.get("steps", steps)))
+    loaded = loading.load(model)
     folder = resolve(model, notify)
     peer, notes = None, []
     if folder.is_file():
@@ -71,4 +72,4 @@ def latency(
             raise cut
     about = facts(loaded, sinks=SINKS)
     report = Report("latency", about, rows, [*findings(rows), *notes])
-    common.publish(report, COLUMNS, json, csv, plot, cut=cut)
+    output.publish(report, COLUMNS, cut=cut)

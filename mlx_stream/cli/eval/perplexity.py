@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,9 @@ from mlx_stream.cli.eval import common
 from mlx_stream.cli.terminal import progress_bar
 from mlx_stream.program.exits import exits_cleanly, fail, notify
 
-PEERS = ("mlx-lm", "llama.cpp")
+if TYPE_CHECKING:
+    from mlx_stream.evaluate.perplexity import Spec
+
 DEFAULT_CACHES = ("dense", "window", "recompute", "stream", "mlx-lm")
 COLUMNS = (
     ("cache", "cache", ""),
@@ -25,9 +27,11 @@ COLUMNS = (
 
 
 @exits_cleanly
+@options.grouped
 def perplexity(
-    model: common.ModelName,
-    files: common.Files,
+    *,
+    model: options.ModelArgument,
+    files: options.Files,
     cache: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,16 +52,12 @@ def perplexity(
         Path | None,
         typer.Option("--gguf", metavar="FILE", help="The same model, for llama.cpp."),
     ] = None,
-    window: common.Window = 1_020,
-    sinks: common.Sinks = 4,
-    tokens: common.Tokens = 8_192,
-    segment: common.Segment = 2_048,
-    dtype: common.Dtype = "float32",
-    keep_quantized: options.KeepQuantized = False,
-    force: options.Force = False,
-    json: options.AsJson = False,
-    csv: common.AsCsv = False,
-    plot: common.Plot = None,
+    window: options.WindowSize = 1_020,
+    sinks: options.SinkCount = 4,
+    tokens: options.Tokens = 8_192,
+    segment: options.Segment = 2_048,
+    loading: options.MeasuredLoadOptions,
+    output: common.OutputOptions,
 ) -> None:
     """Perplexity, speed and memory of caches of the same size.
 
@@ -69,18 +69,17 @@ def perplexity(
     from mlx_stream.evaluate import llamacpp
     from mlx_stream.evaluate.perplexity import (
         DEFAULTS,
+        PEERS,
         Setting,
         Spec,
         check_settings,
         measure_perplexity,
-        parse_setting,
     )
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.hub.resolve import resolve
-    from mlx_stream.load import load
 
-    common.check_output(json, csv, plot, files)
-    specs = [parse_setting(one) for one in cache or DEFAULT_CACHES]
+    output.check(files)
+    specs = [parse_spec(one) for one in cache or DEFAULT_CACHES]
     if not cache:  # a small window takes a small stride
         stride = max(1, min(DEFAULTS["stride"], sinks + window))
         specs = [Spec(s.name, {"stride": stride}) if s.name == "recompute" else s for s in specs]
@@ -89,7 +88,7 @@ def perplexity(
             fail(f"--against must be one of {', '.join(PEERS)}, not {peer!r}")
         if peer not in (spec.name for spec in specs):
             specs.append(Spec(peer))
-    loaded = load(model, dtype, keep_quantized, force, notify)
+    loaded = loading.load(model)
     folder = resolve(model, notify)
     if gguf is None and folder.is_file():
         gguf = folder
@@ -119,4 +118,17 @@ def perplexity(
         segment=segment,
         caches=[spec.label for spec in specs],
     )
-    common.publish(Report("perplexity", about, rows, notes), COLUMNS, json, csv, plot, cut=cut)
+    output.publish(Report("perplexity", about, rows, notes), COLUMNS, cut=cut)
+
+
+def parse_spec(text: str) -> "Spec":
+    """Read a cache of `--cache`."""
+    from mlx_stream.evaluate.perplexity import SETTINGS, Spec
+
+    name = text.split(",")[0]
+    if name not in SETTINGS:
+        fail(f"--cache must be one of {', '.join(SETTINGS)}, not {name!r}")
+    name, settings = common.parse_cache(text, ("tokens", *SETTINGS[name]))
+    if settings.get("kv", 8) not in (8, 4):
+        fail(f"--cache {text}: kv must be 8 or 4")
+    return Spec(name, settings)

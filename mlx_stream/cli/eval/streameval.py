@@ -21,10 +21,12 @@ COLUMNS = (
 
 
 @exits_cleanly
+@options.grouped
 def streameval(
+    *,
     model: options.ModelArgument = "starter",
-    window: common.Window = 1_020,
-    sinks: common.Sinks = 4,
+    window: options.WindowSize = 1_020,
+    sinks: options.SinkCount = 4,
     lines: Annotated[int, typer.Option("--lines", help="Lines to read.")] = 600,
     distances: Annotated[
         list[int] | None,
@@ -34,17 +36,13 @@ def streameval(
             "Default: 1, 5, 10, 20, 40, 80, 160.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the facts in the lines.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of the facts in the lines.")] = 1,
     data_out: Annotated[
         Path | None,
         typer.Option("--data-out", metavar="FILE", help="Write lines and queries, JSON lines."),
     ] = None,
-    dtype: common.Dtype = "float32",
-    keep_quantized: options.KeepQuantized = False,
-    force: options.Force = False,
-    json: options.AsJson = False,
-    csv: common.AsCsv = False,
-    plot: common.Plot = None,
+    loading: options.MeasuredLoadOptions,
+    output: common.OutputOptions,
 ) -> None:
     """Ask a stream about lines further and further back.
 
@@ -54,16 +52,15 @@ def streameval(
     """
     from mlx_stream.evaluate.streameval import streameval as ask
     from mlx_stream.evaluate.streameval_data import DISTANCES, make_data, write_data
-    from mlx_stream.load import load
 
-    common.check_output(json, csv, plot, (), (data_out,))
+    output.check((), (data_out,))
     chosen = tuple(distances or DISTANCES)
     data = make_data(seed, lines, chosen)
-    loaded = load(model, dtype, keep_quantized, force, notify)
+    loaded = loading.load(model)
     sinks, window = loaded.resolve_window(sinks, window, notify)
     if data_out is not None:
         write_data(data, data_out)
         notify(f"wrote {data_out}")
     with progress_bar("reading lines") as progress:
         report = ask(loaded, sinks, window, seed, lines, chosen, progress)
-    common.publish(report, COLUMNS, json, csv, plot)
+    output.publish(report, COLUMNS)
