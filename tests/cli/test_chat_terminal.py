@@ -74,7 +74,7 @@ def test_an_evening(letters):
     assert re.search(r"\n[a-z]{24}\n", chat.say("Still there?"))
     assert "evening" in chat.say("/sessions")
     assert "is attended now" in chat.say("/clear")
-    assert re.search(r"\n[a-z]{24}\n", chat.say(*[UP] * 5, "?"))  # what was typed five lines ago
+    assert re.search(r"\n[a-z]{24}\n", chat.say(*[UP] * 3, "?"))  # what was typed three lines ago
     chat.type("/quit", ENTER)
     chat.end()
     assert replies("evening")[-1][0] == "Still there??"

@@ -159,7 +159,7 @@ class Twins:
             one.rewind(count)
 
     def evict(self, count: int) -> None:
-        for one in (self.cache, *self.slow):
+        for one in (self.cache, *self.slow) if count else ():
             one.evict(count)
 
     def seen(self, heads: mx.array) -> mx.array:

@@ -195,9 +195,9 @@ def test_real_text_streams_in_small_pieces(kind: str):
     pieces = stream(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids)
     assert max(map(len, pieces)) < 25
-    if byte_ids(kind):
+    if kind in ("byte-level", "llama"):  # a long run of single bytes streams too
         pieces = stream(tokenizer, spell(kind, text := "x€😀é " * 100))
-        assert "".join(pieces) == tokenizer.decode(spell(kind, text)) and len(pieces[0]) < 2
+        assert "".join(pieces) == tokenizer.decode(spell(kind, text)) == text
         assert max(map(len, pieces)) <= MAX_RUN
 
 
