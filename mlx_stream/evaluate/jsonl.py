@@ -92,12 +92,13 @@ class JsonLog:
         self.file.close()
 
     def _write(self, line: Row) -> None:
-        data = json.dumps(line).encode() + b"\n"
+        data, size = json.dumps(line).encode() + b"\n", os.fstat(self.file.fileno()).st_size
         try:
             while data:
                 data = data[self.file.write(data) :]
             os.fsync(self.file)
         except OSError as error:
+            self.file.truncate(size)  # whole lines only
             raise TextError(
                 f"{self.path}: cannot be written: {error.strerror}; what was logged before is "
                 "kept: the same command continues from there"

@@ -5,7 +5,7 @@ import pytest
 
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.bench import Series, bandwidth_limit, fill, our_build, step_of, their_build
-from mlx_stream.evaluate.costs import ReadRate, cache_bytes_read, graph_nodes, weight_bytes_read
+from mlx_stream.evaluate.costs import ReadRate, graph_nodes, weight_bytes_read
 from mlx_stream.evaluate.prefill_speed import (
     best_of,
     check_prefill,
@@ -47,7 +47,7 @@ def test_the_cache_is_read_whole_and_the_limit_is_bytes_over_speed(tiny_model):
     model = tiny_model()
     cache = model.new_cache(4, 20)
     rows = LAYERS * KV_HEADS * HEAD_DIM * 4
-    assert cache_bytes_read(cache) == rows * (2 * 24 + 4)
+    assert cache.nbytes == rows * (2 * 24 + 4)
     found = bandwidth_limit(model, cache, ReadRate(1e6, "sum"), seconds=2.0)
     assert found["least_ms"] == pytest.approx((found["weights"] + found["cache"]) / 1e3)
     assert found["share_of_limit"] == pytest.approx(found["least_ms"] / 2e3)

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import latency, readers, sweeps
 from mlx_stream.evaluate.corpus import Corpus
 from mlx_stream.evaluate.perplexity import (
+    PEERS,
     SETTINGS,
     Setting,
     Spec,
     measure_perplexity,
-    parse_setting,
 )
 from mlx_stream.evaluate.report import Report, perplexity
 from mlx_stream.load import Model
@@ -41,10 +40,10 @@ def dense_losses(model: Model, ids: list[int]) -> list[float]:
     return losses_of(all_logits(model, model.new_dense_cache(), ids[:-1], 64), ids[1:])
 
 
-def read_all(reader: readers.Reader, pieces: tuple[int, ...] = (50, 90, 120)) -> list[float]:
+def read_all(read: readers.Reader, pieces: tuple[int, ...] = (50, 90, 120)) -> list[float]:
     found, start = [], 0
     for stop in pieces:
-        found += reader.read(start, stop)
+        found += read(start, stop)
         start = stop
     return found
 
@@ -52,25 +51,25 @@ def read_all(reader: readers.Reader, pieces: tuple[int, ...] = (50, 90, 120)) ->
 @pytest.mark.parametrize("chunk", [1, 7, 128])
 def test_a_stream_is_read_piece_by_piece(tiny_model: Make, chunk: int) -> None:
     model = tiny_model()
-    reader = readers.StreamReader(model, IDS, model.new_cache(SINKS, WINDOW), chunk)
+    reader = readers.stream_reader(model, IDS, model.new_cache(SINKS, WINDOW), chunk)
     whole = all_logits(model, model.new_cache(SINKS, WINDOW), IDS[:-1], 5)
     assert read_all(reader) == pytest.approx(losses_of(whole, IDS[1:]), abs=CLOSE)
 
 
 def test_a_fresh_stream_begins_on_the_window_before(tiny_model: Make) -> None:
     model = tiny_model()
-    found = readers.FreshReader(model, IDS, SINKS, WINDOW, 9).read(70, 100)
+    found = readers.fresh_reader(model, IDS, SINKS, WINDOW, 9)(70, 100)
     ids = IDS[70 - CAPACITY : 101]
     logits = all_logits(model, model.new_cache(SINKS, WINDOW), ids[:-1], 9)
     assert found == pytest.approx(losses_of(logits, ids[1:])[CAPACITY:], abs=CLOSE)
-    first = readers.FreshReader(model, IDS, SINKS, WINDOW, 9).read(0, 30)
+    first = readers.fresh_reader(model, IDS, SINKS, WINDOW, 9)(0, 30)
     logits = all_logits(model, model.new_cache(SINKS, WINDOW), IDS[:30], 9)
     assert first == pytest.approx(losses_of(logits, IDS[1:31]), abs=CLOSE)
 
 
 def test_recompute_with_a_stride_of_1_reads_each_window_from_scratch(tiny_model: Make) -> None:
     model = tiny_model()
-    found = read_all(readers.RecomputeReader(model, IDS, CAPACITY, 1))
+    found = read_all(readers.recompute_reader(model, IDS, CAPACITY, 1))
     expected = [dense_losses(model, IDS[max(0, t + 1 - CAPACITY) : t + 2])[-1] for t in range(120)]
     assert found == pytest.approx(expected, abs=CLOSE)
 
@@ -79,7 +78,7 @@ def test_recompute_with_a_stride_of_1_reads_each_window_from_scratch(tiny_model:
 def test_recompute_with_a_stride_reads_up_to_its_end(tiny_model: Make, sinks: int) -> None:
     """Worked example of the reader: capacity 16, stride 5; for tokens 91 to 95, 79 to 94."""
     model = tiny_model()
-    found = readers.RecomputeReader(model, IDS, CAPACITY, 5, sinks).read(90, 97)
+    found = readers.recompute_reader(model, IDS, CAPACITY, 5, sinks)(90, 97)
     first = IDS[:sinks] + IDS[79 + sinks : 96]
     second = IDS[:sinks] + IDS[81 + sinks : 98]
     expected = dense_losses(model, first)[-5:] + dense_losses(model, second)[-2:]
@@ -89,8 +88,8 @@ def test_recompute_with_a_stride_reads_up_to_its_end(tiny_model: Make, sinks: in
 def test_mlx_lm_one_at_a_time_without_kept_tokens_is_window_attention() -> None:
     raw = tiny_config()
     model, peer = make(raw, tensors_of(raw)), peer_of(raw, tensors_of(raw))
-    theirs = readers.PeerReader(peer, IDS, CAPACITY, 0, 1)
-    ours = readers.StreamReader(model, IDS, model.new_cache(0, CAPACITY), 1)
+    theirs = readers.peer_reader(peer, IDS, CAPACITY, 0, 1)
+    ours = readers.stream_reader(model, IDS, model.new_cache(0, CAPACITY), 1)
     assert read_all(theirs) == pytest.approx(read_all(ours), abs=CLOSE)
 
 
@@ -101,7 +100,7 @@ def test_mlx_lm_before_its_cache_is_full_is_dense(tied: bool) -> None:
     if tied:
         tensors.pop("lm_head.weight", None)
     model, peer = make(raw, dict(tensors)), peer_of(raw, dict(tensors))
-    found = read_all(readers.PeerReader(peer, IDS, 400, 4, 30))
+    found = read_all(readers.peer_reader(peer, IDS, 400, 4, 30))
     assert found == pytest.approx(dense_losses(model, IDS), abs=CLOSE)
 
 
@@ -122,7 +121,7 @@ def test_each_cache_is_measured_segment_by_segment(setting: Setting) -> None:
         "dense": model.new_dense_cache,
     }
     told: list[tuple[int, int]] = []
-    specs = [*(Spec(name) for name in caches), parse_setting("dense,tokens=80,chunk=3")]
+    specs = [*(Spec(name) for name in caches), Spec("dense", {"tokens": 80, "chunk": 3})]
     rows = list(measure_perplexity(setting, specs, lambda done, total: told.append((done, total))))
     assert [row["cache"] for row in rows] == [
         *(label for label in caches for _ in range(3)),
@@ -140,9 +139,7 @@ def test_each_cache_is_measured_segment_by_segment(setting: Setting) -> None:
 
 def test_memory_is_of_the_weights_and_one_cache(setting: Setting) -> None:
     rows = list(
-        measure_perplexity(
-            setting, [Spec("stream"), Spec("dense"), parse_setting("stream,chunk=1")]
-        )
+        measure_perplexity(setting, [Spec("stream"), Spec("dense"), Spec("stream", {"chunk": 1})])
     )
     weights = setting.model.weight_bytes
     stream = setting.model.new_cache(SINKS, WINDOW).nbytes
@@ -152,34 +149,15 @@ def test_memory_is_of_the_weights_and_one_cache(setting: Setting) -> None:
             assert row["active_bytes"] - weights - stream < 50_000
 
 
-def test_every_name_that_can_be_parsed_can_be_read(setting: Setting) -> None:
+def test_every_cache_of_ours_can_be_read(setting: Setting) -> None:
     """mlx-lm and llama.cpp need files: the command line's tests read through mlx-lm."""
-    names = [name for name in SETTINGS if name not in ("mlx-lm", "llama.cpp")]
-    assert [
-        row["cache"]
-        for row in measure_perplexity(setting, [parse_setting(f"{n},tokens=40") for n in names[:4]])
-    ]
-    rows = measure_perplexity(setting, [parse_setting("recompute,stride=8,sinks=2,tokens=40")])
-    assert [row["cache"] for row in rows] == ["recompute, stride 8, sinks 2"]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("streem", "--cache must be one of stream, fresh, window, dense, recompute, mlx-lm, "),
-        ("stream,stride=2", "--cache stream takes tokens, chunk, kv, clock, not 'stride'"),
-        ("recompute,stride", "stride must be a whole number, at least 1, not ''"),
-        ("recompute,stride=-1", "stride must be a whole number, at least 1, not '-1'"),
-        ("recompute,stride=²", "stride must be a whole number, at least 1, not '²'"),
-        ("recompute,stride=0", "stride must be at least 1"),
-        ("dense,tokens=0", "tokens must be at least 1"),
-        ("", "not ''"),
-    ],
-)
-def test_a_cache_that_cannot_be_parsed(text: str, said: str) -> None:
-    with pytest.raises(ValueRefused) as refused:
-        parse_setting(text)
-    assert said in str(refused.value)
+    names = [name for name in SETTINGS if name not in PEERS]
+    settings = {"recompute": {"stride": 8, "sinks": 2}}
+    rows = measure_perplexity(
+        setting, [Spec(name, settings.get(name, {}) | {"tokens": 40}) for name in names]
+    )
+    labels = ["stream", "fresh", "window", "dense", "recompute, stride 8, sinks 2"]
+    assert [row["cache"] for row in rows] == labels
 
 
 # --- shapes ---
@@ -213,7 +191,7 @@ def test_latency_has_every_method_and_crosses_a_re_anchoring(
     monkeypatch.setattr(
         StreamCache, "_reanchor", lambda self: (turned.append(1), reanchor(self))[1]
     )
-    rows = list(latency.measure_latency(model, None, [latency.parse_sizes("64,steps=30", 99)]))
+    rows = list(latency.measure_latency(model, None, [latency.Size(64, 30)]))
     assert [row["method"] for row in rows] == [
         "stream",
         "stream, plain",
@@ -234,12 +212,6 @@ def test_percentiles_are_of_the_steps() -> None:
     assert [row[k] for k in ("p50_ms", "p95_ms", "p99_ms", "max_ms")] == pytest.approx(
         [50, 95, 99, 100]
     )
-
-
-@pytest.mark.parametrize("text", ["", "4", "x", "-8", "64,step=3", "64,steps=", "64,steps=3"])
-def test_a_size_that_will_not_do(text: str) -> None:
-    with pytest.raises(ValueRefused, match=r"--cache|--steps"):
-        latency.parse_sizes(text, 300)
 
 
 def test_a_report_is_json_and_csv_of_the_same_rows() -> None:

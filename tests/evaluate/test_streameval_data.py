@@ -1,16 +1,14 @@
 """Generated lines and queries: the same bytes everywhere, each answer in the line asked about."""
 
-import errno
 import hashlib
 import itertools
 import json
-import os
 import re
 from pathlib import Path
 
 import pytest
 
-from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.errors import TextError
 from mlx_stream.evaluate import streameval_data as texts
 
 # Of the data file of seed 1, 200 lines and the default distances; a change needs a new version.
@@ -51,21 +49,6 @@ def test_each_answer_is_in_the_line_asked_about() -> None:
         assert query.answer in query.candidates
 
 
-def test_facts_are_drawn_evenly_and_first_names_come_round_late() -> None:
-    data = texts.make_data(5, 2_000, (1,))
-    counts = [sum(line.answer == f" {name}" for line in data.lines) for name in texts.SURNAMES]
-    # 200 each, give or take; a standard deviation is 13.
-    assert sum(counts) == 2_000 and 145 < min(counts) < max(counts) < 255
-    # What a line says tells nothing of the next one: equal once in ten.
-    pairs = itertools.pairwise(line.answer for line in data.lines)
-    assert 145 < sum(one == other for one, other in pairs) < 255
-    first = [line.question.split()[-1] for line in data.lines]
-    assert all(len(set(first[n : n + 101])) == 101 for n in range(0, 1_800, 37))
-    # Each of the nine wrong candidates is a fact of some line nearby.
-    nearby = [{line.answer for line in data.lines[n : n + 44]} for n in range(0, 1_900, 44)]
-    assert sum(len(found) for found in nearby) / len(nearby) > 9.8
-
-
 def test_fewer_lines_are_the_beginning_of_more() -> None:
     few, many = texts.make_data(4, 40, (5, 20)), texts.make_data(4, 95, (5, 20))
     assert many.text.startswith(few.text)
@@ -104,33 +87,6 @@ def test_the_file_has_lines_and_queries_in_the_order_of_reading(tmp_path: Path) 
     assert read == DATA.text and next(waiting, None) is None
 
 
-def test_a_file_that_cannot_be_written_is_left_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    path = tmp_path / "data.jsonl"
-    path.write_text("what was there before")
-    monkeypatch.setattr(texts, "flush", full)
-    with pytest.raises(TextError, match=r"data\.jsonl: cannot be written: No space left"):
-        texts.write_data(DATA, path)
-    assert path.read_text() == "what was there before"
-    assert [one.name for one in tmp_path.iterdir()] == ["data.jsonl"]
-
-
-def test_places_that_no_file_can_be_written_to(tmp_path: Path) -> None:
+def test_a_place_that_no_file_can_be_written_to(tmp_path: Path) -> None:
     with pytest.raises(TextError, match="cannot be written: No such file"):
         texts.write_data(DATA, tmp_path / "nowhere" / "data.jsonl")
-    with pytest.raises(ValueRefused, match="--data-out"):
-        texts.write_data(DATA, tmp_path)
-    # Not a device of the machine: were it not refused, it would be replaced.
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueRefused, match="--data-out"):
-        texts.write_data(DATA, tmp_path / "pipe")
-    assert (tmp_path / "pipe").is_fifo()
-    (tmp_path / "real").write_text("old")
-    (tmp_path / "link").symlink_to("real")
-    texts.write_data(DATA, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real").read_bytes() == DATA.as_bytes()

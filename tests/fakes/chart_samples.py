@@ -76,6 +76,5 @@ NEEDED = {
     "sinks": "sinks window perplexity",
     "windows": "window perplexity cache_bytes",
     "latency": "cache method p50_ms p99_ms",
-    "streameval": "lines_back tokens_back queries likelihood generation inside",
+    "streameval": "lines_back tokens_back likelihood generation inside",
 }
-NULLABLE = ("perplexity", "active_bytes", "generation")
