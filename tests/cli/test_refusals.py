@@ -206,11 +206,11 @@ def written(file: str, content: bytes) -> Callable[[Path], object]:
 
 def tensors(
     name: str, shape: tuple[int, ...] = (), dtype: str = "float32"
-) -> Callable[[Path], None]:
+) -> Callable[[Path], object]:
     """Write the weights again, with one of another shape, or without it."""
     weights = {key: value for key, value in WEIGHTS.items() if key != name}
     weights |= {name: np.ones(shape, np.float32)} if shape else {}
-    return lambda model: write_tiny(model, CONFIG, weights, dtype, tokenizer=False) and None
+    return lambda model: write_tiny(model, CONFIG, weights, dtype, tokenizer=False)
 
 
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"

@@ -12,6 +12,7 @@ import pytest
 from mlx_stream.chat import manage
 from mlx_stream.chat.recorder import Change, ChangeKind
 from mlx_stream.chat.resume import open_session
+from mlx_stream.chat.schema import SessionHeader
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.load import load
@@ -151,3 +152,10 @@ def test_a_reply_of_special_tokens_is_read_as_text(judge):
     found = again.chat.exchanges[-1]
     assert (found.reply, found.reply_ids) == (last.reply, ())
     again.close()
+
+
+@pytest.mark.parametrize("created", ["9999-99-99T99:99:99Z", "0001-01-01T00:00:00Z"])
+def test_a_time_that_no_clock_shows(created):
+    header = SessionHeader("0" * 32, created, "m", "", None, window=1, sinks=0, evict="turn")
+    with pytest.raises(ValueError, match="created"):
+        header.check()
