@@ -84,8 +84,17 @@ class TurnEvictor:
         self._drop_oldest()
 
     def forget(self) -> None:
-        """Forget turns of which no token is attended any more."""
-        sinks, oldest = self.cache.geometry.sinks, self.cache.oldest
+        """Forget turns of which no token is attended any more.
+
+        A take-back brings the end of a turn back that had left token by token: it leaves again.
+        """
+        state, cache = self.state, self.cache
+        first = state.turns[0].start if state.turns else cache.length
+        if isinstance(state, ActiveTurn) and not state.turns:
+            first = state.turn.start
+        if (back := min(first, cache.length) - cache.oldest) > 0:
+            cache.evict(back)
+        sinks, oldest = cache.geometry.sinks, cache.oldest
         while self.state.turns and sinks < oldest and self._end_of_oldest() <= oldest:
             self._drop_oldest()
 

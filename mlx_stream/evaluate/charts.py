@@ -72,8 +72,7 @@ def draw_chart(report: Report, path: Path) -> list[Path]:
 @contextmanager
 def theme(dark: bool) -> Iterator[None]:
     """Use matplotlib's own light or dark style and our colours, whatever a user's settings are."""
-    from cycler import cycler
-    from matplotlib import style
+    from matplotlib import cycler, style
 
     paper = DARK_PAPER if dark else PAPER
     ours = {

@@ -80,7 +80,7 @@ class EnduranceState:
 
 def state_path(log: Path) -> Path:
     """Return where the state of a log's stream is saved: beside it."""
-    return log.with_name(f"{log.name}.state")
+    return Path(f"{log}.state")
 
 
 def segments(log: JsonLog) -> list[Row]:

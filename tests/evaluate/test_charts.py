@@ -81,7 +81,7 @@ def test_matplotlib_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize(("name", "key"), [(n, key) for n in NEEDED for key in NEEDED[n].split()])
 def test_a_row_without_a_figure_is_refused(name: str, key: str, tmp_path: Path) -> None:
     for value in ("gone", [], "x") if key not in ("cache", "method", "inside") else ():
-        with pytest.raises(ValueRefused, match="^no chart"):
+        with pytest.raises(ValueRefused, match=r"^no chart"):
             charts.draw_chart(changed(name, key, value), tmp_path / "chart.svg")
         assert not list(tmp_path.iterdir())
 
@@ -125,7 +125,7 @@ def test_infinite_perplexity_is_a_triangle_at_the_top() -> None:
 def test_a_fresh_stream_is_a_line_over_its_range() -> None:
     axes = charts.make_figure(REPORTS["endurance"]).axes[0]
     (line,) = (line for line in axes.lines if line.get_marker() == "|")
-    assert (line.get_xdata(), ys(line)) == ([100_000, 200_000], [21.25, 21.25])
+    assert ([*line.get_xdata()], [*ys(line)]) == ([100_000, 200_000], [21.25, 21.25])
 
 
 def test_latency_has_whiskers_to_p99_and_the_speed_up() -> None:
