@@ -72,7 +72,8 @@ def draw_chart(report: Report, path: Path) -> list[Path]:
 @contextmanager
 def theme(dark: bool) -> Iterator[None]:
     """Use matplotlib's own light or dark style and our colours, whatever a user's settings are."""
-    from matplotlib import cycler, style
+    from matplotlib import style
+    from matplotlib.rcsetup import cycler
 
     paper = DARK_PAPER if dark else PAPER
     ours = {

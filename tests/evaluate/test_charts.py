@@ -125,7 +125,8 @@ def test_infinite_perplexity_is_a_triangle_at_the_top() -> None:
 def test_a_fresh_stream_is_a_line_over_its_range() -> None:
     axes = charts.make_figure(REPORTS["endurance"]).axes[0]
     (line,) = (line for line in axes.lines if line.get_marker() == "|")
-    assert ([*line.get_xdata()], [*ys(line)]) == ([100_000, 200_000], [21.25, 21.25])
+    x: Any = line.get_xdata()
+    assert ([*x], [*ys(line)]) == ([100_000, 200_000], [21.25, 21.25])
 
 
 def test_latency_has_whiskers_to_p99_and_the_speed_up() -> None:
