@@ -83,7 +83,7 @@ GROUPS = [uniform_recipe(4, 32), uniform_recipe(3, 128), recipe_named("mixed_3_6
 
 
 @pytest.mark.parametrize("recipe", [*ALIKE, *GROUPS, None], ids=lambda r: r.name if r else "copy")
-def test_mlx_lm_gives_the_same_logits(source, tmp_path, recipe):
+def test_mlx_lm_gives_the_same_logits(source: Path, tmp_path: Path, recipe: Recipe | None) -> None:
     converted(source, tmp_path / "out", recipe)
     for keep in (False, True):
         ours, theirs = (of(tmp_path / "out", keep) for of in (logits, peer_logits))
@@ -96,7 +96,7 @@ def test_mlx_lm_gives_the_same_logits(source, tmp_path, recipe):
 
 
 @pytest.mark.parametrize("recipe", [*ALIKE, *GROUPS], ids=lambda recipe: recipe.name)
-def test_every_bit_is_as_mlx_lm_quantizes(llama, tmp_path, recipe):
+def test_every_bit_is_as_mlx_lm_quantizes(llama: Path, tmp_path: Path, recipe: Recipe) -> None:
     converted(llama, tmp_path / "out", recipe)
     peer, config = load_model(llama)
     base = recipe.base
@@ -123,7 +123,19 @@ def test_every_bit_is_as_mlx_lm_quantizes(llama, tmp_path, recipe):
         assert ours.quantized(path) == theirs.quantized(path) == recipe.quantized(path, 2)
 
 
-def test_the_layout_is_mlx_lms(llama, tmp_path):
+@pytest.mark.parametrize("recipe", [uniform_recipe(4), recipe_named("mixed_2_6"), None])
+def test_converting_twice_gives_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe | None
+) -> None:
+    monkeypatch.setattr(shards.write_shards, "__defaults__", (70_000,))
+    for name in ("one", "two"):
+        converted(source, tmp_path / name, recipe)
+    one = files_of(tmp_path / "one")
+    assert one == files_of(tmp_path / "two")
+    assert not any(str(tmp_path).encode() in data for data in one.values())
+
+
+def test_the_layout_is_mlx_lms(llama: Path, tmp_path: Path) -> None:
     result = converted(llama, tmp_path / "out", uniform_recipe(4))
     names = {"config.json", "conversion.json", "generation_config.json", "model.safetensors"}
     names |= {"model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"}
@@ -140,7 +152,9 @@ def test_the_layout_is_mlx_lms(llama, tmp_path):
     assert result.about["bytes_per_token"] == size - table + table // 300
 
 
-def test_shards_are_as_large_as_they_may_be(source, tmp_path, monkeypatch):
+def test_shards_are_as_large_as_they_may_be(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards.write_shards, "__defaults__", (70_000,))
     result = converted(source, tmp_path / "out")
     index = read_json(tmp_path / "out" / "model.safetensors.index.json")
@@ -158,7 +172,7 @@ def test_shards_are_as_large_as_they_may_be(source, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_1", "Q8_0"])
-def test_a_gguf_is_copied_without_loss(tmp_path, kind):
+def test_a_gguf_is_copied_without_loss(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, kind)
     write_converted(read_gguf(path), tmp_path / "out")
@@ -167,7 +181,7 @@ def test_a_gguf_is_copied_without_loss(tmp_path, kind):
     assert all(mx.array_equal(after[name], before[name]).item() for name in before)
 
 
-def test_what_is_stored_as_asked_for_is_not_quantized_again(llama, tmp_path):
+def test_what_is_stored_as_asked_for_is_not_quantized_again(llama: Path, tmp_path: Path) -> None:
     converted(llama, tmp_path / "four", uniform_recipe(4))
     converted(tmp_path / "four", tmp_path / "again", uniform_recipe(4))
     assert (
@@ -180,7 +194,7 @@ def test_what_is_stored_as_asked_for_is_not_quantized_again(llama, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_dtype_alone_is_that_of_everything(llama, tmp_path, dtype):
+def test_a_dtype_alone_is_that_of_everything(llama: Path, tmp_path: Path, dtype: str) -> None:
     converted(llama, tmp_path / "four", uniform_recipe(4))
     converted(tmp_path / "four", tmp_path / "out", dtype=dtype)
     found = read_folder(tmp_path / "out")
@@ -188,14 +202,18 @@ def test_a_dtype_alone_is_that_of_everything(llama, tmp_path, dtype):
     assert found.config["torch_dtype"] == dtype and "quantization" not in found.config
     error = np.abs(logits(tmp_path / "out", False) - logits(tmp_path / "four", False)).max()
     assert error < {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.5}[dtype]
-    converted(llama, tmp_path / "both", uniform_recipe(4), dtype=dtype)  # of scales and norms
-    tensors = read_folder(tmp_path / "both").tensors
-    kinds = {str(tensors[name].dtype) for name in tensors if "proj.weight" not in name}
-    assert kinds <= {f"mlx.core.{dtype}", "mlx.core.uint32"} != kinds
-    assert tensors["model.norm.weight"].dtype == getattr(mx, dtype)
 
 
-def test_matrices_that_groups_do_not_divide_stay_floats(tmp_path):
+def test_a_dtype_with_bits_is_that_of_scales_and_norms(llama: Path, tmp_path: Path) -> None:
+    converted(llama, tmp_path / "out", uniform_recipe(4), dtype="float16")
+    tensors = read_folder(tmp_path / "out").tensors
+    assert {str(array.dtype) for name, array in tensors.items() if "weight" not in name} == {
+        "mlx.core.float16"
+    }
+    assert tensors["model.norm.weight"].dtype == mx.float16
+
+
+def test_matrices_that_groups_do_not_divide_stay_floats(tmp_path: Path) -> None:
     config = tiny_config()  # rows of 64 and 96
     source = write_tiny(tmp_path / "model", config, tiny_weights(config), "bfloat16")
     result = converted(source, tmp_path / "out", uniform_recipe(4))
@@ -206,7 +224,7 @@ def test_matrices_that_groups_do_not_divide_stay_floats(tmp_path):
         converted(source, tmp_path / "other", uniform_recipe(4, 128))
 
 
-def test_leftovers_of_old_exports_are_left_out(llama, tmp_path):
+def test_leftovers_of_old_exports_are_left_out(llama: Path, tmp_path: Path) -> None:
     checkpoint = read_folder(llama)
     assert isinstance(checkpoint.tensors, dict)
     checkpoint.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = mx.zeros(16)
@@ -220,7 +238,7 @@ def test_leftovers_of_old_exports_are_left_out(llama, tmp_path):
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (np.nan, "bfloat16")])
-def test_values_that_do_not_fit_are_refused(tmp_path, value, dtype):
+def test_values_that_do_not_fit_are_refused(tmp_path: Path, value: float, dtype: str) -> None:
     config = tiny_config(**SHAPE)
     weights = tiny_weights(config)
     weights["model.layers.1.mlp.up_proj.weight"][7, 9] = value
@@ -231,7 +249,7 @@ def test_values_that_do_not_fit_are_refused(tmp_path, value, dtype):
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_places_and_code_of_its_maker_are_left_out(llama, tmp_path):
+def test_places_and_code_of_its_maker_are_left_out(llama: Path, tmp_path: Path) -> None:
     for file in ("config.json", "tokenizer_config.json"):
         edit(
             llama / file,
@@ -244,7 +262,7 @@ def test_places_and_code_of_its_maker_are_left_out(llama, tmp_path):
         assert b"name_or_path" not in data and b"auto_map" not in data
 
 
-def test_a_tensor_cut_away_leaves_nothing(llama, tmp_path):
+def test_a_tensor_cut_away_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     checkpoint = read_folder(llama)
     assert isinstance(checkpoint.tensors, dict)
     del checkpoint.tensors["model.norm.weight"]
