@@ -15,7 +15,8 @@ from functools import cached_property
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.settle import common_prefix
-from mlx_stream.errors import TemplateError
+from mlx_stream.errors import TemplateError, one_line
+from mlx_stream.program.notices import Notify
 from mlx_stream.text.template import ChatTemplate, Message, assistant, system_turn, user
 from mlx_stream.text.tokenizer import Tokenizer
 
@@ -125,24 +126,39 @@ class PromptBuilder:
         return replace(exchange, settled_ids=None if as_read else ids)
 
     def encode_again(
-        self, exchanges: Mapping[int, Exchange], rest: str | None = None
+        self,
+        exchanges: Mapping[int, Exchange],
+        rest: str | None = None,
+        notify: Notify | None = None,
     ) -> dict[int, Exchange]:
         """Return exchanges in this model's ids, by number: what another model said is read as text.
 
         Args:
             rest: of the turn before them, that was not read as ids; None if there is none.
+            notify: told of an exchange that this template refuses; only those after it are
+                returned. Without it, a refusal is raised.
         """
         found: dict[int, Exchange] = {}
         for number, exchange in exchanges.items():
-            closing, question = self.question(exchange.question, rest, number == 1)
-            ids = exchange.reply_ids
-            known = self.accepts(ids)
-            if not known or self.tokenizer.decode(ids) + exchange.rest != exchange.reply:
-                exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
-            exchange = replace(exchange, closing_ids=closing, question_ids=question)
-            found[number] = self.settle(exchange, number == 1)
-            rest = self.rest_of(found[number])
+            try:
+                found[number] = self._encode_exchange(exchange, rest, number == 1)
+            except TemplateError as error:
+                if not notify:
+                    raise
+                notify(f"turns up to {number} are left out: {one_line(error)}")
+                found, rest = {}, None
+            else:
+                rest = self.rest_of(found[number])
         return found
+
+    def _encode_exchange(self, exchange: Exchange, rest: str | None, first: bool) -> Exchange:
+        closing, question = self.question(exchange.question, rest, first)
+        ids = exchange.reply_ids
+        known = self.accepts(ids)
+        if not known or self.tokenizer.decode(ids) + exchange.rest != exchange.reply:
+            exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
+        exchange = replace(exchange, closing_ids=closing, question_ids=question)
+        return self.settle(exchange, first)
 
     def opening(self, question: str) -> tuple[int, ...]:
         """Return the ids of the first question's turn, which come after the pinned ones.

@@ -7,6 +7,7 @@ now and then.
 
 import os
 import time
+import weakref
 from pathlib import Path
 from typing import Self
 
@@ -46,6 +47,8 @@ class SavedSession:
         # What could not be written, on a full disk say, oldest first: the next turn tries again.
         self._unwritten: list[Change] = []
         self._snapshot_at, self._written_head = time.monotonic(), written_head
+        # Of the stream in the snapshot; a reference would keep its buffers.
+        self._written_version = weakref.ref(chat.cache.version)
         chat.recorder = self
 
     @classmethod
@@ -97,14 +100,14 @@ class SavedSession:
         if self._unwritten or self.chat.tokens.failed:
             return
         head = self.store.head(state.first, state.turns)
-        if head == self._written_head:
+        if head == self._written_head and self._written_version() is self.chat.cache.version:
             return
         path = self.paths.snapshot
         about = SnapshotMetadata(self.store.state.header.id, head, state)
         try:
+            remove_file(self.paths.quarantine)
             if state.turns:
                 private(path.parent)
-                remove_file(self.paths.quarantine)
                 model = self.chat.model.fingerprint()
                 snapshot.save_snapshot(path, self.chat.tokens, model, about.plain())
             else:  # all was taken back, or nothing was said yet
@@ -115,6 +118,7 @@ class SavedSession:
                 f"reads what is attended again: make room, or set MLX_STREAM_HOME ({error})"
             ) from error
         self._snapshot_at, self._written_head = time.monotonic(), head
+        self._written_version = weakref.ref(self.chat.cache.version)
 
     def close(self) -> None:
         """Write what is not written, and let others have the session; may be called twice.

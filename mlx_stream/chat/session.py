@@ -15,7 +15,7 @@ from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
 from mlx_stream.chat.exchange import ConversationState, Exchange, PlacedTurn, unread_ids
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
-from mlx_stream.chat.settle import place_again, take_back
+from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, TextError, ValueRefused, one_line
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, drive, read_ids, run_coroutine
@@ -166,13 +166,9 @@ class ChatSession:
     ) -> Coroutine[Piece, None]:
         """Do what `retry` does as a coroutine."""
         limit, reply = self._new_reply(max_tokens, stop)
-        if self.unanswered:
-            question, number = self.unanswered, self.number
-            return self._turn_steps(
-                lambda: self._ask(question, limit, number), reply, limit, progress
-            )
-        self._turns_or_refuse("answered again")
-        return self._turn_steps(self._ask_again, reply, limit, progress)
+        if not self.unanswered:
+            self._turns_or_refuse("answered again")
+        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress)
 
     def edit(
         self,
@@ -247,7 +243,7 @@ class ChatSession:
             exchanges = self.prompts.encode_again({t.number: t.exchange for t in turns})
             turns = tuple(PlacedTurn(e, number, 0) for number, e in exchanges.items())
             self.evictor.state = Idle(turns)
-            turns = place_again(self.cache, turns, len(self.prompts.pinned))
+            turns = place_again(self.tokens, self.cache, turns, len(self.prompts.pinned))
             self.evictor.become_idle(Idle(turns, settling=True))
             yield from self._read_settling()
         except BaseException:
@@ -266,7 +262,7 @@ class ChatSession:
         turns = self._settle()
         yield from self._read_settling()
         before = self.prompts.rest_of(turns[-1].exchange) if turns else None
-        encoded = self.prompts.encode_again(exchanges, before)
+        encoded = self.prompts.encode_again(exchanges, before, self._notify)
         sizes = (len(e.closing_ids) + len(e.ids) for e in encoded.values())
         told = cumulative(progress, len(self.prompts.pinned) + sum(sizes))
         for number, exchange in encoded.items():
@@ -280,6 +276,7 @@ class ChatSession:
         turns = enumerate(self._settle(), 1)
         turns = tuple(replace(turn, number=number) for number, turn in turns)
         self.evictor.state, self.number = replace(self.evictor.state, turns=turns), len(turns)
+        self.unanswered = ""
 
     def record_turns(self) -> None:
         """Have every turn that is attended written down, with the ids it is attended with."""
@@ -308,6 +305,7 @@ class ChatSession:
         self.sampler.restore(state.sampler)
         self.number = state.turns
         self.evictor.state = Idle(turns, settling=is_unsettled(turns, self.tokens.length))
+        self.evictor.mark_reported()
         self._count()
 
     # --- one turn ---
@@ -368,16 +366,19 @@ class ChatSession:
             )
         exchange = Exchange(question, "", closing, ids, ())
         turn = self._place(exchange, number, len(ids) + min(limit, self.cache.geometry.window // 4))
+        self.number, self.unanswered = number, question
         with suppress(SessionError):  # told when the turn has ended, if it still cannot be written
             self._record(ChangeKind.ASK, number, {number: turn.exchange})
         return turn
 
-    def _ask_again(self) -> PlacedTurn:
+    def _ask_again(self, limit: int) -> PlacedTurn:
         """Return the last turn without its reply; of its question, one token at least is unread."""
+        if self.unanswered:
+            return self._ask(self.unanswered, limit, self.number)
         turns = self._turns_or_refuse("answered again")
         question = turns[-1].exchange.question_ids
         if not take_back(self.tokens, self.cache, turns[-1].start, question, left=1):
-            turns = place_again(self.cache, turns, len(self.prompts.pinned))
+            turns = place_again(self.tokens, self.cache, turns, len(self.prompts.pinned))
             self.evictor.become_idle(Idle(turns, settling=True))
         blank = replace(turns[-1].exchange, reply="", reply_ids=(), rest="", settled_ids=None)
         return replace(turns[-1], exchange=blank)
@@ -405,7 +406,7 @@ class ChatSession:
         elif last.start < self.cache.geometry.sinks:  # the sinks hold something of it
             self._begin(self.system, self.stats.window)
         else:
-            self.cache.evict(self.cache.length - self.cache.oldest)
+            empty_ring(self.tokens, self.cache)
             self.evictor.state = Idle(tuple(turns))
         self.number = last.number - 1
         self._count()
@@ -447,15 +448,19 @@ class ChatSession:
             idle = Idle()
         else:
             again = (*state.before, *turns[len(state.turns) :])
-            idle = Idle(place_again(self.cache, again, len(self.prompts.pinned)), settling=True)
+            idle = Idle(
+                place_again(self.tokens, self.cache, again, len(self.prompts.pinned)), settling=True
+            )
         said = {turn.number: turn.exchange} if kind is ChangeKind.ANSWER else {}
         self._note(kind, turn.number, said, idle.turns)
         if kind is ChangeKind.UNDO:
             self.number = turn.number - 1
         self.evictor.become_idle(idle)
-        self._count()
-        if self.recorder:
-            self.recorder.flush()
+        try:
+            if self.recorder:
+                self.recorder.flush()
+        finally:
+            self._count()
         return self.evictor.state.turns
 
     def _read_settling(

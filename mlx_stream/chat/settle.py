@@ -46,8 +46,14 @@ def take_back(
     return True
 
 
+def empty_ring(tokens: TokenStream, cache: StreamCache) -> None:
+    """Evict all of the ring for good: neither a state nor a guess may hold it any more."""
+    cache.evict(max(0, cache.length - cache.oldest))
+    tokens.ids.restart_observers()
+
+
 def place_again(
-    cache: StreamCache, turns: Sequence[PlacedTurn], pinned: int
+    tokens: TokenStream, cache: StreamCache, turns: Sequence[PlacedTurn], pinned: int
 ) -> tuple[PlacedTurn, ...]:
     """Empty the ring; return the newest of some turns that fit it, where they are to be read.
 
@@ -56,7 +62,7 @@ def place_again(
     Args:
         pinned: how many ids come before any turn.
     """
-    cache.evict(max(0, cache.length - cache.oldest))
+    empty_ring(tokens, cache)
     first, room, chosen = max(cache.length, pinned), cache.geometry.window, len(turns)
     for at in range(len(turns) - 1, -1, -1):
         closing = turns[at + 1].exchange.closing_ids if chosen < len(turns) else ()

@@ -1,5 +1,6 @@
 """A conversation that was closed goes on as if it had not been; and what is kept of it, when."""
 
+import json
 import shutil
 import sqlite3
 import time
@@ -424,6 +425,107 @@ def test_what_is_read_again_is_written_down(model, tmp_path, how):
     saved = opened(loaded, notices=notices, **changes)
     assert notices == []
     check_stored(saved)
+    saved.close()
+
+
+def test_a_snapshot_is_of_the_stream_too_not_of_the_transcript_alone(model):
+    """An undone turn has pushed tokens out, so the stream is not what it was before."""
+    saved = opened(model, evict="token")
+    for question in QUESTIONS[:2]:
+        said(saved.chat.reply(question))
+    saved.write_snapshot()
+    attended = saved.chat.cache.attended
+    said(saved.chat.reply(QUESTIONS[4]))
+    saved.chat.undo()
+    before = saved.chat.tokens.ids.attended()
+    assert len(saved.chat.prompts.pinned) < len(before) < attended
+    saved.close()
+    saved = opened(model)
+    assert saved.chat.tokens.ids.attended() == before
+    saved.close()
+
+
+def test_opening_says_nothing_of_what_left_before(model):
+    saved = opened(model)
+    said(saved.chat.reply(QUESTIONS[0]))
+    saved.chat.clear()
+    said(saved.chat.reply(QUESTIONS[1]))
+    saved.close()
+    notices: list[str] = []
+    open_session("s", model, OPTIONS, notices.append).close()
+    assert notices == []
+
+
+def test_two_retries_of_a_question_that_was_left_answer_one_turn(model):
+    """What a retry answers is found when it starts, not when it was asked for."""
+    saved = opened(model)
+    said(saved.chat.reply(QUESTIONS[0]))
+    ask_only(saved, QUESTIONS[1])
+    saved = opened(model)
+    late = saved.chat.retry()
+    said(saved.chat.retry())
+    said(late)
+    assert list(check_stored(saved)) == [1, 2] and saved.chat.number == 2
+    saved.close()
+
+
+def test_an_interrupt_while_a_question_is_written_leaves_it_to_be_answered(model, monkeypatch):
+    saved = opened(model)
+    said(saved.chat.reply(QUESTIONS[0]))
+
+    def interrupt(change):
+        write(change)
+        raise KeyboardInterrupt
+
+    write = saved.store.write
+    monkeypatch.setattr(saved.store, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        said(saved.chat.reply(QUESTIONS[1]))
+    monkeypatch.undo()
+    assert saved.chat.unanswered == QUESTIONS[1]
+    said(saved.chat.retry())
+    assert list(check_stored(saved)) == [1, 2]
+    saved.close()
+
+
+def test_a_callback_that_raises_keeps_no_answer_off_the_disk(model):
+    saved = opened(model)
+    saved.chat.on_evict = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        for question in QUESTIONS:
+            said(saved.chat.reply(question))
+    assert saved.store.turns()[-1].state == ANSWERED
+    saved.chat.on_evict = None
+    saved.close()
+
+
+def test_a_template_that_refuses_a_turn_of_before_opens_with_those_after_it(model, folder):
+    saved = opened(model)
+    for question in QUESTIONS[:3]:
+        said(saved.chat.reply(question))
+    saved._let_go()
+    path = folder / "tokenizer_config.json"
+    whole = path.read_text()
+    refusal = f"message['content'] == {QUESTIONS[1]!r}"
+    template = json.loads(whole)["chat_template"]
+    body = "{% for message in messages %}"
+    assert body in template
+    refuse = "{% if " + refusal + " %}{{ raise_exception('not this') }}{% endif %}"
+    try:
+        edit(path, chat_template=template.replace(body, body + refuse))
+        picky = mlx_stream.load(folder, dtype="float32", keep_quantized=False)
+    finally:
+        path.write_text(whole)
+    notices: list[str] = []
+    saved = open_session("s", picky, OPTIONS, notices.append)
+    assert any("turns up to 2 are left out" in notice for notice in notices)
+    assert [e.question for e in saved.chat.exchanges] == [QUESTIONS[2]]
+    said(saved.chat.reply(QUESTIONS[3]))
+    saved.close()
+    notices.clear()
+    saved = open_session("s", picky, OPTIONS, notices.append)
+    assert notices == [] and len(saved.chat.exchanges) == 2
+    assert len(saved.store.turns()) == 4
     saved.close()
 
 

@@ -46,6 +46,17 @@ def undone_when_saved(saved) -> None:
     saved.chat.undo()
 
 
+def undone_when_longer(saved) -> None:
+    """Undo a turn of which the window holds the end alone."""
+    said(saved.chat.reply((SECRET + " ") * 8))
+    saved.chat.undo()
+
+
+def edited_when_longer(saved) -> None:
+    said(saved.chat.reply((SECRET + " ") * 8))
+    cut(saved.chat.edit("And then?"))
+
+
 def cut_and_edited(saved) -> None:
     cut(saved.chat.reply(SECRET))
     cut(saved.chat.edit("And then?"))
@@ -93,7 +104,10 @@ def check(tokens, model) -> None:
         assert not np.any(np.array(past._ids)[past.count :])
 
 
-@pytest.mark.parametrize("way", [undone, undone_when_saved, cut_and_edited, cleared])
+@pytest.mark.parametrize(
+    "way",
+    [undone, undone_when_saved, undone_when_longer, edited_when_longer, cut_and_edited, cleared],
+)
 @pytest.mark.parametrize("first", [False, True], ids=["later", "first"])
 def test_no_state_and_no_snapshot_has_it(model, options, way, first):
     saved = open_session("s", model, options)
@@ -114,7 +128,7 @@ def test_no_state_and_no_snapshot_has_it(model, options, way, first):
         check(again.chat.tokens, model)
         again.close()
     else:
-        assert first and way in (undone, undone_when_saved)
+        assert first and way in (undone, undone_when_saved, undone_when_longer)
 
 
 def test_a_retried_reply_leaves_nothing_of_the_one_before(model, options):
@@ -130,7 +144,8 @@ def test_a_retried_reply_leaves_nothing_of_the_one_before(model, options):
     assert gone not in session_paths("s").snapshot.read_bytes()
 
 
-def test_a_snapshot_that_was_set_aside_goes_with_the_next_one(model, options):
+@pytest.mark.parametrize("all_taken_back", [False, True])
+def test_a_quarantined_snapshot_goes_with_the_next_one(model, options, all_taken_back):
     saved = open_session("s", model, options)
     said(saved.chat.reply(OTHER))
     said(saved.chat.reply(SECRET))
@@ -138,10 +153,13 @@ def test_a_snapshot_that_was_set_aside_goes_with_the_next_one(model, options):
     saved.chat.undo()
     saved._let_go()  # killed before the snapshot is written anew
     again = open_session("s", model, options)
-    assert session_paths("s").quarantine.exists()
+    paths = session_paths("s")
+    assert paths.quarantine.exists()
+    if all_taken_back:
+        again.chat.undo()
     again.close()
-    assert not session_paths("s").quarantine.exists()
-    assert ids_of(model, SECRET) not in session_paths("s").snapshot.read_bytes()
+    assert not paths.quarantine.exists() and paths.snapshot.exists() != all_taken_back
+    assert all_taken_back or ids_of(model, SECRET) not in paths.snapshot.read_bytes()
 
 
 def test_a_listener_keeps_nothing_of_a_cut_answer(tmp_path, monkeypatch):
