@@ -11,7 +11,9 @@ from typing import Any
 
 from mlx_stream.errors import ConfigError
 
-ARCHITECTURES = ("llama", "mistral")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# The trained context of a family whose config does not say it, as in transformers.
+TRAINED = {"llama": 2_048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
 
 # Keys that change what is computed, with the values that leave it as it is. Read from the
 # configurations of transformers' models that are derived from Llama.
@@ -87,7 +89,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a Llama or Mistral computes, in config.json's names.
+    """What a model computes, in config.json's names.
 
     `sliding_window` bounds the window of a stream (Mistral only); `max_position_embeddings` is the
     trained context in tokens. `quantization` maps a module path to how it is quantized, or None;
@@ -141,16 +143,15 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"config: num_attention_heads {heads} is not a multiple of "
             f"num_key_value_heads {kv_heads}"
         )
-    if raw.get("head_dim") is None and hidden % heads:
+    if raw.get("head_dim") is None and model_type != "qwen3" and hidden % heads:
         raise ConfigError(
             f"config: hidden_size {hidden} is not a multiple of num_attention_heads {heads} "
             "and there is no head_dim"
         )
-    head_dim = keys.count("head_dim", hidden // heads)
+    head_dim = keys.count("head_dim", 128 if model_type == "qwen3" else hidden // heads)
     if head_dim % 2:
         raise ConfigError(f"config: head_dim {head_dim} must be even for rotary positions")
-    mistral = model_type == "mistral"
-    trained = keys.count("max_position_embeddings", 131_072 if mistral else 2_048)
+    trained = keys.count("max_position_embeddings", TRAINED[model_type])
     return ModelConfig(
         model_type=model_type,
         hidden_size=hidden,
@@ -164,10 +165,10 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=trained,
         rope=read_rope(raw, trained),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
-        # transformers' Mistral has no biases whatever its config says.
-        attention_bias=not mistral and keys.flag("attention_bias"),
-        mlp_bias=not mistral and keys.flag("mlp_bias"),
-        sliding_window=read_sliding_window(raw) if mistral else None,
+        # In transformers, what the config of another family says of biases changes nothing.
+        attention_bias=model_type in ("llama", "qwen3") and keys.flag("attention_bias"),
+        mlp_bias=model_type == "llama" and keys.flag("mlp_bias"),
+        sliding_window=read_sliding_window(raw) if model_type == "mistral" else None,
         quantization=read_quantization(raw),
     )
 

@@ -218,7 +218,11 @@ def _qkv(
     h = _rms_norm(weights, f"{layer}.input_layernorm", x, config)
     q, k, v = (_linear(weights, f"{layer}.self_attn.{part}_proj", h) for part in "qkv")
     shape = (*x.shape[:-1], -1, _head_dim(config))
-    return q.reshape(shape), k.reshape(shape), v.reshape(shape)
+    q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
+    if config["model_type"] == "qwen3":  # each head is normalized, before rotation
+        q = _rms_norm(weights, f"{layer}.self_attn.q_norm", q, config)
+        k = _rms_norm(weights, f"{layer}.self_attn.k_norm", k, config)
+    return q, k, v
 
 
 def _rest_of_layer(
@@ -251,7 +255,7 @@ def _bounded(config: dict, window: int | None) -> int | None:
 
 
 class SlowLlama:
-    """Run a Llama or Mistral token by token from weights with their Hugging Face names."""
+    """Run a model token by token from weights with their Hugging Face names."""
 
     def __init__(
         self,

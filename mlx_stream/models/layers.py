@@ -1,4 +1,4 @@
-"""The blocks Llama and Mistral share; know no cache logic, no files and no text.
+"""The blocks all families share; know no cache logic, no files and no text.
 
 A layer maps (T, hidden size) to the same. Attention hands unrotated queries, keys and values to the
 step of a cache, which owns order, positions and masks. Q, K and V are one product, gate and up
@@ -52,27 +52,54 @@ class Weights(Protocol):
     def norm(self, path: str, size: int, eps: float) -> nn.Module: ...
 
 
+@dataclass(frozen=True)
+class Block:
+    """How a family's layers differ from the plainest Llama's.
+
+    Attributes:
+        qkv_bias, o_bias, mlp_bias: which projections add a bias.
+        head_norms: each query and key head is normalized before it is rotated.
+    """
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_norms: bool = False
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, weights: Weights, path: str, bias: bool):
+    def __init__(self, config: ModelConfig, weights: Weights, path: str, block: Block):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
-        heads = config.num_attention_heads * self.head_dim
-        kv_heads = config.num_key_value_heads * self.head_dim
+        query_heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = query_heads * self.head_dim, key_heads * self.head_dim
         self.qkv_proj = weights.linear(
-            Projection(f"{path}.q_proj", heads, hidden, bias),
-            Projection(f"{path}.k_proj", kv_heads, hidden, bias),
-            Projection(f"{path}.v_proj", kv_heads, hidden, bias),
+            Projection(f"{path}.q_proj", heads, hidden, block.qkv_bias),
+            Projection(f"{path}.k_proj", kv_heads, hidden, block.qkv_bias),
+            Projection(f"{path}.v_proj", kv_heads, hidden, block.qkv_bias),
         )
-        self.o_proj = weights.linear(Projection(f"{path}.o_proj", hidden, heads, bias))
+        self.o_proj = weights.linear(Projection(f"{path}.o_proj", hidden, heads, block.o_bias))
+        self.head_norms = block.head_norms
+        if self.head_norms:
+            self.query_end, self.key_end = query_heads, query_heads + key_heads
+            self.q_norm = weights.norm(f"{path}.q_norm", self.head_dim, config.rms_norm_eps)
+            self.k_norm = weights.norm(f"{path}.k_norm", self.head_dim, config.rms_norm_eps)
 
     def __call__(self, residual: mx.array, x: mx.array, step: Step, layer: int) -> mx.array:
         rows, heads = x.shape[0], self.qkv_proj(x)
         if rows == 1:  # the same numbers in the same order, without turning axes there and back
-            heads = heads.reshape(1, -1, 1, self.head_dim)
+            heads = self._normalized(heads.reshape(1, -1, 1, self.head_dim), axis=1)
             return self.o_proj.add_to(residual, step.attend(layer, heads).reshape(1, -1))
-        heads = heads.reshape(1, rows, -1, self.head_dim).swapaxes(1, 2)
-        out = step.attend(layer, heads).swapaxes(1, 2).reshape(rows, -1)
+        heads = self._normalized(heads.reshape(1, rows, -1, self.head_dim), axis=2)
+        out = step.attend(layer, heads.swapaxes(1, 2)).swapaxes(1, 2).reshape(rows, -1)
         return self.o_proj.add_to(residual, out)
+
+    def _normalized(self, heads: mx.array, axis: int) -> mx.array:
+        """Normalize the query and key heads, which stand along `axis` before the value heads."""
+        if not self.head_norms:
+            return heads
+        q, k, v = mx.split(heads, [self.query_end, self.key_end], axis=axis)
+        return mx.concatenate([self.q_norm(q), self.k_norm(k), v], axis=axis)
 
 
 class MLP(nn.Module):
@@ -91,25 +118,17 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, weights: Weights, path: str, bias: "Biases"):
+    def __init__(self, config: ModelConfig, weights: Weights, path: str, block: Block):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = weights.norm(f"{path}.input_layernorm", size, eps)
-        self.self_attn = Attention(config, weights, f"{path}.self_attn", bias.attention)
+        self.self_attn = Attention(config, weights, f"{path}.self_attn", block)
         self.post_attention_layernorm = weights.norm(f"{path}.post_attention_layernorm", size, eps)
-        self.mlp = MLP(config, weights, f"{path}.mlp", bias.mlp)
+        self.mlp = MLP(config, weights, f"{path}.mlp", block.mlp_bias)
 
     def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
         x = self.self_attn(x, self.input_layernorm(x), step, layer)
         return self.mlp(x, self.post_attention_layernorm(x))
-
-
-@dataclass(frozen=True)
-class Biases:
-    """Which projections add a bias."""
-
-    attention: bool = False
-    mlp: bool = False
 
 
 class CausalLM(nn.Module):
@@ -121,12 +140,12 @@ class CausalLM(nn.Module):
 
     named_tensors: Callable[[], Iterator[tuple[str, mx.array]]]
 
-    def __init__(self, config: ModelConfig, weights: Weights, bias: Biases):
+    def __init__(self, config: ModelConfig, weights: Weights, block: Block):
         super().__init__()
         vocabulary, size = config.vocab_size, config.hidden_size
         self.embed_tokens = weights.embedding("model.embed_tokens", vocabulary, size)
         self.layers = [
-            DecoderLayer(config, weights, f"model.layers.{layer}", bias)
+            DecoderLayer(config, weights, f"model.layers.{layer}", block)
             for layer in range(config.num_hidden_layers)
         ]
         self.norm = weights.norm("model.norm", size, config.rms_norm_eps)

@@ -1,11 +1,15 @@
 """mlx-lm's model of the same tensors, to compare with."""
 
-from mlx_lm.models import llama as mlx_lm_llama
+from importlib import import_module
+from typing import Any
 
 from tests.fakes.tiny_models import Tensors
 
 
-def peer_of(raw: dict, tensors: Tensors) -> mlx_lm_llama.Model:
-    peer = mlx_lm_llama.Model(mlx_lm_llama.ModelArgs.from_dict(raw))
+def peer_of(raw: dict, tensors: Tensors) -> Any:
+    # mlx-lm reads a Mistral as a Llama.
+    family = "llama" if raw["model_type"] == "mistral" else raw["model_type"]
+    module = import_module(f"mlx_lm.models.{family}")
+    peer = module.Model(module.ModelArgs.from_dict(raw))
     peer.load_weights(list(tensors.items()))
     return peer

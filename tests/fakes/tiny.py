@@ -34,10 +34,12 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 MISTRAL = {"model_type": "mistral"}
+QWEN2 = {"model_type": "qwen2"}
+QWEN3 = {"model_type": "qwen3"}
 
 
 def tiny_config(**overrides) -> dict:
-    """Return the `config.json` of a tiny Llama, or Mistral (`model_type="mistral"`), as a dict.
+    """Return the `config.json` of a tiny Llama, or of the family `model_type` names, as a dict.
 
     `rope_parameters` takes the place of `rope_theta`, as transformers 5 writes it.
     """
@@ -67,8 +69,7 @@ def tiny_config(**overrides) -> dict:
     if "rope_parameters" in overrides:
         del config["rope_theta"]
     config |= overrides
-    family = {"llama": "Llama", "mistral": "Mistral"}[config["model_type"]]
-    return {"architectures": [f"{family}ForCausalLM"], **config}
+    return {"architectures": [f"{config['model_type'].capitalize()}ForCausalLM"], **config}
 
 
 def tiny_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
@@ -95,13 +96,16 @@ def tiny_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         biased = bool(config.get("attention_bias"))
+        qkv_biased = biased or config["model_type"] == "qwen2"
         for part, rows, scale in (
             ("q", heads * head_dim, 1.3),
             ("k", kv_heads * head_dim, 1.3),
             ("v", kv_heads * head_dim, 1.0),
         ):
-            linear(f"{layer}.self_attn.{part}_proj", rows, hidden, scale=scale, bias=biased)
+            linear(f"{layer}.self_attn.{part}_proj", rows, hidden, scale=scale, bias=qkv_biased)
         linear(f"{layer}.self_attn.o_proj", hidden, heads * head_dim, scale=2.0, bias=biased)
+        for part in "qk" if config["model_type"] == "qwen3" else "":
+            normal(f"{layer}.self_attn.{part}_norm.weight", head_dim, scale=0.3, mean=1.0)
         biased = bool(config.get("mlp_bias"))
         linear(f"{layer}.mlp.gate_proj", inner, hidden, scale=1.0, bias=biased)
         linear(f"{layer}.mlp.up_proj", inner, hidden, scale=1.0, bias=biased)

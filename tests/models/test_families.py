@@ -10,7 +10,7 @@ import pytest
 from mlx_stream.cache import StreamCache
 from mlx_stream.load import Model
 from tests.fakes.peer import peer_of
-from tests.fakes.tiny import LLAMA3, MISTRAL, YARN, tiny_config, tiny_weights
+from tests.fakes.tiny import LLAMA3, MISTRAL, QWEN2, QWEN3, YARN, tiny_config, tiny_weights
 from tests.fakes.tiny_models import all_logits, make, some_ids, tensors_of
 from tests.reference import SlowLlama
 
@@ -49,6 +49,12 @@ def read_in_all_ways(model: Model, ids: list[int]) -> Iterable[np.ndarray]:
         {"rope_scaling": YARN | {"beta_fast": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3}},
         MISTRAL,
         {**MISTRAL, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        QWEN2,
+        {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": None},
+        {**QWEN2, "num_key_value_heads": 4, "rope_theta": 1e6, "rms_norm_eps": 1e-2},
+        QWEN3,
+        {**QWEN3, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": 32},
+        {**QWEN3, "num_key_value_heads": 4, "rope_theta": 1e6, "rms_norm_eps": 1e-2},
     ],
     ids=str,
 )
@@ -70,6 +76,8 @@ def test_dense_and_wide_streams_equal_mlx_lm(changes):
         {"rope_scaling": YARN | {"attention_factor": 0.6}},
         {"rope_scaling": YARN | {"truncate": False}},
         {**MISTRAL, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {**QWEN2, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        {**QWEN3, "attention_bias": True},
     ],
     ids=str,
 )
@@ -108,6 +116,23 @@ def test_half_precision_is_near(dtype):
         assert error < (6e-3 if dtype == mx.float16 else 5e-2)
 
 
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [(QWEN2, "q_proj.bias"), (QWEN2, "v_proj.bias"), (QWEN3, "q_norm"), (QWEN3, "k_norm")],
+    ids=str,
+)
+def test_each_part_of_a_family_changes_the_logits(changes, part):
+    """Else a model that leaves it out would pass for the family."""
+    raw = tiny_config(**changes)
+    left_out = {
+        name: tensor * 0 + ("norm" in part) if part in name else tensor
+        for name, tensor in tensors_of(raw).items()
+    }
+    models = make(raw, tensors_of(raw)), make(raw, left_out)
+    whole, without = (all_logits(model, model.new_cache(4, 60), TEXT, 37) for model in models)
+    assert np.abs(whole - without).max() > 0.1
+
+
 # -- C: a stream, against the reference -----------------------------------------------------------
 
 TEXT = some_ids(300, seed=7)
@@ -140,8 +165,17 @@ def test_streams_equal_the_reference(tiny_model, sinks, window, chunk):
 
 
 @pytest.mark.parametrize("chunk", [1, 50])
-def test_models_stream_over_reanchorings_with_yarn_and_biases(chunk):
-    raw = tiny_config(rope_scaling=YARN, attention_bias=True, num_key_value_heads=1)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": YARN, "attention_bias": True, "num_key_value_heads": 1},
+        QWEN2,
+        {**QWEN3, "rope_scaling": YARN},
+    ],
+    ids=str,
+)
+def test_models_stream_over_reanchorings(changes, chunk):
+    raw = tiny_config(**changes)
     expected = SlowLlama(raw, tiny_weights(raw), 3, 20).logits(TEXT)
     model = make(raw, tensors_of(raw))
     cache = StreamCache(model.attention, 3, 20, clock_limit=0)

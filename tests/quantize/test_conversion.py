@@ -22,7 +22,16 @@ from mlx_stream.quantize.recipes import Recipe, recipe_named, uniform_recipe
 from mlx_stream.quantize.write_converted import ConversionResult, write_converted
 from tests.fakes.gguf_files import write_tiny as write_gguf
 from tests.fakes.shell import edit
-from tests.fakes.tiny import LLAMA3, MISTRAL, YARN, tiny_config, tiny_weights, write_tiny
+from tests.fakes.tiny import (
+    LLAMA3,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    YARN,
+    tiny_config,
+    tiny_weights,
+    write_tiny,
+)
 from tests.fakes.tiny_models import all_logits, some_ids
 
 # Rows of 128 and 256: every group size divides them.
@@ -35,6 +44,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {**YARN, "rope_theta": 5e5},
     },
     "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
 }
 IDS = some_ids(90)
 

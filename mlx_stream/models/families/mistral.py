@@ -4,9 +4,9 @@ Its `sliding_window` is a bound on the window of a stream, held where streams ar
 """
 
 from mlx_stream.config import ModelConfig
-from mlx_stream.models.layers import Biases, CausalLM, Weights
+from mlx_stream.models.layers import Block, CausalLM, Weights
 
 
 def mistral(config: ModelConfig, weights: Weights) -> CausalLM:
     """Build a Mistral: Llama's blocks, never a bias."""
-    return CausalLM(config, weights, Biases())
+    return CausalLM(config, weights, Block())
