@@ -199,7 +199,8 @@ class GGUFTensors(Mapping[str, mx.array]):
                     f"{self._file}: the tensor {tensor.name} has scales that are not finite in "
                     "float16: it is damaged, or must be quantized another way"
                 )
-        return mx.array(in_order(array, parameter.heads))
+        # MLX holds the whole span of a strided array: for scales, all the blocks they come from.
+        return mx.array(np.ascontiguousarray(in_order(array, parameter.heads)))
 
 
 def read_raw(path: Path, file: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
