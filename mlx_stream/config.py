@@ -1,22 +1,23 @@
 """A model's configuration, checked and complete; knows config.json's words, no arrays.
 
-Keys this package does not know are ignored, as everywhere, except those that would change the
-computation: they are refused by name, because running without them gives wrong text in silence.
+Unknown keys are ignored, except those that would change the computation. These are refused by name:
+without them the text would be silently wrong.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_stream.errors import ConfigError
+from mlx_stream.errors import ConfigError, MlxStreamError, one_line
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 # The trained context of a family whose config does not say it, as in transformers.
 TRAINED = {"llama": 2_048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
+ROPE_TYPES = "default, linear, llama3, yarn"
 
-# Keys that change what is computed, with the values that leave it as it is. Read from the
-# configurations of transformers' models that are derived from Llama.
+# Keys that change the computation, with the values that do not. From the configurations of
+# transformers' models that are derived from Llama.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
     "hidden_act": (None, "silu", "swish"),
@@ -89,7 +90,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model computes, in config.json's names.
+    """The settings of a model, in config.json's names.
 
     `sliding_window` bounds the window of a stream (Mistral only); `max_position_embeddings` is the
     trained context in tokens. `quantization` maps a module path to how it is quantized, or None;
@@ -121,11 +122,10 @@ class ModelConfig:
 
 
 def read_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """Check what config.json holds and return it complete.
+    """Check the content of a config.json and fill in its defaults.
 
     Raises:
-        ConfigError: a key is missing, of the wrong type or out of range; the architecture or a
-            feature is not supported (named).
+        ConfigError: a key is missing, of the wrong type or out of range, or not supported.
     """
     keys = Keys(raw)
     model_type = keys.text("model_type")
@@ -155,7 +155,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         model_type=model_type,
         hidden_size=hidden,
-        num_hidden_layers=keys.count("num_hidden_layers", limit=10_000),
+        num_hidden_layers=keys.count("num_hidden_layers", most=10_000),
         intermediate_size=keys.count("intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -177,13 +177,13 @@ def refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for key, neutral in NEUTRAL.items():
         if raw.get(key) not in neutral:
             raise ConfigError(
-                f"config: {key} = {raw[key]!r} changes the computation and is not supported"
+                f"config: {key} = {shorten(raw[key])} changes the computation and is not supported"
             )
     kinds = raw.get("layer_types") or []
     if not isinstance(kinds, list) or len({str(kind) for kind in kinds}) > 1:
         raise ConfigError(
-            "config: layer_types that mix kinds of attention is not supported (all layers of a "
-            "stream share one window)"
+            "config: layer_types with several kinds of attention are not supported: all layers of "
+            "a stream share one window"
         )
     if kinds and kinds[0] not in ("full_attention", "sliding_attention"):
         raise ConfigError(f"config: layer_types {kinds[0]!r} is not supported")
@@ -191,44 +191,40 @@ def refuse_unsupported(raw: Mapping[str, Any]) -> None:
         method = raw["quantization_config"]
         method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
         raise ConfigError(
-            f"config: quantization_config of method {method!r} is not supported (use the "
-            "unquantized checkpoint, or one in mlx-lm's layout)"
+            f"config: quantization_config of method {method!r} is not supported: use the "
+            "unquantized checkpoint, or one that mlx-lm quantized"
         )
 
 
 def read_rope(raw: Mapping[str, Any], trained: int) -> RopeConfig:
-    """Read either spelling of the rotary settings: two keys, or one `rope_parameters`.
+    """Read the rotary settings in both spellings, which must not contradict each other.
 
     transformers 5 writes `rope_parameters` with `rope_theta` inside; older files have `rope_theta`
-    and `rope_scaling`. A file with both must say the same in both.
+    and `rope_scaling`.
     """
-    older = {**(read_object(raw, "rope_scaling") or {})}
-    newer = {**(read_object(raw, "rope_parameters") or {})}
-    thetas = [older.pop("rope_theta", None), newer.pop("rope_theta", None), raw.get("rope_theta")]
-    given = [theta for theta in thetas if theta is not None]
-    for settings in (older, newer):
-        spelling = settings.pop("type", None)
-        if spelling is not None and settings.setdefault("rope_type", spelling) != spelling:
-            raise ConfigError("config: rope_scaling has a type and a rope_type that disagree")
-        if settings and settings.get("rope_type") is None:
-            raise ConfigError("config: rope_scaling has no rope_type")
-    disagree = [key for key in older.keys() & newer.keys() if older[key] != newer[key]]
-    if newer and older and (disagree or older["rope_type"] != newer["rope_type"]):
-        raise ConfigError(
-            f"config: rope_scaling and rope_parameters disagree on {', '.join(sorted(disagree))}"
-        )
-    if any(theta != given[0] for theta in given[1:]):
-        raise ConfigError(f"config: rope_theta is given as {given[0]!r} and {given[1]!r}: disagree")
-    settings = {**older, **newer, "rope_theta": given[0] if given else None}
-    if raw.get("original_max_position_embeddings") is not None:
-        settings["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
+    settings: dict[str, Any] = {}
+    spellings = [read_object(raw, key) or {} for key in ("rope_scaling", "rope_parameters")]
+    for spelling in (*spellings, {"rope_theta": raw.get("rope_theta")}):
+        rope_type = spelling.get("rope_type", spelling.get("type"))
+        if spelling.keys() - {"rope_theta"} and rope_type is None:
+            raise ConfigError("config: the rotary settings have no rope_type")
+        for key, value in spelling.items():
+            name = "rope_type" if key == "type" else key
+            if value is not None and settings.setdefault(name, value) not in (value,):
+                raise ConfigError(
+                    f"config: the rotary settings disagree on {name}: "
+                    f"{shorten(settings[name])} and {shorten(value)}"
+                )
+    original = "original_max_position_embeddings"
+    if raw.get(original) is not None:
+        settings[original] = raw[original]
     return build_rope(Keys(settings, "config: rope"), trained)
 
 
 def build_rope(keys: "Keys", trained: int) -> RopeConfig:
     rope_type = keys.text("rope_type", "default")
     if keys.raw.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
-        raise ConfigError("config: partial_rotary_factor changes the computation, not supported")
+        raise ConfigError("config: rope: partial_rotary_factor is not supported")
     theta = keys.number("rope_theta", 10_000.0)
     # Beyond these a frequency is 0 or infinite in float32.
     if not 1 < theta <= 1e15 or not 1e-6 <= keys.number("factor", 1.0) <= 1e6:
@@ -237,44 +233,33 @@ def build_rope(keys: "Keys", trained: int) -> RopeConfig:
         return RopeConfig(theta)
     if rope_type == "linear":
         return RopeConfig(theta, "linear", keys.number("factor"))
-    if rope_type == "llama3":
-        if keys.number("high_freq_factor", 4.0) <= keys.number("low_freq_factor", 1.0):
-            raise ConfigError("config: rope: high_freq_factor must exceed low_freq_factor")
-        return RopeConfig(
-            theta,
-            "llama3",
-            keys.number("factor"),
-            low_freq_factor=keys.number("low_freq_factor", 1.0),
-            high_freq_factor=keys.number("high_freq_factor", 4.0),
-            original_max_position_embeddings=keys.count(
-                "original_max_position_embeddings", trained
-            ),
-        )
-    if rope_type == "yarn":
-        return build_yarn(keys, theta, trained)
     if rope_type == "dynamic":
         raise ConfigError(
             "config: rope_type 'dynamic' changes its frequencies with the length of the text and "
-            "cannot be used on a stream (supported: default, linear, llama3, yarn)"
+            f"cannot be used on a stream (supported: {ROPE_TYPES})"
         )
-    raise ConfigError(
-        f"config: rope_type {rope_type!r} is not supported (supported: default, linear, llama3, "
-        "yarn)"
-    )
-
-
-def build_yarn(keys: "Keys", theta: float, trained: int) -> RopeConfig:
+    if rope_type not in ("llama3", "yarn"):
+        raise ConfigError(
+            f"config: rope_type {shorten(rope_type)} is not supported (supported: {ROPE_TYPES})"
+        )
     original = keys.count("original_max_position_embeddings", trained)
+    if rope_type == "yarn":
+        return build_yarn(keys, theta, trained, original)
+    low, high = keys.number("low_freq_factor", 1.0), keys.number("high_freq_factor", 4.0)
+    if high <= low:
+        raise ConfigError("config: rope: high_freq_factor must exceed low_freq_factor")
+    return RopeConfig(theta, "llama3", keys.number("factor"), low, high, original)
+
+
+def build_yarn(keys: "Keys", theta: float, trained: int, original: int) -> RopeConfig:
     factor = keys.number("factor", trained / original)
-    scales = [keys.raw.get("mscale"), keys.raw.get("mscale_all_dim")]
+    magnitude = yarn_magnitude(factor)
     if keys.raw.get("attention_factor") is not None:
         magnitude = keys.number("attention_factor")
-    elif all(scales):
-        magnitude = yarn_magnitude(factor, keys.number("mscale")) / yarn_magnitude(
-            factor, keys.number("mscale_all_dim")
-        )
-    else:
-        magnitude = yarn_magnitude(factor)
+    elif keys.raw.get("mscale") and keys.raw.get("mscale_all_dim"):
+        scales = (keys.number("mscale"), keys.number("mscale_all_dim"))
+        over, under = (yarn_magnitude(factor, scale) for scale in scales)
+        magnitude = over / under
     return RopeConfig(
         theta,
         "yarn",
@@ -282,7 +267,7 @@ def build_yarn(keys: "Keys", theta: float, trained: int) -> RopeConfig:
         original_max_position_embeddings=original,
         beta_fast=keys.number("beta_fast", 32.0),
         beta_slow=keys.number("beta_slow", 1.0),
-        truncate=keys.raw.get("truncate") is None or keys.flag("truncate"),
+        truncate=keys.flag("truncate", True),
         attention_factor=magnitude,
     )
 
@@ -294,7 +279,7 @@ def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
 def read_object(raw: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     value = raw.get(key)
     if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"config: {key} must be an object, not {value!r}")
+        raise Keys(raw).wrong(key, "an object")
     return value
 
 
@@ -333,44 +318,53 @@ def read_one_quantization(where: str, entry: Mapping[str, Any]) -> Quantization:
 
 @dataclass(frozen=True)
 class Keys:
-    """Typed reading of an object of a JSON file, with errors that name the key."""
+    """Typed reading of an untrusted object's keys, with errors that name file and key."""
 
     raw: Mapping[str, Any]
     where: str = "config"
+    error: type[MlxStreamError] = ConfigError
 
-    def count(self, key: str, default: int | None = None, limit: int = 2**31 - 1) -> int:
-        value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-            raise ConfigError(
-                f"{self.where}: {key} must be a whole number from 1 to {limit}, not {value!r}"
-            )
+    def count(
+        self, key: str, default: int | None = None, least: int = 1, most: int = 2**31 - 1
+    ) -> int:
+        value = self.value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.wrong(key, f"a whole number from {least} to {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
+        value = self.value(key, default)
         # JSON's NaN and Infinity reach us as floats; neither is in this range.
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise ConfigError(f"{self.where}: {key} must be a positive number, not {value!r}")
+            raise self.wrong(key, "a positive number")
         return float(value)
 
-    def flag(self, key: str) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            return False
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.value(key, default)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: {key} must be true or false, not {value!r}")
+            raise self.wrong(key, "true or false")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        value = self._value(key, default)
+        value = self.value(key, default)
         if not isinstance(value, str):
-            raise ConfigError(f"{self.where}: {key} must be text, not {value!r}")
+            raise self.wrong(key, "text")
         return value
 
-    def _value(self, key: str, default: Any) -> Any:
+    def value(self, key: str, default: Any = None) -> Any:
         value = self.raw.get(key)
-        if value is not None:
-            return value
-        if default is None:
-            raise ConfigError(f"{self.where}: {key} is missing")
-        return default
+        value = default if value is None else value
+        if value is None:
+            raise self.error(f"{self.where}: {key} is missing")
+        return value
+
+    def wrong(self, key: str, expected: str) -> MlxStreamError:
+        given = shorten(self.raw.get(key))
+        return self.error(f"{self.where}: {key} must be {expected}, not {given}")
+
+
+def shorten(value: object) -> str:
+    """Show a value from an untrusted file in one short line."""
+    if isinstance(value, Sized) and not isinstance(value, str):
+        return f"{'an object' if isinstance(value, Mapping) else 'an array'} of {len(value)}"
+    return one_line(repr(value), 60)

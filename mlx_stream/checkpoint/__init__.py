@@ -1,7 +1,7 @@
-"""What a model is on disk; knows file formats, not modules.
+"""A model on disk; knows file formats, not modules.
 
 Every source is read into one `Checkpoint`, in the names and layout of a Hugging Face folder with
-mlx-lm's quantization: what `config.json` would say, and tensors by their Hugging Face names.
+mlx-lm's quantization.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,14 @@ class Checkpoint:
     """One model as found on disk.
 
     Attributes:
-        config: what `config.json` holds. If tensors are quantized it has mlx-lm's `quantization`
-            entry: `{"group_size": g, "bits": b, "mode": m}` and, by module path, overrides.
+        config: the content of `config.json`. If tensors are quantized it has mlx-lm's
+            `quantization` entry: `{"group_size": g, "bits": b, "mode": m}`, and overrides by module
+            path.
         tensors: lazy arrays by Hugging Face name. A quantized weight `X.weight` (uint32, packed
-            along its input dimension) comes with `X.scales` and, for affine mode, `X.biases`.
+            along its input dimension) comes with `X.scales` and, in affine mode, `X.biases`.
         tokenizer: the text of `tokenizer.json`.
-        tokenizer_config: what `tokenizer_config.json` holds, `chat_template` included.
-        generation_config: what `generation_config.json` holds, or an empty dict.
+        tokenizer_config: the content of `tokenizer_config.json`, with the `chat_template`.
+        generation_config: the content of `generation_config.json`, or an empty dict.
     """
 
     config: dict[str, Any]

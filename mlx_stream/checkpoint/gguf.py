@@ -1,7 +1,7 @@
-"""A llama.cpp GGUF file read as a checkpoint; knows GGUF's names and blocks, no modules.
+"""Reads a llama.cpp GGUF file as a checkpoint; knows GGUF's names and blocks, runs no model.
 
-Blocks of Q4_0, Q4_1 and Q8_0 are affine groups of 32 in other words, so they are repacked for MLX
-without loss: nothing is dequantized here.
+Blocks of Q4_0, Q4_1 and Q8_0 are affine groups of 32, so they are repacked for MLX without loss:
+nothing is dequantized here.
 """
 
 from collections import Counter
@@ -19,10 +19,29 @@ from mlx_stream.checkpoint.gguf_config import (
     read_rope_scaling,
     refuse_unsupported_gguf,
 )
-from mlx_stream.checkpoint.gguf_header import GGUFHeader, Tensor, read_header, shorten
+from mlx_stream.checkpoint.gguf_header import GGUFHeader, Tensor, read_header
 from mlx_stream.checkpoint.gguf_tokenizer import gguf_tokenizer
+from mlx_stream.config import ModelConfig, read_config, shorten
 from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
+from mlx_stream.models.layers import Projection
+from mlx_stream.models.layout import Vector, layout_of
 
+FACTORS = "rope_freqs.weight"
+# Modules by their Hugging Face names, and llama.cpp's.
+MODULES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 GROUP = 32
 PLAIN = {"F32": "<f4", "F16": "<f2"}
 # Bits of an element, and the layout of a block: scale d, minimum m, quants q.
@@ -34,32 +53,33 @@ BLOCKS = {
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Read a GGUF file of a Llama as Hugging Face's config, names, row order and tokenizer.
+    """Read a GGUF file of a Llama with Hugging Face's config, names, row order and tokenizer.
 
     Tensors are read from the file when asked for: float32 or float16, and for quantized ones
     uint32 (rows, columns * bits / 32), with float16 scales and biases (rows, columns / 32).
 
     Raises:
-        CheckpointError: damaged or truncated; a type of tensor that is not supported.
-        ConfigError: the metadata is incomplete or asks for what is not supported.
+        CheckpointError: the file is damaged or truncated, or has an unsupported type of tensor.
+        ConfigError: the metadata is incomplete or not supported.
         WeightsError: a tensor is missing, unknown or of the wrong shape; when one is read, its
             scales do not fit MLX's.
         TokenizerError: the tokenizer cannot be rebuilt.
     """
-    header = read_header(path)
+    header, path = read_header(path), path.absolute()
     refuse_unsupported_gguf(header)
     refuse_types(header)
     config = gguf_config(header)
-    modules = name_tensors(header, config)
-    path = path.absolute()
-    scaling = read_rope_scaling(header, config, read_factors(header, config["head_dim"], path))
-    if scaling is not None:
-        config["rope_scaling"] = scaling
-    quantization = gguf_quantization(modules)
-    if quantization is not None:
-        config["quantization"] = quantization
-    tokenizer, tokenizer_config = gguf_tokenizer(header, config["vocab_size"])
-    return Checkpoint(config, GGUFTensors(path, header.file, modules), tokenizer, tokenizer_config)
+    factors = read_factors(header, config["head_dim"], path)
+    config |= read_rope_scaling(header.metadata, config, factors)
+    try:
+        checked = read_config(config)
+    except ConfigError as error:
+        raise ConfigError(f"{header.file}: {error}") from error
+    parameters = name_tensors(header, checked)
+    config |= gguf_quantization(parameters)
+    tokenizer, tokenizer_config = gguf_tokenizer(header, checked.vocab_size)
+    tensors = GGUFTensors(path, header.file, parameters)
+    return Checkpoint(config, tensors, tokenizer, tokenizer_config)
 
 
 def refuse_types(header: GGUFHeader) -> None:
@@ -73,12 +93,12 @@ def refuse_types(header: GGUFHeader) -> None:
 
 
 def read_factors(header: GGUFHeader, head_dim: int, path: Path) -> np.ndarray | None:
-    tensor = header.tensors.get("rope_freqs.weight")
+    tensor = header.tensors.get(FACTORS)
     if tensor is None:
         return None
     if tensor.kind != "F32" or tensor.shape != (head_dim // 2,):
         raise ConfigError(
-            f"{header.file}: rope_freqs.weight must be F32 of shape ({head_dim // 2},), not "
+            f"{header.file}: {FACTORS} must be F32 of shape ({head_dim // 2},), not "
             f"{tensor.kind} of {tensor.shape}"
         )
     return read_raw(path, header.file, tensor, np.dtype("<f4")).astype(np.float64)
@@ -92,52 +112,35 @@ class Parameter:
     heads: int = 0
 
 
-def name_tensors(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Parameter]:
-    """Return every tensor by its Hugging Face name, all there, none left, shapes checked."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    queries, keys = heads * config["head_dim"], kv_heads * config["head_dim"]
-    outer = {
-        "token_embd": ("model.embed_tokens", (config["vocab_size"], hidden), False, 0),
-        "output_norm": ("model.norm", (hidden,), False, 0),
-        "output": ("lm_head", (config["vocab_size"], hidden), False, 0),
-    }
-    attention, mlp = config["attention_bias"], config["mlp_bias"]
-    block = {
-        "attn_norm": ("input_layernorm", (hidden,), False, 0),
-        "attn_q": ("self_attn.q_proj", (queries, hidden), attention, heads),
-        "attn_k": ("self_attn.k_proj", (keys, hidden), attention, kv_heads),
-        "attn_v": ("self_attn.v_proj", (keys, hidden), attention, 0),
-        "attn_output": ("self_attn.o_proj", (hidden, queries), attention, 0),
-        "ffn_norm": ("post_attention_layernorm", (hidden,), False, 0),
-        "ffn_gate": ("mlp.gate_proj", (inner, hidden), mlp, 0),
-        "ffn_up": ("mlp.up_proj", (inner, hidden), mlp, 0),
-        "ffn_down": ("mlp.down_proj", (hidden, inner), mlp, 0),
-    }
-    if config["tie_word_embeddings"]:
-        del outer["output"]
-    left = dict(header.tensors)
-    left.pop("rope_freqs.weight", None)
-    named: dict[str, Parameter] = {}
+def name_tensors(header: GGUFHeader, config: ModelConfig) -> dict[str, Parameter]:
+    """Return every tensor of the model by its Hugging Face name, shapes checked.
 
-    def take(name: str, module: str, shape: tuple[int, ...], bias: bool, heads: int) -> None:
-        for end, wanted in (("weight", shape), *([("bias", shape[:1])] if bias else [])):
-            tensor = left.pop(f"{name}.{end}", None)
+    Raises:
+        WeightsError: a tensor is missing, unknown or of the wrong shape.
+    """
+    if config.num_hidden_layers > len(header.tensors):
+        raise WeightsError(
+            f"{header.file}: {config.num_hidden_layers} layers in {len(header.tensors)} tensors: "
+            "the file is damaged"
+        )
+    interleaved = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    left = {name: tensor for name, tensor in header.tensors.items() if name != FACTORS}
+    named: dict[str, Parameter] = {}
+    for part in layout_of(config).parts:
+        shape = (part.size,) if isinstance(part, Vector) else (part.outputs, part.inputs)
+        biased = isinstance(part, Projection) and part.bias
+        for end, wanted in (("weight", shape), *([("bias", shape[:1])] if biased else [])):
+            name = f"{gguf_name(part.path)}.{end}"
+            tensor = left.pop(name, None)
             if tensor is None:
-                raise WeightsError(f"{header.file}: the tensor {name}.{end} is missing")
+                raise WeightsError(f"{header.file}: the tensor {name} is missing")
             if tensor.shape != wanted or (len(wanted) == 1 and tensor.kind in BLOCKS):
                 raise WeightsError(
-                    f"{header.file}: the tensor {name}.{end} is {tensor.kind} of shape "
-                    f"{tensor.shape}, expected {wanted}"
+                    f"{header.file}: the tensor {name} is {tensor.kind} of shape {tensor.shape}, "
+                    f"expected {wanted}"
                 )
-            named[f"{module}.{end}"] = Parameter(tensor, heads)
-
-    for name, rule in outer.items():
-        take(name, *rule)
-    # A forged layer count ends at the first tensor that is not there.
-    for layer in range(config["num_hidden_layers"]):
-        for name, (module, *rule) in block.items():
-            take(f"blk.{layer}.{name}", f"model.layers.{layer}.{module}", *rule)
+            heads = interleaved.get(part.path.rpartition(".")[2], 0)
+            named[f"{part.path}.{end}"] = Parameter(tensor, heads)
     if left:
         raise WeightsError(
             f"{header.file}: the tensor {shorten(next(iter(left)))} is not one of a Llama's "
@@ -146,7 +149,15 @@ def name_tensors(header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, Par
     return named
 
 
-def gguf_quantization(named: Mapping[str, Parameter]) -> dict[str, Any] | None:
+def gguf_name(path: str) -> str:
+    """Return llama.cpp's name of a module: `model.layers.3.mlp.up_proj` is `blk.3.ffn_up`."""
+    if not path.startswith("model.layers."):
+        return MODULES[path]
+    layer, _, module = path.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{MODULES[module]}"
+
+
+def gguf_quantization(named: Mapping[str, Parameter]) -> dict[str, Any]:
     """Return mlx-lm's entry: the most common bits, and each matrix that differs by its path."""
     bits = {
         name.removesuffix(".weight"): BLOCKS[p.tensor.kind][0] if p.tensor.kind in BLOCKS else 0
@@ -155,14 +166,14 @@ def gguf_quantization(named: Mapping[str, Parameter]) -> dict[str, Any] | None:
     }
     counts = Counter(found for found in bits.values() if found)
     if not counts:
-        return None
+        return {}
     common = counts.most_common(1)[0][0]
     overrides = {
         path: {"group_size": GROUP, "bits": found} if found else False
         for path, found in bits.items()
         if found != common
     }
-    return {"group_size": GROUP, "bits": common, "mode": "affine", **overrides}
+    return {"quantization": {"group_size": GROUP, "bits": common, "mode": "affine", **overrides}}
 
 
 class GGUFTensors(Mapping[str, mx.array]):
@@ -199,7 +210,8 @@ class GGUFTensors(Mapping[str, mx.array]):
                     f"{self._file}: the tensor {tensor.name} has scales that are not finite in "
                     "float16: it is damaged, or must be quantized another way"
                 )
-        return mx.array(in_order(array, parameter.heads))
+        # MLX holds the whole span of a strided array: for scales, all the blocks they come from.
+        return mx.array(np.ascontiguousarray(in_order(array, parameter.heads)))
 
 
 def read_raw(path: Path, file: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:

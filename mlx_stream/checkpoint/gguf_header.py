@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata and where each tensor lies; knows no model, no arrays.
+"""Reads a GGUF file's header: metadata, and where each tensor lies; knows no model, no arrays.
 
-The file is not trusted: every count, length and offset is checked against the file's size before
-it is used, and what may be allocated is bounded. Format: ggml's `docs/gguf.md`, versions 2 and 3.
+The file is untrusted: every count, length and offset is checked against the file's size before use,
+and allocations are bounded. Format: ggml's `docs/gguf.md`, versions 2 and 3.
 """
 
 import math
@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_stream.errors import CheckpointError, ConfigError, MlxStreamError
+from mlx_stream.config import Keys, shorten
+from mlx_stream.errors import CheckpointError
 
 # No published header is near these: Llama 3's, among the largest, takes 8 MB and 400,000 strings.
 MAX_HEADER_BYTES = 64 * 2**20
@@ -36,8 +37,7 @@ SCALARS = {
     12: "d",
 }
 
-# ggml's number of each type: its name, the elements of a block, the bytes of a block. All of them,
-# so that a layout can be checked, and a type named, before anyone says what is supported.
+# Every type of ggml by its number: name, elements and bytes of a block.
 TENSOR_TYPES = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8)},
     **{24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)},
@@ -66,64 +66,11 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Metadata:
-    """Typed reading of a header's keys, with errors that name the file and the key."""
-
-    values: dict[str, Any]
-    file: str
-    error: type[MlxStreamError] = ConfigError
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.values
-
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        value = self.value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            raise self.wrong(key, f"a whole number from {least} to {2**31 - 1}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.value(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e30:
-            raise self.wrong(key, "a positive number")
-        return float(value)
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.value(key, default)
-        if not isinstance(value, str):
-            raise self.wrong(key, "text")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.value(key, default)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
-
-    def strings(self, key: str) -> list[str]:
-        value = self.value(key, None)
-        # An empty array of another type is no list of strings, but says the same.
-        if not isinstance(value, list):
-            raise self.wrong(key, "an array of strings")
-        return value
-
-    def value(self, key: str, default: Any) -> Any:
-        value = self.values.get(key, default)
-        if value is None:
-            raise self.error(f"{self.file}: the GGUF header has no {key}")
-        return value
-
-    def wrong(self, key: str, expected: str) -> MlxStreamError:
-        given = shorten(self.values.get(key))
-        return self.error(f"{self.file}: {key} must be {expected}, not {given}")
-
-
-@dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says before its data; `file` is its name as used in messages."""
+    """A GGUF file without its data; `file` is its name as used in messages."""
 
     file: str
-    metadata: Metadata
+    metadata: Keys
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -136,7 +83,7 @@ def read_header(path: Path) -> GGUFHeader:
     Raises:
         CheckpointError: not such a file, damaged, truncated, or past this reader's limits.
     """
-    file = escape_unprintable(path.name)
+    file = path.name if path.name.isprintable() else repr(path.name)
     try:
         # A named pipe would block for ever when opened.
         if not path.is_file():
@@ -168,7 +115,7 @@ class Parser:
             if key in values:
                 raise self.damaged(f"the key {shorten(key)} occurs twice")
             values[key] = self.value(key, self.scalar("I"))
-        metadata = Metadata(values, self.file)
+        metadata = Keys(values, self.file)
         alignment = metadata.count("general.alignment", 32)
         if alignment & (alignment - 1):
             raise self.damaged(f"general.alignment {alignment} is not a power of two")
@@ -319,16 +266,3 @@ class Parser:
 def shortest(value: float) -> float:
     """Return the shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
-
-
-def shorten(value: Any) -> str:
-    """Show a value from the file in one short line, whatever it holds."""
-    if isinstance(value, list | np.ndarray):
-        return f"an array of {len(value)}"
-    if isinstance(value, str) and len(value) > 60:
-        return repr(value[:60] + "...")
-    return repr(value)
-
-
-def escape_unprintable(name: str) -> str:
-    return name if name.isprintable() else repr(name)

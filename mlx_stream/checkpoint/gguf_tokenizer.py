@@ -1,7 +1,7 @@
-"""A GGUF header's tokenizer keys -> tokenizer.json and its config; knows no tensors.
+"""Rebuilds tokenizer.json and its config from a GGUF header's keys; knows no tensors.
 
-GGUF keeps the vocabulary and merges but only the name of the pre-tokenizer, so the pipelines of the
-original models' tokenizer.json are written down here by that name.
+GGUF keeps the vocabulary and merges but only the name of the pre-tokenizer. The original models'
+pipelines are here by that name.
 """
 
 import json
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_stream.checkpoint.gguf_header import GGUFHeader, Metadata, shorten
+from mlx_stream.checkpoint.gguf_header import GGUFHeader
+from mlx_stream.config import Keys, shorten
 from mlx_stream.errors import TokenizerError
 
 # GGUF's kinds of tokens (llama.cpp's llama_token_type).
@@ -73,15 +74,15 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
     """
     keys = replace(header.metadata, error=TokenizerError)
     pipeline = read_pipeline(keys)
-    tokens = keys.strings("tokenizer.ggml.tokens")
+    tokens = strings(keys, "tokenizer.ggml.tokens")
     if not 0 < len(tokens) <= vocab_size:
         raise TokenizerError(
-            f"{keys.file}: {len(tokens)} tokens for an embedding of {vocab_size} rows"
+            f"{keys.where}: {len(tokens)} tokens for an embedding of {vocab_size} rows"
         )
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(t for index, t in enumerate(tokens) if vocabulary[t] != index)
-        raise TokenizerError(f"{keys.file}: the token {shorten(twice)} occurs twice")
+        raise TokenizerError(f"{keys.where}: the token {shorten(twice)} occurs twice")
     named = {
         role: read_id(keys, f"tokenizer.ggml.{key}_token_id", len(tokens))
         for role, key in NAMED.items()
@@ -121,7 +122,7 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
         index = named[role]
         if index is not None:
             config[f"{role}_token"] = tokens[index]
-    if "tokenizer.chat_template" in keys:
+    if "tokenizer.chat_template" in keys.raw:
         config["chat_template"] = keys.text("tokenizer.chat_template")
     return json.dumps(tokenizer, ensure_ascii=False), config
 
@@ -130,55 +131,63 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
 NAMED = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
 
 
-def read_pipeline(keys: Metadata) -> Pipeline:
+def read_pipeline(keys: Keys) -> Pipeline:
     model = keys.text("tokenizer.ggml.model")
     if model != "gpt2":
         raise TokenizerError(
-            f"{keys.file}: tokenizer.ggml.model {shorten(model)} is not supported (supported: "
+            f"{keys.where}: tokenizer.ggml.model {shorten(model)} is not supported (supported: "
             "'gpt2', byte-level BPE); use the model's Hugging Face folder"
         )
     # Files of early 2024 have none, and llama.cpp then guesses.
     name = keys.text("tokenizer.ggml.pre", "")
     if name not in PIPELINES:
         raise TokenizerError(
-            f"{keys.file}: tokenizer.ggml.pre {shorten(name)} is not supported (supported: "
+            f"{keys.where}: tokenizer.ggml.pre {shorten(name)} is not supported (supported: "
             f"{', '.join(PIPELINES)}); use the model's Hugging Face folder"
         )
     return PIPELINES[name]
 
 
-def read_id(keys: Metadata, key: str, token_count: int) -> int | None:
-    if key not in keys:
+def strings(keys: Keys, key: str) -> list[str]:
+    value = keys.value(key)
+    # An empty array of another type is not a list of strings, but says the same.
+    if not isinstance(value, list):
+        raise keys.wrong(key, "an array of strings")
+    return value
+
+
+def read_id(keys: Keys, key: str, token_count: int) -> int | None:
+    if key not in keys.raw:
         return None
     index = keys.count(key, least=0)
     if index >= token_count:
-        raise TokenizerError(f"{keys.file}: {key} {index} is not one of the {token_count} tokens")
+        raise TokenizerError(f"{keys.where}: {key} {index} is not one of the {token_count} tokens")
     return index
 
 
-def added_tokens(keys: Metadata, tokens: list[str], special: set[int]) -> list[dict[str, Any]]:
+def added_tokens(keys: Keys, tokens: list[str], special: set[int]) -> list[dict[str, Any]]:
     """Return the entries of tokens that are found in text before it is split into words.
 
     They stay in the vocabulary too, so that each keeps its number whatever the order.
     """
-    kinds = keys.value("tokenizer.ggml.token_type", None)
+    kinds = keys.value("tokenizer.ggml.token_type")
     if not isinstance(kinds, np.ndarray) or kinds.dtype.kind not in "iu":
         raise keys.wrong("tokenizer.ggml.token_type", "an array of whole numbers")
     if len(kinds) != len(tokens):
         raise TokenizerError(
-            f"{keys.file}: tokenizer.ggml.token_type has {len(kinds)} entries for "
+            f"{keys.where}: tokenizer.ggml.token_type has {len(kinds)} entries for "
             f"{len(tokens)} tokens"
         )
     unknown = np.flatnonzero(~np.isin(kinds, KINDS))
     if unknown.size:
         raise TokenizerError(
-            f"{keys.file}: tokenizer.ggml.token_type has the unknown kind {kinds[unknown[0]]}"
+            f"{keys.where}: tokenizer.ggml.token_type has the unknown kind {kinds[unknown[0]]}"
         )
     special = special | set(np.flatnonzero(np.isin(kinds, (UNKNOWN, CONTROL))).tolist())
     entries = []
     for index in sorted(special | set(np.flatnonzero(kinds == USER_DEFINED).tolist())):
         if not tokens[index]:
-            raise TokenizerError(f"{keys.file}: token {index} is special and empty")
+            raise TokenizerError(f"{keys.where}: token {index} is special and empty")
         entry = {"id": index, "content": tokens[index], "special": index in special}
         entries.append(
             entry | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -186,17 +195,17 @@ def added_tokens(keys: Metadata, tokens: list[str], special: set[int]) -> list[d
     return entries
 
 
-def read_merges(keys: Metadata, vocabulary: dict[str, int]) -> list[list[str]]:
+def read_merges(keys: Keys, vocabulary: dict[str, int]) -> list[list[str]]:
     merges = []
-    for merge in keys.strings("tokenizer.ggml.merges"):
+    for merge in strings(keys, "tokenizer.ggml.merges"):
         # In a byte-level vocabulary a space is another letter, so one space parts two tokens.
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
-            raise TokenizerError(f"{keys.file}: the merge {shorten(merge)} is not two tokens")
+            raise TokenizerError(f"{keys.where}: the merge {shorten(merge)} is not two tokens")
         for token in (left, right, left + right):
             if token not in vocabulary:
                 raise TokenizerError(
-                    f"{keys.file}: the merge {shorten(merge)} needs the token "
+                    f"{keys.where}: the merge {shorten(merge)} needs the token "
                     f"{shorten(token)}, which is not in the vocabulary"
                 )
         merges.append([left, right])
@@ -204,7 +213,7 @@ def read_merges(keys: Metadata, vocabulary: dict[str, int]) -> list[list[str]]:
 
 
 def bos_and_eos(
-    keys: Metadata, pipeline: Pipeline, named: dict[str, int | None]
+    keys: Keys, pipeline: Pipeline, named: dict[str, int | None]
 ) -> tuple[int | None, int | None]:
     """Return the tokens put before and after every text, None for none."""
     found: list[int | None] = []
@@ -212,7 +221,7 @@ def bos_and_eos(
         wanted = keys.flag(f"tokenizer.ggml.add_{role}_token", default)
         if wanted and named[role] is None:
             raise TokenizerError(
-                f"{keys.file}: texts begin or end with {role}, and there is no "
+                f"{keys.where}: texts begin or end with {role}, and there is no "
                 f"tokenizer.ggml.{role}_token_id"
             )
         found.append(named[role] if wanted else None)

@@ -1,21 +1,167 @@
-"""Tensors -> safetensors shards and their index, one shard in memory at a time; knows no model."""
+"""Safetensors shards and their index: found, checked, read, and written; knows no model.
 
-import json
-from collections.abc import Iterable
+Each file is checked by the `safetensors` library (header, offsets, sizes) before `mx.load` opens
+it, because MLX's parser trusts the file. Pickles are never read.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
+from safetensors import SafetensorError, safe_open
 
-from mlx_stream.checkpoint.folder import INDEX, check_shard
+from mlx_stream.checkpoint.json_files import exists_as_file, read_json, write_json
+from mlx_stream.errors import CheckpointError, WeightsError, one_line
 
-SHARD_BYTES = 10**9
+INDEX = "model.safetensors.index.json"
+# The order of preference where a folder has no index.
+PATTERNS = ("model.safetensors", "model-*.safetensors", "weights*.safetensors")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SHARD_BYTES = 10**9  # of a shard that is written
+
+# U8 holds the scales of the fp4 and fp8 modes.
+DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
+HEADER_BYTES = 8 << 20
+# MLX counts the elements of one dimension in 32 bits.
+LARGEST_DIMENSION = 2**31 - 1
+# MLX's binding ends the process on a shape of some thousands.
+MOST_DIMENSIONS = 8
+
+# The tensors that a header declares: dtype, by its safetensors name, and shape.
+Declared = Mapping[str, tuple[str, list[int]]]
+
+
+# --- found ---
+
+
+def shard_names(path: Path) -> list[str]:
+    """Name the safetensors files of a folder: those of its index, or else those in it."""
+    if exists_as_file(path / INDEX):
+        return sorted(set(read_weight_map(path / INDEX).values()))
+    for pattern in PATTERNS:
+        if names := sorted(file.name for file in path.glob(pattern)):
+            return names
+    raise CheckpointError(f"{path}: no model.safetensors{explain_no_weights(path)}")
+
+
+def explain_no_weights(path: Path) -> str:
+    if any(file for pattern in PICKLES for file in path.glob(pattern)):
+        return (
+            ", only pickles (.bin, .pt), which are never read because they can run code; "
+            "save it with transformers' save_pretrained"
+        )
+    if gguf := sorted(file.name for file in path.glob("*.gguf")):
+        return f"; it holds {gguf[0]!r}: name that file instead"
+    return " or shards of one; expected weights in the safetensors format"
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Read which shard holds which tensor; every shard must be a plain name in the same folder."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{index}: expected an object weight_map from tensors to files")
+    for shard in table.values():
+        # No separator of any system, no device: the name cannot lead out of its folder.
+        plain = isinstance(shard, str) and not any(c in shard for c in "/\\:\0")
+        if not plain or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{index}: {shard!r} is not the name of a safetensors file beside the index"
+            )
+    return table
+
+
+# --- read ---
+
+
+def read_shards(path: Path) -> dict[str, mx.array]:
+    """Open every shard of a folder lazily; its index must agree with the shards."""
+    tensors: dict[str, mx.array] = {}
+    origin: dict[str, str] = {}
+    for shard in shard_names(path):
+        if not exists_as_file(path / shard):
+            raise CheckpointError(f"{path}: shard {shard!r} is missing; fetch the model again")
+        for name, array in read_shard(path / shard).items():
+            if name in origin:
+                raise WeightsError(f"{path}: {name!r} is in both {origin[name]!r} and {shard!r}")
+            tensors[name], origin[name] = array, shard
+    if exists_as_file(path / INDEX):
+        for name, shard in read_weight_map(path / INDEX).items():
+            if origin.get(name) != shard:
+                raise WeightsError(
+                    f"{path}: {INDEX} says {name!r} is in {shard!r}, which does not have it"
+                )
+    if not tensors:
+        raise WeightsError(f"{path}: its safetensors files hold no tensors")
+    return tensors
+
+
+def read_shard(path: Path) -> dict[str, mx.array]:
+    """Check one safetensors file and open it lazily."""
+    declared = check_shard(path)
+    try:
+        arrays = cast(dict[str, mx.array], mx.load(str(path)))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path}: MLX cannot open it: {one_line(error)}") from error
+    check_opened(path, declared, arrays)
+    return arrays
+
+
+def check_opened(path: Path, declared: Declared, arrays: Mapping[str, mx.array]) -> None:
+    """Make sure that MLX read a header as it was checked: two parsers may read one in two ways."""
+    opened = {name: (array.dtype, list(array.shape)) for name, array in arrays.items()}
+    if opened != {name: (DTYPES[dtype], shape) for name, (dtype, shape) in declared.items()}:
+        raise CheckpointError(f"{path}: its header is ambiguous; fetch the model again")
+
+
+def check_shard(path: Path) -> Declared:
+    """Check header, offsets and size of a safetensors file; return what it declares."""
+    damaged = f"{path}: damaged or truncated, fetch it again"
+    try:
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > HEADER_BYTES:
+            raise CheckpointError(f"{damaged} (a header of {length} bytes, over {HEADER_BYTES})")
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            declared = {n: (str(s.get_dtype()), list(s.get_shape())) for n, s in slices.items()}
+    # MemoryError: it claims to be larger than what can be mapped.
+    except (SafetensorError, OSError, MemoryError) as error:
+        raise CheckpointError(f"{damaged} ({one_line(error)})") from error
+    check_declared(declared, str(path))
+    return declared
+
+
+def check_declared(declared: Mapping[str, tuple[str, list[int]]], where: str) -> None:
+    """Refuse dtypes and shapes that MLX cannot hold.
+
+    Raises:
+        WeightsError: there is one.
+    """
+    for name, (dtype, shape) in declared.items():
+        if dtype not in DTYPES:
+            raise WeightsError(
+                f"{where}: {name!r} is {dtype}; expected one of {', '.join(DTYPES)}"
+                " (a model in float32, float16, bfloat16 or quantized by mlx-lm)"
+            )
+        possible = all(isinstance(n, int) and 1 <= n <= LARGEST_DIMENSION for n in shape)
+        if len(shape) > MOST_DIMENSIONS or not possible:
+            raise WeightsError(f"{where}: {name!r} has the impossible shape {shape!r:.80}")
+
+
+# --- written ---
 
 
 @dataclass
 class Shards:
-    """What was written: how many files, bytes of all tensors and of the largest shard's."""
+    """What was written: the files, and bytes of all tensors and of the largest file's."""
 
     count: int = 0
     tensor_bytes: int = 0
@@ -25,25 +171,25 @@ class Shards:
 def write_shards(
     tensors: Iterable[tuple[str, mx.array]], folder: Path, limit: int = SHARD_BYTES
 ) -> Shards:
-    """Write tensors in the order they come, `model.safetensors` or numbered shards, and an index.
+    """Write tensors in order as `model.safetensors`, or as numbered shards, and an index.
 
-    A shard has at most `limit` bytes of tensors, or one tensor; it is let go of before the next
+    A shard has at most `limit` bytes of tensors, or one tensor; it is released before the next
     tensor is asked for.
     """
-    written, placed = Shards(), {}
+    written = Shards()
+    placed: dict[str, int] = {}
     shard: dict[str, mx.array] = {}
-    held = 0
     for name, array in tensors:
-        if shard and held + array.nbytes > limit:
-            placed |= dict.fromkeys(shard, written.count)
+        if shard and bytes_of(shard) + array.nbytes > limit:
             write_shard(shard, folder, written)
-            held = 0
-        shard[name] = array
-        held += array.nbytes
+        placed[name], shard[name] = written.count, array
         del array
-    placed |= dict.fromkeys(shard, written.count)
     write_shard(shard, folder, written)
-    names = name_shards(folder, written.count)
+    names = ["model.safetensors"]
+    if (count := written.count) > 1:
+        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for place, name in enumerate(names):
+        temporary(folder, place).replace(folder / name)
     index = {
         "metadata": {"total_size": written.tensor_bytes},
         "weight_map": {name: names[place] for name, place in sorted(placed.items())},
@@ -53,9 +199,8 @@ def write_shards(
 
 
 def write_shard(shard: dict[str, mx.array], folder: Path, written: Shards) -> None:
-    """Write one shard under a name for now, and empty it."""
-    size = sum(array.nbytes for array in shard.values())
-    path = temporary(folder, written.count)
+    """Write one shard under a temporary name, check it, and empty it."""
+    path, size = temporary(folder, written.count), bytes_of(shard)
     mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
     shard.clear()
     mx.clear_cache()
@@ -65,19 +210,9 @@ def write_shard(shard: dict[str, mx.array], folder: Path, written: Shards) -> No
     written.largest = max(written.largest, size)
 
 
-def name_shards(folder: Path, count: int) -> list[str]:
-    """Give the shards the names that say how many there are."""
-    names = ["model.safetensors"]
-    if count > 1:
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    for place, name in enumerate(names):
-        temporary(folder, place).replace(folder / name)
-    return names
-
-
 def temporary(folder: Path, place: int) -> Path:
     return folder / f"shard-{place}.safetensors"
 
 
-def write_json(value: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def bytes_of(tensors: Mapping[str, mx.array]) -> int:
+    return sum(array.nbytes for array in tensors.values())

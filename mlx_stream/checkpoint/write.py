@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a folder that is whole or not there; knows files, not modules."""
+"""Writes a checkpoint as a folder that appears complete or not at all; knows files, not modules."""
 
 import os
 import re
@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_stream.checkpoint import Checkpoint
-from mlx_stream.checkpoint.folder import read_json
-from mlx_stream.checkpoint.shards import Shards, write_json, write_shards
+from mlx_stream.checkpoint.json_files import read_json, write_json
+from mlx_stream.checkpoint.shards import Shards, write_shards
 from mlx_stream.errors import CheckpointError, MlxStreamError, ValueRefused, one_line
 from mlx_stream.program.atomic_replace import flush, partial_folder, replace_folder
 
-# Says how a model was made, and what it cost; its presence, that it may be made again.
+# Says how a model was made and what that cost; a folder that has it may be replaced.
 CONVERSION = "conversion.json"
 WRITTEN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|conversion)\.json"
@@ -22,37 +22,30 @@ WRITTEN = re.compile(
 )
 
 
-def write_folder(checkpoint: Checkpoint, out: Path) -> bool:
-    """Write a checkpoint in mlx-lm's layout to the new folder `out`; evaluates its tensors.
+def write_folder(
+    checkpoint: Checkpoint,
+    out: Path,
+    tensors: Iterable[tuple[str, mx.array]] | None = None,
+    about: Callable[[Shards], dict[str, Any]] | None = None,
+    replace: bool = False,
+) -> Shards | None:
+    """Write a checkpoint in mlx-lm's layout to the folder `out`, which appears in one rename.
 
-    The folder appears in one rename, flushed to disk. Return whether it is ours: if `out` exists
-    by then, another process was first; its folder is kept and ours is dropped.
+    Args:
+        tensors: to be written instead of the checkpoint's own, by name; each is asked for once,
+            when those before it are released.
+        about: returns the content of `conversion.json`, which makes the folder replaceable.
+        replace: replace such a folder.
+
+    Returns:
+        What was written, or None if another process wrote `out` first: its folder is kept.
 
     Raises:
         CheckpointError: it could not be written; nothing is left behind.
     """
-    tensors = ((name, checkpoint.tensors[name]) for name in checkpoint.tensors)
-    return write_model(checkpoint, tensors, out) is not None
-
-
-def write_model(
-    checkpoint: Checkpoint,
-    tensors: Iterable[tuple[str, mx.array]],
-    out: Path,
-    about: Callable[[Shards], dict[str, Any]] | None = None,
-    replace: bool = False,
-) -> Shards | None:
-    """Write a checkpoint with other tensors than its own, as `write_folder` does.
-
-    Args:
-        tensors: by name; each is asked for once, when those before it are let go of.
-        about: what to say in `conversion.json`, which makes the folder one that can be replaced.
-        replace: put it in the place of such a folder.
-
-    Returns:
-        What was written, or None if another process was first.
-    """
     out = out.absolute()
+    if tensors is None:
+        tensors = ((name, checkpoint.tensors[name]) for name in checkpoint.tensors)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(out.parent, out.name) as partial:
@@ -82,7 +75,7 @@ def write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
         write_json(checkpoint.generation_config, folder / "generation_config.json")
 
 
-def move_into_place(partial: Path, out: Path, replace: bool = False) -> bool:
+def move_into_place(partial: Path, out: Path, replace: bool) -> bool:
     try:
         if replace and out.exists() and not is_empty(out):
             refuse_taken(out, replace)
@@ -98,10 +91,10 @@ def move_into_place(partial: Path, out: Path, replace: bool = False) -> bool:
 
 
 def replace_json(value: dict[str, Any], path: Path) -> None:
-    """Write a JSON file of a finished folder anew: the old one stays, or the new one is whole.
+    """Replace a JSON file of a finished folder in one rename.
 
     Raises:
-        CheckpointError: it could not be written.
+        CheckpointError: it could not be written; the old file stays.
     """
     folder = path.absolute().parent
     try:
@@ -114,11 +107,11 @@ def replace_json(value: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: could not be written: {one_line(error)}") from error
 
 
-# --- what may be written over ---
+# --- what may be replaced ---
 
 
 def refuse_taken(out: Path, replace: bool) -> None:
-    """Refuse a place for a new folder where something is, other than what may be replaced.
+    """Refuse a place for a new folder that is taken, unless it may be replaced.
 
     Raises:
         ValueRefused: it may not be written there.
@@ -133,8 +126,8 @@ def refuse_taken(out: Path, replace: bool) -> None:
         raise ValueRefused(f"{out}: exists: give another folder, or --force to replace it")
     if not is_converted(out):
         raise ValueRefused(
-            f"{out}: holds something else than a model that `mlx_stream convert` wrote, which is "
-            "never replaced: give another folder"
+            f"{out}: not a folder that `mlx_stream convert` wrote, or it holds more; it is never "
+            "replaced: give another folder"
         )
 
 
@@ -143,7 +136,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def is_converted(folder: Path) -> bool:
-    """Say whether a folder was written by a conversion, and holds nothing besides."""
+    """Return whether a conversion wrote the folder, and it holds nothing else."""
     try:
         about = read_json(folder / CONVERSION)
     except CheckpointError:
@@ -152,6 +145,3 @@ def is_converted(folder: Path) -> bool:
         path.is_file() and not path.is_symlink() and WRITTEN.fullmatch(path.name)
         for path in folder.iterdir()
     )
-
-
-# --- folders of work in progress ---

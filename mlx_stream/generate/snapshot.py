@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_stream import backend
-from mlx_stream.checkpoint.folder import LARGEST_DIMENSION, check_opened, check_shard
+from mlx_stream.checkpoint.shards import LARGEST_DIMENSION, check_opened, check_shard
 from mlx_stream.errors import CheckpointError, SnapshotError, one_line
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.models.fingerprint import raw_bytes

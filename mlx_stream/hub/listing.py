@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlx_stream.checkpoint.folder import missing_files, read_json
+from mlx_stream.checkpoint.folder import missing_files
+from mlx_stream.checkpoint.json_files import read_json
 from mlx_stream.config import ARCHITECTURES
 from mlx_stream.errors import CheckpointError
 from mlx_stream.hub.starter import STARTER, is_complete, size_of, starter_folder

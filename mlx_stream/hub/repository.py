@@ -15,7 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mlx_stream.checkpoint.folder import INDEX, PICKLES, missing_files, read_json
+from mlx_stream.checkpoint.folder import missing_files
+from mlx_stream.checkpoint.json_files import read_json
+from mlx_stream.checkpoint.shards import INDEX, PICKLES
 from mlx_stream.config import read_config
 from mlx_stream.errors import SourceError
 from mlx_stream.hub.transfer import File, Repository, blob_of, link, place_blob, storage_of

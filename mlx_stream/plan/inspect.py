@@ -1,27 +1,26 @@
-"""A model known by its config and its files' headers alone; reads no weights, and makes nothing.
+"""Summarizes a model from its config and its files' headers; reads no weights, allocates nothing.
 
-What is on this machine is read here. Of a model on the Hub, config.json is fetched, and of each
-safetensors file the first bytes, by range requests.
+Of a model on the Hub, config.json is fetched, and the first bytes of each safetensors file by range
+requests.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mlx_stream.checkpoint.folder import (
+from mlx_stream.checkpoint.gguf import read_gguf
+from mlx_stream.checkpoint.json_files import exists_as_file, read_json
+from mlx_stream.checkpoint.shards import (
     DTYPES,
-    LARGEST_DIMENSION,
+    Declared,
+    check_declared,
     check_shard,
-    exists_as_file,
-    read_json,
     shard_names,
 )
-from mlx_stream.checkpoint.gguf import read_gguf
-from mlx_stream.checkpoint.gguf_header import read_header
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, ConfigError, SourceError, WeightsError
-from mlx_stream.hub.explain import explain_hub_error
+from mlx_stream.hub.explain import explaining_hub_errors
 from mlx_stream.hub.repository import HUB_ID, MAIN, PATIENCE, ask_hub, find_in_cache
 from mlx_stream.hub.resolve import local_path
 from mlx_stream.hub.starter import STARTER, STARTER_REPO, is_complete, starter_folder
@@ -29,22 +28,20 @@ from mlx_stream.models.layout import layout_of
 from mlx_stream.plan.planner import ITEMSIZES, ModelSummary
 from mlx_stream.program.notices import Notify
 
-# What files declare of each tensor: dtype by its safetensors name, and shape.
-Declared = Mapping[str, tuple[str, list[int]]]
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 USUAL_FLOATS = "bfloat16"
 
 
 def summarize_model(source: str, notify: Notify) -> ModelSummary:
-    """Return what a model's config and headers say of it.
+    """Summarize a model from its config and headers.
 
     Args:
-        source: as of `resolve`, or the path of a config.json, whatever its name.
-        notify: told in one line what is being asked of the network.
+        source: as `resolve` takes it, or the path of a config.json of any name.
+        notify: called with one line before the network is used.
 
     Raises:
         SourceError: there is no such model, or it cannot be reached.
-        CheckpointError: its config or headers are damaged, or not those of a model we run.
+        CheckpointError: its config or headers are damaged or not supported.
     """
     if Path(source).suffix.lower() == ".json" and exists_as_file(Path(source)):
         return named_errors(source, lambda: of_config(Path(source).stem, read_json(Path(source))))
@@ -66,7 +63,7 @@ def summarize_model(source: str, notify: Notify) -> ModelSummary:
 
 
 def named_errors(source: str, read: Callable[[], ModelSummary]) -> ModelSummary:
-    """Return what `read` does; an error about the config or weights says whose they are."""
+    """Return what `read` returns; name the source in errors about its config or weights."""
     try:
         return read()
     except (ConfigError, WeightsError) as error:
@@ -90,48 +87,40 @@ def of_folder(source: str, path: Path) -> ModelSummary:
 
 def of_gguf(source: str, path: Path) -> ModelSummary:
     checkpoint = read_gguf(path)  # its tensors stay in the file
-    table = read_header(path).tensors["token_embd.weight"]
-    return ModelSummary(
-        source,
-        read_config(checkpoint.config),
-        "float32" if table.kind == "F32" else "float16",
-        frozenset(name.removesuffix(".scales") for name in scales(checkpoint.tensors)),
-        path.stat().st_size,
-    )
+    config, dtype = read_config(checkpoint.config), checkpoint.config["torch_dtype"]
+    quantized = quantized_paths(checkpoint.tensors)
+    return ModelSummary(source, config, dtype, quantized, path.stat().st_size)
 
 
 def of_hub(source: str, repo: str, notify: Notify) -> ModelSummary:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-    try:
-        # One commit for all that is read, should the model change meanwhile.
-        commit = ask_hub(repo, MAIN, PATIENCE).commit
-        notify(f"reading the headers of {repo} on the Hugging Face Hub")
-        raw = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
-        files = HfApi().get_safetensors_metadata(repo, revision=commit).files_metadata
-        declared = {
-            name: (str(tensor.dtype), list(tensor.shape))
-            for file in files.values()
-            for name, tensor in file.tensors.items()
-        }
-    except (CheckpointError, SourceError):
-        raise
-    except NotASafetensorsRepoError as error:
-        raise SourceError(f"{repo}: has no weights in the safetensors format") from error
-    # The library takes what a header says of a tensor as it comes.
-    except (SafetensorsParsingError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{repo}: the header of one of its files is damaged ({type(error).__name__})"
-        ) from error
-    # The HTTP client's own exceptions come through, and its name changes between versions.
-    except Exception as error:
-        raise SourceError(explain_hub_error(repo, MAIN, error)) from error
+    with explaining_hub_errors(repo):
+        try:
+            # One commit for all that is read, should the model change meanwhile.
+            commit = ask_hub(repo, MAIN, PATIENCE).commit
+            notify(f"reading the headers of {repo} on the Hugging Face Hub")
+            raw = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
+            files = HfApi().get_safetensors_metadata(repo, revision=commit).files_metadata
+            declared = {
+                name: (str(tensor.dtype), list(tensor.shape))
+                for file in files.values()
+                for name, tensor in file.tensors.items()
+            }
+        except NotASafetensorsRepoError as error:
+            raise SourceError(f"{repo}: has no weights in the safetensors format") from error
+        # The library does not check what a header says of a tensor.
+        except (SafetensorsParsingError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{repo}: the header of one of its files is damaged ({type(error).__name__})"
+            ) from error
+    check_declared(declared, "weights")
     return of_headers(source, raw, declared)
 
 
 def of_config(source: str, raw: dict[str, Any]) -> ModelSummary:
-    """Describe a model by its config alone: all it says is quantized is taken to be."""
+    """Summarize a model by its config alone; matrices are quantized where it says so."""
     config = read_config(raw)
     dtype = str(raw.get("torch_dtype") or raw.get("dtype"))
     paths = [part.path for part in layout_of(config).matrices if config.quantized(part.path)]
@@ -141,22 +130,15 @@ def of_config(source: str, raw: dict[str, Any]) -> ModelSummary:
 
 
 def of_headers(source: str, raw: dict[str, Any], declared: Declared) -> ModelSummary:
-    config = read_config(raw)
-    quantized = frozenset(name.removesuffix(".scales") for name in scales(declared))
-    check_headers(config, declared, quantized)
+    config, quantized = read_config(raw), quantized_paths(declared)
+    refuse_other_shapes(config, declared, quantized)
     table = "model.embed_tokens"
     dtype = declared[f"{table}.{'scales' if table in quantized else 'weight'}"][0]
     stored = sum(math.prod(shape) * DTYPES[kind].size for kind, shape in declared.values())
     return ModelSummary(source, config, FLOATS.get(dtype, USUAL_FLOATS), quantized, stored)
 
 
-def check_headers(config: ModelConfig, declared: Declared, quantized: frozenset[str]) -> None:
-    """Refuse headers that are not those of the model the config describes."""
-    for name, (dtype, shape) in declared.items():
-        if dtype not in DTYPES:
-            raise WeightsError(f"weights: {name!r} is {dtype}; expected one of {', '.join(DTYPES)}")
-        if not all(isinstance(size, int) and 1 <= size <= LARGEST_DIMENSION for size in shape):
-            raise WeightsError(f"weights: {name!r} has the impossible shape {shape!r:.80}")
+def refuse_other_shapes(config: ModelConfig, declared: Declared, quantized: frozenset[str]) -> None:
     for part in layout_of(config).matrices:
         how = config.quantized(part.path) if part.path in quantized else None
         columns = part.inputs if how is None else part.inputs * how.bits // 32
@@ -170,5 +152,5 @@ def check_headers(config: ModelConfig, declared: Declared, quantized: frozenset[
             )
 
 
-def scales(names: Mapping[str, Any]) -> Iterator[str]:
-    return (name for name in names if name.endswith(".scales"))
+def quantized_paths(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.removesuffix(".scales") for name in names if name.endswith(".scales"))

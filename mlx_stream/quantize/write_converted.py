@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_stream import backend
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.shards import Shards
-from mlx_stream.checkpoint.write import refuse_taken, write_model
+from mlx_stream.checkpoint.write import refuse_taken, write_folder
 from mlx_stream.config import ModelConfig
 from mlx_stream.errors import CheckpointError, ValueRefused
 from mlx_stream.quantize.conversion import Conversion, name_of, prepare_conversion
@@ -73,7 +73,7 @@ def write_converted(
         result.about = describe_conversion(conversion, watch.sizes, shards, recipe)
         return result.about
 
-    written = write_model(conversion.checkpoint, watch.tensors(), out, about, force)
+    written = write_folder(conversion.checkpoint, out, watch.tensors(), about, force)
     if written is None:
         raise CheckpointError(f"{out}: another process wrote it meanwhile; it was left as it is")
     if recipe is not None:

@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_stream.checkpoint import folder
-from mlx_stream.checkpoint.folder import INDEX, missing_files, read_folder
+from mlx_stream.checkpoint import json_files, shards
+from mlx_stream.checkpoint.folder import missing_files, read_folder
+from mlx_stream.checkpoint.shards import INDEX
 from mlx_stream.errors import CheckpointError, SourceError, TokenizerError, WeightsError
 from tests.fakes.tiny import CHAT_TEMPLATE, stored_as, tiny_config, tiny_weights, write_tiny
 
@@ -114,8 +115,6 @@ def test_missing_files_names_what_reading_needs(sharded):
     for name in ("tokenizer.json", SECOND):
         (sharded / name).unlink()
     assert missing_files(sharded) == ["tokenizer.json", SECOND]
-    (sharded / INDEX).unlink()  # the names of the others still tell
-    assert missing_files(sharded) == ["tokenizer.json", SECOND]
     (sharded / INDEX).write_text("{")
     assert missing_files(sharded) == ["tokenizer.json", "model.safetensors"]
 
@@ -161,7 +160,7 @@ def twice(path: Path) -> None:
 def long_header(length: int) -> Callable[[Path], object]:
     def change(path: Path) -> None:
         (path / SECOND).write_bytes(length.to_bytes(8, "little"))
-        os.truncate(path / SECOND, 2 * folder.HEADER_BYTES)  # sparse
+        os.truncate(path / SECOND, 2 * shards.HEADER_BYTES)  # sparse
 
     return change
 
@@ -208,14 +207,14 @@ REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     ),
     *(
         (long_header(length), CheckpointError, f"a header of {length} bytes")
-        for length in (folder.HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1)
+        for length in (shards.HEADER_BYTES + 1, 2**40, 2**63, 2**64 - 1)
     ),
 ]
 
 
 @pytest.mark.parametrize(("change", "kind", "why"), REFUSED)
 def test_what_is_wrong_with_a_folder_is_said(sharded, monkeypatch, change, kind, why):
-    monkeypatch.setattr(folder, "JSON_BYTES", 4 << 20)
+    monkeypatch.setattr(json_files, "JSON_BYTES", 4 << 20)
     change(sharded)
     assert why in refused(sharded, kind)
 
@@ -224,12 +223,6 @@ def test_a_missing_folder(tmp_path):
     assert "no such folder" in refused(tmp_path / "none", SourceError)
     assert "no such folder" in refused(Path(__file__), SourceError)
     refused(Path("x" * 5_000), SourceError)
-
-
-def test_a_missing_shard_is_named_without_an_index_too(sharded):
-    (sharded / SECOND).unlink()
-    (sharded / INDEX).unlink()
-    assert f"'{SECOND}' is missing" in refused(sharded)
 
 
 OUTSIDE = ("../outside.safetensors", "{parent}/outside.safetensors", "sub/inside.safetensors")
@@ -304,7 +297,7 @@ def test_a_header_that_two_parsers_read_differently_is_refused(model, order):
         found = read_folder(model).tensors["w"]
     except CheckpointError:
         return
-    declared = folder.check_shard(model / "model.safetensors")
+    declared = shards.check_shard(model / "model.safetensors")
     assert declared["w"] == ("F32", list(found.shape))
 
 
@@ -312,5 +305,5 @@ def test_what_the_checker_and_mlx_see_must_agree(model, monkeypatch):
     loaded = mx.load(str(model / "model.safetensors"))
     assert isinstance(loaded, dict)
     loaded["model.norm.weight"] = loaded["model.norm.weight"][:-1]
-    monkeypatch.setattr(folder.mx, "load", lambda _: loaded)
+    monkeypatch.setattr(shards.mx, "load", lambda _: loaded)
     assert "ambiguous" in refused(model)

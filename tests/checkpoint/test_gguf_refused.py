@@ -74,7 +74,7 @@ FORGED = [
     (forged((LLAMA,), (tensor("a\nb\u2028", (4,), kind=12),), FOUR), "'a\\nb\\u2028'"),
     (forged((key("general.architecture", 8, text("x\n" * 999)),)), "'x\\nx\\n"),
     (forged((key("general.alignment", 4, b"\0\0\0\0"),)) + FOUR, "general.alignment"),
-    (forged((key("general.name", 8, text("x")),)), "no general.architecture"),
+    (forged((key("general.name", 8, text("x")),)), "general.architecture is missing"),
 ]
 
 
@@ -110,7 +110,9 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
     (floats("blk.0.attn_q.weight", 32, 64), WeightsError, "expected (64, 64)"),
     (floats("output_norm.weight", 8, 8), WeightsError, "expected (64,)"),
     (floats("blk.0.attn_q.bias", 64), WeightsError, "blk.0.attn_k.bias is missing"),
-    (keys("llama.", block_count=2**31 - 1), WeightsError, "blk.2.attn_norm.weight is missing"),
+    (keys("llama.", block_count=3), WeightsError, "blk.2.attn_norm.weight is missing"),
+    (keys("llama.", block_count=9_999), WeightsError, "9999 layers in 20 tensors"),
+    (keys("llama.", block_count=2**31 - 1), ConfigError, "num_hidden_layers must be"),
     *(
         ({"keys": {f"llama.{name}": value}}, ConfigError, f"llama.{name}")
         for name in NUMBERS
@@ -127,7 +129,7 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
         *(CheckpointError, "partial rotary"),
     ),
     (keys("llama.attention.", value_length=8), CheckpointError, "llama.attention.value_length"),
-    (keys("llama.attention.", head_count_kv=3), CheckpointError, "key/value heads"),
+    (keys("llama.attention.", head_count_kv=3), ConfigError, "num_key_value_heads 3"),
     (keys("general.", type="adapter"), CheckpointError, "general.type must be 'model'"),
     (keys("general.", alignment=24), CheckpointError, "alignment 24 is not a power of two"),
     (keys("split.", count=3), CheckpointError, "one part of 3"),
@@ -142,12 +144,12 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
     (words(model="llama"), TokenizerError, "model 'llama' is not supported (supported: 'gpt2'"),
     (words(pre="qwen2"), TokenizerError, "'qwen2' is not supported (supported: smollm, llama-bpe"),
     (words(pre=None), TokenizerError, "tokenizer.ggml.pre '' is not supported"),
-    (words(tokens=None), TokenizerError, "no tokenizer.ggml.tokens"),
+    (words(tokens=None), TokenizerError, "tokenizer.ggml.tokens is missing"),
     (words(tokens=[1, 2]), TokenizerError, "tokens must be an array of strings"),
     (words(tokens=[*TOKENS, "a", "b"]), TokenizerError, "for an embedding of"),
     (words(tokens=[*TOKENS[:-1], "the"]), TokenizerError, "'the' occurs twice"),
     (words(tokens=["", *TOKENS[1:]]), TokenizerError, "token 0 is special and empty"),
-    (words(token_type=None), TokenizerError, "no tokenizer.ggml.token_type"),
+    (words(token_type=None), TokenizerError, "tokenizer.ggml.token_type is missing"),
     (words(token_type=TYPES[:-1]), TokenizerError, "token_type has"),
     (words(token_type=TOKENS), TokenizerError, "token_type must be"),
     (words(token_type=[0, *TYPES[1:]]), TokenizerError, "unknown kind 0"),

@@ -171,6 +171,6 @@ def test_a_disk_that_fills_up_leaves_nothing(model, tmp_path):
 def test_what_is_there_already_is_kept(model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "theirs").touch()
-    assert write_folder(read_folder(model), tmp_path / "out") is False
+    assert write_folder(read_folder(model), tmp_path / "out") is None
     assert nothing_but(tmp_path / "out", "theirs")
     assert nothing_but(tmp_path, "model", "out")

