@@ -1,8 +1,8 @@
-"""Models inside other programs: one thread computes, any thread asks, and none waits for it.
+"""Models inside other programs: one thread computes, and any thread may ask it.
 
 engine      the thread, the model, the memory budget        Engine
 handle      a conversation                                  Session
-listener    a stream that is fed, and asked now and then    Listener
+listener    a stream that is fed text and answers questions Listener
 """
 
 from mlx_stream.engine.engine import Engine

@@ -1,9 +1,10 @@
-"""An engine: the handle of the one thread that computes, for any other thread to hold."""
+"""An engine: the handle, which any thread may hold, of the one thread that computes."""
 
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
 from mlx_stream.engine.handle import OnEvict, OnToken, Session
 from mlx_stream.engine.listener import Listener
@@ -18,15 +19,15 @@ BACKLOG = 65_536
 
 
 class Engine:
-    """A model on a thread of its own, the only one of the process that touches MLX.
+    """A model on its own thread, the only one of the process that touches MLX.
 
-    Returns at once; the model is loaded on the thread. Every method may be called on any thread, a
-    user interface's too: none waits but `wait` and `close`.
+    The constructor returns at once; the thread loads the model. Any thread may call the methods,
+    including a user interface's: only `wait` and `close` make the caller wait.
 
     Args:
         source, dtype, keep_quantized: see `mlx_stream.load`.
-        memory_budget: bytes that weights and the streams of all sessions may take; by default,
-            what the device recommends.
+        memory_budget: bytes for the weights and the streams of all sessions. Default: what the
+            device recommends.
         queue_size: commands that may be waiting or in progress, replies included.
 
     Raises:
@@ -53,7 +54,7 @@ class Engine:
 
     @property
     def model_name(self) -> str:
-        """The source it was made with."""
+        """The source of the model, as given."""
         return self._host.name
 
     @property
@@ -68,7 +69,7 @@ class Engine:
 
     @property
     def notices(self) -> list[str]:
-        """What was fetched or converted to load the model, in lines: a copy."""
+        """What was fetched or converted to load the model, one line each: a copy."""
         return [*self._host.notices]
 
     @property
@@ -82,7 +83,7 @@ class Engine:
         Raises:
             TimeoutError: it takes longer than `timeout` seconds.
             EngineClosed: the engine was closed before.
-            MlxStreamError: it cannot be loaded; see `mlx_stream.load`.
+            MlxStreamError: loading failed; see `mlx_stream.load`.
         """
         self._worker.wait(timeout)
 
@@ -100,29 +101,23 @@ class Engine:
         on_evict: OnEvict | None = None,
         on_token: OnToken | None = None,
     ) -> Session:
-        """Begin a conversation; returns at once. What is wrong is raised on its first use.
+        """Begin a conversation; returns at once. Wrong options raise on its first use.
 
         Args:
             system, window, sinks, sampling, max_tokens, stop, evict, kv_bits: see `ChatSession`.
-            name: go on with the conversation saved under it, or begin it; each exchange is on disk
-                before the next can be asked for.
-            on_evict: called with the exchanges and the tokens that left...
-            on_token: ...and with each piece, on the thread of whoever reads the reply.
+            name: resume the conversation saved under this name, or begin it. Each exchange is on
+                disk before the next one can begin.
+            on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
+                reads the reply.
+            on_token: called with each piece, on the same thread.
 
         Raises:
             QueueFull: the engine has too much to do.
-            EngineClosed: it is closed.
+            EngineClosed: the engine is closed.
         """
-        options = {
-            "system": system,
-            "window": window,
-            "sinks": sinks,
-            "evict": evict,
-            "sampling": sampling,
-            "max_tokens": max_tokens,
-            "stop": stop,
-            "kv_bits": kv_bits,
-        }
+        options = SessionOptions(
+            system, window, sinks, evict, sampling, max_tokens, stop, kv_bits=kv_bits
+        )
         return Session(self._worker, self._host, options, name, on_evict, on_token, self)
 
     def listen(
@@ -137,33 +132,32 @@ class Engine:
         on_evict: OnEvict | None = None,
         restore: str | Path | None = None,
     ) -> Listener:
-        """Begin to listen; returns at once. What is wrong is raised on its first use.
+        """Begin to listen; returns at once. Most wrong options raise on the first use.
 
         Args:
-            system, window, sinks, kv_bits, sampling, max_tokens: see `ChatSession`; the last two
-                for answers.
+            system, window, sinks, kv_bits: see `ChatSession`.
+            sampling, max_tokens: for answers; see `ChatSession`.
             backlog: characters that may wait to be read.
-            on_evict: called with 0 and the tokens that left, on the thread of whoever feeds, asks,
-                flushes or saves next.
-            restore: go on with what `Listener.save` wrote there, if it is there and will do; a
-                notice says why if it will not.
+            on_evict: called with 0 and the number of tokens evicted, on the thread that next feeds,
+                asks, flushes or saves.
+            restore: continue the snapshot that `Listener.save` wrote to this path, if there is one.
+                If it cannot be used, the listener starts empty and a notice has the reason.
 
         Raises:
+            ValueRefused: `backlog` or `max_tokens` below 1.
             QueueFull: the engine has too much to do.
-            EngineClosed: it is closed.
+            EngineClosed: the engine is closed.
         """
-        place = None if restore is None else Path(restore).absolute()
+        path = None if restore is None else Path(restore).absolute()
         chosen = sampling or Sampling()
-        options = ListenerOptions(system, window, sinks, kv_bits, chosen, max_tokens, place)
+        options = ListenerOptions(system, window, sinks, kv_bits, chosen, max_tokens, path)
         return Listener(self._worker, self._host, options, backlog, on_evict, self)
 
     def close(self, timeout: float = SECONDS_TO_CLOSE) -> bool:
-        """End replies, save what is saved, and let go of everything.
-
-        Leaving the process does the same.
+        """End replies, save named sessions and release everything, as leaving the process does.
 
         Args:
-            timeout: seconds to wait for that; it goes on also if it takes longer.
+            timeout: seconds to wait until this is done. If it takes longer, it continues.
 
         Returns:
             Whether it is done.

@@ -1,34 +1,37 @@
-"""Handles of what runs on the engine's thread, for any other thread to hold."""
+"""Handles, which any thread may hold, of the streams on the engine's thread."""
 
 import copy
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
-from typing import TYPE_CHECKING, Any, Self
+from concurrent.futures import Future
+from typing import Any, Self
 
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.resume import SessionOptions
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.replies import check_limit, check_question, iterate, iterate_async
+from mlx_stream.engine.replies import (
+    Submit,
+    check_limit,
+    check_question,
+    iterate,
+    iterate_async,
+)
 from mlx_stream.engine.session_worker import SessionWorker
 from mlx_stream.engine.task import AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
 from mlx_stream.generate.stats import Stats
 from mlx_stream.text.pieces import Piece
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from mlx_stream.chat.session import ChatSession
-
 OnEvict = Callable[[int, int], None]
 OnToken = Callable[[Piece], None]
-Begin = Callable[["ChatSession"], Work]
 
 
 class Handle:
-    """What sessions and listeners have in common: a queue on the engine's thread.
+    """What sessions and listeners share: a queue on the engine's thread.
 
     Args:
-        engine: lives as long as a handle that is in use.
+        engine: kept alive by its handles.
     """
 
     def __init__(
@@ -46,34 +49,32 @@ class Handle:
         weakref.finalize(self, self._queue.close).atexit = False
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until it is open: the model loaded, what it continues restored or read again.
+        """Wait until the model is loaded and the stream is open: restored, or read again.
 
         Raises:
             TimeoutError: it takes longer than `timeout` seconds.
-            MemoryRefused: it does not fit the engine's budget.
-            TemplateError: a listener's template does not allow a turn to be kept open.
-            MlxStreamError: as `load`, `ChatSession`, and for a name as `mlx_stream.sessions`.
+            MemoryRefused: the stream does not fit the engine's budget.
+            TemplateError: the model's template does not allow a listener's open turn.
+            MlxStreamError: see `load`, `ChatSession` and, with a name, `mlx_stream.sessions`.
         """
-        self._opening.outcome(timeout)
+        self._worker.outcome(self._opening, timeout)
         self._deliver()
 
     @property
     def stats(self) -> Stats:
-        """How it stands after the last step: a copy."""
-        return copy.copy(self._queue.owner.published)
+        """The statistics after the last step: a copy."""
+        return copy.copy(self._queue.published)
 
     def close(self, timeout: float = 0.0) -> None:
-        """End what is going on, save a session that has a name, free the ring; returns at once.
+        """End the work in progress, save a named session, and free the ring; returns at once.
 
-        A listener is not saved.
-
-        Whoever still reads a reply, or waits for what was asked and is not done, gets EngineClosed.
+        A listener is not saved. Threads that read a reply or wait for something get EngineClosed.
 
         Args:
-            timeout: seconds to wait for that.
+            timeout: seconds to wait until all of this is done.
 
         Raises:
-            SessionError, SnapshotError: what was waited for could not be written.
+            SessionError, SnapshotError: the session could not be saved; only with a timeout.
         """
         self._queue.close()
         if timeout > 0:
@@ -90,7 +91,7 @@ class Handle:
     def _ask(
         self, begin: Callable[[], Work], ahead: int | None = AHEAD, reply: bool = True
     ) -> Task:
-        """Ask for something, and end the reply that is going on."""
+        """Submit a task, and cancel the reply in progress."""
         with self._worker.lock:
             task = self._worker.submit(self._queue, begin, ahead)
             before, self._reply = self._reply, task if reply else None
@@ -98,8 +99,14 @@ class Handle:
                 before.cancel()
         return task
 
+    def _pieces(self, submit: Submit) -> Generator[Piece, None, None]:
+        return iterate(self._worker, submit, self._deliver)
+
+    def _pieces_async(self, submit: Submit) -> AsyncGenerator[Piece, None]:
+        return iterate_async(self._worker, submit, self._deliver)
+
     def _deliver(self, piece: Piece | None = None) -> None:
-        """Call back what there is to tell, on the thread of whoever uses it."""
+        """Run the callbacks that are due, on the caller's thread."""
         with self._worker.lock:
             evicted, self._queue.owner.evicted = self._queue.owner.evicted, (0, 0)
         if self._on_evict and any(evicted):
@@ -109,18 +116,17 @@ class Handle:
 
 
 class Session(Handle):
-    """A conversation on an engine, from `Engine.session`; every method may be called anywhere.
+    """A conversation on an engine, from `Engine.session`; any thread may call its methods.
 
-    Replies begin when their first piece is asked for, and are in order; asking for the next thing
-    ends a reply that is going on. Nothing here waits but the pieces themselves, `wait`, and
-    `close` with a timeout.
+    A reply begins when its first piece is asked for. Asking for something else ends a reply in
+    progress. Only the pieces, `wait`, and `close` with a timeout make the caller wait.
     """
 
     def __init__(
         self,
         worker: Worker,
         host: ModelHost,
-        options: dict[str, Any],
+        options: SessionOptions,
         name: str | None,
         on_evict: OnEvict | None,
         on_token: OnToken | None,
@@ -132,73 +138,65 @@ class Session(Handle):
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """The exchanges attended after the last thing asked was done, oldest first: a copy."""
+        """The exchanges attended after the last task, oldest first: a copy."""
         return [*self._session_worker.exchanges]
 
     def reply(self, question: str, max_tokens: int | None = None) -> Generator[Piece, None, None]:
-        """Yield a reply's pieces as they come; closing the generator stops it within a token.
+        """Yield the pieces of a reply; closing the generator stops the reply within a token.
 
         Raises:
             TextError: the question is empty.
             ValueRefused: `max_tokens` below 1.
             QueueFull: the engine has too much to do.
-            MlxStreamError: whatever went wrong; the engine and other sessions go on.
+            MlxStreamError: the reply failed; the engine and its other sessions keep running.
         """
-        return iterate(self._reply_command(question, max_tokens), self._deliver)
+        return self._pieces(self._reply_to(question, max_tokens))
 
     def areply(self, question: str, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
-        """As `reply`, for asyncio; cancelling who waits for it stops it within a token."""
-        return iterate_async(self._reply_command(question, max_tokens), self._deliver)
+        """Do what `reply` does, for asyncio; cancelling the task that reads it stops the reply."""
+        return self._pieces_async(self._reply_to(question, max_tokens))
 
     def retry(self, max_tokens: int | None = None) -> Generator[Piece, None, None]:
-        """Answer the last question once more, in place of the last reply; as `reply`."""
-        return iterate(self._retry_command(max_tokens), self._deliver)
+        """Answer the last question again, in place of the last reply; see `reply`."""
+        return self._pieces(self._retry(max_tokens))
 
     def aretry(self, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
-        return iterate_async(self._retry_command(max_tokens), self._deliver)
+        return self._pieces_async(self._retry(max_tokens))
 
     def edit(self, question: str, max_tokens: int | None = None) -> Generator[Piece, None, None]:
-        """Put another question in place of the last one, and answer it; as `reply`."""
-        return iterate(self._edit_command(question, max_tokens), self._deliver)
+        """Replace the last question by another, and answer it; see `reply`."""
+        return self._pieces(self._reply_to(question, max_tokens, edit=True))
 
     def aedit(self, question: str, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
-        return iterate_async(self._edit_command(question, max_tokens), self._deliver)
+        return self._pieces_async(self._reply_to(question, max_tokens, edit=True))
 
-    def undo(self) -> "Future[Exchange]":
-        """Take the last exchange back; `.result()` of what is returned waits for it.
+    def undo(self) -> Future[Exchange]:
+        """Take the last exchange back; return a future of what `ChatSession.undo` returns.
 
-        Its result, or error, is as of `ChatSession.undo`. In asyncio:
-        `await asyncio.wrap_future(chat.undo())`. What is added by `add_done_callback` runs on the
-        engine's thread: waiting there for the engine, as for a reply, raises ValueRefused.
+        Cancelling the future before the engine gets to it leaves the exchange in place. In asyncio:
+        `await asyncio.wrap_future(chat.undo())`. The future's callbacks run on the engine's thread,
+        where waiting for the engine, as for a reply, raises ValueRefused.
         """
         return self._future(lambda chat: chat.undo())
 
-    def clear(self) -> "Future[None]":
-        """Let every exchange leave attention; as `undo`."""
+    def clear(self) -> Future[None]:
+        """Evict every exchange; the future is like that of `undo`."""
         return self._future(lambda chat: chat.clear())
 
-    def _reply_command(self, question: str, max_tokens: int | None) -> Callable[[], Task]:
+    def _reply_to(self, question: str, max_tokens: int | None, edit: bool = False) -> Submit:
         check_question(question)
         check_limit(max_tokens)
-        return self._command(lambda chat: chat.reply_steps(question, max_tokens))
+        steps = ChatSession.edit_steps if edit else ChatSession.reply_steps
+        return self._submit(lambda chat: steps(chat, question, max_tokens))
 
-    def _retry_command(self, max_tokens: int | None) -> Callable[[], Task]:
+    def _retry(self, max_tokens: int | None) -> Submit:
         check_limit(max_tokens)
-        return self._command(lambda chat: chat.retry_steps(max_tokens))
+        return self._submit(lambda chat: chat.retry_steps(max_tokens))
 
-    def _edit_command(self, question: str, max_tokens: int | None) -> Callable[[], Task]:
-        check_question(question)
-        check_limit(max_tokens)
-        return self._command(lambda chat: chat.edit_steps(question, max_tokens))
-
-    def _command(self, begin: Begin) -> Callable[[], Task]:
-        worker = self._session_worker  # what is asked for does not keep the session
+    def _submit(self, begin: Callable[[ChatSession], Work]) -> Submit:
+        worker = self._session_worker  # the task must not keep the session alive
         return lambda: self._ask(lambda: worker.reply(begin))
 
-    def _future(self, action: "Callable[[ChatSession], Any]") -> "Future[Any]":
-        from concurrent.futures import Future
-
-        future: Future[Any] = Future()
+    def _future(self, action: Callable[[ChatSession], Any]) -> Future[Any]:
         worker = self._session_worker
-        self._ask(lambda: worker.perform(action), reply=False).promise(future)
-        return future
+        return self._ask(lambda: worker.perform(action), reply=False).future

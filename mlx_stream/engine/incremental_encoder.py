@@ -1,39 +1,39 @@
-"""Text that comes in pieces -> ids, cut between words; knows no stream.
+"""Text that arrives in pieces -> ids, split between words; knows no stream.
 
-However a text is cut into pieces, its ids are those of the whole: nothing is encoded before it is
-known where its last word ends, and each piece is encoded behind the words before it, so that a
-tokenizer which puts a space before the first word of what it is given puts none here.
+The ids do not depend on how the text was split. A word is encoded only once its end is known, and
+each piece is encoded behind the words before it, so a tokenizer that puts a space before the first
+word of its input puts none here.
 """
 
 import re
 
 from mlx_stream.chat.prompts import PromptBuilder
 
-# Between words, wherever a tokenizer may draw the line: before the only space between two words;
-# after the only line end between two. Of a blank line many take the last character with what
-# follows, so what they see of it depends on whether something does.
+# Where every tokenizer has a token boundary: before a single space between two words, and after a
+# single line end between two. Within a blank line, many tokenizers join the last character to what
+# follows, so the ids depend on what follows.
 BETWEEN = re.compile(r"(?<=\S) (?=\S)|(?<=\S\n)(?=\S)")
-LONGEST_WORD = 1_000  # characters; longer ones (or a script without spaces) are cut anywhere
+LONGEST_WORD = 1_000  # characters; longer words (or a script without spaces) are split anywhere
 CONTEXT = 200
 BEFORE_A_QUESTION = "\n\n"
 
 
 class IncrementalEncoder:
-    """Text that was added to a turn and how far it is encoded.
+    """Encode the text of an open turn as it arrives.
 
     Attributes:
-        context: the last words that were encoded, special tokens escaped; at first those of the
-            template before the turn's text.
-        lead: what the template puts before the first word, until it is encoded.
-        pending: text that more text may still change.
+        context: the last words that were encoded, special tokens escaped; at first, the
+            template's words before the turn's text.
+        lead: what the template puts before the first word, until that word is encoded.
+        pending: text whose ids may still change with the text that follows.
     """
 
     def __init__(self, prompts: PromptBuilder, context: str, lead: str = "", pending: str = ""):
         self.prompts, self.context, self.lead, self.pending = prompts, context, lead, pending
-        self.begun = False  # whether anything of the turn's text is encoded
+        self.begun = False  # whether any of the turn's text is encoded
 
     def add(self, text: str) -> list[int]:
-        """Return the ids of the words that are certain now."""
+        """Add text, and return the ids that are now certain."""
         self.pending += text
         cuts = [match.start() for match in BETWEEN.finditer(self.pending)]
         cut = cuts[-1] if cuts else 0
@@ -42,14 +42,14 @@ class IncrementalEncoder:
         return self._take(cut)
 
     def flush(self) -> list[int]:
-        """Return the ids of what was held back, as if nothing followed it."""
+        """Return the ids of the pending text, as if nothing followed it."""
         return self._take(len(self.pending))
 
     def end_turn(self, held: str, question: str, closing: str) -> list[int]:
-        """Return the ids of a turn's end: a question and a template's words; changes nothing.
+        """Return the ids that end the turn: a question and a template's words. Changes nothing.
 
         Args:
-            held: what is taken before it of the text held back: all, or nothing.
+            held: the part of the pending text to put before the question: all of it, or "".
         """
         gap = BEFORE_A_QUESTION if self.begun or held else ""
         return self._after(
@@ -57,14 +57,14 @@ class IncrementalEncoder:
         )
 
     def restart(self, context: str, lead: str) -> None:
-        """Go on in another turn; what is held back is still to come."""
+        """Begin another turn; the pending text belongs to it."""
         self.context, self.lead, self.begun = context, lead, False
 
     def _take(self, cut: int) -> list[int]:
         if not cut:
             return []
         piece = self.lead + self.prompts.escape_special_tokens(self.pending[:cut])
-        ids = self._after(piece)  # before anything changes: if it fails, no text is lost
+        ids = self._after(piece)  # before any change: if it raises, no text is lost
         self.context, self.pending = last_words(self.context + piece), self.pending[cut:]
         self.lead, self.begun = "", True
         return ids
@@ -74,12 +74,12 @@ class IncrementalEncoder:
             before, whole = (self.prompts.encode(self.context + more) for more in ("", text))
             if whole[: len(before)] == before:
                 return whole[len(before) :]
-        # There is no word before it, or the tokenizer joins what is apart here: it has to be cut.
+        # There is no context, or the tokenizer has no boundary here and the text must be split.
         return self.prompts.encode(text, behind_text=True)
 
 
 def last_words(text: str) -> str:
-    """Return a short end of a text that begins with a word."""
+    """Return a short end of a text, beginning with a word."""
     if len(text) <= CONTEXT and not BETWEEN.search(text):
         return text
     cuts = [match.start() for match in BETWEEN.finditer(text, max(0, len(text) - CONTEXT))]

@@ -1,16 +1,15 @@
-"""Listening without replying: its handle, for any thread to hold."""
+"""The handle of a stream that listens without replying; any thread may hold it."""
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_stream.engine.backlog import Backlog
 from mlx_stream.engine.handle import Handle, OnEvict
 from mlx_stream.engine.listener_snapshot import check_note
-from mlx_stream.engine.listener_stream import ListenerOptions
+from mlx_stream.engine.listener_stream import Backlog, ListenerOptions
 from mlx_stream.engine.listener_worker import ListenerWorker
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.replies import check_limit, check_question, iterate, iterate_async
+from mlx_stream.engine.replies import Submit, check_limit, check_question
 from mlx_stream.engine.task import Task, Work, reraise
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, QueueFull, ValueRefused
@@ -19,11 +18,11 @@ from mlx_stream.text.tokenizer import check_text
 
 
 class Listener(Handle):
-    """A stream that reads what it is fed, in the background, and can be asked about it.
+    """A stream that reads, in the background, the text it is fed, and answers questions about it.
 
-    What was fed is one open turn of the user's, of which the latest is attended. Every method may
-    be called on any thread; `feed` with a timeout, `flush`, `save`, `wait` and the pieces of an
-    answer wait, nothing else does.
+    The text is one open turn of the user's; the latest part of it is attended. Any thread may call
+    the methods. Only `feed` with a timeout, `flush`, `save`, `wait` and the pieces of an answer
+    make the caller wait.
     """
 
     def __init__(
@@ -38,75 +37,73 @@ class Listener(Handle):
         if capacity < 1:
             raise ValueRefused(f"backlog must be at least 1 character, not {capacity}")
         check_limit(options.max_tokens)
-        self._backlog = Backlog(capacity)
+        self._backlog = Backlog(worker.lock, capacity)
         self._listener_worker = ListenerWorker(worker, host, options, self._backlog)
         super().__init__(worker, self._listener_worker, engine, on_evict)
 
     @property
     def restored(self) -> dict[str, str | int] | None:
-        """The note of the snapshot it goes on with; None before `wait`, or if it began anew."""
+        """The note of the snapshot it continues; None before `wait`, or if it started empty."""
         note = self._listener_worker.restored
         return None if note is None else dict(note)
 
     @property
     def error(self) -> MlxStreamError | None:
-        """Why it cannot be used any more: it was not opened, or a step of its own failed."""
+        """Why the listener is not usable: it could not be opened, or one of its steps failed."""
         return self._queue.failure or self._worker.error
 
     @property
     def backlog(self) -> int:
-        """Characters fed that are not read; the last word is not among them, it may grow yet."""
-        with self._worker.lock:
-            return self._backlog.size
+        """Characters fed and not yet read, without the last word, which may still grow."""
+        return self._backlog.size
 
     def feed(self, text: str, timeout: float = 0.0) -> None:
         """Add text to the open turn; it is read in the background.
 
         Args:
-            timeout: seconds to wait for room.
+            timeout: seconds to wait for room in the backlog.
 
         Raises:
-            QueueFull: there is no room for it after that.
-            ValueRefused: there never can be.
+            QueueFull: there was no room within that time.
+            ValueRefused: the text is longer than the whole backlog.
             TextError: it is not valid Unicode.
             EngineClosed: the listener is closed.
-            MlxStreamError: it could not be opened, or what was fed not be read.
+            MlxStreamError: the listener could not be opened, or reading failed.
         """
         check_text(text)
         backlog, worker = self._backlog, self._worker
         if len(text) > backlog.capacity:
             raise ValueRefused(
-                f"{len(text):,} characters are more than the backlog ever holds, "
-                f"{backlog.capacity:,}: feed them in parts"
+                f"{len(text):,} characters exceed the whole backlog of {backlog.capacity:,}: feed "
+                "them in parts"
             )
         self._deliver()
+
+        def has_room() -> bool:
+            return backlog.size + len(text) <= backlog.capacity
+
         with worker.lock:
             worker.wait_for(
-                worker.changed,
-                lambda: (
-                    self._has_room(len(text)) or self._queue.closing or worker.closing or self.error
-                ),
-                timeout,
+                lambda: has_room() or self._queue.closing or worker.closing or self.error, timeout
             )
             worker.check(self._queue)
             if self.error:
                 raise reraise(self.error)
-            if not self._has_room(len(text)):
+            if not has_room():
                 raise QueueFull(
-                    f"{backlog.size:,} characters are waiting to be read, and of at most "
-                    f"{backlog.capacity:,}: feed these {len(text):,} later"
+                    f"the backlog holds {backlog.size:,} characters, at most "
+                    f"{backlog.capacity:,}: feed these {len(text):,} later, or pass a timeout"
                 )
             backlog.add(text)
-            worker.wake.notify()
 
     def flush(self, timeout: float | None = None) -> None:
-        """Wait until all that was fed is read, the last word too.
+        """Wait until everything fed so far has been read, including the last word.
 
         Raises:
-            TimeoutError: it takes longer than `timeout` seconds; it goes on.
-            MlxStreamError: it could not be read.
+            TimeoutError: it takes longer than `timeout` seconds; reading continues.
+            MlxStreamError: reading failed.
         """
-        fed, worker = self._fed(), self._listener_worker
+        fed, worker = self._backlog.fed, self._listener_worker
         self._wait_for(lambda: worker.current().flush(fed), timeout)
 
     def ask(
@@ -116,22 +113,22 @@ class Listener(Handle):
         max_tokens: int | None = None,
         now: bool = False,
     ) -> Generator[Piece, None, None]:
-        """Yield the pieces of an answer from what is attended; then listening goes on.
+        """Yield the pieces of an answer from the attended text, then keep listening.
 
-        The question ends the open turn, and a new one is opened behind the answer. Closing the
-        generator stops the answer within a token. Asking again ends an answer that is going on.
+        The question ends the open turn, and a new turn opens behind the answer. Closing the
+        generator stops the answer within a token. Asking again ends an answer in progress.
 
         Args:
-            remember: False asks a copy of the stream, which stays as it is, to the bit. The copy is
-                counted in the engine's budget while it is there.
-            now: without waiting for what was fed and is not read.
+            remember: False asks a copy of the stream, which itself stays the same to the bit. The
+                copy counts towards the engine's budget while it exists.
+            now: answer without waiting for the text that is not read yet.
 
         Raises:
             TextError: the question is empty.
             MemoryRefused: the copy does not fit the budget.
             QueueFull: the engine has too much to do.
         """
-        return iterate(self._ask_command(question, remember, max_tokens, now), self._deliver)
+        return self._pieces(self._ask_command(question, remember, max_tokens, now))
 
     def aask(
         self,
@@ -140,24 +137,24 @@ class Listener(Handle):
         max_tokens: int | None = None,
         now: bool = False,
     ) -> AsyncGenerator[Piece, None]:
-        """As `ask`, for asyncio; cancelling who waits for it stops it within a token."""
-        return iterate_async(self._ask_command(question, remember, max_tokens, now), self._deliver)
+        """Do what `ask` does, for asyncio; cancelling the task that reads it stops the answer."""
+        return self._pieces_async(self._ask_command(question, remember, max_tokens, now))
 
     def save(
         self, path: str | Path, note: Mapping[str, str | int], timeout: float | None = None
     ) -> None:
-        """Write a snapshot, from which `Engine.listen(restore=path)` goes on, to the bit.
+        """Write a snapshot, from which `Engine.listen(restore=path)` continues to the bit.
 
-        It is whole or not there, and holds all that was fed so far: what is not read yet is read
-        by whoever goes on. An answer that is going on is waited for.
+        The file is written completely or not at all. It holds everything fed so far; text that is
+        not read yet is read after restoring. An answer in progress is finished first.
 
         Args:
-            note: small; given back in `restored`.
+            note: a small dict, returned by `restored`.
 
         Raises:
-            ValueRefused: the note holds something else, or is too long.
-            SnapshotError: it could not be written; what was there before still is.
-            TimeoutError: it takes longer than `timeout` seconds; it is still going to be written.
+            ValueRefused: the note holds other types, or is too long.
+            SnapshotError: the file could not be written; an earlier one is still there.
+            TimeoutError: it takes longer than `timeout` seconds; the file will still be written.
         """
         path, copy, worker = Path(path).absolute(), check_note(note), self._listener_worker
         self._wait_for(lambda: worker.current().save(path, copy), timeout)
@@ -166,29 +163,21 @@ class Listener(Handle):
 
     def _ask_command(
         self, question: str, remember: bool, max_tokens: int | None, now: bool
-    ) -> Callable[[], Task]:
+    ) -> Submit:
         check_question(question)
         check_limit(max_tokens)
         worker = self._listener_worker
 
-        def ask() -> Task:
-            with self._worker.lock:
-                fed = None if now else self._fed()
-                # It does not wait for whoever reads it: what is fed meanwhile waits for its end.
-                return self._ask(
-                    lambda: worker.current().ask(question, max_tokens, fed, remember), None
-                )
+        def submit() -> Task:
+            fed = None if now else self._backlog.fed
+            # The answer does not pause for its reader: text fed meanwhile waits for its end.
+            return self._ask(
+                lambda: worker.current().ask(question, max_tokens, fed, remember), None
+            )
 
-        return ask
+        return submit
 
     def _wait_for(self, begin: Callable[[], Work], timeout: float | None) -> None:
-        """Ask for something and wait for its end; an answer that is going on comes first."""
-        self._worker.submit(self._queue, begin, None).outcome(timeout)
+        """Submit a task, behind any answer in progress, and wait for its end."""
+        self._worker.outcome(self._worker.submit(self._queue, begin, None), timeout)
         self._deliver()
-
-    def _fed(self) -> int:
-        with self._worker.lock:
-            return self._backlog.fed
-
-    def _has_room(self, count: int) -> bool:
-        return self._backlog.size + count <= self._backlog.capacity

@@ -1,4 +1,4 @@
-"""A snapshot of a listening stream, and what it remembers beside it; untrusted when it is read."""
+"""The snapshot of a listener: its stream and the text around it. Untrusted when it is read."""
 
 import json
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from mlx_stream.load import Model
 KIND = "listener"
 LONGEST_NOTE = 65_536  # bytes, as JSON
 BYTES_BESIDE = 2**20
-BYTES_PER_CHARACTER = 12  # of a text in JSON, at most
+BYTES_PER_CHARACTER = 12  # of text in JSON, at most
 
 
 @dataclass(frozen=True)
 class ListenerState:
-    """Where a listening stream stands, beside its keys and values.
+    """What a listener saves besides keys and values.
 
     Attributes:
-        note: the writer's own.
-        began: when it began, which its template may name.
+        note: the caller's.
+        began: when the listener began, which a chat template may print.
         sampler: the state of the random numbers, hexadecimal.
-        ids: encoded and not read.
-        context, lead, held, begun: see `IncrementalEncoder`.
-        backlog: fed and not encoded.
+        ids: encoded and not yet read.
+        context, lead, held, begun: see `IncrementalEncoder`; `held` is its `pending`.
+        backlog: fed and not yet encoded.
     """
 
     note: dict[str, str | int]
@@ -42,36 +42,36 @@ class ListenerState:
     backlog: str
 
     def plain(self) -> dict[str, Any]:
-        """Return it as values for JSON."""
+        """Return the state as values for JSON."""
         values = asdict(self)
         return {"kind": KIND, **values, "began": self.began.isoformat(), "ids": [*self.ids]}
 
 
 def load_listener(path: Path, model: Model, capacity: int) -> tuple[State, ListenerState]:
-    """Return a stream's state, and where it stands.
+    """Load a snapshot.
 
     Args:
-        capacity: characters of the backlog.
+        capacity: of the backlog, in characters.
 
     Raises:
-        SnapshotError: it is damaged, another model's, or not a listening stream's.
+        SnapshotError: it is damaged, of another model, or not of a listener.
     """
     longest = BYTES_BESIDE + LONGEST_NOTE + BYTES_PER_CHARACTER * capacity
     found = load_snapshot(path, longest=longest)
     if not model.is_fingerprint(found.model):
-        raise SnapshotError(f"{path} belongs to another model, or one loaded another way")
+        raise SnapshotError(f"{path} belongs to another model, or the model was loaded differently")
     return found.state, parse_listener_state(found.about, model.config.vocab_size)
 
 
 def parse_listener_state(plain: Mapping[str, Any], vocabulary: int) -> ListenerState:
-    """Return what `plain` made.
+    """Return the state that `ListenerState.plain` wrote.
 
     Raises:
-        SnapshotError: it made something else.
+        SnapshotError: the values are not of that kind.
     """
     try:
         if plain["kind"] != KIND or plain.keys() != {"kind", *ListenerState.__annotations__}:
-            raise ValueError("it is not a listener's")
+            raise ValueError("not a listener's")
         texts = {
             name: of_type(str, plain[name])
             for name in ("sampler", "context", "lead", "held", "backlog")
@@ -80,35 +80,37 @@ def parse_listener_state(plain: Mapping[str, Any], vocabulary: int) -> ListenerS
             text.encode()
         ids = tuple(of_type(int, id) for id in plain["ids"])
         if not all(0 <= id < vocabulary for id in ids):
-            raise ValueError("an id is none of this model")
+            raise ValueError("an id is outside the vocabulary")
         began = datetime.fromisoformat(of_type(str, plain["began"])).astimezone()
         note = check_note(of_type(dict, plain["note"]))
         return ListenerState(
             note=note, began=began, ids=ids, begun=of_type(bool, plain["begun"]), **texts
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise SnapshotError("it is not a listening stream's, or damaged") from error
+        raise SnapshotError("the snapshot is not of a listener, or is damaged") from error
 
 
 def check_note(note: Any) -> dict[str, str | int]:
-    """Return a copy of a note that can be kept.
+    """Return a copy of a note.
 
     Raises:
-        ValueRefused: it is not made of texts and whole numbers, or too long.
+        ValueRefused: it holds anything but strings and integers, or is too long.
     """
     if not isinstance(note, Mapping):
         raise ValueRefused(
-            f"a note is a dict of texts and whole numbers, not {type(note).__name__}"
+            f"a note must be a dict of strings and integers, not {type(note).__name__}"
         )
     for name, value in note.items():
         if type(name) is not str or type(value) not in (str, int):
             raise ValueRefused(
-                f"a note holds texts and whole numbers by name, not {name!r:.80}: {value!r:.80}"
+                f"a note may hold only strings and integers, not {name!r:.80}: {value!r:.80}"
             )
     try:
         size = len(json.dumps(dict(note)))
-    except ValueError as error:  # a number of too many digits
-        raise ValueRefused("a note holds texts and whole numbers of fewer digits") from error
+    except ValueError as error:  # an integer of too many digits
+        raise ValueRefused("an integer in the note has too many digits") from error
     if size > LONGEST_NOTE:
-        raise ValueRefused(f"a note has at most {LONGEST_NOTE:,} bytes as JSON, not {size:,}")
+        raise ValueRefused(
+            f"the note is {size:,} bytes as JSON; the limit is {LONGEST_NOTE:,} bytes"
+        )
     return dict(note)

@@ -1,17 +1,18 @@
-"""A stream that listens: an open turn of the user's, text on its way to it, and answers from it.
+"""A listener's stream: an open turn of the user's, the text that waits for it, and answers from it.
 
     pinned      <|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n
     fed         10:02 The train is late.\n10:07 It has come.\n ...
-    asked       \n\nWhen did it come?<|im_end|>\n<|im_start|>assistant\n
+    question    \n\nWhen did it come?<|im_end|>\n<|im_start|>assistant\n
     (the model) At 10:07.
     reopening   <|im_end|>\n<|im_start|>user\n
 
-Between two steps what the stream has read, `ListenerStream.ids` and the text after them make up all
-that was fed, so it can be saved there, and asking may end anywhere.
+Between two steps, the tokens that were read, `ListenerStream.ids` and the text behind them make up
+everything that was fed. So the stream can be saved, and an answer stopped, between any two steps.
 """
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,6 @@ import mlx.core as mx
 
 from mlx_stream.cache.geometry import pad_length
 from mlx_stream.chat.prompts import PromptBuilder
-from mlx_stream.engine.backlog import Backlog
 from mlx_stream.engine.incremental_encoder import IncrementalEncoder
 from mlx_stream.engine.listener_snapshot import ListenerState
 from mlx_stream.errors import TemplateError, ValueRefused
@@ -36,10 +36,64 @@ from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 from mlx_stream.window import PREFILL_CHUNK
 
+CHARACTERS_A_STEP = 1_024  # encoded at once
+
+
+class Backlog:
+    """Text that was fed and not yet encoded; any thread may use it.
+
+    Attributes:
+        fed, taken: characters, in total.
+        encoded: characters that were taken and whose tokens are not read yet.
+    """
+
+    def __init__(self, lock: Condition, capacity: int):
+        self.lock, self.capacity = lock, capacity
+        self.fed = self.taken = self.encoded = 0
+        self.pieces: deque[str] = deque()
+
+    @property
+    def size(self) -> int:
+        with self.lock:
+            return self.fed - self.taken + self.encoded
+
+    def add(self, text: str) -> None:
+        with self.lock:
+            if text:
+                self.pieces.append(text)
+                self.fed += len(text)
+            self.lock.notify_all()
+
+    def put_back(self, text: str) -> None:
+        """Put text before all other text, as if it had been fed and not taken."""
+        with self.lock:
+            if text:
+                self.pieces.appendleft(text)
+                self.taken -= len(text)
+
+    def take(self) -> str:
+        """Return the oldest text, at most `CHARACTERS_A_STEP` of it."""
+        with self.lock:
+            if not self.pieces:
+                return ""
+            text = self.pieces.popleft()
+            if len(text) > CHARACTERS_A_STEP:
+                self.pieces.appendleft(text[CHARACTERS_A_STEP:])
+                text = text[:CHARACTERS_A_STEP]
+            self.taken += len(text)
+            self.encoded += len(text)
+            return text
+
+    def make_room(self, before: int, left: int) -> None:
+        """Release the text of the tokens read: `left` of `before` encoded tokens still wait."""
+        with self.lock:
+            self.encoded = self.encoded * left // max(1, before)
+            self.lock.notify_all()
+
 
 @dataclass(frozen=True)
 class ListenerOptions:
-    """How a stream listens; see `Engine.listen`."""
+    """How a listener listens; see `Engine.listen`."""
 
     system: str | None
     window: int | None
@@ -51,31 +105,20 @@ class ListenerOptions:
 
 
 class ListenerStream:
-    """One stream that listens.
+    """One listening stream.
 
     Args:
-        began: when it began, which its template may name.
-        changed: notified when the backlog has room; its lock guards the backlog.
-        publish: called after a step, before that.
+        began: when it began, which a chat template may print.
 
     Attributes:
-        ids: encoded and not read.
+        ids: encoded and not yet read.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        options: ListenerOptions,
-        began: datetime,
-        backlog: Backlog,
-        changed: Condition,
-        publish: Callable[[], None],
-    ):
+    def __init__(self, model: Model, options: ListenerOptions, began: datetime, backlog: Backlog):
         template = model.tokenizer.template
         if template is None:
-            raise TemplateError(f"{model.name} has no chat template: it cannot be asked anything")
-        self.model, self.options, self.began = model, options, began
-        self.backlog, self._changed, self._publish = backlog, changed, publish
+            raise TemplateError(f"{model.name} has no chat template, so it cannot be asked")
+        self.model, self.options, self.began, self.backlog = model, options, began, backlog
         system = options.system or None
         self.prompts = PromptBuilder(model.tokenizer, template.at(began), system, pin=True)
         self.turn = self.prompts.open_turn()
@@ -91,29 +134,28 @@ class ListenerStream:
         self.stats.cache_bytes = self.cache.nbytes
         self._length = 0  # of the last step, padded
 
-    def restore(self, state: snapshot.State, kept: ListenerState) -> None:
-        """Stand where a snapshot was made.
+    def restore(self, state: snapshot.State, saved: ListenerState) -> None:
+        """Continue from a snapshot.
 
         Raises:
-            ValueRefused: it is of another window, prompt or model.
+            ValueRefused: it has another window, system prompt or model.
         """
         self.tokens.restore(state)
         count = len(self.pinned)
-        if [*self.tokens.ids.attended()[:count], *kept.ids][:count] != self.pinned:
+        if [*self.tokens.ids.attended()[:count], *saved.ids][:count] != self.pinned:
             raise ValueRefused("it was made with another system prompt")
-        self.sampler.restore(kept.sampler)
-        self.ids = [*kept.ids]
-        self.encoder = IncrementalEncoder(self.prompts, kept.context, kept.lead, kept.held)
-        self.encoder.begun = kept.begun
-        with self._changed:
-            self.backlog.put_back(kept.backlog)
+        self.sampler.restore(saved.sampler)
+        self.ids = [*saved.ids]
+        self.encoder = IncrementalEncoder(self.prompts, saved.context, saved.lead, saved.held)
+        self.encoder.begun = saved.begun
+        self.backlog.put_back(saved.backlog)
 
     def save(self, path: Path, note: dict[str, str | int]) -> Coroutine[Piece, None]:
-        """Write the stream and all that was fed; a coroutine."""
+        """Write the stream and all the text that was fed; a coroutine."""
         yield from ()
-        with self._changed:
+        with self.backlog.lock:
             backlog = "".join(self.backlog.pieces)
-        kept = ListenerState(
+        saved = ListenerState(
             note=note,
             began=self.began,
             sampler=self.sampler.state(),
@@ -124,64 +166,57 @@ class ListenerStream:
             begun=self.encoder.begun,
             backlog=backlog,
         )
-        snapshot.save_snapshot(path, self.tokens, self.model.fingerprint(), kept.plain())
+        snapshot.save_snapshot(path, self.tokens, self.model.fingerprint(), saved.plain())
 
     # --- listening ---
 
     def read_step(self, chunk: int) -> None:
-        """Read a little more of what was fed."""
+        """Read one step of what was fed."""
         if request := self._next_request(chunk, self.backlog.fed):
             self._record(self.tokens.run(request))
 
     def read_fed(self, fed: int) -> Coroutine[Piece, None]:
-        """Read all of the first `fed` characters but what more may change; a coroutine."""
+        """Read the first `fed` characters, except a last word that may still grow; a coroutine."""
         while request := self._next_request(PREFILL_CHUNK, fed):
             result = yield request
             assert result
             self._record(result)
 
     def flush(self, fed: int) -> Coroutine[Piece, None]:
-        """Read all that was fed before, its last word too; a coroutine."""
+        """Read the first `fed` characters and the last word; a coroutine."""
         yield from self.read_fed(fed)
         self.ids += self.encoder.flush()
         yield from self.read_fed(fed)
 
     def _next_request(self, chunk: int, fed: int) -> ReadRequest | None:
-        """Encode what fills a step, if it is among the first `fed` characters; return the step."""
+        """Encode enough of the first `fed` characters for one step, and return the step."""
         while len(self.ids) < chunk and self.backlog.taken < fed:
-            with self._changed:
-                text = self.backlog.take()
-                self.backlog.encoded += len(text)
-            self.ids += self.encoder.add(text)
+            self.ids += self.encoder.add(self.backlog.take())
         if not self.ids:
-            self._make_room(0)
+            self._drop_read(0)
             return None
         count = self.cache.max_step(min(chunk, len(self.ids)))
         self._free_buffers(pad_length(count))
         return ReadRequest(self.tokens, self.ids[:count], chunk=chunk)
 
     def _record(self, result: ReadResult) -> None:
-        """Note what a step has read."""
         self.stats.prompt_tokens += result.count
         self.stats.prompt_seconds += result.seconds
-        self._publish()  # first: who sees that nothing waits sees what was read
-        self._make_room(result.count)
+        self._drop_read(result.count)
 
-    def _make_room(self, count: int) -> None:
+    def _drop_read(self, count: int) -> None:
         """Drop the ids that were read, and their part of the backlog."""
-        waiting = len(self.ids)
+        before = len(self.ids)
         del self.ids[:count]
-        with self._changed:
-            self.backlog.encoded = self.backlog.encoded * len(self.ids) // max(1, waiting)
-            self._changed.notify_all()
+        self.backlog.make_room(before, len(self.ids))
 
     def _free_buffers(self, length: int) -> None:
-        """Let go of freed buffers if steps change their length: each one's were kept, 50 MB."""
+        """Free MLX's cached buffers when the step length changes: 50 MB for each length."""
         if length != self._length:
             self._length = length
             mx.clear_cache()
 
-    # --- asking ---
+    # --- answering ---
 
     def ask(
         self, question: str, limit: int | None, fed: int | None, remember: bool
@@ -189,7 +224,7 @@ class ListenerStream:
         """Yield the pieces of an answer; a coroutine.
 
         Args:
-            fed: characters that are read before; None: what is encoded already.
+            fed: characters to read before the answer; None for those that are already encoded.
         """
         yield from self.read_fed(0 if fed is None else fed)
         held = "" if fed is None else self.encoder.pending
@@ -207,7 +242,7 @@ class ListenerStream:
             self._reopen(start, prompt, reply)
 
     def _ask_copy(self, prompt: Sequence[int], limit: int) -> Coroutine[Piece, None]:
-        """Answer from a copy of the stream, which stays as it is."""
+        """Answer from a copy of the stream, and leave the stream as it is."""
         copy = None
         try:
             copy = self._writer(self.cache.geometry.sinks)
@@ -216,12 +251,12 @@ class ListenerStream:
             sampler = Sampler(self.options.sampling)
             yield from self._answer(copy, sampler, prompt, limit, reply, Stats())
         except Exception as error:
-            # Who is told keeps the error, and its frames, as any closure, would keep the copy.
+            # The caller keeps the error, and its frames would keep the copy.
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
             copy = None
-            mx.clear_cache()  # the next copy may be long in coming
+            mx.clear_cache()  # it may be long until the next copy
 
     def _writer(self, sinks: int) -> Writer:
         window, bits = self.options.window, self.options.kv_bits
@@ -243,7 +278,7 @@ class ListenerStream:
         yield replace(last, attended=writer.tokens.attended)
 
     def _reopen(self, start: int, prompt: Sequence[int], reply: ReplyDecoder) -> None:
-        """Leave the stream with the question and the reply, and open a turn behind them.
+        """Keep the question and the reply in the stream, and open a turn behind them.
 
         Args:
             start: the stream's length before the question.

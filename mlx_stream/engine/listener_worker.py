@@ -1,38 +1,36 @@
-"""A stream that listens, as the engine's thread holds it."""
+"""A listener on the engine's thread."""
 
-from dataclasses import replace
 from datetime import datetime
 
 import mlx.core as mx
 
-from mlx_stream.engine.backlog import Backlog
 from mlx_stream.engine.listener_snapshot import load_listener
-from mlx_stream.engine.listener_stream import ListenerOptions, ListenerStream
+from mlx_stream.engine.listener_stream import Backlog, ListenerOptions, ListenerStream
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.task import Task, Work
+from mlx_stream.engine.task import Work
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate.stats import Stats, eviction_notice
 from mlx_stream.window import PREFILL_CHUNK
 
-BUSY_CHUNK = 32  # tokens of a step while others wait for their replies
+BUSY_CHUNK = 32  # tokens a step while sessions have tasks
 
 
 class ListenerWorker:
-    """One stream that listens; see `StreamOwner`.
+    """One listening stream; see `StreamOwner`.
 
     Attributes:
-        stream: None until it is open, and after it was closed.
-        restored: the note of the snapshot it continues.
+        stream: None before it is open and after it is closed.
+        restored: the note of the snapshot that it continues.
     """
 
     def __init__(self, worker: Worker, host: ModelHost, options: ListenerOptions, backlog: Backlog):
         self.worker, self.host, self.options, self.backlog = worker, host, options, backlog
-        self.key = host.new_key()
+        self.key = object()
         self.stream: ListenerStream | None = None
         self.restored: dict[str, str | int] | None = None
-        self.published, self.evicted = Stats(), (0, 0)
-        self._counted = 0  # of the tokens that left
+        self.evicted: tuple[int, int] = (0, 0)
+        self._counted = 0  # tokens evicted at the last update
 
     @property
     def usable(self) -> bool:
@@ -48,29 +46,25 @@ class ListenerWorker:
             except SnapshotError as error:
                 reason = str(error)
         try:
-            stream = self._begin(found[1].began if found else None)
+            stream = self._new_stream(found[1].began if found else None)
             if found:
                 try:
                     stream.restore(found[0], found[1])
                     self.restored, self._counted = found[1].note, stream.cache.evicted
                 except ValueRefused as error:
                     reason = f"{path} does not fit this window and system prompt ({error})"
-                    stream = self._begin()
+                    stream = self._new_stream()
         finally:
             found = None
-            mx.clear_cache()  # of what a snapshot was loaded into
+            mx.clear_cache()  # of the buffers that a snapshot was loaded into
         if reason:
-            stream.stats.add_notices(f"begins anew, without what was heard before: {reason}")
+            stream.stats.add_notices(f"the listener starts empty: {reason}")
         self.stream = stream
 
-    def _begin(self, began: datetime | None = None) -> ListenerStream:
-        """Allocate a stream; read nothing yet."""
+    def _new_stream(self, began: datetime | None = None) -> ListenerStream:
         self.host.budget.set_stream(self.key, 0)
-        model, began = self.host.model_for(self.key), began or datetime.now().astimezone()
-        changed = self.worker.changed
-        return ListenerStream(
-            model, self.options, began, self.backlog, changed, lambda: self.after(None)
-        )
+        began = began or datetime.now().astimezone()
+        return ListenerStream(self.host.model_for(self.key), self.options, began, self.backlog)
 
     def current(self) -> ListenerStream:
         assert self.stream
@@ -80,26 +74,24 @@ class ListenerWorker:
         return self.stream is not None and bool(self.stream.ids or self.backlog.pieces)
 
     def step(self) -> None:
-        """Read a little more of what was fed."""
+        """Read one step of what was fed."""
         self.current().read_step(BUSY_CHUNK if self.worker.busy() else PREFILL_CHUNK)
 
-    def after(self, task: Task | None) -> None:
+    def update(self, task_ended: bool) -> Stats | None:
         if self.stream is None:
-            return
+            return None
         stats, cache = self.stream.stats, self.stream.cache
-        if task:
+        if task_ended:
             self.host.budget.set_stream(self.key, cache.nbytes)
-            if task.cancelled and task.error:  # no other place will show it
-                stats.add_notices(str(task.error))
         stats.attended, stats.evicted = cache.attended, cache.evicted
         if stats.evicted and not self._counted and not self.restored:
             stats.add_notices(eviction_notice(stats.window))
-        left, self._counted = stats.evicted - self._counted, stats.evicted
         with self.worker.lock:
-            self.evicted = 0, self.evicted[1] + left
-        self.published = replace(stats, notices=[*stats.notices])
+            self.evicted = 0, self.evicted[1] + stats.evicted - self._counted
+        self._counted = stats.evicted
+        return stats
 
     def close(self) -> None:
-        """Let go of the ring."""
+        """Release the ring."""
         self.stream = None
         self.host.budget.set_stream(self.key, 0)

@@ -1,22 +1,65 @@
-"""The model of an engine and its budget; used on the engine's thread alone."""
+"""An engine's model and its memory budget; everything but `Budget` is for the engine's thread."""
 
-import itertools
+import threading
 from functools import partial
 from pathlib import Path
 
-from mlx_stream import backend
-from mlx_stream.engine.budget import Budget
-from mlx_stream.load import Model, load
+import mlx.core as mx
 
-WEIGHTS = 0  # the key of what is loaded
+from mlx_stream import backend
+from mlx_stream.errors import MemoryRefused
+from mlx_stream.load import Model, load, megabytes
+
+
+class Budget:
+    """The bytes of the weights and of every stream, kept below a limit.
+
+    A stream is charged before it is allocated, under a key of its owner's.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.weights = 0
+        self._streams: dict[object, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def used(self) -> int:
+        with self._lock:
+            return self.weights + sum(self._streams.values())
+
+    def charge(self, key: object, weights: int, stream: int) -> None:
+        """Record the bytes of the weights, and so many more bytes of streams under `key`.
+
+        Raises:
+            MemoryRefused: the limit would be exceeded; nothing is recorded.
+        """
+        with self._lock:
+            others = sum(self._streams.values())
+            if weights + others + stream > self.limit:
+                raise MemoryRefused(
+                    f"{megabytes(weights)} of weights, {megabytes(others)} of keys and values of "
+                    f"open sessions and {megabytes(stream)} of this one exceed the engine's budget "
+                    f"of {megabytes(self.limit)}: close a session, use a smaller window or a "
+                    "quantized model, or raise memory_budget"
+                )
+            self.weights = weights
+            self._streams[key] = self._streams.get(key, 0) + stream
+
+    def set_stream(self, key: object, stream: int) -> None:
+        """Replace what is recorded under `key` by `stream` bytes."""
+        with self._lock:
+            self._streams.pop(key, None)
+            if stream:
+                self._streams[key] = stream
 
 
 class ModelHost:
-    """One model, shared by sessions.
+    """One model, shared by all sessions.
 
     Args:
         source, dtype, keep_quantized: see `load`.
-        limit: bytes that weights and streams may take; None: what the device recommends.
+        limit: bytes for weights and streams; None for what the device recommends.
     """
 
     def __init__(
@@ -32,20 +75,18 @@ class ModelHost:
         self._source, self._limit = source, limit
         self._dtype, self._keep = dtype, keep_quantized
         self._model: Model | None = None
-        self._keys = itertools.count(1)
 
     def load(self) -> None:
-        """Load the model. On the thread, as all that follows."""
         if self._limit is None:
             self.budget.limit = backend.memory_budget()
-        # Freed buffers are kept by MLX, and would otherwise be as much as the whole memory.
+        # MLX keeps freed buffers, by default up to the size of the whole memory.
         backend.set_cache_limit()
         self._model = load(
             self._source,
             self._dtype,
             self._keep,
             notify=self.notices.append,
-            check=partial(self.budget.charge, WEIGHTS),
+            check=partial(self.budget.charge, None),
         )
 
     @property
@@ -53,17 +94,12 @@ class ModelHost:
         assert self._model is not None
         return self._model
 
-    def new_key(self) -> int:
-        return next(self._keys)
-
-    def model_for(self, key: int) -> Model:
-        """Return the model with its streams charged to `key`."""
+    def model_for(self, key: object) -> Model:
+        """Return the model, with its streams charged to `key`."""
         return self.model.with_check(partial(self.budget.charge, key))
 
     def leave(self) -> None:
-        """Let go of everything, so that another thread may begin."""
-        import mlx.core as mx
-
+        """Release everything, so that another thread can use MLX."""
         self._model = None
         self.budget.weights = 0
         mx.clear_cache()

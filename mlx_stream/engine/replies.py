@@ -1,26 +1,29 @@
-"""Replies on the thread, or in the event loop, of whoever asked for them; knows no model."""
+"""Replies on the caller's thread or in its event loop; knows no model."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import suppress
 from numbers import Integral
 
 from mlx_stream.engine.task import Task
+from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tokenizer import check_text
 
+Submit = Callable[[], Task]
 Deliver = Callable[[Piece | None], None]
 
 
-def iterate(ask: Callable[[], Task], deliver: Deliver) -> Generator[Piece, None, None]:
-    """Ask, and yield the pieces; closing the generator cancels the task.
+def iterate(worker: Worker, submit: Submit, deliver: Deliver) -> Generator[Piece, None, None]:
+    """Submit a task and yield its pieces; closing the generator cancels the task.
 
     Args:
-        deliver: called before each piece with it, and at the end with None.
+        deliver: called with each piece before it is yielded, and with None at the end.
     """
-    task = ask()
+    task = submit()
     try:
-        while (piece := task.take()) is not None:
+        while (piece := worker.take(task)) is not None:
             deliver(piece)
             yield piece
         deliver(None)
@@ -28,23 +31,24 @@ def iterate(ask: Callable[[], Task], deliver: Deliver) -> Generator[Piece, None,
         task.cancel()
 
 
-async def iterate_async(ask: Callable[[], Task], deliver: Deliver) -> AsyncGenerator[Piece, None]:
-    """As `iterate`, without holding up the event loop."""
-    import asyncio
-
+async def iterate_async(
+    worker: Worker, submit: Submit, deliver: Deliver
+) -> AsyncGenerator[Piece, None]:
+    """Do what `iterate` does, without blocking the event loop."""
+    worker.check_elsewhere()
     loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
     def tell() -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+        with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(arrived.set)
 
-    task = ask()
+    task = submit()
+    task.tell = tell
     try:
-        task.on_arrival(tell)
         while True:
             arrived.clear()
-            done = task.done  # before looking, or what comes between would be missed
-            piece = task.take_now()
+            done = task.done  # read first, or a piece that comes now would be missed
+            piece = worker.take_now(task)
             if piece is not None:
                 deliver(piece)
                 yield piece

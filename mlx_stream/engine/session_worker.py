@@ -1,39 +1,38 @@
-"""A conversation as the engine's thread holds it."""
+"""A conversation on the engine's thread."""
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mlx_stream.chat import resume
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.saving import SavedSession
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.replies import check_limit
-from mlx_stream.engine.task import Task, Work
+from mlx_stream.engine.task import Work
 from mlx_stream.engine.worker import Worker
-from mlx_stream.generate.stats import Stats
-
-if TYPE_CHECKING:
-    from mlx_stream.chat.saving import SavedSession
-    from mlx_stream.chat.session import ChatSession
+from mlx_stream.generate.stats import MOST_NOTICES, Stats
 
 
 class SessionWorker:
     """One conversation; see `StreamOwner`.
 
     Args:
-        options: of `chat.resume.SessionOptions`.
         name: of a saved conversation, or None.
 
     Attributes:
-        exchanges: those attended after the last thing asked; exchanged whole, as `published` is.
+        exchanges: those attended after the last task; replaced, never changed.
     """
 
-    def __init__(self, worker: Worker, host: ModelHost, options: dict[str, Any], name: str | None):
+    def __init__(
+        self, worker: Worker, host: ModelHost, options: resume.SessionOptions, name: str | None
+    ):
         self.worker, self.host, self.options, self.name = worker, host, options, name
-        self.key = host.new_key()
+        self.key = object()
         self.chat: ChatSession | None = None
         self.saved: SavedSession | None = None
-        self.notices: list[str] = []
-        self.published, self.evicted = Stats(), (0, 0)
+        self.evicted: tuple[int, int] = (0, 0)
         self.exchanges: tuple[Exchange, ...] = ()
 
     @property
@@ -41,61 +40,52 @@ class SessionWorker:
         return self.chat is not None
 
     def open(self) -> Work:
-        """Begin, or continue what is saved; a coroutine."""
-        from mlx_stream.chat import resume
-
-        check_limit(self.options["max_tokens"])
-        model, options = self.host.model_for(self.key), resume.SessionOptions(**self.options)
+        """Begin a conversation, or resume a saved one; a coroutine."""
+        check_limit(self.options.max_tokens)
+        model = self.host.model_for(self.key)
+        notices: deque[str] = deque(maxlen=MOST_NOTICES)
         if self.name is None:
-            chat = resume.new_chat(model, options, self._notify)
+            chat = resume.new_chat(model, self.options, notices.append)
         else:
-            self.saved = yield from resume.open_steps(self.name, model, options, self._notify)
+            steps = resume.open_steps(self.name, model, self.options, notices.append)
+            self.saved = yield from steps
             chat = self.saved.chat
-        chat.on_evict, chat.stats.notices = self._evict, []
-        chat.stats.add_notices(*self.notices)
+        chat.on_evict, chat.stats.notices = self._evict, [*notices]
         self.chat = chat
 
-    def reply(self, begin: "Callable[[ChatSession], Work]") -> Work:
+    def reply(self, begin: Callable[[ChatSession], Work]) -> Work:
         """Return the coroutine of a reply."""
         assert self.chat
         return begin(self.chat)
 
-    def perform(self, action: "Callable[[ChatSession], Any]") -> Work:
-        """Do one thing that reads nothing, and return its result; a coroutine."""
+    def perform(self, action: Callable[[ChatSession], Any]) -> Work:
+        """Do something that reads no tokens, and return its result; a coroutine."""
         yield from ()
         assert self.chat
         return action(self.chat)
 
-    def after(self, task: Task | None) -> None:
+    def update(self, task_ended: bool) -> Stats | None:
         if self.chat is None:
-            return
-        if task and task.cancelled and task.error:  # no other place will show it
-            self.chat.stats.add_notices(str(task.error))
-        if task:
+            return None
+        if task_ended:
             self.exchanges = tuple(turn.exchange for turn in self.chat.evictor.state.turns)
             self.host.budget.set_stream(self.key, self.chat.cache.nbytes)
-        stats = self.chat.stats
-        self.published = replace(stats, notices=[*stats.notices])
+        return self.chat.stats
 
     def waiting(self) -> bool:
         return False
 
     def step(self) -> None:
-        """Do nothing: a conversation has no work in the background."""
+        """Do nothing: a conversation has no background work."""
 
     def close(self) -> None:
-        """Write what is not written, and let go of the ring."""
+        """Write what is not saved yet, and release the ring."""
         saved, self.chat, self.saved = self.saved, None, None
         try:
             if saved:
                 saved.close()
         finally:
             self.host.budget.set_stream(self.key, 0)
-
-    def _notify(self, line: str) -> None:
-        """Keep a notice of the opening; later ones are in the statistics anyway."""
-        if self.chat is None:
-            self.notices.append(line)
 
     def _evict(self, exchanges: int, tokens: int) -> None:
         with self.worker.lock:

@@ -1,17 +1,18 @@
-"""The one thread that touches MLX: sessions take turns on it, a step each; knows no model.
+"""The one thread that touches MLX: sessions take turns on it, one step each. Knows no model.
 
-What is not said to run on the thread may be called from any, and holds the lock for no longer than
-a look at a few lists takes.
+Unless a comment says that a method runs on the thread, any thread may call it, and it holds the
+lock only briefly.
 """
 
 import atexit
+import copy
 import os
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlx_stream.engine.task import AHEAD, Task, Work, as_engine_error, reraise
 from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused
@@ -21,62 +22,78 @@ SECONDS_AT_EXIT = 10.0
 
 
 class StreamOwner(Protocol):
-    """A session or a listener as its queue sees it; runs on the thread, but for `waiting`.
+    """A session's or listener's stream. All of it but `waiting` runs on the thread.
 
     Attributes:
-        published: its statistics after the last step; exchanged whole, so any thread may look.
-        evicted: exchanges and tokens that left and were not reported yet; under the lock.
+        evicted: exchanges and tokens evicted and not yet reported; guarded by the lock.
     """
 
-    published: Stats
     evicted: tuple[int, int]
 
     @property
     def usable(self) -> bool:
-        """Whether it is open, and no step has left its stream in an unknown state."""
+        """Whether the stream is open, and no failed step has left it in an unknown state."""
         ...
 
     def open(self) -> Work:
-        """Return the coroutine that opens it."""
+        """Return the coroutine that opens the stream."""
         ...
 
-    def after(self, task: Task | None) -> None:
-        """Publish how things are: with a task after its last step, with None after others."""
+    def update(self, task_ended: bool) -> Stats | None:
+        """Return the current statistics after a step, or None if there is no stream."""
         ...
 
     def waiting(self) -> bool:
-        """Return whether it has something to do in the background; any thread, under the lock."""
+        """Return whether there is background work; called under the lock."""
         ...
 
     def step(self) -> None:
-        """Do a little of it."""
+        """Do one step of background work."""
         ...
 
     def close(self) -> None:
-        """Let go of the stream; may be called twice."""
+        """Release the stream; may be called twice."""
         ...
 
 
 class SessionQueue:
-    """What is asked of one session: tasks in order, one at a time.
+    """The tasks of one session, run one at a time and in order.
 
     Attributes:
-        failure: why it cannot be used any more.
+        published: a copy of the statistics after the last step. It is replaced, never changed, so
+            any thread may read it.
+        failure: why the session cannot be used any more.
         error: what closing it raised.
     """
 
     def __init__(self, worker: "Worker", owner: StreamOwner):
         self.worker, self.owner = worker, owner
         self.tasks: deque[Task] = deque()
+        self.published = Stats()
         self.closing = self.closed = False
         self.failure: MlxStreamError | None = None
         self.error: MlxStreamError | None = None
 
     def ready(self) -> bool:
-        """Return whether there is a step to do; under the lock."""
+        """Return whether there is a step to do; called under the lock."""
         if self.closing:
             return True
         return self.tasks[0].runnable() if self.tasks else self.owner.waiting()
+
+    def close(self) -> None:
+        """Stop the session's tasks and close it; returns at once."""
+        with self.worker.lock:
+            self.closing = True
+            self.worker.lock.notify_all()
+
+    def wait_closed(self, timeout: float) -> None:
+        """Wait until the session is closed; raise the error of closing it."""
+        with self.worker.lock:
+            self.worker.wait_for(lambda: self.closed, timeout)
+            if self.error:
+                raise reraise(self.error)
+
+    # --- on the thread ---
 
     def step(self) -> None:
         with self.worker.lock:
@@ -92,24 +109,30 @@ class SessionQueue:
         else:
             try:
                 self.owner.step()
-            except Exception as error:  # who uses it next is told
+                self.after(None)
+            except Exception as error:  # raised by the next use of the session
                 self._fail(as_engine_error(error))
 
     def after(self, task: Task | None) -> None:
-        """Publish how things are after a step of a task."""
+        """Publish the statistics after a step; `task` is one that has just ended."""
         if task and task.error and not (self.failure or self.owner.usable):
             self._fail(task.error)
-        self.owner.after(task)
+        stats = self.owner.update(task is not None)
+        if stats is None:
+            return
+        if task and task.cancelled and task.error:  # nothing else would report it
+            stats.add_notices(str(task.error))
+        self.published = copy.copy(stats)
 
     def _fail(self, error: MlxStreamError) -> None:
-        """Let go of a stream that cannot be used any more; who waits for room hears of it."""
+        """Release a stream that is not usable any more, and wake threads that wait for room."""
         with self.worker.lock:
             self.failure = error
-            self.worker.changed.notify_all()
+            self.worker.lock.notify_all()
         self.owner.close()
 
     def end(self, error: MlxStreamError) -> None:
-        """Stop what was asked, which fails with `error`, and close."""
+        """End every task with `error`, and close."""
         while self.tasks:
             task = self.tasks.popleft()
             task.abandon(None if task.cancelled else error)
@@ -121,39 +144,26 @@ class SessionQueue:
             self.closing = self.closed = True
             if self in self.worker.queues:
                 self.worker.queues.remove(self)
-            self.worker.changed.notify_all()
-
-    def close(self) -> None:
-        """Make the queue end, which stops what was asked before; returns at once."""
-        with self.worker.lock:
-            self.closing = True
-            self.worker.wake.notify()
-            self.worker.changed.notify_all()
-
-    def wait_closed(self, timeout: float | None) -> bool:
-        """Wait until it is closed; return whether it is. Raises what closing it raised."""
-        worker = self.worker
-        with worker.lock:
-            done = worker.wait_for(worker.changed, lambda: self.closed, timeout)
-            if self.error:
-                raise reraise(self.error)
-            return done
+            self.worker.lock.notify_all()
 
 
 class Worker:
-    """A thread, the queues that take turns on it, and how it ends.
+    """The thread, and the queues that take turns on it.
 
     Args:
-        prepare: called first, on the thread; what it raises is raised by every task.
-        leave: called last, on the thread.
-        queue_size: tasks that may be asked for and not done.
+        prepare: runs first on the thread; every task raises what it raises.
+        leave: runs last on the thread.
+        queue_size: tasks that may be waiting or in progress.
+
+    Attributes:
+        lock: guards everything that threads share; notified of every change.
+        error: what `prepare` raised.
+        ended: whether the thread has ended, or is missing in this process after a fork.
     """
 
     def __init__(self, prepare: Callable[[], None], leave: Callable[[], None], queue_size: int):
-        # A cancel may come from a finalizer, in the middle of anything the same thread does here.
-        self.lock = threading.RLock()
-        self.wake = threading.Condition(self.lock)
-        self.changed = threading.Condition(self.lock)
+        # Reentrant: a finalizer may cancel a task on a thread that holds the lock.
+        self.lock = threading.Condition(threading.RLock())
         self.ready = self.closing = self.ended = False
         self.error: MlxStreamError | None = None
         self.queues: list[SessionQueue] = []
@@ -164,11 +174,13 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="mlx_stream", daemon=True)
         self._thread.start()
 
+    # --- tasks ---
+
     def open(self, owner: StreamOwner) -> tuple[SessionQueue, Task]:
-        """Make a session's queue; return it, and the task that opens the session.
+        """Return a new session's queue and the task that opens the session.
 
         Raises:
-            QueueFull, EngineClosed: as `submit`.
+            QueueFull, EngineClosed: see `submit`.
         """
         queue = SessionQueue(self, owner)
         with self.lock:
@@ -179,84 +191,105 @@ class Worker:
     def submit(
         self, queue: SessionQueue, begin: Callable[[], Work], ahead: int | None = AHEAD
     ) -> Task:
-        """Ask for a coroutine to be driven, after what was asked of the queue before.
+        """Add a task to a queue.
 
         Raises:
-            QueueFull: too much was asked for that is not done.
+            QueueFull: too many tasks are waiting or in progress.
             EngineClosed: the engine or the queue is closed.
         """
-        task = Task(self, begin, queue.after, ahead)
+        task = Task(self.lock, begin, queue.after, ahead)
         with self.lock:
             self.check(queue)
-            asked = sum(len(queue.tasks) for queue in self.queues)
-            if asked >= self.queue_size:
+            count = sum(len(queue.tasks) for queue in self.queues)
+            if count >= self.queue_size:
                 raise QueueFull(
-                    f"{asked:,} commands are waiting or in progress, and the queue holds "
+                    f"{count:,} commands are waiting or in progress, and the queue holds "
                     f"{self.queue_size:,}: try again later, or give the engine a larger queue_size"
                 )
             queue.tasks.append(task)
-            self.wake.notify()
+            self.lock.notify_all()
         return task
 
+    def take(self, task: Task) -> Any:
+        """Wait for a task's next item and return it; None after the last one.
+
+        Raises:
+            ValueRefused: called on the engine's thread.
+            EngineClosed: the process was forked.
+            MlxStreamError: the task failed.
+        """
+        with self.lock:
+            self.wait_for(lambda: task.items or task.done)
+            return self.take_now(task)
+
+    def take_now(self, task: Task) -> Any:
+        """Return a task's next item; None if there is none yet, or after the last one."""
+        with self.lock:
+            if task.items:
+                self.lock.notify_all()
+                return task.items.popleft()
+            self._check_task(task)
+            return None
+
+    def outcome(self, task: Task, timeout: float | None = None) -> Any:
+        """Wait for a task's end and return its result; raises as `take`, and TimeoutError."""
+        with self.lock:
+            if not self.wait_for(lambda: task.done, timeout):
+                raise TimeoutError(f"not done after {timeout} seconds")
+            self._check_task(task)
+        return task.future.result()
+
+    def _check_task(self, task: Task) -> None:
+        """Raise the error of a task that has ended, or that never will."""
+        if task.error and task.done:
+            raise reraise(task.error)
+        if self.ended and not task.done:
+            self.check()
+
+    def busy(self) -> bool:
+        """Return whether there are tasks, apart from background work."""
+        with self.lock:
+            return any(queue.tasks for queue in self.queues)
+
+    # --- waiting and closing ---
+
     def wait(self, timeout: float | None) -> None:
-        """Wait until it is prepared.
+        """Wait until `prepare` is done.
 
         Raises:
             TimeoutError: it takes longer than `timeout` seconds.
-            MlxStreamError: it cannot be, or it was closed before.
+            MlxStreamError: it failed, or the engine was closed before.
         """
         with self.lock:
-            if not self.wait_for(self.changed, lambda: self.ready or self.error, timeout):
+            if not self.wait_for(lambda: self.ready or self.error, timeout):
                 raise TimeoutError(f"the model is not loaded after {timeout} seconds")
             if self.error:
                 raise reraise(self.error)
             if not self.ready:
                 raise EngineClosed("the engine was closed before the model was loaded")
 
-    def wait_for(
-        self, condition: threading.Condition, holds: Callable[[], object], timeout: float | None
-    ) -> bool:
-        """Wait until something holds, or there is no thread any more; return whether that is so.
-
-        Under the lock, which `condition` has too.
+    def wait_for(self, holds: Callable[[], object], timeout: float | None = None) -> bool:
+        """Wait, under the lock, until `holds()` or the end of the thread; return whether it came.
 
         Raises:
-            ValueRefused: this is the thread, on which it would be waited for in vain.
+            ValueRefused: called on the engine's thread, where nothing would ever come.
         """
         if holds() or self.ended:
             return True
         if timeout is None or timeout > 0:
             self.check_elsewhere()
-        return bool(condition.wait_for(lambda: holds() or self.ended, timeout))
+        return bool(self.lock.wait_for(lambda: holds() or self.ended, timeout))
 
     def check_elsewhere(self) -> None:
-        """Raise `ValueRefused` on the thread itself."""
+        """Raise `ValueRefused` on the engine's thread."""
         if threading.current_thread() is self._thread:
             raise ValueRefused(
-                "what a future calls back runs on the engine's thread, and must not wait there for "
-                "the engine: have another thread do that"
+                "a future's callback runs on the engine's thread and must not wait for the engine: "
+                "wait on another thread"
             )
 
-    def end(self) -> None:
-        """Have the thread end; returns at once."""
-        with self.lock:
-            self.closing = True
-            self.wake.notify_all()
-            self.changed.notify_all()
-
-    def join(self, timeout: float | None) -> bool:
-        """Wait for its end; return whether it has come."""
-        if os.getpid() == self._process and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
-        return self.ended
-
-    def busy(self) -> bool:
-        """Return whether there is more to do than what goes on in the background."""
-        with self.lock:
-            return any(queue.tasks for queue in self.queues)
-
     def check(self, queue: SessionQueue | None = None) -> None:
-        """Raise `EngineClosed` if nothing can be asked, of a queue or at all."""
+        """Raise `EngineClosed` if the engine, or a queue, accepts no tasks."""
         if os.getpid() != self._process:
             raise EngineClosed(
                 "an engine does not survive a fork: make it in the new process, or start "
@@ -266,6 +299,20 @@ class Worker:
             raise EngineClosed("the engine is closed: make another one")
         if queue and queue.closing:
             raise EngineClosed("this session or listener is closed: begin another one")
+
+    def end(self) -> None:
+        """Make the thread end; returns at once."""
+        with self.lock:
+            self.closing = True
+            self.lock.notify_all()
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait for the thread's end; return whether it has ended."""
+        if os.getpid() == self._process and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+        return self.ended
+
+    # --- on the thread ---
 
     def _run(self) -> None:
         try:
@@ -285,24 +332,24 @@ class Worker:
         try:
             if not self.closing:
                 self._prepare()
-        # Whatever keeps a model from being loaded is told to everyone who asks.
+        # Every task raises whatever kept the model from being loaded.
         except Exception as found:
             error = as_engine_error(found)
         with self.lock:
             self.error, self.ready = error, error is None
-            self.changed.notify_all()
+            self.lock.notify_all()
 
     def _round(self) -> list[SessionQueue]:
-        """Return the queues that have a step to do, once there are any; none at the end."""
+        """Wait for queues that have a step to do, and return them; none when closing."""
         with self.lock:
             while not self.closing:
                 if queues := [queue for queue in self.queues if queue.ready()]:
                     return queues
-                self.wake.wait()
+                self.lock.wait()
         return []
 
     def _finish(self) -> None:
-        """Stop what is going on and close what is open; whoever waits is told."""
+        """Close every session, and wake every thread that waits."""
         with self.lock:
             self.closing = True
         try:
@@ -312,7 +359,7 @@ class Worker:
         finally:
             with self.lock:
                 self.ended = True
-                self.changed.notify_all()
+                self.lock.notify_all()
 
 
 # --- one per process, and its end ---
@@ -322,10 +369,10 @@ _claims = threading.RLock()
 
 
 def claim(worker: Worker) -> list[Worker]:
-    """Make `worker` the one thread of MLX; return those before, whose end it must await.
+    """Make `worker` the one thread of MLX; return the workers whose end it must wait for.
 
     Raises:
-        EngineClosed: there is one that nobody has asked to end.
+        EngineClosed: another engine is open and not closing.
     """
     with _claims:
         alive = [other for other in _all if not other.ended and other._process == os.getpid()]
@@ -338,7 +385,7 @@ def claim(worker: Worker) -> list[Worker]:
 
 
 def acquire_all() -> None:
-    """Let no other thread hold a lock while this process is forked: nobody would release it."""
+    """Take every lock before a fork: a lock that another thread holds stays locked in the child."""
     for worker in [*_all]:
         worker.lock.acquire()
 
@@ -349,7 +396,7 @@ def release_all() -> None:
 
 
 def release_in_child() -> None:
-    """Have what waits for a thread that is not here any more wait no longer."""
+    """Mark every worker as ended: its thread is not in this process."""
     for worker in [*_all]:
         worker.closing = worker.ended = True
     release_all()
@@ -363,7 +410,7 @@ if hasattr(os, "register_at_fork"):
 
 @atexit.register
 def end_all() -> None:
-    """Have every thread end before the interpreter does, which would pull MLX from under it."""
+    """End every thread before the interpreter exits and unloads MLX."""
     workers = [*_all]
     for worker in workers:
         worker.end()

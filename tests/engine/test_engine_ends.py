@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import wait
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
@@ -238,6 +239,20 @@ def test_what_a_future_calls_back_is_refused_to_wait_for_the_engine(engine):
     assert refused.keys() == asks.keys()
     assert all("another thread" in line for line in refused.values())
     assert len(said(chat.reply("Hi"))) == 3
+
+
+def test_cancelling_an_undo_before_its_turn_keeps_the_exchange(engine):
+    chat, closed = (engine.session(sampling=GREEDY, max_tokens=3) for _ in range(2))
+    said(chat.reply("Hi"))
+    with held_up(engine):
+        futures = [chat.undo(), chat.clear(), closed.undo()]
+        assert all(future.cancel() for future in futures)
+        closed.close()
+    assert not wait(futures, DEADLINE).not_done
+    said(chat.reply("Still there?"))
+    assert [exchange.question for exchange in chat.exchanges] == ["Hi", "Still there?"]
+    done = chat.undo()
+    assert done.result(DEADLINE).question == "Still there?" and not done.cancel()
 
 
 def test_a_limit_that_is_no_whole_number_is_refused_before_anything_is_said(engine):

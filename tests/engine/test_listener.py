@@ -179,7 +179,7 @@ def test_a_stream_is_not_used_after_a_step_that_failed(engine, monkeypatch, tmp_
             flush = stream.flush(listener._backlog.fed)
             task = engine._worker.submit(listener._queue, lambda: flush, None)
     for use in (
-        lambda: task.outcome(DEADLINE),
+        lambda: task.future.result(DEADLINE),
         lambda: listener.feed("x"),
         lambda: listener.flush(DEADLINE),
         lambda: said(listener.ask("How?", remember=False)),
@@ -306,7 +306,7 @@ def test_a_snapshot_between_an_answer_and_the_turn_behind_it_goes_on_there(engin
     with engine._worker.lock:  # so that nothing comes between
         listener._ask_command("Why?", True, 9, False)()
         saving = engine._worker.submit(listener._queue, lambda: heard.save(path, {}), None)
-    saving.outcome(DEADLINE)
+    saving.future.result(DEADLINE)
     again = engine.listen(window=200, sampling=GREEDY, restore=path)
     for one in (listener, again):
         one.feed("Four.")
@@ -352,7 +352,7 @@ def test_a_snapshot_that_will_not_do_is_not_used_and_that_is_said(
         listener = engine.listen(**{**begin, **change})
         listener.wait(DEADLINE)
         assert listener.restored is None
-        assert "begins anew" in listener.stats.notices[0]
+        assert "starts empty" in listener.stats.notices[0]
         listener.feed("One two three.")
         listener.flush(DEADLINE)
         assert attended(listener).endswith("<|im_start|>user\nOne two three.")
