@@ -1,4 +1,4 @@
-"""The ids of the tokens a stream attends to, by row as the cache has their keys and values."""
+"""The ids of the tokens that a stream attends to, by row of the cache."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,26 +7,26 @@ from mlx_stream.cache import Cache
 
 
 class StreamObserver(Protocol):
-    """What is told how a stream goes, to guess how it goes on."""
+    """Follows what a stream reads, in order to guess what it reads next."""
 
     def read(self, ids: Sequence[int]) -> None:
-        """Ids have been read."""
+        """Add ids that the stream has read."""
 
     def rewind(self, count: int) -> None:
-        """The newest have been taken back."""
+        """Take back the newest `count` ids."""
 
     def restart(self, ids: Sequence[int]) -> None:
-        """The stream is another one, of which these ids are attended."""
+        """Forget everything and start from the attended ids of another stream."""
 
     def erase(self) -> None:
-        """Keep nothing of what was taken back: the stream's state is given out."""
+        """Remove every trace of ids that were taken back."""
 
 
 class AttendedIds:
-    """The ids of a stream's tokens, and the observers that are told of them.
+    """Record the ids of a stream's tokens and pass them to observers.
 
     Attributes:
-        by_row: as long as the rows that were ever written; what is not attended may be anything.
+        by_row: the id in each row written so far; rows that are not attended may hold anything.
     """
 
     def __init__(self, cache: Cache, observers: Sequence[StreamObserver]):
@@ -35,11 +35,11 @@ class AttendedIds:
         self._step: tuple[int, Sequence[int]] = (0, ())
 
     def expect(self, ids: Sequence[int]) -> None:
-        """A step that reads these ids is committed next, unless it is interrupted before."""
+        """Announce the ids of the next step, which an interrupt may keep from being committed."""
         self._step = (self.cache.length, ids)
 
     def record(self) -> None:
-        """Take down the ids of the last step, if it was committed."""
+        """Record the ids of the last step if it was committed."""
         start, ids = self._step
         if ids and self.cache.length > start:
             for token, id in enumerate(ids, start):
@@ -51,39 +51,39 @@ class AttendedIds:
         self._step = (0, ())
 
     def attended(self, before: int = 0) -> list[int]:
-        """Return the ids the newest token attends to, in the order of the text.
+        """Return the ids that the newest token attends to, in the order of the text.
 
         Args:
-            before: of the token that many before the newest, to which its successors do not.
+            before: count back this many tokens from the newest one.
         """
         self.record()
         return [self.by_row[row] for row in self.cache.attended_rows(before)]
 
     def since(self, place: int) -> list[int]:
-        """Return the ids of the tokens from a place in the stream on; they are attended."""
+        """Return the ids from a place in the stream to its end, all of which must be attended."""
         self.record()
         return [self.by_row[self.cache.row(token)] for token in range(place, self.cache.length)]
 
     def rewind(self, count: int) -> None:
-        """The newest `count` tokens have been taken back."""
+        """Tell the observers that the newest `count` tokens were taken back."""
         if count:
             for observer in self.observers:
                 observer.rewind(count)
 
     def erase(self) -> None:
-        """Keep nothing that is not attended."""
+        """Erase the ids that are not attended, here and in the observers."""
         attended = {row: self.by_row[row] for row in self.cache.attended_rows()}
         self.by_row = [attended.get(row, 0) for row in range(max(attended, default=-1) + 1)]
         for observer in self.observers:
             observer.erase()
 
     def restore(self, by_row: Sequence[int]) -> None:
-        """Continue with the ids of a state that the cache has been given."""
+        """Replace the ids after the cache was restored."""
         self.by_row, self._step = [*by_row], (0, ())
         self.restart_observers()
 
     def restart_observers(self) -> None:
-        """Have the observers know no more than what is attended: the rest is not to be kept."""
+        """Restart the observers from the attended ids, so that they forget the rest."""
         ids = self.attended()
         for observer in self.observers:
             observer.restart(ids)

@@ -1,4 +1,4 @@
-"""One text continued, as a caller who has a model wants it; knows no turns and no templates."""
+"""Continue one text with a model; knows no turns and no chat templates."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,17 +32,17 @@ def stream(
     """Continue a text of any length, piece by piece.
 
     Args:
-        prompt: encoded as plain text, with the special tokens the tokenizer adds to one.
-        stop: strings before which the text ends.
+        prompt: plain text; the tokenizer adds its usual special tokens.
+        stop: strings that end the text; they are not part of it.
         sinks, window, kv_bits: see `Model.new_cache`.
-        stats: filled in as the stream goes.
-        progress: called while the prompt is read with the tokens read and those to read.
-        speculate: guess tokens and verify several in a step, which changes no text but by the
-            rounding of sums. Default: yes, unless `kv_bits` or a seed is given.
-        draft: a smaller model of the same vocabulary that guesses too.
+        stats: updated as the text is written.
+        progress: called while the prompt is read, with the tokens read and the total.
+        speculate: guess tokens and verify several per step. The text is the same up to rounding.
+            Default: yes, unless `kv_bits` or a seed is given.
+        draft: a smaller model with the same vocabulary that also guesses.
 
     Raises:
-        ValueRefused: a number out of range, a draft model of another vocabulary.
+        ValueRefused: a number is out of range, or the draft model has another vocabulary.
         TextError: the prompt has no tokens.
     """
     check_max_tokens(max_tokens)
@@ -64,8 +64,8 @@ def stream(
     capacity = cache.geometry.sinks + cache.geometry.window
     if len(ids) > capacity:
         tell(
-            f"the text of {len(ids):,} tokens is longer than sinks and window, "
-            f"{capacity:,}: it is read in full, and only its end stays attended"
+            f"the text of {len(ids):,} tokens is longer than sinks and window together "
+            f"({capacity:,} tokens): all of it is read, but only its end stays attended"
         )
     reply = ReplyDecoder(model.tokenizer.decoder(), stop, remember=False)
     told, ends = cumulative(progress, len(ids)), model.tokenizer.eos_ids

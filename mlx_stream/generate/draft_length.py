@@ -1,8 +1,8 @@
-"""How many tokens are worth guessing: what was right before, and what several rows cost here.
+"""Decide how many tokens are worth guessing, from past accuracy and the measured cost of steps.
 
-Nothing about a machine is assumed for long: seconds are measured as the stream goes. That one row
-costs nearly as much as several is the rule where weights are read for both; how nearly depends on
-the chip, the bits and the window.
+A step of several rows usually costs little more than a step of one, because both read all the
+weights. How much more depends on the chip, the bits and the window, so it is measured as the stream
+runs.
 """
 
 import statistics
@@ -11,22 +11,22 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# How many ids before a guess agreed: guesses are judged apart by it.
+# Guesses are judged in groups, by how many ids before them matched.
 MATCHES = (2, 3, 4, 6, 9, 16)
 FIRST_CHANCES = (0.2, 0.25, 0.4, 0.6, 0.75, 0.85, 0.9)
 FIRST_WEIGHT = 4.0
-FORGETTING = 0.97  # of each judgement, at the next: the last 30 or so count
+FORGETTING = 0.97  # decay per judgement: about the last 30 count
 
-MEASURED = 9  # steps of each length
-FIRST_MEASURED = 2  # before these, and the first of all, a length has no median
-ASSUMED = 0.04  # what a row adds to a step of one, until it was measured
-GAIN = 1.03  # tokens per second against one at a time, to be worth it
-LOOK_AGAIN = 256  # steps of one token
+MEASURED = 9  # latest steps of each length that are kept
+FIRST_MEASURED = 2  # fewest of them for a median; the first step of a length is never counted
+ASSUMED = 0.04  # cost of one more row, in steps of one token, until it is measured
+GAIN = 1.03  # smallest speed-up over one token at a time that is worth guessing for
+LOOK_AGAIN = 256  # steps of one token after which guessing is tried again
 
 
 @dataclass
 class AcceptanceRate:
-    """How often guesses of a kind were right, old ones forgotten."""
+    """The share of guesses that were right, with exponential decay."""
 
     right: float
     all: float
@@ -47,31 +47,31 @@ class DraftLengthController:
         self._chances = [AcceptanceRate(FIRST_WEIGHT * p, FIRST_WEIGHT) for p in FIRST_CHANCES]
         self._seconds: dict[int, deque[float]] = {}
         self._skipped: set[int] = set()
-        self._plain = 0  # steps of one token since several were last read
+        self._plain = 0  # steps of one token since the last longer step
 
     def chance(self, matched: int) -> float:
-        """Return how likely a guess is right, of which `matched` ids before agree."""
+        """Return the probability that a guess is right after `matched` matching ids."""
         return self._chances[bisect_right(MATCHES, matched)].share
 
     def judge(self, matched: int, guessed: Sequence[int], chosen: Sequence[int]) -> None:
-        """Learn from what was chosen, whether or not the guess was verified."""
+        """Learn from the ids that were chosen, whether or not the guess was verified."""
         for ahead, (guess, choice) in enumerate(zip(guessed, chosen, strict=False)):
             self._chances[bisect_right(MATCHES, matched + ahead)].add(guess == choice)
             if guess != choice:
                 return
 
     def record_step(self, rows: int, seconds: float) -> None:
-        """Learn what a step of `rows` tokens took."""
+        """Learn from the duration of a step of `rows` tokens."""
         self._plain = self._plain + 1 if rows == 1 else 0
-        if rows not in self._skipped:  # the first of a kind makes what later ones reuse
+        if rows not in self._skipped:  # the first one may compile
             self._skipped.add(rows)
             return
         self._seconds.setdefault(rows, deque(maxlen=MEASURED)).append(seconds)
 
     def cost(self, rows: int) -> float:
-        """Return the seconds a step of `rows` tokens takes, in steps of one token.
+        """Return the cost of a step of `rows` tokens, in steps of one token.
 
-        What was not measured is taken from the next shorter step that was.
+        A length that was not measured is estimated from the next shorter one that was.
         """
         one = self._median(1)
         if one is None:
@@ -83,15 +83,15 @@ class DraftLengthController:
         return cost
 
     def in_steps(self, seconds: float) -> float:
-        """Return seconds in steps of one token."""
+        """Convert seconds to steps of one token."""
         return seconds / (self._median(1) or max(seconds, 1e-9))
 
     def choose(self, chances: Sequence[float], each: float = 0.0) -> int:
-        """Return how many of the guesses to verify, 0 if it would not pay.
+        """Return how many of the guesses to verify, 0 if guessing does not pay.
 
         Args:
-            chances: of each guess to be right if those before it are.
-            each: what making one guess costs, in steps of one token.
+            chances: the probability of each guess, given that those before it are right.
+            each: the cost of making one guess, in steps of one token.
         """
         best, choice, expected, likely = 0.0, 0, 1.0, 1.0
         for count, chance in enumerate(chances, 1):
@@ -102,7 +102,7 @@ class DraftLengthController:
                 best, choice = rate, count
         if best >= GAIN:
             return choice
-        # Costs change (heat, other programs), and so does what is not tried.
+        # Costs change with heat and other programs, so try again now and then.
         return choice if self._plain >= LOOK_AGAIN else 0
 
     def _median(self, rows: int) -> float | None:

@@ -1,57 +1,32 @@
-"""Guesses of a second, smaller model that reads along."""
+"""Guess with a second, smaller model that reads the same stream."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Protocol
 
 import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate.attended_ids import StreamObserver
 from mlx_stream.generate.draft_length import AcceptanceRate
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model, check_memory
 from mlx_stream.sampling import as_int
 
-# Ids that wait to be read, until guesses are asked for.
-MOST_WAITING = 512
+MOST_WAITING = 512  # ids that may wait to be read until the next guess
 FIRST_CHANCE = AcceptanceRate(right=2.4, all=4.0)
 MEASURED = 9
-SPARE = 8  # what was read to guess, all of which may be taken back
-
-
-class Drafter(StreamObserver, Protocol):
-    """A follower that guesses what comes next, at a cost.
-
-    Attributes:
-        chance: how likely a guess is right if those before it are.
-        seconds: what a guess takes.
-    """
-
-    @property
-    def chance(self) -> float: ...
-
-    @property
-    def seconds(self) -> float: ...
-
-    def draft(self, next: int, count: int) -> Sequence[int]:
-        """Guess `count` ids that follow `next`, itself not read yet."""
-        ...
-
-    def judge(self, guessed: Sequence[int], chosen: Sequence[int]) -> None:
-        """Learn from what was chosen."""
-        ...
+SPARE = 8  # rows for ids that were read to guess and may be taken back
 
 
 class DraftModel:
-    """A model whose own stream, of the same window, is kept in step with another.
+    """A model with its own stream, kept in step with another stream as its observer.
 
     Args:
-        model: of the same vocabulary; see `check_draft`.
-        followed: the cache of the stream it is kept in step with.
+        model: has the same vocabulary; see `check_draft`.
+        followed: the cache of the stream to follow. The draft's window is the same size, or as
+            large as its trained context allows.
         clock: returns seconds.
     """
 
@@ -69,14 +44,16 @@ class DraftModel:
         self._chance = AcceptanceRate(FIRST_CHANCE.right, FIRST_CHANCE.all)
         self._seconds: deque[float] = deque(maxlen=MEASURED)
         self._waiting: list[int] = []  # not read yet
-        self._ahead: list[int] = []  # read to guess, and not yet by the stream that is followed
+        self._ahead: list[int] = []  # read to guess; the followed stream has not read them yet
 
     @property
     def chance(self) -> float:
+        """The probability that a guess is right, given that those before it are."""
         return self._chance.share
 
     @property
     def seconds(self) -> float:
+        """The time that one guess takes."""
         return median(self._seconds) if self._seconds else 0.0
 
     def read(self, ids: Sequence[int]) -> None:
@@ -106,7 +83,7 @@ class DraftModel:
         self.stream.erase()
 
     def draft(self, next: int, count: int) -> Sequence[int]:
-        """Guess the likeliest ids one after another."""
+        """Guess the `count` likeliest ids after `next`, which has not been read yet."""
         self._roll_back()
         new, guessed = [*self._waiting, next], []
         self._waiting = []
@@ -120,6 +97,7 @@ class DraftModel:
         return guessed
 
     def judge(self, guessed: Sequence[int], chosen: Sequence[int]) -> None:
+        """Learn from the ids that were chosen."""
         for guess, choice in zip(guessed, chosen, strict=False):
             self._chance.add(guess == choice)
             if guess != choice:
@@ -134,10 +112,10 @@ class DraftModel:
 
 
 def check_draft(model: Model, draft: Model) -> None:
-    """Make sure that a model can guess for another.
+    """Check that one model can guess for another.
 
     Raises:
-        ValueRefused: its vocabulary is another one.
+        ValueRefused: its vocabulary is different.
         MemoryRefused: the weights of both exceed the device's budget.
     """
     sizes = [m.config.vocab_size for m in (model, draft)]

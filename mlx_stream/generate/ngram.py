@@ -1,8 +1,8 @@
-"""The ids a stream has read, evicted ones included, and what followed them; knows no model.
+"""Guess from the ids that a stream has read, evicted ones included; knows no model.
 
-A guess is what followed the last occurrence of the newest few ids. Everything has a fixed size: a
-ring of ids, and for each length of a pattern a table of where it ended last. A table may be wrong
-(two patterns share an entry, or the ring has gone on), so what it says is looked up in the ring.
+A guess is what followed the last occurrence of the newest few ids. All storage has a fixed size: a
+ring of ids and, for each pattern length, a hash table of where each pattern last ended. An entry
+may be wrong (patterns can collide, and the ring overwrites old ids), so it is checked in the ring.
 """
 
 from array import array
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CAPACITY = 65_536
-LENGTHS = (2, 3, 4, 6)  # of patterns
-ENTRIES = 2**17  # of a table
+LENGTHS = (2, 3, 4, 6)  # ids in a pattern
+ENTRIES = 2**17  # in each table
 LONGEST_MATCH = 32
 
 
@@ -20,7 +20,7 @@ class NgramDraft:
     """Ids that may come next.
 
     Attributes:
-        matched: how many of the newest ids are those before the occurrence it was taken from.
+        matched: how many of the newest ids match those before the occurrence.
     """
 
     ids: tuple[int, ...] = ()
@@ -28,18 +28,18 @@ class NgramDraft:
 
 
 class NgramLookup:
-    """The last 65,536 ids of a stream; adding one and guessing take the same time for ever.
+    """Look up the last 65,536 ids of a stream; adding an id and guessing take constant time.
 
-    Worked example: after 5 6 7 8 9 5 6 the next id being 7, the newest three ids ended at the
-    third token before, so the guess is 8 9 5 6 7 8 ...: what is guessed goes on with itself.
+    Worked example: the stream is 5 6 7 8 9 5 6 and the next id is 7. The pattern 5 6 7 occurred
+    before, followed by 8 9 5 6, so the guess is 8 9 5 6 7 8 ...: past the end it repeats itself.
     """
 
     def __init__(self, kept: int = CAPACITY):
         self.capacity, self.count = kept, 0
-        self._floor = 0  # the oldest id that is still in the ring
+        self._floor = 0  # number of the oldest id still in the ring
         self._ids = array("I", bytes(4 * kept))
-        # By pattern: 1 + the slot of its last id. And by slot: what the entry said before, so that
-        # taking ids back leaves the tables as they were.
+        # By pattern: 1 + the slot of its last id. By slot: the entry's previous value, so that a
+        # rewind restores the tables exactly.
         self._tables = {n: array("I", bytes(4 * ENTRIES)) for n in LENGTHS}
         self._before = {n: array("I", bytes(4 * kept)) for n in LENGTHS}
 
@@ -56,7 +56,7 @@ class NgramLookup:
             self._floor = max(self._floor, self.count - self.capacity)
 
     def rewind(self, count: int) -> None:
-        """Take back the newest ids, or all that are known."""
+        """Take back the newest `count` ids, or all that are still in the ring."""
         for _ in range(min(count, self.count - self._floor)):
             self.count -= 1
             slot = self.count % self.capacity
@@ -66,15 +66,15 @@ class NgramLookup:
             self._ids[slot] = 0
 
     def restart(self, ids: Sequence[int]) -> None:
-        """Forget everything; begin with these ids."""
+        """Forget everything and start from these ids."""
         self.__init__(self.capacity)
         self.read(ids)
 
     def erase(self) -> None:
-        """Do nothing: what is taken back is erased at once."""
+        """Do nothing: `rewind` has already erased the ids."""
 
     def draft(self, next: int, most: int) -> NgramDraft:
-        """Guess up to `most` ids that follow `next`, itself not added yet."""
+        """Guess up to `most` ids after `next`, which has not been added yet."""
         for n, entry in reversed(self._entries(next)):
             slot = self._tables[n][entry]
             if slot:
@@ -85,7 +85,7 @@ class NgramLookup:
         return NgramDraft()
 
     def _entries(self, newest: int) -> list[tuple[int, int]]:
-        """Return each length and its entry in the table for the pattern that `newest` ends."""
+        """Return each length with the table entry of the pattern that ends in `newest`."""
         found, mixed = [], newest
         for back in range(1, LENGTHS[-1]):
             at = self.count - back
@@ -97,7 +97,7 @@ class NgramLookup:
         return found
 
     def _matched(self, end: int, next: int) -> int:
-        """Return how many ids up to the one numbered `end` are the newest ones, `next` the last."""
+        """Return how many ids ending at number `end` match the newest ids and `next`."""
         matched = 0
         while matched < LONGEST_MATCH and self._floor <= min(end, self.count) - matched:
             newest = self._ids[(self.count - matched) % self.capacity] if matched else next

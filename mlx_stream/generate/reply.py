@@ -1,6 +1,7 @@
-"""One reply as a coroutine: it says what it needs read and gives pieces of text; knows no turns.
+"""Write one reply as a coroutine that yields read requests and pieces of text; knows no turns.
 
-It is sent what each step gave (see `requests`), so its driver decides when it is computed.
+The driver runs each request and sends its result back (see `requests`), so it decides when to
+compute what.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -23,14 +24,14 @@ def write_reply(
     make_room: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Coroutine[Piece, Piece]:
-    """Read a prompt and write up to `limit` tokens; returns the last piece, which is not given.
+    """Read a prompt and write up to `limit` tokens; return the last piece instead of yielding it.
 
-    The last token written has not been read, nor has one in `ends` that ended the reply.
+    The last token written is not read, nor is the id in `ends` that ended the reply.
 
     Args:
         make_room: called with 1 before a token is read, as soon as the token is known.
         progress: called after each step of the prompt with the number of tokens it read.
-        stats: right whenever a piece is given.
+        stats: up to date whenever a piece is yielded.
     """
     tokens, speculator = writer.tokens, writer.speculator
     result = yield from read_ids(tokens, prompt, Want.LOGITS, progress)
@@ -53,7 +54,7 @@ def write_reply(
                 if reply.stopped or reply.count == limit:
                     finish = "length"
                     break
-                if make_room and not tokens.lookahead:  # else it was read, where there was room
+                if make_room and not tokens.lookahead:  # a lookahead token has been read already
                     make_room(1)
                 if unsent:
                     count_attended(stats, writer)
@@ -88,7 +89,7 @@ def write_reply(
 
 
 def count_attended(stats: Stats, writer: Writer) -> None:
-    """Note what the newest token that was asked for attends to, and what has left before it."""
+    """Count the tokens attended and evicted, leaving out the lookahead."""
     tokens = writer.tokens
     stats.attended = tokens.attended
     stats.evicted = tokens.length - tokens.lookahead - stats.attended

@@ -1,7 +1,7 @@
-"""What a reply needs read, as a value, and how a reply is driven; knows no stream.
+"""The requests that a reply makes of its driver, and a driver for one reply; knows no stream.
 
-A reply is a coroutine: it yields a request and is sent the result. It knows no thread and no
-scheduler. Alone it is driven by `drive`; an engine drives many.
+A reply is a coroutine: it yields a request and is sent the result. It knows neither threads nor
+schedulers. `drive` runs a single reply; an engine runs many.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -19,29 +19,29 @@ R = TypeVar("R")
 
 
 class Want(Enum):
-    """What is wanted back of ids that are read."""
+    """What a request to read ids returns."""
 
     NOTHING = auto()
     LOGITS = auto()  # (vocabulary,) after the last of them
-    ROWS = auto()  # (T, vocabulary), after each: all but the first may be taken back
+    ROWS = auto()  # (T, vocabulary), after each of them; all but the first may be taken back
     TOKEN = auto()  # the next token
 
 
 class Readable(Protocol):
-    """A stream, as a driver sees it."""
+    """A stream as a driver sees it."""
 
     def run(self, request: "ReadRequest") -> "ReadResult":
-        """Read a request's ids, or as many of them as one step takes."""
+        """Read a request's ids, or as many of them as fit one step."""
         ...
 
 
 @dataclass(slots=True)
 class ReadRequest:
-    """Ids to be read in a step: all of them, or as many of the first as one step takes.
+    """Ids to read in one step: all of them, or the first ones that fit.
 
     Attributes:
-        chunk: how many at most.
-        sampler, more: for `TOKEN`, as of `TokenStream.next`.
+        chunk: the most ids to read in the step.
+        sampler, more: for `TOKEN`; see `TokenStream.next`.
     """
 
     stream: Readable
@@ -54,11 +54,11 @@ class ReadRequest:
 
 @dataclass(slots=True)
 class ReadResult:
-    """What a step gave.
+    """The result of a step.
 
     Attributes:
-        count: how many of the ids were read. What was wanted is there if it was all of them.
-        seconds: what the step took.
+        count: how many of the ids were read. Logits or a token are set only if all were.
+        seconds: how long the step took.
     """
 
     count: int
@@ -67,7 +67,7 @@ class ReadResult:
     token: int = -1
 
 
-# A reply: it yields requests, and items of its own, and is sent each request's result.
+# Yields requests and other items, and is sent the result of each request.
 Coroutine = Generator[ReadRequest | T, ReadResult | None, R]
 
 
@@ -78,13 +78,13 @@ def read_ids(
     progress: Callable[[int], None] | None = None,
     chunk: int = PREFILL_CHUNK,
 ) -> Generator[ReadRequest, ReadResult | None, ReadResult]:
-    """Have ids read, at least one, in as many steps as it takes.
+    """Request that one or more ids are read, in as many steps as necessary.
 
     Args:
         progress: called after each step with the number of ids it read.
 
     Returns:
-        What the last step gave, with the count and the seconds of all of them.
+        The last step's result, with the count and the seconds of all steps.
     """
     count, seconds = 0, 0.0
     while True:
@@ -98,9 +98,9 @@ def read_ids(
 
 
 def drive(reply: Coroutine[T, R]) -> Generator[T, None, R]:
-    """Drive one reply: run each step it asks for, and yield what else it gives.
+    """Run each step that a reply requests, and yield its other items.
 
-    Closing the generator, or an error in a step, closes the reply.
+    Closing the generator closes the reply, and so does an error in a step.
     """
     result: ReadResult | None = None
     try:
@@ -119,7 +119,7 @@ def drive(reply: Coroutine[T, R]) -> Generator[T, None, R]:
 
 
 def run_coroutine(reply: Coroutine[T, R]) -> R:
-    """Drive a reply to its end, and return what it returns."""
+    """Drive a coroutine to its end and return its result."""
     steps = drive(reply)
     while True:
         try:

@@ -1,9 +1,8 @@
 """Guess the next tokens and verify them in one step: the same ids in fewer steps.
 
-A guess is kept where it equals what the sampler chose anyway, so the ids are those of plain
-decoding whatever the sampler and however bad the guesses: with the same seed the same, up to the
-rounding of several rows computed at once (for guesses that are not random, sampling and matching is
-speculative sampling, arXiv 2211.17192).
+A guess is kept only where it equals the id that the sampler chooses anyway. So the ids are those of
+plain decoding with the same seed, up to the rounding of several rows computed at once. (For guesses
+that are not random this is speculative sampling, arXiv 2211.17192.)
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -16,7 +15,7 @@ from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.attended_ids import StreamObserver
 from mlx_stream.generate.draft_length import DraftLengthController
-from mlx_stream.generate.draft_model import Drafter, DraftModel, check_draft
+from mlx_stream.generate.draft_model import DraftModel, check_draft
 from mlx_stream.generate.ngram import NgramDraft, NgramLookup
 from mlx_stream.generate.token_stream import STEP_ERRORS, TokenStream
 from mlx_stream.load import Model
@@ -29,9 +28,9 @@ class Guess:
     """Ids that may come next.
 
     Attributes:
-        ids: those worth verifying.
-        ngram: what the stream's own past says.
-        modelled: what the draft model says, if it was asked.
+        ids: the ones worth verifying.
+        ngram: the guess from the stream's own past.
+        modelled: the draft model's guess, if it was asked.
     """
 
     ids: Sequence[int]
@@ -43,25 +42,27 @@ class Speculator:
     """Guess from a stream's own past, and with a draft model if there is one.
 
     Args:
-        length: decides how many tokens are guessed.
-        drafter: asked where the past has no guess that pays.
+        length: decides how many tokens to guess.
+        drafter: asked when the past has no guess that pays.
 
     Attributes:
-        observers: the stream's, which tell what the past is.
+        observers: must observe the stream.
     """
 
-    def __init__(self, length: DraftLengthController | None = None, drafter: Drafter | None = None):
+    def __init__(
+        self, length: DraftLengthController | None = None, drafter: DraftModel | None = None
+    ):
         self.length, self.drafter = length or DraftLengthController(), drafter
         self.ngram = NgramLookup()
         self.observers: list[StreamObserver] = [self.ngram, drafter] if drafter else [self.ngram]
 
     def guess(self, stream: TokenStream, token: int, most: int, ends: Collection[int]) -> Guess:
-        """Guess up to `most` ids that follow `token`, itself not read yet.
+        """Guess up to `most` ids after `token`, which has not been read yet.
 
         Args:
-            ends: ids that are not read.
+            ends: a guess stops before the first of these ids.
         """
-        stream.ids.record()  # for those who guess
+        stream.ids.record()  # brings the observers up to date
         most = min(stream.cache.max_verify - 1, most)
         found = self.ngram.draft(token, most)
         likely = [self.length.chance(found.matched + i) for i in range(len(found.ids))]
@@ -73,12 +74,12 @@ class Speculator:
         try:
             modelled = self.drafter.draft(token, count) if count else ()
         except STEP_ERRORS:
-            stream.fail()  # what the draft model has read is not known any more
+            stream.fail()  # the state of the draft model is unknown
             raise
         return Guess(ids_before(ends, modelled), found, modelled)
 
     def learn(self, guess: Guess, chosen: Sequence[int], seconds: float) -> None:
-        """Learn from what was chosen, and from what the step took."""
+        """Learn from the ids that were chosen and from the step's duration."""
         self.length.record_step(1 + len(guess.ids), seconds)
         self.length.judge(guess.ngram.matched, guess.ngram.ids, chosen)
         if self.drafter and guess.modelled:
@@ -90,10 +91,10 @@ def choose_verified(
 ) -> tuple[list[int], list[mx.array]]:
     """Return the ids chosen after a verified guess, at least one, and the sampler's key after each.
 
-    All but the last of them have been read; what was guessed wrong is taken back.
+    All but the last of them have been read. Wrong guesses are taken back.
 
     Args:
-        rows: logits (T, vocabulary) after the token before the guess, and after each of its ids.
+        rows: logits (T, vocabulary) after the token before the guess and after each guessed id.
     """
     chosen: list[int] = []
     keys: list[mx.array] = []
@@ -108,20 +109,20 @@ def choose_verified(
 
 
 def ids_before(ends: Collection[int], ids: Sequence[int]) -> Sequence[int]:
-    """Return the ids before the first that is in `ends`."""
+    """Return the ids before the first one in `ends`."""
     return next((ids[:at] for at, id in enumerate(ids) if id in ends), ids)
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A stream that text is written on, its cache, and what guesses for it."""
+    """A stream to write text on, its cache, and its speculator if it guesses."""
 
     tokens: TokenStream
     cache: StreamCache
     speculator: Speculator | None = None
 
 
-# From S and W as they were asked for, and whom to tell, to a stream that text is written on.
+# Makes a writer from the sinks, the window (None for the default) and a receiver of notices.
 WriterFactory = Callable[[int | None, int | None, Notify], Writer]
 
 
@@ -132,19 +133,19 @@ def writer_factory(
     kv_bits: int | None,
     sampling: Sampling | None = None,
 ) -> WriterFactory:
-    """Return what makes streams that text is written on.
+    """Return a function that makes writers, which share the measured cost of steps.
 
-    A stream has its spare rows even where nothing is guessed, so that its state can be continued
-    with and without. What was measured of the machine is shared by all.
+    Every stream has spare rows, so that its state can be continued with or without guessing.
 
     Args:
-        speculate: None is yes, unless the ring is quantized, whose rows are not written ahead...
-        draft: a model that guesses too.
-        sampling: ...or has a seed: the text shall be had again, to the bit, but which guesses pay
-            is timed, and several rows at once are summed in another order than one.
+        speculate: whether to guess. None: yes, unless the ring is quantized, because quantized
+            rows are not written ahead, or `sampling` has a seed.
+        draft: a model that also guesses.
+        sampling: a seed promises the same text to the bit. Guessing would break that, because
+            timing decides how much is guessed, and several rows are summed in another order.
 
     Raises:
-        ValueRefused: options that exclude each other; a draft model of another vocabulary.
+        ValueRefused: two options exclude each other, or the draft model has another vocabulary.
     """
     if draft and speculate is False:
         raise ValueRefused("--draft and --no-speculate: leave one out")

@@ -1,4 +1,4 @@
-"""What a stream has done, in numbers, and what its user should know; computes nothing."""
+"""The counts, speeds and notices of a stream; computes nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,28 +8,28 @@ MOST_NOTICES = 8
 
 @dataclass
 class Stats:
-    """What a stream has done; times in seconds, memory in bytes."""
+    """Counts of a stream. Times are in seconds, memory is in bytes."""
 
     prompt_tokens: int = 0
     reply_tokens: int = 0
-    decoded_tokens: int = 0  # of replies, without each one's first, which the prompt's time holds
+    decoded_tokens: int = 0  # without each reply's first token, whose time counts as the prompt's
     prompt_seconds: float = 0.0
     reply_seconds: float = 0.0
-    drafted_tokens: int = 0  # guessed and verified...
-    accepted_tokens: int = 0  # ...and right
-    settled: int = 0  # read so that the stream holds what the template renders
+    drafted_tokens: int = 0  # guesses verified
+    accepted_tokens: int = 0  # guesses that were right
+    settled: int = 0  # tokens read so that the stream holds what the template renders
     attended: int = 0
     evicted: int = 0
     evicted_exchanges: int = 0
-    pinned: int = 0  # of the attended: a system prompt's, which never leave
+    pinned: int = 0  # attended tokens of the system prompt, which are never evicted
     sinks: int = 0
     window: int = 0
     cache_bytes: int = 0
     seed: int = 0
-    notices: list[str] = field(default_factory=list)  # the latest
+    notices: list[str] = field(default_factory=list)  # the latest ones
 
     def add_notices(self, *lines: str) -> None:
-        """Keep what the user should know, in a list of its own: copies stay as they are."""
+        """Add lines for the user in a new list, so that copies of the old one do not change."""
         self.notices = [*self.notices, *lines][-MOST_NOTICES:]
 
     @property
@@ -54,13 +54,15 @@ class Stats:
 
 
 def eviction_notice(window: int) -> str:
-    return f"the window of {window:,} tokens is full: the oldest have begun to leave attention"
+    return (
+        f"the window of {window:,} tokens is full: the oldest tokens have begun to leave attention"
+    )
 
 
 def cumulative(
     progress: Callable[[int, int], None] | None, total: int
 ) -> Callable[[int], None] | None:
-    """Turn steps' token counts into a running total."""
+    """Return a callback that takes each step's count and reports the running total."""
     if progress is None:
         return None
     done = 0

@@ -1,4 +1,4 @@
-"""One stream of token ids through one model: it plans, computes and commits every step; no text."""
+"""Plan, compute and commit every step of one stream of token ids; knows no text."""
 
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -18,16 +18,16 @@ from mlx_stream.models.compiled import DecodeOutput
 from mlx_stream.sampling import PenalizedIds, Sampler, as_int
 from mlx_stream.window import PREFILL_CHUNK
 
-IDS = "ids"  # of the attended tokens, in a stream's state
-# A step that raises one may have left anything in the buffers, which pass for evaluated then.
+IDS = "ids"  # key of the token ids in a stream's state
+# After one of these the buffers may hold anything, although they count as evaluated.
 STEP_ERRORS = (RuntimeError, MemoryError, WeightsError)
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was built while the device worked, not submitted and no part of the stream yet.
+    """A step that was built ahead and is not submitted yet.
 
-    It is for the stream exactly as it was then, for one token, and for one sampler's next draw.
+    It is valid for one version of the stream, one token and one draw of one sampler.
     """
 
     version: object
@@ -39,13 +39,16 @@ class PendingStep:
 
 
 class TokenStream:
-    """One stream of token ids through one model: its cache, and the ids that are attended.
+    """One stream of token ids through one model.
+
+    Args:
+        observers: told of ids that are read, taken back and restored, but not of evictions.
 
     Attributes:
-        ids: of the attended tokens; its observers are told how the stream goes, evictions apart.
-        lookahead: how many of the newest tokens are what follows, but were read before they were
-            asked for, as guesses are.
-        failed: whether a step did: its rows are gone, and nothing more can be read.
+        ids: the ids of the attended tokens.
+        lookahead: how many of the newest tokens are right guesses that were read before they were
+            asked for.
+        failed: whether a step failed. The rows are released, and nothing more can be read.
     """
 
     def __init__(self, model: Model, cache: Cache, observers: Sequence[StreamObserver] = ()):
@@ -54,7 +57,7 @@ class TokenStream:
         self._tracing = backend.tracing()
         self._pending: PendingStep | None = None
         self._vocabulary = model.config.vocab_size
-        # What the last step computed; evaluated before the next, so that no graph grows.
+        # Results of the last step, evaluated before the next one so that the graph does not grow.
         self._computed: list[mx.array] = []
 
     @property
@@ -63,19 +66,19 @@ class TokenStream:
 
     @property
     def attended(self) -> int:
-        """Tokens attended by the newest that was asked for."""
+        """How many tokens the newest token attends to, leaving out the lookahead."""
         if not self.lookahead:
             return self.cache.attended
         return len(self.cache.attended_rows(self.lookahead))
 
     def run(self, request: ReadRequest) -> ReadResult:
-        """Read a request's ids, or as many of them as one step takes.
+        """Read a request's ids, or as many of them as fit one step.
 
         Raises:
-            ValueRefused: no ids, or `chunk` below 1.
-            TokenizerError: an id the model has no embedding for; reading on would read past it.
-            WeightsError, RuntimeError, MemoryError: the step failed; the stream's rows are let go
-                of, of which it may have made anything.
+            ValueRefused: there are no ids, or `chunk` is below 1.
+            TokenizerError: the model has no embedding for an id.
+            WeightsError, RuntimeError, MemoryError: the step failed, and the rows are released
+                because they may hold anything.
         """
         started, ids, want = time.perf_counter(), request.ids, request.want
         count, logits, token = len(ids), None, -1
@@ -99,47 +102,46 @@ class TokenStream:
         return ReadResult(count, time.perf_counter() - started, logits, token)
 
     def fail(self) -> None:
-        """Let go of the rows, of which a step that failed may have made anything."""
+        """Release the rows after a failed step, which may have left anything in them."""
         self.failed = True
-        self._pending, self._computed = None, []  # they hold the rows, too
+        self._pending, self._computed = None, []  # both refer to the rows
         self.cache.release()
 
     def read(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> mx.array:
         """Read token ids and return the logits (vocabulary,) after the last one.
 
-        The logits of a single token are not evaluated yet: choosing the next one from them is one
-        more node of the same graph, and a device is waited for once per token.
+        The logits of a single token are not evaluated, so that choosing the next token can be part
+        of the same graph and the device is waited for once per token.
 
         Args:
             ids: at least one.
-            chunk: tokens a step at most; 1 decodes token by token.
+            chunk: the most tokens in a step; 1 decodes token by token.
         """
-        done = 0
-        while True:
-            count = self._step_length(ids[done:], chunk)
-            part, done = ids[done : done + count], done + count
-            hidden = self._read(part, prefill=done < len(ids))
-            if done == len(ids):
-                return self._last_logits(hidden, check=len(ids) > 1)
+        *_, hidden = self.steps(ids, chunk, prefill=True)
+        return self._last_logits(hidden, check=len(ids) > 1)
 
-    def steps(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> Iterator[mx.array]:
-        """Read token ids step by step; yields each step's hidden states (1, T, hidden size).
+    def steps(
+        self, ids: Sequence[int], chunk: int = PREFILL_CHUNK, prefill: bool = False
+    ) -> Iterator[mx.array]:
+        """Read token ids and yield each step's hidden states (1, T, hidden size).
 
         They are evaluated before the next step at the latest.
-        """
-        while True:
-            count = self._step_length(ids, chunk)
-            yield self._read(ids[:count])
-            ids = ids[count:]
-            if not ids:
-                return
-
-    def next(self, token: int, sampler: Sampler, more: bool = True) -> int:
-        """Read one token and return the one that `sampler` chooses after it.
 
         Args:
-            more: whether another step is likely to follow: it is built, from the token that is not
-                known yet, while the device computes this one. Asking for anything else drops it.
+            prefill: compute only what the stream needs in all steps but the last.
+        """
+        done = 0
+        while done < len(ids) or not ids:
+            count = self._step_length(ids[done:], chunk)
+            part, done = ids[done : done + count], done + count
+            yield self._read(part, prefill and done < len(ids))
+
+    def next(self, token: int, sampler: Sampler, more: bool = True) -> int:
+        """Read one token and return the next one, which `sampler` chooses.
+
+        Args:
+            more: whether another step is likely to follow. It is then built while the device
+                computes this one, from a token that is not known yet. Any other read drops it.
         """
         check_ids([token], self._vocabulary)
         self.lookahead = 0
@@ -152,7 +154,7 @@ class TokenStream:
             output = self._decode(step, mx.array([[token]], mx.uint32), sampler, sampler.key)
         del pending
         self._commit(step, [token])
-        del step  # nothing but the update may hold the buffers
+        del step  # only the update may refer to the buffers
         chosen, key = output.token, output.key
         assert chosen is not None and key is not None
         self._computed = [chosen, key]
@@ -168,7 +170,7 @@ class TokenStream:
     def verify(self, ids: Sequence[int]) -> mx.array:
         """Read up to the cache's `max_verify` ids and return the logits (T, vocabulary) after each.
 
-        All but the first can be taken back without a loss.
+        All but the first can be taken back.
         """
         check_ids(ids, self._vocabulary)
         self.drop_pending()
@@ -185,34 +187,34 @@ class TokenStream:
         """Take back the newest `count` tokens; see the cache's `rewind`."""
         self.ids.record()
         self.drop_pending()
-        self.lookahead = 0  # first: an interrupt must not leave what could be taken back twice
+        self.lookahead = 0  # first, so that an interrupt cannot lead to a second rewind
         self.cache.rewind(count)
         self.ids.rewind(count)
 
     def drop_pending(self) -> None:
-        """Let go of a step that was built ahead: it holds the buffers."""
+        """Drop the step that was built ahead, which refers to the buffers."""
         self._pending = None
 
     def state(self) -> dict[str, mx.array | int]:
-        """Return the whole state: the cache's, and the ids by row; the arrays are the live ones.
+        """Return the cache's state and the ids by row; the arrays are live, not copies.
 
-        What is not attended is zero in it, keys, values and ids alike.
+        Keys, values and ids that are not attended are zero.
         """
         self.erase()
         return {**self.cache.state(), IDS: mx.array(self.ids.by_row, mx.uint32)}
 
     def erase(self) -> None:
-        """Keep nothing that is not attended: neither keys and values nor ids."""
+        """Set keys, values and ids that are not attended to zero."""
         self.ids.record()
         self.drop_pending()
         self.cache.erase()
         self.ids.erase()
 
     def restore(self, state: dict[str, mx.array | int]) -> None:
-        """Continue from a state of a stream of the same model and cache parameters.
+        """Continue from the state of a stream with the same model and cache parameters.
 
         Raises:
-            ValueRefused: it is not one.
+            ValueRefused: the state does not fit; nothing has changed.
         """
         cached = dict(state)
         ids = cached.pop(IDS, None)
@@ -231,7 +233,7 @@ class TokenStream:
     # --- one step ---
 
     def _step_length(self, ids: Sequence[int], chunk: int) -> int:
-        """Return how many of the ids the next step reads; they are checked."""
+        """Return how many of the ids the next step reads, after checking them."""
         if not ids or chunk < 1:
             raise ValueRefused(f"cannot read {len(ids)} tokens in chunks of {chunk}")
         count = self.cache.max_step(min(chunk, len(ids)))
@@ -240,7 +242,7 @@ class TokenStream:
         return count
 
     def _read(self, part: Sequence[int], prefill: bool = False) -> mx.array:
-        """Read one step's ids; returns its hidden states, or with `prefill` those it needs."""
+        """Read one step's ids and return its hidden states; with `prefill`, skip unneeded work."""
         self.drop_pending()
         mx.eval(self._computed)
         step = self._plan(len(part))
@@ -249,21 +251,21 @@ class TokenStream:
             self._commit(step, part)
             self._computed = [found]
             return found
-        # Padded with a real id: whatever its row of the embedding holds has been seen already.
+        # Padded with an id of the step, so that the padding cannot bring in a new NaN.
         tokens = mx.array([[*part, *[part[-1]] * (step.rows - step.count)]], mx.int32)
         compute = self.network.prefill if prefill else self.network
         found = compute(tokens, step)[:, : step.count]
         self._commit(step, part)
         del step
         self._computed = [found]
-        # A chunk's attention reads the buffers as they were, its new rows come after:
-        # evaluated together, Metal would still hold the old ones and copy them all.
+        # A chunk attends to the buffers as they were before its own rows. Evaluated together with
+        # the update, they would be copied on Metal.
         mx.eval(found)
         mx.eval(self.cache.arrays())
         return found
 
     def _last_logits(self, hidden: mx.array, check: bool) -> mx.array:
-        """Return the logits (vocabulary,) after the last row; `check` refuses NaN."""
+        """Return the logits (vocabulary,) after the last row; with `check`, refuse NaN."""
         logits = self.network.logits(hidden[:, -1])[0]
         if check and not mx.isfinite(logits).all().item():
             raise WeightsError(
@@ -273,7 +275,7 @@ class TokenStream:
         return logits
 
     def _plan(self, count: int, verify: bool = False) -> Any:
-        """Return the step that reads the next `count` tokens; what is attended stays as it was."""
+        """Return the step that reads the next `count` tokens; nothing is evicted yet."""
         self.ids.record()
         self.cache.prepare(count)
         return self.cache.plan(count, verify)
@@ -285,7 +287,7 @@ class TokenStream:
         sampler: Sampler | None = None,
         key: mx.array | None = None,
     ) -> DecodeOutput:
-        """Build one token's step; nothing is part of the stream yet."""
+        """Build one token's step without committing it."""
         penalized = None
         if sampler and sampler.mode.penalizes:
             self.ids.record()
@@ -305,7 +307,7 @@ class TokenStream:
 
 
 def is_next(pending: PendingStep, version: object, token: int, sampler: Sampler) -> bool:
-    """Return whether a step built ahead is the one that is asked for now."""
+    """Return whether a step built ahead is the one needed now."""
     same_draw = pending.sampler is sampler and sampler.key is pending.key
     return version is pending.version and same_draw and pending.token.item() == token
 
@@ -315,7 +317,7 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> None:
     if not 0 <= min(ids) <= max(ids) < vocabulary:
         raise TokenizerError(
             f"token id {max(ids)} is outside the model's vocabulary of {vocabulary}: the tokenizer "
-            "is not the one the model was trained with"
+            "does not belong to this model"
         )
 
 
@@ -326,7 +328,7 @@ def generate(
     max_tokens: int,
     ends: Collection[int] = (),
 ) -> Generator[int, None, None]:
-    """Read a prompt and yield the ids chosen after it, up to one of `ends`, which is among them."""
+    """Read a prompt and yield the ids chosen after it, up to and including one of `ends`."""
     token = sampler.choose(stream.read(prompt), stream.ids.attended)
     try:
         for left in range(max_tokens - 1, -1, -1):
