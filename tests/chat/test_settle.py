@@ -1,9 +1,11 @@
-"""At rest a stream holds what the template renders, also of one that rewrites earlier replies."""
+"""After every act a stream holds what the template renders, and computes the same as others."""
 
-import json
 import re
+import tempfile
+from collections.abc import Generator
 from contextlib import suppress
-from itertools import islice
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,18 @@ from hypothesis import strategies as st
 import mlx_stream
 from mlx_stream.chat.exchange import unread_ids
 from mlx_stream.chat.session import ChatSession
-from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
+from mlx_stream.errors import ValueRefused
+from mlx_stream.generate.requests import ReadRequest, Want
 from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.shell import edit
+from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 from tests.reference import SlowLlama
 
 QUESTIONS = ("Hi", "And then?\nTell.", "Why äöü €?", "Go on", "x" * 30)
-# Of an earlier reply only what comes after the last of these is kept: a third of short replies
+# Of an earlier reply only the text after the last of these is kept: a third of short replies
 # hold one.
 DROPS = ("</think>", *"aumkcdfgjq")
 KEPT = "m.content" + "".join(f".split({drop!r})[-1]" for drop in DROPS)
@@ -38,57 +43,100 @@ REFUSE = "{% if not (" + KEPT + ") %}{{ raise_exception('no answer') }}{% endif 
 TEMPLATES = {
     "drops": MADE_UP.replace("REFUSE", ""),
     "refuses": MADE_UP.replace("REFUSE", REFUSE),
-    "plain": None,
+    "plain": CHAT_TEMPLATE,
+    # The system prompt is part of the first question, as in Llama 2.
+    "system within": (
+        "{% set ns = namespace(s='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.s = '(' + m.content + ')' %}{% else %}<|im_start|>{{ m.role }}\n"
+        "{{ ns.s if loop.index0 == 1 else '' }}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "no system": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+CONFIG = tiny_config(num_hidden_layers=1)
+WEIGHTS = tiny_weights(CONFIG)
+WINDOWS = st.integers(40, 200)
+ACTS = ("ask", "ask", "ask", "retry", "edit", "undo", "clear", "resume", "restart")
+# How a reply is cut, if it is.
+CUTS = ("", "", "", "close", "throw", "drop steps")
+TROUBLE = {
+    "": (),
+    "before a step": (KeyboardInterrupt, RuntimeError),
+    "after a step": (KeyboardInterrupt, RuntimeError),
+    **dict.fromkeys(("progress", "notify", "on_evict"), (KeyboardInterrupt,)),
 }
 
 
-CONFIG = tiny_config(num_hidden_layers=1)
-WEIGHTS = tiny_weights(CONFIG)
+@cache
+def model(template: str) -> Model:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_tiny(Path(folder), CONFIG, WEIGHTS)
+        edit(path / "tokenizer_config.json", chat_template=TEMPLATES[template])
+        return mlx_stream.load(path, dtype="float32", keep_quantized=False)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder, found = (
-        write_tiny(tmp_path_factory.mktemp("m"), CONFIG, WEIGHTS),
-        {},
-    )
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    for name, template in TEMPLATES.items():
-        path.write_text(json.dumps(config | ({"chat_template": template} if template else {})))
-        found[name] = mlx_stream.load(folder, dtype="float32", keep_quantized=False)
-    return found
+class Trouble:
+    """Raises an error, once, at the nth time that the code comes by some place.
+
+    Attributes:
+        refusals: notices of replies that the template refused.
+    """
+
+    def __init__(self) -> None:
+        self.arm("", 0, None)
+        self.refusals: list[str] = []
+
+    def arm(self, place: str, count: int, error: type[BaseException] | None) -> None:
+        self.place, self.left, self.error = place, count, error
+
+    def at(self, place: str) -> None:
+        if place != self.place or not self.error:
+            return
+        self.left -= 1
+        if not self.left:
+            raise self.error("trouble")
+
+    def notify(self, notice: str) -> None:
+        if "cannot be kept" in notice:
+            self.refusals.append(notice)
+        self.at("notify")
 
 
 class Recorded(TokenStream):
-    """A stream that keeps how what it holds was read.
+    """A stream that records how it read what it holds.
 
     Attributes:
-        steps_taken: the ids of each step and how many are kept; between them, the oldest token that
-            was still attended when some had left.
+        steps_taken: the ids of each step and how many of them are kept; between steps, the oldest
+            token still attended after an eviction.
     """
 
     cache: Any
+    trouble: Trouble
 
-    def __init__(self, model, cache):
+    def __init__(self, model: Model, cache: Any) -> None:
         super().__init__(model, cache)
         self.steps_taken: list[list[Any]] = []
         evict = cache.evict
 
         def recorded_evict(count: int) -> None:
             evict(count)
-            self.steps_taken.append([cache.position.floor])
+            self.steps_taken.append([cache.oldest])
 
         cache.evict = recorded_evict
 
-    def run(self, request: ReadRequest) -> ReadResult:
-        result = super().run(request)
-        self.steps_taken.append([tuple(request.ids[: result.count]), result.count])
-        return result
+    def _commit(self, step: Any, ids: Any) -> None:
+        self.trouble.at("before a step")
+        super()._commit(step, ids)
+        self.steps_taken.append([tuple(ids), len(ids)])
+        self.trouble.at("after a step")
 
     def rewind(self, count: int) -> None:
         super().rewind(count)
-        self.steps_taken.append([self.cache.position.floor])  # what was taken back pushed some out
+        self.steps_taken.append([self.cache.oldest])  # the taken tokens may have evicted some
         for step in reversed(self.steps_taken):
             if len(step) == 2:
                 taken = min(count, step[1])
@@ -96,36 +144,26 @@ class Recorded(TokenStream):
         self.steps_taken = [step for step in self.steps_taken if step[-1]]
 
 
-def recorded(model, **options) -> Any:
+def recorded(model: Model, trouble: Trouble, **options: Any) -> Any:
     """Return a conversation whose streams are `Recorded`."""
-    options.setdefault("sampling", Sampling(1.0, top_p=1.0, seed=3))
-    chat = ChatSession(model, **options)
+    chat: Any = ChatSession(model, sampling=Sampling(1.0, top_p=1.0, seed=3), **options)
     make = chat._writer_factory
 
-    def record(*parts) -> Writer:
+    def record(*parts: Any) -> Writer:
         cache = make(*parts).cache
-        return Writer(Recorded(model, cache), cache)
+        tokens = Recorded(model, cache)
+        tokens.trouble = trouble
+        return Writer(tokens, cache)
 
     chat._writer_factory = record
     chat._begin(chat.system, chat.stats.window)
+    chat.trouble, chat._on_notice = trouble, trouble.notify
+    chat.on_evict = lambda *gone: trouble.at("on_evict")
     return chat
 
 
-def at_rest(chat: ChatSession) -> list[int]:
-    """Return the ids attended, and those that the next turn reads of the turns before it."""
-    turns = chat._settle()
-    ids = [
-        *chat.tokens.ids.attended(),
-        *unread_ids(chat.prompts.pinned, turns, chat.tokens.length),
-    ]
-    sinks, pinned = chat.cache.geometry.sinks, len(chat.prompts.pinned)
-    if turns[0].start >= sinks if turns else True:  # sinks that hold no prompt are never evicted
-        del ids[pinned:sinks]
-    return ids
-
-
 def rendered(chat: ChatSession) -> str:
-    """Return the template's text of what is held, once a next question is there."""
+    """Return the template's text of the held exchanges once a next question is there."""
     messages = [*chat.prompts.head]
     for exchange in chat.exchanges:
         messages += [
@@ -144,108 +182,143 @@ def decoded(chat: ChatSession, ids: list[int]) -> str:
 
 
 def joined_damage(text: str) -> str:
-    """Count bytes that are no text once: decoded in parts, they may be more than decoded whole."""
+    """Count damaged bytes once: decoded in parts they may be more than decoded whole."""
     return re.sub("\ufffd+", "\ufffd", text)
 
 
 def check_ids(chat: ChatSession) -> None:
-    ids, exchanges = at_rest(chat), chat.exchanges
-    text = decoded(chat, ids)
-    if exchanges:
-        text += chat.prompts.rest_of(exchanges[-1]) + chat.template.closing
-        whole, cache = joined_damage(rendered(chat)), chat.cache
-        if chat.evictor.state.turns[0].start >= cache.oldest or not cache.evicted:
-            assert joined_damage(text) == whole
-        else:  # of a turn longer than the window only the end is attended
-            sinks = chat.tokens.ids.attended()[: cache.geometry.sinks]
-            end = text.removeprefix(decoded(chat, sinks))
-            assert whole.endswith(joined_damage(end).removeprefix("\ufffd"))
-    else:
-        assert ids == [*chat.prompts.pinned][: len(ids)]
-    assert chat.cache.attended <= chat.cache.geometry.sinks + chat.cache.geometry.window
+    turns, cache, pinned = chat._settle(), chat.cache, [*chat.prompts.pinned]
+    attended, sinks = chat.tokens.ids.attended(), cache.geometry.sinks
+    assert cache.attended <= sinks + cache.geometry.window and len(pinned) <= sinks
+    unread = unread_ids(pinned, turns, chat.tokens.length)
+    # Sinks beyond the pinned ids stay when their turn has left.
+    first = attended[: sinks if turns and turns[0].start < sinks else min(sinks, len(pinned))]
+    ids = [*first, *attended[sinks:], *unread]
+    if not turns:
+        assert ids == pinned[: len(ids)] and chat.exchanges == []
+        return
+    end = chat.prompts.rest_of(chat.exchanges[-1]) + chat.template.closing
+    whole = joined_damage(rendered(chat))
+    if turns[0].start >= cache.oldest or not cache.evicted:
+        assert joined_damage(decoded(chat, ids) + end) == whole
+    else:  # only the end is attended of a turn longer than the window, or that leaves by tokens
+        text = joined_damage(decoded(chat, [*attended[sinks:], *unread]) + end)
+        assert whole.endswith(text.removeprefix("\ufffd"))
 
 
 def check_logits(chat: Any) -> None:
     """Compare with a stream that reads the same ids in the same steps, and with the slow one."""
     tokens, geometry, probe = chat.tokens, chat.cache.geometry, [5, 6, 7]
-    assert isinstance(tokens, Recorded)
     spare = geometry.ring - geometry.window
-    twin_cache = chat.model.new_cache(geometry.sinks, geometry.window, spare)
-    twin = TokenStream(chat.model, twin_cache)
+    twin = TokenStream(chat.model, chat.model.new_cache(geometry.sinks, geometry.window, spare))
     slow = SlowLlama(CONFIG, WEIGHTS, geometry.sinks, geometry.window, spare)
     for step in tokens.steps_taken:
         if len(step) == 1:
-            count = step[0] - twin_cache.oldest
-            if count > 0:
-                twin_cache.evict(count)
+            if (count := step[0] - twin.cache.oldest) > 0:
+                twin.cache.evict(count)
                 slow.evict(count)
         else:
             ids, kept = step
             twin.run(ReadRequest(twin, ids, Want.NOTHING))
-            twin.rewind(len(ids) - kept)
             slow.logits(ids)
-            slow.rewind(len(ids) - kept)
+            for stream in (twin, slow):
+                stream.rewind(len(ids) - kept)
     assert twin.length == tokens.length and twin.ids.attended() == tokens.ids.attended()
     found, same = (np.array(stream.read(probe)) for stream in (tokens, twin))
     assert (found == same).all()
     assert np.abs(found - slow.logits(probe)[-1]).max() < 1e-4
 
 
-ACTS = ("ask", "ask", "ask", "close", "stop steps", "retry", "edit", "undo", "clear", "resume")
-
-
 @settings(max_examples=20)
 @given(st.data())
-def test_the_stream_holds_what_the_template_renders_after_every_act(models, data):
-    model = models[data.draw(st.sampled_from([*TEMPLATES]))]
-    system = data.draw(st.sampled_from([None, "You are brief."]))
-    chat = recorded(model, system=system, window=data.draw(st.integers(30, 200)))
+def test_the_stream_holds_what_the_template_renders_after_every_act(data):
+    trouble, evict = Trouble(), data.draw(st.sampled_from(["turn", "turn", "token"]))
+    chat = recorded(
+        model(data.draw(st.sampled_from([*TEMPLATES]))),
+        trouble,
+        system=data.draw(st.sampled_from([None, "You are brief."])),
+        window=data.draw(WINDOWS),
+        evict=evict,
+    )
     for _ in range(data.draw(st.integers(1, 8))):
-        chat = act(chat, data)
+        place = data.draw(st.sampled_from([*TROUBLE]))
+        if errors := TROUBLE[place]:
+            trouble.arm(place, data.draw(st.integers(1, 9)), data.draw(st.sampled_from(errors)))
+        with suppress(KeyboardInterrupt, RuntimeError):
+            chat = act(chat, trouble, data)
+        trouble.arm("", 0, None)
+        check_ids(chat)
+    if chat.tokens.failed:
+        list(chat.reply("On?", 3))
         check_ids(chat)
     if chat.tokens.length:
         check_logits(chat)
 
 
-def act(chat: Any, data) -> Any:
-    what = data.draw(st.sampled_from(ACTS))
+def act(chat: Any, trouble: Trouble, data: st.DataObject) -> Any:
+    what, before = data.draw(st.sampled_from(ACTS)), len(chat.exchanges)
     question = data.draw(st.sampled_from(QUESTIONS))
-    limit = data.draw(st.integers(1, 60))
-    stop = data.draw(st.sampled_from([(), ("e", "o")]))
-    if what == "ask":
-        list(chat.reply(question, limit, stop))
-    elif what == "close":
-        pieces = chat.reply(question, limit)
-        list(islice(pieces, data.draw(st.integers(1, 9))))
-        pieces.close()
-    elif what == "stop steps":
-        stop_after(chat.reply_steps(question, limit), data.draw(st.integers(1, 9)))
-    elif what == "clear":
+    options = (
+        data.draw(st.integers(1, 60)),
+        data.draw(st.sampled_from([(), ("e", "o")])),
+        lambda done, total: trouble.at("progress"),
+    )
+    if what == "clear":
         chat.clear()
         assert chat.exchanges == []
+    elif what == "restart":
+        system, window = data.draw(st.sampled_from([None, "Be long."])), data.draw(WINDOWS)
+        chat.restart(system, window)
+        assert (chat.system, chat.stats.window) == (system, window)
     elif what == "resume":
-        again = recorded(chat.model, system=chat.system, window=chat.stats.window)
-        where = chat.conversation_state()
-        turns = {turn.number: turn.exchange for turn in chat.evictor.state.turns}
-        again.tokens.restore(chat.tokens.state())
-        again.tokens.steps_taken = chat.tokens.steps_taken
-        again.resume(where, turns)
-        return again
-    elif chat.exchanges:
-        if what == "undo":
-            question = chat.exchanges[-1].question
-            assert chat.undo().question == question
-        else:
-            list(chat.retry(limit, stop) if what == "retry" else chat.edit(question, limit, stop))
+        return resumed(chat, trouble)
+    elif what == "ask":
+        cut(chat, chat.reply_steps(question, *options), data)
+    elif not chat.unanswered and not before:
+        with pytest.raises(ValueRefused):
+            chat.undo()
+    elif what == "undo":
+        asked = chat.unanswered or chat.exchanges[-1].question
+        assert chat.undo().question == asked
+    elif what == "retry":
+        cut(chat, chat.retry_steps(*options), data)
+    else:
+        cut(chat, chat.edit_steps(question, *options), data)
     return chat
 
 
-def stop_after(steps, count: int) -> None:
-    """Run so many steps of a reply, and drop it."""
-    result = None
-    with suppress(StopIteration):
+def resumed(chat: Any, trouble: Trouble) -> Any:
+    if chat.tokens.failed:
+        return chat
+    again = recorded(
+        chat.model, trouble, system=chat.system, window=chat.stats.window, evict=chat.evict
+    )
+    where = chat.conversation_state()
+    turns = {turn.number: turn.exchange for turn in chat.evictor.state.turns}
+    again.tokens.restore(chat.tokens.state())
+    again.tokens.steps_taken = chat.tokens.steps_taken
+    again.resume(where, turns)
+    return again
+
+
+def cut(chat: Any, steps: Generator, data: st.DataObject) -> None:
+    """Drive a reply to its end, or cut it; see that its turn has the text that was given."""
+    how, count = data.draw(st.sampled_from(CUTS)), data.draw(st.integers(1, 9))
+    result, text, refused = None, "", len(chat.trouble.refusals)
+    try:
         while count:
             item, result = steps.send(result), None
             if isinstance(item, ReadRequest):
-                result, count = item.stream.run(item), count - 1
-    steps.close()
+                result = item.stream.run(item)
+            else:
+                text += item.text
+            count -= bool(how) and isinstance(item, ReadRequest) == (how == "drop steps")
+        if how == "throw":
+            steps.throw(KeyboardInterrupt)
+    except StopIteration:
+        assert len(chat.trouble.refusals) > refused or chat.exchanges[-1].reply == text
+    finally:
+        steps.close()
+        # Text held back when a reply is cut, of a begun character say, becomes part of it.
+        if text and len(chat.trouble.refusals) == refused:
+            assert chat.exchanges[-1].reply.startswith(text)
