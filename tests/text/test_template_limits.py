@@ -88,6 +88,13 @@ SLOW = {
     "condition": "{% for i in [0] * 50000 if "
     + " or ".join(["(i or i)"] * 1_500)
     + " %}{% endfor %}",
+    "search from behind by name": "{% set x = 'a' * 200000 %}"
+    "{{ ('a' * 900000).rsplit(sep=x ~ 'b' ~ x) }}",
+    "rows of rows": "{% set ns = namespace(x='x') %}{% for i in range(9) %}"
+    "{% for row in [ns] * 99 | map(attribute='x') | batch(99) %}{% set ns.x = row %}{% endfor %}"
+    "{% endfor %}{{ ns.x }}",
+    "json of anything": "{% set n = namespace(x=1) %}"
+    "{{ ([n] * 50000) | tojson(default=('a' * 900000).upper) | length }}",
     "rounding": "{{ 5 | round(-999999999) }}",
     "numbers": "{% set ns = namespace(x=3) %}{% for i in range(99) %}"
     "{% set ns.x = ns.x * ns.x %}{% endfor %}",

@@ -35,7 +35,7 @@ class Meter:
         if self.left < 0:
             raise RuntimeError("the values it makes take too much memory")
         if isinstance(value, GeneratorType):
-            return (item for item in value if not self.check())
+            return (self.made(item) for item in value)
         return value
 
     def weigh(self, value: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import compiler, exceptions, ext, filters, nodes, pass_environment, utils
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_stream.text.template.meter import METER
 
@@ -68,14 +68,14 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         tags = [GenerationTag, ext.loopcontrols]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=tags, finalize=written)
         self.optimized, self.now = False, now
-        known = self.filters | {
-            name: getattr(self, name) for name in ("indent", "join", "replace", "tojson")
-        }
-        self.filters = {name: self.limited(name, known[name]) for name in FILTERS}
+        for name in ("indent", "join", "replace", "tojson"):
+            self.filters[name] = getattr(self, name)
+        self.filters = {name: self.limited(name, self.filters[name]) for name in FILTERS}
         self.tests = {name: self.limited(name, test) for name, test in self.tests.items()}
         # Not the class dict: of its attributes some change a dict, and numbers can make it slow.
-        self.globals = {"range": safe_range, "dict": lambda **named: named, "namespace": Namespace}
+        self.globals |= {"dict": lambda **named: named, "namespace": Namespace}
         self.globals |= {name: getattr(self, name) for name in ("raise_exception", "strftime_now")}
+        del self.globals["lipsum"]
 
     def limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a filter or a test that checks its arguments and charges for its result."""
@@ -112,10 +112,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         METER.get().check(len(str(text)) + (len(str(text).splitlines()) + 1) * MAX_WIDTH)
         return filters.do_indent(str(text), width, first, blank)
 
-    def tojson(self, value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        separators = "".join(options.get("separators") or ())
-        self.check_narrow("indent", options.get("indent"), 10 * separators)
-        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, **options)
+    def tojson(self, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        self.check_narrow("indent", indent, 10 * "".join(separators or ()))
+        options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+        encoder = json.JSONEncoder(**options, sort_keys=sort_keys)
         return self.concat(encoder.iterencode(value))
 
     def raise_exception(self, message: str) -> None:
@@ -123,7 +123,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def strftime_now(self, form: str) -> str:
         # The C library pads a date to any width it is told.
-        if not re.fullmatch(r"([^%]|%-?[a-zA-Z%]){0,99}", form, re.DOTALL):
+        if not re.fullmatch(r"([^%]|%[-_^#]?[a-zA-Z%]){0,99}", form, re.DOTALL):
             raise RuntimeError(f"it writes the date as {form[:40]!r}, which is not supported")
         return self.now.strftime(form)
 
@@ -149,13 +149,11 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         if name in FORBIDDEN:
             raise exceptions.SecurityError(f"the method {name!r} is not supported")
         if isinstance(text, str):
-            __self.check_narrow(name, *arguments)
-        if isinstance(text, str) and name in ("join", "replace"):
-            __obj = (
-                partial(__self.concat, separator=text)
-                if name == "join"
-                else partial(__self.replace, text)
-            )
+            __self.check_narrow(name, *arguments, *named.values())
+            if name == "join":
+                __obj = partial(__self.concat, separator=text)
+            elif name == "replace":
+                __obj = partial(__self.replace, text)
         return __self.made(super().call(__context, __obj, *arguments, **named))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
