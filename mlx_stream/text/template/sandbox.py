@@ -1,303 +1,193 @@
 """What templates are compiled in: transformers' words for them, under Jinja's immutable sandbox.
 
-Templates come with models, from strangers. Jinja keeps them from Python's insides and `range` from
-more than 100,000 steps. Here every step of what they run is metered besides, the size of a result
-is known before it is made wherever it can be much larger than what it is made of, and of Python's
-methods and Jinja's filters there are those that text needs.
+The sandbox keeps strangers' templates from Python's insides. Here each new value and each turn of a
+loop is charged for besides, and what can be much larger than its parts is checked before.
 """
 
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import datetime
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
-from jinja2 import Template, nodes, pass_eval_context
-from jinja2.compiler import CodeGenerator, Frame, operators
-from jinja2.exceptions import SecurityError
-from jinja2.exceptions import TemplateError as JinjaError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS
-from jinja2.lexer import Token, TokenStream
-from jinja2.nodes import EvalContext
+from jinja2 import compiler, exceptions, ext, filters, nodes, pass_environment, utils
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.tests import TESTS
-from jinja2.utils import Namespace
 
-from mlx_stream.text.template.limits import (
-    BOUNDED_FILTERS,
-    FILTER_CHECKS,
-    METHOD_CHECKS,
-    BoundedEscapeFormatter,
-    BoundedFormatter,
-    check_conversions,
-    joined,
-    size_of_result,
-)
-from mlx_stream.text.template.meter import METER, LimitPassed
+from mlx_stream.text.template.meter import METER
 
-# Filters that are of no use to a prompt, and slow on long texts, or not the same each time.
-NO_FILTERS = (
-    *("urlize", "striptags", "wordwrap", "xmlattr", "filesizeformat", "urlencode", "pprint"),
-    "random",
-)
-STRING_METHODS = """
-capitalize casefold center count endswith expandtabs find format format_map index isalnum isalpha
-isascii isdecimal isdigit islower isnumeric isspace istitle isupper join ljust lower lstrip
-partition removeprefix removesuffix replace rfind rindex rjust rpartition rsplit rstrip split
-splitlines startswith strip swapcase title upper zfill
-"""
-METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(STRING_METHODS.split()),
-    dict: frozenset(("copy", "get", "items", "keys", "values")),
-    list: frozenset(("copy", "count", "index")),
-    tuple: frozenset(("count", "index")),
-    int: frozenset(("bit_length", "is_integer", "real")),
-    float: frozenset(("is_integer",)),
-}
-# The C library pads a date to any width it is told.
-MAX_DATE_FORMAT = 200
-WIDTH_OF_DATE = re.compile(r"%[^A-Za-z%]*\d")
+FILTERS = str.split("""abs batch capitalize center count d default dictsort e escape first float
+groupby indent int items join last length list lower map max min reject rejectattr replace reverse
+round safe select selectattr slice sort string title tojson trim truncate unique upper""")
+# Methods that no prompt needs, and whose results can be large.
+FORBIDDEN = str.split("""encode expandtabs format format_map from_bytes fromkeys maketrans striptags
+to_bytes translate unescape""")
+# Filters and methods that take a width or a number, or a text that they are slow to search for.
+NARROW = str.split("""batch center indent ljust lstrip rfind rindex rjust round rpartition rsplit
+rstrip slice strip trim zfill""")
+MAX_WIDTH = 99
+CONVERSION = re.compile(r"%(\([^()%]*\))?[#0\- +]*\d{0,2}(\.\d{0,2})?[hlL]?[a-zA-Z%]")
+# Expressions whose value is new, or that can have thousands of parts.
+COMPOUND = (nodes.BinExpr, nodes.CondExpr, nodes.Compare, nodes.List, nodes.Dict, nodes.Tuple)
 
 
-def metered_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    check = FILTER_CHECKS.get(name)
-    # Jinja hands some filters its environment first.
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0
+class LimitedCode(compiler.CodeGenerator):
+    """Jinja's compiler, whose code charges for compound expressions and turns of loops."""
 
-    @wraps(function)
-    def run(*arguments: Any, **named: Any) -> Any:
-        meter = METER.get()
-        meter.tick()
-        if check is not None:
-            check(*arguments[first:], **named)
-        return meter.made(function(*arguments, **named))
+    def visit(self, node: nodes.Node, *arguments: Any, **named: Any) -> None:
+        METER.get().check()
+        chain = isinstance(node, nodes.Compare) and len(node.ops) > 3
+        if chain or isinstance(node, nodes.ScopedEvalContextModifier):
+            self.fail("long comparisons and autoescape are not supported", node.lineno)
+        if isinstance(node, nodes.Concat):
+            parts = [nodes.List(node.nodes)]
+            node = nodes.Call(nodes.EnvironmentAttribute("concat"), parts, [], None, None)
+        made = isinstance(node, COMPOUND) and getattr(node, "ctx", "load") == "load"
+        if isinstance(node, nodes.Getitem):
+            made = isinstance(node.arg, nodes.Slice)
+        self.write("environment.made(" if made else "")
+        super().visit(node, *arguments, **named)
+        self.write(")" if made else "")
 
-    return run
-
-
-def metered_test(function: Callable[..., bool]) -> Callable[..., bool]:
-    @wraps(function)
-    def run(*arguments: Any, **named: Any) -> bool:
-        METER.get().tick()
-        return function(*arguments, **named)
-
-    return run
-
-
-# --- the compiler and the runtime ---
-
-
-class MeteredCode(CodeGenerator):
-    """Jinja's compiler, whose code asks the environment before each step.
-
-    What it does not ask for takes no time of its own: names, constants, `if`, `and`, `set`.
-    """
-
-    environment: "TemplateEnvironment"
-
-    def visit(self, node: nodes.Node, *arguments: Any, **named: Any) -> Any:
-        METER.get().tick()
-        return super().visit(node, *arguments, **named)
-
-    def enter_frame(self, frame: Frame) -> None:
-        super().enter_frame(frame)  # of a turn of a loop, of a macro's call, of a loop's test
-        self.writeline("environment.tick()")
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concat((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-    def visit_Operand(self, node: nodes.Operand, frame: Frame) -> None:
-        # Two long lists are compared in one step, and `a == b == c` are two.
-        self.write(f" {operators[node.op]} (environment.tick() or ")
-        self.visit(node.expr, frame)
-        self.write(")")
-
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        if isinstance(node.arg, nodes.Slice):
-            self._made(super().visit_Getitem, node, frame)
-        else:
-            super().visit_Getitem(node, frame)
-
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._made(super().visit_List, node, frame)
-
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._made(super().visit_Dict, node, frame)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        if node.ctx == "load":
-            self._made(super().visit_Tuple, node, frame)
-        else:
-            super().visit_Tuple(node, frame)
-
-    def visit_ScopedEvalContextModifier(
-        self, node: nodes.ScopedEvalContextModifier, frame: Frame
-    ) -> None:
-        self.fail("autoescape is not supported", node.lineno)
-
-    def _made(self, visit: Callable[..., None], node: nodes.Node, frame: Frame) -> None:
-        self.write("environment.made(")
-        visit(node, frame)
-        self.write(")")
+    def enter_frame(self, frame: compiler.Frame) -> None:
+        super().enter_frame(frame)  # of a loop's turn, or a macro's call
+        self.writeline("environment.made(0)")
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox on a meter, with forbidden names refused at once."""
+    """Jinja's sandbox with limits, where forbidden names are refused at once."""
 
-    code_generator_class = MeteredCode
-    # Intercepted operators are also not folded while compiling.
-    intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
+    code_generator_class = LimitedCode
+    intercepted_binops = frozenset(("*", "%", "**"))
+    made = staticmethod(lambda value: METER.get().made(value))
 
-    def __init__(self, extensions: list[Any]):
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=extensions,
-            # Nothing is run while compiling.
-            optimized=False,
-            finalize=written,
-        )
-        filters = {**FILTERS, **BOUNDED_FILTERS}
-        self.filters = {
-            name: metered_filter(name, function)
-            for name, function in filters.items()
-            if name not in NO_FILTERS
-        }
-        self.tests = {name: metered_test(test) for name, test in TESTS.items()}
+    def __init__(self, now: datetime):
+        # Jinja does not run what takes the environment while it compiles.
+        written = pass_environment(lambda self, value: self.made(str(value)))
+        tags = [GenerationTag, ext.loopcontrols]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=tags, finalize=written)
+        self.optimized, self.now = False, now
+        for name in ("indent", "join", "replace", "tojson"):
+            self.filters[name] = getattr(self, name)
+        self.filters = {name: self.limited(name, self.filters[name]) for name in FILTERS}
+        self.tests = {name: self.limited(name, test) for name, test in self.tests.items()}
+        # Not the class dict: of its attributes some change a dict, and numbers can make it slow.
+        self.globals |= {"dict": lambda **named: named, "namespace": Namespace}
+        self.globals |= {name: getattr(self, name) for name in ("raise_exception", "strftime_now")}
+        del self.globals["lipsum"]
 
-    def tick(self) -> None:
-        METER.get().tick()
+    def limited(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a filter or a test that checks its arguments and charges for its result."""
 
-    def made(self, value: Any) -> Any:
-        METER.get().tick()
-        return METER.get().made(value)
-
-    def concat(self, parts: Iterable[Any]) -> str:
-        return joined("", parts)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.tick()
-        METER.get().room_for(size_of_result(operator, left, right))
-        if operator == "%" and isinstance(left, str):
-            check_conversions(left, right)
-        return METER.get().made(super().call_binop(context, operator, left, right))
-
-    def call(__self, __context: Any, __obj: Any, *arguments: Any, **named: Any) -> Any:
-        __self.tick()
-        METER.get().weigh(arguments, named)
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str):
-            check = METHOD_CHECKS.get(getattr(__obj, "__name__", ""))
-            if check is not None:
-                check(owner, *arguments, **named)
-        result = super().call(__context, __obj, *arguments, **named)
-        return METER.get().made(result)
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        self.tick()
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        self.tick()
-        return super().getitem(obj, argument)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        for kind, names in METHODS.items():
-            if isinstance(obj, kind):
-                return attr in names
-        return super().is_safe_attribute(obj, attr, value)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        # Jinja would let a forbidden name pass for as long as nothing is done with it.
-        raise SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        if super().wrap_str_format(value) is None:
-            return None
-        text = value.__self__
-
-        def run(*arguments: Any, **named: Any) -> str:
-            if value.__name__ == "format_map":
-                (named,), arguments = arguments, ()
-            if hasattr(text, "__html__"):  # marked safe: what is put in is escaped
-                formatter = BoundedEscapeFormatter(self, escape=text.escape)
-            else:
-                formatter = BoundedFormatter(self)
-            return type(text)(formatter.vformat(text, arguments, named))
+        @wraps(function)
+        def run(*arguments: Any, **named: Any) -> Any:
+            self.check_narrow(name, *arguments[1:], *named.values())
+            return self.made(function(*arguments, **named))
 
         return run
 
+    def check_narrow(self, name: str, *arguments: Any) -> None:
+        for value in arguments if name in NARROW else ():
+            width = len(value) if isinstance(value, str) else value
+            if isinstance(width, int) and abs(width) > MAX_WIDTH:
+                raise RuntimeError(f"it gives {name} a width or text of more than {MAX_WIDTH}")
 
-@pass_eval_context
-def written(_: EvalContext, value: Any) -> Any:
-    """Turn what a template writes into text, on its account.
+    def concat(self, parts: Iterable[Any], separator: str = "") -> str:
+        meter, texts, size = METER.get(), [], 0
+        for part in parts:
+            texts.append(str(part))
+            size += len(texts[-1]) + len(separator)
+            if size > meter.limit:
+                meter.check(size)
+        return self.made(separator.join(texts))
 
-    Given the context, it is not called while compiling.
-    """
-    return value if isinstance(value, str) else METER.get().made(str(value))
+    def join(self, parts: Any, d: Any = "", attribute: Any = None) -> str:
+        return self.concat(map(filters.make_attrgetter(self, attribute), parts), str(d))
+
+    def replace(self, text: Any, old: Any, new: Any, count: int = -1) -> str:
+        return self.concat(str(text).split(str(old), count), str(new))
+
+    def indent(self, text: Any, width: Any = 4, first: bool = False, blank: bool = False) -> str:
+        METER.get().check(len(str(text)) + (len(str(text).splitlines()) + 1) * MAX_WIDTH)
+        return filters.do_indent(str(text), width, first, blank)
+
+    def tojson(self, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        self.check_narrow("indent", indent, 10 * "".join(separators or ()))
+        options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+        encoder = json.JSONEncoder(**options, sort_keys=sort_keys)
+        return self.concat(encoder.iterencode(value))
+
+    def raise_exception(self, message: str) -> None:
+        raise exceptions.TemplateError(message)
+
+    def strftime_now(self, form: str) -> str:
+        # The C library pads a date to any width it is told.
+        if not re.fullmatch(r"([^%]|%[-_^#]?[a-zA-Z%]){0,99}", form, re.DOTALL):
+            raise RuntimeError(f"it writes the date as {form[:40]!r}, which is not supported")
+        return self.now.strftime(form)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        meter, size = METER.get(), 0
+        if operator == "%" and isinstance(left, str):
+            rest, fields = CONVERSION.subn("", left)
+            if "%" in rest:
+                raise RuntimeError(f"it formats by {left[:40]!r}, which is not supported")
+            size = len(left) + fields * (400 + meter.weigh(right))  # a float can have 400 digits
+        elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+            size = (left.bit_length() * max(right, 0)) ** 2 // 100
+        elif operator == "*":
+            for sequence, times in ((left, right), (right, left)):
+                if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+                    size = len(sequence) * times
+        meter.check(size)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *arguments: Any, **named: Any) -> Any:
+        METER.get().weigh((arguments, named))
+        text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if name in FORBIDDEN:
+            raise exceptions.SecurityError(f"the method {name!r} is not supported")
+        if isinstance(text, str):
+            __self.check_narrow(name, *arguments, *named.values())
+            if name == "join":
+                __obj = partial(__self.concat, separator=text)
+            elif name == "replace":
+                __obj = partial(__self.replace, text)
+        return __self.made(super().call(__context, __obj, *arguments, **named))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        METER.get().check()  # for each part of map(attribute="a.b.c")
+        return super().getitem(obj, argument)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        raise exceptions.SecurityError(f"{attribute!r} of a {type(obj).__name__} is not allowed")
 
 
-class GenerationTag(Extension):
+class GenerationTag(ext.Extension):
     """Accept {% generation %}, which marks replies for training; it writes nothing itself."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
+
+    def filter_stream(self, stream: Any) -> Any:
+        return (token for token in stream if not METER.get().check())
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
-        for token in stream:
-            METER.get().tick()
-            yield token
 
-
-class TemplateNamespace(Namespace):
+class Namespace(utils.Namespace):
     """A namespace without underscored names, which Jinja's own code would look up unguarded."""
 
-    def __init__(*args: Any, **kwargs: Any):
-        # As in Jinja: `self` and others are left free as names of attributes.
-        self, attributes = args[0], dict(*args[1:], **kwargs)
-        Namespace.__init__(self)
-        for name, value in attributes.items():
-            self[name] = value
+    __repr__ = object.__repr__  # Jinja's writes what it holds, which may be itself
+
+    def __init__(self, /, **named: Any):
+        super().__init__()
+        for name in named:
+            self[name] = named[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise SecurityError(f"a namespace cannot hold {name!r}")
+        if name.startswith("_"):
+            raise exceptions.SecurityError(f"a namespace cannot hold {name!r}")
         super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        # Jinja's shows what it holds, which may be another that holds this one.
-        return "<Namespace>"
-
-
-def compile_template(source: str, now: datetime) -> Template:
-    """Compile a template; what Jinja or Python raise about it comes through."""
-    environment = TemplateEnvironment([GenerationTag, loopcontrols])
-
-    def strftime_now(form: str) -> str:
-        if len(form) > MAX_DATE_FORMAT or WIDTH_OF_DATE.search(form):
-            raise LimitPassed(f"it writes the date as {form[:40]!r}, which is not supported")
-        return now.strftime(form)
-
-    environment.globals.update(
-        raise_exception=raise_exception,
-        strftime_now=strftime_now,
-        # A function, because a class would bring its attributes along.
-        dict=lambda *args, **kwargs: dict(*args, **kwargs),
-        namespace=TemplateNamespace,
-    )
-    # Writes any amount of filler text.
-    del environment.globals["lipsum"]
-    return environment.from_string(source)
-
-
-def raise_exception(message: str) -> None:
-    raise JinjaError(message)
