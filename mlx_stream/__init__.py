@@ -1,4 +1,4 @@
-"""Run Llama and Mistral models on a stream without end, in memory that never grows.
+"""Run Llama, Mistral and Qwen models on a stream without end, in memory that never grows.
 
 The public names, each fetched when it is first asked for: importing the package loads no MLX.
 """

@@ -11,9 +11,16 @@ from typing import Any
 
 from mlx_stream.errors import ConfigError, MlxStreamError, one_line
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "ministral3", "qwen2", "qwen3")
+SLIDING = ("mistral", "ministral3")
 # The trained context of a family whose config does not say it, as in transformers.
-TRAINED = {"llama": 2_048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
+TRAINED = {
+    "llama": 2_048,
+    "mistral": 131_072,
+    "ministral3": 262_144,
+    "qwen2": 32_768,
+    "qwen3": 32_768,
+}
 ROPE_TYPES = "default, linear, llama3, yarn"
 
 # Keys that change the computation, with the values that do not. From the configurations of
@@ -47,6 +54,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "llama_4_scaling": (None,),
     "scale_emb": (None, 1, 1.0),
     "alibi": (None, False),
+    "num_kv_shared_layers": (None, 0),
+    "use_bidirectional_attention": (None, False),
+    "attn_temperature_tuning": (None, False, 0),
+    "num_key_value_heads_per_layer": (None,),
+    "block_configs": (None,),
+    "no_rope_layer_interval": (None, 0),
+    "model_file": (None,),
 }
 
 
@@ -92,9 +106,10 @@ class RopeConfig:
 class ModelConfig:
     """The settings of a model, in config.json's names.
 
-    `sliding_window` bounds the window of a stream (Mistral only); `max_position_embeddings` is the
-    trained context in tokens. `quantization` maps a module path to how it is quantized, or None;
-    the empty path holds the default of paths not named.
+    `sliding_window` bounds the window of a stream (Mistral only), `position_limit` its sinks and
+    window together: beyond so many places the model computes otherwise. `max_position_embeddings`
+    is the trained context in tokens. `quantization` maps a module path to how it is quantized, or
+    None; the empty path holds the default of paths not named.
     """
 
     model_type: str
@@ -112,6 +127,7 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
+    position_limit: int | None = None
     quantization: Mapping[str, Quantization | None] | None = None
 
     def quantized(self, path: str) -> Quantization | None:
@@ -168,7 +184,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         # In transformers, what the config of another family says of biases changes nothing.
         attention_bias=model_type in ("llama", "qwen3") and keys.flag("attention_bias"),
         mlp_bias=model_type == "llama" and keys.flag("mlp_bias"),
-        sliding_window=read_sliding_window(raw) if model_type == "mistral" else None,
+        sliding_window=read_sliding_window(raw) if model_type in SLIDING else None,
+        position_limit=read_position_limit(raw, trained),
         quantization=read_quantization(raw),
     )
 
@@ -288,6 +305,18 @@ def read_sliding_window(raw: Mapping[str, Any]) -> int | None:
     if raw.get("sliding_window") is None or (kinds and kinds[0] == "full_attention"):
         return None
     return Keys(raw).count("sliding_window")
+
+
+def read_position_limit(raw: Mapping[str, Any], trained: int) -> int | None:
+    """Return where a factor on queries that grows with their place begins to be more than 1.
+
+    It is 1 + beta log(1 + floor(place / original)), as in transformers' `modeling_ministral3`.
+    """
+    for key in ("rope_scaling", "rope_parameters"):
+        keys = Keys(read_object(raw, key) or {}, f"config: {key}")
+        if keys.raw.get("llama_4_scaling_beta") not in (None, 0):
+            return keys.count("original_max_position_embeddings", trained)
+    return None
 
 
 def read_quantization(raw: Mapping[str, Any]) -> dict[str, Quantization | None] | None:

@@ -187,6 +187,8 @@ def load(
     with naming(str(source), path):
         checkpoint = read_checkpoint(path)
         config = read_config(checkpoint.config)
+        if checkpoint.images:
+            notify(f"{source}: only text is read; its parts for images are not loaded")
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     computed = chosen or default_dtype(checkpoint.tensors)
     keep = backend.on_metal() if keep_quantized is None else keep_quantized

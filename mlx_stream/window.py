@@ -34,14 +34,23 @@ def resolve_window(
             f"sinks {sinks} + window {window} = {sinks + window} tokens exceed the model's "
             f"trained context of {trained}: use a window of at most {trained - sinks}"
         )
-    bound = config.sliding_window
-    if bound is not None and bound < window:
-        notify(f"window reduced from {window} to {bound}: the model's sliding_window")
-        window = bound
+    limit = config.position_limit or trained
+    if sinks >= limit:
+        raise ValueRefused(
+            f"sinks {sinks} leave no window: the model computes as it was trained in {limit:,} "
+            "places; use fewer"
+        )
+    bounds = {"sliding_window": config.sliding_window or window, "position limit": limit - sinks}
+    for name, bound in bounds.items():
+        if bound < window:
+            notify(f"window reduced from {window} to {bound}: the model's {name}")
+            window = bound
     return sinks, window
 
 
 def bounded_windows(config: ModelConfig, sinks: int, windows: tuple[int, ...]) -> tuple[int, ...]:
     """Return the windows with those that the model does not have lowered to what it has."""
-    limit = min(config.max_position_embeddings - sinks, config.sliding_window or 2**31)
+    trained = config.max_position_embeddings
+    places = min(trained, config.position_limit or trained) - sinks
+    limit = min(places, config.sliding_window or places)
     return tuple(dict.fromkeys(min(window, limit) for window in windows))

@@ -24,6 +24,7 @@ class Checkpoint:
         tokenizer: the text of `tokenizer.json`.
         tokenizer_config: the content of `tokenizer_config.json`, with the `chat_template`.
         generation_config: the content of `generation_config.json`, or an empty dict.
+        images: whether the model also reads images; the parts for that are left out.
     """
 
     config: dict[str, Any]
@@ -31,3 +32,4 @@ class Checkpoint:
     tokenizer: str
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     generation_config: dict[str, Any] = field(default_factory=dict)
+    images: bool = False

@@ -11,6 +11,7 @@ from mlx_stream.checkpoint.json_files import (
     read_text_file,
 )
 from mlx_stream.checkpoint.shards import read_shards, shard_names
+from mlx_stream.checkpoint.text_model import text_config, text_tensors
 from mlx_stream.errors import CheckpointError, SourceError, TokenizerError, one_line
 
 # The largest tokenizer.json known has 35 MB.
@@ -34,14 +35,17 @@ def read_folder(path: Path) -> Checkpoint:
         raise SourceError(f"{path}: no such folder")
     if not exists_as_file(path / "config.json"):
         raise CheckpointError(f"{path}: no config.json; expected a folder with a model in it")
-    config, tokenizer = read_json(path / "config.json"), read_tokenizer(path)
+    whole, tokenizer = read_json(path / "config.json"), read_tokenizer(path)
+    config = text_config(whole)
     tokenizer_config = read_json_if_there(path / "tokenizer_config.json")
     # transformers writes the template to its own file, and lets that file win.
     if exists_as_file(path / "chat_template.jinja"):
         template = read_text_file(path / "chat_template.jinja", JSON_BYTES)
         tokenizer_config["chat_template"] = template
     generation_config = read_json_if_there(path / "generation_config.json")
-    return Checkpoint(config, read_shards(path), tokenizer, tokenizer_config, generation_config)
+    tensors, images = read_shards(path), "text_config" in whole
+    tensors = text_tensors(tensors) if images else tensors
+    return Checkpoint(config, tensors, tokenizer, tokenizer_config, generation_config, images)
 
 
 def missing_files(path: Path) -> list[str]:

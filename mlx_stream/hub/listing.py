@@ -7,6 +7,7 @@ from typing import Literal
 
 from mlx_stream.checkpoint.folder import missing_files
 from mlx_stream.checkpoint.json_files import read_json
+from mlx_stream.checkpoint.text_model import text_config
 from mlx_stream.config import ARCHITECTURES
 from mlx_stream.errors import CheckpointError
 from mlx_stream.hub.starter import STARTER, is_complete, size_of, starter_folder
@@ -48,7 +49,7 @@ def cached_hub_models() -> Iterator[CachedModel]:
 def is_supported(folder: Path) -> bool:
     """Say whether a folder is complete, and of a family we run."""
     try:
-        family = read_json(folder / "config.json").get("model_type")
+        family = text_config(read_json(folder / "config.json")).get("model_type")
     except CheckpointError:
         return False
     return family in ARCHITECTURES and not missing_files(folder)

@@ -18,6 +18,7 @@ from typing import Any
 from mlx_stream.checkpoint.folder import missing_files
 from mlx_stream.checkpoint.json_files import read_json
 from mlx_stream.checkpoint.shards import INDEX, PICKLES
+from mlx_stream.checkpoint.text_model import text_config
 from mlx_stream.config import read_config
 from mlx_stream.errors import SourceError
 from mlx_stream.hub.transfer import File, Repository, blob_of, link, place_blob, storage_of
@@ -170,7 +171,7 @@ def refuse_other_models(repository: Repository) -> None:
             f"{repository.name}: its config asks for code of its own (auto_map), which is never "
             "fetched or run: there is no trust_remote_code here"
         )
-    read_config(config)
+    read_config(text_config(config))
 
 
 # --- fetching ---

@@ -22,7 +22,13 @@ VERSION = 2
 # Values of each tensor that are looked at.
 SAMPLED = 64
 # These say how long a stream may be and how the weights are stored, which their tensors show.
-NOT_COMPUTED = {"max_position_embeddings", "sliding_window", "quantization", "vocab_size"}
+NOT_COMPUTED = {
+    "max_position_embeddings",
+    "sliding_window",
+    "position_limit",
+    "quantization",
+    "vocab_size",
+}
 # The settings there were in version 1.
 SETTINGS_1 = (
     "model_type",

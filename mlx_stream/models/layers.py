@@ -53,7 +53,7 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Block:
+class LayerSpec:
     """How a family's layers differ from the plainest Llama's.
 
     Attributes:
@@ -68,18 +68,18 @@ class Block:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, weights: Weights, path: str, block: Block):
+    def __init__(self, config: ModelConfig, weights: Weights, path: str, spec: LayerSpec):
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
         query_heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         heads, kv_heads = query_heads * self.head_dim, key_heads * self.head_dim
         self.qkv_proj = weights.linear(
-            Projection(f"{path}.q_proj", heads, hidden, block.qkv_bias),
-            Projection(f"{path}.k_proj", kv_heads, hidden, block.qkv_bias),
-            Projection(f"{path}.v_proj", kv_heads, hidden, block.qkv_bias),
+            Projection(f"{path}.q_proj", heads, hidden, spec.qkv_bias),
+            Projection(f"{path}.k_proj", kv_heads, hidden, spec.qkv_bias),
+            Projection(f"{path}.v_proj", kv_heads, hidden, spec.qkv_bias),
         )
-        self.o_proj = weights.linear(Projection(f"{path}.o_proj", hidden, heads, block.o_bias))
-        self.head_norms = block.head_norms
+        self.o_proj = weights.linear(Projection(f"{path}.o_proj", hidden, heads, spec.o_bias))
+        self.head_norms = spec.head_norms
         if self.head_norms:
             self.query_end, self.key_end = query_heads, query_heads + key_heads
             self.q_norm = weights.norm(f"{path}.q_norm", self.head_dim, config.rms_norm_eps)
@@ -118,13 +118,13 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, weights: Weights, path: str, block: Block):
+    def __init__(self, config: ModelConfig, weights: Weights, path: str, spec: LayerSpec):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = weights.norm(f"{path}.input_layernorm", size, eps)
-        self.self_attn = Attention(config, weights, f"{path}.self_attn", block)
+        self.self_attn = Attention(config, weights, f"{path}.self_attn", spec)
         self.post_attention_layernorm = weights.norm(f"{path}.post_attention_layernorm", size, eps)
-        self.mlp = MLP(config, weights, f"{path}.mlp", block.mlp_bias)
+        self.mlp = MLP(config, weights, f"{path}.mlp", spec.mlp_bias)
 
     def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
         x = self.self_attn(x, self.input_layernorm(x), step, layer)
@@ -140,12 +140,12 @@ class CausalLM(nn.Module):
 
     named_tensors: Callable[[], Iterator[tuple[str, mx.array]]]
 
-    def __init__(self, config: ModelConfig, weights: Weights, block: Block):
+    def __init__(self, config: ModelConfig, weights: Weights, spec: LayerSpec):
         super().__init__()
         vocabulary, size = config.vocab_size, config.hidden_size
         self.embed_tokens = weights.embedding("model.embed_tokens", vocabulary, size)
         self.layers = [
-            DecoderLayer(config, weights, f"model.layers.{layer}", block)
+            DecoderLayer(config, weights, f"model.layers.{layer}", spec)
             for layer in range(config.num_hidden_layers)
         ]
         self.norm = weights.norm("model.norm", size, config.rms_norm_eps)

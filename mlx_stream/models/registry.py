@@ -11,6 +11,7 @@ from mlx_stream.models.layers import CausalLM, Weights
 MODELS: dict[str, Callable[[ModelConfig, Weights], CausalLM]] = {
     "llama": llama,
     "mistral": mistral,
+    "ministral3": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
 }

@@ -18,6 +18,7 @@ from mlx_stream.checkpoint.shards import (
     check_shard,
     shard_names,
 )
+from mlx_stream.checkpoint.text_model import text_config, text_tensors
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, ConfigError, SourceError, WeightsError
 from mlx_stream.hub.explain import explaining_hub_errors
@@ -121,8 +122,8 @@ def of_hub(source: str, repo: str, notify: Notify) -> ModelSummary:
 
 def of_config(source: str, raw: dict[str, Any]) -> ModelSummary:
     """Summarize a model by its config alone; matrices are quantized where it says so."""
-    config = read_config(raw)
-    dtype = str(raw.get("torch_dtype") or raw.get("dtype"))
+    raw = text_config(raw)
+    config, dtype = read_config(raw), str(raw.get("torch_dtype") or raw.get("dtype"))
     paths = [part.path for part in layout_of(config).matrices if config.quantized(part.path)]
     return ModelSummary(
         source, config, dtype if dtype in ITEMSIZES else USUAL_FLOATS, frozenset(paths)
@@ -130,6 +131,8 @@ def of_config(source: str, raw: dict[str, Any]) -> ModelSummary:
 
 
 def of_headers(source: str, raw: dict[str, Any], declared: Declared) -> ModelSummary:
+    if "text_config" in raw:
+        raw, declared = text_config(raw), text_tensors(declared)
     config, quantized = read_config(raw), quantized_paths(declared)
     refuse_other_shapes(config, declared, quantized)
     table = "model.embed_tokens"

@@ -86,7 +86,7 @@ QUANTIZATIONS: list[tuple[Any, str]] = [
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *((change | {"model_type": kind}, why) for kind in ARCHITECTURES for change, why in COMPUTED),
-    *(({"model_type": kind}, "supported: llama, mistral") for kind in ("qwen2", "Llama", "a\nb")),
+    *(({"model_type": kind}, "supported: llama, mistral") for kind in ("gemma2", "Llama", "a\nb")),
     *(({"model_type": value}, "model_type must be text") for value in (3, ["llama"], True, {})),
     *(({key: None}, rf"\b{key} is missing") for key in REQUIRED),
     *(

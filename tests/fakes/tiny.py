@@ -34,6 +34,16 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 MISTRAL = {"model_type": "mistral"}
+MINISTRAL3 = {
+    "model_type": "ministral3",
+    "rope_parameters": {
+        **YARN,
+        "rope_theta": 1e6,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
 QWEN2 = {"model_type": "qwen2"}
 QWEN3 = {"model_type": "qwen3"}
 

@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 
 from mlx_stream.cache import StreamCache
+from mlx_stream.errors import ValueRefused
 from mlx_stream.load import Model
+from mlx_stream.window import bounded_windows
 from tests.fakes.peer import peer_of
-from tests.fakes.tiny import LLAMA3, MISTRAL, QWEN2, QWEN3, YARN, tiny_config, tiny_weights
+from tests.fakes.tiny import (
+    LLAMA3,
+    MINISTRAL3,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    YARN,
+    tiny_config,
+    tiny_weights,
+)
 from tests.fakes.tiny_models import all_logits, make, some_ids, tensors_of
 from tests.reference import SlowLlama
 
@@ -49,6 +60,9 @@ def read_in_all_ways(model: Model, ids: list[int]) -> Iterable[np.ndarray]:
         {"rope_scaling": YARN | {"beta_fast": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3}},
         MISTRAL,
         {**MISTRAL, "tie_word_embeddings": True, "num_key_value_heads": 1},
+        MINISTRAL3,
+        {**MINISTRAL3, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": 24},
+        {**MINISTRAL3, "sliding_window": 400},
         QWEN2,
         {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": None},
         {**QWEN2, "num_key_value_heads": 4, "rope_theta": 1e6, "rms_norm_eps": 1e-2},
@@ -102,6 +116,22 @@ def test_the_sliding_window_of_a_mistral_bounds_the_window():
     np.testing.assert_allclose(all_logits(model, cache, ids, 37), expected, atol=1e-3)
     model.new_cache(4, 20, notify=notices.append)
     assert len(notices) == 1
+
+
+def test_a_growing_factor_on_queries_bounds_sinks_and_window():
+    """Within the original context of 128 places it is 1; beyond, it would be left out."""
+    raw = tiny_config(**MINISTRAL3)
+    model = make(raw, tensors_of(raw))
+    notices: list[str] = []
+    assert model.resolve_window(4, 200, notices.append) == (4, 124)
+    assert len(notices) == 1 and "200" in notices[0] and "124" in notices[0]
+    assert model.resolve_window(4, 124, notices.append) == (4, 124) and len(notices) == 1
+    assert bounded_windows(model.config, 4, (60, 300)) == (60, 124)
+    with pytest.raises(ValueRefused, match="128"):
+        model.resolve_window(128, 10)
+    without = {**raw["rope_parameters"], "llama_4_scaling_beta": 0}
+    plain = make(raw | {"rope_parameters": without}, tensors_of(raw))
+    assert plain.resolve_window(4, 200) == (4, 200)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
@@ -169,6 +199,7 @@ def test_streams_equal_the_reference(tiny_model, sinks, window, chunk):
     "changes",
     [
         {"rope_scaling": YARN, "attention_bias": True, "num_key_value_heads": 1},
+        MINISTRAL3,
         QWEN2,
         {**QWEN3, "rope_scaling": YARN},
     ],

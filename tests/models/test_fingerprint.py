@@ -66,9 +66,11 @@ OTHERWISE: dict[str, Any] = {
     "rope_type": "linear",
     "rope": RopeConfig(rope_theta=20_000.0),
     "sliding_window": 99,
+    "position_limit": 99,
     "quantization": {"": Quantization(32, 4, "affine")},
 }
-NOT_COMPUTED = {"max_position_embeddings", "sliding_window", "quantization", "vocab_size"}
+BOUNDS = {"max_position_embeddings", "sliding_window", "position_limit"}
+NOT_COMPUTED = BOUNDS | {"quantization", "vocab_size"}
 
 
 def otherwise(settings: Any, name: str) -> Any:

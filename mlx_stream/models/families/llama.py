@@ -1,10 +1,10 @@
 """Llama (arXiv 2302.13971, 2407.21783), as transformers' `LlamaForCausalLM` computes it."""
 
 from mlx_stream.config import ModelConfig
-from mlx_stream.models.layers import Block, CausalLM, Weights
+from mlx_stream.models.layers import LayerSpec, CausalLM, Weights
 
 
 def llama(config: ModelConfig, weights: Weights) -> CausalLM:
     """Build a Llama: grouped heads, tied or untied, biases where the config says so."""
     bias = config.attention_bias
-    return CausalLM(config, weights, Block(bias, bias, config.mlp_bias))
+    return CausalLM(config, weights, LayerSpec(bias, bias, config.mlp_bias))

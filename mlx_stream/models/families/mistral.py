@@ -1,12 +1,13 @@
-"""Mistral (arXiv 2310.06825), as transformers' `MistralForCausalLM` computes it.
+"""Mistral (arXiv 2310.06825) and Ministral 3, as transformers' `MistralForCausalLM` computes them.
 
-Its `sliding_window` is a bound on the window of a stream, held where streams are made.
+The `sliding_window` of the one and the position limit of the other bound the window of a stream;
+that is held where streams are made.
 """
 
 from mlx_stream.config import ModelConfig
-from mlx_stream.models.layers import Block, CausalLM, Weights
+from mlx_stream.models.layers import LayerSpec, CausalLM, Weights
 
 
 def mistral(config: ModelConfig, weights: Weights) -> CausalLM:
     """Build a Mistral: Llama's blocks, never a bias."""
-    return CausalLM(config, weights, Block())
+    return CausalLM(config, weights, LayerSpec())
