@@ -1,7 +1,7 @@
 """Llama (arXiv 2302.13971, 2407.21783), as transformers' `LlamaForCausalLM` computes it."""
 
 from mlx_stream.config import ModelConfig
-from mlx_stream.models.layers import LayerSpec, CausalLM, Weights
+from mlx_stream.models.layers import CausalLM, LayerSpec, Weights
 
 
 def llama(config: ModelConfig, weights: Weights) -> CausalLM:

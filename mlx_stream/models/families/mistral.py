@@ -5,7 +5,7 @@ that is held where streams are made.
 """
 
 from mlx_stream.config import ModelConfig
-from mlx_stream.models.layers import LayerSpec, CausalLM, Weights
+from mlx_stream.models.layers import CausalLM, LayerSpec, Weights
 
 
 def mistral(config: ModelConfig, weights: Weights) -> CausalLM:

@@ -1,7 +1,7 @@
 """Qwen2 and 2.5 (arXiv 2412.15115) and Qwen3 (arXiv 2505.09388), as transformers computes them."""
 
 from mlx_stream.config import ModelConfig
-from mlx_stream.models.layers import LayerSpec, CausalLM, Weights
+from mlx_stream.models.layers import CausalLM, LayerSpec, Weights
 
 
 def qwen2(config: ModelConfig, weights: Weights) -> CausalLM:
