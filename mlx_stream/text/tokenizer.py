@@ -11,7 +11,7 @@ import tokenizers
 
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.tokenizer_json import check_tokenizer
-from mlx_stream.errors import TextError, TokenizerError, one_line
+from mlx_stream.errors import TemplateError, TextError, TokenizerError, one_line
 from mlx_stream.text.template import ChatTemplate
 
 # The special tokens that a chat template may name.
@@ -113,7 +113,8 @@ class Tokenizer:
         """
         tokens = {name: special_token(self._tokenizer_config, name) for name in NAMED_TOKENS}
         named = {name: token for name, token in tokens.items() if token}
-        return ChatTemplate.from_config(self._tokenizer_config, named, self.special_texts)
+        source = template_source(self._tokenizer_config)
+        return None if source is None else ChatTemplate(source, named, self.special_texts)
 
     def encode(self, text: str, special: bool = True, behind_text: bool = False) -> list[int]:
         """Return the ids of a text of any length.
@@ -312,6 +313,17 @@ def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str:
     if not isinstance(token, str):
         raise TokenizerError(f"tokenizer_config: {name} must be text, not {found!r}")
     return token
+
+
+def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
+    """Return the chat template, or of several the one named "default"; None if there is none."""
+    found = tokenizer_config.get("chat_template")
+    for entry in found if isinstance(found, list) else ():
+        if isinstance(entry, Mapping) and entry.get("name") == "default":
+            found = entry.get("template")
+    if found is not None and not isinstance(found, str):
+        raise TemplateError("chat template: neither text nor a list with one named 'default'")
+    return found
 
 
 def find_eos_ids(

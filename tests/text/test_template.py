@@ -11,6 +11,7 @@ import pytest
 import mlx_stream.text.template
 from mlx_stream.errors import TemplateError
 from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, assistant, system_turn, user
+from mlx_stream.text.tokenizer import template_source
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -245,10 +246,8 @@ def test_a_question_may_be_large():
 
 def test_the_default_of_several_templates_is_used():
     entries = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
-    found = ChatTemplate.from_config({"chat_template": entries}, {})
-    assert found and found.render([], reply=False) == "d"
-    assert ChatTemplate.from_config({}, {}) is None
-    assert ChatTemplate.from_config({"chat_template": None}, {}) is None
+    assert template_source({"chat_template": entries}) == "d"
+    assert template_source({}) is template_source({"chat_template": None}) is None
 
 
 # ------------------------------------------------------------------- what is refused on a stream
@@ -327,20 +326,13 @@ def test_a_closing_that_comes_late_is_appended_too():
     assert (late.closing, late.turn("q")) == ("", "</><user>q</><assistant>")
 
 
-@pytest.mark.parametrize("name", ["Mistral 0.1", "Mistral 0.2"])
-def test_a_template_without_a_system_role_says_so(name: str):
-    with pytest.raises(TemplateError, match=r"no system role; .* \(it failed: Conversation roles"):
-        template(name).check(system=True)
-
-
-def test_a_template_that_drops_the_system_prompt_says_so():
-    source = CHATML.replace("in messages", "in messages if m.role != 'system'")
+def test_a_template_without_a_place_for_a_system_prompt_is_refused():
+    drops = CHATML.replace("in messages", "in messages if m.role != 'system'")
     with pytest.raises(TemplateError, match="no system role"):
-        ChatTemplate(source).check(system=True)
-
-
-def test_a_system_prompt_that_moves_is_refused():
-    with pytest.raises(TemplateError, match=r"rewrites earlier turns \(with a system prompt"):
+        ChatTemplate(drops).check(system=True)
+    with pytest.raises(TemplateError, match="it failed: Conversation roles must alternate"):
+        template("Mistral 0.1").check(system=True)
+    with pytest.raises(TemplateError, match="rewrites earlier turns"):  # the prompt moves
         template("Mistral 0.3").check(system=True)
 
 
@@ -351,8 +343,7 @@ HOSTILE = {
     "one forbidden name": "{{ ''.__class__ }}",
     "through format": "{{ '{0.__class__}'.format(messages) }}",
     "through a filter": "{{ messages | map(attribute='__class__') | list }}",
-    "through a namespace": "{% set ns = namespace(__html__=1) %}",
-    "set in a namespace": "{% set ns = namespace() %}{% set ns._x = 1 %}",
+    "through a namespace": "{% set ns = namespace(a='') %}{{ ns.a.__class__ }}",
     "globals of functions": "{{ raise_exception.__globals__ }}",
     "a range without end": "{{ range(10**12) }}",
     "a power": "{{ 10 ** (10 ** 10) }}",

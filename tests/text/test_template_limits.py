@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_stream.errors import MlxStreamError, TemplateError
 from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, meter, user
-from mlx_stream.text.template.meter import ITEM, TURNOVER, Meter
+from mlx_stream.text.template.meter import BUDGET, ITEM, Meter
 from tests.fuzz.texts import HOSTILE_TEMPLATES
 
 # What these templates write is as short as they are.
@@ -175,18 +175,18 @@ def test_a_value_that_holds_another_twice_weighs_it_twice():
     value: list = ["ab"]
     for _ in range(10):
         value = [value, value]
-    size = 2**10 * (2 + 3 * ITEM)  # 1,024 texts, their lists, and the lists of those
-    running = Meter(size)
-    assert running.weigh(value) == size - ITEM
-    with pytest.raises(RuntimeError, match="larger than"):
+    running = Meter()
+    running.left = 2**10 * (2 + 3 * ITEM)  # 1,024 texts, their lists, and the lists of those
+    assert running.weigh(value) == running.left - ITEM
+    with pytest.raises(RuntimeError, match="too large"):
         running.weigh([value, "a"])
 
 
 def test_what_is_made_is_paid_for_once_and_for_all():
-    running = Meter(1_000)
-    for _ in range(TURNOVER):
-        running.made("x" * (1_000 - ITEM))
-    with pytest.raises(RuntimeError, match="memory"):
+    running = Meter()
+    for _ in range(BUDGET // 100):
+        running.made("x" * (100 - ITEM))
+    with pytest.raises(RuntimeError, match="too many"):
         running.made("x")
 
 
@@ -194,8 +194,8 @@ def test_a_value_as_large_as_the_messages_is_honest():
     question = "long " * 1_000_000
     source = "{% set c = messages[0].content | trim %}{% set c = '[' + c + ']' %}{{ c ~ c }}"
     assert len(ChatTemplate(source).render([user(question)], False)) == 2 * len(question) + 2
-    with pytest.raises(TemplateError, match="larger than"):
-        ChatTemplate("{{ " + " ~ ".join(["messages[0].content"] * 6) + " }}").render(
+    with pytest.raises(TemplateError, match="too large"):
+        ChatTemplate("{{ " + " ~ ".join(["messages[0].content"] * 60) + " }}").render(
             [user(question)], False
         )
 
@@ -212,7 +212,7 @@ HONEST = [
     "{{ {'b': [1, {'a': none}], 'a': 'é'} | tojson(indent=1, sort_keys=true) }}",
     "{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':')) }}{{ {'b': 1, 'a': 2} | dictsort }}",
     "{% for a, b in {'x': 1}.items() if b < 2 %}{{ a }}{{ loop.length }}{% endfor %}",
-    "{{ '<b>' | safe }}{{ ('<%s>' | safe) % '<' }}{{ '<' | e }}",
+    "{{ '<b>' | safe }}{{ '<%s>' % '<' }}{{ {'a': '<'} | tojson | safe }}{{ '<' | e }}",
     "{{ (1, 2)[:1] }}{{ 'abc'[::-1] }}{{ [3, 1] | sort | last }}{{ messages[0]['role'][1:] }}",
     "{% for i in [1, [2, [3]]] recursive %}{{ loop(i) if i is not number else i }}{% endfor %}",
     "{{ [1, 2, 3] | batch(2, 0) | list }}{{ [1, 2] | slice(2) | list }}{{ range(3) | list }}",

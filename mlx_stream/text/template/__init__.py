@@ -11,26 +11,26 @@ A template may rewrite an exchange once the next question is there, and drop wha
 thought: `settled` gives that. A template that changes an exchange after that is refused.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property
 from os.path import commonprefix
-from typing import Any
+from uuid import uuid4
 
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.text.template.meter import T, metered
 from mlx_stream.text.template.sandbox import TemplateEnvironment
 
 # The longest templates of published models have about 30,000 characters.
-MAX_SOURCE = 100_000
+MAX_SOURCE = 50_000
 
 Message = Mapping[str, str]
-# Stands for a reply's text where only what surrounds it is wanted.
-MARK = "ReplyGoesHere"
+# Stands for a reply where only what surrounds it is wanted. No other text holds it.
+MARK = f"Reply{uuid4().int}"
 PADDED = f"\n \n{MARK}\n \n"
 SYSTEM = "Answer briefly."
-REWRITES = "it rewrites earlier turns ({} is not simply appended)"
 # The second reply thinks aloud: templates that drop the thinking of earlier turns show it here.
 EXCHANGES: Sequence[tuple[str, str]] = (
     ("What is the first?", "It is one."),
@@ -68,41 +68,22 @@ class ChatTemplate:
         """Compile a template that may name `tokens`; no text of `special` tokens is ever cut."""
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: it has more than {MAX_SOURCE} characters")
-        self._source, self._tokens, self._special = source, dict(tokens or {}), special
-        self._compile(datetime.now())
-
-    def _compile(self, now: datetime) -> None:
-        compiled = partial(TemplateEnvironment(now).from_string, self._source)
-        self._template = attempt("cannot be read", compiled)
+        self._tokens, self._special, self._now = dict(tokens or {}), special, datetime.now()
+        compiled = attempt("cannot be read", lambda: TemplateEnvironment().from_string(source))
+        self._template = compiled
 
     def at(self, moment: datetime) -> "ChatTemplate":
         """Return the same template, for a conversation that began at another time."""
         other = copy(self)
-        other._compile(moment)
+        other._now = moment
         return other
-
-    @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], tokens: Mapping[str, str], special: Sequence[str] = ()
-    ) -> "ChatTemplate | None":
-        """Build the template that tokenizer_config.json holds, or return None if it holds none."""
-        found = config.get("chat_template")
-        for entry in found if isinstance(found, list) else ():
-            if isinstance(entry, Mapping) and entry.get("name") == "default":
-                found = entry.get("template")
-        if isinstance(found, str):
-            return cls(found, tokens, special)
-        if found is not None:
-            raise TemplateError("chat template: neither text nor a list with one named 'default'")
-        return None
 
     def render(self, messages: Sequence[Message], reply: bool) -> str:
         """Return the text of a conversation; `reply` adds what asks the model for its turn."""
+        values = {"messages": messages, "add_generation_prompt": reply, **self._tokens}
         # Templates test tools and documents for none; transformers always passes both.
-        others = {"tools": None, "documents": None, "add_generation_prompt": reply}
-        copies = [dict(message) for message in messages]
-        rendered = partial(self._template.render, self._tokens, messages=copies, **others)
-        return attempt("failed", rendered, sum(len(message["content"]) for message in messages))
+        values |= {"tools": None, "documents": None, "strftime_now": self._now.strftime}
+        return attempt("failed", lambda: self._template.render(values), len(str(messages)))
 
     def opening(self, system: str | None, question: str) -> str:
         """Return the text of a first turn, up to where the model answers."""
@@ -114,9 +95,8 @@ class ChatTemplate:
         A stand-in for the conversation is rendered; `check` refuses templates that need the real
         one. Encode it with `closing`: some tokenizers put a space before the first word of a text.
         """
-        mark = stand_in(question, system)
-        messages = [*system_turn(system), user("x"), assistant(mark), user(question)]
-        return self._behind(mark, self.render(messages, reply=True))
+        messages = [*system_turn(system), user("x"), assistant(MARK), user(question)]
+        return self._behind_reply(self.render(messages, reply=True))
 
     def settled(
         self, question: str, reply: str, system: str | None = None, first: bool = False
@@ -125,14 +105,13 @@ class ChatTemplate:
 
         With `first`, it is the first one, and what comes before it is in the text.
         """
-        mark = stand_in(question, reply, system)
-        before = [] if first else [user("x"), assistant(mark)]
-        messages = [*system_turn(system), *before, user(question), assistant(reply), user(mark)]
+        before = [] if first else [user("x"), assistant(MARK)]
+        messages = [*system_turn(system), *before, user(question), assistant(reply), user("x")]
         text = self.render(messages, reply=True)
         if not first:
-            text = self._behind(mark, text)
-        next_turn = self.closing + self.turn(mark, system)
-        require(text.endswith(next_turn), REWRITES.format("a reply"))
+            text = self._behind_reply(text)
+        next_turn = self.closing + self.turn("x", system)
+        require_appended(text.endswith(next_turn), "a reply")
         return text.removesuffix(next_turn)
 
     @property
@@ -174,10 +153,10 @@ class ChatTemplate:
         require(not lead.strip(), f"it writes {lead[:80]!r} only before a reply that is there")
         return lead, shared_start(alone.partition(MARK)[2], after, self._special)
 
-    def _behind(self, mark: str, text: str) -> str:
-        """Return what follows a stand-in for a reply, and what closes it."""
-        after = text.partition(mark)[2]
-        require(after.startswith(self.closing), REWRITES.format("a question"))
+    def _behind_reply(self, text: str) -> str:
+        """Return what follows the reply that MARK stands for, and what closes it."""
+        after = text.partition(MARK)[2]
+        require_appended(after.startswith(self.closing), "a question")
         return after.removeprefix(self.closing)
 
     def check(self, system: bool) -> None:
@@ -189,33 +168,19 @@ class ChatTemplate:
         metered(lambda: self._check(SYSTEM if system else None))
 
     def _check(self, system: str | None) -> None:
+        if system:
+            require(system in self.opening(system, "x"), "it has no system role")
         messages, before = [*system_turn(system)], ""
-        if system is not None:
-            self._check(None)
-            self._check_system_role()
-        where = "" if system is None else "with a system prompt, "
         for number, (question, reply) in enumerate(EXCHANGES):
             messages.append(user(question))
             asked = self.render(messages, reply=True)
             turn = self.turn(question, system) if number else asked
-            require(asked == before + turn, REWRITES.format(f"{where}a later question"))
+            require_appended(asked == before + turn, "a later question")
             messages.append(assistant(reply))
             settled = self.settled(question, reply, system, first=number == 0)
-            # No template drops what is behind the thinking.
-            holds = settled.endswith(reply.rpartition("</think>")[2].strip())
-            if not self.rewrites:
-                holds = settled == turn + self.lead + reply
-            require(holds, REWRITES.format(f"{where}the text of a reply"))
+            as_read = settled == turn + self.lead + reply
+            require_appended(self.rewrites or as_read, "the text of a reply")
             before += settled + self.closing
-
-    def _check_system_role(self) -> None:
-        try:
-            found, why = SYSTEM in self.opening(SYSTEM, "x"), "the text is dropped"
-        except TemplateError as error:
-            found, why = False, str(error).removeprefix("chat template: ")
-        if not found:
-            hint = f"leave the system prompt out ({why})"
-            raise TemplateError(f"chat template: it has no system role; {hint}")
 
 
 def attempt(failure: str, work: Callable[[], T], characters: int = 0) -> T:
@@ -226,31 +191,20 @@ def attempt(failure: str, work: Callable[[], T], characters: int = 0) -> T:
         raise TemplateError(f"chat template: it {failure}: {one_line(error, 200)}") from error
 
 
-def stand_in(*texts: str | None) -> str:
-    """Return a word that is in none of some texts."""
-    mark = MARK
-    while any(mark in text for text in texts if text):
-        mark += "s"
-    return mark
-
-
-def shared_start(first: str, second: str, special: Sequence[str]) -> str:
-    """Return what two texts begin with alike, cut inside no special token of either.
-
-    "<|end|><|endoftext|>" and "<|end|><|user|>" share "<|end|>", not "<|end|><|".
-    """
-    end = len(commonprefix([first, second]))  # noqa: RUF071
-    while cuts := [
-        start
-        for text in (first, second)
-        for name in special
-        for start in range(max(0, end - len(name) + 1), end)
-        if text.startswith(name, start)
-    ]:
-        end = min(cuts)
-    return first[:end]
-
-
 def require(holds: object, why: str) -> None:
     if not holds:
         raise TemplateError(f"chat template: {why}, so it cannot be used on a stream")
+
+
+def require_appended(holds: bool, what: str) -> None:
+    require(holds, f"it rewrites earlier turns ({what} is not simply appended)")
+
+
+def shared_start(first: str, second: str, special: Sequence[str]) -> str:
+    """Return what two texts begin with alike, without a part of a special token.
+
+    "<|end|><|endoftext|>" and "<|end|><|user|>" share "<|end|>", not "<|end|><|".
+    """
+    names = sorted((name for name in special if name in first + second), key=len, reverse=True)
+    unit = re.compile("|".join([*map(re.escape, names), "."]), re.DOTALL)
+    return "".join(commonprefix([unit.findall(first), unit.findall(second)]))
