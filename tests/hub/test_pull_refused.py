@@ -76,7 +76,7 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (lists(SHARD, lfs={"size": -1, "sha256": ZEROS, "pointerSize": 1}), "size and hash", None),
     (lists(SHARD, blobId=None, lfs=None), "size and hash", None),
     (lists(SHARD, lfs={"size": 10**18, "sha256": ZEROS, "pointerSize": 1}), "GB left", None),
-    (lists("tokenizer.json", size=10**9), "tokenizer.json of 953 MB, which no such file", None),
+    (lists("tokenizer.json", size=10**9), "tokenizer.json of 953 MB, unlike any such file", None),
     (lambda served: setattr(served, "commit", "../../main"), "names no commit", NOTHING),
     (holds_only("pytorch_model.bin"), "only pickles (.bin, .pt), which are never fetched", NOTHING),
     (holds_only("consolidated.00.pth"), "only pickles", NOTHING),
@@ -113,7 +113,7 @@ def test_a_revision_that_is_none(served, revision):
 def test_a_file_that_is_not_what_was_listed_is_not_kept(served):
     for name in ("config.json", SHARD, "tokenizer.json"):
         served.sent[name] = lambda content, start: bytes([content[0] ^ 1]) + content[1:]
-        assert f"{name} is not what the Hub says it is" in refused()
+        assert f"{name} does not have the hash that the Hub lists" in refused()
         del served.sent[name]
         for path in transfer.storage_of(REPO).glob("blobs/*"):
             file = transfer.File(path.name, path.stat().st_size, path.name)
