@@ -14,40 +14,22 @@ from mlx_stream.errors import ConfigError, MlxStreamError, one_line
 ARCHITECTURES = ("llama", "mistral")
 ROPE_TYPES = "default, linear, llama3, yarn"
 
-# Keys that change the computation, with the values that do not. From the configurations of
+# Keys that change the computation, by the values that do not. From the configurations of
 # transformers' models that are derived from Llama.
+ONE, ABSENT, OFF = (None, 1, 1.0), (None,), (None, False)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "partial_rotary_factor": (None, 1, 1.0),
-    "hidden_act": (None, "silu", "swish"),
-    "attn_logit_softcapping": (None, 0, 0.0),
-    "final_logit_softcapping": (None, 0, 0.0),
-    "query_pre_attn_scalar": (None,),
-    "attention_multiplier": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "logit_scale": (None, 1, 1.0),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "logits_scaling", "logit_scale"), ONE),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "scale_emb"), ONE),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), (None, "silu", "swish")),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (None, 0, 0.0)),
+    **dict.fromkeys(("query_pre_attn_scalar", "attention_multiplier", "clip_qkv"), ABSENT),
+    **dict.fromkeys(("attention_chunk_size", "llama_4_scaling"), ABSENT),
+    **dict.fromkeys(("num_local_experts", "num_experts"), (None, 0, 1)),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "use_sliding_window", "alibi"), OFF),
+    **dict.fromkeys(("rope_traditional", "rope_interleaved", "use_parallel_residual"), OFF),
     "no_rope_layers": (None, [], ()),
-    "num_local_experts": (None, 0, 1),
-    "num_experts": (None, 0, 1),
-    "use_qk_norm": (None, False),
-    "qk_norm": (None, False),
-    "use_sliding_window": (None, False),
-    "attention_chunk_size": (None,),
-    "hidden_activation": (None, "silu", "swish"),
-    "mlp_hidden_act": (None, "silu", "swish"),
-    "rope_traditional": (None, False),
-    "rope_interleaved": (None, False),
-    "rotary_pct": (None, 1, 1.0),
-    "clip_qkv": (None,),
-    "use_parallel_residual": (None, False),
     "is_causal": (None, True),
-    "llama_4_scaling": (None,),
-    "scale_emb": (None, 1, 1.0),
-    "alibi": (None, False),
 }
-
-
 # The bits and group sizes that mx.quantize takes in each mode.
 QUANTIZATION_MODES = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),

@@ -263,10 +263,13 @@ def default_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
     """Return the dtype to compute in: float32 on the CPU backend, else the checkpoint's own."""
     if not backend.on_metal():
         return mx.float32
-    # Norms may be wider than the rest (GGUF keeps them in float32): the embedding tells.
-    scales = "model.embed_tokens.scales"
-    name = scales if scales in tensors else "model.embed_tokens.weight"
-    own = tensors[name].dtype if name in tensors else mx.float16
-    if own not in DTYPES.values() or (own == mx.bfloat16 and not backend.native_bfloat16()):
-        return mx.float16
-    return own
+    own = stored_dtype(tensors)
+    return mx.float16 if own == mx.bfloat16 and not backend.native_bfloat16() else own
+
+
+def stored_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
+    """Return the dtype of a checkpoint's floats: its embedding's, for norms may be wider (GGUF)."""
+    for name in ("model.embed_tokens.scales", "model.embed_tokens.weight"):
+        if name in tensors and tensors[name].dtype in DTYPES.values():
+            return tensors[name].dtype
+    return mx.float16

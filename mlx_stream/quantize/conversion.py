@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.config import ModelConfig, Quantization, read_config
 from mlx_stream.errors import ValueRefused, WeightsError
-from mlx_stream.load import named_dtype
+from mlx_stream.load import named_dtype, stored_dtype
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import Layout, layout_of
 from mlx_stream.models.weights import (
@@ -174,17 +174,10 @@ def fit(recipe: Recipe, at: Projection, config: ModelConfig) -> Quantization | N
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype that a checkpoint's config names, or else its embedding's or norm's."""
-    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if isinstance(said, str) and said in DTYPES:
-        return said
-    names = ("model.embed_tokens.scales", "model.embed_tokens.weight", "model.norm.weight")
-    for name in names:
-        if name in checkpoint.tensors:
-            found = name_of(checkpoint.tensors[name].dtype)
-            if found in DTYPES:
-                return found
-    return "float16"
+    """Return the dtype that a checkpoint's config names, or else its embedding's."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    known = isinstance(named, str) and named in DTYPES
+    return named if known else name_of(stored_dtype(checkpoint.tensors))
 
 
 def name_of(dtype: mx.Dtype) -> str:

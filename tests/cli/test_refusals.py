@@ -117,7 +117,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("tiny", "--kv-bits 8", "--kv-bits needs heads of a multiple of 64 numbers"),
     ("phone tiny", "--sinks -1", "--sinks must be from 0 to"),
     ("tiny", "--window 0", "--window must be at least 1, not 0"),
-    ("phone", "--bits 4 --dequantize", "--bits is for weights that stay quantized"),
+    ("phone", "--bits 4 --dequantize", "--bits keeps weights quantized"),
     ("plan", "--device macbook-neo --no-entitlement", "--no-entitlement is for phones"),
     ("plan", "--no-entitlement", "--no-entitlement is for phones and tablets, which here is not"),
     ("phone devices", "--devices none.toml", "none.toml: cannot be read: No such file"),
