@@ -1,8 +1,7 @@
-"""Prepares the process before MLX is imported, and says what this machine is; knows no model.
+"""Prepares the process before MLX is imported, and describes this machine; knows no model.
 
-The CPU backend's Linux wheel carries a reference BLAS that runs at 5 GFLOP/s. Where the system has
-OpenBLAS, loading it with global symbols first makes the same wheel use it: 30 times faster. This
-is the only place in the package that treats a platform apart.
+MLX's Linux wheel has a slow reference BLAS (5 GFLOP/s). If the system's OpenBLAS is loaded first,
+with global symbols, the wheel uses it: 30 times faster.
 """
 
 import ctypes
@@ -16,7 +15,7 @@ CACHE_LIMIT = 256 * 2**20
 
 
 def load_openblas() -> bool:
-    """Load the system's OpenBLAS ahead of MLX; return whether MLX will use it. Linux only."""
+    """Load the system's OpenBLAS before MLX, on Linux; return whether MLX will use it."""
     if not sys.platform.startswith("linux"):
         return False
     if "mlx.core" in sys.modules:
@@ -43,9 +42,9 @@ def on_metal() -> bool:
 def tracing() -> tuple[bool, bool]:
     """Return whether decode steps are traced with `mx.compile`: before a window is full, and then.
 
-    `MLX_STREAM_COMPILE` decides, 0 or 1. Unset, Metal traces every step; the CPU backend only
-    those of a full window: it runs the system's C++ compiler for each fused kernel, a second and a
-    half each, once until the machine restarts.
+    `MLX_STREAM_COMPILE` decides, 0 or 1. Unset, Metal traces every step. The CPU backend traces
+    only those of a full window, because it runs the system's C++ compiler for each fused kernel:
+    1.5 s each, until the machine restarts.
     """
     chosen = os.environ.get(COMPILE, "")
     if chosen:
@@ -54,7 +53,7 @@ def tracing() -> tuple[bool, bool]:
 
 
 def prepare_compiling() -> None:
-    """Where MLX has no compiler to run, tell it not to compile: its own activations would fail."""
+    """Turn MLX's compiling off if there is no compiler: its own activations would fail."""
     import mlx.core as mx
 
     if not on_metal() and not has_compiler():
@@ -70,21 +69,21 @@ def has_compiler() -> bool:
 
 
 def device() -> dict[str, str | int]:
-    """Return what MLX says of its device: architecture, name, memory on Metal."""
+    """Return MLX's description of its device: architecture, name, memory on Metal."""
     import mlx.core as mx
 
     return mx.device_info()
 
 
 def native_bfloat16() -> bool:
-    """Return whether the GPU has bf16 arithmetic: M1 and M2 (g13, g14) emulate it."""
+    """Return whether the GPU has bfloat16 arithmetic: M1 and M2 (g13, g14) emulate it."""
     return not str(device().get("architecture", "")).startswith(("applegpu_g13", "applegpu_g14"))
 
 
 def memory_budget() -> int:
-    """Return the bytes a model and its ring may take.
+    """Return the bytes for a model and its ring.
 
-    On Metal the device's recommended working set, elsewhere the physical memory.
+    On Metal this is the recommended working set, elsewhere the physical memory.
     """
     recommended = device().get("max_recommended_working_set_size")
     if recommended:
@@ -93,7 +92,7 @@ def memory_budget() -> int:
 
 
 def resident_bytes() -> int:
-    """Return this process's resident memory, in bytes; on macOS the most there ever was."""
+    """Return this process's resident memory, in bytes; on macOS its peak."""
     from pathlib import Path
 
     statm = Path("/proc/self/statm")
@@ -117,7 +116,7 @@ def set_cache_limit() -> None:
 
 
 def describe() -> dict[str, str | int | bool]:
-    """Return what this machine is and what is installed, for people to paste."""
+    """Return facts about this machine and the installed packages, for a report."""
     import platform
     from importlib.metadata import version
 
@@ -137,7 +136,7 @@ def describe() -> dict[str, str | int | bool]:
 
 
 def advice() -> list[str]:
-    """Return what will be slow here, why, and what to do about it."""
+    """Return what will be slow here, and what to do about it."""
     lines = []
     if on_metal():
         if not native_bfloat16():
@@ -146,8 +145,8 @@ def advice() -> list[str]:
     lines.append("MLX runs on its CPU backend here: for real speed, use a Mac with Apple Silicon")
     if sys.platform.startswith("linux") and not openblas_loaded:
         lines.append(
-            f"{OPENBLAS} is missing, float32 products are 30 times slower than with it: install "
-            "it (Debian, Ubuntu: apt-get install libopenblas0-pthread)"
+            f"{OPENBLAS} is missing, which makes float32 products 30 times slower: install it "
+            "(Debian, Ubuntu: apt-get install libopenblas0-pthread)"
         )
     lines.append(
         "float16, bfloat16 and quantized products are slower than float32 on this backend: "

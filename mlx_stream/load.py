@@ -1,4 +1,4 @@
-"""One call: a source -> a model and its tokenizer; knows no stream's contents."""
+"""Loads a model and its tokenizer from a source; knows no stream's contents."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,13 +29,13 @@ from mlx_stream.window import resolve_window
 
 
 def check_memory(weights: int, ring: int) -> None:
-    """Refuse what exceeds the device's budget, with the numbers."""
+    """Refuse weights and ring that exceed the device's budget."""
     budget = backend.memory_budget()
     if weights + ring > budget:
         raise MemoryRefused(
-            f"{megabytes(weights)} of weights and {megabytes(ring)} of keys and values exceed the "
-            f"{megabytes(budget)} this device recommends: use a smaller window, a quantized model, "
-            "or --force"
+            f"{megabytes(weights)} of weights and {megabytes(ring)} of keys and values exceed this "
+            f"device's budget of {megabytes(budget)}: use a smaller window, a quantized model, or "
+            "--force"
         )
 
 
@@ -45,18 +45,18 @@ def megabytes(amount: int) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: weights, tokenizer, and what is needed to make caches for it.
+    """A loaded model: weights, tokenizer, and the shape of its streams' caches.
 
     Attributes:
-        name: the source it was loaded from.
-        network: computes; holds no state of a stream.
-        attention: what the caches of its streams need to know.
+        name: the source.
+        network: the weights and their computation; it holds no state of a stream.
+        attention: the shape of its streams' caches.
         dtype: of activations, keys and values.
-        quantized: whether quantized weights were kept as they are.
+        quantized: whether quantized weights were kept quantized.
         weight_bytes: memory of the weights.
         force: whether memory limits are overridden.
-        check: refuses what is too much: bytes of the weights, and of one more stream.
-        compiled_steps: its decode steps, traced; they live as long as it does.
+        check: refuses too much memory; called with the bytes of the weights and of a new stream.
+        compiled_steps: its traced decode steps.
     """
 
     name: str
@@ -76,13 +76,13 @@ class Model:
         object.__setattr__(self, "compiled_steps", CompiledSteps(self.network))
 
     def with_check(self, check: Callable[[int, int], None]) -> "Model":
-        """Return the same model, with the same traces, whose streams `check` may refuse."""
+        """Return the same model, with the same traces, and another `check` of its streams."""
         found = replace(self, check=check)
         object.__setattr__(found, "compiled_steps", self.compiled_steps)
         return found
 
     def fingerprint(self, version: int = fingerprint.VERSION) -> str:
-        """Return what tells this model, loaded as it is, from another; see `models.fingerprint`."""
+        """Return the fingerprint of this model as it was loaded; see `models.fingerprint`."""
         if version not in self._fingerprints:
             compute = {1: fingerprint.fingerprint_1, 2: fingerprint.fingerprint}[version]
             found = compute(self.config, self.network, self.dtype, self.quantized)
@@ -90,7 +90,7 @@ class Model:
         return self._fingerprints[version]
 
     def is_fingerprint(self, text: str) -> bool:
-        """Return whether a text is this model's fingerprint, of whichever version."""
+        """Return whether a text is this model's fingerprint, of any version."""
         return text == self.fingerprint(2 if ":" in text else 1)
 
     def new_cache(
@@ -105,14 +105,14 @@ class Model:
 
         Args:
             sinks: S, default 4.
-            window: W, default 2,048 or what the trained context leaves if that is less.
+            window: W, default 2,048 or the rest of the trained context if that is less.
             spare: rows beyond the window, for tokens that may be taken back.
-            notify: told in one line if the model's sliding window reduces W.
-            kv_bits: 8 or 4 keeps the ring's keys and values quantized, the sinks' not.
+            notify: called with one line if the model's sliding window reduces W.
+            kv_bits: 8 or 4 quantizes the ring's keys and values, but not the sinks'.
 
         Raises:
-            ValueRefused: sinks or window out of range, or together above the trained context;
-                heads that cannot be quantized.
+            ValueRefused: sinks or window are out of range, or together above the trained context;
+                the heads cannot be quantized.
             MemoryRefused: weights and ring exceed the device's budget.
         """
         sinks, window = self.resolve_window(sinks, window, notify)
@@ -122,20 +122,20 @@ class Model:
         return StreamCache(self.attention, sinks, window, spare, self.dtype, bits=kv_bits)
 
     def new_dense_cache(self) -> DenseCache:
-        """Make a cache that attends to everything and grows: for comparison."""
+        """Make a cache that attends to everything and grows, for comparison."""
         return DenseCache(self.attention, self.dtype)
 
     def resolve_window(
         self, sinks: int | None, window: int | None, notify: Notify = discard
     ) -> tuple[int, int]:
-        """Return S and W as they will be: defaults filled in, limits held."""
+        """Return S and W with defaults and limits applied."""
         return resolve_window(self.config, sinks, window, notify)
 
     def sinks_for(self, pinned: int, sinks: int | None, window: int | None) -> int:
-        """Return S of a stream whose first `pinned` tokens always stay attended: a system prompt.
+        """Return S of a stream whose first `pinned` tokens, a system prompt, always stay attended.
 
         Raises:
-            ValueRefused: as `new_cache`; or they are more than the window.
+            ValueRefused: as `new_cache`; or `pinned` exceeds the window.
         """
         sinks, _ = self.resolve_window(sinks, None)
         trained = self.config.max_position_embeddings
@@ -167,11 +167,11 @@ def load(
     Args:
         dtype: float32, float16 or bfloat16. Default: on Metal the checkpoint's own (bfloat16
             becomes float16 on M1 and M2, which emulate it), float32 on the CPU backend.
-        keep_quantized: compute with quantized weights as they are. Default: yes on Metal, no on
-            the CPU backend, whose quantized products are slower than float32.
+        keep_quantized: compute with quantized weights. Default: yes on Metal, no on the CPU
+            backend, whose quantized products are slower than float32.
         force: load even if the weights exceed the device's memory budget.
-        notify: told in a line what is being fetched or converted.
-        check: in place of the device's memory budget; see `Model`.
+        notify: called with one line before something is fetched or converted.
+        check: replaces the check of the device's memory budget; see `Model`.
 
     Raises:
         SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
@@ -181,7 +181,7 @@ def load(
     if (compiled := os.environ.get(backend.COMPILE, "")) not in ("", "0", "1"):
         raise ValueRefused(f"{backend.COMPILE} must be 0 or 1, not {compiled!r}")
     backend.prepare_compiling()
-    # A Path is always a place on disk; as a string, "starter" would be the starter.
+    # A Path is always on disk; as a string, "starter" would be the starter.
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = resolve(place, notify)
     with naming(str(source), path):
@@ -214,7 +214,7 @@ def build_model(
     """Build a model without a tokenizer from a config.json's settings and tensors in memory.
 
     Args:
-        tensors: by the checkpoint's names; they are used up.
+        tensors: by the checkpoint's names; the dict is empty afterwards.
     """
     config = read_config(settings)
     needed = weight_bytes(config, tensors, dtype, keep_quantized)
@@ -224,10 +224,10 @@ def build_model(
 
 
 def named_dtype(name: str | None) -> mx.Dtype | None:
-    """Return what `--dtype` names.
+    """Return the dtype that `--dtype` names.
 
     Raises:
-        ValueRefused: nothing.
+        ValueRefused: it is unknown.
     """
     if name is not None and name not in DTYPES:
         raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}")
@@ -235,7 +235,7 @@ def named_dtype(name: str | None) -> mx.Dtype | None:
 
 
 def attention_shape(config: ModelConfig) -> AttentionShape:
-    """Return what the caches of a model's streams need to know of it."""
+    """Return the shape of the caches of a model's streams."""
     return AttentionShape(
         config.num_hidden_layers,
         config.num_attention_heads,
@@ -252,7 +252,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 @contextmanager
 def naming(source: str, *paths: Path) -> Iterator[None]:
-    """Make an error about a model's files say which model, where it names none of them yet."""
+    """Name the model in errors about its files that do not name one of `paths`."""
     try:
         yield
     except (CheckpointError, TokenizerError) as error:
@@ -262,13 +262,16 @@ def naming(source: str, *paths: Path) -> Iterator[None]:
 
 
 def default_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
-    """Return what to compute in: float32 on the CPU backend, else the checkpoint's own."""
+    """Return the dtype to compute in: float32 on the CPU backend, else the checkpoint's own."""
     if not backend.on_metal():
         return mx.float32
-    # Norms may be wider than the rest (GGUF keeps them in float32): the embedding tells.
-    scales = "model.embed_tokens.scales"
-    name = scales if scales in tensors else "model.embed_tokens.weight"
-    own = tensors[name].dtype if name in tensors else mx.float16
-    if own not in DTYPES.values() or (own == mx.bfloat16 and not backend.native_bfloat16()):
-        return mx.float16
-    return own
+    own = stored_dtype(tensors)
+    return mx.float16 if own == mx.bfloat16 and not backend.native_bfloat16() else own
+
+
+def stored_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
+    """Return the dtype of a checkpoint's floats: its embedding's, for norms may be wider (GGUF)."""
+    for name in ("model.embed_tokens.scales", "model.embed_tokens.weight"):
+        if name in tensors and tensors[name].dtype in DTYPES.values():
+            return tensors[name].dtype
+    return mx.float16

@@ -1,7 +1,6 @@
-"""How the next token is chosen from logits; knows no stream and no model.
+"""Chooses the next token from logits; knows no stream and no model.
 
-What is done (`Rule`) is fixed in a traced step; the numbers it is done with are arrays, so that
-another temperature is no other trace.
+The mode is fixed in a traced step. The numbers are arrays: another temperature needs no new trace.
 """
 
 import math
@@ -22,7 +21,7 @@ class Sampling:
     """How a token is chosen, in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
-        temperature: 0 is greedy, and the rest but the penalty has no effect.
+        temperature: 0 is greedy: only the penalty has an effect beside it.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
@@ -30,10 +29,10 @@ class Sampling:
             arXiv 1909.05858); 1 leaves them. Evicted tokens are not penalized.
         seed: of the random numbers; None draws one.
 
-    Tokens as likely as the last one kept are kept too.
+    Tokens as likely as the least likely one kept are kept too.
 
     Raises:
-        ValueRefused: a number out of range.
+        ValueRefused: a number is out of range.
     """
 
     temperature: float = 0.6
@@ -44,25 +43,20 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        ranges = (
-            ("temperature", "--temp", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", "--top-k", self.top_k >= 0, "0 or more"),
-            ("top_p", "--top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", "--min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            (
-                "repetition_penalty",
-                "--repetition-penalty",
-                0.01 <= self.repetition_penalty <= 100,
-                "from 0.01 to 100",
-            ),
-            ("seed", "--seed", 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
-        )
-        for name, option, holds, expected in ranges:
+        penalty = self.repetition_penalty
+        for option, value, holds, expected in (
+            ("--temp", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("--top-k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("--repetition-penalty", penalty, 0.01 <= penalty <= 100, "from 0.01 to 100"),
+            ("--seed", self.seed, 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
+        ):
             if not holds:
-                raise ValueRefused(f"{option} must be {expected}, not {getattr(self, name)}")
+                raise ValueRefused(f"{option} must be {expected}, not {value}")
 
     def with_seed(self) -> "Sampling":
-        """Return the same with a seed drawn if there was none."""
+        """Return the same settings; draw a seed if there is none."""
         if self.seed is not None:
             return self
         return replace(self, seed=int.from_bytes(os.urandom(4), "little"))
@@ -70,7 +64,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SamplingMode:
-    """Which of the steps are taken."""
+    """The steps of sampling that are taken."""
 
     greedy: bool
     penalizes: bool
@@ -92,7 +86,7 @@ class SamplingMode:
 
 @dataclass(frozen=True)
 class PenalizedIds:
-    """Ids whose tokens are attended: `ids` (n,) int32, of which those with `attended` (n,) bool."""
+    """Ids to penalize: those of `ids` (n,) int32 whose entry in `attended` (n,) bool is true."""
 
     ids: mx.array
     attended: mx.array
@@ -103,11 +97,11 @@ class PenalizedIds:
 
 
 class Sampler:
-    """Choose tokens one after another; its state is one random key.
+    """Choose tokens one after another; the state is one random key.
 
     Attributes:
-        rule: what is done...
-        numbers: ...and with which: arrays of one element, by name.
+        mode: the steps that are taken.
+        numbers: their numbers: arrays of one element, by name.
         key: the random key, (2,) uint32.
     """
 
@@ -130,10 +124,10 @@ class Sampler:
         return np.array(self.key).tobytes().hex()
 
     def restore(self, state: str) -> None:
-        """Go on from `state`.
+        """Continue from `state`.
 
         Raises:
-            ValueRefused: it is not one.
+            ValueRefused: it is not a state.
         """
         try:
             words = np.frombuffer(bytes.fromhex(state), np.uint32)
@@ -144,7 +138,7 @@ class Sampler:
         self.key = mx.array(words)
 
     def choose(self, logits: mx.array, attended: Callable[[], Sequence[int]]) -> int:
-        """Return a token for logits (vocabulary,); `attended` gives the ids that are penalized."""
+        """Return a token for logits (vocabulary,); `attended` returns the ids to penalize."""
         penalized = None
         if self.mode.penalizes and (ids := attended()):
             penalized = PenalizedIds(mx.array([*ids], mx.int32), mx.ones(len(ids), mx.bool_))
@@ -159,7 +153,7 @@ def as_int(array: mx.array) -> int:
 
 
 def choose_token(
-    rule: SamplingMode,
+    mode: SamplingMode,
     numbers: dict[str, mx.array],
     logits: mx.array,
     key: mx.array,
@@ -167,14 +161,14 @@ def choose_token(
 ) -> tuple[mx.array, mx.array]:
     """Return a token for logits (vocabulary,), uint32 without axes, and the next random key."""
     logits = logits.astype(mx.float32)
-    if rule.penalizes and penalized is not None:
+    if mode.penalizes and penalized is not None:
         logits = penalize(logits, penalized, numbers["penalty"])
-    if rule.greedy:
+    if mode.greedy:
         return mx.argmax(logits), key
     following, drawn = mx.random.split(key)
-    # From the highest down, so that no temperature, however small, divides to infinity.
+    # The highest becomes 0, so that no temperature, however small, divides to infinity.
     cooled = (logits - logits.max()) / numbers["temperature"]
-    return mx.random.categorical(truncate(cooled, rule, numbers), key=drawn), following
+    return mx.random.categorical(truncate(cooled, mode, numbers), key=drawn), following
 
 
 def penalize(logits: mx.array, penalized: PenalizedIds, penalty: mx.array) -> mx.array:
@@ -185,18 +179,18 @@ def penalize(logits: mx.array, penalized: PenalizedIds, penalty: mx.array) -> mx
     return mx.where(chosen, lowered, logits)
 
 
-def truncate(logits: mx.array, rule: SamplingMode, numbers: dict[str, mx.array]) -> mx.array:
-    """Set to -inf what top-k, top-p and min-p leave out, by thresholds from one sort."""
-    if rule.top_k or rule.top_p:
+def truncate(logits: mx.array, mode: SamplingMode, numbers: dict[str, mx.array]) -> mx.array:
+    """Set to -inf what top-k, top-p and min-p exclude, by thresholds from one sort."""
+    if mode.top_k or mode.top_p:
         rising = mx.sort(logits)
-        if rule.top_k:
+        if mode.top_k:
             lowest = rising[mx.maximum(logits.size - numbers["top_k"], 0)]
             logits, rising = (mx.where(x < lowest, -math.inf, x) for x in (logits, rising))
-        if rule.top_p:
+        if mode.top_p:
             below = mx.cumsum(mx.softmax(rising, precise=True))
-            # The lowest one kept is the first with which the tail exceeds 1 - p.
+            # The lowest one kept is the first where the tail exceeds 1 - p.
             first = mx.argmax(below > numbers["excess"])
             logits = mx.where(logits < rising[first], -math.inf, logits)
-    if rule.min_p:
+    if mode.min_p:
         logits = mx.where(logits < logits.max() + numbers["min_p"], -math.inf, logits)
     return logits

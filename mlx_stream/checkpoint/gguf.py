@@ -177,7 +177,7 @@ def gguf_quantization(named: Mapping[str, Parameter]) -> dict[str, Any]:
 
 
 class GGUFTensors(Mapping[str, mx.array]):
-    """Arrays by Hugging Face name, each read from the file and repacked when asked for."""
+    """Arrays by Hugging Face name; each is read from the file and repacked when asked for."""
 
     def __init__(self, path: Path, file: str, named: Mapping[str, Parameter]):
         self._path, self._file = path, file
@@ -208,7 +208,7 @@ class GGUFTensors(Mapping[str, mx.array]):
             if array.dtype == np.float16 and not np.isfinite(array).all():
                 raise WeightsError(
                     f"{self._file}: the tensor {tensor.name} has scales that are not finite in "
-                    "float16: it is damaged, or must be quantized another way"
+                    "float16: download the file again, or use another quantization"
                 )
         # MLX holds the whole span of a strided array: for scales, all the blocks they come from.
         return mx.array(np.ascontiguousarray(in_order(array, parameter.heads)))
@@ -216,7 +216,7 @@ class GGUFTensors(Mapping[str, mx.array]):
 
 def read_raw(path: Path, file: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     """Return a tensor's elements or blocks: (rows, columns or blocks of them)."""
-    # Read, not mapped: a file that shrinks later is then an error and not the end of the process.
+    # Read, not mapped: a mapped file that shrinks ends the process.
     count = tensor.size // dtype.itemsize
     try:
         found = np.fromfile(path, dtype, count, offset=tensor.offset)
@@ -248,7 +248,7 @@ def pack_scales(blocks: np.ndarray) -> np.ndarray:
 
 
 def pack_biases(blocks: np.ndarray) -> np.ndarray:
-    """Return what a zero stands for: the minimum, or -8 d or -128 d (exact, or it overflows)."""
+    """Return the value of a zero: the minimum, or -8 d or -128 d (exact, or it overflows)."""
     if "m" in (blocks.dtype.names or ()):
         return blocks["m"]
     zero = -128 if blocks["q"].shape[-1] == GROUP else -8
@@ -257,7 +257,7 @@ def pack_biases(blocks: np.ndarray) -> np.ndarray:
 
 
 def in_order(array: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the row order llama.cpp gives queries and keys: rows 0, D/2, 1, D/2 + 1, ... of a head.
+    """Undo llama.cpp's row order of queries and keys: rows 0, D/2, 1, D/2 + 1, ... of a head.
 
     With D = 4 its rows a, b, c, d of each head are Hugging Face's a, c, b, d.
     """

@@ -15,27 +15,18 @@ from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
 
 ARCHITECTURES = ("llama",)
 
-# Keys under `llama.` that change what is computed, with the values that leave it as it is.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "attention.scale": (0.0,),
-    "attention.sliding_window": (0,),
-    "attention.temperature_scale": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "embedding_scale": (1.0,),
-    "final_logit_softcapping": (0.0,),
-    "logit_scale": (1.0,),
-    "residual_scale": (1.0,),
-    "rope.scaling.alpha": (0.0,),
-    "rope.scaling.attn_factor": (1.0,),
-    "rope.scaling.yarn_attn_factor": (1.0,),
-    "rope.scaling.yarn_ext_factor": (1.0,),
-    "rope.scaling.yarn_log_multiplier": (0.0,),
-    "swin_norm": (False,),
-    "use_parallel_residual": (False,),
+# Keys under `llama.` that change what is computed, with the value that does not.
+NEUTRAL: dict[str, Any] = {
+    "expert_count": 0,
+    "attention.causal": True,
+    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale"), 0.0),
+    **dict.fromkeys(("attention.sliding_window", "attention.temperature_scale"), 0),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), 0.0),
+    **dict.fromkeys(("embedding_scale", "logit_scale", "residual_scale"), 1.0),
+    **dict.fromkeys(("rope.scaling.alpha", "rope.scaling.yarn_log_multiplier"), 0.0),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), 1.0),
+    "rope.scaling.yarn_ext_factor": 1.0,
+    **dict.fromkeys(("swin_norm", "use_parallel_residual"), False),
 }
 
 
@@ -54,8 +45,8 @@ def refuse_unsupported_gguf(header: GGUFHeader) -> None:
             f"{header.file}: one part of {parts}; join them first with llama-gguf-split --merge"
         )
     for key, neutral in NEUTRAL.items():
-        value = keys.value(f"llama.{key}", neutral[0])
-        if isinstance(value, list | np.ndarray) or value not in neutral:
+        value = keys.value(f"llama.{key}", neutral)
+        if isinstance(value, list | np.ndarray) or value != neutral:
             raise ConfigError(
                 f"{header.file}: llama.{key} = {shorten(value)} changes the computation and is "
                 "not supported"

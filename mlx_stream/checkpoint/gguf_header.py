@@ -170,7 +170,7 @@ class Parser:
         return np.frombuffer(self.data[start : self.place], dtype)
 
     def strings(self, key: str, count: int) -> list[str]:
-        """Read `count` strings: the one place where a header takes time, so kept tight."""
+        """Read `count` strings, in a tight loop: here a header takes its time."""
         self.strings_read += count
         if self.strings_read > MAX_STRINGS:
             raise self.damaged(

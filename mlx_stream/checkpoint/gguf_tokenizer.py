@@ -45,7 +45,7 @@ def named_list(pattern: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What the name of a pre-tokenizer stands for; `add_bos` holds if the file does not say."""
+    """The pipeline of a named pre-tokenizer; `add_bos` is the default."""
 
     steps: list[dict[str, Any]]
     ignore_merges: bool = False
@@ -65,9 +65,10 @@ PIPELINES = {
 
 
 def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, Any]]:
-    """Return the text of tokenizer.json and what tokenizer_config.json holds.
+    """Return the text of tokenizer.json and the content of tokenizer_config.json.
 
-    `vocab_size` is the rows of the embedding: no token may lie past them.
+    Args:
+        vocab_size: the rows of the embedding, which bound the token ids.
 
     Raises:
         TokenizerError: the kind of tokenizer is not supported, or its tables disagree.
@@ -138,7 +139,7 @@ def read_pipeline(keys: Keys) -> Pipeline:
             f"{keys.where}: tokenizer.ggml.model {shorten(model)} is not supported (supported: "
             "'gpt2', byte-level BPE); use the model's Hugging Face folder"
         )
-    # Files of early 2024 have none, and llama.cpp then guesses.
+    # Files of early 2024 have none: llama.cpp guesses.
     name = keys.text("tokenizer.ggml.pre", "")
     if name not in PIPELINES:
         raise TokenizerError(
@@ -166,9 +167,9 @@ def read_id(keys: Keys, key: str, token_count: int) -> int | None:
 
 
 def added_tokens(keys: Keys, tokens: list[str], special: set[int]) -> list[dict[str, Any]]:
-    """Return the entries of tokens that are found in text before it is split into words.
+    """Return the entries of tokens that are matched before the text is split into words.
 
-    They stay in the vocabulary too, so that each keeps its number whatever the order.
+    They stay in the vocabulary too, which keeps their numbers.
     """
     kinds = keys.value("tokenizer.ggml.token_type")
     if not isinstance(kinds, np.ndarray) or kinds.dtype.kind not in "iu":
@@ -198,7 +199,7 @@ def added_tokens(keys: Keys, tokens: list[str], special: set[int]) -> list[dict[
 def read_merges(keys: Keys, vocabulary: dict[str, int]) -> list[list[str]]:
     merges = []
     for merge in strings(keys, "tokenizer.ggml.merges"):
-        # In a byte-level vocabulary a space is another letter, so one space parts two tokens.
+        # A byte-level vocabulary writes a space as a letter, so a space parts two tokens.
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise TokenizerError(f"{keys.where}: the merge {shorten(merge)} is not two tokens")
@@ -215,14 +216,14 @@ def read_merges(keys: Keys, vocabulary: dict[str, int]) -> list[list[str]]:
 def bos_and_eos(
     keys: Keys, pipeline: Pipeline, named: dict[str, int | None]
 ) -> tuple[int | None, int | None]:
-    """Return the tokens put before and after every text, None for none."""
+    """Return the tokens before and after every text, or None."""
     found: list[int | None] = []
     for role, default in (("bos", pipeline.add_bos), ("eos", False)):
         wanted = keys.flag(f"tokenizer.ggml.add_{role}_token", default)
         if wanted and named[role] is None:
             raise TokenizerError(
                 f"{keys.where}: texts begin or end with {role}, and there is no "
-                f"tokenizer.ggml.{role}_token_id"
+                f"tokenizer.ggml.{role}_token_id: the file is incomplete"
             )
         found.append(named[role] if wanted else None)
     return found[0], found[1]
@@ -232,22 +233,21 @@ def post_processor(tokens: list[str], bos: int | None, eos: int | None) -> dict[
     if bos is None and eos is None:
         return None
 
+    def special(index: int | None, segment: int) -> list[dict[str, Any]]:
+        if index is None:
+            return []
+        return [{"SpecialToken": {"id": tokens[index], "type_id": segment}}]
+
     def wrapped(sequence: str, segment: int) -> list[dict[str, Any]]:
-        def special(index: int | None) -> list[dict[str, Any]]:
-            if index is None:
-                return []
-            return [{"SpecialToken": {"id": tokens[index], "type_id": segment}}]
-
         text = {"Sequence": {"id": sequence, "type_id": segment}}
-        return [*special(bos), text, *special(eos)]
+        return [*special(bos, segment), text, *special(eos, segment)]
 
-    used = sorted({index for index in (bos, eos) if index is not None})
     return {
         "type": "TemplateProcessing",
         "single": wrapped("A", 0),
         "pair": wrapped("A", 0) + wrapped("B", 1),
         "special_tokens": {
             tokens[index]: {"id": tokens[index], "ids": [index], "tokens": [tokens[index]]}
-            for index in used
+            for index in sorted({bos, eos} - {None})
         },
     }

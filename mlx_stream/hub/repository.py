@@ -1,8 +1,7 @@
-"""One model on the Hugging Face Hub: what is in it, and what of it is fetched; knows no tensors.
+"""A model on the Hugging Face Hub: its listing, fetching, and the cache; knows no tensors.
 
-The Hub is not trusted either: of what it lists only names without a path are taken, with a size and
-a hash. The cache is that of huggingface_hub, in its layout, and a branch's name points to a commit
-only once all its files are there.
+The Hub is untrusted: only names without a path are accepted, with a size and a hash. The cache is
+huggingface_hub's, in its layout; a branch's name points to a commit only once all files are there.
 """
 
 import os
@@ -24,6 +23,8 @@ from mlx_stream.errors import SourceError
 from mlx_stream.hub.transfer import File, Repository, blob_of, link, place_blob, storage_of
 
 MAIN = "main"
+PATIENCE = 15.0  # seconds to wait for the Hub's first answer
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 SMALL_FILES = [
     "config.json",
     "generation_config.json",
@@ -36,28 +37,27 @@ FILES = [*SMALL_FILES, "*.safetensors"]
 # `*` also matches in subfolders, and some repositories carry all weights twice (consolidated).
 OTHER_FILES = ["*/*", "consolidated*"]
 MAX_FILES = 10_000
-# Small files are text; what a hostile Hub says they weigh is not taken at its word.
-SMALL_BYTES = 64 << 20
+SMALL_BYTES = 64 << 20  # at most, of a file of text
 
 COMMIT = re.compile("[0-9a-f]{40}")
 DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 REVISION = re.compile(r"(?!.*\.\.)[\w][\w./-]{0,199}", re.ASCII)
 
-# Told the bytes that are here and those that will be.
+# Called with the bytes fetched and the total.
 Bar = Callable[[int, int], None]
 
 
 def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
-    """Find a model in the Hub's cache, if every file we read of it is there."""
-    # Asked first because the rest of huggingface_hub takes 0.2 s to import.
+    """Find a model in the Hub's cache, if it is complete."""
+    # First, because importing the rest of huggingface_hub takes 0.2 s.
     if not storage_of(name).is_dir():
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        # The listing kept beside a snapshot tells here whether an optional small file is missing.
-        # Shards are counted below: of those, other programs fetch just what they need.
+        # This checks the small files against the listing kept beside a snapshot. Shards are checked
+        # below: other programs fetch only some of them.
         found = snapshot_download(
             name,
             revision=revision,
@@ -65,7 +65,7 @@ def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
             allow_patterns=SMALL_FILES,
             ignore_patterns=OTHER_FILES,
         )
-    # A damaged cache, its refs above all, is as good as none.
+    # A damaged cache, its refs above all, counts as none.
     except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
         return None
     return None if missing_files(Path(found)) else Path(found)
@@ -75,10 +75,9 @@ def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
 
 
 def ask_hub(name: str, revision: str, seconds: float) -> Repository:
-    """Ask the Hub what a model consists of; raise what its client raises, or TimeoutError.
+    """Ask the Hub for a model's listing; raise its client's errors, or TimeoutError.
 
-    In a thread, because a name server that does not answer blocks for longer than any timeout of
-    HTTP says, and huggingface_hub sets none on its own.
+    In a thread, because a silent name server blocks longer than HTTP's timeouts.
     """
     from huggingface_hub import HfApi
 
@@ -103,7 +102,7 @@ def ask_hub(name: str, revision: str, seconds: float) -> Repository:
 
 
 def read_listing(name: str, revision: str, info: Any) -> Repository:
-    """Take from a listing what we read, and hold it to what a listing can be."""
+    """Check a listing and keep the files that we read."""
     siblings = info.siblings or []
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
         raise SourceError(f"{name}: the Hub names no commit for {revision}")
@@ -118,19 +117,19 @@ def read_listing(name: str, revision: str, info: Any) -> Repository:
         size = sibling.lfs.size if sibling.lfs else sibling.size
         if not isinstance(size, int) or size < 0 or not DIGEST.fullmatch(str(digest)):
             raise SourceError(
-                f"{name}: the Hub does not list size and hash of {sibling.rfilename!r}, without "
-                "which what it sends cannot be checked"
+                f"{name}: the Hub does not list size and hash of {sibling.rfilename!r}, so the "
+                "download cannot be checked"
             )
         if sibling.rfilename in SMALL_FILES and size > SMALL_BYTES:
             raise SourceError(
-                f"{name}: {sibling.rfilename} of {size >> 20} MB, which no such file has"
+                f"{name}: {sibling.rfilename} of {size >> 20} MB, unlike any such file"
             )
         files.append(File(sibling.rfilename, size, digest))
     return Repository(name, revision, info.sha, tuple(files), tuple(others))
 
 
 def is_read(name: Any) -> bool:
-    """Say whether a listed name is that of a file we read, in the repository's top folder."""
+    """Return whether a listed name is that of a file we read, in the repository's top folder."""
     if not isinstance(name, str) or any(c in name for c in "/\\:\0"):
         return False
     wanted = any(fnmatch(name, pattern) for pattern in FILES)
@@ -138,7 +137,7 @@ def is_read(name: Any) -> bool:
 
 
 def refuse_other_formats(repository: Repository) -> None:
-    """Refuse, before anything is fetched, a repository without what we read."""
+    """Refuse, before anything is fetched, a repository in another format."""
     names = {file.name for file in repository.files}
     if not any(name.endswith(".safetensors") for name in names):
         if any(fnmatch(name, pattern) for name in repository.others for pattern in PICKLES):
@@ -163,12 +162,12 @@ def refuse_other_formats(repository: Repository) -> None:
 
 
 def refuse_other_models(repository: Repository) -> None:
-    """Refuse, once its config is here and before its weights, a model that we do not run."""
+    """Refuse an unsupported model by its config, before its weights are fetched."""
     config = read_json(repository.snapshot / "config.json")
     code = config.get("auto_map")
     if isinstance(code, dict) and any(str(key).startswith("AutoModel") for key in code):
         raise SourceError(
-            f"{repository.name}: its config asks for code of its own (auto_map), which is never "
+            f"{repository.name}: it needs its own code (auto_map in its config), which is never "
             "fetched or run: there is no trust_remote_code here"
         )
     read_config(text_config(config))
@@ -178,15 +177,15 @@ def refuse_other_models(repository: Repository) -> None:
 
 
 def fetch(repository: Repository, bar: Bar) -> Path:
-    """Fetch what is not here yet of a model, check it, and name it in the cache.
+    """Fetch the missing files of a model, check them, and name the model in the cache.
 
     Raises:
-        SourceError: it is in no format we read, or what was sent is not what was listed.
-        CheckpointError: its config is not one of a model that we run.
-        OSError, and what the Hub's client raises.
+        SourceError: it is in another format, or a file is not the one that was listed.
+        CheckpointError: its config is damaged or not supported.
+        OSError, and the errors of the Hub's client.
     """
     refuse_other_formats(repository)
-    # The config first: it tells whether the rest is wanted.
+    # The config first: it tells whether the model is supported.
     files = sorted(repository.files, key=lambda file: (file.name != "config.json", file.name))
     missing = sum(file.size for file in files if not blob_of(repository, file).exists())
     refuse_full_disk(repository, missing)
@@ -213,13 +212,13 @@ def refuse_full_disk(repository: Repository, needed: int) -> None:
     free = shutil.disk_usage(repository.storage).free
     if needed > free:
         raise SourceError(
-            f"{repository.name}: {needed / 1e9:,.1f} GB are to be fetched, and "
-            f"{repository.storage.parent} has {free / 1e9:,.1f} GB left"
+            f"{repository.name}: needs {needed / 1e9:,.1f} GB, and {repository.storage.parent} has "
+            f"{free / 1e9:,.1f} GB left: free some space, or set HF_HOME to another folder"
         )
 
 
 def keep_listing(repository: Repository) -> None:
-    """Let huggingface_hub keep its listing beside the snapshot: what it takes for complete."""
+    """Let huggingface_hub write its listing beside the snapshot, which makes it complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
@@ -230,7 +229,7 @@ def keep_listing(repository: Repository) -> None:
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        # One file that is here: all it does is list the others.
+        # For a file that is here, all it does is list the others.
         snapshot_download(
             repository.name, revision=repository.commit, allow_patterns=["config.json"]
         )
@@ -248,10 +247,3 @@ def name_commit(repository: Repository) -> None:
     aside = name.with_name(f".{name.name}.{os.getpid()}")
     aside.write_text(repository.commit)
     aside.replace(name)
-
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-
-
-# Seconds to wait for a first answer. The starter has a second source, so it need not wait long.
-PATIENCE = 15.0

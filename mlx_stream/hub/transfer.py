@@ -1,8 +1,8 @@
-"""One file of a model on the Hub into the shared cache: whole and as listed, or not there.
+"""Downloads one file of a model on the Hub into the shared cache; knows no model.
 
-What is half fetched stays beside its place and is gone on with, also by another process; a file has
-its name once it has the size and the hash that the Hub listed. Knows no model. The Hub's client,
-whose session and cache this uses, begins a file anew in each process and checks no hash.
+A partial download stays, and any process resumes it. A file gets its name once it has the size and
+the hash that the Hub lists. The Hub's client, whose session and cache this uses, restarts a file in
+each process and checks no hash.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ from typing import BinaryIO
 from mlx_stream.errors import SourceError
 
 BLOCK = 1 << 20
-# Attempts in a row that bring not one byte, and seconds between them.
+# Attempts in a row without a single byte, and seconds between them.
 ATTEMPTS = 5
 PAUSE = 1.0
 
@@ -35,7 +35,7 @@ class File:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model at one commit: the files of it that we read, and the names of all others."""
+    """A model at one commit: the files that we read, and the names of all others."""
 
     name: str
     revision: str
@@ -63,7 +63,7 @@ def blob_of(repository: Repository, file: File) -> Path:
 
 
 def place_blob(repository: Repository, file: File, here: Callable[[int], None]) -> None:
-    """Have the content of a file in the cache, under its hash."""
+    """Download a file's content into the cache, under its hash, unless it is there."""
     blob = blob_of(repository, file)
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(f"{file.digest}.incomplete")
@@ -76,14 +76,14 @@ def place_blob(repository: Repository, file: File, here: Callable[[int], None]) 
             opened.truncate(0)
         download(repository, file, opened, here)
         if resumed and digest_of(opened, file) != file.digest:
-            # What was left here before may have been at fault: once more from the start.
+            # The partial file may have been damaged: once more from the start.
             opened.truncate(0)
             download(repository, file, opened, here)
         if digest_of(opened, file) != file.digest:
             partial.unlink()
             raise SourceError(
-                f"{repository.name}: {file.name} is not what the Hub says it is (its hash is "
-                "another): altered or damaged on the way, and not kept; try again"
+                f"{repository.name}: {file.name} does not have the hash that the Hub lists: it was "
+                "altered or damaged, and removed; try again"
             )
         opened.flush()
         os.fsync(opened.fileno())
@@ -92,11 +92,11 @@ def place_blob(repository: Repository, file: File, here: Callable[[int], None]) 
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to go on with, alone: of two processes the second waits for the first."""
+    """Open a file to append to, under a lock: a second process waits for the first."""
     while True:
         with path.open("a+b") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)
-            # While this one waited, the other may have moved it into place.
+            # While this process waited, the other may have moved it into place.
             if path.exists() and os.path.samestat(path.stat(), os.fstat(opened.fileno())):
                 yield opened
                 return
@@ -105,7 +105,7 @@ def file_lock(path: Path) -> Iterator[BinaryIO]:
 def download(
     repository: Repository, file: File, opened: BinaryIO, here: Callable[[int], None]
 ) -> None:
-    """Append to an open file what it lacks, through connections that break."""
+    """Append the missing bytes to an open file, over connections that may break."""
     attempts = 0
     while (before := opened.seek(0, os.SEEK_END)) < file.size:
         try:
@@ -119,40 +119,37 @@ def download(
         attempts = attempts + 1 if opened.seek(0, os.SEEK_END) == before else 0
         if attempts >= ATTEMPTS:
             raise SourceError(
-                f"{repository.name}: {file.name} ends at {before:,} of {file.size:,} bytes, again "
-                "and again; what is here is kept, try again later"
+                f"{repository.name}: {file.name} stops at {before:,} of {file.size:,} bytes, again "
+                "and again; try again later: the download will resume"
             ) from broken
         if broken is not None or attempts:
             time.sleep(PAUSE)
 
 
 def is_final(error: Exception) -> bool:
-    """Say whether asking again would not help; the HTTP client's errors have no fixed names."""
+    """Return whether retrying is useless; the HTTP client's errors have no fixed names."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", 0)
         return status not in (408, 429, 500, 502, 503, 504)
-    return isinstance(error, SourceError | OfflineModeIsEnabled) or (
-        isinstance(error, OSError) and error.errno is not None and not is_network(error)
-    )
-
-
-def is_network(error: OSError) -> bool:
-    return isinstance(error, ConnectionError | TimeoutError)
+    if isinstance(error, ConnectionError | TimeoutError):
+        return False
+    on_disk = isinstance(error, OSError) and error.errno is not None
+    return on_disk or isinstance(error, SourceError | OfflineModeIsEnabled)
 
 
 def receive_bytes(
     repository: Repository, file: File, opened: BinaryIO, here: Callable[[int], None]
 ) -> None:
-    """Ask for the rest of a file once, and append what comes, never more than was listed."""
+    """Request the rest of a file once, and append it, never more than the listed size."""
     from huggingface_hub import constants as hub
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
     size = opened.seek(0, os.SEEK_END)
     url = hf_hub_url(repository.name, file.name, revision=repository.commit)
-    # Compressed, a range would be one of other bytes.
+    # Of a compressed answer, a range would be other bytes.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if size:
         headers["Range"] = f"bytes={size}-"
@@ -163,21 +160,21 @@ def receive_bytes(
         if size and response.status_code != 206:  # it sends the whole file
             opened.truncate(0)
             size = 0
-        # As it comes: of a block of a fixed size, a broken connection would lose the beginning.
+        # In the blocks that arrive: a broken connection would lose the start of a fixed block.
         for block in response.iter_bytes():
             size += len(block)
             if size > file.size:
                 opened.truncate(0)
                 raise SourceError(
                     f"{repository.name}: the Hub sends more of {file.name} than the "
-                    f"{file.size:,} bytes it lists; not kept"
+                    f"{file.size:,} bytes it lists; not kept, try again later"
                 )
             opened.write(block)
             here(size)
 
 
 def digest_of(opened: BinaryIO, file: File) -> str:
-    """Return the hash of what was fetched, of the kind that was listed."""
+    """Return the hash of a downloaded file, of the listed kind."""
     opened.flush()
     size = opened.seek(0, os.SEEK_END)
     digest = hashlib.sha256() if len(file.digest) == 64 else hashlib.sha1(usedforsecurity=False)

@@ -1,1 +1,1 @@
-"""What a model will need, before any of it is loaded: bytes (`needs`), and what fits (`choice`)."""
+"""Calculates what a model needs on a device, before it is loaded."""

@@ -1,9 +1,8 @@
-"""Phones, tablets and Macs as data, each figure with its source, and the machine at hand.
+"""Phones, tablets and Macs, each figure with its source, and this machine; knows no models.
 
-Knows no models. The data is `devices.toml` beside this file; a user's own devices come from a file
-of the same form.
-What one program may use of a device's memory is, on iOS, the app's limit, with the entitlement
-`com.apple.developer.kernel.increased-memory-limit` and without; on macOS, what Metal calls the
+The data is `devices.toml` beside this file; a user's own devices come from a file of the same form.
+A device's budget is what one program may use of its memory: on iOS the app's limit, with the
+entitlement `com.apple.developer.kernel.increased-memory-limit` and without; on macOS Metal's
 recommended working set.
 """
 
@@ -11,7 +10,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -21,7 +20,7 @@ from typing import Any
 import platformdirs
 
 from mlx_stream import backend
-from mlx_stream.errors import DeviceError
+from mlx_stream.errors import DeviceError, one_line
 
 GB = 2**30  # of memory, as its makers count
 KINDS = ("phone", "tablet", "laptop", "desktop")
@@ -29,17 +28,12 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 LARGEST_FILE = 2**20
 LARGEST_GB = 2**20
 
-TEXTS = ("name", "title", "kind", "chip", "source")
-TEXTS += ("memory_estimate", "budget_source", "bandwidth_source", "bandwidth_estimate")
-AMOUNTS = ("memory_gb", "budget_gb", "without_entitlement_gb", "bandwidth_gb_s")
-REQUIRED = ("name", "kind", "memory_gb")
-
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with where it comes from: bytes, or bytes a second.
+    """A number of bytes, or bytes a second, with its source.
 
-    `estimated` says that nobody published it; `source` is then how it was arrived at.
+    If it is `estimated`, because it is not published, `source` is the method.
     """
 
     amount: int
@@ -49,13 +43,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a device.
+    """A device that a plan is for.
 
     Attributes:
         memory: all of it.
-        budget: what one program may use; on iOS with the increased-memory-limit entitlement.
-        without_entitlement: what an app may use without it, on iOS.
-        bandwidth: of the memory, in bytes a second; None if it is not known.
+        budget: for one program; on iOS with the increased-memory-limit entitlement.
+        without_entitlement: for an app without it, on iOS.
+        bandwidth: of the memory, in bytes a second; None if unknown.
         metal: whether MLX computes on its GPU.
     """
 
@@ -72,17 +66,17 @@ class Device:
 
 
 def user_file() -> Path:
-    """Return where a user's own devices are, which may not exist."""
+    """Return the path of the user's own devices; it may not exist."""
     if home := os.environ.get("MLX_STREAM_HOME"):
         return Path(home).expanduser() / "devices.toml"
     return Path(platformdirs.user_config_dir("mlx_stream")) / "devices.toml"
 
 
 def all_devices(own: Path | None = None) -> list[Device]:
-    """Return every known device: ours, then those of `own`, else of the user's file if it exists.
+    """Return the built-in devices, then those of `own`, or else of the user's file if it exists.
 
     Raises:
-        DeviceError: the file cannot be read, or says something that is not a device.
+        DeviceError: the file cannot be read, or an entry is not a device.
     """
     known = list(built_in())
     path = user_file() if own is None else own
@@ -96,24 +90,24 @@ def find(name: str, own: Path | None = None) -> Device:
     """Return a device by its name.
 
     Raises:
-        DeviceError: there is none; the message names the nearest ones.
+        DeviceError: there is none; the message names similar ones.
     """
     known = {device.name: device for device in all_devices(own)}
     if name in known:
         return known[name]
     sizes = [other for other in known if re.fullmatch(re.escape(name) + r"-\d+gb", other)]
     if sizes:
-        raise DeviceError(f"--device {name}: say which: {', '.join(sizes)}")
+        raise DeviceError(f"--device {name}: choose one of {', '.join(sizes)}")
     close = difflib.get_close_matches(name.lower(), known, 5, 0.5)
     meant = f"did you mean {', '.join(close)}? " if close else ""
-    raise DeviceError(f"--device {name[:80]!r}: not known; {meant}`mlx_stream devices` lists all")
+    raise DeviceError(f"--device {name[:80]!r}: unknown; {meant}`mlx_stream devices` lists all")
 
 
 def without_entitlement(device: Device) -> Device:
-    """Return the device as an app without the increased-memory-limit entitlement meets it.
+    """Return the device with the budget of an app without the increased-memory-limit entitlement.
 
     Raises:
-        DeviceError: nothing there asks for an entitlement.
+        DeviceError: it is not a phone or tablet.
     """
     if device.without_entitlement is None:
         raise DeviceError(f"--no-entitlement is for phones and tablets, which {device.name} is not")
@@ -121,7 +115,7 @@ def without_entitlement(device: Device) -> Device:
 
 
 def here() -> Device:
-    """Return the machine at hand, with what MLX says of it."""
+    """Return this machine, as MLX describes it."""
     about, metal = backend.device(), backend.on_metal()
     budget = Figure(backend.memory_budget(), "this machine")
     memory = int(about.get("memory_size") or budget.amount)
@@ -139,13 +133,9 @@ def here() -> Device:
 
 
 def known_bandwidth(chip: str, memory: int) -> Figure | None:
-    """Return the bandwidth of Macs with this chip and memory, which tell one apart from another."""
+    """Return the bandwidth of Macs with this chip and memory."""
     macs = (d for d in built_in() if d.kind in ("laptop", "desktop") and d.chip == chip)
-    return next((d.bandwidth for d in macs if same_figure(d, memory)), None)
-
-
-def same_figure(device: Device, memory: int) -> bool:
-    return abs(device.memory.amount - memory) < GB
+    return next((d.bandwidth for d in macs if abs(d.memory.amount - memory) < GB), None)
 
 
 # --- reading ---
@@ -171,7 +161,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DeviceError(f"{path}: cannot be read: {error.strerror or error}") from error
     if len(content) > LARGEST_FILE:
-        raise DeviceError(f"{path}: larger than {LARGEST_FILE >> 20} MB, which no such file is")
+        raise DeviceError(f"{path}: larger than {LARGEST_FILE >> 20} MB, unlike any such file")
     try:
         return tomllib.loads(content.decode())
     except UnicodeDecodeError as error:
@@ -179,7 +169,7 @@ def read_file(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise DeviceError(f"{path}: nested too deeply to be read") from error
     except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits
-        raise DeviceError(f"{path}: not valid TOML: {' '.join(str(error).split())}") from error
+        raise DeviceError(f"{path}: not valid TOML: {one_line(error)}") from error
 
 
 def read_devices(table: Mapping[str, Any], file: str, taken: set[str]) -> Iterator[Device]:
@@ -191,62 +181,20 @@ def read_devices(table: Mapping[str, Any], file: str, taken: set[str]) -> Iterat
         raise DeviceError(f"{file}: device must be a list of tables, written [[device]]")
     for number, entry in enumerate(entries, 1):
         where = f"{file}: device {number}"
-        check_device_file(entry, where)
-        for name, size in named_sizes(entry):
-            if name in taken:
-                raise DeviceError(f"{where}: the name {name!r} is taken; choose another")
-            taken.add(name)
-            yield read_device(entry, name, size, file)
+        check_entry(entry, where)
+        name, sizes = entry["name"], entry["memory_gb"]
+        # One device for each size of memory it is sold with.
+        several = isinstance(sizes, list)
+        for size in sizes if several else [sizes]:
+            own_name = f"{name}-{size:g}gb" if several else name
+            if own_name in taken:
+                raise DeviceError(f"{where}: the name {own_name!r} is taken; choose another")
+            taken.add(own_name)
+            yield read_device(entry, own_name, size, file)
 
 
-def named_sizes(entry: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Return the device's name for each size of memory it is sold with."""
-    name, sizes = entry["name"], entry["memory_gb"]
-    return (
-        [(f"{name}-{size:g}gb", size) for size in sizes]
-        if isinstance(sizes, list)
-        else [(name, sizes)]
-    )
-
-
-def check_device_file(entry: Mapping[str, Any], where: str) -> None:
-    """Refuse an entry with a key that is missing or unknown, or a value that is not one of its."""
-    known = (*TEXTS, *AMOUNTS, "year")
-    if odd := sorted(entry.keys() - set(known)):
-        raise DeviceError(f"{where}: unknown key {odd[0]!r:.60}; known are {', '.join(known)}")
-    for key in REQUIRED:
-        if key not in entry:
-            raise DeviceError(f"{where}: {key} is missing")
-    for key in TEXTS:
-        value = entry.get(key, "-")
-        if not isinstance(value, str) or not value.strip() or not value.isprintable():
-            raise DeviceError(f"{where}: {key} must be a line of text, not {value!r:.60}")
-    check_amounts(entry, where)
-    if not NAME.fullmatch(entry["name"]):
-        raise DeviceError(
-            f"{where}: name must be of a-z, 0-9 and '-', at most 64, not {entry['name']!r:.80}"
-        )
-    kind = entry["kind"]
-    if kind not in KINDS:
-        raise DeviceError(f"{where}: kind must be one of {', '.join(KINDS)}, not {kind!r:.60}")
-    on_ios = kind in ("phone", "tablet")
-    if "without_entitlement_gb" in entry and not (on_ios and "budget_gb" in entry):
-        raise DeviceError(
-            f"{where}: without_entitlement_gb is for phones and tablets, beside budget_gb"
-        )
-
-
-def check_amounts(entry: Mapping[str, Any], where: str) -> None:
-    for key in AMOUNTS:
-        values = entry.get(key, 1)
-        for value in values if key == "memory_gb" and isinstance(values, list) else [values]:
-            if not is_amount(value):
-                raise DeviceError(f"{where}: {key} must be a positive number, not {value!r:.60}")
-    if entry["memory_gb"] == []:
-        raise DeviceError(f"{where}: memory_gb must name at least one size")
-    year = entry.get("year", 2000)
-    if not isinstance(year, int) or isinstance(year, bool) or not 2000 <= year < 2200:
-        raise DeviceError(f"{where}: year must be a year, not {year!r:.60}")
+def is_line(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 
 def is_amount(value: Any) -> bool:
@@ -254,60 +202,97 @@ def is_amount(value: Any) -> bool:
     return number and 0 < value <= LARGEST_GB
 
 
+def is_sizes(value: Any) -> bool:
+    sizes = value if isinstance(value, list) else [value]
+    return bool(sizes) and all(map(is_amount, sizes))
+
+
+# The keys of an entry, each with a check and what its value must be.
+TEXTS = ("title", "chip", "source", "memory_estimate", "budget_source", "bandwidth_source")
+AMOUNTS = ("budget_gb", "without_entitlement_gb", "bandwidth_gb_s")
+KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (
+        lambda value: isinstance(value, str) and bool(NAME.fullmatch(value)),
+        "of a-z, 0-9 and '-', at most 64",
+    ),
+    "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
+    "memory_gb": (is_sizes, "a positive number, or a list of them"),
+    "year": (lambda value: type(value) is int and 2000 <= value < 2200, "a year"),
+    **dict.fromkeys((*TEXTS, "bandwidth_estimate"), (is_line, "a line of text")),
+    **dict.fromkeys(AMOUNTS, (is_amount, "a positive number")),
+}
+
+
+def check_entry(entry: Mapping[str, Any], where: str) -> None:
+    """Refuse an entry with a missing or unknown key, or a wrong value."""
+    for key in ("name", "kind", "memory_gb"):
+        if key not in entry:
+            raise DeviceError(f"{where}: {key} is missing")
+    for key, value in entry.items():
+        if key not in KEYS:
+            raise DeviceError(f"{where}: unknown key {key!r:.60}; known are {', '.join(KEYS)}")
+        is_right, expected = KEYS[key]
+        if not is_right(value):
+            raise DeviceError(f"{where}: {key} must be {expected}, not {value!r:.80}")
+    on_ios = entry["kind"] in ("phone", "tablet")
+    if "without_entitlement_gb" in entry and not (on_ios and "budget_gb" in entry):
+        raise DeviceError(
+            f"{where}: without_entitlement_gb is for phones and tablets, beside budget_gb"
+        )
+
+
 def read_device(entry: Mapping[str, Any], name: str, size: float, file: str) -> Device:
-    source = entry.get("source", file)
-    budget, lower = budgets(entry, size, source)
+    def figure(of: str, amount: float) -> Figure:
+        method = entry.get(f"{of}_estimate")
+        source = entry.get(f"{of}_source", entry.get("source", file))
+        return Figure(round(amount), method or source, estimated=method is not None)
+
+    if "budget_gb" in entry:
+        budget, lower = (
+            figure("budget", int(entry[key] * GB)) if key in entry else None
+            for key in ("budget_gb", "without_entitlement_gb")
+        )
+    else:
+        budget, lower = usual_budgets(entry["kind"], size)
+    assert budget is not None
     if budget.amount > size * GB:
         raise DeviceError(f"{file}: {name}: budget_gb is more than its memory of {size:g} GB")
+    bandwidth = entry.get("bandwidth_gb_s")
     return Device(
         name,
         entry.get("title", name),
         entry["kind"],
-        read_figure(int(size * GB), entry, "memory", source),
+        figure("memory", int(size * GB)),
         budget,
         lower,
-        bandwidth=read_figure(round(entry["bandwidth_gb_s"] * 1e9), entry, "bandwidth", source)
-        if "bandwidth_gb_s" in entry
-        else None,
+        bandwidth=None if bandwidth is None else figure("bandwidth", bandwidth * 1e9),
         chip=entry.get("chip", ""),
         year=entry.get("year"),
     )
 
 
-def read_figure(amount: int, entry: Mapping[str, Any], of: str, source: str) -> Figure:
-    method = entry.get(f"{of}_estimate")
-    if method is not None:
-        return Figure(amount, method, estimated=True)
-    return Figure(amount, entry.get(f"{of}_source", source))
-
-
-def budgets(entry: Mapping[str, Any], size: float, source: str) -> tuple[Figure, Figure | None]:
-    """Return what one program may use, and on iOS what an app may without the entitlement.
-
-    What the entry does not say is what is published of devices of this kind and memory, or else
-    estimated.
-    """
-    if "budget_gb" not in entry:
-        return usual_budgets(entry["kind"], size)
-    where = entry.get("budget_source", source)
-    lower = entry.get("without_entitlement_gb")
-    budget = Figure(int(entry["budget_gb"] * GB), where)
-    return budget, None if lower is None else Figure(int(lower * GB), where)
-
-
 def usual_budgets(kind: str, size: float) -> tuple[Figure, Figure | None]:
+    """Return the budgets of devices of this kind and memory: published, or else estimated.
+
+    They are what one program may use, and on iOS what an app may use without the entitlement.
+    """
     for rule in data()["budget"]:
         if kind in rule["kinds"] and rule["memory_gb"] == size:
-            lower = rule.get("without_entitlement_gb")
-            return Figure(int(rule["budget_gb"] * GB), rule["source"]), (
-                None if lower is None else Figure(int(lower * GB), rule["source"])
-            )
-    rule = next(
-        rule
-        for rule in data()["budget_estimate"]
-        if kind in rule["kinds"] and size < rule.get("below_gb", float("inf"))
+            amounts = (rule["budget_gb"], rule.get("without_entitlement_gb"))
+            source, estimated = rule["source"], False
+            break
+    else:
+        rule = next(
+            rule
+            for rule in data()["budget_estimate"]
+            if kind in rule["kinds"] and size < rule.get("below_gb", float("inf"))
+        )
+        share = rule.get("without_entitlement_of_memory")
+        amounts = (rule["budget_of_memory"] * size, None if share is None else share * size)
+        source, estimated = rule["method"], True
+    budget, lower = (
+        None if amount is None else Figure(int(amount * GB), source, estimated)
+        for amount in amounts
     )
-    share = rule.get("without_entitlement_of_memory")
-    return Figure(int(rule["budget_of_memory"] * size * GB), rule["method"], True), (
-        None if share is None else Figure(int(share * size * GB), rule["method"], True)
-    )
+    assert budget is not None
+    return budget, lower

@@ -5,7 +5,7 @@ requests.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from mlx_stream.checkpoint.shards import (
 )
 from mlx_stream.checkpoint.text_model import text_config, text_tensors
 from mlx_stream.config import ModelConfig, read_config
-from mlx_stream.errors import CheckpointError, ConfigError, SourceError, WeightsError
+from mlx_stream.errors import CheckpointError, SourceError, WeightsError
 from mlx_stream.hub.explain import explaining_hub_errors
 from mlx_stream.hub.repository import HUB_ID, MAIN, PATIENCE, ask_hub, find_in_cache
 from mlx_stream.hub.resolve import local_path
 from mlx_stream.hub.starter import STARTER, STARTER_REPO, is_complete, starter_folder
+from mlx_stream.load import naming
 from mlx_stream.models.layout import layout_of
 from mlx_stream.plan.planner import ITEMSIZES, ModelSummary
 from mlx_stream.program.notices import Notify
@@ -44,33 +45,26 @@ def summarize_model(source: str, notify: Notify) -> ModelSummary:
         SourceError: there is no such model, or it cannot be reached.
         CheckpointError: its config or headers are damaged or not supported.
     """
-    if Path(source).suffix.lower() == ".json" and exists_as_file(Path(source)):
-        return named_errors(source, lambda: of_config(Path(source).stem, read_json(Path(source))))
-    path = local_path(source) if source != STARTER else None
+    path = Path(source)
+    if path.suffix.lower() == ".json" and exists_as_file(path):
+        with naming(source, path):
+            return of_config(path.stem, read_json(path))
     repo = STARTER_REPO if source == STARTER else source
+    path = local_path(source) if source != STARTER else None
     if path is None and HUB_ID.fullmatch(repo):
         path = find_in_cache(repo)
     if path is None and source == STARTER and is_complete(starter_folder()):
         path = starter_folder()
     if path is not None:
-        of_path = of_folder if path.is_dir() else of_gguf
-        return named_errors(source, lambda: of_path(source, path))
+        with naming(source, path):
+            return of_folder(source, path) if path.is_dir() else of_gguf(source, path)
     if not HUB_ID.fullmatch(repo):
         raise SourceError(
             f"{source!r} is not a model; expected a folder, a .gguf file, a config.json, a Hub id "
             "org/name, or starter"
         )
-    return named_errors(source, lambda: of_hub(source, repo, notify))
-
-
-def named_errors(source: str, read: Callable[[], ModelSummary]) -> ModelSummary:
-    """Return what `read` returns; name the source in errors about its config or weights."""
-    try:
-        return read()
-    except (ConfigError, WeightsError) as error:
-        if source in str(error):
-            raise
-        raise type(error)(f"{source}: {error}") from error
+    with naming(source, Path(repo)):
+        return of_hub(source, repo, notify)
 
 
 def of_folder(source: str, path: Path) -> ModelSummary:

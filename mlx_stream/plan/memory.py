@@ -1,9 +1,8 @@
 """Bytes of weights, ring and workspace, from the shapes in a config; opens and allocates nothing.
 
-A forged config that asks for terabytes is a number here. Weights and ring are exact. The workspace
-is the peak of one prefill chunk, term by term what `models/layers.py` and `cache/steps` hold at
-once, and held to measurements on the CPU backend (`tests/measure/plan_memory.py`); for Metal it
-follows from the same code, and nobody has measured it there.
+Weights and ring are exact. The workspace is the peak of one prefill chunk: the arrays that
+`models/layers.py` and `cache/steps` hold at once, term by term. It agrees with measurements on the
+CPU backend (`tests/measure/plan_memory.py`); on Metal it has not been measured.
 """
 
 from mlx_stream.cache.geometry import BLOCK, STEP_LENGTHS, pad_length
@@ -26,10 +25,10 @@ DEFAULT_GROUP_SIZE = 64
 
 
 def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> QuantizationOf:
-    """Return how matrices are held at `bits`; those that groups do not divide stay floats.
+    """Return the quantization of matrices at `bits`; those that groups do not divide stay floats.
 
     Raises:
-        ValueRefused: bits or a group size MLX does not have.
+        ValueRefused: MLX does not have these bits or this group size.
     """
     if bits not in BITS:
         raise ValueRefused(
@@ -49,10 +48,10 @@ def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> Qua
 def loading_bytes(
     layout: Layout, on_disk: QuantizationOf, in_memory: QuantizationOf, itemsize: int, file: int
 ) -> int:
-    """Return the peak while loading: what is made so far, and one module's parts beside it.
+    """Return the peak while loading: the finished modules, and one module's parts beside them.
 
-    They are read, converted where they are not yet as they will be held, and joined. `on_disk` says
-    how the files hold them, and `file` the bytes of a float there.
+    The parts are read, converted if their format differs, and joined. `on_disk` is the files'
+    quantization, and `file` the bytes of a float there.
     """
     made = peak = 0
     for module in layout.modules:
@@ -69,12 +68,12 @@ def loading_bytes(
 
 
 def is_fused(config: ModelConfig, metal: bool) -> bool:
-    """Say whether a chunk's attention runs without its scores in memory: METAL.md 1 to 10."""
+    """Return whether a chunk's attention runs without its scores in memory."""
     return metal and config.head_dim in FUSED_HEAD_DIMS
 
 
 def longest_moving_chunk(config: ModelConfig, sinks: int, window: int) -> int:
-    """Return the longest chunk once the ring is full and the oldest token moves, as `take` does."""
+    """Return the cache's longest chunk once the ring is full and the oldest token moves."""
     rows = sinks + window
     limit = max(CLOCK_LIMIT, 2 * rows) - rows
     row_bytes = 4 * config.num_attention_heads * (rows + STEP_LENGTHS[-1])
@@ -90,10 +89,10 @@ def workspace_bytes(
     fused: bool = False,
     kv_bits: int | None = None,
 ) -> int:
-    """Return the most a chat holds beyond weights and ring: one chunk, where the ring is full.
+    """Return the most a chat holds beyond weights and ring: one chunk, when the ring is full.
 
-    A step of one token holds less than a hundredth of it. What happens once in 10,000 tokens,
-    turning the ring back, holds one layer's keys twice, which is less too.
+    A step of one token holds less than a hundredth of it. Turning the ring back, once in 10,000
+    tokens, holds one layer's keys twice, which is less too.
     """
     filling = pad_length(min(PREFILL_CHUNK, sinks + window))
     needed = chunk_bytes(config, filling, itemsize)
@@ -107,19 +106,19 @@ def workspace_bytes(
 
 
 def unpacking_bytes(config: ModelConfig, window: int, itemsize: int, fused: bool) -> int:
-    """Return what a chunk holds of one layer's quantized ring as floats: its keys, its values.
+    """Return the bytes of one layer's quantized ring as floats: keys and values.
 
-    Metal does it in one kernel; the CPU backend in steps, with 15 bytes a number measured.
+    Metal unpacks in one kernel; the CPU backend in steps, with 15 bytes a number measured.
     """
     numbers = config.num_key_value_heads * config.head_dim * window
     return numbers * (2 * itemsize if fused else 15)
 
 
 def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
-    """Return what a chunk of T rows holds whatever it attends to, at the last layer.
+    """Return the bytes of a chunk of T rows without its attention, at the last layer.
 
     Each layer's new queries, keys and values, unrotated and rotated, wait until the ring is
-    written. Beside them: gate, up and their product, and the norms' float32.
+    written. Beside them are gate, up and their product, and the norms' float32.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     waiting = config.num_hidden_layers * config.head_dim * (2 * heads + 3 * kv_heads) * itemsize
@@ -131,7 +130,7 @@ def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
 def attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return what attention of T rows to N holds before o moves: keys and values joined, a mask."""
+    """Return the bytes of attention of T rows to N before o moves: keys and values, a mask."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     scores = 0 if fused else heads * rows * attended * itemsize
     joined = 2 * kv_heads * attended * config.head_dim * itemsize
@@ -142,10 +141,10 @@ def attention_bytes(
 def moving_attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return what it holds once o moves: all in float32, in blocks of rows.
+    """Return the bytes once o moves: everything in float32, in blocks of rows.
 
-    Each block has a mask that carries the sinks' scores; two at a time have scores, as the next
-    one's are allocated while one is computed.
+    Each block has a mask that carries the sinks' scores. Two blocks have scores at a time: the
+    next one's are allocated while one is computed.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     seen = attended - rows + min(rows, BLOCK)
@@ -162,9 +161,9 @@ def moving_attention_bytes(
 def step_bytes(
     config: ModelConfig, layout: Layout, in_memory: QuantizationOf, itemsize: int, ring: int
 ) -> int:
-    """Return what writing one token reads: all weights and the ring.
+    """Return the bytes that writing one token reads: all weights and the ring.
 
-    Of an embedding that is not the head too, one row is read, which does not count.
+    Of an embedding that is not also the head only one row is read, which is left out.
     """
     weights = weights_bytes(layout, in_memory, itemsize)
     if config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Which bits and which window fit a device, and how fast at most; knows no files and no network."""
+"""Chooses the bits and the window that fit a device; knows no files and no network."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from mlx_stream.program.notices import Notify, discard
 from mlx_stream.window import DEFAULT_WINDOW, bounded_windows, resolve_window
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Tried where no window is asked for, each with every recipe. Fewer bits cost more than a window
-# does, but one below the default makes a conversation short: those come last.
+# Tried with every recipe if no window is asked for. Fewer bits cost more than a shorter window, but
+# a window below the default makes a conversation short: those come last.
 WINDOWS = ((8_188, 4_092, DEFAULT_WINDOW), (1_020, 508, 252))
 
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
@@ -38,7 +38,7 @@ class ModelSummary:
     Attributes:
         dtype: of the floats in its files.
         quantized: paths of the modules whose weights are stored quantized, as the config says how.
-        stored: bytes of its weights on disk; None if no file was there to ask.
+        stored: bytes of its weights on disk; None if there was only a config.
     """
 
     name: str
@@ -54,12 +54,12 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is asked to keep to; None leaves the choice to it.
+    """The fixed values of a plan; it chooses those that are None.
 
     Attributes:
-        dtype: computed in, and of keys and values; by default what `load` takes on the device.
-        keep: whether quantized weights stay so; by default on Metal alone, and if bits are given.
-        bits: that the weights are converted to; 16 leaves them floats.
+        dtype: of activations, keys and values; default: what `load` takes on the device.
+        keep: keep quantized weights quantized; default: on Metal, and if bits are given.
+        bits: of converted weights; 16 leaves them floats.
         kv_bits: of the ring; None keeps it in `dtype`.
     """
 
@@ -74,10 +74,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How all matrices are held, and how the files hold them: once converted, the same.
-
-    `bits` is None for as they are now.
-    """
+    """How all matrices are stored in memory and on disk; `bits` is None for unchanged files."""
 
     name: str
     bits: int | None
@@ -87,7 +84,7 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one choice of recipe and window needs on a device.
+    """The needs of one recipe and window on a device.
 
     Attributes:
         weights, ring, workspace: bytes; together the peak of a running chat, once it is loaded.
@@ -119,7 +116,7 @@ class Plan:
         return self.verdict_for(self.device.budget.amount)
 
     def verdict_for(self, budget: int) -> str:
-        """Say whether it fits, and whether the allocator's cache of freed buffers does too."""
+        """Return whether it fits, and whether the allocator's cache of freed buffers does too."""
         if self.peak > budget:
             return TOO_LARGE
         return FITS if self.peak + CACHE_LIMIT <= budget else TIGHT
@@ -131,29 +128,29 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The speed that reading `step` bytes a token allows at most, if the bandwidth is known."""
+        """The highest speed that reading `step` bytes a token allows, if the bandwidth is known."""
         bandwidth = self.device.bandwidth
         return None if bandwidth is None else bandwidth.amount / self.step
 
 
 def make_plan(
-    outline: ModelSummary, device: Device, asked: PlanRequest, notify: Notify = discard
+    summary: ModelSummary, device: Device, asked: PlanRequest, notify: Notify = discard
 ) -> Plan:
-    """Return the plan that was asked for, or the best one that fits.
+    """Return the requested plan, or the best one that fits.
 
-    The most bits come first, then the largest window; what does not leave room for the allocator's
-    cache is taken if nothing else fits. If nothing does, it is the smallest one.
+    The most bits come first, then the largest window. Plans without room for the allocator's cache
+    come next. If nothing fits, return the smallest plan.
 
     Raises:
-        ValueRefused: a value out of range, or one MLX or the model does not have.
+        ValueRefused: a value is out of range, or not supported by MLX or the model.
     """
-    planner = Planner(outline, device, asked)
-    sinks, window = resolve_window(outline.config, asked.sinks, asked.window, notify)
+    planner = Planner(summary, device, asked)
+    sinks, window = resolve_window(summary.config, asked.sinks, asked.window, notify)
     passes = WINDOWS if asked.window is None else ((window,),)
     tried: list[Plan] = []
     for windows in passes:
         for recipe in planner.recipes():
-            for window in bounded_windows(outline.config, sinks, windows):
+            for window in bounded_windows(summary.config, sinks, windows):
                 tried.append(planner.plan(recipe, sinks, window))
                 if tried[-1].verdict == FITS:
                     return tried[-1]
@@ -161,46 +158,38 @@ def make_plan(
 
 
 class Planner:
-    """What holds for every choice of recipe and window of one model on one device."""
+    """Makes plans of one model on one device, for each recipe and window."""
 
-    def __init__(self, outline: ModelSummary, device: Device, asked: PlanRequest):
-        self.summary, self.device, self.request = outline, device, asked
-        self.layout = layout_of(outline.config)
-        self.dtype = asked.dtype or (outline.dtype if device.metal else "float32")
+    def __init__(self, summary: ModelSummary, device: Device, asked: PlanRequest):
+        self.summary, self.device, self.request = summary, device, asked
+        self.layout = layout_of(summary.config)
+        self.dtype = asked.dtype or (summary.dtype if device.metal else "float32")
         if self.dtype not in ITEMSIZES:
             raise ValueRefused(f"--dtype must be one of {', '.join(ITEMSIZES)}, not {self.dtype!r}")
         self.itemsize = ITEMSIZES[self.dtype]
         if asked.bits is not None and asked.keep is False:
-            raise ValueRefused("--bits is for weights that stay quantized: leave out --dequantize")
+            raise ValueRefused("--bits keeps weights quantized: leave out --dequantize")
         uniform_quantization(NOT_QUANTIZED if asked.bits is None else asked.bits, asked.group_size)
 
     def recipes(self) -> Iterator[WeightFormat]:
-        """Yield the recipes to choose from, the one with most bits first."""
-        outline, asked = self.summary, self.request
+        """Yield the possible recipes, the most bits first."""
+        summary, asked = self.summary, self.request
         if asked.bits is not None:
             yield self.at_bits(asked.bits)
             return
         kept = self.device.metal if asked.keep is None else asked.keep
-        if not kept or not outline.quantized:
-            quantized = " dequantized when loaded" if outline.quantized else ""
-            yield WeightFormat(
-                f"{self.dtype}{quantized}",
-                NOT_QUANTIZED,
-                uniform_quantization(16),
-                outline.quantization_of,
-            )
+        if not kept or not summary.quantized:
+            name = self.dtype + (" dequantized when loaded" if summary.quantized else "")
+            floats = uniform_quantization(NOT_QUANTIZED)
+            yield WeightFormat(name, NOT_QUANTIZED, floats, summary.quantization_of)
         if asked.keep is False:
             return
         widest: float = NOT_QUANTIZED
-        if outline.quantized:
-            stored = weights_bytes(self.layout, outline.quantization_of, ITEMSIZES[outline.dtype])
+        if summary.quantized:
+            stored = weights_bytes(self.layout, summary.quantization_of, ITEMSIZES[summary.dtype])
             widest = 8 * stored / self.layout.parameters
-            yield WeightFormat(
-                f"as it is, {widest:.1f} bits a weight",
-                None,
-                outline.quantization_of,
-                outline.quantization_of,
-            )
+            name, of = f"as it is, {widest:.1f} bits a weight", summary.quantization_of
+            yield WeightFormat(name, None, of, of)
         yield from (self.at_bits(bits) for bits in BITS if bits < int(widest))
 
     def at_bits(self, bits: int) -> WeightFormat:
@@ -210,12 +199,11 @@ class Planner:
         return WeightFormat(name, bits, quantization_of, quantization_of)
 
     def plan(self, recipe: WeightFormat, sinks: int, window: int) -> Plan:
-        """Return what a recipe and a window take."""
-        config, itemsize = self.summary.config, self.itemsize
-        kv_bits = self.request.kv_bits
+        """Return the plan of a recipe and a window."""
+        config, itemsize, kv_bits = self.summary.config, self.itemsize, self.request.kv_bits
         ring = ring_bytes(config, sinks, window, itemsize, kv_bits, spare_rows(kv_bits))
         fused = is_fused(config, self.device.metal)
-        floats = ITEMSIZES[self.summary.dtype]
+        on_disk = ITEMSIZES[self.summary.dtype]
         return Plan(
             recipe=recipe,
             device=self.device,
@@ -225,6 +213,6 @@ class Planner:
             weights=weights_bytes(self.layout, recipe.in_memory, itemsize),
             ring=ring,
             workspace=workspace_bytes(config, sinks, window, itemsize, fused, kv_bits),
-            loading=loading_bytes(self.layout, recipe.on_disk, recipe.in_memory, itemsize, floats),
+            loading=loading_bytes(self.layout, recipe.on_disk, recipe.in_memory, itemsize, on_disk),
             step=step_bytes(config, self.layout, recipe.in_memory, itemsize, ring),
         )

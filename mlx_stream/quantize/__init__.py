@@ -1,1 +1,1 @@
-"""A model -> a folder of it in fewer bits, in bounded memory; its recipes and what they cost."""
+"""Writes a model in other bits or another type, in bounded memory; recipes and their cost."""

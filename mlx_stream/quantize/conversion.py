@@ -1,11 +1,10 @@
-"""A checkpoint's tensors -> the same quantized or in another type, one matrix at a time.
+"""Converts a checkpoint's tensors to other bits or types, one matrix at a time; writes nothing.
 
-Knows modules by path and what `mx.quantize` takes; writes nothing. What is stored as it was asked
-for already is copied, bit for bit.
+A matrix that is already stored as asked for is copied, bit for bit.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +12,7 @@ import mlx.core as mx
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.config import ModelConfig, Quantization, read_config
 from mlx_stream.errors import ValueRefused, WeightsError
+from mlx_stream.load import named_dtype, stored_dtype
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import Layout, layout_of
 from mlx_stream.models.weights import (
@@ -25,19 +25,19 @@ from mlx_stream.models.weights import (
 )
 from mlx_stream.quantize.recipes import Recipe
 
-# Elements of a matrix that are worked on at a time.
+# Elements of a matrix that are converted at a time.
 BLOCK = 2**18
-# What names a place of its maker, or code that is not copied.
+# Paths of the maker's machine, and code that is not copied.
 LEFT_OUT = ("_name_or_path", "name_or_path", "auto_map")
 
 
 @dataclass
 class Conversion:
-    """What a checkpoint becomes.
+    """A planned conversion.
 
     Attributes:
-        checkpoint: the source, its config that of the result.
-        config: of the source.
+        checkpoint: the source, with the config of the result.
+        config: the source's.
         quantized: how each matrix will be stored, by module path; None for floats.
         dtype: of floats, scales included; None keeps each tensor's own.
         largest: bytes of the largest matrix so far, of the source or the result.
@@ -54,8 +54,8 @@ class Conversion:
         """Yield the result's tensors, evaluated; the source's are taken out of the checkpoint.
 
         Raises:
-            WeightsError: a tensor is missing or of the wrong shape, or its values do not fit the
-                type they are to be stored in.
+            WeightsError: a tensor is missing or of the wrong shape, or its values do not fit its
+                new type.
         """
         source = CheckpointWeights(
             self.config, RemainingTensors(self.checkpoint.tensors), None, True
@@ -85,10 +85,10 @@ class Conversion:
     def _in_blocks(
         self, part: Part, wanted: Quantization | None, at: Projection
     ) -> dict[str, mx.array]:
-        """Return a matrix stored another way, made some rows at a time.
+        """Return a matrix stored another way, converted some rows at a time.
 
-        MLX takes up to 80 bytes an element to quantize on the CPU, and a matrix unpacked takes
-        eight times its bytes.
+        To quantize on the CPU, MLX takes up to 80 bytes an element; an unpacked matrix takes eight
+        times its bytes.
         """
         blocks: list[dict[str, mx.array]] = []
         rows = max(1, BLOCK // at.inputs)
@@ -107,21 +107,21 @@ class Conversion:
         self.largest = max(self.largest, sum(array.nbytes for array in tensors.values()))
 
     def _to_dtype(self, name: str, array: mx.array) -> mx.array:
-        """Return an array in the type it is stored in, evaluated, and hold it to be finite."""
+        """Return an array in its new type, evaluated; refuse values that are not finite."""
         if self.dtype is None or not mx.issubdtype(array.dtype, mx.floating):
             mx.eval(array)
             return array
         array = array.astype(self.dtype)
         if not mx.isfinite(mx.stack([array.min(), array.max()])).all().item():
             raise WeightsError(
-                f"weights: {name} has values that are no numbers or do not fit "
+                f"weights: {name} has values that are not numbers or do not fit "
                 f"{name_of(self.dtype)}: try --dtype float32"
             )
         return array
 
 
 def quantize(weight: mx.array, wanted: Quantization) -> dict[str, mx.array]:
-    """Return a matrix as `mx.quantize` packs it: weight, scales and, where affine, biases."""
+    """Return a matrix as `mx.quantize` packs it: weight, scales and, in affine mode, biases."""
     parts = mx.quantize(weight, wanted.group_size, wanted.bits, mode=wanted.mode)
     return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
@@ -132,18 +132,17 @@ def prepare_conversion(
     """Decide how each tensor of a checkpoint is stored; reads none of them.
 
     Args:
-        recipe: how to quantize; None leaves what is quantized as it is, or, if a dtype is given,
-            dequantizes it.
-        dtype: float32, float16 or bfloat16, of all that stays float. Default: with a recipe the
-            model's own, without one each tensor's.
+        recipe: how to quantize. None leaves quantized weights as they are, or dequantizes them if
+            there is a dtype.
+        dtype: float32, float16 or bfloat16, of all floats. Default: with a recipe the model's own,
+            without one each tensor's.
 
     Raises:
-        ConfigError: the config is not one of a model we know.
-        WeightsError: there are tensors that such a model has not.
-        ValueRefused: no such dtype, or no matrix can be quantized so.
+        ConfigError: the config is not supported.
+        WeightsError: there are unknown tensors.
+        ValueRefused: the dtype is unknown, or the groups divide no matrix.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    named_dtype(dtype)
     config = read_config(checkpoint.config)
     layout, names = layout_of(config), frozenset(checkpoint.tensors)
     refuse_unknown(config, dict.fromkeys(names - frozenset(layout.tensor_names())))
@@ -155,37 +154,30 @@ def prepare_conversion(
                 f"groups of {recipe.base.group_size} divide no matrix of this model: use a smaller "
                 "--group-size"
             )
-    elif dtype is not None:
-        quantized = dict.fromkeys(at.path for at in layout.matrices)
     else:
-        packed = [at.path for at in layout.matrices if f"{at.path}.scales" in names]
-        quantized = dict.fromkeys(at.path for at in layout.matrices)
-        quantized |= {path: config.quantized(path) for path in packed}
+        kept = {at.path for at in layout.matrices if f"{at.path}.scales" in names and not dtype}
+        quantized = {
+            at.path: config.quantized(at.path) if at.path in kept else None
+            for at in layout.matrices
+        }
     base = recipe.base if recipe else (config.quantization or {}).get("")
-    raw = rewrite(checkpoint.config, base, quantized, dtype)
+    raw = rewrite_config(checkpoint.config, base, quantized, dtype)
     tokenizer_config = {k: v for k, v in checkpoint.tokenizer_config.items() if k not in LEFT_OUT}
     result = replace(checkpoint, config=raw, tokenizer_config=tokenizer_config)
-    return Conversion(result, config, layout, quantized, DTYPES[dtype] if dtype else None)
+    return Conversion(result, config, layout, quantized, named_dtype(dtype))
 
 
 def fit(recipe: Recipe, at: Projection, config: ModelConfig) -> Quantization | None:
-    """Return how a recipe stores a matrix: as floats where its groups do not divide a row."""
+    """Return how a recipe stores a matrix: as floats if its groups do not divide a row."""
     wanted = recipe.quantized(at.path, config.num_hidden_layers)
     return None if at.inputs % wanted.group_size else wanted
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:
-    """Return the type a checkpoint says it has, or else that of its embedding or first norm."""
-    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    if isinstance(said, str) and said in DTYPES:
-        return said
-    names = ("model.embed_tokens.scales", "model.embed_tokens.weight", "model.norm.weight")
-    for name in names:
-        if name in checkpoint.tensors:
-            found = name_of(checkpoint.tensors[name].dtype)
-            if found in DTYPES:
-                return found
-    return "float16"
+    """Return the dtype that a checkpoint's config names, or else its embedding's."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    known = isinstance(named, str) and named in DTYPES
+    return named if known else name_of(stored_dtype(checkpoint.tensors))
 
 
 def name_of(dtype: mx.Dtype) -> str:
@@ -195,13 +187,13 @@ def name_of(dtype: mx.Dtype) -> str:
 # --- config.json ---
 
 
-def rewrite(
+def rewrite_config(
     raw: Mapping[str, Any],
     base: Quantization | None,
     quantized: Mapping[str, Quantization | None],
     dtype: str | None,
 ) -> dict[str, Any]:
-    """Return config.json's entries of the result."""
+    """Return the result's config.json."""
     gone = ("quantization", "quantization_config", *LEFT_OUT)
     config = {key: value for key, value in raw.items() if key not in gone}
     if dtype is not None:
@@ -209,21 +201,17 @@ def rewrite(
         config |= dict.fromkeys(keys or ["torch_dtype"], dtype)
     config |= older_rope(config)
     if base is not None and any(quantized.values()):
-        others = {path: entry(kind) for path, kind in quantized.items() if kind != base}
-        config["quantization"] = {**quantization_json(base), **others}
+        others = {
+            path: asdict(kind) if kind else False
+            for path, kind in quantized.items()
+            if kind != base
+        }
+        config["quantization"] = {**asdict(base), **others}
     return config
 
 
-def entry(kind: Quantization | None) -> dict[str, Any] | bool:
-    return False if kind is None else quantization_json(kind)
-
-
-def quantization_json(kind: Quantization) -> dict[str, Any]:
-    return {"group_size": kind.group_size, "bits": kind.bits, "mode": kind.mode}
-
-
 def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings as mlx-lm reads them, where only transformers 5's are there."""
+    """Return the rotary settings in mlx-lm's spelling, if only transformers 5's is there."""
     newer = dict(config.get("rope_parameters") or {})
     theta = newer.pop("rope_theta", None)
     found: dict[str, Any] = {}

@@ -1,7 +1,6 @@
-"""One call: a source -> a converted folder, its recipe measured and its cost reported.
+"""Converts a source to a folder in one call: measures its recipe, writes, reports the cost.
 
-Knows what follows what; each step is elsewhere. The engine, which runs no model, is
-`mlx_stream.quantize.write_converted`.
+`write_converted`, which runs no model, writes the folder.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from mlx_stream.quantize.write_converted import (
 )
 from mlx_stream.text.tokenizer import Tokenizer
 
-# The stream that a report reads its text as.
+# The stream of a report.
 SINKS, WINDOW = 4, 1_020
 REPORT_TOKENS = 4_096
 # A 99th percentile of fewer would be a single token.
@@ -49,7 +48,7 @@ Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 
 @contextmanager
 def quietly(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show no progress: what a library does."""
+    """Show no progress."""
     yield lambda done, total: None
 
 
@@ -58,11 +57,11 @@ class ConvertOptions:
     """How to convert.
 
     Attributes:
-        recipe, dtype: see `checkpoint.quantize.prepare`.
-        calibration: a text that a sensitive recipe is measured on: name and text.
-        report: a text to compare source and result on: name and text.
-        report_tokens: how much of it is read.
-        force: replace a folder that an earlier conversion wrote.
+        recipe, dtype: see `prepare_conversion`.
+        calibration: name and text on which a sensitive recipe is measured.
+        report: name and text on which source and result are compared.
+        report_tokens: the length of that text that is read.
+        force: replace the folder of an earlier conversion.
     """
 
     recipe: Recipe | None = None
@@ -82,11 +81,11 @@ def convert_model(
 ) -> ConversionResult:
     """Convert a folder, a Hub id, a `.gguf` file or `starter` to the folder `out`.
 
-    Only a sensitive recipe and a report run the model, which then is in memory whole; without
-    them memory is bounded whatever the model's size.
+    Only a sensitive recipe and a report run the model, which is then completely in memory.
+    Otherwise memory does not grow with the model.
 
     Raises:
-        ValueRefused: options that do not go together, or a place that is taken.
+        ValueRefused: the options exclude each other, or `out` is taken.
         TextError: a text is too short.
         SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
     """
@@ -100,7 +99,7 @@ def convert_model(
     text = options.report and report_text(checkpoint, options)
     recipe = options.recipe
     if recipe is not None and config.quantization is not None:
-        notify("the source is quantized already: its error stays, and this one comes on top")
+        notify("the source is already quantized: this adds to its error")
     if recipe is not None and options.calibration is not None:
         recipe = calibrate(path, recipe, options.calibration, notify, progress)
     sizes = sizes_of(checkpoint.tensors) if text else {}
@@ -109,7 +108,7 @@ def convert_model(
     if result.unquantized:
         count, first = len(result.unquantized), result.unquantized[0]
         notify(
-            f"{count} of its matrices stay as they are: groups of "
+            f"{count} matrices stay as they are: groups of "
             f"{recipe and recipe.base.group_size} do not divide their rows ({first})"
         )
     if text:
@@ -125,11 +124,11 @@ def convert_model(
 def recipe_for(
     source: str, device: str, group_size: int | None, notify: Notify = discard
 ) -> Recipe | None:
-    """Return the recipe with the most bits that fit a device; None if the source does as it is.
+    """Return the recipe with the most bits that fit a device; None if the source itself fits.
 
     Raises:
         DeviceError: there is no such device.
-        MemoryRefused: the model fits it at no bits.
+        MemoryRefused: the model does not fit it at any bits.
         ValueRefused, SourceError, CheckpointError: as `convert_model`.
     """
     place = devices.find(device)
@@ -137,16 +136,16 @@ def recipe_for(
     chosen = make_plan(summarize_model(source, notify), place, asked, notify)
     if chosen.missing:
         raise MemoryRefused(
-            f"{source} does not fit {place.title}, not even as {chosen.recipe.name}: "
-            f"{chosen.missing / 1e6:,.1f} MB are missing; see mlx_stream plan"
+            f"{source} does not fit {place.title}, not even as {chosen.recipe.name}: it needs "
+            f"{chosen.missing / 1e6:,.1f} MB more; see mlx_stream plan"
         )
-    notify(f"for {place.title}: {chosen.recipe.name}, which leaves a window of {chosen.window:,}")
+    notify(f"for {place.title}: {chosen.recipe.name}, with a window of {chosen.window:,}")
     bits = chosen.recipe.bits
     return None if bits in (None, NOT_QUANTIZED) else uniform_recipe(bits, asked.group_size)
 
 
 def check_options(options: ConvertOptions) -> None:
-    """Refuse options that do not go together, before anything is fetched or read."""
+    """Refuse options that exclude each other, before anything is fetched or read."""
     sensitive = options.recipe is not None and options.recipe.rule == "sensitive"
     if sensitive and options.calibration is None:
         raise ValueRefused(
@@ -154,7 +153,7 @@ def check_options(options: ConvertOptions) -> None:
             "with --calibration"
         )
     if options.calibration is not None and not sensitive:
-        raise ValueRefused("--calibration is for recipes that are measured: sensitive_...")
+        raise ValueRefused("--calibration is for measured recipes: sensitive_...")
     if options.report_tokens <= LEAST_TOKENS:
         raise ValueRefused(
             f"--report-tokens must be above {LEAST_TOKENS}, not {options.report_tokens}"
@@ -178,7 +177,7 @@ def calibrate(
     notify: Notify,
     progress: Progress,
 ) -> Recipe:
-    """Measure which parts of a model suffer most at a recipe's base bits, and settle it."""
+    """Measure which parts of a model suffer most at a recipe's base bits, and complete it."""
     model = load(path, keep_quantized=False, notify=notify)
     ids = model.tokenizer.encode(text[1])
     with progress("measuring sensitivity") as tell:
@@ -196,7 +195,7 @@ def calibrate(
 def compare_with_source(
     source: Path, result: Path, text: Corpus, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Read a text with both models and return how far the result is from the source."""
+    """Read a text with both models and return the result's distance from the source."""
     before, after = (stream_of(load(path)) for path in (source, result))
     found = compare(before, after, text.ids.tolist(), progress=progress)
     return {"text": text.digest, "sinks": SINKS, "window": WINDOW, **found.as_json()}

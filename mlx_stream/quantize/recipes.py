@@ -1,8 +1,7 @@
-"""How many bits each matrix of a model gets: recipes as data; knows module paths, no arrays."""
+"""Recipes: the bits of each matrix of a model; knows module paths, no arrays."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from mlx_stream.config import QUANTIZATION_MODES, Quantization
@@ -10,7 +9,7 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.models.layout import matrix_bytes
 
 DEFAULT_GROUP = 64
-# The matrices every token goes through in full, and that no other corrects.
+# Every token goes through these in full, and no other matrix corrects them.
 ENDS = ("model.embed_tokens", "lm_head")
 
 
@@ -20,11 +19,11 @@ class Recipe:
 
     Attributes:
         name: as on the command line.
-        base: of what the rule does not single out.
-        high: of what it does; None where all are alike.
-        rule: who gets `high`. `mlx-lm`: its mixed recipes' choice of layers, by their place.
-            `sensitive`: embedding, head, and the paths in `chosen`.
-        chosen: what measuring found, see `settle`; None before that.
+        base: for the matrices that the rule does not choose.
+        high: for those it chooses; None if all are alike.
+        rule: `mlx-lm` chooses layers by their place, as its mixed recipes do. `sensitive` chooses
+            embedding, head, and the paths in `chosen`.
+        chosen: the measured paths, see `allocate_bits`; None before.
     """
 
     name: str
@@ -43,15 +42,15 @@ class Recipe:
 
     @property
     def ceiling(self) -> Quantization:
-        """How a uniform model is quantized that a measured recipe takes no more bytes than."""
+        """The uniform quantization whose bytes a measured recipe does not exceed."""
         return replace(self.base, bits=self.base.bits + 1) if self.high else self.base
 
 
 def mlx_lm_gives_more(path: str, layers: int) -> bool:
-    """Say whether mlx-lm's mixed recipes give a path more bits (`mixed_quant_predicate_builder`).
+    """Return whether mlx-lm's `mixed_quant_predicate_builder` gives a path more bits.
 
-    The values and the last product of the first and the last eighth of the layers and of every
-    third one between, and an untied head.
+    It does for an untied head, and for v_proj and down_proj of the first and last eighth of the
+    layers and every third layer between.
     """
     if path == "lm_head":
         return True
@@ -113,7 +112,7 @@ def recipe_named(name: str, group_size: int | None = None) -> Recipe:
     """Return a recipe by its name, with another group size if one is given.
 
     Raises:
-        ValueRefused: there is none of that name, or it cannot have that group size.
+        ValueRefused: there is no such recipe, or not with that group size.
     """
     if name not in RECIPES:
         raise ValueRefused(f"--recipe must be one of {', '.join(RECIPES)}, not {name!r}")
@@ -125,36 +124,31 @@ def recipe_named(name: str, group_size: int | None = None) -> Recipe:
     return replace(recipe, base=base, high=high)
 
 
-# --- recipes that are measured ---
+# --- measured recipes ---
 
 
 def allocate_bits(
     recipe: Recipe, elements: Mapping[str, int], sensitivity: Mapping[tuple[str, ...], float]
 ) -> Recipe:
-    """Return a sensitive recipe with its choice made: where more bits undo most harm per byte.
+    """Return a sensitive recipe with its choice made: more bits where a byte helps most.
 
-    Embedding and head have them already; what they leave of the bytes of `ceiling` is spent on
-    the others, the most harm per byte first.
+    Embedding and head have them already. The rest of the bytes of `ceiling` goes to the parts with
+    the most harm per byte.
 
     Args:
         elements: of each matrix, by path.
-        harm: what `base` does to the model's output in one part of it, by the paths of the part.
+        sensitivity: the harm of `base` to the model's output in one part, by the part's paths.
     """
     assert recipe.high is not None
     high = recipe.high
 
-    bytes_of = partial(matrix_bytes, itemsize=2)
+    def extra(count: int, quantization: Quantization) -> int:
+        return matrix_bytes(count, quantization, 2) - matrix_bytes(count, recipe.base, 2)
 
-    def extra(path: str) -> int:
-        return bytes_of(elements[path], high) - bytes_of(elements[path], recipe.base)
-
-    allowed = sum(
-        bytes_of(count, recipe.ceiling) - bytes_of(count, recipe.base)
-        for count in elements.values()
-    )
-    left = allowed - sum(extra(path) for path in ENDS if path in elements)
+    left = sum(extra(count, recipe.ceiling) for count in elements.values())
+    left -= sum(extra(elements[path], high) for path in ENDS if path in elements)
     chosen: set[str] = set()
-    costs = {part: sum(map(extra, part)) for part in sensitivity}
+    costs = {part: sum(extra(elements[path], high) for path in part) for part in sensitivity}
     for part in sorted(sensitivity, key=lambda part: (-sensitivity[part] / costs[part], part)):
         if sensitivity[part] > 0 and costs[part] <= left:
             chosen.update(part)

@@ -1,4 +1,4 @@
-"""The conversion engine: a checkpoint -> a folder of another, in bounded memory; runs no model."""
+"""Writes a converted checkpoint as a folder, in bounded memory; runs no model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,22 +16,21 @@ from mlx_stream.errors import CheckpointError, ValueRefused
 from mlx_stream.quantize.conversion import Conversion, name_of, prepare_conversion
 from mlx_stream.quantize.recipes import Recipe
 
-# Of the form of conversion.json.
-VERSION = 1
-# Beside the shard that is filled: a matrix as it was, its blocks as they become, and these joined.
+VERSION = 1  # of conversion.json
+# Beside the shard being filled: a matrix before, its converted blocks, and these joined.
 MATRICES_HELD = 3
 
 
 @dataclass
 class ConversionResult:
-    """What a conversion wrote, and the memory it took.
+    """A finished conversion, and its memory.
 
     Attributes:
-        about: what its `conversion.json` says.
-        kept: paths of matrices that stay floats, because groups do not divide their rows.
-        bound_bytes: what MLX may have held: three of the largest matrix, and the largest shard.
-        peak_bytes: what it did hold.
-        resident_bytes: the most this process grew, seen after each tensor.
+        about: the content of `conversion.json`.
+        unquantized: paths of matrices that stay floats, because groups do not divide their rows.
+        bound_bytes: the bound of MLX's memory: three of the largest matrix, and the largest shard.
+        peak_bytes: the peak of MLX's memory.
+        resident_bytes: the most that this process grew, measured after each tensor.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -52,14 +51,14 @@ def write_converted(
 ) -> ConversionResult:
     """Write a checkpoint to the folder `out`, quantized by a recipe, its floats in a dtype.
 
-    One matrix after another is read, quantized and let go of, so that a model may be larger than
-    memory; its tensors are taken out of the checkpoint. The folder appears whole or not at all,
-    and the same source and options give the same bytes.
+    One matrix after another is read, quantized and released, so a model may be larger than memory;
+    its tensors are taken out of the checkpoint. The folder appears complete or not at all, and the
+    same source and options give the same bytes.
 
     Args:
-        recipe, dtype: see `quantize.prepare`.
-        force: replace a folder that an earlier conversion wrote.
-        progress: called with tensors written and to write.
+        recipe, dtype: see `prepare_conversion`.
+        force: replace the folder of an earlier conversion.
+        progress: called with the numbers of parts written and of all.
 
     Raises:
         ValueRefused: `out` is taken, or the recipe does not fit.
@@ -75,7 +74,7 @@ def write_converted(
 
     written = write_folder(conversion.checkpoint, out, watch.tensors(), about, force)
     if written is None:
-        raise CheckpointError(f"{out}: another process wrote it meanwhile; it was left as it is")
+        raise CheckpointError(f"{out}: another process wrote it meanwhile; its folder is kept")
     if recipe is not None:
         result.unquantized = [path for path, kind in conversion.quantized.items() if kind is None]
     result.files = written.count
@@ -86,7 +85,7 @@ def write_converted(
 
 
 class MemoryMonitor:
-    """Count what passes from a conversion to its shards, and the memory meanwhile."""
+    """Record the size of each tensor that a conversion writes, and the memory."""
 
     def __init__(self, conversion: Conversion, progress: Callable[[int, int], None]):
         self.conversion, self.progress = conversion, progress
@@ -111,7 +110,7 @@ class MemoryMonitor:
 def describe_conversion(
     conversion: Conversion, sizes: Mapping[str, int], shards: Shards, recipe: Recipe | None
 ) -> dict[str, Any]:
-    """Return what `conversion.json` says: nothing of the day, the machine or its folders."""
+    """Return the content of `conversion.json`, without dates, machines or paths."""
     parameters = conversion.layout.parameters
     return {
         "conversion": VERSION,
@@ -127,14 +126,14 @@ def describe_conversion(
 
 
 def sizes_of(tensors: Mapping[str, mx.array]) -> dict[str, int]:
-    """Return the bytes of each tensor; those of a GGUF file are read for it, one by one."""
+    """Return the bytes of each tensor; a GGUF file's are read one by one."""
     return {name: tensors[name].nbytes for name in tensors}
 
 
 def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
     """Return the bytes of weights that decoding one token reads.
 
-    All of them, but for an embedding that is not the head too: of that, one row.
+    Of an embedding that is not also the head it is one row, of the rest everything.
     """
     total = sum(sizes.values())
     if config.tie_word_embeddings:
@@ -144,11 +143,7 @@ def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
 
 
 def refuse_places(source: Path, out: Path) -> None:
-    """Refuse a place for the result that is the source, inside it or around it.
-
-    Raises:
-        ValueRefused: it is.
-    """
+    """Raise ValueRefused if the result would be the source, inside it or around it."""
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise ValueRefused(f"{out}: is the source, inside it, or around it: give another folder")

@@ -1,42 +1,47 @@
-"""Whether this device computes what a stream needs, as it needs it; prints nothing.
+"""Checks that this device computes what a stream needs; prints nothing.
 
-A test suite that passes on one backend says little of another: positions, masks, kernels and
-buffers are each device's own. These checks run on the device at hand, on a model's own shapes.
+Positions, masks, kernels and buffers differ from device to device. The checks run on the device at
+hand, in the shapes of a model.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from mlx_stream.errors import one_line
 from mlx_stream.load import Model
 from mlx_stream.selftest import kernels, streams
-from mlx_stream.selftest.result import CheckOutcome, CheckResult
+from mlx_stream.selftest.kernels import CheckOutcome
 
 
 @dataclass(frozen=True)
 class Check:
-    """A check, what it sees to, and what to do where that does not hold."""
+    """A check: its name, the function, and advice if it fails."""
 
     name: str
     check: Callable[[Model], CheckOutcome]
     advice: str
 
 
-REPORT = "report it with what doctor prints; until then do not trust what is written here"
+@dataclass(frozen=True)
+class CheckResult:
+    """The outcome of a named check, with advice if it failed."""
+
+    check: str
+    holds: bool | None
+    found: str
+    advice: str
+
+
+REPORT = "report it with the output of doctor; until then do not trust the text that is written"
 CHECKS = (
+    Check("rotary positions are right up to the clock's limit", kernels.rotation, REPORT),
     Check(
-        "rotary positions are right up to the clock's limit",
-        kernels.rotation,
-        REPORT,
-    ),
-    Check(
-        "attention is right: grouped heads, masks, one token and many",
-        kernels.attention,
-        REPORT,
+        "attention is right: grouped heads, masks, one token and many", kernels.attention, REPORT
     ),
     Check(
         "attention is one fused kernel for these shapes",
         kernels.fused_attention,
-        "text is right but slower than it could be: update MLX (pip install -U mlx), or take a "
+        "text is right but slower than it could be: update MLX (pip install -U mlx), or choose a "
         "model whose heads have 64 or 128 numbers",
     ),
     Check(
@@ -57,7 +62,7 @@ CHECKS = (
     Check(
         "buffers are updated in place",
         streams.in_place,
-        "memory and time per token are more than they need to be: update MLX, and report it",
+        "memory and time per token are higher than necessary: update MLX, and report it",
     ),
     Check(
         "a decode step is traced once",
@@ -67,22 +72,23 @@ CHECKS = (
     Check(
         "seeds decide what is drawn",
         streams.seeds,
-        "--seed does not give the same text again here: update MLX, and report it",
+        "--seed does not reproduce a text here: update MLX, and report it",
     ),
     Check(
-        "a saved stream goes on to the bit",
+        "a saved stream continues to the bit",
         streams.snapshot_restores,
-        "leave --session out until it is fixed, and report it",
+        "do not use --session until it is fixed, and report it",
     ),
 )
 
 
 def run(model: Model) -> Iterator[CheckResult]:
-    """Run every check on a model's shapes; yields what each found, as it is found."""
-    for named in CHECKS:
+    """Run every check in a model's shapes; yield each result when it is known."""
+    for one in CHECKS:
         try:
-            found = named.check(model)
+            found = one.check(model)
         except (RuntimeError, ValueError) as error:  # MLX's own: a kernel that failed, say
-            found = CheckOutcome(False, f"MLX refused: {' '.join(str(error).split())[:200]}")
-        advice = named.advice if found.holds is False else ""
-        yield CheckResult(named.name, found.holds, found.what, advice)
+            found = CheckOutcome(False, f"MLX refused: {one_line(error, 200)}")
+        yield CheckResult(
+            one.name, found.holds, found.what, one.advice if found.holds is False else ""
+        )

@@ -1,6 +1,7 @@
-"""Single operations on a model's shapes, each against numpy; knows no stream."""
+"""Checks of single operations in a model's shapes, against numpy; knows no stream."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -9,24 +10,33 @@ import numpy as np
 from mlx_stream import backend
 from mlx_stream.cache.positions import inverse_frequencies
 from mlx_stream.cache.stream import CLOCK_LIMIT
+from mlx_stream.errors import one_line
 from mlx_stream.load import Model
 from mlx_stream.selftest import reference
-from mlx_stream.selftest.result import CheckOutcome, within
 from mlx_stream.window import PREFILL_CHUNK
 
-# How far a result of numbers of about 1 may be off: float32's includes the angles' rounding near
-# the clock's limit, and the reduced precision an M5 computes it with.
+# The allowed error of numbers of about 1: float32's includes the angles' rounding near the clock's
+# limit, and the reduced precision of an M5.
 ALLOWED = {mx.float32: 1e-2, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 ROWS = 2_052  # of a buffer: 4 sinks, the default window
-FEW = 8  # queries at once that the kernel for one still serves
+FEW = 8  # queries at once that the kernel for one query still takes
 
 
-def tolerance(model: Model) -> float:
-    return ALLOWED[model.dtype]
+@dataclass(frozen=True)
+class CheckOutcome:
+    """Whether something holds, None where it does not apply, and what was found."""
+
+    holds: bool | None
+    what: str
+
+
+def within(worst: float, allowed: float) -> CheckOutcome:
+    """Return whether a difference is small enough; one that is not a number is not."""
+    return CheckOutcome(worst <= allowed, f"off by {worst:.1e} at most, {allowed:.0e} allowed")
 
 
 def random(model: Model, *shape: int, seed: int = 0) -> mx.array:
-    """Return numbers of about 1 in a model's dtype, the same ones each time."""
+    """Return reproducible numbers of about 1 in a model's dtype."""
     values = np.random.default_rng((seed, *shape)).standard_normal(shape)
     return mx.array(values.astype(np.float32)).astype(model.dtype)
 
@@ -56,23 +66,20 @@ def rotation(model: Model) -> CheckOutcome:
     rope, off = model.attention.rope, 0.0
     for rows, place in ((1, 0), (1, CLOCK_LIMIT - 1), (9, 1_000), (9, CLOCK_LIMIT - 9)):
         x = random(model, 1, heads, rows, config.head_dim)
-        places = place + np.arange(rows)
-        expected = reference.rotate(plain(x), places, frequencies)
-        turned = rope.rotate(x, mx.array([place], mx.int32))
-        off = max(off, worst(plain(turned), expected))
-        if rows == 1:
-            once = rope.token_rotation(mx.array([place], mx.int32), heads)(x)
-            off = max(off, worst(plain(once), expected))
+        at = mx.array([place], mx.int32)
+        apart = reference.rotate(plain(x), place + np.arange(rows), frequencies)
         together = reference.rotate(plain(x), np.full(rows, place), frequencies)
         all_turned = rope.rotate_all(x, place)
-        off = max(off, worst(plain(all_turned), together))
-        back = rope.rotate_all(all_turned, place, backwards=True)
-        off = max(off, worst(plain(back), plain(x)))
-    return within(off, tolerance(model))
+        pairs = [(rope.rotate(x, at), apart), (all_turned, together)]
+        pairs.append((rope.rotate_all(all_turned, place, backwards=True), plain(x)))
+        if rows == 1:
+            pairs.append((rope.token_rotation(at, heads)(x), apart))
+        off = max(off, *(worst(plain(found), expected) for found, expected in pairs))
+    return within(off, ALLOWED[model.dtype])
 
 
 def attention(model: Model) -> CheckOutcome:
-    """Attend as a decode step and as a chunk do, with the masks they have."""
+    """Attend as a decode step and a chunk do, with their masks."""
     off = 0.0
     for queries, keys, values, scale, mask in calls(model):
         found = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
@@ -83,7 +90,7 @@ def attention(model: Model) -> CheckOutcome:
             added = np.array(mask)[0].astype(np.float64)
         expected = reference.attend(plain(queries), plain(keys), plain(values), scale, seen, added)
         off = max(off, worst(plain(found), expected))
-    return within(off, tolerance(model))
+    return within(off, ALLOWED[model.dtype])
 
 
 def fused_attention(model: Model) -> CheckOutcome:
@@ -99,7 +106,7 @@ def fused_attention(model: Model) -> CheckOutcome:
                 )
             )
         except (RuntimeError, ValueError) as error:
-            refused.append(f"{queries.shape[2]} tokens: {' '.join(str(error).split())[:120]}")
+            refused.append(f"{queries.shape[2]} tokens: {one_line(error, 120)}")
     head_dim = model.config.head_dim
     if refused:
         return CheckOutcome(False, f"heads of {head_dim} numbers, {'; '.join(refused)}")
@@ -109,7 +116,7 @@ def fused_attention(model: Model) -> CheckOutcome:
 def calls(
     model: Model,
 ) -> Iterator[tuple[mx.array, mx.array, mx.array, float, mx.array | None]]:
-    """Yield what attention is called with: queries, keys, values, scale, mask."""
+    """Yield the arguments of attention: queries, keys, values, scale, mask."""
     config = model.config
     shape = (ROWS, config.head_dim)
     keys = random(model, 1, config.num_key_value_heads, *shape, seed=1)
@@ -121,7 +128,7 @@ def calls(
         if tokens == 1:
             yield queries, keys, values, scale, None
         seen: Any = chosen.random((tokens, ROWS)) < 0.5
-        seen[:, 0] = True  # no row without anything: its result is nobody's
+        seen[:, 0] = True  # a row without any key has no result
         yield queries, keys, values, scale, mx.array(seen)
     # A chunk that moves the oldest token: the sinks' scores come in the mask, all in float32.
     shape = (1, config.num_attention_heads, PREFILL_CHUNK, ROWS)
@@ -132,7 +139,7 @@ def calls(
 
 
 def quantized_product(model: Model) -> CheckOutcome:
-    """Multiply with packed weights, and with what they stand for."""
+    """Multiply with packed weights, and with the same weights dequantized."""
     config = model.config
     inputs, outputs = config.hidden_size, config.intermediate_size
     group = next((size for size in (64, 32) if inputs % size == 0), None)
@@ -148,4 +155,4 @@ def quantized_product(model: Model) -> CheckOutcome:
             product = mx.quantized_matmul(x, *packed, group_size=group, bits=bits)
             expected = plain(x) @ np.array(whole.astype(mx.float32)).astype(np.float64).T
             off = max(off, distance(plain(product), expected))
-    return within(off, tolerance(model))
+    return within(off, ALLOWED[model.dtype])

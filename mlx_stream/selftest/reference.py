@@ -1,4 +1,4 @@
-"""Rotation and attention in numpy, slowly, in float64; what a device is held against.
+"""Rotation and attention in numpy, in float64: the reference for a device.
 
 Shapes: H query heads, K key heads, T queries, N keys, D head dimension.
 """
@@ -51,9 +51,10 @@ class SlowStream:
         self.rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def read(self, token: int, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-        """Return what a token attends to, itself included: (H, 1, D).
+        """Return a token's attention to all that it sees, itself included: (H, 1, D).
 
-        Takes (H, 1, D), (K, 1, D) and (K, 1, D), unrotated.
+        Args:
+            query, key, value: (H, 1, D), (K, 1, D) and (K, 1, D), unrotated.
         """
         self.rows[token] = key, value
         oldest = max(self.sinks, token - self.window + 1)

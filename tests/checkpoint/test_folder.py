@@ -1,4 +1,4 @@
-"""What is read from a folder is what was stored; what is damaged or hostile is refused by name."""
+"""A folder is read as it was stored; a damaged or hostile one is refused by name."""
 
 import json
 import math
@@ -72,7 +72,7 @@ def test_tensors_are_those_stored(tmp_path, dtype, shards):
         np.testing.assert_array_equal(np.array(array.astype(mx.float32)), expected[name])
 
 
-def test_config_and_tokenizer_come_as_they_are(model):
+def test_config_and_tokenizer_are_unchanged(model):
     found = read_folder(model)
     assert found.config == json.loads((model / "config.json").read_text())
     assert found.tokenizer == (model / "tokenizer.json").read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def test_missing_files_names_what_reading_needs(sharded):
     assert missing_files(sharded) == ["tokenizer.json", "model.safetensors"]
 
 
-def test_a_file_takes_the_memory_it_has_not_what_it_might_have(model):
+def test_reading_takes_the_memory_of_the_file_not_of_its_limit(model):
     tracemalloc.start()
     try:
         read_folder(model)
@@ -213,7 +213,7 @@ REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("change", "kind", "why"), REFUSED)
-def test_what_is_wrong_with_a_folder_is_said(sharded, monkeypatch, change, kind, why):
+def test_the_fault_of_a_folder_is_named(sharded, monkeypatch, change, kind, why):
     monkeypatch.setattr(json_files, "JSON_BYTES", 4 << 20)
     change(sharded)
     assert why in refused(sharded, kind)
@@ -242,7 +242,7 @@ def test_an_index_may_not_leave_its_folder(sharded, shard):
     assert missing_files(sharded)
 
 
-# --- shards nobody vouches for ---
+# --- untrusted shards ---
 
 
 def test_a_truncated_shard_is_refused_at_any_length(model):
@@ -266,7 +266,7 @@ def test_a_truncated_shard_is_refused_at_any_length(model):
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", INDEX]
 )
 @pytest.mark.parametrize("target", ["/dev/zero", "pipe", "loop", "nowhere", "."])
-def test_a_link_that_leads_to_no_file_is_none(sharded, name, target):
+def test_a_link_that_leads_to_no_file_is_missing(sharded, name, target):
     (sharded / name).unlink(missing_ok=True)
     os.mkfifo(sharded / "pipe")
     (sharded / "loop").symlink_to("loop")

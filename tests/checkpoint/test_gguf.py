@@ -1,4 +1,4 @@
-"""GGUF files are read without loss, in Hugging Face's words; what cannot be is refused by name."""
+"""GGUF files are read without loss, with Hugging Face's names."""
 
 from pathlib import Path
 from typing import Any

@@ -101,7 +101,7 @@ def factors(values: np.ndarray, **more: Any) -> dict[str, Any]:
     return {"tensors": {"rope_freqs.weight": values.astype(np.float32)}, **more}
 
 
-# What a whole file of another's says, and what its refusal names.
+# Changes of a file, and the text of its refusal.
 WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
     (floats("blk.1.attn_v.weight"), WeightsError, "blk.1.attn_v.weight is missing"),
     (floats("token_embd.weight"), WeightsError, "token_embd.weight is missing"),
@@ -183,7 +183,7 @@ def test_forged_headers_are_refused_without_allocating(path, content, message):
 
 
 @pytest.mark.parametrize(("changes", "kind", "message"), WRITTEN)
-def test_what_cannot_be_run_is_refused_by_name(path, changes, kind, message):
+def test_unsupported_files_are_refused_by_name(path, changes, kind, message):
     write_tiny(path, **changes)
     assert message in refused(path, kind)
 
@@ -202,7 +202,7 @@ def test_scales_that_do_not_fit_are_refused(path, kind, scale):
     assert "blk.1.ffn_up.weight" in refused(path, WeightsError)
 
 
-def test_what_is_no_file_is_refused(path):
+def test_a_missing_file_is_refused(path):
     assert "no such file" in refused(path, CheckpointError)
     path.mkdir()
     assert "no such file" in refused(path, CheckpointError)

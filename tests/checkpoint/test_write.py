@@ -1,4 +1,4 @@
-"""A written folder is the same when read again, and is whole or not there, whatever happens."""
+"""A written folder is the same when read again, and appears complete or not at all."""
 
 import os
 import subprocess
@@ -168,7 +168,7 @@ def test_a_disk_that_fills_up_leaves_nothing(model, tmp_path):
     assert nothing_but(tmp_path, "model")
 
 
-def test_what_is_there_already_is_kept(model, tmp_path):
+def test_an_existing_folder_is_kept(model, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "theirs").touch()
     assert write_folder(read_folder(model), tmp_path / "out") is None

@@ -102,14 +102,14 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("convert", "--recipe mixed_4_6 --bits 4", "leave out --bits"),
     ("convert", "--recipe best", "--recipe must be one of uniform_2, "),
     ("convert", "--recipe sensitive_4_6", "--recipe sensitive_4_6 is measured on a text: give one"),
-    ("convert", "--bits 4 --calibration TEXT", "--calibration is for recipes that are measured"),
+    ("convert", "--bits 4 --calibration TEXT", "--calibration is for measured recipes"),
     ("convert", "--report none.txt", "none.txt: cannot be read: No such file or directory"),
     ("convert", "--report SHORT", "63 tokens: a report needs more than 200"),
     ("convert", "--recipe sensitive_4_6 --calibration SHORT", "the calibration text has 63 tokens"),
     ("convert", "--report TEXT --report-tokens 5", "--report-tokens must be above 200, not 5"),
-    ("convert plan", "--device iphone-16-prp", "not known; did you mean iphone-"),
-    ("plan", "--device toaster", "'toaster': not known; `mlx_stream devices` lists all"),
-    ("plan", "--device macbook-air-m3", "say which: macbook-air-m3-8gb, macbook-air-m3-16gb, mac"),
+    ("convert plan", "--device iphone-16-prp", "unknown; did you mean iphone-"),
+    ("plan", "--device toaster", "'toaster': unknown; `mlx_stream devices` lists all"),
+    ("plan", "--device macbook-air-m3", "choose one of macbook-air-m3-8gb, macbook-air-m3-16gb"),
     ("phone", "--window 200000", "exceed the model's trained context of 131072"),
     ("phone", "--bits 7", "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
     ("phone", "--group-size 48", "--group-size must be one of 32, 64, 128"),
@@ -117,7 +117,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("tiny", "--kv-bits 8", "--kv-bits needs heads of a multiple of 64 numbers"),
     ("phone tiny", "--sinks -1", "--sinks must be from 0 to"),
     ("tiny", "--window 0", "--window must be at least 1, not 0"),
-    ("phone", "--bits 4 --dequantize", "--bits is for weights that stay quantized"),
+    ("phone", "--bits 4 --dequantize", "--bits keeps weights quantized"),
     ("plan", "--device macbook-neo --no-entitlement", "--no-entitlement is for phones"),
     ("plan", "--no-entitlement", "--no-entitlement is for phones and tablets, which here is not"),
     ("phone devices", "--devices none.toml", "none.toml: cannot be read: No such file"),
@@ -302,8 +302,8 @@ def test_a_template_without_a_system_role_takes_the_prompt_as_an_opening(model):
 # --- memory and the device ---
 
 REFUSAL = (
-    r"([\d,.]+) MB of weights and ([\d,.]+) MB of keys and values exceed the ([\d,.]+) MB this "
-    r"device recommends: use a smaller window, a quantized model, or --force"
+    r"([\d,.]+) MB of weights and ([\d,.]+) MB of keys and values exceed this device's "
+    r"budget of ([\d,.]+) MB: use a smaller window, a quantized model, or --force"
 )
 
 

@@ -1,4 +1,4 @@
-"""config.json: what is accepted is complete and right; rotary settings are right or refused."""
+"""An accepted config.json is complete and right; rotary settings are right or refused."""
 
 import dataclasses
 from typing import Any

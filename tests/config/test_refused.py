@@ -1,4 +1,4 @@
-"""config.json: what cannot be computed is refused in one line, and so is nonsense."""
+"""An unsupported or malformed config.json is refused in one line."""
 
 import math
 import re
@@ -20,9 +20,9 @@ REQUIRED += ("num_attention_heads", "vocab_size", "rms_norm_eps")
 COUNTS = (*REQUIRED[1:6], "num_key_value_heads", "head_dim", "max_position_embeddings")
 NO_NUMBERS = (True, 0, -1.0, "1", [1], math.nan, math.inf)
 
-# --- one table: what a file says, and what its refusal names ---
+# --- changes of a config, and the text of its refusal ---
 
-# What would change the computation, in each family.
+# Keys that change the computation, in each family.
 KEYS_THAT_MATTER = {
     **{"partial_rotary_factor": 0.5, "attn_logit_softcapping": 50.0, "logits_scaling": 8.0},
     **{"final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256, "logit_scale": 0.0625},
@@ -68,7 +68,7 @@ ROPES: list[tuple[Any, str]] = [
     ({**LLAMA3, "low_freq_factor": 4.0}, "rope"),
     ({**LLAMA3, "low_freq_factor": 5.0}, "rope"),
 ]
-# What quantization cannot be.
+# Unsupported quantization.
 QUANTIZATIONS: list[tuple[Any, str]] = [
     ({"group_size": 64}, "bits is missing"),
     ({"bits": 4}, "group_size is missing"),
@@ -129,11 +129,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "named"), REFUSED, ids=str)
-def test_what_cannot_be_run_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+def test_unsupported_configs_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
     assert re.search(named, refused({**tiny_config(), **changes}))
 
 
-def test_of_nothing_the_first_key_is_missing() -> None:
+def test_an_empty_config_lacks_its_first_key() -> None:
     assert "model_type is missing" in refused({})
 
 
@@ -190,7 +190,7 @@ def test_any_config_is_read_or_refused_in_one_line(changes):
     assert 0 < config.rope.attention_factor < math.inf
 
 
-def test_a_strangers_value_does_not_make_the_line_longer_than_a_line() -> None:
+def test_a_huge_value_does_not_make_a_long_line() -> None:
     for value in (list(range(10_000)), "x" * 100_000, {"a" * 5_000: None}):
         line = refused(tiny_config(hidden_size=value))
         assert len(line) < 160

@@ -1,4 +1,4 @@
-"""`pull`, from a Hub on loopback, over connections that break: a whole model, or one line."""
+"""`pull` from a Hub on loopback, over connections that break: a complete model, or one line."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ def test_a_model_is_pinned_to_a_commit_and_opens_without_the_hub(served, monkeyp
     assert read_folder(found.path).tensors.keys() == WEIGHTS.keys()
 
 
-def test_huggingface_hub_takes_what_was_fetched_for_its_own(served):
+def test_huggingface_hub_finds_the_fetched_model(served):
     found = pull()
     served.asked.clear()
     own = huggingface_hub.snapshot_download(
@@ -83,7 +83,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(served):
     assert repository.find_in_cache(REPO) is None  # main was not asked for
 
 
-def test_offline_the_cache_is_what_there_is(served, monkeypatch):
+def test_offline_the_cached_model_is_used(served, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set; unset it" in refused()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -101,7 +101,7 @@ def broken_after(count: int) -> Callable[[bytes, int], bytes]:
     return lambda content, start: content[:count]
 
 
-def test_a_download_goes_on_where_the_connection_broke(served):
+def test_a_download_resumes_where_the_connection_broke(served):
     size = (served.repos[REPO] / SHARD).stat().st_size
     step = size // 5
     served.sent[SHARD] = broken_after(step)
@@ -109,7 +109,7 @@ def test_a_download_goes_on_where_the_connection_broke(served):
     assert served.ranges == [(SHARD, start) for start in range(step, size, step)]
 
 
-def test_what_was_left_damaged_is_fetched_again(served):
+def test_a_damaged_partial_file_is_fetched_again(served):
     served.sent[SHARD] = lambda content, start: bytes(1_000) if start == 0 else b""
     refused()
     served.sent.clear()
@@ -150,7 +150,7 @@ pull(sys.argv[1], "main", print, stop)
 """
 
 
-def test_a_killed_download_looks_like_none_and_is_gone_on_with(served):
+def test_a_killed_download_looks_like_none_and_is_resumed(served):
     served.sent[SHARD] = broken_after(50_000)
     env = {**os.environ, "HF_ENDPOINT": served.endpoint}
     killed = subprocess.run([sys.executable, "-c", KILLED, REPO], env=env, capture_output=True)
@@ -200,13 +200,13 @@ def test_the_verb_prints_the_commit_and_json(served):
 
 
 @pytest.mark.parametrize("source", [".", "none", "a/b/c", "model.gguf"])
-def test_what_is_not_on_the_hub(source):
+def test_a_source_that_is_not_on_the_hub(source):
     result = run_here("pull", source)
     assert (result.code, result.out) == (1, "")
     assert f"{source!r} is not on the Hub; expected a Hub id org/name" in result.err
 
 
-def test_progress_is_told_in_bytes(served):
+def test_progress_is_in_bytes(served):
     told: list[tuple[int, int]] = []
     total = pull_from_hub(REPO, "main", silent, lambda *count: told.append(count)).bytes
     assert told[-1] == (total, total) and [done for done, _ in told] == sorted(d for d, _ in told)

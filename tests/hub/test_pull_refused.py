@@ -1,4 +1,4 @@
-"""`pull` from a Hub that lies, or has what we do not read: one line, nothing that looks whole."""
+"""`pull` from a Hub that lies or has other formats: one line, nothing that looks complete."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +76,7 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (lists(SHARD, lfs={"size": -1, "sha256": ZEROS, "pointerSize": 1}), "size and hash", None),
     (lists(SHARD, blobId=None, lfs=None), "size and hash", None),
     (lists(SHARD, lfs={"size": 10**18, "sha256": ZEROS, "pointerSize": 1}), "GB left", None),
-    (lists("tokenizer.json", size=10**9), "tokenizer.json of 953 MB, which no such file", None),
+    (lists("tokenizer.json", size=10**9), "tokenizer.json of 953 MB, unlike any such file", None),
     (lambda served: setattr(served, "commit", "../../main"), "names no commit", NOTHING),
     (holds_only("pytorch_model.bin"), "only pickles (.bin, .pt), which are never fetched", NOTHING),
     (holds_only("consolidated.00.pth"), "only pickles", NOTHING),
@@ -97,7 +97,7 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
 
 
 @pytest.mark.parametrize(("change", "why", "fetched"), REFUSED)
-def test_what_a_hub_has_or_says_is_refused_in_one_line(served, change, why, fetched):
+def test_a_hostile_or_unsupported_model_is_refused_in_one_line(served, change, why, fetched):
     change(served)
     assert why in refused()
     assert fetched is None or served.fetched() == fetched
@@ -105,7 +105,7 @@ def test_what_a_hub_has_or_says_is_refused_in_one_line(served, change, why, fetc
 
 
 @pytest.mark.parametrize("revision", ["none", "../main", "/main", "", "-x", "a b"])
-def test_a_revision_that_is_none(served, revision):
+def test_an_unknown_revision(served, revision):
     line = refused(revision)
     assert repr(revision) in line and "a branch, a tag or a commit" in line
 
@@ -113,7 +113,7 @@ def test_a_revision_that_is_none(served, revision):
 def test_a_file_that_is_not_what_was_listed_is_not_kept(served):
     for name in ("config.json", SHARD, "tokenizer.json"):
         served.sent[name] = lambda content, start: bytes([content[0] ^ 1]) + content[1:]
-        assert f"{name} is not what the Hub says it is" in refused()
+        assert f"{name} does not have the hash that the Hub lists" in refused()
         del served.sent[name]
         for path in transfer.storage_of(REPO).glob("blobs/*"):
             file = transfer.File(path.name, path.stat().st_size, path.name)
@@ -139,7 +139,7 @@ def test_a_file_without_end_is_cut_off(served, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["../model.safetensors", "/x.safetensors", "a/b.safetensors", "..\\x.safetensors"]
 )
-def test_names_that_lead_elsewhere_are_not_ours(served, name):
+def test_names_that_lead_elsewhere_are_skipped(served, name):
     served.listed["README.md"] = {"rfilename": name}
     (served.repos[REPO] / "README.md").write_text("x")
     assert {path.name for path in pull().path.iterdir()} == {

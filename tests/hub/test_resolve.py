@@ -1,4 +1,4 @@
-"""Where a model comes from: paths, and a Hub of our own on loopback."""
+"""Sources of models: paths, and a Hub on loopback."""
 
 import json
 import os
@@ -54,7 +54,7 @@ NO_SOURCES = ("", "none", "a/b/c", "a b/c", "a\0/b", "-a/b", "é/b")
         (__file__, "expected a folder or a .gguf file"),
     ],
 )
-def test_what_is_no_source_names_the_accepted_forms(source, why):
+def test_a_refused_source_names_the_accepted_forms(source, why):
     assert why in refused(source)
 
 
@@ -108,7 +108,7 @@ def test_a_lost_template_makes_the_cache_incomplete(model, served):
     assert (found / "chat_template.jinja").is_file()
 
 
-def test_what_the_environment_says_about_the_hub_holds(served, tmp_path):
+def test_the_environment_variables_of_the_hub_are_obeyed(served, tmp_path):
     code = (
         f"from mlx_stream.hub.resolve import resolve; print(resolve({REPO!r}, lambda line: None))"
     )

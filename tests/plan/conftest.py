@@ -1,4 +1,4 @@
-"""What tests of plans gets: caches and a Hub of our own."""
+"""Fixtures of the tests of plans: caches, and a Hub on loopback."""
 
 from tests.fakes.loopback import home_fixture, model_fixture, served_fixture
 

@@ -1,4 +1,4 @@
-"""Models known by config and headers alone: folders, GGUF files, a config, and a Hub of our own."""
+"""Summaries from config and headers: folders, GGUF files, a config, and a Hub on loopback."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def quantized_folder(folder: Path, recipe: dict) -> Path:
     return folder
 
 
-# --- what is here ---
+# --- on this machine ---
 
 
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "dequantized"])
@@ -111,7 +111,7 @@ def test_a_config_alone_says_its_dtype(tmp_path):
         assert summarize_model(str(path), never).dtype == dtype
 
 
-# --- what is not a model's ---
+# --- refused ---
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_headers_that_are_not_the_configs_are_refused(tmp_path, changes, kind, w
 
 
 @pytest.mark.parametrize("source", ["none", "a/b/c", "none.json", ""])
-def test_what_is_no_model_names_the_accepted_forms(source):
+def test_a_refused_source_names_the_accepted_forms(source):
     with pytest.raises(SourceError, match=r"expected a folder, a \.gguf file, a config\.json"):
         summarize_model(source, never)
 
@@ -183,7 +183,7 @@ HEADERS += [(odd("F64"), "'a' is F64"), (odd(shape="[-4]"), "impossible shape|da
 
 
 @pytest.mark.parametrize(("header", "why"), [*HEADERS, (odd(shape='["4"]'), "shape|damaged")])
-def test_a_header_on_the_hub_that_nobody_runs_is_one_line(served: Hub, header: str, why: str):
+def test_an_unsupported_header_on_the_hub_is_one_line(served: Hub, header: str, why: str):
     content = len(header).to_bytes(8, "little") + header.encode()
     (served.repos[REPO] / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=f"^{REPO}: .*({why})"):

@@ -193,7 +193,7 @@ def test_a_gguf_is_copied_without_loss(tmp_path: Path, kind: str) -> None:
     assert all(mx.array_equal(after[name], before[name]).item() for name in before)
 
 
-def test_what_is_stored_as_asked_for_is_not_quantized_again(llama: Path, tmp_path: Path) -> None:
+def test_a_matrix_already_stored_as_asked_for_is_copied(llama: Path, tmp_path: Path) -> None:
     converted(llama, tmp_path / "four", uniform_recipe(4))
     converted(tmp_path / "four", tmp_path / "again", uniform_recipe(4))
     assert (
@@ -206,7 +206,7 @@ def test_what_is_stored_as_asked_for_is_not_quantized_again(llama: Path, tmp_pat
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_dtype_alone_is_that_of_everything(llama: Path, tmp_path: Path, dtype: str) -> None:
+def test_a_dtype_alone_applies_to_everything(llama: Path, tmp_path: Path, dtype: str) -> None:
     converted(llama, tmp_path / "four", uniform_recipe(4))
     converted(tmp_path / "four", tmp_path / "out", dtype=dtype)
     found = read_folder(tmp_path / "out")
@@ -216,7 +216,7 @@ def test_a_dtype_alone_is_that_of_everything(llama: Path, tmp_path: Path, dtype:
     assert error < {"float32": 1e-5, "float16": 0.05, "bfloat16": 0.5}[dtype]
 
 
-def test_a_dtype_with_bits_is_that_of_scales_and_norms(llama: Path, tmp_path: Path) -> None:
+def test_a_dtype_with_bits_applies_to_scales_and_norms(llama: Path, tmp_path: Path) -> None:
     converted(llama, tmp_path / "out", uniform_recipe(4), dtype="float16")
     tensors = read_folder(tmp_path / "out").tensors
     assert {str(array.dtype) for name, array in tensors.items() if "weight" not in name} == {
@@ -261,7 +261,7 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path, value: float, dtype:
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_places_and_code_of_its_maker_are_left_out(llama: Path, tmp_path: Path) -> None:
+def test_paths_and_code_of_the_maker_are_left_out(llama: Path, tmp_path: Path) -> None:
     for file in ("config.json", "tokenizer_config.json"):
         edit(
             llama / file,

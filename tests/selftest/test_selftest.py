@@ -1,5 +1,6 @@
-"""`doctor --self-test`: every check holds here, and fails when what it checks is broken."""
+"""`doctor --self-test`: every check holds here, and fails when the code it checks is broken."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlx_stream.cache.geometry import Geometry
 from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.generate import snapshot
+from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
 from mlx_stream.selftest import kernels, streams
 from mlx_stream.selftest.tiny_model import make_tiny_model
@@ -23,10 +25,7 @@ def model():
     return make_tiny_model()
 
 
-attend = mx.fast.scaled_dot_product_attention
-
-
-def test_every_check_holds_here_or_is_said_not_to_apply(model):
+def test_every_check_holds_or_does_not_apply(model):
     findings = {finding.check: finding for finding in selftest.run(model)}
     assert len(findings) == len(selftest.CHECKS)
     assert all(finding.holds is not False for finding in findings.values()), findings
@@ -44,51 +43,142 @@ def test_every_check_holds_here_or_is_said_not_to_apply(model):
         (mx.bfloat16, {"tie_word_embeddings": True, "hidden_size": 48, "head_dim": 8}),
     ],
 )
-def test_it_takes_the_shapes_and_the_dtype_of_the_model_at_hand(tiny_model, dtype, changes):
+def test_the_checks_hold_in_other_shapes_and_dtypes(tiny_model, dtype, changes):
     model = tiny_model(dtype, **changes)
     assert [one.check for one in selftest.run(model) if one.holds is False] == []
 
 
-# --- each check, what it checks being broken ---
+# --- each check, with a fault in the code it checks ---
+
+attend = mx.fast.scaled_dot_product_attention
+FAR = mx.array([2**31 - 1], mx.int32)
+KEY = mx.random.key(0)
 
 
-def test_a_rotation_the_wrong_way_is_seen(model, monkeypatch):
-    right = Rope._apply
-    monkeypatch.setattr(Rope, "_apply", lambda self, x, at, scale: right(self, x, at, -scale))
-    assert kernels.rotation(model).holds is False
+def wrong_heads(queries, keys, values, *, scale, mask=None):
+    return attend(queries, keys[:, ::-1], values[:, ::-1], scale=scale, mask=mask)
 
 
-def test_a_position_that_overflows_is_seen(model, monkeypatch):
-    right = Rope._apply
-    wrong = mx.array([2**31 - 1], mx.int32)
-    monkeypatch.setattr(
-        Rope, "_apply", lambda self, x, at, scale: right(self, x, wrong if scale < 0 else at, scale)
-    )
-    assert kernels.rotation(model).holds is False
+def no_mask(queries, keys, values, *, scale, mask=None):
+    return attend(queries, keys, values, scale=scale)
 
 
-@pytest.mark.parametrize("fault", ["mask", "heads", "scale", "nan"])
-def test_wrong_attention_is_seen(model, monkeypatch, fault):
-    def wrong(queries, keys, values, *, scale, mask=None):
-        if fault == "mask":
-            return attend(queries, keys, values, scale=scale)
-        if fault == "heads":
-            return attend(queries, keys[:, ::-1], values[:, ::-1], scale=scale, mask=mask)
-        out = attend(queries, keys, values, scale=2 * scale, mask=mask)
-        return out if fault == "scale" else out * float("nan")
-
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", wrong)
-    assert kernels.attention(model).holds is False
+def wrong_scale(queries, keys, values, *, scale, mask=None):
+    return attend(queries, keys, values, scale=2 * scale, mask=mask)
 
 
-def test_a_kernel_that_is_not_there_is_seen(model, monkeypatch):
-    """As on a Mac: the CPU refuses `force_fused`, as Metal does for shapes it has no kernel for."""
+def not_numbers(*arrays, **more):
+    return attend(*arrays, **more) * float("nan")
+
+
+def rotated_too_far(right: Any) -> Any:
+    return lambda self, x, at, backwards=False: right(self, x, at + 5 * backwards, backwards)
+
+
+def mask_of_too_much(right: Any) -> Any:
+    def wrong(self: Geometry, rows: int) -> Any:
+        blocks = right(self, rows)
+        for block in blocks:
+            block.mask[:, 1:] |= block.mask[:, :-1]
+        return blocks
+
+    return wrong
+
+
+def holding_a_buffer(right: Any) -> Any:
+    held = []
+
+    def wrong(self: StreamCache, step: Any) -> None:
+        held[:] = [self.current.keys[0]]
+        right(self, step)
+
+    return wrong
+
+
+def tracing_a_number_that_grows(right: Any) -> Any:
+    def wrong(shape: AttentionShape, *rest: Any) -> DecodeStep:
+        step = right(shape, *rest)
+        growing = shape.layers + rest[-1].position.length
+        step.kind = replace(step.kind, shape=replace(shape, layers=growing))
+        return step
+
+    return wrong
+
+
+def swapping_values(right: Any) -> Any:
+    def wrong(path: Any) -> snapshot.Snapshot:
+        found = right(path)
+        return replace(found, state={**found.state, "values.0": found.state["values.1"]})
+
+    return wrong
+
+
+Fault = tuple[Callable[[Model], kernels.CheckOutcome], Any, str, Callable[[Any], Any]]
+FAULTS: dict[str, Fault] = {
+    "turned the wrong way": (
+        *(kernels.rotation, Rope, "_apply"),
+        lambda right: lambda self, x, at, scale: right(self, x, at, -scale),
+    ),
+    "a position that overflows": (
+        *(kernels.rotation, Rope, "_apply"),
+        lambda right: lambda self, x, at, scale: right(self, x, FAR if scale < 0 else at, scale),
+    ),
+    **{
+        wrong.__name__: (
+            *(kernels.attention, mx.fast, "scaled_dot_product_attention"),
+            lambda _, wrong=wrong: wrong,
+        )
+        for wrong in (no_mask, wrong_heads, wrong_scale, not_numbers)
+    },
+    "a wrong product": (
+        *(kernels.quantized_product, mx, "quantized_matmul"),
+        lambda right: lambda *arrays, **more: 1.1 * right(*arrays, **more),
+    ),
+    "a wrong clock of the sinks": (
+        *(streams.places, Geometry, "sinks_clock"),
+        lambda right: lambda self, place, token: right(self, place, token) - 1,
+    ),
+    "a wrong row": (
+        *(streams.places, Geometry, "row"),
+        lambda right: lambda self, token: right(self, max(token - 1, 0)),
+    ),
+    "a wrong oldest token": (
+        *(streams.places, Geometry, "oldest"),
+        lambda right: lambda self, place, token: right(self, place, token) + 1,
+    ),
+    "not turned back": (streams.places, Rope, "rotate_all", rotated_too_far),
+    "a chunk that sees too much": (streams.chunks, Geometry, "blocks", mask_of_too_much),
+    "a buffer that is held": (streams.in_place, StreamCache, "commit", holding_a_buffer),
+    "traced again": (streams.traced_once, DecodeStep, "plan", tracing_a_number_that_grows),
+    "another state": (streams.snapshot_restores, snapshot, "load_snapshot", swapping_values),
+    "draws without their key": (
+        *(streams.seeds, mx.random, "categorical"),
+        lambda right: lambda logits, key=None: right(logits),
+    ),
+    "one key for all": (streams.seeds, mx.random, "split", lambda _: lambda other: (KEY, KEY)),
+    "streams without a seed that are alike": (
+        *(streams.seeds, Sampling, "with_seed"),
+        lambda _: lambda self: replace(self, seed=self.seed or 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(model, monkeypatch, fault):
+    check, owner, name, make_wrong = FAULTS[fault]
+    monkeypatch.setenv(backend.COMPILE, "1")
+    assert check(model).holds is True
+    monkeypatch.setattr(owner, name, make_wrong(getattr(owner, name)))
+    assert check(model).holds is False
+
+
+def test_a_missing_kernel_is_found(model, monkeypatch):
+    """The CPU refuses `force_fused`, as Metal does for shapes without a kernel."""
     if backend.on_metal():
         pytest.skip("Metal has the kernel")
     monkeypatch.setattr(backend, "on_metal", lambda: True)
     found = kernels.fused_attention(model)
     assert found.holds is False and "heads of 64 numbers, 1 tokens: " in found.what
-    # And with a kernel that is there:
     monkeypatch.setattr(
         mx.fast,
         "scaled_dot_product_attention",
@@ -97,114 +187,15 @@ def test_a_kernel_that_is_not_there_is_seen(model, monkeypatch):
     assert kernels.fused_attention(model).holds is True
 
 
-def test_a_wrong_quantized_product_is_seen(model, monkeypatch):
-    right = mx.quantized_matmul
-    monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **more: 1.1 * right(*a, **more))
-    assert kernels.quantized_product(model).holds is False
-
-
-@pytest.mark.parametrize("method", ["sinks_clock", "row", "oldest"])
-def test_a_wrong_place_is_seen(model, monkeypatch, method):
-    right = getattr(Geometry, method)
-    wrong = {
-        "sinks_clock": lambda self, place, token: right(self, place, token) - 1,
-        "row": lambda self, token: right(self, max(token - 1, 0)),
-        "oldest": lambda self, place, token: right(self, place, token) + 1,
-    }
-    monkeypatch.setattr(Geometry, method, wrong[method])
-    assert streams.places(model).holds is False
-
-
-def test_a_ring_that_is_not_turned_back_is_seen(model, monkeypatch):
-    right = Rope.rotate_all
-
-    def wrong(self: Rope, x: mx.array, position: int, backwards: bool = False) -> mx.array:
-        return right(self, x, position + 5 if backwards else position, backwards)
-
-    monkeypatch.setattr(Rope, "rotate_all", wrong)
-    assert streams.places(model).holds is False
-
-
-def test_a_chunk_that_sees_too_much_is_seen(model, monkeypatch):
-    right = Geometry.blocks
-
-    def wrong(self: Geometry, rows: int) -> Any:
-        blocks = right(self, rows)
-        for block in blocks:
-            block.mask[:, 1:] |= block.mask[:, :-1]
-        return blocks
-
-    monkeypatch.setattr(Geometry, "blocks", wrong)
-    assert streams.chunks(model).holds is False
-
-
-def test_a_held_buffer_is_seen(model, monkeypatch):
-    right, held = StreamCache.commit, []
-
-    def wrong(self: StreamCache, step: Any) -> None:
-        held[:] = [self.current.keys[0]]
-        right(self, step)
-
-    monkeypatch.setattr(StreamCache, "commit", wrong)
-    assert streams.in_place(model).holds is False
-
-
-def test_a_window_too_small_to_tell_is_said_to_be(tiny_model):
-    found = streams.in_place(tiny_model(max_position_embeddings=64))
-    assert found.holds is None and "too small" in found.what
-
-
-def test_a_step_that_is_traced_again_is_seen(model, monkeypatch):
-    """As if a number that grows were a part of what is fixed in a trace."""
-    monkeypatch.setenv(backend.COMPILE, "1")
-    assert streams.traced_once(model).holds is True
-    right = DecodeStep.plan
-
-    def wrong(shape: AttentionShape, *rest: Any) -> DecodeStep:
-        step = right(shape, *rest)
-        growing = shape.layers + rest[-1].position.length
-        step.kind = replace(step.kind, shape=replace(shape, layers=growing))
-        return step
-
-    monkeypatch.setattr(DecodeStep, "plan", wrong)
-    assert streams.traced_once(model).holds is False
-
-
-def test_where_nothing_is_traced_that_is_said(tiny_model, monkeypatch):
+def test_a_check_that_does_not_apply_says_why(tiny_model, monkeypatch):
     monkeypatch.setenv(backend.COMPILE, "0")
-    found = streams.traced_once(tiny_model())
-    assert found.holds is None and "MLX_STREAM_COMPILE" in found.what
+    small = tiny_model(max_position_embeddings=64)
+    for check, why in ((streams.in_place, "too small"), (streams.traced_once, backend.COMPILE)):
+        found = check(small)
+        assert found.holds is None and why in found.what
 
 
-def test_draws_without_their_key_are_seen(model, monkeypatch):
-    right = mx.random.categorical
-    monkeypatch.setattr(mx.random, "categorical", lambda logits, key=None: right(logits))
-    assert "one seed gave two texts" in streams.seeds(model).what
-
-
-def test_one_key_for_all_is_seen(model, monkeypatch):
-    key = mx.random.key(0)
-    monkeypatch.setattr(mx.random, "split", lambda other: (key, key))
-    assert streams.seeds(model).what == "two seeds gave one text; every draw was the same"
-
-
-def test_unseeded_streams_that_are_the_same_are_seen(model, monkeypatch):
-    monkeypatch.setattr(Sampling, "with_seed", lambda self: replace(self, seed=self.seed or 3))
-    assert streams.seeds(model).what == "without a seed two were the same"
-
-
-def test_a_state_that_comes_back_otherwise_is_seen(model, monkeypatch):
-    right = snapshot.load_snapshot
-
-    def wrong(path: Any) -> snapshot.Snapshot:
-        found = right(path)
-        return replace(found, state={**found.state, "values.0": found.state["values.1"]})
-
-    monkeypatch.setattr(snapshot, "load_snapshot", wrong)
-    assert streams.snapshot_restores(model).holds is False
-
-
-def test_what_mlx_refuses_does_not_hold(model, monkeypatch):
+def test_a_check_that_mlx_refuses_fails(model, monkeypatch):
     def refuse(*arrays: mx.array, **settings: Any) -> mx.array:
         raise RuntimeError("[metal] no kernel\nof that name")
 
@@ -217,7 +208,7 @@ def test_what_mlx_refuses_does_not_hold(model, monkeypatch):
 # --- the command ---
 
 
-def test_the_command_says_what_holds(tiny):
+def test_the_command_prints_every_check(tiny):
     result = done("doctor", tiny, "--self-test", "--json")
     found = parsed(result.out)
     assert found.keys() == {"model", "dtype", "holds", "checks", "machine"}
@@ -226,7 +217,7 @@ def test_the_command_says_what_holds(tiny):
     assert result.err.count("\n") == len(selftest.CHECKS)
 
 
-def test_the_command_exits_with_1_and_says_what_to_do(monkeypatch):
+def test_the_command_exits_with_1_and_gives_advice(monkeypatch):
     right = mx.quantized_matmul
     monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **more: right(*a, **more) + 1)
     result = run("doctor", "--self-test")
@@ -248,7 +239,7 @@ def test_the_command_exits_with_1_and_says_what_to_do(monkeypatch):
         (["--self-test", "./nowhere"], "no such folder or file"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(options, expected):
+def test_options_that_exclude_each_other_are_refused(options, expected):
     result = run("doctor", *options)
     assert (result.code, result.out) == (1, "")
     assert expected in result.err and result.err.count("\n") == 1

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from datetime import datetime
 from functools import cached_property
-from os.path import commonprefix
+from itertools import takewhile
 from uuid import uuid4
 
 from mlx_stream.errors import TemplateError, one_line
@@ -207,4 +207,5 @@ def shared_start(first: str, second: str, special: Sequence[str]) -> str:
     """
     names = sorted((name for name in special if name in first + second), key=len, reverse=True)
     unit = re.compile("|".join([*map(re.escape, names), "."]), re.DOTALL)
-    return "".join(commonprefix([unit.findall(first), unit.findall(second)]))
+    pairs = zip(unit.findall(first), unit.findall(second), strict=False)
+    return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
