@@ -1,4 +1,4 @@
-"""The registry: which function builds which `model_type`."""
+"""The registry of models: the function that builds each `model_type`."""
 
 from collections.abc import Callable
 
@@ -11,5 +11,3 @@ MODELS: dict[str, Callable[[ModelConfig, Weights], CausalLM]] = {
     "llama": llama,
     "mistral": mistral,
 }
-
-__all__ = ["MODELS", "CausalLM", "Weights"]

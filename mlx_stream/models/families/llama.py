@@ -5,5 +5,5 @@ from mlx_stream.models.layers import Biases, CausalLM, Weights
 
 
 def llama(config: ModelConfig, weights: Weights) -> CausalLM:
-    """Build a Llama: grouped heads, tied or untied, biases where the config says so."""
+    """Build a Llama: grouped heads, a tied or untied head, biases as the config says."""
     return CausalLM(config, weights, Biases(config.attention_bias, config.mlp_bias))
