@@ -1,6 +1,6 @@
-"""Run Llama, Mistral and Qwen models on a stream without end, in memory that never grows.
+"""Run Llama, Mistral and Qwen models on an endless stream, in memory that never grows.
 
-The public names, each fetched when it is first asked for: importing the package loads no MLX.
+The public names are imported when they are first used: importing the package does not load MLX.
 """
 
 import sys
@@ -59,9 +59,9 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """The package: `load` and `stream` are functions, also once the modules of that name are in.
+    """The package, in which `load` and `stream` stay functions.
 
-    Importing a module sets its name in the package, which would hide the function.
+    Importing a module of the same name would otherwise replace the function.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

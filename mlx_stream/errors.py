@@ -1,37 +1,37 @@
-"""Every exception a caller may catch, as one tree; knows nothing of what raises them.
+"""Every exception that a caller may catch, as one tree. Knows nothing of where they are raised.
 
     MlxStreamError
-    ├── ValueRefused        an option or argument out of range
-    ├── SourceError         where a model comes from: a path, a Hub id, a download
-    ├── CheckpointError     what is on disk: a damaged, truncated or incomplete file
-    │   ├── ConfigError     config.json says something missing, malformed or unsupported
-    │   └── WeightsError    a tensor missing, unknown or of the wrong shape
-    ├── TokenizerError      tokenizer files
-    │   └── TemplateError   a chat template that cannot be used on a stream
-    ├── TextError           input text that cannot be read
-    ├── SnapshotError       a saved stream that is damaged, or another model's
-    ├── SessionError        a saved conversation: damaged, in use, or not to be written
-    ├── DeviceError         a device that is not known, or a file of devices
-    ├── MemoryRefused       the model and its ring do not fit the device, or an engine's budget
-    ├── QueueFull           an engine has as much to do as it accepts
+    ├── ValueRefused        an option or argument is out of range
+    ├── SourceError         a model cannot be found or fetched
+    ├── CheckpointError     a model's files are damaged, truncated or incomplete
+    │   ├── ConfigError     config.json is incomplete, malformed or asks for the unsupported
+    │   └── WeightsError    a tensor is missing, unknown or of the wrong shape
+    ├── TokenizerError      tokenizer files cannot be used
+    │   └── TemplateError   a chat template cannot be used on a stream
+    ├── TextError           input text cannot be read
+    ├── SnapshotError       a saved stream is damaged, or belongs to another model
+    ├── SessionError        a saved conversation is damaged, in use, or cannot be written
+    ├── DeviceError         a device is unknown, or a file of devices cannot be used
+    ├── MemoryRefused       a model and its ring do not fit the device or an engine's budget
+    ├── QueueFull           an engine's queue or a listener's backlog is full
     ├── EngineClosed        an engine or one of its sessions is closed
-    └── ComputeError        MLX failed, or a device did
+    └── ComputeError        MLX or the device failed
 
-The message of each is one line: what was given, what was expected, what to do. What was given may
-be a stranger's, and of any length: the middle of a long line is left out.
+Each message is one line: what was given, what was expected, what to do. It may quote a stranger's
+input of any length, so the middle of a long line is omitted.
 """
 
 LONGEST_LINE = 1_000
 
 
 def one_line(error: object, longest: int = LONGEST_LINE) -> str:
-    """Return a message on one line, cut at `longest` characters; an empty error's class name."""
+    """Return an error's message, or its class name if empty, on one line cut at `longest`."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 class MlxStreamError(Exception):
-    """Base of every error this package raises on purpose."""
+    """The base of every error that this package raises on purpose."""
 
     def __init__(self, line: str = ""):
         half = LONGEST_LINE // 2 - 2
@@ -39,7 +39,7 @@ class MlxStreamError(Exception):
 
 
 class ValueRefused(MlxStreamError, ValueError):
-    """An option or argument is out of its range."""
+    """An option or argument is out of range."""
 
 
 class SourceError(MlxStreamError):
@@ -51,7 +51,7 @@ class CheckpointError(MlxStreamError):
 
 
 class ConfigError(CheckpointError):
-    """A model's configuration is malformed or asks for what is not supported."""
+    """A model's configuration is malformed, or asks for something unsupported."""
 
 
 class WeightsError(CheckpointError):
@@ -71,7 +71,7 @@ class TextError(MlxStreamError):
 
 
 class SnapshotError(MlxStreamError):
-    """A saved stream cannot be written or read, or is not one of this model."""
+    """A saved stream cannot be written or read, or belongs to another model."""
 
 
 class SessionError(MlxStreamError):
@@ -79,20 +79,20 @@ class SessionError(MlxStreamError):
 
 
 class DeviceError(MlxStreamError):
-    """A device is not known, or a file that describes devices cannot be used."""
+    """A device is unknown, or a file that describes devices cannot be used."""
 
 
 class MemoryRefused(MlxStreamError):
-    """A model and its ring exceed what the device can hold."""
+    """A model and its ring do not fit the device, or an engine's budget."""
 
 
 class QueueFull(MlxStreamError):
-    """An engine, or a listener's backlog, holds as much as it accepts: try again later."""
+    """An engine's queue or a listener's backlog is full: try again later."""
 
 
 class EngineClosed(MlxStreamError):
-    """An engine or one of its sessions is closed, or may not be opened here."""
+    """An engine or one of its sessions is closed, or cannot be opened here."""
 
 
 class ComputeError(MlxStreamError):
-    """What was asked for could not be computed: MLX or the device failed."""
+    """MLX or the device failed to compute something."""

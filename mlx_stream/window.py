@@ -1,4 +1,4 @@
-"""A stream's sinks and window: defaults and bounds; and how a prompt is cut. Knows no cache."""
+"""A stream's sinks and window: defaults and bounds; the chunk size of prompts. Knows no cache."""
 
 from mlx_stream.config import ModelConfig
 from mlx_stream.errors import ValueRefused
@@ -6,7 +6,7 @@ from mlx_stream.program.notices import Notify, discard
 
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 2_048
-# Tokens of a step that reads a prompt, at most.
+# The largest number of tokens in a step that reads a prompt.
 PREFILL_CHUNK = 128
 
 
@@ -16,10 +16,10 @@ def resolve_window(
     window: int | None,
     notify: Notify = discard,
 ) -> tuple[int, int]:
-    """Return S and W as they will be: defaults filled in, limits held.
+    """Return S and W, with defaults filled in and limits applied.
 
     Raises:
-        ValueRefused: out of range, or together above the trained context.
+        ValueRefused: one is out of range, or together they exceed the trained context.
     """
     trained = config.max_position_embeddings
     sinks = DEFAULT_SINKS if sinks is None else sinks
@@ -49,7 +49,7 @@ def resolve_window(
 
 
 def bounded_windows(config: ModelConfig, sinks: int, windows: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the windows with those that the model does not have lowered to what it has."""
+    """Return the distinct windows, each lowered to the largest that the model allows."""
     trained = config.max_position_embeddings
     places = min(trained, config.position_limit or trained) - sinks
     limit = min(places, config.sliding_window or places)

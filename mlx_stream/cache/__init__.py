@@ -1,4 +1,4 @@
-"""The keys and values of one stream, all layers; knows positions and eviction, no model.
+"""The keys and values of one stream, all layers; knows positions and eviction, but no model.
 
 Shape letters, used throughout the package: B batch (always 1), T new tokens, N attended rows,
 H query heads, K key/value heads, D head dimension, S sinks, W window, X spare rows, R = W + X ring
@@ -19,12 +19,12 @@ __all__ = ["AttentionShape", "Cache", "DenseCache", "Step", "StreamCache", "stre
 
 
 class Step(Protocol):
-    """One pass of new tokens through all layers: what is the same for every layer, once.
+    """One pass of new tokens through all layers, with what the layers share computed once.
 
     Attributes:
-        count: how many tokens are read.
-        rows: T, the number of token rows the model must compute: the real ones, and others that
-            pad the step to one of a few lengths and are never stored nor attended by real rows.
+        count: the number of tokens read.
+        rows: T, the number of token rows the model computes: the tokens, and padding up to one of
+            a few lengths. Padding is never stored, and no token attends to it.
     """
 
     count: int
@@ -49,7 +49,7 @@ class Cache(Protocol):
 
     @property
     def attended(self) -> int:
-        """Tokens held: what the newest token attends to, itself included."""
+        """Tokens that the newest token attends to, itself included."""
         ...
 
     @property
@@ -63,29 +63,29 @@ class Cache(Protocol):
         ...
 
     def row(self, token: int) -> int:
-        """Return the row a token's key and value are stored in."""
+        """Return the row that stores a token's key and value."""
         ...
 
     def attended_rows(self, before: int = 0) -> list[int]:
-        """Return the rows of what the newest token attends to, in the order of the text.
+        """Return the rows that the newest token attends to, in the order of the text.
 
         Args:
-            before: of the token that many before it instead.
+            before: for the token this many before the newest one instead.
         """
         ...
 
     def attended_next(self) -> np.ndarray:
-        """Return which rows the next token will attend to, its own not among them: (rows,) bool."""
+        """Return which rows the next token will attend to, except its own: (rows,) bool."""
         ...
 
     @property
     def version(self) -> object:
-        """What the stream is now: the same object as long as nothing has changed."""
+        """An object that is replaced whenever the stream changes."""
         ...
 
     @property
     def max_verify(self) -> int:
-        """How many tokens a step can read of which all but the first may be taken back; 1: none."""
+        """How many tokens a step can read such that all but the first can be taken back, or 1."""
         ...
 
     def max_step(self, waiting: int) -> int:
@@ -97,27 +97,26 @@ class Cache(Protocol):
         ...
 
     def prepare(self, count: int) -> None:
-        """Make a step of `count` tokens possible; what is attended stays as it was."""
+        """Make a step of `count` tokens possible, without changing what is attended."""
         ...
 
     def plan(self, count: int, verify: bool = False) -> Any:
-        """Plan the step that reads the next `count` tokens; changes nothing.
+        """Plan the step that reads the next `count` tokens. Changes nothing.
 
         Args:
-            verify: all but the first of them may be taken back without a loss.
+            verify: plan a step of which all but the first token can be taken back without loss.
         """
         ...
 
     def commit(self, step: Any) -> None:
-        """Make what a step of this cache computed the stream's state.
+        """Make the result of a step of this cache the stream's state.
 
-        Neither the step nor anything else may hold the rows of before when they are evaluated: they
-        would be copied.
+        When the new rows are evaluated, nothing may hold the old ones, or they are copied.
         """
         ...
 
     def arrays(self) -> list[mx.array]:
-        """Return the arrays that hold the state, for evaluation."""
+        """Return the arrays of the state, for evaluation."""
         ...
 
     def rewind(self, count: int) -> None:
@@ -125,20 +124,17 @@ class Cache(Protocol):
         ...
 
     def release(self) -> None:
-        """Let go of the buffers, of which a step that failed may have made anything."""
+        """Release the buffers, whose contents are unknown after a failed step."""
         ...
 
     def erase(self) -> None:
-        """Make every row zero that the newest token does not attend to, as `state` does."""
+        """Set every row to zero that the newest token does not attend to."""
         ...
 
     def state(self) -> dict[str, mx.array | int]:
-        """Return the whole state; the arrays are the live ones, not copies.
-
-        Rows that the newest token does not attend to are zero.
-        """
+        """Erase, then return the whole state; the arrays are not copies."""
         ...
 
     def restore(self, state: dict[str, mx.array | int]) -> None:
-        """Continue from a state of a cache made with the same parameters."""
+        """Continue from the state of a cache with the same parameters."""
         ...

@@ -1,4 +1,4 @@
-"""What attention is in a model's layers: heads, scale, rotation; knows no rows and no stream."""
+"""The attention of a model's layers: heads, scale, rotation. Knows no rows and no stream."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from mlx_stream.cache.positions import Rope
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The shape of every layer's attention; all streams of a model share one.
+    """The shape of every layer's attention, shared by all streams of a model.
 
     Attributes:
         layers, query_heads, kv_heads, head_dim: L, H, K, D.
@@ -22,5 +22,5 @@ class AttentionShape:
 
     @property
     def scale(self) -> float:
-        """The factor on scores; yarn's factor on queries and keys is in it, once."""
+        """The factor on scores, including yarn's factor on queries and on keys."""
         return self.head_dim**-0.5 * self.rope.magnitude**2

@@ -1,4 +1,6 @@
-"""Attention to everything, in a buffer that grows: the yardstick a stream is compared with."""
+"""Attention to every token, in a growing buffer: what a stream is compared with."""
+
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +13,10 @@ LONGEST_STEP = 512
 
 
 class DenseCache:
-    """Keep every token of a text; positions are places in the text.
+    """Keep every token of a text; a token's position is its index in the text.
 
-    For comparison only: memory and the time of a step grow with the text, and the model's trained
-    context is no limit here.
+    For comparison only: memory and the time of a step grow with the text, and a text may be longer
+    than the model's trained context.
     """
 
     max_verify = 1
@@ -61,11 +63,11 @@ class DenseCache:
         return True
 
     def prepare(self, count: int) -> None:
-        """Do nothing: every place in the text is a position."""
+        """Do nothing: positions never need to change."""
 
     def plan(self, count: int, verify: bool = False) -> "DenseStep":
         if verify and count > self.max_verify:
-            raise ValueRefused("a dense cache verifies no guesses")
+            raise ValueRefused("a dense cache cannot verify guesses")
         return DenseStep(self.shape, self.keys, self.values, self.length, count)
 
     def commit(self, step: "DenseStep") -> None:
@@ -74,15 +76,15 @@ class DenseCache:
 
     def rewind(self, count: int) -> None:
         if not 0 <= count <= self.length:
-            raise ValueRefused(f"{count} tokens cannot be taken back: {self.length} were read")
+            raise ValueRefused(f"cannot take back {count} tokens: {self.length} were read")
         self.length -= count
-        self.keys = [*self.keys]  # another version
+        self.keys = [*self.keys]  # a new version
 
     def release(self) -> None:
         self.keys, self.values = [], []
 
     def erase(self) -> None:
-        """Do nothing: all that is given out is attended."""
+        """Do nothing: `state` has only attended rows."""
 
     def state(self) -> dict[str, mx.array | int]:
         state: dict[str, mx.array | int] = {"length": self.length}
@@ -91,26 +93,14 @@ class DenseCache:
             state[f"values.{layer}"] = values[:, :, : self.length]
         return state
 
-    def restore(self, state: dict[str, mx.array | int]) -> None:
-        length = state.get("length")
-        if not isinstance(length, int) or state.keys() != self.state().keys():
-            raise ValueRefused("not a state of this cache")
-        _, heads, _, head_dim = self.keys[0].shape
-        arrays = {
-            name: value
-            for name, value in state.items()
-            if isinstance(value, mx.array) and value.shape == (1, heads, length, head_dim)
-        }
-        if len(arrays) != 2 * len(self.keys):
-            raise ValueRefused("not a state of this cache: an array has the wrong shape")
-        layers = range(len(self.keys))
-        self.keys = [arrays[f"keys.{layer}"] for layer in layers]
-        self.values = [arrays[f"values.{layer}"] for layer in layers]
-        self.length = length
+    def restore(self, state: dict[str, Any]) -> None:
+        self.length = state["length"]
+        self.keys = [state[f"keys.{layer}"] for layer in range(self.shape.layers)]
+        self.values = [state[f"values.{layer}"] for layer in range(self.shape.layers)]
 
 
 class DenseStep:
-    """New tokens: written behind the others, then each attends to all up to itself."""
+    """New tokens: written behind the others, then each attends to all tokens up to itself."""
 
     def __init__(
         self,

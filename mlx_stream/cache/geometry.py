@@ -1,8 +1,8 @@
-"""Which row, which clock and which mask: whole numbers and numpy only, no MLX, no keys.
+"""Rows, clocks and masks, in integers and numpy only: no MLX, no keys.
 
 Token t < S is in row t, a later one in row S + (t - S) mod R. Worked example: with 2 sinks and a
-ring of 3, after token 6 the rows hold tokens 0, 1, 5, 6, 4. A stream's numbers may be as large as
-2^62; every array made here holds ages and rows, which do not grow.
+ring of 3, after token 6 the rows hold tokens 0, 1, 5, 6, 4. Token numbers may be as large as 2^62;
+the arrays made here hold only ages and rows, which do not grow.
 """
 
 import functools
@@ -12,33 +12,33 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-# The lengths of a step: a tail of a prompt is padded to one of these, so that arrays come in few
+# The lengths of a step. The rest of a prompt is padded to one of these, so that arrays have few
 # sizes and the allocator's cache of freed buffers stays small.
 STEP_LENGTHS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Before the ring is full only its first rows are attended, in few sizes: this, doubled at need.
+# Before the ring is full, a step attends to its first rows only: this many, doubled as needed.
 FIRST_EXTENT = 256
-# Sizes for a chunk, of which no step is traced, are this much apart, later an eighth to a quarter.
+# A chunk's step is not traced and may have more sizes: this far apart, later by 1/8 to 1/4.
 EXTENT_STEP = 128
-# Rows of a chunk that attend at once: fewer pay for more products, more for columns that only
-# some of them see.
+# Rows of a chunk that attend together. Smaller blocks need more products; in larger ones, more
+# columns are masked for most rows.
 BLOCK = 64
 
-# Stands for "not attended" in an additive mask: finite, so that no row can become NaN.
+# "Not attended" in an additive mask: finite, so that no row can become NaN.
 NOT_ATTENDED = -1e30
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream stands.
+    """The position of a stream.
 
     Attributes:
         length: tokens read; the next is t = length.
         floor: the lowest token in the ring that may still be attended (S in a young stream).
-        clock: rotary position at which the next token will be stored.
-        sinks_at: position at which the sinks' rows in the buffers stand; -1 if not known.
-        since: the first token that was stored by this clock...
-        lag: ...and how much lower the clock is than the one before it, by which earlier tokens were
-            stored that are not turned back. Only quantized rows are not: that would cost precision.
+        clock: the rotary position of the next token.
+        sinks_at: the position of the sinks' rows in the buffers; -1 if unknown.
+        clock_epoch: the first token stored by the current clock.
+        clock_offset: how far the clock was lowered then. Quantized rows stored earlier keep their
+            old positions, because rotating them back would cost precision.
     """
 
     length: int
@@ -72,28 +72,28 @@ class Geometry:
         return self.sinks + (token - self.sinks) % self.ring
 
     def oldest(self, position: StreamPosition, token: int) -> int:
-        """Return o for a token: the first attended one that is not a sink (rule 1)."""
+        """Return o for a token: the oldest one it attends to that is not a sink (rule 1)."""
         return max(position.floor, token - self.window + 1)
 
     def ring_count(self, position: StreamPosition) -> int:
-        """Return how many ring tokens the newest token attends to."""
+        """Return how many tokens of the ring the newest token attends to."""
         return max(0, position.length - self.oldest(position, position.length - 1))
 
     def room(self, position: StreamPosition) -> int:
-        """Return how many tokens can still be read before o has to move."""
+        """Return how many more tokens can be read before o must move."""
         return max(0, position.floor + self.window - position.length)
 
     def sinks_clock(self, position: StreamPosition, token: int) -> int:
-        """Return the clock at which sink 0 must stand for a token: the sinks end before o."""
+        """Return the clock position of sink 0 for a token: the sinks end directly before o."""
         base = position.length - position.clock
         return self.oldest(position, token) - base - self.sinks
 
     def advance(self, position: StreamPosition, count: int, sinks_at: int) -> StreamPosition:
-        """Return the position after `count` more tokens, the sinks' rows standing at `sinks_at`."""
+        """Return the position after `count` more tokens, with the sinks' rows at `sinks_at`."""
         length = position.length + count
-        # What is more than R tokens back has been overwritten and cannot come back by a rewind.
+        # A token more than R back has been overwritten, and a rewind cannot bring it back.
         floor = max(position.floor, length - self.ring)
-        # Not by `replace`, which would be a fiftieth of a step's Python.
+        # Not with `replace`, which would be 2 % of a step's Python.
         return StreamPosition(
             length,
             floor,
@@ -104,13 +104,13 @@ class Geometry:
         )
 
     def rewind(self, position: StreamPosition, count: int) -> StreamPosition:
-        """Return the position once the newest `count` tokens have been taken back."""
+        """Return the position after taking back the newest `count` tokens."""
         length = position.length - count
         epoch = min(position.clock_epoch, length)
         return replace(position, length=length, clock=position.clock - count, clock_epoch=epoch)
 
     def lower_clock(self, position: StreamPosition) -> StreamPosition:
-        """Return the position with the clock lowered so that the lowest token stands behind S."""
+        """Return the position with the clock lowered so that the lowest token is at position S."""
         offset = position.clock - position.length + position.floor - self.sinks
         clock = position.clock - offset
         return replace(
@@ -118,21 +118,21 @@ class Geometry:
         )
 
     def prefix_rows(self, last: int) -> int:
-        """Return how many leading rows hold every token up to `last`."""
+        """Return a number of leading rows that hold every token up to `last`, one of few sizes."""
         prefix_rows = FIRST_EXTENT
         while prefix_rows <= last and prefix_rows < self.rows:
             prefix_rows *= 2
         return min(prefix_rows, self.rows)
 
     def chunk_prefix_rows(self, last: int) -> int:
-        """Return the same in finer steps: each row of them is attended by all of a chunk's."""
+        """Return the same in finer steps, because each row costs a whole chunk's products."""
         step = EXTENT_STEP
         while 8 * step <= last:
             step *= 2
         return min((last // step + 1) * step, self.rows)
 
     def segments(self, first: int, count: int) -> list[tuple[int, int, int]]:
-        """Return where new tokens go: (source start, source stop, row), none across the wrap.
+        """Return where new tokens go: (source start, source stop, row), split at the wrap.
 
         Of more than R ring tokens only the last R are stored.
         """
@@ -149,7 +149,7 @@ class Geometry:
         return pieces
 
     def unattended_runs(self, attended: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the runs of rows, first and one past the last, that are not among `attended`.
+        """Return the runs of rows that are not in `attended`, as (first, one past the last).
 
         With rows 0, 1, 5, 6, 4 of 8: (2, 4) and (7, 8).
         """
@@ -161,9 +161,9 @@ class Geometry:
         return list(zip(starts, stops, strict=True))
 
     def decode_mask(self, position: StreamPosition, prefix_rows: int) -> np.ndarray | None:
-        """Return which rows the next token attends to, itself stored: (prefix_rows,) bool, or None.
+        """Return which rows the next token attends to, once stored: (prefix_rows,) bool.
 
-        None if that is all of them.
+        Returns None if it attends to all of them.
         """
         token = position.length
         attended = token - self.oldest(position, token)
@@ -181,7 +181,7 @@ class Geometry:
         Columns are the buffer's rows as they were before the step, then the new tokens.
         """
         first = position.length
-        # Ages are counted back from the first new token; -reach is the oldest new one attended.
+        # Ages count back from the first new token; -reach is the oldest new token attended.
         reach = np.minimum(
             min(first - position.floor, self.window), self.window - 1 - np.arange(rows)
         )[:, None]
@@ -195,16 +195,16 @@ class Geometry:
         return mask
 
     def blocks(self, rows: int) -> list["Block"]:
-        """Return the parts in which a chunk's rows attend, the window being full.
+        """Return the blocks of rows in which a chunk attends when the window is full.
 
-        Columns are the W - 1 newest tokens of before, oldest first, the sinks, and the new tokens:
-        so what a part's rows attend to lies side by side.
+        The columns are the W - 1 newest old tokens, oldest first, the sinks, and the new tokens. In
+        this order the columns of each block are contiguous.
         """
         return [self._block(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
 
     def _block(self, start: int, stop: int) -> "Block":
         old, sinks = self.window - 1, self.sinks
-        first = min(start, old)  # row t sees the tokens of before from the t-th on
+        first = min(start, old)  # row t attends to the old tokens from the t-th on
         token = np.arange(start, stop)[:, None]
         new = np.arange(stop)[None]
         mask = np.ones((stop - start, old - first + sinks + stop), bool)
@@ -215,12 +215,12 @@ class Geometry:
     def old_clock_mask(
         self, position: StreamPosition, prefix_rows: int, newest: int
     ) -> np.ndarray | None:
-        """Return which rows hold tokens stored by the clock before: (prefix_rows,) bool, or None.
+        """Return which rows hold tokens stored before the clock was lowered: (prefix_rows,) bool.
 
-        None if no row that `newest` attends to does. What nothing attends to does not matter.
+        Returns None if `newest` attends to no such row. Rows not attended may have any value.
 
         Args:
-            newest: the last token that is stored.
+            newest: the last token stored.
         """
         if position.clock_epoch <= self.oldest(position, newest):
             return None
@@ -229,18 +229,18 @@ class Geometry:
         return old
 
     def ages(self, newest: int, prefix_rows: int) -> np.ndarray:
-        """Return how many tokens before `newest` each ring row was written."""
+        """Return how many tokens before `newest` each row of the ring was written."""
         slot = (newest - self.sinks) % self.ring
         return (slot - np.arange(max(0, prefix_rows - self.sinks))) % self.ring
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some of a chunk's rows, and the columns that one or another of them attends to.
+    """Some rows of a chunk, and the columns that any of them attends to.
 
     Attributes:
-        start, stop: its rows.
-        first: its first column; of the next `sinks_at` are the ring's, then come the sinks.
+        start, stop: the rows.
+        first: the first column; the block has `sinks_at` columns of the ring, then the sinks.
         mask: (stop - start, columns) bool.
     """
 
@@ -252,5 +252,5 @@ class Block:
 
 
 def pad_length(count: int) -> int:
-    """Return the smallest step length that holds `count` tokens."""
+    """Return the shortest step length that fits `count` tokens."""
     return STEP_LENGTHS[bisect_left(STEP_LENGTHS, count)]

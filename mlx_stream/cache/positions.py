@@ -1,7 +1,7 @@
-"""Static rotary frequencies and the one rotation built on them; knows no cache and no model.
+"""Rotary frequencies and the one rotation built on them; knows no cache and no model.
 
 Formulas: RoPE (arXiv 2104.09864); linear, llama3 and yarn (arXiv 2309.00071) as in transformers'
-`modeling_rope_utils`. All are fixed for ever, which is what lets a stored key be turned back later.
+`modeling_rope_utils`. The frequencies never change, so a stored key can be rotated back later.
 """
 
 import math
@@ -17,17 +17,17 @@ class Rope:
     """Rotate queries and keys by their position on a clock.
 
     Attributes:
-        periods: (D / 2,) float32, radians' inverse: a pair turns by position / period.
-        magnitude: yarn's factor on queries and keys; the caller puts its square into the scale of
-            the scores, once, so that turning a key again never applies it twice.
+        periods: (D / 2,) float32; a pair is rotated by position / period radians.
+        magnitude: yarn's factor on queries and keys. The scale of the scores has its square, so
+            that rotating a key again does not apply it twice.
     """
 
     def __init__(self, config: RopeConfig, head_dim: int):
         self.head_dim = head_dim
         self.magnitude = config.attention_factor
         self.periods = mx.array((1.0 / inverse_frequencies(config, head_dim)).astype(np.float32))
-        # What `turn` needs in every step, evaluated: a trace would make the rest of it each time.
-        # The reciprocal as `mx.fast.rope` takes it, so that both find the same angles.
+        # Evaluated here for `token_rotation`, or every traced step would compute them again. The
+        # reciprocal is the one of `mx.fast.rope`, so both have the same angles.
         rates, ones = mx.reciprocal(self.periods), mx.ones_like(self.periods)
         self._rates = mx.concatenate([rates, rates])
         self._signs = mx.concatenate([-ones, ones])
@@ -35,22 +35,22 @@ class Rope:
         mx.eval(self.periods, self._rates, self._signs, self._partners)
 
     def rotate(self, x: mx.array, position: mx.array) -> mx.array:
-        """Turn (B, heads, T, D) so that row r of T stands at position + r.
+        """Rotate (B, heads, T, D) so that row r of T is at position + r.
 
-        `position` is int32 of one element and never negative: Metal computes position + row
-        unsigned. It also reads one position for each B, past the end of an array that holds one:
-        so B is folded into the heads.
+        `position` is int32 with one element and never negative: Metal computes position + row as
+        unsigned. Metal also reads one position for each B, past the end of a one-element array, so
+        B is folded into the heads.
         """
         return self._apply(x.reshape(1, -1, *x.shape[2:]), position, 1.0).reshape(x.shape)
 
     def rotate_all(self, x: mx.array, position: int, backwards: bool = False) -> mx.array:
-        """Turn every row of (B, heads, T, D) by the same angle, forwards or backwards."""
+        """Rotate every row of (B, heads, T, D) by the same angle, forwards or backwards."""
         rows = x.reshape(1, -1, 1, self.head_dim)
         place = mx.array([position], mx.int32)
         return self._apply(rows, place, -1.0 if backwards else 1.0).reshape(x.shape)
 
     def token_rotation(self, position: mx.array, heads: int) -> "TokenRotation":
-        """Return what turns the heads of one token to `position`, int32 of one element."""
+        """Return the rotation of one token's heads to `position`, int32 with one element."""
         angles = position.astype(mx.float32) * self._rates
         partners = mx.broadcast_to(self._partners, (1, heads, 1, self.head_dim))
         return TokenRotation(mx.cos(angles), mx.sin(angles) * self._signs, partners)
@@ -69,15 +69,15 @@ class Rope:
 
 @dataclass(frozen=True)
 class TokenRotation:
-    """One token's rotation, worked out once and used in every layer.
+    """One token's rotation, computed once and used in every layer.
 
-    `mx.fast.rope` finds its angles again at each call. On the CPU backend that is 14 of the 50
-    operations of a layer, instead of 2; on Metal it is one small kernel, instead of two, but with
-    sines of angles up to the clock's limit by the fast functions, whose error grows with them.
+    `mx.fast.rope` computes its angles at each call. On the CPU backend it takes 14 of the 50
+    operations of a layer; this takes 2. On Metal it is one small kernel where this is two, but it
+    uses the fast sine and cosine, whose error grows with the angle.
 
     Attributes:
         cos, sin: (D,) float32; the sine of a pair's first half is negative.
-        partners: (1, heads, 1, D) uint32, the other half of each pair.
+        partners: (1, heads, 1, D) uint32, the index of the other half of each pair.
     """
 
     cos: mx.array
@@ -85,7 +85,7 @@ class TokenRotation:
     partners: mx.array
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Turn (1, heads, 1, D); computed in float32 and rounded once, as on Metal."""
+        """Rotate (1, heads, 1, D), in float32 and rounded once, as on Metal."""
         others = mx.take_along_axis(x, self.partners, axis=-1)
         turned = x.astype(mx.float32) * self.cos + others.astype(mx.float32) * self.sin
         return turned.astype(x.dtype)
@@ -104,7 +104,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def llama3(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
-    """Slow down what turns less than `low_freq_factor` times in the original context."""
+    """Slow down the pairs that turn less than `low_freq_factor` times in the original context."""
     turns = config.original_max_position_embeddings * plain / (2 * math.pi)
     low, high = config.low_freq_factor, config.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -112,7 +112,7 @@ def llama3(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def yarn(config: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """Slow down by `factor` what turns under `beta_slow` times, and nothing above `beta_fast`."""
+    """Slow down pairs below `beta_slow` turns by `factor`, and none above `beta_fast` turns."""
 
     def pair_turning(times: float) -> float:
         original = config.original_max_position_embeddings

@@ -1,13 +1,13 @@
-"""What a stream holds, and how a layer's rows lie in memory: as they are, or quantized.
+"""The state of a stream, and how a layer's rows are stored: plain or quantized.
 
-A buffer has S + R rows. Quantized, the first S (the sinks, a pinned prefix among them) stay as they
-are and each later row is quantized by itself, in groups of 64 with scales in 16 bits, before
-anything attends to it. So what a token sees does not depend on how the text was split.
+A buffer has S + R rows. In a quantized buffer the first S rows (the sinks, including a pinned
+prefix) stay plain. Each later row is quantized by itself, in groups of 64 with 16-bit scales,
+before any token attends to it, so the result does not depend on how the text was split.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -19,14 +19,14 @@ BITS = (8, 4)
 
 @dataclass(frozen=True)
 class CacheState:
-    """What a stream holds between steps, exchanged whole: an interrupt finds the old or the new.
+    """The state of a stream between steps, replaced as a whole: an interrupt finds old or new.
 
     Attributes:
         keys, values: each layer's rows.
-        sinks: the sinks' keys before rotation, (L, K, S, D), apart from K: reading them out of K
-            would copy K.
-        pending_turn: how far the ring is being turned back...
-        layers_turned: ...and in how many layers it is.
+        sinks: the sinks' keys before rotation, (L, K, S, D), in an array of their own: reading them
+            out of K would copy K.
+        pending_turn: by how much the ring is being rotated back.
+        layers_turned: the number of layers where this is done.
     """
 
     position: StreamPosition
@@ -39,7 +39,7 @@ class CacheState:
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Rows of which the first S are as they are, and the others quantized.
+    """Rows of which the first S are plain and the others quantized.
 
     Attributes:
         sinks: (1, K, S, D).
@@ -53,55 +53,17 @@ class QuantizedRows:
     biases: mx.array
 
 
-Rows = Any  # mx.array or QuantizedRows, as the storage says
-
-
-class RowStorage(Protocol):
-    """What a cache asks of its rows. Segments are (source start, source stop, row).
-
-    Attributes:
-        clocks: by how many clocks rows may be stored at a time: by one where they are turned back
-            when it is lowered; by two where that would cost precision.
-    """
-
-    clocks: ClassVar[int]
-
-    def empty(self) -> Rows:
-        """Return a layer's rows, all zero: a NaN in a masked row of V would reach the output."""
-        ...
-
-    def read(self, rows: Rows, start: int, stop: int, after: mx.array) -> mx.array:
-        """Return some rows as they are attended to: (1, K, stop - start, D).
-
-        What must be unpacked is when `after` is there: nothing else orders the layers of a step,
-        and those of many would be unpacked at once.
-        """
-        ...
-
-    def as_attended(self, new: mx.array, sinks: int) -> mx.array:
-        """Return new rows as they will be attended to; the first `sinks` of them are sinks."""
-        ...
-
-    def write(self, rows: Rows, new: mx.array, segments: list[tuple[int, int, int]]) -> Rows:
-        """Return rows with new ones in their places; `rows` itself stays as it was."""
-        ...
-
-    def zero(self, rows: Rows, runs: list[tuple[int, int]]) -> Rows:
-        """Return rows with zero in those from each run's first to before its last."""
-        ...
-
-    def arrays(self, rows: Rows) -> dict[str, mx.array]:
-        """Return the arrays of a layer's rows, by what is added to their name."""
-        ...
-
-    def from_arrays(self, arrays: dict[str, mx.array]) -> Rows:
-        """Return the rows of which `arrays` are the arrays."""
-        ...
+Rows = Any  # mx.array or QuantizedRows, depending on the storage
 
 
 @dataclass(frozen=True)
 class PlainStorage:
-    """Rows as they are: one array (1, K, S + R, D)."""
+    """Plain rows: one array (1, K, S + R, D). Segments are (source start, source stop, row).
+
+    Attributes:
+        clocks: how many clocks the positions of stored rows may follow: one, because rows are
+            rotated back when the clock is lowered.
+    """
 
     clocks: ClassVar[int] = 1
 
@@ -111,32 +73,42 @@ class PlainStorage:
     dtype: mx.Dtype
 
     def empty(self) -> mx.array:
+        """Return zeroed rows for a layer: a NaN in a masked row of V would reach the output."""
         return mx.zeros((1, self.kv_heads, self.count, self.head_dim), self.dtype)
 
     def read(self, rows: mx.array, start: int, stop: int, after: mx.array) -> mx.array:
+        """Return some rows as tokens attend to them: (1, K, stop - start, D)."""
         return rows if stop - start == self.count else rows[:, :, start:stop]
 
     def as_attended(self, new: mx.array, sinks: int) -> mx.array:
+        """Return new rows as tokens will attend to them; the first `sinks` rows are sinks."""
         return new
 
     def write(
         self, rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]
     ) -> mx.array:
+        """Return `rows` with new rows written into it."""
         return write_rows(rows, new, segments)
 
     def zero(self, rows: mx.array, runs: list[tuple[int, int]]) -> mx.array:
+        """Return `rows` with zeros in each run (first, one past the last)."""
         return zero_rows(rows, runs)
 
     def arrays(self, rows: mx.array) -> dict[str, mx.array]:
+        """Return the arrays of a layer's rows, by the suffix of their name in a state."""
         return {"": rows}
 
     def from_arrays(self, arrays: dict[str, mx.array]) -> mx.array:
+        """Return the rows made of these arrays; the inverse of `arrays`."""
         return arrays[""]
 
 
 @dataclass(frozen=True)
 class QuantizedStorage:
-    """S rows as they are, R quantized; D is a multiple of 64."""
+    """S plain rows and R quantized ones, with the methods of `PlainStorage`; D is a multiple of 64.
+
+    Rows follow two clocks: rotating them back when the clock is lowered would cost precision.
+    """
 
     clocks: ClassVar[int] = 2
 
@@ -162,6 +134,10 @@ class QuantizedStorage:
         )
 
     def read(self, rows: QuantizedRows, start: int, stop: int, after: mx.array) -> mx.array:
+        """Return some rows, unpacked only once `after` is computed.
+
+        Nothing else orders the layers of a step, so many layers would be unpacked at once.
+        """
         parts = []
         if start < self.sinks:
             parts.append(rows.sinks[:, :, start : min(stop, self.sinks)])
@@ -185,7 +161,7 @@ class QuantizedStorage:
     ) -> QuantizedRows:
         into_sinks = [piece for piece in segments if piece[2] < self.sinks]
         into_ring = [(a, b, row - self.sinks) for a, b, row in segments if row >= self.sinks]
-        # Placed all at once they are a view of the chunk, which would be held as long as they are.
+        # Sinks written all at once are a view of the chunk, which they would keep in memory.
         parts = [
             mx.contiguous(write_rows(rows.sinks, new, into_sinks)) if into_sinks else rows.sinks
         ]
@@ -201,20 +177,17 @@ class QuantizedStorage:
         return QuantizedRows(zero_rows(rows.sinks, sinks), *parts)
 
     def put(self, rows: QuantizedRows, new: mx.array, start: mx.array) -> QuantizedRows:
-        """Return rows with one new one in row `start`, int32 (1,), of the ring."""
+        """Return a copy of `rows` with a new row at `start`, int32 (1,), of the ring."""
         parts = zip((rows.quants, rows.scales, rows.biases), self._pack(new), strict=True)
         return QuantizedRows(
             rows.sinks, *(mx.slice_update(part, fresh, start, axes=(2,)) for part, fresh in parts)
         )
 
     def arrays(self, rows: QuantizedRows) -> dict[str, mx.array]:
-        names = (".sinks", ".quants", ".scales", ".biases")
-        return dict(zip(names, (rows.sinks, rows.quants, rows.scales, rows.biases), strict=True))
+        return {f".{name}": array for name, array in vars(rows).items()}
 
     def from_arrays(self, arrays: dict[str, mx.array]) -> QuantizedRows:
-        return QuantizedRows(
-            *(arrays[name] for name in (".sinks", ".quants", ".scales", ".biases"))
-        )
+        return QuantizedRows(**{name[1:]: array for name, array in arrays.items()})
 
     def scores(self, queries: mx.array, rows: QuantizedRows, ring_rows: int) -> mx.array:
         """Return queries (1, K, T, D) times the ring's keys: (1, K, T, ring_rows)."""
@@ -238,7 +211,7 @@ class QuantizedStorage:
         return mx.quantize(rows.astype(self.scale_dtype), group_size=GROUP_SIZE, bits=self.bits)
 
     def _unpack(self, quants: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        # In the model's own dtype: what is attended to must not be rounded once more to 16 bits.
+        # In the model's dtype, so that the rows are not rounded once more to 16 bits.
         return mx.dequantize(
             quants,
             scales.astype(self.dtype),
@@ -248,18 +221,21 @@ class QuantizedStorage:
         )
 
 
+RowStorage = PlainStorage | QuantizedStorage
+
+
 def stream_bytes(
     kv_heads: int, head_dim: int, itemsize: int, sinks: int, ring: int, bits: int | None
 ) -> int:
     """Return the bytes of one layer of a stream: S + R rows, and the sinks before rotation."""
     whole = head_dim * itemsize
-    # A scale and a bias in 16 bits for each group.
+    # Each group has a 16-bit scale and a 16-bit bias.
     row = whole if bits is None else head_dim * bits // 8 + head_dim // GROUP_SIZE * 4
     return kv_heads * (2 * (sinks * whole + ring * row) + sinks * whole)
 
 
 def write_rows(rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]) -> mx.array:
-    rows = copy.copy(rows)  # a second handle of the same buffer: the cache's own stays as it is
+    rows = copy.copy(rows)  # a second handle to the buffer: the cache's own stays unchanged
     for start, stop, row in segments:
         rows[:, :, row : row + stop - start] = new[:, :, start:stop]
     return rows

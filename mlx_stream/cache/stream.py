@@ -1,12 +1,13 @@
 """A fixed buffer of sinks and a ring (StreamingLLM, arXiv 2309.17453); knows no model.
 
-Keys are stored once, rotated by a running clock, and stay as they are: rotary scores depend on the
-difference of positions only. The sinks stand directly before the oldest attended token, so they
-alone are kept unrotated and turned again whenever that token changes. When the clock grows past
-what float32 angles bear, the ring is turned back once and the clock lowered.
+A key is rotated once, to the position of a running clock, and then stored: rotary scores depend
+only on the difference of positions. The sinks' positions are directly before the oldest attended
+token, so their keys are also kept unrotated, and rotated again whenever that token changes. When
+the clock gets too large for accurate float32 angles, the ring is rotated back once and the clock is
+lowered (re-anchoring).
 
-Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. On the clock these stand at
-2, 3, 4, 5, 6: distance 4 to token 0, as rule 2 says (t - o + S - i = 6 - 4 + 2 - 0).
+Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. Their clock positions are
+2, 3, 4, 5, 6, so token 0 is at distance 4, as rule 2 says (t - o + S - i = 6 - 4 + 2 - 0).
 """
 
 import itertools
@@ -30,14 +31,15 @@ from mlx_stream.cache.storage import (
     PlainStorage,
     QuantizedStorage,
     Rows,
+    RowStorage,
 )
 from mlx_stream.errors import ValueRefused
 
-# Clocks stay below this (or twice the buffer): fp32 angles are good to 2e-4 in scores at 1e4.
+# The clock stays below this (or twice the buffer). At 1e4, float32 angles change scores by 2e-4.
 CLOCK_LIMIT = 2**14
-# A chunk that moves o carries an additive mask of H x T x N float32; T is held to this many bytes.
+# A chunk that moves o has an additive mask, H x T x N float32, of at most this many bytes.
 MASK_BYTES = 128 * 2**20
-# A position's numbers by their names in a state, which saved streams have.
+# The fields of a position by their names in a state, which saved streams contain.
 STATE_NUMBERS = {
     "length": "length",
     "floor": "floor",
@@ -53,18 +55,18 @@ class StreamCache:
 
     Args:
         shape: the model's attention.
-        sinks: S >= 0, the first tokens that are never evicted.
-        window: W >= 1, the latest tokens attended.
-        spare: X >= 0, rows beyond the window: up to X tokens can be taken back without a loss.
+        sinks: S >= 0, the first tokens, which are never evicted.
+        window: W >= 1, the latest tokens, which are attended.
+        spare: X >= 0, rows beyond the window: up to X tokens can be taken back without loss.
         dtype: of keys and values.
         clock_limit: re-anchor before the clock passes it (at least twice the buffer's rows).
-        bits: 8 or 4 keeps the ring's keys and values quantized (the sinks are not).
+        bits: 8 or 4 quantizes the keys and values of the ring, but not those of the sinks.
 
     Attributes:
-        current: what the stream holds now.
+        current: the current state.
 
     Raises:
-        ValueRefused: a number out of range; heads that cannot be quantized.
+        ValueRefused: a number out of range, or heads that cannot be quantized.
     """
 
     def __init__(
@@ -86,14 +88,14 @@ class StreamCache:
             check_quantizable(shape.head_dim, bits)
         self.shape, self.geometry = shape, Geometry(sinks, window, spare)
         kv_heads, head_dim = shape.kv_heads, shape.head_dim
-        self.storage: PlainStorage | QuantizedStorage
+        self.storage: RowStorage
         if bits is None:
             self.storage = PlainStorage(kv_heads, self.geometry.rows, head_dim, dtype)
         else:
             ring = self.geometry.ring
             self.storage = QuantizedStorage(kv_heads, sinks, ring, head_dim, dtype, bits)
         self.clock_limit = max(clock_limit, self.lowest_clock_limit)
-        # Freed buffers a little too large would be handed out, and such are never updated in place.
+        # MLX would reuse freed buffers that are a little too large, and never update them in place.
         mx.clear_cache()
         self.current = CacheState(
             StreamPosition(length=0, floor=sinks, clock=0),
@@ -101,7 +103,7 @@ class StreamCache:
             [self.storage.empty() for _ in range(shape.layers)],
             mx.zeros((shape.layers, kv_heads, sinks, head_dim), dtype),
         )
-        self._erased = weakref.ref(self.current)  # as it was when what is not attended was zero
+        self._erased = weakref.ref(self.current)  # the last state without unattended rows
         mx.eval(self.arrays())
 
     @property
@@ -127,7 +129,7 @@ class StreamCache:
 
     @property
     def room(self) -> int:
-        """How many tokens can be read before the oldest must leave."""
+        """How many tokens can be read before the oldest one must be evicted."""
         return self.geometry.room(self.position)
 
     @property
@@ -136,7 +138,7 @@ class StreamCache:
 
     @property
     def lowest_clock_limit(self) -> int:
-        """How far the clock must run at least, so that what it was lowered for has left."""
+        """The lowest limit at which no token from before a re-anchoring is left at the next one."""
         spare = STEP_LENGTHS[-1] if self.storage.clocks > 1 else 0
         return 2 * self.geometry.rows + spare
 
@@ -172,7 +174,7 @@ class StreamCache:
     @property
     def max_verify(self) -> int:
         if not isinstance(self.storage, PlainStorage):
-            return 1  # no row can be written ahead of its turn: it would be quantized alone
+            return 1  # a quantized row is written only when its token is certain
         return longest_verified(self.shape, self.geometry, self.position)
 
     def is_ready(self, count: int) -> bool:
@@ -183,7 +185,7 @@ class StreamCache:
         if waiting == 1:
             return 1
         geometry, position = self.geometry, self.position
-        # With two clocks, what was stored by the one has left before there can be a third.
+        # With two clocks, tokens stored by the first must be gone before there is a third.
         limit = self.clock_limit - self.storage.clocks * geometry.rows
         room = geometry.room(position)
         if room == 0 and geometry.sinks:
@@ -193,8 +195,8 @@ class StreamCache:
         return min(waiting, longest, room or waiting)
 
     def prepare(self, count: int) -> None:
-        """Turn the ring back if the clock is due within the next `count` tokens."""
-        self._turn_back()  # if an interrupt left that half done
+        """Re-anchor if the clock would pass its limit within the next `count` tokens."""
+        self._turn_back()  # if an interrupt left it half done
         if not self.is_ready(count):
             self._reanchor()
 
@@ -203,7 +205,7 @@ class StreamCache:
     ) -> DecodeStep | QuantizedDecodeStep | PrefillStep | VerifyStep:
         longest = self.max_verify if verify else self.max_step(count)
         if not 1 <= count <= longest or not self.is_ready(count):
-            raise ValueRefused(f"a step of {count} tokens must be split or prepared; see max_step")
+            raise ValueRefused(f"a step of {count} tokens must be split or prepared: see max_step")
         shape, geometry, state = self.shape, self.geometry, self.current
         if verify and count > 1 and isinstance(self.storage, PlainStorage):
             return VerifyStep(shape, self.storage, geometry, state, count)
@@ -217,51 +219,51 @@ class StreamCache:
         first, sinks = self.length, self.current.sinks
         if step.new_sinks:
             read = min(step.count, self.geometry.sinks - first)
-            sinks = mx.array(sinks)  # a handle of our own: a state given out stays as it was
+            sinks = mx.array(sinks)  # a new handle: a state returned earlier stays unchanged
             sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
-            mx.eval(sinks)  # nothing later in the step needs them, so nothing else would
+            mx.eval(sinks)  # nothing else in the step evaluates them
         position = self.geometry.advance(self.position, step.count, step.sinks_at)
         self.current = CacheState(position, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:
         """Take back the newest `count` tokens (rule 9).
 
-        With X spare rows the last X cost nothing; each one beyond leaves one token fewer attended
+        The last X, the spare rows, cost nothing. Each one beyond leaves one attended token fewer
         until the window has filled again.
 
         Raises:
-            ValueRefused: more tokens than the ring holds, where some have been evicted.
+            ValueRefused: tokens have been evicted, and `count` exceeds what the ring holds.
         """
         if not 0 <= count <= self.rewindable:
             raise ValueRefused(
-                f"{count} tokens cannot be taken back: the window holds {self.rewindable}"
+                f"cannot take back {count} tokens: the window holds {self.rewindable}"
             )
         self._move(self.geometry.rewind(self.position, count))
 
     def evict(self, count: int) -> None:
-        """Drop the oldest `count` attended tokens that are not sinks, for ever (rule 9).
+        """Evict the oldest `count` attended tokens that are not sinks (rule 9).
 
         Raises:
-            ValueRefused: more tokens than are held.
+            ValueRefused: more tokens than the window holds.
         """
         held = self.geometry.ring_count(self.position)
         if not 0 <= count <= held:
-            raise ValueRefused(f"{count} tokens cannot be evicted: the window holds {held}")
+            raise ValueRefused(f"cannot evict {count} tokens: the window holds {held}")
         if count:
             self._move(replace(self.position, floor=self.oldest + count))
 
     def release(self) -> None:
-        """Let go of the buffers, of which a step that failed may have made anything.
+        """Release the buffers, whose contents are unknown after a failed step.
 
-        Nothing can be read after that; what was read can still be taken back and counted.
+        No token can be read afterwards. Tokens can still be counted and taken back.
         """
         self.current = replace(self.current, keys=[], values=[], sinks=mx.zeros(0))
 
     def erase(self) -> None:
-        """Make every row zero that the newest token does not attend to.
+        """Set every row to zero that the newest token does not attend to.
 
-        So nothing that was taken back, or has left, is in a state that is given out. What a take
-        back could have brought back of it has left for good.
+        So a state contains no tokens that were taken back or evicted. A later rewind cannot make
+        them attended again.
         """
         self._turn_back()
         if self.current is self._erased():
@@ -277,7 +279,7 @@ class StreamCache:
             values=[self.storage.zero(rows, runs) for rows in current.values],
             sinks=sinks,
         )
-        del current, sinks  # nothing but the update may hold the buffers
+        del current, sinks  # only the update may hold the buffers
         mx.eval(self.arrays())
         self._erased = weakref.ref(self.current)
 
@@ -296,10 +298,10 @@ class StreamCache:
         return state
 
     def restore(self, state: dict[str, mx.array | int]) -> None:
-        """Continue from `state`; the arrays are copied, so that neither stream disturbs the other.
+        """Continue from a copy of `state`.
 
         Raises:
-            ValueRefused: the state is not one of a cache with these parameters.
+            ValueRefused: it is not the state of a cache with these parameters.
         """
         self._turn_back()
         wanted = self._state()
@@ -308,30 +310,32 @@ class StreamCache:
             raise ValueRefused(f"not a state of this stream: {odd[0]!r} is missing or unknown")
         for name, mine in wanted.items():
             given = state[name]
-            if isinstance(mine, mx.array):
-                if (
-                    not isinstance(given, mx.array)
-                    or given.shape != mine.shape
-                    or given.dtype != mine.dtype
-                ):
-                    raise ValueRefused(
-                        f"not a state of this stream: {name!r} must be {mine.dtype} of shape "
-                        f"{mine.shape}"
-                    )
-            elif type(given) is not int:  # nor a truth value
-                raise ValueRefused(f"not a state of this stream: {name!r} must be a whole number")
+            if not isinstance(mine, mx.array):
+                if type(given) is not int:  # not a bool either
+                    raise ValueRefused(f"not a state of this stream: {name!r} must be an integer")
+            elif not isinstance(given, mx.array) or (given.shape, given.dtype) != (
+                mine.shape,
+                mine.dtype,
+            ):
+                raise ValueRefused(
+                    f"not a state of this stream: {name!r} must be {mine.dtype} {mine.shape}"
+                )
         numbers: dict[str, Any] = {field: state[name] for name, field in STATE_NUMBERS.items()}
         position = StreamPosition(**numbers)
         self._check(position)
-        mx.clear_cache()  # as when the buffers were made
-        copied = {name: _copy(state[name]) for name, m in wanted.items() if isinstance(m, mx.array)}
+        mx.clear_cache()  # as in __init__
+        copied = {
+            name: mx.contiguous(mx.array(state[name]) + 0)
+            for name, mine in wanted.items()
+            if isinstance(mine, mx.array)
+        }
         mx.eval(copied)
         self.current = CacheState(
             position, self._rows("keys", copied), self._rows("values", copied), copied["sinks"]
         )
 
     def _rows(self, kind: str, arrays: dict[str, mx.array]) -> list[Rows]:
-        """Return each layer's rows from the arrays of a state."""
+        """Return each layer's rows, made of the arrays of a state."""
         parts = self.storage.arrays(self.current.keys[0])
         return [
             self.storage.from_arrays({part: arrays[f"{kind}.{layer}{part}"] for part in parts})
@@ -339,7 +343,7 @@ class StreamCache:
         ]
 
     def _check(self, position: StreamPosition) -> None:
-        """Refuse numbers no stream of this geometry can reach: rows would be read unwritten."""
+        """Refuse a position that no stream can have, which would attend to unwritten rows."""
         geometry = self.geometry
         base = position.length - position.clock
         consistent = (
@@ -359,25 +363,24 @@ class StreamCache:
             raise ValueRefused(f"not a state of this stream: its numbers do not agree ({position})")
 
     def _reanchor(self) -> None:
-        """Turn the ring back so that its lowest token stands directly behind the sinks.
+        """Rotate the ring back so that its lowest token is directly behind the sinks.
 
-        Quantized rows stay as they are: queries are turned further for them until they have left.
+        Quantized rows stay unchanged: queries are rotated further for them until they are evicted.
         """
         if isinstance(self.storage, QuantizedStorage):
             self._move(self.geometry.lower_clock(self.position))
             return
         base = self.position.length - self.position.clock
         pending = self.position.floor - self.geometry.sinks - base
-        mx.clear_cache()  # as when the buffers were made: theirs are the only sizes to be reused
+        mx.clear_cache()  # as in __init__
         self.current = replace(self.current, pending_turn=pending)
         self._turn_back()
 
     def _turn_back(self) -> None:
-        """Turn what is left to be turned, one layer at a time: one layer's K is there twice."""
+        """Rotate the remaining layers, one at a time, so that only one layer's K exists twice."""
         while self.current.pending_turn and self.current.layers_turned < self.shape.layers:
             current, layer = self.current, self.current.layers_turned
-            keys = list(current.keys)
-            by = current.pending_turn
+            keys, by = list(current.keys), current.pending_turn
             keys[layer] = self.shape.rope.rotate_all(keys[layer], by, backwards=True)
             mx.eval(keys[layer])
             self.current = replace(current, keys=keys, layers_turned=layer + 1)
@@ -397,10 +400,6 @@ def check_quantizable(head_dim: int, bits: int) -> None:
         raise ValueRefused(f"--kv-bits must be {BITS[0]} or {BITS[1]}, not {bits}")
     if head_dim % GROUP_SIZE:
         raise ValueRefused(
-            f"--kv-bits needs heads of a multiple of {GROUP_SIZE} numbers; this model's have "
-            f"{head_dim}: leave it out"
+            f"--kv-bits needs a head dimension that is a multiple of {GROUP_SIZE}; this model's is "
+            f"{head_dim}: leave the option out"
         )
-
-
-def _copy(array: mx.array | int) -> mx.array:
-    return mx.contiguous(array + 0 if isinstance(array, mx.array) else mx.array(array))

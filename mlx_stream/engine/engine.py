@@ -1,4 +1,4 @@
-"""An engine: the handle, which any thread may hold, of the one thread that computes."""
+"""An engine: the handle of the one thread that computes, for use on any other thread."""
 
 import weakref
 from collections.abc import Sequence
@@ -101,7 +101,7 @@ class Engine:
         on_evict: OnEvict | None = None,
         on_token: OnToken | None = None,
     ) -> Session:
-        """Begin a conversation; returns at once. Wrong options raise on its first use.
+        """Begin a conversation; returns at once. Most wrong options raise on its first use.
 
         Args:
             system, window, sinks, sampling, max_tokens, stop, evict, kv_bits: see `ChatSession`.
@@ -112,6 +112,7 @@ class Engine:
             on_token: called with each piece, on the same thread.
 
         Raises:
+            ValueRefused: `max_tokens` below 1.
             QueueFull: the engine has too much to do.
             EngineClosed: the engine is closed.
         """

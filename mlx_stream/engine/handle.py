@@ -1,30 +1,29 @@
-"""Handles, which any thread may hold, of the streams on the engine's thread."""
+"""Handles of the streams on the engine's thread, for use on any other thread."""
 
+import asyncio
 import copy
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
+from contextlib import suppress
+from numbers import Integral
 from typing import Any, Self
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.replies import (
-    Submit,
-    check_limit,
-    check_question,
-    iterate,
-    iterate_async,
-)
 from mlx_stream.engine.session_worker import SessionWorker
 from mlx_stream.engine.task import AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
+from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.generate.stats import Stats
 from mlx_stream.text.pieces import Piece
+from mlx_stream.text.tokenizer import check_text
 
 OnEvict = Callable[[int, int], None]
 OnToken = Callable[[Piece], None]
+Submit = Callable[[], Task]
 
 
 class Handle:
@@ -100,10 +99,42 @@ class Handle:
         return task
 
     def _pieces(self, submit: Submit) -> Generator[Piece, None, None]:
-        return iterate(self._worker, submit, self._deliver)
+        """Submit a task and yield its pieces; closing the generator cancels the task."""
+        task = submit()
+        try:
+            while (piece := self._worker.take(task)) is not None:
+                self._deliver(piece)
+                yield piece
+            self._deliver()
+        finally:
+            task.cancel()
 
-    def _pieces_async(self, submit: Submit) -> AsyncGenerator[Piece, None]:
-        return iterate_async(self._worker, submit, self._deliver)
+    async def _pieces_async(self, submit: Submit) -> AsyncGenerator[Piece, None]:
+        """Do what `_pieces` does, without blocking the event loop."""
+        self._worker.check_elsewhere()
+        loop, arrived = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(arrived.set)
+
+        task = submit()
+        task.tell = tell
+        try:
+            while True:
+                arrived.clear()
+                done = task.done  # read first, or a piece that comes now would be missed
+                piece = self._worker.take_now(task)
+                if piece is not None:
+                    self._deliver(piece)
+                    yield piece
+                elif done:
+                    break
+                else:
+                    await arrived.wait()
+            self._deliver()
+        finally:
+            task.cancel()
 
     def _deliver(self, piece: Piece | None = None) -> None:
         """Run the callbacks that are due, on the caller's thread."""
@@ -132,6 +163,7 @@ class Session(Handle):
         on_token: OnToken | None,
         engine: Any,
     ):
+        check_limit(options.max_tokens)
         self.name = name
         self._session_worker = SessionWorker(worker, host, options, name)
         super().__init__(worker, self._session_worker, engine, on_evict, on_token)
@@ -200,3 +232,14 @@ class Session(Handle):
     def _future(self, action: Callable[[ChatSession], Any]) -> Future[Any]:
         worker = self._session_worker
         return self._ask(lambda: worker.perform(action), reply=False).future
+
+
+def check_question(question: str) -> None:
+    check_text(question)
+    if not question:
+        raise TextError("the question is empty")
+
+
+def check_limit(max_tokens: int | None) -> None:
+    if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
+        raise ValueRefused(f"max_tokens must be a whole number, at least 1, not {max_tokens!r}")

@@ -1,15 +1,14 @@
-"""The handle of a stream that listens without replying; any thread may hold it."""
+"""The handle of a listener, for use on any other thread."""
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_stream.engine.handle import Handle, OnEvict
+from mlx_stream.engine.handle import Handle, OnEvict, Submit, check_limit, check_question
 from mlx_stream.engine.listener_snapshot import check_note
 from mlx_stream.engine.listener_stream import Backlog, ListenerOptions
 from mlx_stream.engine.listener_worker import ListenerWorker
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.replies import Submit, check_limit, check_question
 from mlx_stream.engine.task import Task, Work, reraise
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, QueueFull, ValueRefused

@@ -256,7 +256,7 @@ class ListenerStream:
             raise
         finally:
             copy = None
-            mx.clear_cache()  # it may be long until the next copy
+            mx.clear_cache()  # the next copy may come much later
 
     def _writer(self, sinks: int) -> Writer:
         window, bits = self.options.window, self.options.kv_bits

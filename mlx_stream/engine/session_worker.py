@@ -9,7 +9,6 @@ from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.replies import check_limit
 from mlx_stream.engine.task import Work
 from mlx_stream.engine.worker import Worker
 from mlx_stream.generate.stats import MOST_NOTICES, Stats
@@ -41,7 +40,6 @@ class SessionWorker:
 
     def open(self) -> Work:
         """Begin a conversation, or resume a saved one; a coroutine."""
-        check_limit(self.options.max_tokens)
         model = self.host.model_for(self.key)
         notices: deque[str] = deque(maxlen=MOST_NOTICES)
         if self.name is None:

@@ -52,7 +52,7 @@ class StreamOwner(Protocol):
         ...
 
     def close(self) -> None:
-        """Release the stream; may be called twice."""
+        """Release the stream; a second call does nothing."""
         ...
 
 

@@ -1,1 +1,1 @@
-"""Networks: their layers, families, weights and traced steps; knows no stream and no text."""
+"""Networks: layers, families, weights and traced steps. Knows no stream and no text."""

@@ -1,8 +1,8 @@
-"""What tells a model, computed as it is here, from another: it finds a fine-tune, no damaged value.
+"""A fingerprint that tells one loaded model from another: a fine-tune, but not one damaged value.
 
-Version 2 names tensors as the checkpoint does and leaves settings out that are as they always were,
-so it stays the same when modules are arranged anew or a family learns something. Version 1 has the
-names of our own modules; it is still computed for files that were written with it.
+Version 2 uses the checkpoint's names of tensors and omits settings at their defaults, so it does
+not change when modules are rearranged or a family gets a new setting. Version 1 uses the names of
+this package's modules; it is still computed to recognise old files.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from mlx_stream.config import ModelConfig
 from mlx_stream.models.layers import CausalLM
 
 VERSION = 2
-# Values of each tensor that are looked at.
+# Values sampled from each tensor.
 SAMPLED = 64
-# These say how long a stream may be and how the weights are stored, which their tensors show.
+# Settings that do not change the computation, or that the tensors show.
 NOT_COMPUTED = {
     "max_position_embeddings",
     "sliding_window",
@@ -29,7 +29,7 @@ NOT_COMPUTED = {
     "quantization",
     "vocab_size",
 }
-# The settings there were in version 1.
+# The settings of version 1.
 SETTINGS_1 = (
     "model_type",
     "hidden_size",
@@ -66,7 +66,7 @@ def fingerprint(config: ModelConfig, network: CausalLM, dtype: mx.Dtype, quantiz
     """Return a model's fingerprint: "2:" and 16 hexadecimal digits.
 
     Args:
-        quantized: whether quantized weights are computed with as they are.
+        quantized: whether the model computes with its quantized weights.
     """
     settings = {
         name: value for name, value in settings_of(config).items() if name not in NOT_COMPUTED
@@ -97,7 +97,7 @@ def digest_tensors(about: dict[str, Any], tensors: Iterable[tuple[str, mx.array]
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that have no default, or are not as by default."""
+    """Return the fields of a dataclass that have no default or differ from it."""
     found: dict[str, Any] = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -109,6 +109,6 @@ def settings_of(settings: Any) -> dict[str, Any]:
 def raw_bytes(array: mx.array) -> memoryview:
     """Return an array's bytes, in row order; evaluates it."""
     integers = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
-    # numpy has no bfloat16; the bits are what counts.
+    # numpy has no bfloat16, and only the bits matter.
     values: Any = np.ascontiguousarray(np.array(array.view(integers), copy=False))
     return memoryview(values).cast("B")

@@ -1,8 +1,8 @@
-"""The blocks all families share; know no cache logic, no files and no text.
+"""The blocks that all families share. Knows no cache logic, no files and no text.
 
-A layer maps (T, hidden size) to the same. Attention hands unrotated queries, keys and values to the
-step of a cache, which owns order, positions and masks. Q, K and V are one product, gate and up
-another, wherever their weights can be joined; names are those of the checkpoints.
+A layer maps (T, hidden size) to the same shape. Attention passes unrotated queries, keys and values
+to a cache's step, which owns order, positions and masks. Q, K and V are one product, gate and up
+another, if their weights can be joined. The names are those of the checkpoints.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from mlx_stream.config import ModelConfig
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map as a checkpoint names it: `path.weight` is (outputs, inputs)."""
+    """A linear map and its name in a checkpoint: `path.weight` is (outputs, inputs)."""
 
     path: str
     outputs: int
@@ -26,23 +26,15 @@ class Projection:
     bias: bool = False
 
 
-class LinearModule(Protocol):
-    """A linear map, its weight quantized or not."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map (T, inputs) to (T, outputs)."""
-        ...
-
-    def add_to(self, residual: mx.array, x: mx.array) -> mx.array:
-        """Return `residual` and what `x` maps to, added: one operation where there is one."""
-        ...
-
-
 class Weights(Protocol):
-    """Where a model's modules come from: asked for each by the names of its tensors."""
+    """The source of a model's modules, by the names of their tensors."""
 
     def linear(self, *parts: Projection) -> Any:
-        """Return one `LinearModule` whose output is the parts' outputs, one behind the other."""
+        """Return a module that maps (T, inputs) to (T, all outputs), the parts' concatenated.
+
+        Its method `add_to(residual, x)` returns `residual` plus the map of `x`, in one operation if
+        there is one.
+        """
         ...
 
     def embedding(
@@ -87,7 +79,7 @@ class Attention(nn.Module):
 
     def __call__(self, residual: mx.array, x: mx.array, step: Step, layer: int) -> mx.array:
         rows, heads = x.shape[0], self.qkv_proj(x)
-        if rows == 1:  # the same numbers in the same order, without turning axes there and back
+        if rows == 1:  # the same result without swapping axes twice
             heads = self._normalized(heads.reshape(1, -1, 1, self.head_dim), axis=1)
             return self.o_proj.add_to(residual, step.attend(layer, heads).reshape(1, -1))
         heads = self._normalized(heads.reshape(1, rows, -1, self.head_dim), axis=2)
@@ -135,7 +127,7 @@ class CausalLM(nn.Module):
     """A decoder with its head: token ids in, hidden states and logits out.
 
     Attributes:
-        named_tensors: yields its tensors by the checkpoint's names; set by who builds it.
+        named_tensors: yields its tensors by the checkpoint's names; set by `weights.build`.
     """
 
     named_tensors: Callable[[], Iterator[tuple[str, mx.array]]]
@@ -158,16 +150,16 @@ class CausalLM(nn.Module):
         return self.norm(self._through(tokens, step)[1])[None]
 
     def prefill(self, tokens: mx.array, step: Step) -> mx.array:
-        """Return what the last layer begins from, (1, T, hidden size), for a step's tokens (1, T).
+        """Return the input of the last layer, (1, T, hidden size), for a step's tokens (1, T).
 
-        Once this and then the step's keys and values are evaluated, all that later tokens attend
-        to is there, and nothing else was computed.
+        Evaluating it and then the step's keys and values computes all that later tokens attend to,
+        and nothing else.
         """
         return self._through(tokens, step)[0][None]
 
     def _through(self, tokens: mx.array, step: Step) -> tuple[mx.array, mx.array]:
-        """Return what the last layer begins from and what it gives, (T, hidden size) each."""
-        # Without the batch of one: each product would take it off and put it on again.
+        """Return the input and the output of the last layer, (T, hidden size) each."""
+        # Without the batch axis, which each product would remove and add again.
         before = x = self.embed_tokens(tokens.reshape(-1))
         for index, layer in enumerate(self.layers):
             before, x = x, layer(x, step, index)

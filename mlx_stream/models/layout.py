@@ -1,7 +1,7 @@
-"""A model's tensors without their weights: shapes and bytes, by one walk; opens nothing.
+"""The shapes and bytes of a model's tensors, without loading them.
 
-The walk is the families' own: `Layout` stands where weights would come from, so what is counted,
-planned, quantized and converted is what a model is built of. A config that asks for terabytes is
+A family builds its model on a `Layout` in place of weights, so whatever is counted, planned,
+quantized or converted is exactly what a model is built of. A config that asks for terabytes is only
 a number here.
 """
 
@@ -16,13 +16,13 @@ from mlx_stream.config import ModelConfig, Quantization
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.registry import MODELS
 
-# How a matrix is held somewhere: quantized, or as floats (None).
+# How a matrix is stored: quantized, or as floats (None).
 QuantizationOf = Callable[[Projection], Quantization | None]
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A norm's weight as a checkpoint names it: `path.weight` is (size,), never quantized."""
+    """A norm's weight and its name in a checkpoint: `path.weight` is (size,), never quantized."""
 
     path: str
     size: int
@@ -30,10 +30,10 @@ class Vector:
 
 @dataclass
 class Layout:
-    """The tensors of a model, in the order in which they are loaded.
+    """The tensors of a model, in the order of loading.
 
     Attributes:
-        modules: each of one norm, or of the matrices whose outputs are joined.
+        modules: each is one norm, or the matrices whose outputs are joined.
     """
 
     modules: list[tuple[Projection | Vector, ...]] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Layout:
 
     @property
     def parts(self) -> Iterator[Projection | Vector]:
-        """Every matrix and norm."""
+        """Every matrix and norm, in order."""
         return (part for module in self.modules for part in module)
 
     @property
@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def vector_numbers(self) -> int:
-        """The numbers in norms and biases, which are never quantized."""
+        """How many numbers the norms and biases hold; they are never quantized."""
         return sum(
             part.size if isinstance(part, Vector) else part.bias * part.outputs
             for part in self.parts
@@ -69,11 +69,11 @@ class Layout:
 
     @property
     def parameters(self) -> int:
-        """The number of the model's weights."""
+        """The number of the model's parameters."""
         return self.vector_numbers + sum(part.outputs * part.inputs for part in self.matrices)
 
     def tensor_names(self) -> Iterator[str]:
-        """Name every tensor there may be, quantized or not."""
+        """Yield the name of every tensor that a checkpoint may have, quantized or not."""
         for part in self.parts:
             yield from (f"{part.path}.{end}" for end in ("weight", "scales", "biases"))
             if isinstance(part, Projection) and part.bias:
@@ -81,17 +81,17 @@ class Layout:
 
 
 def layout_of(config: ModelConfig) -> Layout:
-    """Return every tensor of a model; a head tied to the embedding is there once."""
+    """Return the tensors of a model; a head tied to the embedding counts once."""
     layout = Layout()
     MODELS[config.model_type](config, layout)
     return layout
 
 
 def matrix_bytes(numbers: int, quantization: Quantization | None, itemsize: int) -> int:
-    """Return the bytes of a matrix of so many numbers; affine groups have a scale and a bias.
+    """Return the bytes of a matrix of `numbers` numbers; affine groups have a scale and a bias.
 
     Args:
-        itemsize: bytes of a float, scales and biases included.
+        itemsize: bytes of a float, also in scales and biases.
     """
     if quantization is None:
         return numbers * itemsize
@@ -100,12 +100,12 @@ def matrix_bytes(numbers: int, quantization: Quantization | None, itemsize: int)
 
 
 def part_bytes(part: Projection, quantization: Quantization | None, itemsize: int) -> int:
-    """Return the bytes of one matrix, its bias not counted."""
+    """Return the bytes of one matrix, without its bias."""
     return matrix_bytes(part.outputs * part.inputs, quantization, itemsize)
 
 
 def weights_bytes(layout: Layout, quantization_of: QuantizationOf, itemsize: int) -> int:
-    """Return the bytes of all weights, as `weights.build` holds them in the end."""
+    """Return the bytes of all weights once `weights.build` is done."""
     matrices = sum(part_bytes(part, quantization_of(part), itemsize) for part in layout.matrices)
     return matrices + layout.vector_numbers * itemsize
 
@@ -120,11 +120,11 @@ def ring_bytes(
 ) -> int:
     """Return the bytes of one stream: keys and values of S + W + X tokens, and the sinks again.
 
-    The sinks' keys are held a second time before rotation. With `kv_bits` the ring is quantized in
-    groups of 64 along the head, scales and biases in 16 bits, and the sinks stay as they are.
+    The sinks' keys are also stored before rotation. With `kv_bits` the ring is quantized in groups
+    of 64 along the head, with 16-bit scales and biases, and the sinks stay plain.
 
     Raises:
-        ValueRefused: bits other than 8 and 4, or a head that groups of 64 do not divide.
+        ValueRefused: bits other than 8 and 4, or a head dimension not divisible by 64.
     """
     if kv_bits is not None:
         check_quantizable(config.head_dim, kv_bits)

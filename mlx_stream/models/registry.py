@@ -1,4 +1,4 @@
-"""The registry: which function builds which `model_type`."""
+"""The registry of models: the function that builds each `model_type`."""
 
 from collections.abc import Callable
 
@@ -15,5 +15,3 @@ MODELS: dict[str, Callable[[ModelConfig, Weights], CausalLM]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
 }
-
-__all__ = ["MODELS", "CausalLM", "Weights"]

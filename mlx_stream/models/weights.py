@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint -> modules: names and shapes checked, quantized or not, joined."""
+"""A checkpoint's tensors -> modules: checked by name and shape, quantized or not, joined."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ def build(
     """Build the model and take its weights out of `tensors`, which is empty afterwards.
 
     Args:
-        tensors: lazy arrays by name; each is dropped once its module is made, so that no more than
-            one module's parts are in memory twice.
-        dtype: of all computation; quantized weights keep their integers.
-        keep_quantized: compute with quantized weights as they are, or dequantize them here.
+        tensors: lazy arrays by name. Each is dropped once its module is made, so that at most one
+            module's parts are in memory twice.
+        dtype: of all computation; quantized weights stay integers.
+        keep_quantized: compute with the quantized weights, or else dequantize them here.
 
     Raises:
-        WeightsError: a tensor is missing, unknown, or of the wrong shape or type (named).
+        WeightsError: names a tensor that is missing, unknown, or of the wrong shape or type.
     """
     weights = CheckpointWeights(config, tensors, dtype, keep_quantized)
     model = MODELS[config.model_type](config, weights)
@@ -43,28 +43,28 @@ def build(
 
 
 def refuse_unknown(config: ModelConfig, tensors: MutableMapping[str, Any]) -> None:
-    """Drop the tensors left over that nobody needs.
+    """Drop leftover tensors that no model needs.
 
     Raises:
         WeightsError: there are others.
     """
     for name in list(tensors):
-        # Buffers of old exports, and the copy of a tied embedding.
+        # Buffers of old exports, and copies of a tied embedding.
         if name.endswith("rotary_emb.inv_freq") or (
             config.tie_word_embeddings and name.startswith("lm_head.")
         ):
             tensors.pop(name)
     if tensors:
         raise WeightsError(
-            f"weights: unknown tensor {min(tensors)!r} ({len(tensors)} in all): this is not the "
-            f"{config.model_type} its config describes"
+            f"weights: unknown tensor {min(tensors)!r} ({len(tensors)} in all): the files do not "
+            f"match the {config.model_type} model in config.json"
         )
 
 
 class RemainingTensors(MutableMapping[str, mx.array]):
-    """A checkpoint's tensors that no module has taken yet; opening it reads none of them.
+    """The tensors of a checkpoint that no module has taken yet; none is read before.
 
-    A source that holds its arrays loses those that are taken: they would be in memory twice.
+    If the source is mutable, a taken tensor is deleted from it, or it would be in memory twice.
     """
 
     def __init__(self, source: Mapping[str, mx.array]):
@@ -74,7 +74,7 @@ class RemainingTensors(MutableMapping[str, mx.array]):
         return self.source[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names  # the default would read the tensor to find out
+        return name in self.names  # the default would read the tensor
 
     def __delitem__(self, name: str) -> None:
         del self.names[name]
@@ -93,15 +93,14 @@ class RemainingTensors(MutableMapping[str, mx.array]):
 
 @dataclass
 class Part:
-    """One checkpoint weight, ready to be joined with others."""
+    """One weight of a checkpoint, ready to be joined with others."""
 
     tensors: dict[str, mx.array]
     quantization: Quantization | None
-    inputs: int
 
 
 class CheckpointWeights:
-    """Make modules out of a checkpoint's tensors; without a dtype, tensors keep their own."""
+    """Make modules of a checkpoint's tensors. If `dtype` is None, tensors keep their own."""
 
     def __init__(
         self,
@@ -116,8 +115,7 @@ class CheckpointWeights:
 
     def linear(self, *parts: Projection) -> nn.Module:
         read = [self.part(p.path, p.outputs, p.inputs, p.bias) for p in parts]
-        alike = all(part.quantization == read[0].quantization for part in read)
-        if alike:
+        if all(part.quantization == read[0].quantization for part in read):
             module = self._module(read)
             self.made.append((parts, module))
             return module
@@ -148,7 +146,7 @@ class CheckpointWeights:
         return module
 
     def _module(self, parts: list[Part]) -> nn.Module:
-        """Join parts of one kind along their outputs: rows are stacked, groups run along them."""
+        """Join parts of one kind along their outputs: rows are stacked; groups lie within a row."""
         names = parts[0].tensors
         joined = {
             name: parts[0].tensors[name]
@@ -166,36 +164,36 @@ class CheckpointWeights:
             _set_quantized(module, joined)
         if "bias" in joined:
             module.bias = joined["bias"]
-        # Evaluated here, so that the parts can go, and no traced function recomputes them.
+        # Evaluated here to free the parts, and so that no traced function computes them again.
         mx.eval(module.parameters())
         return module
 
     def part(self, path: str, outputs: int, inputs: int, bias: bool) -> Part:
-        """Take one weight, its scales and its bias, as they are or dequantized."""
+        """Take one weight with its scales and its bias, quantized or dequantized."""
         tensors = {"bias": self.floats(f"{path}.bias", (outputs,))} if bias else {}
         if f"{path}.scales" not in self.tensors:
             tensors["weight"] = self.floats(f"{path}.weight", (outputs, inputs))
-            return Part(tensors, None, inputs)
+            return Part(tensors, None)
         quantization = self.config.quantized(path)
         if quantization is None:
             raise WeightsError(
-                f"weights: {path}.scales is there but the config does not say how it is quantized"
+                f"weights: {path}.scales exists, but config.json does not say how it is quantized"
             )
         packed = self._take_quantized(path, outputs, inputs, quantization)
         if self.keep_quantized:
-            return Part(tensors | packed, quantization, inputs)
+            return Part(tensors | packed, quantization)
         full = dequantize(packed, quantization)
-        return Part(tensors | {"weight": self._cast(full)}, None, inputs)
+        return Part(tensors | {"weight": self._cast(full)}, None)
 
     def _take_quantized(
         self, path: str, outputs: int, inputs: int, quantization: Quantization
     ) -> dict[str, mx.array]:
-        """Take a quantized weight: uint32 words, and scales (and biases) a group."""
+        """Take a quantized weight: uint32 words, and a scale (and bias) per group."""
         group, bits = quantization.group_size, quantization.bits
         if inputs % group or inputs * bits % 32:
             raise WeightsError(
-                f"weights: {path} has {inputs} inputs, which groups of {group} at {bits} bits do "
-                "not divide"
+                f"weights: {path} has {inputs} inputs, not divisible into groups of {group} at "
+                f"{bits} bits"
             )
         weight = self._take(f"{path}.weight", (outputs, inputs * bits // 32), (mx.uint32,))
         groups = (outputs, inputs // group)
@@ -204,12 +202,12 @@ class CheckpointWeights:
             return {"weight": weight, "scales": scales}
         scales = self._take(f"{path}.scales", groups, FLOATS)
         biases = self._take(f"{path}.biases", groups, FLOATS)
-        if self.keep_quantized:  # they follow the model's dtype
+        if self.keep_quantized:  # they have the model's dtype
             scales, biases = self._cast(scales), self._cast(biases)
         return {"weight": weight, "scales": scales, "biases": biases}
 
     def floats(self, name: str, shape: tuple[int, ...]) -> mx.array:
-        """Take a tensor that is not quantized."""
+        """Take a float tensor."""
         return self._cast(self._take(name, shape, FLOATS))
 
     def _cast(self, array: mx.array) -> mx.array:
@@ -221,11 +219,11 @@ class CheckpointWeights:
         tensor = self.tensors.pop(name)
         if tensor.shape != shape:
             raise WeightsError(
-                f"weights: tensor {name!r} has shape {tensor.shape}, the config asks for {shape}"
+                f"weights: tensor {name!r} has shape {tensor.shape}, but config.json needs {shape}"
             )
         if tensor.dtype not in dtypes:
             raise WeightsError(
-                f"weights: tensor {name!r} holds {tensor.dtype}, expected "
+                f"weights: tensor {name!r} is {tensor.dtype}, not "
                 f"{' or '.join(str(dtype) for dtype in dtypes)}"
             )
         return tensor
@@ -234,9 +232,9 @@ class CheckpointWeights:
 def named_tensors(
     made: Iterable[tuple[tuple[Projection | Vector, ...], nn.Module]],
 ) -> Iterator[tuple[str, mx.array]]:
-    """Yield the tensors of modules as they are computed with, by the checkpoint's names.
+    """Yield the tensors that the modules compute with, by the checkpoint's names.
 
-    One that is a part of a joined matrix is a view of its rows.
+    A part of a joined matrix is a view of its rows.
     """
     for parts, module in made:
         row = 0
@@ -249,7 +247,7 @@ def named_tensors(
 
 
 class Linear(nn.Module):
-    """Map (T, inputs) to (T, outputs); the weight is turned once, not in every step's graph.
+    """Map (T, inputs) to (T, outputs). The weight is transposed once, not in every step's graph.
 
     Args:
         weight: (outputs, inputs).
@@ -260,7 +258,7 @@ class Linear(nn.Module):
         self.set_weight(weight)
 
     def set_weight(self, weight: mx.array) -> None:
-        self.weight, self._turned = weight, weight.T  # not a parameter: it is the same buffer
+        self.weight, self._turned = weight, weight.T  # the same buffer; not a parameter
         mx.eval(self._turned)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -269,21 +267,21 @@ class Linear(nn.Module):
         return x @ self._turned
 
     def add_to(self, residual: mx.array, x: mx.array) -> mx.array:
-        """Return `residual` and what `x` maps to, added."""
+        """Return `residual` plus the map of `x`."""
         if "bias" in self:
             return residual + self(x)
         return mx.addmm(residual, x, self._turned)
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """Map (T, inputs) to (T, outputs) by a quantized weight."""
+    """Map (T, inputs) to (T, outputs) with a quantized weight."""
 
     def add_to(self, residual: mx.array, x: mx.array) -> mx.array:
         return residual + self(x)
 
 
 class SideBySide(nn.Module):
-    """Projections that cannot be joined (other bits or groups), run one after another."""
+    """Projections that cannot be joined (different bits or groups), run one after another."""
 
     def __init__(self, parts: list[nn.Module]):
         super().__init__()
@@ -299,7 +297,7 @@ class SideBySide(nn.Module):
 def weight_bytes(
     config: ModelConfig, names: Mapping[str, mx.array], dtype: mx.Dtype, keep_quantized: bool
 ) -> int:
-    """Return the bytes `build` would hold in the end."""
+    """Return the bytes of the weights once `build` is done."""
     scales = frozenset(name.removesuffix(".scales") for name in names if name.endswith(".scales"))
 
     def quantization_of(part: Projection) -> Quantization | None:
@@ -309,7 +307,7 @@ def weight_bytes(
 
 
 def dequantize(packed: Mapping[str, mx.array], quantization: Quantization) -> mx.array:
-    """Return a quantized weight in float, affine ones in float32: exact for 16-bit scales."""
+    """Return a weight as floats; affine ones as float32, which is exact for 16-bit scales."""
     settings = _settings(quantization)
     if quantization.mode != "affine":
         return mx.dequantize(packed["weight"], packed["scales"], **settings)
@@ -318,7 +316,7 @@ def dequantize(packed: Mapping[str, mx.array], quantization: Quantization) -> mx
 
 
 def _smallest(quantization: Quantization) -> int:
-    """Return the shortest row that MLX makes a module of."""
+    """Return the shortest row of which MLX makes a module."""
     return max(quantization.group_size, 32)
 
 

@@ -214,7 +214,7 @@ def test_quantized_tensors_that_do_not_fit(name, change, keep_quantized):
     [
         (None, "does not say how it is quantized"),
         ({**FOUR_BITS, "model.layers.0.self_attn.q_proj": False}, "self_attn.q_proj"),
-        ({"group_size": 128, "bits": 4}, "do not divide"),
+        ({"group_size": 128, "bits": 4}, "not divisible into groups"),
         ({"group_size": 64, "bits": 4}, "shape"),
         ({"group_size": 32, "bits": 8}, "shape"),
     ],

@@ -1,1 +1,1 @@
-"""How a stream reads: one token, a chunk, verified guesses; each plans once what layers share."""
+"""The steps of a stream: one token, a chunk, or guesses to verify. Layers share one plan."""

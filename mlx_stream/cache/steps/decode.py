@@ -1,4 +1,4 @@
-"""One token: it is written into its row, then attends over the buffer, whatever the rows' order."""
+"""One token: it is written into its row, then attends over the buffer in any order of rows."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,13 @@ from mlx_stream.cache.storage import CacheState, Rows, RowStorage, write_rows
 
 @dataclass(frozen=True)
 class DecodeKind:
-    """What is the same in every step of one kind, so that one trace serves them all.
+    """What every step of one kind has in common, so that they share one trace.
 
     Attributes:
-        sinks: how many rows are rewritten in the step, because o moves with each token; or 0.
-        prefix_rows: how many leading rows are attended...
-        spare: ...but for this many of the ring, where the window is full: those written next.
-        steady: whether every later step is of the same kind, the window being full.
+        sinks: S if the step rewrites the sinks' rows, because o moves with each token; else 0.
+        prefix_rows: the number of leading rows to attend over.
+        spare: when the window is full, this many of them, which are written next, are excluded.
+        steady: whether every later step is of the same kind, because the window is full.
     """
 
     shape: AttentionShape
@@ -31,9 +31,9 @@ class DecodeKind:
     steady: bool = False
 
     def attended_mask(self, row: mx.array) -> mx.array:
-        """Return which rows the token attends to whose row is given, int32 (1,): (1, N) bool."""
+        """Return which rows the token in `row`, int32 (1,), attends to: (1, N) bool."""
         ring, columns = self.prefix_rows - self.sinks, np.arange(self.prefix_rows)
-        # A whole number of turns more, so that nothing is negative: backends divide differently.
+        # Add whole turns to keep it positive: the remainder of negatives differs between backends.
         turns = ring * -(-self.prefix_rows // ring)
         latest = np.where(columns < self.sinks, ring, ring - self.spare - 1)
         ages = mx.remainder(row + mx.array(turns - columns, mx.int32), ring)
@@ -41,15 +41,15 @@ class DecodeKind:
 
 
 class DecodeStep:
-    """The step of one token over rows as they are.
+    """The step of one token over plain rows.
 
     Args:
         kind: what does not change from step to step.
-        arrays: what does: `position` and `row` (1,) int32, `keys` and `values` by layer; `mask`
-            (1, prefix_rows) bool where it does not follow from the kind; `sinks` (L, K, S, D),
-            not rotated, and `sinks_at` (1,) int32 where they are rewritten.
+        arrays: what does: `position` and `row` (1,) int32; `keys` and `values` by layer; `mask`
+            (1, prefix_rows) bool unless it follows from the kind; if the sinks are rewritten,
+            `sinks` (L, K, S, D), not rotated, and `sinks_at` (1,) int32.
         is_sink: whether the token is a sink.
-        sinks_at: where the sinks' rows stand after the step.
+        sinks_at: the position of the sinks' rows after the step.
     """
 
     count, rows = 1, 1
@@ -78,8 +78,8 @@ class DecodeStep:
         position = state.position
         token = position.length
         is_sink, prefix_rows = token < geometry.sinks, geometry.prefix_rows(token)
-        # Where o moves with each token, the sinks are turned inside the step. Where it does not,
-        # they stand where they must already, or are put there once.
+        # If o moves with each token, the step itself rotates the sinks. If not, they are already in
+        # place, or are put there once.
         oldest = geometry.oldest(position, token)
         full = not is_sink and token - oldest == geometry.window - 1
         steady = full and prefix_rows == geometry.rows
@@ -130,5 +130,5 @@ class DecodeStep:
         )
 
     def finish(self, keys: list[Rows], values: list[Rows]) -> None:
-        """Take what a trace of this step computed, and let go of what it began from."""
+        """Take the rows that a trace of this step computed, and release the old ones."""
         self.keys, self.values, self.arrays = keys, values, {}

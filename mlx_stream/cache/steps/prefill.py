@@ -1,4 +1,4 @@
-"""A chunk of several tokens: it attends to the buffer as it was and to itself, then is written."""
+"""A chunk of tokens: it attends to the old buffer and to itself, then is written."""
 
 import mlx.core as mx
 
@@ -9,13 +9,13 @@ from mlx_stream.cache.storage import CacheState, Rows, RowStorage
 
 
 class PrefillStep:
-    """Several tokens: they attend to the buffer as it was and to themselves, then are written.
+    """The step of several tokens.
 
-    Each row has its own o. If o does not move within the chunk, the sinks' rows on the clock are
-    right for every row. If it does, every row sees the sinks from the constant place C - 1: the
-    scores of a second rotation of the queries enter the fused attention through an additive mask,
-    over sink keys set to zero (measured on the CPU backend: as fast as a plain mask). Rows then
-    attend in blocks, each to no more columns than its own rows see.
+    Each row has its own o. If o does not move within the chunk, the sinks' rows in the buffer are
+    right for every row. If it does, every row is at the constant position C - 1 relative to the
+    sinks: the scores of queries rotated to it enter the fused attention through an additive mask,
+    over sink keys set to zero (on the CPU backend as fast as a plain mask). The rows then attend in
+    blocks, each only to the columns that its rows need.
     """
 
     def __init__(
@@ -69,7 +69,8 @@ class PrefillStep:
         turned = shape.rope.rotate(heads[:, :split], self.position)
         queries, new_keys = turned[:, : shape.query_heads], turned[:, shape.query_heads :]
         new_values = heads[:, split:]
-        self._capture_sinks(heads[:, shape.query_heads : split])
+        if self.captured_sinks > 0:
+            self.new_sinks.append(heads[:, shape.query_heads : split, : self.captured_sinks])
         seen_keys, seen_values = (
             self.storage.as_attended(new, self.into_sinks) for new in (new_keys, new_values)
         )
@@ -101,8 +102,8 @@ class PrefillStep:
         sink_keys = self.sink_keys[layer : layer + 1]
         sink_values = self.storage.read(self.old_values[layer], 0, sinks, plain)
         ring_keys, ring_values = self._buffer(layer, sinks, plain)
-        # Scores in the mask are float32 whatever the model's dtype: half precision would round
-        # the sinks' scores, the largest there are, far more than those of the ring.
+        # The scores in the mask are float32 in any model: half precision would round the sinks'
+        # scores, which are the largest, far more than those of the ring.
         far = shape.rope.rotate_all(plain, self.far).astype(mx.float32)
         grouped = far.reshape(1, shape.kv_heads, -1, far.shape[-1])
         scores = (grouped * shape.scale) @ sink_keys.astype(mx.float32).swapaxes(-1, -2)
@@ -112,8 +113,8 @@ class PrefillStep:
         values = self._columns(ring_values, sink_values, new_values)
         parts = []
         for index, block in enumerate(self.blocks):
-            # The ring's part is the same for every layer: only the sinks' columns are written, in
-            # place once the layer before has used its own.
+            # The ring's part is the same for every layer. Only the sinks' columns are written, in
+            # place, once the previous layer has used its own.
             mask, at = mx.array(self.masks[index]), block.sinks_at
             mask[..., at : at + sinks] = scores[:, :, block.start : block.stop]
             self.masks[index] = mask
@@ -130,19 +131,15 @@ class PrefillStep:
         return mx.concatenate(parts, axis=2).astype(plain.dtype)
 
     def _columns(self, ring: mx.array, sinks: mx.array, new: mx.array) -> mx.array:
-        """Return what the blocks attend to, float32: the ring from its oldest on, sinks, new."""
+        """Return the blocks' columns in float32: the ring from its oldest token on, sinks, new."""
         first = self.geometry.sinks
         old = [ring[:, :, row - first : row - first + b - a] for a, b, row in self.ring_segments]
         return mx.concatenate([*old, sinks, new], axis=2).astype(mx.float32)
 
     def _buffer(self, layer: int, start: int, new: mx.array) -> tuple[mx.array, mx.array]:
-        """Return keys and values from row `start` on, as they were before this step."""
+        """Return the old keys and values from row `start` on."""
         keys = self.storage.read(self.old_keys[layer], start, self.prefix_rows, new)
         if self.old_clock_mask is not None:
             turned = self.shape.rope.rotate_all(keys, self.clock_offset, backwards=True)
             keys = mx.where(self.old_clock_mask[start:], turned, keys)
         return keys, self.storage.read(self.old_values[layer], start, self.prefix_rows, new)
-
-    def _capture_sinks(self, unrotated: mx.array) -> None:
-        if self.captured_sinks > 0:
-            self.new_sinks.append(unrotated[:, :, : self.captured_sinks])

@@ -1,8 +1,8 @@
-"""How one token reads quantized rows: its own are quantized first, then all are read as they lie.
+"""One token over quantized rows: its own rows are quantized first, then it attends to all.
 
-Scores and the mixture are products with packed rows, so that a step reads 8 or 4 bits of what is
-attended and makes no second copy of it. Both are computed in float32: half precision would round
-the scores, which the fused attention over plain rows does not.
+Scores and weighted values are products with packed rows, so a step reads 8 or 4 bits per number and
+unpacks no rows. Both are computed in float32: half precision would round the scores, which the
+fused attention over plain rows does not do.
 """
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from mlx_stream.cache.storage import CacheState, QuantizedRows, QuantizedStorage
 
 
 class QuantizedDecodeStep:
-    """One token: it is written into its row, then attends over sinks and ring."""
+    """The step of one token: it is written into its row, then attends over sinks and ring."""
 
     count, rows = 1, 1
 

@@ -1,4 +1,4 @@
-"""Where the sinks stand on the clock: directly before the oldest attended token."""
+"""The sinks' position on the clock: directly before the oldest attended token."""
 
 import mlx.core as mx
 
@@ -10,9 +10,9 @@ from mlx_stream.cache.storage import CacheState, Rows, RowStorage
 def place_sinks(
     shape: AttentionShape, storage: RowStorage, geometry: Geometry, state: CacheState, token: int
 ) -> tuple[list[Rows], int]:
-    """Return each layer's keys with the sinks where `token` must see them, and that place.
+    """Return each layer's keys with the sinks at their position for `token`, and that position.
 
-    Nothing is computed if they stand there already; the state itself stays as it was.
+    Nothing is computed if they are there already. The state itself does not change.
     """
     clock = geometry.sinks_clock(state.position, token)
     if geometry.sinks == 0 or clock == state.position.sinks_at:

@@ -1,14 +1,14 @@
-"""A few tokens of which the last may be taken back: written into the ring first, then attended.
+"""A few tokens, of which the last may be taken back: written into the ring first, then attended.
 
-With R = W + X and at most X + 1 tokens a step, writing them overwrites nothing that any of them
-attends to, and taking back all but the first loses nothing either. Worked example, S = 2, W = 3,
+With R = W + X and at most X + 1 tokens per step, the step overwrites no row that any of its tokens
+attends to, and all but the first can be taken back without loss. Worked example, S = 2, W = 3,
 X = 2, tokens 7, 8, 9 after token 6 (rows 2 to 6 are the ring):
 
     before   [ 0  1 | 2  3  4  5  6 ]        7, 8, 9 go to the rows of 2, 3, 4
     after    [ 0  1 | 7  8  9  5  6 ]        7 attends to 5, 6, 7; 8 to 6, 7, 8; 9 to 7, 8, 9
 
-A chunk instead reads the buffer as it was and joins its own rows to it, a copy of all keys and
-values, which for a few tokens costs more than what it computes.
+A chunk instead concatenates the old buffer and its own rows. For a few tokens, that copy of all
+keys and values costs more than the computation.
 """
 
 import mlx.core as mx
@@ -19,17 +19,17 @@ from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry, StreamPosition
 from mlx_stream.cache.steps.sinks import place_sinks
 from mlx_stream.cache.storage import CacheState, PlainStorage
 
-# Metal's fused attention takes up to 8 rows of queries, and 32 of all heads that share a key.
+# Metal's fused attention takes up to 8 rows of queries, and 32 over all heads that share a key.
 MOST_ROWS = 8
-SPARE = MOST_ROWS - 1  # rows beyond the window: the first of them is never taken back
+SPARE = MOST_ROWS - 1  # rows beyond the window: a step's first token is never taken back
 MOST_GROUPED_ROWS = 32
 
 
 def longest_verified(shape: AttentionShape, geometry: Geometry, position: StreamPosition) -> int:
-    """Return how many tokens one step can read of which all but the first may be taken back.
+    """Return how many tokens a step can read such that all but the first can be taken back, or 1.
 
-    As many as leave without a loss, as Metal's fused attention takes, and, as in any step, no more
-    than there is room for before the oldest must leave. 1: none can be taken back.
+    The limits are the spare rows, the rows that Metal's fused attention takes, and, as in any step,
+    the room before the oldest token must be evicted.
     """
     if position.length < geometry.sinks:
         return 1
@@ -37,24 +37,24 @@ def longest_verified(shape: AttentionShape, geometry: Geometry, position: Stream
         MOST_ROWS,
         MOST_GROUPED_ROWS // (shape.query_heads // shape.kv_heads),
         geometry.spare + 1,
-        geometry.window + 1,  # no more than are attended can be taken back
+        geometry.window + 1,  # only attended tokens can be taken back
         geometry.room(position) or MOST_ROWS,
     )
     return max(1, longest)
 
 
 def spare_rows(bits: int | None) -> int:
-    """Return X of a stream text is written on: quantized rows are not written ahead."""
+    """Return X for a stream that generates text: quantized rows cannot be taken back."""
     return SPARE if bits is None else 0
 
 
 class VerifyStep:
-    """T <= X + 1 tokens beyond the sinks: each is written, then attends with its own o.
+    """The step of T <= X + 1 tokens beyond the sinks: all are written, then attend.
 
-    If o moves within the step, the sinks' rows stand right for the first token only. What that adds
-    to the others' scores is made good by the mask: the exact scores, of a second rotation of the
-    queries at the constant place C - 1, less those the rows give. The difference is small, so that
-    half precision rounds it no more than it rounds queries and keys.
+    Each token has its own o. If o moves within the step, the sinks' rows are right for the first
+    token only, and an additive mask corrects the other tokens' scores. It is the exact scores, of
+    queries rotated to the constant position C - 1, minus those of the rows. The difference is
+    small, so half precision rounds it no more than it rounds queries and keys.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class VerifyStep:
 
     def _prepare_sinks(self, sink_keys: mx.array) -> None:
         rotate, sinks = self.shape.rope.rotate, sink_keys.shape[2]
-        # Turned apart: reading the buffer's own rows here would copy the buffer.
+        # Rotated again, because reading the buffer's own rows here would copy the buffer.
         placed = rotate(sink_keys, mx.array([self.sinks_at], mx.int32))
         first = rotate(sink_keys, mx.array([0], mx.int32))
-        # (L, K, 2D, S): queries and far queries, side by side, times these are the differences.
+        # (L, K, 2D, S): queries and far queries, concatenated, times this is the difference.
         self.sink_difference = mx.concatenate([-placed, first], axis=-1).swapaxes(-1, -2)
         ring = mx.where(self.mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
         self.ring_mask = mx.broadcast_to(ring, (1, self.shape.query_heads, *ring.shape))
@@ -113,7 +113,7 @@ class VerifyStep:
         )
 
     def _correct_sinks(self, layer: int, plain: mx.array, queries: mx.array) -> mx.array:
-        """Return an additive mask (1, H, T, N) that puts the sinks' scores right."""
+        """Return an additive mask (1, H, T, N) that corrects the sinks' scores."""
         shape = self.shape
         far = shape.rope.rotate_all(plain, self.far)
         both = mx.concatenate([queries, far], axis=-1).astype(mx.float32) * shape.scale
@@ -131,9 +131,9 @@ class VerifyStep:
 def attended_rows(
     geometry: Geometry, position: StreamPosition, prefix_rows: int, count: int
 ) -> np.ndarray:
-    """Return what each of `count` tokens beyond the sinks attends to, all of them stored.
+    """Return what each of `count` tokens beyond the sinks attends to, once all are stored.
 
-    (T, prefix_rows) bool; columns are the buffer's rows.
+    The mask is (T, prefix_rows) bool; its columns are the buffer's rows.
     """
     newest = position.length + count - 1
     mask = np.ones((count, prefix_rows), bool)

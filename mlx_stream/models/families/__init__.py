@@ -1,1 +1,1 @@
-"""One short file a family: config.json's words and the names of its tensors -> layers."""
+"""One short file per family: config.json's keys and the names of tensors -> layers."""

@@ -5,6 +5,6 @@ from mlx_stream.models.layers import CausalLM, LayerSpec, Weights
 
 
 def llama(config: ModelConfig, weights: Weights) -> CausalLM:
-    """Build a Llama: grouped heads, tied or untied, biases where the config says so."""
+    """Build a Llama: grouped heads, a tied or untied head, biases as the config says."""
     bias = config.attention_bias
     return CausalLM(config, weights, LayerSpec(bias, bias, config.mlp_bias))

@@ -1,7 +1,6 @@
 """Mistral (arXiv 2310.06825) and Ministral 3, as transformers' `MistralForCausalLM` computes them.
 
-The `sliding_window` of the one and the position limit of the other bound the window of a stream;
-that is held where streams are made.
+Their `sliding_window` and position limit bound the window of a stream; `window.py` applies them.
 """
 
 from mlx_stream.config import ModelConfig
@@ -9,5 +8,5 @@ from mlx_stream.models.layers import CausalLM, LayerSpec, Weights
 
 
 def mistral(config: ModelConfig, weights: Weights) -> CausalLM:
-    """Build a Mistral: Llama's blocks, never a bias."""
+    """Build a Mistral: Llama's blocks, without biases."""
     return CausalLM(config, weights, LayerSpec())
