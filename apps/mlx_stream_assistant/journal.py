@@ -1,14 +1,14 @@
 """What was read, in SQLite, before it is fed: nothing twice, nothing lost; knows no model.
 
-A piece of text and the place in its source up to which it reaches are committed together. The
-stream's snapshot says the number of the last chunk in it, so after a crash those after it are fed
-again, and the source goes on where the last one ends:
+A piece of text and the position in its source that it reaches are committed together. The stream's
+snapshot names the last chunk it holds, so after a crash the later ones are fed again, and reading
+resumes where the last one ends:
 
-    chunks     ... 41 42 43 44        notes.log stands at byte 180,224
+    chunks     ... 41 42 43 44        notes.log is read up to byte 180,224
     snapshot   ... 41                 fed at the next start: 42 43 44
 
 Old chunks are removed once a snapshot holds them and a window of text has come after them: that
-much is kept to build the stream again if the snapshot is lost.
+much is kept to rebuild the stream if the snapshot is lost.
 """
 
 import json
@@ -21,26 +21,26 @@ from typing import Any
 
 from mlx_stream_assistant.journal_file import JournalFile
 
-# Characters of one chunk at most; what a source gives is cut into such.
+# Characters of a chunk at most; longer texts are cut.
 LONGEST_CHUNK = 4096
-# A heading says the time again after so long.
+# After this a heading gives the time again.
 HEADING_AGAIN = timedelta(minutes=15)
-# Notes of a folder that are remembered.
+# Notes of folders that are remembered.
 MOST_NOTES = 20_000
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a source gives at once.
+    """A piece of text from a source.
 
     Attributes:
         source: its name: a path, or "standard input".
         kind: "file", "note", "input" or "asked".
-        title: what headings call it.
+        title: its name in headings.
         data: the bytes, for the count and checksum of what was read.
         text: the same as text.
-        place: from where the source goes on, as JSON values.
-        apart: a heading comes before it, whatever came last.
+        place: where to read on in the source, as JSON values.
+        apart: always put a heading before it.
     """
 
     source: str
@@ -69,7 +69,7 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """Where a source stands: all bytes ever read of it, and their CRC-32."""
+    """How far a source was read; count and CRC-32 of all bytes ever read from it."""
 
     name: str
     kind: str
@@ -84,185 +84,148 @@ class Journal:
     A method that raises has changed nothing.
 
     Attributes:
-        id: random; a snapshot names it, so that it is not taken for another journal's.
-        last: number of the last chunk; 0 if there was none yet.
+        id: random; a snapshot carries it, so that another journal's is not used.
+        last: number of the last chunk; 0 before the first.
     """
 
     def __init__(self, path: Path):
-        """Open a journal, or make one.
-
-        Raises:
-            AssistantError: it is damaged, or cannot be opened or made.
-        """
+        """Open a journal, or make one."""
         self.path, self._file = path, JournalFile(path)
         try:
-            with self._file.reading():
-                self.id: str = self._file.value("SELECT id FROM about")
-                self.last: int = self._file.value("SELECT coalesce(max(number), 0) FROM chunks")
+            self.id: str = self._file.value("SELECT id FROM about")
+            self.last: int = self._file.value("SELECT coalesce(max(number), 0) FROM chunks")
         except BaseException:
             self._file.close()
             raise
 
     # --- what was read ---
 
-    def append(self, arrival: Chunk) -> None:
-        """Write what arrived, and where its source stands; when this returns it is on disk.
-
-        Raises:
-            AssistantError: it could not be written: the disk is full, for instance.
-        """
+    def append(self, chunk: Chunk) -> None:
+        """Write a chunk and how far its source is read; when this returns, they are on disk."""
         now = datetime.now().astimezone()
         time = now.isoformat(timespec="seconds")
-        texts = cut(arrival.text, LONGEST_CHUNK)
+        texts = cut(chunk.text, LONGEST_CHUNK)
         with self._file.reading():
             with self._file.transaction():
-                heads = [heading(self._last_chunk(), arrival, now), *[""] * len(texts)]
-                rows = [
-                    (self.last + at, arrival.source, head, text, time)
-                    for at, (head, text) in enumerate(zip(heads, texts, strict=False), 1)
-                ]
-                self._file.connection.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", rows)
-                self._stand(arrival)
+                rows = self._file.rows("SELECT * FROM chunks ORDER BY number DESC LIMIT 1")
+                head = heading(StoredChunk(*rows[0]) if rows else None, chunk, now)
+                for number, text in enumerate(texts, self.last + 1):
+                    row = (number, chunk.source, head, text, time)
+                    self._file.rows("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", *row)
+                    head = ""
+                self._update_source(chunk)
             self.last += len(texts)
 
-    def _stand(self, arrival: Chunk) -> None:
-        before = self._source(arrival.source)
+    def _update_source(self, chunk: Chunk) -> None:
+        before, write = self.source(chunk.source), self._file.rows
         total, crc = (before.bytes, before.crc) if before else (0, 0)
-        row = (
-            arrival.source,
-            arrival.kind,
-            json.dumps(arrival.place),
-            total + len(arrival.data),
-            zlib.crc32(arrival.data, crc),
-        )
-        self._file.connection.execute("REPLACE INTO sources VALUES (?, ?, ?, ?, ?)", row)
-        more = (len(arrival.data),)
-        self._file.connection.execute("UPDATE about SET bytes = bytes + ?", more)
-        # REPLACE gives a new rowid: the lowest were not heard of for longest.
+        place, size = json.dumps(chunk.place), len(chunk.data)
+        row = (chunk.source, chunk.kind, place, total + size, zlib.crc32(chunk.data, crc))
+        write("REPLACE INTO sources VALUES (?, ?, ?, ?, ?)", *row)
+        write("UPDATE about SET bytes = bytes + ?", size)
+        # REPLACE gives a new rowid: the lowest are those that changed longest ago.
         notes = "SELECT rowid FROM sources WHERE kind = 'note' ORDER BY rowid DESC"
-        delete = f"DELETE FROM sources WHERE rowid IN ({notes} LIMIT -1 OFFSET ?)"
-        self._file.connection.execute(delete, (MOST_NOTES,))
+        write(f"DELETE FROM sources WHERE rowid IN ({notes} LIMIT -1 OFFSET ?)", MOST_NOTES)
 
     def chunks(self, after: int) -> Iterator[StoredChunk]:
-        """Yield the chunks of numbers above `after`, also those that come meanwhile."""
-        number = after
-        while True:
-            with self._file.reading():
-                query = "SELECT * FROM chunks WHERE number > ? ORDER BY number LIMIT 16"
-                rows = self._file.connection.execute(query, (number,)).fetchall()
-            if not rows:
-                return
-            for row in rows:
-                yield StoredChunk(*row)
-            number = rows[-1][0]
+        """Yield the chunks of numbers above `after`, including those appended meanwhile."""
+        query = "SELECT * FROM chunks WHERE number > ? ORDER BY number LIMIT 16"
+        while rows := self._file.rows(query, after):
+            yield from (StoredChunk(*row) for row in rows)
+            after = rows[-1][0]
 
     @property
     def first(self) -> int:
         """The number of the oldest chunk that is kept, or of the next one if none is."""
-        with self._file.reading():
-            return self._file.value("SELECT min(number) FROM chunks") or self.last + 1
+        return self._file.value("SELECT min(number) FROM chunks") or self.last + 1
 
     def prune(self, through: int, keep: int) -> None:
-        """Remove chunks up to `through`, which a snapshot holds, but for the last characters.
+        """Remove chunks up to `through`, which a snapshot holds, except the last ones.
 
         Args:
-            keep: how many characters stay, at least.
+            keep: characters to keep at least.
         """
+        query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"
         with self._file.transaction():
-            query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"
             kept, oldest = 0, through
-            for number, length in self._file.connection.execute(query, (through,)):
+            for number, length in self._file.rows(query, through):
                 oldest = number
                 kept += length
                 if kept >= keep:
                     break
-            self._file.connection.execute("DELETE FROM chunks WHERE number < ?", (oldest,))
+            self._file.rows("DELETE FROM chunks WHERE number < ?", oldest)
 
     # --- the sources ---
 
     def source(self, name: str) -> SourceRow | None:
         with self._file.reading():
-            return self._source(name)
+            rows = self._file.rows("SELECT * FROM sources WHERE name = ?", name)
+            return source_of(rows[0]) if rows else None
 
-    def sources(self, kind: str | None = None) -> list[SourceRow]:
-        """Return all sources ever read, or those of a kind, the one heard of last at the end."""
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """Return how far each note of a folder is read, by its path."""
         with self._file.reading():
-            query = "SELECT * FROM sources WHERE kind = coalesce(?, kind) ORDER BY rowid"
-            return [source_of(row) for row in self._file.connection.execute(query, (kind,))]
+            rows = map(source_of, self._file.rows("SELECT * FROM sources WHERE kind = 'note'"))
+            return {row.name: row.place for row in rows}
 
-    def _source(self, name: str) -> SourceRow | None:
-        query = "SELECT * FROM sources WHERE name = ?"
-        row = self._file.connection.execute(query, (name,)).fetchone()
-        return None if row is None else source_of(row)
-
-    # --- notes ---
+    # --- the diary ---
 
     @property
     def bytes(self) -> int:
-        """The bytes ever read, of all sources."""
-        with self._file.reading():
-            return self._file.value("SELECT bytes FROM about")
+        """The bytes ever read from all sources."""
+        return self._file.value("SELECT bytes FROM about")
 
     def bytes_through(self, number: int) -> int:
-        """Return the bytes ever read up to a chunk: all but those of the chunks behind it."""
-        with self._file.reading():
-            later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
-            query = f"SELECT bytes - ({later}) FROM about"
-            return int(self._file.connection.execute(query, (number,)).fetchone()[0])
+        """Return the bytes ever read up to a chunk: all but those of later chunks."""
+        later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
+        return int(self._file.value(f"SELECT bytes - ({later}) FROM about", number))
 
     @property
-    def last_note_chunk(self) -> tuple[int, float]:
-        """Those read before the last note, and when it was written (seconds since 1970, or 0)."""
-        with self._file.reading():
-            return self._file.connection.execute("SELECT noted, noted_at FROM about").fetchone()
+    def last_note(self) -> tuple[int, float]:
+        """The bytes read before the last note, and when it was written, in seconds since 1970."""
+        ((noted, at),) = self._file.rows("SELECT noted, noted_at FROM about")
+        return noted, at
 
     @property
     def writing(self) -> dict[str, Any] | None:
-        """The note that is being written; None if none is."""
+        """The note that is being written, or None."""
         with self._file.reading():
             text = self._file.value("SELECT writing FROM about")
             return None if text is None else json.loads(text)
 
     def begin_note(self, note: dict[str, Any], noted: int, at: float) -> None:
-        """Remember a note until it is said to be in its file."""
+        """Keep a note until `end_note` says that it is in its file."""
+        query = "UPDATE about SET writing = ?, noted = ?, noted_at = ?"
         with self._file.transaction():
-            row = (json.dumps(note), noted, at)
-            self._file.connection.execute(
-                "UPDATE about SET writing = ?, noted = ?, noted_at = ?", row
-            )
+            self._file.rows(query, json.dumps(note), noted, at)
 
     def end_note(self) -> None:
         with self._file.transaction():
-            self._file.connection.execute("UPDATE about SET writing = NULL")
+            self._file.rows("UPDATE about SET writing = NULL")
 
     def close(self) -> None:
-        """Close the file; it may be closed twice."""
+        """Close the file; a second call does nothing."""
         self._file.close()
-
-    def _last_chunk(self) -> StoredChunk | None:
-        query = "SELECT * FROM chunks ORDER BY number DESC LIMIT 1"
-        row = self._file.connection.execute(query).fetchone()
-        return None if row is None else StoredChunk(*row)
 
 
 def source_of(row: Sequence[Any]) -> SourceRow:
     name, kind, text, total, crc = row
     place = json.loads(text)
     if not isinstance(place, dict):
-        raise ValueError(f"{place!r:.80} is no place in a source")
+        raise ValueError(f"{place!r:.80} is not a position in a source")
     return SourceRow(name, kind, place, total, crc)
 
 
-def heading(last: StoredChunk | None, arrival: Chunk, now: datetime) -> str:
-    """Return what comes before a text: where it is from, and when, unless that was said.
+def heading(last: StoredChunk | None, chunk: Chunk, now: datetime) -> str:
+    """Return the heading before a text: its source and the time, unless the last one still holds.
 
     >>> heading(None, Chunk("/a/x.log", "file", "x.log", b"", ""), datetime(2026, 11, 27, 14, 5))
     '[x.log, 2026-11-27 14:05]\\n'
     """
-    head = f"[{arrival.title}, {now:%Y-%m-%d %H:%M}]\n"
+    head = f"[{chunk.title}, {now:%Y-%m-%d %H:%M}]\n"
     if last is None:
         return head
-    if arrival.source == last.source and not arrival.apart:
+    if chunk.source == last.source and not chunk.apart:
         since = now.astimezone() - datetime.fromisoformat(last.time)
         # A heading inside a line would cut it.
         if since < HEADING_AGAIN or not last.text.endswith("\n"):
@@ -271,7 +234,7 @@ def heading(last: StoredChunk | None, arrival: Chunk, now: datetime) -> str:
 
 
 def cut(text: str, longest: int) -> list[str]:
-    """Cut a text into pieces of at most so many characters, at a line's or word's end if it can.
+    """Cut a text into pieces of at most `longest` characters, after a line or word if possible.
 
     >>> cut("one two\\nthree four", 9)
     ['one two\\n', 'three ', 'four']

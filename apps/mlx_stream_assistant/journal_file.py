@@ -1,7 +1,6 @@
-"""The SQLite file of a journal: its schema, settings and errors; knows nothing of what is in it."""
+"""The SQLite file of a journal: its schema and transactions; knows nothing of what is in it."""
 
 import secrets
-import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream.program import sqlite
-from mlx_stream_assistant.paths import AssistantError, private
+from mlx_stream.program.paths import private
 
 # "mlxa", in the header of the file.
 APPLICATION_ID = 0x6D6C7861
@@ -37,105 +36,73 @@ SCHEMA = (
         text TEXT NOT NULL,
         time TEXT NOT NULL
     ) STRICT""",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {VERSION}",
 )
-PRAGMAS = (
-    *sqlite.PRAGMAS,
-    "journal_mode = WAL",
-    # The log is cut back to this after each checkpoint.
-    f"journal_size_limit = {4 * 2**20}",
-)
-PATIENCE = 5.0
 
 
 class JournalFile:
-    """One file, open; threads take turns.
-
-    Attributes:
-        connection: used inside `reading` or `transaction` only.
-    """
+    """One open file, which threads use in turn."""
 
     def __init__(self, path: Path):
-        """Open a file, or make one.
-
-        Raises:
-            AssistantError: it is damaged, or cannot be opened or made.
-        """
+        """Open a file, or make one."""
         private(path.parent)
         self.path, self._lock = path, threading.RLock()
         with self.reading():
-            path.touch(mode=0o600)
-            if path.stat().st_mode & 0o077:
-                path.chmod(0o600)
-            self.connection = sqlite3.connect(
-                path, timeout=PATIENCE, isolation_level=None, check_same_thread=False
-            )
+            path.touch()
+            path.chmod(0o600)
+            self._connection = sqlite.connect(path, sqlite.LONGEST_ROW)
             try:
                 self._prepare()
             except BaseException:
-                self.connection.close()
+                self._connection.close()
                 raise
 
     def _prepare(self) -> None:
-        for setting in PRAGMAS:
-            self.connection.execute(f"PRAGMA {setting}").close()
+        # The log is cut to four megabytes after each checkpoint.
+        for setting in ("journal_mode = WAL", f"journal_size_limit = {4 * 2**20}"):
+            sqlite.pragma(self._connection, setting)
         if not self.value("SELECT count(*) FROM sqlite_master"):
             with self.transaction():
                 for statement in SCHEMA:
-                    self.connection.execute(statement)
-                self.connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self.connection.execute(f"PRAGMA user_version = {VERSION}")
-                row = (secrets.token_hex(8),)
-                self.connection.execute("INSERT INTO about VALUES (1, ?, 0, 0, 0.0, NULL)", row)
-        found = self.value("PRAGMA application_id"), self.value("PRAGMA user_version")
-        if found != (APPLICATION_ID, VERSION):
-            raise ValueError("it is not a journal of this assistant")
+                    self.rows(statement)
+                row = secrets.token_hex(8)
+                self.rows("INSERT INTO about VALUES (1, ?, 0, 0, 0.0, NULL)", row)
+        found = [sqlite.pragma(self._connection, key) for key in ("application_id", "user_version")]
+        if found != [APPLICATION_ID, VERSION]:
+            raise sqlite.Damage("it is not a journal of the assistant")
+        self._connection.set_progress_handler(None, 0)
 
-    def value(self, query: str) -> Any:
+    def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Execute a statement; return the rows that it gives."""
+        with self.reading():
+            return self._connection.execute(query, values).fetchall()
+
+    def value(self, query: str, *values: Any) -> Any:
         """Return the one value that a query gives."""
-        (value,) = self.connection.execute(query).fetchone()
+        ((value,),) = self.rows(query, *values)
         return value
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Keep other threads out; turn what goes wrong with the file into one line for its user."""
-        try:
-            with self._lock:
-                yield
-        except (OSError, TypeError, ValueError, sqlite3.Error) as error:
-            raise AssistantError(f"{self.path}: {explain(error)}") from error
+        """Keep other threads out, and report errors of the file in one line."""
+        with self._lock, sqlite.reporting_errors(self.path, "journal"):
+            yield
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Write all of what is done inside, or nothing."""
         with self.reading():
             try:
-                self.connection.rollback()
-                self.connection.execute("BEGIN IMMEDIATE")
+                self._connection.rollback()
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield
-                self.connection.execute("COMMIT")
+                self._connection.execute("COMMIT")
             except BaseException:
-                self.connection.rollback()
+                self._connection.rollback()
                 raise
 
     def close(self) -> None:
-        """Close the file; it may be closed twice."""
+        """Close the file; a second call does nothing."""
         with self._lock:
-            self.connection.close()
-
-
-def explain(error: Exception) -> str:
-    if isinstance(error, sqlite3.ProgrammingError):
-        return "it is closed: the assistant is stopping"
-    # SQLite quotes what it cannot read, and that may be anything.
-    text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
-    code = getattr(error, "sqlite_errorcode", None)
-    kind = None if code is None else code & 0xFF
-    if kind in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-        return f"the disk is full or failing ({text}): make room, or check it"
-    if kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN):
-        return "it cannot be opened or written: check its permissions and its folder's"
-    if kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return "another program is using it: close it there"
-    if isinstance(error, OSError):
-        return f"{error.strerror}; check the disk and the folder's permissions"
-    return f"damaged ({text}): put a backup in its place, or move it away to begin anew"
+            self._connection.close()

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from mlx_stream.errors import SessionError
 from mlx_stream_assistant import notes_folder
+from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import LONGEST_CHUNK, Chunk, Journal, cut
 from mlx_stream_assistant.notes import NotesFile, markdown
 from mlx_stream_assistant.notes_folder import BETWEEN, NotesFolder
-from mlx_stream_assistant.paths import AssistantError, assistant_paths, lock
+from mlx_stream_assistant.paths import assistant_paths
 
 NOW = datetime(2026, 11, 27, 14, 5)
 
@@ -134,6 +136,17 @@ def test_a_byte_order_mark_is_no_text_of_a_note(tmp_path):
     assert looking.look() == [("a.md", "more \ufeff\n")]
 
 
+def test_an_excluded_file_is_not_read_under_any_name(tmp_path):
+    diary = tmp_path / "diary.txt"
+    diary.write_text("mine\n")
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    os.link(diary, folder / "linked.md")
+    (folder / "symbolic.md").symlink_to(diary)
+    (folder / "a.md").write_text("one\n")
+    assert Looking(folder, excluded=[diary, tmp_path / "none"]).look() == [("a.md", "one\n")]
+
+
 @pytest.mark.parametrize("kind", ["missing", "file", "loop"])
 def test_a_folder_that_cannot_be_read_is_waited_for(tmp_path, kind):
     path = tmp_path / "notes"
@@ -186,6 +199,9 @@ def test_what_was_appended_is_there_after_a_restart(journal, tmp_path):
     assert again.bytes == len(text) and source.place == {"offset": 1}
     assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(journal.path.parent.stat().st_mode) == 0o700
+    again.append(Chunk("y.log", "file", "y.log", b"", "", {"offset": 7}))  # of --from-end
+    source = again.source("y.log")
+    assert source and source.place == {"offset": 7} and again.last == 5
     again.close()
 
 
@@ -258,15 +274,15 @@ def test_threads_that_append_at_once(journal):
 
 def test_a_transaction_that_fails_changes_nothing(journal):
     journal.append(arrival("a"))
-    with pytest.raises(AssistantError):
+    with pytest.raises(SessionError):
         journal.append(Chunk("x", "file", "x", b"", "\ud800"))
-    (pages,) = journal._file.connection.execute("PRAGMA page_count").fetchone()
-    journal._file.connection.execute(f"PRAGMA max_page_count = {pages}").close()
-    with pytest.raises(AssistantError, match="disk is full"):
+    (pages,) = journal._file._connection.execute("PRAGMA page_count").fetchone()
+    journal._file._connection.execute(f"PRAGMA max_page_count = {pages}").close()
+    with pytest.raises(SessionError, match="disk is full"):
         journal.append(arrival("b" * 100_000))
     source = journal.source("x.log")
     assert journal.last == 1 and source and source.bytes == 1
-    journal._file.connection.execute("PRAGMA max_page_count = 100000").close()
+    journal._file._connection.execute("PRAGMA max_page_count = 100000").close()
     journal.append(arrival("c"))
     assert [c.text for c in journal.chunks(0)] == ["a", "c"]
 
@@ -275,28 +291,22 @@ def test_a_damaged_or_foreign_journal_is_refused_in_a_line(tmp_path):
     path = tmp_path / "x.db"
     for data in (b"not a database " * 100, b"SQLite format 3\0" + b"x" * 99):
         path.write_bytes(data)
-        with pytest.raises(AssistantError, match="move it away") as caught:
+        with pytest.raises(SessionError, match="put a backup in place") as caught:
             Journal(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     path.unlink()
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE x (y)")
     connection.close()
-    with pytest.raises(AssistantError, match="not a journal"):
+    with pytest.raises(SessionError, match="not a journal"):
         Journal(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(AssistantError):
+    with pytest.raises(SessionError):
         Journal(path)
 
 
-def test_one_process_at_a_time(tmp_path):
-    where = assistant_paths("main")
-    held = lock(where.lock)
-    with pytest.raises(AssistantError, match="running already"):
-        lock(where.lock)
-    os.close(held)
-    os.close(lock(where.lock))
+def test_names_that_cannot_be():
     for name in ("", ".x", "-x", "a/b", "x" * 33):
         with pytest.raises(AssistantError, match="cannot be an assistant's name"):
             assistant_paths(name)
@@ -315,7 +325,7 @@ def test_notes_are_added_to_the_end_of_their_file(journal, tmp_path):
         "## 2026-11-27 14:05\n\nAll was well.\n\n*about*\n\nMine.\n\n"
         "## 2026-11-27 14:05\n\n\\# Loud\n\\```\nTwo\n\\===\n\n*about*\n\n"
     )
-    assert journal.last_note_chunk == (9, NOW.timestamp()) and journal.writing is None
+    assert journal.last_note == (9, NOW.timestamp()) and journal.writing is None
     assert "had nothing to say" in markdown(" \n", NOW, "about")
 
 

@@ -3,12 +3,11 @@
 import itertools
 import os
 import random
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from mlx_stream_assistant import file_search, tail
+from mlx_stream_assistant import rotation, tail
 from mlx_stream_assistant.rotation import rotation_number
 from mlx_stream_assistant.tail import GRACE
 from tests.fakes.following import Reading, add, rotate, write
@@ -114,8 +113,8 @@ def test_a_binary_file_in_between_is_passed_over(path):
 
 
 def replace_open_file(monkeypatch, opened) -> None:
-    """Have files opened another way, the one that is read and those beside it."""
-    for module in (tail, file_search):
+    """Replace the function that opens the file that is read, and those beside it."""
+    for module in (tail, rotation):
         monkeypatch.setattr(module, "open_file", opened)
 
 
@@ -184,24 +183,6 @@ def test_how_rotation_names_files():
         assert rotation_number("x.log", other) is None
 
 
-def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):
-    class Gone:
-        name, path = "gone.1", "gone.1"
-
-        def is_file(self, **_):
-            return True
-
-        def stat(self, **_):
-            raise FileNotFoundError(2, "No such file or directory")
-
-    reading = rotated_while_nobody_looked(path)
-    look = os.scandir
-    entries = lambda folder: nullcontext(iter([Gone(), *look(folder)]))  # noqa: E731
-    monkeypatch.setattr(file_search.os, "scandir", entries)
-    reading.wait()
-    assert reading.taken == b"one\ntwo\nthree\n"
-
-
 def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
     reading = rotated_while_nobody_looked(path)
     whole, opens = tail.open_file, itertools.count()
@@ -216,20 +197,6 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
     reading.wait(60)
     assert next(opens) > 13
     assert reading.taken == b"one\ntwo\nthree\n0\n1\n3\n4\n8\n13\n"
-
-
-def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
-    reading = rotated_while_nobody_looked(path)
-    whole, again = tail.open_file, path.with_name("x.log.2")
-
-    def opened(found: Path) -> int:
-        if not again.exists():
-            path.with_name("x.log.1").rename(again)
-        return whole(found)
-
-    replace_open_file(monkeypatch, opened)
-    reading.wait(10)
-    assert reading.taken == b"one\ntwo\nthree\n"
     assert not [line for line in reading.told if "cannot be read" in line]
 
 
