@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 SUPPLIES = Path("/sys/class/power_supply")
@@ -41,14 +42,11 @@ def is_battery_power(report: str) -> bool:
 def is_discharging(supplies: Path) -> bool:
     """Return whether a battery is discharging, by Linux's sysfs; not a mouse's, of scope Device."""
     for supply in supplies.glob("*"):
-        kind, status, scope = (read(supply / name) for name in ("type", "status", "scope"))
-        if (kind, status) == ("Battery", "Discharging") and scope != "Device":
+        found = {}
+        for name in ("type", "status", "scope"):
+            with suppress(OSError):
+                found[name] = (supply / name).read_text("utf-8", "replace").strip()
+        ours = found.get("type") == "Battery" and found.get("scope") != "Device"
+        if ours and found.get("status") == "Discharging":
             return True
     return False
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace").strip()
-    except OSError:
-        return ""

@@ -20,9 +20,7 @@ class NotText(AssistantError):
 def line_end(data: bytes, more: bool, growing: bool) -> int:
     """Return how many new bytes to take: whole lines, else words, else characters.
 
-    Args:
-        more: others follow them already.
-        growing: others were added since the last look.
+    `more` bytes follow them already, or the file was `growing` since the last look.
     """
     line = data.rfind(b"\n") + 1
     if more:
@@ -42,11 +40,9 @@ def whole_characters(data: bytes) -> int:
 
 
 def decode(data: bytes, name: str, at: int = 0) -> str:
-    """Return bytes as text; what is not UTF-8 becomes U+FFFD.
+    """Return the bytes `at` a position of a source as text; what is not UTF-8 becomes U+FFFD.
 
-    Args:
-        name: the source's, for the error.
-        at: the position of the bytes in it. At 0 a byte order mark is dropped.
+    At 0 a byte order mark is dropped. Raises NotText for a byte 0, or if too much is not UTF-8.
     """
     if (zero := data.find(0)) >= 0:
         raise NotText(f"{name}: is not text: byte {at + zero:,} is 0")

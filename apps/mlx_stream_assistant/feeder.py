@@ -27,15 +27,9 @@ PATIENCE = 0.2
 
 
 class Feeder:
-    """Feeds a listener what the journal holds, and what is appended to it.
+    """Feeds a listener the chunks after `fed`, and saves it every so many seconds.
 
-    Args:
-        listener: of `mlx_stream.Engine.listen`.
-        fed: number of the last chunk in the stream.
-        every: seconds between two snapshots while text arrives.
-
-    Attributes:
-        failure: why it can no longer feed.
+    After an exception it feeds no more, and `failure` holds it.
     """
 
     def __init__(

@@ -12,15 +12,48 @@ much is kept to rebuild the stream if the snapshot is lost.
 """
 
 import json
+import secrets
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from mlx_stream_assistant.journal_file import JournalFile
+from mlx_stream.program import sqlite
+from mlx_stream.program.paths import private
 
+# "mlxa", in the header of the file.
+APPLICATION_ID = 0x6D6C7861
+VERSION = 1
+SCHEMA = (
+    """CREATE TABLE about (
+        row INTEGER PRIMARY KEY CHECK (row = 1),
+        id TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        noted INTEGER NOT NULL,
+        noted_at REAL NOT NULL,
+        writing TEXT
+    ) STRICT""",
+    """CREATE TABLE sources (
+        name TEXT PRIMARY KEY,
+        kind TEXT NOT NULL,
+        place TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        crc INTEGER NOT NULL
+    ) STRICT""",
+    """CREATE TABLE chunks (
+        number INTEGER PRIMARY KEY,
+        source TEXT NOT NULL,
+        head TEXT NOT NULL,
+        text TEXT NOT NULL,
+        time TEXT NOT NULL
+    ) STRICT""",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {VERSION}",
+)
 # Characters of a chunk at most; longer texts are cut.
 LONGEST_CHUNK = 4096
 # After this a heading gives the time again.
@@ -31,25 +64,15 @@ MOST_NOTES = 20_000
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of text from a source.
+    """A piece of text from a source."""
 
-    Attributes:
-        source: its name: a path, or "standard input".
-        kind: "file", "note", "input" or "asked".
-        title: its name in headings.
-        data: the bytes, for the count and checksum of what was read.
-        text: the same as text.
-        place: where to read on in the source, as JSON values.
-        apart: always put a heading before it.
-    """
-
-    source: str
-    kind: str
-    title: str
+    source: str  # a path, or "standard input"
+    kind: str  # "file", "note", "input" or "asked"
+    title: str  # the source's name in headings
     data: bytes
-    text: str
-    place: dict[str, Any] = field(default_factory=dict)
-    apart: bool = False
+    text: str  # the same, decoded
+    place: dict[str, Any] = field(default_factory=dict)  # where to read on, as JSON values
+    apart: bool = False  # always put a heading before it
 
 
 @dataclass(frozen=True)
@@ -81,22 +104,30 @@ class SourceRow:
 class Journal:
     """One assistant's journal, open; its methods may be called from any thread.
 
-    A method that raises has changed nothing.
-
-    Attributes:
-        id: random; a snapshot carries it, so that another journal's is not used.
-        last: number of the last chunk; 0 before the first.
+    A method that raises has changed nothing. `last` is the number of the last chunk, 0 before the
+    first. `id` is random; a snapshot carries it, so that another journal's is not used.
     """
 
     def __init__(self, path: Path):
         """Open a journal, or make one."""
-        self.path, self._file = path, JournalFile(path)
-        try:
-            self.id: str = self._file.value("SELECT id FROM about")
-            self.last: int = self._file.value("SELECT coalesce(max(number), 0) FROM chunks")
-        except BaseException:
-            self._file.close()
-            raise
+        private(path.parent)
+        self.path, self._lock = path, threading.RLock()
+        with self._reading():
+            path.touch()
+            path.chmod(0o600)
+            self._connection = sqlite.connect(path, sqlite.LONGEST_ROW)
+            try:
+                self._prepare()
+                self.id: str = self._value("SELECT id FROM about")
+                self.last: int = self._value("SELECT coalesce(max(number), 0) FROM chunks")
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        with self._lock:
+            self._connection.close()
 
     # --- what was read ---
 
@@ -105,19 +136,19 @@ class Journal:
         now = datetime.now().astimezone()
         time = now.isoformat(timespec="seconds")
         texts = cut(chunk.text, LONGEST_CHUNK)
-        with self._file.reading():
-            with self._file.transaction():
-                rows = self._file.rows("SELECT * FROM chunks ORDER BY number DESC LIMIT 1")
+        with self._reading():
+            with self._transaction():
+                rows = self._rows("SELECT * FROM chunks ORDER BY number DESC LIMIT 1")
                 head = heading(StoredChunk(*rows[0]) if rows else None, chunk, now)
                 for number, text in enumerate(texts, self.last + 1):
                     row = (number, chunk.source, head, text, time)
-                    self._file.rows("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", *row)
+                    self._rows("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", *row)
                     head = ""
                 self._update_source(chunk)
             self.last += len(texts)
 
     def _update_source(self, chunk: Chunk) -> None:
-        before, write = self.source(chunk.source), self._file.rows
+        before, write = self.source(chunk.source), self._rows
         total, crc = (before.bytes, before.crc) if before else (0, 0)
         place, size = json.dumps(chunk.place), len(chunk.data)
         row = (chunk.source, chunk.kind, place, total + size, zlib.crc32(chunk.data, crc))
@@ -130,42 +161,38 @@ class Journal:
     def chunks(self, after: int) -> Iterator[StoredChunk]:
         """Yield the chunks of numbers above `after`, including those appended meanwhile."""
         query = "SELECT * FROM chunks WHERE number > ? ORDER BY number LIMIT 16"
-        while rows := self._file.rows(query, after):
+        while rows := self._rows(query, after):
             yield from (StoredChunk(*row) for row in rows)
             after = rows[-1][0]
 
     @property
     def first(self) -> int:
         """The number of the oldest chunk that is kept, or of the next one if none is."""
-        return self._file.value("SELECT min(number) FROM chunks") or self.last + 1
+        return self._value("SELECT min(number) FROM chunks") or self.last + 1
 
     def prune(self, through: int, keep: int) -> None:
-        """Remove chunks up to `through`, which a snapshot holds, except the last ones.
-
-        Args:
-            keep: characters to keep at least.
-        """
+        """Remove chunks up to `through`, which a snapshot holds, but keep so many characters."""
         query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"
-        with self._file.transaction():
+        with self._transaction():
             kept, oldest = 0, through
-            for number, length in self._file.rows(query, through):
+            for number, length in self._rows(query, through):
                 oldest = number
                 kept += length
                 if kept >= keep:
                     break
-            self._file.rows("DELETE FROM chunks WHERE number < ?", oldest)
+            self._rows("DELETE FROM chunks WHERE number < ?", oldest)
 
     # --- the sources ---
 
     def source(self, name: str) -> SourceRow | None:
-        with self._file.reading():
-            rows = self._file.rows("SELECT * FROM sources WHERE name = ?", name)
+        with self._reading():
+            rows = self._rows("SELECT * FROM sources WHERE name = ?", name)
             return source_of(rows[0]) if rows else None
 
     def notes(self) -> dict[str, dict[str, Any]]:
         """Return how far each note of a folder is read, by its path."""
-        with self._file.reading():
-            rows = map(source_of, self._file.rows("SELECT * FROM sources WHERE kind = 'note'"))
+        with self._reading():
+            rows = map(source_of, self._rows("SELECT * FROM sources WHERE kind = 'note'"))
             return {row.name: row.place for row in rows}
 
     # --- the diary ---
@@ -173,39 +200,81 @@ class Journal:
     @property
     def bytes(self) -> int:
         """The bytes ever read from all sources."""
-        return self._file.value("SELECT bytes FROM about")
+        return self._value("SELECT bytes FROM about")
 
     def bytes_through(self, number: int) -> int:
         """Return the bytes ever read up to a chunk: all but those of later chunks."""
         later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
-        return int(self._file.value(f"SELECT bytes - ({later}) FROM about", number))
+        return int(self._value(f"SELECT bytes - ({later}) FROM about", number))
 
     @property
     def last_note(self) -> tuple[int, float]:
         """The bytes read before the last note, and when it was written, in seconds since 1970."""
-        ((noted, at),) = self._file.rows("SELECT noted, noted_at FROM about")
+        ((noted, at),) = self._rows("SELECT noted, noted_at FROM about")
         return noted, at
 
     @property
     def writing(self) -> dict[str, Any] | None:
         """The note that is being written, or None."""
-        with self._file.reading():
-            text = self._file.value("SELECT writing FROM about")
+        with self._reading():
+            text = self._value("SELECT writing FROM about")
             return None if text is None else json.loads(text)
 
     def begin_note(self, note: dict[str, Any], noted: int, at: float) -> None:
         """Keep a note until `end_note` says that it is in its file."""
         query = "UPDATE about SET writing = ?, noted = ?, noted_at = ?"
-        with self._file.transaction():
-            self._file.rows(query, json.dumps(note), noted, at)
+        with self._transaction():
+            self._rows(query, json.dumps(note), noted, at)
 
     def end_note(self) -> None:
-        with self._file.transaction():
-            self._file.rows("UPDATE about SET writing = NULL")
+        with self._transaction():
+            self._rows("UPDATE about SET writing = NULL")
 
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
+    # --- the file ---
+
+    def _prepare(self) -> None:
+        # The log is cut to four megabytes after each checkpoint.
+        for setting in ("journal_mode = WAL", f"journal_size_limit = {4 * 2**20}"):
+            sqlite.pragma(self._connection, setting)
+        if not self._value("SELECT count(*) FROM sqlite_master"):
+            with self._transaction():
+                for statement in SCHEMA:
+                    self._rows(statement)
+                row = secrets.token_hex(8)
+                self._rows("INSERT INTO about VALUES (1, ?, 0, 0, 0.0, NULL)", row)
+        found = [sqlite.pragma(self._connection, key) for key in ("application_id", "user_version")]
+        if found != [APPLICATION_ID, VERSION]:
+            raise sqlite.Damage("it is not a journal of the assistant")
+        self._connection.set_progress_handler(None, 0)
+
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Execute a statement; return the rows that it gives."""
+        with self._reading():
+            return self._connection.execute(query, values).fetchall()
+
+    def _value(self, query: str, *values: Any) -> Any:
+        """Return the one value that a query gives."""
+        ((value,),) = self._rows(query, *values)
+        return value
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep other threads out, and report errors of the file in one line."""
+        with self._lock, sqlite.reporting_errors(self.path, "journal"):
+            yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Write all of what is done inside, or nothing."""
+        with self._reading():
+            try:
+                self._connection.rollback()
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.rollback()
+                raise
 
 
 def source_of(row: Sequence[Any]) -> SourceRow:

@@ -61,12 +61,9 @@ class NotesFile:
         os.close(self._open_file())
 
     def write(self, text: str, when: datetime, about: str, noted: int) -> str:
-        """Add a note and return it; when this returns, it is on disk.
+        """Add a note about the first `noted` bytes read, with a line on what it covers; return it.
 
-        Args:
-            text: what the model wrote.
-            about: a line on what it covers.
-            noted: bytes read before it.
+        When this returns, it is on disk. If it cannot be written now, `finish` will write it.
         """
         self.finish()
         note = markdown(text, when, about)

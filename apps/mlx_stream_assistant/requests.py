@@ -30,19 +30,13 @@ Lines = Generator[dict[str, Any], None, None]
 
 @dataclass
 class RequestHandler:
-    """Answers requests about one running assistant; called from many threads.
-
-    Attributes:
-        listener: None until the model is loaded.
-        describe: returns what `status` prints, except the stream's statistics.
-        stop: stops the assistant.
-    """
+    """Answers requests about one running assistant; called from many threads."""
 
     journal: Journal
     notes: NotesFile | None
-    describe: Callable[[], dict[str, Any]]
+    describe: Callable[[], dict[str, Any]]  # what `status` prints beside the stream's statistics
     stop: Callable[[], None]
-    listener: Any = None
+    listener: Any = None  # until the model is loaded
     feeder: Feeder | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     _one: threading.Lock = field(default_factory=threading.Lock)

@@ -22,30 +22,22 @@ Found = tuple[Path, os.stat_result]
 
 @dataclass(frozen=True)
 class FilePosition:
-    """How far a file was read.
-
-    Attributes:
-        tail: CRC-32 of the last bytes before `offset`.
-        written: the file's time of change then, in nanoseconds since 1970.
-    """
+    """How far a file was read."""
 
     device: int
     inode: int
     offset: int = 0
-    tail: int = 0
-    written: int = 0
+    tail: int = 0  # CRC-32 of the last bytes before `offset`
+    written: int = 0  # the file's time of change then, in nanoseconds since 1970
 
     def is_of(self, status: os.stat_result) -> bool:
         return (self.device, self.inode) == (status.st_dev, status.st_ino)
 
 
 class FileSearch:
-    """A search for the files beside one that was being read.
+    """A search for the files beside one that was being read, by the name that it had.
 
     Each method raises FileNotFoundError if a file is renamed meanwhile: look again.
-
-    Args:
-        path: the name that the file had.
     """
 
     def __init__(self, path: Path, tell: Notify):

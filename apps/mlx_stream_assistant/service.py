@@ -23,8 +23,7 @@ Commands = list[list[str]]
 def install(settings: Settings, log: Path) -> tuple[Path, str]:
     """Write the file and start the assistant; return where it is, and why it was not started.
 
-    Args:
-        log: file for a launchd agent's messages; systemd has its own journal.
+    A launchd agent writes messages to `log`; systemd has its own journal.
     """
     path = service_path(settings.name)
     data = agent(settings, log) if sys.platform == "darwin" else unit(settings).encode()

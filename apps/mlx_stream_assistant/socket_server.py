@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -31,11 +30,7 @@ Answer = Generator[dict[str, Any], None, None]
 
 
 class SocketServer:
-    """A listening socket; each request is answered on a thread of its own.
-
-    Args:
-        answer: from a request to the lines of its answer. It may raise `MlxStreamError`.
-    """
+    """A listening socket; `answer` gives the lines for a request, on a thread of its own."""
 
     def __init__(self, path: Path, answer: Callable[[dict[str, Any]], Answer]):
         """Make the socket; one that a killed process left is replaced."""
@@ -46,10 +41,13 @@ class SocketServer:
                 f"{path}: too long for a socket ({LONGEST_PATH} bytes): give a shorter --name, or "
                 "set MLX_STREAM_HOME to a shorter folder"
             )
-        remove_stale(path)
+        if os.path.lexists(path) and not path.is_socket():
+            raise AssistantError(f"{path}: not a socket; move it away")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
+            # A dead process left it: this one holds the assistant's lock.
+            path.unlink(missing_ok=True)
             self._socket.bind(os.fspath(path))
             self._socket.listen(MOST_AT_ONCE)
             self._socket.setblocking(False)
@@ -95,25 +93,6 @@ class SocketServer:
                     send(caller, {"error": str(error)})
         finally:
             self._at_once.release()
-
-
-def remove_stale(path: Path) -> None:
-    """Remove a socket on which no process listens."""
-    try:
-        kind = path.lstat().st_mode
-    except OSError:
-        return
-    if not stat.S_ISSOCK(kind):
-        raise AssistantError(f"{path}: not a socket; move it away")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe, suppress(OSError):
-        probe.settimeout(PATIENCE)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            return path.unlink(missing_ok=True)
-    raise AssistantError(
-        f"{path}: another process listens on it: end that one, or give this one another --name"
-    )
 
 
 def receive(caller: socket.socket) -> dict[str, Any]:

@@ -15,14 +15,7 @@ NAME = "standard input"
 
 
 class StandardInput:
-    """A pipe, a terminal or a file that is read once, from its current position.
-
-    Args:
-        file: its descriptor.
-
-    Attributes:
-        ended: there is nothing more to come.
-    """
+    """A pipe, a terminal or a file that is read once, from its current position."""
 
     def __init__(self, tell: Notify, file: int = 0):
         self.name, self.ended, self._tell, self.file = NAME, False, tell, file

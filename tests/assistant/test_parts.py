@@ -27,7 +27,7 @@ NOW = datetime(2026, 11, 27, 14, 5)
 
 
 class Looking:
-    """A folder of notes, what came of it, and what was said."""
+    """A folder of notes, the text read from it, and its notices."""
 
     def __init__(self, path: Path, **more):
         self.path, self.more, self.now = path, more, 0.0
@@ -86,7 +86,7 @@ def test_a_note_that_is_being_written_waits(tmp_path):
     assert len(list(Path("/dev/fd").iterdir())) == before  # it is not held open
 
 
-def test_what_is_no_note_is_said_once_and_left(tmp_path, monkeypatch):
+def test_files_that_are_not_notes_are_reported_once_and_left(tmp_path, monkeypatch):
     monkeypatch.setattr(notes_folder, "LONGEST_NOTE", 100)
     (tmp_path / "long.md").write_text("x" * 101)
     (tmp_path / "binary.txt").write_bytes(b"\x00\x01")
@@ -126,7 +126,7 @@ def test_a_note_whose_name_is_not_utf_8_is_refused_and_the_others_are_read(tmp_p
     assert looking.look() == [("cafe.md", "bad\n")]
 
 
-def test_a_byte_order_mark_is_no_text_of_a_note(tmp_path):
+def test_a_byte_order_mark_is_not_text_of_a_note(tmp_path):
     (tmp_path / "a.md").write_text("\ufeffone\n", encoding="utf-8")
     looking = Looking(tmp_path)
     assert looking.look() == [("a.md", "one\n")]
@@ -185,7 +185,7 @@ def arrival(text: str, source: str = "x.log", **more) -> Chunk:
     return Chunk(source, "file", source, text.encode(), text, {"offset": 1}, **more)
 
 
-def test_what_was_appended_is_there_after_a_restart(journal, tmp_path):
+def test_appended_chunks_are_there_after_a_restart(journal, tmp_path):
     for number in range(5):
         journal.append(arrival(f"line {number}\n"))
     again = Journal(journal.path)
@@ -276,13 +276,13 @@ def test_a_transaction_that_fails_changes_nothing(journal):
     journal.append(arrival("a"))
     with pytest.raises(SessionError):
         journal.append(Chunk("x", "file", "x", b"", "\ud800"))
-    (pages,) = journal._file._connection.execute("PRAGMA page_count").fetchone()
-    journal._file._connection.execute(f"PRAGMA max_page_count = {pages}").close()
+    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
+    journal._connection.execute(f"PRAGMA max_page_count = {pages}").close()
     with pytest.raises(SessionError, match="disk is full"):
         journal.append(arrival("b" * 100_000))
     source = journal.source("x.log")
     assert journal.last == 1 and source and source.bytes == 1
-    journal._file._connection.execute("PRAGMA max_page_count = 100000").close()
+    journal._connection.execute("PRAGMA max_page_count = 100000").close()
     journal.append(arrival("c"))
     assert [c.text for c in journal.chunks(0)] == ["a", "c"]
 

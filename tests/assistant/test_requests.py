@@ -1,4 +1,4 @@
-"""What the assistant answers and when, without a process of its own; and what it refuses."""
+"""The assistant's answers, notes and settings, without a process of its own."""
 
 import doctest
 import importlib
@@ -63,7 +63,7 @@ def test_a_note_is_about_what_was_fed_and_the_next_about_the_rest(desk, journal)
     assert f"*{len(texts[2]):,} bytes read since the last note" in desk.note()
 
 
-def test_what_waits_to_be_read_is_said_unless_nobody_waits_for_it(desk):
+def test_the_asker_is_told_of_unread_text_unless_with_now(desk):
     desk.listener.feed("and the man of the house " * 300)
     first = next(desk.answer({"what": "ask", "question": "Who?", "now": True}))
     assert first["text"]
@@ -155,7 +155,7 @@ def test_a_signal_that_was_to_be_ignored_is(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-# --- what it is told to read ---
+# --- settings ---
 
 
 def test_a_path_is_read_once_however_it_is_spelled(tmp_path):
@@ -180,7 +180,7 @@ def test_words_that_are_not_utf_8_are_refused_and_links_are_only_paths(tmp_path,
     Settings(follow=[tmp_path / "x"], notes=loop).check()
 
 
-# --- what is written about it ---
+# --- docstrings ---
 
 
 def test_the_examples_in_its_docstrings_are_true():

@@ -19,15 +19,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def read_one(path: Path) -> Reading:
-    """Return one that has read "one"."""
+    """Return a reading that has read "one"."""
     write(path, b"one\n", 2)
     reading = Reading(path)
     reading.poll()
     return reading
 
 
-def rotated_while_nobody_looked(path: Path) -> Reading:
-    """Return one that has read "one"; "two" is in x.log.1, and "three" in x.log."""
+def rotated_unseen(path: Path) -> Reading:
+    """Return a reading that has read "one"; "two" is in x.log.1, and "three" in x.log."""
     reading = read_one(path)
     write(path, b"two\n", 3)
     rotate(path)
@@ -39,7 +39,7 @@ def rotated_while_nobody_looked(path: Path) -> Reading:
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("unread", [b"", b"two\nhalf a li"])
-def test_rotated_more_than_once_while_nobody_looked(path, unread, restart, cut):
+def test_rotated_more_than_once_unseen(path, unread, restart, cut):
     write(path.with_name("x.log.1"), b"of long ago\n", 1)
     reading = read_one(path)
     write(path, unread, 3)
@@ -75,7 +75,7 @@ def test_rotated_more_than_once_by_date(path, names):
 
 
 @pytest.mark.parametrize("kept", [(1, 2, 3), (1,), (3,)])
-def test_what_is_no_file_in_between_is_not_read_again(path, kept):
+def test_other_rotated_files_are_not_read_again(path, kept):
     """Higher numbers for later files; a file written to after it was left; one that is gone."""
     reading = Reading(path)
     for number in range(1, 4):
@@ -184,7 +184,7 @@ def test_how_rotation_names_files():
 
 
 def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
-    reading = rotated_while_nobody_looked(path)
+    reading = rotated_unseen(path)
     whole, opens = tail.open_file, itertools.count()
 
     def opened(found: Path) -> int:
@@ -212,7 +212,7 @@ def test_a_copy_of_no_more_than_was_read_is_left(path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_random_life_of_a_file(path, seed):
-    """Also killed before what was read is on disk, and renamed often between two looks."""
+    """Also killed before text is on disk, and renamed often between two looks."""
     luck, number, now = random.Random(seed), 0, 0
     reading, written = Reading(path), b""
     rotates = (
@@ -226,7 +226,7 @@ def test_a_random_life_of_a_file(path, seed):
             write(path, line, now)
             written, number = written + line, number + 1
             if step == 0:
-                reading.wait()  # of what was there before the first look, nothing is known
+                reading.wait()  # what was written before the first look may be missed
         elif what == "rename" and path.exists():
             rotates(path)
         elif what == "restart":

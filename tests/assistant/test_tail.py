@@ -1,4 +1,4 @@
-"""A followed file is read whole and once, whatever becomes of it meanwhile."""
+"""A followed file is read whole and once, whatever happens to it meanwhile."""
 
 import itertools
 import os
@@ -101,7 +101,7 @@ def test_half_a_character_at_the_end_of_a_renamed_file_is_not_lost(path):
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("new", [b"x\n", b"a longer text than it was\n"])
-def test_a_file_that_was_cut_or_written_anew(path, restart, new):
+def test_a_file_that_was_cut_or_rewritten(path, restart, new):
     add(path, b"one two three\n")
     reading = Reading(path)
     reading.poll()
@@ -113,7 +113,7 @@ def test_a_file_that_was_cut_or_written_anew(path, restart, new):
     assert any("read from its beginning" in line for line in reading.told)
 
 
-def test_a_byte_order_mark_is_no_text(path):
+def test_a_byte_order_mark_is_not_text(path):
     add(path, "\ufeffone\n".encode())
     reading = Reading(path)
     arrival = reading.source.poll()
@@ -163,7 +163,7 @@ def test_a_binary_file_is_refused_and_what_comes_in_its_place_is_read(path, rena
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "locked"])
-def test_what_is_no_file_is_waited_for(path, kind):
+def test_a_file_is_waited_for_where_there_is_none(path, kind):
     if kind == "locked" and os.geteuid() == 0:
         pytest.skip("root may read everything")
     {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}.get(kind, lambda: None)()
@@ -192,7 +192,7 @@ def test_where_bytes_may_end():
     assert tail.position_of(None) is None
 
 
-def test_what_is_text():
+def test_text_and_bytes_that_are_not_text():
     assert decode("aé".encode(), "x") == "aé"
     assert decode(b"a" * 99 + b"\xff", "x") == "a" * 99 + "\ufffd"
     for data in (b"a\0b", "é".encode("utf-16"), bytes(range(128, 256))):

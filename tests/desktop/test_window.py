@@ -1,4 +1,4 @@
-"""The desktop app's window on Toga's dummy backend: what is typed, clicked and shown."""
+"""The desktop app's window on Toga's dummy backend: typing, clicks and what it shows."""
 
 import asyncio
 
@@ -174,7 +174,7 @@ async def test_on_a_mac_an_icon_in_the_menu_bar_stops_replies_and_brings_the_win
 
 
 @on_a_loop
-async def test_a_conversation_can_be_had_as_text(letters):
+async def test_a_conversation_can_be_shown_as_text(letters):
     async with app(letters) as one:
         await answered(one, "Hi <b>you</b>")
         before = set(one.windows)
