@@ -7,6 +7,7 @@ import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import GenericAlias
 from typing import Any
 
 import pytest
@@ -176,7 +177,8 @@ def is_public(module: str, name: str) -> bool:
     if module in PUBLIC:
         return name in found.__all__ or f"{module}.{name}" in PUBLIC_WHOLE
     if module in PUBLIC_WHOLE or module.rpartition(".")[0] in PUBLIC_WHOLE:
-        return getattr(getattr(found, name, found), "__module__", module) == module
+        thing = getattr(found, name, found)  # an alias of a type has its origin's module
+        return isinstance(thing, GenericAlias) or getattr(thing, "__module__", module) == module
     return False
 
 

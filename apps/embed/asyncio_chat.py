@@ -1,4 +1,4 @@
-"""A model in an asyncio program: each line of standard input is a question, a new one cancels.
+"""A model in an asyncio program: each line of standard input is a question, and cancels the last.
 
 python apps/embed/asyncio_chat.py [MODEL]
 """
@@ -26,10 +26,10 @@ async def main():
     interactive = sys.stdin.isatty()
     with mlx_stream.Engine(model) as engine, engine.session(system="You are brief.") as chat:
         reply = None
-        # A thread waits for the keyboard: whatever else the loop does goes on meanwhile.
+        # A thread waits for the keyboard, so that the loop is free for other work.
         while question := await asyncio.to_thread(sys.stdin.readline):
             if reply and not interactive:
-                await reply  # from a pipe, every question is answered to its end
+                await reply  # from a pipe, every question is answered in full
             elif reply and not reply.done():
                 reply.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -41,7 +41,7 @@ async def main():
 
 
 if __name__ == "__main__":
-    # Ctrl-C ends it at once: nothing is saved here, and no thread can be called from a keyboard.
+    # Ctrl-C ends the process at once: a thread that waits for the keyboard cannot be woken.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         asyncio.run(main())

@@ -1,4 +1,4 @@
-"""A model in an AppKit window, by PyObjC (pip install pyobjc-framework-Cocoa); on macOS.
+"""A model in an AppKit window, with PyObjC (pip install pyobjc-framework-Cocoa), on macOS.
 
 python apps/embed/pyobjc_window.py [MODEL]
 """
@@ -38,10 +38,10 @@ class Delegate(AppKit.NSObject):
         threading.Thread(target=self.read, args=(question,), daemon=True).start()
 
     @objc.python_method
-    def read(self, question):  # on a thread of its own: pieces are waited for here
+    def read(self, question):  # on its own thread, which waits for pieces
         try:
-            for piece in self.chat.reply(question):  # asking anew ends it
-                AppHelper.callAfter(self.append, piece.text)  # AppKit's views: on the main thread
+            for piece in self.chat.reply(question):  # a new question ends it
+                AppHelper.callAfter(self.append, piece.text)  # views change on the main thread only
         except mlx_stream.errors.MlxStreamError as error:
             AppHelper.callAfter(self.append, f"[{error}]")
 

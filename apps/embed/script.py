@@ -1,4 +1,4 @@
-"""A model in a plain script: talk, then listen to a text and ask about it.
+"""A model in a plain script: chat, then listen to a text and ask about it.
 
 python apps/embed/script.py [MODEL] < notes.txt
 """
@@ -24,7 +24,7 @@ def main():
             return
         with engine.listen(max_tokens=60) as listener:
             for line in sys.stdin:
-                listener.feed(line, timeout=60)  # it is read in the background
+                listener.feed(line, timeout=60)  # the text is read in the background
             listener.flush()
             show(listener.ask("What was this about?"))
             used, budget = engine.memory

@@ -1,4 +1,4 @@
-"""A model in a Tk window: Enter asks, Stop ends the reply, the window never waits.
+"""A model in a Tk window: Enter asks, Stop ends the reply, and the window never waits.
 
 python apps/embed/tk_window.py [MODEL]
 """
@@ -31,11 +31,11 @@ class Window:
         if question:
             self.entry.delete(0, "end")
             self.text.insert("end", f"\n> {question}\n")
-            self.stopping.set()  # of a reply that is going on; asking anew ends it
+            self.stopping.set()  # a reply in progress ends
             self.stopping = threading.Event()
             threading.Thread(target=self.read, args=(question, self.stopping), daemon=True).start()
 
-    def read(self, question, stopping):  # on a thread of its own: pieces are waited for here
+    def read(self, question, stopping):  # on its own thread, which waits for pieces
         try:
             for piece in self.chat.reply(question):
                 self.pieces.put(piece.text)

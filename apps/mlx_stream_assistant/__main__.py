@@ -1,9 +1,9 @@
-"""`python -m mlx_stream_assistant`, or from a checkout `python apps/mlx_stream_assistant`."""
+"""The assistant as a program: `python -m mlx_stream_assistant`, or this folder of a checkout."""
 
 import sys
 from pathlib import Path
 
-# Started as a folder, its own modules would hide installed ones of the same names.
+# Run as a folder, its modules would hide installed ones of the same names.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 

@@ -2,16 +2,28 @@
 
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 SUPPLIES = Path("/sys/class/power_supply")
+# Seconds between two looks.
+BETWEEN = 30.0
 
 
-def on_battery() -> bool:
-    """Return whether this machine draws on a battery now; False where that cannot be told."""
-    if sys.platform == "darwin":
-        return battery_in(pmset())
-    return discharging(SUPPLIES)
+class Battery:
+    """This machine's battery, looked at now and then."""
+
+    def __init__(self) -> None:
+        self._next_look, self._in_use = 0.0, False
+
+    def in_use(self) -> bool:
+        """Return whether the machine ran on its battery at the last look; False if unknown."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + BETWEEN
+            mac = sys.platform == "darwin"
+            self._in_use = is_battery_power(pmset()) if mac else is_discharging(SUPPLIES)
+        return self._in_use
 
 
 def pmset() -> str:
@@ -22,29 +34,19 @@ def pmset() -> str:
         return ""
 
 
-def battery_in(report: str) -> bool:
-    """Return what `pmset -g batt` says.
-
-    >>> battery_in("Now drawing from 'Battery Power'\\n -InternalBattery-0 (id=1) 80%; discharging")
-    True
-    """
+def is_battery_power(report: str) -> bool:
+    """Return whether `pmset -g batt` reports battery power."""
     return "drawing from 'Battery Power'" in report
 
 
-def discharging(supplies: Path) -> bool:
-    """Return whether one of the system's own batteries is discharging, as Linux's sysfs says.
-
-    A mouse's battery, of scope "Device", is none of them.
-    """
-    for supply in sorted(supplies.glob("*")):
-        kind, status, scope = (read(supply / name) for name in ("type", "status", "scope"))
-        if (kind, status) == ("Battery", "Discharging") and scope != "Device":
+def is_discharging(supplies: Path) -> bool:
+    """Return whether a battery is discharging, by Linux's sysfs; not a mouse's, of scope Device."""
+    for supply in supplies.glob("*"):
+        found = {}
+        for name in ("type", "status", "scope"):
+            with suppress(OSError):
+                found[name] = (supply / name).read_text("utf-8", "replace").strip()
+        ours = found.get("type") == "Battery" and found.get("scope") != "Device"
+        if ours and found.get("status") == "Discharging":
             return True
     return False
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace").strip()
-    except OSError:
-        return ""

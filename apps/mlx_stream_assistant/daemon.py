@@ -6,137 +6,122 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx_stream
 from mlx_stream.errors import ComputeError, MlxStreamError
-from mlx_stream_assistant.battery import on_battery
+from mlx_stream.program.lock import Lock
+from mlx_stream.program.notices import Notify
+from mlx_stream_assistant.battery import Battery
 from mlx_stream_assistant.feeder import Feeder
-from mlx_stream_assistant.journal import Chunk, Journal
-from mlx_stream_assistant.notes import NotesFile
+from mlx_stream_assistant.journal import Journal
+from mlx_stream_assistant.notes import NoteSchedule, NotesFile
 from mlx_stream_assistant.notes_folder import NotesFolder
-from mlx_stream_assistant.paths import AssistantError, AssistantPaths, assistant_paths, lock
-from mlx_stream_assistant.requests import RequestHandler, stats_of
-from mlx_stream_assistant.settings import Settings
+from mlx_stream_assistant.paths import assistant_paths
+from mlx_stream_assistant.requests import RequestHandler
+from mlx_stream_assistant.settings import SYSTEM, Settings
 from mlx_stream_assistant.socket_server import SocketServer
 from mlx_stream_assistant.stdin import StandardInput
 from mlx_stream_assistant.tail import TailedFile
 
+RUNS = (
+    "the assistant {name!r} is running already in {holder}: stop it first, "
+    "or give this one another --name"
+)
 # Seconds between two looks at the sources, when nothing arrives and when there is no room.
 IDLE, FULL = 1.0, 0.05
-# Characters the listener may be behind: a question waits until they are read.
+# Characters that the listener may be behind: a question waits until they are read.
 BACKLOG = 10_000
-# What was read is asked for, not made up; a penalty on repetition would keep it from being quoted.
+# An answer is to quote what was read; a penalty on repetition would prevent that.
 SAMPLING = mlx_stream.Sampling(temperature=0.0)
-# Seconds between two looks at the battery, and after which what the disk refused is tried again.
-POWER, AGAIN = 30.0, 10.0
-# Seconds after the start before a note is written that fell due meanwhile.
-SETTLING = 60.0
-# Seconds between two failures of the device, or the stream rests for so long.
+# Seconds before a failed write to the journal is tried again.
+AGAIN = 10.0
+# After a second failure of the device within so many seconds, the stream rests as long.
 BETWEEN_FAILURES = 600.0
-# Seconds for what runs to end, of the one that stopping may take.
+# Seconds for running work to end, of the one that stopping may take.
 LAST_WORDS = 0.5
 
 
-class TextSource(Protocol):
-    """What the assistant reads along with."""
-
-    name: str
-
-    @property
-    def state(self) -> dict[str, Any]: ...
-    def poll(self) -> Chunk | None: ...
-    def ack(self, arrival: Chunk) -> None: ...
-    def close(self) -> None: ...
-
-
 class Assistant:
-    """One run of an assistant.
+    """One run of an assistant."""
 
-    Args:
-        tell: told in one line what the user should know.
-
-    Attributes:
-        has_ended: after `run`, whether all of its threads have; if not, they need not be awaited.
-    """
-
-    def __init__(self, settings: Settings, tell: Callable[[str], None]):
+    def __init__(self, settings: Settings, tell: Notify):
         settings.check()
         self.settings, self._tell = settings, tell
-        self._started, self._next_power, self._try_again = time.monotonic(), 0.0, 0.0
+        self._where = assistant_paths(settings.name)
+        self._started, self._try_again = time.monotonic(), 0.0
         self._failed_at, self._begin_at = float("-inf"), 0.0
-        self._stopping, self._paused, self.has_ended = False, False, True
-        self._sources: list[TextSource] = []
+        self._stopping, self._paused = False, False
+        self._sources: list[TailedFile | NotesFolder | StandardInput] = []
         self._input: StandardInput | None = None
         self._engine: Any = None
         self._listener: Any = None
-        self._noting: threading.Thread | None = None
-        self._next_note = 0.0, 0.0
+        self._battery, self._noting = Battery(), threading.Thread()
         self._noticed = 0  # of the engine's notices
 
     def run(self) -> None:
-        """Run until it is stopped.
-
-        Raises:
-            MlxStreamError: it cannot begin, or go on.
-        """
-        where = assistant_paths(self.settings.name)
+        """Run until stopped."""
+        where, settings = self._where, self.settings
         with ExitStack() as stack:
-            stack.callback(os.close, lock(where.lock))
-            self._wake = stack.enter_context(Wake(self._stop))
+            stack.enter_context(Lock.acquire(where.lock, RUNS))
+            self._woken, self._wake = stack.enter_context(waking_signals(self._stop))
             self._journal = Journal(where.journal)
             stack.callback(self._journal.close)
-            self._note_in(self._until_the_next_note())
+            self._schedule = NoteSchedule(60 * settings.every, self._journal.last_note[1])
             self._open_sources()
-            self.desk = RequestHandler(self._journal, self._open_diary(), self._status, self.stop)
-            door = SocketServer(where.socket, self.desk.answer)
-            stack.callback(door.close)
-            self._engine = mlx_stream.Engine(self.settings.model)
+            self.handler = RequestHandler(
+                self._journal, self._open_diary(), self._status, self.stop
+            )
+            server = SocketServer(where.socket, self.handler.answer)
+            stack.callback(server.close)
+            self._engine = mlx_stream.Engine(settings.model)
             stack.callback(self._end)
             while not self._stopping:
-                self._step(door, where)
+                self._step(server)
 
     def stop(self) -> None:
-        """Have `run` return within a second; from any thread."""
-        self._stop()
-        self._wake.wake()
+        """Make `run` return within a second; from any thread."""
+        if not self._stopping:
+            self._stop()
+            os.write(self._wake, b"!")
 
     def _stop(self) -> None:
         self._stopping = True
 
     def _end(self) -> None:
-        """Have everything end that runs; what is not done by then is done at the next start."""
+        """End all threads; what they have not done by then is done at the next start."""
         self._stopping = True
-        self.desk.stopping.set()
-        if self.desk.feeder:
-            self.desk.feeder.stop(LAST_WORDS)
-        self.has_ended = self._engine.close(timeout=LAST_WORDS / 2)
+        self.handler.stopping.set()
+        if self.handler.feeder:
+            self.handler.feeder.stop(LAST_WORDS)
+        self._engine.close(timeout=LAST_WORDS / 2)
 
-    def _step(self, door: SocketServer, where: AssistantPaths) -> None:
-        """Do what there is to do, then wait until there may be something again."""
-        feeder = self.desk.feeder
+    def _step(self, server: SocketServer) -> None:
+        """Do what there is to do, then wait for more."""
+        feeder = self.handler.feeder
         rests = time.monotonic() < self._begin_at
         if feeder is None:
             if not rests:
-                self._begin_when_loaded(where)
+                self._begin_when_loaded()
         elif failure := feeder.failure or self._listener.error:
             self._begin_again(feeder, failure)
         else:
-            self._look_at_the_battery()
+            self._pause_on_battery()
             self._note_if_due()
         wait = FULL if not rests and (feeder is None or feeder.is_full) else IDLE
         can_read = feeder and not feeder.is_full and not self._paused
         if can_read and self._read():
             wait = 0.0
-        steps = {self._wake: self._wake.clear, door: door.admit}
+        steps: dict[Any, Callable[[], None]] = {server: server.admit}
         if can_read and self._input and self._input.wants:
             steps[self._input] = self._input.read
-        ready, _, _ = select.select([*steps], [], [], wait)
-        for one in ready:
-            steps[one]()
+        ready, _, _ = select.select([self._woken, *steps], [], [], wait)
+        for one in steps:
+            if one in ready:
+                steps[one]()
 
     # --- beginning ---
 
@@ -146,14 +131,12 @@ class Assistant:
             known = journal.source(str(path))
             place = known.place if known and known.kind == "file" else None
             self._sources.append(TailedFile(path, place, self._tell, settings.from_end))
-        notes = {source.name: source.place for source in journal.sources("note")}
-        others = {os.path.realpath(path) for path in settings.follow}
+        notes, others = journal.notes(), [*settings.follow]
         if settings.notes:
-            others.add(os.path.realpath(settings.notes))
-        for path in settings.folders:
+            others.append(settings.notes)
+        for path in settings.folder:
             inside = {name: p for name, p in notes.items() if Path(name).is_relative_to(path)}
-            excluded = lambda note: os.path.realpath(note) in others  # noqa: E731
-            self._sources.append(NotesFolder(path, inside, self._tell, excluded))
+            self._sources.append(NotesFolder(path, inside, self._tell, others))
         if settings.stdin:
             self._input = StandardInput(self._tell)
             self._sources.append(self._input)
@@ -166,12 +149,13 @@ class Assistant:
         diary.check()
         return diary
 
-    def _begin_when_loaded(self, where: AssistantPaths) -> None:
-        """Go on with the stream, from its snapshot or from what the journal keeps."""
+    def _begin_when_loaded(self) -> None:
+        """Resume the stream, from its snapshot or from the text in the journal."""
+        snapshot = self._where.snapshot
         try:
             self._engine.wait(timeout=FULL)
             if self._listener is None:
-                self._listener = self._listen(where.snapshot)
+                self._listener = self._listen(snapshot)
             self._listener.wait(timeout=FULL)
         except TimeoutError:
             return
@@ -181,20 +165,20 @@ class Assistant:
                 self._tell(notice)
         for notice in self._listener.stats.notices:
             self._tell(notice)
-        journal, fed = self._journal, self._apply_note(where.snapshot)
+        journal, fed = self._journal, self._chunk_in_snapshot(snapshot)
         if fed is None:
             fed = journal.first - 1
-            if fed < journal.last:
-                kept = journal.last - fed
-                self._tell(f"the stream is built again from the latest {pieces(kept)}")
+            if count := journal.last - fed:
+                pieces = "piece" if count == 1 else "pieces"
+                self._tell(f"the stream is built again from the latest {count:,} {pieces} of text")
         every = 60 * self.settings.snapshot_every
-        self.desk.listener = self._listener
-        self.desk.feeder = Feeder(self._listener, journal, where.snapshot, fed, every, self._tell)
+        self.handler.listener = self._listener
+        self.handler.feeder = Feeder(self._listener, journal, snapshot, fed, every, self._tell)
         attended = f", {self._listener.stats.attended:,} tokens attended" if journal.last else ""
         self._tell(f"{self.settings.name}: reading{attended}")
 
-    def _apply_note(self, snapshot: Path) -> int | None:
-        """Return the last chunk in the stream; None if there is none in it."""
+    def _chunk_in_snapshot(self, snapshot: Path) -> int | None:
+        """Return the last chunk in the stream; None, with a new stream, if there is none."""
         note, journal = self._listener.restored, self._journal
         if note is None:
             return None
@@ -202,7 +186,7 @@ class Assistant:
         ours = note.get("journal") == journal.id
         if ours and isinstance(fed, int) and journal.first - 1 <= fed <= journal.last:
             return fed
-        self._tell(f"{snapshot}: is not of this journal, or older than what it keeps")
+        self._tell(f"{snapshot}: belongs to another journal, or is older than this one's text")
         self._listener.close()
         self._listener = self._listen(None)
         return None
@@ -210,7 +194,7 @@ class Assistant:
     def _listen(self, snapshot: Path | None) -> Any:
         settings = self.settings
         return self._engine.listen(
-            system=settings.system,
+            system=settings.system or SYSTEM,
             window=settings.window,
             sampling=SAMPLING,
             backlog=BACKLOG,
@@ -218,97 +202,74 @@ class Assistant:
         )
 
     def _begin_again(self, feeder: Feeder, failure: Exception) -> None:
-        """Drop a stream that could not be computed and go on from its snapshot, as after a crash.
-
-        Raises:
-            Exception: it was something else.
-        """
+        """Resume a stream that could not be computed from its snapshot, as after a crash."""
         if not isinstance(failure, ComputeError):
             raise failure
         before, self._failed_at = self._failed_at, time.monotonic()
         again = self._failed_at < before + BETWEEN_FAILURES
         self._begin_at = self._failed_at + BETWEEN_FAILURES * again
         when = f" in {BETWEEN_FAILURES / 60:.0f} minutes" if again else ""
-        self._tell(f"{failure}; the stream goes on from its latest snapshot{when}")
+        self._tell(f"{failure}; the stream resumes from its latest snapshot{when}")
         feeder.stop(0)
         self._listener.close()
-        self.desk.feeder = self.desk.listener = self._listener = None
+        self.handler.feeder = self.handler.listener = self._listener = None
 
-    # --- going on ---
+    # --- reading and writing ---
 
     def _read(self) -> bool:
-        """Write to the journal what each source has, once; return whether one had anything."""
+        """Write to the journal what each source has; return whether one had anything."""
         if time.monotonic() < self._try_again:
             return False
         any_new, failures = False, set()
         for source in self._sources:
             try:
-                arrival = source.poll()
-                if arrival is not None:
-                    self._journal.append(arrival)
-                    source.ack(arrival)
+                chunk = source.poll()
+                if chunk is not None:
+                    self._journal.append(chunk)
+                    source.ack(chunk)
                     any_new = True
-            except AssistantError as error:
+            except MlxStreamError as error:
                 failures.add(str(error))
         for failure in sorted(failures):
             self._tell(f"{failure}; tried again every {AGAIN:.0f} seconds")
             self._try_again = time.monotonic() + AGAIN
-        if any_new and self.desk.feeder:
-            self.desk.feeder.wake()
+        if any_new and self.handler.feeder:
+            self.handler.feeder.wake()
         return any_new
 
-    def _look_at_the_battery(self) -> None:
-        if not self.settings.pause_on_battery or time.monotonic() < self._next_power:
-            return
-        self._next_power = time.monotonic() + POWER
-        paused = on_battery()
+    def _pause_on_battery(self) -> None:
+        paused = self.settings.pause_on_battery and self._battery.in_use()
         if paused != self._paused:
             self._tell("paused: on battery" if paused else "reading: on mains power")
         self._paused = paused
 
     def _note_if_due(self) -> None:
         """Write a note in the background, if one is due and anything is new."""
-        if self.desk.notes is None or self._paused or not self._note_is_due():
-            return
-        if self._noting is None or not self._noting.is_alive():
+        wanted = self.handler.notes and not self._paused and self._schedule.is_due()
+        if wanted and not self._noting.is_alive():
             self._noting = threading.Thread(target=self._note, name="note", daemon=True)
             self._noting.start()
 
-    def _note_in(self, seconds: float) -> None:
-        # By two clocks: one stands still while a Mac sleeps, the other may be set back.
-        self._next_note = time.monotonic() + seconds, time.time() + seconds
-
-    def _note_is_due(self) -> bool:
-        clock, date = self._next_note
-        return time.monotonic() >= clock or time.time() >= date
-
-    def _until_the_next_note(self) -> float:
-        """Return in how many seconds the first note of this run is due."""
-        every = 60 * self.settings.every
-        _, noted_at = self._journal.last_note_chunk
-        # The system's clock may have been set back since: then that note was just written.
-        left = every - max(0.0, time.time() - noted_at)
-        return max(left, min(every, SETTLING)) if noted_at else every
-
     def _note(self) -> None:
         try:
-            self.desk.note()
+            self.handler.note()
         except MlxStreamError as error:
             if not self._stopping:
                 self._tell(str(error))
         finally:
-            self._note_in(60 * self.settings.every)
-
-    # --- how it stands ---
+            self._schedule.restart()
 
     def _status(self) -> dict[str, Any]:
-        """Return what `status` says."""
-        desk, settings = self.desk, self.settings
+        """Return what `status` prints, except the stream's statistics."""
+        settings, journal = self.settings, self._journal
         state = "paused" if self._paused else "reading"
-        if desk.feeder is None:
+        if self.handler.feeder is None:
             state = "waiting" if time.monotonic() < self._begin_at else "loading"
-        _, noted_at = self._journal.last_note_chunk
-        sources = {source.name: self._journal.source(source.name) for source in self._sources}
+        sources = []
+        for source in self._sources:
+            known = journal.source(source.name)
+            read = {"bytes_read": known.bytes, "crc": known.crc} if known else {}
+            sources.append({"name": source.name, **source.state, **read})
         return {
             "name": settings.name,
             "state": "stopping" if self._stopping else state,
@@ -317,65 +278,37 @@ class Assistant:
             "model": settings.model,
             "resident_bytes": resident_bytes(),
             "memory": list(self._engine.memory) if self._engine else None,
-            **stats_of(desk),
-            "bytes_read": self._journal.bytes,
+            "bytes_read": journal.bytes,
             "notes": str(settings.notes) if settings.notes else None,
-            "last_note": round(noted_at) or None,
-            "sources": [
-                {"name": source.name, **source.state, **source_state(sources[source.name])}
-                for source in self._sources
-            ],
+            "last_note": round(journal.last_note[1]) or None,
+            "sources": sources,
         }
 
 
-class Wake:
-    """A pipe that ends a wait: for other threads, and when a signal asks to stop."""
-
-    def __init__(self, stop: Callable[[], None]):
-        self._stop = stop
-
-    def __enter__(self) -> "Wake":
-        self._read, self._write = os.pipe()
-        for file in (self._read, self._write):
-            os.set_blocking(file, False)
-        self._before = {
-            number: signal.signal(number, lambda *_: self._stop())
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-            if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
-        }
-        # The handler runs between two bytecodes; this byte ends the wait so that there are some.
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        return self
-
-    def __exit__(self, *_: object) -> None:
+@contextmanager
+def waking_signals(stop: Callable[[], None]) -> Iterator[tuple[int, int]]:
+    """Call `stop` when a signal asks to; yield both ends of a pipe that each signal writes to."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = {
+        number: signal.signal(number, lambda *_: stop())
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
+    }
+    # A handler runs between two bytecodes; this byte ends a wait, so that some are run.
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    try:
+        yield read, write
+    finally:
         signal.set_wakeup_fd(-1)
-        for number, handler in self._before.items():
+        for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(self._read)
-        os.close(self._write)
-
-    def fileno(self) -> int:
-        return self._read
-
-    def wake(self) -> None:
-        with suppress(BlockingIOError):
-            os.write(self._write, b"!")
-
-    def clear(self) -> None:
-        with suppress(BlockingIOError):
-            os.read(self._read, 4096)
-
-
-def pieces(count: int) -> str:
-    return f"{count:,} {'piece' if count == 1 else 'pieces'} of text"
-
-
-def source_state(source: Any) -> dict[str, Any]:
-    return {"bytes_read": source.bytes, "crc": source.crc} if source else {}
+        os.close(read)
+        os.close(write)
 
 
 def resident_bytes() -> int:
-    """Return this process's resident memory; on macOS the most there ever was."""
+    """Return this process's resident memory; on macOS its peak."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")

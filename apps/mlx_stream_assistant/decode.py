@@ -1,14 +1,31 @@
-"""Bytes of a file or pipe -> text that a person wrote; knows no source."""
+"""Bytes -> text: where to cut them, and whether they are text; knows no source."""
 
-from mlx_stream_assistant.paths import AssistantError
+import codecs
 
-# Of the characters of a text, so many may be undecodable: a log has an odd byte now and then.
+from mlx_stream_assistant.errors import AssistantError
+
+# Bytes read at once.
+CHUNK = 4096
+# The part of a text's characters that may be undecodable: a log has an odd byte now and then.
 MOST_UNREADABLE = 0.1
 REPLACEMENT = "\ufffd"
+# Some programs begin a file with it; it is not text.
+BYTE_ORDER_MARK = "\ufeff"
 
 
 class NotText(AssistantError):
     """Bytes are not text."""
+
+
+def line_end(data: bytes, more: bool, growing: bool) -> int:
+    """Return how many new bytes to take: whole lines, else words, else characters.
+
+    `more` bytes follow them already, or the file was `growing` since the last look.
+    """
+    line = data.rfind(b"\n") + 1
+    if more:
+        return line or data.rfind(b" ") + 1 or whole_characters(data)
+    return line if growing else whole_characters(data)
 
 
 def whole_characters(data: bytes) -> int:
@@ -17,25 +34,15 @@ def whole_characters(data: bytes) -> int:
     >>> whole_characters("a€".encode()), whole_characters("a€".encode()[:3])
     (4, 1)
     """
-    for back in range(1, min(3, len(data)) + 1):
-        byte = data[-back]
-        if byte >= 0xC0:  # the first byte of a character of 2 to 4
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(data) - back if back < length else len(data)
-        if byte < 0x80:
-            break
-    return len(data)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(data[-4:])
+    return len(data) - len(decoder.getstate()[0])
 
 
 def decode(data: bytes, name: str, at: int = 0) -> str:
-    """Return bytes as text; what is not UTF-8 becomes U+FFFD.
+    """Return the bytes `at` a position of a source as text; what is not UTF-8 becomes U+FFFD.
 
-    Args:
-        name: of the file, for the error.
-        at: where in it the bytes are.
-
-    Raises:
-        NotText: there is a byte 0, or too much is not UTF-8.
+    At 0 a byte order mark is dropped. Raises NotText for a byte 0, or if too much is not UTF-8.
     """
     if (zero := data.find(0)) >= 0:
         raise NotText(f"{name}: is not text: byte {at + zero:,} is 0")
@@ -43,7 +50,7 @@ def decode(data: bytes, name: str, at: int = 0) -> str:
     unreadable = text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
     if unreadable > max(1, MOST_UNREADABLE * len(text)):
         raise NotText(
-            f"{name}: is not UTF-8 (from byte {at:,} on): convert it, for instance with "
+            f"{name}: is not UTF-8 from byte {at:,} on: convert it, for instance with "
             "iconv -t UTF-8"
         )
-    return text
+    return text if at else text.removeprefix(BYTE_ORDER_MARK)

@@ -1,42 +1,35 @@
-"""Chunks of the journal -> the listener, in their order, on a thread; knows no source.
+"""Feeds the journal's chunks to the listener, in order, on a thread; knows no source.
 
-Now and then it saves the stream with the number of the last chunk in it, and lets the journal
-forget what is not needed any more.
+It also saves the stream, with the number of its last chunk, and then removes from the journal what
+is no longer needed.
 """
 
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlx_stream import errors
+from mlx_stream.program.notices import Notify
 from mlx_stream_assistant.journal import Journal, StoredChunk
 
-# Chunks that wait beyond which nothing more is read.
-AHEAD = 4
-# Seconds without anything new after which the stream is saved.
+# With so many chunks waiting, nothing more is read.
+MOST_WAITING = 4
+# Seconds without new text after which the stream is saved.
 REST = 60.0
-# Characters kept in the journal for each token of the window, to build the stream again. English
-# has about four a token; a line of spaces may have dozens.
+# Characters kept in the journal for each token of the window, to rebuild the stream. English has
+# about four a token; a line of spaces may have dozens.
 CHARACTERS = 32
-# Seconds before what failed is tried again.
+# Seconds before a failed save is tried again.
 AGAIN = 30.0
-# Seconds that one try of feeding takes, at most.
+# Seconds that one attempt to feed takes at most.
 PATIENCE = 0.2
 
 
 class Feeder:
-    """Feeds a listener what the journal holds, and what is read on.
+    """Feeds a listener the chunks after `fed`, and saves it every so many seconds.
 
-    Args:
-        listener: of `mlx_stream.Engine.listen`.
-        fed: number of the last chunk in it.
-        every: seconds between two snapshots while text arrives.
-        tell: told in one line what the user should know.
-
-    Attributes:
-        failure: why nothing can be fed any more.
+    After an exception it feeds no more, and `failure` holds it.
     """
 
     def __init__(
@@ -46,7 +39,7 @@ class Feeder:
         snapshot: Path,
         fed: int,
         every: float,
-        tell: Callable[[str], None],
+        tell: Notify,
     ):
         self._listener, self._journal, self._snapshot = listener, journal, snapshot
         self.fed = self.saved = fed
@@ -59,24 +52,23 @@ class Feeder:
 
     @property
     def waiting(self) -> int:
-        """Chunks in the journal that were not fed yet."""
+        """Chunks in the journal that have not been fed."""
         return self._journal.last - self.fed
 
     @property
     def is_full(self) -> bool:
         """Whether nothing more should be read now."""
-        return self.waiting >= AHEAD
+        return self.waiting >= MOST_WAITING
 
     def wake(self) -> None:
-        """Have it look into the journal: something is new."""
+        """Look into the journal: something is new."""
         self._awake.set()
 
-    def stop(self, timeout: float) -> bool:
-        """Save the stream, and end; return whether it has ended in time."""
+    def stop(self, timeout: float) -> None:
+        """Save the stream and end, within `timeout` seconds if possible."""
         self._stopping.set()
         self._awake.set()
         self._thread.join(timeout)
-        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -88,7 +80,8 @@ class Feeder:
                         break
                     self._save_if_due()
                 self._save_if_due()
-                self._awake.wait(self._patience())
+                left = max(0.0, self._save_due - time.monotonic())
+                self._awake.wait(min(left, threading.TIMEOUT_MAX))
             if self.saved < self.fed:
                 self._save()
         # Whatever it is, nothing is fed any more: the main thread has to know.
@@ -104,31 +97,24 @@ class Feeder:
             self.fed, self._last_fed = chunk.number, time.monotonic()
             return
 
-    def _patience(self) -> float | None:
-        """Return the seconds until the stream is to be saved; None if it is."""
-        return None if self.saved == self.fed else max(0.0, self._due - time.monotonic())
-
-    def _save_if_due(self) -> None:
-        if self._due <= time.monotonic():
-            self._save()
-
     @property
-    def _due(self) -> float:
-        """When to save next."""
+    def _save_due(self) -> float:
         if self.saved == self.fed:
             return float("inf")
         return min(self._last_save + self._every, self._last_fed + REST)
 
+    def _save_if_due(self) -> None:
+        if self._save_due <= time.monotonic():
+            self._save()
+
     def _save(self) -> None:
         number = self.fed
         try:
-            note = {"journal": self._journal.id, "chunk": number}
-            self._listener.save(self._snapshot, note)
+            self._listener.save(self._snapshot, {"journal": self._journal.id, "chunk": number})
             self._journal.prune(number, CHARACTERS * self._listener.stats.window)
         except errors.MlxStreamError as error:
-            if self._stopping.is_set():
-                return
-            self._tell(f"{error}; the journal keeps what is not in a snapshot")
-            self._last_fed = self._last_save = time.monotonic() + AGAIN
+            if not self._stopping.is_set():
+                self._tell(f"{error}; the journal keeps the text until a snapshot holds it")
+                self._last_fed = self._last_save = time.monotonic() + AGAIN
             return
         self.saved, self._last_save = number, time.monotonic()

@@ -1,55 +1,78 @@
 """What was read, in SQLite, before it is fed: nothing twice, nothing lost; knows no model.
 
-A piece of text and the place in its source up to which it reaches are committed together. The
-stream's snapshot says the number of the last chunk in it, so after a crash those after it are fed
-again, and the source goes on where the last one ends:
+A piece of text and the position in its source that it reaches are committed together. The stream's
+snapshot names the last chunk it holds, so after a crash the later ones are fed again, and reading
+resumes where the last one ends:
 
-    chunks     ... 41 42 43 44        notes.log stands at byte 180,224
+    chunks     ... 41 42 43 44        notes.log is read up to byte 180,224
     snapshot   ... 41                 fed at the next start: 42 43 44
 
 Old chunks are removed once a snapshot holds them and a window of text has come after them: that
-much is kept to build the stream again if the snapshot is lost.
+much is kept to rebuild the stream if the snapshot is lost.
 """
 
 import json
+import secrets
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from mlx_stream_assistant.journal_file import JournalFile
+from mlx_stream.program import sqlite
+from mlx_stream.program.paths import private
 
-# Characters of one chunk at most; what a source gives is cut into such.
+# "mlxa", in the header of the file.
+APPLICATION_ID = 0x6D6C7861
+VERSION = 1
+SCHEMA = (
+    """CREATE TABLE about (
+        row INTEGER PRIMARY KEY CHECK (row = 1),
+        id TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        noted INTEGER NOT NULL,
+        noted_at REAL NOT NULL,
+        writing TEXT
+    ) STRICT""",
+    """CREATE TABLE sources (
+        name TEXT PRIMARY KEY,
+        kind TEXT NOT NULL,
+        place TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        crc INTEGER NOT NULL
+    ) STRICT""",
+    """CREATE TABLE chunks (
+        number INTEGER PRIMARY KEY,
+        source TEXT NOT NULL,
+        head TEXT NOT NULL,
+        text TEXT NOT NULL,
+        time TEXT NOT NULL
+    ) STRICT""",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {VERSION}",
+)
+# Characters of a chunk at most; longer texts are cut.
 LONGEST_CHUNK = 4096
-# A heading says the time again after so long.
+# After this a heading gives the time again.
 HEADING_AGAIN = timedelta(minutes=15)
-# Notes of a folder that are remembered.
+# Notes of folders that are remembered.
 MOST_NOTES = 20_000
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What a source gives at once.
+    """A piece of text from a source."""
 
-    Attributes:
-        source: its name: a path, or "standard input".
-        kind: "file", "note", "input" or "asked".
-        title: what headings call it.
-        data: the bytes, for the count and checksum of what was read.
-        text: the same as text.
-        place: from where the source goes on, as JSON values.
-        apart: a heading comes before it, whatever came last.
-    """
-
-    source: str
-    kind: str
-    title: str
+    source: str  # a path, or "standard input"
+    kind: str  # "file", "note", "input" or "asked"
+    title: str  # the source's name in headings
     data: bytes
-    text: str
-    place: dict[str, Any] = field(default_factory=dict)
-    apart: bool = False
+    text: str  # the same, decoded
+    place: dict[str, Any] = field(default_factory=dict)  # where to read on, as JSON values
+    apart: bool = False  # always put a heading before it
 
 
 @dataclass(frozen=True)
@@ -69,7 +92,7 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """Where a source stands: all bytes ever read of it, and their CRC-32."""
+    """How far a source was read; count and CRC-32 of all bytes ever read from it."""
 
     name: str
     kind: str
@@ -81,188 +104,197 @@ class SourceRow:
 class Journal:
     """One assistant's journal, open; its methods may be called from any thread.
 
-    A method that raises has changed nothing.
-
-    Attributes:
-        id: random; a snapshot names it, so that it is not taken for another journal's.
-        last: number of the last chunk; 0 if there was none yet.
+    A method that raises has changed nothing. `last` is the number of the last chunk, 0 before the
+    first. `id` is random; a snapshot carries it, so that another journal's is not used.
     """
 
     def __init__(self, path: Path):
-        """Open a journal, or make one.
+        """Open a journal, or make one."""
+        private(path.parent)
+        self.path, self._lock = path, threading.RLock()
+        with self._reading():
+            path.touch()
+            path.chmod(0o600)
+            self._connection = sqlite.connect(path, sqlite.LONGEST_ROW)
+            try:
+                self._prepare()
+                self.id: str = self._value("SELECT id FROM about")
+                self.last: int = self._value("SELECT coalesce(max(number), 0) FROM chunks")
+            except BaseException:
+                self._connection.close()
+                raise
 
-        Raises:
-            AssistantError: it is damaged, or cannot be opened or made.
-        """
-        self.path, self._file = path, JournalFile(path)
-        try:
-            with self._file.reading():
-                self.id: str = self._file.value("SELECT id FROM about")
-                self.last: int = self._file.value("SELECT coalesce(max(number), 0) FROM chunks")
-        except BaseException:
-            self._file.close()
-            raise
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        with self._lock:
+            self._connection.close()
 
     # --- what was read ---
 
-    def append(self, arrival: Chunk) -> None:
-        """Write what arrived, and where its source stands; when this returns it is on disk.
-
-        Raises:
-            AssistantError: it could not be written: the disk is full, for instance.
-        """
+    def append(self, chunk: Chunk) -> None:
+        """Write a chunk and how far its source is read; when this returns, they are on disk."""
         now = datetime.now().astimezone()
         time = now.isoformat(timespec="seconds")
-        texts = cut(arrival.text, LONGEST_CHUNK)
-        with self._file.reading():
-            with self._file.transaction():
-                heads = [heading(self._last_chunk(), arrival, now), *[""] * len(texts)]
-                rows = [
-                    (self.last + at, arrival.source, head, text, time)
-                    for at, (head, text) in enumerate(zip(heads, texts, strict=False), 1)
-                ]
-                self._file.connection.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", rows)
-                self._stand(arrival)
+        texts = cut(chunk.text, LONGEST_CHUNK)
+        with self._reading():
+            with self._transaction():
+                rows = self._rows("SELECT * FROM chunks ORDER BY number DESC LIMIT 1")
+                head = heading(StoredChunk(*rows[0]) if rows else None, chunk, now)
+                for number, text in enumerate(texts, self.last + 1):
+                    row = (number, chunk.source, head, text, time)
+                    self._rows("INSERT INTO chunks VALUES (?, ?, ?, ?, ?)", *row)
+                    head = ""
+                self._update_source(chunk)
             self.last += len(texts)
 
-    def _stand(self, arrival: Chunk) -> None:
-        before = self._source(arrival.source)
+    def _update_source(self, chunk: Chunk) -> None:
+        before, write = self.source(chunk.source), self._rows
         total, crc = (before.bytes, before.crc) if before else (0, 0)
-        row = (
-            arrival.source,
-            arrival.kind,
-            json.dumps(arrival.place),
-            total + len(arrival.data),
-            zlib.crc32(arrival.data, crc),
-        )
-        self._file.connection.execute("REPLACE INTO sources VALUES (?, ?, ?, ?, ?)", row)
-        more = (len(arrival.data),)
-        self._file.connection.execute("UPDATE about SET bytes = bytes + ?", more)
-        # REPLACE gives a new rowid: the lowest were not heard of for longest.
+        place, size = json.dumps(chunk.place), len(chunk.data)
+        row = (chunk.source, chunk.kind, place, total + size, zlib.crc32(chunk.data, crc))
+        write("REPLACE INTO sources VALUES (?, ?, ?, ?, ?)", *row)
+        write("UPDATE about SET bytes = bytes + ?", size)
+        # REPLACE gives a new rowid: the lowest are those that changed longest ago.
         notes = "SELECT rowid FROM sources WHERE kind = 'note' ORDER BY rowid DESC"
-        delete = f"DELETE FROM sources WHERE rowid IN ({notes} LIMIT -1 OFFSET ?)"
-        self._file.connection.execute(delete, (MOST_NOTES,))
+        write(f"DELETE FROM sources WHERE rowid IN ({notes} LIMIT -1 OFFSET ?)", MOST_NOTES)
 
     def chunks(self, after: int) -> Iterator[StoredChunk]:
-        """Yield the chunks of numbers above `after`, also those that come meanwhile."""
-        number = after
-        while True:
-            with self._file.reading():
-                query = "SELECT * FROM chunks WHERE number > ? ORDER BY number LIMIT 16"
-                rows = self._file.connection.execute(query, (number,)).fetchall()
-            if not rows:
-                return
-            for row in rows:
-                yield StoredChunk(*row)
-            number = rows[-1][0]
+        """Yield the chunks of numbers above `after`, including those appended meanwhile."""
+        query = "SELECT * FROM chunks WHERE number > ? ORDER BY number LIMIT 16"
+        while rows := self._rows(query, after):
+            yield from (StoredChunk(*row) for row in rows)
+            after = rows[-1][0]
 
     @property
     def first(self) -> int:
         """The number of the oldest chunk that is kept, or of the next one if none is."""
-        with self._file.reading():
-            return self._file.value("SELECT min(number) FROM chunks") or self.last + 1
+        return self._value("SELECT min(number) FROM chunks") or self.last + 1
 
     def prune(self, through: int, keep: int) -> None:
-        """Remove chunks up to `through`, which a snapshot holds, but for the last characters.
-
-        Args:
-            keep: how many characters stay, at least.
-        """
-        with self._file.transaction():
-            query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"
+        """Remove chunks up to `through`, which a snapshot holds, but keep so many characters."""
+        query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"
+        with self._transaction():
             kept, oldest = 0, through
-            for number, length in self._file.connection.execute(query, (through,)):
+            for number, length in self._rows(query, through):
                 oldest = number
                 kept += length
                 if kept >= keep:
                     break
-            self._file.connection.execute("DELETE FROM chunks WHERE number < ?", (oldest,))
+            self._rows("DELETE FROM chunks WHERE number < ?", oldest)
 
     # --- the sources ---
 
     def source(self, name: str) -> SourceRow | None:
-        with self._file.reading():
-            return self._source(name)
+        with self._reading():
+            rows = self._rows("SELECT * FROM sources WHERE name = ?", name)
+            return source_of(rows[0]) if rows else None
 
-    def sources(self, kind: str | None = None) -> list[SourceRow]:
-        """Return all sources ever read, or those of a kind, the one heard of last at the end."""
-        with self._file.reading():
-            query = "SELECT * FROM sources WHERE kind = coalesce(?, kind) ORDER BY rowid"
-            return [source_of(row) for row in self._file.connection.execute(query, (kind,))]
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """Return how far each note of a folder is read, by its path."""
+        with self._reading():
+            rows = map(source_of, self._rows("SELECT * FROM sources WHERE kind = 'note'"))
+            return {row.name: row.place for row in rows}
 
-    def _source(self, name: str) -> SourceRow | None:
-        query = "SELECT * FROM sources WHERE name = ?"
-        row = self._file.connection.execute(query, (name,)).fetchone()
-        return None if row is None else source_of(row)
-
-    # --- notes ---
+    # --- the diary ---
 
     @property
     def bytes(self) -> int:
-        """The bytes ever read, of all sources."""
-        with self._file.reading():
-            return self._file.value("SELECT bytes FROM about")
+        """The bytes ever read from all sources."""
+        return self._value("SELECT bytes FROM about")
 
     def bytes_through(self, number: int) -> int:
-        """Return the bytes ever read up to a chunk: all but those of the chunks behind it."""
-        with self._file.reading():
-            later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
-            query = f"SELECT bytes - ({later}) FROM about"
-            return int(self._file.connection.execute(query, (number,)).fetchone()[0])
+        """Return the bytes ever read up to a chunk: all but those of later chunks."""
+        later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
+        return int(self._value(f"SELECT bytes - ({later}) FROM about", number))
 
     @property
-    def last_note_chunk(self) -> tuple[int, float]:
-        """Those read before the last note, and when it was written (seconds since 1970, or 0)."""
-        with self._file.reading():
-            return self._file.connection.execute("SELECT noted, noted_at FROM about").fetchone()
+    def last_note(self) -> tuple[int, float]:
+        """The bytes read before the last note, and when it was written, in seconds since 1970."""
+        ((noted, at),) = self._rows("SELECT noted, noted_at FROM about")
+        return noted, at
 
     @property
     def writing(self) -> dict[str, Any] | None:
-        """The note that is being written; None if none is."""
-        with self._file.reading():
-            text = self._file.value("SELECT writing FROM about")
+        """The note that is being written, or None."""
+        with self._reading():
+            text = self._value("SELECT writing FROM about")
             return None if text is None else json.loads(text)
 
     def begin_note(self, note: dict[str, Any], noted: int, at: float) -> None:
-        """Remember a note until it is said to be in its file."""
-        with self._file.transaction():
-            row = (json.dumps(note), noted, at)
-            self._file.connection.execute(
-                "UPDATE about SET writing = ?, noted = ?, noted_at = ?", row
-            )
+        """Keep a note until `end_note` says that it is in its file."""
+        query = "UPDATE about SET writing = ?, noted = ?, noted_at = ?"
+        with self._transaction():
+            self._rows(query, json.dumps(note), noted, at)
 
     def end_note(self) -> None:
-        with self._file.transaction():
-            self._file.connection.execute("UPDATE about SET writing = NULL")
+        with self._transaction():
+            self._rows("UPDATE about SET writing = NULL")
 
-    def close(self) -> None:
-        """Close the file; it may be closed twice."""
-        self._file.close()
+    # --- the file ---
 
-    def _last_chunk(self) -> StoredChunk | None:
-        query = "SELECT * FROM chunks ORDER BY number DESC LIMIT 1"
-        row = self._file.connection.execute(query).fetchone()
-        return None if row is None else StoredChunk(*row)
+    def _prepare(self) -> None:
+        # The log is cut to four megabytes after each checkpoint.
+        for setting in ("journal_mode = WAL", f"journal_size_limit = {4 * 2**20}"):
+            sqlite.pragma(self._connection, setting)
+        if not self._value("SELECT count(*) FROM sqlite_master"):
+            with self._transaction():
+                for statement in SCHEMA:
+                    self._rows(statement)
+                row = secrets.token_hex(8)
+                self._rows("INSERT INTO about VALUES (1, ?, 0, 0, 0.0, NULL)", row)
+        found = [sqlite.pragma(self._connection, key) for key in ("application_id", "user_version")]
+        if found != [APPLICATION_ID, VERSION]:
+            raise sqlite.Damage("it is not a journal of the assistant")
+        self._connection.set_progress_handler(None, 0)
+
+    def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Execute a statement; return the rows that it gives."""
+        with self._reading():
+            return self._connection.execute(query, values).fetchall()
+
+    def _value(self, query: str, *values: Any) -> Any:
+        """Return the one value that a query gives."""
+        ((value,),) = self._rows(query, *values)
+        return value
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Keep other threads out, and report errors of the file in one line."""
+        with self._lock, sqlite.reporting_errors(self.path, "journal"):
+            yield
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Write all of what is done inside, or nothing."""
+        with self._reading():
+            try:
+                self._connection.rollback()
+                self._connection.execute("BEGIN IMMEDIATE")
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._connection.rollback()
+                raise
 
 
 def source_of(row: Sequence[Any]) -> SourceRow:
     name, kind, text, total, crc = row
     place = json.loads(text)
     if not isinstance(place, dict):
-        raise ValueError(f"{place!r:.80} is no place in a source")
+        raise ValueError(f"{place!r:.80} is not a position in a source")
     return SourceRow(name, kind, place, total, crc)
 
 
-def heading(last: StoredChunk | None, arrival: Chunk, now: datetime) -> str:
-    """Return what comes before a text: where it is from, and when, unless that was said.
+def heading(last: StoredChunk | None, chunk: Chunk, now: datetime) -> str:
+    """Return the heading before a text: its source and the time, unless the last one still holds.
 
     >>> heading(None, Chunk("/a/x.log", "file", "x.log", b"", ""), datetime(2026, 11, 27, 14, 5))
     '[x.log, 2026-11-27 14:05]\\n'
     """
-    head = f"[{arrival.title}, {now:%Y-%m-%d %H:%M}]\n"
+    head = f"[{chunk.title}, {now:%Y-%m-%d %H:%M}]\n"
     if last is None:
         return head
-    if arrival.source == last.source and not arrival.apart:
+    if chunk.source == last.source and not chunk.apart:
         since = now.astimezone() - datetime.fromisoformat(last.time)
         # A heading inside a line would cut it.
         if since < HEADING_AGAIN or not last.text.endswith("\n"):
@@ -271,7 +303,7 @@ def heading(last: StoredChunk | None, arrival: Chunk, now: datetime) -> str:
 
 
 def cut(text: str, longest: int) -> list[str]:
-    """Cut a text into pieces of at most so many characters, at a line's or word's end if it can.
+    """Cut a text into pieces of at most `longest` characters, after a line or word if possible.
 
     >>> cut("one two\\nthree four", 9)
     ['one two\\n', 'three ', 'four']

@@ -1,23 +1,53 @@
-"""A note -> the end of a Markdown file, whole or not at all; knows no stream.
+"""The diary: when a note is due, and each one whole in a Markdown file; knows no stream.
 
-The journal holds a note, and how long the file was, before it is written. After a crash in the
-middle the half that is there is taken off and the note written again; one that is whole is not
+The journal holds a note, and the length of the file, before the note is written. After a crash in
+the middle, the half in the file is removed and the note written again. A complete one is not
 written twice.
 """
 
 import os
 import re
 import stat
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import Journal
-from mlx_stream_assistant.paths import AssistantError
 
-# In a quote or a list, in which there may be any other block.
+# Seconds after the start before a note is written that fell due before it.
+SETTLING = 60.0
+# The beginning of a quote or list item, in which any other block may be.
 BEFORE_A_BLOCK = re.compile(r"\A[\s>*+\-\d.)]*")
 EMPTY = "(The model had nothing to say.)"
+
+
+class NoteSchedule:
+    """When the next note is due.
+
+    Two clocks tell: one stands still while a Mac sleeps, the other may be set back.
+
+    Args:
+        every: seconds between notes.
+        last: when the last note was written, in seconds since 1970; 0 if none was.
+    """
+
+    def __init__(self, every: float, last: float):
+        self._every = every
+        # The system's clock may have been set back: then the last note counts as just written.
+        left = every - max(0.0, time.time() - last)
+        self._set(max(left, min(every, SETTLING)) if last else every)
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._clock or time.time() >= self._date
+
+    def restart(self) -> None:
+        """Count from now: a note was written, or tried."""
+        self._set(self._every)
+
+    def _set(self, seconds: float) -> None:
+        self._clock, self._date = time.monotonic() + seconds, time.time() + seconds
 
 
 class NotesFile:
@@ -27,32 +57,20 @@ class NotesFile:
         self.path, self._journal = path, journal
 
     def check(self) -> None:
-        """See that the file can be written; make it, if it is not there.
-
-        Raises:
-            AssistantError: it cannot.
-        """
+        """Check that the file can be written; make it if it is not there."""
         os.close(self._open_file())
 
     def write(self, text: str, when: datetime, about: str, noted: int) -> str:
-        """Add a note and return it; when this returns it is on disk, or will be.
+        """Add a note about the first `noted` bytes read, with a line on what it covers; return it.
 
-        Args:
-            text: what the model wrote.
-            about: a line on what it covers.
-            noted: bytes read before it.
-
-        Raises:
-            AssistantError: it cannot be written now. It is kept, and written by `finish`.
+        When this returns, it is on disk. If it cannot be written now, `finish` will write it.
         """
         self.finish()
         note = markdown(text, when, about)
         file = self._open_file()
         try:
-            begun = {
-                "note": (split_file_end(file) + note.encode()).decode(),
-                "at": os.fstat(file).st_size,
-            }
+            whole = (missing_line_ends(file) + note.encode()).decode()
+            begun = {"note": whole, "at": os.fstat(file).st_size}
             self._journal.begin_note(begun, noted, when.timestamp())
         finally:
             os.close(file)
@@ -60,11 +78,7 @@ class NotesFile:
         return note
 
     def finish(self) -> None:
-        """Write the note that was begun, if one was and is not there.
-
-        Raises:
-            AssistantError: it cannot be written; it is kept.
-        """
+        """Write the note that was begun, if it is not in the file."""
         begun = self._journal.writing
         if begun is None:
             return
@@ -84,21 +98,27 @@ class NotesFile:
             return
         if end == at + len(there) and data.startswith(there):
             os.ftruncate(file, at)  # a half
-        else:  # someone else wrote to it meanwhile
-            data = split_file_end(file) + data.lstrip(b"\n")
-        write_whole(file, data, os.fstat(file).st_size)
+        else:  # another program has written to it
+            data = missing_line_ends(file) + data.lstrip(b"\n")
+        end = os.fstat(file).st_size
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+        except OSError:
+            os.ftruncate(file, end)
+            raise
         os.fsync(file)
 
     def _open_file(self) -> int:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC
-            file = os.open(self.path, flags, 0o600)
+            # O_NONBLOCK: opening a pipe of that name must not wait.
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
         except OSError as error:
             raise self._cannot(error) from error
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise AssistantError(f"{self.path}: notes cannot be written to it: it is no file")
+            raise AssistantError(f"{self.path}: notes cannot be written to it: it is not a file")
         return file
 
     def _cannot(self, error: OSError) -> AssistantError:
@@ -108,45 +128,30 @@ class NotesFile:
         )
 
 
-def split_file_end(file: int) -> bytes:
+def missing_line_ends(file: int) -> bytes:
     """Return the line ends that are missing between a file's last line and a heading."""
     end = os.fstat(file).st_size
     last = os.pread(file, 2, max(0, end - 2))
-    return b"\n" * (len(last) - len(last[len(last.rstrip(b"\n")) :]))
-
-
-def write_whole(file: int, data: bytes, end: int) -> None:
-    """Append data; if it cannot be done, leave the file as long as it was."""
-    try:
-        while data:
-            data = data[os.write(file, data) :]
-    except OSError:
-        os.ftruncate(file, end)
-        raise
+    return b"\n" * len(last.rstrip(b"\n"))
 
 
 def markdown(text: str, when: datetime, about: str) -> str:
     """Return a note: a heading with its date, what the model wrote, a line on what it covers.
 
-    Nothing in the model's text is a heading: each of those is a note's.
+    The model's text has no headings of its own.
     """
-    lines = [line.rstrip() for line in text.strip().splitlines()]
-    lines = [escape_markdown(line) for line in lines]
+    lines = [escape_markdown(line.rstrip()) for line in text.strip().splitlines()]
     body = "\n".join(lines) or EMPTY
     return f"## {when:%Y-%m-%d %H:%M}\n\n{body}\n\n*{about}*\n\n"
 
 
 def escape_markdown(line: str) -> str:
-    """Return a line that Markdown takes for no heading, no code's fence and no HTML.
+    """Return a line that Markdown takes for neither a heading nor a code fence nor HTML.
 
     >>> [escape_markdown(line) for line in ("# A", "> - # A", "<!-- A", "---", "- A #1")]
     ['\\\\# A', '> - \\\\# A', '\\\\<!-- A', '\\\\---', '- A #1']
     """
-    start = BEFORE_A_BLOCK.sub("", line)
-    before = line[: len(line) - len(start)]
-    if start.startswith(("#", "```", "~~~", "<")):
-        return f"{before}\\{start}"
-    underline = line.lstrip("> \t")
-    if underline and not underline.strip("=-"):
-        return f"{line[: len(line) - len(underline)]}\\{underline}"
-    return line
+    start, underline = BEFORE_A_BLOCK.sub("", line), line.lstrip("> \t")
+    if not start.startswith(("#", "```", "~~~", "<")):
+        start = "" if underline.strip("=-") else underline
+    return f"{line[: len(line) - len(start)]}\\{start}" if start else line

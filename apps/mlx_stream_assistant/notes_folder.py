@@ -1,32 +1,33 @@
 """A folder of notes -> what is new in them; holds no file open between two polls.
 
-A note is read whole, once it was left alone from one look to the next. If it only grew since, what
-was added is read; if it was changed, all of it again, under a heading of its own.
+A note is read whole, once it is unchanged from one look to the next. If it only grew since, the
+new part is read; if it changed otherwise, all of it again, under a heading of its own.
 """
 
 import os
 import stat
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mlx_stream.program.notices import Notify
 from mlx_stream_assistant.decode import NotText, decode
 from mlx_stream_assistant.journal import Chunk
+from mlx_stream_assistant.rotation import open_file
 
 SUFFIXES = (".txt", ".md", ".markdown")
-# Seconds between two looks at the names in a folder.
+# Seconds between two looks at the names in a folder, ...
 BETWEEN = 2.0
-# More in a large folder: looking takes at most this part of the time.
+# ... and more in a large folder: looking takes at most this part of the time.
 PART_OF_THE_TIME = 0.005
-# Notes of one folder that are read, and the folders below it that are looked into.
+# Notes read in one folder, and levels of folders below it.
 MOST_NOTES, DEEPEST = 10_000, 8
-# A longer one is no note: it can be followed as a file.
+# Bytes; a longer file is not a note, and can be followed.
 LONGEST_NOTE = 2**20
-# Some editors begin a file with it; it is no text.
-BYTE_ORDER_MARK = "\ufeff"
 Seen = tuple[int, int, int]  # file number, bytes, time of change
 
 
@@ -34,9 +35,8 @@ class NotesFolder:
     """A folder whose text and Markdown files are read.
 
     Args:
-        places: by path, where a journal says that each of its notes stands.
-        excluded: says of a file that it is not to be read: the assistant's own, for one.
-        tell: told in one line what the user should know.
+        places: how far a journal says each note is read, by its path.
+        excluded: files not to be read under any name, such as the assistant's diary.
         clock: seconds.
     """
 
@@ -44,8 +44,8 @@ class NotesFolder:
         self,
         path: Path,
         places: dict[str, dict[str, Any]],
-        tell: Callable[[str], None],
-        excluded: Callable[[Path], bool] = lambda path: False,
+        tell: Notify,
+        excluded: Collection[Path] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
         self.path, self.name, self._tell, self._excluded = path, str(path), tell, excluded
@@ -58,7 +58,7 @@ class NotesFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What there is to say about it: notes read, notes to read, and what is wrong with it."""
+        """Notes read, notes to read, and what is wrong with the folder or a note."""
         complaints = [self._complaint, *(why for _, why in self._refused.values()), ""]
         return {
             "notes": len(self._places),
@@ -67,7 +67,7 @@ class NotesFolder:
         }
 
     def poll(self) -> Chunk | None:
-        """Return what is new in one note, if in any; the same again until `taken` is called."""
+        """Return what is new in one note, or None; the same again until `ack` is called."""
         if not self._changed and self._clock() >= self._next_look:
             begun = self._clock()
             self._look()
@@ -76,8 +76,8 @@ class NotesFolder:
         while self._changed:
             path = self._changed[0]
             try:
-                if (arrival := self._read(Path(path))) is not None:
-                    return arrival
+                if (chunk := self._read(Path(path))) is not None:
+                    return chunk
             except NotText as error:
                 self._refuse(path, f"{error}; not read")
             except FileNotFoundError:
@@ -87,31 +87,27 @@ class NotesFolder:
             self._changed.pop(0)
         return None
 
-    def ack(self, arrival: Chunk) -> None:
-        """Go on after what `poll` returned: it is on disk."""
-        self._places[arrival.source] = arrival.place
-        self._changed = [path for path in self._changed if path != arrival.source]
-        self._refused.pop(arrival.source, None)
-
-    def close(self) -> None:
-        """Do nothing: nothing is open."""
+    def ack(self, chunk: Chunk) -> None:
+        """Continue after what `poll` returned: it is on disk."""
+        self._places[chunk.source] = chunk.place
+        self._changed = [path for path in self._changed if path != chunk.source]
+        self._refused.pop(chunk.source, None)
 
     def _look(self) -> None:
-        """Find the notes that were changed, and then left alone for one look."""
+        """Find the notes that have changed, and then been left alone for one look."""
         try:
-            found, more = {}, ""
-            for path, seen in self._notes():
-                if len(found) == MOST_NOTES:
-                    more = f"{self.path}: has more than {MOST_NOTES:,} notes; not all are read"
-                    break
-                found[path] = seen
-            self._complain(more)
+            found = dict(islice(self._notes(), MOST_NOTES + 1))
+        except NotADirectoryError:
+            return self._complain(
+                "cannot be read: it is a file (--follow reads one); waiting for a folder"
+            )
         except OSError as error:
-            why = f"{error.strerror}; waiting for it"
-            if isinstance(error, NotADirectoryError):
-                why = "it is a file (--follow reads one); waiting for a folder"
-            self._complain(f"{self.path}: cannot be read: {why}")
-            return
+            return self._complain(f"cannot be read: {error.strerror}; waiting for it")
+        if len(found) > MOST_NOTES:
+            found.popitem()
+            self._complain(f"has more than {MOST_NOTES:,} notes; not all are read")
+        else:
+            self._complain("")
         self._changed = [
             path
             for path, seen in sorted(found.items(), key=lambda item: item[1][2])
@@ -125,32 +121,35 @@ class NotesFolder:
         return bool(place and tuple(place["seen"]) == seen) or bool(refused and refused[0] == seen)
 
     def _notes(self) -> Iterator[tuple[str, Seen]]:
-        """Yield the notes there are; links to folders are not followed.
+        """Yield the notes there are; links to folders are not followed."""
+        excluded = set()
+        for path in self._excluded:
+            with suppress(OSError):
+                status = path.stat()
+                excluded.add((status.st_dev, status.st_ino))
+        for folder, below, names in os.walk(self.path, onerror=self._raise_if_top):
+            depth = len(Path(folder).relative_to(self.path).parts)
+            below[:] = [n for n in below if not n.startswith(".") and depth < DEEPEST]
+            for name in names:
+                if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+                    continue
+                with suppress(OSError):
+                    status = (path := Path(folder, name)).stat()
+                    regular = stat.S_ISREG(status.st_mode)
+                    if regular and (status.st_dev, status.st_ino) not in excluded:
+                        yield str(path), file_stamp(status)
 
-        Raises:
-            OSError: the folder cannot be read. One below it may go at any moment.
-        """
-        folders = [(self.path, 0)]
-        while folders:
-            folder, depth = folders.pop()
-            with suppress(OSError) if depth else nullcontext(), os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        if depth < DEEPEST:
-                            folders.append((Path(entry.path), depth + 1))
-                    elif is_note(entry) and not self._excluded(Path(entry.path)):
-                        with suppress(OSError):
-                            yield entry.path, file_stamp(entry.stat())
+    def _raise_if_top(self, error: OSError) -> None:
+        if error.filename == self.name:
+            raise error
 
     def _read(self, path: Path) -> Chunk | None:
-        """Return what is new in a note; None if it is as it was."""
-        if (name := printable_path(path)) != str(path):
+        """Return what is new in a note; None if it is not a file."""
+        name = str(path).encode("utf-8", "backslashreplace").decode()
+        if name != str(path):
             raise NotText(f"{name}: has a name that is not UTF-8: rename it")
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(file)
+        with open(path, "rb", opener=open_file) as file:
+            status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 return None
             if status.st_size > LONGEST_NOTE:
@@ -158,60 +157,28 @@ class NotesFolder:
                     f"{path}: has {status.st_size:,} bytes, more than the {LONGEST_NOTE:,} of a "
                     "note: give it to --follow"
                 )
-            data = read_all(file)
-        finally:
-            os.close(file)
-        before = self._places.get(str(path), {"bytes": 0, "crc": 0})
-        count = before["bytes"] if before["bytes"] <= len(data) else 0
-        grown = zlib.crc32(data[:count]) == before["crc"]
-        new = data[count:] if grown else data
+            data = file.read(LONGEST_NOTE)
+        before = self._places.get(name, {"bytes": 0, "crc": 0})
+        at = before["bytes"] if before["bytes"] <= len(data) else 0
+        if zlib.crc32(data[:at]) != before["crc"]:
+            at = 0
+        new, title = data[at:], str(path.relative_to(self.path))
         place = {"seen": list(file_stamp(status)), "bytes": len(data), "crc": zlib.crc32(data)}
-        at = len(data) - len(new)
-        text = decode(new, str(path), at)
-        if not at:
-            text = text.removeprefix(BYTE_ORDER_MARK)
-        title = str(path.relative_to(self.path))
-        return Chunk(str(path), "note", title, new, text, place, apart=True)
+        return Chunk(name, "note", title, new, decode(new, name, at), place, apart=True)
 
     def _refuse(self, path: str, why: str) -> None:
-        """Leave a note alone until it is changed, and say so."""
+        """Leave a note alone until it changes, and tell why."""
         self._refused[path] = (self._looked[path], why)
         self._tell(why)
 
     def _complain(self, complaint: str) -> None:
-        """Say what is wrong with the folder, once, or that nothing is any more."""
+        """Tell once what is wrong with the folder, or that nothing is any more."""
         if complaint and complaint != self._complaint:
-            self._tell(complaint)
+            self._tell(f"{self.path}: {complaint}")
         elif self._complaint and not complaint:
             self._tell(f"{self.path}: can be read again")
         self._complaint = complaint
 
 
-def is_note(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
-    except OSError:
-        return False
-
-
-def printable_path(path: Path) -> str:
-    r"""Return a path as text that can be written anywhere: bytes that are not UTF-8 are escaped.
-
-    >>> printable_path(Path("caf\udce9.md"))
-    'caf\\udce9.md'
-    """
-    return str(path).encode("utf-8", "backslashreplace").decode()
-
-
 def file_stamp(status: os.stat_result) -> Seen:
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def read_all(file: int) -> bytes:
-    """Return a file's bytes, of which there may be more by now: at most those of a note."""
-    parts = []
-    left = LONGEST_NOTE
-    while left and (part := os.read(file, left)):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)

@@ -1,16 +1,135 @@
-"""What rotation calls the files that a name had before, and in which order; opens none."""
+"""Where a rotated file went in its folder, and which files were begun since; reads no text."""
 
 import os
 import re
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-# What rotation puts after a name: a number, a date or time, or a word.
+from mlx_stream.program.notices import Notify
+
+# A position has a checksum of so many bytes before it.
+TAIL = 256
+# Names in a folder that are looked at for a file that was renamed.
+MOST_NAMES = 10_000
+# What rotation adds to a name: a number, a date or time, or a word.
 ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)
+Found = tuple[Path, os.stat_result]
+
+
+@dataclass(frozen=True)
+class FilePosition:
+    """How far a file was read."""
+
+    device: int
+    inode: int
+    offset: int = 0
+    tail: int = 0  # CRC-32 of the last bytes before `offset`
+    written: int = 0  # the file's time of change then, in nanoseconds since 1970
+
+    def is_of(self, status: os.stat_result) -> bool:
+        return (self.device, self.inode) == (status.st_dev, status.st_ino)
+
+
+class FileSearch:
+    """A search for the files beside one that was being read, by the name that it had.
+
+    Each method raises FileNotFoundError if a file is renamed meanwhile: look again.
+    """
+
+    def __init__(self, path: Path, tell: Notify):
+        self.path, self._tell = path, tell
+        self._told: set[str] = set()
+
+    def forget_notices(self) -> None:
+        """Tell again what was told: there is a file to read now."""
+        self._told.clear()
+
+    def find_renamed(self, place: FilePosition) -> Found | None:
+        """Return where the file that was being read is now."""
+        for path, status in self._beside():
+            if place.is_of(status):
+                return (path, status) if self._holds(place, path, status) else None
+        return None
+
+    def find_copy(self, place: FilePosition) -> Found | None:
+        """Return a copy, named by rotation, of what was read, if there is more to read from it."""
+        # Earlier files may begin as this one; the copy was written after we read.
+        since = place.written or float("inf")
+        for path, status in sorted(self._beside(), key=lambda found: found[1].st_mtime_ns):
+            rotated = rotation_number(self.path.name, path.name) and status.st_mtime_ns >= since
+            if rotated and self._holds(place, path, status):
+                more = status.st_size > place.offset or self.find_between(place, (path, status))
+                return (path, status) if more else None
+        return None
+
+    def find_between(self, place: FilePosition, old: Found | None) -> Found | None:
+        """Return the oldest of the files that were begun after `old` and renamed before we looked.
+
+        Both the names and the times of writing must say so: a file that was read long ago must not
+        be taken for one of them.
+        """
+        ours = rotation_number(self.path.name, old[0].name) if old else None
+        since = old[1].st_mtime_ns if old else place.written or float("inf")
+        later, others = [], []
+        for path, status in self._beside():
+            turn = rotation_number(self.path.name, path.name)
+            if ours and turn and turn[0] == ours[0] and turn > ours:
+                later.append((turn[1], path, status))
+            elif turn and status.st_mtime_ns >= since and not (old and path == old[0]):
+                others.append((turn[1], path, status))
+        later.sort(key=lambda found: found[0])
+        if ours and not in_rotation_order(ours, since, later):
+            others += [found for found in later if found[2].st_mtime_ns >= since]
+            later = []
+        if others:
+            names = ", ".join(sorted(path.name for _, path, _ in others))
+            self._tell_once(f"{self.path}: not read, though newer than what was read: {names}")
+        for _, path, status in later:
+            if (file := self._open_beside(path)) is not None:
+                os.close(file)
+                return path, status
+        return None
+
+    def _beside(self) -> Iterator[Found]:
+        """Yield the other files in the folder; one may go at any moment."""
+        with suppress(OSError), os.scandir(self.path.parent) as entries:
+            for _, entry in zip(range(MOST_NAMES), entries, strict=False):
+                with suppress(OSError):
+                    if entry.name != self.path.name and entry.is_file(follow_symlinks=False):
+                        yield Path(entry.path), entry.stat(follow_symlinks=False)
+
+    def _holds(self, place: FilePosition, path: Path, status: os.stat_result) -> bool:
+        """Return whether a file has what was read, up to a position."""
+        if status.st_size < place.offset or (file := self._open_beside(path)) is None:
+            return False
+        try:
+            return last_bytes(file, place.offset) == place.tail
+        finally:
+            os.close(file)
+
+    def _open_beside(self, path: Path) -> int | None:
+        """Open another file than the one of our name; None if it cannot be read."""
+        try:
+            return open_file(path)
+        except FileNotFoundError:
+            raise  # it was renamed: the caller looks again
+        except OSError as error:
+            self._tell_once(f"{path}: cannot be read: {error.strerror}; taken as not there")
+            return None
+
+    def _tell_once(self, notice: str) -> None:
+        """Tell what every search finds once, until there is a file to read."""
+        if notice not in self._told:
+            self._told.add(notice)
+            self._tell(notice)
 
 
 def rotation_number(name: str, other: str) -> tuple[str, int] | None:
-    """Return how another file is named by rotation, and which turn that is: a later one is higher.
+    """Return the scheme by which another file is named, and its number: later files have higher.
 
     >>> rotation_number("x.log", "x.log.2"), rotation_number("x.log", "x.log-20261128")
     (('.', -2), ('-00000000', 20261128))
@@ -29,11 +148,22 @@ def rotation_number(name: str, other: str) -> tuple[str, int] | None:
 def in_rotation_order(
     ours: tuple[str, int], since: float, later: list[tuple[int, Path, os.stat_result]]
 ) -> bool:
-    """Return whether files that are later by their names were written one after the other, too.
+    """Return whether files that are later by name were also written one after the other.
 
-    Numbers must go on down to 1 or 0: some programs give higher ones to later files.
+    Numbers must go down to 1 or 0 without a gap: some programs give later files higher ones.
     """
     scheme, turn = ours
     turns, times = [turn for turn, _, _ in later], [s.st_mtime_ns for _, _, s in later]
     whole = len(scheme) > 1 or turns in ([*range(turn + 1, 0)], [*range(turn + 1, 1)])
     return whole and all(a <= b for a, b in pairwise([since, *times]))
+
+
+def open_file(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    # O_NONBLOCK: opening a pipe of that name must not wait.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def last_bytes(file: int, offset: int) -> int:
+    """Return the CRC-32 of a file's last bytes before an offset."""
+    start = max(0, offset - TAIL)
+    return zlib.crc32(os.pread(file, offset - start, start))

@@ -1,65 +1,103 @@
-"""What an assistant is told to do; knows not how it is done."""
+"""The options of `run` and `install`, declared once; does not carry them out."""
+
+# ruff: noqa: RUF009  (`option` returns a field)
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, Self
 
-from mlx_stream_assistant.paths import AssistantError
+from mlx_stream_assistant.errors import AssistantError
 
 SYSTEM = (
     "You read along with notes, logs and other texts as they are written. "
     "Answer questions about them briefly, from what you have read."
 )
-# Minutes between two notes, or two snapshots, at most: a year.
+# Minutes between notes or snapshots at most: a year.
 LONGEST = 60 * 24 * 366
+
+
+def option(default: Any, help: str, metavar: str | None = None) -> Any:
+    """Return a field of `Settings` that is an option of the same name."""
+    about = {"help": help, "metavar": metavar}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an assistant was told to do.
+    """What an assistant reads and writes, and how."""
 
-    Attributes:
-        follow, folders, stdin: what it reads.
-        from_end: of files that it did not follow before, read what is added from now on.
-        notes: where it writes notes; None writes none.
-        every: minutes between two notes.
-        snapshot_every: minutes between two snapshots while text arrives.
-    """
+    follow: list[Path] = option([], "A growing file to read. Repeatable.", "FILE")
+    folder: list[Path] = option([], "A folder of .txt and .md notes. Repeatable.", "FOLDER")
+    stdin: bool = option(False, "Read standard input.")
+    notes: Path | None = option(None, "Markdown file to write dated notes to.", "FILE")
+    every: float = option(60.0, "Minutes between notes.", "MINUTES")
+    model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.")
+    window: int | None = option(None, "Latest tokens attended. Default: 2,048.")
+    name: str = option("main", "Name of the assistant, if you run several.")
+    system: str | None = option(None, "System prompt, which never leaves attention.")
+    snapshot_every: float = option(5.0, "Minutes between snapshots, while text comes.", "MINUTES")
+    pause_on_battery: bool = option(False, "Do not read or write notes on battery power.")
+    from_end: bool = option(False, "Read files not followed before from their end on.")
 
-    name: str = "main"
-    model: str = "starter"
-    follow: tuple[Path, ...] = ()
-    folders: tuple[Path, ...] = ()
-    stdin: bool = False
-    from_end: bool = False
-    notes: Path | None = None
-    every: float = 60.0
-    window: int | None = None
-    system: str = SYSTEM
-    snapshot_every: float = 5.0
-    pause_on_battery: bool = False
+    def with_absolute_paths(self) -> Self:
+        """Return settings that mean the same in any working directory, with each path once."""
+        model = self.model
+        if is_folder(Path(model)) or model.endswith(".gguf"):
+            model = str(absolute_path(Path(model)))
+        return replace(
+            self,
+            model=model,
+            follow=[*dict.fromkeys(map(absolute_path, self.follow))],
+            folder=[*dict.fromkeys(map(absolute_path, self.folder))],
+            notes=self.notes and absolute_path(self.notes),
+        )
 
     def check(self) -> None:
-        """See that it can be done.
-
-        Raises:
-            AssistantError: it cannot.
-        """
-        if not (self.follow or self.folders or self.stdin):
+        """Check that the settings can be carried out."""
+        read = [*self.follow, *self.folder]
+        if not (read or self.stdin):
             raise AssistantError(
                 "there is nothing to read: give --follow FILE, --folder FOLDER or --stdin"
             )
         for option, minutes in (("--every", self.every), ("--snapshot-every", self.snapshot_every)):
             if not 0 < minutes <= LONGEST:
                 raise AssistantError(f"{option} takes minutes, above 0, not {minutes:g}")
-        read = (*self.follow, *self.folders)
-        for text in (*map(str, read), str(self.notes), self.model, self.system):
+        for text in (*map(str, read), str(self.notes), self.model, str(self.system)):
             if not text.isascii() and text != text.encode("utf-8", "replace").decode():
                 raise AssistantError(f"{text!a}: is not valid UTF-8: rename it, or leave it out")
         for path in read:
             if self.notes is not None and os.path.realpath(path) == os.path.realpath(self.notes):
                 raise AssistantError(f"{path}: cannot be both read and written")
-        for folder in self.folders:
-            for other in self.folders:
+        for folder in self.folder:
+            for other in self.folder:
                 if folder != other and folder.is_relative_to(other):
                     raise AssistantError(f"{folder}: is read as a part of {other}: leave it out")
+
+    def options(self) -> list[str]:
+        """Return the words after `run` that give the same settings."""
+        words = []
+        for each in fields(self):
+            option, value = "--" + each.name.replace("_", "-"), getattr(self, each.name)
+            if isinstance(value, bool):
+                words += [option] * value
+            elif value is not None:
+                values = value if isinstance(value, list) else [value]
+                words += [f"{option}={one}" for one in values]
+        return words
+
+
+def is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # the name is too long, or its parent may not be entered
+        return False
+
+
+def absolute_path(path: Path) -> Path:
+    try:
+        return Path(os.path.normpath(path.expanduser().absolute()))
+    except RuntimeError as error:
+        raise AssistantError(f"{path}: {error}") from error

@@ -1,14 +1,13 @@
-"""A Unix socket: a request is one line of JSON, its answer some more; knows no request.
+"""A Unix socket: a request is one line of JSON, its answer several; knows no request.
 
-Only this user's processes may connect. What they send is bounded all the same: the length of a
-request, the time it may take, how many are answered at once.
+Only this user's processes may connect. What they send is limited all the same: the length of a
+request, the time it takes, and how many are answered at once.
 """
 
 import errno
 import json
 import os
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -17,32 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream.errors import MlxStreamError
-from mlx_stream_assistant.paths import AssistantError
+from mlx_stream_assistant.errors import AssistantError
 
 LONGEST_REQUEST = 64 * 1024
 MOST_AT_ONCE = 32
 # Seconds for a request to be sent, and for a piece of an answer to be taken.
 PATIENCE = 10.0
-# Seconds that who is refused has to be done with asking, and for a descriptor to become free.
+# Seconds for a refused caller to finish sending, and for a descriptor to become free.
 BRIEFLY = 0.1
-# Bytes a socket's path may have: 104 on a Mac with the zero after it.
+# Bytes of a socket's path: 104 on a Mac with the zero at its end.
 LONGEST_PATH = 103
 Answer = Generator[dict[str, Any], None, None]
 
 
 class SocketServer:
-    """A listening socket; each request is answered on a thread of its own.
-
-    Args:
-        answer: from a request to the lines of its answer. It may raise `MlxStreamError`.
-    """
+    """A listening socket; `answer` gives the lines for a request, on a thread of its own."""
 
     def __init__(self, path: Path, answer: Callable[[dict[str, Any]], Answer]):
-        """Make the socket; one that a killed process left is replaced.
-
-        Raises:
-            AssistantError: another process listens on it, or it cannot be made.
-        """
+        """Make the socket; one that a killed process left is replaced."""
         self.path, self._answer = path, answer
         self._at_once = threading.BoundedSemaphore(MOST_AT_ONCE)
         if len(os.fsencode(path)) > LONGEST_PATH:
@@ -50,40 +41,40 @@ class SocketServer:
                 f"{path}: too long for a socket ({LONGEST_PATH} bytes): give a shorter --name, or "
                 "set MLX_STREAM_HOME to a shorter folder"
             )
-        remove_stale(path)
+        if os.path.lexists(path) and not path.is_socket():
+            raise AssistantError(f"{path}: not a socket; move it away")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
         try:
-            before = os.umask(0o177)
-            try:
-                self._socket.bind(os.fspath(path))
-            finally:
-                os.umask(before)
+            # A dead process left it: this one holds the assistant's lock.
+            path.unlink(missing_ok=True)
+            self._socket.bind(os.fspath(path))
             self._socket.listen(MOST_AT_ONCE)
             self._socket.setblocking(False)
         except OSError as error:
             self._socket.close()
             raise AssistantError(f"{path}: cannot be listened on: {error.strerror}") from error
+        finally:
+            os.umask(before)
 
     def fileno(self) -> int:
         return self._socket.fileno()
 
     def admit(self) -> None:
-        """Answer whoever has connected, in the background."""
+        """Accept one connection, and answer it in the background."""
         try:
             caller, _ = self._socket.accept()
-        except OSError as error:  # they have left already
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # or have to wait
+        except OSError as error:  # the caller has left, ...
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # ... or has to wait
                 time.sleep(BRIEFLY)
             return
-        if not self._at_once.acquire(blocking=False):
-            with caller, suppress(OSError):
-                caller.settimeout(BRIEFLY)
-                with suppress(TimeoutError):
-                    # Were the request unread, closing would take the answer back.
-                    caller.recv(LONGEST_REQUEST)
-                send(caller, {"error": f"{MOST_AT_ONCE} others are being answered: try again"})
+        if self._at_once.acquire(blocking=False):
+            threading.Thread(target=self._serve, args=(caller,), daemon=True).start()
             return
-        threading.Thread(target=self._serve, args=(caller,), daemon=True).start()
+        with caller, suppress(OSError):
+            caller.settimeout(BRIEFLY)
+            drain(caller)
+            send(caller, {"error": f"{MOST_AT_ONCE} others are being answered: try again"})
 
     def close(self) -> None:
         """Take no more requests, and remove the socket."""
@@ -95,8 +86,7 @@ class SocketServer:
         try:
             with caller, suppress(OSError):
                 try:
-                    lines = self._answer(parse(receive(caller)))
-                    with closing(lines):
+                    with closing(self._answer(receive(caller))) as lines:
                         for line in lines:
                             send(caller, line)
                 except MlxStreamError as error:
@@ -105,33 +95,19 @@ class SocketServer:
             self._at_once.release()
 
 
-def remove_stale(path: Path) -> None:
-    """Remove a socket on which nobody listens.
-
-    Raises:
-        AssistantError: somebody does, or it is something else.
-    """
-    try:
-        kind = path.lstat().st_mode
-    except OSError:
-        return
-    if not stat.S_ISSOCK(kind):
-        raise AssistantError(f"{path}: not a socket; move it away")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(PATIENCE)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except OSError:
-            pass
-    raise AssistantError(
-        f"{path}: another process listens on it: end that one, or give this one another --name"
-    )
-
-
-def parse(line: bytes) -> dict[str, Any]:
+def receive(caller: socket.socket) -> dict[str, Any]:
+    """Return the request that is sent."""
+    line, until = b"", time.monotonic() + PATIENCE
+    while not line.endswith(b"\n"):
+        caller.settimeout(max(0.001, until - time.monotonic()))
+        part = caller.recv(LONGEST_REQUEST + 1 - len(line))
+        line += part
+        if len(line) > LONGEST_REQUEST:
+            drain(caller)
+            raise AssistantError(f"a request has at most {LONGEST_REQUEST:,} bytes")
+        if not part:
+            break
+    caller.settimeout(PATIENCE)
     try:
         request = json.loads(line)
     except (ValueError, RecursionError):
@@ -141,27 +117,10 @@ def parse(line: bytes) -> dict[str, Any]:
     return request
 
 
-def receive(caller: socket.socket) -> bytes:
-    """Return the line that is sent.
-
-    Raises:
-        AssistantError: it is too long.
-        OSError: it does not come.
-    """
-    line, until = b"", time.monotonic() + PATIENCE
-    while not line.endswith(b"\n"):
-        caller.settimeout(max(0.001, until - time.monotonic()))
-        part = caller.recv(LONGEST_REQUEST + 1 - len(line))
-        line += part
-        if len(line) > LONGEST_REQUEST:
-            with suppress(OSError):
-                # Were something of it unread, closing would take the answer back.
-                caller.recv(LONGEST_REQUEST)
-            raise AssistantError(f"a request has at most {LONGEST_REQUEST:,} bytes")
-        if not part:
-            break
-    caller.settimeout(PATIENCE)
-    return line
+def drain(caller: socket.socket) -> None:
+    # If something of a request were unread, closing would take the answer back.
+    with suppress(OSError):
+        caller.recv(LONGEST_REQUEST)
 
 
 def send(caller: socket.socket, line: dict[str, Any]) -> None:
@@ -169,12 +128,7 @@ def send(caller: socket.socket, line: dict[str, Any]) -> None:
 
 
 def request(path: Path, name: str, **what: Any) -> Answer:
-    """Ask the process that listens; yield the lines of its answer.
-
-    Raises:
-        AssistantError: it is too long, none listens, it says why it cannot answer, or it ends
-            before it has.
-    """
+    """Ask the process that listens; yield the lines of its answer."""
     if len(json.dumps(what)) >= LONGEST_REQUEST:
         raise AssistantError(f"that is too long: a request has at most {LONGEST_REQUEST:,} bytes")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
@@ -184,8 +138,8 @@ def request(path: Path, name: str, **what: Any) -> Answer:
             raise AssistantError(
                 f"the assistant {name!r} does not run: start it with `run`, or `install` it"
             ) from error
-        try:
-            with suppress(BrokenPipeError):  # refused unheard; why can be read all the same
+        with suppress(OSError, ValueError):
+            with suppress(BrokenPipeError):  # refused unheard; the reason can still be read
                 send(caller, what)
             with caller.makefile("rb") as lines:
                 for text in lines:
@@ -195,6 +149,4 @@ def request(path: Path, name: str, **what: Any) -> Answer:
                     yield line
                     if line.get("done"):
                         return
-        except (OSError, ValueError):
-            pass
         raise AssistantError(f"the assistant {name!r} ended before it had answered")

@@ -1,10 +1,10 @@
-"""A growing file -> what arrives in it, each byte once; knows no journal and no stream.
+"""A growing file -> what is added to it, each byte once; knows no journal and no stream.
 
-A place is told by the file's device and number, not by its name, by how many of its bytes were
-read, and by a checksum of the last of those. So a file that was renamed to make room for a new one
-is read to its end first, wherever it went in its folder, and one that was cut or written anew is
-read from its beginning, after the rest of what it was if there is a copy of that beside it. Files
-that were begun and renamed while nobody looked are read in between, the oldest first:
+A position is the file's device and number (not its name), how many bytes were read, and a checksum
+of the last of them. So a file that was renamed to make room for a new one is read to its end first,
+wherever it is in its folder. One that was cut or rewritten is read from its beginning, after the
+rest of its old text if there is a copy beside it. Files that were begun and renamed unseen are read
+in between, the oldest first:
 
     x.log.3  x.log.2  x.log.1  x.log      x.log.3 was read up to byte 5,000: it is read to its end,
        A        B        C       D        then B, C and D from their beginnings
@@ -18,35 +18,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_stream_assistant.decode import NotText, decode, whole_characters
-from mlx_stream_assistant.file_search import (
+from mlx_stream.program.notices import Notify
+from mlx_stream_assistant.decode import CHUNK, NotText, decode, line_end, whole_characters
+from mlx_stream_assistant.errors import AssistantError
+from mlx_stream_assistant.journal import Chunk
+from mlx_stream_assistant.rotation import (
     FilePosition,
     FileSearch,
     Found,
     last_bytes,
     open_file,
 )
-from mlx_stream_assistant.journal import Chunk
-from mlx_stream_assistant.paths import AssistantError
 
-# Bytes read at once.
-CHUNK = 4096
-# Seconds without growth after which a line without an end is taken as it is.
+# Seconds without growth after which an incomplete line is read as it is.
 SETTLED = 0.5
-# Seconds without growth before a file that was renamed is left for the new one: who writes it may
-# not have noticed yet.
+# Seconds without growth before a renamed file is left for the new one: its writer may not have
+# noticed yet.
 GRACE = 3.0
-# Some programs begin a file with it; it is no text.
-BYTE_ORDER_MARK = "\ufeff"
 
 
 class TailedFile:
     """A file to which others append.
 
     Args:
-        place: where a journal says it stands.
-        tell: told in one line what the user should know.
-        from_end: without a place, begin behind the whole lines that are there at the first look.
+        place: how far a journal says it is read.
+        from_end: without a place, begin after the complete lines that are there at first.
         clock: seconds.
     """
 
@@ -54,7 +50,7 @@ class TailedFile:
         self,
         path: Path,
         place: dict[str, Any] | None,
-        tell: Callable[[str], None],
+        tell: Notify,
         from_end: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -63,30 +59,28 @@ class TailedFile:
         self._file: int | None = None
         self._size = 0  # at the last poll
         self._mtime: int | None = None  # likewise, in nanoseconds
-        self._grown = 0.0  # when it last was another size
+        self._grown = 0.0  # when its size last changed
         self._left: float | None = None  # since when another file, or none, has its name
         self._complaint = ""
         self._refused: FilePosition | None = None  # there the file is not text
-        self._given_up: FilePosition | None = None  # it was, and is not looked for where it went
+        self._given_up: FilePosition | None = None  # was refused, and is not searched for
         self._search = FileSearch(path, tell)
 
     @property
     def state(self) -> dict[str, Any]:
-        """What there is to say about it: where it stands, its size, and what is wrong with it."""
-        return {
-            "offset": self._place.offset if self._place else 0,
-            "size": max(self._size, self._place.offset if self._place else 0),
-            "complaint": self._complaint,
-        }
+        """How far it is read, its size, and what is wrong with it."""
+        offset = self._place.offset if self._place else 0
+        size = max(self._size, offset)
+        return {"offset": offset, "size": size, "complaint": self._complaint}
 
     def poll(self) -> Chunk | None:
-        """Return what is new, if anything is; the same again until `taken` is called."""
+        """Return what is new, or None; the same again until `ack` is called."""
         try:
             if self._file is None and not self._open():
                 return None
             if self._from_end and self._place and not self._place.offset:
                 return self._skip()
-            return self._read() or self._turn()
+            return self._read() or self._finish_renamed()
         except NotText as error:
             self._complain(f"{error}; not read until another file is there")
             self._refused = self._place
@@ -97,9 +91,9 @@ class TailedFile:
             self.close()
         return None
 
-    def ack(self, arrival: Chunk) -> None:
-        """Go on after what `poll` returned: it is on disk."""
-        self._place, self._from_end = position_of(arrival.place), False
+    def ack(self, chunk: Chunk) -> None:
+        """Continue after what `poll` returned: it is on disk."""
+        self._place, self._from_end = position_of(chunk.place), False
 
     def close(self) -> None:
         if self._file is not None:
@@ -121,7 +115,7 @@ class TailedFile:
             return False
         if not stat.S_ISREG(status.st_mode):
             folder = ", but a folder (--folder reads one)" if stat.S_ISDIR(status.st_mode) else ""
-            self._complain(f"{self.path}: is no file{folder}; waiting for one")
+            self._complain(f"{self.path}: is not a file{folder}; waiting for one")
             self.close()
             return False
         self._complain("")
@@ -135,12 +129,16 @@ class TailedFile:
         self._search.forget_notices()
         return True
 
-    def _find(self) -> Found | None:
-        """Return the file that was being read, if not all of it was, or the one to read next."""
+    def _named(self) -> os.stat_result | None:
+        """Return the status of the file that has the name now, if there is one."""
         try:
-            status = self.path.stat()
+            return self.path.stat()
         except FileNotFoundError:
-            status = None
+            return None
+
+    def _find(self) -> Found | None:
+        """Return the file that was being read, if it has more, or else the one to read next."""
+        status = self._named()
         if self._place is not None and not (status and self._place.is_of(status)):
             old = self._search.find_renamed(self._place)
             if old and old[1].st_size > self._place.offset and self._place != self._given_up:
@@ -148,20 +146,17 @@ class TailedFile:
             if next_one := self._search.find_between(self._place, old):
                 return next_one
         if status is None:
-            self._from_end = False  # what comes is new
+            self._from_end = False  # all of a later file is new
             self._complain(f"{self.path}: is not there; waiting for it")
             return None
         return self.path, status
 
-    def _turn(self) -> Chunk | None:
-        """See whether the name is another file's now; return what is left of this one."""
+    def _finish_renamed(self) -> Chunk | None:
+        """Leave a file that no longer has the name; return what is left of it."""
         if self._file is None:  # it was cut, and there is a copy to open
             return None
         assert self._place is not None
-        try:
-            status = self.path.stat()
-        except FileNotFoundError:
-            status = None
+        status = self._named()
         if status and self._place.is_of(status):
             self._left = None
             return None
@@ -172,7 +167,7 @@ class TailedFile:
         if self._refused is None:
             rest = os.pread(self._file, CHUNK, self._place.offset)
             if rest:  # the first bytes of a character whose others never came
-                return self._arrival(rest)
+                return self._chunk(rest)
         else:
             self._given_up = self._place
         self.close()
@@ -186,8 +181,8 @@ class TailedFile:
         assert self._file is not None and self._place is not None
         status, offset = os.fstat(self._file), self._place.offset
         size, written = status.st_size, status.st_mtime_ns != self._mtime
-        if size < offset or (written and self._is_altered()):
-            self._begin_again("was cut short" if size < offset else "was written anew")
+        if size < offset or (written and last_bytes(self._file, offset) != self._place.tail):
+            self._begin_again("was cut short" if size < offset else "was rewritten")
             return None
         self._mtime = status.st_mtime_ns
         if size != self._size:
@@ -197,15 +192,11 @@ class TailedFile:
         data = os.pread(self._file, CHUNK, offset)
         growing = self._clock() - self._grown < SETTLED
         data = data[: line_end(data, more=len(data) == CHUNK, growing=growing)]
-        return self._arrival(data) if data else None
-
-    def _is_altered(self) -> bool:
-        assert self._file is not None and self._place is not None
-        return last_bytes(self._file, self._place.offset) != self._place.tail
+        return self._chunk(data) if data else None
 
     def _begin_again(self, why: str) -> None:
-        """Stand at the beginning, or, if there is a copy of what it was, where that goes on."""
-        assert self._file is not None and self._place is not None
+        """Return to the beginning, or to the same position in a copy of the old text."""
+        assert self._place is not None
         copy, self._refused = self._search.find_copy(self._place), None
         if copy is None:
             self._complain("")
@@ -214,35 +205,30 @@ class TailedFile:
             self._tell(f"{self.path}: {why}: read from its beginning")
             return
         path, status = copy
-        self._tell(f"{self.path}: {why}: the rest of it is read from {path.name} first")
+        self._tell(f"{self.path}: {why}: the rest of its old text is read from {path.name} first")
         self._place = replace(self._place, device=status.st_dev, inode=status.st_ino)
         self.close()
 
     def _skip(self) -> Chunk:
-        """Return nothing, and a place behind the whole lines there are: so that it is kept."""
+        """Return an empty chunk with the position after the complete lines, to be kept."""
         assert self._file is not None
         size = os.fstat(self._file).st_size
         end = os.pread(self._file, CHUNK, max(0, size - CHUNK))
         self._tell(f"{self.path}: read from its end")
         whole = end.rfind(b"\n") + 1 or whole_characters(end)
-        return self._stands(size - len(end) + whole, b"", "")
+        return self._chunk(b"", size - len(end) + whole)
 
-    def _arrival(self, data: bytes) -> Chunk:
-        assert self._place is not None
-        offset = self._place.offset
-        text = decode(data, self.name, offset)
-        text = text if offset else text.removeprefix(BYTE_ORDER_MARK)
-        return self._stands(offset + len(data), data, text)
-
-    def _stands(self, end: int, data: bytes, text: str) -> Chunk:
-        """Return what was read up to `end`."""
+    def _chunk(self, data: bytes, offset: int | None = None) -> Chunk:
+        """Return data read at an offset, by default the current one."""
         assert self._place is not None and self._file is not None
-        written = os.fstat(self._file).st_mtime_ns
+        offset = self._place.offset if offset is None else offset
+        end, written = offset + len(data), os.fstat(self._file).st_mtime_ns
         after = replace(self._place, offset=end, tail=last_bytes(self._file, end), written=written)
+        text = decode(data, self.name, offset)
         return Chunk(self.name, "file", self.path.name, data, text, vars(after))
 
     def _complain(self, complaint: str) -> None:
-        """Say what is wrong, once, or that nothing is any more."""
+        """Tell once what is wrong, or that nothing is any more."""
         if complaint and complaint != self._complaint:
             self._tell(complaint)
         elif self._complaint and not complaint:
@@ -254,17 +240,4 @@ def position_of(values: dict[str, Any] | None) -> FilePosition | None:
     try:
         return FilePosition(**values) if values else None
     except TypeError as error:
-        raise AssistantError(f"the journal is damaged: {values!r:.80} is no place") from error
-
-
-def line_end(data: bytes, more: bool, growing: bool) -> int:
-    """Return how many of a file's new bytes to take: whole lines, words or at least characters.
-
-    Args:
-        more: others follow them already.
-        growing: others were added since it was last looked at.
-    """
-    line = data.rfind(b"\n") + 1
-    if more:
-        return line or data.rfind(b" ") + 1 or whole_characters(data)
-    return line if growing else whole_characters(data)
+        raise AssistantError(f"the journal is damaged: {values!r:.80} is not a position") from error

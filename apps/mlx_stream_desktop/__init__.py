@@ -1,1 +1,1 @@
-"""A window to talk in: streaming replies, saved conversations, a gauge of what is attended."""
+"""A window to chat in: streaming replies, saved conversations, a gauge of attended tokens."""

@@ -19,12 +19,12 @@ NAME, ID = "mlx_stream", "io.github.mlx-stream.desktop"
 
 
 class Desktop(toga.App):
-    """One window onto one desk.
+    """The application, with one window.
 
     Args:
-        model, window: what it begins with.
+        model, window: to begin with.
         sampling, max_tokens: of each reply.
-        status_icon: put an icon in the menu bar; then closing the window leaves it running.
+        status_icon: put an icon in the menu bar; closing the window then leaves the app running.
     """
 
     def __init__(
@@ -43,18 +43,17 @@ class Desktop(toga.App):
         self.view = ChatWindow(self.desk, self.changed, self.dark_mode)
         self._draw_soon = Throttle(self.view.draw, self.loop)
         self.main_window = self.view.main
-        commands = (
-            self._command("New conversation", self.view.begin, shortcut=toga.Key.MOD_1 + "n"),
-            self._command("Stop the reply", self.desk.stop, shortcut=toga.Key.MOD_1 + "."),
-            self._command("Conversation as text", self._show_text, shortcut=toga.Key.MOD_1 + "t"),
+        self.commands.add(
+            command("New conversation", self.view.begin, shortcut=toga.Key.MOD_1 + "n"),
+            command("Stop the reply", self.desk.stop, shortcut=toga.Key.MOD_1 + "."),
+            command("Conversation as text", self._show_text, shortcut=toga.Key.MOD_1 + "t"),
         )
-        self.commands.add(*commands)
         if self._has_icon:
             icon = toga.MenuStatusIcon(text=NAME)
             self.status_icons.add(icon)
             self.status_icons.commands.add(
-                self._command("Show window", self._show, group=icon),
-                self._command("Stop the reply", self.desk.stop, group=icon),
+                command("Show window", self.view.main.show, group=icon),
+                command("Stop the reply", self.desk.stop, group=icon),
             )
             self.view.main.on_close = self._hide
         self.view.main.show()
@@ -68,15 +67,8 @@ class Desktop(toga.App):
         return True
 
     def changed(self) -> None:
-        """Have the window drawn soon."""
+        """Draw the window soon."""
         self._draw_soon()
-
-    def _command(self, text: str, action: Callable[[], object], **options: Any) -> toga.Command:
-        def act(command: toga.Command, **_: object) -> bool:
-            action()
-            return True
-
-        return toga.Command(act, text, **options)
 
     def _show_text(self) -> None:
         """Show the conversation as text that can be selected and copied."""
@@ -86,13 +78,18 @@ class Desktop(toga.App):
         )
         window.show()
 
-    def _show(self) -> None:
-        self.view.main.show()
-
     def _hide(self, *_: object, **__: object) -> bool:
-        """Leave the window out of sight and a reply in progress; the icon brings it back."""
+        """Hide the window and let a reply continue; the icon shows it again."""
         self.view.main.hide()
         return False
+
+
+def command(text: str, action: Callable[[], object], **options: Any) -> toga.Command:
+    def act(command: toga.Command, **_: object) -> bool:
+        action()
+        return True
+
+    return toga.Command(act, text, **options)
 
 
 def as_text(said: Sequence[Message]) -> str:
@@ -102,27 +99,11 @@ def as_text(said: Sequence[Message]) -> str:
 def main(
     arguments: Sequence[str] | None = None, program: str = "python -m mlx_stream_desktop"
 ) -> None:
-    """Open the window; as a program.
-
-    Args:
-        program: what help calls it.
-    """
-    parser = argparse.ArgumentParser(
-        prog=program, description="Chat with a model in a window of its own."
-    )
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default=STARTER,
-        metavar="MODEL",
-        help="a folder, a Hub id, a .gguf file, or starter, which is the default",
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        default=DEFAULT_WINDOW,
-        metavar="TOKENS",
-        help=f"latest tokens attended; default: {DEFAULT_WINDOW:,}",
-    )
+    """Open the window; `program` is its name in help."""
+    parser = argparse.ArgumentParser(prog=program, description="Chat with a model in a window.")
+    model = "A folder, a Hub id, a .gguf file, or starter, which is the default."
+    window = f"Latest tokens attended. Default: {DEFAULT_WINDOW:,}."
+    parser.add_argument("model", nargs="?", default=STARTER, metavar="MODEL", help=model)
+    parser.add_argument("--window", type=int, default=DEFAULT_WINDOW, metavar="TOKENS", help=window)
     given = parser.parse_args(arguments)
     Desktop(given.model, given.window).main_loop()

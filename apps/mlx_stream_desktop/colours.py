@@ -1,11 +1,24 @@
-"""Colours of what is drawn by hand, for a light and a dark desktop."""
+"""Colours of what is drawn by hand, on a light and a dark desktop."""
 
 from dataclasses import dataclass
+
+PAIRS = {
+    "text": ("#1d1d1f", "#f2f2f4"),
+    "faded": ("#8a8a90", "#85858c"),  # no longer attended
+    "accent": ("#0a5bd3", "#7ab4ff"),
+    "alarm": ("#b3261e", "#ff8a80"),
+    "ground": ("#ffffff", "#1e1e20"),
+    "asked": ("#dcebff", "#1f3f6b"),
+    "answered": ("#efeff2", "#37373b"),
+    "track": ("#dcdce1", "#48484d"),
+    "pinned": ("#7a4fd0", "#b18cff"),
+    "ring": ("#2f7de1", "#5aa2ff"),
+}
 
 
 @dataclass(frozen=True)
 class Colours:
-    """Text and grounds; `faded` is for what is no longer attended."""
+    """A colour for each use."""
 
     text: str
     faded: str
@@ -19,27 +32,4 @@ class Colours:
     ring: str
 
 
-LIGHT = Colours(
-    text="#1d1d1f",
-    faded="#8a8a90",
-    accent="#0a5bd3",
-    alarm="#b3261e",
-    ground="#ffffff",
-    asked="#dcebff",
-    answered="#efeff2",
-    track="#dcdce1",
-    pinned="#7a4fd0",
-    ring="#2f7de1",
-)
-DARK = Colours(
-    text="#f2f2f4",
-    faded="#85858c",
-    accent="#7ab4ff",
-    alarm="#ff8a80",
-    ground="#1e1e20",
-    asked="#1f3f6b",
-    answered="#37373b",
-    track="#48484d",
-    pinned="#b18cff",
-    ring="#5aa2ff",
-)
+LIGHT, DARK = (Colours(**{use: pair[dark] for use, pair in PAIRS.items()}) for dark in (0, 1))

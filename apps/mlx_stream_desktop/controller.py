@@ -1,12 +1,12 @@
 """What the window shows and what its buttons do; knows no engine and no widgets.
 
-Everything here runs on one event loop. What may block (a model's loading, disks) is awaited on a
-thread; nothing else waits. After any change `changed` is called; the window reads what it needs.
+Everything here runs on one event loop. What may block (loading a model, disks) is awaited on a
+thread. After any change `changed` is called, and the window reads what it needs.
 """
 
 import asyncio
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from mlx_stream import Piece, Sampling
@@ -18,17 +18,19 @@ from mlx_stream_desktop.history import Message
 from mlx_stream_desktop.model_session import SECONDS_BETWEEN, Gauge, ModelSession
 
 DEFAULT_WINDOW, MAX_TOKENS = 2_048, 512
-# The largest leaves room for the system prompt in the 8,192 places that many models know.
+# The largest leaves room for the system prompt in the 8,192 places of many models.
 WINDOWS = (508, 1_020, DEFAULT_WINDOW, 4_092, 8_000)
+# Seconds for the engine to end a reply and keep it.
+SECONDS_TO_KEEP = 2.0
 
 
 class Status:
-    """What goes on, what can be done meanwhile, and one line about it.
+    """What the controller is doing, and one line about it.
 
     Attributes:
         phase: "loading", "idle", "reading" a question or "replying"; "failed" without a model.
-        notice: one line the user should know, or nothing.
-        alarming: whether it says what went wrong.
+        notice: a line for the user, or nothing.
+        alarming: whether it tells what went wrong.
     """
 
     def __init__(self, changed: Callable[[], None]):
@@ -51,14 +53,17 @@ class Status:
         self.notice, self.alarming = notice, alarming
         self._changed()
 
+    def alarm(self, error: Exception) -> None:
+        self.say(one_line(error), alarming=True)
+
 
 class ChatController:
     """One conversation at a time, on one model.
 
     Attributes:
-        said: of the conversation that is open, oldest first.
-        attended: how many of the last of them are attended.
-        draft: questions that were not taken, to be put back where they were typed by whoever then
+        said: the open conversation, oldest first.
+        attended: how many of its last exchanges are attended.
+        draft: questions that were not sent; the window shows them again where they were typed, and
             empties this.
     """
 
@@ -87,9 +92,9 @@ class ChatController:
         await asyncio.gather(self._list(), self._load(self.model))
 
     async def send(self, text: str) -> None:
-        """Ask, and show the reply as it comes; returns when it has ended.
+        """Ask, and show the reply as it comes; return when it has ended.
 
-        A question that comes while something else goes on is a draft, not lost.
+        A question that comes at another time becomes a draft.
         """
         question = text.strip()
         if not question:
@@ -111,13 +116,13 @@ class ChatController:
             self._reply.cancel()
 
     async def begin(self) -> None:
-        """Leave the conversation for a new one, which gets a name with its first question."""
+        """Leave the conversation for a new one, which its first question names."""
         if self.status.can_choose:
             await self._leave()
             self.status.say("")
 
     async def open(self, name: str) -> None:
-        """Go on with a saved conversation, on its own model and window."""
+        """Open a saved conversation, with its own model and window."""
         if not self.status.can_choose or name == self.name:
             return
         before, self.status.phase = self.status.phase, "loading"
@@ -126,7 +131,7 @@ class ChatController:
             said, damage = await self._session.aside(history.transcript, name)
         except MlxStreamError as error:
             self.status.phase = before
-            return self.status.say(one_line(error), alarming=True)
+            return self.status.alarm(error)
         await self._leave()
         self.name, self.said = name, said
         header = next((one.header for one in self.conversations if one.name == name), None)
@@ -138,12 +143,12 @@ class ChatController:
             self.status.say(damage, alarming=True)
 
     async def choose_model(self, model: str) -> None:
-        """Go on with another model; what is attended of the conversation is read again."""
+        """Change to another model, which reads the attended turns again."""
         if self.status.can_choose and (model != self.model or not self._session.engine):
             await self._load(model)
 
     async def choose_window(self, window: int) -> None:
-        """Go on with another window; what is attended of the conversation is read again."""
+        """Change to another window; the attended turns are read again."""
         if not self.status.can_choose or window == self.window:
             return
         before, self.window = self.window, window
@@ -158,7 +163,7 @@ class ChatController:
             self.status.say(refused, alarming=True)
 
     async def close(self) -> None:
-        """Stop what is going on, save, and give the model's memory back."""
+        """Stop the reply, save the conversation, and free the model's memory."""
         while self._reply and not self._reply.done():
             self.stop()
             await asyncio.wait({self._reply})
@@ -180,16 +185,22 @@ class ChatController:
                     heard = True
                     self._hear(piece)
         except MlxStreamError as error:
-            self.status.say(one_line(error), alarming=True)
-            if not heard and session.is_broken():
-                await self._close_chat()
-            if not session.chat and len(self.said) == 1:  # it was not begun: nothing to go on with
+            self.status.alarm(error)
+            if not heard:
+                try:
+                    session.is_open()
+                except MlxStreamError:  # it never will be
+                    await self._close_chat()
+            if not session.chat and len(self.said) == 1:  # there is no conversation yet
                 self.name = None
         except asyncio.CancelledError:
             self._hear(Piece("", "interrupted"))
             heard = True
-        if heard:  # it is the engine's turn: it stops before its next token, and says what is kept
-            await soon(lambda: session.last is not before)
+        if heard:  # the engine stops before its next token, and tells what is kept
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SECONDS_TO_KEEP):
+                    while session.last is before:
+                        await asyncio.sleep(SECONDS_BETWEEN)
         self.status.phase = "idle"
         self._settle(session.last is not before)
         self._changed()
@@ -203,13 +214,13 @@ class ChatController:
         self._changed()
 
     def _settle(self, read: bool) -> None:
-        """Take the last exchange as the conversation has it; a question not read is a draft."""
-        last, held = self.said[-1], self._session.last
+        """Show the last exchange as the conversation has it; an unread question is a draft."""
+        last, kept = self.said[-1], self._session.last
         if not read:
             self._give_back(last.question)
             del self.said[-1]
-        elif held and held.question == last.question:
-            self.said[-1] = Message(held.question, held.reply, held.finish)
+        elif kept and kept.question == last.question:
+            self.said[-1] = Message(kept.question, kept.reply, kept.finish)
         else:
             self.said[-1] = replace(last, finish=last.finish or "interrupted")
         self._count()
@@ -218,8 +229,8 @@ class ChatController:
         self.draft = f"{self.draft} {question}".strip()
 
     def _count(self) -> None:
-        """Read the gauge, and what the conversation has to say."""
-        # The exchange that is going on is attended, and not among those that are done.
+        """Read the gauge and the conversation's notice."""
+        # The exchange in progress is attended, and not among the completed ones.
         streams = bool(self._session.chat) and self.status.can_stop
         self.attended = min(len(self.said), len(self._session.exchanges) + streams)
         self.gauge, notice = self._session.gauge, self._session.new_notice()
@@ -230,12 +241,12 @@ class ChatController:
 
     @property
     def _system(self) -> str | None:
-        """The system prompt a conversation is opened with; None is its own."""
+        """The system prompt to open a conversation with; None is its own."""
         begins = not self.said[:-1] and self.model == STARTER
         return STARTER_SYSTEM if begins else None
 
     async def _join(self) -> bool:
-        """Open the conversation on the engine; return whether that went well."""
+        """Open the conversation on the engine; return whether it is open."""
         self.status.phase = "loading"
         self.status.say(f"opening {self.name}")
         try:
@@ -244,14 +255,14 @@ class ChatController:
             self.status.say("")
         except MlxStreamError as error:
             await self._close_chat()
-            self.status.say(one_line(error), alarming=True)
+            self.status.alarm(error)
         self.status.phase = "idle"
         self._count()
         self._changed()
         return self._session.chat is not None
 
     async def _load(self, model: str) -> None:
-        """Put another model in place of the one there is, and go on with the conversation."""
+        """Load a model in place of the present one, and open the conversation on it."""
         self.model, self.status.phase = model, "loading"
         self.status.say(f"loading {model}")
         await self._close_chat()
@@ -260,7 +271,7 @@ class ChatController:
                 return  # closed meanwhile
         except MlxStreamError as error:
             self.status.phase = "failed"
-            return self.status.say(one_line(error), alarming=True)
+            return self.status.alarm(error)
         if self.name:
             await self._join()
         else:
@@ -275,25 +286,17 @@ class ChatController:
         self._changed()
 
     async def _close_chat(self) -> None:
-        """Save the conversation; whoever opens it next finds it closed."""
         try:
             await self._session.close_chat()
         except (MlxStreamError, TimeoutError) as error:
-            self.status.say(one_line(error), alarming=True)
+            self.status.alarm(error)
 
     async def _list(self) -> None:
-        """Read what is saved and which models are here."""
+        """List the saved conversations and the cached models."""
         try:
             self.conversations = await self._session.aside(session_summaries)
             cached = await self._session.aside(cached_models)
             self.models = sorted({STARTER, *(one.name for one in cached)})
             self._changed()
         except MlxStreamError as error:
-            self.status.say(one_line(error), alarming=True)
-
-
-async def soon(done: Callable[[], bool], seconds: float = 2.0) -> None:
-    """Wait until something is so, for so long at most."""
-    until = asyncio.get_running_loop().time() + seconds
-    while not done() and asyncio.get_running_loop().time() < until:
-        await asyncio.sleep(SECONDS_BETWEEN)
+            self.status.alarm(error)

@@ -1,6 +1,6 @@
-"""A bar of what is attended, for good and of the latest, and what is free; knows Toga only.
+"""A bar of the tokens that stay for good, the latest ones and the free space; knows Toga only.
 
-It is drawn, not laid out: it changes with every token, and a layout takes the whole window along.
+It is drawn, not laid out: it changes with every token, and a layout would move the whole window.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,10 @@ BAR, LINE = 8, 18
 
 
 class GaugeBar:
-    """The bar, and under it the same in words and numbers.
+    """The bar, and the same in numbers below it; `wrapped` breaks a text into lines of a width."""
 
-    Args:
-        fitted: breaks a text into lines of a width.
-    """
-
-    def __init__(self, colours: Colours, fitted: Callable[[str, float], str]):
-        self._colours, self._fitted = colours, fitted
+    def __init__(self, colours: Colours, wrapped: Callable[[str, float], str]):
+        self._colours, self._wrapped = colours, wrapped
         self.now, self._width = Gauge(), 0.0
         self._font = toga.Font(SYSTEM, SYSTEM_DEFAULT_FONT_SIZE)
         self.widget = toga.Canvas(
@@ -38,7 +34,7 @@ class GaugeBar:
 
     @property
     def shares(self) -> tuple[int, int, int]:
-        """What of the bar is attended for good, attended, and free; in tokens."""
+        """The tokens that stay for good, the other attended ones, and the free space."""
         now = self.now
         return now.pinned, now.attended - now.pinned, max(0, now.capacity - now.attended)
 
@@ -53,16 +49,16 @@ class GaugeBar:
 
     def _draw(self) -> None:
         canvas, colours = self.widget, self._colours
-        per_token = self._width / max(1, sum(self.shares))
         canvas.root_state.drawing_actions.clear()
-        left = 0.0
-        grounds = (colours.pinned, colours.ring, colours.track)
         shares = self.shares if self.now.capacity else (0, 0, 1)
-        for share, ground in zip(shares, grounds, strict=True):
+        left, per_token = 0.0, self._width / max(1, sum(shares))
+        for share, ground in zip(
+            shares, (colours.pinned, colours.ring, colours.track), strict=True
+        ):
             with canvas.fill(fill_style=ground):
                 canvas.rect(left, 0, share * per_token, BAR)
             left += share * per_token
         canvas.fill_style = colours.text
-        text = self._fitted(self.text, self._width)
+        text = self._wrapped(self.text, self._width)
         canvas.fill_text(text, 0, BAR + 5, font=self._font, baseline=Baseline.TOP)
         canvas.redraw()

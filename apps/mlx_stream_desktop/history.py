@@ -1,7 +1,6 @@
-"""Saved conversations as the window needs them: a list, what was said, a name for a new one."""
+"""Saved conversations as the window needs them: what was said, and a name for a new one."""
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -32,7 +31,7 @@ def transcript(name: str) -> tuple[list[Message], str]:
 
 
 def new_name(question: str) -> str:
-    """Return a name that no saved conversation has, after its first question; reads a folder.
+    """Return an unused name for a conversation, after its first question; reads a folder.
 
     "Why is the sky blue?" is why-is-the-sky-blue, then why-is-the-sky-blue-2.
 
@@ -40,7 +39,8 @@ def new_name(question: str) -> str:
         SessionError: the folder cannot be read.
     """
     name, taken = slug(question), {one.lower() for one in session_names()}
-    return next(n for n in number_name(name) if n not in taken)
+    numbered = (f"{name}-{number}" for number in count(2))
+    return next(n for n in numbered if n not in taken) if name in taken else name
 
 
 def slug(question: str) -> str:
@@ -51,8 +51,3 @@ def slug(question: str) -> str:
             break
         name = f"{name}-{word}" if name else word
     return name or "conversation"
-
-
-def number_name(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}-{number}" for number in count(2))

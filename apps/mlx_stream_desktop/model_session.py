@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Gauge:
-    """What the stream holds: in tokens, and bytes; `capacity` is 0 before there is a stream."""
+    """What the stream holds, in tokens and bytes; `capacity` is 0 before there is a stream."""
 
     attended: int = 0
     pinned: int = 0
@@ -44,7 +44,7 @@ class ModelSession:
 
     Attributes:
         engine: None before a model is loaded.
-        chat: the conversation that is open, if one is.
+        chat: the open conversation, if there is one.
     """
 
     def __init__(self, sampling: Sampling, max_tokens: int):
@@ -56,12 +56,12 @@ class ModelSession:
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """Those that are attended, oldest first."""
+        """The attended exchanges, oldest first."""
         return self.chat.exchanges if self.chat else []
 
     @property
     def last(self) -> Exchange | None:
-        """The last exchange that is attended."""
+        """The last attended exchange."""
         return next(reversed(self.exchanges), None)
 
     @property
@@ -79,17 +79,17 @@ class ModelSession:
         )
 
     def new_notice(self) -> str | None:
-        """Return what the conversation has to say, if that has changed."""
+        """Return the conversation's latest notice, or None if it has not changed."""
         before = self._notice
         notices = self.chat.stats.notices if self.chat else []
         self._notice = one_line(next(reversed(notices), ""))
         return self._notice if self._notice != before else None
 
     async def load(self, model: str, tell: Callable[[str], None]) -> bool:
-        """Put a model in place of the one there is; return whether it is there, not closed by now.
+        """Load a model in place of the present one; return False if it was closed meanwhile.
 
         Args:
-            tell: told in one line, again and again, how far it is.
+            tell: called again and again with a line about the progress.
 
         Raises:
             MlxStreamError: it cannot be loaded.
@@ -108,14 +108,14 @@ class ModelSession:
         return engine is self.engine
 
     async def unload(self) -> None:
-        """Give the model's memory back; a conversation has been closed before."""
+        """Free the model's memory; its conversation must be closed."""
         engine, self.engine = self.engine, None
         if engine:
             await self.aside(engine.close, SECONDS_TO_CLOSE)
 
     def open(self, name: str | None, window: int, system: str | None) -> Session:
         """Begin to open a conversation."""
-        assert self.engine, "without a model nothing can be asked or opened"
+        assert self.engine, "a conversation needs a model"
         self._notice = ""
         self.chat = self.engine.session(
             system=system,
@@ -126,26 +126,30 @@ class ModelSession:
         )
         return self.chat
 
+    def is_open(self) -> bool:
+        """Return whether the conversation is open by now.
+
+        Raises:
+            MlxStreamError: it cannot be opened.
+        """
+        try:
+            if self.chat:
+                self.chat.wait(0)
+        except TimeoutError:
+            return False
+        return True
+
     async def wait(self) -> None:
         """Wait until the conversation is open.
 
         Raises:
             MlxStreamError: it cannot be opened.
         """
-        while self.chat and not is_open(self.chat):
+        while not self.is_open():
             await asyncio.sleep(SECONDS_BETWEEN)
 
-    def is_broken(self) -> bool:
-        """Return whether there is a conversation that could not be opened, and never will be."""
-        try:
-            if self.chat:
-                is_open(self.chat)
-        except MlxStreamError:
-            return True
-        return False
-
     async def close_chat(self) -> None:
-        """Save the conversation; whoever opens it next finds it closed.
+        """Save and close the conversation.
 
         Raises:
             MlxStreamError, TimeoutError: it could not be saved.
@@ -161,16 +165,3 @@ class ModelSession:
     async def close(self) -> None:
         await self.unload()
         self._pool.shutdown()
-
-
-def is_open(chat: Session) -> bool:
-    """Return whether a session is open by now.
-
-    Raises:
-        MlxStreamError: it cannot be opened.
-    """
-    try:
-        chat.wait(0)
-    except TimeoutError:
-        return False
-    return True

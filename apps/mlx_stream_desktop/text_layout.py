@@ -1,4 +1,4 @@
-"""Text that is not ours, broken into lines of a width that somebody else measures."""
+"""Untrusted text as a label shows it, and broken into lines of a width; measures nothing itself."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +7,7 @@ WORD_JOINER = "\N{WORD JOINER}"
 
 
 def escape_markup(text: str) -> str:
-    """Return what a label shows of a text: bounded, without control characters, never as markup.
+    """Return what a label shows of a text: cut, without control characters, never as markup.
 
     A label of Qt takes a text for HTML if a tag is in its first line; after a word joiner none is.
     """
@@ -38,19 +38,19 @@ def lines_of(line: str, width: float, measure: Callable[[str], float]) -> Iterat
             continue
         if now:
             yield now
-        *full, now = break_word(word, width, measure)
+        *full, now = break_word(word, width, measure) if needed > width else [word]
         yield from full
         used = measure(now)
     yield now
 
 
 def break_word(word: str, width: float, measure: Callable[[str], float]) -> list[str]:
-    """Return a word in parts of at most `width`, of one character at least."""
+    """Return a word in parts of at most `width`, each at least one character."""
     parts, used = [""], 0.0
-    for char in word if measure(word) > width else ():
+    for char in word:
         wide = measure(char)
         if parts[-1] and used + wide > width:
             parts.append("")
             used = 0.0
         parts[-1], used = parts[-1] + char, used + wide
-    return parts if parts != [""] else [word]
+    return parts

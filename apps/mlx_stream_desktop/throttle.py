@@ -1,7 +1,7 @@
-"""When to draw: at most so many times a second, and always what is newest; knows no widgets.
+"""How often to draw: at most so many times a second, the newest state last; knows no widgets.
 
 A drawing that takes long, in a long conversation on a slow machine, is followed by a longer pause:
-three quarters of the time belong to whoever types and scrolls.
+three quarters of the time stay free for typing and scrolling.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,14 @@ class Clock(Protocol):
     """What is needed of an event loop."""
 
     def time(self) -> float: ...
-
     def call_later(self, delay: float, callback: Callable[[], None]) -> object: ...
 
 
 class Throttle:
-    """Draw soon after each call, however often it is called, with a pause between two drawings."""
+    """Draw soon after each call, with a pause between two drawings."""
 
-    def __init__(self, draw: Callable[[], None], clock: Clock, seconds: float = SECONDS_BETWEEN):
-        self._draw, self._clock, self._seconds = draw, clock, seconds
+    def __init__(self, draw: Callable[[], None], clock: Clock):
+        self._draw, self._clock = draw, clock
         self._next, self._waits = 0.0, False
 
     def __call__(self) -> None:
@@ -34,4 +33,4 @@ class Throttle:
     def _now(self) -> None:
         self._waits, began = False, self._clock.time()
         self._draw()
-        self._next = began + max(self._seconds, SHARE * (self._clock.time() - began))
+        self._next = began + max(SECONDS_BETWEEN, SHARE * (self._clock.time() - began))

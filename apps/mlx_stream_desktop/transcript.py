@@ -1,4 +1,4 @@
-"""The conversation as bubbles in a scrolling column; knows Toga, and nothing of an engine."""
+"""The conversation as bubbles in a scrolling column; knows Toga and no engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ from mlx_stream_desktop.text_layout import escape_markup, wrap
 EXCHANGES_SHOWN = 20
 WIDEST, INSET, BESIDE = 640, 12, 60
 NEAR_THE_END = 40
+MARKS = {None: " \N{HORIZONTAL ELLIPSIS}", "interrupted": " [stopped]", "length": " [cut]"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A bubble, or a remark between bubbles ("note")."""
+    """A bubble ("you", "model"), or a remark between bubbles ("note")."""
 
     kind: str
     text: str
@@ -45,36 +46,26 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
 
 
 def ending(one: Message) -> str:
-    """Return a reply with a word about how it ended, if not by itself."""
-    marks = {None: " \N{HORIZONTAL ELLIPSIS}", "interrupted": " [stopped]", "length": " [cut]"}
-    return escape_markup(one.reply.rstrip()) + marks.get(one.finish, "")
+    """Return a reply with a mark if it did not end by itself."""
+    return escape_markup(one.reply.rstrip()) + MARKS.get(one.finish, "")
 
 
 class Bubble:
-    """One row as widgets: who speaks, and text on a ground of its own."""
+    """One row as widgets: who speaks, and text on a coloured ground."""
 
     def __init__(self, row: Row, colours: Colours):
         self.row, self._lines, self._colour = row, "", ""
         mine, note = row.kind == "you", row.kind == "note"
         self.body = toga.Label("", style=Pack(margin=(2 if not note else 0, INSET, 8, INSET)))
-        ground = TRANSPARENT if note else colours.asked if mine else colours.answered
-        parts: list[toga.Widget] = []
+        parts: list[toga.Widget] = [self.body]
         if not note:
-            who = Pack(
-                margin=(8, INSET, 0, INSET),
-                font_weight=BOLD,
-                font_size=10,
-                color=colours.accent if mine else colours.faded,
-            )
-            parts.append(toga.Label("You" if mine else "Model", style=who))
-        ground_box = toga.Box(
-            children=[*parts, self.body],
-            style=Pack(direction=COLUMN, background_color=ground),
-        )
+            colour = colours.accent if mine else colours.faded
+            style = Pack(margin=(8, INSET, 0, INSET), font_weight=BOLD, font_size=10, color=colour)
+            parts.insert(0, toga.Label("You" if mine else "Model", style=style))
+        ground = TRANSPARENT if note else colours.asked if mine else colours.answered
+        box = toga.Box(children=parts, style=Pack(direction=COLUMN, background_color=ground))
         before = [toga.Box(style=Pack(flex=1))] if mine else []
-        self.widget = toga.Box(
-            children=[*before, ground_box], style=Pack(direction=ROW, margin=(6, 12))
-        )
+        self.widget = toga.Box(children=[*before, box], style=Pack(direction=ROW, margin=(6, 12)))
 
     def show(self, row: Row, lines: str, colours: Colours) -> None:
         self.row = row
@@ -86,7 +77,7 @@ class Bubble:
 
 
 class Transcript:
-    """Bubbles, of which only those are touched that have changed."""
+    """A column of bubbles, of which only those that have changed are touched."""
 
     def __init__(self, colours: Colours):
         self._colours, self._follows = colours, True
@@ -101,7 +92,7 @@ class Transcript:
         self._font = toga.Font(SYSTEM, SYSTEM_DEFAULT_FONT_SIZE)
         self._ruler = toga.Canvas()
         self._measure = lru_cache(20_000)(self._width_of)
-        self._wrapped = lru_cache(4 * EXCHANGES_SHOWN)(self._wrap)
+        self.wrapped = lru_cache(4 * EXCHANGES_SHOWN)(self._wrap)
 
     @property
     def text(self) -> str:
@@ -109,12 +100,11 @@ class Transcript:
         return "\n\n".join(bubble.row.text for bubble in self._bubbles)
 
     def show(self, rows: Sequence[Row], width: float) -> None:
-        """Show these rows in a column of `width`; follow the end unless somebody scrolled away."""
-        kinds = [row.kind for row in rows]
+        """Show rows in a column of `width`; follow the end unless the user scrolled away."""
         same = 0
-        while same < min(len(rows), len(self._bubbles)) and (
-            self._bubbles[same].row.kind == kinds[same]
-        ):
+        for bubble, row in zip(self._bubbles, rows, strict=False):
+            if bubble.row.kind != row.kind:
+                break
             same += 1
         for bubble in self._bubbles[same:]:
             self._column.remove(bubble.widget)
@@ -124,24 +114,21 @@ class Transcript:
             self._column.add(self._bubbles[-1].widget)
         room = max(120, min(WIDEST, width - BESIDE)) - 2 * INSET
         for bubble, row in zip(self._bubbles, rows, strict=True):
-            bubble.show(row, self._wrapped(row.text, room), self._colours)
+            bubble.show(row, self.wrapped(row.text, room), self._colours)
         if self._follows:
             self.to_the_end()
-
-    def in_lines(self, text: str, width: float) -> str:
-        """Return a text broken into lines of a width."""
-        return self._wrapped(text, width)
-
-    def _on_scroll(self, where: toga.ScrollContainer, **_: object) -> None:
-        end = where.max_vertical_position
-        self._follows = where.vertical_position >= end - NEAR_THE_END
 
     def to_the_end(self) -> None:
         self._follows = True
         self.widget.vertical_position = self.widget.max_vertical_position
 
-    def _wrap(self, text: str, room: float) -> str:
-        return wrap(text, room, self._measure)
+    def _on_scroll(self, where: toga.ScrollContainer, **_: object) -> None:
+        end = where.max_vertical_position
+        self._follows = where.vertical_position >= end - NEAR_THE_END
+
+    def _wrap(self, text: str, width: float) -> str:
+        """Return a text broken into lines of a width."""
+        return wrap(text, width, self._measure)
 
     def _width_of(self, text: str) -> float:
         return self._ruler.measure_text(text, self._font)[0] if text.strip() else 4.0 * len(text)

@@ -36,13 +36,13 @@ from mlx_stream.chat.schema import (
     turn_of,
 )
 from mlx_stream.errors import SessionError
+from mlx_stream.program.atomic_replace import flush
 from mlx_stream.program.paths import is_file, private
 from mlx_stream.program.sqlite import (
     LONGEST_ROW,
     bytes_on_disk,
     connect,
     files,
-    flush_folder,
     limit_length,
     partial_path,
     reporting_damage,
@@ -90,7 +90,7 @@ class Store:
                     insert_row(connection, "session", state.row())
                     connection.execute("COMMIT")
                 partial.rename(path)
-                flush_folder(path.parent)
+                flush(path.parent)
             finally:
                 partial.unlink(missing_ok=True)
         return cls.open(path)

@@ -1,1 +1,1 @@
-"""What a program of its own needs, ours and other people's: paths, locks, ends, escaping."""
+"""Tools for programs, ours and other people's: paths, locks, clean exits, escaping, SQLite."""

@@ -1,31 +1,25 @@
-"""One folder in another's place, in one step where the system can; knows nothing of models."""
+"""A folder that is complete before it has its name, and one in another's place; knows no models."""
 
-import ctypes
 import fcntl
+import glob
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Linux calls it renameat2 with RENAME_EXCHANGE, macOS renamex_np with RENAME_SWAP; both are 2.
-EXCHANGE = 2
-HERE = -100  # AT_FDCWD
+PARTIAL = ".partial"
 
 
 def replace_folder(new: Path, old: Path) -> None:
     """Give `new` the name of the folder `old`, whose files are removed.
 
-    Where the file system cannot exchange two names there is a moment between two renames: killed
-    in it, a process leaves the old folder as `.NAME.*.replaced`, which nothing ever sweeps.
+    A process that is killed between the two renames leaves the old folder as `.NAME.*.replaced`.
 
     Raises:
-        OSError: it cannot be done; both are where they were.
+        OSError: it cannot be done; both folders are where they were.
     """
-    if exchange(new, old):
-        shutil.rmtree(new, ignore_errors=True)
-        return
     aside = old.with_name(f".{old.name}.{secrets.token_hex(4)}.replaced")
     old.rename(aside)
     try:
@@ -34,24 +28,6 @@ def replace_folder(new: Path, old: Path) -> None:
         aside.rename(old)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; return whether this system and file system did."""
-    system = system_call()
-    return system is not None and system(os.fsencode(one), os.fsencode(other)) == 0
-
-
-def system_call() -> Callable[[bytes, bytes], int] | None:
-    library = ctypes.CDLL(None)
-    if hasattr(library, "renamex_np"):
-        return lambda one, other: library.renamex_np(one, other, EXCHANGE)
-    if hasattr(library, "renameat2"):
-        return lambda one, other: library.renameat2(HERE, one, HERE, other, EXCHANGE)
-    return None
-
-
-PARTIAL = ".partial"
 
 
 def flush(path: Path) -> None:
@@ -65,30 +41,28 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def partial_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Make a folder in `parent` for work on `name`; it is removed on the way out, come what may.
+    """Make a folder in `parent` for work on `name`, and remove it at the end, come what may.
 
-    A process that is killed cannot remove its folder, so each call first removes those of the
-    dead. Its maker holds a lock on the folder; the system lets go of it when the maker dies, which
-    a process id in the name cannot tell: ids are used again, and mean nothing in another container.
+    A process that is killed cannot remove its folder, so each call first removes those of dead
+    processes. The maker of a folder holds a lock on it, which the system releases when the maker
+    dies. A process id in the name would not tell: ids are used again, and differ in containers.
     """
     sweep_partial_folders(parent, name)
     folder, lock = make_locked_folder(parent, name)
     try:
         yield folder
     finally:
-        # If it was renamed into place there is nothing left under this name.
+        # If it was renamed into place, nothing is left under this name.
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
 
 
 def sweep_partial_folders(parent: Path, name: str) -> None:
-    """Remove the folders that processes now dead left in `parent`, of their work on `name`."""
-    for folder in list(parent.iterdir()):
-        if not (folder.name.startswith(f".{name}.") and folder.name.endswith(PARTIAL)):
-            continue
+    """Remove the folders for work on `name` that processes now dead left in `parent`."""
+    for folder in list(parent.glob(f".{glob.escape(name)}.*{PARTIAL}")):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # gone meanwhile, or not a folder of ours
+        except OSError:  # it is gone, or not a folder of ours
             continue
         try:
             if take_lock(lock, without_locks=False):
@@ -99,24 +73,21 @@ def sweep_partial_folders(parent: Path, name: str) -> None:
 
 def make_locked_folder(parent: Path, name: str) -> tuple[Path, int]:
     while True:
-        folder = parent / f".{name}.{os.getpid()}.{secrets.token_hex(4)}{PARTIAL}"
+        folder = parent / f".{name}.{secrets.token_hex(8)}{PARTIAL}"
         folder.mkdir()
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
+        except FileNotFoundError:  # another process has swept it away: make another
             continue
-        # Between mkdir and here another process may have swept it away: then make another.
         if take_lock(lock, without_locks=True) and folder.exists():
             return folder, lock
         os.close(lock)
 
 
 def take_lock(file: int, *, without_locks: bool) -> bool:
-    """Try to lock an open folder; `without_locks` is the answer where the system has none."""
+    """Try to lock an open folder; return `without_locks` where the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return without_locks
+    except OSError as error:
+        return without_locks and not isinstance(error, BlockingIOError)
     return True

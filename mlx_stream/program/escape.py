@@ -1,15 +1,15 @@
-"""Text from a model -> text that a terminal only shows; knows no terminal and no model.
+"""Untrusted text -> text that is safe on a terminal; knows no terminal and no model.
 
-A terminal obeys what it is sent: escapes move the cursor, retitle the window, fill the clipboard.
-And it hides what has no shape: text can run backwards, or not show at all. Both are shown as Python
-would write them: ESC as `\\x1b`, a right-to-left override as `\\u202e`.
+A terminal obeys escapes: they move the cursor, change the window's title, fill the clipboard. It
+also hides characters without a shape, and can show text backwards. Both kinds are shown as Python
+writes them: ESC as `\\x1b`, a right-to-left override as `\\u202e`.
 """
 
 import re
 
-# What stays, of control and format characters: line feed and tab; the joiners U+200C and U+200D,
-# which emoji and scripts need; Arabic, Syriac and Kaithi signs that count as format but have a
-# shape. Variation selectors are marks, not format characters. All others of Unicode 17 are here.
+# All control and format characters of Unicode 17 except line feed and tab; the joiners U+200C and
+# U+200D, which emoji and scripts need; and Arabic, Syriac and Kaithi signs that have a shape.
+# Variation selectors are marks, not format characters.
 HARMFUL = re.compile(
     "["
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0, DEL, C1
@@ -26,19 +26,19 @@ HARMFUL = re.compile(
 
 
 class TerminalEscaper:
-    """Make a text harmless that comes in pieces; the results join to `harmless` of the whole."""
+    """Escape a text that comes in pieces; the results join to `escape` of the whole."""
 
     def __init__(self) -> None:
         self._held = ""
 
     def add(self, text: str) -> str:
-        """Take a piece; return what can be shown. A \\r at its end waits: \\n may follow."""
+        """Return what can be shown of a piece. A \\r at its end is held back: \\n may follow."""
         text = self._held + text
         self._held = "\r" if text.endswith("\r") else ""
         return escape(text.removesuffix("\r"))
 
     def flush(self) -> str:
-        """Return what was held back, when no more text comes."""
+        """Return what was held back; no more text comes."""
         held, self._held = self._held, ""
         return escape(held)
 

@@ -11,11 +11,7 @@ from typing import NoReturn, ParamSpec
 from mlx_stream.errors import MlxStreamError, one_line
 
 Params = ParamSpec("Params")
-
-
 DEVICE_ERRORS = ("[metal", "[malloc")  # how MLX's messages begin
-
-
 UNWRITABLE = {
     errno.EPIPE: "was closed",
     errno.ENOSPC: "was full",
@@ -26,7 +22,7 @@ UNWRITABLE = {
 
 
 def notify(text: str) -> None:
-    """Say something to the user that is not the result."""
+    """Print a line for the user that is not the result."""
     print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
 
 
@@ -50,11 +46,11 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
-            # The interpreter's own flush at exit must find a place to go.
+            # The interpreter's own flush at exit must find an open file.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             fail(f"standard output {UNWRITABLE[error.errno]} before everything was written")
         except RuntimeError as error:
-            # A GPU's errors come late, from wherever its results are waited for.
+            # A GPU's errors come late, wherever its results are waited for.
             if not str(error).lower().startswith(DEVICE_ERRORS):
                 raise
             line = one_line(error)
@@ -69,21 +65,18 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
 
 
 def open_closed_streams() -> None:
-    """Give the standard streams that were closed before we began a place to go, or an end."""
-    # Held open for the whole process: the next file opened would else take their number.
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    """Open the null device in place of each standard stream that was closed at the start."""
+    # They stay open for the whole process: else the next file opened would take their number.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
 
 
 def prepare_process() -> None:
-    """Set this process up as a program: what an import must not do for others."""
+    """Set up this process as a program, in ways that an import must not."""
     from mlx_stream import backend
 
     backend.set_cache_limit()
-    # What the terminal's encoding does not have is shown as an escape, as on standard error.
+    # Characters that the terminal's encoding lacks are shown as escapes, as on standard error.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

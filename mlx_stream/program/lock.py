@@ -1,7 +1,7 @@
-"""One process at a time has a session open: a file it locks; knows nothing of what is in it.
+"""One process at a time uses a session: it locks a file; knows nothing of what the session holds.
 
-The system lets go of the lock when its holder dies, however it dies. The file stays, for whoever
-waits for it may have it open.
+The system releases the lock when its holder dies, however it dies. The file stays, because a
+process that waits for the lock may have it open.
 """
 
 import fcntl
@@ -15,7 +15,8 @@ from typing import Self
 from mlx_stream.errors import SessionError
 from mlx_stream.program.paths import private
 
-# Written by a holder: process id, and since when, in ISO 8601.
+BUSY = "session {name!r} is open in {holder}: close it there first, or use another name"
+# Bytes of the holder's note: its process id, and since when it holds the lock, in ISO 8601.
 LONGEST_NOTE = 100
 
 
@@ -26,33 +27,47 @@ class Lock:
         self._file: int | None = file
 
     @classmethod
-    def acquire(cls, path: Path) -> Self:
-        """Take the lock `path`, a file that is made if it is not there.
+    def acquire(cls, path: Path, busy: str = BUSY) -> Self:
+        """Lock the file `path`, which is made if it is not there.
+
+        Args:
+            busy: the error if it is locked, with places for {name} and {holder}.
 
         Raises:
-            SessionError: another process holds it, or this one already does, or it cannot be made.
+            SessionError: another process or this one holds the lock, or it cannot be made.
         """
         private(path.parent)
         while True:
-            file = open_lock(path)
+            file = -1
             try:
-                take(file, path)
-                # Its holder may have removed it meanwhile, and others may have locked the next one.
+                # O_NONBLOCK: opening a pipe of that name must not wait.
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+                file = os.open(path, flags, 0o600)
+                if not stat.S_ISREG(os.fstat(file).st_mode):
+                    raise SessionError(f"{path}: not a file; move it away")
+                os.fchmod(file, 0o600)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its holder may have removed it, and others may have locked the next one.
                 if is_at(file, path):
                     write_note(file)
-                    return cls(file)
+                    lock, file = cls(file), -1
+                    return lock
+            except BlockingIOError as error:
+                line = busy.format(name=path.stem, holder=holder(file))
+                raise SessionError(line) from error
             except OSError as error:
-                os.close(file)
-                raise cannot(path, error) from error
-            except BaseException:
-                os.close(file)
-                raise
-            os.close(file)
+                raise SessionError(
+                    f"{path}: cannot be locked: {error.strerror};"
+                    " check the folder, or set MLX_STREAM_HOME to another"
+                ) from error
+            finally:
+                if file >= 0:
+                    os.close(file)
 
     def close(self) -> None:
-        """Let go of the lock; it may be closed twice."""
+        """Release the lock; a second call does nothing."""
         if self._file is not None:
-            # A note that stays says nothing: whoever locks the file next writes over it.
+            # A note that stays is overwritten by the next holder.
             with suppress(OSError):
                 os.ftruncate(self._file, 0)
             os.close(self._file)
@@ -63,28 +78,6 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def open_lock(path: Path) -> int:
-    # O_NONBLOCK: a pipe of that name must not make us wait.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        return os.open(path, flags, 0o600)
-    except OSError as error:
-        raise cannot(path, error) from error
-
-
-def take(file: int, path: Path) -> None:
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        raise SessionError(f"{path}: not a file; move it away")
-    os.fchmod(file, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise SessionError(
-            f"session {path.stem!r} is open in {holder(file)}:"
-            " close it there first, or use another name"
-        ) from error
 
 
 def is_at(file: int, path: Path) -> bool:
@@ -103,7 +96,7 @@ def write_note(file: int) -> None:
 
 
 def holder(file: int) -> str:
-    """Say who holds a lock, of the note in it; it may hold none yet, or anything."""
+    """Return who holds a lock by the note in its file, which may be missing or wrong."""
     try:
         process, start = os.pread(file, LONGEST_NOTE, 0).decode("ascii").split()
         since, now = datetime.fromisoformat(start).astimezone(), datetime.now().astimezone()
@@ -111,10 +104,3 @@ def holder(file: int) -> str:
         return f"process {int(process)} since {since.strftime(form)}"
     except (OSError, ValueError, OverflowError):
         return "another process"
-
-
-def cannot(path: Path, error: OSError) -> SessionError:
-    return SessionError(
-        f"{path}: cannot be locked: {error.strerror};"
-        " check the folder, or set MLX_STREAM_HOME to another"
-    )

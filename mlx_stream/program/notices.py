@@ -1,4 +1,4 @@
-"""Who is told, in one line, what a user should know; knows nothing of what is said."""
+"""Functions that are called with a line for the user."""
 
 from collections.abc import Callable
 
@@ -6,4 +6,4 @@ Notify = Callable[[str], None]
 
 
 def discard(notice: str) -> None:
-    """Take a notice and drop it."""
+    """Drop a notice."""

@@ -1,4 +1,4 @@
-"""Public names of a package, each fetched when it is first asked for; knows no package."""
+"""A package's public names, imported on first use; knows no package."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -6,14 +6,7 @@ from typing import Any
 
 
 def fetch_name(package: str, homes: Mapping[str, str], name: str) -> Any:
-    """Return a name from the module that defines it: what `__getattr__` of a package returns.
-
-    Args:
-        homes: the modules by the public names that they define.
-
-    Raises:
-        AttributeError: it is none of them.
-    """
+    """Return a name from the module that `homes` gives, for `__getattr__` of a package."""
     if name not in homes:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(import_module(homes[name]), name)

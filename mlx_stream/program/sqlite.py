@@ -1,10 +1,9 @@
-"""SQLite as conversations use it: a private file that survives a crash; knows no conversation.
+"""SQLite as our programs use it: a private file that survives a crash; knows no conversation.
 
-A file is untrusted: nothing is selected from it before its schema was found to be ours, no value of
-it is longer than it is, and whatever SQLite says of it becomes one line for its user.
+A file is untrusted. Nothing is selected from it before its schema was found to be ours, no value
+is longer than the file, and whatever SQLite says about it becomes one line for its user.
 """
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,13 +34,16 @@ OPENING_STEPS = 200_000
 # Seconds to wait for another program that has the file locked.
 PATIENCE = 2.0
 
+FULL = "the disk is full: make room, then try again"
+LOCKED = "another program is using it: close it there, then try again"
+UNWRITABLE = "it cannot be written: check the permissions of {path}"
 ADVICE = {
-    sqlite3.SQLITE_FULL: "the disk is full: make room, then try again",
-    sqlite3.SQLITE_READONLY: "it cannot be written: check the permissions of {path}",
-    sqlite3.SQLITE_PERM: "it cannot be written: check the permissions of {path}",
+    sqlite3.SQLITE_FULL: FULL,
+    sqlite3.SQLITE_READONLY: UNWRITABLE,
+    sqlite3.SQLITE_PERM: UNWRITABLE,
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check the permissions of {path} and its folder",
-    sqlite3.SQLITE_BUSY: "another program is using it: close it there, then try again",
-    sqlite3.SQLITE_LOCKED: "another program is using it: close it there, then try again",
+    sqlite3.SQLITE_BUSY: LOCKED,
+    sqlite3.SQLITE_LOCKED: LOCKED,
     sqlite3.SQLITE_IOERR: "the disk is full, or cannot be read or written ({error}): make room, "
     "or check it, then try again",
     sqlite3.SQLITE_TOOBIG: "too long to be stored",
@@ -75,7 +77,7 @@ def connect(path: Path, longest: int) -> sqlite3.Connection:
 
 
 def limit_length(connection: sqlite3.Connection, longest: int) -> None:
-    """Bound the bytes of a value, read or written."""
+    """Limit the bytes of a value, read or written."""
     longest = min(max(longest, SHORTEST_LIMIT), LONGEST_ROW)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
 
@@ -92,27 +94,18 @@ def files(path: Path) -> tuple[Path, ...]:
 
 
 def partial_path(path: Path) -> Path:
-    """Return where a database is until it is whole."""
+    """Return where a database is until it is complete."""
     return path.with_name(f".{path.name}.new")
 
 
 def bytes_on_disk(path: Path) -> int:
     """Return the bytes of a database and of its log."""
     total = 0
-    # The log first: what leaves it meanwhile is in the database by then.
+    # The log first: what leaves it in between is in the database by then.
     for part in (files(path)[1], path):
         with suppress(FileNotFoundError):
             total += part.stat().st_size
     return total
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 # --- errors ---
@@ -120,7 +113,7 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def reporting_damage() -> Iterator[None]:
-    """Take whatever is wrong with a value for damage of the file it is read from."""
+    """Report whatever is wrong with a value as damage of its file."""
     try:
         yield
     except (ValueError, TypeError, sqlite3.DataError) as error:
@@ -128,12 +121,16 @@ def reporting_damage() -> Iterator[None]:
 
 
 @contextmanager
-def reporting_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong with a session's file into one line for its user."""
+def reporting_errors(path: Path, kind: str = "session") -> Iterator[None]:
+    """Report what goes wrong with a database in one line for its user.
+
+    Args:
+        kind: what its user calls it; the file's name follows.
+    """
     try:
         yield
     except (OSError, OverflowError, TypeError, ValueError, sqlite3.Error) as error:
-        raise SessionError(f"session {path.stem!r}: {explain_error(error, path)}") from error
+        raise SessionError(f"{kind} {path.stem!r}: {explain_error(error, path)}") from error
 
 
 def explain_error(error: Exception, path: Path) -> str:
@@ -141,7 +138,7 @@ def explain_error(error: Exception, path: Path) -> str:
     text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
     text = " ".join(text.split()) or type(error).__name__
     code = getattr(error, "sqlite_errorcode", None)
-    # The low byte is the kind; the others say more of it.
+    # The low byte is the kind; the others say more about it.
     kind = None if code is None else code & 0xFF
     # Text that is not UTF-8 comes without a code.
     undecodable = isinstance(error, sqlite3.OperationalError) and code is None

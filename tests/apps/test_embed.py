@@ -1,4 +1,4 @@
-"""The examples for other people's apps, each run as it is, and what keeps them small."""
+"""The examples for other people's apps, each run unchanged."""
 
 import os
 import re
@@ -91,7 +91,7 @@ def run(
 
 @pytest.fixture
 def display() -> Iterator[str]:
-    """Give a screen to draw on: the user's, macOS's own, or one that nobody sees."""
+    """Yield a screen to draw on: the user's, macOS's own, or an invisible one."""
     pytest.importorskip("tkinter", reason="this Python has no tkinter")
     if sys.platform == "darwin" or os.environ.get("DISPLAY"):
         yield os.environ.get("DISPLAY", "")
@@ -134,7 +134,7 @@ def test_the_readmes_blocks_run_in_their_order(letters, tmp_path):
 
 @pytest.mark.starter
 def test_the_readmes_refused_session_is_refused_by_the_starter_anywhere(starter):
-    """By its context, that is: how many bytes fit differs from machine to machine."""
+    """Refused by its context: how many bytes fit differs between machines."""
     asked = re.search(r"session\(window=([\d_]+)\)\.wait", "\n".join(readme_blocks()))
     assert asked and int(asked[1]) + 4 > starter.config.max_position_embeddings
 

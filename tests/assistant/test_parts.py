@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from mlx_stream.errors import SessionError
 from mlx_stream_assistant import notes_folder
+from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import LONGEST_CHUNK, Chunk, Journal, cut
 from mlx_stream_assistant.notes import NotesFile, markdown
 from mlx_stream_assistant.notes_folder import BETWEEN, NotesFolder
-from mlx_stream_assistant.paths import AssistantError, assistant_paths, lock
+from mlx_stream_assistant.paths import assistant_paths
 
 NOW = datetime(2026, 11, 27, 14, 5)
 
@@ -25,7 +27,7 @@ NOW = datetime(2026, 11, 27, 14, 5)
 
 
 class Looking:
-    """A folder of notes, what came of it, and what was said."""
+    """A folder of notes, the text read from it, and its notices."""
 
     def __init__(self, path: Path, **more):
         self.path, self.more, self.now = path, more, 0.0
@@ -84,7 +86,7 @@ def test_a_note_that_is_being_written_waits(tmp_path):
     assert len(list(Path("/dev/fd").iterdir())) == before  # it is not held open
 
 
-def test_what_is_no_note_is_said_once_and_left(tmp_path, monkeypatch):
+def test_files_that_are_not_notes_are_reported_once_and_left(tmp_path, monkeypatch):
     monkeypatch.setattr(notes_folder, "LONGEST_NOTE", 100)
     (tmp_path / "long.md").write_text("x" * 101)
     (tmp_path / "binary.txt").write_bytes(b"\x00\x01")
@@ -124,7 +126,7 @@ def test_a_note_whose_name_is_not_utf_8_is_refused_and_the_others_are_read(tmp_p
     assert looking.look() == [("cafe.md", "bad\n")]
 
 
-def test_a_byte_order_mark_is_no_text_of_a_note(tmp_path):
+def test_a_byte_order_mark_is_not_text_of_a_note(tmp_path):
     (tmp_path / "a.md").write_text("\ufeffone\n", encoding="utf-8")
     looking = Looking(tmp_path)
     assert looking.look() == [("a.md", "one\n")]
@@ -132,6 +134,17 @@ def test_a_byte_order_mark_is_no_text_of_a_note(tmp_path):
         file.write("more \ufeff\n")
     looking.begin()
     assert looking.look() == [("a.md", "more \ufeff\n")]
+
+
+def test_an_excluded_file_is_not_read_under_any_name(tmp_path):
+    diary = tmp_path / "diary.txt"
+    diary.write_text("mine\n")
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    os.link(diary, folder / "linked.md")
+    (folder / "symbolic.md").symlink_to(diary)
+    (folder / "a.md").write_text("one\n")
+    assert Looking(folder, excluded=[diary, tmp_path / "none"]).look() == [("a.md", "one\n")]
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "loop"])
@@ -172,7 +185,7 @@ def arrival(text: str, source: str = "x.log", **more) -> Chunk:
     return Chunk(source, "file", source, text.encode(), text, {"offset": 1}, **more)
 
 
-def test_what_was_appended_is_there_after_a_restart(journal, tmp_path):
+def test_appended_chunks_are_there_after_a_restart(journal, tmp_path):
     for number in range(5):
         journal.append(arrival(f"line {number}\n"))
     again = Journal(journal.path)
@@ -186,6 +199,9 @@ def test_what_was_appended_is_there_after_a_restart(journal, tmp_path):
     assert again.bytes == len(text) and source.place == {"offset": 1}
     assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(journal.path.parent.stat().st_mode) == 0o700
+    again.append(Chunk("y.log", "file", "y.log", b"", "", {"offset": 7}))  # of --from-end
+    source = again.source("y.log")
+    assert source and source.place == {"offset": 7} and again.last == 5
     again.close()
 
 
@@ -258,15 +274,15 @@ def test_threads_that_append_at_once(journal):
 
 def test_a_transaction_that_fails_changes_nothing(journal):
     journal.append(arrival("a"))
-    with pytest.raises(AssistantError):
+    with pytest.raises(SessionError):
         journal.append(Chunk("x", "file", "x", b"", "\ud800"))
-    (pages,) = journal._file.connection.execute("PRAGMA page_count").fetchone()
-    journal._file.connection.execute(f"PRAGMA max_page_count = {pages}").close()
-    with pytest.raises(AssistantError, match="disk is full"):
+    (pages,) = journal._connection.execute("PRAGMA page_count").fetchone()
+    journal._connection.execute(f"PRAGMA max_page_count = {pages}").close()
+    with pytest.raises(SessionError, match="disk is full"):
         journal.append(arrival("b" * 100_000))
     source = journal.source("x.log")
     assert journal.last == 1 and source and source.bytes == 1
-    journal._file.connection.execute("PRAGMA max_page_count = 100000").close()
+    journal._connection.execute("PRAGMA max_page_count = 100000").close()
     journal.append(arrival("c"))
     assert [c.text for c in journal.chunks(0)] == ["a", "c"]
 
@@ -275,28 +291,22 @@ def test_a_damaged_or_foreign_journal_is_refused_in_a_line(tmp_path):
     path = tmp_path / "x.db"
     for data in (b"not a database " * 100, b"SQLite format 3\0" + b"x" * 99):
         path.write_bytes(data)
-        with pytest.raises(AssistantError, match="move it away") as caught:
+        with pytest.raises(SessionError, match="put a backup in place") as caught:
             Journal(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     path.unlink()
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE x (y)")
     connection.close()
-    with pytest.raises(AssistantError, match="not a journal"):
+    with pytest.raises(SessionError, match="not a journal"):
         Journal(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(AssistantError):
+    with pytest.raises(SessionError):
         Journal(path)
 
 
-def test_one_process_at_a_time(tmp_path):
-    where = assistant_paths("main")
-    held = lock(where.lock)
-    with pytest.raises(AssistantError, match="running already"):
-        lock(where.lock)
-    os.close(held)
-    os.close(lock(where.lock))
+def test_names_that_cannot_be():
     for name in ("", ".x", "-x", "a/b", "x" * 33):
         with pytest.raises(AssistantError, match="cannot be an assistant's name"):
             assistant_paths(name)
@@ -315,7 +325,7 @@ def test_notes_are_added_to_the_end_of_their_file(journal, tmp_path):
         "## 2026-11-27 14:05\n\nAll was well.\n\n*about*\n\nMine.\n\n"
         "## 2026-11-27 14:05\n\n\\# Loud\n\\```\nTwo\n\\===\n\n*about*\n\n"
     )
-    assert journal.last_note_chunk == (9, NOW.timestamp()) and journal.writing is None
+    assert journal.last_note == (9, NOW.timestamp()) and journal.writing is None
     assert "had nothing to say" in markdown(" \n", NOW, "about")
 
 

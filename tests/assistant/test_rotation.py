@@ -3,12 +3,11 @@
 import itertools
 import os
 import random
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from mlx_stream_assistant import file_search, tail
+from mlx_stream_assistant import rotation, tail
 from mlx_stream_assistant.rotation import rotation_number
 from mlx_stream_assistant.tail import GRACE
 from tests.fakes.following import Reading, add, rotate, write
@@ -20,15 +19,15 @@ def path(tmp_path: Path) -> Path:
 
 
 def read_one(path: Path) -> Reading:
-    """Return one that has read "one"."""
+    """Return a reading that has read "one"."""
     write(path, b"one\n", 2)
     reading = Reading(path)
     reading.poll()
     return reading
 
 
-def rotated_while_nobody_looked(path: Path) -> Reading:
-    """Return one that has read "one"; "two" is in x.log.1, and "three" in x.log."""
+def rotated_unseen(path: Path) -> Reading:
+    """Return a reading that has read "one"; "two" is in x.log.1, and "three" in x.log."""
     reading = read_one(path)
     write(path, b"two\n", 3)
     rotate(path)
@@ -40,7 +39,7 @@ def rotated_while_nobody_looked(path: Path) -> Reading:
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("unread", [b"", b"two\nhalf a li"])
-def test_rotated_more_than_once_while_nobody_looked(path, unread, restart, cut):
+def test_rotated_more_than_once_unseen(path, unread, restart, cut):
     write(path.with_name("x.log.1"), b"of long ago\n", 1)
     reading = read_one(path)
     write(path, unread, 3)
@@ -76,7 +75,7 @@ def test_rotated_more_than_once_by_date(path, names):
 
 
 @pytest.mark.parametrize("kept", [(1, 2, 3), (1,), (3,)])
-def test_what_is_no_file_in_between_is_not_read_again(path, kept):
+def test_other_rotated_files_are_not_read_again(path, kept):
     """Higher numbers for later files; a file written to after it was left; one that is gone."""
     reading = Reading(path)
     for number in range(1, 4):
@@ -114,8 +113,8 @@ def test_a_binary_file_in_between_is_passed_over(path):
 
 
 def replace_open_file(monkeypatch, opened) -> None:
-    """Have files opened another way, the one that is read and those beside it."""
-    for module in (tail, file_search):
+    """Replace the function that opens the file that is read, and those beside it."""
+    for module in (tail, rotation):
         monkeypatch.setattr(module, "open_file", opened)
 
 
@@ -184,26 +183,8 @@ def test_how_rotation_names_files():
         assert rotation_number("x.log", other) is None
 
 
-def test_another_file_that_goes_while_it_is_looked_at(path, monkeypatch):
-    class Gone:
-        name, path = "gone.1", "gone.1"
-
-        def is_file(self, **_):
-            return True
-
-        def stat(self, **_):
-            raise FileNotFoundError(2, "No such file or directory")
-
-    reading = rotated_while_nobody_looked(path)
-    look = os.scandir
-    entries = lambda folder: nullcontext(iter([Gone(), *look(folder)]))  # noqa: E731
-    monkeypatch.setattr(file_search.os, "scandir", entries)
-    reading.wait()
-    assert reading.taken == b"one\ntwo\nthree\n"
-
-
 def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
-    reading = rotated_while_nobody_looked(path)
+    reading = rotated_unseen(path)
     whole, opens = tail.open_file, itertools.count()
 
     def opened(found: Path) -> int:
@@ -216,20 +197,6 @@ def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
     reading.wait(60)
     assert next(opens) > 13
     assert reading.taken == b"one\ntwo\nthree\n0\n1\n3\n4\n8\n13\n"
-
-
-def test_a_file_that_is_renamed_before_it_is_opened(path, monkeypatch):
-    reading = rotated_while_nobody_looked(path)
-    whole, again = tail.open_file, path.with_name("x.log.2")
-
-    def opened(found: Path) -> int:
-        if not again.exists():
-            path.with_name("x.log.1").rename(again)
-        return whole(found)
-
-    replace_open_file(monkeypatch, opened)
-    reading.wait(10)
-    assert reading.taken == b"one\ntwo\nthree\n"
     assert not [line for line in reading.told if "cannot be read" in line]
 
 
@@ -245,7 +212,7 @@ def test_a_copy_of_no_more_than_was_read_is_left(path):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_random_life_of_a_file(path, seed):
-    """Also killed before what was read is on disk, and renamed often between two looks."""
+    """Also killed before text is on disk, and renamed often between two looks."""
     luck, number, now = random.Random(seed), 0, 0
     reading, written = Reading(path), b""
     rotates = (
@@ -259,7 +226,7 @@ def test_a_random_life_of_a_file(path, seed):
             write(path, line, now)
             written, number = written + line, number + 1
             if step == 0:
-                reading.wait()  # of what was there before the first look, nothing is known
+                reading.wait()  # what was written before the first look may be missed
         elif what == "rename" and path.exists():
             rotates(path)
         elif what == "restart":

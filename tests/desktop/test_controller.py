@@ -1,4 +1,4 @@
-"""The desktop app without its window: send, stream, stop, go on, and what may go wrong."""
+"""The desktop app without its window: send, stream, stop, reopen, and errors."""
 
 import asyncio
 from dataclasses import replace
@@ -27,7 +27,7 @@ async def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
 
 
 @on_a_loop
-async def test_stop_ends_a_reply_within_a_token_and_keeps_what_was_said(letters):
+async def test_stop_ends_a_reply_within_a_token_and_keeps_it(letters):
     async with desk(letters, window=200, max_tokens=600) as one:
         task = asyncio.create_task(one.send("Go on for ever."))
         await until(lambda: one.said and len(one.said[-1].reply) >= 5)
@@ -44,7 +44,7 @@ async def test_stop_ends_a_reply_within_a_token_and_keeps_what_was_said(letters)
 
 
 @on_a_loop
-async def test_what_leaves_the_window_is_counted_in_the_gauge_and_among_the_exchanges(letters):
+async def test_evicted_tokens_and_exchanges_are_counted(letters):
     async with desk(letters, window=60, max_tokens=20) as one:
         for number in range(4):
             await one.send(f"Question {number}?")
@@ -54,7 +54,7 @@ async def test_what_leaves_the_window_is_counted_in_the_gauge_and_among_the_exch
 
 
 @on_a_loop
-async def test_a_saved_conversation_is_reopened_with_its_window_and_goes_on(letters):
+async def test_a_saved_conversation_is_reopened_with_its_window_and_continues(letters):
     async with desk(letters, window=90) as one:
         await one.send("First?")
         before, gauge = [*one.said], one.gauge
@@ -84,7 +84,7 @@ async def test_a_first_question_that_is_refused_leaves_no_conversation(letters):
 
 
 @on_a_loop
-async def test_the_same_conversation_goes_on_with_another_model(letters, tiny):
+async def test_a_conversation_continues_with_another_model(letters, tiny):
     async with desk(letters) as one:
         await one.send("Hi")
         await one.choose_model(str(tiny))

@@ -1,4 +1,4 @@
-"""The desktop app as a real window, drawn by Qt where nobody sees it."""
+"""The desktop app as a real window, drawn by Qt off screen."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the desktop app is made of: lines of text, pauses between drawings, names, rows."""
+"""The desktop app's parts: lines of text, pauses between drawings, names, rows."""
 
 from itertools import pairwise
 
@@ -37,7 +37,7 @@ def test_no_line_is_too_wide_and_nothing_but_spaces_is_lost(text, width):
     assert wrapped.replace(" ", "").replace("\n", "") == text.replace(" ", "").replace("\n", "")
 
 
-def test_what_is_shown_is_bounded_and_without_control_characters():
+def test_shown_text_is_cut_and_has_no_control_characters():
     assert escape_markup("a\x1b[2Jb\r\nc\td\x00") == "a[2Jb\nc    d"
     long = escape_markup("x" * (LONGEST_SHOWN + 5))
     assert len(long) < LONGEST_SHOWN + 100 and long.endswith("of 20,005 characters)")

@@ -1,10 +1,10 @@
-"""The desktop app's window on Toga's dummy backend: what is typed, clicked and shown."""
+"""The desktop app's window on Toga's dummy backend: typing, clicks and what it shows."""
 
 import asyncio
 
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.program.lock import Lock
-from tests.fakes.desks import app, asked, has_left, settled, until
+from tests.fakes.desks import answered, app, asked, has_left, on_a_loop, settled, until
 from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters
 
@@ -15,228 +15,171 @@ def clicked(view, name):
     view.conversations._impl.simulate_selection(names.index(name))
 
 
-def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
-    async def use():
-        async with app(letters, window=200, max_tokens=150) as one:
-            view = one.view
-            assert view.gauge.text == "nothing is attended yet"
-            assert view.send.enabled and not view.stop.enabled
-            await asked(one, "What is new?")
-            assert view.question.value == ""
-            lengths = set()
+@on_a_loop
+async def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
+    async with app(letters, window=200, max_tokens=150) as one:
+        view = one.view
+        assert view.gauge.text == "nothing is attended yet"
+        assert view.send.enabled and not view.stop.enabled
+        await asked(one, "What is new?")
+        assert view.question.value == ""
+        lengths = set()
 
-            def grows():
-                lengths.add(len(view.transcript.text))
-                return one.desk.status.idle
+        def grows():
+            lengths.add(len(view.transcript.text))
+            return one.desk.status.idle
 
-            await until(grows)
-            await settled(one)
-            await until(lambda: one.desk.said[0].reply in view.transcript.text)
-            assert len(lengths) > 2
-            assert view.transcript.text.startswith("What is new?\n\n")
-            assert view.gauge.text == str(one.desk.gauge)
-            pinned, attended, free = view.gauge.shares
-            assert (pinned + attended, pinned + attended + free) == (
-                one.desk.gauge.attended,
-                one.desk.gauge.capacity,
-            )
-            await until(lambda: len(view.conversations.data) == 1)
-            assert view.conversations.data[0].title == "\N{BULLET} what-is-new"
-
-    asyncio.run(use())
+        await until(grows)
+        await settled(one)
+        await until(lambda: one.desk.said[0].reply in view.transcript.text)
+        assert len(lengths) > 2
+        assert view.transcript.text.startswith("What is new?\n\n")
+        assert view.gauge.text == str(one.desk.gauge)
+        pinned, attended, free = view.gauge.shares
+        assert (pinned + attended, pinned + attended + free) == (
+            one.desk.gauge.attended,
+            one.desk.gauge.capacity,
+        )
+        await until(lambda: len(view.conversations.data) == 1)
+        assert view.conversations.data[0].title == "\N{BULLET} what-is-new"
 
 
-def test_enter_sends_too_and_nothing_is_sent_while_a_reply_streams(letters):
-    async def use():
-        async with app(letters, window=200, max_tokens=600) as one:
-            one.view.question.value = "First"
-            one.view.question._impl.simulate_confirm()
-            await until(lambda: one.desk.status.can_stop)
-            one.view.question.value = "Second"
-            one.view.question._impl.simulate_confirm()
-            await settled(one)
-            assert [s.question for s in one.desk.said] == ["First"]
-            assert one.view.question.value == "Second"
-
-    asyncio.run(use())
-
-
-def test_the_stop_button_stops(letters):
-    async def use():
-        async with app(letters, window=200, max_tokens=2_000) as one:
-            await asked(one, "For ever?")
-            await until(lambda: one.view.stop.enabled and one.desk.said[0].reply)
-            assert not one.view.send.enabled and not one.view.model.enabled
-            one.view.stop._impl.simulate_press()
-            await settled(one)
-            assert len(one.desk.said[0].reply) < 2_000
-            await until(lambda: one.view.transcript.text.endswith(" [stopped]"))
-
-    asyncio.run(use())
+@on_a_loop
+async def test_enter_sends_too_the_stop_button_stops_and_nothing_is_sent_in_between(letters):
+    async with app(letters, window=200, max_tokens=2_000) as one:
+        one.view.question.value = "For ever?"
+        one.view.question._impl.simulate_confirm()
+        await until(lambda: one.view.stop.enabled and one.desk.said[0].reply)
+        assert not one.view.send.enabled and not one.view.model.enabled
+        one.view.question.value = "Second"
+        one.view.question._impl.simulate_confirm()
+        one.view.stop._impl.simulate_press()
+        await settled(one)
+        assert len(one.desk.said) == 1 and len(one.desk.said[0].reply) < 2_000
+        assert one.view.question.value == "Second"
+        await until(lambda: one.view.transcript.text.endswith(" [stopped]"))
 
 
-def test_a_click_in_the_list_reopens_a_saved_conversation(letters):
-    async def use():
-        async with app(letters, window=200) as one:
-            view = one.view
-            await asked(one, "First?")
-            await settled(one)
-            said = one.desk.said[0]
-            view.new._impl.simulate_press()
-            await until(lambda: view.transcript.text == "")
-            await settled(one)
-            assert view.gauge.text == "nothing is attended yet"
-            await asked(one, "Another?")
-            await settled(one)
-            await until(lambda: len(view.conversations.data) == 2)
-            clicked(view, "first")
-            await until(lambda: one.desk.name == "first")
-            await settled(one)
-            await until(lambda: said.reply in view.transcript.text)
-            assert "Another?" not in view.transcript.text
-            await asked(one, "Second?")
-            await settled(one)
-            assert [s.question for s in one.desk.said] == ["First?", "Second?"]
-
-    asyncio.run(use())
+@on_a_loop
+async def test_a_click_in_the_list_reopens_a_saved_conversation(letters):
+    async with app(letters, window=200) as one:
+        view = one.view
+        await answered(one, "First?")
+        said = one.desk.said[0]
+        view.new._impl.simulate_press()
+        await until(lambda: view.transcript.text == "")
+        await settled(one)
+        assert view.gauge.text == "nothing is attended yet"
+        await answered(one, "Another?")
+        await until(lambda: len(view.conversations.data) == 2)
+        clicked(view, "first")
+        await until(lambda: one.desk.name == "first")
+        await settled(one)
+        await until(lambda: said.reply in view.transcript.text)
+        assert "Another?" not in view.transcript.text
 
 
-def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_window(tmp_path):
+@on_a_loop
+async def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_window(tmp_path):
     letters = write_letters(
         tmp_path / "letters", tiny_config(**SMALL, max_position_embeddings=1_024)
     )
+    async with app(tmp_path / "nowhere") as one:
+        view = one.view
+        assert "nowhere" in view.notice.text.replace("\n", "")
+        assert view.notice.style.color != view.transcript._colours.faded
+        await until(lambda: one.desk.models == ["starter"])
+        one.desk.models.append(str(letters))
+        one.changed()
+        await until(lambda: str(letters) in [row.value for row in view.model.items])
+        view.model.value = str(letters)
+        await until(lambda: one.desk.status.idle and one.desk.model == str(letters))
+        await settled(one)
+        await until(lambda: view.notice.text == "")
+        await answered(one, "Hi")
+        view.window.value = "508"
+        await until(lambda: one.desk.gauge.capacity == 512)
+        await settled(one)
+        view.window.value = "8,000"  # more than the model was trained with
+        await until(lambda: "trained context" in view.notice.text.replace("\n", " "))
+        await settled(one)
+        await until(lambda: view.window.value == "508")
 
-    async def use():
-        async with app(tmp_path / "nowhere") as one:
-            view = one.view
-            assert "nowhere" in view.notice.text.replace("\n", "")
-            assert view.notice.style.color != view.transcript._colours.faded
-            await until(lambda: one.desk.models == ["starter"])
-            one.desk.models.append(str(letters))
-            one.changed()
-            await until(lambda: str(letters) in [row.value for row in view.model.items])
-            view.model.value = str(letters)
-            await until(lambda: one.desk.status.idle and one.desk.model == str(letters))
+
+@on_a_loop
+async def test_a_question_that_was_not_read_is_back_where_it_was_typed(letters):
+    async with app(letters) as one:
+        await answered(one, "First?")
+        await until(lambda: one.view.conversations.data)
+        one.view.new._impl.simulate_press()
+        await until(lambda: one.desk.name is None)
+        with Lock.acquire(session_paths("first").lock):
+            clicked(one.view, "first")
+            await until(lambda: one.desk.status.alarming)
             await settled(one)
-            await until(lambda: view.notice.text == "")
-            await asked(one, "Hi")
-            await settled(one)
-            view.window.value = "508"
-            await until(lambda: one.desk.gauge.capacity == 512)
-            await settled(one)
-            view.window.value = "8,000"  # more than the model was trained with
-            await until(lambda: "trained context" in view.notice.text.replace("\n", " "))
-            await settled(one)
-            await until(lambda: view.window.value == "508")
-
-    asyncio.run(use())
-
-
-def test_a_question_that_was_not_read_is_back_where_it_was_typed(letters):
-    async def use():
-        async with app(letters) as one:
-            await asked(one, "First?")
-            await settled(one)
-            await until(lambda: one.view.conversations.data)
-            one.view.new._impl.simulate_press()
-            await until(lambda: one.desk.name is None)
-            with Lock.acquire(session_paths("first").lock):
-                clicked(one.view, "first")
-                await until(lambda: one.desk.status.alarming)
-                await settled(one)
-                one.view.question.value = "Lost?"
-                one.view.send._impl.simulate_press()
-                await until(lambda: one.view.question.value == "Lost?" and one.desk.status.idle)
-                assert len(one.desk.said) == 1
-
-    asyncio.run(use())
-
-
-def test_a_question_sent_in_the_moment_another_click_takes_is_not_lost(letters):
-    async def use():
-        async with app(letters) as one:
-            await asked(one, "First?")
-            await settled(one)
-            one.view.new._impl.simulate_press()
-            for question in ("Lost?", "Or this?"):
-                one.view.question.value = question
-                one.view.send._impl.simulate_press()  # before the loop has begun with the first
-                assert one.view.question.value == ""
-            await settled(one)
-            assert one.view.question.value == "Lost? Or this?" and one.desk.said == []
-
-    asyncio.run(use())
-
-
-def test_a_question_that_was_not_read_waits_while_the_next_is_typed(letters):
-    async def use():
-        async with app(letters) as one:
-            await asked(one, "First?")
-            await settled(one)
-            one.view.new._impl.simulate_press()
             one.view.question.value = "Lost?"
             one.view.send._impl.simulate_press()
-            one.view.question.value = "Second?"  # typed before the window shows the first again
-            await settled(one)
-            assert one.view.question.value == "Second?"
-            await asked(one, "Second?")
-            await settled(one)
-            await until(lambda: one.view.question.value == "Lost?")
-            assert [s.question for s in one.desk.said] == ["Second?"]
-
-    asyncio.run(use())
+            await until(lambda: one.view.question.value == "Lost?" and one.desk.status.idle)
+            assert len(one.desk.said) == 1
 
 
-def test_a_question_sent_while_the_window_is_changed_is_not_read_behind_its_back(letters):
-    async def use():
-        async with app(letters, window=200) as one:
-            await asked(one, "Hi")
-            await settled(one)
-            one.view.window.value = "508"
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            one.view.question.value = "More"
-            one.view.send._impl.simulate_press()
-            await settled(one)
-            assert one.desk.window == 508 and not one.desk.status.alarming
-            assert one.view.question.value == "More"
-            assert [s.question for s in one.desk.said] == ["Hi"]
-            (saved,) = one.desk.conversations
-            assert saved.exchanges == 1
-
-    asyncio.run(use())
+@on_a_loop
+async def test_questions_sent_in_the_moment_another_click_takes_are_drafts(letters):
+    async with app(letters) as one:
+        await answered(one, "First?")
+        one.view.new._impl.simulate_press()
+        for question in ("Lost?", "Or this?"):
+            one.view.question.value = question
+            one.view.send._impl.simulate_press()  # before the loop has begun with the first
+            assert one.view.question.value == ""
+        one.view.question.value = "Second?"  # typed before the window shows them again
+        await settled(one)
+        assert one.view.question.value == "Second?" and one.desk.said == []
+        await answered(one, "Second?")
+        await until(lambda: one.view.question.value == "Lost? Or this?")
+        assert [s.question for s in one.desk.said] == ["Second?"]
 
 
-def test_on_a_mac_an_icon_in_the_menu_bar_stops_replies_and_brings_the_window_back(letters):
-    async def use():
-        async with app(letters, window=200, max_tokens=2_000, status_icon=True) as one:
-            (icon,) = one.status_icons
-            commands = {c.text: c for c in one.status_icons.commands if hasattr(c, "text")}
-            assert commands["Show window"].group is icon
-            await asked(one, "For ever?")
-            await until(lambda: one.desk.said[0].reply)
-            one.main_window._impl.simulate_close()
-            assert not one.main_window.visible and one.desk.status.can_stop and not has_left(one)
-            commands["Stop the reply"].action()
-            await until(lambda: one.desk.status.idle)
-            commands["Show window"].action()
-            await until(lambda: one.main_window.visible)
+@on_a_loop
+async def test_a_question_sent_while_the_window_is_changed_is_not_read_behind_its_back(letters):
+    async with app(letters, window=200) as one:
+        await answered(one, "Hi")
+        one.view.window.value = "508"
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        one.view.question.value = "More"
+        one.view.send._impl.simulate_press()
+        await settled(one)
+        assert one.desk.window == 508 and not one.desk.status.alarming
+        assert one.view.question.value == "More"
+        assert [s.question for s in one.desk.said] == ["Hi"]
+        (saved,) = one.desk.conversations
+        assert saved.exchanges == 1
 
-    asyncio.run(use())
+
+@on_a_loop
+async def test_on_a_mac_an_icon_in_the_menu_bar_stops_replies_and_brings_the_window_back(letters):
+    async with app(letters, window=200, max_tokens=2_000, status_icon=True) as one:
+        (icon,) = one.status_icons
+        commands = {c.text: c for c in one.status_icons.commands if hasattr(c, "text")}
+        assert commands["Show window"].group is icon
+        await asked(one, "For ever?")
+        await until(lambda: one.desk.said[0].reply)
+        one.main_window._impl.simulate_close()
+        assert not one.main_window.visible and one.desk.status.can_stop and not has_left(one)
+        commands["Stop the reply"].action()
+        await until(lambda: one.desk.status.idle)
+        commands["Show window"].action()
+        await until(lambda: one.main_window.visible)
 
 
-def test_a_conversation_can_be_had_as_text(letters):
-    async def use():
-        async with app(letters) as one:
-            await asked(one, "Hi <b>you</b>")
-            await settled(one)
-            before = set(one.windows)
-            next(c for c in one.commands if c.text == "Conversation as text").action()
-            await until(lambda: set(one.windows) - before)
-            (window,) = set(one.windows) - before
-            assert window.content.readonly
-            assert window.content.value == (
-                f"You:\nHi <b>you</b>\n\nModel:\n{one.desk.said[0].reply}"
-            )
-
-    asyncio.run(use())
+@on_a_loop
+async def test_a_conversation_can_be_shown_as_text(letters):
+    async with app(letters) as one:
+        await answered(one, "Hi <b>you</b>")
+        before = set(one.windows)
+        next(c for c in one.commands if c.text == "Conversation as text").action()
+        await until(lambda: set(one.windows) - before)
+        (window,) = set(one.windows) - before
+        assert window.content.readonly
+        assert window.content.value == (f"You:\nHi <b>you</b>\n\nModel:\n{one.desk.said[0].reply}")

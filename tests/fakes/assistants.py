@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_stream_assistant.paths import AssistantError, assistant_paths
+from mlx_stream_assistant.errors import AssistantError
+from mlx_stream_assistant.paths import assistant_paths
 from mlx_stream_assistant.socket_server import request
 
 PROGRAM = ("-m", "mlx_stream_assistant")

@@ -1,4 +1,4 @@
-"""How tests drive the desktop app: its desk alone, and its window on Toga's dummy backend."""
+"""How tests drive the desktop app: its controller alone, and its window on the dummy backend."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 
 
 async def until(so: Callable[[], object]) -> None:
-    """Let the event loop run until something is so."""
+    """Run the event loop until a condition holds."""
     async with asyncio.timeout(DEADLINE):
         while not so():
             await asyncio.sleep(0.01)
@@ -42,7 +42,7 @@ def chat_of(one: ChatController) -> Session:
 async def desk(
     model: Path | str, window: int = 100, max_tokens: int = 40
 ) -> AsyncIterator[ChatController]:
-    """Give a desk that has loaded its model."""
+    """Yield a controller that has loaded its model."""
     one = ChatController(lambda: None, str(model), window, GREEDY, max_tokens)
     await one.start()
     try:
@@ -55,7 +55,7 @@ async def desk(
 async def app(
     model: Path | str, window: int = 100, max_tokens: int = 40, status_icon: bool = False
 ) -> AsyncIterator[Any]:
-    """Give the application on the dummy backend, its model loaded and its window drawn."""
+    """Yield the application, its model loaded and its window drawn."""
     one = Desktop(str(model), window, GREEDY, max_tokens, status_icon)
     try:
         await settled(one)
@@ -72,15 +72,21 @@ def has_left(one: Desktop) -> bool:
 
 
 async def asked(one: Desktop, question: str) -> None:
-    """Type a question and press Send; returns once it is being answered, or has been."""
+    """Type a question and press Send; return once it is being answered, or has been."""
     before = len(one.desk.said)
     one.view.question.value = question
     one.view.send._impl.simulate_press()
     await until(lambda: one.desk.status.can_stop or len(one.desk.said) > before)
 
 
+async def answered(one: Desktop, question: str) -> None:
+    """Type a question, press Send, and wait for the end of the reply."""
+    await asked(one, question)
+    await settled(one)
+
+
 def shows(one: Desktop) -> bool:
-    """Return whether the window has caught up with the desk."""
+    """Return whether the window has caught up with the controller."""
     status, view = one.desk.status, one.view
     buttons = (view.send.enabled, view.stop.enabled)
     return not one._draw_soon._waits and buttons == (status.idle, status.can_stop)

@@ -26,8 +26,9 @@ from mlx_stream.engine.incremental_encoder import IncrementalEncoder
 from mlx_stream.hub.resolve import resolve
 from mlx_stream.load import read_checkpoint
 from mlx_stream.text.tokenizer import Tokenizer
+from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import Journal
-from mlx_stream_assistant.paths import AssistantError, assistant_paths
+from mlx_stream_assistant.paths import assistant_paths
 from mlx_stream_assistant.settings import SYSTEM
 from tests.fakes.assistants import Running, Watch, asked, entries, has_caught_up
 

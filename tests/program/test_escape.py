@@ -1,4 +1,4 @@
-"""Text of a model on a terminal: only shown, never obeyed, and nothing in it is invisible."""
+"""Untrusted text on a terminal: shown and never obeyed, with nothing invisible in it."""
 
 import sys
 import unicodedata
@@ -26,7 +26,7 @@ def pieces_of(text, cuts):
 
 
 @given(st.text(characters, max_size=40), st.lists(st.integers(0, 40), max_size=6))
-def test_pieces_in_any_split_join_to_what_the_whole_is(text, cuts):
+def test_pieces_in_any_split_join_to_the_whole(text, cuts):
     filter = TerminalEscaper()
     shown = "".join(filter.add(piece) for piece in pieces_of(text, cuts)) + filter.flush()
     assert shown == escape(text)
@@ -74,7 +74,7 @@ def test_plain_text_is_unchanged(text):
         ("hi\U000e0068\U000e0069", "hi\\U000e0068\\U000e0069"),
     ],
 )
-def test_what_a_terminal_would_obey_or_hide_is_shown(text, shown):
+def test_escapes_and_hidden_characters_are_shown(text, shown):
     assert escape(text) == shown
 
 

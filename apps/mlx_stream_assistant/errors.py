@@ -1,0 +1,7 @@
+"""The error that this program adds to those of `mlx_stream`."""
+
+from mlx_stream.errors import MlxStreamError
+
+
+class AssistantError(MlxStreamError):
+    """Something about the assistant that its user can put right."""
