@@ -1,26 +1,21 @@
 """The slow reference against mlx-lm, transformers and numbers worked out by hand."""
 
-import json
 import math
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 from transformers import LlamaConfig, modeling_rope_utils
 
 from tests.fakes.peer import peer_of
 from tests.fakes.tiny import (
     LLAMA3,
     YARN,
-    stored_as,
     tiny_config,
-    tiny_tokenizer,
     tiny_weights,
-    write_tiny,
 )
-from tests.reference import SlowAttention, SlowLlama, rope_inv_freq, stream_nll
+from tests.reference import SlowAttention, SlowLlama, rope_inv_freq
 
 
 def read(attention: SlowAttention, count: int = 1) -> np.ndarray:
@@ -285,56 +280,3 @@ def test_the_sliding_window_of_a_mistral_bounds_the_window():
     assert model.attended() == [0, 1, 24, 25, 26, 27, 28, 29]
     config["sliding_window"] = None
     np.testing.assert_array_equal(logits, SlowLlama(config, weights, 2, 6).logits(ids))
-
-
-@pytest.mark.parametrize(("sinks", "window"), [(4, 12), (0, 16), (3, 1), (2, 500), (0, None)])
-@pytest.mark.parametrize("changes", [{}, {"rope_scaling": YARN, "attention_bias": True}], ids=str)
-def test_layer_by_layer_is_token_by_token(sinks, window, changes):
-    config = tiny_config(**changes)
-    weights = tiny_weights(config)
-    ids = some_ids(config, 150)
-    logits = SlowLlama(config, weights, sinks, window, dtype=np.float64).logits(ids[:-1])
-    total = np.log(np.exp(logits).sum(axis=-1))
-    expected = total - logits[np.arange(len(ids) - 1), ids[1:]]
-    np.testing.assert_allclose(stream_nll(config, weights, ids, sinks, window), expected, atol=1e-4)
-
-
-# -- the tiny folder ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "shards"), [("float32", 1), ("float16", 3), ("bfloat16", 2)])
-def test_a_tiny_folder_holds_the_weights(tmp_path, dtype, shards):
-    config = tiny_config()
-    weights = tiny_weights(config)
-    folder = write_tiny(tmp_path / "model", config, weights, dtype=dtype, shards=shards)
-    files = sorted(folder.glob("*.safetensors"))
-    assert len(files) == shards
-    loaded: dict[str, mx.array] = {}
-    homes: dict[str, str] = {}
-    for file in files:
-        shard = dict(mx.load(str(file)).items())  # pyright: ignore[reportAttributeAccessIssue]
-        loaded |= shard
-        homes |= dict.fromkeys(shard, file.name)
-    index = folder / "model.safetensors.index.json"
-    assert index.exists() == (shards > 1)
-    if shards > 1:
-        assert json.loads(index.read_text(encoding="utf-8"))["weight_map"] == homes
-    expected = stored_as(weights, dtype)
-    assert loaded.keys() == expected.keys()
-    for name, w in loaded.items():
-        assert str(w.dtype) == f"mlx.core.{dtype}"
-        np.testing.assert_array_equal(np.array(w.astype(mx.float32)), expected[name])
-        cast = mx.array(weights[name]).astype(w.dtype).astype(mx.float32)
-        np.testing.assert_array_equal(expected[name], np.array(cast))
-
-
-def test_the_tiny_tokenizer_gives_back_any_text(tmp_path):
-    config = tiny_config()
-    folder = write_tiny(tmp_path, config, tiny_weights(config))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    text = "The other naïve man, and\tof “it” 東京 🙂\n"
-    assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert tokenizer.encode("<|im_end|>").ids == [config["eos_token_id"]]
-    assert tokenizer.get_vocab_size() == config["vocab_size"]
-    with pytest.raises(ValueError, match="at least 259"):
-        tiny_tokenizer(97)

@@ -18,7 +18,7 @@ from mlx_stream.chat.schema import ANSWERED, ASKED
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import SessionError, SnapshotError
-from mlx_stream.load import Model, load
+from mlx_stream.load import Model
 from tests.fakes.faults import fault
 from tests.fakes.killed_chat import (
     OPTIONS,
@@ -27,22 +27,11 @@ from tests.fakes.killed_chat import (
     check_attended,
     kill_in_reply,
     left_over,
-    tiny_folder,
     turns_of,
 )
 
 KILLS = 18
 NOWHERE = -1
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_folder(tmp_path_factory.mktemp("kills") / "model")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Model:
-    return load(folder, dtype="float32", keep_quantized=False)
 
 
 @pytest.fixture

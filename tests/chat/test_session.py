@@ -14,7 +14,7 @@ from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
 from mlx_stream.program.notices import discard
 from mlx_stream.sampling import Sampling
-from tests.fakes.conversations import assert_well_formed, attended_text, said
+from tests.fakes.conversations import assert_well_formed, decoded, said
 from tests.fakes.shell import edit
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 
@@ -223,7 +223,8 @@ def test_unpinned_the_system_prompt_leaves_like_other_text(model):
     chat = session(model, system="SYSTEM", window=60, pin=False, evict="token")
     for question in QUESTIONS * 3:
         list(chat.reply(question))
-    assert "SYSTEM" not in attended_text(chat) and chat.cache.geometry.sinks == 4
+    assert "SYSTEM" not in decoded(chat, chat.tokens.ids.attended())
+    assert chat.cache.geometry.sinks == 4
     assert mx.isfinite(chat.tokens.read([5, 6])).all().item()
 
 

@@ -1,6 +1,5 @@
 """After every act a stream holds what the template renders, and computes the same as others."""
 
-import re
 import tempfile
 from collections.abc import Generator
 from contextlib import suppress
@@ -14,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_stream
-from mlx_stream.chat.exchange import unread_ids
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.requests import ReadRequest, Want
@@ -22,6 +20,7 @@ from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
+from tests.fakes.conversations import assert_well_formed
 from tests.fakes.shell import edit
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 from tests.reference import SlowLlama
@@ -110,8 +109,8 @@ class Recorded(TokenStream):
     """A stream that records how it read what it holds.
 
     Attributes:
-        steps_taken: the ids of each step and how many of them are kept; between steps, the oldest
-            token still attended after an eviction.
+        steps_taken: the ids of each step, how many of them are kept, and the lowest token that can
+            be attended after it; no ids where only that changed.
     """
 
     cache: Any
@@ -119,29 +118,31 @@ class Recorded(TokenStream):
 
     def __init__(self, model: Model, cache: Any) -> None:
         super().__init__(model, cache)
-        self.steps_taken: list[list[Any]] = []
+        self.steps_taken: list[tuple[tuple[int, ...], int, int]] = []
         evict = cache.evict
 
         def recorded_evict(count: int) -> None:
             evict(count)
-            self.steps_taken.append([cache.oldest])
+            self.steps_taken.append(((), 0, cache.position.floor))
 
         cache.evict = recorded_evict
 
     def _commit(self, step: Any, ids: Any) -> None:
         self.trouble.at("before a step")
         super()._commit(step, ids)
-        self.steps_taken.append([tuple(ids), len(ids)])
+        self.steps_taken.append((tuple(ids), len(ids), 0))
         self.trouble.at("after a step")
 
     def rewind(self, count: int) -> None:
         super().rewind(count)
-        self.steps_taken.append([self.cache.oldest])  # the taken tokens may have evicted some
-        for step in reversed(self.steps_taken):
-            if len(step) == 2:
-                taken = min(count, step[1])
-                step[1], count = step[1] - taken, count - taken
-        self.steps_taken = [step for step in self.steps_taken if step[-1]]
+        steps = []
+        for ids, kept, floor in reversed(self.steps_taken):
+            taken = min(count, kept)
+            count -= taken
+            if not ids or kept > taken:
+                steps.append((ids, kept - taken, floor))
+        # What was taken back may have evicted others.
+        self.steps_taken = [*reversed(steps), ((), 0, self.cache.position.floor)]
 
 
 def recorded(model: Model, trouble: Trouble, **options: Any) -> Any:
@@ -162,67 +163,23 @@ def recorded(model: Model, trouble: Trouble, **options: Any) -> Any:
     return chat
 
 
-def rendered(chat: ChatSession) -> str:
-    """Return the template's text of the held exchanges once a next question is there."""
-    messages = [*chat.prompts.head]
-    for exchange in chat.exchanges:
-        messages += [
-            {"role": "user", "content": exchange.question},
-            {"role": "assistant", "content": exchange.reply},
-        ]
-    whole = chat.template.render([*messages, {"role": "user", "content": "NEXT"}], reply=True)
-    text, found, _ = whole.rpartition("<|im_start|>user\nNEXT")
-    assert found
-    return text
-
-
-def decoded(chat: ChatSession, ids: list[int]) -> str:
-    backend: Any = chat.model.tokenizer._backend
-    return backend.decode(ids, skip_special_tokens=False)
-
-
-def joined_damage(text: str) -> str:
-    """Count damaged bytes once: decoded in parts they may be more than decoded whole."""
-    return re.sub("\ufffd+", "\ufffd", text)
-
-
-def check_ids(chat: ChatSession) -> None:
-    turns, cache, pinned = chat._settle(), chat.cache, [*chat.prompts.pinned]
-    attended, sinks = chat.tokens.ids.attended(), cache.geometry.sinks
-    assert cache.attended <= sinks + cache.geometry.window and len(pinned) <= sinks
-    unread = unread_ids(pinned, turns, chat.tokens.length)
-    # Sinks beyond the pinned ids stay when their turn has left.
-    first = attended[: sinks if turns and turns[0].start < sinks else min(sinks, len(pinned))]
-    ids = [*first, *attended[sinks:], *unread]
-    if not turns:
-        assert ids == pinned[: len(ids)] and chat.exchanges == []
-        return
-    end = chat.prompts.rest_of(chat.exchanges[-1]) + chat.template.closing
-    whole = joined_damage(rendered(chat))
-    if turns[0].start >= cache.oldest or not cache.evicted:
-        assert joined_damage(decoded(chat, ids) + end) == whole
-    else:  # only the end is attended of a turn longer than the window, or that leaves by tokens
-        text = joined_damage(decoded(chat, [*attended[sinks:], *unread]) + end)
-        assert whole.endswith(text.removeprefix("\ufffd"))
-
-
 def check_logits(chat: Any) -> None:
     """Compare with a stream that reads the same ids in the same steps, and with the slow one."""
     tokens, geometry, probe = chat.tokens, chat.cache.geometry, [5, 6, 7]
-    spare = geometry.ring - geometry.window
-    twin = TokenStream(chat.model, chat.model.new_cache(geometry.sinks, geometry.window, spare))
+    spare, floor = geometry.ring - geometry.window, 0
+    cache = chat.model.new_cache(geometry.sinks, geometry.window, spare)
+    twin = TokenStream(chat.model, cache)
     slow = SlowLlama(CONFIG, WEIGHTS, geometry.sinks, geometry.window, spare)
-    for step in tokens.steps_taken:
-        if len(step) == 1:
-            if (count := step[0] - twin.cache.oldest) > 0:
-                twin.cache.evict(count)
-                slow.evict(count)
-        else:
-            ids, kept = step
+    for ids, kept, evicted in tokens.steps_taken:
+        if ids:
             twin.run(ReadRequest(twin, ids, Want.NOTHING))
             slow.logits(ids)
             for stream in (twin, slow):
                 stream.rewind(len(ids) - kept)
+        floor = max(floor, evicted)
+        if (count := floor - cache.oldest) > 0:
+            cache.evict(count)
+            slow.evict(count)
     assert twin.length == tokens.length and twin.ids.attended() == tokens.ids.attended()
     found, same = (np.array(stream.read(probe)) for stream in (tokens, twin))
     assert (found == same).all()
@@ -247,10 +204,10 @@ def test_the_stream_holds_what_the_template_renders_after_every_act(data):
         with suppress(KeyboardInterrupt, RuntimeError):
             chat = act(chat, trouble, data)
         trouble.arm("", 0, None)
-        check_ids(chat)
+        assert_well_formed(chat)
     if chat.tokens.failed:
         list(chat.reply("On?", 3))
-        check_ids(chat)
+        assert_well_formed(chat)
     if chat.tokens.length:
         check_logits(chat)
 

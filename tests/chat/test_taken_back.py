@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-import mlx_stream
 from mlx_stream import Engine
 from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.chat.session_files import session_paths
@@ -11,22 +10,12 @@ from mlx_stream.generate import snapshot
 from mlx_stream.generate.ngram import NgramLookup
 from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import said
+from tests.fakes.shapes import check_erased
 from tests.fakes.shell import edit
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 
 SECRET = "zebra quagga okapi"
 OTHER = "Hello there."
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    config = tiny_config(head_dim=64)
-    return write_tiny(tmp_path_factory.mktemp("model"), config, tiny_weights(config))
-
-
-@pytest.fixture(scope="module")
-def model(folder):
-    return mlx_stream.load(folder, dtype="float32", keep_quantized=False)
 
 
 def cut(pieces, after: int = 3) -> None:
@@ -93,10 +82,7 @@ def check(tokens, model) -> None:
     assert ids_of(model, SECRET) not in ids.tobytes()
     attended = set(cache.attended_rows())
     assert all(id == 0 for row, id in enumerate(ids.tolist()) if row not in attended)
-    for layer in (*cache.current.keys, *cache.current.values):
-        rows = np.array(cache.storage.read(layer, 0, cache.geometry.rows, cache.current.sinks))
-        used = np.flatnonzero(np.abs(rows).max(axis=(0, 1, 3)))
-        assert set(used.tolist()) == attended
+    check_erased(cache)
     for past in tokens.ids.observers:
         assert isinstance(past, NgramLookup)
         known = np.array(past._ids)[: past.count]

@@ -264,11 +264,3 @@ def test_a_limit_that_is_no_whole_number_is_refused_before_anything_is_said(engi
         for ask in (chat.retry, chat.aretry, engine.listen, engine.session):
             with pytest.raises(errors.ValueRefused, match="whole number, at least 1"):
                 ask(max_tokens=wrong).wait(DEADLINE)
-
-
-def test_a_text_to_stop_at_is_one_text(engine):
-    free = said(engine.session(sampling=GREEDY, max_tokens=30).reply("Hi"))
-    stop = free[10:13]
-    chat = engine.session(sampling=GREEDY, max_tokens=30, stop=stop)
-    assert said(chat.reply("Hi")) == free[: free.index(stop)]
-    assert chat.exchanges[0].finish == "stop"

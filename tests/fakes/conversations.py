@@ -1,6 +1,8 @@
 """What every conversation must be after each of its turns, for tests and measurements."""
 
+import re
 from collections.abc import Iterable
+from typing import Any
 
 from mlx_stream.chat.exchange import unread_ids
 from mlx_stream.chat.session import ChatSession
@@ -11,30 +13,50 @@ def said(pieces: Iterable[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def attended_text(chat: ChatSession) -> str:
-    """Return the text attended, and what will be read of the last exchange before the next."""
-    exchanges, turns = chat.exchanges, chat.evictor.state.turns
-    unread = unread_ids(chat.prompts.pinned, turns, chat.tokens.length)
-    ids = [*chat.tokens.ids.attended(), *unread]
-    text = chat.model.tokenizer._backend.decode(ids, skip_special_tokens=False)
-    return text + (chat.prompts.rest_of(exchanges[-1]) + chat.template.closing if turns else "")
+def assert_well_formed(chat: ChatSession) -> None:
+    """See that a stream holds what the template renders (rule 12), and no more than its window.
+
+    What is attended, with what is read before the next question, is the text of the pinned
+    beginning and of the held exchanges once that question is there. Of a turn longer than the
+    window, or one that leaves by tokens, only the end is attended.
+    """
+    turns, cache, pinned = chat._settle(), chat.cache, [*chat.prompts.pinned]
+    attended, sinks = chat.tokens.ids.attended(), cache.geometry.sinks
+    assert cache.attended <= sinks + cache.geometry.window and len(pinned) <= sinks
+    unread = unread_ids(pinned, turns, chat.tokens.length)
+    # Sinks beyond the pinned ids stay when their turn has left.
+    first = attended[: sinks if turns and turns[0].start < sinks else min(sinks, len(pinned))]
+    ids = [*first, *attended[sinks:], *unread]
+    assert ids[: len(pinned)] == pinned[: len(ids)]
+    if not turns:
+        assert len(ids) <= len(pinned) and chat.exchanges == []
+        return
+    end = chat.prompts.rest_of(chat.exchanges[-1]) + chat.template.closing
+    whole = joined_damage(rendered(chat))
+    if turns[0].start >= cache.oldest or not cache.evicted:
+        assert joined_damage(decoded(chat, ids) + end) == whole
+    else:
+        text = joined_damage(decoded(chat, [*attended[sinks:], *unread]) + end)
+        assert whole.endswith(text.removeprefix("\ufffd"))
 
 
 def rendered(chat: ChatSession) -> str:
-    """Return what the model's template makes of the pinned beginning and of what is held."""
+    """Return the template's text of the held exchanges once a next question is there."""
     messages = [*chat.prompts.head]
     for exchange in chat.exchanges:
         messages.append({"role": "user", "content": exchange.question})
         messages.append({"role": "assistant", "content": exchange.reply})
-    return chat.template.render(messages, reply=False) if messages else ""
+    whole = chat.template.render([*messages, {"role": "user", "content": "NEXT"}], reply=True)
+    text, found, _ = whole.rpartition("<|im_start|>user\nNEXT")
+    assert found
+    return text
 
 
-def assert_well_formed(chat: ChatSession) -> None:
-    assert attended_text(chat) == rendered(chat)
-    assert chat.cache.attended <= chat.cache.geometry.sinks + chat.cache.geometry.window
+def decoded(chat: ChatSession, ids: list[int]) -> str:
+    backend: Any = chat.model.tokenizer._backend
+    return backend.decode(ids, skip_special_tokens=False)
 
 
-def assert_pinned(chat: ChatSession) -> None:
-    """See that the system prompt is what the stream begins with, and that it is all attended."""
-    pinned = chat.prompts.pinned
-    assert pinned and tuple(chat.tokens.ids.attended()[: len(pinned)]) == pinned
+def joined_damage(text: str) -> str:
+    """Count damaged bytes once: decoded in parts they may be more than decoded whole."""
+    return re.sub("\ufffd+", "\ufffd", text)

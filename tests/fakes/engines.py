@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx_stream
 from mlx_stream.sampling import Sampling
+from tests.fakes.conversations import said
 
 GREEDY = Sampling(temperature=0)
 DEADLINE = 60.0
@@ -16,10 +17,6 @@ LONG = "and the man of the house " * 60  # several steps of a prompt
 
 def engine_of(folder: Path, **options: Any) -> mlx_stream.Engine:
     return mlx_stream.Engine(folder, dtype="float32", keep_quantized=False, **options)
-
-
-def said(pieces: Iterable[mlx_stream.Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
 
 
 def alone(folder: Path, questions: Iterable[str], **options: Any) -> tuple[list[str], list[Any]]:

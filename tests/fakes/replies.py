@@ -4,10 +4,13 @@ from collections.abc import Collection, Generator, Sequence
 from typing import cast
 
 from mlx_stream.generate.draft_length import DraftLengthController
+from mlx_stream.generate.draft_model import DraftModel
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, drive
-from mlx_stream.generate.speculative import Writer
+from mlx_stream.generate.speculative import Speculator, Writer
 from mlx_stream.generate.stats import Stats
+from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 from mlx_stream.text.tokenizer import StreamDecoder
@@ -56,6 +59,18 @@ def write_ids(
     stats = Stats() if stats is None else stats
     for piece in write(write_reply(writer, prompt, sampler, limit, ends, reply_of_ids(), stats)):
         yield from ids_of(piece.text)
+
+
+def writer_of(
+    model: Model, guesses: bool = True, window: int = 120, draft: Model | None = None
+) -> Writer:
+    """Return a writer on a new stream; every guess, by n-grams or a draft model, is verified."""
+    cache = model.new_cache(4, window, 7)
+    if not guesses:
+        return Writer(TokenStream(model, cache), cache)
+    drafter = DraftModel(draft, cache, lambda: 0.0) if draft else None
+    speculator = Speculator(Eager(), drafter)
+    return Writer(TokenStream(model, cache, speculator.observers), cache, speculator)
 
 
 def write(reply: Coroutine[Piece, Piece]) -> Generator[Piece, None, None]:

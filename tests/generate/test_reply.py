@@ -7,28 +7,20 @@ import pytest
 
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
-from mlx_stream.generate.speculative import Speculator, Writer
+from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.stats import Stats
-from mlx_stream.generate.token_stream import TokenStream, generate
+from mlx_stream.generate.token_stream import generate
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece
-from tests.fakes.replies import Eager, ids_of, letters_of, reply_of_ids, write
+from tests.fakes.replies import ids_of, letters_of, reply_of_ids, writer_of
 from tests.fakes.tiny_models import some_ids
 
 GREEDY = Sampling(0.0)
 PROMPT = [1, 2, 3, 4] * 9
 
 
-def writer_of(model, guesses: bool = False, window: int = 120) -> Writer:
-    cache = model.new_cache(2, window, 7)
-    if not guesses:
-        return Writer(TokenStream(model, cache), cache)
-    speculator = Speculator(Eager())
-    return Writer(TokenStream(model, cache, speculator.observers), cache, speculator)
-
-
 def expected_of(model, prompt: Sequence[int], count: int, window: int = 120) -> list[int]:
-    stream = writer_of(model, window=window).tokens
+    stream = writer_of(model, False, window).tokens
     return [*generate(stream, prompt, Sampler(GREEDY), count)]
 
 
@@ -78,7 +70,7 @@ def test_it_asks_for_the_prompt_then_for_token_after_token(tiny_model, guesses):
 def test_numbers_are_right_whenever_a_piece_is_given(tiny_model, guesses):
     model, stats = tiny_model(vocab_size=8, num_hidden_layers=1), Stats()
     writer = writer_of(model, guesses, window=45)
-    plain = writer_of(model, window=45)
+    plain = writer_of(model, False, 45)
     plain.tokens.read(PROMPT)
     ids, seen = expected_of(model, PROMPT, 30, 45), 0
     for item in steps_of(writer, 30, stats=stats):
@@ -151,20 +143,3 @@ def test_however_it_ends_nothing_is_read_beyond(tiny_model, guesses, at, way):
     assert stream.ids.since(0) == [*prompt, *ids[:place]]
     assert stats.reply_tokens == place + (way != "end")
     assert (stats.attended, stats.evicted) == (len(prompt) + place, 0)
-
-
-@pytest.mark.parametrize("guesses", [False, True])
-def test_a_reply_closed_anywhere_leaves_what_was_said_and_a_few_guesses(tiny_model, guesses):
-    model = tiny_model(vocab_size=8, num_hidden_layers=1)
-    ids = expected_of(model, PROMPT, 20)
-    for asked in range(1, 21):
-        writer = writer_of(model, guesses)
-        reply = reply_of_ids()
-        pieces = write(write_reply(writer, PROMPT, Sampler(GREEDY), 20, (), reply, Stats()))
-        given = [next(pieces).text for _ in range(asked)]
-        pieces.close()
-        assert ids_of("".join(given)) == reply.ids == ids[:asked]
-        stream = writer.tokens
-        assert stream._pending is None
-        stream.rewind(stream.lookahead)
-        assert stream.ids.since(0) == [*PROMPT, *ids[: asked - 1]]

@@ -20,7 +20,7 @@ from mlx_stream.generate.speculative import Speculator, Writer, choose_verified,
 from mlx_stream.generate.stats import Stats
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.sampling import Sampler, Sampling
-from tests.fakes.replies import Eager, reply_of_ids, write_ids
+from tests.fakes.replies import reply_of_ids, write_ids, writer_of
 from tests.fakes.tiny_models import some_ids
 
 SAMPLINGS = [
@@ -32,14 +32,11 @@ SAMPLINGS = [
 
 
 def plain(model, window=40):
-    return TokenStream(model, model.new_cache(4, window, 7))
+    return writer_of(model, False, window).tokens
 
 
-def guessing(model, window=40, draft=None) -> Writer:
-    cache = model.new_cache(4, window, 7)
-    drafter = DraftModel(draft, cache, lambda: 0.0) if draft else None
-    speculator = Speculator(Eager(), drafter)
-    return Writer(TokenStream(model, cache, speculator.observers), cache, speculator)
+def guessing(model, window=40, draft=None):
+    return writer_of(model, True, window, draft)
 
 
 # --- what is guessed ---
