@@ -4,7 +4,6 @@ A verb's file is imported when the verb is asked for, so that none waits for the
 Programs that are installed beside the package are verbs, too; they are found by entry points.
 """
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,23 +16,23 @@ from mlx_stream.program.exits import fail, notify
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-# Each is a function of its name, or a group of them named `app`, in the file of its name; beside
-# it what help says: the first sentence of its own.
+# A verb is a function of its name, or a group of them named `app`, in the file of its name. Beside
+# it is the line of `--help`: the first sentence of its own help.
 VERBS = {
-    "chat": "Talk with a model for as long as you like.",
+    "chat": "Chat with a model for as long as you like.",
     "generate": "Continue a text of any length, as it is: no chat template.",
-    "score": "Print the perplexity of a text, read as is: no chat template.",
-    "plan": "Say what a model will need, from its config and headers alone.",
+    "score": "Print the perplexity of a text, read as it is: no chat template.",
+    "plan": "Show what a model needs on a device, from its config and headers alone.",
     "devices": "List the devices that plans can be made for, and your own.",
     "convert": "Write a model to the folder OUT: quantized, or as it is.",
     "bench": "Time decoding and prefill side by side with mlx-lm.",
-    "doctor": "Say what this machine is and what will be slow on it.",
-    "pull": "Fetch a model into the shared Hugging Face cache: weights and words, never code.",
+    "doctor": "Describe this machine and what will be slow on it.",
+    "pull": "Fetch a model into the shared Hugging Face cache: weights and tokenizer, never code.",
     "ls": "List the cached models.",
-    "eval": "The paper's experiments on your model, text and machine.",
-    "sessions": "Saved conversations: list, show, export, remove, verify.",
+    "eval": "Run the paper's experiments on your model, text and machine.",
+    "sessions": "List, show, export, remove or verify saved conversations.",
 }
-# What help says of programs that are installed beside the package, of those it knows.
+# The same of the known programs that may be installed beside the package.
 PROGRAMS = {
     "assistant": "Read along with files, notes and pipes for days, and answer.",
     "desktop": "Chat in a window of its own.",
@@ -48,24 +47,16 @@ SETTINGS: dict[str, Any] = {
 
 
 class Verbs(TyperGroup):
-    """Know every verb's name and sentence, and import it when it is to be run."""
-
-    commands: dict[str, Any]
-
-    def __init__(self, **settings: Any):
-        super().__init__(**settings)
-        self.commands = {}
+    """The group of all verbs, each imported when it is to be run."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*VERBS, *installed_programs()]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in self.commands:
-            if cmd_name in VERBS:
-                self.commands[cmd_name] = command(cmd_name)
-            elif program := installed_programs().get(cmd_name):
-                self.commands[cmd_name] = program_command(program)
-        return self.commands.get(cmd_name)
+        if cmd_name in VERBS:
+            return command(cmd_name)
+        program = installed_programs().get(cmd_name)
+        return program and program_command(program)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         programs = {name: PROGRAMS.get(name, "A program.") for name in installed_programs()}
@@ -73,14 +64,18 @@ class Verbs(TyperGroup):
             formatter.write_dl(list((VERBS | programs).items()))
 
 
+def new_group(name: str) -> typer.Typer:
+    """Return an empty group for a verb that has verbs of its own."""
+    return typer.Typer(name=name, help=VERBS[name], no_args_is_help=True, **SETTINGS)
+
+
 def command(name: str) -> Any:
     """Import one verb and build its options."""
     module = import_module(f"mlx_stream.cli.{name}")
     group: typer.Typer | None = getattr(module, "app", None)
     if group is None:
-        verb: Callable[..., None] = getattr(module, name)
         group = typer.Typer(**SETTINGS)
-        group.command(name)(verb)
+        group.command(name)(getattr(module, name))
     return get_command(group)
 
 
@@ -93,7 +88,7 @@ def installed_programs() -> "dict[str, EntryPoint]":
 
 
 def program_command(program: "EntryPoint") -> Any:
-    """Build a verb that hands all that comes after it on to a program."""
+    """Build a verb that passes all its arguments on to a program."""
 
     def run_program(context: typer.Context) -> None:
         try:
@@ -119,7 +114,7 @@ def program_command(program: "EntryPoint") -> Any:
 app = typer.Typer(
     name="mlx_stream",
     cls=Verbs,
-    help="Large language models on a stream without end, in memory that never grows.",
+    help="Run large language models on an endless stream, in memory that never grows.",
     no_args_is_help=True,
     **SETTINGS,
 )

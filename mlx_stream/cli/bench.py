@@ -1,42 +1,71 @@
 """`mlx_stream bench`: speed beside mlx-lm's, in one process, steps in turn."""
 
-from collections.abc import ItemsView
-from typing import Annotated, Any
+from typing import Annotated
 
-import typer
+from typer import Option
 
 from mlx_stream.cli import options
-from mlx_stream.cli.report import print_json, print_table
-from mlx_stream.program.exits import exits_cleanly, fail, notify
+from mlx_stream.cli.report import print_json, print_rows
+from mlx_stream.program.exits import notify
 
-PEERS = ("mlx-lm",)
-Windows = ItemsView[str, dict[str, Any]]
+TIMES = (
+    ("window", "window", ""),
+    ("kind", "step", ""),
+    ("ours", "ours ms", ".1f"),
+    ("theirs", "mlx-lm ms", ".1f"),
+    ("ratio", "ratio", ".3f"),
+    ("quartiles", "quartiles", ""),
+    ("pairs", "pairs", ""),
+)
+PYTHON = (
+    ("window", "window", ""),
+    ("ours", "ours ms", ".2f"),
+    ("theirs", "mlx-lm ms", ".2f"),
+    ("share", "share", ".3f"),
+    ("ours_nodes", "ours nodes", ","),
+    ("mlx_lm_nodes", "mlx-lm nodes", ","),
+    ("node_share", "share", ".3f"),
+)
+BYTES = (
+    ("window", "window", ""),
+    ("weights", "weights MB", "MB"),
+    ("cache", "ring MB", "MB"),
+    ("least_ms", "at least ms", ".1f"),
+    ("ours", "ours ms", ".1f"),
+    ("share_of_limit", "of the limit", ".0%"),
+)
+PREFILL = (
+    ("window", "window", ""),
+    ("chunk", "chunk", ""),
+    ("mlx_lm_chunk", "mlx-lm chunk", ""),
+    ("ours_tokens_per_second", "ours", ".1f"),
+    ("mlx_lm_tokens_per_second", "mlx-lm", ".1f"),
+    ("ratio", "ratio", ".3f"),
+    ("label", "", ""),
+)
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def bench(
     *,
     model: options.ModelArgument = "starter",
-    against: Annotated[str, typer.Option("--against", help="The peer: mlx-lm.")] = "mlx-lm",
     window: Annotated[
         list[int] | None,
-        typer.Option("--window", help="May be given several times. Default: 512, 1,024 and 4,096."),
+        Option(
+            help="Latest tokens attended to; may be given several times. "
+            "Default: 512, 1,024 and 4,096."
+        ),
     ] = None,
-    pairs: Annotated[int, typer.Option("--pairs", help="Decode steps timed of each.")] = 40,
-    chunk: Annotated[
-        int | None, typer.Option("--chunk", help="Tokens of a prefill step. Default: as we read.")
-    ] = None,
+    pairs: Annotated[int, Option(help="Decode steps timed of each.")] = 40,
+    chunk: Annotated[int, Option(help="Tokens of a prefill step.")] = 128,
     prefill: Annotated[
-        int | None,
-        typer.Option("--prefill", help="Also read a text of this many tokens through each window."),
+        int | None, Option(help="Tokens of a text that is also read through each window.")
     ] = None,
     prefill_chunk: Annotated[
         list[int] | None,
-        typer.Option(
-            "--prefill-chunk",
-            help="Tokens of a step of --prefill. May be given several times: the best of each is "
-            "compared too. Default: as we read.",
+        Option(
+            help="Tokens of a step of --prefill; may be given several times, and the best of each "
+            "is compared too. Default: 128."
         ),
     ] = None,
     loading: options.MeasuredLoadOptions,
@@ -45,8 +74,8 @@ def bench(
     """Time decoding and prefill side by side with mlx-lm.
 
     Windows are full, steps are taken in turn. mlx-lm gets bounded caches by hand. A ratio is its
-    time over ours: above 1, ours is faster. Decoding is timed from a token to the next one; beside
-    it stand what a step must read against how fast memory is read here, and Python's part.
+    time over ours: above 1, ours is faster. Decoding is timed from a token to the next one. The
+    tables also show what a step must read, how fast memory is read here, and Python's share.
     """
     from mlx_stream import backend
     from mlx_stream.evaluate.bench import bench as run
@@ -54,10 +83,9 @@ def bench(
     from mlx_stream.evaluate.prefill_speed import best_of, check_prefill, prefills
     from mlx_stream.hub.resolve import resolve
 
-    if against not in PEERS:
-        fail(f"--against must be one of {', '.join(PEERS)}, not {against!r}")
+    chunks = prefill_chunk or [128]
     if prefill is not None:
-        check_prefill(prefill, prefill_chunk or [])
+        check_prefill(prefill, chunks)
     windows = window or [512, 1024, 4096]
     loaded = loading.load(model)
     for one in windows:
@@ -65,89 +93,41 @@ def bench(
     peer = load_peer(resolve(model, notify), loaded)
     results = run(loaded, peer, windows, pairs, chunk, notify)
     if prefill is not None:
-        results["prefill"] = prefills(loaded, peer, windows, prefill, prefill_chunk or [], notify)
+        results["prefill"] = prefills(loaded, peer, windows, prefill, chunks, notify)
         results["prefill_best"] = best_of(results["prefill"])
     if json:
         about = {"model": model, "dtype": loading.dtype, "quantized": loaded.quantized}
-        print_json({**about, "against": against, **results, "machine": backend.describe()})
+        print_json({**about, "against": "mlx-lm", **results, "machine": backend.describe()})
         return
     print(f"{model}, {loading.dtype}{', quantized' if loaded.quantized else ''}")
-    windows_found = results["windows"].items()
-    print_times(windows_found)
-    print_python(windows_found)
-    print_bytes(windows_found, results["read"])
-    if prefill is not None:
-        print_prefill(results["prefill"], results["prefill_best"])
-
-
-def print_times(windows: Windows) -> None:
-    rows = [
-        [
-            one,
-            kind,
-            f"{result[kind]['ours_ms'][1]:.1f}",
-            f"{result[kind]['mlx_lm_ms'][1]:.1f}",
-            f"{result[f'{kind}_ratio']:.3f}",
-            "{0:.3f} to {2:.3f}".format(*result[kind]["ratio_quartiles"]),
-            str(result[kind]["pairs"]),
-        ]
-        for one, result in windows
+    found = results["windows"].items()
+    times = [
+        {
+            "window": one,
+            "kind": kind,
+            "ours": result[kind]["ours_ms"][1],
+            "theirs": result[kind]["mlx_lm_ms"][1],
+            "ratio": result[f"{kind}_ratio"],
+            "quartiles": "{0:.3f} to {2:.3f}".format(*result[kind]["ratio_quartiles"]),
+            "pairs": result[kind]["pairs"],
+        }
+        for one, result in found
         for kind in ("decode", "step", "prefill")
     ]
-    print_table(["window", "step", "ours ms", "mlx-lm ms", "ratio", "quartiles", "pairs"], rows)
-
-
-def print_python(windows: Windows) -> None:
-    from mlx_stream import backend
-
+    print_rows(times, TIMES)
     proxy = "" if backend.on_metal() else " (a proxy: the CPU backend expands what Metal fuses)"
-    print(f"\nof a decode step: Python until its graph stands, and the graph's nodes{proxy}")
-    rows = [
-        [
-            one,
-            f"{python['ours_ms'][1]:.2f}",
-            f"{python['mlx_lm_ms'][1]:.2f}",
-            f"{python['share']:.3f}",
-            f"{python['ours_nodes']:,}",
-            f"{python['mlx_lm_nodes']:,}",
-            f"{python['node_share']:.3f}",
-        ]
-        for one, python in ((one, result["python"]) for one, result in windows)
-    ]
-    columns = ["window", "ours ms", "mlx-lm ms", "share", "ours nodes", "mlx-lm nodes", "share"]
-    print_table(columns, rows)
-
-
-def print_bytes(windows: Windows, read: dict[str, Any]) -> None:
+    print(f"\nPython until a decode step's graph is built, and the graph's nodes{proxy}")
+    built = [(one, result["python"]) for one, result in found]
+    medians = ("ours", "ours_ms"), ("theirs", "mlx_lm_ms")
+    print_rows(
+        [{"window": one, **p, **{k: p[v][1] for k, v in medians}} for one, p in built], PYTHON
+    )
+    read = results["read"]
     rate = f"{read['bytes_per_second'] / 1e9:.1f} GB/s here ({read['operation']})"
-    print(f"\nof a decode step: what it must read; memory is read at {rate}")
-    rows = [
-        [
-            one,
-            f"{result['bytes']['weights'] / 1e6:,.1f}",
-            f"{result['bytes']['cache'] / 1e6:,.1f}",
-            f"{result['bytes']['least_ms']:.1f}",
-            f"{result['decode']['ours_ms'][1]:.1f}",
-            f"{result['bytes']['share_of_limit']:.0%}",
-        ]
-        for one, result in windows
-    ]
-    print_table(["window", "weights MB", "ring MB", "at least ms", "ours ms", "of the limit"], rows)
-
-
-def print_prefill(results: list[dict[str, Any]], best: list[dict[str, Any]]) -> None:
-    print(f"\na text of {results[0]['tokens']:,} tokens, read from the beginning, tokens/s")
-    rows = [
-        [
-            f"{one['window']}",
-            f"{one['chunk']}",
-            f"{one['mlx_lm_chunk']}",
-            f"{one['ours_tokens_per_second']:.1f}",
-            f"{one['mlx_lm_tokens_per_second']:.1f}",
-            f"{one['ratio']:.3f}",
-            label,
-        ]
-        for label, some in (("", results), ("the best of each", best))
-        for one in some
-    ]
-    print_table(["window", "chunk", "mlx-lm chunk", "ours", "mlx-lm", "ratio", ""], rows)
+    print(f"\nbytes that a decode step must read; memory is read at {rate}")
+    ours = {one: result["decode"]["ours_ms"][1] for one, result in found}
+    print_rows([{"window": w, "ours": ours[w], **result["bytes"]} for w, result in found], BYTES)
+    if prefill is not None:
+        print(f"\na text of {prefill:,} tokens, read from the beginning, tokens/s")
+        best = [{**one, "label": "the best of each"} for one in results["prefill_best"]]
+        print_rows([*({**one, "label": ""} for one in results["prefill"]), *best], PREFILL)

@@ -2,20 +2,20 @@
 
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import decode_utf8, log_progress
+from mlx_stream.cli.terminal import Progress, decode_utf8, defer_interrupts, log_progress
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
-from mlx_stream.program.exits import exits_cleanly, notify
+from mlx_stream.program.exits import notify
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
@@ -23,20 +23,17 @@ if TYPE_CHECKING:
 
     Pieces = Generator[Piece, None, None]
 
-Told = Callable[[int, int], None]
-
 
 class ReplyStopped(Exception):
     """The user asked for the reply to end."""
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def chat(
     *,
     model: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="MODEL",
             help="A folder, a Hub id, a .gguf file, or starter. Default: the saved session's, "
             "else the starter.",
@@ -44,37 +41,31 @@ def chat(
     ] = None,
     system: Annotated[
         str | None,
-        typer.Option(
-            "--system",
-            help="The system prompt, which never leaves attention. Default: for the starter a "
-            "line that makes it helpful, else what the model's template says, as with ''.",
+        Option(
+            help="System prompt, which never leaves attention. Default: a short one that makes the "
+            "starter helpful; for other models the template's own, as with ''."
         ),
     ] = None,
     session: Annotated[
         str | None,
-        typer.Option("--session", help="Save under this name; go on with it if there is one."),
+        Option(help="Name to save the chat under; a saved chat of this name is continued."),
     ] = None,
-    go_on: Annotated[
-        bool, typer.Option("--continue", help="Go on with the session used last.")
-    ] = False,
+    latest: Annotated[bool, Option("--continue", help="Continue the session used last.")] = False,
     attended: options.WindowOptions,
-    speculate: options.Speculate = None,
-    draft: options.Draft = None,
     evict: Annotated[
         str | None,
-        typer.Option(
-            "--evict",
-            help="What leaves when the window is full: the oldest exchanges, whole (turn, the "
-            "default), or the oldest tokens (token).",
+        Option(
+            help="Eviction from a full window: turn drops the oldest exchanges, whole (the "
+            "default); token drops the oldest tokens."
         ),
     ] = None,
     max_tokens: options.MaxTokens = 512,
     sampling: options.SamplingOptions,
-    stop: options.Stop = None,
+    reply: options.ReplyOptions,
     loading: options.LoadOptions,
     stats: options.ShowStats = False,
 ) -> None:
-    """Talk with a model for as long as you like.
+    """Chat with a model for as long as you like.
 
     Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation, /help lists commands. When
     standard input is not a terminal, each of its lines is a turn.
@@ -82,11 +73,11 @@ def chat(
     from mlx_stream.cli.prompt import keys_wait
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with keys_wait() if interactive else nullcontext():  # who types a question ahead has sent it
+    with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
         from mlx_stream.chat import resume, saving, session_files
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 
-        if go_on:
+        if latest:
             if session is not None:
                 raise ValueRefused("--continue and --session: give one of them")
             session = session_files.latest_session()
@@ -102,19 +93,18 @@ def chat(
             # Imported while the weights are read: MLX does that without Python's lock.
             Thread(target=import_module, args=("prompt_toolkit",)).start()
         loaded = loading.load(source)
-        guessing = loading.load(draft) if draft else None
         screen = Screen()
         chosen = resume.SessionOptions(
-            system,
-            attended.window,
-            attended.sinks,
-            evict,
-            choice,
-            max_tokens,
-            tuple(stop or ()),
-            attended.kv_bits,
-            speculate,
-            guessing,
+            system=system,
+            window=attended.window,
+            sinks=attended.sinks,
+            evict=evict,
+            sampling=choice,
+            max_tokens=max_tokens,
+            stop=tuple(reply.stop or ()),
+            kv_bits=attended.kv_bits,
+            speculate=reply.speculate,
+            draft=loading.load(reply.draft) if reply.draft else None,
         )
         if session is None:
             talk = resume.new_chat(loaded, chosen, screen.notify)
@@ -152,9 +142,9 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
     begin = "the system prompt" if now.pinned else f"the first {now.sinks:,}"
     notify(f"attends to {begin} and the latest {now.window:,} tokens")
     notify("Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands")
-    saved, held = saved_as(chat), len(chat.exchanges)
-    if saved and held:
-        notify(f"goes on with {saved.name}: {plural(held)} attended")
+    saved = saved_as(chat)
+    if saved and chat.exchanges:
+        notify(f"continuing {saved.name}: {plural(len(chat.exchanges))} attended")
     history = session_files.data_folder().parent / "history"
     prompt = Prompt(history, status, commands.completions(), notify, idle)
     line = ""
@@ -169,7 +159,7 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
                 if isinstance(asked, str):
                     screen.show(chat.reply(asked, progress=progress))
                 else:
-                    outcome = commands.run(asked, chat, session_files.session_names, progress)
+                    outcome = commands.run(asked, chat, progress)
                     if outcome.text:
                         print(outcome.text)
                     if outcome.pieces:
@@ -197,15 +187,18 @@ def run_batch(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
 
 
 class Screen:
-    """Replies on standard output; on a terminal harmless, and no notice in the middle of one."""
+    """Replies on standard output; escaped on a terminal, and without notices in the middle."""
 
     def __init__(self) -> None:
         self.in_reply = False
 
     @contextmanager
-    def reply(self) -> Iterator[Told]:
-        """Let Ctrl-C end the reply that is shown inside; gives what asks for that meanwhile."""
-        with defer_interrupts() as stopped:
+    def reply(self) -> Iterator[Progress]:
+        """Let Ctrl-C end the reply that is shown inside; a second one ends the program.
+
+        Gives a progress callback of its reading, which Ctrl-C ends too.
+        """
+        with defer_interrupts(signal.SIGINT) as stopped:
             told = log_progress("reading")
 
             def check(*read: int) -> None:
@@ -250,21 +243,3 @@ class Screen:
         if sys.stdout.isatty():
             self.end_reply()
         notify(text)
-
-
-@contextmanager
-def defer_interrupts() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C ask for the reply's end between two tokens; a second one leaves the program."""
-    asked = False
-
-    def ask(signum: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

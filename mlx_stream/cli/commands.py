@@ -1,10 +1,10 @@
 """What a line that begins with a slash does to a conversation; knows no terminal and no file.
 
-`parse` tells a command from a question, `run` carries a command out. Nothing of a refused command
-has happened, and the chat goes on.
+`parse` tells a command from a question, `run` carries a command out. A command that is refused has
+changed nothing.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
     Pieces = Generator[Piece, None, None]
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None] | None
 
-NOTHING = ("''", '""')
 LONGEST_QUOTE = 60
 
 
@@ -31,7 +30,7 @@ class CommandOutcome:
     """What is to be done after a command.
 
     Attributes:
-        text: to be shown; harmless.
+        text: to be shown; control characters are escaped.
         pieces: a reply to be printed and closed. Errors while it is read are the caller's.
         prefill: what the next prompt begins with.
     """
@@ -51,22 +50,15 @@ class Call:
 
 
 @dataclass(frozen=True)
-class CommandContext:
-    """What every command is run with."""
-
-    chat: "ChatSession"
-    argument: str
-    list_sessions: Callable[[], Iterable[str]]
-    progress: Progress | None
-
-
-@dataclass(frozen=True)
 class Command:
-    """A command; its argument as usage shows it: "" takes none, [..] may be left out."""
+    """A command; its argument as usage shows it: "" takes none, [..] may be left out.
+
+    `run` returns a text to be shown, or a whole outcome.
+    """
 
     argument: str
     help: str
-    run: Callable[[CommandContext], CommandOutcome]
+    run: "Callable[[ChatSession, str, Progress], str | CommandOutcome]"
 
 
 def parse(line: str) -> Call | str:
@@ -79,45 +71,32 @@ def parse(line: str) -> Call | str:
     return Call(name, "".join(argument).strip())
 
 
-def run(
-    call: Call,
-    chat: "ChatSession",
-    list_sessions: Callable[[], Iterable[str]],
-    progress: Progress | None = None,
-) -> CommandOutcome:
-    """Carry a command out.
-
-    Args:
-        list_sessions: returns the names of the saved sessions.
-        progress: for `retry` and `edit`.
-    """
+def run(call: Call, chat: "ChatSession", progress: Progress = None) -> CommandOutcome:
+    """Carry a command out; `progress` is for `retry` and `edit`."""
     try:
-        command = command_of(call)
-        outcome = command.run(CommandContext(chat, call.argument, list_sessions, progress))
+        outcome = command_of(call).run(chat, call.argument, progress)
     except MlxStreamError as error:
-        return CommandOutcome(escape(one_line(error)))
-    return CommandOutcome(escape(outcome.text), outcome.pieces, outcome.prefill, outcome.quit)
+        outcome = one_line(error)
+    return CommandOutcome(escape(outcome)) if isinstance(outcome, str) else outcome
 
 
 def command_of(call: Call) -> Command:
-    """Look a command up, and see that its argument is there, or not, as it should be."""
+    """Look a command up, and check whether its argument is there, or not, as it should be."""
     command = COMMANDS.get(call.name)
     if command is None:
         raise ValueRefused(
-            f"{shorten_line(call.name)} is no command: /help lists them, and // at the beginning "
-            "sends a line that begins with /"
+            f"Unknown command {shorten_line(call.name)!r}. Try /help; // at the beginning sends a "
+            "question that begins with /."
         )
     if call.argument and not command.argument:
-        raise ValueRefused(
-            f"{call.name} takes nothing after it, not {shorten_line(call.argument)!r}"
-        )
+        raise ValueRefused(f"{call.name} takes no argument, not {shorten_line(call.argument)!r}")
     if command.argument and not call.argument and not command.argument.startswith("["):
-        raise ValueRefused(f"{call.name} needs something after it: {call.name} {command.argument}")
+        raise ValueRefused(f"{call.name} needs an argument: {call.name} {command.argument}")
     return command
 
 
 def completions() -> dict[str, str]:
-    """Return what a prompt may complete: each command, and what it does."""
+    """Return the commands that a prompt completes, and what each does."""
     return {name: command.help for name, command in COMMANDS.items()}
 
 
@@ -141,125 +120,112 @@ def shorten_line(text: str) -> str:
 # --- the commands ---
 
 
-def show_help(given: CommandContext) -> CommandOutcome:
-    usages = [f"{name} {command.argument}".rstrip() for name, command in COMMANDS.items()]
-    width = max(len(usage) for usage in usages)
-    lines = [
-        f"{usage:<{width}}  {command.help}"
-        for usage, command in zip(usages, COMMANDS.values(), strict=True)
-    ]
-    return CommandOutcome(
-        "\n".join([*lines, f"{'//TEXT':<{width}}  send a question that begins with /"])
-    )
+def show_help(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    usages = {f"{name} {command.argument}": command.help for name, command in COMMANDS.items()}
+    usages["//TEXT"] = "send a question that begins with /"
+    width = max(map(len, usages))
+    return "\n".join(f"{usage:<{width}}  {text}" for usage, text in usages.items())
 
 
-def system(given: CommandContext) -> CommandOutcome:
-    if given.argument:
-        text = None if given.argument in NOTHING else given.argument
-        given.chat.restart(text, given.chat.stats.window)
-        return CommandOutcome(
-            "the system prompt is changed" if text else "there is no system prompt now"
-        )
-    return CommandOutcome(given.chat.system or "there is no system prompt")
+def system(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    if not argument:
+        return chat.system or "there is no system prompt"
+    text = None if argument in ("''", '""') else argument
+    chat.restart(text, chat.stats.window)
+    return "the system prompt is changed" if text else "there is no system prompt now"
 
 
-def retry(given: CommandContext) -> CommandOutcome:
-    return CommandOutcome(pieces=given.chat.retry(progress=given.progress))
+def retry(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutcome:
+    return CommandOutcome(pieces=chat.retry(progress=progress))
 
 
-def undo(given: CommandContext) -> CommandOutcome:
-    return CommandOutcome(f"taken back: {shorten_line(given.chat.undo().question)}")
+def undo(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    return f"removed: {shorten_line(chat.undo().question)}"
 
 
-def edit(given: CommandContext) -> CommandOutcome:
-    if given.argument:
-        return CommandOutcome(pieces=given.chat.edit(given.argument, progress=given.progress))
-    question = given.chat.unanswered or "".join(e.question for e in given.chat.exchanges[-1:])
+def edit(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutcome:
+    if argument:
+        return CommandOutcome(pieces=chat.edit(argument, progress=progress))
+    question = chat.unanswered or "".join(e.question for e in chat.exchanges[-1:])
     if not question:
-        raise ValueRefused("nothing was said yet: there is nothing that could be edited")
-    # The line says itself that it replaces a question: dropped, it has changed nothing.
+        raise ValueRefused("there is no question yet to be edited")
+    # The line itself says that it replaces a question: dropped, it has changed nothing.
     return CommandOutcome(prefill=f"/edit {question}")
 
 
-def stats(given: CommandContext) -> CommandOutcome:
-    return CommandOutcome(str(given.chat.stats))
+def stats(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    return str(chat.stats)
 
 
-def window(given: CommandContext) -> CommandOutcome:
-    if given.argument:
-        given.chat.restart(given.chat.system, tokens(given.argument))
-    now = given.chat.stats
-    return CommandOutcome(
-        f"the window is {now.window:,} tokens, after {now.sinks:,} that always stay"
-    )
+def window(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    if argument:
+        try:
+            size = int(argument.replace(",", ""))
+        except ValueError:
+            raise ValueRefused(
+                f"/window takes a whole number of tokens, not {shorten_line(argument)!r}"
+            ) from None
+        chat.restart(chat.system, size)
+    now = chat.stats
+    return f"the window is {now.window:,} tokens, after {now.sinks:,} that always stay"
 
 
-def tokens(argument: str) -> int:
-    try:
-        return int(argument.replace(",", ""))
-    except ValueError:
-        raise ValueRefused(
-            f"/window takes a whole number of tokens, not {shorten_line(argument)!r}"
-        ) from None
-
-
-def save(given: CommandContext) -> CommandOutcome:
+def save(chat: "ChatSession", argument: str, progress: Progress) -> str:
     from mlx_stream.chat.saving import SavedSession, saved_as
 
-    saved, name = saved_as(given.chat), given.argument
-    if not saved and not name:
+    saved = saved_as(chat)
+    if not saved and not argument:
         raise ValueRefused("this conversation has no name yet: give one, /save NAME")
-    saved = saved or SavedSession.create(given.chat, name)
-    if name not in ("", saved.name):
+    saved = saved or SavedSession.create(chat, argument)
+    if argument not in ("", saved.name):
         raise ValueRefused(f"it is saved as {saved.name!r}; /export writes a copy")
     saved.flush()
     saved.write_snapshot()
-    return CommandOutcome(
-        f"saved as {saved.name}; go on with: mlx_stream chat --session {saved.name}"
-    )
+    return f"saved as {saved.name}; to continue it: mlx_stream chat --session {saved.name}"
 
 
-def sessions(given: CommandContext) -> CommandOutcome:
-    names = list(given.list_sessions())
-    return CommandOutcome("\n".join(names) or "no session is saved: /save NAME saves this one")
+def sessions(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    from mlx_stream.chat.session_files import session_names
+
+    return "\n".join(session_names()) or "no session is saved: /save NAME saves this one"
 
 
-def export(given: CommandContext) -> CommandOutcome:
+def export(chat: "ChatSession", argument: str, progress: Progress) -> str:
     from mlx_stream.chat.export import write_export
     from mlx_stream.chat.saving import saved_turns
 
-    name = given.argument
+    name = argument
     if len(name) > 2 and name[0] == name[-1] and name[0] in "'\"":
         name = name[1:-1]
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:
         raise ValueRefused(f"/export {name}: {error}") from error
-    header, turns = saved_turns(given.chat)
+    header, turns = saved_turns(chat)
     write_export(path, header, turns)
-    return CommandOutcome(f"{plural(len(turns))} written to {path}")
+    return f"{plural(len(turns))} written to {path}"
 
 
-def clear(given: CommandContext) -> CommandOutcome:
-    given.chat.clear()
-    return CommandOutcome("nothing but the system prompt is attended now")
+def clear(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    chat.clear()
+    return "only the system prompt is attended to now"
 
 
-def leave(given: CommandContext) -> CommandOutcome:
+def leave(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutcome:
     return CommandOutcome(quit=True)
 
 
 COMMANDS = {
     "/help": Command("", "list the commands", show_help),
     "/system": Command("[TEXT]", "show the system prompt, or change it; '' removes it", system),
-    "/retry": Command("", "answer the last question once more", retry),
-    "/undo": Command("", "take the last question and its reply back", undo),
+    "/retry": Command("", "answer the last question again", retry),
+    "/undo": Command("", "remove the last question and its reply", undo),
     "/edit": Command("[TEXT]", "change the last question and ask it again", edit),
     "/stats": Command("", "show tokens attended and evicted, speed and memory", stats),
-    "/window": Command("[N]", "show how many tokens are attended, or change it", window),
+    "/window": Command("[N]", "show how many tokens are attended to, or change it", window),
     "/save": Command("[NAME]", "save the conversation now", save),
     "/sessions": Command("", "list the saved conversations", sessions),
-    "/export": Command("FILE", "write what was said to a .md or .json file", export),
-    "/clear": Command("", "let all that was said leave attention", clear),
+    "/export": Command("FILE", "write the conversation to a .md or .json file", export),
+    "/clear": Command("", "remove the whole conversation from attention", clear),
     "/quit": Command("", "leave, as Ctrl-D does", leave),
 }

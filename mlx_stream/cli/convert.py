@@ -3,89 +3,66 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from mlx_stream.cli import options
+from mlx_stream.cli.report import megabytes, print_json, print_table
 from mlx_stream.cli.terminal import progress_bar, read_text
-from mlx_stream.program.exits import exits_cleanly, fail, notify
+from mlx_stream.program.exits import fail, notify
 
 if TYPE_CHECKING:
     from mlx_stream.quantize.recipes import Recipe
     from mlx_stream.quantize.write_converted import ConversionResult
 
-Source = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A folder, a Hub id, a .gguf file, or starter.")
-]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write: a new one.")]
-GroupSize = Annotated[
-    int | None,
-    typer.Option("--group-size", help="Weights that share a scale: 32, 64 or 128. Default: 64."),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        metavar="TYPE",
-        help="float32, float16 or bfloat16: of scales and of what is not quantized; without "
-        "--bits of everything, quantized weights included. Default: the source's.",
-    ),
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option("--calibration", metavar="TEXT", help="What a sensitive recipe is measured on."),
-]
-Report = Annotated[
-    str | None,
-    typer.Option(
-        "--report", metavar="TEXT", help="Compare source and result on this text file afterwards."
-    ),
-]
-ReportTokens = Annotated[
-    int, typer.Option("--report-tokens", help="How much of that text is read, in tokens.")
-]
-Force = Annotated[
-    bool, typer.Option("--force", help="Replace OUT if it is what an earlier conversion wrote.")
-]
 
-
-@exits_cleanly
+@options.verb
 def convert(
-    source: Source,
-    out: Out,
-    bits: Annotated[
-        int | None, typer.Option("--bits", help="Of every weight: 2, 3, 4, 5, 6 or 8.")
+    *,
+    source: Annotated[
+        str, Argument(metavar="SOURCE", help="A folder, a Hub id, a .gguf file, or starter.")
+    ],
+    out: Annotated[Path, Argument(metavar="OUT", help="The new folder to write.")],
+    bits: Annotated[int | None, Option(help="Bits per weight: 2, 3, 4, 5, 6 or 8.")] = None,
+    group_size: Annotated[
+        int | None, Option(help="Weights that share a scale: 32, 64 or 128. Default: 64.")
     ] = None,
-    group_size: GroupSize = None,
     mode: Annotated[
-        str | None,
-        typer.Option("--mode", help="affine, mxfp4, mxfp8 or nvfp4. Default: affine."),
+        str | None, Option(help="affine, mxfp4, mxfp8 or nvfp4. Default: affine.")
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe",
-            metavar="NAME",
+        Option(
             help="Instead of --bits: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6 (mlx-lm's), "
-            "sensitive_3_6, sensitive_4_6 or sensitive_4_8 (measured on --calibration).",
+            "sensitive_3_6, sensitive_4_6 or sensitive_4_8 (measured on --calibration)."
         ),
     ] = None,
     device: Annotated[
-        str | None,
-        typer.Option("--device", help="Instead of --bits: the most that fit this device."),
+        str | None, Option(help="Instead of --bits: a device, for the most bits that fit it.")
     ] = None,
-    dtype: Dtype = None,
-    calibration: Calibration = None,
-    report: Report = None,
-    report_tokens: ReportTokens = 4_096,
-    force: Force = False,
+    dtype: Annotated[
+        str | None,
+        Option(
+            help="float32, float16 or bfloat16: the type of scales and of what is not quantized; "
+            "without --bits that of everything, quantized weights included. Default: the source's."
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None, Option(help="Text file that a sensitive recipe is measured on.")
+    ] = None,
+    report: Annotated[
+        str | None, Option(help="Text file on which source and result are compared afterwards.")
+    ] = None,
+    report_tokens: Annotated[int, Option(help="Tokens of the report's text to read.")] = 4_096,
+    force: Annotated[
+        bool, Option("--force", help="Replace OUT if an earlier conversion wrote it.")
+    ] = False,
     json: options.AsJson = False,
 ) -> None:
     """Write a model to the folder OUT: quantized, or as it is.
 
     --bits, --mode, --recipe and --device quantize it. The folder appears when it is whole. Memory
-    does not grow with the model, but for a sensitive recipe and a report, which run it.
+    does not grow with the model, except for a sensitive recipe and a report, which run it.
     """
-    from mlx_stream.cli.report import print_json
     from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for
 
     if device is None:
@@ -113,32 +90,28 @@ def choose(
     bits: int | None, group_size: int | None, mode: str | None, name: str | None
 ) -> "Recipe | None":
     """Return the recipe that these options ask for; none if none of them is given."""
-    from mlx_stream.quantize.recipes import (
-        DEFAULT_GROUP,
-        check_quantization,
-        recipe_named,
-        uniform_recipe,
-    )
+    from mlx_stream.quantize import recipes
 
     if name is not None:
         if bits is not None or mode is not None:
-            fail("--recipe says bits and mode itself: leave out --bits and --mode")
-        return recipe_named(name, group_size)
-    if mode not in (None, "affine"):
-        recipe = recipe_named(mode) if mode in ("mxfp4", "mxfp8", "nvfp4") else None
-        if recipe is None:
-            fail(f"--mode must be one of affine, mxfp4, mxfp8, nvfp4, not {mode!r}")
+            fail("--recipe sets bits and mode itself: leave out --bits and --mode")
+        return recipes.recipe_named(name, group_size)
+    if mode in ("mxfp4", "mxfp8", "nvfp4"):
+        recipe = recipes.recipe_named(mode)
         base = recipe.base
-        check_quantization(
+        recipes.check_quantization(
             base.bits if bits is None else bits,
             base.group_size if group_size is None else group_size,
             base.mode,
         )
         return recipe
+    if mode not in (None, "affine"):
+        fail(f"--mode must be one of affine, mxfp4, mxfp8, nvfp4, not {mode!r}")
     if bits is not None:
-        return uniform_recipe(bits, DEFAULT_GROUP if group_size is None else group_size)
+        size = recipes.DEFAULT_GROUP if group_size is None else group_size
+        return recipes.uniform_recipe(bits, size)
     if mode is not None or group_size is not None:
-        fail("--group-size and --mode affine need --bits: how many?")
+        fail("--group-size and --mode affine need --bits: add it")
     return None
 
 
@@ -170,25 +143,20 @@ def print_result(source: str, out: Path, result: "ConversionResult") -> None:
         f"{megabytes(result.bound_bytes)} MB (three of the largest matrix, and the largest file); "
         f"the process grew by {megabytes(result.resident_bytes)} MB"
     )
-    if about["report"]:
-        print_report(source, out.name, about)
+    if found := about["report"]:
+        columns = ["", "bits", "MB", "MB read a token", "perplexity"]
+        lost = [f"{found['kl_mean']:.4f}", f"{found['kl_p99']:.3f}"]
+        lost.append(f"{found['top1_agreement']:.1%}")
+        bits = f"{about['bits_per_weight']:.2f}"
+        print_table(
+            [*columns, "KL mean", "KL p99", "top-1 same"],
+            [
+                [*figures(source, "", found["source"], found["source_perplexity"]), "", "", ""],
+                [*figures(out.name, bits, about, found["perplexity"]), *lost],
+            ],
+        )
 
 
-def print_report(source: str, name: str, about: dict[str, Any]) -> None:
-    """Print how far a result is from its source."""
-    from mlx_stream.cli.report import print_table
-
-    found = about["report"]
-    columns = ["", "bits", "MB", "MB read a token", "perplexity", "KL mean", "KL p99", "top-1 same"]
-    first = [source, "", *figures(found["source"]), f"{found['source_perplexity']:.3f}", "", "", ""]
-    result = [name, f"{about['bits_per_weight']:.2f}", *figures(about)]
-    result += [f"{found['perplexity']:.3f}", f"{found['kl_mean']:.4f}", f"{found['kl_p99']:.3f}"]
-    print_table(columns, [first, [*result, f"{found['top1_agreement']:.1%}"]])
-
-
-def figures(about: dict[str, Any]) -> list[str]:
-    return [megabytes(about["tensor_bytes"]), megabytes(about["bytes_per_token"])]
-
-
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f}"
+def figures(name: str, bits: str, about: dict[str, Any], perplexity: float) -> list[str]:
+    sizes = [megabytes(about[key]) for key in ("tensor_bytes", "bytes_per_token")]
+    return [name, bits, *sizes, f"{perplexity:.3f}"]

@@ -3,21 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 from mlx_stream.cli import options
-from mlx_stream.program.exits import exits_cleanly
 
 if TYPE_CHECKING:
     from mlx_stream.plan.devices import Device, Figure
 
 GB = 2**30
 NOTES = """
-Memory in GB of 2^30 bytes, bandwidth in GB/s of 10^9. One program: what an app may use on iOS
-with the increased-memory-limit entitlement, and without it; what Metal recommends on macOS.
-~: estimated, nobody published it. --json has the source or the method of each figure.
+Memory in GB of 2^30 bytes, bandwidth in GB/s of 10^9. One program: the memory that one app may
+use: on iOS with the increased-memory-limit entitlement, and without it; on macOS as Metal
+recommends. ~ marks an estimate: the figure is not published. --json has the source or the method of
+each figure.
 Your own devices: {}"""
 
 
-@exits_cleanly
-def devices(own: options.Devices = None, json: options.AsJson = False) -> None:
+@options.verb
+def devices(*, own: options.Devices = None, json: options.AsJson = False) -> None:
     """List the devices that plans can be made for, and your own."""
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.plan.devices import all_devices, user_file
@@ -32,14 +32,12 @@ def devices(own: options.Devices = None, json: options.AsJson = False) -> None:
 
 
 def row(device: "Device") -> list[str]:
-    memory, budget, lower = (
-        format_amount(figure, GB)
-        for figure in (device.memory, device.budget, device.without_entitlement)
-    )
-    return [device.name, device.title, memory, budget, lower, format_amount(device.bandwidth, 1e9)]
+    memory = [device.memory, device.budget, device.without_entitlement]
+    amounts = [*(amount(figure, GB) for figure in memory), amount(device.bandwidth, 1e9)]
+    return [device.name, device.title, *amounts]
 
 
-def format_amount(figure: "Figure | None", unit: float) -> str:
+def amount(figure: "Figure | None", unit: float) -> str:
     if figure is None:
         return "-"
     return f"{'~' if figure.estimated else ''}{figure.amount / unit:.4g}"
@@ -62,8 +60,5 @@ def as_json(device: "Device") -> dict[str, Any]:
 def figure_as_json(figure: "Figure | None") -> dict[str, Any] | None:
     if figure is None:
         return None
-    return {
-        "value": figure.amount,
-        "estimated": figure.estimated,
-        "method" if figure.estimated else "source": figure.source,
-    }
+    kind = "method" if figure.estimated else "source"
+    return {"value": figure.amount, "estimated": figure.estimated, kind: figure.source}

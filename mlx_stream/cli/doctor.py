@@ -2,35 +2,35 @@
 
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from mlx_stream.cli import options
-from mlx_stream.program.exits import exits_cleanly, fail, notify
+from mlx_stream.program.exits import fail, notify
 
 
-@exits_cleanly
+@options.verb
 def doctor(
+    *,
     model: Annotated[
         str | None,
-        typer.Argument(
+        Argument(
             metavar="MODEL",
-            help="For --self-test: on the shapes of this model. Default: of a small one made on "
+            help="For --self-test: the model whose shapes are tested. Default: a small one made on "
             "the spot.",
         ),
     ] = None,
     self_test: Annotated[
-        bool,
-        typer.Option("--self-test", help="Check that this device computes what a stream needs."),
+        bool, Option("--self-test", help="Check that this device computes what a stream needs.")
     ] = False,
     dtype: options.Dtype = None,
     keep_quantized: options.KeepQuantized = None,
     force: options.Force = False,
     json: options.AsJson = False,
 ) -> None:
-    """Say what this machine is and what will be slow on it.
+    """Describe this machine and what will be slow on it.
 
-    With --self-test, whether attention, positions, buffers, seeds and saved streams are here what
-    they must be; exits with 1 if one is not.
+    --self-test checks that attention, positions, buffers, seeds and saved streams are right on this
+    machine; it exits with 1 if one is wrong.
     """
     from mlx_stream import backend
     from mlx_stream.cli.report import print_json, print_table
@@ -41,15 +41,14 @@ def doctor(
         return
     if model is not None or dtype is not None or keep_quantized is not None:
         fail("MODEL, --dtype and --keep-quantized are for --self-test: give that too")
-    facts = backend.describe()
-    facts["cache"] = str(cache_root())
+    facts = {**backend.describe(), "cache": str(cache_root())}
     advice = backend.advice()
     if json:
         print_json({**facts, "advice": advice})
         return
     print_table(["what", "here"], [[name, str(value)] for name, value in facts.items()])
     print()
-    for line in advice or ["nothing here will be slower than it must be"]:
+    for line in advice or ["nothing here is slower than it must be"]:
         print(f"- {line}")
 
 
@@ -64,16 +63,16 @@ def check(
     from mlx_stream.load import load
     from mlx_stream.selftest.tiny_model import make_tiny_model
 
-    if source is None and keep_quantized is not None:
+    if source is not None:
+        model = load(source, dtype, keep_quantized, force, notify)
+    elif keep_quantized is None:
+        model = make_tiny_model(dtype)
+    else:
         fail("--keep-quantized and --dequantize are about a model's weights: give MODEL")
-    model = (
-        make_tiny_model(dtype)
-        if source is None
-        else load(source, dtype, keep_quantized, force, notify)
-    )
+    answers = {True: "yes", False: "NO", None: "-"}
     findings = []
     for finding in selftest.run(model):
-        notify(f"{finding.check}: {describe_result(finding.holds)}")
+        notify(f"{finding.check}: {answers[finding.holds]}")
         findings.append(finding)
     failed = [finding for finding in findings if finding.holds is False]
     if json:
@@ -81,13 +80,10 @@ def check(
         checks = [asdict(finding) for finding in findings]
         print_json({**about, "holds": not failed, "checks": checks, "machine": backend.describe()})
     else:
-        rows = [[one.check, describe_result(one.holds), one.found] for one in findings]
-        print_table(["check", "holds", "found"], rows)
+        print_table(
+            ["check", "holds", "found"], [[f.check, answers[f.holds], f.found] for f in findings]
+        )
         for one in failed:
             print(f"- {one.check}: {one.advice}")
     if failed:
         raise SystemExit(1)
-
-
-def describe_result(holds: bool | None) -> str:
-    return {True: "yes", False: "NO", None: "-"}[holds]

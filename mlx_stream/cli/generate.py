@@ -3,27 +3,24 @@
 import sys
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from mlx_stream.cli import options
 from mlx_stream.cli.terminal import progress_bar, read_text
-from mlx_stream.program.exits import exits_cleanly, notify
+from mlx_stream.program.exits import notify
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def generate(
     *,
     prompt: Annotated[
-        str, typer.Option("-p", "--prompt", help="The text to go on from; - reads standard input.")
+        str, Option("-p", "--prompt", help="The text to continue; - reads standard input.")
     ],
     model: options.ModelArgument = "starter",
     max_tokens: options.MaxTokens = 256,
     sampling: options.SamplingOptions,
-    stop: options.Stop = None,
     attended: options.WindowOptions,
-    speculate: options.Speculate = None,
-    draft: options.Draft = None,
+    reply: options.ReplyOptions,
     loading: options.LoadOptions,
     stats: options.ShowStats = False,
     json: options.AsJson = False,
@@ -36,7 +33,7 @@ def generate(
     chosen = sampling.as_sampling()
     text = read_text("-") if prompt == "-" else prompt
     loaded = loading.load(model)
-    guessing = loading.load(draft) if draft else None
+    draft = loading.load(reply.draft) if reply.draft else None
     counts = Stats()
     pieces: list[str] = []
     finish = None
@@ -46,20 +43,19 @@ def generate(
             text,
             max_tokens,
             chosen,
-            stop or (),
+            reply.stop or (),
             attended.sinks,
             attended.window,
             counts,
             notify,
             progress,
             attended.kv_bits,
-            speculate,
-            guessing,
+            reply.speculate,
+            draft,
         ):
             finish = piece.finish
-            if json:
-                pieces.append(piece.text)
-            else:
+            pieces.append(piece.text)
+            if not json:
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
     if json:

@@ -29,7 +29,7 @@ class LineHistory(FileHistory):
                     yield json.loads(row)
 
     def store_string(self, string: str) -> None:
-        if not string.strip() or len(string) > LONGEST_KEPT or not is_text(string):
+        if not string.strip() or len(string) > LONGEST_KEPT:
             return
         try:
             super().store_string(string)
@@ -39,7 +39,7 @@ class LineHistory(FileHistory):
 
 
 def open_history(path: Path, notify: Callable[[str], None]) -> History:
-    """Open the history, or begin it; one that cannot be used is noted, and is in memory only."""
+    """Open the history, or begin it; if it cannot be used, say so and keep it in memory only."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
@@ -55,8 +55,3 @@ def open_history(path: Path, notify: Callable[[str], None]) -> History:
 def unusable(path: Path, error: OSError) -> str:
     why = f"cannot be used: {error.strerror}"
     return f"the history {path} {why}; lines are recalled until this chat ends"
-
-
-def is_text(line: str) -> bool:
-    """Return whether a line has no bytes that were not UTF-8."""
-    return line.isascii() or not any("\ud800" <= character <= "\udfff" for character in line)

@@ -1,11 +1,11 @@
 """`mlx_stream ls`: the models that open without the network."""
 
 from mlx_stream.cli import options
-from mlx_stream.program.exits import exits_cleanly, notify
+from mlx_stream.program.exits import notify
 
 
-@exits_cleanly
-def ls(json: options.AsJson = False) -> None:
+@options.verb
+def ls(*, json: options.AsJson = False) -> None:
     """List the cached models."""
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.hub.listing import cached_models

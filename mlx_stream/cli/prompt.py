@@ -1,4 +1,4 @@
-"""What the user types: a prompt with history, several lines, completion and a status bar.
+"""The prompt of a chat: history, several lines, completion and a status bar.
 
 Knows prompt_toolkit, which is imported when a prompt is made; knows no model, and of commands only
 their names. A terminal that cannot move its cursor (TERM=dumb) gets a plain line.
@@ -36,12 +36,11 @@ class Prompt:
     Enter sends; Alt-Enter or Ctrl-J begins a new line; pasted text stays one text.
 
     Args:
-        history: the file of earlier lines; made, with its folder, if it is not there.
+        history: the file of earlier lines; made, with its folder, if it is missing.
         status: returns the status bar's text, whenever it is drawn.
-        completions: what may be completed at the beginning of a line, and what each does.
-        notify: called with one line that the user should know.
-        idle: called once when nothing has been typed for a minute; keys wait meanwhile. What it
-            returns is said. A terminal that cannot move its cursor never calls it.
+        completions: the commands to complete at the beginning of a line, and what each does.
+        idle: called once when nothing has been typed for a minute; keys wait meanwhile. A text that
+            it returns is notified. A terminal that cannot move its cursor never calls it.
     """
 
     def __init__(
@@ -62,13 +61,10 @@ class Prompt:
             self._read = editor(kept, status, completions, self._when_idle(idle))
 
     def ask(self, default: str = "") -> str:
-        """Return what was typed, which is not blank and may be several lines.
-
-        Args:
-            default: what the line begins with.
+        """Return the text typed, which is not blank and may be several lines.
 
         Raises:
-            EOFError: Ctrl-D on an empty line, or there is no more input.
+            EOFError: Ctrl-D on an empty line, or the end of the input.
         """
         while True:
             while self._notices:  # not amid a line that is edited
@@ -88,7 +84,7 @@ class Prompt:
                 default = ""
 
     def _when_idle(self, idle: Callable[[], str]) -> Callable[[], None]:
-        """Return what waits, from when a prompt is shown, until nothing is typed any more."""
+        """Return a function that begins to wait, at a prompt, until nothing is typed any more."""
 
         async def wait() -> None:
             from prompt_toolkit.application import get_app, run_in_terminal
@@ -97,8 +93,8 @@ class Prompt:
             while (typed := get_app().current_buffer.text) != before:
                 before = typed
                 await asyncio.sleep(SECONDS_OF_IDLENESS)
-            if said := idle():
-                await run_in_terminal(lambda: self.notify(said))
+            if notice := idle():
+                await run_in_terminal(lambda: self.notify(notice))
 
         def begin() -> None:
             from prompt_toolkit.application import get_app
@@ -118,7 +114,7 @@ def editor(
     completions: Mapping[str, str],
     begun: Callable[[], None],
 ) -> Callable[[str], str]:
-    """Return a function that reads what is typed, edited with prompt_toolkit."""
+    """Return a function that reads a text, edited with prompt_toolkit."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
@@ -130,9 +126,9 @@ def editor(
         PROMPT,
         multiline=True,
         history=history,
-        # `sentence`: what is completed begins where the text does.
+        # `sentence`: a completion begins where the text does.
         completer=WordCompleter(list(completions), meta_dict=completions, sentence=True),
-        # The menu's room is kept free whenever it may open: only for what begins a command.
+        # Room for the menu is kept free wherever it may open: only at a command.
         complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
         key_bindings=key_bindings(),
         bottom_toolbar=status,
@@ -140,7 +136,7 @@ def editor(
         style=Style.from_dict({"bottom-toolbar": "noreverse"}) if plain else None,
         enable_suspend=True,
     )
-    # A terminal that does not tell where its cursor is has no status bar: no reason to warn.
+    # A terminal that does not report its cursor has no status bar; do not warn of it.
     session.app.renderer.cpr_not_supported_callback = None
     return lambda default: session.prompt(default=default, pre_run=begun)
 
@@ -155,8 +151,8 @@ def plain_reader(history: "History") -> Callable[[str], str]:
 
 
 def plain_line(default: str) -> str:
-    """Read a line with nothing but what the terminal does itself; Enter alone is the default."""
-    typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # and so was not shown
+    """Read a line that the terminal itself edits; Enter alone gives the default."""
+    typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # and so not shown
     try:
         with terminal() as mode:
             mode[3] |= termios.ECHO
@@ -197,11 +193,11 @@ def key_bindings() -> "KeyBindings":
 
 @contextmanager
 def keys_wait() -> Iterator[None]:
-    """Let keys that are pressed while no prompt is shown, unseen, wait for it; Ctrl-C does not.
+    """Hold keys that are pressed while no prompt is shown for the next one, except Ctrl-C.
 
     Otherwise the terminal shows them amid the reply, and turns Enter into Ctrl-J, which is right
-    only where lines are the terminal's own. Around a whole conversation: between a reply and the
-    next prompt there is no moment at which Enter is something else.
+    only where the terminal itself edits lines. It lasts for a whole conversation, so that Enter
+    means the same between a reply and the next prompt.
     """
     with terminal() as mode:
         mode[3] &= ~termios.ECHO
@@ -214,7 +210,7 @@ def keys_wait() -> Iterator[None]:
 
 @contextmanager
 def terminal() -> Iterator[list[Any]]:
-    """Give the terminal's attributes, to be changed and set; at the end they are what they were."""
+    """Give the terminal's attributes, to be changed and set; restore them at the end."""
     before = termios.tcgetattr(sys.stdin)
     try:
         yield list(before)

@@ -2,10 +2,13 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_stream.generate.stats import Stats
+
+Columns = Sequence[tuple[str, str, str]]  # key of the rows, heading, format
 
 
 def print_json(result: dict[str, Any]) -> None:
@@ -35,7 +38,26 @@ def print_stats(stats: "Stats") -> None:
     print(f"[{stats}]", file=sys.stderr, flush=True)
 
 
-def print_table(columns: list[str], rows: list[list[str]]) -> None:
+def print_rows(rows: Sequence[dict[str, Any]], columns: Columns) -> None:
+    """Print figures as a table."""
+    shown = [[cell(row.get(key), form) for key, _, form in columns] for row in rows]
+    print_table([heading for _, heading, _ in columns], shown)
+
+
+def cell(value: Any, form: str) -> str:
+    """Format one figure; `MB` shows bytes as megabytes."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return megabytes(value) if form == "MB" else format(value, form)
+
+
+def megabytes(amount: float) -> str:
+    return f"{amount / 1e6:,.1f}"
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns; plain text, so that it can be piped and pasted."""
     table = [columns, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(columns))]

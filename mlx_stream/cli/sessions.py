@@ -1,31 +1,25 @@
-"""`mlx_stream sessions`: what is saved, and what to do with it."""
+"""`mlx_stream sessions`: the saved conversations, and what to do with them."""
 
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument
 
 from mlx_stream.chat.exchange import plural
-from mlx_stream.cli import options
+from mlx_stream.cli import new_group, options
 from mlx_stream.cli.report import print_json, print_table
 from mlx_stream.program.escape import escape
-from mlx_stream.program.exits import exits_cleanly, notify
+from mlx_stream.program.exits import fail, notify
 
-app = typer.Typer(
-    name="sessions",
-    help="Saved conversations: list, show, export, remove, verify.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+app = new_group("sessions")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Of the saved conversation.")]
+Name = Annotated[str, Argument(metavar="NAME", help="The name of a saved conversation.")]
 
 
 @app.command("list")
-@exits_cleanly
-def list_sessions(as_json: options.AsJson = False) -> None:
+@options.verb
+def list_sessions(*, as_json: options.AsJson = False) -> None:
     """List the saved conversations, the one used last first."""
     from mlx_stream.chat.manage import session_summaries
 
@@ -63,12 +57,11 @@ def list_sessions(as_json: options.AsJson = False) -> None:
 
 
 @app.command()
-@exits_cleanly
-def show(name: Name) -> None:
-    """Print a conversation as Markdown; of a damaged one, what comes before the damage."""
+@options.verb
+def show(*, name: Name) -> None:
+    """Print a conversation as Markdown, up to damage if there is any."""
     from mlx_stream.chat.export import export_markdown
     from mlx_stream.chat.manage import open_transcript
-    from mlx_stream.program.exits import fail
 
     with open_transcript(name) as store:
         turns, damage = store.whole()
@@ -79,45 +72,46 @@ def show(name: Name) -> None:
 
 
 @app.command()
-@exits_cleanly
+@options.verb
 def export(
+    *,
     name: Name,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .md or .json file.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="A new .md or .json file.")],
 ) -> None:
     """Write a conversation to a Markdown or JSON file."""
     from mlx_stream.chat.export import write_export
     from mlx_stream.chat.manage import open_transcript
-    from mlx_stream.program.exits import fail
 
     with open_transcript(name) as store:
         turns, damage = store.whole()
         write_export(file, store.state.header, turns)
+    done = f"{plural(len(turns))} written to {file}"
     if damage:
-        fail(f"{plural(len(turns))} written to {file}, not all; {damage}")
-    notify(f"{plural(len(turns))} written to {file}")
+        fail(f"{done}, not all; {damage}")
+    notify(done)
 
 
 @app.command()
-@exits_cleanly
-def rm(name: Name) -> None:
+@options.verb
+def rm(*, name: Name) -> None:
     """Remove a conversation for good, text and state."""
     from mlx_stream.chat.manage import remove_session
 
     remove_session(name)
-    notify(f"{name} is removed")
+    notify(f"removed {name}")
 
 
 @app.command()
-@exits_cleanly
+@options.verb
 def verify(
+    *,
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Default: all of them.")
+        str | None, Argument(metavar="NAME", help="The name of a saved conversation. Default: all.")
     ] = None,
 ) -> None:
-    """Read everything that is saved and compare it with its checksums."""
+    """Read saved conversations and compare them with their checksums."""
     from mlx_stream.chat import manage, session_files
     from mlx_stream.errors import SessionError, one_line
-    from mlx_stream.program.exits import fail
 
     damaged = 0
     for one in [name] if name is not None else session_files.session_names():
@@ -129,4 +123,7 @@ def verify(
             damaged += 1
             notify(one_line(error))
     if damaged:
-        fail("sessions show and export give what comes before a damage, sessions rm removes all")
+        fail(
+            "`sessions show` and `export` give the part before the damage; `sessions rm` removes "
+            "a conversation"
+        )

@@ -1,5 +1,6 @@
-"""What every verb does with its streams: notices, progress, errors; knows no verb."""
+"""What every verb does with its streams: texts, progress, interrupts; knows no verb."""
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from mlx_stream.errors import TextError
 from mlx_stream.program.exits import notify
 
 SECONDS_PER_LINE = 30.0
+
+Progress = Callable[[int, int], None]
 
 
 def read_text(path: str) -> str:
@@ -24,10 +27,9 @@ def read_text(path: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise TextError(f"{name}: cannot be read: {reason}") from error
-    text = decode_utf8(data, name)
-    if not text:
+    if not data:
         raise TextError(f"{name}: is empty: give a text of at least one character")
-    return text
+    return decode_utf8(data, name)
 
 
 def decode_utf8(data: bytes, name: str) -> str:
@@ -40,8 +42,30 @@ def decode_utf8(data: bytes, name: str) -> str:
         ) from error
 
 
-def log_progress(label: str) -> Callable[[int, int], None]:
-    """Return a progress callback for logs: a line now and then, none for what is soon done."""
+@contextmanager
+def defer_interrupts(*signals: int) -> Iterator[Callable[[], bool]]:
+    """Turn the first signal, such as Ctrl-C, into a request; a second one interrupts at once.
+
+    Gives a function that tells whether it came.
+    """
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {one: signal.signal(one, ask) for one in signals}
+    try:
+        yield lambda: asked
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def log_progress(label: str) -> Progress:
+    """Return a progress callback for logs: a line every half a minute."""
     begun = told = time.monotonic()
 
     def update(done: int, total: int) -> None:
@@ -55,29 +79,25 @@ def log_progress(label: str) -> Callable[[int, int], None]:
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Show on standard error a bar with the time left, or lines where it is no terminal."""
+def progress_bar(label: str) -> Iterator[Progress]:
+    """Show on standard error a bar with the time left, or lines where it is not a terminal."""
     if not sys.stderr.isatty():
         yield log_progress(label)
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
+    shown = (
+        *progress.Progress.get_default_columns()[:2],  # label and bar
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*shown, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
 
         def update(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
             if done == total:
-                bar.stop()  # what is printed next must not meet a bar
+                bar.stop()  # before anything else is printed
 
         yield update

@@ -1,14 +1,13 @@
 """Speed beside mlx-lm's: the same weights, one process, steps in turn; knows no command line.
 
 Windows are filled with random keys and values through the caches' own state. Decoding is each
-side's own loop, from a token's id to the next one's, the likeliest; mlx-lm's submits a step before
-the last one is done. A step is one token, waited for.
+side's own loop, greedy, from a token's id to the next one's; mlx-lm's submits a step before the
+last one is done. A step is one token, waited for.
 """
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,26 +16,23 @@ from mlx_stream import backend
 from mlx_stream.cache import StreamCache
 from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.errors import ValueRefused
-from mlx_stream.evaluate.costs import (
-    ReadRate,
-    graph_nodes,
-    read_rate,
-    weight_bytes_read,
-)
+from mlx_stream.evaluate.costs import graph_nodes, read_rate, time_step, weight_bytes_read
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
+from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
+from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.window import PREFILL_CHUNK
 
 SINKS = 4
 WARMUP = 2
-TOKEN = 7  # what is read, whatever it means
-# A slow machine or slow weights: no more pairs than fit this many seconds, but at least three.
+TOKEN = 7  # any token
+# On a slow machine no more pairs than fit this many seconds, but at least three.
 SECONDS_PER_SERIES = 45.0
 LEAST_PAIRS = 3
 ENDLESS = 2**62
-# Each decodes so many tokens before it is the other's turn: its own loop overlaps Python with the
+# Tokens that each side decodes before the other's turn: its own loop overlaps Python with the
 # device from one token to the next.
 TURN = 8
 
@@ -44,29 +40,17 @@ Step = Callable[[], None]
 Build = Callable[[], mx.array]
 
 
-@dataclass(frozen=True)
-class Series:
-    """Times of one kind of step, in seconds, taken in turn: pair i ran side by side."""
+def summary(ours: list[float], theirs: list[float]) -> Row:
+    """Return what seconds taken in turn come to: pair i ran side by side.
 
-    ours: list[float]
-    theirs: list[float]
-
-    @property
-    def ratios(self) -> list[float]:
-        """mlx-lm's time over ours, of each pair: above 1, ours is faster."""
-        return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
-
-    @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "pairs": len(self.ours),
-            "ratio_quartiles": quartiles(self.ratios),
-            "ours_ms": quartiles([1e3 * x for x in self.ours]),
-            "mlx_lm_ms": quartiles([1e3 * x for x in self.theirs]),
-        }
+    A ratio is mlx-lm's time over ours: above 1, ours is faster.
+    """
+    return {
+        "pairs": len(ours),
+        "ratio_quartiles": quartiles([b / a for a, b in zip(ours, theirs, strict=True)]),
+        "ours_ms": quartiles([1e3 * x for x in ours]),
+        "mlx_lm_ms": quartiles([1e3 * x for x in theirs]),
+    }
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -79,22 +63,14 @@ def bench(
     peer: Any,
     windows: list[int],
     pairs: int = 40,
-    chunk: int | None = None,
-    progress: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+    chunk: int = PREFILL_CHUNK,
+    progress: Notify = discard,
+) -> Row:
     """Time decoding and prefill at full windows, ours and mlx-lm's in turn.
 
-    Returns a result for each window, by its size; and under "read" how fast memory is read here.
-
-    Args:
-        windows: W of each comparison; both caches hold 4 + W tokens.
-        pairs: decode steps of each, in turns of TURN (prefill: an eighth as many chunks).
-        chunk: tokens of a prefill step. Default: what reading a text takes.
-
-    Raises:
-        ValueRefused: a number out of range.
+    Both caches hold 4 + W tokens, for each W of `windows`. There are `pairs` decode steps of each,
+    and an eighth as many chunks of a prefill. Raises ValueRefused for a number out of range.
     """
-    chunk = PREFILL_CHUNK if chunk is None else chunk
     if pairs < LEAST_PAIRS:
         raise ValueRefused(f"--pairs must be at least {LEAST_PAIRS}, not {pairs}")
     if chunk < 2:
@@ -104,91 +80,74 @@ def bench(
     for asked in windows:
         _, window = model.resolve_window(SINKS, asked, progress)
         progress(f"window {window}: decoding")
-        cache = model.new_cache(SINKS, window, spare_rows(None))
-        fill(cache)
+        cache = filled_cache(model, window, spare_rows(None))
         decode = decoding(model, peer, cache, pairs)
-        alone = in_turn(step_of(model, cache), their_step(model, peer, window, 1), pairs)
+        theirs = their_step(model, peer, window, 1)
+        step = summary(*in_turn(step_of(model, cache), theirs, pairs))
         progress(f"window {window}: Python of a step")
         built = costs_of_building(model, peer, window, pairs)
-        must_read = bandwidth_limit(model, cache, read, statistics.median(decode.ours))
+        seconds = decode["ours_ms"][1] / 1e3
+        must_read = bandwidth_limit(model, cache, read["bytes_per_second"], seconds)
         progress(f"window {window}: prefill in chunks of {chunk}")
-        prefill = in_turn(
-            our_step(model, window, chunk),
-            their_step(model, peer, window, chunk),
-            max(LEAST_PAIRS, pairs // 8),
-        )
-        results[str(window)] = {
-            "decode_ratio": decode.ratio,
-            "step_ratio": alone.ratio,
-            "prefill_ratio": prefill.ratio,
-            "decode": decode.as_json(),
-            "step": alone.as_json(),
-            "prefill": prefill.as_json() | {"chunk": chunk},
-            "python": built,
-            "bytes": must_read,
-        }
-        del cache
+        ours = step_of(model, filled_cache(model, window), chunk)
+        theirs = their_step(model, peer, window, chunk)
+        prefill = summary(*in_turn(ours, theirs, max(LEAST_PAIRS, pairs // 8))) | {"chunk": chunk}
+        times = {"decode": decode, "step": step, "prefill": prefill}
+        ratios = {f"{name}_ratio": found["ratio_quartiles"][1] for name, found in times.items()}
+        results[str(window)] = ratios | times | {"python": built, "bytes": must_read}
+        del cache, ours, theirs
         mx.clear_cache()
-    return {
-        "windows": results,
-        "read": {"bytes_per_second": read.bytes_per_second, "operation": read.operation},
-    }
+    return {"windows": results, "read": read}
 
 
-def bandwidth_limit(
-    model: Model, cache: StreamCache, read: ReadRate, seconds: float
-) -> dict[str, float]:
-    """Return what a step must read, and how near its time is to reading nothing else."""
-    weights, held = weight_bytes_read(model.network), cache.nbytes
-    least = (weights + held) / read.bytes_per_second
+def bandwidth_limit(model: Model, cache: StreamCache, rate: float, seconds: float) -> Row:
+    """Return what a step of so many seconds must read, and how near it is to the reading rate."""
+    weights, rows = weight_bytes_read(model.network), cache.nbytes
+    least = (weights + rows) / rate
     share = least / seconds
-    return {"weights": weights, "cache": held, "least_ms": 1e3 * least, "share_of_limit": share}
+    return {"weights": weights, "cache": rows, "least_ms": 1e3 * least, "share_of_limit": share}
 
 
-def decoding(model: Model, peer: Any, cache: StreamCache, pairs: int) -> Series:
+def decoding(model: Model, peer: Any, cache: StreamCache, pairs: int) -> Row:
     """Time each side's own loop, in turns of TURN tokens; the times are of one token."""
-    step = step_of(model, cache)
-
-    def ours() -> None:
-        for _ in range(TURN):
-            step()
-
+    step = step_of(model, cache)  # ends with this function: a pending step would change the cache
     theirs = their_loop(model, peer, cache.geometry.window)
-    turns = in_turn(ours, theirs, max(LEAST_PAIRS, pairs // TURN))
-    return Series([x / TURN for x in turns.ours], [x / TURN for x in turns.theirs])
+    turns = in_turn(lambda: repeat(step, TURN), theirs, max(LEAST_PAIRS, pairs // TURN))
+    return summary(*([seconds / TURN for seconds in side] for side in turns))
+
+
+def repeat(step: Step, count: int) -> None:
+    for _ in range(count):
+        step()
 
 
 def in_turn(
     ours: Step, theirs: Step, pairs: int, seconds: float | None = SECONDS_PER_SERIES
-) -> Series:
-    """Run two steps in turn, changing which goes first, and time each.
+) -> tuple[list[float], list[float]]:
+    """Run two steps in turn, changing which goes first; return the seconds of each.
 
     Ends after so many seconds, unless None, but not before the least number of pairs.
     """
-    for _ in range(WARMUP):
-        ours()
-        theirs()
+    repeat(ours, WARMUP)
+    repeat(theirs, WARMUP)
     times: dict[Step, list[float]] = {ours: [], theirs: []}
     started = time.perf_counter()
     for pair in range(pairs):
         for step in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
-            begun = time.perf_counter()
-            step()
-            times[step].append(time.perf_counter() - begun)
+            times[step].append(time_step(step))
         late = seconds is not None and time.perf_counter() - started > seconds
         if late and pair + 1 >= LEAST_PAIRS:
             break
-    return Series(times[ours], times[theirs])
+    return times[ours], times[theirs]
 
 
-def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> dict[str, Any]:
-    """Return the milliseconds until a decode step's graph stands, not evaluated, and its nodes.
+def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> Row:
+    """Return the milliseconds until a decode step's graph is built, not evaluated, and its nodes.
 
     Each step follows one of the same side: else the first to allocate would pay for tidying up what
     the other side's graph has freed (1.5 ms seen, with glibc).
     """
-    cache = model.new_cache(SINKS, window, spare_rows(None))
-    fill(cache)
+    cache = filled_cache(model, window, spare_rows(None))
     builds = {"ours": our_build(model, cache), "mlx_lm": their_build(model, peer, window)}
     for build in [*builds.values()] * WARMUP:
         mx.eval(build())
@@ -216,26 +175,25 @@ def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> dict[
 # --- ours ---
 
 
-def our_step(model: Model, window: int, count: int) -> Step:
-    cache = model.new_cache(SINKS, window)
-    fill(cache)
-    return step_of(model, cache, count)
-
-
 def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
     """Return a step that reads `count` tokens into a cache and chooses the next.
 
     A cache that is changed otherwise needs a new step.
     """
     stream, greedy = TokenStream(model, cache), Sampler(Sampling(temperature=0))
-    if count == 1:
-        tokens = generate(stream, [TOKEN], greedy, ENDLESS)
-        return lambda: void(next(tokens))
-    return lambda: void(greedy.choose(stream.read([TOKEN] * count, count), stream.ids.attended))
+    tokens = generate(stream, [TOKEN], greedy, ENDLESS)
+
+    def decode() -> None:
+        next(tokens)
+
+    def prefill() -> None:
+        greedy.choose(stream.read([TOKEN] * count, count), stream.ids.attended)
+
+    return decode if count == 1 else prefill
 
 
 def our_build(model: Model, cache: StreamCache) -> Build:
-    """Return what builds the step that `generate` takes, and makes it part of the stream."""
+    """Return a function that builds the step of `generate` and makes it part of the stream."""
     greedy, token = Sampler(Sampling(temperature=0)), mx.array([[TOKEN]], mx.uint32)
     tracing = backend.tracing()
 
@@ -250,16 +208,17 @@ def our_build(model: Model, cache: StreamCache) -> Build:
     return build
 
 
-def void(value: object) -> None:
-    pass
+def filled_cache(model: Model, window: int, spare: int = 0) -> StreamCache:
+    cache = model.new_cache(SINKS, window, spare)
+    fill(cache)
+    return cache
 
 
 def fill(cache: StreamCache, clock: int | None = None) -> None:
     """Bring a stream to a full window of random keys and values, past its first wrap.
 
-    Args:
-        clock: where the rotary clock stands, at least the rows of the buffer; how far it is from
-            the next re-anchoring. Default: as in a stream that has wrapped once.
+    The rotary clock, at least the rows of the buffer, decides how far the next re-anchoring is.
+    Default: as in a stream that has wrapped once.
     """
     state = cache.state()
     length = 2 * cache.geometry.rows if clock is None else clock
@@ -289,13 +248,12 @@ def filled_caches(model: Model, peer: Any, window: int) -> list[Any]:
 def their_step(model: Model, peer: Any, window: int, count: int) -> Step:
     """Return mlx-lm's step: a decode step gives its token back, as its own loop does."""
     caches, head = filled_caches(model, peer, window), head_of(peer)
-    token = TOKEN
+    token: Any = TOKEN
 
     def decode() -> None:
         nonlocal token
         logits = peer(mx.array([[token]]), cache=caches)[:, -1]
-        chosen: Any = mx.argmax(logits, axis=-1).item()
-        token = chosen
+        token = mx.argmax(logits, axis=-1).item()
 
     def prefill() -> None:
         hidden = peer.model(mx.array([[TOKEN] * count]), cache=caches)[:, -1:]

@@ -19,7 +19,7 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """What tells these tokens from others: 16 hexadecimal digits."""
+        """16 hexadecimal digits that tell these tokens from others."""
         return hashlib.sha256(self.ids.astype("<i4").tobytes()).hexdigest()[:16]
 
     def first(self, count: int) -> list[int]:

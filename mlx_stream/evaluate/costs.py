@@ -1,6 +1,6 @@
 """What a decode step costs beside its time: bytes to be read, nodes of its graph; knows no peer.
 
-A step must read all weights and what it attends to once; no machine does that faster than it reads
+A step must read all weights and all it attends to once. No machine does that faster than it reads
 memory.
 """
 
@@ -8,13 +8,14 @@ import io
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from mlx_stream.evaluate.report import Row
 from mlx_stream.models.layers import CausalLM
+from mlx_stream.program.notices import Notify, discard
 
 READ_BYTES = 256 * 2**20
 READ_ROUNDS = 5
@@ -22,28 +23,24 @@ COLUMNS = 4096
 NODE = "shape=rectangle"  # of a primitive, in the text of a graph
 
 
-@dataclass(frozen=True)
-class ReadRate:
-    """How fast memory is read here: bytes per second, and by which operation."""
-
-    bytes_per_second: float
-    operation: str
-
-
 def weight_bytes_read(network: CausalLM) -> int:
-    """Return the bytes of weights that a decode step reads: all of them, but of an embedding that
-    is not the head as well only a row."""
+    """Return the bytes of weights that a decode step reads.
+
+    It reads all, but only one row of an embedding that is not the head as well.
+    """
     arrays: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
-    embedding = "embed_tokens."
     total = 0
     for name, array in arrays:
-        row_only = name.startswith(embedding) and not network.tied
+        row_only = name.startswith("embed_tokens.") and not network.tied
         total += array.nbytes // (array.shape[0] if row_only else 1)
     return total
 
 
-def read_rate(progress: Callable[[str], None] = lambda line: None) -> ReadRate:
-    """Measure how fast this machine reads memory: the fastest of a few reductions of one array."""
+def read_rate(progress: Notify = discard) -> Row:
+    """Measure how fast this machine reads memory: the fastest of a few reductions of one array.
+
+    Returns `bytes_per_second` and the `operation` that reached it.
+    """
     progress(f"reading {READ_BYTES // 2**20} MiB, {READ_ROUNDS} times in each of three ways")
     array = mx.ones((READ_BYTES // 4 // COLUMNS, COLUMNS))
     column = mx.ones((COLUMNS, 1))
@@ -53,25 +50,28 @@ def read_rate(progress: Callable[[str], None] = lambda line: None) -> ReadRate:
         "max": lambda: mx.max(array),
         "product with a vector": lambda: array @ column,
     }
-    rates = [ReadRate(array.nbytes / median_seconds(way), name) for name, way in ways.items()]
+    rates = {name: array.nbytes / median_seconds(way) for name, way in ways.items()}
     mx.clear_cache()
-    return max(rates, key=lambda rate: rate.bytes_per_second)
+    fastest = max(rates, key=rates.__getitem__)
+    return {"bytes_per_second": rates[fastest], "operation": fastest}
 
 
 def median_seconds(way: Callable[[], mx.array]) -> float:
     mx.eval(way())
-    times = []
-    for _ in range(READ_ROUNDS):
-        begun = time.perf_counter()
-        mx.eval(way())
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return statistics.median(time_step(lambda: mx.eval(way())) for _ in range(READ_ROUNDS))
+
+
+def time_step(step: Callable[[], object]) -> float:
+    """Return the seconds a step takes."""
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun
 
 
 def graph_nodes(*outputs: mx.array) -> int:
     """Return how many primitives compute arrays that are not evaluated yet.
 
-    On the CPU backend a proxy: it expands what is one kernel on Metal.
+    On the CPU backend this is a proxy: it expands what is one kernel on Metal.
     """
     text = io.StringIO()
     export: Any = mx.export_to_dot  # takes an open file as well as a name

@@ -1,72 +1,15 @@
 """How far one model's predictions are from another's, over one text; knows no files."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.evaluate.report import perplexity
+from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.evaluate.score import HEAD_ROWS, refuse_infinite
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.window import PREFILL_CHUNK
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """What a model lost against its source.
-
-    Attributes:
-        tokens: predictions compared.
-        source_perplexity, perplexity: of the text, to each model.
-        kl_mean, kl_p99: Kullback-Leibler divergence from the source's prediction of a token to the
-            other's, in nats: mean, and 99th percentile.
-        top1_agreement: fraction of tokens for which the likeliest one is the same.
-    """
-
-    tokens: int
-    source_perplexity: float
-    perplexity: float
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the figures, rounded to where they are more than noise."""
-        found = asdict(self).items()
-        return {k: round(v, 6) if isinstance(v, float) else v for k, v in found}
-
-
-@dataclass
-class Figures:
-    """Of each predicted token: losses of the source and the other, divergence, agreement."""
-
-    source: list[float] = field(default_factory=list)
-    other: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    same: list[bool] = field(default_factory=list)
-
-    def add(self, source: mx.array, other: mx.array, targets: Sequence[int]) -> None:
-        """Add logits (T, vocabulary) of both and the ids that came."""
-        chosen = mx.array([*targets], mx.int32)[:, None]
-        p, q = log_probabilities(source), log_probabilities(other)
-        losses = (-mx.take_along_axis(one, chosen, axis=-1)[:, 0] for one in (p, q))
-        same = mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)
-        lists = (self.source, self.other, self.kl, self.same)
-        for found, new in zip(lists, (*losses, divergences(p, q), same), strict=True):
-            found.extend(new.tolist())  # type: ignore[arg-type]
-
-    def result(self) -> Divergence:
-        return Divergence(
-            tokens=len(self.kl),
-            source_perplexity=perplexity(self.source),
-            perplexity=perplexity(self.other),
-            kl_mean=math.fsum(self.kl) / len(self.kl),
-            kl_p99=float(np.percentile(self.kl, 99)),
-            top1_agreement=sum(self.same) / len(self.same),
-        )
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
@@ -84,24 +27,38 @@ def compare(
     other: TokenStream,
     ids: Sequence[int],
     chunk: int = PREFILL_CHUNK,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Divergence:
+    progress: Progress = no_progress,
+) -> Row:
     """Read token ids as one stream through two models and compare what they predict.
 
-    Both streams are new, and of the same sinks and window. Logits of no more than a few rows are
-    in memory at once, however long the text.
+    Both streams are new, and of the same sinks and window. Logits of a few rows are in memory at
+    once, however long the text.
 
-    Raises:
-        WeightsError: a model's output is not a number.
+    Returns `tokens` compared; `source_perplexity` and `perplexity`; the mean and the 99th
+    percentile of the Kullback-Leibler divergence from the source's prediction of a token to the
+    other's, in nats, `kl_mean` and `kl_p99`; `top1_agreement`, the share of tokens for which the
+    likeliest one is the same. All are rounded to where they are more than noise.
     """
-    figures = Figures()
+    found: list[np.ndarray] = []  # columns: losses of the source and the other, divergence, same
+    read, total = 0, len(ids) - 1
     steps = (stream.steps(ids[:-1], chunk) for stream in (source, other))
     for ours, theirs in zip(*steps, strict=True):
         for start in range(0, ours.shape[1], HEAD_ROWS):
-            logits = source.network.logits(ours[0, start : start + HEAD_ROWS])
-            others = other.network.logits(theirs[0, start : start + HEAD_ROWS])
-            begin = len(figures.kl) + 1
-            figures.add(logits, others, ids[begin : begin + len(logits)])
-        progress(len(figures.kl), len(ids) - 1)
-    refuse_infinite([*figures.source, *figures.other, *figures.kl])
-    return figures.result()
+            p = log_probabilities(source.network.logits(ours[0, start : start + HEAD_ROWS]))
+            q = log_probabilities(other.network.logits(theirs[0, start : start + HEAD_ROWS]))
+            targets = mx.array([*ids[read + 1 : read + 1 + len(p)]], mx.int32)[:, None]
+            losses = (-mx.take_along_axis(one, targets, axis=-1)[:, 0] for one in (p, q))
+            same = mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)
+            found.append(np.array(mx.stack([*losses, divergences(p, q), same], axis=1)))
+            read += len(p)
+        progress(read, total)
+    source_nll, nll, kl, agree = np.concatenate(found).astype(float).T.tolist()
+    refuse_infinite([*source_nll, *nll, *kl])
+    figures = {
+        "source_perplexity": perplexity(source_nll),
+        "perplexity": perplexity(nll),
+        "kl_mean": math.fsum(kl) / total,
+        "kl_p99": float(np.percentile(kl, 99)),
+        "top1_agreement": sum(agree) / total,
+    }
+    return {"tokens": total, **{name: round(value, 6) for name, value in figures.items()}}

@@ -1,42 +1,36 @@
 """`eval endurance`: one stream for hundreds of thousands of tokens, stopped and continued at will.
 
 After each segment a line is logged; the stream's state is saved now and then, and when asked to
-stop. A state older than the log is caught up by reading, which gives the same bits again.
+stop. A state older than the log catches up by reading, which gives the same bits again.
 """
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_stream import backend
-from mlx_stream.errors import SnapshotError, TextError, ValueRefused
+from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.evaluate.corpus import Corpus
 from mlx_stream.evaluate.jsonl import JsonLog
-from mlx_stream.evaluate.report import Row, perplexity
+from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.evaluate.score import losses_of
 from mlx_stream.generate import snapshot
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.program.notices import Notify
-
-FRESH = "fresh"
+from mlx_stream.program.notices import Notify, discard
 
 
 @dataclass(frozen=True)
 class Course:
-    """What one stream reads, and how.
+    """The text that one stream reads, and how.
 
-    Attributes:
-        sinks, window: S and W of the stream.
-        segment: tokens of one line of the log.
-        chunk: tokens read per step.
-        save_every: seconds between saved states, at least.
+    A line of the log is about `segment` tokens; `chunk` tokens are read per step. At least
+    `save_every` seconds pass between saved states.
     """
 
     model: Model
@@ -57,7 +51,7 @@ class Course:
 
     @property
     def key(self) -> Row:
-        """What a log must agree in to be one of this course."""
+        """The settings that a log of this course has in its first line."""
         return {
             "experiment": "endurance",
             "model": self.model.fingerprint(),
@@ -68,10 +62,13 @@ class Course:
             "chunk": self.chunk,
         }
 
+    def new_stream(self) -> TokenStream:
+        return TokenStream(self.model, self.model.new_cache(self.sinks, self.window))
+
 
 @dataclass
 class EnduranceState:
-    """A stream on its way, and the losses and seconds of the segment it is in."""
+    """A stream, and the losses and seconds of the segment it is in."""
 
     stream: TokenStream
     nll: list[float] = field(default_factory=list)
@@ -92,18 +89,14 @@ def endure(
     log: JsonLog,
     tokens: int,
     stopped: Callable[[], bool] = lambda: False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    notify: Notify = lambda line: None,
+    progress: Progress = no_progress,
+    notify: Notify = discard,
 ) -> bool:
     """Read on until at least `tokens` tokens are logged; return whether that is done.
 
-    Args:
-        stopped: asked after each step; once true, the state is saved and the reading ends.
-        progress: called with tokens read and to read from here on.
-
-    Raises:
-        ValueRefused: fewer than one token, or another file where the state goes.
-        TextError, SnapshotError: log or state cannot be written; what was logged is kept.
+    Once `stopped` returns true, the state is saved and the reading ends. Raises ValueRefused for
+    fewer than one token, or another file where the state goes; TextError or SnapshotError if log or
+    state cannot be written. The lines logged before are kept.
     """
     if tokens < 1:
         raise ValueRefused(f"--tokens must be at least 1, not {tokens}")
@@ -114,64 +107,47 @@ def endure(
     if len(segments(log)) * course.segment >= target:
         return True
     reading = resume_state(course, log, notify)
-    begun, saved = reading.stream.length, time.monotonic()
+    stream = reading.stream
+    begun, saved = stream.length, time.monotonic()
     if begun:
         notify(f"{log.path}: continuing from token {begun:,}")
-    try:
-        if len(reading.nll) == course.segment:
-            end_segment(course, reading, log, notify)  # the disk was full for its line
-        for boundary in steps(course, reading, target):
-            if boundary:
-                end_segment(course, reading, log, notify)
-            progress(reading.stream.length - begun, target - begun)
-            if time.monotonic() - saved > course.save_every:
-                save_state(reading, log)
-                saved = time.monotonic()
-            if stopped():
-                break
-    except TextError:
-        # The log's disk is full. If there is still room for the state, nothing is read twice.
-        with suppress(SnapshotError):
+    while stream.length < target and not stopped():
+        read_step(course, reading)
+        if stream.length % course.segment == 0:
+            end_segment(course, reading, log)
+        progress(stream.length - begun, target - begun)
+        if time.monotonic() - saved > course.save_every:
             save_state(reading, log)
-        raise
+            saved = time.monotonic()
     save_state(reading, log)
-    return reading.stream.length == target
+    return stream.length == target
 
 
-def steps(course: Course, reading: EnduranceState, target: int) -> Iterator[bool]:
-    """Read step by step to `target`; yield after each whether it ended a segment."""
+def read_step(course: Course, reading: EnduranceState) -> None:
+    """Read a chunk, or what is left of the segment."""
+    start = reading.stream.length
+    stop = start + min(course.chunk, course.segment - start % course.segment)
+    begun = time.perf_counter()
+    ids = course.text.around(start, stop + 1)
+    reading.nll += losses_of(reading.stream, ids, course.chunk)
+    reading.seconds += time.perf_counter() - begun
+
+
+def end_segment(course: Course, reading: EnduranceState, log: JsonLog) -> None:
+    """Log the segment that has just ended, unless it is logged already."""
     stream = reading.stream
-    while stream.length < target:
-        start = stream.length
-        left = course.segment - start % course.segment
-        stop = start + min(course.chunk, left)
-        begun = time.perf_counter()
-        for losses in losses_of(stream, course.text.around(start, stop + 1), course.chunk):
-            reading.nll.extend(losses)
-        reading.seconds += time.perf_counter() - begun
-        yield stop - start == left
-
-
-def end_segment(course: Course, reading: EnduranceState, log: JsonLog, notify: Notify) -> None:
-    """Log the segment that has just ended, or compare it with the line that is there already."""
-    done = segments(log)
     row = {
-        "segment": reading.stream.length // course.segment - 1,
-        "tokens": reading.stream.length,
+        "segment": stream.length // course.segment - 1,
+        "tokens": stream.length,
         "perplexity": perplexity(reading.nll),
         "nll": math.fsum(reading.nll) / len(reading.nll),
         "tokens_per_second": course.segment / reading.seconds,
         "active_bytes": mx.get_active_memory(),
         "resident_bytes": backend.resident_bytes(),
-        "evicted": reading.stream.cache.evicted,
+        "evicted": stream.cache.evicted,
     }
-    if row["segment"] == len(done):
+    if row["segment"] == len(segments(log)):
         log.append(row)
-    elif row["nll"] != done[row["segment"]]["nll"]:
-        notify(
-            f"segment {row['segment']} gives other bits than are logged: another machine, or "
-            "another version of MLX"
-        )
     reading.nll, reading.seconds = [], 0.0
 
 
@@ -183,54 +159,46 @@ def save_state(reading: EnduranceState, log: JsonLog) -> None:
 
 def resume_state(course: Course, log: JsonLog, notify: Notify) -> EnduranceState:
     """Return the stream as it was saved, or from the beginning if there is no state to use."""
-    stream = TokenStream(course.model, course.model.new_cache(course.sinks, course.window))
-    path, logged = state_path(log.path), len(segments(log))
+    stream, path = course.new_stream(), state_path(log.path)
+    logged = len(segments(log)) * course.segment
     if not logged and not path.exists():
         return EnduranceState(stream)
     try:
         found = snapshot.load_snapshot(path)
-        if found.about["key"] != log.header["key"]:
-            raise SnapshotError(f"{path}: is the state of another log")
         nll, length = found.about["nll"], found.state["length"]
         assert isinstance(length, int)
-        if not 0 <= length - len(nll) <= logged * course.segment:
-            raise SnapshotError(f"{path}: does not fit the log, which has {logged} segments")
+        if found.about["key"] != log.header["key"]:
+            raise SnapshotError(f"{path}: is the state of another log")
+        if length - len(nll) > logged or length % course.segment != len(nll):
+            raise SnapshotError(f"{path}: does not fit the log of {logged:,} tokens")
         stream.restore(found.state)
         return EnduranceState(stream, nll, found.about["seconds"])
     except (SnapshotError, ValueRefused, KeyError) as error:
-        notify(f"{error}; reading {logged * course.segment:,} logged tokens again")
+        notify(f"{error}; reading {logged:,} logged tokens again")
         return EnduranceState(stream)  # a state that is refused changes nothing
 
 
-def compare_with_fresh(
-    course: Course,
-    log: JsonLog,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Row:
+def compare_with_fresh(course: Course, log: JsonLog, progress: Progress = no_progress) -> Row:
     """Read the last tenth with a fresh stream, begun on the window before it; log and return it.
 
-    A log that has it already is not read again.
+    A comparison that is logged already is not read again.
     """
     rows = segments(log)
     tenth = rows[-max(1, len(rows) // 10) :]
     start, stop = tenth[0]["tokens"] - course.segment, tenth[-1]["tokens"]
-    for line in log.rows:
-        if FRESH in line and (line[FRESH]["from"], line[FRESH]["to"]) == (start, stop):
-            return line[FRESH]
+    for fresh in (row["fresh"] for row in log.rows if "fresh" in row):
+        if (fresh["from"], fresh["to"]) == (start, stop):
+            return fresh
     begin = max(0, start - course.sinks - course.window)
     ids = course.text.around(begin, stop + 1)
-    stream = TokenStream(course.model, course.model.new_cache(course.sinks, course.window))
-    nll: list[float] = []
-    for losses in losses_of(stream, ids, course.chunk):
-        nll.extend(losses)
-        progress(len(nll), len(ids) - 1)
+    nll = losses_of(course.new_stream(), ids, course.chunk, progress)
     fresh = {
         "from": start,
         "to": stop,
         "perplexity": perplexity(nll[start - begin :]),
         "stream_perplexity": mean_perplexity(tenth),
     }
-    log.append({FRESH: fresh})
+    log.append({"fresh": fresh})
     return fresh
 
 

@@ -7,99 +7,86 @@ begins. A last line cut short, by a crash or a full disk, is removed when the lo
 import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.evaluate.report import Row, finite
 
-KIND = "mlx_stream log"
-VERSION = 1
+KIND = {"log": "mlx_stream log", "version": 1}
 
 
+@dataclass
 class JsonLog:
-    """An open log, which no other process can write meanwhile.
+    """An open log: its first line, as it was written when the log was begun, and the results."""
 
-    Attributes:
-        header: the first line, as it was written when the log was begun.
-        rows: the results logged so far.
-    """
-
-    def __init__(self, path: Path, key: Row, about: Row):
-        """Open the log of what `key` says, or begin it; `about` is remembered if it is new.
-
-        Raises:
-            ValueRefused: the file is not a log, is one of something else, or in use.
-            TextError: it cannot be read or written.
-        """
-        self.path = path
-        try:
-            self.file = path.open("a+b", buffering=0)
-        except OSError as error:
-            raise TextError(f"{path}: cannot be opened: {error.strerror}") from error
-        try:
-            self.header, self.rows = self._read(key) or self._begin(key, about)
-        except BaseException:
-            self.file.close()
-            raise
-
-    def _read(self, key: Row) -> tuple[Row, list[Row]] | None:
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueRefused(f"{self.path}: another process is writing this log") from None
-        self.file.seek(0)
-        data = self.file.read()
-        if not data:
-            return None
-        whole = data.rfind(b"\n") + 1
-        try:
-            header, *rows = map(json.loads, data[:whole].splitlines())
-            if (header["log"], header["version"]) != (KIND, VERSION):
-                raise ValueError
-            found = dict(header["key"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueRefused(
-                f"{self.path}: exists and is not a log of this program: choose another file"
-            ) from None
-        for name, wanted in key.items():
-            if found.get(name) != wanted:
-                numbers = f" ({found.get(name)}, not {wanted})" if isinstance(wanted, int) else ""
-                raise ValueRefused(
-                    f"{self.path}: is a log of another {name}{numbers}: choose another file for "
-                    "--log"
-                )
-        self.file.truncate(whole)
-        return header, rows
-
-    def _begin(self, key: Row, about: Row) -> tuple[Row, list[Row]]:
-        header = {"log": KIND, "version": VERSION, "key": key, "about": about}
-        self._write(header)
-        return header, []
+    path: Path
+    file: Any
+    header: Row
+    rows: list[Row]
 
     def append(self, row: Row) -> None:
-        """Write a result and wait until it is on disk.
-
-        Raises:
-            TextError: it could not be written.
-        """
-        self._write(finite(row))
+        """Write a result and wait until it is on disk; raise TextError if that fails."""
+        self.write(finite(row))
         self.rows.append(row)
 
-    def __enter__(self) -> "JsonLog":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def _write(self, line: Row) -> None:
-        data, size = json.dumps(line).encode() + b"\n", os.fstat(self.file.fileno()).st_size
+    def write(self, line: Row) -> None:
+        data = json.dumps(line).encode() + b"\n"
         try:
             while data:
                 data = data[self.file.write(data) :]
             os.fsync(self.file)
         except OSError as error:
-            self.file.truncate(size)  # whole lines only
             raise TextError(
                 f"{self.path}: cannot be written: {error.strerror}; what was logged before is "
                 "kept: the same command continues from there"
             ) from error
+
+
+@contextmanager
+def open_log(path: Path, key: Row, about: Row) -> Iterator[JsonLog]:
+    """Open the log of the measurement `key`, or begin it; a new log remembers `about`.
+
+    No other process can write it meanwhile. Raises ValueRefused if the file is not a log, is the
+    log of another measurement, or is in use; TextError if it cannot be read or written.
+    """
+    try:
+        file = path.open("a+b", buffering=0)
+    except OSError as error:
+        raise TextError(f"{path}: cannot be opened: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueRefused(f"{path}: another process is writing this log") from None
+        file.seek(0)
+        if data := file.read():
+            whole = data[: data.rfind(b"\n") + 1]
+            log = JsonLog(path, file, *read_lines(path, key, whole))
+            file.truncate(len(whole))
+        else:
+            log = JsonLog(path, file, KIND | {"key": key, "about": about}, [])
+            log.write(log.header)
+        yield log
+
+
+def read_lines(path: Path, key: Row, data: bytes) -> tuple[Row, list[Row]]:
+    try:
+        header, *rows = map(json.loads, data.splitlines())
+        if {name: header[name] for name in KIND} != KIND:
+            raise ValueError
+        found = header["key"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueRefused(
+            f"{path}: exists and is not a log of this program: choose another file"
+        ) from None
+    for name, wanted in key.items():
+        if found.get(name) != wanted:
+            numbers = f" ({found.get(name)}, not {wanted})" if isinstance(wanted, int) else ""
+            raise ValueRefused(
+                f"{path}: is a log of another {name}{numbers}: choose another file for --log"
+            )
+    return header, rows

@@ -5,82 +5,55 @@ steps in turn; ours crosses a re-anchoring in the middle of its steps, as a long
 """
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
-from mlx_stream.evaluate.bench import SINKS, Step, fill, in_turn, step_of, their_step
+from mlx_stream.evaluate.bench import SINKS, TOKEN, Step, fill, in_turn, step_of, their_step
+from mlx_stream.evaluate.costs import time_step
 from mlx_stream.evaluate.readers import RECOMPUTE_CHUNK
-from mlx_stream.evaluate.report import Row, refuse_twice
-from mlx_stream.evaluate.sweeps import check_shape
+from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.program.notices import Notify, discard
 
 LEAST_STEPS = 20
 RECOMPUTED = 5
 FORCED = 20
 
 
-@dataclass(frozen=True)
-class Size:
-    """A cache of `capacity` tokens, and how many steps are timed at it."""
-
-    capacity: int
-    steps: int
-
-    def __post_init__(self) -> None:
-        if self.capacity <= SINKS:
-            raise ValueRefused(f"--cache {self.capacity}: must exceed the {SINKS} sinks")
-        if self.steps < LEAST_STEPS:
-            raise ValueRefused(f"--steps must be at least {LEAST_STEPS}, not {self.steps}")
-
-    @property
-    def window(self) -> int:
-        return self.capacity - SINKS
-
-
 def measure_latency(
-    model: Model,
-    peer: Any | None,
-    sizes: Sequence[Size],
-    progress: Callable[[str], None] = lambda line: None,
+    model: Model, peer: Any | None, sizes: dict[int, int], progress: Notify = discard
 ) -> Iterator[Row]:
-    """Yield a row of milliseconds per token for each size and method.
+    """Yield a row of milliseconds per token for each size of the cache and each method.
 
-    Args:
-        peer: mlx-lm's model of the same weights, or None to leave it out.
-
-    Raises:
-        ValueRefused: a size the model cannot have.
+    `peer` is mlx-lm's model of the same weights, or None. `sizes` has the number of steps to time,
+    by tokens in the cache. Raises ValueRefused for too few steps.
     """
-    refuse_twice("--cache", [size.capacity for size in sizes])
-    for size in sizes:
-        check_shape(model, SINKS, size.window)
-    for size in sizes:
-        progress(f"cache {size.capacity:,}: {size.steps:,} steps")
-        cache = model.new_cache(SINKS, size.window)
+    if min(sizes.values()) < LEAST_STEPS:
+        raise ValueRefused(f"--steps must be at least {LEAST_STEPS}, not {min(sizes.values())}")
+    for size, steps in sizes.items():
+        progress(f"cache {size:,}: {steps:,} steps")
+        cache = model.new_cache(SINKS, size - SINKS)
         # A re-anchoring comes in the middle of the steps.
-        fill(cache, max(cache.geometry.rows, cache.clock_limit - size.steps // 2))
+        fill(cache, max(cache.geometry.rows, cache.clock_limit - steps // 2))
         ours = step_of(model, cache)
         if peer is None:
-            times = [time_step(ours) for _ in range(size.steps)]
-            yield latency_row(size, "stream", times)
+            yield latency_row(size, "stream", [time_step(ours) for _ in range(steps)])
         else:
-            series = in_turn(ours, their_step(model, peer, size.window, 1), size.steps, None)
-            yield latency_row(size, "stream", series.ours)
-            yield latency_row(size, "mlx-lm", series.theirs)
+            times = in_turn(ours, their_step(model, peer, size - SINKS, 1), steps, None)
+            for method, seconds in zip(("stream", "mlx-lm"), times, strict=True):
+                yield latency_row(size, method, seconds)
         del ours  # a step may hold the buffers
-        progress(f"cache {size.capacity:,}: {FORCED} re-anchorings")
+        progress(f"cache {size:,}: {FORCED} re-anchorings")
         plain, turned = force_reanchoring(model, cache)
         yield latency_row(size, "stream, plain", plain)
         yield latency_row(size, "stream, re-anchoring", turned)
         del cache
-        progress(f"cache {size.capacity:,}: recompute, {RECOMPUTED} steps")
+        progress(f"cache {size:,}: recompute, {RECOMPUTED} steps")
         again = recompute_step(model, size)
         yield latency_row(size, "recompute", [time_step(again) for _ in range(RECOMPUTED)])
         mx.clear_cache()
@@ -100,31 +73,24 @@ def force_reanchoring(model: Model, cache: StreamCache) -> tuple[list[float], li
     return plain, turned
 
 
-def recompute_step(model: Model, size: Size) -> Step:
+def recompute_step(model: Model, size: int) -> Step:
     def step() -> None:
         stream = TokenStream(model, model.new_dense_cache())
-        mx.eval(mx.argmax(stream.read([7] * size.capacity, RECOMPUTE_CHUNK)))
+        mx.eval(mx.argmax(stream.read([TOKEN] * size, RECOMPUTE_CHUNK)))
 
     return step
 
 
-def time_step(step: Step) -> float:
-    """Return the seconds a step takes."""
-    begun = time.perf_counter()
-    step()
-    return time.perf_counter() - begun
-
-
-def latency_row(size: Size, method: str, seconds: Sequence[float]) -> Row:
+def latency_row(size: int, method: str, seconds: Sequence[float]) -> Row:
     times = [1e3 * value for value in seconds]
     hundredths = statistics.quantiles(times, n=100, method="inclusive")
-    row: Row = {"cache": size.capacity, "method": method, "steps": len(times)}
+    row: Row = {"cache": size, "method": method, "steps": len(times)}
     row |= {f"p{percent}_ms": hundredths[percent - 1] for percent in (50, 95, 99)}
     return {**row, "max_ms": max(times)}
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """Return what the rows say, in sentences: growth, speed-up, stalls."""
+    """Return in sentences what the rows show: growth, speed-up, stalls."""
     at = {(row["cache"], row["method"]): row for row in rows}
     sizes = sorted({row["cache"] for row in rows})
     low, high = sizes[0], sizes[-1]

@@ -1,7 +1,8 @@
 """llama.cpp as a peer: the same GGUF file, the same ids, its own context shift.
 
-Through the package `llama-cpp-python`, if it is installed. When the context is full, half of what
-is not kept is dropped and the rest moved down, as llama.cpp's own programs do.
+It is used through the package `llama-cpp-python`, if that is installed. When the context is full,
+half of the tokens that are not kept are dropped and the rest moved down, as llama.cpp's own
+programs do.
 """
 
 import ctypes
@@ -31,8 +32,7 @@ def why_not(gguf: Path | None) -> str | None:
 class LlamaCpp:
     """Read ids through llama.cpp with a context of `capacity` tokens, the first `keep` kept.
 
-    Raises:
-        SourceError: llama.cpp cannot open the file.
+    Raises SourceError if llama.cpp cannot open the file.
     """
 
     def __init__(self, gguf: Path, ids: Sequence[int], capacity: int, keep: int, chunk: int):

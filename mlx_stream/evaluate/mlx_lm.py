@@ -17,8 +17,7 @@ from mlx_stream.load import Model
 def load_peer(folder: Path, model: Model) -> Any:
     """Load the same weights with mlx-lm, computing in the same dtype, quantized alike.
 
-    Raises:
-        SourceError: the model is not a folder, which is what mlx-lm reads.
+    Raises SourceError if the model is not a folder.
     """
     if not folder.is_dir():
         raise SourceError(f"{folder}: mlx-lm reads folders; convert the model to one first")

@@ -7,7 +7,7 @@ a peer brings weights of its own, and those of the others do not count.
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from mlx_stream.evaluate.readers import (
     recompute_reader,
     stream_reader,
 )
-from mlx_stream.evaluate.report import Row, perplexity, refuse_twice
+from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.load import Model
 from mlx_stream.window import PREFILL_CHUNK
 
@@ -63,7 +63,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all caches of one run share."""
+    """The model, the text and the sizes that all caches of one run share."""
 
     model: Model
     folder: Path
@@ -85,16 +85,10 @@ class Setting:
 
 
 def check_settings(setting: Setting, specs: Sequence[Spec]) -> None:
-    """Refuse, before anything is read, what cannot be measured.
-
-    Raises:
-        ValueRefused: a number out of range, or the same cache twice.
-        TextError: a cache would read less than a segment.
-    """
+    """Raise ValueRefused or TextError for caches that cannot be measured."""
     for option, number in (("--segment", setting.segment), ("--tokens", setting.tokens)):
         if number < 1:
             raise ValueRefused(f"{option} must be at least 1, not {number}")
-    refuse_twice("--cache", [spec.label for spec in specs])
     setting.text.require(setting.segment, "--segment")
     for spec in specs:
         if not setting.segments(spec):
@@ -114,16 +108,12 @@ def check_settings(setting: Setting, specs: Sequence[Spec]) -> None:
 
 
 def measure_perplexity(
-    setting: Setting,
-    specs: Sequence[Spec],
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    setting: Setting, specs: Sequence[Spec], progress: Progress = no_progress
 ) -> Iterator[Row]:
     """Read the text through one cache after another; yield a row per cache and segment.
 
-    Args:
-        progress: called with tokens read and to read, of all caches together.
+    `progress` is called with the tokens of all caches together.
     """
-    check_settings(setting, specs)
     total, done = sum(map(setting.segments, specs)) * setting.segment, 0
     progress(done, total)
     for spec in specs:

@@ -1,7 +1,7 @@
 """A long text read from its beginning through a window, ours and mlx-lm's in turn."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -9,17 +9,18 @@ import mlx.core as mx
 from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.bench import SINKS
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
+from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.requests import ReadRequest
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.program.notices import Notify, discard
 
 
 def check_prefill(tokens: int, chunks: Sequence[int]) -> None:
     """Raise ValueRefused for fewer than 2 tokens, or 2 in a chunk."""
     if tokens < 2:
         raise ValueRefused(f"--prefill must be at least 2, not {tokens}")
-    if min(chunks, default=2) < 2:
+    if min(chunks) < 2:
         raise ValueRefused(f"--prefill-chunk must be at least 2, not {min(chunks)}")
 
 
@@ -29,21 +30,20 @@ def prefills(
     windows: Sequence[int],
     tokens: int,
     chunks: Sequence[int],
-    progress: Callable[[str], None] = lambda line: None,
-) -> list[dict[str, Any]]:
+    progress: Notify = discard,
+) -> list[Row]:
     """Time reading a text of so many tokens through each window, in steps of each chunk."""
-    check_prefill(tokens, chunks)
     ids = [token % model.config.vocab_size for token in range(tokens)]
     found = []
     for asked in windows:
         _, window = model.resolve_window(SINKS, asked, progress)
-        for chunk in chunks or [PREFILL_CHUNK]:
+        for chunk in chunks:
             progress(f"window {window}: reading {tokens:,} tokens in chunks of {chunk}")
             found.append({"window": window, **prefill(model, peer, window, ids, chunk)})
     return found
 
 
-def prefill(model: Model, peer: Any, window: int, ids: Sequence[int], chunk: int) -> dict[str, Any]:
+def prefill(model: Model, peer: Any, window: int, ids: Sequence[int], chunk: int) -> Row:
     """Read one text through both windows from the beginning, in turn, and time all of it.
 
     The side that has read less reads the next chunk. Both run their head for the last token only.
@@ -73,15 +73,14 @@ def prefill(model: Model, peer: Any, window: int, ids: Sequence[int], chunk: int
     }
 
 
-def best_of(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def best_of(results: Sequence[Row]) -> list[Row]:
     """Return for each window the fastest chunk of each side, as one result."""
     found = []
     for window in dict.fromkeys(result["window"] for result in results):
         those = [result for result in results if result["window"] == window]
         ours = max(those, key=lambda result: result["ours_tokens_per_second"])
         theirs = max(those, key=lambda result: result["mlx_lm_tokens_per_second"])
-        keys = ("mlx_lm_chunk", "mlx_lm_tokens_per_second")
-        best = {**ours, **{key: theirs[key] for key in keys}}
+        best = ours | {key: theirs[key] for key in ("mlx_lm_chunk", "mlx_lm_tokens_per_second")}
         best["ratio"] = best["ours_tokens_per_second"] / best["mlx_lm_tokens_per_second"]
         found.append(best)
     return found

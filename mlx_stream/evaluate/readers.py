@@ -5,7 +5,6 @@ returns the loss, -log p in nats, of each token after them: ids[start + 1] to id
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -17,8 +16,7 @@ from mlx_stream.generate.requests import read_ids, run_coroutine
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 
-# The longest step of a window read from scratch.
-RECOMPUTE_CHUNK = 512
+RECOMPUTE_CHUNK = 512  # the longest step of a window read from scratch
 Ids = Sequence[int]
 Reader = Callable[[int, int], list[float]]
 
@@ -29,7 +27,7 @@ def stream_reader(model: Model, ids: Ids, cache: Cache, chunk: int) -> Reader:
 
     def read(start: int, stop: int) -> list[float]:
         assert start == stream.length
-        return list(chain.from_iterable(losses_of(stream, ids[start : stop + 1], chunk)))
+        return losses_of(stream, ids[start : stop + 1], chunk)
 
     return read
 
@@ -37,8 +35,7 @@ def stream_reader(model: Model, ids: Ids, cache: Cache, chunk: int) -> Reader:
 def fresh_reader(model: Model, ids: Ids, sinks: int, window: int, chunk: int) -> Reader:
     """Read each piece with a stream begun on the window before it: `fresh`.
 
-    A stream that has run for long is compared with it. With 2 sinks and a window of 3, tokens from
-    10 on are read by a stream that began at token 5.
+    With 2 sinks and a window of 3, tokens from 10 on are read by a stream that began at token 5.
     """
 
     def read(start: int, stop: int) -> list[float]:
@@ -46,7 +43,7 @@ def fresh_reader(model: Model, ids: Ids, sinks: int, window: int, chunk: int) ->
         begin = max(0, start - sinks - window)
         if begin < start:
             run_coroutine(read_ids(stream, ids[begin:start], chunk=chunk))
-        return list(chain.from_iterable(losses_of(stream, ids[start : stop + 1], chunk)))
+        return losses_of(stream, ids[start : stop + 1], chunk)
 
     return read
 
@@ -54,9 +51,9 @@ def fresh_reader(model: Model, ids: Ids, sinks: int, window: int, chunk: int) ->
 def recompute_reader(model: Model, ids: Ids, capacity: int, stride: int, sinks: int = 0) -> Reader:
     """Read the latest tokens again from scratch for every `stride` tokens: `recompute`.
 
-    The paper's baseline, with a stride of 1. Token t is predicted from at most `capacity` tokens,
-    the first of a stride from `stride - 1` fewer. With `sinks`, the text's first tokens and the
-    latest `capacity - sinks`: what a stream attends to, with keys that saw nothing older.
+    This is the paper's baseline, with a stride of 1. Token t is predicted from at most `capacity`
+    tokens, the first of a stride from `stride - 1` fewer. With `sinks`, the text's first tokens and
+    the latest `capacity - sinks`: what a stream attends to, with keys that saw nothing older.
 
     Worked example: capacity 4, stride 2, for the losses of tokens 11 and 12 tokens 8 to 11 are
     read, and the last two rows count.
@@ -91,9 +88,7 @@ def in_pieces(read: Reader, most: int) -> Reader:
     """Return a reader that takes no more than so many tokens at once."""
 
     def read_pieces(start: int, stop: int) -> list[float]:
-        found = []
-        for first in range(start, stop, most):
-            found.extend(read(first, min(first + most, stop)))
-        return found
+        pieces = (read(first, min(first + most, stop)) for first in range(start, stop, most))
+        return [loss for piece in pieces for loss in piece]
 
     return read_pieces

@@ -4,15 +4,21 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_stream import backend
-from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.errors import TextError
 from mlx_stream.load import Model
 
 Row = dict[str, Any]
+Progress = Callable[[int, int], None]  # called with what is done and what there is in all
+
+
+def no_progress(done: int, total: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Report:
 
 
 def facts(model: Model, **more: Any) -> Row:
-    """Return what every report says of its model and this machine, and what is given."""
+    """Return the facts about a model and this machine that every report has, and those given."""
     return {
         "model": Path(model.name).name,
         "dtype": str(model.dtype).removeprefix("mlx.core."),
@@ -57,7 +63,7 @@ def facts(model: Model, **more: Any) -> Row:
 
 
 def finite(value: Any) -> Any:
-    """Replace what JSON has no number for, infinities and NaN, by None."""
+    """Replace infinities and NaN, for which JSON has no number, by None."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -66,25 +72,13 @@ def finite(value: Any) -> Any:
 
 
 def read_report(path: Path) -> Report:
-    """Read a report that was printed with `--json`.
-
-    Raises:
-        TextError: the file cannot be read, or is not a report.
-    """
+    """Read a report that was printed with `--json`; raise TextError for any other file."""
     try:
-        raw = json.loads(path.read_text("utf-8-sig"))
-        return Report(raw["experiment"], raw["about"], raw["rows"], raw["notes"])
+        return Report(**json.loads(path.read_text("utf-8-sig")))
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise TextError(f"{path}: not a result that `mlx_stream eval --json` printed") from error
-
-
-def refuse_twice(option: str, values: list[Any]) -> None:
-    """Raise ValueRefused if an option that may be given several times has one value twice."""
-    for value in values:
-        if values.count(value) > 1:
-            raise ValueRefused(f"{option} {value} is given twice")
 
 
 def perplexity(nll: list[float]) -> float:

@@ -1,7 +1,7 @@
 """What quantizing one part of a model does to its predictions; knows no files and no recipes.
 
-A part is what the model multiplies by at once: queries, keys and values of a layer are one. Only
-the layers behind it are computed again.
+A part is a matrix that the model multiplies by at once: queries, keys and values of a layer are
+one. Only the layers behind it are computed again.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,11 +28,9 @@ def measure_sensitivity(
 ) -> dict[tuple[str, ...], float]:
     """Return the mean KL divergence, in nats, when only one part is quantized, for each part.
 
-    The model holds no quantized weights, and is as it was afterwards. A part is named by its
-    modules' paths; one whose rows groups do not divide is left out.
-
-    Raises:
-        TextError: fewer than 128 tokens.
+    The model must not hold quantized weights; it is unchanged afterwards. A part is named by its
+    modules' paths; one whose rows do not divide into groups is left out. Raises TextError for fewer
+    than 128 tokens.
     """
     if len(ids) < LEAST:
         raise TextError(f"the calibration text has {len(ids)} tokens: give at least {LEAST}")

@@ -10,20 +10,20 @@ is read in the same state, and the stream continues as one that was never asked.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
-from mlx_stream.evaluate.report import Report, Row, facts
+from mlx_stream.evaluate.report import Progress, Report, Row, facts, no_progress
 from mlx_stream.evaluate.score import losses_of
 from mlx_stream.evaluate.streameval_data import (
+    CANDIDATES,
     DISTANCES,
     OPENING,
     QUERY_EVERY,
-    SURNAMES,
     Query,
     StreamEvalData,
     make_data,
@@ -42,12 +42,7 @@ WILSON_Z = 1.959964
 
 @dataclass(frozen=True)
 class EncodedQuery:
-    """A query as token ids: what all ten continuations begin with, and the rest of each.
-
-    Attributes:
-        right: index of the right candidate.
-        longest: most tokens of a candidate.
-    """
+    """A query as token ids: those that all ten continuations begin with, and the rest of each."""
 
     query: Query
     ids: list[int]
@@ -55,86 +50,44 @@ class EncodedQuery:
 
     @property
     def right(self) -> int:
-        return self.query.candidates.index(self.query.answer)
+        """Index of the right candidate."""
+        return CANDIDATES.index(self.query.line.answer)
 
     @property
     def longest(self) -> int:
+        """Most tokens of a candidate."""
         return max(map(len, self.candidates))
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A model's answer to a query.
-
-    Attributes:
-        likelihoods: log-probability of each candidate after the query, natural log.
-        said: the ids of its greedy continuation; None if that was not asked for.
-    """
-
-    likelihoods: list[float]
-    said: list[int] | None
-
-
-@dataclass(frozen=True)
-class QueryOutcome:
-    """One query's result.
-
-    Attributes:
-        tokens_back: from the first token of the line asked about to where the query begins.
-        attended: which part of that line's tokens was attended, from 0 to 1.
-        likelihood, generation: whether the answer was right by either rule.
-    """
-
-    lines_back: int
-    tokens_back: int
-    attended: float
-    likelihood: bool
-    generation: bool | None
-
-
-Ask = Callable[[Model, TokenStream, EncodedQuery, bool], Answer]
 
 
 def streameval(
     model: Model,
-    sinks: int | None = 4,
-    window: int | None = 1_020,
+    sinks: int = 4,
+    window: int = 1_020,
     seed: int = 1,
     lines: int = 600,
     distances: Sequence[int] = DISTANCES,
-    progress: Callable[[int, int], None] | None = None,
-    generation: bool = True,
+    progress: Progress = no_progress,
 ) -> Report:
     """Read generated lines as one stream and return accuracy at each distance.
 
     Rows: `lines_back`; `tokens_back`, the mean; `queries`; `likelihood`, the share of queries
     whose answer is likelier than each of the nine other candidates, with its 95 % Wilson interval
-    `likelihood_low` to `likelihood_high`; `generation`, the share whose answer the model writes
-    (None if not asked for); `attended`, the mean share of the line's tokens that were attended;
-    `inside`, whether that was all of them at every query.
-
-    Args:
-        sinks, window: S and W of the stream; None is the model's default.
-        lines: to generate; those after the last query are not read.
-        distances: lines back, 1 is the last line read.
-        progress: called with lines read and to read.
-        generation: whether to decode an answer to each query, a few tokens.
-
-    Raises:
-        ValueRefused: a number out of range, or a window that does not hold a query.
-        WeightsError: the model's output is not a number.
+    `likelihood_low` to `likelihood_high`; `generation`, the share whose answer the model writes;
+    `attended`, the mean share of the line's tokens that were attended; `inside`, whether that was
+    all of them at every query. Lines after the last query are not read. Raises ValueRefused for a
+    number out of range, or a window that does not hold a query.
     """
     data = make_data(seed, lines, distances)
     sinks, window = model.resolve_window(sinks, window)
     asked = [encode_query(model.tokenizer, query) for query in data.queries]
-    # Read after the query are at most all of a candidate's tokens.
+    # After the query at most all of a candidate's tokens are read.
     spare = max(len(one.ids) + one.longest for one in asked)
     if window < spare:
         raise ValueRefused(
             f"--window must be at least {spare}, what a query and its answer take, not {window}"
         )
     cache = model.new_cache(sinks, window, spare)
-    outcomes = list(run_distances(model, cache, data, asked, progress, generation))
+    outcomes = list(run_distances(model, cache, data, asked, progress))
     about = facts(
         model,
         sinks=sinks,
@@ -142,7 +95,7 @@ def streameval(
         seed=seed,
         lines=lines,
         query_every=QUERY_EVERY,
-        candidates=len(SURNAMES),
+        candidates=len(CANDIDATES),
     )
     return Report("streameval", about, outcome_rows(outcomes))
 
@@ -164,7 +117,7 @@ def encode_query(tokenizer: Tokenizer, query: Query) -> EncodedQuery:
 
     No candidate begins another, so each has tokens of its own after those that all share.
     """
-    texts = [encode_line(tokenizer, query.text + candidate) for candidate in query.candidates]
+    texts = [encode_line(tokenizer, query.line.question + candidate) for candidate in CANDIDATES]
     places = zip(*texts, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda place: len(set(place)) == 1, places))
     return EncodedQuery(query, texts[0][:shared], [ids[shared:] for ids in texts])
@@ -173,30 +126,33 @@ def encode_query(tokenizer: Tokenizer, query: Query) -> EncodedQuery:
 # --- one query ---
 
 
-def ask_queries(model: Model, stream: TokenStream, asked: EncodedQuery, generation: bool) -> Answer:
-    """Read a query, score each candidate from there, write an answer, and take it all back."""
+def ask_query(
+    model: Model, stream: TokenStream, asked: EncodedQuery
+) -> tuple[list[float], list[int]]:
+    """Read a query, score each candidate from there, write an answer, and take it all back.
+
+    Returns the log-probability of each candidate, and the ids of the greedy continuation.
+    """
     begun = stream.length
     logits = stream.read(asked.ids)
     log_p = logits.astype(mx.float32)
     log_p = log_p - mx.logsumexp(log_p)
     likelihoods = [log_probability(stream, log_p, ids) for ids in asked.candidates]
     # One token more than an answer has shows whether the word ends there.
-    said = write_on(model, stream, logits, asked.longest + 1) if generation else None
+    written = write_on(model, stream, logits, asked.longest + 1)
     stream.rewind(stream.length - begun)
-    return Answer(likelihoods, said)
+    return likelihoods, written
 
 
 def log_probability(stream: TokenStream, log_p: mx.array, ids: Sequence[int]) -> float:
     """Return the log-probability of ids, the sum over them; the stream is left as it was.
 
-    Args:
-        log_p: of the first one, (vocabulary,).
+    `log_p` is that of the first one, (vocabulary,).
     """
     found = float(log_p[ids[0]].item())  # type: ignore[arg-type]
     if len(ids) > 1:
         begun = stream.length
-        for losses in losses_of(stream, ids, PREFILL_CHUNK):
-            found -= math.fsum(losses)
+        found -= math.fsum(losses_of(stream, ids, PREFILL_CHUNK))
         stream.rewind(stream.length - begun)
     return found
 
@@ -224,13 +180,13 @@ def likeliest(likelihoods: Sequence[float]) -> int | None:
     return None if highest in likelihoods[first + 1 :] else first
 
 
-def says(tokenizer: Tokenizer, asked: EncodedQuery, said: Sequence[int]) -> bool:
+def says(tokenizer: Tokenizer, asked: EncodedQuery, written: Sequence[int]) -> bool:
     """Return whether a text continues with the answer, in the same letters, as a whole word.
 
     "Ruth Adams." and "Ruth Adams and" answer Adams; "Ruth Adamson", "Ruth J. Adams" do not.
     """
     expected = tokenizer.decode([*asked.ids, *asked.candidates[asked.right]])
-    text = tokenizer.decode([*asked.ids, *said])
+    text = tokenizer.decode([*asked.ids, *written])
     return text.startswith(expected) and not text[len(expected) :][:1].isalnum()
 
 
@@ -242,13 +198,15 @@ def run_distances(
     cache: StreamCache,
     data: StreamEvalData,
     asked: Sequence[EncodedQuery],
-    progress: Callable[[int, int], None] | None = None,
-    generation: bool = True,
-    answer: Ask = ask_queries,
-) -> Iterator[QueryOutcome]:
-    """Read the lines through a cache up to the last query; yield each query's outcome."""
+    progress: Progress = no_progress,
+) -> Iterator[Row]:
+    """Read the lines through a cache up to the last query; yield each query's outcome.
+
+    `tokens_back` is counted from the first token of the line asked about to where the query
+    begins. `attended` is the share of that line's tokens that was attended. `likelihood` and
+    `generation` say whether the answer was right by either rule.
+    """
     stream = TokenStream(model, cache)
-    total = data.queries[-1].after
     # Line n is tokens starts[n] to starts[n + 1] - 1.
     opening = model.tokenizer.encode(OPENING)
     starts = [0, len(opening)]
@@ -261,19 +219,18 @@ def run_distances(
             new += ids
         stream.read(new)
         for one in queries:
-            about = one.query.about
-            tokens = range(starts[about], starts[about + 1])
+            number = one.query.line.number
+            tokens = range(starts[number], starts[number + 1])
             seen = attended(cache, tokens, len(one.ids) + one.longest - 1)
-            given = answer(model, stream, one, generation)
-            yield QueryOutcome(
-                lines_back=one.query.lines_back,
-                tokens_back=stream.length - tokens.start,
-                attended=seen / len(tokens),
-                likelihood=likeliest(given.likelihoods) == one.right,
-                generation=None if given.said is None else says(model.tokenizer, one, given.said),
-            )
-        if progress:
-            progress(after, total)
+            likelihoods, written = ask_query(model, stream, one)
+            yield {
+                "lines_back": one.query.lines_back,
+                "tokens_back": stream.length - tokens.start,
+                "attended": seen / len(tokens),
+                "likelihood": likeliest(likelihoods) == one.right,
+                "generation": says(model.tokenizer, one, written),
+            }
+        progress(after, data.queries[-1].after)
 
 
 def attended(cache: StreamCache, tokens: range, more: int) -> int:
@@ -289,27 +246,26 @@ def attended(cache: StreamCache, tokens: range, more: int) -> int:
 # --- figures ---
 
 
-def outcome_rows(outcomes: Sequence[QueryOutcome]) -> list[Row]:
+def outcome_rows(outcomes: Sequence[Row]) -> list[Row]:
     """Return one row for each distance, in the order in which they were asked."""
-    distances = dict.fromkeys(one.lines_back for one in outcomes)
-    return [outcome_row([one for one in outcomes if one.lines_back == d]) for d in distances]
+    distances = dict.fromkeys(one["lines_back"] for one in outcomes)
+    return [outcome_row([one for one in outcomes if one["lines_back"] == d]) for d in distances]
 
 
-def outcome_row(outcomes: Sequence[QueryOutcome]) -> Row:
+def outcome_row(outcomes: Sequence[Row]) -> Row:
     count = len(outcomes)
-    right = sum(one.likelihood for one in outcomes)
-    low, high = wilson(right, count)
-    said = [one.generation for one in outcomes if one.generation is not None]
+    sums = {key: sum(one[key] for one in outcomes) for key in outcomes[0]}
+    low, high = wilson(sums["likelihood"], count)
     return {
-        "lines_back": outcomes[0].lines_back,
-        "tokens_back": sum(one.tokens_back for one in outcomes) / count,
+        "lines_back": outcomes[0]["lines_back"],
+        "tokens_back": sums["tokens_back"] / count,
         "queries": count,
-        "likelihood": right / count,
+        "likelihood": sums["likelihood"] / count,
         "likelihood_low": low,
         "likelihood_high": high,
-        "generation": sum(said) / count if said else None,
-        "attended": sum(one.attended for one in outcomes) / count,
-        "inside": all(one.attended == 1 for one in outcomes),
+        "generation": sums["generation"] / count,
+        "attended": sums["attended"] / count,
+        "inside": all(one["attended"] == 1 for one in outcomes),
     }
 
 

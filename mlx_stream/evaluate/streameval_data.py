@@ -17,15 +17,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from mlx_stream.errors import TextError, ValueRefused
-from mlx_stream.evaluate.report import refuse_twice
 
-FORMAT = "mlx_stream streameval"
-VERSION = 1
 QUERY_EVERY = 10
 DISTANCES = (1, 5, 10, 20, 40, 80, 160)
 HOW = (
@@ -64,11 +60,12 @@ FIRST_NAMES = words("""
     Rosa Ruth Sally Samuel Sarah Simon Stephen Susan Sylvia Thomas Ursula
 """)
 STRIDE = 39
+CANDIDATES = [f" {name}" for name in SURNAMES]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One fact, the question about it, and what follows the question, space included."""
+    """One fact, the question about it, and the answer that follows directly, space included."""
 
     number: int
     text: str
@@ -78,22 +75,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Query:
-    """A question, asked once line `after` has been read.
-
-    Attributes:
-        number: of the query, from 1.
-        about: the line asked about: 1 line back is line `after` itself.
-        text: of the query; a candidate follows directly.
-        answer: the candidate that is right.
-    """
+    """The question about a line, asked once line `after` has been read; numbered from 1."""
 
     number: int
     after: int
-    about: int
-    lines_back: int
-    text: str
-    answer: str
-    candidates: tuple[str, ...]
+    line: Line
+
+    @property
+    def lines_back(self) -> int:
+        """1 is line `after` itself."""
+        return self.after + 1 - self.line.number
 
 
 @dataclass(frozen=True)
@@ -101,39 +92,41 @@ class StreamEvalData:
     """Lines 1, 2, 3, ... and the queries, in the order in which they are asked."""
 
     seed: int
-    distances: tuple[int, ...]
+    distances: list[int]
     lines: list[Line]
     queries: list[Query]
 
     @property
     def text(self) -> str:
-        """All that is read, without the queries."""
+        """The whole text, without the queries."""
         return OPENING + "".join(line.text for line in self.lines)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yield the objects of the data file: a header, then lines and queries as they come."""
         yield {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": "mlx_stream streameval",
+            "version": 1,
             "seed": self.seed,
             "lines": len(self.lines),
-            "distances": list(self.distances),
+            "distances": self.distances,
             "query_every": QUERY_EVERY,
             "how": HOW,
             "opening": OPENING,
         }
-        at = {after: [*asked] for after, asked in groupby(self.queries, lambda one: one.after)}
+        queries = iter(self.queries)
+        query = next(queries, None)
         for line in self.lines:
             yield {"line": line.number, "text": line.text}
-            for query in at.get(line.number, ()):
+            while query and query.after == line.number:
                 yield {
                     "query": query.number,
-                    "about": query.about,
+                    "about": query.line.number,
                     "lines_back": query.lines_back,
-                    "text": query.text,
-                    "answer": query.answer,
-                    "candidates": list(query.candidates),
+                    "text": query.line.question,
+                    "answer": query.line.answer,
+                    "candidates": CANDIDATES,
                 }
+                query = next(queries, None)
 
     def as_bytes(self) -> bytes:
         """Return the data file: JSON lines in ASCII, the same bytes everywhere."""
@@ -141,48 +134,18 @@ class StreamEvalData:
 
 
 def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> StreamEvalData:
-    """Generate lines, and after every tenth a query for each distance.
+    """Generate lines, and after every tenth a query for each distance: lines back, at least 1.
 
     All distances are asked at the same places, from the first one with a line so far back. Fewer
     lines of the same seed are the beginning of more.
 
     Worked example: with distances 5 and 20, after line 20 lines 16 and 1 are asked about, after
-    line 30 lines 26 and 11.
-
-    Args:
-        distances: lines back; 1 is the line before the query.
-
-    Raises:
-        ValueRefused: a number out of range, or too few lines for one query.
+    line 30 lines 26 and 11. Raises ValueRefused for a number out of range, or too few lines.
     """
-    check_data(seed, lines, distances)
-    made = [make_line(seed, number) for number in range(1, lines + 1)]
-    queries: list[Query] = []
-    for after in range(QUERY_EVERY, lines + 1, QUERY_EVERY):
-        if after < max(distances):
-            continue
-        for lines_back in distances:
-            line = made[after - lines_back]  # line n is made[n - 1]
-            queries.append(
-                Query(
-                    number=len(queries) + 1,
-                    after=after,
-                    about=line.number,
-                    lines_back=lines_back,
-                    text=line.question,
-                    answer=line.answer,
-                    candidates=tuple(f" {name}" for name in SURNAMES),
-                )
-            )
-    return StreamEvalData(seed, tuple(distances), made, queries)
-
-
-def check_data(seed: int, lines: int, distances: Sequence[int]) -> None:
     if not 0 <= seed < 2**64:
         raise ValueRefused(f"--seed must be from 0 to 2^64 - 1, not {seed}")
     if min(distances, default=0) < 1:
         raise ValueRefused(f"--distances must be at least 1 line back, not {[*distances]}")
-    refuse_twice("--distances", [*distances])
     # The first query comes after this line.
     first = -(-max(distances) // QUERY_EVERY) * QUERY_EVERY
     if lines < first:
@@ -190,6 +153,11 @@ def check_data(seed: int, lines: int, distances: Sequence[int]) -> None:
             f"--lines must be at least {first} for a query {max(distances)} lines back, "
             f"not {lines}: give more, or smaller --distances"
         )
+    made = [make_line(seed, number) for number in range(1, lines + 1)]
+    places = ((n, back) for n in range(first, lines + 1, QUERY_EVERY) for back in distances)
+    # Line n is made[n - 1].
+    queries = [Query(i, after, made[after - back]) for i, (after, back) in enumerate(places, 1)]
+    return StreamEvalData(seed, [*distances], made, queries)
 
 
 def make_line(seed: int, number: int) -> Line:

@@ -198,7 +198,7 @@ def compare_with_source(
     """Read a text with both models and return the result's distance from the source."""
     before, after = (stream_of(load(path)) for path in (source, result))
     found = compare(before, after, text.ids.tolist(), progress=progress)
-    return {"text": text.digest, "sinks": SINKS, "window": WINDOW, **found.as_json()}
+    return {"text": text.digest, "sinks": SINKS, "window": WINDOW, **found}
 
 
 def stream_of(model: Model) -> TokenStream:

@@ -60,7 +60,7 @@ def test_an_evening(letters):
     assert "/undo" in (shown := chat.say("/help")) and "/quit" in shown
     assert re.search(r"\n[a-z]{24}\n", chat.say("/retry"))
     assert replies("evening") == first  # greedy
-    assert "taken back: And then?" in chat.say("/undo")
+    assert "removed: And then?" in chat.say("/undo")
     assert replies("evening") == first[:1]
     # The question comes back to be edited; what is typed is added to it.
     assert "/edit Hello" in chat.say("/edit")
@@ -69,11 +69,11 @@ def test_an_evening(letters):
     for number in range(6):
         chat.say(f"Question {number}")
     assert "evicted" in chat.say("/stats") and len(replies("evening")) == 7
-    assert "no command: /help" in chat.say("/nothing")
+    assert "Unknown command '/nothing'. Try /help" in chat.say("/nothing")
     assert "the window is 150 tokens" in chat.say("/window 150")
     assert re.search(r"\n[a-z]{24}\n", chat.say("Still there?"))
     assert "evening" in chat.say("/sessions")
-    assert "is attended now" in chat.say("/clear")
+    assert "is attended to now" in chat.say("/clear")
     assert re.search(r"\n[a-z]{24}\n", chat.say(*[UP] * 3, "?"))  # what was typed three lines ago
     chat.type("/quit", ENTER)
     chat.end()
@@ -99,7 +99,7 @@ def test_control_c_ends_a_reply_which_is_saved_and_the_next_evening_goes_on(lett
 
     again = Chat("--continue", "--max-tokens", 24, "--temp", 0)  # the model, too, is remembered
     shown = again.next()
-    assert "goes on with cut: 2 exchanges attended" in shown and "again" not in shown
+    assert "continuing cut: 2 exchanges attended" in shown and "again" not in shown
     assert re.search(r"\n[a-z]{24}\n", again.say("/retry"))
     again.leave()
     assert replies("cut")[0] == said[0] and replies("cut")[1][2] == "length"
@@ -134,7 +134,7 @@ def test_a_chat_killed_in_a_reply_says_so_the_next_time_and_retry_answers(letter
 
     chat = Chat(*options, 100_000)
     shown = chat.next()
-    assert NOT_ANSWERED in shown and "goes on with killed: 1 exchange attended" in shown
+    assert NOT_ANSWERED in shown and "continuing killed: 1 exchange attended" in shown
     kill_in_reply(chat, "/retry")
 
     chat = Chat(*options, 24)

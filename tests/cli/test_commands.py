@@ -62,10 +62,10 @@ def asked(chat: ChatSession) -> ChatSession:
     return chat
 
 
-def say(line: str, chat: ChatSession, sessions=(), progress=None):
+def say(line: str, chat: ChatSession, progress=None):
     call = parse(line)
     assert isinstance(call, Call)
-    return run(call, chat, lambda: sessions, progress)
+    return run(call, chat, progress)
 
 
 def everything(chat: ChatSession) -> tuple[object, ...]:
@@ -117,7 +117,7 @@ def test_a_line_is_a_command_or_a_question(line, parsed):
 def test_an_unknown_command_is_answered_by_one_line_and_changes_nothing(line, chat):
     before = everything(chat)
     outcome = say(line, chat)
-    assert f"{line.split()[0]} is no command" in outcome.text
+    assert f"Unknown command {line.split()[0]!r}" in outcome.text
     assert "/help" in outcome.text and "\n" not in outcome.text
     assert (outcome.pieces, outcome.prefill, outcome.quit) == (None, "", False)
     assert everything(chat) == before
@@ -154,9 +154,9 @@ def test_edit_asks_another_question_in_place_of_the_last(saved, question):
 
 def test_undo_and_clear_take_back_and_let_leave(saved, tmp_path):
     chat = saved.chat
-    answered(say("/undo", chat), "taken back: Who read it?")
+    answered(say("/undo", chat), "removed: Who read it?")
     assert questions(chat) == [QUESTIONS[0]] == written("letters")
-    answered(say("/clear", chat), "nothing but the system prompt is attended now")
+    answered(say("/clear", chat), "only the system prompt is attended to now")
     assert chat.exchanges == [] and written("letters") == [QUESTIONS[0]]
     assert tuple(chat.tokens.ids.attended()) == chat.prompts.pinned
     said(chat.reply("Why?"))
@@ -198,7 +198,7 @@ def test_another_window_keeps_what_was_said(saved, typed, window):
 
 def test_save_gives_a_conversation_a_name_and_later_writes_its_state(chat):
     assert "give one, /save NAME" in say("/save", chat).text and session_names() == []
-    named = "saved as my-letters; go on with: mlx_stream chat --session my-letters"
+    named = "saved as my-letters; to continue it: mlx_stream chat --session my-letters"
     answered(say("/save my-letters", chat), named)
     assert session_names() == ["my-letters"] and written("my-letters") == [*QUESTIONS]
     snapshot = session_paths("my-letters").snapshot
@@ -208,6 +208,7 @@ def test_save_gives_a_conversation_a_name_and_later_writes_its_state(chat):
     for line in ("/save", "/save my-letters"):
         answered(say(line, chat), named)
         assert snapshot.read_bytes() != first
+    answered(say("/sessions", chat), "my-letters")
     refused = say("/save other", chat).text
     assert "saved as 'my-letters'" in refused and session_names() == ["my-letters"]
     files = saved_as(chat)
@@ -241,14 +242,12 @@ def test_export_writes_what_was_said(chat, tmp_path, monkeypatch, line, file):
     assert "give another" in again and path.read_text("utf-8") == text
 
 
-def test_what_is_not_there_is_said(model):
+def test_an_empty_conversation_has_nothing_to_edit_or_retry(model):
     chat = new_chat(model, SessionOptions(), discard)
     answered(say("/system", chat), "there is no system prompt")
-    for line, what in (("edit", "edited"), ("edit a", "edited"), ("retry", "answered again")):
-        answered(
-            say(f"/{line}", chat),
-            f"nothing was said yet: there is nothing that could be {what}",
-        )
+    answered(say("/edit", chat), "there is no question yet to be edited")
+    for line, what in (("/edit a", "edited"), ("/retry", "answered again")):
+        assert what in say(line, chat).text and not chat.exchanges
 
 
 def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken_back(chat):
@@ -256,7 +255,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
         chat.number, chat.unanswered = 3, "Why?"
 
     broken_off()
-    answered(say("/undo", chat), "taken back: Why?")
+    answered(say("/undo", chat), "removed: Why?")
     broken_off()
     assert say("/edit", chat).prefill == "/edit Why?"
     pieces = say("/retry", chat).pieces
@@ -273,8 +272,8 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("/undo 3", "/undo takes nothing after it, not '3'"),
-        ("/quit now", "/quit takes nothing after it, not 'now'"),
+        ("/undo 3", "/undo takes no argument, not '3'"),
+        ("/quit now", "/quit takes no argument, not 'now'"),
         ("/window wide", "/window takes a whole number of tokens, not 'wide'"),
         ("/window 1.5", "/window takes a whole number of tokens, not '1.5'"),
         ("/window " + "9" * 5000, "/window takes a whole number of tokens, not '9999"),
@@ -283,7 +282,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
         ("/system " + "word " * 2_000, "the system prompt of 6,009 tokens"),
         ("/save a/b", "a/b"),
         ("/save taken", "session 'taken' "),
-        ("/export", "/export needs something after it: /export FILE"),
+        ("/export", "/export needs an argument: /export FILE"),
         ("/export ~nobody-of-this-name/a.md", "/export ~nobody-of-this-name/a.md: "),
         ("/export talk\nof.txt", "talk of.txt: give a file that ends in .md or .json"),
         ("/export no-such-folder/talk.md", "no-such-folder/talk.md: cannot be written: "),
@@ -332,9 +331,8 @@ def test_a_snapshot_that_cannot_be_written_is_one_line(saved):
 
 def test_what_is_answered_is_harmless(chat):
     clears, escaped = "a\x1b[2J", "a\\x1b[2J"
-    assert say("/sessions", chat, sessions=[clears]).text == escaped
     said(chat.reply(clears))
-    assert say("/undo", chat).text == f"taken back: {escaped}"
+    assert say("/undo", chat).text == f"removed: {escaped}"
     say(f"/system {clears}", chat)
     assert say("/system", chat).text == escaped
     assert escaped in say(f"/export {clears}", chat).text
@@ -344,7 +342,6 @@ def test_what_is_answered_is_harmless(chat):
 def test_help_stats_and_sessions_tell_and_change_nothing(chat):
     before = everything(chat)
     answered(say("/stats", chat), str(chat.stats))
-    answered(say("/sessions", chat, sessions=["one", "two"]), "one\ntwo")
     assert say("/sessions", chat).text.startswith("no session is saved")
     lines = say("/help", chat).text.splitlines()
     assert [line.split()[0] for line in lines] == [*COMMANDS, "//TEXT"]

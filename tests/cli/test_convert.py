@@ -1,4 +1,4 @@
-"""`mlx_stream convert` refuses in a line, leaves nothing half done, and replaces only its own."""
+"""`mlx_stream convert`: refusals, interrupts, folders that may be replaced, reports, recipes."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_places_that_will_not_do_are_refused(source, tmp_path):
+def test_places_are_refused(source, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     theirs = tmp_path / "theirs"
@@ -159,7 +159,7 @@ def test_every_process_writes_the_same_bytes(source, tmp_path):
     assert not any(str(tmp_path).encode() in data for data in one.values())
 
 
-def test_what_was_written_is_said(source, tmp_path):
+def test_the_result_is_described(source, tmp_path):
     out = tmp_path / "out"
     said = done("convert", source, out, "--bits", 4)
     first, second = said.out.splitlines()
@@ -171,7 +171,7 @@ def test_what_was_written_is_said(source, tmp_path):
     assert found["recipe"] is None and found["source_quantized"] and found["not_quantized"] == []
 
 
-def test_what_is_doubtful_is_told(source, tmp_path):
+def test_notices_tell_what_a_conversion_loses(source, tmp_path):
     done("convert", source, tmp_path / "four", "--bits", 4)
     again = done("convert", tmp_path / "four", tmp_path / "out", "--bits", 3, "--group-size", 128)
     assert again.err.startswith("mlx_stream: the source is already quantized")

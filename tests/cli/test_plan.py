@@ -43,9 +43,9 @@ def test_plan_says_what_a_phone_has_to_hold():
         "weights    695.2 MB  4 bits in groups of 64",
         "ring       33.8 MB  4 sinks, window 1,020",
         "workspace  66.4 MB  one chunk of a prompt",
-        "total      795.4 MB  fits: one program has 6,442.5 MB with the increased-memory-limit "
+        "total      795.4 MB  fits: one program may use 6,442.5 MB with the increased-memory-limit "
         "entitlement; fits without, in 3,221.2 MB",
-        "loading    704.5 MB  at its peak, before there is a ring",
+        "loading    704.5 MB  at its peak, before the ring is allocated",
         "reads      729.1 MB  a token: at 60 GB/s, 82.3 tokens/s at most",
     ]
 
@@ -66,7 +66,7 @@ def test_a_model_that_no_recipe_makes_fit_says_by_how_much():
     found = plan(*command)
     assert (found["bits"], found["verdict"]) == (2, "does not fit")
     missing = f"{found['missing_bytes'] / 1e6:,.1f} MB"
-    assert f"does not fit by {missing}: one program has" in done("plan", *command).out
+    assert f"does not fit by {missing}: one program may use" in done("plan", *command).out
 
 
 def test_a_quantized_ring_is_planned_for():

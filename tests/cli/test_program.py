@@ -1,7 +1,6 @@
-"""The real program: closed and full streams, interrupts, imports, a pseudo-terminal."""
+"""The real program: closed and full streams, interrupts, imports."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,17 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
 
 from tests.fakes.shell import DEADLINE, GREEDY, done, program
-from tests.fakes.terminals import CTRL_C, Terminal
 
-# From 3.12 Python warns of a fork where there are threads; pexpect's child runs a program at once.
-pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
-
-CUT = r"\r\nmlx_stream: cut at its limit \(--max-tokens\)\r\n> "
-ANSWERED = r"\r\n[a-z]{12}" + CUT + "$"
 ENDLESS = (*GREEDY, "--max-tokens", "100000")
 CLOSED = "mlx_stream: standard output was closed before everything was written\n"
 
@@ -139,65 +131,3 @@ def test_nothing_heavy_is_imported_by(letters: Path, code: str) -> None:
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
-
-
-# --- a terminal that can do nothing but show lines ---
-
-
-class Chat(Terminal):
-    """A chat of replies of letters on a dumb terminal."""
-
-    def __init__(self, *args: object, **env: str):
-        super().__init__(*program("chat", *args, *GREEDY)[1:], TERM="dumb", **env)
-
-    def sees(self, pattern: str, seconds: float = DEADLINE) -> str:
-        """Wait until the screen shows a pattern; return what is shown up to its end."""
-        self.program.expect(pattern, timeout=seconds)
-        return f"{self.program.before}{self.program.after}"
-
-
-def test_a_terminal_prompts_answers_and_ends_with_control_d(letters: Path) -> None:
-    chat = Chat(letters, "--max-tokens", 12, PYTHONIOENCODING="utf-8:strict")
-    assert "Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands" in chat.sees("\n> ")
-    chat.type("Hello\n")
-    assert re.search(ANSWERED, chat.sees("\r\n> "))
-    for blank in ("\n", " \n"):
-        chat.type(blank)
-        assert not re.search(r"[a-z]", chat.sees("> "))
-    os.write(chat.program.child_fd, b"\xff\xfe\n")  # no text: it is typed again
-    assert "Traceback" not in chat.sees("\r\n> ")
-    chat.type("And?\n")
-    assert re.search(ANSWERED, chat.sees("\r\n> "))
-    chat.leave()
-    assert "Traceback" not in chat.shown
-
-
-def test_control_c_ends_a_reply_and_not_the_program(letters: Path) -> None:
-    chat = Chat(letters, "--max-tokens", 100_000)
-    chat.sees("> ")
-    for question in ("Hello", "And then?", "So?"):
-        chat.type(f"{question}\n")
-        chat.sees(r"\r\n[a-z]{30}")
-        chat.type(CTRL_C)
-        shown = re.sub(r"mlx_stream: the window [^\r]*\r\n", "", chat.sees("> "))
-        assert re.fullmatch(r"[a-z]*(\^C)?[a-z]*\r\nmlx_stream: stopped\r\n> ", shown)
-    chat.leave()
-
-
-def test_control_c_at_the_prompt_drops_the_line(letters: Path) -> None:
-    chat = Chat(letters, "--max-tokens", 12)
-    chat.sees("> ")
-    chat.type("not this")
-    chat.sees("not this")
-    # Python's input() sleeps through a signal that comes while it handles a key.
-    for _ in range(10):
-        chat.type(CTRL_C)
-        with suppress(pexpect.TIMEOUT):
-            chat.sees(r"\(Ctrl-D leaves\)\r\n> ", 5.0)
-            break
-    # What readline may still hold if the signal came between keys.
-    chat.type("\x15", "Hello\n")
-    answer = chat.sees(r"Hello\r\n[a-z]*" + CUT)
-    chat.leave()
-    alone = done("chat", letters, *GREEDY, "--max-tokens", 12, stdin="Hello\n").out
-    assert re.search(r"\r\n" + alone.strip() + CUT, answer)

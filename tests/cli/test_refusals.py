@@ -1,6 +1,5 @@
 """What the command line refuses: one line that says what is wrong and what to do, status 1."""
 
-import json
 import re
 import shlex
 import subprocess
@@ -40,7 +39,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def given(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return what stands for the words in capitals."""
+    """Return the files for the words in capitals."""
     folder = tmp_path_factory.mktemp("given")
     (folder / "text.txt").write_text(TEXT)
     (folder / "short.txt").write_text(TEXT[:120])
@@ -63,20 +62,13 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("generate", "--sinks 512", "--sinks must be from 0 to 511, not 512"),
     ("generate chat score", "--window 509", "sinks 4 + window 509 = 513 tokens exceed the model's"),
     ("generate", "--window 509", "trained context of 512: use a window of at most 508"),
-    ("generate", "--window 500 --sinks 20", "use a window of at most 492"),
     ("generate chat score bench convert phone", "--dtype int8", f"{DTYPES} 'int8'"),
-    ("generate", "--dtype ''", f"{DTYPES} ''"),
     ("generate chat", "--temp -1", "--temp must be 0 or more, not -1.0"),
-    ("generate", "--temp nan", "--temp must be 0 or more, not nan"),
-    ("generate", "--temp inf", "--temp must be 0 or more, not inf"),
     ("generate chat", "--top-p 0", "--top-p must be above 0 and at most 1, not 0.0"),
-    ("generate", "--top-p 1.01", "--top-p must be above 0 and at most 1, not 1.01"),
     ("generate chat", "--min-p 2", "--min-p must be from 0 to 1, not 2.0"),
-    ("generate", "--min-p -0.1", "--min-p must be from 0 to 1, not -0.1"),
     ("generate chat", "--top-k -1", "--top-k must be 0 or more, not -1"),
     ("generate chat", "--repetition-penalty 0", "--repetition-penalty must be from 0.01 to 100"),
     ("generate chat", "--seed -1", "--seed must be from 0 to 2^64 - 1, not -1"),
-    ("generate", f"--seed {2**64}", f"--seed must be from 0 to 2^64 - 1, not {2**64}"),
     ("generate chat", "--max-tokens 0", "--max-tokens must be at least 1, not 0"),
     ("generate chat", "--stop x --stop ''", "--stop must not be an empty text"),
     ("score", "--chunk 0", "--chunk must be at least 1, not 0"),
@@ -88,17 +80,12 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("bench", "--prefill 9 --prefill-chunk 1", "--prefill-chunk must be at least 2, not 1"),
     ("bench", "--window 0", "--window must be at least 1, not 0"),
     ("bench", "--window 4096", "use a window of at most 508"),
-    ("bench", "--against llama.cpp", "--against must be one of mlx-lm, not 'llama.cpp'"),
     ("convert", "--bits 7", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 7"),
-    ("convert", "--bits 0", "--bits must be 2, 3, 4, 5, 6 or 8 in mode affine, not 0"),
     ("convert", "--bits 4 --group-size 48", "--group-size must be 32, 64 or 128 in mode affine"),
     ("convert", "--group-size 64", "--group-size and --mode affine need --bits"),
-    ("convert", "--mode affine", "--group-size and --mode affine need --bits"),
     ("convert", "--mode int4", "--mode must be one of affine, mxfp4, mxfp8, nvfp4, not 'int4'"),
     ("convert", "--mode mxfp4 --bits 8", "--bits must be 4 in mode mxfp4, not 8"),
     ("convert", "--mode mxfp4 --group-size 64", "--group-size must be 32 in mode mxfp4, not 64"),
-    ("convert", "--bits 4 --group-size 0", "--group-size must be 32, 64 or 128 in mode affine"),
-    ("convert", "--mode nvfp4 --group-size 32", "--group-size must be 16 in mode nvfp4, not 32"),
     ("convert", "--recipe mixed_4_6 --bits 4", "leave out --bits"),
     ("convert", "--recipe best", "--recipe must be one of uniform_2, "),
     ("convert", "--recipe sensitive_4_6", "--recipe sensitive_4_6 is measured on a text: give one"),
@@ -125,7 +112,7 @@ OPTIONS: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("verbs", "options", "why"), OPTIONS)
-def test_options_that_will_not_do(given, verbs, options, why, monkeypatch):
+def test_options_are_refused(given, verbs, options, why, monkeypatch):
     # mlx-lm itself is not needed to refuse, and is slow to import.
     monkeypatch.setattr("mlx_stream.evaluate.mlx_lm.load_peer", lambda folder, model: None)
     for verb in verbs.split():
@@ -166,7 +153,7 @@ OTHERS: list[tuple[str, bytes, str]] = [
 
 
 @pytest.mark.parametrize(("command", "stdin", "why"), OTHERS)
-def test_names_and_texts_that_will_not_do(given, tmp_path, command, stdin, why):
+def test_names_and_texts_are_refused(given, tmp_path, command, stdin, why):
     if "GGUF" in command:
         given = given | {"GGUF": tmp_path / "tiny.gguf"}
         gguf_files.write_tiny(given["GGUF"])
@@ -228,14 +215,11 @@ MODELS: list[tuple[Callable[[Path], object], str]] = [
         for content in (b"", b"[]", b'{"a": \xff}', b"{} {}")
     ),
     (changed(model_type="qwen2"), "model_type 'qwen2' is not supported (supported: llama, mistral"),
-    (changed(hidden_size=None), "config: hidden_size is missing"),
     (
         changed(hidden_size="32"),
         "hidden_size must be a whole number from 1 to 2147483647, not",
     ),
-    (changed(rope_theta=float("nan")), "rope_theta must be a positive number, not nan"),
     (changed(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "'dynamic' changes its freq"),
-    (changed(rope_scaling={"type": "dynamic", "factor": 2.0}), "cannot be used on a stream"),
     (changed(hidden_act="gelu"), "hidden_act = 'gelu' changes the computation"),
     (changed(quantization_config={"quant_method": "gptq"}), "quantization_config of method 'gptq'"),
     (changed(eos_token_id=300), "eos_token_id 300 is not in the vocabulary"),
@@ -246,14 +230,12 @@ MODELS: list[tuple[Callable[[Path], object], str]] = [
     (written("model.safetensors", b"\x10" * 40), "damaged or truncated, fetch it again ("),
     (template(None), "it is not a chat model; use generate"),
     (template("{{ messages[-1].content }}"), NO_REPLY),
-    (template("{% for m in messages %}{{ m.content }"), "chat template: it cannot be read: "),
     (template("{{ raise_exception('no\nthanks') }}"), "chat template: it failed: no thanks"),
-    (template("{{ ''.__class__ }}"), "chat template: it failed: "),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "why"), MODELS, ids=[why for _, why in MODELS])
-def test_a_model_that_will_not_do_is_named_with_what_is_wrong(model, spoil, why):
+def test_a_model_is_refused_with_its_name_and_what_is_wrong(model, spoil, why):
     spoil(model)
     line = one_line("chat", model, stdin="Hello\n")
     assert why in line
@@ -272,7 +254,7 @@ def test_a_model_that_will_not_do_is_named_with_what_is_wrong(model, spoil, why)
         ({}, "truncated"),
     ],
 )
-def test_a_gguf_file_that_will_not_do_is_named(tmp_path, changes, why):
+def test_a_gguf_file_is_refused_with_its_name(tmp_path, changes, why):
     path = tmp_path / "tiny.gguf"
     gguf_files.write_tiny(path, **changes)
     if not changes:
@@ -280,23 +262,6 @@ def test_a_gguf_file_that_will_not_do_is_named(tmp_path, changes, why):
         path.write_bytes(path.read_bytes()[:-1])
     line = refused(path)
     assert line.startswith("tiny.gguf: ") and why in line
-
-
-def test_a_config_that_is_none_is_refused_by_plan_too(tmp_path):
-    config = tmp_path / "config.json"
-    for text, why in (("[]", "expected a JSON object"), ("{", "not valid JSON"), ("{}", "model_t")):
-        config.write_text(text)
-        line = one_line("plan", config, "--device", "iphone-16-pro")
-        assert line.startswith(f"{config}: ") and why in line
-
-
-def test_a_template_without_a_system_role_takes_the_prompt_as_an_opening(model):
-    path = model / "tokenizer_config.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["chat_template"]
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('only users') }}{% endif %}"
-    edit(path, chat_template=refusing + known)
-    for more in ((), ("--system", ""), ("--system", "Be brief.")):
-        assert done("chat", model, *more, *GREEDY, "--max-tokens", 3, stdin="Hello\n").err == ""
 
 
 # --- memory and the device ---

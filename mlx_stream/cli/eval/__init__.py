@@ -1,7 +1,6 @@
 """`mlx_stream eval ...`: the paper's experiments, each with a table, JSON, CSV and a chart."""
 
-import typer
-
+from mlx_stream.cli import new_group
 from mlx_stream.cli.eval.endurance import endurance
 from mlx_stream.cli.eval.latency import latency
 from mlx_stream.cli.eval.perplexity import perplexity
@@ -9,12 +8,6 @@ from mlx_stream.cli.eval.plot import plot
 from mlx_stream.cli.eval.streameval import streameval
 from mlx_stream.cli.eval.sweeps import sinks, windows
 
-app = typer.Typer(
-    name="eval",
-    help="The paper's experiments on your model, text and machine.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+app = new_group("eval")
 for experiment in (perplexity, sinks, windows, latency, endurance, streameval, plot):
     app.command()(experiment)

@@ -1,13 +1,15 @@
-"""What all experiments share: their texts, and the three ways a result is shown."""
+"""What all experiments share: their options, their texts, and the ways a result is shown."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
 
 from mlx_stream.cli import options
+from mlx_stream.cli.report import Columns, print_json, print_rows
 from mlx_stream.cli.terminal import read_text
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.program.exits import fail, notify
@@ -17,7 +19,14 @@ if TYPE_CHECKING:
     from mlx_stream.evaluate.report import Report, Row
     from mlx_stream.load import Model
 
-Columns = Sequence[tuple[str, str, str]]
+Files = Annotated[
+    list[str], Argument(metavar="FILE...", help="Text files, read one after another; - is stdin.")
+]
+Tokens = Annotated[int, Option(help="Tokens of the text to read.")]
+Segment = Annotated[int, Option(help="Tokens of a segment.")]
+Chunk = Annotated[int, Option(help="Tokens read per step.")]
+Window = Annotated[int, Option(help="Latest tokens attended to.")]
+Sinks = Annotated[int, Option(help="First tokens that never leave.")]
 
 
 @dataclass(frozen=True)
@@ -25,26 +34,20 @@ class OutputOptions:
     """How a result is shown."""
 
     json: options.AsJson = False
-    csv: options.AsCsv = False
-    plot: options.Plot = None
+    csv: Annotated[bool, Option("--csv", help="Print the rows as CSV.")] = False
+    plot: Annotated[
+        Path | None,
+        Option(help="Chart to draw: a .png or .svg file; a dark one is drawn beside it."),
+    ] = None
 
-    def check(
-        self, read: "Sequence[str | Path]" = (), written: "Sequence[Path | None]" = ()
-    ) -> None:
-        """Refuse before anything is measured what could not be shown afterwards.
-
-        Args:
-            read: files that are read, and must not be written over.
-            written: files that are written besides the plot.
-        """
+    def check(self) -> None:
+        """Refuse before anything is measured what could not be shown afterwards."""
         if self.json and self.csv:
-            fail("--json and --csv both want standard output: choose one")
+            fail("--json and --csv both write to standard output: choose one")
         if self.plot is not None:
-            from mlx_stream.evaluate.charts import check_plot, dark_twin
+            from mlx_stream.evaluate.charts import check_plot
 
             check_plot(self.plot)
-            written = [*written, self.plot, dark_twin(self.plot)]
-        refuse_same_files(read, [path for path in written if path is not None])
 
     def publish(
         self,
@@ -56,12 +59,9 @@ class OutputOptions:
         """Print a report as a table, JSON or CSV, and draw it.
 
         Args:
-            columns: of the table: key of the rows, heading, format of a number.
-            table: its rows, where there are too many in the report for people.
-            cut: what ended it early, as of `collecting_rows`: noted, and raised in the end.
+            table: rows of the table, where the report has too many for people.
+            cut: the error that ended it early, from `collecting_rows`; raised in the end.
         """
-        from mlx_stream.cli.report import print_json
-
         if cut:
             report.notes.append("interrupted: the figures until then")
         if self.json:
@@ -73,12 +73,16 @@ class OutputOptions:
             for line in report.notes:
                 print(line)
         if self.plot is not None:
-            from mlx_stream.evaluate.charts import draw_chart
-
-            for path in draw_chart(report, self.plot):
-                notify(f"drew {path}")
+            draw(report, self.plot)
         if cut:
             raise cut
+
+
+def draw(report: "Report", file: Path) -> None:
+    from mlx_stream.evaluate.charts import draw_chart
+
+    for path in draw_chart(report, file):
+        notify(f"drew {path}")
 
 
 def parse_cache(text: str, allowed: Sequence[str]) -> tuple[str, dict[str, int]]:
@@ -87,23 +91,16 @@ def parse_cache(text: str, allowed: Sequence[str]) -> tuple[str, dict[str, int]]
     settings: dict[str, int] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
-        least = 0 if key == "sinks" else 1
         if key not in allowed or key in settings:
             fail(f"--cache {text}: takes {', '.join(allowed)}, each once, not {pair!r}")
-        if not (value.isdecimal() and len(value) < 10 and int(value) >= least):
-            fail(f"--cache {text}: {key} must be a whole number, at least {least}, not {value!r}")
-        settings[key] = int(value)
+        settings[key] = whole_number(f"--cache {text}: {key}", value, least=int(key != "sinks"))
     return name, settings
 
 
-def refuse_same_files(read: "Sequence[str | Path]", written: "Sequence[Path]") -> None:
-    """Refuse to write one file twice, or over one that is read."""
-    taken = {os.path.realpath(path) for path in read if path != "-"}
-    for path in written:
-        place = os.path.realpath(path)
-        if place in taken:
-            fail(f"{path}: cannot be written to, it has another use: choose another file")
-        taken.add(place)
+def whole_number(name: str, text: str, least: int) -> int:
+    if not (text.isdecimal() and len(text) < 10 and int(text) >= least):
+        fail(f"{name} must be a whole number, at least {least}, not {text!r}")
+    return int(text)
 
 
 def read_texts(model: "Model", files: Sequence[str]) -> "Corpus":
@@ -113,11 +110,7 @@ def read_texts(model: "Model", files: Sequence[str]) -> "Corpus":
 
 
 def collecting_rows(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | None]":
-    """Return rows, and what ended them early: those that are there are shown, then it is raised.
-
-    Raises:
-        KeyboardInterrupt, MlxStreamError: it ended before there was any.
-    """
+    """Return rows, and the error that ended them early, if there are any rows to be shown."""
     found: list[Row] = []
     try:
         for row in rows:
@@ -127,21 +120,3 @@ def collecting_rows(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | 
             raise
         return found, error
     return found, None
-
-
-def print_rows(rows: "Sequence[Row]", columns: Columns) -> None:
-    from mlx_stream.cli.report import print_table
-
-    shown = [[cell(row.get(key), form) for key, _, form in columns] for row in rows]
-    print_table([heading for _, heading, _ in columns], shown)
-
-
-def cell(value: Any, form: str) -> str:
-    """Format one figure; `MB` shows bytes as megabytes."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if form == "MB":
-        return f"{value / 1e6:,.1f}"
-    return format(value, form)

@@ -1,17 +1,15 @@
 """`mlx_stream eval endurance`: one stream, read for hours, stopped and continued at will."""
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import exits_cleanly, notify
+from mlx_stream.cli.terminal import defer_interrupts, progress_bar
+from mlx_stream.program.exits import notify
 
 COLUMNS = (
     ("tokens", "tokens", ","),
@@ -23,42 +21,33 @@ COLUMNS = (
 )
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def endurance(
     *,
     model: options.ModelArgument,
-    files: options.Files,
+    files: common.Files,
     log: Annotated[
         Path,
-        typer.Option(
-            "--log",
-            metavar="FILE",
-            help="JSON lines, one per segment; the stream's state is saved beside it.",
+        Option(
+            help="JSON-lines file, one line per segment; the stream's state is saved beside it."
         ),
     ],
-    tokens: options.Tokens = 250_000,
-    window: options.WindowSize = 1_020,
-    sinks: options.SinkCount = 4,
-    segment: options.Segment = 2_048,
-    chunk: options.Chunk = 128,
-    save_every: Annotated[
-        float, typer.Option("--save-every", help="Seconds between saved states.")
-    ] = 300.0,
+    tokens: common.Tokens = 250_000,
+    window: common.Window = 1_020,
+    sinks: common.Sinks = 4,
+    segment: common.Segment = 2_048,
+    chunk: common.Chunk = 128,
+    save_every: Annotated[float, Option(help="Seconds between saved states.")] = 300.0,
     fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh/--no-fresh",
-            help="In the end, read the last tenth with a fresh stream too, and compare.",
-        ),
+        bool, Option(help="In the end, read the last tenth with a fresh stream too, and compare.")
     ] = True,
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
     """Read texts over and over as one stream, into a log.
 
-    Ctrl-C stops it after the step it is in; the same command continues from there, with the bits it
-    would have had. A larger --tokens reads further. The last segment is read whole.
+    Ctrl-C stops it after the step it is in. The same command continues from there, with the figures
+    of an uninterrupted run. A larger --tokens reads further. The last segment is read whole.
     """
     from mlx_stream.evaluate.endurance import (
         Course,
@@ -67,28 +56,25 @@ def endurance(
         in_tenths,
         memory_line,
         segments,
-        state_path,
     )
-    from mlx_stream.evaluate.jsonl import JsonLog
+    from mlx_stream.evaluate.jsonl import open_log
     from mlx_stream.evaluate.report import Report, facts
 
-    output.check(files, (log, state_path(log)))
+    output.check()
     loaded = loading.load(model)
     sinks, window = loaded.resolve_window(sinks, window, notify)
     text = common.read_texts(loaded, files)
     course = Course(loaded, text, sinks, window, segment, chunk, save_every)
-    about = facts(
-        loaded, texts=text.names, sinks=sinks, window=window, segment=segment, chunk=chunk
-    )
-    with JsonLog(log, course.key, about) as opened:
-        with stop_on_signals() as stopped, progress_bar("reading") as progress:
+    sizes = {"sinks": sinks, "window": window, "segment": segment, "chunk": chunk}
+    with open_log(log, course.key, facts(loaded, texts=text.names, **sizes)) as opened:
+        signals = signal.SIGINT, signal.SIGTERM
+        with defer_interrupts(*signals) as stopped, progress_bar("reading") as progress:
             done = endure(course, opened, tokens, stopped, progress, notify)
         if not done:
             notify(f"stopped: {log} and its state are saved; the same command continues from there")
             raise SystemExit(130)
         rows = segments(opened)
-        notes = [memory_line(rows)]
-        about = dict(opened.header["about"])
+        notes, about = [memory_line(rows)], dict(opened.header["about"])
         if fresh:
             with progress_bar("fresh stream, last tenth") as progress:
                 about["fresh"] = found = compare_with_fresh(course, opened, progress)
@@ -97,24 +83,4 @@ def endurance(
                 f"last tenth: {found['stream_perplexity']:.3f}; read by a fresh stream: "
                 f"{found['perplexity']:.3f} ({difference:+.2%})"
             )
-    report = Report("endurance", about, rows, notes)
-    output.publish(report, COLUMNS, in_tenths(rows))
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request; a second Ctrl-C interrupts at once."""
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = {one: signal.signal(one, ask) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    output.publish(Report("endurance", about, rows, notes), COLUMNS, in_tenths(rows))

@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
-from mlx_stream.program.exits import exits_cleanly, fail, notify
+from mlx_stream.program.exits import notify
 
 COLUMNS = (
     ("cache", "cache", ","),
@@ -19,57 +19,55 @@ COLUMNS = (
 )
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def latency(
     *,
     model: options.ModelArgument = "starter",
     cache: Annotated[
         list[str] | None,
-        typer.Option(
-            "--cache",
+        Option(
             metavar="TOKENS[,steps=N]",
             help="Size of the cache, 4 sinks included; may be given several times. "
             "Default: 256, 512, 1024, 2048, 4096.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Steps timed at each size.")] = 300,
+    steps: Annotated[int, Option(help="Steps timed at each size.")] = 300,
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Time per token against cache size: the paper's figure 10.
+    """Time a token by the size of the cache (the paper's figure 10).
 
     Streaming and mlx-lm's rotating cache are timed in turn, then recompute, which reads the whole
     window again for each token. A re-anchoring falls into the middle of the stream's steps, and 20
     more are timed beside plain steps.
     """
     from mlx_stream.evaluate.bench import SINKS
-    from mlx_stream.evaluate.latency import Size, findings
-    from mlx_stream.evaluate.latency import measure_latency as measure
+    from mlx_stream.evaluate.latency import findings, measure_latency
     from mlx_stream.evaluate.mlx_lm import load_peer
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.hub.resolve import resolve
 
     output.check()
-    sizes: list[Size] = []
+    asked: dict[int, int] = {}
     for one in cache or ["256", "512", "1024", "2048", "4096"]:
-        capacity, settings = common.parse_cache(one, ["steps"])
-        if not (capacity.isdecimal() and len(capacity) < 10):
-            fail(f"--cache must be TOKENS or TOKENS,steps=N, not {one!r}")
-        sizes.append(Size(int(capacity), settings.get("steps", steps)))
+        size, settings = common.parse_cache(one, ["steps"])
+        asked[common.whole_number("--cache", size, SINKS + 1)] = settings.get("steps", steps)
     loaded = loading.load(model)
+    sizes = {
+        sum(loaded.resolve_window(SINKS, size - SINKS, notify)): count
+        for size, count in asked.items()
+    }
     folder = resolve(model, notify)
     peer, notes = None, []
     if folder.is_file():
         notes.append("mlx-lm: not measured: it reads folders: convert the model to one")
     else:
         peer = load_peer(folder, loaded)
-    rows, cut = common.collecting_rows(measure(loaded, peer, sizes, notify))
+    rows, cut = common.collecting_rows(measure_latency(loaded, peer, sizes, notify))
     if cut:
         whole = {row["cache"] for row in rows if row["method"] == "recompute"}
         rows = [row for row in rows if row["cache"] in whole]
         if not rows:
             raise cut
-    about = facts(loaded, sinks=SINKS)
-    report = Report("latency", about, rows, [*findings(rows), *notes])
+    report = Report("latency", facts(loaded, sinks=SINKS), rows, [*findings(rows), *notes])
     output.publish(report, COLUMNS, cut=cut)

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
 from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import exits_cleanly, fail, notify
+from mlx_stream.program.exits import fail, notify
 
 if TYPE_CHECKING:
     from mlx_stream.evaluate.perplexity import Spec
@@ -26,16 +26,14 @@ COLUMNS = (
 )
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def perplexity(
     *,
     model: options.ModelArgument,
-    files: options.Files,
+    files: common.Files,
     cache: Annotated[
         list[str] | None,
-        typer.Option(
-            "--cache",
+        Option(
             metavar="NAME[,SETTING=N...]",
             help="stream, fresh (a new stream for each segment, begun on the window before it), "
             "window (no sinks), dense, recompute, mlx-lm or llama.cpp; may be given several "
@@ -45,25 +43,23 @@ def perplexity(
         ),
     ] = None,
     against: Annotated[
-        list[str] | None,
-        typer.Option("--against", help="Add a peer to the caches: mlx-lm or llama.cpp."),
+        list[str] | None, Option(help="Peer to add to the caches: mlx-lm or llama.cpp.")
     ] = None,
     gguf: Annotated[
-        Path | None,
-        typer.Option("--gguf", metavar="FILE", help="The same model, for llama.cpp."),
+        Path | None, Option(help="The same model as a .gguf file, for llama.cpp.")
     ] = None,
-    window: options.WindowSize = 1_020,
-    sinks: options.SinkCount = 4,
-    tokens: options.Tokens = 8_192,
-    segment: options.Segment = 2_048,
+    window: common.Window = 1_020,
+    sinks: common.Sinks = 4,
+    tokens: common.Tokens = 8_192,
+    segment: common.Segment = 2_048,
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Perplexity, speed and memory of caches of the same size.
+    """Measure perplexity, speed and memory of caches of the same size.
 
-    A text is read through one after another. All but dense hold sinks + window tokens. mlx-lm gets
+    They read a text one after another. All but dense hold sinks + window tokens. mlx-lm gets
     rotating caches that keep as many first tokens as there are sinks. Perplexity is that of each
-    segment; a last part that makes none is not read. The speed of fresh counts the window it begins
+    segment; a last part that is shorter is not read. The speed of fresh counts the window it begins
     on.
     """
     from mlx_stream.evaluate import llamacpp
@@ -78,7 +74,7 @@ def perplexity(
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.hub.resolve import resolve
 
-    output.check(files)
+    output.check()
     specs = [parse_spec(one) for one in cache or DEFAULT_CACHES]
     if not cache:  # a small window takes a small stride
         stride = max(1, min(DEFAULTS["stride"], sinks + window))
@@ -110,14 +106,9 @@ def perplexity(
         notify(line)
     with progress_bar("reading") as progress:
         rows, cut = common.collecting_rows(measure_perplexity(setting, specs, progress))
-    about = facts(
-        loaded,
-        texts=text.names,
-        sinks=sinks,
-        window=window,
-        segment=segment,
-        caches=[spec.label for spec in specs],
-    )
+    labels = [spec.label for spec in specs]
+    sizes = {"sinks": sinks, "window": window, "segment": segment}
+    about = facts(loaded, texts=text.names, **sizes, caches=labels)
     output.publish(Report("perplexity", about, rows, notes), COLUMNS, cut=cut)
 
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
 from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import exits_cleanly, notify
+from mlx_stream.program.exits import notify
 
 COLUMNS = (
     ("lines_back", "lines back", ","),
@@ -20,26 +20,23 @@ COLUMNS = (
 )
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def streameval(
     *,
     model: options.ModelArgument = "starter",
-    window: options.WindowSize = 1_020,
-    sinks: options.SinkCount = 4,
-    lines: Annotated[int, typer.Option("--lines", help="Lines to read.")] = 600,
+    window: common.Window = 1_020,
+    sinks: common.Sinks = 4,
+    lines: Annotated[int, Option(help="Lines to read.")] = 600,
     distances: Annotated[
         list[int] | None,
-        typer.Option(
-            "--distances",
+        Option(
             help="Lines back, 1 is the last line read; may be given several times. "
-            "Default: 1, 5, 10, 20, 40, 80, 160.",
+            "Default: 1, 5, 10, 20, 40, 80, 160."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of the facts in the lines.")] = 1,
+    seed: Annotated[int, Option(help="Random seed of the facts in the lines.")] = 1,
     data_out: Annotated[
-        Path | None,
-        typer.Option("--data-out", metavar="FILE", help="Write lines and queries, JSON lines."),
+        Path | None, Option(help="JSON-lines file to write the lines and queries to.")
     ] = None,
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
@@ -53,8 +50,8 @@ def streameval(
     from mlx_stream.evaluate.streameval import streameval as ask
     from mlx_stream.evaluate.streameval_data import DISTANCES, make_data, write_data
 
-    output.check((), (data_out,))
-    chosen = tuple(distances or DISTANCES)
+    output.check()
+    chosen = distances or DISTANCES
     data = make_data(seed, lines, chosen)
     loaded = loading.load(model)
     sinks, window = loaded.resolve_window(sinks, window, notify)

@@ -1,20 +1,13 @@
 """`mlx_stream eval sinks` and `eval windows`: the paper's tables 2 and 6."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from typer import Option
 
 from mlx_stream.cli import options
 from mlx_stream.cli.eval import common
 from mlx_stream.cli.terminal import progress_bar
-from mlx_stream.program.exits import exits_cleanly
-
-if TYPE_CHECKING:
-    from mlx_stream.evaluate.corpus import Corpus
-    from mlx_stream.evaluate.report import Row
-    from mlx_stream.evaluate.sweeps import Shape
-    from mlx_stream.load import Model
+from mlx_stream.program.exits import fail, notify
 
 COLUMNS = (
     ("sinks", "sinks", ","),
@@ -25,73 +18,77 @@ COLUMNS = (
 )
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def sinks(
     *,
     model: options.ModelArgument,
-    files: options.Files,
+    files: common.Files,
     sinks: Annotated[
         list[int] | None,
-        typer.Option("--sinks", help="May be given several times. Default: 0, 1, 2, 4, 8."),
+        Option(
+            help="First tokens that never leave; may be given several times. "
+            "Default: 0, 1, 2, 4, 8."
+        ),
     ] = None,
-    capacity: Annotated[
-        int, typer.Option("--capacity", help="Sinks + window, the same for all.")
-    ] = 256,
-    tokens: options.Tokens = 8_192,
-    chunk: options.Chunk = 128,
+    capacity: Annotated[int, Option(help="Tokens in the cache: sinks and window together.")] = 256,
+    tokens: common.Tokens = 8_192,
+    chunk: common.Chunk = 128,
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Perplexity with 0 to 8 sinks, one size: the paper's table 2."""
-    from mlx_stream.evaluate.report import Report, facts
-    from mlx_stream.evaluate.sweeps import sink_shapes
-
-    output.check(files)
-    loaded = loading.load(model)
-    shapes = sink_shapes(loaded, capacity, [0, 1, 2, 4, 8] if sinks is None else sinks)
-    text = common.read_texts(loaded, files)
-    rows, cut = read_through(loaded, text, shapes, tokens, chunk)
-    about = facts(loaded, texts=text.names, capacity=capacity, chunk=chunk)
-    output.publish(Report("sinks", about, rows), COLUMNS, cut=cut)
+    """Measure perplexity by the number of sinks (the paper's table 2)."""
+    counts = [0, 1, 2, 4, 8] if sinks is None else sinks
+    if capacity <= max(counts):
+        fail(f"--capacity must be above {max(counts)}, the number of sinks, not {capacity}")
+    shapes = [(count, capacity - count) for count in counts]
+    about = {"capacity": capacity}
+    sweep("sinks", model, files, shapes, tokens, chunk, about, loading, output)
 
 
-@exits_cleanly
-@options.grouped
+@options.verb
 def windows(
     *,
     model: options.ModelArgument,
-    files: options.Files,
+    files: common.Files,
     window: Annotated[
         list[int] | None,
-        typer.Option(
-            "--window", help="May be given several times. Default: 252, 508, 1020, 2044, 4092."
+        Option(
+            help="Latest tokens attended to; may be given several times. "
+            "Default: 252, 508, 1020, 2044, 4092."
         ),
     ] = None,
-    sinks: options.SinkCount = 4,
-    tokens: options.Tokens = 12_288,
-    chunk: options.Chunk = 128,
+    sinks: common.Sinks = 4,
+    tokens: common.Tokens = 12_288,
+    chunk: common.Chunk = 128,
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Perplexity with windows of 252 to 4,092: its table 6."""
-    from mlx_stream.evaluate.report import Report, facts
-    from mlx_stream.evaluate.sweeps import window_shapes
-
-    output.check(files)
-    loaded = loading.load(model)
+    """Measure perplexity by the size of the window (its table 6)."""
     chosen = [252, 508, 1_020, 2_044, 4_092] if window is None else window
-    shapes = window_shapes(loaded, sinks, chosen)
+    shapes = [(sinks, one) for one in chosen]
+    about = {"sinks": sinks}
+    sweep("windows", model, files, shapes, tokens, chunk, about, loading, output)
+
+
+def sweep(
+    name: str,
+    model: str,
+    files: list[str],
+    shapes: list[tuple[int, int]],
+    tokens: int,
+    chunk: int,
+    about: dict[str, int],
+    loading: options.MeasuredLoadOptions,
+    output: common.OutputOptions,
+) -> None:
+    from mlx_stream.evaluate.report import Report, facts
+    from mlx_stream.evaluate.sweeps import sweep as measure
+
+    output.check()
+    loaded = loading.load(model)
+    shapes = [loaded.resolve_window(*shape, notify) for shape in shapes]
     text = common.read_texts(loaded, files)
-    rows, cut = read_through(loaded, text, shapes, tokens, chunk)
-    about = facts(loaded, texts=text.names, sinks=sinks, chunk=chunk)
-    output.publish(Report("windows", about, rows), COLUMNS, cut=cut)
-
-
-def read_through(
-    model: "Model", text: "Corpus", shapes: "Sequence[Shape]", tokens: int, chunk: int
-) -> "tuple[list[Row], BaseException | None]":
-    from mlx_stream.evaluate.sweeps import sweep
-
     with progress_bar("reading") as progress:
-        return common.collecting_rows(sweep(model, text, shapes, tokens, chunk, progress))
+        rows, cut = common.collecting_rows(measure(loaded, text, shapes, tokens, chunk, progress))
+    found = facts(loaded, texts=text.names, **about, chunk=chunk)
+    output.publish(Report(name, found, rows), COLUMNS, cut=cut)
