@@ -198,7 +198,7 @@ class SlowAttention:
             self.floor = token + 1
 
 
-# -- the model, for one token ---------------------------------------------------------------------
+# -- the model, for one token (hidden,) or many (n, hidden) ---------------------------------------
 
 
 def _linear(weights: Weights, name: str, x: np.ndarray) -> np.ndarray:
@@ -301,3 +301,81 @@ class SlowLlama:
     def attended(self) -> list[int]:
         """The numbers of the tokens that the newest one attends to, in cache order."""
         return next(iter(self.attention.values())).attended()
+
+
+# -- the same for a long text and a real model ----------------------------------------------------
+
+
+def stream_nll(config: dict, weights: Weights, ids, sinks: int, window: int | None) -> np.ndarray:
+    """Return the (n - 1,) negative log-likelihoods, natural log, of a streamed text's tokens.
+
+    Goes layer by layer over the whole text: a token's keys and values depend on nothing but its own
+    layer input (rule 3). Attention still goes token by token and rotates the keys at every step.
+    """
+    ids = np.asarray(ids)
+    weights = {name: np.asarray(w, np.float32) for name, w in weights.items()}
+    x = weights["model.embed_tokens.weight"][ids]
+    for layer in _layers(config):
+        seen = _attend_text(config, *_qkv(config, weights, layer, x), sinks, window)
+        x = _rest_of_layer(config, weights, layer, x, seen)
+    return np.concatenate(
+        [
+            _nll(_logits(config, weights, x[start : start + 128]), ids[start + 1 : start + 129])
+            for start in range(0, len(ids) - 1, 128)
+        ]
+    )
+
+
+def _nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    logits = logits[: len(targets)]
+    top = logits.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64)) + top[:, 0]
+    return total - np.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+
+
+def _attend_text(
+    config: dict,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    sinks: int,
+    window: int | None,
+) -> np.ndarray:
+    """What each token of a text sees in one layer; q (n, H, D), k and v (n, K, D), unrotated.
+
+    A pair (d, d + D / 2) is one complex number here, and rotating it by place p is one product with
+    exp(i p f_d): the cheapest way to rotate all keys again at every step.
+    """
+    n, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    window = _bounded(config, window)
+    s, w = (0, n) if window is None else (sinks, window)
+    places = min(n, s + w)
+    inv_freq, magnitude = rope_inv_freq(config)
+    turn = magnitude * np.exp(1j * np.arange(places)[:, None] * inv_freq)
+    turn = turn.astype(np.complex64)
+
+    q, k = _pairs(q), np.ascontiguousarray(_pairs(k).transpose(1, 0, 2))  # k: (K, n, D / 2)
+    v = np.ascontiguousarray(v.transpose(1, 0, 2))
+    rotated = np.empty((kv_heads, places, head_dim // 2), np.complex64)
+    values = np.empty((kv_heads, places, head_dim), np.float32)
+    seen = np.empty((n, heads, head_dim), np.float32)
+    for t in range(n):
+        o = max(s, t - w + 1)  # rule 1, in a plain stream
+        first, ring = min(s, t + 1), max(0, t + 1 - o)
+        length = first + ring
+        np.multiply(k[:, :first], turn[:first], out=rotated[:, :first])
+        np.multiply(k[:, o : t + 1], turn[first:length], out=rotated[:, first:length])
+        values[:, :first], values[:, first:length] = v[:, :first], v[:, o : t + 1]
+        query = (q[t] * turn[length - 1]).view(np.float32).reshape(kv_heads, -1, head_dim)
+        keys = rotated[:, :length].view(np.float32)
+        scores = query @ keys.transpose(0, 2, 1) * np.float32(head_dim**-0.5)
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        seen[t] = (scores @ values[:, :length]).reshape(heads, head_dim)
+    return seen
+
+
+def _pairs(x: np.ndarray) -> np.ndarray:
+    first, second = np.split(x, 2, axis=-1)
+    return (first + 1j * second).astype(np.complex64)

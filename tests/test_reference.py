@@ -15,7 +15,7 @@ from tests.fakes.tiny import (
     tiny_config,
     tiny_weights,
 )
-from tests.reference import SlowAttention, SlowLlama, rope_inv_freq
+from tests.reference import SlowAttention, SlowLlama, rope_inv_freq, stream_nll
 
 
 def read(attention: SlowAttention, count: int = 1) -> np.ndarray:
@@ -280,3 +280,15 @@ def test_the_sliding_window_of_a_mistral_bounds_the_window():
     assert model.attended() == [0, 1, 24, 25, 26, 27, 28, 29]
     config["sliding_window"] = None
     np.testing.assert_array_equal(logits, SlowLlama(config, weights, 2, 6).logits(ids))
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(4, 12), (0, 16), (3, 1), (2, 500), (0, None)])
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": YARN, "attention_bias": True}], ids=str)
+def test_layer_by_layer_is_token_by_token(sinks, window, changes):
+    config = tiny_config(**changes)
+    weights = tiny_weights(config)
+    ids = some_ids(config, 150)
+    logits = SlowLlama(config, weights, sinks, window, dtype=np.float64).logits(ids[:-1])
+    total = np.log(np.exp(logits).sum(axis=-1))
+    expected = total - logits[np.arange(len(ids) - 1), ids[1:]]
+    np.testing.assert_allclose(stream_nll(config, weights, ids, sinks, window), expected, atol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.evaluate.mlx_lm import load_peer
-from mlx_stream.evaluate.score import score
+from mlx_stream.evaluate.score import losses_of
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.hub.resolve import resolve
 from tests.long.pinned_facts import compare, facts
@@ -74,7 +74,7 @@ def test_streaming_equals_the_slow_reference(starter, folder, sinks, window, chu
     expected = np.log(np.exp(logits).sum(axis=-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
     for chunk in chunks:
         stream = TokenStream(starter, starter.new_cache(sinks, window))
-        assert np.abs(np.array(score(stream, ids, chunk).nll) - expected).max() < 2e-3
+        assert np.abs(np.array(losses_of(stream, ids, chunk)) - expected).max() < 2e-3
 
 
 def test_chat_from_the_shell_names_three_colours(starter):

@@ -22,7 +22,7 @@ from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 from mlx_stream.text.template import ChatTemplate, user
-from mlx_stream.text.template.meter import METER, TURNOVER, metered
+from mlx_stream.text.template.meter import BUDGET, METER, metered
 from tests.fakes.conversations import assert_well_formed
 from tests.fakes.replies import letters_of, reply_of_ids, write, writer_of
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
@@ -185,7 +185,7 @@ def test_a_template_interrupted_anywhere_leaves_no_clock_running():
     for count in itertools.count(1):
         cut = interrupt_at(count, lambda: template.render([user("Hi")], True))
         fresh = metered(METER.get)
-        assert fresh.left == TURNOVER * fresh.limit, count
+        assert fresh.left == BUDGET, count
         if not cut:
             break
     assert count > 20

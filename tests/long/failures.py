@@ -88,6 +88,32 @@ def test_a_conversation_goes_on_as_one_that_read_it_again(model, where, options)
     assert chat.number == number + 1
 
 
+@pytest.mark.parametrize("how", ["retry", "edit", "undo"])
+def test_what_is_taken_back_after_it_is_not_read_again(model, how):
+    chat = mlx_stream.ChatSession(model, **ALONE)
+    said(chat.reply(QUESTIONS[0]))
+    fail(chat, chat.reply(QUESTIONS[1]), 2)
+    before, _ = chat.exchanges
+    other = again(model, [before])
+    if how == "retry":
+        assert said(chat.retry()) == said(other.reply(QUESTIONS[1]))
+    elif how == "edit":
+        assert said(chat.edit(NEXT)) == said(other.reply(NEXT))
+    else:
+        assert chat.undo().question == QUESTIONS[1]
+    assert said(chat.reply(NEXT)) == said(other.reply(NEXT))
+
+
+def test_it_is_tried_again_if_it_fails_again(model):
+    chat = mlx_stream.ChatSession(model, **ALONE)
+    said(chat.reply(QUESTIONS[0]))
+    fail(chat, chat.reply(QUESTIONS[1]), 2)
+    before = chat.exchanges
+    fail(chat, chat.reply(NEXT), 0)  # what is attended cannot be read again
+    assert chat.tokens.failed and chat.exchanges == before
+    assert said(chat.reply(NEXT)) == said(again(model, before).reply(NEXT))
+
+
 def test_it_is_read_again_in_steps_and_may_be_left_halfway(model):
     chat = mlx_stream.ChatSession(model, **ALONE)
     said(chat.reply(QUESTIONS[1]))

@@ -1,0 +1,48 @@
+"""The ids a conversation reads, turn by turn, beside those of its whole render."""
+
+from collections.abc import Sequence
+
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.text.template import ChatTemplate, Message, assistant, system_turn, user
+from mlx_stream.text.tokenizer import Tokenizer
+
+
+def read_ids(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    system: str | None,
+    exchanges: Sequence[tuple[str, str]],
+    unread: str = "",
+) -> list[int]:
+    """Return what a stream reads of a conversation, and what closes it.
+
+    Args:
+        unread: the end of each reply, read as text behind its ids: where a stop string began
+            inside an id.
+    """
+    turns = PromptBuilder(tokenizer, template, system, pin=True)
+    ids, rest = [*turns.pinned], None
+    for number, (question, reply) in enumerate(exchanges, 1):
+        closing, asked = turns.question(question, rest, number == 1)
+        said = reply.removesuffix(unread)
+        said_ids = tokenizer.encode(template.lead + said, special=False, behind_text=True)
+        exchange = Exchange(question, reply, closing, asked, tuple(said_ids), unread)
+        exchange = turns.settle(exchange, number == 1)
+        ids += closing + exchange.ids
+        rest = turns.rest_of(exchange)
+    closing, _ = turns.following(rest or "", "x")
+    return [*ids, *closing]
+
+
+def whole_ids(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    system: str | None,
+    exchanges: Sequence[tuple[str, str]],
+) -> list[int]:
+    """Return the ids of the whole render, whose replies are text as sampled."""
+    messages: list[Message] = [*system_turn(system)]
+    for question, reply in exchanges:
+        messages += [user(question), assistant(reply)]
+    return tokenizer.encode(template.render(messages, reply=False), special=False)
