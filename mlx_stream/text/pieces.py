@@ -12,9 +12,9 @@ class Piece:
     """A piece of text that is final.
 
     Attributes:
-        finish: set on the last one: end, stop or length.
-        attended: on the last one of a conversation's reply, the tokens attended now.
-        evicted_exchanges, evicted_tokens: on the same, what left attention during the turn.
+        finish: on the last piece, why the text ended: end, stop or length.
+        attended: on the last piece of a conversation's reply, the number of attended tokens.
+        evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
     """
 
     text: str
@@ -35,9 +35,9 @@ class StopMatcher:
         self._longest = max(map(len, self.stops), default=1) - 1  # of what may have begun
 
     def add(self, text: str) -> tuple[str, bool]:
-        """Return the text that is final, and whether a stop string came right after it.
+        """Return the text that is final, and whether a stop string follows it.
 
-        Of several that overlap, the one that ends first stops the text, however it came in pieces.
+        Of several that overlap, the one that ends first stops the text.
         """
         self.pending += text
         found = [(at + len(s), at) for s in self.stops if (at := self.pending.find(s)) >= 0]
@@ -50,7 +50,7 @@ class StopMatcher:
         return final, False
 
     def flush(self) -> str:
-        """Return what was held back, when no more text comes."""
+        """Return the text held back; no more text comes."""
         held, self.pending = self.pending, ""
         return held
 
@@ -66,31 +66,30 @@ class StopMatcher:
 class ReplyDecoder:
     """Turn sampled ids into pieces of text.
 
-    With `remember`, also which ids make up the final text: after the last piece (or when it is
-    abandoned), `ids[:kept()[0]]` followed by the text `kept()[1]` is exactly what was said: a stop
-    string may begin in the middle of a token. Without, nothing grows with the length of the text.
+    With `remember`, `final_ids` tells which ids make up the final text. Without, nothing grows with
+    the length of the text.
     """
 
     def __init__(self, decoder: StreamDecoder, stops: str | Sequence[str], remember: bool = True):
         self.decoder, self.matcher, self.remember = decoder, StopMatcher(stops), remember
         self.count = 0
         self.ids: list[int] = []
-        self.text = ""  # all that was decoded
+        self.text = ""  # all decoded text
         self.ends: list[int] = []  # length of the text after each id
-        self.final = 0  # length of the text handed out
+        self.final = 0  # length of the text returned
         self.stopped = False
-        self.finish = "interrupted"  # until it ends otherwise
+        self.finish = "interrupted"  # until it ends in another way
 
     def add(self, token: int) -> str:
         """Take a sampled id; return the text that became final."""
-        if self.remember:  # an interrupt between the two leaves an end without an id, never read
+        if self.remember:  # an interrupt between the two leaves an end without an id: harmless
             self.ends.append(len(self.text))
             self.ids.append(token)
         self.count += 1
         return self._advance(self.decoder.add(token))
 
     def flush(self) -> str:
-        """Return what was held back, when no more ids come."""
+        """Return the text held back; no more ids come."""
         if self.stopped:
             return ""
         text = self._advance(self.decoder.flush()) if self.count else ""
@@ -103,7 +102,8 @@ class ReplyDecoder:
     def final_ids(self, trim: bool = False) -> tuple[int, str]:
         """Return how many ids lie within the final text, and the text that follows them.
 
-        `trim` leaves out the whitespace at its end, for templates that do.
+        A stop string may begin in the middle of an id. `trim` leaves out the whitespace at the end
+        of the text, for templates that do.
         """
         final = self.final if self.stopped else len(self.text)
         if trim:
@@ -113,8 +113,8 @@ class ReplyDecoder:
         count = self._ids_within(final)
         if self._end(count) == final:
             return count, ""
-        # The stop string begins inside an id. It goes, with those before it that hold the first
-        # bytes of a character which it completes.
+        # The stop string begins inside an id. That id goes, with the ids before it that hold the
+        # first bytes of a character that it completes.
         start = self._end(count - 1)
         return self._ids_within(start), self.text[start:final]
 
@@ -135,8 +135,6 @@ class ReplyDecoder:
             self.text += text
             if self.ids:
                 self.ends[len(self.ids) - 1] = len(self.text)
-        final = text
-        if self.matcher.stops:
-            final, self.stopped = self.matcher.add(text)
+        final, self.stopped = self.matcher.add(text)
         self.final += len(final)
         return final

@@ -295,15 +295,13 @@ def test_end_ids_are_those_of_all_files():
         checkpoint(
             config={"eos_token_id": 7},
             generation_config={"eos_token_id": [8, 9]},
-            tokenizer_config={"eos_token": {"content": "</s>"}, "bos_token": "<s>"},
+            tokenizer_config={"eos_token": {"content": "</s>"}},
         )
     )
     assert tokenizer.eos_ids == {7, 8, 9, 2}
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     nothing: Any = {"config": {"eos_token_id": None}, "tokenizer_config": {"eos_token": None}}
     tokenizer = Tokenizer.from_checkpoint(checkpoint(**nothing))
-    assert tokenizer.eos_ids == frozenset()
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.template) == ("", "", None)
+    assert (tokenizer.eos_ids, tokenizer.template) == (frozenset(), None)
 
 
 IDS_OF_NOTHING = (-1, 10**6, 2**40, "2", 2.0, True, [[2]], {"id": 2})
