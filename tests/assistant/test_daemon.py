@@ -268,6 +268,7 @@ def test_input_folder_and_files_at_once(start, log, tmp_path):
 # --- without a network ---
 
 NO_NETWORK = """
+import socket
 made = socket.socket.__new__
 class Denied(socket.socket):
     def __init__(self, family=-1, *more, **others):
