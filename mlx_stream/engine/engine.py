@@ -60,7 +60,8 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether the model is loaded."""
-        return self._worker.ready and not self._worker.closing
+        loading = self._worker.loading
+        return loading.done and not loading.error and not self._worker.closing
 
     @property
     def error(self) -> MlxStreamError | None:
@@ -85,7 +86,7 @@ class Engine:
             EngineClosed: the engine was closed before.
             MlxStreamError: loading failed; see `mlx_stream.load`.
         """
-        self._worker.wait(timeout)
+        self._worker.outcome(self._worker.loading, timeout)
 
     def session(
         self,

@@ -157,22 +157,26 @@ class Worker:
 
     Attributes:
         lock: guards everything that threads share; notified of every change.
-        error: what `prepare` raised.
+        loading: the task of `prepare`.
         ended: whether the thread has ended, or is missing in this process after a fork.
     """
 
     def __init__(self, prepare: Callable[[], None], leave: Callable[[], None], queue_size: int):
         # Reentrant: a finalizer may cancel a task on a thread that holds the lock.
         self.lock = threading.Condition(threading.RLock())
-        self.ready = self.closing = self.ended = False
-        self.error: MlxStreamError | None = None
+        self.closing = self.ended = False
         self.queues: list[SessionQueue] = []
-        self.queue_size = queue_size
-        self._prepare, self._leave = prepare, leave
+        self.queue_size, self._leave = queue_size, leave
+        self.loading = Task(self.lock, lambda: as_coroutine(prepare), lambda _: None)
         self._process = os.getpid()
         self._before = claim(self)
         self._thread = threading.Thread(target=self._run, name="mlx_stream", daemon=True)
         self._thread.start()
+
+    @property
+    def error(self) -> MlxStreamError | None:
+        """Why `prepare` failed, unless the engine was closed before."""
+        return None if isinstance(self.loading.error, EngineClosed) else self.loading.error
 
     # --- tasks ---
 
@@ -253,21 +257,6 @@ class Worker:
 
     # --- waiting and closing ---
 
-    def wait(self, timeout: float | None) -> None:
-        """Wait until `prepare` is done.
-
-        Raises:
-            TimeoutError: it takes longer than `timeout` seconds.
-            MlxStreamError: it failed, or the engine was closed before.
-        """
-        with self.lock:
-            if not self.wait_for(lambda: self.ready or self.error, timeout):
-                raise TimeoutError(f"the model is not loaded after {timeout} seconds")
-            if self.error:
-                raise reraise(self.error)
-            if not self.ready:
-                raise EngineClosed("the engine was closed before the model was loaded")
-
     def wait_for(self, holds: Callable[[], object], timeout: float | None = None) -> bool:
         """Wait, under the lock, until `holds()` or the end of the thread; return whether it came.
 
@@ -318,7 +307,8 @@ class Worker:
         try:
             for other in self._before:
                 other.join(None)
-            self._begin()
+            if not self.closing:
+                self.loading.step()
             while queues := self._round():
                 for queue in queues:
                     if self.closing:
@@ -326,18 +316,6 @@ class Worker:
                     queue.step()
         finally:
             self._finish()
-
-    def _begin(self) -> None:
-        error = None
-        try:
-            if not self.closing:
-                self._prepare()
-        # Every task raises whatever kept the model from being loaded.
-        except Exception as found:
-            error = as_engine_error(found)
-        with self.lock:
-            self.error, self.ready = error, error is None
-            self.lock.notify_all()
 
     def _round(self) -> list[SessionQueue]:
         """Wait for queues that have a step to do, and return them; none when closing."""
@@ -353,13 +331,22 @@ class Worker:
         with self.lock:
             self.closing = True
         try:
+            closed = EngineClosed("the engine was closed before this was done")
+            if not self.loading.done:
+                self.loading.abandon(closed)
             while self.queues:
-                self.queues[0].end(EngineClosed("the engine was closed before this was done"))
+                self.queues[0].end(closed)
             self._leave()
         finally:
             with self.lock:
                 self.ended = True
                 self.lock.notify_all()
+
+
+def as_coroutine(function: Callable[[], Any]) -> Work:
+    """Call a function; a coroutine."""
+    yield from ()
+    return function()
 
 
 # --- one per process, and its end ---

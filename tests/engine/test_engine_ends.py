@@ -255,6 +255,16 @@ def test_cancelling_an_undo_before_its_turn_keeps_the_exchange(engine):
     assert done.result(DEADLINE).question == "Still there?" and not done.cancel()
 
 
+def test_an_engine_closed_before_it_loads_has_no_error(engine, letters):
+    with held_up(engine):
+        engine.close(0)
+        other = engine_of(letters)  # loads once the first has ended
+        other.close(0)
+    with pytest.raises(errors.EngineClosed, match=CLOSED):
+        other.wait(DEADLINE)
+    assert other.error is None and not other.ready
+
+
 def test_a_limit_that_is_no_whole_number_is_refused_before_anything_is_said(engine):
     chat = engine.session(sampling=GREEDY)
     for wrong in (1.5, "9", 2.0, b""):
