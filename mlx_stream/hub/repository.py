@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_stream.checkpoint.folder import missing_files
 from mlx_stream.checkpoint.json_files import read_json
-from mlx_stream.checkpoint.shards import INDEX, PICKLES
+from mlx_stream.checkpoint.shards import INDEX, explain_no_weights
 from mlx_stream.config import read_config
 from mlx_stream.errors import SourceError
 from mlx_stream.hub.transfer import File, Repository, blob_of, link, place_blob, storage_of
@@ -139,24 +139,12 @@ def refuse_other_formats(repository: Repository) -> None:
     """Refuse, before anything is fetched, a repository in another format."""
     names = {file.name for file in repository.files}
     if not any(name.endswith(".safetensors") for name in names):
-        if any(fnmatch(name, pattern) for name in repository.others for pattern in PICKLES):
-            raise SourceError(
-                f"{repository.name}: no model.safetensors, only pickles (.bin, .pt), which are "
-                "never fetched or read because they can run code"
-            )
-        if gguf := sorted(name for name in repository.others if name.endswith(".gguf")):
-            raise SourceError(
-                f"{repository.name}: it holds GGUF files ({gguf[0]!r}): download one, and give its "
-                "path"
-            )
-        raise SourceError(
-            f"{repository.name}: no model.safetensors; expected weights in the safetensors format"
-        )
+        raise SourceError(f"{repository.name}: {explain_no_weights(repository.others)}")
     for name in ("config.json", "tokenizer.json"):
         if name not in names:
             raise SourceError(
                 f"{repository.name}: this model has no {name}; expected safetensors, a config.json "
-                "and a tokenizer.json (pickles are never read)"
+                "and a tokenizer.json"
             )
 
 

@@ -188,7 +188,7 @@ REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     (without_weights("x"), CheckpointError, "expected weights in the safetensors format"),
     (without_weights("pytorch_model.bin"), CheckpointError, "pickles"),
     (without_weights("consolidated.00.pth"), CheckpointError, "never read"),
-    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "'tiny.Q4_1.gguf': name that file"),
+    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "the path of the file 'tiny.Q4_1.gguf'"),
     *((written(name, text), CheckpointError, why) for name in JSON_FILES for text, why in JSONS),
     *(
         (written(INDEX, json.dumps({"weight_map": table}).encode()), CheckpointError, "weight_map")
