@@ -127,6 +127,7 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
         {"keys": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}},
         *(CheckpointError, "partial rotary"),
     ),
+    (keys("llama.attention.", key_length=2**16 + 1), ConfigError, "from 1 to 65536"),
     (keys("llama.attention.", value_length=8), CheckpointError, "llama.attention.value_length"),
     (keys("llama.attention.", head_count_kv=3), ConfigError, "num_key_value_heads 3"),
     (keys("general.", type="adapter"), CheckpointError, "general.type must be 'model'"),
