@@ -16,7 +16,7 @@ from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
 ARCHITECTURES = ("llama",)
 MOST_HEAD_DIM = 2**16  # far above any model's; it bounds the reading of rope_freqs.weight
 
-# Keys under `llama.` that change what is computed, with the value that does not.
+# Keys under `llama.` that change the computation, with the value that does not.
 NEUTRAL: dict[str, Any] = {
     "expert_count": 0,
     "attention.causal": True,

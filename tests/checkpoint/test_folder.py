@@ -58,7 +58,7 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-# --- what is read ---
+# --- read ---
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -128,7 +128,7 @@ def test_reading_takes_the_memory_of_the_file_not_of_its_limit(model):
         tracemalloc.stop()
 
 
-# --- what is refused, in three shards ---
+# --- refused, in three shards ---
 
 
 def without_weights(file: str) -> Callable[[Path], object]:
@@ -167,7 +167,7 @@ def long_header(length: int) -> Callable[[Path], object]:
 
 def remove_config(path: Path) -> None:
     (path / "config.json").unlink()
-    os.mkfifo(path / "config.json")  # would block whoever opens it
+    os.mkfifo(path / "config.json")  # opening it would block
 
 
 JSONS = [

@@ -1,4 +1,4 @@
-"""Hostile GGUF files: each is read or refused with one line, without allocating what it claims."""
+"""Hostile GGUF files: refused in one line, without allocating the sizes they claim."""
 
 import tracemalloc
 from pathlib import Path
