@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from mlx_stream.hub import transfer
+from mlx_stream.hub import hub_cache, transfer
 from tests.fakes.loopback import CONFIG, REPO, WEIGHTS, Hub
 from tests.fakes.pulling import SHARD, blobs, pull, refused
 from tests.fakes.shell import edit
@@ -115,8 +115,8 @@ def test_a_file_that_is_not_what_was_listed_is_not_kept(served):
         served.sent[name] = lambda content, start: bytes([content[0] ^ 1]) + content[1:]
         assert f"{name} does not have the hash that the Hub lists" in refused()
         del served.sent[name]
-        for path in transfer.storage_of(REPO).glob("blobs/*"):
-            file = transfer.File(path.name, path.stat().st_size, path.name)
+        for path in hub_cache.storage_of(REPO).glob("blobs/*"):
+            file = hub_cache.File(path.name, path.stat().st_size, path.name)
             with path.open("rb") as opened:
                 assert transfer.digest_of(opened, file) == path.name
     pull()
