@@ -1,9 +1,9 @@
-"""What each of many recipes costs a model: size, perplexity, divergence from the source.
+"""Compares recipes on a model: size, perplexity, divergence from the source.
 
     python convert/compare.py starter pride_and_prejudice.txt --calibration emma.txt
 
-Runs `mlx_stream convert` by each recipe into a temporary folder, which compares the result with the
-source on the text, and removes it. Writes a table in Markdown, or with --json the reports.
+Converts the model by each recipe into a temporary folder, with a report on the text. Prints a
+Markdown table, or with --json the reports.
 """
 
 import argparse
@@ -18,7 +18,7 @@ MEASURED = "sensitive_4_6"
 
 
 def report(model: str, text: str, recipe: str, calibration: str | None, tokens: int) -> Any:
-    """Return what `mlx_stream convert --json` says of one recipe."""
+    """Return the output of `mlx_stream convert --json` for one recipe."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "mlx_stream", "convert", model, f"{folder}/{recipe}"]
         command += ["--recipe", recipe, "--report", text, "--report-tokens", str(tokens), "--json"]
@@ -26,7 +26,7 @@ def report(model: str, text: str, recipe: str, calibration: str | None, tokens: 
             command += ["--calibration", calibration]
         done = subprocess.run(command, stdout=subprocess.PIPE)
     if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+        sys.exit(done.returncode)  # it has printed the reason
     return json.loads(done.stdout)
 
 
@@ -38,12 +38,12 @@ def row(name: str, about: dict[str, Any], found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print what each recipe costs a model.")
-    parser.add_argument("model", help="a folder, a Hub id, a .gguf file, or starter")
-    parser.add_argument("text", help="the text file to compare on")
-    parser.add_argument("--recipe", action="append", help="one of them; may be given often")
-    parser.add_argument("--calibration", metavar="TEXT", help=f"adds {MEASURED}, measured on it")
+    parser.add_argument("model", help="folder, Hub id, .gguf file, or starter")
+    parser.add_argument("text", help="text file to compare on")
+    parser.add_argument("--recipe", action="append", help="a recipe; repeat it for several")
+    parser.add_argument("--calibration", metavar="TEXT", help=f"text to measure {MEASURED} on")
     parser.add_argument("--report-tokens", type=int, default=4_096, help="tokens to compare on")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     asked = parser.parse_args()
     names = asked.recipe or [*RECIPES, *([MEASURED] if asked.calibration else [])]
     found = []

@@ -1,11 +1,11 @@
-"""Ready-made conversions, each a few options of `mlx_stream convert`.
+"""Runs `mlx_stream convert` with the options of a preset.
 
     python convert/presets.py phone SOURCE OUT [--calibration TEXT]
     python convert/presets.py laptop SOURCE OUT
 
-`phone`: 4 bits, and 16-bit floats that every phone's GPU computes with; with a calibration text
-the embedding, the head and the parts that suffer most get 6 bits, in no more bytes than 5 bits for
-all. `laptop`: 6 bits. Further options are those of `mlx_stream convert`, and win over a preset's.
+`phone`: 4 bits, and float16, which every phone's GPU supports. With a calibration text the
+embedding, the head and the most sensitive parts get 6 bits, in no more bytes than 5 bits for all.
+`laptop`: 6 bits. Further options are those of `mlx_stream convert` and override the preset's.
 """
 
 import argparse
@@ -17,7 +17,7 @@ PHONE_CALIBRATED = ["--recipe", "sensitive_4_6", "--dtype", "float16"]
 
 
 def options_of(preset: str, given: list[str]) -> list[str]:
-    """Return a preset's options with those given behind them; `--bits` replaces its own."""
+    """Return a preset's options, then the given ones; a given `--bits` replaces the preset's."""
     if preset == "laptop":
         chosen = LAPTOP
     else:
@@ -29,9 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Convert a model by a preset.", epilog="Other options: mlx_stream convert's."
     )
-    parser.add_argument("preset", choices=["phone", "laptop"], help="what it is for")
-    parser.add_argument("source", help="a folder, a Hub id, a .gguf file, or starter")
-    parser.add_argument("out", help="the folder to write: a new one")
+    parser.add_argument("preset", choices=["phone", "laptop"], help="the preset")
+    parser.add_argument("source", help="folder, Hub id, .gguf file, or starter")
+    parser.add_argument("out", help="new folder to write")
     asked, given = parser.parse_known_args()
     verb = [sys.executable, "-m", "mlx_stream", "convert", asked.source, asked.out]
     sys.exit(subprocess.run([*verb, *options_of(asked.preset, given)]).returncode)

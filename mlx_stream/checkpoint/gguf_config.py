@@ -14,8 +14,9 @@ from mlx_stream.config import Keys, shorten
 from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
 
 ARCHITECTURES = ("llama",)
+MOST_HEAD_DIM = 2**16  # far above any model's; it bounds the reading of rope_freqs.weight
 
-# Keys under `llama.` that change what is computed, with the value that does not.
+# Keys under `llama.` that change the computation, with the value that does not.
 NEUTRAL: dict[str, Any] = {
     "expert_count": 0,
     "attention.causal": True,
@@ -93,8 +94,8 @@ def gguf_config(header: GGUFHeader) -> dict[str, Any]:
 
 
 def read_head_dim(keys: Keys, default: int) -> int:
-    rotary = keys.count("llama.rope.dimension_count", default)
-    head_dim = keys.count("llama.attention.key_length", rotary)
+    rotary = keys.count("llama.rope.dimension_count", default, most=MOST_HEAD_DIM)
+    head_dim = keys.count("llama.attention.key_length", rotary, most=MOST_HEAD_DIM)
     if keys.count("llama.rope.dimension_count", head_dim) != head_dim:
         raise ConfigError(
             f"{keys.where}: llama.rope.dimension_count {rotary} is not the head size {head_dim}: "

@@ -20,7 +20,6 @@ from mlx_stream.errors import CheckpointError
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_STRINGS = 2_000_000
 MAX_ENTRIES = 100_000
-MAX_NAME_BYTES = 65_535
 
 STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS = {
@@ -111,7 +110,7 @@ class Parser:
         tensor_count, key_count = self.preamble()
         values: dict[str, Any] = {}
         for _ in range(key_count):
-            key = self.name("a metadata key")
+            [key] = self.strings("a metadata key", 1)
             if key in values:
                 raise self.damaged(f"the key {shorten(key)} occurs twice")
             values[key] = self.value(key, self.scalar("I"))
@@ -147,7 +146,7 @@ class Parser:
 
     def value(self, key: str, kind: int) -> Any:
         if kind == STRING:
-            return self.strings(key, 1)[0]
+            return self.strings(shorten(key), 1)[0]
         if kind == ARRAY:
             return self.array(key)
         if kind not in SCALARS:
@@ -162,20 +161,18 @@ class Parser:
         if kind == ARRAY:
             raise self.damaged(f"{shorten(key)} is an array of arrays, which is not supported")
         if kind == STRING:
-            return self.strings(key, count)
+            return self.strings(shorten(key), count)
         if kind not in SCALARS:
             raise self.damaged(f"{shorten(key)} is an array of unknown type {kind}")
         dtype = np.dtype("<" + SCALARS[kind])
         start = self.take(count * dtype.itemsize, f"the array {shorten(key)}")
         return np.frombuffer(self.data[start : self.place], dtype)
 
-    def strings(self, key: str, count: int) -> list[str]:
+    def strings(self, what: str, count: int) -> list[str]:
         """Read `count` strings, in a tight loop: here a header takes its time."""
         self.strings_read += count
         if self.strings_read > MAX_STRINGS:
-            raise self.damaged(
-                f"{shorten(key)} claims {count} strings, more than a header may hold"
-            )
+            raise self.damaged(f"{what} claims {count} strings, more than a header may hold")
         data, limit, place = self.data, self.limit, self.place
         length_at = struct.Struct("<Q").unpack_from
         found = []
@@ -183,19 +180,19 @@ class Parser:
             for _ in range(count):
                 start = place + 8
                 if start > limit:
-                    raise self.ends_early(f"the strings of {shorten(key)}")
+                    raise self.ends_early(what)
                 place = start + length_at(data, place)[0]
                 if place > limit:
-                    raise self.ends_early(f"the strings of {shorten(key)}")
+                    raise self.ends_early(what)
                 found.append(data[start:place].decode())
         except UnicodeDecodeError:
-            raise self.damaged(f"{shorten(key)} holds a string that is not UTF-8") from None
+            raise self.damaged(f"{what} is not UTF-8") from None
         self.place = place
         return found
 
     def tensor(self) -> Tensor:
         """Read one entry; its offset is still relative to the start of the data."""
-        name = self.name("a tensor's name")
+        [name] = self.strings("a tensor's name", 1)
         dimensions = self.scalar("I")
         if not 1 <= dimensions <= 4:
             raise self.damaged(f"the tensor {shorten(name)} has {dimensions} dimensions")
@@ -229,16 +226,6 @@ class Parser:
                 tensor.name, tensor.kind, tensor.shape, offset, tensor.size
             )
         return placed
-
-    def name(self, what: str) -> str:
-        length = self.scalar("Q")
-        if not 1 <= length <= MAX_NAME_BYTES:
-            raise self.damaged(f"{what} has {length} bytes")
-        start = self.take(length, what)
-        try:
-            return self.data[start : self.place].decode()
-        except UnicodeDecodeError:
-            raise self.damaged(f"{what} is not UTF-8") from None
 
     def scalar(self, code: str) -> Any:
         start = self.take(struct.calcsize("<" + code), "its header")

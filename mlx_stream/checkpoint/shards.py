@@ -18,7 +18,7 @@ from mlx_stream.errors import CheckpointError, WeightsError, one_line
 INDEX = "model.safetensors.index.json"
 # The order of preference where a folder has no index.
 PATTERNS = ("model.safetensors", "model-*.safetensors", "weights*.safetensors")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD_BYTES = 10**9  # of a shard that is written
 
 # U8 holds the scales of the fp4 and fp8 modes.
@@ -49,18 +49,20 @@ def shard_names(path: Path) -> list[str]:
     for pattern in PATTERNS:
         if names := sorted(file.name for file in path.glob(pattern)):
             return names
-    raise CheckpointError(f"{path}: no model.safetensors{explain_no_weights(path)}")
+    raise CheckpointError(f"{path}: {explain_no_weights(file.name for file in path.glob('*'))}")
 
 
-def explain_no_weights(path: Path) -> str:
-    if any(file for pattern in PICKLES for file in path.glob(pattern)):
+def explain_no_weights(names: Iterable[str]) -> str:
+    """Return why the files of these names are not a model's weights."""
+    found = sorted(names)
+    if any(name.endswith(PICKLES) for name in found):
         return (
-            ", only pickles (.bin, .pt), which are never read because they can run code; "
-            "save it with transformers' save_pretrained"
+            "no model.safetensors, only pickles (.bin, .pt), which are never read because they can "
+            "run code; save the model with transformers' save_pretrained"
         )
-    if gguf := sorted(file.name for file in path.glob("*.gguf")):
-        return f"; it holds {gguf[0]!r}: name that file instead"
-    return " or shards of one; expected weights in the safetensors format"
+    if gguf := [name for name in found if name.endswith(".gguf")]:
+        return f"no model.safetensors; give the path of the file {gguf[0]!r}, downloaded, instead"
+    return "no model.safetensors; expected weights in the safetensors format"
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlx_stream.errors import CheckpointError, SourceError, one_line
-from mlx_stream.hub.repository import MAIN, Bar
+from mlx_stream.hub.hub_cache import MAIN
+from mlx_stream.hub.repository import Bar
 from mlx_stream.program.notices import Notify
 
 

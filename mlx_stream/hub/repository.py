@@ -1,10 +1,9 @@
-"""A model on the Hugging Face Hub: its listing, fetching, and the cache; knows no tensors.
+"""Lists and fetches a model on the Hugging Face Hub; knows no tensors.
 
-The Hub is untrusted: only names without a path are accepted, with a size and a hash. The cache is
-huggingface_hub's, in its layout; a branch's name points to a commit only once all files are there.
+The Hub is untrusted: only names without a path are accepted, with a size and a hash. A branch's
+name points to a commit only once all files are there.
 """
 
-import os
 import queue
 import re
 import shutil
@@ -16,26 +15,25 @@ from typing import Any
 
 from mlx_stream.checkpoint.folder import missing_files
 from mlx_stream.checkpoint.json_files import read_json
-from mlx_stream.checkpoint.shards import INDEX, PICKLES
+from mlx_stream.checkpoint.shards import explain_no_weights
 from mlx_stream.checkpoint.text_model import text_config
 from mlx_stream.config import read_config
 from mlx_stream.errors import SourceError
-from mlx_stream.hub.transfer import File, Repository, blob_of, link, place_blob, storage_of
+from mlx_stream.hub.hub_cache import (
+    OTHER_FILES,
+    SMALL_FILES,
+    File,
+    Repository,
+    blob_of,
+    keep_listing,
+    link,
+    name_commit,
+)
+from mlx_stream.hub.transfer import place_blob
 
-MAIN = "main"
 PATIENCE = 15.0  # seconds to wait for the Hub's first answer
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-SMALL_FILES = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    INDEX,
-]
 FILES = [*SMALL_FILES, "*.safetensors"]
-# `*` also matches in subfolders, and some repositories carry all weights twice (consolidated).
-OTHER_FILES = ["*/*", "consolidated*"]
 MAX_FILES = 10_000
 SMALL_BYTES = 64 << 20  # at most, of a file of text
 
@@ -45,30 +43,6 @@ REVISION = re.compile(r"(?!.*\.\.)[\w][\w./-]{0,199}", re.ASCII)
 
 # Called with the bytes fetched and the total.
 Bar = Callable[[int, int], None]
-
-
-def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
-    """Find a model in the Hub's cache, if it is complete."""
-    # First, because importing the rest of huggingface_hub takes 0.2 s.
-    if not storage_of(name).is_dir():
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        # This checks the small files against the listing kept beside a snapshot. Shards are checked
-        # below: other programs fetch only some of them.
-        found = snapshot_download(
-            name,
-            revision=revision,
-            local_files_only=True,
-            allow_patterns=SMALL_FILES,
-            ignore_patterns=OTHER_FILES,
-        )
-    # A damaged cache, its refs above all, counts as none.
-    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
-        return None
-    return None if missing_files(Path(found)) else Path(found)
 
 
 # --- what there is ---
@@ -140,24 +114,12 @@ def refuse_other_formats(repository: Repository) -> None:
     """Refuse, before anything is fetched, a repository in another format."""
     names = {file.name for file in repository.files}
     if not any(name.endswith(".safetensors") for name in names):
-        if any(fnmatch(name, pattern) for name in repository.others for pattern in PICKLES):
-            raise SourceError(
-                f"{repository.name}: no model.safetensors, only pickles (.bin, .pt), which are "
-                "never fetched or read because they can run code"
-            )
-        if gguf := sorted(name for name in repository.others if name.endswith(".gguf")):
-            raise SourceError(
-                f"{repository.name}: it holds GGUF files ({gguf[0]!r}): download one, and give its "
-                "path"
-            )
-        raise SourceError(
-            f"{repository.name}: no model.safetensors; expected weights in the safetensors format"
-        )
+        raise SourceError(f"{repository.name}: {explain_no_weights(repository.others)}")
     for name in ("config.json", "tokenizer.json"):
         if name not in names:
             raise SourceError(
                 f"{repository.name}: this model has no {name}; expected safetensors, a config.json "
-                "and a tokenizer.json (pickles are never read)"
+                "and a tokenizer.json"
             )
 
 
@@ -215,35 +177,3 @@ def refuse_full_disk(repository: Repository, needed: int) -> None:
             f"{repository.name}: needs {needed / 1e9:,.1f} GB, and {repository.storage.parent} has "
             f"{free / 1e9:,.1f} GB left: free some space, or set HF_HOME to another folder"
         )
-
-
-def keep_listing(repository: Repository) -> None:
-    """Let huggingface_hub write its listing beside the snapshot, which makes it complete."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        # For a file that is here, all it does is list the others.
-        snapshot_download(
-            repository.name, revision=repository.commit, allow_patterns=["config.json"]
-        )
-    finally:
-        if shown:
-            enable_progress_bars()
-
-
-def name_commit(repository: Repository) -> None:
-    """Point the branch's name to the commit, as huggingface_hub does."""
-    if repository.revision == repository.commit:
-        return
-    name = repository.storage / "refs" / repository.revision
-    name.parent.mkdir(parents=True, exist_ok=True)
-    aside = name.with_name(f".{name.name}.{os.getpid()}")
-    aside.write_text(repository.commit)
-    aside.replace(name)

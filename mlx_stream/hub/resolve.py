@@ -5,17 +5,9 @@ from pathlib import Path
 
 from mlx_stream.errors import SourceError
 from mlx_stream.hub.explain import explaining_hub_errors, progress_in_tenths
+from mlx_stream.hub.hub_cache import MAIN, find_in_cache
 from mlx_stream.hub.listing import size_of
-from mlx_stream.hub.repository import (
-    HUB_ID,
-    MAIN,
-    PATIENCE,
-    REVISION,
-    Bar,
-    ask_hub,
-    fetch,
-    find_in_cache,
-)
+from mlx_stream.hub.repository import HUB_ID, PATIENCE, REVISION, Bar, ask_hub, fetch
 from mlx_stream.hub.starter import STARTER, resolve_starter
 from mlx_stream.program.notices import Notify
 

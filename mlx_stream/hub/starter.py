@@ -14,7 +14,8 @@ from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.write import write_folder
 from mlx_stream.errors import CheckpointError, MlxStreamError, SourceError, one_line
 from mlx_stream.hub.explain import explaining_hub_errors, progress_in_tenths
-from mlx_stream.hub.repository import MAIN, ask_hub, fetch, find_in_cache
+from mlx_stream.hub.hub_cache import MAIN, find_in_cache
+from mlx_stream.hub.repository import ask_hub, fetch
 from mlx_stream.program.atomic_replace import partial_folder, sweep_partial_folders
 from mlx_stream.program.notices import Notify
 from mlx_stream.program.paths import cache_root

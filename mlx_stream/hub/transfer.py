@@ -8,58 +8,19 @@ each process and checks no hash.
 import fcntl
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from mlx_stream.errors import SourceError
+from mlx_stream.hub.hub_cache import File, Repository, blob_of
 
 BLOCK = 1 << 20
 # Attempts in a row without a single byte, and seconds between them.
 ATTEMPTS = 5
 PAUSE = 1.0
-
-
-@dataclass(frozen=True)
-class File:
-    """A file as the Hub lists it; `digest` is a SHA-256, or Git's SHA-1 of a small file."""
-
-    name: str
-    size: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A model at one commit: the files that we read, and the names of all others."""
-
-    name: str
-    revision: str
-    commit: str
-    files: tuple[File, ...]
-    others: tuple[str, ...] = ()
-
-    @property
-    def storage(self) -> Path:
-        return storage_of(self.name)
-
-    @property
-    def snapshot(self) -> Path:
-        return self.storage / "snapshots" / self.commit
-
-
-def storage_of(name: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-
-
-def blob_of(repository: Repository, file: File) -> Path:
-    return repository.storage / "blobs" / file.digest
 
 
 def place_blob(repository: Repository, file: File, here: Callable[[int], None]) -> None:
@@ -184,19 +145,3 @@ def digest_of(opened: BinaryIO, file: File) -> str:
     while block := opened.read(BLOCK):
         digest.update(block)
     return digest.hexdigest()
-
-
-def link(repository: Repository, file: File) -> None:
-    """Give a blob its name in the snapshot, in one step."""
-    blob, name = blob_of(repository, file), repository.snapshot / file.name
-    name.parent.mkdir(parents=True, exist_ok=True)
-    target = os.path.relpath(blob, name.parent)
-    if name.is_symlink() and os.readlink(name) == target:  # noqa: PTH115
-        return
-    aside = name.with_name(f".{file.name}.{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    try:
-        aside.symlink_to(target)
-    except OSError:  # a file system without links
-        shutil.copyfile(blob, aside)
-    aside.replace(name)

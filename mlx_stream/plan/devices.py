@@ -20,7 +20,8 @@ from typing import Any
 import platformdirs
 
 from mlx_stream import backend
-from mlx_stream.errors import DeviceError, one_line
+from mlx_stream.checkpoint.json_files import read_text_file
+from mlx_stream.errors import CheckpointError, DeviceError, one_line
 
 GB = 2**30  # of memory, as its makers count
 KINDS = ("phone", "tablet", "laptop", "desktop")
@@ -156,16 +157,9 @@ def read_file(path: Path) -> dict[str, Any]:
         # A named pipe would block for ever when opened.
         if path.exists() and not path.is_file():
             raise DeviceError(f"{path}: cannot be read: not a file")
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise DeviceError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if len(content) > LARGEST_FILE:
-        raise DeviceError(f"{path}: larger than {LARGEST_FILE >> 20} MB, unlike any such file")
-    try:
-        return tomllib.loads(content.decode())
-    except UnicodeDecodeError as error:
-        raise DeviceError(f"{path}: not UTF-8 at byte {error.start}") from error
+        return tomllib.loads(read_text_file(path, LARGEST_FILE))
+    except CheckpointError as error:
+        raise DeviceError(str(error)) from error
     except RecursionError as error:
         raise DeviceError(f"{path}: nested too deeply to be read") from error
     except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits

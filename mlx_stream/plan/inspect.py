@@ -22,7 +22,8 @@ from mlx_stream.checkpoint.text_model import text_config, text_tensors
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, SourceError, WeightsError
 from mlx_stream.hub.explain import explaining_hub_errors
-from mlx_stream.hub.repository import HUB_ID, MAIN, PATIENCE, ask_hub, find_in_cache
+from mlx_stream.hub.hub_cache import MAIN, find_in_cache
+from mlx_stream.hub.repository import HUB_ID, PATIENCE, ask_hub
 from mlx_stream.hub.resolve import local_path
 from mlx_stream.hub.starter import STARTER, STARTER_REPO, is_complete, starter_folder
 from mlx_stream.load import naming

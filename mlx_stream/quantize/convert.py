@@ -32,7 +32,6 @@ from mlx_stream.quantize.write_converted import (
     ConversionResult,
     bytes_per_token,
     refuse_places,
-    sizes_of,
     write_converted,
 )
 from mlx_stream.text.tokenizer import Tokenizer
@@ -102,7 +101,8 @@ def convert_model(
         notify("the source is already quantized: this adds to its error")
     if recipe is not None and options.calibration is not None:
         recipe = calibrate(path, recipe, options.calibration, notify, progress)
-    sizes = sizes_of(checkpoint.tensors) if text else {}
+    # Read before the conversion takes the tensors out of the checkpoint.
+    sizes = {name: checkpoint.tensors[name].nbytes for name in checkpoint.tensors if text}
     with naming(source, path, out), progress("converting") as tell:
         result = write_converted(checkpoint, out, recipe, options.dtype, options.force, tell)
     if result.unquantized:
@@ -112,8 +112,10 @@ def convert_model(
             f"{recipe and recipe.base.group_size} do not divide their rows ({first})"
         )
     if text:
-        before = {"tensor_bytes": sum(sizes.values()), "bytes_per_token": 0}
-        before["bytes_per_token"] = bytes_per_token(config, sizes)
+        before = {
+            "tensor_bytes": sum(sizes.values()),
+            "bytes_per_token": bytes_per_token(config, sizes),
+        }
         with progress("comparing") as tell:
             found = compare_with_source(path, out, text, tell)
         result.about["report"] = {**found, "source": before}

@@ -40,11 +40,6 @@ class Recipe:
             return self.high if mlx_lm_gives_more(path, layers) else self.base
         return self.high if path in ENDS or path in (self.chosen or ()) else self.base
 
-    @property
-    def ceiling(self) -> Quantization:
-        """The uniform quantization whose bytes a measured recipe does not exceed."""
-        return replace(self.base, bits=self.base.bits + 1) if self.high else self.base
-
 
 def mlx_lm_gives_more(path: str, layers: int) -> bool:
     """Return whether mlx-lm's `mixed_quant_predicate_builder` gives a path more bits.
@@ -132,20 +127,20 @@ def allocate_bits(
 ) -> Recipe:
     """Return a sensitive recipe with its choice made: more bits where a byte helps most.
 
-    Embedding and head have them already. The rest of the bytes of `ceiling` goes to the parts with
-    the most harm per byte.
+    Embedding and head have them already. The model may take the bytes of one bit more for all:
+    what is left of them goes to the parts with the most harm per byte.
 
     Args:
         elements: of each matrix, by path.
         sensitivity: the harm of `base` to the model's output in one part, by the part's paths.
     """
     assert recipe.high is not None
-    high = recipe.high
+    high, ceiling = recipe.high, replace(recipe.base, bits=recipe.base.bits + 1)
 
     def extra(count: int, quantization: Quantization) -> int:
         return matrix_bytes(count, quantization, 2) - matrix_bytes(count, recipe.base, 2)
 
-    left = sum(extra(count, recipe.ceiling) for count in elements.values())
+    left = sum(extra(count, ceiling) for count in elements.values())
     left -= sum(extra(elements[path], high) for path in ENDS if path in elements)
     chosen: set[str] = set()
     costs = {part: sum(extra(elements[path], high) for path in part) for part in sensitivity}

@@ -125,11 +125,6 @@ def describe_conversion(
     }
 
 
-def sizes_of(tensors: Mapping[str, mx.array]) -> dict[str, int]:
-    """Return the bytes of each tensor; a GGUF file's are read one by one."""
-    return {name: tensors[name].nbytes for name in tensors}
-
-
 def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
     """Return the bytes of weights that decoding one token reads.
 

@@ -58,7 +58,7 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-# --- what is read ---
+# --- read ---
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -128,7 +128,7 @@ def test_reading_takes_the_memory_of_the_file_not_of_its_limit(model):
         tracemalloc.stop()
 
 
-# --- what is refused, in three shards ---
+# --- refused, in three shards ---
 
 
 def without_weights(file: str) -> Callable[[Path], object]:
@@ -167,7 +167,7 @@ def long_header(length: int) -> Callable[[Path], object]:
 
 def remove_config(path: Path) -> None:
     (path / "config.json").unlink()
-    os.mkfifo(path / "config.json")  # would block whoever opens it
+    os.mkfifo(path / "config.json")  # opening it would block
 
 
 JSONS = [
@@ -188,7 +188,7 @@ REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     (without_weights("x"), CheckpointError, "expected weights in the safetensors format"),
     (without_weights("pytorch_model.bin"), CheckpointError, "pickles"),
     (without_weights("consolidated.00.pth"), CheckpointError, "never read"),
-    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "'tiny.Q4_1.gguf': name that file"),
+    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "the path of the file 'tiny.Q4_1.gguf'"),
     *((written(name, text), CheckpointError, why) for name in JSON_FILES for text, why in JSONS),
     *(
         (written(INDEX, json.dumps({"weight_map": table}).encode()), CheckpointError, "weight_map")

@@ -1,4 +1,4 @@
-"""Hostile GGUF files: each is read or refused with one line, without allocating what it claims."""
+"""Hostile GGUF files: refused in one line, without allocating the sizes they claim."""
 
 import tracemalloc
 from pathlib import Path
@@ -42,7 +42,7 @@ FORGED = [
     (forged(version=3 << 24) + FOUR, "big-endian GGUF"),
     (forged(key_count=U64) + FOUR, f"claims {U64} keys"),
     (forged(tensor_count=U64) + FOUR, f"claims {U64} tensors"),
-    (forged((LLAMA,), key_count=2), "a metadata key has 0 bytes"),
+    (forged((LLAMA,), key_count=99), "claims 99 keys"),
     (forged((LLAMA, LLAMA)), "occurs twice"),
     (forged((key(b"\xff\xfe", 4, bytes(4)),)), "not UTF-8"),
     (forged((key("a", 8, text(b"\xc3")),)), "not UTF-8"),
@@ -55,8 +55,7 @@ FORGED = [
     (forged((key("a", 9, array(8, 2**61)),)), f"claims {2**61} strings"),
     (forged((key("a", 9, array(8, U64)),)), f"claims {U64} strings"),
     (forged((key("a", 9, array(8, 1, b"\xff" * 8)),)), "truncated"),
-    (forged((key("", 4, bytes(4)),)) + FOUR, "a metadata key has 0 bytes"),
-    (forged((key("a" * 70_000, 4, bytes(4)),)), "a metadata key has 70000 bytes"),
+    (forged((key("a" * 70_000, 4, bytes(4)),)), "general.architecture is missing"),
     (forged((LLAMA,), (tensor("w", (4,)),) * 2, FOUR), "'w' occurs twice"),
     (forged((LLAMA,), (tensor("w", ()),), FOUR), "0 dimensions"),
     (forged((LLAMA,), (tensor("w", (1,) * 5),), FOUR), "5 dimensions"),
@@ -128,6 +127,7 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
         {"keys": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}},
         *(CheckpointError, "partial rotary"),
     ),
+    (keys("llama.attention.", key_length=2**16 + 1), ConfigError, "from 1 to 65536"),
     (keys("llama.attention.", value_length=8), CheckpointError, "llama.attention.value_length"),
     (keys("llama.attention.", head_count_kv=3), ConfigError, "num_key_value_heads 3"),
     (keys("general.", type="adapter"), CheckpointError, "general.type must be 'model'"),

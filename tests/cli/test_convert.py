@@ -114,11 +114,12 @@ def test_a_process_that_was_first_keeps_its_folder(source, tmp_path, monkeypatch
 STOPPING = """
 import sys, time
 from mlx_stream.checkpoint import shards
-check = shards.check_shard
-def stop(path):
+save = shards.mx.save_safetensors
+def stop(path, *rest, **more):
+    save(path, *rest, **more)
     print(path, file=sys.stderr, flush=True)
     time.sleep(60)
-shards.check_shard = stop
+shards.mx.save_safetensors = stop
 from mlx_stream.cli import main
 main()
 """

@@ -18,7 +18,7 @@ from tests.reference import rope_inv_freq
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 
-# -- what is accepted -----------------------------------------------------------------------------
+# -- accepted -------------------------------------------------------------------------------------
 
 
 def test_a_complete_config_is_read_as_it_is_and_frozen():

@@ -26,7 +26,7 @@ NOBODY = "http://127.0.0.1:9"  # refuses at once
 
 
 class Hub:
-    """Serves folders in the Hub's wire format, and remembers what it was asked for.
+    """Serves folders in the Hub's wire format, and records the requests.
 
     Attributes:
         repos: folders by name; all their files are listed, safetensors as large ones (LFS).

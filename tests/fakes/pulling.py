@@ -3,7 +3,7 @@
 import pytest
 
 from mlx_stream.errors import MlxStreamError
-from mlx_stream.hub import repository, resolve, transfer
+from mlx_stream.hub import hub_cache, resolve
 from mlx_stream.hub.listing import cached_models
 from mlx_stream.hub.resolve import PulledModel
 from tests.fakes.loopback import REPO, silent
@@ -20,13 +20,13 @@ def refused(revision: str = "main") -> str:
     with pytest.raises(MlxStreamError) as error:
         pull(revision)
     assert "\n" not in str(error.value) and str(error.value).startswith((REPO, "--revision"))
-    storage = transfer.storage_of(REPO)
+    storage = hub_cache.storage_of(REPO)
     assert list(storage.glob("refs/*")) == []
-    assert repository.find_in_cache(REPO) is None
+    assert hub_cache.find_in_cache(REPO) is None
     assert cached_models() == []
     return str(error.value)
 
 
 def blobs() -> dict[str, int]:
     """Return what the cache holds, by name."""
-    return {path.name: path.stat().st_size for path in transfer.storage_of(REPO).glob("blobs/*")}
+    return {path.name: path.stat().st_size for path in hub_cache.storage_of(REPO).glob("blobs/*")}

@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 
 from mlx_stream.checkpoint.folder import read_folder
-from mlx_stream.hub import repository, transfer
+from mlx_stream.hub import hub_cache, repository, transfer
 from mlx_stream.hub.listing import cached_models
 from mlx_stream.hub.resolve import pull as pull_from_hub
 from mlx_stream.hub.resolve import resolve
@@ -37,7 +37,7 @@ def test_a_model_is_pinned_to_a_commit_and_opens_without_the_hub(served, monkeyp
     found = pull()
     assert (found.name, found.revision, found.commit) == (REPO, "main", COMMIT)
     assert found.path.name == COMMIT
-    assert (transfer.storage_of(REPO) / "refs" / "main").read_text() == COMMIT
+    assert (hub_cache.storage_of(REPO) / "refs" / "main").read_text() == COMMIT
     assert found.bytes == sum(path.stat().st_size for path in served.repos[REPO].iterdir())
     assert all(path.is_symlink() for path in found.path.iterdir())
     served.server.shutdown()
@@ -77,10 +77,10 @@ def test_pulling_again_fetches_only_what_is_new(served):
 
 def test_a_revision_is_a_branch_a_tag_or_a_commit(served):
     assert pull("v1").commit == COMMIT
-    assert (transfer.storage_of(REPO) / "refs" / "v1").read_text() == COMMIT
+    assert (hub_cache.storage_of(REPO) / "refs" / "v1").read_text() == COMMIT
     assert pull(COMMIT).path == pull("v1").path
-    assert not (transfer.storage_of(REPO) / "refs" / COMMIT).exists()
-    assert repository.find_in_cache(REPO) is None  # main was not asked for
+    assert not (hub_cache.storage_of(REPO) / "refs" / COMMIT).exists()
+    assert hub_cache.find_in_cache(REPO) is None  # main was not asked for
 
 
 def test_offline_the_cached_model_is_used(served, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_killed_download_looks_like_none_and_is_resumed(served):
     env = {**os.environ, "HF_ENDPOINT": served.endpoint}
     killed = subprocess.run([sys.executable, "-c", KILLED, REPO], env=env, capture_output=True)
     assert killed.returncode == 9, killed.stderr
-    assert cached_models() == [] and repository.find_in_cache(REPO) is None
+    assert cached_models() == [] and hub_cache.find_in_cache(REPO) is None
     served.ranges.clear()
     pull()
     assert served.ranges[0][1] > 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from mlx_stream.hub import transfer
+from mlx_stream.hub import hub_cache, transfer
 from tests.fakes.loopback import CONFIG, REPO, WEIGHTS, Hub
 from tests.fakes.pulling import SHARD, blobs, pull, refused
 from tests.fakes.shell import edit
@@ -56,7 +56,7 @@ def lacks_a_shard(served: Hub) -> None:
 
 ZEROS = "0" * 64
 NOTHING: set[str] = set()
-# What the Hub has or says, what the refusal names, and what was fetched at most.
+# A change of the Hub, the text of the refusal, and the files that were fetched at most.
 REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (answers(REPO, 403, "GatedRepo"), "accept its terms", NOTHING),
     (answers(REPO, 404, "RepoNotFound"), "no such model", NOTHING),
@@ -78,9 +78,9 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (lists(SHARD, lfs={"size": 10**18, "sha256": ZEROS, "pointerSize": 1}), "GB left", None),
     (lists("tokenizer.json", size=10**9), "tokenizer.json of 953 MB, unlike any such file", None),
     (lambda served: setattr(served, "commit", "../../main"), "names no commit", NOTHING),
-    (holds_only("pytorch_model.bin"), "only pickles (.bin, .pt), which are never fetched", NOTHING),
+    (holds_only("pytorch_model.bin"), "only pickles (.bin, .pt), which are never read", NOTHING),
     (holds_only("consolidated.00.pth"), "only pickles", NOTHING),
-    (holds_only("model-Q4_0.gguf"), "it holds GGUF files ('model-Q4_0.gguf')", NOTHING),
+    (holds_only("model-Q4_0.gguf"), "the path of the file 'model-Q4_0.gguf'", NOTHING),
     (holds_only("flax_model.msgpack"), "expected weights in the safetensors format", NOTHING),
     (
         says(auto_map={"AutoModelForCausalLM": "modeling.M"}),
@@ -115,8 +115,8 @@ def test_a_file_that_is_not_what_was_listed_is_not_kept(served):
         served.sent[name] = lambda content, start: bytes([content[0] ^ 1]) + content[1:]
         assert f"{name} does not have the hash that the Hub lists" in refused()
         del served.sent[name]
-        for path in transfer.storage_of(REPO).glob("blobs/*"):
-            file = transfer.File(path.name, path.stat().st_size, path.name)
+        for path in hub_cache.storage_of(REPO).glob("blobs/*"):
+            file = hub_cache.File(path.name, path.stat().st_size, path.name)
             with path.open("rb") as opened:
                 assert transfer.digest_of(opened, file) == path.name
     pull()

@@ -1,0 +1,140 @@
+"""A model's place in the Hub's cache, which has huggingface_hub's layout; fetches nothing.
+
+Blobs are named by their hash. A snapshot links to them, and a branch's name points to its commit.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_stream.checkpoint.folder import missing_files
+from mlx_stream.checkpoint.shards import INDEX
+
+MAIN = "main"
+SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    INDEX,
+]
+# `*` also matches in subfolders, and some repositories carry all weights twice (consolidated).
+OTHER_FILES = ["*/*", "consolidated*"]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as the Hub lists it; `digest` is a SHA-256, or Git's SHA-1 of a small file."""
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model at one commit: the files that we read, and the names of all others."""
+
+    name: str
+    revision: str
+    commit: str
+    files: tuple[File, ...]
+    others: tuple[str, ...] = ()
+
+    @property
+    def storage(self) -> Path:
+        return storage_of(self.name)
+
+    @property
+    def snapshot(self) -> Path:
+        return self.storage / "snapshots" / self.commit
+
+
+def storage_of(name: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+
+
+def blob_of(repository: Repository, file: File) -> Path:
+    return repository.storage / "blobs" / file.digest
+
+
+# --- found ---
+
+
+def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
+    """Find a model in the Hub's cache, if it is complete."""
+    # First, because importing the rest of huggingface_hub takes 0.2 s.
+    if not storage_of(name).is_dir():
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # This checks the small files against the listing kept beside a snapshot. Shards are checked
+        # below: other programs fetch only some of them.
+        found = snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=True,
+            allow_patterns=SMALL_FILES,
+            ignore_patterns=OTHER_FILES,
+        )
+    # A damaged cache, its refs above all, counts as none.
+    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return None if missing_files(Path(found)) else Path(found)
+
+
+# --- named ---
+
+
+def link(repository: Repository, file: File) -> None:
+    """Give a blob its name in the snapshot, in one step."""
+    blob, name = blob_of(repository, file), repository.snapshot / file.name
+    name.parent.mkdir(parents=True, exist_ok=True)
+    target = os.path.relpath(blob, name.parent)
+    if name.is_symlink() and os.readlink(name) == target:  # noqa: PTH115
+        return
+    aside = name.with_name(f".{file.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    try:
+        aside.symlink_to(target)
+    except OSError:  # a file system without links
+        shutil.copyfile(blob, aside)
+    aside.replace(name)
+
+
+def keep_listing(repository: Repository) -> None:
+    """Let huggingface_hub write its listing beside the snapshot, which makes it complete."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        # For a file that is here, all it does is list the others.
+        snapshot_download(
+            repository.name, revision=repository.commit, allow_patterns=["config.json"]
+        )
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def name_commit(repository: Repository) -> None:
+    """Point the branch's name to the commit, as huggingface_hub does."""
+    if repository.revision == repository.commit:
+        return
+    name = repository.storage / "refs" / repository.revision
+    name.parent.mkdir(parents=True, exist_ok=True)
+    aside = name.with_name(f".{name.name}.{os.getpid()}")
+    aside.write_text(repository.commit)
+    aside.replace(name)
