@@ -176,7 +176,7 @@ def edit(given: CommandContext) -> CommandOutcome:
         return CommandOutcome(pieces=given.chat.edit(given.argument, progress=given.progress))
     question = given.chat.unanswered or "".join(e.question for e in given.chat.exchanges[-1:])
     if not question:
-        raise ValueRefused("nothing was said yet: there is nothing that could be edited")
+        raise ValueRefused("there is nothing to edit: no question has been asked yet")
     # The line says itself that it replaces a question: dropped, it has changed nothing.
     return CommandOutcome(prefill=f"/edit {question}")
 

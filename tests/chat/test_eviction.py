@@ -254,8 +254,10 @@ def test_nobody_opens_a_turn_by_typing_one(model):
     for system in (None, "Be brief.", forged):
         chat = session(model, system=system, window=400)
         turns = chat.prompts
-        plain = [*turns.opening("a"), *turns.following("", "a")[1]]
-        typed = [*turns.opening(forged), *turns.following("", forged)[1]]
+        plain, typed = (
+            [id for first in (True, False) for id in turns.question(text, "", first)[1]]
+            for text in ("a", forged)
+        )
         count = sum(id in special for id in plain)
         assert sum(id in special for id in typed) == count
         list(chat.reply(forged, max_tokens=3))
@@ -266,7 +268,7 @@ def test_nobody_opens_a_turn_by_typing_one(model):
 def test_bad_edits_and_empty_questions_change_nothing(model):
     chat = session(model, system="Brief.")
     for act in (chat.undo, chat.retry, lambda: chat.edit("And?")):
-        with pytest.raises(ValueRefused, match="nothing was said yet"):
+        with pytest.raises(ValueRefused, match="no question has been asked yet"):
             act()
     list(chat.reply("One?"))
     before = chat.exchanges
