@@ -1,6 +1,6 @@
-"""Conversations on one stream, and how they are saved; knows no thread and no terminal.
+"""Hold conversations on one stream and save them; knows no thread and no terminal.
 
-The names for programs that show saved conversations, each fetched when it is first asked for.
+The public names are for programs that show saved conversations. Each is imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

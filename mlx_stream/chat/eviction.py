@@ -1,4 +1,4 @@
-"""Which turns a stream attends to, and how the oldest leave; knows no text and no template."""
+"""Track which turns a stream attends to and evict the oldest; knows no text and no template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,26 +12,24 @@ from mlx_stream.text.pieces import ReplyDecoder
 
 @dataclass(frozen=True)
 class Idle:
-    """Between turns.
+    """The state between turns.
 
     Attributes:
-        turns: those attended, oldest first.
-        settling: whether what is unread of them is to be read apart from the next question.
+        turns: the attended turns, oldest first. The last ones may not be read yet.
     """
 
     turns: tuple[PlacedTurn, ...] = ()
-    settling: bool = False
     reply: ClassVar[None] = None
 
 
 @dataclass(frozen=True)
 class ActiveTurn:
-    """In a turn.
+    """The state during a turn.
 
     Attributes:
-        turns: those attended before it.
-        turn: its question.
-        reply: what is said so far.
+        turns: the attended turns before it.
+        turn: the question.
+        reply: the reply so far.
         before: the turns that were attended when the reply began.
     """
 
@@ -41,10 +39,10 @@ class ActiveTurn:
     before: tuple[PlacedTurn, ...]
 
     def finish(self, trim: bool) -> PlacedTurn:
-        """Return the turn with its final text; what was held back of a reply that was cut is said.
+        """Return the turn with its final reply, including text that the decoder held back.
 
         Args:
-            trim: whether the template drops spaces around a reply.
+            trim: whether the template strips spaces around a reply.
         """
         self.reply.flush()
         kept, rest = self.reply.final_ids(trim=trim)
@@ -59,34 +57,34 @@ class ActiveTurn:
 
 
 class TurnEvictor:
-    """The turns that a stream of one conversation attends to.
+    """The turns of one conversation that a stream attends to.
 
     Attributes:
-        state: exchanged whole, so that whatever interrupts a turn, the next one finds where it was.
-        whole: whether turns leave whole, or token by token as in any stream.
+        state: replaced as a whole, so that an interrupt leaves the old state or the new one.
+        whole: whether turns are evicted whole; otherwise tokens are evicted one by one.
     """
 
     def __init__(self, cache: StreamCache, whole: bool):
         self.cache, self.whole = cache, whole
         self.state: Idle | ActiveTurn = Idle()
-        self._gone = 0
+        self._evicted_turns = 0
         self._reported = (0, 0)
 
     def make_room(self, count: int, keep: int = 0) -> None:
-        """Let the oldest turns leave until `count` tokens can be read; the last `keep` stay."""
+        """Evict the oldest turns, except the last `keep`, until `count` tokens can be read."""
         self.forget()
         while self.whole and self.cache.room < count and len(self.state.turns) > keep:
             self.evict_oldest()
 
     def evict_oldest(self) -> None:
-        """Let the oldest turn leave, and what closes it."""
+        """Evict the oldest turn and the ids that close it."""
         self.cache.evict(max(0, min(self._end_of_oldest(), self.cache.length) - self.cache.oldest))
         self._drop_oldest()
 
     def forget(self) -> None:
-        """Forget turns of which no token is attended any more.
+        """Forget turns of which no token is attended, and evict tokens of forgotten turns.
 
-        A take-back brings the end of a turn back that had left token by token: it leaves again.
+        A rewind can bring back the end of a turn that was evicted token by token.
         """
         state, cache = self.state, self.cache
         first = state.turns[0].start if state.turns else cache.length
@@ -98,22 +96,22 @@ class TurnEvictor:
         while self.state.turns and sinks < oldest and self._end_of_oldest() <= oldest:
             self._drop_oldest()
 
-    def become_idle(self, idle: Idle) -> None:
-        """Stand between turns; those attended before that are not now have left."""
-        here = {turn.number for turn in idle.turns}
-        self._gone += sum(turn.number not in here for turn in self.state.turns)
-        self.state = idle
+    def become_idle(self, turns: tuple[PlacedTurn, ...]) -> None:
+        """Enter the state between turns, and count the turns that are no longer attended."""
+        attended = {turn.number for turn in turns}
+        self._evicted_turns += sum(turn.number not in attended for turn in self.state.turns)
+        self.state = Idle(turns)
 
     def check(
         self, turns: Sequence[PlacedTurn], pinned: Sequence[int], attended: Sequence[int]
     ) -> None:
-        """Make sure that a stream attends to turns, `pinned` before them, and to nothing else.
+        """Check that a stream attends to the pinned ids and some turns, and to nothing else.
 
         Args:
-            attended: the ids it attends to, oldest first.
+            attended: the ids that the stream attends to, oldest first.
 
         Raises:
-            ValueRefused: it does not.
+            ValueRefused: it attends to something else.
         """
         ends = [turn.end for turn in turns]
         starts = [turn.start - len(turn.exchange.closing_ids) for turn in turns[1:]]
@@ -121,29 +119,29 @@ class TurnEvictor:
         if starts != ends[:-1] or (
             turns and not (len(pinned) <= turns[0].start and length <= ends[-1])
         ):
-            raise ValueRefused("its exchanges do not stand where they were said")
+            raise ValueRefused("its exchanges are not at the places it names")
         known = dict(enumerate(pinned))
         if turns:
             known.update(enumerate(ids_of(turns), turns[0].start))
         places = [*range(min(sinks, length)), *range(self.cache.oldest, length)]
         for place, id in zip(places, attended, strict=True):
-            # Sinks beyond the pinned ones stay when their exchange has left.
+            # Sinks beyond the pinned ids stay when their exchange is evicted.
             if known.get(place, id if place < sinks else None) != id:
-                raise ValueRefused(f"its token {place} is not the one that was said there")
+                raise ValueRefused(f"its token {place} is not the one in the transcript")
 
     def evicted_since_report(self) -> tuple[int, int]:
-        """Return the turns and the tokens that left since `mark_reported` was last called."""
-        return self._gone - self._reported[0], self.cache.evicted - self._reported[1]
+        """Return how many turns and tokens were evicted since the last `mark_reported`."""
+        return self._evicted_turns - self._reported[0], self.cache.evicted - self._reported[1]
 
     def mark_reported(self) -> None:
-        self._reported = self._gone, self.cache.evicted
+        self._reported = self._evicted_turns, self.cache.evicted
 
     def _drop_oldest(self) -> None:
         self.state = replace(self.state, turns=self.state.turns[1:])
-        self._gone += 1
+        self._evicted_turns += 1
 
     def _end_of_oldest(self) -> int:
-        """Return the place after the oldest turn and what closes it."""
+        """Return the place after the oldest turn and the ids that close it."""
         oldest, *later = self.state.turns
         if later:
             return later[0].start

@@ -1,10 +1,10 @@
-"""One question and its reply, as text and as ids, and where it stands in a stream; plain values.
+"""A question and its reply, as text and ids, and its place in a stream; plain values.
 
-    closing_ids    what closed the reply before it: <|im_end|>\\n
+    closing_ids    <|im_end|>\\n    which closes the previous reply
     question_ids   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
     reply_ids      Hello.
 
-Text does not always encode back to the ids that were sampled, so both are kept.
+Both text and ids are kept, because text does not always encode back to the ids that were sampled.
 """
 
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ FINISHES = ("end", "stop", "length", "interrupted")
 
 
 def plural(exchanges: int) -> str:
-    """Return how many exchanges there are, in words."""
+    """Return "1 exchange" or "2 exchanges"."""
     return f"{exchanges:,} {'exchange' if exchanges == 1 else 'exchanges'}"
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question and its reply.
+    """A question and its reply.
 
     Attributes:
-        question: as it was asked.
-        reply: as it was shown.
-        closing_ids: read before the question to close the exchange before this one; they leave
-            attention together with that one.
-        question_ids: of the question in the template's words, up to where the model answers.
-        reply_ids: those that were read of the reply.
-        rest: the end of the reply that `reply_ids` do not cover: a stop string may begin inside
-            an id.
+        question: the text as it was asked.
+        reply: the text as it was shown.
+        closing_ids: read before the question to close the previous exchange. They are evicted
+            together with that exchange.
+        question_ids: the question as the template renders it, up to where the model answers.
+        reply_ids: the ids of the reply.
+        rest: the end of the reply that `reply_ids` do not cover, for example because a stop string
+            began inside a token.
         finish: how the reply ended: `end`, `stop`, `length` or `interrupted`.
-        settled_ids: its ids as the template writes them once the next question is there, where
-            those are others than were read.
+        settled_ids: the exchange as the template renders it once the next question is there. None
+            if these are the ids that were read.
     """
 
     question: str
@@ -47,7 +47,7 @@ class Exchange:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The ids the stream holds of it at rest, what closes it not among them."""
+        """The ids that the stream holds between turns, without the next `closing_ids`."""
         if self.settled_ids is not None:
             return self.settled_ids
         return self.question_ids + self.reply_ids
@@ -55,12 +55,12 @@ class Exchange:
 
 @dataclass(frozen=True)
 class PlacedTurn:
-    """An exchange that is attended, or being read.
+    """An exchange and its place in a stream.
 
     Attributes:
-        number: which turn of the conversation it is, from 1.
-        start: the place in the stream of its first own id. What closes the turn before it stands
-            directly before that, as long as that turn is attended.
+        number: number of the turn in the conversation, from 1.
+        start: place of its first question id. Its `closing_ids` are directly before that, as long
+            as the previous turn is attended.
     """
 
     exchange: Exchange
@@ -69,19 +69,23 @@ class PlacedTurn:
 
     @property
     def end(self) -> int:
-        """The place after its last id, once all of them are read."""
+        """The place after its last id, once all are read."""
         return self.start + len(self.exchange.ids)
 
 
 def ids_of(turns: Sequence[PlacedTurn]) -> tuple[int, ...]:
-    """Return the ids of turns that follow each other, from the start of the first one on."""
+    """Return the ids of consecutive turns, from the start of the first one."""
     closings = ((), *(turn.exchange.closing_ids for turn in turns[1:]))
     pairs = zip(closings, turns, strict=False)
     return tuple(id for closing, turn in pairs for id in closing + turn.exchange.ids)
 
 
 def unread_ids(pinned: Sequence[int], turns: Sequence[PlacedTurn], length: int) -> tuple[int, ...]:
-    """Return the ids that a stream of a length has yet to read of turns, and before them."""
+    """Return the ids of the pinned beginning and of turns that a stream has not read yet.
+
+    Args:
+        length: how many tokens the stream has read.
+    """
     if not turns:
         return ()
     start = turns[0].start
@@ -90,12 +94,12 @@ def unread_ids(pinned: Sequence[int], turns: Sequence[PlacedTurn], length: int) 
 
 @dataclass(frozen=True)
 class ConversationState:
-    """Where a conversation stands, beside its exchanges and the state of its stream.
+    """The state of a conversation, apart from its exchanges and its stream.
 
     Attributes:
-        turns: the number of the last turn.
-        places: of the turns that are attended, oldest first: `number` and `start`.
-        sampler: the state of the random numbers, hexadecimal.
+        turns: number of the last turn.
+        places: `number` and `start` of each attended turn, oldest first.
+        sampler: state of the random numbers, hexadecimal.
     """
 
     turns: int
@@ -104,5 +108,5 @@ class ConversationState:
 
     @property
     def first(self) -> int:
-        """The number of the oldest turn that is attended; one more than the last if none is."""
+        """The number of the oldest attended turn; one more than `turns` if there is none."""
         return self.places[0][0] if self.places else self.turns + 1

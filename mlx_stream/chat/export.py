@@ -1,10 +1,10 @@
-"""A conversation as Markdown or as JSON values, and in a file.
+"""Export a conversation as Markdown or JSON, also to a file.
 
 # Conversation of 2026-05-09T17:03:00Z
 Model `starter`, session 3f2a...
-## System            what the system prompt says, if there is one
-## 1. You            the first question, word for word
-## 1. Model          its reply, word for word
+## System            the system prompt, if there is one
+## 1. You            the first question, verbatim
+## 1. Model          its reply, verbatim
 """
 
 import json
@@ -18,19 +18,19 @@ from mlx_stream.chat.schema import ANSWERED, SessionHeader, StoredTurn
 from mlx_stream.errors import SessionError
 
 HEADING = re.compile(r"^## +(System|\d+\. (You|Model))", re.MULTILINE)
-# How a reply ended, where a reader would otherwise wonder.
+# Notes on replies that did not end by themselves.
 CUT = {"length": " (cut at its limit)", "interrupted": " (interrupted)"}
 UNANSWERED = " (did not answer)"
 
 
 def export_markdown(header: SessionHeader, turns: Sequence[StoredTurn]) -> str:
-    """Return a conversation for people to read, its texts unchanged.
+    """Return a conversation as Markdown, with its texts unchanged.
 
-    A text may itself hold a line like our headings. Then ours end with the session's id, which
-    nobody who spoke could know.
+    If a text contains a line like one of the headings, the real headings end with the session's id,
+    which the texts cannot contain.
     """
-    said = [turn.exchange for turn in turns]
-    texts = [header.system or "", *(text for e in said for text in (e.question, e.reply))]
+    exchanges = [turn.exchange for turn in turns]
+    texts = [header.system or "", *(text for e in exchanges for text in (e.question, e.reply))]
     mark = f" [{header.id}]" if any(HEADING.search(text) for text in texts) else ""
     model = " ".join(header.model.split())
     parts = [
@@ -48,7 +48,7 @@ def export_markdown(header: SessionHeader, turns: Sequence[StoredTurn]) -> str:
 
 
 def export_json(header: SessionHeader, turns: Sequence[StoredTurn]) -> dict[str, Any]:
-    """Return a conversation as plain values for `json.dumps`; of no answer, reply is null."""
+    """Return a conversation as plain JSON values; a missing answer is null."""
     return {
         "session": header.id,
         "created": header.created,
@@ -66,7 +66,7 @@ def export_json(header: SessionHeader, turns: Sequence[StoredTurn]) -> dict[str,
 
 
 def write_export(path: Path, header: SessionHeader, turns: Sequence[StoredTurn]) -> None:
-    """Write a conversation to a new file that only this user may read: .md or .json.
+    """Write a conversation to a new .md or .json file that only this user may read.
 
     Raises:
         SessionError: the file exists, has another suffix, or cannot be written.
@@ -76,7 +76,7 @@ def write_export(path: Path, header: SessionHeader, turns: Sequence[StoredTurn])
     elif path.suffix == ".md":
         text = export_markdown(header, turns)
     else:
-        raise SessionError(f"{path}: give a file that ends in .md or .json")
+        raise SessionError(f"{path}: the name must end in .md or .json")
     try:
         file = os.open(path.expanduser(), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(file, "w", encoding="utf-8", errors="backslashreplace") as out:
@@ -84,5 +84,5 @@ def write_export(path: Path, header: SessionHeader, turns: Sequence[StoredTurn])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileExistsError):
-            reason = "there is a file of that name: give another"
+            reason = "the file exists: give another name"
         raise SessionError(f"{path}: cannot be written: {reason}") from error

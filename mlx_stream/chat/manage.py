@@ -1,8 +1,7 @@
-"""What is done to saved conversations from outside: list, verify, remove; loads no model."""
+"""List, verify and remove saved conversations; loads no model."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,14 @@ from mlx_stream.program.sqlite import files, partial_path
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """A saved conversation in a list; one that cannot be opened has a reason and no header."""
+    """A saved conversation in a list.
+
+    Attributes:
+        exchanges: the number of turns, including an unanswered question.
+        attended: how many of them the stream attends to.
+        used: when it was last written to, ISO 8601, UTC.
+        header: None if the conversation cannot be opened; `damage` then says why.
+    """
 
     name: str
     exchanges: int
@@ -31,51 +37,43 @@ class SessionSummary:
 
 
 def session_summaries() -> list[SessionSummary]:
-    """Return the saved conversations, the one used last first."""
-    return [
-        summarize_session(name) for name in sorted(session_names(), key=last_used, reverse=True)
-    ]
+    """Return the saved conversations, the last used one first."""
+    times = {name: last_written(session_paths(name).database) for name in session_names()}
+    return [summarize_session(name, times[name]) for name in sorted(times, key=lambda n: -times[n])]
 
 
-def last_used(name: str) -> int:
-    return last_written(session_paths(name).database)
-
-
-def summarize_session(name: str) -> SessionSummary:
+def summarize_session(name: str, written: int) -> SessionSummary:
     where = session_paths(name)
     size = sum(path.stat().st_size for path in files_of(where) if path.exists())
-    when = datetime.fromtimestamp(last_used(name) / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    used = datetime.fromtimestamp(written / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     try:
         with Store.open(where.database) as store:
-            state = store.state
-            attended = state.count - state.first + 1
-            return SessionSummary(name, state.count, attended, size, when, state.header)
+            state, attended = store.state, store.attended_turns()
+            return SessionSummary(name, state.count, attended, size, used, state.header)
     except SessionError as error:
-        return SessionSummary(name, 0, 0, size, when, None, str(error))
+        return SessionSummary(name, 0, 0, size, used, None, str(error))
 
 
-@contextmanager
-def open_transcript(name: str) -> Iterator[Store]:
-    """Open a conversation's transcript to read it; another process may be talking in it.
+def open_transcript(name: str) -> Store:
+    """Open a conversation's transcript for reading; another process may have the session open.
 
     Raises:
-        SessionError: there is none, or it is damaged.
+        SessionError: it does not exist, or it is damaged.
     """
-    with Store.open(session_paths(name).database) as store:
-        yield store
+    return Store.open(session_paths(name).database)
 
 
 def remove_session(name: str) -> None:
-    """Remove a conversation: what was said, and the stream's state.
+    """Remove a conversation: its transcript and the stream's state.
 
     Raises:
-        SessionError: there is none, or a process has it open.
+        SessionError: it does not exist, or a process has it open.
     """
     from mlx_stream.generate import snapshot
 
     where = session_paths(name)
     if not any(os.path.lexists(path) for path in files_of(where)):
-        raise SessionError(f"session {name!r}: there is none; see that the name is right")
+        raise SessionError(f"session {name!r} does not exist: check the name")
     with Lock.acquire(where.lock):
         snapshot.sweep_partial(where.snapshot)
         for path in files_of(where):
@@ -88,44 +86,39 @@ def remove_session(name: str) -> None:
 
 
 def files_of(where: SessionPaths) -> list[Path]:
-    """Return every file that holds something of a conversation; the transcript is the last."""
-    database, snapshot = where.database, where.snapshot
-    return [
-        snapshot,
-        where.quarantine,
-        *files(partial_path(database)),
-        *reversed(files(database)),
-    ]
+    """Return every file with content of a conversation; the transcript is the last."""
+    database = where.database
+    return [where.snapshot, *files(partial_path(database)), *reversed(files(database))]
 
 
 def verify_session(name: str) -> str:
-    """Read all of a conversation; return a line that says what holds.
+    """Read all of a conversation's files and return a line that describes them.
 
     Raises:
-        SessionError: its transcript, or its snapshot, is damaged.
+        SessionError: the transcript or the snapshot is damaged.
     """
     from mlx_stream.generate import snapshot
 
     where = session_paths(name)
-    with Store.open(where.database) as store:
+    with open_transcript(name) as store:
         store.verify()
         state = store.state
-        said = plural(state.count)
+        found = plural(state.count)
         if not where.snapshot.exists():
-            return f"{said}; no snapshot"
+            return f"{found}; no snapshot"
         try:
-            found = snapshot.load_snapshot(where.snapshot)
-            about = parse_metadata(found)
+            saved = snapshot.load_snapshot(where.snapshot)
+            about = parse_metadata(saved)
         except SnapshotError as error:
             raise SessionError(
                 f"session {name!r}: its transcript is whole, its snapshot is not ({error}): the "
-                "next chat reads what is attended again"
+                "next chat will read the attended turns again"
             ) from error
         model = state.header.fingerprint
-        # A snapshot from before an update has the same model's fingerprint of then.
-        known = found.model == model or (found.version == 1 and model.startswith("2:"))
+        # The transcript may have the model's new fingerprint, and an old snapshot the old one.
+        known = saved.model == model or (saved.version == 1 and model.startswith("2:"))
         if about.session != state.header.id or not known:
-            return f"{said}; the snapshot is another model's or conversation's, and is not used"
-        if not about.is_of(store, found):
-            return f"{said}; the snapshot is of what was taken back, and is not used"
-        return f"{said}; snapshot after exchange {about.state.turns:,}"
+            return f"{found}; the snapshot of another model or conversation, which is not used"
+        if not about.is_of(store, saved):
+            return f"{found}; a snapshot with turns that were taken back, which is not used"
+        return f"{found}; snapshot after exchange {about.state.turns:,}"

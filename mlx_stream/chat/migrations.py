@@ -1,6 +1,6 @@
-"""The tables of a transcript, and how a file of an earlier version becomes one of this version.
+"""The tables of a transcript, and the conversion of files that an earlier version wrote.
 
-Version 1 had two rows of `messages` for an exchange, each with a checksum over the one before:
+Version 1 had two rows of `messages` per exchange, each with a checksum over the previous one:
 
     origin     = SHA-256 of the session's id and when it was created
     checksum 1 = SHA-256 of origin,     1, "user",      "Hi",     ids, ...
@@ -9,8 +9,10 @@ Version 1 had two rows of `messages` for an exchange, each with a checksum over 
 
 import sqlite3
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import astuple
 from functools import cache
+from pathlib import Path
 
 from mlx_stream.chat.schema import (
     Row,
@@ -20,13 +22,14 @@ from mlx_stream.chat.schema import (
     pack_ids,
     turn_checksum,
 )
+from mlx_stream.program.lock import Lock
 from mlx_stream.program.sqlite import LONGEST_ROW, limit_length, pragma, reporting_damage
 
 # "mlxs", in the header of the file.
 APPLICATION_ID = 0x6D6C7873
 VERSION = 2
 
-# The statements that make each version's tables.
+# The statements that create each version's tables.
 TABLES = {
     1: (
         """CREATE TABLE session (
@@ -101,26 +104,30 @@ TABLES = {
 }
 
 
-def prepare_database(connection: sqlite3.Connection) -> None:
-    """See that a file is one of ours, and bring it to the tables and journal of this version."""
+def prepare_database(connection: sqlite3.Connection, lock: Path | None) -> None:
+    """Check that a file is a transcript, and convert it to this version's tables and journal.
+
+    Args:
+        lock: see `migrate`.
+    """
     with reporting_damage():
         version = pragma(connection, "user_version")
         if pragma(connection, "application_id") != APPLICATION_ID or version < 1:
-            raise ValueError("not a conversation of mlx_stream")
+            raise ValueError("it is not an mlx_stream conversation")
         if version <= VERSION:
             check_schema(connection)
     if version > VERSION:
-        raise ValueError("written by a newer mlx_stream: update this one, or use another name")
+        raise ValueError("written by a newer mlx_stream: update mlx_stream, or use another name")
     connection.set_progress_handler(None, 0)
     if version < VERSION:
         with reporting_damage():
-            migrate(connection)
+            migrate(connection, lock)
     if (mode := pragma(connection, "journal_mode = WAL")) != "wal":
-        raise ValueError(f"its journal is {mode!r}: move it to a local disk")
+        raise ValueError(f"its journal mode is {mode!r}, not 'wal': move it to a local disk")
 
 
 def make_tables(connection: sqlite3.Connection, version: int = VERSION) -> None:
-    """Make a version's tables, and mark the file as one of that version."""
+    """Create a version's tables and mark the file with that version."""
     for statement in TABLES[version]:
         connection.execute(statement)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -128,7 +135,7 @@ def make_tables(connection: sqlite3.Connection, version: int = VERSION) -> None:
 
 
 def check_schema(connection: sqlite3.Connection) -> None:
-    """See that a file has its version's tables and nothing else: no trigger, no view, no index."""
+    """Check that a file has its version's tables and no trigger, view or index."""
     wanted = schema(pragma(connection, "user_version"))
     query = f"SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT {len(wanted) + 1}"
     found = connection.execute(query).fetchall()
@@ -147,21 +154,25 @@ def schema(version: int) -> frozenset[tuple[str, ...]]:
         connection.close()
 
 
-def migrate(connection: sqlite3.Connection) -> None:
-    """Lead a file of version 1 to version 2, in one transaction.
+def migrate(connection: sqlite3.Connection, lock: Path | None = None) -> None:
+    """Convert a file of version 1 to version 2 in one transaction.
 
-    Nothing is left out: what was damaged is found damaged in the new file, at the same turn.
+    Everything is copied. A damaged turn is found damaged in the new file, too.
+
+    Args:
+        lock: the session's lock, taken while the file is converted; None if the caller holds it.
     """
     limit_length(connection, LONGEST_ROW)
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if pragma(connection, "user_version") == 1:  # else another process was faster
-            for table in ("session", "messages"):
-                connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
-            make_tables(connection)
-            copy_version_1(connection)
-            for table in ("session", "messages"):
-                connection.execute(f"DROP TABLE old_{table}")
+        if pragma(connection, "user_version") == 1:  # another process may have converted it
+            with Lock.acquire(lock) if lock else nullcontext():
+                for table in ("session", "messages"):
+                    connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+                make_tables(connection)
+                copy_version_1(connection)
+                for table in ("session", "messages"):
+                    connection.execute(f"DROP TABLE old_{table}")
         connection.execute("COMMIT")
     except BaseException:
         connection.rollback()
@@ -183,14 +194,14 @@ COPY_TURNS = """INSERT INTO turns
 def copy_version_1(connection: sqlite3.Connection) -> None:
     rows = connection.execute("SELECT * FROM old_session LIMIT 2").fetchall()
     if len(rows) != 1:
-        raise ValueError("it has no row that says what it is, or several")
+        raise ValueError("it must have exactly one row that describes it")
     _, *values, checksum = rows[0]
     *header, first, sampler, count, head = values
     link = digest("origin", header[0], header[1])
     newest = "SELECT number, checksum FROM old_messages ORDER BY number DESC LIMIT 1"
     found = connection.execute(newest).fetchone() or (0, link)
     if checksum != digest("session", *values) or found != (2 * count, head):
-        raise ValueError("its last exchange is not the one it had")
+        raise ValueError("its last exchange was removed or replaced")
     try:
         connection.execute(COPY_MESSAGES)
         connection.execute(COPY_TURNS)
@@ -202,39 +213,27 @@ def copy_version_1(connection: sqlite3.Connection) -> None:
 
 
 def seal_whole_turns(connection: sqlite3.Connection, session: str, link: str) -> str:
-    """Give the turns that version 1 finds whole their checksum; return the last one's.
+    """Write the checksums of the undamaged turns and return that of the last turn.
 
     Args:
         link: the checksum before the first message.
     """
     asked, last = None, ""
-    # Bytes that are no text stay as they are; the checksum does not agree with what is read here.
+    # Invalid UTF-8 is copied unchanged; what is read here then does not match the checksum.
     connection.text_factory = lambda data: data.decode(errors="replace")
     for *fields, checksum in connection.execute("SELECT * FROM old_messages ORDER BY number"):
         number, replies = (fields[0] + 1) >> 1, fields[0] % 2 == 0
         whole = checksum == digest(link, *fields) and (asked == number or not replies)
         link, asked, last = checksum, number if whole else None, ""
         if whole and replies:
-            turn, messages = rows_of(connection, number)
-            last = turn_checksum(session, turn, messages)
+            query = "SELECT * FROM turns WHERE number = ?"
+            turn = connection.execute(query, (number,)).fetchone()
+            query = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
+            messages = connection.execute(query, (number,)).fetchall()
+            last = turn_checksum(session, turn[:-1], messages)
             connection.execute("UPDATE turns SET checksum = ? WHERE number = ?", (last, number))
     connection.text_factory = str
     return last
-
-
-def rows_of(connection: sqlite3.Connection, number: int) -> tuple[Row, list[Row]]:
-    """Return a turn's row, without its checksum, and those of its messages."""
-    turn = connection.execute("SELECT * FROM turns WHERE number = ?", (number,)).fetchone()
-    said = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
-    return turn[:-1], connection.execute(said, (number,)).fetchall()
-
-
-def insert_turn(
-    connection: sqlite3.Connection, turn: Row, messages: Iterable[Row], checksum: str
-) -> None:
-    insert_row(connection, "turns", (*turn, checksum))
-    for message in messages:
-        insert_row(connection, "messages", message)
 
 
 def insert_row(connection: sqlite3.Connection, table: str, row: Row) -> None:
@@ -242,15 +241,11 @@ def insert_row(connection: sqlite3.Connection, table: str, row: Row) -> None:
 
 
 def head_of_version_1(header: SessionHeader, turns: Iterable[StoredTurn]) -> str:
-    """Return what version 1 called the head after its first turns; its snapshots have it."""
+    """Return the head that version 1 computed after some turns, as its snapshots contain it."""
     link = digest("origin", header.id, header.created)
     for turn in turns:
-        said, number, time = turn.exchange, 2 * turn.number, turn.time
-        question, closing, reply = map(
-            pack_ids, (said.question_ids, said.closing_ids, said.reply_ids)
-        )
-        link = digest(link, number - 1, "user", said.question, question, closing, None, None, time)
-        link = digest(
-            link, number, "assistant", said.reply, reply, None, said.rest, said.finish, time
-        )
+        e, number, time = turn.exchange, 2 * turn.number, turn.time
+        question, closing, reply = map(pack_ids, (e.question_ids, e.closing_ids, e.reply_ids))
+        link = digest(link, number - 1, "user", e.question, question, closing, None, None, time)
+        link = digest(link, number, "assistant", e.reply, reply, None, e.rest, e.finish, time)
     return digest("head", *astuple(header), link)

@@ -1,11 +1,11 @@
-"""What a conversation reads: the ids of its pinned beginning and of each turn; knows no stream.
+"""Encode the pinned beginning and the turns of a conversation; knows no stream.
 
-    pinned       <|im_start|>system\\nBe brief.<|im_end|>\\n                 never leaves attention
+    pinned       <|im_start|>system\\nBe brief.<|im_end|>\\n                 never evicted
     opening      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
     following    <|im_end|>\\n  and  <|im_start|>user\\nAnd?<|im_end|>\\n<|im_start|>assistant\\n
 
-What people type is text: a special token's name in it is encoded as the characters it is, so that
-nobody opens a turn by typing one.
+The name of a special token in a user's text is encoded as plain characters, so that it cannot open
+a turn.
 """
 
 import re
@@ -20,22 +20,22 @@ from mlx_stream.program.notices import Notify
 from mlx_stream.text.template import ChatTemplate, Message, assistant, system_turn, user
 from mlx_stream.text.tokenizer import Tokenizer
 
-# The model's part of the opening exchange that stands for a system prompt.
+# The model's reply in the opening exchange that replaces a system prompt.
 UNDERSTOOD = "Understood."
-# Marks where a text is cut before it is encoded: a code point that Unicode keeps out of texts.
+# Marks where a text is cut before it is encoded: a Unicode noncharacter.
 MARK = "\ufdd0"
 PROBES = ("What is the first?", "Tell me,\nhow many?")
 
 
 @dataclass(frozen=True)
 class OpenTurn:
-    """What surrounds the text of a user's turn that stays open while text is added to it.
+    """The texts around a user's turn that stays open while text is added to it.
 
     Attributes:
         opening: before the first turn's text: <|im_start|>system ... <|im_start|>user\\n
         closing: after it, up to where the model answers: <|im_end|>\\n<|im_start|>assistant\\n
-        reopening: after a reply, up to the next turn's text: <|im_end|>\\n<|im_start|>user\\n
-        lead: spaces that come before the text; they are encoded with its first word.
+        reopening: from a reply to the next turn's text: <|im_end|>\\n<|im_start|>user\\n
+        lead: spaces before the text; they are encoded with its first word.
     """
 
     opening: str
@@ -45,12 +45,12 @@ class OpenTurn:
 
 
 class PromptBuilder:
-    """The ids of a conversation's parts, under one template and one system prompt.
+    """Encode the parts of a conversation with one template and one system prompt.
 
     Attributes:
-        pinned: ids that stay attended for ever: the system prompt's; what the template says
-            before any question; nothing, where no turn ends there, or without `pin`.
-        head: the messages the pinned ids stand for, to render the same with the template.
+        pinned: ids that are always attended: the system prompt, or whatever the template writes
+            before any question. Empty without `pin`, or if no turn ends there.
+        head: the messages that render to the pinned ids.
 
     Raises:
         TemplateError: the template rewrites earlier turns.
@@ -68,7 +68,7 @@ class PromptBuilder:
             self.pinned = self._border() if pin else ()
             if self.pinned or system is None or not pin:
                 return
-        # No system role, or one inside the first question: then the prompt opens the conversation.
+        # No system role, or one inside the first question: make the prompt an opening exchange.
         self.head = [user(system), assistant(UNDERSTOOD)]
         text = self.escape_special_tokens(system)
         self._before = template.settled(text, UNDERSTOOD, first=True) + template.closing
@@ -76,40 +76,41 @@ class PromptBuilder:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The ids that end a reply, which is text.
+        """The ids that end a reply.
 
-        A special token is none: were one read, the model could open a turn of its own, which no
-        template renders.
+        All special tokens do: otherwise the model could open a turn that no template renders.
         """
         return self.tokenizer.eos_ids | self.tokenizer.special_ids
 
     def accepts(self, reply_ids: Sequence[int]) -> bool:
-        """Return whether ids can be a reply's."""
+        """Return whether a reply can consist of these ids."""
         size = self.tokenizer.vocab_size
         return all(id < size and id not in self.end_ids for id in reply_ids)
 
     def question(
         self, question: str, rest: str | None, first: bool
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ids that close the turn before a question, and those of the question.
+        """Return the ids that close the previous turn, and the ids of a question.
 
         Args:
-            rest: text of the reply before that was not read as ids; None: there is no turn before.
+            rest: text of the previous reply that was not read as ids; None if there is no reply.
             first: whether it is the conversation's first question.
 
         Raises:
-            TemplateError: the template failed, or would write other pinned ids for this question.
+            TemplateError: the template failed, or writes other pinned ids for this question.
         """
+        question = self.escape_special_tokens(question)
         if first:
-            return (), tuple(self.opening(question))
-        closing, ids = self.following(rest or "", question)
-        return () if rest is None else tuple(closing), tuple(ids)
+            return (), self._ids(self._opening_text(question), first=True)
+        turn = self.template.turn(question, self._turn_system)
+        closing, ids = self._ids_behind((rest or "") + self.template.closing, turn)
+        return () if rest is None else closing, ids
 
     def settle(self, exchange: Exchange, first: bool) -> Exchange:
-        """Return an exchange with the ids it has once the next question is there.
+        """Return an exchange with the ids that the template renders before the next question.
 
-        Those of its reply are the ones that were sampled, where these are the template's text of
-        it, else the ids of that text.
+        The reply keeps its sampled ids if they decode to the template's text of it; otherwise that
+        text is encoded.
 
         Raises:
             TemplateError: the template refuses the reply.
@@ -131,12 +132,12 @@ class PromptBuilder:
         rest: str | None = None,
         notify: Notify | None = None,
     ) -> dict[int, Exchange]:
-        """Return exchanges in this model's ids, by number: what another model said is read as text.
+        """Return exchanges with this model's ids, by number; another model's replies are encoded.
 
         Args:
-            rest: of the turn before them, that was not read as ids; None if there is none.
-            notify: told of an exchange that this template refuses; only those after it are
-                returned. Without it, a refusal is raised.
+            rest: text of the previous reply that was not read as ids; None if there is no reply.
+            notify: told of an exchange that the template refuses; only later ones are returned.
+                Without it the refusal is raised.
         """
         found: dict[int, Exchange] = {}
         for number, exchange in exchanges.items():
@@ -154,41 +155,20 @@ class PromptBuilder:
     def _encode_exchange(self, exchange: Exchange, rest: str | None, first: bool) -> Exchange:
         closing, question = self.question(exchange.question, rest, first)
         ids = exchange.reply_ids
-        known = self.accepts(ids)
-        if not known or self.tokenizer.decode(ids) + exchange.rest != exchange.reply:
+        if not self.accepts(ids) or self.tokenizer.decode(ids) + exchange.rest != exchange.reply:
             exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
         exchange = replace(exchange, closing_ids=closing, question_ids=question)
         return self.settle(exchange, first)
 
-    def opening(self, question: str) -> tuple[int, ...]:
-        """Return the ids of the first question's turn, which come after the pinned ones.
-
-        Raises:
-            TemplateError: the template failed, or would write other pinned ids for this question.
-        """
-        return self._ids(self._opening_text(self.escape_special_tokens(question)), first=True)
-
-    def following(self, rest: str, question: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ids that close the reply before, and those of a later question's turn.
-
-        Both are encoded as one text, behind the reply: some tokenizers put a space before the
-        first word of whatever they are given, and would put it where the conversation has none.
-
-        Args:
-            rest: text of the reply before that was not read as ids.
-        """
-        turn = self.template.turn(self.escape_special_tokens(question), self._turn_system)
-        return self._ids_behind(rest + self.template.closing, turn)
-
     def open_turn(self) -> OpenTurn:
-        """Return what surrounds a user's text, in the template's words.
+        """Return the template's texts around a user's text.
 
         Raises:
-            TemplateError: it does not write the text as it is, or something else around another.
+            TemplateError: the template changes the text, or what it writes around it depends on it.
         """
         if self.template.rewrites:
             raise TemplateError(
-                "chat template: it writes earlier turns anew, so no turn can be kept open"
+                "chat template: it rewrites earlier turns, so no turn can be kept open"
             )
         opening, closing = around(self._opening_text)
         again, closing_again = around(lambda probe: self.template.turn(probe, self._turn_system))
@@ -196,13 +176,13 @@ class PromptBuilder:
         lead = opening[len(before) :]
         if closing != closing_again or lead != again[len(after) :]:
             raise TemplateError(
-                "chat template: it does not write a first question as it writes later ones, so no "
+                "chat template: it renders the first question differently from later ones, so no "
                 "turn can be kept open"
             )
         return OpenTurn(before, closing, self.template.closing + after, lead)
 
     def rest_of(self, exchange: Exchange) -> str:
-        """Return the text of a reply that is read after its ids, with what closes it."""
+        """Return the text at the end of a reply that is read together with its closing."""
         if exchange.settled_ids is not None:
             return ""
         return exchange.rest if exchange.reply_ids or exchange.rest else self.template.lead
@@ -216,7 +196,7 @@ class PromptBuilder:
 
     @property
     def _turn_system(self) -> str | None:
-        """The system prompt as a turn of its own, if it is one."""
+        """The system prompt, if it is a turn of its own."""
         if self._before is not None or self.system is None:
             return None
         return self.escape_special_tokens(self.system)
@@ -233,22 +213,26 @@ class PromptBuilder:
         return (self._before or "") + whole if first else whole
 
     def _ids(self, text: str, first: bool) -> tuple[int, ...]:
-        """Return the ids of a turn's text; that of the first turn has all before it, too."""
+        """Return the ids of a turn's text; the first turn's text includes everything before it."""
         if not first:
             return self._ids_behind(self.template.closing, text)[1]
         ids, count = self.encode(text), len(self.pinned)
         if tuple(ids[:count]) != self.pinned:
-            raise TemplateError("chat template: what it says before a question depends on it")
+            raise TemplateError("chat template: its text before a question depends on the question")
         return tuple(ids[count:])
 
     def _ids_behind(self, before: str, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ids of two texts that follow each other and others."""
+        """Return the ids of two consecutive texts that follow other text.
+
+        They are encoded as one text, because some tokenizers add a space before the first word of
+        a text, where the conversation has none.
+        """
         ids = tuple(self.encode(before + text, behind_text=True))
         count = common_prefix(self.encode(before, behind_text=True), ids)
         return ids[:count], ids[count:]
 
     def _last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
-        """Return the ids of a text that a reply ends with; None if no id begins there."""
+        """Return the last ids of a reply that ends with a text; None if no id begins there."""
         decoder, begin = self.tokenizer.decoder(), len(exchange.reply) - len(text)
         at, ids = 0, exchange.reply_ids
         if not exchange.reply.endswith(text):
@@ -260,7 +244,7 @@ class PromptBuilder:
         return () if not text else None
 
     def _border(self) -> tuple[int, ...]:
-        """Return the ids that come before any first question, if a turn ends there."""
+        """Return the ids before the first question, if a turn ends there."""
         first, second = (self._opening_text(probe) for probe in PROBES)
         turn = self.template.turn(PROBES[0], self._turn_system)
         if not first.endswith(turn):
@@ -270,7 +254,7 @@ class PromptBuilder:
         return tuple(before) if all(whole) else ()
 
     def escape_special_tokens(self, text: str) -> str:
-        """Return a text in which a mark cuts every special token's name apart."""
+        """Return a text in which a mark splits every name of a special token."""
         text = text.replace(MARK, "")
         if self._names is None:
             return text
@@ -278,10 +262,10 @@ class PromptBuilder:
         return MARK.join(text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True))
 
     def encode(self, text: str, behind_text: bool = False) -> list[int]:
-        """Return the ids of a text of the template's, in which what is guarded is plain text.
+        """Return the ids of a rendered text, in which marks split the names that are plain text.
 
         Args:
-            behind_text: whether it follows another text.
+            behind_text: whether it follows other text.
         """
         ids: list[int] = []
         for piece in text.split(MARK):
@@ -291,12 +275,12 @@ class PromptBuilder:
 
 
 def around(render: Callable[[str], str]) -> tuple[str, str]:
-    """Return what is before and after a question in its render, whatever it is."""
+    """Return the texts that a template renders before and after any question."""
     probes = (*PROBES, "?")
     before, _, after = render(probes[0]).partition(probes[0])
     if not all(render(probe) == before + probe + after for probe in probes):
         raise TemplateError(
-            "chat template: what it writes around a question depends on it, so no turn can be "
+            "chat template: its text around a question depends on the question, so no turn can be "
             "kept open"
         )
     return before, after

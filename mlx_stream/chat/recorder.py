@@ -1,4 +1,4 @@
-"""What a conversation tells its recorder; plain values."""
+"""The changes that a conversation reports to its recorder; plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from mlx_stream.chat.exchange import Exchange
 
 
 class ChangeKind(Enum):
-    """What has happened to a turn."""
+    """A kind of change to a turn."""
 
-    ASK = "ask"  # its question is about to be read; a turn of that number is replaced
-    ANSWER = "answer"  # it has ended, maybe not for the first time
-    UNDO = "undo"  # it is taken back
-    STAND = "stand"  # nothing: where the conversation stands has changed, or its ids
+    ASK = "ask"  # its question is about to be read; replaces a turn of the same number
+    ANSWER = "answer"  # its reply has ended, perhaps not for the first time
+    UNDO = "undo"  # it was taken back
+    STAND = "stand"  # no turn: the attended turns or their ids have changed
 
 
 @dataclass(frozen=True)
 class Change:
-    """What has happened, and where the conversation stands after it.
+    """A change, and the state of the conversation after it.
 
     Attributes:
-        number: the turn it happened to; for `STAND`, the last one.
-        exchanges: by number, what is to be written of turns.
-        first: the number of the oldest turn attended; one more than the last where none is.
-        sampler: the state of the random numbers, hexadecimal.
+        number: the turn that changed; for `STAND`, the last turn.
+        exchanges: the turns to write, by number.
+        first: number of the oldest attended turn; one more than the last turn if there is none.
+        sampler: state of the random numbers, hexadecimal.
     """
 
     kind: ChangeKind
@@ -38,16 +38,24 @@ class Change:
 
 
 class Recorder(Protocol):
-    """Writes a conversation down."""
+    """Saves a conversation."""
 
     def record(self, change: Change) -> None:
-        """Note what is to be written; noted twice in a row, it is written as if noted once."""
+        """Queue a change; queued twice in a row, it is written as if queued once."""
         ...
 
     def flush(self) -> None:
-        """Write all that was noted; the conversation is at rest, or about to read a question.
+        """Write the queued changes.
 
         Raises:
-            SessionError, SnapshotError: it could not be written; the next call tries again.
+            SessionError: they could not be written; the next call tries again.
+        """
+        ...
+
+    def checkpoint(self) -> None:
+        """Save the stream's state if it is due; called between turns.
+
+        Raises:
+            SessionError, SnapshotError: it could not be written.
         """
         ...

@@ -1,17 +1,18 @@
-"""A saved conversation -> one that goes on: from its snapshot, or from what was said.
+"""Open a saved conversation, from its snapshot or from its transcript.
 
-From a snapshot nothing is read again, and what follows is bit for bit what would have followed. A
-snapshot that is missing, damaged or another model's is not used: then what was attended is read
-again from the transcript, and that is said.
+From a snapshot, nothing is read again, and the conversation continues bit for bit as if it had
+never been closed. If the snapshot is missing, damaged or of another model, the attended turns are
+read again from the transcript, and a notice says so.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from mlx_stream.chat import saving
-from mlx_stream.chat.exchange import Exchange, plural
+from mlx_stream.chat.exchange import plural
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.schema import ANSWERED, ASKED, SessionHeader
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS, ChatSession
@@ -28,23 +29,23 @@ from mlx_stream.program.paths import is_file
 from mlx_stream.sampling import Sampling
 from mlx_stream.text.pieces import Piece
 
-# What a stream depends on, of a header, as its user knows it.
+# The fields of a header that a stream depends on, in the user's words.
 WORDS = {
-    "fingerprint": "the model, or how it is loaded,",
+    "fingerprint": "the model or its loading options",
     "system": "the system prompt",
     "window": "the window",
     "sinks": "--sinks",
     "evict": "--evict",
     "kv_bits": "--kv-bits",
 }
-# Beside the keys and values: numbers, ids and what was unread, in JSON and checksummed.
+# The size of a snapshot apart from keys and values.
 BYTES_BESIDE = 2**20
 BYTES_PER_ID = 32
 
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How a conversation is held; None is what it was, or the default for a new one."""
+    """Options of a conversation; None keeps the saved value, or the default for a new one."""
 
     system: str | None = None
     window: int | None = None
@@ -59,10 +60,10 @@ class SessionOptions:
 
 
 def header_of(name: str) -> SessionHeader | None:
-    """Return what a session is, without opening it for writing; None if there is none.
+    """Return a session's header, or None if there is no such session.
 
     Raises:
-        SessionError: it is damaged, or it cannot be a name.
+        SessionError: it is damaged, or the name is not valid.
     """
     where = session_paths(name)
     if not where.database.exists():
@@ -78,7 +79,7 @@ def open_session(
     notify: Notify = discard,
     progress: Callable[[int, int], None] | None = None,
 ) -> SavedSession:
-    """Do all of `open_steps` at once."""
+    """Run `open_steps` to its end."""
     return run_coroutine(open_steps(name, model, options, notify, progress))
 
 
@@ -89,48 +90,43 @@ def open_steps(
     notify: Notify = discard,
     progress: Callable[[int, int], None] | None = None,
 ) -> Coroutine[Piece, SavedSession]:
-    """Go on with the conversation saved as `name`, or begin it; a coroutine.
+    """Open the conversation saved as `name`, or start it; a coroutine.
 
     Args:
-        notify: told in one line what is read again, and why.
-        progress: called while that happens, with the tokens read and those to read.
+        notify: called with a line that says what is read again and why.
+        progress: called while turns are read again, with the tokens read and the total.
 
     Raises:
         SessionError: another process has it open, or it is damaged.
         MlxStreamError: as `ChatSession`.
     """
     paths = session_paths(name)
-    lock = Lock.acquire(paths.lock)
-    store = None
     if options.speculate is None and options.draft is None:
-        # What is saved goes on to the bit, which guesses, timed as they are, would not.
+        # Guessing depends on timing, and a saved conversation must continue bit for bit.
         options = replace(options, speculate=False)
-    try:
+    with ExitStack() as opened:
+        lock = opened.enter_context(Lock.acquire(paths.lock))
         snapshot.sweep_partial(paths.snapshot)
         if not paths.database.exists():
             chat = new_chat(model, options, notify)
             lock.close()
             return SavedSession.create(chat, name)
-        store = Store.open(paths.database)
+        store = opened.enter_context(Store.open(paths.database, locked=True))
         state = store.state
         chat = new_chat(model, merge_options(options, state.header), notify, state.header.created)
         now = replace(saving.new_header(chat), id=state.header.id, created=state.header.created)
         seeded = chat.sampler.state()
         changed = changes(state.header, now, model)
         head = yield from catch_up(chat, store, paths, changed, notify, progress)
-        asked = options.sampling is not None and options.sampling.seed is not None
-        chat.sampler.restore(seeded if asked else state.sampler)
+        has_seed = options.sampling is not None and options.sampling.seed is not None
+        chat.sampler.restore(seeded if has_seed else state.sampler)
         if state.header != now:
             store.update(header=now)
         saved = SavedSession(chat, name, paths, lock, store, head)
         if not head:
             chat.record_turns()
+        opened.pop_all()
         return saved
-    except BaseException:
-        if store:
-            store.close()
-        lock.close()
-        raise
 
 
 def new_chat(
@@ -139,41 +135,27 @@ def new_chat(
     notify: Notify,
     began: str | None = None,
 ) -> ChatSession:
-    """Make a session; one that began before has the date of then in its template."""
+    """Return a new session.
+
+    Args:
+        began: when the conversation began, which its template may name. Default: now.
+    """
     template = model.tokenizer.template
     if template and began:
         template = template.at(datetime.fromisoformat(began).astimezone())
-    return ChatSession(
-        model,
-        options.system or None,
-        options.window,
-        options.sinks,
-        options.sampling,
-        options.max_tokens,
-        options.stop,
-        notify,
-        options.evict or "turn",
-        template=template,
-        kv_bits=options.kv_bits,
-        speculate=options.speculate,
-        draft=options.draft,
-    )
+    given = {**vars(options), "system": options.system or None, "evict": options.evict or "turn"}
+    return ChatSession(model, notify=notify, template=template, **given)
 
 
 def merge_options(options: SessionOptions, header: SessionHeader) -> SessionOptions:
-    """Return options with what is not given taken from the session."""
-    return replace(
-        options,
-        system=header.system if options.system is None else options.system,
-        window=header.window if options.window is None else options.window,
-        sinks=header.sinks if options.sinks is None else options.sinks,
-        evict=header.evict if options.evict is None else options.evict,
-        kv_bits=header.kv_bits if options.kv_bits is None else options.kv_bits,
-    )
+    """Return options with the missing ones taken from a session's header."""
+    names = ("system", "window", "sinks", "evict", "kv_bits")
+    missing = [name for name in names if getattr(options, name) is None]
+    return replace(options, **{name: getattr(header, name) for name in missing})
 
 
 def changes(before: SessionHeader, now: SessionHeader, model: Model) -> str:
-    """Return what is not as it was, in words; "" if a snapshot of before can be used."""
+    """Say in words what has changed; "" if the snapshot can still be used."""
     if model.is_fingerprint(before.fingerprint):
         before = replace(before, fingerprint=now.fingerprint)
     differ = [name for name in WORDS if getattr(before, name) != getattr(now, name)]
@@ -190,10 +172,13 @@ def catch_up(
     notify: Notify,
     progress: Callable[[int, int], None] | None,
 ) -> Coroutine[Piece, str]:
-    """Bring the stream to where the transcript ends; a coroutine.
+    """Bring the stream to the end of the transcript; a coroutine.
+
+    Args:
+        changed: why the snapshot cannot be used; "" if it can.
 
     Returns:
-        The head of the transcript if the snapshot holds all of it as it is, else "".
+        The head of the transcript if the snapshot is up to date, else "".
     """
     state, head, first, reason = store.state, "", store.state.first, changed
     if not state.count:
@@ -205,11 +190,12 @@ def catch_up(
             reason = f"they are not in {paths.snapshot.name}"
         except (SnapshotError, ValueRefused) as error:
             chat.restart(chat.system, chat.stats.window)
-            reason = quarantine(paths, str(error))
+            reason = str(error)
     turns = store.turns(min(first, state.first))
     missing = {t.number: t.exchange for t in turns if t.number >= first and t.state == ANSWERED}
-    if state.first >= first and not closes_previous(missing, state.first):
-        chat.clear()
+    oldest = missing.get(state.first)
+    if state.first >= first and not (oldest and oldest.closing_ids):
+        chat.clear()  # the oldest attended turn closed no other, so earlier ones were cleared
         missing = {number: missing[number] for number in missing if number >= state.first}
     if missing:
         head = ""
@@ -222,47 +208,31 @@ def catch_up(
     chat.number = state.count
     if state.first <= state.count and turns[-1].state == ASKED:
         chat.unanswered = turns[-1].exchange.question
-        notify("the last question was not answered, the program ended before: /retry answers it")
+        notify("the last question was not answered because the program ended: /retry answers it")
     return head
 
 
-def closes_previous(exchanges: Mapping[int, Exchange], number: int) -> bool:
-    """Say whether a turn closed one before it; where it did not, that was cleared."""
-    return number in exchanges and bool(exchanges[number].closing_ids)
-
-
 def restore(chat: ChatSession, store: Store, paths: SessionPaths) -> SnapshotMetadata:
-    """Put the stream where the snapshot says.
+    """Restore the stream from the snapshot.
 
     Raises:
-        SnapshotError, ValueRefused: there is none, or it is not this conversation's.
+        SnapshotError, ValueRefused: there is no snapshot of this conversation as it is now.
     """
     path, transcript = paths.snapshot, store.state
-    beside = BYTES_BESIDE + BYTES_PER_ID * chat.cache.geometry.rows
+    header_bytes = BYTES_BESIDE + BYTES_PER_ID * chat.cache.geometry.rows
     if not os.path.lexists(path):
         raise SnapshotError("there is no snapshot")
     if not is_file(path):
-        raise SnapshotError(f"{path.name} is a link or no file")
-    found = snapshot.load_snapshot(path, chat.cache.nbytes + beside, beside)
+        raise SnapshotError(f"{path.name} is a link or not a file")
+    found = snapshot.load_snapshot(path, chat.cache.nbytes + header_bytes, header_bytes)
     about = parse_metadata(found)
     if not chat.model.is_fingerprint(found.model) or about.session != transcript.header.id:
         raise SnapshotError(f"{path.name} belongs to another model or conversation")
     if not about.is_of(store, found):
-        raise SnapshotError(f"{path.name} holds what was taken back since")
+        raise SnapshotError(f"{path.name} contains turns that were taken back later")
     exchanges = store.exchanges(about.state.first)
     if [n for n in exchanges if n <= about.state.turns] != [n for n, _ in about.state.places]:
-        raise SnapshotError(f"{path.name} leaves out what was said")
+        raise SnapshotError(f"{path.name} does not attend to all turns it should")
     chat.tokens.restore(found.state)
     chat.resume(about.state, exchanges)
     return about
-
-
-def quarantine(paths: SessionPaths, reason: str) -> str:
-    """Move a snapshot that cannot be used out of the way; return why."""
-    path = paths.snapshot
-    if os.path.lexists(path):
-        try:
-            path.replace(paths.quarantine)
-        except OSError as error:
-            return f"{reason}; it cannot be moved away: {error.strerror}"
-    return reason

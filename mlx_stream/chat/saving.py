@@ -1,17 +1,16 @@
-"""A conversation that is saved: its files, and what is written to them when.
+"""Save a conversation: its files, and what is written to them when.
 
-The transcript is the truth: a question is in it before the model is asked, an exchange before the
-next question. The stream's state is a cache of it, written on leaving, when nothing happens, and
-now and then.
+The transcript is authoritative: a question is in it before the model is asked, and an exchange
+before the next question. The stream's state can be computed again, so it is written only when the
+chat ends, when it is idle, and every few minutes.
 """
 
-import os
 import time
 import weakref
 from pathlib import Path
 from typing import Self
 
-from mlx_stream.chat.recorder import Change, ChangeKind
+from mlx_stream.chat.recorder import Change
 from mlx_stream.chat.schema import ANSWERED, SessionHeader, StoredTurn, now
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import SessionPaths, session_paths
@@ -27,11 +26,11 @@ SECONDS_BETWEEN_SNAPSHOTS = 300
 
 
 class SavedSession:
-    """Writes down what is said in `chat`, whose recorder it is.
+    """Save `chat` as its recorder.
 
     Args:
-        lock, store: of its files; it closes both.
-        written_head: of the transcript that the snapshot on disk belongs to.
+        lock, store: closed with it.
+        written_head: the transcript's head that the snapshot on disk belongs to.
     """
 
     def __init__(
@@ -44,54 +43,53 @@ class SavedSession:
         written_head: str = "",
     ):
         self.chat, self.name, self.paths, self.lock, self.store = chat, name, paths, lock, store
-        # What could not be written, on a full disk say, oldest first: the next turn tries again.
+        # Queued changes, oldest first. They stay if they cannot be written, as on a full disk.
         self._unwritten: list[Change] = []
         self._snapshot_at, self._written_head = time.monotonic(), written_head
-        # Of the stream in the snapshot; a reference would keep its buffers.
+        # The version of the stream in the snapshot; a strong reference would keep its buffers.
         self._written_version = weakref.ref(chat.cache.version)
         chat.recorder = self
 
     @classmethod
     def create(cls, chat: ChatSession, name: str) -> Self:
-        """Save a conversation under a new name: what is attended now, and all that follows.
+        """Save a conversation under a new name, from its attended turns on.
 
         Raises:
-            SessionError: there is one of that name, or it cannot be written.
+            SessionError: the name is taken, or it cannot be written.
         """
         paths = session_paths(name)
-        lock = Lock.acquire(paths.lock)
+        lock, store = Lock.acquire(paths.lock), None
         try:
             chat.renumber()
             store = Store.create(paths.database, new_header(chat), chat.sampler.state())
             saved = cls(chat, name, paths, lock, store)
+            chat.record_turns()
+            return saved
         except BaseException:
+            chat.recorder = None
+            if store:
+                store.close()
+                for path in files(paths.database):
+                    path.unlink(missing_ok=True)
             lock.close()
             raise
-        try:
-            chat.record_turns()
-        except BaseException:
-            saved._let_go()
-            for path in files(paths.database):
-                path.unlink(missing_ok=True)
-            raise
-        return saved
 
     def record(self, change: Change) -> None:
         self._unwritten.append(change)
 
     def flush(self) -> None:
-        kind = None
         while self._unwritten:
-            kind = self._unwritten[0].kind
             self.store.write(self._unwritten[0])
             self._unwritten.pop(0)
-        if kind not in (None, ChangeKind.ASK) and self._is_due():
+
+    def checkpoint(self) -> None:
+        if time.monotonic() - self._snapshot_at > SECONDS_BETWEEN_SNAPSHOTS:
             self.write_snapshot()
 
     def write_snapshot(self) -> None:
-        """Write the stream's state, if it is not what is on disk; ends a reply that is going on.
+        """Write the stream's state if it has changed; ends a reply in progress.
 
-        Not after a step that failed: the next chat reads what is attended again.
+        After a failed step nothing is written, and the next chat reads the attended turns again.
 
         Raises:
             SessionError, SnapshotError: it cannot be written.
@@ -105,23 +103,22 @@ class SavedSession:
         path = self.paths.snapshot
         about = SnapshotMetadata(self.store.state.header.id, head, state)
         try:
-            remove_file(self.paths.quarantine)
             if state.turns:
                 private(path.parent)
                 model = self.chat.model.fingerprint()
                 snapshot.save_snapshot(path, self.chat.tokens, model, about.plain())
-            else:  # all was taken back, or nothing was said yet
-                remove_file(path)
-        except SnapshotError as error:
+            else:  # no turn, or all were taken back
+                path.unlink(missing_ok=True)
+        except (SnapshotError, OSError) as error:
             raise SnapshotError(
-                "all that was said is saved, but not the stream's state, so that the next chat "
-                f"reads what is attended again: make room, or set MLX_STREAM_HOME ({error})"
+                "the conversation is saved, but the stream's state is not, so the next chat will "
+                f"read the attended turns again: make room, or set MLX_STREAM_HOME ({error})"
             ) from error
         self._snapshot_at, self._written_head = time.monotonic(), head
         self._written_version = weakref.ref(self.chat.cache.version)
 
     def close(self) -> None:
-        """Write what is not written, and let others have the session; may be called twice.
+        """Write everything and release the session; may be called twice.
 
         Raises:
             SessionError, SnapshotError: something could not be written.
@@ -129,7 +126,7 @@ class SavedSession:
         if self.chat.recorder is not self:
             return
         try:
-            _ = self.chat.exchanges  # ends a reply that is going on
+            _ = self.chat.exchanges  # ends a reply in progress
             self.flush()
             self.write_snapshot()
         finally:
@@ -140,22 +137,19 @@ class SavedSession:
         self.store.close()
         self.lock.close()
 
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._snapshot_at > SECONDS_BETWEEN_SNAPSHOTS
-
 
 def saved_as(chat: ChatSession) -> SavedSession | None:
-    """Return how a conversation is saved, if it is."""
+    """Return a conversation's recorder if it is saved to files."""
     return chat.recorder if isinstance(chat.recorder, SavedSession) else None
 
 
 def saved_turns(chat: ChatSession) -> tuple[SessionHeader, list[StoredTurn]]:
-    """Return what a conversation is, and all that is saved of it, else what is attended.
+    """Return a conversation's header and its saved turns, or its attended turns if it is not saved.
 
     Raises:
-        SessionError: what is saved is damaged.
+        SessionError: the transcript is damaged.
     """
-    exchanges = enumerate(chat.exchanges, 1)
+    exchanges = enumerate(chat.exchanges, 1)  # ends a reply in progress
     if saved := saved_as(chat):
         return saved.store.state.header, saved.store.turns()
     turns = [StoredTurn(number, ANSWERED, exchange, now()) for number, exchange in exchanges]
@@ -163,9 +157,10 @@ def saved_turns(chat: ChatSession) -> tuple[SessionHeader, list[StoredTurn]]:
 
 
 def new_header(chat: ChatSession) -> SessionHeader:
-    """Return what describes a conversation, under a new id."""
+    """Return a header with a new id for a conversation; a model's path is made absolute."""
+    path = Path(chat.model.name).expanduser()
     return SessionHeader.new(
-        model=absolute_source(chat.model.name),
+        model=str(path.absolute()) if path.exists() else chat.model.name,
         fingerprint=chat.model.fingerprint(),
         system=chat.system,
         window=chat.stats.window,
@@ -173,22 +168,3 @@ def new_header(chat: ChatSession) -> SessionHeader:
         evict=chat.evict,
         kv_bits=chat.kv_bits,
     )
-
-
-def absolute_source(source: str) -> str:
-    """Return a model's source so that it means the same in any folder."""
-    path = Path(source).expanduser()
-    return str(path.absolute()) if path.exists() else source
-
-
-def remove_file(path: Path) -> None:
-    """Remove a file that may hold what was taken back.
-
-    Raises:
-        SnapshotError: it cannot be removed.
-    """
-    try:
-        if os.path.lexists(path) and not path.is_dir():
-            path.unlink()
-    except OSError as error:
-        raise SnapshotError(f"{path}: cannot be removed: {error.strerror}") from error

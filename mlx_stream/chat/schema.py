@@ -1,8 +1,8 @@
-"""A conversation's rows and their checksums: values to and from columns; knows no database.
+"""The rows of a transcript and their checksums; knows no database.
 
-A turn's checksum covers the session's id, the turn's number and all that was said in it. So what
-was altered, swapped or brought from another session is found when it is read, and what is missing
-by its number; not so what someone forged who computed the checksums anew.
+A turn's checksum covers the session's id, the turn's number and its texts. So reading finds rows
+that were altered, swapped, copied from another session or removed. It does not find a forgery with
+new checksums.
 """
 
 import hashlib
@@ -23,19 +23,20 @@ ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 Value = str | int | bytes | None
 Row = tuple[Value, ...]
+KINDS = {type(None): "n", str: "s", bytes: "b", int: "i"}
 
 
 @dataclass(frozen=True)
 class SessionHeader:
-    """What a session is: written once, but for what `Store` changes.
+    """The description of a session.
 
     Attributes:
-        id: 32 hexadecimal digits, drawn when it was created.
-        created: ISO 8601, UTC, seconds.
-        model: as the user named it.
-        fingerprint: of the model.
+        id: 32 hexadecimal digits, random.
+        created: ISO 8601, UTC, in seconds.
+        model: the source that the user gave.
+        fingerprint: the model's fingerprint.
         evict: `turn` or `token`.
-        kv_bits: of the ring's keys and values; None if they are not quantized.
+        kv_bits: bits of the ring's keys and values; None if they are not quantized.
     """
 
     id: str
@@ -50,7 +51,7 @@ class SessionHeader:
 
     @classmethod
     def new(cls, **fields: Any) -> Self:
-        """Return the header of a new session: with an id of its own, created now."""
+        """Return a header with a new id, created now."""
         return cls(id=uuid.uuid4().hex, created=now(), **fields)
 
     def check(self) -> None:
@@ -67,12 +68,11 @@ class TranscriptState:
     """The row of `session`.
 
     Attributes:
-        first: the number of the oldest turn that is attended, from 1; one more than there are
-            where none is.
-        sampler: the state of the random numbers, hexadecimal.
-        recall_from: the oldest turn that may be recalled.
-        count: how many turns there are.
-        last: the checksum of the last one; "" where there is none.
+        first: number of the oldest attended turn, from 1; `count` + 1 if there is none.
+        sampler: state of the random numbers, hexadecimal.
+        recall_from: number of the oldest turn that may be recalled.
+        count: number of turns.
+        last: checksum of the last turn; "" if there is none.
     """
 
     header: SessionHeader
@@ -88,8 +88,8 @@ class TranscriptState:
         check_types(str, self.sampler, self.last)
         if not (1 <= self.first <= self.count + 1 and 1 <= self.recall_from <= self.count + 1):
             raise ValueError(
-                f"turn {self.first} cannot be the first attended, nor {self.recall_from} the first "
-                f"recalled, of {self.count}"
+                f"the first attended turn {self.first} or recalled turn {self.recall_from} is out "
+                f"of range for {self.count} turns"
             )
 
     def row(self) -> Row:
@@ -101,14 +101,14 @@ NUMBERS = tuple(field.name for field in fields(TranscriptState))[1:]
 
 
 def state_of(row: Row) -> TranscriptState:
-    """Return the state a row holds.
+    """Return the state in a row.
 
     Raises:
-        ValueError, TypeError: it was altered.
+        ValueError, TypeError: the row was altered.
     """
     *values, checksum = row
     if checksum != digest("session", *values):
-        raise ValueError("what it says of itself was altered")
+        raise ValueError("its description was altered")
     found: list[Any] = values[1:]
     count = len(fields(SessionHeader))
     state = TranscriptState(SessionHeader(*found[:count]), *found[count:])
@@ -118,12 +118,12 @@ def state_of(row: Row) -> TranscriptState:
 
 @dataclass(frozen=True)
 class StoredTurn:
-    """A turn as it is written down.
+    """A turn in the transcript.
 
     Attributes:
-        state: `asked`, `answered` or `forgotten`; nothing but its number is left of the last kind.
-        exchange: what was said; its reply is empty where it is only asked.
-        time: ISO 8601, UTC, seconds: when it was written.
+        state: `asked`, `answered` or `forgotten`; of a forgotten turn only the number is left.
+        exchange: its reply is empty if the turn is only asked.
+        time: when it was written, ISO 8601, UTC, in seconds.
     """
 
     number: int
@@ -132,10 +132,10 @@ class StoredTurn:
     time: str
 
     def rows(self) -> tuple[Row, list[Row]]:
-        """Return the row of `turns`, without its checksum, and those of `messages`."""
+        """Return the row of `turns` without its checksum, and the rows of `messages`."""
         exchange, answered = self.exchange, self.state == ANSWERED
         if exchange.finish not in FINISHES:
-            raise ValueError(f"finish {exchange.finish!r:.40} is none of {', '.join(FINISHES)}")
+            raise ValueError(f"finish {exchange.finish!r:.40} is not one of {', '.join(FINISHES)}")
         check_types(str, exchange.question, exchange.reply, exchange.rest)
         settled = None if exchange.settled_ids is None else pack_ids(exchange.settled_ids)
         finish, closing = exchange.finish if answered else None, pack_ids(exchange.closing_ids)
@@ -149,10 +149,10 @@ class StoredTurn:
 
 
 def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
-    """Return what a turn's rows hold, given without its checksum.
+    """Return the turn in some rows, which are given without the checksum.
 
     Raises:
-        ValueError, TypeError: they are no turn.
+        ValueError, TypeError: they are not the rows of a turn.
     """
     columns: tuple[Any, ...] = turn
     number, state, finish, time, closing, settled = columns
@@ -160,9 +160,9 @@ def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
     places = [(message[0], message[1]) for message in messages]
     roles = [message[2] for message in messages]
     if roles != kinds.get(str(state)) or places != [(number, at) for at in range(len(roles))]:
-        raise ValueError(f"it has not the messages of a turn that is {state!r:.40}")
+        raise ValueError(f"its messages are not those of a turn in state {state!r:.40}")
     if (finish in FINISHES) != (state == ANSWERED) or not is_time(time):
-        raise ValueError(f"a turn that is {state!r} ended by {finish!r:.40}, {time!r:.40}")
+        raise ValueError(f"a turn in state {state!r} has finish {finish!r:.40}, time {time!r:.40}")
     check_types(int, number)
     missing: Row = (number, -1, "", "", None, None, b"", "")
     question, reply, *_ = (*messages, missing, missing)
@@ -198,29 +198,21 @@ def pack_ids(ids: Sequence[int]) -> bytes:
 def unpack_ids(data: Any) -> tuple[int, ...]:
     check_types(bytes, data)
     if len(data) % 4:
-        raise ValueError("ids of no whole number")
+        raise ValueError("the ids end in the middle of one")
     return struct.unpack(f"<{len(data) // 4}I", data)
 
 
 def digest(*values: Value) -> str:
-    """Return the SHA-256 of some values; others, or the same in other places, have another."""
+    """Return the SHA-256 of some values, each encoded with its type and length."""
     whole = hashlib.sha256()
     for value in values:
-        kind, data = encode_value(value)
-        whole.update(f"{kind}{len(data)}:".encode())
+        if type(value) not in KINDS:
+            raise TypeError(f"a {type(value).__name__} cannot be stored")
+        text = "" if value is None else str(value)
+        data = value if isinstance(value, bytes) else text.encode()
+        whole.update(f"{KINDS[type(value)]}{len(data)}:".encode())
         whole.update(data)
     return whole.hexdigest()
-
-
-def encode_value(value: Value) -> tuple[str, bytes]:
-    if value is None:
-        return "n", b""
-    if isinstance(value, str):
-        return "s", value.encode()
-    if isinstance(value, bytes):
-        return "b", value
-    check_types(int, value)
-    return "i", str(value).encode()
 
 
 def check_types(kind: type, *values: object) -> None:
@@ -230,7 +222,7 @@ def check_types(kind: type, *values: object) -> None:
 
 
 def is_time(text: Any) -> bool:
-    """Say whether a value is a time of our form, on a day that every clock can show."""
+    """Return whether a value is a time as `now` writes it, in a year that every clock can show."""
     try:
         return bool(TIME.fullmatch(text)) and 1 < datetime.fromisoformat(text).year < 9999
     except (ValueError, TypeError):

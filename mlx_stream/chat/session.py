@@ -1,15 +1,17 @@
-"""A conversation on one stream: each turn reads only its own tokens; knows no files.
+"""A conversation on one stream, where each turn reads only its own tokens; knows no files.
 
-The beginning (a system prompt) is pinned: it is the stream's sinks. When room is needed, the oldest
-turns leave, each whole, so that what is attended is always a conversation that the model's template
+The beginning (a system prompt) is pinned: it is the stream's sinks. To make room, the oldest turns
+are evicted whole, so that the stream always attends to a conversation that the model's template
 would render. However a reply ends (end token, limit, stop string, Ctrl-C, a closed generator), the
-stream afterwards holds the final text and nothing else. Retry, undo and edit move the ring's end
-back and read nothing again.
+stream then holds its final text and nothing else. Retry, undo and edit move the end of the ring
+back instead of reading it again.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import wraps
+from typing import ParamSpec
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
 from mlx_stream.chat.exchange import ConversationState, Exchange, PlacedTurn, unread_ids
@@ -32,38 +34,53 @@ DEFAULT_MAX_TOKENS = 512
 Progress = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
 Begin = Callable[[], PlacedTurn]
+P = ParamSpec("P")
+
+
+def driven(steps: Callable[P, Coroutine[Piece, None]]) -> Callable[P, Pieces]:
+    """Return a method that drives the coroutine of another method."""
+
+    @wraps(steps)
+    def drive_steps(*args: P.args, **kwargs: P.kwargs) -> Pieces:
+        return drive(steps(*args, **kwargs))
+
+    drive_steps.__name__ = steps.__name__.removesuffix("_steps")
+    return drive_steps
 
 
 class ChatSession:
-    """Talk with a model for ever, in the memory of one window.
+    """Talk with a model for any length of time in the memory of one window.
 
-    It has many methods: each verb that reads is there twice, as a plain call and as a coroutine
-    (`..._steps`) that says what it needs read, for drivers of several conversations.
+    `reply`, `retry` and `edit` are generators of pieces; closing one stops the reply. Each has a
+    coroutine (`reply_steps`, ...) with the same arguments, for programs that run several
+    conversations and drive the requests themselves.
 
     Args:
         model: from `mlx_stream.load`.
-        system: the system prompt. It is always attended, and comes on top of the window: the
-            stream has as many sinks as it has tokens, or `sinks` if those are more.
-        window, sinks, kv_bits: see `Model.new_cache`; sampling: how tokens are chosen.
-        max_tokens: of one reply, unless `reply` is told otherwise.
-        stop: strings before which a reply ends.
-        notify: told in one line what the user should know: a reduced window, a turn longer than
-            the window. The same lines are in `stats.notices`.
-        evict: what leaves when room is needed: the oldest turns, each whole ("turn"), or the
-            oldest tokens, one by one ("token").
-        pin: False lets the system prompt be evicted like other text: for comparison.
-        on_evict: called after a turn with the turns and the tokens that left during it.
-        template: in place of the model's own; speculate, draft: see `mlx_stream.stream`.
+        system: the system prompt. It is always attended and comes on top of the window: its tokens
+            are the stream's sinks, at least `sinks` of them.
+        window, sinks, kv_bits: see `Model.new_cache`.
+        sampling: how tokens are chosen.
+        max_tokens: default limit of a reply.
+        stop: strings that end a reply.
+        notify: called with notices for the user, one line each, such as a reduced window or a turn
+            longer than the window. `stats.notices` has them too.
+        evict: what to evict to make room: the oldest turns, each whole ("turn"), or the oldest
+            tokens, one by one ("token").
+        pin: False lets the system prompt be evicted like other text, for comparison.
+        on_evict: called after a turn with the numbers of turns and tokens evicted during it.
+        template: replaces the model's own template.
+        speculate, draft: see `mlx_stream.stream`.
 
     Attributes:
-        recorder: writes the conversation down, if it is set.
-        number: of the last turn, from 1.
-        unanswered: the last turn's question, if the program that asked it ended before its reply
-            did. `retry` answers it.
+        recorder: saves the conversation, if set.
+        number: number of the last turn, from 1.
+        unanswered: the last question, if the program that asked it ended before the reply did;
+            `retry` answers it.
 
     Raises:
-        TemplateError: the model has no chat template, or one that no stream can follow.
-        ValueRefused: a value out of range; a system prompt longer than the window.
+        TemplateError: the model has no chat template, or one that cannot be used on a stream.
+        ValueRefused: a value is out of range, or the system prompt is longer than the window.
     """
 
     def __init__(
@@ -86,8 +103,7 @@ class ChatSession:
     ):
         template = template or model.tokenizer.template
         if template is None:
-            said = f"{model.name} has no chat template: it is not a chat model; use generate"
-            raise TemplateError(said)
+            raise TemplateError(f"{model.name} has no chat template: use generate, or a chat model")
         if evict not in ("turn", "token"):
             raise ValueRefused(f"--evict must be turn or token, not {evict!r}")
         self.model, self.template = model, template
@@ -108,29 +124,8 @@ class ChatSession:
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """The exchanges that are attended, oldest first; asking ends a reply that is going on."""
+        """The attended exchanges, oldest first. Reading this ends a reply in progress."""
         return [turn.exchange for turn in self._settle()]
-
-    def reply(
-        self,
-        question: str,
-        max_tokens: int | None = None,
-        stop: Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Pieces:
-        """Read a question and yield the reply's pieces; closing the generator stops the reply.
-
-        A reply that is still going on when the next one is asked for is closed.
-
-        Args:
-            progress: called while the question is read with the tokens read and those to read.
-
-        Raises:
-            ValueRefused: `max_tokens` below 1, or an empty stop string.
-            TextError: the question is empty.
-            SessionError: the recorder could not write the turn; that is tried again with the next.
-        """
-        return drive(self.reply_steps(question, max_tokens, stop, progress))
 
     def reply_steps(
         self,
@@ -139,24 +134,20 @@ class ChatSession:
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Coroutine[Piece, None]:
-        """Do what `reply` does as a coroutine."""
+        """Read a question and yield the pieces of the reply. The next request closes it.
+
+        Args:
+            progress: called while the question is read, with the tokens read and the total.
+
+        Raises:
+            ValueRefused: `max_tokens` is below 1, or a stop string is empty.
+            TextError: the question is empty.
+            SessionError: the recorder could not write the turn; it tries again at the next turn.
+        """
         if not question:
             raise TextError("the question is empty")
         limit, reply = self._new_reply(max_tokens, stop)
         return self._turn_steps(lambda: self._ask(question, limit), reply, limit, progress)
-
-    def retry(
-        self,
-        max_tokens: int | None = None,
-        stop: Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Pieces:
-        """Answer the last question once more; what is still attended of it is not read again.
-
-        Raises:
-            ValueRefused: as `reply`; or there is no question.
-        """
-        return drive(self.retry_steps(max_tokens, stop, progress))
 
     def retry_steps(
         self,
@@ -164,25 +155,15 @@ class ChatSession:
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Coroutine[Piece, None]:
-        """Do what `retry` does as a coroutine."""
-        limit, reply = self._new_reply(max_tokens, stop)
-        if not self.unanswered:
-            self._turns_or_refuse("answered again")
-        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress)
-
-    def edit(
-        self,
-        question: str,
-        max_tokens: int | None = None,
-        stop: Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Pieces:
-        """Put another question in place of the last one; otherwise as `reply`.
+        """Answer the last question again; the part of it that is still attended is not read again.
 
         Raises:
-            ValueRefused: as `reply`; or there is no question.
+            ValueRefused: as `reply`, or there is no question.
         """
-        return drive(self.edit_steps(question, max_tokens, stop, progress))
+        limit, reply = self._new_reply(max_tokens, stop)
+        if not self.unanswered:
+            self._turns_or_refuse("answer again")
+        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress)
 
     def edit_steps(
         self,
@@ -191,25 +172,32 @@ class ChatSession:
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> Coroutine[Piece, None]:
-        """Do what `edit` does as a coroutine."""
+        """Replace the last question and answer the new one; otherwise as `reply`.
+
+        Raises:
+            ValueRefused: as `reply`, or there is no question.
+        """
         if not question:
             raise TextError("the question is empty")
         limit, reply = self._new_reply(max_tokens, stop)
         if not self.unanswered:
-            self._turns_or_refuse("edited")
+            self._turns_or_refuse("edit")
 
         def ask() -> PlacedTurn:
-            self.prompts.question(question, None, self.number == 1)  # refused, if it is, in time
+            # Refused before anything is taken back, if the template refuses it.
+            self.prompts.question(question, None, self.number == 1)
             self._take_back_last()
             return self._ask(question, limit)
 
         return self._turn_steps(ask, reply, limit, progress)
 
+    reply, retry, edit = driven(reply_steps), driven(retry_steps), driven(edit_steps)
+
     def undo(self) -> Exchange:
         """Take the last exchange back and return it; nothing is read again.
 
         Raises:
-            ValueRefused: none is attended.
+            ValueRefused: no exchange is attended.
         """
         self._settle()
         taken = self._take_back_last()
@@ -217,17 +205,17 @@ class ChatSession:
         return taken
 
     def clear(self, first: int | None = None) -> None:
-        """Let every turn leave attention, or those before number `first`; the beginning stays."""
+        """Evict every turn, or those before number `first`; the pinned beginning stays."""
         self._settle()
         self.unanswered = ""
         while (turns := self.evictor.state.turns) and (first is None or turns[0].number < first):
             self.evictor.evict_oldest()
         self.tokens.ids.restart_observers()
-        self._count(asked=True)
+        self._count(silent=True)
         self._record(ChangeKind.STAND, self.number)
 
     def restart(self, system: str | None, window: int | None) -> None:
-        """Go on with another system prompt or window: what is attended is read again.
+        """Change the system prompt or the window, and read the attended turns again.
 
         Raises:
             TemplateError, ValueRefused, MemoryRefused: as the constructor; nothing has changed.
@@ -235,7 +223,7 @@ class ChatSession:
         run_coroutine(self.restart_steps(system, window))
 
     def restart_steps(self, system: str | None, window: int | None) -> Coroutine[Piece, None]:
-        """Do what `restart` does as a coroutine; closed before its end, nothing has changed."""
+        """Restart as a coroutine. If it is closed before its end, nothing has changed."""
         turns, before = self._settle(), dict(vars(self))
         self.stats = replace(self.stats)
         try:
@@ -243,8 +231,7 @@ class ChatSession:
             exchanges = self.prompts.encode_again({t.number: t.exchange for t in turns})
             turns = tuple(PlacedTurn(e, number, 0) for number, e in exchanges.items())
             self.evictor.state = Idle(turns)
-            turns = place_again(self.tokens, self.cache, turns, len(self.prompts.pinned))
-            self.evictor.become_idle(Idle(turns, settling=True))
+            self.evictor.become_idle(self._place_again(turns))
             yield from self._read_settling()
         except BaseException:
             vars(self).update(before)
@@ -254,57 +241,56 @@ class ChatSession:
     def replay_steps(
         self, exchanges: Mapping[int, Exchange], progress: Progress | None = None
     ) -> Coroutine[Piece, None]:
-        """Read turns of before, in chunks, as if they were said now; a coroutine.
+        """Read earlier turns as if they were asked and answered now; a coroutine.
 
         Args:
-            exchanges: by number of the turn, in order.
+            exchanges: in order, by number of the turn.
         """
         turns = self._settle()
         yield from self._read_settling()
         before = self.prompts.rest_of(turns[-1].exchange) if turns else None
         encoded = self.prompts.encode_again(exchanges, before, self._notify)
         sizes = (len(e.closing_ids) + len(e.ids) for e in encoded.values())
-        told = cumulative(progress, len(self.prompts.pinned) + sum(sizes))
+        report = cumulative(progress, len(self.prompts.pinned) + sum(sizes))
         for number, exchange in encoded.items():
             turn = self._place(exchange, number, len(exchange.ids))
             self.number = number
-            self.evictor.state = Idle((*self.evictor.state.turns, turn), settling=True)
-            yield from self._read_settling(told)
+            self.evictor.state = Idle((*self.evictor.state.turns, turn))
+            yield from self._read_settling(report)
 
     def renumber(self) -> None:
-        """Number the turns that are attended from 1 on, as if nothing had been said before."""
-        turns = enumerate(self._settle(), 1)
-        turns = tuple(replace(turn, number=number) for number, turn in turns)
-        self.evictor.state, self.number = replace(self.evictor.state, turns=turns), len(turns)
+        """Number the attended turns from 1, as if they were the whole conversation."""
+        turns = tuple(replace(turn, number=n) for n, turn in enumerate(self._settle(), 1))
+        self.evictor.state, self.number = Idle(turns), len(turns)
         self.unanswered = ""
 
     def record_turns(self) -> None:
-        """Have every turn that is attended written down, with the ids it is attended with."""
+        """Write every attended turn to the recorder, with its present ids."""
         exchanges = {turn.number: turn.exchange for turn in self._settle()}
         self._record(ChangeKind.STAND, self.number, exchanges)
 
     def conversation_state(self) -> ConversationState:
-        """Return what `resume` needs beside the exchanges and the stream's state."""
+        """Return the state that `resume` needs, apart from the exchanges and the stream."""
         places = tuple((turn.number, turn.start) for turn in self._settle())
         count = self.number - bool(self.unanswered)
         return ConversationState(count, places, self.sampler.state())
 
     def resume(self, state: ConversationState, exchanges: Mapping[int, Exchange]) -> None:
-        """Stand where `state` says; the stream has been restored already.
+        """Continue from a saved state after the stream was restored.
 
         Args:
-            exchanges: those of `state.places`, by number.
+            exchanges: the exchanges of `state.places`, by number.
 
         Raises:
-            ValueRefused: the stream does not attend to them.
+            ValueRefused: the stream does not attend to these exchanges.
         """
         turns = tuple(PlacedTurn(exchanges[number], number, at) for number, at in state.places)
         self.evictor.check(turns, self.prompts.pinned, self.tokens.ids.attended())
         if not all(self.prompts.accepts(turn.exchange.reply_ids) for turn in turns):
-            raise ValueRefused("a reply holds what no reply can hold")
+            raise ValueRefused("a reply contains a special token")
         self.sampler.restore(state.sampler)
         self.number = state.turns
-        self.evictor.state = Idle(turns, settling=is_unsettled(turns, self.tokens.length))
+        self.evictor.state = Idle(turns)
         self.evictor.mark_reported()
         self._count()
 
@@ -321,7 +307,7 @@ class ChatSession:
         self, begin: Begin, reply: ReplyDecoder, limit: int, progress: Progress | None
     ) -> Coroutine[Piece, None]:
         if self.tokens.failed:
-            self._notify("what is attended is read again: a step of the reply before failed")
+            self._notify("the attended turns are read again: a step of the previous reply failed")
             yield from self.restart_steps(self.system, self.stats.window)
         self._settle()
         yield from self._read_settling()
@@ -344,69 +330,81 @@ class ChatSession:
         )
         result = None
         try:
-            while self.evictor.state.reply is reply:  # else the next turn has settled this one
+            while self.evictor.state.reply is reply:  # until the next turn settles this one
                 result = yield writer.send(result)
+            return
         except StopIteration as end:
-            yield self._last_piece(end.value)
+            counts = (self.cache.attended, *self.evictor.evicted_since_report())
+            yield Piece(end.value.text, end.value.finish, *counts)
         finally:
             writer.close()
             if self.evictor.state.reply is reply:
                 self._settle()
         yield from self._read_settling()
+        if self.recorder and isinstance(self.evictor.state, Idle):
+            self.recorder.checkpoint()
 
     def _ask(self, question: str, limit: int, number: int | None = None) -> PlacedTurn:
-        """Make room for a question and its reply; return where it will stand."""
+        """Make room for a question and its reply; return the turn at its place."""
         number, turns = number or self.number + 1, self.evictor.state.turns
         rest = self.prompts.rest_of(turns[-1].exchange) if turns else None
         closing, ids = self.prompts.question(question, rest, number == 1)
         if len(ids) > self.cache.geometry.window:
             self._notify(
                 f"this turn of {len(ids):,} tokens is longer than the window of "
-                f"{self.cache.geometry.window:,}: it is read in full, and only its end is attended"
+                f"{self.cache.geometry.window:,}: all of it is read, but only its end is attended"
             )
         exchange = Exchange(question, "", closing, ids, ())
         turn = self._place(exchange, number, len(ids) + min(limit, self.cache.geometry.window // 4))
         self.number, self.unanswered = number, question
-        with suppress(SessionError):  # told when the turn has ended, if it still cannot be written
+        with suppress(SessionError):  # written, or reported, when the turn has ended
             self._record(ChangeKind.ASK, number, {number: turn.exchange})
         return turn
 
     def _ask_again(self, limit: int) -> PlacedTurn:
-        """Return the last turn without its reply; of its question, one token at least is unread."""
+        """Take back the last reply, and at least one token of its question; return the turn."""
         if self.unanswered:
             return self._ask(self.unanswered, limit, self.number)
-        turns = self._turns_or_refuse("answered again")
+        turns = self._turns_or_refuse("answer again")
         question = turns[-1].exchange.question_ids
-        if not take_back(self.tokens, self.cache, turns[-1].start, question, left=1):
-            turns = place_again(self.tokens, self.cache, turns, len(self.prompts.pinned))
-            self.evictor.become_idle(Idle(turns, settling=True))
+        if not take_back(self.writer, turns[-1].start, question, left=1):
+            turns = self._place_again(turns)
+            # In this order an interrupt in between loses no turn: `forget` evicts the rest.
+            self.evictor.become_idle(turns)
+            empty_ring(self.writer)
         blank = replace(turns[-1].exchange, reply="", reply_ids=(), rest="", settled_ids=None)
         return replace(turns[-1], exchange=blank)
 
     def _place(self, exchange: Exchange, number: int, count: int) -> PlacedTurn:
-        """Make room for `count` tokens of a turn that is read next; return where it will stand."""
+        """Make room for `count` tokens of the next turn; return the turn at its place."""
         pinned, turns = self.prompts.pinned, self.evictor.state.turns
         waiting = len(unread_ids(pinned, turns, self.tokens.length)) + len(exchange.closing_ids)
         self.evictor.make_room(waiting + count)
         if turns := self.evictor.state.turns:
             return PlacedTurn(exchange, number, turns[-1].end + len(exchange.closing_ids))
-        # The turn before has left, or there was none: there is nothing to close.
-        start = max(self.tokens.length, len(pinned))
-        return PlacedTurn(replace(exchange, closing_ids=()), number, start)
+        # No previous turn is attended, so there is nothing to close.
+        return PlacedTurn(replace(exchange, closing_ids=()), number, self._first_place())
+
+    def _place_again(self, turns: Sequence[PlacedTurn]) -> tuple[PlacedTurn, ...]:
+        return place_again(turns, self._first_place(), self.cache.geometry.window)
+
+    def _first_place(self) -> int:
+        """Return the place of the next turn if no turn is attended before it."""
+        return max(self.tokens.length, len(self.prompts.pinned))
 
     def _take_back_last(self) -> Exchange:
-        """Take the last turn back and return it; it is not recorded yet."""
+        """Take the last turn back and return it, without recording that."""
         if self.unanswered:
             taken = Exchange(self.unanswered, "", (), (), (), finish="interrupted")
             self.number, self.unanswered = self.number - 1, ""
             return taken
-        *turns, last = self._turns_or_refuse("taken back")
-        if take_back(self.tokens, self.cache, turns[-1].end if turns else last.start, ()):
-            self.evictor.state = replace(self.evictor.state, turns=tuple(turns))
-        elif last.start < self.cache.geometry.sinks:  # the sinks hold something of it
+        *turns, last = self._turns_or_refuse("take back")
+        if take_back(self.writer, turns[-1].end if turns else last.start, ()):
+            self.evictor.state = Idle(tuple(turns))
+        elif last.start < self.cache.geometry.sinks:  # some of it is in the sinks
             self._begin(self.system, self.stats.window)
         else:
-            empty_ring(self.tokens, self.cache)
+            empty_ring(self.writer)
             self.evictor.state = Idle(tuple(turns))
         self.number = last.number - 1
         self._count()
@@ -415,60 +413,60 @@ class ChatSession:
     def _turns_or_refuse(self, what: str) -> tuple[PlacedTurn, ...]:
         turns = self._settle()
         if not turns:
-            gone = self.stats.evicted_exchanges
-            said = "all that was said has left attention:" if gone else "nothing was said yet:"
-            raise ValueRefused(f"{said} there is nothing that could be {what}")
+            reason = "no question has been asked yet"
+            if self.stats.evicted_exchanges:
+                reason = "all exchanges have been evicted"
+            raise ValueRefused(f"there is nothing to {what}: {reason}")
         return turns
 
     def _settle(self) -> tuple[PlacedTurn, ...]:
-        """End a turn that is going on; return the turns that are attended.
+        """End a turn in progress and return the attended turns.
 
-        The stream is led to hold what the template renders of them, and nothing else; what is
-        missing is read later. The turn may have been interrupted anywhere, and an interrupt in here
-        is made good by the next call: nothing is done twice.
+        The stream is taken back to what it has in common with the template's text; the rest is read
+        later. The turn may have been interrupted anywhere, and so may this method: the next call
+        finishes the work, and nothing is done twice.
         """
         state = self.evictor.state
         if isinstance(state, Idle):
             return state.turns
-        if self.tokens.lookahead:  # guesses that were right, but not asked for: as if never made
+        if self.tokens.lookahead:  # right guesses that were not asked for
             self.tokens.rewind(self.tokens.lookahead)
-        turn, kind = state.finish(trim=self.template.trims), ChangeKind.ANSWER
+        turn, turns, refusal = state.finish(trim=self.template.trims), state.turns, ""
         try:
             exchange = self.prompts.settle(turn.exchange, turn.number == 1)
-            turn = replace(turn, exchange=exchange)
-            turns, start, wanted = (*state.turns, turn), turn.start, exchange.ids
+            turns = (*turns, replace(turn, exchange=exchange))
+            kind, changed = ChangeKind.ANSWER, {turn.number: exchange}
+            start, wanted = turn.start, exchange.ids
         except TemplateError as error:
-            self._notify(f"the question is taken back, its reply cannot be kept: {one_line(error)}")
-            turns, kind, wanted = state.turns, ChangeKind.UNDO, ()
-            start = turns[-1].end if turns else turn.start
-        if take_back(self.tokens, self.cache, start, wanted):
-            idle = Idle(turns, is_unsettled(turns, self.tokens.length))
-        elif kind is ChangeKind.UNDO and start < self.cache.geometry.sinks:
-            self._begin(self.system, self.stats.window)  # the sinks hold something of it
-            idle = Idle()
-        else:
-            again = (*state.before, *turns[len(state.turns) :])
-            idle = Idle(
-                place_again(self.tokens, self.cache, again, len(self.prompts.pinned)), settling=True
-            )
-        said = {turn.number: turn.exchange} if kind is ChangeKind.ANSWER else {}
-        self._note(kind, turn.number, said, idle.turns)
-        if kind is ChangeKind.UNDO:
+            refusal = f"the last question is taken back with its reply: {one_line(error)}"
+            kind, changed = ChangeKind.UNDO, {}
+            start, wanted = turns[-1].end if turns else turn.start, ()
+        if not take_back(self.writer, start, wanted):
+            if refusal and start < self.cache.geometry.sinks:  # some of it is in the sinks
+                self._begin(self.system, self.stats.window)
+                turns = ()
+            else:
+                empty_ring(self.writer)
+                turns = self._place_again((*state.before, *turns[len(state.turns) :]))
+        self._record(kind, turn.number, changed, turns)
+        if refusal:
             self.number = turn.number - 1
-        self.evictor.become_idle(idle)
+        self.evictor.become_idle(turns)
         try:
             if self.recorder:
                 self.recorder.flush()
         finally:
+            if refusal:  # only now: a notice may raise
+                self._notify(refusal)
             self._count()
         return self.evictor.state.turns
 
     def _read_settling(
         self, progress: Callable[[int], None] | None = None, before: int | None = None
     ) -> Coroutine[Piece, None]:
-        """Read what is to be read apart from a question; of a place and what follows, nothing."""
+        """Read what the stream is missing of its turns, up to the place `before`."""
         state = self.evictor.state
-        if not (isinstance(state, Idle) and state.settling):
+        if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length)):
             return
         ids = unread_ids(self.prompts.pinned, state.turns, self.tokens.length)
         if before is not None:
@@ -477,14 +475,12 @@ class ChatSession:
             self.evictor.make_room(len(ids), keep=1)
             yield from read_ids(self.tokens, ids, progress=progress)
             self.stats.settled += len(ids)
-        if before is None:
-            self.evictor.state = replace(self.evictor.state, settling=False)
         self._count()
 
-    # --- the stream, and what is said about it ---
+    # --- the stream, its statistics and the recorder ---
 
     def _begin(self, system: str | None, window: int | None) -> None:
-        """Allocate the stream; read nothing yet."""
+        """Allocate the stream without reading anything."""
         prompts = PromptBuilder(self.model.tokenizer, self.template, system, self.pin)
         pinned = len(prompts.pinned)
         sinks = self.model.sinks_for(pinned, self.sinks, window)
@@ -496,44 +492,42 @@ class ChatSession:
         self.stats.pinned, self.stats.cache_bytes = pinned, self.cache.nbytes
         self._count()
 
-    def _last_piece(self, piece: Piece) -> Piece:
-        exchanges, tokens = self.evictor.evicted_since_report()
-        return Piece(piece.text, piece.finish, self.cache.attended, exchanges, tokens)
-
-    def _count(self, asked: bool = False) -> None:
-        """Bring the statistics up to date, and say what has left, unless it was `asked` for."""
+    def _count(self, silent: bool = False) -> None:
+        """Update the statistics and report evictions, without a notice if `silent`."""
         self.stats.attended, self.stats.evicted = self.cache.attended, self.cache.evicted
         self.evictor.forget()
         exchanges, tokens = self.evictor.evicted_since_report()
         self.evictor.mark_reported()
         self.stats.evicted_exchanges += exchanges
-        if tokens > 0 and not asked and not self._eviction_reported:
+        if tokens > 0 and not silent and not self._eviction_reported:
             self._eviction_reported = True
             self._notify(eviction_notice(self.stats.window))
         if self.on_evict and (exchanges or tokens > 0):
             self.on_evict(exchanges, tokens)
 
-    def _note(
+    def _record(
         self,
         kind: ChangeKind,
         number: int,
-        exchanges: Mapping[int, Exchange],
-        turns: Sequence[PlacedTurn],
+        exchanges: Mapping[int, Exchange] | None = None,
+        turns: Sequence[PlacedTurn] | None = None,
     ) -> None:
-        if self.recorder:
-            # Of a question no token is attended yet, but it is going to be.
-            asked = kind is not ChangeKind.STAND or bool(self.unanswered)
-            first = turns[0].number if turns else number + (not asked)
-            sampler, window = self.sampler.state(), self.stats.window
-            change = Change(kind, number, exchanges, first, sampler, self.system, window)
-            self.recorder.record(change)
+        """Report a change to the recorder.
 
-    def _record(
-        self, kind: ChangeKind, number: int, exchanges: Mapping[int, Exchange] | None = None
-    ) -> None:
-        """Have a change written down that is no turn's end."""
-        self._note(kind, number, exchanges or {}, self.evictor.state.turns)
-        if self.recorder:
+        Args:
+            turns: the turns that will be attended after it; the caller then flushes the recorder
+                when they are. Default: those attended now, and the change is written at once.
+        """
+        if not self.recorder:
+            return
+        attended = self.evictor.state.turns if turns is None else turns
+        # A question counts as attended as soon as it is asked.
+        counts = kind is not ChangeKind.STAND or bool(self.unanswered)
+        first = attended[0].number if attended else number + (not counts)
+        sampler, window = self.sampler.state(), self.stats.window
+        change = Change(kind, number, exchanges or {}, first, sampler, self.system, window)
+        self.recorder.record(change)
+        if turns is None:
             self.recorder.flush()
 
     def _notify(self, notice: str) -> None:
@@ -542,9 +536,15 @@ class ChatSession:
 
 
 def is_unsettled(turns: Sequence[PlacedTurn], length: int) -> bool:
-    """Return whether a stream has more to read of turns than the end of an answer as it was."""
+    """Return whether a stream must read some of its turns before the next question.
+
+    The end of a reply that the template leaves as it was is read with the next question.
+
+    Args:
+        length: how many tokens the stream has read.
+    """
     if not turns:
         return False
     last = turns[-1]
-    read = last.exchange.settled_ids is None and last.start <= length
-    return last.end > length and not read
+    waits = last.exchange.settled_ids is None and last.start < length
+    return last.end > length and not waits

@@ -1,4 +1,4 @@
-"""Where saved conversations are, by name; knows nothing of what is in their files."""
+"""Where saved conversations are, by name; knows nothing about the contents of their files."""
 
 import re
 from contextlib import suppress
@@ -14,10 +14,10 @@ DATABASE = ".db"
 
 @dataclass(frozen=True)
 class SessionPaths:
-    """The files of one session, of which any may not exist.
+    """The files of one session, which need not exist.
 
     Attributes:
-        database: the conversation, which is what counts.
+        database: the transcript, which is authoritative.
         snapshot: the stream's state, which can be computed again.
         lock: held by the process that has the session open.
     """
@@ -26,33 +26,18 @@ class SessionPaths:
     snapshot: Path
     lock: Path
 
-    @property
-    def quarantine(self) -> Path:
-        """Where a snapshot goes that cannot be used."""
-        return self.snapshot.with_name(f"{self.snapshot.name}.unusable")
 
-
-def check_name(name: str) -> str:
-    """Return a session's name if it can be one.
+def session_paths(name: str) -> SessionPaths:
+    """Return the paths of a session's files.
 
     Raises:
-        SessionError: it cannot.
+        SessionError: the name is not valid.
     """
     if not NAME.fullmatch(name):
         raise SessionError(
             f"{name[:80]!r} cannot be a session's name; expected 1 to 64 letters (a-z, A-Z),"
-            " digits, '-', '_' and '.', and neither '.' nor '-' first"
+            " digits, '-', '_' and '.', starting with a letter, a digit or '_'"
         )
-    return name
-
-
-def session_paths(name: str) -> SessionPaths:
-    """Return where a session's files are.
-
-    Raises:
-        SessionError: it cannot be a name.
-    """
-    check_name(name)
     data = data_folder()
     return SessionPaths(
         database=data / f"{name}{DATABASE}",
@@ -62,7 +47,7 @@ def session_paths(name: str) -> SessionPaths:
 
 
 def session_names() -> list[str]:
-    """List the sessions there are, in the order of the alphabet.
+    """Return the names of all sessions in alphabetical order.
 
     Raises:
         SessionError: the folder cannot be read.
@@ -74,23 +59,23 @@ def session_names() -> list[str]:
         return []
     except OSError as error:
         raise SessionError(
-            f"{folder}: cannot be read: {error.strerror}; check it, or set MLX_STREAM_HOME to "
-            "another folder"
+            f"{folder}: cannot be read: {error.strerror}; check its permissions, or set "
+            "MLX_STREAM_HOME to another folder"
         ) from error
     return sorted(path.stem for path in found if NAME.fullmatch(path.stem) and is_file(path))
 
 
 def latest_session() -> str | None:
-    """Return the session that was written to last; None if there is none."""
+    """Return the name of the session that was written to last, or None."""
     return max(
         session_names(), key=lambda name: last_written(session_paths(name).database), default=None
     )
 
 
 def last_written(database: Path) -> int:
-    """Return when a session was last written to, in nanoseconds; 0 if it is gone."""
+    """Return when a session was last written to, in nanoseconds; 0 if it does not exist."""
     times = [0]
-    # What is new is written beside the database first.
+    # SQLite writes to the log first.
     for path in (database, database.with_name(f"{database.name}-wal")):
         with suppress(OSError):
             times.append(path.lstat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""What a snapshot remembers of a conversation, as plain JSON values; untrusted when it is read."""
+"""A conversation's notes in its snapshot, as plain JSON values; untrusted when they are read."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SnapshotMetadata:
-    """Which conversation a stream's state belongs to, and where in it.
+    """The conversation that a stream's state belongs to, and its state at that point.
 
     Attributes:
         session: the session's id.
-        head: the transcript's checksum of the turns that are attended; in a snapshot of version 1,
-            of all turns up to the last.
+        head: the transcript's checksum of the attended turns; in a snapshot of version 1, of all
+            turns up to the last.
     """
 
     session: str
@@ -26,7 +26,7 @@ class SnapshotMetadata:
     state: ConversationState
 
     def is_of(self, store: Store, found: "Snapshot") -> bool:
-        """Return whether a transcript holds the turns of a snapshot, whose metadata this is."""
+        """Return whether a transcript contains the turns of the snapshot with this metadata."""
         if self.state.turns > store.state.count:
             return False
         if found.version == 1:
@@ -34,7 +34,7 @@ class SnapshotMetadata:
         return self.head == store.head(self.state.first, self.state.turns)
 
     def plain(self) -> dict[str, Any]:
-        """Return it as values for JSON."""
+        """Return it as plain JSON values."""
         return {
             "session": self.session,
             "turns": self.state.turns,
@@ -45,10 +45,10 @@ class SnapshotMetadata:
 
 
 def parse_metadata(found: "Snapshot") -> SnapshotMetadata:
-    """Return what `plain` made of a snapshot.
+    """Return the metadata of a snapshot; the inverse of `plain`.
 
     Raises:
-        SnapshotError: it made something else.
+        SnapshotError: the snapshot is not of a conversation.
     """
     plain = found.about
     try:
@@ -61,11 +61,11 @@ def parse_metadata(found: "Snapshot") -> SnapshotMetadata:
             places = tuple((of_type(int, n), of_type(int, at)) for n, at in plain["places"])
         numbers = [number for number, _ in places]
         if not 0 < turns < 2**53 or sorted({0, *numbers, turns + 1}) != [0, *numbers, turns + 1]:
-            raise ValueError(f"turns {numbers[:3]} ... of {turns} are attended")
+            raise ValueError(f"turns {numbers[:3]} ... of {turns} cannot be attended")
         state = ConversationState(turns, places, of_type(str, plain["sampler"]))
         return SnapshotMetadata(of_type(str, plain["session"]), of_type(str, plain["head"]), state)
     except (KeyError, TypeError, ValueError) as error:
-        raise SnapshotError("it is not a conversation's") from error
+        raise SnapshotError("it is not the snapshot of a conversation") from error
 
 
 def of_type(kind: type, value: Any) -> Any:

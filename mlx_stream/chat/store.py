@@ -1,8 +1,8 @@
-"""One conversation <-> one SQLite file, which is the truth about it; knows no model and no stream.
+"""The transcript of a conversation in one SQLite file; knows no model and no stream.
 
-A turn is a row of `turns` and one of `messages` for each thing said in it, written in one
-transaction with the row of `session` that says where the conversation stands. Numbers of turns
-never change. See `schema` for what is checked when they are read.
+A turn is one row of `turns` and a row of `messages` for each of its texts, written in one
+transaction together with the row of `session`. The numbers of turns never change. `schema` says
+what is checked when they are read.
 """
 
 import os
@@ -18,7 +18,6 @@ from mlx_stream.chat.migrations import (
     check_schema,
     head_of_version_1,
     insert_row,
-    insert_turn,
     make_tables,
     prepare_database,
 )
@@ -49,17 +48,17 @@ from mlx_stream.program.sqlite import (
     reporting_errors,
 )
 
-SMALLEST = -(2**63)  # number of a row
+SMALLEST = -(2**63)  # the smallest row number
 
 
 class Store:
-    """A conversation's file, open.
+    """The open transcript of a conversation.
 
-    A method that raises has changed nothing, and the store can be used on. Whoever writes holds
-    the session's lock.
+    A method that raises has changed nothing, and the store can still be used. To write, hold the
+    session's lock.
 
     Attributes:
-        connection: SQLite's, for tests.
+        connection: the SQLite connection, for tests.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
@@ -67,10 +66,10 @@ class Store:
 
     @classmethod
     def create(cls, path: Path, header: SessionHeader, sampler: str) -> Self:
-        """Make a conversation without turns, and open it; it is whole or not there.
+        """Create a conversation without turns, atomically, and open it.
 
         Raises:
-            SessionError: there is one, or it cannot be written.
+            SessionError: it exists, or it cannot be written.
         """
         if os.path.lexists(path):
             raise SessionError(f"session {path.stem!r} exists; open it, or use another name")
@@ -79,7 +78,7 @@ class Store:
         with reporting_errors(path):
             state = TranscriptState(header, 1, sampler)
             state.check()
-            # Left by processes that were killed. A log would be played into the new database.
+            # Remains of killed processes. SQLite would replay an old log into the new database.
             for old in (*files(partial), *files(path)[1:]):
                 old.unlink(missing_ok=True)
             try:
@@ -96,22 +95,26 @@ class Store:
         return cls.open(path)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open a conversation; an older version's is brought to this one's form.
+    def open(cls, path: Path, locked: bool = False) -> Self:
+        """Open a conversation, and convert it if an earlier version wrote it.
+
+        Args:
+            locked: whether the caller holds the session's lock, which converting needs.
 
         Raises:
-            SessionError: it is not there, damaged, of a newer version, or cannot be opened.
+            SessionError: it is missing, damaged or written by a newer version, cannot be opened, or
+                must be converted while another process has the session open.
         """
         if not os.path.lexists(path):
-            raise SessionError(f"session {path.stem!r}: there is none; see that the name is right")
+            raise SessionError(f"session {path.stem!r} does not exist: check the name")
         if not is_file(path):
-            raise SessionError(f"session {path.stem!r}: {path} is a link or no file; move it away")
+            raise SessionError(f"session {path.stem!r}: {path} is not a regular file; move it away")
         with reporting_errors(path):
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)
             connection = connect(path, bytes_on_disk(path))
             try:
-                prepare_database(connection)
+                prepare_database(connection, None if locked else path.with_suffix(".lock"))
                 store = cls(path, connection)
                 _ = store.state
             except BaseException:
@@ -121,28 +124,25 @@ class Store:
 
     @property
     def state(self) -> TranscriptState:
-        """What the session is, and where it stands."""
+        """The session's header and its counts."""
         with self._transaction("BEGIN"):
             return self._state()
 
     def head(self, first: int, last: int) -> str:
-        """Return a checksum of the header and of some turns, hexadecimal.
+        """Return a checksum of the header and the turns `first` to `last`, hexadecimal.
 
-        It changes with any of them. It is taken from what is stored, not computed from the texts.
+        It is computed from the turns' stored checksums, not from their texts.
         """
         with self._transaction("BEGIN"):
             state, query = self._state(), "SELECT checksum FROM turns WHERE number BETWEEN ? AND ?"
             found = self.connection.execute(f"{query} ORDER BY number", (first, last)).fetchall()
             links = [link for (link,) in found]
             if first < 1 or last > state.count or len(links) != last - first + 1:
-                raise ValueError(f"there are no turns {first} to {last}, of {state.count}")
+                raise ValueError(f"there are no turns {first} to {last} of {state.count}")
             return digest("head", *astuple(state.header), first, *links)
 
     def head_of_version_1(self, count: int, fingerprint: str) -> str:
-        """Return what version 1 called the head after so many turns of a model.
-
-        Where one of them is damaged, it is another.
-        """
+        """Return the head that version 1 computed after `count` turns; wrong if one is damaged."""
         turns, _ = self.whole()
         header = replace(self.state.header, fingerprint=fingerprint)
         return head_of_version_1(header, turns[:count])
@@ -151,17 +151,25 @@ class Store:
         """Return the turns from number `first` on.
 
         Raises:
-            SessionError: one of them is not what was written.
+            SessionError: one of them is damaged.
         """
         with self._transaction("BEGIN"):
             return list(self._turns(self._state(), first))
 
     def exchanges(self, first: int = 1) -> dict[int, Exchange]:
-        """Return the turns that were answered, by number, from number `first` on; see `turns`."""
+        """Return the answered turns from number `first` on, by number; see `turns`."""
         return {t.number: t.exchange for t in self.turns(first) if t.state == ANSWERED}
 
+    def attended_turns(self) -> int:
+        """Return how many answered turns the stream attends to."""
+        with self._transaction("BEGIN"):
+            first = self._state().first
+            query = "SELECT count(*) FROM turns WHERE number >= ? AND state = ?"
+            ((count,),) = self.connection.execute(query, (first, ANSWERED)).fetchall()
+            return count
+
     def whole(self) -> tuple[list[StoredTurn], str]:
-        """Return the turns up to the first that is damaged, and a line about that, or ""."""
+        """Return the turns before the first damaged one, and a line about the damage or ""."""
         found: list[StoredTurn] = []
         try:
             with self._transaction("BEGIN"):
@@ -172,10 +180,7 @@ class Store:
         return found, ""
 
     def write(self, change: Change) -> None:
-        """Write what has happened; when this returns it is on disk.
-
-        There is no turn after the one that something has happened to.
-        """
+        """Write a change; it is on disk when this returns. Later turns than its own are removed."""
         with self._transaction("BEGIN IMMEDIATE"):
             state, kind = self._state(), change.kind
             kept = change.number - (kind is not ChangeKind.STAND)
@@ -192,7 +197,9 @@ class Store:
                 turn_state = ASKED if kind is ChangeKind.ASK else ANSWERED
                 turn, messages = StoredTurn(number, turn_state, exchange, time).rows()
                 checksum = turn_checksum(header.id, turn, messages)
-                insert_turn(self.connection, turn, messages, checksum)
+                insert_row(self.connection, "turns", (*turn, checksum))
+                for message in messages:
+                    insert_row(self.connection, "messages", message)
             last = self._column("checksum", count)
             first, recall_from = min(change.first, count + 1), min(state.recall_from, count + 1)
             self._write(TranscriptState(header, first, change.sampler, recall_from, count, last))
@@ -200,19 +207,19 @@ class Store:
             self._clear_log()
 
     def update(self, header: SessionHeader) -> None:
-        """Change what the session is, but for its id and when it was created.
+        """Replace the header, except for the id and the time of creation.
 
         Raises:
-            SessionError: it cannot be stored, or the header is another session's.
+            SessionError: it cannot be written, or it belongs to another session.
         """
         with self._transaction("BEGIN IMMEDIATE"):
             state = self._state()
             if (header.id, header.created) != (state.header.id, state.header.created):
-                raise ValueError("a session's id and time of creation do not change")
+                raise ValueError("a session's id and time of creation cannot change")
             self._write(replace(state, header=header))
 
     def verify(self) -> None:
-        """Read all of the file, and compare it with its checksums.
+        """Read the whole file and compare it with its checksums.
 
         Raises:
             SessionError: it is damaged.
@@ -226,10 +233,10 @@ class Store:
                 pass
             stray = "SELECT count(*) FROM messages WHERE turn NOT IN (SELECT number FROM turns)"
             if self.connection.execute(stray).fetchone() != (0,):
-                raise ValueError("there are messages of no turn")
+                raise ValueError("some messages belong to no turn")
 
     def close(self) -> None:
-        """Close the file, and the log beside it if no one else has it open."""
+        """Close the file, and empty its log if no other process has it open."""
         self._clear_log()
         self.connection.close()
 
@@ -243,8 +250,9 @@ class Store:
     def _transaction(self, begin: str) -> Iterator[None]:
         with reporting_errors(self.path):
             try:
-                # An interrupt may have left one open; for reading, no value exceeds its file.
+                # An interrupt may have left a transaction open.
                 self.connection.rollback()
+                # No value that is read can be longer than the file.
                 longest = bytes_on_disk(self.path) if begin == "BEGIN" else LONGEST_ROW
                 limit_length(self.connection, longest)
                 self.connection.execute(begin)
@@ -255,28 +263,28 @@ class Store:
                 raise
 
     def _state(self) -> TranscriptState:
-        """Return the row of `session`, and see that the last turn is the one it names."""
+        """Return the row of `session` after checking that it names the last turn."""
         with reporting_damage():
             rows = self.connection.execute("SELECT * FROM session LIMIT 2").fetchall()
             if len(rows) != 1 or rows[0][0] != 1:
-                raise ValueError("it has no row that says what it is, or several")
+                raise ValueError("it must have exactly one row that describes it")
             state = state_of(rows[0])
             last = "SELECT number, checksum FROM turns ORDER BY number DESC LIMIT 1"
             found = self.connection.execute(last).fetchone() or (0, "")
             if found != (state.count, state.last):
-                raise ValueError("its last turn is not the one it had")
+                raise ValueError("its last turn was removed or replaced")
             return state
 
     def _turns(self, state: TranscriptState, first: int) -> Iterator[StoredTurn]:
         with reporting_damage():
             number = first - 1
-            # A row before the first is one too many.
+            # Read from the smallest number, to find rows that do not belong there.
             start = first if number else SMALLEST
             query = "SELECT * FROM turns WHERE number >= ? ORDER BY number"
-            said = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
+            messages_query = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
             for *turn, checksum in self.connection.execute(query, (start,)):
                 number += 1
-                messages = self.connection.execute(said, (number,)).fetchmany(3)
+                messages = self.connection.execute(messages_query, (number,)).fetchmany(3)
                 row = tuple(turn)
                 if turn[0] != number:
                     raise ValueError(f"turn {number} is missing")
@@ -284,10 +292,10 @@ class Store:
                     raise ValueError(f"turn {number} was altered")
                 yield turn_of(row, messages)
             if number != state.count:
-                raise ValueError("turns are missing, or are too many")
+                raise ValueError("it has too few or too many turns")
 
     def _column(self, name: str, number: int) -> str:
-        """Return a value of a turn's row, "" if there is no such turn."""
+        """Return one column of a turn's row, or "" if there is no such turn."""
         query = f"SELECT {name} FROM turns WHERE number = ?"
         return (self.connection.execute(query, (number,)).fetchone() or ("",))[0]
 
@@ -296,7 +304,7 @@ class Store:
         insert_row(self.connection, "session", state.row())
 
     def _clear_log(self) -> None:
-        """Write the log into the database and empty it, so that what was removed is in neither."""
-        # It was committed. What cannot be done now is done when it is next closed.
+        """Move the log into the database, so that neither contains what was removed."""
+        # The change is committed. If this fails now, closing the file tries again.
         with suppress(sqlite3.Error):
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

@@ -148,8 +148,8 @@ def edit(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutco
         return CommandOutcome(pieces=chat.edit(argument, progress=progress))
     question = chat.unanswered or "".join(e.question for e in chat.exchanges[-1:])
     if not question:
-        raise ValueRefused("there is no question yet to be edited")
-    # The line itself says that it replaces a question: dropped, it has changed nothing.
+        raise ValueRefused("there is nothing to edit: no question has been asked yet")
+    # The line says itself that it replaces a question: dropped, it has changed nothing.
     return CommandOutcome(prefill=f"/edit {question}")
 
 

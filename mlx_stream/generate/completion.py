@@ -48,11 +48,13 @@ def stream(
     check_max_tokens(max_tokens)
     stats = Stats() if stats is None else stats
 
-    def tell(notice: str) -> None:
+    def report_notice(notice: str) -> None:
         stats.add_notices(notice)
         notify(notice)
 
-    writer = writer_factory(model, speculate, draft, kv_bits, sampling)(sinks, window, tell)
+    writer = writer_factory(model, speculate, draft, kv_bits, sampling)(
+        sinks, window, report_notice
+    )
     ids = model.tokenizer.encode(prompt)
     if not ids:
         raise TextError("the prompt is empty: give at least one character")
@@ -63,16 +65,13 @@ def stream(
     stats.cache_bytes = cache.nbytes
     capacity = cache.geometry.sinks + cache.geometry.window
     if len(ids) > capacity:
-        tell(
+        report_notice(
             f"the text of {len(ids):,} tokens is longer than sinks and window together "
             f"({capacity:,} tokens): all of it is read, but only its end stays attended"
         )
     reply = ReplyDecoder(model.tokenizer.decoder(), stop, remember=False)
-    told, ends = cumulative(progress, len(ids)), model.tokenizer.eos_ids
-    yield (
-        yield from drive(
-            write_reply(writer, ids, sampler, max_tokens, ends, reply, stats, progress=told)
-        )
-    )
+    total, ends = cumulative(progress, len(ids)), model.tokenizer.eos_ids
+    steps = write_reply(writer, ids, sampler, max_tokens, ends, reply, stats, progress=total)
+    yield (yield from drive(steps))
     if cache.evicted and len(ids) <= capacity:
-        tell(eviction_notice(stats.window))
+        report_notice(eviction_notice(stats.window))

@@ -46,7 +46,6 @@ class DraftLengthController:
     def __init__(self) -> None:
         self._chances = [AcceptanceRate(FIRST_WEIGHT * p, FIRST_WEIGHT) for p in FIRST_CHANCES]
         self._seconds: dict[int, deque[float]] = {}
-        self._skipped: set[int] = set()
         self._plain = 0  # steps of one token since the last longer step
 
     def chance(self, matched: int) -> float:
@@ -63,10 +62,10 @@ class DraftLengthController:
     def record_step(self, rows: int, seconds: float) -> None:
         """Learn from the duration of a step of `rows` tokens."""
         self._plain = self._plain + 1 if rows == 1 else 0
-        if rows not in self._skipped:  # the first one may compile
-            self._skipped.add(rows)
-            return
-        self._seconds.setdefault(rows, deque(maxlen=MEASURED)).append(seconds)
+        if rows in self._seconds:
+            self._seconds[rows].append(seconds)
+        else:  # the first one may compile, so it is not counted
+            self._seconds[rows] = deque(maxlen=MEASURED)
 
     def cost(self, rows: int) -> float:
         """Return the cost of a step of `rows` tokens, in steps of one token.

@@ -62,16 +62,17 @@ def save_snapshot(path: Path, stream: TokenStream, model: str, about: dict[str, 
     path = path.absolute()
     state = stream.state()
     arrays = {name: value for name, value in state.items() if isinstance(value, mx.array)}
+    # safetensors has no empty tensors, such as the sinks of a stream without sinks.
+    empty = {name: array for name, array in arrays.items() if not array.size}
     header = {
         "format": FORMAT,
         "version": VERSION,
         "model": model,
         "numbers": {name: value for name, value in state.items() if isinstance(value, int)},
-        # safetensors has no empty tensors, such as the sinks of a stream without sinks.
-        "empty": {n: [a.shape, dtype_name(a)] for n, a in arrays.items() if not a.size},
+        "empty": {n: [a.shape, str(a.dtype).removeprefix("mlx.core.")] for n, a in empty.items()},
         "about": about,
     }
-    arrays = {name: array for name, array in arrays.items() if array.size}
+    arrays = {name: array for name, array in arrays.items() if name not in empty}
     text = json.dumps(header)
     metadata = {"header": text, "checksum": checksum(text, arrays)}
     try:
@@ -170,7 +171,3 @@ def checksum(header: str, arrays: dict[str, mx.array]) -> str:
         digest.update(f"{name} {array.shape} {array.dtype}".encode())
         digest.update(raw_bytes(array))
     return digest.hexdigest()
-
-
-def dtype_name(array: mx.array) -> str:
-    return str(array.dtype).removeprefix("mlx.core.")

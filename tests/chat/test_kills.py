@@ -244,5 +244,5 @@ def test_what_the_dead_left_goes_with_the_session(model: Model, kills: Kills) ->
     unfinished.write_text("a system prompt")
     manage.remove_session("x")
     assert not unfinished.exists()
-    with pytest.raises(SessionError, match="there is none"):
+    with pytest.raises(SessionError, match="does not exist"):
         manage.remove_session("x")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlx_stream
-from mlx_stream.chat.session_files import check_name, latest_session, session_names, session_paths
+from mlx_stream.chat.session_files import latest_session, session_names, session_paths
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.paths import cache_folder, data_folder, private
 from tests.chat.test_store import refusal
@@ -121,7 +121,6 @@ def test_what_is_no_lock(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a", "_", "A-z_0.9", "9", "x" * 64, "a.db", "a..b", "con"])
 def test_names(name: str) -> None:
-    assert check_name(name) == name
     found = session_paths(name)
     assert found.database.parent == found.lock.parent == data_folder()
     assert found.database.stem == found.lock.stem == found.snapshot.stem == name
@@ -133,8 +132,7 @@ def test_names(name: str) -> None:
     ids=lambda name: ascii(name)[:20],
 )
 def test_names_that_cannot_be(name: str) -> None:
-    for function in (check_name, session_paths):
-        assert "cannot be a session's name; expected" in refusal(function, name)
+    assert "cannot be a session's name; expected" in refusal(session_paths, name)
 
 
 def test_folders_are_only_its_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

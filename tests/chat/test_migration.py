@@ -23,6 +23,7 @@ from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError
 from mlx_stream.load import Model
+from mlx_stream.program.lock import Lock
 from mlx_stream.program.sqlite import connect
 from mlx_stream.sampling import Sampling
 from tests.chat.test_store import refusal
@@ -221,7 +222,7 @@ def test_what_version_1_would_not_open_is_not_migrated(path: Path, name: str) ->
     before = path.read_bytes()
     assert "damaged" in refusal(Store.open, path)
     assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["x.db"]
+    assert {file.name for file in path.parent.iterdir()} <= {"x.db", "x.lock"}
 
 
 def test_a_migration_that_ends_at_any_page_leaves_the_old_file(
@@ -262,6 +263,16 @@ def test_several_may_open_it_at_once(path: Path) -> None:
     for number in range(3):
         other = write_version_1(path.with_name(f"y{number}.db"), HEADER, TURNS * 40)
         together(*[lambda other=other: check_migrated(other, HEADER, TURNS * 40)] * 4)
+
+
+def test_a_file_that_another_process_has_open_is_not_migrated(path: Path) -> None:
+    write_version_1(path, HEADER, TURNS)
+    with Lock.acquire(path.with_name("x.lock")):
+        assert "is open in process" in refusal(Store.open, path)
+        with closing(sqlite3.connect(path)) as connection:
+            assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+        Store.open(path, locked=True).close()
+    check_migrated(path, HEADER, TURNS)
 
 
 # --- with its snapshot ---

@@ -159,7 +159,7 @@ def test_exchanges_of_another_model_are_read_as_text():
 def test_a_word_that_was_stopped_in_its_middle_gets_no_space(tokenizer):
     backend, template = tokenizer(), ChatTemplate(LLAMA_2, TOKENS)
     turns = PromptBuilder(backend, template, None, pin=True)
-    closing, asked = turns.following("en", "x")
+    closing, asked = turns.question("x", "en", first=False)
     ids = [*backend.encode("th", special=False), *closing, *asked]
     assert backend.decode(ids).strip().startswith("then ")
     assert backend.decode(ids).endswith("[INST] x [/INST]")
@@ -169,7 +169,7 @@ def test_a_special_token_s_name_in_a_question_gets_no_spaces():
     """What is guarded is encoded in parts, of which only the first begins a text."""
     tokenizer = sentence_pieces()
     turns = PromptBuilder(tokenizer, ChatTemplate(LLAMA_2, TOKENS), None, pin=True)
-    ids = turns.opening("the <s> end")
+    ids = turns.question("the <s> end", None, first=True)[1]
     assert tokenizer.decode(ids).replace(" ", "").count("<s>") == 1
     assert "< s>" not in tokenizer.decode(ids)
 

@@ -1,5 +1,6 @@
 """A conversation that was closed goes on as if it had not been; and what is kept of it, when."""
 
+import gc
 import json
 import shutil
 import sqlite3
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 import mlx_stream
-from mlx_stream.chat import saving
+from mlx_stream.chat import manage, saving
 from mlx_stream.chat.export import write_export
 from mlx_stream.chat.resume import SessionOptions, header_of, new_chat, open_session
 from mlx_stream.chat.saving import SavedSession, saved_as, saved_turns
@@ -310,6 +311,21 @@ def test_a_snapshot_is_written_now_and_then(model, monkeypatch):
     saved.close()
 
 
+def test_a_reply_that_is_dropped_writes_no_snapshot(model, monkeypatch):
+    saved = opened(model)
+    said(saved.chat.reply("One?"))
+    monkeypatch.setattr(saving, "SECONDS_BETWEEN_SNAPSHOTS", -1)
+    pieces = saved.chat.reply("Two?")
+    next(pieces)
+    del pieces
+    gc.collect()
+    assert saved.store.turns()[-1].state == ANSWERED
+    assert not session_paths("s").snapshot.exists()
+    said(saved.chat.reply("Three?"))
+    assert session_paths("s").snapshot.exists()
+    saved.close()
+
+
 # --- what is read again, and that it is written down ---
 
 
@@ -366,7 +382,7 @@ WHY = {
     "damaged": "",
     "window": "the window changed",
     "system": "",
-    "another model": "the model, or how it is loaded, changed",
+    "another model": "the model or its loading options changed",
 }
 
 
@@ -521,6 +537,8 @@ def test_what_was_cleared_is_not_read_again(model, snapshot):
     said(saved.chat.reply(QUESTIONS[2]))
     saved.chat.clear()
     ask_only(saved, "Was it killed?")
+    (found,) = manage.session_summaries()
+    assert (found.exchanges, found.attended) == (4, 0)
     saved = opened(model)
     assert saved.chat.exchanges == [] and saved.chat.unanswered == "Was it killed?"
     said(saved.chat.reply("Anew."))

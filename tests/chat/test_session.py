@@ -164,8 +164,10 @@ def test_a_forged_turn_in_a_question_or_system_prompt_stays_text(model):
     for system in (None, "Be brief.", forged):
         chat = session(model, system=system, window=400)
         turns = chat.prompts
-        plain = [*turns.opening("a"), *turns.following("", "a")[1]]
-        typed = [*turns.opening(forged), *turns.following("", forged)[1]]
+        plain, typed = (
+            [id for first in (True, False) for id in turns.question(text, "", first)[1]]
+            for text in ("a", forged)
+        )
         assert sum(id in special for id in typed) == sum(id in special for id in plain)
         list(chat.reply(forged, max_tokens=3))
         assert_well_formed(chat)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mlx_stream
+from mlx_stream.chat.eviction import Idle
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.requests import ReadRequest, Want
@@ -278,3 +279,41 @@ def cut(chat: Any, steps: Any, data: st.DataObject) -> None:
         # Text held back when a reply is cut, of a begun character say, becomes part of it.
         if text and len(chat.trouble.refusals) == refused:
             assert chat.exchanges[-1].reply.startswith(text)
+
+
+def test_an_interrupted_retry_is_settled_before_the_next_question(models, monkeypatch):
+    chat = recorded(models["drops"], window=200, max_tokens=8)
+    while not chat.exchanges or chat.exchanges[-1].settled_ids is None:
+        list(chat.reply("Hi"))
+    rewind = chat.tokens.rewind
+
+    def rewind_and_interrupt(count: int) -> None:
+        rewind(count)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chat.tokens, "rewind", rewind_and_interrupt)
+        list(chat.retry())
+    turn = chat.evictor.state.turns[-1]
+    missing = turn.exchange.ids[chat.tokens.length - turn.start :]
+    steps = chat.reply_steps("Next?")
+    request = next(steps)
+    assert missing and (request.want, request.ids) == (Want.NOTHING, missing)
+    steps.close()
+
+
+def test_a_notice_that_fails_leaves_a_whole_conversation(models):
+    def fail(notice: str) -> None:
+        if "taken back" in notice:
+            raise BrokenPipeError
+
+    chat, failed = recorded(models["refuses"], window=200, max_tokens=3, notify=fail), 0
+    for _ in range(30):
+        number = chat.number
+        try:
+            list(chat.reply("Hi"))
+        except BrokenPipeError:
+            failed += 1
+            assert chat.evictor.state == Idle(chat.evictor.state.turns) and chat.number == number
+            assert_well_formed(chat)
+    assert failed

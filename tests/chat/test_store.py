@@ -264,7 +264,7 @@ def test_a_head_changes_with_what_it_covers(store: Store) -> None:
     store.update(header=replace(HEADER, system=None))
     assert not set(after.values()) & set(heads().values())
     for first, last in ((1, 5), (5, 5), (0, 4), (-1, 2), (4, 1), (6, 5)):
-        assert f"no turns {first} to {last}, of 4" in refusal(store.head, first, last)
+        assert f"no turns {first} to {last} of 4" in refusal(store.head, first, last)
 
 
 def test_only_its_user_may_read_it(path: Path) -> None:
@@ -324,14 +324,14 @@ def test_sqlite_is_set_to_lose_nothing_and_trust_nothing(store: Store) -> None:
 
 
 def test_a_name_that_is_taken_or_is_no_file(path: Path, tmp_path: Path) -> None:
-    assert refusal(Store.open, path).startswith("session 'a.b': there is none")
+    assert refusal(Store.open, path).startswith("session 'a.b' does not exist")
     kept(path, ODD)
     assert "exists" in refusal(Store.create, path, HEADER, START)
     link = tmp_path / "link.db"
     link.symlink_to(path)
-    assert "is a link" in refusal(Store.open, link)
+    assert "is not a regular file" in refusal(Store.open, link)
     (tmp_path / "folder.db").mkdir()
-    assert "no file" in refusal(Store.open, tmp_path / "folder.db")
+    assert "is not a regular file" in refusal(Store.open, tmp_path / "folder.db")
     with Store.open(path) as store:
         assert said(store) == ODD
     assert "closed" in refusal(store.write, changed(ANSWER, 5, ODD[0]))

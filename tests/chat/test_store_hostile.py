@@ -287,7 +287,7 @@ def test_messages_after_the_last_turn_are_not_taken_for_the_next_one(tmp_path: P
     for turn in (5, 9):
         connection.execute(f"INSERT INTO messages SELECT {turn}, 2 + {WORDS} = 2")
     with Store.open(tmp_path / "x.db") as store:
-        assert "messages of no turn" in refusal(store.verify)
+        assert "messages belong to no turn" in refusal(store.verify)
         store.write(changed(ANSWER, 5, LONG))
         assert exchanges_of(store) == [*ODD, LONG]
         store.verify()
@@ -369,7 +369,7 @@ def test_files_that_are_no_session(tmp_path: Path) -> None:
         assert "damaged" in held(path)
     path.unlink()
     os.mkfifo(path)
-    assert "no file" in held(path)
+    assert "not a regular file" in held(path)
     path.unlink()
     shutil.copy(sys.executable, path)
     assert "damaged" in held(path)

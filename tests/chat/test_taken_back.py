@@ -104,7 +104,7 @@ def test_no_state_and_no_snapshot_has_it(model, options, way, first):
     check(saved.chat.tokens, model)
     saved.close()
     where, wanted = session_paths("s"), ids_of(model, SECRET)
-    for path in (where.snapshot, where.database, where.quarantine):
+    for path in (where.snapshot, where.database):
         stays = way is cleared and path == where.database  # what was said is still said
         if path.exists() and not stays:
             assert SECRET.encode() not in path.read_bytes()
@@ -131,7 +131,7 @@ def test_a_retried_reply_leaves_nothing_of_the_one_before(model, options):
 
 
 @pytest.mark.parametrize("all_taken_back", [False, True])
-def test_a_quarantined_snapshot_goes_with_the_next_one(model, options, all_taken_back):
+def test_an_unusable_snapshot_goes_with_the_next_one(model, options, all_taken_back):
     saved = open_session("s", model, options)
     said(saved.chat.reply(OTHER))
     said(saved.chat.reply(SECRET))
@@ -140,11 +140,11 @@ def test_a_quarantined_snapshot_goes_with_the_next_one(model, options, all_taken
     saved._let_go()  # killed before the snapshot is written anew
     again = open_session("s", model, options)
     paths = session_paths("s")
-    assert paths.quarantine.exists()
+    assert paths.snapshot.exists()
     if all_taken_back:
         again.chat.undo()
     again.close()
-    assert not paths.quarantine.exists() and paths.snapshot.exists() != all_taken_back
+    assert paths.snapshot.exists() != all_taken_back
     assert all_taken_back or ids_of(model, SECRET) not in paths.snapshot.read_bytes()
 
 

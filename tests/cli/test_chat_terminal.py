@@ -106,7 +106,7 @@ def test_control_c_ends_a_reply_which_is_saved_and_the_next_evening_goes_on(lett
 
 
 NOT_ANSWERED = (
-    "mlx_stream: the last question was not answered, the program ended before: /retry answers it"
+    "mlx_stream: the last question was not answered because the program ended: /retry answers it"
 )
 
 

@@ -245,9 +245,9 @@ def test_export_writes_what_was_said(chat, tmp_path, monkeypatch, line, file):
 def test_an_empty_conversation_has_nothing_to_edit_or_retry(model):
     chat = new_chat(model, SessionOptions(), discard)
     answered(say("/system", chat), "there is no system prompt")
-    answered(say("/edit", chat), "there is no question yet to be edited")
-    for line, what in (("/edit a", "edited"), ("/retry", "answered again")):
-        assert what in say(line, chat).text and not chat.exchanges
+    for line, what in (("edit", "edit"), ("edit a", "edit"), ("retry", "answer again")):
+        said = f"there is nothing to {what}: no question has been asked yet"
+        answered(say(f"/{line}", chat), said)
 
 
 def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken_back(chat):
@@ -284,7 +284,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
         ("/save taken", "session 'taken' "),
         ("/export", "/export needs an argument: /export FILE"),
         ("/export ~nobody-of-this-name/a.md", "/export ~nobody-of-this-name/a.md: "),
-        ("/export talk\nof.txt", "talk of.txt: give a file that ends in .md or .json"),
+        ("/export talk\nof.txt", "talk of.txt: the name must end in .md or .json"),
         ("/export no-such-folder/talk.md", "no-such-folder/talk.md: cannot be written: "),
     ],
 )
@@ -324,7 +324,7 @@ def test_a_snapshot_that_cannot_be_written_is_one_line(saved):
     path = session_paths("letters").snapshot
     path.mkdir(parents=True)
     text = say("/save", saved.chat).text
-    assert "all that was said is saved, but not the stream's state" in text and "\n" not in text
+    assert "the conversation is saved, but the stream's state is not" in text and "\n" not in text
     path.rmdir()
     assert say("/save", saved.chat).text.startswith("saved as letters")
 

@@ -45,8 +45,8 @@ OPTIONS = SessionOptions(
     system="You are brief.", window=WINDOW, sampling=Sampling(1.0), max_tokens=LONGEST_REPLY
 )
 # Why a snapshot that is whole may still not be all that is needed.
-HARMLESS = ("they are not in", "there is no snapshot", "taken back since")
-UNANSWERED = "the last question was not answered, the program ended before: /retry answers it"
+HARMLESS = ("they are not in", "there is no snapshot", "taken back later")
+UNANSWERED = "the last question was not answered because the program ended: /retry answers it"
 DEADLINE = 120.0
 # What a turn is: its state, its question, and all of it where that is known.
 Turn = tuple[str, str, Exchange | None]
@@ -328,7 +328,6 @@ class Kills:
 def left_over(home: Path, name: str) -> list[str]:
     """Return what is there of a session beside its own files."""
     own = {f"{name}.{end}" for end in ("db", "db-wal", "db-shm", "lock", "safetensors")}
-    own.add(f"{name}.safetensors.unusable")
     found = [
         path.name for path in home.glob("s*/*") if path.name.lstrip(".").startswith(f"{name}.")
     ]

@@ -31,7 +31,7 @@ def read_ids(
         exchange = turns.settle(exchange, number == 1)
         ids += closing + exchange.ids
         rest = turns.rest_of(exchange)
-    closing, _ = turns.following(rest or "", "x")
+    closing, _ = turns.question("x", rest or "", first=False)
     return [*ids, *closing]
 
 

@@ -85,8 +85,6 @@ def folder(path: Path, luck: Random) -> None:
     path.mkdir()
     if luck.random() < 0.5:
         (path / "x").write_text("x")
-    if luck.random() < 0.5:
-        path.with_name(f"{path.name}.unusable").write_text("x")
 
 
 def pipe(path: Path, luck: Random) -> None:

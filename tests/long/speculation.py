@@ -99,7 +99,7 @@ def tasks(model: Model, options: argparse.Namespace) -> None:
     for name, question in TASKS.items():
         if options.task and name not in options.task:
             continue
-        prompt = [*turns.pinned, *turns.opening(question)]
+        prompt = [*turns.pinned, *turns.question(question, None, first=True)[1]]
         speeds: dict[str, list[float]] = {way: [] for way in ways}
         shown, share, same = [], 0.0, []
         for run in range(options.runs):
