@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_replies(model):
 def test_a_refused_request_changes_nothing(model):
     chat = session(model, system="Brief.")
     for act in (chat.undo, chat.retry, lambda: chat.edit("And?")):
-        with pytest.raises(ValueRefused, match="nothing was said yet"):
+        with pytest.raises(ValueRefused, match="no question has been asked yet"):
             act()
     said(chat.reply("One?"))
     before, length = chat.exchanges, chat.tokens.length
