@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, settings
 from mlx_stream.load import Model, load
 from tests.fakes import tiny_models
 from tests.fakes.shell import SMALL
-from tests.fakes.tiny import tiny_config, tiny_weights, write_letters, write_tiny
+from tests.fakes.tiny import tiny_config, write_letters, write_model
 
 # huggingface_hub reads the environment once, when it is imported: nothing listens on port 9.
 NOWHERE = "http://127.0.0.1:9"
@@ -91,8 +91,7 @@ def tiny_model() -> Callable[..., Model]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model that says anything."""
-    config = tiny_config()
-    return write_tiny(tmp_path_factory.mktemp("cli") / "tiny", config, tiny_weights(config))
+    return write_model(tmp_path_factory.mktemp("cli") / "tiny")
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +103,7 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model with nothing wrong; not to be changed."""
-    config = tiny_config(**SMALL)
-    return write_tiny(tmp_path_factory.mktemp("bad") / "model", config, tiny_weights(config))
+    return write_model(tmp_path_factory.mktemp("bad") / "model", **SMALL)
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ class SlowAttention:
         return out
 
     def evict(self, count: int) -> None:
-        """Drop the oldest `count` attended tokens that are no sinks: o moves forward for good."""
+        """Drop the oldest `count` attended tokens that are not sinks: o moves forward for good."""
         if self.dense or not 0 <= count <= self.n - self.oldest:
             raise ValueError(f"cannot evict {count} of tokens {self.oldest} to {self.n - 1}")
         if count:
@@ -289,7 +289,7 @@ class SlowLlama:
         return np.stack([self.step(int(token)) for token in ids])
 
     def evict(self, count: int) -> None:
-        """Drop the oldest `count` attended tokens that are no sinks, in all layers."""
+        """Drop the oldest `count` attended tokens that are not sinks, in all layers."""
         for attention in self.attention.values():
             attention.evict(count)
 

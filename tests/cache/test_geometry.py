@@ -163,14 +163,3 @@ def test_extents_hold_what_was_written_in_few_sizes(last, sinks, window):
     finer = geometry.chunk_prefix_rows(last)
     assert max(geometry.row(token) for token in range(last + 1)) < finer <= extent
     assert finer == geometry.rows or (finer % 128 == 0 and finer - last <= max(128, last / 4))
-
-
-def test_large_rings_mask_as_rule_1_says_while_they_fill():
-    geometry = Geometry(sinks=5, window=590, spare=8)
-    for length in (0, 5, 255, 256, 257, 511, 512, 594, 595, 603, 604, 2_000, FAR):
-        place = StreamPosition(length, max(geometry.sinks, length - geometry.ring), 0)
-        expected = attends(geometry, place, length)
-        extent = geometry.prefix_rows(length)
-        mask = geometry.decode_mask(place, extent)
-        assert mask is not None
-        assert mask.tolist() == [t in expected for t in holders(geometry, length)[:extent]]

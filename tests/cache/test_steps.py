@@ -59,7 +59,7 @@ def stream(shape: Shape, length: int, evicted: int) -> StreamCache:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_committed_changes_nothing(kind):
+def test_an_uncommitted_step_changes_nothing(kind):
     shape, length, evicted, count, verify, expected = KINDS[kind]
     cache, undisturbed = (stream(shape, length, evicted) for _ in range(2))
     for one in (cache, undisturbed):
@@ -88,7 +88,7 @@ def test_what_is_not_committed_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("count", [1, 9])
-def test_what_is_not_committed_changes_no_dense_cache(count):
+def test_an_uncommitted_step_does_not_change_a_dense_cache(count):
     shape = Shape()
     cache = DenseCache(shape.attention())
     step, _ = compute(cache, shape, 7, False)

@@ -1,7 +1,5 @@
 """The cache alone against the slow reference: every row of every step, whatever is done to it."""
 
-import itertools
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -215,20 +213,9 @@ def test_streams_that_share_a_state_do_not_disturb_each_other(old_reads_on):
     twins.read(1)
 
 
-def test_many_reanchorings_add_no_error():
-    twins = Twins(Shape(sinks=2, window=4, layers=1))
-    clocks = []
-    for _ in range(300):
-        twins.read(1)
-        clocks.append(twins.cache.position.clock)
-    turned_back = sum(later < sooner for sooner, later in itertools.pairwise(clocks))
-    assert turned_back > 30
-    assert max(clocks) <= 12
-
-
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("count", [1, 4])
-def test_what_is_written_after_a_rewind_past_a_lowered_clock_is_of_the_new_clock(sinks, count):
+def test_rows_written_after_a_rewind_past_a_lowered_clock_have_the_new_clock(sinks, count):
     twins = Twins(Shape(sinks=sinks, window=20, head_dim=64, layers=1, bits=8), tolerance=1e-3)
     for _ in range(3):
         lag, since = twins.cache.position.clock_offset, twins.cache.position.clock_epoch

@@ -3,13 +3,12 @@
 import pytest
 
 from mlx_stream.load import Model, load
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.tiny import write_model
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    config = tiny_config(head_dim=64)
-    return write_tiny(tmp_path_factory.mktemp("chat") / "model", config, tiny_weights(config))
+    return write_model(tmp_path_factory.mktemp("chat") / "model", head_dim=64)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +18,13 @@ from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.load import Model
+from tests.fakes.conversations import leave_unanswered
 from tests.fakes.faults import fault
 from tests.fakes.killed_chat import (
     OPTIONS,
     UNANSWERED,
     Kills,
     check_attended,
-    kill_in_reply,
     left_over,
     turns_of,
 )
@@ -65,7 +64,7 @@ def test_a_killed_chat_loses_no_turn_it_committed(kills: Kills) -> None:
 
 
 def opens(kills: Kills, saved: SavedSession) -> str:
-    """See that a session verifies, and opens as it was; return what is said of its snapshot."""
+    """See that a session verifies, and opens as it was; return the line about its snapshot."""
     kills.said["x"] = turns_of(saved.store.turns())
     # A folder that could not be removed; it is when the session is next opened or written.
     assert len(left_over(kills.home, "x")) <= 1
@@ -153,17 +152,6 @@ def test_a_full_database(kills: Kills, model: Model) -> None:
 ONE, TWO, THREE = "One? Say it.", "And two?\nWhy?", "Three."
 
 
-def reopened(model: Model, unanswered: str = "") -> SavedSession:
-    """Open a session that is whole; see that it says of a question that it was not answered."""
-    notices: list[str] = []
-    manage.verify_session("x")
-    saved = open_session("x", model, OPTIONS, notices.append)
-    assert saved.chat.unanswered == unanswered
-    assert (UNANSWERED in notices) == bool(unanswered)
-    check_attended(saved.chat, turns_of(saved.store.turns()))
-    return saved
-
-
 def states(saved: SavedSession) -> list[tuple[int, str, str]]:
     return [(turn.number, turn.state, turn.exchange.question) for turn in saved.store.turns()]
 
@@ -192,46 +180,45 @@ WAYS = {
 
 
 @pytest.mark.parametrize("before", [(), (ONE,)], ids=["first", "second"])
+@pytest.mark.parametrize("name", WAYS)
 def test_a_killed_reply_leaves_its_question_until_something_is_done_about_it(
-    model: Model, folder: Path, before: tuple[str, ...]
+    model: Model, name: str, before: tuple[str, ...]
 ) -> None:
-    home, copy = Path(os.environ["MLX_STREAM_HOME"]), "copy"
-    kill_in_reply(folder, "x", *before, TWO)
-    for name, way in WAYS.items():
-        shutil.copytree(home, home.with_name(copy), dirs_exist_ok=True)
-        saved = reopened(model, TWO)
-        turns = [*((ANSWERED, question) for question in before), *way.then]
-        way.act(saved.chat)
-        held = [] if name == "clear" else [*before]
-        assert states(saved) == [(n, *turn) for n, turn in enumerate(turns, 1)], name
-        assert [e.question for e in saved.chat.exchanges] == [*held, *way.attended], name
-        unanswered = TWO if name in ("nothing", "another prompt") else ""
-        assert saved.chat.unanswered == unanswered and saved.chat.number == len(turns), name
+    saved, way, notices = open_session("x", model, OPTIONS), WAYS[name], []
+    for question in before:
+        say(saved.chat, question)
+    leave_unanswered(saved, TWO)
+    manage.verify_session("x")
+    saved = open_session("x", model, OPTIONS, notices.append)
+    assert saved.chat.unanswered == TWO and UNANSWERED in notices
+    check_attended(saved.chat, turns_of(saved.store.turns()))
+    turns = [*((ANSWERED, question) for question in before), *way.then]
+    way.act(saved.chat)
+    held = [*([] if name == "clear" else before), *way.attended]
+    unanswered = TWO if name in ("nothing", "another prompt") else ""
+    for _ in range(2):  # the next time it is the same
+        assert states(saved) == [(n, *turn) for n, turn in enumerate(turns, 1)]
+        assert [e.question for e in saved.chat.exchanges] == held
+        assert saved.chat.unanswered == unanswered and saved.chat.number == len(turns)
         saved.close()
         gone = TWO.encode() not in session_paths("x").database.read_bytes()
-        assert gone == (TWO not in [question for _, question in turns]), name
-        # The next time it is the same, and goes on.
-        again = open_session("x", model, replace(OPTIONS, system=None, window=None))
-        assert states(again) == [(n, *turn) for n, turn in enumerate(turns, 1)], name
-        assert [e.question for e in again.chat.exchanges] == [*held, *way.attended], name
-        if unanswered:
-            assert again.chat.unanswered == TWO, name
-            list(again.chat.retry())
-            turns[-1] = (ANSWERED, TWO)
-        else:
-            say(again.chat)
-            turns.append((ANSWERED, "And?"))
-        assert states(again) == [(n, *turn) for n, turn in enumerate(turns, 1)], name
-        check_attended(again.chat, turns_of(again.store.turns()))
-        again.close()
-        shutil.rmtree(home)
-        home.with_name(copy).rename(home)
+        assert gone == (TWO not in [question for _, question in turns])
+        saved = open_session("x", model, replace(OPTIONS, system=None, window=None))
+    if unanswered:
+        list(saved.chat.retry())
+        turns[-1] = (ANSWERED, TWO)
+    else:
+        say(saved.chat)
+        turns.append((ANSWERED, "And?"))
+    assert states(saved) == [(n, *turn) for n, turn in enumerate(turns, 1)]
+    check_attended(saved.chat, turns_of(saved.store.turns()))
+    saved.close()
 
 
 # --- what is left ---
 
 
-def test_what_the_dead_left_goes_with_the_session(model: Model, kills: Kills) -> None:
+def test_files_left_by_killed_programs_go_with_the_session(model: Model, kills: Kills) -> None:
     begun(model).close()
     left = kills.home / "snapshots" / ".x.safetensors.123.0badcafe.partial"
     left.mkdir()

@@ -60,7 +60,7 @@ def held_by(program: subprocess.Popen[str]) -> None:
     assert program.stdout is not None and program.stdout.readline() == "held\n"
 
 
-def test_another_process_is_told_who_has_it_open(tmp_path: Path) -> None:
+def test_the_refusal_names_the_process_that_holds_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "my.talk.lock"
     with started(HOLD, path) as process:
         held_by(process)
@@ -102,7 +102,7 @@ def test_a_note_that_says_nothing(tmp_path: Path, note: bytes) -> None:
         )
 
 
-def test_what_is_no_lock(tmp_path: Path) -> None:
+def test_a_link_pipe_or_folder_cannot_be_a_lock(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     path.symlink_to(tmp_path / "elsewhere")
     assert "cannot be locked" in refusal(Lock.acquire, path)

@@ -1,4 +1,4 @@
-"""What version 1 wrote is the same in version 2, and goes on without being read again."""
+"""What version 1 wrote is the same in version 2, and continues without being read again."""
 
 import shutil
 import sqlite3
@@ -27,7 +27,7 @@ from mlx_stream.program.lock import Lock
 from mlx_stream.program.sqlite import connect
 from mlx_stream.sampling import Sampling
 from tests.chat.test_store import refusal
-from tests.fakes.conversations import said
+from tests.fakes.conversations import QUESTIONS, said
 from tests.fakes.engines import together
 from tests.fakes.version_1 import (
     OldHeader,
@@ -92,7 +92,7 @@ def test_any_transcript_stays_what_it_was(tmp_path_factory, turns, system, kv_bi
     check_migrated(write_version_1(path, header, turns), header, turns)
 
 
-def test_what_was_written_to_the_log_is_not_forgotten(path: Path) -> None:
+def test_a_log_left_by_a_killed_program_is_migrated_too(path: Path) -> None:
     """The old program was killed, and left a log beside its file."""
     write_version_1(path, HEADER, TURNS[:3])
     connection = sqlite3.connect(path, isolation_level=None)
@@ -141,7 +141,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_was_damaged_is_damaged_at_the_same_turn(path: Path, name: str) -> None:
+def test_a_damaged_turn_stays_damaged(path: Path, name: str) -> None:
     script, bad, whole = DAMAGED[name]
     write_version_1(path, HEADER, TURNS)
     scripted(path, script)
@@ -216,7 +216,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_version_1_would_not_open_is_not_migrated(path: Path, name: str) -> None:
+def test_a_file_that_version_1_refused_is_not_migrated(path: Path, name: str) -> None:
     write_version_1(path, HEADER, TURNS)
     scripted(path, REFUSED[name])
     before = path.read_bytes()
@@ -281,7 +281,6 @@ def test_a_file_that_another_process_has_open_is_not_migrated(path: Path) -> Non
 OPTIONS = SessionOptions(
     system="You are brief.", window=120, sampling=Sampling(1.0, top_p=0.95), max_tokens=12
 )
-QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
 
 
 def make_old(saved: SavedSession) -> OldHeader:

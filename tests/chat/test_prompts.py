@@ -187,7 +187,7 @@ def phi() -> Tokenizer:
 @pytest.mark.parametrize(
     ("source", "closing"), [(PHI_3_5, "<|end|>\n"), (PHI_4_MINI, "<|end|>")], ids=["3.5", "4-mini"]
 )
-def test_what_closes_a_reply_is_not_cut_inside_a_special_token(source, closing):
+def test_a_reply_s_closing_is_not_cut_inside_a_special_token(source, closing):
     tokenizer = phi()
     tokenizer._tokenizer_config = {"eos_token": "<|endoftext|>", "chat_template": source}
     template = tokenizer.template

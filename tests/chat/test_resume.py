@@ -1,4 +1,4 @@
-"""A conversation that was closed goes on as if it had not been; and what is kept of it, when."""
+"""A closed conversation continues as if it had stayed open; and when each part of it is saved."""
 
 import gc
 import json
@@ -7,7 +7,6 @@ import sqlite3
 import time
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import mlx.core as mx
@@ -25,13 +24,12 @@ from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError, TextError
 from mlx_stream.program.notices import discard
 from mlx_stream.sampling import Sampling
-from tests.fakes.conversations import said
+from tests.fakes.conversations import QUESTIONS, leave_unanswered, said
 from tests.fakes.killed_chat import check_attended, turns_of
 from tests.fakes.shell import edit
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.tiny import tiny_config, write_model
 from tests.models.test_weights import FOUR_BITS, quantize
 
-QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
 OPTIONS = SessionOptions(
     system="You are brief.", window=120, sampling=Sampling(1.0, top_p=0.95), max_tokens=20
 )
@@ -72,7 +70,7 @@ def four_bits(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "4 bits", "8-bit keys"])
-def test_what_follows_is_bit_for_bit_that_of_a_conversation_never_closed(folder, four_bits, kind):
+def test_a_resumed_conversation_continues_bit_for_bit(folder, four_bits, kind):
     """Its turns wrap the ring many times and turn it back several times."""
     if kind == "4 bits":
         model = mlx_stream.load(four_bits, keep_quantized=True)
@@ -144,38 +142,6 @@ def test_every_turn_is_in_the_transcript_when_it_ends(model):
     assert saved.chat.exchanges == [] and saved.store.state.count == 3
     said(saved.chat.reply("Five?"))
     assert saved.store.state.first == 4 and saved.chat.number == 4
-    saved.close()
-
-
-def test_what_is_written_is_what_is_attended(model):
-    """After whatever is done, and after it is read again."""
-    saved, luck = opened(model, window=70), Random(3)
-    for turn in range(60):
-        chat, what = saved.chat, luck.choice(("reply", "reply", "cut", "retry", "edit", "undo"))
-        if what in ("reply", "cut") or not chat.exchanges:
-            pieces = chat.reply(QUESTIONS[turn % 5])
-            for _ in range(luck.randint(0, 3) if what == "cut" else 999):
-                next(pieces, None)
-            pieces.close()
-        elif what == "undo":
-            chat.undo()
-        else:
-            said(chat.retry() if what == "retry" else chat.edit("Say it anew"))
-        if turn % 20 == 19:
-            chat.clear()
-        held = {turn.number: turn.exchange for turn in chat.evictor.state.turns}
-        stored = saved.store.exchanges(saved.store.state.first)
-        assert {n: stored[n] for n in held} == held
-        # Where tokens leave one by one, and at a reply's end, the oldest may have just left.
-        assert set(stored) - set(held) <= {min(stored, default=0)}
-        assert saved.store.state.count == chat.number
-        assert saved.store.state.sampler == chat.sampler.state()
-        saved.store.verify()
-        if turn % 7 == 6:
-            saved.close()
-            if turn % 2:
-                session_paths("s").snapshot.unlink(missing_ok=True)
-            saved = opened(model, window=70)
     saved.close()
 
 
@@ -254,7 +220,7 @@ def test_a_name_that_cannot_be_written_leaves_the_conversation_as_it_was(model, 
     saved.close()
 
 
-def test_what_is_not_asked_for_stays_as_it_was(model):
+def test_options_left_out_stay_as_saved(model):
     saved = opened(model)
     said(saved.chat.reply("One?"))
     saved.chat.restart("Another.", 120)
@@ -329,15 +295,6 @@ def test_a_reply_that_is_dropped_writes_no_snapshot(model, monkeypatch):
 # --- what is read again, and that it is written down ---
 
 
-def ask_only(saved, question):
-    """Leave a question as a program does that is killed in its reply."""
-    pieces = saved.chat.reply(question)
-    next(pieces)
-    saved.chat.recorder = None
-    pieces.close()
-    saved._let_go()
-
-
 def check_stored(saved):
     """See that what is attended is what the transcript says of it, to the id."""
     held = {turn.number: turn.exchange for turn in saved.chat.evictor.state.turns}
@@ -356,14 +313,14 @@ def asked_in_the_middle(model):
     saved = opened(model, **WIDE)
     for question in QUESTIONS[:2]:
         said(saved.chat.reply(question))
-    ask_only(saved, "Was it killed?")
+    leave_unanswered(saved, "Was it killed?")
     saved = opened(model, **WIDE)
     said(saved.chat.reply("On we go."))
     saved.close()
     return saved
 
 
-def test_what_fits_is_not_read_again_where_a_question_was_left(model):
+def test_an_unanswered_question_does_not_spoil_the_snapshot(model):
     before = asked_in_the_middle(model)
     notices = []
     saved = opened(model, notices=notices, **WIDE)
@@ -387,10 +344,9 @@ WHY = {
 
 
 @pytest.mark.parametrize("how", WHY)
-def test_what_is_read_again_is_written_down(model, tmp_path, how):
+def test_turns_read_again_are_recorded_with_their_new_ids(model, tmp_path, how):
     """So that the next snapshot, and what is read from the transcript, fit each other."""
-    config = tiny_config(vocab_size=265, hidden_size=32)  # whose ids are others
-    other = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
+    other = mlx_stream.load(write_model(tmp_path, vocab_size=265, hidden_size=32), dtype="float32")
     asked_in_the_middle(model)
     path, loaded = session_paths("s").snapshot, model
     changes: dict[str, Any] = WIDE
@@ -440,7 +396,7 @@ def test_a_snapshot_is_of_the_stream_too_not_of_the_transcript_alone(model):
     saved.close()
 
 
-def test_opening_says_nothing_of_what_left_before(model):
+def test_opening_does_not_report_earlier_evictions(model):
     saved = opened(model)
     said(saved.chat.reply(QUESTIONS[0]))
     saved.chat.clear()
@@ -455,7 +411,7 @@ def test_two_retries_of_a_question_that_was_left_answer_one_turn(model):
     """What a retry answers is found when it starts, not when it was asked for."""
     saved = opened(model)
     said(saved.chat.reply(QUESTIONS[0]))
-    ask_only(saved, QUESTIONS[1])
+    leave_unanswered(saved, QUESTIONS[1])
     saved = opened(model)
     late = saved.chat.retry()
     said(saved.chat.retry())
@@ -529,14 +485,14 @@ def test_a_template_that_refuses_a_turn_of_before_opens_with_those_after_it(mode
 
 
 @pytest.mark.parametrize("snapshot", [True, False])
-def test_what_was_cleared_is_not_read_again(model, snapshot):
+def test_cleared_turns_are_not_read_again(model, snapshot):
     saved = opened(model)
     for question in QUESTIONS[:2]:
         said(saved.chat.reply(question))
     saved.write_snapshot()
     said(saved.chat.reply(QUESTIONS[2]))
     saved.chat.clear()
-    ask_only(saved, "Was it killed?")
+    leave_unanswered(saved, "Was it killed?")
     (found,) = manage.session_summaries()
     assert (found.exchanges, found.attended) == (4, 0)
     saved = opened(model)
@@ -552,7 +508,7 @@ def test_what_was_cleared_is_not_read_again(model, snapshot):
     saved.close()
 
 
-def test_a_damage_before_what_is_attended_keeps_nobody_out(model):
+def test_damage_before_the_attended_turns_does_not_prevent_opening(model):
     saved = opened(model)
     for question in QUESTIONS[:3]:
         said(saved.chat.reply(question))

@@ -3,22 +3,16 @@
 import itertools
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 import mlx_stream
 from mlx_stream import backend
-from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
-from mlx_stream.chat.saving import saved_as
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import TemplateError, TextError, ValueRefused
-from mlx_stream.program.notices import discard
 from mlx_stream.sampling import Sampling
-from tests.fakes.conversations import assert_well_formed, decoded, said
+from tests.fakes.conversations import QUESTIONS, assert_well_formed, decoded, said
 from tests.fakes.shell import edit
-from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
-
-QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
+from tests.fakes.tiny import CHAT_TEMPLATE, write_model
 
 
 def session(model, **options):
@@ -124,8 +118,7 @@ def test_options_out_of_range_are_refused(model, options, reason):
 
 
 def templated(folder, template):
-    config = tiny_config()
-    write_tiny(folder, config, tiny_weights(config))
+    write_model(folder)
     edit(folder / "tokenizer_config.json", chat_template=template)
     return mlx_stream.load(folder, dtype="float32")
 
@@ -230,59 +223,23 @@ def test_unpinned_the_system_prompt_leaves_like_other_text(model):
     assert mx.isfinite(chat.tokens.read([5, 6])).all().item()
 
 
-@pytest.mark.parametrize("saved", [False, True])
-def test_retry_a_hundred_times_attends_to_the_same_and_reads_one_token(model, saved):
-    """Replies go up to the reserve, a quarter of the window, and across the end of the ring."""
-    reserve = 30
-    sampling = Sampling(1.0, seed=3)
-    options = SessionOptions(
-        "Brief.", 4 * reserve, sampling=sampling, max_tokens=reserve, speculate=False
-    )
-    chat = open_session("s", model, options).chat if saved else new_chat(model, options, discard)
-    number, before = tight_turn(chat, reserve)
-    cache, files = chat.cache, saved_as(chat)
-    steps = count_steps(cache)
-    expected, lengths, replies = oldest(chat, before), set(), set()
-    for _ in range(100):
-        steps.clear()
-        replies.add(said(chat.retry()))
-        last = chat.exchanges[-1]
-        # The last id that is sampled is read with the next question; an end token never is.
-        assert steps == [1] * (len(last.reply_ids) + (last.finish == "end"))
-        lengths.add(len(last.reply_ids))
-        found = oldest(chat, before)
-        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-        if files:
-            assert files.store.exchanges(number) == {number: last}
-    assert_well_formed(chat)
-    assert max(lengths) == reserve and len(lengths) > 1 and len(replies) > 50
-    if files:
-        files.close()
-
-
-def tight_turn(chat, reserve):
-    """Have turns until one crosses the ring's end with room for the reserve and little more.
-
-    Its reply is short, so later ones fill the window. Returns how many turns there were, and how
-    many tokens are attended before the last one.
-    """
-    cache = chat.cache
-    for number, question in enumerate(QUESTIONS * 20, 1):
+def test_a_retry_reads_one_token_of_its_question_and_evicts_no_turn(model):
+    """Room for a reply, up to its limit, was made when the question came."""
+    chat, lengths = session(model, system="Brief.", max_tokens=30, speculate=False), set()
+    steps = count_steps(chat.cache)
+    for question in QUESTIONS * 12:
         pieces = chat.reply(question)
         next(pieces)
         pieces.close()
-        turn = chat.evictor.state.turns[-1].start
-        crosses = cache.row(cache.length + reserve - 1) < cache.row(turn)
-        if cache.evicted > 2 * cache.geometry.window and crosses and cache.room < reserve + 5:
-            return number, cache.attended - (cache.length - turn)
-    raise AssertionError("no turn is as tight")
-
-
-def oldest(chat, count):
-    """Return the ids, the rows, the keys and the values of the oldest `count` attended tokens."""
-    rows, now = chat.cache.attended_rows()[:count], chat.cache.current
-    arrays = [np.array(array)[:, :, rows] for array in (*now.keys, *now.values)]
-    return [np.array(chat.tokens.ids.attended()[:count]), np.array(rows), *arrays]
+        before = chat.evictor.state.turns[:-1]
+        steps.clear()
+        list(chat.retry())
+        last = chat.exchanges[-1]
+        # The last id that is sampled is read with the next question; an end token never is.
+        assert steps == [1] * (len(last.reply_ids) + (last.finish == "end"))
+        assert chat.evictor.state.turns[:-1] == before
+        lengths.add(len(last.reply_ids))
+    assert max(lengths) == 30 and len(lengths) > 1 and chat.stats.evicted > 500
 
 
 def count_steps(cache):

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 import mlx_stream
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
-from mlx_stream.generate.requests import ReadRequest, Want
+from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import assert_well_formed
+from tests.fakes.shapes import check_erased
 from tests.fakes.shell import edit
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 from tests.reference import SlowLlama
@@ -208,6 +209,8 @@ def test_the_stream_holds_what_the_template_renders_after_every_act(data):
         list(chat.reply("On?", 3))
         assert_well_formed(chat)
     if chat.tokens.length:
+        chat.tokens.state()  # after which nothing is held that is not attended (rule 13)
+        check_erased(chat.cache)
         check_logits(chat)
 
 
@@ -260,7 +263,8 @@ def resumed(chat: Any, trouble: Trouble) -> Any:
 def cut(chat: Any, steps: Any, data: st.DataObject) -> None:
     """Drive a reply to its end, or cut it; see that its turn has the text that was given."""
     how, count = data.draw(st.sampled_from(CUTS)), data.draw(st.integers(1, 9))
-    result, text, refused = None, "", len(chat.trouble.refusals)
+    result: ReadResult | None = None
+    text, refused = "", len(chat.trouble.refusals)
     try:
         while count:
             item, result = steps.send(result), None

@@ -13,7 +13,7 @@ from mlx_stream.sampling import Sampling
 from tests.fakes.refusals import one_line
 from tests.fakes.replies import Eager
 from tests.fakes.shell import GREEDY, SMALL, done, parsed
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.tiny import write_model
 
 QUESTIONS = ("the the the", "sand the sand", "What is the sand?", "the", "of the sand in the sand")
 
@@ -83,7 +83,7 @@ def test_retry_undo_and_edit_are_those_of_plain_decoding(model):
     assert stands(guessing)[0] == stands(plain)[0]
 
 
-def test_what_was_promised_to_the_bit_is_not_guessed_unless_asked_for(model, tmp_path, monkeypatch):
+def test_exact_results_are_not_guessed_unless_asked_for(model, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_STREAM_HOME", str(tmp_path))
     for seed, speculate, guesses in (
         (None, None, True),
@@ -113,8 +113,7 @@ def test_a_draft_model_guesses_and_changes_no_turn(model, tiny):
 
 @pytest.mark.parametrize("size", [290, 310])
 def test_a_draft_model_of_another_vocabulary_is_refused(model, tmp_path, size):
-    config = tiny_config(vocab_size=size, **SMALL)
-    draft = load(write_tiny(tmp_path / "other", config, tiny_weights(config)), dtype="float32")
+    draft = load(write_model(tmp_path / "other", vocab_size=size, **SMALL), dtype="float32")
     with pytest.raises(ValueRefused, match=r"--draft.*another vocabulary.*same family"):
         ChatSession(model, draft=draft)
 

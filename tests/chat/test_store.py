@@ -119,7 +119,7 @@ def test_the_time_of_a_turn_stays_when_its_ids_change(store: Store) -> None:
     store.verify()
 
 
-def test_what_comes_before_a_damage_can_still_be_shown(path: Path) -> None:
+def test_turns_before_a_damaged_one_can_still_be_shown(path: Path) -> None:
     connection = sqlite3.connect(kept(path, ODD))
     connection.execute("UPDATE messages SET text = 'No.' WHERE (turn, place) = (3, 1)")
     connection.commit()
@@ -167,7 +167,7 @@ REFUSED = [
 ]
 
 
-def test_what_cannot_be_written_changes_nothing(
+def test_an_invalid_change_is_refused_and_changes_nothing(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlx_stream.chat.store.LONGEST_ROW", LONGEST)
@@ -254,7 +254,7 @@ def test_a_head_changes_with_what_it_covers(store: Store) -> None:
 
     before = heads()
     assert len(set(before.values())) == len(before)
-    store.write(changed(STAND, 4, first=5))  # what is attended is no part of it
+    store.write(changed(STAND, 4, first=5))  # which turns are attended is not part of it
     assert heads() == before
     store.write(Change(STAND, 4, {2: replace(ODD[1], rest="x")}, 1, START, HEADER.system, 60))
     after = heads()
@@ -288,7 +288,7 @@ SECRET = "secret question " * 2000
     ids=lambda change: f"{change.kind.name} {change.number}",
 )
 @pytest.mark.parametrize("kind", [ASK, ANSWER])
-def test_what_is_taken_back_or_replaced_is_on_no_disk(
+def test_a_turn_taken_back_or_replaced_leaves_the_disk(
     store: Store, kind: ChangeKind, change: Change
 ) -> None:
     store.write(changed(kind, 5, replace(ODD[0], question=SECRET, reply=SECRET)))
@@ -323,7 +323,7 @@ def test_sqlite_is_set_to_lose_nothing_and_trust_nothing(store: Store) -> None:
     }
 
 
-def test_a_name_that_is_taken_or_is_no_file(path: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_taken_or_not_a_file_is_refused(path: Path, tmp_path: Path) -> None:
     assert refusal(Store.open, path).startswith("session 'a.b' does not exist")
     kept(path, ODD)
     assert "exists" in refusal(Store.create, path, HEADER, START)
@@ -370,7 +370,7 @@ def turns_of(*exchanges: Exchange) -> list[StoredTurn]:
     return [StoredTurn(n, ANSWERED, e, "2026-05-09T17:03:00Z") for n, e in enumerate(exchanges, 1)]
 
 
-def test_markdown_holds_every_text_and_headings_nobody_can_forge() -> None:
+def test_markdown_holds_every_text_and_its_headings_cannot_be_forged() -> None:
     text = export_markdown(HEADER, turns_of(*ODD))
     assert all(e.question in text and e.reply in text for e in ODD)
     lines = text.split("\n")
@@ -387,7 +387,7 @@ def test_markdown_holds_every_text_and_headings_nobody_can_forge() -> None:
     ]
 
 
-def test_what_was_not_answered_is_exported_as_that() -> None:
+def test_an_unanswered_question_is_exported_as_unanswered() -> None:
     """Not as an empty reply: a reply may be empty."""
     empty = replace(ODD[0], reply="")
     turns = turns_of(empty, ODD[0], ODD[0])

@@ -15,7 +15,7 @@ from mlx_stream import backend
 from tests.fakes import gguf_files
 from tests.fakes.refusals import ASK, one_line, refused
 from tests.fakes.shell import DEADLINE, GREEDY, SMALL, done, edit, program, run
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.tiny import tiny_config, tiny_weights, write_model, write_tiny
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -43,8 +43,7 @@ def given(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     folder = tmp_path_factory.mktemp("given")
     (folder / "text.txt").write_text(TEXT)
     (folder / "short.txt").write_text(TEXT[:120])
-    config = tiny_config(hidden_size=128, intermediate_size=256, head_dim=32)
-    wide = write_tiny(folder / "wide", config, tiny_weights(config))
+    wide = write_model(folder / "wide", hidden_size=128, intermediate_size=256, head_dim=32)
     files = {"TEXT": folder / "text.txt", "SHORT": folder / "short.txt"}
     return {"MODEL": whole, "WIDE": wide, "LLAMA": PUBLISHED / "Llama-3.2-1B.json", **files}
 

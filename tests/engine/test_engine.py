@@ -49,7 +49,7 @@ def test_sessions_at_once_say_what_each_says_alone(letters, engine):
 
 
 def test_replies_take_turns_token_by_token(engine):
-    """Nobody gets a second token before everybody had one, a long question being read or not."""
+    """No session gets a second token before each has had one, even beside a long question."""
     order = []
     chats = {n: engine.session(sampling=GREEDY, window=400, max_tokens=12) for n in range(3)}
     for chat in chats.values():
@@ -92,10 +92,10 @@ def eventually_asked(engine, count):
         if sum(len(queue.tasks) for queue in engine._worker.queues) == count:
             return
         wait.wait(0.001)
-    raise AssertionError("nobody asked")
+    raise AssertionError("no tasks came")
 
 
-def test_a_reply_in_asyncio_is_the_same_and_the_loop_goes_on(letters, engine):
+def test_a_reply_in_asyncio_is_the_same_and_does_not_block_the_loop(letters, engine):
     chat, other = (engine.session(sampling=GREEDY, **OPTIONS) for _ in range(2))
     ticks = 0
 
@@ -132,7 +132,7 @@ def test_closing_a_reply_stops_it_within_a_token(engine):
     assert exchange.finish == "interrupted"
 
 
-def test_a_reply_that_nobody_reads_waits(engine):
+def test_an_unread_reply_waits(engine):
     chat, other = engine.session(sampling=GREEDY), engine.session(sampling=GREEDY)
     pieces = chat.reply("Hi", max_tokens=100_000)
     next(pieces)
@@ -151,7 +151,7 @@ def test_asking_for_the_next_reply_ends_the_one_before(engine):
     assert [exchange.question for exchange in chat.exchanges] == ["One?", "Two?"]
 
 
-def test_what_is_asked_at_once_is_done_in_order(engine):
+def test_commands_given_at_once_run_in_order(engine):
     chat = engine.session(sampling=GREEDY, **OPTIONS)
 
     async def again():
@@ -189,7 +189,7 @@ def test_callbacks_run_where_the_reply_is_read(engine):
     assert sum(tokens for _, tokens in evicted) == stats.evicted > 0
 
 
-def test_what_is_wrong_with_one_is_told_to_it_alone(engine, monkeypatch):
+def test_an_error_is_raised_only_in_its_own_session(engine, monkeypatch):
     good, bad = (engine.session(sampling=GREEDY, max_tokens=9) for _ in range(2))
     bad.wait(DEADLINE)
     stream = bad._session_worker.chat.tokens
@@ -215,7 +215,7 @@ def test_what_is_wrong_with_one_is_told_to_it_alone(engine, monkeypatch):
     assert len(said(good.reply("Hi"))) == 9
 
 
-def test_a_full_queue_refuses_with_the_numbers_and_goes_on(letters):
+def test_a_full_queue_refuses_with_the_numbers_and_continues(letters):
     with engine_of(letters, queue_size=2) as engine:
         chats = [engine.session(sampling=GREEDY) for _ in range(2)]
         with pytest.raises(errors.QueueFull, match="holds 2"):
@@ -265,7 +265,7 @@ def test_the_budget_counts_every_ring_and_refuses_with_the_numbers(letters):
             said(engine.session().reply("Hi"))
 
 
-def test_a_saved_conversation_goes_on(letters, engine):
+def test_a_saved_conversation_continues(letters, engine):
     with engine.session(name="work", sampling=GREEDY, max_tokens=9, window=200) as chat:
         replies = [said(chat.reply(question)) for question in ("One?", "Two?")]
         held = chat.exchanges
@@ -311,7 +311,7 @@ def test_a_forgotten_engine_ends(letters):
     assert gone() is None and worker.join(DEADLINE)
 
 
-def test_a_model_that_is_not_there_is_told_to_everyone(tmp_path):
+def test_a_missing_model_is_an_error_of_every_call(tmp_path):
     with mlx_stream.Engine(tmp_path / "none") as engine:
         chat = engine.session()
         for ask in (engine.wait, chat.wait, lambda _: said(chat.reply("Hi"))):

@@ -26,7 +26,7 @@ def engine(letters):
 
 @contextmanager
 def held_up(engine):
-    """Have the engine's thread do nothing meanwhile."""
+    """Block the engine's thread meanwhile."""
     begun, gate = threading.Event(), threading.Event()
 
     def hold(_):
@@ -43,7 +43,7 @@ def held_up(engine):
 
 
 @pytest.mark.parametrize("asked", ["wait", "flush", "save"])
-def test_what_a_closed_listener_did_not_do_is_not_said_to_be_done(engine, tmp_path, asked):
+def test_calls_that_wait_for_a_closed_listener_are_refused(engine, tmp_path, asked):
     path, refused = tmp_path / "stream.safetensors", []
 
     def ask():
@@ -65,7 +65,7 @@ def test_what_a_closed_listener_did_not_do_is_not_said_to_be_done(engine, tmp_pa
     assert refused and not path.exists()
 
 
-def test_what_a_closed_or_forgotten_session_did_not_do_is_told_to_who_waits(engine):
+def test_calls_that_wait_for_a_closed_or_forgotten_session_are_refused(engine):
     with held_up(engine):
         chat = engine.session(sampling=GREEDY)
         gone = chat.undo()
@@ -85,7 +85,7 @@ def test_what_a_closed_or_forgotten_session_did_not_do_is_told_to_who_waits(engi
 
 
 @pytest.mark.parametrize("kind", ["session", "listener"])
-def test_who_reads_a_reply_is_told_that_another_closed_it(engine, kind):
+def test_a_reader_learns_that_another_thread_closed_the_reply(engine, kind):
     if kind == "session":
         closed = engine.session(sampling=GREEDY, max_tokens=100_000)
         replies = closed.reply("Hi"), closed.areply("Hi")
@@ -111,7 +111,7 @@ def test_who_reads_a_reply_is_told_that_another_closed_it(engine, kind):
         asyncio.run(asyncio.wait_for(anext(replies[1]), DEADLINE))
 
 
-def test_who_does_not_want_a_reply_any_more_is_told_nothing(engine):
+def test_closing_a_reply_raises_nothing_in_its_reader(engine):
     chat = engine.session(sampling=GREEDY)
     pieces = chat.reply("Hi", max_tokens=100_000)
     next(pieces)
@@ -142,7 +142,7 @@ def test_a_closed_session_says_so_before_a_model_that_is_not_there(tmp_path):
 
 @contextmanager
 def waiting_for_room(listener, error, match=None):
-    """Have another thread feed what finds no room, which is to be refused with an error."""
+    """Feed a full backlog from another thread; see that it is refused with an error."""
     refused = []
 
     def feed():
@@ -162,7 +162,7 @@ def waiting_for_room(listener, error, match=None):
 @pytest.mark.parametrize(
     ("wrong", "error"), [("source", errors.SourceError), ("window", errors.ValueRefused)]
 )
-def test_who_waits_for_room_hears_that_it_could_not_be_opened(
+def test_a_feeder_that_waits_for_room_learns_that_opening_failed(
     letters, tmp_path, monkeypatch, wrong, error
 ):
     gate, load = threading.Event(), ModelHost.load
@@ -180,7 +180,7 @@ def test_who_waits_for_room_hears_that_it_could_not_be_opened(
         assert isinstance(listener.error, error)
 
 
-def test_who_waits_for_room_hears_of_a_step_that_failed(engine, monkeypatch):
+def test_a_feeder_that_waits_for_room_learns_of_a_failed_step(engine, monkeypatch):
     def broken(*_):
         raise RuntimeError("[metal] the device was lost")
 
@@ -195,14 +195,14 @@ def test_who_waits_for_room_hears_of_a_step_that_failed(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("closed", ["listener", "engine"])
-def test_who_waits_for_room_hears_of_its_end_before_a_step_has_ended(engine, closed):
+def test_a_feeder_that_waits_for_room_learns_of_a_close_at_once(engine, closed):
     with held_up(engine):
         listener = engine.listen(backlog=20)
         with waiting_for_room(listener, errors.EngineClosed, "closed"):
             listener.close() if closed == "listener" else engine.close(0)
 
 
-def test_what_a_future_calls_back_is_refused_to_wait_for_the_engine(engine):
+def test_a_future_s_callback_may_not_wait_for_the_engine(engine):
     chat, other = (engine.session(sampling=GREEDY, max_tokens=3) for _ in range(2))
     listener = engine.listen(backlog=20)
     for one in (chat, other, listener):
@@ -265,7 +265,7 @@ def test_an_engine_closed_before_it_loads_has_no_error(engine, letters):
     assert other.error is None and not other.ready
 
 
-def test_a_limit_that_is_no_whole_number_is_refused_before_anything_is_said(engine):
+def test_a_limit_that_is_not_a_whole_number_is_refused(engine):
     chat = engine.session(sampling=GREEDY)
     for wrong in (1.5, "9", 2.0, b""):
         for ask in (chat.reply, chat.areply, chat.edit, engine.listen().ask):

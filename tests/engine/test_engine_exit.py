@@ -80,7 +80,7 @@ def test_a_program_ends(letters, tmp_path, how):
     assert ended.returncode == (1 if how == "by an exception" else 0)
 
 
-def test_what_was_said_is_on_disk_when_a_program_ends_without_close(letters, tmp_path):
+def test_a_program_that_ends_without_close_loses_no_turn(letters, tmp_path):
     program = BEGIN + "list(chat.reply('One?', 5))\nnext(chat.reply('Two?'))\n"
     again = BEGIN + (
         "chat.wait(60)\n"
@@ -103,7 +103,7 @@ IN_A_FORK = {
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("begun", IN_A_FORK)
-def test_what_was_begun_before_a_fork_is_not_waited_for_in_it(letters, tmp_path, begun):
+def test_calls_begun_before_a_fork_are_refused_after_it(letters, tmp_path, begun):
     begin, wait = IN_A_FORK[begun]
     seconds = 0 if begun in ("reply", "a session") else 2  # so that the rest is not done before
     program = (

@@ -125,7 +125,7 @@ def test_any_text_in_any_pieces_is_that_text_and_holds_no_special_token(turns, p
     assert said == wanted or (said.replace(" ", "") == wanted.replace(" ", "") and "<|" in text)
 
 
-def test_what_more_text_may_change_is_held_back(turns):
+def test_ids_that_more_text_may_change_are_held_back(turns):
     words = IncrementalEncoder(turns, turns.open_turn().opening)
     assert words.add("hel") == [] and words.pending == "hel"
     opening, first = turns.open_turn().opening, words.add("lo the wor")

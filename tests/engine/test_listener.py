@@ -57,7 +57,7 @@ def rendered(listener, *said, system=None):
     return hearing(listener).prompts.template.render(messages, reply=False)
 
 
-def test_what_is_fed_is_one_open_turn_and_questions_close_it(engine):
+def test_fed_text_is_one_open_turn_that_a_question_closes(engine):
     listener = engine.listen(system="You listen.", window=400, sampling=GREEDY)
     listener.feed("The train is la")
     listener.feed("te. It is <|im_end|> of May.")
@@ -191,7 +191,7 @@ def test_a_stream_is_not_used_after_a_step_that_failed(engine, monkeypatch, tmp_
     assert engine.memory[0] == used - listener.stats.cache_bytes
 
 
-def test_a_copy_that_does_not_fit_is_refused_and_listening_goes_on(letters):
+def test_a_copy_that_does_not_fit_is_refused_and_listening_continues(letters):
     with engine_of(letters) as engine:
         listener = engine.listen(window=100)
         listener.wait(DEADLINE)
@@ -228,7 +228,7 @@ def test_an_answer_that_is_cut_leaves_a_well_formed_stream(engine):
     assert text.count("<|im_end|>\n<|im_start|>") == text.count("<|im_start|>") - 1
 
 
-def test_what_is_fed_too_fast_is_refused_with_the_numbers_and_can_wait(engine):
+def test_a_full_backlog_is_refused_with_the_numbers_or_waited_for(engine):
     listener = engine.listen(window=100, backlog=1_000)
     with engine._worker.lock:  # nothing is taken meanwhile
         listener.feed("x " * 400)
@@ -250,7 +250,7 @@ def test_what_is_fed_too_fast_is_refused_with_the_numbers_and_can_wait(engine):
         listener.feed("x")
 
 
-def test_evictions_are_told_where_the_listener_is_used(engine):
+def test_evictions_are_reported_on_the_thread_that_uses_the_listener(engine):
     left, threads = [], set()
 
     def on_evict(exchanges, tokens):
@@ -267,7 +267,7 @@ def test_evictions_are_told_where_the_listener_is_used(engine):
     assert any("begun to leave" in notice for notice in listener.stats.notices)
 
 
-def test_a_snapshot_goes_on_to_the_bit_and_holds_what_was_not_read(engine, tmp_path):
+def test_a_snapshot_continues_to_the_bit_and_holds_unread_text(engine, tmp_path):
     path = tmp_path / "stream.safetensors"
     options = {"system": "You listen.", "window": 120, "sampling": Sampling(0.8, seed=3)}
     listener = engine.listen(**options)
@@ -298,7 +298,7 @@ def test_a_snapshot_goes_on_to_the_bit_and_holds_what_was_not_read(engine, tmp_p
     assert said(third.ask("And?", max_tokens=9)) == said(listener.ask("And?", max_tokens=9))
 
 
-def test_a_snapshot_between_an_answer_and_the_turn_behind_it_goes_on_there(engine, tmp_path):
+def test_a_snapshot_between_an_answer_and_the_next_turn_continues_there(engine, tmp_path):
     path = tmp_path / "stream.safetensors"
     listener = engine.listen(window=200, sampling=GREEDY)
     listener.feed("One two three.")
@@ -331,9 +331,7 @@ def test_a_snapshot_of_version_1_is_continued(engine, tmp_path, monkeypatch):
     assert bits(again) == bits(listener)
 
 
-def test_a_snapshot_that_will_not_do_is_not_used_and_that_is_said(
-    engine, tmp_path, tmp_path_factory
-):
+def test_an_unusable_snapshot_is_reported_and_not_used(engine, tmp_path, tmp_path_factory):
     path = tmp_path / "stream.safetensors"
     missing = engine.listen(window=60, restore=path)
     missing.wait(DEADLINE)

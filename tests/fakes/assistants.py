@@ -102,7 +102,7 @@ class Running:
         assert self.process.wait() == -signal.SIGKILL, f"it had ended: {self.said}"
 
     def stop(self) -> float:
-        """Have it stop as the system does; return the seconds it took."""
+        """Stop it as the system does; return the seconds it took."""
         begun = time.monotonic()
         self.process.terminate()
         assert self.process.wait(DEADLINE) == 0, self.said

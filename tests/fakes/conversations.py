@@ -5,12 +5,31 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlx_stream.chat.exchange import unread_ids
+from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.text.pieces import Piece
+
+QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
 
 
 def said(pieces: Iterable[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
+
+
+def pieces_of(chat: Any, act: str, question: str) -> Any:
+    """Return the pieces of a retry, an edit or, whatever else the act is, a reply."""
+    if act == "retry":
+        return chat.retry()
+    return chat.edit(question) if act == "edit" else chat.reply(question)
+
+
+def leave_unanswered(saved: SavedSession, question: str) -> None:
+    """Leave a question, and the session, as a program does that is killed in its reply."""
+    pieces = saved.chat.reply(question)
+    next(pieces)
+    saved.chat.recorder = None
+    pieces.close()
+    saved._let_go()
 
 
 def assert_well_formed(chat: ChatSession) -> None:

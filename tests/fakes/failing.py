@@ -1,4 +1,4 @@
-"""Has MLX fail for real where it computes a step: a weight is read from a file that was cut.
+"""Makes MLX fail where it computes a step: a weight is read from a file that was cut.
 
 As with a device that fails, MLX says so once. The weight then passes for evaluated, and holds what
 there was in the file: numbers that are wrong.
@@ -26,7 +26,7 @@ WRONG = 7.0
 
 @contextmanager
 def failing(network: Any) -> Iterator[None]:
-    """Have the next step fail that is not traced; on the thread that computes."""
+    """Make the next untraced step fail; on the thread that computes."""
     layer = network.layers[0].input_layernorm
     good = layer.weight
     with tempfile.TemporaryDirectory() as folder:

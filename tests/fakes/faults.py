@@ -1,4 +1,4 @@
-"""Has the nth call into the system, of those that write, flush or rename a file, go wrong."""
+"""Makes the nth call fail of those that write, flush or rename a file."""
 
 import fcntl
 import os

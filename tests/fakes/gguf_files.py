@@ -19,7 +19,7 @@ HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3"]
-# `hello` is no product of the merges: only a model that ignores them for whole words finds it.
+# `hello` is not a product of the merges: only a model that ignores them for whole words finds it.
 TOKENS = [
     *CONTROL,
     *sorted(ByteLevel.alphabet()),

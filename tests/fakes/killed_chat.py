@@ -34,7 +34,7 @@ from mlx_stream.chat.store import Store
 from mlx_stream.generate import snapshot
 from mlx_stream.load import Model, load
 from mlx_stream.sampling import Sampling
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.conversations import pieces_of
 
 PHASES = ("start", "opening", "reply", "commit", "snapshot", "between")
 # Seconds a phase takes, roughly: a kill falls at a random moment of as long.
@@ -50,11 +50,6 @@ UNANSWERED = "the last question was not answered because the program ended: /ret
 DEADLINE = 120.0
 # What a turn is: its state, its question, and all of it where that is known.
 Turn = tuple[str, str, Exchange | None]
-
-
-def tiny_folder(folder: Path) -> Path:
-    config = tiny_config(max_position_embeddings=512)
-    return write_tiny(folder, config, tiny_weights(config))
 
 
 # --- the process that is killed ---
@@ -87,7 +82,7 @@ class Marks:
             self._bytes[0] = before
 
     def mark(self, owner: Any, name: str, phase: str) -> None:
-        """Have a function say when it runs."""
+        """Mark the phase while a function runs."""
         function: Callable[..., Any] = getattr(owner, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +119,7 @@ def ask(luck: random.Random) -> str:
 
 
 def talk(folder: Path, name: str, seed: int) -> None:
-    """Talk for ever; say what comes next, and what was done once it is done."""
+    """Talk until killed; announce each act, and report it once it is done."""
     luck, model = random.Random(seed), load(folder, dtype="float32", keep_quantized=False)
     saved = resume.open_session(name, model, OPTIONS)
     for turn in count(1):
@@ -152,22 +147,10 @@ def do(chat: ChatSession, what: str, question: str, luck: random.Random) -> None
     elif what == "clear":
         chat.clear()
     else:
-        made = {"retry": chat.retry, "edit": lambda: chat.edit(question)}
-        pieces = made.get(what, lambda: chat.reply(question))()
+        pieces = pieces_of(chat, what, question)
         for number, _ in enumerate(pieces):
             if what == "cut" and number > luck.randint(0, 3):
                 pieces.close()
-
-
-def begin_reply(folder: Path, name: str, *questions: str) -> None:
-    """Answer some questions, begin to answer the last, say so, and wait for the end."""
-    model = load(folder, dtype="float32", keep_quantized=False)
-    chat = resume.open_session(name, model, OPTIONS).chat
-    for number, question in enumerate(questions, 1):
-        for _ in chat.reply(question):
-            if number == len(questions):
-                tell(began=question)
-                signal.pause()
 
 
 # --- killing it ---
@@ -199,16 +182,6 @@ def killed(command: list[str], marks: Marks, target: str, luck: random.Random) -
     told = Told(marks.phase, *(p.read_bytes().decode("utf-8", "replace") for p in (out, err)))
     assert code == -signal.SIGKILL, f"ended with {code} by itself: {told.err}"
     return told
-
-
-def kill_in_reply(folder: Path, name: str, *questions: str) -> None:
-    """Have a process answer some questions, and kill it while it answers the last."""
-    words = ("-m", "tests.fakes.killed_chat", "begin", str(folder), name, *questions)
-    with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        told = process.stdout.readline()
-        process.kill()
-    assert json.loads(told) == {"began": questions[-1]} and process.returncode == -signal.SIGKILL
 
 
 # --- looking at what is left ---
@@ -247,7 +220,7 @@ class Kills:
     def _kill_talk(self, name: str, target: str, marks: Marks) -> Told:
         seed = self.luck.randrange(2**32)
         words = (self.folder, name, seed, self.home.parent / "marks")
-        command = [sys.executable, "-m", "tests.fakes.killed_chat", "talk", *map(str, words)]
+        command = [sys.executable, "-m", "tests.fakes.killed_chat", *map(str, words)]
         told = killed(command, marks, target, self.luck)
         possible = [self.said.get(name, [])]
         for line in told.out.splitlines(keepends=True):
@@ -258,7 +231,7 @@ class Kills:
         return told
 
     def stored(self, name: str) -> list[Turn]:
-        """Return what a transcript holds, of a copy: what goes on is what was killed."""
+        """Return what a transcript holds, from a copy: the killed files are used again."""
         with self.copied():
             database = session_paths(name).database
             if not database.exists():
@@ -285,7 +258,7 @@ class Kills:
             shutil.rmtree(copy)
 
     def look(self, name: str) -> None:
-        """See that a session verifies, opens, holds what was said, and goes on."""
+        """See that a session verifies, opens, holds what was said, and continues."""
         assert len(left_over(self.home, name)) <= 2, left_over(self.home, name)
         with self.copied() as copy:
             if session_paths(name).database.exists():
@@ -395,12 +368,10 @@ def check_attended(chat: ChatSession, said: list[Turn]) -> None:
 
 
 def main() -> None:
-    """Be the process that is killed: `talk FOLDER NAME SEED MARKS`, `begin FOLDER NAME ASK...`."""
-    kind, *words = sys.argv[1:]
-    if kind == "begin":
-        return begin_reply(Path(words[0]), *words[1:])
-    prepare(Marks(Path(words[3])))
-    talk(Path(words[0]), words[1], int(words[2]))
+    """Be the process that is killed: FOLDER NAME SEED MARKS."""
+    folder, name, seed, marks = sys.argv[1:]
+    prepare(Marks(Path(marks)))
+    talk(Path(folder), name, int(seed))
 
 
 if __name__ == "__main__":

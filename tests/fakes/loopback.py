@@ -143,7 +143,7 @@ def model_fixture(tmp_path: Path) -> Path:
 
 @pytest.fixture(name="home")
 def home_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Turn every cache, index and Hub to `tmp_path` or to nobody; return our own cache."""
+    """Turn caches, indices and Hub to `tmp_path` or a closed port; return the package's cache."""
     for name in [name for name in os.environ if name.startswith(("HF_", "PIP_"))]:
         monkeypatch.delenv(name)
     for name in ("HOME", "MLX_STREAM_HOME", "HF_HOME"):

@@ -131,28 +131,24 @@ class Twins:
         while count:
             taken = self.cache.max_step(count)
             assert 1 <= taken <= count
-            step = next_step(self.cache, taken)
-            assert step.count == taken <= step.rows
-            heads = [self.heads(step.rows) for _ in range(self.shape.layers)]
-            seen = [self.seen(new) for new in heads]
-            outs = [step.attend(layer, new) for layer, new in enumerate(heads)]
-            self.cache.commit(step)
-            mx.eval(outs, self.cache.arrays())
-            for slow, new, out in zip(self.slow, seen, outs, strict=True):
-                self.compare(slow, new, out, taken, compare)
+            self._take(next_step(self.cache, taken), taken, compare)
             count -= taken
 
     def verify(self, count: int) -> None:
         """Read tokens in one step that writes first; compare every row of every layer."""
         step = next_step(self.cache, count, verify=True)
-        assert isinstance(step, VerifyStep) == (count > 1) and step.count == count <= step.rows
+        assert isinstance(step, VerifyStep) == (count > 1)
+        self._take(step, count, lambda token: True)
+
+    def _take(self, step: Any, count: int, compare: Callable[[int], bool]) -> None:
+        assert step.count == count <= step.rows
         heads = [self.heads(step.rows) for _ in range(self.shape.layers)]
         seen = [self.seen(new) for new in heads]
         outs = [step.attend(layer, new) for layer, new in enumerate(heads)]
         self.cache.commit(step)
         mx.eval(outs, self.cache.arrays())
         for slow, new, out in zip(self.slow, seen, outs, strict=True):
-            self.compare(slow, new, out, count, lambda token: True)
+            self.compare(slow, new, out, count, compare)
 
     def rewind(self, count: int) -> None:
         for one in (self.cache, *self.slow):

@@ -28,7 +28,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def run(*args: object, stdin: str | bytes = b"") -> SimpleNamespace:
-    """Run the command line in this process; an exception that is no exit is a failure."""
+    """Run the command line in this process; an exception other than an exit is a failure."""
     result = CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -7,6 +7,7 @@ a wrong position shows.
 import json
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 from safetensors import TensorSpec, serialize_file
@@ -168,6 +169,12 @@ def write_tiny(
             },
         )
     return folder
+
+
+def write_model(folder: Path, **changes: Any) -> Path:
+    """Write the folder of a tiny model, of `tiny_config` with changes; return it."""
+    config = tiny_config(**changes)
+    return write_tiny(folder, config, tiny_weights(config))
 
 
 def write_letters(folder: Path, config: dict) -> Path:

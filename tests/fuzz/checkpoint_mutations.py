@@ -17,10 +17,14 @@ from tests.fakes import gguf_files
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 from tests.fuzz.files import (
     BYTES,
-    HUGE,
+    FLOATS,
     INSTEAD,
+    NUMBERS,
+    WORDS,
     Change,
+    change_json,
     cut,
+    dumps,
     forge_tensors,
     header_of,
     nothing,
@@ -31,9 +35,6 @@ from tests.fuzz.texts import HOSTILE_STEPS, HOSTILE_TEMPLATES, some_template
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 INDEX = "model.safetensors.index.json"
-NUMBERS = (0, -1, 1, 2, 3, 7, 10_001, 2**64, 10**12, *HUGE)
-FLOATS = (0.0, -0.5, 1e-300, 1e300, float("nan"), float("inf"), 1.5)
-WORDS = ("", "a", "../up", "/etc/passwd", "a\0b", "x" * 3_000, "é😀", "\u202e", "<|im_end|>", "\n")
 Way = Callable[[Path, random.Random], str]
 # Keys that files of other models have: some change the computation.
 KEYS = (
@@ -142,60 +143,10 @@ def safetensors_header(folder: Path, draw: random.Random) -> str:
 # --- JSON ---
 
 
-def some_value(draw: random.Random) -> Any:
-    if draw.random() < 0.4:
-        return draw.choice(NUMBERS)
-    simple = (None, True, False, [], {}, [[]], {"a": None}, "1", [1, "a"], list(range(2_000)))
-    return draw.choice(draw.choice((FLOATS, WORDS, simple)))
-
-
-def places(value: Any) -> list[tuple[Any, Any]]:
-    """List every (container, key) of a JSON value, at most some thousands."""
-    found: list[tuple[Any, Any]] = []
-    waiting = [value]
-    while waiting and len(found) < 5_000:
-        node = waiting.pop(0)
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, child in list(items):
-            found.append((node, key))
-            if isinstance(child, dict | list):
-                waiting.append(child)
-    return found
-
-
-def change_json(value: Any, draw: random.Random) -> str:
-    # Most of a tokenizer is its vocabulary: shallow places come first in the list.
-    nodes = places(value)
-    near = min(len(nodes), draw.choice((12, 60, len(nodes))))
-    node, key = draw.choice(nodes[: max(near, 1)]) if nodes else (value, "a")
-    way = draw.choice(("set", "set", "set", "drop", "add", "swap"))
-    if way == "drop":
-        node.pop(key) if isinstance(node, dict) else node.__delitem__(key)
-    elif way == "add" and isinstance(value, dict):
-        key = draw.choice(KEYS)
-        value[key] = some_value(draw)
-    elif way == "swap" and nodes:
-        other, place = draw.choice(nodes)
-        try:
-            node[key], other[place] = other[place], node[key]
-        except (KeyError, IndexError):
-            node[key] = None
-    else:
-        node[key] = some_value(draw)
-    return f"{way} {str(key)[:40]!r}"
-
-
-def dumps(value: Any) -> str:
-    try:
-        return json.dumps(value)
-    except (RecursionError, ValueError):  # swapped into itself
-        return "[" * 5_000
-
-
 def any_json(folder: Path, draw: random.Random) -> str:
     path = folder / draw.choice(JSON_FILES)
     value = json.loads(path.read_text())
-    done = [change_json(value, draw) for _ in range(draw.choice((1, 1, 2, 4)))]
+    done = [change_json(value, draw, KEYS) for _ in range(draw.choice((1, 1, 2, 4)))]
     path.write_text(dumps(value))
     return f"{path.name}: {', '.join(done)}"
 
@@ -218,7 +169,7 @@ def index(folder: Path, draw: random.Random) -> str:
     outside = ("../x.safetensors", "/x.safetensors", "a/b.safetensors", "a\0.safetensors", ".")
     choice = draw.choice((*outside, 7, None, "model-00001-of-99999.safetensors", INDEX, "json"))
     if choice == "json":
-        done = change_json(value, draw)
+        done = change_json(value, draw, KEYS)
     else:
         name = draw.choice([*table, "extra"])
         table[name], done = choice, f"{name} in {choice!r}"

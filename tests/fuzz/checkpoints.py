@@ -1,4 +1,4 @@
-"""What must come of a hostile checkpoint: one line of an error of ours, or it loads and runs.
+"""What must come of a hostile checkpoint: a one-line error of the package, or it loads and runs.
 
 python -m tests.fuzz.checkpoints --count 3000 --seed 1
 """
@@ -67,7 +67,7 @@ def convert_and_load(path: Path) -> None:
     load(out)
 
 
-# Every way in which this package opens a checkpoint that nobody vouches for.
+# Every way in which this package opens an untrusted checkpoint.
 TRIES: list[Callable[[Path], None]] = [load_and_talk, read_truly, convert_and_load]
 
 

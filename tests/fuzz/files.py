@@ -7,16 +7,21 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 Change = Callable[[Path, Random], None]
 HUGE = (2**31 - 1, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 10**30)
+NUMBERS = (-1, 0, 1, 2, 3, 7, 10_001, 10**12, 2**64, -(2**31), -(2**63), *HUGE)
+FLOATS = (0.0, -0.5, 1.5, 1e-300, 1e300, float("nan"), float("inf"))
+WORDS = ("", "a", "../up", "/etc/passwd", "a\0b", "x" * 3_000, "é😀", "\u202e", "<|im_end|>", "\n")
 VALUES: tuple[Any, ...] = (
-    *(-1, 0, 1, 2, 3, 7, -(2**31), -(2**63), 0.5, 1e-300, 1e308, True, False, None, "", "x", "1"),
-    *([], {}, [[]], {"a": None}, [1, "a"], float("nan"), float("inf"), 10_001, *HUGE),
+    *NUMBERS * 2,
+    *FLOATS,
+    *WORDS,
+    *(None, True, False, [], {}, [[]], {"a": None}, "1", [1, "a"], list(range(2_000))),
 )
 DEPTH = 100_000
 
@@ -113,6 +118,60 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+# --- JSON ---
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """List every (container, key) of a JSON value, at most some thousands."""
+    found: list[tuple[Any, Any]] = []
+    waiting = [value]
+    while waiting and len(found) < 5_000:
+        node = waiting.pop(0)
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, child in list(items):
+            found.append((node, key))
+            if isinstance(child, dict | list):
+                waiting.append(child)
+    return found
+
+
+def change_json(value: Any, luck: Random, names: Sequence[str] = ("more",)) -> str:
+    """Change one place of a JSON value; return what was done.
+
+    Args:
+        names: of keys that may be added.
+    """
+    # Most of a tokenizer is its vocabulary: shallow places come first in the list.
+    if not (nodes := places(value)):
+        return "nothing to change"
+    near = min(len(nodes), luck.choice((12, 60, len(nodes))))
+    node, key = luck.choice(nodes[:near])
+    way = luck.choice(("set", "set", "set", "shift", "drop", "add", "swap"))
+    if way == "drop":
+        node.pop(key) if isinstance(node, dict) else node.__delitem__(key)
+    elif way == "add" and isinstance(value, dict):
+        key = luck.choice(names)
+        value[key] = luck.choice(VALUES)
+    elif way == "swap":
+        other, place = luck.choice(nodes)
+        try:
+            node[key], other[place] = other[place], node[key]
+        except (KeyError, IndexError):
+            node[key] = None
+    elif way == "shift" and type(node[key]) is int:
+        node[key] += luck.choice((-500, -20, -1, 1, 20, 500, *HUGE))
+    else:
+        node[key] = luck.choice(VALUES)
+    return f"{way} {str(key)[:40]!r}"
+
+
+def dumps(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (RecursionError, ValueError):  # swapped into itself
+        return "[" * 5_000
 
 
 # --- the header of a file of tensors ---

@@ -23,17 +23,17 @@ import numpy as np
 from mlx_stream.chat import manage
 from mlx_stream.chat.resume import BYTES_BESIDE, SessionOptions, open_session
 from mlx_stream.chat.saving import SavedSession
-from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.load import Model, load
-from tests.fakes.killed_chat import OPTIONS, Turn, check_attended, tiny_folder, turns_of
+from tests.fakes.conversations import QUESTIONS, leave_unanswered, said
+from tests.fakes.killed_chat import OPTIONS, Turn, check_attended, turns_of
+from tests.fakes.tiny import write_model
 from tests.fuzz import driver
 from tests.fuzz.session_mutations import BELIEVED, DATABASES, SNAPSHOTS
 
 SECONDS = 60.0
 GROWTH = 96 << 20  # Python and the allocator keep some of what was freed
-QUESTIONS = ("Hello there.", "And then? Tell me.", "Why äöü €?", "Go on", "x" * 30)
 LONGEST_REPLY = 8
 SHORT = replace(OPTIONS, max_tokens=LONGEST_REPLY)
 
@@ -47,7 +47,7 @@ class Broken(AssertionError):
 
 def prepare(place: Path) -> None:
     """Write a model, a session of it, and beside it files of others."""
-    folder, others = tiny_folder(place / "model"), place / "others"
+    folder, others = write_model(place / "model"), place / "others"
     others.mkdir()
     os.environ["MLX_STREAM_HOME"] = str(place / "home")
     model = load(folder, dtype="float32", keep_quantized=False)
@@ -61,31 +61,23 @@ def prepare(place: Path) -> None:
     saved = converse("x", model, 9)
     saved.write_snapshot()
     shutil.copy(session_paths("x").snapshot, others / "older.safetensors")
-    say(saved.chat, "One more.")
+    said(saved.chat.reply("One more."))
     saved.write_snapshot()
     shutil.copy(session_paths("x").snapshot, others / "taken_back.safetensors")
     saved.chat.undo()
-    say(saved.chat, "Another.")
+    said(saved.chat.reply("Another."))
     # One that a program was killed in, and went on after.
-    pieces = saved.chat.reply("Was it killed?")
-    next(pieces)
-    saved.chat.recorder = None
-    pieces.close()
-    saved._let_go()
+    leave_unanswered(saved, "Was it killed?")
     saved = open_session("x", model, OPTIONS)
-    say(saved.chat, "Yes.")
+    said(saved.chat.reply("Yes."))
     saved.close()
 
 
 def converse(name: str, model: Model, turns: int) -> SavedSession:
     saved = open_session(name, model, OPTIONS)
     for turn in range(turns):
-        say(saved.chat, QUESTIONS[turn % len(QUESTIONS)])
+        said(saved.chat.reply(QUESTIONS[turn % len(QUESTIONS)]))
     return saved
-
-
-def say(chat: ChatSession, question: str) -> str:
-    return "".join(piece.text for piece in chat.reply(question))
 
 
 # --- what comes of altering it ---
@@ -174,14 +166,14 @@ class Judge:
         notices: list[str] = []
         saved = open_session("x", self.model, options, notices.append)
         try:
-            said = turns_of(saved.store.turns())
-            check_attended(saved.chat, said)
+            turns = turns_of(saved.store.turns())
+            check_attended(saved.chat, turns)
             state = saved.chat.tokens.state()
             plain = {n: np.array(v) if isinstance(v, mx.array) else v for n, v in state.items()}
             again = " ".join(notice for notice in notices if "again" in notice)
-            found = Found(said, plain, "", saved.chat.cache.nbytes, again)
+            found = Found(turns, plain, "", saved.chat.cache.nbytes, again)
             with suppress(MlxStreamError):
-                found = replace(found, reply=say(saved.chat, "And now?"))
+                found = replace(found, reply=said(saved.chat.reply("And now?")))
                 check_attended(saved.chat, turns_of(saved.store.turns()))
         finally:
             with suppress(MlxStreamError):

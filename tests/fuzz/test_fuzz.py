@@ -16,10 +16,11 @@ from mlx_stream.chat.schema import SessionHeader
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.load import load
+from tests.fakes.conversations import said
 from tests.fakes.killed_chat import OPTIONS, check_attended, turns_of
 from tests.fuzz import checkpoints, driver, files, sessions
 from tests.fuzz.session_mutations import rewrite
-from tests.fuzz.sessions import Judge, line_of, say
+from tests.fuzz.sessions import Judge, line_of
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +48,21 @@ REFUSALS = {"CheckpointError", "ConfigError", "WeightsError", "TokenizerError", 
         ("sessions", {"read again", "refused", "as it was"}),
     ],
 )
-def test_what_is_hostile_or_altered_comes_to_no_harm(place, tmp_path, name, ends):
-    said: list[str] = []
+def test_hostile_and_altered_files_do_no_harm(place, tmp_path, name, ends):
+    lines: list[str] = []
     if name == "checkpoints":
         checkpoints.prepare(place := tmp_path)
-    tally = driver.fuzz(name, driver.seeds_of(4, 60), place, said.append)
-    assert tally["BUG"] == 0, "\n".join(said)
+    tally = driver.fuzz(name, driver.seeds_of(4, 60), place, lines.append)
+    assert tally["BUG"] == 0, "\n".join(lines)
     assert tally.total() == 60 and tally.keys() >= ends
 
 
 def reopened(judge: Judge) -> str:
-    """Open an altered session, see that it is what was said, and return what is said about it."""
+    """Open an altered session, compare it with what was said, and return the notices about it."""
     notices: list[str] = []
     saved = open_session("x", judge.model, OPTIONS, notices.append)
     check_attended(saved.chat, judge.whole.said)
-    say(saved.chat, "And now?")
+    said(saved.chat.reply("And now?"))
     check_attended(saved.chat, turns_of(saved.store.turns()))
     saved.close()
     return " ".join(notice for notice in notices if "again" in notice)
@@ -72,7 +73,7 @@ def places(header: dict[str, Any]) -> Any:
 
 
 def leave_out_one(header: dict[str, Any], _: Any) -> None:
-    """Have what is attended be said to be of fewer turns."""
+    """Attribute the attended ids to fewer turns."""
     del places(header)[-2]
 
 
@@ -108,7 +109,7 @@ FORGED: dict[str, Callable[[dict[str, Any], dict[str, mx.array]], Any]] = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_what_was_forged_is_not_used(judge, name):
+def test_a_forged_snapshot_is_not_used(judge, name):
     judge.fresh()
     assert reopened(judge) == ""
     judge.fresh()
@@ -118,7 +119,8 @@ def test_what_was_forged_is_not_used(judge, name):
 
 
 @pytest.mark.parametrize("change", [files.pipe, files.link, files.folder])
-def test_what_is_no_file_is_not_opened(judge, change):
+@pytest.mark.parametrize("obstacle", [False, True], ids=["", "obstacle"])
+def test_a_pipe_link_or_folder_is_not_opened(judge, obstacle, change):
     judge.fresh()
     snapshot = session_paths("x").snapshot
     change(snapshot, Random(0))

@@ -25,7 +25,7 @@ from mlx_stream.text.template import ChatTemplate, user
 from mlx_stream.text.template.meter import BUDGET, METER, metered
 from tests.fakes.conversations import assert_well_formed
 from tests.fakes.replies import letters_of, reply_of_ids, write, writer_of
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.tiny import write_model
 
 GREEDY = Sampling(0.0)
 
@@ -42,7 +42,7 @@ def stream_of(model, window=20, sinks=3, clock_limit=None):
 @functools.cache
 def handling(code):
     """Return before which bytecodes Python may be seen to have handled a signal: after a call,
-    where a function begins or goes on, and where a loop goes round.
+    where a function begins or resumes, and where a loop goes round.
 
     Not between what is stored and what is returned. Nor where the next bytecode is outside a `try`
     its call is inside of: the call would raise, and be caught there.
@@ -66,7 +66,7 @@ def handling(code):
 def interrupt_at(count, function):
     """Run a function; raise KeyboardInterrupt the `count`th time it could come into our code.
 
-    Returns it, for whoever keeps it; nothing once the function has fewer such places.
+    Returns it, or None once the function has fewer such places.
     """
     left = count
 
@@ -94,7 +94,7 @@ def interrupt_at(count, function):
 
 
 @pytest.mark.parametrize("chunk", [1, 6])
-def test_a_stream_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model, chunk):
+def test_a_stream_interrupted_anywhere_continues_as_one_that_was_not(tiny_model, chunk):
     model = tiny_model()
     count = 0
     for count in itertools.count(10, 61 if chunk == 1 else 31):
@@ -115,8 +115,7 @@ def test_a_stream_interrupted_anywhere_goes_on_as_one_that_was_not(tiny_model, c
 # In a generator that is being dropped Python itself ignores an interrupt, and says so.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
-    config = tiny_config(num_hidden_layers=1)
-    model = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config)), dtype="float32")
+    model = mlx_stream.load(write_model(tmp_path, num_hidden_layers=1), dtype="float32")
     count = 0
     for count in itertools.count(1, 43):
         chat = ChatSession(model, window=400, sampling=Sampling(1.0, top_p=1.0, seed=1))
@@ -193,8 +192,7 @@ def test_a_template_interrupted_anywhere_leaves_no_clock_running():
 
 @pytest.mark.parametrize("already", [0, 1])
 def test_a_reply_interrupted_anywhere_can_be_settled(tmp_path, already):
-    config = tiny_config(num_hidden_layers=1)
-    tokenizer = mlx_stream.load(write_tiny(tmp_path, config, tiny_weights(config))).tokenizer
+    tokenizer = mlx_stream.load(write_model(tmp_path, num_hidden_layers=1)).tokenizer
     ids = tokenizer.encode("the ä")
     count = 0
     for count in itertools.count(1):
@@ -242,8 +240,8 @@ def test_a_rotation_never_leaves_metal_a_position_to_read_past(tiny_model, monke
     assert len(seen) > 300
 
 
-def test_what_pads_a_chunk_never_reaches_real_rows(tiny_model):
-    """Not even if the embedding has a row of NaN that nobody asked for."""
+def test_padding_never_reaches_real_rows(tiny_model):
+    """Not even if the embedding has an unused row of NaN."""
     model = tiny_model(tie_word_embeddings=False)
     weight = model.network.embed_tokens.weight
     weight[0] = float("nan")

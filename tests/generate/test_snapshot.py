@@ -1,4 +1,4 @@
-"""A saved stream goes on with the same bits, is whole or not there, and is never trusted."""
+"""A saved stream continues with the same bits, is whole or absent, and is never trusted."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def read(stream: TokenStream, ids: list[int], chunk: int = 7) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("length", [0, 1, 9, 70])
-def test_a_stream_goes_on_as_if_it_had_never_been_closed(
+def test_a_restored_stream_continues_with_the_same_bits(
     tiny_model: Make, tmp_path: Path, dtype: mx.Dtype, sinks: int, length: int
 ) -> None:
     model = tiny_model(dtype)
@@ -53,7 +53,7 @@ def test_a_stream_goes_on_as_if_it_had_never_been_closed(
     assert other.ids.attended() == stream.ids.attended()
 
 
-def test_what_was_saved_before_survives_a_full_disk(
+def test_the_last_snapshot_survives_a_full_disk(
     tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = new(tiny_model())
@@ -113,7 +113,7 @@ def test_a_truncated_file(saved: Path, tmp_path: Path, size: int) -> None:
         snapshot.load_snapshot(cut)
 
 
-def test_what_is_larger_than_it_may_be(saved: Path) -> None:
+def test_a_file_or_header_over_its_limit_is_refused(saved: Path) -> None:
     size = saved.stat().st_size
     assert snapshot.load_snapshot(saved, size).model == "m"
     with pytest.raises(SnapshotError, match=f"{size:,} bytes, more than"):
@@ -177,7 +177,7 @@ STORED = {mx.float32: np.float32, mx.float16: np.float16, mx.uint32: np.uint32}
 
 @pytest.mark.parametrize("dtype", STORED.keys() - {mx.uint32}, ids=str)
 @pytest.mark.parametrize("sinks", [0, 3])
-def test_a_stream_that_the_first_version_saved_goes_on(
+def test_a_snapshot_of_version_1_continues(
     tiny_model: Make, tmp_path: Path, dtype: mx.Dtype, sinks: int
 ) -> None:
     model = tiny_model(dtype)

@@ -220,7 +220,7 @@ def test_as_many_are_verified_as_pay(costs, chances, expected):
     assert paced(costs).choose(chances) == expected
 
 
-def test_what_guesses_cost_counts():
+def test_the_cost_of_guesses_counts():
     pace = paced(dict.fromkeys(range(1, 9), 1.0))
     assert pace.choose([0.8] * 7, each=0.0) == 7
     assert 0 < pace.choose([0.8] * 7, each=0.2) < 7

@@ -83,7 +83,7 @@ def test_attended_ids_are_those_the_cache_attends(sinks, window, spare, operatio
         attended = [text[t] for t in (*first, *range(cache.oldest, len(text)))]
         assert stream.ids.attended() == attended
         assert stream.length == len(text)
-        # The cache's values are the ids: what is attended is what is said to be.
+        # The cache's values are the ids: the attended rows hold the attended ids.
         held = np.array(cache.current.values[0])[0, 0, cache.attended_rows(), 0]
         assert held.astype(int).tolist() == attended
 
@@ -105,7 +105,7 @@ def test_prefill_leaves_the_stream_that_reading_leaves(tiny_model, bits):
 
 
 class Told:
-    """An observer that keeps what it is told."""
+    """An observer that records its calls."""
 
     def __init__(self) -> None:
         self.events: list[tuple] = []
@@ -123,7 +123,7 @@ class Told:
         self.events.append(("erase",))
 
 
-def test_observers_are_told_how_the_stream_goes(tiny_model):
+def test_observers_see_every_change_of_the_stream(tiny_model):
     model, observers = tiny_model(), [Told(), Told()]
     stream = TokenStream(model, model.new_cache(2, 10, 7), observers)
     stream.read([5, 6, 7])
@@ -144,7 +144,7 @@ def test_observers_are_told_how_the_stream_goes(tiny_model):
 
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("way", ["erase", "state"])
-def test_what_is_not_attended_is_zero_once_a_state_is_given_out(tiny_model, bits, way):
+def test_unattended_rows_are_zero_in_a_state(tiny_model, bits, way):
     """Keys and values, and ids, whatever was taken back or has left."""
     model, told = tiny_model(head_dim=64), Told()
     cache = model.new_cache(3, 10, 0 if bits else 5, kv_bits=bits)
@@ -185,7 +185,7 @@ def pair(model) -> tuple[TokenStream, TokenStream]:
     return streams[0], streams[1]
 
 
-def test_a_request_is_read_as_far_as_a_step_goes_and_gives_what_is_wanted(tiny_model):
+def test_a_request_reads_one_step_and_returns_its_results(tiny_model):
     one, other = pair(tiny_model())
     ids = some_ids(12, seed=2)
     first = one.run(ReadRequest(one, ids, Want.LOGITS, chunk=5))

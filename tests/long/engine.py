@@ -1,4 +1,4 @@
-"""Have many sessions of one engine talk, listen, be cut, closed and forgotten at random.
+"""Let many sessions of one engine talk, listen, be cut, closed and forgotten at random.
 
     python -m tests.long.engine [--minutes 10] [--sessions 50] [--seed 0]
 
@@ -34,6 +34,7 @@ import mlx.core as mx
 from mlx_stream import errors
 from mlx_stream.backend import resident_bytes
 from mlx_stream.chat.exchange import Exchange
+from tests.fakes.conversations import pieces_of
 from tests.fakes.engines import GREEDY, engine_of
 from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters
@@ -120,11 +121,8 @@ class Worker:
             except errors.ValueRefused:  # all has left
                 pass
             return True
-        ask = {"retry": chat.retry, "edit": lambda: chat.edit(question)}.get(
-            act, lambda: chat.reply(question)
-        )
         try:
-            pieces, first = self.patiently(lambda: begun(ask()))
+            pieces, first = self.patiently(lambda: begun(pieces_of(chat, act, question)))
         except errors.ValueRefused:  # nothing is attended that could be answered again
             return True
         if first:
@@ -189,12 +187,9 @@ def again(model: mlx_stream.Model, life: Life) -> None:
             chat.undo()
             continue
         wanted = next(replies)
-        if not wanted:  # cut while the question was read: nobody knows where
+        if not wanted:  # cut while the question was read, at an unknown place
             return
-        ask = {"retry": chat.retry, "edit": lambda q=question: chat.edit(q)}.get(
-            act, lambda q=question: chat.reply(q)
-        )
-        pieces = ask()
+        pieces = pieces_of(chat, act, question)
         list(islice(pieces, count if cut else None))
         pieces.close()
         assert chat.exchanges[-1].reply_ids == wanted, f"not what it says alone: {act} {question}"
@@ -249,7 +244,7 @@ def run(folder: Path, minutes: float, sessions: int, seed: int) -> dict[str, Any
         while engine.memory[0] > weights and time.monotonic() < waited:
             time.sleep(0.01)
         if engine.memory[0] > weights:
-            failures.append(f"{engine.memory[0] - weights:,} bytes are held by nobody")
+            failures.append(f"{engine.memory[0] - weights:,} bytes are still allocated")
         looks.append(look())
     closed = engine.close(PATIENCE)
     alone = mlx_stream.load(folder, dtype="float32", keep_quantized=False)

@@ -15,7 +15,7 @@ import mlx_stream
 from mlx_stream import errors
 from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
 from mlx_stream.chat.session_files import session_paths
-from mlx_stream.generate.requests import ReadRequest, Want, run_coroutine
+from mlx_stream.generate.requests import run_coroutine
 from tests.fakes.engines import DEADLINE, GREEDY, engine_of, said
 from tests.fakes.failing import failing
 from tests.fakes.tiny import tiny_config, write_letters
@@ -24,7 +24,7 @@ QUESTIONS = ("Hello there.", "and the man of the house " * 3)
 NEXT = "Go on."
 OPTIONS = {"system": "You are brief.", "window": 220, "sampling": GREEDY, "max_tokens": 12}
 BIG = {**OPTIONS, "window": 400}
-ALONE = {**OPTIONS, "speculate": False}  # which leaves rows behind that nobody asked for
+ALONE = {**OPTIONS, "speculate": False}  # which leaves rows that were not asked for
 FED = "the man of the house and the hat of that man " * 9
 
 
@@ -35,7 +35,7 @@ def letters(tmp_path_factory):
 
 @pytest.fixture
 def untraced(monkeypatch):
-    """Have weights looked up at each step, so that one can be exchanged."""
+    """Look weights up at each step, so that one can be exchanged."""
     monkeypatch.setenv("MLX_STREAM_COMPILE", "0")
 
 
@@ -75,7 +75,7 @@ def again(model, exchanges, **options):
 
 @pytest.mark.parametrize("where", ["question", "reply"])
 @pytest.mark.parametrize("options", [{}, {"evict": "token"}, {"kv_bits": 8}], ids=str)
-def test_a_conversation_goes_on_as_one_that_read_it_again(model, where, options):
+def test_a_conversation_continues_as_one_that_was_read_again(model, where, options):
     chat = mlx_stream.ChatSession(model, **ALONE, **options)
     for question in (*QUESTIONS, *QUESTIONS):
         said(chat.reply(question))
@@ -150,7 +150,7 @@ def test_the_state_of_a_stream_that_failed_is_not_saved(model):
     assert session_paths("s").snapshot.exists()
 
 
-def test_a_session_of_an_engine_goes_on_within_the_budget(letters, untraced, model):
+def test_a_session_of_an_engine_continues_within_the_budget(letters, untraced, model):
     with engine_of(letters) as engine:
         chat = engine.session(**OPTIONS)
         chat.wait(DEADLINE)

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from mlx_stream.load import load
-from tests.fakes.killed_chat import Kills, tiny_folder
+from tests.fakes.killed_chat import Kills
+from tests.fakes.tiny import write_model
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         os.environ["MLX_STREAM_HOME"] = str(Path(place) / "home")
-        folder = tiny_folder(Path(place) / "model")
+        folder = write_model(Path(place) / "model")
         model = load(folder, dtype="float32", keep_quantized=False)
         kills = Kills(model, folder, random.Random(given.seed))
         for number in range(given.kills):

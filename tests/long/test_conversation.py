@@ -1,14 +1,13 @@
-"""A saved conversation of some hundred turns; long_conversation.py has one of ten thousand."""
+"""A saved conversation of some hundred turns; conversation.py has one of ten thousand."""
 
 import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.tiny import write_model
 from tests.long.conversation import HOW_OFTEN, converse, flat
 
 
 def test_a_long_conversation_is_well_formed_after_every_turn_and_nothing_grows(tmp_path):
-    config = tiny_config(max_position_embeddings=512)
-    folder = write_tiny(tmp_path, config, tiny_weights(config))
+    folder = write_model(tmp_path)
     found = converse(mlx_stream.load(folder, dtype="float32", keep_quantized=False), 300)
     assert flat(found), found
     assert found["evicted_exchanges"] > 200 and all(found[act] for act in HOW_OFTEN)

@@ -1,14 +1,13 @@
 """Hold `plan` to what a running chat really takes, at its peak, from after loading.
 
     python -m tests.measure.plan_memory [starter | 1b] [--window 1020] [--bits 16 | 4]
-        [--dtype TYPE] [--kv-bits 8 | 4] [--filled] [--folder FOLDER]
+        [--dtype TYPE] [--kv-bits 8 | 4] [--filled]
 
 `1b` is a model of the shape of Llama-3.2-1B with random weights, written in bfloat16 or 4 bits to a
-temporary folder, or to FOLDER, where the next run finds it. The chat has one turn, longer than the
-window by more than a chunk. Reading it takes minutes in float32, and hours in bfloat16 or 4 bits on
-the CPU backend: with `--filled` the stream begins as one whose window is full of zeros, and the
-turn is one chunk and a little more. Prints one line of JSON; exits with 1 if the plan is off by
-more than 5 %. Not collected by pytest.
+temporary folder. The chat has one turn, longer than the window by more than a chunk. Reading it
+takes minutes in float32, and hours in bfloat16 or 4 bits on the CPU backend: with `--filled` the
+stream begins as one whose window is full of zeros, and the turn is one chunk and a little more.
+Prints one line of JSON; exits with 1 if the plan is off by more than 5 %. Not collected by pytest.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from mlx_stream.hub.starter import STARTER
 from mlx_stream.load import Model, load
 from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model
-from mlx_stream.plan.planner import Plan, PlanRequest, make_plan
+from mlx_stream.plan.planner import PlanRequest, make_plan
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.window import PREFILL_CHUNK
 from tests.long.big_checkpoint import write_big
@@ -98,19 +97,14 @@ def measure(
     sinks, ring = talk(model, asked.window, asked.kv_bits, turn)
     peak = mx.get_peak_memory()
     plan = make_plan(summarize_model(source, print), devices.here(), replace(asked, sinks=sinks))
-    return report(plan, asked.kv_bits, peak, loading, ring, model.weight_bytes)
-
-
-def report(
-    plan: Plan, kv_bits: int | None, peak: int, loading: int, ring: int, weights: int
-) -> dict[str, Any]:
+    weights = model.weight_bytes
     assert (plan.weights, plan.ring) == (weights, ring), "weights and ring are exact"
     return {
         "recipe": plan.recipe.name,
         "dtype": plan.dtype,
         "sinks": plan.sinks,
         "window": plan.window,
-        "kv_bits": kv_bits,
+        "kv_bits": asked.kv_bits,
         "weights": weights,
         "ring": ring,
         "workspace": plan.workspace,
@@ -132,7 +126,6 @@ def main() -> None:
     parser.add_argument("--keep-quantized", action="store_true", default=None)
     parser.add_argument("--kv-bits", type=int, choices=(8, 4))
     parser.add_argument("--filled", action="store_true")
-    parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     asked = PlanRequest(
         options.dtype, options.keep_quantized, window=options.window, kv_bits=options.kv_bits
@@ -141,10 +134,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         source = options.model
         if source == "1b":
-            folder = options.folder or Path(temporary)
-            if not (folder / "tokenizer_config.json").exists():
-                write_big(folder, options.bits)
-            source = str(folder)
+            source = str(write_big(Path(temporary), options.bits))
         mx.clear_cache()
         result = {"model": options.model, "filled": options.filled} | measure(source, asked, talk)
     print(json.dumps(result))

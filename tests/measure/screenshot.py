@@ -1,4 +1,4 @@
-"""The desktop app as a real window that nobody sees: asks, looks, stops; for a test, and by hand.
+"""The desktop app as an offscreen window: asks, looks, stops; for a test, and by hand.
 
     QT_QPA_PLATFORM=offscreen TOGA_BACKEND=toga_qt \\
         python -m tests.measure.screenshot MODEL FOLDER QUESTION...

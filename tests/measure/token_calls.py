@@ -1,6 +1,6 @@
 """Count what one plain token of a chat costs in Python: calls, generators resumed, classes used.
 
-    python -m tests.measure.token_calls [--tokens 200] [--json]
+    python -m tests.measure.token_calls [--tokens 200]
 
 A tiny model at a full window, greedy, without guesses, so that the figures are the same on every
 machine. Classes are those whose methods run outside `models/` and `cache/`.
@@ -71,15 +71,7 @@ def measure(tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    found = measure(asked.tokens)
-    if asked.json:
-        print(json.dumps(found))
-        return
-    print(f"Python calls a token: {found['python_calls']}")
-    print(f"generators resumed:   {len(found['generators'])}: {', '.join(found['generators'])}")
-    print(f"classes:              {len(found['classes'])}: {', '.join(found['classes'])}")
+    print(json.dumps(measure(parser.parse_args().tokens), indent=1))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def begun(model: Model, name: str, turns: int) -> SavedSession:
 
 
 def measure(model: Model, turns: int, rounds: int) -> dict:
-    """Have `rounds` turns in each conversation, one here and one there."""
+    """Take `rounds` turns in each conversation, alternately."""
     sessions = {"early": begun(model, "early", EARLY), "late": begun(model, "late", turns)}
     conversations = {name: saved.chat for name, saved in sessions.items()}
     read = {name: one.stats.prompt_tokens for name, one in conversations.items()}
