@@ -15,7 +15,7 @@ import mlx_stream
 from mlx_stream import errors
 from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
 from mlx_stream.chat.session_files import session_paths
-from mlx_stream.generate.requests import run_coroutine
+from mlx_stream.generate.requests import ReadRequest, Want, run_coroutine
 from tests.fakes.engines import DEADLINE, GREEDY, engine_of, said
 from tests.fakes.failing import failing
 from tests.fakes.tiny import tiny_config, write_letters
