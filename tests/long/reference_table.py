@@ -43,7 +43,9 @@ def differences(
     found = {}
     for chunk in chunks:
         stream = TokenStream(model, model.new_cache(sinks, window))
-        found[str(chunk)] = float(np.abs(np.array(score(stream, ids, chunk)["nll"]) - expected).max())
+        found[str(chunk)] = float(
+            np.abs(np.array(score(stream, ids, chunk)["nll"]) - expected).max()
+        )
     return found
 
 
