@@ -22,9 +22,7 @@ def doctor(
     self_test: Annotated[
         bool, Option("--self-test", help="Check that this device computes what a stream needs.")
     ] = False,
-    dtype: options.Dtype = None,
-    keep_quantized: options.KeepQuantized = None,
-    force: options.Force = False,
+    loading: options.LoadOptions,
     json: options.AsJson = False,
 ) -> None:
     """Describe this machine and what will be slow on it.
@@ -37,10 +35,10 @@ def doctor(
     from mlx_stream.program.paths import cache_root
 
     if self_test:
-        check(model, dtype, keep_quantized, force, json)
+        check(model, loading, json)
         return
-    if model is not None or dtype is not None or keep_quantized is not None:
-        fail("MODEL, --dtype and --keep-quantized are for --self-test: give that too")
+    if model is not None or loading != options.LoadOptions():
+        fail("MODEL and the options of loading it are for --self-test: give that too")
     facts = {**backend.describe(), "cache": str(cache_root())}
     advice = backend.advice()
     if json:
@@ -52,21 +50,18 @@ def doctor(
         print(f"- {line}")
 
 
-def check(
-    source: str | None, dtype: str | None, keep_quantized: bool | None, force: bool, json: bool
-) -> None:
+def check(source: str | None, loading: options.LoadOptions, json: bool) -> None:
     """Run the self-test and print what it found."""
     from dataclasses import asdict
 
     from mlx_stream import backend, selftest
     from mlx_stream.cli.report import print_json, print_table
-    from mlx_stream.load import load
     from mlx_stream.selftest.tiny_model import make_tiny_model
 
     if source is not None:
-        model = load(source, dtype, keep_quantized, force, notify)
-    elif keep_quantized is None:
-        model = make_tiny_model(dtype)
+        model = loading.load(source)
+    elif loading.keep_quantized is None:
+        model = make_tiny_model(loading.dtype)
     else:
         fail("--keep-quantized and --dequantize are about a model's weights: give MODEL")
     answers = {True: "yes", False: "NO", None: "-"}

@@ -56,7 +56,7 @@ class Prompt:
         self.notify, self._notices = notify, []
         kept = open_history(history, self._notices.append)
         if is_dumb():
-            self._read = plain_reader(kept)
+            self._read = lambda default: plain_line(default, kept)
         else:
             self._read = editor(kept, status, completions, self._when_idle(idle))
 
@@ -118,10 +118,7 @@ def editor(
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
-    from prompt_toolkit.output import ColorDepth
-    from prompt_toolkit.styles import Style
 
-    plain = bool(os.environ.get("NO_COLOR"))
     session: PromptSession[str] = PromptSession(
         PROMPT,
         multiline=True,
@@ -132,8 +129,6 @@ def editor(
         complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
         key_bindings=key_bindings(),
         bottom_toolbar=status,
-        color_depth=ColorDepth.DEPTH_1_BIT if plain else None,
-        style=Style.from_dict({"bottom-toolbar": "noreverse"}) if plain else None,
         enable_suspend=True,
     )
     # A terminal that does not report its cursor has no status bar; do not warn of it.
@@ -141,16 +136,7 @@ def editor(
     return lambda default: session.prompt(default=default, pre_run=begun)
 
 
-def plain_reader(history: "History") -> Callable[[str], str]:
-    def read(default: str) -> str:
-        line = plain_line(default)
-        history.append_string(line)
-        return line
-
-    return read
-
-
-def plain_line(default: str) -> str:
+def plain_line(default: str, history: "History") -> str:
     """Read a line that the terminal itself edits; Enter alone gives the default."""
     typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # and so not shown
     try:
@@ -169,6 +155,7 @@ def plain_line(default: str) -> str:
     line = data.decode("utf-8", "surrogateescape").rstrip("\r\n")
     if typed_ahead:
         print(escape(NO_TEXT.sub("\ufffd", line)), flush=True)
+    history.append_string(line or default)
     return line or default
 
 

@@ -27,18 +27,21 @@ def read_text(path: str) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise TextError(f"{name}: cannot be read: {reason}") from error
-    if not data:
+    text = decode_utf8(data, name)
+    if not text:
         raise TextError(f"{name}: is empty: give a text of at least one character")
-    return decode_utf8(data, name)
+    return text
 
 
 def decode_utf8(data: bytes, name: str) -> str:
+    """Decode UTF-8; a byte order mark is not part of the text."""
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        place, byte = error.start, error.object[error.start]
         raise TextError(
-            f"{name}: is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}): convert it, "
-            "for instance with iconv -t UTF-8"
+            f"{name}: is not UTF-8 (byte {place} is 0x{byte:02x}): convert it, for instance with "
+            "iconv -t UTF-8"
         ) from error
 
 

@@ -55,30 +55,6 @@ THINKS = (
 PHI_TOKENS = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 
 
-def read_ids(tokenizer, template, system, exchanges, unread=""):
-    """Return the ids a stream reads of a conversation; `unread` ends each reply, as text."""
-    turns = PromptBuilder(tokenizer, template, system, pin=True)
-    ids, rest = [*turns.pinned], None
-    for number, (question, reply) in enumerate(exchanges, 1):
-        closing, asked = turns.question(question, rest, number == 1)
-        said = reply.removesuffix(unread)
-        said_ids = tokenizer.encode(template.lead + said, special=False, behind_text=True)
-        exchange = Exchange(question, reply, closing, asked, tuple(said_ids), unread)
-        exchange = turns.settle(exchange, number == 1)
-        ids += closing + exchange.ids
-        rest = turns.rest_of(exchange)
-    closing, _ = turns.following(rest or "", "x")
-    return [*ids, *closing]
-
-
-def whole_ids(tokenizer, template, system, exchanges):
-    """Return the ids of the whole render, whose replies are text as sampled."""
-    messages: list[Message] = [*system_turn(system)]
-    for question, reply in exchanges:
-        messages += [user(question), assistant(reply)]
-    return tokenizer.encode(template.render(messages, reply=False), special=False)
-
-
 @pytest.mark.parametrize("source", [LLAMA_2, VICUNA, VICUNA_WITHOUT_END, KNOWN["Mistral 0.3"][0]])
 @pytest.mark.parametrize("tokenizer", [byte_level, blank_lines, sentence_pieces])
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -21,15 +21,6 @@ from tests.fakes.conversations import assert_well_formed, said
 from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters
 
-STATS = Stats(
-    attended=1012,
-    evicted=3400,
-    sinks=4,
-    window=2048,
-    cache_bytes=94_600_000,
-    decoded_tokens=123,
-    reply_seconds=10.0,
-)
 QUESTIONS = ("Who\nwrote it?", "Who\nread it?")
 OPTIONS = SessionOptions("Be brief.", 200, sampling=Sampling(0), max_tokens=7)
 
@@ -152,7 +143,7 @@ def test_edit_asks_another_question_in_place_of_the_last(saved, question):
     assert_well_formed(saved.chat)
 
 
-def test_undo_and_clear_take_back_and_let_leave(saved, tmp_path):
+def test_undo_and_clear(saved, tmp_path):
     chat = saved.chat
     answered(say("/undo", chat), "removed: Who read it?")
     assert questions(chat) == [QUESTIONS[0]] == written("letters")
@@ -173,25 +164,20 @@ def test_undo_and_clear_take_back_and_let_leave(saved, tmp_path):
         ("/system Be kind.", "Be kind.", "the system prompt is changed"),
         ("/system ''", None, "there is no system prompt now"),
         ('/system ""', None, "there is no system prompt now"),
+        ("/window 512", "Be brief.", "the window is 512 tokens, after 4 that always stay"),
+        ("/window 2,048", "Be brief.", "the window is 2,048 tokens, after 4 that always stay"),
     ],
 )
-def test_another_system_prompt_keeps_what_was_said(saved, line, prompt, text):
+def test_another_system_prompt_or_window_keeps_the_conversation(saved, line, prompt, text):
     answered(say("/system", saved.chat), "Be brief.")
-    answered(say(line, saved.chat), text)
-    assert saved.chat.system == prompt == saved.store.state.header.system
-    assert questions(saved.chat) == [*QUESTIONS]
-    assert_well_formed(saved.chat)
-
-
-@pytest.mark.parametrize(("typed", "window"), [("512", 512), ("2,048", 2048)])
-def test_another_window_keeps_what_was_said(saved, typed, window):
     sinks = saved.chat.stats.sinks
-    text = f"the window is 200 tokens, after {sinks} that always stay"
-    answered(say("/window", saved.chat), text)
-    text = f"the window is {window:,} tokens, after {sinks} that always stay"
-    answered(say(f"/window {typed}", saved.chat), text)
-    assert saved.chat.stats.window == window == saved.store.state.header.window
-    assert saved.chat.cache.geometry.window == window
+    always = f"after {sinks} that always stay"
+    answered(say("/window", saved.chat), f"the window is 200 tokens, {always}")
+    answered(say(line, saved.chat), text.replace("after 4 that always stay", always))
+    header = saved.store.state.header
+    assert saved.chat.system == prompt == header.system
+    size = int(line.split()[1].replace(",", "")) if "window" in line else 200
+    assert saved.chat.stats.window == size == header.window == saved.chat.cache.geometry.window
     assert questions(saved.chat) == [*QUESTIONS]
     assert_well_formed(saved.chat)
 
@@ -225,7 +211,7 @@ def test_save_gives_a_conversation_a_name_and_later_writes_its_state(chat):
         ("/export ~/talk.md", "talk.md"),
     ],
 )
-def test_export_writes_what_was_said(chat, tmp_path, monkeypatch, line, file):
+def test_export_writes_the_conversation(chat, tmp_path, monkeypatch, line, file):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -273,9 +259,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
     ("line", "text"),
     [
         ("/undo 3", "/undo takes no argument, not '3'"),
-        ("/quit now", "/quit takes no argument, not 'now'"),
         ("/window wide", "/window takes a whole number of tokens, not 'wide'"),
-        ("/window 1.5", "/window takes a whole number of tokens, not '1.5'"),
         ("/window " + "9" * 5000, "/window takes a whole number of tokens, not '9999"),
         ("/window 0", "--window must be at least 1"),
         ("/window 8,000", "window 8000 = "),
@@ -288,7 +272,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
         ("/export no-such-folder/talk.md", "no-such-folder/talk.md: cannot be written: "),
     ],
 )
-def test_what_is_refused_is_one_line_and_changes_nothing(line, text, chat):
+def test_a_refused_command_is_one_line_and_changes_nothing(line, text, chat):
     with Lock.acquire(session_paths("taken").lock):
         before = everything(chat)
         outcome = say(line, chat)
@@ -310,7 +294,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("line", ["/undo", "/clear", "/system a", "/window 100"])
-def test_what_cannot_be_written_is_one_line(line, chat):
+def test_a_full_disk_is_one_line(line, chat):
     chat.recorder = FullDisk()
     answered(say(line, chat), "the disk is full")
     pieces = say("/retry", chat).pieces  # of a reply that is its reader's error
@@ -329,7 +313,7 @@ def test_a_snapshot_that_cannot_be_written_is_one_line(saved):
     assert say("/save", saved.chat).text.startswith("saved as letters")
 
 
-def test_what_is_answered_is_harmless(chat):
+def test_answers_are_escaped(chat):
     clears, escaped = "a\x1b[2J", "a\\x1b[2J"
     said(chat.reply(clears))
     assert say("/undo", chat).text == f"removed: {escaped}"
@@ -339,7 +323,7 @@ def test_what_is_answered_is_harmless(chat):
     assert "\x1b" not in say("/\x1b[2J", chat).text
 
 
-def test_help_stats_and_sessions_tell_and_change_nothing(chat):
+def test_help_stats_and_sessions_change_nothing(chat):
     before = everything(chat)
     answered(say("/stats", chat), str(chat.stats))
     assert say("/sessions", chat).text.startswith("no session is saved")
@@ -351,6 +335,8 @@ def test_help_stats_and_sessions_tell_and_change_nothing(chat):
 
 
 def test_the_status_bar_tells_attention_speed_and_memory():
+    counts = {"attended": 1012, "evicted": 3400, "sinks": 4, "window": 2048}
+    speed = {"cache_bytes": 94_600_000, "decoded_tokens": 123, "reply_seconds": 10.0}
     text = "1,012/2,052 attended · 3,400 evicted · 12.3 tok/s · cache 94.6 MB"
-    assert status(STATS) == text
-    assert status(STATS, "letters") == f"{text} · letters"
+    assert status(Stats(**counts, **speed)) == text
+    assert status(Stats(**counts, **speed), "letters") == f"{text} · letters"

@@ -50,11 +50,12 @@ NAMES = ["perplexity", "sinks", "windows", "latency", "streameval", "endurance"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_json_csv_and_table_show_the_same(
-    name: str, experiments: dict[str, tuple[object, ...]]
+def test_json_csv_table_and_charts_show_the_same(
+    name: str, experiments: dict[str, tuple[object, ...]], tmp_path: Path
 ) -> None:
-    command = experiments[name]
-    report = parsed(done(*command, "--json").out)
+    command, saved = experiments[name], tmp_path / "saved.json"
+    saved.write_text(done(*command, "--json", "--plot", tmp_path / "one.svg").out)
+    report = parsed(saved.read_text())
     assert (report["experiment"], report["about"]["model"]) == (name, "tiny")
     assert report["about"]["machine"]["mlx"] and report["rows"]
     rows = list(csv.DictReader(io.StringIO(done(*command, "--csv").out)))
@@ -62,19 +63,10 @@ def test_json_csv_and_table_show_the_same(
     table = done(*command).out.splitlines()
     assert len(table) == 1 + len(report["rows"]) + len(report["notes"])
     assert re.search("perplexity|p50 ms|by likelihood", table[0])
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_saved_result_is_drawn_again(
-    name: str, experiments: dict[str, tuple[object, ...]], tmp_path: Path
-) -> None:
-    (tmp_path / "kept.json").write_text(done(*experiments[name], "--json").out)
-    done(*experiments[name], "--plot", tmp_path / "one.svg")
-    result = done("eval", "plot", tmp_path / "kept.json", tmp_path / "two.svg")
-    for path in (tmp_path / "two.svg", tmp_path / "two-dark.svg"):
-        assert path.read_text().startswith("<?xml") and f"drew {path}" in result.err
-    if name in ("streameval", "endurance"):  # nothing in it is timed anew
-        assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    drawn = done("eval", "plot", saved, tmp_path / "two.svg").err
+    for part in ("", "-dark"):
+        one, two = (tmp_path / f"{name}{part}.svg" for name in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes() and f"drew {two}" in drawn
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"experiment": 1}', "\xff"])

@@ -50,7 +50,7 @@ def test_chat_answers_each_line_whatever_its_end(letters: Path) -> None:
         assert done(*options, stdin=nothing).out == ""
     result = done(*options, stdin="Hello\r\nAnd then?\r\n")
     assert re.fullmatch(r"[a-z]{12}\n[a-z]{12}\n", result.out) and result.err == ""
-    assert done(*options, stdin="Hello\nAnd then?").out == result.out
+    assert done(*options, stdin="\ufeffHello\nAnd then?").out == result.out
 
 
 def test_stats_go_to_standard_error(letters: Path) -> None:
@@ -94,6 +94,7 @@ def test_generate_reads_its_prompt_as_it_is(tiny: Path) -> None:
     }
     for text, out in texts.items():
         assert done(*options, "-p", "-", stdin=text).out == out
+        assert done(*options, "-p", "-", stdin=f"\ufeff{text}".encode()).out == out
     assert len(set(texts.values())) == len(texts)
 
 
