@@ -139,7 +139,7 @@ def writer_factory(
 
     Args:
         speculate: whether to guess. None: yes, unless the ring is quantized, because quantized
-            rows are not written ahead, or `sampling` has a seed.
+            rows are not written ahead, or `sampling` has a seed and there is no draft model.
         draft: a model that also guesses.
         sampling: a seed promises the same text to the bit. Guessing would break that, because
             timing decides how much is guessed, and several rows are summed in another order.
