@@ -15,6 +15,7 @@ from mlx_stream.text.template import (
 )
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.engine.test_incremental_encoder import blank_lines, byte_level, sentence_pieces
+from tests.fakes.turn_ids import read_ids, whole_ids
 from tests.text.test_template import KNOWN, LLAMA_2, TOKENS
 
 EXCHANGES = [
