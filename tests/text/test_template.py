@@ -1,4 +1,4 @@
-"""ChatTemplate: what real templates give on a stream, and what hostile ones do not get."""
+"""ChatTemplate: real templates on a stream, and templates that are refused."""
 
 import itertools
 import json
@@ -150,7 +150,7 @@ def template(name: str) -> ChatTemplate:
     return ChatTemplate(*KNOWN[name][:2])
 
 
-# ----------------------------------------------------------------------- what templates give
+# -------------------------------------------------------------------------- real templates
 
 
 @names
@@ -250,13 +250,13 @@ def test_the_default_of_several_templates_is_used():
     assert template_source({}) is template_source({"chat_template": None}) is None
 
 
-# ------------------------------------------------------------------- what is refused on a stream
+# ------------------------------------------------------------- templates that rewrite turns
 
 CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</>' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# Write an exchange anew once the next question is there.
+# These rewrite an exchange once the next question is there.
 SETTLES = {
     "drops the thinking of earlier turns": CHATML.replace(
         "m.content", "(m.content if loop.last else m.content.split('</think>')[-1])"
@@ -265,7 +265,7 @@ SETTLES = {
     "thinks in the prompt": CHATML.replace("<assistant>{%", "<assistant><think>{%"),
     "marks the last turn": CHATML.replace("'</>'", "('</last>' if loop.last else '</>')"),
 }
-# Write one anew later than that, or not at all.
+# These rewrite an exchange later than that, or do not write it once.
 REWRITES = {
     "writes before a reply": CHATML.replace(
         "m.content", "('Answer: ' if m.role == 'assistant' else '') + m.content"
@@ -292,7 +292,7 @@ REWRITES = {
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 @pytest.mark.parametrize("name", SETTLES)
-def test_an_exchange_is_settled_as_it_stands_behind_the_next_question(name, system):
+def test_an_exchange_is_settled_as_the_next_question_finds_it(name, system):
     found = ChatTemplate(SETTLES[name])
     found.check(system=True)
     assert found.rewrites and not ChatTemplate(CHATML).rewrites
@@ -312,14 +312,14 @@ def test_templates_that_do_more_than_append_are_refused(name: str):
         ChatTemplate(REWRITES[name], LLAMA_3_TOKENS).check(system=False)
 
 
-def test_the_refusal_says_why():
+def test_the_refusal_gives_the_reason():
     with pytest.raises(
         TemplateError, match=r"rewrites earlier turns .* cannot be used on a stream"
     ):
         ChatTemplate(REWRITES["keeps the last two exchanges"]).check(system=False)
 
 
-def test_a_closing_that_comes_late_is_appended_too():
+def test_a_closing_written_with_the_next_turn_is_appended():
     source = CHATML.replace("'</>'", "('</>' if not loop.last else '')")
     late = ChatTemplate(source.replace("<assistant>{%", "</><assistant>{%"))
     late.check(system=True)
@@ -336,7 +336,7 @@ def test_a_template_without_a_place_for_a_system_prompt_is_refused():
         template("Mistral 0.3").check(system=True)
 
 
-# ------------------------------------------------------------------------ what strangers write
+# ----------------------------------------------------------------------- hostile templates
 
 HOSTILE = {
     "python's insides": "{{ ''.__class__.__mro__ }}",

@@ -1,4 +1,4 @@
-"""What strangers' templates may not use up: time, memory and Python; and what honest ones may."""
+"""Limits of strangers' templates: time, memory and Python; and what honest ones may use."""
 
 import json
 import threading
@@ -14,20 +14,20 @@ from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, meter, user
 from mlx_stream.text.template.meter import BUDGET, ITEM, Meter
 from tests.fuzz.texts import HOSTILE_TEMPLATES
 
-# What these templates write is as short as they are.
+# These templates write no more than a template of their length should.
 HARMLESS = {
     *("nested namespaces", "long text", "long source", "large constants", "writes a name"),
     "surrogate",
 }
-# Compiling one of the largest takes this much; what it makes when it runs takes less.
+# Compiling one of the largest takes this much; running it takes less.
 MEMORY = 160 << 20
-# Seconds of CPU that tell a template that was stopped, on any machine, from one that runs on: those
-# that should be stopped take minutes, or never end.
+# Seconds of CPU within which a stopped template ends on any machine. Without a limit these take
+# minutes, or never end.
 ENDS = 20
 
 
 def elsewhere(do: Callable[[], object]) -> tuple[BaseException | None, float]:
-    """Run in a thread of its own, where no signal arrives; return what it raised, and CPU time."""
+    """Run in a new thread, where no signal arrives; return the error raised and the CPU time."""
     found: list[tuple[BaseException | None, float]] = []
 
     def run() -> None:
@@ -41,7 +41,7 @@ def elsewhere(do: Callable[[], object]) -> tuple[BaseException | None, float]:
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    (answer,) = found  # anything but an error of ours leaves none
+    (answer,) = found  # empty after any error but our own
     return answer
 
 
@@ -69,10 +69,11 @@ WIDE = {
     "other lines indented": "{{ ('😀' ~ '\x0b' * 900000) | indent(99, true, true) | length }}",
     "formatted numbers": "{{ (('%f' * 300000) % 1e308) | length }}",
     "json separators": "{{ ([1] * 50000) | tojson(separators=('😀' * 900000, ':')) | length }}",
+    "sorted text": "{{ ('😀' * 990000) | sort | length }}",
     "json indents": "{% set ns = namespace(x=['a'] * 30000) %}{% for i in range(400) %}"
     "{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson(indent=99) | length }}",
 }
-# Single steps of Python or Jinja that would take minutes, where no clock is looked at.
+# Single steps of Python or Jinja that would take minutes without a check of the time.
 SLOW = {
     "search from behind": "{% set x = 'a' * 200000 %}{{ ('a' * 900000).rfind(x ~ 'b' ~ x) }}",
     "strip": "{{ ('a' * 900000).strip('b' * 900000 ~ 'a') }}",
@@ -88,6 +89,8 @@ SLOW = {
     "condition": "{% for i in [0] * 50000 if "
     + " or ".join(["(i or i)"] * 1_500)
     + " %}{% endfor %}",
+    "attributes in a condition": "{% set x = [0] * 50000 %}"
+    + ("{% for i in x if i" + ".real" * 150 + " %}{% endfor %}") * 9,
     "search from behind by name": "{% set x = 'a' * 200000 %}"
     "{{ ('a' * 900000).rsplit(sep=x ~ 'b' ~ x) }}",
     "rows of rows": "{% set ns = namespace(x='x') %}{% for i in range(9) %}"
@@ -114,7 +117,7 @@ def test_no_single_step_takes_long(name: str):
 
 
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
-def test_a_template_ends_in_time_on_any_thread(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_hostile_template_ends_in_time_on_any_thread(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(meter, "SECONDS", 0.2)
     raised, seconds = elsewhere(lambda: answer(HOSTILE_TEMPLATES[name]))
     assert seconds < ENDS
@@ -155,8 +158,8 @@ def test_the_longest_source_compiles_or_is_refused_in_time():
         assert seconds < ENDS and (raised is None or isinstance(raised, TemplateError))
 
 
-def test_checking_a_template_is_one_use_of_it():
-    # Each rendering is well inside the limit, and a check is some forty of them.
+def test_all_renders_of_a_check_share_one_time_limit():
+    # Each render is well within the limit, but a check needs some forty of them.
     slow = (
         "{% for i in range(99999) %}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
@@ -182,7 +185,7 @@ def test_a_value_that_holds_another_twice_weighs_it_twice():
         running.weigh([value, "a"])
 
 
-def test_what_is_made_is_paid_for_once_and_for_all():
+def test_all_values_of_a_render_share_one_budget():
     running = Meter()
     for _ in range(BUDGET // 100):
         running.made("x" * (100 - ITEM))
@@ -190,7 +193,7 @@ def test_what_is_made_is_paid_for_once_and_for_all():
         running.made("x")
 
 
-def test_a_value_as_large_as_the_messages_is_honest():
+def test_the_budget_grows_with_the_messages():
     question = "long " * 1_000_000
     source = "{% set c = messages[0].content | trim %}{% set c = '[' + c + ']' %}{{ c ~ c }}"
     assert len(ChatTemplate(source).render([user(question)], False)) == 2 * len(question) + 2
@@ -233,7 +236,7 @@ HONEST = [
 
 
 @pytest.mark.parametrize("source", HONEST)
-def test_what_honest_templates_use_is_as_in_jinja(source: str):
+def test_honest_templates_render_as_in_jinja(source: str):
     peer = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     peer.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
     assert answer(source) == peer.from_string(source).render(messages=[user("Hi")])
