@@ -36,16 +36,16 @@ class Desktop(toga.App):
         status_icon: bool = sys.platform == "darwin",
     ):
         self._has_icon = status_icon
-        self.desk = ChatController(self.changed, model, window, sampling, max_tokens)
+        self.controller = ChatController(self.changed, model, window, sampling, max_tokens)
         super().__init__(NAME, ID, app_name="mlx_stream_desktop")
 
     def startup(self) -> None:
-        self.view = ChatWindow(self.desk, self.changed, self.dark_mode)
+        self.view = ChatWindow(self.controller, self.changed, self.dark_mode)
         self._draw_soon = Throttle(self.view.draw, self.loop)
         self.main_window = self.view.main
         self.commands.add(
             command("New conversation", self.view.begin, shortcut=toga.Key.MOD_1 + "n"),
-            command("Stop the reply", self.desk.stop, shortcut=toga.Key.MOD_1 + "."),
+            command("Stop the reply", self.controller.stop, shortcut=toga.Key.MOD_1 + "."),
             command("Conversation as text", self._show_text, shortcut=toga.Key.MOD_1 + "t"),
         )
         if self._has_icon:
@@ -53,17 +53,17 @@ class Desktop(toga.App):
             self.status_icons.add(icon)
             self.status_icons.commands.add(
                 command("Show window", self.view.main.show, group=icon),
-                command("Stop the reply", self.desk.stop, group=icon),
+                command("Stop the reply", self.controller.stop, group=icon),
             )
             self.view.main.on_close = self._hide
         self.view.main.show()
 
     # Toga awaits what its handlers return, and declares them as if it did not.
     async def on_running(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        await self.desk.start()
+        await self.controller.start()
 
     async def on_exit(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        await self.desk.close()
+        await self.controller.close()
         return True
 
     def changed(self) -> None:
@@ -72,9 +72,9 @@ class Desktop(toga.App):
 
     def _show_text(self) -> None:
         """Show the conversation as text that can be selected and copied."""
-        window = toga.Window(title=self.desk.name or NAME, size=(640, 560))
+        window = toga.Window(title=self.controller.name or NAME, size=(640, 560))
         window.content = toga.MultilineTextInput(
-            value=as_text(self.desk.said), readonly=True, style=Pack(flex=1)
+            value=as_text(self.controller.said), readonly=True, style=Pack(flex=1)
         )
         window.show()
 

@@ -22,8 +22,8 @@ SIZE, TITLE = (980, 680), "mlx_stream"
 class ChatWindow:
     """All widgets in one window; `draw` updates them and is cheap if nothing changed."""
 
-    def __init__(self, desk: ChatController, redraw: Callable[[], None], dark: bool | None):
-        self._desk, self._redraw = desk, redraw
+    def __init__(self, controller: ChatController, redraw: Callable[[], None], dark: bool | None):
+        self._controller, self._redraw = controller, redraw
         self._colours = DARK if dark else LIGHT
         self._filling, self._shown = False, {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,34 +85,34 @@ class ChatWindow:
 
     def draw(self) -> None:
         """Show what has changed."""
-        desk, status, colours = self._desk, self._desk.status, self._colours
+        controller, status, colours = self._controller, self._controller.status, self._colours
         self._filling = True
         try:
             self._fill_pickers()
             self._fill_conversations()
         finally:
             self._filling = False
-        rows = rows_of(desk.said, desk.attended, desk.name)
+        rows = rows_of(controller.said, controller.attended, controller.name)
         self.transcript.show(rows, self.column)
-        self.gauge.show(desk.gauge)
+        self.gauge.show(controller.gauge)
         notice = self.transcript.wrapped(escape_markup(status.notice), self.column - 2 * MARGIN)
         if self._differs("notice", (notice, status.alarming)):
             self.notice.style.color = colours.alarm if status.alarming else colours.faded
             self.notice.text = notice
-        if desk.draft and not self.question.value:
-            self.question.value, desk.draft = desk.draft, ""
+        if controller.draft and not self.question.value:
+            self.question.value, controller.draft = controller.draft, ""
         if self._differs("phase", status.phase):
             self.send.enabled, self.stop.enabled = status.idle, status.can_stop
             for widget in (self.new, self.model, self.window):
                 widget.enabled = status.can_choose
 
     def _fill_pickers(self) -> None:
-        desk = self._desk
-        models = sorted({*desk.models, desk.model})
-        windows = [f"{w:,}" for w in sorted({*WINDOWS, desk.window})]
+        controller = self._controller
+        models = sorted({*controller.models, controller.model})
+        windows = [f"{w:,}" for w in sorted({*WINDOWS, controller.window})]
         for picker, items, chosen in (
-            (self.model, models, desk.model),
-            (self.window, windows, f"{desk.window:,}"),
+            (self.model, models, controller.model),
+            (self.window, windows, f"{controller.window:,}"),
         ):
             if self._differs(picker, items):
                 picker.items = items
@@ -120,7 +120,10 @@ class ChatWindow:
                 picker.value = chosen
 
     def _fill_conversations(self) -> None:
-        rows = [with_title(one, one.name == self._desk.name) for one in self._desk.conversations]
+        rows = [
+            with_title(one, one.name == self._controller.name)
+            for one in self._controller.conversations
+        ]
         if self._differs("conversations", rows):
             self.conversations.data = rows
 
@@ -135,31 +138,33 @@ class ChatWindow:
 
     def _on_send(self, *_: object, **__: object) -> None:
         text = self.question.value
-        if self._desk.status.idle and text.strip():
+        if self._controller.status.idle and text.strip():
             self.question.value = ""
             self.transcript.to_the_end()
-            self._start(self._desk.send(text))
+            self._start(self._controller.send(text))
 
     def _on_stop(self, *_: object, **__: object) -> None:
-        self._desk.stop()
+        self._controller.stop()
 
     def begin(self, *_: object, **__: object) -> None:
         """Begin a new conversation."""
-        self._start(self._desk.begin())
+        self._start(self._controller.begin())
         self.question.focus()
 
     def _on_open(self, *_: object, **__: object) -> None:
         row = self.conversations.selection
         if row is not None and not self._filling:
-            self._start(self._desk.open(row.name))  # type: ignore[attr-defined]
+            self._start(self._controller.open(row.name))  # type: ignore[attr-defined]
 
     def _on_model(self, *_: object, **__: object) -> None:
         if not self._filling and self.model.value:
-            self._start(self._desk.choose_model(str(self.model.value)))
+            self._start(self._controller.choose_model(str(self.model.value)))
 
     def _on_window(self, *_: object, **__: object) -> None:
         if not self._filling and self.window.value:
-            self._start(self._desk.choose_window(int(str(self.window.value).replace(",", ""))))
+            self._start(
+                self._controller.choose_window(int(str(self.window.value).replace(",", "")))
+            )
 
     def _on_resize(self, *_: object, **__: object) -> None:
         self._redraw()

@@ -40,7 +40,7 @@ def arrival(text: str) -> Chunk:
 
 
 @pytest.fixture
-def desk(letters, journal, tmp_path):
+def handler(letters, journal, tmp_path):
     """Return a handler that answers from a stream which was fed nothing."""
     with engine_of(letters) as engine:
         listener = engine.listen(window=300, sampling=GREEDY, max_tokens=5, backlog=10_000)
@@ -50,31 +50,31 @@ def desk(letters, journal, tmp_path):
         yield RequestHandler(journal, diary, dict, lambda: None, listener, feeder)
 
 
-def test_a_note_is_about_what_was_fed_and_the_next_about_the_rest(desk, journal):
+def test_a_note_is_about_what_was_fed_and_the_next_about_the_rest(handler, journal):
     texts = ("One.\n", "Zwei äöü.\n", "Three.\n")
     for text in texts:
         journal.append(arrival(text))
-    assert desk.note() is None
-    desk.feeder.fed = 2
+    assert handler.note() is None
+    handler.feeder.fed = 2
     count = len("".join(texts[:2]).encode())
-    assert f"*{count:,} bytes read since the last note" in desk.note()
-    assert desk.note() is None
-    desk.feeder.fed = 3
-    assert f"*{len(texts[2]):,} bytes read since the last note" in desk.note()
+    assert f"*{count:,} bytes read since the last note" in handler.note()
+    assert handler.note() is None
+    handler.feeder.fed = 3
+    assert f"*{len(texts[2]):,} bytes read since the last note" in handler.note()
 
 
-def test_the_asker_is_told_of_unread_text_unless_with_now(desk):
-    desk.listener.feed("and the man of the house " * 300)
-    first = next(desk.answer({"what": "ask", "question": "Who?", "now": True}))
+def test_the_asker_is_told_of_unread_text_unless_with_now(handler):
+    handler.listener.feed("and the man of the house " * 300)
+    first = next(handler.answer({"what": "ask", "question": "Who?", "now": True}))
     assert first["text"]
-    first, *answer, last = desk.answer({"what": "ask", "question": "Who?"})
+    first, *answer, last = handler.answer({"what": "ask", "question": "Who?"})
     assert first["waiting"] > 500 and last == {"done": True}
     assert all(line["text"] for line in answer)
-    assert desk.listener.backlog == 0
-    first, *_ = desk.answer({"what": "ask", "question": "Who?"})
+    assert handler.listener.backlog == 0
+    first, *_ = handler.answer({"what": "ask", "question": "Who?"})
     assert first["text"]
     with pytest.raises(AssistantError, match="at most 4,000 characters: give"):
-        next(desk.answer({"what": "ask", "question": "x" * 4_001}))
+        next(handler.answer({"what": "ask", "question": "x" * 4_001}))
 
 
 def test_nothing_the_model_says_is_a_heading_or_hides_others():

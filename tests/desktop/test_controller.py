@@ -4,12 +4,12 @@ import asyncio
 from dataclasses import replace
 
 from mlx_stream.chat import manage
-from tests.fakes.desks import chat_of, desk, on_a_loop, until
+from tests.fakes.desks import chat_of, on_a_loop, open_controller, until
 
 
 @on_a_loop
 async def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
-    async with desk(letters, window=200, max_tokens=20) as one:
+    async with open_controller(letters, window=200, max_tokens=20) as one:
         seen = []
         one._changed = lambda: seen.append(one.said[-1].reply if one.said else "")
         await one.send("  Hi there, you!  ")
@@ -28,7 +28,7 @@ async def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
 
 @on_a_loop
 async def test_stop_ends_a_reply_within_a_token_and_keeps_it(letters):
-    async with desk(letters, window=200, max_tokens=600) as one:
+    async with open_controller(letters, window=200, max_tokens=600) as one:
         task = asyncio.create_task(one.send("Go on for ever."))
         await until(lambda: one.said and len(one.said[-1].reply) >= 5)
         one.stop()
@@ -45,7 +45,7 @@ async def test_stop_ends_a_reply_within_a_token_and_keeps_it(letters):
 
 @on_a_loop
 async def test_evicted_tokens_and_exchanges_are_counted(letters):
-    async with desk(letters, window=60, max_tokens=20) as one:
+    async with open_controller(letters, window=60, max_tokens=20) as one:
         for number in range(4):
             await one.send(f"Question {number}?")
         assert one.gauge.evicted > 0 and one.attended < 4 == len(one.said)
@@ -55,7 +55,7 @@ async def test_evicted_tokens_and_exchanges_are_counted(letters):
 
 @on_a_loop
 async def test_a_saved_conversation_is_reopened_with_its_window_and_continues(letters):
-    async with desk(letters, window=90) as one:
+    async with open_controller(letters, window=90) as one:
         await one.send("First?")
         before, gauge = [*one.said], one.gauge
         await one.begin()
@@ -73,7 +73,7 @@ async def test_a_saved_conversation_is_reopened_with_its_window_and_continues(le
 
 @on_a_loop
 async def test_a_first_question_that_is_refused_leaves_no_conversation(letters):
-    async with desk(letters, window=10**9) as one:
+    async with open_controller(letters, window=10**9) as one:
         await one.send("Hi")
         assert one.status.alarming and one.draft == "Hi" and one.said == [] and one.name is None
         await one.choose_window(100)
@@ -85,7 +85,7 @@ async def test_a_first_question_that_is_refused_leaves_no_conversation(letters):
 
 @on_a_loop
 async def test_a_conversation_continues_with_another_model(letters, tiny):
-    async with desk(letters) as one:
+    async with open_controller(letters) as one:
         await one.send("Hi")
         await one.choose_model(str(tiny))
         assert one.status.idle and one.model == str(tiny) and one.attended == 1
@@ -97,7 +97,7 @@ async def test_a_conversation_continues_with_another_model(letters, tiny):
 
 @on_a_loop
 async def test_leaving_in_the_middle_of_a_reply_saves_it(letters):
-    async with desk(letters, window=200, max_tokens=600) as one:
+    async with open_controller(letters, window=200, max_tokens=600) as one:
         task = asyncio.create_task(one.send("Go on."))
         await until(lambda: one.said and one.said[-1].reply)
     await task

@@ -27,18 +27,18 @@ async def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters)
 
         def grows():
             lengths.add(len(view.transcript.text))
-            return one.desk.status.idle
+            return one.controller.status.idle
 
         await until(grows)
         await settled(one)
-        await until(lambda: one.desk.said[0].reply in view.transcript.text)
+        await until(lambda: one.controller.said[0].reply in view.transcript.text)
         assert len(lengths) > 2
         assert view.transcript.text.startswith("What is new?\n\n")
-        assert view.gauge.text == str(one.desk.gauge)
+        assert view.gauge.text == str(one.controller.gauge)
         pinned, attended, free = view.gauge.shares
         assert (pinned + attended, pinned + attended + free) == (
-            one.desk.gauge.attended,
-            one.desk.gauge.capacity,
+            one.controller.gauge.attended,
+            one.controller.gauge.capacity,
         )
         await until(lambda: len(view.conversations.data) == 1)
         assert view.conversations.data[0].title == "\N{BULLET} what-is-new"
@@ -49,13 +49,13 @@ async def test_enter_sends_too_the_stop_button_stops_and_nothing_is_sent_in_betw
     async with app(letters, window=200, max_tokens=2_000) as one:
         one.view.question.value = "For ever?"
         one.view.question._impl.simulate_confirm()
-        await until(lambda: one.view.stop.enabled and one.desk.said[0].reply)
+        await until(lambda: one.view.stop.enabled and one.controller.said[0].reply)
         assert not one.view.send.enabled and not one.view.model.enabled
         one.view.question.value = "Second"
         one.view.question._impl.simulate_confirm()
         one.view.stop._impl.simulate_press()
         await settled(one)
-        assert len(one.desk.said) == 1 and len(one.desk.said[0].reply) < 2_000
+        assert len(one.controller.said) == 1 and len(one.controller.said[0].reply) < 2_000
         assert one.view.question.value == "Second"
         await until(lambda: one.view.transcript.text.endswith(" [stopped]"))
 
@@ -65,7 +65,7 @@ async def test_a_click_in_the_list_reopens_a_saved_conversation(letters):
     async with app(letters, window=200) as one:
         view = one.view
         await answered(one, "First?")
-        said = one.desk.said[0]
+        said = one.controller.said[0]
         view.new._impl.simulate_press()
         await until(lambda: view.transcript.text == "")
         await settled(one)
@@ -73,7 +73,7 @@ async def test_a_click_in_the_list_reopens_a_saved_conversation(letters):
         await answered(one, "Another?")
         await until(lambda: len(view.conversations.data) == 2)
         clicked(view, "first")
-        await until(lambda: one.desk.name == "first")
+        await until(lambda: one.controller.name == "first")
         await settled(one)
         await until(lambda: said.reply in view.transcript.text)
         assert "Another?" not in view.transcript.text
@@ -88,17 +88,17 @@ async def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_
         view = one.view
         assert "nowhere" in view.notice.text.replace("\n", "")
         assert view.notice.style.color != view.transcript._colours.faded
-        await until(lambda: one.desk.models == ["starter"])
-        one.desk.models.append(str(letters))
+        await until(lambda: one.controller.models == ["starter"])
+        one.controller.models.append(str(letters))
         one.changed()
         await until(lambda: str(letters) in [row.value for row in view.model.items])
         view.model.value = str(letters)
-        await until(lambda: one.desk.status.idle and one.desk.model == str(letters))
+        await until(lambda: one.controller.status.idle and one.controller.model == str(letters))
         await settled(one)
         await until(lambda: view.notice.text == "")
         await answered(one, "Hi")
         view.window.value = "508"
-        await until(lambda: one.desk.gauge.capacity == 512)
+        await until(lambda: one.controller.gauge.capacity == 512)
         await settled(one)
         view.window.value = "8,000"  # more than the model was trained with
         await until(lambda: "trained context" in view.notice.text.replace("\n", " "))
@@ -112,15 +112,15 @@ async def test_a_question_that_was_not_read_is_back_where_it_was_typed(letters):
         await answered(one, "First?")
         await until(lambda: one.view.conversations.data)
         one.view.new._impl.simulate_press()
-        await until(lambda: one.desk.name is None)
+        await until(lambda: one.controller.name is None)
         with Lock.acquire(session_paths("first").lock):
             clicked(one.view, "first")
-            await until(lambda: one.desk.status.alarming)
+            await until(lambda: one.controller.status.alarming)
             await settled(one)
             one.view.question.value = "Lost?"
             one.view.send._impl.simulate_press()
-            await until(lambda: one.view.question.value == "Lost?" and one.desk.status.idle)
-            assert len(one.desk.said) == 1
+            await until(lambda: one.view.question.value == "Lost?" and one.controller.status.idle)
+            assert len(one.controller.said) == 1
 
 
 @on_a_loop
@@ -134,10 +134,10 @@ async def test_questions_sent_in_the_moment_another_click_takes_are_drafts(lette
             assert one.view.question.value == ""
         one.view.question.value = "Second?"  # typed before the window shows them again
         await settled(one)
-        assert one.view.question.value == "Second?" and one.desk.said == []
+        assert one.view.question.value == "Second?" and one.controller.said == []
         await answered(one, "Second?")
         await until(lambda: one.view.question.value == "Lost? Or this?")
-        assert [s.question for s in one.desk.said] == ["Second?"]
+        assert [s.question for s in one.controller.said] == ["Second?"]
 
 
 @on_a_loop
@@ -150,10 +150,10 @@ async def test_a_question_sent_while_the_window_is_changed_is_not_read_behind_it
         one.view.question.value = "More"
         one.view.send._impl.simulate_press()
         await settled(one)
-        assert one.desk.window == 508 and not one.desk.status.alarming
+        assert one.controller.window == 508 and not one.controller.status.alarming
         assert one.view.question.value == "More"
-        assert [s.question for s in one.desk.said] == ["Hi"]
-        (saved,) = one.desk.conversations
+        assert [s.question for s in one.controller.said] == ["Hi"]
+        (saved,) = one.controller.conversations
         assert saved.exchanges == 1
 
 
@@ -164,11 +164,11 @@ async def test_on_a_mac_an_icon_in_the_menu_bar_stops_replies_and_brings_the_win
         commands = {c.text: c for c in one.status_icons.commands if hasattr(c, "text")}
         assert commands["Show window"].group is icon
         await asked(one, "For ever?")
-        await until(lambda: one.desk.said[0].reply)
+        await until(lambda: one.controller.said[0].reply)
         one.main_window._impl.simulate_close()
-        assert not one.main_window.visible and one.desk.status.can_stop and not has_left(one)
+        assert not one.main_window.visible and one.controller.status.can_stop and not has_left(one)
         commands["Stop the reply"].action()
-        await until(lambda: one.desk.status.idle)
+        await until(lambda: one.controller.status.idle)
         commands["Show window"].action()
         await until(lambda: one.main_window.visible)
 
@@ -182,4 +182,6 @@ async def test_a_conversation_can_be_shown_as_text(letters):
         await until(lambda: set(one.windows) - before)
         (window,) = set(one.windows) - before
         assert window.content.readonly
-        assert window.content.value == (f"You:\nHi <b>you</b>\n\nModel:\n{one.desk.said[0].reply}")
+        assert window.content.value == (
+            f"You:\nHi <b>you</b>\n\nModel:\n{one.controller.said[0].reply}"
+        )

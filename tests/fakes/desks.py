@@ -39,7 +39,7 @@ def chat_of(one: ChatController) -> Session:
 
 
 @asynccontextmanager
-async def desk(
+async def open_controller(
     model: Path | str, window: int = 100, max_tokens: int = 40
 ) -> AsyncIterator[ChatController]:
     """Yield a controller that has loaded its model."""
@@ -73,10 +73,10 @@ def has_left(one: Desktop) -> bool:
 
 async def asked(one: Desktop, question: str) -> None:
     """Type a question and press Send; return once it is being answered, or has been."""
-    before = len(one.desk.said)
+    before = len(one.controller.said)
     one.view.question.value = question
     one.view.send._impl.simulate_press()
-    await until(lambda: one.desk.status.can_stop or len(one.desk.said) > before)
+    await until(lambda: one.controller.status.can_stop or len(one.controller.said) > before)
 
 
 async def answered(one: Desktop, question: str) -> None:
@@ -87,11 +87,11 @@ async def answered(one: Desktop, question: str) -> None:
 
 def shows(one: Desktop) -> bool:
     """Return whether the window has caught up with the controller."""
-    status, view = one.desk.status, one.view
+    status, view = one.controller.status, one.view
     buttons = (view.send.enabled, view.stop.enabled)
     return not one._draw_soon._waits and buttons == (status.idle, status.can_stop)
 
 
 async def settled(one: Desktop) -> None:
     """Wait until all that was clicked is done, and the window shows it."""
-    await until(lambda: one.desk.status.can_choose and not one.view._tasks and shows(one))
+    await until(lambda: one.controller.status.can_choose and not one.view._tasks and shows(one))

@@ -36,19 +36,19 @@ class Seen(Desktop):
 
     async def _used(self) -> dict[str, Any]:
         self.view.main.size = SIZE
-        await self.desk.start()
+        await self.controller.start()
         for count, question in enumerate(self._questions, 1):
-            await self._until(lambda: self.desk.status.idle and self.view.send.enabled)
+            await self._until(lambda: self.controller.status.idle and self.view.send.enabled)
             self.view.question.value = question
             self.view.send._impl.native.click()
-            await self._until(lambda count=count: len(self.desk.said) == count)
+            await self._until(lambda count=count: len(self.controller.said) == count)
         await self._until(lambda: len(self._last()) > 40)
         await self._until(lambda: self._last()[:20] in self._shown())
         self._draw(self._folder / "large.png")
-        self.desk.stop()
-        await self._until(lambda: self.desk.status.idle)
+        self.controller.stop()
+        await self._until(lambda: self.controller.status.idle)
         self.view.main.size = SMALL
-        await self._until(lambda: self._shown().endswith(ending(self.desk.said[-1])))
+        await self._until(lambda: self._shown().endswith(ending(self.controller.said[-1])))
         self._draw(self._folder / "small.png")
         return {
             "shown": self._shown(),
@@ -58,7 +58,7 @@ class Seen(Desktop):
         }
 
     def _last(self) -> str:
-        return self.desk.said[-1].reply
+        return self.controller.said[-1].reply
 
     def _shown(self) -> str:
         return self.view.transcript.text
