@@ -239,6 +239,6 @@ def post_processor(tokens: list[str], bos: int | None, eos: int | None) -> dict[
         "pair": wrapped("A", 0) + wrapped("B", 1),
         "special_tokens": {
             tokens[index]: {"id": tokens[index], "ids": [index], "tokens": [tokens[index]]}
-            for index in sorted({bos, eos} - {None})
+            for index in sorted({index for index in (bos, eos) if index is not None})
         },
     }

@@ -198,8 +198,9 @@ def check_template(step: Step) -> None:
 def added_by(token: Any) -> bool:
     """Return whether a template's special token is well-formed: a few ids, each with a text."""
     ids, texts = (token.get(k) if isinstance(token, Mapping) else None for k in ("ids", "tokens"))
-    both = isinstance(ids, list) and isinstance(texts, list)
-    return both and len(ids) == len(texts) <= MAX_AFFIX
+    if not isinstance(ids, list) or not isinstance(texts, list):
+        return False
+    return len(ids) == len(texts) <= MAX_AFFIX
 
 
 # --- the model ---

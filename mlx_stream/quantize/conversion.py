@@ -176,8 +176,9 @@ def fit(recipe: Recipe, at: Projection, config: ModelConfig) -> Quantization | N
 def own_dtype(checkpoint: Checkpoint) -> str:
     """Return the dtype that a checkpoint's config names, or else its embedding's."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    known = isinstance(named, str) and named in DTYPES
-    return named if known else name_of(stored_dtype(checkpoint.tensors))
+    if isinstance(named, str) and named in DTYPES:
+        return named
+    return name_of(stored_dtype(checkpoint.tensors))
 
 
 def name_of(dtype: mx.Dtype) -> str:
