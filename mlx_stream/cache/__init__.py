@@ -2,7 +2,8 @@
 
 Shape letters, used throughout the package: B batch (always 1), T new tokens, N attended rows,
 H query heads, K key/value heads, D head dimension, S sinks, W window, X spare rows, R = W + X ring
-rows, L layers. Tokens of a stream are numbered t = 0, 1, 2, ...
+rows, L layers. Tokens of a stream are numbered t = 0, 1, 2, ... The oldest token that t attends to,
+sinks apart, is o.
 """
 
 from typing import Any, Protocol

@@ -72,7 +72,7 @@ class Geometry:
         return self.sinks + (token - self.sinks) % self.ring
 
     def oldest(self, position: StreamPosition, token: int) -> int:
-        """Return o for a token: the oldest one it attends to that is not a sink (rule 1)."""
+        """Return o for a token: the oldest one it attends to that is not a sink."""
         return max(position.floor, token - self.window + 1)
 
     def ring_count(self, position: StreamPosition) -> int:

@@ -7,7 +7,7 @@ the clock gets too large for accurate float32 angles, the ring is rotated back o
 lowered (re-anchoring).
 
 Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. Their clock positions are
-2, 3, 4, 5, 6, so token 0 is at distance 4, as rule 2 says (t - o + S - i = 6 - 4 + 2 - 0).
+2, 3, 4, 5, 6, so token i = 0 is at distance t - o + S - i = 6 - 4 + 2 - 0 = 4.
 """
 
 import itertools
@@ -226,7 +226,7 @@ class StreamCache:
         self.current = CacheState(position, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:
-        """Take back the newest `count` tokens (rule 9).
+        """Take back the newest `count` tokens.
 
         The last X, the spare rows, cost nothing. Each one beyond leaves one attended token fewer
         until the window has filled again.
@@ -241,7 +241,7 @@ class StreamCache:
         self._move(self.geometry.rewind(self.position, count))
 
     def evict(self, count: int) -> None:
-        """Evict the oldest `count` attended tokens that are not sinks (rule 9).
+        """Evict the oldest `count` attended tokens that are not sinks.
 
         Raises:
             ValueRefused: more tokens than the window holds.

@@ -1,6 +1,7 @@
 """A listener on the engine's thread."""
 
 from datetime import datetime
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -39,27 +40,27 @@ class ListenerWorker:
     def open(self) -> Work:
         """Begin, or continue a snapshot; a coroutine."""
         yield from ()
-        path, found, reason = self.options.restore, None, ""
+        path, stream, reason = self.options.restore, None, ""
         if path and path.exists():
             try:
-                found = load_listener(path, self.host.model, self.backlog.capacity)
+                stream = self._continue(path)
             except SnapshotError as error:
                 reason = str(error)
-        try:
-            stream = self._new_stream(found[1].began if found else None)
-            if found:
-                try:
-                    stream.restore(found[0], found[1])
-                    self.restored, self._counted = found[1].note, stream.cache.evicted
-                except ValueRefused as error:
-                    reason = f"{path} does not fit this window and system prompt ({error})"
-                    stream = self._new_stream()
-        finally:
-            found = None
-            mx.clear_cache()  # of the buffers that a snapshot was loaded into
+            except ValueRefused as error:
+                reason = f"{path} does not fit this window and system prompt ({error})"
+            mx.clear_cache()  # of the buffers that the snapshot was loaded into
+        stream = stream or self._new_stream()
         if reason:
             stream.stats.add_notices(f"the listener starts empty: {reason}")
         self.stream = stream
+
+    def _continue(self, path: Path) -> ListenerStream:
+        """Return the stream of a snapshot; see `load_listener` and `ListenerStream.restore`."""
+        state, saved = load_listener(path, self.host.model, self.backlog.capacity)
+        stream = self._new_stream(saved.began)
+        stream.restore(state, saved)
+        self.restored, self._counted = saved.note, stream.cache.evicted
+        return stream
 
     def _new_stream(self, began: datetime | None = None) -> ListenerStream:
         self.host.budget.set_stream(self.key, 0)

@@ -35,6 +35,8 @@ class Task:
         items: yielded, and not yet taken by the caller.
         future: the outcome. Cancelling it before the task begins keeps the task from running.
         error: why the task failed; set before the future is.
+        done: whether the task has ended. Unlike `future.done()` it takes no lock, so a finalizer
+            that interrupts the future cannot deadlock with a thread that waits under `lock`.
         tell: called on the thread, without the lock, whenever there is an item or an outcome.
     """
 
@@ -50,15 +52,11 @@ class Task:
         self.future: Future[Any] = Future()
         self.error: MlxStreamError | None = None
         self.tell: Callable[[], None] | None = None
-        self.cancelled = False
+        self.cancelled = self.done = False
         self._claimed: bool | None = None
         self._begin: Callable[[], Work] | None = begin
         self._work: Work | None = None
         self._request: ReadRequest | None = None  # the read that the coroutine waits for
-
-    @property
-    def done(self) -> bool:
-        return self.future.done()
 
     def cancel(self) -> None:
         """Stop the task before its next step, and drop its items."""
@@ -127,6 +125,7 @@ class Task:
                 self.future.set_exception(error)
             else:
                 self.future.set_result(result)
+        self.done = True
         self._notify()
 
     def _notify(self) -> None:

@@ -12,10 +12,10 @@ class PrefillStep:
     """The step of several tokens.
 
     Each row has its own o. If o does not move within the chunk, the sinks' rows in the buffer are
-    right for every row. If it does, every row is at the constant position C - 1 relative to the
-    sinks: the scores of queries rotated to it enter the fused attention through an additive mask,
-    over sink keys set to zero (on the CPU backend as fast as a plain mask). The rows then attend in
-    blocks, each only to the columns that its rows need.
+    right for every row. If it does, every row is at the constant distance S + W - 1 from sink 0:
+    the scores of queries rotated to that position enter the fused attention through an additive
+    mask, over sink keys set to zero (on the CPU backend as fast as a plain mask). The rows then
+    attend in blocks, each only to the columns that its rows need.
     """
 
     def __init__(

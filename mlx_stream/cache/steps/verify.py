@@ -53,7 +53,7 @@ class VerifyStep:
 
     Each token has its own o. If o moves within the step, the sinks' rows are right for the first
     token only, and an additive mask corrects the other tokens' scores. It is the exact scores, of
-    queries rotated to the constant position C - 1, minus those of the rows. The difference is
+    queries rotated to the constant position S + W - 1, minus those of the rows. The difference is
     small, so half precision rounds it no more than it rounds queries and keys.
     """
 
