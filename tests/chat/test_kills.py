@@ -196,15 +196,16 @@ def test_a_killed_reply_leaves_its_question_until_something_is_done_about_it(
     way.act(saved.chat)
     held = [*([] if name == "clear" else before), *way.attended]
     unanswered = TWO if name in ("nothing", "another prompt") else ""
+    assert saved.chat.unanswered == unanswered and saved.chat.number == len(turns)
     for _ in range(2):  # the next time it is the same
         assert states(saved) == [(n, *turn) for n, turn in enumerate(turns, 1)]
         assert [e.question for e in saved.chat.exchanges] == held
-        assert saved.chat.unanswered == unanswered and saved.chat.number == len(turns)
         saved.close()
         gone = TWO.encode() not in session_paths("x").database.read_bytes()
         assert gone == (TWO not in [question for _, question in turns])
         saved = open_session("x", model, replace(OPTIONS, system=None, window=None))
     if unanswered:
+        assert saved.chat.unanswered == TWO
         list(saved.chat.retry())
         turns[-1] = (ANSWERED, TWO)
     else:
