@@ -113,7 +113,7 @@ class Journal:
         private(path.parent)
         self.path, self._lock = path, threading.RLock()
         with self._reading():
-            path.touch()
+            path.touch(0o600)
             path.chmod(0o600)
             self._connection = sqlite.connect(path, sqlite.LONGEST_ROW)
             try:

@@ -28,7 +28,7 @@ def assistant_paths(name: str) -> AssistantPaths:
             f"{name[:80]!r} cannot be an assistant's name; expected 1 to 32 letters (a-z, A-Z), "
             "digits, '-', '_' and '.', and neither '.' nor '-' first"
         )
-    data, cache = data_folder("assistant").absolute(), cache_folder("assistant").absolute()
+    data, cache = data_folder("assistant"), cache_folder("assistant")
     return AssistantPaths(
         journal=data / f"{name}.db",
         snapshot=cache / f"{name}.safetensors",

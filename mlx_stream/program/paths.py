@@ -13,7 +13,7 @@ def user_folder(below_home: str, system: str, *below_system: str) -> Path:
     """Return a folder below $MLX_STREAM_HOME, or else one of the system's."""
     if home := os.environ.get("MLX_STREAM_HOME"):
         try:
-            return Path(home).expanduser() / below_home
+            return Path(home).expanduser().absolute() / below_home
         except RuntimeError as error:
             raise SessionError(f"MLX_STREAM_HOME={home}: {error}") from error
     return Path(system, *below_system)
