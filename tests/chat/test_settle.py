@@ -59,7 +59,8 @@ TEMPLATES = {
 CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)
 WINDOWS = st.integers(40, 200)
-ACTS = ("ask", "ask", "ask", "retry", "edit", "undo", "clear", "resume", "restart")
+COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8])
+ACTS = ("ask", "ask", "ask", "retry", "edit", "undo", "clear", "resume", "restart", "restart")
 # How a reply is cut, if it is.
 CUTS = ("", "", "", "close", "throw", "drop steps")
 TROUBLE = {
@@ -200,7 +201,7 @@ def test_the_stream_holds_what_the_template_renders_after_every_act(data):
     for _ in range(data.draw(st.integers(1, 8))):
         place = data.draw(st.sampled_from([*TROUBLE]))
         if errors := TROUBLE[place]:
-            trouble.arm(place, data.draw(st.integers(1, 9)), data.draw(st.sampled_from(errors)))
+            trouble.arm(place, data.draw(COUNTS), data.draw(st.sampled_from(errors)))
         with suppress(KeyboardInterrupt, RuntimeError):
             chat = act(chat, trouble, data)
         trouble.arm("", 0, None)
@@ -227,8 +228,13 @@ def act(chat: Any, trouble: Trouble, data: st.DataObject) -> Any:
         assert chat.exchanges == []
     elif what == "restart":
         system, window = data.draw(st.sampled_from([None, "Be long."])), data.draw(WINDOWS)
-        chat.restart(system, window)
-        assert (chat.system, chat.stats.window) == (system, window)
+        expected = chat.system, chat.stats.window
+        trouble.left = 1  # it reads in one step
+        try:
+            chat.restart(system, window)
+            expected = system, window
+        finally:
+            assert (chat.system, chat.stats.window) == expected
     elif what == "resume":
         return resumed(chat, trouble)
     elif what == "ask":
