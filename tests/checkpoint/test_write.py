@@ -1,5 +1,6 @@
 """A written folder is the same when read again, and appears complete or not at all."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -156,3 +157,20 @@ def test_an_existing_folder_is_kept(model, tmp_path):
     assert write_folder(read_folder(model), tmp_path / "out") is None
     assert nothing_but(tmp_path / "out", "theirs")
     assert nothing_but(tmp_path, "model", "out")
+
+
+MLX_LM = """
+import sys
+import mlx.core as mx
+import mlx_lm
+model, tokenizer = mlx_lm.load(sys.argv[1])
+assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantizedLinear"
+assert model.model.layers[0].mlp.up_proj.mode == "mxfp4"
+assert mx.isfinite(model(mx.array([tokenizer.encode("the house")]))).all().item()
+"""
+
+
+def test_mlx_lm_loads_what_is_written(model, tmp_path):
+    write_folder(quantized_checkpoint(model), tmp_path / "out")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    subprocess.run([sys.executable, "-c", MLX_LM, str(tmp_path / "out")], env=env, check=True)
