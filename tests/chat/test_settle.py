@@ -1,7 +1,6 @@
 """After every act a stream holds what the template renders, and computes the same as others."""
 
 import tempfile
-from collections.abc import Generator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -267,7 +266,7 @@ def resumed(chat: Any, trouble: Trouble) -> Any:
     return again
 
 
-def cut(chat: Any, steps: Generator, data: st.DataObject) -> None:
+def cut(chat: Any, steps: Any, data: st.DataObject) -> None:
     """Drive a reply to its end, or cut it; see that its turn has the text that was given."""
     how, count = data.draw(st.sampled_from(CUTS)), data.draw(st.integers(1, 9))
     result: ReadResult | None = None
