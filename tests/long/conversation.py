@@ -47,7 +47,7 @@ QUESTIONS = (
 )
 HOW_OFTEN = {"ask": 78, "cut": 10, "retry": 6, "edit": 3, "undo": 2, "long": 1}
 CACHE_LIMIT = 4 * 2**20
-ACTIVE_GROWTH = 200  # the constants of a few traces
+ACTIVE_GROWTH = 4_096  # the constants of a few traces
 RESIDENT_GROWTH = 5_000_000
 # How many exchanges are attended varies, and their objects with them.
 OBJECT_GROWTH = 100
@@ -145,15 +145,15 @@ def converse(model: Model, turns: int) -> dict:
 def grown(looks: np.ndarray) -> dict:
     """Return the memory after the first quarter of a conversation beside that at its end.
 
-    By then SQLite's own cache of pages is full, too. Objects: the least of a tenth.
+    By then SQLite's own cache of pages is full, too. Objects: the least of a tenth, or of 4 looks.
     """
-    quarter, tenth = len(looks) // 4, max(1, len(looks) // 10)
+    quarter, tenth = len(looks) // 4, max(4, len(looks) // 10)
     column: dict[str, np.ndarray] = dict(zip(LOOK, looks.T, strict=True))
     first = {name: values[quarter : quarter + tenth] for name, values in column.items()}
     last = {name: values[-tenth:] for name, values in column.items()}
     found = {
         "active_at_end": column["active"][-1],
-        "active_differs": np.ptp(column["active"]),
+        "active_differs": np.ptp(column["active"][quarter:]),
         "most_cached": column["cached"].max(),
         "resident_after_a_quarter": first["resident"].max(),
         "resident_at_end": last["resident"].max(),
