@@ -181,9 +181,8 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=trained,
         rope=read_rope(raw, trained),
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
-        # In transformers, what the config of another family says of biases changes nothing.
-        attention_bias=model_type in ("llama", "qwen3") and keys.flag("attention_bias"),
-        mlp_bias=model_type == "llama" and keys.flag("mlp_bias"),
+        attention_bias=keys.flag("attention_bias"),
+        mlp_bias=keys.flag("mlp_bias"),
         sliding_window=read_sliding_window(raw) if model_type in SLIDING else None,
         position_limit=read_position_limit(raw, trained),
         quantization=read_quantization(raw),

@@ -17,7 +17,13 @@ from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.settle import common_prefix
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.program.notices import Notify
-from mlx_stream.text.template import ChatTemplate, Message, assistant, system_turn, user
+from mlx_stream.text.template.chat_template import (
+    ChatTemplate,
+    Message,
+    assistant,
+    system_turn,
+    user,
+)
 from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.

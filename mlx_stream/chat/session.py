@@ -28,7 +28,7 @@ from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
-from mlx_stream.text.template import ChatTemplate
+from mlx_stream.text.template.chat_template import ChatTemplate
 
 DEFAULT_MAX_TOKENS = 512
 Progress = Callable[[int, int], None]

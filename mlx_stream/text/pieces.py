@@ -74,6 +74,7 @@ class ReplyDecoder:
         self.decoder, self.matcher, self.remember = decoder, StopMatcher(stops), remember
         self.count = 0
         self.ids: list[int] = []
+        self._decoded = 0  # how many of the ids are in the text
         self.text = ""  # all decoded text
         self.ends: list[int] = []  # length of the text after each id
         self.final = 0  # length of the text returned
@@ -86,12 +87,16 @@ class ReplyDecoder:
             self.ends.append(len(self.text))
             self.ids.append(token)
         self.count += 1
-        return self._advance(self.decoder.add(token))
+        text = self._advance(self.decoder.add(token))
+        self._decoded = len(self.ids)
+        return text
 
     def flush(self) -> str:
         """Return the text held back; no more ids come."""
         if self.stopped:
             return ""
+        if self._decoded != len(self.ids):
+            self._decode_again()
         text = self._advance(self.decoder.flush()) if self.count else ""
         if self.stopped:
             return text
@@ -122,6 +127,15 @@ class ReplyDecoder:
         """Return the final text."""
         text = self.text[: self.final] if self.stopped else self.text
         return text.rstrip() if trim else text
+
+    def _decode_again(self) -> None:
+        """Decode all ids once more: an interrupt cut `add` short."""
+        self.decoder.flush()
+        text, ends = "", []
+        for token in self.ids:
+            text += self.decoder.add(token)
+            ends.append(len(text))
+        self.text, self.ends, self._decoded = text, ends, len(self.ids)
 
     def _end(self, count: int) -> int:
         return self.ends[count - 1] if count else 0

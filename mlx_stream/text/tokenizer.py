@@ -11,7 +11,7 @@ import tokenizers
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.tokenizer_json import check_tokenizer
 from mlx_stream.errors import TemplateError, TextError, TokenizerError, one_line
-from mlx_stream.text.template import ChatTemplate
+from mlx_stream.text.template.chat_template import ChatTemplate
 
 T = TypeVar("T")
 # The special tokens that a chat template may name.

@@ -6,7 +6,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.prompts import PromptBuilder
-from mlx_stream.text.template import (
+from mlx_stream.text.template.chat_template import (
     ChatTemplate,
     Message,
     assistant,

@@ -213,7 +213,10 @@ MODELS: list[tuple[Callable[[Path], object], str]] = [
         for file in ("config.json", "tokenizer.json", "tokenizer_config.json")
         for content in (b"", b"[]", b'{"a": \xff}', b"{} {}")
     ),
-    (changed(model_type="qwen2"), "model_type 'qwen2' is not supported (supported: llama, mistral"),
+    (
+        changed(model_type="gemma2"),
+        "model_type 'gemma2' is not supported (supported: llama, mistral",
+    ),
     (
         changed(hidden_size="32"),
         "hidden_size must be a whole number from 1 to 2147483647, not",
@@ -227,7 +230,7 @@ MODELS: list[tuple[Callable[[Path], object], str]] = [
     (tensors("x\ny", (3,)), "weights: unknown tensor 'x\\ny' (1 in all)"),
     (tensors(NORM, (32,), "int32"), "I32; expected one of F32, "),
     (written("model.safetensors", b"\x10" * 40), "damaged or truncated, fetch it again ("),
-    (template(None), "it is not a chat model; use generate"),
+    (template(None), "has no chat template: use generate"),
     (template("{{ messages[-1].content }}"), NO_REPLY),
     (template("{{ raise_exception('no\nthanks') }}"), "chat template: it failed: no thanks"),
 ]

@@ -58,7 +58,9 @@ def test_stats_go_to_standard_error(letters: Path) -> None:
     quiet, result = (done(*options, *more, stdin="a\nb\n") for more in ((), ("--stats",)))
     assert result.out == quiet.out
     # Of what is attended the user is told once, with and without.
-    assert quiet.err.startswith("mlx_stream: the window of 24 tokens is full: the oldest have")
+    assert quiet.err.startswith(
+        "mlx_stream: the window of 24 tokens is full: the oldest tokens have"
+    )
     assert quiet.err.count("\n") == 1 == result.err.count(quiet.err)
     line = (
         r"\[28 of 28 tokens attended, [\d,]+ evicted(?: \(1 exchange\))?; "

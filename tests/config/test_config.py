@@ -72,9 +72,7 @@ def test_unknown_keys_are_ignored_and_so_are_neutral_values_of_those_that_would_
     assert read(**neutral, layer_types=["full_attention"] * 2) == read()
 
 
-def test_a_mistral_has_its_window_and_no_biases():
-    config = read(model_type="mistral", attention_bias=True, mlp_bias=True)
-    assert not config.attention_bias and not config.mlp_bias
+def test_a_mistral_has_its_window():
     assert read(sliding_window=7).sliding_window is None
     assert read(model_type="mistral", sliding_window=7).sliding_window == 7
     assert read(model_type="mistral", sliding_window=None).sliding_window is None

@@ -159,7 +159,7 @@ def test_commands_given_at_once_run_in_order(engine):
         return [piece.text async for piece in chat.aedit("x")]
 
     said(chat.reply("Three?"))
-    with pytest.raises(errors.ValueRefused, match="edited"):
+    with pytest.raises(errors.ValueRefused, match="nothing to edit"):
         asyncio.run(again())
     said(chat.reply("Four?"))
     chat.undo()

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.engine.incremental_encoder import LONGEST_WORD, IncrementalEncoder
 from mlx_stream.errors import TemplateError
-from mlx_stream.text.template import ChatTemplate
+from mlx_stream.text.template.chat_template import ChatTemplate
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.checkpoint.test_gguf_tokenizer import LLAMA3_SPLIT
 from tests.fakes.tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer

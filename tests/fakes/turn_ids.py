@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.prompts import PromptBuilder
-from mlx_stream.text.template import ChatTemplate, Message, assistant, system_turn, user
+from mlx_stream.text.template.chat_template import (
+    ChatTemplate,
+    Message,
+    assistant,
+    system_turn,
+    user,
+)
 from mlx_stream.text.tokenizer import Tokenizer
 
 

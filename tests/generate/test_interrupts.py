@@ -21,7 +21,7 @@ from mlx_stream.generate.stats import Stats
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
-from mlx_stream.text.template import ChatTemplate, user
+from mlx_stream.text.template.chat_template import ChatTemplate, user
 from mlx_stream.text.template.meter import BUDGET, METER, metered
 from tests.fakes.conversations import assert_well_formed
 from tests.fakes.replies import letters_of, reply_of_ids, write, writer_of
@@ -201,7 +201,9 @@ def test_a_reply_interrupted_anywhere_can_be_settled(tmp_path, already):
             reply.add(id)
         cut = interrupt_at(count, lambda: reply.add(ids[already]))  # noqa: B023
         reply.flush()
-        assert reply.final_ids()[0] in (already, already + 1)
+        kept, rest = reply.final_ids()
+        assert kept in (already, already + 1)
+        assert reply.final_text() == tokenizer.decode(reply.ids[:kept]) + rest, count
         assert reply.final_ids(trim=True)[0] <= already + 1
         if not cut:
             break

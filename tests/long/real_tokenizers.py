@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 
 from mlx_stream.errors import TemplateError
-from mlx_stream.text.template import ChatTemplate
+from mlx_stream.text.template.chat_template import ChatTemplate
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.fakes.turn_ids import read_ids, whole_ids
 from tests.text.test_template import LLAMA_2

@@ -104,6 +104,13 @@ def test_where_mlx_lm_is_wrong_the_reference_counts(changes):
         np.testing.assert_allclose(logits, expected[: len(logits)], atol=1e-3)
 
 
+def test_a_mistral_s_biases_are_not_read():
+    """transformers builds none, whatever the config says of them."""
+    raw = tiny_config(**MISTRAL, attention_bias=True, mlp_bias=True)
+    plain = tensors_of(raw | {"attention_bias": False, "mlp_bias": False})
+    assert not any(name.endswith("bias") for name, _ in make(raw, plain).network.named_tensors())
+
+
 def test_the_sliding_window_of_a_mistral_bounds_the_window():
     raw = tiny_config(**MISTRAL, sliding_window=20)
     ids = some_ids(90)

@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
-import mlx_stream.text.template
 from mlx_stream.errors import TemplateError
-from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, assistant, system_turn, user
+from mlx_stream.text.template import chat_template
+from mlx_stream.text.template.chat_template import (
+    MAX_SOURCE,
+    ChatTemplate,
+    assistant,
+    system_turn,
+    user,
+)
 from mlx_stream.text.tokenizer import template_source
 
 SMOLLM2 = (
@@ -214,7 +220,7 @@ def test_the_date_is_that_of_construction(monkeypatch: pytest.MonkeyPatch):
         def now(cls, tz: Any = None) -> "Clock":
             return cls(2031, 7, next(cls.days))
 
-    monkeypatch.setattr(mlx_stream.text.template, "datetime", Clock)
+    monkeypatch.setattr(chat_template, "datetime", Clock)
     known = template("Llama 3.1")
     assert "Today Date: 01 Jul 2031" in known.opening(None, "Hi")
     assert "Today Date: 01 Jul 2031" in known.opening(None, "Hi")

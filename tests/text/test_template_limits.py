@@ -10,7 +10,8 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_stream.errors import MlxStreamError, TemplateError
-from mlx_stream.text.template import MAX_SOURCE, ChatTemplate, meter, user
+from mlx_stream.text.template import meter
+from mlx_stream.text.template.chat_template import MAX_SOURCE, ChatTemplate, user
 from mlx_stream.text.template.meter import BUDGET, ITEM, Meter
 from tests.fuzz.texts import HOSTILE_TEMPLATES
 
