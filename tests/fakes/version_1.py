@@ -1,16 +1,24 @@
-"""Transcripts as version 1 wrote them, from its description alone.
+"""Transcripts as version 1 wrote them, from its description alone; and killed migrations.
 
 A file of version 1 had two messages for a turn, each with a checksum over the one before.
 """
 
 import hashlib
+import json
+import signal
 import sqlite3
 import struct
+import subprocess
+import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import mlx_stream
 from mlx_stream.chat.store import Store
 
 SCHEMA = """
@@ -141,6 +149,86 @@ def write_version_1(
     connection.execute("COMMIT")
     connection.close()
     return path
+
+
+# --- killed while it is migrated ---
+
+# The package is a stand-in, because importing the real one takes longer than the migration.
+MIGRATING = f"""
+import json, sys, time, types
+from pathlib import Path
+package = types.ModuleType("mlx_stream")
+package.__path__ = {mlx_stream.__path__!r}
+sys.modules["mlx_stream"] = package
+from mlx_stream.chat.store import Store
+print("ready", flush=True)
+started = time.perf_counter()
+Store.open(Path(sys.argv[1]))
+print(json.dumps(time.perf_counter() - started), flush=True)
+time.sleep(60)
+"""
+
+
+def many_turns(count: int) -> list[OldTurn]:
+    return [
+        OldTurn(
+            f"question {n} " * 20, f"reply {n} " * (n * 37 % 400), (n,), (n, 1), (n,) * (n % 90)
+        )
+        for n in range(1, count + 1)
+    ]
+
+
+def migrate_and_kill(path: Path, seconds: float | None) -> float:
+    """Open a file in another process, and kill it after some time, or once it is open.
+
+    Returns:
+        How long it took to open it, in the latter case; else 0.
+    """
+    command = [sys.executable, "-c", MIGRATING, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        took = 0.0
+        if seconds is None:
+            took = json.loads(process.stdout.readline())
+        else:
+            time.sleep(seconds)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    return took
+
+
+def kill_migrations(folder: Path, kills: int, luck: Random) -> Counter[str]:
+    """Kill migrations at random moments; see that each leaves the old file or the new one.
+
+    Returns:
+        How many left which; `cut` of the old ones had begun to write.
+    """
+    header, turns = OldHeader(), many_turns(1500)
+    whole = write_version_1(folder / "whole.db", header, turns, 7).read_bytes()
+    path = folder / "x.db"
+    path.write_bytes(whole)
+    took, left = migrate_and_kill(path, None), Counter[str]()
+    for _ in range(kills):
+        for file in folder.glob("x.db*"):
+            file.unlink()
+        path.write_bytes(whole)
+        migrate_and_kill(path, luck.uniform(0, 1.2 * took))
+        log = path.with_name("x.db-wal")
+        begun = log.exists() and log.stat().st_size > 0
+        connection = sqlite3.connect(path, isolation_level=None)
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version == 1:
+            found = connection.execute("SELECT * FROM messages ORDER BY number").fetchall()
+            assert found == messages_of(header, turns)
+            left["old"] += 1
+            left["cut"] += begun
+        else:
+            assert version == 2
+            left["new"] += 1
+        connection.close()
+        check_migrated(path, header, turns, first=7)
+    return left
 
 
 def check_migrated(
