@@ -35,12 +35,12 @@ class Settings:
     notes: Path | None = option(None, "Markdown file to write dated notes to.", "FILE")
     every: float = option(60.0, "Minutes between notes.", "MINUTES")
     model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.")
-    window: int | None = option(None, "Latest tokens attended. Default: 2,048.")
+    window: int | None = option(None, "Number of latest tokens to attend to. Default: 2,048.")
     name: str = option("main", "Name of the assistant, if you run several.")
-    system: str | None = option(None, "System prompt, which never leaves attention.")
-    snapshot_every: float = option(5.0, "Minutes between snapshots, while text comes.", "MINUTES")
+    system: str | None = option(None, "System prompt; it is never evicted.")
+    snapshot_every: float = option(5.0, "Minutes between snapshots, while text arrives.", "MINUTES")
     pause_on_battery: bool = option(False, "Do not read or write notes on battery power.")
-    from_end: bool = option(False, "Read files not followed before from their end on.")
+    from_end: bool = option(False, "Start at the end of files that were not followed before.")
 
     def with_absolute_paths(self) -> Self:
         """Return settings that mean the same in any working directory, with each path once."""
