@@ -244,7 +244,7 @@ class Journal:
                 self._rows("INSERT INTO about VALUES (1, ?, 0, 0, 0.0, NULL)", row)
         found = [sqlite.pragma(self._connection, key) for key in ("application_id", "user_version")]
         if found != [APPLICATION_ID, VERSION]:
-            raise sqlite.Damage("it is not a journal of the assistant")
+            raise sqlite.Damage("it is not an assistant's journal")
         self._connection.set_progress_handler(None, 0)
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:

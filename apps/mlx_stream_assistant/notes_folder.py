@@ -154,8 +154,8 @@ class NotesFolder:
                 return None
             if status.st_size > LONGEST_NOTE:
                 raise NotText(
-                    f"{path}: has {status.st_size:,} bytes, more than the {LONGEST_NOTE:,} of a "
-                    "note: give it to --follow"
+                    f"{path}: has {status.st_size:,} bytes, and a note may have at most "
+                    f"{LONGEST_NOTE:,}: use --follow for it"
                 )
             data = file.read(LONGEST_NOTE)
         before = self._places.get(name, {"bytes": 0, "crc": 0})

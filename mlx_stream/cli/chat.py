@@ -81,10 +81,10 @@ def chat(
 
         if latest:
             if session is not None:
-                raise ValueRefused("--continue and --session: give one of them")
+                raise ValueRefused("--continue and --session exclude each other: use one of them")
             session = session_files.latest_session()
             if session is None:
-                raise SessionError("no session is saved: begin one with --session NAME")
+                raise SessionError("there is no saved session: start one with --session NAME")
         before = resume.header_of(session) if session is not None else None
         source = model or (before.model if before else STARTER)
         if system is None and before is None and source == STARTER:

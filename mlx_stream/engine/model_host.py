@@ -38,9 +38,10 @@ class Budget:
             others = sum(self._streams.values())
             if weights + others + stream > self.limit:
                 raise MemoryRefused(
-                    f"{megabytes(weights)} of weights, {megabytes(others)} of keys and values of "
-                    f"open sessions and {megabytes(stream)} of this one exceed the engine's budget "
-                    f"of {megabytes(self.limit)}: close a session, use a smaller window or a "
+                    f"the weights ({megabytes(weights)}), the open sessions' keys and values "
+                    f"({megabytes(others)}) and this session's ({megabytes(stream)}) exceed the "
+                    f"engine's budget of {megabytes(self.limit)}: close a session, use a smaller "
+                    "window or a "
                     "quantized model, or raise memory_budget"
                 )
             self.weights = weights

@@ -36,8 +36,8 @@ class Corpus:
         """Raise TextError unless there are so many tokens, and one more to predict."""
         if len(self.ids) <= tokens:
             raise TextError(
-                f"{', '.join(self.names)}: {len(self.ids):,} tokens are not {tokens:,} and one to "
-                f"predict: give a longer text, or a smaller {option}"
+                f"{', '.join(self.names)}: {len(self.ids):,} tokens are too few for {tokens:,} "
+                f"and one to predict: give a longer text, or a smaller {option}"
             )
 
 

@@ -102,7 +102,9 @@ def endure(
         raise ValueRefused(f"--tokens must be at least 1, not {tokens}")
     state = state_path(log.path)
     if state.exists() and not snapshot.is_snapshot(state):
-        raise ValueRefused(f"{state}: the state goes there: move this file, or use another --log")
+        raise ValueRefused(
+            f"{state}: the state is saved under this name: move the file, or use another --log"
+        )
     target = math.ceil(tokens / course.segment) * course.segment
     if len(segments(log)) * course.segment >= target:
         return True
@@ -168,9 +170,9 @@ def resume_state(course: Course, log: JsonLog, notify: Notify) -> EnduranceState
         nll, length = found.about["nll"], found.state["length"]
         assert isinstance(length, int)
         if found.about["key"] != log.header["key"]:
-            raise SnapshotError(f"{path}: is the state of another log")
+            raise SnapshotError(f"{path}: belongs to another log")
         if length - len(nll) > logged or length % course.segment != len(nll):
-            raise SnapshotError(f"{path}: does not fit the log of {logged:,} tokens")
+            raise SnapshotError(f"{path}: does not match the log of {logged:,} tokens")
         stream.restore(found.state)
         return EnduranceState(stream, nll, found.about["seconds"])
     except (SnapshotError, ValueRefused, KeyError) as error:

@@ -84,7 +84,7 @@ def streameval(
     spare = max(len(one.ids) + one.longest for one in asked)
     if window < spare:
         raise ValueRefused(
-            f"--window must be at least {spare}, what a query and its answer take, not {window}"
+            f"--window must be at least {spare}, the size of a query and its answer, not {window}"
         )
     cache = model.new_cache(sinks, window, spare)
     outcomes = list(run_distances(model, cache, data, asked, progress))

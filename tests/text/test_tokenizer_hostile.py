@@ -75,9 +75,9 @@ REFUSED: dict[str, tuple[str, str]] = {
         "start is longer",
     ),
     "a second text": (template([B]), "single names 'B'"),
-    "no text": (template([X]), "single does not hold each text once"),
+    "no text": (template([X]), "single must contain each text exactly once"),
     "the text 500 times": (template([A] * 500), "not a list of at most 64"),
-    "the text twice": (template([A, A]), "single does not hold each text once"),
+    "the text twice": (template([A, A]), "single must contain each text exactly once"),
     "an undeclared token": (template([A, X], tokens={}), "single names 'x'"),
     "a token of 50,000 ids": (
         template([A, X], tokens={"x": {"id": "x", "ids": [1] * 50_000, "tokens": ["x"] * 50_000}}),
