@@ -64,7 +64,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SamplingMode:
-    """The steps of sampling that are taken."""
+    """Which steps of sampling are active."""
 
     greedy: bool
     penalizes: bool

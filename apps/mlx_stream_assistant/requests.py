@@ -1,7 +1,7 @@
-"""What a request through the socket is answered with; knows no socket.
+"""Answers the requests that arrive through the socket; independent of sockets.
 
-A question is answered from a copy of what is attended, so the stream stays what its sources make
-it. Questions are answered one at a time, because each copy takes memory.
+A question is answered from a copy of what is attended, so the stream depends only on its
+sources. Questions are answered one at a time, because each copy takes memory.
 """
 
 import os

@@ -34,7 +34,7 @@ class GaugeBar:
 
     @property
     def shares(self) -> tuple[int, int, int]:
-        """The tokens that stay for good, the other attended ones, and the free space."""
+        """The tokens that are never evicted, the other attended ones, and the free space."""
         now = self.now
         return now.pinned, now.attended - now.pinned, max(0, now.capacity - now.attended)
 

@@ -142,7 +142,7 @@ def read_pipeline(keys: Keys) -> Pipeline:
 
 def strings(keys: Keys, key: str) -> list[str]:
     value = keys.value(key)
-    # An empty array of another type is not a list of strings, but says the same.
+    # An empty array of another type is accepted as an empty list of strings.
     if not isinstance(value, list):
         raise keys.wrong(key, "an array of strings")
     return value

@@ -1,6 +1,6 @@
 """The command line: one short file per verb; holds no arithmetic.
 
-A verb's file is imported when the verb is asked for, so that none waits for the others' options.
+A verb's file is imported only when that verb is used, so no verb waits for the others' options.
 Programs that are installed beside the package are verbs, too; they are found by entry points.
 """
 

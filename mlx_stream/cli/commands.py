@@ -112,7 +112,7 @@ def status(stats: "Stats", name: str | None = None) -> str:
 
 
 def shorten_line(text: str) -> str:
-    """Return a text on one line, its end left out if it is long."""
+    """Return a text on one line, truncated if it is long."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_QUOTE else line[: LONGEST_QUOTE - 1] + "…"
 

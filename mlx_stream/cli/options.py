@@ -85,7 +85,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class ReplyOptions:
-    """Where a text ends, and how its tokens are guessed ahead."""
+    """When a reply stops, and how its tokens are guessed."""
 
     stop: Annotated[
         list[str] | None, Option(help="Text at which to stop; it is not printed. Repeatable.")

@@ -67,7 +67,7 @@ def parse_listener_state(plain: Mapping[str, Any], vocabulary: int) -> ListenerS
     """Return the state that `ListenerState.plain` wrote.
 
     Raises:
-        SnapshotError: the values are not of that kind.
+        SnapshotError: the values are not a listener's state.
     """
     try:
         if plain["kind"] != KIND or plain.keys() != {"kind", *ListenerState.__annotations__}:

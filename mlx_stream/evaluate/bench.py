@@ -109,7 +109,7 @@ def bandwidth_limit(model: Model, cache: StreamCache, rate: float, seconds: floa
 
 
 def decoding(model: Model, peer: Any, cache: StreamCache, pairs: int) -> Row:
-    """Time each side's own loop, in turns of TURN tokens; the times are of one token."""
+    """Time the two loops alternately, TURN tokens at a time; return times per token."""
     step = step_of(model, cache)  # ends with this function: a pending step would change the cache
     theirs = their_loop(model, peer, cache.geometry.window)
     turns = in_turn(lambda: repeat(step, TURN), theirs, max(LEAST_PAIRS, pairs // TURN))

@@ -1,7 +1,7 @@
 """`eval endurance`: one stream for hundreds of thousands of tokens, stopped and continued at will.
 
-After each segment a line is logged; the stream's state is saved now and then, and when asked to
-stop. A state older than the log catches up by reading, which gives the same bits again.
+After each segment a line is logged. The stream's state is saved now and then, and when the run is
+stopped. A state older than the log catches up by reading, which reproduces the same bits.
 """
 
 import itertools

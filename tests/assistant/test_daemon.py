@@ -63,7 +63,7 @@ def start(letters, tmp_path):
 
 
 def prose(count: int, seed: int = 1) -> str:
-    """Return lines that all differ."""
+    """Return lines, no two of them the same."""
     luck = random.Random(seed)
     words = ("the", "and he", "said", "in of", "a hat,", "that", "Wh€n?", "<|im_end|>", "then")
     return "".join(f"{n} {' '.join(luck.choices(words, k=9))}\n" for n in range(count))
@@ -303,7 +303,7 @@ def test_it_works_in_a_process_without_a_network(start, log, tmp_path):
 
 
 def refused(*words: object, status: int = 1, **more) -> str:
-    """Run a command that ends with one line, and return it."""
+    """Run a command that fails with one line, and return that line."""
     done = told(*words, **more)
     assert done.returncode == status and done.stdout == "", (done.stdout, done.stderr)
     line = done.stderr.splitlines()[-1]

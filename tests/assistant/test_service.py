@@ -1,4 +1,4 @@
-"""The assistant at login, its options, and its look at the battery."""
+"""The assistant at login, its options, and how it checks the battery."""
 
 import plistlib
 import shutil

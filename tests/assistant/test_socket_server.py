@@ -103,7 +103,7 @@ def test_silent_callers_do_not_keep_others_out(served, monkeypatch):
     idle = [socket.socket(socket.AF_UNIX) for _ in range(doors.MOST_AT_ONCE + 4)]
     for caller in idle:
         caller.connect(str(served))
-    # What was too many is told so; the others are left after a while.
+    # Callers beyond the limit are refused; the others are dropped after a while.
     answers = [json.loads(line)["error"] for c in idle if (line := c.makefile("rb").readline())]
     assert answers == [f"{doors.MOST_AT_ONCE} others are being answered: try again"] * 4
     assert list(request(served, "main", what="x"))

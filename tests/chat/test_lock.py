@@ -1,4 +1,4 @@
-"""One process at a time has a session open; and where sessions are."""
+"""Only one process at a time has a session open; where sessions are stored."""
 
 import os
 import re

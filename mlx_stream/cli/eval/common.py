@@ -59,8 +59,8 @@ class OutputOptions:
         """Print a report as a table, JSON or CSV, and draw it.
 
         Args:
-            table: rows of the table, where the report has too many for people.
-            cut: the error that ended it early, from `collecting_rows`; raised in the end.
+            table: rows of the table, if the report has too many to read.
+            cut: the error that ended it early, from `collecting_rows`; raised at the end.
         """
         if cut:
             report.notes.append("interrupted: the figures until then")
