@@ -87,6 +87,6 @@ def read_lines(path: Path, key: Row, data: bytes) -> tuple[Row, list[Row]]:
         if found.get(name) != wanted:
             numbers = f" ({found.get(name)}, not {wanted})" if isinstance(wanted, int) else ""
             raise ValueRefused(
-                f"{path}: is the log of a different {name}{numbers}: choose another file for --log"
+                f"{path}: is the log of another run: different {name}{numbers}; choose another --log"
             )
     return header, rows

@@ -188,10 +188,10 @@ def test_a_full_disk_loses_nothing(endurance: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (("--sinks", 3), "another sinks (4, not 3): choose another file for --log"),
-        (("--segment", 32), "another segment (64, not 32)"),
-        (("--dtype", "float16"), "another model: choose"),
-        ((__file__,), "another text: choose"),
+        (("--sinks", 3), "different sinks (4, not 3); choose another --log"),
+        (("--segment", 32), "different segment (64, not 32)"),
+        (("--dtype", "float16"), "different model; choose"),
+        ((__file__,), "different text; choose"),
     ],
 )
 def test_a_log_of_other_settings_is_left_alone(
