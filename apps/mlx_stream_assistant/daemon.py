@@ -31,7 +31,7 @@ RUNS = (
     "the assistant {name!r} is running already in {holder}: stop it first, "
     "or give this one another --name"
 )
-# Seconds between two looks at the sources, when nothing arrives and when there is no room.
+# Seconds between two checks of the sources, when nothing arrives and when there is no room.
 IDLE, FULL = 1.0, 0.05
 # Characters that may be waiting to be read: a question waits for them.
 BACKLOG = 10_000

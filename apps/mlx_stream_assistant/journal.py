@@ -171,7 +171,7 @@ class Journal:
         return self._value("SELECT min(number) FROM chunks") or self.last + 1
 
     def prune(self, through: int, keep: int) -> None:
-        """Remove chunks up to `through`, which a snapshot holds, but keep so many characters."""
+        """Remove chunks up to `through`, which a snapshot holds, but keep this many characters."""
         query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"
         with self._transaction():
             kept, oldest = 0, through

@@ -84,7 +84,7 @@ class TailedFile:
         except NotText as error:
             self._complain(f"{error}; not read until another file is there")
             self._refused = self._place
-        except FileNotFoundError:  # renamed between two looks: look again
+        except FileNotFoundError:  # renamed between two checks: look again
             self.close()
         except OSError as error:
             self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")

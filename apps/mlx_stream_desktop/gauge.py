@@ -1,4 +1,4 @@
-"""A bar of the tokens that stay for good, the latest ones and the free space; knows Toga only.
+"""A bar of the pinned tokens, the latest ones and the free space; depends only on Toga.
 
 It is drawn, not laid out: it changes with every token, and a layout would move the whole window.
 """

@@ -29,7 +29,7 @@ class Budget:
             return self.weights + sum(self._streams.values())
 
     def charge(self, key: object, weights: int, stream: int) -> None:
-        """Record the bytes of the weights, and so many more bytes of streams under `key`.
+        """Record the bytes of the weights, and add bytes of streams under `key`.
 
         Raises:
             MemoryRefused: the limit would be exceeded; nothing is recorded.

@@ -28,7 +28,7 @@ from mlx_stream.window import PREFILL_CHUNK
 SINKS = 4
 WARMUP = 2
 TOKEN = 7  # any token
-# On a slow machine no more pairs than fit this many seconds, but at least three.
+# On a slow machine, only as many pairs as fit in this many seconds, but at least three.
 SECONDS_PER_SERIES = 45.0
 LEAST_PAIRS = 3
 ENDLESS = 2**62
@@ -101,7 +101,7 @@ def bench(
 
 
 def bandwidth_limit(model: Model, cache: StreamCache, rate: float, seconds: float) -> Row:
-    """Return what a step of so many seconds must read, and how near it is to the reading rate."""
+    """Return what a step of this duration must read, and how close it comes to the reading rate."""
     weights, rows = weight_bytes_read(model.network), cache.nbytes
     least = (weights + rows) / rate
     share = least / seconds

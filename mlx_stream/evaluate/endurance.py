@@ -160,7 +160,7 @@ def save_state(reading: EnduranceState, log: JsonLog) -> None:
 
 
 def resume_state(course: Course, log: JsonLog, notify: Notify) -> EnduranceState:
-    """Return the stream as it was saved, or from the beginning if there is no state to use."""
+    """Return the saved stream, or a new one if there is no usable state."""
     stream, path = course.new_stream(), state_path(log.path)
     logged = len(segments(log)) * course.segment
     if not logged and not path.exists():

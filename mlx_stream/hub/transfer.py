@@ -24,7 +24,7 @@ PAUSE = 1.0
 
 
 def place_blob(repository: Repository, file: File, here: Callable[[int], None]) -> None:
-    """Download a file's content into the cache, under its hash, unless it is there."""
+    """Download a file's content into the cache, under its hash, unless it is already there."""
     blob = blob_of(repository, file)
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(f"{file.digest}.incomplete")

@@ -33,7 +33,7 @@ class Recipe:
     chosen: frozenset[str] | None = None
 
     def quantized(self, path: str, layers: int) -> Quantization:
-        """Return how the matrix of module `path` is quantized in a model of so many layers."""
+        """Return how the matrix of module `path` is quantized in a model with this many layers."""
         if self.high is None:
             return self.base
         if self.rule == "mlx-lm":
