@@ -1,4 +1,4 @@
-"""`python -m mlx_stream`; knows only where the command line is."""
+"""`python -m mlx_stream`; it only starts the command line."""
 
 from mlx_stream.cli import main
 

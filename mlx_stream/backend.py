@@ -1,4 +1,4 @@
-"""Prepares the process before MLX is imported, and describes this machine; knows no model.
+"""Prepares the process before MLX is imported, and describes this machine; independent of models.
 
 MLX's Linux wheel has a slow reference BLAS (5 GFLOP/s). If the system's OpenBLAS is loaded first,
 with global symbols, the wheel uses it: 30 times faster.

@@ -1,4 +1,4 @@
-"""A model's configuration, checked and complete; knows config.json's words, no arrays.
+"""A model's configuration, checked and complete, in config.json's terms; no arrays.
 
 Unknown keys are ignored, except those that would change the computation. These are refused by name:
 without them the text would be silently wrong.

@@ -1,4 +1,4 @@
-"""Every exception that a caller may catch, as one tree. Knows nothing of where they are raised.
+"""Every exception that a caller may catch, as one tree; independent of where they are raised.
 
     MlxStreamError
     ├── ValueRefused        an option or argument is out of range

@@ -1,4 +1,4 @@
-"""Loads a model and its tokenizer from a source; knows no stream's contents."""
+"""Loads a model and its tokenizer from a source; starts no streams."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Chooses the next token from logits; knows no stream and no model.
+"""Chooses the next token from logits; independent of streams and models.
 
 The mode is fixed in a traced step. The numbers are arrays: another temperature needs no new trace.
 """

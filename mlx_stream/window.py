@@ -1,4 +1,4 @@
-"""A stream's sinks and window: defaults and bounds; the chunk size of prompts. Knows no cache."""
+"""A stream's sinks and window: defaults and bounds; the chunk size of prompts; no caches here."""
 
 from mlx_stream.config import ModelConfig
 from mlx_stream.errors import ValueRefused

@@ -1,4 +1,4 @@
-"""The slow reference: DESIGN.md section 2 read literally, in numpy; knows nothing of the package.
+"""The slow reference: DESIGN.md section 2 read literally, in numpy; independent of the package.
 
 Unrotated keys lie in a list, and every step rotates all attended ones again by their places. It
 shares no code with `mlx_stream` and imports no MLX, so that agreement means something.

@@ -1,4 +1,4 @@
-"""Whether this machine runs on its battery; knows nothing else."""
+"""Whether this machine runs on its battery."""
 
 import subprocess
 import sys

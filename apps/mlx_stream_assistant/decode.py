@@ -1,4 +1,4 @@
-"""Bytes -> text: where to cut them, and whether they are text; knows no source."""
+"""Bytes -> text: where to cut them, and whether they are text; independent of sources."""
 
 import codecs
 

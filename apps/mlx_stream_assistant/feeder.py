@@ -1,4 +1,4 @@
-"""Feeds the journal's chunks to the listener, in order, on a thread; knows no source.
+"""Feeds the journal's chunks to the listener, in order, on a thread; independent of sources.
 
 It also saves the stream, with the number of its last chunk, and then removes from the journal what
 is no longer needed.

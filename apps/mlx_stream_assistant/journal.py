@@ -1,4 +1,4 @@
-"""What was read, in SQLite, before it is fed: nothing twice, nothing lost; knows no model.
+"""What was read, in SQLite, before it is fed: nothing twice, nothing lost; independent of models.
 
 A piece of text and the position in its source that it reaches are committed together. The stream's
 snapshot names the last chunk it holds, so after a crash the later ones are fed again, and reading

@@ -1,4 +1,4 @@
-"""The diary: when a note is due, and each one whole in a Markdown file; knows no stream.
+"""The diary: when a note is due, and each one whole in a Markdown file; independent of streams.
 
 The journal holds a note, and the length of the file, before the note is written. After a crash in
 the middle, the half in the file is removed and the note written again. A complete one is not

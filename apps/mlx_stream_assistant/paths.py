@@ -1,4 +1,4 @@
-"""Where an assistant's files are; knows nothing of what is in them."""
+"""Where an assistant's files are; independent of their contents."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A launchd agent or a systemd user unit that runs the assistant; knows no stream.
+"""A launchd agent or a systemd user unit that runs the assistant; independent of streams.
 
 Both start it when its user logs in, and again after a crash, but not after it ended by itself: it
 was stopped, or its user must put something right first. Neither keeps the machine awake.

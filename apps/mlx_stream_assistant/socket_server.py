@@ -1,4 +1,4 @@
-"""A Unix socket: a request is one line of JSON, its answer several; knows no request.
+"""A Unix socket: a request is one line of JSON, its answer several; independent of requests.
 
 Only this user's processes may connect. What they send is limited all the same: the length of a
 request, the time it takes, and how many are answered at once.

@@ -1,4 +1,4 @@
-"""Standard input -> chunks of text; knows no journal and no stream.
+"""Standard input -> chunks of text; independent of the journal and streams.
 
 A pipe cannot be read twice, so a process that is killed may lose what it had read in the moment
 before, and nothing else.

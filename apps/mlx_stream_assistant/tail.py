@@ -1,4 +1,4 @@
-"""A growing file -> what is added to it, each byte once; knows no journal and no stream.
+"""A growing file -> what is added to it, each byte once; independent of the journal and streams.
 
 A position is the file's device and number (not its name), how many bytes were read, and a checksum
 of the last of them. So a file that was renamed to make room for a new one is read to its end first,

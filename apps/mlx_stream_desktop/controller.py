@@ -1,4 +1,4 @@
-"""What the window shows and what its buttons do; knows no engine and no widgets.
+"""What the window shows and what its buttons do; independent of the engine and widgets.
 
 Everything here runs on one event loop. What may block (loading a model, disks) is awaited on a
 thread. After any change `changed` is called, and the window reads what it needs.

@@ -1,4 +1,4 @@
-"""A model on an engine, and the conversation that is open on it; knows nothing of what is shown.
+"""A model on an engine, and the conversation that is open on it; independent of what is shown.
 
 Everything here runs on one event loop; what may block is awaited on a thread.
 """

@@ -1,4 +1,4 @@
-"""The conversation as bubbles in a scrolling column; knows Toga and no engine."""
+"""The conversation as bubbles in a scrolling column; depends on Toga, not on the engine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

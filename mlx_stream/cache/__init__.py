@@ -1,4 +1,4 @@
-"""The keys and values of one stream, all layers; knows positions and eviction, but no model.
+"""The keys and values of one stream, all layers; handles positions and eviction, not models.
 
 Shape letters, used throughout the package: B batch (always 1), T new tokens, N attended rows,
 H query heads, K key/value heads, D head dimension, S sinks, W window, X spare rows, R = W + X ring

@@ -1,4 +1,4 @@
-"""Rotary frequencies and the one rotation built on them; knows no cache and no model.
+"""Rotary frequencies and the one rotation built on them; independent of caches and models.
 
 Formulas: RoPE (arXiv 2104.09864); linear, llama3 and yarn (arXiv 2309.00071) as in transformers'
 `modeling_rope_utils`. The frequencies never change, so a stored key can be rotated back later.

@@ -1,4 +1,4 @@
-"""A fixed buffer of sinks and a ring (StreamingLLM, arXiv 2309.17453); knows no model.
+"""A fixed buffer of sinks and a ring (StreamingLLM, arXiv 2309.17453); independent of models.
 
 A key is rotated once, to the position of a running clock, and then stored: rotary scores depend
 only on the difference of positions. The sinks' positions are directly before the oldest attended

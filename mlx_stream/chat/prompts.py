@@ -1,4 +1,4 @@
-"""Encode the pinned beginning and the turns of a conversation; knows no stream.
+"""Encode the pinned beginning and the turns of a conversation; independent of streams.
 
     pinned       <|im_start|>system\\nBe brief.<|im_end|>\\n                 never evicted
     opening      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n

@@ -1,4 +1,4 @@
-"""The rows of a transcript and their checksums; knows no database.
+"""The rows of a transcript and their checksums; independent of the database.
 
 A turn's checksum covers the session's id, the turn's number and its texts. So reading finds rows
 that were altered, swapped, copied from another session or removed. It does not find a forgery with

@@ -1,4 +1,4 @@
-"""A conversation on one stream, where each turn reads only its own tokens; knows no files.
+"""A conversation on one stream, where each turn reads only its own tokens; independent of files.
 
 The beginning (a system prompt) is pinned: it is the stream's sinks. To make room, the oldest turns
 are evicted whole, so that the stream always attends to a conversation that the model's template

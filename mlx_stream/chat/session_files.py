@@ -1,4 +1,4 @@
-"""Where saved conversations are, by name; knows nothing about the contents of their files."""
+"""Where saved conversations are, by name; independent of their contents."""
 
 import re
 from contextlib import suppress

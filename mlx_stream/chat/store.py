@@ -1,4 +1,4 @@
-"""The transcript of a conversation in one SQLite file; knows no model and no stream.
+"""The transcript of a conversation in one SQLite file; independent of models and streams.
 
 A turn is one row of `turns` and a row of `messages` for each of its texts, written in one
 transaction together with the row of `session`. The numbers of turns never change. `schema` says

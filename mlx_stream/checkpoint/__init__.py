@@ -1,4 +1,4 @@
-"""A model on disk; knows file formats, not modules.
+"""A model on disk; handles file formats, not modules.
 
 Every source is read into one `Checkpoint`, in the names and layout of a Hugging Face folder with
 mlx-lm's quantization.

@@ -1,4 +1,4 @@
-"""Reads an untrusted Hugging Face or mlx-lm folder; knows files, not modules."""
+"""Reads an untrusted Hugging Face or mlx-lm folder; handles files, not modules."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Reads a llama.cpp GGUF file as a checkpoint; knows GGUF's names and blocks, runs no model.
+"""Reads a llama.cpp GGUF file as a checkpoint; handles names and blocks, runs no models.
 
 Blocks of Q4_0, Q4_1 and Q8_0 are affine groups of 32, so they are repacked for MLX without loss:
 nothing is dequantized here.

@@ -1,4 +1,4 @@
-"""Translates a GGUF header's keys to a config.json; knows llama.cpp's words, reads no tensor.
+"""Translates a GGUF header's keys to a config.json; uses llama.cpp's names, reads no tensors.
 
 Defaults are llama.cpp's. What llama.cpp computes and this package does not is refused by name.
 """

@@ -1,4 +1,4 @@
-"""Reads a GGUF file's header: metadata, and where each tensor lies; knows no model, no arrays.
+"""Reads a GGUF file's header: metadata, and where each tensor lies; loads no models or arrays.
 
 The file is untrusted: every count, length and offset is checked against the file's size before use,
 and allocations are bounded. Format: ggml's `docs/gguf.md`, versions 2 and 3.

@@ -1,4 +1,4 @@
-"""Rebuilds tokenizer.json and its config from a GGUF header's keys; knows no tensors.
+"""Rebuilds tokenizer.json and its config from a GGUF header's keys; reads no tensors.
 
 GGUF keeps the vocabulary and merges but only the name of the pre-tokenizer. The original models'
 pipelines are here by that name.

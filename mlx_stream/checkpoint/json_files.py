@@ -1,4 +1,4 @@
-"""Reads untrusted text and JSON files up to a limit, and writes JSON; knows no model."""
+"""Reads untrusted text and JSON files up to a limit, and writes JSON; independent of models."""
 
 import json
 import os

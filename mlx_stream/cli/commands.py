@@ -1,4 +1,4 @@
-"""What a line that begins with a slash does to a conversation; knows no terminal and no file.
+"""What a line that begins with a slash does to a conversation; independent of terminals and files.
 
 `parse` tells a command from a question, `run` carries a command out. A command that is refused has
 changed nothing.

@@ -1,4 +1,4 @@
-"""Options that several verbs share, declared once; knows no verb.
+"""Options that several verbs share, declared once; independent of the verbs.
 
 Options that are always given together are a group: a dataclass. A verb takes it as one
 keyword-only argument, and the command line shows its fields.

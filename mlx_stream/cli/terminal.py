@@ -1,4 +1,4 @@
-"""What every verb does with its streams: texts, progress, interrupts; knows no verb."""
+"""What every verb does with its streams: texts, progress, interrupts; independent of the verbs."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""Text that arrives in pieces -> ids, split between words; knows no stream.
+"""Text that arrives in pieces -> ids, split between words; independent of streams.
 
 The ids do not depend on how the text was split. A word is encoded only once its end is known, and
 each piece is encoded behind the words before it, so a tokenizer that puts a space before the first

@@ -1,4 +1,4 @@
-"""The one thread that touches MLX: sessions take turns on it, one step each. Knows no model.
+"""The one thread that touches MLX: sessions take turns on it, one step each. Independent of models.
 
 Unless a comment says that a method runs on the thread, any thread may call it, and it holds the
 lock only briefly.

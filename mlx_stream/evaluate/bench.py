@@ -1,4 +1,4 @@
-"""Speed beside mlx-lm's: the same weights, one process, steps in turn; knows no command line.
+"""Speed compared with mlx-lm's: the same weights, in one process, alternating step by step.
 
 Windows are filled with random keys and values through the caches' own state. Decoding is each
 side's own loop, greedy, from a token's id to the next one's; mlx-lm's submits a step before the

@@ -1,4 +1,4 @@
-"""Draw reports as charts, light and dark; knows matplotlib (an extra) and measures nothing.
+"""Draw reports as charts, light and dark; uses matplotlib (an extra), measures nothing.
 
 Nothing is smoothed. Colours, layout and scales are matplotlib's; lines differ by marker as well.
 """

@@ -1,4 +1,4 @@
-"""Texts to measure on, as token ids; knows no experiment."""
+"""Texts to measure on, as token ids; independent of experiments."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a decode step costs beside its time: bytes to be read, nodes of its graph; knows no peer.
+"""The costs of a decode step besides time: bytes to read and nodes of its graph.
 
 A step must read all weights and all it attends to once. No machine does that faster than it reads
 memory.

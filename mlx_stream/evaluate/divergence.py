@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's, over one text; knows no files."""
+"""How far one model's predictions are from another's, over one text; independent of files."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A JSON-lines log of a long measurement, that survives a crash of its writer; knows no model.
+"""A JSON-lines log of a long measurement that survives crashes; independent of models.
 
 The first line says what is measured; each further one is a result, on disk before the next
 begins. A last line cut short, by a crash or a full disk, is removed when the log is opened.
@@ -87,7 +87,7 @@ def read_lines(path: Path, key: Row, data: bytes) -> tuple[Row, list[Row]]:
         if found.get(name) != wanted:
             numbers = f" ({found.get(name)}, not {wanted})" if isinstance(wanted, int) else ""
             raise ValueRefused(
-                f"{path}: is the log of another run (different {name}){numbers}; choose another "
-                "--log"
+                f"{path}: is the log of a run with different settings: {name}{numbers}; "
+                "choose another --log"
             )
     return header, rows

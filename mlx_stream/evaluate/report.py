@@ -1,4 +1,4 @@
-"""The result of an experiment: facts about it and flat rows; knows no experiment, no terminal."""
+"""The result of an experiment: facts about it and flat rows; independent of experiments."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""What quantizing one part of a model does to its predictions; knows no files and no recipes.
+"""What quantizing one part of a model does to its predictions; independent of files and recipes.
 
 A part is a matrix that the model multiplies by at once: queries, keys and values of a layer are
 one. Only the layers behind it are computed again.

@@ -1,4 +1,4 @@
-"""Numbered lines and questions about them, as StreamEval has them; knows text, no model.
+"""Numbered lines and questions about them, as StreamEval has them; handles text only, not models.
 
 StreamEval (StreamingLLM, arXiv 2309.17453, section 4.3) asks, every 10 lines of about 23 tokens,
 for the fact of a line some lines back. Its data was never released; this generates such data. A

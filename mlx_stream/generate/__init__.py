@@ -1,1 +1,1 @@
-"""Token ids in, token ids out: streams, guesses, snapshots, completions; knows no turns."""
+"""Token ids in, token ids out: streams, guesses, snapshots, completions; independent of turns."""

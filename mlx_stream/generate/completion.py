@@ -1,4 +1,4 @@
-"""Continue one text with a model; knows no turns and no chat templates."""
+"""Continue one text with a model; independent of turns and chat templates."""
 
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Guess from the ids that a stream has read, evicted ones included; knows no model.
+"""Guess from the ids that a stream has read, evicted ones included; independent of models.
 
 A guess is what followed the last occurrence of the newest few ids. All storage has a fixed size: a
 ring of ids and, for each pattern length, a hash table of where each pattern last ended. An entry

@@ -1,4 +1,4 @@
-"""The requests that a reply makes of its driver, and a driver for one reply; knows no stream.
+"""The requests a reply makes of its driver, and a driver for one reply; independent of streams.
 
 A reply is a coroutine: it yields a request and is sent the result. It knows neither threads nor
 schedulers. `drive` runs a single reply; an engine runs many.

@@ -1,4 +1,4 @@
-"""Write a stream's state to one safetensors file, atomically, and read it; knows no conversation.
+"""Write a stream's state atomically to one safetensors file, and read it; no conversations here.
 
 The file holds the arrays of `TokenStream.state()`. Its metadata holds the integers of the state,
 the caller's notes, the model's fingerprint and a checksum over everything. A snapshot is untrusted:

@@ -1,4 +1,4 @@
-"""Plan, compute and commit every step of one stream of token ids; knows no text."""
+"""Plan, compute and commit every step of one stream of token ids; independent of text."""
 
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Finds models: a folder, a GGUF file, the Hub or the package index; knows no tensors.
+"""Finds models: a folder, a GGUF file, the Hub or the package index; loads no tensors.
 
 A model on this machine is used without the network. Only weights, configuration and tokenizer are
 fetched, never code or pickles. The names below are for programs that offer models.

@@ -1,4 +1,4 @@
-"""Explains the errors of the Hub's client in one line, and reports progress; knows no files."""
+"""Explains errors of the Hub's client in one line, and reports progress; touches no files."""
 
 import errno
 import sys

@@ -1,4 +1,4 @@
-"""Lists and fetches a model on the Hugging Face Hub; knows no tensors.
+"""Lists and fetches a model on the Hugging Face Hub; reads no tensors.
 
 The Hub is untrusted: only names without a path are accepted, with a size and a hash. A branch's
 name points to a commit only once all files are there.

@@ -1,4 +1,4 @@
-"""Turns a model's name into a local folder or file, fetched if needed; knows no tensors."""
+"""Turns a model's name into a local folder or file, fetched if needed; loads no tensors."""
 
 from dataclasses import dataclass
 from pathlib import Path

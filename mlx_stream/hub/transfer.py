@@ -1,4 +1,4 @@
-"""Downloads one file of a model on the Hub into the shared cache; knows no model.
+"""Downloads one file of a model on the Hub into the shared cache; independent of models.
 
 A partial download stays, and any process resumes it. A file gets its name once it has the size and
 the hash that the Hub lists. The Hub's client, whose session and cache this uses, restarts a file in

@@ -1,1 +1,1 @@
-"""Networks: layers, families, weights and traced steps. Knows no stream and no text."""
+"""Networks: layers, families, weights and traced steps. Independent of streams and text."""

@@ -1,4 +1,4 @@
-"""The blocks that all families share. Knows no cache logic, no files and no text.
+"""The blocks that all families share. Independent of cache logic, files and text.
 
 A layer maps (T, hidden size) to the same shape. Attention passes unrotated queries, keys and values
 to a cache's step, which owns order, positions and masks. Q, K and V are one product, gate and up

@@ -1,4 +1,4 @@
-"""Phones, tablets and Macs, each figure with its source, and this machine; knows no models.
+"""Phones, tablets and Macs, each figure with its source, and this machine; independent of models.
 
 The data is `devices.toml` beside this file; a user's own devices come from a file of the same form.
 A device's budget is what one program may use of its memory: on iOS the app's limit, with the

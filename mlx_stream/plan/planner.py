@@ -1,4 +1,4 @@
-"""Chooses the bits and the window that fit a device; knows no files and no network."""
+"""Chooses the bits and the window that fit a device; independent of files and the network."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A folder that is complete before it has its name, and one in another's place; knows no models."""
+"""Writes a folder completely before it gets its name or replaces another; independent of models."""
 
 import fcntl
 import glob

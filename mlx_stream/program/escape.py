@@ -1,4 +1,4 @@
-"""Untrusted text -> text that is safe on a terminal; knows no terminal and no model.
+"""Untrusted text -> text that is safe on a terminal; independent of terminals and models.
 
 A terminal obeys escapes: they move the cursor, change the window's title, fill the clipboard. It
 also hides characters without a shape, and can show text backwards. Both kinds are shown as Python

@@ -1,4 +1,4 @@
-"""One process at a time uses a session: it locks a file; knows nothing of what the session holds.
+"""One process at a time uses a session: it locks a file; independent of what the session holds.
 
 The system releases the lock when its holder dies, however it dies. The file stays, because a
 process that waits for the lock may have it open.

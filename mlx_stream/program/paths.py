@@ -1,4 +1,4 @@
-"""Where this user's conversations, caches and settings are; knows nothing of what is in them."""
+"""Where this user's conversations, caches and settings are; independent of their contents."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""A package's public names, imported on first use; knows no package."""
+"""A package's public names, imported on first use; independent of any package."""
 
 from collections.abc import Mapping
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""SQLite as our programs use it: a private file that survives a crash; knows no conversation.
+"""SQLite as our programs use it: a private file that survives crashes; no conversations here.
 
 A file is untrusted. Nothing is selected from it before its schema was found to be ours, no value
 is longer than the file, and whatever SQLite says about it becomes one line for its user.

@@ -1,4 +1,4 @@
-"""Recipes: the bits of each matrix of a model; knows module paths, no arrays."""
+"""Recipes: the bits of each matrix of a model; handles module paths, not arrays."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace

@@ -75,7 +75,7 @@ CHECKS = (
         "--seed does not reproduce a text here: update MLX, and report it",
     ),
     Check(
-        "a saved stream continues to the bit",
+        "a saved stream continues bit for bit",
         streams.snapshot_restores,
         "do not use --session until it is fixed, and report it",
     ),

@@ -1,4 +1,4 @@
-"""Checks of single operations in a model's shapes, against numpy; knows no stream."""
+"""Checks of single operations in a model's shapes, against numpy; independent of streams."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

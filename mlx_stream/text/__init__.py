@@ -1,1 +1,1 @@
-"""Text <-> token ids, chat templates, and ids -> pieces of text; knows no model."""
+"""Text <-> token ids, chat templates, and ids -> pieces of text; independent of models."""

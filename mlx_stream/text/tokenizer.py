@@ -1,4 +1,4 @@
-"""Text to token ids and back, also one id at a time; knows tokenizer.json's terms, no model."""
+"""Text to token ids and back, also one id at a time, as tokenizer.json describes it; no models."""
 
 import json
 import re

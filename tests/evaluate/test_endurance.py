@@ -188,10 +188,10 @@ def test_a_full_disk_loses_nothing(endurance: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (("--sinks", 3), "other sinks (4, not 3); choose another --log"),
-        (("--segment", 32), "other segment (64, not 32)"),
-        (("--dtype", "float16"), "other model; choose"),
-        ((__file__,), "other text; choose"),
+        (("--sinks", 3), "different settings: sinks (4, not 3); choose another --log"),
+        (("--segment", 32), "different settings: segment (64, not 32)"),
+        (("--dtype", "float16"), "different settings: model; choose"),
+        ((__file__,), "different settings: text; choose"),
     ],
 )
 def test_a_log_of_other_settings_is_left_alone(

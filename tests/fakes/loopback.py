@@ -1,4 +1,4 @@
-"""A Hub of our own on loopback, and caches and indices away from the user's; knows no test."""
+"""A separate Hub on loopback, with caches and indices away from the user's."""
 
 import hashlib
 import json

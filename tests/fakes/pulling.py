@@ -1,4 +1,4 @@
-"""Pulling the model of the Hub on loopback, and what the cache then holds; knows no test."""
+"""Pulls the model from the Hub on loopback, and checks what the cache then holds."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tiny random models for tests, as dicts and as Hugging Face folders; knows no MLX.
+"""Tiny random models for tests, as dicts and as Hugging Face folders; independent of MLX.
 
 The weights are scaled so that attention is far from uniform and logits have a scale of about 2:
 a wrong position shows.

@@ -1,4 +1,4 @@
-"""Opens hostile files by number, in a process that may crash, hang or grow; knows no file.
+"""Opens hostile files by number, in a process that may crash, hang or grow; independent of files.
 
     python -m tests.fuzz.checkpoints --count 3000 --seed 1
     python -m tests.fuzz.sessions --count 1000 --seed 1

@@ -1,4 +1,4 @@
-"""Hostile chat templates and tokenizer steps, written by hand and by seed; knows no files."""
+"""Hostile chat templates and tokenizer steps, written by hand and by seed; independent of files."""
 
 import random
 from collections.abc import Callable

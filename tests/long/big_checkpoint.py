@@ -3,7 +3,7 @@
     python -m tests.long.big_checkpoint OUT
     mlx_stream convert OUT OUT-4bit --bits 4
 
-It knows no real weights: what it is for is memory and time.
+Its weights are random: it serves to measure memory and time.
 """
 
 import argparse

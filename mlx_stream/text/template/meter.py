@@ -1,4 +1,4 @@
-"""What one use of a template may take: time, and the size of what it makes; knows no Jinja."""
+"""Limits for one use of a template: time, and the size of what it makes; independent of Jinja."""
 
 import time
 from collections.abc import Callable, ItemsView, KeysView, ValuesView
