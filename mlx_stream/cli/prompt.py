@@ -1,7 +1,8 @@
 """The prompt of a chat: history, several lines, completion and a status bar.
 
 It uses prompt_toolkit, which is imported when a prompt is created. It does not touch the model, and
-it needs only the names of commands. A terminal that cannot move its cursor (TERM=dumb) gets a plain line.
+it needs only the names of commands. A terminal that cannot move its cursor (TERM=dumb) gets a plain
+line.
 """
 
 import asyncio
