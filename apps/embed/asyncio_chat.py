@@ -1,4 +1,4 @@
-"""A model in an asyncio program: each line of standard input is a question, and cancels the last.
+"""A model in an asyncio program: each line of standard input is a question that cancels the last.
 
 python apps/embed/asyncio_chat.py [MODEL]
 """

@@ -107,7 +107,7 @@ def run(settings: Settings) -> None:
     except MlxStreamError as error:
         failed = True
         notify(one_line(error))
-    # All is on disk, and the interpreter's own exit takes a while.
+    # Everything is on disk, and the interpreter's own exit takes a while.
     os._exit(failed)
 
 

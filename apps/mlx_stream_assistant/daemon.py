@@ -35,13 +35,13 @@ RUNS = (
 IDLE, FULL = 1.0, 0.05
 # Characters that may be waiting to be read: a question waits for them.
 BACKLOG = 10_000
-# An answer is to quote what was read; a penalty on repetition would prevent that.
+# Answers should quote what was read; a repetition penalty would prevent that.
 SAMPLING = mlx_stream.Sampling(temperature=0.0)
 # Seconds before a failed write to the journal is tried again.
 AGAIN = 10.0
 # After a second failure of the device within this many seconds, the stream pauses for as long.
 BETWEEN_FAILURES = 600.0
-# Seconds for running work to end, of the one that stopping may take.
+# The part of the one second for stopping in which running work must end.
 LAST_WORDS = 0.5
 
 
@@ -295,7 +295,7 @@ def waking_signals(stop: Callable[[], None]) -> Iterator[tuple[int, int]]:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
     }
-    # A handler runs between two bytecodes; this byte ends a wait, so that some are run.
+    # A handler runs between two bytecodes; this byte ends a wait, so that bytecodes run.
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     try:
         yield read, write

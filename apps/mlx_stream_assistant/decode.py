@@ -6,10 +6,10 @@ from mlx_stream_assistant.errors import AssistantError
 
 # Bytes read at once.
 CHUNK = 4096
-# The part of a text's characters that may be undecodable: a log has an odd byte now and then.
+# The share of a text's characters that may be undecodable: logs have an odd byte now and then.
 MOST_UNREADABLE = 0.1
 REPLACEMENT = "\ufffd"
-# Some programs begin a file with it; it is not text.
+# Some programs put it at the start of a file; it is not text.
 BYTE_ORDER_MARK = "\ufeff"
 
 

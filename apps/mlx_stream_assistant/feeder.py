@@ -18,18 +18,18 @@ MOST_WAITING = 4
 # Seconds without new text after which the stream is saved.
 REST = 60.0
 # Characters kept in the journal for each token of the window, to rebuild the stream. English has
-# about four a token; a line of spaces may have dozens.
+# about four per token; a line of spaces may have dozens.
 CHARACTERS = 32
 # Seconds before a failed save is tried again.
 AGAIN = 30.0
-# Seconds that one attempt to feed takes at most.
+# The most seconds that one attempt to feed takes.
 PATIENCE = 0.2
 
 
 class Feeder:
     """Feeds a listener the chunks after `fed`, and saves it at intervals.
 
-    After an exception it feeds no more, and `failure` holds it.
+    After an exception it stops feeding, and `failure` holds the exception.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Feeder:
                 self._awake.wait(min(left, threading.TIMEOUT_MAX))
             if self.saved < self.fed:
                 self._save()
-        # Whatever it is, nothing is fed any more: the main thread has to know.
+        # Whatever the error, nothing more is fed, and the main thread has to know.
         except Exception as error:
             self.failure = error
 

@@ -233,7 +233,7 @@ class Journal:
     # --- the file ---
 
     def _prepare(self) -> None:
-        # The log is cut to four megabytes after each checkpoint.
+        # The log is truncated to four megabytes after each checkpoint.
         for setting in ("journal_mode = WAL", f"journal_size_limit = {4 * 2**20}"):
             sqlite.pragma(self._connection, setting)
         if not self._value("SELECT count(*) FROM sqlite_master"):
@@ -265,7 +265,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Write all of what is done inside, or nothing."""
+        """Write everything that is done inside, or nothing."""
         with self._reading():
             try:
                 self._connection.rollback()
@@ -286,7 +286,7 @@ def source_of(row: Sequence[Any]) -> SourceRow:
 
 
 def heading(last: StoredChunk | None, chunk: Chunk, now: datetime) -> str:
-    """Return the heading before a text: its source and the time, unless the last one still holds.
+    """Return the heading before a text: its source and the time, unless the last one still applies.
 
     >>> heading(None, Chunk("/a/x.log", "file", "x.log", b"", ""), datetime(2026, 11, 27, 14, 5))
     '[x.log, 2026-11-27 14:05]\\n'
@@ -296,7 +296,7 @@ def heading(last: StoredChunk | None, chunk: Chunk, now: datetime) -> str:
         return head
     if chunk.source == last.source and not chunk.apart:
         since = now.astimezone() - datetime.fromisoformat(last.time)
-        # A heading inside a line would cut it.
+        # A heading inside a line would split it.
         if since < HEADING_AGAIN or not last.text.endswith("\n"):
             return ""
     return ("\n" if last.text.endswith("\n") else "\n\n") + head

@@ -1,4 +1,4 @@
-"""The diary: when a note is due, and each one whole in a Markdown file; independent of streams.
+"""The diary: when a note is due, and writing each completely to a Markdown file; no streams here.
 
 The journal holds a note, and the length of the file, before the note is written. After a crash in
 the middle, the half in the file is removed and the note written again. A complete one is not
@@ -16,7 +16,7 @@ from typing import Any
 from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import Journal
 
-# Seconds after the start before a note is written that fell due before it.
+# Seconds after the start before an overdue note is written.
 SETTLING = 60.0
 # The beginning of a quote or list item, in which any other block may be.
 BEFORE_A_BLOCK = re.compile(r"\A[\s>*+\-\d.)]*")
@@ -97,7 +97,7 @@ class NotesFile:
         if there == data:
             return
         if end == at + len(there) and data.startswith(there):
-            os.ftruncate(file, at)  # a half
+            os.ftruncate(file, at)  # a partial note
         else:  # another program has written to it
             data = missing_line_ends(file) + data.lstrip(b"\n")
         end = os.fstat(file).st_size
@@ -146,7 +146,7 @@ def markdown(text: str, when: datetime, about: str) -> str:
 
 
 def escape_markdown(line: str) -> str:
-    """Return a line that Markdown takes for neither a heading nor a code fence nor HTML.
+    """Return a line that Markdown does not treat as a heading, a code fence or HTML.
 
     >>> [escape_markdown(line) for line in ("# A", "> - # A", "<!-- A", "---", "- A #1")]
     ['\\\\# A', '> - \\\\# A', '\\\\<!-- A', '\\\\---', '- A #1']

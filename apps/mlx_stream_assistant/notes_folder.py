@@ -51,10 +51,10 @@ class NotesFolder:
         self.path, self.name, self._tell, self._excluded = path, str(path), tell, excluded
         self._clock, self._next_look = clock, 0.0
         self._places = dict(places)
-        self._looked: dict[str, Seen] = {}  # as they were at the last look
+        self._looked: dict[str, Seen] = {}  # as they were at the last scan
         self._changed: list[str] = []
         self._complaint = ""  # about the folder
-        self._refused: dict[str, tuple[Seen, str]] = {}  # notes, as they were, and why
+        self._refused: dict[str, tuple[Seen, str]] = {}  # refused notes, as they were then, and why
 
     @property
     def state(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class NotesFolder:
         return Chunk(name, "note", title, new, decode(new, name, at), place, apart=True)
 
     def _refuse(self, path: str, why: str) -> None:
-        """Leave a note alone until it changes, and tell why."""
+        """Ignore a note until it changes, and report why."""
         self._refused[path] = (self._looked[path], why)
         self._tell(why)
 

@@ -16,13 +16,13 @@ from mlx_stream_assistant.feeder import Feeder
 from mlx_stream_assistant.journal import Chunk, Journal
 from mlx_stream_assistant.notes import NotesFile
 
-# Plain, and about the text above: a small model follows little else.
+# Plain, and about the text above: small models follow hardly any other instruction.
 NOTE = "Summarize the text above in two sentences."
 # In tokens.
 LONGEST_NOTE, LONGEST_ANSWER = 128, 256
 # In characters; a longer question would evict most of what is attended, and take minutes.
 LONGEST_QUESTION = 4_000
-# Characters that are read before an answer without telling: a moment, on any machine.
+# Characters that are read before an answer without a notice: it takes a moment on any machine.
 UNTOLD = 500
 ASKED = "asked"
 Lines = Generator[dict[str, Any], None, None]
@@ -125,7 +125,8 @@ class RequestHandler:
         listener, feeder = self.listener, self.feeder
         if listener is None or feeder is None:
             return {}
-        # In the order in which text moves on: if nothing waits, the statistics include all of it.
+        # In the order in which text moves along: if nothing is waiting, the statistics include all
+        # text.
         waiting, backlog = feeder.waiting, listener.backlog
         stats = listener.stats
         return {

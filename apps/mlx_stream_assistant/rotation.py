@@ -13,7 +13,7 @@ from mlx_stream.program.notices import Notify
 
 # A position includes a checksum of this many bytes before it.
 TAIL = 256
-# Names in a folder that are looked at for a file that was renamed.
+# The most names in a folder that are searched for a renamed file.
 MOST_NAMES = 10_000
 # What rotation adds to a name: a number, a date or time, or a word.
 ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)

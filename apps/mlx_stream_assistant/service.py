@@ -73,7 +73,7 @@ def agent(settings: Settings, log: Path) -> bytes:
             "RunAtLoad": True,
             "KeepAlive": {"Crashed": True},
             "ThrottleInterval": SECONDS_BETWEEN_STARTS,
-            # Light while idle, quick when it is asked.
+            # Light while idle, quick when it is asked a question.
             "ProcessType": "Adaptive",
             "LowPriorityIO": True,
             "ExitTimeOut": SECONDS_TO_STOP,
@@ -105,7 +105,7 @@ WantedBy=default.target
 
 
 def quote(text: str, command: bool = False) -> str:
-    """Return a word that systemd reads as it is, without replacing anything in it.
+    """Return a word in the form in which systemd reads it unchanged.
 
     >>> quote('50% of "a b"'), quote("$HOME", command=True)
     ('"50%% of \\\\"a b\\\\""', '"$$HOME"')

@@ -13,7 +13,7 @@ SYSTEM = (
     "You read along with notes, logs and other texts as they are written. "
     "Answer questions about them briefly, from what you have read."
 )
-# Minutes between notes or snapshots at most: a year.
+# The most minutes between notes or snapshots: a year.
 LONGEST = 60 * 24 * 366
 
 

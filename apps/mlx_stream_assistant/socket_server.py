@@ -20,7 +20,7 @@ from mlx_stream_assistant.errors import AssistantError
 
 LONGEST_REQUEST = 64 * 1024
 MOST_AT_ONCE = 32
-# Seconds for a request to be sent, and for a piece of an answer to be taken.
+# Seconds for sending a request, and for receiving a piece of an answer.
 PATIENCE = 10.0
 # Seconds for a refused caller to finish sending, and for a descriptor to become free.
 BRIEFLY = 0.1
@@ -30,7 +30,7 @@ Answer = Generator[dict[str, Any], None, None]
 
 
 class SocketServer:
-    """A listening socket; `answer` gives the lines for a request, on a thread of its own."""
+    """A listening socket; `answer` yields the lines for a request, on a separate thread."""
 
     def __init__(self, path: Path, answer: Callable[[dict[str, Any]], Answer]):
         """Make the socket; one that a killed process left is replaced."""
@@ -77,7 +77,7 @@ class SocketServer:
             send(caller, {"error": f"{MOST_AT_ONCE} others are being answered: try again"})
 
     def close(self) -> None:
-        """Take no more requests, and remove the socket."""
+        """Stop accepting requests, and remove the socket."""
         self._socket.close()
         with suppress(OSError):
             self.path.unlink()
@@ -118,7 +118,7 @@ def receive(caller: socket.socket) -> dict[str, Any]:
 
 
 def drain(caller: socket.socket) -> None:
-    # If something of a request were unread, closing would take the answer back.
+    # If part of a request were unread, closing would discard the answer.
     with suppress(OSError):
         caller.recv(LONGEST_REQUEST)
 

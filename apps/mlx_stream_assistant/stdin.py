@@ -35,7 +35,7 @@ class StandardInput:
         return not self.ended and len(self._data) < CHUNK
 
     def read(self) -> None:
-        """Read what is there, or wait for it."""
+        """Read what is available, or wait for it."""
         try:
             data = os.read(self.file, CHUNK - len(self._data))
         except OSError as error:

@@ -30,7 +30,7 @@ from mlx_stream_assistant.rotation import (
     open_file,
 )
 
-# Seconds without growth after which an incomplete line is read as it is.
+# Seconds without growth after which an incomplete line is read anyway.
 SETTLED = 0.5
 # Seconds without growth before a renamed file is left for the new one: its writer may not have
 # noticed yet.
@@ -60,10 +60,10 @@ class TailedFile:
         self._size = 0  # at the last poll
         self._mtime: int | None = None  # likewise, in nanoseconds
         self._grown = 0.0  # when its size last changed
-        self._left: float | None = None  # since when another file, or none, has its name
+        self._left: float | None = None  # when its name went to another file, or to none
         self._complaint = ""
-        self._refused: FilePosition | None = None  # there the file is not text
-        self._given_up: FilePosition | None = None  # was refused, and is not searched for
+        self._refused: FilePosition | None = None  # where the file is not text
+        self._given_up: FilePosition | None = None  # was refused, and is no longer searched for
         self._search = FileSearch(path, tell)
 
     @property
@@ -153,7 +153,7 @@ class TailedFile:
 
     def _finish_renamed(self) -> Chunk | None:
         """Leave a file that no longer has the name; return what is left of it."""
-        if self._file is None:  # it was cut, and there is a copy to open
+        if self._file is None:  # it was truncated, and there is a copy to open
             return None
         assert self._place is not None
         status = self._named()

@@ -189,14 +189,14 @@ class ChatController:
             if not heard:
                 try:
                     session.is_open()
-                except MlxStreamError:  # it never will be
+                except MlxStreamError:  # it cannot be opened
                     await self._close_chat()
             if not session.chat and len(self.said) == 1:  # there is no conversation yet
                 self.name = None
         except asyncio.CancelledError:
             self._hear(Piece("", "interrupted"))
             heard = True
-        if heard:  # the engine stops before its next token, and tells what is kept
+        if heard:  # the engine stops before its next token, and reports what is kept
             with suppress(TimeoutError):
                 async with asyncio.timeout(SECONDS_TO_KEEP):
                     while session.last is before:
@@ -230,7 +230,7 @@ class ChatController:
 
     def _count(self) -> None:
         """Read the gauge and the conversation's notice."""
-        # The exchange in progress is attended, and not among the completed ones.
+        # The exchange in progress is attended, but is not among the completed ones.
         streams = bool(self._session.chat) and self.status.can_stop
         self.attended = min(len(self.said), len(self._session.exchanges) + streams)
         self.gauge, notice = self._session.gauge, self._session.new_notice()

@@ -86,7 +86,7 @@ class ModelSession:
         return self._notice if self._notice != before else None
 
     async def load(self, model: str, tell: Callable[[str], None]) -> bool:
-        """Load a model in place of the present one; return False if it was closed meanwhile.
+        """Load a model in place of the current one; return False if it was closed meanwhile.
 
         Args:
             tell: called again and again with a line about the progress.

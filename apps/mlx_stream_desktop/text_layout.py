@@ -19,7 +19,7 @@ def escape_markup(text: str) -> str:
 
 
 def wrap(text: str, width: float, measure: Callable[[str], float]) -> str:
-    """Break lines so that each is at most `width` wide; a longer word is broken inside.
+    """Break lines so that each is at most `width` wide; a longer word is split.
 
     With 1 a character and a width of 7, "one two three" is "one two" and "three".
     """

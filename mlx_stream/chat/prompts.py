@@ -202,7 +202,7 @@ class PromptBuilder:
 
     @property
     def _turn_system(self) -> str | None:
-        """The system prompt, if it is a turn of its own."""
+        """The system prompt, if it is a separate turn."""
         if self._before is not None or self.system is None:
             return None
         return self.escape_special_tokens(self.system)

@@ -18,7 +18,7 @@ OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the config of the text model inside; a config that is not wrapped as it is.
+    """Return the config of the text model inside; a config that is not wrapped is returned as is.
 
     Raises:
         ConfigError: the wrapper is not supported.

@@ -65,7 +65,7 @@ class Verbs(TyperGroup):
 
 
 def new_group(name: str) -> typer.Typer:
-    """Return an empty group for a verb that has verbs of its own."""
+    """Return an empty group for a verb with subcommands."""
     return typer.Typer(name=name, help=VERBS[name], no_args_is_help=True, **SETTINGS)
 
 

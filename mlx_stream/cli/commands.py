@@ -51,7 +51,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Command:
-    """A command; its argument as usage shows it: "" takes none, [..] may be left out.
+    """A command; its argument as usage shows it: "" takes none, [..] is optional.
 
     `run` returns a text to be shown, or a whole outcome.
     """

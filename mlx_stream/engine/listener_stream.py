@@ -242,7 +242,7 @@ class ListenerStream:
             self._reopen(start, prompt, reply)
 
     def _ask_copy(self, prompt: Sequence[int], limit: int) -> Coroutine[Piece, None]:
-        """Answer from a copy of the stream, and leave the stream as it is."""
+        """Answer from a copy of the stream, and leave the stream unchanged."""
         copy = None
         try:
             copy = self._writer(self.cache.geometry.sinks)

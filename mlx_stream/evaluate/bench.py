@@ -41,7 +41,7 @@ Build = Callable[[], mx.array]
 
 
 def summary(ours: list[float], theirs: list[float]) -> Row:
-    """Return what seconds taken in turn come to: pair i ran side by side.
+    """Summarize seconds measured alternately: the two of pair i ran one after the other.
 
     A ratio is mlx-lm's time over ours: above 1, ours is faster.
     """
@@ -124,7 +124,7 @@ def repeat(step: Step, count: int) -> None:
 def in_turn(
     ours: Step, theirs: Step, pairs: int, seconds: float | None = SECONDS_PER_SERIES
 ) -> tuple[list[float], list[float]]:
-    """Run two steps in turn, changing which goes first; return the seconds of each.
+    """Run two steps alternately, changing which goes first; return the seconds of each.
 
     Ends after so many seconds, unless None, but not before the least number of pairs.
     """

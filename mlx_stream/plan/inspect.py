@@ -116,7 +116,7 @@ def of_hub(source: str, repo: str, notify: Notify) -> ModelSummary:
 
 
 def of_config(source: str, raw: dict[str, Any]) -> ModelSummary:
-    """Summarize a model by its config alone; matrices are quantized where it says so."""
+    """Summarize a model by its config alone; matrices are quantized where the config says so."""
     raw = text_config(raw)
     config, dtype = read_config(raw), str(raw.get("torch_dtype") or raw.get("dtype"))
     paths = [part.path for part in layout_of(config).matrices if config.quantized(part.path)]

@@ -79,7 +79,7 @@ class Running:
             assert self.process.poll() is None, f"it has ended: {self.said}"
             try:
                 status = self.status()
-            except AssistantError:  # it does not listen yet
+            except AssistantError:  # it is not listening yet
                 status = {}
             seen = [status.get(key) for key in ("attended", "evicted", "bytes_read")]
             if not status or not done(status) or seen != last:
@@ -134,7 +134,7 @@ class Watch:
         last = max(self.chunks, default=0)
         with closing(sqlite3.connect(f"{self.journal.as_uri()}?mode=ro", uri=True)) as connection:
             try:
-                # What was seen last again: a number that is given twice would show.
+                # Look again at what was seen last, so that a number given twice would show.
                 query = "SELECT number, source, head, text FROM chunks WHERE number >= ?"
                 rows = connection.execute(query, (last,)).fetchall()
             except sqlite3.OperationalError:  # it is being made

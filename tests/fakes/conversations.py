@@ -33,7 +33,7 @@ def leave_unanswered(saved: SavedSession, question: str) -> None:
 
 
 def assert_well_formed(chat: ChatSession) -> None:
-    """See that a stream holds what the template renders (rule 12), and no more than its window.
+    """Check that a stream holds what the template renders (rule 12), and no more than its window.
 
     What is attended, with what is read before the next question, is the text of the pinned
     beginning and of the held exchanges once that question is there. Of a turn longer than the
@@ -43,7 +43,7 @@ def assert_well_formed(chat: ChatSession) -> None:
     attended, sinks = chat.tokens.ids.attended(), cache.geometry.sinks
     assert cache.attended <= sinks + cache.geometry.window and len(pinned) <= sinks
     unread = unread_ids(pinned, turns, chat.tokens.length)
-    # Sinks beyond the pinned ids stay when their turn has left.
+    # Sinks beyond the pinned ids stay after their turn was evicted.
     first = attended[: sinks if turns and turns[0].start < sinks else min(sinks, len(pinned))]
     ids = [*first, *attended[sinks:], *unread]
     assert ids[: len(pinned)] == pinned[: len(ids)]

@@ -1,4 +1,4 @@
-"""A scripted chat that is killed, and what is looked at afterwards: shared by a test and a script.
+"""A scripted chat that is killed, and the checks afterwards: shared by a test and a script.
 
 What is killed talks in a `ChatSession`: it asks, retries, edits, undoes, clears and cuts replies,
 and writes a snapshot after every turn, and where it is into a file of a few bytes, which outlives
@@ -37,18 +37,18 @@ from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import pieces_of
 
 PHASES = ("start", "opening", "reply", "commit", "snapshot", "between")
-# Seconds a phase takes, roughly: a kill falls at a random moment of as long.
+# Roughly the seconds that a phase takes: a kill comes at a random moment within them.
 LASTS = {"opening": 0.012, "reply": 0.1, "commit": 0.003, "snapshot": 0.006}
 WINDOW, LONGEST_REPLY = 150, 24
 WORDS = ("the", "and he", "said", "in of", "a hat,", "that", "Wh€n?", "<|im_end|>", "then")
 OPTIONS = SessionOptions(
     system="You are brief.", window=WINDOW, sampling=Sampling(1.0), max_tokens=LONGEST_REPLY
 )
-# Why a snapshot that is whole may still not be all that is needed.
+# Why an intact snapshot may still not be sufficient.
 HARMLESS = ("they are not in", "there is no snapshot", "taken back later")
 UNANSWERED = "the last question was not answered because the program ended: /retry answers it"
 DEADLINE = 120.0
-# What a turn is: its state, its question, and all of it where that is known.
+# A turn: its state, its question, and all of its contents if they are known.
 Turn = tuple[str, str, Exchange | None]
 
 
@@ -285,7 +285,7 @@ class Kills:
             assert left_over(copy, name) == []
 
     def check_unanswered(self, chat: ChatSession, said: list[Turn], notices: list[str]) -> None:
-        """See that a question that was not answered is known, unless it has been cleared."""
+        """Check that an unanswered question is known, unless it has been cleared."""
         assert (UNANSWERED in notices) == bool(chat.unanswered)
         if chat.unanswered:
             assert said[-1][:2] == (ASKED, chat.unanswered)
@@ -362,7 +362,7 @@ def check_attended(chat: ChatSession, said: list[Turn]) -> None:
     ids = ids[: len(ids) - len(unread)]
     attended = chat.tokens.ids.attended()
     assert attended[: len(pinned)] == pinned[: len(attended)]
-    # Sinks beyond the pinned ones may be of an exchange that has left.
+    # Sinks beyond the pinned ones may belong to an evicted exchange.
     ring = attended[chat.cache.geometry.sinks :]
     assert ring == ids[len(ids) - len(ring) :], "what is attended is not what was said"
 

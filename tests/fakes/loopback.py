@@ -71,7 +71,7 @@ class Hub:
                     return
                 change = outer.sent.get(name)
                 sent = change(content, start) if change else content
-                with suppress(ConnectionError):  # one who has enough hangs up
+                with suppress(ConnectionError):  # a client that has read enough hangs up
                     self.wfile.write(sent)
                 self.close_connection = True
 

@@ -199,7 +199,7 @@ def migrate_and_kill(path: Path, seconds: float | None) -> float:
 
 
 def kill_migrations(folder: Path, kills: int, luck: Random) -> Counter[str]:
-    """Kill migrations at random moments; see that each leaves the old file or the new one.
+    """Kill migrations at random moments; check that each leaves the old file or the new one.
 
     Returns:
         How many left which; `cut` of the old ones had begun to write.

@@ -1,4 +1,4 @@
-"""What must come of a hostile checkpoint: a one-line error of the package, or it loads and runs.
+"""A hostile checkpoint must give a one-line error of the package, or load and run.
 
 python -m tests.fuzz.checkpoints --count 3000 --seed 1
 """
@@ -72,14 +72,14 @@ TRIES: list[Callable[[Path], None]] = [load_and_talk, read_truly, convert_and_lo
 
 
 def attempt(path: Path) -> tuple[str, str]:
-    """Return what became of a file, and the line that says so."""
+    """Return the outcome for a file, and the line that reports it."""
     outcome = ("ran", "")
     for way in TRIES:
         try:
             way(path)
         except MlxStreamError as error:
             line = str(error)
-            # The command line folds what a file's own words break.
+            # The command line folds line breaks that come from a file's own words.
             assert len(line) <= 1_000, f"{way.__name__}: {len(line)} characters: {line[:200]}"
             outcome = (type(error).__name__, line)
     return outcome

@@ -27,8 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WALL = 60.0  # for a worker that does not come back, on a machine with other work
-ROOM = 1 << 30  # address space beyond what a worker has at rest
+WALL = 60.0  # for a worker that does not return, on a busy machine
+ROOM = 1 << 30  # address space beyond what an idle worker uses
 
 Open = Callable[[], tuple[str, str]]
 Judge = Callable[[random.Random], tuple[str, Open]]

@@ -60,7 +60,7 @@ def lengthen(path: Path, luck: Random) -> None:
 
 
 def make_huge(path: Path, luck: Random) -> None:
-    os.truncate(path, luck.choice((2**31, 2**36, 2**40)))  # sparse: it has not what it claims
+    os.truncate(path, luck.choice((2**31, 2**36, 2**40)))  # sparse: it does not have what it claims
 
 
 def blank(path: Path, luck: Random) -> None:

@@ -219,5 +219,5 @@ DATABASES: tuple[Change, ...] = (
     *(*BYTES, *INSTEAD, another, forge_log, forge_tables),
     *(forge_rows,) * 4,
 )
-# A whole file of another's is as whole as one that was forged.
+# An intact file from another session is as consistent as a forged one.
 BELIEVED = {forge_arrays, forge_header, forge_rows, another}

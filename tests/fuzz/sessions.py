@@ -1,4 +1,4 @@
-"""What must come of a saved session whose files were altered: nothing that was not said.
+"""A saved session whose files were altered must not return anything that was not said.
 
     python -m tests.fuzz.sessions --count 1000 --seed 1
 
@@ -132,7 +132,7 @@ class Judge:
         with suppress(MlxStreamError):
             manage.verify_session("x")
         try:
-            # What was not asked for comes from the file.
+            # Options that were not given come from the file.
             options = SessionOptions(sampling=OPTIONS.sampling, max_tokens=LONGEST_REPLY)
             found, peak = self.measured(options)
         except MlxStreamError as error:

@@ -33,11 +33,11 @@ from mlx_stream_assistant.settings import SYSTEM
 from tests.fakes.assistants import Running, Watch, asked, entries, has_caught_up
 
 TICK, SAMPLE = 0.25, 5.0
-# Seconds after a start that resident memory may still grow in, and until it has answered something:
-# then it has done once all it does, and what a copy of its ring took is kept for the next one.
+# Seconds after a start in which resident memory may still grow. It may also grow until the first
+# answer: by then everything has run once, and the memory of a ring's copy is kept for the next.
 WARM_UP = 60.0
 FLAT = 10e6
-MOST_IDLE = 1.0  # per cent of one core
+MOST_IDLE = 1.0  # percent of one core
 QUESTION = "With whom were Darcy and Elizabeth always on the most intimate terms?"
 
 

@@ -1,4 +1,4 @@
-"""Hold a saved conversation of many turns on a tiny model, and look at all of it after each one.
+"""Hold a saved conversation of many turns with a tiny model, and check all of it after each one.
 
     python -m tests.long.conversation [--turns 10000]
 
@@ -51,7 +51,7 @@ ACTIVE_GROWTH = 4_096  # the constants of a few traces
 RESIDENT_GROWTH = 5_000_000
 # How many exchanges are attended varies, and their objects with them.
 OBJECT_GROWTH = 100
-# Turns between two looks: bytes, and the objects Python's collector knows.
+# Turns between two checks of bytes and of the objects that Python's collector tracks.
 EVERY = 20
 LOOK = ("active", "cached", "resident", "objects")
 # More words than a tokenizer remembers.
@@ -79,7 +79,7 @@ def talk(chat: ChatSession, random: np.random.Generator) -> str:
 
 
 def check(saved: SavedSession, count: int) -> None:
-    """See that a conversation is well-formed, and saved as it is attended."""
+    """Check that a conversation is well-formed, and saved exactly as it is attended."""
     chat, store = saved.chat, saved.store
     assert_well_formed(chat)
     assert store.state.count == chat.number == count
@@ -107,7 +107,7 @@ def converse(model: Model, turns: int) -> dict:
     mx.clear_cache()
     before = mx.set_cache_limit(CACHE_LIMIT)
     random, acts = np.random.default_rng(0), Counter()
-    # Nothing in here may grow either.
+    # None of these may grow either.
     looks = np.zeros((turns // EVERY, len(LOOK)), np.int64)
     for word in range(WORDS):
         model.tokenizer.encode(str(word))

@@ -45,7 +45,7 @@ PATIENCE = 120.0  # seconds for one thing asked
 RESIDENT_GROWTH = 8_000_000
 ACTIVE_GROWTH = 32_768
 OBJECT_GROWTH = 2_000
-LISTENERS = 5  # one of so many sessions
+LISTENERS = 5  # one of this many sessions
 QUESTIONS = ("Go on.", "And the man of the house?", "x", "What is it in the end? " * 12)
 
 
@@ -118,7 +118,7 @@ class Worker:
             try:
                 self.patiently(chat.undo).result(PATIENCE)
                 life.turns.append((act, "", 0, False))
-            except errors.ValueRefused:  # all has left
+            except errors.ValueRefused:  # everything is evicted
                 pass
             return True
         try:
@@ -196,7 +196,7 @@ def again(model: mlx_stream.Model, life: Life) -> None:
 
 
 def look() -> dict[str, int]:
-    """Return what there is when every session is closed.
+    """Return what remains when every session is closed.
 
     glibc keeps what 50 threads freed, some 150 MB, in as many arenas, and that moves: it gives it
     back first. (With MALLOC_ARENA_MAX=1 nothing moves either way.)

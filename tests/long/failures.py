@@ -1,4 +1,4 @@
-"""After a device failed nothing is answered from what it left: what is attended is read again.
+"""After a device failure nothing is answered from what it left: the attended turns are read again.
 
 Run by test_failures.py, each test in a process of its own.
 """

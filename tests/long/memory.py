@@ -1,4 +1,4 @@
-"""Run a tiny model over a very long stream and hold its memory to what it was near the start.
+"""Run a tiny model over a very long stream, and check that memory stays as it was near the start.
 
     python -m tests.long.memory [--tokens 200000]
 

@@ -1,4 +1,4 @@
-"""Tell the starter facts in its system prompt, chat on for long, and see whether it still has them.
+"""Tell the starter facts in its system prompt, chat for a long time, and check if it keeps them.
 
     python -m tests.long.pinned_facts [--tokens 5000] [--window 512]
 
@@ -26,7 +26,7 @@ from mlx_stream.evaluate.streameval import likeliest, log_probability
 from mlx_stream.generate import requests
 from mlx_stream.load import Model
 
-# What the facts are about, and the answers each may have; which one is right is `facts`'s to say.
+# What the facts are about, and the answers each may have; `facts` decides which one is right.
 KINDS = {
     "dog": "Rufus Max Buddy Charlie Bella Daisy Rocky Toby Ruby Oscar",
     "home town": "London Paris Berlin Madrid Rome Vienna Boston Chicago Dublin Toronto",

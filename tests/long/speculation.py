@@ -1,4 +1,4 @@
-"""What guessing is worth, and that it changes no text; a script, for a quiet machine.
+"""Measures what guessing gains, and checks that it changes no text; run it on a quiet machine.
 
 python -m tests.long.speculation                      four tasks, plain and guessing in turn
 python -m tests.long.speculation --equal 5000         greedy ids across the wrap, side by side

@@ -102,7 +102,7 @@ class ChatTemplate:
     def settled(
         self, question: str, reply: str, system: str | None = None, first: bool = False
     ) -> str:
-        """Return an exchange as it is written once the next question is there, without `closing`.
+        """Return an exchange as it is rendered once the next question follows, without `closing`.
 
         With `first`, it is the first one, and what comes before it is in the text.
         """

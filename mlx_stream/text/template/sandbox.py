@@ -58,7 +58,7 @@ class LimitedCode(compiler.CodeGenerator):
 
 
 class Namespace(utils.Namespace):
-    """Jinja's namespace, which does not write what it holds: it may hold itself."""
+    """Jinja's namespace, which does not print its contents, because it may contain itself."""
 
     __repr__ = object.__repr__
 
@@ -87,7 +87,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(extensions=[GenerationTag, ext.loopcontrols], finalize=written, **options)
         for name in ("indent", "join", "replace", "tojson"):
             self.filters[name] = getattr(self, name)
-        # Text is never marked as safe: such text has methods and operators of its own.
+        # Text is never marked as safe: such text has its own methods and operators.
         self.filters["safe"] = self.filters["string"]
         self.filters["e"] = self.filters["escape"] = lambda x: str(filters.FILTERS["e"](str(x)))
         self.filters = {name: self.limited(name, self.filters[name]) for name in FILTERS}
