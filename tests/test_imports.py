@@ -1,4 +1,4 @@
-"""What starting loads: a help text and an import wait for nothing that they do not need."""
+"""What starting loads: help texts and imports load nothing that they do not need."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The real starter: logits, tokens and chat as mlx-lm has them, streaming as the slow reference."""
+"""The real starter: logits, tokens and chat equal mlx-lm's, streaming equals the slow reference."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What nothing keeps unless a test does: imports one way, READMEs that are true."""
+"""Rules that only tests enforce: imports go one way, READMEs are correct."""
 
 import ast
 import re

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-# A longer line is a pasted document: it is recalled until the chat ends, and not kept.
+# A longer line is a pasted document: it can be recalled until the chat ends, but is not saved.
 LONGEST_KEPT = 2**16
 
 

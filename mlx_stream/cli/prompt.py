@@ -68,7 +68,7 @@ class Prompt:
             EOFError: Ctrl-D on an empty line, or the end of the input.
         """
         while True:
-            while self._notices:  # not amid a line that is edited
+            while self._notices:  # not in the middle of a line being edited
                 self.notify(self._notices.pop(0))
             try:
                 line = self._read(default)

@@ -169,7 +169,8 @@ class Listener(Handle):
 
         def submit() -> Task:
             fed = None if now else self._backlog.fed
-            # The answer does not pause for its reader: text fed meanwhile waits for its end.
+            # The answer does not pause for its reader: text fed in the meantime waits until it
+            # ends.
             return self._ask(
                 lambda: worker.current().ask(question, max_tokens, fed, remember), None
             )

@@ -273,7 +273,7 @@ def their_loop(model: Model, peer: Any, window: int) -> Step:
         for _ in range(TURN):
             next(tokens)
         with mx.stream(generation_stream):
-            mx.synchronize()  # the token it has begun already is computed in its own turn
+            mx.synchronize()  # a token already begun is computed in this turn
 
     return turn
 

@@ -1,4 +1,4 @@
-"""`eval streameval`: what a stream still knows of lines further and further back.
+"""`eval streameval`: what a stream still knows about lines further and further back.
 
 One stream reads lines (StreamEval, arXiv 2309.17453, section 4.3). Every 10 lines it is asked about
 a line at each distance, and rewound after each query. The paper's stream keeps questions and
@@ -80,7 +80,7 @@ def streameval(
     data = make_data(seed, lines, distances)
     sinks, window = model.resolve_window(sinks, window)
     asked = [encode_query(model.tokenizer, query) for query in data.queries]
-    # After the query at most all of a candidate's tokens are read.
+    # After the query, at most the tokens of one candidate are read.
     spare = max(len(one.ids) + one.longest for one in asked)
     if window < spare:
         raise ValueRefused(
@@ -138,7 +138,7 @@ def ask_query(
     log_p = logits.astype(mx.float32)
     log_p = log_p - mx.logsumexp(log_p)
     likelihoods = [log_probability(stream, log_p, ids) for ids in asked.candidates]
-    # One token more than an answer has shows whether the word ends there.
+    # One token more than the answer has, to see whether the word ends there.
     written = write_on(model, stream, logits, asked.longest + 1)
     stream.rewind(stream.length - begun)
     return likelihoods, written

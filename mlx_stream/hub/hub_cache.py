@@ -83,7 +83,7 @@ def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
             allow_patterns=SMALL_FILES,
             ignore_patterns=OTHER_FILES,
         )
-    # A damaged cache, its refs above all, counts as none.
+    # A damaged cache (usually its refs) counts as none.
     except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
         return None
     return None if missing_files(Path(found)) else Path(found)

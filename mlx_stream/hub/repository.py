@@ -147,7 +147,7 @@ def fetch(repository: Repository, bar: Bar) -> Path:
         OSError, and the errors of the Hub's client.
     """
     refuse_other_formats(repository)
-    # The config first: it tells whether the model is supported.
+    # The config first: it shows whether the model is supported.
     files = sorted(repository.files, key=lambda file: (file.name != "config.json", file.name))
     missing = sum(file.size for file in files if not blob_of(repository, file).exists())
     refuse_full_disk(repository, missing)

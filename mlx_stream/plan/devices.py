@@ -23,7 +23,7 @@ from mlx_stream import backend
 from mlx_stream.checkpoint.json_files import read_text_file
 from mlx_stream.errors import CheckpointError, DeviceError, one_line
 
-GB = 2**30  # of memory, as its makers count
+GB = 2**30  # of memory, as manufacturers count it
 KINDS = ("phone", "tablet", "laptop", "desktop")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 LARGEST_FILE = 2**20

@@ -24,12 +24,12 @@ PRAGMAS = (
     "secure_delete = ON",
     "temp_store = MEMORY",
 )
-# Bytes of a row that is written; a row that is read has at most those of its file.
+# The most bytes of a row that is written; a row that is read has at most the bytes of its file.
 LONGEST_ROW = 256 * 2**20
 # Room for our own schema and for the short values of a file that is still empty.
 SHORTEST_LIMIT = 2**16
-# SQLite's steps for one statement on opening. Ours take some hundreds; a schema can be forged whose
-# pages lead back to themselves.
+# The most steps of SQLite for one statement on opening. Ours take a few hundred; a forged schema
+# can have pages that lead back to themselves.
 OPENING_STEPS = 200_000
 # Seconds to wait for another program that has the file locked.
 PATIENCE = 2.0
@@ -101,7 +101,7 @@ def partial_path(path: Path) -> Path:
 def bytes_on_disk(path: Path) -> int:
     """Return the bytes of a database and of its log."""
     total = 0
-    # The log first: what leaves it in between is in the database by then.
+    # The log first: whatever moves out of it in between is in the database by then.
     for part in (files(path)[1], path):
         with suppress(FileNotFoundError):
             total += part.stat().st_size

@@ -1,4 +1,4 @@
-"""The assistant's folder of notes, journal and diary: nothing twice, nothing lost."""
+"""The assistant's notes folder, journal and diary: nothing is duplicated, nothing is lost."""
 
 import os
 import random

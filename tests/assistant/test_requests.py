@@ -1,4 +1,4 @@
-"""The assistant's answers, notes and settings, without a process of its own."""
+"""The assistant's answers, notes and settings, tested without a separate process."""
 
 import doctest
 import importlib

@@ -1,4 +1,4 @@
-"""The assistant's socket: what it answers, and what cannot keep others out."""
+"""The assistant's socket: what it answers, and that no caller can block the others."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The plan of a cache: rows, masks and clocks are rules 1 and 2, near 2^62 too."""
+"""The plan of a cache: rows, masks and clocks follow rules 1 and 2, even near 2^62."""
 
 from hypothesis import assume, given
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""One token's rotation, worked out once for all layers: beside `mx.fast.rope` and float64."""
+"""One token's rotation, computed once for all layers, compared with `mx.fast.rope` and float64."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a cache holds: its state, near 2^62 too, and its memory."""
+"""What a cache holds: its state, even near 2^62, and its memory."""
 
 import gc
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A step is planned and computed beside the stream: until it is committed nothing has changed."""
+"""A step is planned and computed separately: the stream does not change until it is committed."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""The cache alone against the slow reference: every row of every step, whatever is done to it."""
+"""The cache alone against the slow reference: every row of every step, after any operation."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""After every act a stream holds what the template renders, and computes the same as others."""
+"""After every act a stream holds what the template renders, and computes as any such stream."""
 
 import tempfile
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Conversations that guess: turn for turn those that do not, evictions and unread ids included."""
+"""Conversations that guess equal those that do not, turn by turn, even in evictions and unread ids."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What full disks and altered files could do to a saved conversation: none of it."""
+"""Full disks and altered files cannot corrupt a saved conversation unnoticed."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""What was taken back, cleared or cut is in no state and no snapshot: neither ids nor keys."""
+"""Nothing that was taken back, cleared or cut is left in a state or snapshot: no ids, no keys."""
 
 import numpy as np
 import pytest

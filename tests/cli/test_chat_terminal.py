@@ -1,4 +1,4 @@
-"""`mlx_stream chat` as a person uses it: a whole evening on a real pseudo-terminal, saved."""
+"""`mlx_stream chat` as a person uses it: a long saved chat on a real pseudo-terminal."""
 
 import re
 import signal

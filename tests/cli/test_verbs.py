@@ -1,4 +1,4 @@
-"""The verbs as their users meet them: whole transcripts, results, help and wrong usage."""
+"""The verbs as users see them: whole transcripts, results, help and wrong usage."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""An engine: sessions in turn are as each alone, are stopped at once, and go wrong one by one."""
+"""An engine: sessions give what each gives alone, stop at once, and fail independently."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Divergence and sensitivity are what numpy says of all logits at once, in bounded memory."""
+"""Divergence and sensitivity equal numpy's results on all logits at once, in bounded memory."""
 
 import math
 

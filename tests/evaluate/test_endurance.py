@@ -1,4 +1,4 @@
-"""A reading that is stopped, killed or out of disk continues, and ends as an uninterrupted one."""
+"""A run that is stopped, killed or out of disk space continues, and ends like any other."""
 
 import json
 import re

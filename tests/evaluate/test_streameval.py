@@ -1,4 +1,4 @@
-"""A stream asked about its lines: scored as from scratch, and left as one that was not asked."""
+"""A stream asked about its lines: scores equal those from scratch, and the stream is unchanged."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""A reply as a coroutine: what it asks for, what it gives, and what its numbers are meanwhile."""
+"""A reply as a coroutine: what it requests, what it yields, and its statistics along the way."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A saved stream continues with the same bits, is whole or absent, and is never trusted."""
+"""A saved stream continues bit for bit, is complete or absent, and is never trusted."""
 
 import hashlib
 import json

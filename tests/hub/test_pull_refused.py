@@ -1,4 +1,4 @@
-"""`pull` from a Hub that lies or has other formats: one line, nothing that looks complete."""
+"""`pull` from a Hub that lies or has other formats: one line, and nothing looks complete."""
 
 from collections.abc import Callable
 from pathlib import Path

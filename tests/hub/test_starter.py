@@ -1,4 +1,4 @@
-"""The starter: from the Hub or from a package index on disk; complete or not there."""
+"""The starter: from the Hub or from a package index on disk; complete or absent."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Hold `plan` to what a running chat really takes, at its peak, from after loading.
+"""Compare `plan` with what a running chat really takes at its peak, once it is loaded.
 
     python -m tests.measure.plan_memory [starter | 1b] [--window 1020] [--bits 16 | 4]
         [--dtype TYPE] [--kv-bits 8 | 4] [--filled]

@@ -1,4 +1,4 @@
-"""Measure how long a saved conversation of the starter takes to go on, its window full.
+"""Measure how long a saved conversation of the starter with a full window takes to resume.
 
     python -m tests.measure.resume_time [--window 2048] [--rounds 5]
 

@@ -1,4 +1,4 @@
-"""The desktop app as an offscreen window: asks, looks, stops; for a test, and by hand.
+"""Drives the desktop app as an offscreen window: asks, looks, stops. Also used by a test.
 
     QT_QPA_PLATFORM=offscreen TOGA_BACKEND=toga_qt \\
         python -m tests.measure.screenshot MODEL FOLDER QUESTION...

@@ -1,4 +1,4 @@
-"""Measure what a user interface feels while an engine works: a thread that ticks every 16 ms.
+"""Measure the delays of a user interface while an engine works: a thread ticks every 16 ms.
 
     python -m tests.measure.ui_ticks [MODEL] [--tokens 200] [--feed FILE]
 

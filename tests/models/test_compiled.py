@@ -1,4 +1,4 @@
-"""A decode step traced once: same tokens, one trace, buffers in place, nothing kept in vain."""
+"""A decode step traced once: same tokens, one trace, buffers in place, nothing kept needlessly."""
 
 import gc
 from dataclasses import replace

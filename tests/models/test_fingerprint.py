@@ -1,4 +1,4 @@
-"""A model's fingerprint: fixed for ever, of whichever version, and no two models have one."""
+"""A model's fingerprint: fixed for ever in each version, and different for any two models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""Bytes of weights, ring and workspace, against modules, buffers and steps that really exist."""
+"""Bytes of weights, ring and workspace, compared with real modules, buffers and steps."""
 
 import json
 from pathlib import Path

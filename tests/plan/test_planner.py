@@ -1,4 +1,4 @@
-"""Which bits and window a plan chooses, against all there are; and the README's table, anew."""
+"""The bits and window that a plan chooses, compared with all choices; and the README's table."""
 
 import json
 import re

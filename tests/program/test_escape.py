@@ -1,4 +1,4 @@
-"""Untrusted text on a terminal: shown and never obeyed, with nothing invisible in it."""
+"""Untrusted text on a terminal is shown, never obeyed, and contains nothing invisible."""
 
 import sys
 import unicodedata

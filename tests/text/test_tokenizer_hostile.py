@@ -1,4 +1,4 @@
-"""Hostile tokenizer.json files: refused in a line before the library, which may abort, has them."""
+"""Hostile tokenizer.json files are refused before the library, which may abort, sees them."""
 
 import base64
 import json
