@@ -1,7 +1,7 @@
 """Answers the requests that arrive through the socket; independent of sockets.
 
-A question is answered from a copy of what is attended, so the stream depends only on its
-sources. Questions are answered one at a time, because each copy takes memory.
+A question is answered from a copy of what is attended, so the stream depends only on its sources.
+Questions are answered one at a time, because each copy takes memory.
 """
 
 import os

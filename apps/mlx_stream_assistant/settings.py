@@ -36,7 +36,7 @@ class Settings:
     every: float = option(60.0, "Minutes between notes.", "MINUTES")
     model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.")
     window: int | None = option(None, "Number of latest tokens to attend to. Default: 2,048.")
-    name: str = option("main", "Name of the assistant, if you run several.")
+    name: str = option("main", "Name of the assistant, in case you run several.")
     system: str | None = option(None, "System prompt; it is never evicted.")
     snapshot_every: float = option(5.0, "Minutes between snapshots, while text arrives.", "MINUTES")
     pause_on_battery: bool = option(False, "Do not read or write notes on battery power.")

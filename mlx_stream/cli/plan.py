@@ -50,8 +50,8 @@ def plan(
 ) -> None:
     """Show what a model needs on a device, from its config and headers alone.
 
-    Without --bits and --window, it chooses the most bits that fit with a window of 2,048, then
-    the longest window.
+    Without --bits and --window, it chooses the most bits that fit with a window of 2,048, then the
+    longest window.
     """
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.plan import devices

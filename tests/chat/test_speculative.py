@@ -1,4 +1,4 @@
-"""Conversations that guess equal those that do not, turn by turn, even in evictions and unread ids."""
+"""Conversations that guess equal those that do not, turn by turn, evictions included."""
 
 import itertools
 

@@ -38,8 +38,8 @@ def latency(
     """Time a token at several cache sizes (the paper's figure 10).
 
     Streaming and mlx-lm's rotating cache are timed in turn, then recompute, which reads the whole
-    window again for each token. One re-anchoring happens halfway
-    through the stream's steps, and 20 more are timed beside plain steps.
+    window again for each token. One re-anchoring happens halfway through the stream's steps, and 20
+    more are timed beside plain steps.
     """
     from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, measure_latency
