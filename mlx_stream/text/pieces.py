@@ -149,6 +149,8 @@ class ReplyDecoder:
             self.text += text
             if self.ids:
                 self.ends[len(self.ids) - 1] = len(self.text)
-        final, self.stopped = self.matcher.add(text)
+        final = text
+        if self.matcher.stops:
+            final, self.stopped = self.matcher.add(text)
         self.final += len(final)
         return final
