@@ -135,7 +135,8 @@ class ReplyDecoder:
         for token in self.ids:
             text += self.decoder.add(token)
             ends.append(len(text))
-        self.text, self.ends, self._decoded = text, ends, len(self.ids)
+        self.text, self.ends = text, ends
+        self.count = self._decoded = len(self.ids)
 
     def _end(self, count: int) -> int:
         return self.ends[count - 1] if count else 0
