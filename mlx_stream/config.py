@@ -107,9 +107,9 @@ class ModelConfig:
     """The settings of a model, in config.json's names.
 
     `sliding_window` bounds the window of a stream (Mistral only), `position_limit` its sinks and
-    window together: beyond so many places the model computes otherwise. `max_position_embeddings`
-    is the trained context in tokens. `quantization` maps a module path to how it is quantized, or
-    None; the empty path holds the default of paths not named.
+    window together: beyond that many positions the model computes differently.
+    `max_position_embeddings` is the trained context in tokens. `quantization` maps a module path to
+    how it is quantized, or None; the empty path holds the default of paths not named.
     """
 
     model_type: str

@@ -64,7 +64,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SamplingMode:
-    """The steps of sampling that are taken."""
+    """Which steps of sampling are active."""
 
     greedy: bool
     penalizes: bool
@@ -134,7 +134,7 @@ class Sampler:
         except ValueError:
             words = np.zeros(0, np.uint32)
         if words.shape != self.key.shape:
-            raise ValueRefused("not a state of random numbers")
+            raise ValueRefused("not a random number generator's state")
         self.key = mx.array(words)
 
     def choose(self, logits: mx.array, attended: Callable[[], Sequence[int]]) -> int:

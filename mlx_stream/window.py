@@ -37,8 +37,8 @@ def resolve_window(
     limit = config.position_limit or trained
     if sinks >= limit:
         raise ValueRefused(
-            f"sinks {sinks} leave no window: the model computes as it was trained in {limit:,} "
-            "places; use fewer"
+            f"{sinks} sinks leave no room for a window: this model is limited to {limit:,} "
+            "positions; use fewer sinks"
         )
     bounds = {"sliding_window": config.sliding_window or window, "position limit": limit - sinks}
     for name, bound in bounds.items():

@@ -1,4 +1,4 @@
-"""What every test gets: OpenBLAS before MLX, no home directory, no Hub; and shared models."""
+"""What every test gets: OpenBLAS before MLX, no home directory, no Hub, and shared models."""
 
 import os
 import shutil

@@ -99,11 +99,11 @@ def rotate(
 
 
 class SlowAttention:
-    """Attend, one token at a time, to sinks and a window of a list of unrotated keys and values.
+    """Attend, token by token, to the sinks and the window in a list of unrotated keys and values.
 
-    `window=None` attends everything, each token at its place in the text (`sinks` and `spare` then
-    mean nothing). The store holds the sinks and the last `window + spare` other tokens; what it no
-    longer holds is None in the list, so that using it fails.
+    `window=None` attends to everything, each token at its place in the text (`sinks` and `spare`
+    are then ignored). The store holds the sinks and the last `window + spare` other tokens; what it
+    no longer holds is None in the list, so that using it fails.
 
     With 2 sinks and a window of 3, token 6 attends to tokens 0, 1, 4, 5, 6 at places 0, 1, 2, 3, 4:
     its distance to token 4 is 2, as in the text, and to sink 1 it is 3.

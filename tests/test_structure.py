@@ -130,7 +130,7 @@ def test_every_imported_package_is_declared_and_every_declared_one_imported():
 
 @pytest.mark.parametrize("name", ["mlx_stream", "mlx_stream.chat", "mlx_stream.hub"])
 def test_public_names_are_complete(name):
-    """What type checkers see, what is fetched when asked for, and what is declared are one."""
+    """Type checkers, lazy imports and `__all__` agree on the names."""
     room = import_module(name)
     text = Path(str(room.__file__)).read_text("utf-8")
     seen = {

@@ -7,12 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 
 SUPPLIES = Path("/sys/class/power_supply")
-# Seconds between two looks.
+# Seconds between checks.
 BETWEEN = 30.0
 
 
 class Battery:
-    """This machine's battery, looked at now and then."""
+    """This machine's battery, checked now and then."""
 
     def __init__(self) -> None:
         self._next_look, self._in_use = 0.0, False

@@ -153,7 +153,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     name: Name = "main",
 ) -> None:
-    """Show attended tokens, memory, and how far each source is read."""
+    """Show attended tokens, memory, and how far each source has been read."""
     (line,) = request(assistant_paths(name).socket, name, what="status")
     del line["done"]
     print(json.dumps(line) if as_json else "\n".join(table(line)))
@@ -181,7 +181,7 @@ def install(settings: Settings) -> None:
 
 @app.command()
 def uninstall(name: Name = "main") -> None:
-    """Stop the assistant and no longer start it at login. What it has read is kept."""
+    """Stop the assistant, and stop starting it at login. What it has read is kept."""
     from mlx_stream_assistant import service
 
     where = assistant_paths(name)

@@ -31,15 +31,15 @@ RUNS = (
     "the assistant {name!r} is running already in {holder}: stop it first, "
     "or give this one another --name"
 )
-# Seconds between two looks at the sources, when nothing arrives and when there is no room.
+# Seconds between two checks of the sources, when nothing arrives and when there is no room.
 IDLE, FULL = 1.0, 0.05
-# Characters that the listener may be behind: a question waits until they are read.
+# Characters that may be waiting to be read: a question waits for them.
 BACKLOG = 10_000
 # An answer is to quote what was read; a penalty on repetition would prevent that.
 SAMPLING = mlx_stream.Sampling(temperature=0.0)
 # Seconds before a failed write to the journal is tried again.
 AGAIN = 10.0
-# After a second failure of the device within so many seconds, the stream rests as long.
+# After a second failure of the device within this many seconds, the stream pauses for as long.
 BETWEEN_FAILURES = 600.0
 # Seconds for running work to end, of the one that stopping may take.
 LAST_WORDS = 0.5

@@ -50,7 +50,6 @@ def decode(data: bytes, name: str, at: int = 0) -> str:
     unreadable = text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
     if unreadable > max(1, MOST_UNREADABLE * len(text)):
         raise NotText(
-            f"{name}: is not UTF-8 from byte {at:,} on: convert it, for instance with "
-            "iconv -t UTF-8"
+            f"{name}: is not UTF-8 (at byte {at:,}): convert it, for instance with iconv -t UTF-8"
         )
     return text if at else text.removeprefix(BYTE_ORDER_MARK)

@@ -13,7 +13,7 @@ from mlx_stream import errors
 from mlx_stream.program.notices import Notify
 from mlx_stream_assistant.journal import Journal, StoredChunk
 
-# With so many chunks waiting, nothing more is read.
+# When this many chunks are waiting, nothing more is read.
 MOST_WAITING = 4
 # Seconds without new text after which the stream is saved.
 REST = 60.0
@@ -27,7 +27,7 @@ PATIENCE = 0.2
 
 
 class Feeder:
-    """Feeds a listener the chunks after `fed`, and saves it every so many seconds.
+    """Feeds a listener the chunks after `fed`, and saves it at intervals.
 
     After an exception it feeds no more, and `failure` holds it.
     """

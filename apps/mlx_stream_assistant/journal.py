@@ -171,7 +171,7 @@ class Journal:
         return self._value("SELECT min(number) FROM chunks") or self.last + 1
 
     def prune(self, through: int, keep: int) -> None:
-        """Remove chunks up to `through`, which a snapshot holds, but keep so many characters."""
+        """Remove chunks up to `through`, which a snapshot holds, but keep this many characters."""
         query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"
         with self._transaction():
             kept, oldest = 0, through
@@ -244,7 +244,7 @@ class Journal:
                 self._rows("INSERT INTO about VALUES (1, ?, 0, 0, 0.0, NULL)", row)
         found = [sqlite.pragma(self._connection, key) for key in ("application_id", "user_version")]
         if found != [APPLICATION_ID, VERSION]:
-            raise sqlite.Damage("it is not a journal of the assistant")
+            raise sqlite.Damage("it is not an assistant's journal")
         self._connection.set_progress_handler(None, 0)
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:

@@ -118,12 +118,12 @@ class NotesFile:
             raise self._cannot(error) from error
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise AssistantError(f"{self.path}: notes cannot be written to it: it is not a file")
+            raise AssistantError(f"{self.path}: cannot write notes to it: it is not a file")
         return file
 
     def _cannot(self, error: OSError) -> AssistantError:
         return AssistantError(
-            f"{self.path}: notes cannot be written to it: {error.strerror}; "
+            f"{self.path}: cannot write notes to it: {error.strerror}; "
             "check its permissions, or give another --notes"
         )
 

@@ -20,9 +20,9 @@ from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.rotation import open_file
 
 SUFFIXES = (".txt", ".md", ".markdown")
-# Seconds between two looks at the names in a folder, ...
+# Seconds between two scans of a folder's names, ...
 BETWEEN = 2.0
-# ... and more in a large folder: looking takes at most this part of the time.
+# ... and more in a large folder: scanning takes at most this share of the time.
 PART_OF_THE_TIME = 0.005
 # Notes read in one folder, and levels of folders below it.
 MOST_NOTES, DEEPEST = 10_000, 8
@@ -94,7 +94,7 @@ class NotesFolder:
         self._refused.pop(chunk.source, None)
 
     def _look(self) -> None:
-        """Find the notes that have changed, and then been left alone for one look."""
+        """Find the notes that changed before the last scan and have not changed since."""
         try:
             found = dict(islice(self._notes(), MOST_NOTES + 1))
         except NotADirectoryError:
@@ -154,8 +154,8 @@ class NotesFolder:
                 return None
             if status.st_size > LONGEST_NOTE:
                 raise NotText(
-                    f"{path}: has {status.st_size:,} bytes, more than the {LONGEST_NOTE:,} of a "
-                    "note: give it to --follow"
+                    f"{path}: has {status.st_size:,} bytes, and a note may have at most "
+                    f"{LONGEST_NOTE:,}: use --follow for it"
                 )
             data = file.read(LONGEST_NOTE)
         before = self._places.get(name, {"bytes": 0, "crc": 0})

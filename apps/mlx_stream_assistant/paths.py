@@ -25,7 +25,7 @@ def assistant_paths(name: str) -> AssistantPaths:
     """Return where an assistant's files are."""
     if not NAME.fullmatch(name):
         raise AssistantError(
-            f"{name[:80]!r} cannot be an assistant's name; expected 1 to 32 letters (a-z, A-Z), "
+            f"{name[:80]!r} is not a valid assistant name; expected 1 to 32 letters (a-z, A-Z), "
             "digits, '-', '_' and '.', and neither '.' nor '-' first"
         )
     data, cache = data_folder("assistant"), cache_folder("assistant")

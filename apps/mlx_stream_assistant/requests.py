@@ -1,7 +1,7 @@
-"""What a request through the socket is answered with; knows no socket.
+"""Answers the requests that arrive through the socket; independent of sockets.
 
-A question is answered from a copy of what is attended, so the stream stays what its sources make
-it. Questions are answered one at a time, because each copy takes memory.
+A question is answered from a copy of what is attended, so the stream depends only on its
+sources. Questions are answered one at a time, because each copy takes memory.
 """
 
 import os
@@ -56,16 +56,16 @@ class RequestHandler:
         elif what == "ask":
             question = request.get("question")
             if not isinstance(question, str) or not question.strip():
-                raise AssistantError("there is no question")
+                raise AssistantError("the question is missing")
             if len(question) > LONGEST_QUESTION:
                 raise AssistantError(
-                    f"a question has at most {LONGEST_QUESTION:,} characters: give a longer text "
-                    "to --follow or --folder"
+                    f"a question may have at most {LONGEST_QUESTION:,} characters: use --follow "
+                    "or --folder for a longer text"
                 )
             remember, now = request.get("remember") is True, request.get("now") is True
             yield from self._ask(question, remember, now)
         else:
-            raise AssistantError("a request asks for status, stop, note or ask, as its `what`")
+            raise AssistantError("the `what` of a request must be status, stop, note or ask")
 
     def note(self) -> str | None:
         """Write a note of what is new since the last one and return it; None if nothing is."""
@@ -117,7 +117,7 @@ class RequestHandler:
     def _ready(self) -> tuple[Any, Feeder]:
         listener, feeder = self.listener, self.feeder
         if listener is None or feeder is None:
-            raise AssistantError("the model is still being loaded: ask again in a moment")
+            raise AssistantError("the model is still loading: ask again in a moment")
         return listener, feeder
 
     def _stats(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_stream.program.notices import Notify
 
-# A position has a checksum of so many bytes before it.
+# A position includes a checksum of this many bytes before it.
 TAIL = 256
 # Names in a folder that are looked at for a file that was renamed.
 MOST_NAMES = 10_000
@@ -45,7 +45,7 @@ class FileSearch:
         self._told: set[str] = set()
 
     def forget_notices(self) -> None:
-        """Tell again what was told: there is a file to read now."""
+        """Allow notices to be repeated, because there is a file to read now."""
         self._told.clear()
 
     def find_renamed(self, place: FilePosition) -> Found | None:
@@ -56,8 +56,8 @@ class FileSearch:
         return None
 
     def find_copy(self, place: FilePosition) -> Found | None:
-        """Return a copy, named by rotation, of what was read, if there is more to read from it."""
-        # Earlier files may begin as this one; the copy was written after we read.
+        """Return a rotated copy of the file that was read, if there is more to read in it."""
+        # Earlier files may begin like this one; the copy was written after the last read.
         since = place.written or float("inf")
         for path, status in sorted(self._beside(), key=lambda found: found[1].st_mtime_ns):
             rotated = rotation_number(self.path.name, path.name) and status.st_mtime_ns >= since
@@ -103,7 +103,7 @@ class FileSearch:
                         yield Path(entry.path), entry.stat(follow_symlinks=False)
 
     def _holds(self, place: FilePosition, path: Path, status: os.stat_result) -> bool:
-        """Return whether a file has what was read, up to a position."""
+        """Return whether a file contains what was read, up to a position."""
         if status.st_size < place.offset or (file := self._open_beside(path)) is None:
             return False
         try:
@@ -112,7 +112,7 @@ class FileSearch:
             os.close(file)
 
     def _open_beside(self, path: Path) -> int | None:
-        """Open another file than the one of our name; None if it cannot be read."""
+        """Open a file other than the followed one; None if it cannot be read."""
         try:
             return open_file(path)
         except FileNotFoundError:

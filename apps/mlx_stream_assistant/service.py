@@ -111,7 +111,7 @@ def quote(text: str, command: bool = False) -> str:
     ('"50%% of \\\\"a b\\\\""', '"$$HOME"')
     """
     if any(not c.isprintable() for c in text):
-        raise AssistantError(f"{text!r} cannot be in a unit of systemd: leave such characters out")
+        raise AssistantError(f"{text!r} cannot be used in a systemd unit: remove such characters")
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text.replace("$", "$$") if command else text}"'
 

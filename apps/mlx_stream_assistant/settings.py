@@ -35,12 +35,12 @@ class Settings:
     notes: Path | None = option(None, "Markdown file to write dated notes to.", "FILE")
     every: float = option(60.0, "Minutes between notes.", "MINUTES")
     model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.")
-    window: int | None = option(None, "Latest tokens attended. Default: 2,048.")
+    window: int | None = option(None, "Number of latest tokens to attend to. Default: 2,048.")
     name: str = option("main", "Name of the assistant, if you run several.")
-    system: str | None = option(None, "System prompt, which never leaves attention.")
-    snapshot_every: float = option(5.0, "Minutes between snapshots, while text comes.", "MINUTES")
+    system: str | None = option(None, "System prompt; it is never evicted.")
+    snapshot_every: float = option(5.0, "Minutes between snapshots, while text arrives.", "MINUTES")
     pause_on_battery: bool = option(False, "Do not read or write notes on battery power.")
-    from_end: bool = option(False, "Read files not followed before from their end on.")
+    from_end: bool = option(False, "Start at the end of files that were not followed before.")
 
     def with_absolute_paths(self) -> Self:
         """Return settings that mean the same in any working directory, with each path once."""
@@ -59,12 +59,12 @@ class Settings:
         """Check that the settings can be carried out."""
         read = [*self.follow, *self.folder]
         if not (read or self.stdin):
-            raise AssistantError(
-                "there is nothing to read: give --follow FILE, --folder FOLDER or --stdin"
-            )
+            raise AssistantError("nothing to read: pass --follow FILE, --folder FOLDER or --stdin")
         for option, minutes in (("--every", self.every), ("--snapshot-every", self.snapshot_every)):
             if not 0 < minutes <= LONGEST:
-                raise AssistantError(f"{option} takes minutes, above 0, not {minutes:g}")
+                raise AssistantError(
+                    f"{option} must be a number of minutes above 0, not {minutes:g}"
+                )
         for text in (*map(str, read), str(self.notes), self.model, str(self.system)):
             if not text.isascii() and text != text.encode("utf-8", "replace").decode():
                 raise AssistantError(f"{text!a}: is not valid UTF-8: rename it, or leave it out")
@@ -74,7 +74,9 @@ class Settings:
         for folder in self.folder:
             for other in self.folder:
                 if folder != other and folder.is_relative_to(other):
-                    raise AssistantError(f"{folder}: is read as a part of {other}: leave it out")
+                    raise AssistantError(
+                        f"{folder}: is inside {other}, which is read too: leave it out"
+                    )
 
     def options(self) -> list[str]:
         """Return the words after `run` that give the same settings."""

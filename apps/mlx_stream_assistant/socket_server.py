@@ -53,7 +53,7 @@ class SocketServer:
             self._socket.setblocking(False)
         except OSError as error:
             self._socket.close()
-            raise AssistantError(f"{path}: cannot be listened on: {error.strerror}") from error
+            raise AssistantError(f"{path}: cannot listen on it: {error.strerror}") from error
         finally:
             os.umask(before)
 
@@ -130,13 +130,15 @@ def send(caller: socket.socket, line: dict[str, Any]) -> None:
 def request(path: Path, name: str, **what: Any) -> Answer:
     """Ask the process that listens; yield the lines of its answer."""
     if len(json.dumps(what)) >= LONGEST_REQUEST:
-        raise AssistantError(f"that is too long: a request has at most {LONGEST_REQUEST:,} bytes")
+        raise AssistantError(
+            f"the request is too long: it may have at most {LONGEST_REQUEST:,} bytes"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
         try:
             caller.connect(os.fspath(path))
         except OSError as error:
             raise AssistantError(
-                f"the assistant {name!r} does not run: start it with `run`, or `install` it"
+                f"the assistant {name!r} is not running: start it with `run`, or `install` it"
             ) from error
         with suppress(OSError, ValueError):
             with suppress(BrokenPipeError):  # refused unheard; the reason can still be read
@@ -149,4 +151,4 @@ def request(path: Path, name: str, **what: Any) -> Answer:
                     yield line
                     if line.get("done"):
                         return
-        raise AssistantError(f"the assistant {name!r} ended before it had answered")
+        raise AssistantError(f"the assistant {name!r} exited before it answered")

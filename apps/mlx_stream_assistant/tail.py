@@ -74,7 +74,7 @@ class TailedFile:
         return {"offset": offset, "size": size, "complaint": self._complaint}
 
     def poll(self) -> Chunk | None:
-        """Return what is new, or None; the same again until `ack` is called."""
+        """Return what is new, or None. It returns the same chunk until `ack` is called."""
         try:
             if self._file is None and not self._open():
                 return None
@@ -84,7 +84,7 @@ class TailedFile:
         except NotText as error:
             self._complain(f"{error}; not read until another file is there")
             self._refused = self._place
-        except FileNotFoundError:  # renamed between two looks: look again
+        except FileNotFoundError:  # renamed between two checks: look again
             self.close()
         except OSError as error:
             self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
@@ -166,7 +166,7 @@ class TailedFile:
             return None
         if self._refused is None:
             rest = os.pread(self._file, CHUNK, self._place.offset)
-            if rest:  # the first bytes of a character whose others never came
+            if rest:  # the first bytes of a character that was never completed
                 return self._chunk(rest)
         else:
             self._given_up = self._place
@@ -228,7 +228,7 @@ class TailedFile:
         return Chunk(self.name, "file", self.path.name, data, text, vars(after))
 
     def _complain(self, complaint: str) -> None:
-        """Tell once what is wrong, or that nothing is any more."""
+        """Report once what is wrong, or that it is no longer wrong."""
         if complaint and complaint != self._complaint:
             self._tell(complaint)
         elif self._complaint and not complaint:

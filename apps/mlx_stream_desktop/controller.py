@@ -29,8 +29,8 @@ class Status:
 
     Attributes:
         phase: "loading", "idle", "reading" a question or "replying"; "failed" without a model.
-        notice: a line for the user, or nothing.
-        alarming: whether it tells what went wrong.
+        notice: a line for the user, or an empty string.
+        alarming: whether the notice reports a failure.
     """
 
     def __init__(self, changed: Callable[[], None]):

@@ -1,4 +1,4 @@
-"""A bar of the tokens that stay for good, the latest ones and the free space; knows Toga only.
+"""A bar of the pinned tokens, the latest ones and the free space; depends only on Toga.
 
 It is drawn, not laid out: it changes with every token, and a layout would move the whole window.
 """
@@ -34,7 +34,7 @@ class GaugeBar:
 
     @property
     def shares(self) -> tuple[int, int, int]:
-        """The tokens that stay for good, the other attended ones, and the free space."""
+        """The tokens that are never evicted, the other attended ones, and the free space."""
         now = self.now
         return now.pinned, now.attended - now.pinned, max(0, now.capacity - now.attended)
 

@@ -1,4 +1,4 @@
-"""How often to draw: at most so many times a second, the newest state last; knows no widgets.
+"""How often to draw: at most a few times a second, the newest state last; knows no widgets.
 
 A drawing that takes long, in a long conversation on a slow machine, is followed by a longer pause:
 three quarters of the time stay free for typing and scrolling.

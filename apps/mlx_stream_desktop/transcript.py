@@ -51,7 +51,7 @@ def ending(one: Message) -> str:
 
 
 class Bubble:
-    """One row as widgets: who speaks, and text on a coloured ground."""
+    """One row as widgets: the speaker's name, and text on a coloured background."""
 
     def __init__(self, row: Row, colours: Colours):
         self.row, self._lines, self._colour = row, "", ""

@@ -1,4 +1,4 @@
-"""The attention of a model's layers: heads, scale, rotation. Knows no rows and no stream."""
+"""The attention of a model's layers: heads, scale, rotation. Independent of rows and streams."""
 
 from dataclasses import dataclass
 

@@ -100,7 +100,7 @@ class DenseCache:
 
 
 class DenseStep:
-    """New tokens: written behind the others, then each attends to all tokens up to itself."""
+    """New tokens: appended to the others; then each attends to all tokens up to itself."""
 
     def __init__(
         self,

@@ -121,7 +121,7 @@ class TurnEvictor:
         if starts != ends[:-1] or (
             turns and not (len(pinned) <= turns[0].start and length <= ends[-1])
         ):
-            raise ValueRefused("its exchanges are not at the places it names")
+            raise ValueRefused("its exchanges are not at the positions it records")
         known = dict(enumerate(pinned))
         if turns:
             known.update(enumerate(ids_of(turns), turns[0].start))

@@ -111,8 +111,8 @@ def verify_session(name: str) -> str:
             about = parse_metadata(saved)
         except SnapshotError as error:
             raise SessionError(
-                f"session {name!r}: its transcript is whole, its snapshot is not ({error}): the "
-                "next chat will read the attended turns again"
+                f"session {name!r}: its transcript is intact, but its snapshot is not ({error}): "
+                "the next chat will read the attended turns again"
             ) from error
         model = state.header.fingerprint
         # The transcript may have the model's new fingerprint, and an old snapshot the old one.

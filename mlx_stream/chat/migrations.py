@@ -140,7 +140,7 @@ def check_schema(connection: sqlite3.Connection) -> None:
     query = f"SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT {len(wanted) + 1}"
     found = connection.execute(query).fetchall()
     if len(found) != len(wanted) or set(found) != wanted:
-        raise ValueError("its tables are not those of a conversation")
+        raise ValueError("it does not have a conversation's tables")
 
 
 @cache

@@ -12,7 +12,7 @@ class ChangeKind(Enum):
     """A kind of change to a turn."""
 
     ASK = "ask"  # its question is about to be read; replaces a turn of the same number
-    ANSWER = "answer"  # its reply has ended, perhaps not for the first time
+    ANSWER = "answer"  # its reply has ended, or has been replaced by a retry
     UNDO = "undo"  # it was taken back
     STAND = "stand"  # no turn: the attended turns or their ids have changed
 

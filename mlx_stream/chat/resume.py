@@ -223,7 +223,7 @@ def restore(chat: ChatSession, store: Store, paths: SessionPaths) -> SnapshotMet
     if not os.path.lexists(path):
         raise SnapshotError("there is no snapshot")
     if not is_file(path):
-        raise SnapshotError(f"{path.name} is a link or not a file")
+        raise SnapshotError(f"{path.name} is not a regular file")
     found = snapshot.load_snapshot(path, chat.cache.nbytes + header_bytes, header_bytes)
     about = parse_metadata(found)
     if not chat.model.is_fingerprint(found.model) or about.session != transcript.header.id:

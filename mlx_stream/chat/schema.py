@@ -160,7 +160,7 @@ def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
     places = [(message[0], message[1]) for message in messages]
     roles = [message[2] for message in messages]
     if roles != kinds.get(str(state)) or places != [(number, at) for at in range(len(roles))]:
-        raise ValueError(f"its messages are not those of a turn in state {state!r:.40}")
+        raise ValueError(f"its messages do not belong to a turn in state {state!r:.40}")
     if (finish in FINISHES) != (state == ANSWERED) or not is_time(time):
         raise ValueError(f"a turn in state {state!r} has finish {finish!r:.40}, time {time!r:.40}")
     check_types(int, number)
@@ -198,7 +198,7 @@ def pack_ids(ids: Sequence[int]) -> bytes:
 def unpack_ids(data: Any) -> tuple[int, ...]:
     check_types(bytes, data)
     if len(data) % 4:
-        raise ValueError("the ids end in the middle of one")
+        raise ValueError("the last id is cut short")
     return struct.unpack(f"<{len(data) // 4}I", data)
 
 

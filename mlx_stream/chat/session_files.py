@@ -35,7 +35,7 @@ def session_paths(name: str) -> SessionPaths:
     """
     if not NAME.fullmatch(name):
         raise SessionError(
-            f"{name[:80]!r} cannot be a session's name; expected 1 to 64 letters (a-z, A-Z),"
+            f"{name[:80]!r} is not a valid session name; expected 1 to 64 letters (a-z, A-Z),"
             " digits, '-', '_' and '.', starting with a letter, a digit or '_'"
         )
     data = data_folder()

@@ -233,7 +233,7 @@ class Store:
                 pass
             stray = "SELECT count(*) FROM messages WHERE turn NOT IN (SELECT number FROM turns)"
             if self.connection.execute(stray).fetchone() != (0,):
-                raise ValueError("some messages belong to no turn")
+                raise ValueError("some messages do not belong to any turn")
 
     def close(self) -> None:
         """Close the file, and empty its log if no other process has it open."""

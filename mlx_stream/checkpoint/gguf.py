@@ -143,7 +143,7 @@ def name_tensors(header: GGUFHeader, config: ModelConfig) -> dict[str, Parameter
             named[f"{part.path}.{end}"] = Parameter(tensor, heads)
     if left:
         raise WeightsError(
-            f"{header.file}: the tensor {shorten(next(iter(left)))} is not one of a Llama's "
+            f"{header.file}: the tensor {shorten(next(iter(left)))} is not part of a Llama "
             f"({len(left)} unknown)"
         )
     return named

@@ -169,7 +169,7 @@ class Parser:
         return np.frombuffer(self.data[start : self.place], dtype)
 
     def strings(self, what: str, count: int) -> list[str]:
-        """Read `count` strings, in a tight loop: here a header takes its time."""
+        """Read `count` strings, in a tight loop: most of a header's time is spent here."""
         self.strings_read += count
         if self.strings_read > MAX_STRINGS:
             raise self.damaged(f"{what} claims {count} strings, more than a header may hold")

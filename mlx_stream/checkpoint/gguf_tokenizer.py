@@ -142,7 +142,7 @@ def read_pipeline(keys: Keys) -> Pipeline:
 
 def strings(keys: Keys, key: str) -> list[str]:
     value = keys.value(key)
-    # An empty array of another type is not a list of strings, but says the same.
+    # An empty array of another type is accepted as an empty list of strings.
     if not isinstance(value, list):
         raise keys.wrong(key, "an array of strings")
     return value
@@ -193,7 +193,9 @@ def read_merges(keys: Keys, vocabulary: dict[str, int]) -> list[list[str]]:
         # A byte-level vocabulary writes a space as a letter, so a space parts two tokens.
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
-            raise TokenizerError(f"{keys.where}: the merge {shorten(merge)} is not two tokens")
+            raise TokenizerError(
+                f"{keys.where}: the merge {shorten(merge)} does not join two tokens"
+            )
         for token in (left, right, left + right):
             if token not in vocabulary:
                 raise TokenizerError(

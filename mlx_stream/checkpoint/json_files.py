@@ -24,7 +24,9 @@ def read_text_file(path: Path, limit: int) -> str:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
-                raise CheckpointError(f"{path}: larger than {limit >> 20} MB, unlike any such file")
+                raise CheckpointError(
+                    f"{path}: larger than {limit >> 20} MB, too large for such a file"
+                )
             # `read` allocates what it is asked for: never more than there is.
             return file.read(size).decode()
     except OSError as error:

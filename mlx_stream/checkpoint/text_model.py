@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from mlx_stream.errors import ConfigError
 
 T = TypeVar("T")
-# Models whose text model is one of ours, and the family of it where the config does not say.
+# Models that contain a supported text model, and its family if the config does not name it.
 WRAPPERS = {"mistral3": "mistral", "ministral3": "ministral3"}
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")
 

@@ -192,7 +192,7 @@ def check_template(step: Step) -> None:
             elif kind != "SpecialToken" or not added_by(tokens.get(name)):
                 raise refusal(f"TemplateProcessing: {key} names {name!r}, which is not declared")
         if seen != texts:
-            raise refusal(f"TemplateProcessing: {key} does not hold each text once")
+            raise refusal(f"TemplateProcessing: {key} must contain each text exactly once")
 
 
 def added_by(token: Any) -> bool:
@@ -211,7 +211,7 @@ def check_model(model: Any) -> None:
     if kind not in ("BPE", "Unigram", "WordLevel"):
         raise refusal(f"model: {kind!r} is not supported (supported: BPE, Unigram, WordLevel)")
     if model.get("dropout"):
-        raise refusal("model: dropout is not supported: a text would not always be the same tokens")
+        raise refusal("model: dropout is not supported: it makes encoding a text random")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(key) or "")) > MAX_AFFIX:
             raise refusal(f"model: {key} is longer than {MAX_AFFIX}")

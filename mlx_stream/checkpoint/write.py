@@ -126,8 +126,8 @@ def refuse_taken(out: Path, replace: bool) -> None:
         raise ValueRefused(f"{out}: exists: give another folder, or --force to replace it")
     if not is_converted(out):
         raise ValueRefused(
-            f"{out}: not a folder that `mlx_stream convert` wrote, or it holds more; it is never "
-            "replaced: give another folder"
+            f"{out}: not written by `mlx_stream convert`, or it contains other files; it will not "
+            "be replaced: give another folder"
         )
 
 

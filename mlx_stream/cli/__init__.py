@@ -1,6 +1,6 @@
 """The command line: one short file per verb; holds no arithmetic.
 
-A verb's file is imported when the verb is asked for, so that none waits for the others' options.
+A verb's file is imported only when that verb is used, so no verb waits for the others' options.
 Programs that are installed beside the package are verbs, too; they are found by entry points.
 """
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 # it is the line of `--help`: the first sentence of its own help.
 VERBS = {
     "chat": "Chat with a model for as long as you like.",
-    "generate": "Continue a text of any length, as it is: no chat template.",
-    "score": "Print the perplexity of a text, read as it is: no chat template.",
+    "generate": "Continue a text of any length, without a chat template.",
+    "score": "Print the perplexity of a text, read without a chat template.",
     "plan": "Show what a model needs on a device, from its config and headers alone.",
-    "devices": "List the devices that plans can be made for, and your own.",
-    "convert": "Write a model to the folder OUT: quantized, or as it is.",
+    "devices": "List the devices you can plan for, including your own.",
+    "convert": "Write a model to the folder OUT, quantized or unchanged.",
     "bench": "Time decoding and prefill side by side with mlx-lm.",
     "doctor": "Describe this machine and what will be slow on it.",
     "pull": "Fetch a model into the shared Hugging Face cache: weights and tokenizer, never code.",
@@ -35,7 +35,7 @@ VERBS = {
 # The same of the known programs that may be installed beside the package.
 PROGRAMS = {
     "assistant": "Read along with files, notes and pipes for days, and answer.",
-    "desktop": "Chat in a window of its own.",
+    "desktop": "Chat in a desktop window.",
 }
 ENTRY_POINTS = "mlx_stream.programs"
 SETTINGS: dict[str, Any] = {

@@ -52,20 +52,19 @@ def bench(
     window: Annotated[
         list[int] | None,
         Option(
-            help="Latest tokens attended to; may be given several times. "
-            "Default: 512, 1,024 and 4,096."
+            help="Number of latest tokens to attend to; repeatable. Default: 512, 1,024 and 4,096."
         ),
     ] = None,
-    pairs: Annotated[int, Option(help="Decode steps timed of each.")] = 40,
-    chunk: Annotated[int, Option(help="Tokens of a prefill step.")] = 128,
+    pairs: Annotated[int, Option(help="Number of decode steps to time for each.")] = 40,
+    chunk: Annotated[int, Option(help="Tokens per prefill step.")] = 128,
     prefill: Annotated[
-        int | None, Option(help="Tokens of a text that is also read through each window.")
+        int | None, Option(help="Also read a text of this many tokens through each window.")
     ] = None,
     prefill_chunk: Annotated[
         list[int] | None,
         Option(
-            help="Tokens of a step of --prefill; may be given several times, and the best of each "
-            "is compared too. Default: 128."
+            help="Tokens per step of --prefill. Repeatable; the best size of each is then "
+            "compared too. Default: 128."
         ),
     ] = None,
     loading: options.MeasuredLoadOptions,
@@ -73,9 +72,10 @@ def bench(
 ) -> None:
     """Time decoding and prefill side by side with mlx-lm.
 
-    Windows are full, steps are taken in turn. mlx-lm gets bounded caches by hand. A ratio is its
-    time over ours: above 1, ours is faster. Decoding is timed from a token to the next one. The
-    tables also show what a step must read, how fast memory is read here, and Python's share.
+    All windows are full, and the two take turns step by step. mlx-lm is given caches of bounded
+    size. A ratio is mlx-lm's time divided by ours: above 1, ours is faster. Decoding is timed from
+    one token to the next. The tables also show how much a step must read, how fast this machine
+    reads memory, and Python's share.
     """
     from mlx_stream import backend
     from mlx_stream.evaluate.bench import bench as run

@@ -42,21 +42,23 @@ def chat(
     system: Annotated[
         str | None,
         Option(
-            help="System prompt, which never leaves attention. Default: a short one that makes the "
-            "starter helpful; for other models the template's own, as with ''."
+            help="System prompt; it is never evicted. Default: a short one for the starter, and "
+            "the template's own for other models. '' always uses the template's own."
         ),
     ] = None,
     session: Annotated[
         str | None,
-        Option(help="Name to save the chat under; a saved chat of this name is continued."),
+        Option(help="Name to save the chat under; if one with this name exists, it is continued."),
     ] = None,
-    latest: Annotated[bool, Option("--continue", help="Continue the session used last.")] = False,
+    latest: Annotated[
+        bool, Option("--continue", help="Continue the most recently used session.")
+    ] = False,
     attended: options.WindowOptions,
     evict: Annotated[
         str | None,
         Option(
-            help="Eviction from a full window: turn drops the oldest exchanges, whole (the "
-            "default); token drops the oldest tokens."
+            help="What a full window evicts: turn drops whole exchanges, oldest first (the "
+            "default); token drops single tokens, oldest first."
         ),
     ] = None,
     max_tokens: options.MaxTokens = 512,
@@ -79,10 +81,10 @@ def chat(
 
         if latest:
             if session is not None:
-                raise ValueRefused("--continue and --session: give one of them")
+                raise ValueRefused("--continue and --session exclude each other: use one of them")
             session = session_files.latest_session()
             if session is None:
-                raise SessionError("no session is saved: begin one with --session NAME")
+                raise SessionError("there is no saved session: start one with --session NAME")
         before = resume.header_of(session) if session is not None else None
         source = model or (before.model if before else STARTER)
         if system is None and before is None and source == STARTER:

@@ -112,7 +112,7 @@ def status(stats: "Stats", name: str | None = None) -> str:
 
 
 def shorten_line(text: str) -> str:
-    """Return a text on one line, its end left out if it is long."""
+    """Return a text on one line, truncated if it is long."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST_QUOTE else line[: LONGEST_QUOTE - 1] + "…"
 
@@ -175,7 +175,7 @@ def save(chat: "ChatSession", argument: str, progress: Progress) -> str:
 
     saved = saved_as(chat)
     if not saved and not argument:
-        raise ValueRefused("this conversation has no name yet: give one, /save NAME")
+        raise ValueRefused("this conversation has no name yet: give it one with /save NAME")
     saved = saved or SavedSession.create(chat, argument)
     if argument not in ("", saved.name):
         raise ValueRefused(f"it is saved as {saved.name!r}; /export writes a copy")

@@ -37,31 +37,34 @@ def convert(
         ),
     ] = None,
     device: Annotated[
-        str | None, Option(help="Instead of --bits: a device, for the most bits that fit it.")
+        str | None, Option(help="Instead of --bits: use the most bits that fit this device.")
     ] = None,
     dtype: Annotated[
         str | None,
         Option(
-            help="float32, float16 or bfloat16: the type of scales and of what is not quantized; "
-            "without --bits that of everything, quantized weights included. Default: the source's."
+            help="float32, float16 or bfloat16: the type of the scales and of everything that is "
+            "not quantized. Without --bits it applies to all weights, even quantized ones. "
+            "Default: the source's."
         ),
     ] = None,
     calibration: Annotated[
-        str | None, Option(help="Text file that a sensitive recipe is measured on.")
+        str | None, Option(help="Text file for the measurements of a sensitive recipe.")
     ] = None,
     report: Annotated[
-        str | None, Option(help="Text file on which source and result are compared afterwards.")
+        str | None, Option(help="Text file for comparing the result with the source.")
     ] = None,
-    report_tokens: Annotated[int, Option(help="Tokens of the report's text to read.")] = 4_096,
+    report_tokens: Annotated[
+        int, Option(help="Number of tokens of the report's text to read.")
+    ] = 4_096,
     force: Annotated[
         bool, Option("--force", help="Replace OUT if an earlier conversion wrote it.")
     ] = False,
     json: options.AsJson = False,
 ) -> None:
-    """Write a model to the folder OUT: quantized, or as it is.
+    """Write a model to the folder OUT, quantized or unchanged.
 
-    --bits, --mode, --recipe and --device quantize it. The folder appears when it is whole. Memory
-    does not grow with the model, except for a sensitive recipe and a report, which run it.
+    --bits, --mode, --recipe and --device quantize it. The folder appears once it is complete.
+    Memory does not grow with the model, except with a sensitive recipe or a report, which run it.
     """
     from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for
 

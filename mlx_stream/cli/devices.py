@@ -18,7 +18,7 @@ Your own devices: {}"""
 
 @options.verb
 def devices(*, own: options.Devices = None, json: options.AsJson = False) -> None:
-    """List the devices that plans can be made for, and your own."""
+    """List the devices you can plan for, including your own."""
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.plan.devices import all_devices, user_file
 

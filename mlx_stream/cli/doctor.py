@@ -15,8 +15,7 @@ def doctor(
         str | None,
         Argument(
             metavar="MODEL",
-            help="For --self-test: the model whose shapes are tested. Default: a small one made on "
-            "the spot.",
+            help="For --self-test: the model whose shapes to test. Default: a small generated one.",
         ),
     ] = None,
     self_test: Annotated[
@@ -28,7 +27,7 @@ def doctor(
     """Describe this machine and what will be slow on it.
 
     --self-test checks that attention, positions, buffers, seeds and saved streams are right on this
-    machine; it exits with 1 if one is wrong.
+    machine; it exits with 1 if any is wrong.
     """
     from mlx_stream import backend
     from mlx_stream.cli.report import print_json, print_table

@@ -25,7 +25,7 @@ def generate(
     stats: options.ShowStats = False,
     json: options.AsJson = False,
 ) -> None:
-    """Continue a text of any length, as it is: no chat template."""
+    """Continue a text of any length, without a chat template."""
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
     from mlx_stream.generate.completion import stream
     from mlx_stream.generate.stats import Stats

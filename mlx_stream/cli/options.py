@@ -41,20 +41,21 @@ KeepQuantized = Annotated[
 Force = Annotated[
     bool, Option("--force", help="Load even if weights and ring exceed the device's memory.")
 ]
-Sinks = Annotated[int | None, Option(help="First tokens that never leave. Default: 4.")]
+Sinks = Annotated[
+    int | None, Option(help="Number of first tokens that are never evicted. Default: 4.")
+]
 KvBits = Annotated[
     int | None,
-    Option(
-        help="Bits of the window's keys and values: 8 or 4. The first tokens' are not quantized."
-    ),
+    Option(help="Bits for the window's keys and values: 8 or 4. The sinks are not quantized."),
 ]
 Devices = Annotated[
     Path | None,
     Option(
-        "--devices", help="TOML file of your own devices. Default: the one in your configuration."
+        "--devices",
+        help="TOML file with your own devices. Default: the one in your configuration folder.",
     ),
 ]
-MaxTokens = Annotated[int, Option(help="Longest text to write, in tokens.")]
+MaxTokens = Annotated[int, Option(help="Maximum number of tokens to write.")]
 ShowStats = Annotated[bool, Option("--stats", help="Print statistics to standard error.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object to standard output.")]
 
@@ -65,9 +66,9 @@ class SamplingOptions:
 
     temp: Annotated[float, Option(help="Temperature; 0 takes the likeliest token.")] = 0.6
     top_k: Annotated[int, Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0
-    top_p: Annotated[float, Option(help="Keep the likeliest tokens of this joint probability.")] = (
-        0.9
-    )
+    top_p: Annotated[
+        float, Option(help="Keep the likeliest tokens that add up to this probability.")
+    ] = 0.9
     min_p: Annotated[
         float, Option(help="Keep tokens at least this fraction as likely as the likeliest.")
     ] = 0.0
@@ -84,25 +85,26 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class ReplyOptions:
-    """Where a text ends, and how its tokens are guessed ahead."""
+    """When a reply stops, and how its tokens are guessed."""
 
     stop: Annotated[
-        list[str] | None, Option(help="Text to end before; may be given several times.")
+        list[str] | None, Option(help="Text at which to stop; it is not printed. Repeatable.")
     ] = None
     speculate: Annotated[
         bool | None,
         Option(
             "--speculate/--no-speculate",
-            help="Guess tokens from what was read and verify several at once: the same text, "
-            "faster where it repeats itself. Default: yes, unless --kv-bits, --seed or --session "
-            "is given.",
+            help="Guess tokens from earlier text and verify several at once. The output is the "
+            "same, and repetitive text is faster. Default: yes, unless --kv-bits, --seed or "
+            "--session is given.",
             show_default=False,
         ),
     ] = None
     draft: Annotated[
         str | None,
         Option(
-            help="Smaller model of the same vocabulary that guesses too; the text stays the same."
+            help="Smaller model with the same vocabulary, also used for guessing. The output is "
+            "the same."
         ),
     ] = None
 
@@ -114,7 +116,8 @@ class WindowOptions:
     window: Annotated[
         int | None,
         Option(
-            help="Latest tokens attended to. Default: 2,048, or what the trained context leaves."
+            help="Number of latest tokens to attend to. Default: 2,048, or what fits the trained "
+            "context."
         ),
     ] = None
     sinks: Sinks = None

@@ -22,10 +22,10 @@ def plan(
         ),
     ] = "starter",
     device: Annotated[
-        str | None, Option(help="A name of `mlx_stream devices`. Default: this machine.")
+        str | None, Option(help="A device that `mlx_stream devices` lists. Default: this machine.")
     ] = None,
     window: Annotated[
-        int | None, Option(help="Latest tokens attended to. Default: the most that fit.")
+        int | None, Option(help="Number of latest tokens to attend to. Default: as many as fit.")
     ] = None,
     sinks: options.Sinks = None,
     bits: Annotated[
@@ -50,7 +50,7 @@ def plan(
 ) -> None:
     """Show what a model needs on a device, from its config and headers alone.
 
-    Without --bits and --window it chooses: the most bits that fit with a window of 2,048, then
+    Without --bits and --window, it chooses the most bits that fit with a window of 2,048, then
     the longest window.
     """
     from mlx_stream.cli.report import print_json, print_table

@@ -19,16 +19,16 @@ def score(
     ],
     attended: options.WindowOptions,
     dense: Annotated[
-        bool, Option("--dense", help="Attend to everything instead, in growing memory.")
+        bool, Option("--dense", help="Attend to every token instead; memory then grows.")
     ] = False,
     chunk: Annotated[int, Option(help="Tokens read per step; 1 decodes token by token.")] = 128,
     max_tokens: Annotated[
-        int | None, Option(help="Tokens of the text to read. Default: all.")
+        int | None, Option(help="Number of tokens to read. Default: all.")
     ] = None,
     loading: options.LoadOptions,
     json: options.AsJson = False,
 ) -> None:
-    """Print the perplexity of a text, read as it is: no chat template."""
+    """Print the perplexity of a text, read without a chat template."""
     from mlx_stream.cli.report import print_json
     from mlx_stream.evaluate.report import finite
     from mlx_stream.evaluate.score import score as score_ids

@@ -20,7 +20,7 @@ Name = Annotated[str, Argument(metavar="NAME", help="The name of a saved convers
 @app.command("list")
 @options.verb
 def list_sessions(*, as_json: options.AsJson = False) -> None:
-    """List the saved conversations, the one used last first."""
+    """List the saved conversations, most recently used first."""
     from mlx_stream.chat.manage import session_summaries
 
     found = session_summaries()
@@ -59,7 +59,7 @@ def list_sessions(*, as_json: options.AsJson = False) -> None:
 @app.command()
 @options.verb
 def show(*, name: Name) -> None:
-    """Print a conversation as Markdown, up to damage if there is any."""
+    """Print a conversation as Markdown. A damaged one is printed up to the damage."""
     from mlx_stream.chat.export import export_markdown
     from mlx_stream.chat.manage import open_transcript
 
@@ -94,7 +94,7 @@ def export(
 @app.command()
 @options.verb
 def rm(*, name: Name) -> None:
-    """Remove a conversation for good, text and state."""
+    """Permanently remove a conversation: both its text and its state."""
     from mlx_stream.chat.manage import remove_session
 
     remove_session(name)

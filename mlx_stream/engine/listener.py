@@ -142,10 +142,10 @@ class Listener(Handle):
     def save(
         self, path: str | Path, note: Mapping[str, str | int], timeout: float | None = None
     ) -> None:
-        """Write a snapshot, from which `Engine.listen(restore=path)` continues to the bit.
+        """Write a snapshot, from which `Engine.listen(restore=path)` continues bit for bit.
 
-        The file is written completely or not at all. It holds everything fed so far; text that is
-        not read yet is read after restoring. An answer in progress is finished first.
+        The file is written completely or not at all. It holds everything fed so far; text that has
+        not been read yet is read after restoring. An answer in progress is finished first.
 
         Args:
             note: a small dict, returned by `restored`.

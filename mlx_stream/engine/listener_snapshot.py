@@ -67,7 +67,7 @@ def parse_listener_state(plain: Mapping[str, Any], vocabulary: int) -> ListenerS
     """Return the state that `ListenerState.plain` wrote.
 
     Raises:
-        SnapshotError: the values are not of that kind.
+        SnapshotError: the values are not a listener's state.
     """
     try:
         if plain["kind"] != KIND or plain.keys() != {"kind", *ListenerState.__annotations__}:
@@ -87,7 +87,7 @@ def parse_listener_state(plain: Mapping[str, Any], vocabulary: int) -> ListenerS
             note=note, began=began, ids=ids, begun=of_type(bool, plain["begun"]), **texts
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise SnapshotError("the snapshot is not of a listener, or is damaged") from error
+        raise SnapshotError("it is not a listener's snapshot, or it is damaged") from error
 
 
 def check_note(note: Any) -> dict[str, str | int]:

@@ -117,7 +117,7 @@ class ListenerStream:
     def __init__(self, model: Model, options: ListenerOptions, began: datetime, backlog: Backlog):
         template = model.tokenizer.template
         if template is None:
-            raise TemplateError(f"{model.name} has no chat template, so it cannot be asked")
+            raise TemplateError(f"{model.name} has no chat template, so it cannot answer questions")
         self.model, self.options, self.began, self.backlog = model, options, began, backlog
         system = options.system or None
         self.prompts = PromptBuilder(model.tokenizer, template.at(began), system, pin=True)
@@ -143,7 +143,7 @@ class ListenerStream:
         self.tokens.restore(state)
         count = len(self.pinned)
         if [*self.tokens.ids.attended()[:count], *saved.ids][:count] != self.pinned:
-            raise ValueRefused("it was made with another system prompt")
+            raise ValueRefused("it was made with a different system prompt")
         self.sampler.restore(saved.sampler)
         self.ids = [*saved.ids]
         self.encoder = IncrementalEncoder(self.prompts, saved.context, saved.lead, saved.held)

@@ -29,7 +29,7 @@ class Budget:
             return self.weights + sum(self._streams.values())
 
     def charge(self, key: object, weights: int, stream: int) -> None:
-        """Record the bytes of the weights, and so many more bytes of streams under `key`.
+        """Record the bytes of the weights, and add bytes of streams under `key`.
 
         Raises:
             MemoryRefused: the limit would be exceeded; nothing is recorded.
@@ -38,9 +38,10 @@ class Budget:
             others = sum(self._streams.values())
             if weights + others + stream > self.limit:
                 raise MemoryRefused(
-                    f"{megabytes(weights)} of weights, {megabytes(others)} of keys and values of "
-                    f"open sessions and {megabytes(stream)} of this one exceed the engine's budget "
-                    f"of {megabytes(self.limit)}: close a session, use a smaller window or a "
+                    f"the weights ({megabytes(weights)}), the open sessions' keys and values "
+                    f"({megabytes(others)}) and this session's ({megabytes(stream)}) exceed the "
+                    f"engine's budget of {megabytes(self.limit)}: close a session, use a smaller "
+                    "window or a "
                     "quantized model, or raise memory_budget"
                 )
             self.weights = weights

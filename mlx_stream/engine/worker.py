@@ -281,13 +281,13 @@ class Worker:
         """Raise `EngineClosed` if the engine, or a queue, accepts no tasks."""
         if os.getpid() != self._process:
             raise EngineClosed(
-                "an engine does not survive a fork: make it in the new process, or start "
-                "processes by spawning"
+                "an engine does not survive a fork: create it in the new process, or use the "
+                "spawn start method"
             )
         if self.closing or self.ended:
-            raise EngineClosed("the engine is closed: make another one")
+            raise EngineClosed("the engine is closed: create a new one")
         if queue and queue.closing:
-            raise EngineClosed("this session or listener is closed: begin another one")
+            raise EngineClosed("this session or listener is closed: start a new one")
 
     def end(self) -> None:
         """Make the thread end; returns at once."""
@@ -365,7 +365,8 @@ def claim(worker: Worker) -> list[Worker]:
         alive = [other for other in _all if not other.ended and other._process == os.getpid()]
         if any(not other.closing for other in alive):
             raise EngineClosed(
-                "an engine is open in this process, and MLX belongs on one thread: close it first"
+                "an engine is open in this process, and MLX must stay on its thread: close the "
+                "engine first"
             )
         _all.add(worker)
         return alive

@@ -28,7 +28,7 @@ from mlx_stream.window import PREFILL_CHUNK
 SINKS = 4
 WARMUP = 2
 TOKEN = 7  # any token
-# On a slow machine no more pairs than fit this many seconds, but at least three.
+# On a slow machine, only as many pairs as fit in this many seconds, but at least three.
 SECONDS_PER_SERIES = 45.0
 LEAST_PAIRS = 3
 ENDLESS = 2**62
@@ -101,7 +101,7 @@ def bench(
 
 
 def bandwidth_limit(model: Model, cache: StreamCache, rate: float, seconds: float) -> Row:
-    """Return what a step of so many seconds must read, and how near it is to the reading rate."""
+    """Return what a step of this duration must read, and how close it comes to the reading rate."""
     weights, rows = weight_bytes_read(model.network), cache.nbytes
     least = (weights + rows) / rate
     share = least / seconds
@@ -109,7 +109,7 @@ def bandwidth_limit(model: Model, cache: StreamCache, rate: float, seconds: floa
 
 
 def decoding(model: Model, peer: Any, cache: StreamCache, pairs: int) -> Row:
-    """Time each side's own loop, in turns of TURN tokens; the times are of one token."""
+    """Time the two loops alternately, TURN tokens at a time; return times per token."""
     step = step_of(model, cache)  # ends with this function: a pending step would change the cache
     theirs = their_loop(model, peer, cache.geometry.window)
     turns = in_turn(lambda: repeat(step, TURN), theirs, max(LEAST_PAIRS, pairs // TURN))

@@ -84,7 +84,9 @@ def make_figure(report: Report) -> "Figure":
         draw(panels, report)
         panels[0].set_title(f"{title}\n{caption(report.about)}")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueRefused(f"no chart: the report lacks figures, or has others: {error}") from error
+        raise ValueRefused(
+            f"no chart: figures are missing from the report, or unexpected: {error}"
+        ) from error
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure

@@ -33,11 +33,11 @@ class Corpus:
         return self.ids[np.arange(start, stop) % len(self.ids)].tolist()
 
     def require(self, tokens: int, option: str) -> None:
-        """Raise TextError unless there are so many tokens, and one more to predict."""
+        """Raise TextError unless there are this many tokens, and one more to predict."""
         if len(self.ids) <= tokens:
             raise TextError(
-                f"{', '.join(self.names)}: {len(self.ids):,} tokens are not {tokens:,} and one to "
-                f"predict: give a longer text, or a smaller {option}"
+                f"{', '.join(self.names)}: {len(self.ids):,} tokens are too few for {tokens:,} "
+                f"and one to predict: give a longer text, or a smaller {option}"
             )
 
 

@@ -1,7 +1,7 @@
 """`eval endurance`: one stream for hundreds of thousands of tokens, stopped and continued at will.
 
-After each segment a line is logged; the stream's state is saved now and then, and when asked to
-stop. A state older than the log catches up by reading, which gives the same bits again.
+After each segment a line is logged. The stream's state is saved now and then, and when the run is
+stopped. A state older than the log catches up by reading, which reproduces the same bits.
 """
 
 import itertools
@@ -102,7 +102,9 @@ def endure(
         raise ValueRefused(f"--tokens must be at least 1, not {tokens}")
     state = state_path(log.path)
     if state.exists() and not snapshot.is_snapshot(state):
-        raise ValueRefused(f"{state}: the state goes there: move this file, or use another --log")
+        raise ValueRefused(
+            f"{state}: the state is saved under this name: move the file, or use another --log"
+        )
     target = math.ceil(tokens / course.segment) * course.segment
     if len(segments(log)) * course.segment >= target:
         return True
@@ -158,7 +160,7 @@ def save_state(reading: EnduranceState, log: JsonLog) -> None:
 
 
 def resume_state(course: Course, log: JsonLog, notify: Notify) -> EnduranceState:
-    """Return the stream as it was saved, or from the beginning if there is no state to use."""
+    """Return the saved stream, or a new one if there is no usable state."""
     stream, path = course.new_stream(), state_path(log.path)
     logged = len(segments(log)) * course.segment
     if not logged and not path.exists():
@@ -168,9 +170,9 @@ def resume_state(course: Course, log: JsonLog, notify: Notify) -> EnduranceState
         nll, length = found.about["nll"], found.state["length"]
         assert isinstance(length, int)
         if found.about["key"] != log.header["key"]:
-            raise SnapshotError(f"{path}: is the state of another log")
+            raise SnapshotError(f"{path}: belongs to another log")
         if length - len(nll) > logged or length % course.segment != len(nll):
-            raise SnapshotError(f"{path}: does not fit the log of {logged:,} tokens")
+            raise SnapshotError(f"{path}: does not match the log of {logged:,} tokens")
         stream.restore(found.state)
         return EnduranceState(stream, nll, found.about["seconds"])
     except (SnapshotError, ValueRefused, KeyError) as error:

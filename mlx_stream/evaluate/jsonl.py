@@ -21,7 +21,7 @@ KIND = {"log": "mlx_stream log", "version": 1}
 
 @dataclass
 class JsonLog:
-    """An open log: its first line, as it was written when the log was begun, and the results."""
+    """An open log: its first line, written when the log was created, and the results."""
 
     path: Path
     file: Any
@@ -87,6 +87,7 @@ def read_lines(path: Path, key: Row, data: bytes) -> tuple[Row, list[Row]]:
         if found.get(name) != wanted:
             numbers = f" ({found.get(name)}, not {wanted})" if isinstance(wanted, int) else ""
             raise ValueRefused(
-                f"{path}: is a log of another {name}{numbers}: choose another file for --log"
+                f"{path}: is the log of another run (different {name}){numbers}; choose another "
+                "--log"
             )
     return header, rows

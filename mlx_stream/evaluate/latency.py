@@ -1,7 +1,7 @@
 """`eval latency`: time per token at several cache sizes: streaming, recompute, mlx-lm.
 
-Caches are full of random keys, past their first wrap, and stay full. Streaming and mlx-lm take
-steps in turn; ours crosses a re-anchoring in the middle of its steps, as a long stream does.
+Caches are full of random keys, past their first wrap, and stay full. Streaming and mlx-lm
+alternate step by step; the stream re-anchors halfway through, as a long stream does.
 """
 
 import statistics

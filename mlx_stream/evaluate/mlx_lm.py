@@ -1,6 +1,6 @@
-"""mlx-lm as a peer: the same weights, its own caches; knows no experiment.
+"""mlx-lm as a peer: the same weights, its own caches; independent of the experiments.
 
-It is given a bounded cache by hand: its own `max_kv_size` does nothing for these models.
+The cache is bounded explicitly, because mlx-lm's own `max_kv_size` has no effect for these models.
 """
 
 from collections.abc import Callable

@@ -32,7 +32,7 @@ def prefills(
     chunks: Sequence[int],
     progress: Notify = discard,
 ) -> list[Row]:
-    """Time reading a text of so many tokens through each window, in steps of each chunk."""
+    """Time reading a text of `tokens` tokens through each window, with each chunk size."""
     ids = [token % model.config.vocab_size for token in range(tokens)]
     found = []
     for asked in windows:

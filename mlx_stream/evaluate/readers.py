@@ -85,7 +85,7 @@ def peer_reader(peer: Any, ids: Ids, capacity: int, keep: int, chunk: int) -> Re
 
 
 def in_pieces(read: Reader, most: int) -> Reader:
-    """Return a reader that takes no more than so many tokens at once."""
+    """Return a reader that takes at most this many tokens at once."""
 
     def read_pieces(start: int, stop: int) -> list[float]:
         pieces = (read(first, min(first + most, stop)) for first in range(start, stop, most))

@@ -14,7 +14,7 @@ from mlx_stream.errors import TextError
 from mlx_stream.load import Model
 
 Row = dict[str, Any]
-Progress = Callable[[int, int], None]  # called with what is done and what there is in all
+Progress = Callable[[int, int], None]  # called with the amount done and the total
 
 
 def no_progress(done: int, total: int) -> None:

@@ -36,7 +36,7 @@ from mlx_stream.window import PREFILL_CHUNK
 
 # Every line begins behind this; some tokenizers treat the beginning of a text differently.
 BEFORE_A_LINE = "\n"
-# Of a normal distribution within so many standard deviations.
+# The share of a normal distribution within this many standard deviations.
 WILSON_Z = 1.959964
 
 
@@ -84,7 +84,7 @@ def streameval(
     spare = max(len(one.ids) + one.longest for one in asked)
     if window < spare:
         raise ValueRefused(
-            f"--window must be at least {spare}, what a query and its answer take, not {window}"
+            f"--window must be at least {spare}, the size of a query and its answer, not {window}"
         )
     cache = model.new_cache(sinks, window, spare)
     outcomes = list(run_distances(model, cache, data, asked, progress))
@@ -145,7 +145,7 @@ def ask_query(
 
 
 def log_probability(stream: TokenStream, log_p: mx.array, ids: Sequence[int]) -> float:
-    """Return the log-probability of ids, the sum over them; the stream is left as it was.
+    """Return the log-probability of ids, summed over them; the stream does not change.
 
     `log_p` is that of the first one, (vocabulary,).
     """

@@ -49,7 +49,7 @@ THINGS = words("""
     spoon statue stool stove table tent towel tower train tray truck trunk tub van vase violin
     wagon wheel
 """)
-# 101 of them, a prime: whatever the stride, none comes again within 101 lines.
+# There are 101, a prime number: whatever the stride, none repeats within 101 lines.
 FIRST_NAMES = words("""
     Alice Anna Arthur Barbara Basil Beatrice Bernard Carol Cecil Charles Clara Colin Daniel David
     Deborah Diana Donald Dorothy Edgar Edith Edward Eleanor Ellen Emily Emma Eric Ernest Esther Eva

@@ -141,7 +141,7 @@ def empty_array(shape: Any, dtype: Any) -> mx.array:
     sizes = [*shape]
     # Checked before it is allocated: a forged shape could be of any size.
     if 0 not in sizes or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in sizes):
-        raise ValueError("the shape of an empty array is not empty")
+        raise ValueError("an array without values has a shape that is not empty")
     if dtype not in STATE_DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}")
     return mx.zeros(sizes, STATE_DTYPES[dtype])

@@ -148,7 +148,7 @@ def writer_factory(
         ValueRefused: two options exclude each other, or the draft model has another vocabulary.
     """
     if draft and speculate is False:
-        raise ValueRefused("--draft and --no-speculate: leave one out")
+        raise ValueRefused("--draft and --no-speculate exclude each other: leave one out")
     if kv_bits is not None and (speculate or draft):
         option = "--draft" if draft else "--speculate"
         raise ValueRefused(f"{option} does not work with --kv-bits: leave one out")

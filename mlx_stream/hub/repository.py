@@ -79,7 +79,7 @@ def read_listing(name: str, revision: str, info: Any) -> Repository:
     """Check a listing and keep the files that we read."""
     siblings = info.siblings or []
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
-        raise SourceError(f"{name}: the Hub names no commit for {revision}")
+        raise SourceError(f"{name}: the Hub does not list a commit for {revision}")
     if len(siblings) > MAX_FILES:
         raise SourceError(f"{name}: the Hub lists {len(siblings)} files, more than {MAX_FILES}")
     files, others = [], []
@@ -96,7 +96,7 @@ def read_listing(name: str, revision: str, info: Any) -> Repository:
             )
         if sibling.rfilename in SMALL_FILES and size > SMALL_BYTES:
             raise SourceError(
-                f"{name}: {sibling.rfilename} of {size >> 20} MB, unlike any such file"
+                f"{name}: {sibling.rfilename} has {size >> 20} MB, too large for such a file"
             )
         files.append(File(sibling.rfilename, size, digest))
     return Repository(name, revision, info.sha, tuple(files), tuple(others))

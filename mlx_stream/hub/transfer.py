@@ -24,7 +24,7 @@ PAUSE = 1.0
 
 
 def place_blob(repository: Repository, file: File, here: Callable[[int], None]) -> None:
-    """Download a file's content into the cache, under its hash, unless it is there."""
+    """Download a file's content into the cache, under its hash, unless it is already there."""
     blob = blob_of(repository, file)
     blob.parent.mkdir(parents=True, exist_ok=True)
     partial = blob.with_name(f"{file.digest}.incomplete")
@@ -80,8 +80,8 @@ def download(
         attempts = attempts + 1 if opened.seek(0, os.SEEK_END) == before else 0
         if attempts >= ATTEMPTS:
             raise SourceError(
-                f"{repository.name}: {file.name} stops at {before:,} of {file.size:,} bytes, again "
-                "and again; try again later: the download will resume"
+                f"{repository.name}: {file.name} keeps stopping at {before:,} of {file.size:,} "
+                "bytes; try again later: the download will resume"
             ) from broken
         if broken is not None or attempts:
             time.sleep(PAUSE)
@@ -127,8 +127,8 @@ def receive_bytes(
             if size > file.size:
                 opened.truncate(0)
                 raise SourceError(
-                    f"{repository.name}: the Hub sends more of {file.name} than the "
-                    f"{file.size:,} bytes it lists; not kept, try again later"
+                    f"{repository.name}: the Hub sent more of {file.name} than the {file.size:,} "
+                    "bytes it lists; the file was discarded, try again later"
                 )
             opened.write(block)
             here(size)

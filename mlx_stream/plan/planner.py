@@ -84,7 +84,7 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of one recipe and window on a device.
+    """What one recipe and window need on a device.
 
     Attributes:
         weights, ring, workspace: bytes; together the peak of a running chat, once it is loaded.

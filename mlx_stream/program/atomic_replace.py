@@ -62,7 +62,7 @@ def sweep_partial_folders(parent: Path, name: str) -> None:
     for folder in list(parent.glob(f".{glob.escape(name)}.*{PARTIAL}")):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # it is gone, or not a folder of ours
+        except OSError:  # it is gone, or is not one of our folders
             continue
         try:
             if take_lock(lock, without_locks=False):

@@ -50,7 +50,7 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             fail(f"standard output {UNWRITABLE[error.errno]} before everything was written")
         except RuntimeError as error:
-            # A GPU's errors come late, wherever its results are waited for.
+            # A GPU reports errors late, wherever the program waits for a result.
             if not str(error).lower().startswith(DEVICE_ERRORS):
                 raise
             line = one_line(error)

@@ -28,7 +28,7 @@ class Lock:
 
     @classmethod
     def acquire(cls, path: Path, busy: str = BUSY) -> Self:
-        """Lock the file `path`, which is made if it is not there.
+        """Lock the file `path`, which is created if it does not exist.
 
         Args:
             busy: the error if it is locked, with places for {name} and {holder}.

@@ -56,7 +56,7 @@ def private(folder: Path) -> Path:
         if isinstance(error, FileExistsError | NotADirectoryError):
             reason = "there is a file in its place"
         raise SessionError(
-            f"{folder}: cannot be made a folder: {reason}; set MLX_STREAM_HOME to another"
+            f"{folder}: cannot create this folder: {reason}; set MLX_STREAM_HOME to another"
         ) from error
     return folder
 

@@ -151,8 +151,8 @@ def prepare_conversion(
         quantized = {at.path: fit(recipe, at, config) for at in layout.matrices}
         if not any(quantized.values()):
             raise ValueRefused(
-                f"groups of {recipe.base.group_size} divide no matrix of this model: use a smaller "
-                "--group-size"
+                f"no matrix of this model can be divided into groups of {recipe.base.group_size}: "
+                "use a smaller --group-size"
             )
     else:
         kept = {at.path for at in layout.matrices if f"{at.path}.scales" in names and not dtype}

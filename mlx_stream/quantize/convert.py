@@ -138,7 +138,7 @@ def recipe_for(
     chosen = make_plan(summarize_model(source, notify), place, asked, notify)
     if chosen.missing:
         raise MemoryRefused(
-            f"{source} does not fit {place.title}, not even as {chosen.recipe.name}: it needs "
+            f"{source} does not fit {place.title}, even as {chosen.recipe.name}: it needs "
             f"{chosen.missing / 1e6:,.1f} MB more; see mlx_stream plan"
         )
     notify(f"for {place.title}: {chosen.recipe.name}, with a window of {chosen.window:,}")

@@ -33,7 +33,7 @@ class Recipe:
     chosen: frozenset[str] | None = None
 
     def quantized(self, path: str, layers: int) -> Quantization:
-        """Return how the matrix of module `path` is quantized in a model of so many layers."""
+        """Return how the matrix of module `path` is quantized in a model with this many layers."""
         if self.high is None:
             return self.base
         if self.rule == "mlx-lm":
@@ -125,10 +125,10 @@ def recipe_named(name: str, group_size: int | None = None) -> Recipe:
 def allocate_bits(
     recipe: Recipe, elements: Mapping[str, int], sensitivity: Mapping[tuple[str, ...], float]
 ) -> Recipe:
-    """Return a sensitive recipe with its choice made: more bits where a byte helps most.
+    """Return a sensitive recipe that gives more bits to the parts where a byte helps most.
 
-    Embedding and head have them already. The model may take the bytes of one bit more for all:
-    what is left of them goes to the parts with the most harm per byte.
+    The embedding and the head already have them. The budget is one more bit for every weight; what
+    is left of it goes to the parts with the most harm per byte.
 
     Args:
         elements: of each matrix, by path.

@@ -24,7 +24,7 @@ FEW = 8  # queries at once that the kernel for one query still takes
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """Whether something holds, None where it does not apply, and what was found."""
+    """Whether a check holds (None if it does not apply), and what it found."""
 
     holds: bool | None
     what: str
@@ -59,7 +59,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def rotation(model: Model) -> CheckOutcome:
-    """Turn rows to places from 0 to the clock's limit, and all of them there and back."""
+    """Rotate rows to positions up to the clock's limit, and all of them there and back."""
     config = model.config
     frequencies = inverse_frequencies(config.rope, config.head_dim)
     heads = config.num_attention_heads + config.num_key_value_heads

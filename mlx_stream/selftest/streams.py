@@ -184,7 +184,7 @@ def traced_once(model: Model) -> CheckOutcome:
 
 
 def seeds(model: Model) -> CheckOutcome:
-    """Draw with one seed twice, with another, and without any, on another thread too."""
+    """Draw twice with one seed, then with another seed and with none, also on another thread."""
     level = mx.zeros(model.config.vocab_size)
 
     def drawn(seed: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Sampled ids -> pieces of text that are final, stop strings among them; knows no stream."""
+"""Sampled ids -> final pieces of text, with stop strings detected; independent of streams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -37,7 +37,7 @@ def check_text(text: object) -> None:
         TextError: it is not a str, or it has a lone surrogate.
     """
     if not isinstance(text, str):
-        raise TextError(f"text is a str, not {type(text).__name__}")
+        raise TextError(f"text must be a str, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -139,7 +139,7 @@ def test_the_readmes_refused_session_is_refused_by_the_starter_anywhere(starter)
     assert asked and int(asked[1]) + 4 > starter.config.max_position_embeddings
 
 
-# What would leave the machine ends the program.
+# Ends the program if anything would leave the machine.
 DENY = """
 import os, sys
 def deny(event, arguments):

@@ -63,7 +63,7 @@ def start(letters, tmp_path):
 
 
 def prose(count: int, seed: int = 1) -> str:
-    """Return lines that all differ."""
+    """Return lines, no two of them the same."""
     luck = random.Random(seed)
     words = ("the", "and he", "said", "in of", "a hat,", "that", "Wh€n?", "<|im_end|>", "then")
     return "".join(f"{n} {' '.join(luck.choices(words, k=9))}\n" for n in range(count))
@@ -303,7 +303,7 @@ def test_it_works_in_a_process_without_a_network(start, log, tmp_path):
 
 
 def refused(*words: object, status: int = 1, **more) -> str:
-    """Run a command that ends with one line, and return it."""
+    """Run a command that fails with one line, and return that line."""
     done = told(*words, **more)
     assert done.returncode == status and done.stdout == "", (done.stdout, done.stderr)
     line = done.stderr.splitlines()[-1]
@@ -313,15 +313,15 @@ def refused(*words: object, status: int = 1, **more) -> str:
 
 def test_what_keeps_it_from_starting_is_one_line(letters, log, tmp_path):
     model = f"--model={letters}"
-    assert "there is nothing to read" in refused("run")
+    assert "nothing to read: pass" in refused("run")
     assert "model: " in refused("run", f"--follow={log}", f"--model={tmp_path / 'model'}")
     tmp_path.joinpath("folder").mkdir()
     line = refused("run", f"--follow={log}", model, f"--notes={tmp_path / 'folder'}")
-    assert "folder: notes cannot be written" in line
+    assert "folder: cannot write notes" in line
     line = refused("run", f"--follow={log}", model, "--window=99999")
     assert "99,999" in line or "99999" in line
-    assert "does not run" in refused("ask", "Who?")
-    assert "does not run" in refused("status")
+    assert "is not running" in refused("ask", "Who?")
+    assert "is not running" in refused("status")
     where = assistant_paths("main")
     where.journal.write_bytes(b"not a journal " * 100)
     assert "put a backup in place" in refused("run", f"--follow={log}", model)
@@ -333,11 +333,11 @@ def test_only_one_of_a_name_runs(start, log):
     assistant.until(lambda status: status["state"] == "reading")
     assert "running already" in refused("run", f"--follow={log}")
     assert asked("status")["pid"] == assistant.process.pid
-    with pytest.raises(AssistantError, match="no question"):
+    with pytest.raises(AssistantError, match="question is missing"):
         asked("ask", question=" ")
     with pytest.raises(AssistantError, match="no file for notes"):
         asked("note")
-    with pytest.raises(AssistantError, match="a request asks for"):
+    with pytest.raises(AssistantError, match="must be status, stop"):
         asked("everything")
     assistant.kill()
     assistant = start(f"--follow={log}")  # past the socket that is left
@@ -375,7 +375,7 @@ def test_notes_that_can_no_longer_be_written_are_kept(start, log, tmp_path):
     assistant.until_read(len("One.\n"))
     diary.unlink()
     diary.mkdir()
-    with pytest.raises(AssistantError, match="notes cannot be written"):
+    with pytest.raises(AssistantError, match="cannot write notes"):
         asked("note")
     log.write_text("One.\nTwo.\n")
     assistant.until_read(len("One.\nTwo.\n"))

@@ -298,7 +298,7 @@ def test_a_damaged_or_foreign_journal_is_refused_in_a_line(tmp_path):
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE x (y)")
     connection.close()
-    with pytest.raises(SessionError, match="not a journal"):
+    with pytest.raises(SessionError, match="not an assistant's journal"):
         Journal(path)
     path.unlink()
     path.mkdir()
@@ -308,7 +308,7 @@ def test_a_damaged_or_foreign_journal_is_refused_in_a_line(tmp_path):
 
 def test_names_that_cannot_be():
     for name in ("", ".x", "-x", "a/b", "x" * 33):
-        with pytest.raises(AssistantError, match="cannot be an assistant's name"):
+        with pytest.raises(AssistantError, match="not a valid assistant name"):
             assistant_paths(name)
 
 

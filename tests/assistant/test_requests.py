@@ -165,7 +165,7 @@ def test_a_path_is_read_once_however_it_is_spelled(tmp_path):
     assert settings.follow == [log] and settings.folder == [folder]
     for model in ("x" * 5_000, "\0"):  # no paths
         assert Settings(model=model).with_absolute_paths().model == model
-    with pytest.raises(AssistantError, match="read as a part of"):
+    with pytest.raises(AssistantError, match="is inside"):
         Settings(folder=[folder, folder / "a"]).check()
 
 

@@ -1,4 +1,4 @@
-"""A followed file that is rotated is read whole and once, whatever its neighbours are."""
+"""A rotated file is read completely and only once, whatever other files are beside it."""
 
 import itertools
 import os

@@ -68,7 +68,7 @@ def test_a_request_is_answered_in_lines(served):
     assert lines == [{"text": "echo"}, {"text": "!"}, {"done": True}]
     with pytest.raises(AssistantError, match="it failed"):
         list(request(served, "main", what="fail"))
-    with pytest.raises(AssistantError, match="ended before it had answered"):
+    with pytest.raises(AssistantError, match="exited before it answered"):
         list(request(served, "main", what="cut"))
 
 
@@ -80,7 +80,7 @@ def test_an_answer_that_is_cut_ends_its_line(served, monkeypatch):
     for question, status in (("What?", 0), ("cut", 1)):
         done = CliRunner().invoke(app, ["ask", question])
         assert (done.stdout, done.exit_code) == ("ask!\n", status)
-    assert done.stderr.count("\n") == 1 and "ended before it had answered" in done.stderr
+    assert done.stderr.count("\n") == 1 and "exited before it answered" in done.stderr
     path.unlink()
     assert CliRunner().invoke(app, ["ask", "What?"]).stdout == ""
 
@@ -103,7 +103,7 @@ def test_silent_callers_do_not_keep_others_out(served, monkeypatch):
     idle = [socket.socket(socket.AF_UNIX) for _ in range(doors.MOST_AT_ONCE + 4)]
     for caller in idle:
         caller.connect(str(served))
-    # What was too many is told so; the others are left after a while.
+    # Callers beyond the limit are refused; the others are dropped after a while.
     answers = [json.loads(line)["error"] for c in idle if (line := c.makefile("rb").readline())]
     assert answers == [f"{doors.MOST_AT_ONCE} others are being answered: try again"] * 4
     assert list(request(served, "main", what="x"))
@@ -115,7 +115,7 @@ def test_a_socket_that_is_left_behind(near):
     left = near / "left.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(left))
-    with pytest.raises(AssistantError, match="does not run"):
+    with pytest.raises(AssistantError, match="is not running"):
         list(request(left, "main", what="x"))
     SocketServer(left, silent).close()
     left.write_text("mine")

@@ -1,4 +1,4 @@
-"""A followed file is read whole and once, whatever happens to it meanwhile."""
+"""A followed file is read completely and only once, whatever happens to it in the meantime."""
 
 import itertools
 import os

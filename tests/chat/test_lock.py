@@ -1,4 +1,4 @@
-"""One process at a time has a session open; and where sessions are."""
+"""Only one process at a time has a session open; where sessions are stored."""
 
 import os
 import re
@@ -113,7 +113,7 @@ def test_a_link_pipe_or_folder_cannot_be_a_lock(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     assert "cannot be locked" in refusal(Lock.acquire, path)
-    assert "cannot be made a folder" in refusal(Lock.acquire, Path("/dev/null/x/y.lock"))
+    assert "cannot create this folder" in refusal(Lock.acquire, Path("/dev/null/x/y.lock"))
 
 
 # --- places ---
@@ -132,7 +132,7 @@ def test_names(name: str) -> None:
     ids=lambda name: ascii(name)[:20],
 )
 def test_names_that_cannot_be(name: str) -> None:
-    assert "cannot be a session's name; expected" in refusal(session_paths, name)
+    assert "is not a valid session name; expected" in refusal(session_paths, name)
 
 
 def test_folders_are_only_its_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

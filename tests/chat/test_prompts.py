@@ -1,4 +1,4 @@
-"""What a conversation reads: the ids of the whole render, and what is pinned of them."""
+"""The ids that a conversation reads are those of the whole render; which of them are pinned."""
 
 import pytest
 from tokenizers import Tokenizer as Backend

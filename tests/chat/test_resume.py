@@ -366,7 +366,7 @@ def test_turns_read_again_are_recorded_with_their_new_ids(model, tmp_path, how):
         saved = opened(loaded, notices=notices, **changes)
         assert len(notices) == 1 and "reading 3 exchanges again" in notices[0]
         assert why in notices[0]
-        why = ""  # then it is what was read and not saved
+        why = ""  # the turn was read but not saved
         assert list(check_stored(saved)) == [1, 2, 4]
         assert [turn.state for turn in saved.store.turns()][2] == ASKED
         assert [turn.time for turn in saved.store.turns()] == times

@@ -285,7 +285,7 @@ def cut(chat: Any, steps: Any, data: st.DataObject) -> None:
         assert len(chat.trouble.refusals) > refused or chat.exchanges[-1].reply == text
     finally:
         steps.close()
-        # Text held back when a reply is cut, of a begun character say, becomes part of it.
+        # When a reply is cut, text that was held back (such as an incomplete character) joins it.
         if text and len(chat.trouble.refusals) == refused:
             assert chat.exchanges[-1].reply.startswith(text)
 

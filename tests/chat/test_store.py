@@ -1,4 +1,4 @@
-"""A conversation's file: what goes in comes out, and stays; what was taken back is gone."""
+"""A conversation's file returns what was written to it, and not what was taken back."""
 
 import json
 import sqlite3

@@ -261,7 +261,7 @@ def test_rows_that_are_altered_while_it_is_open(tmp_path: Path) -> None:
             assert "turn 1 was altered" in refusal(read)
         assert exchanges_of(store, 2) == ODD[1:]
         file.execute(FORGED["trigger"])
-        assert "its tables are not" in refusal(store.verify)
+        assert "conversation's tables" in refusal(store.verify)
 
 
 def test_rows_of_another_session(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_messages_after_the_last_turn_are_not_taken_for_the_next_one(tmp_path: P
     for turn in (5, 9):
         connection.execute(f"INSERT INTO messages SELECT {turn}, 2 + {WORDS} = 2")
     with Store.open(tmp_path / "x.db") as store:
-        assert "messages belong to no turn" in refusal(store.verify)
+        assert "messages do not belong to any turn" in refusal(store.verify)
         store.write(changed(ANSWER, 5, LONG))
         assert exchanges_of(store) == [*ODD, LONG]
         store.verify()

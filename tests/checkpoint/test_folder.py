@@ -289,7 +289,7 @@ def test_a_header_that_two_parsers_read_differently_is_refused(model, order):
         b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',
         b'"w":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}',
     ][::order]
-    # Whichever of the two each parser takes, the answer is not in doubt: refused, or the same.
+    # Whichever of the two a parser takes, the file is refused or both agree.
     (model / "model.safetensors").write_bytes(
         safetensors(b"{" + b",".join(entries) + b"}", b"1234")
     )

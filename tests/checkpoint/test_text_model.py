@@ -1,4 +1,4 @@
-"""A model that also reads images is read as the text model inside, wherever one is read."""
+"""A model that also reads images is always loaded as the text model inside it."""
 
 import json
 from dataclasses import replace

@@ -183,7 +183,7 @@ def test_another_system_prompt_or_window_keeps_the_conversation(saved, line, pro
 
 
 def test_save_gives_a_conversation_a_name_and_later_writes_its_state(chat):
-    assert "give one, /save NAME" in say("/save", chat).text and session_names() == []
+    assert "give it one with /save NAME" in say("/save", chat).text and session_names() == []
     named = "saved as my-letters; to continue it: mlx_stream chat --session my-letters"
     answered(say("/save my-letters", chat), named)
     assert session_names() == ["my-letters"] and written("my-letters") == [*QUESTIONS]

@@ -57,7 +57,7 @@ def test_places_are_refused(source, tmp_path):
         (tmp_path / "file" / "out", "could not be written: "),
         (theirs, "exists: give another folder, or --force to replace it"),
         (source / "out", "is the source, inside it, or around it"),
-        *((place, "never replaced", "--force") for place in (theirs, source, source.parent)),
+        *((place, "not be replaced", "--force") for place in (theirs, source, source.parent)),
     ):
         assert why in one_line("convert", source, out, *options)
     assert (names(tmp_path), names(source)) == before
@@ -75,10 +75,10 @@ def test_only_what_a_conversion_wrote_is_replaced(source, tmp_path):
     done("convert", source, out, "--bits", 4, "--force")
     assert files_of(out) == first and names(tmp_path) == ["out"]
     (out / "notes.txt").touch()
-    assert "never replaced" in one_line("convert", source, out, "--force")
+    assert "not be replaced" in one_line("convert", source, out, "--force")
     (out / "notes.txt").unlink()
     edit(out / "conversion.json", conversion=None)
-    assert "never replaced" in one_line("convert", source, out, "--force")
+    assert "not be replaced" in one_line("convert", source, out, "--force")
 
 
 def test_a_folder_is_replaced_or_stays(tmp_path):
@@ -95,7 +95,7 @@ def test_a_folder_is_replaced_or_stays(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [((), "another process wrote it meanwhile"), (("--force",), "never replaced")],
+    [((), "another process wrote it meanwhile"), (("--force",), "not be replaced")],
 )
 def test_a_process_that_was_first_keeps_its_folder(source, tmp_path, monkeypatch, options, why):
     flush, out = write.flush, tmp_path / "out"

@@ -154,7 +154,7 @@ def test_a_peer_that_is_not_installed_is_reported(tiny: Path, text: Path) -> Non
         (("--tokens", 0), "--tokens must be at least 1, not 0"),
         (("--cache", "stream", "--gguf", __file__), "--gguf is for llama.cpp"),
         (("--segment", 0), "--segment must be at least 1, not 0"),
-        (("--segment", 5000), "tokens are not 5,000 and one to predict"),
+        (("--segment", 5000), "tokens are too few for 5,000 and one to predict"),
         (("--window", 0), "--window must be at least 1, not 0"),
         (("--window", 100_000), "exceed the model's trained context"),
         (("--against", "ollama"), "--against must be one of mlx-lm, llama.cpp, not 'ollama'"),

@@ -21,7 +21,7 @@ CLOSED = "mlx_stream: standard output was closed before everything was written\n
 def started(
     *args: object, stdin: int = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, **changed: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run the real program, in a changed environment, and be sure that it ends."""
+    """Run the real program in a changed environment, and make sure that it ends."""
     # Some machines set this for all; what the interpreter writes at exit is then not tested.
     inherited = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(

@@ -40,7 +40,7 @@ def test_help_of_one_is_its_own(name):
 
 def test_one_ends_with_its_own_status_and_says_what_it_says():
     found = run("assistant", "status", "--name", "nobody")
-    assert found.code == 1 and "the assistant 'nobody' does not run" in found.err
+    assert found.code == 1 and "the assistant 'nobody' is not running" in found.err
     assert run("assistant", "--nothing").code == 2
     assert run("desktop", "--nothing").code == 2
 

@@ -95,7 +95,7 @@ def test_the_trained_length_beside_the_rotary_settings_counts():
 
 NUMBERS = st.floats(1e-3, 1e6) | st.integers(1, 100_000)
 NAMES = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-# Mostly left out: each changes the frequencies or what they are multiplied by.
+# Mostly omitted, because each changes the frequencies or their factor.
 OTHERS = st.fixed_dictionaries(
     {},
     optional={

@@ -68,7 +68,7 @@ def test_replies_take_turns_token_by_token(engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenStream, "_read", read)
         patch.setattr(TokenStream, "next", one)
-        # All are there before the first step of any.
+        # All have arrived before the first step of any of them.
         with engine._worker.lock:
             replies = [chat.reply(LONG if n == 2 else "Hi") for n, chat in chats.items()]
             jobs = [threading.Thread(target=said, args=(r,), daemon=True) for r in replies]
@@ -289,7 +289,7 @@ def test_one_engine_at_a_time_and_none_after_its_end(letters):
     going_on = chat.reply("Hi", max_tokens=100_000)
     next(going_on)
     engine.close(0)
-    with engine_of(letters) as other:  # it waits for the other's end by itself
+    with engine_of(letters) as other:  # it waits until the other one has ended
         other.wait(DEADLINE)
         assert engine.close(DEADLINE) and not engine.ready
         with pytest.raises(errors.EngineClosed):

@@ -1,4 +1,4 @@
-"""What somebody waits for ends: with what was wanted, or with the reason why it never will be."""
+"""Every wait ends, either with the result or with the reason why there will be none."""
 
 import asyncio
 import threading
@@ -153,7 +153,7 @@ def waiting_for_room(listener, error, match=None):
     listener.feed("x " * 10)
     feeding = threading.Thread(target=feed, daemon=True)
     feeding.start()
-    feeding.join(0.1)  # it waits by now, most likely
+    feeding.join(0.1)  # by now it is most likely waiting
     yield
     feeding.join(DEADLINE / 2)  # sooner than what holds the engine up would end by itself
     assert refused

@@ -1,4 +1,4 @@
-"""Programs with an engine end, and by themselves: in a reply, without close(), while loading."""
+"""Programs with an engine exit on their own: during a reply, without close(), while loading."""
 
 import os
 import subprocess

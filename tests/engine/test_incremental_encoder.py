@@ -1,4 +1,4 @@
-"""Fed text in ids: as of the whole, however it is cut; special tokens only from the template."""
+"""Fed text has the ids of the whole, however it is cut; only templates give special tokens."""
 
 import pydoc_data.topics
 from itertools import pairwise

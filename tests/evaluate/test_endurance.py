@@ -188,10 +188,10 @@ def test_a_full_disk_loses_nothing(endurance: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (("--sinks", 3), "another sinks (4, not 3): choose another file for --log"),
-        (("--segment", 32), "another segment (64, not 32)"),
-        (("--dtype", "float16"), "another model: choose"),
-        ((__file__,), "another text: choose"),
+        (("--sinks", 3), "other sinks (4, not 3); choose another --log"),
+        (("--segment", 32), "other segment (64, not 32)"),
+        (("--dtype", "float16"), "other model; choose"),
+        ((__file__,), "other text; choose"),
     ],
 )
 def test_a_log_of_other_settings_is_left_alone(
@@ -207,7 +207,7 @@ def test_a_log_of_other_settings_is_left_alone(
     ("name", "content", "why"),
     [
         *(("log", text, "is not a log") for text in ("Dear diary\nI", "{}\n", "[1]\n", "\n")),
-        ("log.state", "a novel", "the state goes there"),
+        ("log.state", "a novel", "the state is saved under this name"),
     ],
 )
 def test_another_file_is_left_alone(

@@ -90,7 +90,7 @@ class Running:
         raise AssertionError(f"not in {seconds} seconds: {status}; {self.said}")
 
     def until_read(self, count: int, seconds: float = DEADLINE) -> dict[str, Any]:
-        """Wait until so many bytes were read, and the listener has read them too."""
+        """Wait until this many bytes have been read, by the listener too."""
 
         def done(status: dict[str, Any]) -> bool:
             return status["bytes_read"] >= count and has_caught_up(status)

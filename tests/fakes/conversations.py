@@ -17,7 +17,7 @@ def said(pieces: Iterable[Piece]) -> str:
 
 
 def pieces_of(chat: Any, act: str, question: str) -> Any:
-    """Return the pieces of a retry, an edit or, whatever else the act is, a reply."""
+    """Return the pieces of a retry or an edit, or of a reply for any other act."""
     if act == "retry":
         return chat.retry()
     return chat.edit(question) if act == "edit" else chat.reply(question)

@@ -20,7 +20,7 @@ def engine_of(folder: Path, **options: Any) -> mlx_stream.Engine:
 
 
 def alone(folder: Path, questions: Iterable[str], **options: Any) -> tuple[list[str], list[Any]]:
-    """Return the replies of a session of its own, on this thread, and its exchanges."""
+    """Return the replies and the exchanges of a separate session on this thread."""
     model = mlx_stream.load(folder, dtype="float32", keep_quantized=False)
     chat = mlx_stream.ChatSession(model, sampling=GREEDY, **options)
     return [said(chat.reply(question)) for question in questions], chat.exchanges

@@ -66,6 +66,6 @@ def rotate(path: Path) -> None:
 
 
 def write(path: Path, data: bytes, second: int) -> None:
-    """Add to a file as if at another time."""
+    """Append to a file, with a given time of modification."""
     add(path, data)
     os.utime(path, (second, second))

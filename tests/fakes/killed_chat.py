@@ -258,7 +258,7 @@ class Kills:
             shutil.rmtree(copy)
 
     def look(self, name: str) -> None:
-        """See that a session verifies, opens, holds what was said, and continues."""
+        """Check that a session verifies, opens, contains what was said, and continues."""
         assert len(left_over(self.home, name)) <= 2, left_over(self.home, name)
         with self.copied() as copy:
             if session_paths(name).database.exists():
@@ -299,7 +299,7 @@ class Kills:
 
 
 def left_over(home: Path, name: str) -> list[str]:
-    """Return what is there of a session beside its own files."""
+    """Return what a session has left besides its own files."""
     own = {f"{name}.{end}" for end in ("db", "db-wal", "db-shm", "lock", "safetensors")}
     found = [
         path.name for path in home.glob("s*/*") if path.name.lstrip(".").startswith(f"{name}.")

@@ -198,7 +198,7 @@ class Twins:
         return np.split(heads, [queries, queries + self.shape.kv_heads])
 
     def contents(self) -> list:
-        """What the cache's state holds; giving it out leaves nothing else in either twin."""
+        """The contents of the cache's state; reading them erases everything else in both twins."""
         for slow in self.slow:
             slow.erase()
         return contents(self.cache)
@@ -219,7 +219,7 @@ class Twins:
 
 
 def next_step(cache: Cache, count: int, verify: bool = False) -> Any:
-    """Plan the step of the next `count` tokens, with what must be done for it to be possible."""
+    """Plan the step of the next `count` tokens, after preparing the cache for it."""
     cache.prepare(count)
     return cache.plan(count, verify)
 

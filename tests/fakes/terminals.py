@@ -12,7 +12,7 @@ PASTE = "\x1b[200~{}\x1b[201~"
 
 
 class Terminal:
-    """A program on a pseudo-terminal which tells, as terminals do, where its cursor is."""
+    """A program on a pseudo-terminal that reports the cursor position, as terminals do."""
 
     def __init__(self, *args, **env):
         """Start Python with arguments."""
@@ -47,7 +47,7 @@ class Terminal:
         self.end()
 
     def end(self):
-        """Wait until the program has ended well."""
+        """Wait until the program exits with status 0."""
         self.program.expect(pexpect.EOF)
         self.shown += str(self.program.before)
         self.program.close()

@@ -80,7 +80,7 @@ def peak() -> int:
 
 
 class Worker:
-    """A process that opens files, started again after each that it did not survive."""
+    """A process that opens files; it is restarted after every file that kills it."""
 
     def __init__(self, name: str, place: Path):
         self.command = [sys.executable, "-m", "tests.fuzz.driver", name, str(place)]

@@ -1,7 +1,7 @@
-"""Alters the files of a saved session, at random: by bytes, or by values with checksums anew.
+"""Alters the files of a saved session at random: single bytes, or values with new checksums.
 
-Those in `BELIEVED` compute the checksums again, so that what they write may be believed as far as
-it is consistent; whatever the others change must be found.
+The mutations in `BELIEVED` recompute the checksums, so their values may be accepted if they are
+consistent. Every change by the others must be detected.
 """
 
 import json

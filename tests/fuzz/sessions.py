@@ -66,7 +66,7 @@ def prepare(place: Path) -> None:
     shutil.copy(session_paths("x").snapshot, others / "taken_back.safetensors")
     saved.chat.undo()
     said(saved.chat.reply("Another."))
-    # One that a program was killed in, and went on after.
+    # A turn during which the program was killed, and another after it.
     leave_unanswered(saved, "Was it killed?")
     saved = open_session("x", model, OPTIONS)
     said(saved.chat.reply("Yes."))
@@ -80,7 +80,7 @@ def converse(name: str, model: Model, turns: int) -> SavedSession:
     return saved
 
 
-# --- what comes of altering it ---
+# --- the results of altering it ---
 
 
 @dataclass
@@ -178,7 +178,7 @@ class Judge:
         finally:
             with suppress(MlxStreamError):
                 saved.close()
-        # What was written is whole, or what it was: both are read once more.
+        # The file has the old contents or the new ones, complete; both can be read again.
         with suppress(MlxStreamError):
             open_session("x", self.model, options).close()
         return found

@@ -131,7 +131,7 @@ def test_a_pipe_link_or_folder_is_not_opened(judge, change):
         with pytest.raises(SnapshotError, match="could not be written"):
             reopened(judge)
     else:
-        assert "is a link or not a file" in reopened(judge)
+        assert "is not a regular file" in reopened(judge)
         assert "snapshot after exchange" in manage.verify_session("x")
 
 

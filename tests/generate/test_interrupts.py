@@ -1,4 +1,4 @@
-"""What an interrupt, a kept state or Metal's reading of offsets could spoil: none of it may."""
+"""Interrupts, kept states and Metal's handling of offsets do not corrupt a stream."""
 
 import contextlib
 import dis
@@ -121,7 +121,7 @@ def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
         chat = ChatSession(model, window=400, sampling=Sampling(1.0, top_p=1.0, seed=1))
         "".join(piece.text for piece in chat.reply("One?", max_tokens=4))
         cut = interrupt_at(count, lambda: list(chat.reply("Two?", max_tokens=4)))  # noqa: B023
-        # Nothing of the second turn, or all of it, is followed by a third that is well-formed.
+        # The second turn is there completely or not at all, and a third one is well-formed.
         list(chat.reply("Three?", max_tokens=1))
         assert_well_formed(chat)
         questions = [exchange.question for exchange in chat.exchanges]
@@ -133,7 +133,7 @@ def test_a_conversation_interrupted_anywhere_still_renders_whole(tmp_path):
 
 @pytest.mark.parametrize(("guesses", "traced"), [(False, "0"), (False, "1"), (True, "0")])
 def test_a_reply_being_written_is_interrupted_anywhere(tiny_model, monkeypatch, guesses, traced):
-    """What is given and what is held begin as they would have; the rest can be taken back."""
+    """The text returned and the ids kept begin like an undisturbed run; the rest can be undone."""
     monkeypatch.setenv(backend.COMPILE, traced)
     model = tiny_model(vocab_size=8, num_hidden_layers=1)
     prompt, whole = [1, 2, 3, 4] * 9, ""

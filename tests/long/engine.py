@@ -123,20 +123,20 @@ class Worker:
             return True
         try:
             pieces, first = self.patiently(lambda: begun(pieces_of(chat, act, question)))
-        except errors.ValueRefused:  # nothing is attended that could be answered again
+        except errors.ValueRefused:  # no attended question can be answered again
             return True
         if first:
             list(islice(pieces, self.random.randint(0, 6) if cut else None))
         pieces.close()
         last = self.patiently(lambda: chat._future(last_exchange)).result(PATIENCE)
-        if last is None:  # longer than the window, it has left already
+        if last is None:  # it was longer than the window and is already evicted
             return False
         life.turns.append((act, question, len(last.reply_ids), last.finish == "interrupted"))
         life.replies.append(last.reply_ids)
         return bool(last.reply_ids)
 
     def listen(self) -> None:
-        """Feed one stream, ask it, and see that it is as it was fed."""
+        """Feed one stream, ask it a question, and check that it contains what was fed."""
         listener = self.patiently(
             lambda: self.engine.listen(window=90, max_tokens=20, sampling=GREEDY)
         )

@@ -30,7 +30,7 @@ ROUNDING = 16_384
 
 
 def run(tokens: int, limit: int = CACHE_LIMIT) -> dict[str, int | float | bool]:
-    """Read `tokens` ids, half by half as chunks and as single tokens; return what was measured."""
+    """Read `tokens` ids, half in chunks and half one at a time; return the measurements."""
     mx.clear_cache()
     before = mx.set_cache_limit(limit)
     raw = tiny_config()

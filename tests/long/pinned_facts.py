@@ -55,7 +55,7 @@ KINDS = {
 }
 WHO = "You are Anna's assistant."
 REPLY_TOKENS = 32  # room for the beginning of an answer, and for a candidate
-# After the chat, what a pinned fact's right answer must be likelier by than an unpinned one's.
+# By how much a pinned fact's right answer must be likelier than an unpinned one's after the chat.
 LEAST_GAIN = 1.0  # nats, the mean
 
 
@@ -75,7 +75,7 @@ class Fact:
 
     @property
     def begun(self) -> str:
-        """What the answer begins with, up to what is to be known."""
+        """The beginning of the answer, up to the fact itself."""
         return f"Anna's {self.about} is"
 
 

@@ -3,9 +3,9 @@
     python -m tests.measure.turn_latency [--turns 5000] [--rounds 100]
 
 Two saved conversations on a tiny model, both with a full window: one around turn 50, one around
-turn 5,000. Timed are the first token, from the question on, and, apart from it, what comes after
-the last one: the exchange's commit to disk. Prints one line of JSON; exits with 1 if the late
-medians are more than 10 % away from the early ones. Best on a machine that does nothing else.
+turn 5,000. The script times the first token, starting at the question, and separately what
+follows the last token: committing the exchange to disk. Prints one line of JSON; exits with 1 if
+the late medians are more than 10 % away from the early ones. Run it on an otherwise idle machine.
 """
 
 import argparse

@@ -220,7 +220,7 @@ def test_matrices_that_groups_do_not_divide_stay_floats(tmp_path: Path) -> None:
     assert result.unquantized == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     ours, theirs = (of(tmp_path / "out", True) for of in (logits, peer_logits))
     assert np.abs(ours - theirs).max() < 1e-3
-    with pytest.raises(ValueRefused, match="groups of 128 divide no matrix"):
+    with pytest.raises(ValueRefused, match="divided into groups of 128"):
         converted(source, tmp_path / "other", uniform_recipe(4, 128))
 
 

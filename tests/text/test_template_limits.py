@@ -74,7 +74,7 @@ WIDE = {
     "json indents": "{% set ns = namespace(x=['a'] * 30000) %}{% for i in range(400) %}"
     "{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson(indent=99) | length }}",
 }
-# Single steps of Python or Jinja that would take minutes without a check of the time.
+# Single steps of Python or Jinja that would take minutes if time were not checked.
 SLOW = {
     "search from behind": "{% set x = 'a' * 200000 %}{{ ('a' * 900000).rfind(x ~ 'b' ~ x) }}",
     "strip": "{{ ('a' * 900000).strip('b' * 900000 ~ 'a') }}",

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Files = Annotated[
     list[str], Argument(metavar="FILE...", help="Text files, read one after another; - is stdin.")
 ]
-Tokens = Annotated[int, Option(help="Tokens of the text to read.")]
-Segment = Annotated[int, Option(help="Tokens of a segment.")]
+Tokens = Annotated[int, Option(help="Number of tokens to read.")]
+Segment = Annotated[int, Option(help="Tokens per segment.")]
 Chunk = Annotated[int, Option(help="Tokens read per step.")]
-Window = Annotated[int, Option(help="Latest tokens attended to.")]
-Sinks = Annotated[int, Option(help="First tokens that never leave.")]
+Window = Annotated[int, Option(help="Number of latest tokens to attend to.")]
+Sinks = Annotated[int, Option(help="Number of first tokens that are never evicted.")]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class OutputOptions:
     csv: Annotated[bool, Option("--csv", help="Print the rows as CSV.")] = False
     plot: Annotated[
         Path | None,
-        Option(help="Chart to draw: a .png or .svg file; a dark one is drawn beside it."),
+        Option(help="Draw a chart to this .png or .svg file, and a dark version beside it."),
     ] = None
 
     def check(self) -> None:
@@ -59,8 +59,8 @@ class OutputOptions:
         """Print a report as a table, JSON or CSV, and draw it.
 
         Args:
-            table: rows of the table, where the report has too many for people.
-            cut: the error that ended it early, from `collecting_rows`; raised in the end.
+            table: rows of the table, if the report has too many to read.
+            cut: the error that ended it early, from `collecting_rows`; raised at the end.
         """
         if cut:
             report.notes.append("interrupted: the figures until then")

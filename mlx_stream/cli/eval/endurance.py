@@ -39,15 +39,16 @@ def endurance(
     chunk: common.Chunk = 128,
     save_every: Annotated[float, Option(help="Seconds between saved states.")] = 300.0,
     fresh: Annotated[
-        bool, Option(help="In the end, read the last tenth with a fresh stream too, and compare.")
+        bool, Option(help="At the end, read the last tenth with a fresh stream too, and compare.")
     ] = True,
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Read texts over and over as one stream, into a log.
+    """Read texts over and over as one stream, and log the results.
 
     Ctrl-C stops it after the step it is in. The same command continues from there, with the figures
-    of an uninterrupted run. A larger --tokens reads further. The last segment is read whole.
+    of an uninterrupted run. With a larger --tokens it reads further. The last segment is always
+    completed.
     """
     from mlx_stream.evaluate.endurance import (
         Course,

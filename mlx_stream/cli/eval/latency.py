@@ -27,7 +27,7 @@ def latency(
         list[str] | None,
         Option(
             metavar="TOKENS[,steps=N]",
-            help="Size of the cache, 4 sinks included; may be given several times. "
+            help="Size of the cache, 4 sinks included; repeatable. "
             "Default: 256, 512, 1024, 2048, 4096.",
         ),
     ] = None,
@@ -35,11 +35,11 @@ def latency(
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Time a token by the size of the cache (the paper's figure 10).
+    """Time a token at several cache sizes (the paper's figure 10).
 
     Streaming and mlx-lm's rotating cache are timed in turn, then recompute, which reads the whole
-    window again for each token. A re-anchoring falls into the middle of the stream's steps, and 20
-    more are timed beside plain steps.
+    window again for each token. One re-anchoring happens halfway
+    through the stream's steps, and 20 more are timed beside plain steps.
     """
     from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, measure_latency

@@ -35,10 +35,10 @@ def perplexity(
         list[str] | None,
         Option(
             metavar="NAME[,SETTING=N...]",
-            help="stream, fresh (a new stream for each segment, begun on the window before it), "
-            "window (no sinks), dense, recompute, mlx-lm or llama.cpp; may be given several "
-            "times. Settings: tokens; for recompute stride and sinks, for all others chunk; for "
-            "stream kv (8 or 4 bits) and clock (where it is lowered). "
+            help="stream, fresh (a new stream for each segment, which starts on the window before "
+            "it), window (no sinks), dense, recompute, mlx-lm or llama.cpp; repeatable. Settings: "
+            "tokens; for recompute stride and sinks, for all others chunk; for "
+            "stream kv (8 or 4 bits) and clock (the limit at which it is lowered). "
             "Default: dense, window, recompute, stream, mlx-lm.",
         ),
     ] = None,
@@ -57,10 +57,10 @@ def perplexity(
 ) -> None:
     """Measure perplexity, speed and memory of caches of the same size.
 
-    They read a text one after another. All but dense hold sinks + window tokens. mlx-lm gets
-    rotating caches that keep as many first tokens as there are sinks. Perplexity is that of each
-    segment; a last part that is shorter is not read. The speed of fresh counts the window it begins
-    on.
+    The caches read the text one after another. All except dense hold sinks + window tokens. mlx-lm
+    gets rotating caches that keep as many first tokens as there are sinks. Perplexity is measured
+    per segment; an incomplete last segment is not read. The speed of fresh includes reading the
+    window that it starts on.
     """
     from mlx_stream.evaluate import llamacpp
     from mlx_stream.evaluate.perplexity import (

@@ -30,11 +30,11 @@ def streameval(
     distances: Annotated[
         list[int] | None,
         Option(
-            help="Lines back, 1 is the last line read; may be given several times. "
+            help="How many lines back to ask about; 1 is the last line read. Repeatable. "
             "Default: 1, 5, 10, 20, 40, 80, 160."
         ),
     ] = None,
-    seed: Annotated[int, Option(help="Random seed of the facts in the lines.")] = 1,
+    seed: Annotated[int, Option(help="Random seed for the facts in the lines.")] = 1,
     data_out: Annotated[
         Path | None, Option(help="JSON-lines file to write the lines and queries to.")
     ] = None,
@@ -43,8 +43,8 @@ def streameval(
 ) -> None:
     """Ask a stream about lines further and further back.
 
-    It reads numbered lines; every 10 lines it is asked. An answer is right by likelihood if it is
-    likelier than nine others (chance: 10 %), by generation if the model writes it. The default
+    It reads numbered lines, with a question after every 10. An answer is right by likelihood if it
+    is likelier than nine others (chance: 10 %), by generation if the model writes it. The default
     window holds about 46 lines of 22 tokens.
     """
     from mlx_stream.evaluate.streameval import streameval as ask

@@ -26,7 +26,7 @@ def sinks(
     sinks: Annotated[
         list[int] | None,
         Option(
-            help="First tokens that never leave; may be given several times. "
+            help="Number of first tokens that are never evicted; repeatable. "
             "Default: 0, 1, 2, 4, 8."
         ),
     ] = None,
@@ -36,7 +36,7 @@ def sinks(
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Measure perplexity by the number of sinks (the paper's table 2)."""
+    """Measure perplexity for several numbers of sinks (the paper's table 2)."""
     counts = [0, 1, 2, 4, 8] if sinks is None else sinks
     if capacity <= max(counts):
         fail(f"--capacity must be above {max(counts)}, the number of sinks, not {capacity}")
@@ -53,7 +53,7 @@ def windows(
     window: Annotated[
         list[int] | None,
         Option(
-            help="Latest tokens attended to; may be given several times. "
+            help="Number of latest tokens to attend to; repeatable. "
             "Default: 252, 508, 1020, 2044, 4092."
         ),
     ] = None,
@@ -63,7 +63,7 @@ def windows(
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Measure perplexity by the size of the window (its table 6)."""
+    """Measure perplexity for several window sizes (the paper's table 6)."""
     chosen = [252, 508, 1_020, 2_044, 4_092] if window is None else window
     shapes = [(sinks, one) for one in chosen]
     about = {"sinks": sinks}

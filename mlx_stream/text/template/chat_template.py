@@ -1,4 +1,4 @@
-"""Chat templates on a stream: knows messages and text, not tokens; renders what strangers wrote.
+"""Chat templates on a stream: messages to text, not tokens. The templates are untrusted.
 
 Each turn is read once, so it must be what the template appends:
 
@@ -7,8 +7,9 @@ Each turn is read once, so it must be what the template appends:
     closing                       <|im_end|>\n
     turn("And?", "Be brief.")     <|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n
 
-A template may rewrite an exchange once the next question is there, and drop what its reply
-thought: `settled` gives that. A template that changes an exchange after that is refused.
+A template may rewrite an exchange once the next question follows, for example to drop the
+reply's thinking: `settled` returns the rewritten form. A template that changes an exchange after
+that is refused.
 """
 
 import re
@@ -135,7 +136,7 @@ class ChatTemplate:
 
     @cached_property
     def rewrites(self) -> bool:
-        """Whether an exchange is written otherwise once the next question is there."""
+        """Whether an exchange is rendered differently once the next question follows it."""
         return any(
             self.settled(question, reply) != self.turn(question) + self.lead + reply
             for question, reply in EXCHANGES

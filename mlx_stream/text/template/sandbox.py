@@ -1,7 +1,8 @@
-"""What templates are compiled in: transformers' words for them, under Jinja's immutable sandbox.
+"""The environment that compiles templates: transformers' names, in Jinja's immutable sandbox.
 
-The sandbox keeps strangers' templates from Python's insides. Here each new value and each turn of a
-loop is also charged for, and what can be much larger than its parts is checked before it is made.
+The sandbox keeps untrusted templates away from Python's internals. In addition, every new value
+and every loop iteration is charged for here, and a value that can be much larger than its parts is
+checked before it is created.
 """
 
 import json
@@ -32,7 +33,7 @@ COMPOUND = (nodes.BinExpr, nodes.Compare, nodes.List, nodes.Dict, nodes.Tuple)
 
 
 class LimitedCode(compiler.CodeGenerator):
-    """Jinja's compiler, whose code charges for compound expressions and turns of loops."""
+    """Jinja's compiler, whose code is charged for compound expressions and loop iterations."""
 
     def visit(self, node: nodes.Node, *arguments: Any, **named: Any) -> None:
         METER.get().check()
