@@ -117,7 +117,7 @@ def read_shard(path: Path) -> dict[str, mx.array]:
 
 
 def check_opened(path: Path, declared: Declared, arrays: Mapping[str, mx.array]) -> None:
-    """Make sure that MLX read the header that was checked: two parsers may interpret it differently."""
+    """Make sure that MLX read the header that was checked; two parsers may disagree."""
     opened = {name: (array.dtype, list(array.shape)) for name, array in arrays.items()}
     if opened != {name: (DTYPES[dtype], shape) for name, (dtype, shape) in declared.items()}:
         raise CheckpointError(f"{path}: its header is ambiguous; fetch the model again")
