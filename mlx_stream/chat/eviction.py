@@ -87,12 +87,14 @@ class TurnEvictor:
         A rewind can bring back the end of a turn that was evicted token by token.
         """
         state, cache = self.state, self.cache
-        first = state.turns[0].start if state.turns else cache.length
-        if isinstance(state, ActiveTurn) and not state.turns:
-            first = state.turn.start
-        if (back := min(first, cache.length) - cache.oldest) > 0:
-            cache.evict(back)
         sinks, oldest = cache.geometry.sinks, cache.oldest
+        if state.turns:
+            first = state.turns[0].start
+        else:
+            first = state.turn.start if isinstance(state, ActiveTurn) else cache.length
+        if oldest < first and (back := min(first, cache.length) - oldest) > 0:
+            cache.evict(back)
+            oldest = cache.oldest
         while self.state.turns and sinks < oldest and self._end_of_oldest() <= oldest:
             self._drop_oldest()
 

@@ -69,7 +69,8 @@ class CompiledSteps:
         mode, numbers = (sampler.mode, sampler.numbers) if sampler else (None, {})
         ids = [] if penalized is None else [penalized.ids, penalized.attended]
         if isinstance(step, DecodeStep) and not step.is_sink and tracing[step.kind.steady]:
-            traced = self._trace(step.kind, mode, "mask" in step.arrays)
+            fixed = (step.kind, mode, "mask" in step.arrays)
+            traced = self._kept.get(fixed) or self._trace(fixed)
             *found, keys, values = traced(tokens, step.arrays, numbers, key, ids)
             step.finish(keys, values)
         else:
@@ -77,15 +78,11 @@ class CompiledSteps:
         hidden, logits, chosen = found
         return DecodeOutput(hidden, logits, *chosen)
 
-    def _trace(
-        self, kind: DecodeKind, mode: SamplingMode | None, masked: bool
-    ) -> Callable[..., Any]:
-        fixed = (kind, mode, masked)
-        if fixed not in self._kept:
-            while len(self._kept) >= MOST_TRACES:
-                del self._kept[next(iter(self._kept))]
-            self._kept[fixed] = mx.compile(self._function(kind, mode))
-        return self._kept[fixed]
+    def _trace(self, fixed: tuple[DecodeKind, SamplingMode | None, bool]) -> Callable[..., Any]:
+        while len(self._kept) >= MOST_TRACES:
+            del self._kept[next(iter(self._kept))]
+        traced = self._kept[fixed] = mx.compile(self._function(*fixed[:2]))
+        return traced
 
     def _function(self, kind: DecodeKind, mode: SamplingMode | None) -> Callable[..., Any]:
         def run(tokens: mx.array, arrays: dict[str, Any], *choice: Any) -> tuple[Any, ...]:

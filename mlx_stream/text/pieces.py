@@ -135,7 +135,8 @@ class ReplyDecoder:
         for token in self.ids:
             text += self.decoder.add(token)
             ends.append(len(text))
-        self.text, self.ends, self._decoded = text, ends, len(self.ids)
+        self.text, self.ends = text, ends
+        self.count = self._decoded = len(self.ids)
 
     def _end(self, count: int) -> int:
         return self.ends[count - 1] if count else 0
@@ -149,6 +150,8 @@ class ReplyDecoder:
             self.text += text
             if self.ids:
                 self.ends[len(self.ids) - 1] = len(self.text)
-        final, self.stopped = self.matcher.add(text)
+        final = text
+        if self.matcher.stops:
+            final, self.stopped = self.matcher.add(text)
         self.final += len(final)
         return final
