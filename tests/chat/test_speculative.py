@@ -130,4 +130,4 @@ def test_the_program_says_the_same_with_and_without(letters, tiny):
     assert len({chat.out for chat in chats}) == 1
     for more in (("--speculate",), ("--draft", tiny)):
         said = one_line(*typed, "--kv-bits", 8, *more)
-        assert said == f"{more[0]} does not work with --kv-bits: leave one out"
+        assert said == f"{more[0]} does not work with --kv-bits: use only one of them"
