@@ -73,7 +73,7 @@ def test_the_asker_is_told_of_unread_text_unless_with_now(handler):
     assert handler.listener.backlog == 0
     first, *_ = handler.answer({"what": "ask", "question": "Who?"})
     assert first["text"]
-    with pytest.raises(AssistantError, match="at most 4,000 characters: give"):
+    with pytest.raises(AssistantError, match="at most 4,000 characters: use"):
         next(handler.answer({"what": "ask", "question": "x" * 4_001}))
 
 
