@@ -139,13 +139,13 @@ def editor(
 
 def plain_line(default: str, history: "History") -> str:
     """Read a line that the terminal itself edits; Enter alone gives the default."""
-    typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # and so not shown
     try:
         with terminal() as mode:
+            # In this order: the prompt stands before any line, and no line stays unseen.
+            print(f"{PROMPT}[{escape(default)}] " if default else PROMPT, end="", flush=True)
             mode[3] |= termios.ECHO
             termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
-            sys.stdout.write(f"{PROMPT}[{escape(default)}] " if default else PROMPT)
-            sys.stdout.flush()
+            typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # and so not shown
             data = sys.stdin.buffer.readline()
     except KeyboardInterrupt:
         print()
