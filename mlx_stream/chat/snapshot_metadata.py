@@ -1,9 +1,10 @@
 """A conversation's notes in its snapshot, as plain JSON values; untrusted when they are read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlx_stream.chat.exchange import ConversationState
+from mlx_stream.chat.migrations import head_of_version_1
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SnapshotError
 
@@ -30,7 +31,8 @@ class SnapshotMetadata:
         if self.state.turns > store.state.count:
             return False
         if found.version == 1:
-            return self.head == store.head_of_version_1(self.state.turns, found.model)
+            header = replace(store.state.header, fingerprint=found.model)
+            return self.head == head_of_version_1(header, store.whole()[0][: self.state.turns])
         return self.head == store.head(self.state.first, self.state.turns)
 
     def plain(self) -> dict[str, Any]:

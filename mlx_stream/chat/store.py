@@ -8,7 +8,7 @@ what is checked when they are read.
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Self
@@ -16,7 +16,6 @@ from typing import Self
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.migrations import (
     check_schema,
-    head_of_version_1,
     insert_row,
     make_tables,
     prepare_database,
@@ -51,7 +50,7 @@ from mlx_stream.program.sqlite import (
 SMALLEST = -(2**63)  # the smallest row number
 
 
-class Store:
+class Store(AbstractContextManager["Store"]):
     """The open transcript of a conversation.
 
     A method that raises has changed nothing, and the store can still be used. To write, hold the
@@ -140,12 +139,6 @@ class Store:
             if first < 1 or last > state.count or len(links) != last - first + 1:
                 raise ValueError(f"there are no turns {first} to {last} of {state.count}")
             return digest("head", *astuple(state.header), first, *links)
-
-    def head_of_version_1(self, count: int, fingerprint: str) -> str:
-        """Return the head that version 1 computed after `count` turns; wrong if one is damaged."""
-        turns, _ = self.whole()
-        header = replace(self.state.header, fingerprint=fingerprint)
-        return head_of_version_1(header, turns[:count])
 
     def turns(self, first: int = 1) -> list[StoredTurn]:
         """Return the turns from number `first` on.
@@ -239,9 +232,6 @@ class Store:
         """Close the file, and empty its log if no other process has it open."""
         self._clear_log()
         self.connection.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

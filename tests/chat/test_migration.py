@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mlx_stream.chat import manage, migrations
 from mlx_stream.chat.exchange import FINISHES
+from mlx_stream.chat.migrations import head_of_version_1
 from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session_files import session_paths
@@ -76,8 +77,10 @@ def test_a_snapshot_of_any_turn_is_known_by_its_head(path: Path, count: int) -> 
     with Store.open(path) as store:
         for number in range(count + 1):
             head = head_of(HEADER, turns[:number])
-            assert store.head_of_version_1(number, HEADER.fingerprint) == head
-            assert store.head_of_version_1(number, "another") != head
+            header = replace(store.state.header, fingerprint=HEADER.fingerprint)
+            stored = store.turns()[:number]
+            assert head_of_version_1(header, stored) == head
+            assert head_of_version_1(replace(header, fingerprint="another"), stored) != head
 
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
