@@ -6,13 +6,13 @@ without them the text would be silently wrong.
 
 import math
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_stream.errors import ConfigError, MlxStreamError, one_line
 
-ARCHITECTURES = ("llama", "mistral", "ministral3", "qwen2", "qwen3")
-SLIDING = ("mistral", "ministral3")
+ARCHITECTURES = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "smollm3")
+SLIDING = ("mistral", "ministral3", "phi3")
 # The trained context of a family whose config does not say it, as in transformers.
 TRAINED = {
     "llama": 2_048,
@@ -20,6 +20,8 @@ TRAINED = {
     "ministral3": 262_144,
     "qwen2": 32_768,
     "qwen3": 32_768,
+    "phi3": 4_096,
+    "smollm3": 32_768,
 }
 ROPE_TYPES = "default, linear, llama3, yarn"
 
@@ -62,6 +64,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_rope_layer_interval": (None, 0),
     "model_file": (None,),
 }
+# Keys of `NEUTRAL` that a family reads.
+READ = {
+    "phi3": ("partial_rotary_factor",),
+    "smollm3": ("no_rope_layers", "no_rope_layer_interval"),
+}
 
 
 # The bits and group sizes that mx.quantize takes in each mode.
@@ -86,8 +93,9 @@ class Quantization:
 class RopeConfig:
     """Rotary positions, complete: every default of transformers' `modeling_rope_utils` filled in.
 
-    `rope_type` is default, linear, llama3 or yarn; fields a type does not use keep their defaults.
-    `attention_factor` (yarn) multiplies queries and keys alike.
+    `rope_type` is default, linear, llama3, yarn or longrope; fields a type does not use keep their
+    defaults. `attention_factor` (yarn, longrope) multiplies queries and keys alike. Of each head,
+    the first `partial_rotary_factor` is rotated.
     """
 
     rope_theta: float = 10_000.0
@@ -100,14 +108,21 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    partial_rotary_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Return how many numbers of a head are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The settings of a model, in config.json's names.
 
-    `sliding_window` bounds the window of a stream (Mistral only), `position_limit` its sinks and
-    window together: beyond that many positions the model computes differently.
+    `sliding_window` bounds the window of a stream (Mistral and Phi-3 only), `position_limit` its
+    sinks and window together: beyond that many positions the model computes differently. The
+    layers in `unrotated_layers` have no rotary positions.
     `max_position_embeddings` is the trained context in tokens. `quantization` maps a module path to
     how it is quantized, or None; the empty path holds the default of paths not named.
     """
@@ -128,6 +143,7 @@ class ModelConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     position_limit: int | None = None
+    unrotated_layers: tuple[int, ...] = ()
     quantization: Mapping[str, Quantization | None] | None = None
 
     def quantized(self, path: str) -> Quantization | None:
@@ -150,7 +166,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"config: model_type {model_type!r} is not supported (supported: "
             f"{', '.join(ARCHITECTURES)})"
         )
-    refuse_unsupported(raw)
+    refuse_unsupported(raw, READ.get(model_type, ()))
     heads = keys.count("num_attention_heads")
     hidden = keys.count("hidden_size")
     kv_heads = keys.count("num_key_value_heads", heads)
@@ -168,10 +184,13 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     if head_dim % 2:
         raise ConfigError(f"config: head_dim {head_dim} must be even for rotary positions")
     trained = keys.count("max_position_embeddings", TRAINED[model_type])
+    layers = keys.count("num_hidden_layers", most=10_000)
+    rope = read_rope(raw, trained, model_type)
+    check_rotary_dim(rope, head_dim)
     return ModelConfig(
         model_type=model_type,
         hidden_size=hidden,
-        num_hidden_layers=keys.count("num_hidden_layers", most=10_000),
+        num_hidden_layers=layers,
         intermediate_size=keys.count("intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -179,19 +198,20 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
         vocab_size=keys.count("vocab_size"),
         rms_norm_eps=keys.number("rms_norm_eps"),
         max_position_embeddings=trained,
-        rope=read_rope(raw, trained),
+        rope=rope,
         tie_word_embeddings=keys.flag("tie_word_embeddings"),
         attention_bias=keys.flag("attention_bias"),
         mlp_bias=keys.flag("mlp_bias"),
         sliding_window=read_sliding_window(raw) if model_type in SLIDING else None,
-        position_limit=read_position_limit(raw, trained),
+        position_limit=read_position_limit(raw, trained, rope),
+        unrotated_layers=read_unrotated(keys, layers) if model_type == "smollm3" else (),
         quantization=read_quantization(raw),
     )
 
 
-def refuse_unsupported(raw: Mapping[str, Any]) -> None:
+def refuse_unsupported(raw: Mapping[str, Any], read: tuple[str, ...]) -> None:
     for key, neutral in NEUTRAL.items():
-        if raw.get(key) not in neutral:
+        if key not in read and raw.get(key) not in neutral:
             raise ConfigError(
                 f"config: {key} = {shorten(raw[key])} changes the computation and is not supported"
             )
@@ -212,7 +232,7 @@ def refuse_unsupported(raw: Mapping[str, Any]) -> None:
         )
 
 
-def read_rope(raw: Mapping[str, Any], trained: int) -> RopeConfig:
+def read_rope(raw: Mapping[str, Any], trained: int, model_type: str) -> RopeConfig:
     """Read the rotary settings in both spellings, which must not contradict each other.
 
     transformers 5 writes `rope_parameters` with `rope_theta` inside; older files have `rope_theta`
@@ -220,9 +240,10 @@ def read_rope(raw: Mapping[str, Any], trained: int) -> RopeConfig:
     """
     settings: dict[str, Any] = {}
     spellings = [read_object(raw, key) or {} for key in ("rope_scaling", "rope_parameters")]
-    for spelling in (*spellings, {"rope_theta": raw.get("rope_theta")}):
+    outside = {name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    for spelling in (*spellings, outside):
         rope_type = spelling.get("rope_type", spelling.get("type"))
-        if spelling.keys() - {"rope_theta"} and rope_type is None:
+        if spelling.keys() - outside and rope_type is None:
             raise ConfigError("config: the rotary settings have no rope_type")
         for key, value in spelling.items():
             name = "rope_type" if key == "type" else key
@@ -234,13 +255,21 @@ def read_rope(raw: Mapping[str, Any], trained: int) -> RopeConfig:
     original = "original_max_position_embeddings"
     if raw.get(original) is not None:
         settings[original] = raw[original]
-    return build_rope(Keys(settings, "config: rope"), trained)
+    keys = Keys(settings, "config: rope")
+    if model_type != "phi3":
+        if settings.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
+            raise ConfigError("config: rope: partial_rotary_factor is not supported")
+        return build_rope(keys, trained)
+    # As in transformers: "su" and "yarn" are older names in Phi-3's files.
+    if settings.get("rope_type") in ("longrope", "su", "yarn"):
+        rope = build_longrope(keys, trained)
+    else:
+        rope = build_rope(keys, trained)
+    return replace(rope, partial_rotary_factor=keys.number("partial_rotary_factor", 1.0))
 
 
 def build_rope(keys: "Keys", trained: int) -> RopeConfig:
     rope_type = keys.text("rope_type", "default")
-    if keys.raw.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
-        raise ConfigError("config: rope: partial_rotary_factor is not supported")
     theta = keys.number("rope_theta", 10_000.0)
     # Beyond these a frequency is 0 or infinite in float32.
     if not 1 < theta <= 1e15 or not 1e-6 <= keys.number("factor", 1.0) <= 1e6:
@@ -288,6 +317,51 @@ def build_yarn(keys: "Keys", theta: float, trained: int, original: int) -> RopeC
     )
 
 
+def build_longrope(keys: "Keys", trained: int) -> RopeConfig:
+    """Read the frequencies within the original context; beyond it a model has others."""
+    short = keys.value("short_factor")
+    if not isinstance(short, list) or not all(
+        isinstance(value, int | float) and 1e-6 <= value <= 1e6 for value in short
+    ):
+        raise keys.wrong("short_factor", "an array of positive numbers")
+    original = keys.count("original_max_position_embeddings", trained, least=2)
+    growth = trained / original
+    magnitude = 1.0 if growth <= 1 else math.sqrt(1 + math.log(growth) / math.log(original))
+    return RopeConfig(
+        keys.number("rope_theta", 10_000.0),
+        "longrope",
+        original_max_position_embeddings=original,
+        attention_factor=keys.number("attention_factor", magnitude),
+        short_factor=tuple(short),
+    )
+
+
+def check_rotary_dim(rope: RopeConfig, head_dim: int) -> None:
+    dim = rope.rotary_dim(head_dim)
+    if not 2 <= dim <= head_dim or dim % 2:
+        raise ConfigError(
+            f"config: partial_rotary_factor {rope.partial_rotary_factor} of head_dim {head_dim} "
+            "must be an even number of values"
+        )
+    if rope.rope_type == "longrope" and len(rope.short_factor) != dim // 2:
+        raise ConfigError(
+            f"config: rope: short_factor has {len(rope.short_factor)} numbers, but {dim} rotated "
+            f"numbers of a head need {dim // 2}"
+        )
+
+
+def read_unrotated(keys: "Keys", layers: int) -> tuple[int, ...]:
+    """Return the layers of a SmolLM3 without rotary positions; `no_rope_layers` has 0 for them."""
+    rotated = keys.raw.get("no_rope_layers")
+    if rotated is None:
+        every = keys.count("no_rope_layer_interval", 4)
+        return tuple(range(every - 1, layers, every))
+    valid = isinstance(rotated, list) and all(flag in (0, 1) for flag in rotated)
+    if not valid or len(rotated) != layers:
+        raise keys.wrong("no_rope_layers", f"an array of {layers} numbers 0 or 1")
+    return tuple(layer for layer, flag in enumerate(rotated) if not flag)
+
+
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
@@ -306,11 +380,15 @@ def read_sliding_window(raw: Mapping[str, Any]) -> int | None:
     return Keys(raw).count("sliding_window")
 
 
-def read_position_limit(raw: Mapping[str, Any], trained: int) -> int | None:
-    """Return where a factor on queries that grows with their place begins to be more than 1.
+def read_position_limit(raw: Mapping[str, Any], trained: int, rope: RopeConfig) -> int | None:
+    """Return the length from which on a model computes with other positions.
 
-    It is 1 + beta log(1 + floor(place / original)), as in transformers' `modeling_ministral3`.
+    With longrope the frequencies change there. With `llama_4_scaling_beta` a factor on queries is 1
+    until there: 1 + beta log(1 + floor(place / original)), as in transformers'
+    `modeling_ministral3`.
     """
+    if rope.rope_type == "longrope":
+        return rope.original_max_position_embeddings
     for key in ("rope_scaling", "rope_parameters"):
         keys = Keys(read_object(raw, key) or {}, f"config: {key}")
         if keys.raw.get("llama_4_scaling_beta") not in (None, 0):

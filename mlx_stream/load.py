@@ -236,12 +236,14 @@ def named_dtype(name: str | None) -> mx.Dtype | None:
 
 def attention_shape(config: ModelConfig) -> AttentionShape:
     """Return the shape of the caches of a model's streams."""
+    rotating = Rope(config.rope, config.head_dim)
+    still = Rope(replace(config.rope, partial_rotary_factor=0.0), config.head_dim)
+    ropes = (
+        still if layer in config.unrotated_layers else rotating
+        for layer in range(config.num_hidden_layers)
+    )
     return AttentionShape(
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        Rope(config.rope, config.head_dim),
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim, tuple(ropes)
     )
 
 

@@ -20,12 +20,13 @@ def rope_inv_freq(config: dict) -> tuple[np.ndarray, float]:
 
     Follows transformers' `modeling_rope_utils.py`: the magnitude (its `attention_factor`)
     multiplies cosines and sines, of queries and of keys. Reads `rope_theta` with `rope_scaling`,
-    and `rope_parameters`. Raises ValueError for a type whose frequencies are not static.
+    and `rope_parameters`. Raises ValueError for a type whose frequencies are not static. There are
+    fewer frequencies where only the first part of a head is rotated.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-    head_dim = _head_dim(config)
+    head_dim = int(_head_dim(config) * config.get("partial_rotary_factor", 1.0))
     inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if kind == "default":
         return inv_freq, 1.0
@@ -42,6 +43,10 @@ def rope_inv_freq(config: dict) -> tuple[np.ndarray, float]:
         factor = rope["factor"] or config["max_position_embeddings"] / original
         ramp = _yarn_ramp(head_dim, theta, rope, original)
         return inv_freq * (1 - ramp) + inv_freq / factor * ramp, _yarn_magnitude(factor, rope)
+    if kind == "longrope":
+        growth = config["max_position_embeddings"] / original
+        magnitude = math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0
+        return inv_freq / np.array(rope["short_factor"]), magnitude
     raise ValueError(f"no static frequencies for RoPE type {kind!r}")
 
 
@@ -87,12 +92,16 @@ def _yarn_magnitude(factor: float, rope: dict) -> float:
 def rotate(
     x: np.ndarray, places: np.ndarray, inv_freq: np.ndarray, magnitude: float = 1.0
 ) -> np.ndarray:
-    """Rotate x (L, heads, D) row by row to its places (L,), pairing d with d + D / 2."""
+    """Rotate x (L, heads, D) row by row to its places (L,).
+
+    With n frequencies the first 2 n numbers of a head turn, d with d + n.
+    """
     angles = np.asarray(places, dtype=np.float64)[:, None, None] * inv_freq
     cos = (np.cos(angles) * magnitude).astype(x.dtype)
     sin = (np.sin(angles) * magnitude).astype(x.dtype)
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    pairs = len(inv_freq)
+    first, second, rest = np.split(x, [pairs, 2 * pairs], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 # -- one layer's attention ------------------------------------------------------------------------
@@ -216,7 +225,13 @@ def _qkv(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The unrotated queries (..., H, D), keys and values (..., K, D) of a layer's input."""
     h = _rms_norm(weights, f"{layer}.input_layernorm", x, config)
-    q, k, v = (_linear(weights, f"{layer}.self_attn.{part}_proj", h) for part in "qkv")
+    if config["model_type"] == "phi3":
+        joined = _linear(weights, f"{layer}.self_attn.qkv_proj", h)
+        queries = config["num_attention_heads"] * _head_dim(config)
+        keys = (joined.shape[-1] - queries) // 2
+        q, k, v = np.split(joined, [queries, queries + keys], axis=-1)
+    else:
+        q, k, v = (_linear(weights, f"{layer}.self_attn.{part}_proj", h) for part in "qkv")
     shape = (*x.shape[:-1], -1, _head_dim(config))
     q, k, v = q.reshape(shape), k.reshape(shape), v.reshape(shape)
     if config["model_type"] == "qwen3":  # each head is normalized, before rotation
@@ -231,8 +246,10 @@ def _rest_of_layer(
     """A layer's output from its input and what its heads saw (..., H, D)."""
     x = x + _linear(weights, f"{layer}.self_attn.o_proj", seen.reshape(*x.shape[:-1], -1))
     h = _rms_norm(weights, f"{layer}.post_attention_layernorm", x, config)
-    gate = _linear(weights, f"{layer}.mlp.gate_proj", h)
-    up = _linear(weights, f"{layer}.mlp.up_proj", h)
+    if config["model_type"] == "phi3":
+        gate, up = np.split(_linear(weights, f"{layer}.mlp.gate_up_proj", h), 2, axis=-1)
+    else:
+        gate, up = (_linear(weights, f"{layer}.mlp.{part}_proj", h) for part in ("gate", "up"))
     with np.errstate(over="ignore"):  # exp may be infinite, and the quotient is then rightly 0
         silu = gate / (1 + np.exp(-gate))
     return x + _linear(weights, f"{layer}.mlp.down_proj", silu * up)
@@ -248,9 +265,19 @@ def _layers(config: dict) -> list[str]:
     return [f"model.layers.{i}" for i in range(config["num_hidden_layers"])]
 
 
+def _rotations(config: dict) -> list[tuple[np.ndarray, float]]:
+    """The frequencies and the magnitude of each layer: none where a SmolLM3 does not rotate."""
+    layers = config["num_hidden_layers"]
+    rotated = [1] * layers
+    if config["model_type"] == "smollm3":
+        rotated = config.get("no_rope_layers") or [int((i + 1) % 4 != 0) for i in range(layers)]
+    return [rope_inv_freq(config) if flag else (np.zeros(0), 1.0) for flag in rotated]
+
+
 def _bounded(config: dict, window: int | None) -> int | None:
-    """Rule 10: a Mistral's sliding window, where set, bounds the window."""
-    bound = config.get("sliding_window") if config["model_type"] == "mistral" else None
+    """Rule 10: a Mistral's or Phi-3's sliding window, where set, bounds the window."""
+    slides = config["model_type"] in ("mistral", "phi3")
+    bound = config.get("sliding_window") if slides else None
     return min((w for w in (window, bound) if w is not None), default=None)
 
 
@@ -269,11 +296,12 @@ class SlowLlama:
         assert config.get("hidden_act", "silu") == "silu"
         self.config = config
         self.weights = {name: np.asarray(w, dtype) for name, w in weights.items()}
-        inv_freq, magnitude = rope_inv_freq(config)
         window, scale = _bounded(config, window), _head_dim(config) ** -0.5
         self.attention = {
             layer: SlowAttention(sinks, window, inv_freq, scale, spare, magnitude, dtype)
-            for layer in _layers(config)
+            for layer, (inv_freq, magnitude) in zip(
+                _layers(config), _rotations(config), strict=True
+            )
         }
 
     def step(self, token: int) -> np.ndarray:

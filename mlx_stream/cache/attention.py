@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from mlx_stream.cache.positions import Rope
 
 
@@ -10,17 +12,28 @@ class AttentionShape:
     """The shape of every layer's attention, shared by all streams of a model.
 
     Attributes:
-        layers, query_heads, kv_heads, head_dim: L, H, K, D.
-        rope: the rotary positions.
+        query_heads, kv_heads, head_dim: H, K, D.
+        ropes: the rotation of each layer; layers that rotate alike have the same object.
     """
 
-    layers: int
     query_heads: int
     kv_heads: int
     head_dim: int
-    rope: Rope
+    ropes: tuple[Rope, ...]
 
     @property
-    def scale(self) -> float:
-        """The factor on scores, including yarn's factor on queries and on keys."""
-        return self.head_dim**-0.5 * self.rope.magnitude**2
+    def layers(self) -> int:
+        return len(self.ropes)
+
+    def scale(self, layer: int) -> float:
+        """Return the factor on a layer's scores, including that of its rotation."""
+        return self.head_dim**-0.5 * self.ropes[layer].score_factor
+
+    def rotate_layers(self, x: mx.array, position: mx.array) -> mx.array:
+        """Rotate (L, heads, T, D), a layer at each index, so that row r is at position + r."""
+        kinds = list(dict.fromkeys(self.ropes))
+        turned = kinds[0].rotate(x, position)
+        for rope in kinds[1:]:
+            chosen = mx.array([one is rope for one in self.ropes]).reshape(-1, 1, 1, 1)
+            turned = mx.where(chosen, rope.rotate(x, position), turned)
+        return turned

@@ -119,7 +119,7 @@ class DenseStep:
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         shape, split = self.shape, heads.shape[1] - self.shape.kv_heads
-        turned = shape.rope.rotate(heads[:, :split], self.position)
+        turned = shape.ropes[layer].rotate(heads[:, :split], self.position)
         keys = self._append(self.old_keys[layer], turned[:, shape.query_heads :])
         values = self._append(self.old_values[layer], heads[:, split:])
         self.keys.append(keys)
@@ -129,7 +129,7 @@ class DenseStep:
             turned[:, : shape.query_heads],
             keys[:, :, :end],
             values[:, :, :end],
-            scale=shape.scale,
+            scale=shape.scale(layer),
             mask="causal" if self.count > 1 else None,
         )
 

@@ -1,10 +1,12 @@
 """Rotary frequencies and the one rotation built on them; independent of caches and models.
 
-Formulas: RoPE (arXiv 2104.09864); linear, llama3 and yarn (arXiv 2309.00071) as in transformers'
-`modeling_rope_utils`. The frequencies never change, so a stored key can be rotated back later.
+Formulas: RoPE (arXiv 2104.09864); linear, llama3, yarn (arXiv 2309.00071) and longrope (arXiv
+2402.13753) as in transformers' `modeling_rope_utils`. The frequencies never change, so a stored key
+can be rotated back later.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,24 +16,32 @@ from mlx_stream.config import RopeConfig
 
 
 class Rope:
-    """Rotate queries and keys by their position on a clock.
+    """Rotate the first numbers of queries and keys by their position on a clock.
 
     Attributes:
-        periods: (D / 2,) float32; a pair is rotated by position / period radians.
-        magnitude: yarn's factor on queries and keys. The scale of the scores has its square, so
-            that rotating a key again does not apply it twice.
+        rotary_dim: how many numbers of a head are rotated, even; 0 rotates nothing.
+        frequencies: (rotary_dim / 2,) float64, the radians per position of each pair.
+        periods: their reciprocals in float32.
+        score_factor: the factor of yarn or longrope on queries and on keys, for the scale of the
+            scores, so that rotating a key again does not apply it twice. It is 1 if only a part of
+            a head is rotated: then the model multiplies its queries by `query_factors`.
     """
 
     def __init__(self, config: RopeConfig, head_dim: int):
-        self.head_dim = head_dim
-        self.magnitude = config.attention_factor
-        self.periods = mx.array((1.0 / inverse_frequencies(config, head_dim)).astype(np.float32))
+        self.frequencies = inverse_frequencies(config, head_dim)
+        self.head_dim, self.rotary_dim = head_dim, 2 * len(self.frequencies)
+        whole = self.rotary_dim == head_dim
+        self.score_factor = config.attention_factor**2 if whole else 1.0
+        self.periods = mx.array((1.0 / self.frequencies).astype(np.float32))
         # Evaluated here for `token_rotation`, or every traced step would compute them again. The
         # reciprocal is the one of `mx.fast.rope`, so both have the same angles.
         rates, ones = mx.reciprocal(self.periods), mx.ones_like(self.periods)
-        self._rates = mx.concatenate([rates, rates])
-        self._signs = mx.concatenate([-ones, ones])
-        self._partners = mx.roll(mx.arange(head_dim, dtype=mx.uint32), head_dim // 2)
+        still = mx.zeros(head_dim - self.rotary_dim)
+        self._rates = mx.concatenate([rates, rates, still])
+        self._signs = mx.concatenate([-ones, ones, still])
+        order = np.arange(head_dim, dtype=np.uint32)
+        order[: self.rotary_dim] = np.roll(order[: self.rotary_dim], self.rotary_dim // 2)
+        self._partners = mx.array(order)
         mx.eval(self.periods, self._rates, self._signs, self._partners)
 
     def rotate(self, x: mx.array, position: mx.array) -> mx.array:
@@ -49,16 +59,20 @@ class Rope:
         place = mx.array([position], mx.int32)
         return self._apply(rows, place, -1.0 if backwards else 1.0).reshape(x.shape)
 
-    def token_rotation(self, position: mx.array, heads: int) -> "TokenRotation":
+    def token_rotation(self, position: mx.array, heads: int) -> "Callable[[mx.array], mx.array]":
         """Return the rotation of one token's heads to `position`, int32 with one element."""
+        if not self.rotary_dim:
+            return unchanged
         angles = position.astype(mx.float32) * self._rates
         partners = mx.broadcast_to(self._partners, (1, heads, 1, self.head_dim))
         return TokenRotation(mx.cos(angles), mx.sin(angles) * self._signs, partners)
 
     def _apply(self, x: mx.array, position: mx.array, scale: float) -> mx.array:
+        if not self.rotary_dim:
+            return x
         return mx.fast.rope(
             x,
-            self.head_dim,
+            self.rotary_dim,
             traditional=False,
             base=None,
             scale=scale,
@@ -91,15 +105,39 @@ class TokenRotation:
         return turned.astype(x.dtype)
 
 
+def unchanged(x: mx.array) -> mx.array:
+    """Rotate nothing."""
+    return x
+
+
+def query_factors(config: RopeConfig, head_dim: int) -> np.ndarray | None:
+    """Return the factors on the numbers of a query where only a part of it is rotated.
+
+    The factor of yarn or longrope is on the rotated numbers of queries and keys. Here the queries
+    have its square and the keys are stored without it: (head_dim,) float32, None if all are 1.
+    """
+    rotary_dim = config.rotary_dim(head_dim)
+    if rotary_dim == head_dim or config.attention_factor == 1:
+        return None
+    factors = np.ones(head_dim, np.float32)
+    factors[:rotary_dim] = config.attention_factor**2
+    return factors
+
+
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """Return the radians per position of each pair: (head_dim / 2,) float64."""
-    plain = config.rope_theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    """Return the radians per position of each pair: (rotary_dim / 2,) float64."""
+    dim = config.rotary_dim(head_dim)
+    if dim == 0:
+        return np.zeros(0)
+    plain = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     if config.rope_type == "linear":
         return plain / config.factor
     if config.rope_type == "llama3":
         return llama3(config, plain)
     if config.rope_type == "yarn":
-        return yarn(config, plain, head_dim)
+        return yarn(config, plain, dim)
+    if config.rope_type == "longrope":
+        return plain / np.array(config.short_factor)
     return plain
 
 
@@ -111,22 +149,18 @@ def llama3(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
     return plain * ((1 - keep) / config.factor + keep)
 
 
-def yarn(config: RopeConfig, plain: np.ndarray, head_dim: int) -> np.ndarray:
+def yarn(config: RopeConfig, plain: np.ndarray, dim: int) -> np.ndarray:
     """Slow down pairs below `beta_slow` turns by `factor`, and none above `beta_fast` turns."""
 
     def pair_turning(times: float) -> float:
         original = config.original_max_position_embeddings
-        return (
-            head_dim
-            * math.log(original / (times * 2 * math.pi))
-            / (2 * math.log(config.rope_theta))
-        )
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = pair_turning(config.beta_fast), pair_turning(config.beta_slow)
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    slowed = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
+    slowed = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
     return plain * (slowed / config.factor + 1 - slowed)

@@ -381,7 +381,7 @@ class StreamCache:
         while self.current.pending_turn and self.current.layers_turned < self.shape.layers:
             current, layer = self.current, self.current.layers_turned
             keys, by = list(current.keys), current.pending_turn
-            keys[layer] = self.shape.rope.rotate_all(keys[layer], by, backwards=True)
+            keys[layer] = self.shape.ropes[layer].rotate_all(keys[layer], by, backwards=True)
             mx.eval(keys[layer])
             self.current = replace(current, keys=keys, layers_turned=layer + 1)
         current = self.current

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_stream.cache import Step
+from mlx_stream.cache.positions import query_factors
 from mlx_stream.config import ModelConfig
 
 
@@ -51,12 +52,27 @@ class LayerSpec:
     Attributes:
         qkv_bias, o_bias, mlp_bias: which projections add a bias.
         head_norms: each query and key head is normalized before it is rotated.
+        fused: a checkpoint stores q, k and v as one matrix, and gate and up as another.
     """
 
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     head_norms: bool = False
+    fused: bool = False
+
+
+def joined(
+    path: str, parts: dict[str, int], fused: str | None, inputs: int, bias: bool
+) -> list[Projection]:
+    """Return the matrices whose outputs are concatenated: their own, or one named `fused`.
+
+    Args:
+        parts: the outputs of each matrix by its name.
+    """
+    if fused:
+        parts = {fused: sum(parts.values())}
+    return [Projection(f"{path}.{name}", outputs, inputs, bias) for name, outputs in parts.items()]
 
 
 class Attention(nn.Module):
@@ -65,13 +81,15 @@ class Attention(nn.Module):
         hidden, self.head_dim = config.hidden_size, config.head_dim
         query_heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         heads, kv_heads = query_heads * self.head_dim, key_heads * self.head_dim
-        self.qkv_proj = weights.linear(
-            Projection(f"{path}.q_proj", heads, hidden, spec.qkv_bias),
-            Projection(f"{path}.k_proj", kv_heads, hidden, spec.qkv_bias),
-            Projection(f"{path}.v_proj", kv_heads, hidden, spec.qkv_bias),
-        )
+        parts = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+        fused = "qkv_proj" if spec.fused else None
+        self.qkv_proj = weights.linear(*joined(path, parts, fused, hidden, spec.qkv_bias))
         self.o_proj = weights.linear(Projection(f"{path}.o_proj", hidden, heads, spec.o_bias))
         self.head_norms = spec.head_norms
+        factors = query_factors(config.rope, self.head_dim)
+        self._factors = None
+        if factors is not None:
+            self._factors = mx.array([*factors.tolist() * query_heads, *[1.0] * (2 * kv_heads)])
         if self.head_norms:
             self.query_end, self.key_end = query_heads, query_heads + key_heads
             self.q_norm = weights.norm(f"{path}.q_norm", self.head_dim, config.rms_norm_eps)
@@ -79,6 +97,8 @@ class Attention(nn.Module):
 
     def __call__(self, residual: mx.array, x: mx.array, step: Step, layer: int) -> mx.array:
         rows, heads = x.shape[0], self.qkv_proj(x)
+        if self._factors is not None:
+            heads = (heads * self._factors).astype(x.dtype)
         if rows == 1:  # the same result without swapping axes twice
             heads = self._normalized(heads.reshape(1, -1, 1, self.head_dim), axis=1)
             return self.o_proj.add_to(residual, step.attend(layer, heads).reshape(1, -1))
@@ -95,13 +115,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig, weights: Weights, path: str, bias: bool):
+    def __init__(self, config: ModelConfig, weights: Weights, path: str, spec: LayerSpec):
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = weights.linear(
-            Projection(f"{path}.gate_proj", inner, hidden, bias),
-            Projection(f"{path}.up_proj", inner, hidden, bias),
-        )
+        parts, bias = {"gate_proj": inner, "up_proj": inner}, spec.mlp_bias
+        fused = "gate_up_proj" if spec.fused else None
+        self.gate_up_proj = weights.linear(*joined(path, parts, fused, hidden, bias))
         self.down_proj = weights.linear(Projection(f"{path}.down_proj", hidden, inner, bias))
 
     def __call__(self, residual: mx.array, x: mx.array) -> mx.array:
@@ -116,7 +135,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = weights.norm(f"{path}.input_layernorm", size, eps)
         self.self_attn = Attention(config, weights, f"{path}.self_attn", spec)
         self.post_attention_layernorm = weights.norm(f"{path}.post_attention_layernorm", size, eps)
-        self.mlp = MLP(config, weights, f"{path}.mlp", spec.mlp_bias)
+        self.mlp = MLP(config, weights, f"{path}.mlp", spec)
 
     def __call__(self, x: mx.array, step: Step, layer: int) -> mx.array:
         x = self.self_attn(x, self.input_layernorm(x), step, layer)

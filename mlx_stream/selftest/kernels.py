@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_stream import backend
-from mlx_stream.cache.positions import inverse_frequencies
+from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.stream import CLOCK_LIMIT
+from mlx_stream.config import RopeConfig
 from mlx_stream.errors import one_line
 from mlx_stream.load import Model
 from mlx_stream.selftest import reference
@@ -58,13 +60,19 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
     return float(difference) if np.isfinite(difference) else float("inf")
 
 
+def kinds_of_rotation(model: Model) -> set[Rope]:
+    """Return those of the model's layers, and one of a part of a head, which is another kernel."""
+    part = RopeConfig(partial_rotary_factor=0.75)
+    return {*model.attention.ropes, Rope(part, model.config.head_dim)}
+
+
 def rotation(model: Model) -> CheckOutcome:
     """Rotate rows to positions up to the clock's limit, and all of them there and back."""
-    config = model.config
-    frequencies = inverse_frequencies(config.rope, config.head_dim)
+    config, off = model.config, 0.0
     heads = config.num_attention_heads + config.num_key_value_heads
-    rope, off = model.attention.rope, 0.0
-    for rows, place in ((1, 0), (1, CLOCK_LIMIT - 1), (9, 1_000), (9, CLOCK_LIMIT - 9)):
+    places = ((1, 0), (1, CLOCK_LIMIT - 1), (9, 1_000), (9, CLOCK_LIMIT - 9))
+    for rope, (rows, place) in product(kinds_of_rotation(model), places):
+        frequencies = rope.frequencies
         x = random(model, 1, heads, rows, config.head_dim)
         at = mx.array([place], mx.int32)
         apart = reference.rotate(plain(x), place + np.arange(rows), frequencies)

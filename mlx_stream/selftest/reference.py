@@ -7,11 +7,12 @@ import numpy as np
 
 
 def rotate(x: np.ndarray, places: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """Turn rows x (heads, T, D) to places (T,), pairing d with d + D / 2."""
+    """Turn rows x (heads, T, D) to places (T,): d with d + n, for n frequencies."""
     angles = np.asarray(places, np.float64)[:, None] * frequencies
-    first, second = np.split(x.astype(np.float64), 2, axis=-1)
+    pairs = len(frequencies)
+    first, second, rest = np.split(x.astype(np.float64), [pairs, 2 * pairs], axis=-1)
     cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def attend(

@@ -9,9 +9,11 @@ from mlx_stream.config import read_config
 from mlx_stream.load import Model, build_model, named_dtype
 from mlx_stream.models.layout import Vector, layout_of
 
-# Llama 3's: four query heads to each key head, its rotary frequencies, the head tied.
+# Llama 3's: four query heads to each key head, its rotary frequencies, the head tied. As in a
+# SmolLM3, one of the two layers has no rotary positions.
 CONFIG: dict[str, Any] = {
-    "model_type": "llama",
+    "model_type": "smollm3",
+    "no_rope_layers": [1, 0],
     "hidden_size": 512,
     "intermediate_size": 1024,
     "num_hidden_layers": 2,

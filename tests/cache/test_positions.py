@@ -1,5 +1,7 @@
 """One token's rotation, computed once for all layers, compared with `mx.fast.rope` and float64."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,16 +15,20 @@ from tests.fakes.tiny import LLAMA3, YARN, tiny_config
 PLACES = (0, 1, 1_000, CLOCK_LIMIT - 1)
 
 
-def made(scaling, head_dim, heads, dtype):
+def made(scaling, head_dim, heads, dtype, part=1.0):
     rope = read_config(tiny_config(rope_scaling=scaling)).rope
+    rope = replace(rope, partial_rotary_factor=part)
     x = mx.random.normal((1, heads, 1, head_dim), key=mx.random.key(head_dim)).astype(dtype)
     return Rope(rope, head_dim), x, inverse_frequencies(rope, head_dim)
 
 
 @pytest.mark.parametrize("scaling", [None, LLAMA3, YARN], ids=["default", "llama3", "yarn"])
-@pytest.mark.parametrize(("head_dim", "heads"), [(2, 1), (8, 3), (64, 12)])
-def test_a_token_is_turned_as_by_the_operation_and_as_in_float64(scaling, head_dim, heads):
-    rope, x, frequencies = made(scaling, head_dim, heads, mx.float32)
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "part"), [(2, 1, 1), (8, 3, 1), (64, 12, 1), (16, 3, 0.75), (8, 3, 0)]
+)
+def test_a_token_is_turned_as_by_the_operation_and_as_in_float64(scaling, head_dim, heads, part):
+    rope, x, frequencies = made(scaling, head_dim, heads, mx.float32, part)
+    assert rope.rotary_dim == part * head_dim
     for place in PLACES:
         position = mx.array([place], mx.int32)
         turned = np.array(rope.token_rotation(position, heads)(x))

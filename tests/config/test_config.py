@@ -136,4 +136,5 @@ def test_accepted_settings_have_the_reference_s_frequencies(spelling, rope, chan
     np.testing.assert_allclose(got, expected, rtol=1e-9)
     rotation = Rope(config.rope, size)
     np.testing.assert_allclose(np.array(rotation.periods), 1 / expected, rtol=1e-6)
-    assert rotation.magnitude == config.rope.attention_factor == pytest.approx(magnitude, rel=1e-12)
+    assert config.rope.attention_factor == pytest.approx(magnitude, rel=1e-12)
+    assert rotation.score_factor == pytest.approx(magnitude**2, rel=1e-12)

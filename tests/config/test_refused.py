@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_stream.config import ARCHITECTURES, Quantization, read_config
+from mlx_stream.config import ARCHITECTURES, READ, Quantization, read_config
 from mlx_stream.errors import ConfigError
 from tests.fakes.configs import read, refused
-from tests.fakes.tiny import LLAMA3, YARN, tiny_config
+from tests.fakes.tiny import LLAMA3, LONGROPE, PHI3, SMOLLM3, YARN, tiny_config
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 SUPPORTED = "default, linear, llama3, yarn"
@@ -68,6 +68,19 @@ ROPES: list[tuple[Any, str]] = [
     ({**LLAMA3, "low_freq_factor": 4.0}, "rope"),
     ({**LLAMA3, "low_freq_factor": 5.0}, "rope"),
 ]
+SHORT = LONGROPE["rope_scaling"]
+PHI3S: list[tuple[dict[str, Any], str]] = [
+    *(({"partial_rotary_factor": value}, "partial_rotary_factor") for value in (0, "1", 1.25, 0.7)),
+    ({"partial_rotary_factor": 0.5}, "short_factor has 6 .* need 4"),
+    ({"rope_scaling": {**SHORT, "partial_rotary_factor": 0.5}}, "disagree"),
+    *(
+        ({"rope_scaling": {**SHORT, "short_factor": value}}, "short_factor")
+        for value in (None, 1.0, [], [1.0] * 5, [1.0] * 5 + ["1"], [1.0] * 5 + [0], [math.nan] * 6)
+    ),
+    ({"rope_scaling": {**SHORT, "attention_factor": 0}}, "attention_factor"),
+    ({"original_max_position_embeddings": 1}, "original_max_position_embeddings"),
+]
+UNROTATED = ([1, 0, 1], [1, 0, 1, 2], ["1"] * 4, [[1]] * 4, 4, "1010")
 # Unsupported quantization.
 QUANTIZATIONS: list[tuple[Any, str]] = [
     ({"group_size": 64}, "bits is missing"),
@@ -85,7 +98,15 @@ QUANTIZATIONS: list[tuple[Any, str]] = [
     (4, "object"),
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    *((change | {"model_type": kind}, why) for kind in ARCHITECTURES for change, why in COMPUTED),
+    *(
+        (change | {"model_type": kind}, why)
+        for kind in ARCHITECTURES
+        for change, why in COMPUTED
+        if not change.keys() & set(READ.get(kind, ()))
+    ),
+    *(({**PHI3, **LONGROPE, **change}, why) for change, why in PHI3S),
+    *(({**SMOLLM3, "no_rope_layers": value}, "no_rope_layers") for value in UNROTATED),
+    ({**SMOLLM3, "no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
     *(({"model_type": kind}, "supported: llama, mistral") for kind in ("gemma2", "Llama", "a\nb")),
     *(({"model_type": value}, "model_type must be text") for value in (3, ["llama"], True, {})),
     *(({key: None}, rf"\b{key} is missing") for key in REQUIRED),

@@ -21,7 +21,10 @@ FAR = 2**62
 
 @dataclass(frozen=True)
 class Shape:
-    """The parameters of a cache under test."""
+    """The parameters of a cache under test.
+
+    Layer i rotates the share `parts[i]` of each head; the parts repeat.
+    """
 
     sinks: int = 2
     window: int = 5
@@ -32,27 +35,34 @@ class Shape:
     layers: int = 2
     clock_limit: int = 0
     yarn: bool = False
+    parts: tuple[float, ...] = (1.0,)
     dtype: mx.Dtype = mx.float32
     bits: int | None = None
 
-    def rope(self) -> Rope:
+    def rope(self, part: float) -> Rope:
         if not self.yarn:
-            return Rope(RopeConfig(), self.head_dim)
+            return Rope(RopeConfig(partial_rotary_factor=part), self.head_dim)
         magnitude = rope_inv_freq(self.raw())[1]
         config = RopeConfig(
             rope_type="yarn",
             factor=4.0,
             original_max_position_embeddings=64,
             attention_factor=magnitude,
+            partial_rotary_factor=part,
         )
         return Rope(config, self.head_dim)
 
     def raw(self) -> dict:
         return {"head_dim": self.head_dim} | ({"rope_scaling": YARN} if self.yarn else {})
 
+    def part(self, layer: int) -> float:
+        return self.parts[layer % len(self.parts)]
+
     def attention(self) -> AttentionShape:
         query_heads = self.kv_heads * self.group
-        return AttentionShape(self.layers, query_heads, self.kv_heads, self.head_dim, self.rope())
+        ropes = {part: self.rope(part) for part in self.parts}
+        by_layer = tuple(ropes[self.part(layer)] for layer in range(self.layers))
+        return AttentionShape(query_heads, self.kv_heads, self.head_dim, by_layer)
 
     def cache(self) -> StreamCache:
         cache = StreamCache(
@@ -69,7 +79,6 @@ class Shape:
         return cache
 
     def slow(self) -> list[SlowAttention]:
-        inv_freq, magnitude = rope_inv_freq(self.raw())
         return [
             SlowAttention(
                 self.sinks,
@@ -79,8 +88,20 @@ class Shape:
                 self.spare,
                 magnitude,
             )
-            for _ in range(self.layers)
+            for inv_freq, magnitude in map(self.frequencies, range(self.layers))
         ]
+
+    def frequencies(self, layer: int) -> tuple[np.ndarray, float]:
+        """A layer's frequencies, and its factor where the cache applies it: on whole heads."""
+        part = self.part(layer)
+        if part == 0:
+            return np.zeros(0), 1.0
+        inv_freq, magnitude = rope_inv_freq({**self.raw(), "partial_rotary_factor": part})
+        return inv_freq, magnitude if part == 1 else 1.0
+
+
+# Of each head: all, all but in the second layer, half, and half and none in turn.
+PARTS = [(1.0,), (1.0,), (1.0, 0.0), (0.5,), (0.5, 0.0)]
 
 
 shapes = st.builds(
@@ -90,10 +111,11 @@ shapes = st.builds(
     spare=st.integers(0, 8),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    head_dim=st.sampled_from([2, 8, 16]),
+    head_dim=st.sampled_from([4, 8, 16]),
     layers=st.integers(1, 2),
     clock_limit=st.sampled_from([0, 0, 60, 150, 2**14]),
     yarn=st.booleans(),
+    parts=st.sampled_from(PARTS),
 )
 
 
@@ -108,6 +130,7 @@ quantized_shapes = st.builds(
     layers=st.just(1),
     clock_limit=st.sampled_from([0, 0, 150, 2**14]),
     yarn=st.booleans(),
+    parts=st.sampled_from([(1.0,), (0.5,), (0.0,)]),
     bits=st.sampled_from([4, 8]),
 )
 
@@ -143,7 +166,7 @@ class Twins:
     def _take(self, step: Any, count: int, compare: Callable[[int], bool]) -> None:
         assert step.count == count <= step.rows
         heads = [self.heads(step.rows) for _ in range(self.shape.layers)]
-        seen = [self.seen(new) for new in heads]
+        seen = [self.seen(layer, new) for layer, new in enumerate(heads)]
         outs = [step.attend(layer, new) for layer, new in enumerate(heads)]
         self.cache.commit(step)
         mx.eval(outs, self.cache.arrays())
@@ -158,9 +181,9 @@ class Twins:
         for one in (self.cache, *self.slow) if count else ():
             one.evict(count)
 
-    def seen(self, heads: mx.array) -> mx.array:
+    def seen(self, layer: int, heads: mx.array) -> mx.array:
         """Return queries, keys and values as they are attended to: rounded by the ring's bits."""
-        cache, rope = self.cache, self.cache.shape.rope
+        cache, rope = self.cache, self.cache.shape.ropes[layer]
         if self.shape.bits is None:
             return heads
         queries, rest = cache.shape.query_heads, cache.shape.query_heads + cache.shape.kv_heads

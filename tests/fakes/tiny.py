@@ -47,6 +47,27 @@ MINISTRAL3 = {
 }
 QWEN2 = {"model_type": "qwen2"}
 QWEN3 = {"model_type": "qwen3"}
+PHI3 = {"model_type": "phi3"}
+LONGROPE = {
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+        "long_factor": [2.0, 2.2, 2.6, 3.2, 4.0, 5.0],
+    },
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 128,
+}
+SMOLLM3 = {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
+# Of each family a model in which all that sets it apart counts.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_scaling": LLAMA3, "attention_bias": True, "mlp_bias": True},
+    "mistral": MISTRAL,
+    "ministral3": MINISTRAL3,
+    "qwen2": QWEN2,
+    "qwen3": {**QWEN3, "rope_scaling": YARN},
+    "phi3": {**PHI3, **LONGROPE},
+    "smollm3": {**SMOLLM3, "rope_scaling": YARN},
+}
 
 
 def tiny_config(**overrides) -> dict:
@@ -114,12 +135,16 @@ def tiny_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
             ("v", kv_heads * head_dim, 1.0),
         ):
             linear(f"{layer}.self_attn.{part}_proj", rows, hidden, scale=scale, bias=qkv_biased)
+        if config["model_type"] == "phi3":
+            _fuse(weights, f"{layer}.self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj")
         linear(f"{layer}.self_attn.o_proj", hidden, heads * head_dim, scale=2.0, bias=biased)
         for part in "qk" if config["model_type"] == "qwen3" else "":
             normal(f"{layer}.self_attn.{part}_norm.weight", head_dim, scale=0.3, mean=1.0)
         biased = bool(config.get("mlp_bias"))
         linear(f"{layer}.mlp.gate_proj", inner, hidden, scale=1.0, bias=biased)
         linear(f"{layer}.mlp.up_proj", inner, hidden, scale=1.0, bias=biased)
+        if config["model_type"] == "phi3":
+            _fuse(weights, f"{layer}.mlp", ("gate_proj", "up_proj"), "gate_up_proj")
         linear(f"{layer}.mlp.down_proj", hidden, inner, scale=1.0, bias=biased)
         normal(f"{layer}.input_layernorm.weight", hidden, scale=0.1, mean=1.0)
         normal(f"{layer}.post_attention_layernorm.weight", hidden, scale=0.1, mean=1.0)
@@ -127,6 +152,12 @@ def tiny_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     if not config.get("tie_word_embeddings"):
         linear("lm_head", vocab, hidden, scale=2.0)
     return weights
+
+
+def _fuse(weights: dict[str, np.ndarray], path: str, parts: tuple[str, ...], name: str) -> None:
+    """Store matrices as one, as a Phi-3's checkpoint has them."""
+    matrices = [weights.pop(f"{path}.{part}.weight") for part in parts]
+    weights[f"{path}.{name}.weight"] = np.concatenate(matrices)
 
 
 def stored_as(weights: dict[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:

@@ -61,7 +61,7 @@ operations = st.lists(
 @given(st.integers(0, 5), st.integers(1, 12), st.integers(0, 6), operations)
 def test_attended_ids_are_those_the_cache_attends(sinks, window, spare, operations):
     rope = Rope(read_config(tiny_config()).rope, 2)
-    shape = AttentionShape(1, 1, 1, 2, rope)
+    shape = AttentionShape(1, 1, 2, (rope,))
     cache = StreamCache(shape, sinks, window, spare, clock_limit=0)
     stream = TokenStream(ONLY_IDS, cache)
     text: list[int] = []  # the id of each token, by its number

@@ -13,17 +13,24 @@ from mlx_stream.load import Model
 from mlx_stream.window import bounded_windows
 from tests.fakes.peer import peer_of
 from tests.fakes.tiny import (
+    FAMILIES,
     LLAMA3,
+    LONGROPE,
     MINISTRAL3,
     MISTRAL,
+    PHI3,
     QWEN2,
     QWEN3,
+    SMOLLM3,
     YARN,
     tiny_config,
     tiny_weights,
 )
 from tests.fakes.tiny_models import all_logits, make, some_ids, tensors_of
 from tests.reference import SlowLlama
+
+LONGROPE_6 = LONGROPE["rope_scaling"]
+LONGROPE_WHOLE = LONGROPE_6 | {"short_factor": [1.0 + i / 8 for i in range(8)]}
 
 
 def read_in_all_ways(model: Model, ids: list[int]) -> Iterable[np.ndarray]:
@@ -69,6 +76,12 @@ def read_in_all_ways(model: Model, ids: list[int]) -> Iterable[np.ndarray]:
         QWEN3,
         {**QWEN3, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": 32},
         {**QWEN3, "num_key_value_heads": 4, "rope_theta": 1e6, "rms_norm_eps": 1e-2},
+        PHI3,
+        {**PHI3, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": None},
+        {**PHI3, "partial_rotary_factor": 0.5, "num_key_value_heads": 4},
+        SMOLLM3,
+        {**SMOLLM3, "tie_word_embeddings": True, "num_key_value_heads": 1, "head_dim": None},
+        {**SMOLLM3, "no_rope_layers": None, "attention_bias": True, "rope_theta": 5e6},
     ],
     ids=str,
 )
@@ -92,6 +105,10 @@ def test_dense_and_wide_streams_equal_mlx_lm(changes):
         {**MISTRAL, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
         {**QWEN2, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
         {**QWEN3, "attention_bias": True},
+        {**PHI3, **LONGROPE},
+        {**PHI3, **LONGROPE, "num_key_value_heads": 1, "original_max_position_embeddings": 400},
+        {**PHI3, "rope_scaling": LONGROPE_WHOLE, "original_max_position_embeddings": 128},
+        {**SMOLLM3, "rope_scaling": YARN},
     ],
     ids=str,
 )
@@ -170,6 +187,38 @@ def test_each_part_of_a_family_changes_the_logits(changes, part):
     assert np.abs(whole - without).max() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [
+        (
+            {**PHI3, **LONGROPE},
+            {"rope_scaling": {**LONGROPE["rope_scaling"], "short_factor": [1.0] * 6}},
+        ),
+        (
+            {**PHI3, **LONGROPE},
+            {"rope_scaling": {**LONGROPE["rope_scaling"], "attention_factor": 1.0}},
+        ),
+        ({**PHI3, "partial_rotary_factor": 0.75}, {"partial_rotary_factor": 1.0}),
+        (SMOLLM3, {"no_rope_layers": [1, 1, 1, 1]}),
+        ({**SMOLLM3, "no_rope_layers": None}, {"no_rope_layers": [1, 1, 1, 1]}),
+    ],
+    ids=str,
+)
+def test_each_setting_of_positions_changes_the_logits(changes, other):
+    raws = tiny_config(**changes), tiny_config(**{**changes, **other})
+    models = (make(raw, tensors_of(raw)) for raw in raws)
+    found, without = (all_logits(model, model.new_cache(4, 60), TEXT, 37) for model in models)
+    assert np.abs(found - without).max() > 0.1
+
+
+def test_longrope_bounds_sinks_and_window():
+    """Within the original context of 128 places the short factors hold; beyond, the long ones."""
+    raw = tiny_config(**PHI3, **LONGROPE)
+    model, notices = make(raw, tensors_of(raw)), []
+    assert model.resolve_window(4, 200, notices.append) == (4, 124) and len(notices) == 1
+    assert model.resolve_window(4, None, notices.append) == (4, 124)
+
+
 # -- C: a stream, against the reference -----------------------------------------------------------
 
 TEXT = some_ids(300, seed=7)
@@ -201,20 +250,13 @@ def test_streams_equal_the_reference(tiny_model, sinks, window, chunk):
     assert cache.evicted == 300 - sinks - window
 
 
-@pytest.mark.parametrize("chunk", [1, 50])
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rope_scaling": YARN, "attention_bias": True, "num_key_value_heads": 1},
-        MINISTRAL3,
-        QWEN2,
-        {**QWEN3, "rope_scaling": YARN},
-    ],
-    ids=str,
-)
-def test_models_stream_over_reanchorings(changes, chunk):
-    raw = tiny_config(**changes)
-    expected = SlowLlama(raw, tiny_weights(raw), 3, 20).logits(TEXT)
+@pytest.mark.parametrize(("sinks", "chunk"), [(0, 1), (1, 7), (4, 37), (4, 128)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_stream_over_reanchorings(family, sinks, chunk):
+    raw = tiny_config(**FAMILIES[family])
+    expected = SlowLlama(raw, tiny_weights(raw), sinks, 20).logits(TEXT)
     model = make(raw, tensors_of(raw))
-    cache = StreamCache(model.attention, 3, 20, clock_limit=0)
-    np.testing.assert_allclose(all_logits(model, cache, TEXT, chunk), expected, atol=1e-3)
+    cache = StreamCache(model.attention, sinks, 20, clock_limit=0)
+    logits = all_logits(model, cache, TEXT, chunk)
+    np.testing.assert_allclose(logits, expected, atol=1e-3)
+    np.testing.assert_allclose(nll(logits), nll(expected), atol=2e-3)

@@ -66,6 +66,8 @@ OTHERWISE: dict[str, Any] = {
     "rope_type": "linear",
     "rope": RopeConfig(rope_theta=20_000.0),
     "sliding_window": 99,
+    "unrotated_layers": (1,),
+    "short_factor": (1.5,),
     "position_limit": 99,
     "quantization": {"": Quantization(32, 4, "affine")},
 }

@@ -25,8 +25,10 @@ from tests.fakes.shell import edit
 from tests.fakes.tiny import (
     LLAMA3,
     MISTRAL,
+    PHI3,
     QWEN2,
     QWEN3,
+    SMOLLM3,
     YARN,
     tiny_config,
     tiny_weights,
@@ -46,6 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "phi3": PHI3,
+    "smollm3": SMOLLM3,
 }
 IDS = some_ids(90)
 

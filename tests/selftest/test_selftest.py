@@ -98,8 +98,8 @@ def holding_a_buffer(right: Any) -> Any:
 def tracing_a_number_that_grows(right: Any) -> Any:
     def wrong(shape: AttentionShape, *rest: Any) -> DecodeStep:
         step = right(shape, *rest)
-        growing = shape.layers + rest[-1].position.length
-        step.kind = replace(step.kind, shape=replace(shape, layers=growing))
+        growing = shape.ropes + shape.ropes[:1] * rest[-1].position.length
+        step.kind = replace(step.kind, shape=replace(shape, ropes=growing))
         return step
 
     return wrong

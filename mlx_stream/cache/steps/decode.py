@@ -1,5 +1,6 @@
 """One token: it is written into its row, then attends over the buffer in any order of rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from mlx_stream.cache.attention import AttentionShape
 from mlx_stream.cache.geometry import Geometry
-from mlx_stream.cache.positions import TokenRotation
+from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.sinks import place_sinks
 from mlx_stream.cache.storage import CacheState, Rows, RowStorage, write_rows
 
@@ -63,7 +64,7 @@ class DecodeStep:
     ):
         self.kind, self.arrays = kind, arrays
         self.is_sink, self.sinks_at = is_sink, sinks_at
-        self.rotation: TokenRotation | None = None
+        self.rotations: dict[Rope, Callable[[mx.array], mx.array]] = {}
         self.turned_sinks: mx.array | None = None
         self.mask: mx.array | None = arrays.get("mask")
         self.keys: list[Rows] = []
@@ -109,13 +110,14 @@ class DecodeStep:
         plain, new_values = mx.split(heads, [heads.shape[1] - shape.kv_heads], axis=1)
         if self.is_sink:
             self.new_sinks.append(plain[:, shape.query_heads :])
-        if self.rotation is None:
-            self.rotation = shape.rope.token_rotation(arrays["position"], plain.shape[1])
-        queries, new_keys = mx.split(self.rotation(plain), [shape.query_heads], axis=1)
+        rope = shape.ropes[layer]
+        if rope not in self.rotations:
+            self.rotations[rope] = rope.token_rotation(arrays["position"], plain.shape[1])
+        queries, new_keys = mx.split(self.rotations[rope](plain), [shape.query_heads], axis=1)
         keys, values = arrays["keys"][layer], arrays["values"][layer]
         if kind.sinks:
             if self.turned_sinks is None:
-                self.turned_sinks = shape.rope.rotate(arrays["sinks"], arrays["sinks_at"])
+                self.turned_sinks = shape.rotate_layers(arrays["sinks"], arrays["sinks_at"])
             keys = write_rows(keys, self.turned_sinks[layer : layer + 1], [(0, kind.sinks, 0)])
         keys = mx.slice_update(keys, new_keys, arrays["row"], axes=(2,))
         values = mx.slice_update(values, new_values, arrays["row"], axes=(2,))
@@ -126,7 +128,7 @@ class DecodeStep:
         if kind.spare and self.mask is None:
             self.mask = kind.attended_mask(arrays["row"])
         return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=shape.scale, mask=self.mask
+            queries, keys, values, scale=shape.scale(layer), mask=self.mask
         )
 
     def finish(self, keys: list[Rows], values: list[Rows]) -> None:

@@ -56,7 +56,7 @@ class PrefillStep:
     def _prepare_sinks(self, sinks: mx.array, first: int) -> None:
         geometry, old = self.geometry, self.geometry.window - 1
         self.far = old + geometry.sinks
-        self.sink_keys = self.shape.rope.rotate(sinks, mx.array([0], mx.int32))
+        self.sink_keys = self.shape.rotate_layers(sinks, mx.array([0], mx.int32))
         self.ring_segments = geometry.segments(first - old, old)
         self.blocks = geometry.blocks(self.rows)
         self.masks = []
@@ -66,7 +66,7 @@ class PrefillStep:
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         shape, split = self.shape, heads.shape[1] - self.shape.kv_heads
-        turned = shape.rope.rotate(heads[:, :split], self.position)
+        turned = shape.ropes[layer].rotate(heads[:, :split], self.position)
         queries, new_keys = turned[:, : shape.query_heads], turned[:, shape.query_heads :]
         new_values = heads[:, split:]
         if self.captured_sinks > 0:
@@ -84,7 +84,7 @@ class PrefillStep:
                 seen_keys = mx.concatenate([keys, seen_keys], axis=2)
                 seen_values = mx.concatenate([values, seen_values], axis=2)
             out = mx.fast.scaled_dot_product_attention(
-                queries, seen_keys, seen_values, scale=shape.scale, mask=self.mask
+                queries, seen_keys, seen_values, scale=shape.scale(layer), mask=self.mask
             )
         self.keys.append(self.storage.write(self.old_keys[layer], new_keys, self.segments))
         self.values.append(self.storage.write(self.old_values[layer], new_values, self.segments))
@@ -98,15 +98,15 @@ class PrefillStep:
         new_keys: mx.array,
         new_values: mx.array,
     ) -> mx.array:
-        shape, sinks = self.shape, self.geometry.sinks
+        shape, sinks, scale = self.shape, self.geometry.sinks, self.shape.scale(layer)
         sink_keys = self.sink_keys[layer : layer + 1]
         sink_values = self.storage.read(self.old_values[layer], 0, sinks, plain)
         ring_keys, ring_values = self._buffer(layer, sinks, plain)
         # The scores in the mask are float32 in any model: half precision would round the sinks'
         # scores, which are the largest, far more than those of the ring.
-        far = shape.rope.rotate_all(plain, self.far).astype(mx.float32)
+        far = shape.ropes[layer].rotate_all(plain, self.far).astype(mx.float32)
         grouped = far.reshape(1, shape.kv_heads, -1, far.shape[-1])
-        scores = (grouped * shape.scale) @ sink_keys.astype(mx.float32).swapaxes(-1, -2)
+        scores = (grouped * scale) @ sink_keys.astype(mx.float32).swapaxes(-1, -2)
         scores = scores.reshape(1, shape.query_heads, self.rows, sinks)
         queries = queries.astype(mx.float32)
         keys = self._columns(ring_keys, mx.zeros_like(sink_keys), new_keys)
@@ -124,7 +124,7 @@ class PrefillStep:
                     queries[:, :, block.start : block.stop],
                     keys[:, :, seen],
                     values[:, :, seen],
-                    scale=shape.scale,
+                    scale=scale,
                     mask=mask,
                 )
             )
@@ -140,6 +140,6 @@ class PrefillStep:
         """Return the old keys and values from row `start` on."""
         keys = self.storage.read(self.old_keys[layer], start, self.prefix_rows, new)
         if self.old_clock_mask is not None:
-            turned = self.shape.rope.rotate_all(keys, self.clock_offset, backwards=True)
+            turned = self.shape.ropes[layer].rotate_all(keys, self.clock_offset, backwards=True)
             keys = mx.where(self.old_clock_mask[start:], turned, keys)
         return keys, self.storage.read(self.old_values[layer], start, self.prefix_rows, new)

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from mlx_stream.cache.attention import AttentionShape
 from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry
+from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.sinks import place_sinks
 from mlx_stream.cache.storage import CacheState, QuantizedRows, QuantizedStorage
 
@@ -51,13 +52,14 @@ class QuantizedDecodeStep:
         plain = heads[:, : shape.query_heads]
         if self.is_sink:
             self.new_sinks.append(heads[:, shape.query_heads : split])
-        turned = shape.rope.rotate(heads[:, :split], self.position)
+        rope = shape.ropes[layer]
+        turned = rope.rotate(heads[:, :split], self.position)
         keys = self._put(self.old_keys[layer], turned[:, shape.query_heads :])
         values = self._put(self.old_values[layer], heads[:, split:])
         self.keys.append(keys)
         self.values.append(values)
-        scores = self._scores(self._group_heads(turned[:, : shape.query_heads]), plain, keys)
-        scores = scores * shape.scale
+        scores = self._scores(rope, self._group_heads(turned[:, : shape.query_heads]), plain, keys)
+        scores = scores * shape.scale(layer)
         if self.mask is not None:
             scores = mx.where(self.mask, scores, NOT_ATTENDED)
         weights = mx.softmax(scores, axis=-1, precise=True)
@@ -68,7 +70,9 @@ class QuantizedDecodeStep:
         shape = (1, self.shape.kv_heads, -1, queries.shape[-1])
         return queries.reshape(shape).astype(mx.float32)
 
-    def _scores(self, queries: mx.array, plain: mx.array, keys: QuantizedRows) -> mx.array:
+    def _scores(
+        self, rope: Rope, queries: mx.array, plain: mx.array, keys: QuantizedRows
+    ) -> mx.array:
         """Return (1, K, H / K, sinks + ring) before scaling."""
         parts = []
         if self.sinks:
@@ -77,7 +81,7 @@ class QuantizedDecodeStep:
         if self.ring:
             ring = self.storage.scores(queries, keys, self.ring)
             if self.old_clock_mask is not None:
-                further = self._group_heads(self.shape.rope.rotate(plain, self.old_clock_position))
+                further = self._group_heads(rope.rotate(plain, self.old_clock_position))
                 older = self.storage.scores(further, keys, self.ring)
                 ring = mx.where(self.old_clock_mask, older, ring)
             parts.append(ring)

@@ -17,7 +17,7 @@ def place_sinks(
     clock = geometry.sinks_clock(state.position, token)
     if geometry.sinks == 0 or clock == state.position.sinks_at:
         return state.keys, state.position.sinks_at
-    turned = shape.rope.rotate(state.sinks, mx.array([clock], mx.int32))
+    turned = shape.rotate_layers(state.sinks, mx.array([clock], mx.int32))
     segments = [(0, geometry.sinks, 0)]
     placed = [
         storage.write(keys, turned[layer : layer + 1], segments)

@@ -86,7 +86,7 @@ class VerifyStep:
             self._prepare_sinks(state.sinks.astype(mx.float32))
 
     def _prepare_sinks(self, sink_keys: mx.array) -> None:
-        rotate, sinks = self.shape.rope.rotate, sink_keys.shape[2]
+        rotate, sinks = self.shape.rotate_layers, sink_keys.shape[2]
         # Rotated again, because reading the buffer's own rows here would copy the buffer.
         placed = rotate(sink_keys, mx.array([self.sinks_at], mx.int32))
         first = rotate(sink_keys, mx.array([0], mx.int32))
@@ -97,7 +97,7 @@ class VerifyStep:
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
         shape, split = self.shape, heads.shape[1] - self.shape.kv_heads
-        turned = shape.rope.rotate(heads[:, :split], self.position)
+        turned = shape.ropes[layer].rotate(heads[:, :split], self.position)
         queries = turned[:, : shape.query_heads]
         keys = self._put(self.old_keys[layer], turned[:, shape.query_heads :])
         values = self._put(self.old_values[layer], heads[:, split:])
@@ -109,14 +109,14 @@ class VerifyStep:
         if self.prefix_rows < keys.shape[2]:
             keys, values = keys[:, :, : self.prefix_rows], values[:, :, : self.prefix_rows]
         return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=shape.scale, mask=mask
+            queries, keys, values, scale=shape.scale(layer), mask=mask
         )
 
     def _correct_sinks(self, layer: int, plain: mx.array, queries: mx.array) -> mx.array:
         """Return an additive mask (1, H, T, N) that corrects the sinks' scores."""
         shape = self.shape
-        far = shape.rope.rotate_all(plain, self.far)
-        both = mx.concatenate([queries, far], axis=-1).astype(mx.float32) * shape.scale
+        far = shape.ropes[layer].rotate_all(plain, self.far)
+        both = mx.concatenate([queries, far], axis=-1).astype(mx.float32) * shape.scale(layer)
         grouped = both.reshape(1, shape.kv_heads, -1, both.shape[-1])
         scores = grouped @ self.sink_difference[layer : layer + 1]
         scores = scores.reshape(1, shape.query_heads, self.rows, -1)

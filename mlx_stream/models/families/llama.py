@@ -1,4 +1,7 @@
-"""Llama (arXiv 2302.13971, 2407.21783), as transformers' `LlamaForCausalLM` computes it."""
+"""Llama (arXiv 2302.13971, 2407.21783) and SmolLM3, as transformers computes them.
+
+Which layers of a SmolLM3 have no rotary positions is in the configuration.
+"""
 
 from mlx_stream.config import ModelConfig
 from mlx_stream.models.layers import CausalLM, LayerSpec, Weights
