@@ -1,6 +1,7 @@
 """`doctor --self-test`: every check holds here, and fails when the code it checks is broken."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -95,11 +96,12 @@ def holding_a_buffer(right: Any) -> Any:
     return wrong
 
 
-def tracing_a_number_that_grows(right: Any) -> Any:
+def tracing_what_is_new_each_time(right: Any) -> Any:
     def wrong(shape: AttentionShape, *rest: Any) -> DecodeStep:
         step = right(shape, *rest)
-        growing = shape.ropes + shape.ropes[:1] * rest[-1].position.length
-        step.kind = replace(step.kind, shape=replace(shape, ropes=growing))
+        new = {rope: copy(rope) for rope in shape.ropes}
+        ropes = tuple(new[rope] for rope in shape.ropes)
+        step.kind = replace(step.kind, shape=replace(shape, ropes=ropes))
         return step
 
     return wrong
@@ -149,7 +151,7 @@ FAULTS: dict[str, Fault] = {
     "not turned back": (streams.places, Rope, "rotate_all", rotated_too_far),
     "a chunk that sees too much": (streams.chunks, Geometry, "blocks", mask_of_too_much),
     "a buffer that is held": (streams.in_place, StreamCache, "commit", holding_a_buffer),
-    "traced again": (streams.traced_once, DecodeStep, "plan", tracing_a_number_that_grows),
+    "traced again": (streams.traced_once, DecodeStep, "plan", tracing_what_is_new_each_time),
     "another state": (streams.snapshot_restores, snapshot, "load_snapshot", swapping_values),
     "draws without their key": (
         *(streams.seeds, mx.random, "categorical"),
