@@ -52,6 +52,7 @@ class ActiveTurn:
             reply_ids=tuple(self.reply.ids[:kept]),
             rest=rest,
             finish=self.reply.finish,
+            thinking=self.reply.thinking,
         )
         return replace(self.turn, exchange=exchange)
 

@@ -24,7 +24,7 @@ class Exchange:
 
     Attributes:
         question: the text as it was asked.
-        reply: the text as it was shown.
+        reply: the answer as it was shown.
         closing_ids: read before the question to close the previous exchange. They are evicted
             together with that exchange.
         question_ids: the question as the template renders it, up to where the model answers.
@@ -32,6 +32,7 @@ class Exchange:
         rest: the end of the reply that `reply_ids` do not cover, for example because a stop string
             began inside a token.
         finish: how the reply ended: `end`, `stop`, `length` or `interrupted`.
+        thinking: the text of the model's thinking, whose ids are among `reply_ids`.
         settled_ids: the exchange as the template renders it once the next question is there. None
             if these are the ids that were read.
     """
@@ -44,6 +45,7 @@ class Exchange:
     rest: str = ""
     finish: str = "end"
     settled_ids: tuple[int, ...] | None = None
+    thinking: str = ""
 
     @property
     def ids(self) -> tuple[int, ...]:

@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.settle import common_prefix
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.program.notices import Notify
+from mlx_stream.text.pieces import ReplyDecoder
 from mlx_stream.text.template.chat_template import (
     ChatTemplate,
     Message,
@@ -24,6 +26,7 @@ from mlx_stream.text.template.chat_template import (
     system_turn,
     user,
 )
+from mlx_stream.text.thinking import ThinkingRules
 from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.
@@ -82,11 +85,34 @@ class PromptBuilder:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The ids that end a reply.
+        """The ids that end a reply wherever they come.
 
-        All special tokens do: otherwise the model could open a turn that no template renders.
+        All special tokens do but those around thinking: otherwise the model could open a turn that
+        no template renders.
         """
-        return self.tokenizer.eos_ids | self.tokenizer.special_ids
+        return self.tokenizer.eos_ids | (self.tokenizer.special_ids - self.thinking_ids)
+
+    @cached_property
+    def thinking_ids(self) -> frozenset[int]:
+        """The special tokens around a model's thinking."""
+        texts = self.template.style.texts if self.template.style else ""
+        names = [name for name in self.tokenizer.special_texts if name in texts]
+        return frozenset(id for name in names for id in self.tokenizer.encode(name, special=False))
+
+    def thinking_rules(self, limit: int) -> ThinkingRules:
+        """Return what a reply may hold whose thinking has at most `limit` ids."""
+        style = self.template.style
+        if not style:
+            return ThinkingRules()
+        ends = (self.tokenizer.encode(name, special=False) for name in style.ends)
+        cut = self.encode(style.cut, behind_text=True)
+        inside = self.template.thinks_first
+        return ThinkingRules(style, inside, frozenset(chain(*ends)), tuple(cut), limit)
+
+    def reply_decoder(self, stop: Sequence[str], limit: int) -> ReplyDecoder:
+        """Return a decoder of a reply whose thinking has at most `limit` ids."""
+        decoder = self.tokenizer.decoder(self.thinking_ids)
+        return ReplyDecoder(decoder, stop, thinking=self.thinking_rules(limit))
 
     def accepts(self, reply_ids: Sequence[int]) -> bool:
         """Return whether a reply can consist of these ids."""
@@ -123,9 +149,11 @@ class PromptBuilder:
         """
         if not self.template.rewrites:
             return exchange
-        text = self._settled_text(exchange.question, exchange.reply, first)
-        head = self._settled_text(exchange.question, PROBES[0], first).removesuffix(PROBES[0])
-        sampled = None
+        text, probed = (
+            self._settled_text(exchange.question, reply, exchange.thinking, first)
+            for reply in (exchange.reply, PROBES[0])
+        )
+        head, sampled = probed.removesuffix(PROBES[0]), None
         if text.startswith(head) and not exchange.rest:
             sampled = self._last_ids(exchange, text[len(head) :].replace(MARK, ""))
         ids = self._ids(text, first) if sampled is None else (*self._ids(head, first), *sampled)
@@ -160,11 +188,19 @@ class PromptBuilder:
 
     def _encode_exchange(self, exchange: Exchange, rest: str | None, first: bool) -> Exchange:
         closing, question = self.question(exchange.question, rest, first)
-        ids = exchange.reply_ids
-        if not self.accepts(ids) or self.tokenizer.decode(ids) + exchange.rest != exchange.reply:
-            exchange = replace(exchange, reply_ids=(), rest=exchange.reply)
+        if not self._is_reply_of(exchange):
+            rest = self.template.written(exchange.reply, exchange.thinking)
+            exchange = replace(exchange, reply_ids=(), rest=rest)
         exchange = replace(exchange, closing_ids=closing, question_ids=question)
         return self.settle(exchange, first)
+
+    def _is_reply_of(self, exchange: Exchange) -> bool:
+        """Return whether this model would read an exchange's ids as its texts."""
+        if not self.accepts(exchange.reply_ids):
+            return False
+        reply = self.reply_decoder((), 0)
+        text = "".join(reply.add(id) for id in exchange.reply_ids) + reply.flush()
+        return (text + exchange.rest, reply.thinking) == (exchange.reply, exchange.thinking)
 
     def open_turn(self) -> OpenTurn:
         """Return the template's texts around a user's text.
@@ -212,10 +248,11 @@ class PromptBuilder:
             return self._before + self.template.turn(question)
         return self.template.opening(self._turn_system, question)
 
-    def _settled_text(self, question: str, reply: str, first: bool) -> str:
-        question, reply = map(self.escape_special_tokens, (question, reply))
-        opens = first and self._before is None
-        whole = self.template.settled(question, reply, self._turn_system, first=opens)
+    def _settled_text(self, question: str, reply: str, thinking: str, first: bool) -> str:
+        texts = map(self.escape_special_tokens, (question, reply, thinking))
+        question, reply, thinking = texts
+        opens, system = first and self._before is None, self._turn_system
+        whole = self.template.settled(question, reply, system, opens, thinking)
         return (self._before or "") + whole if first else whole
 
     def _ids(self, text: str, first: bool) -> tuple[int, ...]:
@@ -239,15 +276,15 @@ class PromptBuilder:
 
     def _last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
         """Return the last ids of a reply that ends with a text; None if no id begins there."""
-        decoder, begin = self.tokenizer.decoder(), len(exchange.reply) - len(text)
-        at, ids = 0, exchange.reply_ids
         if not exchange.reply.endswith(text):
             return None
-        for number, id in enumerate(ids):
-            if at == begin:
-                return ids[number:]
-            at += len(decoder.add(id))
-        return () if not text else None
+        ids, reply = exchange.reply_ids, self.reply_decoder((), 0)
+        for id in ids:
+            reply.add(id)
+        reply.flush()
+        begin = len(reply.text) - len(text)
+        starts = [0, *reply.ends[:-1]]
+        return ids[starts.index(begin) :] if begin in starts else None if text else ()
 
     def _border(self) -> tuple[int, ...]:
         """Return the ids before the first question, if a turn ends there."""

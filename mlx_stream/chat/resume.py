@@ -57,6 +57,8 @@ class SessionOptions:
     kv_bits: int | None = None
     speculate: bool | None = None
     draft: Model | None = None
+    think: bool | None = None
+    reasoning_effort: str | None = None
 
 
 def header_of(name: str) -> SessionHeader | None:

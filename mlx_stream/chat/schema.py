@@ -136,14 +136,15 @@ class StoredTurn:
         exchange, answered = self.exchange, self.state == ANSWERED
         if exchange.finish not in FINISHES:
             raise ValueError(f"finish {exchange.finish!r:.40} is not one of {', '.join(FINISHES)}")
-        check_types(str, exchange.question, exchange.reply, exchange.rest)
+        check_types(str, exchange.question, exchange.reply, exchange.rest, exchange.thinking)
+        thinking = exchange.thinking or None
         settled = None if exchange.settled_ids is None else pack_ids(exchange.settled_ids)
         finish, closing = exchange.finish if answered else None, pack_ids(exchange.closing_ids)
         turn: Row = (self.number, self.state, finish, self.time, closing, settled)
         question, reply = (pack_ids(ids) for ids in (exchange.question_ids, exchange.reply_ids))
         messages: list[Row] = [
             (self.number, 0, "user", exchange.question, None, None, question, None),
-            (self.number, 1, "assistant", exchange.reply, None, None, reply, exchange.rest),
+            (self.number, 1, "assistant", exchange.reply, thinking, None, reply, exchange.rest),
         ]
         return turn, messages[: 1 + answered]
 
@@ -166,7 +167,7 @@ def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
     check_types(int, number)
     missing: Row = (number, -1, "", "", None, None, b"", "")
     question, reply, *_ = (*messages, missing, missing)
-    texts: list[Any] = [question[3], reply[3], reply[7]]
+    texts: list[Any] = [question[3], reply[3], reply[7], reply[4] or ""]
     check_types(str, *texts)
     exchange = Exchange(
         question=texts[0],
@@ -177,6 +178,7 @@ def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
         rest=texts[2],
         finish=finish or "interrupted",
         settled_ids=None if settled is None else unpack_ids(settled),
+        thinking=texts[3],
     )
     return StoredTurn(number, state, exchange, time)
 

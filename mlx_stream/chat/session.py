@@ -71,6 +71,9 @@ class ChatSession:
         on_evict: called after a turn with the numbers of turns and tokens evicted during it.
         template: replaces the model's own template.
         speculate, draft: see `mlx_stream.stream`.
+        think: whether a model that can is to think before it answers. Default: as its template has
+            it.
+        reasoning_effort: how hard it is to think, in its template's words: "low", say.
 
     Attributes:
         recorder: saves the conversation, if set.
@@ -100,10 +103,14 @@ class ChatSession:
         kv_bits: int | None = None,
         speculate: bool | None = None,
         draft: Model | None = None,
+        think: bool | None = None,
+        reasoning_effort: str | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
             raise TemplateError(f"{model.name} has no chat template: use generate, or a chat model")
+        if think is not None or reasoning_effort is not None:
+            template = template.thinking_as(think, reasoning_effort)
         if evict not in ("turn", "token"):
             raise ValueRefused(f"--evict must be turn or token, not {evict!r}")
         self.model, self.template = model, template
@@ -301,7 +308,8 @@ class ChatSession:
     ) -> tuple[int, ReplyDecoder]:
         limit = self.max_tokens if max_tokens is None else check_max_tokens(max_tokens)
         stops = self.stop if stop is None else stop
-        return limit, ReplyDecoder(self.model.tokenizer.decoder(), stops)
+        thinking = max(1, self.cache.geometry.window // 2)
+        return limit, self.prompts.reply_decoder(stops, thinking)
 
     def _turn_steps(
         self, begin: Begin, reply: ReplyDecoder, limit: int, progress: Progress | None
@@ -372,7 +380,8 @@ class ChatSession:
             # In this order an interrupt in between loses no turn: `forget` evicts the rest.
             self.evictor.become_idle(turns)
             empty_ring(self.writer)
-        blank = replace(turns[-1].exchange, reply="", reply_ids=(), rest="", settled_ids=None)
+        asked = turns[-1].exchange
+        blank = Exchange(asked.question, "", asked.closing_ids, asked.question_ids, ())
         return replace(turns[-1], exchange=blank)
 
     def _place(self, exchange: Exchange, number: int, count: int) -> PlacedTurn:

@@ -4,11 +4,12 @@ The driver runs each request and sends its result back (see `requests`), so it d
 compute what.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 
-from mlx_stream.generate.requests import Coroutine, ReadRequest, Want, read_ids
+from mlx_stream.generate.requests import Coroutine, ReadRequest, ReadResult, Want, read_ids
 from mlx_stream.generate.speculative import Writer, choose_verified
 from mlx_stream.generate.stats import Stats
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.sampling import Sampler
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 
@@ -24,9 +25,10 @@ def write_reply(
     make_room: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Coroutine[Piece, Piece]:
-    """Read a prompt and write up to `limit` tokens; return the last piece instead of yielding it.
+    """Read a prompt and write an answer of up to `limit` tokens; return the last piece.
 
-    The last token written is not read, nor is the id in `ends` that ended the reply.
+    The last token written is not read, nor is the id that ended the reply. Thinking has a limit of
+    its own, at which it is ended.
 
     Args:
         make_room: called with 1 before a token is read, as soon as the token is known.
@@ -39,30 +41,39 @@ def write_reply(
     chosen, keys = [sampler.choose(result.logits, tokens.ids.attended)], [sampler.key]
     stats.prompt_tokens += len(prompt)
     stats.prompt_seconds += result.seconds
-    finish, unsent = "", ""
+    finish, unsent, token = "", "", -1
     try:
         while True:
             for at, token in enumerate(chosen, 1):
                 tokens.lookahead = len(chosen) - at
                 sampler.key = keys[at - 1]
-                if token in ends:
+                if token in ends or reply.is_end(token):
                     finish = "end"
                     break
                 stats.reply_tokens += 1
                 stats.decoded_tokens += reply.count > 0
                 unsent = reply.add(token)
-                if reply.stopped or reply.count == limit:
+                if reply.stopped or reply.answer_count == limit:
                     finish = "length"
                     break
                 if make_room and not tokens.lookahead:  # a lookahead token has been read already
                     make_room(1)
-                if unsent:
+                if (thought := reply.take_thinking()) or unsent:
                     count_attended(stats, writer)
-                    yield Piece(unsent)
+                    yield Piece(unsent, thinking=thought)
                     unsent = ""
+                if reply.left(limit) < 1:  # its thinking is too long
+                    break
             if finish:
                 break
-            token, left = chosen[-1], limit - reply.count
+            left = reply.left(limit)
+            if left < 1:
+                result = yield from end_thinking(tokens, token, reply, make_room)
+                assert result.logits is not None
+                chosen, keys = [sampler.choose(result.logits, tokens.ids.attended)], [sampler.key]
+                stats.reply_seconds += result.seconds
+                continue
+            token = chosen[-1]
             guess = speculator.guess(tokens, token, left - 1, ends) if speculator else None
             if guess and guess.ids:
                 result = yield ReadRequest(tokens, [token, *guess.ids], Want.ROWS)
@@ -85,7 +96,22 @@ def write_reply(
     count_attended(stats, writer)
     rest = unsent + reply.flush()
     reply.finish = "stop" if reply.stopped else finish
-    return Piece(rest, reply.finish)
+    return Piece(rest, reply.finish, thinking=reply.take_thinking())
+
+
+def end_thinking(
+    tokens: TokenStream,
+    token: int,
+    reply: ReplyDecoder,
+    make_room: Callable[[int], None] | None,
+) -> Generator[ReadRequest, ReadResult | None, ReadResult]:
+    """Read what ends thinking behind its last token, as if the model had written it."""
+    if tokens.lookahead:
+        tokens.rewind(tokens.lookahead)
+    cut = reply.cut_thinking()
+    if make_room:
+        make_room(1 + len(cut))
+    return (yield from read_ids(tokens, (token, *cut), Want.LOGITS))
 
 
 def count_attended(stats: Stats, writer: Writer) -> None:

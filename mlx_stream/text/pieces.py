@@ -1,9 +1,10 @@
-"""Sampled ids -> final pieces of text, with stop strings detected; independent of streams."""
+"""Sampled ids -> final pieces of text: thinking, answer, stop strings; independent of streams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_stream.errors import ValueRefused
+from mlx_stream.text.thinking import Phase, ThinkingRules
 from mlx_stream.text.tokenizer import StreamDecoder
 
 
@@ -12,9 +13,11 @@ class Piece:
     """A piece of text that is final.
 
     Attributes:
+        text: a part of the answer.
         finish: on the last piece, why the text ended: end, stop or length.
         attended: on the last piece of a conversation's reply, the number of attended tokens.
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
+        thinking: a part of the model's thinking, which is not part of the answer.
     """
 
     text: str
@@ -22,6 +25,7 @@ class Piece:
     attended: int | None = None
     evicted_exchanges: int = 0
     evicted_tokens: int = 0
+    thinking: str = ""
 
 
 class StopMatcher:
@@ -68,14 +72,28 @@ class ReplyDecoder:
 
     With `remember`, `final_ids` tells which ids make up the final text. Without, nothing grows with
     the length of the text.
+
+    Args:
+        thinking: what a model that thinks may write; None for others.
     """
 
-    def __init__(self, decoder: StreamDecoder, stops: str | Sequence[str], remember: bool = True):
+    def __init__(
+        self,
+        decoder: StreamDecoder,
+        stops: str | Sequence[str],
+        remember: bool = True,
+        thinking: ThinkingRules | None = None,
+    ):
         self.decoder, self.matcher, self.remember = decoder, StopMatcher(stops), remember
+        self.rules = thinking or ThinkingRules()
+        self.reader = self.rules.reader()
         self.count = 0
+        self.answer_count = 0  # ids read since the answer began
         self.ids: list[int] = []
         self._decoded = 0  # how many of the ids are in the text
-        self.text = ""  # all decoded text
+        self.text = ""  # all decoded text, thinking and marks included
+        self.answer_at = 0  # where the answer begins in it
+        self._thought = ""  # thinking not yet taken
         self.ends: list[int] = []  # length of the text after each id
         self.final = 0  # length of the text returned
         self.stopped = False
@@ -88,8 +106,36 @@ class ReplyDecoder:
             self.ids.append(token)
         self.count += 1
         text = self._advance(self.decoder.add(token))
+        self.answer_count += self.reader.phase is Phase.ANSWER
         self._decoded = len(self.ids)
         return text
+
+    def take_thinking(self) -> str:
+        """Return the thinking that became final since the last call."""
+        thought, self._thought = self._thought, ""
+        return thought
+
+    @property
+    def thinking(self) -> str:
+        """All the thinking, without whitespace around it."""
+        return self.reader.thinking.strip()
+
+    def left(self, limit: int) -> int:
+        """Return how many more ids may come: of an answer of `limit` ids, or of its thinking."""
+        if self.reader.phase is Phase.THINKING:
+            return self.rules.limit - self.count
+        return limit - self.answer_count
+
+    def cut_thinking(self) -> tuple[int, ...]:
+        """End the thinking, and return the ids for that; what follows is the answer."""
+        for id in self.rules.cut:
+            self.add(id)
+        self.reader.phase = Phase.ANSWER
+        return self.rules.cut
+
+    def is_end(self, token: int) -> bool:
+        """Return whether an id ends the answer that it follows, apart from those that always do."""
+        return token in self.rules.ends and self.reader.phase is Phase.ANSWER
 
     def flush(self) -> str:
         """Return the text held back; no more ids come."""
@@ -97,7 +143,7 @@ class ReplyDecoder:
             return ""
         if self._decoded != len(self.ids):
             self._decode_again()
-        text = self._advance(self.decoder.flush()) if self.count else ""
+        text = self._advance(self.decoder.flush(), last=True) if self.count else ""
         if self.stopped:
             return text
         rest = self.matcher.flush()
@@ -124,18 +170,17 @@ class ReplyDecoder:
         return self._ids_within(start), self.text[start:final]
 
     def final_text(self, trim: bool = False) -> str:
-        """Return the final text."""
-        text = self.text[: self.final] if self.stopped else self.text
+        """Return the final answer."""
+        text = self.text[self.answer_at : self.final if self.stopped else None]
         return text.rstrip() if trim else text
 
     def _decode_again(self) -> None:
         """Decode all ids once more: an interrupt cut `add` short."""
         self.decoder.flush()
-        text, ends = "", []
+        self.text, self.ends, self.reader = "", [], self.rules.reader()
         for token in self.ids:
-            text += self.decoder.add(token)
-            ends.append(len(text))
-        self.text, self.ends = text, ends
+            self._read(self.decoder.add(token))
+            self.ends.append(len(self.text))
         self.count = self._decoded = len(self.ids)
 
     def _end(self, count: int) -> int:
@@ -145,13 +190,27 @@ class ReplyDecoder:
         """Return the fewest ids whose text has at least this length."""
         return next(k for k in range(len(self.ids) + 1) if self._end(k) >= length)
 
-    def _advance(self, text: str) -> str:
-        if self.remember:
-            self.text += text
-            if self.ids:
-                self.ends[len(self.ids) - 1] = len(self.text)
-        final = text
+    def _advance(self, text: str, last: bool = False) -> str:
+        final = self._read(text, last)
+        if self.remember and self.ids:
+            self.ends[len(self.ids) - 1] = len(self.text)
         if self.matcher.stops:
-            final, self.stopped = self.matcher.add(text)
+            final, self.stopped = self.matcher.add(final)
         self.final += len(final)
         return final
+
+    def _read(self, text: str, last: bool = False) -> str:
+        """Take decoded text; return what of it is known to be the answer's."""
+        if self.remember:
+            self.text += text
+        before = self.reader.phase
+        thought, answer = self.reader.add(text)
+        if last:
+            rest = self.reader.flush()
+            thought, answer = thought + rest[0], answer + rest[1]
+        self._thought += thought
+        if before is not Phase.ANSWER and answer:
+            self.final = self.answer_at = len(self.text) - len(answer)
+        elif self.reader.phase is not Phase.ANSWER:
+            self.answer_at = len(self.text)
+        return answer

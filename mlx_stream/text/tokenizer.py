@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -146,9 +146,13 @@ class Tokenizer:
         """Return the text of ids; special tokens and unknown ids have none."""
         return decode(self._backend, ids)
 
-    def decoder(self) -> "StreamDecoder":
-        """Return a decoder for one stream of ids, at its start."""
-        return StreamDecoder(self._backend)
+    def decoder(self, shown: Collection[int] = ()) -> "StreamDecoder":
+        """Return a decoder for one stream of ids, at its start.
+
+        Args:
+            shown: special tokens whose names are in the text.
+        """
+        return StreamDecoder(self._backend, shown)
 
 
 class StreamDecoder:
@@ -165,8 +169,8 @@ class StreamDecoder:
     A run that is valid, or whose first 32 bytes are not, is exact at any length.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
+    def __init__(self, backend: tokenizers.Tokenizer, shown: Collection[int] = ()):
+        self._backend, self._shown = backend, shown
         kinds = decoder_kinds(backend)
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
@@ -187,7 +191,7 @@ class StreamDecoder:
         """Return the text that `id` makes final; "" while a character is incomplete."""
         token = self._backend.id_to_token(id)
         # Ids that decoding skips must not push others out of the window.
-        if not token or token in self._special:
+        if not token or (token in self._special and id not in self._shown):
             return ""
         byte = BYTE_TOKEN.fullmatch(token) if self._byte_fallback else None
         if byte:
@@ -250,11 +254,13 @@ class StreamDecoder:
         self._sent = len(self._decode()) - held
 
     def _decode(self) -> str:
-        return decode(self._backend, self._window)
+        return decode(self._backend, self._window, skip_special=not self._shown)
 
 
-def decode(backend: tokenizers.Tokenizer, ids: Sequence[int]) -> str:
-    return call_library("cannot decode these ids", backend.decode, ids, skip_special_tokens=True)
+def decode(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool = True) -> str:
+    return call_library(
+        "cannot decode these ids", backend.decode, ids, skip_special_tokens=skip_special
+    )
 
 
 def call_library(what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:

@@ -19,9 +19,11 @@ from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
+from tests.fakes import thinkers
 from tests.fakes.conversations import assert_well_formed
 from tests.fakes.shapes import check_erased
 from tests.fakes.shell import edit
+from tests.fakes.thinkers import write_thinker
 from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
 from tests.reference import SlowLlama
 
@@ -56,6 +58,17 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
 }
+# Of models that think; the last keeps the thinking of earlier turns.
+DROPS_THINKING = MADE_UP.replace("REFUSE", "").replace(
+    KEPT, "m.content.split('<think>')[-1].split('</think>')[-1]"
+)
+THINKS = {
+    "thinks": DROPS_THINKING,
+    "is told to think": DROPS_THINKING.replace("ant\n{% endif %}", "ant\n<think>{% endif %}"),
+    "keeps its thinking": CHAT_TEMPLATE + "{# <think> </think> #}",
+}
+TEMPLATES |= THINKS
+SCRIPT = ("Ċ", "<think>", *"abcdefghi", "</think>", "Ġ", *"jklmno", "<|im_end|>")
 CONFIG = tiny_config(num_hidden_layers=1)
 WEIGHTS = tiny_weights(CONFIG)
 WINDOWS = st.integers(40, 200)
@@ -74,8 +87,11 @@ TROUBLE = {
 @cache
 def model(template: str) -> Model:
     with tempfile.TemporaryDirectory() as folder:
-        path = write_tiny(Path(folder), CONFIG, WEIGHTS)
-        edit(path / "tokenizer_config.json", chat_template=TEMPLATES[template])
+        if template in THINKS:
+            path = write_thinker(Path(folder), THINKS[template], SCRIPT, "<|im_end|>")
+        else:
+            path = write_tiny(Path(folder), CONFIG, WEIGHTS)
+            edit(path / "tokenizer_config.json", chat_template=TEMPLATES[template])
         return mlx_stream.load(path, dtype="float32", keep_quantized=False)
 
 
@@ -170,7 +186,11 @@ def check_logits(chat: Any) -> None:
     spare, floor = geometry.ring - geometry.window, 0
     cache = chat.model.new_cache(geometry.sinks, geometry.window, spare)
     twin = TokenStream(chat.model, cache)
-    slow = SlowLlama(CONFIG, WEIGHTS, geometry.sinks, geometry.window, spare)
+    config, weights = CONFIG, WEIGHTS
+    if chat.template._source in THINKS.values():
+        backend = thinkers.thinker_tokenizer(chat.template._source)
+        config, weights = thinkers.CONFIG, thinkers.thinker_weights(backend, SCRIPT)
+    slow = SlowLlama(config, weights, geometry.sinks, geometry.window, spare)
     for ids, kept, evicted in tokens.steps_taken:
         if ids:
             twin.run(ReadRequest(twin, ids, Want.NOTHING))
@@ -270,19 +290,21 @@ def cut(chat: Any, steps: Any, data: st.DataObject) -> None:
     """Drive a reply to its end, or cut it; see that its turn has the text that was given."""
     how, count = data.draw(st.sampled_from(CUTS)), data.draw(st.integers(1, 9))
     result: ReadResult | None = None
-    text, refused = "", len(chat.trouble.refusals)
+    text, thinking, refused = "", "", len(chat.trouble.refusals)
     try:
         while count:
             item, result = steps.send(result), None
             if isinstance(item, ReadRequest):
                 result = item.stream.run(item)
             else:
-                text += item.text
+                text, thinking = text + item.text, thinking + item.thinking
             count -= bool(how) and isinstance(item, ReadRequest) == (how == "drop steps")
         if how == "throw":
             steps.throw(KeyboardInterrupt)
     except StopIteration:
-        assert len(chat.trouble.refusals) > refused or chat.exchanges[-1].reply == text
+        last = chat.exchanges[-1:]
+        told = [(exchange.reply, exchange.thinking) for exchange in last]
+        assert len(chat.trouble.refusals) > refused or told == [(text, thinking.strip())]
     finally:
         steps.close()
         # When a reply is cut, text that was held back (such as an incomplete character) joins it.

@@ -64,7 +64,11 @@ def rendered(chat: ChatSession) -> str:
     messages = [*chat.prompts.head]
     for exchange in chat.exchanges:
         messages.append({"role": "user", "content": exchange.question})
-        messages.append({"role": "assistant", "content": exchange.reply})
+        answer = chat.template.answer(exchange.reply, exchange.thinking)
+        if exchange.thinking and not chat.template.drops_thinking:  # it stays as it was written
+            text = decoded(chat, [*exchange.reply_ids]) + exchange.rest
+            answer = {"role": "assistant", "content": text}
+        messages.append(answer)
     whole = chat.template.render([*messages, {"role": "user", "content": "NEXT"}], reply=True)
     text, found, _ = whole.rpartition("<|im_start|>user\nNEXT")
     assert found

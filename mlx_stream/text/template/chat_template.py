@@ -9,7 +9,8 @@ Each turn is read once, so it must be what the template appends:
 
 A template may rewrite an exchange once the next question follows, for example to drop the
 reply's thinking: `settled` returns the rewritten form. A template that changes an exchange after
-that is refused.
+that is refused. Thinking is given to a template that drops it as a field of its own, and to others
+as the model wrote it.
 """
 
 import re
@@ -18,26 +19,32 @@ from copy import copy
 from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
+from typing import Any
 from uuid import uuid4
 
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.text.template.meter import T, metered
 from mlx_stream.text.template.sandbox import TemplateEnvironment
+from mlx_stream.text.thinking import ThinkingStyle, style_of
 
 # The longest templates of published models have about 30,000 characters.
 MAX_SOURCE = 50_000
 
 Message = Mapping[str, str]
+# The names by which templates are told whether to think, and how hard.
+SWITCHES: Sequence[str] = ("enable_thinking", "thinking")
+EFFORT = "reasoning_effort"
 # Stands for a reply where only what surrounds it is wanted. No other text holds it.
 MARK = f"Reply{uuid4().int}"
 PADDED = f"\n \n{MARK}\n \n"
 SYSTEM = "Answer briefly."
-# The second reply thinks aloud: templates that drop the thinking of earlier turns show it here.
-EXCHANGES: Sequence[tuple[str, str]] = (
-    ("What is the first?", "It is one."),
-    ("And the second,\nplease?", "<think>\nOne more than one.\n</think>\n\nIt is two."),
-    ("The third?", "It is three."),
-    ("The last?", "So it is one, or three."),
+THOUGHT = "One more than one."
+# The second reply is thought about: templates that drop the thinking of earlier turns show it here.
+EXCHANGES: Sequence[tuple[str, str, str]] = (
+    ("What is the first?", "It is one.", ""),
+    ("And the second,\nplease?", "It is two.", THOUGHT),
+    ("The third?", "It is three.", ""),
+    ("The last?", "So it is one, or three.", ""),
 )
 
 
@@ -64,11 +71,19 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, tokens: Mapping[str, str] | None = None, special: Sequence[str] = ()
+        self,
+        source: str,
+        tokens: Mapping[str, str] | None = None,
+        special: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
     ):
-        """Compile a template that may name `tokens`; no text of `special` tokens is ever cut."""
+        """Compile a template that may name `tokens` and `options`.
+
+        No text of `special` tokens is ever cut.
+        """
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: it has more than {MAX_SOURCE} characters")
+        self._source, self._options = source, dict(options or {})
         self._tokens, self._special, self._now = dict(tokens or {}), special, datetime.now()
         compiled = attempt("cannot be read", lambda: TemplateEnvironment().from_string(source))
         self._template = compiled
@@ -79,11 +94,40 @@ class ChatTemplate:
         other._now = moment
         return other
 
+    def thinking_as(self, think: bool | None, effort: str | None) -> "ChatTemplate":
+        """Return the same template, told whether the model shall think, and how hard.
+
+        Raises:
+            TemplateError: it cannot be told.
+        """
+        options: dict[str, Any] = {}
+        if think is not None:
+            options |= dict.fromkeys(SWITCHES, think)
+            other = dict.fromkeys(SWITCHES, not think)
+            asked = {self._with(values).opening(None, "x") for values in (options, other)}
+            if len(asked) == 1:
+                raise TemplateError(
+                    "this model's template has no switch for thinking: leave out --think and "
+                    "--no-think"
+                )
+        if effort is not None:
+            options[EFFORT] = effort
+            if EFFORT not in self._source:
+                raise TemplateError(
+                    "this model's template has no levels of thinking: leave out --reasoning-effort"
+                )
+        return self._with(options)
+
+    def _with(self, options: Mapping[str, Any]) -> "ChatTemplate":
+        found = ChatTemplate(self._source, self._tokens, self._special, options)
+        return found.at(self._now)
+
     def render(self, messages: Sequence[Message], reply: bool) -> str:
         """Return the text of a conversation; `reply` adds what asks the model for its turn."""
         values = {"messages": messages, "add_generation_prompt": reply, **self._tokens}
         # Templates test tools and documents for none; transformers always passes both.
         values |= {"tools": None, "documents": None, "strftime_now": self._now.strftime}
+        values |= self._options
         return attempt("failed", lambda: self._template.render(values), len(str(messages)))
 
     def opening(self, system: str | None, question: str) -> str:
@@ -100,20 +144,63 @@ class ChatTemplate:
         return self._behind_reply(self.render(messages, reply=True))
 
     def settled(
-        self, question: str, reply: str, system: str | None = None, first: bool = False
+        self,
+        question: str,
+        reply: str,
+        system: str | None = None,
+        first: bool = False,
+        thinking: str = "",
     ) -> str:
         """Return an exchange as it is rendered once the next question follows, without `closing`.
 
         With `first`, it is the first one, and what comes before it is in the text.
         """
         before = [] if first else [user("x"), assistant(MARK)]
-        messages = [*system_turn(system), *before, user(question), assistant(reply), user("x")]
+        answer = self.answer(reply, thinking)
+        messages = [*system_turn(system), *before, user(question), answer, user("x")]
         text = self.render(messages, reply=True)
         if not first:
             text = self._behind_reply(text)
         next_turn = self.closing + self.turn("x", system)
         require_appended(text.endswith(next_turn), "a reply")
         return text.removesuffix(next_turn)
+
+    def answer(self, reply: str, thinking: str = "") -> Message:
+        """Return the message of a reply with its thinking."""
+        if not thinking or not self.style:
+            return assistant(reply)
+        if self.drops_thinking:
+            return {**assistant(reply), "reasoning_content": thinking, "thinking": thinking}
+        return assistant(self.written(reply, thinking))
+
+    def written(self, reply: str, thinking: str = "") -> str:
+        """Return a reply with its thinking, as the model writes it."""
+        if not thinking or not self.style:
+            return reply
+        return f"{self.style.openings[0]}{thinking}{self.style.closing}{reply}"
+
+    @cached_property
+    def style(self) -> ThinkingStyle | None:
+        """How the model marks its thinking; None if the template knows of none."""
+        return style_of(self._source)
+
+    @cached_property
+    def drops_thinking(self) -> bool:
+        """Whether the thinking of earlier replies is left out."""
+        if not self.style:
+            return False
+        written = assistant(self.written("It is two.", f"\n{THOUGHT}\n"))
+        try:
+            text = self.render([user("x"), written, user("x")], reply=True)
+        except TemplateError:
+            return True
+        return THOUGHT not in text
+
+    @cached_property
+    def thinks_first(self) -> bool:
+        """Whether what asks for a reply begins the model's thinking."""
+        asked = self.opening(None, "x").rstrip()
+        return bool(self.style) and asked.endswith(self.style.openings[0].rstrip())
 
     @property
     def closing(self) -> str:
@@ -138,8 +225,9 @@ class ChatTemplate:
     def rewrites(self) -> bool:
         """Whether an exchange is rendered differently once the next question follows it."""
         return any(
-            self.settled(question, reply) != self.turn(question) + self.lead + reply
-            for question, reply in EXCHANGES
+            self.settled(question, reply, thinking=thinking)
+            != self.turn(question) + self.lead + self.written(reply, thinking)
+            for question, reply, thinking in EXCHANGES
         )
 
     @cached_property
@@ -151,7 +239,11 @@ class ChatTemplate:
         once = found and MARK not in after and alone.count(MARK) == 1
         require(once, "it does not write a reply's content once")
         lead = before.removeprefix(asked) if before.startswith(asked) else ""
-        require(not lead.strip(), f"it writes {lead[:80]!r} only before a reply that is there")
+        if lead.strip():  # marks of thinking, which the model writes itself
+            marks = self.style.texts.split() if self.style else ()
+            known = any(mark in lead for mark in marks)
+            require(known, f"it writes {lead[:80]!r} only before a reply that is there")
+            lead = ""
         return lead, shared_start(alone.partition(MARK)[2], after, self._special)
 
     def _behind_reply(self, text: str) -> str:
@@ -172,14 +264,15 @@ class ChatTemplate:
         if system:
             require(system in self.opening(system, "x"), "it has no system role")
         messages, before = [*system_turn(system)], ""
-        for number, (question, reply) in enumerate(EXCHANGES):
+        for number, (question, reply, thinking) in enumerate(EXCHANGES):
             messages.append(user(question))
             asked = self.render(messages, reply=True)
             turn = self.turn(question, system) if number else asked
             require_appended(asked == before + turn, "a later question")
-            messages.append(assistant(reply))
-            settled = self.settled(question, reply, system, first=number == 0)
-            require_appended(self.rewrites or settled == turn + self.lead + reply, "a reply")
+            messages.append(self.answer(reply, thinking))
+            settled = self.settled(question, reply, system, number == 0, thinking)
+            plain = turn + self.lead + self.written(reply, thinking)
+            require_appended(self.rewrites or settled == plain, "a reply")
             before += settled + self.closing
 
 

@@ -1,0 +1,64 @@
+"""Models that think: tiny ones that mostly write a script, whatever they are asked."""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+
+from tests.fakes.shell import edit
+from tests.fakes.tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
+
+# Names of special tokens in the source of a template.
+BAR = "\uff5c"
+NAMES = re.compile(
+    rf"<\|[^|<>]+\|>|<\|\w+>|<\w+\|>|<{BAR}[^<>]+{BAR}>|\[/?[A-Z_]{{2,}}\]|</?think>|</?s>"
+)
+VOCABULARY = 400
+CONFIG = tiny_config(num_hidden_layers=1, vocab_size=VOCABULARY, hidden_size=VOCABULARY)
+
+
+def thinker_tokenizer(source: str) -> Tokenizer:
+    """Return a byte-level tokenizer with the special tokens that a template names."""
+    backend = tiny_tokenizer()
+    names = dict.fromkeys(NAMES.findall(source))
+    backend.add_special_tokens([AddedToken(name, special=True) for name in names])
+    assert backend.get_vocab_size() <= VOCABULARY
+    return backend
+
+
+def thinker_weights(
+    backend: Tokenizer, script: Sequence[str], sharpness: float = 12.0
+) -> dict[str, np.ndarray]:
+    """Return weights of a model that writes each token of a script after the one before.
+
+    The first token stands for what asks for a reply. What was read before changes the logits a
+    little. At a temperature of 1 a few tokens are others.
+    """
+    ids = [backend.token_to_id(token) for token in script]
+    assert None not in ids and len(set(ids[:-1])) == len(ids) - 1, "each token has one successor"
+    weights = tiny_weights(CONFIG)
+    weights["model.embed_tokens.weight"] = 3 * np.eye(VOCABULARY, dtype=np.float32)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        weights[f"model.layers.0.{name}.weight"] *= 0.1
+    weights["model.norm.weight"] = np.ones(VOCABULARY, np.float32)
+    head = 0.01 * weights["lm_head.weight"]
+    for before, after in pairwise(ids):
+        head[after, before] += sharpness / np.sqrt(VOCABULARY)
+    return weights | {"lm_head.weight": head}
+
+
+def write_thinker(
+    folder: Path, source: str, script: Sequence[str], eos: str, **options: Any
+) -> Path:
+    """Write a model with a chat template that mostly writes a script; return its folder."""
+    backend = thinker_tokenizer(source)
+    path = write_tiny(folder, CONFIG, thinker_weights(backend, script, **options))
+    backend.save(str(path / "tokenizer.json"))
+    edit(path / "tokenizer_config.json", chat_template=source, eos_token=eos)
+    for name in ("config.json", "generation_config.json"):
+        edit(path / name, eos_token_id=backend.token_to_id(eos))
+    return path
