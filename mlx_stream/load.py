@@ -25,7 +25,12 @@ from mlx_stream.models.layout import ring_bytes
 from mlx_stream.models.weights import DTYPES, RemainingTensors, build, weight_bytes
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.text.tokenizer import Tokenizer
-from mlx_stream.window import resolve_window
+from mlx_stream.window import (
+    DEFAULT_WINDOW,
+    THINKING_WINDOWS,
+    bounded_windows,
+    resolve_window,
+)
 
 
 def check_memory(weights: int, ring: int) -> None:
@@ -130,6 +135,22 @@ class Model:
     ) -> tuple[int, int]:
         """Return S and W with defaults and limits applied."""
         return resolve_window(self.config, sinks, window, notify)
+
+    def thinking_window(self, sinks: int, kv_bits: int | None) -> int | None:
+        """Return the default window of a model that thinks: the largest that fits.
+
+        None if that is the default of any model.
+        """
+        for window in bounded_windows(self.config, sinks, THINKING_WINDOWS[:-1]):
+            try:
+                self.check(
+                    self.weight_bytes,
+                    ring_bytes(self.config, sinks, window, self.dtype.size, kv_bits),
+                )
+            except MemoryRefused:
+                continue
+            return window if window > DEFAULT_WINDOW else None
+        return None
 
     def sinks_for(self, pinned: int, sinks: int | None, window: int | None) -> int:
         """Return S of a stream whose first `pinned` tokens, a system prompt, always stay attended.

@@ -6,6 +6,8 @@ from mlx_stream.program.notices import Notify, discard
 
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 2_048
+# A model that thinks gets the largest of these that fits, with 4 sinks a power of two.
+THINKING_WINDOWS = (32_764, 16_380, 8_188, 4_092, DEFAULT_WINDOW)
 # The largest number of tokens in a step that reads a prompt.
 PREFILL_CHUNK = 128
 

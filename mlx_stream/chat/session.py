@@ -492,6 +492,8 @@ class ChatSession:
         """Allocate the stream without reading anything."""
         prompts = PromptBuilder(self.model.tokenizer, self.template, system, self.pin)
         pinned = len(prompts.pinned)
+        if window is None and self.template.style:
+            window = self.model.thinking_window(max(self.sinks, pinned), self.kv_bits)
         sinks = self.model.sinks_for(pinned, self.sinks, window)
         self.writer = self._writer_factory(sinks, window, self._notify)
         self.tokens, self.cache = self.writer.tokens, self.writer.cache

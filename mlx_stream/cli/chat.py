@@ -1,5 +1,6 @@
 """`mlx_stream chat`: talk on a terminal, or read turns from a pipe; saved, if it has a name."""
 
+import os
 import signal
 import sys
 from collections.abc import Generator, Iterator
@@ -12,6 +13,7 @@ from typer import Argument, Option
 
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
+from mlx_stream.cli.prompt import is_dumb, keys_wait
 from mlx_stream.cli.terminal import Progress, decode_utf8, defer_interrupts, log_progress
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
@@ -64,6 +66,7 @@ def chat(
     max_tokens: options.MaxTokens = 512,
     sampling: options.SamplingOptions,
     reply: options.ReplyOptions,
+    thinking: options.ThinkingOptions,
     loading: options.LoadOptions,
     stats: options.ShowStats = False,
 ) -> None:
@@ -72,8 +75,6 @@ def chat(
     Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation, /help lists commands. When
     standard input is not a terminal, each of its lines is a turn.
     """
-    from mlx_stream.cli.prompt import keys_wait
-
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
         from mlx_stream.chat import resume, saving, session_files
@@ -95,7 +96,7 @@ def chat(
             # Imported while the weights are read: MLX does that without Python's lock.
             Thread(target=import_module, args=("prompt_toolkit",)).start()
         loaded = loading.load(source)
-        screen = Screen()
+        screen = Screen(thinking.hide_thinking)
         chosen = resume.SessionOptions(
             system=system,
             window=attended.window,
@@ -107,6 +108,8 @@ def chat(
             kv_bits=attended.kv_bits,
             speculate=reply.speculate,
             draft=loading.load(reply.draft) if reply.draft else None,
+            think=thinking.think,
+            reasoning_effort=thinking.reasoning_effort,
         )
         if session is None:
             talk = resume.new_chat(loaded, chosen, screen.notify)
@@ -189,10 +192,16 @@ def run_batch(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
 
 
 class Screen:
-    """Replies on standard output; escaped on a terminal, and without notices in the middle."""
+    """Replies on standard output; escaped on a terminal, and without notices in the middle.
 
-    def __init__(self) -> None:
-        self.in_reply = False
+    A model's thinking is shown dimmed, on a terminal only.
+    """
+
+    def __init__(self, hide_thinking: bool = False) -> None:
+        self.in_reply = self.in_thinking = False
+        self.shows_thinking = sys.stdout.isatty() and not hide_thinking
+        styled = not is_dumb() and not os.environ.get("NO_COLOR")
+        self.dim, self.undim = ("\x1b[2m", "\x1b[22m") if styled else ("", "")
 
     @contextmanager
     def reply(self) -> Iterator[Progress]:
@@ -216,9 +225,11 @@ class Screen:
     def show(self, pieces: "Pieces") -> None:
         """Print a reply as it comes."""
         shown = TerminalEscaper() if sys.stdout.isatty() else None
-        finish = None
+        finish, thoughts = None, TerminalEscaper()
         try:
             for piece in pieces:
+                if piece.thinking and self.shows_thinking:
+                    self.write_thinking(thoughts.add(piece.thinking))
                 self.write(shown.add(piece.text) if shown else piece.text)
                 finish = piece.finish
                 self._check()
@@ -232,11 +243,25 @@ class Screen:
             pieces.close()
 
     def write(self, text: str) -> None:
+        if text:
+            self.end_thinking()
         self.in_reply = True
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    def write_thinking(self, text: str) -> None:
+        begin = "" if self.in_thinking else self.dim
+        self.in_reply = self.in_thinking = True
+        sys.stdout.write(begin + text)
+        sys.stdout.flush()
+
+    def end_thinking(self) -> None:
+        if self.in_thinking:
+            sys.stdout.write(self.undim + "\n\n")
+        self.in_thinking = False
+
     def end_reply(self) -> None:
+        self.end_thinking()
         if self.in_reply:
             print(flush=True)
         self.in_reply = False

@@ -110,6 +110,27 @@ class ReplyOptions:
 
 
 @dataclass(frozen=True)
+class ThinkingOptions:
+    """Whether and how a model thinks before it answers."""
+
+    think: Annotated[
+        bool | None,
+        Option(
+            "--think/--no-think",
+            help="Let a model that can think first, or not. Default: what its template does.",
+            show_default=False,
+        ),
+    ] = None
+    reasoning_effort: Annotated[
+        str | None,
+        Option(help="How long to think, in the model's own words, such as low or high."),
+    ] = None
+    hide_thinking: Annotated[
+        bool, Option("--hide-thinking", help="Do not show the model's thinking.")
+    ] = False
+
+
+@dataclass(frozen=True)
 class WindowOptions:
     """What a stream attends to."""
 
@@ -117,7 +138,7 @@ class WindowOptions:
         int | None,
         Option(
             help="Number of latest tokens to attend to. Default: 2,048, or what fits the trained "
-            "context."
+            "context. Chats with a model that thinks: up to 32,764, as memory allows."
         ),
     ] = None
     sinks: Sinks = None

@@ -101,11 +101,14 @@ class Engine:
         name: str | None = None,
         on_evict: OnEvict | None = None,
         on_token: OnToken | None = None,
+        think: bool | None = None,
+        reasoning_effort: str | None = None,
     ) -> Session:
         """Begin a conversation; returns at once. Most wrong options raise on its first use.
 
         Args:
-            system, window, sinks, sampling, max_tokens, stop, evict, kv_bits: see `ChatSession`.
+            system, window, sinks, sampling, max_tokens, stop, evict, kv_bits, think,
+                reasoning_effort: see `ChatSession`.
             name: resume the conversation saved under this name, or begin it. Each exchange is on
                 disk before the next one can begin.
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
@@ -118,7 +121,16 @@ class Engine:
             EngineClosed: the engine is closed.
         """
         options = SessionOptions(
-            system, window, sinks, evict, sampling, max_tokens, stop, kv_bits=kv_bits
+            system,
+            window,
+            sinks,
+            evict,
+            sampling,
+            max_tokens,
+            stop,
+            kv_bits,
+            think=think,
+            reasoning_effort=reasoning_effort,
         )
         return Session(self._worker, self._host, options, name, on_evict, on_token, self)
 

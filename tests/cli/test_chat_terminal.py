@@ -10,8 +10,10 @@ import pytest
 from mlx_stream.chat.schema import ASKED
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
-from tests.fakes.shell import DEADLINE, done, program
+from tests.chat.test_settle import SCRIPT, THINKS
+from tests.fakes.shell import DEADLINE, done, program, run
 from tests.fakes.terminals import CTRL_C, ENTER, UP, Terminal
+from tests.fakes.thinkers import write_thinker
 from tests.fakes.tiny import tiny_config, write_letters
 
 # From 3.12 Python warns of a fork where there are threads; pexpect's child runs a program at once.
@@ -192,3 +194,22 @@ def test_what_is_typed_while_the_model_loads_is_asked(letters, term):
     assert [question for question, *_ in replies("early")] == questions
     shown = ESCAPES.sub("", chat.shown)
     assert all(f"> {question}" in shown for question in questions)
+
+
+def test_thinking_is_dimmed_hidden_or_left_out(tmp_path):
+    options = (write_thinker(tmp_path / "model", THINKS["thinks"], SCRIPT, "<|im_end|>"),)
+    options += ("--temp", 0, "--window", 200)
+    shown = {}
+    for how in ("", "--hide-thinking"):
+        chat = Chat(*options, *([how] if how else []))
+        chat.next()
+        chat.type("Hi", ENTER)
+        chat.see("jklmno")
+        shown[how] = chat.shown
+        chat.next()
+        chat.leave()
+    assert "\x1b[2mabcdefghi\x1b[22m" in shown[""].replace("\r", "").replace("\n", "")
+    assert "abcdefghi" not in shown["--hide-thinking"] and "jklmno" in shown["--hide-thinking"]
+    assert done("chat", *options, stdin="Hi\n").out == "jklmno\n"
+    refused = run("chat", *options, "--no-think", stdin="Hi\n")
+    assert refused.code == 1 and "--no-think" in refused.err
