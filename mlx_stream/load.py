@@ -156,7 +156,7 @@ class Model:
         """Return S of a stream whose first `pinned` tokens, a system prompt, always stay attended.
 
         Raises:
-            ValueRefused: as `new_cache`; or `pinned` exceeds the window.
+            ValueRefused: as `new_cache`.
         """
         sinks, _ = self.resolve_window(sinks, None)
         trained = self.config.max_position_embeddings
@@ -166,12 +166,7 @@ class Model:
                 f"of {trained:,}: shorten it"
             )
         sinks = max(sinks, pinned)
-        limit = self.resolve_window(sinks, window)[1]
-        if pinned > limit:
-            raise ValueRefused(
-                f"the system prompt of {pinned:,} tokens is longer than the window of {limit:,}: "
-                "shorten it, or give a larger --window"
-            )
+        self.resolve_window(sinks, window)
         return sinks
 
 

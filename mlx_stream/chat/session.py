@@ -83,7 +83,8 @@ class ChatSession:
 
     Raises:
         TemplateError: the model has no chat template, or one that cannot be used on a stream.
-        ValueRefused: a value is out of range, or the system prompt is longer than the window.
+        ValueRefused: a value is out of range, or system prompt and window together exceed what the
+            model allows.
     """
 
     def __init__(
@@ -501,6 +502,11 @@ class ChatSession:
         self.evictor = TurnEvictor(self.cache, whole=self.evict == "turn")
         self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
         self.stats.pinned, self.stats.cache_bytes = pinned, self.cache.nbytes
+        if pinned > geometry.window:
+            self._notify(
+                f"the system prompt of {pinned:,} tokens is longer than the window of "
+                f"{geometry.window:,}, and is attended in addition to it"
+            )
         self._count()
 
     def _count(self, silent: bool = False) -> None:

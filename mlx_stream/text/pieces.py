@@ -209,8 +209,6 @@ class ReplyDecoder:
             rest = self.reader.flush()
             thought, answer = thought + rest[0], answer + rest[1]
         self._thought += thought
-        if before is not Phase.ANSWER and answer:
+        if before is not Phase.ANSWER:
             self.final = self.answer_at = len(self.text) - len(answer)
-        elif self.reader.phase is not Phase.ANSWER:
-            self.answer_at = len(self.text)
         return answer

@@ -108,7 +108,6 @@ def test_a_refused_request_changes_nothing(model):
     [
         ({"max_tokens": 0}, "max-tokens"),
         ({"evict": "never"}, "--evict"),
-        ({"system": "x " * 100, "window": 60}, r"prompt of [\d,]+ tokens .*of 60: .*--window"),
         ({"system": "x " * 5000, "window": 60}, r"prompt of [\d,]+ tokens .*context of 512"),
     ],
 )
@@ -252,3 +251,13 @@ def count_steps(cache):
 
     cache.commit = counting
     return steps
+
+
+def test_a_system_prompt_longer_than_the_window_is_attended_besides_it(model):
+    notices = []
+    chat = ChatSession(model, system="x " * 100, window=60, max_tokens=5, notify=notices.append)
+    assert len(notices) == 1 and "longer than the window of 60" in notices[0]
+    for question in ("Hi", "And then?", "Go on"):
+        said(chat.reply(question))
+    assert chat.stats.pinned > 60 and chat.stats.evicted > 0
+    assert chat.tokens.ids.attended()[: chat.stats.pinned] == [*chat.prompts.pinned]

@@ -65,14 +65,14 @@ def rendered(chat: ChatSession) -> str:
     for exchange in chat.exchanges:
         messages.append({"role": "user", "content": exchange.question})
         answer = chat.template.answer(exchange.reply, exchange.thinking)
-        if exchange.thinking and not chat.template.drops_thinking:  # it stays as it was written
+        if exchange.thinking and not chat.template.thinking_apart:  # it stays as it was written
             text = decoded(chat, [*exchange.reply_ids]) + exchange.rest
             answer = {"role": "assistant", "content": text}
         messages.append(answer)
     whole = chat.template.render([*messages, {"role": "user", "content": "NEXT"}], reply=True)
-    text, found, _ = whole.rpartition("<|im_start|>user\nNEXT")
-    assert found
-    return text
+    asked = chat.template.turn("NEXT", chat.prompts._turn_system)
+    assert whole.endswith(asked)
+    return whole.removesuffix(asked)
 
 
 def decoded(chat: ChatSession, ids: list[int]) -> str:

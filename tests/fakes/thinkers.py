@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -18,6 +17,7 @@ NAMES = re.compile(
     rf"<\|[^|<>]+\|>|<\|\w+>|<\w+\|>|<{BAR}[^<>]+{BAR}>|\[/?[A-Z_]{{2,}}\]|</?think>|</?s>"
 )
 VOCABULARY = 400
+SHARPNESS = 12.0
 CONFIG = tiny_config(num_hidden_layers=1, vocab_size=VOCABULARY, hidden_size=VOCABULARY)
 
 
@@ -30,9 +30,7 @@ def thinker_tokenizer(source: str) -> Tokenizer:
     return backend
 
 
-def thinker_weights(
-    backend: Tokenizer, script: Sequence[str], sharpness: float = 12.0
-) -> dict[str, np.ndarray]:
+def thinker_weights(backend: Tokenizer, script: Sequence[str]) -> dict[str, np.ndarray]:
     """Return weights of a model that writes each token of a script after the one before.
 
     The first token stands for what asks for a reply. What was read before changes the logits a
@@ -47,16 +45,29 @@ def thinker_weights(
     weights["model.norm.weight"] = np.ones(VOCABULARY, np.float32)
     head = 0.01 * weights["lm_head.weight"]
     for before, after in pairwise(ids):
-        head[after, before] += sharpness / np.sqrt(VOCABULARY)
+        head[after, before] += SHARPNESS / np.sqrt(VOCABULARY)
     return weights | {"lm_head.weight": head}
 
 
-def write_thinker(
-    folder: Path, source: str, script: Sequence[str], eos: str, **options: Any
-) -> Path:
+def write_random(folder: Path, source: str, eos: str) -> tuple[Path, dict, dict]:
+    """Write a model with a chat template that writes anything.
+
+    Returns:
+        Its folder, its config and its weights.
+    """
+    config = tiny_config(num_hidden_layers=1, vocab_size=VOCABULARY, max_position_embeddings=2_048)
+    weights = tiny_weights(config)
+    return write(folder, source, eos, config, weights), config, weights
+
+
+def write_thinker(folder: Path, source: str, script: Sequence[str], eos: str) -> Path:
     """Write a model with a chat template that mostly writes a script; return its folder."""
-    backend = thinker_tokenizer(source)
-    path = write_tiny(folder, CONFIG, thinker_weights(backend, script, **options))
+    weights = thinker_weights(thinker_tokenizer(source), script)
+    return write(folder, source, eos, CONFIG, weights)
+
+
+def write(folder: Path, source: str, eos: str, config: dict, weights: dict) -> Path:
+    backend, path = thinker_tokenizer(source), write_tiny(folder, config, weights)
     backend.save(str(path / "tokenizer.json"))
     edit(path / "tokenizer_config.json", chat_template=source, eos_token=eos)
     for name in ("config.json", "generation_config.json"):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_stream.text.thinking import STYLES, Phase, ThinkingReader, style_of
+from mlx_stream.text.pieces import ReplyDecoder
+from mlx_stream.text.thinking import STYLES, Phase, ThinkingReader, ThinkingRules, style_of
 
 MARKS = sorted({mark for s in STYLES for mark in (*s.openings, s.closing, *s.answers)})
 # Pieces of marks, whole marks of any style, and plain text.
@@ -29,6 +30,35 @@ def test_where_a_reply_is_cut_does_not_matter(style, text, inside, cuts):
     ends = sorted({min(cut, len(text)) for cut in cuts})
     pieces = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
     assert read(style, pieces, inside) == read(style, [text], inside) == read(style, text, inside)
+
+
+class Given:
+    """Decodes ids to given texts."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def add(self, token):
+        return self.texts[token]
+
+    def flush(self):
+        return ""
+
+
+@given(styles, TEXT, st.booleans(), st.lists(st.integers(0, 60), max_size=12))
+def test_a_reply_has_the_texts_of_its_pieces(style, text, inside, cuts):
+    ends = sorted({min(cut, len(text)) for cut in cuts})
+    pieces = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+    reply = ReplyDecoder(Given(pieces), (), thinking=ThinkingRules(style, inside))
+    said, thought = "", ""
+    for id in range(len(pieces)):
+        said += reply.add(id)
+        thought += reply.take_thinking()
+    said += reply.flush()
+    thought += reply.take_thinking()
+    assert (thought, said) == read(style, [text], inside)
+    assert (reply.thinking, reply.final_text()) == (thought.strip(), said)
+    assert reply.final_ids() == (len(pieces), "")
 
 
 PLAIN = st.text("ab \n.", min_size=1).filter(lambda text: text == text.strip())

@@ -9,8 +9,8 @@ Each turn is read once, so it must be what the template appends:
 
 A template may rewrite an exchange once the next question follows, for example to drop the
 reply's thinking: `settled` returns the rewritten form. A template that changes an exchange after
-that is refused. Thinking is given to a template that drops it as a field of its own, and to others
-as the model wrote it.
+that is refused. Thinking is given to a template as a field of its own, if the template has one or
+drops it, and to others as the model wrote it.
 """
 
 import re
@@ -169,7 +169,7 @@ class ChatTemplate:
         """Return the message of a reply with its thinking."""
         if not thinking or not self.style:
             return assistant(reply)
-        if self.drops_thinking:
+        if self.thinking_apart:
             return {**assistant(reply), "reasoning_content": thinking, "thinking": thinking}
         return assistant(self.written(reply, thinking))
 
@@ -185,16 +185,19 @@ class ChatTemplate:
         return style_of(self._source)
 
     @cached_property
-    def drops_thinking(self) -> bool:
-        """Whether the thinking of earlier replies is left out."""
+    def thinking_apart(self) -> bool:
+        """Whether a reply's thinking is given to the template apart from the answer.
+
+        It is if the template has a field for it, or drops it from the reply once there is another
+        question.
+        """
         if not self.style:
             return False
-        written = assistant(self.written("It is two.", f"\n{THOUGHT}\n"))
-        try:
-            text = self.render([user("x"), written, user("x")], reply=True)
-        except TemplateError:
+        field = {**assistant(MARK), "reasoning_content": THOUGHT, "thinking": THOUGHT}
+        if THOUGHT in self.render([user("x"), field], reply=False):
             return True
-        return THOUGHT not in text
+        written = assistant(self.written("It is two.", f"\n{THOUGHT}\n"))
+        return THOUGHT not in self.render([user("x"), written, user("x")], reply=True)
 
     @cached_property
     def thinks_first(self) -> bool:
