@@ -1,11 +1,14 @@
 """Thinking apart from the answer, however the text of a reply is cut."""
 
+from typing import cast
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_stream.text.pieces import ReplyDecoder
 from mlx_stream.text.thinking import STYLES, Phase, ThinkingReader, ThinkingRules, style_of
+from mlx_stream.text.tokenizer import StreamDecoder
 
 MARKS = sorted({mark for s in STYLES for mark in (*s.openings, s.closing, *s.answers)})
 # Pieces of marks, whole marks of any style, and plain text.
@@ -49,7 +52,8 @@ class Given:
 def test_a_reply_has_the_texts_of_its_pieces(style, text, inside, cuts):
     ends = sorted({min(cut, len(text)) for cut in cuts})
     pieces = [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
-    reply = ReplyDecoder(Given(pieces), (), thinking=ThinkingRules(style, inside))
+    decoder = cast(StreamDecoder, Given(pieces))
+    reply = ReplyDecoder(decoder, (), thinking=ThinkingRules(style, inside))
     said, thought = "", ""
     for id in range(len(pieces)):
         said += reply.add(id)
