@@ -138,20 +138,22 @@ class PromptBuilder:
         closing, ids = self._ids_behind((rest or "") + self.template.closing, turn)
         return () if rest is None else closing, ids
 
-    def settle(self, exchange: Exchange, first: bool) -> Exchange:
+    def settle(self, exchange: Exchange, first: bool, later: bool = False) -> Exchange:
         """Return an exchange with the ids that the template renders before the next question.
 
-        The reply keeps its sampled ids if they decode to the template's text of it; otherwise that
-        text is encoded.
+        With `later`, there is another exchange before that question. The reply keeps its sampled
+        ids if they decode to the template's text of it; otherwise that text is encoded.
 
         Raises:
             TemplateError: the template refuses the reply.
         """
-        if not self.template.rewrites:
-            return exchange
+        later = later and self.template.settles_late
+        if not (self.template.rewrites or later):
+            return replace(exchange, settled_ids=None)
+        reply, thinking = self._escaped(exchange)
         text, probed = (
-            self._settled_text(exchange.question, reply, exchange.thinking, first)
-            for reply in (exchange.reply, PROBES[0])
+            self._settled_text(exchange.question, said, thinking, first, later)
+            for said in (reply, PROBES[0])
         )
         head, sampled = probed.removesuffix(PROBES[0]), None
         if text.startswith(head) and not exchange.rest:
@@ -184,6 +186,8 @@ class PromptBuilder:
                 found, rest = {}, None
             else:
                 rest = self.rest_of(found[number])
+        for number in [*found][:-1] if self.template.settles_late else ():
+            found[number] = self.settle(found[number], number == 1, later=True)
         return found
 
     def _encode_exchange(self, exchange: Exchange, rest: str | None, first: bool) -> Exchange:
@@ -198,9 +202,9 @@ class PromptBuilder:
         """Return whether this model would read an exchange's ids as its texts."""
         if not self.accepts(exchange.reply_ids):
             return False
-        reply = self.reply_decoder((), 0)
-        text = "".join(reply.add(id) for id in exchange.reply_ids) + reply.flush()
-        return (text + exchange.rest, reply.thinking) == (exchange.reply, exchange.thinking)
+        reply = self._read(exchange)
+        told = reply.final_text() + exchange.rest, reply.thinking
+        return told == (exchange.reply, exchange.thinking)
 
     def open_turn(self) -> OpenTurn:
         """Return the template's texts around a user's text.
@@ -248,11 +252,34 @@ class PromptBuilder:
             return self._before + self.template.turn(question)
         return self.template.opening(self._turn_system, question)
 
-    def _settled_text(self, question: str, reply: str, thinking: str, first: bool) -> str:
-        texts = map(self.escape_special_tokens, (question, reply, thinking))
-        question, reply, thinking = texts
+    def _escaped(self, exchange: Exchange) -> tuple[str, str]:
+        """Return a reply and its thinking as the template is given them.
+
+        A template that has no field for thinking gets what the model wrote, its marks included.
+        """
+        escape = self.escape_special_tokens
+        reply, style = self._read(exchange), self.template.style
+        if not style or self.template.thinking_apart or not reply.thinking:
+            return escape(exchange.reply), escape(exchange.thinking)
+        marks = "|".join(map(re.escape, (*style.openings, style.closing, *style.answers)))
+        parts = re.split(f"({marks})", reply.text[: reply.answer_at])
+        before = (part if at % 2 else escape(part) for at, part in enumerate(parts))
+        return "".join(before) + escape(reply.text[reply.answer_at :] + exchange.rest), ""
+
+    def _read(self, exchange: Exchange) -> ReplyDecoder:
+        """Return a decoder that has taken the ids of a reply."""
+        reply = self.reply_decoder((), 0)
+        for id in exchange.reply_ids:
+            reply.add(id)
+        reply.flush()
+        return reply
+
+    def _settled_text(
+        self, question: str, reply: str, thinking: str, first: bool, later: bool
+    ) -> str:
+        question = self.escape_special_tokens(question)
         opens, system = first and self._before is None, self._turn_system
-        whole = self.template.settled(question, reply, system, opens, thinking)
+        whole = self.template.settled(question, reply, system, opens, thinking, later)
         return (self._before or "") + whole if first else whole
 
     def _ids(self, text: str, first: bool) -> tuple[int, ...]:
@@ -276,12 +303,9 @@ class PromptBuilder:
 
     def _last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
         """Return the last ids of a reply that ends with a text; None if no id begins there."""
-        if not exchange.reply.endswith(text):
+        ids, reply = exchange.reply_ids, self._read(exchange)
+        if not reply.text.endswith(text):
             return None
-        ids, reply = exchange.reply_ids, self.reply_decoder((), 0)
-        for id in ids:
-            reply.add(id)
-        reply.flush()
         begin = len(reply.text) - len(text)
         starts = [0, *reply.ends[:-1]]
         return ids[starts.index(begin) :] if begin in starts else None if text else ()

@@ -14,7 +14,7 @@ from functools import wraps
 from typing import ParamSpec
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
-from mlx_stream.chat.exchange import ConversationState, Exchange, PlacedTurn, unread_ids
+from mlx_stream.chat.exchange import ConversationState, Exchange, PlacedTurn, ids_of, unread_ids
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
@@ -375,6 +375,9 @@ class ChatSession:
         if self.unanswered:
             return self._ask(self.unanswered, limit, self.number)
         turns = self._turns_or_refuse("answer again")
+        if self.template.settles_late:
+            last = self._take_back_last()
+            return self._ask(last.question, limit, self.number + 1)
         question = turns[-1].exchange.question_ids
         if not take_back(self.writer, turns[-1].start, question, left=1):
             turns = self._place_again(turns)
@@ -409,7 +412,12 @@ class ChatSession:
             self.number, self.unanswered = self.number - 1, ""
             return taken
         *turns, last = self._turns_or_refuse("take back")
-        if take_back(self.writer, turns[-1].end if turns else last.start, ()):
+        start, wanted = turns[-1].end if turns else last.start, ()
+        if self.template.settles_late and turns:
+            turns[-1] = self._resettled(turns[-1], later=False)
+            start, wanted = turns[-1].start, turns[-1].exchange.ids
+            self._record(ChangeKind.STAND, last.number, {turns[-1].number: turns[-1].exchange})
+        if take_back(self.writer, start, wanted):
             self.evictor.state = Idle(tuple(turns))
         elif last.start < self.cache.geometry.sinks:  # some of it is in the sinks
             self._begin(self.system, self.stats.window)
@@ -419,6 +427,11 @@ class ChatSession:
         self.number = last.number - 1
         self._count()
         return last.exchange
+
+    def _resettled(self, turn: PlacedTurn, later: bool) -> PlacedTurn:
+        """Return a turn as it is rendered with another one behind it, or as the last one."""
+        exchange = self.prompts.settle(turn.exchange, turn.number == 1, later)
+        return replace(turn, exchange=exchange)
 
     def _turns_or_refuse(self, what: str) -> tuple[PlacedTurn, ...]:
         turns = self._settle()
@@ -442,11 +455,22 @@ class ChatSession:
         if self.tokens.lookahead:  # right guesses that were not asked for
             self.tokens.rewind(self.tokens.lookahead)
         turn, turns, refusal = state.finish(trim=self.template.trims), state.turns, ""
+        before = state.before
         try:
             exchange = self.prompts.settle(turn.exchange, turn.number == 1)
-            turns = (*turns, replace(turn, exchange=exchange))
-            kind, changed = ChangeKind.ANSWER, {turn.number: exchange}
-            start, wanted = turn.start, exchange.ids
+            older = ()
+            if self.template.settles_late and turns:
+                older = (self._resettled(turns[-1], later=True),)
+                turns, end = (*turns[:-1], *older), older[0].end
+                rest = self.prompts.rest_of(older[0].exchange)
+                closing, asked = self.prompts.question(exchange.question, rest, first=False)
+                exchange = replace(exchange, closing_ids=closing, question_ids=asked)
+                turn = replace(turn, start=end + len(closing))
+            settled = (*older, replace(turn, exchange=exchange))
+            kind, changed = ChangeKind.ANSWER, {t.number: t.exchange for t in settled}
+            start, wanted = settled[0].start, ids_of(settled)
+            before = (*before[: len(before) - len(turns)], *turns)
+            turns = (*turns, settled[-1])
         except TemplateError as error:
             refusal = f"the last question is taken back with its reply: {one_line(error)}"
             kind, changed = ChangeKind.UNDO, {}
@@ -457,7 +481,7 @@ class ChatSession:
                 turns = ()
             else:
                 empty_ring(self.writer)
-                turns = self._place_again((*state.before, *turns[len(state.turns) :]))
+                turns = self._place_again((*before, *turns[len(state.turns) :]))
         self._record(kind, turn.number, changed, turns)
         if refusal:
             self.number = turn.number - 1

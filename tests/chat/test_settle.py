@@ -65,6 +65,18 @@ DROPS_THINKING = MADE_UP.replace("REFUSE", "").replace(
 THINKS = {
     "thinks": DROPS_THINKING,
     "is told to think": DROPS_THINKING.replace("ant\n{% endif %}", "ant\n<think>{% endif %}"),
+    # As in LFM2.5: only the last reply keeps its thinking.
+    "drops it late": CHAT_TEMPLATE.replace(
+        "{% for message",
+        "{% set last = namespace(at=0) %}{% for m in messages %}"
+        "{% if m.role == 'assistant' %}{% set last.at = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for message",
+        1,
+    ).replace(
+        "message['content'] +",
+        "(message['content'] if loop.index0 >= last.at or message['role'] == 'user' else "
+        "message['content'].split('<think>')[-1].split('</think>')[-1]) +",
+    ),
     "keeps its thinking": CHAT_TEMPLATE + "{# <think> </think> #}",
 }
 TEMPLATES |= THINKS

@@ -277,9 +277,9 @@ REWRITES = {
         "m.content", "('Answer: ' if m.role == 'assistant' else '') + m.content"
     ),
     "keeps the last two exchanges": CHATML.replace("in messages", "in messages[-4:]"),
-    "drops the thinking before the last two questions": CHATML.replace(
+    "drops the thinking before the last three questions": CHATML.replace(
         "m.content",
-        "(m.content if loop.revindex < 4 else m.content.split('</think>')[-1])",
+        "(m.content if loop.revindex < 6 else m.content.split('</think>')[-1])",
     ),
     "counts the messages": "{{ messages | length }}" + CHATML,
     "counts the turns": CHATML.replace("m.content", "(m.content ~ loop.index)"),

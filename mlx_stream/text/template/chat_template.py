@@ -36,6 +36,7 @@ SWITCHES: Sequence[str] = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
 # Stands for a reply where only what surrounds it is wanted. No other text holds it.
 MARK = f"Reply{uuid4().int}"
+LATER = f"Later{uuid4().int}"
 PADDED = f"\n \n{MARK}\n \n"
 SYSTEM = "Answer briefly."
 THOUGHT = "One more than one."
@@ -150,18 +151,24 @@ class ChatTemplate:
         system: str | None = None,
         first: bool = False,
         thinking: str = "",
+        later: bool = False,
     ) -> str:
         """Return an exchange as it is rendered once the next question follows, without `closing`.
 
-        With `first`, it is the first one, and what comes before it is in the text.
+        With `first`, it is the first one, and what comes before it is in the text. With `later`,
+        there is another exchange before that question.
         """
         before = [] if first else [user("x"), assistant(MARK)]
         answer = self.answer(reply, thinking)
         messages = [*system_turn(system), *before, user(question), answer, user("x")]
+        if later:
+            messages[-1:] = [user("x"), assistant(LATER), user("x")]
         text = self.render(messages, reply=True)
         if not first:
             text = self._behind_reply(text)
         next_turn = self.closing + self.turn("x", system)
+        if later:
+            text, next_turn = text.rpartition(LATER)[0], next_turn + self.lead
         require_appended(text.endswith(next_turn), "a reply")
         return text.removesuffix(next_turn)
 
@@ -234,6 +241,16 @@ class ChatTemplate:
         )
 
     @cached_property
+    def settles_late(self) -> bool:
+        """Whether an exchange is rendered differently once another one follows it."""
+        question, reply, thinking = EXCHANGES[1]
+        try:
+            old = self.settled(question, reply, thinking=thinking, later=True)
+        except TemplateError:
+            return False
+        return old != self.settled(question, reply, thinking=thinking)
+
+    @cached_property
     def _around_reply(self) -> tuple[str, str]:
         exchange = [user("x"), assistant(MARK)]
         asked = self.render(exchange[:1], reply=True)
@@ -258,7 +275,8 @@ class ChatTemplate:
     def check(self, system: bool) -> None:
         """Make sure that each exchange is written once and stays; `system`: behind a system turn.
 
-        An exchange may change when the next question is there, and never after that. A template
+        An exchange may change when the next question is there, and once more when another exchange
+        is there, and never after that. A template
         that is refused may still be used for conversations that are rendered whole.
         """
         metered(lambda: self._check(SYSTEM if system else None))
@@ -266,17 +284,23 @@ class ChatTemplate:
     def _check(self, system: str | None) -> None:
         if system:
             require(system in self.opening(system, "x"), "it has no system role")
-        messages, before = [*system_turn(system)], ""
+
+        def settled(number: int, later: bool = False) -> str:
+            question, reply, thinking = EXCHANGES[number]
+            found = self.settled(question, reply, system, number == 0, thinking, later)
+            return found + self.closing
+
+        messages, before, last = [*system_turn(system)], "", ""
         for number, (question, reply, thinking) in enumerate(EXCHANGES):
             messages.append(user(question))
             asked = self.render(messages, reply=True)
             turn = self.turn(question, system) if number else asked
-            require_appended(asked == before + turn, "a later question")
+            require_appended(asked == before + last + turn, "a later question")
             messages.append(self.answer(reply, thinking))
-            settled = self.settled(question, reply, system, number == 0, thinking)
-            plain = turn + self.lead + self.written(reply, thinking)
-            require_appended(self.rewrites or settled == plain, "a reply")
-            before += settled + self.closing
+            before += settled(number - 1, self.settles_late) if number else ""
+            last = settled(number)
+            plain = turn + self.lead + self.written(reply, thinking) + self.closing
+            require_appended(self.rewrites or last == plain, "a reply")
 
 
 def attempt(failure: str, work: Callable[[], T], characters: int = 0) -> T:
