@@ -259,7 +259,7 @@ class PromptBuilder:
         """
         escape = self.escape_special_tokens
         reply, style = self._read(exchange), self.template.style
-        if not style or self.template.thinking_apart or not reply.thinking:
+        if not style or self.template.thinking_apart:
             return escape(exchange.reply), escape(exchange.thinking)
         marks = "|".join(map(re.escape, (*style.openings, style.closing, *style.answers)))
         parts = re.split(f"({marks})", reply.text[: reply.answer_at])

@@ -53,7 +53,8 @@ def assert_well_formed(chat: ChatSession) -> None:
     end = chat.prompts.rest_of(chat.exchanges[-1]) + chat.template.closing
     whole = joined_damage(rendered(chat))
     if turns[0].start >= cache.oldest or not cache.evicted:
-        assert joined_damage(decoded(chat, ids) + end) == whole
+        held = joined_damage(decoded(chat, ids) + end)
+        assert held == whole, f"held {held!r}, but rendered {whole!r}"
     else:
         text = joined_damage(decoded(chat, [*attended[sinks:], *unread]) + end)
         assert whole.endswith(text.removeprefix("\ufffd"))
@@ -65,7 +66,7 @@ def rendered(chat: ChatSession) -> str:
     for exchange in chat.exchanges:
         messages.append({"role": "user", "content": exchange.question})
         answer = chat.template.answer(exchange.reply, exchange.thinking)
-        if exchange.thinking and not chat.template.thinking_apart:  # it stays as it was written
+        if chat.template.style and not chat.template.thinking_apart:  # it stays as it was written
             text = decoded(chat, [*exchange.reply_ids]) + exchange.rest
             answer = {"role": "assistant", "content": text}
         messages.append(answer)
