@@ -46,6 +46,7 @@ EXCHANGES: Sequence[tuple[str, str, str]] = (
     ("And the second,\nplease?", "It is two.", THOUGHT),
     ("The third?", "It is three.", ""),
     ("The last?", "So it is one, or three.", ""),
+    ("Which?", "Three.", ""),
 )
 
 
@@ -195,8 +196,8 @@ class ChatTemplate:
     def thinking_apart(self) -> bool:
         """Whether a reply's thinking is given to the template apart from the answer.
 
-        It is if the template has a field for it, or drops it from the reply once there is another
-        question.
+        It is if the template has a field for it, writes its marks itself, or drops it from the
+        reply once there is another question.
         """
         if not self.style:
             return False
@@ -204,7 +205,8 @@ class ChatTemplate:
         if THOUGHT in self.render([user("x"), field], reply=False):
             return True
         written = assistant(self.written("It is two.", f"\n{THOUGHT}\n"))
-        return THOUGHT not in self.render([user("x"), written, user("x")], reply=True)
+        text = self.render([user("x"), written, user("x")], reply=True)
+        return THOUGHT not in text or text.count(self.style.closing) > 1
 
     @cached_property
     def thinks_first(self) -> bool:
