@@ -458,19 +458,23 @@ class ChatSession:
         before = state.before
         try:
             exchange = self.prompts.settle(turn.exchange, turn.number == 1)
-            older = ()
-            if self.template.settles_late and turns:
-                older = (self._resettled(turns[-1], later=True),)
-                turns, end = (*turns[:-1], *older), older[0].end
-                rest = self.prompts.rest_of(older[0].exchange)
+            changed = {turn.number: exchange}
+            if self.template.settles_late and before:
+                before = (*before[:-1], self._resettled(before[-1], later=True))
+                turns = before[len(before) - len(turns) :]
+                older = before[-1]
+                rest = self.prompts.rest_of(older.exchange)
                 closing, asked = self.prompts.question(exchange.question, rest, first=False)
-                exchange = replace(exchange, closing_ids=closing, question_ids=asked)
-                turn = replace(turn, start=end + len(closing))
-            settled = (*older, replace(turn, exchange=exchange))
-            kind, changed = ChangeKind.ANSWER, {t.number: t.exchange for t in settled}
-            start, wanted = settled[0].start, ids_of(settled)
-            before = (*before[: len(before) - len(turns)], *turns)
-            turns = (*turns, settled[-1])
+                exchange = replace(exchange, question_ids=asked)
+                if turns:
+                    exchange = replace(exchange, closing_ids=closing)
+                    turn = replace(turn, start=older.end + len(closing))
+                changed = {older.number: older.exchange, turn.number: exchange}
+            kind, settled = ChangeKind.ANSWER, replace(turn, exchange=exchange)
+            start, wanted = settled.start, exchange.ids
+            if turns and before[-1] != state.before[-1]:
+                start, wanted = turns[-1].start, ids_of((turns[-1], settled))
+            turns = (*turns, settled)
         except TemplateError as error:
             refusal = f"the last question is taken back with its reply: {one_line(error)}"
             kind, changed = ChangeKind.UNDO, {}
