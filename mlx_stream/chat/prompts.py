@@ -241,6 +241,11 @@ class PromptBuilder:
         return True
 
     @property
+    def system_is_a_turn(self) -> bool:
+        """Whether the template has a place for the system prompt before the first question."""
+        return self._before is None
+
+    @property
     def _turn_system(self) -> str | None:
         """The system prompt, if it is a separate turn."""
         if self._before is not None or self.system is None:

@@ -29,6 +29,7 @@ VERBS = {
     "doctor": "Describe this machine and what will be slow on it.",
     "pull": "Fetch a model into the shared Hugging Face cache: weights and tokenizer, never code.",
     "ls": "List the cached models.",
+    "show": "Describe a model on this machine, without loading it.",
     "eval": "Run the paper's experiments on your model, text and machine.",
     "sessions": "List, show, export, remove or verify saved conversations.",
 }

@@ -50,15 +50,10 @@ def summarize_model(source: str, notify: Notify) -> ModelSummary:
     if path.suffix.lower() == ".json" and exists_as_file(path):
         with naming(source, path):
             return of_config(path.stem, read_json(path))
-    repo = STARTER_REPO if source == STARTER else source
-    path = local_path(source) if source != STARTER else None
-    if path is None and HUB_ID.fullmatch(repo):
-        path = find_in_cache(repo)
-    if path is None and source == STARTER and is_complete(starter_folder()):
-        path = starter_folder()
-    if path is not None:
-        with naming(source, path):
-            return of_folder(source, path) if path.is_dir() else of_gguf(source, path)
+    found, repo = local_model(source), STARTER_REPO if source == STARTER else source
+    if found is not None:
+        with naming(source, found):
+            return of_folder(source, found) if found.is_dir() else of_gguf(source, found)
     if not HUB_ID.fullmatch(repo):
         raise SourceError(
             f"{source!r} is not a model; expected a folder, a .gguf file, a config.json, a Hub id "
@@ -66,6 +61,17 @@ def summarize_model(source: str, notify: Notify) -> ModelSummary:
         )
     with naming(source, Path(repo)):
         return of_hub(source, repo, notify)
+
+
+def local_model(source: str) -> Path | None:
+    """Return the folder or `.gguf` file of a model on this machine, None if it is not here."""
+    repo = STARTER_REPO if source == STARTER else source
+    path = local_path(source) if source != STARTER else None
+    if path is None and HUB_ID.fullmatch(repo):
+        path = find_in_cache(repo)
+    if path is None and source == STARTER and is_complete(starter_folder()):
+        path = starter_folder()
+    return path
 
 
 def of_folder(source: str, path: Path) -> ModelSummary:

@@ -15,10 +15,24 @@ import mlx_stream
 from mlx_stream import ChatSession, Sampling
 from mlx_stream.cli import VERBS as REGISTERED
 from mlx_stream.generate.token_stream import TokenStream
+from tests.chat.test_settle import SCRIPT, THINKS
 from tests.fakes.shell import DEADLINE, GREEDY, done, edit, parsed, program, run
+from tests.fakes.thinkers import write_thinker
 from tests.fakes.tiny import tiny_tokenizer
 
-VERBS = ("chat", "generate", "score", "plan", "devices", "convert", "bench", "doctor", "pull", "ls")
+VERBS = (
+    "chat",
+    "generate",
+    "score",
+    "plan",
+    "devices",
+    "convert",
+    "bench",
+    "doctor",
+    "pull",
+    "ls",
+    "show",
+)
 TEXT = "The man and the other one sat in the shade of a hill, and he said: I see it is so.\n" * 3
 
 
@@ -283,3 +297,22 @@ def test_bench_compares_with_mlx_lm(tiny: Path) -> None:
     assert window["bytes"].keys() == {"weights", "cache", "least_ms", "share_of_limit"}
     assert result["read"]["bytes_per_second"] > 0
     assert [one["tokens"] for one in (*result["prefill"], *result["prefill_best"])] == [40, 40]
+
+
+def test_show_describes_a_model_and_its_template(tmp_path):
+    thinks = write_thinker(tmp_path / "thinks", THINKS["thinks"], SCRIPT, "<|im_end|>")
+    found = parsed(done("show", thinks, "--json").out)
+    assert (found["family"], found["weights"]) == ("llama", "float32")
+    assert found["largest_window"] == found["trained_context"] - 4 == 508
+    assert found["template"] == {
+        "chat": "yes",
+        "system prompt": "a turn of its own, pinned",
+        "thinks": "yes, marked by <think>",
+        "rewrites a reply": "once the next question is there",
+    }
+    text = done("show", thinks).out
+    assert "508 tokens, and 4 sinks" in text and "marked by <think>" in text
+    edit(thinks / "tokenizer_config.json", chat_template=None)
+    assert re.search("chat +no: use generate", done("show", thinks).out)
+    refused = run("show", "nobody/nothing")
+    assert refused.code == 1 and "mlx_stream pull nobody/nothing" in refused.err

@@ -25,7 +25,7 @@ from uuid import uuid4
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.text.template.meter import T, metered
 from mlx_stream.text.template.sandbox import TemplateEnvironment
-from mlx_stream.text.thinking import ThinkingStyle, style_of
+from mlx_stream.text.thinking import style_of
 
 # The longest templates of published models have about 30,000 characters.
 MAX_SOURCE = 50_000
@@ -67,6 +67,9 @@ class ChatTemplate:
 
     A conversation that passes midnight keeps the date on which its template was built.
 
+    Attributes:
+        style: how the model marks its thinking; None if the template knows of none.
+
     Raises:
         TemplateError: any method, if the template fails, does what the sandbox forbids, takes too
             much time or memory, or cannot be used on a stream.
@@ -86,6 +89,7 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: it has more than {MAX_SOURCE} characters")
         self._source, self._options = source, dict(options or {})
+        self.style = style_of(source)
         self._tokens, self._special, self._now = dict(tokens or {}), special, datetime.now()
         compiled = attempt("cannot be read", lambda: TemplateEnvironment().from_string(source))
         self._template = compiled
@@ -102,11 +106,16 @@ class ChatTemplate:
         Raises:
             TemplateError: it cannot be told.
         """
+
+        def told(options: Mapping[str, Any]) -> "ChatTemplate":
+            found = ChatTemplate(self._source, self._tokens, self._special, options)
+            return found.at(self._now)
+
         options: dict[str, Any] = {}
         if think is not None:
             options |= dict.fromkeys(SWITCHES, think)
             other = dict.fromkeys(SWITCHES, not think)
-            asked = {self._with(values).opening(None, "x") for values in (options, other)}
+            asked = {told(values).opening(None, "x") for values in (options, other)}
             if len(asked) == 1:
                 raise TemplateError(
                     "this model's template has no switch for thinking: leave out --think and "
@@ -118,11 +127,7 @@ class ChatTemplate:
                 raise TemplateError(
                     "this model's template has no levels of thinking: leave out --reasoning-effort"
                 )
-        return self._with(options)
-
-    def _with(self, options: Mapping[str, Any]) -> "ChatTemplate":
-        found = ChatTemplate(self._source, self._tokens, self._special, options)
-        return found.at(self._now)
+        return told(options)
 
     def render(self, messages: Sequence[Message], reply: bool) -> str:
         """Return the text of a conversation; `reply` adds what asks the model for its turn."""
@@ -186,11 +191,6 @@ class ChatTemplate:
         if not thinking or not self.style:
             return reply
         return f"{self.style.openings[0]}{thinking}{self.style.closing}{reply}"
-
-    @cached_property
-    def style(self) -> ThinkingStyle | None:
-        """How the model marks its thinking; None if the template knows of none."""
-        return style_of(self._source)
 
     @cached_property
     def thinking_apart(self) -> bool:

@@ -1,0 +1,96 @@
+"""`mlx_stream show`: one model: its kind and size, its window, and what its chat template does."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Argument
+
+from mlx_stream.cli import options
+from mlx_stream.errors import MlxStreamError, SourceError, one_line
+from mlx_stream.program.exits import notify
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mlx_stream.config import Quantization
+
+
+@options.verb
+def show(
+    *,
+    model: Annotated[
+        str, Argument(metavar="MODEL", help="A folder, a cached Hub id, a .gguf file, or starter.")
+    ] = "starter",
+    json: options.AsJson = False,
+) -> None:
+    """Describe a model on this machine, without loading it."""
+    from mlx_stream.cli.report import megabytes, print_json
+    from mlx_stream.models.layout import layout_of
+    from mlx_stream.plan.inspect import local_model, summarize_model
+    from mlx_stream.window import DEFAULT_SINKS, bounded_windows
+
+    path = local_model(model)
+    if path is None:
+        raise SourceError(f"{model} is not on this machine: `mlx_stream pull {model}` fetches it")
+    summary = summarize_model(model, notify)
+    config = summary.config
+    (longest,) = bounded_windows(config, DEFAULT_SINKS, (config.max_position_embeddings,))
+    template = described_template(path)
+    found: dict[str, Any] = {
+        "model": model,
+        "path": str(path),
+        "family": config.model_type,
+        "parameters": layout_of(config).parameters,
+        "bytes": summary.stored,
+        "weights": described((config.quantization or {}).get(""), summary.dtype),
+        "trained_context": config.max_position_embeddings,
+        "largest_window": longest,
+        "template": template,
+    }
+    if json:
+        print_json(found)
+        return
+    lines = found | {
+        "parameters": f"{found['parameters']:,}",
+        "bytes": f"{megabytes(summary.stored)} MB" if summary.stored else "unknown",
+        "trained_context": f"{config.max_position_embeddings:,} tokens",
+        "largest_window": f"{longest:,} tokens, and {DEFAULT_SINKS} sinks",
+    }
+    del lines["template"]
+    lines |= {f"template: {name}": text for name, text in template.items()}
+    for name, value in lines.items():
+        print(f"{name.replace('_', ' '):<26}  {value}")
+
+
+def described(quantization: "Quantization | None", dtype: str) -> str:
+    if quantization is None:
+        return dtype
+    return f"{quantization.bits} bits in groups of {quantization.group_size}, {dtype}"
+
+
+def described_template(path: "Path") -> dict[str, str]:
+    """Return what a chat template does, by what is asked of it."""
+    from mlx_stream.chat.prompts import PromptBuilder
+    from mlx_stream.load import read_checkpoint
+    from mlx_stream.text.tokenizer import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_checkpoint(read_checkpoint(path))
+        template = tokenizer.template
+        if template is None:
+            return {"chat": "no: use generate or score"}
+        prompts = PromptBuilder(tokenizer, template, "Be brief.", pin=True)
+        own = PromptBuilder(tokenizer, template, None, pin=True)
+    except MlxStreamError as error:
+        return {"chat": f"no: {one_line(error)}"}
+    system = (
+        "a turn of its own, pinned" if prompts.system_is_a_turn else "an invented first exchange"
+    )
+    if own.pinned:
+        system += f"; {len(own.pinned):,} pinned tokens without one"
+    settles = "never"
+    if template.settles_late:
+        settles = "once another exchange follows"
+    elif template.rewrites:
+        settles = "once the next question is there"
+    thinks = f"yes, marked by {template.style.openings[0].strip()}" if template.style else "no"
+    return {"chat": "yes", "system prompt": system, "thinks": thinks, "rewrites a reply": settles}
