@@ -25,8 +25,8 @@ TRAINED = {
 }
 ROPE_TYPES = "default, linear, llama3, yarn"
 
-# Keys that change the computation, by the values that do not. From the configurations of
-# transformers' models that are derived from Llama.
+# Keys that change the computation, each with the values that do not change it. From the
+# configurations of transformers' models that are derived from Llama.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
     "hidden_act": (None, "silu", "swish"),

@@ -90,7 +90,7 @@ def tiny_model() -> Callable[..., Model]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model that says anything."""
+    """Return the folder of a model that writes random text."""
     return write_model(tmp_path_factory.mktemp("cli") / "tiny")
 
 

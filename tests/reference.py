@@ -1,4 +1,4 @@
-"""The slow reference: DESIGN.md section 2 read literally, in numpy; independent of the package.
+"""The slow reference: sinks, window and distances by their definitions, in numpy.
 
 Unrotated keys lie in a list, and every step rotates all attended ones again by their places. It
 shares no code with `mlx_stream` and imports no MLX, so that agreement means something.
@@ -146,11 +146,11 @@ class SlowAttention:
 
     @property
     def oldest(self) -> int:
-        """The oldest attended token that is not a sink (o in DESIGN.md); n if there is none."""
+        """The oldest attended token that is not a sink (o in mlx_stream/cache); n if none."""
         return int(max(self.sinks, self.floor, self.n - self.window))
 
     def attended(self) -> list[int]:
-        """The numbers of the tokens that the newest one attends to, in cache order (rule 1)."""
+        """The numbers of the tokens that the newest one attends to, in cache order."""
         return [*range(min(self.sinks, self.n)), *range(self.oldest, self.n)]
 
     def distances(self) -> list[int]:
@@ -169,7 +169,7 @@ class SlowAttention:
         keys = np.stack([key for key, _ in held])
         values = np.stack([value for _, value in held])
 
-        places = np.arange(len(held))  # rule 2: places in the cache; the query has the last
+        places = np.arange(len(held))  # distances count places in the cache; the query has the last
         assert (places[-1] - places).tolist() == self.distances()
         keys = rotate(keys, places, self.inv_freq, self.magnitude)
         query = rotate(np.array(q, self.dtype)[None], places[-1:], self.inv_freq, self.magnitude)[0]
@@ -338,7 +338,7 @@ def stream_nll(config: dict, weights: Weights, ids, sinks: int, window: int | No
     """Return the (n - 1,) negative log-likelihoods, natural log, of a streamed text's tokens.
 
     Goes layer by layer over the whole text: a token's keys and values depend on nothing but its own
-    layer input (rule 3). Attention still goes token by token and rotates the keys at every step.
+    layer input. Attention still goes token by token and rotates the keys at every step.
     """
     ids = np.asarray(ids)
     weights = {name: np.asarray(w, np.float32) for name, w in weights.items()}
@@ -389,7 +389,7 @@ def _attend_text(
     values = np.empty((kv_heads, places, head_dim), np.float32)
     seen = np.empty((n, heads, head_dim), np.float32)
     for t in range(n):
-        o = max(s, t - w + 1)  # rule 1, in a plain stream
+        o = max(s, t - w + 1)  # the oldest token of the window, in a plain stream
         first, ring = min(s, t + 1), max(0, t + 1 - o)
         length = first + ring
         np.multiply(k[:, :first], turn[:first], out=rotated[:, :first])

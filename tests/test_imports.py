@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from mlx_stream.cli import VERBS, app
 
-# What takes long to import, and the parts of ours that need it.
+# Packages that are slow to import, and the parts of this project that need them.
 HEAVY = {
     "huggingface_hub",
     "jinja2",
@@ -24,7 +24,7 @@ HEAVY = {
     "tokenizers",
     "transformers",
 }
-# None of these is on the way from the shell to a reply.
+# None of these is imported before a chat's first reply.
 UNUSED = {"huggingface_hub", "matplotlib", "mlx_lm", "rich", "transformers"}
 
 

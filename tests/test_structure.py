@@ -30,7 +30,7 @@ READMES = {
     for path in sorted(ROOT.glob(f"{folder}/{name}".removeprefix("/")))
 }
 
-# Each room may import those before it, and files of its own. `backend` first: it loads OpenBLAS.
+# Each entry may import those before it and its own files. `backend` first: it loads OpenBLAS.
 ROOMS = [
     "backend",
     "errors",

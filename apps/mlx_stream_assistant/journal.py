@@ -1,4 +1,6 @@
-"""What was read, in SQLite, before it is fed: nothing twice, nothing lost; independent of models.
+"""Records what was read, in SQLite, before it is fed, so that nothing is lost or fed twice.
+
+Independent of models.
 
 A piece of text and the position in its source that it reaches are committed together. The stream's
 snapshot names the last chunk it holds, so after a crash the later ones are fed again, and reading
@@ -54,7 +56,7 @@ SCHEMA = (
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
-# Characters of a chunk at most; longer texts are cut.
+# The most characters in a chunk; longer texts are split.
 LONGEST_CHUNK = 4096
 # After this a heading gives the time again.
 HEADING_AGAIN = timedelta(minutes=15)

@@ -79,11 +79,11 @@ class NotesFolder:
                 if (chunk := self._read(Path(path))) is not None:
                     return chunk
             except NotText as error:
-                self._refuse(path, f"{error}; not read")
+                self._refuse(path, f"{error}; skipping it")
             except FileNotFoundError:
                 pass
             except OSError as error:
-                self._refuse(path, f"{path}: cannot be read: {error.strerror}; not read")
+                self._refuse(path, f"{path}: cannot be read: {error.strerror}; skipping it")
             self._changed.pop(0)
         return None
 
@@ -154,7 +154,7 @@ class NotesFolder:
                 return None
             if status.st_size > LONGEST_NOTE:
                 raise NotText(
-                    f"{path}: has {status.st_size:,} bytes, and a note may have at most "
+                    f"{path}: is {status.st_size:,} bytes long, and a note may be at most "
                     f"{LONGEST_NOTE:,}: use --follow for it"
                 )
             data = file.read(LONGEST_NOTE)

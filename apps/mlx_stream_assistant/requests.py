@@ -125,8 +125,8 @@ class RequestHandler:
         listener, feeder = self.listener, self.feeder
         if listener is None or feeder is None:
             return {}
-        # In the order in which text moves along: if nothing is waiting, the statistics include all
-        # text.
+        # Read these in the order in which text moves, so that if nothing is waiting, the statistics
+        # include all text.
         waiting, backlog = feeder.waiting, listener.backlog
         stats = listener.stats
         return {

@@ -87,7 +87,9 @@ class FileSearch:
             later = []
         if others:
             names = ", ".join(sorted(path.name for _, path, _ in others))
-            self._tell_once(f"{self.path}: not read, though newer than what was read: {names}")
+            self._tell_once(
+                f"{self.path}: these files are newer than what was read, but are not read: {names}"
+            )
         for _, path, status in later:
             if (file := self._open_beside(path)) is not None:
                 os.close(file)
@@ -118,7 +120,7 @@ class FileSearch:
         except FileNotFoundError:
             raise  # it was renamed: the caller looks again
         except OSError as error:
-            self._tell_once(f"{path}: cannot be read: {error.strerror}; taken as not there")
+            self._tell_once(f"{path}: cannot be read: {error.strerror}; treated as missing")
             return None
 
     def _tell_once(self, notice: str) -> None:

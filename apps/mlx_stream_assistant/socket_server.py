@@ -64,8 +64,9 @@ class SocketServer:
         """Accept one connection, and answer it in the background."""
         try:
             caller, _ = self._socket.accept()
-        except OSError as error:  # the caller has left, ...
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # ... or has to wait
+        except OSError as error:
+            # The caller has left, or no descriptor is free and it has to wait.
+            if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(BRIEFLY)
             return
         if self._at_once.acquire(blocking=False):
@@ -74,7 +75,8 @@ class SocketServer:
         with caller, suppress(OSError):
             caller.settimeout(BRIEFLY)
             drain(caller)
-            send(caller, {"error": f"{MOST_AT_ONCE} others are being answered: try again"})
+            busy = f"{MOST_AT_ONCE} other requests are being answered: try again later"
+            send(caller, {"error": busy})
 
     def close(self) -> None:
         """Stop accepting requests, and remove the socket."""

@@ -122,7 +122,9 @@ class TailedFile:
         if self._place is None or not self._place.is_of(status):
             if self._place is not None:
                 first = "" if path == self.path else f" {path.name} first,"
-                self._tell(f"{self.path}: is another file now: read{first} from its beginning")
+                self._tell(
+                    f"{self.path}: is a different file now: reading{first} from its beginning"
+                )
             self._place = FilePosition(status.st_dev, status.st_ino, written=status.st_mtime_ns)
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
@@ -147,7 +149,7 @@ class TailedFile:
                 return next_one
         if status is None:
             self._from_end = False  # all of a later file is new
-            self._complain(f"{self.path}: is not there; waiting for it")
+            self._complain(f"{self.path}: does not exist; waiting for it")
             return None
         return self.path, status
 
@@ -172,7 +174,7 @@ class TailedFile:
             self._given_up = self._place
         self.close()
         if status is None:
-            self._complain(f"{self.path}: is not there; waiting for it")
+            self._complain(f"{self.path}: does not exist; waiting for it")
         return None
 
     # --- what is new ---
@@ -202,7 +204,7 @@ class TailedFile:
             self._complain("")
             self._search.forget_notices()
             self._place = replace(self._place, offset=0, tail=0)
-            self._tell(f"{self.path}: {why}: read from its beginning")
+            self._tell(f"{self.path}: {why}: reading it from its beginning")
             return
         path, status = copy
         self._tell(f"{self.path}: {why}: the rest of its old text is read from {path.name} first")
@@ -210,11 +212,11 @@ class TailedFile:
         self.close()
 
     def _skip(self) -> Chunk:
-        """Return an empty chunk with the position after the complete lines, to be kept."""
+        """Return an empty chunk, so that the position after the complete lines is stored."""
         assert self._file is not None
         size = os.fstat(self._file).st_size
         end = os.pread(self._file, CHUNK, max(0, size - CHUNK))
-        self._tell(f"{self.path}: read from its end")
+        self._tell(f"{self.path}: reading it from its end")
         whole = end.rfind(b"\n") + 1 or whole_characters(end)
         return self._chunk(b"", size - len(end) + whole)
 
@@ -232,7 +234,7 @@ class TailedFile:
         if complaint and complaint != self._complaint:
             self._tell(complaint)
         elif self._complaint and not complaint:
-            self._tell(f"{self.path}: is there again")
+            self._tell(f"{self.path}: exists again")
         self._complaint = complaint
 
 

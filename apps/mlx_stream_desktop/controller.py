@@ -116,7 +116,7 @@ class ChatController:
             self._reply.cancel()
 
     async def begin(self) -> None:
-        """Leave the conversation for a new one, which its first question names."""
+        """Leave the conversation for a new one, which is named after its first question."""
         if self.status.can_choose:
             await self._leave()
             self.status.say("")
@@ -148,7 +148,7 @@ class ChatController:
             await self._load(model)
 
     async def choose_window(self, window: int) -> None:
-        """Change to another window; the attended turns are read again."""
+        """Change the size of the window; the attended turns are read again."""
         if not self.status.can_choose or window == self.window:
             return
         before, self.window = self.window, window

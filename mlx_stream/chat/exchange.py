@@ -33,7 +33,7 @@ class Exchange:
             began inside a token.
         finish: how the reply ended: `end`, `stop`, `length` or `interrupted`.
         thinking: the text of the model's thinking, whose ids are among `reply_ids`.
-        settled_ids: the exchange as the template renders it once the next question is there. None
+        settled_ids: the exchange as the template renders it once another question follows. None
             if these are the ids that were read.
     """
 

@@ -118,7 +118,7 @@ def verify_session(name: str) -> str:
         # The transcript may have the model's new fingerprint, and an old snapshot the old one.
         known = saved.model == model or (saved.version == 1 and model.startswith("2:"))
         if about.session != state.header.id or not known:
-            return f"{found}; the snapshot of another model or conversation, which is not used"
+            return f"{found}; the snapshot belongs to another model or conversation and is not used"
         if not about.is_of(store, saved):
-            return f"{found}; a snapshot with turns that were taken back, which is not used"
+            return f"{found}; the snapshot contains turns that were taken back and is not used"
         return f"{found}; snapshot after exchange {about.state.turns:,}"

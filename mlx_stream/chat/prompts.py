@@ -100,7 +100,7 @@ class PromptBuilder:
         return frozenset(id for name in names for id in self.tokenizer.encode(name, special=False))
 
     def thinking_rules(self, limit: int) -> ThinkingRules:
-        """Return what a reply may hold whose thinking has at most `limit` ids."""
+        """Return what a reply may hold if its thinking has at most `limit` ids."""
         style = self.template.style
         if not style:
             return ThinkingRules()

@@ -1,4 +1,4 @@
-"""Save a conversation: its files, and what is written to them when.
+"""Saves a conversation: which files it has, what is written to them, and when.
 
 The transcript is authoritative: a question is in it before the model is asked, and an exchange
 before the next question. The stream's state can be computed again, so it is written only when the

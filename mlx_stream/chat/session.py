@@ -73,7 +73,7 @@ class ChatSession:
         speculate, draft: see `mlx_stream.stream`.
         think: whether a model that can is to think before it answers. Default: as its template has
             it.
-        reasoning_effort: how hard it is to think, in its template's words: "low", say.
+        reasoning_effort: how long to think, as a level that the template knows, such as "low".
 
     Attributes:
         recorder: saves the conversation, if set.
@@ -226,7 +226,7 @@ class ChatSession:
         """Change the system prompt or the window, and read the attended turns again.
 
         Raises:
-            TemplateError, ValueRefused, MemoryRefused: as the constructor; nothing has changed.
+            TemplateError, ValueRefused, MemoryRefused: as in the constructor; nothing has changed.
         """
         run_coroutine(self.restart_steps(system, window))
 

@@ -1,4 +1,4 @@
-"""Safetensors shards and their index: found, checked, read, and written; independent of models.
+"""Finds, checks, reads and writes safetensors shards and their index; independent of models.
 
 Each file is checked by the `safetensors` library (header, offsets, sizes) before `mx.load` opens
 it, because MLX's parser trusts the file. Pickles are never read.
@@ -61,7 +61,7 @@ def explain_no_weights(names: Iterable[str]) -> str:
             "run code; save the model with transformers' save_pretrained"
         )
     if gguf := [name for name in found if name.endswith(".gguf")]:
-        return f"no model.safetensors; give the path of the file {gguf[0]!r}, downloaded, instead"
+        return f"no model.safetensors; download {gguf[0]!r} and give the path of that file instead"
     return "no model.safetensors; expected weights in the safetensors format"
 
 
@@ -71,7 +71,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: expected an object weight_map from tensors to files")
     for shard in table.values():
-        # No separator of any system, no device: the name cannot lead out of its folder.
+        # Allow no path separator of any system and no drive, so the name cannot lead out of its
+        # folder.
         plain = isinstance(shard, str) and not any(c in shard for c in "/\\:\0")
         if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(

@@ -111,7 +111,7 @@ def replace_json(value: dict[str, Any], path: Path) -> None:
 
 
 def refuse_taken(out: Path, replace: bool) -> None:
-    """Refuse a place for a new folder that is taken, unless it may be replaced.
+    """Refuse a path for a new folder if something is there that may not be replaced.
 
     Raises:
         ValueRefused: it may not be written there.

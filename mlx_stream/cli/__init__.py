@@ -34,7 +34,7 @@ VERBS = {
 }
 # The same of the known programs that may be installed beside the package.
 PROGRAMS = {
-    "assistant": "Read along with files, notes and pipes for days, and answer.",
+    "assistant": "Follow files, notes and pipes for days, and answer questions about them.",
     "desktop": "Chat in a desktop window.",
 }
 ENTRY_POINTS = "mlx_stream.programs"

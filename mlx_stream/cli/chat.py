@@ -72,8 +72,8 @@ def chat(
 ) -> None:
     """Chat with a model for as long as you like.
 
-    Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation, /help lists commands. When
-    standard input is not a terminal, each of its lines is a turn.
+    Memory does not grow. Ctrl-C ends a reply, Ctrl-D ends the conversation, and /help lists
+    commands. When standard input is not a terminal, each of its lines is a turn.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
@@ -205,9 +205,9 @@ class Screen:
 
     @contextmanager
     def reply(self) -> Iterator[Progress]:
-        """Let Ctrl-C end the reply that is shown inside; a second one ends the program.
+        """Let Ctrl-C end the reply shown in the `with` block; a second Ctrl-C ends the program.
 
-        Gives a progress callback of its reading, which Ctrl-C ends too.
+        Yields a progress callback for reading the prompt, which Ctrl-C ends too.
         """
         with defer_interrupts(signal.SIGINT) as stopped:
             told = log_progress("reading")

@@ -89,7 +89,9 @@ def command_of(call: Call) -> Command:
             "question that begins with /."
         )
     if call.argument and not command.argument:
-        raise ValueRefused(f"{call.name} takes no argument, not {shorten_line(call.argument)!r}")
+        raise ValueRefused(
+            f"{call.name} takes no argument: leave out {shorten_line(call.argument)!r}"
+        )
     if command.argument and not call.argument and not command.argument.startswith("["):
         raise ValueRefused(f"{call.name} needs an argument: {call.name} {command.argument}")
     return command
@@ -132,7 +134,7 @@ def system(chat: "ChatSession", argument: str, progress: Progress) -> str:
         return chat.system or "there is no system prompt"
     text = None if argument in ("''", '""') else argument
     chat.restart(text, chat.stats.window)
-    return "the system prompt is changed" if text else "there is no system prompt now"
+    return "the system prompt has changed" if text else "there is no system prompt now"
 
 
 def retry(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutcome:
@@ -167,7 +169,7 @@ def window(chat: "ChatSession", argument: str, progress: Progress) -> str:
             ) from None
         chat.restart(chat.system, size)
     now = chat.stats
-    return f"the window is {now.window:,} tokens, after {now.sinks:,} that always stay"
+    return f"the window is {now.window:,} tokens, in addition to {now.sinks:,} that always stay"
 
 
 def save(chat: "ChatSession", argument: str, progress: Progress) -> str:

@@ -37,7 +37,7 @@ def doctor(
         check(model, loading, json)
         return
     if model is not None or loading != options.LoadOptions():
-        fail("MODEL and the options of loading it are for --self-test: give that too")
+        fail("MODEL and its loading options are for --self-test: add --self-test")
     facts = {**backend.describe(), "cache": str(cache_root())}
     advice = backend.advice()
     if json:

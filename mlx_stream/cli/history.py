@@ -54,4 +54,4 @@ def open_history(path: Path, notify: Callable[[str], None]) -> History:
 
 def unusable(path: Path, error: OSError) -> str:
     why = f"cannot be used: {error.strerror}"
-    return f"the history {path} {why}; lines are recalled until this chat ends"
+    return f"the history {path} {why}; lines can be recalled only until this chat ends"

@@ -78,7 +78,7 @@ class Prompt:
                 continue
             default = NO_TEXT.sub("\ufffd", line)
             if line != default:
-                self.notify("that line is not UTF-8: type again what is shown as \ufffd")
+                self.notify("that line is not UTF-8: retype the characters shown as \ufffd")
             elif line.strip():
                 return line
             else:

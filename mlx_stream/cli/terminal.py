@@ -68,7 +68,7 @@ def defer_interrupts(*signals: int) -> Iterator[Callable[[], bool]]:
 
 
 def log_progress(label: str) -> Progress:
-    """Return a progress callback for logs: a line every half a minute."""
+    """Return a progress callback for logs: a line every half minute."""
     begun = told = time.monotonic()
 
     def update(done: int, total: int) -> None:

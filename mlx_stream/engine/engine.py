@@ -83,7 +83,7 @@ class Engine:
 
         Raises:
             TimeoutError: it takes longer than `timeout` seconds.
-            EngineClosed: the engine was closed before.
+            EngineClosed: the engine was closed first.
             MlxStreamError: loading failed; see `mlx_stream.load`.
         """
         self._worker.outcome(self._worker.loading, timeout)

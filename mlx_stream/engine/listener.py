@@ -19,7 +19,7 @@ from mlx_stream.text.tokenizer import check_text
 class Listener(Handle):
     """A stream that reads, in the background, the text it is fed, and answers questions about it.
 
-    The text is one open turn of the user's; the latest part of it is attended. Any thread may call
+    The text is one open user turn; the latest part of it is attended. Any thread may call
     the methods. Only `feed` with a timeout, `flush`, `save`, `wait` and the pieces of an answer
     make the caller wait.
     """
@@ -90,8 +90,8 @@ class Listener(Handle):
                 raise reraise(self.error)
             if not has_room():
                 raise QueueFull(
-                    f"the backlog holds {backlog.size:,} characters, at most "
-                    f"{backlog.capacity:,}: feed these {len(text):,} later, or pass a timeout"
+                    f"the backlog has no room ({backlog.size:,} of {backlog.capacity:,} "
+                    f"characters): feed these {len(text):,} later, or pass a timeout"
                 )
             backlog.add(text)
 

@@ -25,7 +25,7 @@ class ListenerState:
     Attributes:
         note: the caller's.
         began: when the listener began, which a chat template may print.
-        sampler: the state of the random numbers, hexadecimal.
+        sampler: state of the random number generator, in hexadecimal.
         ids: encoded and not yet read.
         context, lead, held, begun: see `IncrementalEncoder`; `held` is its `pending`.
         backlog: fed and not yet encoded.

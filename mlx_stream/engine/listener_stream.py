@@ -138,7 +138,7 @@ class ListenerStream:
         """Continue from a snapshot.
 
         Raises:
-            ValueRefused: it has another window, system prompt or model.
+            ValueRefused: it has a different window, system prompt or model.
         """
         self.tokens.restore(state)
         count = len(self.pinned)

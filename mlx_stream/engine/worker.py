@@ -258,10 +258,12 @@ class Worker:
     # --- waiting and closing ---
 
     def wait_for(self, holds: Callable[[], object], timeout: float | None = None) -> bool:
-        """Wait, under the lock, until `holds()` or the end of the thread; return whether it came.
+        """Wait, under the lock, until `holds()` is true or the thread ends.
+
+        Return whether either happened.
 
         Raises:
-            ValueRefused: called on the engine's thread, where nothing would ever come.
+            ValueRefused: called on the engine's thread, where it would wait for ever.
         """
         if holds() or self.ended:
             return True

@@ -142,7 +142,7 @@ def in_turn(
 
 
 def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> Row:
-    """Return the milliseconds until a decode step's graph is built, not evaluated, and its nodes.
+    """Return the milliseconds to build, not evaluate, a decode step's graph, and its nodes.
 
     Each step follows one of the same side: else the first to allocate would pay for tidying up what
     the other side's graph has freed (1.5 ms seen, with glibc).

@@ -20,7 +20,7 @@ from mlx_stream.program.notices import Notify, discard
 READ_BYTES = 256 * 2**20
 READ_ROUNDS = 5
 COLUMNS = 4096
-NODE = "shape=rectangle"  # of a primitive, in the text of a graph
+NODE = "shape=rectangle"  # marks a primitive in the text of a graph
 
 
 def weight_bytes_read(network: CausalLM) -> int:

@@ -103,7 +103,8 @@ def endure(
     state = state_path(log.path)
     if state.exists() and not snapshot.is_snapshot(state):
         raise ValueRefused(
-            f"{state}: the state is saved under this name: move the file, or use another --log"
+            f"{state}: another file is where the state would be saved: move it, "
+            "or use another --log"
         )
     target = math.ceil(tokens / course.segment) * course.segment
     if len(segments(log)) * course.segment >= target:
@@ -225,7 +226,7 @@ def in_tenths(rows: Sequence[Row]) -> list[Row]:
 
 
 def memory_line(rows: Sequence[Row]) -> str:
-    """Return what the active memory after each segment was, equal to the byte or not."""
+    """Return a line with the active memory after each segment: one value or a range."""
     active = [row["active_bytes"] for row in rows]
     if len(set(active)) == 1:
         return f"active memory: {active[0]:,} bytes after every segment"

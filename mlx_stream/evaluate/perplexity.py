@@ -1,7 +1,7 @@
 """`eval perplexity`: one text read through several caches, one after another, segment by segment.
 
 Memory is MLX's own count, of the weights a cache needs and of all that reading through it holds;
-a peer brings weights of its own, and those of the others do not count.
+a peer has its own weights, and the weights of the other caches are not counted.
 """
 
 import gc

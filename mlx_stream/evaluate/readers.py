@@ -52,11 +52,12 @@ def recompute_reader(model: Model, ids: Ids, capacity: int, stride: int, sinks: 
     """Read the latest tokens again from scratch for every `stride` tokens: `recompute`.
 
     This is the paper's baseline, with a stride of 1. Token t is predicted from at most `capacity`
-    tokens, the first of a stride from `stride - 1` fewer. With `sinks`, the text's first tokens and
-    the latest `capacity - sinks`: what a stream attends to, with keys that saw nothing older.
+    tokens, and the first of a stride is predicted from `stride - 1` fewer. With `sinks`, the text's
+    first tokens and the latest `capacity - sinks`: what a stream attends to, with keys that saw
+    nothing older.
 
-    Worked example: capacity 4, stride 2, for the losses of tokens 11 and 12 tokens 8 to 11 are
-    read, and the last two rows count.
+    Worked example: capacity 4, stride 2: tokens 8 to 11 are read for the losses of tokens
+    11 and 12, and the last two rows count.
     """
 
     def read_stride(first: int, end: int) -> list[float]:

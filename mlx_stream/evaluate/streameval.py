@@ -104,7 +104,7 @@ def streameval(
 
 
 def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text that begins a line, as they are within the whole text."""
+    """Return the ids of a text at the beginning of a line, as they are within the whole text."""
     before = tokenizer.encode(BEFORE_A_LINE, special=False)
     ids = tokenizer.encode(BEFORE_A_LINE + text, special=False)
     if ids[: len(before)] == before:
@@ -115,7 +115,7 @@ def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_query(tokenizer: Tokenizer, query: Query) -> EncodedQuery:
     """Return a query and its candidates, each encoded as one text with the query.
 
-    No candidate begins another, so each has tokens of its own after those that all share.
+    No candidate is a prefix of another, so each has its own tokens after those that all share.
     """
     texts = [encode_line(tokenizer, query.line.question + candidate) for candidate in CANDIDATES]
     places = zip(*texts, strict=False)

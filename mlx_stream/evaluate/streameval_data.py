@@ -83,7 +83,7 @@ class Query:
 
     @property
     def lines_back(self) -> int:
-        """1 is line `after` itself."""
+        """How many lines back the query asks about; 1 is line `after` itself."""
         return self.after + 1 - self.line.number
 
 

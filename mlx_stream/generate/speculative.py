@@ -142,7 +142,7 @@ def writer_factory(
             rows are not written ahead, or `sampling` has a seed and there is no draft model.
         draft: a model that also guesses.
         sampling: a seed promises the same text to the bit. Guessing would break that, because
-            timing decides how much is guessed, and several rows are summed in another order.
+            timing decides how much is guessed, and several rows are summed in a different order.
 
     Raises:
         ValueRefused: two options exclude each other, or the draft model has another vocabulary.

@@ -224,7 +224,9 @@ def check_entry(entry: Mapping[str, Any], where: str) -> None:
             raise DeviceError(f"{where}: {key} is missing")
     for key, value in entry.items():
         if key not in KEYS:
-            raise DeviceError(f"{where}: unknown key {key!r:.60}; known are {', '.join(KEYS)}")
+            raise DeviceError(
+                f"{where}: unknown key {key!r:.60}; the known keys are {', '.join(KEYS)}"
+            )
         is_right, expected = KEYS[key]
         if not is_right(value):
             raise DeviceError(f"{where}: {key} must be {expected}, not {value!r:.80}")

@@ -188,7 +188,7 @@ class Planner:
         if summary.quantized:
             stored = weights_bytes(self.layout, summary.quantization_of, ITEMSIZES[summary.dtype])
             widest = 8 * stored / self.layout.parameters
-            name, of = f"as it is, {widest:.1f} bits a weight", summary.quantization_of
+            name, of = f"as it is, {widest:.1f} bits per weight", summary.quantization_of
             yield WeightFormat(name, None, of, of)
         yield from (self.at_bits(bits) for bits in BITS if bits < int(widest))
 

@@ -24,7 +24,7 @@ PRAGMAS = (
     "secure_delete = ON",
     "temp_store = MEMORY",
 )
-# The most bytes of a row that is written; a row that is read has at most the bytes of its file.
+# The most bytes of a row that is written; a row that is read is at most as long as its file.
 LONGEST_ROW = 256 * 2**20
 # Room for our own schema and for the short values of a file that is still empty.
 SHORTEST_LIMIT = 2**16
@@ -113,7 +113,7 @@ def bytes_on_disk(path: Path) -> int:
 
 @contextmanager
 def reporting_damage() -> Iterator[None]:
-    """Report whatever is wrong with a value as damage of its file."""
+    """Report whatever is wrong with a value as damage to its file."""
     try:
         yield
     except (ValueError, TypeError, sqlite3.DataError) as error:

@@ -131,7 +131,7 @@ def allocate_bits(
     is left of it goes to the parts with the most harm per byte.
 
     Args:
-        elements: of each matrix, by path.
+        elements: the number of elements of each matrix, by path.
         sensitivity: the harm of `base` to the model's output in one part, by the part's paths.
     """
     assert recipe.high is not None

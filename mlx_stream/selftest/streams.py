@@ -138,10 +138,11 @@ def in_place(model: Model) -> CheckOutcome:
     buffer, attention = keys.nbytes, scores(model, keys)
     if 4 * attention > buffer:
         return CheckOutcome(
-            None, "not applicable: scores are too large beside such small heads to tell"
+            None, "not applicable: with heads this small, the scores are too large to tell"
         )
     beyond = rise(model, large) - rise(model, small) - 3 * attention
-    said = f"{max(beyond, 0) / 1e6:.2f} MB more over {STEPS} steps; a buffer has {buffer / 1e6:.2f}"
+    more = f"{max(beyond, 0) / 1e6:.2f} MB more over {STEPS} steps"
+    said = f"{more}; a buffer is {buffer / 1e6:.2f} MB"
     return CheckOutcome(beyond < buffer / 2, said)
 
 
@@ -206,11 +207,12 @@ def seeds(model: Model) -> CheckOutcome:
         "one seed gave two texts": again != first,
         "two seeds gave one text": other == first,
         "every draw was the same": len(set(first)) == 1,
-        "without a seed two were the same": len(unlike) < 3,
+        "two draws without a seed were the same": len(unlike) < 3,
     }
     wrong = [fault for fault, found in faults.items() if found]
     return CheckOutcome(
-        not wrong, "; ".join(wrong) or f"{STEPS} draws the same again, others differ"
+        not wrong,
+        "; ".join(wrong) or f"{STEPS} draws repeat with the same seed and differ with another",
     )
 
 

@@ -34,7 +34,7 @@ class StopMatcher:
     def __init__(self, stops: str | Sequence[str]):
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(self.stops):
-            raise ValueRefused("--stop must not be an empty text")
+            raise ValueRefused("--stop must not be an empty string")
         self.pending = ""
         self._longest = max(map(len, self.stops), default=1) - 1  # of what may have begun
 
@@ -59,7 +59,7 @@ class StopMatcher:
         return held
 
     def _partial_match(self) -> int:
-        """Return the length of the longest end of the text that begins a stop string."""
+        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
         for length in range(min(self._longest, len(self.pending)), 0, -1):
             end = self.pending[len(self.pending) - length :]
             if any(stop.startswith(end) for stop in self.stops):

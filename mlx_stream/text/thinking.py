@@ -154,7 +154,7 @@ class ThinkingRules:
 
 
 def overlap(text: str, mark: str) -> int:
-    """Return the length of the longest end of a text with which a mark begins."""
+    """Return the length of the longest suffix of a text that is a prefix of a mark."""
     most = min(len(text), len(mark) - 1)
     return next((n for n in range(most, 0, -1) if mark.startswith(text[-n:])), 0)
 

@@ -1,4 +1,4 @@
-"""The plan of a cache: rows, masks and clocks follow rules 1 and 2, even near 2^62."""
+"""The plan of a cache: rows, masks and clocks give the right distances, even near 2^62."""
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -132,7 +132,7 @@ def test_the_sinks_stand_directly_before_the_oldest_token(given_place, ahead):
         return
     sink = geometry.sinks_clock(place, token)
     assert sink >= 0, "Metal computes positions unsigned"
-    assert clock - sink == token - oldest + geometry.sinks  # rule 2, for sink 0
+    assert clock - sink == token - oldest + geometry.sinks  # the distance from sink 0
 
 
 @given(places(), st.integers(1, 70), st.integers(-1, 70))

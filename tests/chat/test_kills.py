@@ -66,7 +66,8 @@ def test_a_killed_chat_loses_no_turn_it_committed(kills: Kills) -> None:
 def opens(kills: Kills, saved: SavedSession) -> str:
     """See that a session verifies, and opens as it was; return the line about its snapshot."""
     kills.said["x"] = turns_of(saved.store.turns())
-    # A folder that could not be removed; it is when the session is next opened or written.
+    # A folder that could not be removed may remain; the next open or write of the session
+    # removes it.
     assert len(left_over(kills.home, "x")) <= 1
     whole = manage.verify_session("x")
     with kills.copied() as copy:

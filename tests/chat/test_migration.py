@@ -256,7 +256,7 @@ def test_a_migration_that_ends_at_any_page_leaves_the_old_file(
 
 
 def test_several_may_open_it_at_once(path: Path) -> None:
-    """One of them migrates it; the others find that it was."""
+    """One of them migrates it; the others find it migrated."""
     write_version_1(path, HEADER, TURNS * 40)
     slow, late = (connect(path, 2**20) for _ in range(2))
     for connection in (slow, late):  # both have seen that it is of version 1

@@ -44,7 +44,7 @@ PHI_3_5 = (
     " '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}"
     "{{ eos_token }}{% endif %}"
 )
-# Drops what a reply thought once the next question is there, as Qwen 3 does.
+# Drops a reply's thinking once another question follows, as Qwen 3 does.
 THINKS = (
     "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
@@ -100,7 +100,7 @@ def test_an_answer_keeps_the_ids_that_were_sampled_where_its_text_would_get_othe
     reply = "<think>the</think>then"
     exchange = Exchange("Hi", reply, (), asked, (*thought, *letters))
     assert prompts.settle(exchange, first=True).ids == (*asked, *letters)
-    # With a text that no ids were sampled for, it is encoded.
+    # If part of a reply has no sampled ids, its text is encoded.
     cut = Exchange("Hi", reply, (), asked, (*thought, *letters[:2]), rest="en")
     settled = prompts.settle(cut, first=True)
     assert settled.ids == (*asked, *tokenizer.encode("then", special=False))

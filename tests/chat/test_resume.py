@@ -292,7 +292,7 @@ def test_a_reply_that_is_dropped_writes_no_snapshot(model, monkeypatch):
     saved.close()
 
 
-# --- what is read again, and that it is written down ---
+# --- what is read again and recorded ---
 
 
 def check_stored(saved):

@@ -228,7 +228,7 @@ def test_the_stream_holds_what_the_template_renders_after_every_act(data):
         list(chat.reply("On?", 3))
         assert_well_formed(chat)
     if chat.tokens.length:
-        chat.tokens.state()  # after which nothing is held that is not attended (rule 13)
+        chat.tokens.state()  # erases keys and values of tokens that are not attended
         check_erased(chat.cache)
         if (source := chat.template._source) in THINKS.values():
             backend = thinkers.thinker_tokenizer(source)

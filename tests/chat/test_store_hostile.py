@@ -121,7 +121,7 @@ def test_bytes_that_changed(tmp_path: Path) -> None:
     for number in range(FLIPS):
         data = bytearray(whole)
         for _ in range(1 + number % 3):
-            # Every other one in the parts that say where things are.
+            # Every other file is altered only in the parts that hold its layout.
             at = luck.randrange(len(data) if number % 2 else 100)
             if number % 4 == 2:
                 at = 4096 * luck.randrange(len(data) // 4096) + luck.randrange(16)
@@ -218,7 +218,7 @@ def test_any_value_that_was_altered_is_found(tmp_path: Path) -> None:
 
 
 def others(old: Any, kind: str, needed: int) -> list[Any]:
-    """Return values that one in a column of some type may be changed to."""
+    """Return values that may replace a value in a column of type `kind`."""
     found: list[Any] = [] if needed else [None]
     if kind == "INTEGER":
         found += [(old or 0) + 1, -1]

@@ -188,7 +188,7 @@ REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     (without_weights("x"), CheckpointError, "expected weights in the safetensors format"),
     (without_weights("pytorch_model.bin"), CheckpointError, "pickles"),
     (without_weights("consolidated.00.pth"), CheckpointError, "never read"),
-    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "the path of the file 'tiny.Q4_1.gguf'"),
+    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "download 'tiny.Q4_1.gguf' and give"),
     *((written(name, text), CheckpointError, why) for name in JSON_FILES for text, why in JSONS),
     *(
         (written(INDEX, json.dumps({"weight_map": table}).encode()), CheckpointError, "weight_map")
@@ -231,7 +231,7 @@ OUTSIDE += ("..\\outside.safetensors", "C:outside.safetensors", "out\0side.safet
 
 @pytest.mark.parametrize("shard", [*OUTSIDE, "", 7, None, ["a.safetensors"]])
 def test_an_index_may_not_leave_its_folder(sharded, shard):
-    # Both exist and would do, were they read.
+    # Both exist and would be accepted if they were read.
     (sharded / "sub").mkdir()
     for target in (sharded.parent / "outside.safetensors", sharded / "sub" / "inside.safetensors"):
         mx.save_safetensors(str(target), {"extra": mx.zeros((2,))})

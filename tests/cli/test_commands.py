@@ -27,7 +27,7 @@ OPTIONS = SessionOptions("Be brief.", 200, sampling=Sampling(0), max_tokens=7)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Model:
-    """Return a model that writes letters for ever and knows 4,096 places."""
+    """Return a model that writes letters for ever and has a context of 4,096 tokens."""
     config = tiny_config(**SMALL, max_position_embeddings=4_096)
     return load(write_letters(tmp_path_factory.mktemp("commands"), config), dtype="float32")
 
@@ -161,7 +161,7 @@ def test_undo_and_clear(saved, tmp_path):
 @pytest.mark.parametrize(
     ("line", "prompt", "text"),
     [
-        ("/system Be kind.", "Be kind.", "the system prompt is changed"),
+        ("/system Be kind.", "Be kind.", "the system prompt has changed"),
         ("/system ''", None, "there is no system prompt now"),
         ('/system ""', None, "there is no system prompt now"),
         ("/window 512", "Be brief.", "the window is 512 tokens, after 4 that always stay"),
@@ -258,7 +258,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("/undo 3", "/undo takes no argument, not '3'"),
+        ("/undo 3", "/undo takes no argument: leave out '3'"),
         ("/window wide", "/window takes a whole number of tokens, not 'wide'"),
         ("/window " + "9" * 5000, "/window takes a whole number of tokens, not '9999"),
         ("/window 0", "--window must be at least 1"),

@@ -56,7 +56,7 @@ def test_places_are_refused(source, tmp_path):
         (tmp_path / "link", "is a link: give a folder"),
         (tmp_path / "file" / "out", "could not be written: "),
         (theirs, "exists: give another folder, or --force to replace it"),
-        (source / "out", "is the source, inside it, or around it"),
+        (source / "out", "is the source, is inside it, or contains it"),
         *((place, "not be replaced", "--force") for place in (theirs, source, source.parent)),
     ):
         assert why in one_line("convert", source, out, *options)

@@ -105,7 +105,7 @@ def test_lines_are_typed_edited_completed_dropped_and_pasted(terminals, path):
     terminal.type("never sent", CTRL_C)
     terminal.see("(Ctrl-D leaves)")
     terminal.see(PROMPT)
-    terminal.type("ab", "\x1b[D", CTRL_D, ENTER)  # amid a line Ctrl-D deletes
+    terminal.type("ab", "\x1b[D", CTRL_D, ENTER)  # deletes a character
     got(terminal, "a")
     terminal.leave()
 

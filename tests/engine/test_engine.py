@@ -26,7 +26,7 @@ def engine(letters):
 
 
 def hold(chat, questions):
-    """Ask, and have the last answer once more, and to another question; return what was said."""
+    """Ask, retry the last question, edit it, and ask another; return what was said."""
     replies = [said(chat.reply(question)) for question in questions]
     return [*replies, said(chat.retry()), said(chat.edit("Two?")), said(chat.reply("Three?"))]
 

@@ -8,7 +8,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-os.environ["TOGA_BACKEND"] = "toga_dummy"  # of those installed; read when the first widget is made
+# One of the installed backends; read when the first widget is made.
+os.environ["TOGA_BACKEND"] = "toga_dummy"
 
 from toga_dummy.utils import EventLog
 

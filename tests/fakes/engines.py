@@ -47,7 +47,7 @@ def together(*tasks: Callable[[], None]) -> None:
 
 
 def eventually(holds: Callable[[], object]) -> None:
-    """Wait until something is so; fail if it never is."""
+    """Wait until a condition holds; fail if it never does."""
     until = time.monotonic() + DEADLINE
     while not holds():
         assert time.monotonic() < until, "it never came"

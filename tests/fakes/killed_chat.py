@@ -189,7 +189,7 @@ def killed(command: list[str], marks: Marks, target: str, luck: random.Random) -
 
 @dataclass
 class Kills:
-    """Sessions of one home, killed again and again; what they must hold."""
+    """The sessions of one home, which are killed again and again, and what they must hold."""
 
     model: Model
     folder: Path

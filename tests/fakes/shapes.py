@@ -100,7 +100,8 @@ class Shape:
         return inv_freq, magnitude if part == 1 else 1.0
 
 
-# Of each head: all, all but in the second layer, half, and half and none in turn.
+# The rotated part of each head: all of it; all, but none in the second layer; half; half and none
+# in turn.
 PARTS = [(1.0,), (1.0,), (1.0, 0.0), (0.5,), (0.5, 0.0)]
 
 

@@ -119,7 +119,7 @@ def tiny_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         weights[name] = (mean + scale * rng.standard_normal(shape)).astype(np.float32)
 
     def linear(name: str, rows: int, columns: int, *, scale: float, bias: bool = False) -> None:
-        """Outputs have about this scale for inputs of scale 1."""
+        """Add a linear layer whose outputs have about this scale for inputs of scale 1."""
         normal(f"{name}.weight", rows, columns, scale=scale * columns**-0.5)
         if bias:
             normal(f"{name}.bias", rows, scale=0.3)
@@ -216,7 +216,7 @@ def write_letters(folder: Path, config: dict) -> Path:
     vocabulary = tiny_tokenizer(config["vocab_size"]).get_vocab()
     ids = [vocabulary[letter] for letter in ascii_lowercase]
     rows = np.zeros_like(head)
-    # Of a row and its negative one is above the zeros of all other tokens, whatever was read.
+    # Either a row or its negative scores above the zeros of all other tokens, whatever was read.
     rows[ids[0::2]], rows[ids[1::2]] = head[ids[0::2]], -head[ids[0::2]]
     write_tiny(folder, config, weights | {"lm_head.weight": rows})
     path = Path(folder) / "tokenizer_config.json"

@@ -84,7 +84,7 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (lambda served: setattr(served, "commit", "../../main"), "does not list a commit", NOTHING),
     (holds_only("pytorch_model.bin"), "only pickles (.bin, .pt), which are never read", NOTHING),
     (holds_only("consolidated.00.pth"), "only pickles", NOTHING),
-    (holds_only("model-Q4_0.gguf"), "the path of the file 'model-Q4_0.gguf'", NOTHING),
+    (holds_only("model-Q4_0.gguf"), "download 'model-Q4_0.gguf' and give", NOTHING),
     (holds_only("flax_model.msgpack"), "expected weights in the safetensors format", NOTHING),
     (
         says(auto_map={"AutoModelForCausalLM": "modeling.M"}),

@@ -69,7 +69,7 @@ class Experiment:
         luck = random.Random(options.seed)
         self.kills = sorted(luck.randrange(len(text)) for _ in range(options.kills))
         self.luck = random.Random()
-        self._asked = self._answered = 0  # the processes that were, that have
+        self._asked = self._answered = 0  # the processes that were asked; those that have answered
         self.assistant = self.started()
 
     def started(self) -> Running:
@@ -85,7 +85,10 @@ class Experiment:
         return Running(words, self.home / "said.log")
 
     def run(self) -> None:
-        """Write the text at its pace, kill at its moments, and wait until all was read."""
+        """Write the text at its pace, kill the assistant at the chosen moments, and wait.
+
+        The wait ends when everything has been read.
+        """
         begun, before, sampled = time.monotonic(), self.progress.seconds, 0.0
         while not self.has_read_all():
             time.sleep(TICK)
@@ -205,7 +208,7 @@ class Experiment:
         return all(ok for *_, ok in rows)
 
     def tokens(self) -> int:
-        """Return the tokens of a stream that was never interrupted, fed the same."""
+        """Return how many tokens an uninterrupted stream has after being fed the same text."""
         tokenizer = Tokenizer.from_checkpoint(read_checkpoint(Path(self.model)))
         assert tokenizer.template
         turns = PromptBuilder(tokenizer, tokenizer.template, SYSTEM, pin=True)

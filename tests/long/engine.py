@@ -198,8 +198,8 @@ def again(model: mlx_stream.Model, life: Life) -> None:
 def look() -> dict[str, int]:
     """Return what remains when every session is closed.
 
-    glibc keeps what 50 threads freed, some 150 MB, in as many arenas, and that moves: it gives it
-    back first. (With MALLOC_ARENA_MAX=1 nothing moves either way.)
+    glibc keeps what 50 threads freed, some 150 MB, in as many arenas, and the amount varies, so it
+    is released first. (With MALLOC_ARENA_MAX=1 nothing varies, with or without this.)
     """
     gc.collect()
     gc.collect()

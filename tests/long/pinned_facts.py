@@ -5,7 +5,7 @@
 Each of 24 facts is asked for with ten candidates, of which the system prompt has only one: before
 the chat and after it, with the system prompt pinned and without. The chat is CPython's own
 documentation, read and not sampled. Prints one line of JSON; exits with 1 if the facts were lost
-although pinned, or were still there although not. Takes minutes: not collected by pytest.
+although pinned, or were still known without pinning. Takes minutes: not collected by pytest.
 """
 
 import argparse

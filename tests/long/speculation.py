@@ -71,7 +71,7 @@ TASKS = {
 
 
 def distinct(ids: list[int], size: int = 4) -> float:
-    """Return the share of n-grams that occur first."""
+    """Return the share of n-grams that have not occurred before."""
     grams = [tuple(ids[at : at + size]) for at in range(len(ids) - size + 1)]
     return len(set(grams)) / max(1, len(grams))
 

@@ -4,7 +4,7 @@
 
 Each model has random weights and a tokenizer with the template's special tokens, and writes what
 a script says. After each of five turns, and after retry, undo, edit, a reply cut in its thinking,
-resuming and evictions, the attended ids must be what the template renders (DESIGN rule 12), and the
+resuming and evictions, the attended ids must be what the template renders, and the
 logits to the bit those of a stream with the same steps. Prints a line for each template; exits 1 if
 one failed. Takes minutes.
 """

@@ -63,7 +63,7 @@ class OutputOptions:
             cut: the error that ended it early, from `collecting_rows`; raised at the end.
         """
         if cut:
-            report.notes.append("interrupted: the figures until then")
+            report.notes.append("interrupted: these are the figures up to that point")
         if self.json:
             print_json(report.as_json())
         elif self.csv:

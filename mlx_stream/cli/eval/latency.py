@@ -60,7 +60,9 @@ def latency(
     folder = resolve(model, notify)
     peer, notes = None, []
     if folder.is_file():
-        notes.append("mlx-lm: not measured: it reads folders: convert the model to one")
+        notes.append(
+            "mlx-lm: not measured, because it reads only folders; convert the model to one"
+        )
     else:
         peer = load_peer(folder, loaded)
     rows, cut = common.collecting_rows(measure_latency(loaded, peer, sizes, notify))

@@ -240,12 +240,15 @@ class ChatTemplate:
         alone = self.render(exchange, reply=False)
         before, found, after = self.render([*exchange, user("x")], reply=True).partition(MARK)
         once = found and MARK not in after and alone.count(MARK) == 1
-        require(once, "it does not write a reply's content once")
+        require(once, "it does not write a reply's content exactly once")
         lead = before.removeprefix(asked) if before.startswith(asked) else ""
         if lead.strip():  # marks of thinking, which the model writes itself
             marks = self.style.texts.split() if self.style else ()
             known = any(mark in lead for mark in marks)
-            require(known, f"it writes {lead[:80]!r} only before a reply that is there")
+            require(
+                known,
+                f"it writes {lead[:80]!r} only before an existing reply, not before a new one",
+            )
             lead = ""
         return lead, shared_start(alone.partition(MARK)[2], after, self._special)
 
@@ -256,9 +259,9 @@ class ChatTemplate:
         return after.removeprefix(self.closing)
 
     def check(self, system: bool) -> None:
-        """Make sure that each exchange is written once and stays; `system`: behind a system turn.
+        """Make sure that each exchange is written once and stays, after a system turn if `system`.
 
-        An exchange may change when the next question is there, and never after that. A template
+        An exchange may change when the next question is added, and never after that. A template
         that is refused may still be used for conversations that are rendered whole.
         """
         metered(lambda: self._check(SYSTEM if system else None))

@@ -22,7 +22,7 @@ class Meter:
         self.left, self.ends = BUDGET, time.thread_time() + SECONDS
 
     def check(self, size: int = 0) -> None:
-        """Raise if the time is over, or if the budget is too small for a value of this size."""
+        """Raise if the time is up, or if the budget is too small for a value of this size."""
         if time.thread_time() > self.ends:
             raise RuntimeError(f"it ran for more than {SECONDS:g} s")
         if size > self.left:
