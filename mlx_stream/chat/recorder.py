@@ -41,7 +41,7 @@ class Recorder(Protocol):
     """Saves a conversation."""
 
     def record(self, change: Change) -> None:
-        """Queue a change; queued twice in a row, it is written as if queued once."""
+        """Queue a change; if it is queued twice in a row, it is written once."""
         ...
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""A conversation on one stream, where each turn reads only its own tokens; independent of files.
+"""A conversation on one stream, which reads only the new tokens of a turn; independent of files.
 
 The beginning (a system prompt) is pinned: it is the stream's sinks. To make room, the oldest turns
 are evicted whole, so that the stream always attends to a conversation that the model's template
@@ -166,7 +166,7 @@ class ChatSession:
         """Answer the last question again; the part of it that is still attended is not read again.
 
         Raises:
-            ValueRefused: as `reply`, or there is no question.
+            ValueRefused: as in `reply`, or there is no question.
         """
         limit, reply = self._new_reply(max_tokens, stop)
         if not self.unanswered:
@@ -183,7 +183,7 @@ class ChatSession:
         """Replace the last question and answer the new one; otherwise as `reply`.
 
         Raises:
-            ValueRefused: as `reply`, or there is no question.
+            ValueRefused: as in `reply`, or there is no question.
         """
         if not question:
             raise TextError("the question is empty")
@@ -439,7 +439,7 @@ class ChatSession:
         state = self.evictor.state
         if isinstance(state, Idle):
             return state.turns
-        if self.tokens.lookahead:  # right guesses that were not asked for
+        if self.tokens.lookahead:  # these are right guesses that were not asked for
             self.tokens.rewind(self.tokens.lookahead)
         turn, turns, refusal = state.finish(trim=self.template.trims), state.turns, ""
         try:
@@ -466,7 +466,7 @@ class ChatSession:
             if self.recorder:
                 self.recorder.flush()
         finally:
-            if refusal:  # only now: a notice may raise
+            if refusal:  # only now, because a notice may raise
                 self._notify(refusal)
             self._count()
         return self.evictor.state.turns

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a folder that appears complete or not at all; about files, not modules."""
+"""Writes a checkpoint as a folder that appears complete or not at all; knows files, not modules."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""`mlx_stream bench`: speed beside mlx-lm's, in one process, steps in turn."""
+"""`mlx_stream bench`: speed compared with mlx-lm's, in one process, step by step in turn."""
 
 from typing import Annotated
 

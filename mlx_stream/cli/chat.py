@@ -179,7 +179,7 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
 
 
 def run_batch(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
-    """Take each line of standard input that is not blank as a turn."""
+    """Read each line of standard input that is not blank as a turn."""
     from mlx_stream.cli.report import print_stats
 
     for number, line in enumerate(sys.stdin.buffer, 1):
@@ -223,7 +223,7 @@ class Screen:
         self.end_reply()
 
     def show(self, pieces: "Pieces") -> None:
-        """Print a reply as it comes."""
+        """Print a reply as it arrives."""
         shown = TerminalEscaper() if sys.stdout.isatty() else None
         finish, thoughts = None, TerminalEscaper()
         try:

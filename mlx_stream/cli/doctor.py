@@ -1,4 +1,4 @@
-"""`mlx_stream doctor`: what this machine is, what will be slow and why, what it gets wrong."""
+"""`mlx_stream doctor`: describe this machine, what is slow on it, and what it gets wrong."""
 
 from typing import Annotated
 

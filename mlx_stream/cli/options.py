@@ -62,7 +62,7 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object to standar
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen; in the order of `Sampling`."""
+    """How tokens are chosen, in the order of `Sampling`."""
 
     temp: Annotated[float, Option(help="Temperature; 0 takes the likeliest token.")] = 0.6
     top_k: Annotated[int, Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0

@@ -1,4 +1,4 @@
-"""`mlx_stream plan`: what a model will need on a device, before any of it is loaded."""
+"""`mlx_stream plan`: show what a model will need on a device, before any of it is loaded."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

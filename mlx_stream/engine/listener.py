@@ -53,7 +53,7 @@ class Listener(Handle):
 
     @property
     def backlog(self) -> int:
-        """Characters fed and not yet read, without the last word, which may still grow."""
+        """Characters fed and not yet read, except those of the last word, which may still grow."""
         return self._backlog.size
 
     def feed(self, text: str, timeout: float = 0.0) -> None:
@@ -125,7 +125,7 @@ class Listener(Handle):
         Raises:
             TextError: the question is empty.
             MemoryRefused: the copy does not fit the budget.
-            QueueFull: the engine has too much to do.
+            QueueFull: too many commands are waiting.
         """
         return self._pieces(self._ask_command(question, remember, max_tokens, now))
 

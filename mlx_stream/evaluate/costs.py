@@ -74,6 +74,6 @@ def graph_nodes(*outputs: mx.array) -> int:
     On the CPU backend this is a proxy: it expands what is one kernel on Metal.
     """
     text = io.StringIO()
-    export: Any = mx.export_to_dot  # takes an open file as well as a name
+    export: Any = mx.export_to_dot  # it takes an open file as well as a name
     export(text, *outputs)
     return text.getvalue().count(NODE)

@@ -1,4 +1,4 @@
-"""`eval endurance`: one stream for hundreds of thousands of tokens, stopped and continued at will.
+"""`eval endurance`: one stream of hundreds of thousands of tokens, which can be stopped.
 
 After each segment a line is logged. The stream's state is saved now and then, and when the run is
 stopped. A state older than the log catches up by reading, which reproduces the same bits.
@@ -95,8 +95,8 @@ def endure(
     """Read on until at least `tokens` tokens are logged; return whether that is done.
 
     Once `stopped` returns true, the state is saved and the reading ends. Raises ValueRefused for
-    fewer than one token, or another file where the state goes; TextError or SnapshotError if log or
-    state cannot be written. The lines logged before are kept.
+    fewer than one token, or another file where the state goes; TextError or SnapshotError if the
+    log or the state cannot be written. The lines logged until then are kept.
     """
     if tokens < 1:
         raise ValueRefused(f"--tokens must be at least 1, not {tokens}")

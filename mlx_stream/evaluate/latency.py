@@ -65,7 +65,7 @@ def force_reanchoring(model: Model, cache: StreamCache) -> tuple[list[float], li
     for _ in range(FORCED):
         fill(cache, cache.clock_limit - 2)
         step = step_of(model, cache)
-        step()  # the first after a refill meets fresh memory
+        step()  # the first step after a refill uses fresh memory
         plain.append(time_step(step))
         before = cache.position.clock
         turned.append(time_step(step))

@@ -1,4 +1,4 @@
-"""One text read through one cache, some tokens at a time: ours, the paper's baselines, a peer's.
+"""Reads a text through a cache, some tokens at a time: ours, the paper's baselines, or a peer's.
 
 A reader is a function: `read(start, stop)` reads tokens `start` to `stop - 1`, in order, and
 returns the loss, -log p in nats, of each token after them: ids[start + 1] to ids[stop].
@@ -35,7 +35,7 @@ def stream_reader(model: Model, ids: Ids, cache: Cache, chunk: int) -> Reader:
 def fresh_reader(model: Model, ids: Ids, sinks: int, window: int, chunk: int) -> Reader:
     """Read each piece with a stream begun on the window before it: `fresh`.
 
-    With 2 sinks and a window of 3, tokens from 10 on are read by a stream that began at token 5.
+    With 2 sinks and a window of 3, tokens 10 and later are read by a stream that began at token 5.
     """
 
     def read(start: int, stop: int) -> list[float]:
