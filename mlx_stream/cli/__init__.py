@@ -34,7 +34,7 @@ VERBS = {
 }
 # The same for the known programs that may be installed with the package.
 PROGRAMS = {
-    "assistant": "Follow files, notes and pipes for days, and answer questions about them.",
+    "assistant": "Follow files, notes and pipes for days, and answer questions.",
     "desktop": "Chat in a desktop window.",
 }
 ENTRY_POINTS = "mlx_stream.programs"

@@ -97,7 +97,7 @@ def test_files_that_are_not_notes_are_reported_once_and_left(tmp_path, monkeypat
     looking = Looking(tmp_path)
     assert looking.look(4) == [("good.md", "good\n")]
     assert len(looking.told) == 2
-    assert any("long.md: has 101 bytes" in line for line in looking.told)
+    assert any("long.md: is 101 bytes long" in line for line in looking.told)
     assert any("binary.txt: is not text" in line for line in looking.told)
     assert looking.source.state["complaint"]
     (tmp_path / "binary.txt").write_text("now text\n")

@@ -164,16 +164,20 @@ def test_undo_and_clear(saved, tmp_path):
         ("/system Be kind.", "Be kind.", "the system prompt has changed"),
         ("/system ''", None, "there is no system prompt now"),
         ('/system ""', None, "there is no system prompt now"),
-        ("/window 512", "Be brief.", "the window is 512 tokens, after 4 that always stay"),
-        ("/window 2,048", "Be brief.", "the window is 2,048 tokens, after 4 that always stay"),
+        ("/window 512", "Be brief.", "the window is 512 tokens, in addition to 4 that always stay"),
+        (
+            "/window 2,048",
+            "Be brief.",
+            "the window is 2,048 tokens, in addition to 4 that always stay",
+        ),
     ],
 )
 def test_another_system_prompt_or_window_keeps_the_conversation(saved, line, prompt, text):
     answered(say("/system", saved.chat), "Be brief.")
     sinks = saved.chat.stats.sinks
-    always = f"after {sinks} that always stay"
+    always = f"in addition to {sinks} that always stay"
     answered(say("/window", saved.chat), f"the window is 200 tokens, {always}")
-    answered(say(line, saved.chat), text.replace("after 4 that always stay", always))
+    answered(say(line, saved.chat), text.replace("in addition to 4 that always stay", always))
     header = saved.store.state.header
     assert saved.chat.system == prompt == header.system
     size = int(line.split()[1].replace(",", "")) if "window" in line else 200

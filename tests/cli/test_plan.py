@@ -44,7 +44,7 @@ def test_plan_says_what_a_phone_has_to_hold():
         "ring       33.8 MB  4 sinks, window 1,020",
         "workspace  66.4 MB  one chunk of a prompt",
         "total      795.4 MB  fits: one program may use 6,442.5 MB with the increased-memory-limit "
-        "entitlement; fits without, in 3,221.2 MB",
+        "entitlement; without it, 3,221.2 MB: fits",
         "loading    704.5 MB  at its peak, before the ring is allocated",
         "reads      729.1 MB  per token: at 60 GB/s, 82.3 tokens/s at most",
     ]
