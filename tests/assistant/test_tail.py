@@ -77,13 +77,13 @@ def test_a_renamed_file_is_read_to_its_end_before_the_new_one(path):
     add(path, b"one\n")
     reading = Reading(path)
     reading.poll()
-    reading.clock.now += 1000  # quiet for long
+    reading.clock.now += 1000  # the file is quiet for a long time
     path.rename(path.with_name("x.log.1"))
     add(path, b"three\n")
     for _ in range(3):
         reading.clock.now += GRACE / 4
         assert reading.poll() == b""
-    add(path.with_name("x.log.1"), b"two\n")  # by a writer that has not noticed yet
+    add(path.with_name("x.log.1"), b"two\n")  # its writer has not noticed the new name yet
     assert reading.poll() == b"two\n"
     reading.wait()
     assert reading.taken == b"one\ntwo\nthree\n"
@@ -131,7 +131,7 @@ def test_a_file_that_goes_and_comes_back(path):
     reading.wait()
     path.rename(path.with_name("away"))
     reading.wait()
-    path.with_name("away").rename(path)  # and is not read again
+    path.with_name("away").rename(path)  # it is not read again
     add(path, b"two\n")
     reading.wait()
     path.unlink()
@@ -215,7 +215,7 @@ def test_standard_input_comes_in_whole_characters_to_its_end():
             os.write(write, data)
         source.read()
         while arrival := source.poll():
-            assert arrival == source.poll()  # until it is taken
+            assert arrival == source.poll()  # the same until it is taken
             taken += arrival.data
             source.ack(arrival)
 

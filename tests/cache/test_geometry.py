@@ -35,7 +35,7 @@ def places(draw: st.DrawFn) -> tuple[Geometry, StreamPosition]:
 
 
 def attends(geometry: Geometry, place: StreamPosition, token: int) -> set[int]:
-    """Rule 1, literally; None of it looks at rows."""
+    """Return what a token attends to, by the definition; None of it looks at rows."""
     sinks = {i for i in range(geometry.sinks) if i <= token}
     oldest = max(geometry.sinks, place.floor, token - geometry.window + 1)
     return sinks | set(range(oldest, token + 1))

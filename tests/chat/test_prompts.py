@@ -72,7 +72,7 @@ def test_turns_have_the_ids_of_the_whole_render(source, tokenizer, count, unread
 @pytest.mark.parametrize("tokenizer", [byte_level, blank_lines, sentence_pieces])
 @pytest.mark.parametrize("unread", ["", " the"], ids=["whole", "stopped inside an id"])
 def test_settled_turns_have_the_ids_of_the_whole_render(tokenizer, system, unread):
-    """What a reply thought is gone; its answer has the ids that were sampled."""
+    """The thinking of a reply is gone; its answer has the ids that were sampled."""
     backend, template = tokenizer(), ChatTemplate(THINKS, TOKENS)
     assert template.rewrites
     thoughts = ("the first", "", "a\n\nb", "", "An end")
@@ -105,7 +105,7 @@ def test_an_answer_keeps_the_ids_that_were_sampled_where_its_text_would_get_othe
     settled = prompts.settle(cut, first=True)
     assert settled.ids == (*asked, *tokenizer.encode("then", special=False))
     assert prompts.rest_of(settled) == "" and prompts.rest_of(cut) == "en"
-    # What is as it was read has no other ids.
+    # An exchange that is rendered as it was read has no other ids.
     plain = Exchange("Hi", "then", (), asked, tuple(letters))
     assert prompts.settle(plain, first=True).settled_ids is None
 
@@ -143,7 +143,7 @@ def test_a_word_that_was_stopped_in_its_middle_gets_no_space(tokenizer):
 
 
 def test_a_special_token_s_name_in_a_question_gets_no_spaces():
-    """What is guarded is encoded in parts, of which only the first begins a text."""
+    """A name that is split is encoded in parts, of which only the first begins a text."""
     tokenizer = sentence_pieces()
     turns = PromptBuilder(tokenizer, ChatTemplate(LLAMA_2, TOKENS), None, pin=True)
     ids = turns.question("the <s> end", None, first=True)[1]

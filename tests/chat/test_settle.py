@@ -58,7 +58,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
 }
-# Of models that think; the last keeps the thinking of earlier turns.
+# Templates of models that think; the last one keeps the thinking of earlier turns.
 DROPS_THINKING = MADE_UP.replace("REFUSE", "").replace(
     KEPT, "m.content.split('<think>')[-1].split('</think>')[-1]"
 )
@@ -74,7 +74,7 @@ WEIGHTS = tiny_weights(CONFIG)
 WINDOWS = st.integers(40, 200)
 COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8])
 ACTS = ("ask", "ask", "ask", "retry", "edit", "undo", "clear", "resume", "restart", "restart")
-# How a reply is cut, if it is.
+# The ways in which a reply may be cut.
 CUTS = ("", "", "", "close", "throw", "drop steps")
 TROUBLE = {
     "": (),
@@ -96,10 +96,10 @@ def model(template: str) -> Model:
 
 
 class Trouble:
-    """Raises an error, once, at the nth time that the code comes by some place.
+    """Raises an error, once, at the nth time that the code reaches a place.
 
     Attributes:
-        refusals: notices of replies that the template refused.
+        refusals: notices about replies that the template refused.
     """
 
     def __init__(self) -> None:
@@ -251,7 +251,7 @@ def act(chat: Any, trouble: Trouble, data: st.DataObject) -> Any:
     elif what == "restart":
         system, window = data.draw(st.sampled_from([None, "Be long."])), data.draw(WINDOWS)
         expected = chat.system, chat.stats.window
-        trouble.left = 1  # it reads in one step
+        trouble.left = 1  # the reading takes one step
         try:
             chat.restart(system, window)
             expected = system, window
@@ -294,7 +294,7 @@ def resumed(chat: Any, trouble: Trouble) -> Any:
 
 
 def cut(chat: Any, steps: Any, data: st.DataObject) -> None:
-    """Drive a reply to its end, or cut it; see that its turn has the text that was given."""
+    """Drive a reply to its end, or cut it; check that its turn has the text that was yielded."""
     how, count = data.draw(st.sampled_from(CUTS)), data.draw(st.integers(1, 9))
     result: ReadResult | None = None
     text, thinking, refused = "", "", len(chat.trouble.refusals)

@@ -58,7 +58,7 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-# --- read ---
+# --- folders that are read ---
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -128,7 +128,7 @@ def test_reading_takes_the_memory_of_the_file_not_of_its_limit(model):
         tracemalloc.stop()
 
 
-# --- refused, in three shards ---
+# --- folders that are refused, in three shards ---
 
 
 def without_weights(file: str) -> Callable[[Path], object]:
@@ -274,7 +274,7 @@ def test_a_link_that_leads_to_no_file_is_missing(sharded, name, target):
     kinds = {"config.json": CheckpointError, "tokenizer.json": TokenizerError}
     if name in kinds:
         assert f"no {name}" in refused(sharded, kinds[name])
-    else:  # without it the folder is what it is
+    else:  # without it the folder is valid
         assert read_folder(sharded).tensors.keys() == WEIGHTS.keys()
 
 
@@ -289,7 +289,7 @@ def test_a_header_that_two_parsers_read_differently_is_refused(model, order):
         b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',
         b'"w":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}',
     ][::order]
-    # Whichever of the two a parser takes, the file is refused or both agree.
+    # Whichever of the two a parser uses, the file is refused or both parsers agree.
     (model / "model.safetensors").write_bytes(
         safetensors(b"{" + b",".join(entries) + b"}", b"1234")
     )
