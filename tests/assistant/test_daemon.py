@@ -331,7 +331,7 @@ def test_what_keeps_it_from_starting_is_one_line(letters, log, tmp_path):
 def test_only_one_of_a_name_runs(start, log):
     assistant = start(f"--follow={log}")
     assistant.until(lambda status: status["state"] == "reading")
-    assert "running already" in refused("run", f"--follow={log}")
+    assert "already running" in refused("run", f"--follow={log}")
     assert asked("status")["pid"] == assistant.process.pid
     with pytest.raises(AssistantError, match="question is missing"):
         asked("ask", question=" ")

@@ -115,7 +115,7 @@ def test_an_unknown_command_is_answered_by_one_line_and_changes_nothing(line, ch
 
 
 def answered(outcome, text: str) -> None:
-    """See that a command was answered by a text and by nothing else."""
+    """Check that a command was answered by a text and by nothing else."""
     assert (outcome.text, outcome.pieces, outcome.prefill, outcome.quit) == (text, None, "", False)
 
 
@@ -123,7 +123,7 @@ def test_retry_answers_the_last_question_once_more(saved):
     told, before = [], saved.chat.exchanges
     outcome = say("/retry", saved.chat, progress=lambda *read: told.append(read))
     assert outcome.text == "" and outcome.pieces and saved.chat.exchanges == before
-    assert said(outcome.pieces) == before[-1].reply  # greedy
+    assert said(outcome.pieces) == before[-1].reply  # decoding is greedy
     assert told == [(1, 1)] and saved.chat.exchanges == before
     assert written("letters") == [*QUESTIONS]
 
@@ -151,7 +151,7 @@ def test_undo_and_clear(saved, tmp_path):
     assert chat.exchanges == [] and written("letters") == [QUESTIONS[0]]
     assert tuple(chat.tokens.ids.attended()) == chat.prompts.pinned
     said(chat.reply("Why?"))
-    # What is not attended any more is exported too.
+    # Exchanges that are no longer attended are exported too.
     assert say(f"/export {tmp_path / 'all.json'}", chat).text.startswith("2 exchanges")
     turns = json.loads((tmp_path / "all.json").read_text())["turns"]
     assert [turn["question"] for turn in turns] == [QUESTIONS[0], "Why?"]
@@ -301,7 +301,7 @@ class FullDisk:
 def test_a_full_disk_is_one_line(line, chat):
     chat.recorder = FullDisk()
     answered(say(line, chat), "the disk is full")
-    pieces = say("/retry", chat).pieces  # of a reply that is its reader's error
+    pieces = say("/retry", chat).pieces  # an error in the reply is raised to its reader
     assert pieces or line == "/clear"
     if pieces:
         with pytest.raises(SessionError, match="full"):

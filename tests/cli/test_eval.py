@@ -242,7 +242,7 @@ def test_an_interrupted_experiment_shows_the_figures_it_has(
     result = run("eval", name, tiny, *files, *options)
     assert result.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
     lines = result.out.splitlines()
-    if name == "latency":  # the size that was not done is left out
+    if name == "latency":  # the size that was not measured is left out
         sizes = [line.split()[0] for line in lines[1:] if line[:1].isdigit()]
         assert sizes == ["32"] * 5
     else:

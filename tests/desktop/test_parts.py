@@ -45,7 +45,7 @@ def test_shown_text_is_cut_and_has_no_control_characters():
 
 
 class Clock:
-    """An event loop's clock, turned by hand."""
+    """An event loop's clock that the test sets."""
 
     def __init__(self):
         self.now, self.waiting = 100.0, []

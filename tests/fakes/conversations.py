@@ -24,7 +24,7 @@ def pieces_of(chat: Any, act: str, question: str) -> Any:
 
 
 def leave_unanswered(saved: SavedSession, question: str) -> None:
-    """Leave a question, and the session, as a program does that is killed in its reply."""
+    """Leave a question and its session as a program does that is killed during the reply."""
     pieces = saved.chat.reply(question)
     next(pieces)
     saved.chat.recorder = None

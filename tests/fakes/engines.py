@@ -1,4 +1,4 @@
-"""What tests of the engine share: engines on tiny models, and what they must be equal to."""
+"""What tests of the engine share: engines on tiny models, and the results that they must equal."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ def alone(folder: Path, questions: Iterable[str], **options: Any) -> tuple[list[
 
 
 def together(*tasks: Callable[[], None]) -> None:
-    """Run each on a thread of its own, to the end; what one raises is raised."""
+    """Run each task on its own thread, to the end; raise what one of them raises."""
     raised: list[BaseException] = []
 
     def run(task: Callable[[], None]) -> None:

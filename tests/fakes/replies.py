@@ -19,7 +19,7 @@ FIRST = 0x4E00  # no id decodes to a character below this
 
 
 class Eager(DraftLengthController):
-    """Has whatever is guessed verified."""
+    """A controller that has every guess verified."""
 
     def choose(self, chances: Sequence[float], each: float = 0.0) -> int:
         return len(chances)
