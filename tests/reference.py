@@ -154,7 +154,7 @@ class SlowAttention:
         return [*range(min(self.sinks, self.n)), *range(self.oldest, self.n)]
 
     def distances(self) -> list[int]:
-        """Rule 2's distance from the newest token to each attended one, in the same order."""
+        """The distance from the newest token to each attended one, in the same order."""
         t, o, s = self.n - 1, self.oldest, self.sinks
         return [t - o + s - j if j < s <= t else t - j for j in self.attended()]
 
@@ -198,7 +198,7 @@ class SlowAttention:
         del self.store[kept:]
 
     def erase(self) -> None:
-        """Forget all that the newest token does not attend to, as giving the state out does."""
+        """Forget all that the newest token does not attend to, as returning the state does."""
         self._forget(self.oldest)
 
     def _forget(self, floor: float) -> None:
@@ -275,7 +275,7 @@ def _rotations(config: dict) -> list[tuple[np.ndarray, float]]:
 
 
 def _bounded(config: dict, window: int | None) -> int | None:
-    """Rule 10: a Mistral's or Phi-3's sliding window, where set, bounds the window."""
+    """A Mistral's or Phi-3's sliding window, where set, bounds the window."""
     slides = config["model_type"] in ("mistral", "phi3")
     bound = config.get("sliding_window") if slides else None
     return min((w for w in (window, bound) if w is not None), default=None)

@@ -1,4 +1,4 @@
-"""What starting loads: help texts and imports load nothing that they do not need."""
+"""Help texts and imports load nothing that they do not need."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ UNUSED = {"huggingface_hub", "matplotlib", "mlx_lm", "rich", "transformers"}
 
 
 def loaded(program, *arguments):
-    """Run Python code with arguments; return the modules it has loaded in the end."""
+    """Run Python code with arguments; return the modules that are loaded at the end."""
     code = f"""
 import atexit, sys
 atexit.register(lambda: print(*sys.modules, file=sys.stderr))

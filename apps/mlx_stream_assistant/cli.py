@@ -24,7 +24,7 @@ from mlx_stream_assistant.socket_server import request
 def notify(text: str) -> None:
     """Print a line for the user that is not the result."""
     line = "".join(c if c.isprintable() else " " for c in text)
-    with suppress(OSError, ValueError):  # a log that is closed, or on a full disk
+    with suppress(OSError, ValueError):  # the log is closed, or on a full disk
         print(f"assistant: {line}", file=sys.stderr, flush=True)
 
 
@@ -135,7 +135,7 @@ def ask(
                 sys.stdout.flush()
                 begun = True
     finally:
-        if begun:  # an error or Ctrl-C gets a line of its own
+        if begun:  # an error or Ctrl-C gets its own line
             print(shown.flush(), flush=True)
 
 

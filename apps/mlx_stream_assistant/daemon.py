@@ -41,7 +41,7 @@ SAMPLING = mlx_stream.Sampling(temperature=0.0)
 AGAIN = 10.0
 # After a second failure of the device within this many seconds, the stream pauses for as long.
 BETWEEN_FAILURES = 600.0
-# The part of the one second for stopping in which running work must end.
+# Of the one second for stopping, the part in which running work must end.
 LAST_WORDS = 0.5
 
 
@@ -60,7 +60,7 @@ class Assistant:
         self._engine: Any = None
         self._listener: Any = None
         self._battery, self._noting = Battery(), threading.Thread()
-        self._noticed = 0  # of the engine's notices
+        self._noticed = 0  # how many of the engine's notices were reported
 
     def run(self) -> None:
         """Run until stopped."""
@@ -92,7 +92,7 @@ class Assistant:
         self._stopping = True
 
     def _end(self) -> None:
-        """End all threads; what they have not done by then is done at the next start."""
+        """End all threads; unfinished work is done at the next start."""
         self._stopping = True
         self.handler.stopping.set()
         if self.handler.feeder:

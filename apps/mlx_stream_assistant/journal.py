@@ -73,7 +73,7 @@ class Chunk:
     title: str  # the source's name in headings
     data: bytes
     text: str  # the same, decoded
-    place: dict[str, Any] = field(default_factory=dict)  # where to read on, as JSON values
+    place: dict[str, Any] = field(default_factory=dict)  # where to continue reading, as JSON values
     apart: bool = False  # always put a heading before it
 
 
@@ -267,7 +267,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Write everything that is done inside, or nothing."""
+        """Write everything that is done in the `with` block, or nothing."""
         with self._reading():
             try:
                 self._connection.rollback()

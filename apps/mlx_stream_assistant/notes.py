@@ -98,7 +98,7 @@ class NotesFile:
             return
         if end == at + len(there) and data.startswith(there):
             os.ftruncate(file, at)  # a partial note
-        else:  # another program has written to it
+        else:  # another program has written to the file
             data = missing_line_ends(file) + data.lstrip(b"\n")
         end = os.fstat(file).st_size
         try:

@@ -46,7 +46,7 @@ class SocketServer:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            # A dead process left it: this one holds the assistant's lock.
+            # A dead process left the socket, because this one holds the assistant's lock.
             path.unlink(missing_ok=True)
             self._socket.bind(os.fspath(path))
             self._socket.listen(MOST_AT_ONCE)
@@ -143,7 +143,9 @@ def request(path: Path, name: str, **what: Any) -> Answer:
                 f"the assistant {name!r} is not running: start it with `run`, or `install` it"
             ) from error
         with suppress(OSError, ValueError):
-            with suppress(BrokenPipeError):  # refused unheard; the reason can still be read
+            with suppress(
+                BrokenPipeError
+            ):  # the request was refused unread; the reason can still be read
                 send(caller, what)
             with caller.makefile("rb") as lines:
                 for text in lines:

@@ -60,10 +60,10 @@ class TailedFile:
         self._size = 0  # at the last poll
         self._mtime: int | None = None  # likewise, in nanoseconds
         self._grown = 0.0  # when its size last changed
-        self._left: float | None = None  # when its name went to another file, or to none
+        self._left: float | None = None  # when the file lost its name
         self._complaint = ""
         self._refused: FilePosition | None = None  # where the file is not text
-        self._given_up: FilePosition | None = None  # was refused, and is no longer searched for
+        self._given_up: FilePosition | None = None  # a refused file that is no longer searched for
         self._search = FileSearch(path, tell)
 
     @property
@@ -84,7 +84,7 @@ class TailedFile:
         except NotText as error:
             self._complain(f"{error}; not read until another file is there")
             self._refused = self._place
-        except FileNotFoundError:  # renamed between two checks: look again
+        except FileNotFoundError:  # it was renamed between two checks: look again
             self.close()
         except OSError as error:
             self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
@@ -110,7 +110,7 @@ class TailedFile:
         path, expected = found
         self._file = open_file(path)
         status = os.fstat(self._file)
-        if not os.path.samestat(status, expected):  # renamed meanwhile: look again
+        if not os.path.samestat(status, expected):  # it was renamed in the meantime: look again
             self.close()
             return False
         if not stat.S_ISREG(status.st_mode):
@@ -155,7 +155,7 @@ class TailedFile:
 
     def _finish_renamed(self) -> Chunk | None:
         """Leave a file that no longer has the name; return what is left of it."""
-        if self._file is None:  # it was truncated, and there is a copy to open
+        if self._file is None:  # the file was truncated, and there is a copy to open
             return None
         assert self._place is not None
         status = self._named()

@@ -1,4 +1,4 @@
-"""Decode 100,000 tokens with a tiny model and see that no token takes longer than at the start.
+"""Decode 100,000 tokens with a tiny model and check that no token takes longer than at the start.
 
     python -m tests.long.decode [--tokens 100000] [--window 252]
 
