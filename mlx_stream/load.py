@@ -81,7 +81,7 @@ class Model:
         object.__setattr__(self, "compiled_steps", CompiledSteps(self.network))
 
     def with_check(self, check: Callable[[int, int], None]) -> "Model":
-        """Return the same model, with the same traces, and another `check` of its streams."""
+        """Return the same model, with the same traces, and a different `check` of its streams."""
         found = replace(self, check=check)
         object.__setattr__(found, "compiled_steps", self.compiled_steps)
         return found

@@ -82,7 +82,7 @@ class TailedFile:
                 return self._skip()
             return self._read() or self._finish_renamed()
         except NotText as error:
-            self._complain(f"{error}; not read until another file is there")
+            self._complain(f"{error}; waiting for a different file")
             self._refused = self._place
         except FileNotFoundError:  # it was renamed between two checks: look again
             self.close()
@@ -234,7 +234,7 @@ class TailedFile:
         if complaint and complaint != self._complaint:
             self._tell(complaint)
         elif self._complaint and not complaint:
-            self._tell(f"{self.path}: exists again")
+            self._tell(f"{self.path}: can be read again")
         self._complaint = complaint
 
 

@@ -1,4 +1,4 @@
-"""Guess the next tokens and verify them in one step: the same ids in fewer steps.
+"""Guesses the next tokens and verifies them in one step: the same ids in fewer steps.
 
 A guess is kept only where it equals the id that the sampler chooses anyway. So the ids are those of
 plain decoding with the same seed, up to the rounding of several rows computed at once. (For guesses
@@ -28,7 +28,7 @@ class Guess:
     """Ids that may come next.
 
     Attributes:
-        ids: the ones worth verifying.
+        ids: the ids worth verifying.
         ngram: the guess from the stream's own past.
         modelled: the draft model's guess, if it was asked.
     """

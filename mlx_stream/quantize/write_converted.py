@@ -16,8 +16,8 @@ from mlx_stream.errors import CheckpointError, ValueRefused
 from mlx_stream.quantize.conversion import Conversion, name_of, prepare_conversion
 from mlx_stream.quantize.recipes import Recipe
 
-VERSION = 1  # of conversion.json
-# Beside the shard being filled: a matrix before, its converted blocks, and these joined.
+VERSION = 1  # the version of conversion.json
+# In addition to the shard being filled: a matrix, its converted blocks, and these joined.
 MATRICES_HELD = 3
 
 
@@ -27,8 +27,9 @@ class ConversionResult:
 
     Attributes:
         about: the content of `conversion.json`.
-        unquantized: paths of matrices that stay floats, because groups do not divide their rows.
-        bound_bytes: the bound of MLX's memory: three of the largest matrix, and the largest shard.
+        unquantized: paths of matrices kept as floats, because groups do not divide their rows.
+        bound_bytes: the bound of MLX's memory: three times the largest matrix plus the largest
+            shard.
         peak_bytes: the peak of MLX's memory.
         resident_bytes: the most that this process grew, measured after each tensor.
     """

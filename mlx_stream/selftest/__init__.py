@@ -38,7 +38,7 @@ REPORT = (
 CHECKS = (
     Check("rotary positions are correct up to the clock's limit", kernels.rotation, REPORT),
     Check(
-        "attention is right: grouped heads, masks, one token and many", kernels.attention, REPORT
+        "attention is correct: grouped heads, masks, one token and many", kernels.attention, REPORT
     ),
     Check(
         "attention is one fused kernel for these shapes",
@@ -48,7 +48,7 @@ CHECKS = (
         "model whose heads have 64 or 128 numbers",
     ),
     Check(
-        "quantized products are those of the dequantized weights",
+        "quantized products equal those of the dequantized weights",
         kernels.quantized_product,
         "update MLX; until then load with --dequantize",
     ),

@@ -33,7 +33,7 @@ class CheckOutcome:
 
 
 def within(worst: float, allowed: float) -> CheckOutcome:
-    """Return whether a difference is small enough; one that is not a number is not."""
+    """Return whether a difference is small enough; a NaN is not."""
     return CheckOutcome(worst <= allowed, f"off by {worst:.1e} at most, {allowed:.0e} allowed")
 
 
@@ -49,7 +49,7 @@ def plain(array: mx.array) -> np.ndarray:
 
 
 def worst(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the largest difference; infinite if one of them is not a number."""
+    """Return the largest difference; it is infinite if one of the numbers is NaN."""
     difference = np.abs(one - other).max(initial=0.0)
     return float(difference) if np.isfinite(difference) else float("inf")
 
@@ -61,7 +61,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def kinds_of_rotation(model: Model) -> set[Rope]:
-    """Return those of the model's layers, and one of a part of a head, which is another kernel."""
+    """Return the rotations of the model's layers, and one of part of a head: another kernel."""
     part = RopeConfig(partial_rotary_factor=0.75)
     return {*model.attention.ropes, Rope(part, model.config.head_dim)}
 

@@ -36,7 +36,7 @@ SINKS, WINDOW = 4, 24
 AROUND_THE_LIMIT = 60  # tokens read before the clock is lowered, and after
 LARGE = 2_048
 STEPS = 32
-# Of the logits' spread, what another order of the same sums may change, root mean square.
+# The share of the logits' spread (root mean square) that a different order of sums may change.
 SPREAD = {mx.float32: 1e-2, mx.float16: 3e-2, mx.bfloat16: 2e-1}
 
 
@@ -78,7 +78,7 @@ def heads_of(model: Model, token: int) -> mx.array:
 
 
 def parts(model: Model, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the same apart: (H, 1, D), (K, 1, D), (K, 1, D)."""
+    """Return them separately: (H, 1, D), (K, 1, D), (K, 1, D)."""
     queries = model.config.num_attention_heads
     ends = [queries, queries + model.config.num_key_value_heads]
     query, key, value = np.split(plain(heads_of(model, token)), ends)
@@ -151,14 +151,16 @@ def rise(model: Model, window: int) -> int:
     fill(cache := model.new_cache(SINKS, window))
     tokens = generate(TokenStream(model, cache), [0], greedy(), 2 * STEPS)
     mx.reset_peak_memory()
-    before = mx.get_active_memory()  # of one buffer each, before a step could have left another
+    before = (
+        mx.get_active_memory()
+    )  # memory with one buffer each, before a step could have left another
     for _ in range(STEPS):
         next(tokens)
     return mx.get_peak_memory() - before
 
 
 def scores(model: Model, keys: mx.array) -> int:
-    """Return by how many bytes it rises while one token attends to all rows of a buffer."""
+    """Return by how many bytes the peak rises while one token attends to all rows of a buffer."""
     queries = random(model, 1, model.config.num_attention_heads, 1, model.config.head_dim)
     mx.eval(queries, keys)
     mx.reset_peak_memory()

@@ -1,4 +1,4 @@
-"""A model's thinking, apart from its answer: which text of a reply is which, as it comes."""
+"""Separates a model's thinking from its answer while the reply is written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class ThinkingReader:
 
     Args:
         style: None if the model does not think: then all is answer.
-        inside: whether the reply begins inside thinking, because the request has its opening.
+        inside: whether the reply begins inside thinking, because the request opened it.
 
     Attributes:
         phase: what the next text belongs to.

@@ -2,10 +2,10 @@
 
     python -m tests.long.engine [--minutes 10] [--sessions 50] [--seed 0]
 
-On a tiny model. Afterwards what conversations said is said again by sessions alone, a second one
-after the other, and must be the same, id by id; a stream that listened must attend to what it was
-fed and nothing else, whenever it is looked at. Prints one line of JSON; exits with 1 if a reply did
-not end, something was another's, or memory grew.
+The model is tiny. Afterwards single sessions repeat all conversations, one after the other, and
+the replies must be the same, id by id. A stream that listened must attend to what it was fed and
+nothing else, whenever it is inspected. Prints one line of JSON; exits with 1 if a reply did not
+end, something belonged to another session, or memory grew.
 """
 
 import argparse

@@ -31,10 +31,10 @@ from mlx_stream.text.thinking import ThinkingStyle, style_of
 MAX_SOURCE = 50_000
 
 Message = Mapping[str, str]
-# The names by which templates are told whether to think, and how hard.
+# The names by which templates are told whether to think, and for how long.
 SWITCHES: Sequence[str] = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
-# Stands for a reply where only what surrounds it is wanted. No other text holds it.
+# Stands for a reply where only its surroundings are wanted. No other text contains it.
 MARK = f"Reply{uuid4().int}"
 PADDED = f"\n \n{MARK}\n \n"
 SYSTEM = "Answer briefly."
@@ -209,8 +209,8 @@ class ChatTemplate:
     def closing(self) -> str:
         """What follows a reply's content, "<|im_end|>\\n" say.
 
-        Some templates (Llama 3's first) always ask for the next reply at once: what that request
-        and a later question have in common.
+        Some templates (Llama 3's first) always ask for the next reply at once. Then this is what
+        that request and a later question have in common.
         """
         return self._around_reply[1]
 
@@ -242,7 +242,7 @@ class ChatTemplate:
         once = found and MARK not in after and alone.count(MARK) == 1
         require(once, "it does not write a reply's content exactly once")
         lead = before.removeprefix(asked) if before.startswith(asked) else ""
-        if lead.strip():  # marks of thinking, which the model writes itself
+        if lead.strip():  # these are marks of thinking, which the model writes itself
             marks = self.style.texts.split() if self.style else ()
             known = any(mark in lead for mark in marks)
             require(
@@ -283,7 +283,7 @@ class ChatTemplate:
 
 
 def attempt(failure: str, work: Callable[[], T], characters: int = 0) -> T:
-    """Return what `work` returns; whatever a stranger's program raises is a TemplateError."""
+    """Return what `work` returns; turn what the untrusted program raises into a TemplateError."""
     try:
         return metered(work, characters)
     except Exception as error:
@@ -300,7 +300,7 @@ def require_appended(holds: bool, what: str) -> None:
 
 
 def shared_start(first: str, second: str, special: Sequence[str]) -> str:
-    """Return what two texts begin with alike, without a part of a special token.
+    """Return the beginning that two texts share, without a part of a special token.
 
     "<|end|><|endoftext|>" and "<|end|><|user|>" share "<|end|>", not "<|end|><|".
     """
