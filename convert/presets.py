@@ -27,7 +27,8 @@ def options_of(preset: str, given: list[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Convert a model by a preset.", epilog="Other options: mlx_stream convert's."
+        description="Convert a model with a preset.",
+        epilog="Other options are passed to `mlx_stream convert`.",
     )
     parser.add_argument("preset", choices=["phone", "laptop"], help="the preset")
     parser.add_argument("source", help="folder, Hub id, .gguf file, or starter")

@@ -53,7 +53,7 @@ def tracing() -> tuple[bool, bool]:
 
 
 def prepare_compiling() -> None:
-    """Turn MLX's compiling off if there is no compiler: its own activations would fail."""
+    """Turn off compilation in MLX if there is no compiler: MLX's own activations would fail."""
     import mlx.core as mx
 
     if not on_metal() and not has_compiler():

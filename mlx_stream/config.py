@@ -13,7 +13,7 @@ from mlx_stream.errors import ConfigError, MlxStreamError, one_line
 
 ARCHITECTURES = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "smollm3")
 SLIDING = ("mistral", "ministral3", "phi3")
-# The trained context of a family whose config does not say it, as in transformers.
+# The trained context of a family whose config does not give it, as in transformers.
 TRAINED = {
     "llama": 2_048,
     "mistral": 131_072,
@@ -25,8 +25,8 @@ TRAINED = {
 }
 ROPE_TYPES = "default, linear, llama3, yarn"
 
-# Keys that change the computation, by the values that do not. From the configurations of
-# transformers' models that are derived from Llama.
+# Keys that change the computation, each with the values that do not change it. From the
+# configurations of transformers' models that are derived from Llama.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
     "hidden_act": (None, "silu", "swish"),
@@ -260,7 +260,7 @@ def read_rope(raw: Mapping[str, Any], trained: int, model_type: str) -> RopeConf
         if settings.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
             raise ConfigError("config: rope: partial_rotary_factor is not supported")
         return build_rope(keys, trained)
-    # As in transformers: "su" and "yarn" are older names in Phi-3's files.
+    # As in transformers, "su" and "yarn" are older names in Phi-3's files.
     if settings.get("rope_type") in ("longrope", "su", "yarn"):
         rope = build_longrope(keys, trained)
     else:

@@ -4,7 +4,7 @@
     ├── ValueRefused        an option or argument is out of range
     ├── SourceError         a model cannot be found or fetched
     ├── CheckpointError     a model's files are damaged, truncated or incomplete
-    │   ├── ConfigError     config.json is incomplete, malformed or asks for the unsupported
+    │   ├── ConfigError     config.json is incomplete, malformed or asks for something unsupported
     │   └── WeightsError    a tensor is missing, unknown or of the wrong shape
     ├── TokenizerError      tokenizer files cannot be used
     │   └── TemplateError   a chat template cannot be used on a stream

@@ -81,7 +81,7 @@ class Model:
         object.__setattr__(self, "compiled_steps", CompiledSteps(self.network))
 
     def with_check(self, check: Callable[[int, int], None]) -> "Model":
-        """Return the same model, with the same traces, and another `check` of its streams."""
+        """Return the same model, with the same traces, and a different `check` of its streams."""
         found = replace(self, check=check)
         object.__setattr__(found, "compiled_steps", self.compiled_steps)
         return found
@@ -156,7 +156,7 @@ class Model:
         """Return S of a stream whose first `pinned` tokens, a system prompt, always stay attended.
 
         Raises:
-            ValueRefused: as `new_cache`.
+            ValueRefused: as in `new_cache`.
         """
         sinks, _ = self.resolve_window(sinks, None)
         trained = self.config.max_position_embeddings
@@ -204,7 +204,7 @@ def load(
         checkpoint = read_checkpoint(path)
         config = read_config(checkpoint.config)
         if checkpoint.images:
-            notify(f"{source}: only text is read; its parts for images are not loaded")
+            notify(f"{source}: only text is read; its image parts are not loaded")
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     computed = chosen or default_dtype(checkpoint.tensors)
     keep = backend.on_metal() if keep_quantized is None else keep_quantized

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_stream.errors import ValueRefused
 
-LOWEST_TEMPERATURE = 1e-30  # of those above 0; smaller ones are 0 in float32
+LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class Sampling:
     """How a token is chosen, in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
-        temperature: 0 is greedy: only the penalty has an effect beside it.
+        temperature: 0 is greedy: then only the penalty has an effect.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
         repetition_penalty: divide the logits of attended tokens by it (multiply negative ones;
             arXiv 1909.05858); 1 leaves them. Evicted tokens are not penalized.
-        seed: of the random numbers; None draws one.
+        seed: the seed of the random numbers; None draws one.
 
     Tokens as likely as the least likely one kept are kept too.
 
@@ -101,7 +101,7 @@ class Sampler:
 
     Attributes:
         mode: the steps that are taken.
-        numbers: their numbers: arrays of one element, by name.
+        numbers: the parameters of these steps: arrays of one element, by name.
         key: the random key, (2,) uint32.
     """
 
@@ -120,7 +120,7 @@ class Sampler:
         mx.eval(self.numbers, self.key)
 
     def state(self) -> str:
-        """Return the random key, hexadecimal."""
+        """Return the random key, in hexadecimal."""
         return np.array(self.key).tobytes().hex()
 
     def restore(self, state: str) -> None:

@@ -1,4 +1,4 @@
-"""A stream's sinks and window: defaults and bounds; the chunk size of prompts; no caches here."""
+"""A stream's sinks and window: defaults, bounds, and the chunk size of prompts; no caches here."""
 
 from mlx_stream.config import ModelConfig
 from mlx_stream.errors import ValueRefused
@@ -6,7 +6,7 @@ from mlx_stream.program.notices import Notify, discard
 
 DEFAULT_SINKS = 4
 DEFAULT_WINDOW = 2_048
-# A model that thinks gets the largest of these that fits, with 4 sinks a power of two.
+# A model that thinks gets the largest of these that fits; with 4 sinks each is a power of two.
 THINKING_WINDOWS = (32_764, 16_380, 8_188, 4_092, DEFAULT_WINDOW)
 # The largest number of tokens in a step that reads a prompt.
 PREFILL_CHUNK = 128

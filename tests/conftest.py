@@ -72,7 +72,7 @@ def isolated(
 def starter() -> Model:
     """Load the starter from the package's own cache: fetched once, kept between test runs.
 
-    The cache is `MLX_STREAM_HOME` of whoever started the tests, else the default one.
+    The cache is in the `MLX_STREAM_HOME` that was set when the tests began, or else the default.
     """
     return load("starter", dtype="float32", keep_quantized=False)
 
@@ -90,7 +90,7 @@ def tiny_model() -> Callable[..., Model]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model that says anything."""
+    """Return the folder of a model that writes random text."""
     return write_model(tmp_path_factory.mktemp("cli") / "tiny")
 
 
@@ -102,19 +102,19 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a model with nothing wrong; not to be changed."""
+    """Return the folder of a valid model, which tests must not change."""
     return write_model(tmp_path_factory.mktemp("bad") / "model", **SMALL)
 
 
 @pytest.fixture
 def model(whole: Path, tmp_path: Path) -> Path:
-    """Return a copy of `whole`, to be damaged."""
+    """Return a copy of `whole` for a test to damage."""
     return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run each test in an empty folder, and see that nothing is left there or in the caches."""
+    """Run each test in an empty folder, and check that nothing is left there or in the caches."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)

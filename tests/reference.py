@@ -1,4 +1,4 @@
-"""The slow reference: DESIGN.md section 2 read literally, in numpy; independent of the package.
+"""The slow reference: sinks, window and distances by their definitions, in numpy.
 
 Unrotated keys lie in a list, and every step rotates all attended ones again by their places. It
 shares no code with `mlx_stream` and imports no MLX, so that agreement means something.
@@ -146,15 +146,15 @@ class SlowAttention:
 
     @property
     def oldest(self) -> int:
-        """The oldest attended token that is not a sink (o in DESIGN.md); n if there is none."""
+        """The oldest attended token that is not a sink (o in mlx_stream/cache); n if none."""
         return int(max(self.sinks, self.floor, self.n - self.window))
 
     def attended(self) -> list[int]:
-        """The numbers of the tokens that the newest one attends to, in cache order (rule 1)."""
+        """The numbers of the tokens that the newest one attends to, in cache order."""
         return [*range(min(self.sinks, self.n)), *range(self.oldest, self.n)]
 
     def distances(self) -> list[int]:
-        """Rule 2's distance from the newest token to each attended one, in the same order."""
+        """The distance from the newest token to each attended one, in the same order."""
         t, o, s = self.n - 1, self.oldest, self.sinks
         return [t - o + s - j if j < s <= t else t - j for j in self.attended()]
 
@@ -169,7 +169,7 @@ class SlowAttention:
         keys = np.stack([key for key, _ in held])
         values = np.stack([value for _, value in held])
 
-        places = np.arange(len(held))  # rule 2: places in the cache; the query has the last
+        places = np.arange(len(held))  # distances count places in the cache; the query has the last
         assert (places[-1] - places).tolist() == self.distances()
         keys = rotate(keys, places, self.inv_freq, self.magnitude)
         query = rotate(np.array(q, self.dtype)[None], places[-1:], self.inv_freq, self.magnitude)[0]
@@ -198,7 +198,7 @@ class SlowAttention:
         del self.store[kept:]
 
     def erase(self) -> None:
-        """Forget all that the newest token does not attend to, as giving the state out does."""
+        """Forget all that the newest token does not attend to, as returning the state does."""
         self._forget(self.oldest)
 
     def _forget(self, floor: float) -> None:
@@ -275,7 +275,7 @@ def _rotations(config: dict) -> list[tuple[np.ndarray, float]]:
 
 
 def _bounded(config: dict, window: int | None) -> int | None:
-    """Rule 10: a Mistral's or Phi-3's sliding window, where set, bounds the window."""
+    """A Mistral's or Phi-3's sliding window, where set, bounds the window."""
     slides = config["model_type"] in ("mistral", "phi3")
     bound = config.get("sliding_window") if slides else None
     return min((w for w in (window, bound) if w is not None), default=None)
@@ -338,7 +338,7 @@ def stream_nll(config: dict, weights: Weights, ids, sinks: int, window: int | No
     """Return the (n - 1,) negative log-likelihoods, natural log, of a streamed text's tokens.
 
     Goes layer by layer over the whole text: a token's keys and values depend on nothing but its own
-    layer input (rule 3). Attention still goes token by token and rotates the keys at every step.
+    layer input. Attention still goes token by token and rotates the keys at every step.
     """
     ids = np.asarray(ids)
     weights = {name: np.asarray(w, np.float32) for name, w in weights.items()}
@@ -389,7 +389,7 @@ def _attend_text(
     values = np.empty((kv_heads, places, head_dim), np.float32)
     seen = np.empty((n, heads, head_dim), np.float32)
     for t in range(n):
-        o = max(s, t - w + 1)  # rule 1, in a plain stream
+        o = max(s, t - w + 1)  # the oldest token of the window, in a plain stream
         first, ring = min(s, t + 1), max(0, t + 1 - o)
         length = first + ring
         np.multiply(k[:, :first], turn[:first], out=rotated[:, :first])

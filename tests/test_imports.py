@@ -1,4 +1,4 @@
-"""What starting loads: help texts and imports load nothing that they do not need."""
+"""Help texts and imports load nothing that they do not need."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from mlx_stream.cli import VERBS, app
 
-# What takes long to import, and the parts of ours that need it.
+# Packages that are slow to import, and the parts of this project that need them.
 HEAVY = {
     "huggingface_hub",
     "jinja2",
@@ -24,12 +24,12 @@ HEAVY = {
     "tokenizers",
     "transformers",
 }
-# None of these is on the way from the shell to a reply.
+# None of these is imported before a chat's first reply.
 UNUSED = {"huggingface_hub", "matplotlib", "mlx_lm", "rich", "transformers"}
 
 
 def loaded(program, *arguments):
-    """Run Python code with arguments; return the modules it has loaded in the end."""
+    """Run Python code with arguments; return the modules that are loaded at the end."""
     code = f"""
 import atexit, sys
 atexit.register(lambda: print(*sys.modules, file=sys.stderr))

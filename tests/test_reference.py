@@ -32,12 +32,12 @@ def one_frequency(sinks: int, window: int | None, spare: int = 0) -> SlowAttenti
 
 
 def seen(distances: dict[int, int]) -> float:
-    """What `read` returns in [0, 1], worked out: scores are cosines of the distances."""
+    """Return what `read` gives in [0, 1], by hand: scores are cosines of the distances."""
     weight = {token: math.exp(math.cos(distance)) for token, distance in distances.items()}
     return sum(token * w for token, w in weight.items()) / sum(weight.values())
 
 
-# -- rules 1 and 2 on small numbers: 2 sinks, a window of 3 ---------------------------------------
+# -- attended tokens and distances, on small numbers: 2 sinks, a window of 3 ----------------------
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_no_sinks_is_a_plain_window_and_no_window_an_error():
         one_frequency(2, 0)
 
 
-# -- rule 9 ---------------------------------------------------------------------------------------
+# -- early eviction -------------------------------------------------------------------------------
 
 
 def test_early_eviction_moves_the_sinks_up():

@@ -30,7 +30,7 @@ READMES = {
     for path in sorted(ROOT.glob(f"{folder}/{name}".removeprefix("/")))
 }
 
-# Each room may import those before it, and files of its own. `backend` first: it loads OpenBLAS.
+# Each entry may import those before it and its own files. `backend` first: it loads OpenBLAS.
 ROOMS = [
     "backend",
     "errors",
@@ -66,13 +66,13 @@ MAY_IMPORT_MLX_LM = {"evaluate"}
 MAY_PRINT = {"cli", "program"}
 MAY_EVALUATE = {
     "generate",
-    "sampling",  # its numbers, once
-    "models",  # weights, once, when a model is built
+    "sampling",  # evaluates its numbers, once
+    "models",  # evaluates weights, once, when a model is built
     "checkpoint",
     "quantize",
     "evaluate",
     "selftest",
-    "cache",  # frequencies and buffers, once, when a stream is made or restored
+    "cache",  # evaluates frequencies and buffers, once, when a stream is made or restored
 }
 
 
@@ -147,16 +147,16 @@ def test_public_names_are_complete(name):
         assert getattr(room, public) is getattr(import_module(home), public)
 
 
-# What programs beside the package may use: of these the names in `__all__`, ...
+# Programs may use these names: of these modules, those in `__all__`.
 PUBLIC = ("mlx_stream", "mlx_stream.chat", "mlx_stream.engine", "mlx_stream.hub")
-# ... of these, and of what is in them, all names without an underscore.
+# Of these modules, and of what is in them, all names without an underscore.
 PUBLIC_WHOLE = ("mlx_stream.errors", "mlx_stream.program")
 APPS = ROOT / "apps"
 PROGRAM_FILES = sorted(p for folder in (APPS, ROOT / "convert") for p in folder.rglob("*.py"))
 
 
 def is_public(module: str, name: str) -> bool:
-    """Return whether programs beside the package may import a name from a module."""
+    """Return whether programs may import a name from a module."""
     found = import_module(module)
     if name.startswith("_") or not all(part.isidentifier() for part in module.split(".")):
         return False
@@ -169,10 +169,10 @@ def is_public(module: str, name: str) -> bool:
 
 
 def uses_of(tree: ast.AST, own: str) -> set[str]:
-    """Return what a program beside the package uses, though it may not.
+    """Return what a program uses although it may not.
 
     Args:
-        own: the program's package, "" if it has none.
+        own: the program's package; "" if it has none.
     """
     wrong = set()
     for node in ast.walk(tree):
@@ -243,7 +243,7 @@ def test_private_names_are_found(line, wrong):
 
 
 def commands_of(group: Any, before: str = "") -> dict[str, Any]:
-    """Return every command by what one types for it: `chat`, `eval sinks`."""
+    """Return every command by the words that a user types: `chat`, `eval sinks`."""
     found = {}
     for name in group.list_commands(None):
         command = group.get_command(None, name)

@@ -24,7 +24,7 @@ from mlx_stream_assistant.socket_server import request
 def notify(text: str) -> None:
     """Print a line for the user that is not the result."""
     line = "".join(c if c.isprintable() else " " for c in text)
-    with suppress(OSError, ValueError):  # a log that is closed, or on a full disk
+    with suppress(OSError, ValueError):  # the log is closed, or on a full disk
         print(f"assistant: {line}", file=sys.stderr, flush=True)
 
 
@@ -51,7 +51,8 @@ class Commands(TyperGroup):
 app = typer.Typer(
     cls=Commands,
     name="assistant",
-    help="A local assistant that reads along for days. Nothing leaves this machine.",
+    help="A local assistant that follows files, notes and pipes for days. "
+    "Nothing leaves this machine.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -96,7 +97,7 @@ def takes_settings(*without: str) -> Callable[[Callable[[Settings], None]], Call
 @app.command()
 @takes_settings()
 def run(settings: Settings) -> None:
-    """Read along until stopped by Ctrl-C, SIGTERM or `stop`."""
+    """Follow the sources until stopped by Ctrl-C, SIGTERM or `stop`."""
     from mlx_stream_assistant.daemon import Assistant
 
     assistant = Assistant(settings, notify)
@@ -115,7 +116,7 @@ def run(settings: Settings) -> None:
 def ask(
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
     remember: Annotated[
-        bool, typer.Option("--remember", help="Add question and answer to what was read.")
+        bool, typer.Option("--remember", help="Add the question and the answer to the stream.")
     ] = False,
     now: Annotated[
         bool, typer.Option("--now", help="Answer before reading what has arrived.")
@@ -128,13 +129,13 @@ def ask(
     try:
         for line in request(assistant_paths(name).socket, name, **what):
             if waiting := line.get("waiting"):
-                notify(f"reading {waiting:,} characters that have arrived first; --now skips this")
+                notify(f"first reading {waiting:,} characters that have arrived; --now skips this")
             if text := line.get("text"):
                 sys.stdout.write(shown.add(text))
                 sys.stdout.flush()
                 begun = True
     finally:
-        if begun:  # an error or Ctrl-C gets a line of its own
+        if begun:  # an error or Ctrl-C gets its own line
             print(shown.flush(), flush=True)
 
 
@@ -153,7 +154,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     name: Name = "main",
 ) -> None:
-    """Show attended tokens, memory, and how far each source has been read."""
+    """Show attended tokens, memory and each source's position."""
     (line,) = request(assistant_paths(name).socket, name, what="status")
     del line["done"]
     print(json.dumps(line) if as_json else "\n".join(table(line)))

@@ -28,7 +28,7 @@ from mlx_stream_assistant.stdin import StandardInput
 from mlx_stream_assistant.tail import TailedFile
 
 RUNS = (
-    "the assistant {name!r} is running already in {holder}: stop it first, "
+    "the assistant {name!r} is already running in {holder}: stop it first, "
     "or give this one another --name"
 )
 # Seconds between two checks of the sources, when nothing arrives and when there is no room.
@@ -41,7 +41,7 @@ SAMPLING = mlx_stream.Sampling(temperature=0.0)
 AGAIN = 10.0
 # After a second failure of the device within this many seconds, the stream pauses for as long.
 BETWEEN_FAILURES = 600.0
-# The part of the one second for stopping in which running work must end.
+# Of the one second for stopping, the part in which running work must end.
 LAST_WORDS = 0.5
 
 
@@ -60,7 +60,7 @@ class Assistant:
         self._engine: Any = None
         self._listener: Any = None
         self._battery, self._noting = Battery(), threading.Thread()
-        self._noticed = 0  # of the engine's notices
+        self._noticed = 0  # how many of the engine's notices were reported
 
     def run(self) -> None:
         """Run until stopped."""
@@ -92,7 +92,7 @@ class Assistant:
         self._stopping = True
 
     def _end(self) -> None:
-        """End all threads; what they have not done by then is done at the next start."""
+        """End all threads; unfinished work is done at the next start."""
         self._stopping = True
         self.handler.stopping.set()
         if self.handler.feeder:
@@ -170,7 +170,9 @@ class Assistant:
             fed = journal.first - 1
             if count := journal.last - fed:
                 pieces = "piece" if count == 1 else "pieces"
-                self._tell(f"the stream is built again from the latest {count:,} {pieces} of text")
+                self._tell(
+                    f"the stream is being rebuilt from the latest {count:,} {pieces} of text"
+                )
         every = 60 * self.settings.snapshot_every
         self.handler.listener = self._listener
         self.handler.feeder = Feeder(self._listener, journal, snapshot, fed, every, self._tell)
@@ -231,7 +233,7 @@ class Assistant:
             except MlxStreamError as error:
                 failures.add(str(error))
         for failure in sorted(failures):
-            self._tell(f"{failure}; tried again every {AGAIN:.0f} seconds")
+            self._tell(f"{failure}; trying again every {AGAIN:.0f} seconds")
             self._try_again = time.monotonic() + AGAIN
         if any_new and self.handler.feeder:
             self.handler.feeder.wake()

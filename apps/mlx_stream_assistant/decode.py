@@ -1,4 +1,4 @@
-"""Bytes -> text: where to cut them, and whether they are text; independent of sources."""
+"""Bytes -> text: where to cut the bytes, and whether they are text; independent of sources."""
 
 import codecs
 

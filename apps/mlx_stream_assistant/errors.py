@@ -4,4 +4,4 @@ from mlx_stream.errors import MlxStreamError
 
 
 class AssistantError(MlxStreamError):
-    """Something about the assistant that its user can put right."""
+    """A problem with the assistant that its user can fix."""

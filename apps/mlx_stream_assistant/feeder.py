@@ -61,7 +61,7 @@ class Feeder:
         return self.waiting >= MOST_WAITING
 
     def wake(self) -> None:
-        """Look into the journal: something is new."""
+        """Look into the journal, because something is new."""
         self._awake.set()
 
     def stop(self, timeout: float) -> None:

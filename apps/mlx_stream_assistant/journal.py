@@ -1,4 +1,6 @@
-"""What was read, in SQLite, before it is fed: nothing twice, nothing lost; independent of models.
+"""Records what was read, in SQLite, before it is fed, so that nothing is lost or fed twice.
+
+Independent of models.
 
 A piece of text and the position in its source that it reaches are committed together. The stream's
 snapshot names the last chunk it holds, so after a crash the later ones are fed again, and reading
@@ -54,7 +56,7 @@ SCHEMA = (
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
-# Characters of a chunk at most; longer texts are cut.
+# The most characters in a chunk; longer texts are split.
 LONGEST_CHUNK = 4096
 # After this a heading gives the time again.
 HEADING_AGAIN = timedelta(minutes=15)
@@ -71,7 +73,7 @@ class Chunk:
     title: str  # the source's name in headings
     data: bytes
     text: str  # the same, decoded
-    place: dict[str, Any] = field(default_factory=dict)  # where to read on, as JSON values
+    place: dict[str, Any] = field(default_factory=dict)  # where to continue reading, as JSON values
     apart: bool = False  # always put a heading before it
 
 
@@ -265,7 +267,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Write everything that is done inside, or nothing."""
+        """Write everything that is done in the `with` block, or nothing."""
         with self._reading():
             try:
                 self._connection.rollback()

@@ -1,4 +1,4 @@
-"""The diary: when a note is due, and writing each completely to a Markdown file; no streams here.
+"""Decides when a note is due and writes each completely to the diary, a Markdown file; no streams.
 
 The journal holds a note, and the length of the file, before the note is written. After a crash in
 the middle, the half in the file is removed and the note written again. A complete one is not
@@ -43,7 +43,7 @@ class NoteSchedule:
         return time.monotonic() >= self._clock or time.time() >= self._date
 
     def restart(self) -> None:
-        """Count from now: a note was written, or tried."""
+        """Restart the count now, because a note was written or attempted."""
         self._set(self._every)
 
     def _set(self, seconds: float) -> None:
@@ -98,7 +98,7 @@ class NotesFile:
             return
         if end == at + len(there) and data.startswith(there):
             os.ftruncate(file, at)  # a partial note
-        else:  # another program has written to it
+        else:  # another program has written to the file
             data = missing_line_ends(file) + data.lstrip(b"\n")
         end = os.fstat(file).st_size
         try:

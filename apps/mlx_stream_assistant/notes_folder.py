@@ -1,4 +1,4 @@
-"""A folder of notes -> what is new in them; holds no file open between two polls.
+"""A folder of notes -> what is new in them; keeps no file open between two polls.
 
 A note is read whole, once it is unchanged from one look to the next. If it only grew since, the
 new part is read; if it changed otherwise, all of it again, under a heading of its own.
@@ -20,13 +20,13 @@ from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.rotation import open_file
 
 SUFFIXES = (".txt", ".md", ".markdown")
-# Seconds between two scans of a folder's names, ...
+# Seconds between two scans of a folder's names.
 BETWEEN = 2.0
-# ... and more in a large folder: scanning takes at most this share of the time.
+# In a large folder they are further apart: scanning takes at most this share of the time.
 PART_OF_THE_TIME = 0.005
-# Notes read in one folder, and levels of folders below it.
+# The most notes read in one folder, and the most levels of folders below it.
 MOST_NOTES, DEEPEST = 10_000, 8
-# Bytes; a longer file is not a note, and can be followed.
+# In bytes; a longer file is not a note, and can be followed.
 LONGEST_NOTE = 2**20
 Seen = tuple[int, int, int]  # file number, bytes, time of change
 
@@ -51,7 +51,7 @@ class NotesFolder:
         self.path, self.name, self._tell, self._excluded = path, str(path), tell, excluded
         self._clock, self._next_look = clock, 0.0
         self._places = dict(places)
-        self._looked: dict[str, Seen] = {}  # as they were at the last scan
+        self._looked: dict[str, Seen] = {}  # the notes as they were at the last scan
         self._changed: list[str] = []
         self._complaint = ""  # about the folder
         self._refused: dict[str, tuple[Seen, str]] = {}  # refused notes, as they were then, and why
@@ -79,11 +79,11 @@ class NotesFolder:
                 if (chunk := self._read(Path(path))) is not None:
                     return chunk
             except NotText as error:
-                self._refuse(path, f"{error}; not read")
+                self._refuse(path, f"{error}; skipping it")
             except FileNotFoundError:
                 pass
             except OSError as error:
-                self._refuse(path, f"{path}: cannot be read: {error.strerror}; not read")
+                self._refuse(path, f"{path}: cannot be read: {error.strerror}; skipping it")
             self._changed.pop(0)
         return None
 
@@ -154,7 +154,7 @@ class NotesFolder:
                 return None
             if status.st_size > LONGEST_NOTE:
                 raise NotText(
-                    f"{path}: has {status.st_size:,} bytes, and a note may have at most "
+                    f"{path}: is {status.st_size:,} bytes long, and a note may be at most "
                     f"{LONGEST_NOTE:,}: use --follow for it"
                 )
             data = file.read(LONGEST_NOTE)
@@ -172,7 +172,7 @@ class NotesFolder:
         self._tell(why)
 
     def _complain(self, complaint: str) -> None:
-        """Tell once what is wrong with the folder, or that nothing is any more."""
+        """Report once what is wrong with the folder, or that it is readable again."""
         if complaint and complaint != self._complaint:
             self._tell(f"{self.path}: {complaint}")
         elif self._complaint and not complaint:

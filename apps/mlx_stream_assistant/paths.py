@@ -12,13 +12,13 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", re.ASCII)
 
 @dataclass(frozen=True)
 class AssistantPaths:
-    """The files of one assistant, of which any may not exist."""
+    """The files of one assistant; any of them may not exist."""
 
     journal: Path
     snapshot: Path  # can be computed again from the journal
     lock: Path
     socket: Path
-    log: Path  # of a process that launchd started
+    log: Path  # the log of a process that launchd started
 
 
 def assistant_paths(name: str) -> AssistantPaths:

@@ -22,7 +22,7 @@ NOTE = "Summarize the text above in two sentences."
 LONGEST_NOTE, LONGEST_ANSWER = 128, 256
 # In characters; a longer question would evict most of what is attended, and take minutes.
 LONGEST_QUESTION = 4_000
-# Characters that are read before an answer without a notice: it takes a moment on any machine.
+# Characters that are read before an answer without a notice, because that takes only a moment.
 UNTOLD = 500
 ASKED = "asked"
 Lines = Generator[dict[str, Any], None, None]
@@ -34,7 +34,9 @@ class RequestHandler:
 
     journal: Journal
     notes: NotesFile | None
-    describe: Callable[[], dict[str, Any]]  # what `status` prints beside the stream's statistics
+    describe: Callable[
+        [], dict[str, Any]
+    ]  # what `status` prints in addition to the stream's statistics
     stop: Callable[[], None]
     listener: Any = None  # until the model is loaded
     feeder: Feeder | None = None
@@ -125,8 +127,8 @@ class RequestHandler:
         listener, feeder = self.listener, self.feeder
         if listener is None or feeder is None:
             return {}
-        # In the order in which text moves along: if nothing is waiting, the statistics include all
-        # text.
+        # Read these in the order in which text moves, so that if nothing is waiting, the statistics
+        # include all text.
         waiting, backlog = feeder.waiting, listener.backlog
         stats = listener.stats
         return {

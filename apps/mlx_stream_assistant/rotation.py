@@ -35,7 +35,7 @@ class FilePosition:
 
 
 class FileSearch:
-    """A search for the files beside one that was being read, by the name that it had.
+    """A search in the folder of a file that was being read, by the name that it had.
 
     Each method raises FileNotFoundError if a file is renamed meanwhile: look again.
     """
@@ -87,7 +87,9 @@ class FileSearch:
             later = []
         if others:
             names = ", ".join(sorted(path.name for _, path, _ in others))
-            self._tell_once(f"{self.path}: not read, though newer than what was read: {names}")
+            self._tell_once(
+                f"{self.path}: these files are newer than what was read, but are not read: {names}"
+            )
         for _, path, status in later:
             if (file := self._open_beside(path)) is not None:
                 os.close(file)
@@ -116,13 +118,13 @@ class FileSearch:
         try:
             return open_file(path)
         except FileNotFoundError:
-            raise  # it was renamed: the caller looks again
+            raise  # the file was renamed: the caller looks again
         except OSError as error:
-            self._tell_once(f"{path}: cannot be read: {error.strerror}; taken as not there")
+            self._tell_once(f"{path}: cannot be read: {error.strerror}; treated as missing")
             return None
 
     def _tell_once(self, notice: str) -> None:
-        """Tell what every search finds once, until there is a file to read."""
+        """Report a finding once, although every search finds it, until there is a file to read."""
         if notice not in self._told:
             self._told.add(notice)
             self._tell(notice)

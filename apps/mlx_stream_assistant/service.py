@@ -1,7 +1,7 @@
 """A launchd agent or a systemd user unit that runs the assistant; independent of streams.
 
 Both start it when its user logs in, and again after a crash, but not after it ended by itself: it
-was stopped, or its user must put something right first. Neither keeps the machine awake.
+was stopped, or its user must fix something first. Neither keeps the machine awake.
 """
 
 import os
@@ -73,7 +73,7 @@ def agent(settings: Settings, log: Path) -> bytes:
             "RunAtLoad": True,
             "KeepAlive": {"Crashed": True},
             "ThrottleInterval": SECONDS_BETWEEN_STARTS,
-            # Light while idle, quick when it is asked a question.
+            # The process is light while idle, and quick when it is asked a question.
             "ProcessType": "Adaptive",
             "LowPriorityIO": True,
             "ExitTimeOut": SECONDS_TO_STOP,

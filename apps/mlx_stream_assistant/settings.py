@@ -1,4 +1,4 @@
-"""The options of `run` and `install`, declared once; does not carry them out."""
+"""Declares the options of `run` and `install` once; does not carry them out."""
 
 # ruff: noqa: RUF009  (`option` returns a field)
 
@@ -39,7 +39,7 @@ class Settings:
     name: str = option("main", "Name of the assistant, in case you run several.")
     system: str | None = option(None, "System prompt; it is never evicted.")
     snapshot_every: float = option(5.0, "Minutes between snapshots, while text arrives.", "MINUTES")
-    pause_on_battery: bool = option(False, "Do not read or write notes on battery power.")
+    pause_on_battery: bool = option(False, "On battery power, read nothing and write no notes.")
     from_end: bool = option(False, "Start at the end of files that were not followed before.")
 
     def with_absolute_paths(self) -> Self:

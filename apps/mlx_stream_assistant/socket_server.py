@@ -46,7 +46,7 @@ class SocketServer:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            # A dead process left it: this one holds the assistant's lock.
+            # A dead process left the socket, because this one holds the assistant's lock.
             path.unlink(missing_ok=True)
             self._socket.bind(os.fspath(path))
             self._socket.listen(MOST_AT_ONCE)
@@ -64,8 +64,9 @@ class SocketServer:
         """Accept one connection, and answer it in the background."""
         try:
             caller, _ = self._socket.accept()
-        except OSError as error:  # the caller has left, ...
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # ... or has to wait
+        except OSError as error:
+            # The caller has left, or no descriptor is free and it has to wait.
+            if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(BRIEFLY)
             return
         if self._at_once.acquire(blocking=False):
@@ -74,7 +75,8 @@ class SocketServer:
         with caller, suppress(OSError):
             caller.settimeout(BRIEFLY)
             drain(caller)
-            send(caller, {"error": f"{MOST_AT_ONCE} others are being answered: try again"})
+            busy = f"{MOST_AT_ONCE} other requests are being answered: try again later"
+            send(caller, {"error": busy})
 
     def close(self) -> None:
         """Stop accepting requests, and remove the socket."""
@@ -141,7 +143,9 @@ def request(path: Path, name: str, **what: Any) -> Answer:
                 f"the assistant {name!r} is not running: start it with `run`, or `install` it"
             ) from error
         with suppress(OSError, ValueError):
-            with suppress(BrokenPipeError):  # refused unheard; the reason can still be read
+            with suppress(
+                BrokenPipeError
+            ):  # the request was refused unread; the reason can still be read
                 send(caller, what)
             with caller.makefile("rb") as lines:
                 for text in lines:

@@ -39,7 +39,7 @@ class StandardInput:
         try:
             data = os.read(self.file, CHUNK - len(self._data))
         except OSError as error:
-            self._tell(f"{NAME}: cannot be read: {error.strerror}; no longer read")
+            self._tell(f"{NAME}: cannot be read: {error.strerror}; reading stops")
             data = b""
         self._data += data
         if not data:
@@ -56,7 +56,7 @@ class StandardInput:
         try:
             return Chunk(NAME, "input", NAME, data, decode(data, NAME, self._at))
         except NotText as error:
-            self._tell(f"{error}; no longer read")
+            self._tell(f"{error}; reading stops")
             self._complaint, self.ended, self._data = str(error), True, b""
             return None
 

@@ -60,10 +60,10 @@ class TailedFile:
         self._size = 0  # at the last poll
         self._mtime: int | None = None  # likewise, in nanoseconds
         self._grown = 0.0  # when its size last changed
-        self._left: float | None = None  # when its name went to another file, or to none
+        self._left: float | None = None  # when the file lost its name
         self._complaint = ""
         self._refused: FilePosition | None = None  # where the file is not text
-        self._given_up: FilePosition | None = None  # was refused, and is no longer searched for
+        self._given_up: FilePosition | None = None  # a refused file that is no longer searched for
         self._search = FileSearch(path, tell)
 
     @property
@@ -82,9 +82,9 @@ class TailedFile:
                 return self._skip()
             return self._read() or self._finish_renamed()
         except NotText as error:
-            self._complain(f"{error}; not read until another file is there")
+            self._complain(f"{error}; waiting for a different file")
             self._refused = self._place
-        except FileNotFoundError:  # renamed between two checks: look again
+        except FileNotFoundError:  # it was renamed between two checks: look again
             self.close()
         except OSError as error:
             self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
@@ -110,7 +110,7 @@ class TailedFile:
         path, expected = found
         self._file = open_file(path)
         status = os.fstat(self._file)
-        if not os.path.samestat(status, expected):  # renamed meanwhile: look again
+        if not os.path.samestat(status, expected):  # it was renamed in the meantime: look again
             self.close()
             return False
         if not stat.S_ISREG(status.st_mode):
@@ -122,7 +122,9 @@ class TailedFile:
         if self._place is None or not self._place.is_of(status):
             if self._place is not None:
                 first = "" if path == self.path else f" {path.name} first,"
-                self._tell(f"{self.path}: is another file now: read{first} from its beginning")
+                self._tell(
+                    f"{self.path}: is a different file now: reading{first} from its beginning"
+                )
             self._place = FilePosition(status.st_dev, status.st_ino, written=status.st_mtime_ns)
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
@@ -147,13 +149,13 @@ class TailedFile:
                 return next_one
         if status is None:
             self._from_end = False  # all of a later file is new
-            self._complain(f"{self.path}: is not there; waiting for it")
+            self._complain(f"{self.path}: does not exist; waiting for it")
             return None
         return self.path, status
 
     def _finish_renamed(self) -> Chunk | None:
         """Leave a file that no longer has the name; return what is left of it."""
-        if self._file is None:  # it was truncated, and there is a copy to open
+        if self._file is None:  # the file was truncated, and there is a copy to open
             return None
         assert self._place is not None
         status = self._named()
@@ -172,7 +174,7 @@ class TailedFile:
             self._given_up = self._place
         self.close()
         if status is None:
-            self._complain(f"{self.path}: is not there; waiting for it")
+            self._complain(f"{self.path}: does not exist; waiting for it")
         return None
 
     # --- what is new ---
@@ -202,7 +204,7 @@ class TailedFile:
             self._complain("")
             self._search.forget_notices()
             self._place = replace(self._place, offset=0, tail=0)
-            self._tell(f"{self.path}: {why}: read from its beginning")
+            self._tell(f"{self.path}: {why}: reading it from its beginning")
             return
         path, status = copy
         self._tell(f"{self.path}: {why}: the rest of its old text is read from {path.name} first")
@@ -210,11 +212,11 @@ class TailedFile:
         self.close()
 
     def _skip(self) -> Chunk:
-        """Return an empty chunk with the position after the complete lines, to be kept."""
+        """Return an empty chunk, so that the position after the complete lines is stored."""
         assert self._file is not None
         size = os.fstat(self._file).st_size
         end = os.pread(self._file, CHUNK, max(0, size - CHUNK))
-        self._tell(f"{self.path}: read from its end")
+        self._tell(f"{self.path}: reading it from its end")
         whole = end.rfind(b"\n") + 1 or whole_characters(end)
         return self._chunk(b"", size - len(end) + whole)
 
@@ -232,7 +234,7 @@ class TailedFile:
         if complaint and complaint != self._complaint:
             self._tell(complaint)
         elif self._complaint and not complaint:
-            self._tell(f"{self.path}: is there again")
+            self._tell(f"{self.path}: can be read again")
         self._complaint = complaint
 
 

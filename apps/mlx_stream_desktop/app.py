@@ -22,8 +22,8 @@ class Desktop(toga.App):
     """The application, with one window.
 
     Args:
-        model, window: to begin with.
-        sampling, max_tokens: of each reply.
+        model, window: the initial ones.
+        sampling, max_tokens: settings for each reply.
         status_icon: put an icon in the menu bar; closing the window then leaves the app running.
     """
 

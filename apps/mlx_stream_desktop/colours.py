@@ -1,4 +1,4 @@
-"""Colours of what is drawn by hand, on a light and a dark desktop."""
+"""The colours of what this app draws itself, on a light and a dark desktop."""
 
 from dataclasses import dataclass
 

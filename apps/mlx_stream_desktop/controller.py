@@ -18,9 +18,9 @@ from mlx_stream_desktop.history import Message
 from mlx_stream_desktop.model_session import SECONDS_BETWEEN, Gauge, ModelSession
 
 DEFAULT_WINDOW, MAX_TOKENS = 2_048, 512
-# The largest leaves room for the system prompt in the 8,192 places of many models.
+# The largest leaves room for the system prompt in the 8,192 tokens of many models.
 WINDOWS = (508, 1_020, DEFAULT_WINDOW, 4_092, 8_000)
-# Seconds for the engine to end a reply and keep it.
+# Seconds for the engine to end a reply and save it.
 SECONDS_TO_KEEP = 2.0
 
 
@@ -92,7 +92,7 @@ class ChatController:
         await asyncio.gather(self._list(), self._load(self.model))
 
     async def send(self, text: str) -> None:
-        """Ask, and show the reply as it comes; return when it has ended.
+        """Ask, and show the reply as it arrives; return when it has ended.
 
         A question that comes at another time becomes a draft.
         """
@@ -116,7 +116,7 @@ class ChatController:
             self._reply.cancel()
 
     async def begin(self) -> None:
-        """Leave the conversation for a new one, which its first question names."""
+        """Leave the conversation for a new one, which is named after its first question."""
         if self.status.can_choose:
             await self._leave()
             self.status.say("")
@@ -148,13 +148,13 @@ class ChatController:
             await self._load(model)
 
     async def choose_window(self, window: int) -> None:
-        """Change to another window; the attended turns are read again."""
+        """Change the size of the window; the attended turns are read again."""
         if not self.status.can_choose or window == self.window:
             return
         before, self.window = self.window, window
         if not self._session.engine or not self.name:
             return self._changed()
-        self.status.phase = "loading"  # nothing is sent to a conversation that is being closed
+        self.status.phase = "loading"  # nothing may be sent to a conversation that is being closed
         self._changed()
         await self._close_chat()
         if not await self._join():
@@ -189,14 +189,14 @@ class ChatController:
             if not heard:
                 try:
                     session.is_open()
-                except MlxStreamError:  # it cannot be opened
+                except MlxStreamError:  # the conversation cannot be opened
                     await self._close_chat()
             if not session.chat and len(self.said) == 1:  # there is no conversation yet
                 self.name = None
         except asyncio.CancelledError:
             self._hear(Piece("", "interrupted"))
             heard = True
-        if heard:  # the engine stops before its next token, and reports what is kept
+        if heard:  # the engine stops before the next token, and reports what is kept
             with suppress(TimeoutError):
                 async with asyncio.timeout(SECONDS_TO_KEEP):
                     while session.last is before:
@@ -268,7 +268,7 @@ class ChatController:
         await self._close_chat()
         try:
             if not await self._session.load(model, self.status.say):
-                return  # closed meanwhile
+                return  # the window was closed in the meantime
         except MlxStreamError as error:
             self.status.phase = "failed"
             return self.status.alarm(error)

@@ -17,7 +17,7 @@ BAR, LINE = 8, 18
 
 
 class GaugeBar:
-    """The bar, and the same in numbers below it; `wrapped` breaks a text into lines of a width."""
+    """The bar, and its numbers below it; `wrapped` breaks a text into lines of a width."""
 
     def __init__(self, colours: Colours, wrapped: Callable[[str, float], str]):
         self._colours, self._wrapped = colours, wrapped

@@ -19,7 +19,7 @@ class Message:
 
 
 def transcript(name: str) -> tuple[list[Message], str]:
-    """Return what was said, and a line if the end of it is damaged; reads files.
+    """Return what was said, and a line if its end is damaged; reads files.
 
     Raises:
         SessionError: there is no such conversation, or nothing of it can be read.

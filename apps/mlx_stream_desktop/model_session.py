@@ -159,7 +159,7 @@ class ModelSession:
             await self.aside(chat.close, SECONDS_TO_CLOSE)
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
-        """Do what may block, on a thread that is not the window toolkit's."""
+        """Run what may block on a thread that is not the window toolkit's."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     async def close(self) -> None:

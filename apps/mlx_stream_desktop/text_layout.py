@@ -9,7 +9,8 @@ WORD_JOINER = "\N{WORD JOINER}"
 def escape_markup(text: str) -> str:
     """Return what a label shows of a text: cut, without control characters, never as markup.
 
-    A label of Qt takes a text for HTML if a tag is in its first line; after a word joiner none is.
+    A Qt label treats a text as HTML if its first line contains a tag. A word joiner after `<`
+    prevents that.
     """
     if len(text) > LONGEST_SHOWN:
         text = f"{text[:LONGEST_SHOWN]}\n(the first {LONGEST_SHOWN:,} of {len(text):,} characters)"

@@ -1,4 +1,4 @@
-"""How often to draw: at most 20 times a second, the newest state last; independent of widgets.
+"""Limits drawing to 20 times a second, the newest state last; independent of widgets.
 
 A drawing that takes long, in a long conversation on a slow machine, is followed by a longer pause:
 three quarters of the time stay free for typing and scrolling.

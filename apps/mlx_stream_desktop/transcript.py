@@ -37,11 +37,12 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
         rows.append(Row("note", f"{first:,} earlier: mlx_stream sessions show {name}", False))
     for number, one in enumerate(said[first:], first):
         if number == gone and gone:
-            rows.append(Row("note", f"{plural(gone)} above left the window: not attended", False))
+            note = f"{plural(gone)} above left the window and are not attended"
+            rows.append(Row("note", note, False))
         rows.append(Row("you", escape_markup(one.question), number >= gone))
         rows.append(Row("model", ending(one), number >= gone))
     if said and gone == len(said):
-        rows.append(Row("note", "all of the above left the window: not attended", False))
+        rows.append(Row("note", "all of the above left the window and are not attended", False))
     return rows
 
 

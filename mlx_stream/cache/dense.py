@@ -100,7 +100,7 @@ class DenseCache:
 
 
 class DenseStep:
-    """New tokens: appended to the others; then each attends to all tokens up to itself."""
+    """Append new tokens to the others, then let each attend to all tokens up to itself."""
 
     def __init__(
         self,

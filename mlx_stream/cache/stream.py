@@ -58,7 +58,7 @@ class StreamCache:
         sinks: S >= 0, the first tokens, which are never evicted.
         window: W >= 1, the latest tokens, which are attended.
         spare: X >= 0, rows beyond the window: up to X tokens can be taken back without loss.
-        dtype: of keys and values.
+        dtype: the type of keys and values.
         clock_limit: re-anchor before the clock passes it (at least twice the buffer's rows).
         bits: 8 or 4 quantizes the keys and values of the ring, but not those of the sinks.
 

@@ -1,4 +1,4 @@
-"""Hold conversations on one stream and save them; independent of threads and terminals.
+"""Manages conversations on one stream and saves them; independent of threads and terminals.
 
 The public names are for programs that show saved conversations. Each is imported on first use.
 """

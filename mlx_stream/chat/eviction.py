@@ -1,4 +1,4 @@
-"""Track which turns a stream attends to and evict the oldest; independent of text and templates."""
+"""Tracks the turns a stream attends to and evicts the oldest; independent of text and templates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""A question and its reply, as text and ids, and its place in a stream; plain values.
+"""A question and its reply, as text and ids, and their place in a stream; plain values.
 
     closing_ids    <|im_end|>\\n    which closes the previous reply
     question_ids   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
@@ -33,7 +33,7 @@ class Exchange:
             began inside a token.
         finish: how the reply ended: `end`, `stop`, `length` or `interrupted`.
         thinking: the text of the model's thinking, whose ids are among `reply_ids`.
-        settled_ids: the exchange as the template renders it once the next question is there. None
+        settled_ids: the exchange as the template renders it once another question follows. None
             if these are the ids that were read.
     """
 
@@ -101,7 +101,7 @@ class ConversationState:
     Attributes:
         turns: number of the last turn.
         places: `number` and `start` of each attended turn, oldest first.
-        sampler: state of the random numbers, hexadecimal.
+        sampler: state of the random number generator, in hexadecimal.
     """
 
     turns: int

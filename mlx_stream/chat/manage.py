@@ -23,7 +23,7 @@ class SessionSummary:
     Attributes:
         exchanges: the number of turns, including an unanswered question.
         attended: how many of them the stream attends to.
-        used: when it was last written to, ISO 8601, UTC.
+        used: when it was last written to, in ISO 8601, UTC.
         header: None if the conversation cannot be opened; `damage` then says why.
     """
 
@@ -115,10 +115,10 @@ def verify_session(name: str) -> str:
                 "the next chat will read the attended turns again"
             ) from error
         model = state.header.fingerprint
-        # The transcript may have the model's new fingerprint, and an old snapshot the old one.
+        # The transcript may have the model's new fingerprint while an old snapshot has the old one.
         known = saved.model == model or (saved.version == 1 and model.startswith("2:"))
         if about.session != state.header.id or not known:
-            return f"{found}; the snapshot of another model or conversation, which is not used"
+            return f"{found}; the snapshot belongs to another model or conversation and is not used"
         if not about.is_of(store, saved):
-            return f"{found}; a snapshot with turns that were taken back, which is not used"
+            return f"{found}; the snapshot contains turns that were taken back and is not used"
         return f"{found}; snapshot after exchange {about.state.turns:,}"

@@ -1,4 +1,4 @@
-"""Encode the pinned beginning and the turns of a conversation; independent of streams.
+"""Encodes the pinned beginning and the turns of a conversation; independent of streams.
 
     pinned       <|im_start|>system\\nBe brief.<|im_end|>\\n                 never evicted
     opening      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
@@ -100,7 +100,7 @@ class PromptBuilder:
         return frozenset(id for name in names for id in self.tokenizer.encode(name, special=False))
 
     def thinking_rules(self, limit: int) -> ThinkingRules:
-        """Return what a reply may hold whose thinking has at most `limit` ids."""
+        """Return what a reply may hold if its thinking has at most `limit` ids."""
         style = self.template.style
         if not style:
             return ThinkingRules()
@@ -172,7 +172,7 @@ class PromptBuilder:
 
         Args:
             rest: text of the previous reply that was not read as ids; None if there is no reply.
-            notify: told of an exchange that the template refuses; only later ones are returned.
+            notify: called for an exchange that the template refuses; only later ones are returned.
                 Without it the refusal is raised.
         """
         found: dict[int, Exchange] = {}

@@ -25,7 +25,7 @@ class Change:
         number: the turn that changed; for `STAND`, the last turn.
         exchanges: the turns to write, by number.
         first: number of the oldest attended turn; one more than the last turn if there is none.
-        sampler: state of the random numbers, hexadecimal.
+        sampler: state of the random number generator, in hexadecimal.
     """
 
     kind: ChangeKind
@@ -41,7 +41,7 @@ class Recorder(Protocol):
     """Saves a conversation."""
 
     def record(self, change: Change) -> None:
-        """Queue a change; queued twice in a row, it is written as if queued once."""
+        """Queue a change; if it is queued twice in a row, it is written once."""
         ...
 
     def flush(self) -> None:

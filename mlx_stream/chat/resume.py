@@ -1,4 +1,4 @@
-"""Open a saved conversation, from its snapshot or from its transcript.
+"""Opens a saved conversation, from its snapshot or from its transcript.
 
 From a snapshot, nothing is read again, and the conversation continues bit for bit as if it had
 never been closed. If the snapshot is missing, damaged or of another model, the attended turns are
@@ -100,7 +100,7 @@ def open_steps(
 
     Raises:
         SessionError: another process has it open, or it is damaged.
-        MlxStreamError: as `ChatSession`.
+        MlxStreamError: as in `ChatSession`.
     """
     paths = session_paths(name)
     if options.speculate is None and options.draft is None:
@@ -157,7 +157,7 @@ def merge_options(options: SessionOptions, header: SessionHeader) -> SessionOpti
 
 
 def changes(before: SessionHeader, now: SessionHeader, model: Model) -> str:
-    """Say in words what has changed; "" if the snapshot can still be used."""
+    """Return in words what has changed; "" if the snapshot can still be used."""
     if model.is_fingerprint(before.fingerprint):
         before = replace(before, fingerprint=now.fingerprint)
     differ = [name for name in WORDS if getattr(before, name) != getattr(now, name)]

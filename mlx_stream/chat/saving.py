@@ -1,4 +1,4 @@
-"""Save a conversation: its files, and what is written to them when.
+"""Saves a conversation: which files it has, what is written to them, and when.
 
 The transcript is authoritative: a question is in it before the model is asked, and an exchange
 before the next question. The stream's state can be computed again, so it is written only when the
@@ -29,7 +29,7 @@ class SavedSession:
     """Save `chat` as its recorder.
 
     Args:
-        lock, store: closed with it.
+        lock, store: closed with the session.
         written_head: the transcript's head that the snapshot on disk belongs to.
     """
 
@@ -43,7 +43,7 @@ class SavedSession:
         written_head: str = "",
     ):
         self.chat, self.name, self.paths, self.lock, self.store = chat, name, paths, lock, store
-        # Queued changes, oldest first. They stay if they cannot be written, as on a full disk.
+        # Queued changes, oldest first. They stay here if they cannot be written, as on a full disk.
         self._unwritten: list[Change] = []
         self._snapshot_at, self._written_head = time.monotonic(), written_head
         # The version of the stream in the snapshot; a strong reference would keep its buffers.
@@ -107,7 +107,7 @@ class SavedSession:
                 private(path.parent)
                 model = self.chat.model.fingerprint()
                 snapshot.save_snapshot(path, self.chat.tokens, model, about.plain())
-            else:  # no turn, or all were taken back
+            else:  # there is no turn, or all were taken back
                 path.unlink(missing_ok=True)
         except (SnapshotError, OSError) as error:
             raise SnapshotError(

@@ -32,10 +32,10 @@ class SessionHeader:
 
     Attributes:
         id: 32 hexadecimal digits, random.
-        created: ISO 8601, UTC, in seconds.
+        created: when the session was created, in ISO 8601, UTC, to the second.
         model: the source that the user gave.
         fingerprint: the model's fingerprint.
-        evict: `turn` or `token`.
+        evict: what is evicted: `turn` or `token`.
         kv_bits: bits of the ring's keys and values; None if they are not quantized.
     """
 
@@ -69,7 +69,7 @@ class TranscriptState:
 
     Attributes:
         first: number of the oldest attended turn, from 1; `count` + 1 if there is none.
-        sampler: state of the random numbers, hexadecimal.
+        sampler: state of the random number generator, in hexadecimal.
         recall_from: number of the oldest turn that may be recalled.
         count: number of turns.
         last: checksum of the last turn; "" if there is none.
@@ -121,9 +121,9 @@ class StoredTurn:
     """A turn in the transcript.
 
     Attributes:
-        state: `asked`, `answered` or `forgotten`; of a forgotten turn only the number is left.
+        state: `asked`, `answered` or `forgotten`; only the number of a forgotten turn is left.
         exchange: its reply is empty if the turn is only asked.
-        time: when it was written, ISO 8601, UTC, in seconds.
+        time: when it was written, in ISO 8601, UTC, to the second.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""A conversation on one stream, where each turn reads only its own tokens; independent of files.
+"""A conversation on one stream, which reads only the new tokens of a turn; independent of files.
 
 The beginning (a system prompt) is pinned: it is the stream's sinks. To make room, the oldest turns
 are evicted whole, so that the stream always attends to a conversation that the model's template
@@ -73,7 +73,7 @@ class ChatSession:
         speculate, draft: see `mlx_stream.stream`.
         think: whether a model that can is to think before it answers. Default: as its template has
             it.
-        reasoning_effort: how hard it is to think, in its template's words: "low", say.
+        reasoning_effort: how long to think, as a level that the template knows, such as "low".
 
     Attributes:
         recorder: saves the conversation, if set.
@@ -166,7 +166,7 @@ class ChatSession:
         """Answer the last question again; the part of it that is still attended is not read again.
 
         Raises:
-            ValueRefused: as `reply`, or there is no question.
+            ValueRefused: as in `reply`, or there is no question.
         """
         limit, reply = self._new_reply(max_tokens, stop)
         if not self.unanswered:
@@ -183,7 +183,7 @@ class ChatSession:
         """Replace the last question and answer the new one; otherwise as `reply`.
 
         Raises:
-            ValueRefused: as `reply`, or there is no question.
+            ValueRefused: as in `reply`, or there is no question.
         """
         if not question:
             raise TextError("the question is empty")
@@ -226,7 +226,7 @@ class ChatSession:
         """Change the system prompt or the window, and read the attended turns again.
 
         Raises:
-            TemplateError, ValueRefused, MemoryRefused: as the constructor; nothing has changed.
+            TemplateError, ValueRefused, MemoryRefused: as in the constructor; nothing has changed.
         """
         run_coroutine(self.restart_steps(system, window))
 
@@ -452,7 +452,7 @@ class ChatSession:
         state = self.evictor.state
         if isinstance(state, Idle):
             return state.turns
-        if self.tokens.lookahead:  # right guesses that were not asked for
+        if self.tokens.lookahead:  # these are right guesses that were not asked for
             self.tokens.rewind(self.tokens.lookahead)
         turn, turns, refusal = state.finish(trim=self.template.trims), state.turns, ""
         before = state.before
@@ -494,7 +494,7 @@ class ChatSession:
             if self.recorder:
                 self.recorder.flush()
         finally:
-            if refusal:  # only now: a notice may raise
+            if refusal:  # only now, because a notice may raise
                 self._notify(refusal)
             self._count()
         return self.evictor.state.turns

@@ -1,4 +1,4 @@
-"""Make a stream hold what the template renders; handles ids and turns, not text.
+"""Makes a stream hold what the template renders; handles ids and turns, not text.
 
 Every operation (the end of a reply, retry, undo, edit, clear, resume) does this in the same way: it
 takes the stream back to the common prefix of the ids it holds and the ids it must hold, and reads

@@ -128,7 +128,7 @@ class Store(AbstractContextManager["Store"]):
             return self._state()
 
     def head(self, first: int, last: int) -> str:
-        """Return a checksum of the header and the turns `first` to `last`, hexadecimal.
+        """Return a checksum of the header and the turns `first` to `last`, in hexadecimal.
 
         It is computed from the turns' stored checksums, not from their texts.
         """

@@ -14,7 +14,7 @@ from mlx_stream.checkpoint.shards import read_shards, shard_names
 from mlx_stream.checkpoint.text_model import text_config, text_tensors
 from mlx_stream.errors import CheckpointError, SourceError, TokenizerError, one_line
 
-# The largest tokenizer.json known has 35 MB.
+# The largest known tokenizer.json is 35 MB.
 TOKENIZER_BYTES = 64 << 20
 
 

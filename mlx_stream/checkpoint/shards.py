@@ -1,4 +1,4 @@
-"""Safetensors shards and their index: found, checked, read, and written; independent of models.
+"""Finds, checks, reads and writes safetensors shards and their index; independent of models.
 
 Each file is checked by the `safetensors` library (header, offsets, sizes) before `mx.load` opens
 it, because MLX's parser trusts the file. Pickles are never read.
@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 # The order of preference where a folder has no index.
 PATTERNS = ("model.safetensors", "model-*.safetensors", "weights*.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-SHARD_BYTES = 10**9  # of a shard that is written
+SHARD_BYTES = 10**9  # the most in a shard that is written
 
 # U8 holds the scales of the fp4 and fp8 modes.
 DTYPES = {
@@ -39,7 +39,7 @@ MOST_DIMENSIONS = 8
 Declared = Mapping[str, tuple[str, list[int]]]
 
 
-# --- found ---
+# --- finding ---
 
 
 def shard_names(path: Path) -> list[str]:
@@ -53,7 +53,7 @@ def shard_names(path: Path) -> list[str]:
 
 
 def explain_no_weights(names: Iterable[str]) -> str:
-    """Return why the files of these names are not a model's weights."""
+    """Return why files with these names are not a model's weights."""
     found = sorted(names)
     if any(name.endswith(PICKLES) for name in found):
         return (
@@ -61,7 +61,7 @@ def explain_no_weights(names: Iterable[str]) -> str:
             "run code; save the model with transformers' save_pretrained"
         )
     if gguf := [name for name in found if name.endswith(".gguf")]:
-        return f"no model.safetensors; give the path of the file {gguf[0]!r}, downloaded, instead"
+        return f"no model.safetensors; download {gguf[0]!r} and give the path of that file instead"
     return "no model.safetensors; expected weights in the safetensors format"
 
 
@@ -71,7 +71,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: expected an object weight_map from tensors to files")
     for shard in table.values():
-        # No separator of any system, no device: the name cannot lead out of its folder.
+        # Allow no path separator of any system and no drive, so the name cannot lead out of its
+        # folder.
         plain = isinstance(shard, str) and not any(c in shard for c in "/\\:\0")
         if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
@@ -80,7 +81,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return table
 
 
-# --- read ---
+# --- reading ---
 
 
 def read_shards(path: Path) -> dict[str, mx.array]:
@@ -158,12 +159,12 @@ def check_declared(declared: Mapping[str, tuple[str, list[int]]], where: str) ->
             raise WeightsError(f"{where}: {name!r} has the impossible shape {shape!r:.80}")
 
 
-# --- written ---
+# --- writing ---
 
 
 @dataclass
 class Shards:
-    """What was written: the files, and bytes of all tensors and of the largest file's."""
+    """What was written: the files, the bytes of all tensors, and those in the largest file."""
 
     count: int = 0
     tensor_bytes: int = 0

@@ -1,9 +1,9 @@
 """Checks an untrusted tokenizer.json before the library reads it; encodes no text.
 
-The library obeys the file: it would rewrite a text until memory ends, try a regular expression for
-years, or add a template's tokens a million times. Some faults end the process in Rust, where no
-`except` helps. So only the steps of language models' tokenizers are accepted, with bounds. Format:
-`tokenizers`' serialization.
+The library obeys the file: it would rewrite a text until memory runs out, try a regular expression
+for years, or add a template's tokens a million times. Some faults abort the process in Rust, where
+no `except` helps. So only the steps of language models' tokenizers are accepted, with bounds.
+Format: `tokenizers`' serialization.
 """
 
 import base64
@@ -129,7 +129,7 @@ def growth_of(step: Step) -> float:
     # A regular expression may match a single byte.
     shortest = len(plain.encode(errors="replace")) if isinstance(plain, str) else 1
     if shortest == 0:
-        raise refusal("normalizer: it replaces an empty text")
+        raise refusal("normalizer: it replaces an empty string")
     return max(1.0, len(str(step.get("content")).encode(errors="replace")) / shortest)
 
 
@@ -222,7 +222,7 @@ def check_model(model: Any) -> None:
     if not isinstance(vocabulary, dict | list):
         raise refusal("model: it has no vocabulary")
     if any(not isinstance(token, str) or len(token) > MAX_TOKEN for token in vocabulary):
-        raise refusal("model: a token is not a text, or is too long")
+        raise refusal("model: a token is not a string, or is too long")
 
 
 def check_merges(model: Step) -> None:
@@ -267,7 +267,7 @@ def check_regex(pattern: Any) -> None:
     character may follow an unbounded repetition. Then each branch reads a text at most once.
     """
     if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_REGEX:
-        raise refusal(f"a pattern is not a text of 1 to {MAX_REGEX} characters")
+        raise refusal(f"a pattern is not a string of 1 to {MAX_REGEX} characters")
     at = begin = 0
     unbounded = False
     while at <= len(pattern):

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a folder that appears complete or not at all; about files, not modules."""
+"""Writes a checkpoint as a folder that appears complete or not at all; knows files, not modules."""
 
 import os
 import re
@@ -111,7 +111,7 @@ def replace_json(value: dict[str, Any], path: Path) -> None:
 
 
 def refuse_taken(out: Path, replace: bool) -> None:
-    """Refuse a place for a new folder that is taken, unless it may be replaced.
+    """Refuse a path for a new folder if something is there that may not be replaced.
 
     Raises:
         ValueRefused: it may not be written there.

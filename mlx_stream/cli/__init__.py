@@ -1,7 +1,7 @@
 """The command line: one short file per verb; holds no arithmetic.
 
 A verb's file is imported only when that verb is used, so no verb waits for the others' options.
-Programs that are installed beside the package are verbs, too; they are found by entry points.
+Programs that are installed with the package are verbs, too; they are found by entry points.
 """
 
 from importlib import import_module
@@ -33,9 +33,9 @@ VERBS = {
     "eval": "Run the paper's experiments on your model, text and machine.",
     "sessions": "List, show, export, remove or verify saved conversations.",
 }
-# The same of the known programs that may be installed beside the package.
+# The same for the known programs that may be installed with the package.
 PROGRAMS = {
-    "assistant": "Read along with files, notes and pipes for days, and answer.",
+    "assistant": "Follow files, notes and pipes for days, and answer questions.",
     "desktop": "Chat in a desktop window.",
 }
 ENTRY_POINTS = "mlx_stream.programs"
@@ -81,7 +81,7 @@ def command(name: str) -> Any:
 
 
 def installed_programs() -> "dict[str, EntryPoint]":
-    """Return the programs that are installed beside the package, by the names of their verbs."""
+    """Return the programs that are installed with the package, by the names of their verbs."""
     from importlib.metadata import entry_points
 
     found = sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name)
@@ -143,6 +143,6 @@ def main() -> None:
     """Run the command line."""
     try:
         app()
-    except KeyboardInterrupt:  # before the verb began
+    except KeyboardInterrupt:  # it came before the verb began
         notify("interrupted")
         raise SystemExit(130) from None

@@ -1,4 +1,4 @@
-"""`mlx_stream bench`: speed beside mlx-lm's, in one process, steps in turn."""
+"""`mlx_stream bench`: speed compared with mlx-lm's, in one process, step by step in turn."""
 
 from typing import Annotated
 
@@ -55,7 +55,9 @@ def bench(
             help="Number of latest tokens to attend to; repeatable. Default: 512, 1,024 and 4,096."
         ),
     ] = None,
-    pairs: Annotated[int, Option(help="Number of decode steps to time for each.")] = 40,
+    pairs: Annotated[
+        int, Option(help="Number of decode steps to time for each project and window.")
+    ] = 40,
     chunk: Annotated[int, Option(help="Tokens per prefill step.")] = 128,
     prefill: Annotated[
         int | None, Option(help="Also read a text of this many tokens through each window.")
@@ -63,7 +65,7 @@ def bench(
     prefill_chunk: Annotated[
         list[int] | None,
         Option(
-            help="Tokens per step of --prefill. Repeatable; the best size of each is then "
+            help="Tokens per step of --prefill. Repeatable; each project's best size is then "
             "compared too. Default: 128."
         ),
     ] = None,
@@ -116,7 +118,7 @@ def bench(
     ]
     print_rows(times, TIMES)
     proxy = "" if backend.on_metal() else " (a proxy: the CPU backend expands what Metal fuses)"
-    print(f"\nPython until a decode step's graph is built, and the graph's nodes{proxy}")
+    print(f"\nPython time to build a decode step's graph, and the graph's nodes{proxy}")
     built = [(one, result["python"]) for one, result in found]
     medians = ("ours", "ours_ms"), ("theirs", "mlx_lm_ms")
     print_rows(

@@ -72,8 +72,8 @@ def chat(
 ) -> None:
     """Chat with a model for as long as you like.
 
-    Memory does not grow. Ctrl-C ends a reply, Ctrl-D the conversation, /help lists commands. When
-    standard input is not a terminal, each of its lines is a turn.
+    Memory does not grow. Ctrl-C ends a reply, Ctrl-D ends the conversation, and /help lists
+    commands. When standard input is not a terminal, each of its lines is a turn.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
@@ -179,7 +179,7 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
 
 
 def run_batch(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
-    """Take each line of standard input that is not blank as a turn."""
+    """Read each line of standard input that is not blank as a turn."""
     from mlx_stream.cli.report import print_stats
 
     for number, line in enumerate(sys.stdin.buffer, 1):
@@ -205,9 +205,9 @@ class Screen:
 
     @contextmanager
     def reply(self) -> Iterator[Progress]:
-        """Let Ctrl-C end the reply that is shown inside; a second one ends the program.
+        """Let Ctrl-C end the reply shown in the `with` block; a second Ctrl-C ends the program.
 
-        Gives a progress callback of its reading, which Ctrl-C ends too.
+        Yields a progress callback for reading the prompt, which Ctrl-C ends too.
         """
         with defer_interrupts(signal.SIGINT) as stopped:
             told = log_progress("reading")
@@ -223,7 +223,7 @@ class Screen:
         self.end_reply()
 
     def show(self, pieces: "Pieces") -> None:
-        """Print a reply as it comes."""
+        """Print a reply as it arrives."""
         shown = TerminalEscaper() if sys.stdout.isatty() else None
         finish, thoughts = None, TerminalEscaper()
         try:

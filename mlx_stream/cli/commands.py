@@ -1,7 +1,7 @@
-"""What a line that begins with a slash does to a conversation; independent of terminals and files.
+"""Runs the lines that begin with a slash on a conversation; independent of terminals and files.
 
-`parse` tells a command from a question, `run` carries a command out. A command that is refused has
-changed nothing.
+`parse` tells a command from a question, and `run` carries a command out. A command that is refused
+has changed nothing.
 """
 
 from collections.abc import Callable, Generator
@@ -27,11 +27,11 @@ LONGEST_QUOTE = 60
 
 @dataclass(frozen=True)
 class CommandOutcome:
-    """What is to be done after a command.
+    """What to do after a command.
 
     Attributes:
-        text: to be shown; control characters are escaped.
-        pieces: a reply to be printed and closed. Errors while it is read are the caller's.
+        text: what to show; control characters are escaped.
+        pieces: a reply to print and close. The caller handles errors while it is read.
         prefill: what the next prompt begins with.
     """
 
@@ -51,9 +51,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Command:
-    """A command; its argument as usage shows it: "" takes none, [..] is optional.
+    """A command. `argument` is shown in its usage: "" takes none, [..] is optional.
 
-    `run` returns a text to be shown, or a whole outcome.
+    `run` returns a text to show, or a whole outcome.
     """
 
     argument: str
@@ -81,7 +81,7 @@ def run(call: Call, chat: "ChatSession", progress: Progress = None) -> CommandOu
 
 
 def command_of(call: Call) -> Command:
-    """Look a command up, and check whether its argument is there, or not, as it should be."""
+    """Look up a command, and check that its argument is given or left out as it should be."""
     command = COMMANDS.get(call.name)
     if command is None:
         raise ValueRefused(
@@ -89,7 +89,9 @@ def command_of(call: Call) -> Command:
             "question that begins with /."
         )
     if call.argument and not command.argument:
-        raise ValueRefused(f"{call.name} takes no argument, not {shorten_line(call.argument)!r}")
+        raise ValueRefused(
+            f"{call.name} takes no argument: leave out {shorten_line(call.argument)!r}"
+        )
     if command.argument and not call.argument and not command.argument.startswith("["):
         raise ValueRefused(f"{call.name} needs an argument: {call.name} {command.argument}")
     return command
@@ -132,7 +134,7 @@ def system(chat: "ChatSession", argument: str, progress: Progress) -> str:
         return chat.system or "there is no system prompt"
     text = None if argument in ("''", '""') else argument
     chat.restart(text, chat.stats.window)
-    return "the system prompt is changed" if text else "there is no system prompt now"
+    return "the system prompt has changed" if text else "there is no system prompt now"
 
 
 def retry(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutcome:
@@ -167,7 +169,7 @@ def window(chat: "ChatSession", argument: str, progress: Progress) -> str:
             ) from None
         chat.restart(chat.system, size)
     now = chat.stats
-    return f"the window is {now.window:,} tokens, after {now.sinks:,} that always stay"
+    return f"the window is {now.window:,} tokens, in addition to {now.sinks:,} that always stay"
 
 
 def save(chat: "ChatSession", argument: str, progress: Progress) -> str:

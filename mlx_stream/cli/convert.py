@@ -1,4 +1,4 @@
-"""`mlx_stream convert`: another size or type of a model, as a folder of mlx-lm's layout."""
+"""`mlx_stream convert`: write a model in another size or type, as a folder in mlx-lm's layout."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,7 +147,7 @@ def print_result(source: str, out: Path, result: "ConversionResult") -> None:
         f"the process grew by {megabytes(result.resident_bytes)} MB"
     )
     if found := about["report"]:
-        columns = ["", "bits", "MB", "MB read a token", "perplexity"]
+        columns = ["", "bits", "MB", "MB read per token", "perplexity"]
         lost = [f"{found['kl_mean']:.4f}", f"{found['kl_p99']:.3f}"]
         lost.append(f"{found['top1_agreement']:.1%}")
         bits = f"{about['bits_per_weight']:.2f}"

@@ -1,4 +1,4 @@
-"""`mlx_stream doctor`: what this machine is, what will be slow and why, what it gets wrong."""
+"""`mlx_stream doctor`: describe this machine, what is slow on it, and what it gets wrong."""
 
 from typing import Annotated
 
@@ -37,7 +37,7 @@ def doctor(
         check(model, loading, json)
         return
     if model is not None or loading != options.LoadOptions():
-        fail("MODEL and the options of loading it are for --self-test: give that too")
+        fail("MODEL and its loading options are for --self-test: add --self-test")
     facts = {**backend.describe(), "cache": str(cache_root())}
     advice = backend.advice()
     if json:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-# A longer line is a pasted document: it can be recalled until the chat ends, but is not saved.
+# A longer line is a pasted document: it can be recalled until the chat ends but is not saved.
 LONGEST_KEPT = 2**16
 
 
@@ -25,7 +25,7 @@ class LineHistory(FileHistory):
         yield from super().load_history_strings()
         for row in reversed(self.path.read_bytes().splitlines()):
             if row.startswith(b'"'):
-                with suppress(ValueError):  # cut short
+                with suppress(ValueError):  # the line was cut short
                     yield json.loads(row)
 
     def store_string(self, string: str) -> None:
@@ -54,4 +54,4 @@ def open_history(path: Path, notify: Callable[[str], None]) -> History:
 
 def unusable(path: Path, error: OSError) -> str:
     why = f"cannot be used: {error.strerror}"
-    return f"the history {path} {why}; lines are recalled until this chat ends"
+    return f"the history {path} {why}; lines can be recalled only until this chat ends"

@@ -1,4 +1,4 @@
-"""`mlx_stream ls`: the models that open without the network."""
+"""`mlx_stream ls`: list the models that can be opened without the network."""
 
 from mlx_stream.cli import options
 from mlx_stream.program.exits import notify

@@ -62,7 +62,7 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object to standar
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen; in the order of `Sampling`."""
+    """How tokens are chosen, in the order of `Sampling`."""
 
     temp: Annotated[float, Option(help="Temperature; 0 takes the likeliest token.")] = 0.6
     top_k: Annotated[int, Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0
@@ -117,13 +117,17 @@ class ThinkingOptions:
         bool | None,
         Option(
             "--think/--no-think",
-            help="Let a model that can think first, or not. Default: what its template does.",
+            help="Whether a model that can think does so before it answers. "
+            "Default: what its template does.",
             show_default=False,
         ),
     ] = None
     reasoning_effort: Annotated[
         str | None,
-        Option(help="How long to think, in the model's own words, such as low or high."),
+        Option(
+            help="How long to think, as a level that the model's template knows, such as low or "
+            "high."
+        ),
     ] = None
     hide_thinking: Annotated[
         bool, Option("--hide-thinking", help="Do not show the model's thinking.")
@@ -138,7 +142,7 @@ class WindowOptions:
         int | None,
         Option(
             help="Number of latest tokens to attend to. Default: 2,048, or what fits the trained "
-            "context. Chats with a model that thinks: up to 32,764, as memory allows."
+            "context. In a chat with a model that thinks: up to 32,764, if memory allows."
         ),
     ] = None
     sinks: Sinks = None

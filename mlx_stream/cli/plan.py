@@ -1,4 +1,4 @@
-"""`mlx_stream plan`: what a model will need on a device, before any of it is loaded."""
+"""`mlx_stream plan`: show what a model will need on a device, before any of it is loaded."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,7 +85,7 @@ def rows(plan: "Plan", kv_bits: int | None) -> list[list[str]]:
         about = "about " if bandwidth.estimated else ""
         rate = f"{about}{bandwidth.amount / 1e9:g} GB/s"
         speed = f"{plan.tokens_per_second:,.3g} tokens/s"
-        needs.append(("reads", plan.step, f"a token: at {rate}, {speed} at most"))
+        needs.append(("reads", plan.step, f"per token: at {rate}, {speed} at most"))
     return [[name, f"{megabytes(amount)} MB  {text}"] for name, amount, text in needs]
 
 
@@ -99,7 +99,7 @@ def verdict(plan: "Plan") -> str:
     lower = device.without_entitlement.amount
     return (
         f"{text} with the increased-memory-limit entitlement; "
-        f"{plan.verdict_for(lower)} without, in {megabytes(lower)} MB"
+        f"without it, {megabytes(lower)} MB: {plan.verdict_for(lower)}"
     )
 
 

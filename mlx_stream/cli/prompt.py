@@ -1,7 +1,7 @@
 """The prompt of a chat: history, several lines, completion and a status bar.
 
-It uses prompt_toolkit, which is imported when a prompt is created. It does not touch the model, and
-it needs only the names of commands. A terminal that cannot move its cursor (TERM=dumb) gets a plain
+It uses prompt_toolkit, which is imported when a prompt is created. It does not touch the model and
+needs only the names of commands. A terminal that cannot move its cursor (TERM=dumb) gets a plain
 line.
 """
 
@@ -37,11 +37,11 @@ class Prompt:
     Enter sends; Alt-Enter or Ctrl-J begins a new line; pasted text stays one text.
 
     Args:
-        history: the file of earlier lines; made, with its folder, if it is missing.
+        history: the file of earlier lines; it is made, with its folder, if it is missing.
         status: returns the status bar's text, whenever it is drawn.
-        completions: the commands to complete at the beginning of a line, and what each does.
+        completions: the commands to complete at the beginning of a line, each with what it does.
         idle: called once when nothing has been typed for a minute; keys wait meanwhile. A text that
-            it returns is notified. A terminal that cannot move its cursor never calls it.
+            it returns is shown as a notice. A terminal that cannot move its cursor never calls it.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Prompt:
                 continue
             default = NO_TEXT.sub("\ufffd", line)
             if line != default:
-                self.notify("that line is not UTF-8: type again what is shown as \ufffd")
+                self.notify("that line is not UTF-8: retype the characters shown as \ufffd")
             elif line.strip():
                 return line
             else:
                 default = ""
 
     def _when_idle(self, idle: Callable[[], str]) -> Callable[[], None]:
-        """Return a function that begins to wait, at a prompt, until nothing is typed any more."""
+        """Return a function that waits, at a prompt, until the user has stopped typing."""
 
         async def wait() -> None:
             from prompt_toolkit.application import get_app, run_in_terminal
@@ -115,7 +115,7 @@ def editor(
     completions: Mapping[str, str],
     begun: Callable[[], None],
 ) -> Callable[[str], str]:
-    """Return a function that reads a text, edited with prompt_toolkit."""
+    """Return a function that reads a text while prompt_toolkit edits it."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
@@ -126,7 +126,7 @@ def editor(
         history=history,
         # `sentence`: a completion begins where the text does.
         completer=WordCompleter(list(completions), meta_dict=completions, sentence=True),
-        # Room for the menu is kept free wherever it may open: only at a command.
+        # Room for the menu is kept free only where it may open: at a command.
         complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
         key_bindings=key_bindings(),
         bottom_toolbar=status,
@@ -141,7 +141,7 @@ def plain_line(default: str, history: "History") -> str:
     """Read a line that the terminal itself edits; Enter alone gives the default."""
     try:
         with terminal() as mode:
-            # In this order: the prompt stands before any line, and no line stays unseen.
+            # In this order, the prompt is printed before any line, and no line stays unseen.
             print(f"{PROMPT}[{escape(default)}] " if default else PROMPT, end="", flush=True)
             mode[3] |= termios.ECHO
             termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
@@ -183,9 +183,9 @@ def key_bindings() -> "KeyBindings":
 def keys_wait() -> Iterator[None]:
     """Hold keys that are pressed while no prompt is shown for the next one, except Ctrl-C.
 
-    Otherwise the terminal shows them amid the reply, and turns Enter into Ctrl-J, which is right
-    only where the terminal itself edits lines. It lasts for a whole conversation, so that Enter
-    means the same between a reply and the next prompt.
+    Otherwise the terminal shows them in the middle of the reply, and turns Enter into Ctrl-J, which
+    is right only where the terminal itself edits lines. The hold lasts for a whole conversation, so
+    that Enter means the same between a reply and the next prompt.
     """
     with terminal() as mode:
         mode[3] &= ~termios.ECHO

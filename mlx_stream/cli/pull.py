@@ -1,4 +1,4 @@
-"""`mlx_stream pull`: fetch a model, so that it opens without the network."""
+"""`mlx_stream pull`: fetch a model, so that it can be opened without the network."""
 
 from typing import Annotated
 

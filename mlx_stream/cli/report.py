@@ -1,4 +1,4 @@
-"""How results and statistics look, for people and for programs; computes none."""
+"""Formats results and statistics, for people and for programs; computes none."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_stream.generate.stats import Stats
 
-Columns = Sequence[tuple[str, str, str]]  # key of the rows, heading, format
+Columns = Sequence[tuple[str, str, str]]  # the key in the rows, the heading, the format
 
 
 def print_json(result: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def show(*, name: Name) -> None:
         text = export_markdown(store.state.header, turns)
     sys.stdout.write(escape(text) if sys.stdout.isatty() else text)
     if damage:
-        fail(f"{plural(len(turns))} shown, not all; {damage}")
+        fail(f"only {plural(len(turns))} shown; {damage}")
 
 
 @app.command()
@@ -87,7 +87,7 @@ def export(
         write_export(file, store.state.header, turns)
     done = f"{plural(len(turns))} written to {file}"
     if damage:
-        fail(f"{done}, not all; {damage}")
+        fail(f"only {done}; {damage}")
     notify(done)
 
 

@@ -1,4 +1,4 @@
-"""What every verb does with its streams: texts, progress, interrupts; independent of the verbs."""
+"""Reads texts, shows progress and handles interrupts for every verb; independent of the verbs."""
 
 import signal
 import sys
@@ -49,7 +49,7 @@ def decode_utf8(data: bytes, name: str) -> str:
 def defer_interrupts(*signals: int) -> Iterator[Callable[[], bool]]:
     """Turn the first signal, such as Ctrl-C, into a request; a second one interrupts at once.
 
-    Gives a function that tells whether it came.
+    Yields a function that tells whether the signal came.
     """
     asked = False
 
@@ -68,7 +68,7 @@ def defer_interrupts(*signals: int) -> Iterator[Callable[[], bool]]:
 
 
 def log_progress(label: str) -> Progress:
-    """Return a progress callback for logs: a line every half a minute."""
+    """Return a progress callback for logs: a line every half minute."""
     begun = told = time.monotonic()
 
     def update(done: int, total: int) -> None:
@@ -83,7 +83,7 @@ def log_progress(label: str) -> Progress:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress]:
-    """Show on standard error a bar with the time left, or lines where it is not a terminal."""
+    """Show a bar with the time left on standard error, or lines if that is not a terminal."""
     if not sys.stderr.isatty():
         yield log_progress(label)
         return

@@ -1,4 +1,4 @@
-"""An engine: the handle of the one thread that computes, for use on any other thread."""
+"""The handle of the one thread that computes, for use on any other thread."""
 
 import weakref
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class Engine:
 
     @property
     def model_name(self) -> str:
-        """The source of the model, as given."""
+        """The source of the model, as it was given."""
         return self._host.name
 
     @property
@@ -83,7 +83,7 @@ class Engine:
 
         Raises:
             TimeoutError: it takes longer than `timeout` seconds.
-            EngineClosed: the engine was closed before.
+            EngineClosed: the engine was closed first.
             MlxStreamError: loading failed; see `mlx_stream.load`.
         """
         self._worker.outcome(self._worker.loading, timeout)
@@ -117,7 +117,7 @@ class Engine:
 
         Raises:
             ValueRefused: `max_tokens` below 1.
-            QueueFull: the engine has too much to do.
+            QueueFull: too many commands are waiting.
             EngineClosed: the engine is closed.
         """
         options = SessionOptions(
@@ -150,8 +150,8 @@ class Engine:
 
         Args:
             system, window, sinks, kv_bits: see `ChatSession`.
-            sampling, max_tokens: for answers; see `ChatSession`.
-            backlog: characters that may wait to be read.
+            sampling, max_tokens: settings for answers; see `ChatSession`.
+            backlog: the most characters that may wait to be read.
             on_evict: called with 0 and the number of tokens evicted, on the thread that next feeds,
                 asks, flushes or saves.
             restore: continue the snapshot that `Listener.save` wrote to this path, if there is one.
@@ -159,7 +159,7 @@ class Engine:
 
         Raises:
             ValueRefused: `backlog` or `max_tokens` below 1.
-            QueueFull: the engine has too much to do.
+            QueueFull: too many commands are waiting.
             EngineClosed: the engine is closed.
         """
         path = None if restore is None else Path(restore).absolute()

@@ -67,7 +67,7 @@ class Handle:
     def close(self, timeout: float = 0.0) -> None:
         """End the work in progress, save a named session, and free the ring; returns at once.
 
-        A listener is not saved. Threads that read a reply or wait for something get EngineClosed.
+        A listener is not saved. Threads that wait for a reply or another result get EngineClosed.
 
         Args:
             timeout: seconds to wait until all of this is done.
@@ -115,7 +115,7 @@ class Handle:
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:
-            with suppress(RuntimeError):  # the loop is closed
+            with suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(arrived.set)
 
         task = submit()
@@ -123,7 +123,7 @@ class Handle:
         try:
             while True:
                 arrived.clear()
-                done = task.done  # read first, or a piece that comes now would be missed
+                done = task.done  # read first, or a piece that arrives now would be missed
                 piece = self._worker.take_now(task)
                 if piece is not None:
                     self._deliver(piece)

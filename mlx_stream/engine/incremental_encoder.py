@@ -30,7 +30,7 @@ class IncrementalEncoder:
 
     def __init__(self, prompts: PromptBuilder, context: str, lead: str = "", pending: str = ""):
         self.prompts, self.context, self.lead, self.pending = prompts, context, lead, pending
-        self.begun = False  # whether any of the turn's text is encoded
+        self.begun = False  # whether any of the turn's text has been encoded
 
     def add(self, text: str) -> list[int]:
         """Add text, and return the ids that are now certain."""

@@ -19,7 +19,7 @@ from mlx_stream.text.tokenizer import check_text
 class Listener(Handle):
     """A stream that reads, in the background, the text it is fed, and answers questions about it.
 
-    The text is one open turn of the user's; the latest part of it is attended. Any thread may call
+    The text is one open user turn; the latest part of it is attended. Any thread may call
     the methods. Only `feed` with a timeout, `flush`, `save`, `wait` and the pieces of an answer
     make the caller wait.
     """
@@ -53,7 +53,7 @@ class Listener(Handle):
 
     @property
     def backlog(self) -> int:
-        """Characters fed and not yet read, without the last word, which may still grow."""
+        """Characters fed and not yet read, except those of the last word, which may still grow."""
         return self._backlog.size
 
     def feed(self, text: str, timeout: float = 0.0) -> None:
@@ -90,8 +90,8 @@ class Listener(Handle):
                 raise reraise(self.error)
             if not has_room():
                 raise QueueFull(
-                    f"the backlog holds {backlog.size:,} characters, at most "
-                    f"{backlog.capacity:,}: feed these {len(text):,} later, or pass a timeout"
+                    f"the backlog has no room ({backlog.size:,} of {backlog.capacity:,} "
+                    f"characters): feed these {len(text):,} later, or pass a timeout"
                 )
             backlog.add(text)
 
@@ -125,7 +125,7 @@ class Listener(Handle):
         Raises:
             TextError: the question is empty.
             MemoryRefused: the copy does not fit the budget.
-            QueueFull: the engine has too much to do.
+            QueueFull: too many commands are waiting.
         """
         return self._pieces(self._ask_command(question, remember, max_tokens, now))
 

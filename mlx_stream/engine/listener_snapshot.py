@@ -15,7 +15,7 @@ from mlx_stream.load import Model
 KIND = "listener"
 LONGEST_NOTE = 65_536  # bytes, as JSON
 BYTES_BESIDE = 2**20
-BYTES_PER_CHARACTER = 12  # of text in JSON, at most
+BYTES_PER_CHARACTER = 12  # the most that a character takes in JSON
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class ListenerState:
     """What a listener saves besides keys and values.
 
     Attributes:
-        note: the caller's.
+        note: the caller's note.
         began: when the listener began, which a chat template may print.
-        sampler: the state of the random numbers, hexadecimal.
-        ids: encoded and not yet read.
+        sampler: state of the random number generator, in hexadecimal.
+        ids: ids that are encoded and not yet read.
         context, lead, held, begun: see `IncrementalEncoder`; `held` is its `pending`.
-        backlog: fed and not yet encoded.
+        backlog: text that was fed and not yet encoded.
     """
 
     note: dict[str, str | int]
@@ -51,7 +51,7 @@ def load_listener(path: Path, model: Model, capacity: int) -> tuple[State, Liste
     """Load a snapshot.
 
     Args:
-        capacity: of the backlog, in characters.
+        capacity: the size of the backlog, in characters.
 
     Raises:
         SnapshotError: it is damaged, of another model, or not of a listener.
@@ -107,7 +107,7 @@ def check_note(note: Any) -> dict[str, str | int]:
             )
     try:
         size = len(json.dumps(dict(note)))
-    except ValueError as error:  # an integer of too many digits
+    except ValueError as error:  # an integer has too many digits
         raise ValueRefused("an integer in the note has too many digits") from error
     if size > LONGEST_NOTE:
         raise ValueRefused(

@@ -1,4 +1,4 @@
-"""A listener's stream: an open turn of the user's, the text that waits for it, and answers from it.
+"""A listener's stream: an open user turn, the text that waits for it, and answers from it.
 
     pinned      <|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n
     fed         10:02 The train is late.\n10:07 It has come.\n ...
@@ -36,15 +36,15 @@ from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 from mlx_stream.window import PREFILL_CHUNK
 
-CHARACTERS_A_STEP = 1_024  # encoded at once
+CHARACTERS_A_STEP = 1_024  # the most to encode at once
 
 
 class Backlog:
     """Text that was fed and not yet encoded; any thread may use it.
 
     Attributes:
-        fed, taken: characters, in total.
-        encoded: characters that were taken and whose tokens are not read yet.
+        fed, taken: how many characters were fed and taken, in total.
+        encoded: how many characters were taken whose tokens are not read yet.
     """
 
     def __init__(self, lock: Condition, capacity: int):
@@ -111,7 +111,7 @@ class ListenerStream:
         began: when it began, which a chat template may print.
 
     Attributes:
-        ids: encoded and not yet read.
+        ids: ids that are encoded and not yet read.
     """
 
     def __init__(self, model: Model, options: ListenerOptions, began: datetime, backlog: Backlog):
@@ -132,13 +132,13 @@ class ListenerStream:
         geometry = self.cache.geometry
         self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
         self.stats.cache_bytes = self.cache.nbytes
-        self._length = 0  # of the last step, padded
+        self._length = 0  # the padded length of the last step
 
     def restore(self, state: snapshot.State, saved: ListenerState) -> None:
         """Continue from a snapshot.
 
         Raises:
-            ValueRefused: it has another window, system prompt or model.
+            ValueRefused: it has a different window, system prompt or model.
         """
         self.tokens.restore(state)
         count = len(self.pinned)
@@ -211,7 +211,7 @@ class ListenerStream:
         self.backlog.make_room(before, len(self.ids))
 
     def _free_buffers(self, length: int) -> None:
-        """Free MLX's cached buffers when the step length changes: 50 MB for each length."""
+        """Free MLX's cached buffers when the step length changes; each length takes 50 MB."""
         if length != self._length:
             self._length = length
             mx.clear_cache()

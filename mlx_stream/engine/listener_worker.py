@@ -14,7 +14,7 @@ from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate.stats import Stats, eviction_notice
 from mlx_stream.window import PREFILL_CHUNK
 
-BUSY_CHUNK = 32  # tokens a step while sessions have tasks
+BUSY_CHUNK = 32  # tokens per step while sessions have tasks
 
 
 class ListenerWorker:
@@ -31,7 +31,7 @@ class ListenerWorker:
         self.stream: ListenerStream | None = None
         self.restored: dict[str, str | int] | None = None
         self.evicted: tuple[int, int] = (0, 0)
-        self._counted = 0  # tokens evicted at the last update
+        self._counted = 0  # tokens that had been evicted at the last update
 
     @property
     def usable(self) -> bool:
@@ -48,7 +48,7 @@ class ListenerWorker:
                 reason = str(error)
             except ValueRefused as error:
                 reason = f"{path} does not fit this window and system prompt ({error})"
-            mx.clear_cache()  # of the buffers that the snapshot was loaded into
+            mx.clear_cache()  # frees the buffers that the snapshot was loaded into
         stream = stream or self._new_stream()
         if reason:
             stream.stats.add_notices(f"the listener starts empty: {reason}")

@@ -14,7 +14,7 @@ from mlx_stream.load import Model, load, megabytes
 class Budget:
     """The bytes of the weights and of every stream, kept below a limit.
 
-    A stream is charged before it is allocated, under a key of its owner's.
+    A stream is charged before it is allocated, under its owner's key.
     """
 
     def __init__(self, limit: int):
@@ -48,7 +48,7 @@ class Budget:
             self._streams[key] = self._streams.get(key, 0) + stream
 
     def set_stream(self, key: object, stream: int) -> None:
-        """Replace what is recorded under `key` by `stream` bytes."""
+        """Record `stream` bytes under `key` in place of what is recorded there."""
         with self._lock:
             self._streams.pop(key, None)
             if stream:
@@ -60,7 +60,7 @@ class ModelHost:
 
     Args:
         source, dtype, keep_quantized: see `load`.
-        limit: bytes for weights and streams; None for what the device recommends.
+        limit: the most bytes for weights and streams; None for what the device recommends.
     """
 
     def __init__(

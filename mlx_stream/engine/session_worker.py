@@ -18,10 +18,10 @@ class SessionWorker:
     """One conversation; see `StreamOwner`.
 
     Args:
-        name: of a saved conversation, or None.
+        name: the name of a saved conversation, or None.
 
     Attributes:
-        exchanges: those attended after the last task; replaced, never changed.
+        exchanges: the ones attended after the last task; replaced, never changed.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ class Task:
         ahead: how many items may wait for the caller before the task pauses; None for no limit.
 
     Attributes:
-        items: yielded, and not yet taken by the caller.
-        future: the outcome. Cancelling it before the task begins keeps the task from running.
+        items: what was yielded and has not been taken by the caller.
+        future: holds the outcome. Cancelling it before the task begins keeps the task from running.
         error: why the task failed; set before the future is.
         done: whether the task has ended. Unlike `future.done()` it takes no lock, so a finalizer
             that interrupts the future cannot deadlock with a thread that waits under `lock`.

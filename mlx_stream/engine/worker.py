@@ -62,8 +62,8 @@ class SessionQueue:
     Attributes:
         published: a copy of the statistics after the last step. It is replaced, never changed, so
             any thread may read it.
-        failure: why the session cannot be used any more.
-        error: what closing it raised.
+        failure: why the session can no longer be used.
+        error: what closing the session raised.
     """
 
     def __init__(self, worker: "Worker", owner: StreamOwner):
@@ -125,7 +125,7 @@ class SessionQueue:
         self.published = copy.copy(stats)
 
     def _fail(self, error: MlxStreamError) -> None:
-        """Release a stream that is not usable any more, and wake threads that wait for room."""
+        """Release a stream that can no longer be used, and wake threads that wait for room."""
         with self.worker.lock:
             self.failure = error
             self.worker.lock.notify_all()
@@ -175,7 +175,7 @@ class Worker:
 
     @property
     def error(self) -> MlxStreamError | None:
-        """Why `prepare` failed, unless the engine was closed before."""
+        """Why `prepare` failed, unless the engine was closed first."""
         return None if isinstance(self.loading.error, EngineClosed) else self.loading.error
 
     # --- tasks ---
@@ -236,7 +236,7 @@ class Worker:
             return None
 
     def outcome(self, task: Task, timeout: float | None = None) -> Any:
-        """Wait for a task's end and return its result; raises as `take`, and TimeoutError."""
+        """Wait for a task's end and return its result; raises as `take` does, or TimeoutError."""
         with self.lock:
             if not self.wait_for(lambda: task.done, timeout):
                 raise TimeoutError(f"not done after {timeout} seconds")
@@ -258,10 +258,12 @@ class Worker:
     # --- waiting and closing ---
 
     def wait_for(self, holds: Callable[[], object], timeout: float | None = None) -> bool:
-        """Wait, under the lock, until `holds()` or the end of the thread; return whether it came.
+        """Wait, under the lock, until `holds()` is true or the thread ends.
+
+        Return whether either happened.
 
         Raises:
-            ValueRefused: called on the engine's thread, where nothing would ever come.
+            ValueRefused: called on the engine's thread, where it would wait for ever.
         """
         if holds() or self.ended:
             return True
@@ -349,7 +351,7 @@ def as_coroutine(function: Callable[[], Any]) -> Work:
     return function()
 
 
-# --- one per process, and its end ---
+# --- one worker per process, and its end ---
 
 _all: "weakref.WeakSet[Worker]" = weakref.WeakSet()
 _claims = threading.RLock()

@@ -1,1 +1,1 @@
-"""Measurements of models on streams: what the README's figures come from."""
+"""Measures models on streams; the README's figures come from here."""

@@ -1,8 +1,8 @@
-"""Speed compared with mlx-lm's: the same weights, in one process, alternating step by step.
+"""Compares speed with mlx-lm's: the same weights, in one process, alternating step by step.
 
 Windows are filled with random keys and values through the caches' own state. Decoding is each
 side's own loop, greedy, from a token's id to the next one's; mlx-lm's submits a step before the
-last one is done. A step is one token, waited for.
+last one is done. A step reads one token and waits for the result.
 """
 
 import statistics
@@ -110,7 +110,7 @@ def bandwidth_limit(model: Model, cache: StreamCache, rate: float, seconds: floa
 
 def decoding(model: Model, peer: Any, cache: StreamCache, pairs: int) -> Row:
     """Time the two loops alternately, TURN tokens at a time; return times per token."""
-    step = step_of(model, cache)  # ends with this function: a pending step would change the cache
+    step = step_of(model, cache)  # local, because a pending step would change the cache
     theirs = their_loop(model, peer, cache.geometry.window)
     turns = in_turn(lambda: repeat(step, TURN), theirs, max(LEAST_PAIRS, pairs // TURN))
     return summary(*([seconds / TURN for seconds in side] for side in turns))
@@ -142,10 +142,10 @@ def in_turn(
 
 
 def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> Row:
-    """Return the milliseconds until a decode step's graph is built, not evaluated, and its nodes.
+    """Return the milliseconds to build, not evaluate, a decode step's graph, and its nodes.
 
-    Each step follows one of the same side: else the first to allocate would pay for tidying up what
-    the other side's graph has freed (1.5 ms seen, with glibc).
+    Each step follows one of the same side. Otherwise the first to allocate would pay for tidying up
+    what the other side's graph has freed (1.5 ms seen, with glibc).
     """
     cache = filled_cache(model, window, spare_rows(None))
     builds = {"ours": our_build(model, cache), "mlx_lm": their_build(model, peer, window)}

@@ -1,4 +1,4 @@
-"""Draw reports as charts, light and dark; uses matplotlib (an extra), measures nothing.
+"""Draws reports as charts, light and dark; uses matplotlib (an extra) and measures nothing.
 
 Nothing is smoothed. Colours, layout and scales are matplotlib's; lines differ by marker as well.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Panels = Sequence[Axes]
 
-WIDTH = 8.3  # inches of 100 pixels: the width of a README on GitHub
+WIDTH = 8.3  # in inches of 100 pixels, the width of a README on GitHub
 MARKERS = "os^vDX*P"
 
 
@@ -56,7 +56,7 @@ def draw_chart(report: Report, path: Path) -> list[Path]:
 
 @contextmanager
 def theme(name: str) -> Iterator[None]:
-    """Use a style of matplotlib's with our markers, and not a user's settings."""
+    """Use one of matplotlib's styles with our markers, instead of the user's settings."""
     from matplotlib import rcParams, style
     from matplotlib.rcsetup import cycler
 
@@ -66,7 +66,7 @@ def theme(name: str) -> Iterator[None]:
         rcParams["axes.grid"] = True
         rcParams["font.size"] = 9
         rcParams["lines.markersize"] = 4
-        rcParams["text.parse_math"] = False  # a file's name may have dollars
+        rcParams["text.parse_math"] = False  # a file's name may contain dollar signs
         rcParams["svg.hashsalt"] = "mlx_stream"
         yield
 
@@ -144,7 +144,7 @@ def draw_reading(panels: "Panels", report: Report) -> None:
 
 
 def draw_shapes(panels: "Panels", report: Report) -> None:
-    """Draw perplexity over sinks and windows, each shape a step; for windows their memory too."""
+    """Draw perplexity over sinks or windows, one step per shape, and memory over windows."""
     shapes = [f"{row['sinks']:,} + {row['window']:,}" for row in report.rows]
     panels[0].plot(shapes, column(report.rows, "perplexity"), label="stream")
     log_scale(panels[0], "perplexity")
@@ -159,7 +159,7 @@ def draw_latency(panels: "Panels", report: Report) -> None:
     (axes,) = panels
     for method in dict.fromkeys(row["method"] for row in report.rows):
         rows = [row for row in report.rows if row["method"] == method]
-        if method != "stream, plain":  # only a control
+        if method != "stream, plain":  # this is only a control
             typical = column(rows, "p50_ms")
             above = column(rows, "p99_ms") - typical
             sizes = [f"{row['cache']:,}" for row in rows]

@@ -12,7 +12,7 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts one after another, as ids: int32, four bytes a token however long they are."""
+    """Texts one after another, as int32 ids: four bytes per token, however long the texts are."""
 
     names: list[str]
     ids: np.ndarray

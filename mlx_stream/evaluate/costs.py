@@ -20,7 +20,7 @@ from mlx_stream.program.notices import Notify, discard
 READ_BYTES = 256 * 2**20
 READ_ROUNDS = 5
 COLUMNS = 4096
-NODE = "shape=rectangle"  # of a primitive, in the text of a graph
+NODE = "shape=rectangle"  # marks a primitive in the text of a graph
 
 
 def weight_bytes_read(network: CausalLM) -> int:
@@ -74,6 +74,6 @@ def graph_nodes(*outputs: mx.array) -> int:
     On the CPU backend this is a proxy: it expands what is one kernel on Metal.
     """
     text = io.StringIO()
-    export: Any = mx.export_to_dot  # takes an open file as well as a name
+    export: Any = mx.export_to_dot  # it takes an open file as well as a name
     export(text, *outputs)
     return text.getvalue().count(NODE)

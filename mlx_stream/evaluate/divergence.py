@@ -31,7 +31,7 @@ def compare(
 ) -> Row:
     """Read token ids as one stream through two models and compare what they predict.
 
-    Both streams are new, and of the same sinks and window. Logits of a few rows are in memory at
+    Both streams are new and have the same sinks and window. Logits of a few rows are in memory at
     once, however long the text.
 
     Returns `tokens` compared; `source_perplexity` and `perplexity`; the mean and the 99th

@@ -1,4 +1,4 @@
-"""`eval endurance`: one stream for hundreds of thousands of tokens, stopped and continued at will.
+"""`eval endurance`: one stream of hundreds of thousands of tokens, which can be stopped.
 
 After each segment a line is logged. The stream's state is saved now and then, and when the run is
 stopped. A state older than the log catches up by reading, which reproduces the same bits.
@@ -95,15 +95,16 @@ def endure(
     """Read on until at least `tokens` tokens are logged; return whether that is done.
 
     Once `stopped` returns true, the state is saved and the reading ends. Raises ValueRefused for
-    fewer than one token, or another file where the state goes; TextError or SnapshotError if log or
-    state cannot be written. The lines logged before are kept.
+    fewer than one token, or another file where the state goes; TextError or SnapshotError if the
+    log or the state cannot be written. The lines logged until then are kept.
     """
     if tokens < 1:
         raise ValueRefused(f"--tokens must be at least 1, not {tokens}")
     state = state_path(log.path)
     if state.exists() and not snapshot.is_snapshot(state):
         raise ValueRefused(
-            f"{state}: the state is saved under this name: move the file, or use another --log"
+            f"{state}: another file is where the state would be saved: move it, "
+            "or use another --log"
         )
     target = math.ceil(tokens / course.segment) * course.segment
     if len(segments(log)) * course.segment >= target:
@@ -225,7 +226,7 @@ def in_tenths(rows: Sequence[Row]) -> list[Row]:
 
 
 def memory_line(rows: Sequence[Row]) -> str:
-    """Return what the active memory after each segment was, equal to the byte or not."""
+    """Return a line with the active memory after each segment: one value or a range."""
     active = [row["active_bytes"] for row in rows]
     if len(set(active)) == 1:
         return f"active memory: {active[0]:,} bytes after every segment"

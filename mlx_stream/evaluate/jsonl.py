@@ -50,7 +50,7 @@ class JsonLog:
 def open_log(path: Path, key: Row, about: Row) -> Iterator[JsonLog]:
     """Open the log of the measurement `key`, or begin it; a new log remembers `about`.
 
-    No other process can write it meanwhile. Raises ValueRefused if the file is not a log, is the
+    No other process can write to it meanwhile. Raises ValueRefused if the file is not a log, is the
     log of another measurement, or is in use; TextError if it cannot be read or written.
     """
     try:

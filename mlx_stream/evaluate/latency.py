@@ -65,7 +65,7 @@ def force_reanchoring(model: Model, cache: StreamCache) -> tuple[list[float], li
     for _ in range(FORCED):
         fill(cache, cache.clock_limit - 2)
         step = step_of(model, cache)
-        step()  # the first after a refill meets fresh memory
+        step()  # the first step after a refill uses fresh memory
         plain.append(time_step(step))
         before = cache.position.clock
         turned.append(time_step(step))
@@ -97,15 +97,17 @@ def findings(rows: Sequence[Row]) -> list[str]:
     lines = []
     if low != high:
         growth = at[high, "stream"]["p50_ms"] / at[low, "stream"]["p50_ms"]
-        lines.append(f"streaming grows {growth:.2f} times from cache {low:,} to {high:,}")
+        lines.append(
+            f"a streaming step takes {growth:.2f} times as long with cache {high:,} as with {low:,}"
+        )
     for size in sizes:
         ours = at[size, "stream"]
         faster = at[size, "recompute"]["p50_ms"] / ours["p50_ms"]
         turned = at[size, "stream, re-anchoring"]["p50_ms"] / at[size, "stream, plain"]["p50_ms"]
         line = f"cache {size:,}: {faster:.1f} times faster than recompute"
-        line += f"; a re-anchoring step takes {turned:.2f} plain ones"
+        line += f"; a re-anchoring step takes as long as {turned:.2f} plain ones"
         line += f"; p99 / p50 {ours['p99_ms'] / ours['p50_ms']:.3f}"
         if theirs := at.get((size, "mlx-lm")):
-            line += f", of mlx-lm {theirs['p99_ms'] / theirs['p50_ms']:.3f}"
+            line += f", mlx-lm's {theirs['p99_ms'] / theirs['p50_ms']:.3f}"
         lines.append(line)
     return lines

@@ -1,7 +1,7 @@
 """`eval perplexity`: one text read through several caches, one after another, segment by segment.
 
 Memory is MLX's own count, of the weights a cache needs and of all that reading through it holds;
-a peer brings weights of its own, and those of the others do not count.
+a peer has its own weights, and the weights of the other caches are not counted.
 """
 
 import gc
@@ -29,7 +29,7 @@ from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.load import Model
 from mlx_stream.window import PREFILL_CHUNK
 
-# The settings of each cache, beside `tokens`: how far it reads.
+# The settings of each cache, apart from `tokens`, which is how far it reads.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "stream": ("chunk", "kv", "clock"),
     "fresh": ("chunk",),
@@ -157,7 +157,7 @@ def open_reader(setting: Setting, spec: Spec, ids: Sequence[int]) -> Reader:
     match spec.name:
         case "stream":
             cache = model.new_cache(sinks, window, kv_bits=spec.settings.get("kv"))
-            # A lower limit re-anchors more often.
+            # With a lower limit it re-anchors more often.
             cache.clock_limit = spec.settings.get("clock", cache.clock_limit)
             return stream_reader(model, ids, cache, spec["chunk"])
         case "window":

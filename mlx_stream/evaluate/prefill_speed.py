@@ -1,4 +1,4 @@
-"""A long text read from its beginning through a window, ours and mlx-lm's in turn."""
+"""Times reading a long text from its beginning through a window, ours and mlx-lm's in turn."""
 
 import time
 from collections.abc import Iterator, Sequence

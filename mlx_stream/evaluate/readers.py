@@ -1,4 +1,4 @@
-"""One text read through one cache, some tokens at a time: ours, the paper's baselines, a peer's.
+"""Reads a text through a cache, some tokens at a time: ours, the paper's baselines, or a peer's.
 
 A reader is a function: `read(start, stop)` reads tokens `start` to `stop - 1`, in order, and
 returns the loss, -log p in nats, of each token after them: ids[start + 1] to ids[stop].
@@ -35,7 +35,7 @@ def stream_reader(model: Model, ids: Ids, cache: Cache, chunk: int) -> Reader:
 def fresh_reader(model: Model, ids: Ids, sinks: int, window: int, chunk: int) -> Reader:
     """Read each piece with a stream begun on the window before it: `fresh`.
 
-    With 2 sinks and a window of 3, tokens from 10 on are read by a stream that began at token 5.
+    With 2 sinks and a window of 3, tokens 10 and later are read by a stream that began at token 5.
     """
 
     def read(start: int, stop: int) -> list[float]:
@@ -52,11 +52,12 @@ def recompute_reader(model: Model, ids: Ids, capacity: int, stride: int, sinks: 
     """Read the latest tokens again from scratch for every `stride` tokens: `recompute`.
 
     This is the paper's baseline, with a stride of 1. Token t is predicted from at most `capacity`
-    tokens, the first of a stride from `stride - 1` fewer. With `sinks`, the text's first tokens and
-    the latest `capacity - sinks`: what a stream attends to, with keys that saw nothing older.
+    tokens, and the first of a stride is predicted from `stride - 1` fewer. With `sinks`, the text's
+    first tokens and the latest `capacity - sinks`: what a stream attends to, with keys that saw
+    nothing older.
 
-    Worked example: capacity 4, stride 2, for the losses of tokens 11 and 12 tokens 8 to 11 are
-    read, and the last two rows count.
+    Worked example: capacity 4, stride 2: tokens 8 to 11 are read for the losses of tokens
+    11 and 12, and the last two rows count.
     """
 
     def read_stride(first: int, end: int) -> list[float]:

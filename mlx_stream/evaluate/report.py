@@ -28,7 +28,7 @@ class Report:
     Attributes:
         experiment: its name on the command line, as in `mlx_stream eval NAME`.
         about: what was measured, with which settings, on which machine.
-        rows: figures, flat; units are in the names (`_ms`, `_bytes`, `_per_second`).
+        rows: flat rows of figures; units are in the names (`_ms`, `_bytes`, `_per_second`).
         notes: what a reader must know, such as a peer that was not measured.
     """
 
@@ -63,7 +63,7 @@ def facts(model: Model, **more: Any) -> Row:
 
 
 def finite(value: Any) -> Any:
-    """Replace infinities and NaN, for which JSON has no number, by None."""
+    """Replace infinities and NaN, which JSON cannot express, with None."""
     if isinstance(value, dict):
         return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list):

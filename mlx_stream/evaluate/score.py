@@ -1,4 +1,4 @@
-"""How likely a text is to a model that reads it as a stream; independent of the command line."""
+"""Measures how likely a text is to a model that streams it; independent of the command line."""
 
 import math
 import time

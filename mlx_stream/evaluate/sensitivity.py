@@ -1,4 +1,4 @@
-"""What quantizing one part of a model does to its predictions; independent of files and recipes.
+"""Measures what quantizing one part does to predictions; independent of files and recipes.
 
 A part is a matrix that the model multiplies by at once: queries, keys and values of a layer are
 one. Only the layers behind it are computed again.
@@ -15,7 +15,7 @@ from mlx_stream.load import Model
 from mlx_stream.models.layers import DecoderLayer
 from mlx_stream.models.weights import Linear
 
-# Read at once, each attending to all before it.
+# The tokens read at once; each attends to all tokens before it.
 TOKENS = 512
 LEAST = 128
 

@@ -34,7 +34,7 @@ from mlx_stream.sampling import as_int
 from mlx_stream.text.tokenizer import Tokenizer
 from mlx_stream.window import PREFILL_CHUNK
 
-# Every line begins behind this; some tokenizers treat the beginning of a text differently.
+# Every line is encoded after this; some tokenizers treat the beginning of a text differently.
 BEFORE_A_LINE = "\n"
 # The share of a normal distribution within this many standard deviations.
 WILSON_Z = 1.959964
@@ -80,7 +80,7 @@ def streameval(
     data = make_data(seed, lines, distances)
     sinks, window = model.resolve_window(sinks, window)
     asked = [encode_query(model.tokenizer, query) for query in data.queries]
-    # After the query, at most the tokens of one candidate are read.
+    # After the query, at most one candidate's tokens are read.
     spare = max(len(one.ids) + one.longest for one in asked)
     if window < spare:
         raise ValueRefused(
@@ -104,7 +104,7 @@ def streameval(
 
 
 def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text that begins a line, as they are within the whole text."""
+    """Return the ids of a text at the beginning of a line, as they are within the whole text."""
     before = tokenizer.encode(BEFORE_A_LINE, special=False)
     ids = tokenizer.encode(BEFORE_A_LINE + text, special=False)
     if ids[: len(before)] == before:
@@ -115,7 +115,7 @@ def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
 def encode_query(tokenizer: Tokenizer, query: Query) -> EncodedQuery:
     """Return a query and its candidates, each encoded as one text with the query.
 
-    No candidate begins another, so each has tokens of its own after those that all share.
+    No candidate is a prefix of another, so each has its own tokens after those that all share.
     """
     texts = [encode_line(tokenizer, query.line.question + candidate) for candidate in CANDIDATES]
     places = zip(*texts, strict=False)
@@ -138,7 +138,7 @@ def ask_query(
     log_p = logits.astype(mx.float32)
     log_p = log_p - mx.logsumexp(log_p)
     likelihoods = [log_probability(stream, log_p, ids) for ids in asked.candidates]
-    # One token more than the answer has, to see whether the word ends there.
+    # One token more than in the answer, to see whether the word ends there.
     written = write_on(model, stream, logits, asked.longest + 1)
     stream.rewind(stream.length - begun)
     return likelihoods, written
@@ -174,7 +174,7 @@ def write_on(model: Model, stream: TokenStream, logits: mx.array, count: int) ->
 
 
 def likeliest(likelihoods: Sequence[float]) -> int | None:
-    """Return the index of the highest one, None if two are equal: a tie is no answer."""
+    """Return the index of the highest score, or None if two are equal: a tie is not an answer."""
     highest = max(likelihoods)
     first = likelihoods.index(highest)
     return None if highest in likelihoods[first + 1 :] else first

@@ -1,4 +1,4 @@
-"""Numbered lines and questions about them, as StreamEval has them; handles text only, not models.
+"""Makes numbered lines and questions about them, as in StreamEval; handles text, not models.
 
 StreamEval (StreamingLLM, arXiv 2309.17453, section 4.3) asks, every 10 lines of about 23 tokens,
 for the fact of a line some lines back. Its data was never released; this generates such data. A
@@ -37,7 +37,7 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-# No surname begins another, and each is common enough to be one token of most vocabularies.
+# No surname is a prefix of another, and each is common enough to be one token of most vocabularies.
 SURNAMES = words("Adams Brown Clark Harris Jones Lewis Scott Smith Taylor Wilson")
 JOBS = words("baker doctor farmer painter sailor singer soldier teacher")
 THINGS = words("""
@@ -83,7 +83,7 @@ class Query:
 
     @property
     def lines_back(self) -> int:
-        """1 is line `after` itself."""
+        """How many lines back the query asks about; 1 is line `after` itself."""
         return self.after + 1 - self.line.number
 
 

@@ -7,7 +7,7 @@ from mlx_stream.cache import Cache
 
 
 class StreamObserver(Protocol):
-    """Follows what a stream reads, in order to guess what it reads next."""
+    """Follows what a stream reads, in order to guess what it will read next."""
 
     def read(self, ids: Sequence[int]) -> None:
         """Add ids that the stream has read."""

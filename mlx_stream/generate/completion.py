@@ -1,4 +1,4 @@
-"""Continue one text with a model; independent of turns and chat templates."""
+"""Continues one text with a model; independent of turns and chat templates."""
 
 from collections.abc import Callable, Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""Decide how many tokens are worth guessing, from past accuracy and the measured cost of steps.
+"""Decides how many tokens are worth guessing, from past accuracy and the measured cost of steps.
 
 A step of several rows usually costs little more than a step of one, because both read all the
 weights. How much more depends on the chip, the bits and the window, so it is measured as the stream
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 MATCHES = (2, 3, 4, 6, 9, 16)
 FIRST_CHANCES = (0.2, 0.25, 0.4, 0.6, 0.75, 0.85, 0.9)
 FIRST_WEIGHT = 4.0
-FORGETTING = 0.97  # decay per judgement: about the last 30 count
+FORGETTING = 0.97  # the decay per judgement: about the last 30 count
 
-MEASURED = 9  # latest steps of each length that are kept
-FIRST_MEASURED = 2  # fewest of them for a median; the first step of a length is never counted
+MEASURED = 9  # how many of the latest steps of each length are kept
+FIRST_MEASURED = 2  # the fewest for a median; the first step of a length is never counted
 ASSUMED = 0.04  # cost of one more row, in steps of one token, until it is measured
 GAIN = 1.03  # smallest speed-up over one token at a time that is worth guessing for
 LOOK_AGAIN = 256  # steps of one token after which guessing is tried again
@@ -46,7 +46,7 @@ class DraftLengthController:
     def __init__(self) -> None:
         self._chances = [AcceptanceRate(FIRST_WEIGHT * p, FIRST_WEIGHT) for p in FIRST_CHANCES]
         self._seconds: dict[int, deque[float]] = {}
-        self._plain = 0  # steps of one token since the last longer step
+        self._plain = 0  # how many steps of one token since the last longer step
 
     def chance(self, matched: int) -> float:
         """Return the probability that a guess is right after `matched` matching ids."""
@@ -64,7 +64,7 @@ class DraftLengthController:
         self._plain = self._plain + 1 if rows == 1 else 0
         if rows in self._seconds:
             self._seconds[rows].append(seconds)
-        else:  # the first one may compile, so it is not counted
+        else:  # the first step may compile, so it is not counted
             self._seconds[rows] = deque(maxlen=MEASURED)
 
     def cost(self, rows: int) -> float:

@@ -1,4 +1,4 @@
-"""Guess with a second, smaller model that reads the same stream."""
+"""Guesses with a second, smaller model that reads the same stream."""
 
 import time
 from collections import deque
@@ -43,8 +43,8 @@ class DraftModel:
         self.stream = self._new_stream()
         self._chance = AcceptanceRate(FIRST_CHANCE.right, FIRST_CHANCE.all)
         self._seconds: deque[float] = deque(maxlen=MEASURED)
-        self._waiting: list[int] = []  # not read yet
-        self._ahead: list[int] = []  # read to guess; the followed stream has not read them yet
+        self._waiting: list[int] = []  # ids that are not read yet
+        self._ahead: list[int] = []  # ids read to guess, which the followed stream has not read yet
 
     @property
     def chance(self) -> float:

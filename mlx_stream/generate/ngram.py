@@ -1,4 +1,4 @@
-"""Guess from the ids that a stream has read, evicted ones included; independent of models.
+"""Guesses from the ids that a stream has read, evicted ones included; independent of models.
 
 A guess is what followed the last occurrence of the newest few ids. All storage has a fixed size: a
 ring of ids and, for each pattern length, a hash table of where each pattern last ended. An entry
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CAPACITY = 65_536
-LENGTHS = (2, 3, 4, 6)  # ids in a pattern
+LENGTHS = (2, 3, 4, 6)  # the lengths of patterns, in ids
 ENTRIES = 2**17  # in each table
 LONGEST_MATCH = 32
 
@@ -36,7 +36,7 @@ class NgramLookup:
 
     def __init__(self, kept: int = CAPACITY):
         self.capacity, self.count = kept, 0
-        self._floor = 0  # number of the oldest id still in the ring
+        self._floor = 0  # the number of the oldest id still in the ring
         self._ids = array("I", bytes(4 * kept))
         # By pattern: 1 + the slot of its last id. By slot: the entry's previous value, so that a
         # rewind restores the tables exactly.

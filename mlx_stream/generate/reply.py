@@ -1,4 +1,4 @@
-"""Write one reply as a coroutine that yields read requests and pieces of text; no turns here.
+"""Writes one reply as a coroutine that yields read requests and pieces of text; no turns here.
 
 The driver runs each request and sends its result back (see `requests`), so it decides when to
 compute what.

@@ -22,8 +22,8 @@ class Want(Enum):
     """What a request to read ids returns."""
 
     NOTHING = auto()
-    LOGITS = auto()  # (vocabulary,) after the last of them
-    ROWS = auto()  # (T, vocabulary), after each of them; all but the first may be taken back
+    LOGITS = auto()  # (vocabulary,), after the last id
+    ROWS = auto()  # (T, vocabulary), after each id; all ids but the first may be taken back
     TOKEN = auto()  # the next token
 
 

@@ -1,4 +1,4 @@
-"""Write a stream's state atomically to one safetensors file, and read it; no conversations here.
+"""Writes a stream's state atomically to one safetensors file, and reads it; no conversations.
 
 The file holds the arrays of `TokenStream.state()`. Its metadata holds the integers of the state,
 the caller's notes, the model's fingerprint and a checksum over everything. A snapshot is untrusted:
@@ -24,7 +24,7 @@ from mlx_stream.models.weights import DTYPES
 from mlx_stream.program.atomic_replace import flush, partial_folder, sweep_partial_folders
 
 FORMAT = "mlx_stream stream"
-VERSION = 2  # version 1 has another kind of fingerprint, and other notes
+VERSION = 2  # version 1 has a different kind of fingerprint and different notes
 LONGEST_HEADER = 16 * 2**20  # bytes; real headers have a few kilobytes
 State = dict[str, mx.array | int]
 STATE_DTYPES = {**DTYPES, "uint32": mx.uint32}
@@ -35,10 +35,10 @@ class Snapshot:
     """A saved stream.
 
     Attributes:
-        state: for `TokenStream.restore`.
+        state: the argument of `TokenStream.restore`.
         about: the caller's notes, as plain JSON values.
         model: fingerprint of the model it belongs to.
-        version: of the file format, from 1.
+        version: the version of the file format, from 1.
     """
 
     state: State
@@ -139,7 +139,7 @@ def check_file(path: Path, most: int) -> None:
 def empty_array(shape: Any, dtype: Any) -> mx.array:
     """Return an array that has no elements."""
     sizes = [*shape]
-    # Checked before it is allocated: a forged shape could be of any size.
+    # The shape is checked before allocation: a forged one could have any size.
     if 0 not in sizes or not all(type(n) is int and 0 <= n <= LARGEST_DIMENSION for n in sizes):
         raise ValueError("an array without values has a shape that is not empty")
     if dtype not in STATE_DTYPES:
@@ -149,7 +149,7 @@ def empty_array(shape: Any, dtype: Any) -> mx.array:
 
 def sweep_partial(path: Path) -> None:
     """Remove the partial files that killed processes left while writing `path`."""
-    with suppress(OSError):  # they do no harm
+    with suppress(OSError):  # leftovers do no harm
         sweep_partial_folders(path.parent.absolute(), path.name)
 
 

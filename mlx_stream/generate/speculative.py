@@ -1,4 +1,4 @@
-"""Guess the next tokens and verify them in one step: the same ids in fewer steps.
+"""Guesses the next tokens and verifies them in one step: the same ids in fewer steps.
 
 A guess is kept only where it equals the id that the sampler chooses anyway. So the ids are those of
 plain decoding with the same seed, up to the rounding of several rows computed at once. (For guesses
@@ -28,7 +28,7 @@ class Guess:
     """Ids that may come next.
 
     Attributes:
-        ids: the ones worth verifying.
+        ids: the ids worth verifying.
         ngram: the guess from the stream's own past.
         modelled: the draft model's guess, if it was asked.
     """
@@ -142,7 +142,7 @@ def writer_factory(
             rows are not written ahead, or `sampling` has a seed and there is no draft model.
         draft: a model that also guesses.
         sampling: a seed promises the same text to the bit. Guessing would break that, because
-            timing decides how much is guessed, and several rows are summed in another order.
+            timing decides how much is guessed, and several rows are summed in a different order.
 
     Raises:
         ValueRefused: two options exclude each other, or the draft model has another vocabulary.

@@ -15,7 +15,7 @@ class Stats:
     decoded_tokens: int = 0  # without each reply's first token, whose time counts as the prompt's
     prompt_seconds: float = 0.0
     reply_seconds: float = 0.0
-    drafted_tokens: int = 0  # guesses verified
+    drafted_tokens: int = 0  # guesses that were verified
     accepted_tokens: int = 0  # guesses that were right
     settled: int = 0  # tokens read so that the stream holds what the template renders
     attended: int = 0
@@ -26,7 +26,7 @@ class Stats:
     window: int = 0
     cache_bytes: int = 0
     seed: int = 0
-    notices: list[str] = field(default_factory=list)  # the latest ones
+    notices: list[str] = field(default_factory=list)  # the latest notices
 
     def add_notices(self, *lines: str) -> None:
         """Add lines for the user in a new list, so that copies of the old one do not change."""

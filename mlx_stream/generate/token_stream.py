@@ -1,4 +1,4 @@
-"""Plan, compute and commit every step of one stream of token ids; independent of text."""
+"""Plans, computes and commits every step of one stream of token ids; independent of text."""
 
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -18,7 +18,7 @@ from mlx_stream.models.compiled import DecodeOutput
 from mlx_stream.sampling import PenalizedIds, Sampler, as_int
 from mlx_stream.window import PREFILL_CHUNK
 
-IDS = "ids"  # key of the token ids in a stream's state
+IDS = "ids"  # the key of the token ids in a stream's state
 # After one of these the buffers may hold anything, although they count as evaluated.
 STEP_ERRORS = (RuntimeError, MemoryError, WeightsError)
 
@@ -42,7 +42,7 @@ class TokenStream:
     """One stream of token ids through one model.
 
     Args:
-        observers: told of ids that are read, taken back and restored, but not of evictions.
+        observers: told about ids that are read, taken back and restored, but not about evictions.
 
     Attributes:
         ids: the ids of the attended tokens.
@@ -187,7 +187,7 @@ class TokenStream:
         """Take back the newest `count` tokens; see the cache's `rewind`."""
         self.ids.record()
         self.drop_pending()
-        self.lookahead = 0  # first, so that an interrupt cannot lead to a second rewind
+        self.lookahead = 0  # this comes first, so that an interrupt cannot lead to a second rewind
         self.cache.rewind(count)
         self.ids.rewind(count)
 

@@ -91,12 +91,12 @@ def read_listing(name: str, revision: str, info: Any) -> Repository:
         size = sibling.lfs.size if sibling.lfs else sibling.size
         if not isinstance(size, int) or size < 0 or not DIGEST.fullmatch(str(digest)):
             raise SourceError(
-                f"{name}: the Hub does not list size and hash of {sibling.rfilename!r}, so the "
-                "download cannot be checked"
+                f"{name}: the Hub does not list the size and hash of {sibling.rfilename!r}, so "
+                "the download cannot be checked"
             )
         if sibling.rfilename in SMALL_FILES and size > SMALL_BYTES:
             raise SourceError(
-                f"{name}: {sibling.rfilename} has {size >> 20} MB, too large for such a file"
+                f"{name}: {sibling.rfilename} is {size >> 20} MB, too large for such a file"
             )
         files.append(File(sibling.rfilename, size, digest))
     return Repository(name, revision, info.sha, tuple(files), tuple(others))

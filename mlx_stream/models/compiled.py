@@ -21,7 +21,7 @@ MOST_TRACES = 64
 
 @dataclass(frozen=True)
 class DecodeOutput:
-    """The result of a step of one token; nothing is evaluated yet.
+    """The result of a step of one token; nothing has been evaluated yet.
 
     Attributes:
         hidden: (1, 1, hidden size), normalized.

@@ -1,6 +1,8 @@
-"""A fingerprint that tells one loaded model from another: a fine-tune, but not one damaged value.
+"""A fingerprint that tells one loaded model from another.
 
-Version 2 uses the checkpoint's names of tensors and omits settings at their defaults, so it does
+It detects a fine-tune, but not one damaged value.
+
+Version 2 uses the checkpoint's tensor names and omits settings at their defaults, so it does
 not change when modules are rearranged or a family gets a new setting. Version 1 uses the names of
 this package's modules; it is still computed to recognise old files.
 """

@@ -1,8 +1,8 @@
 """The blocks that all families share. Independent of cache logic, files and text.
 
 A layer maps (T, hidden size) to the same shape. Attention passes unrotated queries, keys and values
-to a cache's step, which owns order, positions and masks. Q, K and V are one product, gate and up
-another, if their weights can be joined. The names are those of the checkpoints.
+to a cache's step, which owns order, positions and masks. Q, K and V are one product, and gate and
+up another, if their weights can be joined. The names are those of the checkpoints.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,8 +51,8 @@ class LayerSpec:
 
     Attributes:
         qkv_bias, o_bias, mlp_bias: which projections add a bias.
-        head_norms: each query and key head is normalized before it is rotated.
-        fused: a checkpoint stores q, k and v as one matrix, and gate and up as another.
+        head_norms: whether each query and key head is normalized before it is rotated.
+        fused: whether a checkpoint stores q, k and v as one matrix, and gate and up as another.
     """
 
     qkv_bias: bool = False

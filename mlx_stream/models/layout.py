@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def vector_numbers(self) -> int:
-        """How many numbers the norms and biases hold; they are never quantized."""
+        """How many numbers the norms and biases hold; these are never quantized."""
         return sum(
             part.size if isinstance(part, Vector) else part.bias * part.outputs
             for part in self.parts

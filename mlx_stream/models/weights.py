@@ -1,4 +1,4 @@
-"""A checkpoint's tensors -> modules: checked by name and shape, quantized or not, joined."""
+"""Makes modules of a checkpoint's tensors: checked, quantized or not, and joined."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def refuse_unknown(config: ModelConfig, tensors: MutableMapping[str, Any]) -> No
     """Drop leftover tensors that no model needs.
 
     Raises:
-        WeightsError: there are others.
+        WeightsError: there are other leftover tensors.
     """
     for name in list(tensors):
         # Buffers of old exports, and copies of a tied embedding.
@@ -82,7 +82,7 @@ class RemainingTensors(MutableMapping[str, mx.array]):
             del self.source[name]
 
     def __setitem__(self, name: str, tensor: mx.array) -> None:
-        raise TypeError("a checkpoint's tensors are only taken")
+        raise TypeError("a checkpoint's tensors can only be taken, not replaced")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -258,7 +258,7 @@ class Linear(nn.Module):
         self.set_weight(weight)
 
     def set_weight(self, weight: mx.array) -> None:
-        self.weight, self._turned = weight, weight.T  # the same buffer; not a parameter
+        self.weight, self._turned = weight, weight.T  # a view of the same buffer, not a parameter
         mx.eval(self._turned)
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -23,7 +23,7 @@ from mlx_stream import backend
 from mlx_stream.checkpoint.json_files import read_text_file
 from mlx_stream.errors import CheckpointError, DeviceError, one_line
 
-GB = 2**30  # of memory, as manufacturers count it
+GB = 2**30  # a gigabyte of memory, as manufacturers count it
 KINDS = ("phone", "tablet", "laptop", "desktop")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 LARGEST_FILE = 2**20
@@ -32,7 +32,7 @@ LARGEST_GB = 2**20
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of bytes, or bytes a second, with its source.
+    """A number of bytes, or bytes per second, with its source.
 
     If it is `estimated`, because it is not published, `source` is the method.
     """
@@ -47,10 +47,10 @@ class Device:
     """A device that a plan is for.
 
     Attributes:
-        memory: all of it.
-        budget: for one program; on iOS with the increased-memory-limit entitlement.
-        without_entitlement: for an app without it, on iOS.
-        bandwidth: of the memory, in bytes a second; None if unknown.
+        memory: all memory of the device.
+        budget: the memory for one program; on iOS with the increased-memory-limit entitlement.
+        without_entitlement: the memory for an app without it, on iOS.
+        bandwidth: the bandwidth of the memory, in bytes per second; None if unknown.
         metal: whether MLX computes on its GPU.
     """
 
@@ -224,14 +224,16 @@ def check_entry(entry: Mapping[str, Any], where: str) -> None:
             raise DeviceError(f"{where}: {key} is missing")
     for key, value in entry.items():
         if key not in KEYS:
-            raise DeviceError(f"{where}: unknown key {key!r:.60}; known are {', '.join(KEYS)}")
+            raise DeviceError(
+                f"{where}: unknown key {key!r:.60}; the known keys are {', '.join(KEYS)}"
+            )
         is_right, expected = KEYS[key]
         if not is_right(value):
             raise DeviceError(f"{where}: {key} must be {expected}, not {value!r:.80}")
     on_ios = entry["kind"] in ("phone", "tablet")
     if "without_entitlement_gb" in entry and not (on_ios and "budget_gb" in entry):
         raise DeviceError(
-            f"{where}: without_entitlement_gb is for phones and tablets, beside budget_gb"
+            f"{where}: without_entitlement_gb is for phones and tablets, in addition to budget_gb"
         )
 
 

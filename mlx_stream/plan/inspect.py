@@ -1,7 +1,7 @@
 """Summarizes a model from its config and its files' headers; reads no weights, allocates nothing.
 
-Of a model on the Hub, config.json is fetched, and the first bytes of each safetensors file by range
-requests.
+For a model on the Hub, config.json is fetched, and range requests fetch the first bytes of each
+safetensors file.
 """
 
 import math
@@ -151,8 +151,8 @@ def refuse_other_shapes(config: ModelConfig, declared: Declared, quantized: froz
             raise WeightsError(f"weights: tensor {name!r} is missing")
         if declared[name][1] != [part.outputs, columns]:
             raise WeightsError(
-                f"weights: tensor {name!r} has shape {tuple(declared[name][1])}, the config asks "
-                f"for {(part.outputs, columns)}"
+                f"weights: tensor {name!r} has shape {tuple(declared[name][1])}, but the config "
+                f"asks for {(part.outputs, columns)}"
             )
 
 

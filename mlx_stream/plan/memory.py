@@ -25,7 +25,7 @@ DEFAULT_GROUP_SIZE = 64
 
 
 def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> QuantizationOf:
-    """Return the quantization of matrices at `bits`; those that groups do not divide stay floats.
+    """Return the quantization of matrices at `bits`; those that groups do not divide are floats.
 
     Raises:
         ValueRefused: MLX does not have these bits or this group size.
@@ -48,7 +48,7 @@ def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> Qua
 def loading_bytes(
     layout: Layout, on_disk: QuantizationOf, in_memory: QuantizationOf, itemsize: int, file: int
 ) -> int:
-    """Return the peak while loading: the finished modules, and one module's parts beside them.
+    """Return the peak while loading: the finished modules, and the parts of one module.
 
     The parts are read, converted if their format differs, and joined. `on_disk` is the files'
     quantization, and `file` the bytes of a float there.
@@ -108,7 +108,7 @@ def workspace_bytes(
 def unpacking_bytes(config: ModelConfig, window: int, itemsize: int, fused: bool) -> int:
     """Return the bytes of one layer's quantized ring as floats: keys and values.
 
-    Metal unpacks in one kernel; the CPU backend in steps, with 15 bytes a number measured.
+    Metal unpacks in one kernel; the CPU backend in steps, with 15 bytes per number measured.
     """
     numbers = config.num_key_value_heads * config.head_dim * window
     return numbers * (2 * itemsize if fused else 15)
@@ -118,7 +118,7 @@ def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
     """Return the bytes of a chunk of T rows without its attention, at the last layer.
 
     Each layer's new queries, keys and values, unrotated and rotated, wait until the ring is
-    written. Beside them are gate, up and their product, and the norms' float32.
+    written. In addition there are gate, up and their product, and the norms' float32.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     waiting = config.num_hidden_layers * config.head_dim * (2 * heads + 3 * kv_heads) * itemsize
@@ -163,7 +163,7 @@ def step_bytes(
 ) -> int:
     """Return the bytes that writing one token reads: all weights and the ring.
 
-    Of an embedding that is not also the head only one row is read, which is left out.
+    Only one row of an embedding that is not also the head is read, and it is left out.
     """
     weights = weights_bytes(layout, in_memory, itemsize)
     if config.tie_word_embeddings:

@@ -36,9 +36,9 @@ class ModelSummary:
     """A model as its config and its files' headers describe it.
 
     Attributes:
-        dtype: of the floats in its files.
+        dtype: the type of the floats in its files.
         quantized: paths of the modules whose weights are stored quantized, as the config says how.
-        stored: bytes of its weights on disk; None if there was only a config.
+        stored: bytes of its weights on disk; None if there is only a config.
     """
 
     name: str
@@ -57,10 +57,10 @@ class PlanRequest:
     """The fixed values of a plan; it chooses those that are None.
 
     Attributes:
-        dtype: of activations, keys and values; default: what `load` takes on the device.
+        dtype: the type of activations, keys and values; default: what `load` uses on the device.
         keep: keep quantized weights quantized; default: on Metal, and if bits are given.
-        bits: of converted weights; 16 leaves them floats.
-        kv_bits: of the ring; None keeps it in `dtype`.
+        bits: bits of converted weights; 16 keeps them as floats.
+        kv_bits: bits of the ring; None keeps it in `dtype`.
     """
 
     dtype: str | None = None
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The highest speed that reading `step` bytes a token allows, if the bandwidth is known."""
+        """The highest speed that the bandwidth allows for `step` bytes per token, if known."""
         bandwidth = self.device.bandwidth
         return None if bandwidth is None else bandwidth.amount / self.step
 
@@ -188,7 +188,7 @@ class Planner:
         if summary.quantized:
             stored = weights_bytes(self.layout, summary.quantization_of, ITEMSIZES[summary.dtype])
             widest = 8 * stored / self.layout.parameters
-            name, of = f"as it is, {widest:.1f} bits a weight", summary.quantization_of
+            name, of = f"as it is, {widest:.1f} bits per weight", summary.quantization_of
             yield WeightFormat(name, None, of, of)
         yield from (self.at_bits(bits) for bits in BITS if bits < int(widest))
 

@@ -18,7 +18,7 @@ def replace_folder(new: Path, old: Path) -> None:
     A process that is killed between the two renames leaves the old folder as `.NAME.*.replaced`.
 
     Raises:
-        OSError: it cannot be done; both folders are where they were.
+        OSError: it cannot be done; both folders are unchanged.
     """
     aside = old.with_name(f".{old.name}.{secrets.token_hex(4)}.replaced")
     old.rename(aside)
@@ -41,7 +41,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def partial_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Make a folder in `parent` for work on `name`, and remove it at the end, come what may.
+    """Make a folder in `parent` for work on `name`, and always remove it at the end.
 
     A process that is killed cannot remove its folder, so each call first removes those of dead
     processes. The maker of a folder holds a lock on it, which the system releases when the maker
@@ -62,7 +62,7 @@ def sweep_partial_folders(parent: Path, name: str) -> None:
     for folder in list(parent.glob(f".{glob.escape(name)}.*{PARTIAL}")):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # it is gone, or is not one of our folders
+        except OSError:  # it no longer exists, or is not one of our folders
             continue
         try:
             if take_lock(lock, without_locks=False):

@@ -1,4 +1,4 @@
-"""How a program ends: errors as one line and exit status 1, interrupts, streams that are closed."""
+"""Ends a program: errors as one line and exit status 1, interrupts, and closed streams."""
 
 import errno
 import functools
@@ -11,7 +11,7 @@ from typing import NoReturn, ParamSpec
 from mlx_stream.errors import MlxStreamError, one_line
 
 Params = ParamSpec("Params")
-DEVICE_ERRORS = ("[metal", "[malloc")  # how MLX's messages begin
+DEVICE_ERRORS = ("[metal", "[malloc")  # the beginnings of MLX's messages
 UNWRITABLE = {
     errno.EPIPE: "was closed",
     errno.ENOSPC: "was full",
@@ -66,7 +66,7 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
 
 def open_closed_streams() -> None:
     """Open the null device in place of each standard stream that was closed at the start."""
-    # They stay open for the whole process: else the next file opened would take their number.
+    # They stay open for the whole process. Otherwise the next file would get their number.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123

@@ -1,4 +1,4 @@
-"""One process at a time uses a session: it locks a file; independent of what the session holds.
+"""Locks a file, so that one process at a time uses a session; independent of its contents.
 
 The system releases the lock when its holder dies, however it dies. The file stays, because a
 process that waits for the lock may have it open.
@@ -16,7 +16,7 @@ from mlx_stream.errors import SessionError
 from mlx_stream.program.paths import private
 
 BUSY = "session {name!r} is open in {holder}: close it there first, or use another name"
-# Bytes of the holder's note: its process id, and since when it holds the lock, in ISO 8601.
+# Bytes of the holder's note: its process id, and when it took the lock, in ISO 8601.
 LONGEST_NOTE = 100
 
 

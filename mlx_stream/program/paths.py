@@ -22,7 +22,7 @@ def user_folder(below_home: str, system: str, *below_system: str) -> Path:
 def data_folder(name: str = "sessions") -> Path:
     """Return the folder of conversations and their locks, or of another program's data.
 
-    Like all folders here it may not exist yet.
+    Like all folders here, it may not exist yet.
     """
     return user_folder(name, platformdirs.user_data_dir("mlx_stream"), name)
 
@@ -34,7 +34,7 @@ def cache_folder(name: str = "snapshots") -> Path:
 
 
 def cache_root() -> Path:
-    """Return the folder of what this package fetched itself."""
+    """Return the folder of what this package itself fetched."""
     return user_folder("cache", platformdirs.user_cache_dir("mlx_stream"))
 
 
@@ -44,7 +44,7 @@ def private(folder: Path) -> Path:
     If one of our own is open to others, it is closed to them; any other is left as it is.
 
     Raises:
-        SessionError: it cannot be made.
+        SessionError: the folder cannot be made.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def private(folder: Path) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether there is a file, and not a link to one."""
+    """Return whether there is a file, not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:

@@ -24,14 +24,14 @@ PRAGMAS = (
     "secure_delete = ON",
     "temp_store = MEMORY",
 )
-# The most bytes of a row that is written; a row that is read has at most the bytes of its file.
+# The most bytes of a row that is written; a row that is read is at most as long as its file.
 LONGEST_ROW = 256 * 2**20
 # Room for our own schema and for the short values of a file that is still empty.
 SHORTEST_LIMIT = 2**16
 # The most steps of SQLite for one statement on opening. Ours take a few hundred; a forged schema
 # can have pages that lead back to themselves.
 OPENING_STEPS = 200_000
-# Seconds to wait for another program that has the file locked.
+# Seconds to wait for another program that has locked the file.
 PATIENCE = 2.0
 
 FULL = "the disk is full: make room, then try again"
@@ -52,7 +52,7 @@ DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_INTERRU
 
 
 class Damage(ValueError):
-    """What was read is not what was written."""
+    """The data read is not the data that was written."""
 
 
 def connect(path: Path, longest: int) -> sqlite3.Connection:
@@ -113,7 +113,7 @@ def bytes_on_disk(path: Path) -> int:
 
 @contextmanager
 def reporting_damage() -> Iterator[None]:
-    """Report whatever is wrong with a value as damage of its file."""
+    """Report whatever is wrong with a value as damage to its file."""
     try:
         yield
     except (ValueError, TypeError, sqlite3.DataError) as error:
@@ -138,7 +138,7 @@ def explain_error(error: Exception, path: Path) -> str:
     text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
     text = " ".join(text.split()) or type(error).__name__
     code = getattr(error, "sqlite_errorcode", None)
-    # The low byte is the kind; the others say more about it.
+    # The low byte is the kind of error; the others give details.
     kind = None if code is None else code & 0xFF
     # Text that is not UTF-8 comes without a code.
     undecodable = isinstance(error, sqlite3.OperationalError) and code is None

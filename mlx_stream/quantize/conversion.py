@@ -134,8 +134,8 @@ def prepare_conversion(
     Args:
         recipe: how to quantize. None leaves quantized weights as they are, or dequantizes them if
             there is a dtype.
-        dtype: float32, float16 or bfloat16, of all floats. Default: with a recipe the model's own,
-            without one each tensor's.
+        dtype: the type of all floats: float32, float16 or bfloat16. Default: the model's own with a
+            recipe, each tensor's own without one.
 
     Raises:
         ConfigError: the config is not supported.

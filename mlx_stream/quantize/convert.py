@@ -59,7 +59,7 @@ class ConvertOptions:
         recipe, dtype: see `prepare_conversion`.
         calibration: name and text on which a sensitive recipe is measured.
         report: name and text on which source and result are compared.
-        report_tokens: the length of that text that is read.
+        report_tokens: how many tokens of that text are read.
         force: replace the folder of an earlier conversion.
     """
 
@@ -131,7 +131,7 @@ def recipe_for(
     Raises:
         DeviceError: there is no such device.
         MemoryRefused: the model does not fit it at any bits.
-        ValueRefused, SourceError, CheckpointError: as `convert_model`.
+        ValueRefused, SourceError, CheckpointError: as in `convert_model`.
     """
     place = devices.find(device)
     asked = PlanRequest(group_size=DEFAULT_GROUP if group_size is None else group_size)

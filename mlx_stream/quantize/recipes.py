@@ -18,9 +18,9 @@ class Recipe:
     """How each matrix is quantized.
 
     Attributes:
-        name: as on the command line.
-        base: for the matrices that the rule does not choose.
-        high: for those it chooses; None if all are alike.
+        name: the name on the command line.
+        base: how to quantize the matrices that the rule does not choose.
+        high: how to quantize those it chooses; None if all are alike.
         rule: `mlx-lm` chooses layers by their place, as its mixed recipes do. `sensitive` chooses
             embedding, head, and the paths in `chosen`.
         chosen: the measured paths, see `allocate_bits`; None before.
@@ -107,7 +107,7 @@ def recipe_named(name: str, group_size: int | None = None) -> Recipe:
     """Return a recipe by its name, with another group size if one is given.
 
     Raises:
-        ValueRefused: there is no such recipe, or not with that group size.
+        ValueRefused: there is no such recipe, or it cannot have that group size.
     """
     if name not in RECIPES:
         raise ValueRefused(f"--recipe must be one of {', '.join(RECIPES)}, not {name!r}")
@@ -131,7 +131,7 @@ def allocate_bits(
     is left of it goes to the parts with the most harm per byte.
 
     Args:
-        elements: of each matrix, by path.
+        elements: the number of elements of each matrix, by path.
         sensitivity: the harm of `base` to the model's output in one part, by the part's paths.
     """
     assert recipe.high is not None

@@ -16,8 +16,8 @@ from mlx_stream.errors import CheckpointError, ValueRefused
 from mlx_stream.quantize.conversion import Conversion, name_of, prepare_conversion
 from mlx_stream.quantize.recipes import Recipe
 
-VERSION = 1  # of conversion.json
-# Beside the shard being filled: a matrix before, its converted blocks, and these joined.
+VERSION = 1  # the version of conversion.json
+# In addition to the shard being filled: a matrix, its converted blocks, and these joined.
 MATRICES_HELD = 3
 
 
@@ -27,8 +27,9 @@ class ConversionResult:
 
     Attributes:
         about: the content of `conversion.json`.
-        unquantized: paths of matrices that stay floats, because groups do not divide their rows.
-        bound_bytes: the bound of MLX's memory: three of the largest matrix, and the largest shard.
+        unquantized: paths of matrices kept as floats, because groups do not divide their rows.
+        bound_bytes: the bound of MLX's memory: three times the largest matrix plus the largest
+            shard.
         peak_bytes: the peak of MLX's memory.
         resident_bytes: the most that this process grew, measured after each tensor.
     """
@@ -58,7 +59,7 @@ def write_converted(
     Args:
         recipe, dtype: see `prepare_conversion`.
         force: replace the folder of an earlier conversion.
-        progress: called with the numbers of parts written and of all.
+        progress: called with the number of parts written and the total.
 
     Raises:
         ValueRefused: `out` is taken, or the recipe does not fit.
@@ -128,7 +129,7 @@ def describe_conversion(
 def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
     """Return the bytes of weights that decoding one token reads.
 
-    Of an embedding that is not also the head it is one row, of the rest everything.
+    An embedding that is not also the head counts as one row; everything else counts in full.
     """
     total = sum(sizes.values())
     if config.tie_word_embeddings:
@@ -138,7 +139,9 @@ def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
 
 
 def refuse_places(source: Path, out: Path) -> None:
-    """Raise ValueRefused if the result would be the source, inside it or around it."""
+    """Raise ValueRefused if the result would be the source, be inside it, or contain it."""
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise ValueRefused(f"{out}: is the source, inside it, or around it: give another folder")
+        raise ValueRefused(
+            f"{out}: is the source, is inside it, or contains it: give another folder"
+        )

@@ -32,20 +32,23 @@ class CheckResult:
     advice: str
 
 
-REPORT = "report it with the output of doctor; until then do not trust the text that is written"
+REPORT = (
+    "report it with the output of doctor; until it is fixed, do not trust the text that is written"
+)
 CHECKS = (
-    Check("rotary positions are right up to the clock's limit", kernels.rotation, REPORT),
+    Check("rotary positions are correct up to the clock's limit", kernels.rotation, REPORT),
     Check(
-        "attention is right: grouped heads, masks, one token and many", kernels.attention, REPORT
+        "attention is correct: grouped heads, masks, one token and many", kernels.attention, REPORT
     ),
     Check(
         "attention is one fused kernel for these shapes",
         kernels.fused_attention,
-        "text is right but slower than it could be: update MLX (pip install -U mlx), or choose a "
+        "the output is correct but slower to compute than it could be: "
+        "update MLX (pip install -U mlx), or choose a "
         "model whose heads have 64 or 128 numbers",
     ),
     Check(
-        "quantized products are those of the dequantized weights",
+        "quantized products equal those of the dequantized weights",
         kernels.quantized_product,
         "update MLX; until then load with --dequantize",
     ),
@@ -55,7 +58,7 @@ CHECKS = (
         REPORT,
     ),
     Check(
-        "chunks give what single tokens give",
+        "chunks give the same results as single tokens",
         streams.chunks,
         REPORT + " (on an M5, set MLX_ENABLE_TF32=0 and try again)",
     ),

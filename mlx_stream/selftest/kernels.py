@@ -20,7 +20,7 @@ from mlx_stream.window import PREFILL_CHUNK
 # The allowed error of numbers of about 1: float32's includes the angles' rounding near the clock's
 # limit, and the reduced precision of an M5.
 ALLOWED = {mx.float32: 1e-2, mx.float16: 2e-2, mx.bfloat16: 1e-1}
-ROWS = 2_052  # of a buffer: 4 sinks, the default window
+ROWS = 2_052  # rows of a buffer with 4 sinks and the default window
 FEW = 8  # queries at once that the kernel for one query still takes
 
 
@@ -33,7 +33,7 @@ class CheckOutcome:
 
 
 def within(worst: float, allowed: float) -> CheckOutcome:
-    """Return whether a difference is small enough; one that is not a number is not."""
+    """Return whether a difference is small enough; a NaN is not."""
     return CheckOutcome(worst <= allowed, f"off by {worst:.1e} at most, {allowed:.0e} allowed")
 
 
@@ -49,7 +49,7 @@ def plain(array: mx.array) -> np.ndarray:
 
 
 def worst(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the largest difference; infinite if one of them is not a number."""
+    """Return the largest difference; it is infinite if one of the numbers is NaN."""
     difference = np.abs(one - other).max(initial=0.0)
     return float(difference) if np.isfinite(difference) else float("inf")
 
@@ -61,7 +61,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def kinds_of_rotation(model: Model) -> set[Rope]:
-    """Return those of the model's layers, and one of a part of a head, which is another kernel."""
+    """Return the rotations of the model's layers, and one of part of a head: another kernel."""
     part = RopeConfig(partial_rotary_factor=0.75)
     return {*model.attention.ropes, Rope(part, model.config.head_dim)}
 
@@ -152,7 +152,9 @@ def quantized_product(model: Model) -> CheckOutcome:
     inputs, outputs = config.hidden_size, config.intermediate_size
     group = next((size for size in (64, 32) if inputs % size == 0), None)
     if group is None:
-        return CheckOutcome(None, f"not applicable: {inputs} inputs make no groups of 32")
+        return CheckOutcome(
+            None, f"not applicable: {inputs} inputs cannot be divided into groups of 32"
+        )
     weight = random(model, outputs, inputs) * inputs**-0.5
     off = 0.0
     for bits in (4, 8):

@@ -36,7 +36,7 @@ SINKS, WINDOW = 4, 24
 AROUND_THE_LIMIT = 60  # tokens read before the clock is lowered, and after
 LARGE = 2_048
 STEPS = 32
-# Of the logits' spread, what another order of the same sums may change, root mean square.
+# The share of the logits' spread (root mean square) that a different order of sums may change.
 SPREAD = {mx.float32: 1e-2, mx.float16: 3e-2, mx.bfloat16: 2e-1}
 
 
@@ -78,7 +78,7 @@ def heads_of(model: Model, token: int) -> mx.array:
 
 
 def parts(model: Model, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the same apart: (H, 1, D), (K, 1, D), (K, 1, D)."""
+    """Return them separately: (H, 1, D), (K, 1, D), (K, 1, D)."""
     queries = model.config.num_attention_heads
     ends = [queries, queries + model.config.num_key_value_heads]
     query, key, value = np.split(plain(heads_of(model, token)), ends)
@@ -138,10 +138,11 @@ def in_place(model: Model) -> CheckOutcome:
     buffer, attention = keys.nbytes, scores(model, keys)
     if 4 * attention > buffer:
         return CheckOutcome(
-            None, "not applicable: scores are too large beside such small heads to tell"
+            None, "not applicable: with heads this small, the scores are too large to tell"
         )
     beyond = rise(model, large) - rise(model, small) - 3 * attention
-    said = f"{max(beyond, 0) / 1e6:.2f} MB more over {STEPS} steps; a buffer has {buffer / 1e6:.2f}"
+    more = f"{max(beyond, 0) / 1e6:.2f} MB more over {STEPS} steps"
+    said = f"{more}; a buffer is {buffer / 1e6:.2f} MB"
     return CheckOutcome(beyond < buffer / 2, said)
 
 
@@ -150,14 +151,16 @@ def rise(model: Model, window: int) -> int:
     fill(cache := model.new_cache(SINKS, window))
     tokens = generate(TokenStream(model, cache), [0], greedy(), 2 * STEPS)
     mx.reset_peak_memory()
-    before = mx.get_active_memory()  # of one buffer each, before a step could have left another
+    before = (
+        mx.get_active_memory()
+    )  # memory with one buffer each, before a step could have left another
     for _ in range(STEPS):
         next(tokens)
     return mx.get_peak_memory() - before
 
 
 def scores(model: Model, keys: mx.array) -> int:
-    """Return by how many bytes it rises while one token attends to all rows of a buffer."""
+    """Return by how many bytes the peak rises while one token attends to all rows of a buffer."""
     queries = random(model, 1, model.config.num_attention_heads, 1, model.config.head_dim)
     mx.eval(queries, keys)
     mx.reset_peak_memory()
@@ -206,11 +209,12 @@ def seeds(model: Model) -> CheckOutcome:
         "one seed gave two texts": again != first,
         "two seeds gave one text": other == first,
         "every draw was the same": len(set(first)) == 1,
-        "without a seed two were the same": len(unlike) < 3,
+        "two draws without a seed were the same": len(unlike) < 3,
     }
     wrong = [fault for fault, found in faults.items() if found]
     return CheckOutcome(
-        not wrong, "; ".join(wrong) or f"{STEPS} draws the same again, others differ"
+        not wrong,
+        "; ".join(wrong) or f"{STEPS} draws repeat with the same seed and differ with another",
     )
 
 

@@ -9,7 +9,7 @@ from mlx_stream.config import read_config
 from mlx_stream.load import Model, build_model, named_dtype
 from mlx_stream.models.layout import Vector, layout_of
 
-# Llama 3's: four query heads to each key head, its rotary frequencies, the head tied. As in a
+# As in Llama 3: four query heads to each key head, its rotary frequencies, a tied head. As in a
 # SmolLM3, one of the two layers has no rotary positions.
 CONFIG: dict[str, Any] = {
     "model_type": "smollm3",

@@ -34,9 +34,11 @@ class StopMatcher:
     def __init__(self, stops: str | Sequence[str]):
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(self.stops):
-            raise ValueRefused("--stop must not be an empty text")
+            raise ValueRefused("--stop must not be an empty string")
         self.pending = ""
-        self._longest = max(map(len, self.stops), default=1) - 1  # of what may have begun
+        self._longest = (
+            max(map(len, self.stops), default=1) - 1
+        )  # the longest text that may have begun
 
     def add(self, text: str) -> tuple[str, bool]:
         """Return the text that is final, and whether a stop string follows it.
@@ -59,7 +61,7 @@ class StopMatcher:
         return held
 
     def _partial_match(self) -> int:
-        """Return the length of the longest end of the text that begins a stop string."""
+        """Return the length of the longest suffix of the text that is a prefix of a stop string."""
         for length in range(min(self._longest, len(self.pending)), 0, -1):
             end = self.pending[len(self.pending) - length :]
             if any(stop.startswith(end) for stop in self.stops):
@@ -88,14 +90,14 @@ class ReplyDecoder:
         self.rules = thinking or ThinkingRules()
         self.reader = self.rules.reader()
         self.count = 0
-        self.answer_count = 0  # ids read since the answer began
+        self.answer_count = 0  # how many ids were read since the answer began
         self.ids: list[int] = []
         self._decoded = 0  # how many of the ids are in the text
         self.text = ""  # all decoded text, thinking and marks included
         self.answer_at = 0  # where the answer begins in it
         self._thought = ""  # thinking not yet taken
-        self.ends: list[int] = []  # length of the text after each id
-        self.final = 0  # length of the text returned
+        self.ends: list[int] = []  # the length of the text after each id
+        self.final = 0  # the length of the text returned
         self.stopped = False
         self.finish = "interrupted"  # until it ends in another way
 

@@ -1,4 +1,4 @@
-"""A model's thinking, apart from its answer: which text of a reply is which, as it comes."""
+"""Separates a model's thinking from its answer while the reply is written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class ThinkingReader:
 
     Args:
         style: None if the model does not think: then all is answer.
-        inside: whether the reply begins inside thinking, because the request has its opening.
+        inside: whether the reply begins inside thinking, because the request opened it.
 
     Attributes:
         phase: what the next text belongs to.
@@ -154,7 +154,7 @@ class ThinkingRules:
 
 
 def overlap(text: str, mark: str) -> int:
-    """Return the length of the longest end of a text with which a mark begins."""
+    """Return the length of the longest suffix of a text that is a prefix of a mark."""
     most = min(len(text), len(mark) - 1)
     return next((n for n in range(most, 0, -1) if mark.startswith(text[-n:])), 0)
 

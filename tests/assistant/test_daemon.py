@@ -150,7 +150,7 @@ def test_without_its_snapshot_a_stream_is_built_again(start, log):
         words = ("--window=300",) if count == 4 else ()
         assistant = start(f"--follow={log}", *words)
         status = assistant.until(has_caught_up)
-        assert assistant.said.count("is built again from the latest") == count
+        assert assistant.said.count("is being rebuilt from the latest") == count
         assert status["bytes_read"] == before["bytes_read"]
         assert status["attended"] == before["attended"] - (100 if words else 0)
         assistant.stop()
@@ -331,7 +331,7 @@ def test_what_keeps_it_from_starting_is_one_line(letters, log, tmp_path):
 def test_only_one_of_a_name_runs(start, log):
     assistant = start(f"--follow={log}")
     assistant.until(lambda status: status["state"] == "reading")
-    assert "running already" in refused("run", f"--follow={log}")
+    assert "already running" in refused("run", f"--follow={log}")
     assert asked("status")["pid"] == assistant.process.pid
     with pytest.raises(AssistantError, match="question is missing"):
         asked("ask", question=" ")
@@ -355,7 +355,7 @@ def test_it_reads_on_past_sources_that_cannot_be_read(start, log, tmp_path):
     assistant.until_read(len("One.\n"))
     for line in (
         f"{binary}: is not text",
-        f"{gone}: is not there; waiting",
+        f"{gone}: does not exist; waiting",
         f"{loop}: cannot be read: Too many levels",
         f"{log}: cannot be read: it is a file (--follow reads one)",
     ):

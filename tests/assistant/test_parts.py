@@ -61,7 +61,7 @@ def test_notes_are_read_once_and_then_what_is_new_in_them(tmp_path):
     for name in (".hidden.md", "c.py", "d.md~"):
         (tmp_path / name).write_text("no\n")
     (tmp_path / "empty.md").touch()
-    assert looking.look(1) == []  # they may still be being written
+    assert looking.look(1) == []  # they may still be in the middle of being written
     assert sorted(looking.look(1)) == [("a.md", "one\n"), ("sub/b.TXT", "two\n")]
     looking.begin()
     assert looking.look() == []
@@ -83,7 +83,7 @@ def test_a_note_that_is_being_written_waits(tmp_path):
         assert looking.look(1) == []
     before = len(list(Path("/dev/fd").iterdir()))
     assert looking.look(1) == [("a.md", "xxxxx")]
-    assert len(list(Path("/dev/fd").iterdir())) == before  # it is not held open
+    assert len(list(Path("/dev/fd").iterdir())) == before  # the folder is not held open
 
 
 def test_files_that_are_not_notes_are_reported_once_and_left(tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_files_that_are_not_notes_are_reported_once_and_left(tmp_path, monkeypat
     looking = Looking(tmp_path)
     assert looking.look(4) == [("good.md", "good\n")]
     assert len(looking.told) == 2
-    assert any("long.md: has 101 bytes" in line for line in looking.told)
+    assert any("long.md: is 101 bytes long" in line for line in looking.told)
     assert any("binary.txt: is not text" in line for line in looking.told)
     assert looking.source.state["complaint"]
     (tmp_path / "binary.txt").write_text("now text\n")
@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_be_read_is_waited_for(tmp_path, kind):
     looking.look()
     path.mkdir()
     (path / "a.md").write_text("one\n")
-    assert looking.look() == []  # as it was
+    assert looking.look() == []  # it is as it was before
 
 
 # --- the journal ---
@@ -268,7 +268,7 @@ def test_threads_that_append_at_once(journal):
     assert [c.text for c in chunks if c.source == "t2"] == [f"t2 {n}\n" for n in range(30)]
     chunks = journal.chunks(119)
     assert next(chunks).number == 120
-    journal.append(arrival("late"))  # while others are read
+    journal.append(arrival("late"))  # it arrives while others are read
     assert next(chunks).text == "late" and next(chunks, None) is None
 
 
@@ -338,7 +338,7 @@ def test_a_note_that_was_cut_short_is_written_whole_and_once(journal, tmp_path, 
     wanted = None
     for count in range(len(text) + 1):
         if after and 0 < count < len(text):
-            continue  # a half with something after it is not the work of a crash
+            continue  # a crash does not leave half a note with something after it
         journal.begin_note({"note": text, "at": len(before)}, 1, 0.0)
         path.write_bytes(before + text[:count].encode() + after)
         diary.finish()

@@ -88,7 +88,7 @@ def test_nothing_the_model_says_is_a_heading_or_hides_others():
         assert f"\n{line}\n" in markdown(f"A\n{line}", NOW, "about")
 
 
-# --- when ---
+# --- when a note is due ---
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_path_is_read_once_however_it_is_spelled(tmp_path):
     spelled = [log, tmp_path / "notes" / ".." / "x.log"]
     settings = Settings(follow=spelled, folder=[folder, folder / "."]).with_absolute_paths()
     assert settings.follow == [log] and settings.folder == [folder]
-    for model in ("x" * 5_000, "\0"):  # no paths
+    for model in ("x" * 5_000, "\0"):  # these cannot be paths
         assert Settings(model=model).with_absolute_paths().model == model
     with pytest.raises(AssistantError, match="is inside"):
         Settings(folder=[folder, folder / "a"]).check()

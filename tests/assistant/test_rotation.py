@@ -48,7 +48,7 @@ def test_rotated_more_than_once_unseen(path, unread, restart, cut):
             path.with_name("kept").write_bytes(path.read_bytes())
             os.utime(path.with_name("kept"), (number - 1, number - 1))
         rotate(path)
-        if cut:  # copied, and emptied in its place
+        if cut:  # the file is copied, and emptied where it is
             path.with_name("x.log.1").rename(path)
             path.with_name("kept").rename(path.with_name("x.log.1"))
             os.truncate(path, 0)
@@ -76,7 +76,7 @@ def test_rotated_more_than_once_by_date(path, names):
 
 @pytest.mark.parametrize("kept", [(1, 2, 3), (1,), (3,)])
 def test_other_rotated_files_are_not_read_again(path, kept):
-    """Higher numbers for later files; a file written to after it was left; one that is gone."""
+    """Later files have higher numbers, one is written to after it was left, and one is gone."""
     reading = Reading(path)
     for number in range(1, 4):
         write(path, b"%d\n" % number, number)
@@ -92,7 +92,7 @@ def test_other_rotated_files_are_not_read_again(path, kept):
     reading.restart()
     reading.wait(20)
     assert reading.taken == b"1\n2\n3\n4\n5\n"
-    assert [line for line in reading.told if "not read, though newer" in line]
+    assert [line for line in reading.told if "newer than what was read" in line]
     path.unlink()
     write(path.with_name("x.log.5"), b"new\n", 11)
     write(path, b"6\n", 12)
@@ -100,7 +100,7 @@ def test_other_rotated_files_are_not_read_again(path, kept):
     reading.restart()
     reading.wait()
     assert reading.taken == b"1\n2\n3\n4\n5\n6\n"
-    assert [line for line in reading.told if line.endswith("newer than what was read: x.log.5")]
+    assert [line for line in reading.told if line.endswith("but are not read: x.log.5")]
 
 
 def test_a_binary_file_in_between_is_passed_over(path):
@@ -113,7 +113,7 @@ def test_a_binary_file_in_between_is_passed_over(path):
 
 
 def replace_open_file(monkeypatch, opened) -> None:
-    """Replace the function that opens the file that is read, and those beside it."""
+    """Replace the function that opens the followed file and those in its folder."""
     for module in (tail, rotation):
         monkeypatch.setattr(module, "open_file", opened)
 
@@ -152,7 +152,7 @@ def test_another_file_that_may_not_be_read_is_taken_as_not_there(path, locked, h
     reading.wait(20)
     assert reading.taken == b"one\ntwo\n"
     assert sum("x.log.1: cannot be read: Permission denied" in line for line in reading.told) == 1
-    assert sum("is there again" in line for line in reading.told) == (how != "cut")
+    assert sum("can be read again" in line for line in reading.told) == (how != "cut")
     add(path, b"three\n")
     assert reading.wait() == b"three\n"
     rotate(path)
@@ -207,12 +207,12 @@ def test_a_copy_of_no_more_than_was_read_is_left(path):
     assert reading.wait() == b""
     add(path, b"two\n")
     assert reading.wait() == b"two\n"
-    assert reading.told == [f"{path}: was cut short: read from its beginning"]
+    assert reading.told == [f"{path}: was cut short: reading it from its beginning"]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_random_life_of_a_file(path, seed):
-    """Also killed before text is on disk, and renamed often between two looks."""
+    """The reader is also killed before text is on disk, and the file renamed often."""
     luck, number, now = random.Random(seed), 0, 0
     reading, written = Reading(path), b""
     rotates = (

@@ -57,7 +57,7 @@ def test_a_unit_of_systemd(tmp_path):
         path.write_text(unit)
         command = ["systemd-analyze", "--user", "--man=no", "verify", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
-        # It may have something to say about other units, and in a container it has no bus.
+        # It may print messages about other units, and in a container it has no bus.
         assert path.name not in done.stderr, done.stderr
 
 

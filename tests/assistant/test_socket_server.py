@@ -105,7 +105,8 @@ def test_silent_callers_do_not_keep_others_out(served, monkeypatch):
         caller.connect(str(served))
     # Callers beyond the limit are refused; the others are dropped after a while.
     answers = [json.loads(line)["error"] for c in idle if (line := c.makefile("rb").readline())]
-    assert answers == [f"{doors.MOST_AT_ONCE} others are being answered: try again"] * 4
+    busy = f"{doors.MOST_AT_ONCE} other requests are being answered: try again later"
+    assert answers == [busy] * 4
     assert list(request(served, "main", what="x"))
     for caller in idle:
         caller.close()

@@ -35,7 +35,7 @@ def test_whole_lines_come_at_once_and_the_rest_of_one_when_it_is_left_alone(path
 def test_from_its_end_a_file_is_read_behind_the_lines_there_are(path, restart):
     path.write_bytes(b"x\xff\n" * 5_000 + b"half")
     reading = Reading(path, from_end=True)
-    assert reading.poll() == b"" and "read from its end" in reading.told[-1]
+    assert reading.poll() == b"" and "reading it from its end" in reading.told[-1]
     if restart:
         reading.restart()
     add(path, b" a line\nmore\n")
@@ -77,13 +77,13 @@ def test_a_renamed_file_is_read_to_its_end_before_the_new_one(path):
     add(path, b"one\n")
     reading = Reading(path)
     reading.poll()
-    reading.clock.now += 1000  # quiet for long
+    reading.clock.now += 1000  # the file is quiet for a long time
     path.rename(path.with_name("x.log.1"))
     add(path, b"three\n")
     for _ in range(3):
         reading.clock.now += GRACE / 4
         assert reading.poll() == b""
-    add(path.with_name("x.log.1"), b"two\n")  # by a writer that has not noticed yet
+    add(path.with_name("x.log.1"), b"two\n")  # its writer has not noticed the new name yet
     assert reading.poll() == b"two\n"
     reading.wait()
     assert reading.taken == b"one\ntwo\nthree\n"
@@ -110,7 +110,7 @@ def test_a_file_that_was_cut_or_rewritten(path, restart, new):
         reading.restart()
     reading.wait()
     assert reading.taken == b"one two three\n" + new
-    assert any("read from its beginning" in line for line in reading.told)
+    assert any("reading it from its beginning" in line for line in reading.told)
 
 
 def test_a_byte_order_mark_is_not_text(path):
@@ -131,7 +131,7 @@ def test_a_file_that_goes_and_comes_back(path):
     reading.wait()
     path.rename(path.with_name("away"))
     reading.wait()
-    path.with_name("away").rename(path)  # and is not read again
+    path.with_name("away").rename(path)  # it is not read again
     add(path, b"two\n")
     reading.wait()
     path.unlink()
@@ -140,7 +140,7 @@ def test_a_file_that_goes_and_comes_back(path):
     add(path, b"three\n")
     reading.wait()
     assert reading.taken == b"one\ntwo\nthree\n"
-    assert sum("is not there; waiting" in line for line in reading.told) == 3
+    assert sum("does not exist; waiting" in line for line in reading.told) == 3
 
 
 @pytest.mark.parametrize("renamed", [False, True])
@@ -215,7 +215,7 @@ def test_standard_input_comes_in_whole_characters_to_its_end():
             os.write(write, data)
         source.read()
         while arrival := source.poll():
-            assert arrival == source.poll()  # until it is taken
+            assert arrival == source.poll()  # the same until it is taken
             taken += arrival.data
             source.ack(arrival)
 

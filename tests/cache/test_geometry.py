@@ -1,4 +1,4 @@
-"""The plan of a cache: rows, masks and clocks follow rules 1 and 2, even near 2^62."""
+"""The plan of a cache: rows, masks and clocks give the right distances, even near 2^62."""
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -35,7 +35,7 @@ def places(draw: st.DrawFn) -> tuple[Geometry, StreamPosition]:
 
 
 def attends(geometry: Geometry, place: StreamPosition, token: int) -> set[int]:
-    """Rule 1, literally; None of it looks at rows."""
+    """Return what a token attends to, by the definition; None of it looks at rows."""
     sinks = {i for i in range(geometry.sinks) if i <= token}
     oldest = max(geometry.sinks, place.floor, token - geometry.window + 1)
     return sinks | set(range(oldest, token + 1))
@@ -132,7 +132,7 @@ def test_the_sinks_stand_directly_before_the_oldest_token(given_place, ahead):
         return
     sink = geometry.sinks_clock(place, token)
     assert sink >= 0, "Metal computes positions unsigned"
-    assert clock - sink == token - oldest + geometry.sinks  # rule 2, for sink 0
+    assert clock - sink == token - oldest + geometry.sinks  # the distance from sink 0
 
 
 @given(places(), st.integers(1, 70), st.integers(-1, 70))

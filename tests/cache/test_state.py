@@ -87,7 +87,7 @@ def test_giving_a_state_out_twice_writes_nothing(monkeypatch):
     assert all(a is b for a, b in zip(first.values(), cache.state().values(), strict=True))
 
 
-# -- D: a stream longer than any number below 2^63 ------------------------------------------------
+# -- a stream longer than any number below 2^63 ------------------------------------------------
 
 
 def continue_from(model, cache: StreamCache, chunks: list[int]) -> np.ndarray:
@@ -155,7 +155,7 @@ def test_a_stream_near_2_to_62_is_bit_identical(
         assert mx.array_equal(one, other).item()
 
 
-# -- E: memory ------------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
@@ -194,7 +194,7 @@ def test_a_decode_step_writes_in_place(tiny_model, sinks, bits):
         mx.eval(stream.read([token]))
     rise = mx.get_peak_memory() - before
     one = sum(array.nbytes for array in cache.storage.arrays(cache.current.keys[0]).values())
-    # The scores over quantized rows are there too, in float32.
+    # The scores over quantized rows, in float32, are in memory too.
     assert rise < one * (0.8 if bits else 0.5), (
         f"{rise} bytes; a layer's K is {one}, all {cache.nbytes}"
     )

@@ -18,7 +18,7 @@ from tests.fakes.shapes import Shape, bytes_of, contents, everything, read_rando
 PLAIN = Shape(sinks=3, window=20, spare=7, group=2, clock_limit=2**14)
 QUANTIZED = Shape(sinks=3, window=20, head_dim=64, bits=8, clock_limit=2**14)
 FULL = 40
-# Of a stream that has read so many tokens and dropped so many: the next ones, and their step.
+# Tokens that a stream has read and dropped; the next ones, and the step that reads them.
 KINDS: dict[str, tuple[Shape, int, int, int, bool, type]] = {
     "a sink": (PLAIN, 1, 0, 1, False, DecodeStep),
     "one token while it fills": (PLAIN, 9, 0, 1, False, DecodeStep),
@@ -67,7 +67,7 @@ def test_an_uncommitted_step_changes_nothing(kind):
     version, before = cache.version, everything(cache)
     dropped, found = compute(cache, shape, count, verify)
     assert type(dropped) is expected and dropped.count == count
-    # Evaluated too, as what an interrupt leaves may be.
+    # It is evaluated too, because what an interrupt leaves may be.
     rows = [*dropped.keys, *dropped.values]
     mx.eval([array for one in rows for array in cache.storage.arrays(one).values()])
     assert cache.version is version

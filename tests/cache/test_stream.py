@@ -65,7 +65,7 @@ class StreamMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 20), layers=st.integers(0, 1))
     def abandon_a_step(self, count: int, layers: int):
-        """What an interrupt does: a step is planned, perhaps evaluated, and never committed."""
+        """Do what an interrupt does: plan a step, perhaps evaluate it, and never commit it."""
         count = self.cache.max_step(count)
         self.cache.prepare(count)
         version, before = self.cache.version, everything(self.cache)
@@ -121,7 +121,7 @@ class QuantizedMachine(StreamMachine):
 
 
 class TestQuantizedStream(QuantizedMachine.TestCase):  # type: ignore[name-defined]
-    """The same with keys and values in 8 and 4 bits: exact but for the rounding of each row."""
+    """The same with keys and values in 8 and 4 bits: exact except for the rounding of rows."""
 
 
 class TestStream(StreamMachine.TestCase):  # type: ignore[name-defined]
@@ -135,7 +135,10 @@ class TestStream(StreamMachine.TestCase):  # type: ignore[name-defined]
     ("shape", "chunks"),
     [
         (Shape(sinks=4, window=12), [100]),
-        (Shape(sinks=4, window=12, clock_limit=2**14), [600, 1, 100]),  # longer than any step
+        (
+            Shape(sinks=4, window=12, clock_limit=2**14),
+            [600, 1, 100],
+        ),  # this is longer than any step
         (Shape(sinks=0, window=1), [1, 1, 5, 1]),
         (Shape(sinks=6, window=1, group=2), [3, 2, 7, 1, 9]),
         (Shape(sinks=2, window=3, spare=8), [4, 20, 1]),
@@ -191,7 +194,7 @@ def test_the_sinks_are_turned_after_a_reanchoring_even_to_where_they_were():
     twins.read(7)
     twins.read(1)
     assert twins.cache.position.sinks_at == 1
-    for _ in range(7):  # chunks that move o leave the rows of the sinks alone
+    for _ in range(7):  # chunks that move o do not change the rows of the sinks
         twins.read(8)
     assert (twins.cache.position.clock, twins.cache.position.sinks_at) == (64, 1)
     twins.read(1)
@@ -206,7 +209,7 @@ def test_streams_that_share_a_state_do_not_disturb_each_other(old_reads_on):
     old, new = twins.cache, shape.cache()
     new.restore(old.state())
     other = old if old_reads_on else new
-    other.evict(2)  # its next step turns its sinks, in place
+    other.evict(2)  # its next step rotates its sinks in place
     read_random(other, 4, chunk=1)
     twins.cache = new if old_reads_on else old
     twins.read(1)
@@ -241,7 +244,7 @@ def test_rows_that_cannot_be_quantized_are_refused(bits, dim):
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.53125), (4, 0.28125)])
 def test_the_bytes_of_a_quantized_ring(bits, share):
-    """Against 16 bits; the sinks and their copy before rotation stay as they are."""
+    """Compared with 16 bits; the sinks and their unrotated copy keep their size."""
     whole, quantized = (
         Shape(sinks=sinks, window=1_000, kv_heads=2, head_dim=128, dtype=mx.float16, bits=b).cache()
         for sinks, b in ((0, None), (0, bits))

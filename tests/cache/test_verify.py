@@ -16,7 +16,7 @@ from tests.fakes.shapes import Shape, Twins, next_step
     ("dtype", "tolerance"), [(mx.float32, 2e-4), (mx.float16, 1e-2), (mx.bfloat16, 0.1)], ids=str
 )
 def test_rejected_tokens_cost_no_attended_one(sinks, window, count, dtype, tolerance):
-    """Filling, at the wrap, after it and across re-anchorings: every number accepted in turn."""
+    """Every number is accepted in turn, while filling, around the wrap and re-anchorings."""
     shape = Shape(sinks, window, 7, group=2, head_dim=16, layers=1, dtype=dtype)
     twins = Twins(shape, tolerance)
     twins.read(sinks + 20)
@@ -38,7 +38,7 @@ def test_rejected_tokens_cost_no_attended_one(sinks, window, count, dtype, toler
 
 def test_how_many_tokens_a_step_verifies():
     shape = Shape(sinks=2, window=20, spare=7, group=2)
-    assert shape.cache().max_verify == 1  # its sinks come first
+    assert shape.cache().max_verify == 1  # its sinks are read first
     for change, expected in (
         ({}, 8),
         ({"spare": 0}, 1),
@@ -52,7 +52,7 @@ def test_how_many_tokens_a_step_verifies():
         twins.read(5)
         assert twins.cache.max_verify == expected
         twins.read(14)
-        assert twins.cache.max_verify == min(expected, 3)  # before the oldest must leave
+        assert twins.cache.max_verify == min(expected, 3)  # as long as the oldest need not leave
         twins.read(10)
         assert twins.cache.max_verify == expected
     dense = DenseCache(shape.attention())

@@ -64,9 +64,10 @@ def test_a_killed_chat_loses_no_turn_it_committed(kills: Kills) -> None:
 
 
 def opens(kills: Kills, saved: SavedSession) -> str:
-    """See that a session verifies, and opens as it was; return the line about its snapshot."""
+    """Check that a session verifies and opens as it was; return the line about its snapshot."""
     kills.said["x"] = turns_of(saved.store.turns())
-    # A folder that could not be removed; it is when the session is next opened or written.
+    # A folder that could not be removed may remain; the next open or write of the session
+    # removes it.
     assert len(left_over(kills.home, "x")) <= 1
     whole = manage.verify_session("x")
     with kills.copied() as copy:
@@ -82,7 +83,7 @@ def opens(kills: Kills, saved: SavedSession) -> str:
 
 
 def failing(saved: SavedSession, point: int, act: Callable[[], Any]) -> list[str]:
-    """Write a snapshot of a new turn with a fault; return the calls there were."""
+    """Write a snapshot of a new turn with a fault; return the calls that were made."""
     say(saved.chat)
     with fault(point, act) as calls:
         try:
@@ -136,7 +137,7 @@ def test_a_full_database(kills: Kills, model: Model) -> None:
         opens(kills, saved)
     pages(2**30)
     say(chat, "Now?")
-    # What was said and taken back meanwhile is as it would be, had there been room.
+    # What was said and taken back in the meantime is as if there had been room.
     answered = [turn for turn in kept if turn.state == ANSWERED]
     assert [turn.exchange.question for turn in store.turns()] == [
         *(turn.exchange.question for turn in answered),
@@ -158,7 +159,7 @@ def states(saved: SavedSession) -> list[tuple[int, str, str]]:
 
 @dataclass
 class Way:
-    """What is done about a question that was left; its turn and later ones then, and questions."""
+    """What is done about an unanswered question, and the turns and questions afterwards."""
 
     act: Callable[[ChatSession], Any]
     then: list[tuple[str, str]]
@@ -197,7 +198,7 @@ def test_a_killed_reply_leaves_its_question_until_something_is_done_about_it(
     held = [*([] if name == "clear" else before), *way.attended]
     unanswered = TWO if name in ("nothing", "another prompt") else ""
     assert saved.chat.unanswered == unanswered and saved.chat.number == len(turns)
-    for _ in range(2):  # the next time it is the same
+    for _ in range(2):  # it is the same the next time
         assert states(saved) == [(n, *turn) for n, turn in enumerate(turns, 1)]
         assert [e.question for e in saved.chat.exchanges] == held
         saved.close()

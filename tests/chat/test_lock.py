@@ -74,7 +74,7 @@ def test_the_refusal_names_the_process_that_holds_the_lock(tmp_path: Path) -> No
     minutes = [time.strftime("%H:%M", time.localtime(time.time() - s)) for s in (0, 60)]
     assert time_of_day and time_of_day[1] in minutes
     assert process.returncode == -signal.SIGKILL
-    # It died, and its lock with it.
+    # The process died, which released its lock.
     with Lock.acquire(path):
         assert f"process {os.getpid()} since" in refusal(Lock.acquire, path)
     Lock.acquire(path).close()
@@ -116,7 +116,7 @@ def test_a_link_pipe_or_folder_cannot_be_a_lock(tmp_path: Path) -> None:
     assert "cannot create this folder" in refusal(Lock.acquire, Path("/dev/null/x/y.lock"))
 
 
-# --- places ---
+# --- where sessions are stored ---
 
 
 @pytest.mark.parametrize("name", ["a", "_", "A-z_0.9", "9", "x" * 64, "a.db", "a..b", "con"])

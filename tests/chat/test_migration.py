@@ -71,7 +71,7 @@ def test_these_are_the_tables_there_were(path: Path) -> None:
 def test_a_snapshot_of_any_turn_is_known_by_its_head(path: Path, count: int) -> None:
     turns, first = TURNS[:count], max(1, count)
     write_version_1(path, HEADER, turns, first, "0a")
-    for _ in range(2):  # once it is migrated, then as it is
+    for _ in range(2):  # the first time it is migrated, the second time it already is
         check_migrated(path, HEADER, turns, first, "0a")
     assert path.stat().st_mode & 0o777 == 0o600
     with Store.open(path) as store:
@@ -96,7 +96,7 @@ def test_any_transcript_stays_what_it_was(tmp_path_factory, turns, system, kv_bi
 
 
 def test_a_log_left_by_a_killed_program_is_migrated_too(path: Path) -> None:
-    """The old program was killed, and left a log beside its file."""
+    """The old program was killed, and left a log next to its file."""
     write_version_1(path, HEADER, TURNS[:3])
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA wal_autocheckpoint = 0")
@@ -111,7 +111,7 @@ def test_a_log_left_by_a_killed_program_is_migrated_too(path: Path) -> None:
     check_migrated(copy, HEADER, TURNS)
 
 
-# What was altered, the first turn that is damaged, and the first from which all can be read.
+# What was altered, the first damaged turn, and the first turn from which all can be read.
 DAMAGED = {
     "a checksum": ("UPDATE messages SET checksum = 'x' WHERE number = 6", 3, 5),
     "no UTF-8": ("UPDATE messages SET text = CAST(x'ff1b5b' AS TEXT) WHERE number = 6", 3, 4),
@@ -177,8 +177,8 @@ def test_any_value_that_was_altered_is_damaged_at_its_turn(path: Path, column: s
 
 
 def check_damaged(path: Path, bad: int, whole: int) -> None:
-    """See which turn is the first that cannot be read, and from which all can."""
-    for _ in range(2):  # as it is migrated, and ever after
+    """Check which turn is the first that cannot be read, and from which turn all can be read."""
+    for _ in range(2):  # while it is migrated, and afterwards
         with Store.open(path) as store:
             turns, damage = store.whole()
             assert [turn.exchange.question for turn in turns] == [
@@ -256,10 +256,10 @@ def test_a_migration_that_ends_at_any_page_leaves_the_old_file(
 
 
 def test_several_may_open_it_at_once(path: Path) -> None:
-    """One of them migrates it; the others find that it was."""
+    """One of them migrates it; the others find it migrated."""
     write_version_1(path, HEADER, TURNS * 40)
     slow, late = (connect(path, 2**20) for _ in range(2))
-    for connection in (slow, late):  # both have seen that it is of version 1
+    for connection in (slow, late):  # both have seen that it has version 1
         migrations.migrate(connection)
         connection.close()
     check_migrated(path, HEADER, TURNS * 40)
@@ -287,7 +287,7 @@ OPTIONS = SessionOptions(
 
 
 def make_old(saved: SavedSession) -> OldHeader:
-    """Write the files of a closed session anew, as version 1 would have written them."""
+    """Rewrite the files of a closed session as version 1 would have written them."""
     paths, chat = session_paths(saved.name), saved.chat
     with Store.open(paths.database) as store:
         state, turns = store.state, store.turns()
@@ -314,7 +314,7 @@ def make_old(saved: SavedSession) -> OldHeader:
 
 
 def about_of(saved: SavedSession, header: OldHeader, old: list[OldTurn]) -> dict[str, Any]:
-    """Return what version 1 wrote of a conversation beside its stream."""
+    """Return what version 1 wrote about a conversation in addition to its stream."""
     chat = saved.chat
     places, before, length = [], [[], ""], 0
     for turn in chat.evictor.state.turns:
@@ -382,7 +382,7 @@ def test_an_old_snapshot_is_used_and_nothing_read_again(model: Model, way: str) 
     saved.close()
     expected, exchanges = plain(saved), saved.chat.exchanges
     make_old(saved)
-    assert "snapshot after exchange" in manage.verify_session("x")  # which migrates it
+    assert "snapshot after exchange" in manage.verify_session("x")  # this migrates it
     notices: list[str] = []
     again = open_session("x", model, options, notices.append)
     assert not any("again" in notice for notice in notices)

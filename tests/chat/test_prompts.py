@@ -44,7 +44,7 @@ PHI_3_5 = (
     " '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}"
     "{{ eos_token }}{% endif %}"
 )
-# Drops what a reply thought once the next question is there, as Qwen 3 does.
+# Drops a reply's thinking once another question follows, as Qwen 3 does.
 THINKS = (
     "{% set last = namespace(user=0) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
@@ -72,7 +72,7 @@ def test_turns_have_the_ids_of_the_whole_render(source, tokenizer, count, unread
 @pytest.mark.parametrize("tokenizer", [byte_level, blank_lines, sentence_pieces])
 @pytest.mark.parametrize("unread", ["", " the"], ids=["whole", "stopped inside an id"])
 def test_settled_turns_have_the_ids_of_the_whole_render(tokenizer, system, unread):
-    """What a reply thought is gone; its answer has the ids that were sampled."""
+    """The thinking of a reply is gone; its answer has the ids that were sampled."""
     backend, template = tokenizer(), ChatTemplate(THINKS, TOKENS)
     assert template.rewrites
     thoughts = ("the first", "", "a\n\nb", "", "An end")
@@ -100,12 +100,12 @@ def test_an_answer_keeps_the_ids_that_were_sampled_where_its_text_would_get_othe
     reply = "<think>the</think>then"
     exchange = Exchange("Hi", reply, (), asked, (*thought, *letters))
     assert prompts.settle(exchange, first=True).ids == (*asked, *letters)
-    # With a text that no ids were sampled for, it is encoded.
+    # If part of a reply has no sampled ids, its text is encoded.
     cut = Exchange("Hi", reply, (), asked, (*thought, *letters[:2]), rest="en")
     settled = prompts.settle(cut, first=True)
     assert settled.ids == (*asked, *tokenizer.encode("then", special=False))
     assert prompts.rest_of(settled) == "" and prompts.rest_of(cut) == "en"
-    # What is as it was read has no other ids.
+    # An exchange that is rendered as it was read has no other ids.
     plain = Exchange("Hi", "then", (), asked, tuple(letters))
     assert prompts.settle(plain, first=True).settled_ids is None
 
@@ -143,7 +143,7 @@ def test_a_word_that_was_stopped_in_its_middle_gets_no_space(tokenizer):
 
 
 def test_a_special_token_s_name_in_a_question_gets_no_spaces():
-    """What is guarded is encoded in parts, of which only the first begins a text."""
+    """A name that is split is encoded in parts, of which only the first begins a text."""
     tokenizer = sentence_pieces()
     turns = PromptBuilder(tokenizer, ChatTemplate(LLAMA_2, TOKENS), None, pin=True)
     ids = turns.question("the <s> end", None, first=True)[1]

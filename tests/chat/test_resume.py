@@ -106,7 +106,7 @@ def states(saved):
 
 
 def test_every_turn_is_in_the_transcript_when_it_ends(model):
-    # With a seed: now and then a reply ends before it has begun, and is not interrupted.
+    # The seed is fixed, because now and then a reply ends at once and is not interrupted.
     saved = opened(model, sampling=Sampling(1.0, top_p=0.95, seed=7))
     store, chat = saved.store, saved.chat
     said(chat.reply("One?"))
@@ -122,7 +122,7 @@ def test_every_turn_is_in_the_transcript_when_it_ends(model):
     assert store.state.count == 2 and store.exchanges()[2].reply != first
     pieces = chat.retry()
     next(pieces)
-    # What is answered again keeps its answer until there is another.
+    # A question that is answered again keeps its answer until there is a new one.
     assert states(saved) == [(ANSWERED, "One?"), (ANSWERED, "Two?")]
     pieces.close()
     pieces = chat.edit("Two and a half?")
@@ -132,7 +132,7 @@ def test_every_turn_is_in_the_transcript_when_it_ends(model):
     assert states(saved) == [(ANSWERED, "One?"), (ANSWERED, "Two and a half?")]
     left = chat.reply("Three?")
     next(left)
-    said(chat.reply("Four?"))  # ends the one before
+    said(chat.reply("Four?"))  # this ends the reply before
     assert states(saved)[2:] == [(ANSWERED, "Three?"), (ANSWERED, "Four?")]
     chat.undo()
     chat.clear()
@@ -197,7 +197,7 @@ def test_a_conversation_may_get_a_name_in_a_reply(model):
     chat.clear()
     pieces = chat.reply("Two?")
     next(pieces)
-    saved = SavedSession.create(chat, "talk")  # which ends the reply
+    saved = SavedSession.create(chat, "talk")  # this ends the reply
     assert states(saved) == [(ANSWERED, "Two?")] and chat.number == 1
     assert list(pieces) == []
     said(chat.reply("Three?"))
@@ -292,11 +292,11 @@ def test_a_reply_that_is_dropped_writes_no_snapshot(model, monkeypatch):
     saved.close()
 
 
-# --- what is read again, and that it is written down ---
+# --- what is read again and recorded ---
 
 
 def check_stored(saved):
-    """See that what is attended is what the transcript says of it, to the id."""
+    """Check that the attended turns have the ids that the transcript has."""
     held = {turn.number: turn.exchange for turn in saved.chat.evictor.state.turns}
     stored = saved.store.exchanges(saved.store.state.first)
     assert held == {number: exchange for number, exchange in stored.items() if number in held}
@@ -327,7 +327,7 @@ def test_an_unanswered_question_does_not_spoil_the_snapshot(model):
     assert notices == [] and list(check_stored(saved)) == [1, 2, 4]
     assert same(state_of(before.chat), state_of(saved.chat))
     assert said(saved.chat.reply("And?")) == said(before.chat.reply("And?"))
-    saved._let_go()  # killed
+    saved._let_go()  # as if killed
     saved = opened(model, notices=notices, **WIDE)
     assert len(notices) == 1 and "reading 1 exchange again: they are not in" in notices[0]
     assert list(check_stored(saved)) == [1, 2, 4, 5]
@@ -345,7 +345,7 @@ WHY = {
 
 @pytest.mark.parametrize("how", WHY)
 def test_turns_read_again_are_recorded_with_their_new_ids(model, tmp_path, how):
-    """So that the next snapshot, and what is read from the transcript, fit each other."""
+    """The next snapshot must match what is read from the transcript."""
     other = mlx_stream.load(write_model(tmp_path, vocab_size=265, hidden_size=32), dtype="float32")
     asked_in_the_middle(model)
     path, loaded = session_paths("s").snapshot, model
@@ -408,7 +408,7 @@ def test_opening_does_not_report_earlier_evictions(model):
 
 
 def test_two_retries_of_a_question_that_was_left_answer_one_turn(model):
-    """What a retry answers is found when it starts, not when it was asked for."""
+    """A retry finds its question when it starts, not when it was requested."""
     saved = opened(model)
     said(saved.chat.reply(QUESTIONS[0]))
     leave_unanswered(saved, QUESTIONS[1])
@@ -522,7 +522,7 @@ def test_damage_before_the_attended_turns_does_not_prevent_opening(model):
     assert notices == [] and [e.question for e in saved.chat.exchanges] == ["Anew."]
     saved.chat.clear()
     saved.close()
-    # Nor does one in the last turn, once nothing is attended.
+    # The same holds for one in the last turn, once nothing is attended.
     connection.execute("UPDATE messages SET text = 'No.' WHERE turn = 4")
     connection.close()
     saved = opened(model)

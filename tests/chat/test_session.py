@@ -131,7 +131,7 @@ def test_a_model_without_template_or_with_one_that_rewrites_cannot_chat(tmp_path
 def test_a_template_that_trims_replies_gets_its_trailing_whitespace_taken_back(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setenv(backend.COMPILE, "0")  # a trace would not see what changes from step to step
+    monkeypatch.setenv(backend.COMPILE, "0")  # a trace would miss what changes from step to step
     trims = CHAT_TEMPLATE.replace("message['content']", "(message['content'] | trim)")
     chat = session(templated(tmp_path, trims))
     assert chat.template.trims
@@ -139,7 +139,7 @@ def test_a_template_that_trims_replies_gets_its_trailing_whitespace_taken_back(
     space = chat.model.tokenizer.encode("a \n", special=False)
 
     def whitespace(hidden):
-        # "a", then whitespace: what this model would hardly say by itself.
+        # "a", then whitespace: this model would hardly write that by itself.
         bias = mx.zeros(logits(hidden).shape[-1])
         bias[space[min(len(space) - 1, next(step))]] = 1e4
         return logits(hidden) + bias
@@ -174,7 +174,7 @@ def test_an_exchange_longer_than_the_window_leaves_whole_with_the_next_question(
     chat = session(model, system="Brief.", window=60, on_evict=lambda *gone: told.append(gone))
     list(chat.reply("One?", max_tokens=3))
     for pieces in (chat.reply(long, max_tokens=3), chat.retry(max_tokens=3)):
-        # The part of the question that has left is read again to answer it again.
+        # To answer it again, the part of the question that has left is read again.
         assert said(pieces)
         assert [e.question for e in chat.exchanges] == [long]
         assert chat.cache.attended == chat.cache.geometry.sinks + 60
@@ -194,7 +194,7 @@ def test_the_last_piece_counts_evicted_turns(model):
     for question in QUESTIONS * 3:
         *pieces, last = chat.reply(question)
         assert all(piece.attended is None for piece in pieces)
-        # The last id of a reply that is cut is read, and room made for it, with the next turn.
+        # The last id of a cut reply is read with the next turn, which makes room for it.
         assert last.attended == chat.cache.attended == chat.stats.attended
         gone = (last.evicted_exchanges, last.evicted_tokens)
         assert (told.pop() if told else (0, 0)) == gone and not told
@@ -223,7 +223,7 @@ def test_unpinned_the_system_prompt_leaves_like_other_text(model):
 
 
 def test_a_retry_reads_one_token_of_its_question_and_evicts_no_turn(model):
-    """Room for a reply, up to its limit, was made when the question came."""
+    """Room for a reply of any allowed length was made when the question was read."""
     chat, lengths = session(model, system="Brief.", max_tokens=30, speculate=False), set()
     steps = count_steps(chat.cache)
     for question in QUESTIONS * 12:

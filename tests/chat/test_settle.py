@@ -58,7 +58,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
 }
-# Of models that think; the last keeps the thinking of earlier turns.
+# Templates of models that think; the last one keeps the thinking of earlier turns.
 DROPS_THINKING = MADE_UP.replace("REFUSE", "").replace(
     KEPT, "m.content.split('<think>')[-1].split('</think>')[-1]"
 )
@@ -86,7 +86,7 @@ WEIGHTS = tiny_weights(CONFIG)
 WINDOWS = st.integers(40, 200)
 COUNTS = st.sampled_from([1, 1, 1, 2, 3, 5, 8])
 ACTS = ("ask", "ask", "ask", "retry", "edit", "undo", "clear", "resume", "restart", "restart")
-# How a reply is cut, if it is.
+# The ways in which a reply may be cut.
 CUTS = ("", "", "", "close", "throw", "drop steps")
 TROUBLE = {
     "": (),
@@ -108,10 +108,10 @@ def model(template: str) -> Model:
 
 
 class Trouble:
-    """Raises an error, once, at the nth time that the code comes by some place.
+    """Raises an error, once, at the nth time that the code reaches a place.
 
     Attributes:
-        refusals: notices of replies that the template refused.
+        refusals: notices about replies that the template refused.
     """
 
     def __init__(self) -> None:
@@ -240,7 +240,7 @@ def test_the_stream_holds_what_the_template_renders_after_every_act(data):
         list(chat.reply("On?", 3))
         assert_well_formed(chat)
     if chat.tokens.length:
-        chat.tokens.state()  # after which nothing is held that is not attended (rule 13)
+        chat.tokens.state()  # erases keys and values of tokens that are not attended
         check_erased(chat.cache)
         if (source := chat.template._source) in THINKS.values():
             backend = thinkers.thinker_tokenizer(source)
@@ -263,7 +263,7 @@ def act(chat: Any, trouble: Trouble, data: st.DataObject) -> Any:
     elif what == "restart":
         system, window = data.draw(st.sampled_from([None, "Be long."])), data.draw(WINDOWS)
         expected = chat.system, chat.stats.window
-        trouble.left = 1  # it reads in one step
+        trouble.left = 1  # the reading takes one step
         try:
             chat.restart(system, window)
             expected = system, window
@@ -306,7 +306,7 @@ def resumed(chat: Any, trouble: Trouble) -> Any:
 
 
 def cut(chat: Any, steps: Any, data: st.DataObject) -> None:
-    """Drive a reply to its end, or cut it; see that its turn has the text that was given."""
+    """Drive a reply to its end, or cut it; check that its turn has the text that was yielded."""
     how, count = data.draw(st.sampled_from(CUTS)), data.draw(st.integers(1, 9))
     result: ReadResult | None = None
     text, thinking, refused = "", "", len(chat.trouble.refusals)

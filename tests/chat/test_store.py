@@ -71,7 +71,7 @@ def kept(path: Path, exchanges: list[Exchange], header: SessionHeader = HEADER) 
 
 
 def said(store: Store, first: int = 1) -> list[Exchange]:
-    """Return the exchanges of a session; see that each has its number and was answered."""
+    """Return the exchanges of a session; check that each has its number and was answered."""
     turns, count = store.turns(first), store.state.count
     assert [turn.number for turn in turns] == [*range(first, count + 1)]
     assert {turn.state for turn in turns} <= {ANSWERED}
@@ -90,7 +90,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(path: Path) -> Iterator[Store]:
-    """Return an open session of the exchanges in `ODD`."""
+    """Return an open session with the exchanges in `ODD`."""
     with Store.open(kept(path, ODD)) as store:
         yield store
 
@@ -254,7 +254,7 @@ def test_a_head_changes_with_what_it_covers(store: Store) -> None:
 
     before = heads()
     assert len(set(before.values())) == len(before)
-    store.write(changed(STAND, 4, first=5))  # which turns are attended is not part of it
+    store.write(changed(STAND, 4, first=5))  # it does not cover which turns are attended
     assert heads() == before
     store.write(Change(STAND, 4, {2: replace(ODD[1], rest="x")}, 1, START, HEADER.system, 60))
     after = heads()
@@ -317,7 +317,7 @@ def test_sqlite_is_set_to_lose_nothing_and_trust_nothing(store: Store) -> None:
         "application_id": migrations.APPLICATION_ID,
     }
     found = {name: store.connection.execute(f"PRAGMA {name}").fetchone() for name in wanted}
-    # A build without a feature has no such setting.
+    # A build without a feature lacks its setting.
     assert {name: row[0] for name, row in found.items() if row} == {
         name: value for name, value in wanted.items() if found[name]
     }
@@ -388,7 +388,7 @@ def test_markdown_holds_every_text_and_its_headings_cannot_be_forged() -> None:
 
 
 def test_an_unanswered_question_is_exported_as_unanswered() -> None:
-    """Not as an empty reply: a reply may be empty."""
+    """It is not exported as an empty reply, because a reply may be empty."""
     empty = replace(ODD[0], reply="")
     turns = turns_of(empty, ODD[0], ODD[0])
     turns[1] = replace(turns[1], state=ASKED)

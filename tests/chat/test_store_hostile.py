@@ -34,13 +34,13 @@ from tests.chat.test_store import said as exchanges_of
 FLIPS = 300
 
 
-# --- full ---
+# --- full disks ---
 
 LONG = replace(ODD[0], reply="word " * 50_000)
 
 
 def unharmed_by(store: Store, fill: Callable[[], None], empty: Callable[[], None]) -> list[str]:
-    """Write to a disk that is full, see that nothing changed, and write when it is not."""
+    """Write to a full disk, check that nothing changed, and write again once there is room."""
     lines = []
     longer = replace(HEADER, system=LONG.reply)
     for method, value in (
@@ -56,7 +56,7 @@ def unharmed_by(store: Store, fill: Callable[[], None], empty: Callable[[], None
             assert exchanges_of(store) == ODD and standing(store) == (HEADER, 4, "04", 4)
             with Store.open(store.path) as again:
                 again.verify()
-            # What is short still fits, and to take something back still works.
+            # A short text still fits, and taking something back still works.
             store.write(changed(STAND, 4, None, 4, "05"))
             store.write(changed(UNDO, 4, None, 3, "03"))
             assert exchanges_of(store) == ODD[:3]
@@ -93,11 +93,11 @@ def test_a_full_disk(tmp_path: Path, where: str) -> None:
     assert all(line.startswith(f"session 'x': {full}") for line in lines)
 
 
-# --- altered ---
+# --- altered files ---
 
 
 def held(path: Path) -> str:
-    """Return why a session is refused; it is, or it holds what was written, and can be used."""
+    """Return why a session is refused, or check that it holds what was written and can be used."""
     try:
         with Store.open(path) as store:
             assert exchanges_of(store) == ODD
@@ -121,7 +121,7 @@ def test_bytes_that_changed(tmp_path: Path) -> None:
     for number in range(FLIPS):
         data = bytearray(whole)
         for _ in range(1 + number % 3):
-            # Every other one in the parts that say where things are.
+            # Every other file is altered only in the parts that hold its layout.
             at = luck.randrange(len(data) if number % 2 else 100)
             if number % 4 == 2:
                 at = 4096 * luck.randrange(len(data) // 4096) + luck.randrange(16)
@@ -218,7 +218,7 @@ def test_any_value_that_was_altered_is_found(tmp_path: Path) -> None:
 
 
 def others(old: Any, kind: str, needed: int) -> list[Any]:
-    """Return values that one in a column of some type may be changed to."""
+    """Return values that may replace a value in a column of type `kind`."""
     found: list[Any] = [] if needed else [None]
     if kind == "INTEGER":
         found += [(old or 0) + 1, -1]
@@ -230,7 +230,7 @@ def others(old: Any, kind: str, needed: int) -> list[Any]:
 
 
 def altered_is_found(path: Path, whole: sqlite3.Connection, script: str, new: Any) -> bool:
-    """Change a value; see that it is found, and return whether the tables let it be changed."""
+    """Change a value; check that it is found, and return whether the tables allow the change."""
     with closing(sqlite3.connect(path)) as file:
         whole.backup(file)
         try:
@@ -275,7 +275,7 @@ def test_rows_of_another_session(tmp_path: Path) -> None:
                     rows = f"{table} WHERE {column} {turns}"
                     connection.execute(f"DELETE FROM {rows}")
                     connection.execute(f"INSERT INTO {table} SELECT * FROM other.{rows}")
-            if turns == "= 1" and len(tables) == 1:  # there it was said word for word, too
+            if turns == "= 1" and len(tables) == 1:  # the same words were said there, too
                 assert held(path) == ""
             else:
                 assert "damaged" in held(path)
@@ -295,7 +295,7 @@ def test_messages_after_the_last_turn_are_not_taken_for_the_next_one(tmp_path: P
 
 
 def seal(connection: sqlite3.Connection, number: int) -> None:
-    """Give a turn the checksum of what it holds, and the session that of its last turn."""
+    """Give a turn the checksum of its contents, and the session that of its last turn."""
     ((*turn, _),) = connection.execute("SELECT * FROM turns WHERE number = ?", (number,)).fetchall()
     said = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
     messages = connection.execute(said, (number,)).fetchmany(3)

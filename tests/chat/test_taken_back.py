@@ -43,7 +43,7 @@ def cleared(saved) -> None:
 @pytest.fixture(params=[None, 8, "guessing"])
 def options(request) -> SessionOptions:
     bits = request.param if request.param == 8 else None
-    # Guesses are verified, and those that are wrong taken back.
+    # Guesses are verified, and wrong ones are taken back.
     return SessionOptions(
         window=120,
         sampling=Sampling(0),
@@ -54,13 +54,13 @@ def options(request) -> SessionOptions:
 
 
 def ids_of(model, text: str) -> bytes:
-    # From the second word on: the first may share an id with what is around it.
+    # Starts at the second word, because the first may share an id with its surroundings.
     ids = model.tokenizer.encode(text, special=False)[2:6]
     return np.array(ids, np.uint32).tobytes()
 
 
 def check(tokens, model) -> None:
-    """See that a stream's state holds what is attended and nothing else."""
+    """Check that a stream's state holds what is attended and nothing else."""
     state, cache = tokens.state(), tokens.cache
     ids = np.array(state["ids"])
     assert ids_of(model, SECRET) not in ids.tobytes()
@@ -89,7 +89,7 @@ def test_no_state_and_no_snapshot_has_it(model, options, way, first):
     saved.close()
     where, wanted = session_paths("s"), ids_of(model, SECRET)
     for path in (where.snapshot, where.database):
-        stays = way is cleared and path == where.database  # what was said is still said
+        stays = way is cleared and path == where.database  # the transcript keeps what was said
         if path.exists() and not stays:
             assert SECRET.encode() not in path.read_bytes()
             assert wanted not in path.read_bytes()
@@ -108,7 +108,7 @@ def test_an_unusable_snapshot_goes_with_the_next_one(model, options, all_taken_b
     said(saved.chat.reply(SECRET))
     saved.write_snapshot()
     saved.chat.undo()
-    saved._let_go()  # killed before the snapshot is written anew
+    saved._let_go()  # as if killed before the snapshot is written again
     again = open_session("s", model, options)
     paths = session_paths("s")
     assert paths.snapshot.exists()
@@ -139,7 +139,7 @@ def test_a_listener_keeps_nothing_of_a_cut_answer(tmp_path, monkeypatch):
 
 
 def check_file(path) -> None:
-    """See that a snapshot's keys and values are zero but for what is attended."""
+    """Check that a snapshot's keys and values are zero except for what is attended."""
     state = snapshot.load_snapshot(path).state
     length, floor = (int(str(state[name])) for name in ("length", "floor"))
     sinks, rows = (np.array(state[name]).shape[2] for name in ("sinks", "keys.0"))

@@ -1,4 +1,4 @@
-"""A model that thinks: what is told, what is kept, and what ends its thinking."""
+"""A model that thinks: what it is told, what is kept, and what ends its thinking."""
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_the_limit_of_a_reply_counts_the_answer(tmp_path):
 
 @pytest.mark.parametrize("window", [60, 120])
 def test_thinking_that_does_not_end_is_ended(tmp_path, window):
-    """At half the window, as if the model had written it; then the answer is written."""
+    """It ends at half the window, as if the model had ended it; then the answer follows."""
     source, options = THINKS["is told to think"], {"window": window, "max_tokens": 5}
     chat = thinker(tmp_path / "model", source, ENDLESS, **options)
     for _ in range(3):

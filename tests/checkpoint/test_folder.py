@@ -58,7 +58,7 @@ def safetensors(header: object, data: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-# --- read ---
+# --- folders that are read ---
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -128,7 +128,7 @@ def test_reading_takes_the_memory_of_the_file_not_of_its_limit(model):
         tracemalloc.stop()
 
 
-# --- refused, in three shards ---
+# --- folders that are refused, in three shards ---
 
 
 def without_weights(file: str) -> Callable[[Path], object]:
@@ -188,7 +188,7 @@ REFUSED: list[tuple[Callable[[Path], object], type[Exception], str]] = [
     (without_weights("x"), CheckpointError, "expected weights in the safetensors format"),
     (without_weights("pytorch_model.bin"), CheckpointError, "pickles"),
     (without_weights("consolidated.00.pth"), CheckpointError, "never read"),
-    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "the path of the file 'tiny.Q4_1.gguf'"),
+    (without_weights("tiny.Q4_1.gguf"), CheckpointError, "download 'tiny.Q4_1.gguf' and give"),
     *((written(name, text), CheckpointError, why) for name in JSON_FILES for text, why in JSONS),
     *(
         (written(INDEX, json.dumps({"weight_map": table}).encode()), CheckpointError, "weight_map")
@@ -231,7 +231,7 @@ OUTSIDE += ("..\\outside.safetensors", "C:outside.safetensors", "out\0side.safet
 
 @pytest.mark.parametrize("shard", [*OUTSIDE, "", 7, None, ["a.safetensors"]])
 def test_an_index_may_not_leave_its_folder(sharded, shard):
-    # Both exist and would do, were they read.
+    # Both exist and would be accepted if they were read.
     (sharded / "sub").mkdir()
     for target in (sharded.parent / "outside.safetensors", sharded / "sub" / "inside.safetensors"):
         mx.save_safetensors(str(target), {"extra": mx.zeros((2,))})
@@ -274,7 +274,7 @@ def test_a_link_that_leads_to_no_file_is_missing(sharded, name, target):
     kinds = {"config.json": CheckpointError, "tokenizer.json": TokenizerError}
     if name in kinds:
         assert f"no {name}" in refused(sharded, kinds[name])
-    else:  # without it the folder is what it is
+    else:  # without it the folder is valid
         assert read_folder(sharded).tensors.keys() == WEIGHTS.keys()
 
 
@@ -289,7 +289,7 @@ def test_a_header_that_two_parsers_read_differently_is_refused(model, order):
         b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',
         b'"w":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}',
     ][::order]
-    # Whichever of the two a parser takes, the file is refused or both agree.
+    # Whichever of the two a parser uses, the file is refused or both parsers agree.
     (model / "model.safetensors").write_bytes(
         safetensors(b"{" + b",".join(entries) + b"}", b"1234")
     )

@@ -33,7 +33,7 @@ def same(left: Mapping[str, mx.array], right: Mapping[str, mx.array]) -> bool:
 
 
 def quantized_checkpoint(source: Path) -> Checkpoint:
-    """Return the tiny model with affine 4-bit attention and mxfp4 in the rest."""
+    """Return the tiny model with affine 4-bit attention and mxfp4 elsewhere."""
     found = read_folder(source)
     tensors: dict[str, mx.array] = {}
     modes: dict[str, dict] = {}
@@ -80,7 +80,7 @@ def test_written_quantized_and_read_again_is_the_same(model, tmp_path):
 
 
 class Failing(dict[str, mx.array]):
-    """Tensors that cannot be read after all."""
+    """Tensors that fail when they are read."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(w=mx.zeros(1))

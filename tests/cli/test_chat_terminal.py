@@ -61,7 +61,7 @@ def test_an_evening(letters):
     assert second.program.exitstatus == 1
     assert "/undo" in (shown := chat.say("/help")) and "/quit" in shown
     assert re.search(r"\n[a-z]{24}\n", chat.say("/retry"))
-    assert replies("evening") == first  # greedy
+    assert replies("evening") == first  # decoding is greedy
     assert "removed: And then?" in chat.say("/undo")
     assert replies("evening") == first[:1]
     # The question comes back to be edited; what is typed is added to it.
@@ -76,7 +76,7 @@ def test_an_evening(letters):
     assert re.search(r"\n[a-z]{24}\n", chat.say("Still there?"))
     assert "evening" in chat.say("/sessions")
     assert "is attended to now" in chat.say("/clear")
-    assert re.search(r"\n[a-z]{24}\n", chat.say(*[UP] * 3, "?"))  # what was typed three lines ago
+    assert re.search(r"\n[a-z]{24}\n", chat.say(*[UP] * 3, "?"))  # the line typed three lines ago
     chat.type("/quit", ENTER)
     chat.end()
     assert replies("evening")[-1][0] == "Still there??"
@@ -99,7 +99,7 @@ def test_control_c_ends_a_reply_which_is_saved_and_the_next_evening_goes_on(lett
     assert [finish for *_, finish in said] == ["interrupted", "interrupted"]
     assert all(re.fullmatch("[a-z]{40,}", reply) for _, reply, _ in said)
 
-    again = Chat("--continue", "--max-tokens", 24, "--temp", 0)  # the model, too, is remembered
+    again = Chat("--continue", "--max-tokens", 24, "--temp", 0)  # the model is remembered, too
     shown = again.next()
     assert "continuing cut: 2 exchanges attended" in shown and "again" not in shown
     assert re.search(r"\n[a-z]{24}\n", again.say("/retry"))
@@ -157,7 +157,7 @@ def test_a_chat_killed_in_a_reply_says_so_the_next_time_and_retry_answers(letter
 
 
 def test_control_c_ends_the_reading_of_a_long_question(tmp_path):
-    """It is in the transcript before the first of its tokens is read."""
+    """The question is in the transcript before its first token is read."""
     config = tiny_config(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=8192
     )
@@ -181,7 +181,7 @@ def test_control_c_ends_the_reading_of_a_long_question(tmp_path):
 
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb"])
 def test_what_is_typed_while_the_model_loads_is_asked(letters, term):
-    """A question at any moment from loading over the first prompt into the replies."""
+    """A question may come while the model loads, at the first prompt, or during a reply."""
     chat = Chat(letters, "--temp", 0, "--max-tokens", 2, "--session", "early", TERM=term)
     chat.see("loading")
     chat.program.delaybeforesend = None

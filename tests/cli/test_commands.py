@@ -27,7 +27,7 @@ OPTIONS = SessionOptions("Be brief.", 200, sampling=Sampling(0), max_tokens=7)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Model:
-    """Return a model that writes letters for ever and knows 4,096 places."""
+    """Return a model that writes letters for ever and has a context of 4,096 tokens."""
     config = tiny_config(**SMALL, max_position_embeddings=4_096)
     return load(write_letters(tmp_path_factory.mktemp("commands"), config), dtype="float32")
 
@@ -115,7 +115,7 @@ def test_an_unknown_command_is_answered_by_one_line_and_changes_nothing(line, ch
 
 
 def answered(outcome, text: str) -> None:
-    """See that a command was answered by a text and by nothing else."""
+    """Check that a command was answered by a text and by nothing else."""
     assert (outcome.text, outcome.pieces, outcome.prefill, outcome.quit) == (text, None, "", False)
 
 
@@ -123,7 +123,7 @@ def test_retry_answers_the_last_question_once_more(saved):
     told, before = [], saved.chat.exchanges
     outcome = say("/retry", saved.chat, progress=lambda *read: told.append(read))
     assert outcome.text == "" and outcome.pieces and saved.chat.exchanges == before
-    assert said(outcome.pieces) == before[-1].reply  # greedy
+    assert said(outcome.pieces) == before[-1].reply  # decoding is greedy
     assert told == [(1, 1)] and saved.chat.exchanges == before
     assert written("letters") == [*QUESTIONS]
 
@@ -151,7 +151,7 @@ def test_undo_and_clear(saved, tmp_path):
     assert chat.exchanges == [] and written("letters") == [QUESTIONS[0]]
     assert tuple(chat.tokens.ids.attended()) == chat.prompts.pinned
     said(chat.reply("Why?"))
-    # What is not attended any more is exported too.
+    # Exchanges that are no longer attended are exported too.
     assert say(f"/export {tmp_path / 'all.json'}", chat).text.startswith("2 exchanges")
     turns = json.loads((tmp_path / "all.json").read_text())["turns"]
     assert [turn["question"] for turn in turns] == [QUESTIONS[0], "Why?"]
@@ -161,19 +161,23 @@ def test_undo_and_clear(saved, tmp_path):
 @pytest.mark.parametrize(
     ("line", "prompt", "text"),
     [
-        ("/system Be kind.", "Be kind.", "the system prompt is changed"),
+        ("/system Be kind.", "Be kind.", "the system prompt has changed"),
         ("/system ''", None, "there is no system prompt now"),
         ('/system ""', None, "there is no system prompt now"),
-        ("/window 512", "Be brief.", "the window is 512 tokens, after 4 that always stay"),
-        ("/window 2,048", "Be brief.", "the window is 2,048 tokens, after 4 that always stay"),
+        ("/window 512", "Be brief.", "the window is 512 tokens, in addition to 4 that always stay"),
+        (
+            "/window 2,048",
+            "Be brief.",
+            "the window is 2,048 tokens, in addition to 4 that always stay",
+        ),
     ],
 )
 def test_another_system_prompt_or_window_keeps_the_conversation(saved, line, prompt, text):
     answered(say("/system", saved.chat), "Be brief.")
     sinks = saved.chat.stats.sinks
-    always = f"after {sinks} that always stay"
+    always = f"in addition to {sinks} that always stay"
     answered(say("/window", saved.chat), f"the window is 200 tokens, {always}")
-    answered(say(line, saved.chat), text.replace("after 4 that always stay", always))
+    answered(say(line, saved.chat), text.replace("in addition to 4 that always stay", always))
     header = saved.store.state.header
     assert saved.chat.system == prompt == header.system
     size = int(line.split()[1].replace(",", "")) if "window" in line else 200
@@ -258,7 +262,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("/undo 3", "/undo takes no argument, not '3'"),
+        ("/undo 3", "/undo takes no argument: leave out '3'"),
         ("/window wide", "/window takes a whole number of tokens, not 'wide'"),
         ("/window " + "9" * 5000, "/window takes a whole number of tokens, not '9999"),
         ("/window 0", "--window must be at least 1"),
@@ -297,7 +301,7 @@ class FullDisk:
 def test_a_full_disk_is_one_line(line, chat):
     chat.recorder = FullDisk()
     answered(say(line, chat), "the disk is full")
-    pieces = say("/retry", chat).pieces  # of a reply that is its reader's error
+    pieces = say("/retry", chat).pieces  # an error in the reply is raised to its reader
     assert pieces or line == "/clear"
     if pieces:
         with pytest.raises(SessionError, match="full"):

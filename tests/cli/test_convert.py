@@ -56,7 +56,7 @@ def test_places_are_refused(source, tmp_path):
         (tmp_path / "link", "is a link: give a folder"),
         (tmp_path / "file" / "out", "could not be written: "),
         (theirs, "exists: give another folder, or --force to replace it"),
-        (source / "out", "is the source, inside it, or around it"),
+        (source / "out", "is the source, is inside it, or contains it"),
         *((place, "not be replaced", "--force") for place in (theirs, source, source.parent)),
     ):
         assert why in one_line("convert", source, out, *options)
@@ -65,7 +65,7 @@ def test_places_are_refused(source, tmp_path):
 
 def test_only_what_a_conversion_wrote_is_replaced(source, tmp_path):
     out = tmp_path / "out"
-    out.mkdir()  # an empty folder is no model
+    out.mkdir()  # an empty folder is not a model
     done("convert", source, out, "--bits", 4)
     first = files_of(out)
     assert "or --force to replace it" in one_line("convert", source, out, "--bits", 8)
@@ -88,7 +88,7 @@ def test_a_folder_is_replaced_or_stays(tmp_path):
         (folder / folder.name).touch()
     atomic_replace.replace_folder(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
-    with pytest.raises(OSError, match="new"):  # there is none any more
+    with pytest.raises(OSError, match="new"):  # it no longer exists
         atomic_replace.replace_folder(new, old)
     assert names(tmp_path) == ["old"] and names(old) == ["new"]
 
@@ -135,7 +135,7 @@ def test_what_is_interrupted_leaves_nothing_that_looks_finished(source, tmp_path
         assert process.stderr is not None
         weights = Path(process.stderr.readline().strip())
         assert weights.name == "shard-0.safetensors"
-        for name in ("out", "other"):  # while it lives nobody sweeps it
+        for name in ("out", "other"):  # while its owner runs, nothing sweeps it
             with atomic_replace.partial_folder(tmp_path, name):
                 assert weights.is_file()
         process.send_signal(sent)
@@ -236,7 +236,7 @@ def test_presets_run(source, text, tmp_path, words, recipe):
     subprocess.run(command, check=True, capture_output=True, timeout=DEADLINE)
     about = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert about["recipe"] == recipe and (preset == "laptop" or about["dtype"] == "float16")
-    if words == "phone":  # it does not replace what is there
+    if words == "phone":  # it does not replace an existing folder
         result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
 
@@ -257,7 +257,7 @@ def test_recipes_are_compared_on_a_text(source, text):
 
 @pytest.mark.parametrize("script", sorted(path.name for path in CONVERT.glob("*.py")))
 def test_a_script_says_what_it_takes(script):
-    # A script of this name would shadow the package for those beside it.
+    # A script of this name would shadow the package for scripts in its folder.
     assert script != "gguf.py"
     command = [sys.executable, str(CONVERT / script), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
@@ -267,7 +267,7 @@ def test_a_script_says_what_it_takes(script):
 
 
 def on_a_device(budget: int) -> None:
-    """Describe a device of one's own on which a program may use so many bytes."""
+    """Describe a user's own device, on which a program may use so many bytes."""
     home = Path(os.environ["MLX_STREAM_HOME"])
     home.mkdir(parents=True, exist_ok=True)
     (home / "devices.toml").write_text(

@@ -29,7 +29,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def experiments(tiny: Path, text: Path) -> dict[str, tuple[object, ...]]:
-    """Return a small command of each experiment."""
+    """Return a small command for each experiment."""
     return {
         "perplexity": ("eval", "perplexity", tiny, text, *SMALL, "--cache", "stream"),
         "sinks": ("eval", "sinks", tiny, text, "--capacity", 32, "--tokens", 100),
@@ -133,7 +133,7 @@ def test_a_peer_that_is_not_installed_is_reported(tiny: Path, text: Path) -> Non
     assert reason
     command = ("eval", "perplexity", tiny, text, *SMALL, "--cache", "stream")
     result = done(*command, "--against", "llama.cpp")
-    assert result.out.splitlines()[-1] == f"llama.cpp: not measured: {reason}"
+    assert result.out.splitlines()[-1] == f"llama.cpp: not measured, because {reason}"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_an_interrupted_experiment_shows_the_figures_it_has(
     result = run("eval", name, tiny, *files, *options)
     assert result.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
     lines = result.out.splitlines()
-    if name == "latency":  # the size that was not done is left out
+    if name == "latency":  # the size that was not measured is left out
         sizes = [line.split()[0] for line in lines[1:] if line[:1].isdigit()]
         assert sizes == ["32"] * 5
     else:

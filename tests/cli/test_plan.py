@@ -44,9 +44,9 @@ def test_plan_says_what_a_phone_has_to_hold():
         "ring       33.8 MB  4 sinks, window 1,020",
         "workspace  66.4 MB  one chunk of a prompt",
         "total      795.4 MB  fits: one program may use 6,442.5 MB with the increased-memory-limit "
-        "entitlement; fits without, in 3,221.2 MB",
+        "entitlement; without it, 3,221.2 MB: fits",
         "loading    704.5 MB  at its peak, before the ring is allocated",
-        "reads      729.1 MB  a token: at 60 GB/s, 82.3 tokens/s at most",
+        "reads      729.1 MB  per token: at 60 GB/s, 82.3 tokens/s at most",
     ]
 
 
@@ -85,7 +85,7 @@ def test_without_a_device_it_is_about_this_machine(tmp_path):
     assert found["budget_bytes"] == backend.memory_budget()
     assert found["weights_bytes"] == model.weight_bytes
     assert found["ring_bytes"] == model.new_cache(window=200, spare=SPARE).nbytes
-    assert found["stored_bytes"] == model.weight_bytes  # float32 both
+    assert found["stored_bytes"] == model.weight_bytes  # both are float32
     if not backend.on_metal():
         assert found["tokens_per_second"] is None and found["dtype"] == "float32"
         assert "reads" not in done("plan", folder).out

@@ -22,7 +22,7 @@ def started(
     *args: object, stdin: int = subprocess.DEVNULL, stdout: Any = subprocess.PIPE, **changed: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run the real program in a changed environment, and make sure that it ends."""
-    # Some machines set this for all; what the interpreter writes at exit is then not tested.
+    # Some machines set this globally, and then what the interpreter writes at exit is not tested.
     inherited = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
         program(*args),
@@ -47,7 +47,7 @@ def stderr_of(process: subprocess.Popen[bytes]) -> str:
     return process.stderr.read().decode()
 
 
-# --- the real program, and streams that go away ---
+# --- the real program, and streams that close ---
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])
@@ -83,7 +83,7 @@ def test_an_interrupt_ends_generate(letters: Path) -> None:
     with started("generate", letters, "-p", "the", *ENDLESS) as process:
         assert process.stdout is not None
         first = process.stdout.read(1)
-        # A signal can be lost where Python cannot raise; a user presses again.
+        # A signal can be lost where Python cannot raise; a user presses the key again.
         for _ in range(20):
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Programs beside the package as verbs: found by entry points, given all remaining arguments."""
+"""Installed programs as verbs: found by entry points, given all remaining arguments."""
 
 import subprocess
 import sys

@@ -63,7 +63,7 @@ def recalled(path):
 
 
 def got(terminal, line):
-    """Wait until a line has been read, and a prompt for the next one is there."""
+    """Wait until a line has been read and the next prompt is shown."""
     terminal.see(f"GOT {line!a}\r\n")
     terminal.see(PROMPT)
 
@@ -105,7 +105,7 @@ def test_lines_are_typed_edited_completed_dropped_and_pasted(terminals, path):
     terminal.type("never sent", CTRL_C)
     terminal.see("(Ctrl-D leaves)")
     terminal.see(PROMPT)
-    terminal.type("ab", "\x1b[D", CTRL_D, ENTER)  # amid a line Ctrl-D deletes
+    terminal.type("ab", "\x1b[D", CTRL_D, ENTER)  # deletes a character
     got(terminal, "a")
     terminal.leave()
 
@@ -129,7 +129,7 @@ def test_what_was_typed_is_recalled_by_the_next_program_and_is_the_users_own(ter
     terminal = terminals(path)
     terminal.type(UP, ENTER)
     got(terminal, "two\nlines")
-    terminal.type(UP, UP, UP, UP, ENTER)  # the first two pass the lines of the newest
+    terminal.type(UP, UP, UP, UP, ENTER)  # the first two go through the lines of the newest entry
     got(terminal, "first")
     terminal.leave()
 
@@ -139,7 +139,7 @@ def test_keys_pressed_during_a_reply_are_the_next_line(terminals, path):
     terminal.type("wait", ENTER)
     terminal.see("BUSY")
     terminal.type("!", "ahead", ENTER)
-    assert "ahead" not in terminal.see("\n")  # of BUSY
+    assert "ahead" not in terminal.see("\n")  # from BUSY
     got(terminal, "ahead")
     terminal.leave()
 

@@ -23,7 +23,7 @@ CONFIG = tiny_config(**SMALL)
 WEIGHTS = tiny_weights(CONFIG)
 PUBLISHED = Path(__file__).parents[1] / "fakes" / "published"
 TEXT = "the man and the house of the river and the sea in the end " * 40
-# In capitals: what a test makes of it.
+# Words in capitals, and the files that tests make for them.
 COMMANDS = {
     "generate": "generate MODEL -p the",
     "chat": "chat MODEL",
@@ -69,7 +69,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("generate chat", "--repetition-penalty 0", "--repetition-penalty must be from 0.01 to 100"),
     ("generate chat", "--seed -1", "--seed must be from 0 to 2^64 - 1, not -1"),
     ("generate chat", "--max-tokens 0", "--max-tokens must be at least 1, not 0"),
-    ("generate chat", "--stop x --stop ''", "--stop must not be an empty text"),
+    ("generate chat", "--stop x --stop ''", "--stop must not be an empty string"),
     ("score", "--chunk 0", "--chunk must be at least 1, not 0"),
     ("score", "--max-tokens 1 --json", "--max-tokens must be at least 2, not 1"),
     ("score", "--dense --sinks 2", "--dense attends to everything: leave out --window, --sinks"),
@@ -118,7 +118,7 @@ def test_options_are_refused(given, verbs, options, why, monkeypatch):
         assert why in one_line(*words(f"{COMMANDS[verb]} {options}", given), stdin="the\n")
 
 
-# --- names, texts and places ---
+# --- names, texts and paths ---
 
 OTHERS: list[tuple[str, bytes, str]] = [
     *(
@@ -158,7 +158,7 @@ def test_names_and_texts_are_refused(given, tmp_path, command, stdin, why):
         gguf_files.write_tiny(given["GGUF"])
     began = time.monotonic()
     assert why in one_line(*words(command, given), stdin=stdin)
-    assert time.monotonic() - began < DEADLINE / 2  # also with a Hub that does not answer
+    assert time.monotonic() - began < DEADLINE / 2  # even with a Hub that does not answer
 
 
 def test_a_line_of_chat_that_is_not_utf8_ends_it_where_it_is(whole):
@@ -193,7 +193,7 @@ def written(file: str, content: bytes) -> Callable[[Path], object]:
 def tensors(
     name: str, shape: tuple[int, ...] = (), dtype: str = "float32"
 ) -> Callable[[Path], object]:
-    """Write the weights again, with one of another shape, or without it."""
+    """Write the weights again, with one of a different shape, or without it."""
     weights = {key: value for key, value in WEIGHTS.items() if key != name}
     weights |= {name: np.ones(shape, np.float32)} if shape else {}
     return lambda model: write_tiny(model, CONFIG, weights, dtype, tokenizer=False)
@@ -287,7 +287,7 @@ def test_what_exceeds_memory_is_refused_with_the_numbers_unless_forced(given, mo
     for verb in ("generate", "chat", "score"):
         command = words(f"{COMMANDS[verb]} --window 9999996", given | {"MODEL": model})
         found = re.fullmatch(REFUSAL, one_line(*command, stdin="Hello\n"))
-        # One layer of one head: 2 of 16 float32 a token.
+        # One layer with one head: 2 times 16 float32 numbers per token.
         assert found is not None and found.groups() == ("0.1", "1,280.0", "536.9")
     assert done("generate", model, *ASK, "--window", 1000).err == ""
 

@@ -260,7 +260,7 @@ def test_help_names_every_verb() -> None:
 
 
 def plain(text: str) -> str:
-    """Take out colours, and the frame's line breaks."""
+    """Remove colours, and the frame's line breaks."""
     return " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", text).split())
 
 
@@ -279,7 +279,7 @@ def test_wrong_usage_exits_with_2(arguments: str) -> None:
 
 
 def test_bench_compares_with_mlx_lm(tiny: Path) -> None:
-    # A process of its own: mlx-lm imports much that other tests are better without.
+    # It runs in its own process, because mlx-lm imports much that would disturb other tests.
     options = ("--json", "--pairs", 3, "--window", 64, "--chunk", 16, "--prefill", 40)
     command = program("bench", tiny, *options)
     found = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE)

@@ -33,7 +33,7 @@ def test_a_complete_config_is_read_as_it_is_and_frozen():
     assert (biased.attention_bias, biased.mlp_bias, biased.tie_word_embeddings) == (True,) * 3
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.vocab_size = 3  # type: ignore[misc]
-    assert read(head_dim=24, hidden_size=50).head_dim == 24  # it need not divide
+    assert read(head_dim=24, hidden_size=50).head_dim == 24  # it need not divide the hidden size
     assert read(head_dim=None, hidden_size=48).head_dim == 12
 
 
@@ -46,7 +46,7 @@ BASE = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "
 def test_defaults_are_those_of_transformers(kind, peer, absent, heads):
     raw: dict[str, Any] = {key: tiny_config()[key] for key in BASE}
     raw |= {"model_type": kind, "num_attention_heads": heads}
-    # transformers gives a Mistral 8 key heads and a window of 4096 if its file is silent.
+    # transformers gives a Mistral 8 key heads and a window of 4096 if its file does not say.
     raw |= {"num_key_value_heads": heads, "sliding_window": None} if kind == "mistral" else {}
     expected = peer(**raw)
     if absent == "null":
@@ -118,7 +118,7 @@ OTHERS = st.fixed_dictionaries(
 @settings(max_examples=80)
 def test_accepted_settings_have_the_reference_s_frequencies(spelling, rope, changes, theta, size):
     rope = {**rope, **changes}
-    # Others make no sense, and equal ones divide by zero: see the refusals.
+    # Other values make no sense, and equal ones would divide by zero: see the refusals.
     assume(rope["rope_type"] != "llama3" or rope["low_freq_factor"] < rope["high_freq_factor"])
     if spelling == "type":
         rope["type"] = rope.pop("rope_type")

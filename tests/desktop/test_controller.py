@@ -35,7 +35,7 @@ async def test_stop_ends_a_reply_within_a_token_and_keeps_it(letters):
         heard = len(one.said[-1].reply)
         await task
         assert one.status.idle and one.said[-1].finish == "interrupted"
-        # One more may be ready, and one is computed while that is shown.
+        # One more piece may be ready, and another is computed while that one is shown.
         assert heard <= len(one.said[-1].reply) <= heard + 2
         kept = one.said[-1]
         assert [e.reply for e in chat_of(one).exchanges] == [kept.reply]

@@ -45,7 +45,7 @@ def test_shown_text_is_cut_and_has_no_control_characters():
 
 
 class Clock:
-    """An event loop's clock, turned by hand."""
+    """An event loop's clock that the test sets."""
 
     def __init__(self):
         self.now, self.waiting = 100.0, []
@@ -103,7 +103,8 @@ def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
     rows = rows_of(said, attended=2, name="work")
     assert rows[0].text == "5 earlier: mlx_stream sessions show work"
     at = next(n for n, row in enumerate(rows) if row.kind == "note" and n)
-    assert rows[at].text == f"{EXCHANGES_SHOWN + 3} exchanges above left the window: not attended"
+    gone = f"{EXCHANGES_SHOWN + 3} exchanges above left the window and are not attended"
+    assert rows[at].text == gone
     assert [row.text for row in rows[at + 1 :]] == ["q23", "r23", "q24", "r24"]
     assert all(row.attended == (n > at) for n, row in enumerate(rows))
     assert [row.kind for row in rows_of(said[:1], 1, "work")] == ["you", "model"]

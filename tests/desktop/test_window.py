@@ -100,7 +100,7 @@ async def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_
         view.window.value = "508"
         await until(lambda: one.controller.gauge.capacity == 512)
         await settled(one)
-        view.window.value = "8,000"  # more than the model was trained with
+        view.window.value = "8,000"  # more than the model was trained on
         await until(lambda: "trained context" in view.notice.text.replace("\n", " "))
         await settled(one)
         await until(lambda: view.window.value == "508")

@@ -26,7 +26,7 @@ def engine(letters):
 
 
 def hold(chat, questions):
-    """Ask, and have the last answer once more, and to another question; return what was said."""
+    """Ask, retry the last question, edit it, and ask another; return what was said."""
     replies = [said(chat.reply(question)) for question in questions]
     return [*replies, said(chat.retry()), said(chat.edit("Two?")), said(chat.reply("Three?"))]
 
@@ -49,7 +49,7 @@ def test_sessions_at_once_say_what_each_says_alone(letters, engine):
 
 
 def test_replies_take_turns_token_by_token(engine):
-    """No session gets a second token before each has had one, even beside a long question."""
+    """No session gets a second token before each has had one, even during a long question."""
     order = []
     chats = {n: engine.session(sampling=GREEDY, window=400, max_tokens=12) for n in range(3)}
     for chat in chats.values():
@@ -68,7 +68,7 @@ def test_replies_take_turns_token_by_token(engine):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenStream, "_read", read)
         patch.setattr(TokenStream, "next", one)
-        # All have arrived before the first step of any of them.
+        # All of them have arrived before the first step of any.
         with engine._worker.lock:
             replies = [chat.reply(LONG if n == 2 else "Hi") for n, chat in chats.items()]
             jobs = [threading.Thread(target=said, args=(r,), daemon=True) for r in replies]
@@ -86,7 +86,7 @@ def test_replies_take_turns_token_by_token(engine):
 
 
 def eventually_asked(engine, count):
-    """Let others submit, who need the lock that is held here, until there are `count` jobs."""
+    """Let other threads submit, which need the lock held here, until there are `count` tasks."""
     wait = threading.Condition(engine._worker.lock)
     for _ in range(10_000):
         if sum(len(queue.tasks) for queue in engine._worker.queues) == count:
@@ -202,7 +202,7 @@ def test_an_error_is_raised_only_in_its_own_session(engine, monkeypatch):
         with pytest.raises(errors.ComputeError, match="the device was lost"):
             said(bad.reply("Hi"))
     assert len(said(good.reply("Hi"))) == 9
-    assert len(said(bad.reply("And now?"))) == 9  # on a new stream
+    assert len(said(bad.reply("And now?"))) == 9  # this uses a new stream
     assert [exchange.question for exchange in bad.exchanges] == ["Hi", "And now?"]
     with pytest.raises(errors.ValueRefused, match="window"):
         said(engine.session(window=0).reply("Hi"))
@@ -227,7 +227,7 @@ def test_a_full_queue_refuses_with_the_numbers_and_continues(letters):
             next(reply)
         with pytest.raises(errors.QueueFull, match="2 commands"):
             next(chats[0].reply("Hi"))
-        assert next(replies[1]).text  # what was going on still is
+        assert next(replies[1]).text  # the other reply is still in progress
         replies[0].close()
         eventually(lambda: chats[0].exchanges)
         assert next(chats[0].reply("Again"))
@@ -289,7 +289,7 @@ def test_one_engine_at_a_time_and_none_after_its_end(letters):
     going_on = chat.reply("Hi", max_tokens=100_000)
     next(going_on)
     engine.close(0)
-    with engine_of(letters) as other:  # it waits until the other one has ended
+    with engine_of(letters) as other:  # this waits until the other engine has ended
         other.wait(DEADLINE)
         assert engine.close(DEADLINE) and not engine.ready
         with pytest.raises(errors.EngineClosed):

@@ -26,7 +26,7 @@ def engine(letters):
 
 @contextmanager
 def held_up(engine):
-    """Block the engine's thread meanwhile."""
+    """Block the engine's thread within the `with` block."""
     begun, gate = threading.Event(), threading.Event()
 
     def hold(_):
@@ -70,7 +70,7 @@ def test_calls_that_wait_for_a_closed_or_forgotten_session_are_refused(engine):
         chat = engine.session(sampling=GREEDY)
         gone = chat.undo()
         chat.close()
-        forgotten = engine.session().clear()  # nothing holds the session
+        forgotten = engine.session().clear()  # nothing refers to the session
     for ask in (chat.wait, gone.result, forgotten.result):
         with pytest.raises(errors.EngineClosed, match=CLOSED):
             ask(DEADLINE)
@@ -115,7 +115,7 @@ def test_closing_a_reply_raises_nothing_in_its_reader(engine):
     chat = engine.session(sampling=GREEDY)
     pieces = chat.reply("Hi", max_tokens=100_000)
     next(pieces)
-    with engine._worker.lock:  # both before the next step
+    with engine._worker.lock:  # both happen before the next step
         chat._ask(lambda: chat._session_worker.perform(lambda _: None))
         chat.close()
     assert said(pieces) == ""
@@ -142,7 +142,7 @@ def test_a_closed_session_says_so_before_a_model_that_is_not_there(tmp_path):
 
 @contextmanager
 def waiting_for_room(listener, error, match=None):
-    """Feed a full backlog from another thread; see that it is refused with an error."""
+    """Feed a full backlog from another thread; check that it is refused with an error."""
     refused = []
 
     def feed():
@@ -155,7 +155,7 @@ def waiting_for_room(listener, error, match=None):
     feeding.start()
     feeding.join(0.1)  # by now it is most likely waiting
     yield
-    feeding.join(DEADLINE / 2)  # sooner than what holds the engine up would end by itself
+    feeding.join(DEADLINE / 2)  # before the blocking task would end by itself
     assert refused
 
 
@@ -228,12 +228,12 @@ def test_a_future_s_callback_may_not_wait_for_the_engine(engine):
                 ask()
             except errors.ValueRefused as error:
                 refused[name] = str(error)
-        listener.wait()  # what is done need not be waited for
+        listener.wait()  # a wait for something done returns at once
         engine.wait()
         called.set()
 
     called = threading.Event()
-    with held_up(engine):  # or it is called back here
+    with held_up(engine):  # otherwise the callback runs on this thread
         chat.undo().add_done_callback(call_back)
     assert called.wait(DEADLINE / 2)
     assert refused.keys() == asks.keys()
@@ -258,7 +258,7 @@ def test_cancelling_an_undo_before_its_turn_keeps_the_exchange(engine):
 def test_an_engine_closed_before_it_loads_has_no_error(engine, letters):
     with held_up(engine):
         engine.close(0)
-        other = engine_of(letters)  # loads once the first has ended
+        other = engine_of(letters)  # it loads once the first engine has ended
         other.close(0)
     with pytest.raises(errors.EngineClosed, match=CLOSED):
         other.wait(DEADLINE)

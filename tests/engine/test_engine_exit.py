@@ -88,11 +88,11 @@ def test_a_program_that_ends_without_close_loses_no_turn(letters, tmp_path):
         "engine.close()"
     )
     outputs = [ran(text, letters, tmp_path).stdout for text in (program, again)]
-    # Its stream too: nothing is read again.
+    # Its stream was saved too: nothing is read again.
     assert outputs == ["", "[('One?', 'length'), ('Two?', 'interrupted')] []\n"]
 
 
-# What is begun before a fork, and what waits for it in the new process.
+# What is begun before a fork, and how the new process waits for it.
 IN_A_FORK = {
     "opening": ("", "chat.wait()"),
     "a session": ("list(chat.reply('One?', 5))", "engine.session()"),

@@ -36,7 +36,7 @@ def byte_level():
 
 
 def blank_lines(split=None):
-    """Return a byte-level one with tokens of several spaces or line ends, as large ones have."""
+    """Return a byte-level tokenizer that has tokens of several spaces or line ends."""
     merges = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "t"), ("Ġt", "h"), ("Ġth", "e"), (".", "Ċ")]
     tokens = SPECIALS + sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]
     backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
@@ -58,7 +58,7 @@ def blank_lines_in_llama():
 
 
 def sentence_pieces():
-    """Return a tokenizer that puts a space before the first word of whatever it is given."""
+    """Return a tokenizer that puts a space before the first word of any text."""
     letters = sorted({*TEXT, *"▁<|>_."} - {" "})
     merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "a"), ("▁a", "n"), ("▁an", "d")]
     vocabulary = ["<unk>", "<s>", *[f"<0x{byte:02X}>" for byte in range(256)], *letters]
@@ -158,7 +158,7 @@ def test_a_question_ends_the_turn_as_one_text(turns):
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_an_open_turn_is_what_the_template_renders(name, system):
-    """Whatever is fed and asked, the conversation reads as if it had been asked in one piece."""
+    """Whatever is fed and asked, the ids are those of the conversation asked in one piece."""
     source, tokens = KNOWN[name][:2]
     template = ChatTemplate(source, tokens)
     turns = PromptBuilder(byte_level(), template, system, pin=True)

@@ -1,4 +1,4 @@
-"""Listening: what is fed is attended as it is, questions come and go, and nothing fed is lost."""
+"""Listening: what is fed is attended unchanged, questions are answered, and nothing fed is lost."""
 
 import asyncio
 import json
@@ -67,7 +67,7 @@ def test_fed_text_is_one_open_turn_that_a_question_closes(engine):
     assert attended(listener) + closing == rendered(listener, (text, None), system="You listen.")
     answer = said(listener.ask("Why?", max_tokens=9))
     assert len(answer) == 9
-    listener.feed("It ca")  # a question ends what was fed before it, also in the middle of a word
+    listener.feed("It ca")  # a question ends the fed text before it, even in the middle of a word
     turns = ((f"{text}\n\nWhy?", answer),)
     again = said(listener.ask("When?", max_tokens=9))
     more = said(listener.ask("Where?", max_tokens=9))
@@ -127,7 +127,7 @@ def test_asking_without_remembering_leaves_the_stream_as_it_was_to_the_bit(engin
     stopped.close()
     eventually(lambda: not listener._queue.tasks)
     assert bits(listener) == before and engine.memory[0] == used
-    # It is the answer that would be remembered.
+    # This is the answer that would be remembered.
     assert said(listener.ask("What is it?", max_tokens=20)) == answer
     listener.flush(DEADLINE)  # what follows the answer is read on the engine's thread
     assert bits(listener) != before
@@ -139,7 +139,7 @@ def test_asking_without_remembering_leaves_the_stream_as_it_was_to_the_bit(engin
     ids=lambda fails: fails[1],
 )
 def test_an_answer_aside_that_fails_leaves_nothing_behind(engine, monkeypatch, fails):
-    """As a device does that cannot compute, or has no memory left."""
+    """It fails as on a device that cannot compute, or has no memory left."""
     listener = engine.listen(window=500, sampling=GREEDY)
     listener.feed(TEXT[:200])
     listener.flush(DEADLINE)
@@ -205,7 +205,7 @@ def test_a_copy_that_does_not_fit_is_refused_and_listening_continues(letters):
             engine.listen(window=100).wait(DEADLINE)
         other = engine.listen(window=100)
         with pytest.raises(errors.MemoryRefused):
-            while True:  # at once it may not be known yet
+            while True:  # it may not be known at once
                 other.feed("x", timeout=0.01)
 
 
@@ -230,9 +230,9 @@ def test_an_answer_that_is_cut_leaves_a_well_formed_stream(engine):
 
 def test_a_full_backlog_is_refused_with_the_numbers_or_waited_for(engine):
     listener = engine.listen(window=100, backlog=1_000)
-    with engine._worker.lock:  # nothing is taken meanwhile
+    with engine._worker.lock:  # nothing is taken from the backlog meanwhile
         listener.feed("x " * 400)
-        with pytest.raises(errors.QueueFull, match=r"800 characters.*at most 1,000"):
+        with pytest.raises(errors.QueueFull, match=r"800 of 1,000 characters"):
             listener.feed("y " * 200)
         assert listener.backlog == 800
     for _ in range(20):
@@ -289,7 +289,7 @@ def test_a_snapshot_continues_to_the_bit_and_holds_unread_text(engine, tmp_path)
     assert hearing(again).tokens.ids.attended() == hearing(listener).tokens.ids.attended()
     assert again.stats.evicted == listener.stats.evicted
     assert said(again.ask("What?", max_tokens=9)) == said(listener.ask("What?", max_tokens=9))
-    # Saved where all is read, and so read in the same steps: to the bit.
+    # Saved after everything was read, and so read in the same steps, it is equal to the bit.
     listener.flush(DEADLINE)
     listener.save(path, {})
     third = engine.listen(**options, restore=path)
@@ -303,7 +303,7 @@ def test_a_snapshot_between_an_answer_and_the_next_turn_continues_there(engine, 
     listener = engine.listen(window=200, sampling=GREEDY)
     listener.feed("One two three.")
     heard = hearing(listener)
-    with engine._worker.lock:  # so that nothing comes between
+    with engine._worker.lock:  # so that nothing happens in between
         listener._ask_command("Why?", True, 9, False)()
         saving = engine._worker.submit(listener._queue, lambda: heard.save(path, {}), None)
     saving.future.result(DEADLINE)
@@ -315,7 +315,7 @@ def test_a_snapshot_between_an_answer_and_the_next_turn_continues_there(engine, 
 
 
 def test_a_snapshot_of_version_1_is_continued(engine, tmp_path, monkeypatch):
-    """Its fingerprint is another than is written now."""
+    """Its fingerprint differs from the one that is written now."""
     path, fingerprint = tmp_path / "stream.safetensors", Model.fingerprint
     listener = engine.listen(window=60, sampling=GREEDY)
     listener.feed(TEXT[:500])

@@ -75,7 +75,7 @@ def test_a_report_without_a_figure_is_refused(name: str) -> None:
     for key in NEEDED[name].split():
         first, *rows = report.rows
         rows.insert(0, {k: v for k, v in first.items() if k != key})
-        if key != "cache":  # the default is the stream
+        if key != "cache":  # without it the stream is meant
             with pytest.raises(ValueRefused, match=r"^no chart"):
                 charts.make_figure(Report(name, report.about, rows))
 
@@ -102,7 +102,7 @@ def test_every_segment_is_drawn_as_it_was_measured() -> None:
         assert np.asarray(losses[cache].get_xdata()).tolist() == [row["tokens"] for row in rows]
         speed, memory = (axes.lines[place] for axes in panels[1:])
         assert ys(speed) == [row["tokens_per_second"] for row in rows]
-        if cache != "llama.cpp":  # its memory is not known
+        if cache != "llama.cpp":  # its memory is unknown
             assert ys(memory) == [row["active_bytes"] / 1e6 for row in rows]
         assert speed.get_color() == memory.get_color() == losses[cache].get_color()
     assert {"window 1,020", "trained context 8,192"} <= set(losses)

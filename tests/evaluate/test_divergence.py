@@ -92,7 +92,7 @@ def test_a_measured_model_is_as_it_was() -> None:
     raw = tiny_config()
     model = make(raw, tensors_of(raw))
     before = all_logits(model, model.new_dense_cache(), IDS, 256)
-    # Rows of 96 are not groups of 64.
+    # Rows of 96 cannot be divided into groups of 64.
     found = measure_sensitivity(model, IDS, Quantization(64, 2))
     assert not any("down_proj" in path for part in found for path in part)
     assert np.array_equal(before, all_logits(model, model.new_dense_cache(), IDS, 256))

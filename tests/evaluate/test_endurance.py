@@ -64,10 +64,10 @@ def test_the_log_has_each_segment_and_the_last_tenth_is_compared_once(
 ) -> None:
     report = parsed(done(*endurance("log", 19.1, "--json")).out)
     rows, log = report["rows"], (tmp_path / "log").read_text()
-    assert [row["tokens"] for row in rows] == [SEGMENT * n for n in range(1, 21)]  # whole ones
+    assert [row["tokens"] for row in rows] == [SEGMENT * n for n in range(1, 21)]  # whole segments
     assert rows == [json.loads(x) for x in log.splitlines()[1:-1]]
     assert all(row["evicted"] == row["tokens"] - 34 for row in rows)
-    # Of a tiny model, a reused buffer of the allocator's may be a little too large.
+    # With a tiny model, a buffer that the allocator reuses may be a little too large.
     active = [row["active_bytes"] for row in rows]
     assert max(active) - min(active) <= 16_384
     assert report["notes"][0].startswith("active memory: ")
@@ -207,7 +207,7 @@ def test_a_log_of_other_settings_is_left_alone(
     ("name", "content", "why"),
     [
         *(("log", text, "is not a log") for text in ("Dear diary\nI", "{}\n", "[1]\n", "\n")),
-        ("log.state", "a novel", "the state is saved under this name"),
+        ("log.state", "a novel", "another file is where the state would be saved"),
     ],
 )
 def test_another_file_is_left_alone(

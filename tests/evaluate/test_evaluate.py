@@ -70,7 +70,7 @@ def test_recompute_with_a_stride_of_1_reads_each_window_from_scratch(tiny_model:
 
 @pytest.mark.parametrize("sinks", [0, SINKS])
 def test_recompute_with_a_stride_reads_up_to_its_end(tiny_model: Make, sinks: int) -> None:
-    """Worked example of the reader: capacity 16, stride 5; for tokens 91 to 95, 79 to 94."""
+    """Worked example: capacity 16, stride 5; for tokens 91 to 95 the reader reads 79 to 94."""
     model = tiny_model()
     found = readers.recompute_reader(model, IDS, CAPACITY, 5, sinks)(90, 97)
     first = IDS[:sinks] + IDS[79 + sinks : 96]

@@ -94,7 +94,7 @@ def test_lines_encoded_apart_are_the_text_encoded_whole(
 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text() -> None:
-    """As Llama 2's does: every line but the first must be encoded as what it is, a later one."""
+    """Like Llama 2's: every line but the first must be encoded as a later line of a text."""
     letters = sorted({*"▁\n", *DATA.text, *DATA.queries[0].line.question} - {" "})
     backend = tokenizers.Tokenizer(models.BPE({x: i for i, x in enumerate(letters)}, []))
     backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
@@ -126,7 +126,8 @@ def test_candidates_score_as_they_do_from_scratch(
     )
     cache = model.new_cache(SINKS, WINDOW, spare_of(asked))
     assert len([*streams.run_distances(model, cache, DATA, asked)]) == len(asked) == 12
-    # The ring has gone round twice before the first query. Some of each point, inside and outside.
+    # The ring has gone round twice before the first query. Some lines of each distance are inside,
+    # some outside.
     for index in (0, 5, 10):
         one, (likelihoods, written) = asked[index], given[index]
         for chosen in (one.right, 9 - one.right):
@@ -225,7 +226,7 @@ def test_attended_counts_as_in_its_example(model: Model) -> None:
 def test_accuracy_is_counted_for_each_distance(
     model: Model, asked: list[EncodedQuery], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Three queries of four distances: none, one, two and all three right.
+    # Three queries at each of four distances: none, one, two and all three are right.
     right = iter([*(0, 0, 1, 1), *(0, 1, 1, 1), *(0, 0, 0, 1)])
 
     def answer(
@@ -260,7 +261,7 @@ def test_a_written_answer_is_a_whole_word(model: Model, asked: list[EncodedQuery
     assert all(says(answer + more) for more in ("", ".", " and", ".\nLine 3", "'s"))
     assert not any(says(answer + more) for more in ("s", "on", "2", answer[1:]))
     others = [texts.CANDIDATES[(one.right + 1) % 10], "", answer[:-1], f" J.{answer}"]
-    others.append("." * len(answer) + answer)  # later, and where a word ends
+    others.append("." * len(answer) + answer)  # it comes later, and begins where a word ends
     assert not any(says(other) for other in others)
 
 

@@ -38,7 +38,7 @@ def test_each_answer_is_in_the_line_asked_about() -> None:
     assert places == [(n, d) for n in range(160, 301, 10) for d in texts.DISTANCES]
     for number, query in enumerate(data.queries, start=1):
         assert query.number == number
-        # Counting back from the next line, which is where the query stands.
+        # Counting back from the next line, which is where the query is.
         line, about = query.line, query.after + 1 - query.lines_back
         assert line is data.lines[about - 1]
         asked = re.fullmatch(

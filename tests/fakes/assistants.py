@@ -1,4 +1,4 @@
-"""A running assistant, killed and looked at from outside: shared by tests and a long script."""
+"""A running assistant, killed and inspected from outside: shared by tests and a long script."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def asked(what: str, name: str = "main", **more: Any) -> dict[str, Any]:
 
 @dataclass
 class Running:
-    """A process of the assistant; what it says goes to a file."""
+    """A process of the assistant; its messages go to a file."""
 
     words: tuple[object, ...]
     log: Path
@@ -73,13 +73,13 @@ class Running:
     def until(
         self, done: Callable[[dict[str, Any]], bool], seconds: float = DEADLINE
     ) -> dict[str, Any]:
-        """Wait until its status is as wanted, and stays so for a second, and return it."""
+        """Wait until its status is as wanted and stays so for a second; return the status."""
         end, status, since, last = time.monotonic() + seconds, {}, 0.0, None
         while time.monotonic() < end:
             assert self.process.poll() is None, f"it has ended: {self.said}"
             try:
                 status = self.status()
-            except AssistantError:  # it is not listening yet
+            except AssistantError:  # the assistant is not listening yet
                 status = {}
             seen = [status.get(key) for key in ("attended", "evicted", "bytes_read")]
             if not status or not done(status) or seen != last:
@@ -115,7 +115,7 @@ def has_caught_up(status: dict[str, Any]) -> bool:
 
 @dataclass
 class Watch:
-    """Every chunk a journal ever held, copied before it is removed; kept in a file if told so."""
+    """Every chunk a journal ever held, copied before it is removed; kept in a file if asked."""
 
     journal: Path
     kept: Path | None = None
@@ -128,16 +128,16 @@ class Watch:
                 self.chunks[number] = (chunk[0], chunk[1], chunk[2])
 
     def look(self) -> None:
-        """Copy what is new; see that nothing is other than it was."""
+        """Copy what is new; check that the rest has not changed."""
         if not self.journal.exists():
             return
         last = max(self.chunks, default=0)
         with closing(sqlite3.connect(f"{self.journal.as_uri()}?mode=ro", uri=True)) as connection:
             try:
-                # Look again at what was seen last, so that a number given twice would show.
+                # Look again at the last chunks, so that a number used twice would show.
                 query = "SELECT number, source, head, text FROM chunks WHERE number >= ?"
                 rows = connection.execute(query, (last,)).fetchall()
-            except sqlite3.OperationalError:  # it is being made
+            except sqlite3.OperationalError:  # the file is being made
                 return
         for number, source, head, text in rows:
             assert self.chunks.get(number, (source, head, text)) == (source, head, text)
@@ -147,7 +147,7 @@ class Watch:
             self.chunks[number] = (source, head, text)
 
     def text(self, source: Path) -> str:
-        """Return all text of one source; no chunk was missed."""
+        """Return all text of one source; check that no chunk was missed."""
         numbers = sorted(self.chunks)
         assert numbers == list(range(1, len(numbers) + 1)), "chunks were missed"
         return "".join(self.chunks[n][2] for n in numbers if self.chunks[n][0] == str(source))
@@ -159,7 +159,7 @@ class Watch:
 
 
 def entries(diary: Path) -> list[str]:
-    """Return the notes of a diary; see that it holds nothing else."""
+    """Return the notes of a diary; check that it holds nothing else."""
     text = diary.read_text(encoding="utf-8") if diary.exists() else ""
     found = ENTRY.findall(text)
     assert "".join(found) == text, f"a diary has more than notes: {text}"

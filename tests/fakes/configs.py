@@ -8,7 +8,7 @@ from tests.fakes.tiny import tiny_config
 
 
 def refused(raw: dict) -> str:
-    """Return the message a config is refused with: one line, short enough to read."""
+    """Return the message with which a config is refused: one line, short enough to read."""
     with pytest.raises(ConfigError) as error:
         read_config(raw)
     message = str(error.value)

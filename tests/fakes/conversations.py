@@ -24,7 +24,7 @@ def pieces_of(chat: Any, act: str, question: str) -> Any:
 
 
 def leave_unanswered(saved: SavedSession, question: str) -> None:
-    """Leave a question, and the session, as a program does that is killed in its reply."""
+    """Leave a question and its session as a program does that is killed during the reply."""
     pieces = saved.chat.reply(question)
     next(pieces)
     saved.chat.recorder = None
@@ -33,10 +33,10 @@ def leave_unanswered(saved: SavedSession, question: str) -> None:
 
 
 def assert_well_formed(chat: ChatSession) -> None:
-    """Check that a stream holds what the template renders (rule 12), and no more than its window.
+    """Check that a stream holds what the template renders, and no more than its window.
 
     What is attended, with what is read before the next question, is the text of the pinned
-    beginning and of the held exchanges once that question is there. Of a turn longer than the
+    beginning and of the attended exchanges once that question is added. Of a turn longer than the
     window, or one that leaves by tokens, only the end is attended.
     """
     turns, cache, pinned = chat._settle(), chat.cache, [*chat.prompts.pinned]
@@ -61,7 +61,7 @@ def assert_well_formed(chat: ChatSession) -> None:
 
 
 def rendered(chat: ChatSession) -> str:
-    """Return the template's text of the held exchanges once a next question is there."""
+    """Return the attended exchanges as the template writes them once another question follows."""
     messages = [*chat.prompts.head]
     for exchange in chat.exchanges:
         messages.append({"role": "user", "content": exchange.question})

@@ -8,7 +8,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-os.environ["TOGA_BACKEND"] = "toga_dummy"  # of those installed; read when the first widget is made
+# One of the installed backends; read when the first widget is made.
+os.environ["TOGA_BACKEND"] = "toga_dummy"
 
 from toga_dummy.utils import EventLog
 
@@ -72,7 +73,7 @@ def has_left(one: Desktop) -> bool:
 
 
 async def asked(one: Desktop, question: str) -> None:
-    """Type a question and press Send; return once it is being answered, or has been."""
+    """Type a question and press Send; return once the reply has begun."""
     before = len(one.controller.said)
     one.view.question.value = question
     one.view.send._impl.simulate_press()
@@ -93,5 +94,5 @@ def shows(one: Desktop) -> bool:
 
 
 async def settled(one: Desktop) -> None:
-    """Wait until all that was clicked is done, and the window shows it."""
+    """Wait until the effect of every click is complete and visible in the window."""
     await until(lambda: one.controller.status.can_choose and not one.view._tasks and shows(one))

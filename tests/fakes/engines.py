@@ -1,4 +1,4 @@
-"""What tests of the engine share: engines on tiny models, and what they must be equal to."""
+"""What tests of the engine share: engines on tiny models, and the results that they must equal."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ def alone(folder: Path, questions: Iterable[str], **options: Any) -> tuple[list[
 
 
 def together(*tasks: Callable[[], None]) -> None:
-    """Run each on a thread of its own, to the end; what one raises is raised."""
+    """Run each task on its own thread, to the end; raise what one of them raises."""
     raised: list[BaseException] = []
 
     def run(task: Callable[[], None]) -> None:
@@ -47,7 +47,7 @@ def together(*tasks: Callable[[], None]) -> None:
 
 
 def eventually(holds: Callable[[], object]) -> None:
-    """Wait until something is so; fail if it never is."""
+    """Wait until a condition holds; fail if it never does."""
     until = time.monotonic() + DEADLINE
     while not holds():
         assert time.monotonic() < until, "it never came"

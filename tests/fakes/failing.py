@@ -1,7 +1,7 @@
 """Makes MLX fail where it computes a step: a weight is read from a file that was cut.
 
-As with a device that fails, MLX says so once. The weight then passes for evaluated, and holds what
-there was in the file: numbers that are wrong.
+As with a device that fails, MLX reports this once. The weight then counts as evaluated and holds
+what was in the file: wrong numbers.
 
     python -m tests.fakes.failing FILE ...
 
@@ -26,7 +26,7 @@ WRONG = 7.0
 
 @contextmanager
 def failing(network: Any) -> Iterator[None]:
-    """Make the next untraced step fail; on the thread that computes."""
+    """Make the next untraced step fail; call this on the thread that computes."""
     layer = network.layers[0].input_layernorm
     good = layer.weight
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""A followed file as a test reads it, and what befalls it."""
+"""A followed file as a test reads it, and what happens to it."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from mlx_stream_assistant.tail import GRACE, TailedFile
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that advances only when a test sets it."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -44,7 +44,7 @@ WORDS = ("the", "and he", "said", "in of", "a hat,", "that", "Wh€n?", "<|im_en
 OPTIONS = SessionOptions(
     system="You are brief.", window=WINDOW, sampling=Sampling(1.0), max_tokens=LONGEST_REPLY
 )
-# Why an intact snapshot may still not be sufficient.
+# Why an intact snapshot may still be insufficient.
 HARMLESS = ("they are not in", "there is no snapshot", "taken back later")
 UNANSWERED = "the last question was not answered because the program ended: /retry answers it"
 DEADLINE = 120.0
@@ -184,12 +184,12 @@ def killed(command: list[str], marks: Marks, target: str, luck: random.Random) -
     return told
 
 
-# --- looking at what is left ---
+# --- inspecting what is left ---
 
 
 @dataclass
 class Kills:
-    """Sessions of one home, killed again and again; what they must hold."""
+    """The sessions of one home, which are killed again and again, and what they must hold."""
 
     model: Model
     folder: Path
@@ -205,7 +205,7 @@ class Kills:
         return Path(os.environ["MLX_STREAM_HOME"])
 
     def kill(self, number: int) -> str:
-        """Kill once and look at what is left; return a line for a log."""
+        """Kill once and inspect what is left; return a line for a log."""
         target = ("snapshot", "commit", "reply", "snapshot", "commit", "opening")[number % 6]
         name = "long" if number % 3 else f"s{number // 9}"
         path = self.home.parent / "marks"
@@ -240,7 +240,7 @@ class Kills:
                 return turns_of(store.turns())
 
     def found(self, name: str, possible: list[list[Turn]]) -> list[Turn]:
-        """Return what a transcript holds, which is one of what it may hold."""
+        """Return what a transcript holds, which must be one of the possible contents."""
         now = self.stored(name)
         assert any(same(now, one) for one in possible), f"{name}: {now[-2:]}, not {possible}"
         return now
@@ -292,14 +292,14 @@ class Kills:
             self.unanswered += 1
 
     def end(self) -> None:
-        """Close every session properly: nothing of all the kills is left."""
+        """Close every session properly; check that the kills left nothing behind."""
         for name in self.said:
             open_session(name, self.model, OPTIONS).close()
             assert left_over(self.home, name) == [], name
 
 
 def left_over(home: Path, name: str) -> list[str]:
-    """Return what a session has left besides its own files."""
+    """Return what a session has left in addition to its own files."""
     own = {f"{name}.{end}" for end in ("db", "db-wal", "db-shm", "lock", "safetensors")}
     found = [
         path.name for path in home.glob("s*/*") if path.name.lstrip(".").startswith(f"{name}.")
@@ -318,7 +318,7 @@ def known(exchange: Exchange) -> Exchange:
 
 
 def after(said: list[Turn], told: dict[str, Any]) -> list[list[Turn]]:
-    """Return what a transcript may hold after a line of a process; what is certain first."""
+    """Return what a transcript may hold after a line of a process; the certain contents first."""
     if "did" in told:
         if told["did"] in ("undo", "clear"):
             return [said[: told["number"]]]
@@ -331,7 +331,7 @@ def after(said: list[Turn], told: dict[str, Any]) -> list[list[Turn]]:
     assert number == len(said), "the process and its transcript count the same turns"
     if what == "clear":
         return [said]
-    if what not in ("reply", "cut") and not told["unanswered"]:  # then it is the last attended
+    if what not in ("reply", "cut") and not told["unanswered"]:  # then it is the last attended turn
         number = max(at for at, turn in enumerate(said, 1) if turn[0] == ANSWERED)
     before = said if what in ("reply", "cut") else said[: number - 1]
     if what == "undo":
@@ -351,7 +351,7 @@ def same(now: list[Turn], wanted: list[Turn]) -> bool:
 
 
 def check_attended(chat: ChatSession, said: list[Turn]) -> None:
-    """See that a stream attends to its pinned beginning and to the end of what was said."""
+    """Check that a stream attends to its pinned beginning and to the end of what was said."""
     held, pinned = chat.exchanges, list(chat.prompts.pinned)
     answered = [exchange for state, _, exchange in said if exchange and state == ANSWERED]
     assert [(e.question, e.reply) for e in held] == [

@@ -1,4 +1,4 @@
-"""A separate Hub on loopback, with caches and indices away from the user's."""
+"""A separate Hub on loopback, whose caches and indices are not the user's."""
 
 import hashlib
 import json
@@ -32,10 +32,10 @@ class Hub:
         repos: folders by name; all their files are listed, safetensors as large ones (LFS).
         asked: the paths of requests; `ranges` those of them that asked for a part, with its start.
         errors: status and error code by name of a model, or of a file.
-        listed: changes of a file's entry in listings, by its name: lies.
+        listed: changes of a file's entry in listings, by its name, to make it false.
         sent: what becomes of a file's content on its way, by its name: (content, start) to bytes,
             of which fewer than there should be end the connection.
-        commit: of every branch.
+        commit: the commit of every branch.
     """
 
     def __init__(self) -> None:
@@ -187,7 +187,7 @@ def served_fixture(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub
     server.server.server_close()
 
 
-# --- what tests of both files need ---
+# --- what the tests in both files need ---
 
 
 def refused(source: str) -> str:

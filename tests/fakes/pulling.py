@@ -16,7 +16,7 @@ def pull(revision: str = "main") -> PulledModel:
 
 
 def refused(revision: str = "main") -> str:
-    """Return why a model was not fetched; check that nothing looks as if it had been."""
+    """Return why a model was not fetched; check that nothing looks fetched."""
     with pytest.raises(MlxStreamError) as error:
         pull(revision)
     assert "\n" not in str(error.value) and str(error.value).startswith((REPO, "--revision"))

@@ -8,7 +8,7 @@ ASK = ("-p", "the man", *GREEDY, "--max-tokens", 4)
 
 
 def one_line(*args: object, stdin: str | bytes = b"", out: str = "") -> str:
-    """Run what must be refused, and return the one line it is refused with."""
+    """Run a command that must be refused, and return its one line."""
     result = run(*args, stdin=stdin)
     assert (result.code, result.out) == (1, out), result
     assert result.err.startswith("mlx_stream: ") and result.err.endswith("\n"), result.err
@@ -21,7 +21,7 @@ def refused(model: object) -> str:
 
 
 def why(model: Path) -> str:
-    """Return what is wrong with a model, of a line that names it first."""
+    """Return what is wrong with a model, from a line that names the model first."""
     line = refused(model)
     assert line.startswith(f"{model}: ")
     return line.removeprefix(f"{model}: ")

@@ -15,11 +15,11 @@ from mlx_stream.sampling import Sampler
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 from mlx_stream.text.tokenizer import StreamDecoder
 
-FIRST = 0x4E00  # no letter below it is any id's
+FIRST = 0x4E00  # no id decodes to a character below this
 
 
 class Eager(DraftLengthController):
-    """Has whatever is guessed verified."""
+    """A controller that has every guess verified."""
 
     def choose(self, chances: Sequence[float], each: float = 0.0) -> int:
         return len(chances)

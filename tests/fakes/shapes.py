@@ -1,4 +1,4 @@
-"""Caches of many shapes, each beside the slow reference; what they hold, and what to feed them."""
+"""Caches of many shapes, each compared with the slow reference, and what to feed them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class Shape:
             self.clock_limit,
             self.bits,
         )
-        if self.bits:  # lower than it chooses itself, so that it is lowered more often
+        if self.bits:  # lower than the default, so that the clock is lowered more often
             cache.clock_limit = max(self.clock_limit, 2 * cache.geometry.rows + 8)
         return cache
 
@@ -92,7 +92,7 @@ class Shape:
         ]
 
     def frequencies(self, layer: int) -> tuple[np.ndarray, float]:
-        """A layer's frequencies, and its factor where the cache applies it: on whole heads."""
+        """Return a layer's frequencies, and its factor if the cache applies it: on whole heads."""
         part = self.part(layer)
         if part == 0:
             return np.zeros(0), 1.0
@@ -100,7 +100,8 @@ class Shape:
         return inv_freq, magnitude if part == 1 else 1.0
 
 
-# Of each head: all, all but in the second layer, half, and half and none in turn.
+# The rotated part of each head: all of it; all, but none in the second layer; half; half and none
+# in turn.
 PARTS = [(1.0,), (1.0,), (1.0, 0.0), (0.5,), (0.5, 0.0)]
 
 
@@ -248,7 +249,7 @@ def next_step(cache: Cache, count: int, verify: bool = False) -> Any:
 
 
 def contents(cache: StreamCache) -> list:
-    """What `state()` holds, copied, to be compared with `==`."""
+    """Return what `state()` holds, copied, to compare with `==`."""
     copies = []
     for name, value in cache.state().items():
         if isinstance(value, int):
@@ -263,13 +264,13 @@ def bytes_of(array: mx.array) -> bytes:
 
 
 def everything(cache: StreamCache) -> list:
-    """What a cache holds now, copied, what is not attended to included; asking changes nothing."""
+    """Return a copy of all that a cache holds, unattended rows included; changes nothing."""
     current, arrays = cache.current, map(bytes_of, cache.arrays())
     return [current.position, current.pending_turn, current.layers_turned, *arrays]
 
 
 def check_erased(cache: StreamCache) -> None:
-    """See that every row is zero but those attended to, which are not."""
+    """Check that every attended row is nonzero and every other row is zero."""
     geometry, attended = cache.geometry, set(cache.attended_rows())
     rows = np.array([row in attended for row in range(geometry.rows)])
     for layer in (*cache.current.keys, *cache.current.values):

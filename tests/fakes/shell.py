@@ -22,7 +22,7 @@ DEADLINE = 60.0
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None takes one out."""
+    """Change keys of a JSON file; None removes a key."""
     value = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
 

@@ -1,4 +1,4 @@
-"""Programs on a real pseudo-terminal: keys in, the screen out."""
+"""Runs programs on a real pseudo-terminal: keys in, the screen out."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ class Terminal:
         self.shown = ""
 
     def see(self, text):
-        """Wait until a text is shown; return all that was shown since the last time."""
+        """Wait until a text is shown; return all that was shown since the last call."""
         seen = ""
         while True:
             found = self.program.expect_exact([WHERE_IS_THE_CURSOR, text])

@@ -34,7 +34,7 @@ def thinker_weights(backend: Tokenizer, script: Sequence[str]) -> dict[str, np.n
     """Return weights of a model that writes each token of a script after the one before.
 
     The first token stands for what asks for a reply. What was read before changes the logits a
-    little. At a temperature of 1 a few tokens are others.
+    little. At a temperature of 1, a few tokens differ.
     """
     ids = [backend.token_to_id(token) for token in script]
     assert None not in ids and len(set(ids[:-1])) == len(ids) - 1, "each token has one successor"
@@ -50,7 +50,7 @@ def thinker_weights(backend: Tokenizer, script: Sequence[str]) -> dict[str, np.n
 
 
 def write_random(folder: Path, source: str, eos: str) -> tuple[Path, dict, dict]:
-    """Write a model with a chat template that writes anything.
+    """Write a model with a chat template that writes random text.
 
     Returns:
         Its folder, its config and its weights.

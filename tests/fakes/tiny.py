@@ -58,7 +58,7 @@ LONGROPE = {
     "original_max_position_embeddings": 128,
 }
 SMOLLM3 = {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
-# Of each family a model in which all that sets it apart counts.
+# One model of each family, in which everything that sets the family apart matters.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_scaling": LLAMA3, "attention_bias": True, "mlp_bias": True},
     "mistral": MISTRAL,
@@ -119,7 +119,7 @@ def tiny_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         weights[name] = (mean + scale * rng.standard_normal(shape)).astype(np.float32)
 
     def linear(name: str, rows: int, columns: int, *, scale: float, bias: bool = False) -> None:
-        """Outputs have about this scale for inputs of scale 1."""
+        """Add a linear layer whose outputs have about this scale for inputs of scale 1."""
         normal(f"{name}.weight", rows, columns, scale=scale * columns**-0.5)
         if bias:
             normal(f"{name}.bias", rows, scale=0.3)
@@ -155,7 +155,7 @@ def tiny_weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _fuse(weights: dict[str, np.ndarray], path: str, parts: tuple[str, ...], name: str) -> None:
-    """Store matrices as one, as a Phi-3's checkpoint has them."""
+    """Join matrices, as they are stored in a Phi-3's checkpoint."""
     matrices = [weights.pop(f"{path}.{part}.weight") for part in parts]
     weights[f"{path}.{name}.weight"] = np.concatenate(matrices)
 
@@ -216,7 +216,7 @@ def write_letters(folder: Path, config: dict) -> Path:
     vocabulary = tiny_tokenizer(config["vocab_size"]).get_vocab()
     ids = [vocabulary[letter] for letter in ascii_lowercase]
     rows = np.zeros_like(head)
-    # Of a row and its negative one is above the zeros of all other tokens, whatever was read.
+    # Either a row or its negative scores above the zeros of all other tokens, whatever was read.
     rows[ids[0::2]], rows[ids[1::2]] = head[ids[0::2]], -head[ids[0::2]]
     write_tiny(folder, config, weights | {"lm_head.weight": rows})
     path = Path(folder) / "tokenizer_config.json"
@@ -261,7 +261,7 @@ def _write_weights(folder: Path, weights: dict[str, np.ndarray], dtype: str, sha
 
 
 def _save(weights: dict[str, np.ndarray], path: Path, dtype: str) -> None:
-    """Write one shard; through the lower call, for numpy has no bfloat16."""
+    """Write one shard with the lower-level call, because numpy has no bfloat16."""
     data = {
         name: np.ascontiguousarray(_bfloat16_bits(w) if dtype == "bfloat16" else w.astype(dtype))
         for name, w in weights.items()
@@ -274,6 +274,6 @@ def _save(weights: dict[str, np.ndarray], path: Path, dtype: str) -> None:
 
 
 def _bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """The upper halves of float32 numbers, rounded to nearest, ties to even."""
+    """Return the upper halves of float32 numbers, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""The ids a conversation reads, turn by turn, beside those of its whole render."""
+"""The ids a conversation reads, turn by turn, and those of its whole render."""
 
 from collections.abc import Sequence
 

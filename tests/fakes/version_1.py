@@ -124,7 +124,7 @@ def messages_of(header: OldHeader, turns: Sequence[OldTurn]) -> list[tuple[Any, 
 
 
 def head_of(header: OldHeader, turns: Sequence[OldTurn]) -> str:
-    """Return what a snapshot after these turns remembers of them."""
+    """Return what a snapshot after these turns records about them."""
     links = [row[-1] for row in messages_of(header, turns)]
     last = links[-1] if links else sha256_of("origin", header.id, header.created)
     return sha256_of("head", *header.values(), last)
@@ -182,7 +182,7 @@ def migrate_and_kill(path: Path, seconds: float | None) -> float:
     """Open a file in another process, and kill it after some time, or once it is open.
 
     Returns:
-        How long it took to open it, in the latter case; else 0.
+        How long opening it took in the latter case; else 0.
     """
     command = [sys.executable, "-c", MIGRATING, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -234,7 +234,7 @@ def kill_migrations(folder: Path, kills: int, luck: Random) -> Counter[str]:
 def check_migrated(
     path: Path, header: OldHeader, turns: Sequence[OldTurn], first: int = 1, sampler: str = "00ff"
 ) -> None:
-    """See that a file of version 1, or what it has become, holds what was written."""
+    """Check that a file of version 1, or its migrated form, holds what was written."""
     with Store.open(path) as store:
         state, found = store.state, store.turns()
         store.verify()

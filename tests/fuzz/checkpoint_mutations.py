@@ -61,7 +61,7 @@ def write_originals(folder: Path) -> list[Path]:
 
 
 def quantize(folder: Path) -> None:
-    """Rewrite a folder in mlx-lm's layout: 4 bits, the head in 8, norms as they are."""
+    """Rewrite a folder in mlx-lm's layout: 4 bits, the head in 8, norms unchanged."""
     path = folder / "model.safetensors"
     tensors = mx.load(str(path))
     assert isinstance(tensors, dict)
@@ -204,7 +204,7 @@ def template(folder: Path, draw: random.Random) -> str:
 
 
 def gguf_bytes(path: Path, draw: random.Random) -> str:
-    # Near enough: the data of these files is the last six tenths.
+    # This is near enough: the data of these files is the last six tenths.
     end = draw.choice((32, 900, path.stat().st_size * 2 // 5))
     scramble(path, draw, 0, end)
     return f"bytes before {end}"
@@ -217,7 +217,7 @@ def gguf_data(path: Path, draw: random.Random) -> str:
 
 
 def gguf_header(path: Path, draw: random.Random) -> str:
-    """Write the file again with keys that lie; llama.cpp's own writer puts them down."""
+    """Rewrite the file with false keys, using llama.cpp's own writer."""
     keys: dict[str, Any] = {"tokenizer.chat_template": CHAT_TEMPLATE}
     for _ in range(draw.choice((1, 1, 2))):
         name = draw.choice((*gguf_files.KEYS, "general.alignment", "llama.rope.scaling.type"))
@@ -233,6 +233,11 @@ def gguf_header(path: Path, draw: random.Random) -> str:
     path.unlink()
     try:
         gguf_files.write_tiny(path, keys=keys)
-    except (ValueError, TypeError, struct.error, OverflowError) as error:  # no such file can be
+    except (
+        ValueError,
+        TypeError,
+        struct.error,
+        OverflowError,
+    ) as error:  # such a file cannot be written
         path.write_bytes(b"GGUF" + str(error).encode())
     return f"keys {str(keys)[-100:]}"

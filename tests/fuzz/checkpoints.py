@@ -37,7 +37,7 @@ def load_and_talk(path: Path) -> None:
 
 
 def read_truly(path: Path) -> None:
-    """Read a folder's tensors, and hold them to a second, plain reading of the same bytes."""
+    """Read a folder's tensors, and compare them with a plain reading of the same bytes."""
     if not path.is_dir():
         return
     unsigned = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
@@ -55,7 +55,7 @@ def read_truly(path: Path) -> None:
 
 
 def convert_and_load(path: Path) -> None:
-    """Convert a model, which is whole or leaves nothing, and load what came of it."""
+    """Convert a model, which must be complete or leave nothing, and load the result."""
     out = path.parent / "out" / "converted"
     shutil.rmtree(out.parent, ignore_errors=True)
     recipe = uniform_recipe(4, 32) if path.stem.endswith("q") else None

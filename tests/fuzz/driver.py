@@ -27,7 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WALL = 60.0  # for a worker that does not return, on a busy machine
+WALL = 60.0  # the limit for a worker that does not return, on a busy machine
 ROOM = 1 << 30  # address space beyond what an idle worker uses
 
 Open = Callable[[], tuple[str, str]]
@@ -40,9 +40,9 @@ Judge = Callable[[random.Random], tuple[str, Open]]
 def work(name: str, place: Path) -> None:
     """Answer each seed on standard input with one line of JSON, for ever."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    os.dup2(2, 1)  # what a library prints must not look like an answer
     judge = importlib.import_module(f"tests.fuzz.{name}").start(place)
-    if sys.platform == "linux":  # elsewhere the limit does not hold
+    if sys.platform == "linux":  # elsewhere the limit has no effect
         limit = memory("VmSize") + ROOM
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     print(json.dumps(["ready"]), file=answers, flush=True)
@@ -147,7 +147,7 @@ def fuzz(name: str, seeds: list[str], place: Path, say: Callable[[str], None]) -
             if outcome != "BUG" and (seconds > bounds.SECONDS or growth > bounds.GROWTH):
                 outcome, line = "BUG", f"{seconds:.1f} s, {growth >> 20} MB, then {outcome}: {line}"
             if outcome == "BUG":
-                worker.stop()  # what it still holds must not be taken for the next file's
+                worker.stop()  # memory it still holds must not be counted for the next file
                 say(f"--only {seed}: {done}\n    {line}")
             slowest, largest = max(slowest, seconds), max(largest, growth)
             tally[outcome] += 1

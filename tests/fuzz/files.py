@@ -60,7 +60,7 @@ def lengthen(path: Path, luck: Random) -> None:
 
 
 def make_huge(path: Path, luck: Random) -> None:
-    os.truncate(path, luck.choice((2**31, 2**36, 2**40)))  # sparse: it does not have what it claims
+    os.truncate(path, luck.choice((2**31, 2**36, 2**40)))  # the file is sparse
 
 
 def blank(path: Path, luck: Random) -> None:
@@ -82,7 +82,7 @@ def noise(path: Path, luck: Random) -> None:
     path.write_bytes(luck.randbytes(luck.choice((1, 8, 1000, 50_000))))
 
 
-# --- what is there instead ---
+# --- something else in its place ---
 
 
 def folder(path: Path, luck: Random) -> None:
@@ -141,7 +141,7 @@ def change_json(value: Any, luck: Random, names: Sequence[str] = ("more",)) -> s
     """Change one place of a JSON value; return what was done.
 
     Args:
-        names: of keys that may be added.
+        names: keys that may be added.
     """
     # Most of a tokenizer is its vocabulary: shallow places come first in the list.
     if not (nodes := places(value)):
@@ -170,7 +170,7 @@ def change_json(value: Any, luck: Random, names: Sequence[str] = ("more",)) -> s
 def dumps(value: Any) -> str:
     try:
         return json.dumps(value)
-    except (RecursionError, ValueError):  # swapped into itself
+    except (RecursionError, ValueError):  # it was swapped into itself
         return "[" * 5_000
 
 

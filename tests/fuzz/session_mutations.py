@@ -25,11 +25,11 @@ from tests.fuzz.files import BYTES, DEPTH, INSTEAD, Change, change_json, dumps, 
 NUMBERS = ("length", "floor", "clock", "sinks_at")
 
 
-# --- another's file ---
+# --- another session's file ---
 
 
 def another(path: Path, luck: Random) -> None:
-    """Put another's file there: of another session or model, or an older one of this session."""
+    """Put a file there of another session or model, or an older one of this session."""
     beside = sorted(path.parent.parent.parent.glob(f"others/*{path.suffix}"))
     shutil.copy(luck.choice(beside), path)
 
@@ -98,7 +98,7 @@ def forge_header(path: Path, luck: Random) -> None:
             return luck.choice(("[" * DEPTH, '{"a":' * DEPTH, "[" + "[]," * 300_000))
         if luck.random() < 0.1:
             header["version"] = 1
-        if luck.random() < 0.2:  # the same everywhere, so that they agree
+        if luck.random() < 0.2:  # the same value everywhere, so that the places agree
             by = luck.choice((-20, -1, 1, 20, 150, 2**40, 2**62))
             for name in NUMBERS[: luck.randint(1, len(NUMBERS))]:
                 header["numbers"][name] += by

@@ -39,14 +39,14 @@ SHORT = replace(OPTIONS, max_tokens=LONGEST_REPLY)
 
 
 class Broken(AssertionError):
-    """Something came of an alteration that must not."""
+    """An alteration had a result that it must not have."""
 
 
 # --- the session that is altered ---
 
 
 def prepare(place: Path) -> None:
-    """Write a model, a session of it, and beside it files of others."""
+    """Write a model, a session of it, and files of other sessions next to it."""
     folder, others = write_model(place / "model"), place / "others"
     others.mkdir()
     os.environ["MLX_STREAM_HOME"] = str(place / "home")
@@ -96,7 +96,7 @@ class Found:
 
 @dataclass
 class Judge:
-    """Alters copies of the session in `place`, opens them, and says what came of it."""
+    """Alters copies of the session in `place`, opens them, and reports the results."""
 
     place: Path
     model: Model
@@ -110,7 +110,7 @@ class Judge:
         self.peak = max(self.peak, self.measured(SHORT)[1])
 
     def fresh(self) -> None:
-        """Put a whole copy of the session where sessions are."""
+        """Put an intact copy of the session where sessions are stored."""
         work = self.place / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -154,7 +154,7 @@ class Judge:
         return "as it was", ""
 
     def measured(self, options: SessionOptions) -> tuple[Found, int]:
-        """Open, reply and close; return also the most bytes that MLX held meanwhile."""
+        """Open, reply and close; also return the most bytes that MLX held."""
         gc.collect()
         mx.clear_cache()
         before = mx.get_active_memory()

@@ -1,4 +1,4 @@
-"""A short run of each fuzzer, and what was forged by hand; the scripts run as long as one likes."""
+"""A short run of each fuzzer, and forgeries by hand; the scripts run for any length of time."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -127,7 +127,7 @@ def test_a_pipe_link_or_folder_is_not_opened(judge, change):
         with pytest.raises(SessionError, match="its snapshot is not") as caught:
             manage.verify_session("x")
         line_of(caught.value)
-    if change is files.folder:  # no file can replace it
+    if change is files.folder:  # a file cannot replace it
         with pytest.raises(SnapshotError, match="could not be written"):
             reopened(judge)
     else:

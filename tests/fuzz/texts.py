@@ -153,7 +153,7 @@ def some_template(draw: random.Random) -> str:
 Step = Callable[[dict[str, Any], random.Random], None]
 HUGE = (0, 1, -1, 2**31, 2**40, 2**62, 2**63)
 BEHAVIORS = ("Isolated", "Removed", "MergedWithNext", "Nothing")
-# Some take endless time for some texts.
+# Some of these take endless time for some texts.
 PATTERNS = ("", "(a*)*b", "(.|e)*x", "(?=(\\w+))\\1:", "\\w", "(x+x+)+y", "[", "(?<=a)", "(e*)*z")
 PATTERNS += ("(a|aa)+$", "(\\w+\\s?)+$", "(((((e+)+)+)+)+)z")
 

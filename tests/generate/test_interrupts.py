@@ -41,11 +41,11 @@ def stream_of(model, window=20, sinks=3, clock_limit=None):
 
 @functools.cache
 def handling(code):
-    """Return before which bytecodes Python may be seen to have handled a signal: after a call,
+    """Return the bytecodes before which Python may have handled a signal: after a call,
     where a function begins or resumes, and where a loop goes round.
 
-    Not between what is stored and what is returned. Nor where the next bytecode is outside a `try`
-    its call is inside of: the call would raise, and be caught there.
+    This excludes the gap between storing and returning a value. It also excludes a call inside a
+    `try` whose next bytecode is outside it: the call would raise, and the `try` would catch that.
     """
     handlers = {
         at: entry.target
@@ -64,7 +64,7 @@ def handling(code):
 
 
 def interrupt_at(count, function):
-    """Run a function; raise KeyboardInterrupt the `count`th time it could come into our code.
+    """Run a function; raise KeyboardInterrupt at the `count`th place in our code where it could.
 
     Returns it, or None once the function has fewer such places.
     """
@@ -102,7 +102,7 @@ def test_a_stream_interrupted_anywhere_continues_as_one_that_was_not(tiny_model,
         stream.read(IDS[:40], chunk)
         if not interrupt_at(count, lambda: stream.read(IDS[40:52], chunk)):  # noqa: B023
             break
-        # What its length says was read, and nothing else, is in the stream.
+        # The stream holds exactly the tokens that its length says were read.
         read = stream.length
         fresh = stream_of(model, clock_limit=0)
         fresh.read(IDS[:read], chunk)
@@ -235,7 +235,7 @@ def test_a_rotation_never_leaves_metal_a_position_to_read_past(tiny_model, monke
         return rope(x, *args, offset=offset, **kwargs)
 
     monkeypatch.setattr(mx.fast, "rope", spy)
-    monkeypatch.setenv(backend.COMPILE, "0")  # in a trace no numbers can be looked at
+    monkeypatch.setenv(backend.COMPILE, "0")  # values cannot be inspected inside a trace
     stream = stream_of(tiny_model(num_hidden_layers=3), clock_limit=0)
     for chunk in (1, 7, 64):
         stream.read(IDS[:150], chunk)

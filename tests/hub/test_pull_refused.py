@@ -78,13 +78,13 @@ REFUSED: list[tuple[Callable[[Hub], object], str, set[str] | None]] = [
     (lists(SHARD, lfs={"size": 10**18, "sha256": ZEROS, "pointerSize": 1}), "GB left", None),
     (
         lists("tokenizer.json", size=10**9),
-        "tokenizer.json has 953 MB, too large for such a file",
+        "tokenizer.json is 953 MB, too large for such a file",
         None,
     ),
     (lambda served: setattr(served, "commit", "../../main"), "does not list a commit", NOTHING),
     (holds_only("pytorch_model.bin"), "only pickles (.bin, .pt), which are never read", NOTHING),
     (holds_only("consolidated.00.pth"), "only pickles", NOTHING),
-    (holds_only("model-Q4_0.gguf"), "the path of the file 'model-Q4_0.gguf'", NOTHING),
+    (holds_only("model-Q4_0.gguf"), "download 'model-Q4_0.gguf' and give", NOTHING),
     (holds_only("flax_model.msgpack"), "expected weights in the safetensors format", NOTHING),
     (
         says(auto_map={"AutoModelForCausalLM": "modeling.M"}),

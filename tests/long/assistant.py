@@ -1,4 +1,4 @@
-"""A file that grows by novels, an assistant that follows it, and SIGKILL; prints what was found.
+"""Kills an assistant with SIGKILL while it follows a growing file; prints what was found.
 
     python -m tests.long.assistant northanger_abbey.txt pride_and_prejudice.txt --home work
 
@@ -43,7 +43,7 @@ QUESTION = "With whom were Darcy and Elizabeth always on the most intimate terms
 
 @dataclass
 class Progress:
-    """What a run that was stopped must know to go on."""
+    """What a stopped run must know to continue."""
 
     seconds: float = 0.0
     kills: list[dict[str, Any]] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Progress:
 
 
 class Experiment:
-    """One assistant, the file it follows, and what is seen of both."""
+    """One assistant, the file it follows, and the observations of both."""
 
     def __init__(self, text: bytes, options: argparse.Namespace):
         self.text, self.options = text, options
@@ -69,7 +69,7 @@ class Experiment:
         luck = random.Random(options.seed)
         self.kills = sorted(luck.randrange(len(text)) for _ in range(options.kills))
         self.luck = random.Random()
-        self._asked = self._answered = 0  # the processes that were, that have
+        self._asked = self._answered = 0  # the processes that were asked; those that have answered
         self.assistant = self.started()
 
     def started(self) -> Running:
@@ -85,7 +85,10 @@ class Experiment:
         return Running(words, self.home / "said.log")
 
     def run(self) -> None:
-        """Write the text at its pace, kill at its moments, and wait until all was read."""
+        """Write the text at its pace, kill the assistant at the chosen moments, and wait.
+
+        The wait ends when everything has been read.
+        """
         begun, before, sampled = time.monotonic(), self.progress.seconds, 0.0
         while not self.has_read_all():
             time.sleep(TICK)
@@ -108,7 +111,7 @@ class Experiment:
             file.write(self.text[size : round(due)])
 
     def kill(self) -> None:
-        """Kill it at a random moment, and start it again."""
+        """Kill the assistant at a random moment, and start it again."""
         until = time.monotonic() + self.luck.uniform(0, 5)
         while time.monotonic() < until:
             time.sleep(TICK / 5)
@@ -139,7 +142,7 @@ class Experiment:
             )
 
     def ask(self, process: int) -> None:
-        with suppress(AssistantError):  # it may be killed meanwhile
+        with suppress(AssistantError):  # it may be killed in the meantime
             asked("ask", question=self.options.question)
             self._answered = process
 
@@ -161,7 +164,7 @@ class Experiment:
     # --- what was found ---
 
     def report(self) -> bool:
-        """Look at everything, print a table, and return whether all is as it must be."""
+        """Inspect everything, print a table, and return whether all of it is correct."""
         status = self.status()
         answer = asked("ask", question=self.options.question)["text"].strip()
         note = asked("note")["note"]
@@ -205,7 +208,7 @@ class Experiment:
         return all(ok for *_, ok in rows)
 
     def tokens(self) -> int:
-        """Return the tokens of a stream that was never interrupted, fed the same."""
+        """Return how many tokens an uninterrupted stream has after being fed the same text."""
         tokenizer = Tokenizer.from_checkpoint(read_checkpoint(Path(self.model)))
         assert tokenizer.template
         turns = PromptBuilder(tokenizer, tokenizer.template, SYSTEM, pin=True)
@@ -223,7 +226,7 @@ class Experiment:
         return {process: (min(s), max(s), len(s)) for process, s in found.items()}
 
     def idle_cpu(self) -> float | None:
-        """Return the percentage of one core it uses in a minute in which nothing arrives."""
+        """Return the percentage of one core that it uses in a minute without new text."""
         clock = Path(f"/proc/{self.assistant.process.pid}/stat")
         if not clock.exists():
             return None

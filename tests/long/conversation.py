@@ -1,8 +1,8 @@
-"""Hold a saved conversation of many turns with a tiny model, and check all of it after each one.
+"""Hold a saved conversation of many turns with a tiny model, and check it after each turn.
 
     python -m tests.long.conversation [--turns 10000]
 
-Questions of all kinds and lengths; some replies are cut, retried, taken back or asked anew. After
+Questions are of all kinds and lengths; some replies are cut, retried, taken back or edited. After
 every turn the attended text must be what the model's template renders of it, system prompt first.
 Prints one line of JSON; exits with 1 if memory grew. Takes minutes: pytest runs a short one.
 """
@@ -47,19 +47,19 @@ QUESTIONS = (
 )
 HOW_OFTEN = {"ask": 78, "cut": 10, "retry": 6, "edit": 3, "undo": 2, "long": 1}
 CACHE_LIMIT = 4 * 2**20
-ACTIVE_GROWTH = 4_096  # the constants of a few traces
+ACTIVE_GROWTH = 4_096  # bytes, for the constants of a few traces
 RESIDENT_GROWTH = 5_000_000
 # How many exchanges are attended varies, and their objects with them.
 OBJECT_GROWTH = 100
 # Turns between two checks of bytes and of the objects that Python's collector tracks.
 EVERY = 20
 LOOK = ("active", "cached", "resident", "objects")
-# More words than a tokenizer remembers.
+# More words than a tokenizer caches.
 WORDS = 12_000
 
 
 def talk(chat: ChatSession, random: np.random.Generator) -> str:
-    """Take one turn of a random kind; return which."""
+    """Take one turn of a random kind; return the kind."""
     acts, weights = list(HOW_OFTEN), np.array([*HOW_OFTEN.values()])
     act = str(random.choice(acts, p=weights / weights.sum()))
     if act in ("retry", "edit", "undo") and not chat.exchanges:
@@ -143,7 +143,7 @@ def converse(model: Model, turns: int) -> dict:
 
 
 def grown(looks: np.ndarray) -> dict:
-    """Return the memory after the first quarter of a conversation beside that at its end.
+    """Return the memory after the first quarter of a conversation and at its end.
 
     By then SQLite's own cache of pages is full, too. Objects: the least of a tenth, or of 4 looks.
     """

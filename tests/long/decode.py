@@ -1,12 +1,13 @@
-"""Decode 100,000 tokens with a tiny model and see that no token takes longer than at the start.
+"""Decode 100,000 tokens with a tiny model and check that no token takes longer than at the start.
 
     python -m tests.long.decode [--tokens 100000] [--window 252]
 
 Greedy decoding through `generate`, as a program does it, from a full window on. Each token is timed
 in turn with one of a stream that begins anew at each tenth: how much slower the old one is does not
 depend on what else the machine does. Prints a line of JSON for each tenth; exits with 1 if p50 or
-p99 beside the new streams' is more than 10 % off from half to half, or tokens per second beside
-theirs more than 5 % from the second tenth to the last. (`memory` weighs.) Not collected by pytest.
+p99, relative to the new streams', changes by more than 10 % from one half to the other, or if the
+relative tokens per second change by more than 5 % from the second tenth to the last.
+(`tests.long.memory` measures memory.) Not collected by pytest.
 """
 
 import argparse

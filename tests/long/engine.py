@@ -2,10 +2,10 @@
 
     python -m tests.long.engine [--minutes 10] [--sessions 50] [--seed 0]
 
-On a tiny model. Afterwards what conversations said is said again by sessions alone, a second one
-after the other, and must be the same, id by id; a stream that listened must attend to what it was
-fed and nothing else, whenever it is looked at. Prints one line of JSON; exits with 1 if a reply did
-not end, something was another's, or memory grew.
+The model is tiny. Afterwards single sessions repeat all conversations, one after the other, and
+the replies must be the same, id by id. A stream that listened must attend to what it was fed and
+nothing else, whenever it is inspected. Prints one line of JSON; exits with 1 if a reply did not
+end, something belonged to another session, or memory grew.
 """
 
 import argparse
@@ -41,11 +41,11 @@ from tests.fakes.tiny import tiny_config, write_letters
 
 OPTIONS = {"window": 90, "max_tokens": 40, "sampling": GREEDY}
 TEXT = pydoc_data.topics.topics["compound"]
-PATIENCE = 120.0  # seconds for one thing asked
+PATIENCE = 120.0  # seconds for one request
 RESIDENT_GROWTH = 8_000_000
 ACTIVE_GROWTH = 32_768
 OBJECT_GROWTH = 2_000
-LISTENERS = 5  # one of this many sessions
+LISTENERS = 5  # one of this many sessions listens
 QUESTIONS = ("Go on.", "And the man of the house?", "x", "What is it in the end? " * 12)
 
 
@@ -78,7 +78,7 @@ class Worker:
             self.failure = error
 
     def patiently(self, ask: Callable[[], Any]) -> Any:
-        """Ask until the queue takes it."""
+        """Ask until the queue accepts the request."""
         while True:
             try:
                 return ask()
@@ -112,7 +112,7 @@ class Worker:
             self.lives.append(life)
 
     def turn(self, chat: Any, life: Life, act: str, question: str) -> bool:
-        """Do one thing and note what came of it; return whether the conversation can go on."""
+        """Do one thing and record the result; return whether the conversation can continue."""
         cut = act == "cut"
         if act == "undo":
             try:
@@ -129,7 +129,7 @@ class Worker:
             list(islice(pieces, self.random.randint(0, 6) if cut else None))
         pieces.close()
         last = self.patiently(lambda: chat._future(last_exchange)).result(PATIENCE)
-        if last is None:  # it was longer than the window and is already evicted
+        if last is None:  # the turn was longer than the window and is already evicted
             return False
         life.turns.append((act, question, len(last.reply_ids), last.finish == "interrupted"))
         life.replies.append(last.reply_ids)
@@ -180,7 +180,7 @@ def begun(pieces: Any) -> tuple[Any, Any]:
 
 
 def again(model: mlx_stream.Model, life: Life) -> None:
-    """Say everything once more, alone."""
+    """Repeat everything in a session that runs alone."""
     chat, replies = mlx_stream.ChatSession(model, **OPTIONS), iter(life.replies)
     for act, question, count, cut in life.turns:
         if act == "undo":
@@ -198,8 +198,8 @@ def again(model: mlx_stream.Model, life: Life) -> None:
 def look() -> dict[str, int]:
     """Return what remains when every session is closed.
 
-    glibc keeps what 50 threads freed, some 150 MB, in as many arenas, and that moves: it gives it
-    back first. (With MALLOC_ARENA_MAX=1 nothing moves either way.)
+    glibc keeps what 50 threads freed, some 150 MB, in as many arenas, and the amount varies, so it
+    is released first. (With MALLOC_ARENA_MAX=1 nothing varies, with or without this.)
     """
     gc.collect()
     gc.collect()
@@ -220,7 +220,7 @@ def run(folder: Path, minutes: float, sessions: int, seed: int) -> dict[str, Any
     weights = engine.memory[0]
     looks, failures, lives = [], [], []
     done: Counter[str] = Counter()
-    rounds = 4  # nothing is open between two
+    rounds = 4  # no session is open between two rounds
     for number in range(rounds):
         until = time.monotonic() + 60 * minutes / rounds
         workers = [Worker(engine, n, seed + 1_000 * number, until) for n in range(sessions)]
@@ -256,7 +256,7 @@ def run(folder: Path, minutes: float, sessions: int, seed: int) -> dict[str, Any
                 checked += 1
             except AssertionError as error:
                 failures.append(str(error))
-    # The first half to warm up: so long 50 threads' arenas of malloc were seen to grow.
+    # The first half warms up: malloc's arenas of 50 threads were seen to grow that long.
     warm = looks[len(looks) // 2 - 1] if looks else {}
     grown = {name: looks[-1][name] - value for name, value in warm.items()}
     return {

@@ -1,6 +1,6 @@
-"""After a device failure nothing is answered from what it left: the attended turns are read again.
+"""After a device failure nothing is answered from the old rows: the attended turns are read again.
 
-Run by test_failures.py, each test in a process of its own.
+test_failures.py runs each test in its own process.
 """
 
 import gc
@@ -61,12 +61,12 @@ def fail(chat, pieces, count):
 
 
 def fails(stack):
-    """Return what has the next step fail, when it is done on an engine's thread."""
+    """Return a function that makes the next step fail, if called on an engine's thread."""
     return lambda chat: stack.enter_context(failing(chat.model.network))
 
 
 def again(model, exchanges, **options):
-    """Return a session in which the same was said before, read at once."""
+    """Return a session in which the same was said before and read at once."""
     chat = mlx_stream.ChatSession(model, **{**ALONE, **options})
     run_coroutine(chat.replay_steps(dict(enumerate(exchanges, 1))))
     chat.restart(chat.system, chat.stats.window)
@@ -171,8 +171,8 @@ def test_a_session_of_an_engine_continues_within_the_budget(letters, untraced, m
 
 
 def test_a_ring_that_failed_is_let_go_of(letters, untraced):
-    """And not kept by the error, which is kept."""
-    gc.disable()  # it does not know how large an array is
+    """The error, which is kept, does not keep it."""
+    gc.disable()  # the collector does not know how large an array is
     with engine_of(letters) as engine:
         engine.wait(DEADLINE)
         before = mx.get_active_memory()

@@ -2,9 +2,9 @@
 
     python -m tests.long.families
 
-Three shapes a family; sinks, chunks, and a stream whose age is near 2^62. Takes minutes. Prints a
-line for each shape; exits 1 if a logit is off by more than 1e-3, a token by more than 2e-3 nats, or
-a bit of the old stream differs from the young one's.
+Each family has three shapes, with sinks, chunks, and a stream whose age is near 2^62. Takes
+minutes. Prints a line for each shape; exits with 1 if a logit is off by more than 1e-3, a token by
+more than 2e-3 nats, or a bit of the old stream differs from the young one's.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Kill a scripted chat with SIGKILL at random moments, and look at what is left each time.
+"""Kill a scripted chat with SIGKILL at random moments, and inspect what is left each time.
 
     python -m tests.long.kills [--kills 300] [--migrations 100] [--seed 1]
 

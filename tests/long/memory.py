@@ -2,7 +2,7 @@
 
     python -m tests.long.memory [--tokens 200000]
 
-Prints one line of JSON; exits with 1 if memory grew. Takes minutes: a test runs a short one.
+Prints one line of JSON; exits with 1 if memory grew. Takes minutes: a test makes a short run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SINKS, WINDOW = 4, 60
 CACHE_LIMIT = 4 * 2**20
 RESIDENT_GROWTH = 5_000_000
 LONGEST_READ = 150
-# A chunk moves K and V, and what the allocator takes from its cache may be a bit too large.
+# A chunk moves K and V, and buffers from the allocator's cache may be a bit too large.
 ROUNDING = 16_384
 
 

@@ -1,11 +1,11 @@
-"""Tell the starter facts in its system prompt, chat for a long time, and check if it keeps them.
+"""Tell the starter facts in its system prompt, chat for a long time, and check that it keeps them.
 
     python -m tests.long.pinned_facts [--tokens 5000] [--window 512]
 
 Each of 24 facts is asked for with ten candidates, of which the system prompt has only one: before
 the chat and after it, with the system prompt pinned and without. The chat is CPython's own
 documentation, read and not sampled. Prints one line of JSON; exits with 1 if the facts were lost
-although pinned, or were still there although not. Takes minutes: not collected by pytest.
+although pinned, or were still known without pinning. Takes minutes: not collected by pytest.
 """
 
 import argparse
@@ -56,7 +56,7 @@ KINDS = {
 WHO = "You are Anna's assistant."
 REPLY_TOKENS = 32  # room for the beginning of an answer, and for a candidate
 # By how much a pinned fact's right answer must be likelier than an unpinned one's after the chat.
-LEAST_GAIN = 1.0  # nats, the mean
+LEAST_GAIN = 1.0  # in nats, on average
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Fact:
 
     @property
     def begun(self) -> str:
-        """The beginning of the answer, up to the fact itself."""
+        """Return the beginning of the answer, up to the fact itself."""
         return f"Anna's {self.about} is"
 
 
@@ -133,7 +133,7 @@ def run(model: Model, asked: Sequence[Fact], tokens: int, window: int, pin: bool
     """Ask before and after a chat of at least `tokens` tokens."""
     system = " ".join([WHO, *(fact.told for fact in asked)])
     chat = ChatSession(model, system, window=window, max_tokens=REPLY_TOKENS, pin=pin)
-    # So that no question is the first one, which would read the system prompt again.
+    # This way no question is the first one, which would read the system prompt again.
     read(chat, "Hello!", "Hello! How can I help you today?")
     before, begun, talk = answers(chat, asked), chat.tokens.length, exchanges()
     while chat.tokens.length - begun < tokens:

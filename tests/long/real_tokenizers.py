@@ -29,7 +29,7 @@ TALK = [
 
 
 def check(folder: Path) -> list[str]:
-    """Return what differs, in lines."""
+    """Return lines that say what differs."""
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     config.setdefault("chat_template", LLAMA_2)
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), config)
@@ -41,7 +41,7 @@ def check(folder: Path) -> list[str]:
             talk = [(asked, said + unread) for asked, said in TALK[:count]]
             whole = whole_ids(tokenizer, template, None, talk)
             read = read_ids(tokenizer, template, None, talk, unread)
-            # The whole may end with a token that says so.
+            # The whole render may end with a token that marks its end.
             if whole not in (read, [*read, whole[-1]]):
                 found.append(f"{count} turns, unread {unread!r}: {read} is not {whole}")
     return found

@@ -71,7 +71,7 @@ TASKS = {
 
 
 def distinct(ids: list[int], size: int = 4) -> float:
-    """Return the share of n-grams that occur first."""
+    """Return the share of n-grams that have not occurred before."""
     grams = [tuple(ids[at : at + size]) for at in range(len(ids) - size + 1)]
     return len(set(grams)) / max(1, len(grams))
 
@@ -104,7 +104,7 @@ def tasks(model: Model, options: argparse.Namespace) -> None:
         shown, share, same = [], 0.0, []
         for run in range(options.runs):
             texts = []
-            # In turn, and each first as often as the other.
+            # They run in turn, and each is first as often as the other.
             for way in sorted(ways, reverse=run % 2 == 1):
                 writer = ways[way](None, options.window, print)
                 sampling = Sampling(options.temp, seed=options.seed + run)
@@ -128,7 +128,7 @@ def tasks(model: Model, options: argparse.Namespace) -> None:
 
 
 def equal(model: Model, options: argparse.Namespace) -> None:
-    """Hold greedy ids against plain decoding; where logits nearly tie, both go the plain way."""
+    """Compare greedy ids with plain decoding; where logits nearly tie, both go the plain way."""
     plain = writer_factory(model, False, None, None)(None, options.window, print).tokens
     writer = writer_factory(model, True, None, None)(None, options.window, print)
     guessing, stats = writer.tokens, Stats()

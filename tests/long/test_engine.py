@@ -1,4 +1,4 @@
-"""Many sessions for ten seconds; engine.py has them for as many minutes."""
+"""Many sessions for ten seconds; engine.py runs them for ten minutes."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What follows when MLX fails: the tests in failures.py, each in a process of its own.
+"""What follows when MLX fails: the tests in failures.py, each in its own process.
 
 A failure leaves MLX's count of its tasks wrong: after some dozens, on one core, it waits for ever.
 """

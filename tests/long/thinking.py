@@ -4,7 +4,7 @@
 
 Each model has random weights and a tokenizer with the template's special tokens, and writes what
 a script says. After each of five turns, and after retry, undo, edit, a reply cut in its thinking,
-resuming and evictions, the attended ids must be what the template renders (DESIGN rule 12), and the
+resuming and evictions, the attended ids must be what the template renders, and the
 logits to the bit those of a stream with the same steps. Prints a line for each template; exits 1 if
 one failed. Takes minutes.
 """
@@ -130,7 +130,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 found: dict[str, Any] = dict(talk(path.read_text("utf-8"), Path(folder)))
-            except Exception as error:  # told, and the next is tried
+            except Exception as error:  # it is reported, and the next is tried
                 traceback.print_exc()
                 found, failed = {"error": repr(error)[:300]}, 1
         print(json.dumps({"template": path.stem, **found}), flush=True)

@@ -36,7 +36,7 @@ from mlx_stream.window import PREFILL_CHUNK
 from tests.long.big_checkpoint import write_big
 
 ALLOWED = 0.05
-OVER = PREFILL_CHUNK + 60  # tokens of the turn beyond the window
+OVER = PREFILL_CHUNK + 60  # how many tokens longer than the window the turn is
 REPLY = 4
 
 Talk = tuple[int, int]  # the sinks of the stream, and the bytes of its keys and values
@@ -78,7 +78,7 @@ def chat_filled(model: Model, window: int, kv_bits: int | None, text: str) -> Ta
 
 
 def turn_of(model: Model, length: int) -> str:
-    """Return a text of about so many tokens, and not fewer."""
+    """Return a text of at least this many tokens, and not many more."""
     words = "the man and the sea were on the hill, "
     return words * (length // len(model.tokenizer.encode(words)) + 1)
 

@@ -22,7 +22,7 @@ WINDOW, MAX_TOKENS, SIZE, SMALL = 124, 48, (900, 640), (640, 420)
 
 
 class Seen(Desktop):
-    """The application, used by a script."""
+    """The application, driven by a script."""
 
     def __init__(self, model: str, folder: Path, questions: list[str]):
         self._folder, self._questions = folder, questions

@@ -2,9 +2,9 @@
 
     python -m tests.measure.start_up [--model starter] [--rounds 10]
 
-Each is taken in turn with `python -c pass`, `rounds` times; what is printed are medians and
-quartiles in milliseconds, and for a chat where the time goes. Nothing is fetched: the model must be
-cached. Best on a machine that does nothing else; not collected by pytest.
+Each is measured in turn with `python -c pass`, `rounds` times. Prints medians and quartiles in
+milliseconds and, for a chat, where the time goes. Nothing is fetched: the model must be cached.
+Best on a machine that does nothing else; not collected by pytest.
 """
 
 import argparse

@@ -24,7 +24,7 @@ INNER = ("models", "cache")
 
 
 class Count:
-    """What the profiler saw."""
+    """The counts that the profiler collected."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -52,7 +52,7 @@ def measure(tokens: int) -> dict[str, Any]:
             model, window=64, sampling=mlx_stream.Sampling(temperature=0), speculate=False
         )
         pieces = chat.reply("Hello", max_tokens=1_000 + tokens)
-        for _ in range(500):  # the window is full, and its step traced
+        for _ in range(500):  # until the window is full and its step is traced
             next(pieces)
         count = Count()
         sys.setprofile(count)

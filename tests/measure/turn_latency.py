@@ -47,7 +47,7 @@ class Turn(NamedTuple):
 
 
 def question(model: Model, number: int) -> str:
-    """Return a question of 20 tokens, another for each number."""
+    """Return a question of 20 tokens, a different one for each number."""
     digits = f"{number:06d}"
     text = digits + "?" * (QUESTION_TOKENS - len(digits))
     assert len(model.tokenizer.encode(text, special=False)) == QUESTION_TOKENS

@@ -31,7 +31,7 @@ def ticking(done: Callable[[], bool], least: float = 2.0) -> dict[str, float]:
         time.sleep(max(0.0, due - time.perf_counter()))
         now = time.perf_counter()
         late.append(now - due)
-        due = max(due, now - TICK)  # ticks that were missed are one late one
+        due = max(due, now - TICK)  # missed ticks count as one late tick
     late.sort()
     return {
         "ticks": len(late),
@@ -43,7 +43,7 @@ def ticking(done: Callable[[], bool], least: float = 2.0) -> dict[str, float]:
 
 
 def during(task: Callable[[], object]) -> dict[str, float]:
-    """Tick while another thread does something; what it raises is raised."""
+    """Tick while another thread does something; raise what it raises."""
     failed: list[BaseException] = []
 
     def run() -> None:

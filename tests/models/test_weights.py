@@ -1,4 +1,4 @@
-"""Weights: quantized ones, what they take, and those that do not fit the config."""
+"""Weights: quantized ones, their size, and those that do not fit the config."""
 
 from typing import Any, cast
 

@@ -104,7 +104,7 @@ def test_the_defaults_of_an_own_device_are_those_of_its_kind(own):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (('budget_gb = 40', 'budget = 40'), "device 1: unknown key 'budget'; known are name, "),
+        (('budget_gb = 40', 'budget = 40'), "unknown key 'budget'; the known keys are name, "),
         (('memory_gb = 48', ''), "device 1: memory_gb is missing"),
         (('memory_gb = 48', 'memory_gb = "48"'), "a positive number, or a list of them, not '48'"),
         (('memory_gb = 48', 'memory_gb = []'), "a positive number, or a list of them, not []"),

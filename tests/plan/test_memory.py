@@ -72,7 +72,8 @@ def built(raw: dict, held: QuantizationOf, dtype: mx.Dtype) -> Model:
 @pytest.mark.parametrize("itemsize", [4, 2])
 @pytest.mark.parametrize("bits", memory.BITS)
 def test_weights_take_what_their_modules_take(bits, itemsize, tied):
-    # Groups of 64 divide 64 and 128 inputs, not the 96 of the down projection: it stays floats.
+    # Groups of 64 divide 64 and 128 inputs, not the 96 of the down projection, which
+    # stays in floats.
     raw = tiny_config(tie_word_embeddings=tied, attention_bias=True, num_hidden_layers=3)
     held = uniform_quantization(bits)
     model = built(raw, held, DTYPES[itemsize])

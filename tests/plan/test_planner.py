@@ -130,7 +130,7 @@ def test_files_of_four_bits_are_offered_fewer_alone(tmp_path):
     model = summarize_model(str(path), never)
     recipes = list(Planner(model, device(2**40), PlanRequest()).recipes())
     assert [recipe.bits for recipe in recipes] == [None, 3, 2]
-    assert recipes[0].name == "as it is, 4.5 bits a weight"
+    assert recipes[0].name == "as it is, 4.5 bits per weight"
 
 
 def test_a_bounded_model_gets_no_longer_window():

@@ -226,7 +226,7 @@ def test_the_command_exits_with_1_and_gives_advice(monkeypatch):
     assert result.code == 1
     assert "NO     off by" in result.out
     assert result.out.splitlines()[-1] == (
-        "- quantized products are those of the dequantized weights: update MLX; until then load "
+        "- quantized products equal those of the dequantized weights: update MLX; until then load "
         "with --dequantize"
     )
 

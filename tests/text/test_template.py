@@ -262,7 +262,7 @@ CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</>' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# These rewrite an exchange once the next question is there.
+# These rewrite an exchange once another question follows.
 SETTLES = {
     "drops the thinking of earlier turns": CHATML.replace(
         "m.content", "(m.content if loop.last else m.content.split('</think>')[-1])"

@@ -51,7 +51,7 @@ def charsmap(trie: int, texts: bytes) -> dict[str, Any]:
 REFUSED: dict[str, tuple[str, str]] = {
     "26 doublings": (normalizers(*[DOUBLE] * 26), "can make a text 67108864 times longer"),
     "one large replacement": (normalizers(DOUBLE | {"content": "e" * 65}), "content is longer"),
-    "of nothing": (normalizers(DOUBLE | {"pattern": {"String": ""}}), "replaces an empty text"),
+    "of nothing": (normalizers(DOUBLE | {"pattern": {"String": ""}}), "replaces an empty string"),
     "prepended": (normalizers({"type": "Prepend", "prepend": "e" * 10**6}), "prepend is longer"),
     "2,000 steps": (normalizers(*[{"type": "NFKD"}] * 2_000), "more than 32 steps"),
     "seven bytes": (normalizers(*[{"type": "ByteLevel"}] * 7), "can make a text 128 times longer"),
@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "dropout": (model(dropout=0.1), "it makes encoding a text random"),
     "a long prefix": (model(continuing_subword_prefix="e" * 100_000), "is longer than 64"),
     "a prefix no merge has": (model(continuing_subword_prefix="##"), "a merge does not begin"),
-    "a long token": (model(vocab={"e" * 100_000: 0}), "a token is not a text, or is too long"),
+    "a long token": (model(vocab={"e" * 100_000: 0}), "a token is not a string, or is too long"),
     "another model": (model(type="WordPiece"), "model: 'WordPiece' is not supported"),
     "no model": (written(model=None), "model: None is not supported"),
     "a key twice": (SOUND.replace('"normalizer"', '"model"', 1), "a key is given twice"),

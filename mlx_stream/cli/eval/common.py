@@ -1,4 +1,4 @@
-"""What all experiments share: their options, their texts, and the ways a result is shown."""
+"""What all experiments share: options, texts, and the ways of showing a result."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ class OutputOptions:
     ] = None
 
     def check(self) -> None:
-        """Refuse before anything is measured what could not be shown afterwards."""
+        """Refuse, before anything is measured, options with which the result could not be shown."""
         if self.json and self.csv:
             fail("--json and --csv both write to standard output: choose one")
         if self.plot is not None:
@@ -59,11 +59,11 @@ class OutputOptions:
         """Print a report as a table, JSON or CSV, and draw it.
 
         Args:
-            table: rows of the table, if the report has too many to read.
+            table: the rows of the table, if the report has too many rows to read.
             cut: the error that ended it early, from `collecting_rows`; raised at the end.
         """
         if cut:
-            report.notes.append("interrupted: the figures until then")
+            report.notes.append("interrupted: these are the figures up to that point")
         if self.json:
             print_json(report.as_json())
         elif self.csv:
@@ -110,7 +110,7 @@ def read_texts(model: "Model", files: Sequence[str]) -> "Corpus":
 
 
 def collecting_rows(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | None]":
-    """Return rows, and the error that ended them early, if there are any rows to be shown."""
+    """Return rows, and the error that ended them early, if there are any rows to show."""
     found: list[Row] = []
     try:
         for row in rows:

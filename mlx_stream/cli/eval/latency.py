@@ -39,7 +39,7 @@ def latency(
 
     Streaming and mlx-lm's rotating cache are timed in turn, then recompute, which reads the whole
     window again for each token. One re-anchoring happens halfway through the stream's steps, and 20
-    more are timed beside plain steps.
+    more are timed in turn with plain steps.
     """
     from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, measure_latency
@@ -60,7 +60,9 @@ def latency(
     folder = resolve(model, notify)
     peer, notes = None, []
     if folder.is_file():
-        notes.append("mlx-lm: not measured: it reads folders: convert the model to one")
+        notes.append(
+            "mlx-lm: not measured, because it reads only folders; convert the model to one"
+        )
     else:
         peer = load_peer(folder, loaded)
     rows, cut = common.collecting_rows(measure_latency(loaded, peer, sizes, notify))

@@ -55,7 +55,9 @@ def perplexity(
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Measure perplexity, speed and memory of caches of the same size.
+    """Compare the perplexity of caches of the same size.
+
+    Speed and memory are measured too.
 
     The caches read the text one after another. All except dense hold sinks + window tokens. mlx-lm
     gets rotating caches that keep as many first tokens as there are sinks. Perplexity is measured
@@ -94,9 +96,11 @@ def perplexity(
         fail("--gguf is for llama.cpp: add --against llama.cpp, or leave it out")
     absent = {
         "llama.cpp": llamacpp.why_not(gguf),
-        "mlx-lm": "it reads folders: convert the model to one" if folder.is_file() else None,
+        "mlx-lm": "it reads only folders; convert the model to one" if folder.is_file() else None,
     }
-    notes = [f"{s.label}: not measured: {absent[s.name]}" for s in specs if absent.get(s.name)]
+    notes = [
+        f"{s.label}: not measured, because {absent[s.name]}" for s in specs if absent.get(s.name)
+    ]
     specs = [spec for spec in specs if not absent.get(spec.name)]
     sinks, window = loaded.resolve_window(sinks, window, notify)
     text = common.read_texts(loaded, files)

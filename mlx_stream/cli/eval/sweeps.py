@@ -36,7 +36,7 @@ def sinks(
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Measure perplexity for several numbers of sinks (the paper's table 2)."""
+    """Measure perplexity by number of sinks (table 2)."""
     counts = [0, 1, 2, 4, 8] if sinks is None else sinks
     if capacity <= max(counts):
         fail(f"--capacity must be above {max(counts)}, the number of sinks, not {capacity}")
@@ -63,7 +63,7 @@ def windows(
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Measure perplexity for several window sizes (the paper's table 6)."""
+    """Measure perplexity by window size (table 6)."""
     chosen = [252, 508, 1_020, 2_044, 4_092] if window is None else window
     shapes = [(sinks, one) for one in chosen]
     about = {"sinks": sinks}

@@ -1,1 +1,1 @@
-"""One short file per family: config.json's keys and the names of tensors -> layers."""
+"""One short file per family, which turns config.json's keys and tensor names into layers."""

@@ -1,1 +1,1 @@
-"""Chat templates, which are programs of strangers: used on a stream, and run within limits."""
+"""Chat templates, which are untrusted programs: used on a stream, and run within limits."""

@@ -31,10 +31,10 @@ from mlx_stream.text.thinking import style_of
 MAX_SOURCE = 50_000
 
 Message = Mapping[str, str]
-# The names by which templates are told whether to think, and how hard.
+# The names by which templates are told whether to think, and for how long.
 SWITCHES: Sequence[str] = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
-# Stands for a reply where only what surrounds it is wanted. No other text holds it.
+# Stands for a reply where only its surroundings are wanted. No other text contains it.
 MARK = f"Reply{uuid4().int}"
 LATER = f"Later{uuid4().int}"
 PADDED = f"\n \n{MARK}\n \n"
@@ -218,8 +218,8 @@ class ChatTemplate:
     def closing(self) -> str:
         """What follows a reply's content, "<|im_end|>\\n" say.
 
-        Some templates (Llama 3's first) always ask for the next reply at once: what that request
-        and a later question have in common.
+        Some templates (Llama 3's first) always ask for the next reply at once. Then this is what
+        that request and a later question have in common.
         """
         return self._around_reply[1]
 
@@ -259,12 +259,15 @@ class ChatTemplate:
         alone = self.render(exchange, reply=False)
         before, found, after = self.render([*exchange, user("x")], reply=True).partition(MARK)
         once = found and MARK not in after and alone.count(MARK) == 1
-        require(once, "it does not write a reply's content once")
+        require(once, "it does not write a reply's content exactly once")
         lead = before.removeprefix(asked) if before.startswith(asked) else ""
-        if lead.strip():  # marks of thinking, which the model writes itself
+        if lead.strip():  # these are marks of thinking, which the model writes itself
             marks = self.style.texts.split() if self.style else ()
             known = any(mark in lead for mark in marks)
-            require(known, f"it writes {lead[:80]!r} only before a reply that is there")
+            require(
+                known,
+                f"it writes {lead[:80]!r} only before an existing reply, not before a new one",
+            )
             lead = ""
         return lead, shared_start(alone.partition(MARK)[2], after, self._special)
 
@@ -275,10 +278,10 @@ class ChatTemplate:
         return after.removeprefix(self.closing)
 
     def check(self, system: bool) -> None:
-        """Make sure that each exchange is written once and stays; `system`: behind a system turn.
+        """Make sure that each exchange is written once and stays, after a system turn if `system`.
 
-        An exchange may change when the next question is there, and once more when another exchange
-        is there, and never after that. A template
+        An exchange may change when the next question is added, and once more when another exchange
+        follows, but never after that. A template
         that is refused may still be used for conversations that are rendered whole.
         """
         metered(lambda: self._check(SYSTEM if system else None))
@@ -306,7 +309,7 @@ class ChatTemplate:
 
 
 def attempt(failure: str, work: Callable[[], T], characters: int = 0) -> T:
-    """Return what `work` returns; whatever a stranger's program raises is a TemplateError."""
+    """Return what `work` returns; turn what the untrusted program raises into a TemplateError."""
     try:
         return metered(work, characters)
     except Exception as error:
@@ -323,7 +326,7 @@ def require_appended(holds: bool, what: str) -> None:
 
 
 def shared_start(first: str, second: str, special: Sequence[str]) -> str:
-    """Return what two texts begin with alike, without a part of a special token.
+    """Return the beginning that two texts share, without a part of a special token.
 
     "<|end|><|endoftext|>" and "<|end|><|user|>" share "<|end|>", not "<|end|><|".
     """

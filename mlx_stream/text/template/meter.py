@@ -7,7 +7,7 @@ from types import GeneratorType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# Of processor time: a machine that sleeps or swaps does not stop an honest template.
+# In processor time: a machine that sleeps or swaps does not stop an honest template.
 SECONDS = 0.5
 # All values of one render together: their characters, and ITEM for each value and loop turn.
 # Honest templates need a tenth of it.
@@ -16,13 +16,13 @@ CONTAINERS = (dict, list, tuple, set, frozenset, KeysView, ValuesView, ItemsView
 
 
 class Meter:
-    """The time and the budget that are left of one use of a template."""
+    """The time and the budget that are left for one use of a template."""
 
     def __init__(self) -> None:
         self.left, self.ends = BUDGET, time.thread_time() + SECONDS
 
     def check(self, size: int = 0) -> None:
-        """Raise if the time is over, or if the budget is too small for a value of this size."""
+        """Raise if the time is up, or if the budget is too small for a value of this size."""
         if time.thread_time() > self.ends:
             raise RuntimeError(f"it ran for more than {SECONDS:g} s")
         if size > self.left:
@@ -36,7 +36,7 @@ class Meter:
         return value
 
     def weigh(self, value: Any) -> int:
-        """Check and return a value's size; what is in a list twice counts twice.
+        """Check and return a value's size; an item that is in a list twice counts twice.
 
         A list of a list twice, of that one twice, and so on, is small until written or compared.
         """
@@ -46,7 +46,7 @@ class Meter:
             size += ITEM
             if isinstance(item, str):
                 size += len(item)
-            elif isinstance(item, int):  # as large as the time that arithmetic takes
+            elif isinstance(item, int):  # its size stands for the time that arithmetic takes
                 size += item.bit_length() ** 2 // 100
             elif isinstance(item, CONTAINERS):
                 waiting += item.items() if isinstance(item, dict) else item
@@ -58,7 +58,7 @@ METER: ContextVar[Meter] = ContextVar("mlx_stream.text.template.meter")
 
 
 def metered(work: Callable[[], T], characters: int = 0) -> T:
-    """Return what `work` returns, metered; inside another use, in that one's time."""
+    """Run `work` metered and return its result; a nested use shares the outer one's limits."""
     meter, context = METER.get(None) or Meter(), copy_context()
     meter.left = BUDGET + BUDGET_PER_CHARACTER * characters
     context.run(METER.set, meter)

@@ -23,7 +23,7 @@ round safe select selectattr slice sort string title tojson trim truncate unique
 # Methods that no prompt needs, and whose results can be large.
 FORBIDDEN = str.split("""encode expandtabs format format_map from_bytes fromkeys maketrans to_bytes
 translate""")
-# Filters and methods that take a width or a number, or a text that they are slow to search for.
+# Filters and methods that take a width, a number, or a text that is slow to search for.
 NARROW = str.split("""batch center groupby indent ljust lstrip rfind rindex rjust round rpartition
 rsplit rstrip slice sort strftime strip tojson trim zfill""")
 MAX_WIDTH = 99
@@ -53,7 +53,7 @@ class LimitedCode(compiler.CodeGenerator):
         self.write(")" if made else "")
 
     def enter_frame(self, frame: compiler.Frame) -> None:
-        super().enter_frame(frame)  # of a turn of a loop, or of a call of a macro
+        super().enter_frame(frame)  # for a turn of a loop or a call of a macro
         self.writeline("environment.made(0)")
 
 
@@ -81,7 +81,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     made = staticmethod(lambda value: METER.get().made(value))
 
     def __init__(self) -> None:
-        # Jinja does not run what takes the environment while it compiles.
+        # While it compiles, Jinja does not run functions that take the environment.
         written = pass_environment(lambda self, value: self.made(str(value)))
         options = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}
         super().__init__(extensions=[GenerationTag, ext.loopcontrols], finalize=written, **options)
