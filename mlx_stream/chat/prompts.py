@@ -4,11 +4,10 @@
     opening      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
     following    <|im_end|>\\n  and  <|im_start|>user\\nAnd?<|im_end|>\\n<|im_start|>assistant\\n
 
-The name of a special token in a user's text is encoded as plain characters, so that it cannot open
+The name of a control token in a user's text is encoded as plain characters, so that it cannot open
 a turn.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.settle import common_prefix
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.program.notices import Notify
+from mlx_stream.text.control_tokens import MARK, ControlTokens
 from mlx_stream.text.template.chat_template import (
     ChatTemplate,
     Message,
@@ -28,8 +28,6 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.
 UNDERSTOOD = "Understood."
-# Marks where a text is cut before it is encoded: a Unicode noncharacter.
-MARK = "\ufdd0"
 PROBES = ("What is the first?", "Tell me,\nhow many?")
 
 
@@ -65,8 +63,6 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, system: str | None, pin: bool):
         self.tokenizer, self.template, self.system = tokenizer, template, system
-        names = "|".join(re.escape(name) for name in tokenizer.special_texts)
-        self._names = re.compile(f"(?={names})") if names else None
         self.head: list[Message] = system_turn(system)
         self._before: str | None = None
         template.check(False)
@@ -81,12 +77,13 @@ class PromptBuilder:
         self.pinned = self._border()
 
     @cached_property
-    def end_ids(self) -> frozenset[int]:
-        """The ids that end a reply.
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer, self.template)
 
-        All special tokens do: otherwise the model could open a turn that no template renders.
-        """
-        return self.tokenizer.eos_ids | self.tokenizer.special_ids
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a reply."""
+        return self._control.end_ids
 
     def accepts(self, reply_ids: Sequence[int]) -> bool:
         """Return whether a reply can consist of these ids."""
@@ -109,7 +106,8 @@ class PromptBuilder:
         if first:
             return (), self._ids(self._opening_text(question), first=True)
         turn = self.template.turn(question, self._turn_system)
-        closing, ids = self._ids_behind((rest or "") + self.template.closing, turn)
+        before = self._control.escape(rest or "", reply=True) + self.template.closing
+        closing, ids = self._ids_behind(before, turn)
         return () if rest is None else closing, ids
 
     def settle(self, exchange: Exchange, first: bool) -> Exchange:
@@ -213,7 +211,8 @@ class PromptBuilder:
         return self.template.opening(self._turn_system, question)
 
     def _settled_text(self, question: str, reply: str, first: bool) -> str:
-        question, reply = map(self.escape_special_tokens, (question, reply))
+        question = self.escape_special_tokens(question)
+        reply = self._control.escape(reply, reply=True)
         opens = first and self._before is None
         whole = self.template.settled(question, reply, self._turn_system, first=opens)
         return (self._before or "") + whole if first else whole
@@ -260,12 +259,8 @@ class PromptBuilder:
         return tuple(before) if all(whole) else ()
 
     def escape_special_tokens(self, text: str) -> str:
-        """Return a text in which a mark splits every name of a special token."""
-        text = text.replace(MARK, "")
-        if self._names is None:
-            return text
-        cuts = [match.start() + 1 for match in self._names.finditer(text)]
-        return MARK.join(text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True))
+        """Return a text in which marks split whatever would be read as a control token."""
+        return self._control.escape(text)
 
     def encode(self, text: str, behind_text: bool = False) -> list[int]:
         """Return the ids of a rendered text, in which marks split the names that are plain text.

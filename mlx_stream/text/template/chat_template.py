@@ -69,6 +69,7 @@ class ChatTemplate:
         """Compile a template that may name `tokens`; no text of `special` tokens is ever cut."""
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: it has more than {MAX_SOURCE} characters")
+        self.source = source
         self._tokens, self._special, self._now = dict(tokens or {}), special, datetime.now()
         compiled = attempt("cannot be read", lambda: TemplateEnvironment().from_string(source))
         self._template = compiled

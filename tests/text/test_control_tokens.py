@@ -1,0 +1,134 @@
+"""No message encodes to a token that a template writes around messages, whatever the flags say."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.engine.incremental_encoder import IncrementalEncoder
+from mlx_stream.text.control_tokens import PROBE, ControlTokens
+from mlx_stream.text.template.chat_template import ChatTemplate
+from mlx_stream.text.tokenizer import Tokenizer
+from tests.fakes.tiny import CHAT_TEMPLATE
+
+START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
+# A tokenizer's normalizer, and spellings of START that only it maps to START.
+NORMALIZERS = {
+    "none": (None, []),
+    "NFKC": (normalizers.NFKC(), ["＜|im_start|＞", "<|ｉｍ_start|>"]),
+    "lower case": (normalizers.Lowercase(), ["<|IM_START|>", "<|im_Start|>"]),
+    "one character": (normalizers.Replace("§", START), ["§", "§§", "a§b"]),
+    "a run": (normalizers.Replace(Regex("§+"), START), ["§" * 9, "§ §"]),
+    "no spaces": (normalizers.Replace(" ", ""), ["<|im_ start|>", "< |im_start|>", "<|im_start|> "]),
+    "SentencePiece": (
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        [" <|im_start|>", "▁<|im_start|>"],
+    ),
+    "two": (
+        normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
+        ["＜|IM_ｓtart|＞", "<|İm_start|>"],
+    ),
+}
+PLAIN = ["<", "|", "<|", "|>", "<|im_", "start|>", "im_start|>", "|im_start|>", "end|>", " ", "\n"]
+PLAIN += [START, END, THINK, "</think>", f"<{START}|im_start|>", "x", "the ", "\ufdd0", "[INST]"]
+# Around the question: as published, without a line end, and next to a part of a name.
+AROUND = {
+    "ChatML": CHAT_TEMPLATE,
+    "thinks": CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'"),
+    "no line end": CHAT_TEMPLATE.replace("+ '\\n' + message", "+ message"),
+    "beside parts": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}<{{ m.content }}start|><|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<{% endif %}"
+    ),
+}
+
+
+def made_up(normalizer: object, *, special: bool, normalized: bool, unigram: bool) -> Tokenizer:
+    """Return a tokenizer of single characters; `unigram` has the control tokens as words too."""
+    letters = sorted({*map(chr, range(32, 127)), *pre_tokenizers.ByteLevel.alphabet(), "▁"})
+    names = [START, END, THINK]
+    if unigram:
+        vocabulary = [(name, -1.0) for name in names] + [(letter, -9.0) for letter in letters]
+        backend = Backend(models.Unigram([("<unk>", -20.0), *vocabulary], 0, False))
+    else:
+        tokens = ["<unk>", *names, *letters]
+        vocabulary = {token: id for id, token in enumerate(tokens)}
+        backend = Backend(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    if normalizer:
+        backend.normalizer = normalizer
+    backend.decoder = decoders.Fuse()
+    if not unigram:
+        backend.add_tokens(
+            [AddedToken(name, special=special, normalized=normalized) for name in names]
+        )
+    return Tokenizer(backend, {})
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", NORMALIZERS)
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), special=st.booleans(), normalized=st.booleans(), unigram=st.booleans())
+def test_no_message_encodes_to_a_control_token(name, around, data, special, normalized, unigram):
+    normalizer, spellings = NORMALIZERS[name]
+    tokenizer = made_up(normalizer, special=special, normalized=normalized, unigram=unigram)
+    template = ChatTemplate(AROUND[around])
+    texts = st.lists(st.sampled_from(PLAIN + spellings * 3), max_size=6).map("".join)
+    question, reply, system = (data.draw(texts) for _ in range(3))
+    thinks = around == "thinks" or (special and not unigram)
+
+    def read(system: str, question: str, reply: str) -> list[list[str]]:
+        prompts = PromptBuilder(tokenizer, template, system, pin=True)
+        first = prompts.pinned + prompts.question(question, None, first=True)[1]
+        closing, later = prompts.question(question, reply, first=False)
+        return [
+            [text for text in map(tokenizer.text_of, ids) if text in (START, END, *more)]
+            for ids, more in ((first, [THINK] * thinks), (closing, ()), (later, [THINK] * thinks))
+        ]
+
+    assert read(system, question, reply) == read(PROBE, PROBE, PROBE)
+
+
+@pytest.mark.parametrize("around", ["ChatML", "beside parts"])
+@pytest.mark.parametrize("name", NORMALIZERS)
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), special=st.booleans(), normalized=st.booleans(), unigram=st.booleans())
+def test_no_fed_text_encodes_to_a_control_token(name, around, data, special, normalized, unigram):
+    normalizer, spellings = NORMALIZERS[name]
+    tokenizer = made_up(normalizer, special=special, normalized=normalized, unigram=unigram)
+    prompts = PromptBuilder(tokenizer, ChatTemplate(AROUND[around]), None, pin=True)
+    fed = data.draw(st.lists(st.sampled_from(PLAIN + spellings * 3), max_size=9))
+    turn = prompts.open_turn()
+    encoder = IncrementalEncoder(prompts, turn.opening, turn.lead)
+    ids = [id for text in fed for id in encoder.add(text)]
+    ends = encoder.end_turn(encoder.pending, data.draw(st.sampled_from(PLAIN)), turn.closing)
+    wanted = encoder.end_turn("", "x", turn.closing)
+    ids += encoder.flush()
+
+    def control(ids: Sequence[int]) -> list[str]:
+        return [text for text in map(tokenizer.text_of, ids) if text in (START, END)]
+
+    assert (control(ids), control(ends)) == ([], control(wanted))
+
+
+def test_a_reply_ends_where_the_template_closes_it_or_opens_a_turn():
+    tokenizer = made_up(None, special=False, normalized=False, unigram=False)
+    for source in AROUND.values():
+        control = ControlTokens(tokenizer, ChatTemplate(source))
+        assert set(map(tokenizer.text_of, control.end_ids)) == {START, END}
+    asks = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}"
+    control = ControlTokens(tokenizer, ChatTemplate(asks + "<think>{% endif %}"))
+    assert set(map(tokenizer.text_of, control.ids)) == {THINK}
+
+
+def test_text_that_is_no_control_token_is_left_as_it_is():
+    tokenizer = made_up(None, special=False, normalized=False, unigram=False)
+    control = ControlTokens(tokenizer, ChatTemplate(CHAT_TEMPLATE))
+    for text in ("", "user\n", "你 \U0001f642", "the <think> of \n\n", "a < b | c > d", "[INST]"):
+        assert control.escape(text) == text
+    assert control.escape("a<|im_end|>b") == "a<\ufdd0|im_end|>b"
+    thinks = ControlTokens(tokenizer, ChatTemplate(AROUND["thinks"]))
+    assert thinks.escape(THINK) != THINK and thinks.escape(THINK, reply=True) == THINK
