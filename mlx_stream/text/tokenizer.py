@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import tokenizers
+from tokenizers import decoders
 
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.tokenizer_json import check_tokenizer
@@ -68,12 +69,13 @@ class Tokenizer:
         """Build the tokenizer of a checkpoint.
 
         Raises:
-            TokenizerError: tokenizer.json cannot be read or is not supported, or an end token is
-                not in it.
+            TokenizerError: tokenizer.json cannot be read or is not supported, its parts do not fit
+                together, or an end token is not in it.
         """
         check_tokenizer(checkpoint.tokenizer)
         read = tokenizers.Tokenizer.from_str
         backend = call_library("cannot be read", read, checkpoint.tokenizer)
+        call_library("cannot be used", repair_decoder, backend)
         tokenizer = cls(backend, checkpoint.tokenizer_config)
         tokenizer.eos_ids = find_eos_ids(backend, checkpoint)
         return tokenizer
@@ -190,7 +192,7 @@ class StreamDecoder:
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
-        kinds = decoder_kinds(backend)
+        kinds = step_kinds(backend.decoder)
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
         added = backend.get_added_tokens_decoder().values()
@@ -291,12 +293,39 @@ def call_library(what: str, function: Callable[..., T], *arguments: Any, **optio
         raise
 
 
-def decoder_kinds(backend: tokenizers.Tokenizer) -> set[str]:
-    """Return the types of the decoder's steps, as tokenizer.json names them."""
-    if backend.decoder is None:
-        return set()
-    state = json.loads(backend.decoder.__getstate__())
-    return {step["type"] for step in [state, *state.get("decoders", [])]}
+def repair_decoder(backend: tokenizers.Tokenizer) -> None:
+    """Make the decoder one for the vocabulary's kind: conversions mix up the two common ones.
+
+    Raises:
+        ValueError: the vocabulary is byte-level, but text is not read as bytes.
+    """
+    if "ByteLevel" in step_kinds(backend.normalizer) | step_kinds(backend.pre_tokenizer):
+        if "ByteLevel" not in step_kinds(backend.decoder):
+            backend.decoder = decoders.ByteLevel()
+        return
+    if is_byte_level(backend.get_vocab(with_added_tokens=False)):
+        raise ValueError("its vocabulary is byte-level but its pre_tokenizer is not: convert it again")
+    # A space, and a character that is read as bytes, if the vocabulary has bytes.
+    found = decode(backend, backend.encode("a a\ufdd1", add_special_tokens=False).ids)
+    if "▁" in found or "<0xEF>" in found:
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(steps)
+        if decode(backend, backend.encode("a", add_special_tokens=False).ids).startswith(" "):
+            backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+
+
+def is_byte_level(vocabulary: Mapping[str, int]) -> bool:
+    """Return whether many tokens begin with a space as byte-level vocabularies write it."""
+    return 20 * sum(token.startswith("Ġ") for token in vocabulary) > len(vocabulary)
+
+
+def step_kinds(stage: Any) -> set[str]:
+    """Return the types of the steps of a decoder, say, as tokenizer.json names them."""
+    waiting = [json.loads(stage.__getstate__())] if stage is not None else []
+    for step in waiting:  # grows
+        for parts in ("normalizers", "pretokenizers", "decoders"):
+            waiting += step.get(parts, [])
+    return {step["type"] for step in waiting}
 
 
 def unfinished_bytes(run: bytearray) -> int | None:
