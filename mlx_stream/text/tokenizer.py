@@ -351,6 +351,8 @@ def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str:
 def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
     """Return the chat template, or of several the one named "default"; None if there is none."""
     found = tokenizer_config.get("chat_template")
+    if isinstance(found, Mapping):  # by name, as transformers holds them
+        found = [{"name": name, "template": template} for name, template in found.items()]
     for entry in found if isinstance(found, list) else ():
         if isinstance(entry, Mapping) and entry.get("name") == "default":
             found = entry.get("template")
