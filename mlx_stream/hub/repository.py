@@ -20,8 +20,8 @@ from mlx_stream.checkpoint.text_model import text_config
 from mlx_stream.config import read_config
 from mlx_stream.errors import SourceError
 from mlx_stream.hub.hub_cache import (
-    OTHER_FILES,
     OLDER_TEMPLATE,
+    OTHER_FILES,
     SMALL_FILES,
     File,
     Repository,

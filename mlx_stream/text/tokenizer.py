@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any, TypeVar
 
 import tokenizers
@@ -28,6 +29,8 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Ids that a decoder's window keeps after their text is out. One is enough to be past the start of
 # the text, where decoders drop a space. Four cover the three bytes of an unfinished character.
 WINDOW = 4
+# The longest run of white space or digits for patterns that read it again from each character.
+MAX_SLOW_RUN = 2_000
 # The most bytes of byte tokens that wait for the rest of their text.
 MAX_RUN = 32
 
@@ -48,6 +51,26 @@ def check_text(text: object) -> None:
         ) from error
 
 
+def check_runs(backend: tokenizers.Tokenizer, text: str) -> None:
+    """Refuse a text with a run that takes a slow pattern time quadratic in its length.
+
+    Raises:
+        TextError: it has one.
+    """
+    normalizer = backend.normalizer
+    read = (
+        call_library("cannot encode this text", normalizer.normalize_str, text)
+        if normalizer
+        else text
+    )
+    for kind, run in groupby(read, lambda char: char.isspace() or char.isnumeric()):
+        if kind and sum(1 for _ in run) > MAX_SLOW_RUN:
+            raise TextError(
+                f"text: more than {MAX_SLOW_RUN} spaces or digits in a row, which this model's "
+                "tokenizer cannot read in bounded time; shorten them"
+            )
+
+
 class Tokenizer:
     """A model's tokenizer: text to ids and back.
 
@@ -63,6 +86,7 @@ class Tokenizer:
         self._backend = backend
         self._tokenizer_config = tokenizer_config
         self.eos_ids: frozenset[int] = frozenset()
+        self._limits_runs = False
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "Tokenizer":
@@ -72,12 +96,13 @@ class Tokenizer:
             TokenizerError: tokenizer.json cannot be read or is not supported, its parts do not fit
                 together, or an end token is not in it.
         """
-        check_tokenizer(checkpoint.tokenizer)
+        slow = check_tokenizer(checkpoint.tokenizer)
         read = tokenizers.Tokenizer.from_str
         backend = call_library("cannot be read", read, checkpoint.tokenizer)
         call_library("cannot be used", repair_decoder, backend)
         tokenizer = cls(backend, checkpoint.tokenizer_config)
         tokenizer.eos_ids = find_eos_ids(backend, checkpoint)
+        tokenizer._limits_runs = slow
         return tokenizer
 
     @property
@@ -116,8 +141,10 @@ class Tokenizer:
         tokens = {name: special_token(self._tokenizer_config, name) for name in NAMED_TOKENS}
         named = {name: token for name, token in tokens.items() if token}
         source = template_source(self._tokenizer_config)
-        return None if source is None else ChatTemplate(
-            source, named, tuple(self.added_texts.values())
+        return (
+            None
+            if source is None
+            else ChatTemplate(source, named, tuple(self.added_texts.values()))
         )
 
     def encode(self, text: str, special: bool = True, behind_text: bool = False) -> list[int]:
@@ -162,6 +189,8 @@ class Tokenizer:
         return self._encoding(text, special).ids
 
     def _encoding(self, text: str, special: bool = False) -> tokenizers.Encoding:
+        if self._limits_runs:
+            check_runs(self._backend, text)
         # Measured on 2.7 million characters: 3 s and 380 MB. `encode_batch_fast` takes 1.7 s and
         # 290 MB, but it starts a pool of threads, which does not survive a fork.
         encode = self._backend.encode
@@ -304,7 +333,9 @@ def repair_decoder(backend: tokenizers.Tokenizer) -> None:
             backend.decoder = decoders.ByteLevel()
         return
     if is_byte_level(backend.get_vocab(with_added_tokens=False)):
-        raise ValueError("its vocabulary is byte-level but its pre_tokenizer is not: convert it again")
+        raise ValueError(
+            "its vocabulary is byte-level but its pre_tokenizer is not: convert it again"
+        )
     # A space, and a character that is read as bytes, if the vocabulary has bytes.
     found = decode(backend, backend.encode("a a\ufdd1", add_special_tokens=False).ids)
     if "▁" in found or "<0xEF>" in found:

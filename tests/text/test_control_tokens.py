@@ -19,18 +19,21 @@ START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
 # A tokenizer's normalizer, and spellings of START that only it maps to START.
 NORMALIZERS = {
     "none": (None, []),
-    "NFKC": (normalizers.NFKC(), ["＜|im_start|＞", "<|ｉｍ_start|>"]),
+    "NFKC": (normalizers.NFKC(), ["\uff1c|im_start|\uff1e", "<|\uff49\uff4d_start|>"]),
     "lower case": (normalizers.Lowercase(), ["<|IM_START|>", "<|im_Start|>"]),
     "one character": (normalizers.Replace("§", START), ["§", "§§", "a§b"]),
     "a run": (normalizers.Replace(Regex("§+"), START), ["§" * 9, "§ §"]),
-    "no spaces": (normalizers.Replace(" ", ""), ["<|im_ start|>", "< |im_start|>", "<|im_start|> "]),
+    "no spaces": (
+        normalizers.Replace(" ", ""),
+        ["<|im_ start|>", "< |im_start|>", "<|im_start|> "],
+    ),
     "SentencePiece": (
         normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
         [" <|im_start|>", "▁<|im_start|>"],
     ),
     "two": (
         normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
-        ["＜|IM_ｓtart|＞", "<|İm_start|>"],
+        ["\uff1c|IM_\uff53tart|\uff1e", "<|İm_start|>"],
     ),
 }
 PLAIN = ["<", "|", "<|", "|>", "<|im_", "start|>", "im_start|>", "|im_start|>", "end|>", " ", "\n"]

@@ -104,7 +104,12 @@ DECODERS: dict[str, Any] = {
     "gemma": {"type": "Sequence", "decoders": [REPLACE, FALLBACK, FUSE]},
     "fallback, metaspace": {"type": "Sequence", "decoders": [FALLBACK, METASPACE]},
 }
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": True,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 KINDS = ["byte-level", "unigram", "words", *DECODERS]
 
 
