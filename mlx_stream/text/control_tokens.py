@@ -5,7 +5,8 @@ fine-tunes declare theirs as ordinary added tokens.
 """
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 from mlx_stream.errors import TemplateError
 from mlx_stream.text.template.chat_template import ChatTemplate, assistant, user
@@ -36,20 +37,13 @@ class ControlTokens:
         # What unknown characters are read as: often a special token, but it says nothing.
         self._unknown = frozenset(tokenizer.encode(UNKNOWN, special=False))
         parts = written_around(template)
-        named = {id for id, text in tokenizer.added_texts.items() if text in template.source}
         special = tokenizer.eos_ids | tokenizer.special_ids
         # Of what follows a question only the first: behind it, a template may begin to think.
-        asking, closing = (list(self._control(text)) for text in parts[1:3])
+        asking, closing = (list(self._names(text)) for text in parts[1:3])
         self.end_ids = special | {*closing, *asking[:1]}
-        self.ids = special | named.union(*map(self._control, parts))
-        self._names = {ids: self._pattern(ids) for ids in (self.ids, self.end_ids)}
-        self._edges = any(
-            part.endswith(name[:cut]) or part.startswith(name[cut:])
-            for name in map(tokenizer.text_of, self.ids)
-            for cut in range(1, len(name))
-            for part in parts
-            if part
-        )
+        written = (id for text in parts for id in self._control(text))
+        self.ids = special.union(written, self._names(template.source))
+        self._beside = has_part_at_an_end(list(map(tokenizer.text_of, self.ids)), parts)
 
     def escape(self, text: str, reply: bool = False) -> str:
         """Return a text in which marks split whatever would be read as a control token.
@@ -57,21 +51,15 @@ class ControlTokens:
         A character that is read as one all by itself is left out. A reply may hold what the
         template writes inside replies, such as a mark of thinking.
         """
-        ids = self.end_ids if reply else self.ids
-        text, found = text.replace(MARK, ""), list[str]()
-        cuts = [match.start() + 1 for match in self._names[ids].finditer(text)]
-        waiting = [text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True)][::-1]
-        while waiting:  # names are not all: normalizers map other texts to control tokens
+        ids = (self.end_ids if reply else self.ids) - self._unknown
+        waiting, found = [text.replace(MARK, "")], list[str]()
+        while waiting:  # names are not compared: normalizers map other texts to control tokens
             piece = waiting.pop()
-            if spans := self.tokenizer.find(piece, ids - self._unknown):
+            if spans := self.tokenizer.find(piece, ids):
                 waiting += cut(piece, spans)[::-1]
             elif piece:
                 found.append(piece)
-        return MARK.join(["", *found, ""] if self._edges else found)
-
-    def _pattern(self, ids: frozenset[int]) -> re.Pattern[str]:
-        names = [name for name in map(self.tokenizer.text_of, ids) if len(name) > 1]
-        return re.compile(f"(?={'|'.join(map(re.escape, names)) or '(?!)'})")
+        return MARK.join(["", *found, ""] if self._beside else found)
 
     def _control(self, text: str) -> Iterator[int]:
         """Yield the ids of a template's text that stand for no ordinary text."""
@@ -81,6 +69,10 @@ class ControlTokens:
             bracketed = BRACKETED.fullmatch(name) and not BYTE_TOKEN.fullmatch(name)
             if id not in self._unknown and (id in special or id in added or bracketed):
                 yield id
+
+    def _names(self, text: str) -> Iterator[int]:
+        """Yield the same ids without words, which have other uses in a template or a reply."""
+        return (id for id in self._control(text) if not self.tokenizer.text_of(id).isalnum())
 
 
 def written_around(template: ChatTemplate) -> list[str]:
@@ -96,6 +88,21 @@ def written_around(template: ChatTemplate) -> list[str]:
         return [*parts, *template.opening(PROBE, PROBE).split(PROBE)]
     except TemplateError:
         return parts
+
+
+def has_part_at_an_end(names: Sequence[str], texts: Sequence[str]) -> bool:
+    """Return whether a text ends with the beginning of a name, or begins with the end of one."""
+    longest = max(map(len, names), default=0)
+    backwards = [name[::-1] for name in names]
+    for ordered, ends in (
+        (sorted(names), [text[-longest:] for text in texts]),
+        (sorted(backwards), [text[:longest][::-1] for text in texts]),
+    ):
+        for part in (end[at:] for end in ends for at in range(len(end))):
+            following = bisect_right(ordered, part)
+            if following < len(ordered) and ordered[following].startswith(part):
+                return True
+    return False
 
 
 def cut(text: str, spans: list[tuple[int, int]]) -> list[str]:

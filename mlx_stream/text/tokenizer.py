@@ -24,7 +24,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 LEADS = ("\n", ".", "a")
 
 REPLACEMENT = "\ufffd"
-ORDINARY = re.compile(r"[\s▁]*|\w+|[ -~]")
+ORDINARY = re.compile(r"[\s▁]*|[ -~]")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Ids that a decoder's window keeps after their text is out. One is enough to be past the start of
 # the text, where decoders drop a space. Four cover the three bytes of an unfinished character.
@@ -122,9 +122,9 @@ class Tokenizer:
 
     @cached_property
     def added_texts(self) -> Mapping[int, str]:
-        """The texts of added tokens by id, special or not, without those that are ordinary text.
+        """The texts of added tokens by id, special or not.
 
-        Vocabularies also add white space, words and single characters.
+        Without white space and single characters, which some vocabularies add as ordinary text.
         """
         added = self._backend.get_added_tokens_decoder().items()
         return {id: token.content for id, token in added if not ORDINARY.fullmatch(token.content)}

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.engine.incremental_encoder import IncrementalEncoder
-from mlx_stream.text.control_tokens import PROBE, ControlTokens
+from mlx_stream.text.control_tokens import PROBE, ControlTokens, has_part_at_an_end
 from mlx_stream.text.template.chat_template import ChatTemplate
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.fakes.tiny import CHAT_TEMPLATE
@@ -50,7 +50,9 @@ AROUND = {
 }
 
 
-def made_up(normalizer: object, *, special: bool, normalized: bool, unigram: bool) -> Tokenizer:
+def made_up(
+    normalizer: object, *, special: bool, normalized: bool, unigram: bool, strips: bool = False
+) -> Tokenizer:
     """Return a tokenizer of single characters; `unigram` has the control tokens as words too."""
     letters = sorted({*map(chr, range(32, 127)), *pre_tokenizers.ByteLevel.alphabet(), "▁"})
     names = [START, END, THINK]
@@ -66,7 +68,10 @@ def made_up(normalizer: object, *, special: bool, normalized: bool, unigram: boo
     backend.decoder = decoders.Fuse()
     if not unigram:
         backend.add_tokens(
-            [AddedToken(name, special=special, normalized=normalized) for name in names]
+            [
+                AddedToken(n, special=special, normalized=normalized, lstrip=strips, rstrip=strips)
+                for n in names
+            ]
         )
     return Tokenizer(backend, {})
 
@@ -77,7 +82,13 @@ def made_up(normalizer: object, *, special: bool, normalized: bool, unigram: boo
 @given(data=st.data(), special=st.booleans(), normalized=st.booleans(), unigram=st.booleans())
 def test_no_message_encodes_to_a_control_token(name, around, data, special, normalized, unigram):
     normalizer, spellings = NORMALIZERS[name]
-    tokenizer = made_up(normalizer, special=special, normalized=normalized, unigram=unigram)
+    tokenizer = made_up(
+        normalizer,
+        special=special,
+        normalized=normalized,
+        unigram=unigram,
+        strips=data.draw(st.booleans()),
+    )
     template = ChatTemplate(AROUND[around])
     texts = st.lists(st.sampled_from(PLAIN + spellings * 3), max_size=6).map("".join)
     question, reply, system = (data.draw(texts) for _ in range(3))
@@ -101,7 +112,13 @@ def test_no_message_encodes_to_a_control_token(name, around, data, special, norm
 @given(data=st.data(), special=st.booleans(), normalized=st.booleans(), unigram=st.booleans())
 def test_no_fed_text_encodes_to_a_control_token(name, around, data, special, normalized, unigram):
     normalizer, spellings = NORMALIZERS[name]
-    tokenizer = made_up(normalizer, special=special, normalized=normalized, unigram=unigram)
+    tokenizer = made_up(
+        normalizer,
+        special=special,
+        normalized=normalized,
+        unigram=unigram,
+        strips=data.draw(st.booleans()),
+    )
     prompts = PromptBuilder(tokenizer, ChatTemplate(AROUND[around]), None, pin=True)
     fed = data.draw(st.lists(st.sampled_from(PLAIN + spellings * 3), max_size=9))
     turn = prompts.open_turn()
@@ -132,6 +149,32 @@ def test_text_that_is_no_control_token_is_left_as_it_is():
     control = ControlTokens(tokenizer, ChatTemplate(CHAT_TEMPLATE))
     for text in ("", "user\n", "你 \U0001f642", "the <think> of \n\n", "a < b | c > d", "[INST]"):
         assert control.escape(text) == text
-    assert control.escape("a<|im_end|>b") == "a<\ufdd0|im_end|>b"
+    assert control.escape("a<|im_end|>b") == "a<|im_\ufdd0end|>b"
     thinks = ControlTokens(tokenizer, ChatTemplate(AROUND["thinks"]))
     assert thinks.escape(THINK) != THINK and thinks.escape(THINK, reply=True) == THINK
+
+
+def test_a_word_that_is_a_token_cannot_be_typed_and_does_not_end_a_reply():
+    """A template may write a word for other reasons than as a control token."""
+    letters = {letter: id for id, letter in enumerate(sorted(map(chr, range(32, 127))), 1)}
+    backend = Backend(models.BPE(vocab={"<unk>": 0, **letters}, merges=[], unk_token="<unk>"))
+    backend.add_tokens(["user", "assistant", "content", "<br>", "#"])
+    tokenizer = Tokenizer(backend, {})
+    source = "{% for m in messages %}# {{ m.role }}: {{ m.content }} {% endfor %}"
+    source += "{% if add_generation_prompt %}# assistant: {% endif %}"
+    control = ControlTokens(tokenizer, ChatTemplate(source))
+    assert set(map(tokenizer.text_of, control.ids)) == {"user", "assistant"}
+    assert control.end_ids == set()
+    assert control.escape("a user # content <br>") == "a us\ufdd0er # content <br>"
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=5)), st.lists(st.text("ab", max_size=7), max_size=3)
+)
+def test_parts_of_names_are_found_at_the_ends_of_texts(names: list[str], texts: list[str]):
+    assert has_part_at_an_end(names, texts) == any(
+        text.endswith(name[:at]) or text.startswith(name[at:])
+        for name in names
+        for text in texts
+        for at in range(1, len(name))
+    )
