@@ -20,6 +20,7 @@ MAX_NODES = 4_000_000
 MAX_STEPS = 32
 MAX_DEPTH = 4
 MAX_ADDED_TOKENS = 100_000
+MAX_ADDED = 1_000_000  # characters of all added tokens: the library takes 100 bytes for each
 MAX_TOKEN = 2_000  # characters
 MAX_AFFIX = 64  # characters of what is put before, after or between
 MAX_TEMPLATE = 64
@@ -176,10 +177,14 @@ def cost_of(step: Step) -> int:
 def check_added_tokens(tokens: Any) -> None:
     if not isinstance(tokens or [], list) or len(tokens or ()) > MAX_ADDED_TOKENS:
         raise refusal(f"expected a list of at most {MAX_ADDED_TOKENS} added_tokens")
+    characters = 0
     for token in tokens or ():
         content = token.get("content") if isinstance(token, Mapping) else None
         if not isinstance(content, str) or not 1 <= len(content) <= MAX_TOKEN:
             raise refusal("an added token has no text, or one that is too long")
+        characters += len(content)
+    if characters > MAX_ADDED:
+        raise refusal(f"its added tokens have more than {MAX_ADDED} characters")
 
 
 def check_template(step: Step) -> None:

@@ -7,6 +7,8 @@ fine-tunes declare theirs as ordinary added tokens.
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
 
 from mlx_stream.errors import TemplateError
 from mlx_stream.text.template.chat_template import ChatTemplate, assistant, user
@@ -52,10 +54,11 @@ class ControlTokens:
         template writes inside replies, such as a mark of thinking.
         """
         ids = (self.end_ids if reply else self.ids) - self._unknown
+        find = cache(lambda piece: self.tokenizer.find(piece, ids))  # many pieces are alike
         waiting, found = [text.replace(MARK, "")], list[str]()
         while waiting:  # names are not compared: normalizers map other texts to control tokens
             piece = waiting.pop()
-            if spans := self.tokenizer.find(piece, ids):
+            if spans := find(piece):
                 waiting += cut(piece, spans)[::-1]
             elif piece:
                 found.append(piece)
@@ -105,12 +108,16 @@ def has_part_at_an_end(names: Sequence[str], texts: Sequence[str]) -> bool:
     return False
 
 
-def cut(text: str, spans: list[tuple[int, int]]) -> list[str]:
-    """Return a text in pieces: cut within each span, without a span of a single character."""
-    pieces, at = [], 0
+def cut(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Return a text in shorter pieces: cut within each span, and nothing of a single character.
+
+    A span of one character may stand for a longer run that a normalizer replaced: then what is
+    before it and behind it is cut too.
+    """
+    if len(text) == 1:
+        return []
+    places = {0, len(text)}
     for begin, end in spans:
-        # In the middle, so that a text that is read as one token is cut to nothing in few steps.
-        middle = begin if end - begin < 2 else (begin + end) // 2
-        pieces.append(text[at:middle])
-        at = max(at, middle + (end - begin < 2))
-    return [*pieces, text[at:]]
+        single = {begin // 2, begin, begin + 1, (begin + 1 + len(text)) // 2}
+        places |= {(begin + end) // 2} if end - begin > 1 else single
+    return [text[i:j] for i, j in pairwise(sorted(places)) if i < j <= len(text)]

@@ -168,6 +168,20 @@ def test_a_word_that_is_a_token_cannot_be_typed_and_does_not_end_a_reply():
     assert control.escape("a user # content <br>") == "a us\ufdd0er # content <br>"
 
 
+def test_a_long_text_that_only_a_normalizer_makes_a_control_token_is_cut_in_few_steps():
+    tokenizer = made_up(NORMALIZERS["a run"][0], special=False, normalized=True, unigram=False)
+    control = ControlTokens(tokenizer, ChatTemplate(CHAT_TEMPLATE))
+    find, found = tokenizer.find, list[str]()
+
+    def counted(text, ids):
+        found.append(text)
+        return find(text, ids)
+
+    tokenizer.find = counted
+    assert control.escape("§" * 5_000 + "x").replace("\ufdd0", "") == "x"
+    assert len(found) < 100 and sum(map(len, found)) < 50_000
+
+
 @given(
     st.lists(st.text("ab", min_size=1, max_size=5)), st.lists(st.text("ab", max_size=7), max_size=3)
 )

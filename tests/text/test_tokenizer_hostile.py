@@ -99,6 +99,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         written(added_tokens=[{"id": 1, "content": "a", "special": True, **FLAGS}] * 100_001),
         "at most 100000 added_tokens",
     ),
+    "long added tokens": (
+        written(added_tokens=[{"id": 1, "content": "a" * 2_000, "special": True, **FLAGS}] * 501),
+        "added tokens have more than 1000000 characters",
+    ),
     "an empty added token": (
         written(added_tokens=[{"id": 1, "content": "", "special": True, **FLAGS}]),
         "an added token has no text",
