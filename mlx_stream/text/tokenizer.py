@@ -29,8 +29,9 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Ids that a decoder's window keeps after their text is out. One is enough to be past the start of
 # the text, where decoders drop a space. Four cover the three bytes of an unfinished character.
 WINDOW = 4
-# The longest run of white space or digits for patterns that read it again from each character.
-MAX_SLOW_RUN = 2_000
+# What patterns may cost that read a run of white space or digits again from each character: the
+# sum of the squares of the runs' lengths. One of 10,000 characters takes up to 0.9 s.
+MAX_SLOW_STEPS = 100_000_000
 # The most bytes of byte tokens that wait for the rest of their text.
 MAX_RUN = 32
 
@@ -52,23 +53,21 @@ def check_text(text: object) -> None:
 
 
 def check_runs(backend: tokenizers.Tokenizer, text: str) -> None:
-    """Refuse a text with a run that takes a slow pattern time quadratic in its length.
+    """Refuse a text with runs that take slow patterns too long: quadratic in their length.
 
     Raises:
-        TextError: it has one.
+        TextError: it has such runs.
     """
-    normalizer = backend.normalizer
-    read = (
-        call_library("cannot encode this text", normalizer.normalize_str, text)
-        if normalizer
-        else text
-    )
-    for kind, run in groupby(read, lambda char: char.isspace() or char.isnumeric()):
-        if kind and sum(1 for _ in run) > MAX_SLOW_RUN:
-            raise TextError(
-                f"text: more than {MAX_SLOW_RUN} spaces or digits in a row, which this model's "
-                "tokenizer cannot read in bounded time; shorten them"
-            )
+    if backend.normalizer:
+        normalize = backend.normalizer.normalize_str
+        text = call_library("cannot encode this text", normalize, text)
+    kinds = groupby(text, lambda char: char.isspace() or char.isnumeric())
+    runs = [sum(1 for _ in run) for kind, run in kinds if kind]
+    if sum(run**2 for run in runs) > MAX_SLOW_STEPS:
+        raise TextError(
+            f"text: this model's tokenizer would take too long for its {max(runs):,} spaces or "
+            "digits in a row; shorten the longest runs"
+        )
 
 
 class Tokenizer:

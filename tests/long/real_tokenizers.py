@@ -53,8 +53,10 @@ def differing_turns(tokenizer: Tokenizer, template: ChatTemplate) -> list[str]:
 def differing_texts(tokenizer: Tokenizer) -> list[str]:
     """Return the random ids whose streamed text is not the whole text, in lines."""
     draw, found = random.Random(1), []
-    for _ in range(LISTS):
-        ids = draw.choices(range(tokenizer.vocab_size + 9), k=draw.randrange(1, 40))
+    pieces = tokenizer.encode("".join(map(chr, range(0x3000))) + "\U0001f642\ufffd", special=False)
+    for number in range(LISTS):
+        pool = pieces if number % 2 else range(tokenizer.vocab_size + 9)
+        ids = draw.choices(pool, k=draw.randrange(1, 30))
         decoder = tokenizer.decoder()
         text = "".join(map(decoder.add, ids)) + decoder.flush()
         if text != tokenizer.decode(ids):
