@@ -169,9 +169,10 @@ def parse_item(pattern: str, begin: int, depth: int) -> tuple[Item, int]:
         at, looks, endless = found.end(), found is place, False
     else:
         raise refused(pattern, begin)
-    text = pattern[begin:at]
     times = TIMES.match(pattern, at)
     assert times
+    # `a{1,3}+` is a run of runs: it can be divided in many ways, unlike one of single characters.
+    text = pattern[begin : times.end(1) if times[1].startswith("{") and times[2] else at]
     least, most = bounds(*times.groups())
     many = max(least, most or 0) > MAX_TIMES or (endless and least > 1)
     if many or (looks and times[0]):

@@ -200,7 +200,7 @@ def test_published_patterns_are_accepted(pattern: str) -> None:
         *("(?:a?)+(?!a?)", "(?=a)*", "(((((a)))))", "(?:a*)b", "(?:a|b*)c", r"a+\b", "a*^"),
         # What follows must take what was read in vain: all of it, at once, and nothing in between.
         *(r"\s+$|x", r"\s*\n|\s", r"\s*\n| |\s+", r"\s*\n|\s{1,9}", r"\s*\n|x?\s+", "a*b|[ab]+"),
-        r"x?\s*\n|y\s+",
+        *(r"x?\s*\n|y\s+", "a{1,3}+b|a{1,3}+", "a{1,3}+b|a+"),
         *("x?a*b|a+", "a*b*c|a+", "(?:ab)*c|(?:ab)+", r"\s*\n+(?=x)|\s+", r"\s+|\s*\n"),
     ],
 )
