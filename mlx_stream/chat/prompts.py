@@ -4,7 +4,7 @@
     opening      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
     following    <|im_end|>\\n  and  <|im_start|>user\\nAnd?<|im_end|>\\n<|im_start|>assistant\\n
 
-The name of a special token in a user's text is encoded as plain characters, so that it cannot open
+The name of a control token in a user's text is encoded as plain characters, so that it cannot open
 a turn.
 """
 
@@ -18,6 +18,7 @@ from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.settle import common_prefix
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.program.notices import Notify
+from mlx_stream.text.control_tokens import MARK, ControlTokens
 from mlx_stream.text.pieces import ReplyDecoder
 from mlx_stream.text.template.chat_template import (
     ChatTemplate,
@@ -31,8 +32,6 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.
 UNDERSTOOD = "Understood."
-# Marks where a text is cut before it is encoded: a Unicode noncharacter.
-MARK = "\ufdd0"
 PROBES = ("What is the first?", "Tell me,\nhow many?")
 
 
@@ -68,8 +67,6 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, system: str | None, pin: bool):
         self.tokenizer, self.template, self.system = tokenizer, template, system
-        names = "|".join(re.escape(name) for name in tokenizer.special_texts)
-        self._names = re.compile(f"(?={names})") if names else None
         self.head: list[Message] = system_turn(system)
         self._before: str | None = None
         template.check(False)
@@ -84,20 +81,19 @@ class PromptBuilder:
         self.pinned = self._border()
 
     @cached_property
-    def end_ids(self) -> frozenset[int]:
-        """The ids that end a reply wherever they come.
+    def _control(self) -> ControlTokens:
+        return ControlTokens(self.tokenizer, self.template)
 
-        All special tokens do but those around thinking: otherwise the model could open a turn that
-        no template renders.
-        """
-        return self.tokenizer.eos_ids | (self.tokenizer.special_ids - self.thinking_ids)
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a reply wherever they come."""
+        return self.tokenizer.eos_ids | (self._control.end_ids - self.thinking_ids)
 
     @cached_property
     def thinking_ids(self) -> frozenset[int]:
-        """The special tokens around a model's thinking."""
+        """The control tokens around a model's thinking."""
         texts = self.template.style.texts if self.template.style else ""
-        names = [name for name in self.tokenizer.special_texts if name in texts]
-        return frozenset(id for name in names for id in self.tokenizer.encode(name, special=False))
+        return self._control.ids.intersection(self.tokenizer.encode(texts, special=False))
 
     def thinking_rules(self, limit: int) -> ThinkingRules:
         """Return what a reply may hold if its thinking has at most `limit` ids."""
@@ -135,7 +131,8 @@ class PromptBuilder:
         if first:
             return (), self._ids(self._opening_text(question), first=True)
         turn = self.template.turn(question, self._turn_system)
-        closing, ids = self._ids_behind((rest or "") + self.template.closing, turn)
+        before = self._control.escape(rest or "", reply=True) + self.template.closing
+        closing, ids = self._ids_behind(before, turn)
         return () if rest is None else closing, ids
 
     def settle(self, exchange: Exchange, first: bool, later: bool = False) -> Exchange:
@@ -262,8 +259,11 @@ class PromptBuilder:
 
         A template that has no field for thinking gets what the model wrote, its marks included.
         """
-        escape = self.escape_special_tokens
         reply, style = self._read(exchange), self.template.style
+
+        def escape(text: str) -> str:
+            return self._control.escape(text, reply=True)
+
         if not style or self.template.thinking_apart:
             return escape(exchange.reply), escape(exchange.thinking)
         marks = "|".join(map(re.escape, (*style.openings, style.closing, *style.answers)))
@@ -326,12 +326,8 @@ class PromptBuilder:
         return tuple(before) if all(whole) else ()
 
     def escape_special_tokens(self, text: str) -> str:
-        """Return a text in which a mark splits every name of a special token."""
-        text = text.replace(MARK, "")
-        if self._names is None:
-            return text
-        cuts = [match.start() + 1 for match in self._names.finditer(text)]
-        return MARK.join(text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True))
+        """Return a text in which marks split whatever would be read as a control token."""
+        return self._control.escape(text)
 
     def encode(self, text: str, behind_text: bool = False) -> list[int]:
         """Return the ids of a rendered text, in which marks split the names that are plain text.

@@ -1,6 +1,7 @@
 """Reads an untrusted Hugging Face or mlx-lm folder; handles files, not modules."""
 
 from pathlib import Path
+from typing import Any
 
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.json_files import (
@@ -37,15 +38,26 @@ def read_folder(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: no config.json; expected a folder with a model in it")
     whole, tokenizer = read_json(path / "config.json"), read_tokenizer(path)
     config = text_config(whole)
-    tokenizer_config = read_json_if_there(path / "tokenizer_config.json")
-    # transformers writes the template to its own file, and lets that file win.
-    if exists_as_file(path / "chat_template.jinja"):
-        template = read_text_file(path / "chat_template.jinja", JSON_BYTES)
-        tokenizer_config["chat_template"] = template
+    tokenizer_config = read_tokenizer_config(path)
     generation_config = read_json_if_there(path / "generation_config.json")
     tensors, images = read_shards(path), "text_config" in whole
     tensors = text_tensors(tensors) if images else tensors
     return Checkpoint(config, tensors, tokenizer, tokenizer_config, generation_config, images)
+
+
+def read_tokenizer_config(path: Path) -> dict[str, Any]:
+    """Return the content of tokenizer_config.json, with the chat template of whatever file has it.
+
+    transformers writes it to chat_template.jinja and lets that file win; for models that read
+    images its older versions wrote chat_template.json.
+    """
+    found = read_json_if_there(path / "tokenizer_config.json")
+    if exists_as_file(path / "chat_template.jinja"):
+        found["chat_template"] = read_text_file(path / "chat_template.jinja", JSON_BYTES)
+    elif found.get("chat_template") is None:
+        older = read_json_if_there(path / "chat_template.json").get("chat_template")
+        found |= {} if older is None else {"chat_template": older}
+    return found
 
 
 def missing_files(path: Path) -> list[str]:

@@ -9,10 +9,10 @@ Format: `tokenizers`' serialization.
 import base64
 import binascii
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_stream.checkpoint.patterns import MAX_COST, SLOW_COST, check_regex, is_slow
 from mlx_stream.errors import TokenizerError
 
 # Lists, objects and what is in them: the largest vocabularies have two million with their merges.
@@ -20,6 +20,7 @@ MAX_NODES = 4_000_000
 MAX_STEPS = 32
 MAX_DEPTH = 4
 MAX_ADDED_TOKENS = 100_000
+MAX_ADDED = 1_000_000  # characters of all added tokens: the library takes 100 bytes for each
 MAX_TOKEN = 2_000  # characters
 MAX_AFFIX = 64  # characters of what is put before, after or between
 MAX_TEMPLATE = 64
@@ -29,8 +30,10 @@ MAX_EXPANSION = 64
 Step = Mapping[str, Any]
 
 
-def check_tokenizer(text: str) -> None:
+def check_tokenizer(text: str) -> bool:
     """Check the text of a tokenizer.json.
+
+    Returns whether a pattern is slow on long runs of white space or digits.
 
     Raises:
         TokenizerError: it is not JSON, or a step is unknown, malformed or unbounded.
@@ -45,21 +48,26 @@ def check_tokenizer(text: str) -> None:
     if not isinstance(value, dict):
         raise refusal("expected a JSON object")
     check_added_tokens(value.get("added_tokens"))
-    factor = 1.0
+    factor, cost, slow = 1.0, 0, False
     for step in steps_of(value, "normalizer", "normalizers", NORMALIZERS):
         factor *= growth_of(step)
+        cost += cost_of(step)
     if factor > MAX_EXPANSION:
         raise refusal(f"its normalizer can make a text {factor:.0f} times longer")
     for step in steps_of(value, "pre_tokenizer", "pretokenizers", PRE_TOKENIZERS):
-        check_pattern(step)
+        slow |= is_slow(step.get("pattern"))
+        cost += SLOW_COST if is_slow(step.get("pattern")) else cost_of(step)
         check_affixes(step, "replacement", "delimiter")
     for step in steps_of(value, "decoder", "decoders", DECODERS):
-        check_pattern(step)
+        cost += cost_of(step)
         check_affixes(step, "content", "replacement", "prefix", "suffix", "start", "stop")
     for step in steps_of(value, "post_processor", "processors", POST_PROCESSORS):
         if step["type"] == "TemplateProcessing":
             check_template(step)
+    if cost > MAX_COST:
+        raise refusal(f"its patterns take up to {cost} steps for a character, more than {MAX_COST}")
     check_model(value.get("model"))
+    return slow
 
 
 def refusal(what: str) -> TokenizerError:
@@ -123,7 +131,6 @@ def growth_of(step: Step) -> float:
     check_affixes(step, "prepend", "content")
     if step["type"] != "Replace":
         return 1.0
-    check_pattern(step)
     pattern = step.get("pattern")
     plain = pattern.get("String") if isinstance(pattern, Mapping) else None
     # A regular expression may match a single byte.
@@ -156,19 +163,28 @@ def check_affixes(step: Step, *keys: str) -> None:
             raise refusal(f"{step['type']}: {key} is longer than {MAX_AFFIX}")
 
 
-def check_pattern(step: Step) -> None:
+def cost_of(step: Step) -> int:
+    """Return the most steps that a pattern takes for one character of a text."""
     pattern = step.get("pattern")
-    if isinstance(pattern, Mapping) and "Regex" in pattern:
-        check_regex(pattern["Regex"])
+    if not isinstance(pattern, Mapping) or "Regex" not in pattern:
+        return 0
+    try:
+        return check_regex(pattern["Regex"])
+    except ValueError as error:
+        raise refusal(str(error)) from error
 
 
 def check_added_tokens(tokens: Any) -> None:
     if not isinstance(tokens or [], list) or len(tokens or ()) > MAX_ADDED_TOKENS:
         raise refusal(f"expected a list of at most {MAX_ADDED_TOKENS} added_tokens")
+    characters = 0
     for token in tokens or ():
         content = token.get("content") if isinstance(token, Mapping) else None
         if not isinstance(content, str) or not 1 <= len(content) <= MAX_TOKEN:
             raise refusal("an added token has no text, or one that is too long")
+        characters += len(content)
+    if characters > MAX_ADDED:
+        raise refusal(f"its added tokens have more than {MAX_ADDED} characters")
 
 
 def check_template(step: Step) -> None:
@@ -232,75 +248,3 @@ def check_merges(model: Step) -> None:
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or not str((parts or [""])[-1]).startswith(str(prefix)):
             raise refusal("model: a merge does not begin with the continuing_subword_prefix")
-
-
-# --- regular expressions ---
-
-# Branches of published patterns that backtrack, but only over white space and letters.
-KNOWN_BRANCHES = {
-    r"\s+(?!\S)",
-    r"\s+$",
-    r"\s*[\r\n]+",
-    r"\s*[\r\n]",
-    r"\s*[\r\n]+(?=[^\r\n])",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-}
-ESCAPE = r"\\(?:[sSdDwWhHrntfvae]|[^A-Za-z0-9])"
-# One character or none, and how often: `\p{L}+`, `[^\s]`, `a{1,3}`. A class may hold another.
-ATOM = re.compile(
-    rf"(?:\\[pPxu]\{{[^{{}}]*\}}|{ESCAPE}|\[(?:\\.|[^\[\]\\]|\[[^\[\]]*\])*\]|[^\\()\[\]{{}}*+?|])"
-    r"(\*|\+|\?|\{\d+(?:,\d*)?\}|\{,\d+\}|)",
-    re.DOTALL,
-)
-# A choice of plain texts, once or not at all: `(?i:'s|'t)`, `(?:a|b)?`.
-CHOICE = re.compile(rf"\((?:\?i?:)?(?:{ESCAPE}|[^\\()\[\]{{}}*+?])*\)(\??)", re.DOTALL)
-MAX_REGEX = 4_000
-MAX_TIMES = 100
-
-
-def check_regex(pattern: Any) -> None:
-    """Refuse a pattern that could backtrack without a bound.
-
-    Each branch must be single characters, each repeated some number of times, and no required
-    character may follow an unbounded repetition. Then each branch reads a text at most once.
-    """
-    if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_REGEX:
-        raise refusal(f"a pattern is not a string of 1 to {MAX_REGEX} characters")
-    at = begin = 0
-    unbounded = False
-    while at <= len(pattern):
-        if at == len(pattern) or pattern[at] == "|":
-            begin, unbounded, at = at + 1, False, at + 1
-            continue
-        known = next((b for b in KNOWN_BRANCHES if at == begin and is_branch(pattern, at, b)), None)
-        if known:
-            at += len(known)
-            continue
-        match = ATOM.match(pattern, at) or CHOICE.match(pattern, at)
-        if match is None:
-            raise refusal(f"the pattern {pattern[:60]!r} is not supported at {pattern[at:][:20]!r}")
-        least, most = bounds(match[1])
-        if (unbounded and least > 0) or max(least, most or 0) > MAX_TIMES:
-            raise refusal(
-                f"the pattern {pattern[:60]!r} could backtrack endlessly at {pattern[at:][:20]!r}"
-            )
-        unbounded = unbounded or most is None
-        at = match.end()
-
-
-def is_branch(pattern: str, at: int, branch: str) -> bool:
-    end = at + len(branch)
-    return pattern.startswith(branch, at) and pattern[end : end + 1] in ("", "|")
-
-
-def bounds(times: str) -> tuple[int, int | None]:
-    """Return the least and most repetitions; None is unbounded."""
-    if not times.startswith("{"):
-        return {"": (1, 1), "?": (0, 1), "*": (0, None), "+": (1, None)}[times]
-    least, comma, most = times[1:-1].partition(",")
-    low = int(least[:9] or 0)
-    if not comma:
-        return low, low
-    return low, (int(most[:9]) if most else None)

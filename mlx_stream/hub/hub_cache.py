@@ -20,6 +20,8 @@ SMALL_FILES = [
     "chat_template.jinja",
     INDEX,
 ]
+# Fetched too; a model cached without it, by an earlier version, is complete and opens offline.
+OLDER_TEMPLATE = "chat_template.json"
 # `*` also matches in subfolders, and some repositories carry all weights twice (consolidated).
 OTHER_FILES = ["*/*", "consolidated*"]
 

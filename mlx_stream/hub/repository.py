@@ -20,6 +20,7 @@ from mlx_stream.checkpoint.text_model import text_config
 from mlx_stream.config import read_config
 from mlx_stream.errors import SourceError
 from mlx_stream.hub.hub_cache import (
+    OLDER_TEMPLATE,
     OTHER_FILES,
     SMALL_FILES,
     File,
@@ -33,7 +34,7 @@ from mlx_stream.hub.transfer import place_blob
 
 PATIENCE = 15.0  # seconds to wait for the Hub's first answer
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-FILES = [*SMALL_FILES, "*.safetensors"]
+FILES = [*SMALL_FILES, OLDER_TEMPLATE, "*.safetensors"]
 MAX_FILES = 10_000
 SMALL_BYTES = 64 << 20  # at most, of a file of text
 
@@ -94,7 +95,7 @@ def read_listing(name: str, revision: str, info: Any) -> Repository:
                 f"{name}: the Hub does not list the size and hash of {sibling.rfilename!r}, so "
                 "the download cannot be checked"
             )
-        if sibling.rfilename in SMALL_FILES and size > SMALL_BYTES:
+        if sibling.rfilename in (*SMALL_FILES, OLDER_TEMPLATE) and size > SMALL_BYTES:
             raise SourceError(
                 f"{name}: {sibling.rfilename} is {size >> 20} MB, too large for such a file"
             )

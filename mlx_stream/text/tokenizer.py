@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any, TypeVar
 
 import tokenizers
+from tokenizers import decoders
 
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.tokenizer_json import check_tokenizer
@@ -22,10 +24,14 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 LEADS = ("\n", ".", "a")
 
 REPLACEMENT = "\ufffd"
+ORDINARY = re.compile(r"[\s▁]*|[ -~]")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Ids that a decoder's window keeps after their text is out. One is enough to be past the start of
 # the text, where decoders drop a space. Four cover the three bytes of an unfinished character.
 WINDOW = 4
+# What patterns may cost that read a run of white space or digits again from each character: the
+# sum of the squares of the runs' lengths. One of 10,000 characters takes up to 0.9 s.
+MAX_SLOW_STEPS = 100_000_000
 # The most bytes of byte tokens that wait for the rest of their text.
 MAX_RUN = 32
 
@@ -46,6 +52,24 @@ def check_text(text: object) -> None:
         ) from error
 
 
+def check_runs(backend: tokenizers.Tokenizer, text: str) -> None:
+    """Refuse a text with runs that take slow patterns too long: quadratic in their length.
+
+    Raises:
+        TextError: it has such runs.
+    """
+    if backend.normalizer:
+        normalize = backend.normalizer.normalize_str
+        text = call_library("cannot encode this text", normalize, text)
+    kinds = groupby(text, lambda char: char.isspace() or char.isnumeric())
+    runs = [sum(1 for _ in run) for kind, run in kinds if kind]
+    if sum(run**2 for run in runs) > MAX_SLOW_STEPS:
+        raise TextError(
+            f"text: this model's tokenizer would take too long for its {max(runs):,} spaces or "
+            "digits in a row; shorten the longest runs"
+        )
+
+
 class Tokenizer:
     """A model's tokenizer: text to ids and back.
 
@@ -61,20 +85,23 @@ class Tokenizer:
         self._backend = backend
         self._tokenizer_config = tokenizer_config
         self.eos_ids: frozenset[int] = frozenset()
+        self._limits_runs = False
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "Tokenizer":
         """Build the tokenizer of a checkpoint.
 
         Raises:
-            TokenizerError: tokenizer.json cannot be read or is not supported, or an end token is
-                not in it.
+            TokenizerError: tokenizer.json cannot be read or is not supported, its parts do not fit
+                together, or an end token is not in it.
         """
-        check_tokenizer(checkpoint.tokenizer)
+        slow = check_tokenizer(checkpoint.tokenizer)
         read = tokenizers.Tokenizer.from_str
         backend = call_library("cannot be read", read, checkpoint.tokenizer)
+        call_library("cannot be used", repair_decoder, backend)
         tokenizer = cls(backend, checkpoint.tokenizer_config)
         tokenizer.eos_ids = find_eos_ids(backend, checkpoint)
+        tokenizer._limits_runs = slow
         return tokenizer
 
     @property
@@ -93,10 +120,13 @@ class Tokenizer:
         return frozenset(id for id, token in added.items() if token.special)
 
     @cached_property
-    def special_texts(self) -> tuple[str, ...]:
-        """The names of special tokens in a text, without those of one character."""
-        added = self._backend.get_added_tokens_decoder().values()
-        return tuple(token.content for token in added if token.special and len(token.content) > 1)
+    def added_texts(self) -> Mapping[int, str]:
+        """The texts of added tokens by id, special or not.
+
+        Without white space and single characters, which some vocabularies add as ordinary text.
+        """
+        added = self._backend.get_added_tokens_decoder().items()
+        return {id: token.content for id, token in added if not ORDINARY.fullmatch(token.content)}
 
     @cached_property
     def template(self) -> ChatTemplate | None:
@@ -110,7 +140,11 @@ class Tokenizer:
         tokens = {name: special_token(self._tokenizer_config, name) for name in NAMED_TOKENS}
         named = {name: token for name, token in tokens.items() if token}
         source = template_source(self._tokenizer_config)
-        return None if source is None else ChatTemplate(source, named, self.special_texts)
+        return (
+            None
+            if source is None
+            else ChatTemplate(source, named, tuple(self.added_texts.values()))
+        )
 
     def encode(self, text: str, special: bool = True, behind_text: bool = False) -> list[int]:
         """Return the ids of a text of any length.
@@ -136,11 +170,30 @@ class Tokenizer:
         lead, word, both = (self._encode(text) for text in (LEADS[0], "a", f"{LEADS[0]}a"))
         return both != lead + word
 
+    def find(self, text: str, ids: Container[int]) -> list[tuple[int, int]]:
+        """Return where a text is read as one of these ids: begin and end, in characters.
+
+        Raises:
+            TextError: the text has a lone surrogate.
+        """
+        check_text(text)
+        found = self._encoding(text)
+        return [span for id, span in zip(found.ids, found.offsets, strict=True) if id in ids]
+
+    def text_of(self, id: int) -> str:
+        """Return a token as the vocabulary writes it, "" if there is none."""
+        return self._backend.id_to_token(id) or ""
+
     def _encode(self, text: str, special: bool = False) -> list[int]:
+        return self._encoding(text, special).ids
+
+    def _encoding(self, text: str, special: bool = False) -> tokenizers.Encoding:
+        if self._limits_runs:
+            check_runs(self._backend, text)
         # Measured on 2.7 million characters: 3 s and 380 MB. `encode_batch_fast` takes 1.7 s and
         # 290 MB, but it starts a pool of threads, which does not survive a fork.
         encode = self._backend.encode
-        return call_library("cannot encode this text", encode, text, add_special_tokens=special).ids
+        return call_library("cannot encode this text", encode, text, add_special_tokens=special)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; special tokens and unknown ids have none."""
@@ -171,7 +224,7 @@ class StreamDecoder:
 
     def __init__(self, backend: tokenizers.Tokenizer, shown: Collection[int] = ()):
         self._backend, self._shown = backend, shown
-        kinds = decoder_kinds(backend)
+        kinds = step_kinds(backend.decoder)
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
         added = backend.get_added_tokens_decoder().values()
@@ -274,12 +327,41 @@ def call_library(what: str, function: Callable[..., T], *arguments: Any, **optio
         raise
 
 
-def decoder_kinds(backend: tokenizers.Tokenizer) -> set[str]:
-    """Return the types of the decoder's steps, as tokenizer.json names them."""
-    if backend.decoder is None:
-        return set()
-    state = json.loads(backend.decoder.__getstate__())
-    return {step["type"] for step in [state, *state.get("decoders", [])]}
+def repair_decoder(backend: tokenizers.Tokenizer) -> None:
+    """Make the decoder one for the vocabulary's kind: conversions mix up the two common ones.
+
+    Raises:
+        ValueError: the vocabulary is byte-level, but text is not read as bytes.
+    """
+    if "ByteLevel" in step_kinds(backend.normalizer) | step_kinds(backend.pre_tokenizer):
+        if "ByteLevel" not in step_kinds(backend.decoder):
+            backend.decoder = decoders.ByteLevel()
+        return
+    if is_byte_level(backend.get_vocab(with_added_tokens=False)):
+        raise ValueError(
+            "its vocabulary is byte-level but its pre_tokenizer is not: convert it again"
+        )
+    # A space, and a character that is read as bytes, if the vocabulary has bytes.
+    found = decode(backend, backend.encode("a a\ufdd1", add_special_tokens=False).ids)
+    if "▁" in found or "<0xEF>" in found:
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(steps)
+        if decode(backend, backend.encode("a", add_special_tokens=False).ids).startswith(" "):
+            backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+
+
+def is_byte_level(vocabulary: Mapping[str, int]) -> bool:
+    """Return whether many tokens begin with a space as byte-level vocabularies write it."""
+    return 20 * sum(token.startswith("Ġ") for token in vocabulary) > len(vocabulary)
+
+
+def step_kinds(stage: Any) -> set[str]:
+    """Return the types of the steps of a decoder, say, as tokenizer.json names them."""
+    waiting = [json.loads(stage.__getstate__())] if stage is not None else []
+    for step in waiting:  # grows
+        for parts in ("normalizers", "pretokenizers", "decoders"):
+            waiting += step.get(parts, [])
+    return {step["type"] for step in waiting}
 
 
 def unfinished_bytes(run: bytearray) -> int | None:
@@ -305,6 +387,8 @@ def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str:
 def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
     """Return the chat template, or of several the one named "default"; None if there is none."""
     found = tokenizer_config.get("chat_template")
+    if isinstance(found, Mapping):  # by name, as transformers holds them
+        found = [{"name": name, "template": template} for name, template in found.items()]
     for entry in found if isinstance(found, list) else ():
         if isinstance(entry, Mapping) and entry.get("name") == "default":
             found = entry.get("template")

@@ -8,10 +8,6 @@ from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.text.template.chat_template import (
     ChatTemplate,
-    Message,
-    assistant,
-    system_turn,
-    user,
 )
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.engine.test_incremental_encoder import blank_lines, byte_level, sentence_pieces
@@ -80,13 +76,8 @@ def test_settled_turns_have_the_ids_of_the_whole_render(tokenizer, system, unrea
         (asked, f"<think>\n{thought}\n</think>\n\n{said}{unread}" if thought else said + unread)
         for (asked, said), thought in zip(EXCHANGES, thoughts, strict=True)
     ]
-    found = read_ids(backend, template, system, exchanges, unread)
-    messages: list[Message] = [*system_turn(system)]
-    for asked, said in exchanges:
-        messages += [user(asked), assistant(said)]
-    text = template.render([*messages, user("x")], reply=True)
-    whole = backend.encode(text, special=False)
-    assert found == whole[: len(found)]
+    found = read_ids(backend, template, system, exchanges, unread, then="x")
+    assert found == whole_ids(backend, template, system, exchanges, then="x")
     assert "think" not in backend.decode(found) and "An end." in backend.decode(found)
 
 

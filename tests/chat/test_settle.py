@@ -242,7 +242,7 @@ def test_the_stream_holds_what_the_template_renders_after_every_act(data):
     if chat.tokens.length:
         chat.tokens.state()  # erases keys and values of tokens that are not attended
         check_erased(chat.cache)
-        if (source := chat.template._source) in THINKS.values():
+        if (source := chat.template.source) in THINKS.values():
             backend = thinkers.thinker_tokenizer(source)
             check_logits(chat, thinkers.CONFIG, thinkers.thinker_weights(backend, SCRIPT))
         else:

@@ -105,6 +105,14 @@ def test_templates_come_from_a_file_or_by_name_and_optional_files_may_be_missing
     named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
     (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert read_folder(model).tokenizer_config == {"chat_template": named}
+    (model / "chat_template.json").write_text(json.dumps({"chat_template": "c", "a": 1}))
+    assert read_folder(model).tokenizer_config == {"chat_template": named}
+    (model / "tokenizer_config.json").write_text('{"chat_template": null, "eos_token": "x"}')
+    assert read_folder(model).tokenizer_config == {"chat_template": "c", "eos_token": "x"}
+    (model / "chat_template.jinja").write_text("j")
+    assert read_folder(model).tokenizer_config["chat_template"] == "j"
+    for name in ("chat_template.json", "chat_template.jinja"):
+        (model / name).unlink()
     (model / "tokenizer_config.json").unlink()
     (model / "generation_config.json").unlink()
     assert read_folder(model).tokenizer_config == read_folder(model).generation_config == {}

@@ -20,10 +20,12 @@ def read_ids(
     system: str | None,
     exchanges: Sequence[tuple[str, str]],
     unread: str = "",
+    then: str | None = None,
 ) -> list[int]:
     """Return what a stream reads of a conversation, and what closes it.
 
     Args:
+        then: a last question, read too.
         unread: the end of each reply, read as text behind its ids: where a stop string began
             inside an id.
     """
@@ -37,8 +39,8 @@ def read_ids(
         exchange = turns.settle(exchange, number == 1)
         ids += closing + exchange.ids
         rest = turns.rest_of(exchange)
-    closing, _ = turns.question("x", rest or "", first=False)
-    return [*ids, *closing]
+    closing, asked = turns.question(then or "x", rest or "", first=False)
+    return [*ids, *closing, *(asked if then else ())]
 
 
 def whole_ids(
@@ -46,9 +48,15 @@ def whole_ids(
     template: ChatTemplate,
     system: str | None,
     exchanges: Sequence[tuple[str, str]],
+    then: str | None = None,
 ) -> list[int]:
-    """Return the ids of the whole render, whose replies are text as sampled."""
+    """Return the ids of the whole render, whose replies are text as sampled.
+
+    Args:
+        then: a last question, with what asks for its reply.
+    """
     messages: list[Message] = [*system_turn(system)]
     for question, reply in exchanges:
         messages += [user(question), assistant(reply)]
-    return tokenizer.encode(template.render(messages, reply=False), special=False)
+    messages += [user(then)] if then else []
+    return tokenizer.encode(template.render(messages, reply=then is not None), special=False)

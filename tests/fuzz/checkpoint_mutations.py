@@ -192,11 +192,14 @@ def tokenizer_steps(folder: Path, draw: random.Random) -> str:
 def template(folder: Path, draw: random.Random) -> str:
     name = draw.choice((*HOSTILE_TEMPLATES, "generated", "generated", "generated"))
     text = HOSTILE_TEMPLATES.get(name) or some_template(draw)
-    if draw.random() < 0.5:
-        (folder / "chat_template.jinja").write_text(text)
+    file = draw.choice(("chat_template.jinja", "chat_template.json", "tokenizer_config.json"))
+    if file == "chat_template.jinja":
+        (folder / file).write_text(text)
     else:
         path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": text}))
+        value = json.loads(path.read_text())
+        path.write_text(json.dumps(value | {"chat_template": None}))
+        (folder / file).write_text(json.dumps(value | {"chat_template": text}))
     return f"template: {name}: {text[:60]!r}"
 
 

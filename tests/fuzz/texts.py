@@ -156,6 +156,14 @@ BEHAVIORS = ("Isolated", "Removed", "MergedWithNext", "Nothing")
 # Some of these take endless time for some texts.
 PATTERNS = ("", "(a*)*b", "(.|e)*x", "(?=(\\w+))\\1:", "\\w", "(x+x+)+y", "[", "(?<=a)", "(e*)*z")
 PATTERNS += ("(a|aa)+$", "(\\w+\\s?)+$", "(((((e+)+)+)+)+)z")
+PATTERNS += (
+    "(?:e|\\s*)*",
+    "\\s*\\n|\\s+",
+    "\\s*\\n|\\s",
+    "\\s+$",
+    "(?=(\\d{3})+(?!\\d))",
+    "e{1,9}" * 9 + "z",
+)
 
 
 def replaces(pattern: dict[str, str], content: str) -> dict[str, Any]:

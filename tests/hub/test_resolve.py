@@ -74,11 +74,13 @@ def test_only_what_we_read_is_fetched_and_only_once(model, served):
         (model / name).write_bytes(b"not for us")
     (model / "onnx").mkdir()
     (model / "onnx" / "model.safetensors").write_bytes(b"not for us")
-    (model / "chat_template.jinja").write_text("{{ messages }}")
+    templates = {"chat_template.jinja", "chat_template.json"}
+    for name in templates:
+        (model / name).write_text(json.dumps({"chat_template": name}))
     lines: list[str] = []
     found = resolve(REPO, lines.append)
     assert lines == [f"fetching {REPO} from the Hugging Face Hub"]
-    assert served.fetched() == wanted | {"chat_template.jinja"}
+    assert served.fetched() == wanted | templates
     assert read_folder(found).tensors.keys() == WEIGHTS.keys()
     served.asked.clear()
     assert resolve(REPO, never) == found
@@ -106,6 +108,15 @@ def test_a_lost_template_makes_the_cache_incomplete(model, served):
     (found / "chat_template.jinja").unlink()
     assert resolve(REPO, silent) == found
     assert (found / "chat_template.jinja").is_file()
+
+
+def test_a_cache_of_an_earlier_version_opens_offline(model, served, monkeypatch):
+    """It did not fetch the older kind of template."""
+    (model / "chat_template.json").write_text("{}")
+    found = resolve(REPO, silent)
+    (found / "chat_template.json").unlink()
+    use_endpoint(monkeypatch, NOBODY)
+    assert resolve(REPO, silent) == found
 
 
 def test_the_environment_variables_of_the_hub_are_obeyed(served, tmp_path):

@@ -253,6 +253,7 @@ def test_a_question_may_be_large():
 def test_the_default_of_several_templates_is_used():
     entries = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
     assert template_source({"chat_template": entries}) == "d"
+    assert template_source({"chat_template": {"rag": "r", "default": "d"}}) == "d"
     assert template_source({}) is template_source({"chat_template": None}) is None
 
 

@@ -6,11 +6,15 @@ import time
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.gguf_tokenizer import PIPELINES
-from mlx_stream.checkpoint.tokenizer_json import check_regex, check_tokenizer
-from mlx_stream.errors import TokenizerError
+from mlx_stream.checkpoint.patterns import MAX_COST, check_regex, is_slow
+from mlx_stream.checkpoint.tokenizer_json import check_tokenizer
+from mlx_stream.errors import TextError, TokenizerError
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.fakes.tiny import tiny_tokenizer
 
@@ -61,14 +65,17 @@ REFUSED: dict[str, tuple[str, str]] = {
     "an unknown step": (normalizers({"type": "NoSuch"}), "normalizer: 'NoSuch' is not supported"),
     "a step without type": (normalizers({"pattern": {"String": "e"}}), "None is not supported"),
     "a nested step": (normalizers(*[[{}]]), "is not supported"),
-    "a regular expression": (written(pre_tokenizer=regex("(a|aa)+$")), "is not supported at"),
+    "a regular expression": (
+        written(pre_tokenizer=regex("(a|aa)+$")),
+        "could backtrack endlessly in",
+    ),
     "one to replace by": (
         normalizers({"type": "Replace", "pattern": {"Regex": "(e*)*z"}, "content": "e"}),
-        "is not supported at",
+        "could backtrack endlessly in",
     ),
     "one in a decoder": (
         written(decoder={"type": "Replace", "pattern": {"Regex": "(e*)*z"}, "content": "e"}),
-        "is not supported at",
+        "could backtrack endlessly in",
     ),
     "a decoder's count": (
         written(decoder={"type": "Strip", "content": "e", "start": 2**40, "stop": 0}),
@@ -91,6 +98,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "many added tokens": (
         written(added_tokens=[{"id": 1, "content": "a", "special": True, **FLAGS}] * 100_001),
         "at most 100000 added_tokens",
+    ),
+    "long added tokens": (
+        written(added_tokens=[{"id": 1, "content": "a" * 2_000, "special": True, **FLAGS}] * 501),
+        "added tokens have more than 1000000 characters",
     ),
     "an empty added token": (
         written(added_tokens=[{"id": 1, "content": "", "special": True, **FLAGS}]),
@@ -136,14 +147,36 @@ PUBLISHED = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
     r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    *("[\r\n]", r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+", r"\s?[!-/:-~]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+"),
+    *("[\r\n]", r"\s?[A-Za-zµÀ-ÖØ-öø-ƺ]+", r"\s?[!-/:-~]+", "[一-龥ࠀ-一가-퟿]+"),
     *(" ?[^(\\s|[.,!?…])]+", " {2,}", "[0-9][0-9][0-9]", r"\d{1,3}", "▁+", "``"),
+    # DeepSeek V3 and R1, whose classes hold the characters CR and LF.
+    *(r"\p{N}{1,3}", "[一-龥\u3040-ゟ\u30a0-ヿ]+", "[^\n]+|[\n]+"),
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    # Possessive: tiktoken's of GPT-4, and Ling.
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+    r"|\s+(?!\S)|\s+",
+    # EXAONE 4 and K-EXAONE, and Kimi.
+    r"(?:\r?\n)+(?!\r?\n)",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+    r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
+# DeepSeek LLM; Command A, SuperBPE.
+PUBLISHED_SLOW = [r"\s+$", r"\d{1,3}(?=(?:\d{3})*\b)", r"(?=(\d{3})+(?!\d))"]
 
 
-@pytest.mark.parametrize("pattern", PUBLISHED)
+@pytest.mark.parametrize("pattern", [*PUBLISHED, *PUBLISHED_SLOW])
 def test_published_patterns_are_accepted(pattern: str) -> None:
-    check_regex(pattern)
+    assert is_slow({"Regex": pattern}) == (pattern in PUBLISHED_SLOW)
+    assert is_slow({"Regex": pattern}) or check_regex(pattern) <= 100
+    assert check_tokenizer(written(pre_tokenizer=regex(pattern))) == (pattern in PUBLISHED_SLOW)
 
 
 @pytest.mark.parametrize(
@@ -151,14 +184,72 @@ def test_published_patterns_are_accepted(pattern: str) -> None:
     [
         *("(a|aa)+$", "(a*)*b", "a*b", "a*a+b", r"(?=(\w+))\1:", "(x+x+)+y", "(.|e)*x", r".+\x01"),
         *("(?<=a)", "a{1000}", "a{1,1000}", "a{999999999999}", "a{5,}b", "a+a{}", "a+?b", "a++b"),
-        *("(?:a)*", "a{2}+b", "a+{2}", r"\1", r"(a)\1", r"(?:\1)", "(?(1)a|b)", r"\g<0>", "(?x)a"),
+        *(
+            "(?:a*b)*",
+            "a{2}+b",
+            "a+{2}",
+            r"\1",
+            r"(a)\1",
+            r"(?:\1)",
+            "(?(1)a|b)",
+            r"\g<0>",
+            "(?x)a",
+        ),
         *(r"\c(a", "[", "[[a]+", "a{", "a**", "a+$", "x|a+b", "(", "(a", "a)", "", "a" * 5_000),
-        *(r"\s+(?!\S)x", r"\R+", None, 7, ["a"]),
+        *(r"\s+(?!\S)x", r"\R+", None, 7, ["a"], "(?=a*)", "(?!a+)", "a+(?=b)", "(?:ab*){2}"),
+        *("(?:a?)+(?!a?)", "(?=a)*", "(((((a)))))", "(?:a*)b", "(?:a|b*)c", r"a+\b", "a*^"),
+        # What follows must take what was read in vain: all of it, at once, and nothing in between.
+        *(r"\s+$|x", r"\s*\n|\s", r"\s*\n| |\s+", r"\s*\n|\s{1,9}", r"\s*\n|x?\s+", "a*b|[ab]+"),
+        *(r"x?\s*\n|y\s+", "a{1,3}+b|a{1,3}+", "a{1,3}+b|a+"),
+        *("x?a*b|a+", "a*b*c|a+", "(?:ab)*c|(?:ab)+", r"\s*\n+(?=x)|\s+", r"\s+|\s*\n"),
     ],
 )
 def test_patterns_that_may_be_tried_again_and_again_are_refused(pattern: Any) -> None:
-    with pytest.raises(TokenizerError):
+    with pytest.raises(ValueError, match=r"^(the|a) pattern .*$"):
         check_regex(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["a{1,100}b", "a?" * 20 + "b", "|".join(["a" * 90 + "b"] * 20)])
+def test_patterns_of_many_steps_are_refused(pattern: str) -> None:
+    assert check_regex(pattern) > MAX_COST
+    with pytest.raises(TokenizerError, match="steps for a character, more than 1000"):
+        check_tokenizer(written(pre_tokenizer=regex(pattern)))
+
+
+PARTS = ["a", "[ab]", "b", " ", r"\s", r"\S", "(?:a|b)", "(?:ab?)", "(?!b)", "(?=a)", "$", "(?:a+)"]
+TIMES = ["", "", "", "?", "*", "+", "++", "*+", "?+", "{2}", "{1,3}", "{1,3}+"]
+BRANCHES = st.lists(
+    st.tuples(st.sampled_from(PARTS), st.sampled_from(TIMES)).map("".join), min_size=1, max_size=4
+).map("".join)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(BRANCHES | BRANCHES.map("(?:{})*".format), min_size=1, max_size=4).map("|".join))
+def test_what_is_accepted_reads_a_text_in_time_proportional_to_its_length(pattern: str) -> None:
+    try:
+        check_regex(pattern)
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    except Exception:  # the library's own type: it cannot be compiled
+        return
+    for run in ("a", "b", "ab", " ", "a "):
+        began = time.thread_time()
+        split.pre_tokenize_str(run * 40_000 + "c")
+        assert time.thread_time() - began < 2, (pattern, run)  # quadratic: 4 s
+
+
+def test_a_run_that_a_slow_pattern_would_read_for_long_is_refused() -> None:
+    """Also one that only the normalizer makes."""
+    for pattern, run in zip(PUBLISHED_SLOW, " 1\u0661", strict=True):
+        doubled = {"type": "Replace", "pattern": {"String": "q"}, "content": run * 2}
+        steps = [regex(pattern), json.loads(SOUND)["pre_tokenizer"]]
+        text = written(
+            pre_tokenizer={"type": "Sequence", "pretokenizers": steps}, normalizer=doubled
+        )
+        tokenizer = Tokenizer.from_checkpoint(Checkpoint({}, {}, text))
+        tokenizer.encode(("x" + run * 4_000) * 3 + "x" + "q" * 2_500)
+        for long in (run * 12_000, "q" * 6_000, ("x" + run * 6_000) * 3):
+            with pytest.raises(TextError, match=r"its (12|6),000 spaces or digits in a row"):
+                tokenizer.encode(long)
 
 
 def test_what_tokenizers_of_language_models_do_is_accepted() -> None:

@@ -88,7 +88,7 @@ class ChatTemplate:
         """
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: it has more than {MAX_SOURCE} characters")
-        self._source, self._options = source, dict(options or {})
+        self.source, self._options = source, dict(options or {})
         self.style = style_of(source)
         self._tokens, self._special, self._now = dict(tokens or {}), special, datetime.now()
         compiled = attempt("cannot be read", lambda: TemplateEnvironment().from_string(source))
@@ -108,7 +108,7 @@ class ChatTemplate:
         """
 
         def told(options: Mapping[str, Any]) -> "ChatTemplate":
-            found = ChatTemplate(self._source, self._tokens, self._special, options)
+            found = ChatTemplate(self.source, self._tokens, self._special, options)
             return found.at(self._now)
 
         options: dict[str, Any] = {}
@@ -123,7 +123,7 @@ class ChatTemplate:
                 )
         if effort is not None:
             options[EFFORT] = effort
-            if EFFORT not in self._source:
+            if EFFORT not in self.source:
                 raise TemplateError(
                     "this model's template has no levels of thinking: leave out --reasoning-effort"
                 )

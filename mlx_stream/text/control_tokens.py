@@ -1,0 +1,123 @@
+"""The tokens a chat template writes around messages, and text cut so that it holds none of them.
+
+Which they are is taken from what the template writes, not only from a tokenizer's `special`: many
+fine-tunes declare theirs as ordinary added tokens.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+
+from mlx_stream.errors import TemplateError
+from mlx_stream.text.template.chat_template import ChatTemplate, assistant, user
+from mlx_stream.text.tokenizer import BYTE_TOKEN, Tokenizer
+
+# Marks where a text is cut before it is encoded: a Unicode noncharacter.
+MARK = "\ufdd0"
+# A character that no vocabulary has.
+UNKNOWN = "\ufdd1"
+# A message that templates leave as it is.
+PROBE = "What is the first?"
+# A control token's name in a vocabulary that does not list it as an added token.
+BRACKETED = re.compile(r"[▁Ġ]?(?:<[^<>\s]+>|\[/?[A-Z_]+\])")
+
+
+class ControlTokens:
+    """Find the control tokens of a template, and cut texts so that they encode to none.
+
+    Attributes:
+        ids: what no message may encode to: special tokens, and those that the template writes.
+        end_ids: what ends a reply: end tokens, special tokens, and those with which the template
+            closes a reply or opens a turn. Otherwise the model could open a turn that no template
+            renders.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate):
+        self.tokenizer = tokenizer
+        # What unknown characters are read as: often a special token, but it says nothing.
+        self._unknown = frozenset(tokenizer.encode(UNKNOWN, special=False))
+        parts = written_around(template)
+        special = tokenizer.eos_ids | tokenizer.special_ids
+        # Of what follows a question only the first: behind it, a template may begin to think.
+        asking, closing = (list(self._names(text)) for text in parts[1:3])
+        self.end_ids = special | {*closing, *asking[:1]}
+        written = (id for text in parts for id in self._control(text))
+        self.ids = special.union(written, self._names(template.source))
+        self._beside = has_part_at_an_end(list(map(tokenizer.text_of, self.ids)), parts)
+
+    def escape(self, text: str, reply: bool = False) -> str:
+        """Return a text in which marks split whatever would be read as a control token.
+
+        A character that is read as one all by itself is left out. A reply may hold what the
+        template writes inside replies, such as a mark of thinking.
+        """
+        ids = (self.end_ids if reply else self.ids) - self._unknown
+        find = cache(lambda piece: self.tokenizer.find(piece, ids))  # many pieces are alike
+        waiting, found = [text.replace(MARK, "")], list[str]()
+        while waiting:  # names are not compared: normalizers map other texts to control tokens
+            piece = waiting.pop()
+            if spans := find(piece):
+                waiting += cut(piece, spans)[::-1]
+            elif piece:
+                found.append(piece)
+        return MARK.join(["", *found, ""] if self._beside else found)
+
+    def _control(self, text: str) -> Iterator[int]:
+        """Yield the ids of a template's text that stand for no ordinary text."""
+        added, special = self.tokenizer.added_texts, self.tokenizer.special_ids
+        for id in self.tokenizer.encode(text, special=False):
+            name = self.tokenizer.text_of(id)
+            bracketed = BRACKETED.fullmatch(name) and not BYTE_TOKEN.fullmatch(name)
+            if id not in self._unknown and (id in special or id in added or bracketed):
+                yield id
+
+    def _names(self, text: str) -> Iterator[int]:
+        """Yield the same ids without words, which have other uses in a template or a reply."""
+        return (id for id in self._control(text) if not self.tokenizer.text_of(id).isalnum())
+
+
+def written_around(template: ChatTemplate) -> list[str]:
+    """Return a template's own texts: before a question, behind it, behind the reply, at the end.
+
+    Then, if it has a system role, those around a system prompt.
+    """
+    messages = [user(PROBE), assistant(PROBE), user(PROBE)]
+    parts = template.render(messages, reply=True).split(PROBE)
+    if len(parts) != 4:  # it alters messages, or writes one of them twice
+        parts = ["", "", template.closing, template.turn(PROBE)]
+    try:
+        return [*parts, *template.opening(PROBE, PROBE).split(PROBE)]
+    except TemplateError:
+        return parts
+
+
+def has_part_at_an_end(names: Sequence[str], texts: Sequence[str]) -> bool:
+    """Return whether a text ends with the beginning of a name, or begins with the end of one."""
+    longest = max(map(len, names), default=0)
+    backwards = [name[::-1] for name in names]
+    for ordered, ends in (
+        (sorted(names), [text[-longest:] for text in texts]),
+        (sorted(backwards), [text[:longest][::-1] for text in texts]),
+    ):
+        for part in (end[at:] for end in ends for at in range(len(end))):
+            following = bisect_right(ordered, part)
+            if following < len(ordered) and ordered[following].startswith(part):
+                return True
+    return False
+
+
+def cut(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Return a text in shorter pieces: cut within each span, and nothing of a single character.
+
+    A span of one character may stand for a longer run that a normalizer replaced: then what is
+    before it and behind it is cut too.
+    """
+    if len(text) == 1:
+        return []
+    places = {0, len(text)}
+    for begin, end in spans:
+        single = {begin // 2, begin, begin + 1, (begin + 1 + len(text)) // 2}
+        places |= {(begin + end) // 2} if end - begin > 1 else single
+    return [text[i:j] for i, j in pairwise(sorted(places)) if i < j <= len(text)]
