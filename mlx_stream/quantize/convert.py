@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.checkpoint.other_quantizers import in_mlx_bits
 from mlx_stream.checkpoint.write import CONVERSION, refuse_taken, replace_json
 from mlx_stream.config import read_config
 from mlx_stream.errors import MemoryRefused, TextError, ValueRefused
@@ -25,8 +26,10 @@ from mlx_stream.load import (
     explain_dequantized,
     load,
     megabytes,
+    named_dtype,
     naming,
     read_checkpoint,
+    stored_dtype,
 )
 from mlx_stream.models.layout import layout_of, matrix_bytes
 from mlx_stream.plan import devices
@@ -101,8 +104,16 @@ def convert_model(
     path = resolve(source, notify)
     refuse_places(path, out)
     with naming(source, path):
-        checkpoint = read_checkpoint(path)
+        found = read_checkpoint(path)
+        target = named_dtype(options.dtype) or stored_dtype(found)
+        checkpoint = in_mlx_bits(found, target)
         config = read_config(checkpoint.config)
+    if checkpoint is not found and (options.report or options.calibration):
+        raise ValueRefused(
+            "--report and --calibration run the source, which only convert reads: convert it "
+            "without them first"
+        )
+    del found  # it would hold the tensors
     text = options.report and report_text(checkpoint, options)
     recipe = options.recipe
     if recipe is not None and (config.quantization is not None or checkpoint.dequantized):

@@ -61,7 +61,7 @@ def write_family(
         kinds: the types of single matrices, by Hugging Face name; all others have `kind`.
         parts: of about so many files, named as llama.cpp does.
     """
-    architecture = ARCHITECTURES.get(raw["model_type"], raw["model_type"])
+    architecture = str(ARCHITECTURES.get(raw["model_type"], raw["model_type"]))
     number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(number, raw["num_hidden_layers"])
     heads = {"q_proj": raw["num_attention_heads"], "k_proj": raw["num_key_value_heads"]}
@@ -98,7 +98,7 @@ def write_keys(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
     writer.add_head_count_kv(raw["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    writer.add_rope_freq_base(rope.get("rope_theta", raw.get("rope_theta")))
+    writer.add_rope_freq_base(rope.get("rope_theta") or raw["rope_theta"])
     if raw["model_type"] == "phi3":
         writer.add_rope_dimension_count(int(raw.get("partial_rotary_factor", 1.0) * head_dim))
         writer.add_sliding_window(raw.get("sliding_window") or 0)
