@@ -226,9 +226,9 @@ def refuse_unsupported(raw: Mapping[str, Any], read: tuple[str, ...]) -> None:
     if kinds and kinds[0] not in ("full_attention", "sliding_attention"):
         raise ConfigError(f"config: layer_types {kinds[0]!r} is not supported")
     if raw.get("quantization_config") is not None and raw.get("quantization") is None:
-        method = raw["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
-        if method in OTHER_QUANTIZERS:
+        entry = raw["quantization_config"]
+        method = entry.get("quant_method", "unknown") if isinstance(entry, Mapping) else entry
+        if isinstance(entry, Mapping) and method in OTHER_QUANTIZERS:
             raise ConfigError(
                 f"config: only `mlx_stream convert` reads models quantized with {method}: run "
                 "mlx_stream convert MODEL FOLDER, then use FOLDER"

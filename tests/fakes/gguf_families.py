@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 
 from tests.fakes.gguf_files import permute
-from tests.fakes.tiny import SPECIALS, tiny_tokenizer
+from tests.fakes.tiny import CHAT_TEMPLATE, SPECIALS, tiny_tokenizer
 
 ARCHITECTURES = {"mistral": "mistral3", "ministral3": "mistral3"}
 INTERLEAVED = ("llama", "mistral3", "smollm3")
@@ -128,6 +128,7 @@ def write_keys(writer: gguf.GGUFWriter, raw: dict[str, Any]) -> None:
     writer.add_token_types([3 if token in SPECIALS else 1 for token in tokens])
     merges = json.loads(vocabulary.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_chat_template(CHAT_TEMPLATE)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 

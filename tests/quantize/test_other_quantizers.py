@@ -117,6 +117,10 @@ def without(name: str) -> Callable[..., None]:
     return apply
 
 
+def unchanged(tensors: dict[str, np.ndarray]) -> None:
+    pass
+
+
 WRONG: list[tuple[str, dict[str, Any], Callable[..., None], str]] = [
     ("gptq", {}, change("g_idx", lambda x: x[::-1]), "its inputs in another order (act-order"),
     ("gptq", {}, change("g_idx", lambda x: x[:-1]), "its inputs in another order (act-order"),
@@ -126,16 +130,16 @@ WRONG: list[tuple[str, dict[str, Any], Callable[..., None], str]] = [
     ("gptq", {}, change("qzeros", lambda x: x[:, :-1]), "qzeros' has shape"),
     ("gptq", {}, change("qweight", lambda x: x.view(np.float32)), "qweight' is mlx.core.float32"),
     ("gptq", {}, change("qweight", lambda x: x.reshape(-1)), "qweight' is mlx.core.int32 of shape"),
-    ("gptq", {"bits": 3}, dict.items, "gptq of 3 bits in format 'None' is not supported"),
-    ("gptq", {"checkpoint_format": "marlin"}, dict.items, "in format 'marlin'"),
-    ("awq", {"version": "gemv"}, dict.items, "in format 'gemv'"),
-    ("awq", {"group_size": 48}, dict.items, "group_size 48 is not supported"),
-    ("awq", {"group_size": "x"}, dict.items, "group_size must be a whole number"),
+    ("gptq", {"bits": 3}, unchanged, "gptq of 3 bits in format 'None' is not supported"),
+    ("gptq", {"checkpoint_format": "marlin"}, unchanged, "in format 'marlin'"),
+    ("awq", {"version": "gemv"}, unchanged, "in format 'gemv'"),
+    ("awq", {"group_size": 48}, unchanged, "group_size 48 is not supported"),
+    ("awq", {"group_size": "x"}, unchanged, "group_size must be a whole number"),
     ("fp8 per block", {}, without("weight"), "weight' is missing"),
     ("fp8 per block", {}, change("weight_scale_inv", lambda x: x[:, :-1]), "expected floats of sh"),
-    ("fp8 per block", {"weight_block_size": [0, 4]}, dict.items, "weight_block_size must be an ar"),
-    ("fp8 per block", {"weight_block_size": 4}, dict.items, "weight_block_size must be an array"),
-    ("fp8 per block", {"quant_method": "bitsandbytes"}, dict.items, "'bitsandbytes' is not suppor"),
+    ("fp8 per block", {"weight_block_size": [0, 4]}, unchanged, "weight_block_size must be an ar"),
+    ("fp8 per block", {"weight_block_size": 4}, unchanged, "weight_block_size must be an array"),
+    ("fp8 per block", {"quant_method": "bitsandbytes"}, unchanged, "'bitsandbytes' is not suppor"),
 ]
 
 

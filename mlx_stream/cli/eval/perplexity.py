@@ -62,7 +62,7 @@ def perplexity(
     per segment; an incomplete last segment is not read. The speed of fresh includes reading the
     window that it starts on.
     """
-    from mlx_stream.evaluate import llamacpp
+    from mlx_stream.evaluate import llamacpp, mlx_lm
     from mlx_stream.evaluate.perplexity import (
         DEFAULTS,
         PEERS,
@@ -94,7 +94,7 @@ def perplexity(
         fail("--gguf is for llama.cpp: add --against llama.cpp, or leave it out")
     absent = {
         "llama.cpp": llamacpp.why_not(gguf),
-        "mlx-lm": "it reads folders: convert the model to one" if folder.is_file() else None,
+        "mlx-lm": mlx_lm.why_not(folder),
     }
     notes = [f"{s.label}: not measured: {absent[s.name]}" for s in specs if absent.get(s.name)]
     specs = [spec for spec in specs if not absent.get(spec.name)]
