@@ -18,13 +18,16 @@ import numpy as np
 
 from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.gguf_blocks import pack_codes
-from mlx_stream.config import OTHER_QUANTIZERS, QUANTIZATION_MODES, Keys
+from mlx_stream.config import OTHER_QUANTIZERS, QUANTIZATION_MODES, Keys, read_config
 from mlx_stream.errors import ConfigError, WeightsError
+from mlx_stream.models.layout import layout_of
 
 FP8_SCALES = ("weight_scale_inv", "weight_scale")
 # Scales of activations and of the cache, which are floats here.
 NOT_READ = ("activation_scale", "input_scale", "k_scale", "v_scale")
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each of eight outputs
+# Numbers that are converted at a time.
+CHUNK = 2**22
 GROUPS = QUANTIZATION_MODES["affine"][1]
 
 
@@ -54,6 +57,10 @@ def in_mlx_bits(checkpoint: Checkpoint, dtype: mx.Dtype) -> Checkpoint:
     packing = read_packing(keys, method)
     tensors = MadeTensors(checkpoint.tensors, ("qweight",), packing.parts)
     config["quantization"] = {"group_size": packing.group, "bits": packing.bits, "mode": "affine"}
+    known = frozenset(layout_of(read_config(config)).tensor_names())
+    for name in [name for name in tensors if name.endswith(".bias") and name not in known]:
+        if not tensors[name].any().item():  # AutoGPTQ gives every matrix a bias
+            del tensors[name]
     name = str(dtype).removeprefix("mlx.core.")
     return replace(checkpoint, config=config, tensors=tensors, dtype=name)
 
@@ -145,7 +152,7 @@ def fp8_parts(
 def fp8_weight(
     blocks: tuple[int, int] | None, dtype: mx.Dtype, path: str, tensors: Tensors
 ) -> mx.array:
-    """Return a matrix as floats, computed in float32."""
+    """Return a matrix as floats, computed in float32, some rows at a time."""
     weight = take(path, tensors, "weight", (mx.uint8,), 2)
     end = next(end for end in FP8_SCALES if end in tensors)
     scale = tensors[end]
@@ -157,10 +164,16 @@ def fp8_weight(
             f"weights: '{path}.{end}' is {scale.dtype} of shape {scale.shape}, expected floats of "
             f"shape {shape}, or one"
         )
-    scale = scale.astype(mx.float32)
-    if scale.size > 1:
-        scale = mx.repeat(mx.repeat(scale, high, 0)[:rows], wide, 1)[:, :columns]
-    return (mx.from_fp8(weight, mx.float32) * scale.reshape(scale.shape or (1,))).astype(dtype)
+    scale = mx.broadcast_to(scale.reshape(1), shape) if scale.size == 1 else scale
+    step = max(1, CHUNK // columns // high)  # rows of blocks
+    done: list[mx.array] = []
+    for start in range(0, shape[0], step):
+        part = mx.from_fp8(weight[start * high : (start + step) * high], mx.float32)
+        factors = mx.repeat(scale[start : start + step].astype(mx.float32), high, 0)[: len(part)]
+        factors = factors if wide == columns else mx.repeat(factors, wide, 1)[:, :columns]
+        done.append((part * factors).astype(dtype))
+        mx.eval(done)
+    return mx.concatenate(done)
 
 
 # --- AWQ and GPTQ ---
@@ -244,12 +257,19 @@ class Packing:
                     f"weights: {path} has its inputs in another order (act-order, desc_act), which "
                     "is not supported: use the model without it, or unquantized"
                 )
-        if self.awq:
-            codes = self.unpack(tensors["qweight"]).T
-        else:
-            codes = self.unpack(mx.contiguous(tensors["qweight"].T))
-        packed = pack_codes(np.ascontiguousarray(codes), self.bits)
-        return mx.array(packed.view("<u4").reshape(outputs, -1))
+        words = np.array(tensors["qweight"], copy=False)
+        found = np.empty((outputs, inputs * self.bits // 32), "<u4")
+        per = 32 // self.bits
+        step = max(1, CHUNK // inputs // per) * per  # outputs at a time
+        for start in range(0, outputs, step):
+            end = min(start + step, outputs)
+            if self.awq:
+                codes = self.unpack(words[:, start // per : end // per]).T
+            else:
+                codes = self.unpack(words[:, start:end].T)
+            packed = pack_codes(np.ascontiguousarray(codes), self.bits)
+            found[start:end] = packed.view("<u4").reshape(end - start, -1)
+        return mx.array(found)
 
     def scales(self, path: str, tensors: Tensors) -> mx.array:
         inputs, _, groups = self.shape(path, tensors)
@@ -258,13 +278,14 @@ class Packing:
 
     def biases(self, path: str, tensors: Tensors) -> mx.array:
         inputs, _, groups = self.shape(path, tensors)
-        zeros = self.unpack(tensors["qzeros"]) + np.uint8(self.lowest) & np.uint8(2**self.bits - 1)
+        stored = np.array(tensors["qzeros"], copy=False)
+        zeros = self.unpack(stored) + np.uint8(self.lowest) & np.uint8(2**self.bits - 1)
         biases = tensors["scales"].T.astype(mx.float32) * -mx.array(zeros.T.astype(np.float32))
         return mx.repeat(biases, inputs // groups // self.group, 1)
 
-    def unpack(self, words: mx.array) -> np.ndarray:
-        """Return the codes of (rows, words): (rows, words * 32 / bits) uint8."""
-        packed = np.array(words).view(np.uint32)
+    def unpack(self, words: np.ndarray) -> np.ndarray:
+        """Return the codes of (rows, words) int32: (rows, words * 32 / bits) uint8."""
+        packed = np.ascontiguousarray(words).view(np.uint32)
         per, mask = 32 // self.bits, np.uint32(2**self.bits - 1)
         codes = np.empty((*packed.shape, per), np.uint8)
         for place in range(per):

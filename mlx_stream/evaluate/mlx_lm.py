@@ -15,7 +15,7 @@ from mlx_stream.errors import SourceError
 from mlx_stream.load import Model
 
 
-def why_not(folder: Path) -> str | None:
+def why_no_peer(folder: Path) -> str | None:
     """Return why mlx-lm cannot be measured here, or None if it can."""
     if importlib.util.find_spec("mlx_lm") is None:
         return "it is not installed: pip install mlx-lm"
@@ -27,7 +27,7 @@ def load_peer(folder: Path, model: Model) -> Any:
 
     Raises SourceError if mlx-lm is not installed, or the model is not a folder.
     """
-    if reason := why_not(folder):
+    if reason := why_no_peer(folder):
         raise SourceError(f"mlx-lm: {reason}")
     from mlx_lm.utils import dequantize_model, load_model
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from mlx_lm import utils as mlx_lm_utils
 
+from mlx_stream.checkpoint import other_quantizers
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.other_quantizers import in_mlx_bits
 from mlx_stream.errors import ConfigError, MlxStreamError, ValueRefused
 from mlx_stream.load import load
+from mlx_stream.plan.inspect import summarize_model
+from mlx_stream.program.notices import discard
 from mlx_stream.quantize.convert import ConvertOptions, convert_model
 from mlx_stream.quantize.recipes import uniform_recipe
 from tests.checkpoint.test_text_model import wrap
@@ -33,10 +36,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Any]]] = {
     "gptq of 8 bits": ({**GPTQ, "bits": 8}, partial(gptq, group=64, bits=8)),
     "gptq of 2 bits": ({**GPTQ, "bits": 2}, partial(gptq, group=64, bits=2)),
     "gptq v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, partial(gptq, group=64, less=0)),
+    "gptq with biases of zero": (GPTQ, lambda w: with_bias(*gptq(w, 64))),
     "fp8 per tensor": (FP8, partial(fp8, block=None)),
     "fp8 per block": ({**FP8, "weight_block_size": [48, 80]}, partial(fp8, block=(48, 80))),
 }
 IDS = some_ids(50)
+
+
+def with_bias(tensors: dict[str, np.ndarray], values: np.ndarray) -> Any:
+    return {**tensors, "bias": np.zeros(len(values), np.float16)}, values
 
 
 def logits(path: Path, dtype: str = "float32", keep: bool = False) -> np.ndarray:
@@ -52,8 +60,9 @@ def reference(weights: dict[str, np.ndarray], changes: dict[str, Any]) -> np.nda
 @pytest.mark.parametrize("changes", [SHAPE, SHAPE | QWEN2], ids=["llama", "qwen2"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_converted_model_has_the_logits_of_its_floats(
-    tmp_path: Path, name: str, changes: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any]
 ):
+    monkeypatch.setattr(other_quantizers, "CHUNK", 9_000)  # several parts of each matrix
     entry, quantize = FORMATS[name]
     folder, out = tmp_path / "model", tmp_path / "out"
     expected = reference(write_quantized(folder, entry, changes, quantize), changes)
@@ -98,6 +107,8 @@ def test_only_convert_reads_them(tmp_path: Path, name: str):
     write_quantized(tmp_path / "model", entry, SHAPE, quantize)
     with pytest.raises(ConfigError, match="run mlx_stream convert MODEL FOLDER, then use FOLDER"):
         load(tmp_path / "model")
+    with pytest.raises(ConfigError, match="run mlx_stream convert MODEL FOLDER, then use FOLDER"):
+        summarize_model(str(tmp_path / "model"), discard)
     options = ConvertOptions(report=("text", "the " * 999))
     with pytest.raises(ValueRefused, match="convert it without them first"):
         convert_model(str(tmp_path / "model"), tmp_path / "out", options)

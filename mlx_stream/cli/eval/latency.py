@@ -43,7 +43,7 @@ def latency(
     """
     from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, measure_latency
-    from mlx_stream.evaluate.mlx_lm import load_peer, why_not
+    from mlx_stream.evaluate.mlx_lm import load_peer, why_no_peer
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.hub.resolve import resolve
 
@@ -59,7 +59,7 @@ def latency(
     }
     folder = resolve(model, notify)
     peer, notes = None, []
-    if reason := why_not(folder):
+    if reason := why_no_peer(folder):
         notes.append(f"mlx-lm: not measured: {reason}")
     else:
         peer = load_peer(folder, loaded)

@@ -94,7 +94,7 @@ def perplexity(
         fail("--gguf is for llama.cpp: add --against llama.cpp, or leave it out")
     absent = {
         "llama.cpp": llamacpp.why_not(gguf),
-        "mlx-lm": mlx_lm.why_not(folder),
+        "mlx-lm": mlx_lm.why_no_peer(folder),
     }
     notes = [f"{s.label}: not measured: {absent[s.name]}" for s in specs if absent.get(s.name)]
     specs = [spec for spec in specs if not absent.get(spec.name)]
