@@ -16,6 +16,7 @@ from mlx_stream.errors import (
     WeightsError,
 )
 from tests.fakes.gguf_files import (
+    KEYS,
     TOKENS,
     TYPES,
     array,
@@ -99,6 +100,12 @@ def factors(values: np.ndarray, **more: Any) -> dict[str, Any]:
     return {"tensors": {"rope_freqs.weight": values.astype(np.float32)}, **more}
 
 
+MISTRAL3 = {key.replace("llama.", "mistral3."): value for key, value in KEYS.items()}
+TEMPERED = {
+    "architecture": "mistral3",
+    "keys": {**MISTRAL3, "mistral3.attention.temperature_scale": 0.1},
+}
+
 # Changes of a file, and the text of its refusal.
 WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
     (floats("blk.1.attn_v.weight"), WeightsError, "blk.1.attn_v.weight is missing"),
@@ -126,6 +133,7 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
         {"keys": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}},
         *(CheckpointError, "partial rotary"),
     ),
+    (TEMPERED, ConfigError, "mistral3.attention.temperature_scale needs yarn"),
     (keys("llama.attention.", key_length=2**16 + 1), ConfigError, "from 1 to 65536"),
     (keys("llama.attention.", value_length=8), CheckpointError, "llama.attention.value_length"),
     (keys("llama.attention.", head_count_kv=3), ConfigError, "num_key_value_heads 3"),

@@ -76,6 +76,10 @@ def test_tokenizer_splits_as_the_original(path: Path, pre: str):
     tokenizer = Tokenizer.from_str(read_gguf(path).tokenizer)
     ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
     assert ids == reference(pre).encode(TEXT, add_special_tokens=False).ids
+    composed = [
+        t.encode("e\u0301", add_special_tokens=False).ids for t in (tokenizer, reference(pre))
+    ]
+    assert composed[0] == composed[1]
     assert tokenizer.decode(ids, skip_special_tokens=False) == TEXT
     assert tokenizer.decode(ids) == TEXT.replace("<|im_end|>", "")
     assert [tokenizer.id_to_token(index) for index in range(len(TOKENS))] == TOKENS

@@ -37,6 +37,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Any]]] = {
     "gptq of 2 bits": ({**GPTQ, "bits": 2}, partial(gptq, group=64, bits=2)),
     "gptq v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, partial(gptq, group=64, less=0)),
     "gptq with biases of zero": (GPTQ, lambda w: with_bias(*gptq(w, 64))),
+    "gptq with zeros of 0": (
+        GPTQ,
+        lambda w: gptq(np.where(np.arange(len(w[0])) < 64, abs(w), w), 64),
+    ),
     "fp8 per tensor": (FP8, partial(fp8, block=None)),
     "fp8 per block": ({**FP8, "weight_block_size": [48, 80]}, partial(fp8, block=(48, 80))),
 }
