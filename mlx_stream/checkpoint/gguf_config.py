@@ -228,7 +228,7 @@ def read_longrope(
         raise keys.wrong("phi3.rope.scaling.type", "none or longrope")
     if SHORT not in factors:
         return {}
-    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    scaling: dict[str, Any] = {"type": "longrope"}  # as Phi-3's own configs spell it
     # Only the short ones are used here; other programs read the long ones of a converted folder.
     for name, key in ((SHORT, "short_factor"), (LONG, "long_factor")):
         numbers = factors.get(name, factors[SHORT])

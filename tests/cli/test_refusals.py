@@ -225,7 +225,7 @@ MODELS: list[tuple[Callable[[Path], object], str]] = [
     (changed(hidden_act="gelu"), "hidden_act = 'gelu' changes the computation"),
     (
         changed(quantization_config={"quant_method": "gptq"}),
-        "only `mlx_stream convert` reads models quantized with gptq: run mlx_stream convert MODEL",
+        "models quantized with gptq are read only by convert, without --device: run mlx_stream c",
     ),
     (changed(eos_token_id=300), "eos_token_id 300 is not in the vocabulary"),
     (tensors(NORM), f"weights: tensor '{NORM}' is missing"),
