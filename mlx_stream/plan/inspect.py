@@ -87,7 +87,7 @@ def of_gguf(source: str, path: Path, notify: Notify) -> ModelSummary:
     config, dtype = read_config(checkpoint.config), checkpoint.config["torch_dtype"]
     quantized = quantized_paths(checkpoint.tensors)
     if checkpoint.dequantized:
-        notify(f"{explain_dequantized(checkpoint)} {dtype} when loaded")
+        notify(f"{explain_dequantized(checkpoint)} floats when loaded")
     stored = sum(tensor.size for tensor in read_headers(path).tensors.values())
     return ModelSummary(source, config, dtype, quantized, stored)
 

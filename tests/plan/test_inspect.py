@@ -95,7 +95,7 @@ def test_a_gguf_file_with_other_types_says_what_loading_takes(tmp_path):
     write_family(path, raw, tiny_weights(raw), "Q4_K", {"model.embed_tokens.weight": "Q6_K"})
     notices: list[str] = []
     assert summarize_model(str(path), notices.append).dtype == "float16"
-    line = "1 matrix of a type that MLX does not have (Q6_K) becomes float16"
+    line = "1 matrix of a type that MLX does not have (Q6_K) becomes floats"
     assert notices == [f"{line} when loaded"]
     del notices[:]
     model = load(path, dtype="float16", keep_quantized=True, notify=notices.append)
