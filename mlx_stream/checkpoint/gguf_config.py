@@ -132,7 +132,7 @@ def gguf_config(header: GGUFHeader, architecture: Architecture) -> dict[str, Any
                 f"{head_dim}: partial rotary positions are not supported"
             )
         config["partial_rotary_factor"] = rotary / head_dim
-    if keys.raw.get(f"{prefix}.attention.sliding_window"):
+    if is_set(keys, f"{prefix}.attention.sliding_window"):
         config["sliding_window"] = keys.count(f"{prefix}.attention.sliding_window")
     ids = {
         role: keys.count(key, least=0)
@@ -162,6 +162,12 @@ def read_head_dims(keys: Keys, prefix: str, default: int) -> tuple[int, int]:
             "which is not supported"
         )
     return head_dim, rotary
+
+
+def is_set(keys: Keys, key: str) -> bool:
+    """Return whether a key is there and not 0, whatever its type."""
+    value = keys.raw.get(key)
+    return isinstance(value, list | np.ndarray) or bool(value)
 
 
 def has_bias(header: GGUFHeader, prefix: str) -> bool:
@@ -195,7 +201,7 @@ def read_rope_scaling(
                 "supported"
             )
         return read_rope_factors(keys.where, config, factors[FREQS])
-    tempered = bool(keys.raw.get(f"{prefix}.attention.temperature_scale"))
+    tempered = is_set(keys, f"{prefix}.attention.temperature_scale")
     if tempered and (kind != "yarn" or factor == 1):
         raise ConfigError(f"{keys.where}: {prefix}.attention.temperature_scale needs yarn")
     if factor == 1:
@@ -208,7 +214,7 @@ def read_rope_scaling(
         for beta in ("beta_fast", "beta_slow"):
             if f"{prefix}.rope.scaling.yarn_{beta}" in keys.raw:
                 scaling[beta] = keys.number(f"{prefix}.rope.scaling.yarn_{beta}")
-        if keys.raw.get(f"{prefix}.rope.scaling.yarn_log_multiplier"):
+        if is_set(keys, f"{prefix}.rope.scaling.yarn_log_multiplier"):
             # llama.cpp takes the other scale as 1.
             scaling["mscale"] = 1.0
             scaling["mscale_all_dim"] = keys.number(f"{prefix}.rope.scaling.yarn_log_multiplier")

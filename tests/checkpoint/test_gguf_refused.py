@@ -100,11 +100,14 @@ def factors(values: np.ndarray, **more: Any) -> dict[str, Any]:
     return {"tensors": {"rope_freqs.weight": values.astype(np.float32)}, **more}
 
 
-MISTRAL3 = {key.replace("llama.", "mistral3."): value for key, value in KEYS.items()}
-TEMPERED = {
-    "architecture": "mistral3",
-    "keys": {**MISTRAL3, "mistral3.attention.temperature_scale": 0.1},
-}
+def renamed(architecture: str, **values: Any) -> dict[str, Any]:
+    """Return the changes that make a file of another architecture, with more keys."""
+    own = {key.replace("llama.", f"{architecture}."): value for key, value in KEYS.items()}
+    more = {f"{architecture}.{name}": value for name, value in values.items()}
+    return {"architecture": architecture, "keys": own | more}
+
+
+MISTRAL_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}
 
 # Changes of a file, and the text of its refusal.
 WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
@@ -133,7 +136,26 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
         {"keys": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}},
         *(CheckpointError, "partial rotary"),
     ),
-    (TEMPERED, ConfigError, "mistral3.attention.temperature_scale needs yarn"),
+    (
+        renamed("mistral3", **{"attention.temperature_scale": 0.1}),
+        ConfigError,
+        "mistral3.attention.temperature_scale needs yarn",
+    ),
+    (
+        renamed("mistral3", **MISTRAL_YARN, **{"attention.temperature_scale": [1.0, 2.0]}),
+        *(ConfigError, "mistral3.attention.temperature_scale must be a positive number"),
+    ),
+    (
+        renamed("mistral3", **MISTRAL_YARN, **{"rope.scaling.yarn_log_multiplier": [1.0, 2.0]}),
+        *(ConfigError, "mistral3.rope.scaling.yarn_log_multiplier must be a positive number"),
+    ),
+    (
+        renamed("phi3", **{"attention.sliding_window": [1, 2]}),
+        *(ConfigError, "phi3.attention.sliding_window must be a whole number"),
+    ),
+    (renamed("phi3", **{"rope.scaling.type": "yarn"}), ConfigError, "must be none or longrope"),
+    (renamed("phi3"), WeightsError, "blk.0.attn_qkv.weight is missing"),
+    (renamed("qwen2"), WeightsError, "blk.0.attn_q.bias is missing"),
     (keys("llama.attention.", key_length=2**16 + 1), ConfigError, "from 1 to 65536"),
     (keys("llama.attention.", value_length=8), CheckpointError, "llama.attention.value_length"),
     (keys("llama.attention.", head_count_kv=3), ConfigError, "num_key_value_heads 3"),

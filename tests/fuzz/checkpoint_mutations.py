@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_stream.checkpoint.gguf_config import ARCHITECTURES
 from tests.fakes import gguf_files
 from tests.fakes.gguf_families import WIDE, write_family
 from tests.fakes.other_quantizers import awq, fp8, gptq, write_quantized
@@ -248,7 +249,12 @@ def gguf_data(path: Path, draw: random.Random) -> str:
     return "only tensor data"
 
 
-OTHER_KEYS = ("general.alignment", "llama.rope.scaling.type", "split.count", "split.no")
+OTHER_KEYS = (
+    *("general.alignment", "split.count", "split.no", "llama.rope.scaling.type"),
+    *("llama.rope.scaling.factor", "llama.attention.sliding_window", "llama.expert_count"),
+    *("llama.attention.temperature_scale", "llama.rope.scaling.yarn_log_multiplier"),
+    *("llama.rope.scaling.attn_factor", "llama.attention.key_length"),
+)
 
 
 def gguf_header(path: Path, draw: random.Random) -> str:
@@ -268,8 +274,12 @@ def gguf_header(path: Path, draw: random.Random) -> str:
         kind = type(old) if old is not None and draw.random() < 0.7 else draw.choice(list(values))
         keys[name] = draw.choice((*values[kind], None))
     path.unlink()
+    name = draw.choice(("llama", *ARCHITECTURES))
+    keys = {
+        key.replace("llama.", f"{name}."): value for key, value in (gguf_files.KEYS | keys).items()
+    }
     try:
-        gguf_files.write_tiny(path, draw.choice(("Q4_0", "Q5_1", "BF16")), keys)
+        gguf_files.write_tiny(path, draw.choice(("Q4_0", "Q5_1", "BF16")), keys, architecture=name)
     except (ValueError, TypeError, struct.error, OverflowError) as error:  # no such file can be
         path.write_bytes(b"GGUF" + str(error).encode())
     return f"keys {str(keys)[-100:]}"
