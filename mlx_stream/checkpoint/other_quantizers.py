@@ -26,6 +26,8 @@ FP8_SCALES = ("weight_scale_inv", "weight_scale")
 # Scales of activations and of the cache, which are floats here.
 NOT_READ = ("activation_scale", "input_scale", "k_scale", "v_scale")
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each of eight outputs
+# All tensors of a matrix that are read; another one is unknown to the model, and refused.
+ENDS = ("weight", *FP8_SCALES, "qweight", "qzeros", "scales", "g_idx")
 # Numbers that are converted at a time.
 CHUNK = 2**22
 GROUPS = QUANTIZATION_MODES["affine"][1]
@@ -88,7 +90,7 @@ class MadeTensors(MutableMapping[str, mx.array]):
         self._made: dict[str, Make] = {}
         for name, tensor in source.items():
             path, _, end = name.rpartition(".")
-            if path in matrices and end != "bias":
+            if path in matrices and end in ENDS:
                 matrices[path][end] = tensor
             elif not name.endswith(NOT_READ):
                 self._made[name] = partial(same, tensor)

@@ -145,6 +145,7 @@ WRONG: list[tuple[str, dict[str, Any], Callable[..., None], str]] = [
     ("gptq", {}, change("qzeros", lambda x: x[:, :-1]), "qzeros' has shape"),
     ("gptq", {}, change("qweight", lambda x: x.view(np.float32)), "qweight' is mlx.core.float32"),
     ("gptq", {}, change("qweight", lambda x: x.reshape(-1)), "qweight' is mlx.core.int32 of shape"),
+    ("gptq", {}, lambda t: t.update(perm=t["g_idx"]), "unknown tensor"),
     ("gptq", {"bits": 3}, unchanged, "gptq of 3 bits in format 'None' is not supported"),
     ("gptq", {"checkpoint_format": "marlin"}, unchanged, "in format 'marlin'"),
     ("awq", {"version": "gemv"}, unchanged, "in format 'gemv'"),
