@@ -261,7 +261,7 @@ def convert_finite(tensor: Tensor, convert: Convert, blocks: np.ndarray) -> np.n
         found = convert(blocks)
         if found.dtype.kind == "f" and not np.isfinite(found.astype(np.float16)).all():
             raise WeightsError(
-                f"{tensor.path.name}: the tensor {tensor.name} has scales that are not finite in "
+                f"{tensor.file}: the tensor {tensor.name} has scales that are not finite in "
                 "float16: download the file again, or use another quantization"
             )
     return found
@@ -275,10 +275,10 @@ def read_rows(tensor: Tensor, layout: np.dtype, start: int, count: int) -> np.nd
     try:
         found = np.fromfile(tensor.path, layout, count * per_row, offset=offset)
     except OSError as error:
-        raise WeightsError(f"{tensor.path.name}: cannot be read ({error.strerror})") from error
+        raise WeightsError(f"{tensor.file}: cannot be read ({error.strerror})") from error
     if found.size != count * per_row:
         raise WeightsError(
-            f"{tensor.path.name}: the tensor {tensor.name} is cut short: the file has changed"
+            f"{tensor.file}: the tensor {tensor.name} is cut short: the file has changed"
         )
     return found.reshape(count, per_row)
 

@@ -65,6 +65,10 @@ class Tensor:
     offset: int
     size: int
 
+    @property
+    def file(self) -> str:
+        return printable_name(self.path)
+
 
 @dataclass(frozen=True)
 class GGUFHeader:
@@ -73,6 +77,10 @@ class GGUFHeader:
     file: str
     metadata: Keys
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def printable_name(path: Path) -> str:
+    return path.name if path.name.isprintable() else repr(path.name)
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -84,7 +92,7 @@ def read_header(path: Path) -> GGUFHeader:
     Raises:
         CheckpointError: not such a file, damaged, truncated, or past this reader's limits.
     """
-    file = path.name if path.name.isprintable() else repr(path.name)
+    file = printable_name(path)
     try:
         # A named pipe would block for ever when opened.
         if not path.is_file():
@@ -99,7 +107,7 @@ def read_header(path: Path) -> GGUFHeader:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL | re.IGNORECASE)
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
 def read_headers(path: Path) -> GGUFHeader:

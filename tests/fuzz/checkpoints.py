@@ -90,11 +90,14 @@ def prepare(place: Path) -> None:
 
 
 def start(place: Path) -> driver.Judge:
+    results = place / "originals" / "out"  # of a worker before this one too
+    shutil.rmtree(results, ignore_errors=True)
     originals = sorted((place / "originals").iterdir())
     for original in originals:
         expected = "ConfigError" if original.name in OTHERS else "ran"
         assert attempt(original)[0] == expected, original
         convert_and_load(original)
+    shutil.rmtree(results)
 
     def judge(draw: random.Random) -> tuple[str, driver.Open]:
         shutil.rmtree(place / "work", ignore_errors=True)
