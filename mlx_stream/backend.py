@@ -118,13 +118,17 @@ def set_cache_limit() -> None:
 def describe() -> dict[str, str | int | bool]:
     """Return facts about this machine and the installed packages, for a report."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
+    try:
+        mlx_lm = version("mlx-lm")
+    except PackageNotFoundError:
+        mlx_lm = "not installed"
     about = device()
     return {
         "mlx_stream": version("mlx_stream"),
         "mlx": version("mlx"),
-        "mlx-lm": version("mlx-lm"),
+        "mlx-lm": mlx_lm,
         "python": platform.python_version(),
         "system": platform.platform(),
         "device": str(about.get("device_name", platform.machine())),

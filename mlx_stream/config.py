@@ -78,6 +78,8 @@ QUANTIZATION_MODES = {
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
+# Tools whose models `convert` reads, as `quantization_config` names them.
+OTHER_QUANTIZERS = ("awq", "gptq", "fp8")
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,13 @@ def refuse_unsupported(raw: Mapping[str, Any], read: tuple[str, ...]) -> None:
     if kinds and kinds[0] not in ("full_attention", "sliding_attention"):
         raise ConfigError(f"config: layer_types {kinds[0]!r} is not supported")
     if raw.get("quantization_config") is not None and raw.get("quantization") is None:
-        method = raw["quantization_config"]
-        method = method.get("quant_method", "unknown") if isinstance(method, Mapping) else method
+        entry = raw["quantization_config"]
+        method = entry.get("quant_method", "unknown") if isinstance(entry, Mapping) else entry
+        if isinstance(entry, Mapping) and method in OTHER_QUANTIZERS:
+            raise ConfigError(
+                f"config: models quantized with {method} are read only by convert, without "
+                "--device: run mlx_stream convert MODEL FOLDER, then use FOLDER"
+            )
         raise ConfigError(
             f"config: quantization_config of method {method!r} is not supported: use the "
             "unquantized checkpoint, or one that mlx-lm quantized"

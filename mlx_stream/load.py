@@ -1,7 +1,7 @@
 """Loads a model and its tokenizer from a source; starts no streams."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -206,9 +206,14 @@ def load(
         if checkpoint.images:
             notify(f"{source}: only text is read; its image parts are not loaded")
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    computed = chosen or default_dtype(checkpoint.tensors)
+    computed = chosen or default_dtype(checkpoint)
     keep = backend.on_metal() if keep_quantized is None else keep_quantized
     needed = weight_bytes(config, checkpoint.tensors, computed, keep)
+    if checkpoint.dequantized:
+        notify(
+            f"{source}: {explain_dequantized(checkpoint)} floats: the weights take "
+            f"{megabytes(needed)}"
+        )
     if not force:
         check(needed, 0)
     with naming(str(source), path):
@@ -279,17 +284,28 @@ def naming(source: str, *paths: Path) -> Iterator[None]:
         raise type(error)(f"{source}: {error}") from error
 
 
-def default_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
+def default_dtype(checkpoint: Checkpoint) -> mx.Dtype:
     """Return the dtype to compute in: float32 on the CPU backend, else the checkpoint's own."""
     if not backend.on_metal():
         return mx.float32
-    own = stored_dtype(tensors)
+    own = stored_dtype(checkpoint)
     return mx.float16 if own == mx.bfloat16 and not backend.native_bfloat16() else own
 
 
-def stored_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
-    """Return the dtype of a checkpoint's floats: its embedding's, for norms may be wider (GGUF)."""
+def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
+    """Return the dtype of a checkpoint's floats: its embedding's, for norms may be wider."""
+    if checkpoint.dtype is not None:
+        return DTYPES[checkpoint.dtype]
+    tensors = checkpoint.tensors
     for name in ("model.embed_tokens.scales", "model.embed_tokens.weight"):
         if name in tensors and tensors[name].dtype in DTYPES.values():
             return tensors[name].dtype
     return mx.float16
+
+
+def explain_dequantized(checkpoint: Checkpoint) -> str:
+    """Return the beginning of a sentence about matrices of types that MLX does not have."""
+    kinds = ", ".join(sorted(set(checkpoint.dequantized.values())))
+    count = len(checkpoint.dequantized)
+    matrices = "1 matrix" if count == 1 else f"{count} matrices"
+    return f"{matrices} of a type that MLX does not have ({kinds}) become{'s' * (count == 1)}"

@@ -25,6 +25,9 @@ class Checkpoint:
         tokenizer_config: the content of `tokenizer_config.json`, with the `chat_template`.
         generation_config: the content of `generation_config.json`, or an empty dict.
         images: whether the model also reads images; the parts for that are left out.
+        dtype: of its floats, where scales may be wider; None if its tensors show it.
+        dequantized: the type of each matrix that is stored in one MLX does not have, by module
+            path; its tensor has floats.
     """
 
     config: dict[str, Any]
@@ -33,3 +36,5 @@ class Checkpoint:
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     generation_config: dict[str, Any] = field(default_factory=dict)
     images: bool = False
+    dtype: str | None = None
+    dequantized: Mapping[str, str] = field(default_factory=dict)

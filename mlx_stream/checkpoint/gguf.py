@@ -1,8 +1,4 @@
-"""Reads a llama.cpp GGUF file as a checkpoint; handles names and blocks, runs no models.
-
-Blocks of Q4_0, Q4_1 and Q8_0 are affine groups of 32, so they are repacked for MLX without loss:
-nothing is dequantized here.
-"""
+"""Reads a llama.cpp GGUF file as a checkpoint; handles names and rows, runs no models."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,19 +10,20 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.checkpoint.gguf_blocks import FORMATS, GROUP
 from mlx_stream.checkpoint.gguf_config import (
+    Architecture,
     gguf_config,
+    read_architecture,
     read_rope_scaling,
-    refuse_unsupported_gguf,
 )
-from mlx_stream.checkpoint.gguf_header import GGUFHeader, Tensor, read_header
+from mlx_stream.checkpoint.gguf_header import GGUFHeader, Tensor, read_headers
 from mlx_stream.checkpoint.gguf_tokenizer import gguf_tokenizer
 from mlx_stream.config import ModelConfig, read_config, shorten
 from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import Vector, layout_of
 
-FACTORS = "rope_freqs.weight"
 # Modules by their Hugging Face names, and llama.cpp's.
 MODULES = {
     "model.embed_tokens": "token_embd",
@@ -36,72 +33,86 @@ MODULES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",  # of a Phi-3, which has no gate of its own
     "mlp.down_proj": "ffn_down",
 }
-GROUP = 32
-PLAIN = {"F32": "<f4", "F16": "<f2"}
-# Bits of an element, and the layout of a block: scale d, minimum m, quants q.
-BLOCKS = {
-    "Q4_0": (4, np.dtype([("d", "<f2"), ("q", "u1", 16)])),
-    "Q4_1": (4, np.dtype([("d", "<f2"), ("m", "<f2"), ("q", "u1", 16)])),
-    "Q8_0": (8, np.dtype([("d", "<f2"), ("q", "u1", 32)])),
-}
+PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+KINDS = (*PLAIN, *FORMATS)
+# Numbers of a tensor that are converted at a time.
+CHUNK = 2**22
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Read a GGUF file of a Llama with Hugging Face's config, names, row order and tokenizer.
+    """Read a GGUF file, or its parts, with Hugging Face's config, names, row order and tokenizer.
 
-    Tensors are read from the file when asked for: float32 or float16, and for quantized ones
-    uint32 (rows, columns * bits / 32), with float16 scales and biases (rows, columns / 32).
+    Tensors are read from the file when asked for, in bounded memory: float32, float16 or bfloat16.
+    Types that MLX has as affine groups are uint32 (rows, columns * bits / 32), with float16 scales
+    and biases (rows, columns / 32), or float32 ones (Q4_K, Q5_K: products of two numbers). Those it
+    does not have are float16.
 
     Raises:
         CheckpointError: the file is damaged or truncated, or has an unsupported type of tensor.
         ConfigError: the metadata is incomplete or not supported.
         WeightsError: a tensor is missing, unknown or of the wrong shape; when one is read, its
-            scales do not fit MLX's.
+            numbers do not fit 16 bits.
         TokenizerError: the tokenizer cannot be rebuilt.
     """
-    header, path = read_header(path), path.absolute()
-    refuse_unsupported_gguf(header)
+    header = read_headers(path)
+    architecture = read_architecture(header)
     refuse_types(header)
-    config = gguf_config(header)
-    factors = read_factors(header, config["head_dim"], path)
-    config |= read_rope_scaling(header.metadata, config, factors)
+    config = gguf_config(header, architecture)
+    config |= read_rope_scaling(header.metadata, config, read_factors(header, architecture, config))
     try:
         checked = read_config(config)
     except ConfigError as error:
         raise ConfigError(f"{header.file}: {error}") from error
-    parameters = name_tensors(header, checked)
+    parameters = name_tensors(header, checked, architecture)
     config |= gguf_quantization(parameters)
     tokenizer, tokenizer_config = gguf_tokenizer(header, checked.vocab_size)
-    tensors = GGUFTensors(path, header.file, parameters)
-    return Checkpoint(config, tensors, tokenizer, tokenizer_config)
+    kinds = {name.removesuffix(".weight"): p.tensor.kind for name, p in parameters.items()}
+    return Checkpoint(
+        config,
+        GGUFTensors(parameters),
+        tokenizer,
+        tokenizer_config,
+        dtype=config["torch_dtype"],
+        dequantized={n: k for n, k in kinds.items() if k in FORMATS and not FORMATS[k].repacked},
+    )
 
 
 def refuse_types(header: GGUFHeader) -> None:
-    supported = (*PLAIN, *BLOCKS)
     for tensor in header.tensors.values():
-        if tensor.kind not in supported:
+        if tensor.kind not in KINDS:
             raise CheckpointError(
                 f"{header.file}: the tensor {shorten(tensor.name)} has the type {tensor.kind}, "
-                f"which is not supported (supported: {', '.join(supported)})"
+                f"which is not supported (supported: {', '.join(KINDS)})"
             )
 
 
-def read_factors(header: GGUFHeader, head_dim: int, path: Path) -> np.ndarray | None:
-    tensor = header.tensors.get(FACTORS)
-    if tensor is None:
-        return None
-    if tensor.kind != "F32" or tensor.shape != (head_dim // 2,):
-        raise ConfigError(
-            f"{header.file}: {FACTORS} must be F32 of shape ({head_dim // 2},), not "
-            f"{tensor.kind} of {tensor.shape}"
-        )
-    return read_raw(path, header.file, tensor, np.dtype("<f4")).astype(np.float64)
+def read_factors(
+    header: GGUFHeader, architecture: Architecture, config: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Return the numbers of the tensors that scale the rotary frequencies."""
+    size = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0)) // 2
+    found: dict[str, np.ndarray] = {}
+    for name in architecture.factors:
+        tensor = header.tensors.get(name)
+        if tensor is None:
+            continue
+        if tensor.kind != "F32" or tensor.shape != (size,):
+            raise ConfigError(
+                f"{header.file}: {name} must be F32 of shape ({size},), not {tensor.kind} of "
+                f"{tensor.shape}"
+            )
+        found[name] = read_rows(tensor, PLAIN["F32"], 0, size).astype(np.float64)[:, 0]
+    return found
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,9 @@ class Parameter:
     heads: int = 0
 
 
-def name_tensors(header: GGUFHeader, config: ModelConfig) -> dict[str, Parameter]:
+def name_tensors(
+    header: GGUFHeader, config: ModelConfig, architecture: Architecture
+) -> dict[str, Parameter]:
     """Return every tensor of the model by its Hugging Face name, shapes checked.
 
     Raises:
@@ -124,7 +137,9 @@ def name_tensors(header: GGUFHeader, config: ModelConfig) -> dict[str, Parameter
             "the file is damaged"
         )
     interleaved = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    left = {name: tensor for name, tensor in header.tensors.items() if name != FACTORS}
+    if not architecture.interleaved:
+        interleaved = {}
+    left = {n: tensor for n, tensor in header.tensors.items() if n not in architecture.factors}
     named: dict[str, Parameter] = {}
     for part in layout_of(config).parts:
         shape = (part.size,) if isinstance(part, Vector) else (part.outputs, part.inputs)
@@ -134,7 +149,7 @@ def name_tensors(header: GGUFHeader, config: ModelConfig) -> dict[str, Parameter
             tensor = left.pop(name, None)
             if tensor is None:
                 raise WeightsError(f"{header.file}: the tensor {name} is missing")
-            if tensor.shape != wanted or (len(wanted) == 1 and tensor.kind in BLOCKS):
+            if tensor.shape != wanted or (len(wanted) == 1 and tensor.kind in FORMATS):
                 raise WeightsError(
                     f"{header.file}: the tensor {name} is {tensor.kind} of shape {tensor.shape}, "
                     f"expected {wanted}"
@@ -143,8 +158,8 @@ def name_tensors(header: GGUFHeader, config: ModelConfig) -> dict[str, Parameter
             named[f"{part.path}.{end}"] = Parameter(tensor, heads)
     if left:
         raise WeightsError(
-            f"{header.file}: the tensor {shorten(next(iter(left)))} is not part of a Llama "
-            f"({len(left)} unknown)"
+            f"{header.file}: the tensor {shorten(next(iter(left)))} is not part of a "
+            f"{config.model_type} model ({len(left)} unknown)"
         )
     return named
 
@@ -157,10 +172,15 @@ def gguf_name(path: str) -> str:
     return f"blk.{layer}.{MODULES[module]}"
 
 
+def kept_bits(kind: str) -> int:
+    """Return the bits of a type that stays quantized, or 0."""
+    return FORMATS[kind].bits if kind in FORMATS and FORMATS[kind].repacked else 0
+
+
 def gguf_quantization(named: Mapping[str, Parameter]) -> dict[str, Any]:
     """Return mlx-lm's entry: the most common bits, and each matrix that differs by its path."""
     bits = {
-        name.removesuffix(".weight"): BLOCKS[p.tensor.kind][0] if p.tensor.kind in BLOCKS else 0
+        name.removesuffix(".weight"): kept_bits(p.tensor.kind)
         for name, p in named.items()
         if len(p.tensor.shape) == 2
     }
@@ -176,20 +196,24 @@ def gguf_quantization(named: Mapping[str, Parameter]) -> dict[str, Any]:
     return {"quantization": {"group_size": GROUP, "bits": common, "mode": "affine", **overrides}}
 
 
+Convert = Callable[[np.ndarray], np.ndarray]
+
+
 class GGUFTensors(Mapping[str, mx.array]):
     """Arrays by Hugging Face name; each is read from the file and repacked when asked for."""
 
-    def __init__(self, path: Path, file: str, named: Mapping[str, Parameter]):
-        self._path, self._file = path, file
-        self._parts: dict[str, tuple[Parameter, Callable[[np.ndarray], np.ndarray] | None]] = {}
+    def __init__(self, named: Mapping[str, Parameter]):
+        self._parts: dict[str, tuple[Parameter, Convert | None]] = {}
         for name, parameter in named.items():
-            if parameter.tensor.kind in PLAIN:
-                self._parts[name] = (parameter, None)
-                continue
-            module = name.removesuffix(".weight")
-            self._parts[name] = (parameter, pack_quants)
-            self._parts[f"{module}.scales"] = (parameter, pack_scales)
-            self._parts[f"{module}.biases"] = (parameter, pack_biases)
+            kind, module = parameter.tensor.kind, name.removesuffix(".weight")
+            if kind in PLAIN:
+                self._parts[name] = parameter, None
+            elif not FORMATS[kind].repacked:
+                self._parts[name] = parameter, FORMATS[kind].floats
+            else:
+                self._parts[name] = parameter, FORMATS[kind].words
+                self._parts[f"{module}.scales"] = parameter, FORMATS[kind].scales
+                self._parts[f"{module}.biases"] = parameter, FORMATS[kind].biases
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -198,62 +222,65 @@ class GGUFTensors(Mapping[str, mx.array]):
         return iter(self._parts)
 
     def __getitem__(self, name: str) -> mx.array:
-        parameter, pack = self._parts[name]
+        parameter, convert = self._parts[name]
         tensor = parameter.tensor
-        if pack is None:
-            array = read_raw(self._path, self._file, tensor, np.dtype(PLAIN[tensor.kind]))
-        else:
-            blocks = read_raw(self._path, self._file, tensor, BLOCKS[tensor.kind][1])
-            array = pack(blocks)
-            if array.dtype == np.float16 and not np.isfinite(array).all():
-                raise WeightsError(
-                    f"{self._file}: the tensor {tensor.name} has scales that are not finite in "
-                    "float16: download the file again, or use another quantization"
-                )
-        # MLX holds the whole span of a strided array: for scales, all the blocks they come from.
-        return mx.array(np.ascontiguousarray(in_order(array, parameter.heads)))
+        found = convert_rows(tensor, convert, parameter.heads)
+        if len(tensor.shape) == 1:
+            found = found[:, 0]
+        array = mx.array(found)
+        return array.view(mx.bfloat16) if tensor.kind == "BF16" else array
 
 
-def read_raw(path: Path, file: str, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    """Return a tensor's elements or blocks: (rows, columns or blocks of them)."""
-    # Read, not mapped: a mapped file that shrinks ends the process.
-    count = tensor.size // dtype.itemsize
-    try:
-        found = np.fromfile(path, dtype, count, offset=tensor.offset)
-    except OSError as error:
-        raise WeightsError(f"{file}: cannot be read ({error.strerror})") from error
-    if found.size != count:
-        raise WeightsError(f"{file}: the tensor {tensor.name} is cut short: the file has changed")
-    return found.reshape(*tensor.shape[:-1], -1)
+def convert_rows(tensor: Tensor, convert: Convert | None, heads: int) -> np.ndarray:
+    """Return a tensor converted some rows at a time, beside which only these are in memory.
 
-
-def pack_quants(blocks: np.ndarray) -> np.ndarray:
-    """Return (rows, words) uint32 as `mx.quantize` packs: element i in bits i * b and up.
-
-    A block of 4 bits holds elements 0 and 16 in its first byte, 1 and 17 in the next; MLX wants 0
-    and 1, then 2 and 3. The signed bytes of Q8_0 become q + 128.
+    Args:
+        convert: maps (rows, blocks) to (rows, columns of the result); None for plain numbers.
+        heads: whose rows are interleaved, or 0.
     """
-    quants = blocks["q"]
-    if quants.shape[-1] == GROUP:
-        packed = quants ^ 0x80
-    else:
-        packed = np.empty(quants.shape, np.uint8)
-        for half, nibbles in ((packed[..., :8], quants & 15), (packed[..., 8:], quants >> 4)):
-            half[...] = nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-    return packed.view("<u4").reshape(blocks.shape[0], -1)
+    rows, columns = (*tensor.shape, 1)[:2]
+    unit = rows // heads if heads else 1  # rows that must be converted together
+    step = max(1, CHUNK // (columns * unit)) * unit
+    found: np.ndarray | None = None
+    for start in range(0, rows, step):
+        layout = FORMATS[tensor.kind].layout if convert else PLAIN[tensor.kind]
+        part = read_rows(tensor, layout, start, min(step, rows - start))
+        if convert:
+            part = convert_finite(tensor, convert, part)
+        part = in_order(part, len(part) // unit if heads else 0)
+        if found is None:
+            found = np.empty((rows, part.shape[1]), part.dtype)
+        found[start : start + len(part)] = part
+    assert found is not None
+    return found
 
 
-def pack_scales(blocks: np.ndarray) -> np.ndarray:
-    return blocks["d"]
-
-
-def pack_biases(blocks: np.ndarray) -> np.ndarray:
-    """Return the value of a zero: the minimum, or -8 d or -128 d (exact, or it overflows)."""
-    if "m" in (blocks.dtype.names or ()):
-        return blocks["m"]
-    zero = -128 if blocks["q"].shape[-1] == GROUP else -8
+def convert_finite(tensor: Tensor, convert: Convert, blocks: np.ndarray) -> np.ndarray:
+    """Convert blocks; refuse numbers that do not fit float16, in which a model may compute."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return blocks["d"] * np.float16(zero)
+        found = convert(blocks)
+        if found.dtype.kind == "f" and not np.isfinite(found.astype(np.float16)).all():
+            raise WeightsError(
+                f"{tensor.file}: the tensor {tensor.name} has scales that are not finite in "
+                "float16: download the file again, or use another quantization"
+            )
+    return found
+
+
+def read_rows(tensor: Tensor, layout: np.dtype, start: int, count: int) -> np.ndarray:
+    """Return rows of a tensor: (count, blocks or numbers of one)."""
+    # Read, not mapped: a mapped file that shrinks ends the process.
+    per_row = tensor.size // layout.itemsize // tensor.shape[0]
+    offset = tensor.offset + start * per_row * layout.itemsize
+    try:
+        found = np.fromfile(tensor.path, layout, count * per_row, offset=offset)
+    except OSError as error:
+        raise WeightsError(f"{tensor.file}: cannot be read ({error.strerror})") from error
+    if found.size != count * per_row:
+        raise WeightsError(
+            f"{tensor.file}: the tensor {tensor.name} is cut short: the file has changed"
+        )
+    return found.reshape(count, per_row)
 
 
 def in_order(array: np.ndarray, heads: int) -> np.ndarray:

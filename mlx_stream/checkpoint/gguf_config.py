@@ -1,22 +1,23 @@
-"""Translates a GGUF header's keys to a config.json; uses llama.cpp's names, reads no tensors.
+"""Translates a GGUF header's keys to a config.json; uses llama.cpp's names, reads no tensors' data.
 
 Defaults are llama.cpp's. What llama.cpp computes and this package does not is refused by name.
 """
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mlx_stream.checkpoint.gguf_header import GGUFHeader
+from mlx_stream.checkpoint.gguf_header import GGUFHeader, shortest
 from mlx_stream.config import Keys, shorten
-from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
+from mlx_stream.errors import ConfigError, WeightsError
 
-ARCHITECTURES = ("llama",)
-MOST_HEAD_DIM = 2**16  # far above any model's; it bounds the reading of rope_freqs.weight
+MOST_HEAD_DIM = 2**16  # far above any model's; it bounds the reading of the factors
+FREQS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 
-# Keys under `llama.` that change the computation, with the value that does not.
+# Keys under the architecture's name that change the computation, with the value that does not.
 NEUTRAL: dict[str, Any] = {
     "expert_count": 0,
     "attention.causal": True,
@@ -31,56 +32,108 @@ NEUTRAL: dict[str, Any] = {
 }
 
 
-def refuse_unsupported_gguf(header: GGUFHeader) -> None:
+@dataclass(frozen=True)
+class Architecture:
+    """A llama.cpp architecture as a family of ours.
+
+    Attributes:
+        model_type, name: config.json's `model_type`, and the class in its `architectures`.
+        interleaved: the pairs that turn together are neighbours (llama.cpp's rope kind NORM), so
+            the rows of queries and keys are in another order than Hugging Face's.
+        read: keys of `NEUTRAL` that are read.
+        factors: tensors that only scale the frequencies.
+    """
+
+    model_type: str
+    name: str
+    interleaved: bool = False
+    read: tuple[str, ...] = ()
+    factors: tuple[str, ...] = (FREQS,)
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", "LlamaForCausalLM", interleaved=True),
+    "mistral3": Architecture(
+        "mistral",
+        "MistralForCausalLM",
+        interleaved=True,
+        read=("attention.temperature_scale", "rope.scaling.yarn_log_multiplier"),
+    ),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM"),
+    "phi3": Architecture(
+        "phi3",
+        "Phi3ForCausalLM",
+        read=("attention.sliding_window", "rope.scaling.attn_factor"),
+        factors=(SHORT, LONG),
+    ),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", interleaved=True),
+}
+
+
+def read_architecture(header: GGUFHeader) -> Architecture:
+    """Return the architecture of a file.
+
+    Raises:
+        ConfigError: it, or a key that changes the computation, is not supported.
+    """
     keys = header.metadata
-    architecture = keys.text("general.architecture")
-    if architecture not in ARCHITECTURES:
+    prefix = keys.text("general.architecture")
+    if prefix not in ARCHITECTURES:
         raise ConfigError(
-            f"{header.file}: the architecture {shorten(architecture)} is not supported "
-            f"(supported: {', '.join(ARCHITECTURES)})"
+            f"{header.file}: the architecture {shorten(prefix)} is not supported (supported: "
+            f"{', '.join(ARCHITECTURES)})"
         )
     if keys.text("general.type", "model") != "model":
         raise keys.wrong("general.type", "'model'")
-    if (parts := keys.count("split.count", 1, least=0)) > 1:
-        raise CheckpointError(
-            f"{header.file}: one part of {parts}; join them first with llama-gguf-split --merge"
-        )
+    found = ARCHITECTURES[prefix]
     for key, neutral in NEUTRAL.items():
-        value = keys.value(f"llama.{key}", neutral)
-        if isinstance(value, list | np.ndarray) or value != neutral:
+        value = keys.value(f"{prefix}.{key}", neutral)
+        if key not in found.read and (isinstance(value, list | np.ndarray) or value != neutral):
             raise ConfigError(
-                f"{header.file}: llama.{key} = {shorten(value)} changes the computation and is "
+                f"{header.file}: {prefix}.{key} = {shorten(value)} changes the computation and is "
                 "not supported"
             )
+    return found
 
 
-def gguf_config(header: GGUFHeader) -> dict[str, Any]:
+def gguf_config(header: GGUFHeader, architecture: Architecture) -> dict[str, Any]:
     """Return the content of config.json, without rope_scaling and quantization."""
-    keys = header.metadata
-    hidden = keys.count("llama.embedding_length")
-    heads = keys.count("llama.attention.head_count")
+    keys, prefix = header.metadata, header.metadata.text("general.architecture")
+    hidden = keys.count(f"{prefix}.embedding_length")
+    heads = keys.count(f"{prefix}.attention.head_count")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise WeightsError(f"{header.file}: token_embd.weight is missing or not a matrix")
+    head_dim, rotary = read_head_dims(keys, prefix, hidden // heads)
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [architecture.name],
+        "model_type": architecture.model_type,
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "num_hidden_layers": keys.count("llama.block_count"),
-        "intermediate_size": keys.count("llama.feed_forward_length"),
+        "num_hidden_layers": keys.count(f"{prefix}.block_count"),
+        "intermediate_size": keys.count(f"{prefix}.feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.count("llama.attention.head_count_kv", heads),
-        "head_dim": read_head_dim(keys, hidden // heads),
-        "rms_norm_eps": keys.number("llama.attention.layer_norm_rms_epsilon"),
+        "num_key_value_heads": keys.count(f"{prefix}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": keys.number(f"{prefix}.attention.layer_norm_rms_epsilon"),
         "vocab_size": embedding.shape[0],
-        "rope_theta": keys.number("llama.rope.freq_base", 10_000.0),
-        "max_position_embeddings": keys.count("llama.context_length"),
+        "rope_theta": keys.number(f"{prefix}.rope.freq_base", 10_000.0),
+        "max_position_embeddings": keys.count(f"{prefix}.context_length"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "attention_bias": has_bias(header, "attn_"),
         "mlp_bias": has_bias(header, "ffn_"),
-        "torch_dtype": "float32" if embedding.kind == "F32" else "float16",
+        "torch_dtype": FLOATS.get(embedding.kind, "float16"),
     }
+    if rotary != head_dim:
+        if architecture.model_type != "phi3":
+            raise ConfigError(
+                f"{keys.where}: {prefix}.rope.dimension_count {rotary} is not the head size "
+                f"{head_dim}: partial rotary positions are not supported"
+            )
+        config["partial_rotary_factor"] = rotary / head_dim
+    if is_set(keys, f"{prefix}.attention.sliding_window"):
+        config["sliding_window"] = keys.count(f"{prefix}.attention.sliding_window")
     ids = {
         role: keys.count(key, least=0)
         for role in ("bos", "eos", "eot", "eom")
@@ -93,20 +146,28 @@ def gguf_config(header: GGUFHeader) -> dict[str, Any]:
     return config
 
 
-def read_head_dim(keys: Keys, default: int) -> int:
-    rotary = keys.count("llama.rope.dimension_count", default, most=MOST_HEAD_DIM)
-    head_dim = keys.count("llama.attention.key_length", rotary, most=MOST_HEAD_DIM)
-    if keys.count("llama.rope.dimension_count", head_dim) != head_dim:
+FLOATS = {"F32": "float32", "BF16": "bfloat16"}
+
+
+def read_head_dims(keys: Keys, prefix: str, default: int) -> tuple[int, int]:
+    """Return the size of a head, and how many of its numbers are rotated."""
+    rotary = keys.count(f"{prefix}.rope.dimension_count", default, most=MOST_HEAD_DIM)
+    # A Phi-3 does not name its head size: it rotates a part of what the heads divide.
+    whole = default if prefix == "phi3" else rotary
+    head_dim = keys.count(f"{prefix}.attention.key_length", whole, most=MOST_HEAD_DIM)
+    rotary = keys.count(f"{prefix}.rope.dimension_count", head_dim)
+    if keys.count(f"{prefix}.attention.value_length", head_dim) != head_dim:
         raise ConfigError(
-            f"{keys.where}: llama.rope.dimension_count {rotary} is not the head size {head_dim}: "
-            "partial rotary positions are not supported"
-        )
-    if keys.count("llama.attention.value_length", head_dim) != head_dim:
-        raise ConfigError(
-            f"{keys.where}: llama.attention.value_length differs from the head size {head_dim}, "
+            f"{keys.where}: {prefix}.attention.value_length differs from the head size {head_dim}, "
             "which is not supported"
         )
-    return head_dim
+    return head_dim, rotary
+
+
+def is_set(keys: Keys, key: str) -> bool:
+    """Return whether a key is there and not 0, whatever its type."""
+    value = keys.raw.get(key)
+    return isinstance(value, list | np.ndarray) or bool(value)
 
 
 def has_bias(header: GGUFHeader, prefix: str) -> bool:
@@ -114,40 +175,76 @@ def has_bias(header: GGUFHeader, prefix: str) -> bool:
 
 
 def read_rope_scaling(
-    keys: Keys, config: Mapping[str, Any], factors: np.ndarray | None
+    keys: Keys, config: Mapping[str, Any], factors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return config.json's rope_scaling, or nothing.
+    """Return config.json's keys of the rotary scaling.
 
     Args:
-        factors: those of rope_freqs.weight, if it is there.
+        factors: the numbers of the architecture's factor tensors that are there.
     """
+    prefix = keys.text("general.architecture")
+    if config["model_type"] == "phi3":
+        return read_longrope(keys, config, factors)
     # llama.cpp: without a type a factor is linear; without a factor nothing is scaled.
-    kind = keys.text("llama.rope.scaling.type", "linear")
+    kind = keys.text(f"{prefix}.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ConfigError(
-            f"{keys.where}: llama.rope.scaling.type {shorten(kind)} is not supported (supported: "
-            "none, linear, yarn)"
+            f"{keys.where}: {prefix}.rope.scaling.type {shorten(kind)} is not supported "
+            "(supported: none, linear, yarn)"
         )
-    old = keys.number("llama.rope.scale_linear", 1.0)
-    factor = 1.0 if kind == "none" else keys.number("llama.rope.scaling.factor", old)
-    if factors is not None:
+    old = keys.number(f"{prefix}.rope.scale_linear", 1.0)
+    factor = 1.0 if kind == "none" else keys.number(f"{prefix}.rope.scaling.factor", old)
+    if FREQS in factors:
         if factor != 1:
             raise ConfigError(
-                f"{keys.where}: rope_freqs.weight together with llama.rope.scaling.type "
-                f"{kind!r} is not supported"
+                f"{keys.where}: {FREQS} together with {prefix}.rope.scaling.type {kind!r} is not "
+                "supported"
             )
-        return read_rope_factors(keys.where, config, factors)
+        return read_rope_factors(keys.where, config, factors[FREQS])
+    tempered = is_set(keys, f"{prefix}.attention.temperature_scale")
+    if tempered and (kind != "yarn" or factor == 1):
+        raise ConfigError(f"{keys.where}: {prefix}.attention.temperature_scale needs yarn")
     if factor == 1:
         return {}
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = keys.count(
-            "llama.rope.scaling.original_context_length", config["max_position_embeddings"]
+            f"{prefix}.rope.scaling.original_context_length", config["max_position_embeddings"]
         )
         for beta in ("beta_fast", "beta_slow"):
-            if f"llama.rope.scaling.yarn_{beta}" in keys.raw:
-                scaling[beta] = keys.number(f"llama.rope.scaling.yarn_{beta}")
-    return {"rope_scaling": scaling}
+            if f"{prefix}.rope.scaling.yarn_{beta}" in keys.raw:
+                scaling[beta] = keys.number(f"{prefix}.rope.scaling.yarn_{beta}")
+        if is_set(keys, f"{prefix}.rope.scaling.yarn_log_multiplier"):
+            # llama.cpp takes the other scale as 1.
+            scaling["mscale"] = 1.0
+            scaling["mscale_all_dim"] = keys.number(f"{prefix}.rope.scaling.yarn_log_multiplier")
+    if not tempered:
+        return {"rope_scaling": scaling}
+    # A Ministral 3: its files have these keys in one object.
+    beta = keys.number(f"{prefix}.attention.temperature_scale")
+    scaling |= {"llama_4_scaling_beta": beta, "rope_theta": config["rope_theta"]}
+    names = {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"]}
+    return names | {"rope_parameters": scaling}
+
+
+def read_longrope(
+    keys: Keys, config: Mapping[str, Any], factors: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    if keys.text("phi3.rope.scaling.type", "none") not in ("none", "longrope"):
+        raise keys.wrong("phi3.rope.scaling.type", "none or longrope")
+    if SHORT not in factors:
+        return {}
+    scaling: dict[str, Any] = {"type": "longrope"}  # as Phi-3's own configs spell it
+    # Only the short ones are used here; other programs read the long ones of a converted folder.
+    for name, key in ((SHORT, "short_factor"), (LONG, "long_factor")):
+        numbers = factors.get(name, factors[SHORT])
+        if not np.isfinite(numbers).all():
+            raise ConfigError(f"{keys.where}: {name} has values that are not numbers")
+        scaling[key] = [shortest(value) for value in numbers]
+    scaling["attention_factor"] = keys.number("phi3.rope.scaling.attn_factor", 1.0)
+    key = "phi3.rope.scaling.original_context_length"
+    original = keys.count(key, config["max_position_embeddings"])
+    return {"rope_scaling": scaling, "original_max_position_embeddings": original}
 
 
 def read_rope_factors(file: str, config: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:

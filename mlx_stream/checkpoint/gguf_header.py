@@ -1,4 +1,4 @@
-"""Reads a GGUF file's header: metadata, and where each tensor lies; loads no models or arrays.
+"""Reads GGUF headers: metadata, and where each tensor lies; loads no models or arrays.
 
 The file is untrusted: every count, length and offset is checked against the file's size before use,
 and allocations are bounded. Format: ggml's `docs/gguf.md`, versions 2 and 3.
@@ -6,8 +6,9 @@ and allocations are bounded. Format: ggml's `docs/gguf.md`, versions 2 and 3.
 
 import math
 import mmap
+import re
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,18 @@ TENSOR_TYPES = {
 @dataclass(frozen=True)
 class Tensor:
     """Where one tensor lies. `shape` is in NumPy's order (GGUF's reversed), `offset` and `size` in
-    bytes from the start of the file."""
+    bytes from the start of the file `path`."""
 
+    path: Path
     name: str
     kind: str
     shape: tuple[int, ...]
     offset: int
     size: int
+
+    @property
+    def file(self) -> str:
+        return printable_name(self.path)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,10 @@ class GGUFHeader:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
+def printable_name(path: Path) -> str:
+    return path.name if path.name.isprintable() else repr(path.name)
+
+
 def read_header(path: Path) -> GGUFHeader:
     """Read and check the header of a GGUF file (version 2 or 3, little endian).
 
@@ -82,7 +92,7 @@ def read_header(path: Path) -> GGUFHeader:
     Raises:
         CheckpointError: not such a file, damaged, truncated, or past this reader's limits.
     """
-    file = path.name if path.name.isprintable() else repr(path.name)
+    file = printable_name(path)
     try:
         # A named pipe would block for ever when opened.
         if not path.is_file():
@@ -92,16 +102,62 @@ def read_header(path: Path) -> GGUFHeader:
             if size < 24:
                 raise CheckpointError(f"{file}: {size} bytes are too few for a GGUF file")
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return Parser(data, size, file).header()
+                return Parser(data, size, file, path.absolute()).header()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+
+
+def read_headers(path: Path) -> GGUFHeader:
+    """Read the header of a model in one file, or in parts: `NAME-00001-of-00003.gguf` and so on.
+
+    The first part has the metadata. Any part stands for the whole model.
+
+    Raises:
+        CheckpointError: as `read_header`; or parts are missing, or belong to different models.
+    """
+    named = PART.fullmatch(path.name)
+    count = int(named[3]) if named else 1
+    paths = [path]
+    if named and count:
+        paths = [
+            path.with_name(f"{named[1]}-{n:05d}-of-{named[3]}.gguf") for n in range(1, count + 1)
+        ]
+    first = read_header(paths[0])
+    parts = first.metadata.count("split.count", 1, least=0)
+    if max(parts, 1) != len(paths):
+        if parts <= 1:
+            return read_header(path)
+        raise CheckpointError(
+            f"{first.file}: one part of {parts}: download all parts, under their own names "
+            f"(NAME-00001-of-{parts:05d}.gguf and so on)"
+        )
+    tensors = dict(first.tensors)
+    for number, place in enumerate(paths[1:], start=1):
+        if not place.is_file():
+            raise CheckpointError(
+                f"{first.file}: part {number + 1} of {count} is missing: download it to the same "
+                "folder"
+            )
+        part = read_header(place)
+        numbers = [part.metadata.count(f"split.{key}", 0, least=0) for key in ("no", "count")]
+        if numbers != [number, count] or tensors.keys() & part.tensors.keys():
+            raise CheckpointError(
+                f"{part.file}: not part {number + 1} of {count} of {first.file}: download it again"
+            )
+        tensors |= part.tensors
+    if first.metadata.count("split.tensors.count", len(tensors), least=0) != len(tensors):
+        raise CheckpointError(f"{first.file}: its parts lack tensors: download them again")
+    return replace(first, tensors=tensors)
 
 
 class Parser:
     """One pass over a header; `place` is the next byte to read."""
 
-    def __init__(self, data: mmap.mmap, size: int, file: str):
-        self.data, self.size, self.file = data, size, file
+    def __init__(self, data: mmap.mmap, size: int, file: str, path: Path):
+        self.data, self.size, self.file, self.path = data, size, file, path
         self.limit = min(size, MAX_HEADER_BYTES)
         self.place = 0
         self.strings_read = 0
@@ -204,7 +260,7 @@ class Parser:
         elements = math.prod(shape)
         if not 1 <= elements < 2**60 or shape[-1] % block:
             raise self.damaged(f"the tensor {shorten(name)} of type {kind} has shape {shape}")
-        return Tensor(name, kind, shape, offset, elements // block * block_bytes)
+        return Tensor(self.path, name, kind, shape, offset, elements // block * block_bytes)
 
     def laid_out(self, tensors: dict[str, Tensor], alignment: int) -> dict[str, Tensor]:
         """Check that tensors lie aligned, apart and inside the file; make offsets absolute."""
@@ -222,9 +278,7 @@ class Parser:
                     f"{self.file}: the tensor {name} ends at byte {end} and the file at "
                     f"{self.size}: it is truncated or damaged; download it again"
                 )
-            placed[tensor.name] = Tensor(
-                tensor.name, tensor.kind, tensor.shape, offset, tensor.size
-            )
+            placed[tensor.name] = replace(tensor, offset=offset)
         return placed
 
     def scalar(self, code: str) -> Any:

@@ -1,7 +1,7 @@
 """Rebuilds tokenizer.json and its config from a GGUF header's keys; reads no tensors.
 
-GGUF keeps the vocabulary and merges but only the name of the pre-tokenizer. The original models'
-pipelines are here by that name.
+Of a byte-level tokenizer GGUF keeps the vocabulary and merges but only the name of the
+pre-tokenizer. The original models' pipelines are here by that name.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlx_stream.checkpoint.gguf_header import GGUFHeader
+from mlx_stream.checkpoint.gguf_sentencepiece import sentencepiece
 from mlx_stream.config import Keys, shorten
 from mlx_stream.errors import TokenizerError
 
@@ -22,11 +23,16 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TEKKEN_WORDS = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+# Capitals, then small letters: of each, some or at least one.
+CASED_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
 )
+ENDING = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN_WORDS = "|".join(CASED_WORDS) + r"|\p{N}" + REST
+GPT4O_WORDS = "|".join(word + ENDING for word in CASED_WORDS) + r"|\p{N}{1,3}" + REST
 
 
 def byte_level(use_regex: bool) -> dict[str, Any]:
@@ -50,9 +56,11 @@ class Pipeline:
     steps: list[dict[str, Any]]
     ignore_merges: bool = False
     add_bos: bool = False
+    normalizer: dict[str, Any] | None = None
 
 
 LLAMA3 = Pipeline(named_list(LLAMA3_WORDS), ignore_merges=True, add_bos=True)
+QWEN2 = Pipeline(named_list(QWEN2_WORDS), normalizer={"type": "NFC"})
 PIPELINES = {
     "smollm": Pipeline([{"type": "Digits", "individual_digits": True}, byte_level(True)]),
     "llama-bpe": LLAMA3,
@@ -60,6 +68,10 @@ PIPELINES = {
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
     "tekken": Pipeline(named_list(TEKKEN_WORDS), ignore_merges=True, add_bos=True),
+    "qwen2": QWEN2,
+    "deepseek-r1-qwen": QWEN2,
+    "gpt-4o": Pipeline(named_list(GPT4O_WORDS)),
+    "dbrx": Pipeline(named_list(LLAMA3_WORDS)),  # Phi-4's
     "gpt-2": Pipeline([byte_level(True)]),
 }
 
@@ -74,7 +86,13 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
         TokenizerError: the kind of tokenizer is not supported, or its tables disagree.
     """
     keys = replace(header.metadata, error=TokenizerError)
-    pipeline = read_pipeline(keys)
+    kind = keys.text("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise TokenizerError(
+            f"{keys.where}: tokenizer.ggml.model {shorten(kind)} is not supported (supported: "
+            "gpt2, a byte-level BPE; llama, a SentencePiece BPE); use the model's Hugging Face "
+            "folder"
+        )
     tokens = strings(keys, "tokenizer.ggml.tokens")
     if not 0 < len(tokens) <= vocab_size:
         raise TokenizerError(
@@ -88,25 +106,24 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
         role: read_id(keys, f"tokenizer.ggml.{key}_token_id", len(tokens))
         for role, key in NAMED.items()
     }
-    added = added_tokens(keys, tokens, {index for index in named.values() if index is not None})
-    template = bos_and_eos(keys, pipeline, named)
+    kinds = token_kinds(keys, len(tokens))
+    if kind == "gpt2":
+        pipeline = read_pipeline(keys)
+        add_bos, parts = pipeline.add_bos, byte_level_bpe(keys, pipeline, vocabulary)
+    else:
+        add_bos, parts = True, sentencepiece(keys, tokens, kinds)
+    template = bos_and_eos(keys, add_bos, named)
+    special = {index for index in named.values() if index is not None}
     tokenizer = {
         "version": "1.0",
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pipeline.steps},
+        "added_tokens": added_tokens(keys, tokens, kinds, special),
         "post_processor": post_processor(tokens, *template),
-        "decoder": byte_level(True),
-        "model": {
-            "type": "BPE",
-            "ignore_merges": pipeline.ignore_merges,
-            "vocab": vocabulary,
-            "merges": read_merges(keys, vocabulary),
-        },
+        **parts,
     }
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": keys.count("llama.context_length"),
+        "model_max_length": keys.count(f"{keys.text('general.architecture')}.context_length"),
         "add_bos_token": template[0] is not None,
         "add_eos_token": template[1] is not None,
     }
@@ -124,20 +141,34 @@ NAMED = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown
 
 
 def read_pipeline(keys: Keys) -> Pipeline:
-    model = keys.text("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise TokenizerError(
-            f"{keys.where}: tokenizer.ggml.model {shorten(model)} is not supported (supported: "
-            "'gpt2', byte-level BPE); use the model's Hugging Face folder"
-        )
-    # Files of early 2024 have none: llama.cpp guesses.
+    # Files of early 2024 have none, or "default": llama.cpp guesses.
     name = keys.text("tokenizer.ggml.pre", "")
+    if name in ("", "default"):
+        raise TokenizerError(
+            f"{keys.where}: tokenizer.ggml.pre {shorten(name)} does not say how text is split: use "
+            "a file that a current llama.cpp wrote, or the model's Hugging Face folder"
+        )
     if name not in PIPELINES:
         raise TokenizerError(
             f"{keys.where}: tokenizer.ggml.pre {shorten(name)} is not supported (supported: "
             f"{', '.join(PIPELINES)}); use the model's Hugging Face folder"
         )
     return PIPELINES[name]
+
+
+def byte_level_bpe(keys: Keys, pipeline: Pipeline, vocabulary: dict[str, int]) -> dict[str, Any]:
+    """Return the parts of tokenizer.json that encode and decode text."""
+    return {
+        "normalizer": pipeline.normalizer,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pipeline.steps},
+        "decoder": byte_level(True),
+        "model": {
+            "type": "BPE",
+            "ignore_merges": pipeline.ignore_merges,
+            "vocab": vocabulary,
+            "merges": read_merges(keys, vocabulary),
+        },
+    }
 
 
 def strings(keys: Keys, key: str) -> list[str]:
@@ -157,24 +188,29 @@ def read_id(keys: Keys, key: str, token_count: int) -> int | None:
     return index
 
 
-def added_tokens(keys: Keys, tokens: list[str], special: set[int]) -> list[dict[str, Any]]:
-    """Return the entries of tokens that are matched before the text is split into words.
-
-    They stay in the vocabulary too, which keeps their numbers.
-    """
+def token_kinds(keys: Keys, count: int) -> np.ndarray:
     kinds = keys.value("tokenizer.ggml.token_type")
     if not isinstance(kinds, np.ndarray) or kinds.dtype.kind not in "iu":
         raise keys.wrong("tokenizer.ggml.token_type", "an array of whole numbers")
-    if len(kinds) != len(tokens):
+    if len(kinds) != count:
         raise TokenizerError(
-            f"{keys.where}: tokenizer.ggml.token_type has {len(kinds)} entries for "
-            f"{len(tokens)} tokens"
+            f"{keys.where}: tokenizer.ggml.token_type has {len(kinds)} entries for {count} tokens"
         )
     unknown = np.flatnonzero(~np.isin(kinds, KINDS))
     if unknown.size:
         raise TokenizerError(
             f"{keys.where}: tokenizer.ggml.token_type has the unknown kind {kinds[unknown[0]]}"
         )
+    return kinds
+
+
+def added_tokens(
+    keys: Keys, tokens: list[str], kinds: np.ndarray, special: set[int]
+) -> list[dict[str, Any]]:
+    """Return the entries of tokens that are matched before the text is split into words.
+
+    They stay in the vocabulary too, which keeps their numbers.
+    """
     special = special | set(np.flatnonzero(np.isin(kinds, (UNKNOWN, CONTROL))).tolist())
     entries = []
     for index in sorted(special | set(np.flatnonzero(kinds == USER_DEFINED).tolist())):
@@ -207,11 +243,11 @@ def read_merges(keys: Keys, vocabulary: dict[str, int]) -> list[list[str]]:
 
 
 def bos_and_eos(
-    keys: Keys, pipeline: Pipeline, named: dict[str, int | None]
+    keys: Keys, add_bos: bool, named: dict[str, int | None]
 ) -> tuple[int | None, int | None]:
     """Return the tokens before and after every text, or None."""
     found: list[int | None] = []
-    for role, default in (("bos", pipeline.add_bos), ("eos", False)):
+    for role, default in (("bos", add_bos), ("eos", False)):
         wanted = keys.flag(f"tokenizer.ggml.add_{role}_token", default)
         if wanted and named[role] is None:
             raise TokenizerError(

@@ -21,13 +21,16 @@ PATTERNS = ("model.safetensors", "model-*.safetensors", "weights*.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD_BYTES = 10**9  # the most in a shard that is written
 
-# U8 holds the scales of the fp4 and fp8 modes.
+# U8 holds the scales of the fp4 and fp8 modes; I32 and F8_E4M3, which MLX opens as bytes, are other
+# tools' quantized weights.
 DTYPES = {
     "F32": mx.float32,
     "F16": mx.float16,
     "BF16": mx.bfloat16,
     "U32": mx.uint32,
     "U8": mx.uint8,
+    "I32": mx.int32,
+    "F8_E4M3": mx.uint8,
 }
 HEADER_BYTES = 8 << 20
 # MLX counts the elements of one dimension in 32 bits.

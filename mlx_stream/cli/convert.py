@@ -136,9 +136,11 @@ def as_json(result: "ConversionResult") -> dict[str, Any]:
 def print_result(source: str, out: Path, result: "ConversionResult") -> None:
     about = result.about
     files = "1 file" if result.files == 1 else f"{result.files} files"
+    kept = about["source_quantized"] and about["dtype"] is None
+    recipe = about["recipe"] or ("as stored" if kept else "not quantized")
     print(
-        f"{out}: {about['recipe'] or 'not quantized'}, {about['bits_per_weight']:.2f} bits per "
-        f"weight, {megabytes(about['tensor_bytes'])} MB in {files}"
+        f"{out}: {recipe}, {about['bits_per_weight']:.2f} bits per weight, "
+        f"{megabytes(about['tensor_bytes'])} MB in {files}"
     )
     where = "within" if result.peak_bytes <= result.bound_bytes else "above"
     print(

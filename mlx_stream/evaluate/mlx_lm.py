@@ -3,6 +3,7 @@
 The cache is bounded explicitly, because mlx-lm's own `max_kv_size` has no effect for these models.
 """
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ from mlx_stream.errors import SourceError
 from mlx_stream.load import Model
 
 
+def why_no_peer(folder: Path) -> str | None:
+    """Return why mlx-lm cannot be measured here, or None if it can."""
+    if importlib.util.find_spec("mlx_lm") is None:
+        return "it is not installed: pip install mlx-lm"
+    return None if folder.is_dir() else "it reads folders: convert the model to one"
+
+
 def load_peer(folder: Path, model: Model) -> Any:
     """Load the same weights with mlx-lm, computing in the same dtype, quantized alike.
 
-    Raises SourceError if the model is not a folder.
+    Raises SourceError if mlx-lm is not installed, or the model is not a folder.
     """
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: mlx-lm reads folders; convert the model to one first")
+    if reason := why_no_peer(folder):
+        raise SourceError(f"mlx-lm: {reason}")
     from mlx_lm.utils import dequantize_model, load_model
 
     peer, _ = load_model(folder)

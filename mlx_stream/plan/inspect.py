@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream.checkpoint.gguf import read_gguf
+from mlx_stream.checkpoint.gguf_header import read_headers
 from mlx_stream.checkpoint.json_files import exists_as_file, read_json
 from mlx_stream.checkpoint.shards import (
     DTYPES,
@@ -26,7 +27,7 @@ from mlx_stream.hub.hub_cache import MAIN, find_in_cache
 from mlx_stream.hub.repository import HUB_ID, PATIENCE, ask_hub
 from mlx_stream.hub.resolve import local_path
 from mlx_stream.hub.starter import STARTER, STARTER_REPO, is_complete, starter_folder
-from mlx_stream.load import naming
+from mlx_stream.load import explain_dequantized, naming
 from mlx_stream.models.layout import layout_of
 from mlx_stream.plan.planner import ITEMSIZES, ModelSummary
 from mlx_stream.program.notices import Notify
@@ -53,7 +54,7 @@ def summarize_model(source: str, notify: Notify) -> ModelSummary:
     found, repo = local_model(source), STARTER_REPO if source == STARTER else source
     if found is not None:
         with naming(source, found):
-            return of_folder(source, found) if found.is_dir() else of_gguf(source, found)
+            return of_folder(source, found) if found.is_dir() else of_gguf(source, found, notify)
     if not HUB_ID.fullmatch(repo):
         raise SourceError(
             f"{source!r} is not a model; expected a folder, a .gguf file, a config.json, a Hub id "
@@ -87,11 +88,14 @@ def of_folder(source: str, path: Path) -> ModelSummary:
     )
 
 
-def of_gguf(source: str, path: Path) -> ModelSummary:
+def of_gguf(source: str, path: Path, notify: Notify) -> ModelSummary:
     checkpoint = read_gguf(path)  # its tensors stay in the file
     config, dtype = read_config(checkpoint.config), checkpoint.config["torch_dtype"]
     quantized = quantized_paths(checkpoint.tensors)
-    return ModelSummary(source, config, dtype, quantized, path.stat().st_size)
+    if checkpoint.dequantized:
+        notify(f"{explain_dequantized(checkpoint)} floats when loaded")
+    stored = sum(tensor.size for tensor in read_headers(path).tensors.values())
+    return ModelSummary(source, config, dtype, quantized, stored)
 
 
 def of_hub(source: str, repo: str, notify: Notify) -> ModelSummary:

@@ -27,6 +27,8 @@ from mlx_stream.quantize.recipes import Recipe
 
 # Elements of a matrix that are converted at a time.
 BLOCK = 2**18
+# As a matrix is written whose own type MLX does not have.
+WIDEST = Quantization(32, 8)
 # Paths of the maker's machine, and code that is not copied.
 LEFT_OUT = ("_name_or_path", "name_or_path", "auto_map")
 
@@ -39,7 +41,8 @@ class Conversion:
         checkpoint: the source, with the config of the result.
         config: the source's.
         quantized: how each matrix will be stored, by module path; None for floats.
-        dtype: of floats, scales included; None keeps each tensor's own.
+        dtype: of floats, scales included; None keeps each tensor's own, but narrows scales to the
+            checkpoint's `dtype` if it names one.
         largest: bytes of the largest matrix so far, of the source or the result.
     """
 
@@ -108,14 +111,17 @@ class Conversion:
 
     def _to_dtype(self, name: str, array: mx.array) -> mx.array:
         """Return an array in its new type, evaluated; refuse values that are not finite."""
-        if self.dtype is None or not mx.issubdtype(array.dtype, mx.floating):
+        dtype = self.dtype
+        if dtype is None and array.dtype == mx.float32 and name.endswith((".scales", ".biases")):
+            dtype = named_dtype(self.checkpoint.dtype)
+        if dtype is None or not mx.issubdtype(array.dtype, mx.floating):
             mx.eval(array)
             return array
-        array = array.astype(self.dtype)
+        array = array.astype(dtype)
         if not mx.isfinite(mx.stack([array.min(), array.max()])).all().item():
             raise WeightsError(
                 f"weights: {name} has values that are not numbers or do not fit "
-                f"{name_of(self.dtype)}: try --dtype float32"
+                f"{name_of(dtype)}: try --dtype float32"
             )
         return array
 
@@ -133,7 +139,7 @@ def prepare_conversion(
 
     Args:
         recipe: how to quantize. None leaves quantized weights as they are, or dequantizes them if
-            there is a dtype.
+            there is a dtype. Without a dtype, matrices of types that MLX lacks become `WIDEST`.
         dtype: the type of all floats: float32, float16 or bfloat16. Default: the model's own with a
             recipe, each tensor's own without one.
 
@@ -160,7 +166,8 @@ def prepare_conversion(
             at.path: config.quantized(at.path) if at.path in kept else None
             for at in layout.matrices
         }
-    base = recipe.base if recipe else (config.quantization or {}).get("")
+        quantized |= dict.fromkeys(() if dtype else checkpoint.dequantized, WIDEST)
+    base = recipe.base if recipe else (config.quantization or {"": WIDEST})[""]
     raw = rewrite_config(checkpoint.config, base, quantized, dtype)
     tokenizer_config = {k: v for k, v in checkpoint.tokenizer_config.items() if k not in LEFT_OUT}
     result = replace(checkpoint, config=raw, tokenizer_config=tokenizer_config)
@@ -178,7 +185,7 @@ def own_dtype(checkpoint: Checkpoint) -> str:
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if isinstance(named, str) and named in DTYPES:
         return named
-    return name_of(stored_dtype(checkpoint.tensors))
+    return name_of(stored_dtype(checkpoint))
 
 
 def name_of(dtype: mx.Dtype) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.checkpoint.other_quantizers import in_mlx_bits
 from mlx_stream.checkpoint.write import CONVERSION, refuse_taken, replace_json
 from mlx_stream.config import read_config
 from mlx_stream.errors import MemoryRefused, TextError, ValueRefused
@@ -20,13 +21,23 @@ from mlx_stream.evaluate.divergence import compare
 from mlx_stream.evaluate.sensitivity import measure_sensitivity
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.hub.resolve import resolve
-from mlx_stream.load import Model, load, naming, read_checkpoint
-from mlx_stream.models.layout import layout_of
+from mlx_stream.load import (
+    Model,
+    explain_dequantized,
+    load,
+    megabytes,
+    named_dtype,
+    naming,
+    read_checkpoint,
+    stored_dtype,
+)
+from mlx_stream.models.layout import layout_of, matrix_bytes
 from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.memory import NOT_QUANTIZED
 from mlx_stream.plan.planner import PlanRequest, make_plan
 from mlx_stream.program.notices import Notify, discard
+from mlx_stream.quantize.conversion import WIDEST
 from mlx_stream.quantize.recipes import DEFAULT_GROUP, Recipe, allocate_bits, uniform_recipe
 from mlx_stream.quantize.write_converted import (
     ConversionResult,
@@ -93,12 +104,31 @@ def convert_model(
     path = resolve(source, notify)
     refuse_places(path, out)
     with naming(source, path):
-        checkpoint = read_checkpoint(path)
+        found = read_checkpoint(path)
+        target = named_dtype(options.dtype) or stored_dtype(found)
+        checkpoint = in_mlx_bits(found, target)
         config = read_config(checkpoint.config)
+    if checkpoint is not found and (options.report or options.calibration):
+        raise ValueRefused(
+            "--report and --calibration run the source, which only convert reads: convert it "
+            "without them first"
+        )
+    del found  # it would hold the tensors
     text = options.report and report_text(checkpoint, options)
     recipe = options.recipe
-    if recipe is not None and config.quantization is not None:
+    if recipe is not None and (config.quantization is not None or checkpoint.dequantized):
         notify("the source is already quantized: this adds to its error")
+    elif checkpoint.dequantized and options.dtype is None:
+        numbers = sum(
+            at.outputs * at.inputs
+            for at in layout_of(config).matrices
+            if at.path in checkpoint.dequantized
+        )
+        size = megabytes(matrix_bytes(numbers, WIDEST, 2))
+        notify(
+            f"{explain_dequantized(checkpoint)} {WIDEST.bits} bits in groups of "
+            f"{WIDEST.group_size}: {size}"
+        )
     if recipe is not None and options.calibration is not None:
         recipe = calibrate(path, recipe, options.calibration, notify, progress)
     # Read before the conversion takes the tensors out of the checkpoint.

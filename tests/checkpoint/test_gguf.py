@@ -22,7 +22,7 @@ from tests.fakes.gguf_files import (
     write_tiny,
 )
 
-KINDS = ["F32", "F16", "Q4_0", "Q4_1", "Q8_0"]
+LEGACY = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def dequantized(checkpoint: Checkpoint, name: str) -> np.ndarray:
     entry = entry.get(module, entry)
     scales = checkpoint.tensors[f"{module}.scales"]
     biases = checkpoint.tensors[f"{module}.biases"]
-    assert scales.dtype == biases.dtype == mx.float16 and weight.dtype == mx.uint32
+    assert scales.dtype == biases.dtype and weight.dtype == mx.uint32
     wide = scales.astype(mx.float32), biases.astype(mx.float32)
     return np.array(mx.dequantize(weight, *wide, group_size=32, bits=entry["bits"]))
 
@@ -48,10 +48,9 @@ def dequantized(checkpoint: Checkpoint, name: str) -> np.ndarray:
 # Weights.
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("biases", [False, True])
-def test_every_value_is_llama_cpps(path: Path, kind: str, biases: bool):
-    expected = write_tiny(path, kind, tied=biases, biases=biases)
+def test_every_tensor_is_there(path: Path, biases: bool):
+    expected = write_tiny(path, "Q4_0", tied=biases, biases=biases)
     checkpoint = read_gguf(path)
     for name, values in expected.items():
         assert np.array_equal(dequantized(checkpoint, name), values), name
@@ -71,7 +70,7 @@ def test_rows_of_queries_and_keys_are_put_back():
     assert in_order(np.array(list("abcd")), 1).tolist() == ["a", "c", "b", "d"]
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", LEGACY)
 def test_extreme_blocks_are_exact(path: Path, kind: str):
     """Every quant, with scales that are subnormal, zero, negative and large."""
     write_tiny(path, kind)
@@ -79,7 +78,7 @@ def test_extreme_blocks_are_exact(path: Path, kind: str):
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
     blocks = np.random.default_rng(0).integers(0, 256, (where.size // size, size), np.uint8)
     scales = np.array([0.0, 6e-8, -6e-8, -1.0, 3.3e-5, 500.0], np.float16)
-    for column in range(4 if kind == "Q4_1" else 2)[::2]:
+    for column in range(4 if kind.endswith("_1") else 2)[::2]:
         chosen = np.resize(np.roll(scales, column), len(blocks)).view(np.uint8).reshape(-1, 2)
         blocks[:, column : column + 2] = chosen
     overwrite(path, where.offset, blocks.tobytes())

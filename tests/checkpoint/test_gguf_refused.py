@@ -16,6 +16,7 @@ from mlx_stream.errors import (
     WeightsError,
 )
 from tests.fakes.gguf_files import (
+    KEYS,
     TOKENS,
     TYPES,
     array,
@@ -81,7 +82,6 @@ SCALING = "llama.rope.scaling."
 NUMBERS = ("block_count", "context_length", "embedding_length", "feed_forward_length")
 NUMBERS += ("attention.head_count", "attention.layer_norm_rms_epsilon")
 YARN = {f"{SCALING}type": "yarn", f"{SCALING}factor": 2.0}
-Q5_1 = {"kinds": {"blk.0.ffn_up.weight": "Q5_1"}}  # of 24 bytes for 32 elements
 
 
 def keys(prefix: str, **values: Any) -> dict[str, Any]:
@@ -100,12 +100,21 @@ def factors(values: np.ndarray, **more: Any) -> dict[str, Any]:
     return {"tensors": {"rope_freqs.weight": values.astype(np.float32)}, **more}
 
 
+def renamed(architecture: str, **values: Any) -> dict[str, Any]:
+    """Return the changes that make a file of another architecture, with more keys."""
+    own = {key.replace("llama.", f"{architecture}."): value for key, value in KEYS.items()}
+    more = {f"{architecture}.{name}": value for name, value in values.items()}
+    return {"architecture": architecture, "keys": own | more}
+
+
+MISTRAL_YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}
+
 # Changes of a file, and the text of its refusal.
 WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
     (floats("blk.1.attn_v.weight"), WeightsError, "blk.1.attn_v.weight is missing"),
     (floats("token_embd.weight"), WeightsError, "token_embd.weight is missing"),
     (floats("blk.0.attn_rot.weight", 4), WeightsError, "attn_rot.weight' is not part of"),
-    (floats("blk.2.attn_norm.weight", 64), WeightsError, "is not part of a Llama"),
+    (floats("blk.2.attn_norm.weight", 64), WeightsError, "is not part of a llama model"),
     (floats("blk.0.attn_q.weight", 32, 64), WeightsError, "expected (64, 64)"),
     (floats("output_norm.weight", 8, 8), WeightsError, "expected (64,)"),
     (floats("blk.0.attn_q.bias", 64), WeightsError, "blk.0.attn_k.bias is missing"),
@@ -127,26 +136,47 @@ WRITTEN: list[tuple[dict[str, Any], type[MlxStreamError], str]] = [
         {"keys": {"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}},
         *(CheckpointError, "partial rotary"),
     ),
+    (
+        renamed("mistral3", **{"attention.temperature_scale": 0.1}),
+        ConfigError,
+        "mistral3.attention.temperature_scale needs yarn",
+    ),
+    (
+        renamed("mistral3", **MISTRAL_YARN, **{"attention.temperature_scale": [1.0, 2.0]}),
+        *(ConfigError, "mistral3.attention.temperature_scale must be a positive number"),
+    ),
+    (
+        renamed("mistral3", **MISTRAL_YARN, **{"rope.scaling.yarn_log_multiplier": [1.0, 2.0]}),
+        *(ConfigError, "mistral3.rope.scaling.yarn_log_multiplier must be a positive number"),
+    ),
+    (
+        renamed("phi3", **{"attention.sliding_window": [1, 2]}),
+        *(ConfigError, "phi3.attention.sliding_window must be a whole number"),
+    ),
+    (renamed("phi3", **{"rope.scaling.type": "yarn"}), ConfigError, "must be none or longrope"),
+    (renamed("phi3"), WeightsError, "blk.0.attn_qkv.weight is missing"),
+    (renamed("qwen2"), WeightsError, "blk.0.attn_q.bias is missing"),
     (keys("llama.attention.", key_length=2**16 + 1), ConfigError, "from 1 to 65536"),
     (keys("llama.attention.", value_length=8), CheckpointError, "llama.attention.value_length"),
     (keys("llama.attention.", head_count_kv=3), ConfigError, "num_key_value_heads 3"),
     (keys("general.", type="adapter"), CheckpointError, "general.type must be 'model'"),
     (keys("general.", alignment=24), CheckpointError, "alignment 24 is not a power of two"),
     (keys("split.", count=3), CheckpointError, "one part of 3"),
-    ({"architecture": "qwen2"}, ConfigError, "'qwen2' is not supported (supported: llama)"),
-    (Q5_1, CheckpointError, "blk.0.ffn_up.weight' has the type Q5_1"),
-    (Q5_1, CheckpointError, "(supported: F32, F16, Q4_0, Q4_1, Q8_0)"),
+    ({"architecture": "gemma"}, ConfigError, "'gemma' is not supported (supported: llama, mistral"),
+    ({"architecture": "qwen2"}, ConfigError, "qwen2.embedding_length is missing"),
     (factors(llama3_factors(8.0, low=2.0)), ConfigError, "rope_freqs.weight"),
     (factors(np.full(8, np.nan)), ConfigError, "rope_freqs.weight"),
     (factors(np.full(8, np.inf)), ConfigError, "rope_freqs.weight"),
     (factors(np.ones(4)), ConfigError, "rope_freqs.weight"),
     (factors(llama3_factors(8.0), keys=YARN), ConfigError, "rope_freqs.weight"),
-    (words(model="llama"), TokenizerError, "model 'llama' is not supported (supported: 'gpt2'"),
-    (words(pre="qwen2"), TokenizerError, "'qwen2' is not supported (supported: smollm, llama-bpe"),
-    (words(pre=None), TokenizerError, "tokenizer.ggml.pre '' is not supported"),
+    (words(model="bert"), TokenizerError, "model 'bert' is not supported (supported: gpt2, a"),
+    (words(model="llama"), TokenizerError, "tokenizer.ggml.tokens lacks byte tokens"),
+    (words(pre="viking"), TokenizerError, "'viking' is not supported (supported: smollm, llama-b"),
+    (words(pre=None), TokenizerError, "tokenizer.ggml.pre '' does not say how text is split"),
+    (words(pre="default"), TokenizerError, "pre 'default' does not say how text is split: use a"),
     (words(tokens=None), TokenizerError, "tokenizer.ggml.tokens is missing"),
     (words(tokens=[1, 2]), TokenizerError, "tokens must be an array of strings"),
-    (words(tokens=[*TOKENS, "a", "b"]), TokenizerError, "for an embedding of"),
+    (words(tokens=[*TOKENS, *["a"] * 11]), TokenizerError, "for an embedding of"),
     (words(tokens=[*TOKENS[:-1], "the"]), TokenizerError, "'the' occurs twice"),
     (words(tokens=["", *TOKENS[1:]]), TokenizerError, "token 0 is special and empty"),
     (words(token_type=None), TokenizerError, "tokenizer.ggml.token_type is missing"),
@@ -189,9 +219,11 @@ def test_unsupported_files_are_refused_by_name(path, changes, kind, message):
 
 
 def test_a_type_that_only_another_writer_makes_is_named(path):
-    entry = tensor("blk.0.ffn_up.weight", (256, 2), kind=12)
+    entry = tensor("blk.0.ffn_up.weight", (256, 2), kind=23)
     path.write_bytes(forged((LLAMA,), (entry,), bytes(288)))
-    assert "blk.0.ffn_up.weight' has the type Q4_K" in refused(path, CheckpointError)
+    message = refused(path, CheckpointError)
+    assert "blk.0.ffn_up.weight' has the type IQ4_XS" in message
+    assert "(supported: F32, F16, BF16, Q4_0, Q4_1, Q5_0" in message
 
 
 @pytest.mark.parametrize(("kind", "scale"), SCALES)

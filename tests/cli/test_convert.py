@@ -286,6 +286,7 @@ def test_a_device_gets_the_most_bits_that_fit_it(source, tmp_path):
     config = json.loads((tmp_path / "six" / "config.json").read_text())
     assert config["quantization"]["bits"] == 6
     assert "quantization" not in json.loads((source / "config.json").read_text())
+    assert "copy: as stored, 6" in done("convert", tmp_path / "six", tmp_path / "copy").out
     whole = done("convert", source, tmp_path / "whole", "--device", "iphone-16-pro")
     assert "bfloat16" in whole.err and "not quantized" in whole.out
     on_a_device(100_000)

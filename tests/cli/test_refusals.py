@@ -147,7 +147,7 @@ OTHERS: list[tuple[str, bytes, str]] = [
     ("generate MODEL -p ''", b"", "the prompt is empty: give at least one character"),
     ("generate MODEL -p abc\udcff", b"", "character 3 is half of a surrogate pair"),
     ("chat MODEL", b"\xe9t\xe9\n", "standard input, line 1: is not UTF-8 (byte 0 is 0xe9): conv"),
-    ("bench GGUF --window 64", b"", "mlx-lm reads folders; convert the model to one first"),
+    ("bench GGUF --window 64", b"", "mlx-lm: it reads folders: convert the model to one"),
 ]
 
 
@@ -223,12 +223,16 @@ MODELS: list[tuple[Callable[[Path], object], str]] = [
     ),
     (changed(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "'dynamic' changes its freq"),
     (changed(hidden_act="gelu"), "hidden_act = 'gelu' changes the computation"),
-    (changed(quantization_config={"quant_method": "gptq"}), "quantization_config of method 'gptq'"),
+    (
+        changed(quantization_config={"quant_method": "gptq"}),
+        "models quantized with gptq are read only by convert, without --device: run mlx_stream c",
+    ),
     (changed(eos_token_id=300), "eos_token_id 300 is not in the vocabulary"),
     (tensors(NORM), f"weights: tensor '{NORM}' is missing"),
     (tensors(UP, (34, 32)), f"'{UP}' has shape (34, 32), but config.json needs (32, 32)"),
     (tensors("x\ny", (3,)), "weights: unknown tensor 'x\\ny' (1 in all)"),
-    (tensors(NORM, (32,), "int32"), "I32; expected one of F32, "),
+    (tensors(NORM, (32,), "int64"), "I64; expected one of F32, "),
+    (tensors(NORM, (32,), "int32"), "weight' is mlx.core.int32, not mlx.core.float32 or"),
     (written("model.safetensors", b"\x10" * 40), "damaged or truncated, fetch it again ("),
     (template(None), "has no chat template: use generate"),
     (template("{{ messages[-1].content }}"), NO_REPLY),
@@ -250,8 +254,11 @@ def test_a_model_is_refused_with_its_name_and_what_is_wrong(model, spoil, why):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"kinds": {"blk.1.ffn_up.weight": "Q5_0"}}, "has the type Q5_0, which is not supported"),
-        ({"architecture": "qwen2"}, "the architecture 'qwen2' is not supported (supported: llama"),
+        ({"kinds": {"blk.1.ffn_up.weight": "MXFP4"}}, "has the type MXFP4, which is not supported"),
+        (
+            {"architecture": "bert"},
+            "the architecture 'bert' is not supported (supported: llama, mi",
+        ),
         ({"tensors": {"blk.1.ffn_up.weight": None}}, "blk.1.ffn_up.weight is missing"),
         ({}, "truncated"),
     ],

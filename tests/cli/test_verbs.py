@@ -1,10 +1,12 @@
 """The verbs as users see them: whole transcripts, results, help and wrong usage."""
 
+import importlib.metadata
 import math
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,30 @@ def test_wrong_usage_exits_with_2(arguments: str) -> None:
     result = run(*arguments.split())
     assert (result.code, result.out) == (2, "")
     assert USAGE[arguments] in plain(result.err) and "Traceback" not in result.err
+
+
+def test_only_bench_needs_mlx_lm(
+    tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def installed(name: str, version: Any = importlib.metadata.version) -> str:
+        if name == "mlx-lm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    for package in ("mlx_lm", "transformers"):
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
+    done("generate", tiny, "-p", "the", "--max-tokens", 5, *GREEDY)
+    done("score", tiny, text, "--window", 20)
+    done("plan", tiny)
+    done("convert", tiny, tmp_path / "four", "--bits", 4, "--group-size", 32)
+    done("chat", tiny, "--window", 60, "--max-tokens", 5, *GREEDY, stdin=b"Hi\n")
+    assert parsed(done("doctor", "--json").out)["mlx-lm"] == "not installed"
+    result = run("bench", tiny, "--window", 64)
+    assert (result.code, result.out) == (1, "")
+    assert "mlx-lm: it is not installed: pip install mlx-lm" in result.err
 
 
 def test_bench_compares_with_mlx_lm(tiny: Path) -> None:

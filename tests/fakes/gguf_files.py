@@ -32,7 +32,7 @@ TOKENS = [
     "<tool>",
 ]
 TYPES = [3] * 3 + [1] * (len(TOKENS) - 4) + [4]
-VOCAB = len(TOKENS) + 1
+VOCAB = len(TOKENS) + 10
 
 MODULES = {
     "attn_q": ("self_attn.q_proj", HEADS * HEAD_DIM, HIDDEN),
@@ -64,6 +64,20 @@ KEYS: dict[str, Any] = {
     "tokenizer.ggml.bos_token_id": 1,
     "tokenizer.ggml.eos_token_id": 2,
     "tokenizer.chat_template": TEMPLATE,
+}
+
+# A SentencePiece vocabulary, whose scores are in another order than its pieces.
+SCORED = {"e": 0, "t": 0, "h": 0, "▁": 0, "th": -3, "▁the": -5, "the": -4, "he": -1, "▁t": -2}
+SCORED |= {"▁▁": -9, "▁▁▁": -10}
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<tool>", *SCORED]
+SENTENCEPIECE: dict[str, Any] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": PIECES,
+    "tokenizer.ggml.scores": [0.0] * 260 + [float(score) for score in SCORED.values()],
+    "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [4] + [1] * len(SCORED),
+    "tokenizer.ggml.merges": None,
+    "tokenizer.ggml.unknown_token_id": 0,
 }
 
 

@@ -8,13 +8,26 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_stream.checkpoint.gguf_config import ARCHITECTURES
 from tests.fakes import gguf_files
-from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_tiny
+from tests.fakes.gguf_families import WIDE, write_family
+from tests.fakes.other_quantizers import awq, fp8, gptq, write_quantized
+from tests.fakes.tiny import (
+    CHAT_TEMPLATE,
+    LONGROPE,
+    MINISTRAL3,
+    PHI3,
+    QWEN3,
+    tiny_config,
+    tiny_weights,
+    write_tiny,
+)
 from tests.fuzz.files import (
     BYTES,
     FLOATS,
@@ -33,6 +46,17 @@ from tests.fuzz.files import (
 from tests.fuzz.texts import HOSTILE_STEPS, HOSTILE_TEMPLATES, some_template
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+GGUF_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Q4_K", QWEN3),
+    "phi3": ("Q2_K", {**PHI3, **LONGROPE}),
+    "ministral3": ("BF16", MINISTRAL3),
+}
+# Only the converter reads these.
+OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32}, partial(awq, group=32)),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, partial(gptq, group=32)),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [48, 40]}, partial(fp8, block=(48, 40))),
+}
 JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 INDEX = "model.safetensors.index.json"
 Way = Callable[[Path, random.Random], str]
@@ -57,7 +81,16 @@ def write_originals(folder: Path) -> list[Path]:
     for kind in ("Q4_0", "Q8_0", "F16"):
         files.append(folder / f"{kind}.gguf")
         gguf_files.write_tiny(files[-1], kind, {"tokenizer.chat_template": CHAT_TEMPLATE})
-    return [single, sharded, quantized, *files]
+    files.append(folder / "pieces.gguf")
+    template = {"tokenizer.chat_template": CHAT_TEMPLATE}
+    gguf_files.write_tiny(files[-1], "Q5_0", gguf_files.SENTENCEPIECE | template)
+    for name, (kind, changes) in GGUF_FAMILIES.items():
+        files.append(folder / f"{name}.gguf")
+        raw = tiny_config(**SMALL | WIDE | changes)
+        write_family(files[-1], raw, tiny_weights(raw), kind, {"lm_head.weight": "Q6_K"})
+    for name, (entry, quantize_matrix) in OTHERS.items():
+        write_quantized(folder / name, entry, {}, quantize_matrix)
+    return [single, sharded, quantized, *files, *(folder / name for name in OTHERS)]
 
 
 def quantize(folder: Path) -> None:
@@ -219,12 +252,22 @@ def gguf_data(path: Path, draw: random.Random) -> str:
     return "only tensor data"
 
 
+OTHER_KEYS = (
+    *("general.alignment", "split.count", "split.no", "llama.rope.scaling.type"),
+    *("llama.rope.scaling.factor", "llama.attention.sliding_window", "llama.expert_count"),
+    *("llama.attention.temperature_scale", "llama.rope.scaling.yarn_log_multiplier"),
+    *("llama.rope.scaling.attn_factor", "llama.attention.key_length"),
+)
+
+
 def gguf_header(path: Path, draw: random.Random) -> str:
     """Rewrite the file with false keys, using llama.cpp's own writer."""
     keys: dict[str, Any] = {"tokenizer.chat_template": CHAT_TEMPLATE}
+    keys |= draw.choice(({}, gguf_files.SENTENCEPIECE))
+    sound = gguf_files.KEYS | keys
     for _ in range(draw.choice((1, 1, 2))):
-        name = draw.choice((*gguf_files.KEYS, "general.alignment", "llama.rope.scaling.type"))
-        old = gguf_files.KEYS.get(name)
+        name = draw.choice((*sound, *OTHER_KEYS))
+        old = sound.get(name)
         values = {
             int: [n for n in NUMBERS if 0 <= n < 2**32],
             float: list(FLOATS),
@@ -234,13 +277,12 @@ def gguf_header(path: Path, draw: random.Random) -> str:
         kind = type(old) if old is not None and draw.random() < 0.7 else draw.choice(list(values))
         keys[name] = draw.choice((*values[kind], None))
     path.unlink()
+    name = draw.choice(("llama", *ARCHITECTURES))
+    keys = {
+        key.replace("llama.", f"{name}."): value for key, value in (gguf_files.KEYS | keys).items()
+    }
     try:
-        gguf_files.write_tiny(path, keys=keys)
-    except (
-        ValueError,
-        TypeError,
-        struct.error,
-        OverflowError,
-    ) as error:  # such a file cannot be written
+        gguf_files.write_tiny(path, draw.choice(("Q4_0", "Q5_1", "BF16")), keys, architecture=name)
+    except (ValueError, TypeError, struct.error, OverflowError) as error:  # no such file can be
         path.write_bytes(b"GGUF" + str(error).encode())
     return f"keys {str(keys)[-100:]}"

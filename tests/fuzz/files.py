@@ -206,11 +206,11 @@ def forge_tensors(path: Path, luck: Random) -> None:
         lambda: header.update(
             __metadata__=luck.choice((*VALUES, {"header": "[" * DEPTH, "checksum": ""}))
         ),
-        lambda: json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[other])}}}',
+        lambda: dumps(header)[:-1] + f', "{name}": {json.dumps(header[other])}}}',
         lambda: "[" * DEPTH,
     ]
     if isinstance(said := luck.choice(lies)(), str):
         text = said
-    new = (text or json.dumps(header)).encode()
+    new = (text or dumps(header)).encode()
     size = luck.choice((*(len(new),) * 9, len(new) + 8, 1, *HUGE[:-2]))
     path.write_bytes(struct.pack("<Q", size) + new + body)

@@ -8,13 +8,16 @@ import pytest
 
 from mlx_stream.cache.steps.verify import SPARE
 from mlx_stream.checkpoint import Checkpoint
+from mlx_stream.checkpoint.gguf_header import read_header
 from mlx_stream.checkpoint.write import write_folder
 from mlx_stream.errors import CheckpointError, ConfigError, SourceError, WeightsError
 from mlx_stream.load import load
 from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.planner import PlanRequest, make_plan
+from mlx_stream.program.notices import discard
 from tests.fakes import gguf_files
+from tests.fakes.gguf_families import WIDE, write_family
 from tests.fakes.loopback import CONFIG, REPO, WEIGHTS, Hub, never, silent
 from tests.fakes.shell import edit
 from tests.fakes.tiny import tiny_config, tiny_tokenizer, tiny_weights, write_tiny
@@ -78,12 +81,31 @@ def test_a_gguf_file_says_what_loading_takes(tmp_path):
     path = tmp_path / "model.gguf"
     gguf_files.write_tiny(path, "Q4_0", kinds={"blk.0.attn_v.weight": "Q8_0"})
     outline = summarize_model(str(path), never)
-    assert outline.dtype == "float16" and outline.stored == path.stat().st_size
+    tensors = read_header(path).tensors.values()
+    assert outline.dtype == "float16" and outline.stored == sum(t.size for t in tensors)
     model = load(path, dtype="float16", keep_quantized=True)
     assert planned(path, dtype="float16", keep=True) == model.weight_bytes
     plain = tmp_path / "plain.gguf"
     gguf_files.write_tiny(plain, "F32")
     assert summarize_model(str(plain), never).dtype == "float32"
+
+
+def test_a_gguf_file_with_other_types_says_what_loading_takes(tmp_path):
+    path, raw = tmp_path / "model.gguf", tiny_config(**WIDE, tie_word_embeddings=True)
+    write_family(path, raw, tiny_weights(raw), "Q4_K", {"model.embed_tokens.weight": "Q6_K"})
+    notices: list[str] = []
+    assert summarize_model(str(path), notices.append).dtype == "float16"
+    line = "1 matrix of a type that MLX does not have (Q6_K) becomes floats"
+    assert notices == [f"{line} when loaded"]
+    del notices[:]
+    model = load(path, dtype="float16", keep_quantized=True, notify=notices.append)
+    summary = summarize_model(str(path), discard)
+    plan = make_plan(summary, devices.here(), PlanRequest("float16", keep=True))
+    assert plan.weights == model.weight_bytes
+    assert notices == [
+        f"{path}: 1 matrix of a type that MLX does not have (Q6_K) becomes floats: the weights "
+        f"take {model.weight_bytes / 1e6:,.1f} MB"
+    ]
 
 
 def test_a_config_alone_says_as_much_as_its_folder(tmp_path):

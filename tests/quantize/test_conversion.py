@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from mlx_lm.utils import load_model, quantize_model
 from mlx_stream.checkpoint import shards
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
-from mlx_stream.config import read_config
+from mlx_stream.config import Quantization, read_config
 from mlx_stream.errors import ValueRefused, WeightsError
 from mlx_stream.evaluate.mlx_lm import load_peer
 from mlx_stream.load import load
+from mlx_stream.quantize.convert import ConvertOptions, convert_model
 from mlx_stream.quantize.recipes import Recipe, recipe_named, uniform_recipe
 from mlx_stream.quantize.write_converted import ConversionResult, write_converted
+from tests.fakes.gguf_families import WIDE, write_family
 from tests.fakes.gguf_files import write_tiny as write_gguf
 from tests.fakes.shell import edit
 from tests.fakes.tiny import (
@@ -183,6 +186,36 @@ def test_a_gguf_is_copied_without_loss(tmp_path: Path, kind: str) -> None:
     before, after = read_gguf(path).tensors, read_folder(tmp_path / "out").tensors
     assert before.keys() == after.keys()
     assert all(mx.array_equal(after[name], before[name]).item() for name in before)
+
+
+def test_a_gguf_with_types_that_mlx_lacks_becomes_8_bits(tmp_path: Path) -> None:
+    path, raw = tmp_path / "tiny.gguf", tiny_config(**WIDE)
+    kinds = {"lm_head.weight": "Q6_K", "model.layers.1.mlp.down_proj.weight": "Q3_K"}
+    write_family(path, raw, tiny_weights(raw), "Q4_K", kinds)
+    notices: list[str] = []
+    convert_model(str(path), tmp_path / "out", ConvertOptions(), notices.append)
+    numbers = 300 * 256 + 256 * 256
+    assert notices == [
+        "2 matrices of a type that MLX does not have (Q3_K, Q6_K) become 8 bits in groups of 32: "
+        f"{numbers * (1 + 4 / 32) / 1e6:.1f} MB"
+    ]
+    found, before = read_folder(tmp_path / "out"), read_gguf(path)
+    entry = found.config["quantization"]
+    assert entry["model.layers.1.mlp.down_proj"] == entry["lm_head"] == asdict(Quantization(32, 8))
+    name = "model.layers.0.mlp.up_proj"
+    assert mx.array_equal(found.tensors[f"{name}.weight"], before.tensors[f"{name}.weight"])
+    assert before.tensors[f"{name}.scales"].dtype == mx.float32
+    for kind in ("scales", "biases"):  # rounded to the file's type, with which mlx-lm computes
+        narrow = before.tensors[f"{name}.{kind}"].astype(mx.float16)
+        assert mx.array_equal(found.tensors[f"{name}.{kind}"], narrow)
+    error = logits(tmp_path / "out", False) - logits(path, False)
+    assert np.abs(error).max() < 0.1
+    np.testing.assert_allclose(
+        peer_logits(tmp_path / "out", True), logits(tmp_path / "out", True), atol=1e-3
+    )
+    # With a type everything becomes floats, and nothing is rounded.
+    convert_model(str(path), tmp_path / "floats", ConvertOptions(dtype="float32"))
+    np.testing.assert_allclose(logits(tmp_path / "floats", False), logits(path, False), atol=1e-5)
 
 
 def test_a_matrix_already_stored_as_asked_for_is_copied(llama: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def latency(
     """
     from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, measure_latency
-    from mlx_stream.evaluate.mlx_lm import load_peer
+    from mlx_stream.evaluate.mlx_lm import load_peer, why_no_peer
     from mlx_stream.evaluate.report import Report, facts
     from mlx_stream.hub.resolve import resolve
 
@@ -59,10 +59,8 @@ def latency(
     }
     folder = resolve(model, notify)
     peer, notes = None, []
-    if folder.is_file():
-        notes.append(
-            "mlx-lm: not measured, because it reads only folders; convert the model to one"
-        )
+    if reason := why_no_peer(folder):
+        notes.append(f"mlx-lm: not measured, because {reason}")
     else:
         peer = load_peer(folder, loaded)
     rows, cut = common.collecting_rows(measure_latency(loaded, peer, sizes, notify))

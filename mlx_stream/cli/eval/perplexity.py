@@ -64,7 +64,7 @@ def perplexity(
     per segment; an incomplete last segment is not read. The speed of fresh includes reading the
     window that it starts on.
     """
-    from mlx_stream.evaluate import llamacpp
+    from mlx_stream.evaluate import llamacpp, mlx_lm
     from mlx_stream.evaluate.perplexity import (
         DEFAULTS,
         PEERS,
@@ -96,7 +96,7 @@ def perplexity(
         fail("--gguf is for llama.cpp: add --against llama.cpp, or leave it out")
     absent = {
         "llama.cpp": llamacpp.why_not(gguf),
-        "mlx-lm": "it reads only folders; convert the model to one" if folder.is_file() else None,
+        "mlx-lm": mlx_lm.why_no_peer(folder),
     }
     notes = [
         f"{s.label}: not measured, because {absent[s.name]}" for s in specs if absent.get(s.name)
