@@ -8,18 +8,15 @@ The name of a control token in a user's text is encoded as plain characters, so 
 a turn.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import chain
 
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.reply_format import ReplyFormat
 from mlx_stream.chat.settle import common_prefix
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.program.notices import Notify
 from mlx_stream.text.control_tokens import MARK, ControlTokens
-from mlx_stream.text.pieces import ReplyDecoder
 from mlx_stream.text.template.chat_template import (
     ChatTemplate,
     Message,
@@ -27,7 +24,6 @@ from mlx_stream.text.template.chat_template import (
     system_turn,
     user,
 )
-from mlx_stream.text.thinking import ThinkingRules
 from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.
@@ -59,6 +55,7 @@ class PromptBuilder:
         pinned: ids that are always attended: the system prompt, or whatever the template writes
             before any question. Empty without `pin`, or if no turn ends there.
         head: the messages that render to the pinned ids.
+        replies: what a reply may hold, and how it is read.
 
     Raises:
         TemplateError: the template rewrites earlier turns.
@@ -67,6 +64,8 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, system: str | None, pin: bool):
         self.tokenizer, self.template, self.system = tokenizer, template, system
+        self._control = ControlTokens(tokenizer, template)
+        self.replies = ReplyFormat(tokenizer, template, self._control)
         self.head: list[Message] = system_turn(system)
         self._before: str | None = None
         template.check(False)
@@ -79,41 +78,6 @@ class PromptBuilder:
         text = self.escape_special_tokens(system)
         self._before = template.settled(text, UNDERSTOOD, first=True) + template.closing
         self.pinned = self._border()
-
-    @cached_property
-    def _control(self) -> ControlTokens:
-        return ControlTokens(self.tokenizer, self.template)
-
-    @cached_property
-    def end_ids(self) -> frozenset[int]:
-        """The ids that end a reply wherever they come."""
-        return self.tokenizer.eos_ids | (self._control.end_ids - self.thinking_ids)
-
-    @cached_property
-    def thinking_ids(self) -> frozenset[int]:
-        """The control tokens around a model's thinking."""
-        texts = self.template.style.texts if self.template.style else ""
-        return self._control.ids.intersection(self.tokenizer.encode(texts, special=False))
-
-    def thinking_rules(self, limit: int) -> ThinkingRules:
-        """Return what a reply may hold if its thinking has at most `limit` ids."""
-        style = self.template.style
-        if not style:
-            return ThinkingRules()
-        ends = (self.tokenizer.encode(name, special=False) for name in style.ends)
-        cut = self.encode(style.cut, behind_text=True)
-        inside = self.template.thinks_first
-        return ThinkingRules(style, inside, frozenset(chain(*ends)), tuple(cut), limit)
-
-    def reply_decoder(self, stop: Sequence[str], limit: int) -> ReplyDecoder:
-        """Return a decoder of a reply whose thinking has at most `limit` ids."""
-        decoder = self.tokenizer.decoder(self.thinking_ids)
-        return ReplyDecoder(decoder, stop, thinking=self.thinking_rules(limit))
-
-    def accepts(self, reply_ids: Sequence[int]) -> bool:
-        """Return whether a reply can consist of these ids."""
-        size = self.tokenizer.vocab_size
-        return all(id < size and id not in self.end_ids for id in reply_ids)
 
     def question(
         self, question: str, rest: str | None, first: bool
@@ -147,14 +111,14 @@ class PromptBuilder:
         later = later and self.template.settles_late
         if not (self.template.rewrites or later):
             return replace(exchange, settled_ids=None)
-        reply, thinking = self._escaped(exchange)
+        reply, thinking = self.replies.escaped(exchange)
         text, probed = (
             self._settled_text(exchange.question, said, thinking, first, later)
             for said in (reply, PROBES[0])
         )
         head, sampled = probed.removesuffix(PROBES[0]), None
         if text.startswith(head) and not exchange.rest:
-            sampled = self._last_ids(exchange, text[len(head) :].replace(MARK, ""))
+            sampled = self.replies.last_ids(exchange, text[len(head) :].replace(MARK, ""))
         ids = self._ids(text, first) if sampled is None else (*self._ids(head, first), *sampled)
         as_read = ids == exchange.question_ids + exchange.reply_ids and not exchange.rest
         return replace(exchange, settled_ids=None if as_read else ids)
@@ -189,19 +153,11 @@ class PromptBuilder:
 
     def _encode_exchange(self, exchange: Exchange, rest: str | None, first: bool) -> Exchange:
         closing, question = self.question(exchange.question, rest, first)
-        if not self._is_reply_of(exchange):
+        if not self.replies.is_written_by(exchange):
             rest = self.template.written(exchange.reply, exchange.thinking)
             exchange = replace(exchange, reply_ids=(), rest=rest)
         exchange = replace(exchange, closing_ids=closing, question_ids=question)
         return self.settle(exchange, first)
-
-    def _is_reply_of(self, exchange: Exchange) -> bool:
-        """Return whether this model would read an exchange's ids as its texts."""
-        if not self.accepts(exchange.reply_ids):
-            return False
-        reply = self._read(exchange)
-        told = reply.final_text() + exchange.rest, reply.thinking
-        return told == (exchange.reply, exchange.thinking)
 
     def open_turn(self) -> OpenTurn:
         """Return the template's texts around a user's text.
@@ -254,31 +210,6 @@ class PromptBuilder:
             return self._before + self.template.turn(question)
         return self.template.opening(self._turn_system, question)
 
-    def _escaped(self, exchange: Exchange) -> tuple[str, str]:
-        """Return a reply and its thinking as the template is given them.
-
-        A template that has no field for thinking gets what the model wrote, its marks included.
-        """
-        reply, style = self._read(exchange), self.template.style
-
-        def escape(text: str) -> str:
-            return self._control.escape(text, reply=True)
-
-        if not style or self.template.thinking_apart:
-            return escape(exchange.reply), escape(exchange.thinking)
-        marks = "|".join(map(re.escape, (*style.openings, style.closing, *style.answers)))
-        parts = re.split(f"({marks})", reply.text[: reply.answer_at])
-        before = (part if at % 2 else escape(part) for at, part in enumerate(parts))
-        return "".join(before) + escape(reply.text[reply.answer_at :] + exchange.rest), ""
-
-    def _read(self, exchange: Exchange) -> ReplyDecoder:
-        """Return a decoder that has taken the ids of a reply."""
-        reply = self.reply_decoder((), 0)
-        for id in exchange.reply_ids:
-            reply.add(id)
-        reply.flush()
-        return reply
-
     def _settled_text(
         self, question: str, reply: str, thinking: str, first: bool, later: bool
     ) -> str:
@@ -305,15 +236,6 @@ class PromptBuilder:
         ids = tuple(self.encode(before + text, behind_text=True))
         count = common_prefix(self.encode(before, behind_text=True), ids)
         return ids[:count], ids[count:]
-
-    def _last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
-        """Return the last ids of a reply that ends with a text; None if no id begins there."""
-        ids, reply = exchange.reply_ids, self._read(exchange)
-        if not reply.text.endswith(text):
-            return None
-        begin = len(reply.text) - len(text)
-        starts = [0, *reply.ends[:-1]]
-        return ids[starts.index(begin) :] if begin in starts else None if text else ()
 
     def _border(self) -> tuple[int, ...]:
         """Return the ids before the first question, if a turn ends there."""

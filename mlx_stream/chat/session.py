@@ -294,7 +294,7 @@ class ChatSession:
         """
         turns = tuple(PlacedTurn(exchanges[number], number, at) for number, at in state.places)
         self.evictor.check(turns, self.prompts.pinned, self.tokens.ids.attended())
-        if not all(self.prompts.accepts(turn.exchange.reply_ids) for turn in turns):
+        if not all(self.prompts.replies.accepts(turn.exchange.reply_ids) for turn in turns):
             raise ValueRefused("a reply contains a special token")
         self.sampler.restore(state.sampler)
         self.number = state.turns
@@ -310,7 +310,7 @@ class ChatSession:
         limit = self.max_tokens if max_tokens is None else check_max_tokens(max_tokens)
         stops = self.stop if stop is None else stop
         thinking = max(1, self.cache.geometry.window // 2)
-        return limit, self.prompts.reply_decoder(stops, thinking)
+        return limit, self.prompts.replies.decoder(stops, thinking)
 
     def _turn_steps(
         self, begin: Begin, reply: ReplyDecoder, limit: int, progress: Progress | None
@@ -331,7 +331,7 @@ class ChatSession:
             prompt,
             self.sampler,
             limit,
-            self.prompts.end_ids,
+            self.prompts.replies.end_ids,
             reply,
             self.stats,
             self.evictor.make_room,

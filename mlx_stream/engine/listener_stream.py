@@ -273,7 +273,7 @@ class ListenerStream:
         stats: Stats,
     ) -> Coroutine[Piece, None]:
         self._free_buffers(0)
-        ends = self.prompts.end_ids
+        ends = self.prompts.replies.end_ids
         last = yield from write_reply(writer, prompt, sampler, limit, ends, reply, stats)
         yield replace(last, attended=writer.tokens.attended)
 

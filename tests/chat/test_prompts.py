@@ -110,7 +110,7 @@ def test_exchanges_of_another_model_are_read_as_text():
         1: Exchange("Hi", "then", (), (7, 7), ids),
         2: Exchange("And?", "the end", (9,), (7,), foreign),
         3: Exchange("So?", "that", (), (), tuple(tokenizer.encode("this", special=False))),
-        4: Exchange("No?", "then", (), (), (*ids, min(prompts.end_ids))),
+        4: Exchange("No?", "then", (), (), (*ids, min(prompts.replies.end_ids))),
     }
     found = prompts.encode_again(exchanges)
     assert [*found] == [1, 2, 3, 4]

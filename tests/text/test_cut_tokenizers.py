@@ -60,4 +60,4 @@ def test_control_tokens_cannot_be_typed_and_close_a_reply(name: str):
     question = "x".join(written) + "".join(written)
     typed, plain = (prompts.question(asked, "x", first=False) for asked in (question, "x"))
     assert [id for id in typed[1] if id in ids] == [id for id in plain[1] if id in ids]
-    assert set(plain[0]) & ids and set(plain[0]) & ids <= prompts.end_ids
+    assert set(plain[0]) & ids and set(plain[0]) & ids <= prompts.replies.end_ids

@@ -1,0 +1,92 @@
+"""What a model's reply may hold, and its ids as thinking and answer; independent of turns."""
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
+
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.text.control_tokens import ControlTokens
+from mlx_stream.text.pieces import ReplyDecoder
+from mlx_stream.text.template.chat_template import ChatTemplate
+from mlx_stream.text.thinking import ThinkingRules
+from mlx_stream.text.tokenizer import Tokenizer
+
+
+class ReplyFormat:
+    """The replies of one model on one template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, control: ControlTokens):
+        self.tokenizer, self.template, self.control = tokenizer, template, control
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The ids that end a reply wherever they come."""
+        return self.tokenizer.eos_ids | (self.control.end_ids - self.thinking_ids)
+
+    @cached_property
+    def thinking_ids(self) -> frozenset[int]:
+        """The control tokens around a model's thinking."""
+        texts = self.template.style.texts if self.template.style else ""
+        return self.control.ids.intersection(self.tokenizer.encode(texts, special=False))
+
+    def decoder(self, stop: Sequence[str] = (), limit: int = 0) -> ReplyDecoder:
+        """Return a decoder of a reply whose thinking has at most `limit` ids."""
+        decoder = self.tokenizer.decoder(self.thinking_ids)
+        return ReplyDecoder(decoder, stop, thinking=self._rules(limit))
+
+    def _rules(self, limit: int) -> ThinkingRules:
+        style, encode = self.template.style, self.tokenizer.encode
+        if not style:
+            return ThinkingRules()
+        ends = frozenset(chain(*(encode(name, special=False) for name in style.ends)))
+        cut = encode(style.cut, special=False, behind_text=True)
+        return ThinkingRules(style, self.template.thinks_first, ends, tuple(cut), limit)
+
+    def accepts(self, reply_ids: Sequence[int]) -> bool:
+        """Return whether a reply can consist of these ids."""
+        size = self.tokenizer.vocab_size
+        return all(id < size and id not in self.end_ids for id in reply_ids)
+
+    def is_written_by(self, exchange: Exchange) -> bool:
+        """Return whether this model would read the ids of a reply as its texts."""
+        if not self.accepts(exchange.reply_ids):
+            return False
+        reply = self._read(exchange)
+        told = reply.final_text() + exchange.rest, reply.thinking
+        return told == (exchange.reply, exchange.thinking)
+
+    def escaped(self, exchange: Exchange) -> tuple[str, str]:
+        """Return a reply and its thinking as the template is given them.
+
+        A template that has no field for thinking gets what the model wrote, its marks included.
+        """
+
+        def escape(text: str) -> str:
+            return self.control.escape(text, reply=True)
+
+        style = self.template.style
+        if not style or self.template.thinking_apart:
+            return escape(exchange.reply), escape(exchange.thinking)
+        reply = self._read(exchange)
+        marks = "|".join(map(re.escape, (*style.openings, style.closing, *style.answers)))
+        parts = re.split(f"({marks})", reply.text[: reply.answer_at])
+        before = (part if at % 2 else escape(part) for at, part in enumerate(parts))
+        return "".join(before) + escape(reply.text[reply.answer_at :] + exchange.rest), ""
+
+    def last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
+        """Return the last ids of a reply that ends with a text; None if no id begins there."""
+        ids, reply = exchange.reply_ids, self._read(exchange)
+        if not reply.text.endswith(text):
+            return None
+        begin = len(reply.text) - len(text)
+        starts = [0, *reply.ends[:-1]]
+        return ids[starts.index(begin) :] if begin in starts else None if text else ()
+
+    def _read(self, exchange: Exchange) -> ReplyDecoder:
+        """Return a decoder that has taken the ids of a reply."""
+        reply = self.decoder()
+        for id in exchange.reply_ids:
+            reply.add(id)
+        reply.flush()
+        return reply
