@@ -130,7 +130,9 @@ class Assistant:
         for path in settings.follow:
             known = journal.source(str(path))
             place = known.place if known and known.kind == "file" else None
-            self._sources.append(TailedFile(path, place, self._tell, settings.from_end))
+            begin = settings.from_end
+            source = TailedFile(path, place, self._tell, begin, excluded=settings.notes)
+            self._sources.append(source)
         notes, others = journal.notes(), [*settings.follow]
         if settings.notes:
             others.append(settings.notes)

@@ -347,14 +347,14 @@ def test_only_one_of_a_name_runs(start, log):
 
 def test_it_reads_on_past_sources_that_cannot_be_read(start, log, tmp_path):
     binary, gone, loop = tmp_path / "binary", tmp_path / "gone", tmp_path / "loop"
-    binary.write_bytes(bytes(range(256)))
+    binary.write_bytes(bytes(range(256)) * 16)
     loop.symlink_to(loop)
     log.write_text("One.\n")
     sources = [f"--follow={path}" for path in (binary, gone, loop, log)]
     assistant = start(*sources, f"--folder={loop}", f"--folder={log}")
     assistant.until_read(len("One.\n"))
     for line in (
-        f"{binary}: is not text",
+        f"{binary}: is not UTF-8 text",
         f"{gone}: is not there; waiting",
         f"{loop}: cannot be read: Too many levels",
         f"{log}: cannot be read: it is a file (--follow reads one)",
