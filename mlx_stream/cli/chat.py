@@ -15,7 +15,7 @@ from mlx_stream.cli import options
 from mlx_stream.cli.terminal import Progress, decode_utf8, defer_interrupts, log_progress
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
-from mlx_stream.program.exits import notify
+from mlx_stream.program.exits import finished_before_signals, notify
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
@@ -117,7 +117,8 @@ def chat(
             (run_interactive if interactive else run_batch)(talk, screen, stats)
         finally:
             if saved := saving.saved_as(talk):
-                saved.close()
+                with finished_before_signals():
+                    saved.close()
 
 
 def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
