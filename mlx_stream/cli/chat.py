@@ -76,13 +76,13 @@ def chat(
 
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
-        from mlx_stream.chat import resume, saving, session_files
+        from mlx_stream.chat import resume, saving, summaries
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 
         if latest:
             if session is not None:
                 raise ValueRefused("--continue and --session exclude each other: use one of them")
-            session = session_files.latest_session()
+            session = summaries.latest_session()
             if session is None:
                 raise SessionError("there is no saved session: start one with --session NAME")
         before = resume.header_of(session) if session is not None else None
