@@ -125,6 +125,11 @@ class FileSearch:
             self._tell_not_read(others, ", though newer than what was read")
         return self._first_readable(later)
 
+    def is_rotated(self, found: Found) -> bool:
+        """Return whether a file's name says that it made room for a new one."""
+        name = found[0].name
+        return not name.endswith(BACKUPS) and rotation_number(self.path.name, name) is not None
+
     def _first_readable(self, files: list[Rotated]) -> Found | None:
         for _, path, status in files:
             if (file := self._open_beside(path)) is not None:

@@ -32,7 +32,6 @@ from mlx_stream_assistant.decode import (
 from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.rotation import (
-    BACKUPS,
     FilePosition,
     FileSearch,
     Found,
@@ -171,7 +170,7 @@ class TailedFile:
         status, place = self._named(), self._place
         if place is not None and not (status and place.is_of(status)):
             old = self._search.find_renamed(place)
-            if status and (old is None or old[0].name.endswith(BACKUPS)) and self._continues(place):
+            if status and not (old and self._search.is_rotated(old)) and self._continues(place):
                 return (self.path, status), place.moved_to(status)
             if old and old[1].st_size > place.offset and place != self._given_up:
                 return old, place.moved_to(old[1])
@@ -192,7 +191,7 @@ class TailedFile:
             file = open_file(self.path)
             try:
                 size = os.fstat(file).st_size
-                return size >= place.offset and last_bytes(file, place.offset) == place.tail
+                return size >= place.offset > 0 and last_bytes(file, place.offset) == place.tail
             finally:
                 os.close(file)
         return False
@@ -233,7 +232,8 @@ class TailedFile:
     def _read(self) -> Chunk | None:
         assert self._file is not None and self._place is not None
         status, offset = os.fstat(self._file), self._place.offset
-        size, written = status.st_size, status.st_mtime_ns != self._mtime
+        size = status.st_size
+        written = status.st_mtime_ns != self._mtime or size != self._size
         if size < offset or (written and last_bytes(self._file, offset) != self._place.tail):
             self._begin_again("was cut short" if size < offset else "was rewritten")
             return None
