@@ -2,8 +2,8 @@
 
 A note is read whole, once it is unchanged from one look to the next. If it only grew since, the
 new part is read; if it changed otherwise, all of it again, under a heading of its own. A file with
-several names (links) is one note. A note that was moved or renamed is known by its file's number
-or by its text.
+several names (links) is one note. A note that was moved or renamed is known by its text: it begins
+with all that was read of one that is gone.
 """
 
 import os
@@ -54,8 +54,8 @@ class NotesFolder:
         self._clock, self._next_look = clock, 0.0
         self._places, self._decoder = dict(places), TextDecoder(tell)
         self._looked: dict[str, Seen] = {}  # as they were at the last scan
-        # How far notes were read that are gone, by file number, and by bytes and checksum.
-        self._gone: dict[int | tuple[int, int], dict[str, Any]] = {}
+        # How far notes were read that are gone: checksums by bytes, the fewest bytes first.
+        self._gone: dict[int, set[int]] = {}
         self._changed: list[str] = []
         self._complaint = ""  # about the folder
         self._refused: dict[str, tuple[Seen, str]] = {}  # refused notes, as they were then, and why
@@ -119,13 +119,12 @@ class NotesFolder:
         ]
         self._refused = {path: why for path, why in self._refused.items() if path in found}
         self._looked = found
-        if any(path not in self._places for path in self._changed):
-            self._gone = {}
-            for path, place in self._places.items():
-                if path not in found and place["bytes"]:
-                    self._gone |= dict.fromkeys(
-                        (place["seen"][0], (place["bytes"], place["crc"])), place
-                    )
+        if self._changed:
+            gone = [place for path, place in self._places.items() if path not in found]
+            sizes = sorted({place["bytes"] for place in gone} - {0})
+            self._gone = {size: set() for size in sizes}
+            for place in gone:
+                self._gone.get(place["bytes"], set()).add(place["crc"])
 
     def _is_known(self, path: str, seen: Seen) -> bool:
         place, refused = self._places.get(path), self._refused.get(path)
@@ -170,7 +169,7 @@ class NotesFolder:
                     f"{LONGEST_NOTE:,}: use --follow for it"
                 )
             data = file.read(LONGEST_NOTE)
-        at = self._read_before(name, status.st_ino, data)
+        at = self._read_before(name, data)
         if at == 0:
             refuse_binary(data[:CHUNK], name, whole=True)
         new, title = data[at:], str(path.relative_to(self.path))
@@ -178,14 +177,18 @@ class NotesFolder:
         text = self._decoder.decode(new, name, at)
         return Chunk(name, "note", title, new, text, place, apart=True)
 
-    def _read_before(self, name: str, inode: int, data: bytes) -> int:
+    def _read_before(self, name: str, data: bytes) -> int:
         """Return how many bytes of a note were read, under this name or one that is gone."""
-        whole = len(data), zlib.crc32(data)
-        known = self._places.get(name)
-        for place in [known] if known else [self._gone.get(inode), self._gone.get(whole)]:
-            if place and zlib.crc32(data[: place["bytes"]]) == place["crc"]:
-                return place["bytes"]
-        return 0
+        known, found, at, crc = self._places.get(name), 0, 0, 0
+        if known and zlib.crc32(data[: known["bytes"]]) == known["crc"]:
+            found = known["bytes"]
+        for size, checksums in self._gone.items():
+            if size > len(data):
+                break
+            at, crc = size, zlib.crc32(data[at:size], crc)
+            if crc in checksums:
+                found = max(found, size)
+        return found
 
     def _refuse(self, path: str, why: str) -> None:
         """Ignore a note until it changes, and report why."""

@@ -64,12 +64,17 @@ class FileSearch:
     def find_renamed(self, place: FilePosition) -> Found | None:
         """Return where the file that was being read is now.
 
-        Its device may have another number: a restart of the machine changes it.
+        Its device has another number after a restart of the machine, and its own is another if an
+        editor saved it before it was renamed.
         """
-        for path, status in self._beside():
-            if place.inode == status.st_ino and self._holds(place, path, status):
-                return path, status
-        return None
+        files = list(self._beside())
+        same = [one for one in files if one[1].st_ino == place.inode and self._holds(place, *one)]
+        if not any(map(self.is_rotated, same)):  # a copy or a link, or none
+            for found in files:
+                later = place.offset and found[1].st_mtime_ns >= place.written
+                if later and self.is_rotated(found) and self._holds(place, *found):
+                    return found
+        return max(same, key=self.is_rotated, default=None)
 
     def find_oldest(self) -> Found | None:
         """Return the rotated file to begin with, where nothing has been read."""
