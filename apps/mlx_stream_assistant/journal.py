@@ -170,16 +170,6 @@ class Journal:
         """The number of the oldest chunk that is kept, or of the next one if none is."""
         return self._value("SELECT min(number) FROM chunks") or self.last + 1
 
-    def time_before(self, through: int, characters: float) -> str | None:
-        """Return when the text was read that is so many characters before the end of a chunk."""
-        query = "SELECT time, length(head) + length(text) FROM chunks WHERE number <= ?"
-        found = None
-        for time, length in self._rows(f"{query} ORDER BY number DESC", through):
-            found, characters = time, characters - length
-            if characters <= 0:
-                break
-        return found
-
     def prune(self, through: int, keep: int) -> None:
         """Remove chunks up to `through`, which a snapshot holds, but keep this many characters."""
         query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"

@@ -126,8 +126,12 @@ class RequestHandler:
         if not stats.evicted:
             return None
         length = feeder.read / stats.prompt_tokens if stats.prompt_tokens and feeder.read else USUAL
-        attended = length * (stats.attended - stats.pinned)
-        return self.journal.time_before(feeder.fed, attended + listener.backlog)
+        left = length * (stats.attended - stats.pinned) + listener.backlog
+        found = None
+        for chunk in reversed([*self.journal.chunks(0)]):
+            if chunk.number <= feeder.fed and left > 0:
+                found, left = chunk.time, left - len(chunk.fed)
+        return found
 
     def _pieces(self, question: str, longest: int, now: bool = False) -> Generator[str, None, None]:
         pieces = self._ready()[0].ask(question, remember=False, max_tokens=longest, now=now)

@@ -12,7 +12,14 @@ from typer import Argument, Option
 
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
-from mlx_stream.cli.terminal import Progress, decode_utf8, defer_interrupts, log_progress
+from mlx_stream.cli.terminal import (
+    REPEATED,
+    Progress,
+    decode_utf8,
+    defer_interrupts,
+    log_progress,
+    repeats_itself,
+)
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
 from mlx_stream.program.exits import finished_before_signals, notify
@@ -193,7 +200,7 @@ class Screen:
     """Replies on standard output; escaped on a terminal, and without notices in the middle."""
 
     def __init__(self) -> None:
-        self.in_reply = False
+        self.in_reply = self.told = False
 
     @contextmanager
     def reply(self) -> Iterator[Progress]:
@@ -217,9 +224,10 @@ class Screen:
     def show(self, pieces: "Pieces") -> None:
         """Print a reply as it comes."""
         shown = TerminalEscaper() if sys.stdout.isatty() else None
-        finish = None
+        finish, end = None, ""
         try:
             for piece in pieces:
+                end = (end + piece.text)[-REPEATED:]
                 self.write(shown.add(piece.text) if shown else piece.text)
                 finish = piece.finish
                 self._check()
@@ -227,6 +235,9 @@ class Screen:
                 self.write(rest)
             if shown and finish == "length":
                 self.notify("cut at its limit (--max-tokens)")
+            if shown and not self.told and repeats_itself(end):
+                self.told = True
+                self.notify("the reply repeats itself; --repetition-penalty 1.1 makes that rare")
         except ReplyStopped:
             self.notify("stopped")
         finally:
