@@ -198,7 +198,7 @@ def test_a_source_that_cannot_be_kept_does_not_keep_others_out(journal):
 
 def test_status_tells_what_is_left_and_whether_it_becomes_more(monkeypatch):
     assistant: Any = Assistant(Settings(stdin=True), print)
-    sizes, now = iter([0, 5_000, 20_000, 30_000, 25_000, 40_000, 40_000]), 0.0
+    sizes, now = iter([15_000, 5_000, 20_000, 30_000, 25_000, 40_000, 40_000]), 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     found = []
     for size in sizes:
