@@ -32,6 +32,25 @@ from mlx_stream.window import (
     resolve_window,
 )
 
+# The process that computes with MLX, once one does.
+_process: int | None = None
+
+
+def check_process() -> None:
+    """Refuse to compute in a forked process: MLX's threads stay behind in the one it came from.
+
+    Raises:
+        ValueRefused: this process was forked from one that had loaded a model.
+    """
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    elif _process != os.getpid():
+        raise ValueRefused(
+            "MLX cannot compute in a process that was forked after a model was loaded: start the "
+            "process with multiprocessing's spawn method, or load the model only there"
+        )
+
 
 def check_memory(weights: int, ring: int) -> None:
     """Refuse weights and ring that exceed the device's budget."""
@@ -117,9 +136,10 @@ class Model:
 
         Raises:
             ValueRefused: sinks or window are out of range, or together above the trained context;
-                the heads cannot be quantized.
+                the heads cannot be quantized; or this process was forked.
             MemoryRefused: weights and ring exceed the device's budget.
         """
+        check_process()
         sinks, window = self.resolve_window(sinks, window, notify)
         needed = ring_bytes(self.config, sinks, window, self.dtype.size, kv_bits, spare)
         if not self.force:
@@ -192,7 +212,9 @@ def load(
     Raises:
         SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
         MemoryRefused: the weights exceed the device's budget.
+        ValueRefused: this process was forked after a model was loaded.
     """
+    check_process()
     chosen = named_dtype(dtype)
     if (compiled := os.environ.get(backend.COMPILE, "")) not in ("", "0", "1"):
         raise ValueRefused(f"{backend.COMPILE} must be 0 or 1, not {compiled!r}")

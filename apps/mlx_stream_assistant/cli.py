@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields
@@ -16,7 +17,7 @@ from typer.core import TyperGroup
 
 from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.program.escape import TerminalEscaper, escape
-from mlx_stream_assistant.paths import assistant_paths
+from mlx_stream_assistant.paths import AGENT, assistant_paths
 from mlx_stream_assistant.settings import Settings
 from mlx_stream_assistant.socket_server import request
 
@@ -109,7 +110,7 @@ def run(settings: Settings) -> None:
         failed = True
         notify(one_line(error))
     # Everything is on disk, and the interpreter's own exit takes a while.
-    os._exit(failed)
+    os._exit(failed and not os.environ.get(AGENT))
 
 
 @app.command()
@@ -125,11 +126,12 @@ def ask(
 ) -> None:
     """Ask the running assistant. It answers from what it attends to."""
     what = {"what": "ask", "question": question, "remember": remember, "now": now}
-    shown, begun = TerminalEscaper(), False
+    shown, begun, since, tell = TerminalEscaper(), False, None, Progress()
     try:
         for line in request(assistant_paths(name).socket, name, **what):
+            since = line.get("since")
             if waiting := line.get("waiting"):
-                notify(f"first reading {waiting:,} characters that have arrived; --now skips this")
+                tell(waiting, line.get("seconds"))
             if text := line.get("text"):
                 sys.stdout.write(shown.add(text))
                 sys.stdout.flush()
@@ -137,6 +139,8 @@ def ask(
     finally:
         if begun:  # an error or Ctrl-C gets its own line
             print(shown.flush(), flush=True)
+    if since:
+        notify(f"answered from what was read since {clock(since)}; older text has left the window")
 
 
 @app.command()
@@ -192,6 +196,35 @@ def uninstall(name: Name = "main") -> None:
     notify(f"removed {path}; what was read stays in {where.journal}")
 
 
+class Progress:
+    """Reports what is read before an answer: at first, and then every ten seconds."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, waiting: int, seconds: int | None) -> None:
+        if time.monotonic() >= self._next:
+            first, self._next = not self._next, time.monotonic() + 10
+            about = "" if seconds is None else f", about {duration(seconds)}"
+            skip = "; --now skips this" if first else ""
+            notify(f"reading {waiting:,} characters that have arrived first{about}{skip}")
+
+
+def clock(time: str) -> str:
+    return escape(time)[:16].replace("T", " ")
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time in words.
+
+    >>> duration(5), duration(600), duration(8000)
+    ('5 seconds', '10 minutes', '2.2 hours')
+    """
+    if seconds < 100:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6_000 else f"{seconds / 3_600:.1f} hours"
+
+
 def table(status: dict[str, Any]) -> list[str]:
     """Return the lines that `status` prints."""
     seconds = int(status["uptime_seconds"])
@@ -202,11 +235,11 @@ def table(status: dict[str, Any]) -> list[str]:
         ("model", status["model"]),
     ]
     if "attended" in status:
-        waiting = f"{status['chunks_waiting']:,} pieces of text behind them"
+        since = f", from {clock(status['since'])} on" if status["since"] else ""
         rows += [
-            ("attended", f"{status['attended']:,} tokens, window {status['window']:,}"),
+            ("attended", f"{status['attended']:,} tokens, window {status['window']:,}{since}"),
             ("evicted", f"{status['evicted']:,} tokens"),
-            ("backlog", f"{status['backlog']:,} characters being read, {waiting}"),
+            ("backlog", backlog(status)),
         ]
     rows.append(("memory", f"{status['resident_bytes'] / 1e6:.1f} MB resident"))
     if status["notes"]:
@@ -215,6 +248,16 @@ def table(status: dict[str, Any]) -> list[str]:
         rows.append(("diary", f"{status['notes']}, {when}"))
     rows += [("reads", source_line(source)) for source in status["sources"]]
     return [f"{what:<9} {escape(text)}" for what, text in rows]
+
+
+def backlog(status: dict[str, Any]) -> str:
+    """Return how much is to be read, how long that takes, and whether it becomes more."""
+    waiting = status["backlog"] + status["bytes_unread"]
+    text = f"{waiting:,} characters to read"
+    if speed := status["characters_per_second"]:
+        took = f" at {status['tokens_per_second']:,.0f} tokens a second"
+        text += f", {duration(waiting / speed)}{took}" if waiting else f"; it reads{took}"
+    return text + "; falling behind: text arrives faster" * status["falls_behind"]
 
 
 def source_line(source: dict[str, Any]) -> str:

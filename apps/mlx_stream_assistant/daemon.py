@@ -37,6 +37,8 @@ IDLE, FULL = 1.0, 0.05
 BACKLOG = 10_000
 # Answers should quote what was read; a repetition penalty would prevent that.
 SAMPLING = mlx_stream.Sampling(temperature=0.0)
+# Seconds after which the unread text is compared with what it was.
+BETWEEN_COUNTS = 60.0
 # Seconds before a failed write to the journal is tried again.
 AGAIN = 10.0
 # After a second failure of the device within this many seconds, the stream pauses for as long.
@@ -60,7 +62,8 @@ class Assistant:
         self._engine: Any = None
         self._listener: Any = None
         self._battery, self._noting = Battery(), threading.Thread()
-        self._noticed = 0  # how many of the engine's notices were reported
+        self._noticed = 0  # of the engine's notices
+        self._unread, self._falls_behind, self._count_at = 0, False, 0.0
 
     def run(self) -> None:
         """Run until stopped."""
@@ -111,6 +114,7 @@ class Assistant:
         else:
             self._pause_on_battery()
             self._note_if_due()
+            self._compare_unread()
         wait = FULL if not rests and (feeder is None or feeder.is_full) else IDLE
         can_read = feeder and not feeder.is_full and not self._paused
         if can_read and self._read():
@@ -130,7 +134,9 @@ class Assistant:
         for path in settings.follow:
             known = journal.source(str(path))
             place = known.place if known and known.kind == "file" else None
-            self._sources.append(TailedFile(path, place, self._tell, settings.from_end))
+            begin = settings.from_end
+            source = TailedFile(path, place, self._tell, begin, excluded=settings.notes)
+            self._sources.append(source)
         notes, others = journal.notes(), [*settings.follow]
         if settings.notes:
             others.append(settings.notes)
@@ -245,6 +251,17 @@ class Assistant:
             self._tell("paused: on battery" if paused else "reading: on mains power")
         self._paused = paused
 
+    def _compare_unread(self) -> None:
+        """See, every minute, whether text arrives faster than it is read."""
+        if time.monotonic() >= self._count_at:
+            before, self._unread = self._unread, self._unread_bytes()
+            self._count_at = time.monotonic() + BETWEEN_COUNTS
+            self._falls_behind = self._unread > max(before, BACKLOG) and before > 0
+
+    def _unread_bytes(self) -> int:
+        states = (source.state for source in self._sources)
+        return sum(state["size"] - state["offset"] for state in states if "size" in state)
+
     def _note_if_due(self) -> None:
         """Write a note in the background, if one is due and anything is new."""
         wanted = self.handler.notes and not self._paused and self._schedule.is_due()
@@ -281,6 +298,8 @@ class Assistant:
             "resident_bytes": resident_bytes(),
             "memory": list(self._engine.memory) if self._engine else None,
             "bytes_read": journal.bytes,
+            "bytes_unread": self._unread_bytes(),
+            "falls_behind": self._falls_behind,
             "notes": str(settings.notes) if settings.notes else None,
             "last_note": round(journal.last_note[1]) or None,
             "sources": sources,

@@ -1,20 +1,85 @@
 """Bytes -> text: where to cut the bytes, and whether they are text; independent of sources."""
 
 import codecs
+import re
 
+from mlx_stream.program.notices import Notify
 from mlx_stream_assistant.errors import AssistantError
 
 # Bytes read at once.
 CHUNK = 4096
-# The share of a text's characters that may be undecodable: logs have an odd byte now and then.
-MOST_UNREADABLE = 0.1
+# The share of the characters at a file's beginning that may be unreadable: of Western Latin-1 text
+# few are, of other encodings and of binary files more.
+MOST_UNREADABLE = 0.3
 REPLACEMENT = "\ufffd"
+# Characters that texts do not have; logs have colours (U+001B).
+CONTROL = re.compile("[\x01-\x06\x0e-\x1a\x1c-\x1f\x7f]")
 # Some programs put it at the start of a file; it is not text.
 BYTE_ORDER_MARK = "\ufeff"
+UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
 
 class NotText(AssistantError):
-    """Bytes are not text."""
+    """A file is not text."""
+
+
+class TextDecoder:
+    """Decodes one or several files; reports once for each that a part of it is not text."""
+
+    def __init__(self, tell: Notify):
+        self._tell, self._told = tell, set[str]()
+
+    def decode(self, data: bytes, name: str, at: int = 0) -> str:
+        """Return the bytes `at` a position of a file as text, whatever they are.
+
+        What is not UTF-8 becomes U+FFFD. Zero bytes are left out: a power failure leaves them, and
+        so does a file that was emptied under its writer. At 0 a byte order mark is dropped.
+        """
+        if (odd := first_odd_byte(data)) is not None:
+            self.tell_once(name, at + odd)
+        text = data.decode("utf-8", "replace").replace("\0", "")
+        return text if at else text.removeprefix(BYTE_ORDER_MARK)
+
+    def tell_once(self, name: str, at: int) -> None:
+        """Report a byte that is not text, if none was reported of this file."""
+        if name not in self._told:
+            self._told.add(name)
+            self._tell(
+                f"{name}: byte {at:,} is not UTF-8 text: such bytes are read as U+FFFD, and zero "
+                "bytes are left out"
+            )
+
+
+def refuse_binary(first: bytes, name: str, whole: bool) -> None:
+    """Raise NotText if the beginning of a file shows that it is not UTF-8 text.
+
+    Only `whole` chunks and files are judged by their characters: the first line may be an odd one.
+    """
+    if first.startswith(UTF_16):
+        raise NotText(f"{name}: is UTF-16: convert it, for instance with iconv -f UTF-16 -t UTF-8")
+    if not whole:
+        return
+    text = first.decode("utf-8", "replace").replace("\0", "")
+    unreadable = text.count(REPLACEMENT) - first.count(REPLACEMENT.encode())
+    if unreadable + len(CONTROL.findall(text)) > MOST_UNREADABLE * len(text):
+        raise NotText(
+            f"{name}: is not UTF-8 text: if it is text, convert it, for instance with "
+            "iconv -t UTF-8"
+        )
+
+
+def first_odd_byte(data: bytes) -> int | None:
+    """Return where the first byte is that is not UTF-8 or is zero, if there is one.
+
+    >>> first_odd_byte(b"a\\xff\\0"), first_odd_byte(b"a\\0\\xff"), first_odd_byte(b"a")
+    (1, 1, None)
+    """
+    zero = data.find(0)
+    try:
+        (data if zero < 0 else data[:zero]).decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return None if zero < 0 else zero
 
 
 def line_end(data: bytes, more: bool, growing: bool) -> int:
@@ -37,19 +102,3 @@ def whole_characters(data: bytes) -> int:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decoder.decode(data[-4:])
     return len(data) - len(decoder.getstate()[0])
-
-
-def decode(data: bytes, name: str, at: int = 0) -> str:
-    """Return the bytes `at` a position of a source as text; what is not UTF-8 becomes U+FFFD.
-
-    At 0 a byte order mark is dropped. Raises NotText for a byte 0, or if too much is not UTF-8.
-    """
-    if (zero := data.find(0)) >= 0:
-        raise NotText(f"{name}: is not text: byte {at + zero:,} is 0")
-    text = data.decode("utf-8", "replace")
-    unreadable = text.count(REPLACEMENT) - data.count(REPLACEMENT.encode())
-    if unreadable > max(1, MOST_UNREADABLE * len(text)):
-        raise NotText(
-            f"{name}: is not UTF-8 (at byte {at:,}): convert it, for instance with iconv -t UTF-8"
-        )
-    return text if at else text.removeprefix(BYTE_ORDER_MARK)

@@ -30,6 +30,10 @@ class Feeder:
     """Feeds a listener the chunks after `fed`, and saves it at intervals.
 
     After an exception it stops feeding, and `failure` holds the exception.
+
+    Attributes:
+        fed, saved: the last chunk that was fed, and that a snapshot holds.
+        characters: fed since the start.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Feeder:
         self._listener, self._journal, self._snapshot = listener, journal, snapshot
         self.fed = self.saved = fed
         self.failure: Exception | None = None
+        self.characters = 0
         self._every, self._tell = every, tell
         self._stopping, self._awake = threading.Event(), threading.Event()
         self._last_save = self._last_fed = time.monotonic()
@@ -59,6 +64,17 @@ class Feeder:
     def is_full(self) -> bool:
         """Whether nothing more should be read now."""
         return self.waiting >= MOST_WAITING
+
+    @property
+    def read(self) -> int:
+        """Characters that were read since the start."""
+        return max(0, self.characters - self._listener.backlog)
+
+    @property
+    def speed(self) -> float:
+        """Characters read in a second of reading; 0 if none were."""
+        seconds = self._listener.stats.prompt_seconds
+        return self.read / seconds if seconds else 0.0
 
     def wake(self) -> None:
         """Look into the journal, because something is new."""
@@ -95,6 +111,7 @@ class Feeder:
             except errors.QueueFull:
                 continue
             self.fed, self._last_fed = chunk.number, time.monotonic()
+            self.characters += len(chunk.fed)
             return
 
     @property

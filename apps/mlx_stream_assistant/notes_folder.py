@@ -1,7 +1,9 @@
 """A folder of notes -> what is new in them; keeps no file open between two polls.
 
 A note is read whole, once it is unchanged from one look to the next. If it only grew since, the
-new part is read; if it changed otherwise, all of it again, under a heading of its own.
+new part is read; if it changed otherwise, all of it again, under a heading of its own. A file with
+several names (links) is one note. A note that was moved or renamed is known by its text: it begins
+with all that was read of one that is gone.
 """
 
 import os
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream.program.notices import Notify
-from mlx_stream_assistant.decode import NotText, decode
+from mlx_stream_assistant.decode import CHUNK, NotText, TextDecoder, refuse_binary
 from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.rotation import open_file
 
@@ -50,8 +52,10 @@ class NotesFolder:
     ):
         self.path, self.name, self._tell, self._excluded = path, str(path), tell, excluded
         self._clock, self._next_look = clock, 0.0
-        self._places = dict(places)
-        self._looked: dict[str, Seen] = {}  # the notes as they were at the last scan
+        self._places, self._decoder = dict(places), TextDecoder(tell)
+        self._looked: dict[str, Seen] = {}  # as they were at the last scan
+        # How far notes were read that are gone: checksums by bytes, the fewest bytes first.
+        self._gone: dict[int, set[int]] = {}
         self._changed: list[str] = []
         self._complaint = ""  # about the folder
         self._refused: dict[str, tuple[Seen, str]] = {}  # refused notes, as they were then, and why
@@ -115,6 +119,12 @@ class NotesFolder:
         ]
         self._refused = {path: why for path, why in self._refused.items() if path in found}
         self._looked = found
+        if self._changed:
+            gone = [place for path, place in self._places.items() if path not in found]
+            sizes = sorted({place["bytes"] for place in gone} - {0})
+            self._gone = {size: set() for size in sizes}
+            for place in gone:
+                self._gone.get(place["bytes"], set()).add(place["crc"])
 
     def _is_known(self, path: str, seen: Seen) -> bool:
         place, refused = self._places.get(path), self._refused.get(path)
@@ -122,21 +132,22 @@ class NotesFolder:
 
     def _notes(self) -> Iterator[tuple[str, Seen]]:
         """Yield the notes there are; links to folders are not followed."""
-        excluded = set()
+        seen = set()
         for path in self._excluded:
             with suppress(OSError):
                 status = path.stat()
-                excluded.add((status.st_dev, status.st_ino))
+                seen.add((status.st_dev, status.st_ino))
         for folder, below, names in os.walk(self.path, onerror=self._raise_if_top):
             depth = len(Path(folder).relative_to(self.path).parts)
             below[:] = [n for n in below if not n.startswith(".") and depth < DEEPEST]
-            for name in names:
+            for name in sorted(names):
                 if name.startswith(".") or not name.lower().endswith(SUFFIXES):
                     continue
                 with suppress(OSError):
                     status = (path := Path(folder, name)).stat()
-                    regular = stat.S_ISREG(status.st_mode)
-                    if regular and (status.st_dev, status.st_ino) not in excluded:
+                    file = status.st_dev, status.st_ino
+                    if stat.S_ISREG(status.st_mode) and file not in seen:
+                        seen.add(file)
                         yield str(path), file_stamp(status)
 
     def _raise_if_top(self, error: OSError) -> None:
@@ -158,13 +169,26 @@ class NotesFolder:
                     f"{LONGEST_NOTE:,}: use --follow for it"
                 )
             data = file.read(LONGEST_NOTE)
-        before = self._places.get(name, {"bytes": 0, "crc": 0})
-        at = before["bytes"] if before["bytes"] <= len(data) else 0
-        if zlib.crc32(data[:at]) != before["crc"]:
-            at = 0
+        at = self._read_before(name, data)
+        if at == 0:
+            refuse_binary(data[:CHUNK], name, whole=True)
         new, title = data[at:], str(path.relative_to(self.path))
         place = {"seen": list(file_stamp(status)), "bytes": len(data), "crc": zlib.crc32(data)}
-        return Chunk(name, "note", title, new, decode(new, name, at), place, apart=True)
+        text = self._decoder.decode(new, name, at)
+        return Chunk(name, "note", title, new, text, place, apart=True)
+
+    def _read_before(self, name: str, data: bytes) -> int:
+        """Return how many bytes of a note were read, under this name or one that is gone."""
+        known, found, at, crc = self._places.get(name), 0, 0, 0
+        if known and zlib.crc32(data[: known["bytes"]]) == known["crc"]:
+            found = known["bytes"]
+        for size, checksums in self._gone.items():
+            if size > len(data):
+                break
+            at, crc = size, zlib.crc32(data[at:size], crc)
+            if crc in checksums:
+                found = max(found, size)
+        return found
 
     def _refuse(self, path: str, why: str) -> None:
         """Ignore a note until it changes, and report why."""

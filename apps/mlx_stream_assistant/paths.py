@@ -7,6 +7,8 @@ from pathlib import Path
 from mlx_stream.program.paths import cache_folder, data_folder
 from mlx_stream_assistant.errors import AssistantError
 
+# Set for a process that launchd started: 0 must be its status whenever it ended by itself.
+AGENT = "MLX_STREAM_ASSISTANT_AGENT"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", re.ASCII)
 
 

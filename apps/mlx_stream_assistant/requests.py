@@ -24,6 +24,10 @@ LONGEST_NOTE, LONGEST_ANSWER = 128, 256
 LONGEST_QUESTION = 4_000
 # Characters that are read before an answer without a notice, because that takes only a moment.
 UNTOLD = 500
+# Seconds between two reports of how much is still to be read.
+BETWEEN_REPORTS = 1.0
+# Characters of a token, before any text has been read.
+USUAL = 4.0
 ASKED = "asked"
 Lines = Generator[dict[str, Any], None, None]
 
@@ -91,9 +95,12 @@ class RequestHandler:
 
     def _ask(self, question: str, remember: bool, now: bool) -> Lines:
         with self._one:
-            texts, waiting = [], self._ready()[0].backlog
-            if waiting > UNTOLD and not now:
-                yield {"waiting": waiting}
+            listener, feeder = self._ready()
+            if not now:
+                yield from self._read_first(listener, feeder)
+                # What has arrived since then need not be read: the answer would never come.
+                now = listener.backlog > UNTOLD
+            texts, since = [], self._reaches_back(listener, feeder)
             for text in self._pieces(question, LONGEST_ANSWER, now):
                 texts.append(text)
                 yield {"text": text}
@@ -104,7 +111,29 @@ class RequestHandler:
                 self.journal.append(Chunk(ASKED, ASKED, ASKED, data, data.decode()))
                 if self.feeder:
                     self.feeder.wake()
-        yield {"done": True}
+        yield {"done": True, **({"since": since} if since else {})}
+
+    def _read_first(self, listener: Any, feeder: Feeder) -> Lines:
+        """Wait until what has arrived is read; report how much is left, and the seconds."""
+        wanted = feeder.read + listener.backlog
+        while (left := wanted - feeder.read) > UNTOLD and not (feeder.failure or listener.error):
+            speed = feeder.speed
+            yield {"waiting": left, **({"seconds": round(left / speed)} if speed else {})}
+            if self.stopping.wait(BETWEEN_REPORTS):
+                raise AssistantError("the assistant is stopping")
+
+    def _reaches_back(self, listener: Any, feeder: Feeder) -> str | None:
+        """Return about when the oldest attended text was read; None if nothing was evicted."""
+        stats = listener.stats
+        if not stats.evicted:
+            return None
+        length = feeder.read / stats.prompt_tokens if stats.prompt_tokens and feeder.read else USUAL
+        left = length * (stats.attended - stats.pinned) + listener.backlog
+        found = None
+        for chunk in reversed([*self.journal.chunks(0)]):
+            if chunk.number <= feeder.fed and left > 0:
+                found, left = chunk.time, left - len(chunk.fed)
+        return found
 
     def _pieces(self, question: str, longest: int, now: bool = False) -> Generator[str, None, None]:
         pieces = self._ready()[0].ask(question, remember=False, max_tokens=longest, now=now)
@@ -140,4 +169,7 @@ class RequestHandler:
             "chunks_waiting": waiting,
             "chunks_fed": feeder.fed,
             "chunks_saved": feeder.saved,
+            "tokens_per_second": round(stats.prompt_tokens_per_second, 1),
+            "characters_per_second": round(feeder.speed, 1),
+            "since": self._reaches_back(listener, feeder),
         }

@@ -1,23 +1,32 @@
 """Where a rotated file went in its folder, and which files were begun since; reads no text."""
 
+import errno
 import os
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 from mlx_stream.program.notices import Notify
 
 # A position includes a checksum of this many bytes before it.
 TAIL = 256
 # The most names in a folder that are searched for a renamed file.
-MOST_NAMES = 10_000
+MOST_NAMES = 100_000
+# What editors add to the name of a copy that they leave of a file.
+BACKUPS = "~", ".bak"
 # What rotation adds to a name: a number, a date or time, or a word.
 ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)
+# Bytes in which zeros are skipped.
+ZEROS = 2**20
+# Names of files in a notice.
+MOST_SHOWN = 10
 Found = tuple[Path, os.stat_result]
+Rotated = tuple[int, Path, os.stat_result]  # with its number: later files have higher ones
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,10 @@ class FilePosition:
 
     def is_of(self, status: os.stat_result) -> bool:
         return (self.device, self.inode) == (status.st_dev, status.st_ino)
+
+    def moved_to(self, status: os.stat_result) -> Self:
+        """Return the same position in another file."""
+        return replace(self, device=status.st_dev, inode=status.st_ino)
 
 
 class FileSearch:
@@ -49,10 +62,36 @@ class FileSearch:
         self._told.clear()
 
     def find_renamed(self, place: FilePosition) -> Found | None:
-        """Return where the file that was being read is now."""
-        for path, status in self._beside():
-            if place.is_of(status):
-                return (path, status) if self._holds(place, path, status) else None
+        """Return where the file that was being read is now.
+
+        Its device has another number after a restart of the machine, and its own is another if an
+        editor saved it before it was renamed.
+        """
+        files = list(self._beside())
+        same = [one for one in files if one[1].st_ino == place.inode and self._holds(place, *one)]
+        if not any(map(self.is_rotated, same)):  # a copy or a link, or none
+            for found in files:
+                later = place.offset and found[1].st_mtime_ns >= place.written
+                if later and self.is_rotated(found) and self._holds(place, *found):
+                    return found
+        return max(same, key=self.is_rotated, default=None)
+
+    def find_oldest(self) -> Found | None:
+        """Return the rotated file to begin with, where nothing has been read."""
+        found = [
+            (number, path, status)
+            for path, status in self._beside()
+            if (number := rotation_number(self.path.name, path.name)) and number[0] not in BACKUPS
+        ]
+        found.sort(key=lambda one: one[0])
+        later = [(turn, path, status) for (_, turn), path, status in found]
+        if not found:
+            return None
+        first, since = found[0][0], found[0][2].st_mtime_ns
+        one_scheme = len({scheme for (scheme, _), _, _ in found}) == 1
+        if one_scheme and in_rotation_order(first, since, later[1:]):
+            return self._first_readable(later)
+        self._tell_not_read(later)
         return None
 
     def find_copy(self, place: FilePosition) -> Found | None:
@@ -77,6 +116,8 @@ class FileSearch:
         later, others = [], []
         for path, status in self._beside():
             turn = rotation_number(self.path.name, path.name)
+            if path.name.endswith(BACKUPS):
+                continue
             if ours and turn and turn[0] == ours[0] and turn > ours:
                 later.append((turn[1], path, status))
             elif turn and status.st_mtime_ns >= since and not (old and path == old[0]):
@@ -86,15 +127,25 @@ class FileSearch:
             others += [found for found in later if found[2].st_mtime_ns >= since]
             later = []
         if others:
-            names = ", ".join(sorted(path.name for _, path, _ in others))
-            self._tell_once(
-                f"{self.path}: these files are newer than what was read, but are not read: {names}"
-            )
-        for _, path, status in later:
+            self._tell_not_read(others, ", though newer than what was read")
+        return self._first_readable(later)
+
+    def is_rotated(self, found: Found) -> bool:
+        """Return whether a file's name says that it made room for a new one."""
+        name = found[0].name
+        return not name.endswith(BACKUPS) and rotation_number(self.path.name, name) is not None
+
+    def _first_readable(self, files: list[Rotated]) -> Found | None:
+        for _, path, status in files:
             if (file := self._open_beside(path)) is not None:
                 os.close(file)
                 return path, status
         return None
+
+    def _tell_not_read(self, files: list[Rotated], more: str = ", in no clear order") -> None:
+        names = sorted(path.name for _, path, _ in files)
+        shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
+        self._tell_once(f"{self.path}: not read{more}: {shown}")
 
     def _beside(self) -> Iterator[Found]:
         """Yield the other files in the folder; one may go at any moment."""
@@ -147,9 +198,7 @@ def rotation_number(name: str, other: str) -> tuple[str, int] | None:
     return match[0], 0
 
 
-def in_rotation_order(
-    ours: tuple[str, int], since: float, later: list[tuple[int, Path, os.stat_result]]
-) -> bool:
+def in_rotation_order(ours: tuple[str, int], since: float, later: list[Rotated]) -> bool:
     """Return whether files that are later by name were also written one after the other.
 
     Numbers must go down to 1 or 0 without a gap: some programs give later files higher ones.
@@ -169,3 +218,19 @@ def last_bytes(file: int, offset: int) -> int:
     """Return the CRC-32 of a file's last bytes before an offset."""
     start = max(0, offset - TAIL)
     return zlib.crc32(os.pread(file, offset - start, start))
+
+
+def end_of_zeros(file: int, offset: int, size: int) -> int:
+    """Return where the zero bytes at an offset of a file of this size end."""
+    while offset < size:
+        try:
+            offset = max(offset, os.lseek(file, offset, os.SEEK_DATA))
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # all the rest is a hole
+                return size
+        data = os.pread(file, ZEROS, offset)
+        rest = data.lstrip(b"\0")
+        offset += len(data) - len(rest)
+        if rest or not data:
+            break
+    return offset

@@ -1,7 +1,9 @@
 """A launchd agent or a systemd user unit that runs the assistant; independent of streams.
 
-Both start it when its user logs in, and again after a crash, but not after it ended by itself: it
-was stopped, or its user must fix something first. Neither keeps the machine awake.
+Both start it when its user logs in, and again after it was killed, also for want of memory, but not
+after it ended by itself: it was stopped, or its user must put something right first. To launchd a
+process that the system killed has not crashed, so it restarts any that does not end with status 0.
+Neither keeps the machine awake.
 """
 
 import os
@@ -12,6 +14,7 @@ from pathlib import Path
 
 from mlx_stream.program.paths import private
 from mlx_stream_assistant.errors import AssistantError
+from mlx_stream_assistant.paths import AGENT
 from mlx_stream_assistant.settings import Settings
 
 # Variables that decide where models and the assistant's files are.
@@ -69,9 +72,9 @@ def agent(settings: Settings, log: Path) -> bytes:
         {
             "Label": label(settings.name),
             "ProgramArguments": command_line(settings),
-            "EnvironmentVariables": environment(),
+            "EnvironmentVariables": {**environment(), AGENT: "1"},
             "RunAtLoad": True,
-            "KeepAlive": {"Crashed": True},
+            "KeepAlive": {"SuccessfulExit": False},
             "ThrottleInterval": SECONDS_BETWEEN_STARTS,
             # The process is light while idle, and quick when it is asked a question.
             "ProcessType": "Adaptive",

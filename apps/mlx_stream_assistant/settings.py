@@ -3,6 +3,7 @@
 # ruff: noqa: RUF009  (`option` returns a field)
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -69,7 +70,7 @@ class Settings:
             if not text.isascii() and text != text.encode("utf-8", "replace").decode():
                 raise AssistantError(f"{text!a}: is not valid UTF-8: rename it, or leave it out")
         for path in read:
-            if self.notes is not None and os.path.realpath(path) == os.path.realpath(self.notes):
+            if self.notes is not None and is_same_file(path, self.notes):
                 raise AssistantError(f"{path}: cannot be both read and written")
         for folder in self.folder:
             for other in self.folder:
@@ -96,6 +97,13 @@ def is_folder(path: Path) -> bool:
         return path.is_dir()
     except (OSError, ValueError):  # the name is too long, or its parent may not be entered
         return False
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    with suppress(OSError):  # one does not exist yet
+        if path.samefile(other):
+            return True
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def absolute_path(path: Path) -> Path:

@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from mlx_stream.program.notices import Notify
-from mlx_stream_assistant.decode import CHUNK, NotText, decode, line_end
+from mlx_stream_assistant.decode import CHUNK, NotText, TextDecoder, line_end, refuse_binary
 from mlx_stream_assistant.journal import Chunk
 
 NAME = "standard input"
@@ -20,7 +20,7 @@ class StandardInput:
     def __init__(self, tell: Notify, file: int = 0):
         self.name, self.ended, self._tell, self.file = NAME, False, tell, file
         self._data, self._at = b"", 0
-        self._complaint = ""
+        self._decoder, self._complaint = TextDecoder(tell), ""
 
     def fileno(self) -> int:
         return self.file
@@ -49,17 +49,25 @@ class StandardInput:
     def poll(self) -> Chunk | None:
         """Return what was read, or None; the same again until `ack` is called."""
         more = len(self._data) == CHUNK
+        try:
+            if self._at == 0:
+                refuse_binary(self._data, NAME, whole=more)
+        except NotText as error:
+            self._close(str(error))
         count = len(self._data) if self.ended else line_end(self._data, more, growing=False)
         data = self._data[:count]
         if not data:
             return None
-        try:
-            return Chunk(NAME, "input", NAME, data, decode(data, NAME, self._at))
-        except NotText as error:
-            self._tell(f"{error}; reading stops")
-            self._complaint, self.ended, self._data = str(error), True, b""
-            return None
+        return Chunk(NAME, "input", NAME, data, self._decoder.decode(data, NAME, self._at))
 
     def ack(self, chunk: Chunk) -> None:
         """Drop what `poll` returned: it is on disk."""
         self._data, self._at = self._data[len(chunk.data) :], self._at + len(chunk.data)
+
+    def _close(self, why: str) -> None:
+        """Stop reading, and let the writer know: its writes fail, where they would wait forever."""
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, self.file)  # the number must not go to the next file that is opened
+        os.close(null)
+        self._tell(f"{why}; no longer read")
+        self._complaint, self.ended, self._data = why, True, b""

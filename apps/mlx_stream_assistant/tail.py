@@ -2,9 +2,10 @@
 
 A position is the file's device and number (not its name), how many bytes were read, and a checksum
 of the last of them. So a file that was renamed to make room for a new one is read to its end first,
-wherever it is in its folder. One that was cut or rewritten is read from its beginning, after the
-rest of its old text if there is a copy beside it. Files that were begun and renamed unseen are read
-in between, the oldest first:
+wherever it is in its folder. A file of another number with the same bytes is the same file: an
+editor saved it, or a disk was mounted again. One that was cut or rewritten is read from its
+beginning, after the rest of its old text if there is a copy beside it. Files that were begun and
+renamed unseen are read in between, the oldest first, and so are those there before the first look:
 
     x.log.3  x.log.2  x.log.1  x.log      x.log.3 was read up to byte 5,000: it is read to its end,
        A        B        C       D        then B, C and D from their beginnings
@@ -14,18 +15,27 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_stream.program.notices import Notify
-from mlx_stream_assistant.decode import CHUNK, NotText, decode, line_end, whole_characters
+from mlx_stream_assistant.decode import (
+    CHUNK,
+    NotText,
+    TextDecoder,
+    line_end,
+    refuse_binary,
+    whole_characters,
+)
 from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.rotation import (
     FilePosition,
     FileSearch,
     Found,
+    end_of_zeros,
     last_bytes,
     open_file,
 )
@@ -44,6 +54,7 @@ class TailedFile:
         place: how far a journal says it is read.
         from_end: without a place, begin after the complete lines that are there at first.
         clock: seconds.
+        excluded: a file not to be read under any name: the assistant's notes.
     """
 
     def __init__(
@@ -53,17 +64,20 @@ class TailedFile:
         tell: Notify,
         from_end: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        excluded: Path | None = None,
     ):
         self.path, self.name, self._tell, self._clock = path, str(path), tell, clock
+        self._decoder, self._excluded = TextDecoder(tell), excluded
         self._place, self._from_end = position_of(place), from_end and place is None
+        self._with_older = not from_end  # files that were rotated before the first look
         self._file: int | None = None
         self._size = 0  # at the last poll
         self._mtime: int | None = None  # likewise, in nanoseconds
         self._grown = 0.0  # when its size last changed
         self._left: float | None = None  # when the file lost its name
         self._complaint = ""
-        self._refused: FilePosition | None = None  # where the file is not text
-        self._given_up: FilePosition | None = None  # a refused file that is no longer searched for
+        self._blank: tuple[int, int] | None = None  # size and mtime with no text to read
+        self._given_up: FilePosition | None = None  # has no text, and is no longer searched for
         self._search = FileSearch(path, tell)
 
     @property
@@ -76,15 +90,16 @@ class TailedFile:
     def poll(self) -> Chunk | None:
         """Return what is new, or None. It returns the same chunk until `ack` is called."""
         try:
-            if self._file is None and not self._open():
-                return None
-            if self._from_end and self._place and not self._place.offset:
-                return self._skip()
-            return self._read() or self._finish_renamed()
+            for _ in range(2):  # after the end of a renamed file, the next one
+                if self._file is None and not self._open():
+                    return None
+                if self._from_end and self._place and not self._place.offset:
+                    return self._skip()
+                if chunk := self._read() or self._finish_renamed():
+                    return chunk
         except NotText as error:
-            self._complain(f"{error}; waiting for a different file")
-            self._refused = self._place
-        except FileNotFoundError:  # it was renamed between two checks: look again
+            self._complain(f"{error}; not read until another file is there")
+        except FileNotFoundError:  # renamed between two checks: look again
             self.close()
         except OSError as error:
             self._complain(f"{self.path}: cannot be read: {error.strerror}; waiting for it")
@@ -98,7 +113,7 @@ class TailedFile:
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
-        self._file = self._refused = None
+        self._file = self._blank = None
 
     # --- which file ---
 
@@ -107,29 +122,38 @@ class TailedFile:
         found = self._find()
         if found is None:
             return False
-        path, expected = found
+        (path, expected), place = found
         self._file = open_file(path)
         status = os.fstat(self._file)
         if not os.path.samestat(status, expected):  # it was renamed in the meantime: look again
             self.close()
             return False
-        if not stat.S_ISREG(status.st_mode):
-            folder = ", but a folder (--folder reads one)" if stat.S_ISDIR(status.st_mode) else ""
-            self._complain(f"{self.path}: is not a file{folder}; waiting for one")
+        if why := self._not_followed(status):
+            self._complain(f"{self.path}: {why}; waiting for another file")
             self.close()
             return False
         self._complain("")
-        if self._place is None or not self._place.is_of(status):
+        if place is None:
             if self._place is not None:
                 first = "" if path == self.path else f" {path.name} first,"
-                self._tell(
-                    f"{self.path}: is a different file now: reading{first} from its beginning"
-                )
-            self._place = FilePosition(status.st_dev, status.st_ino, written=status.st_mtime_ns)
+                self._tell(f"{self.path}: is another file now: read{first} from its beginning")
+            place = FilePosition(status.st_dev, status.st_ino, written=status.st_mtime_ns)
+        self._place = place
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
         self._search.forget_notices()
         return True
+
+    def _not_followed(self, status: os.stat_result) -> str:
+        """Return why a file is not read, or ""."""
+        if stat.S_ISDIR(status.st_mode):
+            return "is not a file, but a folder (--folder reads one)"
+        if not stat.S_ISREG(status.st_mode):
+            return "is not a file"
+        with suppress(OSError):
+            if self._excluded and os.path.samestat(status, self._excluded.stat()):
+                return "is the file that notes are written to"
+        return ""
 
     def _named(self) -> os.stat_result | None:
         """Return the status of the file that has the name now, if there is one."""
@@ -138,20 +162,39 @@ class TailedFile:
         except FileNotFoundError:
             return None
 
-    def _find(self) -> Found | None:
-        """Return the file that was being read, if it has more, or else the one to read next."""
-        status = self._named()
-        if self._place is not None and not (status and self._place.is_of(status)):
-            old = self._search.find_renamed(self._place)
-            if old and old[1].st_size > self._place.offset and self._place != self._given_up:
-                return old
-            if next_one := self._search.find_between(self._place, old):
-                return next_one
+    def _find(self) -> tuple[Found, FilePosition | None] | None:
+        """Return the file to read, and from where; None for its beginning.
+
+        It is the one that was being read, if it has more, or else the next.
+        """
+        status, place = self._named(), self._place
+        if place is not None and not (status and place.is_of(status)):
+            old = self._search.find_renamed(place)
+            if status and not (old and self._search.is_rotated(old)) and self._continues(place):
+                return (self.path, status), place.moved_to(status)
+            if old and old[1].st_size > place.offset and place != self._given_up:
+                return old, place.moved_to(old[1])
+            if next_one := self._search.find_between(place, old):
+                return next_one, None
+            place = None
+        elif place is None and self._with_older and (oldest := self._search.find_oldest()):
+            return oldest, None
         if status is None:
             self._from_end = False  # all of a later file is new
             self._complain(f"{self.path}: does not exist; waiting for it")
             return None
-        return self.path, status
+        return (self.path, status), place
+
+    def _continues(self, place: FilePosition) -> bool:
+        """Return whether the file that has the name begins with what was read of another."""
+        with suppress(OSError):
+            file = open_file(self.path)
+            try:
+                size = os.fstat(file).st_size
+                return size >= place.offset > 0 and last_bytes(file, place.offset) == place.tail
+            finally:
+                os.close(file)
+        return False
 
     def _finish_renamed(self) -> Chunk | None:
         """Leave a file that no longer has the name; return what is left of it."""
@@ -164,9 +207,10 @@ class TailedFile:
             return None
         if self._left is None:
             self._left = self._clock()
-        if self._clock() - max(self._grown, self._left) < GRACE:
+        since = max(self._grown, self._left)
+        if self._clock() - since < GRACE and not self._was_followed_by_another():
             return None
-        if self._refused is None:
+        if self._blank is None:
             rest = os.pread(self._file, CHUNK, self._place.offset)
             if rest:  # the first bytes of a character that was never completed
                 return self._chunk(rest)
@@ -177,29 +221,55 @@ class TailedFile:
             self._complain(f"{self.path}: does not exist; waiting for it")
         return None
 
+    def _was_followed_by_another(self) -> bool:
+        """Return whether a later file was renamed too, so that nothing is written to this one."""
+        assert self._place is not None
+        old = self._search.find_renamed(self._place)
+        return old is not None and self._search.find_between(self._place, old) is not None
+
     # --- what is new ---
 
     def _read(self) -> Chunk | None:
         assert self._file is not None and self._place is not None
         status, offset = os.fstat(self._file), self._place.offset
-        size, written = status.st_size, status.st_mtime_ns != self._mtime
+        size = status.st_size
+        written = status.st_mtime_ns != self._mtime or size != self._size
         if size < offset or (written and last_bytes(self._file, offset) != self._place.tail):
             self._begin_again("was cut short" if size < offset else "was rewritten")
             return None
         self._mtime = status.st_mtime_ns
         if size != self._size:
             self._size, self._grown = size, self._clock()
-        if self._refused is not None or size == offset:
+        if size == offset or self._blank == (size, status.st_mtime_ns):
             return None
+        self._blank = size, status.st_mtime_ns  # unless there is text
+        return self._take(offset, size)
+
+    def _take(self, offset: int, size: int) -> Chunk | None:
+        """Return the text at an offset of the open file, or what skips zero bytes."""
+        assert self._file is not None
         data = os.pread(self._file, CHUNK, offset)
-        growing = self._clock() - self._grown < SETTLED
-        data = data[: line_end(data, more=len(data) == CHUNK, growing=growing)]
+        more = len(data) == CHUNK
+        if offset == 0:
+            refuse_binary(data, self.name, whole=more)
+        if data.startswith(b"\0"):
+            end = end_of_zeros(self._file, offset, size)
+            if end >= size:  # perhaps room for text to come
+                return None
+            self._decoder.tell_once(self.name, offset)
+            self._blank = None
+            return self._chunk(b"", end)
+        self._complain("")
+        self._blank = None
+        if data.endswith(b"\0"):
+            return self._chunk(data.rstrip(b"\0"))
+        data = data[: line_end(data, more, self._clock() - self._grown < SETTLED)]
         return self._chunk(data) if data else None
 
     def _begin_again(self, why: str) -> None:
         """Return to the beginning, or to the same position in a copy of the old text."""
         assert self._place is not None
-        copy, self._refused = self._search.find_copy(self._place), None
+        copy, self._blank = self._search.find_copy(self._place), None
         if copy is None:
             self._complain("")
             self._search.forget_notices()
@@ -208,7 +278,7 @@ class TailedFile:
             return
         path, status = copy
         self._tell(f"{self.path}: {why}: the rest of its old text is read from {path.name} first")
-        self._place = replace(self._place, device=status.st_dev, inode=status.st_ino)
+        self._place = self._place.moved_to(status)
         self.close()
 
     def _skip(self) -> Chunk:
@@ -226,7 +296,7 @@ class TailedFile:
         offset = self._place.offset if offset is None else offset
         end, written = offset + len(data), os.fstat(self._file).st_mtime_ns
         after = replace(self._place, offset=end, tail=last_bytes(self._file, end), written=written)
-        text = decode(data, self.name, offset)
+        text = self._decoder.decode(data, self.name, offset)
         return Chunk(self.name, "file", self.path.name, data, text, vars(after))
 
     def _complain(self, complaint: str) -> None:

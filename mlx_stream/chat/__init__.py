@@ -9,8 +9,9 @@ from mlx_stream.program.public_names import fetch_name
 
 if TYPE_CHECKING:
     from mlx_stream.chat.exchange import Exchange, plural
-    from mlx_stream.chat.manage import SessionSummary, open_transcript, session_summaries
+    from mlx_stream.chat.manage import open_transcript
     from mlx_stream.chat.session_files import session_names
+    from mlx_stream.chat.summaries import SessionSummary, session_summaries
 
 __all__ = [
     "Exchange",
@@ -23,11 +24,11 @@ __all__ = [
 
 _HOMES = {
     "Exchange": "mlx_stream.chat.exchange",
-    "SessionSummary": "mlx_stream.chat.manage",
+    "SessionSummary": "mlx_stream.chat.summaries",
     "open_transcript": "mlx_stream.chat.manage",
     "plural": "mlx_stream.chat.exchange",
     "session_names": "mlx_stream.chat.session_files",
-    "session_summaries": "mlx_stream.chat.manage",
+    "session_summaries": "mlx_stream.chat.summaries",
 }
 
 

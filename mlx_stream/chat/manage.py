@@ -1,57 +1,16 @@
-"""List, verify and remove saved conversations; loads no model."""
+"""Open, verify and remove saved conversations; loads no model."""
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from mlx_stream.chat.exchange import plural
-from mlx_stream.chat.schema import SessionHeader
-from mlx_stream.chat.session_files import SessionPaths, last_written, session_names, session_paths
+from mlx_stream.chat.session_files import SessionPaths, session_paths
 from mlx_stream.chat.snapshot_metadata import parse_metadata
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.sqlite import files, partial_path
-
-
-@dataclass(frozen=True)
-class SessionSummary:
-    """A saved conversation in a list.
-
-    Attributes:
-        exchanges: the number of turns, including an unanswered question.
-        attended: how many of them the stream attends to.
-        used: when it was last written to, in ISO 8601, UTC.
-        header: None if the conversation cannot be opened; `damage` then says why.
-    """
-
-    name: str
-    exchanges: int
-    attended: int
-    bytes: int
-    used: str
-    header: SessionHeader | None
-    damage: str = ""
-
-
-def session_summaries() -> list[SessionSummary]:
-    """Return the saved conversations, the last used one first."""
-    times = {name: last_written(session_paths(name).database) for name in session_names()}
-    return [summarize_session(name, times[name]) for name in sorted(times, key=lambda n: -times[n])]
-
-
-def summarize_session(name: str, written: int) -> SessionSummary:
-    where = session_paths(name)
-    size = sum(path.stat().st_size for path in files_of(where) if path.exists())
-    used = datetime.fromtimestamp(written / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    try:
-        with Store.open(where.database) as store:
-            state, attended = store.state, store.attended_turns()
-            return SessionSummary(name, state.count, attended, size, used, state.header)
-    except SessionError as error:
-        return SessionSummary(name, 0, 0, size, used, None, str(error))
 
 
 def open_transcript(name: str) -> Store:

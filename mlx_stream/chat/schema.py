@@ -100,7 +100,7 @@ class TranscriptState:
 NUMBERS = tuple(field.name for field in fields(TranscriptState))[1:]
 
 
-def state_of(row: Row) -> TranscriptState:
+def state_of(row: Sequence[Value]) -> TranscriptState:
     """Return the state in a row.
 
     Raises:
@@ -206,15 +206,14 @@ def unpack_ids(data: Any) -> tuple[int, ...]:
 
 def digest(*values: Value) -> str:
     """Return the SHA-256 of some values, each encoded with its type and length."""
-    whole = hashlib.sha256()
+    parts = []
     for value in values:
         if type(value) not in KINDS:
             raise TypeError(f"a {type(value).__name__} cannot be stored")
         text = "" if value is None else str(value)
         data = value if isinstance(value, bytes) else text.encode()
-        whole.update(f"{KINDS[type(value)]}{len(data)}:".encode())
-        whole.update(data)
-    return whole.hexdigest()
+        parts += f"{KINDS[type(value)]}{len(data)}:".encode(), data
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def check_types(kind: type, *values: object) -> None:

@@ -1,12 +1,12 @@
 """Where saved conversations are, by name; independent of their contents."""
 
+import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_stream.errors import SessionError
-from mlx_stream.program.paths import cache_folder, data_folder, is_file
+from mlx_stream.program.paths import cache_folder, data_folder
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 DATABASE = ".db"
@@ -54,7 +54,8 @@ def session_names() -> list[str]:
     """
     folder = data_folder()
     try:
-        found = [path for path in folder.iterdir() if path.suffix == DATABASE]
+        with os.scandir(folder) as entries:  # thousands, perhaps
+            files = [one.name for one in entries if one.is_file(follow_symlinks=False)]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -62,21 +63,5 @@ def session_names() -> list[str]:
             f"{folder}: cannot be read: {error.strerror}; check its permissions, or set "
             "MLX_STREAM_HOME to another folder"
         ) from error
-    return sorted(path.stem for path in found if NAME.fullmatch(path.stem) and is_file(path))
-
-
-def latest_session() -> str | None:
-    """Return the name of the session that was written to last, or None."""
-    return max(
-        session_names(), key=lambda name: last_written(session_paths(name).database), default=None
-    )
-
-
-def last_written(database: Path) -> int:
-    """Return when a session was last written to, in nanoseconds; 0 if it does not exist."""
-    times = [0]
-    # SQLite writes to the log first.
-    for path in (database, database.with_name(f"{database.name}-wal")):
-        with suppress(OSError):
-            times.append(path.lstat().st_mtime_ns)
-    return max(times)
+    names = (name.removesuffix(DATABASE) for name in files if name.endswith(DATABASE))
+    return sorted(filter(NAME.fullmatch, names))

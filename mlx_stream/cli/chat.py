@@ -14,10 +14,17 @@ from typer import Argument, Option
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
 from mlx_stream.cli.prompt import is_dumb, keys_wait
-from mlx_stream.cli.terminal import Progress, decode_utf8, defer_interrupts, log_progress
+from mlx_stream.cli.terminal import (
+    REPEATED,
+    Progress,
+    decode_utf8,
+    defer_interrupts,
+    log_progress,
+    repeats_itself,
+)
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
-from mlx_stream.program.exits import notify
+from mlx_stream.program.exits import finished_before_signals, notify
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
@@ -77,13 +84,13 @@ def chat(
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
-        from mlx_stream.chat import resume, saving, session_files
+        from mlx_stream.chat import resume, saving, summaries
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 
         if latest:
             if session is not None:
                 raise ValueRefused("--continue and --session exclude each other: use one of them")
-            session = session_files.latest_session()
+            session = summaries.latest_session()
             if session is None:
                 raise SessionError("there is no saved session: start one with --session NAME")
         before = resume.header_of(session) if session is not None else None
@@ -120,7 +127,8 @@ def chat(
             (run_interactive if interactive else run_batch)(talk, screen, stats)
         finally:
             if saved := saving.saved_as(talk):
-                saved.close()
+                with finished_before_signals():
+                    saved.close()
 
 
 def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
@@ -198,7 +206,7 @@ class Screen:
     """
 
     def __init__(self, hide_thinking: bool = False) -> None:
-        self.in_reply = self.in_thinking = False
+        self.in_reply = self.in_thinking = self.told = False
         self.shows_thinking = sys.stdout.isatty() and not hide_thinking
         styled = not is_dumb() and not os.environ.get("NO_COLOR")
         self.dim, self.undim = ("\x1b[2m", "\x1b[22m") if styled else ("", "")
@@ -225,11 +233,12 @@ class Screen:
     def show(self, pieces: "Pieces") -> None:
         """Print a reply as it arrives."""
         shown = TerminalEscaper() if sys.stdout.isatty() else None
-        finish, thoughts = None, TerminalEscaper()
+        finish, end, thoughts = None, "", TerminalEscaper()
         try:
             for piece in pieces:
                 if piece.thinking and self.shows_thinking:
                     self.write_thinking(thoughts.add(piece.thinking))
+                end = (end + piece.text)[-REPEATED:]
                 self.write(shown.add(piece.text) if shown else piece.text)
                 finish = piece.finish
                 self._check()
@@ -237,6 +246,9 @@ class Screen:
                 self.write(rest)
             if shown and finish == "length":
                 self.notify("cut at its limit (--max-tokens)")
+            if shown and not self.told and repeats_itself(end):
+                self.told = True
+                self.notify("the reply repeats itself; --repetition-penalty 1.1 makes that rare")
         except ReplyStopped:
             self.notify("stopped")
         finally:

@@ -21,7 +21,7 @@ Name = Annotated[str, Argument(metavar="NAME", help="The name of a saved convers
 @options.verb
 def list_sessions(*, as_json: options.AsJson = False) -> None:
     """List the saved conversations, most recently used first."""
-    from mlx_stream.chat.manage import session_summaries
+    from mlx_stream.chat.summaries import session_summaries
 
     found = session_summaries()
     if as_json:

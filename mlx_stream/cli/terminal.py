@@ -11,6 +11,8 @@ from mlx_stream.errors import TextError
 from mlx_stream.program.exits import notify
 
 SECONDS_PER_LINE = 30.0
+# Characters at the end of a reply that repeat a shorter text, at least three times.
+REPEATED = 400
 
 Progress = Callable[[int, int], None]
 
@@ -43,6 +45,23 @@ def decode_utf8(data: bytes, name: str) -> str:
             f"{name}: is not UTF-8 (byte {place} is 0x{byte:02x}): convert it, for instance with "
             "iconv -t UTF-8"
         ) from error
+
+
+def repeats_itself(text: str) -> bool:
+    """Return whether a text ends with the same few lines again and again.
+
+    >>> repeats_itself("I am here. " * 40), repeats_itself("I am here. " * 9)
+    (True, False)
+    """
+    end = text[-REPEATED:]
+    before = end.rfind(end[-50:], 0, -1)
+    period = len(end) - 50 - before
+    return (
+        len(end) == REPEATED
+        and before >= 0
+        and period <= REPEATED // 3
+        and (end[period:] == end[:-period])
+    )
 
 
 @contextmanager

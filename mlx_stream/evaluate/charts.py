@@ -163,7 +163,9 @@ def draw_latency(panels: "Panels", report: Report) -> None:
             typical = column(rows, "p50_ms")
             above = column(rows, "p99_ms") - typical
             sizes = [f"{row['cache']:,}" for row in rows]
-            axes.errorbar(sizes, typical, [0 * above, above], capsize=2, label=method)
+            axes.errorbar(
+                sizes, typical, [[0.0] * len(sizes), above.tolist()], capsize=2, label=method
+            )
     log_scale(axes, "ms per token")
     axes.set(xlabel="tokens in the cache")
 

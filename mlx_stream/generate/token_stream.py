@@ -13,7 +13,7 @@ from mlx_stream.cache import Cache
 from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
 from mlx_stream.generate.attended_ids import AttendedIds, StreamObserver
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
-from mlx_stream.load import Model
+from mlx_stream.load import Model, check_process
 from mlx_stream.models.compiled import DecodeOutput
 from mlx_stream.sampling import PenalizedIds, Sampler, as_int
 from mlx_stream.window import PREFILL_CHUNK
@@ -75,11 +75,12 @@ class TokenStream:
         """Read a request's ids, or as many of them as fit one step.
 
         Raises:
-            ValueRefused: there are no ids, or `chunk` is below 1.
+            ValueRefused: there are no ids, `chunk` is below 1, or this process was forked.
             TokenizerError: the model has no embedding for an id.
             WeightsError, RuntimeError, MemoryError: the step failed, and the rows are released
                 because they may hold anything.
         """
+        check_process()
         started, ids, want = time.perf_counter(), request.ids, request.want
         count, logits, token = len(ids), None, -1
         try:

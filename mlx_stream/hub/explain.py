@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlx_stream.errors import CheckpointError, SourceError, one_line
-from mlx_stream.hub.hub_cache import MAIN
+from mlx_stream.hub.hub_cache import MAIN, explain_cache
 from mlx_stream.hub.repository import Bar
 from mlx_stream.program.notices import Notify
 
@@ -34,9 +34,8 @@ def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
     if isinstance(error, errors.HFValidationError):
         return f"{repo}: not a valid Hub id; expected org/name"
     if errors.OfflineModeIsEnabled in (type(error), type(error.__cause__)):
-        return (
-            f"{repo}: not completely in the cache, and HF_HUB_OFFLINE is set; unset it to fetch it"
-        )
+        why = explain_cache(repo, revision)
+        return f"{repo}: {why}, and HF_HUB_OFFLINE is set; unset it to fetch the model"
     if isinstance(error, errors.GatedRepoError):
         return f"{repo}: gated; accept its terms at {hub}/{repo}, then run `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
@@ -51,8 +50,8 @@ def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         return f"{repo}: cannot be stored in {constants.HF_HUB_CACHE}: {error.strerror}"
     return (
-        f"{repo}: not in the cache, and {hub} cannot be reached ({type(error).__name__});"
-        " check the network, or give a folder or a .gguf file"
+        f"{repo}: {explain_cache(repo, revision)}, and {hub} cannot be reached "
+        f"({type(error).__name__}); check the network, or give a folder or a .gguf file"
     )
 
 

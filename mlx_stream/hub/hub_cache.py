@@ -4,14 +4,17 @@ Blobs are named by their hash. A snapshot links to them, and a branch's name poi
 """
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_stream.checkpoint.folder import missing_files
 from mlx_stream.checkpoint.shards import INDEX
+from mlx_stream.program.notices import Notify, discard
 
 MAIN = "main"
+COMMIT = re.compile("[0-9a-f]{40}")
 SMALL_FILES = [
     "config.json",
     "generation_config.json",
@@ -22,6 +25,8 @@ SMALL_FILES = [
 ]
 # Fetched too; a model cached without it, by an earlier version, is complete and opens offline.
 OLDER_TEMPLATE = "chat_template.json"
+# Files in a message.
+MOST_NAMED = 5
 # `*` also matches in subfolders, and some repositories carry all weights twice (consolidated).
 OTHER_FILES = ["*/*", "consolidated*"]
 
@@ -67,28 +72,77 @@ def blob_of(repository: Repository, file: File) -> Path:
 # --- found ---
 
 
-def find_in_cache(name: str, revision: str = MAIN) -> Path | None:
-    """Find a model in the Hub's cache, if it is complete."""
-    # First, because importing the rest of huggingface_hub takes 0.2 s.
-    if not storage_of(name).is_dir():
+def find_in_cache(name: str, revision: str = MAIN, notify: Notify = discard) -> Path | None:
+    """Find a model in the Hub's cache, if it is complete.
+
+    A cache that was copied may not say which commit `main` is: then it is the newest complete one.
+    """
+    commit = commit_of(name, revision)
+    whole = [one for one in snapshots_of(name, revision, commit) if not missing_in(name, one)]
+    if not whole:
         return None
+    found = max(whole, key=lambda one: one.stat().st_mtime_ns)
+    if found.name != commit:
+        notify(f"{name}: the cache does not say which copy is current; using {found.name[:12]}")
+    return found
+
+
+def explain_cache(name: str, revision: str = MAIN) -> str:
+    """Return why `find_in_cache` does not find a model."""
+    found = snapshots_of(name, revision, commit_of(name, revision))
+    if not found:
+        return "not in the cache"
+    return f"its copy in the cache lacks {', '.join(missing_in(name, found[-1])[:MOST_NAMED])}"
+
+
+def commit_of(name: str, revision: str) -> str:
+    """Return the commit that a revision is, by the cache; "" if that does not tell."""
+    if COMMIT.fullmatch(revision):
+        return revision
+    try:
+        text = (storage_of(name) / "refs" / revision).read_text("utf-8-sig")
+    except (OSError, ValueError):
+        return ""
+    found = text.strip(" \t\r\n\0")  # an editor, or a copying tool, ends the line
+    return found if COMMIT.fullmatch(found) else ""
+
+
+def snapshots_of(name: str, revision: str, commit: str) -> list[Path]:
+    """Return the folder of a commit; if nothing has a name, of `main` all that it may be."""
+    folder, refs = storage_of(name) / "snapshots", storage_of(name) / "refs"
+    if commit and (folder / commit).is_dir():
+        return [folder / commit]
+    try:
+        named = refs.is_dir() and any(one.name != MAIN for one in refs.iterdir())
+        found = sorted(one for one in folder.iterdir() if one.is_dir())
+    except OSError:
+        return []
+    return found if revision == MAIN and not named else []
+
+
+def missing_in(name: str, snapshot: Path) -> list[str]:
+    """Name the files that a snapshot lacks."""
+    if missing := missing_files(snapshot):
+        return missing
+    if not COMMIT.fullmatch(snapshot.name):
+        return []
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         # This checks the small files against the listing kept beside a snapshot. Shards are checked
-        # below: other programs fetch only some of them.
-        found = snapshot_download(
+        # above: other programs fetch only some of them.
+        snapshot_download(
             name,
-            revision=revision,
+            revision=snapshot.name,
             local_files_only=True,
             allow_patterns=SMALL_FILES,
             ignore_patterns=OTHER_FILES,
         )
-    # A damaged cache (usually its refs) counts as none.
     except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
-        return None
-    return None if missing_files(Path(found)) else Path(found)
+        absent = [one for one in SMALL_FILES if not (snapshot / one).exists()]
+        return [f"one of {', '.join(absent)}"] if absent else []
+    return []
 
 
 # --- named ---

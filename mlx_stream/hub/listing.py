@@ -10,6 +10,8 @@ from mlx_stream.checkpoint.json_files import read_json
 from mlx_stream.checkpoint.text_model import text_config
 from mlx_stream.config import ARCHITECTURES
 from mlx_stream.errors import CheckpointError
+from mlx_stream.hub.hub_cache import find_in_cache
+from mlx_stream.hub.repository import HUB_ID
 from mlx_stream.hub.starter import STARTER, is_complete, size_of, starter_folder
 
 
@@ -32,18 +34,14 @@ def cached_models() -> list[CachedModel]:
 
 
 def cached_hub_models() -> Iterator[CachedModel]:
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
+    from huggingface_hub import constants
 
-    try:
-        cache = scan_cache_dir(constants.HF_HUB_CACHE)
-    except (CacheNotFound, ValueError):
-        return
-    for repo in sorted(cache.repos, key=lambda repo: repo.repo_id.lower()):
-        for revision in repo.revisions:
-            folder = revision.snapshot_path
-            if repo.repo_type == "model" and "main" in revision.refs and is_supported(folder):
-                yield CachedModel(repo.repo_id, folder, revision.size_on_disk, "hub")
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*")
+    names = (path.name.removeprefix("models--").replace("--", "/") for path in folders)
+    for name in sorted(filter(HUB_ID.fullmatch, names), key=str.lower):
+        folder = find_in_cache(name)
+        if folder and is_supported(folder):
+            yield CachedModel(name, folder, size_of(folder), "hub")
 
 
 def is_supported(folder: Path) -> bool:

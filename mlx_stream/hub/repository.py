@@ -20,6 +20,7 @@ from mlx_stream.checkpoint.text_model import text_config
 from mlx_stream.config import read_config
 from mlx_stream.errors import SourceError
 from mlx_stream.hub.hub_cache import (
+    COMMIT,
     OLDER_TEMPLATE,
     OTHER_FILES,
     SMALL_FILES,
@@ -38,7 +39,6 @@ FILES = [*SMALL_FILES, OLDER_TEMPLATE, "*.safetensors"]
 MAX_FILES = 10_000
 SMALL_BYTES = 64 << 20  # at most, of a file of text
 
-COMMIT = re.compile("[0-9a-f]{40}")
 DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 REVISION = re.compile(r"(?!.*\.\.)[\w][\w./-]{0,199}", re.ASCII)
 

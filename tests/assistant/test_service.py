@@ -12,6 +12,7 @@ from mlx_stream_assistant import service
 from mlx_stream_assistant.battery import is_battery_power, is_discharging
 from mlx_stream_assistant.cli import app
 from mlx_stream_assistant.errors import AssistantError
+from mlx_stream_assistant.paths import AGENT
 from mlx_stream_assistant.settings import Settings
 
 HARD = Path('/a b/50% $HOME/"x\\.log')
@@ -38,8 +39,8 @@ def test_an_agent_of_launchd():
     options = {f"--follow={HARD}", "--notes=/n.md", "--window=508", "--pause-on-battery"}
     assert options < {*words[4:]} and "--from-end" not in words
     assert agent["ProcessType"] == "Adaptive" and agent["RunAtLoad"] is True
-    assert agent["KeepAlive"] == {"Crashed": True}
-    assert "MLX_STREAM_HOME" in agent["EnvironmentVariables"]
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}  # killed for want of memory, too
+    assert {"MLX_STREAM_HOME", AGENT} <= {*agent["EnvironmentVariables"]}
     assert service.service_path("main", "darwin").parts[-3:-1] == ("Library", "LaunchAgents")
     (start,), (stop,) = service.start_commands("x", "darwin"), service.stop_commands("x", "darwin")
     assert start[:2] == ["launchctl", "bootstrap"] and start[3].endswith("assistant.x.plist")

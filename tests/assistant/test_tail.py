@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from mlx_stream_assistant import tail
-from mlx_stream_assistant.decode import CHUNK, NotText, decode, line_end, whole_characters
+from mlx_stream_assistant.decode import (
+    CHUNK,
+    NotText,
+    TextDecoder,
+    line_end,
+    refuse_binary,
+    whole_characters,
+)
 from mlx_stream_assistant.stdin import StandardInput
 from mlx_stream_assistant.tail import GRACE, SETTLED
 from tests.fakes.following import Reading, add, rotate
@@ -143,23 +150,157 @@ def test_a_file_that_goes_and_comes_back(path):
     assert sum("does not exist; waiting" in line for line in reading.told) == 3
 
 
+BINARY = bytes(range(256)) * 16
+
+
+@pytest.mark.parametrize("data", [BINARY, "text".encode("utf-16")])
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_binary_file_is_refused_and_what_comes_in_its_place_is_read(path, renamed):
-    add(path, b"one\n")
+def test_a_binary_file_is_refused_and_what_comes_in_its_place_is_read(path, renamed, data):
+    add(path, data)
     reading = Reading(path)
-    reading.poll()
-    add(path, b"\x7fELF\x00\x00\n")
     reading.wait()
+    add(path, b"more\n")
     reading.wait()
-    assert reading.taken == b"one\n"
-    assert [line for line in reading.told if "byte 8 is 0" in line] == reading.told
-    assert "byte 8 is 0" in reading.source.state["complaint"]
+    assert reading.taken == b""
+    why = "is not UTF-8 text" if data == BINARY else "is UTF-16: convert it"
+    assert len(reading.told) == 1 and why in reading.told[0]
+    assert why in reading.source.state["complaint"]
     if renamed:
         path.rename(path.with_name("x.log.1"))
     path.write_bytes(b"two\n")
     reading.wait(2 * GRACE)
-    assert reading.taken == b"one\ntwo\n"
+    assert reading.taken == b"two\n"
     assert reading.source.state["complaint"] == ""
+
+
+ODD_LINES = [
+    b'invalid request: "\x16\x03\x01\x00\xfc\x03"\n',
+    "Gerät über 40 °C\n".encode("latin-1"),
+    "“quoted” €\n".encode("cp1252"),
+    "ログです\n".encode("shift-jis"),
+    bytes(range(256)) + b"\n",
+    b"\0" * 600 + b"after a power cut\n",
+    b"\xff" * 5_000 + b"\n",
+    b"\xe2\x82\n",
+]
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=range(len(ODD_LINES)))
+@pytest.mark.parametrize("before", [0, 1, 4_000, 4_090, 10_000])
+def test_an_odd_line_ends_nothing_wherever_it_is(path, line, before):
+    text = b"x" * max(0, before - 1) + b"\n" * (before > 0)
+    for pieces in ([text + line + b"after\n"], [text, line, b"after\n"]):
+        reading, found = Reading(path), ""
+        for piece in pieces:
+            add(path, piece)
+            for _ in range(4):
+                reading.clock.now += 1.0
+                while chunk := reading.source.poll():
+                    found += chunk.text
+                    reading.source.ack(chunk)
+        whole = path.read_bytes()
+        refused = len(line) > CHUNK and (before == 0 or (before == 1 and len(pieces) == 1))
+        if not refused:
+            assert found == whole.decode("utf-8", "replace").replace("\0", "")
+            assert sum("is not UTF-8 text: such" in told for told in reading.told) == 1
+        path.unlink()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("before", [8, 5_000, 3 << 20])
+def test_a_file_that_is_emptied_under_a_writer_that_keeps_its_place(path, before, copied, restart):
+    """It begins with zeros, up to where the writer was."""
+    with path.open("wb", buffering=0) as writer:
+        writer.write(b"a line\n" * (before // 7))
+        reading = Reading(path)
+        reading.wait()
+        writer.write(b"unread\n")
+        for number in range(3):
+            if copied:
+                path.with_name(f"x.log.{3 - number}").write_bytes(path.read_bytes())
+            os.truncate(path, 0)
+            writer.write(b"line %d\n" % number)
+            if restart:
+                reading.restart()
+            reading.wait()
+        text = reading.taken.replace(b"\0", b"")
+    lines = b"unread\n" * copied + b"line 0\nline 1\nline 2\n"
+    assert text == b"a line\n" * (before // 7) + lines
+    assert reading.source.state["complaint"] == ""
+
+
+def test_room_for_text_to_come_is_not_read(path):
+    add(path, b"one\n")
+    os.truncate(path, 5_000)
+    with path.open("r+b", buffering=0) as writer:
+        writer.write(b"one\n")
+        reading = Reading(path)
+        assert reading.wait() == b"one\n"
+        writer.write(b"tw")
+        assert reading.wait() == b"tw"
+        writer.write(b"o\n")
+        assert reading.wait() == b"o\n"
+    assert reading.told == []
+
+
+def test_a_hole_of_a_terabyte_takes_no_time(path):
+    add(path, b"one\n")
+    try:
+        os.truncate(path, 2**40)
+    except OSError:
+        pytest.skip("this file system has no holes")
+    add(path, b"two\n")
+    reading = Reading(path)
+    assert reading.wait() == b"one\ntwo\n"
+    os.truncate(path, 2**41)
+    assert reading.wait() == b""
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("how", ["device", "saved", "saved with a copy", "moved disk", "renamed"])
+def test_the_same_bytes_are_the_same_file(path, how, restart):
+    """A restart changes a device's number; an editor, or another disk, a file's."""
+    text = b"".join(b"line %d\n" % number for number in range(200))
+    add(path, text)
+    reading = Reading(path)
+    reading.wait()
+    if restart:
+        reading.restart()
+    if how in ("device", "renamed"):
+        reading.place = {**(reading.place or {}), "device": -1}
+        reading.restart()
+    if how == "moved disk":
+        reading.place = {**(reading.place or {}), "device": -1, "inode": -1}
+        reading.restart()
+    if how == "renamed":
+        add(path, b"unread\n")
+        text += b"unread\n"
+        rotate(path)
+    elif how.startswith("saved"):
+        path.with_name("new").write_bytes(text + b"unread\n")
+        text += b"unread\n"
+        if how == "saved with a copy":
+            path.rename(path.with_name("x.log~"))
+        path.with_name("new").replace(path)
+    add(path, b"two\n")
+    reading.wait(10)
+    assert reading.taken == text + b"two\n"
+    path.with_name("new").write_bytes(b"LINE" + text[4:] + b"edited\n")
+    path.with_name("new").replace(path)
+    assert reading.wait(10)[-7:] == b"edited\n"
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_the_file_that_notes_are_written_to_is_not_read(path, link):
+    notes = path.with_name("diary.md")
+    notes.write_bytes(b"A note.\n")
+    link(notes, path)
+    reading = Reading(path, excluded=notes)
+    assert reading.wait() == b"" and "notes are written to" in reading.told[0]
+    path.unlink()
+    add(path, b"one\n")
+    assert reading.wait() == b"one\n"
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "loop", "locked"])
@@ -193,11 +334,21 @@ def test_where_bytes_may_end():
 
 
 def test_text_and_bytes_that_are_not_text():
-    assert decode("aé".encode(), "x") == "aé"
-    assert decode(b"a" * 99 + b"\xff", "x") == "a" * 99 + "\ufffd"
-    for data in (b"a\0b", "é".encode("utf-16"), bytes(range(128, 256))):
-        with pytest.raises(NotText, match="x: is not"):
-            decode(data, "x")
+    told: list[str] = []
+    decoder = TextDecoder(told.append)
+    assert decoder.decode("aé".encode(), "x") == "aé" and told == []
+    assert decoder.decode(b"a\xffb\0", "x", 9) == "a\ufffdb"
+    assert decoder.decode(b"\0\0", "x") == "" and len(told) == 1 and "x: byte 10 is" in told[0]
+    for data in (BINARY, "é".encode("utf-16"), bytes(range(128, 256))):
+        with pytest.raises(NotText, match="x: is"):
+            refuse_binary(data, "x", whole=True)
+    refuse_binary("Gerät über 40 °C, Lüfter läuft\n".encode("latin-1") * 9, "x", whole=True)
+    refuse_binary("\ufffd".encode() * 9, "x", whole=True)
+    refuse_binary(b"\0" * 900 + b"one\n", "x", whole=True)
+    refuse_binary(b"\x1b[31mred\x1b[0m\n" * 9, "x", whole=True)
+    refuse_binary(b"\xff\xff", "x", whole=False)
+    with pytest.raises(NotText, match="UTF-16"):
+        refuse_binary("é".encode("utf-16"), "x", whole=False)
 
 
 # --- standard input ---
@@ -228,17 +379,43 @@ def test_standard_input_comes_in_whole_characters_to_its_end():
     while source.wants:
         take()
     assert taken == "one\n€x".encode() + b"\xe2" and source.ended
-    assert told == ["standard input: ended"]
+    assert told[0] == "standard input: ended" and "byte 8 is not UTF-8" in told[1]
     os.close(read)
 
 
-def test_binary_standard_input_is_refused():
+def test_binary_standard_input_is_refused_and_its_writer_learns_of_it():
     read, write = os.pipe()
     told: list[str] = []
     source = StandardInput(told.append, read)
-    os.write(write, b"\x00\x01\x02")
+    os.write(write, BINARY)
     source.read()
     assert source.poll() is None and not source.wants
-    assert "byte 0 is 0" in told[0] and "byte 0 is 0" in source.state["complaint"]
+    assert "no longer read" in told[0] and "is not UTF-8" in source.state["complaint"]
+    with pytest.raises(BrokenPipeError):
+        os.write(write, b"x")
+    assert os.read(read, 1) == b""  # the number is taken, so that no other file gets it
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.parametrize("line", ODD_LINES, ids=range(len(ODD_LINES)))
+def test_an_odd_line_does_not_end_standard_input(line):
+    read, write = os.pipe()
+    told: list[str] = []
+    source, found = StandardInput(told.append, read), ""
+    whole = b"before\n" + line + b"after\n"
+    os.write(write, b"before\n")
+    source.read()
+    while chunk := source.poll():
+        found += chunk.text
+        source.ack(chunk)
+    os.write(write, line + b"after\n")
+    os.close(write)
+    while not source.ended:
+        source.read()
+        while chunk := source.poll():
+            found += chunk.text
+            source.ack(chunk)
+    os.close(read)
+    assert found == whole.decode("utf-8", "replace").replace("\0", "")
+    assert len(told) == 2 and "byte" in told[0] and told[1] == "standard input: ended"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mlx_stream
-from mlx_stream.chat import manage, saving
+from mlx_stream.chat import saving, summaries
 from mlx_stream.chat.export import write_export
 from mlx_stream.chat.resume import SessionOptions, header_of, new_chat, open_session
 from mlx_stream.chat.saving import SavedSession, saved_as, saved_turns
@@ -493,7 +493,7 @@ def test_cleared_turns_are_not_read_again(model, snapshot):
     said(saved.chat.reply(QUESTIONS[2]))
     saved.chat.clear()
     leave_unanswered(saved, "Was it killed?")
-    (found,) = manage.session_summaries()
+    (found,) = summaries.session_summaries()
     assert (found.exchanges, found.attended) == (4, 0)
     saved = opened(model)
     assert saved.chat.exchanges == [] and saved.chat.unanswered == "Was it killed?"

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sys
 import time
 
 import pexpect
@@ -10,6 +11,9 @@ import pytest
 from mlx_stream.chat.schema import ASKED
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
+from mlx_stream.cli.chat import Screen
+from mlx_stream.cli.terminal import repeats_itself
+from mlx_stream.text.pieces import Piece
 from tests.chat.test_settle import SCRIPT, THINKS
 from tests.fakes.shell import DEADLINE, done, program, run
 from tests.fakes.terminals import CTRL_C, ENTER, UP, Terminal
@@ -213,3 +217,18 @@ def test_thinking_is_dimmed_hidden_or_left_out(tmp_path):
     assert done("chat", *options, stdin="Hi\n").out == "jklmno\n"
     refused = run("chat", *options, "--no-think", stdin="Hi\n")
     assert refused.code == 1 and "--no-think" in refused.err
+
+
+def test_endless_repetition_is_noticed_once_with_a_way_out(monkeypatch, capsys):
+    for period in (1, 2, 11, 133):
+        text = "".join(chr(97 + n * n % 26 if n % 7 else 32) for n in range(period - 1)) + "#"
+        assert repeats_itself("Well: " + text * (800 // period + 4))
+        assert not repeats_itself(text * (399 // period))
+        assert not repeats_itself(text * 900 + "and then?")
+    assert not repeats_itself(" ".join(map(str, range(900))))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    screen = Screen()
+    for told in (1, 0):  # once
+        with screen.reply():
+            screen.show(Piece(f"{n % 3} and on. ") for n in range(90))
+        assert capsys.readouterr().err.count("the reply repeats itself; --repetition-pen") == told

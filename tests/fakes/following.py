@@ -19,14 +19,17 @@ class Clock:
 class Reading:
     """A followed file, what was taken of it, and what was said; it can begin anew as killed."""
 
-    def __init__(self, path: Path, from_end: bool = False):
-        self.path, self.clock, self.from_end = path, Clock(), from_end
+    def __init__(self, path: Path, from_end: bool = False, excluded: Path | None = None):
+        self.path, self.clock = path, Clock()
+        self.from_end, self.excluded = from_end, excluded
         self.place: dict | None = None
         self.taken, self.told = b"", []
         self.begin()
 
     def begin(self) -> None:
-        self.source = TailedFile(self.path, self.place, self.told.append, self.from_end, self.clock)
+        self.source = TailedFile(
+            self.path, self.place, self.told.append, self.from_end, self.clock, self.excluded
+        )
 
     def restart(self) -> None:
         self.source.close()

@@ -46,6 +46,7 @@ REFUSALS = {"CheckpointError", "ConfigError", "WeightsError", "TokenizerError", 
     [
         ("checkpoints", {"ran", *REFUSALS}),
         ("sessions", {"read again", "refused", "as it was"}),
+        ("sources", {"FollowedFile", "Notes", "Pipe"}),
     ],
 )
 def test_hostile_and_altered_files_do_no_harm(place, tmp_path, name, ends):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,12 @@ import huggingface_hub.constants
 import pytest
 
 from mlx_stream.checkpoint.folder import read_folder
+from mlx_stream.hub.hub_cache import storage_of
 from mlx_stream.hub.listing import CachedModel, cached_models
-from mlx_stream.hub.resolve import resolve
+from mlx_stream.hub.resolve import pull, resolve
 from mlx_stream.hub.starter import starter_folder
 from tests.fakes.loopback import (
+    COMMIT,
     CONFIG,
     NOBODY,
     REPO,
@@ -135,6 +139,95 @@ def test_the_environment_variables_of_the_hub_are_obeyed(served, tmp_path):
     found = run()
     assert found.stdout.startswith(str(tmp_path / "elsewhere" / "hub")), found.stderr
     assert run(HF_HUB_OFFLINE="1").stdout == found.stdout
+
+
+def store_copy(model: Path, links: bool = False) -> Path:
+    """Put a model into the cache as a copying tool leaves it: without a listing; return where."""
+    storage = storage_of(REPO)
+    folder = storage / "snapshots" / COMMIT
+    shutil.copytree(model, folder)
+    (storage / "refs").mkdir()
+    (storage / "refs" / "main").write_text(COMMIT)
+    if links:
+        (storage / "blobs").mkdir()
+        for number, path in enumerate(sorted(folder.iterdir())):
+            path.rename(storage / "blobs" / str(number))
+            path.symlink_to(f"../../blobs/{number}")
+    return folder
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forbid connections, and programs that would make some."""
+
+    def connect(*_: object) -> None:
+        pytest.fail("a connection was tried")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    monkeypatch.setattr(subprocess, "Popen", connect)
+
+
+NAMED = (COMMIT, COMMIT + "\n", COMMIT + "\r\n", f"\ufeff{COMMIT} \0")
+REFS = [*NAMED, "", "0" * 40, "main", "\udcff"]
+
+
+@pytest.mark.parametrize("links", [False, True])
+@pytest.mark.parametrize("ref", [*REFS, None, "folder"], ids=repr)
+def test_a_copied_cache_opens_offline(model, monkeypatch, ref, links):
+    folder = store_copy(model, links)
+    path = storage_of(REPO) / "refs" / "main"
+    path.unlink()
+    if ref == "folder":
+        path.mkdir()
+    elif ref is not None:
+        path.write_bytes(ref.encode("utf-8", "surrogateescape"))
+    offline(monkeypatch)
+    lines: list[str] = []
+    assert resolve(REPO, lines.append) == folder
+    assert len(lines) == (ref not in NAMED)
+    assert ref in NAMED or "does not say which copy is current; using 0123456789ab" in lines[0]
+    assert [one.name for one in cached_models()] == [REPO]
+    assert pull(REPO, "main", silent, lambda *_: None).path == folder
+
+
+def test_of_copies_without_a_name_the_newest_complete_one_is_used(model, monkeypatch):
+    folder = store_copy(model)
+    (storage_of(REPO) / "refs" / "main").unlink()
+    for number, commit in enumerate("abc"):
+        shutil.copytree(folder, folder.with_name(commit * 40))
+        os.utime(folder.with_name(commit * 40), (number, number))
+    (folder / "tokenizer.json").unlink()
+    offline(monkeypatch)
+    assert resolve(REPO, silent) == folder.with_name("c" * 40)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("links", [False, True])
+def test_half_a_copy_is_one_line_that_names_what_is_missing(model, monkeypatch, name, links):
+    folder = store_copy(model, links)
+    (folder / name).resolve().unlink()
+    shutil.copytree(model, folder.with_name("a" * 40))  # another commit is no substitute
+    assert f"its copy in the cache lacks {name}, and {NOBODY} cannot be reached" in refused(REPO)
+    offline(monkeypatch)
+    assert f"{REPO}: its copy in the cache lacks {name}, and HF_HUB_OFFLINE is set" in refused(REPO)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_cache_that_may_only_be_read_opens(model, monkeypatch):
+    folder = store_copy(model)
+    for path in (folder, folder.parent, storage_of(REPO), storage_of(REPO).parent):
+        path.chmod(0o500)
+    offline(monkeypatch)
+    assert resolve(REPO, silent) == folder
+    for path in (storage_of(REPO).parent, storage_of(REPO), folder.parent, folder):
+        path.chmod(0o700)
+
+
+def test_offline_the_starter_is_not_fetched_from_the_package_index_either(monkeypatch):
+    offline(monkeypatch)
+    line = refused("starter")
+    assert "not in the cache" in line and "HF_HUB_OFFLINE is set" in line
 
 
 def test_an_unreachable_hub_and_offline_mode(monkeypatch):

@@ -1,0 +1,178 @@
+"""Summaries of all saved conversations, also of thousands; loads no model.
+
+Opening a database costs more than reading its first rows. So the files are attached, one after the
+other, to one connection, and read without locks. A transcript with a log, which another process has
+open or a killed one left, is opened as usual, and so is any that is not found as it should be.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from mlx_stream.chat.migrations import VERSION, schema
+from mlx_stream.chat.schema import SessionHeader, is_time, state_of
+from mlx_stream.chat.session_files import DATABASE, session_names, session_paths
+from mlx_stream.chat.store import Store
+from mlx_stream.errors import SessionError
+from mlx_stream.program import sqlite
+from mlx_stream.program.paths import cache_folder, data_folder
+
+TABLES = "SELECT type, name, tbl_name, sql FROM x.sqlite_master LIMIT 9"
+# When it was last written to.
+USED = "coalesce((SELECT time FROM x.turns ORDER BY number DESC LIMIT 1), created)"
+SUMMARY = f"""SELECT number, turns.checksum, {USED},
+    (SELECT count(*) FROM x.turns WHERE number >= first AND state = 'answered'), session.*
+    FROM x.session LEFT JOIN x.turns ON number = (SELECT max(number) FROM x.turns) LIMIT 2"""
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """A saved conversation in a list.
+
+    Attributes:
+        exchanges: the number of turns, including an unanswered question.
+        attended: how many of them the stream attends to.
+        used: when its last turn was written, ISO 8601, UTC; of a damaged one, its file.
+        header: None if the conversation cannot be opened; `damage` then says why.
+    """
+
+    name: str
+    exchanges: int
+    attended: int
+    bytes: int
+    used: str
+    header: SessionHeader | None
+    damage: str = ""
+
+
+def session_summaries() -> list[SessionSummary]:
+    """Return the saved conversations, the last used one first.
+
+    Raises:
+        SessionError: their folder cannot be read.
+    """
+    with SummaryReader.open() as reader:
+        found = [reader.summary(name) for name in session_names()]
+        return sorted(found, key=lambda one: reader.order(one.name, one.used), reverse=True)
+
+
+def latest_session() -> str | None:
+    """Return the name of the session that was used last, or None.
+
+    One that is damaged so that this cannot be known is left out.
+
+    Raises:
+        SessionError: their folder cannot be read.
+    """
+    times = {}
+    with SummaryReader.open() as reader:
+        for name in session_names():
+            with suppress(SessionError):
+                times[name] = reader.order(name, reader.last_used(name))
+    return max(times, key=lambda name: times[name], default=None)
+
+
+@dataclass(frozen=True)
+class SummaryReader:
+    """Reads one transcript after the other.
+
+    Attributes:
+        folder: the URI of the folder of transcripts.
+        files: the status of each file of a session, by its name.
+        connection: each transcript is attached to it as `x`.
+    """
+
+    folder: str
+    files: dict[str, os.stat_result]
+    connection: sqlite3.Connection
+
+    @classmethod
+    @contextmanager
+    def open(cls) -> Iterator[Self]:
+        files = files_in(data_folder()) | files_in(cache_folder())
+        # A statement that is kept counts the steps of all transcripts together.
+        memory = sqlite3.connect(":memory:", uri=True, isolation_level=None, cached_statements=0)
+        with closing(memory) as connection:
+            connection.set_progress_handler(lambda: 1, sqlite.OPENING_STEPS)
+            for setting in sqlite.PRAGMAS[:2]:
+                connection.execute(f"PRAGMA {setting}").close()
+            yield cls(data_folder().as_uri(), files, connection)
+
+    def summary(self, name: str) -> SessionSummary:
+        size = sum(self.files[one].st_size for one in file_names(name) if one in self.files)
+        with suppress(ValueError, TypeError):
+            ((number, checksum, used, attended, *row),) = self._rows(name, SUMMARY)
+            state = state_of(row)
+            if (number or 0, checksum or "") == (state.count, state.last) and is_time(used):
+                return SessionSummary(name, state.count, attended, size, used, state.header)
+        try:
+            with Store.open(session_paths(name).database) as store:
+                state, attended, used = store.state, store.attended_turns(), last_time(store)
+                return SessionSummary(name, state.count, attended, size, used, state.header)
+        except SessionError as error:
+            written = datetime.fromtimestamp(self.order(name, "")[1] / 1e9, UTC)
+            used = written.strftime("%Y-%m-%dT%H:%M:%SZ")
+            return SessionSummary(name, 0, 0, size, used, None, str(error))
+
+    def last_used(self, name: str) -> str:
+        """Return when a session was last written to.
+
+        Raises:
+            SessionError: it is damaged.
+        """
+        with suppress(ValueError):
+            ((used,),) = self._rows(name, f"SELECT {USED} FROM x.session LIMIT 2")
+            if is_time(used):
+                return used
+        with Store.open(session_paths(name).database) as store:
+            return last_time(store)
+
+    def order(self, name: str, used: str) -> tuple[str, int]:
+        """Return what sessions are sorted by.
+
+        The dates of files, which copying changes, count only within a second.
+        """
+        files = (self.files.get(f"{name}{DATABASE}{end}") for end in ("", "-wal"))
+        return used, max((one.st_mtime_ns for one in files if one), default=0)
+
+    def _rows(self, name: str, query: str) -> list[Any]:
+        """Return the rows of a query; none if the transcript must be opened as usual."""
+        database = f"{name}{DATABASE}"
+        log, status = self.files.get(f"{database}-wal"), self.files.get(database)
+        if status is None or (log and log.st_size):
+            return []
+        sqlite.limit_length(self.connection, status.st_size)
+        with suppress(sqlite3.Error):
+            self.connection.execute("ATTACH ? AS x", (f"{self.folder}/{database}?immutable=1",))
+            try:
+                if frozenset(self.connection.execute(TABLES)) == schema(VERSION):
+                    return self.connection.execute(query).fetchall()
+            finally:
+                self.connection.execute("DETACH x")
+        return []
+
+
+def last_time(store: Store) -> str:
+    """Return when the last turn was written, or else when the session was created."""
+    state = store.state
+    return store.turns(state.count)[-1].time if state.count else state.header.created
+
+
+def files_in(folder: Path) -> dict[str, os.stat_result]:
+    found = {}
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                found[entry.name] = entry.stat(follow_symlinks=False)
+    return found
+
+
+def file_names(name: str) -> list[str]:
+    """Return the names of every file with content of a conversation."""
+    bases = f"{name}{DATABASE}", f".{name}{DATABASE}.new"
+    return [f"{name}.safetensors", *(base + end for base in bases for end in ("", *sqlite.BESIDE))]
