@@ -159,7 +159,9 @@ WRONG: list[tuple[str, dict[str, Any], Callable[..., None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "entry", "change", "message"), WRONG, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("name", "entry", "change", "message"), WRONG, ids=lambda x: "" if callable(x) else str(x)[:40]
+)
 def test_what_does_not_fit_is_refused_in_one_line(
     tmp_path: Path, name: str, entry: dict[str, Any], change: Callable[..., None], message: str
 ):
