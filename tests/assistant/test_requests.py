@@ -193,7 +193,7 @@ def test_a_source_that_cannot_be_kept_does_not_keep_others_out(journal):
     assistant._sources = [source("\udce9"), source("good"), source("\udce9")]
     assert assistant._read()
     assert [chunk.text for chunk in journal.chunks(0)] == ["good"]
-    assert len(said) == 1 and "tried again" in said[0]
+    assert len(said) == 1 and "trying again" in said[0]
 
 
 def test_status_tells_what_is_left_and_whether_it_becomes_more(monkeypatch):
