@@ -20,7 +20,7 @@ from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, TextError, ValueRefused, one_line
 from mlx_stream.generate.reply import write_reply
-from mlx_stream.generate.requests import Coroutine, drive, read_ids, run_coroutine
+from mlx_stream.generate.requests import Coroutine, Priority, drive, read_ids, run_coroutine
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
@@ -511,7 +511,7 @@ class ChatSession:
             ids = ids[: max(0, before - self.tokens.length)]
         if ids:
             self.evictor.make_room(len(ids), keep=1)
-            yield from read_ids(self.tokens, ids, progress=progress)
+            yield from read_ids(self.tokens, ids, progress=progress, priority=Priority.SETTLING)
             self.stats.settled += len(ids)
         self._count()
 

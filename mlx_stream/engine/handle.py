@@ -14,7 +14,7 @@ from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.session_worker import SessionWorker
-from mlx_stream.engine.task import AHEAD, Task, Work
+from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
 from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.generate.stats import Stats
@@ -91,6 +91,8 @@ class Handle:
         self, begin: Callable[[], Work], ahead: int | None = AHEAD, reply: bool = True
     ) -> Task:
         """Submit a task, and cancel the reply in progress."""
+        if ahead is not None and self._queue.owner.shared:
+            ahead = SHARED_AHEAD
         with self._worker.lock:
             task = self._worker.submit(self._queue, begin, ahead)
             before, self._reply = self._reply, task if reply else None
@@ -162,10 +164,11 @@ class Session(Handle):
         on_evict: OnEvict | None,
         on_token: OnToken | None,
         engine: Any,
+        shared: bool,
     ):
         check_limit(options.max_tokens)
         self.name = name
-        self._session_worker = SessionWorker(worker, host, options, name)
+        self._session_worker = SessionWorker(worker, host, options, name, shared)
         super().__init__(worker, self._session_worker, engine, on_evict, on_token)
 
     @property

@@ -19,15 +19,22 @@ class SessionWorker:
 
     Args:
         name: the name of a saved conversation, or None.
+        shared: see `StreamOwner`.
 
     Attributes:
         exchanges: the ones attended after the last task; replaced, never changed.
     """
 
     def __init__(
-        self, worker: Worker, host: ModelHost, options: resume.SessionOptions, name: str | None
+        self,
+        worker: Worker,
+        host: ModelHost,
+        options: resume.SessionOptions,
+        name: str | None,
+        shared: bool,
     ):
         self.worker, self.host, self.options, self.name = worker, host, options, name
+        self.shared = shared
         self.key = object()
         self.chat: ChatSession | None = None
         self.saved: SavedSession | None = None

@@ -88,7 +88,7 @@ def write_reply(
                 chosen, keys = [result.token], [sampler.key]
             stats.reply_seconds += result.seconds
             if speculator and guess:
-                speculator.learn(guess, chosen, result.seconds)
+                speculator.learn(guess, chosen, None if result.shared else result.seconds)
     finally:
         tokens.drop_pending()
     if tokens.lookahead:

@@ -154,7 +154,7 @@ class TokenStream:
             raise
         penalized = None
         if want is Want.TOKEN and sampler:
-            penalized = self._penalized(sampler, mx.array(ids, mx.int32))
+            penalized = self._penalized(sampler, mx.array([*ids], mx.int32))
         return PlannedRead(self, request, ids, step, penalized)
 
     def commit(self, step: Any, ids: Sequence[int]) -> None:

@@ -50,7 +50,7 @@ class Twin:
 
     def __init__(self, model: Model, kind: Any, seed: int):
         sinks, window, bits, sampling = kind
-        self.bits, self.text, self.ids = bits, some_ids(4_000, seed), 0
+        self.window, self.bits, self.text, self.ids = window, bits, some_ids(4_000, seed), 0
         caches = [model.new_cache(sinks, window, spare_rows(bits), kv_bits=bits) for _ in range(2)]
         self.shared, self.alone = (TokenStream(model, cache) for cache in caches)
         self.samplers = Sampler(sampling), Sampler(sampling)
@@ -60,9 +60,8 @@ class Twin:
         want = Want[what.upper()]
         if want is Want.TOKEN:
             count = 1
-        elif want is Want.ROWS:
-            if (count := min(count, self.shared.cache.max_verify)) == 1:
-                want = Want.LOGITS
+        elif want is Want.ROWS and (count := min(count, self.shared.cache.max_verify)) == 1:
+            want = Want.LOGITS
         ids = self.text[self.ids : self.ids + count]
         return [
             ReadRequest(stream, ids, want, 64, sampler if want is Want.TOKEN else None)
@@ -97,7 +96,7 @@ def test_streams_that_share_steps_are_those_alone(name, traced, kinds, moves):
         patch.setattr(backend, "tracing", lambda: (False, traced))
         twins = [Twin(MODELS[name], kind, seed) for seed, kind in enumerate(kinds)]
         for twin in twins:  # half of them begin with a full window
-            if twin.shared.cache.geometry.window < 24:
+            if twin.window < 24:
                 for request in twin.requests("nothing", 60):
                     request.stream.run(request)
                 twin.ids += 60
