@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,13 +9,11 @@ from hypothesis import strategies as st
 
 from mlx_stream import backend
 from mlx_stream.cache.steps.verify import spare_rows
-from mlx_stream.errors import TokenizerError, WeightsError
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler, Sampling
-from tests.fakes.failing import failing
 from tests.fakes.tiny import FAMILIES, tiny_config
 from tests.fakes.tiny_models import make, some_ids, tensors_of
 
