@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
-from typing import ParamSpec
+from typing import ParamSpec, Unpack
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
 from mlx_stream.chat.exchange import ConversationState, Exchange, PlacedTurn, ids_of, unread_ids
@@ -26,7 +26,7 @@ from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
-from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.sampling import ReplyOptions, Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
 from mlx_stream.text.template.chat_template import ChatTemplate
 
@@ -141,27 +141,32 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Read a question and yield the pieces of the reply. The next request closes it.
 
         Args:
             progress: called while the question is read, with the tokens read and the total.
+            options: see `ReplyOptions`.
 
         Raises:
-            ValueRefused: `max_tokens` is below 1, or a stop string is empty.
+            ValueRefused: `max_tokens` is below 1, a stop string is empty, or an option is out of
+                range.
             TextError: the question is empty.
             SessionError: the recorder could not write the turn; it tries again at the next turn.
         """
         if not question:
             raise TextError("the question is empty")
         limit, reply = self._new_reply(max_tokens, stop)
-        return self._turn_steps(lambda: self._ask(question, limit), reply, limit, progress)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
+        return self._turn_steps(lambda: self._ask(question, limit), reply, limit, progress, sampler)
 
     def retry_steps(
         self,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Answer the last question again; the part of it that is still attended is not read again.
 
@@ -169,9 +174,10 @@ class ChatSession:
             ValueRefused: as in `reply`, or there is no question.
         """
         limit, reply = self._new_reply(max_tokens, stop)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
         if not self.unanswered:
             self._turns_or_refuse("answer again")
-        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress)
+        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress, sampler)
 
     def edit_steps(
         self,
@@ -179,6 +185,7 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Replace the last question and answer the new one; otherwise as `reply`.
 
@@ -188,6 +195,7 @@ class ChatSession:
         if not question:
             raise TextError("the question is empty")
         limit, reply = self._new_reply(max_tokens, stop)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
         if not self.unanswered:
             self._turns_or_refuse("edit")
 
@@ -197,7 +205,7 @@ class ChatSession:
             self._take_back_last()
             return self._ask(question, limit)
 
-        return self._turn_steps(ask, reply, limit, progress)
+        return self._turn_steps(ask, reply, limit, progress, sampler)
 
     reply, retry, edit = driven(reply_steps), driven(retry_steps), driven(edit_steps)
 
@@ -313,7 +321,12 @@ class ChatSession:
         return limit, self.prompts.replies.decoder(stops, thinking)
 
     def _turn_steps(
-        self, begin: Begin, reply: ReplyDecoder, limit: int, progress: Progress | None
+        self,
+        begin: Begin,
+        reply: ReplyDecoder,
+        limit: int,
+        progress: Progress | None,
+        sampler: Sampler,
     ) -> Coroutine[Piece, None]:
         if self.tokens.failed:
             self._notify("the attended turns are read again: a step of the previous reply failed")
@@ -329,7 +342,7 @@ class ChatSession:
         writer = write_reply(
             self.writer,
             prompt,
-            self.sampler,
+            sampler,
             limit,
             self.prompts.replies.end_ids,
             reply,
@@ -343,8 +356,13 @@ class ChatSession:
                 result = yield writer.send(result)
             return
         except StopIteration as end:
-            counts = (self.cache.attended, *self.evictor.evicted_since_report())
-            yield Piece(end.value.text, end.value.finish, *counts)
+            exchanges, evicted = self.evictor.evicted_since_report()
+            yield replace(
+                end.value,
+                attended=self.cache.attended,
+                evicted_exchanges=exchanges,
+                evicted_tokens=evicted,
+            )
         finally:
             writer.close()
             if self.evictor.state.reply is reply:

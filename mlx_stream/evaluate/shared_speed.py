@@ -54,9 +54,9 @@ def shared_speed(
     for count in counts:
         progress(f"window {window}, {count} at once")
         sides: dict[str, Round] = {
-            "one": in_turn(model, window, 1),
+            "one": one_by_one(model, window, 1),
             "shared": together(model, window, count),
-            "in_turn": in_turn(model, window, count),
+            "in_turn": one_by_one(model, window, count),
             "mlx_lm_one": their_batch(model, peer, window, 1),
             "mlx_lm": their_batch(model, peer, window, count),
         }
@@ -117,7 +117,7 @@ def together(model: Model, window: int, count: int) -> Round:
     return step
 
 
-def in_turn(model: Model, window: int, count: int) -> Round:
+def one_by_one(model: Model, window: int, count: int) -> Round:
     requests = requests_of(model, window, count)
 
     def step() -> None:

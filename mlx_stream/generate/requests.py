@@ -24,7 +24,7 @@ class Want(Enum):
     NOTHING = auto()
     LOGITS = auto()  # (vocabulary,), after the last id
     ROWS = auto()  # (T, vocabulary), after each id; all ids but the first may be taken back
-    TOKEN = auto()  # the next token
+    TOKEN = auto()  # the next token, and with it the logits if its sampler has `logprobs`
 
 
 class Priority(IntEnum):

@@ -54,7 +54,7 @@ def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception
 def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
     """Compute and commit the step of several streams."""
     if backend.tracing()[True] and all(comes_again(read) for read in planned):
-        return decode(planned)
+        return compute_traced(planned)
     tokens, padding = [id for read in planned for id in read.ids], 0
     if any(len(read.ids) > 1 for read in planned) and len(tokens) <= STEP_LENGTHS[-1]:
         padding = pad_length(len(tokens)) - len(tokens)
@@ -80,7 +80,7 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
     return [result_of(*each) for each in zip(planned, logits, chosen, strict=True)]
 
 
-def decode(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
+def compute_traced(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
     """Compute and commit a step of one token of each stream, traced."""
     # In one order of kinds, so that the same streams share a trace whoever asked first.
     order = sorted(range(len(planned)), key=lambda at: repr(planned[at].step.kind))
@@ -99,9 +99,14 @@ def decode(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
 
 
 def comes_again(read: PlannedRead) -> bool:
-    """Return whether a read is one token of a full window, whose next step is of the same kind."""
-    step = read.step
-    return read.request.want is Want.TOKEN and isinstance(step, DecodeStep) and step.kind.steady
+    """Return whether a read is one token of a full window, whose next step is of the same kind.
+
+    Not if it wants the logits too: a traced step of several streams does not return them.
+    """
+    step, sampler = read.step, read.request.sampler
+    if read.request.want is not Want.TOKEN or sampler is None or sampler.logprobs is not None:
+        return False
+    return isinstance(step, DecodeStep) and step.kind.steady
 
 
 def choose(read: PlannedRead, logits: mx.array | None) -> tuple[mx.array, mx.array] | None:
@@ -127,9 +132,11 @@ def result_of(
 ) -> ReadResult | Exception:
     """Return what a request wants of an evaluated step."""
     count, want = len(read.ids), read.request.want
-    if chosen is not None and read.request.sampler:
-        read.request.sampler.key = chosen[1]
-        return ReadResult(count, token=as_int(chosen[0]))
+    sampler = read.request.sampler
+    if chosen is not None and sampler:
+        sampler.key = chosen[1]
+        row = logits[0] if logits is not None and sampler.logprobs is not None else None
+        return ReadResult(count, logits=row, token=as_int(chosen[0]))
     if logits is None or want is Want.ROWS:
         return ReadResult(count, logits=logits)
     if not mx.isfinite(logits).all().item():

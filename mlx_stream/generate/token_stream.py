@@ -15,6 +15,7 @@ from mlx_stream.generate.attended_ids import AttendedIds, StreamObserver
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.load import Model, check_process
 from mlx_stream.models.compiled import DecodeOutput
+from mlx_stream.models.layers import CausalLM
 from mlx_stream.sampling import PenalizedIds, Sampler, as_int
 from mlx_stream.window import PREFILL_CHUNK
 
@@ -116,7 +117,8 @@ class TokenStream:
         try:
             if want is Want.TOKEN:
                 assert request.sampler is not None
-                token = self.next(ids[0], request.sampler, request.more)
+                token, found = self.next(ids[0], request.sampler, request.more)
+                logits = found if request.sampler.logprobs is not None else None
             elif want is Want.ROWS:
                 logits = self.verify(ids)
             else:
@@ -124,7 +126,7 @@ class TokenStream:
                 wanted = want is Want.LOGITS and count == len(ids)
                 found = self._read(ids[:count], prefill=not wanted)
                 if wanted:
-                    logits = self._last_logits(found, check=True)
+                    logits = last_logits(self.network, found, check=True)
                 else:
                     mx.eval(found)
         except STEP_ERRORS:
@@ -154,7 +156,7 @@ class TokenStream:
             raise
         penalized = None
         if want is Want.TOKEN and sampler:
-            penalized = self._penalized(sampler, mx.array([*ids], mx.int32))
+            penalized = penalized_next(self, sampler, mx.array([*ids], mx.int32))
         return PlannedRead(self, request, ids, step, penalized)
 
     def commit(self, step: Any, ids: Sequence[int]) -> None:
@@ -181,7 +183,7 @@ class TokenStream:
             chunk: the most tokens in a step; 1 decodes token by token.
         """
         *_, hidden = self.steps(ids, chunk, prefill=True)
-        return self._last_logits(hidden, check=len(ids) > 1)
+        return last_logits(self.network, hidden, check=len(ids) > 1)
 
     def steps(
         self, ids: Sequence[int], chunk: int = PREFILL_CHUNK, prefill: bool = False
@@ -199,8 +201,8 @@ class TokenStream:
             part, done = ids[done : done + count], done + count
             yield self._read(part, prefill and done < len(ids))
 
-    def next(self, token: int, sampler: Sampler, more: bool = True) -> int:
-        """Read one token and return the next one, which `sampler` chooses.
+    def next(self, token: int, sampler: Sampler, more: bool = True) -> tuple[int, mx.array]:
+        """Read one token; return the next one, by `sampler`, and the logits (vocabulary,).
 
         Args:
             more: whether another step is likely to follow. It is then built while the device
@@ -228,7 +230,7 @@ class TokenStream:
             self._pending = PendingStep(version, chosen, sampler, key, step, following)
         found = as_int(chosen)
         sampler.key = key
-        return found
+        return found, output.logits
 
     def verify(self, ids: Sequence[int]) -> mx.array:
         """Read up to the cache's `max_verify` ids and return the logits (T, vocabulary) after each.
@@ -327,13 +329,6 @@ class TokenStream:
         mx.eval(self.cache.arrays())
         return found
 
-    def _last_logits(self, hidden: mx.array, check: bool) -> mx.array:
-        """Return the logits (vocabulary,) after the last row; with `check`, refuse NaN."""
-        logits = self.network.logits(hidden[:, -1])[0]
-        if check and not mx.isfinite(logits).all().item():
-            raise WeightsError(NOT_A_NUMBER)
-        return logits
-
     def _plan(self, count: int, verify: bool = False, pad: bool = True) -> Any:
         """Return the step that reads the next `count` tokens; nothing is evicted yet."""
         self.ids.record()
@@ -348,20 +343,29 @@ class TokenStream:
         key: mx.array | None = None,
     ) -> DecodeOutput:
         """Build one token's step without committing it."""
-        penalized = self._penalized(sampler, tokens[0].astype(mx.int32)) if sampler else None
+        penalized = None
+        if sampler:
+            penalized = penalized_next(self, sampler, tokens[0].astype(mx.int32))
         return self.compiled_steps.decode(step, tokens, self._tracing, sampler, key, penalized)
 
-    def _penalized(self, sampler: Sampler, token: mx.array) -> PenalizedIds | None:
-        """Return what a sampler's penalty applies to after the next token, (1,) int32, if any."""
-        if not sampler.mode.penalizes:
-            return None
-        self.ids.record()
-        attended = self.cache.attended_next()
-        ids = np.zeros(len(attended), np.int32)
-        ids[: len(self.ids.by_row)] = self.ids.by_row[: len(ids)]
-        return PenalizedIds(
-            mx.concatenate([mx.array(ids), token]), mx.array(np.append(attended, True))
-        )
+
+def penalized_next(stream: TokenStream, sampler: Sampler, token: mx.array) -> PenalizedIds | None:
+    """Return what a sampler's penalty, if any, applies to after the next token, (1,) int32."""
+    if not sampler.mode.penalizes:
+        return None
+    stream.ids.record()
+    attended = stream.cache.attended_next()
+    ids = np.zeros(len(attended), np.int32)
+    ids[: len(stream.ids.by_row)] = stream.ids.by_row[: len(ids)]
+    return PenalizedIds(mx.concatenate([mx.array(ids), token]), mx.array(np.append(attended, True)))
+
+
+def last_logits(network: CausalLM, hidden: mx.array, check: bool) -> mx.array:
+    """Return the logits (vocabulary,) after the last row; with `check`, refuse NaN."""
+    logits = network.logits(hidden[:, -1])[0]
+    if check and not mx.isfinite(logits).all().item():
+        raise WeightsError(NOT_A_NUMBER)
+    return logits
 
 
 def is_next(pending: PendingStep, version: object, token: int, sampler: Sampler) -> bool:
@@ -393,7 +397,7 @@ def generate(
             yield token
             if token in ends or not left:
                 return
-            token = stream.next(token, sampler, more=left > 1)
+            token, _ = stream.next(token, sampler, more=left > 1)
     finally:
         stream.drop_pending()
 
