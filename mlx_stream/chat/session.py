@@ -19,6 +19,7 @@ from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, TextError, ValueRefused, one_line
+from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, Priority, drive, read_ids, run_coroutine
 from mlx_stream.generate.speculative import writer_factory
@@ -74,6 +75,7 @@ class ChatSession:
         think: whether a model that can is to think before it answers. Default: as its template has
             it.
         reasoning_effort: how long to think, as a level that the template knows, such as "low".
+        prefixes: where the rows of the pinned beginning are kept, for sessions that share it.
 
     Attributes:
         recorder: saves the conversation, if set.
@@ -106,6 +108,7 @@ class ChatSession:
         draft: Model | None = None,
         think: bool | None = None,
         reasoning_effort: str | None = None,
+        prefixes: PrefixCache | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
@@ -118,6 +121,7 @@ class ChatSession:
         self.max_tokens, self.stop = check_max_tokens(max_tokens), StopMatcher(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
         self.sinks, self.kv_bits = model.resolve_window(sinks, None)[0], kv_bits
+        self._prefixes = prefixes
         self.recorder: Recorder | None = None
         self.number, self.unanswered = 0, ""
         self._writer_factory = writer_factory(model, speculate, draft, kv_bits, sampling)
@@ -338,7 +342,11 @@ class ChatSession:
         turns = tuple(t for t in self.evictor.state.turns if t.number != turn.number)
         self.number, self.unanswered = turn.number, ""
         self.evictor.state = ActiveTurn(turns, turn, reply, turns)
-        prompt = unread_ids(self.prompts.pinned, (*turns, turn), self.tokens.length)
+        pinned = self.prompts.pinned
+        unread = unread_ids(pinned, (*turns, turn), self.tokens.length)
+        report = cumulative(progress, len(unread))
+        yield from self._read_pinned(report)
+        prompt = unread_ids(pinned, (*turns, turn), self.tokens.length)
         writer = write_reply(
             self.writer,
             prompt,
@@ -348,7 +356,7 @@ class ChatSession:
             reply,
             self.stats,
             self.evictor.make_room,
-            cumulative(progress, len(prompt)),
+            report,
         )
         result = None
         try:
@@ -524,6 +532,7 @@ class ChatSession:
         state = self.evictor.state
         if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length)):
             return
+        yield from self._read_pinned(progress)
         ids = unread_ids(self.prompts.pinned, state.turns, self.tokens.length)
         if before is not None:
             ids = ids[: max(0, before - self.tokens.length)]
@@ -532,6 +541,21 @@ class ChatSession:
             yield from read_ids(self.tokens, ids, progress=progress, priority=Priority.SETTLING)
             self.stats.settled += len(ids)
         self._count()
+
+    def _read_pinned(self, progress: Callable[[int], None] | None) -> Coroutine[Piece, None]:
+        """Read the pinned beginning in steps of its own, or copy the rows of one read before."""
+        pinned, started = self.prompts.pinned, self.tokens.length
+        if started >= len(pinned):
+            return
+        if not started and self._prefixes and self._prefixes.restore(self.writer, pinned):
+            if progress:
+                progress(len(pinned))
+            return
+        result = yield from read_ids(self.tokens, pinned[started:], progress=progress)
+        self.stats.prompt_tokens += result.count
+        self.stats.prompt_seconds += result.seconds
+        if not started and self._prefixes:
+            self._prefixes.add(self.writer, pinned)
 
     # --- the stream, its statistics and the recorder ---
 

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlx_stream.chat import resume
@@ -48,11 +49,12 @@ class SessionWorker:
     def open(self) -> Work:
         """Begin a conversation, or resume a saved one; a coroutine."""
         model = self.host.model_for(self.key)
+        options = replace(self.options, prefixes=self.host.prefixes)
         notices: deque[str] = deque(maxlen=MOST_NOTICES)
         if self.name is None:
-            chat = resume.new_chat(model, self.options, notices.append)
+            chat = resume.new_chat(model, options, notices.append)
         else:
-            steps = resume.open_steps(self.name, model, self.options, notices.append)
+            steps = resume.open_steps(self.name, model, options, notices.append)
             self.saved = yield from steps
             chat = self.saved.chat
         chat.on_evict, chat.stats.notices = self._evict, [*notices]
