@@ -10,8 +10,7 @@ back instead of reading it again.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import wraps
-from typing import ParamSpec, Unpack
+from typing import Unpack
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
 from mlx_stream.chat.exchange import ConversationState, Exchange, PlacedTurn, ids_of, unread_ids
@@ -21,7 +20,7 @@ from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, TextError, ValueRefused, one_line
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
-from mlx_stream.generate.requests import Coroutine, Priority, drive, read_ids, run_coroutine
+from mlx_stream.generate.requests import Coroutine, Priority, driven, read_ids, run_coroutine
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
@@ -35,18 +34,6 @@ DEFAULT_MAX_TOKENS = 512
 Progress = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
 Begin = Callable[[], PlacedTurn]
-P = ParamSpec("P")
-
-
-def driven(steps: Callable[P, Coroutine[Piece, None]]) -> Callable[P, Pieces]:
-    """Return a method that drives the coroutine of another method."""
-
-    @wraps(steps)
-    def drive_steps(*args: P.args, **kwargs: P.kwargs) -> Pieces:
-        return drive(steps(*args, **kwargs))
-
-    drive_steps.__name__ = steps.__name__.removesuffix("_steps")
-    return drive_steps
 
 
 class ChatSession:
