@@ -4,10 +4,11 @@
         [--dtype TYPE] [--kv-bits 8 | 4] [--filled]
 
 `1b` is a model of the shape of Llama-3.2-1B with random weights, written in bfloat16 or 4 bits to a
-temporary folder. FAMILY is a random model of 150 MB of one of the families. The chat has one turn, longer than the window by more than a chunk. Reading it
-takes minutes in float32, and hours in bfloat16 or 4 bits on the CPU backend: with `--filled` the
-stream begins as one whose window is full of zeros, and the turn is one chunk and a little more.
-Prints one line of JSON; exits with 1 if the plan is off by more than 5 %. Not collected by pytest.
+temporary folder. FAMILY is a random model of 143 MB of one of the families. The chat has one turn,
+longer than the window by more than a chunk. Reading it takes minutes in float32, and hours in
+bfloat16 or 4 bits on the CPU backend: with `--filled` the stream begins as one whose window is full
+of zeros, and the turn is one chunk and a little more. Prints one line of JSON; exits with 1 if the
+plan is off by more than 5 %. Not collected by pytest.
 """
 
 import argparse
