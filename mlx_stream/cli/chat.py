@@ -3,8 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +24,7 @@ from mlx_stream.cli.terminal import (
 )
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
-from mlx_stream.program.exits import ending_on_signals, finished_before_signals, notify
+from mlx_stream.program.exits import ENDING, ending_on_signals, finished_before_signals, notify
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
@@ -85,7 +85,11 @@ def chat(
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     # On a terminal a question typed ahead is kept, and Ctrl-C ends only the reply.
-    with keys_wait() if interactive else ending_on_signals(signal.SIGINT):
+    signals = ENDING if interactive else (*ENDING, signal.SIGINT)
+    with (
+        keys_wait() if interactive else nullcontext(),
+        ending_on_signals(*signals) as check_ended,
+    ):
         from mlx_stream.chat import resume, saving, summaries
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 
@@ -105,7 +109,7 @@ def chat(
             # Imported while the weights are read: MLX does that without Python's lock.
             Thread(target=import_module, args=("prompt_toolkit",)).start()
         loaded = loading.load(source)
-        screen = Screen(thinking.hide_thinking)
+        screen = Screen(check_ended, thinking.hide_thinking)
         chosen = resume.SessionOptions(
             system=system,
             window=attended.window,
@@ -205,9 +209,13 @@ class Screen:
     """Replies on standard output; escaped on a terminal, and without notices in the middle.
 
     A model's thinking is shown dimmed, on a terminal only.
+
+    Args:
+        check_ended: called after every piece and reply; raises if a signal has ended the program.
     """
 
-    def __init__(self, hide_thinking: bool = False) -> None:
+    def __init__(self, check_ended: Callable[[], None], hide_thinking: bool = False) -> None:
+        self._check_ended = check_ended
         self.in_reply = self.in_thinking = self.told = False
         self._stopped = lambda: False
         self.shows_thinking = sys.stdout.isatty() and not hide_thinking
@@ -231,6 +239,7 @@ class Screen:
         self.end_reply()
 
     def _check(self) -> None:
+        self._check_ended()
         if self._stopped():
             raise ReplyStopped
 
@@ -246,6 +255,7 @@ class Screen:
                 self.write(shown.add(piece.text) if shown else piece.text)
                 finish = piece.finish
                 self._check()
+            self._check_ended()
             if shown and (rest := shown.flush()):
                 self.write(rest)
             if shown and finish == "length":

@@ -26,7 +26,6 @@ UNWRITABLE = {
 
 # Sent when the terminal is closed, and by the system when it shuts down.
 ENDING = signal.SIGHUP, signal.SIGTERM
-NOT_IGNORED = signal.SIG_DFL, signal.default_int_handler
 
 
 def notify(text: str) -> None:
@@ -74,25 +73,34 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
 
 
 @contextmanager
-def ending_on_signals(*signals: int) -> Iterator[None]:
+def ending_on_signals(*signals: int) -> Iterator[Callable[[], None]]:
     """Let signals (default: SIGHUP and SIGTERM) unwind what is inside; exit with 128 + the number.
 
-    A second signal ends the process at once. One that is ignored, as under nohup, stays so.
+    A second signal ends the process at once. One that is ignored, as under nohup, stays so. Yields
+    a function that raises again after a signal: what a handler raises while MLX converts an array
+    is lost.
     """
+    ended = []
 
     def end(number: int, frame: object) -> NoReturn:
         for one in (*ENDING, signal.SIGINT):
             signal.signal(one, signal.SIG_DFL)
+        ended.append(number)
         raise SystemExit(128 + number)
+
+    def check() -> None:
+        if ended:
+            raise SystemExit(128 + ended[0])
 
     before = {}
     if threading.current_thread() is threading.main_thread():
         before = {one: signal.getsignal(one) for one in signals or ENDING}
-        before = {one: how for one, how in before.items() if how in NOT_IGNORED}
+        before = {one: how for one, how in before.items() if how != signal.SIG_IGN}
     for one in before:
         signal.signal(one, end)
     try:
-        yield
+        yield check
+        check()
     except SystemExit:
         try:
             sys.stdout.flush()

@@ -39,8 +39,15 @@ from tests.fakes.killed_chat import DEADLINE, Marks, check_attended, turns_of
 from tests.fakes.thinkers import write_thinker
 
 SIGNALS = signal.SIGHUP, signal.SIGTERM, signal.SIGINT
-# How often a phase is entered, at most, before the signal comes.
-VISITS = {"reading": 6, "thinking": 90, "reply": 200, "commit": 9, "snapshot": 5, "closing": 1}
+# How often a phase is entered before the signal comes. The first commit makes the session.
+VISITS = {
+    "reading": range(1, 7),
+    "thinking": range(1, 91),
+    "reply": range(1, 201),
+    "commit": range(2, 10),
+    "snapshot": range(1, 6),
+    "closing": range(1, 2),
+}
 LONGEST_DELAY = 0.006
 WINDOW = 400
 OPTIONS = ("--temp", "0", "--window", str(WINDOW), "--max-tokens", "60")
@@ -123,7 +130,7 @@ class Moments:
         asked.write_text("\n".join(questions))
         with asked.open() as stdin, out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr)
-            visit, until = self.luck.randint(1, VISITS[target]), time.monotonic() + DEADLINE
+            visit, until = self.luck.choice(VISITS[target]), time.monotonic() + DEADLINE
             while marks.entered(target) < visit:
                 assert time.monotonic() < until and process.poll() is None, err.read_text()
                 time.sleep(0.0005)
