@@ -83,9 +83,9 @@ def ending_on_signals(*signals: int) -> Iterator[Callable[[], None]]:
     ended = []
 
     def end(number: int, frame: object) -> NoReturn:
+        ended.append(number)
         for one in (*ENDING, signal.SIGINT):
             signal.signal(one, signal.SIG_DFL)
-        ended.append(number)
         raise SystemExit(128 + number)
 
     def check() -> None:
