@@ -416,9 +416,13 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_no_class_has_too_many_methods():
-    """Two have a reason for more, which their docstrings give."""
+    """Two have more than 20; their docstrings give the reason."""
+    found = set()
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "apps").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.ClassDef) and node.name not in ("ChatSession", "StreamCache"):
+            if isinstance(node, ast.ClassDef):
                 methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-                assert len(methods) <= 20, f"{path}: {node.name}"
+                if len(methods) > 20:
+                    assert "It has more methods" in (ast.get_docstring(node) or ""), node.name
+                    found.add(node.name)
+    assert found == {"ChatSession", "StreamCache"}

@@ -53,6 +53,9 @@ STATE_NUMBERS = {
 class StreamCache:
     """All layers of one stream: S sinks and a ring of R = W + X tokens, allocated once.
 
+    It has more methods than other classes because `Cache` has 20, and reading, taking back,
+    evicting, re-anchoring and restoring all replace the same state, as a whole.
+
     Args:
         shape: the model's attention.
         sinks: S >= 0, the first tokens, which are never evicted.

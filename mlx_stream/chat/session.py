@@ -43,6 +43,9 @@ class ChatSession:
     coroutine (`reply_steps`, ...) with the same arguments, for programs that run several
     conversations and drive the requests themselves.
 
+    It has more methods than other classes because each of them leaves turns, stream and recorder in
+    agreement, wherever it is interrupted; no other object may change one of the three.
+
     Args:
         model: from `mlx_stream.load`.
         system: the system prompt. It is always attended and comes on top of the window: its tokens

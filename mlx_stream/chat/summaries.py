@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,7 +57,7 @@ def session_summaries() -> list[SessionSummary]:
     Raises:
         SessionError: their folder cannot be read.
     """
-    with SummaryReader.open() as reader:
+    with SummaryReader.open(data_folder(), cache_folder()) as reader:
         found = [reader.summary(name) for name in session_names()]
         return sorted(found, key=lambda one: reader.order(one.name, one.used), reverse=True)
 
@@ -70,7 +71,7 @@ def latest_session() -> str | None:
         SessionError: their folder cannot be read.
     """
     times = {}
-    with SummaryReader.open() as reader:
+    with SummaryReader.open(data_folder()) as reader:
         for name in session_names():
             with suppress(SessionError):
                 times[name] = reader.order(name, reader.last_used(name))
@@ -83,7 +84,7 @@ class SummaryReader:
 
     Attributes:
         folder: the URI of the folder of transcripts.
-        files: the status of each file of a session, by its name.
+        files: the status of each file of a session that is in the given folders, by its name.
         connection: each transcript is attached to it as `x`.
     """
 
@@ -93,8 +94,8 @@ class SummaryReader:
 
     @classmethod
     @contextmanager
-    def open(cls) -> Iterator[Self]:
-        files = files_in(data_folder()) | files_in(cache_folder())
+    def open(cls, *folders: Path) -> Iterator[Self]:
+        files = dict(chain(*(files_in(folder) for folder in folders)))
         # A statement that is kept counts the steps of all transcripts together.
         memory = sqlite3.connect(":memory:", uri=True, isolation_level=None, cached_statements=0)
         with closing(memory) as connection:
@@ -163,13 +164,13 @@ def last_time(store: Store) -> str:
     return store.turns(state.count)[-1].time if state.count else state.header.created
 
 
-def files_in(folder: Path) -> dict[str, os.stat_result]:
-    found = {}
+def files_in(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the name and the status of each file but the locks, which are empty."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            with suppress(OSError):
-                found[entry.name] = entry.stat(follow_symlinks=False)
-    return found
+            if not entry.name.endswith(".lock"):
+                with suppress(OSError):
+                    yield entry.name, entry.stat(follow_symlinks=False)
 
 
 def file_names(name: str) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from threading import Thread
@@ -24,7 +24,7 @@ from mlx_stream.cli.terminal import (
 )
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
-from mlx_stream.program.exits import finished_before_signals, notify
+from mlx_stream.program.exits import ENDING, ending_on_signals, finished_before_signals, notify
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
@@ -80,10 +80,16 @@ def chat(
     """Chat with a model for as long as you like.
 
     Memory does not grow. Ctrl-C ends a reply, Ctrl-D ends the conversation, and /help lists
-    commands. When standard input is not a terminal, each of its lines is a turn.
+    commands. When standard input is not a terminal, each of its lines is a turn, and Ctrl-C ends
+    the conversation.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
+    # On a terminal a question typed ahead is kept, and Ctrl-C ends only the reply.
+    signals = ENDING if interactive else (*ENDING, signal.SIGINT)
+    with (
+        keys_wait() if interactive else nullcontext(),
+        ending_on_signals(*signals) as check_ended,
+    ):
         from mlx_stream.chat import resume, saving, summaries
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 
@@ -103,7 +109,7 @@ def chat(
             # Imported while the weights are read: MLX does that without Python's lock.
             Thread(target=import_module, args=("prompt_toolkit",)).start()
         loaded = loading.load(source)
-        screen = Screen(thinking.hide_thinking)
+        screen = Screen(check_ended, thinking.hide_thinking)
         chosen = resume.SessionOptions(
             system=system,
             window=attended.window,
@@ -193,8 +199,8 @@ def run_batch(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
     for number, line in enumerate(sys.stdin.buffer, 1):
         turn = decode_utf8(line, f"standard input, line {number}").strip()
         if turn:
-            with screen.reply() as progress:
-                screen.show(chat.reply(turn, progress=progress))
+            screen.show(chat.reply(turn, progress=log_progress("reading")))
+            screen.end_reply()
             if stats:
                 print_stats(chat.stats)
 
@@ -203,10 +209,15 @@ class Screen:
     """Replies on standard output; escaped on a terminal, and without notices in the middle.
 
     A model's thinking is shown dimmed, on a terminal only.
+
+    Args:
+        check_ended: called after every piece and reply; raises if a signal has ended the program.
     """
 
-    def __init__(self, hide_thinking: bool = False) -> None:
+    def __init__(self, check_ended: Callable[[], None], hide_thinking: bool = False) -> None:
+        self._check_ended = check_ended
         self.in_reply = self.in_thinking = self.told = False
+        self._stopped = lambda: False
         self.shows_thinking = sys.stdout.isatty() and not hide_thinking
         styled = not is_dumb() and not os.environ.get("NO_COLOR")
         self.dim, self.undim = ("\x1b[2m", "\x1b[22m") if styled else ("", "")
@@ -217,18 +228,20 @@ class Screen:
 
         Yields a progress callback for reading the prompt, which Ctrl-C ends too.
         """
-        with defer_interrupts(signal.SIGINT) as stopped:
-            told = log_progress("reading")
+        told = log_progress("reading")
 
-            def check(*read: int) -> None:
-                if stopped():
-                    raise ReplyStopped
-                if read:
-                    told(*read)
+        def progress(done: int, total: int) -> None:
+            self._check()
+            told(done, total)
 
-            self._check = check
-            yield check
+        with defer_interrupts(signal.SIGINT) as self._stopped:
+            yield progress
         self.end_reply()
+
+    def _check(self) -> None:
+        self._check_ended()
+        if self._stopped():
+            raise ReplyStopped
 
     def show(self, pieces: "Pieces") -> None:
         """Print a reply as it arrives."""
@@ -242,6 +255,7 @@ class Screen:
                 self.write(shown.add(piece.text) if shown else piece.text)
                 finish = piece.finish
                 self._check()
+            self._check_ended()
             if shown and (rest := shown.flush()):
                 self.write(rest)
             if shown and finish == "length":

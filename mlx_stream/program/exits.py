@@ -73,25 +73,34 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
 
 
 @contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Let SIGHUP and SIGTERM unwind what is inside, and exit with 129 or 143.
+def ending_on_signals(*signals: int) -> Iterator[Callable[[], None]]:
+    """Let signals (default: SIGHUP and SIGTERM) unwind what is inside; exit with 128 + the number.
 
-    A second signal ends the process at once. One that is ignored, as under nohup, stays so.
+    A second signal ends the process at once. One that is ignored, as under nohup, stays so. Yields
+    a function that raises again after a signal: what a handler raises while MLX converts an array
+    is lost.
     """
+    ended = []
 
     def end(number: int, frame: object) -> NoReturn:
+        ended.append(number)
         for one in (*ENDING, signal.SIGINT):
             signal.signal(one, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
-    taken = []
+    def check() -> None:
+        if ended:
+            raise SystemExit(128 + ended[0])
+
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        taken = [one for one in ENDING if signal.getsignal(one) == signal.SIG_DFL]
-    for one in taken:
+        before = {one: signal.getsignal(one) for one in signals or ENDING}
+        before = {one: how for one, how in before.items() if how != signal.SIG_IGN}
+    for one in before:
         signal.signal(one, end)
-    interrupt = signal.getsignal(signal.SIGINT)
     try:
-        yield
+        yield check
+        check()
     except SystemExit:
         try:
             sys.stdout.flush()
@@ -99,10 +108,9 @@ def ending_on_signals() -> Iterator[None]:
             discard_output()
         raise
     finally:
-        if taken:
-            for one in taken:
-                signal.signal(one, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, interrupt)
+        for one, how in before.items():
+            if signal.getsignal(one) is end:  # not while a signal ends the process
+                signal.signal(one, how)
 
 
 @contextmanager
@@ -122,10 +130,10 @@ def finished_before_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for one, how in before.items():
-            signal.signal(one, how)
         if asked:
             raise SystemExit(128 + asked[0])
+        for one, how in before.items():
+            signal.signal(one, how)
 
 
 def discard_output() -> None:

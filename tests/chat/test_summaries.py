@@ -17,6 +17,7 @@ from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
 from mlx_stream.chat.summaries import SummaryReader, last_time, latest_session, session_summaries
 from mlx_stream.errors import SessionError
+from mlx_stream.program.paths import data_folder
 
 EXCHANGE = Exchange("Who?", "I.", (), (1, 2), (3,), "", "stop")
 
@@ -151,5 +152,5 @@ def test_three_thousand_sessions_are_read_without_opening_one(monkeypatch):
         shutil.copyfile(one, session_paths(f"s{number:04}").database)
     monkeypatch.setattr(Store, "open", lambda *_: pytest.fail("it was opened"))
     assert len(session_summaries()) == 3_000 and latest_session()
-    with SummaryReader.open() as reader:
+    with SummaryReader.open(data_folder()) as reader:
         assert len(reader.files) == 3_000

@@ -227,7 +227,7 @@ def test_endless_repetition_is_noticed_once_with_a_way_out(monkeypatch, capsys):
         assert not repeats_itself(text * 900 + "and then?")
     assert not repeats_itself(" ".join(map(str, range(900))))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    screen = Screen()
+    screen = Screen(lambda: None)
     for told in (1, 0):  # once
         with screen.reply():
             screen.show(Piece(f"{n % 3} and on. ") for n in range(90))
