@@ -8,6 +8,7 @@ from typer import Argument, Option
 from mlx_stream.cli import options
 from mlx_stream.cli.report import megabytes, print_json, print_table
 from mlx_stream.cli.terminal import progress_bar, read_text
+from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.program.exits import fail, notify
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def convert(
     --bits, --mode, --recipe and --device quantize it. The folder appears once it is complete.
     Memory does not grow with the model, except with a sensitive recipe or a report, which run it.
     """
+    from mlx_stream.hub.listing import record_converted
     from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for
 
     if device is None:
@@ -83,6 +85,10 @@ def convert(
         force=force,
     )
     result = convert_model(source, out, asked, notify, progress_bar)
+    try:
+        record_converted(out)
+    except (MlxStreamError, OSError) as error:  # the conversion itself has succeeded
+        notify(f"`mlx_stream ls` will not list {out}: {one_line(error)}")
     if json:
         print_json(as_json(result))
     else:
