@@ -17,6 +17,7 @@ from mlx_stream.cli.prompt import is_dumb, keys_wait
 from mlx_stream.cli.terminal import (
     REPEATED,
     Progress,
+    ask,
     decode_utf8,
     defer_interrupts,
     log_progress,
@@ -83,6 +84,10 @@ def chat(
     commands. When standard input is not a terminal, each of its lines is a turn.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive and (model, session, latest) == (None, None, False):
+        from mlx_stream.cli.first_model import choose_model
+
+        model = choose_model(ask)
     with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
         from mlx_stream.chat import resume, saving, summaries
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
