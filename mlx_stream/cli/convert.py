@@ -37,6 +37,13 @@ def convert(
             "sensitive_3_6, sensitive_4_6 or sensitive_4_8 (measured on --calibration)."
         ),
     ] = None,
+    preset: Annotated[
+        str | None,
+        Option(
+            help="phone (4 bits in float16; with --calibration, 6 bits where they are needed) or "
+            "laptop (6 bits). Other options replace parts of it."
+        ),
+    ] = None,
     device: Annotated[
         str | None, Option(help="Instead of --bits: use the most bits that fit this device.")
     ] = None,
@@ -64,12 +71,18 @@ def convert(
 ) -> None:
     """Write a model to the folder OUT, quantized or unchanged.
 
-    --bits, --mode, --recipe and --device quantize it. The folder appears once it is complete.
+    --bits, --mode, --recipe, --preset and --device quantize it. The folder appears complete.
     Memory does not grow with the model, except with a sensitive recipe or a report, which run it.
     """
     from mlx_stream.hub.listing import record_converted
     from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for
+    from mlx_stream.quantize.recipes import preset_named
 
+    if preset is not None:
+        found = preset_named(preset)
+        dtype = dtype or found.dtype
+        if (bits, mode, recipe, device) == (None, None, None, None):
+            recipe = found.recipe_for(calibration)
     if device is None:
         chosen = choose(bits, group_size, mode, recipe)
     elif (bits, mode, recipe) == (None, None, None):
