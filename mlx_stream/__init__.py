@@ -4,11 +4,19 @@ The public names are imported when they are first used: importing the package do
 """
 
 import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (a checkout; pip refuses to install it)
+    raise SystemExit(
+        "mlx_stream needs Python 3.11 or newer, and this is "
+        f"{sys.version_info[0]}.{sys.version_info[1]}: install a newer one, for example with "
+        "`uv python install 3.13`"
+    )
+
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mlx_stream import backend as _backend  # noqa: F401  (OpenBLAS, before MLX is imported)
+from mlx_stream import backend as _backend  # noqa: F401  (a fast BLAS, before MLX is imported)
 from mlx_stream import errors
 
 if TYPE_CHECKING:

@@ -219,6 +219,8 @@ def load(
     if (compiled := os.environ.get(backend.COMPILE, "")) not in ("", "0", "1"):
         raise ValueRefused(f"{backend.COMPILE} must be 0 or 1, not {compiled!r}")
     backend.prepare_compiling()
+    while backend.notices:
+        notify(backend.notices.pop())
     # A Path is always on disk; as a string, "starter" would be the starter.
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = resolve(place, notify)

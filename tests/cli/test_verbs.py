@@ -220,7 +220,7 @@ def test_doctor_says_what_is_here() -> None:
     facts = parsed(result.out)
     assert result.err == ""
     assert facts.keys() == {
-        *("mlx_stream", "mlx", "mlx-lm", "python", "system", "device", "metal", "openblas"),
+        *("mlx_stream", "mlx", "mlx-lm", "python", "system", "device", "metal", "openblas", "blas"),
         *("memory_budget_bytes", "cores", "cache", "advice"),
     }
     assert facts["cache"].startswith(os.environ["MLX_STREAM_HOME"])
