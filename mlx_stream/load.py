@@ -59,7 +59,7 @@ def check_memory(weights: int, ring: int) -> None:
         raise MemoryRefused(
             f"{megabytes(weights)} of weights and {megabytes(ring)} of keys and values exceed this "
             f"device's budget of {megabytes(budget)}: use a smaller window, a quantized model, or "
-            "--force"
+            "`force`"
         )
 
 
@@ -275,7 +275,7 @@ def named_dtype(name: str | None) -> mx.Dtype | None:
         ValueRefused: it is unknown.
     """
     if name is not None and name not in DTYPES:
-        raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+        raise ValueRefused(f"`dtype` must be one of {', '.join(DTYPES)}, not {name!r}")
     return DTYPES[name] if name else None
 
 

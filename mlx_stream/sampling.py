@@ -44,16 +44,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
-        for option, value, holds, expected in (
-            ("--temp", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
-            ("--top-k", self.top_k, self.top_k >= 0, "0 or more"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("--repetition-penalty", penalty, 0.01 <= penalty <= 100, "from 0.01 to 100"),
-            ("--seed", self.seed, 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
+        for name, value, holds, expected in (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", penalty, 0.01 <= penalty <= 100, "from 0.01 to 100"),
+            ("seed", self.seed, 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
         ):
             if not holds:
-                raise ValueRefused(f"{option} must be {expected}, not {value}")
+                raise ValueRefused(f"`{name}` must be {expected}, not {value}")
 
     def with_seed(self) -> "Sampling":
         """Return the same settings; draw a seed if there is none."""

@@ -113,7 +113,7 @@ class ChatSession:
         if think is not None or reasoning_effort is not None:
             template = template.thinking_as(think, reasoning_effort)
         if evict not in ("turn", "token"):
-            raise ValueRefused(f"--evict must be turn or token, not {evict!r}")
+            raise ValueRefused(f"`evict` must be turn or token, not {evict!r}")
         self.model, self.template = model, template
         self.max_tokens, self.stop = check_max_tokens(max_tokens), StopMatcher(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict

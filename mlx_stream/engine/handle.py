@@ -242,4 +242,4 @@ def check_question(question: str) -> None:
 
 def check_limit(max_tokens: int | None) -> None:
     if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
-        raise ValueRefused(f"max_tokens must be a whole number, at least 1, not {max_tokens!r}")
+        raise ValueRefused(f"`max_tokens` must be a whole number, at least 1, not {max_tokens!r}")

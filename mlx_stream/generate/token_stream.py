@@ -271,7 +271,7 @@ class TokenStream:
         if check and not mx.isfinite(logits).all().item():
             raise WeightsError(
                 "the model's output is not a number: its weights are damaged, or overflow in this "
-                "dtype (try --dtype float32)"
+                "dtype (try `dtype` float32)"
             )
         return logits
 
@@ -344,5 +344,5 @@ def generate(
 def check_max_tokens(max_tokens: int) -> int:
     """Return a limit of tokens, or raise ValueRefused if it is below 1."""
     if max_tokens < 1:
-        raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
+        raise ValueRefused(f"`max_tokens` must be at least 1, not {max_tokens}")
     return max_tokens

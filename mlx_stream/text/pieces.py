@@ -34,7 +34,7 @@ class StopMatcher:
     def __init__(self, stops: str | Sequence[str]):
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(self.stops):
-            raise ValueRefused("--stop must not be an empty string")
+            raise ValueRefused("`stop` must not be an empty string")
         self.pending = ""
         self._longest = (
             max(map(len, self.stops), default=1) - 1

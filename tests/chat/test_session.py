@@ -106,8 +106,8 @@ def test_a_refused_request_changes_nothing(model):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"max_tokens": 0}, "max-tokens"),
-        ({"evict": "never"}, "--evict"),
+        ({"max_tokens": 0}, "`max_tokens`"),
+        ({"evict": "never"}, "`evict`"),
         ({"system": "x " * 5000, "window": 60}, r"prompt of [\d,]+ tokens .*context of 512"),
     ],
 )
