@@ -23,6 +23,7 @@ from mlx_stream.models.compiled import CompiledSteps
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.models.layout import ring_bytes
 from mlx_stream.models.weights import DTYPES, RemainingTensors, build, weight_bytes
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.text.tokenizer import Tokenizer
 from mlx_stream.window import (
@@ -190,6 +191,7 @@ class Model:
         return sinks
 
 
+@check_arguments
 def load(
     source: str | Path = "starter",
     dtype: str | None = None,

@@ -7,11 +7,14 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, get_type_hints
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_stream.errors import ValueRefused
+from mlx_stream.program.argument_types import check_types
 
 LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
 
@@ -43,6 +46,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(vars(self), _field_types())
         penalty = self.repetition_penalty
         for name, value, holds, expected in (
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
@@ -60,6 +64,11 @@ class Sampling:
         if self.seed is not None:
             return self
         return replace(self, seed=int.from_bytes(os.urandom(4), "little"))
+
+
+@cache
+def _field_types() -> dict[str, Any]:
+    return get_type_hints(Sampling)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
@@ -87,6 +88,7 @@ class ChatSession:
             model allows.
     """
 
+    @check_arguments
     def __init__(
         self,
         model: Model,
@@ -341,6 +343,7 @@ class ChatSession:
         try:
             while self.evictor.state.reply is reply:  # until the next turn settles this one
                 result = yield writer.send(result)
+            yield Piece("", "superseded")
             return
         except StopIteration as end:
             counts = (self.cache.attended, *self.evictor.evicted_since_report())

@@ -12,6 +12,7 @@ from mlx_stream.engine.listener_stream import ListenerOptions
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.sampling import Sampling
 
 SECONDS_TO_CLOSE = 5.0
@@ -32,9 +33,10 @@ class Engine:
 
     Raises:
         ValueRefused: a number out of range.
-        EngineClosed: another engine of this process is open.
+        EngineOpen: another engine of this process is open.
     """
 
+    @check_arguments
     def __init__(
         self,
         source: str | Path = "starter",
@@ -88,6 +90,7 @@ class Engine:
         """
         self._worker.outcome(self._worker.loading, timeout)
 
+    @check_arguments
     def session(
         self,
         system: str | None = None,
@@ -134,6 +137,7 @@ class Engine:
         )
         return Session(self._worker, self._host, options, name, on_evict, on_token, self)
 
+    @check_arguments
     def listen(
         self,
         system: str | None = None,

@@ -95,17 +95,19 @@ class Handle:
             task = self._worker.submit(self._queue, begin, ahead)
             before, self._reply = self._reply, task if reply else None
             if before:
-                before.cancel()
+                before.supersede()
         return task
 
     def _pieces(self, submit: Submit) -> Generator[Piece, None, None]:
         """Submit a task and yield its pieces; closing the generator cancels the task."""
-        task = submit()
+        task, finish = submit(), None
         try:
             while (piece := self._worker.take(task)) is not None:
                 self._deliver(piece)
+                finish = piece.finish
                 yield piece
-            self._deliver()
+            if last := self._last(task, finish):
+                yield last
         finally:
             task.cancel()
 
@@ -118,7 +120,7 @@ class Handle:
             with suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(arrived.set)
 
-        task = submit()
+        task, finish = submit(), None
         task.tell = tell
         try:
             while True:
@@ -127,14 +129,22 @@ class Handle:
                 piece = self._worker.take_now(task)
                 if piece is not None:
                     self._deliver(piece)
+                    finish = piece.finish
                     yield piece
                 elif done:
                     break
                 else:
                     await arrived.wait()
-            self._deliver()
+            if last := self._last(task, finish):
+                yield last
         finally:
             task.cancel()
+
+    def _last(self, task: Task, finish: str | None) -> Piece | None:
+        """Return the last piece of a reply that another request has ended before its own."""
+        last = Piece("", "superseded") if task.superseded and not finish else None
+        self._deliver(last)
+        return last
 
     def _deliver(self, piece: Piece | None = None) -> None:
         """Run the callbacks that are due, on the caller's thread."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from mlx_stream.engine.task import AHEAD, Task, Work, as_engine_error, reraise
-from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused
+from mlx_stream.errors import EngineClosed, EngineOpen, MlxStreamError, QueueFull, ValueRefused
 from mlx_stream.generate.stats import Stats
 
 SECONDS_AT_EXIT = 10.0
@@ -361,12 +361,12 @@ def claim(worker: Worker) -> list[Worker]:
     """Make `worker` the one thread of MLX; return the workers whose end it must wait for.
 
     Raises:
-        EngineClosed: another engine is open and not closing.
+        EngineOpen: another engine is open and not closing.
     """
     with _claims:
         alive = [other for other in _all if not other.ended and other._process == os.getpid()]
         if any(not other.closing for other in alive):
-            raise EngineClosed(
+            raise EngineOpen(
                 "an engine is open in this process, and MLX must stay on its thread: close the "
                 "engine first"
             )

@@ -9,11 +9,13 @@ from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 
 
+@check_arguments
 def stream(
     model: Model,
     prompt: str,

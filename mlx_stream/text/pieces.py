@@ -14,7 +14,8 @@ class Piece:
 
     Attributes:
         text: a part of the answer.
-        finish: on the last piece, why the text ended: end, stop or length.
+        finish: on the last piece, why the text ended: end, stop, length, or superseded by another
+            request to the same conversation.
         attended: on the last piece of a conversation's reply, the number of attended tokens.
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
