@@ -20,8 +20,9 @@ from mlx_stream import backend as _backend  # noqa: F401  (a fast BLAS, before M
 from mlx_stream import errors
 
 if TYPE_CHECKING:
+    from mlx_stream.chat.exchange import Exchange
     from mlx_stream.chat.session import ChatSession
-    from mlx_stream.engine import Engine, Session
+    from mlx_stream.engine import Engine, Listener, Session
     from mlx_stream.generate.completion import stream
     from mlx_stream.generate.stats import Stats
     from mlx_stream.load import Model, load
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ChatSession",
     "Engine",
+    "Exchange",
+    "Listener",
     "Model",
     "Piece",
     "Sampling",
@@ -44,6 +47,8 @@ __all__ = [
 _HOMES = {
     "ChatSession": "mlx_stream.chat.session",
     "Engine": "mlx_stream.engine",
+    "Exchange": "mlx_stream.chat.exchange",
+    "Listener": "mlx_stream.engine",
     "Model": "mlx_stream.load",
     "Piece": "mlx_stream.text.pieces",
     "Sampling": "mlx_stream.sampling",

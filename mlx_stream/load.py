@@ -68,7 +68,7 @@ def megabytes(amount: int) -> str:
     return f"{amount / 1e6:,.1f} MB"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A loaded model: weights, tokenizer, and the shape of its streams' caches.
 
@@ -99,6 +99,11 @@ class Model:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compiled_steps", CompiledSteps(self.network))
+
+    def __repr__(self) -> str:
+        kind = f"{self.config.model_type}, {megabytes(self.weight_bytes)} of weights"
+        quantized = ", quantized" if self.quantized else ""
+        return f"Model({self.name!r}: {kind}{quantized}, {str(self.dtype).split('.')[-1]})"
 
     def with_check(self, check: Callable[[int, int], None]) -> "Model":
         """Return the same model, with the same traces, and a different `check` of its streams."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.errors import ValueRefused
-from mlx_stream.program.argument_types import check_types
+from mlx_stream.program.argument_types import refuse_wrong_types
 
 LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
 
@@ -46,7 +46,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        check_types(vars(self), _field_types())
+        refuse_wrong_types(vars(self), _field_types())
         penalty = self.repetition_penalty
         for name, value, holds, expected in (
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),

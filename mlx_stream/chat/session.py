@@ -14,7 +14,14 @@ from functools import wraps
 from typing import ParamSpec
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
-from mlx_stream.chat.exchange import ConversationState, Exchange, PlacedTurn, ids_of, unread_ids
+from mlx_stream.chat.exchange import (
+    ConversationState,
+    Exchange,
+    PlacedTurn,
+    ids_of,
+    plural,
+    unread_ids,
+)
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
@@ -127,6 +134,10 @@ class ChatSession:
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
         self._on_notice, self._eviction_reported = notify, False
         self._begin(system, window)
+
+    def __repr__(self) -> str:
+        attended = len(self.evictor.state.turns)
+        return f"ChatSession({self.model.name!r}: {plural(attended)} attended; {self.stats})"
 
     @property
     def system(self) -> str | None:

@@ -54,6 +54,12 @@ class Engine:
         self._worker = Worker(self._host.load, self._host.leave, queue_size)
         weakref.finalize(self, self._worker.end).atexit = False
 
+    def __repr__(self) -> str:
+        state = f"failed: {self.error}" if self.error else "ready" if self.ready else "loading"
+        state = "closed" if self._worker.closing else state
+        used, limit = self.memory
+        return f"Engine({self.model_name!r}: {state}, {used / 1e6:,.1f} of {limit / 1e6:,.1f} MB)"
+
     @property
     def model_name(self) -> str:
         """The source of the model, as it was given."""

@@ -47,6 +47,10 @@ class Handle:
         self._reply: Task | None = None
         weakref.finalize(self, self._queue.close).atexit = False
 
+    def __repr__(self) -> str:
+        state = "closed: " if self._queue.closing or self._worker.closing else ""
+        return f"{type(self).__name__}({state}{self.stats})"
+
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the model is loaded and the stream is open: restored, or read again.
 

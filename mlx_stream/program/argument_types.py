@@ -29,13 +29,13 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
             return function(*args, **kwargs)  # raises the error of a wrong call
-        check_types(given, hints())
+        refuse_wrong_types(given, hints())
         return function(*args, **kwargs)
 
     return run
 
 
-def check_types(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+def refuse_wrong_types(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """Refuse a value that does not fit the annotation of its name.
 
     Raises:
@@ -43,7 +43,7 @@ def check_types(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
     """
     for name, value in given.items():
         if name in hints and not fits(value, hints[name]):
-            raise TypeRefused(f"`{name}` must be {describe(hints[name])}, not {value!r:.60}")
+            raise TypeRefused(f"`{name}` must be {type_words(hints[name])}, not {value!r:.60}")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -61,10 +61,10 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
-def describe(hint: Any) -> str:
+def type_words(hint: Any) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(map(describe, parts))
+        return " or ".join(map(type_words, parts))
     if origin is Callable:
         return "callable"
     if origin is Sequence:
