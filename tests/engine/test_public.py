@@ -1,9 +1,26 @@
 """What an app developer meets: reprs of one line, and replies that never end in silence."""
 
 import asyncio
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx_stream
 from tests.fakes.engines import DEADLINE, GREEDY, LONG, engine_of, said
+
+PROGRAM = Path(__file__).parents[1] / "fakes" / "public_program.py"
+
+
+def test_the_strictly_typed_program_uses_every_public_name_and_runs(letters, tmp_path):
+    text = PROGRAM.read_text("utf-8")
+    assert text.startswith("# pyright: strict\n")
+    used = {*re.findall(r"mlx_stream\.(\w+)", text), "errors"}
+    assert used == {*mlx_stream.__all__}
+    command = [sys.executable, "-P", PROGRAM, letters]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
+    assert found.returncode == 0, found.stderr
+    assert "Session(" in found.stdout and (tmp_path / "stream.safetensors").exists()
 
 
 def test_reprs_are_one_short_line(letters):
