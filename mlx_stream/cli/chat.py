@@ -17,7 +17,7 @@ from mlx_stream.cli.prompt import is_dumb, keys_wait
 from mlx_stream.cli.terminal import (
     REPEATED,
     Progress,
-    ask,
+    ask_line,
     decode_utf8,
     defer_interrupts,
     log_progress,
@@ -87,7 +87,7 @@ def chat(
     if interactive and (model, session, latest) == (None, None, False):
         from mlx_stream.cli.first_model import choose_model
 
-        model = choose_model(ask)
+        model = choose_model(ask_line)
     with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
         from mlx_stream.chat import resume, saving, summaries
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM

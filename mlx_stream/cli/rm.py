@@ -23,7 +23,7 @@ def rm(
     """
     import sys
 
-    from mlx_stream.cli.terminal import ask
+    from mlx_stream.cli.terminal import ask_line
     from mlx_stream.hub.removal import find_stored
 
     found = find_stored(model)
@@ -31,7 +31,7 @@ def rm(
     size = f"{found.bytes / 1e6:,.1f} MB"
     if not yes and not sys.stdin.isatty():
         fail(f"rm would remove {places} ({size}): add --yes")
-    if not yes and ask(f"remove {places} ({size})? y or n: ").lower() not in ("y", "yes"):
+    if not yes and ask_line(f"remove {places} ({size})? y or n: ").lower() not in ("y", "yes"):
         notify("nothing was removed")
         return
     found.remove()

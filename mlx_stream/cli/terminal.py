@@ -47,7 +47,7 @@ def decode_utf8(data: bytes, name: str) -> str:
         ) from error
 
 
-def ask(question: str) -> str:
+def ask_line(question: str) -> str:
     """Ask for a line on the terminal; "" at the end of the input."""
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip()
