@@ -1,6 +1,7 @@
 """Asks once, on a Mac, whether a larger model than the starter should be used; fetches nothing."""
 
 import json
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +28,13 @@ def choose_model(ask: Callable[[str], str], device: "Device | None" = None) -> s
     Args:
         device: default: this machine.
     """
+    if model := remembered_model():
+        return model
+    if device is None and sys.platform != "darwin":
+        return STARTER
     from mlx_stream.plan import devices
     from mlx_stream.plan.offers import suggest_model
 
-    if model := remembered_model():
-        return model
     place = device or devices.here()
     offer = suggest_model(place) if place.metal else None
     if offer is None or offer.model.name == declined_model():
