@@ -68,7 +68,7 @@ def megabytes(amount: int) -> str:
     return f"{amount / 1e6:,.1f} MB"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Model:
     """A loaded model: weights, tokenizer, and the shape of its streams' caches.
 
