@@ -10,6 +10,8 @@ DEFAULT_WINDOW = 2_048
 THINKING_WINDOWS = (32_764, 16_380, 8_188, 4_092, DEFAULT_WINDOW)
 # The largest number of tokens in a step that reads a prompt.
 PREFILL_CHUNK = 128
+# The same in a step of several streams, while no reply is in progress.
+SHARED_ROWS = 2 * PREFILL_CHUNK
 
 
 def resolve_window(

@@ -10,8 +10,7 @@ back instead of reading it again.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import wraps
-from typing import ParamSpec
+from typing import Unpack
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
 from mlx_stream.chat.exchange import (
@@ -26,15 +25,16 @@ from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, TextError, ValueRefused, one_line
+from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
-from mlx_stream.generate.requests import Coroutine, drive, read_ids, run_coroutine
+from mlx_stream.generate.requests import Coroutine, Priority, driven, read_ids, run_coroutine
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
 from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
-from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.sampling import ReplyOptions, Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
 from mlx_stream.text.template.chat_template import ChatTemplate
 
@@ -42,18 +42,6 @@ DEFAULT_MAX_TOKENS = 512
 Progress = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
 Begin = Callable[[], PlacedTurn]
-P = ParamSpec("P")
-
-
-def driven(steps: Callable[P, Coroutine[Piece, None]]) -> Callable[P, Pieces]:
-    """Return a method that drives the coroutine of another method."""
-
-    @wraps(steps)
-    def drive_steps(*args: P.args, **kwargs: P.kwargs) -> Pieces:
-        return drive(steps(*args, **kwargs))
-
-    drive_steps.__name__ = steps.__name__.removesuffix("_steps")
-    return drive_steps
 
 
 class ChatSession:
@@ -82,6 +70,7 @@ class ChatSession:
         think: whether a model that can is to think before it answers. Default: as its template has
             it.
         reasoning_effort: how long to think, as a level that the template knows, such as "low".
+        prefixes: where the rows of the pinned beginning are kept, for sessions that share it.
 
     Attributes:
         recorder: saves the conversation, if set.
@@ -115,6 +104,7 @@ class ChatSession:
         draft: Model | None = None,
         think: bool | None = None,
         reasoning_effort: str | None = None,
+        prefixes: PrefixCache | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
@@ -127,6 +117,7 @@ class ChatSession:
         self.max_tokens, self.stop = check_max_tokens(max_tokens), StopMatcher(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
         self.sinks, self.kv_bits = model.resolve_window(sinks, None)[0], kv_bits
+        self._prefixes = prefixes
         self.recorder: Recorder | None = None
         self.number, self.unanswered = 0, ""
         self._writer_factory = writer_factory(model, speculate, draft, kv_bits, sampling)
@@ -154,27 +145,32 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Read a question and yield the pieces of the reply. The next request closes it.
 
         Args:
             progress: called while the question is read, with the tokens read and the total.
+            options: see `ReplyOptions`.
 
         Raises:
-            ValueRefused: `max_tokens` is below 1, or a stop string is empty.
+            ValueRefused: `max_tokens` is below 1, a stop string is empty, or an option is out of
+                range.
             TextError: the question is empty.
             SessionError: the recorder could not write the turn; it tries again at the next turn.
         """
         if not question:
             raise TextError("the question is empty")
         limit, reply = self._new_reply(max_tokens, stop)
-        return self._turn_steps(lambda: self._ask(question, limit), reply, limit, progress)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
+        return self._turn_steps(lambda: self._ask(question, limit), reply, limit, progress, sampler)
 
     def retry_steps(
         self,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Answer the last question again; the part of it that is still attended is not read again.
 
@@ -182,9 +178,10 @@ class ChatSession:
             ValueRefused: as in `reply`, or there is no question.
         """
         limit, reply = self._new_reply(max_tokens, stop)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
         if not self.unanswered:
             self._turns_or_refuse("answer again")
-        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress)
+        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress, sampler)
 
     def edit_steps(
         self,
@@ -192,6 +189,7 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Replace the last question and answer the new one; otherwise as `reply`.
 
@@ -201,6 +199,7 @@ class ChatSession:
         if not question:
             raise TextError("the question is empty")
         limit, reply = self._new_reply(max_tokens, stop)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
         if not self.unanswered:
             self._turns_or_refuse("edit")
 
@@ -210,7 +209,7 @@ class ChatSession:
             self._take_back_last()
             return self._ask(question, limit)
 
-        return self._turn_steps(ask, reply, limit, progress)
+        return self._turn_steps(ask, reply, limit, progress, sampler)
 
     reply, retry, edit = driven(reply_steps), driven(retry_steps), driven(edit_steps)
 
@@ -326,7 +325,12 @@ class ChatSession:
         return limit, self.prompts.replies.decoder(stops, thinking)
 
     def _turn_steps(
-        self, begin: Begin, reply: ReplyDecoder, limit: int, progress: Progress | None
+        self,
+        begin: Begin,
+        reply: ReplyDecoder,
+        limit: int,
+        progress: Progress | None,
+        sampler: Sampler,
     ) -> Coroutine[Piece, None]:
         if self.tokens.failed:
             self._notify("the attended turns are read again: a step of the previous reply failed")
@@ -338,17 +342,21 @@ class ChatSession:
         turns = tuple(t for t in self.evictor.state.turns if t.number != turn.number)
         self.number, self.unanswered = turn.number, ""
         self.evictor.state = ActiveTurn(turns, turn, reply, turns)
-        prompt = unread_ids(self.prompts.pinned, (*turns, turn), self.tokens.length)
+        pinned = self.prompts.pinned
+        unread = unread_ids(pinned, (*turns, turn), self.tokens.length)
+        report = cumulative(progress, len(unread))
+        yield from self._read_pinned(report)
+        prompt = unread_ids(pinned, (*turns, turn), self.tokens.length)
         writer = write_reply(
             self.writer,
             prompt,
-            self.sampler,
+            sampler,
             limit,
             self.prompts.replies.end_ids,
             reply,
             self.stats,
             self.evictor.make_room,
-            cumulative(progress, len(prompt)),
+            report,
         )
         result = None
         try:
@@ -357,8 +365,13 @@ class ChatSession:
             yield Piece("", "superseded")
             return
         except StopIteration as end:
-            counts = (self.cache.attended, *self.evictor.evicted_since_report())
-            yield Piece(end.value.text, end.value.finish, *counts)
+            exchanges, evicted = self.evictor.evicted_since_report()
+            yield replace(
+                end.value,
+                attended=self.cache.attended,
+                evicted_exchanges=exchanges,
+                evicted_tokens=evicted,
+            )
         finally:
             writer.close()
             if self.evictor.state.reply is reply:
@@ -520,14 +533,30 @@ class ChatSession:
         state = self.evictor.state
         if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length)):
             return
+        yield from self._read_pinned(progress)
         ids = unread_ids(self.prompts.pinned, state.turns, self.tokens.length)
         if before is not None:
             ids = ids[: max(0, before - self.tokens.length)]
         if ids:
             self.evictor.make_room(len(ids), keep=1)
-            yield from read_ids(self.tokens, ids, progress=progress)
+            yield from read_ids(self.tokens, ids, progress=progress, priority=Priority.SETTLING)
             self.stats.settled += len(ids)
         self._count()
+
+    def _read_pinned(self, progress: Callable[[int], None] | None) -> Coroutine[Piece, None]:
+        """Read the pinned beginning in steps of its own, or copy the rows of one read before."""
+        pinned, started = self.prompts.pinned, self.tokens.length
+        if started >= len(pinned):
+            return
+        if not started and self._prefixes and self._prefixes.restore(self.writer, pinned):
+            if progress:
+                progress(len(pinned))
+            return
+        result = yield from read_ids(self.tokens, pinned[started:], progress=progress)
+        self.stats.prompt_tokens += result.count
+        self.stats.prompt_seconds += result.seconds
+        if not started and self._prefixes:
+            self._prefixes.add(self.writer, pinned)
 
     # --- the stream, its statistics and the recorder ---
 

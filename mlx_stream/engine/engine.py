@@ -112,6 +112,7 @@ class Engine:
         on_token: OnToken | None = None,
         think: bool | None = None,
         reasoning_effort: str | None = None,
+        shared: bool | None = None,
     ) -> Session:
         """Begin a conversation; returns at once. Most wrong options raise on its first use.
 
@@ -123,6 +124,9 @@ class Engine:
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
                 reads the reply.
             on_token: called with each piece, on the same thread.
+            shared: whether its steps may read tokens of other sessions too, which makes several
+                replies at once much faster. A shared step rounds differently: a greedy reply can
+                differ where two tokens tie. Default: yes, unless `sampling` has a seed.
 
         Raises:
             ValueRefused: `max_tokens` below 1.
@@ -141,7 +145,9 @@ class Engine:
             think=think,
             reasoning_effort=reasoning_effort,
         )
-        return Session(self._worker, self._host, options, name, on_evict, on_token, self)
+        if shared is None:
+            shared = sampling is None or sampling.seed is None
+        return Session(self._worker, self._host, options, name, on_evict, on_token, self, shared)
 
     @check_arguments
     def listen(

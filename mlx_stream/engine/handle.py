@@ -3,21 +3,23 @@
 import asyncio
 import copy
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from numbers import Integral
-from typing import Any, Self
+from typing import Any, Self, Unpack, get_type_hints
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.session_worker import SessionWorker
-from mlx_stream.engine.task import AHEAD, Task, Work
+from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
-from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.errors import TextError, TypeRefused, ValueRefused
 from mlx_stream.generate.stats import Stats
+from mlx_stream.program.argument_types import refuse_wrong_types
+from mlx_stream.sampling import ReplyOptions
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tokenizer import check_text
 
@@ -95,6 +97,8 @@ class Handle:
         self, begin: Callable[[], Work], ahead: int | None = AHEAD, reply: bool = True
     ) -> Task:
         """Submit a task, and cancel the reply in progress."""
+        if ahead is not None and self._queue.owner.shared:
+            ahead = SHARED_AHEAD
         with self._worker.lock:
             task = self._worker.submit(self._queue, begin, ahead)
             before, self._reply = self._reply, task if reply else None
@@ -160,6 +164,16 @@ class Handle:
             self._on_token(piece)
 
 
+class EngineReplyOptions(ReplyOptions, total=False):
+    """How one reply is written.
+
+    Attributes:
+        stop: strings that end the reply, in place of the session's.
+    """
+
+    stop: Sequence[str] | None
+
+
 class Session(Handle):
     """A conversation on an engine, from `Engine.session`; any thread may call its methods.
 
@@ -176,10 +190,11 @@ class Session(Handle):
         on_evict: OnEvict | None,
         on_token: OnToken | None,
         engine: Any,
+        shared: bool,
     ):
         check_limit(options.max_tokens)
         self.name = name
-        self._session_worker = SessionWorker(worker, host, options, name)
+        self._session_worker = SessionWorker(worker, host, options, name, shared)
         super().__init__(worker, self._session_worker, engine, on_evict, on_token)
 
     @property
@@ -187,34 +202,49 @@ class Session(Handle):
         """The exchanges attended after the last task, oldest first: a copy."""
         return [*self._session_worker.exchanges]
 
-    def reply(self, question: str, max_tokens: int | None = None) -> Generator[Piece, None, None]:
-        """Yield the pieces of a reply; closing the generator stops the reply within a token.
+    def reply(
+        self, question: str, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+    ) -> Generator[Piece, None, None]:
+        """Yield the pieces of a reply; closing the generator stops it within a token or two.
+
+        Args:
+            options: see `ReplyOptions`, and `stop` of `ChatSession.reply`.
 
         Raises:
             TextError: the question is empty.
-            ValueRefused: `max_tokens` below 1.
+            ValueRefused: `max_tokens` below 1, or an option out of range.
             QueueFull: the engine has too much to do.
             MlxStreamError: the reply failed; the engine and its other sessions keep running.
         """
-        return self._pieces(self._reply_to(question, max_tokens))
+        return self._pieces(self._reply_to(question, max_tokens, options))
 
-    def areply(self, question: str, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
+    def areply(
+        self, question: str, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+    ) -> AsyncGenerator[Piece, None]:
         """Do what `reply` does, for asyncio; cancelling the task that reads it stops the reply."""
-        return self._pieces_async(self._reply_to(question, max_tokens))
+        return self._pieces_async(self._reply_to(question, max_tokens, options))
 
-    def retry(self, max_tokens: int | None = None) -> Generator[Piece, None, None]:
+    def retry(
+        self, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+    ) -> Generator[Piece, None, None]:
         """Answer the last question again, in place of the last reply; see `reply`."""
-        return self._pieces(self._retry(max_tokens))
+        return self._pieces(self._retry(max_tokens, options))
 
-    def aretry(self, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
-        return self._pieces_async(self._retry(max_tokens))
+    def aretry(
+        self, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+    ) -> AsyncGenerator[Piece, None]:
+        return self._pieces_async(self._retry(max_tokens, options))
 
-    def edit(self, question: str, max_tokens: int | None = None) -> Generator[Piece, None, None]:
+    def edit(
+        self, question: str, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+    ) -> Generator[Piece, None, None]:
         """Replace the last question by another, and answer it; see `reply`."""
-        return self._pieces(self._reply_to(question, max_tokens, edit=True))
+        return self._pieces(self._reply_to(question, max_tokens, options, edit=True))
 
-    def aedit(self, question: str, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
-        return self._pieces_async(self._reply_to(question, max_tokens, edit=True))
+    def aedit(
+        self, question: str, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+    ) -> AsyncGenerator[Piece, None]:
+        return self._pieces_async(self._reply_to(question, max_tokens, options, edit=True))
 
     def undo(self) -> Future[Exchange]:
         """Take the last exchange back; return a future of what `ChatSession.undo` returns.
@@ -229,15 +259,21 @@ class Session(Handle):
         """Evict every exchange; the future is like that of `undo`."""
         return self._future(lambda chat: chat.clear())
 
-    def _reply_to(self, question: str, max_tokens: int | None, edit: bool = False) -> Submit:
+    def _reply_to(
+        self,
+        question: str,
+        max_tokens: int | None,
+        options: EngineReplyOptions,
+        edit: bool = False,
+    ) -> Submit:
         check_question(question)
-        check_limit(max_tokens)
+        check_reply_options(max_tokens, options)
         steps = ChatSession.edit_steps if edit else ChatSession.reply_steps
-        return self._submit(lambda chat: steps(chat, question, max_tokens))
+        return self._submit(lambda chat: steps(chat, question, max_tokens, **options))
 
-    def _retry(self, max_tokens: int | None) -> Submit:
-        check_limit(max_tokens)
-        return self._submit(lambda chat: chat.retry_steps(max_tokens))
+    def _retry(self, max_tokens: int | None, options: EngineReplyOptions) -> Submit:
+        check_reply_options(max_tokens, options)
+        return self._submit(lambda chat: chat.retry_steps(max_tokens, **options))
 
     def _submit(self, begin: Callable[[ChatSession], Work]) -> Submit:
         worker = self._session_worker  # the task must not keep the session alive
@@ -252,6 +288,15 @@ def check_question(question: str) -> None:
     check_text(question)
     if not question:
         raise TextError("the question is empty")
+
+
+def check_reply_options(max_tokens: int | None, options: EngineReplyOptions) -> None:
+    """Refuse what would otherwise fail on the engine's thread."""
+    check_limit(max_tokens)
+    hints = get_type_hints(EngineReplyOptions)
+    if unknown := sorted(options.keys() - hints.keys()):
+        raise TypeRefused(f"`{unknown[0]}` is not an option of a reply; use {', '.join(hints)}")
+    refuse_wrong_types(options, hints)
 
 
 def check_limit(max_tokens: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlx_stream.chat import resume
@@ -19,15 +20,22 @@ class SessionWorker:
 
     Args:
         name: the name of a saved conversation, or None.
+        shared: see `StreamOwner`.
 
     Attributes:
         exchanges: the ones attended after the last task; replaced, never changed.
     """
 
     def __init__(
-        self, worker: Worker, host: ModelHost, options: resume.SessionOptions, name: str | None
+        self,
+        worker: Worker,
+        host: ModelHost,
+        options: resume.SessionOptions,
+        name: str | None,
+        shared: bool,
     ):
         self.worker, self.host, self.options, self.name = worker, host, options, name
+        self.shared = shared
         self.key = object()
         self.chat: ChatSession | None = None
         self.saved: SavedSession | None = None
@@ -41,11 +49,12 @@ class SessionWorker:
     def open(self) -> Work:
         """Begin a conversation, or resume a saved one; a coroutine."""
         model = self.host.model_for(self.key)
+        options = replace(self.options, prefixes=self.host.prefixes)
         notices: deque[str] = deque(maxlen=MOST_NOTICES)
         if self.name is None:
-            chat = resume.new_chat(model, self.options, notices.append)
+            chat = resume.new_chat(model, options, notices.append)
         else:
-            steps = resume.open_steps(self.name, model, self.options, notices.append)
+            steps = resume.open_steps(self.name, model, options, notices.append)
             self.saved = yield from steps
             chat = self.saved.chat
         chat.on_evict, chat.stats.notices = self._evict, [*notices]

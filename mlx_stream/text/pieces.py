@@ -9,6 +9,21 @@ from mlx_stream.text.tokenizer import StreamDecoder
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """The natural logarithm of a token's probability, by the model alone.
+
+    Attributes:
+        id: the token's id.
+        logprob: of the token that was chosen.
+        top: the likeliest ids at its place with theirs, likeliest first.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Piece:
     """A piece of text that is final.
 
@@ -19,6 +34,7 @@ class Piece:
         attended: on the last piece of a conversation's reply, the number of attended tokens.
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
+        logprobs: if asked for, of each token sampled since the piece before.
     """
 
     text: str
@@ -27,6 +43,7 @@ class Piece:
     evicted_exchanges: int = 0
     evicted_tokens: int = 0
     thinking: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class StopMatcher:

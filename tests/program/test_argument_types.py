@@ -58,6 +58,11 @@ def test_an_engine_is_not_asked_what_it_cannot_understand(letters):
         for name, value in {"name": 5, "think": "no", "stop": [1], "on_token": "print"}.items():
             with pytest.raises(TypeRefused, match=f"^`{name}` must be"):
                 engine.session(**{name: value})  # type: ignore[arg-type]
+        session: Any = engine.session()
+        for wrong in ({"sampling": 0.5}, {"bias": [1]}, {"logprobs": "3"}, {"temperature": 1}):
+            for call in (lambda **wrong: session.reply("a", **wrong), session.retry):
+                with pytest.raises(TypeRefused, match=f"^`{next(iter(wrong))}` (must|is not)"):
+                    call(**wrong)
 
 
 def test_models_engines_and_sampling_are_refused_too():
