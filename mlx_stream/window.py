@@ -28,11 +28,11 @@ def resolve_window(
     trained = config.max_position_embeddings
     sinks = DEFAULT_SINKS if sinks is None else sinks
     if not 0 <= sinks < trained:
-        raise ValueRefused(f"--sinks must be from 0 to {trained - 1}, not {sinks}")
+        raise ValueRefused(f"`sinks` must be from 0 to {trained - 1}, not {sinks}")
     if window is None:
         window = min(DEFAULT_WINDOW, trained - sinks)
     if window < 1:
-        raise ValueRefused(f"--window must be at least 1, not {window}")
+        raise ValueRefused(f"`window` must be at least 1, not {window}")
     if sinks + window > trained:
         raise ValueRefused(
             f"sinks {sinks} + window {window} = {sinks + window} tokens exceed the model's "

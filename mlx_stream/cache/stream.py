@@ -400,9 +400,9 @@ class StreamCache:
 
 def check_quantizable(head_dim: int, bits: int) -> None:
     if bits not in BITS:
-        raise ValueRefused(f"--kv-bits must be {BITS[0]} or {BITS[1]}, not {bits}")
+        raise ValueRefused(f"`kv_bits` must be {BITS[0]} or {BITS[1]}, not {bits}")
     if head_dim % GROUP_SIZE:
         raise ValueRefused(
-            f"--kv-bits needs a head dimension that is a multiple of {GROUP_SIZE}; this model's is "
-            f"{head_dim}: leave the option out"
+            f"`kv_bits` needs a head dimension that is a multiple of {GROUP_SIZE}; this model's is "
+            f"{head_dim}: leave it out"
         )

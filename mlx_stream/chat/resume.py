@@ -35,9 +35,9 @@ WORDS = {
     "fingerprint": "the model or its loading options",
     "system": "the system prompt",
     "window": "the window",
-    "sinks": "--sinks",
-    "evict": "--evict",
-    "kv_bits": "--kv-bits",
+    "sinks": "`sinks`",
+    "evict": "`evict`",
+    "kv_bits": "`kv_bits`",
 }
 # The size of a snapshot apart from keys and values.
 BYTES_BESIDE = 2**20

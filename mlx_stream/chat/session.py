@@ -13,7 +13,14 @@ from dataclasses import replace
 from typing import Unpack
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
-from mlx_stream.chat.exchange import ConversationState, Exchange, PlacedTurn, ids_of, unread_ids
+from mlx_stream.chat.exchange import (
+    ConversationState,
+    Exchange,
+    PlacedTurn,
+    ids_of,
+    plural,
+    unread_ids,
+)
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
@@ -25,6 +32,7 @@ from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import ReplyOptions, Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
@@ -79,6 +87,7 @@ class ChatSession:
             model allows.
     """
 
+    @check_arguments
     def __init__(
         self,
         model: Model,
@@ -106,7 +115,7 @@ class ChatSession:
         if think is not None or reasoning_effort is not None:
             template = template.thinking_as(think, reasoning_effort)
         if evict not in ("turn", "token"):
-            raise ValueRefused(f"--evict must be turn or token, not {evict!r}")
+            raise ValueRefused(f"`evict` must be turn or token, not {evict!r}")
         self.model, self.template = model, template
         self.max_tokens, self.stop = check_max_tokens(max_tokens), StopMatcher(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
@@ -119,6 +128,10 @@ class ChatSession:
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
         self._on_notice, self._eviction_reported = notify, False
         self._begin(system, window)
+
+    def __repr__(self) -> str:
+        attended = len(self.evictor.state.turns)
+        return f"ChatSession({self.model.name!r}: {plural(attended)} attended; {self.stats})"
 
     @property
     def system(self) -> str | None:
@@ -352,6 +365,7 @@ class ChatSession:
         try:
             while self.evictor.state.reply is reply:  # until the next turn settles this one
                 result = yield writer.send(result)
+            yield Piece("", "superseded")
             return
         except StopIteration as end:
             exchanges, evicted = self.evictor.evicted_since_report()

@@ -28,8 +28,10 @@ VERBS = {
     "bench": "Time decoding and prefill side by side with mlx-lm.",
     "doctor": "Describe this machine and what will be slow on it.",
     "pull": "Fetch a model into the shared Hugging Face cache: weights and tokenizer, never code.",
-    "ls": "List the cached models.",
+    "models": "List models worth pulling that fit a device, with the largest window that fits.",
+    "ls": "List the models on this machine: cached, or written by convert.",
     "show": "Describe a model on this machine, without loading it.",
+    "rm": "Remove a model from this machine.",
     "eval": "Run the paper's experiments on your model, text and machine.",
     "sessions": "List, show, export, remove or verify saved conversations.",
 }

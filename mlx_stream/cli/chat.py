@@ -17,6 +17,7 @@ from mlx_stream.cli.prompt import is_dumb, keys_wait
 from mlx_stream.cli.terminal import (
     REPEATED,
     Progress,
+    ask_line,
     decode_utf8,
     defer_interrupts,
     log_progress,
@@ -84,6 +85,10 @@ def chat(
     the conversation.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    if interactive and (model, session, latest) == (None, None, False):
+        from mlx_stream.cli.first_model import choose_model
+
+        model = choose_model(ask_line)
     # On a terminal a question typed ahead is kept, and Ctrl-C ends only the reply.
     signals = ENDING if interactive else (*ENDING, signal.SIGINT)
     with (

@@ -47,6 +47,12 @@ def decode_utf8(data: bytes, name: str) -> str:
         ) from error
 
 
+def ask_line(question: str) -> str:
+    """Ask for a line on the terminal; "" at the end of the input."""
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
 def repeats_itself(text: str) -> bool:
     """Return whether a text ends with the same few lines again and again.
 

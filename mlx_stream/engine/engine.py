@@ -12,6 +12,7 @@ from mlx_stream.engine.listener_stream import ListenerOptions
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.sampling import Sampling
 
 SECONDS_TO_CLOSE = 5.0
@@ -32,9 +33,10 @@ class Engine:
 
     Raises:
         ValueRefused: a number out of range.
-        EngineClosed: another engine of this process is open.
+        EngineOpen: another engine of this process is open.
     """
 
+    @check_arguments
     def __init__(
         self,
         source: str | Path = "starter",
@@ -51,6 +53,12 @@ class Engine:
         self._host = ModelHost(source, memory_budget, dtype, keep_quantized)
         self._worker = Worker(self._host.load, self._host.leave, queue_size)
         weakref.finalize(self, self._worker.end).atexit = False
+
+    def __repr__(self) -> str:
+        state = f"failed: {self.error}" if self.error else "ready" if self.ready else "loading"
+        state = "closed" if self._worker.closing else state
+        used, limit = self.memory
+        return f"Engine({self.model_name!r}: {state}, {used / 1e6:,.1f} of {limit / 1e6:,.1f} MB)"
 
     @property
     def model_name(self) -> str:
@@ -88,6 +96,7 @@ class Engine:
         """
         self._worker.outcome(self._worker.loading, timeout)
 
+    @check_arguments
     def session(
         self,
         system: str | None = None,
@@ -140,6 +149,7 @@ class Engine:
             shared = sampling is None or sampling.seed is None
         return Session(self._worker, self._host, options, name, on_evict, on_token, self, shared)
 
+    @check_arguments
     def listen(
         self,
         system: str | None = None,

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from numbers import Integral
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, get_type_hints
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.resume import SessionOptions
@@ -16,8 +16,9 @@ from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.session_worker import SessionWorker
 from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
-from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.errors import TextError, TypeRefused, ValueRefused
 from mlx_stream.generate.stats import Stats
+from mlx_stream.program.argument_types import refuse_wrong_types
 from mlx_stream.sampling import ReplyOptions
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tokenizer import check_text
@@ -47,6 +48,10 @@ class Handle:
         self._queue, self._opening = worker.open(owner)
         self._reply: Task | None = None
         weakref.finalize(self, self._queue.close).atexit = False
+
+    def __repr__(self) -> str:
+        state = "closed: " if self._queue.closing or self._worker.closing else ""
+        return f"{type(self).__name__}({state}{self.stats})"
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the model is loaded and the stream is open: restored, or read again.
@@ -98,17 +103,19 @@ class Handle:
             task = self._worker.submit(self._queue, begin, ahead)
             before, self._reply = self._reply, task if reply else None
             if before:
-                before.cancel()
+                before.supersede()
         return task
 
     def _pieces(self, submit: Submit) -> Generator[Piece, None, None]:
         """Submit a task and yield its pieces; closing the generator cancels the task."""
-        task = submit()
+        task, finish = submit(), None
         try:
             while (piece := self._worker.take(task)) is not None:
                 self._deliver(piece)
+                finish = piece.finish
                 yield piece
-            self._deliver()
+            if last := self._last(task, finish):
+                yield last
         finally:
             task.cancel()
 
@@ -121,7 +128,7 @@ class Handle:
             with suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(arrived.set)
 
-        task = submit()
+        task, finish = submit(), None
         task.tell = tell
         try:
             while True:
@@ -130,14 +137,22 @@ class Handle:
                 piece = self._worker.take_now(task)
                 if piece is not None:
                     self._deliver(piece)
+                    finish = piece.finish
                     yield piece
                 elif done:
                     break
                 else:
                     await arrived.wait()
-            self._deliver()
+            if last := self._last(task, finish):
+                yield last
         finally:
             task.cancel()
+
+    def _last(self, task: Task, finish: str | None) -> Piece | None:
+        """Return the last piece of a reply that another request has ended before its own."""
+        last = Piece("", "superseded") if task.superseded and not finish else None
+        self._deliver(last)
+        return last
 
     def _deliver(self, piece: Piece | None = None) -> None:
         """Run the callbacks that are due, on the caller's thread."""
@@ -252,12 +267,12 @@ class Session(Handle):
         edit: bool = False,
     ) -> Submit:
         check_question(question)
-        check_limit(max_tokens)
+        check_reply_options(max_tokens, options)
         steps = ChatSession.edit_steps if edit else ChatSession.reply_steps
         return self._submit(lambda chat: steps(chat, question, max_tokens, **options))
 
     def _retry(self, max_tokens: int | None, options: EngineReplyOptions) -> Submit:
-        check_limit(max_tokens)
+        check_reply_options(max_tokens, options)
         return self._submit(lambda chat: chat.retry_steps(max_tokens, **options))
 
     def _submit(self, begin: Callable[[ChatSession], Work]) -> Submit:
@@ -275,6 +290,15 @@ def check_question(question: str) -> None:
         raise TextError("the question is empty")
 
 
+def check_reply_options(max_tokens: int | None, options: EngineReplyOptions) -> None:
+    """Refuse what would otherwise fail on the engine's thread."""
+    check_limit(max_tokens)
+    hints = get_type_hints(EngineReplyOptions)
+    if unknown := sorted(options.keys() - hints.keys()):
+        raise TypeRefused(f"`{unknown[0]}` is not an option of a reply; use {', '.join(hints)}")
+    refuse_wrong_types(options, hints)
+
+
 def check_limit(max_tokens: int | None) -> None:
     if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
-        raise ValueRefused(f"max_tokens must be a whole number, at least 1, not {max_tokens!r}")
+        raise ValueRefused(f"`max_tokens` must be a whole number, at least 1, not {max_tokens!r}")

@@ -9,6 +9,7 @@ from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
@@ -77,5 +78,5 @@ def stream_steps(
         report_notice(eviction_notice(stats.window))
 
 
-stream = driven(stream_steps)
+stream = check_arguments(driven(stream_steps))
 stream.__doc__ = (stream_steps.__doc__ or "").replace("; a coroutine", "")

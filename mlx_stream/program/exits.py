@@ -4,6 +4,7 @@ import errno
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,12 +25,23 @@ UNWRITABLE = {
 }
 
 
+# The parameters that errors of the library name, as a program's options.
+PARAMETERS = (
+    *("window", "sinks", "kv_bits", "evict", "max_tokens", "stop", "speculate", "draft", "dtype"),
+    *("force", "reasoning_effort", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+)
+OPTIONS = {f"`{name}`": f"--{name.replace('_', '-')}" for name in PARAMETERS} | {
+    "`temperature`": "--temp",
+    "`think`": "--think and --no-think",
+    "`speculate=False`": "--no-speculate",
+}
 # Sent when the terminal is closed, and by the system when it shuts down.
 ENDING = signal.SIGHUP, signal.SIGTERM
 
 
 def notify(text: str) -> None:
-    """Print a line for the user that is not the result."""
+    """Print a line for the user that is not the result; options have their names in a program."""
+    text = re.sub("`[a-zA-Z_=]+`", lambda found: OPTIONS.get(found[0], found[0]), text)
     with suppress(OSError):  # the terminal is gone
         print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
 

@@ -29,7 +29,8 @@ class Piece:
 
     Attributes:
         text: a part of the answer.
-        finish: on the last piece, why the text ended: end, stop or length.
+        finish: on the last piece, why the text ended: end, stop, length, or superseded by another
+            request to the same conversation.
         attended: on the last piece of a conversation's reply, the number of attended tokens.
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
@@ -51,7 +52,7 @@ class StopMatcher:
     def __init__(self, stops: str | Sequence[str]):
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(self.stops):
-            raise ValueRefused("--stop must not be an empty string")
+            raise ValueRefused("`stop` must not be an empty string")
         self.pending = ""
         self._longest = (
             max(map(len, self.stops), default=1) - 1
