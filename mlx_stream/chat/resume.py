@@ -6,10 +6,11 @@ read again from the transcript, and a notice says so.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from mlx_stream.chat import saving
 from mlx_stream.chat.exchange import plural
@@ -59,6 +60,7 @@ class SessionOptions:
     draft: Model | None = None
     think: bool | None = None
     reasoning_effort: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 def header_of(name: str) -> SessionHeader | None:
@@ -209,7 +211,7 @@ def catch_up(
     chat.clear(state.first)
     chat.number = state.count
     if state.first <= state.count and turns[-1].state == ASKED:
-        chat.unanswered = turns[-1].exchange.question
+        chat.pending = turns[-1].exchange.unread
         notify("the last question was not answered because the program ended: /retry answers it")
     return head
 

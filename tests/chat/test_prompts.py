@@ -11,7 +11,7 @@ from mlx_stream.text.template.chat_template import (
 )
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.engine.test_incremental_encoder import blank_lines, byte_level, sentence_pieces
-from tests.fakes.turn_ids import read_ids, whole_ids
+from tests.fakes.turn_ids import read_ids, replied, whole_ids
 from tests.text.test_template import KNOWN, LLAMA_2, TOKENS
 
 EXCHANGES = [
@@ -117,9 +117,8 @@ def test_exchanges_of_another_model_are_read_as_text():
     assert found[1].reply_ids == ids and found[1].rest == ""
     read = [(exchange.reply_ids, exchange.rest) for exchange in found.values()]
     assert read[1:] == [((), "the end"), ((), "that"), ((), "then")]
-    rests = [None, "", "the end", "that"]
-    for (number, exchange), rest in zip(found.items(), rests, strict=True):
-        asked = prompts.question(exchange.question, rest, number == 1)
+    for number, exchange in found.items():
+        asked = prompts.question(exchange.question, found.get(number - 1), number == 1)
         assert (exchange.closing_ids, exchange.question_ids) == asked
 
 
@@ -127,7 +126,7 @@ def test_exchanges_of_another_model_are_read_as_text():
 def test_a_word_that_was_stopped_in_its_middle_gets_no_space(tokenizer):
     backend, template = tokenizer(), ChatTemplate(LLAMA_2, TOKENS)
     turns = PromptBuilder(backend, template, None, pin=True)
-    closing, asked = turns.question("x", "en", first=False)
+    closing, asked = turns.question("x", replied("en"), first=False)
     ids = [*backend.encode("th", special=False), *closing, *asked]
     assert backend.decode(ids).strip().startswith("then ")
     assert backend.decode(ids).endswith("[INST] x [/INST]")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlx_stream.chat.exchange import unread_ids
+from mlx_stream.chat.messages import escaped_calls, message_dicts
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.text.pieces import Piece
@@ -64,8 +65,9 @@ def rendered(chat: ChatSession) -> str:
     """Return the attended exchanges as the template writes them once another question follows."""
     messages = [*chat.prompts.head]
     for exchange in chat.exchanges:
-        messages.append({"role": "user", "content": exchange.question})
-        answer = chat.template.answer(exchange.reply, exchange.thinking)
+        messages += message_dicts(exchange.asked)
+        calls = escaped_calls(exchange.calls, str)
+        answer = chat.template.answer(exchange.reply, exchange.thinking, calls)
         if chat.template.style and not chat.template.thinking_apart:  # it stays as it was written
             text = decoded(chat, [*exchange.reply_ids]) + exchange.rest
             answer = {"role": "assistant", "content": text}
