@@ -81,6 +81,7 @@ class PromptBuilder:
         self.head: list[MessageDict] = system_turn(system)
         self._before: str | None = None
         template.check(False)
+        _ = self.replies.call_style  # refused if it is not known
         if system is None or self._has_system_role():
             self.pinned = self._border() if pin else ()
             if self.pinned or system is None or not pin:
@@ -263,6 +264,7 @@ class PromptBuilder:
         """Return the text of a settled exchange up to where its answer begins."""
         probe = {**reply, "content": PROBES[0]}
         probe.pop("tool_calls", None)
+        later = later and self.template.settles_late
         return self._settled_text(exchange, probe, first, later).removesuffix(PROBES[0])
 
     def _ids(self, text: str, first: bool) -> tuple[int, ...]:

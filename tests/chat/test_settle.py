@@ -296,6 +296,7 @@ def resumed(chat: Any, trouble: Trouble) -> Any:
         system=chat.system,
         window=chat.stats.window,
         evict=chat.evict,
+        tools=chat.tools,
     )
     where = chat.conversation_state()
     turns = {turn.number: turn.exchange for turn in chat.evictor.state.turns}
