@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.chat.exchange import PlacedTurn, ids_of
+from mlx_stream.chat.messages import calls_with_ids
 from mlx_stream.errors import ValueRefused
 from mlx_stream.text.pieces import ReplyDecoder
 
@@ -53,10 +54,7 @@ class ActiveTurn:
             rest=rest,
             finish=self.reply.finish,
             thinking=self.reply.thinking,
-            calls=tuple(
-                call if call.id else replace(call, id=f"{self.turn.number:06}{place:03}")
-                for place, call in enumerate(self.reply.calls)
-            ),
+            calls=calls_with_ids(self.reply.calls, self.turn.number),
         )
         return replace(self.turn, exchange=exchange)
 

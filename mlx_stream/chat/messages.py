@@ -32,6 +32,7 @@ class Message:
     thinking: str = ""
 
 
+# The messages of a turn, or the text of a user's only one.
 Question = str | Sequence[Message]
 
 
@@ -40,8 +41,8 @@ def as_messages(question: Question) -> tuple[Message, ...]:
     return (Message("user", question),) if isinstance(question, str) else tuple(question)
 
 
-def turn_of_messages(question: Question) -> tuple[Message, ...]:
-    """Return the messages of a turn.
+def turn_of_messages(question: Question) -> tuple[tuple[Message, ...], Message | None]:
+    """Return the messages of a turn, and the assistant's that begins the reply, if there is one.
 
     Raises:
         TextError: the question is empty, or a text is not valid Unicode.
@@ -50,13 +51,17 @@ def turn_of_messages(question: Question) -> tuple[Message, ...]:
     messages = as_messages(question)
     if isinstance(question, str) and not question:
         raise TextError("the question is empty")
-    if not messages:
-        raise ValueRefused("a turn needs at least one message")
     for place, message in enumerate(messages):
         check_message(message)
         if message.role == "assistant" and place < len(messages) - 1:
             raise ValueRefused("an assistant message must be the last of a turn: reply() begins it")
-    return messages
+    begin = messages[-1] if messages and messages[-1].role == "assistant" else None
+    if begin and begin.calls:
+        raise ValueRefused("the beginning of a reply cannot call tools")
+    asked = messages[:-1] if begin else messages
+    if not asked:
+        raise ValueRefused("a turn needs at least one message")
+    return asked, begin
 
 
 def check_message(message: Message) -> None:
@@ -98,6 +103,14 @@ def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[M
     if calls and any(message.role != "tool" for message in found):
         raise ValueRefused("the results of tools are a turn of their own: ask in the next turn")
     return tuple(found)
+
+
+def calls_with_ids(calls: Sequence[ToolCall], number: int) -> tuple[ToolCall, ...]:
+    """Return the calls of turn `number`'s reply, each with an id: the model's, or a new one."""
+    return tuple(
+        call if call.id else replace(call, id=f"{number:06}{place:03}")
+        for place, call in enumerate(calls)
+    )
 
 
 def message_dicts(

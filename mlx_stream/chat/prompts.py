@@ -73,6 +73,8 @@ class PromptBuilder:
         pin: bool,
         tools: Sequence[Mapping[str, Any]] = (),
     ):
+        if tools:
+            template = template.with_options(tools=tools)
         self._control = ControlTokens(tokenizer, template)
         if tools:
             template = template.with_options(tools=escaped_json(tools, self._control.escape))
@@ -179,6 +181,18 @@ class PromptBuilder:
             exchange = replace(exchange, reply_ids=(), rest=rest)
         exchange = replace(exchange, closing_ids=closing, question_ids=question)
         return self.settle(exchange, first, later)
+
+    def beginning(self, text: str, thinking: str = "") -> list[int]:
+        """Return the ids of a reply's beginning, given by its answer and its thinking."""
+        style, said = self.template.style, self._control.escape(text, reply=True)
+        before = self.template.lead
+        if style and (thinking or self.template.thinks_first):
+            opening = "" if self.template.thinks_first else style.openings[0]
+            thinking = self._control.escape(thinking, reply=True)
+            before = f"{opening}{thinking}{style.cut}"
+        elif style and style.answers:
+            before = style.answers[0]
+        return self.encode(before + said, behind_text=True)
 
     def open_turn(self) -> OpenTurn:
         """Return the template's texts around a user's text.

@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_stream.chat import saving
 from mlx_stream.chat.exchange import plural
+from mlx_stream.chat.messages import Message
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.schema import ANSWERED, ASKED, SessionHeader
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS, ChatSession
@@ -61,6 +62,7 @@ class SessionOptions:
     think: bool | None = None
     reasoning_effort: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
+    history: Sequence[Message] = ()
 
 
 def header_of(name: str) -> SessionHeader | None:
@@ -115,6 +117,8 @@ def open_steps(
             chat = new_chat(model, options, notify)
             lock.close()
             return SavedSession.create(chat, name)
+        if options.history:
+            raise ValueRefused(f"session {name!r} has a history of its own: use another name")
         store = opened.enter_context(Store.open(paths.database, locked=True))
         state = store.state
         chat = new_chat(model, merge_options(options, state.header), notify, state.header.created)

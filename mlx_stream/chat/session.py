@@ -7,6 +7,7 @@ stream then holds its final text and nothing else. Retry, undo and edit move the
 back instead of reading it again.
 """
 
+import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,9 +21,11 @@ from mlx_stream.chat.exchange import (
     PlacedTurn,
     ids_of,
     place_turns,
+    plural,
     question_of,
     unread_ids,
 )
+from mlx_stream.chat.history import exchanges_of, newest_turns
 from mlx_stream.chat.messages import Message, Question, answering, turn_of_messages
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
@@ -86,6 +89,8 @@ class ChatSession:
         tools: functions that the model may call, each a JSON schema as OpenAI's API takes it. They
             are pinned with the system prompt. An exchange whose reply calls some has `calls`; the
             next turn is a `Message` of role `tool` with the result of each.
+        history: earlier messages, the last of them a reply. The newest turns that fit the window
+            are read with the next question. Older ones are not read, and count as evicted.
 
     Attributes:
         recorder: saves the conversation, if set.
@@ -119,6 +124,7 @@ class ChatSession:
         think: bool | None = None,
         reasoning_effort: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        history: Sequence[Message] = (),
     ):
         template = template or model.tokenizer.template
         if template is None:
@@ -138,7 +144,10 @@ class ChatSession:
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
         self._on_notice, self._eviction_reported = notify, False
+        self._guessing, self._settled_before = (speculate, draft), 0
         self._begin(system, window)
+        if history:
+            self._adopt(history)
 
     @property
     def system(self) -> str | None:
@@ -165,8 +174,10 @@ class ChatSession:
 
         Args:
             question: a text, or the messages of a turn: a user's, further system messages, or the
-                results of the tools that the last reply calls.
-            progress: called while the question is read, with the tokens read and the total.
+                results of the tools that the last reply calls. An assistant's message at the end
+                begins the reply; the pieces are what follows it.
+            progress: called while earlier turns are read, if they must be, and then while the
+                question is: with the tokens read and the total.
 
         Raises:
             ValueRefused: `max_tokens` is below 1, or a stop string is empty.
@@ -174,9 +185,10 @@ class ChatSession:
             TemplateError: the template does not allow these messages.
             SessionError: the recorder could not write the turn; it tries again at the next turn.
         """
-        messages = turn_of_messages(question)
-        limit, reply = self._new_reply(max_tokens, stop)
-        return self._turn_steps(lambda: self._ask(messages, limit), reply, limit, progress)
+        messages, begin = turn_of_messages(question)
+        limit, reply = self._new_reply(max_tokens, stop, begin)
+        room = limit + reply.count
+        return self._turn_steps(lambda: self._ask(messages, room), reply, limit, progress)
 
     def retry_steps(
         self,
@@ -206,8 +218,8 @@ class ChatSession:
         Raises:
             ValueRefused: as in `reply`, or there is no question.
         """
-        messages = turn_of_messages(question)
-        limit, reply = self._new_reply(max_tokens, stop)
+        messages, begin = turn_of_messages(question)
+        limit, reply = self._new_reply(max_tokens, stop, begin)
         if not self.pending:
             self._turns_or_refuse("edit")
 
@@ -217,7 +229,7 @@ class ChatSession:
             found = self._answering(messages, turns)
             self.prompts.question(found, None, self.number == 1)
             self._take_back_last()
-            return self._ask(messages, limit)
+            return self._ask(messages, limit + reply.count)
 
         return self._turn_steps(ask, reply, limit, progress)
 
@@ -233,6 +245,43 @@ class ChatSession:
         taken = self._take_back_last()
         self._record(ChangeKind.UNDO, self.number + 1)
         return taken
+
+    def fork(
+        self, back: int = 0, model: Model | None = None, notify: Notify = discard
+    ) -> "ChatSession":
+        """Return a new session that continues from a copy of this one's state; nothing is read.
+
+        It has a ring of its own and is not saved.
+
+        Args:
+            back: how many of the last exchanges to take back in it.
+            model: the same model, with another check of its streams' memory.
+
+        Raises:
+            ValueRefused: fewer exchanges than `back` are attended.
+            MemoryRefused: the second ring exceeds the budget.
+        """
+        turns = self._settle()
+        if not 0 <= back <= len(turns) + bool(self.pending):
+            raise ValueRefused(f"cannot take back {back} of {plural(len(turns))}")
+        found = copy.copy(self)
+        found.model, found.recorder = model or self.model, None
+        found.stats, found.on_evict, found._on_notice = replace(self.stats), None, notify
+        found.sampler = Sampler(self.sampler.sampling)
+        found.sampler.restore(self.sampler.state())
+        guessing = *self._guessing, self.kv_bits, self.sampler.sampling
+        found._writer_factory = writer_factory(found.model, *guessing)
+        found._begin(self.system, self.stats.window)
+        if self.tokens.failed:
+            found.evictor.state = Idle(found._place_again(turns))
+        else:
+            found.tokens.restore(self.tokens.state())
+            found.evictor.state = Idle(turns)
+        found.evictor.mark_reported()
+        for _ in range(back):
+            found._take_back_last()
+        found._count(silent=True)
+        return found
 
     def clear(self, first: int | None = None) -> None:
         """Evict every turn, or those before number `first`; the pinned beginning stays."""
@@ -327,12 +376,15 @@ class ChatSession:
     # --- one turn ---
 
     def _new_reply(
-        self, max_tokens: int | None, stop: Sequence[str] | None
+        self, max_tokens: int | None, stop: Sequence[str] | None, begin: Message | None = None
     ) -> tuple[int, ReplyDecoder]:
         limit = self.max_tokens if max_tokens is None else check_max_tokens(max_tokens)
         stops = self.stop if stop is None else stop
         thinking = max(1, self.cache.geometry.window // 2)
-        return limit, self.prompts.replies.decoder(stops, thinking)
+        reply = self.prompts.replies.decoder(stops, thinking)
+        if begin:
+            reply.begin_with(self.prompts.beginning(begin.text, begin.thinking))
+        return limit, reply
 
     def _turn_steps(
         self, begin: Begin, reply: ReplyDecoder, limit: int, progress: Progress | None
@@ -340,14 +392,16 @@ class ChatSession:
         if self.tokens.failed:
             self._notify("the attended turns are read again: a step of the previous reply failed")
             yield from self.restart_steps(self.system, self.stats.window)
-        self._settle()
-        yield from self._read_settling()
+        turns = self._settle()
+        unread = len(unread_ids(self.prompts.pinned, turns, self.tokens.length))
+        yield from self._read_settling(cumulative(progress, unread))
         turn = begin()
         yield from self._read_settling(before=turn.start)
         turns = tuple(t for t in self.evictor.state.turns if t.number != turn.number)
         self.number, self.pending = turn.number, None
         self.evictor.state = ActiveTurn(turns, turn, reply, turns)
         prompt = unread_ids(self.prompts.pinned, (*turns, turn), self.tokens.length)
+        prompt, given = (*prompt, *reply.ids), reply.count
         writer = write_reply(
             self.writer,
             prompt,
@@ -365,8 +419,17 @@ class ChatSession:
                 result = yield writer.send(result)
             return
         except StopIteration as end:
-            counts = (self.cache.attended, *self.evictor.evicted_since_report())
-            yield Piece(end.value.text, end.value.finish, *counts)
+            exchanges, tokens = self.evictor.evicted_since_report()
+            settled, self._settled_before = self._settled_before, self.stats.settled
+            yield replace(
+                end.value,
+                attended=self.cache.attended,
+                evicted_exchanges=exchanges,
+                evicted_tokens=tokens,
+                read=len(prompt),
+                written=reply.count - given,
+                settled=self.stats.settled - settled,
+            )
         finally:
             writer.close()
             if self.evictor.state.reply is reply:
@@ -576,6 +639,13 @@ class ChatSession:
         self._count()
 
     # --- the stream, its statistics and the recorder ---
+
+    def _adopt(self, history: Sequence[Message]) -> None:
+        """Place the newest turns of a history, which are read later."""
+        exchanges = exchanges_of(history)
+        turns = newest_turns(self.prompts, exchanges, self.cache.geometry.window)
+        self.evictor.state, self.number = Idle(turns), len(exchanges)
+        self.stats.evicted_exchanges = len(exchanges) - len(turns)
 
     def _begin(self, system: str | None, window: int | None) -> None:
         """Allocate the stream without reading anything."""

@@ -19,6 +19,9 @@ class Piece:
         attended: on the last piece of a conversation's reply, the number of attended tokens.
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
+        read, written: on the last piece, the tokens read for this reply and those of the reply.
+        settled: on the same piece, the tokens read again since the reply before, so that the
+            stream held what the template renders.
     """
 
     text: str
@@ -27,6 +30,9 @@ class Piece:
     evicted_exchanges: int = 0
     evicted_tokens: int = 0
     thinking: str = ""
+    read: int = 0
+    written: int = 0
+    settled: int = 0
 
 
 class StopMatcher:
@@ -115,6 +121,13 @@ class ReplyDecoder:
         self.answer_count += self.reader.phase is Phase.ANSWER
         self._decoded = len(self.ids)
         return text
+
+    def begin_with(self, ids: Sequence[int]) -> None:
+        """Take the ids of a beginning that is given and not sampled; limits do not count them."""
+        for id in ids:
+            self.add(id)
+        self.answer_count = 0
+        self.take_thinking()
 
     def take_thinking(self) -> str:
         """Return the thinking that became final since the last call."""
