@@ -5,8 +5,9 @@ The mode is fixed in a traced step. The numbers are arrays: another temperature 
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,11 @@ import numpy as np
 from mlx_stream.errors import ValueRefused
 
 LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
+MOST_LOGPROBS = 20
+
+# Takes the ids of a reply so far, and returns which tokens may come next, (vocabulary,) bool, or
+# None for any.
+Mask = Callable[[Sequence[int]], "np.ndarray | None"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,24 @@ class Sampling:
         return replace(self, seed=int.from_bytes(os.urandom(4), "little"))
 
 
+class ReplyOptions(TypedDict, total=False):
+    """How the tokens of one reply are chosen.
+
+    Attributes:
+        sampling: in place of the session's. Its random numbers continue the session's unless there
+            is a seed.
+        bias: added to the logits of these ids.
+        mask: which tokens may come next. Nothing is guessed or built ahead then.
+        logprobs: report each token's logarithm of the probability, with so many likeliest others
+            (0 to 20). Nothing is guessed then.
+    """
+
+    sampling: Sampling | None
+    bias: Mapping[int, float] | None
+    mask: Mask | None
+    logprobs: int | None
+
+
 @dataclass(frozen=True)
 class SamplingMode:
     """Which steps of sampling are active."""
@@ -71,6 +95,7 @@ class SamplingMode:
     top_k: bool
     top_p: bool
     min_p: bool
+    biased: bool = False
 
     @classmethod
     def of(cls, sampling: Sampling) -> "SamplingMode":
@@ -99,14 +124,26 @@ class PenalizedIds:
 class Sampler:
     """Choose tokens one after another; the state is one random key.
 
+    Args:
+        mask, logprobs: see `ReplyOptions`.
+        source: a sampler whose random numbers this one continues.
+
     Attributes:
         mode: the steps that are taken.
-        numbers: the parameters of these steps: arrays of one element, by name.
+        numbers: the parameters of these steps: arrays by name, of one element but for `bias`.
         key: the random key, (2,) uint32.
     """
 
-    def __init__(self, sampling: Sampling):
-        self.sampling = sampling.with_seed()
+    def __init__(
+        self,
+        sampling: Sampling,
+        mask: Mask | None = None,
+        logprobs: int | None = None,
+        source: "Sampler | None" = None,
+    ):
+        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+            raise ValueRefused(f"logprobs must be from 0 to {MOST_LOGPROBS}, not {logprobs}")
+        self.sampling, self.mask, self.logprobs = sampling.with_seed(), mask, logprobs
         assert self.sampling.seed is not None
         self.mode = SamplingMode.of(self.sampling)
         self.numbers = {
@@ -116,8 +153,63 @@ class Sampler:
             "min_p": mx.array(math.log(self.sampling.min_p) if self.sampling.min_p else -math.inf),
             "penalty": mx.array(self.sampling.repetition_penalty),
         }
-        self.key = mx.random.key(self.sampling.seed)
-        mx.eval(self.numbers, self.key)
+        self._key, self._source = mx.random.key(self.sampling.seed), source
+        self._bias: np.ndarray | None = None
+        mx.eval(self.numbers, self._key)
+
+    @property
+    def key(self) -> mx.array:
+        return self._source.key if self._source else self._key
+
+    @key.setter
+    def key(self, key: mx.array) -> None:
+        if self._source:
+            self._source.key = key
+        else:
+            self._key = key
+
+    def for_reply(self, vocabulary: int, options: ReplyOptions) -> "Sampler":
+        """Return the sampler of one reply: this one, if no option is given.
+
+        Raises:
+            ValueRefused: an option is out of range.
+        """
+        chosen = {name: value for name, value in options.items() if value is not None}
+        if not chosen:
+            return self
+        given, bias = options.get("sampling"), options.get("bias")
+        source = None if given and given.seed is not None else self
+        mask, logprobs = options.get("mask"), options.get("logprobs")
+        sampler = Sampler(given or self.sampling, mask, logprobs, source)
+        if bias or mask:
+            sampler._set_bias(bias or {}, vocabulary)
+        return sampler
+
+    def _set_bias(self, bias: Mapping[int, float], vocabulary: int) -> None:
+        self._bias = np.zeros(vocabulary, np.float32)
+        for id, value in bias.items():
+            if not 0 <= id < vocabulary or math.isnan(value):
+                raise ValueRefused(f"bias of token {id}: no such token, or not a number: {value}")
+            self._bias[id] = value
+        self.mode = replace(self.mode, biased=True)
+        self.numbers["bias"] = mx.array(self._bias)
+
+    def restrict(self, ids: Sequence[int]) -> None:
+        """Ask the mask, if there is one, which tokens may follow these ids of a reply.
+
+        Raises:
+            ValueRefused: it allows none, or has another size.
+        """
+        if self.mask is None or self._bias is None:
+            return
+        allowed, bias = self.mask(ids), self._bias
+        if allowed is not None:
+            if np.shape(allowed) != bias.shape or not np.any(allowed):
+                raise ValueRefused(
+                    f"a mask must allow at least one of {len(bias):,} tokens, and have that size"
+                )
+            bias = np.where(allowed, bias, -math.inf).astype(np.float32)
+        self.numbers = {**self.numbers, "bias": mx.array(bias)}
 
     def state(self) -> str:
         """Return the random key, in hexadecimal."""
@@ -161,6 +253,8 @@ def choose_token(
 ) -> tuple[mx.array, mx.array]:
     """Return a token for logits (vocabulary,), uint32 without axes, and the next random key."""
     logits = logits.astype(mx.float32)
+    if mode.biased:
+        logits = logits + numbers["bias"]
     if mode.penalizes and penalized is not None:
         logits = penalize(logits, penalized, numbers["penalty"])
     if mode.greedy:

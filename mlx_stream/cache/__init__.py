@@ -101,11 +101,12 @@ class Cache(Protocol):
         """Make a step of `count` tokens possible, without changing what is attended."""
         ...
 
-    def plan(self, count: int, verify: bool = False) -> Any:
+    def plan(self, count: int, verify: bool = False, pad: bool = True) -> Any:
         """Plan the step that reads the next `count` tokens. Changes nothing.
 
         Args:
             verify: plan a step of which all but the first token can be taken back without loss.
+            pad: whether the step may have more rows than tokens.
         """
         ...
 

@@ -65,7 +65,7 @@ class DenseCache:
     def prepare(self, count: int) -> None:
         """Do nothing: positions never need to change."""
 
-    def plan(self, count: int, verify: bool = False) -> "DenseStep":
+    def plan(self, count: int, verify: bool = False, pad: bool = True) -> "DenseStep":
         if verify and count > self.max_verify:
             raise ValueRefused("a dense cache cannot verify guesses")
         return DenseStep(self.shape, self.keys, self.values, self.length, count)

@@ -201,7 +201,7 @@ class StreamCache:
             self._reanchor()
 
     def plan(
-        self, count: int, verify: bool = False
+        self, count: int, verify: bool = False, pad: bool = True
     ) -> DecodeStep | QuantizedDecodeStep | PrefillStep | VerifyStep:
         longest = self.max_verify if verify else self.max_step(count)
         if not 1 <= count <= longest or not self.is_ready(count):
@@ -210,7 +210,7 @@ class StreamCache:
         if verify and count > 1 and isinstance(self.storage, PlainStorage):
             return VerifyStep(shape, self.storage, geometry, state, count)
         if count > 1:
-            return PrefillStep(shape, self.storage, geometry, state, count)
+            return PrefillStep(shape, self.storage, geometry, state, count, pad)
         if isinstance(self.storage, QuantizedStorage):
             return QuantizedDecodeStep(shape, self.storage, geometry, state)
         return DecodeStep.plan(shape, self.storage, geometry, state)

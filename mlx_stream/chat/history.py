@@ -47,7 +47,7 @@ def newest_turns(
         TemplateError: the template refuses a turn that fits.
     """
     newest = len(exchanges) + 1
-    for number in reversed(exchanges):
+    for number in reversed([*exchanges]):
         (alone,) = prompts.encode_again({number: exchanges[number]}).values()
         window -= len(alone.ids) + len(prompts.question("x", alone, first=False)[0])
         if window < 0 and newest <= len(exchanges):

@@ -23,6 +23,7 @@ from mlx_stream.chat.snapshot_metadata import SnapshotMetadata, parse_metadata
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.requests import Coroutine, run_coroutine
 from mlx_stream.load import Model
 from mlx_stream.program.lock import Lock
@@ -63,6 +64,7 @@ class SessionOptions:
     reasoning_effort: str | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     history: Sequence[Message] = ()
+    prefixes: PrefixCache | None = None
 
 
 def header_of(name: str) -> SessionHeader | None:

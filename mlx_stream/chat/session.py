@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Unpack
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
 from mlx_stream.chat.exchange import (
@@ -31,14 +31,15 @@ from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, ValueRefused, one_line
+from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
-from mlx_stream.generate.requests import Coroutine, drive, read_ids, run_coroutine
+from mlx_stream.generate.requests import Coroutine, Priority, drive, read_ids, run_coroutine
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
-from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.sampling import ReplyOptions, Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
 from mlx_stream.text.template.chat_template import ChatTemplate
 
@@ -91,6 +92,7 @@ class ChatSession:
             next turn is a `Message` of role `tool` with the result of each.
         history: earlier messages, the last of them a reply. The newest turns that fit the window
             are read with the next question. Older ones are not read, and count as evicted.
+        prefixes: where the rows of the pinned beginning are kept, for sessions that share it.
 
     Attributes:
         recorder: saves the conversation, if set.
@@ -125,6 +127,7 @@ class ChatSession:
         reasoning_effort: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         history: Sequence[Message] = (),
+        prefixes: PrefixCache | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
@@ -137,6 +140,7 @@ class ChatSession:
         self.max_tokens, self.stop = check_max_tokens(max_tokens), StopMatcher(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
         self.sinks, self.kv_bits = model.resolve_window(sinks, None)[0], kv_bits
+        self._prefixes = prefixes
         self.recorder: Recorder | None = None
         self.number = 0
         self.pending: Exchange | None = None
@@ -169,6 +173,7 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Read a question and yield the pieces of the reply. The next request closes it.
 
@@ -178,9 +183,11 @@ class ChatSession:
                 begins the reply; the pieces are what follows it.
             progress: called while earlier turns are read, if they must be, and then while the
                 question is: with the tokens read and the total.
+            options: see `ReplyOptions`.
 
         Raises:
-            ValueRefused: `max_tokens` is below 1, or a stop string is empty.
+            ValueRefused: `max_tokens` is below 1, a stop string is empty, or an option is out of
+                range.
             TextError: the question is empty, or a text is not valid Unicode.
             TemplateError: the template does not allow these messages.
             SessionError: the recorder could not write the turn; it tries again at the next turn.
@@ -188,13 +195,15 @@ class ChatSession:
         messages, begin = turn_of_messages(question)
         limit, reply = self._new_reply(max_tokens, stop, begin)
         room = limit + reply.count
-        return self._turn_steps(lambda: self._ask(messages, room), reply, limit, progress)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
+        return self._turn_steps(lambda: self._ask(messages, room), reply, limit, progress, sampler)
 
     def retry_steps(
         self,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Answer the last question again; the part of it that is still attended is not read again.
 
@@ -202,9 +211,10 @@ class ChatSession:
             ValueRefused: as in `reply`, or there is no question.
         """
         limit, reply = self._new_reply(max_tokens, stop)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
         if not self.pending:
             self._turns_or_refuse("answer again")
-        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress)
+        return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress, sampler)
 
     def edit_steps(
         self,
@@ -212,6 +222,7 @@ class ChatSession:
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
+        **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
         """Replace the last question and answer the new one; otherwise as `reply`.
 
@@ -220,6 +231,7 @@ class ChatSession:
         """
         messages, begin = turn_of_messages(question)
         limit, reply = self._new_reply(max_tokens, stop, begin)
+        sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
         if not self.pending:
             self._turns_or_refuse("edit")
 
@@ -231,7 +243,7 @@ class ChatSession:
             self._take_back_last()
             return self._ask(messages, limit + reply.count)
 
-        return self._turn_steps(ask, reply, limit, progress)
+        return self._turn_steps(ask, reply, limit, progress, sampler)
 
     reply, retry, edit = driven(reply_steps), driven(retry_steps), driven(edit_steps)
 
@@ -387,7 +399,12 @@ class ChatSession:
         return limit, reply
 
     def _turn_steps(
-        self, begin: Begin, reply: ReplyDecoder, limit: int, progress: Progress | None
+        self,
+        begin: Begin,
+        reply: ReplyDecoder,
+        limit: int,
+        progress: Progress | None,
+        sampler: Sampler,
     ) -> Coroutine[Piece, None]:
         if self.tokens.failed:
             self._notify("the attended turns are read again: a step of the previous reply failed")
@@ -400,18 +417,22 @@ class ChatSession:
         turns = tuple(t for t in self.evictor.state.turns if t.number != turn.number)
         self.number, self.pending = turn.number, None
         self.evictor.state = ActiveTurn(turns, turn, reply, turns)
-        prompt = unread_ids(self.prompts.pinned, (*turns, turn), self.tokens.length)
-        prompt, given = (*prompt, *reply.ids), reply.count
+        pinned = self.prompts.pinned
+        unread = unread_ids(pinned, (*turns, turn), self.tokens.length)
+        report, given = cumulative(progress, len(unread) + reply.count), reply.count
+        read_before = self.stats.prompt_tokens
+        yield from self._read_pinned(report)
+        prompt = (*unread_ids(pinned, (*turns, turn), self.tokens.length), *reply.ids)
         writer = write_reply(
             self.writer,
             prompt,
-            self.sampler,
+            sampler,
             limit,
             self.prompts.replies.end_ids,
             reply,
             self.stats,
             self.evictor.make_room,
-            cumulative(progress, len(prompt)),
+            report,
         )
         result = None
         try:
@@ -419,14 +440,14 @@ class ChatSession:
                 result = yield writer.send(result)
             return
         except StopIteration as end:
-            exchanges, tokens = self.evictor.evicted_since_report()
+            exchanges, evicted = self.evictor.evicted_since_report()
             settled, self._settled_before = self._settled_before, self.stats.settled
             yield replace(
                 end.value,
                 attended=self.cache.attended,
                 evicted_exchanges=exchanges,
-                evicted_tokens=tokens,
-                read=len(prompt),
+                evicted_tokens=evicted,
+                read=self.stats.prompt_tokens - read_before,
                 written=reply.count - given,
                 settled=self.stats.settled - settled,
             )
@@ -629,14 +650,30 @@ class ChatSession:
         state = self.evictor.state
         if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length)):
             return
+        yield from self._read_pinned(progress)
         ids = unread_ids(self.prompts.pinned, state.turns, self.tokens.length)
         if before is not None:
             ids = ids[: max(0, before - self.tokens.length)]
         if ids:
             self.evictor.make_room(len(ids), keep=1)
-            yield from read_ids(self.tokens, ids, progress=progress)
+            yield from read_ids(self.tokens, ids, progress=progress, priority=Priority.SETTLING)
             self.stats.settled += len(ids)
         self._count()
+
+    def _read_pinned(self, progress: Callable[[int], None] | None) -> Coroutine[Piece, None]:
+        """Read the pinned beginning in steps of its own, or copy the rows of one read before."""
+        pinned, started = self.prompts.pinned, self.tokens.length
+        if started >= len(pinned):
+            return
+        if not started and self._prefixes and self._prefixes.restore(self.writer, pinned):
+            if progress:
+                progress(len(pinned))
+            return
+        result = yield from read_ids(self.tokens, pinned[started:], progress=progress)
+        self.stats.prompt_tokens += result.count
+        self.stats.prompt_seconds += result.seconds
+        if not started and self._prefixes:
+            self._prefixes.add(self.writer, pinned)
 
     # --- the stream, its statistics and the recorder ---
 

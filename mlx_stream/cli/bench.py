@@ -34,6 +34,16 @@ BYTES = (
     ("ours", "ours ms", ".1f"),
     ("share_of_limit", "of the limit", ".0%"),
 )
+STREAMS = (
+    ("streams", "streams", ""),
+    ("shared", "shared ms", ".1f"),
+    ("in_turn", "in turn ms", ".1f"),
+    ("mlx_lm", "mlx-lm ms", ".1f"),
+    ("shared_gain", "tokens of one", ".2f"),
+    ("in_turn_gain", "in turn", ".2f"),
+    ("mlx_lm_gain", "mlx-lm's", ".2f"),
+    ("ratio", "ratio", ".3f"),
+)
 PREFILL = (
     ("window", "window", ""),
     ("chunk", "chunk", ""),
@@ -69,6 +79,13 @@ def bench(
             "compared too. Default: 128."
         ),
     ] = None,
+    streams: Annotated[
+        str | None,
+        Option(
+            help="Time so many streams at once instead, in the first window: numbers separated by "
+            "commas, such as 1,2,4,8."
+        ),
+    ] = None,
     loading: options.MeasuredLoadOptions,
     json: options.AsJson = False,
 ) -> None:
@@ -83,6 +100,7 @@ def bench(
     from mlx_stream.evaluate.bench import bench as run
     from mlx_stream.evaluate.mlx_lm import load_peer
     from mlx_stream.evaluate.prefill_speed import best_of, check_prefill, prefills
+    from mlx_stream.evaluate.shared_speed import shared_speed
     from mlx_stream.hub.resolve import resolve
 
     chunks = prefill_chunk or [128]
@@ -93,12 +111,22 @@ def bench(
     for one in windows:
         loaded.resolve_window(None, one)
     peer = load_peer(resolve(model, notify), loaded)
+    about = {"model": model, "dtype": loading.dtype, "quantized": loaded.quantized}
+    if streams is not None:
+        rows = shared_speed(loaded, peer, numbers(streams), windows[0], pairs, notify)
+        if json:
+            print_json({**about, "streams": rows, "machine": backend.describe()})
+            return
+        print("a token of each stream, in one step, in turn, and in mlx-lm's batch")
+        medians = {one: f"{one}_ms" for one in ("shared", "in_turn", "mlx_lm")}
+        shown = [{**row, **{one: row[name][1] for one, name in medians.items()}} for row in rows]
+        print_rows(shown, STREAMS)
+        return
     results = run(loaded, peer, windows, pairs, chunk, notify)
     if prefill is not None:
         results["prefill"] = prefills(loaded, peer, windows, prefill, chunks, notify)
         results["prefill_best"] = best_of(results["prefill"])
     if json:
-        about = {"model": model, "dtype": loading.dtype, "quantized": loaded.quantized}
         print_json({**about, "against": "mlx-lm", **results, "machine": backend.describe()})
         return
     print(f"{model}, {loading.dtype}{', quantized' if loaded.quantized else ''}")
@@ -133,3 +161,8 @@ def bench(
         print(f"\na text of {prefill:,} tokens, read from the beginning, tokens/s")
         best = [{**one, "label": "the best of each"} for one in results["prefill_best"]]
         print_rows([*({**one, "label": ""} for one in results["prefill"]), *best], PREFILL)
+
+
+def numbers(text: str) -> list[int]:
+    """Return the whole numbers in a text like "1,2,4"; 0 for a part that is none."""
+    return [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]

@@ -1,9 +1,11 @@
 """The handle of the one thread that computes, for use on any other thread."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from mlx_stream.chat.messages import Message
 from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
 from mlx_stream.engine.handle import OnEvict, OnToken, Session
@@ -103,17 +105,23 @@ class Engine:
         on_token: OnToken | None = None,
         think: bool | None = None,
         reasoning_effort: str | None = None,
+        shared: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        history: Sequence[Message] = (),
     ) -> Session:
         """Begin a conversation; returns at once. Most wrong options raise on its first use.
 
         Args:
             system, window, sinks, sampling, max_tokens, stop, evict, kv_bits, think,
-                reasoning_effort: see `ChatSession`.
+                reasoning_effort, tools, history: see `ChatSession`.
             name: resume the conversation saved under this name, or begin it. Each exchange is on
                 disk before the next one can begin.
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
                 reads the reply.
             on_token: called with each piece, on the same thread.
+            shared: whether its steps may read tokens of other sessions too, which makes several
+                replies at once much faster. A shared step rounds differently: a greedy reply can
+                differ where two tokens tie. Default: yes, unless `sampling` has a seed.
 
         Raises:
             ValueRefused: `max_tokens` below 1.
@@ -131,8 +139,12 @@ class Engine:
             kv_bits,
             think=think,
             reasoning_effort=reasoning_effort,
+            tools=tools,
+            history=history,
         )
-        return Session(self._worker, self._host, options, name, on_evict, on_token, self)
+        if shared is None:
+            shared = sampling is None or sampling.seed is None
+        return Session(self._worker, self._host, options, name, on_evict, on_token, self, shared)
 
     def listen(
         self,

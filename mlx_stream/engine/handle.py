@@ -3,21 +3,24 @@
 import asyncio
 import copy
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from numbers import Integral
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.messages import Question, turn_of_messages
 from mlx_stream.chat.resume import SessionOptions
-from mlx_stream.chat.session import ChatSession
+from mlx_stream.chat.session import ChatSession, Progress
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.session_worker import SessionWorker
-from mlx_stream.engine.task import AHEAD, Task, Work
+from mlx_stream.engine.session_worker import ReadProgress, SessionWorker
+from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
 from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.generate.stats import Stats
+from mlx_stream.sampling import ReplyOptions
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tokenizer import check_text
 
@@ -91,6 +94,8 @@ class Handle:
         self, begin: Callable[[], Work], ahead: int | None = AHEAD, reply: bool = True
     ) -> Task:
         """Submit a task, and cancel the reply in progress."""
+        if ahead is not None and self._queue.owner.shared:
+            ahead = SHARED_AHEAD
         with self._worker.lock:
             task = self._worker.submit(self._queue, begin, ahead)
             before, self._reply = self._reply, task if reply else None
@@ -102,9 +107,9 @@ class Handle:
         """Submit a task and yield its pieces; closing the generator cancels the task."""
         task = submit()
         try:
-            while (piece := self._worker.take(task)) is not None:
-                self._deliver(piece)
-                yield piece
+            while (item := self._worker.take(task)) is not None:
+                if (piece := self._deliver(item)) is not None:
+                    yield piece
             self._deliver()
         finally:
             task.cancel()
@@ -124,10 +129,10 @@ class Handle:
             while True:
                 arrived.clear()
                 done = task.done  # read first, or a piece that arrives now would be missed
-                piece = self._worker.take_now(task)
-                if piece is not None:
-                    self._deliver(piece)
-                    yield piece
+                item = self._worker.take_now(task)
+                if item is not None:
+                    if (piece := self._deliver(item)) is not None:
+                        yield piece
                 elif done:
                     break
                 else:
@@ -136,14 +141,31 @@ class Handle:
         finally:
             task.cancel()
 
-    def _deliver(self, piece: Piece | None = None) -> None:
-        """Run the callbacks that are due, on the caller's thread."""
+    def _deliver(self, item: Piece | ReadProgress | None = None) -> Piece | None:
+        """Run the callbacks that are due, on the caller's thread; return a piece as it is."""
         with self._worker.lock:
             evicted, self._queue.owner.evicted = self._queue.owner.evicted, (0, 0)
         if self._on_evict and any(evicted):
             self._on_evict(*evicted)
-        if self._on_token and piece:
-            self._on_token(piece)
+        if isinstance(item, ReadProgress):
+            item.report(item.done, item.total)
+            return None
+        if self._on_token and item:
+            self._on_token(item)
+        return item
+
+
+class EngineReplyOptions(ReplyOptions, total=False):
+    """How one reply is written.
+
+    Attributes:
+        stop: strings that end the reply, in place of the session's.
+        progress: called while earlier turns and then the question are read, with the tokens read
+            and the total, on the thread that reads the reply.
+    """
+
+    stop: Sequence[str] | None
+    progress: Progress | None
 
 
 class Session(Handle):
@@ -162,10 +184,11 @@ class Session(Handle):
         on_evict: OnEvict | None,
         on_token: OnToken | None,
         engine: Any,
+        shared: bool,
     ):
         check_limit(options.max_tokens)
-        self.name = name
-        self._session_worker = SessionWorker(worker, host, options, name)
+        self.name, self._host, self._options = name, host, options
+        self._session_worker = SessionWorker(worker, host, options, name, shared)
         super().__init__(worker, self._session_worker, engine, on_evict, on_token)
 
     @property
@@ -173,34 +196,61 @@ class Session(Handle):
         """The exchanges attended after the last task, oldest first: a copy."""
         return [*self._session_worker.exchanges]
 
-    def reply(self, question: str, max_tokens: int | None = None) -> Generator[Piece, None, None]:
-        """Yield the pieces of a reply; closing the generator stops the reply within a token.
+    def reply(
+        self,
+        question: Question,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
+    ) -> Generator[Piece, None, None]:
+        """Yield the pieces of a reply; closing the generator stops it within a token or two.
+
+        Args:
+            options: see `ReplyOptions`, and `stop` of `ChatSession.reply`.
 
         Raises:
             TextError: the question is empty.
-            ValueRefused: `max_tokens` below 1.
+            ValueRefused: `max_tokens` below 1, or an option out of range.
             QueueFull: the engine has too much to do.
             MlxStreamError: the reply failed; the engine and its other sessions keep running.
         """
-        return self._pieces(self._reply_to(question, max_tokens))
+        return self._pieces(self._reply_to(question, max_tokens, options))
 
-    def areply(self, question: str, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
+    def areply(
+        self,
+        question: Question,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
+    ) -> AsyncGenerator[Piece, None]:
         """Do what `reply` does, for asyncio; cancelling the task that reads it stops the reply."""
-        return self._pieces_async(self._reply_to(question, max_tokens))
+        return self._pieces_async(self._reply_to(question, max_tokens, options))
 
-    def retry(self, max_tokens: int | None = None) -> Generator[Piece, None, None]:
+    def retry(
+        self, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+    ) -> Generator[Piece, None, None]:
         """Answer the last question again, in place of the last reply; see `reply`."""
-        return self._pieces(self._retry(max_tokens))
+        return self._pieces(self._retry(max_tokens, options))
 
-    def aretry(self, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
-        return self._pieces_async(self._retry(max_tokens))
+    def aretry(
+        self, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+    ) -> AsyncGenerator[Piece, None]:
+        return self._pieces_async(self._retry(max_tokens, options))
 
-    def edit(self, question: str, max_tokens: int | None = None) -> Generator[Piece, None, None]:
+    def edit(
+        self,
+        question: Question,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
+    ) -> Generator[Piece, None, None]:
         """Replace the last question by another, and answer it; see `reply`."""
-        return self._pieces(self._reply_to(question, max_tokens, edit=True))
+        return self._pieces(self._reply_to(question, max_tokens, options, edit=True))
 
-    def aedit(self, question: str, max_tokens: int | None = None) -> AsyncGenerator[Piece, None]:
-        return self._pieces_async(self._reply_to(question, max_tokens, edit=True))
+    def aedit(
+        self,
+        question: Question,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
+    ) -> AsyncGenerator[Piece, None]:
+        return self._pieces_async(self._reply_to(question, max_tokens, options, edit=True))
 
     def undo(self) -> Future[Exchange]:
         """Take the last exchange back; return a future of what `ChatSession.undo` returns.
@@ -215,19 +265,78 @@ class Session(Handle):
         """Evict every exchange; the future is like that of `undo`."""
         return self._future(lambda chat: chat.clear())
 
-    def _reply_to(self, question: str, max_tokens: int | None, edit: bool = False) -> Submit:
-        check_question(question)
+    def fork(
+        self, back: int = 0, on_evict: OnEvict | None = None, on_token: OnToken | None = None
+    ) -> "Session":
+        """Begin a session that continues from a copy of this one's state; returns at once.
+
+        It has a ring of its own, charged to the engine's budget, and is not saved. Commands given
+        to this session before are done first, and a reply in progress ends.
+
+        Args:
+            back: how many of the last exchanges to take back in it.
+            on_evict, on_token: see `Engine.session`.
+
+        Raises:
+            QueueFull, EngineClosed: see `Engine.session`. The new session's methods raise
+                ValueRefused if fewer exchanges than `back` are attended, and MemoryRefused.
+        """
+        with self._worker.lock:  # the copy is made before it is opened
+            found = Session(
+                self._worker,
+                self._host,
+                self._options,
+                None,
+                on_evict,
+                on_token,
+                self._engine,
+                self._session_worker.shared,
+            )
+            copy = found._session_worker.copy_of
+            try:
+                copied = self._future(lambda chat: copy(chat, back))
+            except BaseException:
+                found.close()
+                raise
+            found._wait_for(copied)
+        return found
+
+    def _wait_for(self, copied: "Future[ChatSession]") -> None:
+        """Open the session once another one was copied."""
+        opening, worker = self._opening, self._worker
+        self._session_worker.copied, opening.ahead = copied, 0
+
+        def resume(_: object) -> None:
+            with worker.lock:
+                opening.ahead = None
+                worker.lock.notify_all()
+
+        copied.add_done_callback(resume)
+
+    def _reply_to(
+        self,
+        question: Question,
+        max_tokens: int | None,
+        options: EngineReplyOptions,
+        edit: bool = False,
+    ) -> Submit:
+        turn_of_messages(question)
         check_limit(max_tokens)
         steps = ChatSession.edit_steps if edit else ChatSession.reply_steps
-        return self._submit(lambda chat: steps(chat, question, max_tokens))
+        return self._submit(partial(steps, question=question, max_tokens=max_tokens), options)
 
-    def _retry(self, max_tokens: int | None) -> Submit:
+    def _retry(self, max_tokens: int | None, options: EngineReplyOptions) -> Submit:
         check_limit(max_tokens)
-        return self._submit(lambda chat: chat.retry_steps(max_tokens))
+        return self._submit(partial(ChatSession.retry_steps, max_tokens=max_tokens), options)
 
-    def _submit(self, begin: Callable[[ChatSession], Work]) -> Submit:
+    def _submit(self, steps: Callable[..., Work], options: EngineReplyOptions) -> Submit:
         worker = self._session_worker  # the task must not keep the session alive
-        return lambda: self._ask(lambda: worker.reply(begin))
+        report = options.get("progress")
+
+        def begin(chat: ChatSession, progress: Progress | None) -> Work:
+            return steps(chat, **{**options, "progress": progress})
+
+        return lambda: self._ask(lambda: worker.reply(begin, report))
 
     def _future(self, action: Callable[[ChatSession], Any]) -> Future[Any]:
         worker = self._session_worker

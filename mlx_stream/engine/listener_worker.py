@@ -18,12 +18,14 @@ BUSY_CHUNK = 32  # tokens per step while sessions have tasks
 
 
 class ListenerWorker:
-    """One listening stream; see `StreamOwner`.
+    """One listening stream, which shares no step; see `StreamOwner`.
 
     Attributes:
         stream: None before it is open and after it is closed.
         restored: the note of the snapshot that it continues.
     """
+
+    shared = False
 
     def __init__(self, worker: Worker, host: ModelHost, options: ListenerOptions, backlog: Backlog):
         self.worker, self.host, self.options, self.backlog = worker, host, options, backlog

@@ -8,7 +8,10 @@ import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.errors import MemoryRefused
+from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.load import Model, load, megabytes
+
+PREFIXES = "prefixes"  # the key of the kept beginnings in the budget
 
 
 class Budget:
@@ -47,6 +50,15 @@ class Budget:
             self.weights = weights
             self._streams[key] = self._streams.get(key, 0) + stream
 
+    def try_stream(self, key: object, stream: int) -> bool:
+        """Record `stream` bytes under `key` in place of what is there, if the limit allows that."""
+        with self._lock:
+            others = sum(bytes for one, bytes in self._streams.items() if one != key)
+            if self.weights + others + stream > self.limit:
+                return False
+            self._streams[key] = stream
+            return True
+
     def set_stream(self, key: object, stream: int) -> None:
         """Record `stream` bytes under `key` in place of what is recorded there."""
         with self._lock:
@@ -73,6 +85,7 @@ class ModelHost:
         self.name = str(source)
         self.notices: list[str] = []
         self.budget = Budget(limit or 0)
+        self.prefixes = PrefixCache(partial(self.budget.try_stream, PREFIXES))
         self._source, self._limit = source, limit
         self._dtype, self._keep = dtype, keep_quantized
         self._model: Model | None = None
@@ -97,11 +110,22 @@ class ModelHost:
 
     def model_for(self, key: object) -> Model:
         """Return the model, with its streams charged to `key`."""
-        return self.model.with_check(partial(self.budget.charge, key))
+        return self.model.with_check(partial(self._charge, key))
+
+    def _charge(self, key: object, weights: int, stream: int) -> None:
+        """Charge a stream; the kept beginnings make room for it."""
+        try:
+            self.budget.charge(key, weights, stream)
+        except MemoryRefused:
+            if not self.prefixes.nbytes:
+                raise
+            self.prefixes.clear()
+            self.budget.charge(key, weights, stream)
 
     def leave(self) -> None:
         """Release everything, so that another thread can use MLX."""
         self._model = None
+        self.prefixes.clear()
         self.budget.weights = 0
         mx.clear_cache()
         mx.clear_streams()

@@ -1,7 +1,7 @@
 """A task for the engine's thread: a coroutine that runs there, and what it has produced so far.
 
-The reads that the coroutine requests are run, one per step. Everything else it yields is passed to
-the caller. A cancelled task ends before its next step.
+The worker runs the reads that the coroutine requests and gives it their results. Everything else it
+yields is passed to the caller. A cancelled task ends before its next read.
 """
 
 import copy
@@ -13,10 +13,12 @@ from threading import Condition
 from typing import Any
 
 from mlx_stream.errors import ComputeError, MlxStreamError
-from mlx_stream.generate.requests import Coroutine, ReadRequest
+from mlx_stream.generate.requests import Coroutine, ReadRequest, ReadResult
 
 # Items that may wait for the caller: one is computed while the caller shows another.
 AHEAD = 1
+# With two, a caller that is a little late does not miss a step that it would share.
+SHARED_AHEAD = 2
 
 Work = Coroutine[Any, Any]
 
@@ -32,6 +34,7 @@ class Task:
         ahead: how many items may wait for the caller before the task pauses; None for no limit.
 
     Attributes:
+        request: the read that the coroutine waits for.
         items: what was yielded and has not been taken by the caller.
         future: holds the outcome. Cancelling it before the task begins keeps the task from running.
         error: why the task failed; set before the future is.
@@ -56,7 +59,7 @@ class Task:
         self._claimed: bool | None = None
         self._begin: Callable[[], Work] | None = begin
         self._work: Work | None = None
-        self._request: ReadRequest | None = None  # the read that the coroutine waits for
+        self.request: ReadRequest | None = None
 
     def cancel(self) -> None:
         """Stop the task before its next step, and drop its items."""
@@ -70,12 +73,18 @@ class Task:
 
     # --- on the worker's thread ---
 
-    def step(self) -> None:
-        """Run the pending read, then the coroutine until its next read or until it must pause."""
+    def step(self, result: ReadResult | Exception | None = None) -> None:
+        """Run the coroutine until its next read or until it must pause.
+
+        Args:
+            result: what the read that it waits for has returned or raised.
+        """
         if self.cancelled or not self._claim():
             return self.abandon()
         try:
-            self._advance()
+            if isinstance(result, Exception):
+                raise result
+            self._advance(result)
         except StopIteration as end:
             self._finish(end.value)
         # The engine survives any error of a task; the caller gets it.
@@ -88,18 +97,15 @@ class Task:
             self._claimed = self.future.set_running_or_notify_cancel()
         return self._claimed
 
-    def _advance(self) -> None:
+    def _advance(self, result: ReadResult | None) -> None:
         if self._work is None:
             assert self._begin
             self._work = self._begin()
-        result = None
-        if self._request:  # not under another name: it keeps a stream alive
-            result, self._request = self._request.stream.run(self._request), None
-        while self._request is None and self.runnable():
+        while self.request is None and self.runnable():
             item, result = self._work.send(result), None
             self._publish(None)
             if isinstance(item, ReadRequest):
-                self._request = item
+                self.request = item
             else:
                 with self.lock:
                     if not self.cancelled:
@@ -108,7 +114,7 @@ class Task:
 
     def abandon(self, error: MlxStreamError | None = None) -> None:
         """End early; the caller gets `error`."""
-        self._request = None
+        self.request = None
         try:
             if self._work:
                 self._work.close()

@@ -1,4 +1,4 @@
-"""The one thread that touches MLX: sessions take turns on it, one step each. Independent of models.
+"""The one thread that touches MLX: sessions share its steps, or take turns. Independent of models.
 
 Unless a comment says that a method runs on the thread, any thread may call it, and it holds the
 lock only briefly.
@@ -11,11 +11,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from mlx_stream.engine.scheduler import Scheduler
 from mlx_stream.engine.task import AHEAD, Task, Work, as_engine_error, reraise
 from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused
+from mlx_stream.generate.requests import ReadRequest, ReadResult
 from mlx_stream.generate.stats import Stats
 
 SECONDS_AT_EXIT = 10.0
@@ -26,9 +28,11 @@ class StreamOwner(Protocol):
 
     Attributes:
         evicted: exchanges and tokens evicted and not yet reported; guarded by the lock.
+        shared: whether its reads may share a step with other streams'.
     """
 
     evicted: tuple[int, int]
+    shared: bool
 
     @property
     def usable(self) -> bool:
@@ -96,22 +100,43 @@ class SessionQueue:
     # --- on the thread ---
 
     def step(self) -> None:
+        """Run the session up to its next `request`, or do other work."""
         with self.worker.lock:
             task = next(iter(self.tasks), None)
         if self.closing:
             self.end(EngineClosed("this session or listener was closed before this was done"))
         elif task:
-            failure = self.worker.error or self.failure
-            task.abandon(reraise(failure)) if failure else task.step()
-            with self.worker.lock:
-                if task.done:
-                    self.tasks.popleft()
+            if task.request is None or task.cancelled:
+                self._advance(task)
         else:
             try:
                 self.owner.step()
                 self.after(None)
             except Exception as error:  # raised by the next use of the session
                 self._fail(as_engine_error(error))
+
+    @property
+    def request(self) -> ReadRequest | None:
+        """The read that the session waits for, unless its caller is behind."""
+        task = next(iter(self.tasks), None)
+        return task.request if task and task.runnable() else None
+
+    def take_request(self) -> ReadRequest:
+        """Return the read that the session waits for, and forget it: it keeps a stream alive."""
+        request, self.tasks[0].request = self.tasks[0].request, None
+        assert request
+        return request
+
+    def give(self, result: ReadResult | Exception) -> None:
+        """Continue with the result, or the error, of the read that was taken."""
+        self._advance(self.tasks[0], result)
+
+    def _advance(self, task: Task, result: ReadResult | Exception | None = None) -> None:
+        failure = self.worker.error or self.failure
+        task.abandon(reraise(failure)) if failure else task.step(result)
+        with self.worker.lock:
+            if task.done:
+                self.tasks.popleft()
 
     def after(self, task: Task | None) -> None:
         """Publish the statistics after a step; `task` is one that has just ended."""
@@ -166,7 +191,7 @@ class Worker:
         self.lock = threading.Condition(threading.RLock())
         self.closing = self.ended = False
         self.queues: list[SessionQueue] = []
-        self.queue_size, self._leave = queue_size, leave
+        self.queue_size, self._leave, self._scheduler = queue_size, leave, Scheduler()
         self.loading = Task(self.lock, lambda: as_coroutine(prepare), lambda _: None)
         self._process = os.getpid()
         self._before = claim(self)
@@ -195,7 +220,7 @@ class Worker:
     def submit(
         self, queue: SessionQueue, begin: Callable[[], Work], ahead: int | None = AHEAD
     ) -> Task:
-        """Add a task to a queue.
+        """Add a task to a queue; see `Task`.
 
         Raises:
             QueueFull: too many tasks are waiting or in progress.
@@ -312,12 +337,27 @@ class Worker:
             if not self.closing:
                 self.loading.step()
             while queues := self._round():
-                for queue in queues:
-                    if self.closing:
-                        break
-                    queue.step()
+                self._run_round(queues)
         finally:
             self._finish()
+
+    def _run_round(self, queues: Sequence[SessionQueue]) -> None:
+        for queue in queues:
+            if not self.closing:
+                queue.step()
+        for step in self._schedule(queues):
+            if not self.closing:
+                results = self._scheduler.run([queue.take_request() for queue in step])
+                for queue, result in zip(step, results, strict=True):
+                    queue.give(result)
+
+    def _schedule(self, queues: Sequence[SessionQueue]) -> list[list[SessionQueue]]:
+        """Return the queues whose reads make up each step of a round."""
+        waiting = [queue for queue in queues if queue.request]
+        alone = [[queue] for queue in waiting if not queue.owner.shared]
+        shared = [queue for queue in waiting if queue.owner.shared]
+        steps = self._scheduler.schedule([queue.request for queue in shared if queue.request])
+        return [*alone, *([shared[at] for at in step] for step in steps)]
 
     def _round(self) -> list[SessionQueue]:
         """Wait for queues that have a step to do, and return them; none when closing."""

@@ -233,14 +233,14 @@ def fill(cache: StreamCache, clock: int | None = None) -> None:
 # --- mlx-lm ---
 
 
-def filled_caches(model: Model, peer: Any, window: int) -> list[Any]:
+def filled_caches(model: Model, peer: Any, window: int, keep: int = SINKS) -> list[Any]:
     """Return mlx-lm's rotating caches, full and past their wrap."""
     config, size = model.config, SINKS + window
     shape = (1, config.num_key_value_heads, size, config.head_dim)
-    caches = rotating_caches(peer, size, SINKS)
+    caches = rotating_caches(peer, size, keep)
     for cache in caches:
         keys, values = (mx.random.normal(shape, model.dtype) for _ in range(2))
-        cache.state = (keys, values, 2 * size, SINKS, size, size)
+        cache.state = (keys, values, 2 * size, keep, size, size)
     mx.eval([cache.state[:2] for cache in caches])
     return caches
 

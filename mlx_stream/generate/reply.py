@@ -6,12 +6,15 @@ compute what.
 
 from collections.abc import Callable, Collection, Generator, Sequence
 
+import mlx.core as mx
+import numpy as np
+
 from mlx_stream.generate.requests import Coroutine, ReadRequest, ReadResult, Want, read_ids
 from mlx_stream.generate.speculative import Writer, choose_verified
 from mlx_stream.generate.stats import Stats
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.sampling import Sampler
-from mlx_stream.text.pieces import Piece, ReplyDecoder
+from mlx_stream.text.pieces import Piece, ReplyDecoder, TokenLogprob
 
 
 def write_reply(
@@ -36,9 +39,11 @@ def write_reply(
         stats: up to date whenever a piece is yielded.
     """
     tokens, speculator = writer.tokens, writer.speculator
+    if sampler.mask or sampler.logprobs is not None:
+        speculator = None
     result = yield from read_ids(tokens, prompt, Want.LOGITS, progress)
-    assert result.logits is not None
-    chosen, keys = [sampler.choose(result.logits, tokens.ids.attended)], [sampler.key]
+    chosen, keys = choose_first(sampler, tokens, result, reply)
+    logprobs: list[TokenLogprob] = []
     stats.prompt_tokens += len(prompt)
     stats.prompt_seconds += result.seconds
     finish, unsent, token = "", "", -1
@@ -52,6 +57,8 @@ def write_reply(
                     break
                 stats.reply_tokens += 1
                 stats.decoded_tokens += reply.count > 0
+                if sampler.logprobs is not None and result.logits is not None:
+                    logprobs.append(logprob_of(result.logits, token, sampler.logprobs))
                 unsent = reply.add(token)
                 if reply.stopped or reply.answer_count == limit:
                     finish = "length"
@@ -60,8 +67,8 @@ def write_reply(
                     make_room(1)
                 if (thought := reply.take_thinking()) or unsent:
                     count_attended(stats, writer)
-                    yield Piece(unsent, thinking=thought)
-                    unsent = ""
+                    yield Piece(unsent, thinking=thought, logprobs=tuple(logprobs))
+                    unsent, logprobs = "", []
                 if reply.left(limit) < 1:  # its thinking is too long
                     break
             if finish:
@@ -69,8 +76,7 @@ def write_reply(
             left = reply.left(limit)
             if left < 1:
                 result = yield from end_thinking(tokens, token, reply, make_room)
-                assert result.logits is not None
-                chosen, keys = [sampler.choose(result.logits, tokens.ids.attended)], [sampler.key]
+                chosen, keys = choose_first(sampler, tokens, result, reply)
                 stats.reply_seconds += result.seconds
                 continue
             token = chosen[-1]
@@ -82,13 +88,14 @@ def write_reply(
                 stats.drafted_tokens += len(guess.ids)
                 stats.accepted_tokens += len(chosen) - 1
             else:
-                request = ReadRequest(tokens, (token,), Want.TOKEN, sampler=sampler, more=left > 1)
-                result = yield request
+                sampler.restrict(reply.ids)
+                more = left > 1 and sampler.mask is None
+                result = yield ReadRequest(tokens, (token,), Want.TOKEN, sampler=sampler, more=more)
                 assert result is not None
                 chosen, keys = [result.token], [sampler.key]
             stats.reply_seconds += result.seconds
             if speculator and guess:
-                speculator.learn(guess, chosen, result.seconds)
+                speculator.learn(guess, chosen, None if result.shared else result.seconds)
     finally:
         tokens.drop_pending()
     if tokens.lookahead:
@@ -96,7 +103,24 @@ def write_reply(
     count_attended(stats, writer)
     rest = unsent + reply.flush()
     reply.finish = "stop" if reply.stopped else finish
-    return Piece(rest, reply.finish, thinking=reply.take_thinking())
+    thought = reply.take_thinking()
+    return Piece(rest, reply.finish, thinking=thought, logprobs=tuple(logprobs))
+
+
+def choose_first(
+    sampler: Sampler, tokens: TokenStream, result: ReadResult, reply: ReplyDecoder
+) -> tuple[list[int], list[mx.array]]:
+    """Choose the token after ids that were read; return it and the sampler's key behind it."""
+    assert result.logits is not None
+    sampler.restrict(reply.ids)
+    return [sampler.choose(result.logits, tokens.ids.attended)], [sampler.key]
+
+
+def logprob_of(logits: mx.array, token: int, count: int) -> TokenLogprob:
+    """Return the logarithms of the probabilities of a token and of the `count` likeliest."""
+    values = np.array((logits - mx.logsumexp(logits.astype(mx.float32))).astype(mx.float32))
+    top = np.argsort(-values, kind="stable")[:count].tolist()
+    return TokenLogprob(token, float(values[token]), tuple((id, float(values[id])) for id in top))
 
 
 def end_thinking(

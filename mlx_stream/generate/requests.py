@@ -6,8 +6,8 @@ schedulers. `drive` runs a single reply; an engine runs many.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Protocol, TypeVar
+from enum import Enum, IntEnum, auto
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -24,7 +24,14 @@ class Want(Enum):
     NOTHING = auto()
     LOGITS = auto()  # (vocabulary,), after the last id
     ROWS = auto()  # (T, vocabulary), after each id; all ids but the first may be taken back
-    TOKEN = auto()  # the next token
+    TOKEN = auto()  # the next token, and with it the logits if its sampler has `logprobs`
+
+
+class Priority(IntEnum):
+    """Whose reads come first, if several streams wait; lower ones do."""
+
+    PROMPT = 0
+    SETTLING = 1  # what a stream must hold before its next turn
 
 
 class Readable(Protocol):
@@ -32,6 +39,10 @@ class Readable(Protocol):
 
     def run(self, request: "ReadRequest") -> "ReadResult":
         """Read a request's ids, or as many of them as fit one step."""
+        ...
+
+    def plan(self, request: "ReadRequest") -> Any:
+        """Plan the step of a request that shares it with other streams'; see `shared_step`."""
         ...
 
 
@@ -42,6 +53,7 @@ class ReadRequest:
     Attributes:
         chunk: the most ids to read in the step.
         sampler, more: for `TOKEN`; see `TokenStream.next`.
+        priority: for `NOTHING` and `LOGITS`.
     """
 
     stream: Readable
@@ -50,6 +62,7 @@ class ReadRequest:
     chunk: int = PREFILL_CHUNK
     sampler: Sampler | None = None
     more: bool = True
+    priority: Priority = Priority.PROMPT
 
 
 @dataclass(slots=True)
@@ -59,12 +72,14 @@ class ReadResult:
     Attributes:
         count: how many of the ids were read. Logits or a token are set only if all were.
         seconds: how long the step took.
+        shared: whether other streams read in the same step.
     """
 
     count: int
     seconds: float = 0.0
     logits: mx.array | None = None
     token: int = -1
+    shared: bool = False
 
 
 # Yields requests and other items, and is sent the result of each request.
@@ -77,6 +92,7 @@ def read_ids(
     want: Want = Want.NOTHING,
     progress: Callable[[int], None] | None = None,
     chunk: int = PREFILL_CHUNK,
+    priority: Priority = Priority.PROMPT,
 ) -> Generator[ReadRequest, ReadResult | None, ReadResult]:
     """Request that one or more ids are read, in as many steps as necessary.
 
@@ -88,7 +104,7 @@ def read_ids(
     """
     count, seconds = 0, 0.0
     while True:
-        result = yield ReadRequest(stream, ids[count:], want, chunk)
+        result = yield ReadRequest(stream, ids[count:], want, chunk, priority=priority)
         assert result is not None
         count, seconds = count + result.count, seconds + result.seconds
         if progress:

@@ -78,9 +78,10 @@ class Speculator:
             raise
         return Guess(ids_before(ends, modelled), found, modelled)
 
-    def learn(self, guess: Guess, chosen: Sequence[int], seconds: float) -> None:
-        """Learn from the ids that were chosen and from the step's duration."""
-        self.length.record_step(1 + len(guess.ids), seconds)
+    def learn(self, guess: Guess, chosen: Sequence[int], seconds: float | None) -> None:
+        """Learn from the ids that were chosen and from the step's duration, if it was its own."""
+        if seconds is not None:
+            self.length.record_step(1 + len(guess.ids), seconds)
         self.length.judge(guess.ngram.matched, guess.ngram.ids, chosen)
         if self.drafter and guess.modelled:
             self.drafter.judge(guess.modelled, chosen)

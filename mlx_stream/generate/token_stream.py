@@ -15,10 +15,15 @@ from mlx_stream.generate.attended_ids import AttendedIds, StreamObserver
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.load import Model, check_process
 from mlx_stream.models.compiled import DecodeOutput
+from mlx_stream.models.layers import CausalLM
 from mlx_stream.sampling import PenalizedIds, Sampler, as_int
 from mlx_stream.window import PREFILL_CHUNK
 
 IDS = "ids"  # the key of the token ids in a stream's state
+NOT_A_NUMBER = (
+    "the model's output is not a number: its weights are damaged, or overflow in this dtype (try "
+    "--dtype float32)"
+)
 # After one of these the buffers may hold anything, although they count as evaluated.
 STEP_ERRORS = (RuntimeError, MemoryError, WeightsError)
 
@@ -38,6 +43,32 @@ class PendingStep:
     output: DecodeOutput
 
 
+@dataclass
+class PlannedRead:
+    """The step of a request, which is not committed yet.
+
+    Attributes:
+        ids: the ids that it reads: the request's, or its first ones.
+        step: None once it is committed, because a step holds the buffers.
+        penalized: for `Want.TOKEN`: what the sampler's penalty applies to, if it has one.
+    """
+
+    stream: "TokenStream"
+    request: ReadRequest
+    ids: Sequence[int]
+    step: Any
+    penalized: PenalizedIds | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the request's ids are read."""
+        return len(self.ids) == len(self.request.ids)
+
+    def commit(self) -> None:
+        step, self.step = self.step, None
+        self.stream.commit(step, self.ids)
+
+
 class TokenStream:
     """One stream of token ids through one model.
 
@@ -53,7 +84,7 @@ class TokenStream:
 
     def __init__(self, model: Model, cache: Cache, observers: Sequence[StreamObserver] = ()):
         self.ids, self.lookahead, self.failed = AttendedIds(cache, observers), 0, False
-        self.network, self.cache, self._compiled = model.network, cache, model.compiled_steps
+        self.network, self.cache, self.compiled_steps = model.network, cache, model.compiled_steps
         self._tracing = backend.tracing()
         self._pending: PendingStep | None = None
         self._vocabulary = model.config.vocab_size
@@ -86,7 +117,8 @@ class TokenStream:
         try:
             if want is Want.TOKEN:
                 assert request.sampler is not None
-                token = self.next(ids[0], request.sampler, request.more)
+                token, found = self.next(ids[0], request.sampler, request.more)
+                logits = found if request.sampler.logprobs is not None else None
             elif want is Want.ROWS:
                 logits = self.verify(ids)
             else:
@@ -94,13 +126,45 @@ class TokenStream:
                 wanted = want is Want.LOGITS and count == len(ids)
                 found = self._read(ids[:count], prefill=not wanted)
                 if wanted:
-                    logits = self._last_logits(found, check=True)
+                    logits = last_logits(self.network, found, check=True)
                 else:
                     mx.eval(found)
         except STEP_ERRORS:
             self.fail()
             raise
         return ReadResult(count, time.perf_counter() - started, logits, token)
+
+    def plan(self, request: ReadRequest) -> PlannedRead:
+        """Plan the step of a request that shares it with other streams' (see `shared_step`).
+
+        Raises:
+            ValueRefused, TokenizerError, RuntimeError, MemoryError: as in `run`.
+        """
+        check_process()
+        ids, want, sampler = request.ids, request.want, request.sampler
+        self.drop_pending()
+        try:
+            mx.eval(self._computed)
+            if want in (Want.NOTHING, Want.LOGITS):
+                ids = ids[: self._step_length(ids, request.chunk)]
+            else:
+                check_ids(ids, self._vocabulary)
+                self.lookahead = 0
+            step = self._plan(len(ids), verify=want is Want.ROWS, pad=False)
+        except STEP_ERRORS:
+            self.fail()
+            raise
+        penalized = None
+        if want is Want.TOKEN and sampler:
+            penalized = penalized_next(self, sampler, mx.array([*ids], mx.int32))
+        return PlannedRead(self, request, ids, step, penalized)
+
+    def commit(self, step: Any, ids: Sequence[int]) -> None:
+        """Make a step that read `ids` part of the stream; its arrays are evaluated later."""
+        self.ids.record()
+        self.ids.expect(ids)
+        self._computed = []
+        self.cache.commit(step)
 
     def fail(self) -> None:
         """Release the rows after a failed step, which may have left anything in them."""
@@ -119,7 +183,7 @@ class TokenStream:
             chunk: the most tokens in a step; 1 decodes token by token.
         """
         *_, hidden = self.steps(ids, chunk, prefill=True)
-        return self._last_logits(hidden, check=len(ids) > 1)
+        return last_logits(self.network, hidden, check=len(ids) > 1)
 
     def steps(
         self, ids: Sequence[int], chunk: int = PREFILL_CHUNK, prefill: bool = False
@@ -137,8 +201,8 @@ class TokenStream:
             part, done = ids[done : done + count], done + count
             yield self._read(part, prefill and done < len(ids))
 
-    def next(self, token: int, sampler: Sampler, more: bool = True) -> int:
-        """Read one token and return the next one, which `sampler` chooses.
+    def next(self, token: int, sampler: Sampler, more: bool = True) -> tuple[int, mx.array]:
+        """Read one token; return the next one, by `sampler`, and the logits (vocabulary,).
 
         Args:
             more: whether another step is likely to follow. It is then built while the device
@@ -154,7 +218,7 @@ class TokenStream:
             step = self._plan(1)
             output = self._decode(step, mx.array([[token]], mx.uint32), sampler, sampler.key)
         del pending
-        self._commit(step, [token])
+        self.commit(step, [token])
         del step  # only the update may refer to the buffers
         chosen, key = output.token, output.key
         assert chosen is not None and key is not None
@@ -166,7 +230,7 @@ class TokenStream:
             self._pending = PendingStep(version, chosen, sampler, key, step, following)
         found = as_int(chosen)
         sampler.key = key
-        return found
+        return found, output.logits
 
     def verify(self, ids: Sequence[int]) -> mx.array:
         """Read up to the cache's `max_verify` ids and return the logits (T, vocabulary) after each.
@@ -178,7 +242,7 @@ class TokenStream:
         mx.eval(self._computed)
         step = self._plan(len(ids), verify=True)
         logits = self.network.logits(self.network(mx.array([[*ids]], mx.int32), step))[0]
-        self._commit(step, ids)
+        self.commit(step, ids)
         del step
         self._computed = [logits]
         mx.eval(logits)
@@ -249,14 +313,14 @@ class TokenStream:
         step = self._plan(len(part))
         if len(part) == 1:
             found = self._decode(step, mx.array([part], mx.uint32)).hidden
-            self._commit(step, part)
+            self.commit(step, part)
             self._computed = [found]
             return found
         # Padded with an id of the step, so that the padding cannot bring in a new NaN.
         tokens = mx.array([[*part, *[part[-1]] * (step.rows - step.count)]], mx.int32)
         compute = self.network.prefill if prefill else self.network
         found = compute(tokens, step)[:, : step.count]
-        self._commit(step, part)
+        self.commit(step, part)
         del step
         self._computed = [found]
         # A chunk attends to the buffers as they were before its own rows. Evaluated together with
@@ -265,21 +329,11 @@ class TokenStream:
         mx.eval(self.cache.arrays())
         return found
 
-    def _last_logits(self, hidden: mx.array, check: bool) -> mx.array:
-        """Return the logits (vocabulary,) after the last row; with `check`, refuse NaN."""
-        logits = self.network.logits(hidden[:, -1])[0]
-        if check and not mx.isfinite(logits).all().item():
-            raise WeightsError(
-                "the model's output is not a number: its weights are damaged, or overflow in this "
-                "dtype (try --dtype float32)"
-            )
-        return logits
-
-    def _plan(self, count: int, verify: bool = False) -> Any:
+    def _plan(self, count: int, verify: bool = False, pad: bool = True) -> Any:
         """Return the step that reads the next `count` tokens; nothing is evicted yet."""
         self.ids.record()
         self.cache.prepare(count)
-        return self.cache.plan(count, verify)
+        return self.cache.plan(count, verify, pad)
 
     def _decode(
         self,
@@ -290,21 +344,28 @@ class TokenStream:
     ) -> DecodeOutput:
         """Build one token's step without committing it."""
         penalized = None
-        if sampler and sampler.mode.penalizes:
-            self.ids.record()
-            attended = self.cache.attended_next()
-            ids = np.zeros(len(attended), np.int32)
-            ids[: len(self.ids.by_row)] = self.ids.by_row[: len(ids)]
-            penalized = PenalizedIds(
-                mx.concatenate([mx.array(ids), tokens[0].astype(mx.int32)]),
-                mx.array(np.append(attended, True)),
-            )
-        return self._compiled.decode(step, tokens, self._tracing, sampler, key, penalized)
+        if sampler:
+            penalized = penalized_next(self, sampler, tokens[0].astype(mx.int32))
+        return self.compiled_steps.decode(step, tokens, self._tracing, sampler, key, penalized)
 
-    def _commit(self, step: Any, ids: Sequence[int]) -> None:
-        self.ids.record()
-        self.ids.expect(ids)
-        self.cache.commit(step)
+
+def penalized_next(stream: TokenStream, sampler: Sampler, token: mx.array) -> PenalizedIds | None:
+    """Return what a sampler's penalty, if any, applies to after the next token, (1,) int32."""
+    if not sampler.mode.penalizes:
+        return None
+    stream.ids.record()
+    attended = stream.cache.attended_next()
+    ids = np.zeros(len(attended), np.int32)
+    ids[: len(stream.ids.by_row)] = stream.ids.by_row[: len(ids)]
+    return PenalizedIds(mx.concatenate([mx.array(ids), token]), mx.array(np.append(attended, True)))
+
+
+def last_logits(network: CausalLM, hidden: mx.array, check: bool) -> mx.array:
+    """Return the logits (vocabulary,) after the last row; with `check`, refuse NaN."""
+    logits = network.logits(hidden[:, -1])[0]
+    if check and not mx.isfinite(logits).all().item():
+        raise WeightsError(NOT_A_NUMBER)
+    return logits
 
 
 def is_next(pending: PendingStep, version: object, token: int, sampler: Sampler) -> bool:
@@ -336,7 +397,7 @@ def generate(
             yield token
             if token in ends or not left:
                 return
-            token = stream.next(token, sampler, more=left > 1)
+            token, _ = stream.next(token, sampler, more=left > 1)
     finally:
         stream.drop_pending()
 

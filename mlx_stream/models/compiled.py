@@ -1,22 +1,27 @@
-"""The step of one token, from its id to the next one, traced once by `mx.compile` and reused.
+"""Steps of one token, from its id to the next one, traced once by `mx.compile` and reused.
 
 Everything that changes between steps is an array argument, so no step is traced twice. The weights
 are captured. Traces belong to a model: they keep its weights alive, and all its streams share them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_stream.cache import Step
+from mlx_stream.cache.steps.batch import BatchStep
 from mlx_stream.cache.steps.decode import DecodeKind, DecodeStep
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.sampling import PenalizedIds, Sampler, SamplingMode, choose_token
 
 # Traces that a model keeps: enough for the few step sizes of a few windows and samplings.
 MOST_TRACES = 64
+
+
+# What does not change between steps of one kind: the step's kind and mask, and how it chooses.
+Traced = tuple[DecodeKind, SamplingMode | None, bool]
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class CompiledSteps:
     def __init__(self, network: CausalLM):
         self.network = network
         self.count = 0
-        self._kept: dict[tuple[DecodeKind, SamplingMode | None, bool], Callable[..., Any]] = {}
+        self._kept: dict[Traced | tuple[Traced, ...], Callable[..., Any]] = {}
 
     def decode(
         self,
@@ -70,7 +75,7 @@ class CompiledSteps:
         ids = [] if penalized is None else [penalized.ids, penalized.attended]
         if isinstance(step, DecodeStep) and not step.is_sink and tracing[step.kind.steady]:
             fixed = (step.kind, mode, "mask" in step.arrays)
-            traced = self._kept.get(fixed) or self._trace(fixed)
+            traced = self._kept.get(fixed) or self._trace(fixed, self._function(*fixed[:2]))
             *found, keys, values = traced(tokens, step.arrays, numbers, key, ids)
             step.finish(keys, values)
         else:
@@ -78,10 +83,38 @@ class CompiledSteps:
         hidden, logits, chosen = found
         return DecodeOutput(hidden, logits, *chosen)
 
-    def _trace(self, fixed: tuple[DecodeKind, SamplingMode | None, bool]) -> Callable[..., Any]:
+    def decode_together(
+        self,
+        steps: Sequence[DecodeStep],
+        tokens: mx.array,
+        samplers: Sequence[Sampler],
+        penalized: Sequence[PenalizedIds | None],
+    ) -> list[tuple[mx.array, mx.array]]:
+        """Compute one token of several streams, traced; return each one's next token and key.
+
+        Args:
+            steps: of full windows, which come again.
+            tokens: their ids, (1, T) int32.
+            samplers, penalized: of each stream, as in `decode`.
+        """
+        fixed = tuple(
+            (step.kind, sampler.mode, "mask" in step.arrays)
+            for step, sampler in zip(steps, samplers, strict=True)
+        )
+        traced = self._kept.get(fixed) or self._trace(fixed, self._shared_function(fixed))
+        choices = [
+            (sampler.numbers, sampler.key, [] if some is None else [some.ids, some.attended])
+            for sampler, some in zip(samplers, penalized, strict=True)
+        ]
+        chosen, keys, values = traced(tokens, [step.arrays for step in steps], choices)
+        for step, *rows in zip(steps, keys, values, strict=True):
+            step.finish(*rows)
+        return chosen
+
+    def _trace(self, fixed: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         while len(self._kept) >= MOST_TRACES:
             del self._kept[next(iter(self._kept))]
-        traced = self._kept[fixed] = mx.compile(self._function(*fixed[:2]))
+        traced = self._kept[fixed] = mx.compile(function)
         return traced
 
     def _function(self, kind: DecodeKind, mode: SamplingMode | None) -> Callable[..., Any]:
@@ -90,6 +123,23 @@ class CompiledSteps:
             step = DecodeStep(kind, arrays)
             found = decode_token(self.network, step, tokens, mode, *choice)
             return *found, step.keys, step.values
+
+        return run
+
+    def _shared_function(self, fixed: Sequence[Traced]) -> Callable[..., Any]:
+        def run(tokens: mx.array, arrays: list[Any], choices: list[Any]) -> tuple[Any, ...]:
+            self.count += 1
+            kinds = [kind for kind, _, _ in fixed]
+            steps = [DecodeStep(kind, each) for kind, each in zip(kinds, arrays, strict=True)]
+            logits = self.network.logits(self.network(tokens, BatchStep(steps))[0])
+            chosen = [
+                choose_token(mode, numbers, row, key, PenalizedIds.of(ids))
+                for (_, mode, _), row, (numbers, key, ids) in zip(
+                    fixed, logits, choices, strict=True
+                )
+                if mode
+            ]
+            return chosen, [step.keys for step in steps], [step.values for step in steps]
 
         return run
 

@@ -10,6 +10,21 @@ from mlx_stream.text.tool_calls import CallReader, CallStyle, ToolCall
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """The natural logarithm of a token's probability, by the model alone.
+
+    Attributes:
+        id: the token's id.
+        logprob: of the token that was chosen.
+        top: the likeliest ids at its place with theirs, likeliest first.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Piece:
     """A piece of text that is final.
 
@@ -22,6 +37,7 @@ class Piece:
         read, written: on the last piece, the tokens read for this reply and those of the reply.
         settled: on the same piece, the tokens read again since the reply before, so that the
             stream held what the template renders.
+        logprobs: if asked for, of each token sampled since the piece before.
     """
 
     text: str
@@ -33,6 +49,7 @@ class Piece:
     read: int = 0
     written: int = 0
     settled: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class StopMatcher:

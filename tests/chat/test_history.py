@@ -208,7 +208,7 @@ def test_a_beginning_is_text_and_belongs_to_a_question():
 
 def test_the_last_piece_counts(tmp_path):
     chat = thinker(tmp_path / "model", window=60)
-    again = 0  # what was read again after the last reply
+    again, now = 0, chat.stats  # what was read again after the last reply
     for number in range(6):
         before = mlx_stream.Stats(**vars(chat.stats))
         *_, last = chat.reply(f"Question {number}")

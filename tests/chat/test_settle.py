@@ -156,9 +156,9 @@ class Recorded(TokenStream):
 
         cache.evict = recorded_evict
 
-    def _commit(self, step: Any, ids: Any) -> None:
+    def commit(self, step: Any, ids: Any) -> None:
         self.trouble.at("before a step")
-        super()._commit(step, ids)
+        super().commit(step, ids)
         self.steps_taken.append((tuple(ids), len(ids), 0))
         self.trouble.at("after a step")
 

@@ -31,9 +31,10 @@ def hold(chat, questions):
     return [*replies, said(chat.retry()), said(chat.edit("Two?")), said(chat.reply("Three?"))]
 
 
-def test_sessions_at_once_say_what_each_says_alone(letters, engine):
-    """To the bit: a greedy reply of letters has the ids of the numbers before it."""
-    chats = {n: engine.session(sampling=GREEDY, **OPTIONS) for n in QUESTIONS}
+@pytest.mark.parametrize("shared", [False, True])
+def test_sessions_at_once_say_what_each_says_alone(letters, engine, shared):
+    """To the bit, unless steps are shared: a greedy reply of letters has the ids before it."""
+    chats = {n: engine.session(sampling=GREEDY, shared=shared, **OPTIONS) for n in QUESTIONS}
     model, found = mlx_stream.load(letters, dtype="float32", keep_quantized=False), {}
 
     def talk(n):
@@ -50,8 +51,8 @@ def test_sessions_at_once_say_what_each_says_alone(letters, engine):
 
 def test_replies_take_turns_token_by_token(engine):
     """No session gets a second token before each has had one, even during a long question."""
-    order = []
-    chats = {n: engine.session(sampling=GREEDY, window=400, max_tokens=12) for n in range(3)}
+    order, options = [], {"sampling": GREEDY, "window": 400, "max_tokens": 12, "shared": False}
+    chats = {n: engine.session(**options) for n in range(3)}
     for chat in chats.values():
         chat.wait(DEADLINE)
     step, following = TokenStream._read, TokenStream.next
@@ -121,14 +122,16 @@ def test_a_reply_in_asyncio_is_the_same_and_does_not_block_the_loop(letters, eng
     assert ticks > 100
 
 
-def test_closing_a_reply_stops_it_within_a_token(engine):
-    chat = engine.session(sampling=GREEDY, window=200)
+@pytest.mark.parametrize("shared", [False, True])
+def test_closing_a_reply_stops_it_within_a_token(engine, shared):
+    """Or two, if it shares steps."""
+    chat = engine.session(sampling=GREEDY, window=200, shared=shared)
     pieces = chat.reply("Hi", max_tokens=100_000)
     shown = next(pieces).text + next(pieces).text
     pieces.close()
     eventually(lambda: chat.exchanges)
     (exchange,) = chat.exchanges
-    assert exchange.reply.startswith(shown) and len(exchange.reply_ids) <= 2 + 1
+    assert exchange.reply.startswith(shown) and len(exchange.reply_ids) <= 2 + 1 + shared
     assert exchange.finish == "interrupted"
 
 
@@ -339,4 +342,4 @@ def test_cancelling_a_task_stops_its_reply(engine):
 
     asyncio.run(main())
     eventually(lambda: chat.exchanges)
-    assert len(chat.exchanges[0].reply_ids) <= len(shown) + 1
+    assert len(chat.exchanges[0].reply_ids) <= len(shown) + 2  # it may share steps

@@ -142,7 +142,7 @@ def test_two_tokens_have_the_distribution_of_the_model(tiny_model):
         drafted, accepted = drafted + len(guess.ids), accepted + len(chosen) - 1
         assert len(keys) == len(chosen) and keys[-1] is sampler.key
         if len(chosen) == 1:
-            chosen.append(stream.next(chosen[0], sampler, more=False))
+            chosen.append(stream.next(chosen[0], sampler, more=False)[0])
         pairs[chosen[0], chosen[1]] += 1
         stream.rewind(2)
     assert 0.1 * runs < accepted < 0.9 * drafted

@@ -143,7 +143,7 @@ def test_a_step_built_ahead_is_used_only_for_what_it_was_built_for(tiny_model, c
         found, expected = (np.array(one.read([9])) for one in (stream, fresh))
         np.testing.assert_allclose(found, expected, atol=1e-4)
         greedy = Sampler(GREEDY)
-        assert stream.next(11, greedy) == np.argmax(np.array(fresh.read([11])))
+        assert stream.next(11, greedy)[0] == np.argmax(np.array(fresh.read([11])))
 
     after(lambda stream: None)
     after(lambda stream: stream.rewind(3))

@@ -9,7 +9,7 @@ from mlx_stream.cache.storage import CacheState, Rows, RowStorage
 
 
 class PrefillStep:
-    """The step of several tokens.
+    """The step of several tokens, padded to one of a few lengths unless `pad` is false.
 
     Each row has its own o. If o does not move within the chunk, the sinks' rows in the buffer are
     right for every row. If it does, every row is at the constant distance S + W - 1 from sink 0:
@@ -25,9 +25,10 @@ class PrefillStep:
         geometry: Geometry,
         state: CacheState,
         count: int,
+        pad: bool = True,
     ):
         self.shape, self.storage, self.geometry = shape, storage, geometry
-        self.count, self.rows = count, pad_length(count)
+        self.count, self.rows = count, pad_length(count) if pad else count
         self.keys: list[Rows] = []
         self.values: list[Rows] = []
         self.new_sinks: list[mx.array] = []

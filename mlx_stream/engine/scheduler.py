@@ -1,0 +1,146 @@
+"""Decides which reads share the next step; knows requests, and neither threads nor sessions.
+
+Tokens of replies are in every step. Its other rows are divided among prompts and among streams that
+settle. While replies wait, there are only so many of these rows that a step takes a few times as
+long as one of tokens alone.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from mlx_stream.cache.geometry import STEP_LENGTHS
+from mlx_stream.generate.requests import Priority, ReadRequest, ReadResult, Want
+from mlx_stream.generate.shared_step import run_together
+from mlx_stream.window import PREFILL_CHUNK
+
+# A step with rows of prompts may take this many times as long as one of tokens alone.
+LONGEST = 2.6
+FEWEST_ROWS = 8  # rows of prompts, however long they take
+MOST_ROWS = 2 * PREFILL_CHUNK  # rows of prompts while no reply waits
+SETTLING_SHARE = 4  # streams that settle get at least one row of so many
+MEASURED = 5  # the latest steps of a kind that count
+PROBE_EVERY = 256  # rounds after which it is measured again whether sharing pays
+
+Results = list[ReadResult | Exception]
+
+
+class StepTimes:
+    """The measured durations of steps on this machine, in seconds."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, deque[float]] = {}
+        self._row: deque[float] = deque(maxlen=MEASURED)
+        self._rounds: dict[int, int] = {}
+
+    def record(self, replies: int, rows: int, seconds: float) -> None:
+        """Learn from a step of one token of each of `replies` streams and `rows` other rows."""
+        if not rows:
+            self._tokens.setdefault(replies, deque(maxlen=MEASURED)).append(seconds)
+            return
+        base = self.of_tokens(replies) if replies else 0.0
+        if base is not None:
+            self._row.append(max(0.0, seconds - base) / rows)
+
+    def of_tokens(self, replies: int) -> float | None:
+        """Return how long a step of one token of each reply takes, if that was measured."""
+        found = self._tokens.get(replies)
+        return median(found) if found else None
+
+    def sharing_pays(self, replies: int) -> bool:
+        """Return whether the next token of each reply comes sooner in one step than in turn.
+
+        Both are tried first, and again now and then.
+        """
+        at = self._rounds.get(replies, 0)
+        self._rounds[replies] = (at + 1) % PROBE_EVERY
+        together, alone = self.of_tokens(replies), self.of_tokens(1)
+        if alone is None or at == PROBE_EVERY - 1:
+            return False
+        if together is None or at == PROBE_EVERY // 2:
+            return True
+        return together < replies * alone
+
+    def most_rows(self, replies: int) -> int:
+        """Return how many rows of prompts a step with tokens of `replies` streams may have."""
+        if not replies:
+            return MOST_ROWS
+        base, row = self.of_tokens(replies), median(self._row) if self._row else 0.0
+        most = int((LONGEST - 1) * base / row) if base and row else PREFILL_CHUNK // 4
+        return max([FEWEST_ROWS, *(one for one in STEP_LENGTHS if one <= min(most, MOST_ROWS))])
+
+
+class Scheduler:
+    """Form the steps of a round, and run them.
+
+    Args:
+        run, clock: replaced in tests.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[ReadRequest]], Results] = run_together,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self._run, self._clock, self.times = run, clock, StepTimes()
+
+    def schedule(self, requests: Sequence[ReadRequest]) -> list[list[int]]:
+        """Return the steps of the next round, each as the places of its requests.
+
+        The chunks of prompts are lowered to their share of a step's rows.
+        """
+        replies = [at for at, request in enumerate(requests) if is_token(request)]
+        prompts = [at for at in range(len(requests)) if at not in replies]
+        if len(replies) > 1 and not self.times.sharing_pays(len(replies)):
+            return [[at] for at in (*replies, *prompts)]
+        divide(self.times.most_rows(len(replies)), [requests[at] for at in prompts])
+        return [[*replies, *prompts]] if requests else []
+
+    def run(self, requests: Sequence[ReadRequest]) -> Results:
+        """Run a step; return the result or the error of each request."""
+        started = self._clock()
+        if len(requests) == 1:
+            found: Results = [run_alone(requests[0])]
+        else:
+            found = self._run(requests)
+        seconds = self._clock() - started
+        read = [result.count for result in found if isinstance(result, ReadResult)]
+        if len(read) == len(requests) and not any(r.want is Want.ROWS for r in requests):
+            replies = sum(map(is_token, requests))
+            self.times.record(replies, sum(read) - replies, seconds)
+        return found
+
+
+def run_alone(request: ReadRequest) -> ReadResult | Exception:
+    try:
+        return request.stream.run(request)
+    except Exception as error:  # it is raised where the result is used
+        return error
+
+
+def is_token(request: ReadRequest) -> bool:
+    """Return whether a reply waits for a request's next tokens."""
+    return request.want in (Want.TOKEN, Want.ROWS)
+
+
+def divide(rows: int, requests: Sequence[ReadRequest]) -> None:
+    """Divide a step's rows among prompts; what short ones leave is for longer ones.
+
+    With 64 rows, prompts of 10, 100 and 200 ids get 10, 27 and 27.
+    """
+    settling = [request for request in requests if request.priority is Priority.SETTLING]
+    prompts = [request for request in requests if request.priority is Priority.PROMPT]
+    kept = rows // SETTLING_SHARE if settling and prompts else 0
+    rows = share_rows(rows - kept, prompts)
+    share_rows(rows + kept, settling)
+
+
+def share_rows(rows: int, requests: Sequence[ReadRequest]) -> int:
+    """Lower the chunks of requests to equal shares, one row at least; return the rows left."""
+    waiting = sorted(requests, key=lambda request: len(request.ids))
+    for at, request in enumerate(waiting):
+        share = max(1, rows // (len(waiting) - at))
+        request.chunk = min(request.chunk, share, len(request.ids))
+        rows = max(0, rows - request.chunk)
+    return rows

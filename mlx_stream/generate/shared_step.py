@@ -1,0 +1,150 @@
+"""Reads the next tokens of several streams in one step of their model; schedules nothing.
+
+The rows of all streams go through each product together, which costs little more than the rows of
+one: the weights are read once. Each stream attends for itself. What it computes is what it would
+compute alone, up to the rounding of products with more rows.
+"""
+
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+
+import mlx.core as mx
+
+from mlx_stream import backend
+from mlx_stream.cache.geometry import STEP_LENGTHS, pad_length
+from mlx_stream.cache.steps.batch import BatchStep
+from mlx_stream.cache.steps.decode import DecodeStep
+from mlx_stream.errors import WeightsError
+from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
+from mlx_stream.generate.token_stream import NOT_A_NUMBER, STEP_ERRORS, PlannedRead
+from mlx_stream.sampling import as_int, choose_token
+
+
+def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception]:
+    """Read the ids of several requests in one step; return each one's result or error.
+
+    The streams are different ones of one model. An error in planning concerns one stream. After an
+    error in the step itself, the rows of all its streams are released, because they may hold
+    anything.
+    """
+    started = time.perf_counter()
+    found: dict[int, ReadResult | Exception] = {}
+    planned: dict[int, PlannedRead] = {}
+    for at, request in enumerate(requests):
+        try:
+            planned[at] = request.stream.plan(request)
+        except Exception as error:  # the others do not depend on it
+            found[at] = error
+    try:
+        if planned:
+            results = compute([*planned.values()])
+            found |= zip(planned, results, strict=True)
+    except STEP_ERRORS as error:
+        for read in planned.values():
+            read.stream.fail()
+        found |= dict.fromkeys(planned, error)
+    seconds, shared = time.perf_counter() - started, len(planned) > 1
+    for result in found.values():
+        if isinstance(result, ReadResult):
+            result.seconds, result.shared = seconds, shared
+    return [found[at] for at in range(len(requests))]
+
+
+def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
+    """Compute and commit the step of several streams."""
+    if backend.tracing()[True] and all(comes_again(read) for read in planned):
+        return compute_traced(planned)
+    tokens, padding = [id for read in planned for id in read.ids], 0
+    if any(len(read.ids) > 1 for read in planned) and len(tokens) <= STEP_LENGTHS[-1]:
+        padding = pad_length(len(tokens)) - len(tokens)
+    # Padded with an id of the step, so that the padding cannot bring in a new NaN.
+    rows = mx.array([tokens + tokens[-1:] * padding], mx.int32)
+    network, first = planned[0].stream.network, 0
+    hidden = network(rows, BatchStep([read.step for read in planned], padding))[0]
+    logits: list[mx.array | None] = []
+    for read in planned:
+        last = first + len(read.ids)
+        start = {Want.NOTHING: last, Want.ROWS: first}.get(read.request.want, last - 1)
+        logits.append(hidden[start:last] if start < last and read.whole else None)
+        first = last
+    asked = [part for part in logits if part is not None]
+    head = iter(mx.split(network.logits(mx.concatenate(asked)), ends_of(asked)) if asked else ())
+    logits = [None if part is None else next(head) for part in logits]
+    chosen = [choose(read, part) for read, part in zip(planned, logits, strict=True)]
+    commit(planned)
+    # A chunk attends to the buffers as they were before its own rows. Evaluated together with the
+    # update, they would be copied on Metal.
+    mx.eval(hidden, asked, logits, chosen)
+    mx.eval([read.stream.cache.arrays() for read in planned])
+    return [result_of(*each) for each in zip(planned, logits, chosen, strict=True)]
+
+
+def compute_traced(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
+    """Compute and commit a step of one token of each stream, traced."""
+    # In one order of kinds, so that the same streams share a trace whoever asked first.
+    order = sorted(range(len(planned)), key=lambda at: repr(planned[at].step.kind))
+    reads = [planned[at] for at in order]
+    samplers = [read.request.sampler for read in reads if read.request.sampler]
+    chosen = reads[0].stream.compiled_steps.decode_together(
+        [read.step for read in reads],
+        mx.array([[read.ids[0] for read in reads]], mx.int32),
+        samplers,
+        [read.penalized for read in reads],
+    )
+    commit(reads)
+    mx.eval(chosen)
+    results = dict(zip(order, map(result_of, reads, [None] * len(reads), chosen), strict=True))
+    return [results[at] for at in range(len(planned))]
+
+
+def comes_again(read: PlannedRead) -> bool:
+    """Return whether a read is one token of a full window, whose next step is of the same kind.
+
+    Not if it wants the logits too: a traced step of several streams does not return them.
+    """
+    step, sampler = read.step, read.request.sampler
+    if read.request.want is not Want.TOKEN or sampler is None or sampler.logprobs is not None:
+        return False
+    return isinstance(step, DecodeStep) and step.kind.steady
+
+
+def choose(read: PlannedRead, logits: mx.array | None) -> tuple[mx.array, mx.array] | None:
+    """Choose the next token after a read, if it wants one, without evaluating it."""
+    sampler = read.request.sampler
+    if read.request.want is not Want.TOKEN or logits is None or sampler is None:
+        return None
+    return choose_token(sampler.mode, sampler.numbers, logits[0], sampler.key, read.penalized)
+
+
+def commit(planned: list[PlannedRead]) -> None:
+    """Commit every stream's step.
+
+    Those that read sinks are last: committing them computes the step, and a buffer is updated in
+    place only if its own step no longer holds it.
+    """
+    for read in sorted(planned, key=lambda read: len(read.step.new_sinks)):
+        read.commit()
+
+
+def result_of(
+    read: PlannedRead, logits: mx.array | None, chosen: tuple[mx.array, mx.array] | None
+) -> ReadResult | Exception:
+    """Return what a request wants of an evaluated step."""
+    count, want = len(read.ids), read.request.want
+    sampler = read.request.sampler
+    if chosen is not None and sampler:
+        sampler.key = chosen[1]
+        row = logits[0] if logits is not None and sampler.logprobs is not None else None
+        return ReadResult(count, logits=row, token=as_int(chosen[0]))
+    if logits is None or want is Want.ROWS:
+        return ReadResult(count, logits=logits)
+    if not mx.isfinite(logits).all().item():
+        read.stream.fail()
+        return WeightsError(NOT_A_NUMBER)
+    return ReadResult(count, logits=logits[0])
+
+
+def ends_of(parts: Sequence[mx.array]) -> list[int]:
+    """Return where each of several arrays but the last ends along the first axis."""
+    return [*accumulate(len(part) for part in parts)][:-1]
