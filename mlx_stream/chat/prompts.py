@@ -31,6 +31,8 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.
 UNDERSTOOD = "Understood."
+# A template that begins a conversation with so many tokens of its own is worth a notice.
+LONG_HEAD = 100
 PROBES = ("What is the first?", "Tell me,\nhow many?")
 
 
@@ -82,13 +84,14 @@ class PromptBuilder:
         self.replies = ReplyFormat(tokenizer, template, self._control)
         self.head: list[MessageDict] = system_turn(system)
         self._before: str | None = None
+        self._header = ""  # what begins a later question, if the pinned text begins the first one
         template.check(False)
         _ = self.replies.call_style  # refused if it is not known
         if system is None or self._has_system_role():
-            self.pinned = self._border() if pin else ()
+            self.pinned = (self._border() or self._border_in_question()) if pin else ()
             if self.pinned or system is None or not pin:
                 return
-        # No system role, or one inside the first question: make the prompt an opening exchange.
+        # No system role, or one inside every question: make the prompt an opening exchange.
         self.head = [user(system), assistant(UNDERSTOOD)]
         text = self.escape_special_tokens(system)
         answer = assistant(UNDERSTOOD)
@@ -111,7 +114,8 @@ class PromptBuilder:
         if first:
             return (), self._ids(self._opening_text(turn), first=True)
         before = self.template.closing if previous is None else self.end_of(previous)
-        closing, ids = self._ids_behind(before, self.template.turn(turn, self._turn_system))
+        later = self._without_header(self.template.turn(turn, self._turn_system))
+        closing, ids = self._ids_behind(before + self._header, later)
         return () if previous is None else closing, ids
 
     def settle(self, exchange: Exchange, first: bool, later: bool = False) -> Exchange:
@@ -243,9 +247,11 @@ class PromptBuilder:
         return True
 
     @property
-    def system_is_a_turn(self) -> bool:
-        """Whether the template has a place for the system prompt before the first question."""
-        return self._before is None
+    def system_place(self) -> str:
+        """Where a system prompt is: a "turn", in the first "question", in an opening "exchange"."""
+        if self._before is not None:
+            return "exchange"
+        return "question" if self._header else "turn"
 
     @property
     def _turn_system(self) -> str | None:
@@ -262,7 +268,9 @@ class PromptBuilder:
     def _turn_text(self, exchange: Exchange, first: bool) -> str:
         """Return the text of an exchange up to where the model answers."""
         turn = message_dicts(exchange.asked, self.escape_special_tokens)
-        return self._opening_text(turn) if first else self.template.turn(turn, self._turn_system)
+        if first:
+            return self._opening_text(turn)
+        return self._without_header(self.template.turn(turn, self._turn_system))
 
     def _settled_text(
         self, exchange: Exchange, reply: MessageDict, first: bool, later: bool = False
@@ -270,7 +278,7 @@ class PromptBuilder:
         turn = message_dicts(exchange.asked, self.escape_special_tokens)
         opens, system = first and self._before is None, self._turn_system
         whole = self.template.settled(turn, reply, system, opens, later)
-        return (self._before or "") + whole if first else whole
+        return (self._before or "") + whole if first else self._without_header(whole)
 
     def _head_of_reply(
         self, exchange: Exchange, reply: MessageDict, first: bool, later: bool
@@ -284,7 +292,7 @@ class PromptBuilder:
     def _ids(self, text: str, first: bool) -> tuple[int, ...]:
         """Return the ids of a turn's text; the first turn's text includes everything before it."""
         if not first:
-            return self._ids_behind(self.template.closing, text)[1]
+            return self._ids_behind(self.template.closing + self._header, text)[1]
         ids, count = self.encode(text), len(self.pinned)
         if tuple(ids[:count]) != self.pinned:
             raise TemplateError("chat template: its text before a question depends on the question")
@@ -310,6 +318,35 @@ class PromptBuilder:
         whole = (before == self.encode(text)[: len(before)] for text in (first, second))
         return tuple(before) if all(whole) else ()
 
+    def _border_in_question(self) -> tuple[int, ...]:
+        """Return the ids before the first question's text, if a system prompt begins its turn.
+
+        What begins a later question, such as <start_of_turn>user\\n, then closes the turn before it
+        and leaves with it: the oldest attended question is always rendered as the first one.
+        """
+        system = self._turn_system
+        if system is None:
+            return ()
+        try:
+            opening, closing = around(self._opening_text)
+            header, again = around(lambda probe: self.template.turn(probe, system))
+        except TemplateError:
+            return ()
+        before = self.encode(opening)
+        texts = (opening + probe for probe in (*PROBES, "\nx"))
+        stands = all(before == self.encode(text)[: len(before)] for text in texts)
+        spaced, repeated = header != header.rstrip(" "), system in header
+        if closing != again or spaced or repeated or not stands:
+            return ()
+        self._header = header
+        return tuple(before)
+
+    def _without_header(self, text: str) -> str:
+        """Return the text of a later turn without what is read with the end of the turn before."""
+        if not text.startswith(self._header):
+            raise TemplateError("chat template: its text before a question depends on the question")
+        return text.removeprefix(self._header)
+
     def escape_special_tokens(self, text: str) -> str:
         """Return a text in which marks split whatever would be read as a control token."""
         return self._control.escape(text)
@@ -325,6 +362,13 @@ class PromptBuilder:
             ids += self.tokenizer.encode(piece, special=False, behind_text=behind_text)
             behind_text = True
         return ids
+
+
+def long_head_notice(count: int) -> str:
+    return (
+        f"this model's template begins every conversation with {count:,} tokens of its own, which "
+        "are pinned: a system prompt may replace them"
+    )
 
 
 def around(render: Callable[[str], str]) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from mlx_stream.chat.exchange import (
 )
 from mlx_stream.chat.history import exchanges_of, newest_turns
 from mlx_stream.chat.messages import Message, Question, answering, turn_of_messages
-from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.chat.prompts import LONG_HEAD, PromptBuilder, long_head_notice
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, ValueRefused, one_line
@@ -697,6 +697,13 @@ class ChatSession:
         self.evictor = TurnEvictor(self.cache, whole=self.evict == "turn")
         self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
         self.stats.pinned, self.stats.cache_bytes = pinned, self.cache.nbytes
+        if prompts.system_place == "exchange":
+            self._notify(
+                "this model's template has no place for a system prompt that stays: it is asked "
+                "and answered in an opening exchange"
+            )
+        if system is None and pinned >= LONG_HEAD:
+            self._notify(long_head_notice(pinned))
         if pinned > geometry.window:
             self._notify(
                 f"the system prompt of {pinned:,} tokens is longer than the window of "

@@ -13,11 +13,13 @@ from mlx_stream.chat.messages import Message
 from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import MemoryRefused, TextError, ValueRefused
+from mlx_stream.text.template.chat_template import ChatTemplate
 from mlx_stream.text.tool_calls import ToolCall
 from tests.chat.test_settle import Trouble, model, recorded
 from tests.chat.test_thinking import SWITCH, THINKS, thinker
 from tests.chat.test_tool_calls import CALLS, Talk
 from tests.fakes.conversations import assert_well_formed, said
+from tests.fakes.tiny import CHAT_TEMPLATE
 from tests.fakes.tool_models import MODELS, TOOLS, Scripted, scripted
 
 TURNS = st.lists(st.tuples(st.sampled_from(["Hi", "And then?\nTell.", "x" * 30]), st.text("a <|é")))
@@ -237,3 +239,15 @@ def test_a_fork_has_the_tools_too():
         assert said(other.reply(question)) == "Yes."
         assert_well_formed(other)
         assert other.tools is TOOLS
+
+
+def test_notices_say_what_becomes_of_a_system_prompt():
+    notices: list[str] = []
+    ChatSession(model("no system"), "Be brief.", window=200, notify=notices.append)
+    assert len(notices) == 1 and "opening exchange" in notices[0]
+    for name in ("plain", "system within"):
+        chat = ChatSession(model(name), "Be brief.", window=200)
+        assert not chat.stats.notices
+    long = ChatTemplate("{{ 'the long head of it ' * 9 }}<|im_end|>" + CHAT_TEMPLATE)
+    own = ChatSession(model("plain"), window=200, template=long)
+    assert f"{len(own.prompts.pinned):,} tokens" in own.stats.notices[0]

@@ -165,3 +165,42 @@ def test_a_reply_s_closing_is_not_cut_inside_a_special_token(source, closing):
     exchanges = EXCHANGES[:3]
     whole = whole_ids(tokenizer, template, "Be brief.", exchanges)
     assert read_ids(tokenizer, template, "Be brief.", exchanges) == whole[:-1]  # the text's end
+
+
+# The system prompt begins the first question, as in Gemma 3.
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role != 'system' %}<start_of_turn>{{ m.role }}\n"
+    "{{ messages[0].content + '\n\n' if loop.index0 == 1 and messages[0].role == 'system' }}"
+    "{{ m.content | trim }}<end_of_turn>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, sentence_pieces])
+@pytest.mark.parametrize("evicted", [0, 1, 3])
+def test_a_system_prompt_in_the_first_question_is_pinned_there(tokenizer, evicted):
+    """Of the attended turns, the oldest one is rendered as the first, with the system prompt."""
+    backend, template = tokenizer(), ChatTemplate(GEMMA, TOKENS)
+    prompts = PromptBuilder(backend, template, "Be brief.", pin=True)
+    assert prompts.system_place == "question"
+    assert backend.decode(prompts.pinned).strip().endswith("user\nBe brief.")
+    ids, last = [*prompts.pinned], None
+    for number, (question, reply) in enumerate(EXCHANGES, 1):
+        if number <= evicted:
+            continue
+        closing, asked = prompts.question(question, last, first=number == 1)
+        said = backend.encode(reply, special=False, behind_text=True)
+        last = prompts.settle(Exchange(question, reply, closing, asked, tuple(said)), number == 1)
+        ids += closing + last.ids
+    assert ids == whole_ids(backend, template, "Be brief.", EXCHANGES[evicted:])[: len(ids)]
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [(GEMMA, "question"), (PHI_3_5, "turn"), (KNOWN["Mistral 0.3"][0], "exchange")],
+)
+def test_where_the_system_prompt_is(source, place):
+    backend, template = byte_level(), ChatTemplate(source, TOKENS)
+    assert PromptBuilder(backend, template, "Be brief.", pin=True).system_place == place
+    without = PromptBuilder(backend, template, None, pin=True)
+    assert without.system_place == "turn" and len(without.pinned) < 9
