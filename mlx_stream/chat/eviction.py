@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.chat.exchange import PlacedTurn, ids_of
+from mlx_stream.chat.messages import calls_with_ids
 from mlx_stream.errors import ValueRefused
 from mlx_stream.text.pieces import ReplyDecoder
 
@@ -53,6 +54,7 @@ class ActiveTurn:
             rest=rest,
             finish=self.reply.finish,
             thinking=self.reply.thinking,
+            calls=calls_with_ids(self.reply.calls, self.turn.number),
         )
         return replace(self.turn, exchange=exchange)
 
@@ -78,7 +80,18 @@ class TurnEvictor:
             self.evict_oldest()
 
     def evict_oldest(self) -> None:
-        """Evict the oldest turn and the ids that close it."""
+        """Evict the oldest turn and the ids that close it.
+
+        The results of its tool calls leave with it, unless their chain is still the last.
+        """
+        self._evict_one()
+        while (turns := self.state.turns) and turns[0].exchange.answers_calls:
+            active = [self.state.turn] if isinstance(self.state, ActiveTurn) else []
+            if all(turn.exchange.answers_calls for turn in (*turns, *active)):
+                break
+            self._evict_one()
+
+    def _evict_one(self) -> None:
         self.cache.evict(max(0, min(self._end_of_oldest(), self.cache.length) - self.cache.oldest))
         self._drop_oldest()
 

@@ -8,7 +8,10 @@ Both text and ids are kept, because text does not always encode back to the ids 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from mlx_stream.chat.messages import Message, text_of_messages
+from mlx_stream.text.tool_calls import ToolCall
 
 FINISHES = ("end", "stop", "length", "interrupted")
 
@@ -23,8 +26,8 @@ class Exchange:
     """A question and its reply.
 
     Attributes:
-        question: the text as it was asked.
-        reply: the answer as it was shown.
+        question: the text as it was asked; of several messages, or of tools, their texts.
+        reply: the answer as it was shown, without tool calls.
         closing_ids: read before the question to close the previous exchange. They are evicted
             together with that exchange.
         question_ids: the question as the template renders it, up to where the model answers.
@@ -35,6 +38,8 @@ class Exchange:
         thinking: the text of the model's thinking, whose ids are among `reply_ids`.
         settled_ids: the exchange as the template renders it once another question follows. None
             if these are the ids that were read.
+        messages: what was asked, if it is not a user's only message.
+        calls: the tools that the reply calls. The next turn has their results.
     """
 
     question: str
@@ -46,6 +51,23 @@ class Exchange:
     finish: str = "end"
     settled_ids: tuple[int, ...] | None = field(default=None, repr=False)
     thinking: str = ""
+    messages: tuple[Message, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """The messages before the reply."""
+        return self.messages or (Message("user", self.question),)
+
+    @property
+    def answers_calls(self) -> bool:
+        """Whether it has the results of the tools that the previous reply calls."""
+        return self.asked[0].role == "tool"
+
+    @property
+    def unread(self) -> "Exchange":
+        """The same question without a reply and without ids."""
+        return question_of(self.asked)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -53,6 +75,13 @@ class Exchange:
         if self.settled_ids is not None:
             return self.settled_ids
         return self.question_ids + self.reply_ids
+
+
+def question_of(messages: Sequence[Message]) -> Exchange:
+    """Return an exchange of some messages that has no reply and no ids yet."""
+    plain = messages == (Message("user", messages[0].text),)
+    rest = () if plain else tuple(messages)
+    return Exchange(text_of_messages(messages), "", (), (), (), "", "interrupted", messages=rest)
 
 
 @dataclass(frozen=True)
@@ -73,6 +102,15 @@ class PlacedTurn:
     def end(self) -> int:
         """The place after its last id, once all are read."""
         return self.start + len(self.exchange.ids)
+
+
+def place_turns(turns: Sequence[PlacedTurn], first: int) -> tuple[PlacedTurn, ...]:
+    """Return consecutive turns at their places from `first` on."""
+    placed: list[PlacedTurn] = []
+    for turn in turns:
+        start = placed[-1].end + len(turn.exchange.closing_ids) if placed else first
+        placed.append(replace(turn, start=start))
+    return tuple(placed)
 
 
 def ids_of(turns: Sequence[PlacedTurn]) -> tuple[int, ...]:

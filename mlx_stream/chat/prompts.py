@@ -8,10 +8,12 @@ The name of a control token in a user's text is encoded as plain characters, so 
 a turn.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.messages import Question, as_messages, escaped_json, message_dicts
 from mlx_stream.chat.reply_format import ReplyFormat
 from mlx_stream.chat.settle import common_prefix
 from mlx_stream.errors import TemplateError, one_line
@@ -19,7 +21,8 @@ from mlx_stream.program.notices import Notify
 from mlx_stream.text.control_tokens import MARK, ControlTokens
 from mlx_stream.text.template.chat_template import (
     ChatTemplate,
-    Message,
+    MessageDict,
+    Turn,
     assistant,
     system_turn,
     user,
@@ -28,6 +31,8 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.
 UNDERSTOOD = "Understood."
+# A template that begins a conversation with so many tokens of its own is worth a notice.
+LONG_HEAD = 100
 PROBES = ("What is the first?", "Tell me,\nhow many?")
 
 
@@ -62,102 +67,136 @@ class PromptBuilder:
         TextError: the system prompt is not valid Unicode.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, system: str | None, pin: bool):
-        self.tokenizer, self.template, self.system = tokenizer, template, system
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        system: str | None,
+        pin: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ):
+        if tools:
+            template = template.with_options(tools=tools)
         self._control = ControlTokens(tokenizer, template)
+        if tools:
+            template = template.with_options(tools=escaped_json(tools, self._control.escape))
+        self.tokenizer, self.template, self.system = tokenizer, template, system
         self.replies = ReplyFormat(tokenizer, template, self._control)
-        self.head: list[Message] = system_turn(system)
+        self.head: list[MessageDict] = system_turn(system)
         self._before: str | None = None
+        self._header = ""  # what begins a later question, if the pinned text begins the first one
         template.check(False)
+        _ = self.replies.call_style  # refused if it is not known
         if system is None or self._has_system_role():
-            self.pinned = self._border() if pin else ()
+            self.pinned = (self._border() or self._border_in_question()) if pin else ()
             if self.pinned or system is None or not pin:
                 return
-        # No system role, or one inside the first question: make the prompt an opening exchange.
+        # No system role, or one inside every question: make the prompt an opening exchange.
         self.head = [user(system), assistant(UNDERSTOOD)]
         text = self.escape_special_tokens(system)
-        self._before = template.settled(text, UNDERSTOOD, first=True) + template.closing
+        answer = assistant(UNDERSTOOD)
+        self._before = template.settled(text, answer, first=True) + template.closing
         self.pinned = self._border()
 
     def question(
-        self, question: str, rest: str | None, first: bool
+        self, question: Question, previous: Exchange | None, first: bool
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the ids that close the previous turn, and the ids of a question.
+        """Return the ids that close the previous exchange, and the ids of a turn's messages.
 
         Args:
-            rest: text of the previous reply that was not read as ids; None if there is no reply.
+            previous: None if no exchange is attended before this one.
             first: whether it is the conversation's first question.
 
         Raises:
             TemplateError: the template failed, or writes other pinned ids for this question.
         """
-        question = self.escape_special_tokens(question)
+        turn = message_dicts(as_messages(question), self.escape_special_tokens)
         if first:
-            return (), self._ids(self._opening_text(question), first=True)
-        turn = self.template.turn(question, self._turn_system)
-        before = self._control.escape(rest or "", reply=True) + self.template.closing
-        closing, ids = self._ids_behind(before, turn)
-        return () if rest is None else closing, ids
+            return (), self._ids(self._opening_text(turn), first=True)
+        before = self.template.closing if previous is None else self.end_of(previous)
+        later = self._without_header(self.template.turn(turn, self._turn_system))
+        closing, ids = self._ids_behind(before + self._header, later)
+        return () if previous is None else closing, ids
 
     def settle(self, exchange: Exchange, first: bool, later: bool = False) -> Exchange:
-        """Return an exchange with the ids that the template renders before the next question.
+        """Return an exchange with the ids that the template renders before the next message.
 
-        With `later`, there is another exchange before that question. The reply keeps its sampled
-        ids if they decode to the template's text of it; otherwise that text is encoded.
+        That is a question, or the result of a tool that the reply calls. With `later`, there is
+        another exchange before it. The reply keeps its sampled ids if they decode to the template's
+        text of it; otherwise that text is encoded.
 
         Raises:
             TemplateError: the template refuses the reply.
         """
-        later = later and self.template.settles_late
-        if not (self.template.rewrites or later):
+        calls = bool(exchange.calls)
+        later = later and (self.template.settles_late or calls)
+        if not (self.template.rewrites or later or calls):
             return replace(exchange, settled_ids=None)
-        reply, thinking = self.replies.escaped(exchange)
-        text, probed = (
-            self._settled_text(exchange.question, said, thinking, first, later)
-            for said in (reply, PROBES[0])
-        )
-        head, sampled = probed.removesuffix(PROBES[0]), None
-        if text.startswith(head) and not exchange.rest:
-            sampled = self.replies.last_ids(exchange, text[len(head) :].replace(MARK, ""))
-        ids = self._ids(text, first) if sampled is None else (*self._ids(head, first), *sampled)
+        message = self.replies.message(exchange)
+        text = self._settled_text(exchange, message, first, later)
+        text = text.removesuffix(self._closing_in(text, exchange))
+        heads = [self._head_of_reply(exchange, message, first, later)]
+        if calls:  # until the chain of calls ends, most templates keep the thinking, too
+            heads.append(self._turn_text(exchange, first))
+        ids = self._ids(text, first)
+        for head in heads if not exchange.rest else ():
+            if text.startswith(head):
+                sampled = self.replies.last_ids(exchange, text[len(head) :].replace(MARK, ""))
+                if sampled is not None:
+                    ids = (*self._ids(head, first), *sampled)
         as_read = ids == exchange.question_ids + exchange.reply_ids and not exchange.rest
         return replace(exchange, settled_ids=None if as_read else ids)
 
     def encode_again(
         self,
         exchanges: Mapping[int, Exchange],
-        rest: str | None = None,
+        previous: Exchange | None = None,
         notify: Notify | None = None,
     ) -> dict[int, Exchange]:
         """Return exchanges with this model's ids, by number; another model's replies are encoded.
 
         Args:
-            rest: text of the previous reply that was not read as ids; None if there is no reply.
+            previous: the exchange before them, if it is attended.
             notify: called for an exchange that the template refuses; only later ones are returned.
                 Without it the refusal is raised.
         """
         found: dict[int, Exchange] = {}
+        # Before this one, chains of tool calls have ended.
+        last_answer = max((n for n, e in exchanges.items() if not e.calls), default=0)
         for number, exchange in exchanges.items():
+            first, later = number == 1, number < (last_answer if exchange.calls else max(exchanges))
             try:
-                found[number] = self._encode_exchange(exchange, rest, number == 1)
+                found[number] = self._encode_exchange(exchange, previous, first, later)
             except TemplateError as error:
                 if not notify:
                     raise
                 notify(f"turns up to {number} are left out: {one_line(error)}")
-                found, rest = {}, None
+                found, previous = {}, None
             else:
-                rest = self.rest_of(found[number])
-        for number in [*found][:-1] if self.template.settles_late else ():
-            found[number] = self.settle(found[number], number == 1, later=True)
+                previous = found[number]
         return found
 
-    def _encode_exchange(self, exchange: Exchange, rest: str | None, first: bool) -> Exchange:
-        closing, question = self.question(exchange.question, rest, first)
+    def _encode_exchange(
+        self, exchange: Exchange, previous: Exchange | None, first: bool, later: bool
+    ) -> Exchange:
+        closing, question = self.question(exchange.asked, previous, first)
         if not self.replies.is_written_by(exchange):
             rest = self.template.written(exchange.reply, exchange.thinking)
             exchange = replace(exchange, reply_ids=(), rest=rest)
         exchange = replace(exchange, closing_ids=closing, question_ids=question)
-        return self.settle(exchange, first)
+        return self.settle(exchange, first, later)
+
+    def beginning(self, text: str, thinking: str = "") -> list[int]:
+        """Return the ids of a reply's beginning, given by its answer and its thinking."""
+        style, said = self.template.style, self._control.escape(text, reply=True)
+        before = self.template.lead
+        if style and (thinking or self.template.thinks_first):
+            opening = "" if self.template.thinks_first else style.openings[0]
+            thinking = self._control.escape(thinking, reply=True)
+            before = f"{opening}{thinking}{style.cut}"
+        elif style and style.answers:
+            before = style.answers[0]
+        return self.encode(before + said, behind_text=True)
 
     def open_turn(self) -> OpenTurn:
         """Return the template's texts around a user's text.
@@ -186,6 +225,20 @@ class PromptBuilder:
             return ""
         return exchange.rest if exchange.reply_ids or exchange.rest else self.template.lead
 
+    def end_of(self, exchange: Exchange) -> str:
+        """Return the text between the ids of an exchange and the next message."""
+        closing = self.template.closing
+        if exchange.calls:
+            text = self._settled_text(exchange, self.replies.message(exchange), first=False)
+            closing = self._closing_in(text, exchange)
+        return self._control.escape(self.rest_of(exchange), reply=True) + closing
+
+    def _closing_in(self, text: str, exchange: Exchange) -> str:
+        """Return what closes the calls at the end of a rendered exchange: from an end token on."""
+        names = (self.tokenizer.text_of(id) for id in self.replies.end_ids)
+        ends = [at for name in names if name and (at := text.rfind(name)) >= 0]
+        return text[max(ends) :] if exchange.calls and ends else ""
+
     def _has_system_role(self) -> bool:
         try:
             self.template.check(True)
@@ -194,9 +247,11 @@ class PromptBuilder:
         return True
 
     @property
-    def system_is_a_turn(self) -> bool:
-        """Whether the template has a place for the system prompt before the first question."""
-        return self._before is None
+    def system_place(self) -> str:
+        """Where a system prompt is: a "turn", in the first "question", in an opening "exchange"."""
+        if self._before is not None:
+            return "exchange"
+        return "question" if self._header else "turn"
 
     @property
     def _turn_system(self) -> str | None:
@@ -205,23 +260,39 @@ class PromptBuilder:
             return None
         return self.escape_special_tokens(self.system)
 
-    def _opening_text(self, question: str) -> str:
+    def _opening_text(self, turn: Turn) -> str:
         if self._before is not None:
-            return self._before + self.template.turn(question)
-        return self.template.opening(self._turn_system, question)
+            return self._before + self.template.turn(turn)
+        return self.template.opening(self._turn_system, turn)
+
+    def _turn_text(self, exchange: Exchange, first: bool) -> str:
+        """Return the text of an exchange up to where the model answers."""
+        turn = message_dicts(exchange.asked, self.escape_special_tokens)
+        if first:
+            return self._opening_text(turn)
+        return self._without_header(self.template.turn(turn, self._turn_system))
 
     def _settled_text(
-        self, question: str, reply: str, thinking: str, first: bool, later: bool
+        self, exchange: Exchange, reply: MessageDict, first: bool, later: bool = False
     ) -> str:
-        question = self.escape_special_tokens(question)
+        turn = message_dicts(exchange.asked, self.escape_special_tokens)
         opens, system = first and self._before is None, self._turn_system
-        whole = self.template.settled(question, reply, system, opens, thinking, later)
-        return (self._before or "") + whole if first else whole
+        whole = self.template.settled(turn, reply, system, opens, later)
+        return (self._before or "") + whole if first else self._without_header(whole)
+
+    def _head_of_reply(
+        self, exchange: Exchange, reply: MessageDict, first: bool, later: bool
+    ) -> str:
+        """Return the text of a settled exchange up to where its answer begins."""
+        probe = {**reply, "content": PROBES[0]}
+        probe.pop("tool_calls", None)
+        later = later and self.template.settles_late
+        return self._settled_text(exchange, probe, first, later).removesuffix(PROBES[0])
 
     def _ids(self, text: str, first: bool) -> tuple[int, ...]:
         """Return the ids of a turn's text; the first turn's text includes everything before it."""
         if not first:
-            return self._ids_behind(self.template.closing, text)[1]
+            return self._ids_behind(self.template.closing + self._header, text)[1]
         ids, count = self.encode(text), len(self.pinned)
         if tuple(ids[:count]) != self.pinned:
             raise TemplateError("chat template: its text before a question depends on the question")
@@ -247,6 +318,35 @@ class PromptBuilder:
         whole = (before == self.encode(text)[: len(before)] for text in (first, second))
         return tuple(before) if all(whole) else ()
 
+    def _border_in_question(self) -> tuple[int, ...]:
+        """Return the ids before the first question's text, if a system prompt begins its turn.
+
+        What begins a later question, such as <start_of_turn>user\\n, then closes the turn before it
+        and leaves with it: the oldest attended question is always rendered as the first one.
+        """
+        system = self._turn_system
+        if system is None:
+            return ()
+        try:
+            opening, closing = around(self._opening_text)
+            header, again = around(lambda probe: self.template.turn(probe, system))
+        except TemplateError:
+            return ()
+        before = self.encode(opening)
+        texts = (opening + probe for probe in (*PROBES, "\nx"))
+        stands = all(before == self.encode(text)[: len(before)] for text in texts)
+        spaced, repeated = header != header.rstrip(" "), system in header
+        if closing != again or spaced or repeated or not stands:
+            return ()
+        self._header = header
+        return tuple(before)
+
+    def _without_header(self, text: str) -> str:
+        """Return the text of a later turn without what is read with the end of the turn before."""
+        if not text.startswith(self._header):
+            raise TemplateError("chat template: its text before a question depends on the question")
+        return text.removeprefix(self._header)
+
     def escape_special_tokens(self, text: str) -> str:
         """Return a text in which marks split whatever would be read as a control token."""
         return self._control.escape(text)
@@ -262,6 +362,13 @@ class PromptBuilder:
             ids += self.tokenizer.encode(piece, special=False, behind_text=behind_text)
             behind_text = True
         return ids
+
+
+def long_head_notice(count: int) -> str:
+    return (
+        f"this model's template begins every conversation with {count:,} tokens of its own, which "
+        "are pinned: a system prompt may replace them"
+    )
 
 
 def around(render: Callable[[str], str]) -> tuple[str, str]:

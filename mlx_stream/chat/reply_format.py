@@ -6,11 +6,14 @@ from functools import cached_property
 from itertools import chain
 
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.messages import escaped_calls
+from mlx_stream.errors import TemplateError
 from mlx_stream.text.control_tokens import ControlTokens
 from mlx_stream.text.pieces import ReplyDecoder
-from mlx_stream.text.template.chat_template import ChatTemplate
+from mlx_stream.text.template.chat_template import ChatTemplate, MessageDict
 from mlx_stream.text.thinking import ThinkingRules
 from mlx_stream.text.tokenizer import Tokenizer
+from mlx_stream.text.tool_calls import CallStyle, call_style_of
 
 
 class ReplyFormat:
@@ -22,18 +25,35 @@ class ReplyFormat:
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """The ids that end a reply wherever they come."""
-        return self.tokenizer.eos_ids | (self.control.end_ids - self.thinking_ids)
+        return self.tokenizer.eos_ids | (self.control.end_ids - self.inner_ids)
 
     @cached_property
-    def thinking_ids(self) -> frozenset[int]:
-        """The control tokens around a model's thinking."""
+    def inner_ids(self) -> frozenset[int]:
+        """The control tokens within a reply: around the model's thinking and its tool calls."""
         texts = self.template.style.texts if self.template.style else ""
+        if self.call_style:
+            texts += "".join(self.call_style.tokens)
         return self.control.ids.intersection(self.tokenizer.encode(texts, special=False))
+
+    @cached_property
+    def call_style(self) -> CallStyle | None:
+        """How the model calls tools; None if it has none.
+
+        Raises:
+            TemplateError: it has tools, but the shape of its calls is not known.
+        """
+        style = call_style_of(self.template.source)
+        if self.template.tools and not style:
+            raise TemplateError(
+                "the tool calls of this model's template have a shape that cannot be read: leave "
+                "out tools, or use another model"
+            )
+        return style if self.template.tools else None
 
     def decoder(self, stop: Sequence[str] = (), limit: int = 0) -> ReplyDecoder:
         """Return a decoder of a reply whose thinking has at most `limit` ids."""
-        decoder = self.tokenizer.decoder(self.thinking_ids)
-        return ReplyDecoder(decoder, stop, thinking=self._rules(limit))
+        decoder = self.tokenizer.decoder(self.inner_ids)
+        return ReplyDecoder(decoder, stop, thinking=self._rules(limit), call_style=self.call_style)
 
     def _rules(self, limit: int) -> ThinkingRules:
         style, encode = self.template.style, self.tokenizer.encode
@@ -53,11 +73,15 @@ class ReplyFormat:
         if not self.accepts(exchange.reply_ids):
             return False
         reply = self._read(exchange)
+        if [(c.name, c.arguments) for c in reply.calls] != [
+            (c.name, c.arguments) for c in exchange.calls
+        ]:
+            return False
         told = reply.final_text() + exchange.rest, reply.thinking
         return told == (exchange.reply, exchange.thinking)
 
-    def escaped(self, exchange: Exchange) -> tuple[str, str]:
-        """Return a reply and its thinking as the template is given them.
+    def message(self, exchange: Exchange) -> MessageDict:
+        """Return a reply as the template is given it.
 
         A template that has no field for thinking gets what the model wrote, its marks included.
         """
@@ -66,13 +90,14 @@ class ReplyFormat:
             return self.control.escape(text, reply=True)
 
         style = self.template.style
-        if not style or self.template.thinking_apart:
-            return escape(exchange.reply), escape(exchange.thinking)
-        reply = self._read(exchange)
-        marks = "|".join(map(re.escape, (*style.openings, style.closing, *style.answers)))
-        parts = re.split(f"({marks})", reply.text[: reply.answer_at])
-        before = (part if at % 2 else escape(part) for at, part in enumerate(parts))
-        return "".join(before) + escape(reply.text[reply.answer_at :] + exchange.rest), ""
+        said, thinking = escape(exchange.reply), escape(exchange.thinking)
+        if style and not self.template.thinking_apart and self.is_written_by(exchange):
+            reply = self._read(exchange)
+            marks = "|".join(map(re.escape, (*style.openings, style.closing, *style.answers)))
+            parts = re.split(f"({marks})", reply.text[: reply.answer_at])
+            before = (part if at % 2 else escape(part) for at, part in enumerate(parts))
+            said, thinking = "".join(before) + said, ""
+        return self.template.answer(said, thinking, escaped_calls(exchange.calls, escape))
 
     def last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
         """Return the last ids of a reply that ends with a text; None if no id begins there."""

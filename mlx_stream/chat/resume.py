@@ -6,13 +6,15 @@ read again from the transcript, and a notice says so.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from mlx_stream.chat import saving
 from mlx_stream.chat.exchange import plural
+from mlx_stream.chat.messages import Message
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.schema import ANSWERED, ASKED, SessionHeader
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS, ChatSession
@@ -60,6 +62,8 @@ class SessionOptions:
     draft: Model | None = None
     think: bool | None = None
     reasoning_effort: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    history: Sequence[Message] = ()
     prefixes: PrefixCache | None = None
 
 
@@ -115,6 +119,8 @@ def open_steps(
             chat = new_chat(model, options, notify)
             lock.close()
             return SavedSession.create(chat, name)
+        if options.history:
+            raise ValueRefused(f"session {name!r} has a history of its own: use another name")
         store = opened.enter_context(Store.open(paths.database, locked=True))
         state = store.state
         chat = new_chat(model, merge_options(options, state.header), notify, state.header.created)
@@ -211,7 +217,7 @@ def catch_up(
     chat.clear(state.first)
     chat.number = state.count
     if state.first <= state.count and turns[-1].state == ASKED:
-        chat.unanswered = turns[-1].exchange.question
+        chat.pending = turns[-1].exchange.unread
         notify("the last question was not answered because the program ended: /retry answers it")
     return head
 

@@ -6,15 +6,18 @@ new checksums.
 """
 
 import hashlib
+import json
 import re
 import struct
 import uuid
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from mlx_stream.chat.exchange import FINISHES, Exchange
+from mlx_stream.chat.exchange import FINISHES, Exchange, question_of
+from mlx_stream.chat.messages import Message
+from mlx_stream.text.tool_calls import ToolCall
 
 EVICTS = ("turn", "token")
 ASKED, ANSWERED, FORGOTTEN = "asked", "answered", "forgotten"  # states of a turn
@@ -23,6 +26,7 @@ ID = re.compile(r"[0-9a-f]{32}", re.ASCII)
 
 Value = str | int | bytes | None
 Row = tuple[Value, ...]
+ASKED_ROLES = {"user", "tool", "system"}
 KINDS = {type(None): "n", str: "s", bytes: "b", int: "i"}
 
 
@@ -141,12 +145,17 @@ class StoredTurn:
         settled = None if exchange.settled_ids is None else pack_ids(exchange.settled_ids)
         finish, closing = exchange.finish if answered else None, pack_ids(exchange.closing_ids)
         turn: Row = (self.number, self.state, finish, self.time, closing, settled)
+        calls = calls_json(exchange.calls) if exchange.calls else None
         question, reply = (pack_ids(ids) for ids in (exchange.question_ids, exchange.reply_ids))
-        messages: list[Row] = [
-            (self.number, 0, "user", exchange.question, None, None, question, None),
-            (self.number, 1, "assistant", exchange.reply, thinking, None, reply, exchange.rest),
-        ]
-        return turn, messages[: 1 + answered]
+        messages: list[Row] = []
+        for place, asked in enumerate(exchange.asked):
+            check_types(str, asked.role, asked.text, asked.name, asked.id)
+            of = calls_json([ToolCall(asked.name, {}, asked.id)]) if asked.role == "tool" else None
+            ids = b"" if place else question  # those of all the messages are with the first
+            messages.append((self.number, place, asked.role, asked.text, None, of, ids, None))
+        rest, place = exchange.rest, len(messages)
+        answer = (self.number, place, "assistant", exchange.reply, thinking, calls, reply, rest)
+        return turn, [*messages, answer] if answered else messages
 
 
 def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
@@ -157,30 +166,73 @@ def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
     """
     columns: tuple[Any, ...] = turn
     number, state, finish, time, closing, settled = columns
-    kinds = {ASKED: ["user"], ANSWERED: ["user", "assistant"], FORGOTTEN: []}
+    answered = state == ANSWERED
     places = [(message[0], message[1]) for message in messages]
     roles = [message[2] for message in messages]
-    if roles != kinds.get(str(state)) or places != [(number, at) for at in range(len(roles))]:
+    asked_roles = roles[:-1] if answered else roles
+    if (
+        state not in (ASKED, ANSWERED, FORGOTTEN)
+        or bool(asked_roles) != (state != FORGOTTEN)
+        or not ASKED_ROLES.issuperset(asked_roles)
+        or (answered and roles[-1] != "assistant")
+        or places != [(number, at) for at in range(len(roles))]
+    ):
         raise ValueError(f"its messages do not belong to a turn in state {state!r:.40}")
-    if (finish in FINISHES) != (state == ANSWERED) or not is_time(time):
+    if (finish in FINISHES) != answered or not is_time(time):
         raise ValueError(f"a turn in state {state!r} has finish {finish!r:.40}, time {time!r:.40}")
     check_types(int, number)
     missing: Row = (number, -1, "", "", None, None, b"", "")
-    question, reply, *_ = (*messages, missing, missing)
-    texts: list[Any] = [question[3], reply[3], reply[7], reply[4] or ""]
+    reply: tuple[Any, ...] = messages[-1] if answered else missing
+    asked = tuple(map(message_of, messages[: len(asked_roles)]))
+    texts: list[Any] = [reply[3], reply[7], reply[4] or ""]
     check_types(str, *texts)
-    exchange = Exchange(
-        question=texts[0],
-        reply=texts[1],
+    exchange = replace(
+        question_of(asked) if asked else Exchange("", "", (), (), ()),
+        reply=texts[0],
         closing_ids=unpack_ids(closing),
-        question_ids=unpack_ids(question[6]),
+        question_ids=unpack_ids(messages[0][6] if asked else b""),
         reply_ids=unpack_ids(reply[6]),
-        rest=texts[2],
+        rest=texts[1],
         finish=finish or "interrupted",
         settled_ids=None if settled is None else unpack_ids(settled),
-        thinking=texts[3],
+        thinking=texts[2],
+        calls=calls_of(reply[5]),
     )
     return StoredTurn(number, state, exchange, time)
+
+
+def message_of(row: Row) -> Message:
+    """Return the message in a row; the inverse of what `StoredTurn.rows` writes."""
+    columns: tuple[Any, ...] = row
+    check_types(str, columns[3])
+    if (columns[2] == "tool") != (columns[5] is not None):
+        raise ValueError("a tool's message, and no other, names its call")
+    (call,) = calls_of(columns[5]) or (ToolCall("", {}),)
+    return Message(columns[2], columns[3], name=call.name, id=call.id)
+
+
+def calls_json(calls: Sequence[ToolCall]) -> str:
+    """Return tool calls as JSON text."""
+    values = [[call.name, call.arguments, call.id] for call in calls]
+    return json.dumps(values, ensure_ascii=False, allow_nan=False)
+
+
+def calls_of(text: Any) -> tuple[ToolCall, ...]:
+    """Return the tool calls in JSON text; None has none.
+
+    Raises:
+        ValueError, TypeError: it holds something else.
+    """
+    if text is None:
+        return ()
+    try:
+        calls = tuple(ToolCall(*values) for values in json.loads(text))
+    except RecursionError as error:
+        raise ValueError("its calls are nested too deeply") from error
+    for call in calls:
+        check_types(str, call.name, call.id)
+        check_types(dict, call.arguments)
+    return calls
 
 
 def turn_checksum(session: str, turn: Row, messages: Sequence[Row]) -> str:

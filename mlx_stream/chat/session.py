@@ -7,10 +7,11 @@ stream then holds its final text and nothing else. Retry, undo and edit move the
 back instead of reading it again.
 """
 
+import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
 from mlx_stream.chat.exchange import (
@@ -18,13 +19,17 @@ from mlx_stream.chat.exchange import (
     Exchange,
     PlacedTurn,
     ids_of,
+    place_turns,
     plural,
+    question_of,
     unread_ids,
 )
-from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.chat.history import exchanges_of, newest_turns
+from mlx_stream.chat.messages import Message, Question, answering, turn_of_messages
+from mlx_stream.chat.prompts import LONG_HEAD, PromptBuilder, long_head_notice
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
-from mlx_stream.errors import SessionError, TemplateError, TextError, ValueRefused, one_line
+from mlx_stream.errors import SessionError, TemplateError, ValueRefused, one_line
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, Priority, driven, read_ids, run_coroutine
@@ -73,12 +78,17 @@ class ChatSession:
         think: whether a model that can is to think before it answers. Default: as its template has
             it.
         reasoning_effort: how long to think, as a level that the template knows, such as "low".
+        tools: functions that the model may call, each a JSON schema as OpenAI's API takes it. They
+            are pinned with the system prompt. An exchange whose reply calls some has `calls`; the
+            next turn is a `Message` of role `tool` with the result of each.
+        history: earlier messages, the last of them a reply. The newest turns that fit the window
+            are read with the next question. Older ones are not read, and count as evicted.
         prefixes: where the rows of the pinned beginning are kept, for sessions that share it.
 
     Attributes:
         recorder: saves the conversation, if set.
         number: number of the last turn, from 1.
-        unanswered: the last question, if the program that asked it ended before the reply did;
+        pending: the last question, if the program that asked it ended before the reply did;
             `retry` answers it.
 
     Raises:
@@ -107,27 +117,33 @@ class ChatSession:
         draft: Model | None = None,
         think: bool | None = None,
         reasoning_effort: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        history: Sequence[Message] = (),
         prefixes: PrefixCache | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
             raise TemplateError(f"{model.name} has no chat template: use generate, or a chat model")
         if think is not None or reasoning_effort is not None:
-            template = template.thinking_as(think, reasoning_effort)
+            template = template.with_options(think, reasoning_effort)
         if evict not in ("turn", "token"):
             raise ValueRefused(f"`evict` must be turn or token, not {evict!r}")
-        self.model, self.template = model, template
+        self.model, self.template, self.tools = model, template, tools
         self.max_tokens, self.stop = check_max_tokens(max_tokens), StopMatcher(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
         self.sinks, self.kv_bits = model.resolve_window(sinks, None)[0], kv_bits
         self._prefixes = prefixes
         self.recorder: Recorder | None = None
-        self.number, self.unanswered = 0, ""
+        self.number = 0
+        self.pending: Exchange | None = None
         self._writer_factory = writer_factory(model, speculate, draft, kv_bits, sampling)
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
         self._on_notice, self._eviction_reported = notify, False
+        self._guessing, self._settled_before = (speculate, draft), 0
         self._begin(system, window)
+        if history:
+            self._adopt(history)
 
     def __repr__(self) -> str:
         attended = len(self.evictor.state.turns)
@@ -138,13 +154,18 @@ class ChatSession:
         return self.prompts.system
 
     @property
+    def unanswered(self) -> str:
+        """The text of the pending question; "" if there is none."""
+        return self.pending.question if self.pending else ""
+
+    @property
     def exchanges(self) -> list[Exchange]:
         """The attended exchanges, oldest first. Reading this ends a reply in progress."""
         return [turn.exchange for turn in self._settle()]
 
     def reply_steps(
         self,
-        question: str,
+        question: Question,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
@@ -153,20 +174,25 @@ class ChatSession:
         """Read a question and yield the pieces of the reply. The next request closes it.
 
         Args:
-            progress: called while the question is read, with the tokens read and the total.
+            question: a text, or the messages of a turn: a user's, further system messages, or the
+                results of the tools that the last reply calls. An assistant's message at the end
+                begins the reply; the pieces are what follows it.
+            progress: called while earlier turns are read, if they must be, and then while the
+                question is: with the tokens read and the total.
             options: see `ReplyOptions`.
 
         Raises:
             ValueRefused: `max_tokens` is below 1, a stop string is empty, or an option is out of
                 range.
-            TextError: the question is empty.
+            TextError: the question is empty, or a text is not valid Unicode.
+            TemplateError: the template does not allow these messages.
             SessionError: the recorder could not write the turn; it tries again at the next turn.
         """
-        if not question:
-            raise TextError("the question is empty")
-        limit, reply = self._new_reply(max_tokens, stop)
+        messages, begin = turn_of_messages(question)
+        limit, reply = self._new_reply(max_tokens, stop, begin)
+        room = limit + reply.count
         sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
-        return self._turn_steps(lambda: self._ask(question, limit), reply, limit, progress, sampler)
+        return self._turn_steps(lambda: self._ask(messages, room), reply, limit, progress, sampler)
 
     def retry_steps(
         self,
@@ -182,13 +208,13 @@ class ChatSession:
         """
         limit, reply = self._new_reply(max_tokens, stop)
         sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
-        if not self.unanswered:
+        if not self.pending:
             self._turns_or_refuse("answer again")
         return self._turn_steps(lambda: self._ask_again(limit), reply, limit, progress, sampler)
 
     def edit_steps(
         self,
-        question: str,
+        question: Question,
         max_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         progress: Progress | None = None,
@@ -199,18 +225,19 @@ class ChatSession:
         Raises:
             ValueRefused: as in `reply`, or there is no question.
         """
-        if not question:
-            raise TextError("the question is empty")
-        limit, reply = self._new_reply(max_tokens, stop)
+        messages, begin = turn_of_messages(question)
+        limit, reply = self._new_reply(max_tokens, stop, begin)
         sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
-        if not self.unanswered:
+        if not self.pending:
             self._turns_or_refuse("edit")
 
         def ask() -> PlacedTurn:
             # Refused before anything is taken back, if the template refuses it.
-            self.prompts.question(question, None, self.number == 1)
+            turns = self.evictor.state.turns[: None if self.pending else -1]
+            found = self._answering(messages, turns)
+            self.prompts.question(found, None, self.number == 1)
             self._take_back_last()
-            return self._ask(question, limit)
+            return self._ask(messages, limit + reply.count)
 
         return self._turn_steps(ask, reply, limit, progress, sampler)
 
@@ -227,10 +254,47 @@ class ChatSession:
         self._record(ChangeKind.UNDO, self.number + 1)
         return taken
 
+    def fork(
+        self, back: int = 0, model: Model | None = None, notify: Notify = discard
+    ) -> "ChatSession":
+        """Return a new session that continues from a copy of this one's state; nothing is read.
+
+        It has a ring of its own and is not saved.
+
+        Args:
+            back: how many of the last exchanges to take back in it.
+            model: the same model, with another check of its streams' memory.
+
+        Raises:
+            ValueRefused: fewer exchanges than `back` are attended.
+            MemoryRefused: the second ring exceeds the budget.
+        """
+        turns = self._settle()
+        if not 0 <= back <= len(turns) + bool(self.pending):
+            raise ValueRefused(f"cannot take back {back} of {plural(len(turns))}")
+        found = copy.copy(self)
+        found.model, found.recorder = model or self.model, None
+        found.stats, found.on_evict, found._on_notice = replace(self.stats), None, notify
+        found.sampler = Sampler(self.sampler.sampling)
+        found.sampler.restore(self.sampler.state())
+        guessing = *self._guessing, self.kv_bits, self.sampler.sampling
+        found._writer_factory = writer_factory(found.model, *guessing)
+        found._begin(self.system, self.stats.window)
+        if self.tokens.failed:
+            found.evictor.state = Idle(found._place_again(turns))
+        else:
+            found.tokens.restore(self.tokens.state())
+            found.evictor.state = Idle(turns)
+        found.evictor.mark_reported()
+        for _ in range(back):
+            found._take_back_last()
+        found._count(silent=True)
+        return found
+
     def clear(self, first: int | None = None) -> None:
         """Evict every turn, or those before number `first`; the pinned beginning stays."""
         self._settle()
-        self.unanswered = ""
+        self.pending = None
         while (turns := self.evictor.state.turns) and (first is None or turns[0].number < first):
             self.evictor.evict_oldest()
         self.tokens.ids.restart_observers()
@@ -271,7 +335,7 @@ class ChatSession:
         """
         turns = self._settle()
         yield from self._read_settling()
-        before = self.prompts.rest_of(turns[-1].exchange) if turns else None
+        before = turns[-1].exchange if turns else None
         encoded = self.prompts.encode_again(exchanges, before, self._notify)
         sizes = (len(e.closing_ids) + len(e.ids) for e in encoded.values())
         report = cumulative(progress, len(self.prompts.pinned) + sum(sizes))
@@ -285,7 +349,7 @@ class ChatSession:
         """Number the attended turns from 1, as if they were the whole conversation."""
         turns = tuple(replace(turn, number=n) for n, turn in enumerate(self._settle(), 1))
         self.evictor.state, self.number = Idle(turns), len(turns)
-        self.unanswered = ""
+        self.pending = None
 
     def record_turns(self) -> None:
         """Write every attended turn to the recorder, with its present ids."""
@@ -295,7 +359,7 @@ class ChatSession:
     def conversation_state(self) -> ConversationState:
         """Return the state that `resume` needs, apart from the exchanges and the stream."""
         places = tuple((turn.number, turn.start) for turn in self._settle())
-        count = self.number - bool(self.unanswered)
+        count = self.number - bool(self.pending)
         return ConversationState(count, places, self.sampler.state())
 
     def resume(self, state: ConversationState, exchanges: Mapping[int, Exchange]) -> None:
@@ -320,12 +384,15 @@ class ChatSession:
     # --- one turn ---
 
     def _new_reply(
-        self, max_tokens: int | None, stop: Sequence[str] | None
+        self, max_tokens: int | None, stop: Sequence[str] | None, begin: Message | None = None
     ) -> tuple[int, ReplyDecoder]:
         limit = self.max_tokens if max_tokens is None else check_max_tokens(max_tokens)
         stops = self.stop if stop is None else stop
         thinking = max(1, self.cache.geometry.window // 2)
-        return limit, self.prompts.replies.decoder(stops, thinking)
+        reply = self.prompts.replies.decoder(stops, thinking)
+        if begin:
+            reply.begin_with(self.prompts.beginning(begin.text, begin.thinking))
+        return limit, reply
 
     def _turn_steps(
         self,
@@ -338,18 +405,20 @@ class ChatSession:
         if self.tokens.failed:
             self._notify("the attended turns are read again: a step of the previous reply failed")
             yield from self.restart_steps(self.system, self.stats.window)
-        self._settle()
-        yield from self._read_settling()
+        turns = self._settle()
+        unread = len(unread_ids(self.prompts.pinned, turns, self.tokens.length))
+        yield from self._read_settling(cumulative(progress, unread))
         turn = begin()
         yield from self._read_settling(before=turn.start)
         turns = tuple(t for t in self.evictor.state.turns if t.number != turn.number)
-        self.number, self.unanswered = turn.number, ""
+        self.number, self.pending = turn.number, None
         self.evictor.state = ActiveTurn(turns, turn, reply, turns)
         pinned = self.prompts.pinned
         unread = unread_ids(pinned, (*turns, turn), self.tokens.length)
-        report = cumulative(progress, len(unread))
+        report, given = cumulative(progress, len(unread) + reply.count), reply.count
+        read_before = self.stats.prompt_tokens
         yield from self._read_pinned(report)
-        prompt = unread_ids(pinned, (*turns, turn), self.tokens.length)
+        prompt = (*unread_ids(pinned, (*turns, turn), self.tokens.length), *reply.ids)
         writer = write_reply(
             self.writer,
             prompt,
@@ -369,11 +438,15 @@ class ChatSession:
             return
         except StopIteration as end:
             exchanges, evicted = self.evictor.evicted_since_report()
+            settled, self._settled_before = self._settled_before, self.stats.settled
             yield replace(
                 end.value,
                 attended=self.cache.attended,
                 evicted_exchanges=exchanges,
                 evicted_tokens=evicted,
+                read=self.stats.prompt_tokens - read_before,
+                written=reply.count - given,
+                settled=self.stats.settled - settled,
             )
         finally:
             writer.close()
@@ -383,40 +456,49 @@ class ChatSession:
         if self.recorder and isinstance(self.evictor.state, Idle):
             self.recorder.checkpoint()
 
-    def _ask(self, question: str, limit: int, number: int | None = None) -> PlacedTurn:
-        """Make room for a question and its reply; return the turn at its place."""
+    def _ask(
+        self, messages: Sequence[Message], limit: int, number: int | None = None
+    ) -> PlacedTurn:
+        """Make room for a turn's messages and the reply; return the turn at its place."""
         number, turns = number or self.number + 1, self.evictor.state.turns
-        rest = self.prompts.rest_of(turns[-1].exchange) if turns else None
-        closing, ids = self.prompts.question(question, rest, number == 1)
+        messages = self._answering(messages, turns)
+        previous = turns[-1].exchange if turns else None
+        closing, ids = self.prompts.question(messages, previous, number == 1)
         if len(ids) > self.cache.geometry.window:
             self._notify(
                 f"this turn of {len(ids):,} tokens is longer than the window of "
                 f"{self.cache.geometry.window:,}: all of it is read, but only its end is attended"
             )
-        exchange = Exchange(question, "", closing, ids, ())
+        asked = question_of(messages)
+        exchange = replace(asked, finish="end", closing_ids=closing, question_ids=ids)
         turn = self._place(exchange, number, len(ids) + min(limit, self.cache.geometry.window // 4))
-        self.number, self.unanswered = number, question
+        self.number, self.pending = number, asked
         with suppress(SessionError):  # written, or reported, when the turn has ended
             self._record(ChangeKind.ASK, number, {number: turn.exchange})
         return turn
 
+    @staticmethod
+    def _answering(messages: Sequence[Message], turns: Sequence[PlacedTurn]) -> tuple[Message, ...]:
+        """Return messages that follow some turns, whose last reply may call tools."""
+        return answering(messages, turns[-1].exchange.calls if turns else ())
+
     def _ask_again(self, limit: int) -> PlacedTurn:
         """Take back the last reply, and at least one token of its question; return the turn."""
-        if self.unanswered:
-            return self._ask(self.unanswered, limit, self.number)
+        if self.pending:
+            return self._ask(self.pending.asked, limit, self.number)
         turns = self._turns_or_refuse("answer again")
-        if self.template.settles_late:
-            last = self._take_back_last()
-            return self._ask(last.question, limit, self.number + 1)
-        question = turns[-1].exchange.question_ids
-        if not take_back(self.writer, turns[-1].start, question, left=1):
+        last = turns[-1].exchange
+        if self._first_rewritten(turns[:-1], last) < len(turns) - 1:
+            self._take_back_last()
+            return self._ask(last.asked, limit, self.number + 1)
+        if not take_back(self.writer, turns[-1].start, last.question_ids, left=1):
             turns = self._place_again(turns)
             # In this order an interrupt in between loses no turn: `forget` evicts the rest.
             self.evictor.become_idle(turns)
             empty_ring(self.writer)
-        asked = turns[-1].exchange
-        blank = Exchange(asked.question, "", asked.closing_ids, asked.question_ids, ())
-        return replace(turns[-1], exchange=blank)
+        last = turns[-1].exchange
+        blank = replace(last.unread, closing_ids=last.closing_ids, question_ids=last.question_ids)
+        return replace(turns[-1], exchange=replace(blank, finish="end"))
 
     def _place(self, exchange: Exchange, number: int, count: int) -> PlacedTurn:
         """Make room for `count` tokens of the next turn; return the turn at its place."""
@@ -437,16 +519,16 @@ class ChatSession:
 
     def _take_back_last(self) -> Exchange:
         """Take the last turn back and return it, without recording that."""
-        if self.unanswered:
-            taken = Exchange(self.unanswered, "", (), (), (), finish="interrupted")
-            self.number, self.unanswered = self.number - 1, ""
+        if taken := self.pending:
+            self.number, self.pending = self.number - 1, None
             return taken
         *turns, last = self._turns_or_refuse("take back")
         start, wanted = turns[-1].end if turns else last.start, ()
-        if self.template.settles_late and turns:
-            turns[-1] = self._resettled(turns[-1], later=False)
-            start, wanted = turns[-1].start, turns[-1].exchange.ids
-            self._record(ChangeKind.STAND, last.number, {turns[-1].number: turns[-1].exchange})
+        if (first := self._first_rewritten(turns, last.exchange)) < len(turns):
+            turns[first:] = place_turns(self._rewritten(turns[first:], False), turns[first].start)
+            start, wanted = turns[first].start, ids_of(turns[first:])
+            changed = {turn.number: turn.exchange for turn in turns[first:]}
+            self._record(ChangeKind.STAND, last.number, changed)
         if take_back(self.writer, start, wanted):
             self.evictor.state = Idle(tuple(turns))
         elif last.start < self.cache.geometry.sinks:  # some of it is in the sinks
@@ -458,10 +540,34 @@ class ChatSession:
         self._count()
         return last.exchange
 
-    def _resettled(self, turn: PlacedTurn, later: bool) -> PlacedTurn:
-        """Return a turn as it is rendered with another one behind it, or as the last one."""
-        exchange = self.prompts.settle(turn.exchange, turn.number == 1, later)
-        return replace(turn, exchange=exchange)
+    def _first_rewritten(self, turns: Sequence[PlacedTurn], last: Exchange) -> int:
+        """Return the place of the first turn that the template renders differently before `last`.
+
+        These are the turns of a chain of tool calls that `last` ends, and, for some templates, one
+        more turn.
+        """
+        first, follows = len(turns), last
+        while first and follows.answers_calls and not last.calls:
+            first -= 1
+            follows = turns[first].exchange
+        return max(0, first - 1) if self.template.settles_late else first
+
+    def _rewritten(self, turns: Sequence[PlacedTurn], later: bool) -> list[PlacedTurn]:
+        """Return consecutive turns as they are rendered with another behind them, or as the last.
+
+        Places of all but the first one may be wrong.
+        """
+        found: list[PlacedTurn] = []
+        for turn in turns:
+            exchange = turn.exchange
+            if found:
+                previous = found[-1].exchange
+                closing, asked = self.prompts.question(exchange.asked, previous, first=False)
+                exchange = replace(exchange, closing_ids=closing, question_ids=asked)
+            is_later = later or (turn is not turns[-1] and not exchange.calls)
+            exchange = self.prompts.settle(exchange, turn.number == 1, is_later)
+            found.append(replace(turn, exchange=exchange))
+        return found
 
     def _turns_or_refuse(self, what: str) -> tuple[PlacedTurn, ...]:
         turns = self._settle()
@@ -488,22 +594,27 @@ class ChatSession:
         before = state.before
         try:
             exchange = self.prompts.settle(turn.exchange, turn.number == 1)
-            changed = {turn.number: exchange}
-            if self.template.settles_late and before:
-                before = (*before[:-1], self._resettled(before[-1], later=True))
-                turns = before[len(before) - len(turns) :]
-                older = before[-1]
-                rest = self.prompts.rest_of(older.exchange)
-                closing, asked = self.prompts.question(exchange.question, rest, first=False)
+            settled, changed, start = replace(turn, exchange=exchange), {}, turn.start
+            wanted, first = exchange.ids, self._first_rewritten(before, exchange)
+            if first < len(before):
+                older = self._rewritten(before[first:], True)
+                changed = {each.number: each.exchange for each in older}
+                closing, asked = self.prompts.question(
+                    exchange.asked, older[-1].exchange, first=False
+                )
                 exchange = replace(exchange, question_ids=asked)
                 if turns:
                     exchange = replace(exchange, closing_ids=closing)
-                    turn = replace(turn, start=older.end + len(closing))
-                changed = {older.number: older.exchange, turn.number: exchange}
-            kind, settled = ChangeKind.ANSWER, replace(turn, exchange=exchange)
-            start, wanted = settled.start, exchange.ids
-            if turns and before[-1] != state.before[-1]:
-                start, wanted = turns[-1].start, ids_of((turns[-1], settled))
+                settled = replace(turn, exchange=exchange)
+                before = (*before[:first], *older)
+                turns = before[len(before) - len(turns) :]
+                attended = turns[-len(older) :]
+                if attended != state.turns[-len(older) :]:
+                    start = state.turns[-len(attended)].start
+                    *attended, settled = place_turns((*attended, settled), start)
+                    turns = (*turns[: len(turns) - len(attended)], *attended)
+                    wanted = ids_of((*attended, settled))
+            kind, changed = ChangeKind.ANSWER, {**changed, turn.number: settled.exchange}
             turns = (*turns, settled)
         except TemplateError as error:
             refusal = f"the last question is taken back with its reply: {one_line(error)}"
@@ -563,9 +674,16 @@ class ChatSession:
 
     # --- the stream, its statistics and the recorder ---
 
+    def _adopt(self, history: Sequence[Message]) -> None:
+        """Place the newest turns of a history, which are read later."""
+        exchanges = exchanges_of(history)
+        turns = newest_turns(self.prompts, exchanges, self.cache.geometry.window)
+        self.evictor.state, self.number = Idle(turns), len(exchanges)
+        self.stats.evicted_exchanges = len(exchanges) - len(turns)
+
     def _begin(self, system: str | None, window: int | None) -> None:
         """Allocate the stream without reading anything."""
-        prompts = PromptBuilder(self.model.tokenizer, self.template, system, self.pin)
+        prompts = PromptBuilder(self.model.tokenizer, self.template, system, self.pin, self.tools)
         pinned = len(prompts.pinned)
         if window is None and self.template.style:
             window = self.model.thinking_window(max(self.sinks, pinned), self.kv_bits)
@@ -576,6 +694,13 @@ class ChatSession:
         self.evictor = TurnEvictor(self.cache, whole=self.evict == "turn")
         self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
         self.stats.pinned, self.stats.cache_bytes = pinned, self.cache.nbytes
+        if prompts.system_place == "exchange":
+            self._notify(
+                "this model's template has no place for a system prompt that stays: it is asked "
+                "and answered in an opening exchange"
+            )
+        if system is None and pinned >= LONG_HEAD:
+            self._notify(long_head_notice(pinned))
         if pinned > geometry.window:
             self._notify(
                 f"the system prompt of {pinned:,} tokens is longer than the window of "
@@ -613,7 +738,7 @@ class ChatSession:
             return
         attended = self.evictor.state.turns if turns is None else turns
         # A question counts as attended as soon as it is asked.
-        counts = kind is not ChangeKind.STAND or bool(self.unanswered)
+        counts = kind is not ChangeKind.STAND or bool(self.pending)
         first = attended[0].number if attended else number + (not counts)
         sampler, window = self.sampler.state(), self.stats.window
         change = Change(kind, number, exchanges or {}, first, sampler, self.system, window)

@@ -7,9 +7,8 @@ that fit are read again.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from mlx_stream.chat.exchange import PlacedTurn
+from mlx_stream.chat.exchange import PlacedTurn, place_turns
 from mlx_stream.generate.speculative import Writer
 
 
@@ -61,8 +60,4 @@ def place_again(turns: Sequence[PlacedTurn], first: int, window: int) -> tuple[P
         if window < 0 and fitting:
             break
         fitting.append(turn)
-    placed: list[PlacedTurn] = []
-    for turn in reversed(fitting):
-        start = placed[-1].end + len(turn.exchange.closing_ids) if placed else first
-        placed.append(replace(turn, start=start))
-    return tuple(placed)
+    return place_turns(fitting[::-1], first)

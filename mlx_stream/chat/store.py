@@ -274,7 +274,7 @@ class Store(AbstractContextManager["Store"]):
             messages_query = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
             for *turn, checksum in self.connection.execute(query, (start,)):
                 number += 1
-                messages = self.connection.execute(messages_query, (number,)).fetchmany(3)
+                messages = self.connection.execute(messages_query, (number,)).fetchall()
                 row = tuple(turn)
                 if turn[0] != number:
                     raise ValueError(f"turn {number} is missing")

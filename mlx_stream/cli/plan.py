@@ -1,11 +1,13 @@
 """`mlx_stream plan`: show what a model will need on a device, before any of it is loaded."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from mlx_stream.cli import options
 from mlx_stream.cli.report import megabytes
+from mlx_stream.errors import MlxStreamError
 from mlx_stream.program.exits import notify
 
 if TYPE_CHECKING:
@@ -54,9 +56,11 @@ def plan(
     Without --bits and --window, it chooses the most bits that fit with a window of 2,048, then the
     longest window.
     """
+    from mlx_stream.chat.prompts import LONG_HEAD, long_head_notice
     from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.show import read_prompts
     from mlx_stream.plan import devices
-    from mlx_stream.plan.inspect import summarize_model
+    from mlx_stream.plan.inspect import local_model, summarize_model
     from mlx_stream.plan.planner import PlanRequest, make_plan
 
     place = devices.find(device, own) if device is not None else devices.here()
@@ -65,6 +69,11 @@ def plan(
     summary = summarize_model(model, notify)
     asked = PlanRequest(dtype, keep_quantized, sinks, window, bits, group_size, kv_bits, streams)
     chosen = make_plan(summary, place, asked, notify)
+    with suppress(MlxStreamError):  # a model may be planned for that cannot chat
+        path = local_model(model)
+        prompts = read_prompts(path, None) if path else None
+        if prompts and len(prompts.pinned) >= LONG_HEAD:
+            notify(long_head_notice(len(prompts.pinned)))
     if json:
         print_json(as_json(summary, chosen, kv_bits))
         return

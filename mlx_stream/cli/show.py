@@ -11,7 +11,14 @@ from mlx_stream.program.exits import notify
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from mlx_stream.chat.prompts import PromptBuilder
     from mlx_stream.config import Quantization
+
+SYSTEM_PLACES = {
+    "turn": "a turn of its own, pinned",
+    "question": "the beginning of the first question, pinned",
+    "exchange": "an invented first exchange, pinned",
+}
 
 
 @options.verb
@@ -69,22 +76,14 @@ def described(quantization: "Quantization | None", dtype: str) -> str:
 
 def described_template(path: "Path") -> dict[str, str]:
     """Return what a chat template does, by what is asked of it."""
-    from mlx_stream.chat.prompts import PromptBuilder
-    from mlx_stream.load import read_checkpoint
-    from mlx_stream.text.tokenizer import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_checkpoint(read_checkpoint(path))
-        template = tokenizer.template
-        if template is None:
-            return {"chat": "no: use generate or score"}
-        prompts = PromptBuilder(tokenizer, template, "Be brief.", pin=True)
-        own = PromptBuilder(tokenizer, template, None, pin=True)
+        prompts, own = (read_prompts(path, system) for system in ("Be brief.", None))
     except MlxStreamError as error:
         return {"chat": f"no: {one_line(error)}"}
-    system = (
-        "a turn of its own, pinned" if prompts.system_is_a_turn else "an invented first exchange"
-    )
+    if not (prompts and own):
+        return {"chat": "no: use generate or score"}
+    template = own.template
+    system = SYSTEM_PLACES[prompts.system_place]
     if own.pinned:
         system += f"; {len(own.pinned):,} pinned tokens without one"
     settles = "never"
@@ -93,4 +92,36 @@ def described_template(path: "Path") -> dict[str, str]:
     elif template.rewrites:
         settles = "once the next question is there"
     thinks = f"yes, marked by {template.style.openings[0].strip()}" if template.style else "no"
-    return {"chat": "yes", "system prompt": system, "thinks": thinks, "rewrites a reply": settles}
+    return {
+        "chat": "yes",
+        "system prompt": system,
+        "thinks": thinks,
+        "tools": described_tools(own),
+        "rewrites a reply": settles,
+    }
+
+
+def described_tools(prompts: "PromptBuilder") -> str:
+    """Return whether a model may be given tools, or why not."""
+    tool = {"type": "function", "function": {"name": "probe", "parameters": {"type": "object"}}}
+    try:
+        type(prompts)(prompts.tokenizer, prompts.template, None, True, [tool])
+    except MlxStreamError as error:
+        return f"no: {one_line(error)}"
+    return "yes, pinned with the system prompt"
+
+
+def read_prompts(path: "Path", system: str | None) -> "PromptBuilder | None":
+    """Return what encodes conversations with a model on this machine; None without a template.
+
+    Raises:
+        MlxStreamError: its tokenizer or template cannot be used.
+    """
+    from mlx_stream.chat.prompts import PromptBuilder
+    from mlx_stream.load import read_checkpoint
+    from mlx_stream.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_checkpoint(read_checkpoint(path))
+    if tokenizer.template is None:
+        return None
+    return PromptBuilder(tokenizer, tokenizer.template, system, pin=True)

@@ -1,9 +1,11 @@
 """The handle of the one thread that computes, for use on any other thread."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from mlx_stream.chat.messages import Message
 from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
 from mlx_stream.engine.handle import OnEvict, OnToken, Session
@@ -113,12 +115,14 @@ class Engine:
         think: bool | None = None,
         reasoning_effort: str | None = None,
         shared: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        history: Sequence[Message] = (),
     ) -> Session:
         """Begin a conversation; returns at once. Most wrong options raise on its first use.
 
         Args:
             system, window, sinks, sampling, max_tokens, stop, evict, kv_bits, think,
-                reasoning_effort: see `ChatSession`.
+                reasoning_effort, tools, history: see `ChatSession`.
             name: resume the conversation saved under this name, or begin it. Each exchange is on
                 disk before the next one can begin.
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
@@ -144,6 +148,8 @@ class Engine:
             kv_bits,
             think=think,
             reasoning_effort=reasoning_effort,
+            tools=tools,
+            history=history,
         )
         if shared is None:
             shared = sampling is None or sampling.seed is None

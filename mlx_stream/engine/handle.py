@@ -6,14 +6,16 @@ import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from numbers import Integral
 from typing import Any, Self, Unpack, get_type_hints
 
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.messages import Question, turn_of_messages
 from mlx_stream.chat.resume import SessionOptions
-from mlx_stream.chat.session import ChatSession
+from mlx_stream.chat.session import ChatSession, Progress
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.session_worker import SessionWorker
+from mlx_stream.engine.session_worker import ReadProgress, SessionWorker
 from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
 from mlx_stream.errors import TextError, TypeRefused, ValueRefused
@@ -110,10 +112,10 @@ class Handle:
         """Submit a task and yield its pieces; closing the generator cancels the task."""
         task, finish = submit(), None
         try:
-            while (piece := self._worker.take(task)) is not None:
-                self._deliver(piece)
-                finish = piece.finish
-                yield piece
+            while (item := self._worker.take(task)) is not None:
+                if (piece := self._deliver(item)) is not None:
+                    finish = piece.finish
+                    yield piece
             if last := self._last(task, finish):
                 yield last
         finally:
@@ -134,11 +136,11 @@ class Handle:
             while True:
                 arrived.clear()
                 done = task.done  # read first, or a piece that arrives now would be missed
-                piece = self._worker.take_now(task)
-                if piece is not None:
-                    self._deliver(piece)
-                    finish = piece.finish
-                    yield piece
+                item = self._worker.take_now(task)
+                if item is not None:
+                    if (piece := self._deliver(item)) is not None:
+                        finish = piece.finish
+                        yield piece
                 elif done:
                     break
                 else:
@@ -154,14 +156,18 @@ class Handle:
         self._deliver(last)
         return last
 
-    def _deliver(self, piece: Piece | None = None) -> None:
-        """Run the callbacks that are due, on the caller's thread."""
+    def _deliver(self, item: Piece | ReadProgress | None = None) -> Piece | None:
+        """Run the callbacks that are due, on the caller's thread; return a piece as it is."""
         with self._worker.lock:
             evicted, self._queue.owner.evicted = self._queue.owner.evicted, (0, 0)
         if self._on_evict and any(evicted):
             self._on_evict(*evicted)
-        if self._on_token and piece:
-            self._on_token(piece)
+        if isinstance(item, ReadProgress):
+            item.report(item.done, item.total)
+            return None
+        if self._on_token and item:
+            self._on_token(item)
+        return item
 
 
 class EngineReplyOptions(ReplyOptions, total=False):
@@ -169,9 +175,12 @@ class EngineReplyOptions(ReplyOptions, total=False):
 
     Attributes:
         stop: strings that end the reply, in place of the session's.
+        progress: called while earlier turns and then the question are read, with the tokens read
+            and the total, on the thread that reads the reply.
     """
 
     stop: Sequence[str] | None
+    progress: Progress | None
 
 
 class Session(Handle):
@@ -193,7 +202,7 @@ class Session(Handle):
         shared: bool,
     ):
         check_limit(options.max_tokens)
-        self.name = name
+        self.name, self._host, self._options = name, host, options
         self._session_worker = SessionWorker(worker, host, options, name, shared)
         super().__init__(worker, self._session_worker, engine, on_evict, on_token)
 
@@ -203,7 +212,10 @@ class Session(Handle):
         return [*self._session_worker.exchanges]
 
     def reply(
-        self, question: str, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+        self,
+        question: Question,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
     ) -> Generator[Piece, None, None]:
         """Yield the pieces of a reply; closing the generator stops it within a token or two.
 
@@ -219,7 +231,10 @@ class Session(Handle):
         return self._pieces(self._reply_to(question, max_tokens, options))
 
     def areply(
-        self, question: str, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+        self,
+        question: Question,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
     ) -> AsyncGenerator[Piece, None]:
         """Do what `reply` does, for asyncio; cancelling the task that reads it stops the reply."""
         return self._pieces_async(self._reply_to(question, max_tokens, options))
@@ -236,13 +251,19 @@ class Session(Handle):
         return self._pieces_async(self._retry(max_tokens, options))
 
     def edit(
-        self, question: str, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+        self,
+        question: Question,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
     ) -> Generator[Piece, None, None]:
         """Replace the last question by another, and answer it; see `reply`."""
         return self._pieces(self._reply_to(question, max_tokens, options, edit=True))
 
     def aedit(
-        self, question: str, max_tokens: int | None = None, **options: Unpack[EngineReplyOptions]
+        self,
+        question: Question,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
     ) -> AsyncGenerator[Piece, None]:
         return self._pieces_async(self._reply_to(question, max_tokens, options, edit=True))
 
@@ -259,25 +280,78 @@ class Session(Handle):
         """Evict every exchange; the future is like that of `undo`."""
         return self._future(lambda chat: chat.clear())
 
+    def fork(
+        self, back: int = 0, on_evict: OnEvict | None = None, on_token: OnToken | None = None
+    ) -> "Session":
+        """Begin a session that continues from a copy of this one's state; returns at once.
+
+        It has a ring of its own, charged to the engine's budget, and is not saved. Commands given
+        to this session before are done first, and a reply in progress ends.
+
+        Args:
+            back: how many of the last exchanges to take back in it.
+            on_evict, on_token: see `Engine.session`.
+
+        Raises:
+            QueueFull, EngineClosed: see `Engine.session`. The new session's methods raise
+                ValueRefused if fewer exchanges than `back` are attended, and MemoryRefused.
+        """
+        with self._worker.lock:  # the copy is made before it is opened
+            found = Session(
+                self._worker,
+                self._host,
+                self._options,
+                None,
+                on_evict,
+                on_token,
+                self._engine,
+                self._session_worker.shared,
+            )
+            copy = found._session_worker.copy_of
+            try:
+                copied = self._future(lambda chat: copy(chat, back))
+            except BaseException:
+                found.close()
+                raise
+            found._wait_for(copied)
+        return found
+
+    def _wait_for(self, copied: "Future[ChatSession]") -> None:
+        """Open the session once another one was copied."""
+        opening, worker = self._opening, self._worker
+        self._session_worker.copied, opening.ahead = copied, 0
+
+        def resume(_: object) -> None:
+            with worker.lock:
+                opening.ahead = None
+                worker.lock.notify_all()
+
+        copied.add_done_callback(resume)
+
     def _reply_to(
         self,
-        question: str,
+        question: Question,
         max_tokens: int | None,
         options: EngineReplyOptions,
         edit: bool = False,
     ) -> Submit:
-        check_question(question)
+        turn_of_messages(question)
         check_reply_options(max_tokens, options)
         steps = ChatSession.edit_steps if edit else ChatSession.reply_steps
-        return self._submit(lambda chat: steps(chat, question, max_tokens, **options))
+        return self._submit(partial(steps, question=question, max_tokens=max_tokens), options)
 
     def _retry(self, max_tokens: int | None, options: EngineReplyOptions) -> Submit:
         check_reply_options(max_tokens, options)
-        return self._submit(lambda chat: chat.retry_steps(max_tokens, **options))
+        return self._submit(partial(ChatSession.retry_steps, max_tokens=max_tokens), options)
 
-    def _submit(self, begin: Callable[[ChatSession], Work]) -> Submit:
+    def _submit(self, steps: Callable[..., Work], options: EngineReplyOptions) -> Submit:
         worker = self._session_worker  # the task must not keep the session alive
-        return lambda: self._ask(lambda: worker.reply(begin))
+        report = options.get("progress")
+
+        def begin(chat: ChatSession, progress: Progress | None) -> Work:
+            return steps(chat, **{**options, "progress": progress})
+
+        return lambda: self._ask(lambda: worker.reply(begin, report))
 
     def _future(self, action: Callable[[ChatSession], Any]) -> Future[Any]:
         worker = self._session_worker

@@ -2,17 +2,31 @@
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from mlx_stream.chat import resume
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.saving import SavedSession
-from mlx_stream.chat.session import ChatSession
+from mlx_stream.chat.session import ChatSession, Progress
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.task import Work
 from mlx_stream.engine.worker import Worker
+from mlx_stream.errors import EngineClosed
 from mlx_stream.generate.stats import MOST_NOTICES, Stats
+
+
+class ReadProgress(NamedTuple):
+    """How many tokens of a prompt have been read, how many it has, and whom to tell."""
+
+    report: Progress
+    done: int
+    total: int
+
+
+Begin = Callable[[ChatSession, Progress | None], Work]
 
 
 class SessionWorker:
@@ -24,6 +38,7 @@ class SessionWorker:
 
     Attributes:
         exchanges: the ones attended after the last task; replaced, never changed.
+        copied: the conversation to begin with, if it is a copy of another one.
     """
 
     def __init__(
@@ -35,7 +50,8 @@ class SessionWorker:
         shared: bool,
     ):
         self.worker, self.host, self.options, self.name = worker, host, options, name
-        self.shared = shared
+        self.shared, self.closed = shared, False
+        self.copied: Future[ChatSession] | None = None
         self.key = object()
         self.chat: ChatSession | None = None
         self.saved: SavedSession | None = None
@@ -51,7 +67,9 @@ class SessionWorker:
         model = self.host.model_for(self.key)
         options = replace(self.options, prefixes=self.host.prefixes)
         notices: deque[str] = deque(maxlen=MOST_NOTICES)
-        if self.name is None:
+        if self.copied:
+            chat, self.copied = self.copied.result(), None
+        elif self.name is None:
             chat = resume.new_chat(model, options, notices.append)
         else:
             steps = resume.open_steps(self.name, model, options, notices.append)
@@ -60,10 +78,34 @@ class SessionWorker:
         chat.on_evict, chat.stats.notices = self._evict, [*notices]
         self.chat = chat
 
-    def reply(self, begin: Callable[[ChatSession], Work]) -> Work:
-        """Return the coroutine of a reply."""
+    def reply(self, begin: Begin, progress: Progress | None) -> Work:
+        """Return the coroutine of a reply.
+
+        Args:
+            progress: called by the thread that reads the reply, after each step that reads.
+        """
         assert self.chat
-        return begin(self.chat)
+        if progress is None:
+            return (yield from begin(self.chat, None))
+        waiting = deque[ReadProgress]()
+        tell = partial(ReadProgress, progress)
+        steps, result = begin(self.chat, lambda *counts: waiting.append(tell(*counts))), None
+        try:
+            while True:
+                item = steps.send(result)
+                while waiting:
+                    yield waiting.popleft()
+                result = yield item
+        except StopIteration:
+            return
+        finally:
+            steps.close()
+
+    def copy_of(self, source: ChatSession, back: int) -> ChatSession:
+        """Return a copy of another session's conversation, for this one to begin with."""
+        if self.closed:
+            raise EngineClosed("the copy was closed before it was made")
+        return source.fork(back, self.host.model_for(self.key))
 
     def perform(self, action: Callable[[ChatSession], Any]) -> Work:
         """Do something that reads no tokens, and return its result; a coroutine."""
@@ -88,6 +130,7 @@ class SessionWorker:
     def close(self) -> None:
         """Write what is not saved yet, and release the ring."""
         saved, self.chat, self.saved = self.saved, None, None
+        self.copied, self.closed = None, True
         try:
             if saved:
                 saved.close()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mlx_stream.errors import ValueRefused
 from mlx_stream.text.thinking import Phase, ThinkingRules
 from mlx_stream.text.tokenizer import StreamDecoder
+from mlx_stream.text.tool_calls import CallReader, CallStyle, ToolCall
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class Piece:
     """A piece of text that is final.
 
     Attributes:
-        text: a part of the answer.
+        text: a part of the answer, without tool calls.
         finish: on the last piece, why the text ended: end, stop, length, or superseded by another
             request to the same conversation.
         attended: on the last piece of a conversation's reply, the number of attended tokens.
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
+        read, written: on the last piece, the tokens read for this reply and those of the reply.
+        settled: on the same piece, the tokens read again since the reply before, so that the
+            stream held what the template renders.
         logprobs: if asked for, of each token sampled since the piece before.
     """
 
@@ -43,6 +47,9 @@ class Piece:
     evicted_exchanges: int = 0
     evicted_tokens: int = 0
     thinking: str = ""
+    read: int = 0
+    written: int = 0
+    settled: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
@@ -95,6 +102,7 @@ class ReplyDecoder:
 
     Args:
         thinking: what a model that thinks may write; None for others.
+        call_style: how the model calls tools, if it has any.
     """
 
     def __init__(
@@ -103,10 +111,12 @@ class ReplyDecoder:
         stops: str | Sequence[str],
         remember: bool = True,
         thinking: ThinkingRules | None = None,
+        call_style: CallStyle | None = None,
     ):
         self.decoder, self.matcher, self.remember = decoder, StopMatcher(stops), remember
         self.rules = thinking or ThinkingRules()
         self.reader = self.rules.reader()
+        self.call_style, self.call_reader = call_style, CallReader(call_style)
         self.count = 0
         self.answer_count = 0  # how many ids were read since the answer began
         self.ids: list[int] = []
@@ -130,6 +140,13 @@ class ReplyDecoder:
         self._decoded = len(self.ids)
         return text
 
+    def begin_with(self, ids: Sequence[int]) -> None:
+        """Take the ids of a beginning that is given and not sampled; limits do not count them."""
+        for id in ids:
+            self.add(id)
+        self.answer_count = 0
+        self.take_thinking()
+
     def take_thinking(self) -> str:
         """Return the thinking that became final since the last call."""
         thought, self._thought = self._thought, ""
@@ -139,6 +156,11 @@ class ReplyDecoder:
     def thinking(self) -> str:
         """All the thinking, without whitespace around it."""
         return self.reader.thinking.strip()
+
+    @property
+    def calls(self) -> tuple[ToolCall, ...]:
+        """The tools that the reply calls, once it is flushed."""
+        return self.call_reader.calls
 
     def left(self, limit: int) -> int:
         """Return how many more ids may come: of an answer of `limit` ids, or of its thinking."""
@@ -192,12 +214,15 @@ class ReplyDecoder:
     def final_text(self, trim: bool = False) -> str:
         """Return the final answer."""
         text = self.text[self.answer_at : self.final if self.stopped else None]
+        if self.calls:
+            text = text[: self.call_reader.begin]
         return text.rstrip() if trim else text
 
     def _decode_again(self) -> None:
         """Decode all ids once more: an interrupt cut `add` short."""
         self.decoder.flush()
         self.text, self.ends, self.reader = "", [], self.rules.reader()
+        self.call_reader = CallReader(self.call_style)
         for token in self.ids:
             self._read(self.decoder.add(token))
             self.ends.append(len(self.text))
@@ -231,4 +256,5 @@ class ReplyDecoder:
         self._thought += thought
         if before is not Phase.ANSWER:
             self.final = self.answer_at = len(self.text) - len(answer)
-        return answer
+        answer = self.call_reader.add(answer)
+        return answer + self.call_reader.flush() if last else answer

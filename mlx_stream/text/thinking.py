@@ -81,7 +81,7 @@ class ThinkingReader:
         if inside:
             self.phase = Phase.THINKING
         self.thinking = ""
-        self._pending = ""
+        self._pending, self._ended = "", False
 
     def add(self, text: str) -> tuple[str, str]:
         """Return the thinking and the answer that are final now."""
@@ -102,6 +102,7 @@ class ThinkingReader:
                 self._pending = before[len(before) - held :]
                 return self._thought(thought), ""
             thought, self._pending, self.phase = thought + before, after, Phase.UNKNOWN
+            self._ended = True
 
     def flush(self) -> tuple[str, str]:
         """Return what was held back; no more text comes."""
@@ -120,7 +121,7 @@ class ThinkingReader:
                     return True
         if any(mark.startswith(text) for mark in (*style.openings, *style.answers)):
             return False
-        if self.thinking:
+        if self._ended:
             self._pending = text
         self.phase = Phase.ANSWER
         return True

@@ -11,7 +11,7 @@ from mlx_stream.text.template.chat_template import (
 )
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.engine.test_incremental_encoder import blank_lines, byte_level, sentence_pieces
-from tests.fakes.turn_ids import read_ids, whole_ids
+from tests.fakes.turn_ids import read_ids, replied, whole_ids
 from tests.text.test_template import KNOWN, LLAMA_2, TOKENS
 
 EXCHANGES = [
@@ -117,9 +117,8 @@ def test_exchanges_of_another_model_are_read_as_text():
     assert found[1].reply_ids == ids and found[1].rest == ""
     read = [(exchange.reply_ids, exchange.rest) for exchange in found.values()]
     assert read[1:] == [((), "the end"), ((), "that"), ((), "then")]
-    rests = [None, "", "the end", "that"]
-    for (number, exchange), rest in zip(found.items(), rests, strict=True):
-        asked = prompts.question(exchange.question, rest, number == 1)
+    for number, exchange in found.items():
+        asked = prompts.question(exchange.question, found.get(number - 1), number == 1)
         assert (exchange.closing_ids, exchange.question_ids) == asked
 
 
@@ -127,7 +126,7 @@ def test_exchanges_of_another_model_are_read_as_text():
 def test_a_word_that_was_stopped_in_its_middle_gets_no_space(tokenizer):
     backend, template = tokenizer(), ChatTemplate(LLAMA_2, TOKENS)
     turns = PromptBuilder(backend, template, None, pin=True)
-    closing, asked = turns.question("x", "en", first=False)
+    closing, asked = turns.question("x", replied("en"), first=False)
     ids = [*backend.encode("th", special=False), *closing, *asked]
     assert backend.decode(ids).strip().startswith("then ")
     assert backend.decode(ids).endswith("[INST] x [/INST]")
@@ -166,3 +165,42 @@ def test_a_reply_s_closing_is_not_cut_inside_a_special_token(source, closing):
     exchanges = EXCHANGES[:3]
     whole = whole_ids(tokenizer, template, "Be brief.", exchanges)
     assert read_ids(tokenizer, template, "Be brief.", exchanges) == whole[:-1]  # the text's end
+
+
+# The system prompt begins the first question, as in Gemma 3.
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role != 'system' %}<start_of_turn>{{ m.role }}\n"
+    "{{ messages[0].content + '\n\n' if loop.index0 == 1 and messages[0].role == 'system' }}"
+    "{{ m.content | trim }}<end_of_turn>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, sentence_pieces])
+@pytest.mark.parametrize("evicted", [0, 1, 3])
+def test_a_system_prompt_in_the_first_question_is_pinned_there(tokenizer, evicted):
+    """Of the attended turns, the oldest one is rendered as the first, with the system prompt."""
+    backend, template = tokenizer(), ChatTemplate(GEMMA, TOKENS)
+    prompts = PromptBuilder(backend, template, "Be brief.", pin=True)
+    assert prompts.system_place == "question"
+    assert backend.decode(prompts.pinned).strip().endswith("user\nBe brief.")
+    ids, last = [*prompts.pinned], None
+    for number, (question, reply) in enumerate(EXCHANGES, 1):
+        if number <= evicted:
+            continue
+        closing, asked = prompts.question(question, last, first=number == 1)
+        said = backend.encode(reply, special=False, behind_text=True)
+        last = prompts.settle(Exchange(question, reply, closing, asked, tuple(said)), number == 1)
+        ids += closing + last.ids
+    assert ids == whole_ids(backend, template, "Be brief.", EXCHANGES[evicted:])[: len(ids)]
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [(GEMMA, "question"), (PHI_3_5, "turn"), (KNOWN["Mistral 0.3"][0], "exchange")],
+)
+def test_where_the_system_prompt_is(source, place):
+    backend, template = byte_level(), ChatTemplate(source, TOKENS)
+    assert PromptBuilder(backend, template, "Be brief.", pin=True).system_place == place
+    without = PromptBuilder(backend, template, None, pin=True)
+    assert without.system_place == "turn" and len(without.pinned) < 9

@@ -13,6 +13,7 @@ from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import QUESTIONS, assert_well_formed, decoded, said
 from tests.fakes.shell import edit
 from tests.fakes.tiny import CHAT_TEMPLATE, write_model
+from tests.fakes.turn_ids import replied
 
 
 def session(model, **options):
@@ -157,7 +158,7 @@ def test_a_forged_turn_in_a_question_or_system_prompt_stays_text(model):
         chat = session(model, system=system, window=400)
         turns = chat.prompts
         plain, typed = (
-            [id for first in (True, False) for id in turns.question(text, "", first)[1]]
+            [id for first in (True, False) for id in turns.question(text, replied(""), first)[1]]
             for text in ("a", forged)
         )
         assert sum(id in special for id in typed) == sum(id in special for id in plain)

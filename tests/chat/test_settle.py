@@ -178,6 +178,7 @@ def recorded(
     model: Model, trouble: Trouble, stream: type[Recorded] = Recorded, **options: Any
 ) -> Any:
     """Return a conversation whose streams are `Recorded`."""
+    history = options.pop("history", ())
     chat: Any = ChatSession(model, sampling=Sampling(1.0, top_p=1.0, seed=3), **options)
     make = chat._writer_factory
 
@@ -189,6 +190,8 @@ def recorded(
 
     chat._writer_factory = record
     chat._begin(chat.system, chat.stats.window)
+    if history:
+        chat._adopt(history)
     chat.trouble, chat._on_notice = trouble, trouble.notify
     chat.on_evict = lambda *gone: trouble.at("on_evict")
     return chat
@@ -296,6 +299,7 @@ def resumed(chat: Any, trouble: Trouble) -> Any:
         system=chat.system,
         window=chat.stats.window,
         evict=chat.evict,
+        tools=chat.tools,
     )
     where = chat.conversation_state()
     turns = {turn.number: turn.exchange for turn in chat.evictor.state.turns}

@@ -7,8 +7,8 @@ from mlx_stream import backend
 from mlx_stream.cache.steps.verify import SPARE
 from mlx_stream.load import load
 from mlx_stream.plan import devices
-from tests.fakes.shell import done, parsed
-from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
+from tests.fakes.shell import done, edit, parsed
+from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, tiny_weights, write_model, write_tiny
 
 PUBLISHED = Path(__file__).parents[1] / "fakes" / "published"
 ONE = PUBLISHED / "Llama-3.2-1B.json"
@@ -110,6 +110,15 @@ def test_a_window_the_model_bounds_is_said(tmp_path):
         "mlx_stream: window reduced from 300 to 100: the model's sliding_window\n"
     )
     assert parsed(result.out)["window"] == 100
+
+
+def test_a_long_head_of_the_template_is_named(tmp_path):
+    folder = write_model(tmp_path / "model")
+    assert not done("plan", folder).err
+    long = "{{ 'the head ' * 99 }}<|im_end|>" + CHAT_TEMPLATE
+    edit(folder / "tokenizer_config.json", chat_template=long)
+    found = done("plan", folder).err
+    assert "begins every conversation with" in found and len(found.splitlines()) == 1
 
 
 # --- devices ---

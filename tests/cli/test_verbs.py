@@ -336,6 +336,7 @@ def test_show_describes_a_model_and_its_template(tmp_path):
         "chat": "yes",
         "system prompt": "a turn of its own, pinned",
         "thinks": "yes, marked by <think>",
+        "tools": "no: this model's template cannot be used with tools: it does not write them",
         "rewrites a reply": "once the next question is there",
     }
     text = done("show", thinks).out

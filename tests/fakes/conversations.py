@@ -5,9 +5,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlx_stream.chat.exchange import unread_ids
+from mlx_stream.chat.messages import escaped_calls, message_dicts
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session import ChatSession
+from mlx_stream.text.control_tokens import MARK
 from mlx_stream.text.pieces import Piece
+from mlx_stream.text.template.chat_template import stand_in, tool_results, user
 
 QUESTIONS = ("Hello there.", "And then?\nTell me.", "Why äöü €?", "Go on", "x" * 30)
 
@@ -50,8 +53,12 @@ def assert_well_formed(chat: ChatSession) -> None:
     if not turns:
         assert len(ids) <= len(pinned) and chat.exchanges == []
         return
-    end = chat.prompts.rest_of(chat.exchanges[-1]) + chat.template.closing
+    end = chat.prompts.end_of(chat.exchanges[-1]).replace(MARK, "")
     whole = joined_damage(rendered(chat))
+    if turns[0].exchange.answers_calls:  # its calls were evicted
+        held = joined_damage(decoded(chat, [*attended[sinks:], *unread]) + end)
+        assert whole.endswith(held.removeprefix("\ufffd")) and len(whole) < 2 * len(held) + 999
+        return
     if turns[0].start >= cache.oldest or not cache.evicted:
         held = joined_damage(decoded(chat, ids) + end)
         assert held == whole, f"held {held!r}, but rendered {whole!r}"
@@ -61,17 +68,22 @@ def assert_well_formed(chat: ChatSession) -> None:
 
 
 def rendered(chat: ChatSession) -> str:
-    """Return the attended exchanges as the template writes them once another question follows."""
-    messages = [*chat.prompts.head]
+    """Return the attended exchanges as the template writes them once the next message follows."""
+    template, messages = chat.prompts.template, [*chat.prompts.head]
+    if chat.exchanges[0].answers_calls:
+        messages += stand_in(message_dicts(chat.exchanges[0].asked))
     for exchange in chat.exchanges:
-        messages.append({"role": "user", "content": exchange.question})
-        answer = chat.template.answer(exchange.reply, exchange.thinking)
-        if chat.template.style and not chat.template.thinking_apart:  # it stays as it was written
+        messages += message_dicts(exchange.asked)
+        answer = template.answer(
+            exchange.reply, exchange.thinking, escaped_calls(exchange.calls, str)
+        )
+        if template.style and not template.thinking_apart:  # it stays as it was written
             text = decoded(chat, [*exchange.reply_ids]) + exchange.rest
-            answer = {"role": "assistant", "content": text}
+            answer = {**answer, "content": text}
         messages.append(answer)
-    whole = chat.template.render([*messages, {"role": "user", "content": "NEXT"}], reply=True)
-    asked = chat.template.turn("NEXT", chat.prompts._turn_system)
+    following = tool_results(messages[-1].get("tool_calls", ()), "NEXT") or [user("NEXT")]
+    whole = template.render([*messages, *following], reply=True)
+    asked = template.turn(following, chat.prompts._turn_system)
     assert whole.endswith(asked)
     return whole.removesuffix(asked)
 

@@ -49,13 +49,16 @@ def thinker_weights(backend: Tokenizer, script: Sequence[str]) -> dict[str, np.n
     return weights | {"lm_head.weight": head}
 
 
-def write_random(folder: Path, source: str, eos: str) -> tuple[Path, dict, dict]:
+def write_random(
+    folder: Path, source: str, eos: str, positions: int = 2_048
+) -> tuple[Path, dict, dict]:
     """Write a model with a chat template that writes random text.
 
     Returns:
         Its folder, its config and its weights.
     """
-    config = tiny_config(num_hidden_layers=1, vocab_size=VOCABULARY, max_position_embeddings=2_048)
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": positions}
+    config = tiny_config(num_hidden_layers=1, **sizes)
     weights = tiny_weights(config)
     return write(folder, source, eos, config, weights), config, weights
 

@@ -6,7 +6,7 @@ from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.text.template.chat_template import (
     ChatTemplate,
-    Message,
+    MessageDict,
     assistant,
     system_turn,
     user,
@@ -30,17 +30,21 @@ def read_ids(
             inside an id.
     """
     turns = PromptBuilder(tokenizer, template, system, pin=True)
-    ids, rest = [*turns.pinned], None
+    ids, last = [*turns.pinned], None
     for number, (question, reply) in enumerate(exchanges, 1):
-        closing, asked = turns.question(question, rest, number == 1)
+        closing, asked = turns.question(question, last, number == 1)
         said = reply.removesuffix(unread)
         said_ids = tokenizer.encode(template.lead + said, special=False, behind_text=True)
         exchange = Exchange(question, reply, closing, asked, tuple(said_ids), unread)
-        exchange = turns.settle(exchange, number == 1)
-        ids += closing + exchange.ids
-        rest = turns.rest_of(exchange)
-    closing, asked = turns.question(then or "x", rest or "", first=False)
+        last = turns.settle(exchange, number == 1)
+        ids += closing + last.ids
+    closing, asked = turns.question(then or "x", last, first=False)
     return [*ids, *closing, *(asked if then else ())]
+
+
+def replied(reply: str) -> Exchange:
+    """Return an exchange whose reply has a text and no ids."""
+    return Exchange("x", reply, (), (), (), rest=reply)
 
 
 def whole_ids(
@@ -55,7 +59,7 @@ def whole_ids(
     Args:
         then: a last question, with what asks for its reply.
     """
-    messages: list[Message] = [*system_turn(system)]
+    messages: list[MessageDict] = [*system_turn(system)]
     for question, reply in exchanges:
         messages += [user(question), assistant(reply)]
     messages += [user(then)] if then else []

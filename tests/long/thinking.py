@@ -15,39 +15,18 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
-import mlx.core as mx
-
-from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.text.thinking import ThinkingStyle
-from tests.chat.test_settle import Recorded, Trouble, check_logits, recorded, resumed
+from tests.chat.test_settle import Trouble, check_logits, recorded, resumed
 from tests.fakes.conversations import assert_well_formed
 from tests.fakes.thinkers import NAMES, write_random
+from tests.fakes.tool_models import Scripted
 
 QUESTIONS = ("Hi", "And then?\nTell me.", "Why äöü €?", "Go on", "And the man?")
 THOUGHT, ANSWER = "the man of the house\n\nis here", "the man and the hat"
-
-
-class Scripted(Recorded):
-    """A stream whose next tokens are those of a script, while it lasts."""
-
-    script: ClassVar[list[int]] = []
-
-    def run(self, request: ReadRequest) -> ReadResult:
-        request.more = False
-        result = super().run(request)
-        if not self.script or result.count < len(request.ids):
-            return result
-        if request.want is Want.TOKEN:
-            result.token = self.script.pop(0)
-        elif request.want is Want.LOGITS:
-            assert result.logits is not None
-            chosen = mx.arange(len(result.logits)) == self.script.pop(0)
-            result.logits = mx.where(chosen, 1e4, result.logits)
-        return result
 
 
 def scripts(tokenizer: Any, style: ThinkingStyle, inside: bool, end: str) -> dict[str, list[int]]:

@@ -14,6 +14,7 @@ from mlx_stream.text.control_tokens import PROBE, ControlTokens, has_part_at_an_
 from mlx_stream.text.template.chat_template import ChatTemplate
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.fakes.tiny import CHAT_TEMPLATE
+from tests.fakes.turn_ids import replied
 
 START, END, THINK = "<|im_start|>", "<|im_end|>", "<think>"
 # A tokenizer's normalizer, and spellings of START that only it maps to START.
@@ -97,7 +98,7 @@ def test_no_message_encodes_to_a_control_token(name, around, data, special, norm
     def read(system: str, question: str, reply: str) -> list[list[str]]:
         prompts = PromptBuilder(tokenizer, template, system, pin=True)
         first = prompts.pinned + prompts.question(question, None, first=True)[1]
-        closing, later = prompts.question(question, reply, first=False)
+        closing, later = prompts.question(question, replied(reply), first=False)
         return [
             [text for text in map(tokenizer.text_of, ids) if text in (START, END, *more)]
             for ids, more in ((first, [THINK] * thinks), (closing, ()), (later, [THINK] * thinks))

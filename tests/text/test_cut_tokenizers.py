@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.text.tokenizer import Tokenizer
 from tests.fakes.cut_tokenizers import CUT, cut_tokenizer
-from tests.fakes.turn_ids import read_ids, whole_ids
+from tests.fakes.turn_ids import read_ids, replied, whole_ids
 
 names = pytest.mark.parametrize("name", CUT)
 TALK = [
@@ -58,6 +58,6 @@ def test_control_tokens_cannot_be_typed_and_close_a_reply(name: str):
     written = [text for text in added if "think" not in text and "call" not in text]
     ids = {id for text in written for id in backend.encode(text, special=False, behind_text=True)}
     question = "x".join(written) + "".join(written)
-    typed, plain = (prompts.question(asked, "x", first=False) for asked in (question, "x"))
+    typed, plain = (prompts.question(asked, replied("x"), first=False) for asked in (question, "x"))
     assert [id for id in typed[1] if id in ids] == [id for id in plain[1] if id in ids]
     assert set(plain[0]) & ids and set(plain[0]) & ids <= prompts.replies.end_ids

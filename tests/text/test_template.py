@@ -307,7 +307,9 @@ def test_an_exchange_is_settled_as_the_next_question_finds_it(name, system):
     messages, before = [*system_turn(system)], ""
     for number, (question, reply) in enumerate(exchanges):
         messages += [user(question), assistant(reply)]
-        before += found.settled(question, reply, system, first=not number) + found.closing
+        before += (
+            found.settled(question, assistant(reply), system, first=not number) + found.closing
+        )
         asked = found.render([*messages, user("And?")], reply=True)
         assert asked == before + found.turn("And?", system)
 

@@ -14,7 +14,7 @@ drops it, and to others as the model wrote it.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from datetime import datetime
 from functools import cached_property
@@ -30,7 +30,9 @@ from mlx_stream.text.thinking import style_of
 # The longest templates of published models have about 30,000 characters.
 MAX_SOURCE = 50_000
 
-Message = Mapping[str, str]
+MessageDict = Mapping[str, Any]
+# The messages of a turn, or the text of the user's only one.
+Turn = str | Sequence[MessageDict]
 # The names by which templates are told whether to think, and for how long.
 SWITCHES: Sequence[str] = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
@@ -50,15 +52,52 @@ EXCHANGES: Sequence[tuple[str, str, str]] = (
 )
 
 
-def user(content: str) -> Message:
+def user(content: str) -> MessageDict:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str) -> Message:
+def assistant(content: str) -> MessageDict:
     return {"role": "assistant", "content": content}
 
 
-def system_turn(system: str | None) -> list[Message]:
+def tool_calls(calls: Iterable[tuple[str, Any, str]]) -> list[dict[str, Any]]:
+    """Return the `tool_calls` of a message, given the name, arguments and id of each."""
+    return [
+        {"type": "function", "id": id, "function": {"name": name, "arguments": arguments}}
+        for name, arguments, id in calls
+    ]
+
+
+def tool_results(calls: Sequence[MessageDict], content: str) -> list[MessageDict]:
+    """Return messages with the same result for each of some `tool_calls`."""
+    return [
+        {
+            "role": "tool",
+            "content": content,
+            "tool_call_id": call["id"],
+            "name": call["function"]["name"],
+        }
+        for call in calls
+    ]
+
+
+def messages_of(turn: Turn) -> list[MessageDict]:
+    return [user(turn)] if isinstance(turn, str) else [*turn]
+
+
+def stand_in(turn: Sequence[MessageDict]) -> list[MessageDict]:
+    """Return messages that may come before a turn; the last one is a reply with MARK in it.
+
+    Before the results of tools, it calls these tools.
+    """
+    results = [message for message in turn if message["role"] == "tool"]
+    if not results:
+        return [user("x"), assistant(MARK)]
+    calls = tool_calls((r["name"], {"x": MARK}, r["tool_call_id"]) for r in results)
+    return [user("x"), {**assistant(""), "tool_calls": calls}]
+
+
+def system_turn(system: str | None) -> list[MessageDict]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
@@ -100,14 +139,23 @@ class ChatTemplate:
         other._now = moment
         return other
 
-    def thinking_as(self, think: bool | None, effort: str | None) -> "ChatTemplate":
-        """Return the same template, told whether the model shall think, and how hard.
+    def with_options(
+        self,
+        think: bool | None = None,
+        effort: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> "ChatTemplate":
+        """Return the same template, told whether and how long to think, and of some tools.
+
+        Args:
+            tools: descriptions of functions, as JSON values.
 
         Raises:
             TemplateError: it cannot be told.
         """
 
         def told(options: Mapping[str, Any]) -> "ChatTemplate":
+            options = {**self._options, **options}
             found = ChatTemplate(self.source, self._tokens, self._special, options)
             return found.at(self._now)
 
@@ -126,64 +174,87 @@ class ChatTemplate:
                 raise TemplateError(
                     "this model's template has no levels of thinking: leave out `reasoning_effort`"
                 )
+        if tools:
+            # Llama 3.x writes tools into the first question, or, if told so, before it.
+            options |= {"tools": [*tools], "tools_in_user_message": False}
         return told(options)
 
-    def render(self, messages: Sequence[Message], reply: bool) -> str:
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """The tools that the template is told of."""
+        return self._options.get("tools", ())
+
+    def render(self, messages: Sequence[MessageDict], reply: bool) -> str:
         """Return the text of a conversation; `reply` adds what asks the model for its turn."""
         values = {"messages": messages, "add_generation_prompt": reply, **self._tokens}
         # Templates test tools and documents for none; transformers always passes both.
         values |= {"tools": None, "documents": None, "strftime_now": self._now.strftime}
         values |= self._options
-        return attempt("failed", lambda: self._template.render(values), len(str(messages)))
+        size = len(str(messages)) + len(str(self.tools))
+        return attempt("failed", lambda: self._template.render(values), size)
 
-    def opening(self, system: str | None, question: str) -> str:
+    def opening(self, system: str | None, question: Turn) -> str:
         """Return the text of a first turn, up to where the model answers."""
-        return self.render([*system_turn(system), user(question)], reply=True)
+        return self.render([*system_turn(system), *messages_of(question)], reply=True)
 
-    def turn(self, question: str, system: str | None = None) -> str:
+    def turn(self, question: Turn, system: str | None = None) -> str:
         """Return what a later turn appends after `closing`, up to where the model answers.
 
         A stand-in for the conversation is rendered; `check` refuses templates that need the real
         one. Encode it with `closing`: some tokenizers put a space before the first word of a text.
         """
-        messages = [*system_turn(system), user("x"), assistant(MARK), user(question)]
-        return self._behind_reply(self.render(messages, reply=True))
+        messages = messages_of(question)
+        before = stand_in(messages)
+        text = self.render([*system_turn(system), *before, *messages], reply=True)
+        return self._behind_reply(text, before)
 
     def settled(
         self,
-        question: str,
-        reply: str,
+        question: Turn,
+        answer: MessageDict,
         system: str | None = None,
         first: bool = False,
-        thinking: str = "",
         later: bool = False,
     ) -> str:
-        """Return an exchange as it is rendered once the next question follows, without `closing`.
+        """Return an exchange as it is rendered once the next message follows.
 
-        With `first`, it is the first one, and what comes before it is in the text. With `later`,
-        there is another exchange before that question.
+        That is a question, or, after an answer that calls tools, the first result. What closes the
+        answer is not in the text, or, if it calls tools, is. With `first`, it is the first
+        exchange, and what comes before it is in the text. With `later`, another exchange and a
+        question follow.
         """
-        before = [] if first else [user("x"), assistant(MARK)]
-        answer = self.answer(reply, thinking)
-        messages = [*system_turn(system), *before, user(question), answer, user("x")]
-        if later:
-            messages[-1:] = [user("x"), assistant(LATER), user("x")]
+        messages, calls = messages_of(question), answer.get("tool_calls")
+        before = [] if first else stand_in(messages)
+        messages = [*system_turn(system), *before, *messages, answer]
+        following = tool_results(calls, LATER) if calls else [user("x")]
+        if later and calls:
+            messages += [*following, assistant("x"), user("x")]
+        elif later:
+            messages += [user("x"), assistant(LATER), user("x")]
+        else:
+            messages += following
         text = self.render(messages, reply=True)
         if not first:
-            text = self._behind_reply(text)
-        next_turn = self.closing + self.turn("x", system)
-        if later:
-            text, next_turn = text.rpartition(LATER)[0], next_turn + self.lead
+            text = self._behind_reply(text, before)
+        if calls:
+            text = text.partition(LATER)[0]
+            next_turn = self.turn(following, system).partition(LATER)[0]
+        else:
+            next_turn = self.closing + self.turn("x", system)
+            if later:
+                text, next_turn = text.rpartition(LATER)[0], next_turn + self.lead
         require_appended(text.endswith(next_turn), "a reply")
         return text.removesuffix(next_turn)
 
-    def answer(self, reply: str, thinking: str = "") -> Message:
-        """Return the message of a reply with its thinking."""
+    def answer(self, reply: str, thinking: str = "", calls: Sequence[Any] = ()) -> MessageDict:
+        """Return the message of a reply with its thinking and its `tool_calls`."""
+        called = {"tool_calls": calls} if calls else {}
         if not thinking or not self.style:
-            return assistant(reply)
+            return {**assistant(reply), **called}
         if self.thinking_apart:
-            return {**assistant(reply), "reasoning_content": thinking, "thinking": thinking}
-        return assistant(self.written(reply, thinking))
+            thought = {"reasoning_content": thinking, "thinking": thinking}
+            return {**assistant(reply), **thought, **called}
+        return {**assistant(self.written(reply, thinking)), **called}
 
     def written(self, reply: str, thinking: str = "") -> str:
         """Return a reply with its thinking, as the model writes it."""
@@ -236,7 +307,7 @@ class ChatTemplate:
     def rewrites(self) -> bool:
         """Whether an exchange is rendered differently once the next question follows it."""
         return any(
-            self.settled(question, reply, thinking=thinking)
+            self.settled(question, self.answer(reply, thinking))
             != self.turn(question) + self.lead + self.written(reply, thinking)
             for question, reply, thinking in EXCHANGES
         )
@@ -246,10 +317,10 @@ class ChatTemplate:
         """Whether an exchange is rendered differently once another one follows it."""
         question, reply, thinking = EXCHANGES[1]
         try:
-            old = self.settled(question, reply, thinking=thinking, later=True)
+            old = self.settled(question, self.answer(reply, thinking), later=True)
         except TemplateError:
             return False
-        return old != self.settled(question, reply, thinking=thinking)
+        return old != self.settled(question, self.answer(reply, thinking))
 
     @cached_property
     def _around_reply(self) -> tuple[str, str]:
@@ -270,11 +341,13 @@ class ChatTemplate:
             lead = ""
         return lead, shared_start(alone.partition(MARK)[2], after, self._special)
 
-    def _behind_reply(self, text: str) -> str:
-        """Return what follows the reply that MARK stands for, and what closes it."""
-        after = text.partition(MARK)[2]
-        require_appended(after.startswith(self.closing), "a question")
-        return after.removeprefix(self.closing)
+    def _behind_reply(self, text: str, before: Sequence[MessageDict]) -> str:
+        """Return what follows a stand-in for earlier messages, and what closes its reply."""
+        after, closing = text.rpartition(MARK)[2], self.closing
+        if "tool_calls" in before[-1]:
+            closing = self.render(before, reply=False).rpartition(MARK)[2]
+        require_appended(after.startswith(closing), "a question")
+        return after.removeprefix(closing)
 
     def check(self, system: bool) -> None:
         """Make sure that each exchange is written once and stays, after a system turn if `system`.
@@ -283,28 +356,57 @@ class ChatTemplate:
         follows, but never after that. A template
         that is refused may still be used for conversations that are rendered whole.
         """
-        metered(lambda: self._check(SYSTEM if system else None))
+        metered(lambda: check_turns(self, SYSTEM if system else None))
 
-    def _check(self, system: str | None) -> None:
-        if system:
-            require(system in self.opening(system, "x"), "it has no system role")
 
-        def settled(number: int, later: bool = False) -> str:
-            question, reply, thinking = EXCHANGES[number]
-            found = self.settled(question, reply, system, number == 0, thinking, later)
-            return found + self.closing
+def check_turns(template: ChatTemplate, system: str | None) -> None:
+    """Raise TemplateError unless each exchange is written once and stays; see `check`."""
+    if system:
+        require(system in template.opening(system, "x"), "it has no system role")
+    if template.tools:
+        check_tools(template, system)
 
-        messages, before, last = [*system_turn(system)], "", ""
-        for number, (question, reply, thinking) in enumerate(EXCHANGES):
-            messages.append(user(question))
-            asked = self.render(messages, reply=True)
-            turn = self.turn(question, system) if number else asked
-            require_appended(asked == before + last + turn, "a later question")
-            messages.append(self.answer(reply, thinking))
-            before += settled(number - 1, self.settles_late) if number else ""
-            last = settled(number)
-            plain = turn + self.lead + self.written(reply, thinking) + self.closing
-            require_appended(self.rewrites or last == plain, "a reply")
+    def settled(number: int, later: bool = False) -> str:
+        question, reply, thinking = EXCHANGES[number]
+        answer = template.answer(reply, thinking)
+        found = template.settled(question, answer, system, number == 0, later)
+        return found + template.closing
+
+    messages, before, last = [*system_turn(system)], "", ""
+    for number, (question, reply, thinking) in enumerate(EXCHANGES):
+        messages.append(user(question))
+        asked = template.render(messages, reply=True)
+        turn = template.turn(question, system) if number else asked
+        require_appended(asked == before + last + turn, "a later question")
+        messages.append(template.answer(reply, thinking))
+        before += settled(number - 1, template.settles_late) if number else ""
+        last = settled(number)
+        plain = turn + template.lead + template.written(reply, thinking) + template.closing
+        require_appended(template.rewrites or last == plain, "a reply")
+
+
+def check_tools(template: ChatTemplate, system: str | None) -> None:
+    """Raise TemplateError unless tools are written once, before the first question."""
+    names = [tool.get("function", tool).get("name") for tool in template.tools]
+    if not all(isinstance(name, str) and name for name in names):
+        raise TemplateError('tools: each needs a name, as in {"function": {"name": "search"}}')
+    turn, opening = template.turn("x", system), template.opening(system, "x")
+    if any(name in turn for name in names):
+        raise TemplateError(
+            "this model's template repeats the tools with each question, so they cannot be pinned: "
+            "leave out tools, or use another model"
+        )
+    calls = tool_calls([(names[0], {"x": "y"}, "000000001")])
+    try:
+        if not all(name in opening for name in names):
+            raise TemplateError("it does not write them")
+        called = template.settled("x", {**assistant(""), "tool_calls": calls}, system)
+        if names[0] not in called or LATER not in template.turn(tool_results(calls, LATER), system):
+            raise TemplateError("it does not write calls and their results")
+    except TemplateError as error:
+        raise TemplateError(
+            f"this model's template cannot be used with tools: {one_line(error, 200)}"
+        ) from error
 
 
 def attempt(failure: str, work: Callable[[], T], characters: int = 0) -> T:

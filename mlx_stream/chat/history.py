@@ -1,0 +1,61 @@
+"""The turns of a history of messages, and the newest of them that fit a window; reads none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from mlx_stream.chat.exchange import Exchange, PlacedTurn, place_turns, question_of
+from mlx_stream.chat.messages import Message, answering, calls_with_ids, check_message
+from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.errors import ValueRefused
+
+
+def exchanges_of(history: Sequence[Message]) -> dict[int, Exchange]:
+    """Return the exchanges of a history by number; their ids are not known yet.
+
+    Raises:
+        ValueRefused: it does not end with a reply, a reply answers nothing, or the results of
+            tools do not belong to the calls before them.
+    """
+    found: dict[int, Exchange] = {}
+    asked, calls = list[Message](), ()
+    for message in history:
+        check_message(message)
+        if message.role != "assistant":
+            asked.append(message)
+            continue
+        number = len(found) + 1
+        if not asked:
+            raise ValueRefused(f"reply {number} of the history answers no message")
+        exchange = question_of(answering(asked, calls))
+        asked, calls = [], calls_with_ids(message.calls, number)
+        found[number] = replace(
+            exchange, reply=message.text, thinking=message.thinking, calls=calls, finish="end"
+        )
+    if asked:
+        raise ValueRefused("the history must end with a reply: pass what follows it to reply()")
+    return found
+
+
+def newest_turns(
+    prompts: PromptBuilder, exchanges: Mapping[int, Exchange], window: int
+) -> tuple[PlacedTurn, ...]:
+    """Return the newest turns that fit a window, each whole and one at least, at their places.
+
+    A chain of tool calls stays whole, unless there is nothing else.
+
+    Raises:
+        TemplateError: the template refuses a turn that fits.
+    """
+    newest = len(exchanges) + 1
+    for number in reversed([*exchanges]):
+        (alone,) = prompts.encode_again({number: exchanges[number]}).values()
+        window -= len(alone.ids) + len(prompts.question("x", alone, first=False)[0])
+        if window < 0 and newest <= len(exchanges):
+            break
+        newest = number
+    fitting = {n: exchange for n, exchange in exchanges.items() if n >= newest}
+    questions = [n for n, exchange in fitting.items() if not exchange.answers_calls]
+    fitting = {n: e for n, e in fitting.items() if n >= min(questions, default=newest)}
+    encoded = prompts.encode_again(fitting)
+    turns = [PlacedTurn(exchange, number, 0) for number, exchange in encoded.items()]
+    return place_turns(turns, len(prompts.pinned))

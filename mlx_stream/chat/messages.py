@@ -1,0 +1,144 @@
+"""The messages between two replies, as plain values and as templates are given them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.text.template.chat_template import MessageDict, tool_calls
+from mlx_stream.text.tokenizer import check_text
+from mlx_stream.text.tool_calls import ToolCall
+
+ROLES = ("user", "tool", "system", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation.
+
+    Attributes:
+        role: `user`, `tool`, `system` or `assistant`.
+        calls: the tools that an assistant's message calls.
+        name, id: of the call whose result a tool's message is. Default: of the first call of the
+            last reply that no earlier message of the turn answers.
+        thinking: of an assistant's message.
+    """
+
+    role: str
+    text: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    id: str = ""
+    thinking: str = ""
+
+
+# The messages of a turn, or the text of a user's only one.
+Question = str | Sequence[Message]
+
+
+def as_messages(question: Question) -> tuple[Message, ...]:
+    """Return the messages of a turn, unchecked; a text is a user's message."""
+    return (Message("user", question),) if isinstance(question, str) else tuple(question)
+
+
+def turn_of_messages(question: Question) -> tuple[tuple[Message, ...], Message | None]:
+    """Return the messages of a turn, and the assistant's that begins the reply, if there is one.
+
+    Raises:
+        TextError: the question is empty, or a text is not valid Unicode.
+        ValueRefused: a message has another role, or an assistant's is not the last.
+    """
+    messages = as_messages(question)
+    if isinstance(question, str) and not question:
+        raise TextError("the question is empty")
+    for place, message in enumerate(messages):
+        check_message(message)
+        if message.role == "assistant" and place < len(messages) - 1:
+            raise ValueRefused("an assistant message must be the last of a turn: reply() begins it")
+    begin = messages[-1] if messages and messages[-1].role == "assistant" else None
+    if begin and begin.calls:
+        raise ValueRefused("the beginning of a reply cannot call tools")
+    asked = messages[:-1] if begin else messages
+    if not asked:
+        raise ValueRefused("a turn needs at least one message")
+    return asked, begin
+
+
+def check_message(message: Message) -> None:
+    """Raise ValueRefused or TextError for a message that no template can be given."""
+    if message.role not in ROLES:
+        raise ValueRefused(f"a message's role must be one of {', '.join(ROLES)}: {message.role!r}")
+    for text in (message.text, message.name, message.id, message.thinking):
+        check_text(text)
+
+
+def text_of_messages(messages: Sequence[Message]) -> str:
+    """Return the texts of a turn's messages as one text."""
+    return "\n\n".join(message.text for message in messages)
+
+
+def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[Message, ...]:
+    """Return a turn's messages, in which tools' results name the calls of the last reply.
+
+    Raises:
+        ValueRefused: calls and results do not belong together.
+    """
+    waiting, found = [*calls], list[Message]()
+    for message in messages:
+        if message.role == "tool":
+            call = next((c for c in waiting if message.id in ("", c.id)), None)
+            if call is None:
+                raise ValueRefused(
+                    "a tool's message has no call to answer: the last reply has "
+                    f"{len(calls):,} calls, and its id is {message.id!r}"
+                )
+            waiting.remove(call)
+            message = replace(message, id=call.id, name=message.name or call.name)
+        found.append(message)
+    if waiting:
+        raise ValueRefused(
+            f"the last reply calls {', '.join(call.name for call in waiting)}: give the result as "
+            "a tool's message, or undo the reply"
+        )
+    if calls and any(message.role != "tool" for message in found):
+        raise ValueRefused("the results of tools are a turn of their own: ask in the next turn")
+    return tuple(found)
+
+
+def calls_with_ids(calls: Sequence[ToolCall], number: int) -> tuple[ToolCall, ...]:
+    """Return the calls of turn `number`'s reply, each with an id: the model's, or a new one."""
+    return tuple(
+        call if call.id else replace(call, id=f"{number:06}{place:03}")
+        for place, call in enumerate(calls)
+    )
+
+
+def message_dicts(
+    messages: Sequence[Message], escape: Callable[[str], str] = str
+) -> list[MessageDict]:
+    """Return messages as a template is given them."""
+    return [message_dict(message, escape) for message in messages]
+
+
+def message_dict(message: Message, escape: Callable[[str], str]) -> MessageDict:
+    found: dict[str, Any] = {"role": message.role, "content": escape(message.text)}
+    if message.role == "tool":
+        found |= {"tool_call_id": escape(message.id), "name": escape(message.name)}
+    return found
+
+
+def escaped_json(value: Any, escape: Callable[[str], str]) -> Any:
+    """Return a JSON value in which every text is escaped."""
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, Mapping):
+        return {escape(key): escaped_json(item, escape) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escaped_json(item, escape) for item in value]
+    return value
+
+
+def escaped_calls(calls: Sequence[ToolCall], escape: Callable[[str], str]) -> list[Any]:
+    """Return calls as a template is given them."""
+    each = ((c.name, c.arguments, c.id) for c in calls)
+    return tool_calls(escaped_json([*each], escape))
