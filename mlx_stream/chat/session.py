@@ -26,11 +26,14 @@ from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
+from mlx_stream.recall.quote import Passage, RecallStore, choose_passages, quote
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
 from mlx_stream.text.template.chat_template import ChatTemplate
 
 DEFAULT_MAX_TOKENS = 512
+# The fewest tokens of a window that recall keeps free without being asked for a number.
+LEAST_RECALL = 64
 Progress = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
 Begin = Callable[[], PlacedTurn]
@@ -74,10 +77,16 @@ class ChatSession:
         think: whether a model that can is to think before it answers. Default: as its template has
             it.
         reasoning_effort: how long to think, as a level that the template knows, such as "low".
+        recall: finds exchanges that have left the window. Those that are likely to answer a
+            question are quoted before it, and the quotation is taken back after the reply.
+        recall_tokens: how many tokens of the window are kept free for a quotation; 0 for none.
+            Default: an eighth of the window and at least 64, or 0 if that is more than a quarter.
 
     Attributes:
         recorder: saves the conversation, if set.
         number: number of the last turn, from 1.
+        recall_from: number of the oldest turn that may be recalled.
+        recalled: what was quoted before the last question.
         unanswered: the last question, if the program that asked it ended before the reply did;
             `retry` answers it.
 
@@ -106,6 +115,8 @@ class ChatSession:
         draft: Model | None = None,
         think: bool | None = None,
         reasoning_effort: str | None = None,
+        recall: RecallStore | None = None,
+        recall_tokens: int | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
@@ -120,6 +131,8 @@ class ChatSession:
         self.sinks, self.kv_bits = model.resolve_window(sinks, None)[0], kv_bits
         self.recorder: Recorder | None = None
         self.number, self.unanswered = 0, ""
+        self.recall, self._recall_asked = recall, recall_tokens
+        self.recall_from, self.recalled, self._recalled_for = 1, (), (0, "")
         self._writer_factory = writer_factory(model, speculate, draft, kv_bits, sampling)
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
@@ -209,18 +222,30 @@ class ChatSession:
         """
         self._settle()
         taken = self._take_back_last()
+        self.forget_recalled()
         self._record(ChangeKind.UNDO, self.number + 1)
         return taken
 
     def clear(self, first: int | None = None) -> None:
-        """Evict every turn, or those before number `first`; the pinned beginning stays."""
+        """Evict every turn, or those before number `first`; the pinned beginning stays.
+
+        Without `first`, no turn so far is recalled from now on.
+        """
         self._settle()
         self.unanswered = ""
+        if first is None:
+            self.recall_from = self.number + 1
+            self.forget_recalled()
         while (turns := self.evictor.state.turns) and (first is None or turns[0].number < first):
             self.evictor.evict_oldest()
         self.tokens.ids.restart_observers()
         self._count(silent=True)
         self._record(ChangeKind.STAND, self.number)
+
+    def forget_recalled(self) -> None:
+        """Forget what was quoted last, and what was read and is no longer attended."""
+        self.recalled, self._recalled_for, self.stats.recalled = (), (0, ""), 0
+        self.tokens.ids.restart_observers()
 
     def restart(self, system: str | None, window: int | None) -> None:
         """Change the system prompt or the window, and read the attended turns again.
@@ -270,7 +295,7 @@ class ChatSession:
         """Number the attended turns from 1, as if they were the whole conversation."""
         turns = tuple(replace(turn, number=n) for n, turn in enumerate(self._settle(), 1))
         self.evictor.state, self.number = Idle(turns), len(turns)
-        self.unanswered = ""
+        self.unanswered, self.recall_from = "", 1
 
     def record_turns(self) -> None:
         """Write every attended turn to the recorder, with its present ids."""
@@ -309,7 +334,7 @@ class ChatSession:
     ) -> tuple[int, ReplyDecoder]:
         limit = self.max_tokens if max_tokens is None else check_max_tokens(max_tokens)
         stops = self.stop if stop is None else stop
-        thinking = max(1, self.cache.geometry.window // 2)
+        thinking = max(1, self._room_for_turns // 2)
         return limit, self.prompts.replies.decoder(stops, thinking)
 
     def _turn_steps(
@@ -323,9 +348,11 @@ class ChatSession:
         turn = begin()
         yield from self._read_settling(before=turn.start)
         turns = tuple(t for t in self.evictor.state.turns if t.number != turn.number)
+        asked = self._recall(turn, turns)
         self.number, self.unanswered = turn.number, ""
-        self.evictor.state = ActiveTurn(turns, turn, reply, turns)
-        prompt = unread_ids(self.prompts.pinned, (*turns, turn), self.tokens.length)
+        state = ActiveTurn(turns, asked, reply, turns, turn.exchange.question_ids)
+        self.evictor.state = state
+        prompt = unread_ids(self.prompts.pinned, (*turns, asked), self.tokens.length)
         writer = write_reply(
             self.writer,
             prompt,
@@ -343,8 +370,15 @@ class ChatSession:
                 result = yield writer.send(result)
             return
         except StopIteration as end:
-            counts = (self.cache.attended, *self.evictor.evicted_since_report())
-            yield Piece(end.value.text, end.value.finish, *counts)
+            exchanges, tokens = self.evictor.evicted_since_report()
+            yield replace(
+                end.value,
+                attended=self.cache.attended,
+                evicted_exchanges=exchanges,
+                evicted_tokens=tokens,
+                recalled=self.recalled,
+                recalled_tokens=state.quoted,
+            )
         finally:
             writer.close()
             if self.evictor.state.reply is reply:
@@ -364,7 +398,7 @@ class ChatSession:
                 f"{self.cache.geometry.window:,}: all of it is read, but only its end is attended"
             )
         exchange = Exchange(question, "", closing, ids, ())
-        turn = self._place(exchange, number, len(ids) + min(limit, self.cache.geometry.window // 4))
+        turn = self._place(exchange, number, len(ids) + min(limit, self._room_for_turns // 4))
         self.number, self.unanswered = number, question
         with suppress(SessionError):  # written, or reported, when the turn has ended
             self._record(ChangeKind.ASK, number, {number: turn.exchange})
@@ -398,8 +432,60 @@ class ChatSession:
         # No previous turn is attended, so there is nothing to close.
         return PlacedTurn(replace(exchange, closing_ids=()), number, self._first_place())
 
+    def _recall(self, turn: PlacedTurn, before: Sequence[PlacedTurn]) -> PlacedTurn:
+        """Return a turn with a quotation of what answers its question, if there is any.
+
+        A question that is answered again gets the same quotation again.
+        """
+        self._report_left()
+        question, ids, first = turn.exchange.question, turn.exchange.question_ids, turn.number
+        if before:
+            first = before[0].number
+        passages: Sequence[Passage] = self.recalled
+        if self._recalled_for != (turn.number, question):
+            passages = ()
+            # A turn that begins in the sinks cannot be taken back, and of one that fills the
+            # window the quotation would be lost.
+            fits = turn.start >= self.cache.geometry.sinks and len(ids) <= self._room_for_turns
+            if self.recall and self._reserved and fits and self.recall_from < first:
+                previous = before[-1].exchange.question if before else ""
+                found = self.recall.find(question, previous, self.recall_from, first)
+                passages = choose_passages(found, self._reserved, self._count_quoted(turn))
+        self.recalled, self._recalled_for = tuple(passages), (turn.number, question)
+        self.stats.recalled = len(passages)
+        if not passages:
+            return turn
+        quoted = self.prompts.question(quote(passages, question), "", first=False)[1]
+        # If this question was read before, it was read without the quotation.
+        if not take_back(self.writer, turn.start, quoted, left=1):
+            self.recalled, self.stats.recalled = (), 0
+            return turn
+        return replace(turn, exchange=replace(turn.exchange, question_ids=quoted))
+
+    def _count_quoted(self, turn: PlacedTurn) -> Callable[[str], int]:
+        """Return a function that counts the tokens of a text before a turn's question."""
+        plain = len(turn.exchange.question_ids)
+
+        def count(text: str) -> int:
+            asked = text + turn.exchange.question
+            return len(self.prompts.question(asked, "", first=False)[1]) - plain
+
+        return count
+
+    def _report_left(self) -> None:
+        """Give the turns that have left to the store of what can be recalled."""
+        left, self.evictor.left = self.evictor.left, []
+        if store := self.recall:
+            for turn in left:
+                store.leave(turn.number, turn.exchange.question, turn.exchange.reply)
+
     def _place_again(self, turns: Sequence[PlacedTurn]) -> tuple[PlacedTurn, ...]:
-        return place_again(turns, self._first_place(), self.cache.geometry.window)
+        return place_again(turns, self._first_place(), self._room_for_turns)
+
+    @property
+    def _room_for_turns(self) -> int:
+        """The tokens of the window, without those that are kept free for a quotation."""
+        return self.cache.geometry.window - self._reserved
 
     def _first_place(self) -> int:
         """Return the place of the next turn if no turn is attended before it."""
@@ -479,13 +565,20 @@ class ChatSession:
             refusal = f"the last question is taken back with its reply: {one_line(error)}"
             kind, changed = ChangeKind.UNDO, {}
             start, wanted = turns[-1].end if turns else turn.start, ()
-        if not take_back(self.writer, start, wanted):
+        # With recall, a turn that outgrew its room is read again, quotation or not.
+        read = self.tokens.length - turn.start - state.quoted
+        outgrown = bool(self._reserved) and read > self._room_for_turns
+        if outgrown or not take_back(self.writer, start, wanted):
             if refusal and start < self.cache.geometry.sinks:  # some of it is in the sinks
                 self._begin(self.system, self.stats.window)
                 turns = ()
             else:
                 empty_ring(self.writer)
                 turns = self._place_again((*before, *turns[len(state.turns) :]))
+                if outgrown and len(turns) == 1:  # only as much as will be attended
+                    unattended = turns[0].end - turns[0].start - self.cache.geometry.window
+                    start = max(turn.start, turns[0].start - max(0, unattended))
+                    turns = (replace(turns[0], start=start),)
         self._record(kind, turn.number, changed, turns)
         if refusal:
             self.number = turn.number - 1
@@ -504,7 +597,8 @@ class ChatSession:
     ) -> Coroutine[Piece, None]:
         """Read what the stream is missing of its turns, up to the place `before`."""
         state = self.evictor.state
-        if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length)):
+        waits = not self._reserved
+        if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length, waits)):
             return
         ids = unread_ids(self.prompts.pinned, state.turns, self.tokens.length)
         if before is not None:
@@ -527,7 +621,8 @@ class ChatSession:
         self.writer = self._writer_factory(sinks, window, self._notify)
         self.tokens, self.cache = self.writer.tokens, self.writer.cache
         self.prompts, geometry = prompts, self.cache.geometry
-        self.evictor = TurnEvictor(self.cache, whole=self.evict == "turn")
+        self._reserved = self._reserve(geometry.window)
+        self.evictor = TurnEvictor(self.cache, self.evict == "turn", self._reserved)
         self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
         self.stats.pinned, self.stats.cache_bytes = pinned, self.cache.nbytes
         if pinned > geometry.window:
@@ -537,6 +632,27 @@ class ChatSession:
             )
         self._count()
 
+    def _reserve(self, window: int) -> int:
+        """Return how many tokens of the window to keep free for a quotation.
+
+        Raises:
+            ValueRefused: more than half of the window was asked for.
+        """
+        asked = self._recall_asked
+        if not self.recall or asked == 0:
+            return 0
+        if asked is not None and not 0 < asked <= window // 2:
+            raise ValueRefused(f"--recall must be from 0 to {window // 2}, not {asked}")
+        reserved = max(LEAST_RECALL, window // 8) if asked is None else asked
+        if self.evict == "token":
+            reason = "single tokens are evicted"
+        elif asked is None and reserved > window // 4:
+            reason = f"the window of {window:,} tokens is too small"
+        else:
+            return reserved
+        self._notify(f"recall is off: {reason}")
+        return 0
+
     def _count(self, silent: bool = False) -> None:
         """Update the statistics and report evictions, without a notice if `silent`."""
         self.stats.attended, self.stats.evicted = self.cache.attended, self.cache.evicted
@@ -544,6 +660,7 @@ class ChatSession:
         exchanges, tokens = self.evictor.evicted_since_report()
         self.evictor.mark_reported()
         self.stats.evicted_exchanges += exchanges
+        self._report_left()
         if tokens > 0 and not silent and not self._eviction_reported:
             self._eviction_reported = True
             self._notify(eviction_notice(self.stats.window))
@@ -570,7 +687,8 @@ class ChatSession:
         counts = kind is not ChangeKind.STAND or bool(self.unanswered)
         first = attended[0].number if attended else number + (not counts)
         sampler, window = self.sampler.state(), self.stats.window
-        change = Change(kind, number, exchanges or {}, first, sampler, self.system, window)
+        known = exchanges or {}
+        change = Change(kind, number, known, first, sampler, self.system, window, self.recall_from)
         self.recorder.record(change)
         if turns is None:
             self.recorder.flush()
@@ -580,16 +698,16 @@ class ChatSession:
         self._on_notice(notice)
 
 
-def is_unsettled(turns: Sequence[PlacedTurn], length: int) -> bool:
+def is_unsettled(turns: Sequence[PlacedTurn], length: int, waits: bool = True) -> bool:
     """Return whether a stream must read some of its turns before the next question.
-
-    The end of a reply that the template leaves as it was is read with the next question.
 
     Args:
         length: how many tokens the stream has read.
+        waits: whether the end of a reply that the template leaves as it was is read with the next
+            question.
     """
     if not turns:
         return False
     last = turns[-1]
-    waits = last.exchange.settled_ids is None and last.start < length
+    waits = waits and last.exchange.settled_ids is None and last.start < length
     return last.end > length and not waits

@@ -194,7 +194,7 @@ class Store(AbstractContextManager["Store"]):
                 for message in messages:
                     insert_row(self.connection, "messages", message)
             last = self._column("checksum", count)
-            first, recall_from = min(change.first, count + 1), min(state.recall_from, count + 1)
+            first, recall_from = min(change.first, count + 1), min(change.recall_from, count + 1)
             self._write(TranscriptState(header, first, change.sampler, recall_from, count, last))
         if kept < state.count:
             self._clear_log()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_stream.errors import ValueRefused
+from mlx_stream.recall.quote import Passage
 from mlx_stream.text.thinking import Phase, ThinkingRules
 from mlx_stream.text.tokenizer import StreamDecoder
 
@@ -18,6 +19,9 @@ class Piece:
         attended: on the last piece of a conversation's reply, the number of attended tokens.
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
+        recalled: on the last piece, the earlier exchanges that were quoted before the question,
+            as they were quoted.
+        recalled_tokens: on the same piece, the tokens of the quotation.
     """
 
     text: str
@@ -26,6 +30,8 @@ class Piece:
     evicted_exchanges: int = 0
     evicted_tokens: int = 0
     thinking: str = ""
+    recalled: tuple[Passage, ...] = ()
+    recalled_tokens: int = 0
 
 
 class StopMatcher:

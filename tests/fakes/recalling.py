@@ -70,8 +70,11 @@ HOSTILE = (
 )
 
 
+MARK = "zqzq"  # in every quotation, and nowhere else
+
+
 class MemoryStore:
-    """Finds exchanges that have a word of the question in common; keeps them in a dict."""
+    """Recalls the newest exchanges for any question; keeps them in a dict."""
 
     def __init__(self) -> None:
         self.left: dict[int, tuple[str, str]] = {}
@@ -80,9 +83,16 @@ class MemoryStore:
         self.left[number] = question, reply
 
     def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
-        time, words = "2026-05-09T17:03:00Z", set(question.lower().split())
+        time, numbers = "2026-05-09T17:03:00Z", sorted(self.left, reverse=True)
         return [
-            Passage(number, time, asked, reply, tuple(words))
-            for number, (asked, reply) in self.left.items()
-            if first <= number < end and words & set(asked.lower().split())
-        ]
+            Passage(number, time, MARK + self.left[number][0], self.left[number][1])
+            for number in numbers
+            if first <= number < end
+        ][:3]
+
+
+class EmptyStore(MemoryStore):
+    """Finds nothing."""
+
+    def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
+        return ()
