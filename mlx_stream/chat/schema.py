@@ -134,6 +134,7 @@ class StoredTurn:
     def rows(self) -> tuple[Row, list[Row]]:
         """Return the row of `turns` without its checksum, and the rows of `messages`."""
         exchange, answered = self.exchange, self.state == ANSWERED
+        texts = {ASKED: 1, ANSWERED: 2, FORGOTTEN: 0}[self.state]
         if exchange.finish not in FINISHES:
             raise ValueError(f"finish {exchange.finish!r:.40} is not one of {', '.join(FINISHES)}")
         check_types(str, exchange.question, exchange.reply, exchange.rest, exchange.thinking)
@@ -146,7 +147,7 @@ class StoredTurn:
             (self.number, 0, "user", exchange.question, None, None, question, None),
             (self.number, 1, "assistant", exchange.reply, thinking, None, reply, exchange.rest),
         ]
-        return turn, messages[: 1 + answered]
+        return turn, messages[:texts]
 
 
 def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from mlx_stream.recall.index import WordIndex
-from mlx_stream.recall.words import content_words
+from mlx_stream.recall.words import content_words, is_greeting
 
 MOST_HITS = 5
 # Of a long question, only this many of its rarest words are searched.
@@ -40,12 +40,13 @@ def find(
     """Return the exchanges that are likely to answer a question, likeliest first; often none.
 
     Args:
-        previous: the question before; used if `question` has fewer than two content words.
+        previous: the question before; used if `question` has fewer than two content words, unless
+            it is a greeting.
         first, end: the numbers to search, `end` not included.
         gate: False returns whatever has a word in common with the question.
     """
     factors = dict.fromkeys(content_words(question), 1.0)
-    if len(factors) < 2:
+    if len(factors) < 2 and not is_greeting(question):
         factors = dict.fromkeys(content_words(previous), PREVIOUS) | factors
     numbers = {word: index.numbers(word, first, end) for word in factors}
     weights = {

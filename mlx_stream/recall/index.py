@@ -30,7 +30,7 @@ class WordIndex:
     """An open index. Only one process at a time may have it open.
 
     Attributes:
-        last: the number of the newest text; 0 if there is none.
+        last: the number up to which texts were added; 0 if none were.
         count: the number of texts.
         checksum: what `add` was last given.
     """
@@ -69,8 +69,17 @@ class WordIndex:
         return cls.create(path, owner)
 
     @classmethod
+    def in_memory(cls) -> Self:
+        """Begin an index that is in no file."""
+        return cls.begin(sqlite3.connect(":memory:", isolation_level=None), Path(), "")
+
+    @classmethod
     def create(cls, path: Path, owner: str) -> Self:
-        """Begin an empty index in place of what is there."""
+        """Begin an empty index in place of what is there.
+
+        Raises:
+            SessionError: it cannot be written.
+        """
         private(path.parent)
         with reporting_errors(path, "index"):
             for old in files(path):
@@ -80,23 +89,32 @@ class WordIndex:
             # It can be made again, so a loss of power may lose the newest texts.
             for setting in ("journal_mode = WAL", "synchronous = NORMAL"):
                 connection.execute(f"PRAGMA {setting}").fetchall()
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in TABLES:
-                connection.execute(statement)
-            connection.execute("INSERT INTO state VALUES (?, 0, 0, '')", (owner,))
-            connection.execute("COMMIT")
-            return cls(path, connection, owner)
+            return cls.begin(connection, path, owner)
 
-    def add(self, texts: Iterable[tuple[int, str]], checksum: str) -> None:
-        """Add texts with numbers above `last`, in order; all of them, or none if it raises."""
-        last, count = self.last, self.count
+    @classmethod
+    def begin(cls, connection: sqlite3.Connection, path: Path, owner: str) -> Self:
+        """Make the tables in an empty database."""
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in TABLES:
+            connection.execute(statement)
+        connection.execute("INSERT INTO state VALUES (?, 0, 0, '')", (owner,))
+        connection.execute("COMMIT")
+        return cls(path, connection, owner)
+
+    def add(self, texts: Iterable[tuple[int, str]], last: int, checksum: str) -> None:
+        """Add texts in order; all of them, or none if it raises.
+
+        Args:
+            last: the new `last`. The numbers of the texts are above the old one and at most this.
+        """
+        count = self.count
         self.connection.rollback()  # an interrupt may have left a transaction open
         self.connection.execute("BEGIN IMMEDIATE")
         try:
             for number, text in texts:
                 row = number, indexed_text(text)
                 self.connection.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", row)
-                last, count = number, count + 1
+                count += 1
             update = "UPDATE state SET last = ?, count = ?, checksum = ?"
             self.connection.execute(update, (last, count, checksum))
             self.connection.execute("COMMIT")
@@ -116,6 +134,14 @@ class WordIndex:
             query + "ORDER BY rowid DESC LIMIT ?", (f'"{word}"', first, end, most)
         )
         return [number for (number,) in found]
+
+    def frequencies(self) -> list[tuple[str, int]]:
+        """Return every word, as it is indexed, and the number of texts that have it."""
+        table = (
+            "CREATE VIRTUAL TABLE IF NOT EXISTS temp.vocabulary USING fts5vocab(main, words, row)"
+        )
+        self.connection.execute(table)
+        return self.connection.execute("SELECT term, doc FROM temp.vocabulary").fetchall()
 
     def close(self) -> None:
         self.connection.close()

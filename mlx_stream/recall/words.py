@@ -48,6 +48,9 @@ STOP_WORDS = frozenset(
     """,
     )
 )
+GREETINGS = frozenset(
+    WORD.findall("bye good hello hey hi no oh ok okay please sorry thank thanks yes")
+)
 # Bigrams that say as little: hiragana only (endings of words), or with a common function character.
 STOP_BIGRAM = re.compile("[\u3040-\u309f]{2}|.?[的是么什哪吗呢了在我你他她谁怎何뭐예요까].?")
 # The longest text to index, in characters; what is behind them is not found.
@@ -73,6 +76,12 @@ def content_words(question: str) -> list[str]:
     """Return the distinct words of a question that say what it is about, in order."""
     words = (match[0].lower() for match in WORD.finditer(indexed_text(question)))
     return list(dict.fromkeys(filter(is_content, words)))
+
+
+def is_greeting(question: str) -> bool:
+    """Return whether a question says nothing but, for example, thanks."""
+    words = {match[0].lower() for match in WORD.finditer(question[:LONGEST_TEXT])}
+    return bool(words & GREETINGS) and not any(map(is_content, words))
 
 
 def is_content(word: str) -> bool:

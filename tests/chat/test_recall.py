@@ -5,20 +5,17 @@ from contextlib import suppress
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want, run_coroutine
-from mlx_stream.recall.quote import BEGIN
 from mlx_stream.sampling import Sampler, Sampling
 from tests.chat import test_settle
 from tests.chat.test_settle import QUESTIONS, TEMPLATES, THINKS, Recorded, Trouble, recorded
-from tests.fakes.conversations import assert_well_formed, decoded, said
-from tests.fakes.recalling import HOSTILE, MARK, EmptyStore, MemoryStore
+from tests.fakes.conversations import assert_well_formed, decoded
+from tests.fakes.recalling import MARK, EmptyStore, MemoryStore
 from tests.fakes.shapes import check_erased
 
 ACTS = ("ask", "ask", "ask", "ask", "ask", "retry", "edit", "undo", "clear", "resume", "restart")
@@ -170,7 +167,10 @@ def test_it_attends_to_what_its_twin_does_after_every_act(data):
         what, question = data.draw(st.sampled_from(ACTS)), data.draw(st.sampled_from(QUESTIONS))
         limit = data.draw(st.sampled_from([1, 5, 30, 60, 200, 400]))
         stops, seed = data.draw(st.sampled_from([(), ("e", "o")])), data.draw(st.integers(0, 99))
-        again = data.draw(st.sampled_from([None, "Be long."])), window + data.draw(st.integers(0, 9))
+        again = (
+            data.draw(st.sampled_from([None, "Be long."])),
+            window + data.draw(st.integers(0, 9)),
+        )
         end = data.draw(st.sampled_from(ENDS)), data.draw(st.integers(1, 40))
         for one in (chat, twin):
             one.trouble.script = script(one, seed)
