@@ -6,7 +6,7 @@ from mlx_stream.chat.manage import open_transcript
 from mlx_stream.chat.session_files import session_names
 from mlx_stream.chat.transcript_recall import add_missing, passage
 from mlx_stream.errors import SessionError
-from mlx_stream.recall.find import find
+from mlx_stream.recall.find import find_hits
 from mlx_stream.recall.index import WordIndex
 from mlx_stream.recall.quote import Passage
 
@@ -27,7 +27,7 @@ def search_sessions(
                 index = WordIndex.in_memory()
                 end = store.state.count + 1
                 add_missing(store, index, end)
-                hits = find(index, text, "", 1, end, gate=False)
+                hits = find_hits(index, text, "", 1, end, gate=False)
                 yield name, [passage(hit, t) for hit in hits for t in store.turns(hit.number, 1)]
         except SessionError as error:
             failed(error)

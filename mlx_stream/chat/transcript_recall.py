@@ -17,7 +17,7 @@ from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError, one_line
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.program.sqlite import files, reporting_errors
-from mlx_stream.recall.find import Hit, find
+from mlx_stream.recall.find import Hit, find_hits
 from mlx_stream.recall.index import WordIndex
 from mlx_stream.recall.quote import Passage
 
@@ -58,10 +58,10 @@ class TranscriptRecall:
     def find(
         self, question: str, previous: str, first: int, end: int, gate: bool = True
     ) -> Sequence[Passage]:
-        """Return exchanges for a question; `gate` is that of `mlx_stream.recall.find`."""
+        """Return exchanges for a question; `gate` is that of `find_hits`."""
 
         def look(store: Store, index: WordIndex) -> list[Passage]:
-            hits = find(index, question, previous, first, end, gate)
+            hits = find_hits(index, question, previous, first, end, gate)
             return [passage(hit, turn) for hit in hits for turn in store.turns(hit.number, 1)]
 
         return self._use(look, [])

@@ -103,6 +103,7 @@ class Engine:
         on_token: OnToken | None = None,
         think: bool | None = None,
         reasoning_effort: str | None = None,
+        recall: int | None = 0,
     ) -> Session:
         """Begin a conversation; returns at once. Most wrong options raise on its first use.
 
@@ -113,6 +114,8 @@ class Engine:
                 disk before the next one can begin.
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
                 reads the reply.
+            recall: how many tokens of the window are kept free to quote what has left it, with a
+                name only; None for the default of `ChatSession`.
             on_token: called with each piece, on the same thread.
 
         Raises:
@@ -131,6 +134,7 @@ class Engine:
             kv_bits,
             think=think,
             reasoning_effort=reasoning_effort,
+            recall_tokens=recall,
         )
         return Session(self._worker, self._host, options, name, on_evict, on_token, self)
 

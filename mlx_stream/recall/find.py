@@ -34,7 +34,7 @@ class Hit:
     words: tuple[str, ...]
 
 
-def find(
+def find_hits(
     index: WordIndex, question: str, previous: str, first: int, end: int, gate: bool = True
 ) -> list[Hit]:
     """Return the exchanges that are likely to answer a question, likeliest first; often none.

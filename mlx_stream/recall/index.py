@@ -58,7 +58,7 @@ class WordIndex:
             try:
                 connection = connect(path, LONGEST_ROW)
                 try:
-                    if frozenset(connection.execute(SCHEMA)) != schema():
+                    if frozenset(connection.execute(SCHEMA)) != index_schema():
                         raise ValueError("its tables are not ours")
                     return cls(path, connection, owner)
                 except BaseException:
@@ -148,7 +148,7 @@ class WordIndex:
 
 
 @cache
-def schema() -> frozenset[tuple[str, ...]]:
+def index_schema() -> frozenset[tuple[str, ...]]:
     """Return the schema that this version of SQLite makes of `TABLES`."""
     connection = sqlite3.connect(":memory:")
     try:

@@ -22,7 +22,7 @@ SENTENCE = re.compile(r"(?<=[.!?\n])\s+|(?<=[\u3002\uff01\uff1f])")
 CUT = "..."
 # A longer text is cut to its surroundings of a word before its tokens are counted.
 CHARACTERS_PER_TOKEN = 16
-# Less of an exchange than this many characters is not worth quoting.
+# An exchange cut to fewer characters is not worth quoting.
 SHORTEST = 24
 
 
@@ -105,10 +105,11 @@ def quote(passages: Sequence[Passage], question: str) -> str:
 def cut_passage(passage: Passage, most: int, fits: Callable[[Passage], bool]) -> Passage | None:
     """Return a passage, cut as far as necessary to fit; None if nothing of it would be left."""
     longest, words = most * CHARACTERS_PER_TOKEN, passage.words
-    question, reply = (around(t, words, longest) for t in (passage.question, passage.reply))
+    question, reply = (cut_around(t, words, longest) for t in (passage.question, passage.reply))
     sizes = [len(question), len(reply)]
-    while max(sizes) >= SHORTEST:
-        asked, answered = around(question, words, sizes[0]), around(reply, words, sizes[1])
+    shortest = min(SHORTEST, max(sizes))
+    while max(sizes) >= shortest:
+        asked, answered = cut_around(question, words, sizes[0]), cut_around(reply, words, sizes[1])
         cut = replace(passage, question=asked, reply=answered)
         if fits(cut):
             return cut
@@ -117,7 +118,7 @@ def cut_passage(passage: Passage, most: int, fits: Callable[[Passage], bool]) ->
     return None
 
 
-def around(text: str, words: Sequence[str], most: int) -> str:
+def cut_around(text: str, words: Sequence[str], most: int) -> str:
     """Return a text, or at most `most` characters of it around the first of some words.
 
     The part begins and ends with a sentence if one begins or ends there.

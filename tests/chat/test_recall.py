@@ -6,19 +6,20 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 
+from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want, run_coroutine
 from mlx_stream.sampling import Sampler, Sampling
 from tests.chat import test_settle
 from tests.chat.test_settle import QUESTIONS, TEMPLATES, THINKS, Recorded, Trouble, recorded
 from tests.fakes.conversations import assert_well_formed, decoded
-from tests.fakes.recalling import MARK, EmptyStore, MemoryStore
+from tests.fakes.recalling import HOSTILE, MARK, EmptyStore, MemoryStore
 from tests.fakes.shapes import check_erased
 
-ACTS = ("ask", "ask", "ask", "ask", "ask", "retry", "edit", "undo", "clear", "resume", "restart")
+ACTS = (*["ask"] * 12, *["retry"] * 2, "edit", "undo", "clear", "resume", "restart")
 ENDS = ("", "", "", "close", "throw", "drop", "drop the prompt", "interrupt", "fail")
 
 
@@ -62,7 +63,7 @@ def script(chat: Any, seed: int) -> Iterator[int]:
         yield from opening
         yield from random.choices(letters, k=random.choice([0, 3, 20]))
         yield from encode("</think>", special=False)
-    yield from random.choices(letters, k=random.choice([1, 3, 10, 50, 150, 300]))
+    yield from random.choices(letters, k=random.choice([1, 10, 50, 100, 150, 450]))
     while True:
         yield from encode("<|im_end|>", special=False)
 
@@ -140,32 +141,22 @@ def check_twins(chat: Any, twin: Any) -> None:
         assert_well_formed(chat)
 
 
-class Quoting(MemoryStore):
-    """Counts what it returned."""
-
-    count = 0
-
-    def find(self, *args: Any) -> Any:
-        found = super().find(*args)
-        self.count += len(found)
-        return found
-
-
-@settings(max_examples=40, phases=[Phase.generate])
+@settings(max_examples=20, phases=[Phase.generate])
 @given(st.data())
 def test_it_attends_to_what_its_twin_does_after_every_act(data):
-    window = data.draw(st.integers(100, 300))
-    reserved = data.draw(st.integers(60, window // 2)) if window >= 120 else 50
+    window = data.draw(st.integers(320, 400))
+    reserved = data.draw(st.integers(150, window // 2))
     template = data.draw(st.sampled_from([*TEMPLATES]))
     options: Any = {
         "system": data.draw(st.sampled_from([None, "You are brief."])),
         "window": window,
         "recall_tokens": reserved,
     }
-    chat, twin = (scripted(template, store, **options) for store in (Quoting(), EmptyStore()))
-    for _ in range(data.draw(st.integers(2, 12))):
+    chat, twin = (scripted(template, store, **options) for store in (MemoryStore(), EmptyStore()))
+    quoted = 0
+    for _ in range(data.draw(st.integers(8, 16))):
         what, question = data.draw(st.sampled_from(ACTS)), data.draw(st.sampled_from(QUESTIONS))
-        limit = data.draw(st.sampled_from([1, 5, 30, 60, 200, 400]))
+        limit = data.draw(st.sampled_from([5, 60, 120, 200, 500]))
         stops, seed = data.draw(st.sampled_from([(), ("e", "o")])), data.draw(st.integers(0, 99))
         again = (
             data.draw(st.sampled_from([None, "Be long."])),
@@ -178,9 +169,93 @@ def test_it_attends_to_what_its_twin_does_after_every_act(data):
             act(one, template, what, question, (limit, stops, again), end) for one in (chat, twin)
         )
         check_twins(chat, twin)
+        quoted += len(chat.recalled)
+    event(f"{min(quoted, 5)} quoted")
     if not chat.tokens.failed:
         chat.tokens.state()  # erases keys and values of tokens that are not attended
         check_erased(chat.cache)
         assert MARK not in decoded(chat, chat.tokens.ids.by_row)
         if template not in THINKS:
-            test_settle.check_logits(chat)
+            test_settle.check_logits(chat, error=1e-3)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_quoted_within_the_users_turn_and_the_budget(text):
+    store, system = MemoryStore(), "You are brief."
+    store.leave(1, text, text)
+    chat = ChatSession(
+        test_settle.model("plain"), system, window=460, recall=store, recall_tokens=230
+    )
+    chat.number = 1
+    steps = chat.reply_steps("What?", 1)
+    request = next(steps)
+    assert isinstance(request, ReadRequest)
+    plain = chat.prompts.question("What?", "", first=False)[1]
+    # The request has the pinned ids, then the question, whose ids may take more than one step.
+    ids = chat.evictor.state.turn.exchange.question_ids
+    read = decoded(chat, [*ids])
+    if text[0] != HOSTILE[6][0]:  # a third of a token for each character: nothing of it fits
+        assert MARK in read and read.endswith("\n\nWhat?<|im_end|>\n<|im_start|>assistant\n")
+    marks = chat.model.tokenizer.special_ids
+    assert [id for id in ids if id in marks] == [id for id in plain if id in marks]
+    assert len(ids) - len(plain) <= 230
+    steps.close()
+    assert [*chat.exchanges[-1].question_ids] == [*plain]
+
+
+def test_an_eighth_of_the_window_is_kept_free_if_that_is_enough():
+    plain = test_settle.model("plain")
+    for window, reserved in ((508, 64), (256, 64), (255, 0)):
+        chat = ChatSession(plain, window=window, sinks=4, recall=MemoryStore())
+        assert (chat._reserved, len(chat.stats.notices)) == (reserved, reserved == 0)
+    assert ChatSession(plain, window=400, recall=MemoryStore(), recall_tokens=0)._reserved == 0
+    assert ChatSession(plain, window=400)._reserved == 0
+
+
+def test_without_recall_a_session_is_what_it_was():
+    plain = test_settle.model("plain")
+    chats = [
+        ChatSession(plain, window=120, sampling=Sampling(1, seed=1), **options)
+        for options in ({}, {"recall": MemoryStore(), "recall_tokens": 0})
+    ]
+    for number in range(9):
+        pieces = [list(chat.reply(f"Question {number}", 20)) for chat in chats]
+        assert pieces[0] == pieces[1] and pieces[0][-1].recalled == ()
+    assert chats[0].tokens.ids.attended() == chats[1].tokens.ids.attended()
+
+
+def test_exchanges_leave_as_with_a_smaller_window_and_bytes_do_not_grow():
+    plain, sizes = test_settle.model("plain"), []
+    chat, small = (
+        ChatSession(plain, window=window, sampling=Sampling(1, seed=1), **options)
+        for window, options in (
+            (400, {"recall": MemoryStore(), "recall_tokens": 200}),
+            (200, {}),
+        )
+    )
+    for number in range(40):
+        for one in (chat, small):
+            # One id each, so that both replies have the same length.
+            list(one.reply(f"Question {number} {'x' * (number % 50)}", 1))
+        assert [t.number for t in chat._settle()] == [t.number for t in small._settle()]
+        sizes.append(chat.cache.nbytes)
+    assert chat.recalled and len(set(sizes)) == 1
+
+
+def test_with_guesses_no_trace_of_a_quotation_is_left():
+    plain = test_settle.model("plain")
+    chat = ChatSession(
+        plain,
+        window=400,
+        recall=MemoryStore(),
+        recall_tokens=200,
+        speculate=True,
+        sampling=Sampling(0),
+    )
+    for number in range(12):
+        list(chat.reply(f"Question {number} aaaaaaaaaaaaaaaaaaaa", 40))
+        assert_well_formed(chat)
+    assert chat.recalled and chat.writer.speculator
+    ngram = chat.writer.speculator.ngram
+    assert MARK not in decoded(chat, [*ngram._ids[: ngram.count]])
+    assert not any(ngram._ids[ngram.count :])

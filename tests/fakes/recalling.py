@@ -85,7 +85,7 @@ class MemoryStore:
     def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
         time, numbers = "2026-05-09T17:03:00Z", sorted(self.left, reverse=True)
         return [
-            Passage(number, time, MARK + self.left[number][0], self.left[number][1])
+            Passage(number, time, *(MARK + text for text in self.left[number]))
             for number in numbers
             if first <= number < end
         ][:3]

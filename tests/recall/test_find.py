@@ -4,7 +4,7 @@ import sqlite3
 
 import pytest
 
-from mlx_stream.recall.find import find
+from mlx_stream.recall.find import find_hits
 from mlx_stream.recall.index import WordIndex
 from mlx_stream.recall.words import LONGEST_TEXT, content_words, indexed_text
 from tests.fakes.recalling import FACTS, HOSTILE
@@ -17,7 +17,7 @@ def index_of(path, texts, owner="me") -> WordIndex:
 
 
 def found(index: WordIndex, question: str, previous: str = "") -> list[int]:
-    return [hit.number for hit in find(index, question, previous, 1, index.last + 1)]
+    return [hit.number for hit in find_hits(index, question, previous, 1, index.last + 1)]
 
 
 @pytest.mark.parametrize("language", FACTS)
@@ -26,7 +26,7 @@ def test_facts_are_found_in_other_words_of_any_script(tmp_path, language):
     index = index_of(tmp_path, [fact for fact, _ in facts])
     right = 0
     for number, (_, question) in enumerate(facts, 1):
-        hits = find(index, question, "", 1, 9, gate=False)
+        hits = find_hits(index, question, "", 1, 9, gate=False)
         right += [hit.number for hit in hits[:1]] == [number]
     assert right >= 5
 
@@ -52,13 +52,13 @@ def test_a_question_without_words_of_its_own_uses_the_one_before(tmp_path):
 def test_of_equals_the_newest_is_first_and_ranges_are_kept(tmp_path):
     index = index_of(tmp_path, ["My car is red.", "Other.", "Other.", "My car is blue now."])
     assert found(index, "Which colour is my red or blue car?")[:1] == [4]
-    assert [hit.number for hit in find(index, "my car", "", 1, 4)] == [1]
-    assert [hit.number for hit in find(index, "my car", "", 2, 5)] == [4]
+    assert [hit.number for hit in find_hits(index, "my car", "", 1, 4)] == [1]
+    assert [hit.number for hit in find_hits(index, "my car", "", 2, 5)] == [4]
 
 
 def test_the_exchange_beside_counts_half(tmp_path):
     texts = ["Let us talk of Anna.", "She plays the cello.", *["Nothing else."] * 9]
-    hits = find(index_of(tmp_path, texts), "Does Anna play the cello?", "", 1, 12)
+    hits = find_hits(index_of(tmp_path, texts), "Does Anna play the cello?", "", 1, 12)
     assert [hit.number for hit in hits] == [2, 1] and hits[0].share > hits[1].share > 0.4
 
 

@@ -48,3 +48,4 @@ def test_likelier_passages_are_quoted_first_and_shown_in_order_of_time():
     two = count(quote(passages[:2], ""))
     assert choose_passages(passages, two, count) == [passages[1], passages[0]]
     assert choose_passages(passages, 10, count) == []
+    assert choose_passages([passage(1, "Rex", "")], 48, count)
