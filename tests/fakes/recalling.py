@@ -4,6 +4,8 @@
 
 from collections.abc import Sequence
 
+from mlx_stream.recall.find import find_hits
+from mlx_stream.recall.index import WordIndex
 from mlx_stream.recall.quote import Passage
 
 # In each language facts, and a question about each in other words.
@@ -96,3 +98,20 @@ class EmptyStore(MemoryStore):
 
     def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
         return ()
+
+
+class IndexedStore:
+    """A store of an app: the index in memory, the exchanges in a dict."""
+
+    def __init__(self) -> None:
+        self.index, self.left = WordIndex.in_memory(), dict[int, tuple[str, str]]()
+
+    def leave(self, number: int, question: str, reply: str) -> None:
+        if number > self.index.last:
+            self.left[number] = question, reply
+            self.index.add([(number, f"{question}\n{reply}")], number, "")
+
+    def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
+        hits = find_hits(self.index, question, previous, first, end)
+        time = "2026-05-09T17:03:00Z"
+        return [Passage(h.number, time, *self.left[h.number], h.words, h.share) for h in hits]
