@@ -12,7 +12,7 @@ from mlx_stream.recall.quote import Passage
 
 
 def search_sessions(
-    text: str, failed: Callable[[SessionError], None]
+    text: str, failed: Callable[[SessionError], None] = lambda error: None
 ) -> Iterator[tuple[str, list[Passage]]]:
     """Yield the name of each conversation with its exchanges that have words of a text.
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 
+from mlx_stream.chat.eviction import ActiveTurn
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want, run_coroutine
@@ -192,7 +193,9 @@ def test_hostile_text_is_quoted_within_the_users_turn_and_the_budget(text):
     assert isinstance(request, ReadRequest)
     plain = chat.prompts.question("What?", "", first=False)[1]
     # The request has the pinned ids, then the question, whose ids may take more than one step.
-    ids = chat.evictor.state.turn.exchange.question_ids
+    state = chat.evictor.state
+    assert isinstance(state, ActiveTurn)
+    ids = state.turn.exchange.question_ids
     read = decoded(chat, [*ids])
     if text[0] != HOSTILE[6][0]:  # a third of a token for each character: nothing of it fits
         assert MARK in read and read.endswith("\n\nWhat?<|im_end|>\n<|im_start|>assistant\n")

@@ -87,9 +87,10 @@ class MemoryStore:
     def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
         time, numbers = "2026-05-09T17:03:00Z", sorted(self.left, reverse=True)
         return [
-            Passage(number, time, *(MARK + text for text in self.left[number]))
+            Passage(number, time, MARK + asked, MARK + reply)
             for number in numbers
             if first <= number < end
+            for asked, reply in [self.left[number]]
         ][:3]
 
 
@@ -114,4 +115,8 @@ class IndexedStore:
     def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
         hits = find_hits(self.index, question, previous, first, end)
         time = "2026-05-09T17:03:00Z"
-        return [Passage(h.number, time, *self.left[h.number], h.words, h.share) for h in hits]
+        return [
+            Passage(hit.number, time, asked, reply, hit.words, hit.share)
+            for hit in hits
+            for asked, reply in [self.left[hit.number]]
+        ]
