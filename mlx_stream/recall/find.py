@@ -16,6 +16,8 @@ MOST_HITS = 5
 # Of a long question, only this many of its rarest words are searched.
 MOST_WORDS = 6
 LEAST_SHARE = 0.4
+# A word is rare if at most one exchange in this many has it.
+RARE = 20
 # What a word of the question before counts, and a word of the exchange before or behind.
 PREVIOUS = BESIDE = 0.5
 
@@ -45,9 +47,7 @@ def find_hits(
         first, end: the numbers to search, `end` not included.
         gate: False returns whatever has a word in common with the question.
     """
-    factors = dict.fromkeys(content_words(question), 1.0)
-    if len(factors) < 2 and not is_greeting(question):
-        factors = dict.fromkeys(content_words(previous), PREVIOUS) | factors
+    factors = query(question, previous)
     numbers = {word: index.numbers(word, first, end) for word in factors}
     weights = {
         word: factor * math.log(1 + index.count / (len(numbers[word]) + 3))
@@ -64,14 +64,23 @@ def find_hits(
             shares[number] += share
         for number in beside[word] - having[word]:
             shares[number] += share * BESIDE
-    # A single word says enough only if the question has no other.
-    least, fewest = (LEAST_SHARE, min(2, len(factors))) if gate else (0.0, 1)
+    # A single word says enough if it is the only one of the question itself, and rare.
+    few = all(len(numbers[word]) <= max(3, index.count // RARE) for word in found)
+    single = [*factors.values()] == [1.0] and few
+    least, fewest = (LEAST_SHARE, 2 - single) if gate else (0.0, 1)
     hits = []
     for number, share in shares.items():
         if share >= least and first <= number < end:
             words = [word for word in found if number in having[word] or number in beside[word]]
-            own = any(number in having[word] for word in words)
-            if own and len(words) >= fewest:
+            if len(words) >= fewest and any(number in having[word] for word in words):
                 hits.append(Hit(number, share, tuple(words)))
     # Of equals the newest is first: what it says may have replaced what the others say.
     return sorted(hits, key=lambda hit: (-round(hit.share, 2), -hit.number))[:MOST_HITS]
+
+
+def query(question: str, previous: str) -> dict[str, float]:
+    """Return the words to search, each with the factor of its weight."""
+    factors = dict.fromkeys(content_words(question), 1.0)
+    if len(factors) < 2 and not is_greeting(question):
+        factors = dict.fromkeys(content_words(previous), PREVIOUS) | factors
+    return factors

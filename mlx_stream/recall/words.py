@@ -26,16 +26,17 @@ STOP_WORDS = frozenset(
     re.findall(
         WORD,
         """
-    a about after again ain all also always am an and any anything are aren as ask asked at away be
-    because been before being but by bye can could couldn d did didn do does doesn doing don done
-    down each else ever every everything for from get give go goes going gone good got had hadn has
-    hasn have haven having he hello help her here hers hey hi him his how i if in into is isn it
-    its just know known let like ll m made make many may maybe me might mine more most much must my
-    name named need never no nor not nothing now of off oh ok okay on one only or other our ours out
-    over please re really s said say see shall she should shouldn so some something sorry such sure
-    t tell than thank thanks that the their them then there these they thing things think this
-    those to too up us use used ve very want was wasn way we well were weren what when where which
-    while who whom whose why will with won would wouldn yes yet you your yours
+    a about after again ain all also always am an and another any anything are aren as ask asked
+    at away be because been before being bit but by bye can continue could couldn d did didn do
+    does doesn doing don done down each else ever every everything fine for from get give go
+    goes going gone good got great had hadn has hasn have haven having he hello help her here
+    hers hey hi him his how i if in into is isn it its just know known let like ll lot lots m
+    made make many may maybe me might mine more most much must my name named need never nice no
+    nor not nothing now of off oh ok okay on one only or other our ours out over please re
+    really s said say see shall she should shouldn so some something sorry such sure t tell than
+    thank thanks that the their them then there these they thing things think this those to
+    today tomorrow tonight too up us use used ve very want was wasn way we well were weren what
+    when where which while who whom whose why will with won would wouldn yes yet you your yours
 
     der das den dem des ein eine einen einem einer wie wo wer wann warum welche welcher welches ist
     sind ich du er sie es wir ihr mein meine meinen meiner und oder nicht im am auf mit zu von heißt
