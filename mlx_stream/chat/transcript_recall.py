@@ -131,7 +131,7 @@ def open_index(path: Path, store: Store) -> WordIndex:
 def matches(store: Store, index: WordIndex) -> bool:
     """Return whether the turns of an index are those of a transcript."""
     links = store.checksums(1, index.last)
-    return len(links) == index.last and add_checksums("", links) == index.checksum
+    return len(links) == index.last and add_checksums("", links) == (index.checksum or "0")
 
 
 def add_checksums(total: str, links: Sequence[str]) -> str:

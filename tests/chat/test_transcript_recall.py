@@ -96,6 +96,7 @@ def empty(index: Path) -> None:
 
 def test_verify_finds_an_index_that_differs(model):
     saved = chat_about(model, SECRET)
+    assert "recall" not in verify_session("s")  # nothing has left yet
     fill(saved)
     saved.close()
     assert "recall" not in verify_session("s")
