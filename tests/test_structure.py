@@ -35,6 +35,7 @@ ROOMS = [
     "backend",
     "errors",
     "program",
+    "recall",
     "config",
     "sampling",
     "window",

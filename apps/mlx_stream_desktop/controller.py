@@ -63,6 +63,7 @@ class ChatController:
     Attributes:
         said: the open conversation, oldest first.
         attended: how many of its last exchanges are attended.
+        conversations: the saved ones, or those that were searched for.
         draft: questions that were not sent; the window shows them again where they were typed, and
             empties this.
     """
@@ -82,6 +83,7 @@ class ChatController:
         self._session = ModelSession(sampling, max_tokens)
         self.models: list[str] = [model]
         self.conversations: list[SessionSummary] = []
+        self._searched: set[str] | None = None
         self.name: str | None = None
         self.said: list[Message] = []
         self.attended, self.gauge, self.draft = 0, Gauge(), ""
@@ -141,6 +143,15 @@ class ChatController:
         await (self._join() if loaded else self._load(model))
         if damage:
             self.status.say(damage, alarming=True)
+
+    async def search(self, words: str) -> None:
+        """List only the conversations that have one of these words; all without words."""
+        try:
+            aside, text = self._session.aside, words.strip()
+            self._searched = await aside(history.names_with, text) if text else None
+        except MlxStreamError as error:
+            self.status.alarm(error)
+        await self._list()
 
     async def choose_model(self, model: str) -> None:
         """Change to another model, which reads the attended turns again."""
@@ -207,7 +218,9 @@ class ChatController:
 
     def _hear(self, piece: Piece) -> None:
         last = self.said[-1]
-        self.said[-1] = replace(last, reply=last.reply + piece.text, finish=piece.finish)
+        recalled = tuple(passage.line for passage in piece.recalled)
+        reply = last.reply + piece.text
+        self.said[-1] = replace(last, reply=reply, finish=piece.finish, recalled=recalled)
         if piece.text:
             self.status.phase = "replying"
         self._count()
@@ -220,7 +233,7 @@ class ChatController:
             self._give_back(last.question)
             del self.said[-1]
         elif kept and kept.question == last.question:
-            self.said[-1] = Message(kept.question, kept.reply, kept.finish)
+            self.said[-1] = Message(kept.question, kept.reply, kept.finish, last.recalled)
         else:
             self.said[-1] = replace(last, finish=last.finish or "interrupted")
         self._count()
@@ -294,7 +307,8 @@ class ChatController:
     async def _list(self) -> None:
         """List the saved conversations and the cached models."""
         try:
-            self.conversations = await self._session.aside(session_summaries)
+            found, names = await self._session.aside(session_summaries), self._searched
+            self.conversations = [one for one in found if names is None or one.name in names]
             cached = await self._session.aside(cached_models)
             self.models = sorted({STARTER, *(one.name for one in cached)})
             self._changed()

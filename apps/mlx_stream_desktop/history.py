@@ -4,18 +4,23 @@ import re
 from dataclasses import dataclass
 from itertools import count
 
-from mlx_stream.chat import open_transcript, session_names
+from mlx_stream.chat import open_transcript, search_sessions, session_names
 
 LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
 class Message:
-    """A question and its reply so far; `finish` is None while it streams."""
+    """A question and its reply so far; `finish` is None while it streams.
+
+    Attributes:
+        recalled: a line for each earlier exchange that was quoted before the question.
+    """
 
     question: str
     reply: str = ""
     finish: str | None = None
+    recalled: tuple[str, ...] = ()
 
 
 def transcript(name: str) -> tuple[list[Message], str]:
@@ -28,6 +33,15 @@ def transcript(name: str) -> tuple[list[Message], str]:
         turns, damage = store.whole()
     said = [turn.exchange for turn in turns]
     return [Message(e.question, e.reply, e.finish) for e in said], damage
+
+
+def names_with(words: str) -> set[str]:
+    """Return the names of the conversations that have a word; reads files.
+
+    Raises:
+        SessionError: the folder cannot be read.
+    """
+    return {name for name, passages in search_sessions(words) if passages}
 
 
 def new_name(question: str) -> str:

@@ -41,6 +41,9 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
             rows.append(Row("note", note, False))
         rows.append(Row("you", escape_markup(one.question), number >= gone))
         rows.append(Row("model", ending(one), number >= gone))
+        if one.recalled:
+            lines = "\n".join(("quoted before this question:", *one.recalled))
+            rows.append(Row("note", escape_markup(lines), number >= gone))
     if said and gone == len(said):
         rows.append(Row("note", "all of the above left the window and are not attended", False))
     return rows

@@ -31,6 +31,9 @@ class ChatWindow:
             on_select=self._on_open, style=Pack(flex=1, width=SIDEBAR)
         )
         self.new = toga.Button("New conversation", on_press=self.begin, style=Pack(margin=8))
+        self.search = toga.TextInput(
+            placeholder="Search", on_confirm=self._on_search, style=Pack(margin=(0, 8, 4, 8))
+        )
         self.model = toga.Selection(on_change=self._on_model, style=Pack(flex=1))
         self.window = toga.Selection(on_change=self._on_window, style=Pack(width=110))
         self.transcript = Transcript(self._colours)
@@ -63,7 +66,7 @@ class ChatWindow:
         )
         saved = toga.Label("Saved", style=Pack(font_weight=BOLD, margin=(4, 10)))
         side = toga.Box(
-            children=[self.new, saved, self.conversations],
+            children=[self.new, saved, self.search, self.conversations],
             style=Pack(direction=COLUMN, width=SIDEBAR),
         )
         line, transcript, gauge = toga.Divider(), self.transcript.widget, self.gauge.widget
@@ -155,6 +158,9 @@ class ChatWindow:
         row = self.conversations.selection
         if row is not None and not self._filling:
             self._start(self._controller.open(row.name))  # type: ignore[attr-defined]
+
+    def _on_search(self, *_: object, **__: object) -> None:
+        self._start(self._controller.search(self.search.value))
 
     def _on_model(self, *_: object, **__: object) -> None:
         if not self._filling and self.model.value:

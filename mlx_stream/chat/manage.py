@@ -8,6 +8,7 @@ from mlx_stream.chat.exchange import plural
 from mlx_stream.chat.session_files import SessionPaths, session_paths
 from mlx_stream.chat.snapshot_metadata import parse_metadata
 from mlx_stream.chat.store import Store
+from mlx_stream.chat.transcript_recall import compare_index
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.sqlite import files, partial_path
@@ -44,10 +45,22 @@ def remove_session(name: str) -> None:
             where.lock.unlink()
 
 
+def questions_of(name: str) -> list[str]:
+    """Return the questions of a conversation, as far as it can be read."""
+    with suppress(SessionError), open_transcript(name) as store:
+        return [turn.exchange.question for turn in store.whole()[0]]
+    return []
+
+
 def files_of(where: SessionPaths) -> list[Path]:
     """Return every file with content of a conversation; the transcript is the last."""
     database = where.database
-    return [where.snapshot, *files(partial_path(database)), *reversed(files(database))]
+    return [
+        where.snapshot,
+        *files(where.index),
+        *files(partial_path(database)),
+        *reversed(files(database)),
+    ]
 
 
 def verify_session(name: str) -> str:
@@ -63,6 +76,8 @@ def verify_session(name: str) -> str:
         store.verify()
         state = store.state
         found = plural(state.count)
+        if where.index.exists() and (differs := compare_index(where.index, store)):
+            found += f"; {differs}"
         if not where.snapshot.exists():
             return f"{found}; no snapshot"
         try:

@@ -113,7 +113,8 @@ class SummaryReader:
                 return SessionSummary(name, state.count, attended, size, used, state.header)
         try:
             with Store.open(session_paths(name).database) as store:
-                state, attended, used = store.state, store.attended_turns(), last_time(store)
+                state, used = store.state, last_time(store)
+                attended = len(store.exchanges(state.first))
                 return SessionSummary(name, state.count, attended, size, used, state.header)
         except SessionError as error:
             written = datetime.fromtimestamp(self.order(name, "")[1] / 1e9, UTC)
@@ -176,4 +177,5 @@ def files_in(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 def file_names(name: str) -> list[str]:
     """Return the names of every file with content of a conversation."""
     bases = f"{name}{DATABASE}", f".{name}{DATABASE}.new"
+    bases = (*bases, f"{name}.recall")
     return [f"{name}.safetensors", *(base + end for base in bases for end in ("", *sqlite.BESIDE))]

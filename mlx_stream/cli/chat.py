@@ -71,6 +71,13 @@ def chat(
             "default); token drops single tokens, oldest first."
         ),
     ] = None,
+    recall: Annotated[
+        int | None,
+        Option(
+            help="Tokens of the window kept free to quote what has left it; 0 for none. Default: "
+            "an eighth of the window in a saved chat."
+        ),
+    ] = None,
     max_tokens: options.MaxTokens = 512,
     sampling: options.SamplingOptions,
     reply: options.ReplyOptions,
@@ -128,6 +135,7 @@ def chat(
             draft=loading.load(reply.draft) if reply.draft else None,
             think=thinking.think,
             reasoning_effort=thinking.reasoning_effort,
+            recall_tokens=(recall or 0) if session is None else recall,
         )
         if session is None:
             talk = resume.new_chat(loaded, chosen, screen.notify)
@@ -147,6 +155,7 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
     from mlx_stream.chat import session_files
     from mlx_stream.chat.saving import saved_as
     from mlx_stream.cli import commands
+    from mlx_stream.cli.history import HISTORY
     from mlx_stream.cli.prompt import Prompt
     from mlx_stream.cli.report import print_stats
 
@@ -169,7 +178,7 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
     saved = saved_as(chat)
     if saved and chat.exchanges:
         notify(f"continuing {saved.name}: {plural(len(chat.exchanges))} attended")
-    history = session_files.data_folder().parent / "history"
+    history = session_files.data_folder().parent / HISTORY
     prompt = Prompt(history, status, commands.completions(), notify, idle)
     line = ""
     while True:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_stream.chat.exchange import plural
+from mlx_stream.cli import recall
 from mlx_stream.errors import MlxStreamError, ValueRefused, one_line
 from mlx_stream.program.escape import escape
 
@@ -103,10 +104,11 @@ def completions() -> dict[str, str]:
 
 
 def status(stats: "Stats", name: str | None = None) -> str:
-    """Return the status bar's text: "1,012/2,052 attended · 3,400 evicted · 12.3 tok/s · …"."""
+    """Return the status bar's text: "1,012/2,052 attended · 3,400 evicted · 2 recalled · …"."""
     parts = [
         f"{stats.attended:,}/{stats.sinks + stats.window:,} attended",
         f"{stats.evicted:,} evicted",
+        *([f"{stats.recalled} recalled"] if stats.recalled else []),
         f"{stats.tokens_per_second:.1f} tok/s",
         f"cache {stats.cache_bytes / 1e6:.1f} MB",
     ]
@@ -209,8 +211,19 @@ def export(chat: "ChatSession", argument: str, progress: Progress) -> str:
 
 
 def clear(chat: "ChatSession", argument: str, progress: Progress) -> str:
-    chat.clear()
-    return "only the system prompt is attended to now"
+    return recall.clear(chat)
+
+
+def show_recalled(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    return recall.show_recalled(chat, argument)
+
+
+def forget(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    return recall.forget(chat, argument)
+
+
+def pin(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    return recall.pin(chat, argument)
 
 
 def leave(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutcome:
@@ -229,5 +242,8 @@ COMMANDS = {
     "/sessions": Command("", "list the saved conversations", sessions),
     "/export": Command("FILE", "write the conversation to a .md or .json file", export),
     "/clear": Command("", "remove the whole conversation from attention", clear),
+    "/pin": Command("TEXT", "add a line to the system prompt, which is never evicted", pin),
+    "/recall": Command("[TEXT]", "show what was quoted, or find what has left", show_recalled),
+    "/forget": Command("N", "delete exchange N, which has left the window", forget),
     "/quit": Command("", "leave, as Ctrl-D does", leave),
 }

@@ -117,6 +117,7 @@ class Engine:
         shared: bool | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         history: Sequence[Message] = (),
+        recall: int | None = 0,
     ) -> Session:
         """Begin a conversation; returns at once. Most wrong options raise on its first use.
 
@@ -127,6 +128,8 @@ class Engine:
                 disk before the next one can begin.
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
                 reads the reply.
+            recall: how many tokens of the window are kept free to quote what has left it, with a
+                name only; None for the default of `ChatSession`.
             on_token: called with each piece, on the same thread.
             shared: whether its steps may read tokens of other sessions too, which makes several
                 replies at once much faster. A shared step rounds differently: a greedy reply can
@@ -150,6 +153,7 @@ class Engine:
             reasoning_effort=reasoning_effort,
             tools=tools,
             history=history,
+            recall_tokens=recall,
         )
         if shared is None:
             shared = sampling is None or sampling.seed is None

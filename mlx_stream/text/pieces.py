@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_stream.errors import ValueRefused
+from mlx_stream.recall.quote import Passage
 from mlx_stream.text.thinking import Phase, ThinkingRules
 from mlx_stream.text.tokenizer import StreamDecoder
 from mlx_stream.text.tool_calls import CallReader, CallStyle, ToolCall
@@ -39,6 +40,9 @@ class Piece:
         settled: on the same piece, the tokens read again since the reply before, so that the
             stream held what the template renders.
         logprobs: if asked for, of each token sampled since the piece before.
+        recalled: on the last piece, the earlier exchanges that were quoted before the question,
+            as they were quoted.
+        recalled_tokens: on the same piece, the tokens of the quotation.
     """
 
     text: str
@@ -51,6 +55,8 @@ class Piece:
     written: int = 0
     settled: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    recalled: tuple[Passage, ...] = ()
+    recalled_tokens: int = 0
 
 
 class StopMatcher:

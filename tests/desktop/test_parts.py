@@ -109,3 +109,13 @@ def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
     assert all(row.attended == (n > at) for n, row in enumerate(rows))
     assert [row.kind for row in rows_of(said[:1], 1, "work")] == ["you", "model"]
     assert rows_of([Message("q")], 1, None)[-1].text == " \N{HORIZONTAL ELLIPSIS}"
+
+
+def test_what_was_quoted_is_shown_below_the_reply():
+    from mlx_stream_desktop.transcript import rows_of
+    from tests.fakes.desks import GREEDY  # noqa: F401  # it chooses the backend
+
+    line = '[2026-05-09 17:03] "a" was answered: "b"'
+    rows = rows_of([Message("q", "r", "end", (line,))], 1, "work")
+    assert [row.kind for row in rows] == ["you", "model", "note"]
+    assert rows[-1].text == f"quoted before this question:\n{line}"
