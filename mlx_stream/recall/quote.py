@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 BEGIN, END = "Quoted from earlier in this conversation:", "End of quotation."
 SENTENCE = re.compile(r"(?<=[.!?\n])\s+|(?<=[\u3002\uff01\uff1f])")
@@ -57,6 +57,7 @@ class Passage:
         return f"[{self.date}] {question} was answered: {reply}"
 
 
+@runtime_checkable
 class RecallStore(Protocol):
     """Finds earlier exchanges of a conversation, which left its window."""
 

@@ -29,14 +29,14 @@ class Scripted(Recorded):
 
     trouble: Any
 
-    def next(self, token: int, sampler: Sampler, more: bool = True) -> int:
+    def next(self, token: int, sampler: Sampler, more: bool = True) -> tuple[int, Any]:
         self.trouble.at("interrupt")
         if self.trouble.place == "fail":
             self.trouble.left -= 1
             if not self.trouble.left:
                 self.trouble.arm("before a step", 1, RuntimeError)
-        super().next(token, sampler, more)
-        return next(self.trouble.script)
+        _, logits = super().next(token, sampler, more)
+        return next(self.trouble.script), logits
 
 
 class ScriptedSampler(Sampler):
@@ -122,7 +122,7 @@ def resumed(chat: Any, template: str) -> Any:
     again.tokens.restore(chat.tokens.state())
     again.tokens.steps_taken = chat.tokens.steps_taken
     again.resume(state, {turn.number: turn.exchange for turn in turns})
-    again.recall_from, again.unanswered = chat.recall_from, chat.unanswered
+    again.recall_from, again.pending = chat.recall_from, chat.pending
     again.number = chat.number
     return again
 
@@ -191,7 +191,7 @@ def test_hostile_text_is_quoted_within_the_users_turn_and_the_budget(text):
     steps = chat.reply_steps("What?", 1)
     request = next(steps)
     assert isinstance(request, ReadRequest)
-    plain = chat.prompts.question("What?", "", first=False)[1]
+    plain = chat.prompts.question("What?", None, first=False)[1]
     # The request has the pinned ids, then the question, whose ids may take more than one step.
     state = chat.evictor.state
     assert isinstance(state, ActiveTurn)
