@@ -48,7 +48,7 @@ PREFILL = (
 @options.verb
 def bench(
     *,
-    model: options.ModelArgument = "starter",
+    model: options.ModelArgument = None,
     window: Annotated[
         list[int] | None,
         Option(
@@ -92,16 +92,16 @@ def bench(
     loaded = loading.load(model)
     for one in windows:
         loaded.resolve_window(None, one)
-    peer = load_peer(resolve(model, notify), loaded)
+    peer = load_peer(resolve(loaded.name, notify), loaded)
     results = run(loaded, peer, windows, pairs, chunk, notify)
     if prefill is not None:
         results["prefill"] = prefills(loaded, peer, windows, prefill, chunks, notify)
         results["prefill_best"] = best_of(results["prefill"])
     if json:
-        about = {"model": model, "dtype": loading.dtype, "quantized": loaded.quantized}
+        about = {"model": loaded.name, "dtype": loading.dtype, "quantized": loaded.quantized}
         print_json({**about, "against": "mlx-lm", **results, "machine": backend.describe()})
         return
-    print(f"{model}, {loading.dtype}{', quantized' if loaded.quantized else ''}")
+    print(f"{loaded.name}, {loading.dtype}{', quantized' if loaded.quantized else ''}")
     found = results["windows"].items()
     times = [
         {

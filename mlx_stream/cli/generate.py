@@ -16,7 +16,7 @@ def generate(
     prompt: Annotated[
         str, Option("-p", "--prompt", help="The text to continue; - reads standard input.")
     ],
-    model: options.ModelArgument = "starter",
+    model: options.ModelArgument = None,
     max_tokens: options.MaxTokens = 256,
     sampling: options.SamplingOptions,
     attended: options.WindowOptions,

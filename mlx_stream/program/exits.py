@@ -28,14 +28,19 @@ UNWRITABLE = {
 ENDING = signal.SIGHUP, signal.SIGTERM
 
 
-def notify(text: str) -> None:
-    """Print a line for the user that is not the result."""
+def notify(text: str, dim: bool = True) -> None:
+    """Print a line for the user that is not the result; a terminal shows it wrapped and dim."""
+    line = f"mlx_stream: {text}"
     with suppress(OSError):  # the terminal is gone
-        print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            from mlx_stream.program.terminal import size_of, styled_notice
+
+            line = styled_notice(line, size_of(sys.stderr)[0], dim)
+        print(line, file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:
-    notify(text)
+    notify(text, dim=False)
     raise SystemExit(1)
 
 
