@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated
@@ -24,7 +24,7 @@ from mlx_stream.cli.terminal import (
 )
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.escape import TerminalEscaper
-from mlx_stream.program.exits import finished_before_signals, notify
+from mlx_stream.program.exits import ending_on_signals, finished_before_signals, notify
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
@@ -80,10 +80,12 @@ def chat(
     """Chat with a model for as long as you like.
 
     Memory does not grow. Ctrl-C ends a reply, Ctrl-D ends the conversation, and /help lists
-    commands. When standard input is not a terminal, each of its lines is a turn.
+    commands. When standard input is not a terminal, each of its lines is a turn, and Ctrl-C ends
+    the conversation.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
+    # On a terminal a question typed ahead is kept, and Ctrl-C ends only the reply.
+    with keys_wait() if interactive else ending_on_signals(signal.SIGINT):
         from mlx_stream.chat import resume, saving, summaries
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 
@@ -193,8 +195,8 @@ def run_batch(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
     for number, line in enumerate(sys.stdin.buffer, 1):
         turn = decode_utf8(line, f"standard input, line {number}").strip()
         if turn:
-            with screen.reply() as progress:
-                screen.show(chat.reply(turn, progress=progress))
+            screen.show(chat.reply(turn, progress=log_progress("reading")))
+            screen.end_reply()
             if stats:
                 print_stats(chat.stats)
 
@@ -207,6 +209,7 @@ class Screen:
 
     def __init__(self, hide_thinking: bool = False) -> None:
         self.in_reply = self.in_thinking = self.told = False
+        self._stopped = lambda: False
         self.shows_thinking = sys.stdout.isatty() and not hide_thinking
         styled = not is_dumb() and not os.environ.get("NO_COLOR")
         self.dim, self.undim = ("\x1b[2m", "\x1b[22m") if styled else ("", "")
@@ -217,18 +220,19 @@ class Screen:
 
         Yields a progress callback for reading the prompt, which Ctrl-C ends too.
         """
-        with defer_interrupts(signal.SIGINT) as stopped:
-            told = log_progress("reading")
+        told = log_progress("reading")
 
-            def check(*read: int) -> None:
-                if stopped():
-                    raise ReplyStopped
-                if read:
-                    told(*read)
+        def progress(done: int, total: int) -> None:
+            self._check()
+            told(done, total)
 
-            self._check = check
-            yield check
+        with defer_interrupts(signal.SIGINT) as self._stopped:
+            yield progress
         self.end_reply()
+
+    def _check(self) -> None:
+        if self._stopped():
+            raise ReplyStopped
 
     def show(self, pieces: "Pieces") -> None:
         """Print a reply as it arrives."""

@@ -26,6 +26,7 @@ UNWRITABLE = {
 
 # Sent when the terminal is closed, and by the system when it shuts down.
 ENDING = signal.SIGHUP, signal.SIGTERM
+NOT_IGNORED = signal.SIG_DFL, signal.default_int_handler
 
 
 def notify(text: str, dim: bool = True) -> None:
@@ -78,8 +79,8 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
 
 
 @contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Let SIGHUP and SIGTERM unwind what is inside, and exit with 129 or 143.
+def ending_on_signals(*signals: int) -> Iterator[None]:
+    """Let signals (default: SIGHUP and SIGTERM) unwind what is inside; exit with 128 + the number.
 
     A second signal ends the process at once. One that is ignored, as under nohup, stays so.
     """
@@ -89,12 +90,12 @@ def ending_on_signals() -> Iterator[None]:
             signal.signal(one, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
-    taken = []
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        taken = [one for one in ENDING if signal.getsignal(one) == signal.SIG_DFL]
-    for one in taken:
+        before = {one: signal.getsignal(one) for one in signals or ENDING}
+        before = {one: how for one, how in before.items() if how in NOT_IGNORED}
+    for one in before:
         signal.signal(one, end)
-    interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit:
@@ -104,10 +105,9 @@ def ending_on_signals() -> Iterator[None]:
             discard_output()
         raise
     finally:
-        if taken:
-            for one in taken:
-                signal.signal(one, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, interrupt)
+        for one, how in before.items():
+            if signal.getsignal(one) is end:  # not while a signal ends the process
+                signal.signal(one, how)
 
 
 @contextmanager
@@ -127,10 +127,10 @@ def finished_before_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for one, how in before.items():
-            signal.signal(one, how)
         if asked:
             raise SystemExit(128 + asked[0])
+        for one, how in before.items():
+            signal.signal(one, how)
 
 
 def discard_output() -> None:

@@ -20,8 +20,8 @@ from tests.fakes.terminals import ENTER, Terminal
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
 ENDING = (signal.SIGHUP, signal.SIGTERM)
-# More of them in a longer run: MLX_STREAM_SIGNALS=100.
-MOMENTS = int(os.environ.get("MLX_STREAM_SIGNALS", "3"))
+ALL = (*ENDING, signal.SIGINT)
+MOMENTS = 3  # tests/long/signals.py has more
 FIRST = "Hello"
 
 
@@ -32,7 +32,7 @@ def turns(name):
         return store.turns()
 
 
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", ALL)
 def test_a_signal_at_a_random_moment(letters, number):
     """A first turn of 400 tokens, then a second without end."""
     luck = random.Random(int(number))
@@ -105,9 +105,10 @@ def test_what_nohup_ignores_stays_ignored(letters):
     assert chat.returncode == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [*ENDING, signal.SIGINT])
+@pytest.mark.parametrize("number", ALL)
 def test_what_is_being_written_is_finished_first(number):
-    before = signal.signal(number, lambda *_: pytest.fail("not in the middle"))
+    before = {one: signal.getsignal(one) for one in ALL}
+    signal.signal(number, lambda *_: pytest.fail("not in the middle"))
     steps = []
     try:
         with pytest.raises(SystemExit) as ended, finished_before_signals():
@@ -115,5 +116,7 @@ def test_what_is_being_written_is_finished_first(number):
             steps.append("written")
             assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it
         assert ended.value.code == 128 + number and steps == ["written"]
+        assert signal.getsignal(number) == signal.SIG_DFL
     finally:
-        signal.signal(number, before)
+        for one, how in before.items():
+            signal.signal(one, how)
