@@ -48,7 +48,7 @@ PREFILL = (
 @options.verb
 def bench(
     *,
-    model: options.ModelArgument = None,
+    model: options.DefaultModelArgument = None,
     window: Annotated[
         list[int] | None,
         Option(

@@ -16,7 +16,7 @@ def generate(
     prompt: Annotated[
         str, Option("-p", "--prompt", help="The text to continue; - reads standard input.")
     ],
-    model: options.ModelArgument = None,
+    model: options.DefaultModelArgument = None,
     max_tokens: options.MaxTokens = 256,
     sampling: options.SamplingOptions,
     attended: options.WindowOptions,

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from mlx_stream.sampling import Sampling
 
 ModelArgument = Annotated[
+    str, Argument(metavar="MODEL", help="A folder, a Hub id, a .gguf file, or starter.")
+]
+DefaultModelArgument = Annotated[
     str | None,
     Argument(
         metavar="MODEL",

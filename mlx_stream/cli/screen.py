@@ -6,7 +6,7 @@ standard output gets the model's text and nothing else.
 
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,7 +20,9 @@ from mlx_stream.cli.terminal import (
 from mlx_stream.program.escape import TerminalEscaper, escape
 from mlx_stream.program.exits import notify
 from mlx_stream.program.terminal import (
+    BOLD,
     DIM,
+    UNBOLD,
     UNDIM,
     WordWrapper,
     is_dumb,
@@ -64,29 +66,33 @@ class Screen:
         self._kind: Callable[[], Printer] | None = None
         self._notices: list[str] = []  # those that wait for the end of a reply
         self._told_of_repetition = False
+        self._stopped: Callable[[], bool] = bool
         self._progress = ExitStack()
 
     @contextmanager
-    def reply(self) -> Iterator[Progress]:
-        """Let Ctrl-C end the reply shown in the `with` block; a second Ctrl-C ends the program.
+    def reply(self, stoppable: bool = True) -> Iterator[Progress]:
+        """Show a reply in the `with` block; yields a progress callback for reading the prompt.
 
-        Yields a progress callback for reading the prompt, which Ctrl-C ends too.
+        Args:
+            stoppable: Ctrl-C ends only the reply, or its reading; a second one ends the program.
         """
-        with defer_interrupts(signal.SIGINT) as stopped, self.progress("reading") as told:
+        signals = [signal.SIGINT] if stoppable else []
+        with defer_interrupts(*signals) as self._stopped, self.progress("reading") as told:
 
-            def check(*read: int) -> None:
-                if stopped():
-                    raise ReplyStopped
-                if read:
-                    told(*read)
+            def progress(done: int, total: int) -> None:
+                self._check()
+                told(done, total)
 
-            self._check = check
             try:
-                yield check
+                yield progress
             except ReplyStopped:
                 self.notify("stopped")
             finally:
                 self._end_reply()
+
+    def _check(self) -> None:
+        if self._stopped():
+            raise ReplyStopped
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
@@ -115,6 +121,11 @@ class Screen:
                 self._explain(finish, end)
         finally:
             pieces.close()
+
+    def show_question(self, text: str) -> None:
+        """Print a question again, as it stands above its reply."""
+        line = wrap(escape(text), size_of(sys.stdout)[0])
+        print(f"{BOLD}{line}{UNBOLD}" if is_styled() else line)
 
     def show_text(self, text: str) -> None:
         """Print a whole reply again."""

@@ -5,6 +5,7 @@ Nothing of a text is lost: HTML, entities and link definitions stay as they were
 """
 
 from functools import cache
+from itertools import pairwise
 
 from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
@@ -35,5 +36,5 @@ def split_blocks(text: str) -> list[str]:
         starts += [each.map for each in (node.children if node.type in LISTS else [node])]
     lines = text.splitlines(keepends=True)
     first = [0, *(place[0] for place in starts[1:] if place), len(lines)]
-    parts = ["".join(lines[a:b]) for a, b in zip(first, first[1:], strict=False)]
+    parts = ["".join(lines[a:b]) for a, b in pairwise(first)]
     return [part for part in parts if part]

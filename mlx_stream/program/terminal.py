@@ -7,10 +7,12 @@ terminals differ in where they put the cursor after it.
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 from mlx_stream.program.escape import escape
 
+BOLD, UNBOLD = "\x1b[1m", "\x1b[22m"
 DIM, UNDIM = "\x1b[2m", "\x1b[22m"
 DEFAULT_COLUMNS, DEFAULT_ROWS, NARROWEST = 80, 24, 10
 # Scripts without spaces between words: a line may end after each character, but not before closing
@@ -36,10 +38,8 @@ def is_styled() -> bool:
 def size_of(stream: TextIO) -> tuple[int, int]:
     """Return the columns that may be used, and the rows, of the terminal behind a stream."""
     columns, rows = 0, 0
-    try:
+    with suppress(OSError, ValueError):  # it has no size
         columns, rows = os.get_terminal_size(stream.fileno())
-    except (OSError, ValueError):  # it has no size
-        pass
     return max(NARROWEST, (columns or DEFAULT_COLUMNS) - 1), rows or DEFAULT_ROWS
 
 
@@ -61,9 +61,7 @@ def line_breaks(text: str, width: int, column: int = 0, indent: int = 0) -> list
         size = cell_len(atom)
         if atom == "\n":
             column = 0
-        elif atom.isspace():
-            column += size
-        elif column + size <= width:
+        elif atom.isspace() or column + size <= width:
             column += size
         else:
             if column > indent:
@@ -114,7 +112,7 @@ class WordWrapper:
         from rich.cells import cell_len
 
         shown = wrap(text, self._width(), column=self._column)
-        before, broken, last = shown.rpartition("\n")
+        _, broken, last = shown.rpartition("\n")
         self._column = cell_len(last) + (0 if broken else self._column)
         return shown
 

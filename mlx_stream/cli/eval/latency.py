@@ -22,7 +22,7 @@ COLUMNS = (
 @options.verb
 def latency(
     *,
-    model: options.ModelArgument = None,
+    model: options.DefaultModelArgument = None,
     cache: Annotated[
         list[str] | None,
         Option(
