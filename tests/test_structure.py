@@ -58,6 +58,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "mlx_lm": "mlx-lm",
     "llama_cpp": "llama-cpp-python",
+    "markdown_it": "markdown-it-py",
     "prompt_toolkit": "prompt-toolkit",
 }
 # Extras that a verb may ask for; `dev` is for working on the project.

@@ -15,7 +15,7 @@ from mlx_stream.cli.screen import Screen
 from mlx_stream.cli.terminal import decode_utf8
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.exits import ending_on_signals, finished_before_signals, notify
-from mlx_stream.program.terminal import size_of
+from mlx_stream.program.terminal import terminal_size
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
@@ -178,7 +178,7 @@ def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: boo
 
     def status() -> str:
         saved = saved_as(chat)
-        width = size_of(sys.stdout)[0]
+        width = terminal_size(sys.stdout)[0]
         return commands.status(chat.stats, saved.name if saved else None, width)
 
     def idle() -> str:

@@ -19,7 +19,7 @@ from rich.syntax import ANSISyntaxTheme, Syntax
 from rich.table import Table
 from rich.text import Text
 
-from mlx_stream.program.markdown import LISTS, parse
+from mlx_stream.program.markdown import LISTS, parse_markdown
 from mlx_stream.program.terminal import is_styled, line_breaks
 
 STYLES = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
@@ -43,7 +43,7 @@ Lines = list[Text]
 
 def render_lines(text: str, width: int) -> Lines:
     """Return the lines of Markdown blocks, none wider than `width` cells."""
-    nodes = parse(text).children
+    nodes = parse_markdown(text).children
     indent = min(len(text) - len(text.lstrip(" ")), width // 2)
     return indented(render_blocks(nodes, text, width - indent), " " * indent)
 

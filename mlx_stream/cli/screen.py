@@ -27,7 +27,7 @@ from mlx_stream.program.terminal import (
     WordWrapper,
     is_dumb,
     is_styled,
-    size_of,
+    terminal_size,
     wrap,
 )
 
@@ -124,7 +124,7 @@ class Screen:
 
     def show_question(self, text: str) -> None:
         """Print a question again, as it stands above its reply."""
-        line = wrap(escape(text), size_of(sys.stdout)[0])
+        line = wrap(escape(text), terminal_size(sys.stdout)[0])
         print(f"{BOLD}{line}{UNBOLD}" if is_styled() else line)
 
     def show_text(self, text: str) -> None:
@@ -134,11 +134,11 @@ class Screen:
 
     def show_lines(self, text: str, indent: int = 0) -> None:
         """Print lines that are not a model's, wrapped."""
-        print(wrap(text, size_of(sys.stdout)[0], indent))
+        print(wrap(text, terminal_size(sys.stdout)[0], indent))
 
     def mark(self, text: str) -> None:
         """Print a line that divides the conversation."""
-        line = wrap(f"── {escape(text)} ──", size_of(sys.stdout)[0])
+        line = wrap(f"── {escape(text)}", terminal_size(sys.stdout)[0], indent=3)
         print(f"{DIM}{line}{UNDIM}" if is_styled() else line, flush=True)
 
     def notify(self, text: str) -> None:
@@ -170,7 +170,7 @@ class Screen:
         if self._renders:
             from mlx_stream.cli.markdown_printer import MarkdownPrinter
 
-            return MarkdownPrinter(write, lambda: size_of(sys.stdout))
+            return MarkdownPrinter(write, lambda: terminal_size(sys.stdout))
         return WrappingPrinter() if self.is_terminal else PlainPrinter()
 
     def _end_reply(self) -> None:
@@ -195,7 +195,7 @@ class WrappingPrinter:
     """Print a text with its words wrapped, between two codes for the terminal."""
 
     def __init__(self, before: str = "", after: str = "") -> None:
-        self._wrapper, self._after = WordWrapper(lambda: size_of(sys.stdout)[0]), after
+        self._wrapper, self._after = WordWrapper(lambda: terminal_size(sys.stdout)[0]), after
         write(before)
 
     def add(self, text: str) -> None:

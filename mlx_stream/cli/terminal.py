@@ -10,7 +10,7 @@ from threading import Timer
 
 from mlx_stream.errors import TextError
 from mlx_stream.program.exits import notify
-from mlx_stream.program.terminal import size_of
+from mlx_stream.program.terminal import terminal_size
 
 SECONDS_PER_LINE = 30.0
 # Characters at the end of a reply that repeat a shorter text, at least three times.
@@ -117,7 +117,7 @@ def progress_bar(label: str, delay: float = 0.0) -> Iterator[Progress]:
 
     shown = (
         progress.TextColumn("{task.description}"),
-        progress.BarColumn(min(40, size_of(sys.stderr)[0] // 4)),
+        progress.BarColumn(min(40, terminal_size(sys.stderr)[0] // 4)),
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
     )

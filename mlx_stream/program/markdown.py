@@ -21,7 +21,7 @@ def parser() -> MarkdownIt:
     return rules.disable(["code", "entity", "html_inline", "lheading", "reference", "image"])
 
 
-def parse(text: str) -> SyntaxTreeNode:
+def parse_markdown(text: str) -> SyntaxTreeNode:
     """Parse a text; the children of the result are its blocks."""
     return SyntaxTreeNode(parser().parse(text))
 
@@ -32,7 +32,7 @@ def split_blocks(text: str) -> list[str]:
     More text can change the last block only.
     """
     starts = []
-    for node in parse(text).children:
+    for node in parse_markdown(text).children:
         starts += [each.map for each in (node.children if node.type in LISTS else [node])]
     lines = text.splitlines(keepends=True)
     first = [0, *(place[0] for place in starts[1:] if place), len(lines)]

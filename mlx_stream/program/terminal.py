@@ -35,7 +35,7 @@ def is_styled() -> bool:
     return not is_dumb() and not os.environ.get("NO_COLOR")
 
 
-def size_of(stream: TextIO) -> tuple[int, int]:
+def terminal_size(stream: TextIO) -> tuple[int, int]:
     """Return the columns that may be used, and the rows, of the terminal behind a stream."""
     columns, rows = 0, 0
     with suppress(OSError, ValueError):  # it has no size
