@@ -121,7 +121,8 @@ def progress_bar(label: str, delay: float = 0.0) -> Iterator[Progress]:
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
     )
-    bar = progress.Progress(*shown, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    bar = progress.Progress(*shown, console=console, transient=True, refresh_per_second=4)
     timer = Timer(delay, bar.start)
     task = bar.add_task(label, total=None)
 
