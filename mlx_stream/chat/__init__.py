@@ -9,7 +9,7 @@ from mlx_stream.program.public_names import fetch_name
 
 if TYPE_CHECKING:
     from mlx_stream.chat.exchange import Exchange, plural
-    from mlx_stream.chat.manage import open_transcript
+    from mlx_stream.chat.manage import open_transcript, remove_session, rename_session
     from mlx_stream.chat.session_files import session_names
     from mlx_stream.chat.summaries import SessionSummary, session_summaries
 
@@ -18,6 +18,8 @@ __all__ = [
     "SessionSummary",
     "open_transcript",
     "plural",
+    "remove_session",
+    "rename_session",
     "session_names",
     "session_summaries",
 ]
@@ -27,6 +29,8 @@ _HOMES = {
     "SessionSummary": "mlx_stream.chat.summaries",
     "open_transcript": "mlx_stream.chat.manage",
     "plural": "mlx_stream.chat.exchange",
+    "remove_session": "mlx_stream.chat.manage",
+    "rename_session": "mlx_stream.chat.manage",
     "session_names": "mlx_stream.chat.session_files",
     "session_summaries": "mlx_stream.chat.summaries",
 }

@@ -161,6 +161,12 @@ class Store(AbstractContextManager["Store"]):
             ((count,),) = self.connection.execute(query, (first, ANSWERED)).fetchall()
             return count
 
+    def first_question(self) -> str:
+        """Return the first question that is not forgotten, or "" if there is none."""
+        with self._transaction("BEGIN"):
+            query = "SELECT text FROM messages WHERE role = 'user' ORDER BY turn, place LIMIT 1"
+            return "".join(text for (text,) in self.connection.execute(query).fetchall())
+
     def whole(self) -> tuple[list[StoredTurn], str]:
         """Return the turns before the first damaged one, and a line about the damage or ""."""
         found: list[StoredTurn] = []

@@ -25,8 +25,11 @@ from mlx_stream.program.paths import cache_folder, data_folder
 TABLES = "SELECT type, name, tbl_name, sql FROM x.sqlite_master LIMIT 9"
 # When it was last written to.
 USED = "coalesce((SELECT time FROM x.turns ORDER BY number DESC LIMIT 1), created)"
+LONGEST_TITLE = 200
 SUMMARY = f"""SELECT number, turns.checksum, {USED},
-    (SELECT count(*) FROM x.turns WHERE number >= first AND state = 'answered'), session.*
+    (SELECT count(*) FROM x.turns WHERE number >= first AND state = 'answered'),
+    (SELECT substr(text, 1, {LONGEST_TITLE}) FROM x.messages WHERE role = 'user'
+     ORDER BY turn, place LIMIT 1), session.*
     FROM x.session LEFT JOIN x.turns ON number = (SELECT max(number) FROM x.turns) LIMIT 2"""
 
 
@@ -39,6 +42,7 @@ class SessionSummary:
         attended: how many of them the stream attends to.
         used: when its last turn was written, ISO 8601, UTC; of a damaged one, its file.
         header: None if the conversation cannot be opened; `damage` then says why.
+        title: the beginning of the first question; empty if there is none.
     """
 
     name: str
@@ -48,6 +52,7 @@ class SessionSummary:
     used: str
     header: SessionHeader | None
     damage: str = ""
+    title: str = ""
 
 
 def session_summaries() -> list[SessionSummary]:
@@ -106,14 +111,17 @@ class SummaryReader:
     def summary(self, name: str) -> SessionSummary:
         size = sum(self.files[one].st_size for one in file_names(name) if one in self.files)
         with suppress(ValueError, TypeError):
-            ((number, checksum, used, attended, *row),) = self._rows(name, SUMMARY)
+            ((number, checksum, used, attended, title, *row),) = self._rows(name, SUMMARY)
             state = state_of(row)
             if (number or 0, checksum or "") == (state.count, state.last) and is_time(used):
-                return SessionSummary(name, state.count, attended, size, used, state.header)
+                found = name, state.count, attended, size, used, state.header, "", title or ""
+                return SessionSummary(*found)
         try:
             with Store.open(session_paths(name).database) as store:
                 state, attended, used = store.state, store.attended_turns(), last_time(store)
-                return SessionSummary(name, state.count, attended, size, used, state.header)
+                title = store.first_question()[:LONGEST_TITLE]
+                found = name, state.count, attended, size, used, state.header, "", title
+                return SessionSummary(*found)
         except SessionError as error:
             written = datetime.fromtimestamp(self.order(name, "")[1] / 1e9, UTC)
             used = written.strftime("%Y-%m-%dT%H:%M:%SZ")
