@@ -1,7 +1,7 @@
 """The conversation as bubbles in a scrolling column; depends on Toga, not on the engine."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -41,11 +41,18 @@ class Row:
     text: str
     attended: bool = True
     time: str = ""
+    mark: str = ""
 
     @property
     def blocks(self) -> list[Block]:
-        """What is shown: of a reply, its Markdown."""
-        return blocks_of(self.text) if self.kind == "model" else [Block("text", self.text)]
+        """What is shown: of a reply, its Markdown, and the mark at its end."""
+        if self.kind != "model":
+            return [Block("text", self.text)]
+        found, mark = blocks_of(self.text.removesuffix(self.mark)), self.mark
+        if mark and found and found[-1].kind != "code":
+            last = found.pop()
+            return [*found, replace(last, text=last.text + mark)]
+        return [*found, Block("text", mark)] if mark else found
 
 
 def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Row]:
@@ -59,7 +66,8 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
             note = f"{plural(gone)} above left the window and are not attended"
             rows.append(Row("note", note, False))
         rows.append(Row("you", visible(one.question), number >= gone, clock(one.time)))
-        rows.append(Row("model", ending(one), number >= gone))
+        mark = MARKS.get(one.finish, "")
+        rows.append(Row("model", ending(one), number >= gone, mark=mark))
     if said and gone == len(said):
         rows.append(Row("note", "all of the above left the window and are not attended", False))
     return rows
