@@ -161,12 +161,6 @@ class Store(AbstractContextManager["Store"]):
             ((count,),) = self.connection.execute(query, (first, ANSWERED)).fetchall()
             return count
 
-    def first_question(self) -> str:
-        """Return the first question that is not forgotten, or "" if there is none."""
-        with self._transaction("BEGIN"):
-            query = "SELECT text FROM messages WHERE role = 'user' ORDER BY turn, place LIMIT 1"
-            return "".join(text for (text,) in self.connection.execute(query).fetchall())
-
     def whole(self) -> tuple[list[StoredTurn], str]:
         """Return the turns before the first damaged one, and a line about the damage or ""."""
         found: list[StoredTurn] = []
@@ -304,3 +298,14 @@ class Store(AbstractContextManager["Store"]):
         # The change is committed. If this fails now, closing the file tries again.
         with suppress(sqlite3.Error):
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def first_question(store: Store) -> str:
+    """Return the first question that is not forgotten, or "" if there is none.
+
+    Raises:
+        SessionError: the transcript is damaged.
+    """
+    with store._transaction("BEGIN"):
+        query = "SELECT text FROM messages WHERE role = 'user' ORDER BY turn, place LIMIT 1"
+        return "".join(text for (text,) in store.connection.execute(query).fetchall())

@@ -17,7 +17,7 @@ from typing import Any, Self
 from mlx_stream.chat.migrations import VERSION, schema
 from mlx_stream.chat.schema import SessionHeader, is_time, state_of
 from mlx_stream.chat.session_files import DATABASE, session_names, session_paths
-from mlx_stream.chat.store import Store
+from mlx_stream.chat.store import Store, first_question
 from mlx_stream.errors import SessionError
 from mlx_stream.program import sqlite
 from mlx_stream.program.paths import cache_folder, data_folder
@@ -119,7 +119,7 @@ class SummaryReader:
         try:
             with Store.open(session_paths(name).database) as store:
                 state, attended, used = store.state, store.attended_turns(), last_time(store)
-                title = store.first_question()[:LONGEST_TITLE]
+                title = first_question(store)[:LONGEST_TITLE]
                 found = name, state.count, attended, size, used, state.header, "", title
                 return SessionSummary(*found)
         except SessionError as error:

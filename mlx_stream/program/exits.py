@@ -34,7 +34,7 @@ def notify(text: str, dim: bool = True) -> None:
     line = f"mlx_stream: {text}"
     with suppress(OSError):  # the terminal is gone
         if sys.stderr.isatty():
-            from mlx_stream.program.terminal import terminal_size, styled_notice
+            from mlx_stream.program.terminal import styled_notice, terminal_size
 
             line = styled_notice(line, terminal_size(sys.stderr)[0], dim)
         print(line, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from mlx_stream.chat.manage import rename_session
 from mlx_stream.chat.recorder import Change, ChangeKind
 from mlx_stream.chat.schema import SessionHeader
 from mlx_stream.chat.session_files import session_paths
-from mlx_stream.chat.store import Store
+from mlx_stream.chat.store import Store, first_question
 from mlx_stream.chat.summaries import SummaryReader, last_time, latest_session, session_summaries
 from mlx_stream.errors import SessionError
 from mlx_stream.program.lock import Lock
@@ -60,7 +60,7 @@ def slowly(name):
     """Return a summary's contents as opening the session gives them."""
     with Store.open(session_paths(name).database) as store:
         state = store.state
-        title = store.first_question()
+        title = first_question(store)
         return state.count, store.attended_turns(), last_time(store), state.header, title
 
 

@@ -234,8 +234,9 @@ def test_a_mark_says_where_attention_begins_and_continue_shows_the_end(letters):
     options = (letters, "--temp", 0, "--max-tokens", 40, "--window", 200, "--session", "marks")
     chat = Chat(*options)
     shown = chat.next() + "".join(chat.say(f"Question {number}") for number in range(6))
-    first = 6 - int(re.search(r"(\d+) exchanges? attended", again_of("marks", chat))[1])
-    assert f"attention now begins at: Question {first}" in shown
+    attended = re.search(r"(\d+) exchanges? attended", again_of("marks", chat))
+    assert attended
+    assert f"attention now begins at: Question {6 - int(attended[1])}" in shown
 
 
 def again_of(name, chat):

@@ -70,6 +70,6 @@ def test_files_that_a_question_names_are_part_of_it(tmp_path, monkeypatch):
 def test_what_is_not_a_text_file_is_refused(tmp_path, data):
     (tmp_path / "file").write_bytes(data)
     with pytest.raises(TextError):
-        attach_files(f"Read @{tmp_path}/file", str)
+        attach_files(f"Read @{tmp_path}/file", pytest.fail)
     with pytest.raises(TextError):
         naming(str(tmp_path / "nothing"))

@@ -15,11 +15,12 @@ class Emulator:
 
     Attributes:
         lines: all rows so far, without styles; the last `rows` of them are the screen.
+        styled: the same with the codes of their styles.
     """
 
     def __init__(self, columns: int, rows: int):
         self.columns, self.rows = columns, rows
-        self.lines, self._row = [""], 0
+        self.lines, self.styled, self._row = [""], [""], 0
 
     def write(self, text: str) -> None:
         for found in CONTROL.finditer(text):
@@ -28,14 +29,18 @@ class Emulator:
                 self._row += 1
                 if self._row == len(self.lines):
                     self.lines.append("")
+                    self.styled.append("")
             elif letter == "A":
                 self._row -= int(number or 1)
                 assert self._row >= max(0, len(self.lines) - self.rows), "above the screen"
             elif letter == "J":
-                del self.lines[self._row + 1 :]
-                self.lines[self._row] = ""
-            elif not found[0].startswith("\x1b"):
+                self.lines[self._row :], self.styled[self._row :] = [""], [""]
+            elif letter == "m":
+                self.styled[self._row] += found[0]
+            else:
+                assert not letter, "not understood"
                 self.lines[self._row] += found[0]
+                self.styled[self._row] += found[0]
                 assert cell_len(self.lines[self._row]) < self.columns, "beyond the edge"
 
     @property

@@ -33,17 +33,12 @@ class Seen(Desktop):
         return self._is_dark
 
     def startup(self) -> None:
-        if self._is_dark:  # no desktop is there to ask for it
-            from PySide6.QtGui import QColor, QPalette
+        if self._is_dark:  # off screen, no desktop makes the widgets dark
             from PySide6.QtWidgets import QApplication
 
-            roles, palette = QPalette.ColorRole, QPalette(QColor("#3a3a3e"), QColor("#2a2a2c"))
-            for role in (roles.WindowText, roles.Text, roles.ButtonText):
-                palette.setColor(role, QColor("#e8e8ea"))
-            for role in (roles.Base, roles.AlternateBase):
-                palette.setColor(role, QColor("#1e1e20"))
-            QApplication.setStyle("Fusion")
-            QApplication.setPalette(palette)
+            style = dark_style()
+            QApplication.setStyle(style)
+            QApplication.setPalette(style.standardPalette())
         super().startup()
 
     async def on_running(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -88,6 +83,24 @@ class Seen(Desktop):
     def _draw(self, path: Path) -> None:
         self.view.draw()
         path.write_bytes(self.view.main.as_image().data)
+
+
+def dark_style() -> Any:
+    """Return a style whose palette, which Toga gives to each widget, is dark."""
+    from PySide6.QtGui import QColor, QPalette
+    from PySide6.QtWidgets import QProxyStyle
+
+    roles, palette = QPalette.ColorRole, QPalette(QColor("#3a3a3e"), QColor("#2a2a2c"))
+    for role in (roles.WindowText, roles.Text, roles.ButtonText):
+        palette.setColor(role, QColor("#e8e8ea"))
+    for role in (roles.Base, roles.AlternateBase):
+        palette.setColor(role, QColor("#1e1e20"))
+
+    class DarkStyle(QProxyStyle):
+        def standardPalette(self) -> QPalette:
+            return palette
+
+    return DarkStyle("Fusion")
 
 
 if __name__ == "__main__":
