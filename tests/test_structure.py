@@ -59,6 +59,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "mlx_lm": "mlx-lm",
     "llama_cpp": "llama-cpp-python",
+    "markdown_it": "markdown-it-py",
     "prompt_toolkit": "prompt-toolkit",
 }
 # Extras that a verb may ask for; `dev` is for working on the project.
@@ -295,10 +296,10 @@ def test_every_command_of_the_readmes_parses(line):
 
 @pytest.mark.parametrize("name", READMES)
 def test_every_option_named_in_a_readme_exists(name):
+    commands = [command for verbs in PROGRAMS.values() for command in verbs.values()]
     known = {
         option
-        for verbs in PROGRAMS.values()
-        for command in verbs.values()
+        for command in (*commands, typer.main.get_command(app))
         for param in command.params
         for option in (*param.opts, *param.secondary_opts)
     }

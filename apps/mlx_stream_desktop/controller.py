@@ -10,7 +10,12 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from mlx_stream import Piece, Sampling
-from mlx_stream.chat import SessionSummary, session_summaries
+from mlx_stream.chat import (
+    SessionSummary,
+    remove_session,
+    rename_session,
+    session_summaries,
+)
 from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.hub import STARTER, STARTER_SYSTEM, cached_models
 from mlx_stream_desktop import history
@@ -106,7 +111,7 @@ class ChatController:
             return self._changed()
         self.status.phase = "reading"
         self.status.say("")
-        self.said.append(Message(question))
+        self.said.append(Message(question, time=history.now()))
         self._reply = asyncio.create_task(self._ask(question))
         await asyncio.wait({self._reply})
         self._reply.result()
@@ -149,6 +154,37 @@ class ChatController:
         try:
             aside, text = self._session.aside, words.strip()
             self._searched = await aside(history.names_with, text) if text else None
+        except MlxStreamError as error:
+            self.status.alarm(error)
+        await self._list()
+
+    async def rename(self, text: str) -> None:
+        """Give the open conversation another name."""
+        before, name = self.name, history.as_name(text)
+        if not before or not self.status.idle or name in ("", before):
+            return self._changed()
+        self.status.phase = "loading"  # nothing may be sent to a conversation that is being closed
+        self._changed()
+        await self._close_chat()
+        try:
+            await self._session.aside(rename_session, before, name)
+            self.name, refused = name, ""
+        except MlxStreamError as error:
+            refused = one_line(error)
+        await self._join()
+        if refused:
+            self.status.say(refused, alarming=True)
+        await self._list()
+
+    async def delete(self) -> None:
+        """Permanently remove the open conversation."""
+        name = self.name
+        if not name or not self.status.can_choose:
+            return
+        await self._leave()
+        try:
+            await self._session.aside(remove_session, name)
+            self.status.say("")
         except MlxStreamError as error:
             self.status.alarm(error)
         await self._list()
@@ -233,7 +269,7 @@ class ChatController:
             self._give_back(last.question)
             del self.said[-1]
         elif kept and kept.question == last.question:
-            self.said[-1] = Message(kept.question, kept.reply, kept.finish, last.recalled)
+            self.said[-1] = replace(last, reply=kept.reply, finish=kept.finish)
         else:
             self.said[-1] = replace(last, finish=last.finish or "interrupted")
         self._count()

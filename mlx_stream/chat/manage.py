@@ -1,4 +1,4 @@
-"""Open, verify and remove saved conversations; loads no model."""
+"""Open, verify, rename and remove saved conversations; loads no model."""
 
 import os
 from contextlib import suppress
@@ -50,6 +50,28 @@ def questions_of(name: str) -> list[str]:
     with suppress(SessionError), open_transcript(name) as store:
         return [turn.exchange.question for turn in store.whole()[0]]
     return []
+
+
+def rename_session(name: str, new: str) -> None:
+    """Give a conversation another name.
+
+    Raises:
+        SessionError: it does not exist, the new name is taken or not valid, or a process has one of
+            them open.
+    """
+    where, target = session_paths(name), session_paths(new)
+    if any(os.path.lexists(path) for path in files_of(target)):
+        raise SessionError(f"session {new!r} already exists: choose another name")
+    with Lock.acquire(where.lock), Lock.acquire(target.lock):
+        Store.open(where.database, locked=True).close()  # what a killed process left is in the file
+        try:
+            for old, path in zip(files_of(where), files_of(target), strict=True):
+                if os.path.lexists(old):
+                    old.rename(path)
+        except OSError as error:
+            raise SessionError(f"{name}: cannot be renamed: {error.strerror}") from error
+        with suppress(OSError):
+            where.lock.unlink()
 
 
 def files_of(where: SessionPaths) -> list[Path]:

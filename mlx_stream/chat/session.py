@@ -326,15 +326,22 @@ class ChatSession:
         self.recalled, self._recalled_for, self.stats.recalled = (), (0, ""), 0
         self.tokens.ids.restart_observers()
 
-    def restart(self, system: str | None, window: int | None) -> None:
+    def restart(
+        self, system: str | None, window: int | None, progress: Progress | None = None
+    ) -> None:
         """Change the system prompt or the window, and read the attended turns again.
+
+        Args:
+            progress: called while they are read, with the tokens read and the total.
 
         Raises:
             TemplateError, ValueRefused, MemoryRefused: as in the constructor; nothing has changed.
         """
-        run_coroutine(self.restart_steps(system, window))
+        run_coroutine(self.restart_steps(system, window, progress))
 
-    def restart_steps(self, system: str | None, window: int | None) -> Coroutine[Piece, None]:
+    def restart_steps(
+        self, system: str | None, window: int | None, progress: Progress | None = None
+    ) -> Coroutine[Piece, None]:
         """Restart as a coroutine. If it is closed before its end, nothing has changed."""
         turns, before = self._settle(), dict(vars(self))
         self.stats = replace(self.stats)
@@ -344,7 +351,8 @@ class ChatSession:
             turns = tuple(PlacedTurn(e, number, 0) for number, e in exchanges.items())
             self.evictor.state = Idle(turns)
             self.evictor.become_idle(self._place_again(turns))
-            yield from self._read_settling()
+            unread = unread_ids(self.prompts.pinned, self.evictor.state.turns, self.tokens.length)
+            yield from self._read_settling(cumulative(progress, len(unread)))
         except BaseException:
             vars(self).update(before)
             raise

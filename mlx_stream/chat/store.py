@@ -319,3 +319,14 @@ def clear_log(connection: sqlite3.Connection) -> None:
     # The change is committed. If this fails now, closing the file tries again.
     with suppress(sqlite3.Error):
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def first_question(store: Store) -> str:
+    """Return the first question that is not forgotten, or "" if there is none.
+
+    Raises:
+        SessionError: the transcript is damaged.
+    """
+    with store._transaction("BEGIN"):
+        query = "SELECT text FROM messages WHERE role = 'user' ORDER BY turn, place LIMIT 1"
+        return "".join(text for (text,) in store.connection.execute(query).fetchall())

@@ -18,7 +18,7 @@ from typing import Any, Self
 from mlx_stream.chat.migrations import VERSION, schema
 from mlx_stream.chat.schema import SessionHeader, is_time, state_of
 from mlx_stream.chat.session_files import DATABASE, session_names, session_paths
-from mlx_stream.chat.store import Store
+from mlx_stream.chat.store import Store, first_question
 from mlx_stream.errors import SessionError
 from mlx_stream.program import sqlite
 from mlx_stream.program.paths import cache_folder, data_folder
@@ -26,8 +26,11 @@ from mlx_stream.program.paths import cache_folder, data_folder
 TABLES = "SELECT type, name, tbl_name, sql FROM x.sqlite_master LIMIT 9"
 # When it was last written to.
 USED = "coalesce((SELECT time FROM x.turns ORDER BY number DESC LIMIT 1), created)"
+LONGEST_TITLE = 200
 SUMMARY = f"""SELECT number, turns.checksum, {USED},
-    (SELECT count(*) FROM x.turns WHERE number >= first AND state = 'answered'), session.*
+    (SELECT count(*) FROM x.turns WHERE number >= first AND state = 'answered'),
+    (SELECT substr(text, 1, {LONGEST_TITLE}) FROM x.messages WHERE role = 'user'
+     ORDER BY turn, place LIMIT 1), session.*
     FROM x.session LEFT JOIN x.turns ON number = (SELECT max(number) FROM x.turns) LIMIT 2"""
 
 
@@ -40,6 +43,7 @@ class SessionSummary:
         attended: how many of them the stream attends to.
         used: when its last turn was written, ISO 8601, UTC; of a damaged one, its file.
         header: None if the conversation cannot be opened; `damage` then says why.
+        title: the beginning of the first question; empty if there is none.
     """
 
     name: str
@@ -49,6 +53,7 @@ class SessionSummary:
     used: str
     header: SessionHeader | None
     damage: str = ""
+    title: str = ""
 
 
 def session_summaries() -> list[SessionSummary]:
@@ -107,15 +112,17 @@ class SummaryReader:
     def summary(self, name: str) -> SessionSummary:
         size = sum(self.files[one].st_size for one in file_names(name) if one in self.files)
         with suppress(ValueError, TypeError):
-            ((number, checksum, used, attended, *row),) = self._rows(name, SUMMARY)
+            ((number, checksum, used, attended, title, *row),) = self._rows(name, SUMMARY)
             state = state_of(row)
             if (number or 0, checksum or "") == (state.count, state.last) and is_time(used):
-                return SessionSummary(name, state.count, attended, size, used, state.header)
+                found = name, state.count, attended, size, used, state.header, "", title or ""
+                return SessionSummary(*found)
         try:
             with Store.open(session_paths(name).database) as store:
-                state, used = store.state, last_time(store)
-                attended = len(store.exchanges(state.first))
-                return SessionSummary(name, state.count, attended, size, used, state.header)
+                state, attended, used = store.state, store.attended_turns(), last_time(store)
+                title = first_question(store)[:LONGEST_TITLE]
+                found = name, state.count, attended, size, used, state.header, "", title
+                return SessionSummary(*found)
         except SessionError as error:
             written = datetime.fromtimestamp(self.order(name, "")[1] / 1e9, UTC)
             used = written.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,17 +1,13 @@
 """Asks once, on a Mac, whether a larger model than the starter should be used; fetches nothing."""
 
-import json
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
-
-from mlx_stream.errors import ValueRefused
+from mlx_stream.cli.config_file import set_value, setting
 from mlx_stream.hub.starter import STARTER
-from mlx_stream.program.paths import data_folder, private, user_folder
+from mlx_stream.program.paths import data_folder, private
 
 if TYPE_CHECKING:
     from mlx_stream.plan.devices import Device
@@ -28,7 +24,7 @@ def choose_model(ask: Callable[[str], str], device: "Device | None" = None) -> s
     Args:
         device: default: this machine.
     """
-    if model := remembered_model():
+    if model := setting("model"):
         return model
     if device is None and sys.platform != "darwin":
         return STARTER
@@ -45,38 +41,16 @@ def choose_model(ask: Callable[[str], str], device: "Device | None" = None) -> s
         f"fetch, {model.license}) fits here with a window of {offer.plan.window:,}.\n{QUESTION}"
     ).lower()
     if answer in ("y", "yes"):
-        remember_model(model.name)
+        set_value("model", model.name)
         return model.name
     if answer == "always":
-        remember_model(STARTER)
+        set_value("model", STARTER)
     elif answer in ("n", "no"):
         decline_model(model.name)
     return STARTER
 
 
-# --- kept answers ---
-
-
-def config_path() -> Path:
-    return user_folder("config.toml", platformdirs.user_config_dir("mlx_stream"), "config.toml")
-
-
-def remembered_model() -> str | None:
-    """Return the model of the config file."""
-    try:
-        return tomllib.loads(config_path().read_text("utf-8")).get("model")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueRefused(f"{config_path()}: cannot be read: {error}") from error
-
-
-def remember_model(name: str) -> None:
-    """Add the model to a config file that has none."""
-    path = config_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_text("utf-8") if path.exists() else ""
-    path.write_text(f"model = {json.dumps(name)}\n{before}", "utf-8")
+# --- the answer no ---
 
 
 def declined_file() -> Path:

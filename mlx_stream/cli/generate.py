@@ -34,7 +34,7 @@ def generate(
         Path | None, Option(help="File for the replies to --file, one JSON object a line.")
     ] = None,
     streams: Annotated[int, Option(help="Prompts of --file to complete at a time.")] = 8,
-    model: options.ModelArgument = "starter",
+    model: options.DefaultModelArgument = None,
     max_tokens: options.MaxTokens = 256,
     sampling: options.SamplingOptions,
     attended: options.WindowOptions,

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 def plan(
     *,
     model: Annotated[
-        str,
+        str | None,
         Argument(
-            metavar="MODEL", help="A folder, a Hub id, a .gguf file, a config.json, or starter."
+            metavar="MODEL",
+            help="A folder, a Hub id, a .gguf file, a config.json, or starter. Default: the config "
+            "file's, else the starter.",
         ),
-    ] = "starter",
+    ] = None,
     device: Annotated[
         str | None, Option(help="A device that `mlx_stream devices` lists. Default: this machine.")
     ] = None,
@@ -63,6 +65,7 @@ def plan(
     from mlx_stream.plan.inspect import local_model, summarize_model
     from mlx_stream.plan.planner import PlanRequest, make_plan
 
+    model = options.default_model() if model is None else model
     place = devices.find(device, own) if device is not None else devices.here()
     if no_entitlement:
         place = devices.without_entitlement(place)

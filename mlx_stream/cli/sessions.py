@@ -8,7 +8,7 @@ from typer import Argument
 
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import new_group, options
-from mlx_stream.cli.report import print_json, print_table
+from mlx_stream.cli.report import local_time, print_json, print_table
 from mlx_stream.program.escape import escape
 from mlx_stream.program.exits import fail, notify
 
@@ -46,7 +46,7 @@ def list_sessions(*, as_json: options.AsJson = False) -> None:
                 f"{one.exchanges:,}",
                 f"{one.attended:,}",
                 f"{one.bytes / 1e6:.1f} MB",
-                one.used,
+                local_time(one.used),
                 escape(one.header.model) if one.header else "cannot be opened: see verify",
             ]
             for one in found

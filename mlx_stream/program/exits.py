@@ -39,15 +39,23 @@ OPTIONS = {f"`{name}`": f"--{name.replace('_', '-')}" for name in PARAMETERS} | 
 ENDING = signal.SIGHUP, signal.SIGTERM
 
 
-def notify(text: str) -> None:
-    """Print a line for the user that is not the result; options have their names in a program."""
+def notify(text: str, dim: bool = True) -> None:
+    """Print a line for the user that is not the result; a terminal shows it wrapped and dim.
+
+    Parameters of the library are named as a program's options.
+    """
     text = re.sub("`[a-zA-Z_=]+`", lambda found: OPTIONS.get(found[0], found[0]), text)
+    line = f"mlx_stream: {text}"
     with suppress(OSError):  # the terminal is gone
-        print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            from mlx_stream.program.terminal import styled_notice, terminal_size
+
+            line = styled_notice(line, terminal_size(sys.stderr)[0], dim)
+        print(line, file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:
-    notify(text)
+    notify(text, dim=False)
     raise SystemExit(1)
 
 

@@ -4,7 +4,8 @@ import tomllib
 
 import pytest
 
-from mlx_stream.cli.first_model import QUESTION, choose_model, config_path
+from mlx_stream.cli.config_file import config_path
+from mlx_stream.cli.first_model import QUESTION, choose_model
 from mlx_stream.errors import ValueRefused
 from mlx_stream.plan import devices
 from tests.fakes.terminals import Terminal

@@ -23,7 +23,7 @@ COLUMNS = (
 @options.verb
 def streameval(
     *,
-    model: options.ModelArgument = "starter",
+    model: options.DefaultModelArgument = None,
     window: common.Window = 1_020,
     sinks: common.Sinks = 4,
     lines: Annotated[int, Option(help="Lines to read.")] = 600,
