@@ -216,7 +216,7 @@ def again(model: mlx_stream.Model, life: Life) -> None:
 
 def rings(engine: mlx_stream.Engine) -> int:
     """Return the bytes of weights and rings, without the beginnings that are kept."""
-    return engine.memory[0] - engine._host.prefixes.nbytes
+    return engine.memory[0] - engine._host.prefix_bytes
 
 
 def fail_sometimes(engine: mlx_stream.Engine, rng: random.Random) -> None:
