@@ -13,8 +13,6 @@ from mlx_stream.cli.terminal import progress_bar, read_text
 from mlx_stream.errors import ValueRefused
 from mlx_stream.program.exits import notify
 
-MOST_STREAMS = 64
-
 if TYPE_CHECKING:
     from mlx_stream.generate.requests import Coroutine
     from mlx_stream.load import Model
@@ -135,6 +133,7 @@ def check_streams(model: "Model", attended: options.WindowOptions, streams: int)
     """Refuse more streams than fit the memory together, before any is allocated."""
     from mlx_stream.cache.steps.verify import spare_rows
     from mlx_stream.models.layout import ring_bytes
+    from mlx_stream.window import MOST_STREAMS
 
     if not model.force and 1 < streams <= MOST_STREAMS:
         sinks, window = model.resolve_window(attended.sinks, attended.window)

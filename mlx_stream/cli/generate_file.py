@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from mlx_stream.cli.generate import MOST_STREAMS
 from mlx_stream.cli.terminal import progress_bar, read_text
 from mlx_stream.engine.offline import run_all
 from mlx_stream.errors import MlxStreamError, TextError, ValueRefused, one_line
@@ -15,6 +14,7 @@ from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.requests import Coroutine
 from mlx_stream.program.atomic_replace import flush
 from mlx_stream.text.pieces import Piece
+from mlx_stream.window import MOST_STREAMS
 
 
 def read_prompts(path: Path) -> dict[int, str]:

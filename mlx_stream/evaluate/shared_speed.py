@@ -21,9 +21,9 @@ from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.window import MOST_STREAMS
 
 LEAST_ROUNDS = 3
-MOST_AT_ONCE = 64
 
 Round = Callable[[], None]
 
@@ -47,8 +47,8 @@ def shared_speed(
     """
     if rounds < LEAST_ROUNDS:
         raise ValueRefused(f"--pairs must be at least {LEAST_ROUNDS}, not {rounds}")
-    if not counts or not all(1 <= count <= MOST_AT_ONCE for count in counts):
-        raise ValueRefused(f"--streams must be numbers from 1 to {MOST_AT_ONCE}, such as 1,2,4,8")
+    if not counts or not all(1 <= count <= MOST_STREAMS for count in counts):
+        raise ValueRefused(f"--streams must be numbers from 1 to {MOST_STREAMS}, such as 1,2,4,8")
     _, window = model.resolve_window(SINKS, window, progress)
     rows: list[Row] = []
     for count in counts:

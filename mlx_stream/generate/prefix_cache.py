@@ -55,7 +55,7 @@ class PrefixCache:
         if key not in self._prefixes:
             return False
         self._prefixes[key] = prefix = self._prefixes.pop(key)
-        write_rows(writer, prefix)
+        paste_rows(writer, prefix)
         writer.tokens.ids.restore(ids)
         return True
 
@@ -68,7 +68,7 @@ class PrefixCache:
         while self._prefixes and not self._has_room(needed):
             del self._prefixes[next(iter(self._prefixes))]
         if self._has_room(needed):
-            self._prefixes[key] = read_rows(writer, len(ids))
+            self._prefixes[key] = copy_rows(writer, len(ids))
         self._reserve(self.nbytes)
 
     def clear(self) -> None:
@@ -87,7 +87,7 @@ def key_of(writer: Writer, ids: Sequence[int]) -> object:
     return tuple(ids), writer.cache.geometry.sinks, bits
 
 
-def read_rows(writer: Writer, count: int) -> Prefix:
+def copy_rows(writer: Writer, count: int) -> Prefix:
     """Return a copy of a stream's first `count` rows."""
     current, storage = writer.cache.current, writer.cache.storage
     keys, values = (
@@ -99,7 +99,7 @@ def read_rows(writer: Writer, count: int) -> Prefix:
     return Prefix(current.position, keys, values, sinks)
 
 
-def write_rows(writer: Writer, prefix: Prefix) -> None:
+def paste_rows(writer: Writer, prefix: Prefix) -> None:
     """Write the first rows of an empty stream, layer by layer: only one exists twice at a time."""
     cache, count = writer.cache, prefix.sinks.shape[2]
     segments = [(0, count, 0)]

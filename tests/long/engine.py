@@ -224,11 +224,11 @@ def fail_sometimes(engine: mlx_stream.Engine, rng: random.Random) -> None:
     scheduler, network = engine._worker._scheduler, engine._host.model.network
     run = scheduler.run
 
-    def run_or_fail(requests: Any) -> Any:
+    def run_or_fail(requests: Any, measure: bool) -> Any:
         if rng.random() > 1 / STEPS_UNTIL_FAILURE:
-            return run(requests)
+            return run(requests, measure)
         with failing(network):
-            return run(requests)
+            return run(requests, measure)
 
     scheduler.run = run_or_fail  # type: ignore[method-assign]
 
