@@ -130,7 +130,9 @@ class PromptBuilder:
         """
         calls = bool(exchange.calls)
         later = later and (self.template.settles_late or calls)
-        if not (self.template.rewrites or later or calls):
+        tools = calls or exchange.answers_calls  # some templates write results in two ways
+        marks = exchange.thinking and not exchange.reply_ids  # to be encoded, as text is not
+        if not (self.template.rewrites or later or tools or marks):
             return replace(exchange, settled_ids=None)
         message = self.replies.message(exchange)
         text = self._settled_text(exchange, message, first, later)
