@@ -702,7 +702,7 @@ class ChatSession:
                 "this model's template has no place for a system prompt that stays: it is asked "
                 "and answered in an opening exchange"
             )
-        if system is None and pinned >= LONG_HEAD:
+        if system is None and not self.tools and pinned >= LONG_HEAD:
             self._notify(long_head_notice(pinned))
         if pinned > geometry.window:
             self._notify(

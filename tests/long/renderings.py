@@ -22,8 +22,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from mlx_stream.chat.exchange import Exchange, question_of
-from mlx_stream.chat.messages import Message, as_messages, escaped_calls
+from mlx_stream.chat.messages import Message, as_messages
 from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.chat.template_messages import escaped_calls
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.text.template.chat_template import ChatTemplate, user
 from mlx_stream.text.tokenizer import Tokenizer
