@@ -4,17 +4,26 @@ The public names are imported when they are first used: importing the package do
 """
 
 import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (a checkout; pip refuses to install it)
+    raise SystemExit(
+        "mlx_stream needs Python 3.11 or newer, and this is "
+        f"{sys.version_info[0]}.{sys.version_info[1]}: install a newer one, for example with "
+        "`uv python install 3.13`"
+    )
+
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mlx_stream import backend as _backend  # noqa: F401  (OpenBLAS, before MLX is imported)
+from mlx_stream import backend as _backend  # noqa: F401  (a fast BLAS, before MLX is imported)
 from mlx_stream import errors
 
 if TYPE_CHECKING:
+    from mlx_stream.chat.exchange import Exchange
     from mlx_stream.chat.messages import Message
     from mlx_stream.chat.session import ChatSession
-    from mlx_stream.engine import Engine, Session
+    from mlx_stream.engine import Engine, Listener, Session
     from mlx_stream.generate.completion import stream
     from mlx_stream.generate.stats import Stats
     from mlx_stream.load import Model, load
@@ -25,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ChatSession",
     "Engine",
+    "Exchange",
+    "Listener",
     "Message",
     "Model",
     "Piece",
@@ -40,6 +51,8 @@ __all__ = [
 _HOMES = {
     "ChatSession": "mlx_stream.chat.session",
     "Engine": "mlx_stream.engine",
+    "Exchange": "mlx_stream.chat.exchange",
+    "Listener": "mlx_stream.engine",
     "Message": "mlx_stream.chat.messages",
     "Model": "mlx_stream.load",
     "Piece": "mlx_stream.text.pieces",

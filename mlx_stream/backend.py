@@ -1,35 +1,53 @@
 """Prepares the process before MLX is imported, and describes this machine; independent of models.
 
-MLX's Linux wheel has a slow reference BLAS (5 GFLOP/s). If the system's OpenBLAS is loaded first,
-with global symbols, the wheel uses it: 30 times faster.
+MLX's Linux wheel has a slow reference BLAS (5 GFLOP/s). If OpenBLAS or MKL is loaded first, with
+global symbols, the wheel uses it: 30 times faster.
 """
 
 import ctypes
 import functools
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 OPENBLAS = "libopenblas.so.0"
+SLOWER = "float32 products 30 times slower"
+INSTALL = "apt-get install libopenblas0-pthread (Debian, Ubuntu), or pip install 'mlx_stream[blas]'"
+IMPORTED_LATE = "mlx.core" in sys.modules  # then MLX has bound its own BLAS
 COMPILE = "MLX_STREAM_COMPILE"
 CACHE_LIMIT = 256 * 2**20
 
 
-def load_openblas() -> bool:
-    """Load the system's OpenBLAS before MLX, on Linux; return whether MLX will use it."""
-    if not sys.platform.startswith("linux"):
-        return False
-    if "mlx.core" in sys.modules:
-        return False  # too late: MLX has bound its own BLAS. Import mlx_stream before mlx
+def load_blas() -> str:
+    """Load the system's OpenBLAS before MLX, on Linux, or else the library of the `mkl` wheel.
+
+    Returns:
+        The library, or "" if MLX will use its own.
+    """
+    if not sys.platform.startswith("linux") or IMPORTED_LATE:
+        return ""
     # One-row products are up to ten times slower on two threads than on one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    try:
-        ctypes.CDLL(OPENBLAS, mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return False
-    return True
+    for library in (OPENBLAS, *map(str, Path(sys.prefix, "lib").glob("libmkl_rt.so*"))):
+        with suppress(OSError):
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            return library
+    return ""
 
 
-openblas_loaded = load_openblas()
+def explain_slow_blas() -> str:
+    """Return why MLX uses its own slow BLAS on Linux, and what to do; "" if it does not."""
+    if not sys.platform.startswith("linux") or blas:
+        return ""
+    if IMPORTED_LATE:
+        return f"MLX was imported before mlx_stream, which makes {SLOWER}: import mlx_stream first"
+    return f"no fast BLAS was found, which makes {SLOWER}: {INSTALL}"
+
+
+blas = load_blas()
+# To be shown when a model is loaded, once.
+notices = [line for line in (explain_slow_blas(),) if line]
 
 
 def on_metal() -> bool:
@@ -93,8 +111,6 @@ def memory_budget() -> int:
 
 def resident_bytes() -> int:
     """Return this process's resident memory, in bytes; on macOS its peak."""
-    from pathlib import Path
-
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -133,7 +149,8 @@ def describe() -> dict[str, str | int | bool]:
         "system": platform.platform(),
         "device": str(about.get("device_name", platform.machine())),
         "metal": on_metal(),
-        "openblas": openblas_loaded,
+        "openblas": blas == OPENBLAS,
+        "blas": blas or "MLX's own",
         "memory_budget_bytes": memory_budget(),
         "cores": os.cpu_count() or 1,
     }
@@ -147,11 +164,8 @@ def advice() -> list[str]:
             lines.append("M1 and M2 emulate bfloat16: such weights are cast to float16")
         return lines
     lines.append("MLX runs on its CPU backend here: for real speed, use a Mac with Apple Silicon")
-    if sys.platform.startswith("linux") and not openblas_loaded:
-        lines.append(
-            f"{OPENBLAS} is missing, which makes float32 products 30 times slower: install it "
-            "(Debian, Ubuntu: apt-get install libopenblas0-pthread)"
-        )
+    if slow := explain_slow_blas():
+        lines.append(slow)
     lines.append(
         "float16, bfloat16 and quantized products are slower than float32 on this backend: "
         "quantized weights are dequantized to float32 unless --keep-quantized is given"

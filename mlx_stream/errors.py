@@ -2,6 +2,7 @@
 
     MlxStreamError
     ├── ValueRefused        an option or argument is out of range
+    │   └── TypeRefused     an argument has the wrong type
     ├── SourceError         a model cannot be found or fetched
     ├── CheckpointError     a model's files are damaged, truncated or incomplete
     │   ├── ConfigError     config.json is incomplete, malformed or asks for something unsupported
@@ -14,6 +15,7 @@
     ├── DeviceError         a device is unknown, or a file of devices cannot be used
     ├── MemoryRefused       a model and its ring do not fit the device or an engine's budget
     ├── QueueFull           an engine's queue or a listener's backlog is full
+    ├── EngineOpen          another engine is open in this process
     ├── EngineClosed        an engine or one of its sessions is closed
     └── ComputeError        MLX or the device failed
 
@@ -40,6 +42,10 @@ class MlxStreamError(Exception):
 
 class ValueRefused(MlxStreamError, ValueError):
     """An option or argument is out of range."""
+
+
+class TypeRefused(ValueRefused, TypeError):
+    """An argument has the wrong type."""
 
 
 class SourceError(MlxStreamError):
@@ -90,8 +96,12 @@ class QueueFull(MlxStreamError):
     """An engine's queue or a listener's backlog is full: try again later."""
 
 
+class EngineOpen(MlxStreamError):
+    """Another engine is open in this process: close it first."""
+
+
 class EngineClosed(MlxStreamError):
-    """An engine or one of its sessions is closed, or cannot be opened here."""
+    """An engine or one of its sessions is closed, or was left behind by a fork."""
 
 
 class ComputeError(MlxStreamError):

@@ -23,6 +23,7 @@ from mlx_stream.models.compiled import CompiledSteps
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.models.layout import ring_bytes
 from mlx_stream.models.weights import DTYPES, RemainingTensors, build, weight_bytes
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.text.tokenizer import Tokenizer
 from mlx_stream.window import (
@@ -59,7 +60,7 @@ def check_memory(weights: int, ring: int) -> None:
         raise MemoryRefused(
             f"{megabytes(weights)} of weights and {megabytes(ring)} of keys and values exceed this "
             f"device's budget of {megabytes(budget)}: use a smaller window, a quantized model, or "
-            "--force"
+            "`force`"
         )
 
 
@@ -98,6 +99,11 @@ class Model:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "compiled_steps", CompiledSteps(self.network))
+
+    def __repr__(self) -> str:
+        kind = f"{self.config.model_type}, {megabytes(self.weight_bytes)} of weights"
+        quantized = ", quantized" if self.quantized else ""
+        return f"Model({self.name!r}: {kind}{quantized}, {str(self.dtype).split('.')[-1]})"
 
     def with_check(self, check: Callable[[int, int], None]) -> "Model":
         """Return the same model, with the same traces, and a different `check` of its streams."""
@@ -190,6 +196,7 @@ class Model:
         return sinks
 
 
+@check_arguments
 def load(
     source: str | Path = "starter",
     dtype: str | None = None,
@@ -219,6 +226,8 @@ def load(
     if (compiled := os.environ.get(backend.COMPILE, "")) not in ("", "0", "1"):
         raise ValueRefused(f"{backend.COMPILE} must be 0 or 1, not {compiled!r}")
     backend.prepare_compiling()
+    while backend.notices:
+        notify(backend.notices.pop())
     # A Path is always on disk; as a string, "starter" would be the starter.
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = resolve(place, notify)
@@ -273,7 +282,7 @@ def named_dtype(name: str | None) -> mx.Dtype | None:
         ValueRefused: it is unknown.
     """
     if name is not None and name not in DTYPES:
-        raise ValueRefused(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+        raise ValueRefused(f"`dtype` must be one of {', '.join(DTYPES)}, not {name!r}")
     return DTYPES[name] if name else None
 
 

@@ -7,19 +7,21 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from functools import cache
+from typing import Any, TypedDict, get_type_hints
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_stream.errors import ValueRefused
+from mlx_stream.program.argument_types import refuse_wrong_types
 
 LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
 MOST_LOGPROBS = 20
 
 # Takes the ids of a reply so far, and returns which tokens may come next, (vocabulary,) bool, or
 # None for any.
-Mask = Callable[[Sequence[int]], "np.ndarray | None"]
+Mask = Callable[[Sequence[int]], np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,29 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        refuse_wrong_types(vars(self), _field_types())
         penalty = self.repetition_penalty
-        for option, value, holds, expected in (
-            ("--temp", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
-            ("--top-k", self.top_k, self.top_k >= 0, "0 or more"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("--repetition-penalty", penalty, 0.01 <= penalty <= 100, "from 0.01 to 100"),
-            ("--seed", self.seed, 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
+        for name, value, holds, expected in (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", penalty, 0.01 <= penalty <= 100, "from 0.01 to 100"),
+            ("seed", self.seed, 0 <= (self.seed or 0) < 2**64, "from 0 to 2^64 - 1"),
         ):
             if not holds:
-                raise ValueRefused(f"{option} must be {expected}, not {value}")
+                raise ValueRefused(f"`{name}` must be {expected}, not {value}")
 
     def with_seed(self) -> "Sampling":
         """Return the same settings; draw a seed if there is none."""
         if self.seed is not None:
             return self
         return replace(self, seed=int.from_bytes(os.urandom(4), "little"))
+
+
+@cache
+def _field_types() -> dict[str, Any]:
+    return get_type_hints(Sampling)
 
 
 class ReplyOptions(TypedDict, total=False):

@@ -10,6 +10,8 @@ DEFAULT_WINDOW = 2_048
 THINKING_WINDOWS = (32_764, 16_380, 8_188, 4_092, DEFAULT_WINDOW)
 # The largest number of tokens in a step that reads a prompt.
 PREFILL_CHUNK = 128
+# The same in a step of several streams, while no reply is in progress.
+SHARED_ROWS = 2 * PREFILL_CHUNK
 
 
 def resolve_window(
@@ -26,11 +28,11 @@ def resolve_window(
     trained = config.max_position_embeddings
     sinks = DEFAULT_SINKS if sinks is None else sinks
     if not 0 <= sinks < trained:
-        raise ValueRefused(f"--sinks must be from 0 to {trained - 1}, not {sinks}")
+        raise ValueRefused(f"`sinks` must be from 0 to {trained - 1}, not {sinks}")
     if window is None:
         window = min(DEFAULT_WINDOW, trained - sinks)
     if window < 1:
-        raise ValueRefused(f"--window must be at least 1, not {window}")
+        raise ValueRefused(f"`window` must be at least 1, not {window}")
     if sinks + window > trained:
         raise ValueRefused(
             f"sinks {sinks} + window {window} = {sinks + window} tokens exceed the model's "

@@ -35,6 +35,7 @@ ROOMS = [
     "backend",
     "errors",
     "program",
+    "recall",
     "config",
     "sampling",
     "window",
@@ -58,6 +59,7 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "mlx_lm": "mlx-lm",
     "llama_cpp": "llama-cpp-python",
+    "markdown_it": "markdown-it-py",
     "prompt_toolkit": "prompt-toolkit",
 }
 # Extras that a verb may ask for; `dev` is for working on the project.
@@ -294,10 +296,10 @@ def test_every_command_of_the_readmes_parses(line):
 
 @pytest.mark.parametrize("name", READMES)
 def test_every_option_named_in_a_readme_exists(name):
+    commands = [command for verbs in PROGRAMS.values() for command in verbs.values()]
     known = {
         option
-        for verbs in PROGRAMS.values()
-        for command in verbs.values()
+        for command in (*commands, typer.main.get_command(app))
         for param in command.params
         for option in (*param.opts, *param.secondary_opts)
     }
@@ -416,9 +418,13 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_no_class_has_too_many_methods():
-    """Two have a reason for more, which their docstrings give."""
+    """Two have more than 20; their docstrings give the reason."""
+    found = set()
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "apps").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.ClassDef) and node.name not in ("ChatSession", "StreamCache"):
+            if isinstance(node, ast.ClassDef):
                 methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-                assert len(methods) <= 20, f"{path}: {node.name}"
+                if len(methods) > 20:
+                    assert "It has more methods" in (ast.get_docstring(node) or ""), node.name
+                    found.add(node.name)
+    assert found == {"ChatSession", "StreamCache"}

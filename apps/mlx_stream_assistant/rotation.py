@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,6 +25,9 @@ ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)
 ZEROS = 2**20
 # Names of files in a notice.
 MOST_SHOWN = 10
+# Seconds for which names must be in no clear order before their files are left out: another program
+# may be renaming them just now.
+UNCLEAR = 3.0
 Found = tuple[Path, os.stat_result]
 Rotated = tuple[int, Path, os.stat_result]  # with its number: later files have higher ones
 
@@ -53,9 +56,11 @@ class FileSearch:
     Each method raises FileNotFoundError if a file is renamed meanwhile: look again.
     """
 
-    def __init__(self, path: Path, tell: Notify):
-        self.path, self._tell = path, tell
+    def __init__(self, path: Path, tell: Notify, clock: Callable[[], float]):
+        self.path, self._tell, self._clock = path, tell, clock
         self._told: set[str] = set()
+        # Names in no clear order, and when they were first and last seen so.
+        self._unclear, self._first, self._last = list[str](), 0.0, 0.0
 
     def forget_notices(self) -> None:
         """Allow notices to be repeated, because there is a file to read now."""
@@ -144,6 +149,12 @@ class FileSearch:
 
     def _tell_not_read(self, files: list[Rotated], more: str = ", in no clear order") -> None:
         names = sorted(path.name for _, path, _ in files)
+        now = self._clock()
+        if names != self._unclear or now - self._last > UNCLEAR:
+            self._first = now
+        self._unclear, self._last = names, now
+        if now - self._first < UNCLEAR:
+            raise FileNotFoundError(f"{self.path}: its rotated files may be being renamed")
         shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
         self._tell_once(f"{self.path}: not read{more}: {shown}")
 

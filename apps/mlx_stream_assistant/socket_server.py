@@ -10,8 +10,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import chdir, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,6 @@ class SocketServer:
         """Make the socket; one that a killed process left is replaced."""
         self.path, self._answer = path, answer
         self._at_once = threading.BoundedSemaphore(MOST_AT_ONCE)
-        if len(os.fsencode(path)) > LONGEST_PATH:
-            raise AssistantError(
-                f"{path}: too long for a socket ({LONGEST_PATH} bytes): give a shorter --name, or "
-                "set MLX_STREAM_HOME to a shorter folder"
-            )
         if os.path.lexists(path) and not path.is_socket():
             raise AssistantError(f"{path}: not a socket; move it away")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -48,7 +43,8 @@ class SocketServer:
         try:
             # A dead process left the socket, because this one holds the assistant's lock.
             path.unlink(missing_ok=True)
-            self._socket.bind(os.fspath(path))
+            with socket_address(path) as address:
+                self._socket.bind(address)
             self._socket.listen(MOST_AT_ONCE)
             self._socket.setblocking(False)
         except OSError as error:
@@ -97,6 +93,16 @@ class SocketServer:
             self._at_once.release()
 
 
+@contextmanager
+def socket_address(path: Path) -> Iterator[str]:
+    """Yield a path that fits a socket's address, if need be from the folder that the path is in."""
+    if len(os.fsencode(path)) <= LONGEST_PATH:
+        yield os.fspath(path)
+        return
+    with chdir(path.parent):
+        yield path.name
+
+
 def receive(caller: socket.socket) -> dict[str, Any]:
     """Return the request that is sent."""
     line, until = b"", time.monotonic() + PATIENCE
@@ -137,7 +143,8 @@ def request(path: Path, name: str, **what: Any) -> Answer:
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
         try:
-            caller.connect(os.fspath(path))
+            with socket_address(path) as address:
+                caller.connect(address)
         except OSError as error:
             raise AssistantError(
                 f"the assistant {name!r} is not running: start it with `run`, or `install` it"

@@ -78,7 +78,7 @@ class TailedFile:
         self._complaint = ""
         self._blank: tuple[int, int] | None = None  # size and mtime with no text to read
         self._given_up: FilePosition | None = None  # has no text, and is no longer searched for
-        self._search = FileSearch(path, tell)
+        self._search = FileSearch(path, tell, clock)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -224,8 +224,10 @@ class TailedFile:
     def _was_followed_by_another(self) -> bool:
         """Return whether a later file was renamed too, so that nothing is written to this one."""
         assert self._place is not None
-        old = self._search.find_renamed(self._place)
-        return old is not None and self._search.find_between(self._place, old) is not None
+        with suppress(FileNotFoundError):
+            old = self._search.find_renamed(self._place)
+            return old is not None and self._search.find_between(self._place, old) is not None
+        return False
 
     # --- what is new ---
 

@@ -44,6 +44,7 @@ class Desktop(toga.App):
         self._draw_soon = Throttle(self.view.draw, self.loop)
         self.main_window = self.view.main
         self.commands.add(
+            command("Send", self.view.ask, shortcut=toga.Key.MOD_1 + toga.Key.ENTER),
             command("New conversation", self.view.begin, shortcut=toga.Key.MOD_1 + "n"),
             command("Stop the reply", self.controller.stop, shortcut=toga.Key.MOD_1 + "."),
             command("Conversation as text", self._show_text, shortcut=toga.Key.MOD_1 + "t"),

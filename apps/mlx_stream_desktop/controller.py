@@ -10,7 +10,12 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from mlx_stream import Piece, Sampling
-from mlx_stream.chat import SessionSummary, session_summaries
+from mlx_stream.chat import (
+    SessionSummary,
+    remove_session,
+    rename_session,
+    session_summaries,
+)
 from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.hub import STARTER, STARTER_SYSTEM, cached_models
 from mlx_stream_desktop import history
@@ -63,6 +68,7 @@ class ChatController:
     Attributes:
         said: the open conversation, oldest first.
         attended: how many of its last exchanges are attended.
+        conversations: the saved ones, or those that were searched for.
         draft: questions that were not sent; the window shows them again where they were typed, and
             empties this.
     """
@@ -82,6 +88,7 @@ class ChatController:
         self._session = ModelSession(sampling, max_tokens)
         self.models: list[str] = [model]
         self.conversations: list[SessionSummary] = []
+        self._searched: set[str] | None = None
         self.name: str | None = None
         self.said: list[Message] = []
         self.attended, self.gauge, self.draft = 0, Gauge(), ""
@@ -104,7 +111,7 @@ class ChatController:
             return self._changed()
         self.status.phase = "reading"
         self.status.say("")
-        self.said.append(Message(question))
+        self.said.append(Message(question, time=history.now()))
         self._reply = asyncio.create_task(self._ask(question))
         await asyncio.wait({self._reply})
         self._reply.result()
@@ -141,6 +148,46 @@ class ChatController:
         await (self._join() if loaded else self._load(model))
         if damage:
             self.status.say(damage, alarming=True)
+
+    async def search(self, words: str) -> None:
+        """List only the conversations that have one of these words; all without words."""
+        try:
+            aside, text = self._session.aside, words.strip()
+            self._searched = await aside(history.names_with, text) if text else None
+        except MlxStreamError as error:
+            self.status.alarm(error)
+        await self._list()
+
+    async def rename(self, text: str) -> None:
+        """Give the open conversation another name."""
+        before, name = self.name, history.as_name(text)
+        if not before or not self.status.idle or name in ("", before):
+            return self._changed()
+        self.status.phase = "loading"  # nothing may be sent to a conversation that is being closed
+        self._changed()
+        await self._close_chat()
+        try:
+            await self._session.aside(rename_session, before, name)
+            self.name, refused = name, ""
+        except MlxStreamError as error:
+            refused = one_line(error)
+        await self._join()
+        if refused:
+            self.status.say(refused, alarming=True)
+        await self._list()
+
+    async def delete(self) -> None:
+        """Permanently remove the open conversation."""
+        name = self.name
+        if not name or not self.status.can_choose:
+            return
+        await self._leave()
+        try:
+            await self._session.aside(remove_session, name)
+            self.status.say("")
+        except MlxStreamError as error:
+            self.status.alarm(error)
+        await self._list()
 
     async def choose_model(self, model: str) -> None:
         """Change to another model, which reads the attended turns again."""
@@ -207,7 +254,9 @@ class ChatController:
 
     def _hear(self, piece: Piece) -> None:
         last = self.said[-1]
-        self.said[-1] = replace(last, reply=last.reply + piece.text, finish=piece.finish)
+        recalled = tuple(passage.line for passage in piece.recalled)
+        reply = last.reply + piece.text
+        self.said[-1] = replace(last, reply=reply, finish=piece.finish, recalled=recalled)
         if piece.text:
             self.status.phase = "replying"
         self._count()
@@ -220,7 +269,7 @@ class ChatController:
             self._give_back(last.question)
             del self.said[-1]
         elif kept and kept.question == last.question:
-            self.said[-1] = Message(kept.question, kept.reply, kept.finish)
+            self.said[-1] = replace(last, reply=kept.reply, finish=kept.finish)
         else:
             self.said[-1] = replace(last, finish=last.finish or "interrupted")
         self._count()
@@ -294,7 +343,8 @@ class ChatController:
     async def _list(self) -> None:
         """List the saved conversations and the cached models."""
         try:
-            self.conversations = await self._session.aside(session_summaries)
+            found, names = await self._session.aside(session_summaries), self._searched
+            self.conversations = [one for one in found if names is None or one.name in names]
             cached = await self._session.aside(cached_models)
             self.models = sorted({STARTER, *(one.name for one in cached)})
             self._changed()

@@ -1,21 +1,30 @@
 """Saved conversations as the window needs them: what was said, and a name for a new one."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import count
 
-from mlx_stream.chat import open_transcript, session_names
+from mlx_stream.chat import SessionSummary, open_transcript, search_sessions, session_names
 
 LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
 class Message:
-    """A question and its reply so far; `finish` is None while it streams."""
+    """A question and its reply so far.
+
+    Attributes:
+        finish: None while it streams.
+        time: when it was asked, or written to disk, in ISO 8601.
+        recalled: a line for each earlier exchange that was quoted before the question.
+    """
 
     question: str
     reply: str = ""
     finish: str | None = None
+    time: str = field(default="", compare=False)
+    recalled: tuple[str, ...] = ()
 
 
 def transcript(name: str) -> tuple[list[Message], str]:
@@ -26,8 +35,17 @@ def transcript(name: str) -> tuple[list[Message], str]:
     """
     with open_transcript(name) as store:
         turns, damage = store.whole()
-    said = [turn.exchange for turn in turns]
-    return [Message(e.question, e.reply, e.finish) for e in said], damage
+    said = [(turn.exchange, turn.time) for turn in turns]
+    return [Message(e.question, e.reply, e.finish, time) for e, time in said], damage
+
+
+def names_with(words: str) -> set[str]:
+    """Return the names of the conversations that have a word; reads files.
+
+    Raises:
+        SessionError: the folder cannot be read.
+    """
+    return {name for name, passages in search_sessions(words) if passages}
 
 
 def new_name(question: str) -> str:
@@ -51,3 +69,28 @@ def slug(question: str) -> str:
             break
         name = f"{name}-{word}" if name else word
     return name or "conversation"
+
+
+def as_name(text: str) -> str:
+    """Return the name that comes closest to what was typed; it may be empty."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:64]
+
+
+def title_of(one: SessionSummary) -> str:
+    """Return the title of a saved conversation: its first question, unless it was renamed."""
+    title = " ".join(one.title.split())
+    is_named_after = re.fullmatch(rf"{re.escape(slug(title))}(-\d+)?", one.name)
+    return title if title and is_named_after else one.name
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def clock(time: str) -> str:
+    """Return a time in ISO 8601 as this machine's clock shows it, with the date if not today's."""
+    if not time:
+        return ""
+    local = datetime.fromisoformat(time).astimezone()
+    is_today = local.date() == datetime.now().astimezone().date()
+    return local.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")

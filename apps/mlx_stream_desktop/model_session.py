@@ -123,6 +123,7 @@ class ModelSession:
             sampling=self._sampling,
             max_tokens=self._max_tokens,
             name=name,
+            recall=None if name else 0,
         )
         return self.chat
 

@@ -6,17 +6,21 @@ LONGEST_SHOWN = 20_000
 WORD_JOINER = "\N{WORD JOINER}"
 
 
+def visible(text: str) -> str:
+    """Return a text as it is shown: cut, with tabs as spaces, without control characters."""
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[:LONGEST_SHOWN]}\n(the first {LONGEST_SHOWN:,} of {len(text):,} characters)"
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
+    return "".join(c for c in text if c == "\n" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+
+
 def escape_markup(text: str) -> str:
-    """Return what a label shows of a text: cut, without control characters, never as markup.
+    """Return what a label shows of a visible text, never as markup.
 
     A Qt label treats a text as HTML if its first line contains a tag. A word joiner after `<`
     prevents that.
     """
-    if len(text) > LONGEST_SHOWN:
-        text = f"{text[:LONGEST_SHOWN]}\n(the first {LONGEST_SHOWN:,} of {len(text):,} characters)"
-    text = text.replace("\r\n", "\n").replace("\t", "    ")
-    kept = "".join(c for c in text if c == "\n" or (c >= " " and not "\x7f" <= c <= "\x9f"))
-    return kept.replace("<", f"<{WORD_JOINER}").replace("&", f"&{WORD_JOINER}")
+    return text.replace("<", f"<{WORD_JOINER}").replace("&", f"&{WORD_JOINER}")
 
 
 def wrap(text: str, width: float, measure: Callable[[str], float]) -> str:

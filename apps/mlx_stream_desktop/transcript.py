@@ -1,22 +1,35 @@
 """The conversation as bubbles in a scrolling column; depends on Toga, not on the engine."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import toga
-from toga.constants import BOLD, COLUMN, ROW, SYSTEM, TRANSPARENT
+from toga.constants import (
+    BOLD,
+    COLUMN,
+    ITALIC,
+    MONOSPACE,
+    NORMAL,
+    ROW,
+    SYSTEM,
+    TRANSPARENT,
+)
 from toga.fonts import SYSTEM_DEFAULT_FONT_SIZE
 from toga.style.pack import Pack
 
 from mlx_stream.chat import plural
+from mlx_stream_desktop.blocks import Block, blocks_of
 from mlx_stream_desktop.colours import Colours
-from mlx_stream_desktop.history import Message
-from mlx_stream_desktop.text_layout import escape_markup, wrap
+from mlx_stream_desktop.history import Message, clock
+from mlx_stream_desktop.text_layout import escape_markup, visible, wrap
 
 EXCHANGES_SHOWN = 20
 WIDEST, INSET, BESIDE = 640, 12, 60
-NEAR_THE_END = 40
+NEAR_THE_END, INDENT = 40, 18
+# The height of a line of code and of what is around the lines, in pixels.
+CODE_LINE, CODE_EDGE = 19, 16
 MARKS = {None: " \N{HORIZONTAL ELLIPSIS}", "interrupted": " [stopped]", "length": " [cut]"}
 
 
@@ -27,6 +40,19 @@ class Row:
     kind: str
     text: str
     attended: bool = True
+    time: str = ""
+    mark: str = ""
+
+    @property
+    def blocks(self) -> list[Block]:
+        """What is shown: of a reply, its Markdown, and the mark at its end."""
+        if self.kind != "model":
+            return [Block("text", self.text)]
+        found, mark = blocks_of(self.text.removesuffix(self.mark)), self.mark
+        if mark and found and found[-1].kind != "code":
+            last = found.pop()
+            return [*found, replace(last, text=last.text + mark)]
+        return [*found, Block("text", mark)] if mark else found
 
 
 def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Row]:
@@ -39,8 +65,12 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
         if number == gone and gone:
             note = f"{plural(gone)} above left the window and are not attended"
             rows.append(Row("note", note, False))
-        rows.append(Row("you", escape_markup(one.question), number >= gone))
-        rows.append(Row("model", ending(one), number >= gone))
+        rows.append(Row("you", visible(one.question), number >= gone, clock(one.time)))
+        mark = MARKS.get(one.finish, "")
+        rows.append(Row("model", ending(one), number >= gone, mark=mark))
+        if one.recalled:
+            lines = "\n".join(("quoted before this question:", *one.recalled))
+            rows.append(Row("note", escape_markup(lines), number >= gone))
     if said and gone == len(said):
         rows.append(Row("note", "all of the above left the window and are not attended", False))
     return rows
@@ -48,33 +78,77 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
 
 def ending(one: Message) -> str:
     """Return a reply with a mark if it did not end by itself."""
-    return escape_markup(one.reply.rstrip()) + MARKS.get(one.finish, "")
+    return visible(one.reply.rstrip()) + MARKS.get(one.finish, "")
+
+
+class BlockView:
+    """One block as a widget: a label, or, for code, a text that can be selected."""
+
+    def __init__(self, block: Block, colours: Colours):
+        self.is_code, self._lines, self._colour = block.kind == "code", "", ""
+        margin = (3, INSET, 3, INSET + INDENT * block.indent)
+        if self.is_code:
+            style = Pack(margin=margin, font_family=MONOSPACE, background_color=colours.ground)
+            self.widget = toga.MultilineTextInput(readonly=True, style=style)
+        else:
+            weight = BOLD if block.kind == "heading" else NORMAL
+            slope = ITALIC if block.kind == "quote" else NORMAL
+            style = Pack(margin=margin, font_weight=weight, font_style=slope)
+            self.widget = toga.Label("", style=style)
+
+    def show(self, lines: str, colour: str, width: float) -> None:
+        if colour != self._colour:
+            self._colour = self.widget.style.color = colour
+        if lines == self._lines:
+            return
+        self._lines = lines
+        if isinstance(self.widget, toga.Label):
+            self.widget.text = escape_markup(lines)
+        else:
+            self.widget.value, self.widget.style.width = lines, round(width)
+            self.widget.style.height = CODE_LINE * (lines.count("\n") + 1) + CODE_EDGE
 
 
 class Bubble:
-    """One row as widgets: the speaker's name, and text on a coloured background."""
+    """One row as widgets: the speaker's name and the time, and blocks on a coloured background."""
 
     def __init__(self, row: Row, colours: Colours):
-        self.row, self._lines, self._colour = row, "", ""
+        self.row, self._colours = row, colours
+        self._views, self._blocks, self._shapes = list[BlockView](), list[Block](), list[Any]()
         mine, note = row.kind == "you", row.kind == "note"
-        self.body = toga.Label("", style=Pack(margin=(2 if not note else 0, INSET, 8, INSET)))
-        parts: list[toga.Widget] = [self.body]
+        self._column = toga.Box(style=Pack(direction=COLUMN, margin=(0, 0, 6, 0)))
+        parts: list[toga.Widget] = [self._column]
         if not note:
             colour = colours.accent if mine else colours.faded
             style = Pack(margin=(8, INSET, 0, INSET), font_weight=BOLD, font_size=10, color=colour)
-            parts.insert(0, toga.Label("You" if mine else "Model", style=style))
+            name = f"You  {row.time}".rstrip() if mine else "Model"
+            parts.insert(0, toga.Label(name, style=style))
         ground = TRANSPARENT if note else colours.asked if mine else colours.answered
         box = toga.Box(children=parts, style=Pack(direction=COLUMN, background_color=ground))
         before = [toga.Box(style=Pack(flex=1))] if mine else []
         self.widget = toga.Box(children=[*before, box], style=Pack(direction=ROW, margin=(6, 12)))
 
-    def show(self, row: Row, lines: str, colours: Colours) -> None:
-        self.row = row
-        colour = colours.text if row.attended else colours.faded
-        if colour != self._colour:
-            self._colour = self.body.style.color = colour
-        if lines != self._lines:
-            self._lines = self.body.text = lines
+    def show(self, row: Row, width: float, wrapped: Callable[[str, float, bool], str]) -> None:
+        """Show a row; only the blocks that have changed are touched."""
+        same = row.text == self.row.text and bool(self._views)
+        blocks = self._blocks if same else row.blocks
+        self.row, self._blocks = row, blocks
+        shapes = [(block.kind, block.indent) for block in blocks]
+        kept = 0
+        while kept < min(len(shapes), len(self._views)) and shapes[kept] == self._shapes[kept]:
+            kept += 1
+        for view in self._views[kept:]:
+            self._column.remove(view.widget)
+        del self._views[kept:]
+        for block in blocks[kept:]:
+            self._views.append(BlockView(block, self._colours))
+            self._column.add(self._views[-1].widget)
+        self._shapes = shapes
+        colour = self._colours.text if row.attended else self._colours.faded
+        for view, block in zip(self._views, blocks, strict=True):
+            room = width - INDENT * block.indent
+            inside = room - CODE_EDGE if view.is_code else room
+            view.show(wrapped(block.text, inside, view.is_code), colour, room)
 
 
 class Transcript:
@@ -90,7 +164,7 @@ class Transcript:
             style=Pack(flex=1, background_color=colours.ground),
         )
         self._bubbles: list[Bubble] = []
-        self._font = toga.Font(SYSTEM, SYSTEM_DEFAULT_FONT_SIZE)
+        self._fonts = [toga.Font(name, SYSTEM_DEFAULT_FONT_SIZE) for name in (SYSTEM, MONOSPACE)]
         self._ruler = toga.Canvas()
         self._measure = lru_cache(20_000)(self._width_of)
         self.wrapped = lru_cache(4 * EXCHANGES_SHOWN)(self._wrap)
@@ -115,7 +189,7 @@ class Transcript:
             self._column.add(self._bubbles[-1].widget)
         room = max(120, min(WIDEST, width - BESIDE)) - 2 * INSET
         for bubble, row in zip(self._bubbles, rows, strict=True):
-            bubble.show(row, self.wrapped(row.text, room), self._colours)
+            bubble.show(row, room, self.wrapped)
         if self._follows:
             self.to_the_end()
 
@@ -127,9 +201,11 @@ class Transcript:
         end = where.max_vertical_position
         self._follows = where.vertical_position >= end - NEAR_THE_END
 
-    def _wrap(self, text: str, width: float) -> str:
+    def _wrap(self, text: str, width: float, is_code: bool = False) -> str:
         """Return a text broken into lines of a width."""
-        return wrap(text, width, self._measure)
+        return wrap(text, width, lambda part: self._measure(part, is_code))
 
-    def _width_of(self, text: str) -> float:
-        return self._ruler.measure_text(text, self._font)[0] if text.strip() else 4.0 * len(text)
+    def _width_of(self, text: str, is_code: bool) -> float:
+        if not text.strip():
+            return (8.0 if is_code else 4.0) * len(text)
+        return self._ruler.measure_text(text, self._fonts[is_code])[0]

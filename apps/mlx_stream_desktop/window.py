@@ -1,6 +1,7 @@
 """The window: what the controller holds as widgets, and clicks as its calls."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
@@ -12,10 +13,12 @@ from mlx_stream.chat import SessionSummary, plural
 from mlx_stream_desktop.colours import DARK, LIGHT
 from mlx_stream_desktop.controller import WINDOWS, ChatController
 from mlx_stream_desktop.gauge import GaugeBar
-from mlx_stream_desktop.text_layout import escape_markup
+from mlx_stream_desktop.history import clock, title_of
+from mlx_stream_desktop.text_layout import escape_markup, visible
 from mlx_stream_desktop.transcript import Transcript, rows_of
 
 SIDEBAR, SMALLEST_COLUMN, MARGIN = 220, 320, 14
+QUESTION = 64  # pixels
 SIZE, TITLE = (980, 680), "mlx_stream"
 
 
@@ -31,16 +34,22 @@ class ChatWindow:
             on_select=self._on_open, style=Pack(flex=1, width=SIDEBAR)
         )
         self.new = toga.Button("New conversation", on_press=self.begin, style=Pack(margin=8))
+        self.search = toga.TextInput(
+            placeholder="Search", on_confirm=self._on_search, style=Pack(margin=(0, 8, 4, 8))
+        )
         self.model = toga.Selection(on_change=self._on_model, style=Pack(flex=1))
         self.window = toga.Selection(on_change=self._on_window, style=Pack(width=110))
         self.transcript = Transcript(self._colours)
         self.gauge = GaugeBar(self._colours, self.transcript.wrapped)
         self.notice = toga.Label("", style=Pack(margin=(4, 14)))
-        self.question = toga.TextInput(
-            placeholder="Ask something, then press Enter",
-            on_confirm=self._on_send,
-            style=Pack(flex=1),
+        key = "Cmd" if sys.platform == "darwin" else "Ctrl"
+        self.question = toga.MultilineTextInput(
+            placeholder=f"Ask something; {key}-Enter sends", style=Pack(flex=1, height=QUESTION)
         )
+        self.title = toga.TextInput(
+            placeholder="A new conversation", on_confirm=self._on_rename, style=Pack(flex=1)
+        )
+        self.remove = toga.Button("Delete", on_press=self._on_delete, style=Pack(margin_left=8))
         button = Pack(width=72, margin_left=8)
         self.send = toga.Button("Send", on_press=self._on_send, style=button)
         self.stop = toga.Button("Stop", on_press=self._on_stop, style=button, enabled=False)
@@ -63,12 +72,16 @@ class ChatWindow:
         )
         saved = toga.Label("Saved", style=Pack(font_weight=BOLD, margin=(4, 10)))
         side = toga.Box(
-            children=[self.new, saved, self.conversations],
+            children=[self.new, saved, self.search, self.conversations],
             style=Pack(direction=COLUMN, width=SIDEBAR),
+        )
+        named = toga.Box(
+            children=[self.title, self.remove],
+            style=Pack(direction=ROW, align_items=CENTER, margin=(0, 14, 8, 14)),
         )
         line, transcript, gauge = toga.Divider(), self.transcript.widget, self.gauge.widget
         talk = toga.Box(
-            children=[pickers, line, transcript, toga.Divider(), self.notice, typing, gauge],
+            children=[pickers, named, line, transcript, toga.Divider(), self.notice, typing, gauge],
             style=Pack(direction=COLUMN, flex=1),
         )
         return toga.Box(
@@ -95,13 +108,20 @@ class ChatWindow:
         rows = rows_of(controller.said, controller.attended, controller.name)
         self.transcript.show(rows, self.column)
         self.gauge.show(controller.gauge)
-        notice = self.transcript.wrapped(escape_markup(status.notice), self.column - 2 * MARGIN)
+        notice = self.transcript.wrapped(
+            escape_markup(visible(status.notice)), self.column - 2 * MARGIN
+        )
         if self._differs("notice", (notice, status.alarming)):
             self.notice.style.color = colours.alarm if status.alarming else colours.faded
             self.notice.text = notice
         if controller.draft and not self.question.value:
             self.question.value, controller.draft = controller.draft, ""
-        if self._differs("phase", status.phase):
+        if self._differs("name", (controller.name, controller.conversations)):
+            found = (one for one in controller.conversations if one.name == controller.name)
+            self.title.value = next(map(title_of, found), controller.name or "")
+        if self._differs("phase", (status.phase, controller.name)):
+            can_change = status.idle and controller.name is not None
+            self.title.enabled = self.remove.enabled = can_change
             self.send.enabled, self.stop.enabled = status.idle, status.can_stop
             for widget in (self.new, self.model, self.window):
                 widget.enabled = status.can_choose
@@ -136,6 +156,22 @@ class ChatWindow:
 
     # Toga calls these also when `draw` fills a widget: then `_filling` is set.
 
+    def _on_rename(self, *_: object, **__: object) -> None:
+        if not self._filling:
+            self._start(self._controller.rename(self.title.value))
+
+    def _on_delete(self, *_: object, **__: object) -> None:
+        self._start(self._delete())
+
+    async def _delete(self) -> None:
+        question = f"Remove {self.title.value!r} for good, with its text and its state?"
+        if await self.main.dialog(toga.ConfirmDialog("Delete this conversation", question)):
+            await self._controller.delete()
+
+    def ask(self, *_: object, **__: object) -> None:
+        """Send what is typed."""
+        self._on_send()
+
     def _on_send(self, *_: object, **__: object) -> None:
         text = self.question.value
         if self._controller.status.idle and text.strip():
@@ -155,6 +191,9 @@ class ChatWindow:
         row = self.conversations.selection
         if row is not None and not self._filling:
             self._start(self._controller.open(row.name))  # type: ignore[attr-defined]
+
+    def _on_search(self, *_: object, **__: object) -> None:
+        self._start(self._controller.search(self.search.value))
 
     def _on_model(self, *_: object, **__: object) -> None:
         if not self._filling and self.model.value:
@@ -182,6 +221,6 @@ class ChatWindow:
 
 def with_title(one: SessionSummary, is_open: bool) -> dict[str, str]:
     """Return a saved conversation as a row of the list."""
-    about = f"{plural(one.exchanges)}, {one.used[:10]}" if one.header else "cannot be opened"
-    title = f"\N{BULLET} {one.name}" if is_open else one.name
+    about = f"{plural(one.exchanges)}, {clock(one.used)}" if one.header else "cannot be opened"
+    title = f"\N{BULLET} {title_of(one)}" if is_open else title_of(one)
     return {"title": title, "subtitle": about, "name": one.name}

@@ -53,6 +53,9 @@ STATE_NUMBERS = {
 class StreamCache:
     """All layers of one stream: S sinks and a ring of R = W + X tokens, allocated once.
 
+    It has more methods than other classes because `Cache` has 20, and reading, taking back,
+    evicting, re-anchoring and restoring all replace the same state, as a whole.
+
     Args:
         shape: the model's attention.
         sinks: S >= 0, the first tokens, which are never evicted.
@@ -397,9 +400,9 @@ class StreamCache:
 
 def check_quantizable(head_dim: int, bits: int) -> None:
     if bits not in BITS:
-        raise ValueRefused(f"--kv-bits must be {BITS[0]} or {BITS[1]}, not {bits}")
+        raise ValueRefused(f"`kv_bits` must be {BITS[0]} or {BITS[1]}, not {bits}")
     if head_dim % GROUP_SIZE:
         raise ValueRefused(
-            f"--kv-bits needs a head dimension that is a multiple of {GROUP_SIZE}; this model's is "
-            f"{head_dim}: leave the option out"
+            f"`kv_bits` needs a head dimension that is a multiple of {GROUP_SIZE}; this model's is "
+            f"{head_dim}: leave it out"
         )

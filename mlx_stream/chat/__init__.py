@@ -9,7 +9,8 @@ from mlx_stream.program.public_names import fetch_name
 
 if TYPE_CHECKING:
     from mlx_stream.chat.exchange import Exchange, plural
-    from mlx_stream.chat.manage import open_transcript
+    from mlx_stream.chat.manage import open_transcript, remove_session, rename_session
+    from mlx_stream.chat.search import search_sessions
     from mlx_stream.chat.session_files import session_names
     from mlx_stream.chat.summaries import SessionSummary, session_summaries
 
@@ -18,6 +19,9 @@ __all__ = [
     "SessionSummary",
     "open_transcript",
     "plural",
+    "remove_session",
+    "rename_session",
+    "search_sessions",
     "session_names",
     "session_summaries",
 ]
@@ -27,6 +31,9 @@ _HOMES = {
     "SessionSummary": "mlx_stream.chat.summaries",
     "open_transcript": "mlx_stream.chat.manage",
     "plural": "mlx_stream.chat.exchange",
+    "remove_session": "mlx_stream.chat.manage",
+    "rename_session": "mlx_stream.chat.manage",
+    "search_sessions": "mlx_stream.chat.search",
     "session_names": "mlx_stream.chat.session_files",
     "session_summaries": "mlx_stream.chat.summaries",
 }

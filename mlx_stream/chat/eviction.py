@@ -21,6 +21,7 @@ class Idle:
 
     turns: tuple[PlacedTurn, ...] = ()
     reply: ClassVar[None] = None
+    quoted: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,24 @@ class ActiveTurn:
         turn: the question.
         reply: the reply so far.
         before: the turns that were attended when the reply began.
+        plain_ids: the ids of the question without the quotation before it.
     """
 
     turns: tuple[PlacedTurn, ...]
     turn: PlacedTurn
     reply: ReplyDecoder
     before: tuple[PlacedTurn, ...]
+    plain_ids: tuple[int, ...]
+
+    @property
+    def quoted(self) -> int:
+        """The tokens of the quotation."""
+        return len(self.turn.exchange.question_ids) - len(self.plain_ids)
 
     def finish(self, trim: bool) -> PlacedTurn:
-        """Return the turn with its final reply, including text that the decoder held back.
+        """Return the turn without quotation, and with its final reply.
+
+        The reply includes text that the decoder held back.
 
         Args:
             trim: whether the template strips spaces around a reply.
@@ -49,6 +59,7 @@ class ActiveTurn:
         kept, rest = self.reply.final_ids(trim=trim)
         exchange = replace(
             self.turn.exchange,
+            question_ids=self.plain_ids,
             reply=self.reply.final_text(trim=trim),
             reply_ids=tuple(self.reply.ids[:kept]),
             rest=rest,
@@ -65,18 +76,21 @@ class TurnEvictor:
     Attributes:
         state: replaced as a whole, so that an interrupt leaves the old state or the new one.
         whole: whether turns are evicted whole; otherwise tokens are evicted one by one.
+        reserved: how many tokens of the window are kept free for a quotation.
+        left: the turns that left attention, oldest first, until the caller takes them.
     """
 
-    def __init__(self, cache: StreamCache, whole: bool):
-        self.cache, self.whole = cache, whole
+    def __init__(self, cache: StreamCache, whole: bool, reserved: int = 0):
+        self.cache, self.whole, self.reserved = cache, whole, reserved
         self.state: Idle | ActiveTurn = Idle()
+        self.left: list[PlacedTurn] = []
         self._evicted_turns = 0
         self._reported = (0, 0)
 
     def make_room(self, count: int, keep: int = 0) -> None:
         """Evict the oldest turns, except the last `keep`, until `count` tokens can be read."""
         self.forget()
-        while self.whole and self.cache.room < count and len(self.state.turns) > keep:
+        while self.whole and self._room < count and len(self.state.turns) > keep:
             self.evict_oldest()
 
     def evict_oldest(self) -> None:
@@ -115,7 +129,9 @@ class TurnEvictor:
     def become_idle(self, turns: tuple[PlacedTurn, ...]) -> None:
         """Enter the state between turns, and count the turns that are no longer attended."""
         attended = {turn.number for turn in turns}
-        self._evicted_turns += sum(turn.number not in attended for turn in self.state.turns)
+        gone = [turn for turn in self.state.turns if turn.number not in attended]
+        self._evicted_turns += len(gone)
+        self.left += gone
         self.state = Idle(turns)
 
     def check(
@@ -152,8 +168,15 @@ class TurnEvictor:
     def mark_reported(self) -> None:
         self._reported = self._evicted_turns, self.cache.evicted
 
+    @property
+    def _room(self) -> int:
+        """How many tokens can be read, apart from a quotation, before a turn must be evicted."""
+        return self.cache.room - self.reserved + self.state.quoted
+
     def _drop_oldest(self) -> None:
-        self.state = replace(self.state, turns=self.state.turns[1:])
+        oldest, *later = self.state.turns
+        self.state = replace(self.state, turns=tuple(later))
+        self.left.append(oldest)
         self._evicted_turns += 1
 
     def _end_of_oldest(self) -> int:

@@ -8,7 +8,7 @@ Both text and ids are kept, because text does not always encode back to the ids 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mlx_stream.chat.messages import Message, text_of_messages
 from mlx_stream.text.tool_calls import ToolCall
@@ -44,12 +44,12 @@ class Exchange:
 
     question: str
     reply: str
-    closing_ids: tuple[int, ...]
-    question_ids: tuple[int, ...]
-    reply_ids: tuple[int, ...]
-    rest: str = ""
+    closing_ids: tuple[int, ...] = field(repr=False)
+    question_ids: tuple[int, ...] = field(repr=False)
+    reply_ids: tuple[int, ...] = field(repr=False)
+    rest: str = field(default="", repr=False)
     finish: str = "end"
-    settled_ids: tuple[int, ...] | None = None
+    settled_ids: tuple[int, ...] | None = field(default=None, repr=False)
     thinking: str = ""
     messages: tuple[Message, ...] = ()
     calls: tuple[ToolCall, ...] = ()

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.schema import ANSWERED, SessionHeader, StoredTurn
+from mlx_stream.chat.schema import ANSWERED, FORGOTTEN, SessionHeader, StoredTurn
 from mlx_stream.errors import SessionError
 
 HEADING = re.compile(r"^## +(System|\d+\. (You|Model))", re.MULTILINE)
 # Notes on replies that did not end by themselves.
 CUT = {"length": " (cut at its limit)", "interrupted": " (interrupted)"}
 UNANSWERED = " (did not answer)"
+DELETED = " (deleted)"  # by /forget
 
 
 def export_markdown(header: SessionHeader, turns: Sequence[StoredTurn]) -> str:
@@ -42,6 +43,9 @@ def export_markdown(header: SessionHeader, turns: Sequence[StoredTurn]) -> str:
         parts += [f"## System{mark}", header.system]
     for turn in turns:
         exchange, answered = turn.exchange, turn.state == ANSWERED
+        if turn.state == FORGOTTEN:
+            parts.append(f"## {turn.number}. You{DELETED}{mark}")
+            continue
         ended = CUT.get(exchange.finish, "") if answered else UNANSWERED
         parts += [f"## {turn.number}. You{mark}", exchange.question]
         parts += [f"## {turn.number}. Model{ended}{mark}", *[exchange.reply] * answered]
@@ -50,7 +54,7 @@ def export_markdown(header: SessionHeader, turns: Sequence[StoredTurn]) -> str:
 
 
 def export_json(header: SessionHeader, turns: Sequence[StoredTurn]) -> dict[str, Any]:
-    """Return a conversation as plain JSON values; a missing answer is null."""
+    """Return a conversation as plain JSON values; a missing answer and deleted texts are null."""
     return {
         "session": header.id,
         "created": header.created,
@@ -58,7 +62,7 @@ def export_json(header: SessionHeader, turns: Sequence[StoredTurn]) -> dict[str,
         "system": header.system,
         "turns": [
             {
-                "question": turn.exchange.question,
+                "question": turn.exchange.question if turn.state != FORGOTTEN else None,
                 "reply": turn.exchange.reply if turn.state == ANSWERED else None,
                 "finish": turn.exchange.finish if turn.state == ANSWERED else None,
                 **exported_calls(turn.exchange),

@@ -1,4 +1,4 @@
-"""Open, verify and remove saved conversations; loads no model."""
+"""Open, verify, rename and remove saved conversations; loads no model."""
 
 import os
 from contextlib import suppress
@@ -8,6 +8,7 @@ from mlx_stream.chat.exchange import plural
 from mlx_stream.chat.session_files import SessionPaths, session_paths
 from mlx_stream.chat.snapshot_metadata import parse_metadata
 from mlx_stream.chat.store import Store
+from mlx_stream.chat.transcript_recall import compare_index
 from mlx_stream.errors import SessionError, SnapshotError
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.sqlite import files, partial_path
@@ -44,10 +45,44 @@ def remove_session(name: str) -> None:
             where.lock.unlink()
 
 
+def questions_of(name: str) -> list[str]:
+    """Return the questions of a conversation, as far as it can be read."""
+    with suppress(SessionError), open_transcript(name) as store:
+        return [turn.exchange.question for turn in store.whole()[0]]
+    return []
+
+
+def rename_session(name: str, new: str) -> None:
+    """Give a conversation another name.
+
+    Raises:
+        SessionError: it does not exist, the new name is taken or not valid, or a process has one of
+            them open.
+    """
+    where, target = session_paths(name), session_paths(new)
+    if any(os.path.lexists(path) for path in files_of(target)):
+        raise SessionError(f"session {new!r} already exists: choose another name")
+    with Lock.acquire(where.lock), Lock.acquire(target.lock):
+        Store.open(where.database, locked=True).close()  # what a killed process left is in the file
+        try:
+            for old, path in zip(files_of(where), files_of(target), strict=True):
+                if os.path.lexists(old):
+                    old.rename(path)
+        except OSError as error:
+            raise SessionError(f"{name}: cannot be renamed: {error.strerror}") from error
+        with suppress(OSError):
+            where.lock.unlink()
+
+
 def files_of(where: SessionPaths) -> list[Path]:
     """Return every file with content of a conversation; the transcript is the last."""
     database = where.database
-    return [where.snapshot, *files(partial_path(database)), *reversed(files(database))]
+    return [
+        where.snapshot,
+        *files(where.index),
+        *files(partial_path(database)),
+        *reversed(files(database)),
+    ]
 
 
 def verify_session(name: str) -> str:
@@ -63,6 +98,8 @@ def verify_session(name: str) -> str:
         store.verify()
         state = store.state
         found = plural(state.count)
+        if where.index.exists() and (differs := compare_index(where.index, store)):
+            found += f"; {differs}"
         if not where.snapshot.exists():
             return f"{found}; no snapshot"
         try:

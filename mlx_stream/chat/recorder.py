@@ -26,6 +26,7 @@ class Change:
         exchanges: the turns to write, by number.
         first: number of the oldest attended turn; one more than the last turn if there is none.
         sampler: state of the random number generator, in hexadecimal.
+        recall_from: number of the oldest turn that may be recalled.
     """
 
     kind: ChangeKind
@@ -35,6 +36,7 @@ class Change:
     sampler: str
     system: str | None
     window: int
+    recall_from: int = 1
 
 
 class Recorder(Protocol):

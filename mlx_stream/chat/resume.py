@@ -21,6 +21,7 @@ from mlx_stream.chat.session import DEFAULT_MAX_TOKENS, ChatSession
 from mlx_stream.chat.session_files import SessionPaths, session_paths
 from mlx_stream.chat.snapshot_metadata import SnapshotMetadata, parse_metadata
 from mlx_stream.chat.store import Store
+from mlx_stream.chat.transcript_recall import TranscriptRecall
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
 from mlx_stream.generate.prefix_cache import PrefixCache
@@ -37,9 +38,9 @@ WORDS = {
     "fingerprint": "the model or its loading options",
     "system": "the system prompt",
     "window": "the window",
-    "sinks": "--sinks",
-    "evict": "--evict",
-    "kv_bits": "--kv-bits",
+    "sinks": "`sinks`",
+    "evict": "`evict`",
+    "kv_bits": "`kv_bits`",
 }
 # The size of a snapshot apart from keys and values.
 BYTES_BESIDE = 2**20
@@ -48,7 +49,11 @@ BYTES_PER_ID = 32
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """Options of a conversation; None keeps the saved value, or the default for a new one."""
+    """Options of a conversation; None keeps the saved value, or the default for a new one.
+
+    Attributes:
+        recall_tokens: as in `ChatSession`; only a saved conversation can recall anything.
+    """
 
     system: str | None = None
     window: int | None = None
@@ -65,6 +70,7 @@ class SessionOptions:
     tools: Sequence[Mapping[str, Any]] = ()
     history: Sequence[Message] = ()
     prefixes: PrefixCache | None = None
+    recall_tokens: int | None = 0
 
 
 def header_of(name: str) -> SessionHeader | None:
@@ -113,17 +119,19 @@ def open_steps(
         # Guessing depends on timing, and a saved conversation must continue bit for bit.
         options = replace(options, speculate=False)
     with ExitStack() as opened:
+        recall = TranscriptRecall(paths.index, notify) if options.recall_tokens != 0 else None
         lock = opened.enter_context(Lock.acquire(paths.lock))
         snapshot.sweep_partial(paths.snapshot)
         if not paths.database.exists():
-            chat = new_chat(model, options, notify)
+            chat = new_chat(model, options, notify, recall=recall)
             lock.close()
             return SavedSession.create(chat, name)
         if options.history:
             raise ValueRefused(f"session {name!r} has a history of its own: use another name")
         store = opened.enter_context(Store.open(paths.database, locked=True))
         state = store.state
-        chat = new_chat(model, merge_options(options, state.header), notify, state.header.created)
+        options = merge_options(options, state.header)
+        chat = new_chat(model, options, notify, state.header.created, recall)
         now = replace(saving.new_header(chat), id=state.header.id, created=state.header.created)
         seeded = chat.sampler.state()
         changed = changes(state.header, now, model)
@@ -144,17 +152,24 @@ def new_chat(
     options: SessionOptions,
     notify: Notify,
     began: str | None = None,
+    recall: TranscriptRecall | None = None,
 ) -> ChatSession:
     """Return a new session.
 
     Args:
         began: when the conversation began, which its template may name. Default: now.
+        recall: finds what has left the window of a saved conversation.
+
+    Raises:
+        ValueRefused: as in `ChatSession`, or recall is asked for without a saved conversation.
     """
+    if options.recall_tokens and not recall:
+        raise ValueRefused("recall needs a saved conversation: give it a name, or --recall 0")
     template = model.tokenizer.template
     if template and began:
         template = template.at(datetime.fromisoformat(began).astimezone())
     given = {**vars(options), "system": options.system or None, "evict": options.evict or "turn"}
-    return ChatSession(model, notify=notify, template=template, **given)
+    return ChatSession(model, notify=notify, template=template, recall=recall, **given)
 
 
 def merge_options(options: SessionOptions, header: SessionHeader) -> SessionOptions:
@@ -215,7 +230,7 @@ def catch_up(
         )
         yield from chat.replay_steps(missing, progress)
     chat.clear(state.first)
-    chat.number = state.count
+    chat.number, chat.recall_from = state.count, state.recall_from
     if state.first <= state.count and turns[-1].state == ASKED:
         chat.pending = turns[-1].exchange.unread
         notify("the last question was not answered because the program ended: /retry answers it")

@@ -10,13 +10,15 @@ import weakref
 from pathlib import Path
 from typing import Self
 
-from mlx_stream.chat.recorder import Change
+from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.recorder import Change, ChangeKind
 from mlx_stream.chat.schema import ANSWERED, SessionHeader, StoredTurn, now
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import SessionPaths, session_paths
 from mlx_stream.chat.snapshot_metadata import SnapshotMetadata
 from mlx_stream.chat.store import Store
-from mlx_stream.errors import SnapshotError
+from mlx_stream.chat.transcript_recall import TranscriptRecall
+from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.paths import private
@@ -29,7 +31,7 @@ class SavedSession:
     """Save `chat` as its recorder.
 
     Args:
-        lock, store: closed with the session.
+        lock, store: closed with the session, as is the chat's `recall` if it is a transcript's.
         written_head: the transcript's head that the snapshot on disk belongs to.
     """
 
@@ -48,7 +50,10 @@ class SavedSession:
         self._snapshot_at, self._written_head = time.monotonic(), written_head
         # The version of the stream in the snapshot; a strong reference would keep its buffers.
         self._written_version = weakref.ref(chat.cache.version)
+        self.recall = chat.recall if isinstance(chat.recall, TranscriptRecall) else None
         chat.recorder = self
+        if self.recall:
+            self.recall.attach(store, chat.conversation_state().first)
 
     @classmethod
     def create(cls, chat: ChatSession, name: str) -> Self:
@@ -79,8 +84,12 @@ class SavedSession:
 
     def flush(self) -> None:
         while self._unwritten:
-            self.store.write(self._unwritten[0])
+            change = self._unwritten[0]
+            self.store.write(change)
             self._unwritten.pop(0)
+            undone = [change.number] if change.kind is ChangeKind.UNDO else []
+            if self.recall and (changed := [*change.exchanges, *undone]):
+                self.recall.forget(min(changed))
 
     def checkpoint(self) -> None:
         if time.monotonic() - self._snapshot_at > SECONDS_BETWEEN_SNAPSHOTS:
@@ -117,6 +126,26 @@ class SavedSession:
         self._snapshot_at, self._written_head = time.monotonic(), head
         self._written_version = weakref.ref(self.chat.cache.version)
 
+    def forget(self, number: int) -> Exchange:
+        """Remove the texts of a turn that has left the window, and return them.
+
+        Raises:
+            ValueRefused: the turn is attended, or there is none of that number.
+            SessionError: it cannot be written.
+        """
+        state = self.chat.conversation_state()
+        self.flush()
+        if not 1 <= number < state.first:
+            attended = number <= self.chat.number
+            reason = "is still attended: /undo takes it back" if attended else "does not exist"
+            raise ValueRefused(f"exchange {number:,} {reason}")
+        (turn,) = self.store.turns(number, 1)
+        self.store.forget(number)
+        self.chat.forget_recalled()
+        if self.recall:
+            self.recall.forget(number)
+        return turn.exchange
+
     def close(self) -> None:
         """Write everything and release the session; may be called twice.
 
@@ -134,6 +163,8 @@ class SavedSession:
 
     def _let_go(self) -> None:
         self.chat.recorder = None
+        if self.recall:
+            self.recall.close()
         self.store.close()
         self.lock.close()
 

@@ -155,6 +155,8 @@ class StoredTurn:
             messages.append((self.number, place, asked.role, asked.text, None, of, ids, None))
         rest, place = exchange.rest, len(messages)
         answer = (self.number, place, "assistant", exchange.reply, thinking, calls, reply, rest)
+        if self.state == FORGOTTEN:
+            return turn, []
         return turn, [*messages, answer] if answered else messages
 
 

@@ -11,8 +11,7 @@ import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import wraps
-from typing import Any, ParamSpec, Unpack
+from typing import Any, Unpack
 
 from mlx_stream.chat.eviction import ActiveTurn, Idle, TurnEvictor
 from mlx_stream.chat.exchange import (
@@ -33,32 +32,24 @@ from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, ValueRefused, one_line
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
-from mlx_stream.generate.requests import Coroutine, Priority, drive, read_ids, run_coroutine
+from mlx_stream.generate.requests import Coroutine, Priority, driven, read_ids, run_coroutine
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
+from mlx_stream.recall.quote import Passage, RecallStore, choose_passages, quote
 from mlx_stream.sampling import ReplyOptions, Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
 from mlx_stream.text.template.chat_template import ChatTemplate
 
 DEFAULT_MAX_TOKENS = 512
+# The fewest tokens of a window that recall keeps free without being asked for a number.
+LEAST_RECALL = 64
 Progress = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
 Begin = Callable[[], PlacedTurn]
-P = ParamSpec("P")
-
-
-def driven(steps: Callable[P, Coroutine[Piece, None]]) -> Callable[P, Pieces]:
-    """Return a method that drives the coroutine of another method."""
-
-    @wraps(steps)
-    def drive_steps(*args: P.args, **kwargs: P.kwargs) -> Pieces:
-        return drive(steps(*args, **kwargs))
-
-    drive_steps.__name__ = steps.__name__.removesuffix("_steps")
-    return drive_steps
 
 
 class ChatSession:
@@ -67,6 +58,9 @@ class ChatSession:
     `reply`, `retry` and `edit` are generators of pieces; closing one stops the reply. Each has a
     coroutine (`reply_steps`, ...) with the same arguments, for programs that run several
     conversations and drive the requests themselves.
+
+    It has more methods than other classes because each of them leaves turns, stream and recorder in
+    agreement, wherever it is interrupted; no other object may change one of the three.
 
     Args:
         model: from `mlx_stream.load`.
@@ -93,10 +87,16 @@ class ChatSession:
         history: earlier messages, the last of them a reply. The newest turns that fit the window
             are read with the next question. Older ones are not read, and count as evicted.
         prefixes: where the rows of the pinned beginning are kept, for sessions that share it.
+        recall: finds exchanges that have left the window. Those that are likely to answer a
+            question are quoted before it, and the quotation is taken back after the reply.
+        recall_tokens: how many tokens of the window are kept free for a quotation; 0 for none.
+            Default: an eighth of the window and at least 64, or 0 if that is more than a quarter.
 
     Attributes:
         recorder: saves the conversation, if set.
         number: number of the last turn, from 1.
+        recall_from: number of the oldest turn that may be recalled.
+        recalled: what was quoted before the last question.
         pending: the last question, if the program that asked it ended before the reply did;
             `retry` answers it.
 
@@ -106,6 +106,7 @@ class ChatSession:
             model allows.
     """
 
+    @check_arguments
     def __init__(
         self,
         model: Model,
@@ -128,6 +129,8 @@ class ChatSession:
         tools: Sequence[Mapping[str, Any]] = (),
         history: Sequence[Message] = (),
         prefixes: PrefixCache | None = None,
+        recall: RecallStore | None = None,
+        recall_tokens: int | None = None,
     ):
         template = template or model.tokenizer.template
         if template is None:
@@ -135,7 +138,7 @@ class ChatSession:
         if think is not None or reasoning_effort is not None:
             template = template.with_options(think, reasoning_effort)
         if evict not in ("turn", "token"):
-            raise ValueRefused(f"--evict must be turn or token, not {evict!r}")
+            raise ValueRefused(f"`evict` must be turn or token, not {evict!r}")
         self.model, self.template, self.tools = model, template, tools
         self.max_tokens, self.stop = check_max_tokens(max_tokens), StopMatcher(stop).stops
         self.evict, self.pin, self.on_evict = evict, pin, on_evict
@@ -144,6 +147,8 @@ class ChatSession:
         self.recorder: Recorder | None = None
         self.number = 0
         self.pending: Exchange | None = None
+        self.recall, self._recall_asked = recall, recall_tokens
+        self.recall_from, self.recalled, self._recalled_for = 1, (), (0, "")
         self._writer_factory = writer_factory(model, speculate, draft, kv_bits, sampling)
         self.sampler = Sampler(sampling or Sampling())
         self.stats = Stats(seed=self.sampler.sampling.seed or 0)
@@ -152,6 +157,10 @@ class ChatSession:
         self._begin(system, window)
         if history:
             self._adopt(history)
+
+    def __repr__(self) -> str:
+        attended = len(self.evictor.state.turns)
+        return f"ChatSession({self.model.name!r}: {plural(attended)} attended; {self.stats})"
 
     @property
     def system(self) -> str | None:
@@ -255,6 +264,7 @@ class ChatSession:
         """
         self._settle()
         taken = self._take_back_last()
+        self.forget_recalled()
         self._record(ChangeKind.UNDO, self.number + 1)
         return taken
 
@@ -263,7 +273,7 @@ class ChatSession:
     ) -> "ChatSession":
         """Return a new session that continues from a copy of this one's state; nothing is read.
 
-        It has a ring of its own and is not saved.
+        It has a ring of its own, is not saved and recalls nothing.
 
         Args:
             back: how many of the last exchanges to take back in it.
@@ -278,6 +288,8 @@ class ChatSession:
             raise ValueRefused(f"cannot take back {back} of {plural(len(turns))}")
         found = copy.copy(self)
         found.model, found.recorder = model or self.model, None
+        # The turns that leave the copy are not those that leave this session.
+        found.recall, found.recalled, found._recalled_for = None, (), (0, "")
         found.stats, found.on_evict, found._on_notice = replace(self.stats), None, notify
         found.sampler = Sampler(self.sampler.sampling)
         found.sampler.restore(self.sampler.state())
@@ -296,24 +308,42 @@ class ChatSession:
         return found
 
     def clear(self, first: int | None = None) -> None:
-        """Evict every turn, or those before number `first`; the pinned beginning stays."""
+        """Evict every turn, or those before number `first`; the pinned beginning stays.
+
+        Without `first`, no turn so far is recalled from now on.
+        """
         self._settle()
         self.pending = None
+        if first is None:
+            self.recall_from = self.number + 1
+            self.forget_recalled()
         while (turns := self.evictor.state.turns) and (first is None or turns[0].number < first):
             self.evictor.evict_oldest()
         self.tokens.ids.restart_observers()
         self._count(silent=True)
         self._record(ChangeKind.STAND, self.number)
 
-    def restart(self, system: str | None, window: int | None) -> None:
+    def forget_recalled(self) -> None:
+        """Forget what was quoted last, and what was read and is no longer attended."""
+        self.recalled, self._recalled_for, self.stats.recalled = (), (0, ""), 0
+        self.tokens.ids.restart_observers()
+
+    def restart(
+        self, system: str | None, window: int | None, progress: Progress | None = None
+    ) -> None:
         """Change the system prompt or the window, and read the attended turns again.
+
+        Args:
+            progress: called while they are read, with the tokens read and the total.
 
         Raises:
             TemplateError, ValueRefused, MemoryRefused: as in the constructor; nothing has changed.
         """
-        run_coroutine(self.restart_steps(system, window))
+        run_coroutine(self.restart_steps(system, window, progress))
 
-    def restart_steps(self, system: str | None, window: int | None) -> Coroutine[Piece, None]:
+    def restart_steps(
+        self, system: str | None, window: int | None, progress: Progress | None = None
+    ) -> Coroutine[Piece, None]:
         """Restart as a coroutine. If it is closed before its end, nothing has changed."""
         turns, before = self._settle(), dict(vars(self))
         self.stats = replace(self.stats)
@@ -323,7 +353,8 @@ class ChatSession:
             turns = tuple(PlacedTurn(e, number, 0) for number, e in exchanges.items())
             self.evictor.state = Idle(turns)
             self.evictor.become_idle(self._place_again(turns))
-            yield from self._read_settling()
+            unread = unread_ids(self.prompts.pinned, self.evictor.state.turns, self.tokens.length)
+            yield from self._read_settling(cumulative(progress, len(unread)))
         except BaseException:
             vars(self).update(before)
             raise
@@ -353,7 +384,7 @@ class ChatSession:
         """Number the attended turns from 1, as if they were the whole conversation."""
         turns = tuple(replace(turn, number=n) for n, turn in enumerate(self._settle(), 1))
         self.evictor.state, self.number = Idle(turns), len(turns)
-        self.pending = None
+        self.pending, self.recall_from = None, 1
 
     def record_turns(self) -> None:
         """Write every attended turn to the recorder, with its present ids."""
@@ -392,7 +423,7 @@ class ChatSession:
     ) -> tuple[int, ReplyDecoder]:
         limit = self.max_tokens if max_tokens is None else check_max_tokens(max_tokens)
         stops = self.stop if stop is None else stop
-        thinking = max(1, self.cache.geometry.window // 2)
+        thinking = max(1, self._room_for_turns // 2)
         reply = self.prompts.replies.decoder(stops, thinking)
         if begin:
             reply.begin_with(self.prompts.beginning(begin.text, begin.thinking))
@@ -415,14 +446,16 @@ class ChatSession:
         turn = begin()
         yield from self._read_settling(before=turn.start)
         turns = tuple(t for t in self.evictor.state.turns if t.number != turn.number)
+        asked = self._recall(turn, turns)
         self.number, self.pending = turn.number, None
-        self.evictor.state = ActiveTurn(turns, turn, reply, turns)
+        state = ActiveTurn(turns, asked, reply, turns, turn.exchange.question_ids)
+        self.evictor.state = state
         pinned = self.prompts.pinned
-        unread = unread_ids(pinned, (*turns, turn), self.tokens.length)
+        unread = unread_ids(pinned, (*turns, asked), self.tokens.length)
         report, given = cumulative(progress, len(unread) + reply.count), reply.count
         read_before = self.stats.prompt_tokens
         yield from self._read_pinned(report)
-        prompt = (*unread_ids(pinned, (*turns, turn), self.tokens.length), *reply.ids)
+        prompt = (*unread_ids(pinned, (*turns, asked), self.tokens.length), *reply.ids)
         writer = write_reply(
             self.writer,
             prompt,
@@ -438,6 +471,7 @@ class ChatSession:
         try:
             while self.evictor.state.reply is reply:  # until the next turn settles this one
                 result = yield writer.send(result)
+            yield Piece("", "superseded")
             return
         except StopIteration as end:
             exchanges, evicted = self.evictor.evicted_since_report()
@@ -450,6 +484,8 @@ class ChatSession:
                 read=self.stats.prompt_tokens - read_before,
                 written=reply.count - given,
                 settled=self.stats.settled - settled,
+                recalled=self.recalled,
+                recalled_tokens=state.quoted,
             )
         finally:
             writer.close()
@@ -474,7 +510,7 @@ class ChatSession:
             )
         asked = question_of(messages)
         exchange = replace(asked, finish="end", closing_ids=closing, question_ids=ids)
-        turn = self._place(exchange, number, len(ids) + min(limit, self.cache.geometry.window // 4))
+        turn = self._place(exchange, number, len(ids) + min(limit, self._room_for_turns // 4))
         self.number, self.pending = number, asked
         with suppress(SessionError):  # written, or reported, when the turn has ended
             self._record(ChangeKind.ASK, number, {number: turn.exchange})
@@ -513,8 +549,65 @@ class ChatSession:
         # No previous turn is attended, so there is nothing to close.
         return PlacedTurn(replace(exchange, closing_ids=()), number, self._first_place())
 
+    def _recall(self, turn: PlacedTurn, before: Sequence[PlacedTurn]) -> PlacedTurn:
+        """Return a turn with a quotation of what answers its question, if there is any.
+
+        A question that is answered again gets the same quotation again.
+        """
+        self._report_left()
+        question, ids, first = turn.exchange.question, turn.exchange.question_ids, turn.number
+        if before:
+            first = before[0].number
+        passages: Sequence[Passage] = self.recalled
+        if self._recalled_for != (turn.number, question):
+            passages = ()
+            # A turn that begins in the sinks cannot be taken back, and of one that fills the
+            # window the quotation would be lost.
+            fits = turn.start >= self.cache.geometry.sinks and len(ids) <= self._room_for_turns
+            fits = fits and not turn.exchange.messages  # a plain question
+            if self.recall and self._reserved and fits and self.recall_from < first:
+                previous = before[-1].exchange.question if before else ""
+                found = self.recall.find(question, previous, self.recall_from, first)
+                passages = choose_passages(found, self._reserved, self._count_quoted(turn, before))
+        self.recalled, self._recalled_for = tuple(passages), (turn.number, question)
+        self.stats.recalled = len(passages)
+        if not passages:
+            return turn
+        quoted = self._question_ids(quote(passages, question), before)
+        # If this question was read before, it was read without the quotation.
+        if not take_back(self.writer, turn.start, quoted, left=1):
+            self.recalled, self.stats.recalled = (), 0
+            return turn
+        return replace(turn, exchange=replace(turn.exchange, question_ids=quoted))
+
+    def _question_ids(self, question: str, before: Sequence[PlacedTurn]) -> tuple[int, ...]:
+        """Return the ids of a question behind some turns."""
+        previous = before[-1].exchange if before else None
+        return self.prompts.question(question, previous, first=False)[1]
+
+    def _count_quoted(self, turn: PlacedTurn, before: Sequence[PlacedTurn]) -> Callable[[str], int]:
+        """Return a function that counts the tokens of a text before a turn's question."""
+        plain = len(turn.exchange.question_ids)
+
+        def count(text: str) -> int:
+            return len(self._question_ids(text + turn.exchange.question, before)) - plain
+
+        return count
+
+    def _report_left(self) -> None:
+        """Give the turns that have left to the store of what can be recalled."""
+        left, self.evictor.left = self.evictor.left, []
+        if store := self.recall:
+            for turn in left:
+                store.leave(turn.number, turn.exchange.question, turn.exchange.reply)
+
     def _place_again(self, turns: Sequence[PlacedTurn]) -> tuple[PlacedTurn, ...]:
-        return place_again(turns, self._first_place(), self.cache.geometry.window)
+        return place_again(turns, self._first_place(), self._room_for_turns)
+
+    @property
+    def _room_for_turns(self) -> int:
+        """The tokens of the window, without those that are kept free for a quotation."""
+        return self.cache.geometry.window - self._reserved
 
     def _first_place(self) -> int:
         """Return the place of the next turn if no turn is attended before it."""
@@ -623,13 +716,20 @@ class ChatSession:
             refusal = f"the last question is taken back with its reply: {one_line(error)}"
             kind, changed = ChangeKind.UNDO, {}
             start, wanted = turns[-1].end if turns else turn.start, ()
-        if not take_back(self.writer, start, wanted):
+        # With recall, a turn that outgrew its room is read again, quotation or not.
+        read = self.tokens.length - turn.start - state.quoted
+        outgrown = bool(self._reserved) and read > self._room_for_turns
+        if outgrown or not take_back(self.writer, start, wanted):
             if refusal and start < self.cache.geometry.sinks:  # some of it is in the sinks
                 self._begin(self.system, self.stats.window)
                 turns = ()
             else:
                 empty_ring(self.writer)
                 turns = self._place_again((*before, *turns[len(state.turns) :]))
+                if outgrown and len(turns) == 1:  # only as much as will be attended
+                    unattended = turns[0].end - turns[0].start - self.cache.geometry.window
+                    start = max(turn.start, turns[0].start - max(0, unattended))
+                    turns = (replace(turns[0], start=start),)
         self._record(kind, turn.number, changed, turns)
         if refusal:
             self.number = turn.number - 1
@@ -648,7 +748,8 @@ class ChatSession:
     ) -> Coroutine[Piece, None]:
         """Read what the stream is missing of its turns, up to the place `before`."""
         state = self.evictor.state
-        if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length)):
+        waits = not self._reserved
+        if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length, waits)):
             return
         yield from self._read_pinned(progress)
         ids = unread_ids(self.prompts.pinned, state.turns, self.tokens.length)
@@ -694,7 +795,8 @@ class ChatSession:
         self.writer = self._writer_factory(sinks, window, self._notify)
         self.tokens, self.cache = self.writer.tokens, self.writer.cache
         self.prompts, geometry = prompts, self.cache.geometry
-        self.evictor = TurnEvictor(self.cache, whole=self.evict == "turn")
+        self._reserved = self._reserve(geometry.window)
+        self.evictor = TurnEvictor(self.cache, self.evict == "turn", self._reserved)
         self.stats.sinks, self.stats.window = geometry.sinks, geometry.window
         self.stats.pinned, self.stats.cache_bytes = pinned, self.cache.nbytes
         if prompts.system_place == "exchange":
@@ -711,6 +813,27 @@ class ChatSession:
             )
         self._count()
 
+    def _reserve(self, window: int) -> int:
+        """Return how many tokens of the window to keep free for a quotation.
+
+        Raises:
+            ValueRefused: more than half of the window was asked for.
+        """
+        asked = self._recall_asked
+        if not self.recall or asked == 0:
+            return 0
+        if asked is not None and not 0 < asked <= window // 2:
+            raise ValueRefused(f"--recall must be from 0 to {window // 2}, not {asked}")
+        reserved = max(LEAST_RECALL, window // 8) if asked is None else asked
+        if self.evict == "token":
+            reason = "single tokens are evicted"
+        elif asked is None and reserved > window // 4:
+            reason = f"the window of {window:,} tokens is too small"
+        else:
+            return reserved
+        self._notify(f"recall is off: {reason}")
+        return 0
+
     def _count(self, silent: bool = False) -> None:
         """Update the statistics and report evictions, without a notice if `silent`."""
         self.stats.attended, self.stats.evicted = self.cache.attended, self.cache.evicted
@@ -718,6 +841,7 @@ class ChatSession:
         exchanges, tokens = self.evictor.evicted_since_report()
         self.evictor.mark_reported()
         self.stats.evicted_exchanges += exchanges
+        self._report_left()
         if tokens > 0 and not silent and not self._eviction_reported:
             self._eviction_reported = True
             self._notify(eviction_notice(self.stats.window))
@@ -744,7 +868,8 @@ class ChatSession:
         counts = kind is not ChangeKind.STAND or bool(self.pending)
         first = attended[0].number if attended else number + (not counts)
         sampler, window = self.sampler.state(), self.stats.window
-        change = Change(kind, number, exchanges or {}, first, sampler, self.system, window)
+        known = exchanges or {}
+        change = Change(kind, number, known, first, sampler, self.system, window, self.recall_from)
         self.recorder.record(change)
         if turns is None:
             self.recorder.flush()
@@ -754,16 +879,16 @@ class ChatSession:
         self._on_notice(notice)
 
 
-def is_unsettled(turns: Sequence[PlacedTurn], length: int) -> bool:
+def is_unsettled(turns: Sequence[PlacedTurn], length: int, waits: bool = True) -> bool:
     """Return whether a stream must read some of its turns before the next question.
-
-    The end of a reply that the template leaves as it was is read with the next question.
 
     Args:
         length: how many tokens the stream has read.
+        waits: whether the end of a reply that the template leaves as it was is read with the next
+            question.
     """
     if not turns:
         return False
     last = turns[-1]
-    waits = last.exchange.settled_ids is None and last.start < length
+    waits = waits and last.exchange.settled_ids is None and last.start < length
     return last.end > length and not waits

@@ -19,11 +19,13 @@ class SessionPaths:
     Attributes:
         database: the transcript, which is authoritative.
         snapshot: the stream's state, which can be computed again.
+        index: the words of the turns that have left the window, which can be indexed again.
         lock: held by the process that has the session open.
     """
 
     database: Path
     snapshot: Path
+    index: Path
     lock: Path
 
 
@@ -42,6 +44,7 @@ def session_paths(name: str) -> SessionPaths:
     return SessionPaths(
         database=data / f"{name}{DATABASE}",
         snapshot=cache_folder() / f"{name}.safetensors",
+        index=cache_folder() / f"{name}.recall",
         lock=data / f"{name}.lock",
     )
 

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import astuple, replace
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +25,7 @@ from mlx_stream.chat.recorder import Change, ChangeKind
 from mlx_stream.chat.schema import (
     ANSWERED,
     ASKED,
+    FORGOTTEN,
     SessionHeader,
     StoredTurn,
     TranscriptState,
@@ -140,26 +142,24 @@ class Store(AbstractContextManager["Store"]):
                 raise ValueError(f"there are no turns {first} to {last} of {state.count}")
             return digest("head", *astuple(state.header), first, *links)
 
-    def turns(self, first: int = 1) -> list[StoredTurn]:
-        """Return the turns from number `first` on.
+    def checksums(self, first: int, last: int) -> list[str]:
+        """Return the stored checksums of the turns `first` to `last`."""
+        with self._transaction("BEGIN"):
+            query = "SELECT checksum FROM turns WHERE number BETWEEN ? AND ? ORDER BY number"
+            return [link for (link,) in self.connection.execute(query, (first, last))]
+
+    def turns(self, first: int = 1, count: int | None = None) -> list[StoredTurn]:
+        """Return the turns from number `first` on, or only the first `count` of them.
 
         Raises:
             SessionError: one of them is damaged.
         """
         with self._transaction("BEGIN"):
-            return list(self._turns(self._state(), first))
+            return list(islice(self._turns(self._state(), first), count))
 
     def exchanges(self, first: int = 1) -> dict[int, Exchange]:
         """Return the answered turns from number `first` on, by number; see `turns`."""
         return {t.number: t.exchange for t in self.turns(first) if t.state == ANSWERED}
-
-    def attended_turns(self) -> int:
-        """Return how many answered turns the stream attends to."""
-        with self._transaction("BEGIN"):
-            first = self._state().first
-            query = "SELECT count(*) FROM turns WHERE number >= ? AND state = ?"
-            ((count,),) = self.connection.execute(query, (first, ANSWERED)).fetchall()
-            return count
 
     def whole(self) -> tuple[list[StoredTurn], str]:
         """Return the turns before the first damaged one, and a line about the damage or ""."""
@@ -194,10 +194,30 @@ class Store(AbstractContextManager["Store"]):
                 for message in messages:
                     insert_row(self.connection, "messages", message)
             last = self._column("checksum", count)
-            first, recall_from = min(change.first, count + 1), min(state.recall_from, count + 1)
+            first, recall_from = min(change.first, count + 1), min(change.recall_from, count + 1)
             self._write(TranscriptState(header, first, change.sampler, recall_from, count, last))
         if kept < state.count:
-            self._clear_log()
+            clear_log(self.connection)
+
+    def forget(self, number: int) -> None:
+        """Remove the texts of a turn that is not attended; its number stays.
+
+        Raises:
+            SessionError: there is no such turn, it is attended, or it cannot be written.
+        """
+        with self._transaction("BEGIN IMMEDIATE"):
+            state = self._state()
+            if not 1 <= number < state.first:
+                raise ValueError(f"turn {number} is attended, or there is none of that number")
+            turn = next(self._turns(state, number))
+            blank = Exchange("", "", (), (), (), finish="interrupted")
+            row, _ = StoredTurn(number, FORGOTTEN, blank, turn.time).rows()
+            checksum = turn_checksum(state.header.id, row, ())
+            insert_row(self.connection, "turns", (*row, checksum))
+            self.connection.execute("DELETE FROM messages WHERE turn = ?", (number,))
+            if number == state.count:
+                self._write(replace(state, last=checksum))
+        clear_log(self.connection)
 
     def update(self, header: SessionHeader) -> None:
         """Replace the header, except for the id and the time of creation.
@@ -230,7 +250,7 @@ class Store(AbstractContextManager["Store"]):
 
     def close(self) -> None:
         """Close the file, and empty its log if no other process has it open."""
-        self._clear_log()
+        clear_log(self.connection)
         self.connection.close()
 
     def __exit__(self, *_: object) -> None:
@@ -293,8 +313,20 @@ class Store(AbstractContextManager["Store"]):
         state.check()
         insert_row(self.connection, "session", state.row())
 
-    def _clear_log(self) -> None:
-        """Move the log into the database, so that neither contains what was removed."""
-        # The change is committed. If this fails now, closing the file tries again.
-        with suppress(sqlite3.Error):
-            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+def clear_log(connection: sqlite3.Connection) -> None:
+    """Move the log into the database, so that neither contains what was removed."""
+    # The change is committed. If this fails now, closing the file tries again.
+    with suppress(sqlite3.Error):
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+def first_question(store: Store) -> str:
+    """Return the first question that is not forgotten, or "" if there is none.
+
+    Raises:
+        SessionError: the transcript is damaged.
+    """
+    with store._transaction("BEGIN"):
+        query = "SELECT text FROM messages WHERE role = 'user' ORDER BY turn, place LIMIT 1"
+        return "".join(text for (text,) in store.connection.execute(query).fetchall())

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 from mlx_stream.chat.migrations import VERSION, schema
 from mlx_stream.chat.schema import SessionHeader, is_time, state_of
 from mlx_stream.chat.session_files import DATABASE, session_names, session_paths
-from mlx_stream.chat.store import Store
+from mlx_stream.chat.store import Store, first_question
 from mlx_stream.errors import SessionError
 from mlx_stream.program import sqlite
 from mlx_stream.program.paths import cache_folder, data_folder
@@ -25,8 +26,11 @@ from mlx_stream.program.paths import cache_folder, data_folder
 TABLES = "SELECT type, name, tbl_name, sql FROM x.sqlite_master LIMIT 9"
 # When it was last written to.
 USED = "coalesce((SELECT time FROM x.turns ORDER BY number DESC LIMIT 1), created)"
+LONGEST_TITLE = 200
 SUMMARY = f"""SELECT number, turns.checksum, {USED},
-    (SELECT count(*) FROM x.turns WHERE number >= first AND state = 'answered'), session.*
+    (SELECT count(*) FROM x.turns WHERE number >= first AND state = 'answered'),
+    (SELECT substr(text, 1, {LONGEST_TITLE}) FROM x.messages WHERE role = 'user'
+     ORDER BY turn, place LIMIT 1), session.*
     FROM x.session LEFT JOIN x.turns ON number = (SELECT max(number) FROM x.turns) LIMIT 2"""
 
 
@@ -39,6 +43,7 @@ class SessionSummary:
         attended: how many of them the stream attends to.
         used: when its last turn was written, ISO 8601, UTC; of a damaged one, its file.
         header: None if the conversation cannot be opened; `damage` then says why.
+        title: the beginning of the first question; empty if there is none.
     """
 
     name: str
@@ -48,6 +53,7 @@ class SessionSummary:
     used: str
     header: SessionHeader | None
     damage: str = ""
+    title: str = ""
 
 
 def session_summaries() -> list[SessionSummary]:
@@ -56,7 +62,7 @@ def session_summaries() -> list[SessionSummary]:
     Raises:
         SessionError: their folder cannot be read.
     """
-    with SummaryReader.open() as reader:
+    with SummaryReader.open(data_folder(), cache_folder()) as reader:
         found = [reader.summary(name) for name in session_names()]
         return sorted(found, key=lambda one: reader.order(one.name, one.used), reverse=True)
 
@@ -70,7 +76,7 @@ def latest_session() -> str | None:
         SessionError: their folder cannot be read.
     """
     times = {}
-    with SummaryReader.open() as reader:
+    with SummaryReader.open(data_folder()) as reader:
         for name in session_names():
             with suppress(SessionError):
                 times[name] = reader.order(name, reader.last_used(name))
@@ -83,7 +89,7 @@ class SummaryReader:
 
     Attributes:
         folder: the URI of the folder of transcripts.
-        files: the status of each file of a session, by its name.
+        files: the status of each file of a session that is in the given folders, by its name.
         connection: each transcript is attached to it as `x`.
     """
 
@@ -93,8 +99,8 @@ class SummaryReader:
 
     @classmethod
     @contextmanager
-    def open(cls) -> Iterator[Self]:
-        files = files_in(data_folder()) | files_in(cache_folder())
+    def open(cls, *folders: Path) -> Iterator[Self]:
+        files = dict(chain(*(files_in(folder) for folder in folders)))
         # A statement that is kept counts the steps of all transcripts together.
         memory = sqlite3.connect(":memory:", uri=True, isolation_level=None, cached_statements=0)
         with closing(memory) as connection:
@@ -106,14 +112,17 @@ class SummaryReader:
     def summary(self, name: str) -> SessionSummary:
         size = sum(self.files[one].st_size for one in file_names(name) if one in self.files)
         with suppress(ValueError, TypeError):
-            ((number, checksum, used, attended, *row),) = self._rows(name, SUMMARY)
+            ((number, checksum, used, attended, title, *row),) = self._rows(name, SUMMARY)
             state = state_of(row)
             if (number or 0, checksum or "") == (state.count, state.last) and is_time(used):
-                return SessionSummary(name, state.count, attended, size, used, state.header)
+                found = name, state.count, attended, size, used, state.header, "", title or ""
+                return SessionSummary(*found)
         try:
             with Store.open(session_paths(name).database) as store:
                 state, attended, used = store.state, store.attended_turns(), last_time(store)
-                return SessionSummary(name, state.count, attended, size, used, state.header)
+                title = first_question(store)[:LONGEST_TITLE]
+                found = name, state.count, attended, size, used, state.header, "", title
+                return SessionSummary(*found)
         except SessionError as error:
             written = datetime.fromtimestamp(self.order(name, "")[1] / 1e9, UTC)
             used = written.strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -163,16 +172,17 @@ def last_time(store: Store) -> str:
     return store.turns(state.count)[-1].time if state.count else state.header.created
 
 
-def files_in(folder: Path) -> dict[str, os.stat_result]:
-    found = {}
+def files_in(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the name and the status of each file but the locks, which are empty."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
-            with suppress(OSError):
-                found[entry.name] = entry.stat(follow_symlinks=False)
-    return found
+            if not entry.name.endswith(".lock"):
+                with suppress(OSError):
+                    yield entry.name, entry.stat(follow_symlinks=False)
 
 
 def file_names(name: str) -> list[str]:
     """Return the names of every file with content of a conversation."""
     bases = f"{name}{DATABASE}", f".{name}{DATABASE}.new"
+    bases = (*bases, f"{name}.recall")
     return [f"{name}.safetensors", *(base + end for base in bases for end in ("", *sqlite.BESIDE))]

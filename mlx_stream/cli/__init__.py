@@ -5,6 +5,7 @@ Programs that are installed with the package are verbs, too; they are found by e
 """
 
 from importlib import import_module
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,9 +29,12 @@ VERBS = {
     "bench": "Time decoding and prefill side by side with mlx-lm.",
     "doctor": "Describe this machine and what will be slow on it.",
     "pull": "Fetch a model into the shared Hugging Face cache: weights and tokenizer, never code.",
-    "ls": "List the cached models.",
+    "models": "List models worth pulling that fit a device, with the largest window that fits.",
+    "ls": "List the models on this machine: cached, or written by convert.",
     "show": "Describe a model on this machine, without loading it.",
+    "rm": "Remove a model from this machine.",
     "eval": "Run the paper's experiments on your model, text and machine.",
+    "config": "Show or change the config file: defaults for new conversations.",
     "sessions": "List, show, export, remove or verify saved conversations.",
 }
 # The same for the known programs that may be installed with the package.
@@ -47,8 +51,26 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+class HelpFormatter(typer.Context.formatter_class):
+    """Writes help that fits narrow terminals, too: options stand above what they do."""
+
+    def __init__(self, *_: Any, **__: Any):
+        super().__init__(width=max(20, min(80, get_terminal_size().columns) - 2))
+
+    def write_dl(self, rows: Any, col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl(rows, min(col_max, self.width // 3), col_spacing)
+
+
+class HelpContext(typer.Context):
+    """The context of every command."""
+
+    formatter_class = HelpFormatter
+
+
 class Verbs(TyperGroup):
     """The group of all verbs, each imported when it is to be run."""
+
+    context_class = HelpContext
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*VERBS, *installed_programs()]
@@ -77,7 +99,15 @@ def command(name: str) -> Any:
     if group is None:
         group = typer.Typer(**SETTINGS)
         group.command(name)(getattr(module, name))
-    return get_command(group)
+    return with_help(get_command(group))
+
+
+def with_help(command: Any) -> Any:
+    """Let a command and its subcommands format their help in the same way."""
+    command.context_class = HelpContext
+    for part in getattr(command, "commands", {}).values():
+        with_help(part)
+    return command
 
 
 def installed_programs() -> "dict[str, EntryPoint]":
@@ -117,7 +147,7 @@ app = typer.Typer(
     cls=Verbs,
     help="Run large language models on an endless stream, in memory that never grows.",
     no_args_is_help=True,
-    **SETTINGS,
+    **{**SETTINGS, "add_completion": True},
 )
 
 

@@ -58,7 +58,7 @@ PREFILL = (
 @options.verb
 def bench(
     *,
-    model: options.ModelArgument = "starter",
+    model: options.DefaultModelArgument = None,
     window: Annotated[
         list[int] | None,
         Option(
@@ -110,8 +110,8 @@ def bench(
     loaded = loading.load(model)
     for one in windows:
         loaded.resolve_window(None, one)
-    peer = load_peer(resolve(model, notify), loaded)
-    about = {"model": model, "dtype": loading.dtype, "quantized": loaded.quantized}
+    peer = load_peer(resolve(loaded.name, notify), loaded)
+    about = {"model": loaded.name, "dtype": loading.dtype, "quantized": loaded.quantized}
     if streams is not None:
         rows = shared_speed(loaded, peer, numbers(streams), windows[0], pairs, notify)
         if json:
@@ -129,7 +129,7 @@ def bench(
     if json:
         print_json({**about, "against": "mlx-lm", **results, "machine": backend.describe()})
         return
-    print(f"{model}, {loading.dtype}{', quantized' if loaded.quantized else ''}")
+    print(f"{loaded.name}, {loading.dtype}{', quantized' if loaded.quantized else ''}")
     found = results["windows"].items()
     times = [
         {

@@ -1,10 +1,8 @@
-"""`mlx_stream chat`: talk on a terminal, or read turns from a pipe; saved, if it has a name."""
+"""`mlx_stream chat`: talk on a terminal, read turns from a pipe, or ask one question."""
 
-import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib import import_module
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated
@@ -13,28 +11,21 @@ from typer import Argument, Option
 
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
-from mlx_stream.cli.prompt import is_dumb, keys_wait
-from mlx_stream.cli.terminal import (
-    REPEATED,
-    Progress,
-    decode_utf8,
-    defer_interrupts,
-    log_progress,
-    repeats_itself,
-)
+from mlx_stream.cli.prompt import keys_wait
+from mlx_stream.cli.screen import Screen
+from mlx_stream.cli.terminal import ask_line, decode_utf8
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
-from mlx_stream.program.escape import TerminalEscaper
-from mlx_stream.program.exits import finished_before_signals, notify
+from mlx_stream.program.exits import ENDING, ending_on_signals, finished_before_signals, notify
+from mlx_stream.program.terminal import terminal_size
 
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
-    from mlx_stream.text.pieces import Piece
 
-    Pieces = Generator[Piece, None, None]
-
-
-class ReplyStopped(Exception):
-    """The user asked for the reply to end."""
+# What a conversation on a terminal needs and takes long to import.
+SLOW_MODULES = "prompt_toolkit", "rich.progress", "mlx_stream.cli.markdown_printer"
+# Lines of a pipe, each of which is answered, before a notice says so.
+LINES_WITHOUT_NOTICE = 20
+EXCHANGES_SHOWN_AGAIN = 2
 
 
 @options.verb
@@ -45,16 +36,28 @@ def chat(
         Argument(
             metavar="MODEL",
             help="A folder, a Hub id, a .gguf file, or starter. Default: the saved session's, "
-            "else the starter.",
+            "else the config file's, else the starter.",
         ),
     ] = None,
     system: Annotated[
         str | None,
         Option(
-            help="System prompt; it is never evicted. Default: a short one for the starter, and "
-            "the template's own for other models. '' always uses the template's own."
+            help="System prompt; it is never evicted. @NAME is one of the config file's. Default: "
+            "the config file's, else a short one for the starter, and the template's own for other "
+            "models. '' always uses the template's own."
         ),
     ] = None,
+    prompt: Annotated[
+        str | None,
+        Option(
+            "--prompt",
+            "-p",
+            help="Ask this and exit. A pipe or file on standard input is part of the question.",
+        ),
+    ] = None,
+    lines: Annotated[
+        bool, Option("--lines", help="Each line of standard input is a turn, without a notice.")
+    ] = False,
     session: Annotated[
         str | None,
         Option(help="Name to save the chat under; if one with this name exists, it is continued."),
@@ -70,21 +73,44 @@ def chat(
             "default); token drops single tokens, oldest first."
         ),
     ] = None,
+    recall: Annotated[
+        int | None,
+        Option(
+            help="Tokens of the window kept free to quote what has left it; 0 for none. Default: "
+            "an eighth of the window in a saved chat."
+        ),
+    ] = None,
     max_tokens: options.MaxTokens = 512,
     sampling: options.SamplingOptions,
     reply: options.ReplyOptions,
     thinking: options.ThinkingOptions,
+    plain: Annotated[
+        bool, Option("--plain", help="Show replies as they are, without rendering Markdown.")
+    ] = False,
     loading: options.LoadOptions,
     stats: options.ShowStats = False,
 ) -> None:
     """Chat with a model for as long as you like.
 
     Memory does not grow. Ctrl-C ends a reply, Ctrl-D ends the conversation, and /help lists
-    commands. When standard input is not a terminal, each of its lines is a turn.
+    commands. When standard input is not a terminal, each of its lines is a turn, and Ctrl-C ends
+    the conversation. @FILE in a question stands for a text file.
     """
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with keys_wait() if interactive else nullcontext():  # a question typed ahead is kept
+    if lines and prompt is not None:
+        raise ValueRefused("--lines and -p exclude each other: use one of them")
+    interactive = sys.stdin.isatty() and sys.stdout.isatty() and not lines and prompt is None
+    if interactive and (model, session, latest) == (None, None, False):
+        from mlx_stream.cli.first_model import choose_model
+
+        model = choose_model(ask_line)
+    # On a terminal a question typed ahead is kept, and Ctrl-C ends only the reply.
+    signals = ENDING if interactive else (*ENDING, signal.SIGINT)
+    with (
+        keys_wait() if interactive else nullcontext(),
+        ending_on_signals(*signals) as check_ended,
+    ):
         from mlx_stream.chat import resume, saving, summaries
+        from mlx_stream.cli.config_file import named_prompt, setting
         from mlx_stream.hub.starter import STARTER, STARTER_SYSTEM
 
         if latest:
@@ -94,19 +120,24 @@ def chat(
             if session is None:
                 raise SessionError("there is no saved session: start one with --session NAME")
         before = resume.header_of(session) if session is not None else None
-        source = model or (before.model if before else STARTER)
-        if system is None and before is None and source == STARTER:
-            system = STARTER_SYSTEM
+        source = model or (before.model if before else options.default_model())
+        window = attended.window
+        if before is None:
+            system = setting("system") if system is None else system
+            window = setting("window") if window is None else window
+            if system is None and source == STARTER:
+                system = STARTER_SYSTEM
         choice = sampling.as_sampling()
+        question = None if prompt is None else question_of(prompt)
+        screen = Screen(check_ended, thinking.hide_thinking, plain)
         if interactive:
             notify(f"loading {source}")
             # Imported while the weights are read: MLX does that without Python's lock.
-            Thread(target=import_module, args=("prompt_toolkit",)).start()
+            Thread(target=lambda: [import_module(name) for name in SLOW_MODULES]).start()
         loaded = loading.load(source)
-        screen = Screen(thinking.hide_thinking)
         chosen = resume.SessionOptions(
-            system=system,
-            window=attended.window,
+            system=named_prompt(system) if system else system,
+            window=window,
             sinks=attended.sinks,
             evict=evict,
             sampling=choice,
@@ -117,31 +148,56 @@ def chat(
             draft=loading.load(reply.draft) if reply.draft else None,
             think=thinking.think,
             reasoning_effort=thinking.reasoning_effort,
+            recall_tokens=(recall or 0) if session is None else recall,
         )
         if session is None:
             talk = resume.new_chat(loaded, chosen, screen.notify)
         else:
-            told = log_progress("reading again")
-            talk = resume.open_session(session, loaded, chosen, screen.notify, told).chat
+            with screen.progress("reading again") as told:
+                talk = resume.open_session(session, loaded, chosen, screen.notify, told).chat
         try:
-            (run_interactive if interactive else run_batch)(talk, screen, stats)
+            if question is not None:
+                ask(talk, screen, question)
+            else:
+                (run_interactive if interactive else run_batch)(talk, screen, stats, lines)
         finally:
             if saved := saving.saved_as(talk):
                 with finished_before_signals():
                     saved.close()
 
 
-def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
+def question_of(prompt: str) -> str:
+    """Return the question of `-p` with the files it names and with standard input."""
+    from mlx_stream.cli.attach import attach_files
+    from mlx_stream.cli.stdin import read_stdin
+
+    text = "" if sys.stdin.isatty() else read_stdin().strip()
+    question = attach_files(prompt, notify)
+    return f"{question}\n\n{text}" if text else question
+
+
+def ask(chat: "ChatSession", screen: Screen, question: str, stoppable: bool = False) -> None:
+    """Ask one question and show its reply."""
+    with screen.reply(stoppable) as progress:
+        screen.show(chat.reply(question, progress=progress))
+
+
+def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> None:
     """Ask for lines on the terminal until Ctrl-D."""
     from mlx_stream.chat import session_files
     from mlx_stream.chat.saving import saved_as
     from mlx_stream.cli import commands
+    from mlx_stream.cli.attach import attach_files
+    from mlx_stream.cli.describe import describe_model, describe_window
+    from mlx_stream.cli.history import HISTORY
     from mlx_stream.cli.prompt import Prompt
-    from mlx_stream.cli.report import print_stats
+    from mlx_stream.cli.report import print_stats, shorten_line
+    from mlx_stream.cli.views import first_attended
 
     def status() -> str:
         saved = saved_as(chat)
-        return commands.status(chat.stats, saved.name if saved else None)
+        width = terminal_size(sys.stdout)[0]
+        return commands.status(chat.stats, saved.name if saved else None, width)
 
     def idle() -> str:
         try:
@@ -151,16 +207,16 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
             return one_line(error)
         return ""
 
-    now = chat.stats
-    begin = "the system prompt" if now.pinned else f"the first {now.sinks:,}"
-    notify(f"attends to {begin} and the latest {now.window:,} tokens")
+    notify(describe_model(chat.model))
+    notify(describe_window(chat.stats))
     notify("Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands")
     saved = saved_as(chat)
     if saved and chat.exchanges:
+        show_end(chat, screen)
         notify(f"continuing {saved.name}: {plural(len(chat.exchanges))} attended")
-    history = session_files.data_folder().parent / "history"
+    history = session_files.data_folder().parent / HISTORY
     prompt = Prompt(history, status, commands.completions(), notify, idle)
-    line = ""
+    line, first = "", first_attended(chat)
     while True:
         try:
             asked = commands.parse(prompt.ask(line))
@@ -170,11 +226,12 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
         try:
             with screen.reply() as progress:
                 if isinstance(asked, str):
-                    screen.show(chat.reply(asked, progress=progress))
+                    question = attach_files(asked, screen.notify)
+                    screen.show(chat.reply(question, progress=progress))
                 else:
                     outcome = commands.run(asked, chat, progress)
                     if outcome.text:
-                        print(outcome.text)
+                        screen.show_lines(outcome.text, indent=4)
                     if outcome.pieces:
                         screen.show(outcome.pieces)
                     if outcome.quit:
@@ -182,103 +239,32 @@ def run_interactive(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
                     line = outcome.prefill
         except MlxStreamError as error:
             screen.notify(one_line(error))
+        before, first = first, first_attended(chat)
+        if first > before and chat.exchanges:
+            begins = shorten_line(chat.exchanges[0].question)
+            screen.mark(f"{plural(first - before)} left; attention now begins at: {begins}")
         if stats:
             print_stats(chat.stats)
 
 
-def run_batch(chat: "ChatSession", screen: "Screen", stats: bool) -> None:
+def show_end(chat: "ChatSession", screen: Screen) -> None:
+    """Show the end of a conversation that is continued."""
+    from mlx_stream.cli.prompt import PROMPT
+
+    for exchange in chat.exchanges[-EXCHANGES_SHOWN_AGAIN:]:
+        screen.show_question(PROMPT + exchange.question)
+        screen.show_text(exchange.reply)
+
+
+def run_batch(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> None:
     """Read each line of standard input that is not blank as a turn."""
     from mlx_stream.cli.report import print_stats
 
     for number, line in enumerate(sys.stdin.buffer, 1):
+        if number == LINES_WITHOUT_NOTICE + 1 and not lines:
+            notify("each line of standard input is a turn; -p TEXT asks one question about all")
         turn = decode_utf8(line, f"standard input, line {number}").strip()
         if turn:
-            with screen.reply() as progress:
-                screen.show(chat.reply(turn, progress=progress))
+            ask(chat, screen, turn)
             if stats:
                 print_stats(chat.stats)
-
-
-class Screen:
-    """Replies on standard output; escaped on a terminal, and without notices in the middle.
-
-    A model's thinking is shown dimmed, on a terminal only.
-    """
-
-    def __init__(self, hide_thinking: bool = False) -> None:
-        self.in_reply = self.in_thinking = self.told = False
-        self.shows_thinking = sys.stdout.isatty() and not hide_thinking
-        styled = not is_dumb() and not os.environ.get("NO_COLOR")
-        self.dim, self.undim = ("\x1b[2m", "\x1b[22m") if styled else ("", "")
-
-    @contextmanager
-    def reply(self) -> Iterator[Progress]:
-        """Let Ctrl-C end the reply shown in the `with` block; a second Ctrl-C ends the program.
-
-        Yields a progress callback for reading the prompt, which Ctrl-C ends too.
-        """
-        with defer_interrupts(signal.SIGINT) as stopped:
-            told = log_progress("reading")
-
-            def check(*read: int) -> None:
-                if stopped():
-                    raise ReplyStopped
-                if read:
-                    told(*read)
-
-            self._check = check
-            yield check
-        self.end_reply()
-
-    def show(self, pieces: "Pieces") -> None:
-        """Print a reply as it arrives."""
-        shown = TerminalEscaper() if sys.stdout.isatty() else None
-        finish, end, thoughts = None, "", TerminalEscaper()
-        try:
-            for piece in pieces:
-                if piece.thinking and self.shows_thinking:
-                    self.write_thinking(thoughts.add(piece.thinking))
-                end = (end + piece.text)[-REPEATED:]
-                self.write(shown.add(piece.text) if shown else piece.text)
-                finish = piece.finish
-                self._check()
-            if shown and (rest := shown.flush()):
-                self.write(rest)
-            if shown and finish == "length":
-                self.notify("cut at its limit (--max-tokens)")
-            if shown and not self.told and repeats_itself(end):
-                self.told = True
-                self.notify("the reply repeats itself; --repetition-penalty 1.1 makes that rare")
-        except ReplyStopped:
-            self.notify("stopped")
-        finally:
-            pieces.close()
-
-    def write(self, text: str) -> None:
-        if text:
-            self.end_thinking()
-        self.in_reply = True
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def write_thinking(self, text: str) -> None:
-        begin = "" if self.in_thinking else self.dim
-        self.in_reply = self.in_thinking = True
-        sys.stdout.write(begin + text)
-        sys.stdout.flush()
-
-    def end_thinking(self) -> None:
-        if self.in_thinking:
-            sys.stdout.write(self.undim + "\n\n")
-        self.in_thinking = False
-
-    def end_reply(self) -> None:
-        self.end_thinking()
-        if self.in_reply:
-            print(flush=True)
-        self.in_reply = False
-
-    def notify(self, text: str) -> None:
-        if sys.stdout.isatty():
-            self.end_reply()
-        notify(text)

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_stream.chat.exchange import plural
+from mlx_stream.cli import recall, views
+from mlx_stream.cli.config_file import named_prompt
+from mlx_stream.cli.report import shorten_line
 from mlx_stream.errors import MlxStreamError, ValueRefused, one_line
 from mlx_stream.program.escape import escape
 
@@ -21,8 +24,6 @@ if TYPE_CHECKING:
     Pieces = Generator[Piece, None, None]
 
 Progress = Callable[[int, int], None] | None
-
-LONGEST_QUOTE = 60
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def parse(line: str) -> Call | str:
 
 
 def run(call: Call, chat: "ChatSession", progress: Progress = None) -> CommandOutcome:
-    """Carry a command out; `progress` is for `retry` and `edit`."""
+    """Carry a command out; `progress` is called while something is read."""
     try:
         outcome = command_of(call).run(chat, call.argument, progress)
     except MlxStreamError as error:
@@ -102,21 +103,22 @@ def completions() -> dict[str, str]:
     return {name: command.help for name, command in COMMANDS.items()}
 
 
-def status(stats: "Stats", name: str | None = None) -> str:
-    """Return the status bar's text: "1,012/2,052 attended · 3,400 evicted · 12.3 tok/s · …"."""
+def status(stats: "Stats", name: str | None = None, width: int = 200) -> str:
+    """Return the status bar's text: "1,012/2,052 attended · 3,400 evicted · 2 recalled · …".
+
+    The parts that do not fit the width are left out.
+    """
     parts = [
         f"{stats.attended:,}/{stats.sinks + stats.window:,} attended",
         f"{stats.evicted:,} evicted",
+        *([f"{stats.recalled} recalled"] if stats.recalled else []),
         f"{stats.tokens_per_second:.1f} tok/s",
         f"cache {stats.cache_bytes / 1e6:.1f} MB",
     ]
-    return " · ".join([*parts, name] if name else parts)
-
-
-def shorten_line(text: str) -> str:
-    """Return a text on one line, truncated if it is long."""
-    line = " ".join(text.split())
-    return line if len(line) <= LONGEST_QUOTE else line[: LONGEST_QUOTE - 1] + "…"
+    parts += [name] if name else []
+    while len(parts) > 1 and len(" · ".join(parts)) > width:
+        parts.pop()
+    return " · ".join(parts)
 
 
 # --- the commands ---
@@ -133,7 +135,7 @@ def system(chat: "ChatSession", argument: str, progress: Progress) -> str:
     if not argument:
         return chat.system or "there is no system prompt"
     text = None if argument in ("''", '""') else argument
-    chat.restart(text, chat.stats.window)
+    chat.restart(named_prompt(text) if text else None, chat.stats.window, progress)
     return "the system prompt has changed" if text else "there is no system prompt now"
 
 
@@ -167,7 +169,7 @@ def window(chat: "ChatSession", argument: str, progress: Progress) -> str:
             raise ValueRefused(
                 f"/window takes a whole number of tokens, not {shorten_line(argument)!r}"
             ) from None
-        chat.restart(chat.system, size)
+        chat.restart(chat.system, size, progress)
     now = chat.stats
     return f"the window is {now.window:,} tokens, in addition to {now.sinks:,} that always stay"
 
@@ -186,12 +188,6 @@ def save(chat: "ChatSession", argument: str, progress: Progress) -> str:
     return f"saved as {saved.name}; to continue it: mlx_stream chat --session {saved.name}"
 
 
-def sessions(chat: "ChatSession", argument: str, progress: Progress) -> str:
-    from mlx_stream.chat.session_files import session_names
-
-    return "\n".join(session_names()) or "no session is saved: /save NAME saves this one"
-
-
 def export(chat: "ChatSession", argument: str, progress: Progress) -> str:
     from mlx_stream.chat.export import write_export
     from mlx_stream.chat.saving import saved_turns
@@ -208,9 +204,26 @@ def export(chat: "ChatSession", argument: str, progress: Progress) -> str:
     return f"{plural(len(turns))} written to {path}"
 
 
+def file(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutcome:
+    from mlx_stream.cli.attach import naming
+
+    return CommandOutcome(prefill=naming(argument))
+
+
 def clear(chat: "ChatSession", argument: str, progress: Progress) -> str:
-    chat.clear()
-    return "only the system prompt is attended to now"
+    return recall.clear(chat)
+
+
+def show_recalled(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    return recall.show_recalled(chat, argument)
+
+
+def forget(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    return recall.forget(chat, argument)
+
+
+def pin(chat: "ChatSession", argument: str, progress: Progress) -> str:
+    return recall.pin(chat, argument)
 
 
 def leave(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutcome:
@@ -226,8 +239,16 @@ COMMANDS = {
     "/stats": Command("", "show tokens attended and evicted, speed and memory", stats),
     "/window": Command("[N]", "show how many tokens are attended to, or change it", window),
     "/save": Command("[NAME]", "save the conversation now", save),
-    "/sessions": Command("", "list the saved conversations", sessions),
+    "/sessions": Command("", "list the saved conversations", views.sessions),
+    "/history": Command("", "list the questions of this conversation", views.history),
+    "/show": Command("[N]", "show an exchange again, by its number; the last one", views.show),
+    "/model": Command("", "show which model this is, and its size", views.model),
+    "/temp": Command("[T]", "show the temperature, or change it", views.temp),
+    "/file": Command("FILE", "ask about a text file, as @FILE in a question does", file),
     "/export": Command("FILE", "write the conversation to a .md or .json file", export),
     "/clear": Command("", "remove the whole conversation from attention", clear),
+    "/pin": Command("TEXT", "add a line to the system prompt, which is never evicted", pin),
+    "/recall": Command("[TEXT]", "show what was quoted, or find what has left", show_recalled),
+    "/forget": Command("N", "delete exchange N, which has left the window", forget),
     "/quit": Command("", "leave, as Ctrl-D does", leave),
 }

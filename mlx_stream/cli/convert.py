@@ -8,6 +8,7 @@ from typer import Argument, Option
 from mlx_stream.cli import options
 from mlx_stream.cli.report import megabytes, print_json, print_table
 from mlx_stream.cli.terminal import progress_bar, read_text
+from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.program.exits import fail, notify
 
 if TYPE_CHECKING:
@@ -34,6 +35,13 @@ def convert(
         Option(
             help="Instead of --bits: mixed_2_6, mixed_3_4, mixed_3_6 or mixed_4_6 (mlx-lm's), "
             "sensitive_3_6, sensitive_4_6 or sensitive_4_8 (measured on --calibration)."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        Option(
+            help="phone (4 bits in float16; with --calibration, 6 bits where they are needed) or "
+            "laptop (6 bits). Other options replace parts of it."
         ),
     ] = None,
     device: Annotated[
@@ -63,11 +71,18 @@ def convert(
 ) -> None:
     """Write a model to the folder OUT, quantized or unchanged.
 
-    --bits, --mode, --recipe and --device quantize it. The folder appears once it is complete.
+    --bits, --mode, --recipe, --preset and --device quantize it. The folder appears complete.
     Memory does not grow with the model, except with a sensitive recipe or a report, which run it.
     """
+    from mlx_stream.hub.listing import record_converted
     from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for
+    from mlx_stream.quantize.recipes import preset_named
 
+    if preset is not None:
+        found = preset_named(preset)
+        dtype = dtype or found.dtype
+        if (bits, mode, recipe, device) == (None, None, None, None):
+            recipe = found.recipe_for(calibration)
     if device is None:
         chosen = choose(bits, group_size, mode, recipe)
     elif (bits, mode, recipe) == (None, None, None):
@@ -83,6 +98,10 @@ def convert(
         force=force,
     )
     result = convert_model(source, out, asked, notify, progress_bar)
+    try:
+        record_converted(out)
+    except (MlxStreamError, OSError) as error:  # the conversion itself has succeeded
+        notify(f"`mlx_stream ls` will not list {out}: {one_line(error)}")
     if json:
         print_json(as_json(result))
     else:

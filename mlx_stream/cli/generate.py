@@ -1,22 +1,40 @@
 """`mlx_stream generate`: one completion of a text."""
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from typer import Option
 
 from mlx_stream.cli import options
 from mlx_stream.cli.terminal import progress_bar, read_text
+from mlx_stream.errors import ValueRefused
 from mlx_stream.program.exits import notify
+
+if TYPE_CHECKING:
+    from mlx_stream.generate.requests import Coroutine
+    from mlx_stream.text.pieces import Piece
 
 
 @options.verb
 def generate(
     *,
     prompt: Annotated[
-        str, Option("-p", "--prompt", help="The text to continue; - reads standard input.")
-    ],
-    model: options.ModelArgument = "starter",
+        str | None, Option("-p", "--prompt", help="The text to continue; - reads standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        Option(
+            help="Complete every prompt of a JSON Lines file instead: strings, or objects with a "
+            '"prompt".'
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="File for the replies to --file, one JSON object a line.")
+    ] = None,
+    streams: Annotated[int, Option(help="Prompts of --file to complete at a time.")] = 8,
+    model: options.DefaultModelArgument = None,
     max_tokens: options.MaxTokens = 256,
     sampling: options.SamplingOptions,
     attended: options.WindowOptions,
@@ -25,12 +43,44 @@ def generate(
     stats: options.ShowStats = False,
     json: options.AsJson = False,
 ) -> None:
-    """Continue a text of any length, without a chat template."""
+    """Continue a text of any length, without a chat template.
+
+    With --file, replies are logged as they end, and the same command continues a run that was cut.
+    """
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
-    from mlx_stream.generate.completion import stream
+    from mlx_stream.generate.completion import stream, stream_steps
     from mlx_stream.generate.stats import Stats
 
     chosen = sampling.as_sampling()
+    if (prompt is None) == (file is None) or (file is None) != (out is None):
+        raise typer.BadParameter("give either -p TEXT, or --file and --out")
+    if file and out:
+        from mlx_stream.cli.generate_file import generate_file
+
+        if stats or json:
+            raise ValueRefused("--stats and --json do not work with --file")
+        loaded = loading.load(model)
+        draft = loading.load(reply.draft) if reply.draft else None
+
+        def begin(text: str) -> "Coroutine[Piece, None]":
+            return stream_steps(
+                loaded,
+                text,
+                max_tokens,
+                chosen,
+                reply.stop or (),
+                attended.sinks,
+                attended.window,
+                kv_bits=attended.kv_bits,
+                speculate=reply.speculate,
+                draft=draft,
+            )
+
+        about = {"model": loaded.fingerprint(), "max_tokens": max_tokens, "stop": reply.stop}
+        settings = about | vars(sampling) | vars(attended)
+        generate_file(file, out, streams, settings, begin)
+        return
+    assert prompt is not None
     text = read_text("-") if prompt == "-" else prompt
     loaded = loading.load(model)
     draft = loading.load(reply.draft) if reply.draft else None

@@ -3,12 +3,15 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
+HISTORY = "history"  # the file's name
 # A longer line is a pasted document: it can be recalled until the chat ends but is not saved.
 LONGEST_KEPT = 2**16
 
@@ -50,6 +53,35 @@ def open_history(path: Path, notify: Callable[[str], None]) -> History:
     except OSError as error:
         notify(unusable(path, error))
         return InMemoryHistory()
+
+
+def remove_lines(path: Path, questions: Collection[str]) -> None:
+    """Remove questions from the history, however they were typed: as they are, edited or escaped.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not path.is_file():
+        return
+    typed = {form for text in questions for form in (text, f"/{text}", f"/edit {text}")}
+    data = path.read_bytes()
+    # An entry is a comment and lines that begin with "+"; an earlier version wrote JSON strings.
+    entries = re.findall(rb"(?m)^(?:#[^\n]*\n(?:\+[^\n]*\n?)*|[^\n]*\n?)", data)
+    kept = b"".join(entry for entry in entries if entry_text(entry) not in typed)
+    if kept == data:
+        return
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".history.", delete=False) as file:
+        file.write(kept)
+    Path(file.name).replace(path)
+
+
+def entry_text(entry: bytes) -> str:
+    """Return the text of an entry of the history's file."""
+    if entry.startswith(b'"'):
+        with suppress(ValueError):
+            return json.loads(entry)
+    lines = (line[1:] for line in entry.splitlines() if line.startswith(b"+"))
+    return b"\n".join(lines).decode("utf-8", "replace")
 
 
 def unusable(path: Path, error: OSError) -> str:

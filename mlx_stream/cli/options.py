@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[
     str, Argument(metavar="MODEL", help="A folder, a Hub id, a .gguf file, or starter.")
 ]
+DefaultModelArgument = Annotated[
+    str | None,
+    Argument(
+        metavar="MODEL",
+        help="A folder, a Hub id, a .gguf file, or starter. Default: the config file's, else "
+        "the starter.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str | None,
     Option(
@@ -64,7 +73,12 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON object to standar
 class SamplingOptions:
     """How tokens are chosen, in the order of `Sampling`."""
 
-    temp: Annotated[float, Option(help="Temperature; 0 takes the likeliest token.")] = 0.6
+    temp: Annotated[
+        float | None,
+        Option(
+            help="Temperature; 0 takes the likeliest token. Default: the config file's, else 0.6."
+        ),
+    ] = None
     top_k: Annotated[int, Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0
     top_p: Annotated[
         float, Option(help="Keep the likeliest tokens that add up to this probability.")
@@ -78,9 +92,12 @@ class SamplingOptions:
     seed: Annotated[int | None, Option(help="Random seed. Default: a new one each run.")] = None
 
     def as_sampling(self) -> "Sampling":
+        from mlx_stream.cli.config_file import setting
         from mlx_stream.sampling import Sampling
 
-        return Sampling(*astuple(self))
+        temperature = setting("temperature") if self.temp is None else self.temp
+        default = Sampling.temperature
+        return Sampling(default if temperature is None else temperature, *astuple(self)[1:])
 
 
 @dataclass(frozen=True)
@@ -157,9 +174,11 @@ class LoadOptions:
     keep_quantized: KeepQuantized = None
     force: Force = False
 
-    def load(self, model: str) -> "Model":
+    def load(self, model: str | None) -> "Model":
+        """Load a model; None is the default one."""
         from mlx_stream.load import load
 
+        model = default_model() if model is None else model
         return load(model, self.dtype, self.keep_quantized, self.force, notify)
 
 
@@ -171,8 +190,16 @@ class MeasuredLoadOptions:
     keep_quantized: KeepQuantized = False
     force: Force = False
 
-    def load(self, model: str) -> "Model":
+    def load(self, model: str | None) -> "Model":
         return LoadOptions(self.dtype, self.keep_quantized, self.force).load(model)
+
+
+def default_model() -> str:
+    """Return the model of the environment or of the config file, else the starter."""
+    from mlx_stream.cli.config_file import setting
+    from mlx_stream.hub.starter import STARTER
+
+    return setting("model") or STARTER
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 def plan(
     *,
     model: Annotated[
-        str,
+        str | None,
         Argument(
-            metavar="MODEL", help="A folder, a Hub id, a .gguf file, a config.json, or starter."
+            metavar="MODEL",
+            help="A folder, a Hub id, a .gguf file, a config.json, or starter. Default: the config "
+            "file's, else the starter.",
         ),
-    ] = "starter",
+    ] = None,
     device: Annotated[
         str | None, Option(help="A device that `mlx_stream devices` lists. Default: this machine.")
     ] = None,
@@ -38,6 +40,7 @@ def plan(
     ] = None,
     group_size: Annotated[int, Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     kv_bits: options.KvBits = None,
+    streams: Annotated[int, Option(help="Conversations open at the same time.")] = 1,
     dtype: options.Dtype = None,
     keep_quantized: options.KeepQuantized = None,
     no_entitlement: Annotated[
@@ -62,11 +65,12 @@ def plan(
     from mlx_stream.plan.inspect import local_model, summarize_model
     from mlx_stream.plan.planner import PlanRequest, make_plan
 
+    model = options.default_model() if model is None else model
     place = devices.find(device, own) if device is not None else devices.here()
     if no_entitlement:
         place = devices.without_entitlement(place)
     summary = summarize_model(model, notify)
-    asked = PlanRequest(dtype, keep_quantized, sinks, window, bits, group_size, kv_bits)
+    asked = PlanRequest(dtype, keep_quantized, sinks, window, bits, group_size, kv_bits, streams)
     chosen = make_plan(summary, place, asked, notify)
     with suppress(MlxStreamError):  # a model may be planned for that cannot chat
         path = local_model(model)
@@ -83,10 +87,11 @@ def plan(
 def rows(plan: "Plan", kv_bits: int | None) -> list[list[str]]:
     bandwidth = plan.device.bandwidth
     ring = f", {kv_bits} bits" if kv_bits else ""
+    several = f"{plan.streams} streams of " if plan.streams > 1 else ""
     needs = [
         ("weights", plan.weights, plan.recipe.name),
-        ("ring", plan.ring, f"{plan.sinks:,} sinks, window {plan.window:,}{ring}"),
-        ("workspace", plan.workspace, "one chunk of a prompt"),
+        ("ring", plan.ring, f"{several}{plan.sinks:,} sinks, window {plan.window:,}{ring}"),
+        ("workspace", plan.workspace, "chunks of prompts" if several else "one chunk of a prompt"),
         ("total", plan.total, verdict(plan)),
         ("loading", plan.loading, "at its peak, before the ring is allocated"),
     ]
@@ -94,7 +99,8 @@ def rows(plan: "Plan", kv_bits: int | None) -> list[list[str]]:
         about = "about " if bandwidth.estimated else ""
         rate = f"{about}{bandwidth.amount / 1e9:g} GB/s"
         speed = f"{plan.tokens_per_second:,.3g} tokens/s"
-        needs.append(("reads", plan.step, f"per token: at {rate}, {speed} at most"))
+        per = f"step of {plan.streams} tokens" if several else "token"
+        needs.append(("reads", plan.step, f"per {per}: at {rate}, {speed} at most"))
     return [[name, f"{megabytes(amount)} MB  {text}"] for name, amount, text in needs]
 
 
@@ -124,6 +130,7 @@ def as_json(summary: "ModelSummary", plan: "Plan", kv_bits: int | None) -> dict[
         "kv_bits": kv_bits,
         "sinks": plan.sinks,
         "window": plan.window,
+        "streams": plan.streams,
         "weights_bytes": plan.weights,
         "ring_bytes": plan.ring,
         "workspace_bytes": plan.workspace,

@@ -6,7 +6,6 @@ line.
 """
 
 import asyncio
-import os
 import re
 import select
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_stream.program.escape import escape
+from mlx_stream.program.terminal import is_dumb
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -105,10 +105,6 @@ class Prompt:
         return begin
 
 
-def is_dumb() -> bool:
-    return os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
-
-
 def editor(
     history: "History",
     status: Callable[[], str],
@@ -119,9 +115,11 @@ def editor(
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
+    from prompt_toolkit.styles import Style
 
     session: PromptSession[str] = PromptSession(
         PROMPT,
+        style=Style.from_dict({"": "bold"}),  # what was asked stands out above
         multiline=True,
         history=history,
         # `sentence`: a completion begins where the text does.

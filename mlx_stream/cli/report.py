@@ -3,11 +3,13 @@
 import json
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mlx_stream.generate.stats import Stats
 
+LONGEST_QUOTE = 60
 Columns = Sequence[tuple[str, str, str]]  # the key in the rows, the heading, the format
 
 
@@ -64,3 +66,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
+
+
+def shorten_line(text: str) -> str:
+    """Return a text on one line, truncated if it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_QUOTE else line[: LONGEST_QUOTE - 1] + "…"
+
+
+def local_time(time: str) -> str:
+    """Return a time in ISO 8601 as the clock of this machine shows it, to the minute."""
+    return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M")

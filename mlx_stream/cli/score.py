@@ -36,7 +36,7 @@ def score(
 
     if len(what) > 2:
         raise typer.BadParameter(f"expected [MODEL] FILE, got {len(what)} arguments")
-    model, path = what if len(what) == 2 else ("starter", what[0])
+    model, path = what if len(what) == 2 else (None, what[0])
     if path != "-" and Path(path).is_dir():
         fail(f"{path}: is a folder: after the model, give the text file to score")
     if max_tokens is not None and max_tokens < 2:

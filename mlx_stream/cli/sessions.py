@@ -8,7 +8,7 @@ from typer import Argument
 
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import new_group, options
-from mlx_stream.cli.report import print_json, print_table
+from mlx_stream.cli.report import local_time, print_json, print_table
 from mlx_stream.program.escape import escape
 from mlx_stream.program.exits import fail, notify
 
@@ -46,7 +46,7 @@ def list_sessions(*, as_json: options.AsJson = False) -> None:
                 f"{one.exchanges:,}",
                 f"{one.attended:,}",
                 f"{one.bytes / 1e6:.1f} MB",
-                one.used,
+                local_time(one.used),
                 escape(one.header.model) if one.header else "cannot be opened: see verify",
             ]
             for one in found
@@ -95,10 +95,48 @@ def export(
 @options.verb
 def rm(*, name: Name) -> None:
     """Permanently remove a conversation: both its text and its state."""
-    from mlx_stream.chat.manage import remove_session
+    from mlx_stream.chat.manage import questions_of, remove_session
+    from mlx_stream.cli.recall import forget_typed
 
+    questions = questions_of(name)
     remove_session(name)
+    forget_typed(questions)
     notify(f"removed {name}")
+
+
+@app.command()
+@options.verb
+def search(
+    *,
+    words: Annotated[list[str], Argument(metavar="WORDS", help="Words to look for.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """Find exchanges in all saved conversations, the likeliest first."""
+    from mlx_stream.chat.search import search_sessions
+    from mlx_stream.errors import one_line
+
+    found = []
+    for name, passages in search_sessions(" ".join(words), lambda e: notify(one_line(e))):
+        found += [(passage, name) for passage in passages]
+    found.sort(key=lambda one: (-round(one[0].share, 2), one[0].time), reverse=False)
+    if as_json:
+        rows = [
+            {
+                "name": name,
+                "number": passage.number,
+                "time": passage.time,
+                "question": passage.question,
+                "reply": passage.reply,
+                "words": list(passage.words),
+                "share": passage.share,
+            }
+            for passage, name in found
+        ]
+        print_json({"exchanges": rows})
+    for passage, name in found if not as_json else ():
+        print(escape(f"{name} {passage.number:,} {passage.line}"))
+    if not (found or as_json):
+        notify("no saved exchange has one of these words")
 
 
 @app.command()

@@ -25,8 +25,13 @@ SYSTEM_PLACES = {
 def show(
     *,
     model: Annotated[
-        str, Argument(metavar="MODEL", help="A folder, a cached Hub id, a .gguf file, or starter.")
-    ] = "starter",
+        str | None,
+        Argument(
+            metavar="MODEL",
+            help="A folder, a cached Hub id, a .gguf file, or starter. Default: the config file's, "
+            "else the starter.",
+        ),
+    ] = None,
     json: options.AsJson = False,
 ) -> None:
     """Describe a model on this machine, without loading it."""
@@ -35,6 +40,7 @@ def show(
     from mlx_stream.plan.inspect import local_model, summarize_model
     from mlx_stream.window import DEFAULT_SINKS, bounded_windows
 
+    model = options.default_model() if model is None else model
     path = local_model(model)
     if path is None:
         raise SourceError(f"{model} is not on this machine: `mlx_stream pull {model}` fetches it")

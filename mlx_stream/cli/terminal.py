@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 from mlx_stream.errors import TextError
 from mlx_stream.program.exits import notify
+from mlx_stream.program.terminal import terminal_size
 
 SECONDS_PER_LINE = 30.0
 # Characters at the end of a reply that repeat a shorter text, at least three times.
@@ -45,6 +47,12 @@ def decode_utf8(data: bytes, name: str) -> str:
             f"{name}: is not UTF-8 (byte {place} is 0x{byte:02x}): convert it, for instance with "
             "iconv -t UTF-8"
         ) from error
+
+
+def ask_line(question: str) -> str:
+    """Ask for a line on the terminal; "" at the end of the input."""
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
 
 
 def repeats_itself(text: str) -> bool:
@@ -101,8 +109,12 @@ def log_progress(label: str) -> Progress:
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Progress]:
-    """Show a bar with the time left on standard error, or lines if that is not a terminal."""
+def progress_bar(label: str, delay: float = 0.0) -> Iterator[Progress]:
+    """Show a bar with the time left on standard error, or lines if that is not a terminal.
+
+    Args:
+        delay: seconds before it is shown.
+    """
     if not sys.stderr.isatty():
         yield log_progress(label)
         return
@@ -110,16 +122,28 @@ def progress_bar(label: str) -> Iterator[Progress]:
     from rich.console import Console
 
     shown = (
-        *progress.Progress.get_default_columns()[:2],  # label and bar
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(min(40, terminal_size(sys.stderr)[0] // 4)),
         progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*shown, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
+    console = Console(stderr=True)
+    bar = progress.Progress(*shown, console=console, transient=True, refresh_per_second=4)
+    timer = Timer(delay, bar.start)
+    task = bar.add_task(label, total=None)
 
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            if done == total:
-                bar.stop()  # before anything else is printed
+    def update(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done == total:
+            stop()  # before anything else is printed
 
+    def stop() -> None:
+        timer.cancel()
+        timer.join()  # it may be starting the bar
+        bar.stop()
+
+    timer.start()
+    try:
         yield update
+    finally:
+        stop()

@@ -14,6 +14,7 @@ from mlx_stream.engine.listener_stream import ListenerOptions
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.sampling import Sampling
 
 SECONDS_TO_CLOSE = 5.0
@@ -34,9 +35,10 @@ class Engine:
 
     Raises:
         ValueRefused: a number out of range.
-        EngineClosed: another engine of this process is open.
+        EngineOpen: another engine of this process is open.
     """
 
+    @check_arguments
     def __init__(
         self,
         source: str | Path = "starter",
@@ -53,6 +55,12 @@ class Engine:
         self._host = ModelHost(source, memory_budget, dtype, keep_quantized)
         self._worker = Worker(self._host.load, self._host.leave, queue_size)
         weakref.finalize(self, self._worker.end).atexit = False
+
+    def __repr__(self) -> str:
+        state = f"failed: {self.error}" if self.error else "ready" if self.ready else "loading"
+        state = "closed" if self._worker.closing else state
+        used, limit = self.memory
+        return f"Engine({self.model_name!r}: {state}, {used / 1e6:,.1f} of {limit / 1e6:,.1f} MB)"
 
     @property
     def model_name(self) -> str:
@@ -90,6 +98,7 @@ class Engine:
         """
         self._worker.outcome(self._worker.loading, timeout)
 
+    @check_arguments
     def session(
         self,
         system: str | None = None,
@@ -108,6 +117,7 @@ class Engine:
         shared: bool | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         history: Sequence[Message] = (),
+        recall: int | None = 0,
     ) -> Session:
         """Begin a conversation; returns at once. Most wrong options raise on its first use.
 
@@ -118,6 +128,8 @@ class Engine:
                 disk before the next one can begin.
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
                 reads the reply.
+            recall: how many tokens of the window are kept free to quote what has left it, with a
+                name only; None for the default of `ChatSession`.
             on_token: called with each piece, on the same thread.
             shared: whether its steps may read tokens of other sessions too, which makes several
                 replies at once much faster. A shared step rounds differently: a greedy reply can
@@ -141,11 +153,13 @@ class Engine:
             reasoning_effort=reasoning_effort,
             tools=tools,
             history=history,
+            recall_tokens=recall,
         )
         if shared is None:
             shared = sampling is None or sampling.seed is None
         return Session(self._worker, self._host, options, name, on_evict, on_token, self, shared)
 
+    @check_arguments
     def listen(
         self,
         system: str | None = None,

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from numbers import Integral
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, get_type_hints
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.messages import Question, turn_of_messages
@@ -18,8 +18,9 @@ from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.session_worker import ReadProgress, SessionWorker
 from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
-from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.errors import TextError, TypeRefused, ValueRefused
 from mlx_stream.generate.stats import Stats
+from mlx_stream.program.argument_types import refuse_wrong_types
 from mlx_stream.sampling import ReplyOptions
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.valid_text import check_text
@@ -49,6 +50,10 @@ class Handle:
         self._queue, self._opening = worker.open(owner)
         self._reply: Task | None = None
         weakref.finalize(self, self._queue.close).atexit = False
+
+    def __repr__(self) -> str:
+        state = "closed: " if self._queue.closing or self._worker.closing else ""
+        return f"{type(self).__name__}({state}{self.stats})"
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the model is loaded and the stream is open: restored, or read again.
@@ -100,17 +105,19 @@ class Handle:
             task = self._worker.submit(self._queue, begin, ahead)
             before, self._reply = self._reply, task if reply else None
             if before:
-                before.cancel()
+                before.supersede()
         return task
 
     def _pieces(self, submit: Submit) -> Generator[Piece, None, None]:
         """Submit a task and yield its pieces; closing the generator cancels the task."""
-        task = submit()
+        task, finish = submit(), None
         try:
             while (item := self._worker.take(task)) is not None:
                 if (piece := self._deliver(item)) is not None:
+                    finish = piece.finish
                     yield piece
-            self._deliver()
+            if last := self._last(task, finish):
+                yield last
         finally:
             task.cancel()
 
@@ -123,7 +130,7 @@ class Handle:
             with suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(arrived.set)
 
-        task = submit()
+        task, finish = submit(), None
         task.tell = tell
         try:
             while True:
@@ -132,14 +139,22 @@ class Handle:
                 item = self._worker.take_now(task)
                 if item is not None:
                     if (piece := self._deliver(item)) is not None:
+                        finish = piece.finish
                         yield piece
                 elif done:
                     break
                 else:
                     await arrived.wait()
-            self._deliver()
+            if last := self._last(task, finish):
+                yield last
         finally:
             task.cancel()
+
+    def _last(self, task: Task, finish: str | None) -> Piece | None:
+        """Return the last piece of a reply that another request has ended before its own."""
+        last = Piece("", "superseded") if task.superseded and not finish else None
+        self._deliver(last)
+        return last
 
     def _deliver(self, item: Piece | ReadProgress | None = None) -> Piece | None:
         """Run the callbacks that are due, on the caller's thread; return a piece as it is."""
@@ -321,12 +336,12 @@ class Session(Handle):
         edit: bool = False,
     ) -> Submit:
         turn_of_messages(question)
-        check_limit(max_tokens)
+        check_reply_options(max_tokens, options)
         steps = ChatSession.edit_steps if edit else ChatSession.reply_steps
         return self._submit(partial(steps, question=question, max_tokens=max_tokens), options)
 
     def _retry(self, max_tokens: int | None, options: EngineReplyOptions) -> Submit:
-        check_limit(max_tokens)
+        check_reply_options(max_tokens, options)
         return self._submit(partial(ChatSession.retry_steps, max_tokens=max_tokens), options)
 
     def _submit(self, steps: Callable[..., Work], options: EngineReplyOptions) -> Submit:
@@ -349,6 +364,15 @@ def check_question(question: str) -> None:
         raise TextError("the question is empty")
 
 
+def check_reply_options(max_tokens: int | None, options: EngineReplyOptions) -> None:
+    """Refuse what would otherwise fail on the engine's thread."""
+    check_limit(max_tokens)
+    hints = get_type_hints(EngineReplyOptions)
+    if unknown := sorted(options.keys() - hints.keys()):
+        raise TypeRefused(f"`{unknown[0]}` is not an option of a reply; use {', '.join(hints)}")
+    refuse_wrong_types(options, hints)
+
+
 def check_limit(max_tokens: int | None) -> None:
     if max_tokens is not None and not (isinstance(max_tokens, Integral) and max_tokens >= 1):
-        raise ValueRefused(f"max_tokens must be a whole number, at least 1, not {max_tokens!r}")
+        raise ValueRefused(f"`max_tokens` must be a whole number, at least 1, not {max_tokens!r}")

@@ -13,12 +13,11 @@ from statistics import median
 from mlx_stream.cache.geometry import STEP_LENGTHS
 from mlx_stream.generate.requests import Priority, ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import run_together
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.window import PREFILL_CHUNK, SHARED_ROWS
 
 # A step with rows of prompts may take this many times as long as one of tokens alone.
 LONGEST = 2.6
 FEWEST_ROWS = 8  # rows of prompts, however long they take
-MOST_ROWS = 2 * PREFILL_CHUNK  # rows of prompts while no reply waits
 SETTLING_SHARE = 4  # streams that settle get at least one row of so many
 MEASURED = 5  # the latest steps of a kind that count
 PROBE_EVERY = 256  # rounds after which it is measured again whether sharing pays
@@ -65,10 +64,10 @@ class StepTimes:
     def most_rows(self, replies: int) -> int:
         """Return how many rows of prompts a step with tokens of `replies` streams may have."""
         if not replies:
-            return MOST_ROWS
+            return SHARED_ROWS
         base, row = self.of_tokens(replies), median(self._row) if self._row else 0.0
         most = int((LONGEST - 1) * base / row) if base and row else PREFILL_CHUNK // 4
-        return max([FEWEST_ROWS, *(one for one in STEP_LENGTHS if one <= min(most, MOST_ROWS))])
+        return max([FEWEST_ROWS, *(one for one in STEP_LENGTHS if one <= min(most, SHARED_ROWS))])
 
 
 class Scheduler:

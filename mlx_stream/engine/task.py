@@ -38,6 +38,7 @@ class Task:
         items: what was yielded and has not been taken by the caller.
         future: holds the outcome. Cancelling it before the task begins keeps the task from running.
         error: why the task failed; set before the future is.
+        superseded: whether it was cancelled in favour of another task.
         done: whether the task has ended. Unlike `future.done()` it takes no lock, so a finalizer
             that interrupts the future cannot deadlock with a thread that waits under `lock`.
         tell: called on the thread, without the lock, whenever there is an item or an outcome.
@@ -55,11 +56,17 @@ class Task:
         self.future: Future[Any] = Future()
         self.error: MlxStreamError | None = None
         self.tell: Callable[[], None] | None = None
-        self.cancelled = self.done = False
+        self.cancelled = self.superseded = self.done = False
         self._claimed: bool | None = None
         self._begin: Callable[[], Work] | None = begin
         self._work: Work | None = None
         self.request: ReadRequest | None = None
+
+    def supersede(self) -> None:
+        """Cancel the task because another one takes its place; its reader is told."""
+        with self.lock:
+            self.superseded = True
+            self.cancel()
 
     def cancel(self) -> None:
         """Stop the task before its next step, and drop its items."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from mlx_stream.engine.scheduler import Scheduler
 from mlx_stream.engine.task import AHEAD, Task, Work, as_engine_error, reraise
-from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused
+from mlx_stream.errors import EngineClosed, EngineOpen, MlxStreamError, QueueFull, ValueRefused
 from mlx_stream.generate.requests import ReadRequest, ReadResult
 from mlx_stream.generate.stats import Stats
 
@@ -401,12 +401,12 @@ def claim(worker: Worker) -> list[Worker]:
     """Make `worker` the one thread of MLX; return the workers whose end it must wait for.
 
     Raises:
-        EngineClosed: another engine is open and not closing.
+        EngineOpen: another engine is open and not closing.
     """
     with _claims:
         alive = [other for other in _all if not other.ended and other._process == os.getpid()]
         if any(not other.closing for other in alive):
-            raise EngineClosed(
+            raise EngineOpen(
                 "an engine is open in this process, and MLX must stay on its thread: close the "
                 "engine first"
             )

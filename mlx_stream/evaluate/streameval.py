@@ -10,6 +10,7 @@ is read in the same state, and the stream continues as one that was never asked.
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ from mlx_stream.evaluate.streameval_data import (
 )
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.recall.find import find_hits
+from mlx_stream.recall.index import WordIndex
 from mlx_stream.sampling import as_int
 from mlx_stream.text.tokenizer import Tokenizer
 from mlx_stream.window import PREFILL_CHUNK
@@ -67,6 +70,7 @@ def streameval(
     lines: int = 600,
     distances: Sequence[int] = DISTANCES,
     progress: Progress = no_progress,
+    recall: bool = False,
 ) -> Report:
     """Read generated lines as one stream and return accuracy at each distance.
 
@@ -74,20 +78,23 @@ def streameval(
     whose answer is likelier than each of the nine other candidates, with its 95 % Wilson interval
     `likelihood_low` to `likelihood_high`; `generation`, the share whose answer the model writes;
     `attended`, the mean share of the line's tokens that were attended; `inside`, whether that was
-    all of them at every query. Lines after the last query are not read. Raises ValueRefused for a
-    number out of range, or a window that does not hold a query.
+    all of them at every query. With `recall`, the line that a query's words find among those that
+    have left the window is read again before the query. Lines after the last query are not read.
+    Raises ValueRefused for a number out of range, or a window that does not hold a query.
     """
     data = make_data(seed, lines, distances)
     sinks, window = model.resolve_window(sinks, window)
     asked = [encode_query(model.tokenizer, query) for query in data.queries]
     # After the query, at most one candidate's tokens are read.
     spare = max(len(one.ids) + one.longest for one in asked)
+    if recall:
+        spare += max(len(encode_line(model.tokenizer, line.text)) for line in data.lines)
     if window < spare:
         raise ValueRefused(
             f"--window must be at least {spare}, the size of a query and its answer, not {window}"
         )
     cache = model.new_cache(sinks, window, spare)
-    outcomes = list(run_distances(model, cache, data, asked, progress))
+    outcomes = list(run_distances(model, cache, data, asked, progress, recall))
     about = facts(
         model,
         sinks=sinks,
@@ -96,6 +103,7 @@ def streameval(
         lines=lines,
         query_every=QUERY_EVERY,
         candidates=len(CANDIDATES),
+        recall=recall,
     )
     return Report("streameval", about, outcome_rows(outcomes))
 
@@ -112,12 +120,16 @@ def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, special=False)
 
 
-def encode_query(tokenizer: Tokenizer, query: Query) -> EncodedQuery:
+def encode_query(tokenizer: Tokenizer, query: Query, before: str = "") -> EncodedQuery:
     """Return a query and its candidates, each encoded as one text with the query.
+
+    Args:
+        before: text to read before the query.
 
     No candidate is a prefix of another, so each has its own tokens after those that all share.
     """
-    texts = [encode_line(tokenizer, query.line.question + candidate) for candidate in CANDIDATES]
+    text = before + query.line.question
+    texts = [encode_line(tokenizer, text + candidate) for candidate in CANDIDATES]
     places = zip(*texts, strict=False)
     shared = sum(1 for _ in itertools.takewhile(lambda place: len(set(place)) == 1, places))
     return EncodedQuery(query, texts[0][:shared], [ids[shared:] for ids in texts])
@@ -199,6 +211,7 @@ def run_distances(
     data: StreamEvalData,
     asked: Sequence[EncodedQuery],
     progress: Progress = no_progress,
+    recall: bool = False,
 ) -> Iterator[Row]:
     """Read the lines through a cache up to the last query; yield each query's outcome.
 
@@ -206,7 +219,7 @@ def run_distances(
     begins. `attended` is the share of that line's tokens that was attended. `likelihood` and
     `generation` say whether the answer was right by either rule.
     """
-    stream = TokenStream(model, cache)
+    stream, index = TokenStream(model, cache), WordIndex.in_memory()
     # Line n is tokens starts[n] to starts[n + 1] - 1.
     opening = model.tokenizer.encode(OPENING)
     starts = [0, len(opening)]
@@ -217,11 +230,19 @@ def run_distances(
             ids = encode_line(model.tokenizer, line.text)
             starts.append(starts[-1] + len(ids))
             new += ids
+            if recall:
+                index.add([(line.number, line.text)], line.number, "")
         stream.read(new)
         for one in queries:
             number = one.query.line.number
             tokens = range(starts[number], starts[number + 1])
             seen = attended(cache, tokens, len(one.ids) + one.longest - 1)
+            # The first line that is attended until the query has been answered.
+            first = bisect_left(starts, cache.oldest + len(one.ids) + one.longest, 1)
+            hits = find_hits(index, one.query.line.question, "", 1, first) if recall else []
+            if hits:
+                found = data.lines[hits[0].number - 1].text
+                one = encode_query(model.tokenizer, one.query, found)
             likelihoods, written = ask_query(model, stream, one)
             yield {
                 "lines_back": one.query.lines_back,

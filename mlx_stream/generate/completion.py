@@ -1,20 +1,21 @@
 """Continues one text with a model; independent of turns and chat templates."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from mlx_stream.errors import TextError
 from mlx_stream.generate.reply import write_reply
-from mlx_stream.generate.requests import drive
+from mlx_stream.generate.requests import Coroutine, driven
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
+from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 
 
-def stream(
+def stream_steps(
     model: Model,
     prompt: str,
     max_tokens: int = 256,
@@ -28,8 +29,8 @@ def stream(
     kv_bits: int | None = None,
     speculate: bool | None = None,
     draft: Model | None = None,
-) -> Iterator[Piece]:
-    """Continue a text of any length, piece by piece.
+) -> Coroutine[Piece, None]:
+    """Continue a text of any length, piece by piece; a coroutine.
 
     Args:
         prompt: plain text; the tokenizer adds its usual special tokens.
@@ -72,6 +73,10 @@ def stream(
     reply = ReplyDecoder(model.tokenizer.decoder(), stop, remember=False)
     total, ends = cumulative(progress, len(ids)), model.tokenizer.eos_ids
     steps = write_reply(writer, ids, sampler, max_tokens, ends, reply, stats, progress=total)
-    yield (yield from drive(steps))
+    yield (yield from steps)
     if cache.evicted and len(ids) <= capacity:
         report_notice(eviction_notice(stats.window))
+
+
+stream = check_arguments(driven(stream_steps))
+stream.__doc__ = (stream_steps.__doc__ or "").replace("; a coroutine", "")

@@ -121,7 +121,7 @@ def check_draft(model: Model, draft: Model) -> None:
     sizes = [m.config.vocab_size for m in (model, draft)]
     if sizes[0] != sizes[1] or model.tokenizer.vocabulary() != draft.tokenizer.vocabulary():
         raise ValueRefused(
-            f"--draft {draft.name} does not have the same vocabulary as {model.name} "
+            f"`draft` {draft.name} does not have the same vocabulary as {model.name} "
             f"({sizes[1]:,} and "
             f"{sizes[0]:,} tokens): use a smaller model of the same family"
         )

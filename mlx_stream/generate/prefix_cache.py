@@ -32,7 +32,7 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(map(bytes_of, self._states.values()))
+        return sum(map(state_bytes, self._states.values()))
 
     def restore(self, writer: Writer, ids: Sequence[int]) -> bool:
         """Make an empty stream begin with these ids, if their rows are here."""
@@ -72,7 +72,7 @@ class PrefixCache:
 
     def _has_room(self, state: State) -> bool:
         count = len(self._states)
-        return count < MOST_PREFIXES and self._reserve(self.nbytes + bytes_of(state))
+        return count < MOST_PREFIXES and self._reserve(self.nbytes + state_bytes(state))
 
 
 def key_of(writer: Writer, ids: Sequence[int]) -> object:
@@ -82,5 +82,5 @@ def key_of(writer: Writer, ids: Sequence[int]) -> object:
     return tuple(ids), writer.cache.geometry.sinks, bits
 
 
-def bytes_of(state: State) -> int:
+def state_bytes(state: State) -> int:
     return sum(value.nbytes for value in state.values() if isinstance(value, mx.array))

@@ -7,13 +7,15 @@ schedulers. `drive` runs a single reply; an engine runs many.
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
-from typing import Any, Protocol, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import mlx.core as mx
 
 from mlx_stream.sampling import Sampler
 from mlx_stream.window import PREFILL_CHUNK
 
+P = ParamSpec("P")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -132,6 +134,17 @@ def drive(reply: Coroutine[T, R]) -> Generator[T, None, R]:
                 yield item
     finally:
         reply.close()
+
+
+def driven(steps: Callable[P, Coroutine[T, R]]) -> Callable[P, Generator[T, None, R]]:
+    """Return a function that drives the coroutine of another one, whose name ends with `_steps`."""
+
+    @wraps(steps)
+    def drive_steps(*args: P.args, **kwargs: P.kwargs) -> Generator[T, None, R]:
+        return drive(steps(*args, **kwargs))
+
+    drive_steps.__name__ = steps.__name__.removesuffix("_steps")
+    return drive_steps
 
 
 def run_coroutine(reply: Coroutine[T, R]) -> R:

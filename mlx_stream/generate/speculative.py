@@ -149,10 +149,10 @@ def writer_factory(
         ValueRefused: two options exclude each other, or the draft model has another vocabulary.
     """
     if draft and speculate is False:
-        raise ValueRefused("--draft and --no-speculate exclude each other: use only one of them")
+        raise ValueRefused("`draft` and `speculate=False` exclude each other: use only one of them")
     if kv_bits is not None and (speculate or draft):
-        option = "--draft" if draft else "--speculate"
-        raise ValueRefused(f"{option} does not work with --kv-bits: use only one of them")
+        name = "draft" if draft else "speculate"
+        raise ValueRefused(f"`{name}` does not work with `kv_bits`: use only one of them")
     if draft:
         check_draft(model, draft)
     seeded = sampling is not None and sampling.seed is not None

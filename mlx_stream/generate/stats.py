@@ -21,6 +21,7 @@ class Stats:
     attended: int = 0
     evicted: int = 0
     evicted_exchanges: int = 0
+    recalled: int = 0  # exchanges quoted before the last question
     pinned: int = 0  # attended tokens of the system prompt, which are never evicted
     sinks: int = 0
     window: int = 0

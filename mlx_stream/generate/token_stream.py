@@ -22,7 +22,7 @@ from mlx_stream.window import PREFILL_CHUNK
 IDS = "ids"  # the key of the token ids in a stream's state
 NOT_A_NUMBER = (
     "the model's output is not a number: its weights are damaged, or overflow in this dtype (try "
-    "--dtype float32)"
+    "`dtype` float32)"
 )
 # After one of these the buffers may hold anything, although they count as evaluated.
 STEP_ERRORS = (RuntimeError, MemoryError, WeightsError)
@@ -405,5 +405,5 @@ def generate(
 def check_max_tokens(max_tokens: int) -> int:
     """Return a limit of tokens, or raise ValueRefused if it is below 1."""
     if max_tokens < 1:
-        raise ValueRefused(f"--max-tokens must be at least 1, not {max_tokens}")
+        raise ValueRefused(f"`max_tokens` must be at least 1, not {max_tokens}")
     return max_tokens

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mlx_stream.errors import CheckpointError, SourceError, one_line
+from mlx_stream.hub.catalog import similar_names
 from mlx_stream.hub.hub_cache import MAIN, explain_cache
 from mlx_stream.hub.repository import Bar
 from mlx_stream.program.notices import Notify
@@ -37,13 +38,16 @@ def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
         why = explain_cache(repo, revision)
         return f"{repo}: {why}, and HF_HUB_OFFLINE is set; unset it to fetch the model"
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo}: gated; accept its terms at {hub}/{repo}, then run `hf auth login`"
+        return (
+            f"{repo}: gated; accept its terms at {hub}/{repo}, then run `hf auth login`, or set "
+            "HF_TOKEN to a token of yours that may read"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo}: no revision {revision!r}; expected a branch, a tag or a commit of it"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{repo}: no such folder, and no such model at {hub} (private? run `hf auth login`, or "
-            "set HF_TOKEN)"
+            f"{repo}: no such folder, and no such model at {hub}; {similar_names(repo)}for "
+            "a private model run `hf auth login`, or set HF_TOKEN"
         )
     if isinstance(error, errors.HfHubHTTPError):
         return f"{repo}: {hub} answered: {one_line(error)[:200]}; try again later"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_stream.errors import SourceError
+from mlx_stream.hub.catalog import listed_repository, similar_names
 from mlx_stream.hub.explain import explaining_hub_errors, progress_in_tenths
 from mlx_stream.hub.hub_cache import MAIN, find_in_cache
 from mlx_stream.hub.listing import size_of
@@ -27,8 +28,8 @@ def resolve(source: str, progress: Notify) -> Path:
     """Turn a model's name into a local folder or `.gguf` file; fetch it if needed.
 
     Args:
-        source: a folder, a `.gguf` file, a Hub id `org/name` or `starter` (a folder of that name is
-            `./starter`).
+        source: a folder, a `.gguf` file, a Hub id `org/name`, a name of the list of models, or
+            `starter` (a folder of that name is `./starter`).
         progress: called with one line before a wait.
 
     Raises:
@@ -38,10 +39,21 @@ def resolve(source: str, progress: Notify) -> Path:
         return resolve_starter(progress)
     if path := local_path(source):
         return path
-    if HUB_ID.fullmatch(source):
-        return resolve_hub(source, progress)
-    raise SourceError(
-        f"{source!r} is not a model; expected a folder, a .gguf file, a Hub id org/name, or starter"
+    if repo := hub_id(source):
+        return resolve_hub(repo, progress)
+    raise not_a_model(source)
+
+
+def hub_id(source: str) -> str | None:
+    """Return the Hub id that a source is, or that its short name stands for; else None."""
+    return source if HUB_ID.fullmatch(source) else listed_repository(source)
+
+
+def not_a_model(source: str, forms: str = "a folder, a .gguf file") -> SourceError:
+    """Return the error for what is neither one of the forms nor the name of a model."""
+    return SourceError(
+        f"{source!r} is not a model; {similar_names(source)}expected {forms}, a Hub id org/name, a "
+        "name that `mlx_stream models` lists, or starter"
     )
 
 
@@ -74,7 +86,7 @@ def resolve_hub(repo: str, progress: Notify) -> Path:
 
 
 def pull(source: str, revision: str, progress: Notify, bar: Bar) -> PulledModel:
-    """Fetch the Hub's current files of a model into the shared cache.
+    """Fetch the Hub's current files of a model, by its id or short name, into the shared cache.
 
     With `HF_HUB_OFFLINE` the cached model is returned.
 
@@ -87,15 +99,19 @@ def pull(source: str, revision: str, progress: Notify, bar: Bar) -> PulledModel:
     if source == STARTER:
         folder = resolve_starter(progress)
         return PulledModel(STARTER, revision, None, folder, size_of(folder))
-    if not HUB_ID.fullmatch(source):
-        raise SourceError(f"{source!r} is not on the Hub; expected a Hub id org/name, or starter")
+    repo = hub_id(source)
+    if repo is None:
+        raise SourceError(
+            f"{source!r} is not on the Hub; {similar_names(source)}expected a Hub id org/name, a "
+            "name that `mlx_stream models` lists, or starter"
+        )
     if not REVISION.fullmatch(revision):
         raise SourceError(f"--revision {revision!r} is not a branch, a tag or a commit")
-    cached = find_in_cache(source, revision, progress) if constants.HF_HUB_OFFLINE else None
+    cached = find_in_cache(repo, revision, progress) if constants.HF_HUB_OFFLINE else None
     if cached:
         progress("HF_HUB_OFFLINE is set: this is the cached model, which may be old")
-        return PulledModel(source, revision, cached.name, cached, size_of(cached))
-    with explaining_hub_errors(source, revision):
-        repository = ask_hub(source, revision, PATIENCE)
+        return PulledModel(repo, revision, cached.name, cached, size_of(cached))
+    with explaining_hub_errors(repo, revision):
+        repository = ask_hub(repo, revision, PATIENCE)
         folder = fetch(repository, bar)
-    return PulledModel(source, revision, repository.commit, folder, size_of(folder))
+    return PulledModel(repo, revision, repository.commit, folder, size_of(folder))

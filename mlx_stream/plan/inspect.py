@@ -24,8 +24,8 @@ from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, SourceError, WeightsError
 from mlx_stream.hub.explain import explaining_hub_errors
 from mlx_stream.hub.hub_cache import MAIN, find_in_cache
-from mlx_stream.hub.repository import HUB_ID, PATIENCE, ask_hub
-from mlx_stream.hub.resolve import local_path
+from mlx_stream.hub.repository import PATIENCE, ask_hub
+from mlx_stream.hub.resolve import hub_id, local_path, not_a_model
 from mlx_stream.hub.starter import STARTER, STARTER_REPO, is_complete, starter_folder
 from mlx_stream.load import explain_dequantized, naming
 from mlx_stream.models.layout import layout_of
@@ -51,24 +51,21 @@ def summarize_model(source: str, notify: Notify) -> ModelSummary:
     if path.suffix.lower() == ".json" and exists_as_file(path):
         with naming(source, path):
             return of_config(path.stem, read_json(path))
-    found, repo = local_model(source), STARTER_REPO if source == STARTER else source
+    found, repo = local_model(source), STARTER_REPO if source == STARTER else hub_id(source)
     if found is not None:
         with naming(source, found):
             return of_folder(source, found) if found.is_dir() else of_gguf(source, found, notify)
-    if not HUB_ID.fullmatch(repo):
-        raise SourceError(
-            f"{source!r} is not a model; expected a folder, a .gguf file, a config.json, a Hub id "
-            "org/name, or starter"
-        )
+    if repo is None:
+        raise not_a_model(source, "a folder, a .gguf file, a config.json")
     with naming(source, Path(repo)):
         return of_hub(source, repo, notify)
 
 
 def local_model(source: str) -> Path | None:
     """Return the folder or `.gguf` file of a model on this machine, None if it is not here."""
-    repo = STARTER_REPO if source == STARTER else source
+    repo = STARTER_REPO if source == STARTER else hub_id(source)
     path = local_path(source) if source != STARTER else None
-    if path is None and HUB_ID.fullmatch(repo):
+    if path is None and repo is not None:
         path = find_in_cache(repo)
     if path is None and source == STARTER and is_complete(starter_folder()):
         path = starter_folder()

@@ -21,7 +21,13 @@ from mlx_stream.plan.memory import (
     workspace_bytes,
 )
 from mlx_stream.program.notices import Notify, discard
-from mlx_stream.window import DEFAULT_WINDOW, bounded_windows, resolve_window
+from mlx_stream.window import (
+    DEFAULT_WINDOW,
+    PREFILL_CHUNK,
+    SHARED_ROWS,
+    bounded_windows,
+    resolve_window,
+)
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Tried with every recipe if no window is asked for. Fewer bits cost more than a shorter window, but
@@ -61,6 +67,7 @@ class PlanRequest:
         keep: keep quantized weights quantized; default: on Metal, and if bits are given.
         bits: bits of converted weights; 16 keeps them as floats.
         kv_bits: bits of the ring; None keeps it in `dtype`.
+        streams: how many conversations are open at the same time.
     """
 
     dtype: str | None = None
@@ -70,6 +77,7 @@ class PlanRequest:
     bits: int | None = None
     group_size: int = DEFAULT_GROUP_SIZE
     kv_bits: int | None = None
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,10 @@ class Plan:
     """What one recipe and window need on a device.
 
     Attributes:
-        weights, ring, workspace: bytes; together the peak of a running chat, once it is loaded.
+        weights, ring, workspace: bytes; together the peak of a running chat, once it is loaded. The
+            ring's are those of all streams.
         loading: the peak while loading.
-        step: bytes that writing one token reads.
+        step: bytes that writing one token of each stream reads.
     """
 
     recipe: WeightFormat
@@ -102,6 +111,7 @@ class Plan:
     workspace: int
     loading: int
     step: int
+    streams: int = 1
 
     @property
     def total(self) -> int:
@@ -128,9 +138,9 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The highest speed that the bandwidth allows for `step` bytes per token, if known."""
+        """The highest speed of all streams that the bandwidth allows, if it is known."""
         bandwidth = self.device.bandwidth
-        return None if bandwidth is None else bandwidth.amount / self.step
+        return None if bandwidth is None else self.streams * bandwidth.amount / self.step
 
 
 def make_plan(
@@ -169,6 +179,8 @@ class Planner:
         self.itemsize = ITEMSIZES[self.dtype]
         if asked.bits is not None and asked.keep is False:
             raise ValueRefused("--bits keeps weights quantized: leave out --dequantize")
+        if asked.streams < 1:
+            raise ValueRefused(f"--streams must be at least 1, not {asked.streams}")
         uniform_quantization(NOT_QUANTIZED if asked.bits is None else asked.bits, asked.group_size)
 
     def recipes(self) -> Iterator[WeightFormat]:
@@ -202,6 +214,10 @@ class Planner:
         """Return the plan of a recipe and a window."""
         config, itemsize, kv_bits = self.summary.config, self.itemsize, self.request.kv_bits
         ring = ring_bytes(config, sinks, window, itemsize, kv_bits, spare_rows(kv_bits))
+        streams = self.request.streams
+        ring *= streams
+        # A step of several streams has up to so many chunks' rows.
+        chunks = SHARED_ROWS // PREFILL_CHUNK if streams > 1 else 1
         fused = is_fused(config, self.device.metal)
         on_disk = ITEMSIZES[self.summary.dtype]
         return Plan(
@@ -212,7 +228,8 @@ class Planner:
             window=window,
             weights=weights_bytes(self.layout, recipe.in_memory, itemsize),
             ring=ring,
-            workspace=workspace_bytes(config, sinks, window, itemsize, fused, kv_bits),
+            workspace=chunks * workspace_bytes(config, sinks, window, itemsize, fused, kv_bits),
             loading=loading_bytes(self.layout, recipe.on_disk, recipe.in_memory, itemsize, on_disk),
             step=step_bytes(config, self.layout, recipe.in_memory, itemsize, ring),
+            streams=streams,
         )

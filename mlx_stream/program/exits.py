@@ -4,6 +4,7 @@ import errno
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,18 +25,37 @@ UNWRITABLE = {
 }
 
 
+# The parameters that errors of the library name, as a program's options.
+PARAMETERS = (
+    *("window", "sinks", "kv_bits", "evict", "max_tokens", "stop", "speculate", "draft", "dtype"),
+    *("force", "reasoning_effort", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+)
+OPTIONS = {f"`{name}`": f"--{name.replace('_', '-')}" for name in PARAMETERS} | {
+    "`temperature`": "--temp",
+    "`think`": "--think and --no-think",
+    "`speculate=False`": "--no-speculate",
+}
 # Sent when the terminal is closed, and by the system when it shuts down.
 ENDING = signal.SIGHUP, signal.SIGTERM
 
 
-def notify(text: str) -> None:
-    """Print a line for the user that is not the result."""
+def notify(text: str, dim: bool = True) -> None:
+    """Print a line for the user that is not the result; a terminal shows it wrapped and dim.
+
+    Parameters of the library are named as a program's options.
+    """
+    text = re.sub("`[a-zA-Z_=]+`", lambda found: OPTIONS.get(found[0], found[0]), text)
+    line = f"mlx_stream: {text}"
     with suppress(OSError):  # the terminal is gone
-        print(f"mlx_stream: {text}", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            from mlx_stream.program.terminal import styled_notice, terminal_size
+
+            line = styled_notice(line, terminal_size(sys.stderr)[0], dim)
+        print(line, file=sys.stderr, flush=True)
 
 
 def fail(text: str) -> NoReturn:
-    notify(text)
+    notify(text, dim=False)
     raise SystemExit(1)
 
 
@@ -73,25 +93,34 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
 
 
 @contextmanager
-def ending_on_signals() -> Iterator[None]:
-    """Let SIGHUP and SIGTERM unwind what is inside, and exit with 129 or 143.
+def ending_on_signals(*signals: int) -> Iterator[Callable[[], None]]:
+    """Let signals (default: SIGHUP and SIGTERM) unwind what is inside; exit with 128 + the number.
 
-    A second signal ends the process at once. One that is ignored, as under nohup, stays so.
+    A second signal ends the process at once. One that is ignored, as under nohup, stays so. Yields
+    a function that raises again after a signal: what a handler raises while MLX converts an array
+    is lost.
     """
+    ended = []
 
     def end(number: int, frame: object) -> NoReturn:
+        ended.append(number)
         for one in (*ENDING, signal.SIGINT):
             signal.signal(one, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
-    taken = []
+    def check() -> None:
+        if ended:
+            raise SystemExit(128 + ended[0])
+
+    before = {}
     if threading.current_thread() is threading.main_thread():
-        taken = [one for one in ENDING if signal.getsignal(one) == signal.SIG_DFL]
-    for one in taken:
+        before = {one: signal.getsignal(one) for one in signals or ENDING}
+        before = {one: how for one, how in before.items() if how != signal.SIG_IGN}
+    for one in before:
         signal.signal(one, end)
-    interrupt = signal.getsignal(signal.SIGINT)
     try:
-        yield
+        yield check
+        check()
     except SystemExit:
         try:
             sys.stdout.flush()
@@ -99,10 +128,9 @@ def ending_on_signals() -> Iterator[None]:
             discard_output()
         raise
     finally:
-        if taken:
-            for one in taken:
-                signal.signal(one, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, interrupt)
+        for one, how in before.items():
+            if signal.getsignal(one) is end:  # not while a signal ends the process
+                signal.signal(one, how)
 
 
 @contextmanager
@@ -122,10 +150,10 @@ def finished_before_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for one, how in before.items():
-            signal.signal(one, how)
         if asked:
             raise SystemExit(128 + asked[0])
+        for one, how in before.items():
+            signal.signal(one, how)
 
 
 def discard_output() -> None:

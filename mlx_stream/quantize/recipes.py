@@ -119,6 +119,40 @@ def recipe_named(name: str, group_size: int | None = None) -> Recipe:
     return replace(recipe, base=base, high=high)
 
 
+# --- presets ---
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe and a dtype for a kind of device; `calibrated` is the recipe if there is a text."""
+
+    recipe: str
+    calibrated: str | None = None
+    dtype: str | None = None
+
+    def recipe_for(self, calibration: str | None) -> str:
+        return self.recipe if calibration is None else self.calibrated or self.recipe
+
+
+PRESETS = {
+    # Every phone's GPU supports float16. With a text the embedding, the head and the most sensitive
+    # parts get 6 bits, in no more bytes than 5 bits for all.
+    "phone": Preset("uniform_4", "sensitive_4_6", "float16"),
+    "laptop": Preset("uniform_6"),
+}
+
+
+def preset_named(name: str) -> Preset:
+    """Return a preset by its name.
+
+    Raises:
+        ValueRefused: there is none.
+    """
+    if name not in PRESETS:
+        raise ValueRefused(f"--preset must be one of {', '.join(PRESETS)}, not {name!r}")
+    return PRESETS[name]
+
+
 # --- measured recipes ---
 
 

@@ -63,6 +63,11 @@ CHECKS = (
         REPORT + " (on an M5, set MLX_ENABLE_TF32=0 and try again)",
     ),
     Check(
+        "a step of four streams gives the results of each alone",
+        streams.shared_step,
+        REPORT + "; give sessions of an engine shared=False",
+    ),
+    Check(
         "buffers are updated in place",
         streams.in_place,
         "memory and time per token are higher than necessary: update MLX, and report it",

@@ -16,6 +16,8 @@ from mlx_stream.cache import StreamCache
 from mlx_stream.cache.positions import Rope
 from mlx_stream.evaluate.bench import fill
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.requests import ReadRequest, Want
+from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler, Sampling
@@ -110,6 +112,25 @@ def chunks(model: Model) -> CheckOutcome:
     ids = some_ids(model, 3 * (SINKS + WINDOW))
     single, *others = (logits(model, ids, chunk) for chunk in (1, 7, PREFILL_CHUNK))
     return within(max(distance(other, single) for other in others), SPREAD[model.dtype])
+
+
+def shared_step(model: Model) -> CheckOutcome:
+    """Decode four streams in shared steps and each alone, past the wrap, and compare."""
+    off, texts = 0.0, [some_ids(model, SINKS + WINDOW + 9 * one)[9 * one :] for one in range(4)]
+    kinds = [model.new_cache(SINKS, WINDOW) for _ in range(8)]
+    streams = [TokenStream(model, cache) for cache in kinds]
+    shared, alone = streams[:4], streams[4:]
+    for ids, *pair in zip(texts, shared, alone, strict=True):
+        for stream in pair:
+            stream.read(ids)
+    for token in some_ids(model, STEPS):
+        requests = [ReadRequest(stream, [token], Want.LOGITS) for stream in shared]
+        for found, stream in zip(run_together(requests), alone, strict=True):
+            if isinstance(found, Exception):
+                raise found
+            assert found.logits is not None
+            off = max(off, distance(plain(found.logits[None]), plain(stream.read([token])[None])))
+    return within(off, SPREAD[model.dtype])
 
 
 def some_ids(model: Model, count: int) -> list[int]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_stream.errors import ValueRefused
+from mlx_stream.recall.quote import Passage
 from mlx_stream.text.thinking import Phase, ThinkingRules
 from mlx_stream.text.tokenizer import StreamDecoder
 from mlx_stream.text.tool_calls import CallReader, CallStyle, ToolCall
@@ -30,7 +31,8 @@ class Piece:
 
     Attributes:
         text: a part of the answer, without tool calls.
-        finish: on the last piece, why the text ended: end, stop or length.
+        finish: on the last piece, why the text ended: end, stop, length, or superseded by another
+            request to the same conversation.
         attended: on the last piece of a conversation's reply, the number of attended tokens.
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
@@ -38,6 +40,9 @@ class Piece:
         settled: on the same piece, the tokens read again since the reply before, so that the
             stream held what the template renders.
         logprobs: if asked for, of each token sampled since the piece before.
+        recalled: on the last piece, the earlier exchanges that were quoted before the question,
+            as they were quoted.
+        recalled_tokens: on the same piece, the tokens of the quotation.
     """
 
     text: str
@@ -50,6 +55,8 @@ class Piece:
     written: int = 0
     settled: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    recalled: tuple[Passage, ...] = ()
+    recalled_tokens: int = 0
 
 
 class StopMatcher:
@@ -58,7 +65,7 @@ class StopMatcher:
     def __init__(self, stops: str | Sequence[str]):
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(self.stops):
-            raise ValueRefused("--stop must not be an empty string")
+            raise ValueRefused("`stop` must not be an empty string")
         self.pending = ""
         self._longest = (
             max(map(len, self.stops), default=1) - 1

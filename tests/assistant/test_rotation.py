@@ -141,6 +141,22 @@ def test_rotated_files_in_no_clear_order_are_reported_and_not_read(path):
     assert reading.told == [f"{path}: not read, in no clear order: x.log.1, x.log.3"]
 
 
+def test_a_look_in_the_middle_of_a_rotation_loses_nothing(path):
+    reading = read_one(path)
+    for second, data in ((3, b"two\n"), (4, b"three\n")):
+        rotate(path)
+        write(path, data, second)
+    second, third = (path.with_name(f"x.log.{number}") for number in (2, 3))
+    second.rename(third)  # and x.log.1 is not renamed yet
+    reading.restart()
+    reading.wait(1)
+    path.with_name("x.log.1").rename(second)
+    path.rename(path.with_name("x.log.1"))
+    write(path, b"four\n", 5)
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\nthree\nfour\n" and "not read" not in str(reading.told)
+
+
 def test_only_the_latest_rotated_file_is_waited_for(path):
     """300 files would take 300 times GRACE."""
     for number in range(300):

@@ -123,8 +123,20 @@ def test_a_socket_that_is_left_behind(near):
     with pytest.raises(AssistantError, match="not a socket; move it away"):
         SocketServer(left, silent)
     assert left.read_text() == "mine"
-    with pytest.raises(AssistantError, match="too long for a socket"):
-        SocketServer(near / ("x" * 110), silent)
+
+
+def test_a_socket_in_a_folder_with_a_long_path(tmp_path):
+    path = tmp_path / ("long ü" * 20) / "main.sock"
+    with pytest.raises(AssistantError, match="is not running"):
+        list(request(path, "main", what="x"))
+    path.parent.mkdir()
+    before, server = Path.cwd(), SocketServer(path, lambda asked: (line for line in [{"done": 1}]))
+    answering = threading.Thread(target=server.admit)
+    answering.start()
+    assert list(request(path, "main", what="x")) == [{"done": 1}]
+    answering.join()
+    server.close()
+    assert not path.exists() and Path.cwd() == before
 
 
 def test_a_request_that_is_too_long_is_not_sent():

@@ -238,7 +238,7 @@ def test_impossible_streams_are_refused(sinks, window, spare):
 
 @pytest.mark.parametrize(("bits", "dim"), [(2, 64), (16, 64), (8, 80), (4, 32)])
 def test_rows_that_cannot_be_quantized_are_refused(bits, dim):
-    with pytest.raises(ValueRefused, match="--kv-bits"):
+    with pytest.raises(ValueRefused, match="`kv_bits`"):
         StreamCache(Shape(head_dim=dim).attention(), bits=bits)
 
 

@@ -29,7 +29,7 @@ def test_a_reply_is_closed_by_the_next_one(model):
     given = next(first).text + next(first).text
     never = chat.reply("Never asked for")
     second = said(chat.reply("Two?", max_tokens=5))
-    assert list(first) == []
+    assert [(piece.text, piece.finish) for piece in first] == [("", "superseded")]
     never.close()
     assert [exchange.question for exchange in chat.exchanges] == ["One?", "Two?"]
     assert chat.exchanges[0].reply.startswith(given) and chat.exchanges[1].reply == second
@@ -107,8 +107,8 @@ def test_a_refused_request_changes_nothing(model):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"max_tokens": 0}, "max-tokens"),
-        ({"evict": "never"}, "--evict"),
+        ({"max_tokens": 0}, "`max_tokens`"),
+        ({"evict": "never"}, "`evict`"),
         ({"system": "x " * 5000, "window": 60}, r"prompt of [\d,]+ tokens .*context of 512"),
     ],
 )

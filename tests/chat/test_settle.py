@@ -197,7 +197,9 @@ def recorded(
     return chat
 
 
-def check_logits(chat: Any, config: dict = CONFIG, weights: dict = WEIGHTS) -> None:
+def check_logits(
+    chat: Any, config: dict = CONFIG, weights: dict = WEIGHTS, error: float = 1e-4
+) -> None:
     """Compare with a stream that reads the same ids in the same steps, and with the slow one."""
     tokens, geometry, probe = chat.tokens, chat.cache.geometry, [5, 6, 7]
     spare, floor = geometry.ring - geometry.window, 0
@@ -217,7 +219,7 @@ def check_logits(chat: Any, config: dict = CONFIG, weights: dict = WEIGHTS) -> N
     assert twin.length == tokens.length and twin.ids.attended() == tokens.ids.attended()
     found, same = (np.array(stream.read(probe)) for stream in (tokens, twin))
     assert (found == same).all()
-    assert np.abs(found - slow.logits(probe)[-1]).max() < 1e-4
+    assert np.abs(found - slow.logits(probe)[-1]).max() < error
 
 
 @settings(max_examples=20)

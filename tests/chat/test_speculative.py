@@ -114,7 +114,7 @@ def test_a_draft_model_guesses_and_changes_no_turn(model, tiny):
 @pytest.mark.parametrize("size", [290, 310])
 def test_a_draft_model_of_another_vocabulary_is_refused(model, tmp_path, size):
     draft = load(write_model(tmp_path / "other", vocab_size=size, **SMALL), dtype="float32")
-    with pytest.raises(ValueRefused, match=r"--draft.*same vocabulary.*same family"):
+    with pytest.raises(ValueRefused, match=r"`draft`.*same vocabulary.*same family"):
         ChatSession(model, draft=draft)
 
 

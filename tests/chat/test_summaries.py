@@ -11,12 +11,15 @@ import pytest
 
 from mlx_stream.chat import store as store_module
 from mlx_stream.chat.exchange import Exchange
+from mlx_stream.chat.manage import rename_session
 from mlx_stream.chat.recorder import Change, ChangeKind
 from mlx_stream.chat.schema import SessionHeader
 from mlx_stream.chat.session_files import session_paths
-from mlx_stream.chat.store import Store
+from mlx_stream.chat.store import Store, first_question
 from mlx_stream.chat.summaries import SummaryReader, last_time, latest_session, session_summaries
 from mlx_stream.errors import SessionError
+from mlx_stream.program.lock import Lock
+from mlx_stream.program.paths import data_folder
 
 EXCHANGE = Exchange("Who?", "I.", (), (1, 2), (3,), "", "stop")
 
@@ -58,12 +61,13 @@ def slowly(name):
     """Return a summary's contents as opening the session gives them."""
     with Store.open(session_paths(name).database) as store:
         state = store.state
-        return state.count, store.attended_turns(), last_time(store), state.header
+        title = first_question(store)
+        return state.count, store.attended_turns(), last_time(store), state.header, title
 
 
 def quickly(name):
     (found,) = (one for one in session_summaries() if one.name == name)
-    return found.exchanges, found.attended, found.used, found.header
+    return found.exchanges, found.attended, found.used, found.header, found.title
 
 
 @pytest.mark.usefixtures("clock")
@@ -151,5 +155,26 @@ def test_three_thousand_sessions_are_read_without_opening_one(monkeypatch):
         shutil.copyfile(one, session_paths(f"s{number:04}").database)
     monkeypatch.setattr(Store, "open", lambda *_: pytest.fail("it was opened"))
     assert len(session_summaries()) == 3_000 and latest_session()
-    with SummaryReader.open() as reader:
+    with SummaryReader.open(data_folder()) as reader:
         assert len(reader.files) == 3_000
+
+
+def test_a_renamed_conversation_is_the_same_under_its_new_name():
+    write("old")
+    write("taken")
+    paths = session_paths("old")
+    paths.snapshot.parent.mkdir(parents=True, exist_ok=True)
+    paths.snapshot.write_bytes(b"state")
+    before = slowly("old")
+    rename_session("old", "new")
+    assert slowly("new") == before and quickly("new")[-1] == "Who?"
+    assert session_paths("new").snapshot.read_bytes() == b"state" and not paths.lock.exists()
+    with pytest.raises(SessionError, match="does not exist"):
+        rename_session("old", "other")
+    with pytest.raises(SessionError, match="already exists"):
+        rename_session("new", "taken")
+    with pytest.raises(SessionError, match="is not a valid session name"):
+        rename_session("new", "../new")
+    with Lock.acquire(session_paths("new").lock), pytest.raises(SessionError, match="is open"):
+        rename_session("new", "other")
+    assert slowly("new") == before

@@ -90,7 +90,7 @@ def test_a_switch_is_told_to_the_template_and_one_that_is_not_there_is_refused(t
     assert said(chat.reply("Hi")) == "jklmno" and not chat.exchanges[-1].thinking
     assert_well_formed(chat)
     model = chat.model
-    with pytest.raises(TemplateError, match="reasoning-effort"):
+    with pytest.raises(TemplateError, match="`reasoning_effort`"):
         mlx_stream.ChatSession(model, reasoning_effort="low")
     plain = thinker(tmp_path / "plain").model
     with pytest.raises(TemplateError, match="no switch"):

@@ -16,7 +16,7 @@ from mlx_stream.cli.terminal import repeats_itself
 from mlx_stream.text.pieces import Piece
 from tests.chat.test_settle import SCRIPT, THINKS
 from tests.fakes.shell import DEADLINE, done, program, run
-from tests.fakes.terminals import CTRL_C, ENTER, UP, Terminal
+from tests.fakes.terminals import CTRL_C, ENTER, PASTE, UP, Terminal
 from tests.fakes.thinkers import write_thinker
 from tests.fakes.tiny import tiny_config, write_letters
 
@@ -29,8 +29,9 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[>=]|[\r\a]")
 class Chat(Terminal):
     """The program on a terminal; its model writes letters for ever."""
 
-    def __init__(self, *args, **env):
-        super().__init__(*program("chat", *args)[1:], **env)
+    def __init__(self, *args, columns=100, **env):
+        super().__init__(*program("chat", *args)[1:], columns=columns, **env)
+        self.wide = columns > 60
 
     def say(self, *keys):
         """Send a line, and return what is shown until the next prompt, escapes left out."""
@@ -40,7 +41,7 @@ class Chat(Terminal):
     def next(self):
         """Return what is shown until the next prompt: the status bar is drawn with it."""
         shown = self.see(" attended · ")
-        self.see(" MB")
+        self.see(" MB" if self.wide else " evicted")
         return ESCAPES.sub("", shown)
 
 
@@ -160,13 +161,18 @@ def test_a_chat_killed_in_a_reply_says_so_the_next_time_and_retry_answers(letter
     assert "3 exchanges; snapshot after exchange 3" in done("sessions", "verify", "killed").out
 
 
-def test_control_c_ends_the_reading_of_a_long_question(tmp_path):
-    """The question is in the transcript before its first token is read."""
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """Return the folder of a model that takes seconds to read a few thousand letters."""
     config = tiny_config(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=8192
     )
-    folder = write_letters(tmp_path / "slow", config)
-    chat = Chat(folder, "--temp", 0, "--max-tokens", 24, "--session", "long", "--window", 7000)
+    return write_letters(tmp_path_factory.mktemp("slow") / "slow", config)
+
+
+def test_control_c_ends_the_reading_of_a_long_question(slow):
+    """The question is in the transcript before its first token is read."""
+    chat = Chat(slow, "--temp", 0, "--max-tokens", 24, "--session", "long", "--window", 7000)
     chat.next()
     question = "q" * 6_000
     chat.type(question, ENTER)
@@ -180,6 +186,83 @@ def test_control_c_ends_the_reading_of_a_long_question(tmp_path):
     assert re.search(r"\n[a-z]{24}\n", chat.say("/retry"))
     ((asked, reply, finish),) = replies("long")
     assert asked == question and len(reply) == 24 and finish == "length"
+    chat.leave()
+
+
+def reads(chat, *keys):
+    """Send keys; see that something is read; return what stands in its place afterwards."""
+    chat.type(*keys)
+    chat.see("reading")
+    after = chat.see(" attended · ").rpartition("\x1b[2K")[2]
+    chat.see(" MB")
+    assert "reading" not in after
+    return ESCAPES.sub("", after)
+
+
+def test_progress_is_shown_while_something_long_is_read_and_gone_afterwards(slow):
+    options = (slow, "--temp", 0, "--max-tokens", 24, "--session", "paste")
+    chat = Chat(*options, "--window", 2000)
+    chat.next()
+    assert re.match(r"[a-z]{24}\n", reads(chat, PASTE.format("q" * 1_500), ENTER))
+    assert "the window is 1,900 tokens" in reads(chat, "/window 1900", ENTER)
+    assert "has changed" in reads(chat, "/system Be brief.", ENTER)
+    chat.leave()
+    again = Chat("--continue", "--window", 1800, "--max-tokens", 24)
+    assert "continuing paste: 1 exchange attended" in reads(again)
+    again.leave()
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_notices_help_and_replies_fit_the_terminal(letters, columns):
+    chat = Chat(letters, "--temp", 0, "--max-tokens", 300, "--window", 200, columns=columns)
+    shown = chat.next() + chat.say("Hi") + chat.say("/help") + chat.say("/nothing")
+    chat.leave()
+    lines = [line.rstrip() for line in shown.split("\n") if "attended ·" not in line]
+    assert [line for line in lines if len(line) > columns] == []
+    words = " ".join(shown.split())
+    assert "Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands" in words
+    assert "show how many tokens are attended to, or change it" in words
+    assert "sends a question that begins with /." in words
+    help = Terminal(*program("chat", "--help")[1:], columns=columns)
+    help.end()
+    lines = [line.rstrip() for line in help.shown.split("\n")]
+    assert max(map(len, lines)) <= columns
+    assert "Continue the most recently used session." in " ".join(help.shown.split())
+
+
+def test_a_mark_says_where_attention_begins_and_continue_shows_the_end(letters):
+    options = (letters, "--temp", 0, "--max-tokens", 40, "--window", 200, "--session", "marks")
+    chat = Chat(*options)
+    shown = chat.next() + "".join(chat.say(f"Question {number}") for number in range(6))
+    attended = re.search(r"(\d+) exchanges? attended", again_of("marks", chat))
+    assert attended
+    assert f"attention now begins at: Question {6 - int(attended[1])}" in shown
+
+
+def again_of(name, chat):
+    """Leave a chat, continue it, and return what is shown until its first prompt."""
+    chat.leave()
+    again = Chat("--session", name)
+    shown = again.next()
+    assert "> Question 5" in shown and "> Question 0" not in shown
+    assert re.search(r"\n[a-z]{40}\n", shown)
+    again.leave()
+    return shown
+
+
+def test_views_of_a_conversation(letters):
+    chat = Chat(letters, "--temp", 0, "--max-tokens", 24, "--session", "views")
+    assert re.search(r"remembers about [\d,]+ words", chat.next())
+    chat.say("First?")
+    chat.say("Second?")
+    assert re.search(r"1  [-\d]{10} [:\d]{5}  First\?\n +2 ", chat.say("/history"))
+    assert re.search(r"> First\?\n\n[a-z]{24}\n", chat.say("/show 1"))
+    assert re.search(r"> Second\?\n\n[a-z]{24}\n", chat.say("/show"))
+    assert "there is no exchange '7'" in chat.say("/show 7")
+    assert "the temperature is 0.5" in chat.say("/temp 0.5")
+    assert "--temp must be 0 or more" in chat.say("/temp -1")
+    assert re.search(r"llama, [\d.]+M parameters, float32", chat.say("/model"))
+    assert re.search(r"views +[-\d]{10} [:\d]{5}  2 exchanges", chat.say("/sessions"))
     chat.leave()
 
 
@@ -227,7 +310,7 @@ def test_endless_repetition_is_noticed_once_with_a_way_out(monkeypatch, capsys):
         assert not repeats_itself(text * 900 + "and then?")
     assert not repeats_itself(" ".join(map(str, range(900))))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    screen = Screen()
+    screen = Screen(lambda: None)
     for told in (1, 0):  # once
         with screen.reply():
             screen.show(Piece(f"{n % 3} and on. ") for n in range(90))

@@ -1,6 +1,7 @@
 """Slash commands: which line is one, what each does to a conversation, and what it answers."""
 
 import json
+import re
 
 import pytest
 
@@ -198,7 +199,7 @@ def test_save_gives_a_conversation_a_name_and_later_writes_its_state(chat):
     for line in ("/save", "/save my-letters"):
         answered(say(line, chat), named)
         assert snapshot.read_bytes() != first
-    answered(say("/sessions", chat), "my-letters")
+    assert re.fullmatch(r"my-letters  [-\d]{10} [:\d]{5}  3 exchanges", say("/sessions", chat).text)
     refused = say("/save other", chat).text
     assert "saved as 'my-letters'" in refused and session_names() == ["my-letters"]
     files = saved_as(chat)

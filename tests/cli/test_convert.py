@@ -241,6 +241,14 @@ def test_presets_run(source, text, tmp_path, words, recipe):
         assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
 
 
+def test_a_preset_may_be_changed_and_must_exist(source, tmp_path):
+    words = ("--preset", "phone", "--bits", 8, "--dtype", "bfloat16")
+    found = parsed(done("convert", source, tmp_path / "out", *words, "--json").out)
+    assert (found["recipe"], found["dtype"]) == ("uniform_8", "bfloat16")
+    line = one_line("convert", source, tmp_path / "other", "--preset", "fridge")
+    assert line == "--preset must be one of phone, laptop, not 'fridge'"
+
+
 def test_recipes_are_compared_on_a_text(source, text):
     command = [sys.executable, str(CONVERT / "compare.py"), str(source), str(text)]
     options = ["--recipe", "uniform_8", "--recipe", "uniform_3", "--report-tokens", "300"]

@@ -15,7 +15,18 @@ ONE = PUBLISHED / "Llama-3.2-1B.json"
 PHONE = ("--device", "iphone-16-pro")
 
 PLAN_KEYS = {
-    *("model", "device", "recipe", "bits", "dtype", "kv_bits", "sinks", "window", "weights_bytes"),
+    *(
+        "model",
+        "device",
+        "recipe",
+        "bits",
+        "dtype",
+        "kv_bits",
+        "sinks",
+        "window",
+        "streams",
+        "weights_bytes",
+    ),
     *("ring_bytes", "workspace_bytes", "total_bytes", "loading_bytes", "stored_bytes"),
     *("step_bytes", "budget_bytes", "budget_estimated", "budget_bytes_without_entitlement"),
     *("bandwidth_bytes_per_second", "bandwidth_estimated", "verdict", "missing_bytes"),

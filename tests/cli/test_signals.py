@@ -13,15 +13,15 @@ import pytest
 from mlx_stream.chat.schema import ASKED
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
-from mlx_stream.program.exits import finished_before_signals
+from mlx_stream.program.exits import ending_on_signals, finished_before_signals
 from tests.fakes.shell import DEADLINE, done, program
 from tests.fakes.terminals import ENTER, Terminal
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 
 ENDING = (signal.SIGHUP, signal.SIGTERM)
-# More of them in a longer run: MLX_STREAM_SIGNALS=100.
-MOMENTS = int(os.environ.get("MLX_STREAM_SIGNALS", "3"))
+ALL = (*ENDING, signal.SIGINT)
+MOMENTS = 3  # tests/long/signals.py has more
 FIRST = "Hello"
 
 
@@ -32,7 +32,7 @@ def turns(name):
         return store.turns()
 
 
-@pytest.mark.parametrize("number", ENDING)
+@pytest.mark.parametrize("number", ALL)
 def test_a_signal_at_a_random_moment(letters, number):
     """A first turn of 400 tokens, then a second without end."""
     luck = random.Random(int(number))
@@ -105,15 +105,37 @@ def test_what_nohup_ignores_stays_ignored(letters):
     assert chat.returncode == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [*ENDING, signal.SIGINT])
-def test_what_is_being_written_is_finished_first(number):
-    before = signal.signal(number, lambda *_: pytest.fail("not in the middle"))
+@pytest.fixture
+def handlers():
+    before = {one: signal.getsignal(one) for one in ALL}
+    yield
+    for one, how in before.items():
+        signal.signal(one, how)
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_what_is_being_written_is_finished_first(number, handlers):
+    signal.signal(number, lambda *_: pytest.fail("not in the middle"))
     steps = []
-    try:
-        with pytest.raises(SystemExit) as ended, finished_before_signals():
+    with pytest.raises(SystemExit) as ended, finished_before_signals():
+        os.kill(os.getpid(), number)
+        steps.append("written")
+        assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it
+    assert ended.value.code == 128 + number and steps == ["written"]
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", ALL)
+@pytest.mark.parametrize("checks", [True, False])
+def test_a_signal_ends_the_program_though_its_exception_was_lost(number, checks, handlers):
+    steps = []
+    with pytest.raises(SystemExit) as ended, ending_on_signals(*ALL) as check:
+        check()
+        with pytest.raises(SystemExit):
             os.kill(os.getpid(), number)
-            steps.append("written")
-            assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends it
-        assert ended.value.code == 128 + number and steps == ["written"]
-    finally:
-        signal.signal(number, before)
+            steps.append("not reached")
+        steps.append("after")
+        if checks:
+            check()
+            steps.append("not reached")
+    assert ended.value.code == 128 + number and steps == ["after"]

@@ -34,6 +34,8 @@ VERBS = (
     "pull",
     "ls",
     "show",
+    "models",
+    "rm",
 )
 TEXT = "The man and the other one sat in the shade of a hill, and he said: I see it is so.\n" * 3
 
@@ -218,7 +220,7 @@ def test_doctor_says_what_is_here() -> None:
     facts = parsed(result.out)
     assert result.err == ""
     assert facts.keys() == {
-        *("mlx_stream", "mlx", "mlx-lm", "python", "system", "device", "metal", "openblas"),
+        *("mlx_stream", "mlx", "mlx-lm", "python", "system", "device", "metal", "openblas", "blas"),
         *("memory_budget_bytes", "cores", "cache", "advice"),
     }
     assert facts["cache"].startswith(os.environ["MLX_STREAM_HOME"])
@@ -230,7 +232,7 @@ def test_doctor_says_what_is_here() -> None:
 
 
 def test_a_cached_model_is_listed_and_opens_without_the_network(tiny: Path) -> None:
-    assert "no models are cached yet; `mlx_stream chat`" in done("ls").err
+    assert "no models are cached yet; `mlx_stream models`" in done("ls").err
     assert parsed(done("ls", "--json").out) == {"models": []}
     folder = Path(os.environ["HF_HOME"]) / "hub" / "models--org--name"
     snapshot = folder / "snapshots" / ("a" * 40)
@@ -243,7 +245,7 @@ def test_a_cached_model_is_listed_and_opens_without_the_network(tiny: Path) -> N
     assert result.err == ""
     assert [line.split()[0] for line in result.out.splitlines()] == ["model", "org/name"]
     [entry] = parsed(done("ls", "--json").out)["models"]
-    assert entry.keys() == {"name", "kind", "bytes", "path"}
+    assert entry.keys() == {"name", "kind", "bytes", "path", "date"}
     assert (entry["name"], entry["kind"]) == ("org/name", "hub")
     options = ("-p", "a", *GREEDY, "--max-tokens", 8)
     by_name, by_path = (done("generate", name, *options) for name in ("org/name", tiny))

@@ -3,7 +3,9 @@
 import asyncio
 from dataclasses import replace
 
+from mlx_stream import Piece
 from mlx_stream.chat import manage
+from mlx_stream.recall.quote import Passage
 from tests.fakes.desks import chat_of, on_a_loop, open_controller, until
 
 
@@ -105,3 +107,27 @@ async def test_leaving_in_the_middle_of_a_reply_saves_it(letters):
         (turn,), damage = store.whole()
     kept = turn.exchange
     assert kept.finish == "interrupted" and kept.reply and not damage
+
+
+@on_a_loop
+async def test_a_search_lists_the_conversations_that_have_a_word(letters):
+    async with open_controller(letters, window=200, max_tokens=4) as one:
+        await one.send("Where are zebras?")
+        await one.begin()
+        await one.send("Where are lions?")
+        await one.search(" zebra ")
+        assert [c.name for c in one.conversations] == ["where-are-zebras"]
+        await one.search("walrus")
+        assert one.conversations == []
+        await one.search("")
+        assert len(one.conversations) == 2
+
+
+@on_a_loop
+async def test_what_was_quoted_is_shown_with_the_reply(letters):
+    async with open_controller(letters, window=200, max_tokens=4) as one:
+        await one.send("Hello")
+        passage = Passage(1, "2026-05-09T17:03:00Z", "a", "b")
+        one._hear(Piece("", "length", recalled=(passage,)))
+        one._settle(read=True)
+        assert one.said[-1].recalled == (passage.line,) and len(one.said[-1].reply) == 4

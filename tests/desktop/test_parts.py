@@ -1,5 +1,6 @@
 """The desktop app's parts: lines of text, pauses between drawings, names, rows."""
 
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -7,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_stream.chat import session_files
+from mlx_stream.chat import SessionSummary, session_files
 from mlx_stream.program import paths
-from mlx_stream_desktop.history import Message, new_name, slug
+from mlx_stream_desktop.blocks import Block, blocks_of
+from mlx_stream_desktop.history import Message, as_name, clock, new_name, slug, title_of
 from mlx_stream_desktop.model_session import Gauge
-from mlx_stream_desktop.text_layout import LONGEST_SHOWN, escape_markup, wrap
+from mlx_stream_desktop.text_layout import LONGEST_SHOWN, escape_markup, visible, wrap
 from mlx_stream_desktop.throttle import Throttle
 
 
@@ -39,8 +41,9 @@ def test_no_line_is_too_wide_and_nothing_but_spaces_is_lost(text, width):
 
 
 def test_shown_text_is_cut_and_has_no_control_characters():
-    assert escape_markup("a\x1b[2Jb\r\nc\td\x00") == "a[2Jb\nc    d"
-    long = escape_markup("x" * (LONGEST_SHOWN + 5))
+    assert visible("a\x1b[2Jb\r\nc\td\x00") == "a[2Jb\nc    d"
+    assert escape_markup("a <b>") == "a <\N{WORD JOINER}b>"
+    long = visible("x" * (LONGEST_SHOWN + 5))
     assert len(long) < LONGEST_SHOWN + 100 and long.endswith("of 20,005 characters)")
 
 
@@ -109,3 +112,49 @@ def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
     assert all(row.attended == (n > at) for n, row in enumerate(rows))
     assert [row.kind for row in rows_of(said[:1], 1, "work")] == ["you", "model"]
     assert rows_of([Message("q")], 1, None)[-1].text == " \N{HORIZONTAL ELLIPSIS}"
+
+
+def test_what_was_quoted_is_shown_below_the_reply():
+    from mlx_stream_desktop.transcript import rows_of
+    from tests.fakes.desks import GREEDY  # noqa: F401  # it chooses the backend
+
+    line = '[2026-05-09 17:03] "a" was answered: "b"'
+    rows = rows_of([Message("q", "r", "end", (line,))], 1, "work")
+    assert [row.kind for row in rows] == ["you", "model", "note"]
+    assert rows[-1].text == f"quoted before this question:\n{line}"
+
+
+def test_a_replys_markdown_is_blocks_and_its_mark_stands_after_them():
+    from mlx_stream_desktop.transcript import rows_of
+
+    text = "# Title\n\nSome *words*.\n\n1. one\n   - two\n     ```\n\n     x\n     ```\n> so"
+    table = "| a | b |\n|---|---|\n| one | 2 |"
+    assert blocks_of(text) == [
+        Block("heading", "Title"),
+        Block("text", "Some words."),
+        Block("text", "1. one"),
+        Block("text", "• two", 1),
+        Block("code", "\nx", 2),
+        Block("quote", "so", 1),
+    ]
+    assert blocks_of(table) == [Block("code", "a    b\n───  ─\none  2")]
+    assert rows_of([Message("q", "*so*", "length")], 1, None)[-1].blocks == [
+        Block("text", "so [cut]")
+    ]
+    assert rows_of([Message("q", "```\nx", "length")], 1, None)[-1].blocks == [
+        Block("code", "x"),
+        Block("text", " [cut]"),
+    ]
+
+
+def test_titles_are_as_they_were_written_and_times_are_local(monkeypatch):
+    one = SessionSummary("why-me-2", 1, 1, 0, "", None, "", "Why\nme?")
+    assert title_of(one) == "Why me?"
+    assert title_of(SessionSummary("trip", 1, 1, 0, "", None, "", "Why me?")) == "trip"
+    assert title_of(SessionSummary("trip", 0, 0, 0, "", None)) == "trip"
+    assert as_name(" My trip! ") == "My-trip" and as_name("\N{SNOWMAN}") == ""
+    monkeypatch.setenv("TZ", "UTC-2")
+    time.tzset()
+    assert clock("2026-01-02T12:00:00Z") == "2026-01-02 14:00" and clock("") == ""
+    monkeypatch.undo()
+    time.tzset()

@@ -15,6 +15,11 @@ def clicked(view, name):
     view.conversations._impl.simulate_selection(names.index(name))
 
 
+def press(one, text):
+    """Choose a command of the menus, or press its key."""
+    next(c for c in one.commands if getattr(c, "text", None) == text).action()
+
+
 @on_a_loop
 async def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters):
     async with app(letters, window=200, max_tokens=150) as one:
@@ -41,18 +46,18 @@ async def test_a_question_is_sent_and_its_reply_streams_into_the_window(letters)
             one.controller.gauge.capacity,
         )
         await until(lambda: len(view.conversations.data) == 1)
-        assert view.conversations.data[0].title == "\N{BULLET} what-is-new"
+        assert view.conversations.data[0].title == "\N{BULLET} What is new?"
 
 
 @on_a_loop
-async def test_enter_sends_too_the_stop_button_stops_and_nothing_is_sent_in_between(letters):
+async def test_a_key_sends_too_the_stop_button_stops_and_nothing_is_sent_in_between(letters):
     async with app(letters, window=200, max_tokens=2_000) as one:
         one.view.question.value = "For ever?"
-        one.view.question._impl.simulate_confirm()
+        press(one, "Send")
         await until(lambda: one.view.stop.enabled and one.controller.said[0].reply)
         assert not one.view.send.enabled and not one.view.model.enabled
         one.view.question.value = "Second"
-        one.view.question._impl.simulate_confirm()
+        press(one, "Send")
         one.view.stop._impl.simulate_press()
         await settled(one)
         assert len(one.controller.said) == 1 and len(one.controller.said[0].reply) < 2_000
@@ -185,3 +190,42 @@ async def test_a_conversation_can_be_shown_as_text(letters):
         assert window.content.value == (
             f"You:\nHi <b>you</b>\n\nModel:\n{one.controller.said[0].reply}"
         )
+
+
+@on_a_loop
+async def test_a_conversation_is_renamed_and_deleted(letters):
+    async with app(letters, window=300) as one:
+        view = one.view
+        await answered(one, "First?")
+        await until(lambda: view.title.value == "First?" and view.title.enabled)
+        await answered(one, "Second line\nand third")
+        view.title.value = "My trip"
+        view.title._impl.simulate_confirm()
+        await until(lambda: one.controller.name == "My-trip" and one.controller.status.idle)
+        await until(lambda: [row.name for row in view.conversations.data] == ["My-trip"])
+        assert view.title.value == "My-trip" and one.controller.attended == 2
+        await answered(one, "Third?")
+        assert [said.question for said in one.controller.said][1:] == [
+            "Second line\nand third",
+            "Third?",
+        ]
+        view.main._impl.dialog_responses["ConfirmDialog"] = [False, True]
+        view.remove._impl.simulate_press()
+        await asyncio.sleep(0.1)
+        assert one.controller.name == "My-trip"
+        view.remove._impl.simulate_press()
+        await until(lambda: one.controller.name is None and not view.conversations.data)
+        assert one.controller.said == [] and not session_paths("My-trip").database.exists()
+
+
+@on_a_loop
+async def test_a_name_that_is_taken_is_refused_and_the_conversation_stays_open(letters):
+    async with app(letters) as one:
+        await answered(one, "First?")
+        await one.controller.begin()
+        await answered(one, "Second?")
+        await one.controller.rename("first")
+        assert one.controller.name == "second" and one.controller.status.alarming
+        assert "already exists" in one.controller.status.notice
+        await answered(one, "Third?")
+        assert len(one.controller.said) == 2

@@ -286,7 +286,7 @@ def test_a_saved_conversation_continues(letters, engine):
 
 def test_one_engine_at_a_time_and_none_after_its_end(letters):
     engine = engine_of(letters)
-    with pytest.raises(errors.EngineClosed, match="close the engine first"):
+    with pytest.raises(errors.EngineOpen, match="close the engine first"):
         engine_of(letters)
     chat = engine.session(sampling=GREEDY)
     going_on = chat.reply("Hi", max_tokens=100_000)

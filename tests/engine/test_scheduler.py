@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from mlx_stream.engine.scheduler import (
     FEWEST_ROWS,
     LONGEST,
-    MOST_ROWS,
     PROBE_EVERY,
     Scheduler,
     divide,
     is_token,
 )
 from mlx_stream.generate.requests import Priority, ReadRequest, ReadResult, Want
+from mlx_stream.window import SHARED_ROWS
 
 
 class Machine:
@@ -85,7 +85,7 @@ def test_prompts_make_steps_no_longer_than_a_few_of_tokens(fixed, row, prompt_ro
 
 @given(
     st.lists(st.tuples(st.integers(1, 400), st.sampled_from(Priority)), min_size=1, max_size=12),
-    st.integers(8, MOST_ROWS),
+    st.integers(8, SHARED_ROWS),
 )
 def test_rows_are_divided_among_prompts(prompts, rows):
     machine = Machine(1, 1)

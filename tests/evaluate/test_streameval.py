@@ -285,3 +285,20 @@ def test_the_report(model: Model) -> None:
     assert [(row["lines_back"], row["queries"]) for row in report.rows] == [(1, 2), (10, 2)]
     assert all(0 <= row["generation"] <= 1 for row in report.rows)
     assert streameval(model, SINKS, WINDOW, 7, 25, (1, 10)).rows == report.rows
+
+
+def test_with_recall_a_line_that_has_left_is_read_again_before_its_query(
+    model: Model, asked: list[EncodedQuery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, ask = [], streams.ask_query
+
+    def spy(model: Model, stream: TokenStream, one: EncodedQuery) -> Any:
+        read.append((one.query, model.tokenizer.decode(one.ids)))
+        return ask(model, stream, one)
+
+    monkeypatch.setattr(streams, "ask_query", spy)
+    cache = model.new_cache(SINKS, WINDOW, 2 * spare_of(asked))
+    rows = list(streams.run_distances(model, cache, DATA, asked, recall=True))
+    assert len(rows) == len(read) == len(asked)
+    for query, text in read:
+        assert (query.line.text in text) == (query.lines_back > 1)

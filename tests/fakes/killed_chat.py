@@ -36,7 +36,7 @@ from mlx_stream.load import Model, load
 from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import pieces_of
 
-PHASES = ("start", "opening", "reply", "commit", "snapshot", "between")
+PHASES = ("start", "opening", "reading", "thinking", "reply", "commit", "snapshot", "closing")
 # Roughly the seconds that a phase takes: a kill comes at a random moment within them.
 LASTS = {"opening": 0.012, "reply": 0.1, "commit": 0.003, "snapshot": 0.006}
 WINDOW, LONGEST_REPLY = 150, 24

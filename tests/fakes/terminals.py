@@ -14,7 +14,7 @@ PASTE = "\x1b[200~{}\x1b[201~"
 class Terminal:
     """A program on a pseudo-terminal that reports the cursor position, as terminals do."""
 
-    def __init__(self, *args, **env):
+    def __init__(self, *args, columns=100, **env):
         """Start Python with arguments."""
         self.program = pexpect.spawn(
             sys.executable,
@@ -23,7 +23,7 @@ class Terminal:
             encoding="utf-8",
             codec_errors="backslashreplace",
             timeout=60,
-            dimensions=(24, 100),
+            dimensions=(24, columns),
         )
         self.shown = ""
 

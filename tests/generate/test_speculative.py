@@ -286,8 +286,8 @@ def test_a_stream_measures_its_own_steps(tiny_model):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [((True, None, 8), "--kv-bits"), ((None, "draft", 8), "--draft.*--kv-bits"),
-     ((False, "draft", None), "--no-speculate")],
+    [((True, None, 8), "`kv_bits`"), ((None, "draft", 8), "`draft`.*`kv_bits`"),
+     ((False, "draft", None), "`speculate=False`")],
 )  # fmt: skip
 def test_options_that_exclude_each_other_are_refused(tiny_model, options, says):
     model = tiny_model()

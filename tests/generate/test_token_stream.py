@@ -264,7 +264,7 @@ def test_logits_that_are_no_numbers_are_refused(tiny_model):
 
 
 @pytest.mark.parametrize(("sinks", "window", "says"), [
-    *((-1, 10, "--sinks"), (512, 10, "--sinks"), (4, 0, "--window"), (4, -3, "--window")),
+    *((-1, 10, "`sinks`"), (512, 10, "`sinks`"), (4, 0, "`window`"), (4, -3, "`window`")),
     *((4, 509, "512.*508"), (511, None, None), (4, 508, None), (None, None, None)),
 ])  # fmt: skip
 def test_the_trained_context_bounds_a_stream(tiny_model, sinks, window, says):

@@ -6,6 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -246,9 +248,10 @@ def test_models_in_the_caches_are_listed(model, tmp_path, home, served):
     other.write_text(json.dumps({**CONFIG, "model_type": "gpt2"}))
     write_tiny(starter_folder(), CONFIG, WEIGHTS)
     size = sum(path.stat().st_size for path in model.iterdir())
-    assert cached_models() == [
-        CachedModel(REPO, found, size, "hub"),
-        CachedModel("starter", starter_folder(), size, "starter"),
+    now = datetime.now().timestamp()
+    assert [replace(one, date=now) for one in cached_models() if now - 60 < one.date < now + 1] == [
+        CachedModel(REPO, found, size, "hub", now),
+        CachedModel("starter", starter_folder(), size, "starter", now),
     ]
     (found / "model.safetensors").unlink()
     (starter_folder() / "model.safetensors").write_bytes(b"cut")

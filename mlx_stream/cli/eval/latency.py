@@ -22,7 +22,7 @@ COLUMNS = (
 @options.verb
 def latency(
     *,
-    model: options.ModelArgument = "starter",
+    model: options.DefaultModelArgument = None,
     cache: Annotated[
         list[str] | None,
         Option(
@@ -57,7 +57,7 @@ def latency(
         sum(loaded.resolve_window(SINKS, size - SINKS, notify)): count
         for size, count in asked.items()
     }
-    folder = resolve(model, notify)
+    folder = resolve(loaded.name, notify)
     peer, notes = None, []
     if reason := why_no_peer(folder):
         notes.append(f"mlx-lm: not measured, because {reason}")

@@ -23,7 +23,7 @@ COLUMNS = (
 @options.verb
 def streameval(
     *,
-    model: options.ModelArgument = "starter",
+    model: options.DefaultModelArgument = None,
     window: common.Window = 1_020,
     sinks: common.Sinks = 4,
     lines: Annotated[int, Option(help="Lines to read.")] = 600,
@@ -35,6 +35,10 @@ def streameval(
         ),
     ] = None,
     seed: Annotated[int, Option(help="Random seed for the facts in the lines.")] = 1,
+    recall: Annotated[
+        bool,
+        Option("--recall", help="Read a line that has left the window again before its query."),
+    ] = False,
     data_out: Annotated[
         Path | None, Option(help="JSON-lines file to write the lines and queries to.")
     ] = None,
@@ -59,5 +63,5 @@ def streameval(
         write_data(data, data_out)
         notify(f"wrote {data_out}")
     with progress_bar("reading lines") as progress:
-        report = ask(loaded, sinks, window, seed, lines, chosen, progress)
+        report = ask(loaded, sinks, window, seed, lines, chosen, progress, recall)
     output.publish(report, COLUMNS)

@@ -166,14 +166,13 @@ class ChatTemplate:
             asked = {told(values).opening(None, "x") for values in (options, other)}
             if len(asked) == 1:
                 raise TemplateError(
-                    "this model's template has no switch for thinking: leave out --think and "
-                    "--no-think"
+                    "this model's template has no switch for thinking: leave out `think`"
                 )
         if effort is not None:
             options[EFFORT] = effort
             if EFFORT not in self.source:
                 raise TemplateError(
-                    "this model's template has no levels of thinking: leave out --reasoning-effort"
+                    "this model's template has no levels of thinking: leave out `reasoning_effort`"
                 )
         if tools:
             # Llama 3.x writes tools into the first question, or, if told so, before it.

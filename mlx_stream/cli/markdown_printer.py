@@ -1,0 +1,122 @@
+"""Prints a reply on a terminal as Markdown while it is written; knows blocks, not their styles.
+
+    closed blocks     printed once; they belong to the scrollback
+    the open block    printed again, from the first line that has changed, when a word is complete
+
+The cursor can only move within the screen. So when the open block is about to fill it, or when the
+window is resized, what is shown stays as it is, and the rest of the block is printed below it.
+"""
+
+import re
+from collections.abc import Callable
+
+from mlx_stream.cli.markdown import as_ansi, render_lines
+from mlx_stream.program.markdown import split_blocks
+from mlx_stream.program.terminal import UNSPACED
+
+# Blocks that are shown by whole lines: fenced code and tables.
+BY_LINES = re.compile(r" *(```|~~~|\|)")
+LAST_WORD = re.compile(rf"[^\s{UNSPACED}]*$")
+
+
+class MarkdownPrinter:
+    """Print a text that comes in pieces and holds no control characters.
+
+    Args:
+        write: prints on the terminal and flushes.
+        size: returns the columns that may be used, and the rows.
+    """
+
+    def __init__(self, write: Callable[[str], None], size: Callable[[], tuple[int, int]]):
+        self._write, self._size, self._at = write, size, size()
+        self._source = ""  # of the open block
+        self._shown: list[str] = []  # its lines on the screen; the cursor is below them
+        self._end = 0  # of what is shown of the source
+        self._begun = self._gap = False  # whether a block, and an empty line, came before it
+        self._continues = False  # whether its beginning is above, and is not printed again
+
+    def add(self, text: str) -> None:
+        """Print what is certain to be shown of a piece."""
+        self._source += text
+        if not self._begun:
+            self._source = self._source.lstrip("\n")
+        if self._at != (now := self._size()):
+            self._split(self._end)
+            self._at = now
+        *closed, opened = split_blocks(self._source) or [""]
+        for block in closed:
+            self._close(block)
+        self._source = opened
+        end = certain_end(opened)
+        if end > self._end or closed:
+            self._draw(end)
+
+    def flush(self) -> None:
+        """Print the rest; no more text comes."""
+        for block in split_blocks(self._source):
+            self._close(block)
+        self._source = ""
+
+    def _close(self, block: str) -> None:
+        """Print a block that does not change any more."""
+        self._replace(self._lines(block))
+        self._shown, self._end, self._continues = [], 0, False
+        self._begun, self._gap = True, ends_with_gap(block)
+
+    def _draw(self, end: int) -> None:
+        """Show the open block up to `end`."""
+        lines = self._lines(self._source[:end])
+        if len(lines) >= self._at[1] - 1:
+            end = self._source.rfind("\n", 0, end) + 1 or self._end or end
+            self._replace(self._lines(self._source[:end]))
+            return self._split(end)
+        self._replace(lines)
+        self._end = end
+
+    def _split(self, end: int) -> None:
+        """Leave what is shown as it is; what follows `end` becomes a block that continues it."""
+        if not end:
+            return
+        head, rest = self._source[:end], self._source[end:]
+        self._begun, self._gap = True, ends_with_gap(head)
+        self._source, self._continues = opening_of(head) + rest, True
+        self._shown, self._end = [], 0
+
+    def _lines(self, block: str) -> list[str]:
+        lines = [as_ansi(line) for line in render_lines(block, self._at[0])]
+        if self._continues:
+            return lines[1:] if opening_of(block).strip(" ")[:1] in ("`", "~") else lines
+        return ["", *lines] if lines and self._begun and self._gap else lines
+
+    def _replace(self, lines: list[str]) -> None:
+        """Show lines in place of those of the open block."""
+        same = 0
+        while same < min(len(lines), len(self._shown)) and lines[same] == self._shown[same]:
+            same += 1
+        back = len(self._shown) - same
+        move = f"\x1b[{back}A\x1b[J" if back else ""
+        self._write(move + "".join(f"{line}\n" for line in lines[same:]))
+        self._shown = lines
+
+
+def certain_end(block: str) -> int:
+    """Return how much of an open block can be shown: whole words, or whole lines."""
+    if BY_LINES.match(block):
+        end = block.rfind("\n") + 1
+        is_table = block.lstrip(" ").startswith("|")
+        return 0 if is_table and block.count("\n", 0, end) < 2 else end
+    word = LAST_WORD.search(block)
+    return word.start() if word and len(word[0]) < 100 else len(block)
+
+
+def opening_of(block: str) -> str:
+    """Return the lines that the rest of a block needs before it: a fence, or a table's head."""
+    found = BY_LINES.match(block)
+    if not found:
+        return ""
+    lines = block.splitlines(keepends=True)
+    return "".join(lines[: 2 if found[1] == "|" else 1])
+
+
+def ends_with_gap(block: str) -> bool:
+    return not "".join(block.splitlines()[-1:]).strip()

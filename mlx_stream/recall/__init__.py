@@ -1,0 +1,1 @@
+"""Finds earlier exchanges by their words and quotes them; independent of models and streams."""

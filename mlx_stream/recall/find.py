@@ -1,0 +1,86 @@
+"""Ranks earlier exchanges by the words they share with a question; independent of their texts.
+
+A word's weight is its idf, log(1 + N / (n + 3)), if n of N exchanges have it. An exchange has the
+share of the question's weights that it contains; a word that only an exchange beside it contains
+counts half. (This is BM25 with k1 = 0; on LoCoMo it finds as much as with k1 = 1.2.)
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from mlx_stream.recall.index import WordIndex
+from mlx_stream.recall.words import content_words, is_greeting
+
+MOST_HITS = 5
+# Of a long question, only this many of its rarest words are searched.
+MOST_WORDS = 6
+LEAST_SHARE = 0.4
+# A word is rare if at most one exchange in this many has it.
+RARE = 20
+# What a word of the question before counts, and a word of the exchange before or behind.
+PREVIOUS = BESIDE = 0.5
+
+
+@dataclass(frozen=True)
+class Hit:
+    """An exchange that may answer a question.
+
+    Attributes:
+        share: the share of the question's weights that it contains.
+        words: the words of the question that it contains, or one beside it does.
+    """
+
+    number: int
+    share: float
+    words: tuple[str, ...]
+
+
+def find_hits(
+    index: WordIndex, question: str, previous: str, first: int, end: int, gate: bool = True
+) -> list[Hit]:
+    """Return the exchanges that are likely to answer a question, likeliest first; often none.
+
+    Args:
+        previous: the question before; used if `question` has fewer than two content words, unless
+            it is a greeting.
+        first, end: the numbers to search, `end` not included.
+        gate: False returns whatever has a word in common with the question.
+    """
+    factors = query(question, previous)
+    numbers = {word: index.numbers(word, first, end) for word in factors}
+    weights = {
+        word: factor * math.log(1 + index.count / (len(numbers[word]) + 3))
+        for word, factor in factors.items()
+    }
+    total = math.fsum(weights.values())
+    found = sorted(filter(numbers.get, numbers), key=lambda word: len(numbers[word]))[:MOST_WORDS]
+    having = {word: set(numbers[word]) for word in found}
+    beside = {word: {n + step for n in having[word] for step in (-1, 1)} for word in found}
+    shares: dict[int, float] = defaultdict(float)
+    for word in found:
+        share = weights[word] / total
+        for number in having[word]:
+            shares[number] += share
+        for number in beside[word] - having[word]:
+            shares[number] += share * BESIDE
+    # A single word says enough if it is the only one of the question itself, and rare.
+    few = all(len(numbers[word]) <= max(3, index.count // RARE) for word in found)
+    single = [*factors.values()] == [1.0] and few
+    least, fewest = (LEAST_SHARE, 2 - single) if gate else (0.0, 1)
+    hits = []
+    for number, share in shares.items():
+        if share >= least and first <= number < end:
+            words = [word for word in found if number in having[word] or number in beside[word]]
+            if len(words) >= fewest and any(number in having[word] for word in words):
+                hits.append(Hit(number, share, tuple(words)))
+    # Of equals the newest is first: what it says may have replaced what the others say.
+    return sorted(hits, key=lambda hit: (-round(hit.share, 2), -hit.number))[:MOST_HITS]
+
+
+def query(question: str, previous: str) -> dict[str, float]:
+    """Return the words to search, each with the factor of its weight."""
+    factors = dict.fromkeys(content_words(question), 1.0)
+    if len(factors) < 2 and not is_greeting(question):
+        factors = dict.fromkeys(content_words(previous), PREVIOUS) | factors
+    return factors

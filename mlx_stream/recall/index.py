@@ -1,0 +1,159 @@
+"""The words of numbered texts in SQLite's full-text index; independent of questions.
+
+The index holds no text and no places of words, so it takes a quarter of the bytes of what it
+indexes. It is a cache: its user makes it again if anything about it is odd.
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Self
+
+from mlx_stream.program.paths import is_file, private
+from mlx_stream.program.sqlite import LONGEST_ROW, connect, files, reporting_errors
+from mlx_stream.recall.words import indexed_text
+
+TABLES = (
+    "CREATE VIRTUAL TABLE words USING "
+    "fts5(text, content='', columnsize=0, detail=none, tokenize='porter unicode61')",
+    "CREATE TABLE state (owner TEXT, last INTEGER, count INTEGER, checksum TEXT)",
+)
+SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
+# Of a common word, the newest texts are found: this many, or one in `ONE_IN` of all texts.
+MOST_FOUND = 1_000
+ONE_IN = 200
+
+
+class WordIndex:
+    """An open index. Only one process at a time may have it open.
+
+    Attributes:
+        last: the number up to which texts were added; 0 if none were.
+        count: the number of texts.
+        checksum: what `add` was last given.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, owner: str):
+        self.path, self.connection = path, connection
+        connection.set_progress_handler(None, 0)  # its schema was checked
+        row = connection.execute("SELECT * FROM state LIMIT 2").fetchall()
+        ((found, self.last, self.count, self.checksum),) = row
+        if found != owner or not 0 <= self.count <= self.last:
+            raise ValueError(f"the index belongs to {found!r:.40}")
+
+    @classmethod
+    def open(cls, path: Path, owner: str) -> Self:
+        """Open the index in a file, or begin an empty one if the file is not a usable index.
+
+        Args:
+            owner: what is indexed; the index of something else is not used.
+
+        Raises:
+            SessionError: a new file cannot be written.
+        """
+        if is_file(path) and path.stat().st_uid == os.getuid():
+            path.chmod(0o600)
+            try:
+                connection = connect(path, LONGEST_ROW)
+                try:
+                    if frozenset(connection.execute(SCHEMA)) != index_schema():
+                        raise ValueError("its tables are not ours")
+                    return cls(path, connection, owner)
+                except BaseException:
+                    connection.close()
+                    raise
+            except (sqlite3.Error, ValueError, TypeError):
+                pass  # it is made again
+        return cls.create(path, owner)
+
+    @classmethod
+    def in_memory(cls) -> Self:
+        """Begin an index that is in no file."""
+        return cls.begin(sqlite3.connect(":memory:", isolation_level=None), Path(), "")
+
+    @classmethod
+    def create(cls, path: Path, owner: str) -> Self:
+        """Begin an empty index in place of what is there.
+
+        Raises:
+            SessionError: it cannot be written.
+        """
+        private(path.parent)
+        with reporting_errors(path, "index"):
+            for old in files(path):
+                old.unlink(missing_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            connection = connect(path, LONGEST_ROW)
+            # It can be made again, so a loss of power may lose the newest texts.
+            for setting in ("journal_mode = WAL", "synchronous = NORMAL"):
+                connection.execute(f"PRAGMA {setting}").fetchall()
+            return cls.begin(connection, path, owner)
+
+    @classmethod
+    def begin(cls, connection: sqlite3.Connection, path: Path, owner: str) -> Self:
+        """Make the tables in an empty database."""
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in TABLES:
+            connection.execute(statement)
+        connection.execute("INSERT INTO state VALUES (?, 0, 0, '')", (owner,))
+        connection.execute("COMMIT")
+        return cls(path, connection, owner)
+
+    def add(self, texts: Iterable[tuple[int, str]], last: int, checksum: str) -> None:
+        """Add texts in order; all of them, or none if it raises.
+
+        Args:
+            last: the new `last`. The numbers of the texts are above the old one and at most this.
+        """
+        count = self.count
+        self.connection.rollback()  # an interrupt may have left a transaction open
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            for number, text in texts:
+                row = number, indexed_text(text)
+                self.connection.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", row)
+                count += 1
+            update = "UPDATE state SET last = ?, count = ?, checksum = ?"
+            self.connection.execute(update, (last, count, checksum))
+            self.connection.execute("COMMIT")
+        except BaseException:
+            self.connection.rollback()
+            raise
+        self.last, self.count, self.checksum = last, count, checksum
+
+    def numbers(self, word: str, first: int, end: int) -> list[int]:
+        """Return the numbers from `first` up to `end`, not included, of texts with a word.
+
+        Of a common word, only the newest are returned.
+        """
+        most = max(MOST_FOUND, self.count // ONE_IN)
+        query = "SELECT rowid FROM words WHERE words MATCH ? AND rowid >= ? AND rowid < ? "
+        found = self.connection.execute(
+            query + "ORDER BY rowid DESC LIMIT ?", (f'"{word}"', first, end, most)
+        )
+        return [number for (number,) in found]
+
+    def frequencies(self) -> list[tuple[str, int]]:
+        """Return every word, as it is indexed, and the number of texts that have it."""
+        table = (
+            "CREATE VIRTUAL TABLE IF NOT EXISTS temp.vocabulary USING fts5vocab(main, words, row)"
+        )
+        self.connection.execute(table)
+        return self.connection.execute("SELECT term, doc FROM temp.vocabulary").fetchall()
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+@cache
+def index_schema() -> frozenset[tuple[str, ...]]:
+    """Return the schema that this version of SQLite makes of `TABLES`."""
+    connection = sqlite3.connect(":memory:")
+    try:
+        for statement in TABLES:
+            connection.execute(statement)
+        return frozenset(connection.execute(SCHEMA))
+    finally:
+        connection.close()

@@ -1,0 +1,133 @@
+"""Commands about what has left the window: what they answer, and what is left in files."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
+from mlx_stream.cli import app
+from mlx_stream.cli.commands import Call, parse, run, status
+from mlx_stream.cli.history import LineHistory, remove_lines
+from mlx_stream.load import Model, load
+from mlx_stream.program.notices import discard
+from mlx_stream.sampling import Sampling
+from tests.fakes.conversations import said
+from tests.fakes.shell import SMALL
+from tests.fakes.tiny import tiny_config, write_letters
+
+SECRET = "My zebra is called Quagga."
+OPTIONS = SessionOptions("Be brief.", 400, sampling=Sampling(0), max_tokens=7, recall_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    config = tiny_config(**SMALL, max_position_embeddings=4_096)
+    return load(write_letters(tmp_path_factory.mktemp("recall"), config), dtype="float32")
+
+
+@pytest.fixture
+def saved(model: Model):
+    """Give a saved conversation whose first exchange has left the window."""
+    one = open_session("letters", model, OPTIONS)
+    for question in (SECRET, *(f"Let us talk of number {n} now." for n in range(6))):
+        said(one.chat.reply(question))
+    yield one
+    one.close()
+
+
+def say(line: str, chat) -> str:
+    call = parse(line)
+    assert isinstance(call, Call)
+    return run(call, chat).text
+
+
+def typed(*lines: str) -> Path:
+    path = Path(os.environ["MLX_STREAM_HOME"], "history")
+    history = LineHistory(path, print)
+    for line in lines:
+        history.store_string(line)
+    return path
+
+
+def lines_of(path: Path) -> list[str]:
+    return [*LineHistory(path, print).load_history_strings()][::-1]
+
+
+def test_recall_shows_what_was_quoted_and_finds_the_rest(saved):
+    chat = saved.chat
+    said(chat.reply("Hi!"))
+    assert say("/recall", chat) == "nothing was quoted before the last question"
+    said(chat.reply("What is my zebra called?"))
+    shown = say("/recall", chat)
+    assert shown.startswith("1 · ") and "of the question: zebra" in shown and SECRET in shown
+    assert "1 recalled" in status(chat.stats)
+    before = chat.tokens.ids.attended()
+    assert SECRET in say("/recall zebras", chat)
+    assert "no exchange" in say("/recall walrus", chat)
+    assert chat.tokens.ids.attended() == before
+
+
+def test_forget_removes_an_exchange_and_the_line_that_asked_it(saved):
+    path = typed(SECRET, f"/edit {SECRET}", "Hello", "two\nlines")
+    assert say("/forget 1", saved.chat) == "forgotten: exchange 1"
+    assert lines_of(path) == ["Hello", "two\nlines"] and path.stat().st_mode & 0o077 == 0
+    home = Path(os.environ["MLX_STREAM_HOME"])
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert len(files) > 3 and not any(b"uagga" in path.read_bytes() for path in files)
+    said(saved.chat.reply("What is my zebra called?"))
+    assert saved.chat.recalled == ()
+    for line, text in (
+        ("/forget 7", "/undo"),
+        ("/forget 99", "does not exist"),
+        ("/forget x", "takes a number"),
+        ("/forget", "needs an argument"),
+    ):
+        assert text in say(line, saved.chat)
+
+
+def test_clear_and_rm_remove_what_was_typed(saved):
+    path = typed(SECRET, "Let us talk of number 5 now.", "Hello")
+    say("/clear", saved.chat)
+    assert lines_of(path) == ["Hello"]
+    said(saved.chat.reply("Farewell"))
+    typed("Farewell")
+    saved.close()
+    assert CliRunner().invoke(app, ["sessions", "rm", "letters"]).exit_code == 0
+    assert lines_of(path) == ["Hello"]
+    assert not [*Path(os.environ["MLX_STREAM_HOME"]).rglob("letters*")]
+
+
+def test_pin_adds_to_the_system_prompt(saved):
+    assert "pinned" in say("/pin Answer in French.", saved.chat)
+    assert saved.chat.system == "Be brief.\nAnswer in French."
+    assert saved.chat.stats.pinned == len(saved.chat.prompts.pinned)
+
+
+def test_an_unsaved_chat_cannot_recall(model):
+    chat = new_chat(model, SessionOptions(window=200), discard)
+    for line in ("/recall", "/recall zebra", "/forget 1"):
+        assert "/save NAME" in say(line, chat)
+    assert status(chat.stats).count("recalled") == 0
+
+
+def test_search_finds_exchanges_of_every_conversation(saved):
+    saved.close()
+    shown = CliRunner().invoke(app, ["sessions", "search", "zebras", "--json"])
+    (found,) = json.loads(shown.stdout)["exchanges"]
+    assert (found["name"], found["number"], found["question"]) == ("letters", 1, SECRET)
+    shown = CliRunner().invoke(app, ["sessions", "search", "zebras"])
+    assert shown.stdout.startswith("letters 1 [") and SECRET in shown.stdout
+    assert json.loads(
+        CliRunner().invoke(app, ["sessions", "search", "walrus", "--json"]).stdout
+    ) == {"exchanges": []}
+
+
+def test_lines_of_an_earlier_version_are_removed_too(tmp_path):
+    path = tmp_path / "history"
+    path.write_text('"first"\n"secret"\n\n# 2026-05-09 17:03:00\n+later\n')
+    remove_lines(path, ["secret", "later"])
+    assert lines_of(path) == ["first"]
+    remove_lines(tmp_path / "missing", ["secret"])

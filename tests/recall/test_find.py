@@ -1,0 +1,134 @@
+"""What a question finds: by its words, in any script, and nothing if no exchange answers it."""
+
+import sqlite3
+
+import pytest
+
+from mlx_stream.recall.find import find_hits
+from mlx_stream.recall.index import WordIndex
+from mlx_stream.recall.words import LONGEST_TEXT, content_words, indexed_text
+from tests.fakes.recalling import FACTS, HOSTILE
+
+
+def index_of(path, texts, owner="me") -> WordIndex:
+    index = WordIndex.open(path / "x.recall", owner)
+    index.add(enumerate(texts, 1), len(texts), "sum")
+    return index
+
+
+def found(index: WordIndex, question: str, previous: str = "") -> list[int]:
+    return [hit.number for hit in find_hits(index, question, previous, 1, index.last + 1)]
+
+
+@pytest.mark.parametrize("language", FACTS)
+def test_facts_are_found_in_other_words_of_any_script(tmp_path, language):
+    facts = FACTS[language]
+    index = index_of(tmp_path, [fact for fact, _ in facts])
+    right = 0
+    for number, (_, question) in enumerate(facts, 1):
+        hits = find_hits(index, question, "", 1, 9, gate=False)
+        right += [hit.number for hit in hits[:1]] == [number]
+    assert right >= 5
+
+
+def test_what_says_nothing_finds_nothing(tmp_path):
+    index = index_of(tmp_path, ["Hi! Hello!", "My dog is Rufus.", "Thanks, that is good."])
+    for question in ("Hi!", "Thanks!", "", "?!", "What is it?", "What is the capital of Peru?"):
+        assert found(index, question) == []
+
+
+def test_a_single_shared_word_is_enough_only_if_there_is_no_other(tmp_path):
+    index = index_of(tmp_path, ["My dog is Rufus."] + ["Nothing else."] * 9)
+    assert found(index, "What about my dog?") == [1]
+    assert found(index, "Which dog won the race in Paris?") == []
+
+
+def test_a_question_without_words_of_its_own_uses_the_one_before(tmp_path):
+    index = index_of(tmp_path, ["Anna's brother lives in Oslo."] + ["Nothing else."] * 9)
+    assert found(index, "And where?", "Where is Anna's brother?") == [1]
+    assert found(index, "And where?") == found(index, "Thank you!", "Anna's brother?") == []
+
+
+def test_of_equals_the_newest_is_first_and_ranges_are_kept(tmp_path):
+    index = index_of(tmp_path, ["My car is red.", "Other.", "Other.", "My car is blue now."])
+    assert found(index, "Which colour is my red or blue car?")[:1] == [4]
+    assert [hit.number for hit in find_hits(index, "my car", "", 1, 4)] == [1]
+    assert [hit.number for hit in find_hits(index, "my car", "", 2, 5)] == [4]
+
+
+def test_the_exchange_beside_counts_half(tmp_path):
+    texts = ["Let us talk of Anna.", "She plays the cello.", *["Nothing else."] * 9]
+    hits = find_hits(index_of(tmp_path, texts), "Does Anna play the cello?", "", 1, 12)
+    assert [hit.number for hit in hits] == [2, 1] and hits[0].share > hits[1].share > 0.4
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_is_an_error_or_a_query(tmp_path, text):
+    index = index_of(tmp_path, [text, "plain words"])
+    found(index, text)
+    found(index, "Hm?", text)
+    assert found(index, "Plain words?")[:1] == [2]
+
+
+def test_no_character_splits_a_word_of_a_question(tmp_path):
+    """The index has no places of words, so it cannot look for two in a row."""
+    index = index_of(tmp_path, ["x"])
+    others = (*range(128, 0xD800), *range(0xE000, 0x20000))
+    letters = map(chr, others)
+    words = {word for letter in letters for word in content_words(f"ab{letter}cd")}
+    for word in words:
+        index.numbers(word, 1, 2)
+
+
+def test_a_long_text_is_indexed_up_to_a_limit():
+    assert len(indexed_text("a" * 10**7)) == LONGEST_TEXT
+
+
+def test_an_index_is_used_again_or_made_again(tmp_path):
+    path = tmp_path / "x.recall"
+    index_of(tmp_path, ["My dog is Rufus."]).close()
+    assert path.stat().st_mode & 0o077 == 0
+    again = WordIndex.open(path, "me")
+    assert (again.last, again.count, again.checksum) == (1, 1, "sum")
+    again.close()
+    assert WordIndex.open(path, "another").last == 0
+
+
+def damage_tables(path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TRIGGER t AFTER UPDATE ON state BEGIN DELETE FROM state; END")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_tables,
+        lambda path: path.write_bytes(b"no database"),
+        lambda path: path.write_bytes(path.read_bytes()[:5000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+    ],
+    ids=["tables", "bytes", "cut", "empty", "missing"],
+)
+def test_an_odd_file_is_made_again(tmp_path, damage):
+    path = tmp_path / "x.recall"
+    index_of(tmp_path, ["My dog is Rufus."] * 99).close()
+    damage(path)
+    index = WordIndex.open(path, "me")
+    assert index.last == 0
+    index.add([(1, "My dog")], 1, "sum")
+    assert found(index, "my dog") == [1]
+
+
+def test_a_failed_addition_adds_nothing(tmp_path):
+    index = index_of(tmp_path, ["My dog is Rufus."])
+
+    def texts():
+        yield 2, "My cat is Tom."
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index.add(texts(), 2, "other")
+    assert found(index, "my cat") == [] and index.checksum == "sum"
+    index.add([(2, "My cat is Tom.")], 2, "other")
+    assert found(index, "my cat") == [2]
