@@ -21,6 +21,7 @@ from mlx_stream import errors
 
 if TYPE_CHECKING:
     from mlx_stream.chat.exchange import Exchange
+    from mlx_stream.chat.messages import Message
     from mlx_stream.chat.session import ChatSession
     from mlx_stream.engine import Engine, Listener, Session
     from mlx_stream.generate.completion import stream
@@ -28,17 +29,20 @@ if TYPE_CHECKING:
     from mlx_stream.load import Model, load
     from mlx_stream.sampling import Sampling
     from mlx_stream.text.pieces import Piece
+    from mlx_stream.text.tool_calls import ToolCall
 
 __all__ = [
     "ChatSession",
     "Engine",
     "Exchange",
     "Listener",
+    "Message",
     "Model",
     "Piece",
     "Sampling",
     "Session",
     "Stats",
+    "ToolCall",
     "errors",
     "load",
     "stream",
@@ -49,11 +53,13 @@ _HOMES = {
     "Engine": "mlx_stream.engine",
     "Exchange": "mlx_stream.chat.exchange",
     "Listener": "mlx_stream.engine",
+    "Message": "mlx_stream.chat.messages",
     "Model": "mlx_stream.load",
     "Piece": "mlx_stream.text.pieces",
     "Sampling": "mlx_stream.sampling",
     "Session": "mlx_stream.engine",
     "Stats": "mlx_stream.generate.stats",
+    "ToolCall": "mlx_stream.text.tool_calls",
     "load": "mlx_stream.load",
     "stream": "mlx_stream.generate.completion",
 }

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.schema import ANSWERED, FORGOTTEN, SessionHeader, StoredTurn
 from mlx_stream.errors import SessionError
 
@@ -48,6 +49,7 @@ def export_markdown(header: SessionHeader, turns: Sequence[StoredTurn]) -> str:
         ended = CUT.get(exchange.finish, "") if answered else UNANSWERED
         parts += [f"## {turn.number}. You{mark}", exchange.question]
         parts += [f"## {turn.number}. Model{ended}{mark}", *[exchange.reply] * answered]
+        parts += [f"`{call.name}` {json.dumps(call.arguments)}" for call in exchange.calls]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,10 +65,17 @@ def export_json(header: SessionHeader, turns: Sequence[StoredTurn]) -> dict[str,
                 "question": turn.exchange.question if turn.state != FORGOTTEN else None,
                 "reply": turn.exchange.reply if turn.state == ANSWERED else None,
                 "finish": turn.exchange.finish if turn.state == ANSWERED else None,
+                **exported_calls(turn.exchange),
             }
             for turn in turns
         ],
     }
+
+
+def exported_calls(exchange: Exchange) -> dict[str, Any]:
+    """Return the tools that a reply calls, if it does."""
+    calls = [{"name": call.name, "arguments": call.arguments} for call in exchange.calls]
+    return {"calls": calls} if calls else {}
 
 
 def write_export(path: Path, header: SessionHeader, turns: Sequence[StoredTurn]) -> None:

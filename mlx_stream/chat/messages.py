@@ -1,13 +1,11 @@
-"""The messages between two replies, as plain values and as templates are given them."""
+"""The messages between two replies, and which of them belong together; plain values."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mlx_stream.errors import TextError, ValueRefused
-from mlx_stream.text.template.chat_template import MessageDict, tool_calls
-from mlx_stream.text.tokenizer import check_text
 from mlx_stream.text.tool_calls import ToolCall
+from mlx_stream.text.valid_text import check_text
 
 ROLES = ("user", "tool", "system", "assistant")
 
@@ -116,34 +114,3 @@ def calls_with_ids(calls: Sequence[ToolCall], number: int) -> tuple[ToolCall, ..
         call if call.id else replace(call, id=f"{number:06}{place:03}")
         for place, call in enumerate(calls)
     )
-
-
-def message_dicts(
-    messages: Sequence[Message], escape: Callable[[str], str] = str
-) -> list[MessageDict]:
-    """Return messages as a template is given them."""
-    return [message_dict(message, escape) for message in messages]
-
-
-def message_dict(message: Message, escape: Callable[[str], str]) -> MessageDict:
-    found: dict[str, Any] = {"role": message.role, "content": escape(message.text)}
-    if message.role == "tool":
-        found |= {"tool_call_id": escape(message.id), "name": escape(message.name)}
-    return found
-
-
-def escaped_json(value: Any, escape: Callable[[str], str]) -> Any:
-    """Return a JSON value in which every text is escaped."""
-    if isinstance(value, str):
-        return escape(value)
-    if isinstance(value, Mapping):
-        return {escape(key): escaped_json(item, escape) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [escaped_json(item, escape) for item in value]
-    return value
-
-
-def escaped_calls(calls: Sequence[ToolCall], escape: Callable[[str], str]) -> list[Any]:
-    """Return calls as a template is given them."""
-    each = ((c.name, c.arguments, c.id) for c in calls)
-    return tool_calls(escaped_json([*each], escape))

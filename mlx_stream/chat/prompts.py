@@ -13,16 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.messages import Question, as_messages, escaped_json, message_dicts
+from mlx_stream.chat.messages import Question, as_messages
 from mlx_stream.chat.reply_format import ReplyFormat
 from mlx_stream.chat.settle import common_prefix
+from mlx_stream.chat.template_messages import escaped_json
+from mlx_stream.chat.turn_texts import PROBES, TurnTexts
 from mlx_stream.errors import TemplateError, one_line
 from mlx_stream.program.notices import Notify
 from mlx_stream.text.control_tokens import MARK, ControlTokens
 from mlx_stream.text.template.chat_template import (
     ChatTemplate,
     MessageDict,
-    Turn,
     assistant,
     system_turn,
     user,
@@ -33,7 +34,6 @@ from mlx_stream.text.tokenizer import Tokenizer
 UNDERSTOOD = "Understood."
 # A template that begins a conversation with so many tokens of its own is worth a notice.
 LONG_HEAD = 100
-PROBES = ("What is the first?", "Tell me,\nhow many?")
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class PromptBuilder:
         self.tokenizer, self.template, self.system = tokenizer, template, system
         self.replies = ReplyFormat(tokenizer, template, self._control)
         self.head: list[MessageDict] = system_turn(system)
-        self._before: str | None = None
-        self._header = ""  # what begins a later question, if the pinned text begins the first one
+        self.texts = texts = TurnTexts(template, self.escape_special_tokens, system)
         template.check(False)
         _ = self.replies.call_style  # refused if it is not known
         if system is None or self._has_system_role():
@@ -93,9 +92,9 @@ class PromptBuilder:
                 return
         # No system role, or one inside every question: make the prompt an opening exchange.
         self.head = [user(system), assistant(UNDERSTOOD)]
-        text = self.escape_special_tokens(system)
+        asked, texts.system = texts.system or "", None
         answer = assistant(UNDERSTOOD)
-        self._before = template.settled(text, answer, first=True) + template.closing
+        texts.before = template.settled(asked, answer, first=True) + template.closing
         self.pinned = self._border()
 
     def question(
@@ -110,12 +109,11 @@ class PromptBuilder:
         Raises:
             TemplateError: the template failed, or writes other pinned ids for this question.
         """
-        turn = message_dicts(as_messages(question), self.escape_special_tokens)
+        text = self.texts.asked(as_messages(question), first)
         if first:
-            return (), self._ids(self._opening_text(turn), first=True)
+            return (), self._ids(text, first=True)
         before = self.template.closing if previous is None else self.end_of(previous)
-        later = self._without_header(self.template.turn(turn, self._turn_system))
-        closing, ids = self._ids_behind(before + self._header, later)
+        closing, ids = self._ids_behind(before + self.texts.header, text)
         return () if previous is None else closing, ids
 
     def settle(self, exchange: Exchange, first: bool, later: bool = False) -> Exchange:
@@ -130,14 +128,16 @@ class PromptBuilder:
         """
         calls = bool(exchange.calls)
         later = later and (self.template.settles_late or calls)
-        if not (self.template.rewrites or later or calls):
+        tools = calls or exchange.answers_calls  # some templates write results in two ways
+        marks = exchange.thinking and not exchange.reply_ids  # to be encoded, as text is not
+        if not (self.template.rewrites or later or tools or marks):
             return replace(exchange, settled_ids=None)
         message = self.replies.message(exchange)
-        text = self._settled_text(exchange, message, first, later)
+        text = self.texts.settled(exchange, message, first, later)
         text = text.removesuffix(self._closing_in(text, exchange))
-        heads = [self._head_of_reply(exchange, message, first, later)]
+        heads = [self.texts.head_of_reply(exchange, message, first, later)]
         if calls:  # until the chain of calls ends, most templates keep the thinking, too
-            heads.append(self._turn_text(exchange, first))
+            heads.append(self.texts.asked(exchange.asked, first))
         ids = self._ids(text, first)
         for head in heads if not exchange.rest else ():
             if text.startswith(head):
@@ -208,8 +208,8 @@ class PromptBuilder:
             raise TemplateError(
                 "chat template: it rewrites earlier turns, so no turn can be kept open"
             )
-        opening, closing = around(self._opening_text)
-        again, closing_again = around(lambda probe: self.template.turn(probe, self._turn_system))
+        opening, closing = around(self.texts.opening)
+        again, closing_again = around(lambda probe: self.template.turn(probe, self.texts.system))
         before, after = opening.rstrip(" "), again.rstrip(" ")
         lead = opening[len(before) :]
         if closing != closing_again or lead != again[len(after) :]:
@@ -229,7 +229,7 @@ class PromptBuilder:
         """Return the text between the ids of an exchange and the next message."""
         closing = self.template.closing
         if exchange.calls:
-            text = self._settled_text(exchange, self.replies.message(exchange), first=False)
+            text = self.texts.settled(exchange, self.replies.message(exchange), first=False)
             closing = self._closing_in(text, exchange)
         return self._control.escape(self.rest_of(exchange), reply=True) + closing
 
@@ -249,50 +249,14 @@ class PromptBuilder:
     @property
     def system_place(self) -> str:
         """Where a system prompt is: a "turn", in the first "question", in an opening "exchange"."""
-        if self._before is not None:
+        if self.texts.before is not None:
             return "exchange"
-        return "question" if self._header else "turn"
-
-    @property
-    def _turn_system(self) -> str | None:
-        """The system prompt, if it is a separate turn."""
-        if self._before is not None or self.system is None:
-            return None
-        return self.escape_special_tokens(self.system)
-
-    def _opening_text(self, turn: Turn) -> str:
-        if self._before is not None:
-            return self._before + self.template.turn(turn)
-        return self.template.opening(self._turn_system, turn)
-
-    def _turn_text(self, exchange: Exchange, first: bool) -> str:
-        """Return the text of an exchange up to where the model answers."""
-        turn = message_dicts(exchange.asked, self.escape_special_tokens)
-        if first:
-            return self._opening_text(turn)
-        return self._without_header(self.template.turn(turn, self._turn_system))
-
-    def _settled_text(
-        self, exchange: Exchange, reply: MessageDict, first: bool, later: bool = False
-    ) -> str:
-        turn = message_dicts(exchange.asked, self.escape_special_tokens)
-        opens, system = first and self._before is None, self._turn_system
-        whole = self.template.settled(turn, reply, system, opens, later)
-        return (self._before or "") + whole if first else self._without_header(whole)
-
-    def _head_of_reply(
-        self, exchange: Exchange, reply: MessageDict, first: bool, later: bool
-    ) -> str:
-        """Return the text of a settled exchange up to where its answer begins."""
-        probe = {**reply, "content": PROBES[0]}
-        probe.pop("tool_calls", None)
-        later = later and self.template.settles_late
-        return self._settled_text(exchange, probe, first, later).removesuffix(PROBES[0])
+        return "question" if self.texts.header else "turn"
 
     def _ids(self, text: str, first: bool) -> tuple[int, ...]:
         """Return the ids of a turn's text; the first turn's text includes everything before it."""
         if not first:
-            return self._ids_behind(self.template.closing + self._header, text)[1]
+            return self._ids_behind(self.template.closing + self.texts.header, text)[1]
         ids, count = self.encode(text), len(self.pinned)
         if tuple(ids[:count]) != self.pinned:
             raise TemplateError("chat template: its text before a question depends on the question")
@@ -310,8 +274,8 @@ class PromptBuilder:
 
     def _border(self) -> tuple[int, ...]:
         """Return the ids before the first question, if a turn ends there."""
-        first, second = (self._opening_text(probe) for probe in PROBES)
-        turn = self.template.turn(PROBES[0], self._turn_system)
+        first, second = (self.texts.opening(probe) for probe in PROBES)
+        turn = self.template.turn(PROBES[0], self.texts.system)
         if not first.endswith(turn):
             return ()
         before = self.encode(first[: len(first) - len(turn)])
@@ -324,11 +288,11 @@ class PromptBuilder:
         What begins a later question, such as <start_of_turn>user\\n, then closes the turn before it
         and leaves with it: the oldest attended question is always rendered as the first one.
         """
-        system = self._turn_system
+        system = self.texts.system
         if system is None:
             return ()
         try:
-            opening, closing = around(self._opening_text)
+            opening, closing = around(self.texts.opening)
             header, again = around(lambda probe: self.template.turn(probe, system))
         except TemplateError:
             return ()
@@ -338,14 +302,8 @@ class PromptBuilder:
         spaced, repeated = header != header.rstrip(" "), system in header
         if closing != again or spaced or repeated or not stands:
             return ()
-        self._header = header
+        self.texts.header = header
         return tuple(before)
-
-    def _without_header(self, text: str) -> str:
-        """Return the text of a later turn without what is read with the end of the turn before."""
-        if not text.startswith(self._header):
-            raise TemplateError("chat template: its text before a question depends on the question")
-        return text.removeprefix(self._header)
 
     def escape_special_tokens(self, text: str) -> str:
         """Return a text in which marks split whatever would be read as a control token."""

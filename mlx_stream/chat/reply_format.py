@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import chain
 
 from mlx_stream.chat.exchange import Exchange
-from mlx_stream.chat.messages import escaped_calls
+from mlx_stream.chat.template_messages import escaped_calls
 from mlx_stream.errors import TemplateError
 from mlx_stream.text.control_tokens import ControlTokens
 from mlx_stream.text.pieces import ReplyDecoder

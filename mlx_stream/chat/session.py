@@ -273,7 +273,7 @@ class ChatSession:
     ) -> "ChatSession":
         """Return a new session that continues from a copy of this one's state; nothing is read.
 
-        It has a ring of its own and is not saved.
+        It has a ring of its own, is not saved and recalls nothing.
 
         Args:
             back: how many of the last exchanges to take back in it.
@@ -288,6 +288,8 @@ class ChatSession:
             raise ValueRefused(f"cannot take back {back} of {plural(len(turns))}")
         found = copy.copy(self)
         found.model, found.recorder = model or self.model, None
+        # The turns that leave the copy are not those that leave this session.
+        found.recall, found.recalled, found._recalled_for = None, (), (0, "")
         found.stats, found.on_evict, found._on_notice = replace(self.stats), None, notify
         found.sampler = Sampler(self.sampler.sampling)
         found.sampler.restore(self.sampler.state())
@@ -813,7 +815,7 @@ class ChatSession:
                 "this model's template has no place for a system prompt that stays: it is asked "
                 "and answered in an opening exchange"
             )
-        if system is None and pinned >= LONG_HEAD:
+        if system is None and not self.tools and pinned >= LONG_HEAD:
             self._notify(long_head_notice(pinned))
         if pinned > geometry.window:
             self._notify(

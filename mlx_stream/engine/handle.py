@@ -23,7 +23,7 @@ from mlx_stream.generate.stats import Stats
 from mlx_stream.program.argument_types import refuse_wrong_types
 from mlx_stream.sampling import ReplyOptions
 from mlx_stream.text.pieces import Piece
-from mlx_stream.text.tokenizer import check_text
+from mlx_stream.text.valid_text import check_text
 
 OnEvict = Callable[[int, int], None]
 OnToken = Callable[[Piece], None]

@@ -13,7 +13,7 @@ from mlx_stream.engine.task import Task, Work, reraise
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, QueueFull, ValueRefused
 from mlx_stream.text.pieces import Piece
-from mlx_stream.text.tokenizer import check_text
+from mlx_stream.text.valid_text import check_text
 
 
 class Listener(Handle):

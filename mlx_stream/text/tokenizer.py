@@ -14,6 +14,7 @@ from mlx_stream.checkpoint import Checkpoint
 from mlx_stream.checkpoint.tokenizer_json import check_tokenizer
 from mlx_stream.errors import TemplateError, TextError, TokenizerError, one_line
 from mlx_stream.text.template.chat_template import ChatTemplate
+from mlx_stream.text.valid_text import check_text
 
 T = TypeVar("T")
 # The special tokens that a chat template may name.
@@ -34,22 +35,6 @@ WINDOW = 4
 MAX_SLOW_STEPS = 100_000_000
 # The most bytes of byte tokens that wait for the rest of their text.
 MAX_RUN = 32
-
-
-def check_text(text: object) -> None:
-    """Refuse text that cannot be encoded.
-
-    Raises:
-        TextError: it is not a str, or it has a lone surrogate.
-    """
-    if not isinstance(text, str):
-        raise TextError(f"text must be a str, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(
-            f"text: character {error.start} is half of a surrogate pair and not valid Unicode"
-        ) from error
 
 
 def check_runs(backend: tokenizers.Tokenizer, text: str) -> None:

@@ -152,6 +152,27 @@ def test_a_fork_is_the_session_with_exchanges_taken_back(data):
     assert other.tokens.ids.attended() == chat.tokens.ids.attended()
 
 
+def test_what_leaves_a_fork_is_not_recalled_in_its_source(tmp_path):
+    left: list[int] = []
+
+    class Left:
+        def find(self, *_: Any) -> list[Any]:
+            return []
+
+        def leave(self, number: int, question: str, reply: str) -> None:
+            left.append(number)
+
+    store: Any = Left()
+    chat = ChatSession(model("plain"), window=120, recall=store, recall_tokens=30)
+    for number in range(6):
+        list(chat.reply(f"Question {number}", 9))
+    before = [*left]
+    other = chat.fork()
+    for number in range(6):
+        list(other.reply(f"Another {number}", 9))
+    assert before and left == before and not other.stats.recalled
+
+
 def test_a_forks_ring_is_charged_and_it_is_not_saved(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_STREAM_HOME", str(tmp_path / "home"))
     saved = open_session("one", model("plain"), SessionOptions(window=100))

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from mlx_stream.chat.exchange import unread_ids
-from mlx_stream.chat.messages import escaped_calls, message_dicts
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session import ChatSession
+from mlx_stream.chat.template_messages import escaped_calls, message_dicts
 from mlx_stream.text.control_tokens import MARK
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.template.chat_template import stand_in, tool_results, user
@@ -83,7 +83,7 @@ def rendered(chat: ChatSession) -> str:
         messages.append(answer)
     following = tool_results(messages[-1].get("tool_calls", ()), "NEXT") or [user("NEXT")]
     whole = template.render([*messages, *following], reply=True)
-    asked = template.turn(following, chat.prompts._turn_system)
+    asked = template.turn(following, chat.prompts.texts.system)
     assert whole.endswith(asked)
     return whole.removesuffix(asked)
 
