@@ -180,6 +180,20 @@ def test_it_attends_to_what_its_twin_does_after_every_act(data):
             test_settle.check_logits(chat, error=1e-3)
 
 
+@pytest.mark.parametrize("template", ["plain", "thinks", "drops it late"])
+@pytest.mark.parametrize("length", [110, 150, 200, 290, 330, 500])
+def test_a_reply_that_outgrows_its_room_leaves_what_its_twins_does(template, length):
+    options: Any = {"system": "You are brief.", "window": 320, "recall_tokens": 150}
+    chat, twin = (scripted(template, store, **options) for store in (MemoryStore(), EmptyStore()))
+    letters = chat.model.tokenizer.encode("abcdefghi jklmno" * 50, special=False)
+    for count in (30, 30, 30, 30, length, 30):
+        for one in (chat, twin):
+            one.trouble.script = iter(letters)
+            list(one.reply("Go on, please, and tell.", count))
+        assert bool(chat.recalled) == (chat.number > 2)
+        check_twins(chat, twin)
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_quoted_within_the_users_turn_and_the_budget(text):
     store, system = MemoryStore(), "You are brief."
