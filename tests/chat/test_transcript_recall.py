@@ -178,7 +178,7 @@ def test_a_failure_of_the_index_ends_no_reply(model):
     notices = []
     saved.recall.notify = notices.append
     assert quoted(saved) == []
-    assert notices and "nothing can be recalled" in notices[0]
+    assert quoted(saved) == [] and len(notices) == 1 and "recall is off" in notices[0]
     saved.close()
 
 
