@@ -46,7 +46,7 @@ def test_values_are_set_and_read_and_comments_stay():
     assert [path.name for path in config_path().parent.iterdir()] == ["config.toml"]
 
 
-@example({"model": "\x7f", "system": "a\u2028b\x85"}, COMMENTED)
+@example({"system": "a\u2028b\x85", "model": "\x7f"}, COMMENTED)
 @given(
     st.dictionaries(st.sampled_from(["model", "system", "prompts.a", "prompts.b"]), st.text()),
     st.sampled_from(["", COMMENTED, "[prompts]\n", 'model = "x"\n\n\n[prompts]\na = "b"']),
