@@ -144,7 +144,7 @@ def check_twins(chat: Any, twin: Any) -> None:
         assert_well_formed(chat)
 
 
-@settings(max_examples=20, phases=[Phase.generate])
+@settings(max_examples=20, phases=[Phase.generate])  # shrinking takes minutes
 @given(st.data())
 def test_it_attends_to_what_its_twin_does_after_every_act(data):
     window = data.draw(st.integers(320, 400))
