@@ -349,3 +349,14 @@ def test_templates_without_usable_tools_are_refused(source, what):
     model, _, _ = loaded(source, end)
     with pytest.raises(TemplateError, match=what):
         mlx_stream.ChatSession(model, tools=TOOLS)
+
+
+def test_results_that_are_rendered_in_two_ways():
+    """As Hermes' templates: the last message of a conversation ends otherwise than others."""
+    source = MISTRAL.replace("[/TOOL_RESULTS]", "{{ ' .' if not loop.last }}[/TOOL_RESULTS]")
+    talk = Talk(replace(MODELS["mistral"], source=source))
+    talk.write(talk.chat.reply("Hi"), "", "", CALLS[:1])
+    talk.write(talk.chat.reply(talk.results("a")), "", "Good.")
+    assert not talk.chat.template.rewrites and talk.chat.stats.settled
+    assert "a ." in talk.model.tokenizer.decode(talk.chat.tokens.ids.attended())
+    talk.write(talk.chat.retry(), "", "Fine.")
