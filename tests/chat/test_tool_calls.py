@@ -29,6 +29,7 @@ from tests.fakes.tool_models import (
     MISTRAL,
     MODELS,
     TAGGED,
+    TOLD_TO_THINK,
     TOOLS,
     Scripted,
     ToolModel,
@@ -151,6 +152,20 @@ def test_ids_as_sampled_are_those_of_the_whole_render(name):
     assert held == whole or spelled
 
 
+@pytest.mark.parametrize("kind", [MODELS["tagged"], TOLD_TO_THINK], ids=["plain", "told to think"])
+def test_a_chain_keeps_the_ids_that_were_sampled(kind):
+    talk = Talk(kind)
+    encode = talk.chat.prompts.encode
+    letters = [id for letter in "the thin man" for id in encode(letter)]
+    assert letters != encode("the thin man")
+    text = talk.kind.written("THOUGHT", "", CALLS[:1])
+    before, _, after = text.partition("THOUGHT")
+    Scripted.script = [*encode(before), *letters, *encode(after)]
+    assert not said(talk.chat.reply("Hi")) and talk.chat.exchanges[-1].thinking == "the thin man"
+    assert talk.chat.stats.settled == 0 and talk.chat.exchanges[-1].settled_ids is None
+    assert_well_formed(talk.chat)
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_acts_leave_what_the_template_renders(data):
@@ -185,6 +200,19 @@ def test_any_acts_leave_what_the_template_renders(data):
             assert chat.undo() == last[0]
         assert_well_formed(talk.chat)
     talk.check_logits()
+
+
+@pytest.mark.parametrize("window", range(100, 160, 10))
+def test_a_chain_that_has_ended_leaves_whole(window):
+    talk = Talk(MODELS["mistral"], window=window)
+    chat = talk.chat
+    talk.write(chat.reply("Hi"), "", "", CALLS[:1])
+    talk.write(chat.reply(talk.results("a")), "", "Good.")
+    assert len(chat.exchanges) == 2
+    for number in range(8):
+        talk.write(chat.reply(f"And {number}?"), "", "Yes.")
+        assert not chat.exchanges[0].answers_calls
+    assert chat.stats.evicted_exchanges >= 2
 
 
 def test_a_turn_of_messages_is_read_as_the_template_writes_them():
@@ -321,3 +349,14 @@ def test_templates_without_usable_tools_are_refused(source, what):
     model, _, _ = loaded(source, end)
     with pytest.raises(TemplateError, match=what):
         mlx_stream.ChatSession(model, tools=TOOLS)
+
+
+def test_results_that_are_rendered_in_two_ways():
+    """As Hermes' templates: the last message of a conversation ends otherwise than others."""
+    source = MISTRAL.replace("[/TOOL_RESULTS]", "{{ ' .' if not loop.last }}[/TOOL_RESULTS]")
+    talk = Talk(replace(MODELS["mistral"], source=source))
+    talk.write(talk.chat.reply("Hi"), "", "", CALLS[:1])
+    talk.write(talk.chat.reply(talk.results("a")), "", "Good.")
+    assert not talk.chat.template.rewrites and talk.chat.stats.settled
+    assert "a ." in talk.model.tokenizer.decode(talk.chat.tokens.ids.attended())
+    talk.write(talk.chat.retry(), "", "Fine.")

@@ -78,8 +78,14 @@ def test_a_fork_that_does_not_fit_is_refused_and_frees_what_it_took(letters):
         with pytest.raises(errors.MemoryRefused):
             chat.fork().wait(DEADLINE)
         assert engine.memory[0] == used and said(chat.reply("And?"))
-        fork = chat.fork()
-        fork.close(DEADLINE)
+    with engine_of(letters) as engine:
+        chat = engine.session(**OPTIONS)
+        said(chat.reply("Hi"))
+        used = engine.memory[0]
+        with engine._worker.lock:  # closed while a command before the copy is done
+            chat.clear()
+            fork = chat.fork()
+            fork.close()
         said(chat.reply("And?"))
         assert engine.memory[0] == used
 

@@ -140,7 +140,7 @@ class ToolModel:
 
     def written(self, thinking: str, answer: str = "", calls: Any = (), **options: Any) -> str:
         """Return the text of a reply; one that calls tools has no answer."""
-        text = thinking.join(self.thinking) if self.thinking[0] else ""
+        text = thinking.join(self.thinking) if any(self.thinking) else ""
         if calls:
             return text + self.before_call + self.calls([*calls], **options) + self.ends[0]
         return text + self.answer + answer + self.ends[1]
@@ -156,6 +156,13 @@ HARMONY_MODEL = ToolModel(
 )
 TAGGED_MODEL = ToolModel(
     TAGGED, tagged, ("<|im_end|>", "<|im_end|>"), ("<think>\n", "\n</think>\n\n")
+)
+# As QwQ: what asks for a reply begins its thinking.
+TOLD_TO_THINK = ToolModel(
+    TAGGED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+    tagged,
+    ("<|im_end|>", "<|im_end|>"),
+    ("", "\n</think>\n\n"),
 )
 LLAMA_MODEL = ToolModel(LLAMA, llama, ("<|eot_id|>", "<|eot_id|>"), most=1)
 MISTRAL_MODEL = ToolModel(MISTRAL, mistral, ("</s>", "</s>"))
