@@ -2,7 +2,7 @@
 
     python convert/compare.py starter pride_and_prejudice.txt --calibration emma.txt
 
-Converts the model by each recipe into a temporary folder, with a report on the text. Prints a
+Converts the model with each recipe into a temporary folder, and reports on the text. Prints a
 Markdown table, or with --json the reports.
 """
 

@@ -80,12 +80,12 @@ class ReplyOptions(TypedDict, total=False):
     """How the tokens of one reply are chosen.
 
     Attributes:
-        sampling: in place of the session's. Its random numbers continue the session's unless there
+        sampling: replaces the session's. Its random numbers continue the session's unless there
             is a seed.
         bias: added to the logits of these ids.
         mask: which of the `vocab_size` tokens of the model's config may come next. An engine calls
             it on its own thread. Nothing is guessed or built ahead then.
-        logprobs: report each token's logarithm of the probability, with so many likeliest others
+        logprobs: report each token's log-probability, and this many of the likeliest others
             (0 to 20). Nothing is guessed then.
     """
 

@@ -18,7 +18,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     Path(os.environ["TMPDIR"]).mkdir(exist_ok=True)
     tempfile.tempdir = None
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # M5 computes float32 at less precision otherwise
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # otherwise M5 computes float32 with less precision
 
 import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 

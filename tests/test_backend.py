@@ -47,7 +47,7 @@ def test_a_missing_blas_is_reported_once_with_the_command(tiny: Path, tmp_path: 
 
 @LINUX
 def test_the_library_of_the_mkl_wheel_is_used(tiny: Path, tmp_path: Path) -> None:
-    """Any shared library stands for it: whether MLX computes with it, only the wheel can show."""
+    """Any shared library will do here: only the wheel can show whether MLX computes with it."""
     lib = tmp_path / "lib"
     lib.mkdir()
     shutil.copy(_ctypes.__file__, lib / "libmkl_rt.so.2")

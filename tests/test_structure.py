@@ -83,7 +83,7 @@ def room(path):
 
 
 def imports(path):
-    """Yield the dotted names a file imports, wherever in it they stand."""
+    """Yield the dotted names a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -148,7 +148,7 @@ def note(name: Name = "main") -> None:
     """Write a note now, if anything is new, and print it."""
     (line,) = request(assistant_paths(name).socket, name, what="note")
     if line["note"] is None:
-        notify("nothing is new since the last note")
+        notify("there is nothing new since the last note")
     else:
         print(escape(line["note"]).strip())
 
@@ -207,7 +207,7 @@ class Progress:
             first, self._next = not self._next, time.monotonic() + 10
             about = "" if seconds is None else f", about {duration(seconds)}"
             skip = "; --now skips this" if first else ""
-            notify(f"reading {waiting:,} characters that have arrived first{about}{skip}")
+            notify(f"first reading {waiting:,} characters that have arrived{about}{skip}")
 
 
 def clock(time: str) -> str:
@@ -257,7 +257,7 @@ def backlog(status: dict[str, Any]) -> str:
     if speed := status["characters_per_second"]:
         took = f" at {status['tokens_per_second']:,.0f} tokens a second"
         text += f", {duration(waiting / speed)}{took}" if waiting else f"; it reads{took}"
-    return text + "; falling behind: text arrives faster" * status["falls_behind"]
+    return text + "; falling behind: text arrives faster than it is read" * status["falls_behind"]
 
 
 def source_line(source: dict[str, Any]) -> str:

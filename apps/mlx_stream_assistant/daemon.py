@@ -62,7 +62,7 @@ class Assistant:
         self._engine: Any = None
         self._listener: Any = None
         self._battery, self._noting = Battery(), threading.Thread()
-        self._noticed = 0  # of the engine's notices
+        self._noticed = 0  # how many of the engine's notices were handled
         self._unread, self._falls_behind, self._count_at = 0, False, 0.0
 
     def run(self) -> None:
@@ -194,7 +194,7 @@ class Assistant:
         ours = note.get("journal") == journal.id
         if ours and isinstance(fed, int) and journal.first - 1 <= fed <= journal.last:
             return fed
-        self._tell(f"{snapshot}: belongs to another journal, or is older than this one's text")
+        self._tell(f"{snapshot}: belongs to another journal, or is older than this journal's text")
         self._listener.close()
         self._listener = self._listen(None)
         return None

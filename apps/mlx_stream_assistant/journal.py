@@ -161,7 +161,7 @@ class Journal:
         write(f"DELETE FROM sources WHERE rowid IN ({notes} LIMIT -1 OFFSET ?)", MOST_NOTES)
 
     def chunks(self, after: int) -> Iterator[StoredChunk]:
-        """Yield the chunks of numbers above `after`, including those appended meanwhile."""
+        """Yield the chunks with numbers above `after`, including those appended meanwhile."""
         query = "SELECT * FROM chunks WHERE number > ? ORDER BY number LIMIT 16"
         while rows := self._rows(query, after):
             yield from (StoredChunk(*row) for row in rows)
@@ -192,7 +192,7 @@ class Journal:
             return source_of(rows[0]) if rows else None
 
     def notes(self) -> dict[str, dict[str, Any]]:
-        """Return how far each note of a folder is read, by its path."""
+        """Return how far each note in a folder has been read, by its path."""
         with self._reading():
             rows = map(source_of, self._rows("SELECT * FROM sources WHERE kind = 'note'"))
             return {row.name: row.place for row in rows}
@@ -250,7 +250,7 @@ class Journal:
         self._connection.set_progress_handler(None, 0)
 
     def _rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Execute a statement; return the rows that it gives."""
+        """Execute a statement and return its rows."""
         with self._reading():
             return self._connection.execute(query, values).fetchall()
 
@@ -267,7 +267,7 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Write everything that is done in the `with` block, or nothing."""
+        """Commit everything written in the `with` block, or nothing."""
         with self._reading():
             try:
                 self._connection.rollback()

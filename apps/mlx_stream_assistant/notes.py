@@ -26,7 +26,7 @@ EMPTY = "(The model had nothing to say.)"
 class NoteSchedule:
     """When the next note is due.
 
-    Two clocks tell: one stands still while a Mac sleeps, the other may be set back.
+    It takes two clocks: one stops while a Mac sleeps, and the other may be set back.
 
     Args:
         every: seconds between notes.
@@ -35,7 +35,7 @@ class NoteSchedule:
 
     def __init__(self, every: float, last: float):
         self._every = every
-        # The system's clock may have been set back: then the last note counts as just written.
+        # If the system clock was set back, the last note counts as just written.
         left = every - max(0.0, time.time() - last)
         self._set(max(left, min(every, SETTLING)) if last else every)
 

@@ -24,7 +24,7 @@ from mlx_stream_assistant.rotation import open_file
 SUFFIXES = (".txt", ".md", ".markdown")
 # Seconds between two scans of a folder's names.
 BETWEEN = 2.0
-# In a large folder they are further apart: scanning takes at most this share of the time.
+# Scans of a large folder are further apart: scanning takes at most this share of the time.
 PART_OF_THE_TIME = 0.005
 # The most notes read in one folder, and the most levels of folders below it.
 MOST_NOTES, DEEPEST = 10_000, 8

@@ -26,7 +26,7 @@ LONGEST_QUESTION = 4_000
 UNTOLD = 500
 # Seconds between two reports of how much is still to be read.
 BETWEEN_REPORTS = 1.0
-# Characters of a token, before any text has been read.
+# Assumed characters per token before any text has been read.
 USUAL = 4.0
 ASKED = "asked"
 Lines = Generator[dict[str, Any], None, None]
@@ -123,7 +123,7 @@ class RequestHandler:
                 raise AssistantError("the assistant is stopping")
 
     def _reaches_back(self, listener: Any, feeder: Feeder) -> str | None:
-        """Return about when the oldest attended text was read; None if nothing was evicted."""
+        """Return roughly when the oldest attended text was read, or None if nothing was evicted."""
         stats = listener.stats
         if not stats.evicted:
             return None

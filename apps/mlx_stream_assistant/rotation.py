@@ -1,4 +1,4 @@
-"""Where a rotated file went in its folder, and which files were begun since; reads no text."""
+"""Where a rotated file went in its folder, and which files were started since; reads no text."""
 
 import errno
 import os
@@ -154,7 +154,7 @@ class FileSearch:
             self._first = now
         self._unclear, self._last = names, now
         if now - self._first < UNCLEAR:
-            raise FileNotFoundError(f"{self.path}: its rotated files may be being renamed")
+            raise FileNotFoundError(f"{self.path}: its rotated files are possibly being renamed")
         shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
         self._tell_once(f"{self.path}: not read{more}: {shown}")
 
@@ -223,9 +223,9 @@ def rotation_number(name: str, other: str) -> tuple[str, int] | None:
 
 
 def in_rotation_order(ours: tuple[str, int], since: float, later: list[Rotated]) -> bool:
-    """Return whether files that are later by name were also written one after the other.
+    """Return whether files in the order of their names were also written in that order.
 
-    Numbers must go down to 1 or 0 without a gap: some programs give later files higher ones.
+    Numbers must count down to 1 or 0 without a gap: some programs give newer files higher numbers.
     """
     scheme, turn = ours
     turns, times = [turn for turn, _, _ in later], [s.st_mtime_ns for _, _, s in later]

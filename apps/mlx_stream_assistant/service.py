@@ -46,7 +46,7 @@ def install(settings: Settings, log: Path) -> tuple[Path, str]:
 
 
 def uninstall(name: str) -> Path | None:
-    """Stop the assistant and remove its file; return where that was, None if there was none."""
+    """Stop the assistant and remove its file; return its path, or None if there was none."""
     path = service_path(name)
     if not path.exists():
         return None
@@ -114,7 +114,9 @@ def quote(text: str, command: bool = False) -> str:
     ('"50%% of \\\\"a b\\\\""', '"$$HOME"')
     """
     if any(not c.isprintable() for c in text):
-        raise AssistantError(f"{text!r} cannot be used in a systemd unit: remove such characters")
+        raise AssistantError(
+            f"{text!r} cannot be used in a systemd unit: remove the unprintable characters"
+        )
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text.replace("$", "$$") if command else text}"'
 
@@ -141,7 +143,7 @@ def start_commands(name: str, platform: str = sys.platform) -> Commands:
 
 
 def stop_commands(name: str, platform: str = sys.platform) -> Commands:
-    """Return the commands that stop an assistant, and no longer start it at login."""
+    """Return the commands that stop an assistant and stop it from starting at login."""
     if platform == "darwin":
         return [["launchctl", "bootout", f"gui/{os.getuid()}/{label(name)}"]]
     return [["systemctl", "--user", "disable", "--now", service_path(name, platform).name]]

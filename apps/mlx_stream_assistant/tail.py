@@ -98,7 +98,7 @@ class TailedFile:
                 if chunk := self._read() or self._finish_renamed():
                     return chunk
         except NotText as error:
-            self._complain(f"{error}; not read until another file is there")
+            self._complain(f"{error}; not read until another file replaces it")
         except FileNotFoundError:  # renamed between two checks: look again
             self.close()
         except OSError as error:
@@ -136,7 +136,7 @@ class TailedFile:
         if place is None:
             if self._place is not None:
                 first = "" if path == self.path else f" {path.name} first,"
-                self._tell(f"{self.path}: is another file now: read{first} from its beginning")
+                self._tell(f"{self.path}: was replaced: reading{first} from its beginning")
             place = FilePosition(status.st_dev, status.st_ino, written=status.st_mtime_ns)
         self._place = place
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
@@ -147,7 +147,7 @@ class TailedFile:
     def _not_followed(self, status: os.stat_result) -> str:
         """Return why a file is not read, or ""."""
         if stat.S_ISDIR(status.st_mode):
-            return "is not a file, but a folder (--folder reads one)"
+            return "is a folder, not a file: use --folder for it"
         if not stat.S_ISREG(status.st_mode):
             return "is not a file"
         with suppress(OSError):
@@ -197,7 +197,7 @@ class TailedFile:
         return False
 
     def _finish_renamed(self) -> Chunk | None:
-        """Leave a file that no longer has the name; return what is left of it."""
+        """Stop following a file that was renamed; return the rest of its text."""
         if self._file is None:  # the file was truncated, and there is a copy to open
             return None
         assert self._place is not None

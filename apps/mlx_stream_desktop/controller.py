@@ -101,7 +101,7 @@ class ChatController:
     async def send(self, text: str) -> None:
         """Ask, and show the reply as it arrives; return when it has ended.
 
-        A question that comes at another time becomes a draft.
+        A question sent while the chat is not idle becomes a draft.
         """
         question = text.strip()
         if not question:

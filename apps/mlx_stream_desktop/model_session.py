@@ -31,7 +31,7 @@ class Gauge:
     def __str__(self) -> str:
         if not self.capacity:
             return "nothing is attended yet"
-        kept = f" ({self.pinned:,} for good)" if self.pinned else ""
+        kept = f" ({self.pinned:,} pinned)" if self.pinned else ""
         speed = f" · {self.tokens_per_second:.1f} tok/s" if self.tokens_per_second else ""
         return (
             f"{self.attended:,} of {self.capacity:,} tokens attended{kept} · "
@@ -114,7 +114,7 @@ class ModelSession:
             await self.aside(engine.close, SECONDS_TO_CLOSE)
 
     def open(self, name: str | None, window: int, system: str | None) -> Session:
-        """Begin to open a conversation."""
+        """Start opening a conversation."""
         assert self.engine, "a conversation needs a model"
         self._notice = ""
         self.chat = self.engine.session(

@@ -63,7 +63,7 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
         rows.append(Row("note", f"{first:,} earlier: mlx_stream sessions show {name}", False))
     for number, one in enumerate(said[first:], first):
         if number == gone and gone:
-            note = f"{plural(gone)} above left the window and are not attended"
+            note = f"above, no longer in the window: {plural(gone)}"
             rows.append(Row("note", note, False))
         rows.append(Row("you", visible(one.question), number >= gone, clock(one.time)))
         mark = MARKS.get(one.finish, "")

@@ -118,7 +118,7 @@ class Geometry:
         )
 
     def prefix_rows(self, last: int) -> int:
-        """Return a number of leading rows that hold every token up to `last`, one of few sizes."""
+        """Return how many leading rows hold every token up to `last`, as one of a few sizes."""
         prefix_rows = FIRST_EXTENT
         while prefix_rows <= last and prefix_rows < self.rows:
             prefix_rows *= 2

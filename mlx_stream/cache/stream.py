@@ -238,9 +238,7 @@ class StreamCache:
             ValueRefused: tokens have been evicted, and `count` exceeds what the ring holds.
         """
         if not 0 <= count <= self.rewindable:
-            raise ValueRefused(
-                f"cannot take back {count} tokens: the window holds {self.rewindable}"
-            )
+            raise ValueRefused(f"cannot roll back {count} tokens, only {self.rewindable}")
         self._move(self.geometry.rewind(self.position, count))
 
     def evict(self, count: int) -> None:
@@ -366,7 +364,7 @@ class StreamCache:
             raise ValueRefused(f"not a state of this stream: its numbers do not agree ({position})")
 
     def _reanchor(self) -> None:
-        """Rotate the ring back so that its lowest token is directly behind the sinks.
+        """Rotate the ring back so that its lowest token is directly after the sinks.
 
         Quantized rows stay unchanged: queries are rotated further for them until they are evicted.
         """

@@ -1,4 +1,4 @@
-"""The turns of a history of messages, and the newest of them that fit a window; reads none."""
+"""The turns of a message history, and the newest that fit a window; reads nothing into a stream."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +25,7 @@ def exchanges_of(history: Sequence[Message]) -> dict[int, Exchange]:
             continue
         number = len(found) + 1
         if not asked:
-            raise ValueRefused(f"reply {number} of the history answers no message")
+            raise ValueRefused(f"reply {number} of the history has no message to answer")
         exchange = question_of(answering(asked, calls))
         asked, calls = [], calls_with_ids(message.calls, number)
         found[number] = replace(

@@ -93,7 +93,7 @@ def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[M
             if call is None:
                 raise ValueRefused(
                     "a tool's message has no call to answer: the last reply has "
-                    f"{len(calls):,} calls, and its id is {message.id!r}"
+                    f"{len(calls):,} calls, and the message's id is {message.id!r}"
                 )
             waiting.remove(call)
             message = replace(message, id=call.id, name=message.name or call.name)

@@ -187,7 +187,7 @@ class PromptBuilder:
         return self.settle(exchange, first, later)
 
     def beginning(self, text: str, thinking: str = "") -> list[int]:
-        """Return the ids of a reply's beginning, given by its answer and its thinking."""
+        """Return the ids of the beginning of a reply, given its answer and its thinking."""
         style, said = self.template.style, self._control.escape(text, reply=True)
         before = self.template.lead
         if style and (thinking or self.template.thinks_first):
@@ -286,7 +286,7 @@ class PromptBuilder:
         """Return the ids before the first question's text, if a system prompt begins its turn.
 
         What begins a later question, such as <start_of_turn>user\\n, then closes the turn before it
-        and leaves with it: the oldest attended question is always rendered as the first one.
+        and is evicted with it: the oldest attended question is always rendered as the first one.
         """
         system = self.texts.system
         if system is None:

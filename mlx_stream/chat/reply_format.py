@@ -109,7 +109,7 @@ class ReplyFormat:
         return ids[starts.index(begin) :] if begin in starts else None if text else ()
 
     def _read(self, exchange: Exchange) -> ReplyDecoder:
-        """Return a decoder that has taken the ids of a reply."""
+        """Return a decoder that has been fed the ids of a reply."""
         reply = self.decoder()
         for id in exchange.reply_ids:
             reply.add(id)

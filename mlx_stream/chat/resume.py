@@ -257,7 +257,7 @@ def restore(chat: ChatSession, store: Store, paths: SessionPaths) -> SnapshotMet
         raise SnapshotError(f"{path.name} contains turns that were taken back later")
     exchanges = store.exchanges(about.state.first)
     if [n for n in exchanges if n <= about.state.turns] != [n for n, _ in about.state.places]:
-        raise SnapshotError(f"{path.name} does not attend to all turns it should")
+        raise SnapshotError(f"{path.name} lacks some of the attended turns")
     chat.tokens.restore(found.state)
     chat.resume(about.state, exchanges)
     return about

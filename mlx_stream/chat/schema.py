@@ -161,7 +161,7 @@ class StoredTurn:
 
 
 def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
-    """Return the turn in some rows, which are given without the checksum.
+    """Return the turn that these rows hold; the rows come without the checksum.
 
     Raises:
         ValueError, TypeError: they are not the rows of a turn.
@@ -208,7 +208,7 @@ def message_of(row: Row) -> Message:
     columns: tuple[Any, ...] = row
     check_types(str, columns[3])
     if (columns[2] == "tool") != (columns[5] is not None):
-        raise ValueError("a tool's message, and no other, names its call")
+        raise ValueError("a tool's message must name its call, and no other message may")
     (call,) = calls_of(columns[5]) or (ToolCall("", {}),)
     return Message(columns[2], columns[3], name=call.name, id=call.id)
 

@@ -245,7 +245,7 @@ class ChatSession:
             self._turns_or_refuse("edit")
 
         def ask() -> PlacedTurn:
-            # Refused before anything is taken back, if the template refuses it.
+            # If the template refuses the question, it does so before anything is taken back.
             turns = self.evictor.state.turns[: None if self.pending else -1]
             found = self._answering(messages, turns)
             self.prompts.question(found, None, self.number == 1)
@@ -285,7 +285,7 @@ class ChatSession:
         """
         turns = self._settle()
         if not 0 <= back <= len(turns) + bool(self.pending):
-            raise ValueRefused(f"cannot take back {back} of {plural(len(turns))}")
+            raise ValueRefused(f"cannot undo {back} of {plural(len(turns))}")
         found = copy.copy(self)
         found.model, found.recorder = model or self.model, None
         # The turns that leave the copy are not those that leave this session.
@@ -637,7 +637,7 @@ class ChatSession:
         return last.exchange
 
     def _first_rewritten(self, turns: Sequence[PlacedTurn], last: Exchange) -> int:
-        """Return the place of the first turn that the template renders differently before `last`.
+        """Return the index of the first turn that the template renders differently before `last`.
 
         These are the turns of a chain of tool calls that `last` ends, and, for some templates, one
         more turn.
@@ -713,7 +713,7 @@ class ChatSession:
             kind, changed = ChangeKind.ANSWER, {**changed, turn.number: settled.exchange}
             turns = (*turns, settled)
         except TemplateError as error:
-            refusal = f"the last question is taken back with its reply: {one_line(error)}"
+            refusal = f"the last question and its reply were removed: {one_line(error)}"
             kind, changed = ChangeKind.UNDO, {}
             start, wanted = turns[-1].end if turns else turn.start, ()
         # With recall, a turn that outgrew its room is read again, quotation or not.
@@ -812,8 +812,8 @@ class ChatSession:
         self.stats.pinned, self.stats.cache_bytes = pinned, self.cache.nbytes
         if prompts.system_place == "exchange":
             self._notify(
-                "this model's template has no place for a system prompt that stays: it is asked "
-                "and answered in an opening exchange"
+                "this model's template has no fixed place for a system prompt, so the prompt "
+                "becomes an opening exchange"
             )
         if system is None and not self.tools and pinned >= LONG_HEAD:
             self._notify(long_head_notice(pinned))

@@ -208,7 +208,7 @@ class Store(AbstractContextManager["Store"]):
         with self._transaction("BEGIN IMMEDIATE"):
             state = self._state()
             if not 1 <= number < state.first:
-                raise ValueError(f"turn {number} is attended, or there is none of that number")
+                raise ValueError(f"turn {number} is attended or does not exist")
             turn = next(self._turns(state, number))
             blank = Exchange("", "", (), (), (), finish="interrupted")
             row, _ = StoredTurn(number, FORGOTTEN, blank, turn.time).rows()

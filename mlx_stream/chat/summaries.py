@@ -70,7 +70,7 @@ def session_summaries() -> list[SessionSummary]:
 def latest_session() -> str | None:
     """Return the name of the session that was used last, or None.
 
-    One that is damaged so that this cannot be known is left out.
+    A session is skipped if it is too damaged to tell when it was used.
 
     Raises:
         SessionError: their folder cannot be read.
@@ -144,7 +144,7 @@ class SummaryReader:
     def order(self, name: str, used: str) -> tuple[str, int]:
         """Return what sessions are sorted by.
 
-        The dates of files, which copying changes, count only within a second.
+        File dates, which copying changes, only order sessions that were used in the same second.
         """
         files = (self.files.get(f"{name}{DATABASE}{end}") for end in ("", "-wal"))
         return used, max((one.st_mtime_ns for one in files if one), default=0)

@@ -171,4 +171,4 @@ def compare_index(path: Path, store: Store) -> str:
             add_missing(store, fresh, index.last + 1)
             if matches(store, index) and fresh.frequencies() == index.frequencies():
                 return ""
-    return "the index for recall differs from the transcript, and will be made again"
+    return "the recall index differs from the transcript, and will be rebuilt"

@@ -232,11 +232,11 @@ class GGUFTensors(Mapping[str, mx.array]):
 
 
 def convert_rows(tensor: Tensor, convert: Convert | None, heads: int) -> np.ndarray:
-    """Return a tensor converted some rows at a time, beside which only these are in memory.
+    """Return a tensor, converted a few rows at a time; only those rows take additional memory.
 
     Args:
         convert: maps (rows, blocks) to (rows, columns of the result); None for plain numbers.
-        heads: whose rows are interleaved, or 0.
+        heads: number of heads whose rows are interleaved, or 0.
     """
     rows, columns = (*tensor.shape, 1)[:2]
     unit = rows // heads if heads else 1  # rows that must be converted together

@@ -22,7 +22,7 @@ class BlockFormat:
     Attributes:
         layout: the fields of a block: scale d, minimum m, packed scales s, codes q, high bits h.
         unpack: blocks -> codes, scales, and minimums where the type has them.
-        bits: of a code.
+        bits: bits per code.
         zero: the code of zero; 0 where there are minimums.
         repacked: whether it is kept quantized.
     """

@@ -14,7 +14,7 @@ from mlx_stream.checkpoint.gguf_header import GGUFHeader, shortest
 from mlx_stream.config import Keys, shorten
 from mlx_stream.errors import ConfigError, WeightsError
 
-MOST_HEAD_DIM = 2**16  # far above any model's; it bounds the reading of the factors
+MOST_HEAD_DIM = 2**16  # far above any model's; it limits how many factors are read
 FREQS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 
 # Keys under the architecture's name that change the computation, with the value that does not.

@@ -25,7 +25,7 @@ def sentencepiece(keys: Keys, tokens: Sequence[str], kinds: np.ndarray) -> dict[
     """Return the parts of tokenizer.json that encode and decode text.
 
     Args:
-        kinds: of each token, as GGUF numbers them.
+        kinds: the kind of each token, as GGUF numbers them.
 
     Raises:
         TokenizerError: the scores do not fit, byte tokens are missing, or the pieces are too long.

@@ -104,7 +104,7 @@ class MadeTensors(MutableMapping[str, mx.array]):
         del self._made[name]
 
     def __setitem__(self, name: str, tensor: mx.array) -> None:
-        raise TypeError("a checkpoint's tensors are only taken")
+        raise TypeError("a checkpoint's tensors cannot be replaced")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
@@ -164,7 +164,7 @@ def fp8_weight(
     if scale.dtype not in FLOATS or (scale.size != 1 and scale.shape != shape):
         raise WeightsError(
             f"weights: '{path}.{end}' is {scale.dtype} of shape {scale.shape}, expected floats of "
-            f"shape {shape}, or one"
+            f"shape {shape}, or a single number"
         )
     scale = mx.broadcast_to(scale.reshape(1), shape) if scale.size == 1 else scale
     step = max(1, CHUNK // columns // high)  # rows of blocks

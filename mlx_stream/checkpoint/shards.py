@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 # The order of preference where a folder has no index.
 PATTERNS = ("model.safetensors", "model-*.safetensors", "weights*.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-SHARD_BYTES = 10**9  # the most in a shard that is written
+SHARD_BYTES = 10**9  # the maximum size of a shard that we write
 
 # U8 holds the scales of the fp4 and fp8 modes; I32 and F8_E4M3, which MLX opens as bytes, are other
 # tools' quantized weights.
@@ -35,7 +35,7 @@ DTYPES = {
 HEADER_BYTES = 8 << 20
 # MLX counts the elements of one dimension in 32 bits.
 LARGEST_DIMENSION = 2**31 - 1
-# MLX's binding ends the process on a shape of some thousands.
+# MLX's binding crashes the process on a shape with a few thousand dimensions.
 MOST_DIMENSIONS = 8
 
 # The tensors that a header declares: dtype, by its safetensors name, and shape.

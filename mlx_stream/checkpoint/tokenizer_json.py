@@ -141,9 +141,10 @@ def growth_of(step: Step) -> float:
 
 
 def longest_replacement(charsmap: Any) -> int:
-    """Return the bytes of the longest text in SentencePiece's table: trie size, trie, texts by NUL.
+    """Return the length in bytes of the longest text in SentencePiece's table.
 
-    In Unicode's table such a text replaces a character of three bytes.
+    The table holds the size of the trie, the trie, and texts separated by NUL. In Unicode's table,
+    the longest text replaces a character of three bytes.
     """
     try:
         table = base64.b64decode(charsmap or "", validate=True)

@@ -17,8 +17,8 @@ from mlx_stream.program.exits import fail, notify
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-# A verb is a function of its name, or a group of them named `app`, in the file of its name. Beside
-# it is the line of `--help`: the first sentence of its own help.
+# Each verb is a function of the same name, or a group of functions named `app`, in the file of that
+# name. The value is the verb's line in `--help`: the first sentence of its own help.
 VERBS = {
     "chat": "Chat with a model for as long as you like.",
     "generate": "Continue a text of any length, without a chat template.",
@@ -46,7 +46,7 @@ ENTRY_POINTS = "mlx_stream.programs"
 SETTINGS: dict[str, Any] = {
     "add_completion": False,
     "pretty_exceptions_enable": False,
-    "rich_markup_mode": None,  # plain help wraps whole sentences and cuts no option's name
+    "rich_markup_mode": None,  # plain help wraps sentences and does not cut option names
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 

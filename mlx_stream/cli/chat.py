@@ -42,9 +42,9 @@ def chat(
     system: Annotated[
         str | None,
         Option(
-            help="System prompt; it is never evicted. @NAME is one of the config file's. Default: "
-            "the config file's, else a short one for the starter, and the template's own for other "
-            "models. '' always uses the template's own."
+            help="System prompt; it is never evicted. @NAME names a prompt in the config file. "
+            "Default: the config file's, else a short one for the starter, and the template's own "
+            "for other models. '' always uses the template's own."
         ),
     ] = None,
     prompt: Annotated[
@@ -56,7 +56,8 @@ def chat(
         ),
     ] = None,
     lines: Annotated[
-        bool, Option("--lines", help="Each line of standard input is a turn, without a notice.")
+        bool,
+        Option("--lines", help="Treat each line of standard input as a turn; print no notice."),
     ] = False,
     session: Annotated[
         str | None,
@@ -76,8 +77,8 @@ def chat(
     recall: Annotated[
         int | None,
         Option(
-            help="Tokens of the window kept free to quote what has left it; 0 for none. Default: "
-            "an eighth of the window in a saved chat."
+            help="Number of window tokens to reserve for quoting evicted exchanges; 0 reserves "
+            "none. Default: an eighth of the window in a saved chat."
         ),
     ] = None,
     max_tokens: options.MaxTokens = 512,
@@ -242,7 +243,7 @@ def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: boo
         before, first = first, first_attended(chat)
         if first > before and chat.exchanges:
             begins = shorten_line(chat.exchanges[0].question)
-            screen.mark(f"{plural(first - before)} left; attention now begins at: {begins}")
+            screen.mark(f"evicted {plural(first - before)}; attention now begins at: {begins}")
         if stats:
             print_stats(chat.stats)
 

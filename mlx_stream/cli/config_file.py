@@ -92,7 +92,7 @@ def set_value(key: str, text: str) -> None:
     after = with_value(before, key, value)
     wanted = {**parse_config(before, path), key: value}
     if parse_config(after, path) != wanted:
-        raise ValueRefused(f"{path}: {key} is written in a way that only you can edit: edit it")
+        raise ValueRefused(f"{path}: {key} cannot be changed from here: edit the file")
     write_text(path, after)
 
 

@@ -71,7 +71,7 @@ def convert(
 ) -> None:
     """Write a model to the folder OUT, quantized or unchanged.
 
-    --bits, --mode, --recipe, --preset and --device quantize it. The folder appears complete.
+    --bits, --mode, --recipe, --preset and --device quantize it. The folder appears when complete.
     Memory does not grow with the model, except with a sensitive recipe or a report, which run it.
     """
     from mlx_stream.hub.listing import record_converted
@@ -164,7 +164,7 @@ def print_result(source: str, out: Path, result: "ConversionResult") -> None:
     where = "within" if result.peak_bytes <= result.bound_bytes else "above"
     print(
         f"memory: {megabytes(result.peak_bytes)} MB at peak, {where} the bound of "
-        f"{megabytes(result.bound_bytes)} MB (three of the largest matrix, and the largest file); "
+        f"{megabytes(result.bound_bytes)} MB (3 times the largest matrix plus the largest file); "
         f"the process grew by {megabytes(result.resident_bytes)} MB"
     )
     if found := about["report"]:

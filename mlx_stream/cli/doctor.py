@@ -15,7 +15,7 @@ def doctor(
         str | None,
         Argument(
             metavar="MODEL",
-            help="For --self-test: the model whose shapes to test. Default: a small generated one.",
+            help="Model whose shapes --self-test uses. Default: a small generated one.",
         ),
     ] = None,
     self_test: Annotated[
@@ -45,7 +45,7 @@ def doctor(
         return
     print_table(["what", "here"], [[name, str(value)] for name, value in facts.items()])
     print()
-    for line in advice or ["nothing here is slower than it must be"]:
+    for line in advice or ["nothing here is slower than necessary"]:
         print(f"- {line}")
 
 
@@ -62,7 +62,7 @@ def check(source: str | None, loading: options.LoadOptions, json: bool) -> None:
     elif loading.keep_quantized is None:
         model = make_tiny_model(loading.dtype)
     else:
-        fail("--keep-quantized and --dequantize are about a model's weights: give MODEL")
+        fail("--keep-quantized and --dequantize apply to a model's weights: give MODEL")
     answers = {True: "yes", False: "NO", None: "-"}
     findings = []
     for finding in selftest.run(model):

@@ -87,7 +87,7 @@ class SamplingOptions:
         float, Option(help="Keep tokens at least this fraction as likely as the likeliest.")
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Option(help="Above 1, attended tokens become less likely.")
+        float, Option(help="Repetition penalty; above 1 makes attended tokens less likely.")
     ] = 1.0
     seed: Annotated[int | None, Option(help="Random seed. Default: a new one each run.")] = None
 

@@ -24,7 +24,7 @@ def show_recalled(chat: "ChatSession", text: str) -> str:
     else:
         end = chat.conversation_state().first
         found = saved.recall.find(text, "", 1, end, gate=False)
-        nothing = "no exchange that has left the window has one of these words"
+        nothing = "no exchange that has left the window contains any of these words"
     return "\n".join(describe_passages(found)) or nothing
 
 

@@ -12,13 +12,14 @@ from mlx_stream.program.exits import fail, notify
 def rm(
     *,
     model: Annotated[
-        str, Argument(metavar="MODEL", help="A cached Hub id or name, a converted folder, starter.")
+        str,
+        Argument(metavar="MODEL", help="A cached Hub id or name, a converted folder, or starter."),
     ],
     yes: Annotated[bool, Option("--yes", help="Do not ask first.")] = False,
 ) -> None:
     """Remove a model from this machine.
 
-    It is removed from the Hugging Face cache, which other programs share, or it is a folder that
+    MODEL is in the Hugging Face cache, which other programs share, or is a folder that
     `mlx_stream convert` wrote.
     """
     import sys

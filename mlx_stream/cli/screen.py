@@ -160,7 +160,7 @@ class Screen:
             self.notify("cut at its limit (--max-tokens)")
         if not self._told_of_repetition and repeats_itself(end):
             self._told_of_repetition = True
-            self.notify("the reply repeats itself; --repetition-penalty 1.1 makes that rare")
+            self.notify("the reply repeats itself; --repetition-penalty 1.1 helps")
 
     def _print(self, text: str, kind: "Callable[[], Printer]") -> None:
         if text or not self.is_terminal:

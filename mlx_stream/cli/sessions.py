@@ -53,7 +53,7 @@ def list_sessions(*, as_json: options.AsJson = False) -> None:
         ]
         print_table(["name", "exchanges", "attended", "on disk", "last used", "model"], rows)
     else:
-        notify("no conversation is saved: begin one with mlx_stream chat --session NAME")
+        notify("there are no saved conversations: mlx_stream chat --session NAME starts one")
 
 
 @app.command()
@@ -111,7 +111,7 @@ def search(
     words: Annotated[list[str], Argument(metavar="WORDS", help="Words to look for.")],
     as_json: options.AsJson = False,
 ) -> None:
-    """Find exchanges in all saved conversations, the likeliest first."""
+    """Find exchanges in all saved conversations, best matches first."""
     from mlx_stream.chat.search import search_sessions
     from mlx_stream.errors import one_line
 
@@ -136,7 +136,7 @@ def search(
     for passage, name in found if not as_json else ():
         print(escape(f"{name} {passage.number:,} {passage.line}"))
     if not (found or as_json):
-        notify("no saved exchange has one of these words")
+        notify("no saved exchange contains any of these words")
 
 
 @app.command()

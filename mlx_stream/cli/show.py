@@ -96,7 +96,7 @@ def described_template(path: "Path") -> dict[str, str]:
     if template.settles_late:
         settles = "once another exchange follows"
     elif template.rewrites:
-        settles = "once the next question is there"
+        settles = "once the next question follows"
     thinks = f"yes, marked by {template.style.openings[0].strip()}" if template.style else "no"
     return {
         "chat": "yes",

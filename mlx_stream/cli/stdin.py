@@ -21,5 +21,5 @@ def read_stdin() -> str:
     except (OSError, ValueError):  # it has no descriptor
         waits = False
     if waits:
-        notify("waiting for standard input, which is part of the question; < /dev/null gives none")
+        notify("waiting for standard input, which is part of the question; < /dev/null sends none")
     return decode_utf8(stdin.read(), "standard input")

@@ -45,7 +45,7 @@ def history(chat: "ChatSession", argument: str, progress: object) -> str:
         for number, turn in turns(chat).items()
     ]
     if first > 1 and not saved:
-        lines.insert(0, f"{plural(first - 1)} before these left, and nothing is saved")
+        lines.insert(0, f"not shown, because evicted and not saved: {plural(first - 1)}")
     return "\n".join(lines) or "no question has been asked yet"
 
 
@@ -82,4 +82,4 @@ def sessions(chat: "ChatSession", argument: str, progress: object) -> str:
     lines = [
         f"{one.name:<{width}}  {local_time(one.used)}  {plural(one.exchanges)}" for one in found
     ]
-    return "\n".join(lines) or "no session is saved: /save NAME saves this one"
+    return "\n".join(lines) or "there are no saved sessions: /save NAME saves this one"

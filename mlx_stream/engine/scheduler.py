@@ -146,7 +146,7 @@ def is_token(request: ReadRequest) -> bool:
 
 
 def divide(rows: int, requests: Sequence[ReadRequest]) -> None:
-    """Divide a step's rows among prompts; what short ones leave is for longer ones.
+    """Divide a step's rows among prompts; longer prompts get the rows that short ones leave.
 
     With 64 rows, prompts of 10, 100 and 200 ids get 10, 27 and 27.
     """

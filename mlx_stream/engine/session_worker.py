@@ -104,7 +104,7 @@ class SessionWorker:
     def copy_of(self, source: ChatSession, back: int) -> ChatSession:
         """Return a copy of another session's conversation, for this one to begin with."""
         if self.closed:
-            raise EngineClosed("the copy was closed before it was made")
+            raise EngineClosed("this session was closed before the copy was made")
         return source.fork(back, self.host.model_for(self.key))
 
     def perform(self, action: Callable[[ChatSession], Any]) -> Work:

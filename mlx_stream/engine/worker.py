@@ -104,7 +104,7 @@ class SessionQueue:
         with self.worker.lock:
             task = next(iter(self.tasks), None)
         if self.closing:
-            self.end(EngineClosed("this session or listener was closed before this was done"))
+            self.end(EngineClosed("this session or listener was closed before the work was done"))
         elif task:
             if task.request is None or task.cancelled:
                 self._advance(task)
@@ -263,7 +263,7 @@ class Worker:
         """Wait for a task's end and return its result; raises as `take` does, or TimeoutError."""
         with self.lock:
             if not self.wait_for(lambda: task.done, timeout):
-                raise TimeoutError(f"not done after {timeout} seconds")
+                raise TimeoutError(f"the request was not done after {timeout} seconds")
             self._check_task(task)
         return task.future.result()
 
@@ -374,7 +374,7 @@ class Worker:
         with self.lock:
             self.closing = True
         try:
-            closed = EngineClosed("the engine was closed before this was done")
+            closed = EngineClosed("the engine was closed before the work was done")
             if not self.loading.done:
                 self.loading.abandon(closed)
             while self.queues:

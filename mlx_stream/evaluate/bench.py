@@ -84,7 +84,7 @@ def bench(
         decode = decoding(model, peer, cache, pairs)
         theirs = their_step(model, peer, window, 1)
         step = summary(*in_turn(step_of(model, cache), theirs, pairs))
-        progress(f"window {window}: Python of a step")
+        progress(f"window {window}: Python time of a step")
         built = costs_of_building(model, peer, window, pairs)
         seconds = decode["ours_ms"][1] / 1e3
         must_read = bandwidth_limit(model, cache, read["bytes_per_second"], seconds)
@@ -246,7 +246,7 @@ def filled_caches(model: Model, peer: Any, window: int, keep: int = SINKS) -> li
 
 
 def their_step(model: Model, peer: Any, window: int, count: int) -> Step:
-    """Return mlx-lm's step: a decode step gives its token back, as its own loop does."""
+    """Return mlx-lm's step: a decode step fetches its token, as mlx-lm's own loop does."""
     caches, head = filled_caches(model, peer, window), head_of(peer)
     token: Any = TOKEN
 

@@ -76,7 +76,7 @@ def make_figure(report: Report) -> "Figure":
     from matplotlib.figure import Figure
 
     if report.experiment not in CHARTS or not report.rows:
-        raise ValueRefused(f"no chart of {report.experiment!r}: unknown, or without rows")
+        raise ValueRefused(f"cannot draw {report.experiment!r}: it is unknown or has no rows")
     title, count, draw = CHARTS[report.experiment]
     figure = Figure(figsize=(WIDTH, 2 + 1.5 * count), layout="constrained")
     panels: list[Axes] = [*figure.subplots(count, sharex=True, squeeze=False)[:, 0]]
@@ -85,7 +85,7 @@ def make_figure(report: Report) -> "Figure":
         panels[0].set_title(f"{title}\n{caption(report.about)}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueRefused(
-            f"no chart: figures are missing from the report, or unexpected: {error}"
+            f"cannot draw this report: figures are missing or unexpected: {error}"
         ) from error
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)

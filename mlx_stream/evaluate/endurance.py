@@ -103,8 +103,7 @@ def endure(
     state = state_path(log.path)
     if state.exists() and not snapshot.is_snapshot(state):
         raise ValueRefused(
-            f"{state}: another file is where the state would be saved: move it, "
-            "or use another --log"
+            f"{state}: the state would overwrite this file: move it, or use another --log"
         )
     target = math.ceil(tokens / course.segment) * course.segment
     if len(segments(log)) * course.segment >= target:

@@ -1,6 +1,6 @@
 """A JSON-lines log of a long measurement that survives crashes; independent of models.
 
-The first line says what is measured; each further one is a result, on disk before the next
+The first line says what is measured; every other line is a result, on disk before the next
 begins. A last line cut short, by a crash or a full disk, is removed when the log is opened.
 """
 

@@ -74,7 +74,7 @@ def prefill(model: Model, peer: Any, window: int, ids: Sequence[int], chunk: int
 
 
 def best_of(results: Sequence[Row]) -> list[Row]:
-    """Return for each window the fastest chunk of each side, as one result."""
+    """Return the fastest chunk of each side for each window, as one result."""
     found = []
     for window in dict.fromkeys(result["window"] for result in results):
         those = [result for result in results if result["window"] == window]

@@ -89,7 +89,7 @@ class Passes:
         mx.eval(self.predicted)
 
     def divergence_from(self, index: int) -> float:
-        """Compute layer `index` and those behind it again; return how far predictions moved."""
+        """Recompute layer `index` and those after it; return how far predictions moved."""
         x, step = self.inputs[index], self.new_cache().plan(self.count)
         for place, layer in enumerate(self.network.layers[index:], index):
             x = layer(x, step, place)

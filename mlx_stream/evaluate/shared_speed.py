@@ -1,7 +1,8 @@
 """Compares the speed of several streams at once: in shared steps, in turn, and in mlx-lm's batch.
 
 All windows are full. Each round reads one token of every stream. The rounds alternate, in one
-process. mlx-lm's batch has rotating caches of the same size, but no sinks: it refuses them there.
+process. mlx-lm's batch has rotating caches of the same size, but no sinks: mlx-lm refuses them
+in a batch.
 """
 
 import statistics

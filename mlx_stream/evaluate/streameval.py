@@ -5,7 +5,7 @@ a line at each distance, and rewound after each query. The paper's stream keeps 
 answers; here they would repeat a fact that another distance asks for later.
 
 Rewinding costs nothing: the cache has spare rows for a query and its answer, so every candidate
-is read in the same state, and the stream continues as one that was never asked.
+is read in the same state, and the stream continues as if it had never been asked.
 """
 
 import itertools

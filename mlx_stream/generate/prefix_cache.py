@@ -81,7 +81,7 @@ class PrefixCache:
 
 
 def key_of(writer: Writer, ids: Sequence[int]) -> object:
-    """Return what streams that may begin with the same rows have in common."""
+    """Return a key that is equal for streams that may begin with the same rows."""
     storage = writer.cache.storage
     bits = storage.bits if isinstance(storage, QuantizedStorage) else None
     return tuple(ids), writer.cache.geometry.sinks, bits

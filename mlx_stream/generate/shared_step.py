@@ -83,7 +83,7 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
 
 def compute_traced(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
     """Compute and commit a step of one token of each stream, traced."""
-    # In one order of kinds, so that the same streams share a trace whoever asked first.
+    # Sort by kind, so that the same streams share a trace regardless of which one asked first.
     order = sorted(range(len(planned)), key=lambda at: kind_of(planned[at]))
     reads = [planned[at] for at in order]
     samplers = [read.request.sampler for read in reads if read.request.sampler]

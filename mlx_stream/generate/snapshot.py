@@ -25,7 +25,7 @@ from mlx_stream.program.atomic_replace import flush, partial_folder, sweep_parti
 
 FORMAT = "mlx_stream stream"
 VERSION = 2  # version 1 has a different kind of fingerprint and different notes
-LONGEST_HEADER = 16 * 2**20  # bytes; real headers have a few kilobytes
+LONGEST_HEADER = 16 * 2**20  # bytes; real headers take a few kilobytes
 State = dict[str, mx.array | int]
 STATE_DTYPES = {**DTYPES, "uint32": mx.uint32}
 

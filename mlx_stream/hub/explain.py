@@ -40,10 +40,10 @@ def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
     if isinstance(error, errors.GatedRepoError):
         return (
             f"{repo}: gated; accept its terms at {hub}/{repo}, then run `hf auth login`, or set "
-            "HF_TOKEN to a token of yours that may read"
+            "HF_TOKEN to a token with read access"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo}: no revision {revision!r}; expected a branch, a tag or a commit of it"
+        return f"{repo}: no revision {revision!r}; expected one of its branches, tags or commits"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"{repo}: no such folder, and no such model at {hub}; {similar_names(repo)}for "

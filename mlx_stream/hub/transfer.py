@@ -110,7 +110,7 @@ def receive_bytes(
 
     size = opened.seek(0, os.SEEK_END)
     url = hf_hub_url(repository.name, file.name, revision=repository.commit)
-    # Of a compressed answer, a range would be other bytes.
+    # A range of a compressed response would not be a range of the file.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     if size:
         headers["Range"] = f"bytes={size}-"

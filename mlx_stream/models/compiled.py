@@ -57,7 +57,7 @@ class CompiledSteps:
         self.network = network
         self.count = 0
         self._kept: dict[Traced, Callable[..., Any]] = {}
-        self._shared: dict[tuple[Traced, ...], Callable[..., Any]] = {}  # the latest used is last
+        self._shared: dict[tuple[Traced, ...], Callable[..., Any]] = {}  # most recently used last
         self._seen: Counter[tuple[Traced, ...]] = Counter()
 
     def decode(

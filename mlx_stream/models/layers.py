@@ -107,7 +107,7 @@ class Attention(nn.Module):
         return self.o_proj.add_to(residual, out)
 
     def _normalized(self, heads: mx.array, axis: int) -> mx.array:
-        """Normalize the query and key heads, which stand along `axis` before the value heads."""
+        """Normalize the query and key heads, which come before the value heads along `axis`."""
         if not self.head_norms:
             return heads
         q, k, v = mx.split(heads, [self.query_end, self.key_end], axis=axis)

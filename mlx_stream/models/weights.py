@@ -82,7 +82,7 @@ class RemainingTensors(MutableMapping[str, mx.array]):
             del self.source[name]
 
     def __setitem__(self, name: str, tensor: mx.array) -> None:
-        raise TypeError("a checkpoint's tensors can only be taken, not replaced")
+        raise TypeError("a checkpoint's tensors cannot be replaced")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -28,7 +28,7 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
-            return function(*args, **kwargs)  # raises the error of a wrong call
+            return function(*args, **kwargs)  # raises the TypeError for a wrong call
         refuse_wrong_types(given, hints())
         return function(*args, **kwargs)
 

@@ -38,7 +38,7 @@ class TerminalEscaper:
         return escape(text.removesuffix("\r"))
 
     def flush(self) -> str:
-        """Return what was held back; no more text comes."""
+        """Return what was held back, at the end of the text."""
         held, self._held = self._held, ""
         return escape(held)
 

@@ -41,7 +41,7 @@ def cache_root() -> Path:
 def private(folder: Path) -> Path:
     """Make a folder that only this user may enter, if it is not there, and return it.
 
-    If one of our own is open to others, it is closed to them; any other is left as it is.
+    A folder of this program that is open to others is closed to them; any other is left as it is.
 
     Raises:
         SessionError: the folder cannot be made.

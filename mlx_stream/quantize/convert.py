@@ -160,7 +160,7 @@ def recipe_for(
 
     Raises:
         DeviceError: there is no such device.
-        MemoryRefused: the model does not fit it at any bits.
+        MemoryRefused: the model does not fit it at any number of bits.
         ValueRefused, SourceError, CheckpointError: as in `convert_model`.
     """
     place = devices.find(device)

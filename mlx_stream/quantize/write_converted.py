@@ -17,7 +17,7 @@ from mlx_stream.quantize.conversion import Conversion, name_of, prepare_conversi
 from mlx_stream.quantize.recipes import Recipe
 
 VERSION = 1  # the version of conversion.json
-# In addition to the shard being filled: a matrix, its converted blocks, and these joined.
+# In addition to the shard being filled: a matrix, its converted blocks, and the joined result.
 MATRICES_HELD = 3
 
 

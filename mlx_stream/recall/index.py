@@ -59,7 +59,7 @@ class WordIndex:
                 connection = connect(path, LONGEST_ROW)
                 try:
                     if frozenset(connection.execute(SCHEMA)) != index_schema():
-                        raise ValueError("its tables are not ours")
+                        raise ValueError("its tables are not those of a recall index")
                     return cls(path, connection, owner)
                 except BaseException:
                     connection.close()
@@ -75,7 +75,7 @@ class WordIndex:
 
     @classmethod
     def create(cls, path: Path, owner: str) -> Self:
-        """Begin an empty index in place of what is there.
+        """Start an empty index, replacing any that exists.
 
         Raises:
             SessionError: it cannot be written.

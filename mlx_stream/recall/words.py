@@ -9,7 +9,7 @@ scripts whose words it would not find, such as Chinese, is first cut into bigram
 import re
 import unicodedata
 
-# Runs of scripts that do not separate words by spaces, join endings to them (Korean), or write
+# Runs of scripts that do not separate words with spaces, join endings to them (Korean), or write
 # vowels as marks (Hindi).
 UNSPACED = re.compile(
     "[\u0900-\u0eff\u1000-\u109f\u1780-\u17ff\u1980-\u19df"  # Indic, Thai, Lao, Burmese, Khmer

@@ -65,7 +65,7 @@ CHECKS = (
     Check(
         "a step of four streams gives the results of each alone",
         streams.shared_step,
-        REPORT + "; give sessions of an engine shared=False",
+        REPORT + "; start engine sessions with shared=False",
     ),
     Check(
         "buffers are updated in place",

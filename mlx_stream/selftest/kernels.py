@@ -38,7 +38,7 @@ def within(worst: float, allowed: float) -> CheckOutcome:
 
 
 def random(model: Model, *shape: int, seed: int = 0) -> mx.array:
-    """Return reproducible numbers of about 1 in a model's dtype."""
+    """Return reproducible normal random numbers in a model's dtype."""
     values = np.random.default_rng((seed, *shape)).standard_normal(shape)
     return mx.array(values.astype(np.float32)).astype(model.dtype)
 

@@ -1,6 +1,6 @@
 """The tokens a chat template writes around messages, and text cut so that it holds none of them.
 
-Which they are is taken from what the template writes, not only from a tokenizer's `special`: many
+They are taken from what the template writes, not only from a tokenizer's `special`: many
 fine-tunes declare theirs as ordinary added tokens.
 """
 
@@ -40,7 +40,7 @@ class ControlTokens:
         self._unknown = frozenset(tokenizer.encode(UNKNOWN, special=False))
         parts = written_around(template)
         special = tokenizer.eos_ids | tokenizer.special_ids
-        # Of what follows a question only the first: behind it, a template may begin to think.
+        # Only the first token after a question counts: a template may begin to think after it.
         asking, closing = (list(self._names(text)) for text in parts[1:3])
         self.end_ids = special | {*closing, *asking[:1]}
         written = (id for text in parts for id in self._control(text))

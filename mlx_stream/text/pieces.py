@@ -12,12 +12,12 @@ from mlx_stream.text.tool_calls import CallReader, CallStyle, ToolCall
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The natural logarithm of a token's probability, by the model alone.
+    """The natural logarithm of a token's probability, according to the model alone.
 
     Attributes:
         id: the token's id.
-        logprob: of the token that was chosen.
-        top: the likeliest ids at its place with theirs, likeliest first.
+        logprob: the log-probability of the chosen token.
+        top: the likeliest ids at that position and their log-probabilities, likeliest first.
     """
 
     id: int
@@ -87,7 +87,7 @@ class StopMatcher:
         return final, False
 
     def flush(self) -> str:
-        """Return the text held back; no more text comes."""
+        """Return the text held back, at the end of the reply."""
         held, self.pending = self.pending, ""
         return held
 

@@ -50,8 +50,8 @@ def check_runs(backend: tokenizers.Tokenizer, text: str) -> None:
     runs = [sum(1 for _ in run) for kind, run in kinds if kind]
     if sum(run**2 for run in runs) > MAX_SLOW_STEPS:
         raise TextError(
-            f"text: this model's tokenizer would take too long for its {max(runs):,} spaces or "
-            "digits in a row; shorten the longest runs"
+            f"text: this model's tokenizer would take too long on {max(runs):,} spaces or digits "
+            "in a row; shorten the longest runs"
         )
 
 
@@ -108,7 +108,7 @@ class Tokenizer:
     def added_texts(self) -> Mapping[int, str]:
         """The texts of added tokens by id, special or not.
 
-        Without white space and single characters, which some vocabularies add as ordinary text.
+        White space and single characters, which some vocabularies add as plain text, are left out.
         """
         added = self._backend.get_added_tokens_decoder().items()
         return {id: token.content for id, token in added if not ORDINARY.fullmatch(token.content)}
@@ -313,7 +313,7 @@ def call_library(what: str, function: Callable[..., T], *arguments: Any, **optio
 
 
 def repair_decoder(backend: tokenizers.Tokenizer) -> None:
-    """Make the decoder one for the vocabulary's kind: conversions mix up the two common ones.
+    """Set the decoder that matches the vocabulary: conversions mix up the two common kinds.
 
     Raises:
         ValueError: the vocabulary is byte-level, but text is not read as bytes.

@@ -196,7 +196,7 @@ def replace_open_file(monkeypatch, opened) -> None:
 
 @pytest.fixture
 def locked(monkeypatch):
-    """Names that may not be opened: root may open what others may not."""
+    """Names that cannot be opened; simulated, because root may open any file."""
     names: set[str] = set()
     whole = tail.open_file
 

@@ -39,7 +39,7 @@ def test_an_agent_of_launchd():
     options = {f"--follow={HARD}", "--notes=/n.md", "--window=508", "--pause-on-battery"}
     assert options < {*words[4:]} and "--from-end" not in words
     assert agent["ProcessType"] == "Adaptive" and agent["RunAtLoad"] is True
-    assert agent["KeepAlive"] == {"SuccessfulExit": False}  # killed for want of memory, too
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}  # a kill for lack of memory, too
     assert {"MLX_STREAM_HOME", AGENT} <= {*agent["EnvironmentVariables"]}
     assert service.service_path("main", "darwin").parts[-3:-1] == ("Library", "LaunchAgents")
     (start,), (stop,) = service.start_commands("x", "darwin"), service.stop_commands("x", "darwin")

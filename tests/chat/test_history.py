@@ -99,7 +99,7 @@ def test_a_history_with_a_chain_of_calls():
     ("history", "what"),
     [
         ([Message("user", "Hi")], "must end with a reply"),
-        ([Message("assistant", "Hi")], "answers no message"),
+        ([Message("assistant", "Hi")], "has no message to answer"),
         ([Message("tool", "Hi"), Message("assistant", "Hi")], "no call"),
         ([Message("user", "Hi"), Message("robot", "Hi")], "role"),
     ],
@@ -130,7 +130,7 @@ def test_a_fork_is_the_session_with_exchanges_taken_back(data):
     for number in range(data.draw(st.integers(0, 6))):
         list(chat.reply(f"Question {number}", data.draw(st.integers(1, 20))))
     back = data.draw(st.integers(0, len(chat.exchanges)))
-    with pytest.raises(ValueRefused, match="cannot take back"):
+    with pytest.raises(ValueRefused, match="cannot undo"):
         chat.fork(len(chat.exchanges) + 1)
     before, exchanges, evicted = chat.tokens.ids.attended(), chat.exchanges, chat.cache.evicted
     other = chat.fork(back)

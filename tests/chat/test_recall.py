@@ -72,7 +72,7 @@ def script(chat: Any, seed: int) -> Iterator[int]:
 
 
 def act(chat: Any, template: str, what: str, question: str, options: tuple, end: tuple) -> Any:
-    """Do something with a chat; return the chat, which is another one after a resume."""
+    """Do something with a chat; return the chat, which is a different object after a resume."""
     if what == "clear":
         chat.clear()
     elif what == "restart":

@@ -1,4 +1,4 @@
-"""What one reply may set for itself: sampling, bias, mask, logarithms of probabilities."""
+"""What one reply may set for itself: sampling, bias, mask, log-probabilities."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""A closed conversation continues as if it had stayed open; and when each part of it is saved."""
+"""A closed conversation continues as if it had stayed open, and each part is saved when due."""
 
 import gc
 import json
@@ -522,7 +522,7 @@ def test_damage_before_the_attended_turns_does_not_prevent_opening(model):
     assert notices == [] and [e.question for e in saved.chat.exchanges] == ["Anew."]
     saved.chat.clear()
     saved.close()
-    # The same holds for one in the last turn, once nothing is attended.
+    # The same holds for a change to the last turn, once nothing is attended.
     connection.execute("UPDATE messages SET text = 'No.' WHERE turn = 4")
     connection.close()
     saved = opened(model)

@@ -129,7 +129,7 @@ class Trouble:
             raise self.error("trouble")
 
     def notify(self, notice: str) -> None:
-        if "is taken back with its reply" in notice:
+        if "and its reply were removed" in notice:
             self.refusals.append(notice)
         self.at("notify")
 

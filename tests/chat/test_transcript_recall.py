@@ -103,7 +103,7 @@ def test_verify_finds_an_index_that_differs(model):
     with sqlite3.connect(session_paths("s").index) as connection:
         connection.execute("INSERT INTO words(words) VALUES ('delete-all')")
     connection.close()
-    assert "the index for recall differs" in verify_session("s")
+    assert "the recall index differs" in verify_session("s")
 
 
 def test_nothing_before_a_clear_is_recalled(model):

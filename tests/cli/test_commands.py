@@ -331,7 +331,7 @@ def test_answers_are_escaped(chat):
 def test_help_stats_and_sessions_change_nothing(chat):
     before = everything(chat)
     answered(say("/stats", chat), str(chat.stats))
-    assert say("/sessions", chat).text.startswith("no session is saved")
+    assert say("/sessions", chat).text.startswith("there are no saved sessions")
     lines = say("/help", chat).text.splitlines()
     assert [line.split()[0] for line in lines] == [*COMMANDS, "//TEXT"]
     assert all(help in line for help, line in zip(completions().values(), lines, strict=False))

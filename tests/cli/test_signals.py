@@ -56,7 +56,7 @@ def test_a_signal_at_a_random_moment(letters, number):
         assert b"Traceback" not in err
         found = turns(name)
         assert found[0].exchange.question == FIRST
-        # Before the first token of a question is read, it is only asked.
+        # Until the first token of a question is read, the turn is only in the state ASKED.
         answered = [turn.exchange.reply for turn in found if turn.state != ASKED]
         assert len(answered) >= len(found) - 1
         *whole, last = out.decode().split("\n")

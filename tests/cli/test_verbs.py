@@ -307,7 +307,7 @@ def test_only_bench_needs_mlx_lm(
 
 
 def test_bench_compares_with_mlx_lm(tiny: Path) -> None:
-    # It runs in its own process, because mlx-lm imports much that would disturb other tests.
+    # It runs in its own process, because mlx-lm imports a lot that would disturb other tests.
     options = ("--json", "--pairs", 3, "--window", 64, "--chunk", 16, "--prefill", 40)
     command = program("bench", tiny, *options)
     found = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE)
@@ -337,7 +337,7 @@ def test_show_describes_a_model_and_its_template(tmp_path):
         "system prompt": "a turn of its own, pinned",
         "thinks": "yes, marked by <think>",
         "tools": "no: this model's template cannot be used with tools: it does not write them",
-        "rewrites a reply": "once the next question is there",
+        "rewrites a reply": "once the next question follows",
     }
     text = done("show", thinks).out
     assert "508 tokens, and 4 sinks" in text and "marked by <think>" in text

@@ -106,7 +106,7 @@ def test_rows_say_where_attention_begins_and_how_much_is_not_shown():
     rows = rows_of(said, attended=2, name="work")
     assert rows[0].text == "5 earlier: mlx_stream sessions show work"
     at = next(n for n, row in enumerate(rows) if row.kind == "note" and n)
-    gone = f"{EXCHANGES_SHOWN + 3} exchanges above left the window and are not attended"
+    gone = f"above, no longer in the window: {EXCHANGES_SHOWN + 3} exchanges"
     assert rows[at].text == gone
     assert [row.text for row in rows[at + 1 :]] == ["q23", "r23", "q24", "r24"]
     assert all(row.attended == (n > at) for n, row in enumerate(rows))

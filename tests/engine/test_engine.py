@@ -253,7 +253,7 @@ def test_the_budget_counts_every_ring_and_refuses_with_the_numbers(letters):
         assert engine.memory == (weights + 2 * ring, weights + 2 * ring + ring // 2)
         chats[0].close(DEADLINE)
         engine.session(window=100).wait(DEADLINE)
-        # Forgotten ones are closed too, at once: nothing waits for Python's collector.
+        # Sessions that are dropped are closed at once, too: nothing waits for Python's collector.
         gc.disable()
         said(chats[1].reply("Hi", max_tokens=2))
         chats[1].undo().result(DEADLINE)

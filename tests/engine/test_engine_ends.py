@@ -13,7 +13,7 @@ from mlx_stream import errors
 from mlx_stream.engine.model_host import ModelHost
 from tests.fakes.engines import DEADLINE, GREEDY, LONG, engine_of, eventually, said, together
 
-CLOSED = "closed before this was done"
+CLOSED = "closed before the work was done"
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_a_fork_continues_alone(letters, engine):
         fork.close(DEADLINE)
     assert engine.memory[0] == used
     far = chat.fork(back=9)
-    with pytest.raises(errors.ValueRefused, match="cannot take back"):
+    with pytest.raises(errors.ValueRefused, match="cannot undo"):
         far.wait(DEADLINE)
     assert said(chat.reply("Still there?"))
 

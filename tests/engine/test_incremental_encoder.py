@@ -158,7 +158,7 @@ def test_a_question_ends_the_turn_as_one_text(turns):
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_an_open_turn_is_what_the_template_renders(name, system):
-    """Whatever is fed and asked, the ids are those of the conversation asked in one piece."""
+    """Whatever is fed and asked, the ids are those of the conversation rendered whole."""
     source, tokens = KNOWN[name][:2]
     template = ChatTemplate(source, tokens)
     turns = PromptBuilder(byte_level(), template, system, pin=True)

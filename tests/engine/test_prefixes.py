@@ -1,4 +1,4 @@
-"""A beginning that several sessions share is read once, and its rows are copied to the bit."""
+"""A beginning that several sessions share is read once, and its rows are copied bit for bit."""
 
 from typing import Any
 

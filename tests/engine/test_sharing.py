@@ -22,7 +22,7 @@ OPTIONS: Any = {"window": 200, "max_tokens": 30, "sampling": GREEDY}
 def engine(letters):
     with engine_of(letters) as engine:
         engine.wait(DEADLINE)
-        # Of a tiny model on a busy machine, the clock decides nothing worth testing.
+        # Timing a tiny model on a busy machine shows nothing worth testing.
         engine._worker._scheduler.times.sharing_pays = lambda replies: True
         yield engine
     assert engine.close(DEADLINE)

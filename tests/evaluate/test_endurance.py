@@ -207,7 +207,7 @@ def test_a_log_of_other_settings_is_left_alone(
     ("name", "content", "why"),
     [
         *(("log", text, "is not a log") for text in ("Dear diary\nI", "{}\n", "[1]\n", "\n")),
-        ("log.state", "a novel", "another file is where the state would be saved"),
+        ("log.state", "a novel", "the state would overwrite this file"),
     ],
 )
 def test_another_file_is_left_alone(

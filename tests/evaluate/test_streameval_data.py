@@ -11,7 +11,8 @@ import pytest
 from mlx_stream.errors import TextError
 from mlx_stream.evaluate import streameval_data as texts
 
-# Of the data file of seed 1, 200 lines and the default distances; a change needs a new version.
+# The hash of the data file for seed 1, 200 lines and the default distances. If it changes, the
+# version must change.
 GOLDEN = "f99733943db319a480884aa49f92a71971453e8ba60c91f6baac162a3307283c"
 DATA = texts.make_data(7, 30, (1, 2, 3, 10))
 

@@ -29,7 +29,7 @@ def command(*words: object) -> list[str]:
 
 
 def told(*words: object, **more: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command of the assistant to its end."""
+    """Run a command of the assistant to completion."""
     return subprocess.run(command(*words), capture_output=True, text=True, timeout=DEADLINE, **more)
 
 

@@ -94,5 +94,5 @@ def decoded(chat: ChatSession, ids: list[int]) -> str:
 
 
 def joined_damage(text: str) -> str:
-    """Count damaged bytes once: decoded in parts they may be more than decoded whole."""
+    """Join runs of replacement characters: text decoded in parts may have more of them."""
     return re.sub("\ufffd+", "\ufffd", text)

@@ -90,7 +90,7 @@ class OldHeader:
 
 
 def sha256_of(*values: Any) -> str:
-    """Return the SHA-256 of "s5:Hello", "i2:17", "b4:....", "n0:" and the like, in a row."""
+    """Return the SHA-256 of "s5:Hello", "i2:17", "b4:....", "n0:" and the like, concatenated."""
     whole = hashlib.sha256()
     for value in values:
         kind, data = {
@@ -202,7 +202,8 @@ def kill_migrations(folder: Path, kills: int, luck: Random) -> Counter[str]:
     """Kill migrations at random moments; check that each leaves the old file or the new one.
 
     Returns:
-        How many left which; `cut` of the old ones had begun to write.
+        How many kills left the `old` and the `new` file; `cut` counts the old ones where
+        writing had begun.
     """
     header, turns = OldHeader(), many_turns(1500)
     whole = write_version_1(folder / "whole.db", header, turns, 7).read_bytes()

@@ -44,7 +44,7 @@ class Broken(AssertionError):
 
 
 def line(luck: Random, number: int, long: bool) -> bytes:
-    """Return a line that no other is like."""
+    """Return a line that is unlike any other."""
     odd = luck.choice(ODD) if luck.random() < 0.15 else b""
     if long and luck.random() < 0.03:
         odd = luck.choice(ODD) * luck.choice((300, 3_000, 100_000))

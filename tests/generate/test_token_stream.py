@@ -133,7 +133,7 @@ def test_observers_see_every_change_of_the_stream(tiny_model):
     stream.rewind(1)
     stream.restore(stream.state())
     expected = [("read", 5, 6, 7), ("read", 8), ("read", 9, 10), ("rewind", 1), ("erase",)]
-    # Restoring looks at what there was, in case it must be put back.
+    # Restoring reads the current state first, in case it must be put back.
     assert [event for event in observers[0].events if event != ("erase",)] == [
         *expected[:-1],
         ("restart", 5, 6, 7, 8, 9),
@@ -145,7 +145,7 @@ def test_observers_see_every_change_of_the_stream(tiny_model):
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("way", ["erase", "state"])
 def test_unattended_rows_are_zero_in_a_state(tiny_model, bits, way):
-    """Keys and values, and ids, whatever was taken back or has left."""
+    """This holds for keys, values and ids, whatever was taken back or evicted."""
     model, told = tiny_model(head_dim=64), Told()
     cache = model.new_cache(3, 10, 0 if bits else 5, kv_bits=bits)
     stream, ids = TokenStream(model, cache, [told]), itertools.cycle(range(3, 290))

@@ -159,7 +159,7 @@ def store_copy(model: Path, links: bool = False) -> Path:
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forbid connections, and programs that would make some."""
+    """Forbid connections, and programs that could open them."""
 
     def connect(*_: object) -> None:
         pytest.fail("a connection was tried")

@@ -58,7 +58,7 @@ def tensors(raw: dict, bits: int) -> Iterator[tuple[str, mx.array]]:
 
 
 def write_big(out: Path, bits: int = 16, **changes: object) -> Path:
-    """Write a model of that shape, changed, in bfloat16 or fewer bits; return its folder."""
+    """Write a model of that shape, with `changes`, in bfloat16 or fewer bits; return its folder."""
     out.mkdir(parents=True, exist_ok=True)
     raw = {**SHAPE, **changes}
     if bits != 16:

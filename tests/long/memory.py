@@ -2,7 +2,7 @@
 
     python -m tests.long.memory [--tokens 200000]
 
-Prints one line of JSON; exits with 1 if memory grew. Takes minutes: a test makes a short run.
+Prints one line of JSON; exits with 1 if memory grew. Takes minutes; a test does a short run.
 """
 
 import argparse

@@ -94,7 +94,7 @@ def exchanges() -> Iterator[tuple[str, str]]:
 
 
 def read(chat: ChatSession, question: str, reply: str = "") -> None:
-    """Let a session read an exchange as if it had been said."""
+    """Let a session read an exchange as if it had taken place."""
     said = chat.model.tokenizer.encode(reply, special=False)
     exchange = Exchange(question, reply, (), (), tuple(said))
     requests.run_coroutine(chat.replay_steps({chat.number + 1: exchange}))

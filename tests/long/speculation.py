@@ -77,7 +77,7 @@ def distinct(ids: list[int], size: int = 4) -> float:
 
 
 def timed(writer: Writer, model: Model, prompt: list[int], sampling: Sampling, most: int):
-    """Return the ids of a reply, its tokens per second, the first one left out, and its numbers."""
+    """Return the ids of a reply, its tokens per second after the first, and its statistics."""
     ids, began, stats = [], 0.0, Stats()
     ends = model.tokenizer.eos_ids
     for id in write_ids(writer, prompt, Sampler(sampling), most, ends, stats):

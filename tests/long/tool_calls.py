@@ -3,9 +3,10 @@
     python -m tests.long.tool_calls TEMPLATE...
 
 Each model has random weights and a tokenizer with the template's special tokens, and writes what a
-script says: calls as the template writes them, and with other spaces. After each reply the attended
-ids must be what the template renders, and at the end the logits to the bit those of a stream with
-the same steps. Prints a line for each template: what was done, or why it was refused.
+script says: calls as the template writes them, and with different spacing. After each reply the
+attended ids must be what the template renders. At the end the logits must equal, bit for bit, those
+of a stream with the same steps. Prints a line for each template: what was done, or why it was
+refused.
 """
 
 import argparse

@@ -59,7 +59,7 @@ def session(engine: mlx_stream.Engine, **options: Any) -> Any:
 
 
 def text_of(engine: mlx_stream.Engine, tokens: int, start: int = 0) -> str:
-    """Return a text of so many tokens."""
+    """Return a text of this many tokens."""
     tokenizer = engine._host.model.tokenizer
     return tokenizer.decode(tokenizer.encode(WORDS[start:])[:tokens])
 

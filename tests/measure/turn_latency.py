@@ -65,7 +65,7 @@ def ask(chat: ChatSession, number: int) -> Turn:
 
 
 def begun(model: Model, name: str, turns: int) -> SavedSession:
-    """Return a saved conversation of so many turns, with a full window."""
+    """Return a saved conversation of this many turns, with a full window."""
     saved = open_session(name, model, OPTIONS)
     for number in range(turns):
         ask(saved.chat, number)

@@ -238,7 +238,7 @@ def test_what_is_accepted_reads_a_text_in_time_proportional_to_its_length(patter
 
 
 def test_a_run_that_a_slow_pattern_would_read_for_long_is_refused() -> None:
-    """Also one that only the normalizer makes."""
+    """This includes a run that only the normalizer makes."""
     for pattern, run in zip(PUBLISHED_SLOW, " 1\u0661", strict=True):
         doubled = {"type": "Replace", "pattern": {"String": "q"}, "content": run * 2}
         steps = [regex(pattern), json.loads(SOUND)["pre_tokenizer"]]

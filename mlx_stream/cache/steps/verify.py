@@ -49,12 +49,12 @@ def spare_rows(bits: int | None) -> int:
 
 
 class VerifyStep:
-    """The step of T <= X + 1 tokens beyond the sinks: all are written, then attend.
+    """The step of T <= X + 1 tokens beyond the sinks: all are written, and then all attend.
 
     Each token has its own o. If o moves within the step, the sinks' rows are right for the first
-    token only, and an additive mask corrects the other tokens' scores. It is the exact scores, of
-    queries rotated to the constant position S + W - 1, minus those of the rows. The difference is
-    small, so half precision rounds it no more than it rounds queries and keys.
+    token only, and an additive mask corrects the other tokens' scores. The mask holds
+    the exact scores, of queries rotated to the constant position S + W - 1, minus the rows' scores.
+    The difference is small, so half precision rounds it no more than it rounds queries and keys.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`mlx_stream eval plot`: draw again what was measured before."""
+"""`mlx_stream eval plot`: redraw the chart of an earlier measurement."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +13,10 @@ from mlx_stream.cli.eval.common import draw
 def plot(
     *,
     result: Annotated[
-        Path, Argument(metavar="RESULT", help="What an experiment printed with --json.")
+        Path, Argument(metavar="RESULT", help="File with the --json output of an experiment.")
     ],
     file: Annotated[
-        Path, Argument(metavar="FILE", help="A .png or .svg file; the dark one is FILE-dark.")
+        Path, Argument(metavar="FILE", help="A .png or .svg file; the dark chart is FILE-dark.")
     ],
 ) -> None:
     """Draw a result that was saved with --json."""

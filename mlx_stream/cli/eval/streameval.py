@@ -26,7 +26,7 @@ def streameval(
     model: options.DefaultModelArgument = None,
     window: common.Window = 1_020,
     sinks: common.Sinks = 4,
-    lines: Annotated[int, Option(help="Lines to read.")] = 600,
+    lines: Annotated[int, Option(help="Number of lines to read.")] = 600,
     distances: Annotated[
         list[int] | None,
         Option(
@@ -37,7 +37,7 @@ def streameval(
     seed: Annotated[int, Option(help="Random seed for the facts in the lines.")] = 1,
     recall: Annotated[
         bool,
-        Option("--recall", help="Read a line that has left the window again before its query."),
+        Option("--recall", help="Before a query, read its line again if it has left the window."),
     ] = False,
     data_out: Annotated[
         Path | None, Option(help="JSON-lines file to write the lines and queries to.")

@@ -36,7 +36,7 @@ Turn = str | Sequence[MessageDict]
 # The names by which templates are told whether to think, and for how long.
 SWITCHES: Sequence[str] = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
-# Stands for a reply where only its surroundings are wanted. No other text contains it.
+# Stands for a reply where only the text around it is wanted. No other text contains it.
 MARK = f"Reply{uuid4().int}"
 LATER = f"Later{uuid4().int}"
 PADDED = f"\n \n{MARK}\n \n"
@@ -107,7 +107,7 @@ class ChatTemplate:
     A conversation that passes midnight keeps the date on which its template was built.
 
     Attributes:
-        style: how the model marks its thinking; None if the template knows of none.
+        style: how the model marks its thinking; None if the template has no thinking.
 
     Raises:
         TemplateError: any method, if the template fails, does what the sandbox forbids, takes too
@@ -185,7 +185,7 @@ class ChatTemplate:
         return self._options.get("tools", ())
 
     def render(self, messages: Sequence[MessageDict], reply: bool) -> str:
-        """Return the text of a conversation; `reply` adds what asks the model for its turn."""
+        """Return the text of a conversation; `reply` adds the generation prompt."""
         values = {"messages": messages, "add_generation_prompt": reply, **self._tokens}
         # Templates test tools and documents for none; transformers always passes both.
         values |= {"tools": None, "documents": None, "strftime_now": self._now.strftime}

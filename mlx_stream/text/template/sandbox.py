@@ -134,7 +134,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             rest, fields = CONVERSION.subn("", left)
             if "%" in rest:
-                raise RuntimeError(f"it formats by {left[:40]!r}, which is not supported")
+                raise RuntimeError(f"it formats with {left[:40]!r}, which is not supported")
             size = len(left) + fields * (400 + meter.weigh(right))  # a float can have 400 digits
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             size = (left.bit_length() * max(right, 0)) ** 2 // 100
