@@ -13,7 +13,7 @@ from typing import Any, TypedDict, get_type_hints
 import mlx.core as mx
 import numpy as np
 
-from mlx_stream.errors import ValueRefused
+from mlx_stream.errors import TypeRefused, ValueRefused
 from mlx_stream.program.argument_types import refuse_wrong_types
 
 LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
@@ -83,7 +83,8 @@ class ReplyOptions(TypedDict, total=False):
         sampling: in place of the session's. Its random numbers continue the session's unless there
             is a seed.
         bias: added to the logits of these ids.
-        mask: which tokens may come next. Nothing is guessed or built ahead then.
+        mask: which of the `vocab_size` tokens of the model's config may come next. An engine calls
+            it on its own thread. Nothing is guessed or built ahead then.
         logprobs: report each token's logarithm of the probability, with so many likeliest others
             (0 to 20). Nothing is guessed then.
     """
@@ -182,6 +183,8 @@ class Sampler:
         Raises:
             ValueRefused: an option is out of range.
         """
+        if unknown := sorted(options.keys() - ReplyOptions.__annotations__.keys()):
+            raise TypeRefused(f"`{unknown[0]}` is not an option of a reply")
         chosen = {name: value for name, value in options.items() if value is not None}
         if not chosen:
             return self
@@ -196,8 +199,11 @@ class Sampler:
     def _set_bias(self, bias: Mapping[int, float], vocabulary: int) -> None:
         self._bias = np.zeros(vocabulary, np.float32)
         for id, value in bias.items():
-            if not 0 <= id < vocabulary or math.isnan(value):
-                raise ValueRefused(f"bias of token {id}: no such token, or not a number: {value}")
+            if not 0 <= id < vocabulary or not value < math.inf:
+                raise ValueRefused(
+                    f"the bias of token {id} is {value}: use a number for one of {vocabulary:,} "
+                    "tokens"
+                )
             self._bias[id] = value
         self.mode = replace(self.mode, biased=True)
         self.numbers["bias"] = mx.array(self._bias)
@@ -210,13 +216,14 @@ class Sampler:
         """
         if self.mask is None or self._bias is None:
             return
-        allowed, bias = self.mask(ids), self._bias
+        allowed, bias = self.mask(tuple(ids)), self._bias
         if allowed is not None:
-            if np.shape(allowed) != bias.shape or not np.any(allowed):
+            if np.shape(allowed) == bias.shape:
+                bias = np.where(allowed, bias, -math.inf).astype(np.float32)
+            if np.shape(allowed) != bias.shape or not np.isfinite(bias).any():
                 raise ValueRefused(
                     f"a mask must allow at least one of {len(bias):,} tokens, and have that size"
                 )
-            bias = np.where(allowed, bias, -math.inf).astype(np.float32)
         self.numbers = {**self.numbers, "bias": mx.array(bias)}
 
     def state(self) -> str:

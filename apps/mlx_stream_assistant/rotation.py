@@ -72,7 +72,7 @@ class FileSearch:
         Its device has another number after a restart of the machine, and its own is another if an
         editor saved it before it was renamed.
         """
-        files = list(self._beside())
+        files = self._beside()
         same = [one for one in files if one[1].st_ino == place.inode and self._holds(place, *one)]
         if not any(map(self.is_rotated, same)):  # a copy or a link, or none
             for found in files:
@@ -158,7 +158,20 @@ class FileSearch:
         shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
         self._tell_once(f"{self.path}: not read{more}: {shown}")
 
-    def _beside(self) -> Iterator[Found]:
+    def _beside(self) -> list[Found]:
+        """Return the other files in the folder.
+
+        A file that is renamed meanwhile may be missing in a listing, so it is read twice.
+        """
+        first, second = list(self._listed()), list(self._listed())
+        if self._rotated_in(first) != self._rotated_in(second):
+            raise FileNotFoundError(f"{self.path}: its rotated files are being renamed")
+        return second
+
+    def _rotated_in(self, files: list[Found]) -> set[tuple[str, int]]:
+        return {(one[0].name, one[1].st_ino) for one in files if self.is_rotated(one)}
+
+    def _listed(self) -> Iterator[Found]:
         """Yield the other files in the folder; one may go at any moment."""
         with suppress(OSError), os.scandir(self.path.parent) as entries:
             for _, entry in zip(range(MOST_NAMES), entries, strict=False):

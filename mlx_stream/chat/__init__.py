@@ -1,6 +1,7 @@
 """Manages conversations on one stream and saves them; independent of threads and terminals.
 
-The public names are for programs that show saved conversations. Each is imported on first use.
+The public names are for programs that show saved conversations, or recall what has left one. Each
+is imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,12 @@ if TYPE_CHECKING:
     from mlx_stream.chat.search import search_sessions
     from mlx_stream.chat.session_files import session_names
     from mlx_stream.chat.summaries import SessionSummary, session_summaries
+    from mlx_stream.recall.quote import Passage, RecallStore
 
 __all__ = [
     "Exchange",
+    "Passage",
+    "RecallStore",
     "SessionSummary",
     "open_transcript",
     "plural",
@@ -28,6 +32,8 @@ __all__ = [
 
 _HOMES = {
     "Exchange": "mlx_stream.chat.exchange",
+    "Passage": "mlx_stream.recall.quote",
+    "RecallStore": "mlx_stream.recall.quote",
     "SessionSummary": "mlx_stream.chat.summaries",
     "open_transcript": "mlx_stream.chat.manage",
     "plural": "mlx_stream.chat.exchange",

@@ -46,9 +46,14 @@ def turn_of_messages(question: Question) -> tuple[tuple[Message, ...], Message |
         TextError: the question is empty, or a text is not valid Unicode.
         ValueRefused: a message has another role, or an assistant's is not the last.
     """
-    messages = as_messages(question)
     if isinstance(question, str) and not question:
         raise TextError("the question is empty")
+    texts = isinstance(question, str) or (
+        isinstance(question, Sequence) and all(isinstance(one, Message) for one in question)
+    )
+    if not texts:
+        raise TextError(f"a question must be text or a sequence of messages, not {question!r:.60}")
+    messages = as_messages(question)
     for place, message in enumerate(messages):
         check_message(message)
         if message.role == "assistant" and place < len(messages) - 1:

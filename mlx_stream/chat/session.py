@@ -32,7 +32,7 @@ from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, ValueRefused, one_line
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
-from mlx_stream.generate.requests import Coroutine, Priority, driven, read_ids, run_coroutine
+from mlx_stream.generate.requests import Coroutine, driven, read_ids, run_coroutine
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
@@ -454,21 +454,20 @@ class ChatSession:
         unread = unread_ids(pinned, (*turns, asked), self.tokens.length)
         report, given = cumulative(progress, len(unread) + reply.count), reply.count
         read_before = self.stats.prompt_tokens
-        yield from self._read_pinned(report)
-        prompt = (*unread_ids(pinned, (*turns, asked), self.tokens.length), *reply.ids)
-        writer = write_reply(
-            self.writer,
-            prompt,
-            sampler,
-            limit,
-            self.prompts.replies.end_ids,
-            reply,
-            self.stats,
-            self.evictor.make_room,
-            report,
-        )
-        result = None
+        writer, result = None, None
         try:
+            self.stats.prompt_tokens += yield from self._read_pinned(report)
+            writer = write_reply(
+                self.writer,
+                (*unread_ids(pinned, (*turns, asked), self.tokens.length), *reply.ids),
+                sampler,
+                limit,
+                self.prompts.replies.end_ids,
+                reply,
+                self.stats,
+                self.evictor.make_room,
+                report,
+            )
             while self.evictor.state.reply is reply:  # until the next turn settles this one
                 result = yield writer.send(result)
             yield Piece("", "superseded")
@@ -488,10 +487,11 @@ class ChatSession:
                 recalled_tokens=state.quoted,
             )
         finally:
-            writer.close()
+            if writer:
+                writer.close()
             if self.evictor.state.reply is reply:
                 self._settle()
-        yield from self._read_settling()
+        yield from self._read_settling(settling=True)
         if self.recorder and isinstance(self.evictor.state, Idle):
             self.recorder.checkpoint()
 
@@ -744,37 +744,48 @@ class ChatSession:
         return self.evictor.state.turns
 
     def _read_settling(
-        self, progress: Callable[[int], None] | None = None, before: int | None = None
+        self,
+        progress: Callable[[int], None] | None = None,
+        before: int | None = None,
+        settling: bool = False,
     ) -> Coroutine[Piece, None]:
-        """Read what the stream is missing of its turns, up to the place `before`."""
+        """Read what the stream is missing of its turns, up to the place `before`.
+
+        Args:
+            settling: whether no caller waits for it.
+        """
         state = self.evictor.state
         waits = not self._reserved
         if not (isinstance(state, Idle) and is_unsettled(state.turns, self.tokens.length, waits)):
             return
-        yield from self._read_pinned(progress)
+        self.stats.settled += yield from self._read_pinned(progress)
         ids = unread_ids(self.prompts.pinned, state.turns, self.tokens.length)
         if before is not None:
             ids = ids[: max(0, before - self.tokens.length)]
         if ids:
             self.evictor.make_room(len(ids), keep=1)
-            yield from read_ids(self.tokens, ids, progress=progress, priority=Priority.SETTLING)
+            yield from read_ids(self.tokens, ids, progress=progress, settling=settling)
             self.stats.settled += len(ids)
         self._count()
 
-    def _read_pinned(self, progress: Callable[[int], None] | None) -> Coroutine[Piece, None]:
-        """Read the pinned beginning in steps of its own, or copy the rows of one read before."""
+    def _read_pinned(self, progress: Callable[[int], None] | None) -> Coroutine[Piece, int]:
+        """Read the pinned beginning in steps of its own, or copy the rows of one read before.
+
+        Returns:
+            How many tokens were read.
+        """
         pinned, started = self.prompts.pinned, self.tokens.length
         if started >= len(pinned):
-            return
+            return 0
         if not started and self._prefixes and self._prefixes.restore(self.writer, pinned):
             if progress:
                 progress(len(pinned))
-            return
+            return 0
         result = yield from read_ids(self.tokens, pinned[started:], progress=progress)
-        self.stats.prompt_tokens += result.count
         self.stats.prompt_seconds += result.seconds
         if not started and self._prefixes:
             self._prefixes.add(self.writer, pinned)
+        return result.count
 
     # --- the stream, its statistics and the recorder ---
 

@@ -30,7 +30,7 @@ class TranscriptRecall:
     """Finds exchanges of one transcript; see `RecallStore`. Before `attach` it finds none.
 
     No failure of the index ends a reply: the index is made again, or else a notice says that
-    nothing can be recalled.
+    recall is off.
     """
 
     def __init__(self, path: Path, notify: Notify = discard):
@@ -98,7 +98,8 @@ class TranscriptRecall:
                 with suppress(SessionError):
                     self._remove()
         assert failure
-        self.notify(f"nothing can be recalled: {one_line(failure)}")
+        self._store = None
+        self.notify(f"recall is off: {one_line(failure)}")
         return otherwise
 
     def _remove(self) -> None:

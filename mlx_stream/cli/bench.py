@@ -39,7 +39,7 @@ STREAMS = (
     ("shared", "shared ms", ".1f"),
     ("in_turn", "in turn ms", ".1f"),
     ("mlx_lm", "mlx-lm ms", ".1f"),
-    ("shared_gain", "tokens of one", ".2f"),
+    ("shared_gain", "speedup", ".2f"),
     ("in_turn_gain", "in turn", ".2f"),
     ("mlx_lm_gain", "mlx-lm's", ".2f"),
     ("ratio", "ratio", ".3f"),
@@ -82,8 +82,8 @@ def bench(
     streams: Annotated[
         str | None,
         Option(
-            help="Time so many streams at once instead, in the first window: numbers separated by "
-            "commas, such as 1,2,4,8."
+            help="Measure this many concurrent streams instead, as numbers separated by commas, "
+            "such as 1,2,4,8. Uses the first window."
         ),
     ] = None,
     loading: options.MeasuredLoadOptions,
@@ -117,7 +117,7 @@ def bench(
         if json:
             print_json({**about, "streams": rows, "machine": backend.describe()})
             return
-        print("a token of each stream, in one step, in turn, and in mlx-lm's batch")
+        print("time for one token of each stream: in a shared step, in turn, in mlx-lm's batch")
         medians = {one: f"{one}_ms" for one in ("shared", "in_turn", "mlx_lm")}
         shown = [{**row, **{one: row[name][1] for one, name in medians.items()}} for row in rows]
         print_rows(shown, STREAMS)

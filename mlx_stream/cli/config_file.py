@@ -134,8 +134,9 @@ def parse_config(text: str, path: Path) -> dict[str, Any]:
 def with_value(text: str, key: str, value: Any) -> str:
     """Return a file's text with one value changed or added."""
     table, _, name = key.rpartition(".")
-    line = f"{name} = {json.dumps(value, ensure_ascii=False)}"
-    lines, section, end = text.splitlines(), "", None
+    # A string of JSON is one of TOML, but for the character DEL.
+    line = f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
+    lines, section, end = text.removesuffix("\n").split("\n") if text else [], "", None
     for number, old in enumerate(lines):
         if heading := re.match(r"\s*\[([^\]]*)\]", old):
             section = heading[1].strip()

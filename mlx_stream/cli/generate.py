@@ -1,5 +1,6 @@
 """`mlx_stream generate`: one completion of a text."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from mlx_stream.program.exits import notify
 
 if TYPE_CHECKING:
     from mlx_stream.generate.requests import Coroutine
+    from mlx_stream.load import Model
     from mlx_stream.text.pieces import Piece
 
 
@@ -33,7 +35,9 @@ def generate(
     out: Annotated[
         Path | None, Option(help="File for the replies to --file, one JSON object a line.")
     ] = None,
-    streams: Annotated[int, Option(help="Prompts of --file to complete at a time.")] = 8,
+    streams: Annotated[
+        int | None, Option(help="Number of prompts of --file to complete at once. Default: 8.")
+    ] = None,
     model: options.DefaultModelArgument = None,
     max_tokens: options.MaxTokens = 256,
     sampling: options.SamplingOptions,
@@ -45,7 +49,9 @@ def generate(
 ) -> None:
     """Continue a text of any length, without a chat template.
 
-    With --file, replies are logged as they end, and the same command continues a run that was cut.
+    With --file, replies are logged as they end, and the same command continues an interrupted run.
+    The prompts share steps, which round differently: with --seed, use --streams 1 for a result that
+    is the same each time.
     """
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
     from mlx_stream.generate.completion import stream, stream_steps
@@ -54,6 +60,8 @@ def generate(
     chosen = sampling.as_sampling()
     if (prompt is None) == (file is None) or (file is None) != (out is None):
         raise typer.BadParameter("give either -p TEXT, or --file and --out")
+    if streams is not None and file is None:
+        raise ValueRefused("--streams is for --file")
     if file and out:
         from mlx_stream.cli.generate_file import generate_file
 
@@ -61,6 +69,8 @@ def generate(
             raise ValueRefused("--stats and --json do not work with --file")
         loaded = loading.load(model)
         draft = loading.load(reply.draft) if reply.draft else None
+
+        notify_once = functools.cache(notify)  # many prompts have the same notices
 
         def begin(text: str) -> "Coroutine[Piece, None]":
             return stream_steps(
@@ -71,6 +81,7 @@ def generate(
                 reply.stop or (),
                 attended.sinks,
                 attended.window,
+                notify=notify_once,
                 kv_bits=attended.kv_bits,
                 speculate=reply.speculate,
                 draft=draft,
@@ -78,6 +89,8 @@ def generate(
 
         about = {"model": loaded.fingerprint(), "max_tokens": max_tokens, "stop": reply.stop}
         settings = about | vars(sampling) | vars(attended)
+        streams = 8 if streams is None else streams
+        check_streams(loaded, attended, streams)
         generate_file(file, out, streams, settings, begin)
         return
     assert prompt is not None
@@ -114,3 +127,16 @@ def generate(
         print()
     if stats:
         print_stats(counts)
+
+
+def check_streams(model: "Model", attended: options.WindowOptions, streams: int) -> None:
+    """Refuse more streams than fit the memory together, before any is allocated."""
+    from mlx_stream.cache.steps.verify import spare_rows
+    from mlx_stream.models.layout import ring_bytes
+    from mlx_stream.window import MOST_STREAMS
+
+    if not model.force and 1 < streams <= MOST_STREAMS:
+        sinks, window = model.resolve_window(attended.sinks, attended.window)
+        bits = attended.kv_bits
+        ring = ring_bytes(model.config, sinks, window, model.dtype.size, bits, spare_rows(bits))
+        model.check(model.weight_bytes, streams * ring)

@@ -3,27 +3,27 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from mlx_stream.cli.terminal import progress_bar, read_text
 from mlx_stream.engine.offline import run_all
-from mlx_stream.errors import TextError, ValueRefused
+from mlx_stream.errors import MlxStreamError, TextError, ValueRefused, one_line
 from mlx_stream.evaluate.jsonl import open_log
 from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.requests import Coroutine
 from mlx_stream.program.atomic_replace import flush
 from mlx_stream.text.pieces import Piece
+from mlx_stream.window import MOST_STREAMS
 
-MOST_STREAMS = 64
 
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a JSON Lines file: strings, or objects with a "prompt".
+def read_prompts(path: Path) -> dict[int, str]:
+    """Return the prompts of a JSON Lines file by line: strings, or objects with a "prompt".
 
     Raises:
         ValueRefused: a line is neither, or there is none.
     """
-    prompts: list[str] = []
+    prompts: dict[int, str] = {}
     for number, line in enumerate(read_text(str(path)).split("\n"), 1):
         if not line.strip():
             continue
@@ -36,7 +36,7 @@ def read_prompts(path: Path) -> list[str]:
             raise ValueRefused(
                 f'{path}, line {number}: not a JSON string, nor an object with a "prompt"'
             )
-        prompts.append(prompt)
+        prompts[number] = prompt
     if not prompts:
         raise ValueRefused(f"{path}: there are no prompts in it")
     return prompts
@@ -51,8 +51,8 @@ def generate_file(
 ) -> None:
     """Write the reply to each prompt of `path` as a line of `out`, in the same order.
 
-    Replies are logged in `out` with `.part` behind its name as they end, and the same command
-    continues from there.
+    Each reply is logged as it ends, in a file with `.part` appended to the name, and the same
+    command continues from there. A prompt that cannot be completed has an error in its line.
 
     Args:
         streams: how many prompts are completed at a time.
@@ -60,13 +60,13 @@ def generate_file(
         begin: returns the coroutine that completes a prompt.
 
     Raises:
-        ValueRefused: a value or file that will not do, or `out` exists.
-        TextError: a file cannot be read or written.
+        ValueRefused: a value is out of range, a file cannot be used, or `out` already exists.
+        TextError: a file cannot be read or written, or a prompt cannot be completed.
     """
     if not 1 <= streams <= MOST_STREAMS:
         raise ValueRefused(f"--streams must be from 1 to {MOST_STREAMS}, not {streams}")
     if out.exists():
-        raise ValueRefused(f"{out}: exists: choose another --out")
+        raise ValueRefused(f"{out}: already exists: choose another --out")
     prompts, log_path = read_prompts(path), out.with_name(f"{out.name}.part")
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     with (
@@ -74,15 +74,22 @@ def generate_file(
         progress_bar("completing") as progress,
     ):
         done = {row["line"] for row in log.rows}
-        left = [at for at in range(len(prompts)) if at + 1 not in done]
-        for place, pieces in run_all((begin(prompts[at]) for at in left), streams):
-            log.append(row_of(left[place] + 1, pieces))
+        left = [line for line in prompts if line not in done]
+        begins = (partial(begin, prompts[line]) for line in left)
+        for place, found in run_all(begins, streams):
+            log.append(row_of(left[place], found))
             progress(len(log.rows), len(prompts))
         write_replies(out, sorted(log.rows, key=lambda row: row["line"]))
     log_path.unlink()
+    if failed := sum("error" in row for row in log.rows):
+        raise TextError(
+            f"{failed:,} of {len(prompts):,} prompts cannot be completed: see their lines in {out}"
+        )
 
 
-def row_of(line: int, pieces: Sequence[Piece]) -> Row:
+def row_of(line: int, pieces: Sequence[Piece] | MlxStreamError) -> Row:
+    if isinstance(pieces, MlxStreamError):
+        return {"line": line, "error": one_line(pieces)}
     text = "".join(piece.text for piece in pieces)
     return {"line": line, "text": text, "finish": pieces[-1].finish}
 

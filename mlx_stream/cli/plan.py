@@ -40,7 +40,7 @@ def plan(
     ] = None,
     group_size: Annotated[int, Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     kv_bits: options.KvBits = None,
-    streams: Annotated[int, Option(help="Conversations open at the same time.")] = 1,
+    streams: Annotated[int, Option(help="Number of conversations open at once.")] = 1,
     dtype: options.Dtype = None,
     keep_quantized: options.KeepQuantized = None,
     no_entitlement: Annotated[

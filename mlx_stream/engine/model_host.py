@@ -85,7 +85,11 @@ class ModelHost:
         self.name = str(source)
         self.notices: list[str] = []
         self.budget = Budget(limit or 0)
-        self.prefixes = PrefixCache(partial(self.budget.try_stream, PREFIXES))
+        # Sessions that share no step begin with rows that were read in steps of their own.
+        self.prefixes = {
+            shared: PrefixCache(partial(self.budget.try_stream, (PREFIXES, shared)))
+            for shared in (True, False)
+        }
         self._source, self._limit = source, limit
         self._dtype, self._keep = dtype, keep_quantized
         self._model: Model | None = None
@@ -112,20 +116,28 @@ class ModelHost:
         """Return the model, with its streams charged to `key`."""
         return self.model.with_check(partial(self._charge, key))
 
+    @property
+    def prefix_bytes(self) -> int:
+        return sum(prefixes.nbytes for prefixes in self.prefixes.values())
+
+    def drop_prefixes(self) -> None:
+        for prefixes in self.prefixes.values():
+            prefixes.clear()
+
     def _charge(self, key: object, weights: int, stream: int) -> None:
         """Charge a stream; the kept beginnings make room for it."""
         try:
             self.budget.charge(key, weights, stream)
         except MemoryRefused:
-            if not self.prefixes.nbytes:
+            if not self.prefix_bytes:
                 raise
-            self.prefixes.clear()
+            self.drop_prefixes()
             self.budget.charge(key, weights, stream)
 
     def leave(self) -> None:
         """Release everything, so that another thread can use MLX."""
         self._model = None
-        self.prefixes.clear()
+        self.drop_prefixes()
         self.budget.weights = 0
         mx.clear_cache()
         mx.clear_streams()

@@ -1,26 +1,28 @@
 """Runs several coroutines to their ends on this thread, in shared steps; knows no sessions."""
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
 
 from mlx_stream.engine.scheduler import Scheduler
+from mlx_stream.errors import MlxStreamError
 from mlx_stream.generate.requests import Coroutine, ReadRequest, ReadResult
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 
-class Running(list[T]):
-    """A coroutine that has begun, and the items that it has yielded.
+class Running(Generic[T]):
+    """A coroutine that has begun.
 
     Attributes:
+        items: what it has yielded.
         request: the read that it waits for; None at its end.
+        error: why it ended early.
     """
 
-    def __init__(self, coroutine: Coroutine[T, R]):
-        super().__init__()
-        self.coroutine = coroutine
+    def __init__(self, coroutine: Coroutine[T, None]):
+        self.coroutine, self.items = coroutine, list[T]()
         self.request: ReadRequest | None = None
+        self.error: MlxStreamError | None = None
 
     def advance(self, result: ReadResult | None = None) -> None:
         """Run the coroutine until its next read, or to its end."""
@@ -31,26 +33,37 @@ class Running(list[T]):
                 if isinstance(item, ReadRequest):
                     self.request = item
                 else:
-                    self.append(item)
+                    self.items.append(item)
         except StopIteration:
             pass
+        except MlxStreamError as error:
+            self.error = error
 
 
-def run_all(coroutines: Iterable[Coroutine[T, R]], most: int) -> Iterator[tuple[int, list[T]]]:
-    """Run coroutines, up to `most` at a time; yield the place and the items of each that has ended.
+def run_all(
+    begins: Iterable[Callable[[], Coroutine[T, None]]], most: int
+) -> Iterator[tuple[int, list[T] | MlxStreamError]]:
+    """Run coroutines, up to `most` at a time.
 
-    An error in one of them, or in a step, ends all of them.
+    An error in a step ends all of them.
+
+    Args:
+        begins: each returns a coroutine.
+
+    Yields:
+        The place of each coroutine that has ended, and its items or its own error.
     """
-    waiting, scheduler = enumerate(coroutines), Scheduler()
+    waiting, scheduler = enumerate(begins), Scheduler()
     running: dict[int, Running[T]] = {}
     try:
         while True:
             while len(running) < most and (begun := next(waiting, None)):
-                running[begun[0]] = Running(begun[1])
+                running[begun[0]] = Running(begun[1]())
                 running[begun[0]].advance()
             if ended := [at for at, one in running.items() if one.request is None]:
                 for at in ended:
-                    yield at, [*running.pop(at)]
+                    one = running.pop(at)
+                    yield at, one.error or one.items
                 continue  # others may begin
             if not running:
                 return

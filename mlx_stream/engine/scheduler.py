@@ -1,8 +1,8 @@
 """Decides which reads share the next step; knows requests, and neither threads nor sessions.
 
-Tokens of replies are in every step. Its other rows are divided among prompts and among streams that
-settle. While replies wait, there are only so many of these rows that a step takes a few times as
-long as one of tokens alone.
+Tokens of replies are in every step. Its other rows are divided among prompts and streams that
+settle. While replies are in progress, those rows are limited, so that a step takes at most
+`LONGEST` times as long as one without them.
 """
 
 import time
@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from statistics import median
 
 from mlx_stream.cache.geometry import STEP_LENGTHS
-from mlx_stream.generate.requests import Priority, ReadRequest, ReadResult, Want
+from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.window import PREFILL_CHUNK, SHARED_ROWS
 
-# A step with rows of prompts may take this many times as long as one of tokens alone.
 LONGEST = 2.6
 FEWEST_ROWS = 8  # rows of prompts, however long they take
-SETTLING_SHARE = 4  # streams that settle get at least one row of so many
+SETTLING_SHARE = 4  # streams that settle get at least one row in this many
 MEASURED = 5  # the latest steps of a kind that count
+LEAST_MEASURED = 3  # the fewest; the first step of a kind may compile, and never counts
 PROBE_EVERY = 256  # rounds after which it is measured again whether sharing pays
 
 Results = list[ReadResult | Exception]
@@ -36,7 +36,10 @@ class StepTimes:
     def record(self, replies: int, rows: int, seconds: float) -> None:
         """Learn from a step of one token of each of `replies` streams and `rows` other rows."""
         if not rows:
-            self._tokens.setdefault(replies, deque(maxlen=MEASURED)).append(seconds)
+            if replies in self._tokens:
+                self._tokens[replies].append(seconds)
+            else:
+                self._tokens[replies] = deque(maxlen=MEASURED)
             return
         base = self.of_tokens(replies) if replies else 0.0
         if base is not None:
@@ -44,8 +47,8 @@ class StepTimes:
 
     def of_tokens(self, replies: int) -> float | None:
         """Return how long a step of one token of each reply takes, if that was measured."""
-        found = self._tokens.get(replies)
-        return median(found) if found else None
+        found = self._tokens.get(replies, ())
+        return median(found) if len(found) >= LEAST_MEASURED else None
 
     def sharing_pays(self, replies: int) -> bool:
         """Return whether the next token of each reply comes sooner in one step than in turn.
@@ -53,7 +56,6 @@ class StepTimes:
         Both are tried first, and again now and then.
         """
         at = self._rounds.get(replies, 0)
-        self._rounds[replies] = (at + 1) % PROBE_EVERY
         together, alone = self.of_tokens(replies), self.of_tokens(1)
         if alone is None or at == PROBE_EVERY - 1:
             return False
@@ -61,13 +63,20 @@ class StepTimes:
             return True
         return together < replies * alone
 
+    def count_round(self, replies: int) -> None:
+        self._rounds[replies] = (self._rounds.get(replies, 0) + 1) % PROBE_EVERY
+
     def most_rows(self, replies: int) -> int:
-        """Return how many rows of prompts a step with tokens of `replies` streams may have."""
+        """Return how many rows of prompts a step with tokens of `replies` streams may have.
+
+        With the tokens they make one of the lengths to which steps are padded.
+        """
         if not replies:
             return SHARED_ROWS
         base, row = self.of_tokens(replies), median(self._row) if self._row else 0.0
         most = int((LONGEST - 1) * base / row) if base and row else PREFILL_CHUNK // 4
-        return max([FEWEST_ROWS, *(one for one in STEP_LENGTHS if one <= min(most, SHARED_ROWS))])
+        rows = (length - replies for length in STEP_LENGTHS)
+        return max([FEWEST_ROWS, *(count for count in rows if count <= min(most, SHARED_ROWS))])
 
 
 class Scheduler:
@@ -91,13 +100,22 @@ class Scheduler:
         """
         replies = [at for at, request in enumerate(requests) if is_token(request)]
         prompts = [at for at in range(len(requests)) if at not in replies]
-        if len(replies) > 1 and not self.times.sharing_pays(len(replies)):
-            return [[at] for at in (*replies, *prompts)]
-        divide(self.times.most_rows(len(replies)), [requests[at] for at in prompts])
+        guessed = sum(len(requests[at].ids) - 1 for at in replies)
+        rows = max(FEWEST_ROWS, self.times.most_rows(len(replies)) - guessed)
+        divide(rows, [requests[at] for at in prompts])
+        if len(replies) > 1:
+            pays = self.times.sharing_pays(len(replies))
+            self.times.count_round(len(replies))
+            if not pays:
+                return [[at] for at in (*replies, *prompts)]
         return [[*replies, *prompts]] if requests else []
 
-    def run(self, requests: Sequence[ReadRequest]) -> Results:
-        """Run a step; return the result or the error of each request."""
+    def run(self, requests: Sequence[ReadRequest], measure: bool = True) -> Results:
+        """Run a step; return the result or the error of each request.
+
+        Args:
+            measure: whether to learn from its duration.
+        """
         started = self._clock()
         if len(requests) == 1:
             found: Results = [run_alone(requests[0])]
@@ -105,7 +123,11 @@ class Scheduler:
             found = self._run(requests)
         seconds = self._clock() - started
         read = [result.count for result in found if isinstance(result, ReadResult)]
-        if len(read) == len(requests) and not any(r.want is Want.ROWS for r in requests):
+        if (
+            measure
+            and len(read) == len(requests)
+            and not any(r.want is Want.ROWS for r in requests)
+        ):
             replies = sum(map(is_token, requests))
             self.times.record(replies, sum(read) - replies, seconds)
         return found
@@ -128,8 +150,8 @@ def divide(rows: int, requests: Sequence[ReadRequest]) -> None:
 
     With 64 rows, prompts of 10, 100 and 200 ids get 10, 27 and 27.
     """
-    settling = [request for request in requests if request.priority is Priority.SETTLING]
-    prompts = [request for request in requests if request.priority is Priority.PROMPT]
+    settling = [request for request in requests if request.settling]
+    prompts = [request for request in requests if not request.settling]
     kept = rows // SETTLING_SHARE if settling and prompts else 0
     rows = share_rows(rows - kept, prompts)
     share_rows(rows + kept, settling)

@@ -65,7 +65,7 @@ class SessionWorker:
     def open(self) -> Work:
         """Begin a conversation, or resume a saved one; a coroutine."""
         model = self.host.model_for(self.key)
-        options = replace(self.options, prefixes=self.host.prefixes)
+        options = replace(self.options, prefixes=self.host.prefixes[self.shared])
         notices: deque[str] = deque(maxlen=MOST_NOTICES)
         if self.copied:
             chat, self.copied = self.copied.result(), None

@@ -117,9 +117,8 @@ class SessionQueue:
 
     @property
     def request(self) -> ReadRequest | None:
-        """The read that the session waits for, unless its caller is behind."""
-        task = next(iter(self.tasks), None)
-        return task.request if task and task.runnable() else None
+        """The read that the session waits for."""
+        return self.tasks[0].request if self.tasks else None
 
     def take_request(self) -> ReadRequest:
         """Return the read that the session waits for, and forget it: it keeps a stream alive."""
@@ -347,7 +346,9 @@ class Worker:
                 queue.step()
         for step in self._schedule(queues):
             if not self.closing:
-                results = self._scheduler.run([queue.take_request() for queue in step])
+                requests = [queue.take_request() for queue in step]
+                results = self._scheduler.run(requests, measure=step[0].owner.shared)
+                del requests  # they keep streams alive
                 for queue, result in zip(step, results, strict=True):
                     queue.give(result)
 

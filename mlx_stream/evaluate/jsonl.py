@@ -17,6 +17,7 @@ from mlx_stream.errors import TextError, ValueRefused
 from mlx_stream.evaluate.report import Row, finite
 
 KIND = {"log": "mlx_stream log", "version": 1}
+KIND_BEGINS = json.dumps(KIND).encode()[:-1]
 
 
 @dataclass
@@ -63,14 +64,21 @@ def open_log(path: Path, key: Row, about: Row) -> Iterator[JsonLog]:
         except BlockingIOError:
             raise ValueRefused(f"{path}: another process is writing this log") from None
         file.seek(0)
-        if data := file.read():
-            whole = data[: data.rfind(b"\n") + 1]
+        data = file.read()
+        if whole := data[: data.rfind(b"\n") + 1]:
             log = JsonLog(path, file, *read_lines(path, key, whole))
             file.truncate(len(whole))
+        elif data and not KIND_BEGINS.startswith(data[: len(KIND_BEGINS)]):
+            raise not_a_log(path)
         else:
+            file.truncate(0)  # the first line was cut short
             log = JsonLog(path, file, KIND | {"key": key, "about": about}, [])
             log.write(log.header)
         yield log
+
+
+def not_a_log(path: Path) -> ValueRefused:
+    return ValueRefused(f"{path}: exists and is not a log of this program: choose another file")
 
 
 def read_lines(path: Path, key: Row, data: bytes) -> tuple[Row, list[Row]]:
@@ -80,14 +88,12 @@ def read_lines(path: Path, key: Row, data: bytes) -> tuple[Row, list[Row]]:
             raise ValueError
         found = header["key"]
     except (ValueError, KeyError, TypeError):
-        raise ValueRefused(
-            f"{path}: exists and is not a log of this program: choose another file"
-        ) from None
+        raise not_a_log(path) from None
     for name, wanted in key.items():
         if found.get(name) != wanted:
             numbers = f" ({found.get(name)}, not {wanted})" if isinstance(wanted, int) else ""
             raise ValueRefused(
                 f"{path}: is the log of a run with different settings: {name}{numbers}; "
-                "choose another --log"
+                "choose another file"
             )
     return header, rows

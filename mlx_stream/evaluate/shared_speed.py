@@ -21,9 +21,9 @@ from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
+from mlx_stream.window import MOST_STREAMS
 
 LEAST_ROUNDS = 3
-MOST_STREAMS = 64
 
 Round = Callable[[], None]
 

@@ -6,73 +6,78 @@ would give.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_stream.cache.geometry import StreamPosition
 from mlx_stream.cache.storage import QuantizedStorage
 from mlx_stream.generate.speculative import Writer
 
 MOST_PREFIXES = 8
-# The parts of quantized rows beyond the sinks, where a beginning has nothing.
-BEYOND_SINKS = (".quants", ".scales", ".biases")
+# Reading fewer ids takes one short step, and copying rows passes over the whole buffer.
+LEAST_IDS = 64
 
-State = dict[str, mx.array | int]
+
+@dataclass(frozen=True)
+class Prefix:
+    """A beginning of P ids: its place, each layer's rows (1, K, P, D), the sinks (L, K, P, D)."""
+
+    position: StreamPosition
+    keys: list[mx.array]
+    values: list[mx.array]
+    sinks: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.keys, *self.values, self.sinks))
 
 
 class PrefixCache:
-    """The states of streams that have read a beginning and nothing else.
+    """The rows of the beginnings that were used last.
 
     Args:
-        reserve: called with the bytes of all beginnings; returns whether there is room for them.
+        reserve: called with the bytes of all of them; returns whether there is room for so many,
+            and reserves it.
     """
 
     def __init__(self, reserve: Callable[[int], bool]):
         self._reserve = reserve
-        self._states: dict[object, State] = {}  # the latest one used is last
+        self._prefixes: dict[object, Prefix] = {}  # the latest one used is last
 
     @property
     def nbytes(self) -> int:
-        return sum(map(state_bytes, self._states.values()))
+        return sum(prefix.nbytes for prefix in self._prefixes.values())
 
     def restore(self, writer: Writer, ids: Sequence[int]) -> bool:
         """Make an empty stream begin with these ids, if their rows are here."""
         key = key_of(writer, ids)
-        if key not in self._states:
+        if key not in self._prefixes:
             return False
-        known = self._states[key] = self._states.pop(key)
-        state = writer.tokens.state()
-        for name, value in known.items():
-            whole = state[name]
-            if isinstance(value, mx.array) and isinstance(whole, mx.array) and value.ndim == 4:
-                value = mx.concatenate([value, whole[:, :, value.shape[2] :]], axis=2)
-            state[name] = value
-        writer.tokens.restore(state)
+        self._prefixes[key] = prefix = self._prefixes.pop(key)
+        paste_rows(writer, prefix)
+        writer.tokens.ids.restore(ids)
         return True
 
     def add(self, writer: Writer, ids: Sequence[int]) -> None:
         """Keep the rows of a stream that has read these ids and nothing else; all are sinks."""
-        state: State = {}
-        for name, value in writer.tokens.state().items():
-            if isinstance(value, mx.array) and value.ndim == 4:
-                if name.endswith(BEYOND_SINKS):
-                    continue
-                value = mx.contiguous(value[:, :, : len(ids)] + 0)
-            state[name] = value
-        mx.eval([value for value in state.values() if isinstance(value, mx.array)])
-        while self._states and not self._has_room(state):
-            del self._states[next(iter(self._states))]
-        if self._has_room(state):
-            self._states[key_of(writer, ids)] = state
+        key = key_of(writer, ids)
+        if len(ids) < LEAST_IDS or key in self._prefixes:
+            return
+        needed = len(ids) * writer.cache.current.sinks.nbytes // writer.cache.geometry.sinks * 3
+        while self._prefixes and not self._has_room(needed):
+            del self._prefixes[next(iter(self._prefixes))]
+        if self._has_room(needed):
+            self._prefixes[key] = copy_rows(writer, len(ids))
         self._reserve(self.nbytes)
 
     def clear(self) -> None:
         """Forget every beginning."""
-        self._states.clear()
+        self._prefixes.clear()
         self._reserve(0)
 
-    def _has_room(self, state: State) -> bool:
-        count = len(self._states)
-        return count < MOST_PREFIXES and self._reserve(self.nbytes + state_bytes(state))
+    def _has_room(self, needed: int) -> bool:
+        return len(self._prefixes) < MOST_PREFIXES and self._reserve(self.nbytes + needed)
 
 
 def key_of(writer: Writer, ids: Sequence[int]) -> object:
@@ -82,5 +87,29 @@ def key_of(writer: Writer, ids: Sequence[int]) -> object:
     return tuple(ids), writer.cache.geometry.sinks, bits
 
 
-def state_bytes(state: State) -> int:
-    return sum(value.nbytes for value in state.values() if isinstance(value, mx.array))
+def copy_rows(writer: Writer, count: int) -> Prefix:
+    """Return a copy of a stream's first `count` rows."""
+    current, storage = writer.cache.current, writer.cache.storage
+    keys, values = (
+        [mx.contiguous(storage.read(rows, 0, count, current.sinks) + 0) for rows in layers]
+        for layers in (current.keys, current.values)
+    )
+    sinks = mx.contiguous(current.sinks[:, :, :count] + 0)
+    mx.eval(keys, values, sinks)
+    return Prefix(current.position, keys, values, sinks)
+
+
+def paste_rows(writer: Writer, prefix: Prefix) -> None:
+    """Write the first rows of an empty stream, layer by layer: only one exists twice at a time."""
+    cache, count = writer.cache, prefix.sinks.shape[2]
+    segments = [(0, count, 0)]
+    for layer, (new_keys, new_values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        keys, values = [*cache.current.keys], [*cache.current.values]
+        keys[layer] = cache.storage.write(keys[layer], new_keys, segments)
+        values[layer] = cache.storage.write(values[layer], new_values, segments)
+        cache.current = replace(cache.current, keys=keys, values=values)
+        mx.eval(cache.arrays())
+    sinks = mx.array(cache.current.sinks)
+    sinks[:, :, :count] = prefix.sinks
+    mx.eval(sinks)
+    cache.current = replace(cache.current, position=prefix.position, sinks=sinks)

@@ -118,8 +118,10 @@ def choose_first(
 
 def logprob_of(logits: mx.array, token: int, count: int) -> TokenLogprob:
     """Return the logarithms of the probabilities of a token and of the `count` likeliest."""
-    values = np.array((logits - mx.logsumexp(logits.astype(mx.float32))).astype(mx.float32))
-    top = np.argsort(-values, kind="stable")[:count].tolist()
+    logits = logits.astype(mx.float32)
+    values = np.array(logits - mx.logsumexp(logits))
+    top = np.argpartition(-values, count)[:count] if count else np.zeros(0, int)
+    top = top[np.argsort(-values[top], kind="stable")].tolist()
     return TokenLogprob(token, float(values[token]), tuple((id, float(values[id])) for id in top))
 
 

@@ -6,7 +6,7 @@ schedulers. `drive` runs a single reply; an engine runs many.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from enum import Enum, IntEnum, auto
+from enum import Enum, auto
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -29,13 +29,6 @@ class Want(Enum):
     TOKEN = auto()  # the next token, and with it the logits if its sampler has `logprobs`
 
 
-class Priority(IntEnum):
-    """Whose reads come first, if several streams wait; lower ones do."""
-
-    PROMPT = 0
-    SETTLING = 1  # what a stream must hold before its next turn
-
-
 class Readable(Protocol):
     """A stream as a driver sees it."""
 
@@ -55,7 +48,7 @@ class ReadRequest:
     Attributes:
         chunk: the most ids to read in the step.
         sampler, more: for `TOKEN`; see `TokenStream.next`.
-        priority: for `NOTHING` and `LOGITS`.
+        settling: whether no caller waits for it; see `chat/settle.py`.
     """
 
     stream: Readable
@@ -64,7 +57,7 @@ class ReadRequest:
     chunk: int = PREFILL_CHUNK
     sampler: Sampler | None = None
     more: bool = True
-    priority: Priority = Priority.PROMPT
+    settling: bool = False
 
 
 @dataclass(slots=True)
@@ -94,7 +87,7 @@ def read_ids(
     want: Want = Want.NOTHING,
     progress: Callable[[int], None] | None = None,
     chunk: int = PREFILL_CHUNK,
-    priority: Priority = Priority.PROMPT,
+    settling: bool = False,
 ) -> Generator[ReadRequest, ReadResult | None, ReadResult]:
     """Request that one or more ids are read, in as many steps as necessary.
 
@@ -106,7 +99,7 @@ def read_ids(
     """
     count, seconds = 0, 0.0
     while True:
-        result = yield ReadRequest(stream, ids[count:], want, chunk, priority=priority)
+        result = yield ReadRequest(stream, ids[count:], want, chunk, settling=settling)
         assert result is not None
         count, seconds = count + result.count, seconds + result.seconds
         if progress:

@@ -7,6 +7,7 @@ compute alone, up to the rounding of products with more rows.
 
 import time
 from collections.abc import Sequence
+from dataclasses import astuple
 from itertools import accumulate
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from mlx_stream.cache.steps.batch import BatchStep
 from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.errors import WeightsError
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
-from mlx_stream.generate.token_stream import NOT_A_NUMBER, STEP_ERRORS, PlannedRead
+from mlx_stream.generate.token_stream import NOT_A_NUMBER, PlannedRead
 from mlx_stream.sampling import as_int, choose_token
 
 
@@ -40,7 +41,7 @@ def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception
         if planned:
             results = compute([*planned.values()])
             found |= zip(planned, results, strict=True)
-    except STEP_ERRORS as error:
+    except Exception as error:  # whatever it is, nothing is known of the rows
         for read in planned.values():
             read.stream.fail()
         found |= dict.fromkeys(planned, error)
@@ -83,7 +84,7 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
 def compute_traced(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
     """Compute and commit a step of one token of each stream, traced."""
     # In one order of kinds, so that the same streams share a trace whoever asked first.
-    order = sorted(range(len(planned)), key=lambda at: repr(planned[at].step.kind))
+    order = sorted(range(len(planned)), key=lambda at: kind_of(planned[at]))
     reads = [planned[at] for at in order]
     samplers = [read.request.sampler for read in reads if read.request.sampler]
     chosen = reads[0].stream.compiled_steps.decode_together(
@@ -107,6 +108,13 @@ def comes_again(read: PlannedRead) -> bool:
     if read.request.want is not Want.TOKEN or sampler is None or sampler.logprobs is not None:
         return False
     return isinstance(step, DecodeStep) and step.kind.steady
+
+
+def kind_of(read: PlannedRead) -> tuple[object, ...]:
+    """Return what a trace depends on, apart from the model, as something that can be sorted."""
+    kind, sampler = read.step.kind, read.request.sampler
+    mode = astuple(sampler.mode) if sampler else ()
+    return kind.prefix_rows, kind.sinks, kind.spare, "mask" in read.step.arrays, mode
 
 
 def choose(read: PlannedRead, logits: mx.array | None) -> tuple[mx.array, mx.array] | None:

@@ -4,6 +4,7 @@ Everything that changes between steps is an array argument, so no step is traced
 are captured. Traces belong to a model: they keep its weights alive, and all its streams share them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ from mlx_stream.sampling import PenalizedIds, Sampler, SamplingMode, choose_toke
 
 # Traces that a model keeps: enough for the few step sizes of a few windows and samplings.
 MOST_TRACES = 64
+# Of steps of several streams, whose sets change as replies begin and end: a set is traced after it
+# has come so often, and fewer traces are kept.
+TRACED_AFTER = 16
+MOST_SHARED_TRACES = 16
 
 
 # What does not change between steps of one kind: the step's kind and mask, and how it chooses.
@@ -51,7 +56,9 @@ class CompiledSteps:
     def __init__(self, network: CausalLM):
         self.network = network
         self.count = 0
-        self._kept: dict[Traced | tuple[Traced, ...], Callable[..., Any]] = {}
+        self._kept: dict[Traced, Callable[..., Any]] = {}
+        self._shared: dict[tuple[Traced, ...], Callable[..., Any]] = {}  # the latest used is last
+        self._seen: Counter[tuple[Traced, ...]] = Counter()
 
     def decode(
         self,
@@ -75,7 +82,7 @@ class CompiledSteps:
         ids = [] if penalized is None else [penalized.ids, penalized.attended]
         if isinstance(step, DecodeStep) and not step.is_sink and tracing[step.kind.steady]:
             fixed = (step.kind, mode, "mask" in step.arrays)
-            traced = self._kept.get(fixed) or self._trace(fixed, self._function(*fixed[:2]))
+            traced = self._kept.get(fixed) or self._trace(fixed)
             *found, keys, values = traced(tokens, step.arrays, numbers, key, ids)
             step.finish(keys, values)
         else:
@@ -90,7 +97,9 @@ class CompiledSteps:
         samplers: Sequence[Sampler],
         penalized: Sequence[PenalizedIds | None],
     ) -> list[tuple[mx.array, mx.array]]:
-        """Compute one token of several streams, traced; return each one's next token and key.
+        """Compute one token of several streams; return each one's next token and key.
+
+        It is traced once such a set of streams has come a few times.
 
         Args:
             steps: of full windows, which come again.
@@ -101,20 +110,20 @@ class CompiledSteps:
             (step.kind, sampler.mode, "mask" in step.arrays)
             for step, sampler in zip(steps, samplers, strict=True)
         )
-        traced = self._kept.get(fixed) or self._trace(fixed, self._shared_function(fixed))
         choices = [
             (sampler.numbers, sampler.key, [] if some is None else [some.ids, some.attended])
             for sampler, some in zip(samplers, penalized, strict=True)
         ]
-        chosen, keys, values = traced(tokens, [step.arrays for step in steps], choices)
+        compute = self._shared_function(fixed)
+        chosen, keys, values = compute(tokens, [step.arrays for step in steps], choices)
         for step, *rows in zip(steps, keys, values, strict=True):
             step.finish(*rows)
         return chosen
 
-    def _trace(self, fixed: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _trace(self, fixed: Traced) -> Callable[..., Any]:
         while len(self._kept) >= MOST_TRACES:
             del self._kept[next(iter(self._kept))]
-        traced = self._kept[fixed] = mx.compile(function)
+        traced = self._kept[fixed] = mx.compile(self._function(*fixed[:2]))
         return traced
 
     def _function(self, kind: DecodeKind, mode: SamplingMode | None) -> Callable[..., Any]:
@@ -126,11 +135,13 @@ class CompiledSteps:
 
         return run
 
-    def _shared_function(self, fixed: Sequence[Traced]) -> Callable[..., Any]:
+    def _shared_function(self, fixed: tuple[Traced, ...]) -> Callable[..., Any]:
+        if fixed in self._shared:
+            self._shared[fixed] = traced = self._shared.pop(fixed)
+            return traced
+
         def run(tokens: mx.array, arrays: list[Any], choices: list[Any]) -> tuple[Any, ...]:
-            self.count += 1
-            kinds = [kind for kind, _, _ in fixed]
-            steps = [DecodeStep(kind, each) for kind, each in zip(kinds, arrays, strict=True)]
+            steps = [DecodeStep(one[0], each) for one, each in zip(fixed, arrays, strict=True)]
             logits = self.network.logits(self.network(tokens, BatchStep(steps))[0])
             chosen = [
                 choose_token(mode, numbers, row, key, PenalizedIds.of(ids))
@@ -141,7 +152,18 @@ class CompiledSteps:
             ]
             return chosen, [step.keys for step in steps], [step.values for step in steps]
 
-        return run
+        def trace(*arrays: Any) -> tuple[Any, ...]:
+            self.count += 1
+            return run(*arrays)
+
+        self._seen[fixed] += 1
+        if self._seen[fixed] <= TRACED_AFTER:
+            return run
+        while len(self._shared) >= MOST_SHARED_TRACES:
+            dropped = next(iter(self._shared))
+            del self._shared[dropped], self._seen[dropped]
+        self._shared[fixed] = traced = mx.compile(trace)
+        return traced
 
 
 def decode_token(

@@ -108,9 +108,8 @@ class WordIndex:
             last: the new `last`. The numbers of the texts are above the old one and at most this.
         """
         count = self.count
-        self.connection.rollback()  # an interrupt may have left a transaction open
-        self.connection.execute("BEGIN IMMEDIATE")
         try:
+            self.connection.execute("BEGIN IMMEDIATE")
             for number, text in texts:
                 row = number, indexed_text(text)
                 self.connection.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", row)

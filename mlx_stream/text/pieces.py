@@ -191,7 +191,9 @@ class ReplyDecoder:
             return ""
         if self._decoded != len(self.ids):
             self._decode_again()
+        self._decoded = -1  # an interrupt loses what the decoder held: then all is decoded again
         text = self._advance(self.decoder.flush(), last=True) if self.count else ""
+        self._decoded = len(self.ids)
         if self.stopped:
             return text
         rest = self.matcher.flush()

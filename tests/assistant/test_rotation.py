@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,26 @@ def test_a_look_in_the_middle_of_a_rotation_loses_nothing(path):
     write(path, b"four\n", 5)
     reading.wait(20)
     assert reading.taken == b"one\ntwo\nthree\nfour\n" and "not read" not in str(reading.told)
+
+
+@pytest.mark.parametrize("missing", range(1, 5))
+def test_a_listing_that_misses_a_file_loses_nothing(path, monkeypatch, missing):
+    """A file that is renamed while its folder is listed may not be in the list."""
+    reading, scandir, listings = read_one(path), os.scandir, []
+    for second, data in ((3, b"two\n"), (4, b"three\n")):
+        rotate(path)
+        write(path, data, second)
+
+    @contextmanager
+    def misses_one(folder):
+        listings.append(folder)
+        with scandir(folder) as entries:
+            yield [one for one in entries if one.name != "x.log.1" or len(listings) != missing]
+
+    monkeypatch.setattr(os, "scandir", misses_one)
+    reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\nthree\n" and len(listings) > 4
 
 
 def test_only_the_latest_rotated_file_is_waited_for(path):

@@ -13,6 +13,7 @@ from mlx_stream.chat.eviction import ActiveTurn
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want, run_coroutine
+from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler, Sampling
 from tests.chat import test_settle
 from tests.chat.test_settle import QUESTIONS, TEMPLATES, THINKS, Recorded, Trouble, recorded
@@ -48,8 +49,9 @@ class ScriptedSampler(Sampler):
         return next(self.trouble.script)
 
 
-def scripted(template: str, store: MemoryStore, **options: Any) -> Any:
-    chat = recorded(test_settle.model(template), Trouble(), Scripted, recall=store, **options)
+def scripted(model: str | Model, store: MemoryStore, **options: Any) -> Any:
+    model = test_settle.model(model) if isinstance(model, str) else model
+    chat = recorded(model, Trouble(), Scripted, recall=store, **options)
     chat.sampler = ScriptedSampler(chat.trouble)
     return chat
 
@@ -142,7 +144,7 @@ def check_twins(chat: Any, twin: Any) -> None:
         assert_well_formed(chat)
 
 
-@settings(max_examples=20, phases=[Phase.generate])
+@settings(max_examples=20, phases=[Phase.generate])  # shrinking takes minutes
 @given(st.data())
 def test_it_attends_to_what_its_twin_does_after_every_act(data):
     window = data.draw(st.integers(320, 400))
@@ -178,6 +180,22 @@ def test_it_attends_to_what_its_twin_does_after_every_act(data):
         assert MARK not in decoded(chat, chat.tokens.ids.by_row)
         if template not in THINKS:
             test_settle.check_logits(chat, error=1e-3)
+
+
+@pytest.mark.parametrize("template", ["plain", "thinks", "drops it late", "quantized"])
+@pytest.mark.parametrize("length", [110, 150, 200, 290, 330, 500])
+def test_a_reply_that_outgrows_its_room_leaves_what_its_twins_does(template, length, model):
+    options: Any = {"system": "You are brief.", "window": 320, "recall_tokens": 150}
+    if template == "quantized":  # its ring has no spare rows
+        template, options["kv_bits"] = model, 8
+    chat, twin = (scripted(template, store, **options) for store in (MemoryStore(), EmptyStore()))
+    letters = chat.model.tokenizer.encode("abcdefghi jklmno" * 50, special=False)
+    for count in (30, 30, 30, 30, length, 30):
+        for one in (chat, twin):
+            one.trouble.script = iter(letters)
+            list(one.reply("Go on, please, and tell.", count))
+        assert bool(chat.recalled) == (chat.number > 2)
+        check_twins(chat, twin)
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -1,6 +1,7 @@
 """What one reply may set for itself: sampling, bias, mask, logarithms of probabilities."""
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,8 +36,19 @@ def chat(request, tiny, model) -> Iterator[Any]:
         chat.wait(DEADLINE)
         if request.param == "shared":
             engine._worker._scheduler.times.sharing_pays = lambda replies: True
-            other = engine.session(**OPTIONS).reply("Hello", max_tokens=10_000)
-            next(other)
+            other, stop = engine.session(**OPTIONS), threading.Event()
+
+            def talk() -> None:
+                for _ in other.reply("Hello", max_tokens=100_000):
+                    if stop.is_set():
+                        return
+
+            thread = threading.Thread(target=talk, daemon=True)
+            thread.start()
+            yield chat
+            stop.set()
+            thread.join(DEADLINE)
+            return
         yield chat
 
 
@@ -57,7 +69,7 @@ def test_logprobs_are_those_of_the_model_alone(chat, model):
     for one, row in zip(found, wanted, strict=True):
         assert abs(one.logprob - row[one.id]) < 1e-4
         assert np.abs(np.array([p for _, p in one.top]) - np.sort(row)[::-1][:4]).max() < 1e-4
-        assert [round(row[id], 3) for id, _ in one.top] == [round(p, 3) for _, p in one.top]
+        assert np.allclose([row[id] for id, _ in one.top], [p for _, p in one.top], atol=1e-4)
     assert not any(piece.logprobs for piece in chat.reply("And?"))
 
 
@@ -83,7 +95,7 @@ def test_a_mask_is_asked_for_each_token(chat):
 
     said(chat.reply("Hi", mask=mask, max_tokens=6))
     assert list(ids_of(chat)[:5]) == wanted
-    assert seen == [ids_of(chat)[:count] for count in range(len(ids_of(chat)))] or len(seen) == 6
+    assert seen == [ids_of(chat)[:count] for count in range(6)]
     said(chat.reply("And?", max_tokens=3))
     assert len(seen) == 6, "only for its own reply"
 
@@ -129,12 +141,14 @@ def test_another_bias_or_mask_is_no_new_trace(model, monkeypatch):
     ("options", "match"),
     [
         ({"bias": {300: 1.0}}, "bias of token 300"),
+        ({"bias": {1: math.inf}}, "bias of token 1 is inf"),
+        ({"temperature": 0.1}, "`temperature` is not an option"),
         ({"bias": {-1: 1.0}}, "bias of token -1"),
         ({"bias": {1: math.nan}}, "nan"),
         ({"logprobs": 21}, "logprobs must be from 0 to 20"),
         ({"logprobs": -1}, "logprobs must be from 0 to 20"),
     ],
-    ids=["beyond", "negative", "nan", "many", "few"],
+    ids=["beyond", "infinite", "unknown", "negative", "nan", "many", "few"],
 )
 def test_options_out_of_range_are_refused(chat, options, match):
     with pytest.raises(ValueRefused, match=match):

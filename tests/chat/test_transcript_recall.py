@@ -152,9 +152,12 @@ def test_removing_a_conversation_removes_its_index(model):
 def test_an_exchange_that_came_back_and_is_undone_is_not_in_the_index(model):
     saved = chat_about(model, SECRET)
     fill(saved)
-    assert saved.recall and saved.recall.find("zebra", "", 1, 9, False)
-    saved.recall.leave(saved.chat.number, "zebra", "again")  # as if it had left
+    assert saved.recall
+    saved.recall.leave(saved.chat.number, "as if it", "had left")
+    assert [p.number for p in saved.recall.find("5", "", 1, 9, False)] == [7]
     saved.chat.undo()
+    said(saved.chat.reply("Farewell."))
+    assert saved.recall.find("5", "", 1, 9, False) == []
     assert [p.number for p in saved.recall.find("zebra", "", 1, 9, False)] == [1]
     saved.close()
 
@@ -178,7 +181,7 @@ def test_a_failure_of_the_index_ends_no_reply(model):
     notices = []
     saved.recall.notify = notices.append
     assert quoted(saved) == []
-    assert notices and "nothing can be recalled" in notices[0]
+    assert quoted(saved) == [] and len(notices) == 1 and "recall is off" in notices[0]
     saved.close()
 
 

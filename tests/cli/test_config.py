@@ -3,7 +3,7 @@
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_stream.cli.config_file import config_path, parse_config, read_config, setting, with_value
@@ -46,6 +46,7 @@ def test_values_are_set_and_read_and_comments_stay():
     assert [path.name for path in config_path().parent.iterdir()] == ["config.toml"]
 
 
+@example({"system": "a\u2028b\x85", "model": "\x7f"}, COMMENTED)
 @given(
     st.dictionaries(st.sampled_from(["model", "system", "prompts.a", "prompts.b"]), st.text()),
     st.sampled_from(["", COMMENTED, "[prompts]\n", 'model = "x"\n\n\n[prompts]\na = "b"']),

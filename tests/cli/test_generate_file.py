@@ -69,13 +69,39 @@ def test_other_prompts_or_settings_do_not_continue_a_log(letters, prompts, tmp_p
     out = tmp_path / "replies.jsonl"
     words = options(letters, prompts, out, "--max-tokens", 5)
     done(*words)
-    assert "exists: choose another --out" in run(*words).err
+    assert "already exists: choose another --out" in run(*words).err
     out.rename(tmp_path / "kept")
     log = tmp_path / "replies.jsonl.part"
-    header = {"log": "mlx_stream log", "version": 1, "key": {"max_tokens": 6}, "about": {}}
-    log.write_text(json.dumps(header) + "\n")
-    refused = run(*words)
-    assert refused.code == 1 and "run with different settings" in refused.err
+    running = subprocess.Popen(
+        program(*options(letters, prompts, out, "--max-tokens", 200, "--streams", 1)),
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + DEADLINE
+    while not log.exists() or log.read_bytes().count(b"\n") < 2:
+        assert time.monotonic() < until and running.poll() is None
+    running.kill()
+    running.wait(DEADLINE)
+    for other in (words, options(letters, prompts, out, "--max-tokens", 200, "--seed", 3)):
+        assert "run with different settings" in run(*other).err
+    prompts.write_text(prompts.read_text("utf-8").replace("man", "men"), "utf-8")
+    refused = run(*options(letters, prompts, out, "--max-tokens", 200))
+    assert refused.code == 1 and "different settings: prompts" in refused.err
+
+
+def test_a_log_whose_first_line_was_cut_is_begun_again(letters, prompts, tmp_path):
+    out = tmp_path / "replies.jsonl"
+    (tmp_path / "replies.jsonl.part").write_text('{"log": "mlx_stream log", "vers')
+    done(*options(letters, prompts, out, "--max-tokens", 5))
+    assert len(replies(out)) == len(PROMPTS)
+
+
+def test_a_prompt_that_cannot_be_completed_has_an_error_in_its_line(letters, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text('"Hello"\n\n"\\ud800"\n"And?"\n')
+    found = run(*options(letters, prompts, out, "--max-tokens", 5))
+    assert found.code == 1 and "1 of 3 prompts cannot be completed" in found.err
+    assert [row["line"] for row in replies(out)] == [1, 3, 4]
+    assert ["error" in row for row in replies(out)] == [False, True, False]
 
 
 @pytest.mark.parametrize(

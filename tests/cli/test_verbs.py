@@ -258,7 +258,7 @@ def test_help_names_every_verb() -> None:
     )
     assert found.stderr == ""
     assert all(re.search(rf"\b{verb}\b", found.stdout) for verb in VERBS)
-    assert set(REGISTERED) == {*VERBS, "eval", "sessions"}
+    assert set(REGISTERED) == {*VERBS, "config", "eval", "sessions"}
     for verb in VERBS:
         assert done(verb, "--help").out == done(verb, "-h").out != ""
 

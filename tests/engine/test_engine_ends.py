@@ -269,8 +269,8 @@ def test_a_limit_that_is_not_a_whole_number_is_refused(engine):
     chat = engine.session(sampling=GREEDY)
     for wrong in (1.5, "9", 2.0, b""):
         for ask in (chat.reply, chat.areply, chat.edit, engine.listen().ask):
-            with pytest.raises(errors.ValueRefused, match="whole number, at least 1"):
+            with pytest.raises(errors.ValueRefused, match="whole number"):
                 ask("Hi", max_tokens=wrong)
         for ask in (chat.retry, chat.aretry, engine.listen, engine.session):
-            with pytest.raises(errors.ValueRefused, match="whole number, at least 1"):
+            with pytest.raises(errors.ValueRefused, match="whole number"):
                 ask(max_tokens=wrong).wait(DEADLINE)

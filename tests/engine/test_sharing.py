@@ -34,9 +34,9 @@ def steps_of(engine: mlx_stream.Engine) -> Iterator[list[Any]]:
     scheduler, steps = engine._worker._scheduler, []
     run = scheduler.run
 
-    def recorded(requests: Any) -> Any:
+    def recorded(requests: Any, measure: bool = True) -> Any:
         steps.append([(request.want, request.chunk) for request in requests])
-        return run(requests)
+        return run(requests, measure)
 
     scheduler.run = recorded  # type: ignore[method-assign]
     try:

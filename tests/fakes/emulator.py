@@ -11,7 +11,7 @@ class Emulator:
     """The rows of a screen and of what has scrolled out of it.
 
     Args:
-        columns, rows: the size; both may change.
+        columns, rows: the size.
 
     Attributes:
         lines: all rows so far, without styles; the last `rows` of them are the screen.
@@ -21,6 +21,14 @@ class Emulator:
     def __init__(self, columns: int, rows: int):
         self.columns, self.rows = columns, rows
         self.lines, self.styled, self._row = [""], [""], 0
+
+    def resize(self, columns: int) -> None:
+        """Change the width; longer rows take several, as in most terminals."""
+        self.columns, before = columns, self.lines
+        self.lines = []
+        for line in before:
+            self.lines += [line[at : at + columns] for at in range(0, len(line) or 1, columns)]
+        self.styled, self._row = list(self.lines), len(self.lines) - 1
 
     def write(self, text: str) -> None:
         for found in CONTROL.finditer(text):

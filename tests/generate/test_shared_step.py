@@ -13,6 +13,7 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.models import compiled
 from mlx_stream.sampling import Sampler, Sampling
 from tests.fakes.tiny import FAMILIES, tiny_config
 from tests.fakes.tiny_models import make, some_ids, tensors_of
@@ -91,6 +92,7 @@ class Twin:
 def test_streams_that_share_steps_are_those_alone(name, traced, kinds, moves):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "tracing", lambda: (False, traced))
+        patch.setattr(compiled, "TRACED_AFTER", 1)
         twins = [Twin(MODELS[name], kind, seed) for seed, kind in enumerate(kinds)]
         for twin in twins:  # half of them begin with a full window
             if twin.window < 24:

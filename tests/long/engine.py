@@ -216,7 +216,7 @@ def again(model: mlx_stream.Model, life: Life) -> None:
 
 def rings(engine: mlx_stream.Engine) -> int:
     """Return the bytes of weights and rings, without the beginnings that are kept."""
-    return engine.memory[0] - engine._host.prefixes.nbytes
+    return engine.memory[0] - engine._host.prefix_bytes
 
 
 def fail_sometimes(engine: mlx_stream.Engine, rng: random.Random) -> None:
@@ -224,11 +224,11 @@ def fail_sometimes(engine: mlx_stream.Engine, rng: random.Random) -> None:
     scheduler, network = engine._worker._scheduler, engine._host.model.network
     run = scheduler.run
 
-    def run_or_fail(requests: Any) -> Any:
+    def run_or_fail(requests: Any, measure: bool) -> Any:
         if rng.random() > 1 / STEPS_UNTIL_FAILURE:
-            return run(requests)
+            return run(requests, measure)
         with failing(network):
-            return run(requests)
+            return run(requests, measure)
 
     scheduler.run = run_or_fail  # type: ignore[method-assign]
 

