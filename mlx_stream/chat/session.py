@@ -646,7 +646,7 @@ class ChatSession:
         while first and follows.answers_calls and not last.calls:
             first -= 1
             follows = turns[first].exchange
-        return max(0, first - 1) if self.template.settles_late else first
+        return max(0, first - 1) if self.prompts.template.settles_late else first
 
     def _rewritten(self, turns: Sequence[PlacedTurn], later: bool) -> list[PlacedTurn]:
         """Return consecutive turns as they are rendered with another behind them, or as the last.
@@ -686,7 +686,7 @@ class ChatSession:
             return state.turns
         if self.tokens.lookahead:  # these are right guesses that were not asked for
             self.tokens.rewind(self.tokens.lookahead)
-        turn, turns, refusal = state.finish(trim=self.template.trims), state.turns, ""
+        turn, turns, refusal = state.finish(trim=self.prompts.template.trims), state.turns, ""
         before = state.before
         try:
             exchange = self.prompts.settle(turn.exchange, turn.number == 1)
