@@ -119,7 +119,11 @@ class SummaryReader:
                 return SessionSummary(*found)
         try:
             with Store.open(session_paths(name).database) as store:
-                state, attended, used = store.state, store.attended_turns(), last_time(store)
+                state, attended, used = (
+                    store.state,
+                    len(store.exchanges(store.state.first)),
+                    last_time(store),
+                )
                 title = first_question(store)[:LONGEST_TITLE]
                 found = name, state.count, attended, size, used, state.header, "", title
                 return SessionSummary(*found)

@@ -62,7 +62,13 @@ def slowly(name):
     with Store.open(session_paths(name).database) as store:
         state = store.state
         title = first_question(store)
-        return state.count, store.attended_turns(), last_time(store), state.header, title
+        return (
+            state.count,
+            len(store.exchanges(store.state.first)),
+            last_time(store),
+            state.header,
+            title,
+        )
 
 
 def quickly(name):

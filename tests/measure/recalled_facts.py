@@ -94,8 +94,13 @@ def read(chat: ChatSession, question: str, reply: str) -> None:
     run_coroutine(chat.replay_steps({chat.number + 1: exchange}))
 
 
-def likelihoods(chat: ChatSession, question: str, begun: str, words: Sequence[str]) -> list[float]:
-    """Return the log-probability of each word behind the beginning of an answer; undo the turn."""
+def likelihoods(
+    chat: ChatSession, question: str, begun: str, words: Sequence[str]
+) -> tuple[list[float], list[int]]:
+    """Return the log-probability of each word behind the beginning of an answer; undo the turn.
+
+    Also return the numbers of the exchanges that were quoted.
+    """
     steps, tokens, encode = chat.reply_steps(question, 32), chat.tokens, chat.model.tokenizer.encode
     result = None
     while True:
@@ -110,8 +115,9 @@ def likelihoods(chat: ChatSession, question: str, begun: str, words: Sequence[st
     found = [log_probability(tokens, log_p, encode(f" {word}", special=False)) for word in words]
     tokens.rewind(tokens.length - length)
     steps.close()
+    recalled = [passage.number for passage in chat.recalled]
     chat.undo()
-    return found
+    return found, recalled
 
 
 def answer(chat: ChatSession, way: str, fact: tuple[str, str, int], free: bool) -> dict:
@@ -122,9 +128,9 @@ def answer(chat: ChatSession, way: str, fact: tuple[str, str, int], free: bool) 
         read(chat, *told(*fact))
     wordings = f"What is {person}'s {kind}?", IN_OTHER_WORDS[kind].format(person)
     for name, question in zip(("same words", "other words"), wordings, strict=True):
-        values = likelihoods(chat, question, f"{person}'s {kind} is", words)
+        values, recalled = likelihoods(chat, question, f"{person}'s {kind} is", words)
         result[name] = {"right": likeliest(values) == right, "log_likelihood": values[right]}
-        result[name]["recalled"] = [passage.number for passage in chat.recalled]
+        result[name]["recalled"] = recalled
         if free and name == "same words":
             text = said(chat.reply(question, 24))
             result["free"] = {"right": words[right].lower() in text.lower(), "text": text}
