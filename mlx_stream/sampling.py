@@ -141,6 +141,8 @@ class Sampler:
         mode: the steps that are taken.
         numbers: the parameters of these steps: arrays by name, of one element but for `bias`.
         key: the random key, (2,) uint32.
+        allows_guessing: whether several tokens may be verified at once. A clock decides how many
+            are guessed, so a reply with a seed of its own would not be reproducible.
     """
 
     def __init__(
@@ -164,6 +166,7 @@ class Sampler:
         }
         self._key, self._source = mx.random.key(self.sampling.seed), source
         self._bias: np.ndarray | None = None
+        self.allows_guessing = mask is None and logprobs is None
         mx.eval(self.numbers, self._key)
 
     @property
@@ -192,6 +195,7 @@ class Sampler:
         source = None if given and given.seed is not None else self
         mask, logprobs = options.get("mask"), options.get("logprobs")
         sampler = Sampler(given or self.sampling, mask, logprobs, source)
+        sampler.allows_guessing &= source is not None
         if bias or mask:
             sampler._set_bias(bias or {}, vocabulary)
         return sampler

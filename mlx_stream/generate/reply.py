@@ -39,7 +39,7 @@ def write_reply(
         stats: up to date whenever a piece is yielded.
     """
     tokens, speculator = writer.tokens, writer.speculator
-    if sampler.mask or sampler.logprobs is not None:
+    if not sampler.allows_guessing:
         speculator = None
     result = yield from read_ids(tokens, prompt, Want.LOGITS, progress)
     chosen, keys = choose_first(sampler, tokens, result, reply)

@@ -119,7 +119,8 @@ def test_a_seed_makes_a_reply_reproducible(chat):
 
 def test_without_a_seed_a_reply_continues_the_session_s_numbers(model):
     texts = []
-    for options in ({}, {"sampling": DRAWN}):
+    given: list[Any] = [{}, {"sampling": DRAWN}]
+    for options in given:
         chat = mlx_stream.ChatSession(model, window=60, sampling=Sampling(1.0, 0, 1.0, seed=5))
         texts.append([said(chat.reply(q, max_tokens=8, **options)) for q in ("Hi", "And?", "x")])
     assert texts[0] == texts[1]

@@ -119,7 +119,7 @@ def test_what_was_quoted_is_shown_below_the_reply():
     from tests.fakes.desks import GREEDY  # noqa: F401  # it chooses the backend
 
     line = '[2026-05-09 17:03] "a" was answered: "b"'
-    rows = rows_of([Message("q", "r", "end", (line,))], 1, "work")
+    rows = rows_of([Message("q", "r", "end", recalled=(line,))], 1, "work")
     assert [row.kind for row in rows] == ["you", "model", "note"]
     assert rows[-1].text == f"quoted before this question:\n{line}"
 

@@ -131,7 +131,7 @@ def compare(source: str) -> dict[str, Any]:
                 place = reader.prompts.system_place if system else ""
                 for what, turns in conversations(tools, thinks):
                     messages = reader.messages(turns)
-                    given = {"tools": [*reader.template.tools]} if tools else {}
+                    given: dict[str, Any] = {"tools": [*reader.template.tools]} if tools else {}
                     theirs = reader.theirs.apply_chat_template(
                         messages,
                         tokenize=False,
