@@ -3,7 +3,7 @@
 import functools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -14,9 +14,7 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.program.exits import notify
 
 if TYPE_CHECKING:
-    from mlx_stream.generate.requests import Coroutine
     from mlx_stream.load import Model
-    from mlx_stream.text.pieces import Piece
 
 
 @options.verb
@@ -54,68 +52,35 @@ def generate(
     is the same each time.
     """
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
-    from mlx_stream.generate.completion import stream, stream_steps
+    from mlx_stream.generate.completion import stream
     from mlx_stream.generate.stats import Stats
 
     chosen = sampling.as_sampling()
     if (prompt is None) == (file is None) or (file is None) != (out is None):
-        raise typer.BadParameter("give either -p TEXT, or --file and --out")
+        raise typer.BadParameter("give either --prompt, or --file and --out")
     if streams is not None and file is None:
         raise ValueRefused("--streams is for --file")
-    if file and out:
-        from mlx_stream.cli.generate_file import generate_file
-
-        if stats or json:
-            raise ValueRefused("--stats and --json do not work with --file")
-        loaded = loading.load(model)
-        draft = loading.load(reply.draft) if reply.draft else None
-
-        notify_once = functools.cache(notify)  # many prompts have the same notices
-
-        def begin(text: str) -> "Coroutine[Piece, None]":
-            return stream_steps(
-                loaded,
-                text,
-                max_tokens,
-                chosen,
-                reply.stop or (),
-                attended.sinks,
-                attended.window,
-                notify=notify_once,
-                kv_bits=attended.kv_bits,
-                speculate=reply.speculate,
-                draft=draft,
-            )
-
-        about = {"model": loaded.fingerprint(), "max_tokens": max_tokens, "stop": reply.stop}
-        settings = about | vars(sampling) | vars(attended)
-        streams = 8 if streams is None else streams
-        check_streams(loaded, attended, streams)
-        generate_file(file, out, streams, settings, begin)
-        return
-    assert prompt is not None
+    if file and (stats or json):
+        raise ValueRefused("--stats and --json do not work with --file")
     text = read_text("-") if prompt == "-" else prompt
     loaded = loading.load(model)
-    draft = loading.load(reply.draft) if reply.draft else None
+    given: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "sampling": chosen,
+        "stop": reply.stop or [],
+        **vars(attended),
+        "speculate": reply.speculate,
+        "draft": loading.load(reply.draft) if reply.draft else None,
+    }
+    if file and out:
+        complete_file(loaded, file, out, 8 if streams is None else streams, sampling, given)
+        return
+    assert text is not None
     counts = Stats()
     pieces: list[str] = []
     finish = None
     with progress_bar("reading") as progress:
-        for piece in stream(
-            loaded,
-            text,
-            max_tokens,
-            chosen,
-            reply.stop or (),
-            attended.sinks,
-            attended.window,
-            counts,
-            notify,
-            progress,
-            attended.kv_bits,
-            reply.speculate,
-            draft,
-        ):
+        for piece in stream(loaded, text, stats=counts, notify=notify, progress=progress, **given):
             finish = piece.finish
             pieces.append(piece.text)
             if not json:
@@ -129,14 +94,39 @@ def generate(
         print_stats(counts)
 
 
-def check_streams(model: "Model", attended: options.WindowOptions, streams: int) -> None:
+def complete_file(
+    model: "Model",
+    file: Path,
+    out: Path,
+    streams: int,
+    sampling: options.SamplingOptions,
+    given: dict[str, Any],
+) -> None:
+    """Complete the prompts of a file, each with the `given` arguments of `stream`."""
+    from mlx_stream.cli.generate_file import generate_file
+    from mlx_stream.generate.completion import stream_steps
+
+    notify_once = functools.cache(notify)  # many prompts have the same notices
+    check_streams(model, given, streams)
+    kept = {name: given[name] for name in ("max_tokens", "stop", "sinks", "window", "kv_bits")}
+    settings = {"model": model.fingerprint(), **kept, **vars(sampling)}
+    generate_file(
+        file,
+        out,
+        streams,
+        settings,
+        lambda text: stream_steps(model, text, notify=notify_once, **given),
+    )
+
+
+def check_streams(model: "Model", given: dict[str, Any], streams: int) -> None:
     """Refuse more streams than fit the memory together, before any is allocated."""
     from mlx_stream.cache.steps.verify import spare_rows
     from mlx_stream.models.layout import ring_bytes
     from mlx_stream.window import MOST_STREAMS
 
     if not model.force and 1 < streams <= MOST_STREAMS:
-        sinks, window = model.resolve_window(attended.sinks, attended.window)
-        bits = attended.kv_bits
+        sinks, window = model.resolve_window(given["sinks"], given["window"])
+        bits = given["kv_bits"]
         ring = ring_bytes(model.config, sinks, window, model.dtype.size, bits, spare_rows(bits))
         model.check(model.weight_bytes, streams * ring)
