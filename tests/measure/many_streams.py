@@ -4,6 +4,7 @@
     python -m tests.measure.many_streams first    # 8 questions of 20 tokens at once
     python -m tests.measure.many_streams heads    # the same system prompt of 1,000 tokens, 8 times
     python -m tests.measure.many_streams memory   # a decode step of 8, and `plan --streams 8`
+    python -m tests.measure.many_streams equal    # logits of streams that share steps, and alone
 
 The model is the starter in float32, windows hold 512 tokens, replies are greedy and nothing is
 guessed. Prints one line of JSON; exits with 1 if a figure is not what the issue of shared steps
@@ -26,10 +27,13 @@ from typing import Any
 import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.evaluate.shared_speed import together
-from mlx_stream.generate.requests import Want
+from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
+from mlx_stream.generate.shared_step import run_together
+from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.planner import PlanRequest, make_plan
@@ -37,7 +41,7 @@ from mlx_stream.plan.planner import PlanRequest, make_plan
 MODEL, WINDOW, BESIDE = "starter", 512, 4
 LONGEST_MEDIAN_GAP, LONGEST_GAP, LONGEST_PROMPT = 3.0, 5.0, 1.6
 LONGEST_FIRST, SOONER = 1.5, 10.0
-STEP_BYTES = 8 * 2**20
+STEP_BYTES, LARGEST_SHARE = 8 * 2**20, 1e-5
 WORDS = pydoc_data.topics.topics["compound"]
 GREEDY = mlx_stream.Sampling(temperature=0)
 
@@ -201,12 +205,47 @@ def planned() -> dict[str, Any]:
     return {"peak": peak, "plan": plan.total, "off": plan.total / peak - 1}
 
 
+def equal() -> dict[str, Any]:
+    """Compare 4 streams that read chunks and tokens in shared steps with each alone."""
+    model = mlx_stream.load(MODEL, dtype="float32", keep_quantized=False)
+    words, largest, off, ties, tokens = model.tokenizer.encode(WORDS), 0.0, 0.0, 0, 0
+    kinds = ((4, 512), (0, 200), (64, 300), (1, 128))
+    streams = [
+        [TokenStream(model, model.new_cache(*kind, spare_rows(None))) for kind in kinds]
+        for _ in range(2)
+    ]
+    places = [300 * at for at in range(len(kinds))]
+    counts = [*[90] * 6, *[1] * 60, 40, *[1] * 20]
+    for at, count in enumerate(counts):
+        # One of them reads a chunk while the others read a token.
+        each = [count if (at + one) % 4 == 0 or count == 90 else 1 for one in range(len(kinds))]
+        ids = [words[place : place + n] for place, n in zip(places, each, strict=True)]
+        found = [
+            [ReadRequest(stream, part, Want.LOGITS) for stream, part in zip(side, ids, strict=True)]
+            for side in streams
+        ]
+        for one, ours in enumerate(run_together(found[0])):
+            alone = found[1][one].stream.run(found[1][one])
+            assert isinstance(ours, ReadResult) and ours.count == alone.count
+            places[one] += ours.count
+            if ours.logits is None or alone.logits is None:  # the step ended at a full window
+                continue
+            a, b = np.array(ours.logits), np.array(alone.logits)
+            largest = max(largest, float(np.abs(b).max()))
+            off = max(off, float(np.abs(a - b).max()))
+            tokens, ties = tokens + 1, ties + int(a.argmax() != b.argmax())
+    share = off / largest
+    figures = {"logits": tokens, "largest": largest, "off": off, "share": share, "ties": ties}
+    return {**figures, "good": share <= LARGEST_SHARE}
+
+
+MEASURES = {"gaps": gaps, "first": first, "heads": heads, "memory": memory, "equal": equal}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("gaps", "first", "heads", "memory"))
-    found = {"gaps": gaps, "first": first, "heads": heads, "memory": memory}[
-        parser.parse_args().what
-    ]()
+    parser.add_argument("what", choices=sorted(MEASURES))
+    found = MEASURES[parser.parse_args().what]()
     print(json.dumps(found))
     return 0 if found["good"] else 1
 
