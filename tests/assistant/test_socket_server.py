@@ -9,6 +9,7 @@ import stat
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,25 @@ def near():
         yield Path(folder)
 
 
+@contextmanager
+def answering(server):
+    """Admit callers on another thread."""
+    ended = threading.Event()
+
+    def serve() -> None:
+        while not ended.is_set():
+            server.admit()
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.fixture
 def served(near):
     """Return a path on which requests are answered: `echo` and `fail`."""
@@ -45,19 +65,10 @@ def served(near):
         if "cut" not in (asked["what"], asked.get("question")):
             yield {"done": True}
 
-    path, ended = near / "s.sock", threading.Event()
+    path = near / "s.sock"
     door = SocketServer(path, answer)
-
-    def serve() -> None:
-        while not ended.is_set():
-            door.admit()
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    yield path
-    ended.set()
-    thread.join()
+    with answering(door):
+        yield path
     door.close()
     assert not path.exists()
 
@@ -131,10 +142,8 @@ def test_a_socket_in_a_folder_with_a_long_path(tmp_path):
         list(request(path, "main", what="x"))
     path.parent.mkdir()
     before, server = Path.cwd(), SocketServer(path, lambda asked: (line for line in [{"done": 1}]))
-    answering = threading.Thread(target=server.admit)
-    answering.start()
-    assert list(request(path, "main", what="x")) == [{"done": 1}]
-    answering.join()
+    with answering(server):
+        assert list(request(path, "main", what="x")) == [{"done": 1}]
     server.close()
     assert not path.exists() and Path.cwd() == before
 
