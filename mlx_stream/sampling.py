@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from numbers import Integral, Real
 from typing import Any, TypedDict, get_type_hints
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from mlx_stream.program.argument_types import refuse_wrong_types
 
 LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
 MOST_LOGPROBS = 20
+HIGHEST_BIAS = 1e30  # float32 holds it, and the sum with a logit
 
 # Takes the ids of a reply so far, and returns which tokens may come next, (vocabulary,) bool, or
 # None for any.
@@ -188,6 +190,7 @@ class Sampler:
         """
         if unknown := sorted(options.keys() - ReplyOptions.__annotations__.keys()):
             raise TypeRefused(f"`{unknown[0]}` is not an option of a reply")
+        refuse_wrong_types(options, get_type_hints(ReplyOptions))
         chosen = {name: value for name, value in options.items() if value is not None}
         if not chosen:
             return self
@@ -203,12 +206,15 @@ class Sampler:
     def _set_bias(self, bias: Mapping[int, float], vocabulary: int) -> None:
         self._bias = np.zeros(vocabulary, np.float32)
         for id, value in bias.items():
-            if not 0 <= id < vocabulary or not value < math.inf:
+            known = isinstance(id, Integral) and 0 <= id < vocabulary
+            if not (known and isinstance(value, Real) and value <= HIGHEST_BIAS):
                 raise ValueRefused(
-                    f"the bias of token {id} is {value}: use a number for one of {vocabulary:,} "
-                    "tokens"
+                    f"the bias of token {id!r} is {value!r}: use a number of at most "
+                    f"{HIGHEST_BIAS:g} for one of {vocabulary:,} tokens"
                 )
-            self._bias[id] = value
+            self._bias[id] = max(float(value), -math.inf if value == -math.inf else -HIGHEST_BIAS)
+        if not np.isfinite(self._bias).any():
+            raise ValueRefused("a bias must leave at least one token that can be chosen")
         self.mode = replace(self.mode, biased=True)
         self.numbers["bias"] = mx.array(self._bias)
 
@@ -220,11 +226,16 @@ class Sampler:
         """
         if self.mask is None or self._bias is None:
             return
-        allowed, bias = self.mask(tuple(ids)), self._bias
+        bias = self._bias
+        try:
+            allowed = self.mask(tuple(ids))
+            fits = allowed is None or np.shape(allowed) == bias.shape
+        except Exception as error:
+            raise ValueRefused(f"the mask failed: {type(error).__name__}: {error}") from error
         if allowed is not None:
-            if np.shape(allowed) == bias.shape:
+            if fits:
                 bias = np.where(allowed, bias, -math.inf).astype(np.float32)
-            if np.shape(allowed) != bias.shape or not np.isfinite(bias).any():
+            if not (fits and np.isfinite(bias).any()):
                 raise ValueRefused(
                     f"a mask must allow at least one of {len(bias):,} tokens, and have that size"
                 )

@@ -18,7 +18,7 @@ from mlx_stream.chat.session_files import SessionPaths, session_paths
 from mlx_stream.chat.snapshot_metadata import SnapshotMetadata
 from mlx_stream.chat.store import Store
 from mlx_stream.chat.transcript_recall import TranscriptRecall
-from mlx_stream.errors import SnapshotError, ValueRefused
+from mlx_stream.errors import SessionError, SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.paths import private
@@ -118,7 +118,7 @@ class SavedSession:
                 snapshot.save_snapshot(path, self.chat.tokens, model, about.plain())
             else:  # there is no turn, or all were taken back
                 path.unlink(missing_ok=True)
-        except (SnapshotError, OSError) as error:
+        except (SnapshotError, SessionError, OSError) as error:
             raise SnapshotError(
                 "the conversation is saved, but the stream's state is not, so the next chat will "
                 f"read the attended turns again: make room, or set MLX_STREAM_HOME ({error})"
@@ -136,7 +136,7 @@ class SavedSession:
         state = self.chat.conversation_state()
         self.flush()
         if not 1 <= number < state.first:
-            attended = number <= self.chat.number
+            attended = state.first <= number <= self.chat.number
             reason = "is still attended: /undo takes it back" if attended else "does not exist"
             raise ValueRefused(f"exchange {number:,} {reason}")
         (turn,) = self.store.turns(number, 1)

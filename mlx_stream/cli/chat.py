@@ -13,6 +13,7 @@ from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import options
 from mlx_stream.cli.prompt import keys_wait
 from mlx_stream.cli.screen import Screen
+from mlx_stream.cli.stdin import lines_of_stdin
 from mlx_stream.cli.terminal import ask_line, decode_utf8
 from mlx_stream.errors import MlxStreamError, SessionError, ValueRefused, one_line
 from mlx_stream.program.exits import ENDING, ending_on_signals, finished_before_signals, notify
@@ -261,7 +262,7 @@ def run_batch(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> 
     """Read each line of standard input that is not blank as a turn."""
     from mlx_stream.cli.report import print_stats
 
-    for number, line in enumerate(sys.stdin.buffer, 1):
+    for number, line in enumerate(lines_of_stdin(), 1):
         if number == LINES_WITHOUT_NOTICE + 1 and not lines:
             notify("each line of standard input is a turn; -p TEXT asks one question about all")
         turn = decode_utf8(line, f"standard input, line {number}").strip()

@@ -6,6 +6,7 @@ from typer import Argument
 
 from mlx_stream.cli import new_group, options
 from mlx_stream.cli.report import print_json
+from mlx_stream.program.escape import escape
 from mlx_stream.program.exits import fail, notify
 
 app = new_group("config")
@@ -39,13 +40,13 @@ def get(
         print_json(found)
     elif key is None:
         for name, value in found.items():
-            print(f"{name} = {value}")
+            print(f"{name} = {escape(str(value))}")
         if not found:
             notify("nothing is set: mlx_stream config set KEY VALUE sets a default")
     elif found[key] is None:
         fail(f"{key} is not set: mlx_stream config set {key} VALUE sets it")
     else:
-        print(found[key])
+        print(escape(str(found[key])))
 
 
 @app.command("set")

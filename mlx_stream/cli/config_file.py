@@ -13,15 +13,17 @@ file.
 """
 
 import json
+import math
 import os
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from mlx_stream.errors import ValueRefused
+from mlx_stream.errors import ValueRefused, one_line
 from mlx_stream.program.atomic_replace import flush
 from mlx_stream.program.paths import user_folder
 
@@ -32,7 +34,7 @@ KINDS: dict[str, type] = {
     "system": str,
     "temperature": float,
 }
-WORDS = {str: "a text", int: "a whole number", float: "a number"}
+WORDS = {str: "a text", int: "a whole number, 1 or more", float: "a number, 0 or more"}
 KEYS = f"{', '.join(KINDS)} and prompts.NAME"
 
 
@@ -89,9 +91,12 @@ def set_value(key: str, text: str) -> None:
         ValueRefused: the key or the value is wrong, or the file cannot be written.
     """
     value, path, before = parse_value(key, text, key), config_path(), read_text()
-    after = with_value(before, key, value)
-    wanted = {**parse_config(before, path), key: value}
-    if parse_config(after, path) != wanted:
+    wanted, after = {**parse_config(before, path), key: value}, with_value(before, key, value)
+    try:
+        kept = after is not None and parse_config(after, path) == wanted
+    except ValueRefused:  # the key is written in another way
+        kept = False
+    if after is None or not kept:
         raise ValueRefused(f"{path}: {key} cannot be changed from here: edit the file")
     write_text(path, after)
 
@@ -107,16 +112,19 @@ def parse_value(key: str, text: str, name: str) -> Any:
     kind = kind_of(key)
     try:
         text.encode()
-        return kind(text.replace(",", "") if kind is int else text)
-    except ValueError:
-        raise ValueRefused(f"{name} must be {WORDS[kind]}, not {text!r}") from None
+        value = kind(text.replace(",", "") if kind is int else text)
+        if kind is not str and not (math.isfinite(value) and value >= (1 if kind is int else 0)):
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueRefused(f"{name} must be {WORDS[kind]}, not {text!r:.60}") from None
+    return value
 
 
 def parse_config(text: str, path: Path) -> dict[str, Any]:
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueRefused(f"{path}: is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueRefused(f"{path}: is not TOML: {one_line(error, 100)}") from error
     prompts = found.pop("prompts", {})
     if not isinstance(prompts, dict):
         raise ValueRefused(f"{path}: prompts must be a table of names and texts")
@@ -131,8 +139,8 @@ def parse_config(text: str, path: Path) -> dict[str, Any]:
     return values
 
 
-def with_value(text: str, key: str, value: Any) -> str:
-    """Return a file's text with one value changed or added."""
+def with_value(text: str, key: str, value: Any) -> str | None:
+    """Return a file's text with one value changed or added; None if a comment could be lost."""
     table, _, name = key.rpartition(".")
     # A string of JSON is one of TOML, but for the character DEL.
     line = f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
@@ -142,6 +150,8 @@ def with_value(text: str, key: str, value: Any) -> str:
             section = heading[1].strip()
         elif section == table and re.match(rf"\s*{re.escape(name)}\s*=", old):
             comment = re.search(r"\s+#[^\"']*$", old)
+            if comment is None and "#" in old:
+                return None
             lines[number] = line + (comment[0] if comment else "")
             return "\n".join(lines) + "\n"
         if section == table and old.strip():
@@ -156,7 +166,9 @@ def with_value(text: str, key: str, value: Any) -> str:
 def read_text() -> str:
     path = config_path()
     try:
-        return path.read_text("utf-8")
+        if path.exists() and not path.is_file():
+            raise ValueRefused(f"{path}: is not a file")
+        return path.read_text("utf-8-sig")
     except FileNotFoundError:
         return ""
     except UnicodeDecodeError:
@@ -171,8 +183,13 @@ def write_text(path: Path, text: str) -> None:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.{os.getpid()}.new")
-        new.write_text(text, "utf-8")
-        flush(new)
-        new.replace(path)
+        try:
+            new.write_text(text, "utf-8")
+            if path.exists():
+                shutil.copymode(path, new)
+            flush(new)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
     except OSError as error:
         raise ValueRefused(f"{path}: cannot be written: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_prompts(path: Path) -> dict[int, str]:
         try:
             value = json.loads(line)
             prompt = value["prompt"] if isinstance(value, dict) else value
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RecursionError):
             prompt = None
         if not isinstance(prompt, str) or not prompt:
             raise ValueRefused(
@@ -65,7 +66,7 @@ def generate_file(
     """
     if not 1 <= streams <= MOST_STREAMS:
         raise ValueRefused(f"--streams must be from 1 to {MOST_STREAMS}, not {streams}")
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueRefused(f"{out}: already exists: choose another --out")
     prompts, log_path = read_prompts(path), out.with_name(f"{out.name}.part")
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
@@ -96,9 +97,10 @@ def row_of(line: int, pieces: Sequence[Piece] | MlxStreamError) -> Row:
 
 def write_replies(out: Path, rows: Sequence[Row]) -> None:
     lines: Iterator[str] = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    new = out.with_name(f"{out.name}.new")
+    new = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
-        new.write_text("".join(lines), "utf-8")
+        with new.open("x", encoding="utf-8") as file:
+            file.writelines(lines)
         flush(new)
         new.replace(out)
     except OSError as error:

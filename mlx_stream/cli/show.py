@@ -6,6 +6,7 @@ from typer import Argument
 
 from mlx_stream.cli import options
 from mlx_stream.errors import MlxStreamError, SourceError, one_line
+from mlx_stream.program.escape import escape
 from mlx_stream.program.exits import notify
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def show(
     model = options.default_model() if model is None else model
     path = local_model(model)
     if path is None:
-        raise SourceError(f"{model} is not on this machine: `mlx_stream pull {model}` fetches it")
+        raise SourceError(
+            f"{escape(model)} is not on this machine: `mlx_stream pull {escape(model)}` fetches it"
+        )
     summary = summarize_model(model, notify)
     config = summary.config
     (longest,) = bounded_windows(config, DEFAULT_SINKS, (config.max_position_embeddings,))

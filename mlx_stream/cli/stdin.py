@@ -2,18 +2,33 @@
 
 import select
 import sys
+from collections.abc import Iterator
 
 from mlx_stream.cli.terminal import decode_utf8
+from mlx_stream.errors import TextError
 from mlx_stream.program.exits import notify
 
 SECONDS_OF_SILENCE = 2.0
+MOST_BYTES = 8 * 10**6  # of a question, which is encoded as one text
+
+
+def lines_of_stdin() -> Iterator[bytes]:
+    """Yield the lines of standard input.
+
+    Raises:
+        TextError: it cannot be read.
+    """
+    try:
+        yield from sys.stdin.buffer
+    except (OSError, ValueError) as error:
+        raise TextError(f"standard input cannot be read: {error}") from error
 
 
 def read_stdin() -> str:
     """Read standard input to its end; it may be empty.
 
     Raises:
-        TextError: it is not UTF-8.
+        TextError: it is not UTF-8, too long, or cannot be read.
     """
     stdin = sys.stdin.buffer
     try:
@@ -22,4 +37,13 @@ def read_stdin() -> str:
         waits = False
     if waits:
         notify("waiting for standard input, which is part of the question; < /dev/null sends none")
-    return decode_utf8(stdin.read(), "standard input")
+    try:
+        data = stdin.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise TextError(f"standard input cannot be read: {error}") from error
+    if len(data) > MOST_BYTES:
+        raise TextError(
+            f"standard input is longer than {MOST_BYTES // 10**6:,} MB: use generate -p -, which "
+            "reads a text of any length"
+        )
+    return decode_utf8(data, "standard input")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
@@ -403,7 +404,7 @@ def generate(
 
 
 def check_max_tokens(max_tokens: int) -> int:
-    """Return a limit of tokens, or raise ValueRefused if it is below 1."""
-    if max_tokens < 1:
-        raise ValueRefused(f"`max_tokens` must be at least 1, not {max_tokens}")
+    """Return a limit of tokens, or raise ValueRefused if it is not a whole number from 1 on."""
+    if not isinstance(max_tokens, Integral) or max_tokens < 1:
+        raise ValueRefused(f"`max_tokens` must be a whole number, at least 1, not {max_tokens!r}")
     return max_tokens

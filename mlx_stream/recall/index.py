@@ -54,8 +54,9 @@ class WordIndex:
             SessionError: a new file cannot be written.
         """
         if is_file(path) and path.stat().st_uid == os.getuid():
-            path.chmod(0o600)
             try:
+                if path.stat().st_mode & 0o077:
+                    path.chmod(0o600)
                 connection = connect(path, LONGEST_ROW)
                 try:
                     if frozenset(connection.execute(SCHEMA)) != index_schema():
@@ -64,7 +65,7 @@ class WordIndex:
                 except BaseException:
                     connection.close()
                     raise
-            except (sqlite3.Error, ValueError, TypeError):
+            except (OSError, sqlite3.Error, ValueError, TypeError):
                 pass  # it is made again
         return cls.create(path, owner)
 

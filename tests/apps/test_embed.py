@@ -124,7 +124,7 @@ def readme_blocks() -> list[str]:
 
 def test_the_readmes_blocks_run_in_their_order(letters, tmp_path):
     blocks = readme_blocks()
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     program = "\n".join(blocks).replace('"starter"', f"{str(letters)!r}, dtype='float32'")
     ended = run("-c", program, home=tmp_path, cwd=tmp_path)
     assert ended.returncode == 0 and ended.stderr == "", ended.stderr

@@ -260,7 +260,7 @@ def test_views_of_a_conversation(letters):
     assert re.search(r"> Second\?\n\n[a-z]{24}\n", chat.say("/show"))
     assert "there is no exchange '7'" in chat.say("/show 7")
     assert "the temperature is 0.5" in chat.say("/temp 0.5")
-    assert "--temp must be 0 or more" in chat.say("/temp -1")
+    assert "`temperature` must be 0 or more" in chat.say("/temp -1")
     assert re.search(r"llama, [\d.]+M parameters, float32", chat.say("/model"))
     assert re.search(r"views +[-\d]{10} [:\d]{5}  2 exchanges", chat.say("/sessions"))
     chat.leave()

@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from mlx_stream.chat.exchange import question_of
 from mlx_stream.chat.manage import open_transcript
+from mlx_stream.chat.messages import Message
 from mlx_stream.chat.recorder import Change
 from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
 from mlx_stream.chat.saving import saved_as
@@ -243,7 +245,7 @@ def test_an_empty_conversation_has_nothing_to_edit_or_retry(model):
 
 def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken_back(chat):
     def broken_off() -> None:
-        chat.number, chat.unanswered = 3, "Why?"
+        chat.number, chat.pending = 3, question_of((Message("user", "Why?"),))
 
     broken_off()
     answered(say("/undo", chat), "removed: Why?")
@@ -266,7 +268,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
         ("/undo 3", "/undo takes no argument: leave out '3'"),
         ("/window wide", "/window takes a whole number of tokens, not 'wide'"),
         ("/window " + "9" * 5000, "/window takes a whole number of tokens, not '9999"),
-        ("/window 0", "--window must be at least 1"),
+        ("/window 0", "`window` must be at least 1"),
         ("/window 8,000", "window 8000 = "),
         ("/system " + "word " * 2_000, "the system prompt of 6,009 tokens"),
         ("/save a/b", "a/b"),

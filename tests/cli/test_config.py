@@ -54,8 +54,10 @@ def test_values_are_set_and_read_and_comments_stay():
 def test_any_texts_are_what_is_read_back(values, text):
     expected = parse_config(text, config_path())
     for key, value in values.items():
-        text = with_value(text, key, value)
-        expected[key] = value
+        changed = with_value(text, key, value)
+        if changed is not None:  # a comment could be lost otherwise
+            text = changed
+            expected[key] = value
     assert parse_config(text, config_path()) == expected
     assert tomllib.loads(text) is not None
 
@@ -66,7 +68,9 @@ def test_the_order_is_option_environment_file(monkeypatch):
     monkeypatch.setenv("MLX_STREAM_WINDOW", "1020")
     assert setting("window") == 1020 and setting("model") == "file"
     monkeypatch.setenv("MLX_STREAM_WINDOW", "wide")
-    with pytest.raises(ValueRefused, match="MLX_STREAM_WINDOW must be a whole number, not 'wide'"):
+    with pytest.raises(
+        ValueRefused, match="MLX_STREAM_WINDOW must be a whole number, 1 or more, not 'wide'"
+    ):
         setting("window")
 
 
@@ -74,7 +78,7 @@ def test_the_order_is_option_environment_file(monkeypatch):
     ("text", "error"),
     [
         ("windw = 3", "unknown key 'windw'"),
-        ('window = "3"', "window must be a whole number, not '3'"),
+        ('window = "3"', "window must be a whole number, 1 or more, not '3'"),
         ("temperature = true", "temperature must be a number"),
         ("prompts = 3", "prompts must be a table"),
         ("[prompts]\na = 3", "prompts.a must be a text"),
@@ -114,3 +118,28 @@ def test_a_chat_begins_with_the_defaults_of_the_file(letters):
     done(*options, "one")  # what is saved goes before the file
     assert parsed(done("sessions", "list", "--json").out)["sessions"][0]["window"] == 90
     assert first.out == done(*options, "two", "--window", 90).out
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e999"])
+def test_a_temperature_out_of_range_is_refused(value):
+    found = run("config", "set", "temperature", "--", value)
+    assert found.code == 1 and "temperature must be a number, 0 or more" in found.err
+    assert not config_path().exists()
+
+
+def test_what_is_in_the_file_beside_the_value_stays():
+    config_path().parent.mkdir(parents=True)
+    config_path().write_text('model = "m"  # it\'s mine\n')
+    config_path().chmod(0o600)
+    assert "edit the file" in run("config", "set", "model", "n").err
+    done("config", "set", "window", "700")
+    assert "# it's mine" in config_path().read_text()
+    assert config_path().stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("text", ["model = " + "[" * 3_000, "window = " + "9" * 5_000])
+def test_a_file_that_the_parser_cannot_read_is_one_line(text):
+    config_path().parent.mkdir(parents=True)
+    config_path().write_text(text)
+    found = run("config", "get")
+    assert found.code == 1 and "is not TOML" in found.err and found.err.count("\n") == 1

@@ -113,8 +113,9 @@ def test_a_prompt_that_cannot_be_completed_has_an_error_in_its_line(letters, tmp
         ('"a"\nb\n', "line 2"),
         ('""\n', "line 1"),
         ("[1]\n", "line 1"),
+        ("[" * 100_000, "line 1"),
     ],
-    ids=["empty", "blank", "object", "text", "nothing", "list"],
+    ids=["empty", "blank", "object", "text", "nothing", "list", "deep"],
 )
 def test_a_file_without_prompts_is_refused(letters, tmp_path, text, match):
     path = tmp_path / "prompts.jsonl"
@@ -134,3 +135,14 @@ def test_a_prompt_and_a_file_exclude_each_other(letters, prompts):
     assert run("generate", letters, "-p", "x", "--file", prompts).code == 2
     assert run("generate", letters).code == 2
     assert run("generate", letters, "--file", prompts).code == 2
+
+
+def test_no_other_file_is_touched(letters, tmp_path):
+    """Neither one with the name of a partial file, nor a link that leads nowhere."""
+    prompts, link = tmp_path / "in.new", tmp_path / "link"
+    prompts.write_text('"a"\n')
+    done(*options(letters, prompts, tmp_path / "in", "--max-tokens", 2))
+    assert prompts.read_text() == '"a"\n' and len(replies(tmp_path / "in")) == 1
+    link.symlink_to(tmp_path / "nowhere")
+    refused = run(*options(letters, prompts, link))
+    assert refused.code == 1 and "already exists" in refused.err and link.is_symlink()

@@ -94,7 +94,7 @@ def test_a_conversation_is_named_after_its_first_question_and_no_other_has_the_n
 
 def test_a_gauge_says_numbers_with_their_units():
     gauge = Gauge(1_203, 42, 2_090, 3_412, 94_600_000, 21.34)
-    for shown in ("1,203 of 2,090 tokens", "(42 for", "3,412 evicted", "94.6 MB", "21.3 tok/s"):
+    for shown in ("1,203 of 2,090 tokens", "(42 pinned)", "3,412 evicted", "94.6 MB", "21.3 tok/s"):
         assert shown in str(gauge)
 
 

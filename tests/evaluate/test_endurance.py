@@ -188,7 +188,7 @@ def test_a_full_disk_loses_nothing(endurance: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (("--sinks", 3), "different settings: sinks (4, not 3); choose another --log"),
+        (("--sinks", 3), "different settings: sinks (4, not 3); choose another file"),
         (("--segment", 32), "different settings: segment (64, not 32)"),
         (("--dtype", "float16"), "different settings: model; choose"),
         ((__file__,), "different settings: text; choose"),

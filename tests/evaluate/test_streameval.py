@@ -62,10 +62,10 @@ def spare_of(asked: Sequence[EncodedQuery]) -> int:
         ({"lines": 169, "distances": [161]}, "--lines must be at least 170 .* not 169"),
         ({"distances": []}, "--distances must be at least 1 line back"),
         ({"distances": [5, 0]}, "--distances must be at least 1 line back"),
-        ({"window": 0}, "--window must be at least 1, not 0"),
+        ({"window": 0}, "`window` must be at least 1, not 0"),
         ({"window": 40}, r"--window must be at least \d\d, .* not 40"),
         ({"window": 10_000}, "trained context"),
-        ({"sinks": -1}, "--sinks"),
+        ({"sinks": -1}, "`sinks`"),
     ],
 )
 def test_what_is_refused(model: Model, changes: dict, says: str) -> None:

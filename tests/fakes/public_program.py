@@ -35,6 +35,9 @@ pieces += chat.edit("Hello", max_tokens=4)
 exchange: mlx_stream.Exchange = chat.undo()
 questions: list[str] = [one.question for one in chat.exchanges]
 chat.clear()
+asked: list[mlx_stream.Message] = [mlx_stream.Message("user", "What now?")]
+pieces += chat.reply(asked, max_tokens=4, logprobs=2)
+calls: tuple[mlx_stream.ToolCall, ...] = chat.exchanges[-1].calls
 speed: float = chat.stats.tokens_per_second
 
 engine = mlx_stream.Engine(MODEL, memory_budget=2 * 10**9, dtype="float32")
