@@ -16,6 +16,8 @@ from mlx_stream.program.terminal import UNSPACED
 
 # Blocks that are shown by whole lines: fenced code and tables.
 BY_LINES = re.compile(r" *(```|~~~|\|)")
+# The beginning of a line that may be a block of its own, or belong to the block before it.
+UNDECIDED = re.compile(r"[ >*+\-#=_~`|\d.)]*")
 LAST_WORD = re.compile(rf"[^\s{UNSPACED}]*$")
 
 
@@ -43,7 +45,10 @@ class MarkdownPrinter:
         if self._at != (now := self._size()):
             self._split(self._end)
             self._at = now
-        *closed, opened = split_blocks(self._source) or [""]
+        blocks = split_blocks(self._source) or [""]
+        if len(blocks) > 1 and UNDECIDED.fullmatch(blocks[-1]):
+            blocks[-2:] = ["".join(blocks[-2:])]
+        *closed, opened = blocks
         for block in closed:
             self._close(block)
         self._source = opened

@@ -218,7 +218,7 @@ def test_questions_leave_the_stream_as_it_is(start, log, tmp_path):
     assert noted.returncode == 0 and noted.stdout.startswith("## 20")
     assert [entry.strip() for entry in entries(diary)] == [noted.stdout.strip()]
     again = told("note")
-    assert again.returncode == 0 and again.stdout == "" and "nothing is new" in again.stderr
+    assert again.returncode == 0 and again.stdout == "" and "nothing new since" in again.stderr
     status = assistant.status()
     for key in ("attended", "evicted", "bytes_read", "chunks_fed"):
         assert status[key] == before[key]

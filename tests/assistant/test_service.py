@@ -51,7 +51,7 @@ def test_a_unit_of_systemd(tmp_path):
     unit = service.unit(settings())
     assert "Restart=on-abnormal\n" in unit and "WantedBy=default.target\n" in unit
     assert '"--follow=/a b/50%% $$HOME/\\"x\\\\.log"' in unit
-    with pytest.raises(AssistantError, match="remove such characters"):
+    with pytest.raises(AssistantError, match="remove the unprintable characters"):
         service.quote("a\nb")
     if shutil.which("systemd-analyze"):
         path = tmp_path / "mlx_stream-assistant-main.service"

@@ -68,7 +68,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("generate chat", "--top-k -1", "--top-k must be 0 or more, not -1"),
     ("generate chat", "--repetition-penalty 0", "--repetition-penalty must be from 0.01 to 100"),
     ("generate chat", "--seed -1", "--seed must be from 0 to 2^64 - 1, not -1"),
-    ("generate chat", "--max-tokens 0", "--max-tokens must be at least 1, not 0"),
+    ("generate chat", "--max-tokens 0", "--max-tokens must be a whole number, at least 1, not 0"),
     ("generate chat", "--stop x --stop ''", "--stop must not be an empty string"),
     ("score", "--chunk 0", "--chunk must be at least 1, not 0"),
     ("score", "--max-tokens 1 --json", "--max-tokens must be at least 2, not 1"),

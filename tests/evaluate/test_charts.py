@@ -76,7 +76,7 @@ def test_a_report_without_a_figure_is_refused(name: str) -> None:
         first, *rows = report.rows
         rows.insert(0, {k: v for k, v in first.items() if k != key})
         if key != "cache":  # without it the stream is meant
-            with pytest.raises(ValueRefused, match=r"^no chart"):
+            with pytest.raises(ValueRefused, match=r"^cannot draw"):
                 charts.make_figure(Report(name, report.about, rows))
 
 
@@ -87,7 +87,7 @@ def test_an_unknown_experiment_no_rows_and_bad_facts_are_refused() -> None:
         Report("streameval", ABOUT, STREAMEVAL),  # without the number of candidates
         Report("endurance", ABOUT | {"fresh": {"from": 1}}, LONG),
     ):
-        with pytest.raises(ValueRefused, match=r"^no chart"):
+        with pytest.raises(ValueRefused, match=r"^cannot draw"):
             charts.make_figure(report)
 
 

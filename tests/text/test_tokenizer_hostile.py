@@ -248,7 +248,7 @@ def test_a_run_that_a_slow_pattern_would_read_for_long_is_refused() -> None:
         tokenizer = Tokenizer.from_checkpoint(Checkpoint({}, {}, text))
         tokenizer.encode(("x" + run * 4_000) * 3 + "x" + "q" * 2_500)
         for long in (run * 12_000, "q" * 6_000, ("x" + run * 6_000) * 3):
-            with pytest.raises(TextError, match=r"its (12|6),000 spaces or digits in a row"):
+            with pytest.raises(TextError, match=r"(12|6),000 spaces or digits in a row"):
                 tokenizer.encode(long)
 
 
