@@ -217,7 +217,7 @@ class Session(Handle):
         max_tokens: int | None = None,
         **options: Unpack[EngineReplyOptions],
     ) -> Generator[Piece, None, None]:
-        """Yield the pieces of a reply; closing the generator stops it within a token or two.
+        """Yield the pieces of a reply; closing the generator stops it within a few tokens.
 
         Args:
             options: see `ReplyOptions`, and `stop` of `ChatSession.reply`.

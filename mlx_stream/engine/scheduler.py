@@ -10,12 +10,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from mlx_stream.cache.geometry import STEP_LENGTHS
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
-from mlx_stream.generate.shared_step import run_together
+from mlx_stream.generate.shared_step import ROWS_MULTIPLE, run_together
 from mlx_stream.window import PREFILL_CHUNK, SHARED_ROWS
 
-LONGEST = 2.6
+LONGEST = 2.9
 FEWEST_ROWS = 8  # rows of prompts, however long they take
 SETTLING_SHARE = 4  # streams that settle get at least one row in this many
 MEASURED = 5  # the latest steps of a kind that count
@@ -69,14 +68,14 @@ class StepTimes:
     def most_rows(self, replies: int) -> int:
         """Return how many rows of prompts a step with tokens of `replies` streams may have.
 
-        With the tokens they make one of the lengths to which steps are padded.
+        With the tokens they make a multiple of the rows to which steps are padded.
         """
         if not replies:
             return SHARED_ROWS
         base, row = self.of_tokens(replies), median(self._row) if self._row else 0.0
         most = int((LONGEST - 1) * base / row) if base and row else PREFILL_CHUNK // 4
-        rows = (length - replies for length in STEP_LENGTHS)
-        return max([FEWEST_ROWS, *(count for count in rows if count <= min(most, SHARED_ROWS))])
+        whole = (min(most, SHARED_ROWS) + replies) // ROWS_MULTIPLE * ROWS_MULTIPLE
+        return max(FEWEST_ROWS, whole - replies)
 
 
 class Scheduler:

@@ -16,7 +16,7 @@ from mlx_stream.generate.speculative import Writer
 
 MOST_PREFIXES = 8
 # Reading fewer ids takes one short step, and copying rows passes over the whole buffer.
-LEAST_IDS = 64
+LEAST_IDS = 16
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from itertools import accumulate
 import mlx.core as mx
 
 from mlx_stream import backend
-from mlx_stream.cache.geometry import STEP_LENGTHS, pad_length
 from mlx_stream.cache.steps.batch import BatchStep
 from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.errors import WeightsError
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.token_stream import NOT_A_NUMBER, PlannedRead
 from mlx_stream.sampling import as_int, choose_token
+
+# A step with chunks is padded to a multiple of so many rows, so that there are few shapes.
+ROWS_MULTIPLE = 8
 
 
 def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception]:
@@ -57,8 +59,8 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
     if backend.tracing()[True] and all(comes_again(read) for read in planned):
         return compute_traced(planned)
     tokens, padding = [id for read in planned for id in read.ids], 0
-    if any(len(read.ids) > 1 for read in planned) and len(tokens) <= STEP_LENGTHS[-1]:
-        padding = pad_length(len(tokens)) - len(tokens)
+    if any(len(read.ids) > 1 for read in planned):
+        padding = -len(tokens) % ROWS_MULTIPLE
     # Padded with an id of the step, so that the padding cannot bring in a new NaN.
     rows = mx.array([tokens + tokens[-1:] * padding], mx.int32)
     network, first = planned[0].stream.network, 0

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 import sqlite3
 import time
@@ -195,7 +196,8 @@ def test_a_conversation_may_get_a_name_in_a_reply(model):
     chat = unsaved(model)
     said(chat.reply("One?"))
     chat.clear()
-    pieces = chat.reply("Two?")
+    endless = dict.fromkeys(chat.prompts.replies.end_ids, -math.inf)
+    pieces = chat.reply("Two?", bias=endless)
     next(pieces)
     saved = SavedSession.create(chat, "talk")  # this ends the reply
     assert states(saved) == [(ANSWERED, "Two?")] and chat.number == 1

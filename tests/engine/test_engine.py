@@ -124,14 +124,14 @@ def test_a_reply_in_asyncio_is_the_same_and_does_not_block_the_loop(letters, eng
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_closing_a_reply_stops_it_within_a_token(engine, shared):
-    """Or two, if it shares steps."""
+    """Or three, if it shares steps: two pieces may wait, and one may be computed."""
     chat = engine.session(sampling=GREEDY, window=200, shared=shared)
     pieces = chat.reply("Hi", max_tokens=100_000)
     shown = next(pieces).text + next(pieces).text
     pieces.close()
     eventually(lambda: chat.exchanges)
     (exchange,) = chat.exchanges
-    assert exchange.reply.startswith(shown) and len(exchange.reply_ids) <= 2 + 1 + shared
+    assert exchange.reply.startswith(shown) and len(exchange.reply_ids) <= 2 + 1 + 2 * shared
     assert exchange.finish == "interrupted"
 
 
@@ -342,4 +342,5 @@ def test_cancelling_a_task_stops_its_reply(engine):
 
     asyncio.run(main())
     eventually(lambda: chat.exchanges)
-    assert len(chat.exchanges[0].reply_ids) <= len(shown) + 2  # it may share steps
+    # Two pieces may wait for the caller, and one may be computed.
+    assert len(chat.exchanges[0].reply_ids) <= len(shown) + 3
