@@ -86,7 +86,8 @@ class Task:
         Args:
             result: what the read that it waits for has returned or raised.
         """
-        if self.cancelled or not self._claim():
+        # A read that was done reaches the coroutine in any case, or its ids would be read again.
+        if result is None and (self.cancelled or not self._claim()):
             return self.abandon()
         try:
             if isinstance(result, Exception):

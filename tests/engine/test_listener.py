@@ -228,6 +228,30 @@ def test_an_answer_that_is_cut_leaves_a_well_formed_stream(engine):
     assert text.count("<|im_end|>\n<|im_start|>") == text.count("<|im_start|>") - 1
 
 
+def test_what_is_read_while_an_answer_is_cancelled_is_not_read_again(engine, monkeypatch):
+    listener = engine.listen(window=500, sampling=GREEDY)
+    listener.wait(DEADLINE)
+    # The text is read by the answer's own requests.
+    monkeypatch.setattr(listener._listener_worker, "waiting", lambda: False)
+    listener.feed("One two three. ")
+    scheduler = engine._worker._scheduler
+    run = scheduler.run
+
+    def run_and_cancel(requests, measure=True):
+        found = run(requests, measure)
+        if listener._reply:
+            listener._reply.cancel()
+        return found
+
+    scheduler.run = run_and_cancel
+    said(listener.ask("Why?", max_tokens=9))
+    scheduler.run = run
+    listener.feed("And four.")
+    listener.flush(DEADLINE)
+    text = attended(listener)
+    assert text.count("One") == text.count("four") == 1 and text.endswith("And four.")
+
+
 def test_a_full_backlog_is_refused_with_the_numbers_or_waited_for(engine):
     listener = engine.listen(window=100, backlog=1_000)
     with engine._worker.lock:  # nothing is taken from the backlog meanwhile
