@@ -1,7 +1,9 @@
 """The handle of the one thread that computes, for use on any other thread."""
 
+import time
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,20 @@ class Engine:
     def memory(self) -> tuple[int, int]:
         """Bytes in use by weights and streams, and the budget (0 until loading has begun)."""
         return self._host.budget.used, self._host.budget.limit
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step in progress has taken so far; 0 between steps and while loading."""
+        started = self._worker.round_started
+        return 0.0 if started is None else time.monotonic() - started
+
+    def ping(self) -> Future[None]:
+        """Return a future that is done when the step in progress is.
+
+        Raises:
+            EngineClosed: the engine is closed.
+        """
+        return self._worker.ping()
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the model is loaded.

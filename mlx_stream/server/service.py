@@ -1,0 +1,245 @@
+"""The model that the server offers: loading it, unloading it while idle, its names; knows no HTTP.
+
+The engine's thread loads, so requests are answered from the first second, with 503 until the model
+is there.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_stream.engine.engine import Engine
+from mlx_stream.errors import EngineClosed, MlxStreamError, ValueRefused, one_line
+from mlx_stream.server.api_errors import ApiError
+
+SECONDS_TO_CLOSE = 3.0
+SECONDS_WITHOUT_A_STEP = 30.0
+SECONDS_FOR_A_PING = 1.0
+SECONDS_TO_WAKE = 120.0
+SECONDS_BETWEEN_LOOKS = 0.05
+MOST_REQUESTS = 1_024
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What is served, and to how many.
+
+    Attributes:
+        source, dtype, keep_quantized: see `mlx_stream.load`.
+        memory_budget: see `Engine`.
+        aliases: the model's names; the first is the one it has in answers.
+        any_model: whether every other name means the same model.
+        streams: conversations whose keys and values are in memory.
+        queue: requests that may wait, besides those that are answered.
+        window, sinks, kv_bits: of each stream; see `ChatSession`.
+        idle_unload: seconds without a request after which the weights are released; None: never.
+    """
+
+    source: str | Path
+    aliases: tuple[str, ...]
+    any_model: bool = False
+    streams: int = 4
+    queue: int = 16
+    window: int | None = None
+    sinks: int | None = None
+    kv_bits: int | None = None
+    idle_unload: float | None = None
+    dtype: str | None = None
+    keep_quantized: bool | None = None
+    memory_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("--streams", self.streams, 1),
+            ("--queue", self.queue, 0),
+            ("--idle-unload", 1 if self.idle_unload is None else self.idle_unload, 1),
+        ):
+            if not least <= value <= MOST_REQUESTS * 1_000:
+                raise ValueRefused(f"{name} must be at least {least}, not {value}")
+        if not all(self.aliases):
+            raise ValueRefused("--alias must not be empty")
+
+
+def default_alias(source: str | Path) -> str:
+    """Return a model's name for clients: never a path of this machine."""
+    text = str(source)
+    return Path(text).name if Path(text).expanduser().exists() or text[:1] in "./~" else text
+
+
+@dataclass
+class Counters:
+    """What `/metrics` shows; totals since the server began."""
+
+    refused: int = 0
+    read: int = 0
+    cached: int = 0
+    written: int = 0
+    evicted: int = 0
+    first_seconds: float = 0.0
+    firsts: int = 0
+    caches: dict[str, int] = field(default_factory=dict)
+    statuses: dict[tuple[str, int], int] = field(default_factory=dict)
+
+
+class ModelService:
+    """One engine at a time, and the requests that use it.
+
+    Args:
+        notify: called with a line for the user.
+
+    Attributes:
+        requests: how many wait or are being answered.
+        stopping: set when the server ends.
+    """
+
+    def __init__(self, options: ServiceOptions, notify: Callable[[str], None]):
+        self.options, self.notify = options, notify
+        self.created = int(time.time())
+        self.counters = Counters()
+        self.requests = 0
+        self.stopping = asyncio.Event()
+        self.engine: Engine | None = None
+        self._waking = False
+        self._used = time.monotonic()
+        self._ping: tuple[asyncio.Future[None], float] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Begin to load the model; returns at once."""
+        options = self.options
+        self.engine = Engine(
+            options.source,
+            options.memory_budget,
+            # Each request may need a few commands: opening or copying a stream, and the reply.
+            queue_size=8 * (options.streams + options.queue + 1),
+            dtype=options.dtype,
+            keep_quantized=options.keep_quantized,
+        )
+
+    # --- names ---
+
+    @property
+    def name(self) -> str:
+        return self.options.aliases[0]
+
+    def check_name(self, model: str) -> None:
+        """Refuse a model that is not served.
+
+        Raises:
+            ApiError: 404.
+        """
+        if model not in self.options.aliases and not self.options.any_model:
+            names = ", ".join(self.options.aliases)
+            message = f"there is no model of this name here: use {names}, or serve with --any-model"
+            raise ApiError(404, message, "model_not_found", "model")
+
+    # --- requests ---
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[Engine]:
+        """Count a request, and yield the engine once its model is loaded.
+
+        Raises:
+            ApiError: 503, too many requests wait, or there is no model now.
+        """
+        if self.requests >= self.options.streams + self.options.queue:
+            self.counters.refused += 1
+            raise ApiError(503, f"{self.requests} requests are waiting: try again", "queue_full")
+        self.requests += 1
+        try:
+            yield await self.loaded()
+        finally:
+            self.requests -= 1
+            self._used = time.monotonic()
+
+    async def loaded(self) -> Engine:
+        """Return the engine, whose model is loaded again first if it was unloaded.
+
+        Raises:
+            ApiError: 503, it is loading for the first time, cannot be loaded, or is closing.
+        """
+        if self.stopping.is_set():
+            raise ApiError(503, "the server is shutting down", "shutting_down")
+        if self.engine is None:
+            self._waking = True
+            self.start()
+        engine = self.engine
+        assert engine is not None
+        if not engine.ready:
+            if not self._waking:
+                self.check_loading(engine)
+            try:
+                await asyncio.to_thread(engine.wait, SECONDS_TO_WAKE)
+            except TimeoutError:
+                raise ApiError(503, "the model takes long to load: try again", "loading") from None
+            except MlxStreamError as error:
+                raise ApiError(503, one_line(error), "no_model") from error
+        return engine
+
+    @staticmethod
+    def check_loading(engine: Engine) -> None:
+        if engine.error:
+            raise ApiError(503, f"the model cannot be loaded: {engine.error}", "no_model")
+        raise ApiError(503, "the model is loading: try again", "loading")
+
+    async def check_health(self) -> None:
+        """Ask the engine's thread whether it works.
+
+        Raises:
+            ApiError: 503, the model is not loaded, or no step has finished for too long.
+        """
+        engine = self.engine
+        if self.stopping.is_set():
+            raise ApiError(503, "the server is shutting down", "shutting_down")
+        if engine is None:
+            return
+        if not engine.ready:
+            self.check_loading(engine)
+        late = engine.step_seconds
+        if self._ping is None or self._ping[0].done():
+            try:
+                ping = asyncio.wrap_future(engine.ping())
+            except EngineClosed as error:
+                raise ApiError(503, one_line(error), "engine_closed") from error
+            self._ping = ping, time.monotonic()
+        ping, since = self._ping
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(ping), SECONDS_FOR_A_PING)
+            return
+        late = max(late, time.monotonic() - since)
+        if late > SECONDS_WITHOUT_A_STEP:
+            raise ApiError(503, f"no step has finished for {late:.0f} seconds", "stalled")
+
+    # --- the model's comings and goings ---
+
+    async def report_loading(self) -> None:
+        """Say when the model is there, or why it is not."""
+        engine = self.engine
+        assert engine is not None
+        while not (engine.ready or engine.error):
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        for notice in engine.notices:
+            self.notify(notice)
+        self.notify(one_line(engine.error) if engine.error else f"{self.name} is ready")
+
+    async def unload_when_idle(self) -> None:
+        """Release the weights whenever there was no request for long enough; runs for ever."""
+        assert self.options.idle_unload is not None
+        while True:
+            left = self.options.idle_unload - (time.monotonic() - self._used)
+            if self.requests or not (self.engine and self.engine.ready):
+                left = self.options.idle_unload
+            if left > 0:
+                await asyncio.sleep(left)
+                continue
+            engine, self.engine = self.engine, None
+            assert engine is not None
+            self.notify("the model is unloaded until the next request")
+            await asyncio.to_thread(engine.close, SECONDS_TO_CLOSE)
+
+    def close(self) -> bool:
+        """Release everything; return whether that was done in time."""
+        return self.engine is None or self.engine.close(SECONDS_TO_CLOSE)
