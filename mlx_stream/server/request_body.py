@@ -32,7 +32,7 @@ def parse_body(body: bytes | bytearray, model: type[Fields]) -> Fields:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise describe(error) from None
+        raise first_problem(error) from None
 
 
 def check_structure(body: bytes | bytearray) -> None:
@@ -47,7 +47,7 @@ def check_structure(body: bytes | bytearray) -> None:
             raise ApiError(400, f"the body is nested more than {MOST_DEPTH} deep", "too_deep")
 
 
-def describe(error: ValidationError) -> ApiError:
+def first_problem(error: ValidationError) -> ApiError:
     """Return the first thing wrong with a body, without what was sent."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])[:LONGEST_NAME]

@@ -28,14 +28,14 @@ Notify = Callable[[str], None]
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose signals are handled by `run`."""
+    """uvicorn's server, whose signals are handled by `run_server`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def run(
+def run_server(
     options: ServiceOptions, rules: GateRules, listening: Listening, notify: Notify, log: Notify
 ) -> int:
     """Serve until SIGINT, SIGTERM or SIGHUP; return the signal's number.
