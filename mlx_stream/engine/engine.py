@@ -104,6 +104,22 @@ class Engine:
         """
         return self._worker.ping()
 
+    def largest_window(
+        self, streams: int = 1, sinks: int | None = None, kv_bits: int | None = None
+    ) -> int | None:
+        """Return the largest usual window with which several sessions fit the budget.
+
+        None if none does. The model must be loaded.
+        """
+        return self._host.largest_window(streams, sinks, kv_bits)
+
+    def bytes_of(self, id: int) -> bytes:
+        """Return the bytes that a token stands for, which may be part of a character.
+
+        The model must be loaded.
+        """
+        return self._host.model.tokenizer.bytes_of(id)
+
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the model is loaded.
 

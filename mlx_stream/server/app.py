@@ -10,6 +10,7 @@ from starlette.routing import BaseRoute, Match, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_stream.server.api_errors import ApiError, as_api_error
+from mlx_stream.server.chat_completions import ChatCompletions
 from mlx_stream.server.gate import Gate, GateRules
 from mlx_stream.server.service import ModelService
 
@@ -44,7 +45,8 @@ def routes_of(service: ModelService) -> list[BaseRoute]:
         raise ApiError(404, message, "not_offered")
 
     both = ["GET", "POST"]
-    api: list[tuple[str, str, Handler]] = [
+    api: list[tuple[str, str, Any]] = [
+        ("/chat/completions", "POST", ChatCompletions(service)),
         ("/models", "GET", list_models),
         ("/models/{id:path}", "GET", show_model),
     ]

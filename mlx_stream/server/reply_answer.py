@@ -1,83 +1,122 @@
 """One reply as the answer to a request, whole or as events, in whatever form an API gives it."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from mlx_stream.engine.session_worker import ReplyEnd, ReplyStart
 from mlx_stream.errors import MlxStreamError
-from mlx_stream.server.api_errors import as_api_error
+from mlx_stream.server.api_errors import ApiError, as_api_error
 from mlx_stream.server.event_stream import Client, EventStream, with_silences
-from mlx_stream.server.lines import LineReply
 from mlx_stream.server.service import ModelService
 from mlx_stream.text.pieces import Piece, TokenLogprob
 
-# Reading this long without an error, an answer begins: what is wrong after that is an event.
-SILENCES_BEFORE_HEAD = 1
+# Silences after which the head of an answer is sent, although it cannot say yet what is read.
+SILENCES_BEFORE_HEAD = 5
+Events = Sequence[Mapping[str, Any] | str]
 
 
-@dataclass
+class BegunReply(Protocol):
+    """What is known when a reply begins; see `LineReply`."""
+
+    cache: str
+    reason: str
+    attended: int
+    read: int
+    evicted_turns: int
+    evicted_tokens: int
+    window: int
+    notices: tuple[str, ...]
+
+
 class ReplyCounts:
-    """What a reply is so far.
+    """A reply so far.
 
     Attributes:
+        reply: None until it begins.
         last: its last piece.
-        reading: tokens of the prompt that were read, and all that are.
+        progress: tokens of the prompt that were read, and all that are.
     """
 
-    start: ReplyStart | None = None
-    last: Piece | None = None
-    end: ReplyEnd | None = None
-    text: str = ""
-    thinking: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    reading: tuple[int, int] | None = None
-
-    def add(self, item: Piece | ReplyStart | ReplyEnd) -> None:
-        if isinstance(item, ReplyStart):
-            self.start = item
-        elif isinstance(item, ReplyEnd):
-            self.end = item
-        else:
-            self.text, self.thinking = self.text + item.text, self.thinking + item.thinking
-            self.logprobs += item.logprobs
-            self.last = item if item.finish else self.last
+    def __init__(self) -> None:
+        self.reply: BegunReply | None = None
+        self.last = Piece("")
+        self.text, self.thinking = list[str](), list[str]()
+        self.logprobs: list[TokenLogprob] = []
+        self.progress: tuple[int, int] | None = None
 
     @property
-    def prompt(self) -> int:
-        return self.start.attended if self.start else 0
-
-    @property
-    def read(self) -> int:
-        return self.start.read if self.start else 0
+    def begun(self) -> BegunReply:
+        assert self.reply
+        return self.reply
 
     @property
     def cached(self) -> int:
-        return max(0, self.prompt - self.read)
+        """The attended tokens of the prompt that were not read for this reply."""
+        return max(0, self.begun.attended - self.begun.read)
+
+    def add(self, piece: Piece) -> None:
+        self.text.append(piece.text)
+        self.thinking.append(piece.thinking)
+        self.logprobs += piece.logprobs
+        self.last = piece
+
+    def report(self, done: int, total: int) -> None:
+        self.progress = done, total
 
     @property
-    def written(self) -> int:
-        return self.last.written if self.last else 0
+    def usage(self) -> dict[str, Any]:
+        """The counts of the API: a prompt's tokens are those attended when the reply begins."""
+        reply, written = self.begun, self.last.written
+        return {
+            "prompt_tokens": reply.attended,
+            "completion_tokens": written,
+            "total_tokens": reply.attended + written,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.last.thinking_tokens},
+        }
+
+    def about(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
+        """Our own object in an answer: what is attended, and what is not."""
+        reply = self.begun
+        notices = [f"ignored, because it is not known here: {name}" for name in ignored]
+        return {
+            "cache": reply.cache,
+            "reason": reply.reason,
+            "session": None,
+            "attended": reply.attended,
+            "read": reply.read,
+            "evicted_turns": reply.evicted_turns,
+            "evicted_tokens": reply.evicted_tokens,
+            "window": reply.window,
+            "recalled": len(self.last.recalled),
+            "notices": [*reply.notices, *notices],
+        }
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if not self.reply:
+            return {}
+        evicted = f"turns={self.reply.evicted_turns}, tokens={self.reply.evicted_tokens}"
+        return {"X-Mlx-Stream-Cache": self.reply.cache, "X-Mlx-Stream-Evicted": evicted}
 
 
 class AnswerFormat(Protocol):
     """How an API writes a reply."""
 
-    def first(self) -> list[Mapping[str, Any] | str]:
+    def first(self) -> Events:
         """Return the events before the text."""
         ...
 
-    def piece(self, piece: Piece) -> list[Mapping[str, Any] | str]:
-        """Return the events of a piece that is not the last."""
+    def piece(self, piece: Piece) -> Events:
+        """Return the events of a piece."""
         ...
 
-    def last(self, counts: ReplyCounts, about: Mapping[str, Any]) -> list[Mapping[str, Any] | str]:
-        """Return the events of the last piece, and of the end."""
+    def last(self, counts: ReplyCounts, about: Mapping[str, Any]) -> Events:
+        """Return the events of the end, after the last piece."""
         ...
 
     def whole(self, counts: ReplyCounts, about: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -89,86 +128,104 @@ class ReplyAnswer:
     """Writes a reply as an answer.
 
     Args:
+        pieces: of the reply; None once it has begun.
         ignored: names of fields of the request that this server does not know.
     """
 
     def __init__(
         self,
         service: ModelService,
-        reply: LineReply,
-        format: AnswerFormat,
         counts: ReplyCounts,
-        ignored: list[str],
+        pieces: AsyncGenerator[Piece | None, None],
+        form: AnswerFormat,
+        ignored: Sequence[str] = (),
     ):
-        self.service, self.reply, self.format = service, reply, format
-        self.counts, self.ignored, self._started = counts, ignored, time.monotonic()
+        self.service, self.counts, self._pieces, self.form = service, counts, pieces, form
+        self.ignored, self._began, self._first = ignored, time.monotonic(), False
 
-    async def __call__(self, stream: bool, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send(self, stream: bool, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request.
+
+        Raises:
+            MlxStreamError, ApiError: the reply failed before anything was sent.
+        """
         client = Client(receive)
         try:
-            await (self._send_events if stream else self._send_whole)(client, scope, receive, send)
+            if stream:
+                await self._send_events(client, send)
+            else:
+                await self._send_whole(client, scope, receive, send)
         finally:
-            self.reply.cancel()
-            self._count(scope, client)
-
-    async def _items(self) -> AsyncGenerator[Piece | ReplyStart | ReplyEnd, None]:
-        while (item := await self.reply.take_async()) is not None:
-            self.counts.add(item)
-            yield item
-            if isinstance(item, ReplyEnd):
-                return
+            scope["state"]["counts"] = self._count() | ({"left": 1} if client.left else {})
 
     async def _send_whole(self, client: Client, scope: Scope, receive: Receive, send: Send) -> None:
-        async with client.present(), aclosing(self._watched()) as items:
-            async for item in items:
-                self._note_first(item)
+        async with client.present(), aclosing(self._items()) as items:
+            async for _ in items:
+                pass
         if not client.left:
-            about = self._about()
-            answer = JSONResponse(self.format.whole(self.counts, about), headers=self._headers())
-            await answer(scope, receive, send)
+            whole = self.form.whole(self.counts, self.counts.about(self.ignored))
+            await JSONResponse(whole, headers=self.counts.headers)(scope, receive, send)
 
-    async def _send_events(
-        self, client: Client, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        events, silences = EventStream(send), 0
+    async def _send_events(self, client: Client, send: Send) -> None:
+        events = EventStream(send)
         async with client.present():
             try:
-                async with aclosing(self._watched()) as items:
-                    async for item in items:
-                        silences += item is None
-                        if not events.begun and (isinstance(item, Piece) or silences):
-                            await events.begin(self._headers())
-                            await events.data(*self.format.first())
-                        if item is None:
-                            await events.comment(self._progress())
-                        elif isinstance(item, Piece):
-                            self._note_first(item)
-                            if not item.finish:
-                                await events.data(*self.format.piece(item))
-                about = self._about()
-                if evicted := about["evicted_turns"]:
-                    tokens = about["evicted_tokens"]
-                    await events.comment(f"evicted {evicted} turns, {tokens} tokens")
-                await events.data(*self.format.last(self.counts, about))
-            except MlxStreamError as raised:
+                await self._write(events)
+            except (MlxStreamError, ApiError) as raised:
                 if not events.begun:
                     raise
                 await events.data(as_api_error(raised).content)
         if events.begun and not client.left:
             await events.end()
 
-    def _watched(self) -> AsyncGenerator[Piece | ReplyStart | ReplyEnd | None, None]:
-        return with_silences(self._items(), self.service.stopping)
+    async def _write(self, events: EventStream) -> None:
+        silences = 0
+        async with aclosing(self._items()) as items:
+            async for item in items:
+                silences += item is None
+                if not events.begun and (self.counts.reply or silences == SILENCES_BEFORE_HEAD):
+                    await events.begin(self.counts.headers)
+                    await events.data(*self.form.first())
+                if item is not None:
+                    await events.data(*self.form.piece(item))
+                elif events.begun:
+                    await events.comment(self._progress())
+        about = self.counts.about(self.ignored)
+        if turns := about["evicted_turns"]:
+            await events.comment(f"{turns} earlier turns are not attended")
+        await events.data(*self.form.last(self.counts, about))
+
+    async def _items(self) -> AsyncGenerator[Piece | None, None]:
+        """Yield the pieces, and None when the reply starts and during silences."""
+        pieces = with_silences(self._pieces, self.service.stopping)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if piece is not None:
+                    self._note_first()
+                    self.counts.add(piece)
+                yield piece
 
     def _progress(self) -> str:
-        if self.counts.start is None:
-            return "waiting"
-        done, total = self.counts.reading or (0, self.counts.read)
+        if not self.counts.reply:
+            return "waiting for a stream"
+        done, total = self.counts.progress or (0, self.counts.reply.read)
         return f"read {done} of {total} tokens"
 
-    def _note_first(self, item: object) -> None:
-        if isinstance(item, Piece) and self._started:
-            counters = self.service.counters
-            counters.firsts += 1
-            counters.first_seconds += time.monotonic() - self._started
-            self._started = 0.0
+    def _note_first(self) -> None:
+        if not self._first:
+            self._first = True
+            self.service.counters.firsts += 1
+            self.service.counters.first_seconds += time.monotonic() - self._began
+
+    def _count(self) -> dict[str, Any]:
+        """Add the reply to the totals; return what the log has of it."""
+        reply, counters = self.counts.reply, self.service.counters
+        if not reply:
+            return {}
+        cached, written = self.counts.cached, self.counts.last.written
+        counters.read += reply.read
+        counters.cached += cached
+        counters.written += written
+        counters.caches[reply.cache] = counters.caches.get(reply.cache, 0) + 1
+        found = {"cache": reply.cache, "read": reply.read, "cached": cached, "written": written}
+        return found | ({"evicted_turns": reply.evicted_turns} if reply.evicted_turns else {})

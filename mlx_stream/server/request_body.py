@@ -16,7 +16,6 @@ MOST_DEPTH = 32
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 # JSON has neither, but many parsers take them.
 NOT_JSON = re.compile(rb"NaN|Infinity")
-# What is said about fields of the request's own names, and never the value that was sent.
 LONGEST_NAME = 100
 
 Fields = TypeVar("Fields", bound=BaseModel)
@@ -48,10 +47,13 @@ def check_structure(body: bytes | bytearray) -> None:
 
 
 def first_problem(error: ValidationError) -> ApiError:
-    """Return the first thing wrong with a body, without what was sent."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])[:LONGEST_NAME]
+    """Return one thing that is wrong with a body, without what was sent."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of a field that may have several types each is tried: what says more than a type comes first.
+    first = next((one for one in problems if one["type"] == "value_error"), problems[0])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['msg']}", "not_json")
+    names = [str(part) for part in first["loc"] if part != "str" and "[" not in str(part)]
+    place = ".".join(names)[:LONGEST_NAME]
     message = first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{place}: {message}" if place else message, None, place or None)

@@ -37,20 +37,26 @@ class Server(uvicorn.Server):
 
 def run_server(
     options: ServiceOptions, rules: GateRules, listening: Listening, notify: Notify, log: Notify
-) -> int:
-    """Serve until SIGINT, SIGTERM or SIGHUP; return the signal's number.
+) -> tuple[int, bool]:
+    """Serve until SIGINT, SIGTERM or SIGHUP.
 
     Args:
         notify: called with lines for the user.
         log: called with a line for each request.
+
+    Returns:
+        The signal's number, and whether everything was released in time.
     """
     raise_file_limit()
     service = ModelService(options, notify)
     try:
-        return asyncio.run(serve_until_signal(service, rules, listening, log))
+        number = asyncio.run(serve_until_signal(service, rules, listening, log))
+    except BaseException:
+        service.close()
+        raise
     finally:
         remove_socket(listening)
-        service.close()
+    return number, service.close()
 
 
 async def serve_until_signal(

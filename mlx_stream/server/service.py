@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_stream.engine.engine import Engine
-from mlx_stream.errors import EngineClosed, MlxStreamError, ValueRefused, one_line
+from mlx_stream.engine.handle import EngineReplyOptions
+from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused, one_line
 from mlx_stream.server.api_errors import ApiError
+from mlx_stream.server.conversation import Conversation
+from mlx_stream.server.lines import LineReply, Lines
 
 SECONDS_TO_CLOSE = 3.0
 SECONDS_WITHOUT_A_STEP = 30.0
@@ -35,6 +38,7 @@ class ServiceOptions:
         streams: conversations whose keys and values are in memory.
         queue: requests that may wait, besides those that are answered.
         window, sinks, kv_bits: of each stream; see `ChatSession`.
+        shared: see `Engine.session`.
         idle_unload: seconds without a request after which the weights are released; None: never.
     """
 
@@ -50,6 +54,7 @@ class ServiceOptions:
     dtype: str | None = None
     keep_quantized: bool | None = None
     memory_budget: int | None = None
+    shared: bool = True
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -101,6 +106,9 @@ class ModelService:
         self.counters = Counters()
         self.requests = 0
         self.stopping = asyncio.Event()
+        self.lines: Lines | None = None
+        self._streams = asyncio.Semaphore(options.streams)
+        self._idle = asyncio.Event()
         self.engine: Engine | None = None
         self._waking = False
         self._used = time.monotonic()
@@ -177,7 +185,22 @@ class ModelService:
                 raise ApiError(503, "the model takes long to load: try again", "loading") from None
             except MlxStreamError as error:
                 raise ApiError(503, one_line(error), "no_model") from error
+        if self.lines is None:
+            self._open_lines(engine)
         return engine
+
+    def _open_lines(self, engine: Engine) -> None:
+        options, loop = self.options, asyncio.get_running_loop()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(self._idle.set)
+
+        shape = {"sinks": options.sinks, "kv_bits": options.kv_bits}
+        window = options.window or engine.largest_window(options.streams, **shape)
+        self.lines = Lines(
+            engine, options.streams, window, shared=options.shared, on_idle=tell, **shape
+        )
 
     @staticmethod
     def check_loading(engine: Engine) -> None:
@@ -213,6 +236,30 @@ class ModelService:
         if late > SECONDS_WITHOUT_A_STEP:
             raise ApiError(503, f"no step has finished for {late:.0f} seconds", "stalled")
 
+    @asynccontextmanager
+    async def stream(self) -> AsyncIterator[None]:
+        """Wait until a stream is free, in the order of the requests."""
+        async with self._streams:
+            yield
+
+    async def begin(
+        self, conversation: Conversation, limit: int, options: EngineReplyOptions
+    ) -> LineReply:
+        """Begin a reply; the caller has one of the streams.
+
+        Raises:
+            MlxStreamError: see `Lines.begin`.
+        """
+        while True:
+            assert self.lines
+            self._idle.clear()
+            try:
+                return self.lines.begin(conversation, limit, **options)
+            except QueueFull:  # a reply that was cancelled has not ended yet
+                if not any(line.state == "replying" for line in self.lines.state()):
+                    raise
+                await self._idle.wait()
+
     # --- the model's comings and goings ---
 
     async def report_loading(self) -> None:
@@ -235,7 +282,7 @@ class ModelService:
             if left > 0:
                 await asyncio.sleep(left)
                 continue
-            engine, self.engine = self.engine, None
+            engine, self.engine, self.lines = self.engine, None, None
             assert engine is not None
             self.notify("the model is unloaded until the next request")
             await asyncio.to_thread(engine.close, SECONDS_TO_CLOSE)

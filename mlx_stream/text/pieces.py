@@ -37,6 +37,7 @@ class Piece:
         evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
         read, written: on the last piece, the tokens read for this reply and those of the reply.
+        thinking_tokens: on the same piece, those of the reply that are not of its answer.
         settled: on the same piece, the tokens read again since the reply before, so that the
             stream held what the template renders.
         logprobs: if asked for, of each token sampled since the piece before.
@@ -53,6 +54,7 @@ class Piece:
     thinking: str = ""
     read: int = 0
     written: int = 0
+    thinking_tokens: int = 0
     settled: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     recalled: tuple[Passage, ...] = ()
