@@ -71,7 +71,7 @@ def test_a_history_that_is_sent_whole_is_read_once(
     questions = [f"And what of the {number}th man in the house?" for number in range(40)]
     expected = twin(tiny, questions, system=system, max_tokens=24)
     messages: list[Any] = [{"role": "system", "content": system}]
-    cached = []
+    cached, about = [], {}
     for number, (question, (reply, last)) in enumerate(zip(questions, expected, strict=True)):
         messages.append({"role": "user", "content": question})
         text, usage, _, about = ask(client, messages, stream, temperature=0, max_tokens=24)

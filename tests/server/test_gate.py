@@ -3,7 +3,7 @@
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def paths(server: RunningServer) -> list[tuple[str, str]]:
     return [*found, ("GET", "/nowhere"), ("POST", "/nowhere")]
 
 
-def allowed(server: RunningServer, headers: dict[str, str | None]) -> dict[str, str | None]:
+def allowed(server: RunningServer, headers: Mapping[str, str | None]) -> dict[str, str | None]:
     """Return headers with the token that a server asks for."""
     token = {"Authorization": f"Bearer {TOKEN}"} if server.has_token else {}
     return {**token, **headers}
