@@ -17,6 +17,14 @@ from mlx_stream.server.service import ModelService, ServiceOptions
 from tests.fakes.engines import DEADLINE
 
 MODEL = "tiny"
+PATH = "/v1/chat/completions"
+ENDLESS = 10**9
+
+
+def body_of(text: str = "Hello", stream: bool = True, limit: int = 8, **more: Any) -> str:
+    messages = [{"role": "user", "content": text}]
+    given = {"model": MODEL, "messages": messages, "stream": stream, "max_tokens": limit}
+    return json.dumps({**given, "temperature": 0, **more})
 
 
 @dataclass
