@@ -466,7 +466,7 @@ class Lines:
         """Return the state of each line."""
         with self._lock:
             lines, now = [*self._lines], time.monotonic()
-        return [state_of(line, now) for line in lines]
+        return [line_state(line, now) for line in lines]
 
     def close(self, id: int) -> None:
         """Close a line; a reply in progress on it fails.
@@ -683,7 +683,7 @@ def messages_of_turns(turns: Sequence[Sequence[Message]]) -> tuple[Message, ...]
     return tuple(message for turn in turns for message in turn)
 
 
-def state_of(line: StreamLine, now: float) -> LineState:
+def line_state(line: StreamLine, now: float) -> LineState:
     stats = line.session.stats
     return LineState(
         line.id,
