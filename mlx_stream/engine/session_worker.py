@@ -16,7 +16,7 @@ from mlx_stream.chat.session import ChatSession, Progress
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.task import Work
 from mlx_stream.engine.worker import Worker
-from mlx_stream.errors import EngineClosed
+from mlx_stream.errors import EngineClosed, MlxStreamError
 from mlx_stream.generate.stats import MOST_NOTICES, Stats
 from mlx_stream.text.pieces import Piece
 
@@ -61,17 +61,15 @@ class ReplyEnd:
     """A conversation after a reply, before anything is read to settle it.
 
     Attributes:
-        added: whether the turn is part of the conversation now.
+        exchange: the turn; None if it was not begun, or the template refused it.
         replaced: whether the last turn was taken back to be answered again.
-        exchange: the turn, if it was added.
         sizes: the tokens of each attended turn, oldest first.
         failed: whether the stream was lost in a step that failed.
         notices: what the user should be told, since the reply began.
     """
 
-    added: bool
-    replaced: bool
     exchange: Exchange | None
+    replaced: bool
     sizes: tuple[int, ...]
     failed: bool
     notices: tuple[str, ...] = ()
@@ -89,7 +87,8 @@ class ReplyPlan:
         unread: how many turns before the history are not read.
         given: returns how many characters of the answer the reader has taken. If the reply is
             cancelled, the rest is taken back.
-        on_end: called on the engine's thread. It must return at once.
+        on_end: called on the engine's thread, with None if an option was refused, before anything
+            had changed. It must return at once.
     """
 
     question: Question | None
@@ -98,7 +97,7 @@ class ReplyPlan:
     history: Sequence[Message] = ()
     unread: int = 0
     given: Callable[[], int] = int
-    on_end: Callable[[ReplyEnd], None] = lambda end: None
+    on_end: Callable[[ReplyEnd | None], None] = lambda end: None
 
 
 class SessionWorker:
@@ -186,11 +185,14 @@ class SessionWorker:
         if progress:
             tell = partial(ReadProgress, progress)
             given["progress"] = lambda *counts: waiting.append(tell(*counts))
-        # Wrong options raise here, before anything changes.
-        if plan.question is None:
-            steps = chat.retry_steps(max_tokens, **given)
-        else:
-            steps = chat.reply_steps(plan.question, max_tokens, **given)
+        try:
+            if plan.question is None:
+                steps = chat.retry_steps(max_tokens, **given)
+            else:
+                steps = chat.reply_steps(plan.question, max_tokens, **given)
+        except MlxStreamError:
+            plan.on_end(None)
+            raise
         settled, start, end, begun = chat.stats.settled, None, None, 0
         restarted = prepare(chat, plan, max_tokens)
         turns, result, finished, reported = number_of_turns(chat), None, False, False
@@ -251,7 +253,7 @@ class SessionWorker:
         added = started and number_of_turns(chat) == turns + (not replaced)
         exchange = attended[-1].exchange if attended and added else None
         sizes = tuple(len(t.exchange.closing_ids) + len(t.exchange.ids) for t in attended)
-        end = ReplyEnd(added, replaced, exchange, sizes, chat.tokens.failed, self._take_notices())
+        end = ReplyEnd(exchange, replaced, sizes, chat.tokens.failed, self._take_notices())
         plan.on_end(end)
         return end
 

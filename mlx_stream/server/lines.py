@@ -442,17 +442,20 @@ class Lines:
         return reply
 
     def start_again(self, reply: LineReply) -> bool:
-        """Close an idle line, and begin a reply again for whose stream there was no memory.
+        """Begin a reply again for whose stream there was no memory.
+
+        An idle line is closed for it, or it does without a copy.
 
         Returns:
-            Whether there was such a line.
+            Whether that was possible.
         """
         with self._lock:
-            request = reply.request
+            request, source = reply.request, reply.source
             self.copied(reply)
-            if not (request and self._close_one()):
+            closed = self._close_one(source)
+            if not request or not (closed or (source and not source.reply)):
                 return False
-            self._start(reply, request, self._choose(request))
+            self._start(reply, request, self._choose(request, copies=closed))
             return True
 
     def copied(self, reply: LineReply) -> None:
@@ -466,7 +469,7 @@ class Lines:
         """Return the state of each line."""
         with self._lock:
             lines, now = [*self._lines], time.monotonic()
-        return [state_of(line, now) for line in lines]
+        return [line_state(line, now) for line in lines]
 
     def close(self, id: int) -> None:
         """Close a line; a reply in progress on it fails.
@@ -489,7 +492,8 @@ class Lines:
 
     # --- the choice; called under the lock ---
 
-    def _choose(self, request: Request) -> Choice:
+    def _choose(self, request: Request, copies: bool = True) -> Choice:
+        """Return what to do; without `copies`, everything is done in place."""
         turns = request.conversation.turns
         if not turns:
             return Choice("new", "there are no earlier turns", Record())
@@ -525,7 +529,7 @@ class Lines:
             reason,
             record,
             line,
-            copy=bool(place),
+            copy=copies and bool(place),
             back=behind,
             keep=keep,
             history=messages_of_turns(rest),
@@ -626,7 +630,7 @@ class Lines:
             choice.history,
             choice.unread,
             given=lambda: taken.characters,
-            on_end=partial(self._end, line, taken, choice.record, request.asked),
+            on_end=partial(self._end, line, taken, choice.record, request.asked, fresh),
         )
         line.reply = taken
         try:
@@ -648,18 +652,25 @@ class Lines:
         reply.reader.when_done(partial(self._done, line, taken, fresh))
 
     def _end(
-        self, line: StreamLine, taken: Taken, record: Record, asked: bytes, end: ReplyEnd
+        self,
+        line: StreamLine,
+        taken: Taken,
+        record: Record,
+        asked: bytes,
+        fresh: bool,
+        end: ReplyEnd | None,
     ) -> None:
         """Write a turn into a line's record when its reply ends; on the engine's thread."""
         with self._lock:
-            if end.replaced:
-                record.truncate(len(record) - 1)
-            if end.added and end.exchange:
-                said = self._digests.of_reply(end.exchange.reply, end.exchange.calls)
-                record.add(asked + said)
-            record.set_attended(end.sizes)
-            line.record = record
-            if end.failed:
+            if end:
+                if end.replaced:
+                    record.truncate(len(record) - 1)
+                if end.exchange:
+                    said = self._digests.of_reply(end.exchange.reply, end.exchange.calls)
+                    record.add(asked + said)
+                record.set_attended(end.sizes)
+                line.record = record
+            if end.failed if end else fresh:
                 self._drop(line)
         self._release(line, taken)
 
@@ -683,7 +694,7 @@ def messages_of_turns(turns: Sequence[Sequence[Message]]) -> tuple[Message, ...]
     return tuple(message for turn in turns for message in turn)
 
 
-def state_of(line: StreamLine, now: float) -> LineState:
+def line_state(line: StreamLine, now: float) -> LineState:
     stats = line.session.stats
     return LineState(
         line.id,
