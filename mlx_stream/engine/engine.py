@@ -10,10 +10,11 @@ from typing import Any
 from mlx_stream.chat.messages import Message
 from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
-from mlx_stream.engine.handle import OnEvict, OnToken, Session
+from mlx_stream.engine.handle import OnEvict, OnToken, Session, TextReply
 from mlx_stream.engine.listener import Listener
 from mlx_stream.engine.listener_stream import ListenerOptions
 from mlx_stream.engine.model_host import ModelHost
+from mlx_stream.engine.text_worker import TextOptions
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
 from mlx_stream.program.argument_types import check_arguments
@@ -190,6 +191,37 @@ class Engine:
         if shared is None:
             shared = sampling is None or sampling.seed is None
         return Session(self._worker, self._host, options, name, on_evict, on_token, self, shared)
+
+    @check_arguments
+    def complete(
+        self,
+        prompt: str,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        window: int | None = None,
+        sinks: int | None = None,
+        kv_bits: int | None = None,
+        bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
+        shared: bool = True,
+    ) -> TextReply:
+        """Continue a plain text on a stream of its own; returns at once.
+
+        Args:
+            prompt, max_tokens, sampling, stop, window, sinks, kv_bits, bias, logprobs: see
+                `mlx_stream.stream`.
+            shared: see `session`.
+
+        Raises:
+            ValueRefused: `max_tokens` below 1.
+            QueueFull: too many commands are waiting.
+            EngineClosed: the engine is closed.
+        """
+        options = TextOptions(
+            prompt, max_tokens, sampling, stop, sinks, window, kv_bits, bias, logprobs
+        )
+        return TextReply(self._worker, self._host, options, self, shared)
 
     @check_arguments
     def listen(

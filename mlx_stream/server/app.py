@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -9,10 +10,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlx_stream.errors import ValueRefused
 from mlx_stream.server.api_errors import ApiError, as_api_error
 from mlx_stream.server.chat_completions import ChatCompletions
 from mlx_stream.server.gate import Gate, GateRules
+from mlx_stream.server.metrics import METRICS_TYPE, metrics_text
 from mlx_stream.server.service import ModelService
+from mlx_stream.server.text_completions import TextCompletions
 
 Handler = Callable[[Request], Awaitable[Any]]
 Log = Callable[[str], None]
@@ -44,9 +48,27 @@ def routes_of(service: ModelService) -> list[BaseRoute]:
         message = NOT_OFFERED.get(request.url.path, OLLAMA)
         raise ApiError(404, message, "not_offered")
 
+    async def metrics(_: Request) -> Response:
+        return Response(metrics_text(service.counters, gauges(service)), media_type=METRICS_TYPE)
+
+    async def list_streams(_: Request) -> Response:
+        lines = service.lines.state() if service.lines else []
+        return JSONResponse({"streams": [asdict(line) for line in lines]})
+
+    async def close_stream(request: Request) -> Response:
+        number = request.path_params["number"]
+        try:
+            if service.lines is None:
+                raise ValueRefused(f"there is no stream {number}")
+            service.lines.close(number)
+        except ValueRefused as error:
+            raise ApiError(404, str(error), "no_such_stream") from error
+        return JSONResponse({"id": number, "deleted": True})
+
     both = ["GET", "POST"]
     api: list[tuple[str, str, Any]] = [
         ("/chat/completions", "POST", ChatCompletions(service)),
+        ("/completions", "POST", TextCompletions(service)),
         ("/models", "GET", list_models),
         ("/models/{id:path}", "GET", show_model),
     ]
@@ -57,6 +79,9 @@ def routes_of(service: ModelService) -> list[BaseRoute]:
             for prefix in ("/v1", "")
         ),
         Route("/health", health, methods=["GET"]),
+        Route("/metrics", metrics, methods=["GET"]),
+        Route("/mlx_stream/streams", list_streams, methods=["GET"]),
+        Route("/mlx_stream/streams/{number:int}", close_stream, methods=["DELETE"]),
         *(Route(path, not_offered, methods=both) for path in NOT_OFFERED),
         Route("/api/{rest:path}", not_offered, methods=["GET", "POST", "DELETE"]),
     ]
@@ -64,6 +89,21 @@ def routes_of(service: ModelService) -> list[BaseRoute]:
 
 def model_object(service: ModelService, name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": service.created, "owned_by": "mlx_stream"}
+
+
+def gauges(service: ModelService) -> dict[str, float]:
+    """Return what `/metrics` shows of the present."""
+    lines = service.lines.state() if service.lines else []
+    used, limit = service.engine.memory if service.engine else (0, 0)
+    return {
+        "requests": service.requests,
+        "streams": len(lines),
+        "streams_replying": sum(line.state == "replying" for line in lines),
+        "attended_tokens": sum(line.attended for line in lines),
+        "memory_bytes": used,
+        "memory_limit_bytes": limit,
+        "model_loaded": int(service.engine is not None and service.engine.ready),
+    }
 
 
 def build_app(service: ModelService, rules: GateRules, log: Log) -> ASGIApp:
@@ -135,8 +175,7 @@ class RequestLog:
             raise
         finally:
             path = self._path(scope)
-            count = self.service.counters.statuses
-            count[path, status] = count.get((path, status), 0) + 1
+            self.service.counters.statuses[path, status] += 1
             milliseconds = round(1_000 * (time.monotonic() - started))
             counts = "".join(f" {name}={value}" for name, value in state.get("counts", {}).items())
             fault = f" {state['fault']}" if "fault" in state else ""

@@ -226,6 +226,7 @@ class ReplyAnswer:
         counters.read += reply.read
         counters.cached += cached
         counters.written += written
-        counters.caches[reply.cache] = counters.caches.get(reply.cache, 0) + 1
+        counters.evicted_turns += reply.evicted_turns
+        counters.caches[reply.cache] += 1
         found = {"cache": reply.cache, "read": reply.read, "cached": cached, "written": written}
         return found | ({"evicted_turns": reply.evicted_turns} if reply.evicted_turns else {})

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_stream.engine.engine import Engine
@@ -17,6 +17,7 @@ from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefu
 from mlx_stream.server.api_errors import ApiError
 from mlx_stream.server.conversation import Conversation
 from mlx_stream.server.lines import LineReply, Lines
+from mlx_stream.server.metrics import Counters
 
 SECONDS_TO_CLOSE = 3.0
 SECONDS_WITHOUT_A_STEP = 30.0
@@ -72,21 +73,6 @@ def default_alias(source: str | Path) -> str:
     """Return a model's name for clients: never a path of this machine."""
     text = str(source)
     return Path(text).name if Path(text).expanduser().exists() or text[:1] in "./~" else text
-
-
-@dataclass
-class Counters:
-    """What `/metrics` shows; totals since the server began."""
-
-    refused: int = 0
-    read: int = 0
-    cached: int = 0
-    written: int = 0
-    evicted: int = 0
-    first_seconds: float = 0.0
-    firsts: int = 0
-    caches: dict[str, int] = field(default_factory=dict)
-    statuses: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 class ModelService:

@@ -69,12 +69,12 @@ def test_a_history_that_is_sent_whole_is_read_once(
     """40 turns, four times what the window holds."""
     system = f"Be brief. {stream}"
     questions = [f"And what of the {number}th man in the house?" for number in range(40)]
-    expected = twin(tiny, questions, system=system, max_tokens=24)
+    expected = twin(tiny, questions, system=system, max_tokens=10)
     messages: list[Any] = [{"role": "system", "content": system}]
     cached, about = [], {}
     for number, (question, (reply, last)) in enumerate(zip(questions, expected, strict=True)):
         messages.append({"role": "user", "content": question})
-        text, usage, _, about = ask(client, messages, stream, temperature=0, max_tokens=24)
+        text, usage, _, about = ask(client, messages, stream, temperature=0, max_tokens=10)
         assert text == reply and usage.completion_tokens == last.written
         assert about["cache"] == ("extended" if number else "new")
         read = usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens

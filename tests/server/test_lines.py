@@ -10,8 +10,6 @@ import mlx_stream
 from mlx_stream import errors
 from mlx_stream.chat.messages import Message
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.sampling import Sampling
-from mlx_stream.server.conversation import conversation_of
 from mlx_stream.server.lines import Lines, Record, find_longest
 from tests.fakes.clients import SYSTEM, Client, attended_texts, chat_of, ids_to_attend
 from tests.fakes.conversations import assert_well_formed, said

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from mlx_stream.engine.worker import Worker
+from mlx_stream.server import reply_answer
 from mlx_stream.server import service as service_module
 from tests.fakes.engines import DEADLINE, LONG, eventually
 from tests.fakes.failing import failing
@@ -101,7 +102,10 @@ def test_a_crowd_is_answered_or_told_to_come_back(server: RunningServer) -> None
     assert threading.active_count() <= before[0]
 
 
-def test_those_that_wait_are_answered_in_turn(server: RunningServer) -> None:
+def test_those_that_wait_are_answered_in_turn(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply_answer, "SILENCES_BEFORE_HEAD", 1)
     with closing(asked(server, body_of("a", True, ENDLESS))) as first:
         first.recv(10)
         with closing(asked(server, body_of("b", True, ENDLESS))) as second:

@@ -98,7 +98,7 @@ def request(port: int, body: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda n: n.name
+    "number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
 )
 def test_a_signal_ends_streams_with_an_error_and_the_program_soon(
     letters: Path, number: signal.Signals
