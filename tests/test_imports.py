@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from mlx_stream.cli import VERBS, app
 
-SERVERS = {"anyio", "h11", "pydantic", "starlette", "uvicorn"}
+SERVERS = {"anyio", "h11", "starlette", "uvicorn"}  # pydantic comes with the option parser
 # Packages that are slow to import, and the parts of this project that need them.
 HEAVY = {
     "huggingface_hub",

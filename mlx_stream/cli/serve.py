@@ -41,6 +41,13 @@ class ListenOptions:
             "Repeatable."
         ),
     ] = None
+    allow_host: Annotated[
+        list[str] | None,
+        Option(
+            help="Further name by which clients reach the server, such as host.docker.internal. "
+            "Repeatable."
+        ),
+    ] = None
     max_body: Annotated[int, Option(help="Largest request, in MiB.")] = 32
 
 
@@ -164,7 +171,7 @@ def serve_here(
     if listen.socket:
         listening = listen_on_path(listen.socket.absolute())
     else:
-        listening = listen_on_port(listen.host, listen.port)
+        listening = listen_on_port(listen.host, listen.port, listen.allow_host or ())
     with closing(claim_place(listening.url)):
         number, released = run_server(service, rules, listening, notify, notify)
     if not released:  # a step takes too long, and the interpreter's exit would wait for it

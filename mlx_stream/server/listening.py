@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +60,13 @@ def is_loopback(host: str) -> bool:
     return False
 
 
-def listen_on_port(host: str, port: int) -> Listening:
+def listen_on_port(host: str, port: int, more_names: Sequence[str] = ()) -> Listening:
     """Bind an address, or both of loopback.
 
     Args:
         host: an address, or `localhost` for 127.0.0.1 and ::1.
         port: 0 takes one that is free.
+        more_names: further names by which clients reach it.
 
     Raises:
         ValueRefused: it cannot be bound.
@@ -92,6 +94,7 @@ def listen_on_port(host: str, port: int) -> Listening:
     anywhere = host in ("0.0.0.0", "::")
     if anywhere:
         names = {"localhost", socket.gethostname().lower()}
+    names |= {name.lower() for name in more_names}
     hosts = frozenset(one for name in names for one in with_port(name, port))
     shown = bracketed("localhost" if is_loopback(host) else host)
     return Listening(tuple(found), hosts, port if anywhere else None, f"http://{shown}:{port}")

@@ -354,6 +354,16 @@ def test_a_port_in_use_is_one_line() -> None:
             one.close()
 
 
+def test_another_name_of_the_server_may_be_given() -> None:
+    found = listen_on_port("localhost", 0, ["Host.Docker.internal"])
+    port = found.sockets[0].getsockname()[1]
+    for one in found.sockets:
+        one.close()
+    assert found.answers_to(f"host.docker.internal:{port}")
+    assert not found.answers_to("host.docker.internal")
+    assert not found.answers_to(f"docker.internal:{port}")
+
+
 def test_on_every_address_an_address_is_a_host_and_a_name_is_not() -> None:
     anywhere = Listening((), frozenset({"mac.local:80"}), 8085, "")
     assert anywhere.answers_to("192.168.1.2:8085") and anywhere.answers_to("[fe80::1]:8085")
