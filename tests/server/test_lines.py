@@ -10,8 +10,6 @@ import mlx_stream
 from mlx_stream import errors
 from mlx_stream.chat.messages import Message
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.sampling import Sampling
-from mlx_stream.server.conversation import conversation_of
 from mlx_stream.server.lines import Lines, Record, find_longest
 from tests.fakes.clients import SYSTEM, Client, attended_texts, chat_of, ids_to_attend
 from tests.fakes.conversations import assert_well_formed, said
@@ -183,7 +181,7 @@ def test_what_a_client_leaves_out_leaves(lines, model):
     # What is attended when the next reply begins is what the client sent.
     client.begin("And?").start()
     chat = client.lines._lines[0].session._session_worker.chat
-    [*client.reply]
+    said(client.reply)
     assert client.chat is chat and len(client.chat.exchanges) == 3
     assert len(lines.state()) == 1
 
