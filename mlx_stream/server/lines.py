@@ -523,7 +523,7 @@ class Lines:
         place = len(self._lines) < self.streams or (not edited and self._next_to_go(line))
         reason = f"{behind:,} turns are taken back{left_out}"
         if rest:
-            reason = f"the line has read {count:,} of the turns{left_out}"
+            shifted, reason = "", f"the line has read {count:,} of the turns{left_out}"
         return Choice(
             shifted or ("edited" if edited else "forked"),
             reason,

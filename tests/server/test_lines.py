@@ -181,7 +181,7 @@ def test_what_a_client_leaves_out_leaves(lines, model):
     # What is attended when the next reply begins is what the client sent.
     client.begin("And?").start()
     chat = client.lines._lines[0].session._session_worker.chat
-    [*client.reply]
+    said(client.reply)
     assert client.chat is chat and len(client.chat.exchanges) == 3
     assert len(lines.state()) == 1
 
