@@ -22,7 +22,7 @@ from mlx_stream.text.pieces import Piece, TokenLogprob
 DEFAULT_TOKENS = 16  # OpenAI's
 
 
-@dataclass(frozen=True)
+@dataclass
 class BegunText:
     """What is known when a text is continued; see `BegunReply`."""
 
