@@ -13,6 +13,7 @@ from mlx_stream.load import Model, load, megabytes
 from mlx_stream.models.layout import ring_bytes
 from mlx_stream.window import THINKING_WINDOWS, bounded_windows
 
+HEAD_ROOM = 1_024  # tokens of the trained context that a default window leaves for a system prompt
 PREFIXES = "prefixes"  # the key of the kept beginnings in the budget
 
 
@@ -119,10 +120,15 @@ class ModelHost:
         return self.model.with_check(partial(self._charge, key))
 
     def largest_window(self, streams: int, sinks: int | None, kv_bits: int | None) -> int | None:
-        """Return the largest usual window of which several fit the budget; None if none does."""
+        """Return the largest usual window of which several fit the budget; None if none does.
+
+        It leaves room in the trained context for a system prompt.
+        """
         model = self.model
         sinks = model.resolve_window(sinks, None)[0]
-        for window in bounded_windows(model.config, sinks, THINKING_WINDOWS):
+        room = min(HEAD_ROOM, model.config.max_position_embeddings // 4)
+        most = bounded_windows(model.config, sinks + room, THINKING_WINDOWS)[0]
+        for window in [one for one in THINKING_WINDOWS if one <= most] or [most]:
             ring = ring_bytes(model.config, sinks, window, model.dtype.size, kv_bits)
             if model.weight_bytes + streams * ring <= self.budget.limit:
                 return window

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from mlx_stream.chat.messages import Message
 from mlx_stream.engine.handle import EngineReplyOptions
 from mlx_stream.server.conversation import Conversation, conversation_of
+from mlx_stream.server.event_stream import off_loop
 from mlx_stream.server.reply_answer import Events, ReplyAnswer, ReplyCounts
 from mlx_stream.server.request_body import parse_body
 from mlx_stream.server.schemas import ChatRequest
@@ -18,6 +19,7 @@ from mlx_stream.text.pieces import Piece, TokenLogprob
 
 # Without a limit of the client's. Small models may write the same line for ever.
 DEFAULT_ANSWER_TOKENS = 4_096
+LARGE = 256 * 1024  # bytes of a body whose work takes longer than moving it to another thread
 DONE = "[DONE]"
 FINISHES = {"end": "stop", "stop": "stop", "length": "length"}
 # What OpenAI writes for a token that cannot come.
@@ -34,21 +36,34 @@ class ChatCompletions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self.service
         async with service.admitted() as engine:
-            request = parse_body(scope["state"].pop("body"), ChatRequest)
+            body = scope["state"].pop("body")
+            large = len(body) > LARGE
+            request, conversation = await off_loop(large, read_request, body)
+            del body  # a long history is not kept while its reply is written
             service.check_name(request.model)
-            conversation = conversation_of(
-                [as_message(message) for message in request.messages],
-                think=request.think,
-                reasoning_effort=request.reasoning_effort,
-            )
-            request.messages.clear()  # a long history is not kept while its reply is written
             limit, options, counts = request.limit, reply_options(request), ReplyCounts()
-            pieces = line_pieces(
-                service, conversation, limit or DEFAULT_ANSWER_TOKENS, options, counts
-            )
+            limit = limit or DEFAULT_ANSWER_TOKENS
+            pieces = line_pieces(service, conversation, limit, options, counts, large)
+            del conversation
             form = ChatFormat(request, request.model, engine.bytes_of)
             answer = ReplyAnswer(service, counts, pieces, form, request.all_unknown)
             await answer.send(bool(request.stream), scope, receive, send)
+
+
+def read_request(body: bytearray) -> tuple[ChatRequest, Conversation]:
+    """Return a request without its messages, and these.
+
+    Raises:
+        ApiError, ValueRefused, TextError: see `parse_body` and `conversation_of`.
+    """
+    request = parse_body(body, ChatRequest)
+    conversation = conversation_of(
+        [as_message(message) for message in request.messages],
+        think=request.think,
+        reasoning_effort=request.reasoning_effort,
+    )
+    request.messages.clear()
+    return request, conversation
 
 
 def as_message(message: Any) -> Message:
@@ -73,11 +88,13 @@ async def line_pieces(
     limit: int,
     options: EngineReplyOptions,
     counts: ReplyCounts,
+    large: bool,
 ) -> AsyncGenerator[Piece | None, None]:
     """Yield None once a reply has begun on a stream of its own, and then its pieces."""
     given: EngineReplyOptions = {**options, "progress": counts.report}
     async with service.stream():
-        reply = await service.begin(conversation, limit, given)
+        reply = await service.begin(conversation, limit, given, large)
+        del conversation
         try:
             counts.reply = await reply.start_async()
             yield None

@@ -5,7 +5,7 @@ A client that leaves ends its request at once, whatever the handler waits for.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ EVENTS_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Client:
@@ -88,6 +89,11 @@ async def with_silences(
             following.cancel()
             await asyncio.wait({following})
         await items.aclose()
+
+
+async def off_loop(large: bool, call: Callable[..., Result], *values: Any) -> Result:
+    """Call a function; if its work is large, on another thread, so that others are served."""
+    return await asyncio.to_thread(call, *values) if large else call(*values)
 
 
 class EventStream:

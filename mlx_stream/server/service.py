@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from mlx_stream.engine.engine import Engine
@@ -16,6 +17,7 @@ from mlx_stream.engine.handle import EngineReplyOptions
 from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused, one_line
 from mlx_stream.server.api_errors import ApiError
 from mlx_stream.server.conversation import Conversation
+from mlx_stream.server.event_stream import off_loop
 from mlx_stream.server.lines import LineReply, Lines
 from mlx_stream.server.metrics import Counters
 
@@ -229,20 +231,25 @@ class ModelService:
             yield
 
     async def begin(
-        self, conversation: Conversation, limit: int, options: EngineReplyOptions
+        self, conversation: Conversation, limit: int, options: EngineReplyOptions, large: bool
     ) -> LineReply:
         """Begin a reply; the caller has one of the streams.
+
+        Args:
+            large: whether the conversation's text is.
 
         Raises:
             MlxStreamError: see `Lines.begin`.
         """
         while True:
-            assert self.lines
+            lines = self.lines
+            assert lines
             self._idle.clear()
             try:
-                return self.lines.begin(conversation, limit, **options)
+                begin = partial(lines.begin, conversation, limit, **options)
+                return await off_loop(large, begin)
             except QueueFull:  # a reply that was cancelled has not ended yet
-                if not any(line.state == "replying" for line in self.lines.state()):
+                if not any(line.state == "replying" for line in lines.state()):
                     raise
                 await self._idle.wait()
 

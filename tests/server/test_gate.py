@@ -218,6 +218,32 @@ def test_a_long_body_is_refused_before_it_is_read(server: RunningServer) -> None
     assert server.send(head + part + part).error["code"] == "too_large"
 
 
+def test_a_body_where_there_is_none_is_refused(server: RunningServer) -> None:
+    for method, path in paths(server):
+        if method != "POST":
+            headers = allowed(server, {"Content-Length": "2"})
+            found = server.ask(method, path, headers, "{}")
+            assert found.status == 413 and found.error["code"] == "body", path
+
+
+def test_bodies_in_memory_are_bounded(server: RunningServer) -> None:
+    """At most four of the largest at once; what was answered does not count."""
+    path, large = posts(server)[0], "x" * 3_900
+    for _ in range(6):
+        assert server.ask("POST", path, allowed(server, {}), large).status != 503
+    head = server.head("POST", path, allowed(server, {"Content-Length": "4000"}), large)
+    clients = [server.connect() for _ in range(5)]
+    try:
+        for client in clients:
+            client.sendall(head)
+            time.sleep(0.02)
+        assert read_answer(clients[-1]).error["code"] == "busy"
+    finally:
+        for client in clients:
+            client.close()
+    assert server.ask("POST", path, allowed(server, {}), large).status != 503
+
+
 def test_a_client_that_sends_too_much_can_read_why(server: RunningServer) -> None:
     body = " " * 20 * 2**20
     found = server.ask("POST", posts(server)[0], allowed(server, {}), body)

@@ -1,5 +1,6 @@
 """Servers of their own: unread, idle, without a model, and the program in its own process."""
 
+import json
 import os
 import resource
 import signal
@@ -52,6 +53,39 @@ def test_an_idle_server_releases_the_weights_and_loads_them_again(letters: Path)
             thread.join(DEADLINE)
         texts = {answer.json["choices"][0]["message"]["content"] for answer in (first, *answers)}
         assert len(answers) == 3 and len(texts) == 1
+
+
+def test_the_default_window_leaves_room_for_a_system_prompt(letters: Path) -> None:
+    with serving(letters) as server:
+        messages = [
+            {"role": "system", "content": "Be brief. " * 10},
+            {"role": "user", "content": "Hello"},
+        ]
+        answer = server.ask("POST", PATH, body=body_of(stream=False, messages=messages))
+        assert answer.status == 200, answer
+        trained = json.loads((letters / "config.json").read_text())["max_position_embeddings"]
+        assert trained // 2 < answer.json["mlx_stream"]["window"] < trained
+
+
+def test_a_history_of_megabytes_is_extended(letters: Path) -> None:
+    """It is parsed and compared on another thread; health is answered meanwhile."""
+    turns = [
+        {"role": role, "content": f"{number} {role} " * 100}
+        for number in range(1_000)
+        for role in ("user", "assistant")
+    ]
+    question = {"role": "user", "content": "Hello"}
+    with serving(letters, window=256) as server:
+        body = body_of(stream=False, messages=[*turns, question])
+        assert len(body) > 2_000_000
+        answer = server.ask("POST", PATH, body=body)
+        assert answer.json["mlx_stream"]["cache"] == "cold"
+        text = answer.json["choices"][0]["message"]["content"]
+        turns += [question, {"role": "assistant", "content": text}, question]
+        answer = server.ask("POST", PATH, body=body_of(stream=False, messages=turns))
+        about = answer.json["mlx_stream"]
+        assert about["cache"] == "extended" and about["read"] < 40
+        assert about["evicted_turns"] >= 1_000
 
 
 def test_a_model_that_cannot_be_loaded_is_said_to_each_request(tmp_path: Path) -> None:
