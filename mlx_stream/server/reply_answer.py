@@ -16,6 +16,7 @@ from mlx_stream.text.pieces import Piece, TokenLogprob
 
 # Silences after which the head of an answer is sent, although it cannot say yet what is read.
 SILENCES_BEFORE_HEAD = 5
+COMPLETE = ("end", "stop", "length")
 Events = Sequence[Mapping[str, Any] | str]
 
 
@@ -204,6 +205,8 @@ class ReplyAnswer:
                     self._note_first()
                     self.counts.add(piece)
                 yield piece
+        if self.counts.last.finish not in COMPLETE:
+            raise ApiError(503, "the reply was cut: its stream was closed", "cut")
 
     def _progress(self) -> str:
         if not self.counts.reply:

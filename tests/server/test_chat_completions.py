@@ -197,18 +197,24 @@ def test_what_is_not_offered_is_refused_by_name(
         assert answer.error["type"] == "invalid_request_error"
 
 
+GOOD = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "x"}}], "x": %s}}'
+
+
 @pytest.mark.parametrize(
-    "body",
+    ("body", "code"),
     [
-        *("", "{", "[]", "null", '{"model": NaN}', '{"x": -Infinity}', "{'model': 1}", "\\u0000"),
-        *("[" * 200_000, '{"a":' * 33 + "1" + "}" * 33, '"' * 100_001, '{"messages": "\\ud800"}'),
-        '{"model": "tiny", "messages": [{"role": "user", "content": "\\udc00x"}]}',
+        *((body, "not_json") for body in ("", "{", "{'model': 1}", "\\u0000", '"' * 100_001)),
+        *((body, None) for body in ("[]", "null", "{}", "1")),
+        *((GOOD % number, "not_json") for number in ("NaN", "-Infinity", "[Infinity]")),
+        *((GOOD % text, "not_json") for text in ('"\\ud800"', '"\\udc00x"', '"\x01"')),
+        *(("[" * 200_000, "too_deep"), (GOOD % ("[" * 32 + "]" * 32), "too_deep")),
+        (GOOD % ('{"a":' * 40 + "1" + "}" * 40), "too_deep"),
     ],
 )
-def test_what_is_not_json_is_refused(server: RunningServer, body: str) -> None:
+def test_what_is_not_json_is_refused(server: RunningServer, body: str, code: str | None) -> None:
     answer = server.ask("POST", "/v1/chat/completions", body=body)
     assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
-    assert "ud800" not in answer.error["message"]
+    assert answer.error["code"] == code and "ud800" not in answer.error["message"]
 
 
 def test_deep_json_within_the_limit_and_brackets_in_texts_are_fine(server: RunningServer) -> None:

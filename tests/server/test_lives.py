@@ -78,6 +78,24 @@ def test_a_client_that_leaves_ends_its_reply(
     eventually(lambda: " 200 cache=" in server.lines[-1])
 
 
+def test_a_reply_whose_stream_is_closed_ends_with_an_error(server: RunningServer) -> None:
+    with closing(asked(server, body_of("Hello", True, ENDLESS))) as client:
+        found = client.recv(10)
+        (line,) = [x for x in listed(server) if x["state"] == "replying"]
+        assert server.ask("DELETE", f"/mlx_stream/streams/{line['id']}").status == 200
+        while part := client.recv(65_536):
+            found += part
+            if b"0\r\n\r\n" in part:
+                break
+    assert b'data: {"error":' in found[-600:] and b"[DONE]" not in found
+    assert line["id"] not in [x["id"] for x in listed(server)]
+    eventually(lambda: is_idle(server))
+
+
+def listed(server: RunningServer) -> list[dict[str, Any]]:
+    return server.ask("GET", "/mlx_stream/streams").json["streams"]
+
+
 def test_a_crowd_is_answered_or_told_to_come_back(server: RunningServer) -> None:
     """64 at once, of which 2 have streams and 4 may wait."""
     server.ask("POST", PATH, body=body_of())

@@ -163,9 +163,20 @@ def test_a_signal_ends_streams_with_an_error_and_the_program_soon(
     assert texts and not any(b"canary" in text for text in texts)
 
 
-def test_a_socket_is_served_and_removed(letters: Path, tmp_path: Path) -> None:
+# The program, which says so whenever it connects to anything.
+WATCHED = """
+import os, sys
+sys.addaudithook(lambda name, args: name == "socket.connect" and os.write(2, b"CONNECTED"))
+from mlx_stream.cli import main
+main()
+"""
+
+
+def test_a_socket_is_served_and_removed_and_nothing_is_connected_to(
+    letters: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "s"
-    command = [sys.executable, "-m", "mlx_stream", "serve", letters, "--socket", path]
+    command = [sys.executable, "-c", WATCHED, "serve", letters, "--socket", path]
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE)
     try:
         eventually(path.exists)
@@ -173,11 +184,25 @@ def test_a_socket_is_served_and_removed(letters: Path, tmp_path: Path) -> None:
             client.connect(str(path))
             client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: anything\r\n\r\n")
             assert read_answer(client).json["data"][0]["id"] == letters.name
+            image = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x"}}
+            for content, status in (("Hello", 200), ([image], 400)):
+                messages = [{"role": "user", "content": content}]
+                body = body_of(stream=False, model=letters.name, messages=messages)
+                eventually(lambda: health(path) == 200)
+                client.sendall(request(0, body))
+                assert read_answer(client).status == status
         process.send_signal(signal.SIGTERM)
         assert process.wait(DEADLINE) == 143 and not path.exists()
     finally:
         process.kill()
-        process.communicate()
+        assert b"CONNECTED" not in process.communicate()[1]
+
+
+def health(path: Path) -> int:
+    with closing(socket.socket(socket.AF_UNIX)) as client:
+        client.connect(str(path))
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        return read_answer(client).status
 
 
 def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
