@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any, Unpack
 
@@ -198,9 +199,11 @@ class Request:
         head: the digest of its head.
         turns: the digests of its closed turns.
         asked: the digest of its question, without the beginning of a reply.
+        moment: when it came.
     """
 
     conversation: Conversation
+    moment: datetime
     head: bytes
     turns: bytes
     asked: bytes
@@ -426,9 +429,12 @@ class Lines:
             EngineClosed: the engine is closed, or the lines are.
         """
         asked = conversation.question[: -1 if conversation.begins_reply else None]
+        moment = datetime.now()
+        day = moment.date().isoformat() if self.engine.names_date else ""
         request = Request(
             conversation,
-            self._digests.of_head(conversation.head),
+            moment,
+            self._digests.of_head(conversation.head, day),
             self._digests.of_turns(conversation.turns),
             self._digests.of_messages(asked),
             max_tokens,
@@ -611,6 +617,7 @@ class Lines:
                 reasoning_effort=head.reasoning_effort,
                 tools=head.tools,
                 shared=self._shared,
+                began=request.moment,
             )
         self._numbers += 1
         return StreamLine(self._numbers, session, request.head)

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 
@@ -14,6 +15,8 @@ from mlx_stream.server.lines import Lines, Record, find_longest
 from tests.fakes.clients import SYSTEM, Client, attended_texts, chat_of, ids_to_attend
 from tests.fakes.conversations import assert_well_formed, said
 from tests.fakes.engines import DEADLINE, GREEDY, LONG, engine_of, eventually, together
+from tests.fakes.shell import SMALL, edit
+from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, write_letters
 
 WINDOW = 150
 
@@ -239,6 +242,34 @@ def test_another_head_is_another_conversation(lines):
     client.messages[0] = SYSTEM
     client.ask("More?")
     assert client.reply.cache == "forked"
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_the_day_belongs_to_the_head_of_a_template_that_names_it(tmp_path, monkeypatch, dated):
+    folder = write_letters(tmp_path / "letters", tiny_config(**SMALL))
+    if dated:
+        source = "{% set day = strftime_now('%d %B') %}" + CHAT_TEMPLATE.replace(
+            "message['content']", "(day if loop.first else '') + message['content']", 1
+        )
+        edit(folder / "tokenizer_config.json", chat_template=source)
+    days = [datetime(2026, 12, 1, 23, 59), datetime(2026, 12, 2), datetime(2026, 12, 2, 9)]
+
+    class Clock:
+        @staticmethod
+        def now():
+            return days[0]
+
+    monkeypatch.setattr("mlx_stream.server.lines.datetime", Clock)
+    with engine_of(folder) as engine:
+        engine.wait()
+        client, caches = Client(Lines(engine, window=WINDOW)), []
+        for question in ("Hi", "And?", "More?"):
+            client.ask(question)
+            caches.append(client.reply.cache)
+            head = engine._host.model.tokenizer.decode(client.chat.prompts.pinned)
+            assert (days[0].strftime("%d %B") in head) == dated
+            days.pop(0)
+    assert caches == ["new", "cold" if dated else "extended", "extended"]
 
 
 def test_an_empty_history_takes_over_no_conversation(lines):

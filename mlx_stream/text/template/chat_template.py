@@ -180,6 +180,11 @@ class ChatTemplate:
         return told(options)
 
     @property
+    def names_date(self) -> bool:
+        """Whether it may write the date on which the conversation began."""
+        return "strftime_now" in self.source
+
+    @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
         """The tools that the template is told of."""
         return self._options.get("tools", ())
