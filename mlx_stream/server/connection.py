@@ -18,6 +18,7 @@ class TimedConnection(H11Protocol):
         seconds_for_headers: from the first byte of a request, or from connecting.
         seconds_unread: that bytes may wait for the client to read them.
         most: connections of a server; one more takes the place of the oldest that waits.
+        since: when it was made, by the loop's clock.
     """
 
     seconds_for_headers = SECONDS_FOR_HEADERS
@@ -26,6 +27,7 @@ class TimedConnection(H11Protocol):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
+        self.since = self.loop.time()
         self._headers_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
 
@@ -71,10 +73,14 @@ class TimedConnection(H11Protocol):
             self.transport.close()
 
     def _replace_one(self) -> None:
-        """Close a connection on which nothing is being answered."""
-        idle = (one for one in self.connections if isinstance(one, TimedConnection))
-        other = next((one for one in idle if one is not self and one.waits_for_headers), self)
-        other.transport.abort()
+        """Close the oldest connection on which nothing is being answered."""
+        idle = [
+            one
+            for one in self.connections
+            if isinstance(one, TimedConnection) and one.waits_for_headers
+            if not (one is self or one.transport.is_closing())
+        ]
+        min(idle, key=lambda one: one.since, default=self).transport.abort()
 
     @staticmethod
     def _stop(*timers: asyncio.TimerHandle | None) -> None:

@@ -4,7 +4,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,6 +299,15 @@ def test_the_oldest_idle_connection_makes_room(
     waiting = [server.connect() for _ in range(12)]
     try:
         assert server.ask("GET", "/v1/models", allowed(server, {})).status == 200
+        closed = 0
+        for client in waiting:
+            client.settimeout(0.1)
+            with suppress(TimeoutError):
+                try:
+                    closed += client.recv(1) == b""
+                except ConnectionError:
+                    closed += 1
+        assert closed >= 4
     finally:
         for client in waiting:
             client.close()

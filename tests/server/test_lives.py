@@ -16,6 +16,7 @@ import pytest
 from mlx_stream.engine.worker import Worker
 from mlx_stream.server import reply_answer
 from mlx_stream.server import service as service_module
+from mlx_stream.server.connection import TimedConnection
 from tests.fakes.engines import DEADLINE, LONG, eventually
 from tests.fakes.failing import failing
 from tests.fakes.servers import ENDLESS, PATH, RunningServer, body_of, read_answer, serving
@@ -76,6 +77,17 @@ def test_a_client_that_leaves_ends_its_reply(
     answer = server.ask("POST", PATH, body=body_of(stream=False))
     assert answer.status == 200 and len(answer.json["choices"][0]["message"]["content"]) == 8
     eventually(lambda: " 200 cache=" in server.lines[-1])
+
+
+def test_a_reply_may_take_longer_than_headers(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TimedConnection, "seconds_for_headers", 0.2)
+    with closing(asked(server, body_of("Hello", True, ENDLESS))) as client:
+        until, found = time.monotonic() + 0.6, b""
+        while time.monotonic() < until:
+            found = client.recv(65_536)
+            assert found and b"408" not in found
 
 
 def test_a_reply_whose_stream_is_closed_ends_with_an_error(server: RunningServer) -> None:

@@ -44,7 +44,9 @@ def test_a_completion_is_what_the_api_says(server: RunningServer) -> None:
     logprobs = found.logprobs
     assert logprobs and logprobs.tokens and logprobs.text_offset and logprobs.top_logprobs
     assert len(logprobs.tokens) == len(logprobs.top_logprobs) == 6
-    assert logprobs.text_offset[0] == 0 and all(len(top) <= 2 for top in logprobs.top_logprobs)
+    lengths = [len(token) for token in logprobs.tokens]
+    assert logprobs.text_offset == [sum(lengths[:at]) for at in range(6)]
+    assert all(len(top) <= 2 for top in logprobs.top_logprobs)
     for wrong in ({"prompt": ["a", "b"]}, {"best_of": 2}, {"suffix": "x"}, {"prompt": ""}):
         answer = server.ask("POST", "/completions", body=json.dumps({**body, **wrong}))
         assert answer.status == 400, wrong

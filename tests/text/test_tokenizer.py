@@ -385,3 +385,10 @@ def test_the_bytes_of_tokens_join_to_the_text(kind: str):
     ids = tokenizer.encode(text, special=False)
     found = b"".join(map(tokenizer.bytes_of, ids))
     assert found.decode().lstrip(" ") == text and tokenizer.bytes_of(10**6) == b""
+
+
+def test_the_bytes_of_an_added_token_are_its_name():
+    tokenizer = Tokenizer.from_checkpoint(checkpoint(text_of("byte-level")))
+    tokenizer._backend.add_special_tokens(["<|né ▁|>"])
+    (id,) = tokenizer.encode("<|né ▁|>", special=False)
+    assert tokenizer.bytes_of(id).decode() == "<|né ▁|>"
