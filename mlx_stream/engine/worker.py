@@ -403,8 +403,10 @@ class Worker:
                 self.loading.abandon(closed)
             while self.queues:
                 self.queues[0].end(closed)
-            for ping in self._pings:
-                ping.cancel()
+            while self._pings:
+                ping = self._pings.popleft()
+                if ping.set_running_or_notify_cancel():
+                    ping.set_exception(closed)
             self._leave()
         finally:
             with self.lock:

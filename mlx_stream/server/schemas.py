@@ -13,6 +13,7 @@ from mlx_stream.sampling import MOST_LOGPROBS, Sampling
 MOST_MESSAGES = 65_536
 MOST_STOPS, LONGEST_STOP = 16, 256
 LONGEST_NAME = 256
+MOST_NAMED = 16
 MOST_BIASED = 1_024
 MOST_TOKENS = 2**31 - 1
 LOWEST_TOP_P = 1e-6
@@ -33,8 +34,9 @@ class Strict(BaseModel):
 
     @property
     def unknown(self) -> list[str]:
-        """The names of fields that are not known here."""
-        return sorted((self.model_extra or {}).keys() - WITHOUT_EFFECT)
+        """The names of fields that are not known here, the first ones if there are many."""
+        names = sorted((self.model_extra or {}).keys() - WITHOUT_EFFECT)
+        return [name[:LONGEST_NAME] for name in names[:MOST_NAMED]]
 
 
 class ContentPart(Strict):

@@ -278,7 +278,7 @@ class ModelService:
             engine, self.engine, self.lines = self.engine, None, None
             assert engine is not None
             self.notify("the model is unloaded until the next request")
-            await asyncio.to_thread(engine.close, SECONDS_TO_CLOSE)
+            engine.close(0)  # its thread ends by itself, and the next one waits for it
 
     def close(self) -> bool:
         """Release everything; return whether that was done in time."""
