@@ -66,6 +66,17 @@ class ServiceChoices:
     any_model: Annotated[
         bool, Option("--any-model", help="Answer requests for every other name, too.")
     ] = False
+    sessions: Annotated[
+        bool,
+        Option("--sessions", help="Let clients continue saved conversations by name."),
+    ] = False
+    recall: Annotated[
+        int,
+        Option(
+            help="Number of tokens of a saved conversation's window to reserve for quoting evicted "
+            "exchanges."
+        ),
+    ] = 0
     idle_unload: Annotated[
         int | None,
         Option(

@@ -11,6 +11,7 @@ from mlx_stream.errors import (
     MemoryRefused,
     MlxStreamError,
     QueueFull,
+    SessionError,
     SourceError,
     TemplateError,
     TextError,
@@ -27,6 +28,7 @@ STATUSES: tuple[tuple[type[MlxStreamError], int, str | None], ...] = (
     (QueueFull, 503, "queue_full"),
     (MemoryRefused, 503, "no_memory"),
     (EngineClosed, 503, "shutting_down"),
+    (SessionError, 409, "session"),
     (SourceError, 503, "no_model"),
     (ComputeError, 500, "compute_failed"),
 )

@@ -3,14 +3,18 @@
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from mlx_stream.chat.messages import Message
 from mlx_stream.engine.handle import EngineReplyOptions
+from mlx_stream.server.api_errors import ApiError
 from mlx_stream.server.conversation import Conversation, conversation_of
 from mlx_stream.server.event_stream import off_loop
+from mlx_stream.server.named_sessions import BegunSession
 from mlx_stream.server.reply_answer import Events, ReplyAnswer, ReplyCounts
 from mlx_stream.server.request_body import parse_body
 from mlx_stream.server.schemas import ChatRequest
@@ -42,8 +46,12 @@ class ChatCompletions:
             del body  # a long history is not kept while its reply is written
             service.check_name(request.model)
             limit, options, counts = request.limit, reply_options(request), ReplyCounts()
-            limit = limit or DEFAULT_ANSWER_TOKENS
-            pieces = line_pieces(service, conversation, limit, options, counts, large)
+            limit, name = limit or DEFAULT_ANSWER_TOKENS, session_name(request, scope)
+            counts.session = name
+            if name is None:
+                pieces = line_pieces(service, conversation, limit, options, counts, large)
+            else:
+                pieces = session_pieces(service, name, conversation, limit, options, counts)
             del conversation
             form = ChatFormat(request, request.model, engine.bytes_of)
             answer = ReplyAnswer(service, counts, pieces, form, request.all_unknown)
@@ -102,6 +110,34 @@ async def line_pieces(
                 yield piece
         finally:
             reply.cancel()
+
+
+def session_name(request: ChatRequest, scope: Scope) -> str | None:
+    """Return the name of the saved conversation that a request continues."""
+    named = request.mlx_stream.session if request.mlx_stream else None
+    return named or Headers(scope=scope).get("x-mlx-stream-session")
+
+
+async def session_pieces(
+    service: ModelService,
+    name: str,
+    conversation: Conversation,
+    limit: int,
+    options: EngineReplyOptions,
+    counts: ReplyCounts,
+) -> AsyncGenerator[Piece | None, None]:
+    """Do what `line_pieces` does, on the stream of a saved conversation."""
+    if service.sessions is None:
+        raise ApiError(400, "saved conversations are not offered: serve with --sessions", "session")
+    given: EngineReplyOptions = {**options, "progress": counts.report}
+    items = service.sessions.pieces(name, conversation, limit, given)
+    async with service.stream(), aclosing(items):
+        async for item in items:
+            if isinstance(item, BegunSession):
+                counts.reply = item
+                yield None
+            else:
+                yield item
 
 
 class ChatFormat:

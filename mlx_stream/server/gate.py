@@ -28,6 +28,7 @@ SECONDS_TO_DRAIN = 2.0
 SINGLE = (
     *("host", "origin", "authorization", "x-api-key", "content-type", "content-length"),
     *("content-encoding", "transfer-encoding", "sec-fetch-site"),
+    "x-mlx-stream-session",
 )
 ALLOWED_HEADERS = "Authorization, Content-Type, X-Api-Key, X-Mlx-Stream-Session"
 EXPOSED_HEADERS = "X-Mlx-Stream-Cache, X-Mlx-Stream-Evicted, Retry-After"

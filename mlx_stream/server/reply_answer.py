@@ -38,12 +38,14 @@ class ReplyCounts:
 
     Attributes:
         reply: None until it begins.
+        session: the name of the saved conversation that it belongs to.
         last: its last piece.
         progress: tokens of the prompt that were read, and all that are.
     """
 
     def __init__(self) -> None:
         self.reply: BegunReply | None = None
+        self.session: str | None = None
         self.last = Piece("")
         self.text, self.thinking = list[str](), list[str]()
         self.logprobs: list[TokenLogprob] = []
@@ -87,7 +89,7 @@ class ReplyCounts:
         return {
             "cache": reply.cache,
             "reason": reply.reason,
-            "session": None,
+            "session": self.session,
             "attended": reply.attended,
             "read": reply.read,
             "evicted_turns": reply.evicted_turns,

@@ -20,6 +20,7 @@ from mlx_stream.server.conversation import Conversation
 from mlx_stream.server.event_stream import off_loop
 from mlx_stream.server.lines import LineReply, Lines
 from mlx_stream.server.metrics import Counters
+from mlx_stream.server.named_sessions import NamedSessions
 
 SECONDS_TO_CLOSE = 3.0
 SECONDS_WITHOUT_A_STEP = 30.0
@@ -42,6 +43,8 @@ class ServiceOptions:
         queue: requests that may wait, besides those that are answered.
         window, sinks, kv_bits: of each stream; see `ChatSession`.
         shared: see `Engine.session`.
+        sessions: whether clients may continue saved conversations by name.
+        recall: tokens of a saved conversation's window that are kept free for quotations.
         idle_unload: seconds without a request after which the weights are released; None: never.
     """
 
@@ -58,15 +61,20 @@ class ServiceOptions:
     keep_quantized: bool | None = None
     memory_budget: int | None = None
     shared: bool = True
+    sessions: bool = False
+    recall: int = 0
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("--streams", self.streams, 1),
             ("--queue", self.queue, 0),
+            ("--recall", self.recall, 0),
             ("--idle-unload", 1 if self.idle_unload is None else self.idle_unload, 1),
         ):
             if not least <= value <= MOST_REQUESTS * 1_000:
                 raise ValueRefused(f"{name} must be at least {least}, not {value}")
+        if self.recall and not self.sessions:
+            raise ValueRefused("--recall is for saved conversations: add --sessions")
         if not all(self.aliases):
             raise ValueRefused("--alias must not be empty")
 
@@ -95,6 +103,7 @@ class ModelService:
         self.requests = 0
         self.stopping = asyncio.Event()
         self.lines: Lines | None = None
+        self.sessions: NamedSessions | None = None
         self._streams = asyncio.Semaphore(options.streams)
         self._idle = asyncio.Event()
         self.engine: Engine | None = None
@@ -189,6 +198,15 @@ class ModelService:
         self.lines = Lines(
             engine, options.streams, window, shared=options.shared, on_idle=tell, **shape
         )
+        if options.sessions:
+            self.sessions = NamedSessions(
+                engine,
+                options.streams,
+                options.window,
+                recall=options.recall,
+                shared=options.shared,
+                **shape,
+            )
 
     @staticmethod
     def check_loading(engine: Engine) -> None:
@@ -275,7 +293,7 @@ class ModelService:
             if left > 0:
                 await asyncio.sleep(left)
                 continue
-            engine, self.engine, self.lines = self.engine, None, None
+            engine, self.engine, self.lines, self.sessions = self.engine, None, None, None
             assert engine is not None
             self.notify("the model is unloaded until the next request")
             engine.close(0)  # its thread ends by itself, and the next one waits for it
