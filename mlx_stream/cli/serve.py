@@ -208,6 +208,7 @@ def install(
         server_log(),
         AGENT,
         {"ProcessType": "Interactive"},
+        ("SuccessExitStatus=143",),  # of a server that was told to stop
     )
     path, trouble = service.install()
     if trouble:
