@@ -458,6 +458,8 @@ class Lines:
         with self._lock:
             request, source = reply.request, reply.source
             self.copied(reply)
+            if source:
+                source.spare = False
             closed = self._close_one(source)
             if not request or not (closed or (source and not source.reply)):
                 return False
@@ -509,9 +511,9 @@ class Lines:
         line, first, last = best
         count, behind, record = last - first, len(line.record) - last, line.record.copy()
         keep, shifted = (count, "shifted") if first else (None, "")
-        left_out = f"; the client left out {first:,} older ones" if first else ""
+        left_out = f"; older turns that the client left out: {first:,}" if first else ""
         if count == len(turns) and not behind:
-            reason = f"the line has read the {count:,} turns{left_out}"
+            reason = f"the line has read these turns{left_out}"
             return Choice(shifted or "extended", reason, record, line, keep=keep)
         asked = line.record.digests[last * TURN_BYTES :][:DIGEST_BYTES]
         again = asked == request.asked and not request.conversation.begins_reply
@@ -527,9 +529,9 @@ class Lines:
         record.add(request.turns[count * TURN_BYTES :])
         # What is copied is the first to go, so an edit does not take another line's place.
         place = len(self._lines) < self.streams or (not edited and self._next_to_go(line))
-        reason = f"{behind:,} turns are taken back{left_out}"
+        reason = f"turns taken back: {behind:,}{left_out}"
         if rest:
-            shifted, reason = "", f"the line has read {count:,} of the turns{left_out}"
+            shifted, reason = "", f"turns that the line has read: {count:,} of {len(turns):,}"
         return Choice(
             shifted or ("edited" if edited else "forked"),
             reason,

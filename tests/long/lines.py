@@ -46,7 +46,7 @@ def look(lines: Lines) -> dict[str, int]:
 
 def converse(folder: Path, turns: int) -> dict[str, float]:
     """Hold a conversation; return what has grown since its first half, but for the record."""
-    messages = [SYSTEM]
+    messages, before = [SYSTEM], {"bytes": 0, "objects": 0}
     with engine_of(folder) as engine:
         lines = Lines(engine, window=120)
         tracemalloc.start()

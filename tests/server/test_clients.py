@@ -13,6 +13,7 @@ from hypothesis.stateful import (
 
 from mlx_stream.chat.history import exchanges_of, newest_turns
 from mlx_stream.chat.messages import Message
+from mlx_stream.engine import Engine
 from mlx_stream.errors import QueueFull
 from mlx_stream.server.conversation import TURN_BYTES
 from mlx_stream.server.lines import Lines
@@ -31,11 +32,9 @@ questions = st.sampled_from(QUESTIONS)
 class Clients(RuleBasedStateMachine):
     """Three clients, and more streams than one of them needs."""
 
-    engine = None
-
-    def __init__(self):
+    def __init__(self, engine: Engine):
         super().__init__()
-        self.lines = Lines(self.engine, STREAMS, window=WINDOW)
+        self.lines = Lines(engine, STREAMS, window=WINDOW)
         self.clients = [self.new_client() for _ in range(3)]
         self.busy = []  # replies in progress, with their clients and what was taken of them
 
@@ -177,9 +176,5 @@ def reply_sinks(chat):
 
 
 def test_clients_get_what_they_sent(letters):
-    class Machine(Clients):
-        pass
-
     with engine_of(letters) as engine:
-        Machine.engine = engine
-        run_state_machine_as_test(Machine, settings=settings(max_examples=20))
+        run_state_machine_as_test(lambda: Clients(engine), settings=settings(max_examples=20))

@@ -382,6 +382,22 @@ def test_a_forgotten_reply_ends(lines):
     eventually(lambda: lines.state()[0].state == "idle")
 
 
+def test_a_reply_that_is_cancelled_before_it_begins_changes_nothing(lines):
+    client = Client(lines)
+    client.ask("Hi")
+    before, texts = ids_to_attend(client.chat), client.texts
+    with lines.engine._worker.lock:  # the engine cannot begin anything
+        client.begin("And?").cancel()
+        client.messages.pop()
+        other = Client(lines)
+        other.begin("And?").cancel()
+    eventually(lambda: [state.state for state in lines.state()] == ["idle"])
+    assert ids_to_attend(chat_of(lines, 1)) == before and client.texts == texts
+    assert [*other.reply] == [] and other.reply.finish == "cancelled"
+    client.ask("More?")
+    assert client.reply.cache == "extended" and client.reply.line == 1
+
+
 def test_replies_with_asyncio(lines):
     client, told = Client(lines), []
 
