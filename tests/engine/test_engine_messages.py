@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
@@ -133,13 +134,14 @@ def test_a_reply_begins_at_once_and_changes_the_conversation_before_it(letters, 
     plan = ReplyPlan("Next?", back=1, keep=1, history=HISTORY[:2], on_end=ends.append)
     reader = chat.begin(plan, progress=lambda done, total: None)
     eventually(lambda: reader._task.items)  # nothing was taken yet
-    items = [*iter(reader.take, None)]
+    items: Any = [*iter(reader.take, None)]
     slow.undo()
     slow.clear(2)
     slow.follow(HISTORY[:2])
     last = [*slow.reply("Next?")][-1]
     start, *pieces, end = items
     assert isinstance(start, ReplyStart) and isinstance(end, ReplyEnd) and ends == [end]
+    assert end.exchange and last.attended
     assert start.turns == 2 and start.attended == last.attended - last.written + 1
     assert start.read == last.read + last.settled
     assert said(pieces) == slow.exchanges[-1].reply == end.exchange.reply
@@ -149,7 +151,7 @@ def test_a_reply_begins_at_once_and_changes_the_conversation_before_it(letters, 
     again = chat.begin(ReplyPlan(None, on_end=ends.append), 5)
     again.when_done(lambda future: done.set())
     items = [*iter(again.take, None)]
-    assert items[0].read == 1 and ends[1] is items[-1] and ends[1].replaced
+    assert items[0].read == 1 and ends[1] is items[-1] and items[-1].replaced
     assert said(items[1:-1]) == said(slow.retry(5)) and done.wait(DEADLINE)
 
 

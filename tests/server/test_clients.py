@@ -1,5 +1,7 @@
 """Several clients at once, against plain lists of what must be attended."""
 
+from typing import ClassVar
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -32,9 +34,11 @@ questions = st.sampled_from(QUESTIONS)
 class Clients(RuleBasedStateMachine):
     """Three clients, and more streams than one of them needs."""
 
-    def __init__(self, engine: Engine):
+    engine: ClassVar[Engine]
+
+    def __init__(self):
         super().__init__()
-        self.lines = Lines(engine, STREAMS, window=WINDOW)
+        self.lines = Lines(self.engine, STREAMS, window=WINDOW)
         self.clients = [self.new_client() for _ in range(3)]
         self.busy = []  # replies in progress, with their clients and what was taken of them
 
@@ -176,5 +180,5 @@ def reply_sinks(chat):
 
 
 def test_clients_get_what_they_sent(letters):
-    with engine_of(letters) as engine:
-        run_state_machine_as_test(lambda: Clients(engine), settings=settings(max_examples=20))
+    with engine_of(letters) as Clients.engine:
+        run_state_machine_as_test(Clients, settings=settings(max_examples=20))
