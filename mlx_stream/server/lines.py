@@ -142,7 +142,7 @@ class StreamLine:
         reply: the reply in progress.
         used: the number of the request that used it last.
         spare: whether its conversation continues in a copy, so that it goes first.
-        copies: how many copies of it are being made.
+        copies: the replies that wait for copies of it.
         requests: how many it has answered.
         ended: when its last reply ended, by the monotonic clock.
     """
@@ -154,7 +154,7 @@ class StreamLine:
     reply: "Taken | None" = None
     used: int = 0
     spare: bool = False
-    copies: int = 0
+    copies: "set[Taken]" = field(default_factory=set)
     requests: int = 0
     ended: float = 0.0
 
@@ -470,7 +470,7 @@ class Lines:
         """Let the line whose copy a reply uses go again."""
         with self._lock:
             if reply.source:
-                reply.source.copies -= 1
+                reply.source.copies.discard(reply.taken)
             reply.source = None
 
     def state(self) -> list[LineState]:
@@ -655,10 +655,10 @@ class Lines:
             self._lines.append(line)
             if source := choice.source:
                 reply.source = source
-                source.copies += 1
+                source.copies.add(taken)
                 source.spare = choice.back == 1 and not choice.history
         reply.line, reply.cache, reply.reason = line.id, choice.cache, choice.reason
-        reply.reader.when_done(partial(self._done, line, taken, fresh))
+        reply.reader.when_done(partial(self._done, line, taken, fresh, choice.source))
 
     def _end(
         self,
@@ -683,9 +683,18 @@ class Lines:
                 self._drop(line)
         self._release(line, taken)
 
-    def _done(self, line: StreamLine, taken: Taken, fresh: bool, future: Future[Any]) -> None:
+    def _done(
+        self,
+        line: StreamLine,
+        taken: Taken,
+        fresh: bool,
+        source: StreamLine | None,
+        future: Future[Any],
+    ) -> None:
         """Release a line whose reply never began, or failed before it did."""
         with self._lock:
+            if source:
+                source.copies.discard(taken)
             if line.reply is taken and (fresh or future.cancelled() or future.exception()):
                 self._drop(line)
         self._release(line, taken)
