@@ -142,7 +142,7 @@ class StreamLine:
         reply: the reply in progress.
         used: the number of the request that used it last.
         spare: whether its conversation continues in a copy, so that it goes first.
-        copies: how many copies of it are being made.
+        copies: the replies that wait for copies of it.
         requests: how many it has answered.
         ended: when its last reply ended, by the monotonic clock.
     """
@@ -154,7 +154,7 @@ class StreamLine:
     reply: "Taken | None" = None
     used: int = 0
     spare: bool = False
-    copies: int = 0
+    copies: "set[Taken]" = field(default_factory=set)
     requests: int = 0
     ended: float = 0.0
 
@@ -458,6 +458,8 @@ class Lines:
         with self._lock:
             request, source = reply.request, reply.source
             self.copied(reply)
+            if source:
+                source.spare = False
             closed = self._close_one(source)
             if not request or not (closed or (source and not source.reply)):
                 return False
@@ -468,7 +470,7 @@ class Lines:
         """Let the line whose copy a reply uses go again."""
         with self._lock:
             if reply.source:
-                reply.source.copies -= 1
+                reply.source.copies.discard(reply.taken)
             reply.source = None
 
     def state(self) -> list[LineState]:
@@ -509,9 +511,9 @@ class Lines:
         line, first, last = best
         count, behind, record = last - first, len(line.record) - last, line.record.copy()
         keep, shifted = (count, "shifted") if first else (None, "")
-        left_out = f"; the client left out {first:,} older ones" if first else ""
+        left_out = f"; older turns that the client left out: {first:,}" if first else ""
         if count == len(turns) and not behind:
-            reason = f"the line has read the {count:,} turns{left_out}"
+            reason = f"the line has read these turns{left_out}"
             return Choice(shifted or "extended", reason, record, line, keep=keep)
         asked = line.record.digests[last * TURN_BYTES :][:DIGEST_BYTES]
         again = asked == request.asked and not request.conversation.begins_reply
@@ -527,9 +529,9 @@ class Lines:
         record.add(request.turns[count * TURN_BYTES :])
         # What is copied is the first to go, so an edit does not take another line's place.
         place = len(self._lines) < self.streams or (not edited and self._next_to_go(line))
-        reason = f"{behind:,} turns are taken back{left_out}"
+        reason = f"turns taken back: {behind:,}{left_out}"
         if rest:
-            shifted, reason = "", f"the line has read {count:,} of the turns{left_out}"
+            shifted, reason = "", f"turns that the line has read: {count:,} of {len(turns):,}"
         return Choice(
             shifted or ("edited" if edited else "forked"),
             reason,
@@ -653,10 +655,10 @@ class Lines:
             self._lines.append(line)
             if source := choice.source:
                 reply.source = source
-                source.copies += 1
+                source.copies.add(taken)
                 source.spare = choice.back == 1 and not choice.history
         reply.line, reply.cache, reply.reason = line.id, choice.cache, choice.reason
-        reply.reader.when_done(partial(self._done, line, taken, fresh))
+        reply.reader.when_done(partial(self._done, line, taken, fresh, choice.source))
 
     def _end(
         self,
@@ -681,9 +683,18 @@ class Lines:
                 self._drop(line)
         self._release(line, taken)
 
-    def _done(self, line: StreamLine, taken: Taken, fresh: bool, future: Future[Any]) -> None:
+    def _done(
+        self,
+        line: StreamLine,
+        taken: Taken,
+        fresh: bool,
+        source: StreamLine | None,
+        future: Future[Any],
+    ) -> None:
         """Release a line whose reply never began, or failed before it did."""
         with self._lock:
+            if source:
+                source.copies.discard(taken)
             if line.reply is taken and (fresh or future.cancelled() or future.exception()):
                 self._drop(line)
         self._release(line, taken)

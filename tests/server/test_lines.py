@@ -382,6 +382,28 @@ def test_a_forgotten_reply_ends(lines):
     eventually(lambda: lines.state()[0].state == "idle")
 
 
+def test_a_reply_that_is_cancelled_before_it_begins_changes_nothing(lines):
+    client = Client(lines)
+    client.ask("Hi")
+    before, texts = ids_to_attend(client.chat), client.texts
+    with lines.engine._worker.lock:  # the engine cannot begin anything
+        client.begin("And?").cancel()
+        client.messages.pop()
+        other = Client(lines)
+        other.begin("And?").cancel()
+    eventually(lambda: [state.state for state in lines.state()] == ["idle"])
+    assert ids_to_attend(chat_of(lines, 1)) == before and client.texts == texts
+    assert [*other.reply] == [] and other.reply.finish == "cancelled"
+    client.ask("More?")
+    assert client.reply.cache == "extended" and client.reply.line == 1
+    client.take_back(1)
+    with lines.engine._worker.lock:
+        client.begin("Else?").cancel()
+        assert lines._lines[0].copies and client.reply.cache == "edited"
+    eventually(lambda: [state.id for state in lines.state()] == [1])
+    assert not lines._lines[0].copies
+
+
 def test_replies_with_asyncio(lines):
     client, told = Client(lines), []
 
@@ -491,6 +513,11 @@ def test_a_question_may_begin_its_reply(lines):
     reply = client.begin("And?", begin)
     text = said(reply)
     client.messages[-1] = replace(begin, text=begin.text + text)
+    assert attended_texts(client.chat) == client.texts
+    reply = client.begin("So?", begin, max_tokens=10**6)
+    taken = [next(reply) for _ in range(3)]
+    reply.cancel()
+    client.messages[-1] = replace(begin, text=begin.text + said(taken))
     assert attended_texts(client.chat) == client.texts
     client.ask("More?")
     assert client.reply.cache == "extended"

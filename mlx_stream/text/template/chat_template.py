@@ -108,6 +108,7 @@ class ChatTemplate:
 
     Attributes:
         style: how the model marks its thinking; None if the template has no thinking.
+        names_date: whether it may write the date on which the conversation began.
 
     Raises:
         TemplateError: any method, if the template fails, does what the sandbox forbids, takes too
@@ -128,7 +129,7 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: it has more than {MAX_SOURCE} characters")
         self.source, self._options = source, dict(options or {})
-        self.style = style_of(source)
+        self.style, self.names_date = style_of(source), "strftime_now" in source
         self._tokens, self._special, self._now = dict(tokens or {}), special, datetime.now()
         compiled = attempt("cannot be read", lambda: TemplateEnvironment().from_string(source))
         self._template = compiled
@@ -178,11 +179,6 @@ class ChatTemplate:
             # Llama 3.x writes tools into the first question, or, if told so, before it.
             options |= {"tools": [*tools], "tools_in_user_message": False}
         return told(options)
-
-    @property
-    def names_date(self) -> bool:
-        """Whether it may write the date on which the conversation began."""
-        return "strftime_now" in self.source
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
