@@ -174,10 +174,12 @@ class ReplyAnswer:
         async with client.present():
             try:
                 await self._write(events)
-            except (MlxStreamError, ApiError) as raised:
+            except Exception as raised:
                 if not events.begun:
                     raise
                 await events.data(as_api_error(raised).content)
+                if not isinstance(raised, MlxStreamError | ApiError):  # the log has its place
+                    raise
         if events.begun and not client.left:
             await events.end()
 

@@ -16,6 +16,7 @@ import pytest
 from mlx_stream.engine.worker import Worker
 from mlx_stream.server import reply_answer
 from mlx_stream.server import service as service_module
+from mlx_stream.server.chat_completions import ChatFormat
 from mlx_stream.server.connection import TimedConnection
 from tests.fakes.engines import DEADLINE, LONG, eventually
 from tests.fakes.failing import failing
@@ -197,6 +198,23 @@ def test_a_failed_step_is_an_error_of_its_own_reply(server: RunningServer) -> No
             assert answer.status == 500 and answer.error["code"] == "compute_failed"
         answer = server.ask("POST", PATH, body=body_of(LONG, stream, 4))
         assert answer.status == 200 and b"error" not in answer.body
+
+
+def test_a_fault_of_the_server_is_logged_by_its_place_only(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("canary")
+
+    for name, stream in (("piece", True), ("whole", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(ChatFormat, name, fail)
+            answer = server.ask("POST", PATH, body=body_of(stream=stream))
+        assert b"internal_error" in answer.body and b"canary" not in answer.body
+        assert stream or answer.status == 500
+        eventually(lambda: "RuntimeError at " in server.lines[-1])
+        assert "canary" not in server.lines[-1]
+    assert server.ask("POST", PATH, body=body_of(stream=False)).status == 200
 
 
 def test_health_asks_the_thread(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
