@@ -91,17 +91,25 @@ def test_a_reply_may_take_longer_than_headers(
             assert found and b"408" not in found
 
 
-def test_a_reply_whose_stream_is_closed_ends_with_an_error(server: RunningServer) -> None:
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "cancelled"])
+def test_a_reply_that_is_cut_ends_with_an_error(server: RunningServer, closed: bool) -> None:
     with closing(asked(server, body_of("Hello", True, ENDLESS))) as client:
         found = client.recv(10)
         (line,) = [x for x in listed(server) if x["state"] == "replying"]
-        assert server.ask("DELETE", f"/mlx_stream/streams/{line['id']}").status == 200
+        if closed:
+            assert server.ask("DELETE", f"/mlx_stream/streams/{line['id']}").status == 200
+        else:
+            lines = server.service.lines
+            assert lines
+            (task,) = [x.session._reply for x in lines._lines if x.reply]
+            assert task
+            task.cancel()
         while part := client.recv(65_536):
             found += part
             if b"0\r\n\r\n" in part:
                 break
     assert b'data: {"error":' in found[-600:] and b"[DONE]" not in found
-    assert line["id"] not in [x["id"] for x in listed(server)]
+    assert (line["id"] in [x["id"] for x in listed(server)]) != closed
     eventually(lambda: is_idle(server))
 
 
