@@ -15,23 +15,21 @@ def test_a_ping_waits_for_the_step_in_progress(
 ) -> None:
     hold, run = threading.Event(), Worker._run_round
 
-    def run_late(self: Worker, queues: object) -> None:
-        hold.wait(DEADLINE)
+    def run_and_hold(self: Worker, queues: object) -> None:
         run(self, queues)  # type: ignore[arg-type]
+        hold.wait(DEADLINE)
 
     with engine_of(letters) as engine:
         engine.ping().result(DEADLINE)
         eventually(lambda: engine.step_seconds == 0)
-        monkeypatch.setattr(Worker, "_run_round", run_late)
-        ping = engine.ping()
+        monkeypatch.setattr(Worker, "_run_round", run_and_hold)
+        engine.ping().result(DEADLINE)
         eventually(lambda: engine.step_seconds > 0)
-        assert not ping.done()
-        other = engine.ping()
+        waiting = engine.ping()
+        assert not waiting.done()
         engine.close(0)
         hold.set()
-        for each in (ping, other):
-            if error := each.exception(DEADLINE):
-                assert isinstance(error, EngineClosed)
+        assert isinstance(waiting.exception(DEADLINE), EngineClosed)
     with pytest.raises(EngineClosed):
         engine.ping()
 
