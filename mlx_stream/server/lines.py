@@ -35,7 +35,7 @@ from mlx_stream.errors import EngineClosed, MemoryRefused, QueueFull, ValueRefus
 from mlx_stream.server.conversation import DIGEST_BYTES, TURN_BYTES, Conversation, Digests
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tool_calls import ToolCall
-from mlx_stream.window import DEFAULT_WINDOW, THINKING_WINDOWS
+from mlx_stream.window import THINKING_WINDOWS
 
 DEFAULT_STREAMS = 4
 
@@ -560,7 +560,7 @@ class Lines:
                 why = "no line has read the first turn" if "head" in why else why
             elif line.reply:
                 why = "the line that has read these turns is writing a reply"
-            elif not line.record.fits(first, last, self.window or DEFAULT_WINDOW):
+            elif not line.record.fits(first, last, line.session.stats.window):
                 why = "too many of these turns have left the line"
             else:
                 behind = len(line.record) - last
