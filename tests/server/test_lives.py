@@ -160,6 +160,19 @@ def test_those_that_wait_are_answered_in_turn(
         waiting.close()
 
 
+def test_a_stream_in_http_1_0_ends_with_its_connection(server: RunningServer) -> None:
+    """As the client in Swift reads it: lines, and no chunks."""
+    with closing(server.connect()) as client:
+        head = server.head("POST", PATH, body=body_of("Hello", True, 5))
+        client.sendall(head.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        found = b""
+        while part := client.recv(65_536):
+            found += part
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower() and body.endswith(b"data: [DONE]\n\n")
+    assert all(line[:1] in (b"d", b":", b"") for line in body.split(b"\n"))
+
+
 def test_requests_on_one_connection_are_answered_in_order(server: RunningServer) -> None:
     with closing(server.connect()) as client:
         one = server.head("POST", PATH, body=body_of("a", False, 3))

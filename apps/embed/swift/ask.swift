@@ -67,6 +67,7 @@ let head = [
     "POST /v1/chat/completions HTTP/1.0", "Host: localhost:\(words[1])",
     "Content-Type: application/json", "Content-Length: \(body.count)",
 ]
-let reply = Reply(to: port.map { .hostPort(host: "localhost", port: $0) } ?? .unix(path: words[1]))
+let place = port.map { NWEndpoint.hostPort(host: "localhost", port: $0) } ?? NWEndpoint.unix(path: words[1])
+let reply = Reply(to: place)
 reply.ask(Data((head.joined(separator: "\r\n") + "\r\n\r\n").utf8) + body)
 dispatchMain()
