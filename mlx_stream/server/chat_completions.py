@@ -45,7 +45,11 @@ class ChatCompletions:
             request, conversation = await off_loop(large, read_request, body)
             del body  # a long history is not kept while its reply is written
             service.check_name(request.model)
-            limit, options, counts = request.limit, reply_options(request), ReplyCounts()
+            limit, options, counts = (
+                request.limit,
+                reply_options(request),
+                ReplyCounts(not request.stream),
+            )
             limit, name = limit or DEFAULT_ANSWER_TOKENS, session_name(request, scope)
             counts.session = name
             if name is None:

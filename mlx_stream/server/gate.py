@@ -73,9 +73,9 @@ class Gate:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers, held = Headers(scope=scope), 0
+        send = self._with_origin(headers, send)
         try:
             self._check(scope, headers)
-            send = self._with_origin(headers, send)
             if self._is_preflight(scope, headers):
                 return await send_empty(204, self._preflight(scope), send)
             if scope["method"] == "POST" and self._methods(scope):

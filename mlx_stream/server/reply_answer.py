@@ -36,6 +36,9 @@ class BegunReply(Protocol):
 class ReplyCounts:
     """A reply so far.
 
+    Args:
+        keep: whether all of it is needed at its end.
+
     Attributes:
         reply: None until it begins.
         session: the name of the saved conversation that it belongs to.
@@ -43,7 +46,8 @@ class ReplyCounts:
         progress: tokens of the prompt that were read, and all that are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool):
+        self._keep = keep
         self.reply: BegunReply | None = None
         self.session: str | None = None
         self.last = Piece("")
@@ -62,10 +66,11 @@ class ReplyCounts:
         return max(0, self.begun.attended - self.begun.read)
 
     def add(self, piece: Piece) -> None:
-        self.text.append(piece.text)
-        self.thinking.append(piece.thinking)
-        self.logprobs += piece.logprobs
         self.last = piece
+        if self._keep:
+            self.text.append(piece.text)
+            self.thinking.append(piece.thinking)
+            self.logprobs += piece.logprobs
 
     def report(self, done: int, total: int) -> None:
         self.progress = done, total

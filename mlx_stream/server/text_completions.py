@@ -53,7 +53,7 @@ class TextCompletions:
         async with service.admitted() as engine:
             request = parse_body(scope["state"].pop("body"), TextRequest)
             service.check_name(request.model)
-            counts = ReplyCounts()
+            counts = ReplyCounts(not request.stream)
             pieces = text_pieces(service, engine, request, counts)
             form = TextFormat(request, engine.bytes_of)
             answer = ReplyAnswer(service, counts, pieces, form, request.unknown)
