@@ -31,7 +31,14 @@ from mlx_stream.engine.engine import Engine
 from mlx_stream.engine.handle import EngineReplyOptions, Session
 from mlx_stream.engine.reply_reader import Item, ReplyReader
 from mlx_stream.engine.session_worker import ReplyEnd, ReplyPlan, ReplyStart
-from mlx_stream.errors import EngineClosed, MemoryRefused, QueueFull, ValueRefused
+from mlx_stream.errors import (
+    ComputeError,
+    EngineClosed,
+    MemoryRefused,
+    QueueFull,
+    ValueRefused,
+    WeightsError,
+)
 from mlx_stream.server.conversation import DIGEST_BYTES, TURN_BYTES, Conversation, Digests
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tool_calls import ToolCall
@@ -691,11 +698,14 @@ class Lines:
         source: StreamLine | None,
         future: Future[Any],
     ) -> None:
-        """Release a line whose reply never began, or failed before it did."""
+        """Release a line whose reply never began; close one that is not what its record says."""
+        error = None if future.cancelled() else future.exception()
         with self._lock:
             if source:
                 source.copies.discard(taken)
-            if line.reply is taken and (fresh or future.cancelled() or future.exception()):
+            # A step may fail behind the reply, too, while the turn is settled.
+            lost = isinstance(error, ComputeError | WeightsError)
+            if lost or (line.reply is taken and (fresh or error or future.cancelled())):
                 self._drop(line)
         self._release(line, taken)
 
