@@ -45,13 +45,9 @@ class ChatCompletions:
             request, conversation = await off_loop(large, read_request, body)
             del body  # a long history is not kept while its reply is written
             service.check_name(request.model)
-            limit, options, counts = (
-                request.limit,
-                reply_options(request),
-                ReplyCounts(not request.stream),
-            )
-            limit, name = limit or DEFAULT_ANSWER_TOKENS, session_name(request, scope)
-            counts.session = name
+            options, limit = reply_options(request), request.limit or DEFAULT_ANSWER_TOKENS
+            counts = ReplyCounts(not request.stream)
+            counts.session = name = session_name(request, scope)
             if name is None:
                 pieces = line_pieces(service, conversation, limit, options, counts, large)
             else:
