@@ -7,13 +7,12 @@ line.
 
 import asyncio
 import re
-import select
 import sys
 import termios
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_stream.program.escape import escape
 from mlx_stream.program.terminal import is_dumb
@@ -136,15 +135,10 @@ def editor(
 
 
 def plain_line(default: str, history: "History") -> str:
-    """Read a line that the terminal itself edits; Enter alone gives the default."""
+    """Read a line that the terminal itself edits and shows; Enter alone gives the default."""
+    print(f"{PROMPT}[{escape(default)}] " if default else PROMPT, end="", flush=True)
     try:
-        with terminal() as mode:
-            # In this order, the prompt is printed before any line, and no line stays unseen.
-            print(f"{PROMPT}[{escape(default)}] " if default else PROMPT, end="", flush=True)
-            mode[3] |= termios.ECHO
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
-            typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # and so not shown
-            data = sys.stdin.buffer.readline()
+        data = sys.stdin.buffer.readline()
     except KeyboardInterrupt:
         print()
         raise
@@ -152,8 +146,6 @@ def plain_line(default: str, history: "History") -> str:
         print()
         raise EOFError
     line = data.decode("utf-8", "surrogateescape").rstrip("\r\n")
-    if typed_ahead:
-        print(escape(NO_TEXT.sub("\ufffd", line)), flush=True)
     history.append_string(line or default)
     return line or default
 
@@ -181,25 +173,20 @@ def key_bindings() -> "KeyBindings":
 def keys_wait() -> Iterator[None]:
     """Hold keys that are pressed while no prompt is shown for the next one, except Ctrl-C.
 
-    Otherwise the terminal shows them in the middle of the reply, and turns Enter into Ctrl-J, which
-    is right only where the terminal itself edits lines. The hold lasts for a whole conversation, so
-    that Enter means the same between a reply and the next prompt.
+    Otherwise the terminal shows them in the middle of the reply, and turns Enter into Ctrl-J. The
+    hold lasts for a whole conversation, so that Enter means the same between a reply and the next
+    prompt. A terminal that cannot move its cursor edits and shows lines itself, as ever.
     """
-    with terminal() as mode:
-        mode[3] &= ~termios.ECHO
-        if not is_dumb():
-            mode[0] &= ~termios.ICRNL
-            mode[3] &= ~termios.ICANON
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+    if is_dumb():
         yield
-
-
-@contextmanager
-def terminal() -> Iterator[list[Any]]:
-    """Give the terminal's attributes, to be changed and set; restore them at the end."""
+        return
     before = termios.tcgetattr(sys.stdin)
+    held = list(before)
+    held[0] &= ~termios.ICRNL
+    held[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, held)
     try:
-        yield list(before)
+        yield
     finally:
         with suppress(termios.error):  # the terminal is gone
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

@@ -279,8 +279,9 @@ def test_what_is_typed_while_the_model_loads_is_asked(letters, term):
     chat.type("/quit", ENTER)
     chat.end()
     assert [question for question, *_ in replies("early")] == questions
-    shown = ESCAPES.sub("", chat.shown)
-    assert all(f"> {question}" in shown for question in questions)
+    if term != "dumb":  # there the terminal shows what is typed, whenever it is typed
+        shown = ESCAPES.sub("", chat.shown)
+        assert all(f"> {question}" in shown for question in questions)
 
 
 def test_thinking_is_dimmed_hidden_or_left_out(tmp_path):
