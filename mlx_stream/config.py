@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_stream.errors import ConfigError, MlxStreamError, one_line
+from mlx_stream.rope import RopeConfig
 
 ARCHITECTURES = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "smollm3")
 SLIDING = ("mistral", "ministral3", "phi3")
@@ -89,33 +90,6 @@ class Quantization:
     group_size: int
     bits: int
     mode: str = "affine"
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions, complete: every default of transformers' `modeling_rope_utils` filled in.
-
-    `rope_type` is default, linear, llama3, yarn or longrope; fields a type does not use keep their
-    defaults. `attention_factor` (yarn, longrope) multiplies queries and keys alike. Of each head,
-    the first `partial_rotary_factor` is rotated.
-    """
-
-    rope_theta: float = 10_000.0
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8_192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-    partial_rotary_factor: float = 1.0
-    short_factor: tuple[float, ...] = ()
-
-    def rotary_dim(self, head_dim: int) -> int:
-        """Return how many numbers of a head are rotated."""
-        return int(head_dim * self.partial_rotary_factor)
 
 
 @dataclass(frozen=True)

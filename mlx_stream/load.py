@@ -17,21 +17,21 @@ from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, ValueRefused
+from mlx_stream.errors.argument_types import check_arguments
 from mlx_stream.hub.resolve import resolve
 from mlx_stream.models import fingerprint
 from mlx_stream.models.compiled import CompiledSteps
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.models.layout import ring_bytes
 from mlx_stream.models.weights import DTYPES, RemainingTensors, build, weight_bytes
-from mlx_stream.program.argument_types import check_arguments
-from mlx_stream.program.notices import Notify, discard
-from mlx_stream.text.tokenizer import Tokenizer
-from mlx_stream.window import (
+from mlx_stream.models.window import (
     DEFAULT_WINDOW,
     THINKING_WINDOWS,
     bounded_windows,
     resolve_window,
 )
+from mlx_stream.program.notices import Notify, discard
+from mlx_stream.text.tokenizer import Tokenizer
 
 # The process that computes with MLX, once one does.
 _process: int | None = None

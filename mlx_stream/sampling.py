@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.errors import TypeRefused, ValueRefused
-from mlx_stream.program.argument_types import refuse_wrong_types
+from mlx_stream.errors.argument_types import refuse_wrong_types
 
 LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
 MOST_LOGPROBS = 20

@@ -123,7 +123,7 @@ def check_streams(model: "Model", given: dict[str, Any], streams: int) -> None:
     """Refuse more streams than fit the memory together, before any is allocated."""
     from mlx_stream.cache.steps.verify import spare_rows
     from mlx_stream.models.layout import ring_bytes
-    from mlx_stream.window import MOST_STREAMS
+    from mlx_stream.models.window import MOST_STREAMS
 
     if not model.force and 1 < streams <= MOST_STREAMS:
         sinks, window = model.resolve_window(given["sinks"], given["window"])

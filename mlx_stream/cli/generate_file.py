@@ -13,9 +13,9 @@ from mlx_stream.errors import MlxStreamError, TextError, ValueRefused, one_line
 from mlx_stream.evaluate.jsonl import open_log
 from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.requests import Coroutine
+from mlx_stream.models.window import MOST_STREAMS
 from mlx_stream.program.atomic_replace import flush
 from mlx_stream.text.pieces import Piece
-from mlx_stream.window import MOST_STREAMS
 
 
 def read_prompts(path: Path) -> dict[int, str]:

@@ -38,8 +38,8 @@ def show(
     """Describe a model on this machine, without loading it."""
     from mlx_stream.cli.report import megabytes, print_json
     from mlx_stream.models.layout import layout_of
+    from mlx_stream.models.window import DEFAULT_SINKS, bounded_windows
     from mlx_stream.plan.inspect import local_model, summarize_model
-    from mlx_stream.window import DEFAULT_SINKS, bounded_windows
 
     model = options.default_model() if model is None else model
     path = local_model(model)

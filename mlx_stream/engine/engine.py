@@ -14,7 +14,7 @@ from mlx_stream.engine.listener_stream import ListenerOptions
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
-from mlx_stream.program.argument_types import check_arguments
+from mlx_stream.errors.argument_types import check_arguments
 from mlx_stream.sampling import Sampling
 
 SECONDS_TO_CLOSE = 5.0

@@ -19,8 +19,8 @@ from mlx_stream.engine.session_worker import ReadProgress, SessionWorker
 from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
 from mlx_stream.errors import TextError, TypeRefused, ValueRefused
+from mlx_stream.errors.argument_types import refuse_wrong_types
 from mlx_stream.generate.stats import Stats
-from mlx_stream.program.argument_types import refuse_wrong_types
 from mlx_stream.sampling import ReplyOptions
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.valid_text import check_text

@@ -32,9 +32,9 @@ from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.stats import Stats
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
-from mlx_stream.window import PREFILL_CHUNK
 
 CHARACTERS_A_STEP = 1_024  # the most to encode at once
 

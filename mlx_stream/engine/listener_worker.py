@@ -12,7 +12,7 @@ from mlx_stream.engine.task import Work
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate.stats import Stats, eviction_notice
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.models.window import PREFILL_CHUNK
 
 BUSY_CHUNK = 32  # tokens per step while sessions have tasks
 

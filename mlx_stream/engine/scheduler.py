@@ -12,7 +12,7 @@ from statistics import median
 
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import ROWS_MULTIPLE, run_together
-from mlx_stream.window import PREFILL_CHUNK, SHARED_ROWS
+from mlx_stream.models.window import PREFILL_CHUNK, SHARED_ROWS
 
 LONGEST = 2.9
 FEWEST_ROWS = 8  # rows of prompts, however long they take

@@ -21,9 +21,9 @@ from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.window import PREFILL_CHUNK
 
 SINKS = 4
 WARMUP = 2

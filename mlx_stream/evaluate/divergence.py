@@ -9,7 +9,7 @@ import numpy as np
 from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.evaluate.score import HEAD_ROWS, refuse_infinite
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.models.window import PREFILL_CHUNK
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

@@ -27,7 +27,7 @@ from mlx_stream.evaluate.readers import (
 )
 from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.load import Model
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.models.window import PREFILL_CHUNK
 
 # The settings of each cache, apart from `tokens`, which is how far it reads.
 SETTINGS: dict[str, tuple[str, ...]] = {

@@ -20,9 +20,9 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.models.window import MOST_STREAMS
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.window import MOST_STREAMS
 
 LEAST_ROUNDS = 3
 

@@ -31,11 +31,11 @@ from mlx_stream.evaluate.streameval_data import (
 )
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.recall.find import find_hits
 from mlx_stream.recall.index import WordIndex
 from mlx_stream.sampling import as_int
 from mlx_stream.text.tokenizer import Tokenizer
-from mlx_stream.window import PREFILL_CHUNK
 
 # Every line is encoded after this; some tokenizers treat the beginning of a text differently.
 BEFORE_A_LINE = "\n"

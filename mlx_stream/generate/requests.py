@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import mlx.core as mx
 
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler
-from mlx_stream.window import PREFILL_CHUNK
 
 P = ParamSpec("P")
 T = TypeVar("T")

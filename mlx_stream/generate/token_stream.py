@@ -17,8 +17,8 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.load import Model, check_process
 from mlx_stream.models.compiled import DecodeOutput
 from mlx_stream.models.layers import CausalLM
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import PenalizedIds, Sampler, as_int
-from mlx_stream.window import PREFILL_CHUNK
 
 IDS = "ids"  # the key of the token ids in a stream's state
 NOT_A_NUMBER = (

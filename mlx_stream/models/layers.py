@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_stream.cache import Step
-from mlx_stream.cache.positions import query_factors
 from mlx_stream.config import ModelConfig
+from mlx_stream.rope import query_factors
 
 
 @dataclass(frozen=True)

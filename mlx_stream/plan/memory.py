@@ -11,7 +11,7 @@ from mlx_stream.config import QUANTIZATION_MODES, ModelConfig, Quantization
 from mlx_stream.errors import ValueRefused
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import Layout, QuantizationOf, part_bytes, weights_bytes
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.models.window import PREFILL_CHUNK
 
 # Head dimensions for which Metal attends to a chunk without holding its scores.
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from mlx_stream.hub.catalog import ListedModel, listed_models
 from mlx_stream.models.layout import weights_bytes
+from mlx_stream.models.window import DEFAULT_SINKS, THINKING_WINDOWS, bounded_windows
 from mlx_stream.plan.devices import Device
 from mlx_stream.plan.inspect import of_config
 from mlx_stream.plan.planner import FITS, ITEMSIZES, Plan, Planner, PlanRequest
-from mlx_stream.window import DEFAULT_SINKS, THINKING_WINDOWS, bounded_windows
 
 # A suggested model leaves a quarter of a program's memory to others, with a window of this size.
 SUGGESTED_SHARE, SUGGESTED_WINDOW = 0.75, 8_188

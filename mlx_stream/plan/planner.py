@@ -9,6 +9,13 @@ from mlx_stream.config import ModelConfig, Quantization
 from mlx_stream.errors import ValueRefused
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import QuantizationOf, layout_of, ring_bytes, weights_bytes
+from mlx_stream.models.window import (
+    DEFAULT_WINDOW,
+    PREFILL_CHUNK,
+    SHARED_ROWS,
+    bounded_windows,
+    resolve_window,
+)
 from mlx_stream.plan.devices import Device
 from mlx_stream.plan.memory import (
     BITS,
@@ -21,13 +28,6 @@ from mlx_stream.plan.memory import (
     workspace_bytes,
 )
 from mlx_stream.program.notices import Notify, discard
-from mlx_stream.window import (
-    DEFAULT_WINDOW,
-    PREFILL_CHUNK,
-    SHARED_ROWS,
-    bounded_windows,
-    resolve_window,
-)
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # Tried with every recipe if no window is asked for. Fewer bits cost more than a shorter window, but

@@ -11,11 +11,11 @@ import numpy as np
 from mlx_stream import backend
 from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.stream import CLOCK_LIMIT
-from mlx_stream.config import RopeConfig
 from mlx_stream.errors import one_line
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
+from mlx_stream.rope import RopeConfig
 from mlx_stream.selftest import reference
-from mlx_stream.window import PREFILL_CHUNK
 
 # The allowed error of numbers of about 1: float32's includes the angles' rounding near the clock's
 # limit, and the reduced precision of an M5.

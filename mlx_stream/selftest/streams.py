@@ -20,6 +20,7 @@ from mlx_stream.generate.requests import ReadRequest, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.selftest import reference
 from mlx_stream.selftest.kernels import (
@@ -32,7 +33,6 @@ from mlx_stream.selftest.kernels import (
     within,
     worst,
 )
-from mlx_stream.window import PREFILL_CHUNK
 
 SINKS, WINDOW = 4, 24
 AROUND_THE_LIMIT = 60  # tokens read before the clock is lowered, and after
