@@ -105,19 +105,30 @@ class DecodeStep:
         return cls(kind, arrays, is_sink, sinks_at)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        kind, arrays = self.kind, self.arrays
-        shape = kind.shape
-        plain, new_values = mx.split(heads, [heads.shape[1] - shape.kv_heads], axis=1)
+        shape = self.kind.shape
+        plain, values = mx.split(heads, [heads.shape[1] - shape.kv_heads], axis=1)
         if self.is_sink:
             self.new_sinks.append(plain[:, shape.query_heads :])
         rope = shape.ropes[layer]
         if rope not in self.rotations:
-            self.rotations[rope] = rope.token_rotation(arrays["position"], plain.shape[1])
-        queries, new_keys = mx.split(self.rotations[rope](plain), [shape.query_heads], axis=1)
+            self.rotations[rope] = rope.token_rotation(self.arrays["position"], plain.shape[1])
+        queries, keys = mx.split(self.rotations[rope](plain), [shape.query_heads], axis=1)
+        return self.attend_rotated(layer, queries, keys, values)
+
+    def attend_rotated(
+        self, layer: int, queries: mx.array, new_keys: mx.array, new_values: mx.array
+    ) -> mx.array:
+        """Write a token's rotated key and its value, and attend: (1, H, 1, D).
+
+        Args:
+            queries: (1, H, 1, D), rotated.
+            new_keys, new_values: (1, K, 1, D).
+        """
+        kind, arrays = self.kind, self.arrays
         keys, values = arrays["keys"][layer], arrays["values"][layer]
         if kind.sinks:
             if self.turned_sinks is None:
-                self.turned_sinks = shape.rotate_layers(arrays["sinks"], arrays["sinks_at"])
+                self.turned_sinks = kind.shape.rotate_layers(arrays["sinks"], arrays["sinks_at"])
             keys = write_rows(keys, self.turned_sinks[layer : layer + 1], [(0, kind.sinks, 0)])
         keys = mx.slice_update(keys, new_keys, arrays["row"], axes=(2,))
         values = mx.slice_update(values, new_values, arrays["row"], axes=(2,))
@@ -128,7 +139,7 @@ class DecodeStep:
         if kind.spare and self.mask is None:
             self.mask = kind.attended_mask(arrays["row"])
         return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=shape.scale(layer), mask=self.mask
+            queries, keys, values, scale=kind.shape.scale(layer), mask=self.mask
         )
 
     def finish(self, keys: list[Rows], values: list[Rows]) -> None:
