@@ -20,7 +20,7 @@ CACHE_LIMIT = 256 * 2**20
 
 
 def load_blas() -> str:
-    """Load the system's OpenBLAS before MLX, on Linux, or else the library of the `mkl` wheel.
+    """On Linux, load the system's OpenBLAS, or else the `mkl` wheel's library, before MLX.
 
     Returns:
         The library, or "" if MLX will use its own.
@@ -99,7 +99,7 @@ def native_bfloat16() -> bool:
 
 
 def memory_budget() -> int:
-    """Return the bytes for a model and its ring.
+    """Return how many bytes a model and its ring may use.
 
     On Metal this is the recommended working set, elsewhere the physical memory.
     """

@@ -299,7 +299,7 @@ def build_yarn(keys: "Keys", theta: float, trained: int, original: int) -> RopeC
 
 
 def build_longrope(keys: "Keys", trained: int) -> RopeConfig:
-    """Read the frequencies within the original context; beyond it a model has others."""
+    """Read the frequencies for the original context; beyond it, a model uses different ones."""
     short = keys.value("short_factor")
     if not isinstance(short, list) or not all(
         isinstance(value, int | float) and 1e-6 <= value <= 1e6 for value in short

@@ -80,7 +80,7 @@ class Model:
         quantized: whether quantized weights were kept quantized.
         weight_bytes: memory of the weights.
         force: whether memory limits are overridden.
-        check: refuses too much memory; called with the bytes of the weights and of a new stream.
+        check: raises if memory is short; called with the bytes of the weights and a new stream.
         compiled_steps: its traced decode steps.
     """
 
@@ -136,7 +136,7 @@ class Model:
         Args:
             sinks: S, default 4.
             window: W, default 2,048 or the rest of the trained context if that is less.
-            spare: rows beyond the window, for tokens that may be taken back.
+            spare: rows beyond the window, for tokens that may be rolled back.
             notify: called with one line if the model's sliding window reduces W.
             kv_bits: 8 or 4 quantizes the ring's keys and values, but not the sinks'.
 

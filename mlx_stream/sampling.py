@@ -1,6 +1,6 @@
 """Chooses the next token from logits; independent of streams and models.
 
-The mode is fixed in a traced step. The numbers are arrays: another temperature needs no new trace.
+The mode is fixed in a traced step. The numbers are arrays: a new temperature needs no new trace.
 """
 
 import math

@@ -40,7 +40,7 @@ def is_battery_power(report: str) -> bool:
 
 
 def is_discharging(supplies: Path) -> bool:
-    """Return whether a battery is discharging, by Linux's sysfs; not a mouse's, of scope Device."""
+    """Return whether a battery is discharging, per Linux's sysfs; ignores those of peripherals."""
     for supply in supplies.glob("*"):
         found = {}
         for name in ("type", "status", "scope"):

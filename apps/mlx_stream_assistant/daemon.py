@@ -41,9 +41,9 @@ SAMPLING = mlx_stream.Sampling(temperature=0.0)
 BETWEEN_COUNTS = 60.0
 # Seconds before a failed write to the journal is tried again.
 AGAIN = 10.0
-# After a second failure of the device within this many seconds, the stream pauses for as long.
+# After a second failure of the device within this many seconds, the stream pauses for that long.
 BETWEEN_FAILURES = 600.0
-# Of the one second for stopping, the part in which running work must end.
+# Stopping may take one second; running work must end within this part of it.
 LAST_WORDS = 0.5
 
 
@@ -308,7 +308,7 @@ class Assistant:
 
 @contextmanager
 def waking_signals(stop: Callable[[], None]) -> Iterator[tuple[int, int]]:
-    """Call `stop` when a signal asks to; yield both ends of a pipe that each signal writes to."""
+    """Call `stop` on a termination signal; yield both ends of a pipe that each signal writes to."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = {

@@ -12,7 +12,7 @@ CHUNK = 4096
 # few are, of other encodings and of binary files more.
 MOST_UNREADABLE = 0.3
 REPLACEMENT = "\ufffd"
-# Characters that texts do not have; logs have colours (U+001B).
+# Characters that do not occur in text; U+001B is not one, because logs use it for colours.
 CONTROL = re.compile("[\x01-\x06\x0e-\x1a\x1c-\x1f\x7f]")
 # Some programs put it at the start of a file; it is not text.
 BYTE_ORDER_MARK = "\ufeff"
@@ -24,7 +24,7 @@ class NotText(AssistantError):
 
 
 class TextDecoder:
-    """Decodes one or several files; reports once for each that a part of it is not text."""
+    """Decodes one or more files; reports once per file that part of it is not text."""
 
     def __init__(self, tell: Notify):
         self._tell, self._told = tell, set[str]()
@@ -85,7 +85,7 @@ def first_odd_byte(data: bytes) -> int | None:
 def line_end(data: bytes, more: bool, growing: bool) -> int:
     """Return how many new bytes to take: whole lines, else words, else characters.
 
-    `more` bytes follow them already, or the file was `growing` since the last look.
+    `more` bytes follow them already, or the file has been `growing` since the last look.
     """
     line = data.rfind(b"\n") + 1
     if more:

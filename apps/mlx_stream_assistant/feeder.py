@@ -72,7 +72,7 @@ class Feeder:
 
     @property
     def speed(self) -> float:
-        """Characters read in a second of reading; 0 if none were."""
+        """Characters read per second of reading time; 0 if nothing has been read."""
         seconds = self._listener.stats.prompt_seconds
         return self.read / seconds if seconds else 0.0
 

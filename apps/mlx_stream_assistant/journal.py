@@ -58,9 +58,9 @@ SCHEMA = (
 )
 # The most characters in a chunk; longer texts are split.
 LONGEST_CHUNK = 4096
-# After this a heading gives the time again.
+# After this long, a heading gives the time again.
 HEADING_AGAIN = timedelta(minutes=15)
-# Notes of folders that are remembered.
+# How many notes from folders are remembered.
 MOST_NOTES = 20_000
 
 

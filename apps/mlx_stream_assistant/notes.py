@@ -1,8 +1,7 @@
 """Decides when a note is due and writes each completely to the diary, a Markdown file; no streams.
 
-The journal holds a note, and the length of the file, before the note is written. After a crash in
-the middle, the half in the file is removed and the note written again. A complete one is not
-written twice.
+The journal records a note, and the length of the file, before the note is written. After a crash
+midway, the partial note is removed from the file and written again; a complete one is not.
 """
 
 import os
@@ -78,7 +77,7 @@ class NotesFile:
         return note
 
     def finish(self) -> None:
-        """Write the note that was begun, if it is not in the file."""
+        """Finish writing the pending note, unless the file already has it."""
         begun = self._journal.writing
         if begun is None:
             return

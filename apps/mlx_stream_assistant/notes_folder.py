@@ -1,9 +1,9 @@
 """A folder of notes -> what is new in them; keeps no file open between two polls.
 
-A note is read whole, once it is unchanged from one look to the next. If it only grew since, the
-new part is read; if it changed otherwise, all of it again, under a heading of its own. A file with
-several names (links) is one note. A note that was moved or renamed is known by its text: it begins
-with all that was read of one that is gone.
+A note is read in full once it has not changed between two scans. If it has only grown since, the
+new part is read; if it has changed in any other way, it is read again in full, under its own
+heading. A file with several names (links) is one note. A note that was moved or renamed is
+identified by its text: it begins with everything that was read of a note that is gone.
 """
 
 import os
@@ -30,7 +30,7 @@ PART_OF_THE_TIME = 0.005
 MOST_NOTES, DEEPEST = 10_000, 8
 # In bytes; a longer file is not a note, and can be followed.
 LONGEST_NOTE = 2**20
-Seen = tuple[int, int, int]  # file number, bytes, time of change
+Seen = tuple[int, int, int]  # inode, size, modification time
 
 
 class NotesFolder:
@@ -71,7 +71,7 @@ class NotesFolder:
         }
 
     def poll(self) -> Chunk | None:
-        """Return what is new in one note, or None; the same again until `ack` is called."""
+        """Return what is new in one note, or None; repeats it until `ack` is called."""
         if not self._changed and self._clock() >= self._next_look:
             begun = self._clock()
             self._look()

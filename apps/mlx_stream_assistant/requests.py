@@ -114,7 +114,7 @@ class RequestHandler:
         yield {"done": True, **({"since": since} if since else {})}
 
     def _read_first(self, listener: Any, feeder: Feeder) -> Lines:
-        """Wait until what has arrived is read; report how much is left, and the seconds."""
+        """Wait until pending text is read; report how much is left, and the estimated time."""
         wanted = feeder.read + listener.backlog
         while (left := wanted - feeder.read) > UNTOLD and not (feeder.failure or listener.error):
             speed = feeder.speed

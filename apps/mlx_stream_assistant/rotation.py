@@ -69,8 +69,8 @@ class FileSearch:
     def find_renamed(self, place: FilePosition) -> Found | None:
         """Return where the file that was being read is now.
 
-        Its device has another number after a restart of the machine, and its own is another if an
-        editor saved it before it was renamed.
+        Its device number may change when the machine restarts, and its inode number if an editor
+        saved it before it was renamed.
         """
         files = self._beside()
         same = [one for one in files if one[1].st_ino == place.inode and self._holds(place, *one)]

@@ -95,7 +95,7 @@ class SocketServer:
 
 @contextmanager
 def socket_address(path: Path) -> Iterator[str]:
-    """Yield a path that fits a socket's address, if need be from the folder that the path is in."""
+    """Yield a path short enough for a socket address, changing to its folder if necessary."""
     if len(os.fsencode(path)) <= LONGEST_PATH:
         yield os.fspath(path)
         return
@@ -136,7 +136,7 @@ def send(caller: socket.socket, line: dict[str, Any]) -> None:
 
 
 def request(path: Path, name: str, **what: Any) -> Answer:
-    """Ask the process that listens; yield the lines of its answer."""
+    """Send a request to the listening process; yield the lines of its answer."""
     if len(json.dumps(what)) >= LONGEST_REQUEST:
         raise AssistantError(
             f"the request is too long: it may have at most {LONGEST_REQUEST:,} bytes"

@@ -65,7 +65,7 @@ class StandardInput:
         self._data, self._at = self._data[len(chunk.data) :], self._at + len(chunk.data)
 
     def _close(self, why: str) -> None:
-        """Stop reading, and let the writer know: its writes fail, where they would wait forever."""
+        """Stop reading, and let the writer know: its writes fail instead of blocking forever."""
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, self.file)  # the number must not go to the next file that is opened
         os.close(null)

@@ -186,7 +186,7 @@ class TailedFile:
         return (self.path, status), place
 
     def _continues(self, place: FilePosition) -> bool:
-        """Return whether the file that has the name begins with what was read of another."""
+        """Return whether the file that now has the name begins with what was read from another."""
         with suppress(OSError):
             file = open_file(self.path)
             try:
@@ -222,7 +222,7 @@ class TailedFile:
         return None
 
     def _was_followed_by_another(self) -> bool:
-        """Return whether a later file was renamed too, so that nothing is written to this one."""
+        """Return whether a later file was renamed too, meaning that this one is finished."""
         assert self._place is not None
         with suppress(FileNotFoundError):
             old = self._search.find_renamed(self._place)

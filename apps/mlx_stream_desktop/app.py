@@ -68,7 +68,7 @@ class Desktop(toga.App):
         return True
 
     def changed(self) -> None:
-        """Draw the window soon."""
+        """Schedule a redraw of the window."""
         self._draw_soon()
 
     def _show_text(self) -> None:

@@ -1,4 +1,4 @@
-"""Markdown -> blocks that widgets can show: plain text with a kind; knows no widgets."""
+"""Markdown -> blocks that widgets can show: plain text with a kind; independent of widgets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Block:
 
     Attributes:
         kind: "text", "heading", "code", or "quote".
-        indent: how deep it stands in lists and quotations.
+        indent: how deeply it is nested in lists and quotations.
     """
 
     kind: str
@@ -22,7 +22,7 @@ class Block:
 
 
 def blocks_of(text: str) -> list[Block]:
-    """Return the blocks of a Markdown text; styles within a line are left out."""
+    """Return the blocks of a Markdown text; inline styles are left out."""
     return [*blocks_in(parse_markdown(text).children)]
 
 

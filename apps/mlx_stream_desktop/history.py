@@ -28,10 +28,10 @@ class Message:
 
 
 def transcript(name: str) -> tuple[list[Message], str]:
-    """Return what was said, and a line if its end is damaged; reads files.
+    """Return a conversation's messages, and a message if its end is damaged; reads files.
 
     Raises:
-        SessionError: there is no such conversation, or nothing of it can be read.
+        SessionError: there is no such conversation, or none of it can be read.
     """
     with open_transcript(name) as store:
         turns, damage = store.whole()

@@ -48,7 +48,7 @@ class Lists:
             self._alarm(error)
 
     async def search(self, words: str) -> None:
-        """List only the conversations that have one of these words; all without words."""
+        """List only the conversations that contain one of these words; all if there are none."""
         try:
             text = words.strip()
             self._found = await self._aside(history.names_with, text) if text else None

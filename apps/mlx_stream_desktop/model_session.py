@@ -86,10 +86,10 @@ class ModelSession:
         return self._notice if self._notice != before else None
 
     async def load(self, model: str, tell: Callable[[str], None]) -> bool:
-        """Load a model in place of the current one; return False if it was closed meanwhile.
+        """Load a model in place of the current one; return False if closed in the meantime.
 
         Args:
-            tell: called again and again with a line about the progress.
+            tell: called repeatedly with a line of progress.
 
         Raises:
             MlxStreamError: it cannot be loaded.

@@ -26,7 +26,7 @@ def escape_markup(text: str) -> str:
 def wrap(text: str, width: float, measure: Callable[[str], float]) -> str:
     """Break lines so that each is at most `width` wide; a longer word is split.
 
-    With 1 a character and a width of 7, "one two three" is "one two" and "three".
+    If each character is 1 wide, "one two three" at width 7 becomes "one two" and "three".
     """
     return "\n".join(part for line in text.split("\n") for part in lines_of(line, width, measure))
 

@@ -28,7 +28,7 @@ from mlx_stream_desktop.text_layout import escape_markup, visible, wrap
 EXCHANGES_SHOWN = 20
 WIDEST, INSET, BESIDE = 640, 12, 60
 NEAR_THE_END, INDENT = 40, 18
-# The height of a line of code and of what is around the lines, in pixels.
+# The height of a line of code, and of the padding around the lines, in pixels.
 CODE_LINE, CODE_EDGE = 19, 16
 MARKS = {None: " \N{HORIZONTAL ELLIPSIS}", "interrupted": " [stopped]", "length": " [cut]"}
 

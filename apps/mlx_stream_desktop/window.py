@@ -154,7 +154,7 @@ class ChatWindow:
 
     # --- what is clicked ---
 
-    # Toga calls these also when `draw` fills a widget: then `_filling` is set.
+    # Toga also calls these when `draw` fills a widget; `_filling` is then set.
 
     def _on_rename(self, *_: object, **__: object) -> None:
         if not self._filling:

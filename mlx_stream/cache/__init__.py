@@ -130,7 +130,7 @@ class Cache(Protocol):
         ...
 
     def erase(self) -> None:
-        """Set every row to zero that the newest token does not attend to."""
+        """Zero every row that the newest token does not attend to."""
         ...
 
     def state(self) -> dict[str, mx.array | int]:

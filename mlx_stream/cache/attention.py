@@ -13,7 +13,7 @@ class AttentionShape:
 
     Attributes:
         query_heads, kv_heads, head_dim: H, K, D.
-        ropes: the rotation of each layer; layers that rotate alike have the same object.
+        ropes: the rotation of each layer; layers with the same rotation share one object.
     """
 
     query_heads: int

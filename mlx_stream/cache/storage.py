@@ -77,7 +77,7 @@ class PlainStorage:
         return mx.zeros((1, self.kv_heads, self.count, self.head_dim), self.dtype)
 
     def read(self, rows: mx.array, start: int, stop: int, after: mx.array) -> mx.array:
-        """Return some rows as tokens attend to them: (1, K, stop - start, D)."""
+        """Return some rows in the form used by attention: (1, K, stop - start, D)."""
         return rows if stop - start == self.count else rows[:, :, start:stop]
 
     def as_attended(self, new: mx.array, sinks: int) -> mx.array:
@@ -227,7 +227,7 @@ RowStorage = PlainStorage | QuantizedStorage
 def stream_bytes(
     kv_heads: int, head_dim: int, itemsize: int, sinks: int, ring: int, bits: int | None
 ) -> int:
-    """Return the bytes of one layer of a stream: S + R rows, and the sinks before rotation."""
+    """Return the size in bytes of one layer of a stream: S + R rows, and the unrotated sinks."""
     whole = head_dim * itemsize
     # Each group has a 16-bit scale and a 16-bit bias.
     row = whole if bits is None else head_dim * bits // 8 + head_dim // GROUP_SIZE * 4

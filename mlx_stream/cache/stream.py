@@ -141,7 +141,7 @@ class StreamCache:
 
     @property
     def lowest_clock_limit(self) -> int:
-        """The lowest limit at which no token from before a re-anchoring is left at the next one."""
+        """The lowest limit at which all tokens from before a re-anchoring are gone by the next."""
         spare = STEP_LENGTHS[-1] if self.storage.clocks > 1 else 0
         return 2 * self.geometry.rows + spare
 
@@ -188,7 +188,7 @@ class StreamCache:
         if waiting == 1:
             return 1
         geometry, position = self.geometry, self.position
-        # With two clocks, tokens stored by the first must be gone before there is a third.
+        # With two clocks, tokens stored under the first must be gone before a third one starts.
         limit = self.clock_limit - self.storage.clocks * geometry.rows
         room = geometry.room(position)
         if room == 0 and geometry.sinks:
@@ -229,10 +229,10 @@ class StreamCache:
         self.current = CacheState(position, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:
-        """Take back the newest `count` tokens.
+        """Roll back the newest `count` tokens.
 
-        The last X, the spare rows, cost nothing. Each one beyond leaves one attended token fewer
-        until the window has filled again.
+        The last X (the spare rows) cost nothing. Each token beyond them leaves one fewer attended
+        token until the window has filled again.
 
         Raises:
             ValueRefused: tokens have been evicted, and `count` exceeds what the ring holds.

@@ -77,7 +77,7 @@ class TurnEvictor:
         state: replaced as a whole, so that an interrupt leaves the old state or the new one.
         whole: whether turns are evicted whole; otherwise tokens are evicted one by one.
         reserved: how many tokens of the window are kept free for a quotation.
-        left: the turns that left attention, oldest first, until the caller takes them.
+        left: the turns that are no longer attended, oldest first, until the caller takes them.
     """
 
     def __init__(self, cache: StreamCache, whole: bool, reserved: int = 0):

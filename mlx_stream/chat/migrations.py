@@ -157,7 +157,7 @@ def schema(version: int) -> frozenset[tuple[str, ...]]:
 def migrate(connection: sqlite3.Connection, lock: Path | None = None) -> None:
     """Convert a file of version 1 to version 2 in one transaction.
 
-    Everything is copied. A damaged turn is also found damaged in the new file.
+    Everything is copied. A damaged turn is still detected as damaged in the new file.
 
     Args:
         lock: the session's lock, taken while the file is converted; None if the caller holds it.

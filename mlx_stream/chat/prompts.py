@@ -32,7 +32,7 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.
 UNDERSTOOD = "Understood."
-# A template that begins a conversation with so many tokens of its own is worth a notice.
+# A template that begins a conversation with this many tokens of its own is worth a notice.
 LONG_HEAD = 100
 
 

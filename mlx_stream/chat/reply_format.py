@@ -69,7 +69,7 @@ class ReplyFormat:
         return all(id < size and id not in self.end_ids for id in reply_ids)
 
     def is_written_by(self, exchange: Exchange) -> bool:
-        """Return whether this model would read the ids of a reply as its texts."""
+        """Return whether this model decodes a reply's ids to the texts stored with them."""
         if not self.accepts(exchange.reply_ids):
             return False
         reply = self._read(exchange)

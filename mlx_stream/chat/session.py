@@ -324,7 +324,7 @@ class ChatSession:
         self._record(ChangeKind.STAND, self.number)
 
     def forget_recalled(self) -> None:
-        """Forget what was quoted last, and what was read and is no longer attended."""
+        """Forget the last quotation and every id that is no longer attended."""
         self.recalled, self._recalled_for, self.stats.recalled = (), (0, ""), 0
         self.tokens.ids.restart_observers()
 
@@ -540,7 +540,7 @@ class ChatSession:
         return replace(turns[-1], exchange=replace(blank, finish="end"))
 
     def _place(self, exchange: Exchange, number: int, count: int) -> PlacedTurn:
-        """Make room for `count` tokens of the next turn; return the turn at its place."""
+        """Make room for `count` tokens of the next turn; return the turn with its position."""
         pinned, turns = self.prompts.pinned, self.evictor.state.turns
         waiting = len(unread_ids(pinned, turns, self.tokens.length)) + len(exchange.closing_ids)
         self.evictor.make_room(waiting + count)
@@ -595,7 +595,7 @@ class ChatSession:
         return count
 
     def _report_left(self) -> None:
-        """Give the turns that have left to the store of what can be recalled."""
+        """Pass the turns that have left the window to the recall store."""
         left, self.evictor.left = self.evictor.left, []
         if store := self.recall:
             for turn in left:
@@ -614,7 +614,7 @@ class ChatSession:
         return max(self.tokens.length, len(self.prompts.pinned))
 
     def _take_back_last(self) -> Exchange:
-        """Take the last turn back and return it, without recording that."""
+        """Remove the last turn and return it, without recording the change."""
         if taken := self.pending:
             self.number, self.pending = self.number - 1, None
             return taken
@@ -677,7 +677,7 @@ class ChatSession:
     def _settle(self) -> tuple[PlacedTurn, ...]:
         """End a turn in progress and return the attended turns.
 
-        The stream is taken back to what it has in common with the template's text; the rest is read
+        The stream is rolled back to the prefix it shares with the template's text; the rest is read
         later. The turn may have been interrupted anywhere, and so may this method: the next call
         finishes the work, and nothing is done twice.
         """
@@ -769,7 +769,7 @@ class ChatSession:
         self._count()
 
     def _read_pinned(self, progress: Callable[[int], None] | None) -> Coroutine[Piece, int]:
-        """Read the pinned beginning in steps of its own, or copy the rows of one read before.
+        """Read the pinned prefix in separate steps, or copy its rows from an earlier read.
 
         Returns:
             How many tokens were read.
@@ -869,8 +869,8 @@ class ChatSession:
         """Report a change to the recorder.
 
         Args:
-            turns: the turns that will be attended after it; the caller then flushes the recorder
-                when they are. Default: those attended now, and the change is written at once.
+            turns: the turns that will be attended afterwards; the caller flushes the recorder once
+                they are. Default: those attended now, and the change is written at once.
         """
         if not self.recorder:
             return

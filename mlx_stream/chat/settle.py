@@ -19,7 +19,7 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def take_back(writer: Writer, start: int, wanted: Sequence[int], left: int = 0) -> bool:
-    """Take a stream back to the common prefix of its ids from `start` on and the `wanted` ids.
+    """Roll a stream back to the common prefix of its ids from `start` on and the `wanted` ids.
 
     A call after an interrupt finishes the work; nothing is done twice.
 
@@ -52,7 +52,7 @@ def empty_ring(writer: Writer) -> None:
 
 
 def place_again(turns: Sequence[PlacedTurn], first: int, window: int) -> tuple[PlacedTurn, ...]:
-    """Return the newest turns that fit a window, one at least, at their places from `first` on."""
+    """Return the newest turns that fit a window (at least one), repositioned from `first` on."""
     fitting: list[PlacedTurn] = []
     for turn in reversed(turns):
         closing = fitting[-1].exchange.closing_ids if fitting else ()

@@ -173,7 +173,7 @@ class Store(AbstractContextManager["Store"]):
         return found, ""
 
     def write(self, change: Change) -> None:
-        """Write a change; it is on disk when this returns. Later turns than its own are removed."""
+        """Write a change; it is on disk when this returns. Any later turns are removed."""
         with self._transaction("BEGIN IMMEDIATE"):
             state, kind = self._state(), change.kind
             kept = change.number - (kind is not ChangeKind.STAND)

@@ -101,7 +101,7 @@ class SummaryReader:
     @contextmanager
     def open(cls, *folders: Path) -> Iterator[Self]:
         files = dict(chain(*(files_in(folder) for folder in folders)))
-        # A statement that is kept counts the steps of all transcripts together.
+        # A cached statement would add up its steps over all transcripts.
         memory = sqlite3.connect(":memory:", uri=True, isolation_level=None, cached_statements=0)
         with closing(memory) as connection:
             connection.set_progress_handler(lambda: 1, sqlite.OPENING_STEPS)

@@ -1,7 +1,8 @@
 """Finds exchanges of a saved conversation that have left the window: transcript, index, ranking.
 
-The transcript is authoritative. The index holds the exchanges that have left, up to a number, and
-the sum of their turns' checksums: if it is not the transcript's, the index is made again.
+The transcript is authoritative. The index covers the exchanges that have left the window, up to
+a given turn, and holds the sum of their turns' checksums; if the sum does not match the
+transcript's, the index is rebuilt.
 """
 
 import shutil
@@ -37,7 +38,7 @@ class TranscriptRecall:
         self.path, self.notify = path, notify
         self._store: Store | None = None
         self._index: WordIndex | None = None
-        self._end = 1  # the first turn that has not left
+        self._end = 1  # the first turn still in the window
 
     def attach(self, store: Store, end: int) -> None:
         """Open the index of a transcript, whose turns before number `end` have left."""
@@ -67,7 +68,7 @@ class TranscriptRecall:
         return self._use(look, [])
 
     def forget(self, number: int) -> None:
-        """Make the index again if it holds a turn or later ones, because the turn has changed."""
+        """Rebuild the index if it holds a turn or any later one, because the turn has changed."""
         if self._use(lambda store, index: number <= index.last, False):
             self._remove()
             self._use(lambda store, index: None, None)
@@ -83,7 +84,7 @@ class TranscriptRecall:
         self._index = None
 
     def _use(self, action: Callable[[Store, WordIndex], T], otherwise: T) -> T:
-        """Return the result of an action; if the index fails, of the same with a new one."""
+        """Return the result of an action; if the index fails, rebuild it and try once more."""
         if self._store is None:
             return otherwise
         failure: Exception | None = None
@@ -130,7 +131,7 @@ def open_index(path: Path, store: Store) -> WordIndex:
 
 
 def matches(store: Store, index: WordIndex) -> bool:
-    """Return whether the turns of an index are those of a transcript."""
+    """Return whether an index matches its transcript."""
     links = store.checksums(1, index.last)
     return len(links) == index.last and add_checksums("", links) == (index.checksum or "0")
 

@@ -17,7 +17,7 @@ class TurnTexts:
     Attributes:
         system: the system prompt, if the template writes it.
         before: the text before the first question, if it is not the template's own.
-        header: what begins a later question, if it is read with the end of the turn before.
+        header: what begins a later question, if it is read with the end of the previous turn.
     """
 
     def __init__(self, template: ChatTemplate, escape: Callable[[str], str], system: str | None):

@@ -46,7 +46,7 @@ def read_folder(path: Path) -> Checkpoint:
 
 
 def read_tokenizer_config(path: Path) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json, with the chat template of whatever file has it.
+    """Return the content of tokenizer_config.json, with the chat template, wherever it is stored.
 
     transformers writes it to chat_template.jinja and lets that file win; for models that read
     images its older versions wrote chat_template.json.

@@ -165,7 +165,7 @@ def name_tensors(
 
 
 def gguf_name(path: str) -> str:
-    """Return llama.cpp's name of a module: `model.layers.3.mlp.up_proj` is `blk.3.ffn_up`."""
+    """Return llama.cpp's name for a module: `model.layers.3.mlp.up_proj` is `blk.3.ffn_up`."""
     if not path.startswith("model.layers."):
         return MODULES[path]
     layer, _, module = path.removeprefix("model.layers.").partition(".")

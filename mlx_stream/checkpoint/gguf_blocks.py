@@ -49,7 +49,7 @@ class BlockFormat:
         return found.reshape(len(blocks), -1)
 
     def floats(self, blocks: np.ndarray) -> np.ndarray:
-        """Return the numbers of (rows, blocks), computed in float32: (rows, columns) float16."""
+        """Dequantize (rows, blocks), computing in float32; return (rows, columns) float16."""
         codes, scales, minimums = self.unpack(blocks.reshape(-1))
         numbers = scales[..., None] * (codes.astype(np.float32) - self.zero)
         if minimums is not None:

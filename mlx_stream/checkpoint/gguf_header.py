@@ -113,10 +113,10 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 def read_headers(path: Path) -> GGUFHeader:
     """Read the header of a model in one file, or in parts: `NAME-00001-of-00003.gguf` and so on.
 
-    The first part has the metadata. Any part stands for the whole model.
+    The first part has the metadata. `path` may be any of the parts.
 
     Raises:
-        CheckpointError: as `read_header`; or parts are missing, or belong to different models.
+        CheckpointError: as for `read_header`; or parts are missing or belong to different models.
     """
     named = PART.fullmatch(path.name)
     count = int(named[3]) if named else 1

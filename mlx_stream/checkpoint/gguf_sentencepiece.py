@@ -1,8 +1,8 @@
-"""Rebuilds a SentencePiece BPE of a GGUF file as tokenizer.json's model; reads no files.
+"""Rebuilds a GGUF file's SentencePiece BPE as tokenizer.json's model; reads no files.
 
-GGUF has the pieces and their scores, tokenizer.json the merges. They are made of each other as
-transformers' `LlamaConverter` does: a piece may be merged of any two others, those with the highest
-score first. Bytes that no piece has become byte tokens, `<0x0A>`.
+GGUF stores the pieces and their scores; tokenizer.json needs merges. They are derived as in
+transformers' `LlamaConverter`: a piece may be merged from any two others, highest scores first.
+Bytes that do not occur in any piece become byte tokens, such as `<0x0A>`.
 """
 
 from collections.abc import Sequence

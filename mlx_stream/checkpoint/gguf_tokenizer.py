@@ -1,7 +1,7 @@
 """Rebuilds tokenizer.json and its config from a GGUF header's keys; reads no tensors.
 
-Of a byte-level tokenizer GGUF keeps the vocabulary and merges but only the name of the
-pre-tokenizer. The original models' pipelines are here by that name.
+For a byte-level tokenizer, GGUF keeps the vocabulary and merges, but only the name of the
+pre-tokenizer. The original models' pipelines are listed here under that name.
 """
 
 import json

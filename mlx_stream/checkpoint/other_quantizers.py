@@ -28,7 +28,7 @@ NOT_READ = ("activation_scale", "input_scale", "k_scale", "v_scale")
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each of eight outputs
 # All tensors of a matrix that are read; another one is unknown to the model, and refused.
 ENDS = ("weight", *FP8_SCALES, "qweight", "qzeros", "scales", "g_idx")
-# Numbers that are converted at a time.
+# How many numbers are converted at a time.
 CHUNK = 2**22
 GROUPS = QUANTIZATION_MODES["affine"][1]
 

@@ -30,11 +30,11 @@ ATOM = re.compile(
     r"|[^\\()\[\]{}*+?|^$]",
     re.DOTALL,
 )
-# No character, but a place.
+# Zero-width: anchors and word boundaries.
 PLACE = re.compile(r"\\[bBAzZ]|\^|\$")
 GROUP = re.compile(r"\((?:\?(?:i?:|>|[=!]))?")
 TIMES = re.compile(r"([*+?]|\{\d+(?:,\d*)?\}|\{,\d+\}|)((?<=[*+?}])\+|)")
-# Branches that match a whole run, or all but its end: where it ends, no more of it follows.
+# Branches that match a run whole, or all but its end: there the lookahead succeeds at once.
 WHOLE_RUN = re.compile(r"\\s\+\(\?!\\S\)|\(\?:\\r\?\\n\)\+\(\?!\\r\?\\n\)")
 DIGIT = r"(?:\\d|\\p\{Nd?\}|\[0-9\])"
 # `\s+$`, and digits in threes from the right: `\d{1,3}(?=(?:\d{3})*\b)`, `(?=(\d{3})+(?!\d))`.
@@ -49,9 +49,9 @@ class Item:
     """A part of a branch, and how often it may be repeated.
 
     Attributes:
-        text: as the pattern writes it, without the repetition.
-        required: whether a text may lack it, so that the branch fails there.
-        endless: whether it or something in it is repeated without a bound.
+        text: as written in the pattern, without the repetition.
+        required: whether the branch fails if the text does not contain it.
+        endless: whether it, or something in it, is repeated without bound.
         ways: in how many ways it can match a text; those of endless parts do not count.
         length: the most characters that it reads, with one repetition of endless parts.
     """
@@ -191,7 +191,7 @@ def parse_item(pattern: str, begin: int, depth: int) -> tuple[Item, int]:
 def bounds(times: str, again: str) -> tuple[int, int | None]:
     """Return the least and most repetitions; None is unbounded.
 
-    A plus behind `*`, `+` and `?` takes nothing back. Behind `{1,3}` it is one more repetition.
+    A plus after `*`, `+` or `?` makes it possessive. After `{1,3}` it is one more repetition.
     """
     if not times.startswith("{"):
         return {"": (1, 1), "?": (0, 1), "*": (0, None), "+": (1, None)}[times]

@@ -149,7 +149,7 @@ def check_declared(declared: Mapping[str, tuple[str, list[int]]], where: str) ->
     """Refuse dtypes and shapes that MLX cannot hold.
 
     Raises:
-        WeightsError: there is one.
+        WeightsError: a tensor has such a dtype or shape.
     """
     for name, (dtype, shape) in declared.items():
         if dtype not in DTYPES:

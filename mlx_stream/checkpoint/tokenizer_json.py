@@ -15,14 +15,14 @@ from typing import Any
 from mlx_stream.checkpoint.patterns import MAX_COST, SLOW_COST, check_regex, is_slow
 from mlx_stream.errors import TokenizerError
 
-# Lists, objects and what is in them: the largest vocabularies have two million with their merges.
+# Lists, objects and their items; the largest vocabularies, with their merges, have two million.
 MAX_NODES = 4_000_000
 MAX_STEPS = 32
 MAX_DEPTH = 4
 MAX_ADDED_TOKENS = 100_000
 MAX_ADDED = 1_000_000  # characters of all added tokens: the library takes 100 bytes for each
 MAX_TOKEN = 2_000  # characters
-MAX_AFFIX = 64  # characters of what is put before, after or between
+MAX_AFFIX = 64  # characters of a prefix, suffix or separator
 MAX_TEMPLATE = 64
 # How many times longer a text may become before it is split.
 MAX_EXPANSION = 64

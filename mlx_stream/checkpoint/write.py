@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a folder that appears complete or not at all; knows files, not modules."""
+"""Writes a checkpoint as a folder that appears complete or not at all; independent of modules."""
 
 import os
 import re
@@ -29,11 +29,11 @@ def write_folder(
     about: Callable[[Shards], dict[str, Any]] | None = None,
     replace: bool = False,
 ) -> Shards | None:
-    """Write a checkpoint in mlx-lm's layout to the folder `out`, which appears in one rename.
+    """Write a checkpoint in mlx-lm's layout to the folder `out`, created by a single rename.
 
     Args:
-        tensors: to be written instead of the checkpoint's own, by name; each is asked for once,
-            when those before it are released.
+        tensors: names and tensors to write instead of the checkpoint's own; each is requested
+            once, after those before it have been released.
         about: returns the content of `conversion.json`, which makes the folder replaceable.
         replace: replace such a folder.
 

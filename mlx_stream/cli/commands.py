@@ -153,7 +153,7 @@ def edit(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutco
     question = chat.unanswered or "".join(e.question for e in chat.exchanges[-1:])
     if not question:
         raise ValueRefused("there is nothing to edit: no question has been asked yet")
-    # The line itself says that it replaces a question: if it is dropped, nothing has changed.
+    # The prefilled line is itself an edit command, so discarding it changes nothing.
     return CommandOutcome(prefill=f"/edit {question}")
 
 

@@ -94,7 +94,7 @@ def set_value(key: str, text: str) -> None:
     wanted, after = {**parse_config(before, path), key: value}, with_value(before, key, value)
     try:
         kept = after is not None and parse_config(after, path) == wanted
-    except ValueRefused:  # the key is written in another way
+    except ValueRefused:  # the file writes the key in a different form
         kept = False
     if after is None or not kept:
         raise ValueRefused(f"{path}: {key} cannot be changed from here: edit the file")

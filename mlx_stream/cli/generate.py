@@ -48,8 +48,8 @@ def generate(
     """Continue a text of any length, without a chat template.
 
     With --file, replies are logged as they end, and the same command continues an interrupted run.
-    The prompts share steps, which round differently: with --seed, use --streams 1 for a result that
-    is the same each time.
+    The prompts share steps, which round differently: with --seed, use --streams 1 for a
+    reproducible result.
     """
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
     from mlx_stream.generate.completion import stream

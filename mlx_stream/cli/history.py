@@ -42,7 +42,7 @@ class LineHistory(FileHistory):
 
 
 def open_history(path: Path, notify: Callable[[str], None]) -> History:
-    """Open the history, or begin it; if it cannot be used, say so and keep it in memory only."""
+    """Open or create the history; if it cannot be used, say so and keep it in memory only."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and not path.is_file():

@@ -22,7 +22,7 @@ LAST_WORD = re.compile(rf"[^\s{UNSPACED}]*$")
 
 
 class MarkdownPrinter:
-    """Print a text that comes in pieces and holds no control characters.
+    """Print text that arrives in pieces and contains no control characters.
 
     Args:
         write: prints on the terminal and flushes.
@@ -63,7 +63,7 @@ class MarkdownPrinter:
         self._source = ""
 
     def _close(self, block: str) -> None:
-        """Print a block that does not change any more."""
+        """Print a block that will not change again."""
         self._replace(self._lines(block))
         self._shown, self._end, self._continues = [], 0, False
         self._begun, self._gap = True, ends_with_gap(block)
@@ -94,7 +94,7 @@ class MarkdownPrinter:
         return ["", *lines] if lines and self._begun and self._gap else lines
 
     def _replace(self, lines: list[str]) -> None:
-        """Show lines in place of those of the open block."""
+        """Replace the open block's lines on the screen with these."""
         same = 0
         while same < min(len(lines), len(self._shown)) and lines[same] == self._shown[same]:
             same += 1

@@ -195,7 +195,7 @@ class MeasuredLoadOptions:
 
 
 def default_model() -> str:
-    """Return the model of the environment or of the config file, else the starter."""
+    """Return the model set in the environment or in the config file, or else the starter."""
     from mlx_stream.cli.config_file import setting
     from mlx_stream.hub.starter import STARTER
 

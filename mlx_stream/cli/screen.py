@@ -55,7 +55,7 @@ class Screen:
 
     Args:
         check_ended: called after every piece and reply; raises if a signal has ended the program.
-        hide_thinking: show the model's thinking nowhere; it is never shown but on a terminal.
+        hide_thinking: never show the model's thinking; otherwise it is shown only on a terminal.
         plain: do not render Markdown.
     """
 

@@ -84,7 +84,7 @@ def described(quantization: "Quantization | None", dtype: str) -> str:
 
 
 def described_template(path: "Path") -> dict[str, str]:
-    """Return what a chat template does, by what is asked of it."""
+    """Return what a chat template supports, by feature."""
     try:
         prompts, own = (read_prompts(path, system) for system in ("Be brief.", None))
     except MlxStreamError as error:

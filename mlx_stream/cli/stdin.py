@@ -28,7 +28,7 @@ def read_stdin() -> str:
     """Read standard input to its end; it may be empty.
 
     Raises:
-        TextError: it is not UTF-8, too long, or cannot be read.
+        TextError: it is not UTF-8, is too long, or cannot be read.
     """
     stdin = sys.stdin.buffer
     try:

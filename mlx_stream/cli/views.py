@@ -68,7 +68,7 @@ def first_attended(chat: "ChatSession") -> int:
 
 
 def turns(chat: "ChatSession") -> "dict[int, StoredTurn]":
-    """Return the turns by number; of a conversation that is not saved, those attended."""
+    """Return the turns by number; for an unsaved conversation, only those attended."""
     skipped = 0 if saved_as(chat) else first_attended(chat) - 1
     found = saved_turns(chat)[1]
     return {turn.number + skipped: turn for turn in found if turn.exchange.question}

@@ -22,7 +22,7 @@ BACKLOG = 65_536
 
 
 class Engine:
-    """A model on its own thread, the only one of the process that touches MLX.
+    """A model on its own thread, the only thread in the process that touches MLX.
 
     The constructor returns at once; the thread loads the model. Any thread may call the methods,
     including a user interface's: only `wait` and `close` make the caller wait.
@@ -35,7 +35,7 @@ class Engine:
 
     Raises:
         ValueRefused: a number out of range.
-        EngineOpen: another engine of this process is open.
+        EngineOpen: another engine is open in this process.
     """
 
     @check_arguments
@@ -119,17 +119,17 @@ class Engine:
         history: Sequence[Message] = (),
         recall: int | None = 0,
     ) -> Session:
-        """Begin a conversation; returns at once. Most wrong options raise on its first use.
+        """Start a conversation; returns at once. Most invalid options raise only on first use.
 
         Args:
             system, window, sinks, sampling, max_tokens, stop, evict, kv_bits, think,
                 reasoning_effort, tools, history: see `ChatSession`.
-            name: resume the conversation saved under this name, or begin it. Each exchange is on
+            name: resume the conversation saved under this name, or start it. Each exchange is on
                 disk before the next one can begin.
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
                 reads the reply.
-            recall: how many tokens of the window are kept free to quote what has left it, with a
-                name only; None for the default of `ChatSession`.
+            recall: how many tokens of the window are kept free to quote exchanges that have left
+                it; requires `name`. None for the default of `ChatSession`.
             on_token: called with each piece, on the same thread.
             shared: whether its steps may read tokens of other sessions too, which makes several
                 replies at once much faster. A shared step rounds differently: a greedy reply can

@@ -236,7 +236,7 @@ class Session(Handle):
         max_tokens: int | None = None,
         **options: Unpack[EngineReplyOptions],
     ) -> AsyncGenerator[Piece, None]:
-        """Do what `reply` does, for asyncio; cancelling the task that reads it stops the reply."""
+        """Like `reply`, but for asyncio; cancelling the task that reads it stops the reply."""
         return self._pieces_async(self._reply_to(question, max_tokens, options))
 
     def retry(
@@ -256,7 +256,7 @@ class Session(Handle):
         max_tokens: int | None = None,
         **options: Unpack[EngineReplyOptions],
     ) -> Generator[Piece, None, None]:
-        """Replace the last question by another, and answer it; see `reply`."""
+        """Replace the last question with another, and answer it; see `reply`."""
         return self._pieces(self._reply_to(question, max_tokens, options, edit=True))
 
     def aedit(

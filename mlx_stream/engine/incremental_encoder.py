@@ -10,8 +10,8 @@ import re
 from mlx_stream.chat.prompts import PromptBuilder
 
 # Where every tokenizer has a token boundary: before a single space between two words, and after a
-# single line end between two. Within a blank line, many tokenizers join the last character to what
-# follows, so the ids depend on what follows.
+# single newline between two. Within a blank line, many tokenizers merge the last character with
+# what follows, so the ids depend on it.
 BETWEEN = re.compile(r"(?<=\S) (?=\S)|(?<=\S\n)(?=\S)")
 LONGEST_WORD = 1_000  # characters; longer words (or a script without spaces) are split anywhere
 CONTEXT = 200

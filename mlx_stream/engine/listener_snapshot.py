@@ -15,7 +15,7 @@ from mlx_stream.load import Model
 KIND = "listener"
 LONGEST_NOTE = 65_536  # bytes, as JSON
 BYTES_BESIDE = 2**20
-BYTES_PER_CHARACTER = 12  # the most that a character takes in JSON
+BYTES_PER_CHARACTER = 12  # the most that one character takes up in JSON
 
 
 @dataclass(frozen=True)

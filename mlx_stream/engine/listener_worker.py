@@ -40,7 +40,7 @@ class ListenerWorker:
         return self.stream is not None and not self.stream.tokens.failed
 
     def open(self) -> Work:
-        """Begin, or continue a snapshot; a coroutine."""
+        """Start afresh, or continue from a snapshot; a coroutine."""
         yield from ()
         path, stream, reason = self.options.restore, None, ""
         if path and path.exists():

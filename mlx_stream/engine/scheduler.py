@@ -17,9 +17,9 @@ from mlx_stream.models.window import PREFILL_CHUNK, SHARED_ROWS
 LONGEST = 2.9
 FEWEST_ROWS = 8  # rows of prompts, however long they take
 SETTLING_SHARE = 4  # streams that settle get at least one row in this many
-MEASURED = 5  # the latest steps of a kind that count
-LEAST_MEASURED = 3  # the fewest; the first step of a kind may compile, and never counts
-PROBE_EVERY = 256  # rounds after which it is measured again whether sharing pays
+MEASURED = 5  # how many of the latest steps of a kind count
+LEAST_MEASURED = 3  # the minimum; the first step of a kind may compile, so it never counts
+PROBE_EVERY = 256  # rounds between measurements of whether sharing pays
 
 Results = list[ReadResult | Exception]
 

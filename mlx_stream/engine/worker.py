@@ -91,7 +91,7 @@ class SessionQueue:
             self.worker.lock.notify_all()
 
     def wait_closed(self, timeout: float) -> None:
-        """Wait until the session is closed; raise the error of closing it."""
+        """Wait until the session is closed; raise any error from closing it."""
         with self.worker.lock:
             self.worker.wait_for(lambda: self.closed, timeout)
             if self.error:

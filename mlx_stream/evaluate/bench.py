@@ -41,7 +41,7 @@ Build = Callable[[], mx.array]
 
 
 def summary(ours: list[float], theirs: list[float]) -> Row:
-    """Summarize seconds measured alternately: the two of pair i ran one after the other.
+    """Summarize alternating timings, in seconds: each pair was measured back to back.
 
     A ratio is mlx-lm's time over ours: above 1, ours is faster.
     """
@@ -144,8 +144,8 @@ def in_turn(
 def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> Row:
     """Return the milliseconds to build, not evaluate, a decode step's graph, and its nodes.
 
-    Each step follows one of the same side. Otherwise the first to allocate would pay for tidying up
-    what the other side's graph has freed (1.5 ms seen, with glibc).
+    Each step follows one from the same side. Otherwise the first to allocate would pay for tidying
+    up what the other side's graph has freed (1.5 ms measured with glibc).
     """
     cache = filled_cache(model, window, spare_rows(None))
     builds = {"ours": our_build(model, cache), "mlx_lm": their_build(model, peer, window)}
@@ -178,7 +178,7 @@ def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> Row:
 def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
     """Return a step that reads `count` tokens into a cache and chooses the next.
 
-    A cache that is changed otherwise needs a new step.
+    If the cache is changed in any other way, a new step is needed.
     """
     stream, greedy = TokenStream(model, cache), Sampler(Sampling(temperature=0))
     tokens = generate(stream, [TOKEN], greedy, ENDLESS)

@@ -107,7 +107,7 @@ def column(rows: Sequence[Row], key: str) -> np.ndarray:
 
 
 def log_scale(axes: "Axes", label: str) -> None:
-    """Scale y by logarithm, over a factor of 4 at least: what is nearly flat looks flat."""
+    """Use a logarithmic y axis spanning at least a factor of 4: nearly flat data looks flat."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set(yscale="log", ylabel=f"{label} (log)")

@@ -76,7 +76,7 @@ class EnduranceState:
 
 
 def state_path(log: Path) -> Path:
-    """Return where the state of a log's stream is saved: beside it."""
+    """Return the path where the state of a log's stream is saved, next to the log."""
     return Path(f"{log}.state")
 
 
@@ -92,11 +92,11 @@ def endure(
     progress: Progress = no_progress,
     notify: Notify = discard,
 ) -> bool:
-    """Read on until at least `tokens` tokens are logged; return whether that is done.
+    """Read on until at least `tokens` tokens are logged; return False if stopped earlier.
 
-    Once `stopped` returns true, the state is saved and the reading ends. Raises ValueRefused for
-    fewer than one token, or another file where the state goes; TextError or SnapshotError if the
-    log or the state cannot be written. The lines logged until then are kept.
+    Once `stopped` returns true, the state is saved and the reading ends. Raises ValueRefused if
+    `tokens` is below 1 or the state would overwrite some other file; TextError or SnapshotError if
+    the log or the state cannot be written. The lines logged until then are kept.
     """
     if tokens < 1:
         raise ValueRefused(f"--tokens must be at least 1, not {tokens}")

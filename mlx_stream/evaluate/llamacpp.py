@@ -105,7 +105,7 @@ def start_silently() -> Any:
 
 
 def free(library: Any, batch: Any, context: Any, model: Any) -> None:
-    """Free C's objects, in this order."""
+    """Free the C objects, in this order."""
     library.llama_batch_free(batch)
     library.llama_free(context)
     library.llama_model_free(model)

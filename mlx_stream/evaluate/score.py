@@ -70,7 +70,7 @@ def losses(head: Head, hidden: mx.array, targets: Sequence[int]) -> list[float]:
 
 
 def refuse_infinite(values: Sequence[float]) -> None:
-    """Raise WeightsError if a figure of a model is not a number."""
+    """Raise WeightsError if any of a model's results is infinite or NaN."""
     if not all(map(math.isfinite, values)):
         raise WeightsError(
             "the model's output is not a number: its weights are damaged, or overflow in this "

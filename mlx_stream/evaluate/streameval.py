@@ -157,9 +157,9 @@ def ask_query(
 
 
 def log_probability(stream: TokenStream, log_p: mx.array, ids: Sequence[int]) -> float:
-    """Return the log-probability of ids, summed over them; the stream does not change.
+    """Return the sum of the ids' log-probabilities; the stream does not change.
 
-    `log_p` is that of the first one, (vocabulary,).
+    `log_p` is the distribution of the first id, (vocabulary,).
     """
     found = float(log_p[ids[0]].item())  # type: ignore[arg-type]
     if len(ids) > 1:
@@ -217,7 +217,7 @@ def run_distances(
 
     `tokens_back` is counted from the first token of the line asked about to where the query
     begins. `attended` is the share of that line's tokens that was attended. `likelihood` and
-    `generation` say whether the answer was right by either rule.
+    `generation` say whether the answer was right by each rule.
     """
     stream, index = TokenStream(model, cache), WordIndex.in_memory()
     # Line n is tokens starts[n] to starts[n + 1] - 1.

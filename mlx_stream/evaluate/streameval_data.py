@@ -1,7 +1,7 @@
 """Makes numbered lines and questions about them, as in StreamEval; handles text, not models.
 
 StreamEval (StreamingLLM, arXiv 2309.17453, section 4.3) asks, every 10 lines of about 23 tokens,
-for the fact of a line some lines back. Its data was never released; this generates such data. A
+for a fact from an earlier line. Its data was never released; this generates such data. A
 line, and a query about it, read
 
     Line 12: The violin at number 87 belongs to a baker, Ruth Adams.
@@ -10,7 +10,7 @@ line, and a query about it, read
     Answer: Ruth
 
 There are ten surnames, drawn independently for each line and all candidates of every query, so a
-model that cannot see the line is right once in ten. First names repeat every 101 lines.
+model that cannot see the line is right one time in ten. First names repeat every 101 lines.
 """
 
 import hashlib

@@ -13,7 +13,7 @@ class StreamObserver(Protocol):
         """Add ids that the stream has read."""
 
     def rewind(self, count: int) -> None:
-        """Take back the newest `count` ids."""
+        """Remove the newest `count` ids."""
 
     def restart(self, ids: Sequence[int]) -> None:
         """Forget everything and start from the attended ids of another stream."""
@@ -65,7 +65,7 @@ class AttendedIds:
         return [self.by_row[self.cache.row(token)] for token in range(place, self.cache.length)]
 
     def rewind(self, count: int) -> None:
-        """Tell the observers that the newest `count` tokens were taken back."""
+        """Tell the observers that the newest `count` tokens were rolled back."""
         if count:
             for observer in self.observers:
                 observer.rewind(count)

@@ -43,14 +43,14 @@ class PrefixCache:
 
     def __init__(self, reserve: Callable[[int], bool]):
         self._reserve = reserve
-        self._prefixes: dict[object, Prefix] = {}  # the latest one used is last
+        self._prefixes: dict[object, Prefix] = {}  # most recently used last
 
     @property
     def nbytes(self) -> int:
         return sum(prefix.nbytes for prefix in self._prefixes.values())
 
     def restore(self, writer: Writer, ids: Sequence[int]) -> bool:
-        """Make an empty stream begin with these ids, if their rows are here."""
+        """Fill an empty stream with these ids, if their rows are cached."""
         key = key_of(writer, ids)
         if key not in self._prefixes:
             return False

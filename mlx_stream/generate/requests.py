@@ -1,7 +1,7 @@
 """The requests a reply makes of its driver, and a driver for one reply; independent of streams.
 
-A reply is a coroutine: it yields a request and is sent the result. It knows neither threads nor
-schedulers. `drive` runs a single reply; an engine runs many.
+A reply is a coroutine: it yields a request and is sent the result. It knows nothing about threads
+or schedulers. `drive` runs a single reply; an engine runs many.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -37,7 +37,7 @@ class Readable(Protocol):
         ...
 
     def plan(self, request: "ReadRequest") -> Any:
-        """Plan the step of a request that shares it with other streams'; see `shared_step`."""
+        """Plan a request's step, to be shared with those of other streams; see `shared_step`."""
         ...
 
 

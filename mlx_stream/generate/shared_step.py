@@ -55,7 +55,7 @@ def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception
 
 
 def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
-    """Compute and commit the step of several streams."""
+    """Compute and commit one step for several streams."""
     if backend.tracing()[True] and all(comes_again(read) for read in planned):
         return compute_traced(planned)
     tokens, padding = [id for read in planned for id in read.ids], 0
@@ -84,7 +84,7 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
 
 
 def compute_traced(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
-    """Compute and commit a step of one token of each stream, traced."""
+    """Compute and commit a traced step with one token per stream."""
     # Sort by kind, so that the same streams share a trace regardless of which one asked first.
     order = sorted(range(len(planned)), key=lambda at: kind_of(planned[at]))
     reads = [planned[at] for at in order]
@@ -120,7 +120,7 @@ def kind_of(read: PlannedRead) -> tuple[object, ...]:
 
 
 def choose(read: PlannedRead, logits: mx.array | None) -> tuple[mx.array, mx.array] | None:
-    """Choose the next token after a read, if it wants one, without evaluating it."""
+    """Choose the next token after a read, if it asks for one, without evaluating it."""
     sampler = read.request.sampler
     if read.request.want is not Want.TOKEN or logits is None or sampler is None:
         return None
@@ -140,7 +140,7 @@ def commit(planned: list[PlannedRead]) -> None:
 def result_of(
     read: PlannedRead, logits: mx.array | None, chosen: tuple[mx.array, mx.array] | None
 ) -> ReadResult | Exception:
-    """Return what a request wants of an evaluated step."""
+    """Return what a request asked for from an evaluated step."""
     count, want = len(read.ids), read.request.want
     sampler = read.request.sampler
     if chosen is not None and sampler:

@@ -31,7 +31,7 @@ STEP_ERRORS = (RuntimeError, MemoryError, WeightsError)
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was built ahead and is not submitted yet.
+    """A step that was built in advance and has not been submitted yet.
 
     It is valid for one version of the stream, one token and one draw of one sampler.
     """
@@ -74,7 +74,7 @@ class TokenStream:
     """One stream of token ids through one model.
 
     Args:
-        observers: told about ids that are read, taken back and restored, but not about evictions.
+        observers: told about ids that are read, rolled back and restored, but not about evictions.
 
     Attributes:
         ids: the ids of the attended tokens.
@@ -258,7 +258,7 @@ class TokenStream:
         self.ids.rewind(count)
 
     def drop_pending(self) -> None:
-        """Drop the step that was built ahead, which refers to the buffers."""
+        """Drop the prebuilt step, which holds references to the buffers."""
         self._pending = None
 
     def state(self) -> dict[str, mx.array | int]:
@@ -351,7 +351,7 @@ class TokenStream:
 
 
 def penalized_next(stream: TokenStream, sampler: Sampler, token: mx.array) -> PenalizedIds | None:
-    """Return what a sampler's penalty, if any, applies to after the next token, (1,) int32."""
+    """Return the ids that a sampler's penalty, if any, covers after `token`, (1,) int32."""
     if not sampler.mode.penalizes:
         return None
     stream.ids.record()

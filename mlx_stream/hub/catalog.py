@@ -51,7 +51,7 @@ def listed_repository(name: str) -> str | None:
 
 
 def similar_names(source: str) -> str:
-    """Return a question with the names of similar models, and a space; "" if there are none."""
+    """Return "did you mean ...? " with the names of similar models, or "" if there are none."""
     known = {model.name: model.name for model in listed_models()}
     known |= {model.repository.lower(): model.name for model in listed_models()}
     close = difflib.get_close_matches(source.lower(), known, 3, 0.6)

@@ -96,7 +96,7 @@ def explain_cache(name: str, revision: str = MAIN) -> str:
 
 
 def commit_of(name: str, revision: str) -> str:
-    """Return the commit that a revision is, by the cache; "" if that does not tell."""
+    """Return the commit a revision refers to, according to the cache; "" if unknown."""
     if COMMIT.fullmatch(revision):
         return revision
     try:
@@ -149,7 +149,7 @@ def missing_in(name: str, snapshot: Path) -> list[str]:
 
 
 def link(repository: Repository, file: File) -> None:
-    """Give a blob its name in the snapshot, in one step."""
+    """Link a blob into the snapshot under its file name, atomically."""
     blob, name = blob_of(repository, file), repository.snapshot / file.name
     name.parent.mkdir(parents=True, exist_ok=True)
     target = os.path.relpath(blob, name.parent)

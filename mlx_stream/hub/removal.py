@@ -13,7 +13,7 @@ from mlx_stream.hub.starter import STARTER, STARTER_REPO, starter_folder
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The folders of a model on this machine, and their bytes."""
+    """The folders of a model on this machine, and their size in bytes."""
 
     folders: tuple[Path, ...]
     bytes: int
@@ -57,6 +57,6 @@ def find_stored(source: str) -> StoredModel:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Return the bytes of a folder's files; a link into the folder is not counted again."""
+    """Return a folder's size in bytes; a link into the folder is not counted again."""
     files = (path for path in folder.rglob("*") if not path.is_symlink())
     return sum(path.stat().st_size for path in files if path.is_file())

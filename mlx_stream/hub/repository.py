@@ -52,7 +52,7 @@ Bar = Callable[[int, int], None]
 def ask_hub(name: str, revision: str, seconds: float) -> Repository:
     """Ask the Hub for a model's listing; raise its client's errors, or TimeoutError.
 
-    In a thread, because a silent name server blocks longer than HTTP's timeouts.
+    Runs in a thread, because an unresponsive name server can block for longer than HTTP timeouts.
     """
     from huggingface_hub import HfApi
 

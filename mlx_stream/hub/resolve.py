@@ -50,7 +50,7 @@ def hub_id(source: str) -> str | None:
 
 
 def not_a_model(source: str, forms: str = "a folder, a .gguf file") -> SourceError:
-    """Return the error for what is neither one of the forms nor the name of a model."""
+    """Return the error for a source that matches none of the forms and no known model name."""
     return SourceError(
         f"{source!r} is not a model; {similar_names(source)}expected {forms}, a Hub id org/name, a "
         "name that `mlx_stream models` lists, or starter"
@@ -86,7 +86,7 @@ def resolve_hub(repo: str, progress: Notify) -> Path:
 
 
 def pull(source: str, revision: str, progress: Notify, bar: Bar) -> PulledModel:
-    """Fetch the Hub's current files of a model, by its id or short name, into the shared cache.
+    """Fetch a model's current files from the Hub, by id or short name, into the shared cache.
 
     With `HF_HUB_OFFLINE` the cached model is returned.
 

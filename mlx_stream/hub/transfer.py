@@ -121,7 +121,7 @@ def receive_bytes(
         if size and response.status_code != 206:  # it sends the whole file
             opened.truncate(0)
             size = 0
-        # In the blocks that arrive: a broken connection would lose the start of a fixed block.
+        # Blocks are written as they arrive: fixed-size ones would be lost if cut off midway.
         for block in response.iter_bytes():
             size += len(block)
             if size > file.size:

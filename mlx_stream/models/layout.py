@@ -88,10 +88,11 @@ def layout_of(config: ModelConfig) -> Layout:
 
 
 def matrix_bytes(numbers: int, quantization: Quantization | None, itemsize: int) -> int:
-    """Return the bytes of a matrix of `numbers` numbers; affine groups have a scale and a bias.
+    """Return a matrix's size in bytes; affine groups have a scale and a bias.
 
     Args:
-        itemsize: bytes of a float, also in scales and biases.
+        numbers: the number of its elements.
+        itemsize: bytes per float, including scales and biases.
     """
     if quantization is None:
         return numbers * itemsize

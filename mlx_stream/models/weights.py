@@ -1,4 +1,4 @@
-"""Makes modules of a checkpoint's tensors: checked, quantized or not, and joined."""
+"""Builds modules from a checkpoint's tensors: checked, quantized or not, and joined."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -316,7 +316,7 @@ def dequantize(packed: Mapping[str, mx.array], quantization: Quantization) -> mx
 
 
 def _smallest(quantization: Quantization) -> int:
-    """Return the shortest row of which MLX makes a module."""
+    """Return the shortest row from which MLX can make a module."""
     return max(quantization.group_size, 32)
 
 

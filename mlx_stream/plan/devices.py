@@ -1,6 +1,6 @@
 """Phones, tablets and Macs, each figure with its source, and this machine; independent of models.
 
-The data is `devices.toml` beside this file; a user's own devices come from a file of the same form.
+The data is `devices.toml` beside this file; a user's own devices come from a file in that format.
 A device's budget is what one program may use of its memory: on iOS the app's limit, with the
 entitlement `com.apple.developer.kernel.increased-memory-limit` and without; on macOS Metal's
 recommended working set.
@@ -108,7 +108,7 @@ def without_entitlement(device: Device) -> Device:
     """Return the device with the budget of an app without the increased-memory-limit entitlement.
 
     Raises:
-        DeviceError: it is not a phone or tablet.
+        DeviceError: the device is not a phone or tablet.
     """
     if device.without_entitlement is None:
         raise DeviceError(f"--no-entitlement is for phones and tablets, which {device.name} is not")

@@ -113,7 +113,7 @@ def of_hub(source: str, repo: str, notify: Notify) -> ModelSummary:
             }
         except NotASafetensorsRepoError as error:
             raise SourceError(f"{repo}: has no weights in the safetensors format") from error
-        # The library does not check what a header says of a tensor.
+        # The library does not check what a header says about a tensor.
         except (SafetensorsParsingError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{repo}: the header of one of its files is damaged ({type(error).__name__})"

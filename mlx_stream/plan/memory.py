@@ -16,7 +16,7 @@ from mlx_stream.models.window import PREFILL_CHUNK
 # Head dimensions for which Metal attends to a chunk without holding its scores.
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 NOT_QUANTIZED = 16
-# The most bits first: 16 stands for the weights as floats.
+# Highest first; 16 means that the weights are not quantized.
 BITS = (NOT_QUANTIZED, *sorted(QUANTIZATION_MODES["affine"][0], reverse=True))
 GROUP_SIZES = QUANTIZATION_MODES["affine"][1]
 DEFAULT_GROUP_SIZE = 64
@@ -25,7 +25,7 @@ DEFAULT_GROUP_SIZE = 64
 
 
 def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> QuantizationOf:
-    """Return the quantization of matrices at `bits`; those that groups do not divide are floats.
+    """Return the quantization of matrices at `bits`; those not divisible into groups stay floats.
 
     Raises:
         ValueRefused: MLX does not have these bits or this group size.
@@ -130,7 +130,7 @@ def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
 def attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return the bytes of attention of T rows to N before o moves: keys and values, a mask."""
+    """Return the memory, in bytes, for T rows to attend to N before o moves: K, V and a mask."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     scores = 0 if fused else heads * rows * attended * itemsize
     joined = 2 * kv_heads * attended * config.head_dim * itemsize
@@ -141,10 +141,10 @@ def attention_bytes(
 def moving_attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return the bytes once o moves: everything in float32, in blocks of rows.
+    """Return the memory, in bytes, once o moves: everything is float32, in blocks of rows.
 
-    Each block has a mask that carries the sinks' scores. Two blocks have scores at a time: the
-    next one's are allocated while one is computed.
+    Each block has a mask that carries the sinks' scores. Scores exist for two blocks at a time:
+    those of the next block are allocated while one is computed.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     seen = attended - rows + min(rows, BLOCK)
@@ -161,9 +161,9 @@ def moving_attention_bytes(
 def step_bytes(
     config: ModelConfig, layout: Layout, in_memory: QuantizationOf, itemsize: int, ring: int
 ) -> int:
-    """Return the bytes that writing one token reads: all weights and the ring.
+    """Return how many bytes are read to generate one token: all weights and the ring.
 
-    Only one row of an embedding that is not also the head is read, and it is left out.
+    An embedding that is not also the head is left out, as only one of its rows is read.
     """
     weights = weights_bytes(layout, in_memory, itemsize)
     if config.tie_word_embeddings:

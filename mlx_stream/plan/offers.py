@@ -9,7 +9,7 @@ from mlx_stream.plan.devices import Device
 from mlx_stream.plan.inspect import of_config
 from mlx_stream.plan.planner import FITS, ITEMSIZES, Plan, Planner, PlanRequest
 
-# A suggested model leaves a quarter of a program's memory to others, with a window of this size.
+# With a window of this size, a suggested model leaves a quarter of a program's memory free.
 SUGGESTED_SHARE, SUGGESTED_WINDOW = 0.75, 8_188
 
 

@@ -148,8 +148,8 @@ def make_plan(
 ) -> Plan:
     """Return the requested plan, or the best one that fits.
 
-    The most bits come first, then the largest window. Plans without room for the allocator's cache
-    come next. If nothing fits, return the smallest plan.
+    Plans with the most bits are preferred, then those with the largest window. Next come plans
+    without room for the allocator's cache. If nothing fits, return the smallest plan.
 
     Raises:
         ValueRefused: a value is out of range, or not supported by MLX or the model.

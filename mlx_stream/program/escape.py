@@ -1,7 +1,7 @@
 """Untrusted text -> text that is safe on a terminal; independent of terminals and models.
 
 A terminal obeys escapes: they move the cursor, change the window's title, fill the clipboard. It
-also hides characters without a shape, and can show text backwards. Both kinds are shown as Python
+also hides characters without a glyph, and can show text backwards. Both kinds are shown as Python
 writes them: ESC as `\\x1b`, a right-to-left override as `\\u202e`.
 """
 

@@ -67,7 +67,7 @@ class Lock:
     def close(self) -> None:
         """Release the lock; a second call does nothing."""
         if self._file is not None:
-            # A note that stays is overwritten by the next holder.
+            # A note left behind is overwritten by the next holder.
             with suppress(OSError):
                 os.ftruncate(self._file, 0)
             os.close(self._file)
@@ -96,7 +96,7 @@ def write_note(file: int) -> None:
 
 
 def holder(file: int) -> str:
-    """Return who holds a lock by the note in its file, which may be missing or wrong."""
+    """Return who holds a lock, according to the note in its file, which may be missing or wrong."""
     try:
         process, start = os.pread(file, LONGEST_NOTE, 0).decode("ascii").split()
         since, now = datetime.fromisoformat(start).astimezone(), datetime.now().astimezone()

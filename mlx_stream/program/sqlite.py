@@ -1,7 +1,7 @@
-"""SQLite as our programs use it: a private file that survives crashes; no conversations here.
+"""SQLite as our programs use it: a private, crash-safe file; independent of conversations.
 
-A file is untrusted. Nothing is selected from it before its schema was found to be ours, no value
-is longer than the file, and whatever SQLite says about it becomes one line for its user.
+A file is untrusted: nothing is selected from it until its schema has been verified as ours, no
+value is longer than the file, and any error that SQLite reports is shown to the user as one line.
 """
 
 import sqlite3

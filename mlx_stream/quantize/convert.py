@@ -234,6 +234,6 @@ def compare_with_source(
 
 
 def stream_of(model: Model) -> TokenStream:
-    # A model may be trained on less; a sliding window bounds both alike.
+    # The trained context may be shorter; a sliding window limits both models equally.
     window = min(WINDOW, model.config.max_position_embeddings - SINKS)
     return TokenStream(model, model.new_cache(SINKS, window))

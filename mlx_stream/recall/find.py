@@ -28,7 +28,7 @@ class Hit:
 
     Attributes:
         share: the share of the question's weights that it contains.
-        words: the words of the question that it contains, or one beside it does.
+        words: the words of the question that it, or an adjacent exchange, contains.
     """
 
     number: int
@@ -42,7 +42,7 @@ def find_hits(
     """Return the exchanges that are likely to answer a question, likeliest first; often none.
 
     Args:
-        previous: the question before; used if `question` has fewer than two content words, unless
+        previous: the previous question; used if `question` has fewer than two content words, unless
             it is a greeting.
         first, end: the numbers to search, `end` not included.
         gate: False returns whatever has a word in common with the question.

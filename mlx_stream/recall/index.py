@@ -1,7 +1,7 @@
 """The words of numbered texts in SQLite's full-text index; independent of questions.
 
-The index holds no text and no places of words, so it takes a quarter of the bytes of what it
-indexes. It is a cache: its user makes it again if anything about it is odd.
+The index holds neither texts nor word positions, so it takes up a quarter of the space of what it
+indexes. It is a cache: the caller rebuilds it if anything looks wrong.
 """
 
 import os
@@ -21,7 +21,7 @@ TABLES = (
     "CREATE TABLE state (owner TEXT, last INTEGER, count INTEGER, checksum TEXT)",
 )
 SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
-# Of a common word, the newest texts are found: this many, or one in `ONE_IN` of all texts.
+# For a common word, only the newest texts are found: this many, or one in `ONE_IN` of all.
 MOST_FOUND = 1_000
 ONE_IN = 200
 
@@ -124,9 +124,9 @@ class WordIndex:
         self.last, self.count, self.checksum = last, count, checksum
 
     def numbers(self, word: str, first: int, end: int) -> list[int]:
-        """Return the numbers from `first` up to `end`, not included, of texts with a word.
+        """Return the numbers of texts with a word, from `first` up to but not including `end`.
 
-        Of a common word, only the newest are returned.
+        For a common word, only the newest are returned.
         """
         most = max(MOST_FOUND, self.count // ONE_IN)
         query = "SELECT rowid FROM words WHERE words MATCH ? AND rowid >= ? AND rowid < ? "

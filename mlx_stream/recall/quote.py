@@ -6,8 +6,8 @@
 
     What is my dog called?
 
-A quotation is a stranger's text: quotes and line ends in it are escaped, so that it stays inside
-its line.
+A quotation is untrusted text: quotes and newlines in it are escaped, so that it stays on one
+line.
 """
 
 import json

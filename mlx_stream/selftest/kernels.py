@@ -102,7 +102,7 @@ def attention(model: Model) -> CheckOutcome:
 
 
 def fused_attention(model: Model) -> CheckOutcome:
-    """Ask for the fused kernel, which MLX refuses where it has none."""
+    """Request the fused kernel; MLX raises an error if it has none for a shape."""
     if not backend.on_metal():
         return CheckOutcome(None, "not applicable: the CPU has no fused kernel")
     refused = []

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def rotate(x: np.ndarray, places: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """Turn rows x (heads, T, D) to places (T,): d with d + n, for n frequencies."""
+    """Rotate rows x (heads, T, D) to positions (T,), pairing d with d + n for n frequencies."""
     angles = np.asarray(places, np.float64)[:, None] * frequencies
     pairs = len(frequencies)
     first, second, rest = np.split(x.astype(np.float64), [pairs, 2 * pairs], axis=-1)

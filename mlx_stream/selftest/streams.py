@@ -35,7 +35,7 @@ from mlx_stream.selftest.kernels import (
 )
 
 SINKS, WINDOW = 4, 24
-AROUND_THE_LIMIT = 60  # tokens read before the clock is lowered, and after
+AROUND_THE_LIMIT = 60  # tokens read before and after the clock is lowered
 LARGE = 2_048
 STEPS = 32
 # The share of the logits' spread (root mean square) that a different order of sums may change.
@@ -174,7 +174,7 @@ def rise(model: Model, window: int) -> int:
     mx.reset_peak_memory()
     before = (
         mx.get_active_memory()
-    )  # memory with one buffer each, before a step could have left another
+    )  # with a single buffer each, before any step can leave a second one behind
     for _ in range(STEPS):
         next(tokens)
     return mx.get_peak_memory() - before

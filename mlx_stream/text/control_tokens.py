@@ -74,7 +74,7 @@ class ControlTokens:
                 yield id
 
     def _names(self, text: str) -> Iterator[int]:
-        """Yield the same ids without words, which have other uses in a template or a reply."""
+        """Yield the same ids except words, which have other uses in a template or a reply."""
         return (id for id in self._control(text) if not self.tokenizer.text_of(id).isalnum())
 
 
@@ -109,10 +109,10 @@ def has_part_at_an_end(names: Sequence[str], texts: Sequence[str]) -> bool:
 
 
 def cut(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """Return a text in shorter pieces: cut within each span, and nothing of a single character.
+    """Return a text in shorter pieces, cut within each span; nothing for a single character.
 
-    A span of one character may stand for a longer run that a normalizer replaced: then what is
-    before it and behind it is cut too.
+    A span of one character may stand for a longer run that a normalizer replaced, so the text
+    before and after it is cut too.
     """
     if len(text) == 1:
         return []

@@ -34,12 +34,12 @@ class Piece:
         finish: on the last piece, why the text ended: end, stop, length, or superseded by another
             request to the same conversation.
         attended: on the last piece of a conversation's reply, the number of attended tokens.
-        evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
+        evicted_exchanges, evicted_tokens: on the same piece, how many were evicted in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
         read, written: on the last piece, the tokens read for this reply and those of the reply.
-        settled: on the same piece, the tokens read again since the reply before, so that the
+        settled: on the same piece, the tokens reread since the previous reply, so that the
             stream held what the template renders.
-        logprobs: if asked for, of each token sampled since the piece before.
+        logprobs: if requested, those of each token sampled since the previous piece.
         recalled: on the last piece, the earlier exchanges that were quoted before the question,
             as they were quoted.
         recalled_tokens: on the same piece, the tokens of the quotation.
@@ -69,7 +69,7 @@ class StopMatcher:
         self.pending = ""
         self._longest = (
             max(map(len, self.stops), default=1) - 1
-        )  # the longest text that may have begun
+        )  # the longest part of a stop string that may be held back
 
     def add(self, text: str) -> tuple[str, bool]:
         """Return the text that is final, and whether a stop string follows it.
@@ -169,7 +169,7 @@ class ReplyDecoder:
         return self.call_reader.calls
 
     def left(self, limit: int) -> int:
-        """Return how many more ids may come: of an answer of `limit` ids, or of its thinking."""
+        """Return how many more ids are allowed in an answer of `limit` ids, or in its thinking."""
         if self.reader.phase is Phase.THINKING:
             return self.rules.limit - self.count
         return limit - self.answer_count
@@ -240,7 +240,7 @@ class ReplyDecoder:
         return self.ends[count - 1] if count else 0
 
     def _ids_within(self, length: int) -> int:
-        """Return the fewest ids whose text has at least this length."""
+        """Return the smallest number of ids whose text has at least this length."""
         return next(k for k in range(len(self.ids) + 1) if self._end(k) >= length)
 
     def _advance(self, text: str, last: bool = False) -> str:

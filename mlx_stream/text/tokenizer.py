@@ -59,7 +59,7 @@ class Tokenizer:
     """A model's tokenizer: text to ids and back.
 
     Attributes:
-        eos_ids: every id that ends a reply by config.json, generation_config.json or
+        eos_ids: every id that ends a reply according to config.json, generation_config.json or
             tokenizer_config.json.
     """
 
@@ -120,7 +120,7 @@ class Tokenizer:
         It is compiled on first use: a model whose template is refused still completes text.
 
         Raises:
-            TemplateError: it is refused.
+            TemplateError: the template is refused.
         """
         tokens = {name: special_token(self._tokenizer_config, name) for name in NAMED_TOKENS}
         named = {name: token for name, token in tokens.items() if token}
@@ -238,8 +238,8 @@ class StreamDecoder:
         self._broken = False
         self._window.append(id)
         text = self._decode()
-        # The last bytes may begin a character: then the text ends in a replacement character that
-        # the next id can change. One that is meant waits as well.
+        # The last bytes may be an incomplete character: the text then ends in a replacement
+        # character that the next id may change. A genuine one is held back as well.
         held = int(self._byte_level and text.endswith(REPLACEMENT))
         piece = text[self._sent : len(text) - held]
         self._shorten(held)
@@ -278,7 +278,8 @@ class StreamDecoder:
         rest = self._window[len(self._window) - unfinished :]
         del self._window[len(self._window) - unfinished :]
         piece = self._decode()[self._sent :]
-        # At the start of the text, one whole character of the run shows that it has begun.
+        # At the start of the text, one whole character is kept, so that what follows is not
+        # decoded as the start.
         first = self._run[:whole].decode()[0].encode()
         self._window = before or self._window[: len(first)]
         self._sent = len(self._decode())
@@ -287,7 +288,7 @@ class StreamDecoder:
         return piece
 
     def _shorten(self, held: int = 0) -> None:
-        """Keep the last ids; of their text only the last `held` characters are not returned."""
+        """Keep only the last ids; all of their text but the last `held` characters was returned."""
         del self._window[:-WINDOW]
         self._sent = len(self._decode()) - held
 
@@ -302,7 +303,7 @@ def decode(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool
 
 
 def call_library(what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Call the library; what it raises about a stranger's tokenizer.json is a TokenizerError."""
+    """Call the library; turn its errors about an untrusted tokenizer.json into TokenizerError."""
     try:
         return function(*arguments, **options)
     except BaseException as error:
@@ -370,7 +371,7 @@ def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str:
 
 
 def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
-    """Return the chat template, or of several the one named "default"; None if there is none."""
+    """Return the chat template (if there are several, the one named "default"), or None."""
     found = tokenizer_config.get("chat_template")
     if isinstance(found, Mapping):  # by name, as transformers holds them
         found = [{"name": name, "template": template} for name, template in found.items()]

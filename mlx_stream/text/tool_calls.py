@@ -1,4 +1,4 @@
-"""Reads the tool calls in a reply, in the shapes that chat templates write; runs no tool."""
+"""Reads the tool calls in a reply, in the formats that chat templates use; runs no tools."""
 
 import json
 import re
@@ -181,7 +181,7 @@ class CallReader:
         return self._take(len(self._pending[:place].rstrip()))
 
     def flush(self) -> str:
-        """Read the calls, and return the text that was held back and is none; no more comes."""
+        """Read the calls at the end of a reply; return held-back text that is not part of one."""
         if self.style and self._inside:
             try:
                 self.calls = tuple(self.style.read(self._pending))

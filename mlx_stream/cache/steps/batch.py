@@ -35,7 +35,7 @@ class BatchStep:
         self._rotations: dict[Rope, Callable[[mx.array], mx.array]] = {}
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        """Compute a layer's attention: each stream's of its own rows; zeros for the padding."""
+        """Compute a layer's attention, each stream over its own rows; zeros for the padding."""
         if self._one_token_each:
             return self._attend_tokens(layer, heads)
         ends = self._ends if self.padding else self._ends[:-1]

@@ -1,7 +1,7 @@
-"""A few tokens, of which the last may be taken back: written into the ring first, then attended.
+"""A few tokens, the last of which may be rolled back: written into the ring first, then attended.
 
 With R = W + X and at most X + 1 tokens per step, the step overwrites no row that any of its tokens
-attends to, and all but the first can be taken back without loss. Worked example, S = 2, W = 3,
+attends to, and all but the first can be rolled back without loss. Worked example, S = 2, W = 3,
 X = 2, tokens 7, 8, 9 after token 6 (rows 2 to 6 are the ring):
 
     before   [ 0  1 | 2  3  4  5  6 ]        7, 8, 9 go to the rows of 2, 3, 4
@@ -26,7 +26,7 @@ MOST_GROUPED_ROWS = 32
 
 
 def longest_verified(shape: AttentionShape, geometry: Geometry, position: StreamPosition) -> int:
-    """Return how many tokens a step can read such that all but the first can be taken back, or 1.
+    """Return how many tokens a step can read so that all but the first can be rolled back, or 1.
 
     The limits are the spare rows, the rows that Metal's fused attention takes, and, as in any step,
     the room before the oldest token must be evicted.

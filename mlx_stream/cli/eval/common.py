@@ -110,7 +110,7 @@ def read_texts(model: "Model", files: Sequence[str]) -> "Corpus":
 
 
 def collecting_rows(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | None]":
-    """Return rows, and the error that ended them early, if there are any rows to show."""
+    """Return the rows, and the error that cut them short, if any; raise it if there are no rows."""
     found: list[Row] = []
     try:
         for row in rows:

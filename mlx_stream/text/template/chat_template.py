@@ -69,7 +69,7 @@ def tool_calls(calls: Iterable[tuple[str, Any, str]]) -> list[dict[str, Any]]:
 
 
 def tool_results(calls: Sequence[MessageDict], content: str) -> list[MessageDict]:
-    """Return messages with the same result for each of some `tool_calls`."""
+    """Return messages that give the same result for each of these tool calls."""
     return [
         {
             "role": "tool",
@@ -104,7 +104,7 @@ def system_turn(system: str | None) -> list[MessageDict]:
 class ChatTemplate:
     """A model's chat template, compiled, and the parts of a conversation it makes.
 
-    A conversation that passes midnight keeps the date on which its template was built.
+    A conversation that runs past midnight keeps the date on which its template was built.
 
     Attributes:
         style: how the model marks its thinking; None if the template has no thinking.
@@ -187,7 +187,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[MessageDict], reply: bool) -> str:
         """Return the text of a conversation; `reply` adds the generation prompt."""
         values = {"messages": messages, "add_generation_prompt": reply, **self._tokens}
-        # Templates test tools and documents for none; transformers always passes both.
+        # Templates check whether tools and documents are none; transformers always passes both.
         values |= {"tools": None, "documents": None, "strftime_now": self._now.strftime}
         values |= self._options
         size = len(str(messages)) + len(str(self.tools))
@@ -266,8 +266,8 @@ class ChatTemplate:
     def thinking_apart(self) -> bool:
         """Whether a reply's thinking is given to the template apart from the answer.
 
-        It is if the template has a field for it, writes its marks itself, or drops it from the
-        reply once there is another question.
+        This is the case if the template has a field for it, writes its marks itself, or drops it
+        from the reply once there is another question.
         """
         if not self.style:
             return False
@@ -360,7 +360,7 @@ class ChatTemplate:
 
 
 def check_turns(template: ChatTemplate, system: str | None) -> None:
-    """Raise TemplateError unless each exchange is written once and stays; see `check`."""
+    """Raise TemplateError unless each exchange is written once and then kept; see `check`."""
     if system:
         require(system in template.opening(system, "x"), "it has no system role")
     if template.tools:
