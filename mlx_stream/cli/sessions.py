@@ -8,7 +8,7 @@ from typer import Argument
 
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import new_group, options
-from mlx_stream.cli.report import local_time, print_json, print_table
+from mlx_stream.cli.report import local_time, print_json, print_table, print_text
 from mlx_stream.program.escape import escape
 from mlx_stream.program.exits import fail, notify
 
@@ -134,7 +134,7 @@ def search(
         ]
         print_json({"exchanges": rows})
     for passage, name in found if not as_json else ():
-        print(escape(f"{name} {passage.number:,} {passage.line}"))
+        print_text(escape(f"{name} {passage.number:,} {passage.line}"), indent=2)
     if not (found or as_json):
         notify("no saved exchange contains any of these words")
 
@@ -154,7 +154,7 @@ def verify(
     damaged = 0
     for one in [name] if name is not None else session_files.session_names():
         try:
-            print(f"{one}: {manage.verify_session(one)}")
+            print_text(f"{one}: {manage.verify_session(one)}", indent=2)
         except SessionError as error:
             if not session_files.session_paths(one).database.exists():
                 raise
