@@ -9,6 +9,7 @@ from typer import Argument
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import new_group, options
 from mlx_stream.cli.report import local_time, print_json, print_table, print_text
+from mlx_stream.cli.terminal import confirm
 from mlx_stream.program.escape import escape
 from mlx_stream.program.exits import fail, notify
 
@@ -93,12 +94,16 @@ def export(
 
 @app.command()
 @options.verb
-def rm(*, name: Name) -> None:
+def rm(*, name: Name, yes: options.Yes = False) -> None:
     """Permanently remove a conversation: both its text and its state."""
-    from mlx_stream.chat.manage import questions_of, remove_session
+    from mlx_stream.chat.manage import existing_paths, questions_of, remove_session
     from mlx_stream.cli.recall import forget_typed
 
+    existing_paths(name)
     questions = questions_of(name)
+    if not yes and sys.stdin.isatty() and not confirm(f"remove {name}, {plural(len(questions))}"):
+        notify("nothing was removed")
+        return
     remove_session(name)
     forget_typed(questions)
     notify(f"removed {name}")
