@@ -181,7 +181,9 @@ def save(chat: "ChatSession", argument: str, progress: Progress) -> str:
     saved = saved_as(chat)
     if not saved and not argument:
         raise ValueRefused("this conversation has no name yet: give it one with /save NAME")
-    saved = saved or SavedSession.create(chat, argument)
+    if not saved:
+        saved = SavedSession.create(chat, argument)
+        saved.start_recall()
     if argument not in ("", saved.name):
         raise ValueRefused(f"it is saved as {saved.name!r}; /export writes a copy")
     saved.flush()
