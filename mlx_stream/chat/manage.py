@@ -31,9 +31,7 @@ def remove_session(name: str) -> None:
     """
     from mlx_stream.generate import snapshot
 
-    where = session_paths(name)
-    if not any(os.path.lexists(path) for path in files_of(where)):
-        raise SessionError(f"session {name!r} does not exist: check the name")
+    where = existing_paths(name)
     with Lock.acquire(where.lock):
         snapshot.sweep_partial(where.snapshot)
         for path in files_of(where):
@@ -43,6 +41,18 @@ def remove_session(name: str) -> None:
                 raise SessionError(f"{path}: cannot be removed: {error.strerror}") from error
         with suppress(OSError):
             where.lock.unlink()
+
+
+def existing_paths(name: str) -> SessionPaths:
+    """Return the paths of a conversation's files, one of which at least is there.
+
+    Raises:
+        SessionError: it does not exist.
+    """
+    where = session_paths(name)
+    if not any(os.path.lexists(path) for path in files_of(where)):
+        raise SessionError(f"session {name!r} does not exist: check the name")
+    return where
 
 
 def questions_of(name: str) -> list[str]:

@@ -50,10 +50,8 @@ class SavedSession:
         self._snapshot_at, self._written_head = time.monotonic(), written_head
         # The version of the stream in the snapshot; a strong reference would keep its buffers.
         self._written_version = weakref.ref(chat.cache.version)
-        self.recall = chat.recall if isinstance(chat.recall, TranscriptRecall) else None
         chat.recorder = self
-        if self.recall:
-            self.recall.attach(store, chat.conversation_state().first)
+        self._attach_recall()
 
     @classmethod
     def create(cls, chat: ChatSession, name: str) -> Self:
@@ -78,6 +76,17 @@ class SavedSession:
                     path.unlink(missing_ok=True)
             lock.close()
             raise
+
+    def start_recall(self) -> None:
+        """Recall what leaves the window from now on, unless the chat was begun without recall."""
+        self.chat.start_recall(lambda notify: TranscriptRecall(self.paths.index, notify))
+        self._attach_recall()
+
+    def _attach_recall(self) -> None:
+        recall = self.chat.recall
+        self.recall = recall if isinstance(recall, TranscriptRecall) else None
+        if self.recall:
+            self.recall.attach(self.store, self.chat.conversation_state().first)
 
     def record(self, change: Change) -> None:
         self._unwritten.append(change)

@@ -323,6 +323,19 @@ class ChatSession:
         self._count(silent=True)
         self._record(ChangeKind.STAND, self.number)
 
+    def start_recall(self, make: Callable[[Notify], RecallStore]) -> None:
+        """Recall what leaves the window from now on, unless `recall_tokens` was 0.
+
+        Args:
+            make: returns the store; it is given a function for notices.
+        """
+        if self.recall or self._recall_asked == 0:
+            return
+        self._settle()
+        self._report_left()  # to no store: what has left so far is not recalled
+        self.recall = make(self._notify)
+        self._reserved = self.evictor.reserved = self._reserve(self.cache.geometry.window)
+
     def forget_recalled(self) -> None:
         """Forget the last quotation and every id that is no longer attended."""
         self.recalled, self._recalled_for, self.stats.recalled = (), (0, ""), 0

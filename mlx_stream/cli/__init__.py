@@ -120,15 +120,15 @@ def installed_programs() -> "dict[str, EntryPoint]":
 
 def program_command(program: "EntryPoint") -> Any:
     """Build a verb that passes all its arguments on to a program."""
+    from importlib.metadata import metadata
 
     def run_program(context: typer.Context) -> None:
         try:
             main = program.load()
         except ModuleNotFoundError as error:
-            fail(
-                f"{program.name} needs {error.name}, which is not installed: "
-                f"pip install 'mlx_stream[{program.name}]'"
-            )
+            extra = program.name in (metadata("mlx_stream").get_all("Provides-Extra") or [])
+            how = f": pip install 'mlx_stream[{program.name}]'" if extra else ""
+            fail(f"{program.name} needs {error.name}, which is not installed{how}")
         main(context.args, f"mlx_stream {program.name}")
 
     group = typer.Typer(**SETTINGS)

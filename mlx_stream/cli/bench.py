@@ -5,7 +5,7 @@ from typing import Annotated
 from typer import Option
 
 from mlx_stream.cli import options
-from mlx_stream.cli.report import print_json, print_rows
+from mlx_stream.cli.report import print_json, print_rows, print_text
 from mlx_stream.program.exits import notify
 
 TIMES = (
@@ -117,7 +117,9 @@ def bench(
         if json:
             print_json({**about, "streams": rows, "machine": backend.describe()})
             return
-        print("time for one token of each stream: in a shared step, in turn, in mlx-lm's batch")
+        print_text(
+            "time for one token of each stream: in a shared step, in turn, in mlx-lm's batch"
+        )
         medians = {one: f"{one}_ms" for one in ("shared", "in_turn", "mlx_lm")}
         shown = [{**row, **{one: row[name][1] for one, name in medians.items()}} for row in rows]
         print_rows(shown, STREAMS)
@@ -146,7 +148,7 @@ def bench(
     ]
     print_rows(times, TIMES)
     proxy = "" if backend.on_metal() else " (a proxy: the CPU backend expands what Metal fuses)"
-    print(f"\nPython time to build a decode step's graph, and the graph's nodes{proxy}")
+    print_text(f"\nPython time to build a decode step's graph, and the graph's nodes{proxy}")
     built = [(one, result["python"]) for one, result in found]
     medians = ("ours", "ours_ms"), ("theirs", "mlx_lm_ms")
     print_rows(
@@ -154,11 +156,11 @@ def bench(
     )
     read = results["read"]
     rate = f"{read['bytes_per_second'] / 1e9:.1f} GB/s here ({read['operation']})"
-    print(f"\nbytes that a decode step must read; memory is read at {rate}")
+    print_text(f"\nbytes that a decode step must read; memory is read at {rate}")
     ours = {one: result["decode"]["ours_ms"][1] for one, result in found}
     print_rows([{"window": w, "ours": ours[w], **result["bytes"]} for w, result in found], BYTES)
     if prefill is not None:
-        print(f"\na text of {prefill:,} tokens, read from the beginning, tokens/s")
+        print_text(f"\na text of {prefill:,} tokens, read from the beginning, tokens/s")
         best = [{**one, "label": "the best of each"} for one in results["prefill_best"]]
         print_rows([*({**one, "label": ""} for one in results["prefill"]), *best], PREFILL)
 

@@ -150,7 +150,7 @@ def chat(
             draft=loading.load(reply.draft) if reply.draft else None,
             think=thinking.think,
             reasoning_effort=thinking.reasoning_effort,
-            recall_tokens=(recall or 0) if session is None else recall,
+            recall_tokens=recall,
         )
         if session is None:
             talk = resume.new_chat(loaded, chosen, screen.notify)

@@ -127,6 +127,7 @@ def status(stats: "Stats", name: str | None = None, width: int = 200) -> str:
 def show_help(chat: "ChatSession", argument: str, progress: Progress) -> str:
     usages = {f"{name} {command.argument}": command.help for name, command in COMMANDS.items()}
     usages["//TEXT"] = "send a question that begins with /"
+    usages["@FILE"] = "in a question, adds a text file; if there is none, it is sent"
     width = max(map(len, usages))
     return "\n".join(f"{usage:<{width}}  {text}" for usage, text in usages.items())
 
@@ -180,7 +181,9 @@ def save(chat: "ChatSession", argument: str, progress: Progress) -> str:
     saved = saved_as(chat)
     if not saved and not argument:
         raise ValueRefused("this conversation has no name yet: give it one with /save NAME")
-    saved = saved or SavedSession.create(chat, argument)
+    if not saved:
+        saved = SavedSession.create(chat, argument)
+        saved.start_recall()
     if argument not in ("", saved.name):
         raise ValueRefused(f"it is saved as {saved.name!r}; /export writes a copy")
     saved.flush()

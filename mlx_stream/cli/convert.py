@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from mlx_stream.cli import options
-from mlx_stream.cli.report import megabytes, print_json, print_table
+from mlx_stream.cli.report import megabytes, print_json, print_table, print_text
 from mlx_stream.cli.terminal import progress_bar, read_text
 from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.program.exits import fail, notify
@@ -157,12 +157,12 @@ def print_result(source: str, out: Path, result: "ConversionResult") -> None:
     files = "1 file" if result.files == 1 else f"{result.files} files"
     kept = about["source_quantized"] and about["dtype"] is None
     recipe = about["recipe"] or ("as stored" if kept else "not quantized")
-    print(
+    print_text(
         f"{out}: {recipe}, {about['bits_per_weight']:.2f} bits per weight, "
         f"{megabytes(about['tensor_bytes'])} MB in {files}"
     )
     where = "within" if result.peak_bytes <= result.bound_bytes else "above"
-    print(
+    print_text(
         f"memory: {megabytes(result.peak_bytes)} MB at peak, {where} the bound of "
         f"{megabytes(result.bound_bytes)} MB (3 times the largest matrix plus the largest file); "
         f"the process grew by {megabytes(result.resident_bytes)} MB"

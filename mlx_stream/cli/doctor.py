@@ -30,7 +30,7 @@ def doctor(
     machine; it exits with 1 if any is wrong.
     """
     from mlx_stream import backend
-    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.report import print_json, print_table, print_text
     from mlx_stream.program.paths import cache_root
 
     if self_test:
@@ -46,7 +46,7 @@ def doctor(
     print_table(["what", "here"], [[name, str(value)] for name, value in facts.items()])
     print()
     for line in advice or ["nothing here is slower than necessary"]:
-        print(f"- {line}")
+        print_text(f"- {line}", indent=2)
 
 
 def check(source: str | None, loading: options.LoadOptions, json: bool) -> None:
@@ -54,7 +54,7 @@ def check(source: str | None, loading: options.LoadOptions, json: bool) -> None:
     from dataclasses import asdict
 
     from mlx_stream import backend, selftest
-    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.report import print_json, print_table, print_text
     from mlx_stream.selftest.tiny_model import make_tiny_model
 
     if source is not None:
@@ -78,6 +78,6 @@ def check(source: str | None, loading: options.LoadOptions, json: bool) -> None:
             ["check", "holds", "found"], [[f.check, answers[f.holds], f.found] for f in findings]
         )
         for one in failed:
-            print(f"- {one.check}: {one.advice}")
+            print_text(f"- {one.check}: {one.advice}", indent=2)
     if failed:
         raise SystemExit(1)

@@ -34,7 +34,7 @@ def models(
     if json:
         print_json({"device": place.name, "models": [as_json(offer) for offer in offers]})
         return
-    columns = ["name", "repository", "license", "download", "window", "tested"]
+    columns = ["name", "download", "window", "tested", "license", "repository"]
     print_table(columns, [row(offer) for offer in offers if offer.fits])
     if larger := [offer.model.name for offer in offers if not offer.fits]:
         notify(f"these do not fit {place.title}: {', '.join(larger)}")
@@ -44,7 +44,7 @@ def row(offer: "Offer") -> list[str]:
     model, window = offer.model, f"{offer.plan.window:,}"
     tested = "itself" if model.tested else "its family"
     size = f"{offer.stored / 1e9:.1f} GB"
-    return [model.name, model.repository, model.license, size, window, tested]
+    return [model.name, size, window, tested, model.license, model.repository]
 
 
 def as_json(offer: "Offer") -> dict[str, Any]:

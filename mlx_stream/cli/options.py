@@ -66,6 +66,7 @@ Devices = Annotated[
 ]
 MaxTokens = Annotated[int, Option(help="Maximum number of tokens to write.")]
 ShowStats = Annotated[bool, Option("--stats", help="Print statistics to standard error.")]
+Yes = Annotated[bool, Option("--yes", help="Do not ask first.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object to standard output.")]
 
 

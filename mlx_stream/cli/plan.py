@@ -59,7 +59,7 @@ def plan(
     longest window.
     """
     from mlx_stream.chat.prompts import LONG_HEAD, long_head_notice
-    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.report import print_json, print_table, print_text
     from mlx_stream.cli.show import read_prompts
     from mlx_stream.plan import devices
     from mlx_stream.plan.inspect import local_model, summarize_model
@@ -80,7 +80,7 @@ def plan(
     if json:
         print_json(as_json(summary, chosen, kv_bits))
         return
-    print(f"{summary.name} on {place.title}\n")
+    print_text(f"{summary.name} on {place.title}\n")
     print_table(["what", "needs"], rows(chosen, kv_bits))
 
 

@@ -36,7 +36,7 @@ def show(
     json: options.AsJson = False,
 ) -> None:
     """Describe a model on this machine, without loading it."""
-    from mlx_stream.cli.report import megabytes, print_json
+    from mlx_stream.cli.report import megabytes, print_aligned, print_json
     from mlx_stream.models.layout import layout_of
     from mlx_stream.models.window import DEFAULT_SINKS, bounded_windows
     from mlx_stream.plan.inspect import local_model, summarize_model
@@ -73,8 +73,7 @@ def show(
     }
     del lines["template"]
     lines |= {f"template: {name}": text for name, text in template.items()}
-    for name, value in lines.items():
-        print(f"{name.replace('_', ' '):<26}  {value}")
+    print_aligned([(name.replace("_", " "), str(value)) for name, value in lines.items()])
 
 
 def described(quantization: "Quantization | None", dtype: str) -> str:

@@ -55,6 +55,11 @@ def ask_line(question: str) -> str:
     return sys.stdin.readline().strip()
 
 
+def confirm(action: str) -> bool:
+    """Ask on the terminal whether to do something."""
+    return ask_line(f"{action}? y or n: ").lower() in ("y", "yes")
+
+
 def repeats_itself(text: str) -> bool:
     """Return whether a text ends with the same few lines again and again.
 

@@ -316,3 +316,22 @@ def test_endless_repetition_is_noticed_once_with_a_way_out(monkeypatch, capsys):
         with screen.reply():
             screen.show(Piece(f"{n % 3} and on. ") for n in range(90))
         assert capsys.readouterr().err.count("the reply repeats itself; --repetition-pen") == told
+
+
+def test_sessions_rm_asks_once_on_a_terminal(letters):
+    for name in ("one", "two"):
+        done("chat", letters, "--max-tokens", 4, "--session", name, stdin="Hello\nAgain\n")
+    kept = session_paths("one").database
+    for answer in ("", "n", "y"):
+        assert kept.exists()
+        terminal = Terminal(*program("sessions", "rm", "one")[1:])
+        terminal.see("remove one, 2 exchanges? y or n: ")
+        terminal.type(answer, ENTER)
+        terminal.end()
+        assert ("nothing was removed" in terminal.shown) == (answer != "y")
+    assert not kept.exists()
+    terminal = Terminal(*program("sessions", "rm", "one")[1:])
+    assert "y or n" not in terminal.see("does not exist: check the name")
+    terminal = Terminal(*program("sessions", "rm", "two", "--yes")[1:])
+    terminal.end()
+    assert "y or n" not in terminal.shown and not session_paths("two").database.exists()

@@ -2,9 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+import mlx_stream
 from mlx_stream.chat.exchange import question_of
 from mlx_stream.chat.manage import open_transcript
 from mlx_stream.chat.messages import Message
@@ -335,10 +337,16 @@ def test_help_stats_and_sessions_change_nothing(chat):
     answered(say("/stats", chat), str(chat.stats))
     assert say("/sessions", chat).text.startswith("there are no saved sessions")
     lines = say("/help", chat).text.splitlines()
-    assert [line.split()[0] for line in lines] == [*COMMANDS, "//TEXT"]
+    assert [line.split()[0] for line in lines] == [*COMMANDS, "//TEXT", "@FILE"]
     assert all(help in line for help, line in zip(completions().values(), lines, strict=False))
     assert list(completions()) == list(COMMANDS)
     assert max(map(len, lines)) < 80 and everything(chat) == before
+
+
+def test_the_readme_lists_every_command():
+    text = (Path(mlx_stream.__file__).parent / "chat/README.md").read_text("utf-8")
+    listed = re.search(r"`/help` lists\s`([^`]+)`", text)
+    assert listed and sorted(listed[1].split()) == sorted({*COMMANDS} - {"/help"})
 
 
 def test_the_status_bar_tells_attention_speed_and_memory():

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
+from mlx_stream.chat.saving import saved_as
 from mlx_stream.cli import app
 from mlx_stream.cli.commands import Call, parse, run, status
 from mlx_stream.cli.history import LineHistory, remove_lines
@@ -111,6 +112,37 @@ def test_an_unsaved_chat_cannot_recall(model):
     for line in ("/recall", "/recall zebra", "/forget 1"):
         assert "/save NAME" in say(line, chat)
     assert status(chat.stats).count("recalled") == 0
+
+
+def close(chat) -> None:
+    saved = saved_as(chat)
+    assert saved
+    saved.close()
+
+
+def test_save_starts_recall(model):
+    """What leaves afterwards is quoted, and room for it is kept as if recall had always been on."""
+    options = SessionOptions("Be brief.", 1_600, max_tokens=7, recall_tokens=None)
+    chat = new_chat(model, options, discard)
+    said(chat.reply(SECRET))
+    say("/save late", chat)
+    for number in range(40):
+        said(chat.reply(f"Let us talk of number {number} now."))
+        assert chat.cache.room >= 200
+    said(chat.reply("What is my zebra called?"))
+    assert SECRET in say("/recall", chat)
+    ids = chat.tokens.ids.attended()
+    close(chat)
+    again = open_session("late", model, SessionOptions(recall_tokens=None))
+    assert again.chat.tokens.ids.attended() == ids
+    again.close()
+
+
+def test_save_starts_no_recall_that_was_turned_off(model):
+    chat = new_chat(model, SessionOptions(window=600, max_tokens=7, recall_tokens=0), discard)
+    say("/save never", chat)
+    assert say("/recall", chat) == "recall is off: --recall B turns it on"
+    close(chat)
 
 
 def test_search_finds_exchanges_of_every_conversation(saved):

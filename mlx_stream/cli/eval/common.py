@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from mlx_stream.cli import options
-from mlx_stream.cli.report import Columns, print_json, print_rows
+from mlx_stream.cli.report import Columns, print_json, print_rows, print_text
 from mlx_stream.cli.terminal import read_text
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.program.exits import fail, notify
@@ -71,7 +71,7 @@ class OutputOptions:
         else:
             print_rows(report.rows if table is None else table, columns)
             for line in report.notes:
-                print(line)
+                print_text(line)
         if self.plot is not None:
             draw(report, self.plot)
         if cut:
