@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 OPENBLAS = "libopenblas.so.0"
-SLOWER = "float32 products 30 times slower"
+SLOWER = "float32 matmuls 30 times slower"
 INSTALL = "apt-get install libopenblas0-pthread (Debian, Ubuntu), or pip install 'mlx_stream[blas]'"
 IMPORTED_LATE = "mlx.core" in sys.modules  # then MLX has bound its own BLAS
 COMPILE = "MLX_STREAM_COMPILE"
@@ -167,7 +167,7 @@ def advice() -> list[str]:
     if slow := explain_slow_blas():
         lines.append(slow)
     lines.append(
-        "float16, bfloat16 and quantized products are slower than float32 on this backend: "
+        "float16, bfloat16 and quantized matmuls are slower than float32 on this backend: "
         "quantized weights are dequantized to float32 unless --keep-quantized is given"
     )
     return lines

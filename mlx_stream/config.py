@@ -321,13 +321,13 @@ def check_rotary_dim(rope: RopeConfig, head_dim: int) -> None:
     dim = rope.rotary_dim(head_dim)
     if not 2 <= dim <= head_dim or dim % 2:
         raise ConfigError(
-            f"config: partial_rotary_factor {rope.partial_rotary_factor} of head_dim {head_dim} "
-            "must be an even number of values"
+            f"config: partial_rotary_factor {rope.partial_rotary_factor} x head_dim {head_dim} "
+            "must be an even number"
         )
     if rope.rope_type == "longrope" and len(rope.short_factor) != dim // 2:
         raise ConfigError(
-            f"config: rope: short_factor has {len(rope.short_factor)} numbers, but {dim} rotated "
-            f"numbers of a head need {dim // 2}"
+            f"config: rope: short_factor has {len(rope.short_factor)} numbers, but {dim} rotary "
+            f"dimensions need {dim // 2}"
         )
 
 
@@ -339,7 +339,7 @@ def read_unrotated(keys: "Keys", layers: int) -> tuple[int, ...]:
         return tuple(range(every - 1, layers, every))
     valid = isinstance(rotated, list) and all(flag in (0, 1) for flag in rotated)
     if not valid or len(rotated) != layers:
-        raise keys.wrong("no_rope_layers", f"an array of {layers} numbers 0 or 1")
+        raise keys.wrong("no_rope_layers", f"an array of {layers} zeros or ones")
     return tuple(layer for layer, flag in enumerate(rotated) if not flag)
 
 

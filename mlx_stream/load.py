@@ -339,4 +339,4 @@ def explain_dequantized(checkpoint: Checkpoint) -> str:
     kinds = ", ".join(sorted(set(checkpoint.dequantized.values())))
     count = len(checkpoint.dequantized)
     matrices = "1 matrix" if count == 1 else f"{count} matrices"
-    return f"{matrices} of a type that MLX does not have ({kinds}) become{'s' * (count == 1)}"
+    return f"{matrices} of a type MLX does not support ({kinds}) become{'s' * (count == 1)}"

@@ -189,7 +189,7 @@ class Sampler:
             ValueRefused: an option is out of range.
         """
         if unknown := sorted(options.keys() - ReplyOptions.__annotations__.keys()):
-            raise TypeRefused(f"`{unknown[0]}` is not an option of a reply")
+            raise TypeRefused(f"`{unknown[0]}` is not a reply option")
         refuse_wrong_types(options, get_type_hints(ReplyOptions))
         chosen = {name: value for name, value in options.items() if value is not None}
         if not chosen:

@@ -105,7 +105,7 @@ def run(settings: Settings) -> None:
     failed = False
     try:
         assistant.run()
-        notify(f"{settings.name} has stopped; what it has read is kept")
+        notify(f"{settings.name} has stopped; its journal is kept")
     except MlxStreamError as error:
         failed = True
         notify(one_line(error))
@@ -119,9 +119,7 @@ def ask(
     remember: Annotated[
         bool, typer.Option("--remember", help="Add the question and the answer to the stream.")
     ] = False,
-    now: Annotated[
-        bool, typer.Option("--now", help="Answer before reading what has arrived.")
-    ] = False,
+    now: Annotated[bool, typer.Option("--now", help="Answer before reading new text.")] = False,
     name: Name = "main",
 ) -> None:
     """Ask the running assistant. It answers from what it attends to."""
@@ -140,7 +138,7 @@ def ask(
         if begun:  # an error or Ctrl-C gets its own line
             print(shown.flush(), flush=True)
     if since:
-        notify(f"answered from what was read since {clock(since)}; older text has left the window")
+        notify(f"answered from text read since {clock(since)}; older text has left the window")
 
 
 @app.command()
@@ -166,7 +164,7 @@ def status(
 
 @app.command()
 def stop(name: Name = "main") -> None:
-    """Stop the running assistant. What it has read is kept."""
+    """Stop the running assistant. Its journal is kept."""
     (line,) = request(assistant_paths(name).socket, name, what="stop")
     notify(f"{name} is stopping (process {line['pid']})")
 
@@ -186,14 +184,14 @@ def install(settings: Settings) -> None:
 
 @app.command()
 def uninstall(name: Name = "main") -> None:
-    """Stop the assistant, and stop starting it at login. What it has read is kept."""
+    """Stop the assistant, and stop starting it at login. Its journal is kept."""
     from mlx_stream_assistant import service
 
     where = assistant_paths(name)
     path = service.uninstall(name)
     if path is None:
         fail(f"the assistant {name!r} is not installed")
-    notify(f"removed {path}; what was read stays in {where.journal}")
+    notify(f"removed {path}; the journal is kept: {where.journal}")
 
 
 class Progress:
@@ -207,7 +205,7 @@ class Progress:
             first, self._next = not self._next, time.monotonic() + 10
             about = "" if seconds is None else f", about {duration(seconds)}"
             skip = "; --now skips this" if first else ""
-            notify(f"first reading {waiting:,} characters that have arrived{about}{skip}")
+            notify(f"reading {waiting:,} new characters first{about}{skip}")
 
 
 def clock(time: str) -> str:
@@ -235,7 +233,7 @@ def table(status: dict[str, Any]) -> list[str]:
         ("model", status["model"]),
     ]
     if "attended" in status:
-        since = f", from {clock(status['since'])} on" if status["since"] else ""
+        since = f", since {clock(status['since'])}" if status["since"] else ""
         rows += [
             ("attended", f"{status['attended']:,} tokens, window {status['window']:,}{since}"),
             ("evicted", f"{status['evicted']:,} tokens"),

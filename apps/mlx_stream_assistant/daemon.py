@@ -29,7 +29,7 @@ from mlx_stream_assistant.tail import TailedFile
 
 RUNS = (
     "the assistant {name!r} is already running in {holder}: stop it first, "
-    "or give this one another --name"
+    "or use another --name here"
 )
 # Seconds between two checks of the sources, when nothing arrives and when there is no room.
 IDLE, FULL = 1.0, 0.05

@@ -45,8 +45,8 @@ class TextDecoder:
         if name not in self._told:
             self._told.add(name)
             self._tell(
-                f"{name}: byte {at:,} is not UTF-8 text: such bytes are read as U+FFFD, and zero "
-                "bytes are left out"
+                f"{name}: byte {at:,} is not UTF-8 text: such bytes are read as U+FFFD, and NUL "
+                "bytes are dropped"
             )
 
 

@@ -117,13 +117,13 @@ class NotesFile:
             raise self._cannot(error) from error
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise AssistantError(f"{self.path}: cannot write notes to it: it is not a file")
+            raise AssistantError(f"{self.path}: cannot write notes: it is not a file")
         return file
 
     def _cannot(self, error: OSError) -> AssistantError:
         return AssistantError(
-            f"{self.path}: cannot write notes to it: {error.strerror}; "
-            "check its permissions, or give another --notes"
+            f"{self.path}: cannot write notes: {error.strerror}; "
+            "check its permissions, or use another --notes"
         )
 
 

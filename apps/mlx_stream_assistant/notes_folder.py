@@ -103,7 +103,7 @@ class NotesFolder:
             found = dict(islice(self._notes(), MOST_NOTES + 1))
         except NotADirectoryError:
             return self._complain(
-                "cannot be read: it is a file (--follow reads one); waiting for a folder"
+                "cannot be read: it is a file (use --follow); waiting for a folder"
             )
         except OSError as error:
             return self._complain(f"cannot be read: {error.strerror}; waiting for it")
@@ -166,7 +166,7 @@ class NotesFolder:
             if status.st_size > LONGEST_NOTE:
                 raise NotText(
                     f"{path}: is {status.st_size:,} bytes long, and a note may be at most "
-                    f"{LONGEST_NOTE:,}: use --follow for it"
+                    f"{LONGEST_NOTE:,}: use --follow instead"
                 )
             data = file.read(LONGEST_NOTE)
         at = self._read_before(name, data)

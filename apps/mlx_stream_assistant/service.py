@@ -91,7 +91,7 @@ def unit(settings: Settings) -> str:
     """Return a systemd user unit."""
     variables = "".join(f"Environment={quote(f'{k}={v}')}\n" for k, v in environment().items())
     return f"""[Unit]
-Description=The assistant {settings.name!r} of mlx_stream
+Description=mlx_stream assistant {settings.name!r}
 
 [Service]
 ExecStart={" ".join(quote(word, command=True) for word in command_line(settings))}

@@ -36,7 +36,7 @@ class Settings:
     notes: Path | None = option(None, "Markdown file to write dated notes to.", "FILE")
     every: float = option(60.0, "Minutes between notes.", "MINUTES")
     model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.")
-    window: int | None = option(None, "Number of latest tokens to attend to. Default: 2,048.")
+    window: int | None = option(None, "Number of recent tokens to attend to. Default: 2,048.")
     name: str = option("main", "Name of the assistant, in case you run several.")
     system: str | None = option(None, "System prompt; it is never evicted.")
     snapshot_every: float = option(5.0, "Minutes between snapshots, while text arrives.", "MINUTES")

@@ -37,7 +37,7 @@ class SocketServer:
         self.path, self._answer = path, answer
         self._at_once = threading.BoundedSemaphore(MOST_AT_ONCE)
         if os.path.lexists(path) and not path.is_socket():
-            raise AssistantError(f"{path}: not a socket; move it away")
+            raise AssistantError(f"{path}: not a socket; rename it")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
@@ -49,7 +49,7 @@ class SocketServer:
             self._socket.setblocking(False)
         except OSError as error:
             self._socket.close()
-            raise AssistantError(f"{path}: cannot listen on it: {error.strerror}") from error
+            raise AssistantError(f"{path}: cannot listen: {error.strerror}") from error
         finally:
             os.umask(before)
 

@@ -147,7 +147,7 @@ class TailedFile:
     def _not_followed(self, status: os.stat_result) -> str:
         """Return why a file is not read, or ""."""
         if stat.S_ISDIR(status.st_mode):
-            return "is a folder, not a file: use --folder for it"
+            return "is a folder, not a file: use --folder instead"
         if not stat.S_ISREG(status.st_mode):
             return "is not a file"
         with suppress(OSError):
@@ -237,7 +237,7 @@ class TailedFile:
         size = status.st_size
         written = status.st_mtime_ns != self._mtime or size != self._size
         if size < offset or (written and last_bytes(self._file, offset) != self._place.tail):
-            self._begin_again("was cut short" if size < offset else "was rewritten")
+            self._begin_again("was truncated" if size < offset else "was rewritten")
             return None
         self._mtime = status.st_mtime_ns
         if size != self._size:

@@ -112,7 +112,7 @@ def main(
     """Open the window; `program` is its name in help."""
     parser = argparse.ArgumentParser(prog=program, description="Chat with a model in a window.")
     model = "A folder, a Hub id, a .gguf file, or starter, which is the default."
-    window = f"Number of latest tokens to attend to. Default: {DEFAULT_WINDOW:,}."
+    window = f"Number of recent tokens to attend to. Default: {DEFAULT_WINDOW:,}."
     parser.add_argument("model", nargs="?", default=STARTER, metavar="MODEL", help=model)
     parser.add_argument("--window", type=int, default=DEFAULT_WINDOW, metavar="TOKENS", help=window)
     given = parser.parse_args(arguments)

@@ -72,7 +72,7 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
             lines = "\n".join(("quoted before this question:", *one.recalled))
             rows.append(Row("note", escape_markup(lines), number >= gone))
     if said and gone == len(said):
-        rows.append(Row("note", "all of the above left the window and are not attended", False))
+        rows.append(Row("note", "everything above has left the window", False))
     return rows
 
 

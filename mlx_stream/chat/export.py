@@ -20,7 +20,7 @@ from mlx_stream.errors import SessionError
 
 HEADING = re.compile(r"^## +(System|\d+\. (You|Model))", re.MULTILINE)
 # Notes on replies that did not end by themselves.
-CUT = {"length": " (cut at its limit)", "interrupted": " (interrupted)"}
+CUT = {"length": " (hit token limit)", "interrupted": " (interrupted)"}
 UNANSWERED = " (did not answer)"
 DELETED = " (deleted)"  # by /forget
 
@@ -36,7 +36,7 @@ def export_markdown(header: SessionHeader, turns: Sequence[StoredTurn]) -> str:
     mark = f" [{header.id}]" if any(HEADING.search(text) for text in texts) else ""
     model = " ".join(header.model.split())
     parts = [
-        f"# Conversation of {header.created}",
+        f"# Conversation from {header.created}",
         f"Model `{model}`, session {header.id}",
     ]
     if header.system is not None:
@@ -97,5 +97,5 @@ def write_export(path: Path, header: SessionHeader, turns: Sequence[StoredTurn])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileExistsError):
-            reason = "the file exists: give another name"
+            reason = "it already exists: use another name"
         raise SessionError(f"{path}: cannot be written: {reason}") from error

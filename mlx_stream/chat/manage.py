@@ -126,5 +126,5 @@ def verify_session(name: str) -> str:
         if about.session != state.header.id or not known:
             return f"{found}; the snapshot belongs to another model or conversation and is not used"
         if not about.is_of(store, saved):
-            return f"{found}; the snapshot contains turns that were taken back and is not used"
+            return f"{found}; the snapshot contains turns that were undone and is not used"
         return f"{found}; snapshot after exchange {about.state.turns:,}"

@@ -57,7 +57,7 @@ def turn_of_messages(question: Question) -> tuple[tuple[Message, ...], Message |
     for place, message in enumerate(messages):
         check_message(message)
         if message.role == "assistant" and place < len(messages) - 1:
-            raise ValueRefused("an assistant message must be the last of a turn: reply() begins it")
+            raise ValueRefused("an assistant message must end a turn: it begins the reply")
     begin = messages[-1] if messages and messages[-1].role == "assistant" else None
     if begin and begin.calls:
         raise ValueRefused("the beginning of a reply cannot call tools")
@@ -92,7 +92,7 @@ def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[M
             call = next((c for c in waiting if message.id in ("", c.id)), None)
             if call is None:
                 raise ValueRefused(
-                    "a tool's message has no call to answer: the last reply has "
+                    "a tool message has no call to answer: the last reply has "
                     f"{len(calls):,} calls, and the message's id is {message.id!r}"
                 )
             waiting.remove(call)
@@ -101,10 +101,10 @@ def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[M
     if waiting:
         raise ValueRefused(
             f"the last reply calls {', '.join(call.name for call in waiting)}: give the result as "
-            "a tool's message, or undo the reply"
+            "a tool message, or undo the reply"
         )
     if calls and any(message.role != "tool" for message in found):
-        raise ValueRefused("the results of tools are a turn of their own: ask in the next turn")
+        raise ValueRefused("tool results are a turn of their own: ask in the next turn")
     return tuple(found)
 
 

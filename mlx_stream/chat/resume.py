@@ -164,7 +164,7 @@ def new_chat(
         ValueRefused: as in `ChatSession`, or recall is asked for without a saved conversation.
     """
     if options.recall_tokens and not recall:
-        raise ValueRefused("recall needs a saved conversation: give it a name, or --recall 0")
+        raise ValueRefused("recall needs a saved conversation: name it, or use --recall 0")
     template = model.tokenizer.template
     if template and began:
         template = template.at(datetime.fromisoformat(began).astimezone())
@@ -254,7 +254,7 @@ def restore(chat: ChatSession, store: Store, paths: SessionPaths) -> SnapshotMet
     if not chat.model.is_fingerprint(found.model) or about.session != transcript.header.id:
         raise SnapshotError(f"{path.name} belongs to another model or conversation")
     if not about.is_of(store, found):
-        raise SnapshotError(f"{path.name} contains turns that were taken back later")
+        raise SnapshotError(f"{path.name} contains turns that were undone later")
     exchanges = store.exchanges(about.state.first)
     if [n for n in exchanges if n <= about.state.turns] != [n for n, _ in about.state.places]:
         raise SnapshotError(f"{path.name} lacks some of the attended turns")

@@ -208,7 +208,7 @@ def message_of(row: Row) -> Message:
     columns: tuple[Any, ...] = row
     check_types(str, columns[3])
     if (columns[2] == "tool") != (columns[5] is not None):
-        raise ValueError("a tool's message must name its call, and no other message may")
+        raise ValueError("a tool message must name its call, and no other message may")
     (call,) = calls_of(columns[5]) or (ToolCall("", {}),)
     return Message(columns[2], columns[3], name=call.name, id=call.id)
 

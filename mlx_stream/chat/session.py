@@ -519,7 +519,7 @@ class ChatSession:
         if len(ids) > self.cache.geometry.window:
             self._notify(
                 f"this turn of {len(ids):,} tokens is longer than the window of "
-                f"{self.cache.geometry.window:,}: all of it is read, but only its end is attended"
+                f"{self.cache.geometry.window:,}: all of it is read, but only its end is kept"
             )
         asked = question_of(messages)
         exchange = replace(asked, finish="end", closing_ids=closing, question_ids=ids)

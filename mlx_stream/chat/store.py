@@ -109,7 +109,7 @@ class Store(AbstractContextManager["Store"]):
         if not os.path.lexists(path):
             raise SessionError(f"session {path.stem!r} does not exist: check the name")
         if not is_file(path):
-            raise SessionError(f"session {path.stem!r}: {path} is not a regular file; move it away")
+            raise SessionError(f"session {path.stem!r}: {path} is not a regular file; rename it")
         with reporting_errors(path):
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)

@@ -278,7 +278,7 @@ def read_rows(tensor: Tensor, layout: np.dtype, start: int, count: int) -> np.nd
         raise WeightsError(f"{tensor.file}: cannot be read ({error.strerror})") from error
     if found.size != count * per_row:
         raise WeightsError(
-            f"{tensor.file}: the tensor {tensor.name} is cut short: the file has changed"
+            f"{tensor.file}: the tensor {tensor.name} is truncated: the file has changed"
         )
     return found.reshape(count, per_row)
 

@@ -239,7 +239,7 @@ def read_longrope(
     for name, key in ((SHORT, "short_factor"), (LONG, "long_factor")):
         numbers = factors.get(name, factors[SHORT])
         if not np.isfinite(numbers).all():
-            raise ConfigError(f"{keys.where}: {name} has values that are not numbers")
+            raise ConfigError(f"{keys.where}: {name} has values that are not finite")
         scaling[key] = [shortest(value) for value in numbers]
     scaling["attention_factor"] = keys.number("phi3.rope.scaling.attn_factor", 1.0)
     key = "phi3.rope.scaling.original_context_length"

@@ -131,7 +131,7 @@ def read_headers(path: Path) -> GGUFHeader:
         if parts <= 1:
             return read_header(path)
         raise CheckpointError(
-            f"{first.file}: one part of {parts}: download all parts, under their own names "
+            f"{first.file}: one part of {parts}: download all parts and keep their names "
             f"(NAME-00001-of-{parts:05d}.gguf and so on)"
         )
     tensors = dict(first.tensors)

@@ -146,7 +146,7 @@ def read_pipeline(keys: Keys) -> Pipeline:
     if name in ("", "default"):
         raise TokenizerError(
             f"{keys.where}: tokenizer.ggml.pre {shorten(name)} does not say how text is split: use "
-            "a file that a current llama.cpp wrote, or the model's Hugging Face folder"
+            "a file made with a current llama.cpp, or the model's Hugging Face folder"
         )
     if name not in PIPELINES:
         raise TokenizerError(

@@ -256,7 +256,7 @@ class Packing:
             plain = np.arange(inputs) // (inputs // groups)
             if order.shape != (inputs,) or not np.array_equal(np.array(order), plain):
                 raise WeightsError(
-                    f"weights: {path} has its inputs in another order (act-order, desc_act), which "
+                    f"weights: {path} has reordered inputs (act-order, desc_act), which "
                     "is not supported: use the model without it, or unquantized"
                 )
         words = np.array(tensors["qweight"], copy=False)

@@ -228,7 +228,7 @@ def check_model(model: Any) -> None:
     if kind not in ("BPE", "Unigram", "WordLevel"):
         raise refusal(f"model: {kind!r} is not supported (supported: BPE, Unigram, WordLevel)")
     if model.get("dropout"):
-        raise refusal("model: dropout is not supported: it makes encoding a text random")
+        raise refusal("model: dropout is not supported: it makes encoding random")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(key) or "")) > MAX_AFFIX:
             raise refusal(f"model: {key} is longer than {MAX_AFFIX}")

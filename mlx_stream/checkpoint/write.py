@@ -119,15 +119,15 @@ def refuse_taken(out: Path, replace: bool) -> None:
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
-        raise ValueRefused(f"{out}: is a {'link' if out.is_symlink() else 'file'}: give a folder")
+        raise ValueRefused(f"{out}: is a {'link' if out.is_symlink() else 'file'}: use a folder")
     if is_empty(out):
         return
     if not replace:
-        raise ValueRefused(f"{out}: exists: give another folder, or --force to replace it")
+        raise ValueRefused(f"{out}: already exists: use another folder, or --force to replace it")
     if not is_converted(out):
         raise ValueRefused(
             f"{out}: not written by `mlx_stream convert`, or it contains other files; it will not "
-            "be replaced: give another folder"
+            "be replaced: use another folder"
         )
 
 

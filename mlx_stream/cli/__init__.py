@@ -145,7 +145,7 @@ def program_command(program: "EntryPoint") -> Any:
 app = typer.Typer(
     name="mlx_stream",
     cls=Verbs,
-    help="Run large language models on an endless stream, in memory that never grows.",
+    help="Run large language models on an endless stream, in constant memory.",
     no_args_is_help=True,
     **{**SETTINGS, "add_completion": True},
 )

@@ -62,7 +62,7 @@ def bench(
     window: Annotated[
         list[int] | None,
         Option(
-            help="Number of latest tokens to attend to; repeatable. Default: 512, 1,024 and 4,096."
+            help="Number of recent tokens to attend to; repeatable. Default: 512, 1,024 and 4,096."
         ),
     ] = None,
     pairs: Annotated[
@@ -82,7 +82,7 @@ def bench(
     streams: Annotated[
         str | None,
         Option(
-            help="Measure this many concurrent streams instead, as numbers separated by commas, "
+            help="Numbers of concurrent streams to measure instead, separated by commas, "
             "such as 1,2,4,8. Uses the first window."
         ),
     ] = None,

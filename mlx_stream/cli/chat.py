@@ -58,7 +58,7 @@ def chat(
     ] = None,
     lines: Annotated[
         bool,
-        Option("--lines", help="Treat each line of standard input as a turn; print no notice."),
+        Option("--lines", help="Treat each line of standard input as a turn; omit the notice."),
     ] = False,
     session: Annotated[
         str | None,
@@ -96,10 +96,10 @@ def chat(
 
     Memory does not grow. Ctrl-C ends a reply, Ctrl-D ends the conversation, and /help lists
     commands. When standard input is not a terminal, each of its lines is a turn, and Ctrl-C ends
-    the conversation. @FILE in a question stands for a text file.
+    the conversation. @FILE in a question inserts a text file.
     """
     if lines and prompt is not None:
-        raise ValueRefused("--lines and -p exclude each other: use one of them")
+        raise ValueRefused("--lines and -p cannot be used together")
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not lines and prompt is None
     if interactive and (model, session, latest) == (None, None, False):
         from mlx_stream.cli.first_model import choose_model
@@ -117,7 +117,7 @@ def chat(
 
         if latest:
             if session is not None:
-                raise ValueRefused("--continue and --session exclude each other: use one of them")
+                raise ValueRefused("--continue and --session cannot be used together")
             session = summaries.latest_session()
             if session is None:
                 raise SessionError("there is no saved session: start one with --session NAME")
@@ -211,7 +211,7 @@ def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: boo
 
     notify(describe_model(chat.model))
     notify(describe_window(chat.stats))
-    notify("Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands")
+    notify("Ctrl-C ends a reply, Ctrl-D exits, /help lists commands")
     saved = saved_as(chat)
     if saved and chat.exchanges:
         show_end(chat, screen)
@@ -264,7 +264,7 @@ def run_batch(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> 
 
     for number, line in enumerate(lines_of_stdin(), 1):
         if number == LINES_WITHOUT_NOTICE + 1 and not lines:
-            notify("each line of standard input is a turn; -p TEXT asks one question about all")
+            notify("each line of standard input is a turn; -p TEXT asks one question about it")
         turn = decode_utf8(line, f"standard input, line {number}").strip()
         if turn:
             ask(chat, screen, turn)

@@ -86,7 +86,7 @@ def command_of(call: Call) -> Command:
     command = COMMANDS.get(call.name)
     if command is None:
         raise ValueRefused(
-            f"Unknown command {shorten_line(call.name)!r}. Try /help; // at the beginning sends a "
+            f"Unknown command {shorten_line(call.name)!r}. Try /help; start with // to ask a "
             "question that begins with /."
         )
     if call.argument and not command.argument:
@@ -240,7 +240,7 @@ COMMANDS = {
     "/undo": Command("", "remove the last question and its reply", undo),
     "/edit": Command("[TEXT]", "change the last question and ask it again", edit),
     "/stats": Command("", "show tokens attended and evicted, speed and memory", stats),
-    "/window": Command("[N]", "show how many tokens are attended to, or change it", window),
+    "/window": Command("[N]", "show or change how many tokens are attended to", window),
     "/save": Command("[NAME]", "save the conversation now", save),
     "/sessions": Command("", "list the saved conversations", views.sessions),
     "/history": Command("", "list the questions of this conversation", views.history),
@@ -252,6 +252,6 @@ COMMANDS = {
     "/clear": Command("", "remove the whole conversation from attention", clear),
     "/pin": Command("TEXT", "add a line to the system prompt, which is never evicted", pin),
     "/recall": Command("[TEXT]", "show quotations, or search evicted exchanges", show_recalled),
-    "/forget": Command("N", "delete exchange N, which has left the window", forget),
-    "/quit": Command("", "leave, as Ctrl-D does", leave),
+    "/forget": Command("N", "delete exchange N if it has left the window", forget),
+    "/quit": Command("", "exit, as Ctrl-D does", leave),
 }

@@ -41,7 +41,7 @@ def convert(
         str | None,
         Option(
             help="phone (4 bits in float16; with --calibration, 6 bits where they are needed) or "
-            "laptop (6 bits). Other options replace parts of it."
+            "laptop (6 bits). Other options override it."
         ),
     ] = None,
     device: Annotated[
@@ -56,13 +56,13 @@ def convert(
         ),
     ] = None,
     calibration: Annotated[
-        str | None, Option(help="Text file for the measurements of a sensitive recipe.")
+        str | None, Option(help="Calibration text file for a sensitive recipe.")
     ] = None,
     report: Annotated[
         str | None, Option(help="Text file for comparing the result with the source.")
     ] = None,
     report_tokens: Annotated[
-        int, Option(help="Number of tokens of the report's text to read.")
+        int, Option(help="Number of tokens to read from --report's text.")
     ] = 4_096,
     force: Annotated[
         bool, Option("--force", help="Replace OUT if an earlier conversion wrote it.")
@@ -72,7 +72,7 @@ def convert(
     """Write a model to the folder OUT, quantized or unchanged.
 
     --bits, --mode, --recipe, --preset and --device quantize it. The folder appears when complete.
-    Memory does not grow with the model, except with a sensitive recipe or a report, which run it.
+    Memory does not grow with the model unless a sensitive recipe or a report runs it.
     """
     from mlx_stream.hub.listing import record_converted
     from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for

@@ -19,15 +19,15 @@ def doctor(
         ),
     ] = None,
     self_test: Annotated[
-        bool, Option("--self-test", help="Check that this device computes what a stream needs.")
+        bool, Option("--self-test", help="Check that this device computes streams correctly.")
     ] = False,
     loading: options.LoadOptions,
     json: options.AsJson = False,
 ) -> None:
     """Describe this machine and what will be slow on it.
 
-    --self-test checks that attention, positions, buffers, seeds and saved streams are right on this
-    machine; it exits with 1 if any is wrong.
+    --self-test checks attention, positions, buffers, seeds and saved streams on this machine; it
+    exits with status 1 if any check fails.
     """
     from mlx_stream import backend
     from mlx_stream.cli.report import print_json, print_table, print_text

@@ -31,10 +31,10 @@ def generate(
         ),
     ] = None,
     out: Annotated[
-        Path | None, Option(help="File for the replies to --file, one JSON object a line.")
+        Path | None, Option(help="Output file for --file, one JSON object per line.")
     ] = None,
     streams: Annotated[
-        int | None, Option(help="Number of prompts of --file to complete at once. Default: 8.")
+        int | None, Option(help="Number of --file prompts to complete at once. Default: 8.")
     ] = None,
     model: options.DefaultModelArgument = None,
     max_tokens: options.MaxTokens = 256,
@@ -47,8 +47,8 @@ def generate(
 ) -> None:
     """Continue a text of any length, without a chat template.
 
-    With --file, replies are logged as they end, and the same command continues an interrupted run.
-    The prompts share steps, which round differently: with --seed, use --streams 1 for a
+    With --file, replies are logged as they finish; rerun the command after an interruption.
+    The prompts share steps, which affects rounding: with --seed, use --streams 1 for a
     reproducible result.
     """
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
@@ -59,7 +59,7 @@ def generate(
     if (prompt is None) == (file is None) or (file is None) != (out is None):
         raise typer.BadParameter("give either --prompt, or --file and --out")
     if streams is not None and file is None:
-        raise ValueRefused("--streams is for --file")
+        raise ValueRefused("--streams needs --file")
     if file and (stats or json):
         raise ValueRefused("--stats and --json do not work with --file")
     text = read_text("-") if prompt == "-" else prompt

@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> dict[int, str]:
             )
         prompts[number] = prompt
     if not prompts:
-        raise ValueRefused(f"{path}: there are no prompts in it")
+        raise ValueRefused(f"{path}: contains no prompts")
     return prompts
 
 
@@ -83,9 +83,7 @@ def generate_file(
         write_replies(out, sorted(log.rows, key=lambda row: row["line"]))
     log_path.unlink()
     if failed := sum("error" in row for row in log.rows):
-        raise TextError(
-            f"{failed:,} of {len(prompts):,} prompts cannot be completed: see their lines in {out}"
-        )
+        raise TextError(f"{failed:,} of {len(prompts):,} prompts failed: see their lines in {out}")
 
 
 def row_of(line: int, pieces: Sequence[Piece] | MlxStreamError) -> Row:

@@ -22,7 +22,7 @@ def models(
 ) -> None:
     """List models worth pulling that fit a device, with the largest window that fits.
 
-    MODEL may be the name or the repository. The list is part of this version; --json has the source
+    Use the name or the repository as MODEL. The list ships with this version; --json has the source
     of each entry.
     """
     from mlx_stream.cli.report import print_json, print_table

@@ -50,9 +50,7 @@ KeepQuantized = Annotated[
 Force = Annotated[
     bool, Option("--force", help="Load even if weights and ring exceed the device's memory.")
 ]
-Sinks = Annotated[
-    int | None, Option(help="Number of first tokens that are never evicted. Default: 4.")
-]
+Sinks = Annotated[int | None, Option(help="Number of initial tokens to never evict. Default: 4.")]
 KvBits = Annotated[
     int | None,
     Option(help="Bits for the window's keys and values: 8 or 4. The sinks are not quantized."),
@@ -64,7 +62,7 @@ Devices = Annotated[
         help="TOML file with your own devices. Default: the one in your configuration folder.",
     ),
 ]
-MaxTokens = Annotated[int, Option(help="Maximum number of tokens to write.")]
+MaxTokens = Annotated[int, Option(help="Maximum tokens to generate.")]
 ShowStats = Annotated[bool, Option("--stats", help="Print statistics to standard error.")]
 Yes = Annotated[bool, Option("--yes", help="Do not ask first.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object to standard output.")]
@@ -85,7 +83,7 @@ class SamplingOptions:
         float, Option(help="Keep the likeliest tokens that add up to this probability.")
     ] = 0.9
     min_p: Annotated[
-        float, Option(help="Keep tokens at least this fraction as likely as the likeliest.")
+        float, Option(help="Keep tokens at least this fraction as likely as the top one.")
     ] = 0.0
     repetition_penalty: Annotated[
         float, Option(help="Repetition penalty; above 1 makes attended tokens less likely.")
@@ -135,16 +133,15 @@ class ThinkingOptions:
         bool | None,
         Option(
             "--think/--no-think",
-            help="Whether a model that can think does so before it answers. "
-            "Default: what its template does.",
+            help="Turn thinking on or off, for a model that can think. "
+            "Default: set by its template.",
             show_default=False,
         ),
     ] = None
     reasoning_effort: Annotated[
         str | None,
         Option(
-            help="How long to think, as a level that the model's template knows, such as low or "
-            "high."
+            help="How long to think: a level that the model's template has, such as low or high."
         ),
     ] = None
     hide_thinking: Annotated[
@@ -159,7 +156,7 @@ class WindowOptions:
     window: Annotated[
         int | None,
         Option(
-            help="Number of latest tokens to attend to. Default: 2,048, or what fits the trained "
+            help="Number of recent tokens to attend to. Default: 2,048, or what fits the trained "
             "context. In a chat with a model that thinks: up to 32,764, if memory allows."
         ),
     ] = None

@@ -29,7 +29,7 @@ def plan(
         str | None, Option(help="A device that `mlx_stream devices` lists. Default: this machine.")
     ] = None,
     window: Annotated[
-        int | None, Option(help="Number of latest tokens to attend to. Default: as many as fit.")
+        int | None, Option(help="Number of recent tokens to attend to. Default: as many as fit.")
     ] = None,
     sinks: options.Sinks = None,
     bits: Annotated[

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 PROMPT = "> "
-HINT = "(Ctrl-D leaves)"
+HINT = "(Ctrl-D exits)"
 # What stands for bytes that are not UTF-8.
 NO_TEXT = re.compile("[\ud800-\udfff]")
 SECONDS_OF_IDLENESS = 60.0

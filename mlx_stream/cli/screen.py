@@ -157,7 +157,7 @@ class Screen:
 
     def _explain(self, finish: str | None, end: str) -> None:
         if finish == "length":
-            self.notify("cut at its limit (--max-tokens)")
+            self.notify("stopped at --max-tokens")
         if not self._told_of_repetition and repeats_itself(end):
             self._told_of_repetition = True
             self.notify("the reply repeats itself; --repetition-penalty 1.1 helps")

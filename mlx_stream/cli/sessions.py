@@ -48,7 +48,7 @@ def list_sessions(*, as_json: options.AsJson = False) -> None:
                 f"{one.attended:,}",
                 f"{one.bytes / 1e6:.1f} MB",
                 local_time(one.used),
-                escape(one.header.model) if one.header else "cannot be opened: see verify",
+                escape(one.header.model) if one.header else "cannot be opened: run verify",
             ]
             for one in found
         ]

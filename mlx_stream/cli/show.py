@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SYSTEM_PLACES = {
     "turn": "a turn of its own, pinned",
     "question": "the beginning of the first question, pinned",
-    "exchange": "an invented first exchange, pinned",
+    "exchange": "a made-up first exchange, pinned",
 }
 
 

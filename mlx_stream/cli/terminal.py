@@ -33,7 +33,7 @@ def read_text(path: str) -> str:
         raise TextError(f"{name}: cannot be read: {reason}") from error
     text = decode_utf8(data, name)
     if not text:
-        raise TextError(f"{name}: is empty: give a text of at least one character")
+        raise TextError(f"{name}: is empty: some text is required")
     return text
 
 

@@ -57,7 +57,7 @@ def show(chat: "ChatSession", argument: str, progress: object) -> str:
     turn = found.get(int(number)) if number.isdecimal() else None
     if turn is None:
         raise ValueRefused(
-            f"there is no exchange {shorten_line(argument)!r}: /history lists their numbers"
+            f"there is no exchange {shorten_line(argument)!r}: /history lists the numbers"
         )
     return f"> {turn.exchange.question}\n\n{turn.exchange.reply}"
 

@@ -369,7 +369,7 @@ def check_reply_options(max_tokens: int | None, options: EngineReplyOptions) -> 
     check_limit(max_tokens)
     hints = get_type_hints(EngineReplyOptions)
     if unknown := sorted(options.keys() - hints.keys()):
-        raise TypeRefused(f"`{unknown[0]}` is not an option of a reply; use {', '.join(hints)}")
+        raise TypeRefused(f"`{unknown[0]}` is not a reply option; use {', '.join(hints)}")
     refuse_wrong_types(options, hints)
 
 

@@ -263,7 +263,7 @@ class Worker:
         """Wait for a task's end and return its result; raises as `take` does, or TimeoutError."""
         with self.lock:
             if not self.wait_for(lambda: task.done, timeout):
-                raise TimeoutError(f"the request was not done after {timeout} seconds")
+                raise TimeoutError(f"the request did not finish in {timeout} seconds")
             self._check_task(task)
         return task.future.result()
 

@@ -190,7 +190,7 @@ CHARTS: dict[str, tuple[str, int, Draw]] = {  # title, number of panels, functio
     "perplexity": ("Perplexity, speed and memory of one text", 3, draw_reading),
     "endurance": ("Perplexity, speed and memory of one stream", 3, draw_reading),
     "sinks": ("Perplexity by number of sinks", 1, draw_shapes),
-    "windows": ("Perplexity and memory by size of the window", 2, draw_shapes),
-    "latency": ("Time of one more token, by size of the cache", 1, draw_latency),
+    "windows": ("Perplexity and memory by window size", 2, draw_shapes),
+    "latency": ("Time per token by cache size", 1, draw_latency),
     "streameval": ("Right answers by distance", 1, draw_streameval),
 }

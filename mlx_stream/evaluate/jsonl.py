@@ -42,8 +42,8 @@ class JsonLog:
             os.fsync(self.file)
         except OSError as error:
             raise TextError(
-                f"{self.path}: cannot be written: {error.strerror}; what was logged before is "
-                "kept: the same command continues from there"
+                f"{self.path}: cannot be written: {error.strerror}; earlier lines are "
+                "kept: rerun the command to continue"
             ) from error
 
 

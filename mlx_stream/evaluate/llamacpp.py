@@ -25,7 +25,7 @@ def why_not(gguf: Path | None) -> str | None:
     if importlib.util.find_spec(PACKAGE) is None:
         return "llama-cpp-python is not installed"
     if gguf is None:
-        return "it reads GGUF files: give the same model as one with --gguf"
+        return "it needs the model as a GGUF file: pass one with --gguf"
     return None
 
 

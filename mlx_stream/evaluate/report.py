@@ -78,7 +78,7 @@ def read_report(path: Path) -> Report:
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise TextError(f"{path}: not a result that `mlx_stream eval --json` printed") from error
+        raise TextError(f"{path}: not the output of `mlx_stream eval --json`") from error
 
 
 def perplexity(nll: list[float]) -> float:

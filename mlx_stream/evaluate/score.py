@@ -73,6 +73,6 @@ def refuse_infinite(values: Sequence[float]) -> None:
     """Raise WeightsError if any of a model's results is infinite or NaN."""
     if not all(map(math.isfinite, values)):
         raise WeightsError(
-            "the model's output is not a number: its weights are damaged, or overflow in this "
+            "the model's output is not finite: its weights are damaged, or overflow in this "
             "dtype (try --dtype float32)"
         )

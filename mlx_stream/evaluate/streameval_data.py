@@ -25,10 +25,10 @@ from mlx_stream.errors import TextError, ValueRefused
 QUERY_EVERY = 10
 DISTANCES = (1, 5, 10, 20, 40, 80, 160)
 HOW = (
-    "A model reads the opening and the text of each line, in this order. A query is asked where it "
-    "stands: the model reads its text, and its answer or a candidate would follow directly, space "
-    "included. Then the model is taken back to before the query, so that no fact is told twice. "
-    "1 line back is the line before the query."
+    "A model reads the opening and the text of each line, in this order. A query is asked at its "
+    "place in the list: the model reads its text, and the answer or a candidate follows directly, "
+    "space included. The model is then rolled back to before the query, so that it reads no fact "
+    "twice. 1 line back is the line before the query."
 )
 OPENING = "Below is a list of things and the people they belong to.\n"
 
@@ -151,7 +151,7 @@ def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> St
     if lines < first:
         raise ValueRefused(
             f"--lines must be at least {first} for a query {max(distances)} lines back, "
-            f"not {lines}: give more, or smaller --distances"
+            f"not {lines}: use more, or smaller --distances"
         )
     made = [make_line(seed, number) for number in range(1, lines + 1)]
     places = ((n, back) for n in range(first, lines + 1, QUERY_EVERY) for back in distances)

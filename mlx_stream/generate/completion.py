@@ -58,7 +58,7 @@ def stream_steps(
     )
     ids = model.tokenizer.encode(prompt)
     if not ids:
-        raise TextError("the prompt is empty: give at least one character")
+        raise TextError("the prompt is empty: some text is required")
     sampler = Sampler(sampling or Sampling())
     cache = writer.cache
     stats.seed = sampler.sampling.seed or 0
@@ -68,7 +68,7 @@ def stream_steps(
     if len(ids) > capacity:
         report_notice(
             f"the text of {len(ids):,} tokens is longer than sinks and window together "
-            f"({capacity:,} tokens): all of it is read, but only its end stays attended"
+            f"({capacity:,} tokens): all of it is read, but only its end is attended to"
         )
     reply = ReplyDecoder(model.tokenizer.decoder(), stop, remember=False)
     total, ends = cumulative(progress, len(ids)), model.tokenizer.eos_ids

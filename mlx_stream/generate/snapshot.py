@@ -114,7 +114,7 @@ def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HE
         if metadata["checksum"] != checksum(text, arrays):
             raise ValueError("its checksum does not match")
         if not all(mx.isfinite(array).all().item() for array in arrays.values()):
-            raise ValueError("keys or values are not numbers")
+            raise ValueError("keys or values are not finite")
         empty = {name: empty_array(*kind) for name, kind in header["empty"].items()}
         state: State = {**header["numbers"], **arrays, **empty}
         if len(state) < len(header["numbers"]) + len(arrays) + len(empty):

@@ -149,7 +149,7 @@ def writer_factory(
         ValueRefused: two options exclude each other, or the draft model has another vocabulary.
     """
     if draft and speculate is False:
-        raise ValueRefused("`draft` and `speculate=False` exclude each other: use only one of them")
+        raise ValueRefused("`draft` and `speculate=False` cannot be used together")
     if kv_bits is not None and (speculate or draft):
         name = "draft" if draft else "speculate"
         raise ValueRefused(f"`{name}` does not work with `kv_bits`: use only one of them")

@@ -55,9 +55,7 @@ class Stats:
 
 
 def eviction_notice(window: int) -> str:
-    return (
-        f"the window of {window:,} tokens is full: the oldest tokens have begun to leave attention"
-    )
+    return f"the window of {window:,} tokens is full: the oldest tokens are now being evicted"
 
 
 def cumulative(

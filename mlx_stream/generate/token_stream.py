@@ -22,7 +22,7 @@ from mlx_stream.sampling import PenalizedIds, Sampler, as_int
 
 IDS = "ids"  # the key of the token ids in a stream's state
 NOT_A_NUMBER = (
-    "the model's output is not a number: its weights are damaged, or overflow in this dtype (try "
+    "the model's output is not finite: its weights are damaged, or overflow in this dtype (try "
     "`dtype` float32)"
 )
 # After one of these the buffers may hold anything, although they count as evaluated.
@@ -380,7 +380,7 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> None:
     if not 0 <= min(ids) <= max(ids) < vocabulary:
         raise TokenizerError(
             f"token id {max(ids)} is outside the model's vocabulary of {vocabulary}: the tokenizer "
-            "does not belong to this model"
+            "does not match this model"
         )
 
 

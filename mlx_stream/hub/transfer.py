@@ -128,7 +128,7 @@ def receive_bytes(
                 opened.truncate(0)
                 raise SourceError(
                     f"{repository.name}: the Hub sent more of {file.name} than the {file.size:,} "
-                    "bytes it lists; the file was discarded, try again later"
+                    "bytes it lists; the file was discarded; try again later"
                 )
             opened.write(block)
             here(size)

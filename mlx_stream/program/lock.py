@@ -44,7 +44,7 @@ class Lock:
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
                 file = os.open(path, flags, 0o600)
                 if not stat.S_ISREG(os.fstat(file).st_mode):
-                    raise SessionError(f"{path}: not a file; move it away")
+                    raise SessionError(f"{path}: not a file; rename it")
                 os.fchmod(file, 0o600)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Its holder may have removed it, and others may have locked the next one.

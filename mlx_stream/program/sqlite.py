@@ -144,7 +144,7 @@ def explain_error(error: Exception, path: Path) -> str:
     # Text that is not UTF-8 comes without a code.
     undecodable = isinstance(error, sqlite3.OperationalError) and code is None
     if isinstance(error, Damage) or kind in DAMAGES or undecodable:
-        return f"damaged: {text}; put a backup in place of {path}, or use another name"
+        return f"damaged: {text}; restore {path} from a backup, or use another name"
     if kind in ADVICE:
         return ADVICE[kind].format(path=path, error=text)
     if isinstance(error, OSError):

@@ -120,7 +120,7 @@ class Conversion:
         array = array.astype(dtype)
         if not mx.isfinite(mx.stack([array.min(), array.max()])).all().item():
             raise WeightsError(
-                f"weights: {name} has values that are not numbers or do not fit "
+                f"weights: {name} has values that are not finite or do not fit "
                 f"{name_of(dtype)}: try --dtype float32"
             )
         return array

@@ -143,5 +143,5 @@ def refuse_places(source: Path, out: Path) -> None:
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise ValueRefused(
-            f"{out}: is the source, is inside it, or contains it: give another folder"
+            f"{out}: is the source, is inside it, or contains it: use another folder"
         )

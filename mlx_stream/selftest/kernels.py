@@ -117,8 +117,8 @@ def fused_attention(model: Model) -> CheckOutcome:
             refused.append(f"{queries.shape[2]} tokens: {one_line(error, 120)}")
     head_dim = model.config.head_dim
     if refused:
-        return CheckOutcome(False, f"heads of {head_dim} numbers, {'; '.join(refused)}")
-    return CheckOutcome(True, f"heads of {head_dim} numbers, 1 to {PREFILL_CHUNK} tokens at once")
+        return CheckOutcome(False, f"head size {head_dim}, {'; '.join(refused)}")
+    return CheckOutcome(True, f"head size {head_dim}, 1 to {PREFILL_CHUNK} tokens at once")
 
 
 def calls(

@@ -211,9 +211,7 @@ def test_questions_leave_the_stream_as_it_is(start, log, tmp_path):
     before = assistant.until_read(log.stat().st_size)
     answer = told("ask", "What was said?")
     assert answer.returncode == 0 and answer.stdout.strip().isalpha()
-    assert (
-        "answered from what was read since 20" in answer.stderr and "reading" not in answer.stderr
-    )
+    assert "answered from text read since 20" in answer.stderr and "reading" not in answer.stderr
     noted = told("note")
     assert noted.returncode == 0 and noted.stdout.startswith("## 20")
     assert [entry.strip() for entry in entries(diary)] == [noted.stdout.strip()]

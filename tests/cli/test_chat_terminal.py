@@ -220,8 +220,8 @@ def test_notices_help_and_replies_fit_the_terminal(letters, columns):
     lines = [line.rstrip() for line in shown.split("\n") if "attended ·" not in line]
     assert [line for line in lines if len(line) > columns] == []
     words = " ".join(shown.split())
-    assert "Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands" in words
-    assert "show how many tokens are attended to, or change it" in words
+    assert "Ctrl-C ends a reply, Ctrl-D exits, /help lists commands" in words
+    assert "show or change how many tokens are attended to" in words
     assert "sends a question that begins with /." in words
     help = Terminal(*program("chat", "--help")[1:], columns=columns)
     help.end()

@@ -55,7 +55,7 @@ def test_places_are_refused(source, tmp_path):
         (tmp_path / "file", "is a file: give a folder"),
         (tmp_path / "link", "is a link: give a folder"),
         (tmp_path / "file" / "out", "could not be written: "),
-        (theirs, "exists: give another folder, or --force to replace it"),
+        (theirs, "exists: use another folder, or --force to replace it"),
         (source / "out", "is the source, is inside it, or contains it"),
         *((place, "not be replaced", "--force") for place in (theirs, source, source.parent)),
     ):

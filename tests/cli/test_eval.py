@@ -74,7 +74,7 @@ def test_another_file_is_not_drawn(tmp_path: Path, content: str) -> None:
     kept = tmp_path / "kept.json"
     kept.write_text(content, "latin-1")
     line = one_line("eval", "plot", kept, tmp_path / "chart.png")
-    assert line == f"{kept}: not a result that `mlx_stream eval --json` printed"
+    assert line == f"{kept}: not the output of `mlx_stream eval --json`"
     assert list(tmp_path.iterdir()) == [kept]
     assert "cannot be read" in one_line("eval", "plot", tmp_path / "no", tmp_path / "chart.png")
 

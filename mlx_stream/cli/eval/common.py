@@ -25,8 +25,8 @@ Files = Annotated[
 Tokens = Annotated[int, Option(help="Number of tokens to read.")]
 Segment = Annotated[int, Option(help="Tokens per segment.")]
 Chunk = Annotated[int, Option(help="Tokens read per step.")]
-Window = Annotated[int, Option(help="Number of latest tokens to attend to.")]
-Sinks = Annotated[int, Option(help="Number of first tokens that are never evicted.")]
+Window = Annotated[int, Option(help="Number of recent tokens to attend to.")]
+Sinks = Annotated[int, Option(help="Number of initial tokens to never evict.")]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class OutputOptions:
     csv: Annotated[bool, Option("--csv", help="Print the rows as CSV.")] = False
     plot: Annotated[
         Path | None,
-        Option(help="Draw a chart to this .png or .svg file, and a dark version beside it."),
+        Option(help="Write a chart to this .png or .svg file, and a dark version beside it."),
     ] = None
 
     def check(self) -> None:

@@ -42,9 +42,7 @@ def perplexity(
             "Default: dense, window, recompute, stream, mlx-lm.",
         ),
     ] = None,
-    against: Annotated[
-        list[str] | None, Option(help="Peer to add to the caches: mlx-lm or llama.cpp.")
-    ] = None,
+    against: Annotated[list[str] | None, Option(help="Also measure mlx-lm or llama.cpp.")] = None,
     gguf: Annotated[
         Path | None, Option(help="The same model as a .gguf file, for llama.cpp.")
     ] = None,
