@@ -1,4 +1,4 @@
-"""Settings and frequencies of rotary positions; knows no arrays of MLX and no streams.
+"""Settings and frequencies of rotary positions; independent of MLX and streams.
 
 Formulas: RoPE (arXiv 2104.09864); linear, llama3, yarn (arXiv 2309.00071) and longrope (arXiv
 2402.13753) as in transformers' `modeling_rope_utils`.
@@ -12,11 +12,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions, complete: every default of transformers' `modeling_rope_utils` filled in.
+    """Complete rotary settings, with every default of transformers' `modeling_rope_utils`.
 
     `rope_type` is default, linear, llama3, yarn or longrope; fields a type does not use keep their
-    defaults. `attention_factor` (yarn, longrope) multiplies queries and keys alike. Of each head,
-    the first `partial_rotary_factor` is rotated.
+    defaults. `attention_factor` (yarn, longrope) multiplies queries and keys alike. Only the
+    first `partial_rotary_factor` of each head is rotated.
     """
 
     rope_theta: float = 10_000.0
@@ -33,15 +33,16 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Return how many numbers of a head are rotated."""
+        """Return how many elements of a head are rotated."""
         return int(head_dim * self.partial_rotary_factor)
 
 
 def query_factors(config: RopeConfig, head_dim: int) -> np.ndarray | None:
-    """Return the factors on the numbers of a query where only a part of it is rotated.
+    """Return the factors that a query's elements are multiplied by: (head_dim,) float32.
 
-    The factor of yarn or longrope is on the rotated numbers of queries and keys. Here the queries
-    have its square and the keys are stored without it: (head_dim,) float32, None if all are 1.
+    yarn and longrope multiply the rotated elements of queries and keys by a factor. If only some
+    elements are rotated, queries are multiplied by its square instead, and keys are stored without
+    it. Return None if no factors are needed.
     """
     rotary_dim = config.rotary_dim(head_dim)
     if rotary_dim == head_dim or config.attention_factor == 1:
@@ -69,7 +70,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def llama3(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
-    """Slow down the pairs that turn less than `low_freq_factor` times in the original context."""
+    """Slow down pairs that turn fewer than `high_freq_factor` times in the original context."""
     turns = config.original_max_position_embeddings * plain / (2 * math.pi)
     low, high = config.low_freq_factor, config.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -77,7 +78,7 @@ def llama3(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def yarn(config: RopeConfig, plain: np.ndarray, dim: int) -> np.ndarray:
-    """Slow down pairs below `beta_slow` turns by `factor`, and none above `beta_fast` turns."""
+    """Slow down pairs below `beta_slow` turns by `factor`; leave those above `beta_fast` alone."""
 
     def pair_turning(times: float) -> float:
         original = config.original_max_position_embeddings

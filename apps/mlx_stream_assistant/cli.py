@@ -23,7 +23,7 @@ from mlx_stream_assistant.socket_server import request
 
 
 def notify(text: str) -> None:
-    """Print a line for the user that is not the result."""
+    """Print a line for the user that is not part of the result."""
     line = "".join(c if c.isprintable() else " " for c in text)
     with suppress(OSError, ValueError):  # the log is closed, or on a full disk
         print(f"assistant: {line}", file=sys.stderr, flush=True)
@@ -195,7 +195,7 @@ def uninstall(name: Name = "main") -> None:
 
 
 class Progress:
-    """Reports what is read before an answer: at first, and then every ten seconds."""
+    """Reports how much must be read before an answer: at once, then every ten seconds."""
 
     def __init__(self) -> None:
         self._next = 0.0
@@ -213,7 +213,7 @@ def clock(time: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time in words.
+    """Return a duration in words.
 
     >>> duration(5), duration(600), duration(8000)
     ('5 seconds', '10 minutes', '2.2 hours')
@@ -249,7 +249,7 @@ def table(status: dict[str, Any]) -> list[str]:
 
 
 def backlog(status: dict[str, Any]) -> str:
-    """Return how much is to be read, how long that takes, and whether it becomes more."""
+    """Return how much is left to read, how long that will take, and whether it is growing."""
     waiting = status["backlog"] + status["bytes_unread"]
     text = f"{waiting:,} characters to read"
     if speed := status["characters_per_second"]:

@@ -1,9 +1,9 @@
 """A launchd agent or a systemd user unit that runs the assistant; independent of streams.
 
-Both start it when its user logs in, and again after it was killed, also for want of memory, but not
-after it ended by itself: it was stopped, or its user must put something right first. To launchd a
-process that the system killed has not crashed, so it restarts any that does not end with status 0.
-Neither keeps the machine awake.
+Both start it when its user logs in, and restart it if it is killed, for example because memory ran
+out, but not if it exits by itself (it was stopped, or its user has to fix something first). launchd
+does not count a process that the system killed as crashed, so the agent asks for a restart after
+any exit status other than 0. Neither keeps the machine awake.
 """
 
 import os
@@ -24,7 +24,7 @@ Commands = list[list[str]]
 
 
 def install(settings: Settings, log: Path) -> tuple[Path, str]:
-    """Write the file and start the assistant; return where it is, and why it was not started.
+    """Write the file and start the assistant; return its path, and why it did not start, or "".
 
     A launchd agent writes messages to `log`; systemd has its own journal.
     """
@@ -76,7 +76,7 @@ def agent(settings: Settings, log: Path) -> bytes:
             "RunAtLoad": True,
             "KeepAlive": {"SuccessfulExit": False},
             "ThrottleInterval": SECONDS_BETWEEN_STARTS,
-            # The process is light while idle, and quick when it is asked a question.
+            # The process uses few resources while idle, and responds quickly to a question.
             "ProcessType": "Adaptive",
             "LowPriorityIO": True,
             "ExitTimeOut": SECONDS_TO_STOP,
@@ -108,7 +108,7 @@ WantedBy=default.target
 
 
 def quote(text: str, command: bool = False) -> str:
-    """Return a word in the form in which systemd reads it unchanged.
+    """Return a word quoted so that systemd reads it unchanged.
 
     >>> quote('50% of "a b"'), quote("$HOME", command=True)
     ('"50%% of \\\\"a b\\\\""', '"$$HOME"')

@@ -61,7 +61,7 @@ class Desktop(toga.App):
             self.view.main.on_close = self._hide
         self.view.main.show()
 
-    # Toga awaits what its handlers return, and declares them as if it did not.
+    # Toga awaits what its handlers return, but declares them as if it did not.
     async def on_running(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         await self.controller.start()
 
@@ -82,7 +82,7 @@ class Desktop(toga.App):
         window.show()
 
     def _hide(self, *_: object, **__: object) -> bool:
-        """Hide the window and let a reply continue; the icon shows it again."""
+        """Hide the window and let the reply continue; the icon's menu shows the window again."""
         self.view.main.hide()
         return False
 
@@ -109,7 +109,7 @@ def check_display() -> None:
 def main(
     arguments: Sequence[str] | None = None, program: str = "python -m mlx_stream_desktop"
 ) -> None:
-    """Open the window; `program` is its name in help."""
+    """Open the window; `program` is the name that the help shows."""
     parser = argparse.ArgumentParser(prog=program, description="Chat with a model in a window.")
     model = "A folder, a Hub id, a .gguf file, or starter, which is the default."
     window = f"Number of recent tokens to attend to. Default: {DEFAULT_WINDOW:,}."

@@ -1,7 +1,8 @@
 """What the window shows and what its buttons do; independent of the engine and widgets.
 
-Everything here runs on one event loop. What may block (loading a model, disks) is awaited on a
-thread. After any change `changed` is called, and the window reads what it needs.
+Everything here runs on one event loop. Anything that may block (loading a model, disk access) runs
+on a thread and is awaited. After any change, `changed` is called, and the window reads what it
+needs.
 """
 
 import asyncio
@@ -19,9 +20,9 @@ from mlx_stream_desktop.lists import Lists
 from mlx_stream_desktop.model_session import SECONDS_BETWEEN, Gauge, ModelSession
 
 DEFAULT_WINDOW, MAX_TOKENS = 2_048, 512
-# The largest leaves room for the system prompt in the 8,192 tokens of many models.
+# The largest leaves room for the system prompt in the 8,192-token context that many models have.
 WINDOWS = (508, 1_020, DEFAULT_WINDOW, 4_092, 8_000)
-# Seconds for the engine to end a reply and save it.
+# How many seconds the engine has to end a reply and save it.
 SECONDS_TO_KEEP = 2.0
 
 
@@ -29,7 +30,7 @@ class Status:
     """What the controller is doing, and one line about it.
 
     Attributes:
-        phase: "loading", "idle", "reading" a question or "replying"; "failed" without a model.
+        phase: "loading", "idle", "reading" a question, "replying", or "failed" to load a model.
         notice: a line for the user, or an empty string.
         alarming: whether the notice reports a failure.
     """
@@ -65,8 +66,8 @@ class ChatController:
         said: the open conversation, oldest first.
         attended: how many of its last exchanges are attended.
         lists: the conversations and models that can be opened.
-        draft: questions that were not sent; the window shows them again where they were typed, and
-            empties this.
+        draft: questions that were not sent; the window puts them back into its input field and
+            clears this.
     """
 
     def __init__(
@@ -89,11 +90,11 @@ class ChatController:
         self._reply: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the model, and list what is saved."""
+        """Load the model, and list the conversations and models."""
         await asyncio.gather(self.lists.refresh(), self._load(self.model))
 
     async def send(self, text: str) -> None:
-        """Ask, and show the reply as it arrives; return when it has ended.
+        """Ask a question and show the reply as it arrives; return when it has ended.
 
         A question sent while the chat is not idle becomes a draft.
         """
@@ -145,7 +146,7 @@ class ChatController:
             self.status.say(damage, alarming=True)
 
     async def rename(self, text: str) -> None:
-        """Give the open conversation another name."""
+        """Rename the open conversation."""
         before, name = self.name, history.as_name(text)
         if not before or not self.status.idle or name in ("", before):
             return self._changed()
@@ -176,7 +177,7 @@ class ChatController:
         await self.lists.refresh()
 
     async def choose_model(self, model: str) -> None:
-        """Change to another model, which reads the attended turns again."""
+        """Switch to another model, which reads the attended turns again."""
         if self.status.can_choose and (model != self.model or not self._session.engine):
             await self._load(model)
 
@@ -251,7 +252,7 @@ class ChatController:
         self._changed()
 
     def _settle(self, read: bool) -> None:
-        """Show the last exchange as the conversation has it; an unread question is a draft."""
+        """Show the last exchange as it was stored; an unread question becomes a draft."""
         last, kept = self.said[-1], self._session.last
         if not read:
             self._give_back(last.question)
@@ -266,7 +267,7 @@ class ChatController:
         self.draft = f"{self.draft} {question}".strip()
 
     def _count(self) -> None:
-        """Read the gauge and the conversation's notice."""
+        """Update the gauge, the number of attended exchanges and the notice."""
         # The exchange in progress is attended, but is not among the completed ones.
         streams = bool(self._session.chat) and self.status.can_stop
         self.attended = min(len(self.said), len(self._session.exchanges) + streams)
@@ -277,7 +278,7 @@ class ChatController:
     # --- conversations, models and lists ---
 
     async def _join(self) -> bool:
-        """Open the conversation on the engine; return whether it is open."""
+        """Open the conversation on the engine; return whether that succeeded."""
         self.status.phase = "loading"
         self.status.say(f"opening {self.name}")
         try:
@@ -293,7 +294,7 @@ class ChatController:
         return self._session.chat is not None
 
     async def _load(self, model: str) -> None:
-        """Load a model in place of the present one, and open the conversation on it."""
+        """Replace the current model with another, and open the conversation on it."""
         self.model, self.status.phase = model, "loading"
         self.status.say(f"loading {model}")
         await self._close_chat()
@@ -324,5 +325,5 @@ class ChatController:
 
 
 def opening_system(model: str, said: Sequence[Message]) -> str | None:
-    """Return the system prompt to open a conversation with; None is its own."""
+    """Return the system prompt for opening a conversation; None keeps the conversation's own."""
     return STARTER_SYSTEM if model == STARTER and not said[:-1] else None

@@ -1,4 +1,4 @@
-"""The turns of a message history, and the newest that fit a window; reads nothing into a stream."""
+"""The turns of a message history, and the newest that fit in a window; independent of streams."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +13,8 @@ def exchanges_of(history: Sequence[Message]) -> dict[int, Exchange]:
     """Return the exchanges of a history by number; their ids are not known yet.
 
     Raises:
-        ValueRefused: it does not end with a reply, a reply answers nothing, or the results of
-            tools do not belong to the calls before them.
+        ValueRefused: the history does not end with a reply, a reply answers nothing, or tool
+            results do not match the calls before them.
     """
     found: dict[int, Exchange] = {}
     asked, calls = list[Message](), ()
@@ -39,12 +39,12 @@ def exchanges_of(history: Sequence[Message]) -> dict[int, Exchange]:
 def newest_turns(
     prompts: PromptBuilder, exchanges: Mapping[int, Exchange], window: int
 ) -> tuple[PlacedTurn, ...]:
-    """Return the newest turns that fit a window, each whole and one at least, at their places.
+    """Return the newest whole turns that fit in a window (at least one), with positions.
 
     A chain of tool calls stays whole, unless there is nothing else.
 
     Raises:
-        TemplateError: the template refuses a turn that fits.
+        TemplateError: the template rejects a turn that fits.
     """
     newest = len(exchanges) + 1
     for number in reversed([*exchanges]):

@@ -1,7 +1,7 @@
 """The command line: one short file per verb; holds no arithmetic.
 
 A verb's file is imported only when that verb is used, so no verb waits for the others' options.
-Programs that are installed with the package are verbs, too; they are found by entry points.
+Programs that are installed with the package are verbs, too; they are found through entry points.
 """
 
 from importlib import import_module
@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class HelpFormatter(typer.Context.formatter_class):
-    """Writes help that fits narrow terminals, too: options stand above what they do."""
+    """Writes help that also fits narrow terminals, with options above their descriptions."""
 
     def __init__(self, *_: Any, **__: Any):
         super().__init__(width=max(20, min(80, get_terminal_size().columns) - 2))
@@ -68,7 +68,7 @@ class HelpContext(typer.Context):
 
 
 class Verbs(TyperGroup):
-    """The group of all verbs, each imported when it is to be run."""
+    """The group of all verbs, each imported only when it is needed."""
 
     context_class = HelpContext
 
@@ -103,7 +103,7 @@ def command(name: str) -> Any:
 
 
 def with_help(command: Any) -> Any:
-    """Let a command and its subcommands format their help in the same way."""
+    """Make a command and its subcommands use `HelpContext`."""
     command.context_class = HelpContext
     for part in getattr(command, "commands", {}).values():
         with_help(part)
@@ -111,7 +111,7 @@ def with_help(command: Any) -> Any:
 
 
 def installed_programs() -> "dict[str, EntryPoint]":
-    """Return the programs that are installed with the package, by the names of their verbs."""
+    """Return the programs that are installed with the package, keyed by verb name."""
     from importlib.metadata import entry_points
 
     found = sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name)
@@ -173,6 +173,6 @@ def main() -> None:
     """Run the command line."""
     try:
         app()
-    except KeyboardInterrupt:  # it came before the verb began
+    except KeyboardInterrupt:  # it came before the verb started
         notify("interrupted")
         raise SystemExit(130) from None

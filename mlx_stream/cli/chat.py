@@ -22,9 +22,9 @@ from mlx_stream.program.terminal import terminal_size
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
 
-# What a conversation on a terminal needs and takes long to import.
+# Modules that a conversation on a terminal needs and that are slow to import.
 SLOW_MODULES = "prompt_toolkit", "rich.progress", "mlx_stream.cli.markdown_printer"
-# Lines of a pipe, each of which is answered, before a notice says so.
+# How many lines of a pipe are answered before a notice says that each is a turn.
 LINES_WITHOUT_NOTICE = 20
 EXCHANGES_SHOWN_AGAIN = 2
 
@@ -105,7 +105,7 @@ def chat(
         from mlx_stream.cli.first_model import choose_model
 
         model = choose_model(ask_line)
-    # On a terminal a question typed ahead is kept, and Ctrl-C ends only the reply.
+    # On a terminal, a question typed ahead is kept, and Ctrl-C ends only the reply.
     signals = ENDING if interactive else (*ENDING, signal.SIGINT)
     with (
         keys_wait() if interactive else nullcontext(),
@@ -134,7 +134,7 @@ def chat(
         screen = Screen(check_ended, thinking.hide_thinking, plain)
         if interactive:
             notify(f"loading {source}")
-            # Imported while the weights are read: MLX does that without Python's lock.
+            # Imported while the weights are read, which MLX does without holding the GIL.
             Thread(target=lambda: [import_module(name) for name in SLOW_MODULES]).start()
         loaded = loading.load(source)
         chosen = resume.SessionOptions(
@@ -169,7 +169,7 @@ def chat(
 
 
 def question_of(prompt: str) -> str:
-    """Return the question of `-p` with the files it names and with standard input."""
+    """Return the question given with `-p`, plus the files it names and standard input."""
     from mlx_stream.cli.attach import attach_files
     from mlx_stream.cli.stdin import read_stdin
 
@@ -185,7 +185,7 @@ def ask(chat: "ChatSession", screen: Screen, question: str, stoppable: bool = Fa
 
 
 def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> None:
-    """Ask for lines on the terminal until Ctrl-D."""
+    """Prompt for lines on the terminal until Ctrl-D."""
     from mlx_stream.chat import session_files
     from mlx_stream.chat.saving import saved_as
     from mlx_stream.cli import commands
@@ -250,7 +250,7 @@ def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: boo
 
 
 def show_end(chat: "ChatSession", screen: Screen) -> None:
-    """Show the end of a conversation that is continued."""
+    """Show the end of a conversation that is being continued."""
     from mlx_stream.cli.prompt import PROMPT
 
     for exchange in chat.exchanges[-EXCHANGES_SHOWN_AGAIN:]:
@@ -259,7 +259,7 @@ def show_end(chat: "ChatSession", screen: Screen) -> None:
 
 
 def run_batch(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> None:
-    """Read each line of standard input that is not blank as a turn."""
+    """Treat each line of standard input that is not blank as a turn."""
     from mlx_stream.cli.report import print_stats
 
     for number, line in enumerate(lines_of_stdin(), 1):

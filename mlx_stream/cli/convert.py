@@ -1,4 +1,4 @@
-"""`mlx_stream convert`: write a model in another size or type, as a folder in mlx-lm's layout."""
+"""`mlx_stream convert`: write a model, quantized or in another type, in mlx-lm's folder layout."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,7 +111,7 @@ def convert(
 def choose(
     bits: int | None, group_size: int | None, mode: str | None, name: str | None
 ) -> "Recipe | None":
-    """Return the recipe that these options ask for; none if none of them is given."""
+    """Return the recipe that these options ask for, or None if none of them is given."""
     from mlx_stream.quantize import recipes
 
     if name is not None:

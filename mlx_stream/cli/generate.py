@@ -120,7 +120,7 @@ def complete_file(
 
 
 def check_streams(model: "Model", given: dict[str, Any], streams: int) -> None:
-    """Refuse more streams than fit the memory together, before any is allocated."""
+    """Reject more streams than fit in memory together, before any is allocated."""
     from mlx_stream.cache.steps.verify import spare_rows
     from mlx_stream.models.layout import ring_bytes
     from mlx_stream.models.window import MOST_STREAMS

@@ -1,4 +1,4 @@
-"""Completes the prompts of a file, several at a time; a run that was cut continues."""
+"""Completes the prompts of a file, several at a time; an interrupted run can be resumed."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ from mlx_stream.text.pieces import Piece
 
 
 def read_prompts(path: Path) -> dict[int, str]:
-    """Return the prompts of a JSON Lines file by line: strings, or objects with a "prompt".
+    """Return a JSON Lines file's prompts by line number: strings, or objects with a "prompt".
 
     Raises:
-        ValueRefused: a line is neither, or there is none.
+        ValueRefused: a line is neither, or the file contains no prompts.
     """
     prompts: dict[int, str] = {}
     for number, line in enumerate(read_text(str(path)).split("\n"), 1):
@@ -52,12 +52,13 @@ def generate_file(
 ) -> None:
     """Write the reply to each prompt of `path` as a line of `out`, in the same order.
 
-    Each reply is logged as it ends, in a file with `.part` appended to the name, and the same
-    command continues from there. A prompt that cannot be completed has an error in its line.
+    Each finished reply is logged to a file with `.part` appended to the name of `out`, and running
+    the same command again continues from there. If a prompt cannot be completed, its line in `out`
+    holds an error instead.
 
     Args:
         streams: how many prompts are completed at a time.
-        settings: what the replies depend on; a log of other settings is refused.
+        settings: what the replies depend on; a log with different settings is refused.
         begin: returns the coroutine that completes a prompt.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`mlx_stream ls`: the models that open without the network, with sizes and dates."""
+"""`mlx_stream ls`: the models that can be opened offline, with sizes and dates."""
 
 from datetime import datetime
 

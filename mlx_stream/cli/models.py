@@ -1,4 +1,4 @@
-"""`mlx_stream models`: models worth pulling, with what fits a device; touches no network."""
+"""`mlx_stream models`: list models worth pulling that fit a device; touches no network."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 

@@ -173,7 +173,7 @@ class LoadOptions:
     force: Force = False
 
     def load(self, model: str | None) -> "Model":
-        """Load a model; None is the default one."""
+        """Load a model; None means the default model."""
         from mlx_stream.load import load
 
         model = default_model() if model is None else model
@@ -182,7 +182,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class MeasuredLoadOptions:
-    """How a model is loaded to be measured: in float32 and dequantized, unless asked otherwise."""
+    """How a model is loaded for measurements: in float32 and dequantized by default."""
 
     dtype: Annotated[str, Option(help="Compute in float32, float16 or bfloat16.")] = "float32"
     keep_quantized: KeepQuantized = False
@@ -201,9 +201,9 @@ def default_model() -> str:
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function: it may take groups of options, and it exits cleanly.
+    """Turn a function into a command, which may take groups of options and exits cleanly.
 
-    With `sampling: SamplingOptions` the command line has --temp, --top-k and so on, and the
+    With `sampling: SamplingOptions`, the command line has --temp, --top-k and so on, and the
     function gets one SamplingOptions. Its arguments must be keyword-only.
     """
     groups: dict[str, Any] = {}

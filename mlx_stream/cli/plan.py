@@ -72,7 +72,7 @@ def plan(
     summary = summarize_model(model, notify)
     asked = PlanRequest(dtype, keep_quantized, sinks, window, bits, group_size, kv_bits, streams)
     chosen = make_plan(summary, place, asked, notify)
-    with suppress(MlxStreamError):  # a model may be planned for that cannot chat
+    with suppress(MlxStreamError):  # a model that cannot chat can still be planned for
         path = local_model(model)
         prompts = read_prompts(path, None) if path else None
         if prompts and len(prompts.pinned) >= LONG_HEAD:

@@ -1,4 +1,4 @@
-"""Formats results and statistics, for people and for programs; computes none."""
+"""Formats results and statistics for people and for programs; computes nothing."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlx_stream.generate.stats import Stats
 
 LONGEST_QUOTE = 60
-NARROWEST_TEXT = 24  # of a last column, whose words wrap; below that it gets lines of its own
+NARROWEST_TEXT = 24  # of a last column, whose words wrap; if narrower, it gets lines of its own
 Columns = Sequence[tuple[str, str, str]]  # the key in the rows, the heading, the format
 
 
@@ -71,7 +71,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_aligned(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of as many cells, each on one line, or on several to fit a terminal's width."""
+    """Print rows of equal length, each on one line, or on several to fit a terminal's width."""
     width = terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize
     for row in aligned_lines(rows, width):
         print(row)
@@ -116,5 +116,5 @@ def shorten_line(text: str) -> str:
 
 
 def local_time(time: str) -> str:
-    """Return a time in ISO 8601 as the clock of this machine shows it, to the minute."""
+    """Convert an ISO 8601 time to this machine's local time, to the minute."""
     return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M")

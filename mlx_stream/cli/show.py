@@ -1,4 +1,4 @@
-"""`mlx_stream show`: one model: its kind and size, its window, and what its chat template does."""
+"""`mlx_stream show`: a model's kind and size, its window, and what its chat template supports."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,7 +120,7 @@ def described_tools(prompts: "PromptBuilder") -> str:
 
 
 def read_prompts(path: "Path", system: str | None) -> "PromptBuilder | None":
-    """Return what encodes conversations with a model on this machine; None without a template.
+    """Return the builder that encodes conversations with a model; None if it has no template.
 
     Raises:
         MlxStreamError: its tokenizer or template cannot be used.

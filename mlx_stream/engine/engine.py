@@ -1,4 +1,4 @@
-"""The handle of the one thread that computes, for use on any other thread."""
+"""The handle to the one thread that computes, for use from any other thread."""
 
 import weakref
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ class Engine:
         source, dtype, keep_quantized: see `mlx_stream.load`.
         memory_budget: bytes for the weights and the streams of all sessions. Default: what the
             device recommends.
-        queue_size: commands that may be waiting or in progress, replies included.
+        queue_size: how many commands may be waiting or in progress, including replies.
 
     Raises:
-        ValueRefused: a number out of range.
+        ValueRefused: a number is out of range.
         EngineOpen: another engine is open in this process.
     """
 
@@ -80,7 +80,7 @@ class Engine:
 
     @property
     def notices(self) -> list[str]:
-        """What was fetched or converted to load the model, one line each: a copy."""
+        """A line for each thing that was fetched or converted to load the model (a copy)."""
         return [*self._host.notices]
 
     @property
@@ -136,7 +136,7 @@ class Engine:
                 differ where two tokens tie. Default: yes, unless `sampling` has a seed.
 
         Raises:
-            ValueRefused: `max_tokens` below 1.
+            ValueRefused: `max_tokens` is below 1.
             QueueFull: too many commands are waiting.
             EngineClosed: the engine is closed.
         """
@@ -172,19 +172,19 @@ class Engine:
         on_evict: OnEvict | None = None,
         restore: str | Path | None = None,
     ) -> Listener:
-        """Begin to listen; returns at once. Most wrong options raise on the first use.
+        """Start listening; returns at once. Most invalid options raise only on first use.
 
         Args:
             system, window, sinks, kv_bits: see `ChatSession`.
             sampling, max_tokens: settings for answers; see `ChatSession`.
-            backlog: the most characters that may wait to be read.
+            backlog: the maximum number of characters that may be waiting to be read.
             on_evict: called with 0 and the number of tokens evicted, on the thread that next feeds,
                 asks, flushes or saves.
-            restore: continue the snapshot that `Listener.save` wrote to this path, if there is one.
-                If it cannot be used, the listener starts empty and a notice has the reason.
+            restore: continue from the snapshot that `Listener.save` wrote to this path, if any. If
+                it cannot be used, the listener starts empty and a notice gives the reason.
 
         Raises:
-            ValueRefused: `backlog` or `max_tokens` below 1.
+            ValueRefused: `backlog` or `max_tokens` is below 1.
             QueueFull: too many commands are waiting.
             EngineClosed: the engine is closed.
         """
@@ -194,13 +194,13 @@ class Engine:
         return Listener(self._worker, self._host, options, backlog, on_evict, self)
 
     def close(self, timeout: float = SECONDS_TO_CLOSE) -> bool:
-        """End replies, save named sessions and release everything, as leaving the process does.
+        """End replies, save named sessions and release everything, as happens at process exit.
 
         Args:
-            timeout: seconds to wait until this is done. If it takes longer, it continues.
+            timeout: seconds to wait for this to finish. If it takes longer, it continues anyway.
 
         Returns:
-            Whether it is done.
+            Whether it has finished.
         """
         self._worker.end()
         return self._worker.join(timeout)

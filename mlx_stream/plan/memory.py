@@ -1,4 +1,4 @@
-"""Bytes of weights, ring and workspace, from the shapes in a config; opens and allocates nothing.
+"""Sizes of weights, ring and workspace, from the shapes in a config; opens and allocates nothing.
 
 Weights and ring are exact. The workspace is the peak of one prefill chunk: the arrays that
 `models/layers.py` and `cache/steps` hold at once, term by term. It agrees with measurements on the
@@ -28,7 +28,7 @@ def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> Qua
     """Return the quantization of matrices at `bits`; those not divisible into groups stay floats.
 
     Raises:
-        ValueRefused: MLX does not have these bits or this group size.
+        ValueRefused: MLX does not support this number of bits or this group size.
     """
     if bits not in BITS:
         raise ValueRefused(
@@ -48,10 +48,10 @@ def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> Qua
 def loading_bytes(
     layout: Layout, on_disk: QuantizationOf, in_memory: QuantizationOf, itemsize: int, file: int
 ) -> int:
-    """Return the peak while loading: the finished modules, and the parts of one module.
+    """Return the peak size while loading: the finished modules, and the parts of one module.
 
     The parts are read, converted if their format differs, and joined. `on_disk` is the files'
-    quantization, and `file` the bytes of a float there.
+    quantization, and `file` is the size in bytes of a float in them.
     """
     made = peak = 0
     for module in layout.modules:
@@ -68,7 +68,7 @@ def loading_bytes(
 
 
 def is_fused(config: ModelConfig, metal: bool) -> bool:
-    """Return whether a chunk's attention runs without its scores in memory."""
+    """Return whether a chunk's attention runs without holding its scores in memory."""
     return metal and config.head_dim in FUSED_HEAD_DIMS
 
 
@@ -89,10 +89,10 @@ def workspace_bytes(
     fused: bool = False,
     kv_bits: int | None = None,
 ) -> int:
-    """Return the most a chat holds beyond weights and ring: one chunk, when the ring is full.
+    """Return the most memory a chat needs beyond weights and ring: one chunk with a full ring.
 
-    A step of one token holds less than a hundredth of it. Turning the ring back, once in 10,000
-    tokens, holds one layer's keys twice, which is less too.
+    A one-token step needs less than a hundredth of this. Rotating the ring back, once every 10,000
+    tokens, holds two copies of one layer's keys, which is also less.
     """
     filling = pad_length(min(PREFILL_CHUNK, sinks + window))
     needed = chunk_bytes(config, filling, itemsize)
@@ -106,19 +106,20 @@ def workspace_bytes(
 
 
 def unpacking_bytes(config: ModelConfig, window: int, itemsize: int, fused: bool) -> int:
-    """Return the bytes of one layer's quantized ring as floats: keys and values.
+    """Return the size in bytes of one layer's quantized ring, keys and values, as floats.
 
-    Metal unpacks in one kernel; the CPU backend in steps, with 15 bytes per number measured.
+    Metal unpacks it in one kernel. The CPU backend does so in steps, which were measured to take
+    15 bytes per number.
     """
     numbers = config.num_key_value_heads * config.head_dim * window
     return numbers * (2 * itemsize if fused else 15)
 
 
 def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
-    """Return the bytes of a chunk of T rows without its attention, at the last layer.
+    """Return the size in bytes of a chunk of T rows at the last layer, without its attention.
 
-    Each layer's new queries, keys and values, unrotated and rotated, wait until the ring is
-    written. In addition there are gate, up and their product, and the norms' float32.
+    Each layer's new queries, keys and values, unrotated and rotated, are held until the ring is
+    written. In addition, there are gate, up and their product, and the norms' float32 arrays.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     waiting = config.num_hidden_layers * config.head_dim * (2 * heads + 3 * kv_heads) * itemsize

@@ -1,4 +1,4 @@
-"""Which models of the list fit a device, and with what window; touches no network."""
+"""Finds the listed models that fit a device, and with what window; touches no network."""
 
 from dataclasses import dataclass, replace
 
@@ -15,11 +15,11 @@ SUGGESTED_SHARE, SUGGESTED_WINDOW = 0.75, 8_188
 
 @dataclass(frozen=True)
 class Offer:
-    """A model of the list as it would be fetched, with the largest window that fits a device.
+    """A listed model as it would be fetched, with the largest window that fits a device.
 
     Attributes:
-        stored: bytes of its weights on the Hub.
-        plan: with the smallest window if none fits.
+        stored: the size in bytes of its weights on the Hub.
+        plan: its plan with that window, or with the smallest window if none fits.
     """
 
     model: ListedModel
@@ -32,7 +32,7 @@ class Offer:
 
 
 def make_offers(device: Device) -> list[Offer]:
-    """Plan each model of the list on a device, unconverted and with a window of 2,048 or more."""
+    """Plan each listed model for a device, unconverted and with a window of at least 2,048."""
     return [make_offer(model, device, THINKING_WINDOWS) for model in listed_models()]
 
 

@@ -98,7 +98,7 @@ def test_control_c_ends_a_reply_which_is_saved_and_the_next_evening_goes_on(lett
         chat.type(CTRL_C)
         assert "mlx_stream: stopped" in chat.next()
     chat.type("not this", CTRL_C)
-    assert "(Ctrl-D leaves)" in chat.next()
+    assert "(Ctrl-D exits)" in chat.next()
     chat.leave()
     said = replies("cut")
     assert [finish for *_, finish in said] == ["interrupted", "interrupted"]
@@ -222,7 +222,7 @@ def test_notices_help_and_replies_fit_the_terminal(letters, columns):
     words = " ".join(shown.split())
     assert "Ctrl-C ends a reply, Ctrl-D exits, /help lists commands" in words
     assert "show or change how many tokens are attended to" in words
-    assert "sends a question that begins with /." in words
+    assert "start with // to ask a" in words
     help = Terminal(*program("chat", "--help")[1:], columns=columns)
     help.end()
     lines = [line.rstrip() for line in help.shown.split("\n")]

@@ -234,7 +234,7 @@ def test_export_writes_the_conversation(chat, tmp_path, monkeypatch, line, file)
     assert all(exchange.reply in text for exchange in chat.exchanges)
     assert everything(chat) == before
     again = say(line, chat).text
-    assert "give another" in again and path.read_text("utf-8") == text
+    assert "use another" in again and path.read_text("utf-8") == text
 
 
 def test_an_empty_conversation_has_nothing_to_edit_or_retry(model):

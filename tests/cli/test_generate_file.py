@@ -99,7 +99,7 @@ def test_a_prompt_that_cannot_be_completed_has_an_error_in_its_line(letters, tmp
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     prompts.write_text('"Hello"\n\n"\\ud800"\n"And?"\n')
     found = run(*options(letters, prompts, out, "--max-tokens", 5))
-    assert found.code == 1 and "1 of 3 prompts cannot be completed" in found.err
+    assert found.code == 1 and "1 of 3 prompts failed" in found.err
     assert [row["line"] for row in replies(out)] == [1, 3, 4]
     assert ["error" in row for row in replies(out)] == [False, True, False]
 
@@ -108,7 +108,7 @@ def test_a_prompt_that_cannot_be_completed_has_an_error_in_its_line(letters, tmp
     ("text", "match"),
     [
         ("", "is empty"),
-        ("\n\n", "there are no prompts"),
+        ("\n\n", "contains no prompts"),
         ('"a"\n{"text": "b"}\n', "line 2: not a JSON string"),
         ('"a"\nb\n', "line 2"),
         ('""\n', "line 1"),

@@ -142,7 +142,7 @@ OTHERS: list[tuple[str, bytes, str]] = [
     ("score MODEL -", b"", "standard input: is empty: some text is required"),
     ("score MODEL -", b"a", "the text has 1 token: at least two are needed to predict one"),
     ("score MODEL -", b"good " * 1000 + b"\xe2\x82", "is not UTF-8 (byte 5000 is 0xe2): convert"),
-    ("generate MODEL -p -", b"\xef\xbb\xbf", "standard input: is empty: give a text"),
+    ("generate MODEL -p -", b"\xef\xbb\xbf", "standard input: is empty: some text is required"),
     ("generate MODEL -p -", b"the\n\xff", "standard input: is not UTF-8 (byte 4 is 0xff)"),
     ("generate MODEL -p ''", b"", "the prompt is empty: some text is required"),
     ("generate MODEL -p abc\udcff", b"", "character 3 is half of a surrogate pair"),

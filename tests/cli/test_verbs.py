@@ -77,7 +77,7 @@ def test_stats_go_to_standard_error(letters: Path) -> None:
     assert result.out == quiet.out
     # Of what is attended the user is told once, with and without.
     assert quiet.err.startswith(
-        "mlx_stream: the window of 24 tokens is full: the oldest tokens have"
+        "mlx_stream: the window of 24 tokens is full: the oldest tokens are"
     )
     assert quiet.err.count("\n") == 1 == result.err.count(quiet.err)
     line = (

@@ -213,7 +213,7 @@ def test_a_check_that_mlx_refuses_fails(model, monkeypatch):
 
     monkeypatch.setattr(mx, "quantized_matmul", refuse)
     [found] = [one for one in selftest.run(model) if one.holds is False]
-    assert found.found == "MLX refused: [metal] no kernel of that name"
+    assert found.found == "MLX error: [metal] no kernel of that name"
     assert "--dequantize" in found.advice
 
 

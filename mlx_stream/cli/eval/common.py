@@ -1,4 +1,4 @@
-"""What all experiments share: options, texts, and the ways of showing a result."""
+"""Shared by all experiments: options, texts, and ways of showing a result."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ class OutputOptions:
     ] = None
 
     def check(self) -> None:
-        """Refuse, before anything is measured, options with which the result could not be shown."""
+        """Reject options with which a result could not be shown, before anything is measured."""
         if self.json and self.csv:
             fail("--json and --csv both write to standard output: choose one")
         if self.plot is not None:
@@ -59,7 +59,7 @@ class OutputOptions:
         """Print a report as a table, JSON or CSV, and draw it.
 
         Args:
-            table: the rows of the table, if the report has too many rows to read.
+            table: the rows to print as a table, if the report has too many to read.
             cut: the error that ended it early, from `collecting_rows`; raised at the end.
         """
         if cut:
@@ -86,7 +86,7 @@ def draw(report: "Report", file: Path) -> None:
 
 
 def parse_cache(text: str, allowed: Sequence[str]) -> tuple[str, dict[str, int]]:
-    """Read `NAME[,SETTING=NUMBER...]`, such as `recompute,stride=8,tokens=4096`."""
+    """Parse `NAME[,SETTING=NUMBER...]`, such as `recompute,stride=8,tokens=4096`."""
     name, *pairs = text.split(",")
     settings: dict[str, int] = {}
     for pair in pairs:

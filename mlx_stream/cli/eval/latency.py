@@ -1,4 +1,4 @@
-"""`mlx_stream eval latency`: time per token against cache size, the paper's figure 10."""
+"""`mlx_stream eval latency`: time per token by cache size, the paper's figure 10."""
 
 from typing import Annotated
 
