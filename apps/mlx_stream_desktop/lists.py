@@ -10,15 +10,15 @@ from mlx_stream_desktop import history
 
 
 class Lists:
-    """What the window lists, read from disk when `refresh` or `search` is awaited.
+    """The lists shown in the window, read from disk when `refresh` or `search` is awaited.
 
     Args:
         aside: runs a function on another thread.
         alarm: shows why something could not be read.
-        changed: called after something was read.
+        changed: called after something has been read.
 
     Attributes:
-        conversations: the saved ones, or those with the words searched for.
+        conversations: the saved conversations, or only those that contain the words searched for.
         models: the starter and the cached models.
     """
 
@@ -48,7 +48,7 @@ class Lists:
             self._alarm(error)
 
     async def search(self, words: str) -> None:
-        """List only the conversations that contain one of these words; all if there are none."""
+        """List only the conversations that contain one of these words; all if none are given."""
         try:
             text = words.strip()
             self._found = await self._aside(history.names_with, text) if text else None

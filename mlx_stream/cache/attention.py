@@ -26,11 +26,11 @@ class AttentionShape:
         return len(self.ropes)
 
     def scale(self, layer: int) -> float:
-        """Return the factor on a layer's scores, including that of its rotation."""
+        """Return the factor applied to a layer's scores, including that of its rotation."""
         return self.head_dim**-0.5 * self.ropes[layer].score_factor
 
     def rotate_layers(self, x: mx.array, position: mx.array) -> mx.array:
-        """Rotate (L, heads, T, D), a layer at each index, so that row r is at position + r."""
+        """Rotate (L, heads, T, D), one layer per index, so that row r is at position + r."""
         kinds = list(dict.fromkeys(self.ropes))
         turned = kinds[0].rotate(x, position)
         for rope in kinds[1:]:

@@ -1,4 +1,4 @@
-"""The one rotation of queries and keys by position; independent of caches and models.
+"""The only place that rotates queries and keys by position; independent of caches and models.
 
 The frequencies never change, so a stored key can be rotated back later.
 """
@@ -13,15 +13,15 @@ from mlx_stream.rope import RopeConfig, inverse_frequencies
 
 
 class Rope:
-    """Rotate the first numbers of queries and keys by their position on a clock.
+    """Rotate the first dimensions of queries and keys by their position on a clock.
 
     Attributes:
-        rotary_dim: how many numbers of a head are rotated, even; 0 rotates nothing.
-        frequencies: (rotary_dim / 2,) float64, the radians per position of each pair.
+        rotary_dim: how many dimensions of a head are rotated, an even number; 0 rotates nothing.
+        frequencies: (rotary_dim / 2,) float64, the radians per position for each pair.
         periods: their reciprocals in float32.
-        score_factor: the factor of yarn or longrope on queries and on keys, for the scale of the
+        score_factor: the yarn or longrope factor for queries and keys, applied to the scale of the
             scores, so that rotating a key again does not apply it twice. It is 1 if only a part of
-            a head is rotated: then the model multiplies its queries by `query_factors`.
+            a head is rotated; the model then multiplies its queries by `query_factors`.
     """
 
     def __init__(self, config: RopeConfig, head_dim: int):
@@ -30,8 +30,8 @@ class Rope:
         whole = self.rotary_dim == head_dim
         self.score_factor = config.attention_factor**2 if whole else 1.0
         self.periods = mx.array((1.0 / self.frequencies).astype(np.float32))
-        # Evaluated here for `token_rotation`, or every traced step would compute them again. The
-        # reciprocal is the one of `mx.fast.rope`, so both have the same angles.
+        # Evaluated here for `token_rotation`; otherwise every traced step would recompute them. The
+        # reciprocal is that of `mx.fast.rope`, so both use the same angles.
         rates, ones = mx.reciprocal(self.periods), mx.ones_like(self.periods)
         still = mx.zeros(head_dim - self.rotary_dim)
         self._rates = mx.concatenate([rates, rates, still])
@@ -44,9 +44,9 @@ class Rope:
     def rotate(self, x: mx.array, position: mx.array) -> mx.array:
         """Rotate (B, heads, T, D) so that row r of T is at position + r.
 
-        `position` is int32 with one element and never negative: Metal computes position + row as
-        unsigned. Metal also reads one position for each B, past the end of a one-element array, so
-        B is folded into the heads.
+        `position` is int32 with one element and never negative: Metal computes position + row as an
+        unsigned integer. Metal also reads one position for each B, past the end of a one-element
+        array, so B is folded into the heads.
         """
         return self._apply(x.reshape(1, -1, *x.shape[2:]), position, 1.0).reshape(x.shape)
 
@@ -57,7 +57,7 @@ class Rope:
         return self._apply(rows, place, -1.0 if backwards else 1.0).reshape(x.shape)
 
     def token_rotation(self, positions: mx.array, heads: int) -> "Callable[[mx.array], mx.array]":
-        """Return the rotation of the heads of one token of each B to its position, (B,) int32."""
+        """Return the rotation of one token's heads for each B to its position, (B,) int32."""
         if not self.rotary_dim:
             return unchanged
         angles = positions.astype(mx.float32).reshape(-1, 1, 1, 1) * self._rates
@@ -80,10 +80,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class TokenRotation:
-    """The rotation of one token of each B, computed once and used in every layer.
+    """The rotation of one token for each B, computed once and used in every layer.
 
-    `mx.fast.rope` computes its angles at each call. On the CPU backend it takes 14 of the 50
-    operations of a layer; this takes 2. On Metal it is one small kernel where this is two, but it
+    `mx.fast.rope` computes its angles on each call. On the CPU backend it takes 14 of the 50
+    operations of a layer; this takes 2. On Metal it is one small kernel and this is two, but it
     uses the fast sine and cosine, whose error grows with the angle.
 
     Attributes:
@@ -96,12 +96,12 @@ class TokenRotation:
     partners: mx.array
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Rotate (B, heads, 1, D), in float32 and rounded once, as on Metal."""
+        """Rotate (B, heads, 1, D) in float32, rounding once, as on Metal."""
         others = mx.take_along_axis(x, self.partners, axis=-1)
         turned = x.astype(mx.float32) * self.cos + others.astype(mx.float32) * self.sin
         return turned.astype(x.dtype)
 
 
 def unchanged(x: mx.array) -> mx.array:
-    """Rotate nothing."""
+    """Return `x` without rotating it."""
     return x

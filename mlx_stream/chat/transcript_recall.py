@@ -1,4 +1,4 @@
-"""Finds exchanges of a saved conversation that have left the window: transcript, index, ranking.
+"""Finds exchanges of a saved conversation that have left the window, using a full-text index.
 
 The transcript is authoritative. The index covers the exchanges that have left the window, up to
 a given turn, and holds the sum of their turns' checksums; if the sum does not match the
@@ -30,7 +30,7 @@ AT_A_TIME = 1_000
 class TranscriptRecall:
     """Finds exchanges of one transcript; see `RecallStore`. Before `attach` it finds none.
 
-    No failure of the index ends a reply: the index is made again, or else a notice says that
+    A failure of the index never ends a reply: the index is rebuilt, or else a notice says that
     recall is off.
     """
 
@@ -41,7 +41,7 @@ class TranscriptRecall:
         self._end = 1  # the first turn still in the window
 
     def attach(self, store: Store, end: int) -> None:
-        """Open the index of a transcript, whose turns before number `end` have left."""
+        """Open the index of a transcript, whose turns before number `end` have left the window."""
         self._store, self._end = store, end
         self._use(lambda store, index: None, None)
 
@@ -59,7 +59,7 @@ class TranscriptRecall:
     def find(
         self, question: str, previous: str, first: int, end: int, gate: bool = True
     ) -> Sequence[Passage]:
-        """Return exchanges for a question; `gate` is that of `find_hits`."""
+        """Return exchanges for a question; for `gate`, see `find_hits`."""
 
         def look(store: Store, index: WordIndex) -> list[Passage]:
             hits = find_hits(index, question, previous, first, end, gate)
@@ -68,7 +68,7 @@ class TranscriptRecall:
         return self._use(look, [])
 
     def forget(self, number: int) -> None:
-        """Rebuild the index if it holds a turn or any later one, because the turn has changed."""
+        """Rebuild the index if it contains a turn that has changed, or any later turn."""
         if self._use(lambda store, index: number <= index.last, False):
             self._remove()
             self._use(lambda store, index: None, None)
@@ -78,7 +78,7 @@ class TranscriptRecall:
         self._store = None
 
     def close_index(self) -> None:
-        """Close the index; it is opened again when it is needed."""
+        """Close the index; it is reopened when it is needed."""
         if self._index:
             self._index.close()
         self._index = None
@@ -116,12 +116,12 @@ def passage(hit: Hit, turn: StoredTurn) -> Passage:
 
 
 def indexed(question: str, reply: str) -> str:
-    """Return the text of an exchange that is indexed."""
+    """Return the text to index for an exchange."""
     return f"{question}\n{reply}"
 
 
 def open_index(path: Path, store: Store) -> WordIndex:
-    """Open the index of a transcript, or begin a new one if it does not match."""
+    """Open the index of a transcript, or create a new one if it does not match."""
     owner = store.state.header.id
     index = WordIndex.open(path, owner)
     if matches(store, index):
@@ -142,7 +142,7 @@ def add_checksums(total: str, links: Sequence[str]) -> str:
 
 
 def add_missing(store: Store, index: WordIndex, end: int) -> None:
-    """Index the turns of a transcript before number `end` that are not indexed yet."""
+    """Index those turns of a transcript before number `end` that are not indexed yet."""
     while index.last + 1 < end:
         turns = store.turns(index.last + 1, min(AT_A_TIME, end - index.last - 1))
         if not turns:
@@ -161,7 +161,7 @@ def add_texts(store: Store, index: WordIndex, texts: list[tuple[int, str]], last
 
 
 def compare_index(path: Path, store: Store) -> str:
-    """Return a line if an index differs from its transcript; "" if it does not."""
+    """Return a message if an index differs from its transcript; "" if it does not."""
     with tempfile.TemporaryDirectory() as folder, suppress(sqlite3.Error, SessionError, OSError):
         # Opening an index may replace it, so this opens a copy.
         for part in files(path):

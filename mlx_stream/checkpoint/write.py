@@ -14,7 +14,7 @@ from mlx_stream.checkpoint.shards import Shards, write_shards
 from mlx_stream.errors import CheckpointError, MlxStreamError, ValueRefused, one_line
 from mlx_stream.program.atomic_replace import flush, partial_folder, replace_folder
 
-# Says how a model was made and what that cost; a folder that has it may be replaced.
+# Says how a model was converted and at what cost; a folder that contains it may be replaced.
 CONVERSION = "conversion.json"
 WRITTEN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|conversion)\.json"
@@ -41,7 +41,7 @@ def write_folder(
         What was written, or None if another process wrote `out` first: its folder is kept.
 
     Raises:
-        CheckpointError: it could not be written; nothing is left behind.
+        CheckpointError: the folder could not be written; nothing is left behind.
     """
     out = out.absolute()
     if tensors is None:
@@ -56,7 +56,7 @@ def write_folder(
             for path in (*partial.iterdir(), partial):
                 flush(path)
             return written if move_into_place(partial, out, replace) else None
-    # mx.save_safetensors raises RuntimeError for a full disk; json the others.
+    # mx.save_safetensors raises RuntimeError for a full disk; json raises the others.
     except (OSError, RuntimeError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, MlxStreamError):
             raise
@@ -91,10 +91,10 @@ def move_into_place(partial: Path, out: Path, replace: bool) -> bool:
 
 
 def replace_json(value: dict[str, Any], path: Path) -> None:
-    """Replace a JSON file of a finished folder in one rename.
+    """Replace a JSON file in a finished folder with a single rename.
 
     Raises:
-        CheckpointError: it could not be written; the old file stays.
+        CheckpointError: the file could not be written; the old one is kept.
     """
     folder = path.absolute().parent
     try:
@@ -114,7 +114,7 @@ def refuse_taken(out: Path, replace: bool) -> None:
     """Refuse a path for a new folder if something is there that may not be replaced.
 
     Raises:
-        ValueRefused: it may not be written there.
+        ValueRefused: the folder may not be written there.
     """
     if not os.path.lexists(out):
         return

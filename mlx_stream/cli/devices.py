@@ -1,4 +1,4 @@
-"""`mlx_stream devices`: the phones, tablets and Macs that `plan` knows."""
+"""`mlx_stream devices`: the phones, tablets and Macs that `plan` knows about."""
 
 from typing import TYPE_CHECKING, Any
 

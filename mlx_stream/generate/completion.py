@@ -38,12 +38,12 @@ def stream_steps(
         sinks, window, kv_bits: see `Model.new_cache`.
         stats: updated as the text is written.
         progress: called while the prompt is read, with the tokens read and the total.
-        speculate: guess tokens and verify several per step. The text is the same up to rounding.
-            Default: yes, unless `kv_bits` or a seed is given.
+        speculate: guess tokens and verify several per step. The text is the same apart from
+            rounding. Default: yes, unless `kv_bits` or a seed is given.
         draft: a smaller model with the same vocabulary that also guesses.
 
     Raises:
-        ValueRefused: a number is out of range, or the draft model has another vocabulary.
+        ValueRefused: a number is out of range, or the draft model has a different vocabulary.
         TextError: the prompt has no tokens.
     """
     check_max_tokens(max_tokens)

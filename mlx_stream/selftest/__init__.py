@@ -1,7 +1,7 @@
 """Checks that this device computes what a stream needs; prints nothing.
 
-Positions, masks, kernels and buffers differ from device to device. The checks run on the device at
-hand, in the shapes of a model.
+Positions, masks, kernels and buffers differ from device to device. The checks run on the current
+device, with the shapes of a model.
 """
 
 from collections.abc import Callable, Iterator
@@ -89,11 +89,11 @@ CHECKS = (
 
 
 def run(model: Model) -> Iterator[CheckResult]:
-    """Run every check in a model's shapes; yield each result when it is known."""
+    """Run every check with a model's shapes; yield each result as soon as it is known."""
     for one in CHECKS:
         try:
             found = one.check(model)
-        except (RuntimeError, ValueError) as error:  # MLX's own: a kernel that failed, say
+        except (RuntimeError, ValueError) as error:  # raised by MLX, for example if a kernel failed
             found = CheckOutcome(False, f"MLX error: {one_line(error, 200)}")
         yield CheckResult(
             one.name, found.holds, found.what, one.advice if found.holds is False else ""

@@ -1,4 +1,4 @@
-"""`mlx_stream eval endurance`: one stream, read for hours, which can be stopped and continued."""
+"""`mlx_stream eval endurance`: one stream that reads for hours and can be stopped and continued."""
 
 import signal
 from pathlib import Path
