@@ -275,6 +275,26 @@ def test_help_names_every_verb() -> None:
         assert done(verb, "--help").out == done(verb, "-h").out != ""
 
 
+EVAL = ("perplexity", "sinks", "windows", "latency", "plot", "endurance", "streameval")
+GROUPS = {
+    "config": ("path", "get", "set"),
+    "eval": EVAL,
+    "sessions": ("list", "show", "export", "rm", "search", "verify"),
+    "assistant": ("run", "ask", "note", "status", "stop", "install", "uninstall"),
+}
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *(f"{g} {v}" for g in GROUPS for v in GROUPS[g])])
+def test_help_has_no_names_of_pythons_types(verb: str) -> None:
+    shown = done(*verb.split(), "--help").out
+    assert f"{verb} [OPTIONS]" in shown and not re.search(r"[<>{}]", shown)
+
+
+def test_the_line_of_sessions_names_its_commands() -> None:
+    line = REGISTERED["sessions"].lower()
+    assert all(name in line for name in GROUPS["sessions"] if name != "rm") and "remove" in line
+
+
 def plain(text: str) -> str:
     """Remove colours, and the frame's line breaks."""
     return " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", text).split())
