@@ -31,7 +31,7 @@ class Sampling:
     """How a token is chosen, in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
-        temperature: 0 means greedy; then only the penalty has an effect.
+        temperature: from 0 to 5; 0 means greedy: then only the penalty has an effect.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens whose probabilities add up to this; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
@@ -56,7 +56,7 @@ class Sampling:
         refuse_wrong_types(vars(self), _field_types())
         penalty = self.repetition_penalty
         for name, value, holds, expected in (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature <= 5, "from 0 to 5"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),

@@ -14,9 +14,11 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.program.escape import TerminalEscaper, escape
+from mlx_stream.program.help import with_help
 from mlx_stream_assistant.paths import AGENT, assistant_paths
 from mlx_stream_assistant.settings import Settings
 from mlx_stream_assistant.socket_server import request
@@ -272,4 +274,4 @@ def source_line(source: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     """Run the command line; `program` is its name in help."""
-    app(args=arguments, prog_name=program)
+    with_help(get_command(app))(args=arguments, prog_name=program)

@@ -35,10 +35,12 @@ class Settings:
     stdin: bool = option(False, "Read standard input.")
     notes: Path | None = option(None, "Markdown file to write dated notes to.", "FILE")
     every: float = option(60.0, "Minutes between notes.", "MINUTES")
-    model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.")
-    window: int | None = option(None, "Number of recent tokens to attend to. Default: 2,048.")
-    name: str = option("main", "Name of the assistant, in case you run several.")
-    system: str | None = option(None, "System prompt; it is never evicted.")
+    model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.", "MODEL")
+    window: int | None = option(
+        None, "Number of recent tokens to attend to. Default: 2,048.", "TOKENS"
+    )
+    name: str = option("main", "Name of the assistant, in case you run several.", "NAME")
+    system: str | None = option(None, "System prompt; it is never evicted.", "TEXT")
     snapshot_every: float = option(5.0, "Minutes between snapshots, while text arrives.", "MINUTES")
     pause_on_battery: bool = option(False, "On battery power, read nothing and write no notes.")
     from_end: bool = option(False, "Start at the end of files that were not followed before.")

@@ -5,7 +5,6 @@ Programs that are installed with the package are verbs, too; they are found thro
 """
 
 from importlib import import_module
-from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from mlx_stream.program.exits import fail, notify
+from mlx_stream.program.help import HelpContext, with_help
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -35,7 +35,7 @@ VERBS = {
     "rm": "Remove a model from this machine.",
     "eval": "Run the paper's experiments on your model, text and machine.",
     "config": "Show or change the config file: defaults for new conversations.",
-    "sessions": "List, show, export, remove or verify saved conversations.",
+    "sessions": "List, show, export, remove, search or verify saved conversations.",
 }
 # The same for the known programs that may be installed with the package.
 PROGRAMS = {
@@ -49,22 +49,6 @@ SETTINGS: dict[str, Any] = {
     "rich_markup_mode": None,  # plain help wraps sentences and does not cut option names
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-
-
-class HelpFormatter(typer.Context.formatter_class):
-    """Writes help that also fits narrow terminals, with options above their descriptions."""
-
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__(width=max(20, min(80, get_terminal_size().columns) - 2))
-
-    def write_dl(self, rows: Any, col_max: int = 30, col_spacing: int = 2) -> None:
-        super().write_dl(rows, min(col_max, self.width // 3), col_spacing)
-
-
-class HelpContext(typer.Context):
-    """The context of every command."""
-
-    formatter_class = HelpFormatter
 
 
 class Verbs(TyperGroup):
@@ -100,14 +84,6 @@ def command(name: str) -> Any:
         group = typer.Typer(**SETTINGS)
         group.command(name)(getattr(module, name))
     return with_help(get_command(group))
-
-
-def with_help(command: Any) -> Any:
-    """Make a command and its subcommands use `HelpContext`."""
-    command.context_class = HelpContext
-    for part in getattr(command, "commands", {}).values():
-        with_help(part)
-    return command
 
 
 def installed_programs() -> "dict[str, EntryPoint]":

@@ -246,7 +246,7 @@ COMMANDS = {
     "/history": Command("", "list the questions of this conversation", views.history),
     "/show": Command("[N]", "show exchange N again, or the last one", views.show),
     "/model": Command("", "show which model this is, and its size", views.model),
-    "/temp": Command("[T]", "show the temperature, or change it", views.temp),
+    "/temp": Command("[T]", "show the temperature, from 0 to 5, or change it", views.temp),
     "/file": Command("FILE", "ask about a text file, as @FILE in a question does", file),
     "/export": Command("FILE", "write the conversation to a .md or .json file", export),
     "/clear": Command("", "remove the whole conversation from attention", clear),

@@ -13,7 +13,6 @@ from the file.
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -34,7 +33,7 @@ KINDS: dict[str, type] = {
     "system": str,
     "temperature": float,
 }
-WORDS = {str: "a text", int: "a whole number, 1 or more", float: "a number, 0 or more"}
+WORDS = {str: "a text", int: "a whole number, 1 or more", float: "a number from 0 to 5"}
 KEYS = f"{', '.join(KINDS)} and prompts.NAME"
 
 
@@ -113,11 +112,25 @@ def parse_value(key: str, text: str, name: str) -> Any:
     try:
         text.encode()
         value = kind(text.replace(",", "") if kind is int else text)
-        if kind is not str and not (math.isfinite(value) and value >= (1 if kind is int else 0)):
-            raise ValueError
+        if kind is not str:
+            check_range(value)
     except (ValueError, OverflowError):
         raise ValueRefused(f"{name} must be {WORDS[kind]}, not {text!r:.60}") from None
     return value
+
+
+def check_range(value: int | float) -> None:
+    """Refuse a window or temperature that no conversation can have.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if isinstance(value, float):
+        from mlx_stream.sampling import Sampling
+
+        Sampling(value)
+    elif value < 1:
+        raise ValueError
 
 
 def parse_config(text: str, path: Path) -> dict[str, Any]:

@@ -43,8 +43,19 @@ def models(
 def row(offer: "Offer") -> list[str]:
     model, window = offer.model, f"{offer.plan.window:,}"
     tested = "itself" if model.tested else "its family"
-    size = f"{offer.stored / 1e9:.1f} GB"
-    return [model.name, size, window, tested, model.license, model.repository]
+    return [
+        model.name,
+        download_size(offer.stored),
+        window,
+        tested,
+        model.license,
+        model.repository,
+    ]
+
+
+def download_size(amount: int) -> str:
+    """Return "2.3 GB", or "270 MB" for less than 1 GB."""
+    return f"{amount / 1e9:.1f} GB" if amount >= 995e6 else f"{round(amount / 1e7) * 10} MB"
 
 
 def as_json(offer: "Offer") -> dict[str, Any]:

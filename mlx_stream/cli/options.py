@@ -75,7 +75,8 @@ class SamplingOptions:
     temp: Annotated[
         float | None,
         Option(
-            help="Temperature; 0 takes the likeliest token. Default: the config file's, else 0.6."
+            help="Temperature, from 0 to 5; 0 takes the likeliest token. Default: the config "
+            "file's, else 0.6."
         ),
     ] = None
     top_k: Annotated[int, Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0

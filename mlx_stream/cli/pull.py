@@ -32,4 +32,4 @@ def pull(
         print_json({**asdict(found), "path": str(found.path)})
         return
     commit = f" at commit {found.commit}" if found.commit else ""
-    print_text(f"{found.name}{commit}: {found.bytes / MEGABYTE:,.1f} MB in {found.path}")
+    print_text(f"{found.name}{commit}: {found.bytes / MEGABYTE:,.1f} MB on disk, in {found.path}")

@@ -67,13 +67,18 @@ def show(
         return
     lines = found | {
         "parameters": f"{found['parameters']:,}",
-        "bytes": f"{megabytes(summary.stored)} MB" if summary.stored else "unknown",
+        "bytes": f"{megabytes(summary.stored)} MB on disk" if summary.stored else "unknown",
         "trained_context": f"{config.max_position_embeddings:,} tokens",
         "largest_window": f"{longest:,} tokens, and {DEFAULT_SINKS} sinks",
     }
     del lines["template"]
     lines |= {f"template: {name}": text for name, text in template.items()}
-    print_aligned([(name.replace("_", " "), str(value)) for name, value in lines.items()])
+    print_aligned(
+        [
+            (name.replace("_", " ").replace("bytes", "size"), str(value))
+            for name, value in lines.items()
+        ]
+    )
 
 
 def described(quantization: "Quantization | None", dtype: str) -> str:

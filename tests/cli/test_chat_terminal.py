@@ -260,7 +260,8 @@ def test_views_of_a_conversation(letters):
     assert re.search(r"> Second\?\n\n[a-z]{24}\n", chat.say("/show"))
     assert "there is no exchange '7'" in chat.say("/show 7")
     assert "the temperature is 0.5" in chat.say("/temp 0.5")
-    assert "`temperature` must be 0 or more" in chat.say("/temp -1")
+    for number in (-1, 9):
+        assert "`temperature` must be from 0 to 5" in chat.say(f"/temp {number}")
     assert re.search(r"llama, [\d.]+M parameters, float32", chat.say("/model"))
     assert re.search(r"views +[-\d]{10} [:\d]{5}  2 exchanges", chat.say("/sessions"))
     chat.leave()

@@ -62,7 +62,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("generate chat score", "--window 509", "sinks 4 + window 509 = 513 tokens exceed the model's"),
     ("generate", "--window 509", "trained context of 512: use a window of at most 508"),
     ("generate chat score bench convert phone", "--dtype int8", f"{DTYPES} 'int8'"),
-    ("generate chat", "--temp -1", "--temp must be 0 or more, not -1.0"),
+    ("generate chat", "--temp 5.5", "--temp must be from 0 to 5, not 5.5"),
     ("generate chat", "--top-p 0", "--top-p must be above 0 and at most 1, not 0.0"),
     ("generate chat", "--min-p 2", "--min-p must be from 0 to 1, not 2.0"),
     ("generate chat", "--top-k -1", "--top-k must be 0 or more, not -1"),
