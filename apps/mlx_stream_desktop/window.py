@@ -1,4 +1,4 @@
-"""The window: what the controller holds as widgets, and clicks as its calls."""
+"""The window: shows the controller's state in widgets, and turns clicks into calls to it."""
 
 import asyncio
 import sys
@@ -23,7 +23,7 @@ SIZE, TITLE = (980, 680), "mlx_stream"
 
 
 class ChatWindow:
-    """All widgets in one window; `draw` updates them and is cheap if nothing changed."""
+    """All widgets in one window; `draw` updates them and is cheap if nothing has changed."""
 
     def __init__(self, controller: ChatController, redraw: Callable[[], None], dark: bool | None):
         self._controller = controller
@@ -169,7 +169,7 @@ class ChatWindow:
             await self._controller.delete()
 
     def ask(self, *_: object, **__: object) -> None:
-        """Send what is typed."""
+        """Send the typed text."""
         text = self.question.value
         if self._controller.status.idle and text.strip():
             self.question.value = ""
@@ -180,7 +180,7 @@ class ChatWindow:
         self._controller.stop()
 
     def begin(self, *_: object, **__: object) -> None:
-        """Begin a new conversation."""
+        """Start a new conversation."""
         self._start(self._controller.begin())
         self.question.focus()
 
@@ -214,7 +214,7 @@ class ChatWindow:
 
 
 def with_title(one: SessionSummary, is_open: bool) -> dict[str, str]:
-    """Return a saved conversation as a row of the list."""
+    """Return a saved conversation as a row in the list."""
     about = f"{plural(one.exchanges)}, {clock(one.used)}" if one.header else "cannot be opened"
     title = f"\N{BULLET} {title_of(one)}" if is_open else title_of(one)
     return {"title": title, "subtitle": about, "name": one.name}

@@ -1,4 +1,4 @@
-"""`mlx_stream bench`: speed compared with mlx-lm's, in one process, step by step in turn."""
+"""`mlx_stream bench`: compares speed with mlx-lm in one process, with alternating steps."""
 
 from typing import Annotated
 
@@ -166,5 +166,5 @@ def bench(
 
 
 def numbers(text: str) -> list[int]:
-    """Return the whole numbers in a text like "1,2,4"; 0 for a part that is none."""
+    """Return the whole numbers in a text like "1,2,4"; 0 for a part that is not a whole number."""
     return [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]

@@ -1,7 +1,7 @@
-"""Runs the lines that begin with a slash on a conversation; independent of terminals and files.
+"""Runs slash commands on a conversation; independent of terminals and files.
 
-`parse` tells a command from a question, and `run` carries a command out. A command that is refused
-has changed nothing.
+`parse` distinguishes a command from a question, and `run` executes it. A refused command changes
+nothing.
 """
 
 from collections.abc import Callable, Generator
@@ -31,9 +31,9 @@ class CommandOutcome:
     """What to do after a command.
 
     Attributes:
-        text: what to show; control characters are escaped.
-        pieces: a reply to print and close. The caller handles errors while it is read.
-        prefill: what the next prompt begins with.
+        text: the text to show, with control characters escaped.
+        pieces: a reply to print and close. The caller handles errors raised while reading it.
+        prefill: the text that the next prompt starts with.
     """
 
     text: str = ""
@@ -44,7 +44,7 @@ class CommandOutcome:
 
 @dataclass(frozen=True)
 class Call:
-    """A line that begins with a slash; the command need not exist."""
+    """A line that starts with a slash; the command need not exist."""
 
     name: str
     argument: str = ""
@@ -52,9 +52,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Command:
-    """A command. `argument` is shown in its usage: "" takes none, [..] is optional.
+    """A command. `argument` is shown in its usage: "" if it takes none, [..] if it is optional.
 
-    `run` returns a text to show, or a whole outcome.
+    `run` returns either the text to show or a complete outcome.
     """
 
     argument: str
@@ -63,7 +63,7 @@ class Command:
 
 
 def parse(line: str) -> Call | str:
-    """Return a command's call, or else the question; //text is the question /text."""
+    """Return a command call if the line is one, else the question; //text is the question /text."""
     if line.startswith("//"):
         return line[1:]
     if not line.startswith("/"):
@@ -73,7 +73,7 @@ def parse(line: str) -> Call | str:
 
 
 def run(call: Call, chat: "ChatSession", progress: Progress = None) -> CommandOutcome:
-    """Carry a command out; `progress` is called while something is read."""
+    """Execute a command; `progress` is called while tokens are read."""
     try:
         outcome = command_of(call).run(chat, call.argument, progress)
     except MlxStreamError as error:
@@ -82,7 +82,7 @@ def run(call: Call, chat: "ChatSession", progress: Progress = None) -> CommandOu
 
 
 def command_of(call: Call) -> Command:
-    """Look up a command, and check that its argument is given or left out as it should be."""
+    """Look up a command, and check that its argument is present or absent as required."""
     command = COMMANDS.get(call.name)
     if command is None:
         raise ValueRefused(
@@ -99,14 +99,14 @@ def command_of(call: Call) -> Command:
 
 
 def completions() -> dict[str, str]:
-    """Return the commands that a prompt completes, and what each does."""
+    """Return the commands that a prompt can complete, with a description of each."""
     return {name: command.help for name, command in COMMANDS.items()}
 
 
 def status(stats: "Stats", name: str | None = None, width: int = 200) -> str:
     """Return the status bar's text: "1,012/2,052 attended · 3,400 evicted · 2 recalled · …".
 
-    The parts that do not fit the width are left out.
+    Parts that do not fit the width are left out.
     """
     parts = [
         f"{stats.attended:,}/{stats.sinks + stats.window:,} attended",

@@ -1,4 +1,4 @@
-"""`mlx_stream pull`: fetch a model, so that it can be opened without the network."""
+"""`mlx_stream pull`: fetches a model, so that it can be opened without network access."""
 
 from typing import Annotated
 

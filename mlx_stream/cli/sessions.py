@@ -1,4 +1,4 @@
-"""`mlx_stream sessions`: the saved conversations, and what to do with them."""
+"""`mlx_stream sessions`: lists and manages saved conversations."""
 
 import sys
 from pathlib import Path

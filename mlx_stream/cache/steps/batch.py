@@ -1,9 +1,9 @@
-"""The steps of several streams as one: their rows go through a model together.
+"""Combines the steps of several streams: their rows go through a model together.
 
-The rows of the streams stand one after another, and padding behind them. Each stream's own step
-does its attention, so windows, sinks, bits and kinds of steps may differ. Where each stream reads
-one token, their heads are rotated together: otherwise each layer has as many small operations as
-streams.
+The streams' rows are concatenated, followed by padding. Each stream's own step computes its
+attention, so windows, sinks, bits and kinds of steps may differ. If each stream reads one token,
+their heads are rotated together; otherwise, each layer would need as many small operations as there
+are streams.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ class BatchStep:
     """One pass of the new tokens of several streams through all layers.
 
     Args:
-        steps: one of each stream, none padded; see `Cache.plan`.
-        padding: rows behind theirs.
+        steps: one per stream, none of them padded; see `Cache.plan`.
+        padding: how many rows follow theirs.
     """
 
     def __init__(self, steps: Sequence[Any], padding: int = 0):
@@ -35,7 +35,7 @@ class BatchStep:
         self._rotations: dict[Rope, Callable[[mx.array], mx.array]] = {}
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        """Compute a layer's attention, each stream over its own rows; zeros for the padding."""
+        """Compute a layer's attention, per stream over its own rows, with zeros for the padding."""
         if self._one_token_each:
             return self._attend_tokens(layer, heads)
         ends = self._ends if self.padding else self._ends[:-1]
@@ -47,7 +47,7 @@ class BatchStep:
         return mx.concatenate(found, axis=2)
 
     def _attend_tokens(self, layer: int, heads: mx.array) -> mx.array:
-        """Rotate the streams' tokens together, and let each attend."""
+        """Rotate the streams' tokens together, then let each stream attend."""
         shape = self.steps[0].kind.shape
         tokens = heads.swapaxes(0, 2)
         plain, values = mx.split(tokens, [tokens.shape[1] - shape.kv_heads], axis=1)
