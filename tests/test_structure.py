@@ -51,6 +51,7 @@ ROOMS = [
     "quantize",
     "chat",
     "engine",
+    "server",
     "selftest",
     "cli",
 ]

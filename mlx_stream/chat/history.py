@@ -7,23 +7,30 @@ from mlx_stream.chat.exchange import Exchange, PlacedTurn, place_turns, question
 from mlx_stream.chat.messages import Message, answering, calls_with_ids, check_message
 from mlx_stream.chat.prompts import PromptBuilder
 from mlx_stream.errors import ValueRefused
+from mlx_stream.text.tool_calls import ToolCall
 
 
-def exchanges_of(history: Sequence[Message]) -> dict[int, Exchange]:
+def exchanges_of(
+    history: Sequence[Message], after: int = 0, calls: Sequence[ToolCall] = ()
+) -> dict[int, Exchange]:
     """Return the exchanges of a history by number; their ids are not known yet.
+
+    Args:
+        after: the number of the turn before them.
+        calls: the tools that its reply calls.
 
     Raises:
         ValueRefused: the history does not end with a reply, a reply answers nothing, or tool
             results do not match the calls before them.
     """
     found: dict[int, Exchange] = {}
-    asked, calls = list[Message](), ()
+    asked = list[Message]()
     for message in history:
         check_message(message)
         if message.role != "assistant":
             asked.append(message)
             continue
-        number = len(found) + 1
+        number = after + len(found) + 1
         if not asked:
             raise ValueRefused(f"reply {number} of the history has no message to answer")
         exchange = question_of(answering(asked, calls))
@@ -46,11 +53,12 @@ def newest_turns(
     Raises:
         TemplateError: the template rejects a turn that fits.
     """
-    newest = len(exchanges) + 1
+    last = max(exchanges, default=0)
+    newest = last + 1
     for number in reversed([*exchanges]):
         (alone,) = prompts.encode_again({number: exchanges[number]}).values()
         window -= len(alone.ids) + len(prompts.question("x", alone, first=False)[0])
-        if window < 0 and newest <= len(exchanges):
+        if window < 0 and newest <= last:
             break
         newest = number
     fitting = {n: exchange for n, exchange in exchanges.items() if n >= newest}

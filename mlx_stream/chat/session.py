@@ -157,7 +157,7 @@ class ChatSession:
         self._guessing, self._settled_before = (speculate, draft), 0
         self._begin(system, window)
         if history:
-            self._adopt(history)
+            self.follow(history)
 
     def __repr__(self) -> str:
         attended = len(self.evictor.state.turns)
@@ -336,6 +336,38 @@ class ChatSession:
         self._report_left()  # before there is a store, so these turns are not recalled
         self.recall = make(self._notify)
         self._reserved = self.evictor.reserved = self._reserve(self.cache.geometry.window)
+
+    def follow(self, history: Sequence[Message], unread: int = 0, room: int = 0) -> None:
+        """Place earlier turns behind the attended ones; they are read with the next question.
+
+        If they do not all fit the window, only the newest that fit are placed, and every attended
+        turn is evicted. Those left out count as evicted.
+
+        Args:
+            history: as in the constructor.
+            unread: how many turns before the history are not read at all.
+            room: how many tokens of the window are kept free for what follows.
+
+        Raises:
+            ValueRefused, TemplateError: as in the constructor.
+        """
+        turns, after = self._settle(), self.number + unread
+        before = turns[-1].exchange if turns else None
+        exchanges = exchanges_of(history, after, before.calls if before else ())
+        fitting = newest_turns(self.prompts, exchanges, self.cache.geometry.window - room)
+        left_out = unread + len(exchanges) - len(fitting)
+        if left_out and turns:
+            self.clear(after + 1)
+            turns = ()
+        if turns:
+            encoded = self.prompts.encode_again(exchanges, before)
+            start = turns[-1].end + len(encoded[after + 1].closing_ids)
+            placed = [PlacedTurn(exchange, number, 0) for number, exchange in encoded.items()]
+            turns = (*turns, *place_turns(placed, start))
+        else:
+            turns = place_turns(fitting, self._first_place())
+        self.evictor.state, self.number = Idle(turns), after + len(exchanges)
+        self.stats.evicted_exchanges += left_out
 
     def forget_recalled(self) -> None:
         """Forget the last quotation and every id that has left the window."""
@@ -803,13 +835,6 @@ class ChatSession:
         return result.count
 
     # --- the stream, its statistics and the recorder ---
-
-    def _adopt(self, history: Sequence[Message]) -> None:
-        """Assign positions to the newest turns of a history; they are read later."""
-        exchanges = exchanges_of(history)
-        turns = newest_turns(self.prompts, exchanges, self.cache.geometry.window)
-        self.evictor.state, self.number = Idle(turns), len(exchanges)
-        self.stats.evicted_exchanges = len(exchanges) - len(turns)
 
     def _begin(self, system: str | None, window: int | None) -> None:
         """Allocate the stream without reading anything."""

@@ -15,7 +15,8 @@ from mlx_stream.chat.messages import Question, turn_of_messages
 from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import ChatSession, Progress
 from mlx_stream.engine.model_host import ModelHost
-from mlx_stream.engine.session_worker import ReadProgress, SessionWorker
+from mlx_stream.engine.reply_reader import ReplyReader
+from mlx_stream.engine.session_worker import ReadProgress, ReplyPlan, SessionWorker
 from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.worker import StreamOwner, Worker
 from mlx_stream.errors import TextError, TypeRefused, ValueRefused
@@ -267,6 +268,25 @@ class Session(Handle):
         **options: Unpack[EngineReplyOptions],
     ) -> AsyncGenerator[Piece, None]:
         return self._pieces_async(self._reply_to(question, max_tokens, options, edit=True))
+
+    def begin(
+        self,
+        plan: ReplyPlan,
+        max_tokens: int | None = None,
+        **options: Unpack[EngineReplyOptions],
+    ) -> ReplyReader:
+        """Begin a reply at once, and change the conversation before it; return its reader.
+
+        Raises:
+            ValueRefused, TextError, QueueFull: as in `reply`.
+        """
+        if plan.question is not None:
+            turn_of_messages(plan.question)
+        check_reply_options(max_tokens, options)
+        worker, given = self._session_worker, {**options}
+        report: Any = given.pop("progress", None)
+        task = self._ask(lambda: worker.carry_out(plan, max_tokens, report, given))
+        return ReplyReader(self._worker, task, self)
 
     def undo(self) -> Future[Exchange]:
         """Undo the last exchange; return a future for the result of `ChatSession.undo`.

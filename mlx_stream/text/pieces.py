@@ -182,6 +182,10 @@ class ReplyDecoder:
         self.reader.phase = Phase.ANSWER
         return self.rules.cut
 
+    def cut(self, length: int) -> None:
+        """End the answer after `length` characters, which must have been returned."""
+        self.final, self.stopped = min(self.final, self.answer_at + length), True
+
     def is_end(self, token: int) -> bool:
         """Return whether an id ends the reply here, not counting ids that end any reply."""
         return token in self.rules.ends and self.reader.phase is Phase.ANSWER

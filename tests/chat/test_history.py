@@ -277,7 +277,7 @@ def test_notices_say_what_becomes_of_a_system_prompt():
 def test_the_thinking_of_a_history_is_marked_by_tokens(tmp_path):
     history = [Message("user", "Hi"), Message("assistant", "jk <think>", thinking="the man")]
     chat = thinker(tmp_path / "model", THINKS["keeps its thinking"])
-    chat._adopt(history)
+    chat.follow(history)
     said(chat.reply("Next?"))
     mark = chat.model.tokenizer.encode("<think>", special=False)[0]
     assert chat.tokens.ids.attended().count(mark) == 2  # of both replies, none from the text

@@ -191,7 +191,7 @@ def recorded(
     chat._writer_factory = record
     chat._begin(chat.system, chat.stats.window)
     if history:
-        chat._adopt(history)
+        chat.follow(history)
     chat.trouble, chat._on_notice = trouble, trouble.notify
     chat.on_evict = lambda *gone: trouble.at("on_evict")
     return chat

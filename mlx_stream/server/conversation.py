@@ -1,0 +1,167 @@
+"""A client's messages, cut into head, closed turns and open turn, and their digests; no streams.
+
+    system      Be brief.                        the head, with the tools
+    user        Hi          \\
+    assistant   Hello!      /                    a closed turn
+    user        And then?                        the question
+
+The ids of tool calls differ from client to client. Here results stand in the order of the calls,
+and no message has an id.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+from mlx_stream.chat.messages import Message, answering, check_message
+from mlx_stream.errors import ValueRefused
+from mlx_stream.text.tool_calls import ToolCall
+
+DIGEST_BYTES = 32
+TURN_BYTES = 2 * DIGEST_BYTES
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is pinned, and how the template is used.
+
+    Attributes:
+        tools: JSON schemas, as OpenAI's API takes them.
+        think, reasoning_effort: see `ChatSession`.
+    """
+
+    system: str | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    think: bool | None = None
+    reasoning_effort: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A client's messages.
+
+    Attributes:
+        turns: the closed turns, each as its messages; the last is the reply.
+        question: the open turn. An assistant's message at its end begins the reply.
+    """
+
+    head: Head
+    turns: tuple[tuple[Message, ...], ...]
+    question: tuple[Message, ...]
+
+    @property
+    def begins_reply(self) -> bool:
+        return self.question[-1].role == "assistant"
+
+
+def conversation_of(
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    think: bool | None = None,
+    reasoning_effort: str | None = None,
+) -> Conversation:
+    """Cut a client's messages into head, closed turns and open turn.
+
+    Replies without a message between them become one.
+
+    Raises:
+        ValueRefused: there is nothing to answer, a reply answers nothing, or the results of tools
+            do not belong to the calls before them.
+        TextError: a text is not valid Unicode.
+    """
+    for message in messages:
+        check_message(message)
+    first = next((at for at, m in enumerate(messages) if m.role != "system"), len(messages))
+    system = "\n\n".join(message.text for message in messages[:first])
+    turns: list[tuple[Message, ...]] = []
+    asked, calls = list[Message](), ()
+    for message in messages[first:]:
+        if message.role != "assistant":
+            asked.append(message)
+        elif asked:
+            turns.append((*results_in_order(asked, calls), without_ids(message)))
+            asked, calls = [], message.calls
+        elif turns:
+            turns[-1] = (*turns[-1][:-1], join_replies(turns[-1][-1], message))
+            calls = (*calls, *message.calls)
+        else:
+            raise ValueRefused("the first message is a reply: begin with a user's message")
+    if asked:
+        question = results_in_order(asked, calls)
+    elif turns and not turns[-1][-1].calls:
+        question = turns.pop()
+    else:
+        raise ValueRefused("there is nothing to answer: end with a user's or a tool's message")
+    head = Head(system or None, tools, think, reasoning_effort)
+    return Conversation(head, tuple(turns), question)
+
+
+def results_in_order(asked: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[Message, ...]:
+    """Return the messages of a turn with tools' results in the order of the calls, without ids."""
+    if not calls:
+        return answering(asked, ())
+    places = [replace(call, id=call.id or f"call {at}") for at, call in enumerate(calls)]
+    order = [call.id for call in places]
+    found = answering(asked, places)
+    return tuple(replace(m, id="") for m in sorted(found, key=lambda m: order.index(m.id)))
+
+
+def without_ids(reply: Message) -> Message:
+    if not reply.calls:
+        return reply
+    return replace(reply, calls=tuple(replace(call, id="") for call in reply.calls))
+
+
+def join_replies(first: Message, second: Message) -> Message:
+    """Return two replies as one."""
+    second = without_ids(second)
+    return replace(
+        first,
+        text="\n\n".join(filter(None, (first.text, second.text))),
+        thinking="\n\n".join(filter(None, (first.thinking, second.thinking))),
+        calls=(*first.calls, *second.calls),
+    )
+
+
+class Digests:
+    """Digests with one key, of `DIGEST_BYTES` each. Nobody without the key can predict them."""
+
+    def __init__(self, key: bytes):
+        self._key = key
+
+    def of_head(self, head: Head, *more: object) -> bytes:
+        """Return the digest of a head and of what else its stream depends on."""
+        values = [head.system, head.tools, head.think, head.reasoning_effort, *more]
+        return self._of([canonical(values)])
+
+    def of_turns(self, turns: Iterable[Sequence[Message]]) -> bytes:
+        """Return the digests of closed turns, `TURN_BYTES` each: of the messages and the reply."""
+        return b"".join(
+            self.of_messages(messages) + self.of_reply(reply.text, reply.calls)
+            for *messages, reply in turns
+        )
+
+    def of_messages(self, messages: Sequence[Message]) -> bytes:
+        """Return the digest of the messages of a turn."""
+        return self._of(text for m in messages for text in (m.role, m.name, m.text))
+
+    def of_reply(self, text: str, calls: Sequence[ToolCall] = ()) -> bytes:
+        """Return the digest of an answer and of tool calls; thinking and ids do not count."""
+        answer = unicodedata.normalize("NFC", text).strip()
+        return self._of([answer, *(canonical([c.name, c.arguments]) for c in calls)])
+
+    def _of(self, texts: Iterable[str]) -> bytes:
+        found = blake2b(key=self._key, digest_size=DIGEST_BYTES)
+        for text in texts:
+            data = text.encode()
+            found.update(len(data).to_bytes(8, "little"))
+            found.update(data)
+        return found.digest()
+
+
+def canonical(value: Any) -> str:
+    """Return a value as JSON, the same whatever the order of its keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=dict)
