@@ -30,7 +30,7 @@ class Client:
     def __init__(self, lines: Lines, messages: Sequence[Message] = (SYSTEM,), **options: Any):
         self.lines, self.messages = lines, [*messages]
         self.options = {"sampling": GREEDY, "max_tokens": 8} | options
-        self.reply: LineReply | None = None
+        self.reply: Any = None
         self.pieces: list[Piece] = []
 
     def begin(self, *question: str | Message, **options: Any) -> LineReply:

@@ -89,19 +89,19 @@ def test_a_chain_of_calls_is_extended(name, tmp_path, monkeypatch):
             return reply
 
         ask("Hi", written=kind.written("Hm", "Hello."))
+        asked: list[str | Message] = ["Where?"]
         for step in ("First", "Second"):
-            asked = ("Where?",) if step == "First" else results
             reply = ask(*asked, written=kind.written(step, "", calls))
             assert reply.cache == "extended" and reply.finish == "end"
             assert [(call.name, dict(call.arguments)) for call in reply.calls] == calls
             assert all(call.id for call in reply.calls)
             changed = [
-                replace(call, id=f"call_{at}", arguments=dict(reversed(call.arguments.items())))
+                replace(call, id=f"call_{at}", arguments=dict([*call.arguments.items()][::-1]))
                 for at, call in enumerate(reply.calls)
             ]
             client.messages[-1] = replace(client.messages[-1], calls=tuple(changed))
-            results = [Message("tool", f"It is {c.name}", id=c.id) for c in reversed(changed)]
-        reply = ask(*results, written=kind.written("Last", "All done."))
+            asked = [Message("tool", f"It is {c.name}", id=c.id) for c in reversed(changed)]
+        reply = ask(*asked, written=kind.written("Last", "All done."))
         assert reply.cache == "extended" and not reply.calls and client.said == "All done."
         reply = ask("And?", written=kind.written("Hm", "So."))
         assert reply.cache == "extended"

@@ -1,0 +1,10 @@
+"""A history of some hundred turns; lines.py has one of five thousand."""
+
+import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
+
+from tests.long.lines import converse, flat
+
+
+def test_a_long_history_grows_by_its_record_only(letters):
+    found = converse(letters, 120)
+    assert flat(found), found
