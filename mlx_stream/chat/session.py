@@ -874,7 +874,7 @@ class ChatSession:
         if not self.recall or asked == 0:
             return 0
         if asked is not None and not 0 < asked <= window // 2:
-            raise ValueRefused(f"--recall must be from 0 to {window // 2}, not {asked}")
+            raise ValueRefused(f"--recall must be from 0 to {window // 2:,}, not {asked:,}")
         reserved = max(LEAST_RECALL, window // 8) if asked is None else asked
         if self.evict == "token":
             reason = "single tokens are evicted"

@@ -67,9 +67,11 @@ def generate_file(
     """
     if not 1 <= streams <= MOST_STREAMS:
         raise ValueRefused(f"--streams must be from 1 to {MOST_STREAMS}, not {streams}")
-    if os.path.lexists(out):
-        raise ValueRefused(f"{out}: already exists: choose another --out")
     prompts, log_path = read_prompts(path), out.with_name(f"{out.name}.part")
+    if os.path.lexists(out):
+        finished = f"a finished run's, with {len(prompts):,} replies: "
+        state = finished if lines_of(out) == [*prompts] else ""
+        raise ValueRefused(f"{out}: already exists: {state}choose another --out")
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     with (
         open_log(log_path, {**settings, "prompts": digest}, {}) as log,
@@ -85,6 +87,14 @@ def generate_file(
     log_path.unlink()
     if failed := sum("error" in row for row in log.rows):
         raise TextError(f"{failed:,} of {len(prompts):,} prompts failed: see their lines in {out}")
+
+
+def lines_of(out: Path) -> list[object]:
+    """Return the lines whose replies are in a file; none if it is not a file of replies."""
+    try:
+        return [json.loads(row)["line"] for row in out.read_text("utf-8").splitlines()]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def row_of(line: int, pieces: Sequence[Piece] | MlxStreamError) -> Row:

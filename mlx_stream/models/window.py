@@ -29,26 +29,26 @@ def resolve_window(
     trained = config.max_position_embeddings
     sinks = DEFAULT_SINKS if sinks is None else sinks
     if not 0 <= sinks < trained:
-        raise ValueRefused(f"`sinks` must be from 0 to {trained - 1}, not {sinks}")
+        raise ValueRefused(f"`sinks` must be from 0 to {trained - 1:,}, not {sinks:,}")
     if window is None:
         window = min(DEFAULT_WINDOW, trained - sinks)
     if window < 1:
-        raise ValueRefused(f"`window` must be at least 1, not {window}")
+        raise ValueRefused(f"`window` must be at least 1, not {window:,}")
     if sinks + window > trained:
         raise ValueRefused(
-            f"sinks {sinks} + window {window} = {sinks + window} tokens exceed the model's "
-            f"trained context of {trained}: use a window of at most {trained - sinks}"
+            f"sinks {sinks:,} + window {window:,} = {sinks + window:,} tokens exceed the model's "
+            f"trained context of {trained:,}: use a window of at most {trained - sinks:,}"
         )
     limit = config.position_limit or trained
     if sinks >= limit:
         raise ValueRefused(
-            f"{sinks} sinks leave no room for a window: this model is limited to {limit:,} "
+            f"{sinks:,} sinks leave no room for a window: this model is limited to {limit:,} "
             "positions; use fewer sinks"
         )
     bounds = {"sliding_window": config.sliding_window or window, "position limit": limit - sinks}
     for name, bound in bounds.items():
         if bound < window:
-            notify(f"window reduced from {window} to {bound}: the model's {name}")
+            notify(f"window reduced from {window:,} to {bound:,}: the model's {name}")
             window = bound
     return sinks, window
 

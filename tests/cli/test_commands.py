@@ -271,7 +271,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
         ("/window wide", "/window takes a whole number of tokens, not 'wide'"),
         ("/window " + "9" * 5000, "/window takes a whole number of tokens, not '9999"),
         ("/window 0", "`window` must be at least 1"),
-        ("/window 8,000", "window 8000 = "),
+        ("/window 8,000", "window 8,000 = "),
         ("/system " + "word " * 2_000, "the system prompt of 6,009 tokens"),
         ("/save a/b", "a/b"),
         ("/save taken", "session 'taken' "),

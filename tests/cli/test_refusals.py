@@ -96,7 +96,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("convert plan", "--device iphone-16-prp", "unknown; did you mean iphone-"),
     ("plan", "--device toaster", "'toaster': unknown; `mlx_stream devices` lists all"),
     ("plan", "--device macbook-air-m3", "choose one of macbook-air-m3-8gb, macbook-air-m3-16gb"),
-    ("phone", "--window 200000", "exceed the model's trained context of 131072"),
+    ("phone", "--window 200000", "exceed the model's trained context of 131,072"),
     ("phone", "--bits 7", "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
     ("phone", "--group-size 48", "--group-size must be one of 32, 64, 128"),
     ("phone", "--kv-bits 3", "--kv-bits must be 8 or 4, not 3"),
