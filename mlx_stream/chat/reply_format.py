@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.template_messages import escaped_calls
@@ -59,7 +58,8 @@ class ReplyFormat:
         style, encode = self.template.style, self.tokenizer.encode
         if not style:
             return ThinkingRules()
-        ends = frozenset(chain(*(encode(name, special=False) for name in style.ends)))
+        names = (encode(name, special=False) for name in style.ends)
+        ends = frozenset(ids[0] for ids in names if len(ids) == 1)
         cut = encode(style.cut, special=False, behind_text=True)
         return ThinkingRules(style, self.template.thinks_first, ends, tuple(cut), limit)
 

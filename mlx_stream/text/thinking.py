@@ -15,7 +15,8 @@ class ThinkingStyle:
         answers: strings that may precede the answer.
         cut: the string that is read to end thinking that is too long; it includes `closing`.
         sign: a string that every template of such a model contains.
-        ends: special tokens among these strings that end a reply once the answer has begun.
+        ends: special tokens among these strings that end a reply once the answer has begun: the
+            template would take what they begin for thinking.
     """
 
     openings: tuple[str, ...]
@@ -44,9 +45,11 @@ STYLES = (
         "<|channel|>analysis",
         ("<|start|>", "<|end|>"),
     ),
-    ThinkingStyle(("<|channel>thought\n",), "<channel|>", (), "\n<channel|>", "<channel|>"),
-    ThinkingStyle(("[THINK]",), "[/THINK]", (), "[/THINK]", "[/THINK]"),
-    ThinkingStyle(("<think>",), "</think>", (), "\n</think>\n\n", "</think>"),
+    ThinkingStyle(
+        ("<|channel>thought\n",), "<channel|>", (), "\n<channel|>", "<channel|>", ("<|channel>",)
+    ),
+    ThinkingStyle(("[THINK]",), "[/THINK]", (), "[/THINK]", "[/THINK]", ("[THINK]",)),
+    ThinkingStyle(("<think>",), "</think>", (), "\n</think>\n\n", "</think>", ("<think>",)),
 )
 
 
