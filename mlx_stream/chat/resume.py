@@ -53,6 +53,8 @@ class SessionOptions:
 
     Attributes:
         recall_tokens: as in `ChatSession`; only a saved conversation can recall anything.
+        began: when a new conversation begins, which its template may name. Default: when the model
+            was loaded.
     """
 
     system: str | None = None
@@ -71,6 +73,7 @@ class SessionOptions:
     history: Sequence[Message] = ()
     prefixes: PrefixCache | None = None
     recall_tokens: int | None = 0
+    began: datetime | None = None
 
 
 def header_of(name: str) -> SessionHeader | None:
@@ -157,7 +160,8 @@ def new_chat(
     """Return a new session.
 
     Args:
-        began: when the conversation started; its template may state the date. Default: now.
+        began: when a saved conversation started; its template may state the date. Default: as in
+            the options.
         recall: finds exchanges of a saved conversation that have left the window.
 
     Raises:
@@ -166,9 +170,11 @@ def new_chat(
     if options.recall_tokens and not recall:
         raise ValueRefused("recall needs a saved conversation: name it, or use --recall 0")
     template = model.tokenizer.template
-    if template and began:
-        template = template.at(datetime.fromisoformat(began).astimezone())
+    moment = datetime.fromisoformat(began).astimezone() if began else options.began
+    if template and moment:
+        template = template.at(moment)
     given = {**vars(options), "system": options.system or None, "evict": options.evict or "turn"}
+    del given["began"]
     return ChatSession(model, notify=notify, template=template, recall=recall, **given)
 
 

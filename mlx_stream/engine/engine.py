@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ class Engine:
         return [*self._host.notices]
 
     @property
+    def names_date(self) -> bool:
+        """Whether the model's chat template may write the date; False until it is loaded."""
+        template = self._host.model.tokenizer.template if self.ready else None
+        return template is not None and template.names_date
+
+    @property
     def memory(self) -> tuple[int, int]:
         """Bytes in use by weights and streams, and the budget (0 until loading has begun)."""
         return self._host.budget.used, self._host.budget.limit
@@ -118,6 +125,7 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] = (),
         history: Sequence[Message] = (),
         recall: int | None = 0,
+        began: datetime | None = None,
     ) -> Session:
         """Start a conversation; returns at once. Most invalid options raise only on first use.
 
@@ -131,6 +139,8 @@ class Engine:
             recall: how many tokens of the window are kept free to quote exchanges that have left
                 it; requires `name`. None for the default of `ChatSession`.
             on_token: called with each piece, on the same thread.
+            began: when the conversation begins, for templates that name the date. Default: when the
+                model was loaded.
             shared: whether its steps may read tokens of other sessions too, which makes several
                 replies at once much faster. A shared step rounds differently: a greedy reply can
                 differ where two tokens tie. Default: yes, unless `sampling` has a seed.
@@ -154,6 +164,7 @@ class Engine:
             tools=tools,
             history=history,
             recall_tokens=recall,
+            began=began,
         )
         if shared is None:
             shared = sampling is None or sampling.seed is None

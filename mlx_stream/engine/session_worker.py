@@ -138,7 +138,6 @@ class SessionWorker:
         """Start a conversation, or resume a saved one; a coroutine."""
         model = self.host.model_for(self.key)
         options = replace(self.options, prefixes=self.host.prefixes[self.shared])
-        self.options = replace(self.options, history=())  # it may be large
         if self.copied:
             chat, self.copied = self.copied.result(), None
         elif self.name is None:

@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any, Unpack
 
@@ -30,8 +31,15 @@ from mlx_stream.engine.engine import Engine
 from mlx_stream.engine.handle import EngineReplyOptions, Session
 from mlx_stream.engine.reply_reader import Item, ReplyReader
 from mlx_stream.engine.session_worker import ReplyEnd, ReplyPlan, ReplyStart
-from mlx_stream.errors import EngineClosed, MemoryRefused, QueueFull, ValueRefused
-from mlx_stream.models.window import DEFAULT_WINDOW, THINKING_WINDOWS
+from mlx_stream.errors import (
+    ComputeError,
+    EngineClosed,
+    MemoryRefused,
+    QueueFull,
+    ValueRefused,
+    WeightsError,
+)
+from mlx_stream.models.window import THINKING_WINDOWS
 from mlx_stream.server.conversation import DIGEST_BYTES, TURN_BYTES, Conversation, Digests
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tool_calls import ToolCall
@@ -141,7 +149,7 @@ class StreamLine:
         reply: the reply in progress.
         used: the number of the request that used it last.
         spare: whether its conversation continues in a copy, so that it goes first.
-        copies: how many copies of it are being made.
+        copies: the replies that wait for copies of it.
         requests: how many it has answered.
         ended: when its last reply ended, by the monotonic clock.
     """
@@ -153,7 +161,7 @@ class StreamLine:
     reply: "Taken | None" = None
     used: int = 0
     spare: bool = False
-    copies: int = 0
+    copies: "set[Taken]" = field(default_factory=set)
     requests: int = 0
     ended: float = 0.0
 
@@ -198,9 +206,11 @@ class Request:
         head: the digest of its head.
         turns: the digests of its closed turns.
         asked: the digest of its question, without the beginning of a reply.
+        moment: when it came.
     """
 
     conversation: Conversation
+    moment: datetime
     head: bytes
     turns: bytes
     asked: bytes
@@ -426,9 +436,12 @@ class Lines:
             EngineClosed: the engine is closed, or the lines are.
         """
         asked = conversation.question[: -1 if conversation.begins_reply else None]
+        moment = datetime.now()
+        day = moment.date().isoformat() if self.engine.names_date else ""
         request = Request(
             conversation,
-            self._digests.of_head(conversation.head),
+            moment,
+            self._digests.of_head(conversation.head, day),
             self._digests.of_turns(conversation.turns),
             self._digests.of_messages(asked),
             max_tokens,
@@ -452,6 +465,8 @@ class Lines:
         with self._lock:
             request, source = reply.request, reply.source
             self.copied(reply)
+            if source:
+                source.spare = False
             closed = self._close_one(source)
             if not request or not (closed or (source and not source.reply)):
                 return False
@@ -462,7 +477,7 @@ class Lines:
         """Let the line whose copy a reply uses go again."""
         with self._lock:
             if reply.source:
-                reply.source.copies -= 1
+                reply.source.copies.discard(reply.taken)
             reply.source = None
 
     def state(self) -> list[LineState]:
@@ -503,9 +518,9 @@ class Lines:
         line, first, last = best
         count, behind, record = last - first, len(line.record) - last, line.record.copy()
         keep, shifted = (count, "shifted") if first else (None, "")
-        left_out = f"; the client left out {first:,} older ones" if first else ""
+        left_out = f"; older turns that the client left out: {first:,}" if first else ""
         if count == len(turns) and not behind:
-            reason = f"the line has read the {count:,} turns{left_out}"
+            reason = f"the line has read these turns{left_out}"
             return Choice(shifted or "extended", reason, record, line, keep=keep)
         asked = line.record.digests[last * TURN_BYTES :][:DIGEST_BYTES]
         again = asked == request.asked and not request.conversation.begins_reply
@@ -521,9 +536,9 @@ class Lines:
         record.add(request.turns[count * TURN_BYTES :])
         # What is copied is the first to go, so an edit does not take another line's place.
         place = len(self._lines) < self.streams or (not edited and self._next_to_go(line))
-        reason = f"{behind:,} turns are taken back{left_out}"
+        reason = f"turns taken back: {behind:,}{left_out}"
         if rest:
-            shifted, reason = "", f"the line has read {count:,} of the turns{left_out}"
+            shifted, reason = "", f"turns that the line has read: {count:,} of {len(turns):,}"
         return Choice(
             shifted or ("edited" if edited else "forked"),
             reason,
@@ -552,7 +567,7 @@ class Lines:
                 why = "no line has read the first turn" if "head" in why else why
             elif line.reply:
                 why = "the line that has read these turns is writing a reply"
-            elif not line.record.fits(first, last, self.window or DEFAULT_WINDOW):
+            elif not line.record.fits(first, last, line.session.stats.window):
                 why = "too many of these turns have left the line"
             else:
                 behind = len(line.record) - last
@@ -611,6 +626,7 @@ class Lines:
                 reasoning_effort=head.reasoning_effort,
                 tools=head.tools,
                 shared=self._shared,
+                began=request.moment,
             )
         self._numbers += 1
         return StreamLine(self._numbers, session, request.head)
@@ -646,10 +662,10 @@ class Lines:
             self._lines.append(line)
             if source := choice.source:
                 reply.source = source
-                source.copies += 1
+                source.copies.add(taken)
                 source.spare = choice.back == 1 and not choice.history
         reply.line, reply.cache, reply.reason = line.id, choice.cache, choice.reason
-        reply.reader.when_done(partial(self._done, line, taken, fresh))
+        reply.reader.when_done(partial(self._done, line, taken, fresh, choice.source))
 
     def _end(
         self,
@@ -674,10 +690,22 @@ class Lines:
                 self._drop(line)
         self._release(line, taken)
 
-    def _done(self, line: StreamLine, taken: Taken, fresh: bool, future: Future[Any]) -> None:
-        """Release a line whose reply never began, or failed before it did."""
+    def _done(
+        self,
+        line: StreamLine,
+        taken: Taken,
+        fresh: bool,
+        source: StreamLine | None,
+        future: Future[Any],
+    ) -> None:
+        """Release a line whose reply never began; close one that is not what its record says."""
+        error = None if future.cancelled() else future.exception()
         with self._lock:
-            if line.reply is taken and (fresh or future.cancelled() or future.exception()):
+            if source:
+                source.copies.discard(taken)
+            # A step may fail behind the reply, too, while the turn is settled.
+            lost = isinstance(error, ComputeError | WeightsError)
+            if lost or (line.reply is taken and (fresh or error or future.cancelled())):
                 self._drop(line)
         self._release(line, taken)
 

@@ -282,3 +282,32 @@ def test_the_thinking_of_a_history_is_marked_by_tokens(tmp_path):
     mark = chat.model.tokenizer.encode("<think>", special=False)[0]
     assert chat.tokens.ids.attended().count(mark) == 2  # of both replies, none from the text
     assert_well_formed(chat)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    turns=TURNS.filter(len),
+    window=st.integers(40, 300),
+    unread=st.integers(0, 2),
+    room=st.integers(0, 40),
+    name=st.sampled_from(["plain", "system within", "no system", "keeps its thinking", "drops"]),
+)
+def test_turns_follow_a_conversation_as_text(turns, window, unread, room, name):
+    chat = recorded(model(name), Trouble(), window=window, system="Be brief.", max_tokens=5)
+    said(chat.reply("Hi"))
+    said(chat.reply("And?"))
+    before = [(exchange.question, exchange.reply) for exchange in chat.exchanges]
+    chat.follow(messages(turns), unread, room)
+    placed = [(exchange.question, exchange.reply) for exchange in chat.exchanges]
+    assert chat.number == 2 + unread + len(turns)
+    if len(placed) > len(turns):
+        assert not unread and placed == [*before, *turns]
+    assert placed[-len(turns) :] == turns[-len(placed) :]  # these, or the newest of them
+    assert_well_formed(chat)
+    said(chat.reply("Next?"))
+    assert_well_formed(chat)
+    texts = [(exchange.question, exchange.reply) for exchange in chat.exchanges]
+    whole = [*before, *turns, texts[-1]]
+    assert texts == whole[len(whole) - len(texts) :]
+    if unread:
+        assert len(texts) <= len(turns) + 1

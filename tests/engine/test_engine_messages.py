@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
+from typing import Any
 
 import pytest
 
 import mlx_stream
 from mlx_stream import errors
 from mlx_stream.chat.messages import Message
-from tests.fakes.engines import DEADLINE, GREEDY, LONG, engine_of, said
+from mlx_stream.engine.session_worker import ReplyEnd, ReplyPlan, ReplyStart
+from tests.fakes.engines import DEADLINE, GREEDY, LONG, engine_of, eventually, said
 from tests.fakes.thinkers import write_random
 from tests.fakes.tool_models import LLAMA, TOOLS
 
@@ -23,9 +25,9 @@ def engine(letters):
     assert engine.close(DEADLINE)
 
 
-def plain(letters):
+def plain(letters, history=HISTORY):
     model = mlx_stream.load(letters, dtype="float32", keep_quantized=False)
-    return mlx_stream.ChatSession(model, history=HISTORY, **OPTIONS)  # type: ignore[arg-type]
+    return mlx_stream.ChatSession(model, history=history, **OPTIONS)  # type: ignore[arg-type]
 
 
 def test_a_session_takes_a_history_and_messages(letters, engine):
@@ -121,3 +123,49 @@ def test_tools_reach_the_head(tmp_path):
         chat = engine.session(tools=TOOLS, window=200, max_tokens=3)
         said(chat.reply("Hi"))
         assert chat.stats.pinned > 300
+
+
+def test_a_reply_begins_at_once_and_changes_the_conversation_before_it(letters, engine):
+    """Turns are taken back, evicted and read as text; the items tell what is read."""
+    chat, slow = engine.session(shared=False, **OPTIONS), plain(letters, history=())
+    for question in ("Hi", "And?", "More?"):
+        assert said(chat.reply(question)) == said(slow.reply(question))
+    ends: list[ReplyEnd | None] = []
+    plan = ReplyPlan("Next?", back=1, keep=1, history=HISTORY[:2], on_end=ends.append)
+    reader = chat.begin(plan, progress=lambda done, total: None)
+    eventually(lambda: reader._task.items)  # nothing was taken yet
+    items: Any = [*iter(reader.take, None)]
+    slow.undo()
+    slow.clear(2)
+    slow.follow(HISTORY[:2])
+    last = [*slow.reply("Next?")][-1]
+    start, *pieces, end = items
+    assert isinstance(start, ReplyStart) and isinstance(end, ReplyEnd) and ends == [end]
+    assert end.exchange and last.attended
+    assert start.turns == 2 and start.attended == last.attended - last.written + 1
+    assert start.read == last.read + last.settled
+    assert said(pieces) == slow.exchanges[-1].reply == end.exchange.reply
+    assert len(end.sizes) == 3 and sum(end.sizes) <= slow.cache.attended + 1
+    assert chat.exchanges == slow.exchanges
+    done = threading.Event()
+    again = chat.begin(ReplyPlan(None, on_end=ends.append), 5)
+    again.when_done(lambda future: done.set())
+    items = [*iter(again.take, None)]
+    assert items[0].read == 1 and ends[1] is items[-1] and items[-1].replaced
+    assert said(items[1:-1]) == said(slow.retry(5)) and done.wait(DEADLINE)
+
+
+def test_only_what_was_taken_of_a_cancelled_reply_stays(engine):
+    chat, ends = engine.session(**OPTIONS), []
+    said(chat.reply("Hi"))
+    for count in (0, 1, 3):
+        plan = ReplyPlan("Long?", given=lambda n=count: n, on_end=ends.append)
+        reader = chat.begin(plan, 10**6)
+        items = [reader.take() for _ in range(5)]
+        reader.cancel()
+        assert [*iter(reader.take, None)] == []
+        eventually(lambda: not engine._worker.busy())
+        assert ends[-1].exchange.reply == said(items[1:])[:count] == chat.exchanges[-1].reply
+    with pytest.raises(errors.ValueRefused, match="bias"):
+        chat.begin(ReplyPlan("Hi", on_end=ends.append), bias={10**9: 1.0}).take()
+    assert ends[-1] is None and len(chat.exchanges) == 4

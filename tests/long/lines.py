@@ -12,10 +12,10 @@ import gc
 import json
 import sys
 import tempfile
-import tracemalloc
 from pathlib import Path
+from types import FunctionType, ModuleType
 
-import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
+import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 from mlx_stream.chat.messages import Message
 from mlx_stream.server.conversation import conversation_of
@@ -31,25 +31,35 @@ BYTES_GROWTH = 20_000  # the fullest window has some more turns than the first l
 OBJECT_GROWTH = 200
 
 
+def reachable_bytes(root: object) -> int:
+    """Return the bytes of the Python objects that an object refers to, and of those they do."""
+    waiting, found, total = [root], {id(root)}, 0
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, ModuleType | FunctionType | type):
+            continue
+        total += sys.getsizeof(each)
+        for other in gc.get_referents(each):
+            if id(other) not in found:
+                found.add(id(other))
+                waiting.append(other)
+    return total
+
+
 def look(lines: Lines) -> dict[str, int]:
-    """Return the bytes allocated in the package, and the objects that Python's collector tracks."""
+    """Return the bytes that the lines and their engine refer to, and how many objects there are."""
     eventually(lambda: not lines.engine._worker.busy())
     gc.collect()
-    objects = sum(not isinstance(each, Message) for each in gc.get_objects())  # not the client's
-    found = tracemalloc.take_snapshot().filter_traces(
-        [tracemalloc.Filter(True, f"{Path(mlx_stream.__file__).parent}/*")]
-    )
     record = lines._lines[0].record.nbytes
-    bytes_ = sum(statistic.size for statistic in found.statistics("filename"))
-    return {"bytes": bytes_ - record, "objects": objects, "record": record}
+    objects = sum(not isinstance(each, Message) for each in gc.get_objects())  # not the client's
+    return {"bytes": reachable_bytes(lines) - record, "objects": objects, "record": record}
 
 
 def converse(folder: Path, turns: int) -> dict[str, float]:
     """Hold a conversation; return what has grown since its first half, but for the record."""
-    messages = [SYSTEM]
+    messages, before = [SYSTEM], {"bytes": 0, "objects": 0}
     with engine_of(folder) as engine:
         lines = Lines(engine, window=120)
-        tracemalloc.start()
         for number in range(turns):
             messages.append(Message("user", f"Question {number}?"))
             reply = lines.begin(conversation_of(messages), max_tokens=4, sampling=GREEDY)
@@ -59,7 +69,6 @@ def converse(folder: Path, turns: int) -> dict[str, float]:
             if number == turns // 2:
                 before = look(lines)
         after = look(lines)
-        tracemalloc.stop()
         assert len(lines.state()) == 1 and lines.state()[0].turns == turns
     grown = {f"{name}_grown": after[name] - before[name] for name in ("bytes", "objects")}
     return {"turns": turns, "record_bytes_per_turn": after["record"] / turns, **grown}

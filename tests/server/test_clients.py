@@ -1,5 +1,7 @@
 """Several clients at once, against plain lists of what must be attended."""
 
+from typing import ClassVar
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -13,6 +15,7 @@ from hypothesis.stateful import (
 
 from mlx_stream.chat.history import exchanges_of, newest_turns
 from mlx_stream.chat.messages import Message
+from mlx_stream.engine import Engine
 from mlx_stream.errors import QueueFull
 from mlx_stream.server.conversation import TURN_BYTES
 from mlx_stream.server.lines import Lines
@@ -31,7 +34,7 @@ questions = st.sampled_from(QUESTIONS)
 class Clients(RuleBasedStateMachine):
     """Three clients, and more streams than one of them needs."""
 
-    engine = None
+    engine: ClassVar[Engine]
 
     def __init__(self):
         super().__init__()
@@ -177,9 +180,5 @@ def reply_sinks(chat):
 
 
 def test_clients_get_what_they_sent(letters):
-    class Machine(Clients):
-        pass
-
-    with engine_of(letters) as engine:
-        Machine.engine = engine
-        run_state_machine_as_test(Machine, settings=settings(max_examples=20))
+    with engine_of(letters) as Clients.engine:
+        run_state_machine_as_test(Clients, settings=settings(max_examples=20))

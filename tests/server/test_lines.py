@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from dataclasses import replace
+from datetime import datetime
 
 import pytest
 
@@ -14,6 +15,8 @@ from mlx_stream.server.lines import Lines, Record, find_longest
 from tests.fakes.clients import SYSTEM, Client, attended_texts, chat_of, ids_to_attend
 from tests.fakes.conversations import assert_well_formed, said
 from tests.fakes.engines import DEADLINE, GREEDY, LONG, engine_of, eventually, together
+from tests.fakes.shell import SMALL, edit
+from tests.fakes.tiny import CHAT_TEMPLATE, tiny_config, write_letters
 
 WINDOW = 150
 
@@ -241,6 +244,34 @@ def test_another_head_is_another_conversation(lines):
     assert client.reply.cache == "forked"
 
 
+@pytest.mark.parametrize("dated", [True, False])
+def test_the_day_belongs_to_the_head_of_a_template_that_names_it(tmp_path, monkeypatch, dated):
+    folder = write_letters(tmp_path / "letters", tiny_config(**SMALL))
+    if dated:
+        source = "{% set day = strftime_now('%d %B') %}" + CHAT_TEMPLATE.replace(
+            "message['content']", "(day if loop.first else '') + message['content']", 1
+        )
+        edit(folder / "tokenizer_config.json", chat_template=source)
+    days = [datetime(2026, 12, 1, 23, 59), datetime(2026, 12, 2), datetime(2026, 12, 2, 9)]
+
+    class Clock:
+        @staticmethod
+        def now():
+            return days[0]
+
+    monkeypatch.setattr("mlx_stream.server.lines.datetime", Clock)
+    with engine_of(folder) as engine:
+        engine.wait()
+        client, caches = Client(Lines(engine, window=WINDOW)), []
+        for question in ("Hi", "And?", "More?"):
+            client.ask(question)
+            caches.append(client.reply.cache)
+            head = engine._host.model.tokenizer.decode(client.chat.prompts.pinned)
+            assert (days[0].strftime("%d %B") in head) == dated
+            days.pop(0)
+    assert caches == ["new", "cold" if dated else "extended", "extended"]
+
+
 def test_an_empty_history_takes_over_no_conversation(lines):
     client, task = Client(lines), Client(lines)
     client.ask("Hi")
@@ -349,6 +380,28 @@ def test_a_forgotten_reply_ends(lines):
     next(client.begin("Hi", max_tokens=100))
     client.reply = None
     eventually(lambda: lines.state()[0].state == "idle")
+
+
+def test_a_reply_that_is_cancelled_before_it_begins_changes_nothing(lines):
+    client = Client(lines)
+    client.ask("Hi")
+    before, texts = ids_to_attend(client.chat), client.texts
+    with lines.engine._worker.lock:  # the engine cannot begin anything
+        client.begin("And?").cancel()
+        client.messages.pop()
+        other = Client(lines)
+        other.begin("And?").cancel()
+    eventually(lambda: [state.state for state in lines.state()] == ["idle"])
+    assert ids_to_attend(chat_of(lines, 1)) == before and client.texts == texts
+    assert [*other.reply] == [] and other.reply.finish == "cancelled"
+    client.ask("More?")
+    assert client.reply.cache == "extended" and client.reply.line == 1
+    client.take_back(1)
+    with lines.engine._worker.lock:
+        client.begin("Else?").cancel()
+        assert lines._lines[0].copies and client.reply.cache == "edited"
+    eventually(lambda: [state.id for state in lines.state()] == [1])
+    assert not lines._lines[0].copies
 
 
 def test_replies_with_asyncio(lines):
@@ -460,6 +513,11 @@ def test_a_question_may_begin_its_reply(lines):
     reply = client.begin("And?", begin)
     text = said(reply)
     client.messages[-1] = replace(begin, text=begin.text + text)
+    assert attended_texts(client.chat) == client.texts
+    reply = client.begin("So?", begin, max_tokens=10**6)
+    taken = [next(reply) for _ in range(3)]
+    reply.cancel()
+    client.messages[-1] = replace(begin, text=begin.text + said(taken))
     assert attended_texts(client.chat) == client.texts
     client.ask("More?")
     assert client.reply.cache == "extended"

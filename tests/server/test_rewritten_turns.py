@@ -12,7 +12,7 @@ from mlx_stream.server.lines import Lines
 from tests.chat.test_settle import SCRIPT, THINKS
 from tests.fakes.clients import SYSTEM, Client, attended_texts, ids_to_attend
 from tests.fakes.conversations import assert_well_formed, said
-from tests.fakes.engines import GREEDY, engine_of
+from tests.fakes.engines import GREEDY, engine_of, eventually
 from tests.fakes.thinkers import write_random, write_thinker
 from tests.fakes.tool_models import MODELS, TOOLS, scripted
 
@@ -32,7 +32,7 @@ def test_thinking_does_not_count(name, sent, tmp_path):
         def check(cache):
             thinking = "".join(piece.thinking for piece in client.pieces)
             assert (thinking, client.said) == ("abcdefghi", "jklmno")
-            assert client.reply.cache == cache and client.reply.line == 1
+            assert client.reply.cache == cache
             assert ids_to_attend(client.chat) == ids_to_attend(twin)
             assert_well_formed(client.chat)
             client.messages[-1] = replace(client.messages[-1], thinking=thinking if sent else "")
@@ -45,9 +45,23 @@ def test_thinking_does_not_count(name, sent, tmp_path):
             # What settles the reply before is read behind it, or else with this question.
             most = last.settled + asked + len(twin.exchanges[-1].closing_ids)
             assert asked <= client.reply.read <= most or not number
+        reply = client.begin("Stop?")
+        [next(reply) for _ in range(3)]
+        reply.cancel()  # in its thinking, of which nothing stays
+        assert attended_texts(client.chat)[-1] == ("Stop?", "")
+        assert_well_formed(client.chat)
+        client.messages.append(Message("assistant", ""))
+        client.ask("On?")
+        assert client.reply.cache == "extended"
+        assert_well_formed(client.chat)
+        client.take_back(2)
+        twin = client.chat.fork(2)
+        client.ask("Else?")
+        said(twin.reply("Else?", 20))
+        assert client.reply.cache == "forked" and ids_to_attend(client.chat) == ids_to_attend(twin)
         del client.messages[-1]
         client.ask()
-        said(twin.retry())
+        said(twin.retry(20))
         check("retried")
         if name == "drops it late":  # the turn before has its thinking again
             assert client.reply.read > 1
@@ -59,6 +73,27 @@ def test_thinking_does_not_count(name, sent, tmp_path):
         held = attended_texts(fresh.chat)
         assert held == fresh.texts[-len(held) :] and len(held) > 1
         assert_well_formed(fresh.chat)
+
+
+def test_a_step_that_fails_behind_a_reply_closes_the_line(tmp_path, monkeypatch):
+    path = write_thinker(tmp_path / "model", THINKS["thinks"], SCRIPT, "<|im_end|>")
+    run, failed = TokenStream.run, []
+
+    def fail(self, request):
+        if request.settling and not failed:
+            failed.append(request)
+            self.fail()
+            raise RuntimeError("out of memory")
+        return run(self, request)
+
+    monkeypatch.setattr(TokenStream, "run", fail)
+    with engine_of(path) as engine:
+        client = Client(Lines(engine, window=200), max_tokens=20)
+        client.ask("Hi")
+        eventually(lambda: failed and not client.lines.state())
+        client.ask("And?")
+        assert client.reply.cache == "cold" and client.said == "jklmno"
+        assert attended_texts(client.chat) == client.texts
 
 
 @pytest.mark.parametrize("name", MODELS)

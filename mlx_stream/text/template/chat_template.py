@@ -108,6 +108,7 @@ class ChatTemplate:
 
     Attributes:
         style: how the model marks its thinking; None if the template does not support thinking.
+        names_date: whether it may state the date on which the conversation began.
 
     Raises:
         TemplateError: from any method, if the template fails, violates the sandbox, takes too much
@@ -128,7 +129,7 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: it has more than {MAX_SOURCE} characters")
         self.source, self._options = source, dict(options or {})
-        self.style = style_of(source)
+        self.style, self.names_date = style_of(source), "strftime_now" in source
         self._tokens, self._special, self._now = dict(tokens or {}), special, datetime.now()
         compiled = attempt("cannot be read", lambda: TemplateEnvironment().from_string(source))
         self._template = compiled
