@@ -1,9 +1,9 @@
-"""Compares recipes on a model: size, perplexity, divergence from the source.
+"""Compares recipes on a model by size, perplexity and divergence from the source.
 
     python convert/compare.py starter pride_and_prejudice.txt --calibration emma.txt
 
-Converts the model with each recipe into a temporary folder, and reports on the text. Prints a
-Markdown table, or with --json the reports.
+Converts the model with each recipe into a temporary folder, and evaluates it on the text. Prints a
+Markdown table or, with --json, the reports.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def report(model: str, text: str, recipe: str, calibration: str | None, tokens: 
             command += ["--calibration", calibration]
         done = subprocess.run(command, stdout=subprocess.PIPE)
     if done.returncode:
-        sys.exit(done.returncode)  # it has printed the reason
+        sys.exit(done.returncode)  # the command has already printed the reason
     return json.loads(done.stdout)
 
 

@@ -1,7 +1,7 @@
 """Prepares the process before MLX is imported, and describes this machine; independent of models.
 
 MLX's Linux wheel has a slow reference BLAS (5 GFLOP/s). If OpenBLAS or MKL is loaded first, with
-global symbols, the wheel uses it: 30 times faster.
+global symbols, the wheel uses that instead, which is 30 times faster.
 """
 
 import ctypes
@@ -12,22 +12,22 @@ from contextlib import suppress
 from pathlib import Path
 
 OPENBLAS = "libopenblas.so.0"
-SLOWER = "float32 products 30 times slower"
+SLOWER = "float32 matmuls 30 times slower"
 INSTALL = "apt-get install libopenblas0-pthread (Debian, Ubuntu), or pip install 'mlx_stream[blas]'"
-IMPORTED_LATE = "mlx.core" in sys.modules  # then MLX has bound its own BLAS
+IMPORTED_LATE = "mlx.core" in sys.modules  # if so, MLX has already bound its own BLAS
 COMPILE = "MLX_STREAM_COMPILE"
 CACHE_LIMIT = 256 * 2**20
 
 
 def load_blas() -> str:
-    """Load the system's OpenBLAS before MLX, on Linux, or else the library of the `mkl` wheel.
+    """On Linux, load the system's OpenBLAS, or else the `mkl` wheel's library, before MLX.
 
     Returns:
         The library, or "" if MLX will use its own.
     """
     if not sys.platform.startswith("linux") or IMPORTED_LATE:
         return ""
-    # One-row products are up to ten times slower on two threads than on one.
+    # Single-row products are up to ten times slower on two threads than on one.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for library in (OPENBLAS, *map(str, Path(sys.prefix, "lib").glob("libmkl_rt.so*"))):
         with suppress(OSError):
@@ -46,7 +46,7 @@ def explain_slow_blas() -> str:
 
 
 blas = load_blas()
-# To be shown when a model is loaded, once.
+# Shown once, when a model is loaded.
 notices = [line for line in (explain_slow_blas(),) if line]
 
 
@@ -58,11 +58,12 @@ def on_metal() -> bool:
 
 
 def tracing() -> tuple[bool, bool]:
-    """Return whether decode steps are traced with `mx.compile`: before a window is full, and then.
+    """Return whether `mx.compile` traces decode steps before the window is full, and afterwards.
 
-    `MLX_STREAM_COMPILE` decides, 0 or 1. Unset, Metal traces every step. The CPU backend traces
-    only those of a full window, because it runs the system's C++ compiler for each fused kernel:
-    1.5 s each, until the machine restarts.
+    If `MLX_STREAM_COMPILE` is set, its value (0 or 1) decides. Otherwise, every step is traced on
+    Metal. On the CPU backend, only steps with a full window are traced, because the system's C++
+    compiler runs for each fused kernel, which takes 1.5 s per kernel after each restart of the
+    machine.
     """
     chosen = os.environ.get(COMPILE, "")
     if chosen:
@@ -71,7 +72,7 @@ def tracing() -> tuple[bool, bool]:
 
 
 def prepare_compiling() -> None:
-    """Turn off compilation in MLX if there is no compiler: MLX's own activations would fail."""
+    """Disable compilation in MLX if there is no compiler, because its activations would fail."""
     import mlx.core as mx
 
     if not on_metal() and not has_compiler():
@@ -80,14 +81,14 @@ def prepare_compiling() -> None:
 
 @functools.cache
 def has_compiler() -> bool:
-    """Return whether MLX can compile on the CPU backend: it runs g++ (macOS: clang++)."""
+    """Return whether MLX can compile on the CPU backend, for which it runs g++ (macOS: clang++)."""
     import shutil
 
     return shutil.which("g++" if sys.platform.startswith("linux") else "clang++") is not None
 
 
 def device() -> dict[str, str | int]:
-    """Return MLX's description of its device: architecture, name, memory on Metal."""
+    """Return MLX's description of its device: architecture, name and, on Metal, memory."""
     import mlx.core as mx
 
     return mx.device_info()
@@ -99,7 +100,7 @@ def native_bfloat16() -> bool:
 
 
 def memory_budget() -> int:
-    """Return the bytes for a model and its ring.
+    """Return how many bytes a model and its ring may use.
 
     On Metal this is the recommended working set, elsewhere the physical memory.
     """
@@ -110,7 +111,7 @@ def memory_budget() -> int:
 
 
 def resident_bytes() -> int:
-    """Return this process's resident memory, in bytes; on macOS its peak."""
+    """Return this process's resident memory in bytes; on macOS, its peak."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -120,10 +121,10 @@ def resident_bytes() -> int:
 
 
 def set_cache_limit() -> None:
-    """Bound the allocator's cache of freed buffers; for programs, never at import.
+    """Limit the allocator's cache of freed buffers; for programs to call, never on import.
 
     The default is the whole memory limit, which starves a Mac's other programs.
-    `mx.set_wired_limit` is never called: a controlled trial ties it to kernel panics
+    `mx.set_wired_limit` is never called: a controlled trial linked it to kernel panics
     (ml-explore/mlx issue 3186).
     """
     import mlx.core as mx
@@ -167,7 +168,7 @@ def advice() -> list[str]:
     if slow := explain_slow_blas():
         lines.append(slow)
     lines.append(
-        "float16, bfloat16 and quantized products are slower than float32 on this backend: "
+        "float16, bfloat16 and quantized matmuls are slower than float32 on this backend: "
         "quantized weights are dequantized to float32 unless --keep-quantized is given"
     )
     return lines

@@ -1,7 +1,7 @@
 """A model's configuration, checked and complete, in config.json's terms; no arrays.
 
-Unknown keys are ignored, except those that would change the computation. These are refused by name:
-without them the text would be silently wrong.
+Unknown keys are ignored, except those that would change the computation. These are rejected, by
+name: ignoring them would silently produce wrong text.
 """
 
 import math
@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_stream.errors import ConfigError, MlxStreamError, one_line
+from mlx_stream.rope import RopeConfig
 
 ARCHITECTURES = ("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi3", "smollm3")
 SLIDING = ("mistral", "ministral3", "phi3")
-# The trained context of a family whose config does not give it, as in transformers.
+# The trained context of families whose configs may omit it, as in transformers.
 TRAINED = {
     "llama": 2_048,
     "mistral": 131_072,
@@ -25,7 +26,7 @@ TRAINED = {
 }
 ROPE_TYPES = "default, linear, llama3, yarn"
 
-# Keys that change the computation, each with the values that do not change it. From the
+# Keys that change the computation, each with the values that leave it unchanged. From the
 # configurations of transformers' models that are derived from Llama.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1, 1.0),
@@ -71,20 +72,20 @@ READ = {
 }
 
 
-# The bits and group sizes that mx.quantize takes in each mode.
+# The bits and group sizes that mx.quantize accepts in each mode.
 QUANTIZATION_MODES = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
-# Tools whose models `convert` reads, as `quantization_config` names them.
+# Tools whose models `convert` can read, by their names in `quantization_config`.
 OTHER_QUANTIZERS = ("awq", "gptq", "fp8")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one module's weight is quantized: as `mx.quantize` takes it."""
+    """How one module's weight is quantized, as arguments of `mx.quantize`."""
 
     group_size: int
     bits: int
@@ -92,41 +93,14 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions, complete: every default of transformers' `modeling_rope_utils` filled in.
-
-    `rope_type` is default, linear, llama3, yarn or longrope; fields a type does not use keep their
-    defaults. `attention_factor` (yarn, longrope) multiplies queries and keys alike. Of each head,
-    the first `partial_rotary_factor` is rotated.
-    """
-
-    rope_theta: float = 10_000.0
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8_192
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-    partial_rotary_factor: float = 1.0
-    short_factor: tuple[float, ...] = ()
-
-    def rotary_dim(self, head_dim: int) -> int:
-        """Return how many numbers of a head are rotated."""
-        return int(head_dim * self.partial_rotary_factor)
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """The settings of a model, in config.json's names.
+    """The settings of a model, named as in config.json.
 
-    `sliding_window` bounds the window of a stream (Mistral and Phi-3 only), `position_limit` its
-    sinks and window together: beyond that many positions the model computes differently. The
+    `sliding_window` limits the window of a stream (Mistral and Phi-3 only). `position_limit` limits
+    its sinks and window together: beyond that many positions the model computes differently. The
     layers in `unrotated_layers` have no rotary positions.
     `max_position_embeddings` is the trained context in tokens. `quantization` maps a module path to
-    how it is quantized, or None; the empty path holds the default of paths not named.
+    how it is quantized, or None; the empty path holds the default for all other paths.
     """
 
     model_type: str
@@ -149,7 +123,7 @@ class ModelConfig:
     quantization: Mapping[str, Quantization | None] | None = None
 
     def quantized(self, path: str) -> Quantization | None:
-        """Return how the module at `path` is quantized if its scales are there."""
+        """Return how the module at `path` is quantized if it has scales."""
         if self.quantization is None:
             return None
         return self.quantization.get(path, self.quantization[""])
@@ -159,7 +133,7 @@ def read_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Check the content of a config.json and fill in its defaults.
 
     Raises:
-        ConfigError: a key is missing, of the wrong type or out of range, or not supported.
+        ConfigError: a key is missing, has the wrong type, is out of range or is not supported.
     """
     keys = Keys(raw)
     model_type = keys.text("model_type")
@@ -267,7 +241,7 @@ def read_rope(raw: Mapping[str, Any], trained: int, model_type: str) -> RopeConf
         if settings.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
             raise ConfigError("config: rope: partial_rotary_factor is not supported")
         return build_rope(keys, trained)
-    # As in transformers, "su" and "yarn" are older names in Phi-3's files.
+    # As in transformers, "su" and "yarn" are older names for longrope in Phi-3's files.
     if settings.get("rope_type") in ("longrope", "su", "yarn"):
         rope = build_longrope(keys, trained)
     else:
@@ -325,7 +299,7 @@ def build_yarn(keys: "Keys", theta: float, trained: int, original: int) -> RopeC
 
 
 def build_longrope(keys: "Keys", trained: int) -> RopeConfig:
-    """Read the frequencies within the original context; beyond it a model has others."""
+    """Read the frequencies for the original context; beyond it, a model uses different ones."""
     short = keys.value("short_factor")
     if not isinstance(short, list) or not all(
         isinstance(value, int | float) and 1e-6 <= value <= 1e6 for value in short
@@ -347,25 +321,25 @@ def check_rotary_dim(rope: RopeConfig, head_dim: int) -> None:
     dim = rope.rotary_dim(head_dim)
     if not 2 <= dim <= head_dim or dim % 2:
         raise ConfigError(
-            f"config: partial_rotary_factor {rope.partial_rotary_factor} of head_dim {head_dim} "
-            "must be an even number of values"
+            f"config: partial_rotary_factor {rope.partial_rotary_factor} x head_dim {head_dim} "
+            "must be an even number"
         )
     if rope.rope_type == "longrope" and len(rope.short_factor) != dim // 2:
         raise ConfigError(
-            f"config: rope: short_factor has {len(rope.short_factor)} numbers, but {dim} rotated "
-            f"numbers of a head need {dim // 2}"
+            f"config: rope: short_factor has {len(rope.short_factor)} numbers, but {dim} rotary "
+            f"dimensions need {dim // 2}"
         )
 
 
 def read_unrotated(keys: "Keys", layers: int) -> tuple[int, ...]:
-    """Return the layers of a SmolLM3 without rotary positions; `no_rope_layers` has 0 for them."""
+    """Return the SmolLM3 layers without rotary positions: those with 0 in `no_rope_layers`."""
     rotated = keys.raw.get("no_rope_layers")
     if rotated is None:
         every = keys.count("no_rope_layer_interval", 4)
         return tuple(range(every - 1, layers, every))
     valid = isinstance(rotated, list) and all(flag in (0, 1) for flag in rotated)
     if not valid or len(rotated) != layers:
-        raise keys.wrong("no_rope_layers", f"an array of {layers} numbers 0 or 1")
+        raise keys.wrong("no_rope_layers", f"an array of {layers} zeros or ones")
     return tuple(layer for layer, flag in enumerate(rotated) if not flag)
 
 
@@ -388,10 +362,10 @@ def read_sliding_window(raw: Mapping[str, Any]) -> int | None:
 
 
 def read_position_limit(raw: Mapping[str, Any], trained: int, rope: RopeConfig) -> int | None:
-    """Return the length from which on a model computes with other positions.
+    """Return the length beyond which a model computes positions differently, if any.
 
-    With longrope the frequencies change there. With `llama_4_scaling_beta` a factor on queries is 1
-    until there: 1 + beta log(1 + floor(place / original)), as in transformers'
+    With longrope, the frequencies change there. With `llama_4_scaling_beta`, a factor on queries is
+    1 up to that length: 1 + beta log(1 + floor(position / original)), as in transformers'
     `modeling_ministral3`.
     """
     if rope.rope_type == "longrope":
@@ -431,7 +405,7 @@ def read_one_quantization(where: str, entry: Mapping[str, Any]) -> Quantization:
 
 @dataclass(frozen=True)
 class Keys:
-    """Typed reading of an untrusted object's keys, with errors that name file and key."""
+    """Typed access to an untrusted object's keys, with errors that name the file and the key."""
 
     raw: Mapping[str, Any]
     where: str = "config"
@@ -477,7 +451,7 @@ class Keys:
 
 
 def shorten(value: object) -> str:
-    """Show a value from an untrusted file in one short line."""
+    """Show a value from an untrusted file on one short line."""
     if isinstance(value, Sized) and not isinstance(value, str):
         return f"{'an object' if isinstance(value, Mapping) else 'an array'} of {len(value)}"
     return one_line(repr(value), 60)

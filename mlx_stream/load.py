@@ -17,28 +17,28 @@ from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.checkpoint.gguf import read_gguf
 from mlx_stream.config import ModelConfig, read_config
 from mlx_stream.errors import CheckpointError, MemoryRefused, TokenizerError, ValueRefused
+from mlx_stream.errors.argument_types import check_arguments
 from mlx_stream.hub.resolve import resolve
 from mlx_stream.models import fingerprint
 from mlx_stream.models.compiled import CompiledSteps
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.models.layout import ring_bytes
 from mlx_stream.models.weights import DTYPES, RemainingTensors, build, weight_bytes
-from mlx_stream.program.argument_types import check_arguments
-from mlx_stream.program.notices import Notify, discard
-from mlx_stream.text.tokenizer import Tokenizer
-from mlx_stream.window import (
+from mlx_stream.models.window import (
     DEFAULT_WINDOW,
     THINKING_WINDOWS,
     bounded_windows,
     resolve_window,
 )
+from mlx_stream.program.notices import Notify, discard
+from mlx_stream.text.tokenizer import Tokenizer
 
-# The process that computes with MLX, once one does.
+# The id of the process that computes with MLX, once there is one.
 _process: int | None = None
 
 
 def check_process() -> None:
-    """Refuse to compute in a forked process: MLX's threads stay behind in the one it came from.
+    """Refuse to compute in a forked process: MLX's threads exist only in the parent.
 
     Raises:
         ValueRefused: this process was forked from one that had loaded a model.
@@ -54,7 +54,7 @@ def check_process() -> None:
 
 
 def check_memory(weights: int, ring: int) -> None:
-    """Refuse weights and ring that exceed the device's budget."""
+    """Raise MemoryRefused if the weights and the ring exceed the device's budget."""
     budget = backend.memory_budget()
     if weights + ring > budget:
         raise MemoryRefused(
@@ -74,13 +74,14 @@ class Model:
 
     Attributes:
         name: the source.
-        network: the weights and their computation; it holds no state of a stream.
+        network: the weights and their computation; holds no stream's state.
         attention: the shape of its streams' caches.
-        dtype: of activations, keys and values.
+        dtype: the dtype of activations, keys and values.
         quantized: whether quantized weights were kept quantized.
-        weight_bytes: memory of the weights.
+        weight_bytes: how much memory the weights take up.
         force: whether memory limits are overridden.
-        check: refuses too much memory; called with the bytes of the weights and of a new stream.
+        check: raises if memory is short; called with the sizes, in bytes, of the weights and of a
+            new stream.
         compiled_steps: its traced decode steps.
     """
 
@@ -106,7 +107,7 @@ class Model:
         return f"Model({self.name!r}: {kind}{quantized}, {str(self.dtype).split('.')[-1]})"
 
     def with_check(self, check: Callable[[int, int], None]) -> "Model":
-        """Return the same model, with the same traces, and a different `check` of its streams."""
+        """Return the same model with the same traces, but a different `check` for its streams."""
         found = replace(self, check=check)
         object.__setattr__(found, "compiled_steps", self.compiled_steps)
         return found
@@ -136,14 +137,14 @@ class Model:
         Args:
             sinks: S, default 4.
             window: W, default 2,048 or the rest of the trained context if that is less.
-            spare: rows beyond the window, for tokens that may be taken back.
+            spare: rows beyond the window, for tokens that may be rolled back.
             notify: called with one line if the model's sliding window reduces W.
             kv_bits: 8 or 4 quantizes the ring's keys and values, but not the sinks'.
 
         Raises:
-            ValueRefused: sinks or window are out of range, or together above the trained context;
+            ValueRefused: sinks or window is out of range, or their sum exceeds the trained context;
                 the heads cannot be quantized; or this process was forked.
-            MemoryRefused: weights and ring exceed the device's budget.
+            MemoryRefused: the weights and the ring exceed the device's budget.
         """
         check_process()
         sinks, window = self.resolve_window(sinks, window, notify)
@@ -165,7 +166,7 @@ class Model:
     def thinking_window(self, sinks: int, kv_bits: int | None) -> int | None:
         """Return the default window of a model that thinks: the largest that fits.
 
-        None if that is the default of any model.
+        None if it is no larger than the default for other models.
         """
         for window in bounded_windows(self.config, sinks, THINKING_WINDOWS[:-1]):
             try:
@@ -179,10 +180,10 @@ class Model:
         return None
 
     def sinks_for(self, pinned: int, sinks: int | None, window: int | None) -> int:
-        """Return S of a stream whose first `pinned` tokens, a system prompt, always stay attended.
+        """Return S for a stream whose first `pinned` tokens, a system prompt, stay attended.
 
         Raises:
-            ValueRefused: as in `new_cache`.
+            ValueRefused: as for `new_cache`.
         """
         sinks, _ = self.resolve_window(sinks, None)
         trained = self.config.max_position_embeddings
@@ -228,7 +229,7 @@ def load(
     backend.prepare_compiling()
     while backend.notices:
         notify(backend.notices.pop())
-    # A Path is always on disk; as a string, "starter" would be the starter.
+    # A Path always means a file or folder; as a string, "starter" would mean the starter model.
     place = str(source.absolute()) if isinstance(source, Path) else source
     path = resolve(place, notify)
     with naming(str(source), path):
@@ -263,10 +264,10 @@ def build_model(
     dtype: mx.Dtype,
     keep_quantized: bool = False,
 ) -> Model:
-    """Build a model without a tokenizer from a config.json's settings and tensors in memory.
+    """Build a model, without a tokenizer, from config.json settings and tensors in memory.
 
     Args:
-        tensors: by the checkpoint's names; the dict is empty afterwards.
+        tensors: keyed by the checkpoint's names; the dict is empty afterwards.
     """
     config = read_config(settings)
     needed = weight_bytes(config, tensors, dtype, keep_quantized)
@@ -279,7 +280,7 @@ def named_dtype(name: str | None) -> mx.Dtype | None:
     """Return the dtype that `--dtype` names.
 
     Raises:
-        ValueRefused: it is unknown.
+        ValueRefused: there is no such dtype.
     """
     if name is not None and name not in DTYPES:
         raise ValueRefused(f"`dtype` must be one of {', '.join(DTYPES)}, not {name!r}")
@@ -306,7 +307,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 @contextmanager
 def naming(source: str, *paths: Path) -> Iterator[None]:
-    """Name the model in errors about its files that do not name one of `paths`."""
+    """Add the model's name to errors about its files that do not mention one of `paths`."""
     try:
         yield
     except (CheckpointError, TokenizerError) as error:
@@ -324,7 +325,7 @@ def default_dtype(checkpoint: Checkpoint) -> mx.Dtype:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
-    """Return the dtype of a checkpoint's floats: its embedding's, for norms may be wider."""
+    """Return the dtype of a checkpoint's floats: its embedding's, because norms may be wider."""
     if checkpoint.dtype is not None:
         return DTYPES[checkpoint.dtype]
     tensors = checkpoint.tensors
@@ -335,8 +336,8 @@ def stored_dtype(checkpoint: Checkpoint) -> mx.Dtype:
 
 
 def explain_dequantized(checkpoint: Checkpoint) -> str:
-    """Return the beginning of a sentence about matrices of types that MLX does not have."""
+    """Return the start of a sentence about matrices of types that MLX does not support."""
     kinds = ", ".join(sorted(set(checkpoint.dequantized.values())))
     count = len(checkpoint.dequantized)
     matrices = "1 matrix" if count == 1 else f"{count} matrices"
-    return f"{matrices} of a type that MLX does not have ({kinds}) become{'s' * (count == 1)}"
+    return f"{matrices} of a type MLX does not support ({kinds}) become{'s' * (count == 1)}"

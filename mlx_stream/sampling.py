@@ -1,6 +1,6 @@
 """Chooses the next token from logits; independent of streams and models.
 
-The mode is fixed in a traced step. The numbers are arrays: another temperature needs no new trace.
+A traced step has a fixed mode. The numbers are arrays, so a new temperature needs no new trace.
 """
 
 import math
@@ -15,14 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.errors import TypeRefused, ValueRefused
-from mlx_stream.program.argument_types import refuse_wrong_types
+from mlx_stream.errors.argument_types import refuse_wrong_types
 
 LOWEST_TEMPERATURE = 1e-30  # the lowest above 0; smaller ones are 0 in float32
 MOST_LOGPROBS = 20
-HIGHEST_BIAS = 1e30  # float32 holds it, and the sum with a logit
+HIGHEST_BIAS = 1e30  # float32 can hold it, and its sum with a logit
 
-# Takes the ids of a reply so far, and returns which tokens may come next, (vocabulary,) bool, or
-# None for any.
+# Takes the ids of a reply so far and returns a bool array (vocabulary,) of the tokens that may come
+# next, or None for any.
 Mask = Callable[[Sequence[int]], np.ndarray | None]
 
 
@@ -31,15 +31,15 @@ class Sampling:
     """How a token is chosen, in this order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
-        temperature: 0 is greedy: then only the penalty has an effect.
+        temperature: from 0 to 5; 0 means greedy: then only the penalty has an effect.
         top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
+        top_p: keep the likeliest tokens whose probabilities add up to this; 1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
         repetition_penalty: divide the logits of attended tokens by it (multiply negative ones;
-            arXiv 1909.05858); 1 leaves them. Evicted tokens are not penalized.
-        seed: the seed of the random numbers; None draws one.
+            arXiv 1909.05858); 1 leaves them unchanged. Evicted tokens are not penalized.
+        seed: seed of the random number generator; None picks one at random.
 
-    Tokens as likely as the least likely one kept are kept too.
+    Tokens that are tied with the least likely token kept are kept too.
 
     Raises:
         ValueRefused: a number is out of range.
@@ -56,7 +56,7 @@ class Sampling:
         refuse_wrong_types(vars(self), _field_types())
         penalty = self.repetition_penalty
         for name, value, holds, expected in (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature <= 5, "from 0 to 5"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
@@ -82,13 +82,13 @@ class ReplyOptions(TypedDict, total=False):
     """How the tokens of one reply are chosen.
 
     Attributes:
-        sampling: replaces the session's. Its random numbers continue the session's unless there
-            is a seed.
+        sampling: replaces the session's. Its random numbers continue the session's unless it has a
+            seed.
         bias: added to the logits of these ids.
-        mask: which of the `vocab_size` tokens of the model's config may come next. An engine calls
-            it on its own thread. Nothing is guessed or built ahead then.
-        logprobs: report each token's log-probability, and this many of the likeliest others
-            (0 to 20). Nothing is guessed then.
+        mask: returns which of the model's `vocab_size` tokens may come next. An engine calls it on
+            its own thread. With a mask, no tokens are guessed and no steps are built ahead.
+        logprobs: report the log-probability of each token and of this many of the likeliest tokens
+            (0 to 20). No tokens are guessed then.
     """
 
     sampling: Sampling | None
@@ -133,18 +133,19 @@ class PenalizedIds:
 
 
 class Sampler:
-    """Choose tokens one after another; the state is one random key.
+    """Choose tokens one after another; the state is a single random key.
 
     Args:
         mask, logprobs: see `ReplyOptions`.
         source: a sampler whose random numbers this one continues.
 
     Attributes:
-        mode: the steps that are taken.
-        numbers: the parameters of these steps: arrays by name, of one element but for `bias`.
+        mode: the sampling steps that are active.
+        numbers: the parameters of these steps: arrays by name, each with one element except `bias`.
         key: the random key, (2,) uint32.
-        allows_guessing: whether several tokens may be verified at once. A clock decides how many
-            are guessed, so a reply with a seed of its own would not be reproducible.
+        allows_guessing: whether several tokens may be verified at once. False for a reply with its
+            own seed: how many tokens are guessed depends on timing, so it would not be
+            reproducible.
     """
 
     def __init__(
@@ -183,13 +184,13 @@ class Sampler:
             self._key = key
 
     def for_reply(self, vocabulary: int, options: ReplyOptions) -> "Sampler":
-        """Return the sampler of one reply: this one, if no option is given.
+        """Return the sampler for one reply: this one, if no option is given.
 
         Raises:
             ValueRefused: an option is out of range.
         """
         if unknown := sorted(options.keys() - ReplyOptions.__annotations__.keys()):
-            raise TypeRefused(f"`{unknown[0]}` is not an option of a reply")
+            raise TypeRefused(f"`{unknown[0]}` is not a reply option")
         refuse_wrong_types(options, get_type_hints(ReplyOptions))
         chosen = {name: value for name, value in options.items() if value is not None}
         if not chosen:
@@ -222,7 +223,7 @@ class Sampler:
         """Ask the mask, if there is one, which tokens may follow these ids of a reply.
 
         Raises:
-            ValueRefused: it allows none, or has another size.
+            ValueRefused: the mask allows no token, or has the wrong size.
         """
         if self.mask is None or self._bias is None:
             return
@@ -249,7 +250,7 @@ class Sampler:
         """Continue from `state`.
 
         Raises:
-            ValueRefused: it is not a state.
+            ValueRefused: `state` is not a valid state.
         """
         try:
             words = np.frombuffer(bytes.fromhex(state), np.uint32)
@@ -281,7 +282,7 @@ def choose_token(
     key: mx.array,
     penalized: PenalizedIds | None,
 ) -> tuple[mx.array, mx.array]:
-    """Return a token for logits (vocabulary,), uint32 without axes, and the next random key."""
+    """Return a token for logits (vocabulary,), as a uint32 scalar, and the next random key."""
     logits = logits.astype(mx.float32)
     if mode.biased:
         logits = logits + numbers["bias"]
@@ -290,13 +291,13 @@ def choose_token(
     if mode.greedy:
         return mx.argmax(logits), key
     following, drawn = mx.random.split(key)
-    # The highest becomes 0, so that no temperature, however small, divides to infinity.
+    # The highest logit becomes 0, so that it stays finite however small the temperature is.
     cooled = (logits - logits.max()) / numbers["temperature"]
     return mx.random.categorical(truncate(cooled, mode, numbers), key=drawn), following
 
 
 def penalize(logits: mx.array, penalized: PenalizedIds, penalty: mx.array) -> mx.array:
-    """Make attended tokens less likely (arXiv 1909.05858); a token twice counts once."""
+    """Make attended tokens less likely (arXiv 1909.05858); a repeated token counts once."""
     counts = mx.zeros(logits.shape, mx.int32)
     chosen = counts.at[penalized.ids].maximum(penalized.attended.astype(mx.int32)) > 0
     lowered = mx.where(logits > 0, logits / penalty, logits * penalty)
@@ -304,7 +305,7 @@ def penalize(logits: mx.array, penalized: PenalizedIds, penalty: mx.array) -> mx
 
 
 def truncate(logits: mx.array, mode: SamplingMode, numbers: dict[str, mx.array]) -> mx.array:
-    """Set to -inf what top-k, top-p and min-p exclude, by thresholds from one sort."""
+    """Set logits that top-k, top-p or min-p exclude to -inf, using thresholds from one sort."""
     if mode.top_k or mode.top_p:
         rising = mx.sort(logits)
         if mode.top_k:
@@ -312,7 +313,7 @@ def truncate(logits: mx.array, mode: SamplingMode, numbers: dict[str, mx.array])
             logits, rising = (mx.where(x < lowest, -math.inf, x) for x in (logits, rising))
         if mode.top_p:
             below = mx.cumsum(mx.softmax(rising, precise=True))
-            # The lowest one kept is the first where the tail exceeds 1 - p.
+            # The lowest logit kept is the first one where the tail's sum exceeds 1 - p.
             first = mx.argmax(below > numbers["excess"])
             logits = mx.where(logits < rising[first], -math.inf, logits)
     if mode.min_p:

@@ -92,6 +92,7 @@ def test_help_loads_no_verb(option):
         "mlx_stream.cli",
         "mlx_stream.program",
         "mlx_stream.program.exits",
+        "mlx_stream.program.help",
     }
     assert not tops(modules) & HEAVY
 

@@ -1,4 +1,4 @@
-"""A model in an asyncio program: each line of standard input is a question that cancels the last.
+"""A model in an asyncio program: each line of input is a question that cancels the previous reply.
 
 python apps/embed/asyncio_chat.py [MODEL]
 """
@@ -26,7 +26,7 @@ async def main():
     interactive = sys.stdin.isatty()
     with mlx_stream.Engine(model) as engine, engine.session(system="You are brief.") as chat:
         reply = None
-        # A thread waits for the keyboard, so that the loop is free for other work.
+        # A thread waits for input, so that the loop is free for other work.
         while question := await asyncio.to_thread(sys.stdin.readline):
             if reply and not interactive:
                 await reply  # from a pipe, every question is answered in full

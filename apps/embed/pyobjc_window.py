@@ -38,10 +38,10 @@ class Delegate(AppKit.NSObject):
         threading.Thread(target=self.read, args=(question,), daemon=True).start()
 
     @objc.python_method
-    def read(self, question):  # on its own thread, which waits for pieces
+    def read(self, question):  # runs on its own thread, which waits for pieces
         try:
-            for piece in self.chat.reply(question):  # a new question ends it
-                AppHelper.callAfter(self.append, piece.text)  # views change on the main thread only
+            for piece in self.chat.reply(question):  # a new question ends the reply
+                AppHelper.callAfter(self.append, piece.text)  # only the main thread may draw
         except mlx_stream.errors.MlxStreamError as error:
             AppHelper.callAfter(self.append, f"[{error}]")
 

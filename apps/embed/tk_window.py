@@ -1,4 +1,4 @@
-"""A model in a Tk window: Enter asks, Stop ends the reply, and the window never waits.
+"""A model in a Tk window: Enter asks, Stop ends the reply, and the window never blocks.
 
 python apps/embed/tk_window.py [MODEL]
 """
@@ -31,11 +31,11 @@ class Window:
         if question:
             self.entry.delete(0, "end")
             self.text.insert("end", f"\n> {question}\n")
-            self.stopping.set()  # a reply in progress ends
+            self.stopping.set()  # ends any reply in progress
             self.stopping = threading.Event()
             threading.Thread(target=self.read, args=(question, self.stopping), daemon=True).start()
 
-    def read(self, question, stopping):  # on its own thread, which waits for pieces
+    def read(self, question, stopping):  # runs on its own thread, which waits for pieces
         try:
             for piece in self.chat.reply(question):
                 self.pieces.put(piece.text)
@@ -44,7 +44,7 @@ class Window:
         except mlx_stream.errors.MlxStreamError as error:
             self.pieces.put(f"[{error}]")
 
-    def show(self):  # on Tk's thread, sixty times a second
+    def show(self):  # runs on Tk's thread, sixty times a second
         while not self.pieces.empty():
             self.text.insert("end", self.pieces.get())
             self.text.see("end")

@@ -1,1 +1,1 @@
-"""A local assistant that follows files, notes and pipes for days; on the public API."""
+"""A local assistant that follows files, notes and pipes for days; built on the public API."""

@@ -1,9 +1,9 @@
-"""The assistant as a program: `python -m mlx_stream_assistant`, or this folder of a checkout."""
+"""The assistant as a program: `python -m mlx_stream_assistant`, or this folder in a checkout."""
 
 import sys
 from pathlib import Path
 
-# Run as a folder, its modules would hide installed ones of the same names.
+# When run as a folder, the modules in it would shadow installed ones with the same names.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 

@@ -1,4 +1,4 @@
-"""Whether this machine runs on its battery."""
+"""Checks whether this machine is running on battery power."""
 
 import subprocess
 import sys
@@ -12,13 +12,13 @@ BETWEEN = 30.0
 
 
 class Battery:
-    """This machine's battery, checked now and then."""
+    """This machine's battery, checked periodically."""
 
     def __init__(self) -> None:
         self._next_look, self._in_use = 0.0, False
 
     def in_use(self) -> bool:
-        """Return whether the machine ran on its battery at the last look; False if unknown."""
+        """Return whether the machine was on battery power at the last check; False if unknown."""
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + BETWEEN
             mac = sys.platform == "darwin"
@@ -40,7 +40,7 @@ def is_battery_power(report: str) -> bool:
 
 
 def is_discharging(supplies: Path) -> bool:
-    """Return whether a battery is discharging, by Linux's sysfs; not a mouse's, of scope Device."""
+    """Return whether a battery is discharging, according to Linux's sysfs; ignores peripherals."""
     for supply in supplies.glob("*"):
         found = {}
         for name in ("type", "status", "scope"):

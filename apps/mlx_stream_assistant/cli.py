@@ -14,16 +14,18 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command
 
 from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.program.escape import TerminalEscaper, escape
+from mlx_stream.program.help import with_help
 from mlx_stream_assistant.paths import AGENT, assistant_paths
 from mlx_stream_assistant.settings import Settings
 from mlx_stream_assistant.socket_server import request
 
 
 def notify(text: str) -> None:
-    """Print a line for the user that is not the result."""
+    """Print a line for the user that is not part of the result."""
     line = "".join(c if c.isprintable() else " " for c in text)
     with suppress(OSError, ValueError):  # the log is closed, or on a full disk
         print(f"assistant: {line}", file=sys.stderr, flush=True)
@@ -105,7 +107,7 @@ def run(settings: Settings) -> None:
     failed = False
     try:
         assistant.run()
-        notify(f"{settings.name} has stopped; what it has read is kept")
+        notify(f"{settings.name} has stopped; its journal is kept")
     except MlxStreamError as error:
         failed = True
         notify(one_line(error))
@@ -119,9 +121,7 @@ def ask(
     remember: Annotated[
         bool, typer.Option("--remember", help="Add the question and the answer to the stream.")
     ] = False,
-    now: Annotated[
-        bool, typer.Option("--now", help="Answer before reading what has arrived.")
-    ] = False,
+    now: Annotated[bool, typer.Option("--now", help="Answer before reading new text.")] = False,
     name: Name = "main",
 ) -> None:
     """Ask the running assistant. It answers from what it attends to."""
@@ -140,7 +140,7 @@ def ask(
         if begun:  # an error or Ctrl-C gets its own line
             print(shown.flush(), flush=True)
     if since:
-        notify(f"answered from what was read since {clock(since)}; older text has left the window")
+        notify(f"answered from text read since {clock(since)}; older text has left the window")
 
 
 @app.command()
@@ -166,7 +166,7 @@ def status(
 
 @app.command()
 def stop(name: Name = "main") -> None:
-    """Stop the running assistant. What it has read is kept."""
+    """Stop the running assistant. Its journal is kept."""
     (line,) = request(assistant_paths(name).socket, name, what="stop")
     notify(f"{name} is stopping (process {line['pid']})")
 
@@ -186,7 +186,7 @@ def install(settings: Settings) -> None:
 
 @app.command()
 def uninstall(name: Name = "main") -> None:
-    """Stop the assistant, and stop starting it at login. What it has read is kept."""
+    """Stop the assistant, and stop starting it at login. Its journal is kept."""
     from mlx_stream.program.login_service import uninstall_service
     from mlx_stream_assistant.service import service_name
 
@@ -194,11 +194,11 @@ def uninstall(name: Name = "main") -> None:
     path = uninstall_service(service_name(name))
     if path is None:
         fail(f"the assistant {name!r} is not installed")
-    notify(f"removed {path}; what was read stays in {where.journal}")
+    notify(f"removed {path}; the journal is kept: {where.journal}")
 
 
 class Progress:
-    """Reports what is read before an answer: at first, and then every ten seconds."""
+    """Reports how much must be read before an answer: at once, then every ten seconds."""
 
     def __init__(self) -> None:
         self._next = 0.0
@@ -208,7 +208,7 @@ class Progress:
             first, self._next = not self._next, time.monotonic() + 10
             about = "" if seconds is None else f", about {duration(seconds)}"
             skip = "; --now skips this" if first else ""
-            notify(f"first reading {waiting:,} characters that have arrived{about}{skip}")
+            notify(f"reading {waiting:,} new characters first{about}{skip}")
 
 
 def clock(time: str) -> str:
@@ -216,7 +216,7 @@ def clock(time: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time in words.
+    """Return a duration in words.
 
     >>> duration(5), duration(600), duration(8000)
     ('5 seconds', '10 minutes', '2.2 hours')
@@ -236,7 +236,7 @@ def table(status: dict[str, Any]) -> list[str]:
         ("model", status["model"]),
     ]
     if "attended" in status:
-        since = f", from {clock(status['since'])} on" if status["since"] else ""
+        since = f", since {clock(status['since'])}" if status["since"] else ""
         rows += [
             ("attended", f"{status['attended']:,} tokens, window {status['window']:,}{since}"),
             ("evicted", f"{status['evicted']:,} tokens"),
@@ -252,7 +252,7 @@ def table(status: dict[str, Any]) -> list[str]:
 
 
 def backlog(status: dict[str, Any]) -> str:
-    """Return how much is to be read, how long that takes, and whether it becomes more."""
+    """Return how much is left to read, how long that will take, and whether it is growing."""
     waiting = status["backlog"] + status["bytes_unread"]
     text = f"{waiting:,} characters to read"
     if speed := status["characters_per_second"]:
@@ -275,4 +275,4 @@ def source_line(source: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> None:
     """Run the command line; `program` is its name in help."""
-    app(args=arguments, prog_name=program)
+    with_help(get_command(app))(args=arguments, prog_name=program)

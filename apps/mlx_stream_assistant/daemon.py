@@ -29,21 +29,21 @@ from mlx_stream_assistant.tail import TailedFile
 
 RUNS = (
     "the assistant {name!r} is already running in {holder}: stop it first, "
-    "or give this one another --name"
+    "or use another --name here"
 )
-# Seconds between two checks of the sources, when nothing arrives and when there is no room.
+# Seconds between checks of the sources: while nothing arrives, and while there is no room.
 IDLE, FULL = 1.0, 0.05
-# Characters that may be waiting to be read: a question waits for them.
+# How many characters may be waiting to be read; a question has to wait for them.
 BACKLOG = 10_000
 # Answers should quote what was read; a repetition penalty would prevent that.
 SAMPLING = mlx_stream.Sampling(temperature=0.0)
-# Seconds after which the unread text is compared with what it was.
+# Seconds between comparisons of how much text is unread.
 BETWEEN_COUNTS = 60.0
-# Seconds before a failed write to the journal is tried again.
+# Seconds before a failed write to the journal is retried.
 AGAIN = 10.0
-# After a second failure of the device within this many seconds, the stream pauses for as long.
+# After a second failure of the device within this many seconds, the stream pauses for that long.
 BETWEEN_FAILURES = 600.0
-# Of the one second for stopping, the part in which running work must end.
+# Stopping may take one second; running work must end within this part of it.
 LAST_WORDS = 0.5
 
 
@@ -62,7 +62,7 @@ class Assistant:
         self._engine: Any = None
         self._listener: Any = None
         self._battery, self._noting = Battery(), threading.Thread()
-        self._noticed = 0  # how many of the engine's notices were handled
+        self._noticed = 0  # how many of the engine's notices have been handled
         self._unread, self._falls_behind, self._count_at = 0, False, 0.0
 
     def run(self) -> None:
@@ -86,7 +86,7 @@ class Assistant:
                 self._step(server)
 
     def stop(self) -> None:
-        """Make `run` return within a second; from any thread."""
+        """Make `run` return within a second; may be called from any thread."""
         if not self._stopping:
             self._stop()
             os.write(self._wake, b"!")
@@ -103,7 +103,7 @@ class Assistant:
         self._engine.close(timeout=LAST_WORDS / 2)
 
     def _step(self, server: SocketServer) -> None:
-        """Do what there is to do, then wait for more."""
+        """Do the work that is pending, then wait for more."""
         feeder = self.handler.feeder
         rests = time.monotonic() < self._begin_at
         if feeder is None:
@@ -186,7 +186,7 @@ class Assistant:
         self._tell(f"{self.settings.name}: reading{attended}")
 
     def _chunk_in_snapshot(self, snapshot: Path) -> int | None:
-        """Return the last chunk in the stream; None, with a new stream, if there is none."""
+        """Return the last chunk in the restored stream; None if the stream is new."""
         note, journal = self._listener.restored, self._journal
         if note is None:
             return None
@@ -210,7 +210,7 @@ class Assistant:
         )
 
     def _begin_again(self, feeder: Feeder, failure: Exception) -> None:
-        """Resume a stream that could not be computed from its snapshot, as after a crash."""
+        """After a failed computation, resume the stream from its snapshot, as after a crash."""
         if not isinstance(failure, ComputeError):
             raise failure
         before, self._failed_at = self._failed_at, time.monotonic()
@@ -225,7 +225,7 @@ class Assistant:
     # --- reading and writing ---
 
     def _read(self) -> bool:
-        """Write to the journal what each source has; return whether one had anything."""
+        """Write each source's new text to the journal; return whether there was any."""
         if time.monotonic() < self._try_again:
             return False
         any_new, failures = False, set()
@@ -252,7 +252,7 @@ class Assistant:
         self._paused = paused
 
     def _compare_unread(self) -> None:
-        """See, every minute, whether text arrives faster than it is read."""
+        """Check once a minute whether text is arriving faster than it is read."""
         if time.monotonic() >= self._count_at:
             before, self._unread = self._unread, self._unread_bytes()
             self._count_at = time.monotonic() + BETWEEN_COUNTS
@@ -308,7 +308,7 @@ class Assistant:
 
 @contextmanager
 def waking_signals(stop: Callable[[], None]) -> Iterator[tuple[int, int]]:
-    """Call `stop` when a signal asks to; yield both ends of a pipe that each signal writes to."""
+    """Call `stop` on a termination signal; yield both ends of a pipe that each signal writes to."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = {
@@ -316,7 +316,7 @@ def waking_signals(stop: Callable[[], None]) -> Iterator[tuple[int, int]]:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         if signal.getsignal(number) != signal.SIG_IGN  # as under nohup
     }
-    # A handler runs between two bytecodes; this byte ends a wait, so that bytecodes run.
+    # Python runs handlers only between bytecodes; this byte ends a wait, so that they can run.
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     try:
         yield read, write

@@ -1,4 +1,4 @@
-"""Bytes -> text: where to cut the bytes, and whether they are text; independent of sources."""
+"""Decodes bytes as text, and decides where to split them; independent of sources."""
 
 import codecs
 import re
@@ -6,15 +6,15 @@ import re
 from mlx_stream.program.notices import Notify
 from mlx_stream_assistant.errors import AssistantError
 
-# Bytes read at once.
+# Bytes per read.
 CHUNK = 4096
-# The share of the characters at a file's beginning that may be unreadable: of Western Latin-1 text
-# few are, of other encodings and of binary files more.
+# The maximum share of unreadable characters at the start of a text file. Western Latin-1 text is
+# below this; other encodings and binary files are above it.
 MOST_UNREADABLE = 0.3
 REPLACEMENT = "\ufffd"
-# Characters that texts do not have; logs have colours (U+001B).
+# Characters that do not occur in text; U+001B is not included, because logs use it for colours.
 CONTROL = re.compile("[\x01-\x06\x0e-\x1a\x1c-\x1f\x7f]")
-# Some programs put it at the start of a file; it is not text.
+# Some programs put this at the start of a file; it is not part of the text.
 BYTE_ORDER_MARK = "\ufeff"
 UTF_16 = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
 
@@ -24,16 +24,17 @@ class NotText(AssistantError):
 
 
 class TextDecoder:
-    """Decodes one or several files; reports once for each that a part of it is not text."""
+    """Decodes one or more files; reports once per file if part of it is not text."""
 
     def __init__(self, tell: Notify):
         self._tell, self._told = tell, set[str]()
 
     def decode(self, data: bytes, name: str, at: int = 0) -> str:
-        """Return the bytes `at` a position of a file as text, whatever they are.
+        """Return the bytes `at` a position in a file as text, even if they are not valid UTF-8.
 
-        What is not UTF-8 becomes U+FFFD. Zero bytes are left out: a power failure leaves them, and
-        so does a file that was emptied under its writer. At 0 a byte order mark is dropped.
+        Invalid bytes become U+FFFD. Zero bytes are dropped: they are left by a power failure, or
+        when a file is truncated while another program is writing to it. At position 0, a byte order
+        mark is dropped too.
         """
         if (odd := first_odd_byte(data)) is not None:
             self.tell_once(name, at + odd)
@@ -41,19 +42,19 @@ class TextDecoder:
         return text if at else text.removeprefix(BYTE_ORDER_MARK)
 
     def tell_once(self, name: str, at: int) -> None:
-        """Report a byte that is not text, if none was reported of this file."""
+        """Report a byte that is not text, unless one has already been reported for this file."""
         if name not in self._told:
             self._told.add(name)
             self._tell(
-                f"{name}: byte {at:,} is not UTF-8 text: such bytes are read as U+FFFD, and zero "
-                "bytes are left out"
+                f"{name}: byte {at:,} is not UTF-8 text: such bytes are read as U+FFFD, and NUL "
+                "bytes are dropped"
             )
 
 
 def refuse_binary(first: bytes, name: str, whole: bool) -> None:
-    """Raise NotText if the beginning of a file shows that it is not UTF-8 text.
+    """Raise NotText if the start of a file shows that it is not UTF-8 text.
 
-    Only `whole` chunks and files are judged by their characters: the first line may be an odd one.
+    Characters are checked only in `whole` chunks and files: the first line alone may be unusual.
     """
     if first.startswith(UTF_16):
         raise NotText(f"{name}: is UTF-16: convert it, for instance with iconv -f UTF-16 -t UTF-8")
@@ -69,7 +70,7 @@ def refuse_binary(first: bytes, name: str, whole: bool) -> None:
 
 
 def first_odd_byte(data: bytes) -> int | None:
-    """Return where the first byte is that is not UTF-8 or is zero, if there is one.
+    """Return the offset of the first byte that is zero or not valid UTF-8, or None.
 
     >>> first_odd_byte(b"a\\xff\\0"), first_odd_byte(b"a\\0\\xff"), first_odd_byte(b"a")
     (1, 1, None)
@@ -85,7 +86,8 @@ def first_odd_byte(data: bytes) -> int | None:
 def line_end(data: bytes, more: bool, growing: bool) -> int:
     """Return how many new bytes to take: whole lines, else words, else characters.
 
-    `more` bytes follow them already, or the file was `growing` since the last look.
+    `more` means that other bytes already follow; `growing`, that the file has grown since the last
+    check.
     """
     line = data.rfind(b"\n") + 1
     if more:
@@ -94,7 +96,7 @@ def line_end(data: bytes, more: bool, growing: bool) -> int:
 
 
 def whole_characters(data: bytes) -> int:
-    """Return how many leading bytes end with a whole UTF-8 character.
+    """Return the number of leading bytes that form complete UTF-8 characters.
 
     >>> whole_characters("a€".encode()), whole_characters("a€".encode()[:3])
     (4, 1)

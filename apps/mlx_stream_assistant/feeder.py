@@ -1,7 +1,7 @@
 """Feeds the journal's chunks to the listener, in order, on a thread; independent of sources.
 
-It also saves the stream, with the number of its last chunk, and then removes from the journal what
-is no longer needed.
+It also saves the stream, with the number of its last chunk, and then removes chunks that are no
+longer needed from the journal.
 """
 
 import threading
@@ -20,9 +20,9 @@ REST = 60.0
 # Characters kept in the journal for each token of the window, to rebuild the stream. English has
 # about four per token; a line of spaces may have dozens.
 CHARACTERS = 32
-# Seconds before a failed save is tried again.
+# Seconds before a failed save is retried.
 AGAIN = 30.0
-# The most seconds that one attempt to feed takes.
+# The maximum number of seconds that one attempt to feed takes.
 PATIENCE = 0.2
 
 
@@ -32,8 +32,8 @@ class Feeder:
     After an exception it stops feeding, and `failure` holds the exception.
 
     Attributes:
-        fed, saved: the last chunk that was fed, and that a snapshot holds.
-        characters: fed since the start.
+        fed, saved: the number of the last chunk fed, and of the last chunk in a snapshot.
+        characters: the number of characters fed since the start.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Feeder:
 
     @property
     def waiting(self) -> int:
-        """Chunks in the journal that have not been fed."""
+        """The number of chunks in the journal that have not been fed."""
         return self._journal.last - self.fed
 
     @property
@@ -67,21 +67,21 @@ class Feeder:
 
     @property
     def read(self) -> int:
-        """Characters that were read since the start."""
+        """The number of characters read since the start."""
         return max(0, self.characters - self._listener.backlog)
 
     @property
     def speed(self) -> float:
-        """Characters read in a second of reading; 0 if none were."""
+        """Characters read per second of reading time; 0 if nothing has been read."""
         seconds = self._listener.stats.prompt_seconds
         return self.read / seconds if seconds else 0.0
 
     def wake(self) -> None:
-        """Look into the journal, because something is new."""
+        """Wake the thread, because the journal has new chunks."""
         self._awake.set()
 
     def stop(self, timeout: float) -> None:
-        """Save the stream and end, within `timeout` seconds if possible."""
+        """Save the stream and stop, within `timeout` seconds if possible."""
         self._stopping.set()
         self._awake.set()
         self._thread.join(timeout)

@@ -2,15 +2,15 @@
 
 Independent of models.
 
-A piece of text and the position in its source that it reaches are committed together. The stream's
+Each piece of text is committed together with the position it reaches in its source. The stream's
 snapshot names the last chunk it holds, so after a crash the later ones are fed again, and reading
 resumes where the last one ends:
 
-    chunks     ... 41 42 43 44        notes.log is read up to byte 180,224
+    chunks     ... 41 42 43 44        notes.log has been read up to byte 180,224
     snapshot   ... 41                 fed at the next start: 42 43 44
 
-Old chunks are removed once a snapshot holds them and a window of text has come after them: that
-much is kept to rebuild the stream if the snapshot is lost.
+Old chunks are removed once a snapshot holds them and a full window of text has followed: that much
+is kept to rebuild the stream if the snapshot is lost.
 """
 
 import json
@@ -27,7 +27,7 @@ from typing import Any
 from mlx_stream.program import sqlite
 from mlx_stream.program.paths import private
 
-# "mlxa", in the header of the file.
+# "mlxa" in ASCII, stored in the file's header.
 APPLICATION_ID = 0x6D6C7861
 VERSION = 1
 SCHEMA = (
@@ -58,9 +58,9 @@ SCHEMA = (
 )
 # The most characters in a chunk; longer texts are split.
 LONGEST_CHUNK = 4096
-# After this a heading gives the time again.
+# After this long, a new heading is written even if the source is the same.
 HEADING_AGAIN = timedelta(minutes=15)
-# Notes of folders that are remembered.
+# The most notes from folders that are remembered.
 MOST_NOTES = 20_000
 
 
@@ -94,7 +94,7 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """How far a source was read; count and CRC-32 of all bytes ever read from it."""
+    """How far a source has been read, with the count and CRC-32 of all bytes ever read from it."""
 
     name: str
     kind: str
@@ -104,14 +104,14 @@ class SourceRow:
 
 
 class Journal:
-    """One assistant's journal, open; its methods may be called from any thread.
+    """The open journal of one assistant; its methods may be called from any thread.
 
-    A method that raises has changed nothing. `last` is the number of the last chunk, 0 before the
-    first. `id` is random; a snapshot carries it, so that another journal's is not used.
+    A method that raises changes nothing. `last` is the number of the last chunk, 0 before the
+    first. `id` is random; snapshots include it, so that another journal's snapshot is not used.
     """
 
     def __init__(self, path: Path):
-        """Open a journal, or make one."""
+        """Open a journal, creating it if necessary."""
         private(path.parent)
         self.path, self._lock = path, threading.RLock()
         with self._reading():
@@ -134,7 +134,7 @@ class Journal:
     # --- what was read ---
 
     def append(self, chunk: Chunk) -> None:
-        """Write a chunk and how far its source is read; when this returns, they are on disk."""
+        """Write a chunk and its position in the source; when this returns, both are on disk."""
         now = datetime.now().astimezone()
         time = now.isoformat(timespec="seconds")
         texts = cut(chunk.text, LONGEST_CHUNK)
@@ -156,12 +156,12 @@ class Journal:
         row = (chunk.source, chunk.kind, place, total + size, zlib.crc32(chunk.data, crc))
         write("REPLACE INTO sources VALUES (?, ?, ?, ?, ?)", *row)
         write("UPDATE about SET bytes = bytes + ?", size)
-        # REPLACE gives a new rowid: the lowest are those that changed longest ago.
+        # REPLACE assigns a new rowid, so the lowest ones belong to the rows changed longest ago.
         notes = "SELECT rowid FROM sources WHERE kind = 'note' ORDER BY rowid DESC"
         write(f"DELETE FROM sources WHERE rowid IN ({notes} LIMIT -1 OFFSET ?)", MOST_NOTES)
 
     def chunks(self, after: int) -> Iterator[StoredChunk]:
-        """Yield the chunks with numbers above `after`, including those appended meanwhile."""
+        """Yield the chunks numbered above `after`, including those appended during iteration."""
         query = "SELECT * FROM chunks WHERE number > ? ORDER BY number LIMIT 16"
         while rows := self._rows(query, after):
             yield from (StoredChunk(*row) for row in rows)
@@ -169,11 +169,11 @@ class Journal:
 
     @property
     def first(self) -> int:
-        """The number of the oldest chunk that is kept, or of the next one if none is."""
+        """The number of the oldest chunk that is kept, or of the next chunk if none is kept."""
         return self._value("SELECT min(number) FROM chunks") or self.last + 1
 
     def prune(self, through: int, keep: int) -> None:
-        """Remove chunks up to `through`, which a snapshot holds, but keep this many characters."""
+        """Remove chunks up to `through`, the last in a snapshot, but keep this many characters."""
         query = "SELECT number, length(text) FROM chunks WHERE number <= ? ORDER BY number DESC"
         with self._transaction():
             kept, oldest = 0, through
@@ -192,7 +192,7 @@ class Journal:
             return source_of(rows[0]) if rows else None
 
     def notes(self) -> dict[str, dict[str, Any]]:
-        """Return how far each note in a folder has been read, by its path."""
+        """Return how far each note from a folder has been read, by path."""
         with self._reading():
             rows = map(source_of, self._rows("SELECT * FROM sources WHERE kind = 'note'"))
             return {row.name: row.place for row in rows}
@@ -201,17 +201,17 @@ class Journal:
 
     @property
     def bytes(self) -> int:
-        """The bytes ever read from all sources."""
+        """The total number of bytes ever read from all sources."""
         return self._value("SELECT bytes FROM about")
 
     def bytes_through(self, number: int) -> int:
-        """Return the bytes ever read up to a chunk: all but those of later chunks."""
+        """Return how many bytes were read up to the end of a chunk: all except later chunks'."""
         later = "SELECT total(length(CAST(text AS BLOB))) FROM chunks WHERE number > ?"
         return int(self._value(f"SELECT bytes - ({later}) FROM about", number))
 
     @property
     def last_note(self) -> tuple[int, float]:
-        """The bytes read before the last note, and when it was written, in seconds since 1970."""
+        """The number of bytes read before the last note, and its time in seconds since 1970."""
         ((noted, at),) = self._rows("SELECT noted, noted_at FROM about")
         return noted, at
 
@@ -223,7 +223,7 @@ class Journal:
             return None if text is None else json.loads(text)
 
     def begin_note(self, note: dict[str, Any], noted: int, at: float) -> None:
-        """Keep a note until `end_note` says that it is in its file."""
+        """Store a note until `end_note` confirms that it is in its file."""
         query = "UPDATE about SET writing = ?, noted = ?, noted_at = ?"
         with self._transaction():
             self._rows(query, json.dumps(note), noted, at)
@@ -255,13 +255,13 @@ class Journal:
             return self._connection.execute(query, values).fetchall()
 
     def _value(self, query: str, *values: Any) -> Any:
-        """Return the one value that a query gives."""
+        """Return the single value that a query yields."""
         ((value,),) = self._rows(query, *values)
         return value
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Keep other threads out, and report errors of the file in one line."""
+        """Keep other threads out, and report errors with the file in one line."""
         with self._lock, sqlite.reporting_errors(self.path, "journal"):
             yield
 
@@ -288,7 +288,7 @@ def source_of(row: Sequence[Any]) -> SourceRow:
 
 
 def heading(last: StoredChunk | None, chunk: Chunk, now: datetime) -> str:
-    """Return the heading before a text: its source and the time, unless the last one still applies.
+    """Return a chunk's heading, its source and the time, or "" if the last one still applies.
 
     >>> heading(None, Chunk("/a/x.log", "file", "x.log", b"", ""), datetime(2026, 11, 27, 14, 5))
     '[x.log, 2026-11-27 14:05]\\n'
@@ -305,7 +305,7 @@ def heading(last: StoredChunk | None, chunk: Chunk, now: datetime) -> str:
 
 
 def cut(text: str, longest: int) -> list[str]:
-    """Cut a text into pieces of at most `longest` characters, after a line or word if possible.
+    """Split text into pieces of at most `longest` characters, after a line or word if possible.
 
     >>> cut("one two\\nthree four", 9)
     ['one two\\n', 'three ', 'four']

@@ -1,8 +1,7 @@
-"""Decides when a note is due and writes each completely to the diary, a Markdown file; no streams.
+"""Decides when a note is due and writes it to the diary, a Markdown file; independent of streams.
 
-The journal holds a note, and the length of the file, before the note is written. After a crash in
-the middle, the half in the file is removed and the note written again. A complete one is not
-written twice.
+The journal records a note, and the length of the file, before the note is written. If a crash
+leaves a partial note in the file, it is removed and written again; a complete note is kept.
 """
 
 import os
@@ -16,9 +15,9 @@ from typing import Any
 from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import Journal
 
-# Seconds after the start before an overdue note is written.
+# How many seconds after startup an overdue note is written.
 SETTLING = 60.0
-# The beginning of a quote or list item, in which any other block may be.
+# The beginning of a quote or list item, which may contain any other block.
 BEFORE_A_BLOCK = re.compile(r"\A[\s>*+\-\d.)]*")
 EMPTY = "(The model had nothing to say.)"
 
@@ -26,11 +25,11 @@ EMPTY = "(The model had nothing to say.)"
 class NoteSchedule:
     """When the next note is due.
 
-    It takes two clocks: one stops while a Mac sleeps, and the other may be set back.
+    Two clocks are needed: one stops while a Mac sleeps, and the other may be set back.
 
     Args:
         every: seconds between notes.
-        last: when the last note was written, in seconds since 1970; 0 if none was.
+        last: when the last note was written, in seconds since 1970; 0 if never.
     """
 
     def __init__(self, every: float, last: float):
@@ -43,7 +42,7 @@ class NoteSchedule:
         return time.monotonic() >= self._clock or time.time() >= self._date
 
     def restart(self) -> None:
-        """Restart the count now, because a note was written or attempted."""
+        """Restart the countdown, because a note has just been written or attempted."""
         self._set(self._every)
 
     def _set(self, seconds: float) -> None:
@@ -57,13 +56,13 @@ class NotesFile:
         self.path, self._journal = path, journal
 
     def check(self) -> None:
-        """Check that the file can be written; make it if it is not there."""
+        """Check that the file can be written; create it if it does not exist."""
         os.close(self._open_file())
 
     def write(self, text: str, when: datetime, about: str, noted: int) -> str:
         """Add a note about the first `noted` bytes read, with a line on what it covers; return it.
 
-        When this returns, it is on disk. If it cannot be written now, `finish` will write it.
+        When this returns, the note is on disk. If it cannot be written now, `finish` will write it.
         """
         self.finish()
         note = markdown(text, when, about)
@@ -78,7 +77,7 @@ class NotesFile:
         return note
 
     def finish(self) -> None:
-        """Write the note that was begun, if it is not in the file."""
+        """Finish writing the pending note, unless the file already has it."""
         begun = self._journal.writing
         if begun is None:
             return
@@ -112,33 +111,33 @@ class NotesFile:
     def _open_file(self) -> int:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # O_NONBLOCK: opening a pipe of that name must not wait.
+            # O_NONBLOCK: opening a pipe with that name must not block.
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
         except OSError as error:
             raise self._cannot(error) from error
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise AssistantError(f"{self.path}: cannot write notes to it: it is not a file")
+            raise AssistantError(f"{self.path}: cannot write notes: it is not a file")
         return file
 
     def _cannot(self, error: OSError) -> AssistantError:
         return AssistantError(
-            f"{self.path}: cannot write notes to it: {error.strerror}; "
-            "check its permissions, or give another --notes"
+            f"{self.path}: cannot write notes: {error.strerror}; "
+            "check its permissions, or use another --notes"
         )
 
 
 def missing_line_ends(file: int) -> bytes:
-    """Return the line ends that are missing between a file's last line and a heading."""
+    """Return the newlines that are missing between a file's last line and a heading."""
     end = os.fstat(file).st_size
     last = os.pread(file, 2, max(0, end - 2))
     return b"\n" * len(last.rstrip(b"\n"))
 
 
 def markdown(text: str, when: datetime, about: str) -> str:
-    """Return a note: a heading with its date, what the model wrote, a line on what it covers.
+    """Return a note: a heading with its date, the model's text, and a line on what it covers.
 
-    The model's text has no headings of its own.
+    Headings in the model's text are escaped.
     """
     lines = [escape_markdown(line.rstrip()) for line in text.strip().splitlines()]
     body = "\n".join(lines) or EMPTY

@@ -1,9 +1,9 @@
 """A folder of notes -> what is new in them; keeps no file open between two polls.
 
-A note is read whole, once it is unchanged from one look to the next. If it only grew since, the
-new part is read; if it changed otherwise, all of it again, under a heading of its own. A file with
-several names (links) is one note. A note that was moved or renamed is known by its text: it begins
-with all that was read of one that is gone.
+A note is read in full once it has not changed between two scans. If it has only grown since, the
+new part is read; if it has changed in any other way, it is read again in full, under its own
+heading. A file with several names (links) is one note. A note that was moved or renamed is
+identified by its text: it begins with everything that was read from a note that is gone.
 """
 
 import os
@@ -26,20 +26,20 @@ SUFFIXES = (".txt", ".md", ".markdown")
 BETWEEN = 2.0
 # Scans of a large folder are further apart: scanning takes at most this share of the time.
 PART_OF_THE_TIME = 0.005
-# The most notes read in one folder, and the most levels of folders below it.
+# The maximum number of notes read in one folder, and of levels of folders below it.
 MOST_NOTES, DEEPEST = 10_000, 8
-# In bytes; a longer file is not a note, and can be followed.
+# In bytes; a longer file is not treated as a note, but can be followed with --follow.
 LONGEST_NOTE = 2**20
-Seen = tuple[int, int, int]  # file number, bytes, time of change
+Seen = tuple[int, int, int]  # inode, size, modification time
 
 
 class NotesFolder:
     """A folder whose text and Markdown files are read.
 
     Args:
-        places: how far a journal says each note is read, by its path.
+        places: how far each note has been read, according to a journal, by path.
         excluded: files not to be read under any name, such as the assistant's diary.
-        clock: seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class NotesFolder:
         self._clock, self._next_look = clock, 0.0
         self._places, self._decoder = dict(places), TextDecoder(tell)
         self._looked: dict[str, Seen] = {}  # as they were at the last scan
-        # How far notes were read that are gone: checksums by bytes, the fewest bytes first.
+        # How far notes that are gone had been read: checksums by number of bytes, ascending.
         self._gone: dict[int, set[int]] = {}
         self._changed: list[str] = []
         self._complaint = ""  # about the folder
@@ -62,7 +62,7 @@ class NotesFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Notes read, notes to read, and what is wrong with the folder or a note."""
+        """Counts of notes read and waiting, and any problem with the folder or a note."""
         complaints = [self._complaint, *(why for _, why in self._refused.values()), ""]
         return {
             "notes": len(self._places),
@@ -71,7 +71,7 @@ class NotesFolder:
         }
 
     def poll(self) -> Chunk | None:
-        """Return what is new in one note, or None; the same again until `ack` is called."""
+        """Return what is new in one note, or None; repeats it until `ack` is called."""
         if not self._changed and self._clock() >= self._next_look:
             begun = self._clock()
             self._look()
@@ -92,7 +92,7 @@ class NotesFolder:
         return None
 
     def ack(self, chunk: Chunk) -> None:
-        """Continue after what `poll` returned: it is on disk."""
+        """Move on from the chunk that `poll` returned: it is now on disk."""
         self._places[chunk.source] = chunk.place
         self._changed = [path for path in self._changed if path != chunk.source]
         self._refused.pop(chunk.source, None)
@@ -103,7 +103,7 @@ class NotesFolder:
             found = dict(islice(self._notes(), MOST_NOTES + 1))
         except NotADirectoryError:
             return self._complain(
-                "cannot be read: it is a file (--follow reads one); waiting for a folder"
+                "cannot be read: it is a file (use --follow); waiting for a folder"
             )
         except OSError as error:
             return self._complain(f"cannot be read: {error.strerror}; waiting for it")
@@ -131,7 +131,7 @@ class NotesFolder:
         return bool(place and tuple(place["seen"]) == seen) or bool(refused and refused[0] == seen)
 
     def _notes(self) -> Iterator[tuple[str, Seen]]:
-        """Yield the notes there are; links to folders are not followed."""
+        """Yield all notes in the folder; links to folders are not followed."""
         seen = set()
         for path in self._excluded:
             with suppress(OSError):
@@ -166,7 +166,7 @@ class NotesFolder:
             if status.st_size > LONGEST_NOTE:
                 raise NotText(
                     f"{path}: is {status.st_size:,} bytes long, and a note may be at most "
-                    f"{LONGEST_NOTE:,}: use --follow for it"
+                    f"{LONGEST_NOTE:,}: use --follow instead"
                 )
             data = file.read(LONGEST_NOTE)
         at = self._read_before(name, data)
@@ -178,7 +178,7 @@ class NotesFolder:
         return Chunk(name, "note", title, new, text, place, apart=True)
 
     def _read_before(self, name: str, data: bytes) -> int:
-        """Return how many bytes of a note were read, under this name or one that is gone."""
+        """Return how many bytes of a note have been read, under this name or one that is gone."""
         known, found, at, crc = self._places.get(name), 0, 0, 0
         if known and zlib.crc32(data[: known["bytes"]]) == known["crc"]:
             found = known["bytes"]

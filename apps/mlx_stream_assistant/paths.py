@@ -7,17 +7,17 @@ from pathlib import Path
 from mlx_stream.program.paths import cache_folder, data_folder
 from mlx_stream_assistant.errors import AssistantError
 
-# Set for a process that launchd started: 0 must be its status whenever it ended by itself.
+# Set for a process that launchd started: its exit status must be 0 whenever it ends on its own.
 AGENT = "MLX_STREAM_ASSISTANT_AGENT"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class AssistantPaths:
-    """The files of one assistant; any of them may not exist."""
+    """The files of one assistant; any of them may be missing."""
 
     journal: Path
-    snapshot: Path  # can be computed again from the journal
+    snapshot: Path  # can be rebuilt from the journal
     lock: Path
     socket: Path
     log: Path  # the log of a process that launchd started

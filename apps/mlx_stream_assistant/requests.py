@@ -1,6 +1,6 @@
-"""Answers the requests that arrive through the socket; independent of sockets.
+"""Answers requests to the assistant; independent of the socket that they arrive through.
 
-A question is answered from a copy of what is attended, so the stream depends only on its sources.
+A question is answered from a copy of the stream, so the stream itself depends only on its sources.
 Questions are answered one at a time, because each copy takes memory.
 """
 
@@ -16,15 +16,15 @@ from mlx_stream_assistant.feeder import Feeder
 from mlx_stream_assistant.journal import Chunk, Journal
 from mlx_stream_assistant.notes import NotesFile
 
-# Plain, and about the text above: small models follow hardly any other instruction.
+# Simple, and about the text above: small models rarely follow any other instruction.
 NOTE = "Summarize the text above in two sentences."
 # In tokens.
 LONGEST_NOTE, LONGEST_ANSWER = 128, 256
-# In characters; a longer question would evict most of what is attended, and take minutes.
+# In characters; a longer question would evict most of the attended text, and take minutes.
 LONGEST_QUESTION = 4_000
-# Characters that are read before an answer without a notice, because that takes only a moment.
+# Up to this many characters are read before an answer without a notice, because it is quick.
 UNTOLD = 500
-# Seconds between two reports of how much is still to be read.
+# Seconds between reports of how much remains to be read.
 BETWEEN_REPORTS = 1.0
 # Assumed characters per token before any text has been read.
 USUAL = 4.0
@@ -34,7 +34,7 @@ Lines = Generator[dict[str, Any], None, None]
 
 @dataclass
 class RequestHandler:
-    """Answers requests about one running assistant; called from many threads."""
+    """Answers requests to one running assistant; called from many threads."""
 
     journal: Journal
     notes: NotesFile | None
@@ -42,13 +42,13 @@ class RequestHandler:
         [], dict[str, Any]
     ]  # what `status` prints in addition to the stream's statistics
     stop: Callable[[], None]
-    listener: Any = None  # until the model is loaded
+    listener: Any = None  # None until the model is loaded
     feeder: Feeder | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     _one: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, request: dict[str, Any]) -> Lines:
-        """Answer one request; the last line has `done`."""
+        """Answer one request; the last line contains `done`."""
         what = request.get("what")
         if what == "status":
             yield {"done": True, **self.describe(), **self._stats()}
@@ -74,14 +74,14 @@ class RequestHandler:
             raise AssistantError("the `what` of a request must be status, stop, note or ask")
 
     def note(self) -> str | None:
-        """Write a note of what is new since the last one and return it; None if nothing is."""
+        """Write and return a note on the text since the last one; None if there is no new text."""
         if self.notes is None:
             raise AssistantError("there is no file for notes: run the assistant with --notes FILE")
         with self._one:
             self.notes.finish()
             listener, feeder = self._ready()
             noted, _ = self.journal.last_note
-            # Text that has not been fed is not in the stream: the next note covers it.
+            # Text that has not been fed is not in the stream yet: the next note will cover it.
             read = self.journal.bytes_through(feeder.fed)
             if read <= noted:
                 return None
@@ -98,7 +98,7 @@ class RequestHandler:
             listener, feeder = self._ready()
             if not now:
                 yield from self._read_first(listener, feeder)
-                # What has arrived since then need not be read: the answer would never come.
+                # Do not wait for text that has arrived since then, or the answer might never come.
                 now = listener.backlog > UNTOLD
             texts, since = [], self._reaches_back(listener, feeder)
             for text in self._pieces(question, LONGEST_ANSWER, now):
@@ -114,7 +114,7 @@ class RequestHandler:
         yield {"done": True, **({"since": since} if since else {})}
 
     def _read_first(self, listener: Any, feeder: Feeder) -> Lines:
-        """Wait until what has arrived is read; report how much is left, and the seconds."""
+        """Wait until pending text is read; report how much is left, and the estimated time left."""
         wanted = feeder.read + listener.backlog
         while (left := wanted - feeder.read) > UNTOLD and not (feeder.failure or listener.error):
             speed = feeder.speed
@@ -152,11 +152,11 @@ class RequestHandler:
         return listener, feeder
 
     def _stats(self) -> dict[str, Any]:
-        """Return what `status` prints about the stream: nothing before there is one."""
+        """Return what `status` prints about the stream; empty until there is a stream."""
         listener, feeder = self.listener, self.feeder
         if listener is None or feeder is None:
             return {}
-        # Read these in the order in which text moves, so that if nothing is waiting, the statistics
+        # Read these in the order in which text flows, so that if nothing is waiting, the statistics
         # include all text.
         waiting, backlog = feeder.waiting, listener.backlog
         stats = listener.stats

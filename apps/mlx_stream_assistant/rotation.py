@@ -1,4 +1,4 @@
-"""Where a rotated file went in its folder, and which files were started since; reads no text."""
+"""Finds where a rotated file went in its folder, and which files are newer; reads no text."""
 
 import errno
 import os
@@ -15,32 +15,32 @@ from mlx_stream.program.notices import Notify
 
 # A position includes a checksum of this many bytes before it.
 TAIL = 256
-# The most names in a folder that are searched for a renamed file.
+# The maximum number of names in a folder to search for a renamed file.
 MOST_NAMES = 100_000
-# What editors add to the name of a copy that they leave of a file.
+# The suffixes that editors add to the names of backup copies.
 BACKUPS = "~", ".bak"
-# What rotation adds to a name: a number, a date or time, or a word.
+# The suffixes that rotation adds to a name: a number, a date or time, or a word.
 ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)
-# Bytes in which zeros are skipped.
+# The size of the blocks, in bytes, in which zeros are skipped.
 ZEROS = 2**20
-# Names of files in a notice.
+# The maximum number of file names in a notice.
 MOST_SHOWN = 10
-# Seconds for which names must be in no clear order before their files are left out: another program
-# may be renaming them just now.
+# How many seconds names must be in no clear order before their files are skipped: another program
+# may be renaming them right now.
 UNCLEAR = 3.0
 Found = tuple[Path, os.stat_result]
-Rotated = tuple[int, Path, os.stat_result]  # with its number: later files have higher ones
+Rotated = tuple[int, Path, os.stat_result]  # with its number; later files have higher numbers
 
 
 @dataclass(frozen=True)
 class FilePosition:
-    """How far a file was read."""
+    """How far a file has been read."""
 
     device: int
     inode: int
     offset: int = 0
-    tail: int = 0  # CRC-32 of the last bytes before `offset`
-    written: int = 0  # the file's time of change then, in nanoseconds since 1970
+    tail: int = 0  # CRC-32 of the last bytes before `offset`.
+    written: int = 0  # The file's modification time at that point, in nanoseconds since 1970.
 
     def is_of(self, status: os.stat_result) -> bool:
         return (self.device, self.inode) == (status.st_dev, status.st_ino)
@@ -51,15 +51,15 @@ class FilePosition:
 
 
 class FileSearch:
-    """A search in the folder of a file that was being read, by the name that it had.
+    """Searches a folder for a file that was being read, given the name that it had.
 
-    Each method raises FileNotFoundError if a file is renamed meanwhile: look again.
+    Each method raises FileNotFoundError if a file is renamed during the search; try again.
     """
 
     def __init__(self, path: Path, tell: Notify, clock: Callable[[], float]):
         self.path, self._tell, self._clock = path, tell, clock
         self._told: set[str] = set()
-        # Names in no clear order, and when they were first and last seen so.
+        # Names in no clear order, and when they were first and last seen that way.
         self._unclear, self._first, self._last = list[str](), 0.0, 0.0
 
     def forget_notices(self) -> None:
@@ -67,14 +67,14 @@ class FileSearch:
         self._told.clear()
 
     def find_renamed(self, place: FilePosition) -> Found | None:
-        """Return where the file that was being read is now.
+        """Return the current location of the file that was being read.
 
-        Its device has another number after a restart of the machine, and its own is another if an
-        editor saved it before it was renamed.
+        Its device number may change when the machine restarts, and its inode number if an editor
+        saved it before it was renamed.
         """
         files = self._beside()
         same = [one for one in files if one[1].st_ino == place.inode and self._holds(place, *one)]
-        if not any(map(self.is_rotated, same)):  # a copy or a link, or none
+        if not any(map(self.is_rotated, same)):  # only copies or links, or nothing at all
             for found in files:
                 later = place.offset and found[1].st_mtime_ns >= place.written
                 if later and self.is_rotated(found) and self._holds(place, *found):
@@ -82,7 +82,7 @@ class FileSearch:
         return max(same, key=self.is_rotated, default=None)
 
     def find_oldest(self) -> Found | None:
-        """Return the rotated file to begin with, where nothing has been read."""
+        """Return the rotated file to start with if nothing has been read yet."""
         found = [
             (number, path, status)
             for path, status in self._beside()
@@ -101,7 +101,7 @@ class FileSearch:
 
     def find_copy(self, place: FilePosition) -> Found | None:
         """Return a rotated copy of the file that was read, if there is more to read in it."""
-        # Earlier files may begin like this one; the copy was written after the last read.
+        # Earlier files may start like this one, but the copy was written after the last read.
         since = place.written or float("inf")
         for path, status in sorted(self._beside(), key=lambda found: found[1].st_mtime_ns):
             rotated = rotation_number(self.path.name, path.name) and status.st_mtime_ns >= since
@@ -111,10 +111,10 @@ class FileSearch:
         return None
 
     def find_between(self, place: FilePosition, old: Found | None) -> Found | None:
-        """Return the oldest of the files that were begun after `old` and renamed before we looked.
+        """Return the oldest file that was created after `old` and renamed before we looked.
 
-        Both the names and the times of writing must say so: a file that was read long ago must not
-        be taken for one of them.
+        Both the names and the modification times must confirm this, so that a file that was read
+        long ago is not mistaken for a new one.
         """
         ours = rotation_number(self.path.name, old[0].name) if old else None
         since = old[1].st_mtime_ns if old else place.written or float("inf")
@@ -136,7 +136,7 @@ class FileSearch:
         return self._first_readable(later)
 
     def is_rotated(self, found: Found) -> bool:
-        """Return whether a file's name says that it made room for a new one."""
+        """Return whether a file's name shows that it was rotated."""
         name = found[0].name
         return not name.endswith(BACKUPS) and rotation_number(self.path.name, name) is not None
 
@@ -161,7 +161,8 @@ class FileSearch:
     def _beside(self) -> list[Found]:
         """Return the other files in the folder.
 
-        A file that is renamed meanwhile may be missing in a listing, so it is read twice.
+        A file that is renamed during a listing may be missing from it, so the folder is listed
+        twice.
         """
         first, second = list(self._listed()), list(self._listed())
         if self._rotated_in(first) != self._rotated_in(second):
@@ -172,7 +173,7 @@ class FileSearch:
         return {(one[0].name, one[1].st_ino) for one in files if self.is_rotated(one)}
 
     def _listed(self) -> Iterator[Found]:
-        """Yield the other files in the folder; one may go at any moment."""
+        """Yield the other files in the folder, any of which may disappear at any moment."""
         with suppress(OSError), os.scandir(self.path.parent) as entries:
             for _, entry in zip(range(MOST_NAMES), entries, strict=False):
                 with suppress(OSError):
@@ -180,7 +181,7 @@ class FileSearch:
                         yield Path(entry.path), entry.stat(follow_symlinks=False)
 
     def _holds(self, place: FilePosition, path: Path, status: os.stat_result) -> bool:
-        """Return whether a file contains what was read, up to a position."""
+        """Return whether a file contains, up to a position, the data that was read."""
         if status.st_size < place.offset or (file := self._open_beside(path)) is None:
             return False
         try:
@@ -189,24 +190,24 @@ class FileSearch:
             os.close(file)
 
     def _open_beside(self, path: Path) -> int | None:
-        """Open a file other than the followed one; None if it cannot be read."""
+        """Open a file other than the one being followed; return None if it cannot be read."""
         try:
             return open_file(path)
         except FileNotFoundError:
-            raise  # the file was renamed: the caller looks again
+            raise  # the file was renamed: the caller searches again
         except OSError as error:
             self._tell_once(f"{path}: cannot be read: {error.strerror}; treated as missing")
             return None
 
     def _tell_once(self, notice: str) -> None:
-        """Report a finding once, although every search finds it, until there is a file to read."""
+        """Report a notice only once until there is a file to read, even if searches repeat it."""
         if notice not in self._told:
             self._told.add(notice)
             self._tell(notice)
 
 
 def rotation_number(name: str, other: str) -> tuple[str, int] | None:
-    """Return the scheme by which another file is named, and its number: later files have higher.
+    """Return another file's naming scheme and number; later files have higher numbers.
 
     >>> rotation_number("x.log", "x.log.2"), rotation_number("x.log", "x.log-20261128")
     (('.', -2), ('-00000000', 20261128))
@@ -223,7 +224,7 @@ def rotation_number(name: str, other: str) -> tuple[str, int] | None:
 
 
 def in_rotation_order(ours: tuple[str, int], since: float, later: list[Rotated]) -> bool:
-    """Return whether files in the order of their names were also written in that order.
+    """Return whether files that are sorted by name were also written in that order.
 
     Numbers must count down to 1 or 0 without a gap: some programs give newer files higher numbers.
     """
@@ -234,23 +235,23 @@ def in_rotation_order(ours: tuple[str, int], since: float, later: list[Rotated])
 
 
 def open_file(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    # O_NONBLOCK: opening a pipe of that name must not wait.
+    # O_NONBLOCK: opening a pipe with that name must not block.
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def last_bytes(file: int, offset: int) -> int:
-    """Return the CRC-32 of a file's last bytes before an offset."""
+    """Return the CRC-32 of the bytes just before an offset in a file."""
     start = max(0, offset - TAIL)
     return zlib.crc32(os.pread(file, offset - start, start))
 
 
 def end_of_zeros(file: int, offset: int, size: int) -> int:
-    """Return where the zero bytes at an offset of a file of this size end."""
+    """Return the end of the run of zero bytes at an offset in a file of the given size."""
     while offset < size:
         try:
             offset = max(offset, os.lseek(file, offset, os.SEEK_DATA))
         except OSError as error:
-            if error.errno == errno.ENXIO:  # all the rest is a hole
+            if error.errno == errno.ENXIO:  # the rest of the file is a hole
                 return size
         data = os.pread(file, ZEROS, offset)
         rest = data.lstrip(b"\0")

@@ -12,11 +12,11 @@ def login_service(settings: Settings, log: Path) -> LoginService:
     """Return how the system starts an assistant; see `LoginService`."""
     return LoginService(
         service_name(settings.name),
-        f"The assistant {settings.name!r} of mlx_stream",
+        f"mlx_stream assistant {settings.name!r}",
         (sys.executable, "-P", "-m", "mlx_stream_assistant", "run", *settings.options()),
         log,
         AGENT,
-        # The process is light while idle, and quick when it is asked a question.
+        # The process uses few resources while idle, and responds quickly to a question.
         {"ProcessType": "Adaptive", "LowPriorityIO": True},
         ("Nice=10",),
     )

@@ -1,4 +1,4 @@
-"""Declares the options of `run` and `install` once; does not carry them out."""
+"""Declares the options of `run` and `install` in one place; does not act on them."""
 
 # ruff: noqa: RUF009  (`option` returns a field)
 
@@ -14,12 +14,12 @@ SYSTEM = (
     "You read along with notes, logs and other texts as they are written. "
     "Answer questions about them briefly, from what you have read."
 )
-# The most minutes between notes or snapshots: a year.
+# The maximum number of minutes between notes or snapshots: a year.
 LONGEST = 60 * 24 * 366
 
 
 def option(default: Any, help: str, metavar: str | None = None) -> Any:
-    """Return a field of `Settings` that is an option of the same name."""
+    """Return a field of `Settings` for an option of the same name."""
     about = {"help": help, "metavar": metavar}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)
@@ -35,10 +35,12 @@ class Settings:
     stdin: bool = option(False, "Read standard input.")
     notes: Path | None = option(None, "Markdown file to write dated notes to.", "FILE")
     every: float = option(60.0, "Minutes between notes.", "MINUTES")
-    model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.")
-    window: int | None = option(None, "Number of latest tokens to attend to. Default: 2,048.")
-    name: str = option("main", "Name of the assistant, in case you run several.")
-    system: str | None = option(None, "System prompt; it is never evicted.")
+    model: str = option("starter", "A folder, a Hub id, a .gguf file, or starter.", "MODEL")
+    window: int | None = option(
+        None, "Number of recent tokens to attend to. Default: 2,048.", "TOKENS"
+    )
+    name: str = option("main", "Name of the assistant, in case you run several.", "NAME")
+    system: str | None = option(None, "System prompt; it is never evicted.", "TEXT")
     snapshot_every: float = option(5.0, "Minutes between snapshots, while text arrives.", "MINUTES")
     pause_on_battery: bool = option(False, "On battery power, read nothing and write no notes.")
     from_end: bool = option(False, "Start at the end of files that were not followed before.")
@@ -57,7 +59,7 @@ class Settings:
         )
 
     def check(self) -> None:
-        """Check that the settings can be carried out."""
+        """Check that the settings can be used."""
         read = [*self.follow, *self.folder]
         if not (read or self.stdin):
             raise AssistantError("nothing to read: pass --follow FILE, --folder FOLDER or --stdin")
@@ -80,7 +82,7 @@ class Settings:
                     )
 
     def options(self) -> list[str]:
-        """Return the words after `run` that give the same settings."""
+        """Return the command-line arguments after `run` that give the same settings."""
         words = []
         for each in fields(self):
             option, value = "--" + each.name.replace("_", "-"), getattr(self, each.name)
@@ -95,7 +97,7 @@ class Settings:
 def is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except (OSError, ValueError):  # the name is too long, or its parent may not be entered
+    except (OSError, ValueError):  # the name is too long, or its parent cannot be accessed
         return False
 
 

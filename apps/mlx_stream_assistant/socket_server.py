@@ -1,6 +1,6 @@
 """A Unix socket: a request is one line of JSON, its answer several; independent of requests.
 
-Only this user's processes may connect. What they send is limited all the same: the length of a
+Only this user's processes may connect. Even so, there are limits on the length of a
 request, the time it takes, and how many are answered at once.
 """
 
@@ -20,11 +20,11 @@ from mlx_stream_assistant.errors import AssistantError
 
 LONGEST_REQUEST = 64 * 1024
 MOST_AT_ONCE = 32
-# Seconds for sending a request, and for receiving a piece of an answer.
+# Seconds allowed for sending a request, and for receiving a piece of an answer.
 PATIENCE = 10.0
-# Seconds for a refused caller to finish sending, and for a descriptor to become free.
+# Seconds allowed for a refused caller to finish sending, and for a descriptor to become free.
 BRIEFLY = 0.1
-# Bytes of a socket's path: 104 on a Mac with the zero at its end.
+# The longest path of a socket, in bytes: 104 on a Mac, including the final null byte.
 LONGEST_PATH = 103
 Answer = Generator[dict[str, Any], None, None]
 
@@ -33,15 +33,15 @@ class SocketServer:
     """A listening socket; `answer` yields the lines for a request, on a separate thread."""
 
     def __init__(self, path: Path, answer: Callable[[dict[str, Any]], Answer]):
-        """Make the socket; one that a killed process left is replaced."""
+        """Create the socket, replacing one left behind by a killed process."""
         self.path, self._answer = path, answer
         self._at_once = threading.BoundedSemaphore(MOST_AT_ONCE)
         if os.path.lexists(path) and not path.is_socket():
-            raise AssistantError(f"{path}: not a socket; move it away")
+            raise AssistantError(f"{path}: not a socket; rename it")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            # A dead process left the socket, because this one holds the assistant's lock.
+            # Any old socket was left by a dead process: this one holds the assistant's lock.
             path.unlink(missing_ok=True)
             with socket_address(path) as address:
                 self._socket.bind(address)
@@ -49,7 +49,7 @@ class SocketServer:
             self._socket.setblocking(False)
         except OSError as error:
             self._socket.close()
-            raise AssistantError(f"{path}: cannot listen on it: {error.strerror}") from error
+            raise AssistantError(f"{path}: cannot listen: {error.strerror}") from error
         finally:
             os.umask(before)
 
@@ -61,7 +61,7 @@ class SocketServer:
         try:
             caller, _ = self._socket.accept()
         except OSError as error:
-            # The caller has left, or no descriptor is free and it has to wait.
+            # The caller has hung up, or no descriptor is free and it has to wait.
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(BRIEFLY)
             return
@@ -95,7 +95,7 @@ class SocketServer:
 
 @contextmanager
 def socket_address(path: Path) -> Iterator[str]:
-    """Yield a path that fits a socket's address, if need be from the folder that the path is in."""
+    """Yield a path short enough for a socket address, changing to its folder if necessary."""
     if len(os.fsencode(path)) <= LONGEST_PATH:
         yield os.fspath(path)
         return
@@ -104,7 +104,7 @@ def socket_address(path: Path) -> Iterator[str]:
 
 
 def receive(caller: socket.socket) -> dict[str, Any]:
-    """Return the request that is sent."""
+    """Receive a request and return it."""
     line, until = b"", time.monotonic() + PATIENCE
     while not line.endswith(b"\n"):
         caller.settimeout(max(0.001, until - time.monotonic()))
@@ -136,7 +136,7 @@ def send(caller: socket.socket, line: dict[str, Any]) -> None:
 
 
 def request(path: Path, name: str, **what: Any) -> Answer:
-    """Ask the process that listens; yield the lines of its answer."""
+    """Send a request to the listening process; yield the lines of its answer."""
     if len(json.dumps(what)) >= LONGEST_REQUEST:
         raise AssistantError(
             f"the request is too long: it may have at most {LONGEST_REQUEST:,} bytes"

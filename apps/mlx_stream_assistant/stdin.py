@@ -1,7 +1,7 @@
 """Standard input -> chunks of text; independent of the journal and streams.
 
-A pipe cannot be read twice, so a process that is killed may lose what it had read in the moment
-before, and nothing else.
+A pipe cannot be read twice, so a process that is killed may lose what it has just read, but nothing
+else.
 """
 
 import os
@@ -31,7 +31,7 @@ class StandardInput:
 
     @property
     def wants(self) -> bool:
-        """Whether to call `read` when there is something to read."""
+        """Whether `read` should be called when input is available."""
         return not self.ended and len(self._data) < CHUNK
 
     def read(self) -> None:
@@ -47,7 +47,7 @@ class StandardInput:
             self._tell(f"{NAME}: ended")
 
     def poll(self) -> Chunk | None:
-        """Return what was read, or None; the same again until `ack` is called."""
+        """Return what was read, or None; the result stays the same until `ack` is called."""
         more = len(self._data) == CHUNK
         try:
             if self._at == 0:
@@ -61,13 +61,13 @@ class StandardInput:
         return Chunk(NAME, "input", NAME, data, self._decoder.decode(data, NAME, self._at))
 
     def ack(self, chunk: Chunk) -> None:
-        """Drop what `poll` returned: it is on disk."""
+        """Drop what `poll` returned, which is now on disk."""
         self._data, self._at = self._data[len(chunk.data) :], self._at + len(chunk.data)
 
     def _close(self, why: str) -> None:
-        """Stop reading, and let the writer know: its writes fail, where they would wait forever."""
+        """Stop reading, and let the writer know: its writes fail instead of blocking forever."""
         null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, self.file)  # the number must not go to the next file that is opened
+        os.dup2(null, self.file)  # the next file opened must not reuse the descriptor
         os.close(null)
         self._tell(f"{why}; no longer read")
         self._complaint, self.ended, self._data = why, True, b""

@@ -1,11 +1,12 @@
-"""A growing file -> what is added to it, each byte once; independent of the journal and streams.
+"""Reads what is added to a growing file, each byte once; independent of the journal and streams.
 
-A position is the file's device and number (not its name), how many bytes were read, and a checksum
-of the last of them. So a file that was renamed to make room for a new one is read to its end first,
-wherever it is in its folder. A file of another number with the same bytes is the same file: an
-editor saved it, or a disk was mounted again. One that was cut or rewritten is read from its
-beginning, after the rest of its old text if there is a copy beside it. Files that were begun and
-renamed unseen are read in between, the oldest first, and so are those there before the first look:
+A position consists of the file's device and inode (not its name), the number of bytes read, and a
+checksum of the last of those bytes. So a file that was renamed to make room for a new one is read
+to its end first, whatever its new name is. A file with a different inode but the same bytes counts
+as the same file: an editor saved it, or a disk was remounted. A file that was truncated or
+rewritten is read from its beginning, after the rest of its old text if there is a copy next to it.
+Files that were created and renamed between two polls are read in between, oldest first, as are
+those that existed before the first poll:
 
     x.log.3  x.log.2  x.log.1  x.log      x.log.3 was read up to byte 5,000: it is read to its end,
        A        B        C       D        then B, C and D from their beginnings
@@ -42,19 +43,19 @@ from mlx_stream_assistant.rotation import (
 
 # Seconds without growth after which an incomplete line is read anyway.
 SETTLED = 0.5
-# Seconds without growth before a renamed file is left for the new one: its writer may not have
-# noticed yet.
+# Seconds without growth before moving on from a renamed file to the new one: its writer may not
+# have noticed the renaming yet.
 GRACE = 3.0
 
 
 class TailedFile:
-    """A file to which others append.
+    """A file that other programs append to.
 
     Args:
-        place: how far a journal says it is read.
-        from_end: without a place, begin after the complete lines that are there at first.
-        clock: seconds.
-        excluded: a file not to be read under any name: the assistant's notes.
+        place: how far the file has been read, according to the journal.
+        from_end: without a `place`, start after the complete lines that the file already has.
+        clock: returns the time in seconds.
+        excluded: a file that must not be read under any name: the assistant's notes.
     """
 
     def __init__(
@@ -69,28 +70,28 @@ class TailedFile:
         self.path, self.name, self._tell, self._clock = path, str(path), tell, clock
         self._decoder, self._excluded = TextDecoder(tell), excluded
         self._place, self._from_end = position_of(place), from_end and place is None
-        self._with_older = not from_end  # files that were rotated before the first look
+        self._with_older = not from_end  # files that were rotated before the first poll
         self._file: int | None = None
         self._size = 0  # at the last poll
         self._mtime: int | None = None  # likewise, in nanoseconds
         self._grown = 0.0  # when its size last changed
-        self._left: float | None = None  # when the file lost its name
+        self._left: float | None = None  # when the file was renamed
         self._complaint = ""
-        self._blank: tuple[int, int] | None = None  # size and mtime with no text to read
-        self._given_up: FilePosition | None = None  # has no text, and is no longer searched for
+        self._blank: tuple[int, int] | None = None  # size and mtime when no text was found
+        self._given_up: FilePosition | None = None  # has no more text and is no longer searched for
         self._search = FileSearch(path, tell, clock)
 
     @property
     def state(self) -> dict[str, Any]:
-        """How far it is read, its size, and what is wrong with it."""
+        """How far it has been read, its size, and any problem with it."""
         offset = self._place.offset if self._place else 0
         size = max(self._size, offset)
         return {"offset": offset, "size": size, "complaint": self._complaint}
 
     def poll(self) -> Chunk | None:
-        """Return what is new, or None. It returns the same chunk until `ack` is called."""
+        """Return the next chunk, or None. The same chunk is returned until `ack` is called."""
         try:
-            for _ in range(2):  # after the end of a renamed file, the next one
+            for _ in range(2):  # after the end of a renamed file, read the next one
                 if self._file is None and not self._open():
                     return None
                 if self._from_end and self._place and not self._place.offset:
@@ -107,7 +108,7 @@ class TailedFile:
         return None
 
     def ack(self, chunk: Chunk) -> None:
-        """Continue after what `poll` returned: it is on disk."""
+        """Move on to the next chunk: the one that `poll` returned is now on disk."""
         self._place, self._from_end = position_of(chunk.place), False
 
     def close(self) -> None:
@@ -147,7 +148,7 @@ class TailedFile:
     def _not_followed(self, status: os.stat_result) -> str:
         """Return why a file is not read, or ""."""
         if stat.S_ISDIR(status.st_mode):
-            return "is a folder, not a file: use --folder for it"
+            return "is a folder, not a file: use --folder instead"
         if not stat.S_ISREG(status.st_mode):
             return "is not a file"
         with suppress(OSError):
@@ -156,16 +157,16 @@ class TailedFile:
         return ""
 
     def _named(self) -> os.stat_result | None:
-        """Return the status of the file that has the name now, if there is one."""
+        """Return the status of the file that currently has the name, if any."""
         try:
             return self.path.stat()
         except FileNotFoundError:
             return None
 
     def _find(self) -> tuple[Found, FilePosition | None] | None:
-        """Return the file to read, and from where; None for its beginning.
+        """Return the file to read and the position to continue from; None means the beginning.
 
-        It is the one that was being read, if it has more, or else the next.
+        This is the file that was being read, if it has more text, or else the next file.
         """
         status, place = self._named(), self._place
         if place is not None and not (status and place.is_of(status)):
@@ -180,13 +181,13 @@ class TailedFile:
         elif place is None and self._with_older and (oldest := self._search.find_oldest()):
             return oldest, None
         if status is None:
-            self._from_end = False  # all of a later file is new
+            self._from_end = False  # a file that appears later is entirely new
             self._complain(f"{self.path}: does not exist; waiting for it")
             return None
         return (self.path, status), place
 
     def _continues(self, place: FilePosition) -> bool:
-        """Return whether the file that has the name begins with what was read of another."""
+        """Return whether the file that now has the name starts with the text already read."""
         with suppress(OSError):
             file = open_file(self.path)
             try:
@@ -222,7 +223,7 @@ class TailedFile:
         return None
 
     def _was_followed_by_another(self) -> bool:
-        """Return whether a later file was renamed too, so that nothing is written to this one."""
+        """Return whether a later file was renamed too, meaning that this one is finished."""
         assert self._place is not None
         with suppress(FileNotFoundError):
             old = self._search.find_renamed(self._place)
@@ -237,18 +238,18 @@ class TailedFile:
         size = status.st_size
         written = status.st_mtime_ns != self._mtime or size != self._size
         if size < offset or (written and last_bytes(self._file, offset) != self._place.tail):
-            self._begin_again("was cut short" if size < offset else "was rewritten")
+            self._begin_again("was truncated" if size < offset else "was rewritten")
             return None
         self._mtime = status.st_mtime_ns
         if size != self._size:
             self._size, self._grown = size, self._clock()
         if size == offset or self._blank == (size, status.st_mtime_ns):
             return None
-        self._blank = size, status.st_mtime_ns  # unless there is text
+        self._blank = size, status.st_mtime_ns  # reset if there is text
         return self._take(offset, size)
 
     def _take(self, offset: int, size: int) -> Chunk | None:
-        """Return the text at an offset of the open file, or what skips zero bytes."""
+        """Return the chunk at an offset of the open file; an empty one skips zero bytes."""
         assert self._file is not None
         data = os.pread(self._file, CHUNK, offset)
         more = len(data) == CHUNK
@@ -256,7 +257,7 @@ class TailedFile:
             refuse_binary(data, self.name, whole=more)
         if data.startswith(b"\0"):
             end = end_of_zeros(self._file, offset, size)
-            if end >= size:  # perhaps room for text to come
+            if end >= size:  # perhaps space reserved for later text
                 return None
             self._decoder.tell_once(self.name, offset)
             self._blank = None
@@ -269,7 +270,7 @@ class TailedFile:
         return self._chunk(data) if data else None
 
     def _begin_again(self, why: str) -> None:
-        """Return to the beginning, or to the same position in a copy of the old text."""
+        """Go back to the beginning, or to the same position in a copy of the old text."""
         assert self._place is not None
         copy, self._blank = self._search.find_copy(self._place), None
         if copy is None:
@@ -293,7 +294,7 @@ class TailedFile:
         return self._chunk(b"", size - len(end) + whole)
 
     def _chunk(self, data: bytes, offset: int | None = None) -> Chunk:
-        """Return data read at an offset, by default the current one."""
+        """Return data read at an offset (by default, the current one) as a chunk."""
         assert self._place is not None and self._file is not None
         offset = self._place.offset if offset is None else offset
         end, written = offset + len(data), os.fstat(self._file).st_mtime_ns
@@ -302,7 +303,7 @@ class TailedFile:
         return Chunk(self.name, "file", self.path.name, data, text, vars(after))
 
     def _complain(self, complaint: str) -> None:
-        """Report once what is wrong, or that it is no longer wrong."""
+        """Report a problem once, or that it has been resolved."""
         if complaint and complaint != self._complaint:
             self._tell(complaint)
         elif self._complaint and not complaint:

@@ -1,1 +1,1 @@
-"""A window to chat in: streaming replies, saved conversations, a gauge of attended tokens."""
+"""A chat window: streaming replies, saved conversations, a gauge of attended tokens."""

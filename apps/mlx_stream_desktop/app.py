@@ -1,6 +1,7 @@
 """The application: its window, its menus, and on a Mac an icon in the menu bar."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from toga.style.pack import Pack
 
 import mlx_stream
 from mlx_stream.hub import STARTER
+from mlx_stream.program.exits import fail
 from mlx_stream_desktop.controller import DEFAULT_WINDOW, MAX_TOKENS, ChatController
 from mlx_stream_desktop.history import Message
 from mlx_stream_desktop.throttle import Throttle
@@ -59,7 +61,7 @@ class Desktop(toga.App):
             self.view.main.on_close = self._hide
         self.view.main.show()
 
-    # Toga awaits what its handlers return, and declares them as if it did not.
+    # Toga awaits what its handlers return, but declares them as if it did not.
     async def on_running(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         await self.controller.start()
 
@@ -68,7 +70,7 @@ class Desktop(toga.App):
         return True
 
     def changed(self) -> None:
-        """Draw the window soon."""
+        """Schedule a redraw of the window."""
         self._draw_soon()
 
     def _show_text(self) -> None:
@@ -80,7 +82,7 @@ class Desktop(toga.App):
         window.show()
 
     def _hide(self, *_: object, **__: object) -> bool:
-        """Hide the window and let a reply continue; the icon shows it again."""
+        """Hide the window and let the reply continue; the icon's menu shows the window again."""
         self.view.main.hide()
         return False
 
@@ -97,14 +99,26 @@ def as_text(said: Sequence[Message]) -> str:
     return "\n\n".join(f"You:\n{one.question}\n\nModel:\n{one.reply}" for one in said)
 
 
+def check_display() -> None:
+    """Exit with one line if there is no display; Qt would abort the process."""
+    names = "DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"
+    if sys.platform == "linux" and not any(map(os.environ.get, names)):
+        fail("there is no display to show a window on; `mlx_stream chat` works without one")
+
+
 def main(
     arguments: Sequence[str] | None = None, program: str = "python -m mlx_stream_desktop"
 ) -> None:
-    """Open the window; `program` is its name in help."""
+    """Open the window; `program` is the name that the help shows."""
     parser = argparse.ArgumentParser(prog=program, description="Chat with a model in a window.")
     model = "A folder, a Hub id, a .gguf file, or starter, which is the default."
-    window = f"Number of latest tokens to attend to. Default: {DEFAULT_WINDOW:,}."
+    window = f"Number of recent tokens to attend to. Default: {DEFAULT_WINDOW:,}."
     parser.add_argument("model", nargs="?", default=STARTER, metavar="MODEL", help=model)
     parser.add_argument("--window", type=int, default=DEFAULT_WINDOW, metavar="TOKENS", help=window)
     given = parser.parse_args(arguments)
-    Desktop(given.model, given.window).main_loop()
+    check_display()
+    try:
+        app = Desktop(given.model, given.window)
+    except ImportError as error:  # Toga imports what draws the window, which needs system libraries
+        fail(f"the window cannot be drawn: {error}; on Linux, install what Qt needs")
+    app.main_loop()

@@ -1,4 +1,4 @@
-"""Markdown -> blocks that widgets can show: plain text with a kind; knows no widgets."""
+"""Converts Markdown to blocks that widgets can show: plain text with a kind; uses no widgets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class Block:
 
     Attributes:
         kind: "text", "heading", "code", or "quote".
-        indent: how deep it stands in lists and quotations.
+        indent: how deeply it is nested in lists and quotations.
     """
 
     kind: str
@@ -22,7 +22,7 @@ class Block:
 
 
 def blocks_of(text: str) -> list[Block]:
-    """Return the blocks of a Markdown text; styles within a line are left out."""
+    """Return the blocks of a Markdown text; inline styles are dropped."""
     return [*blocks_in(parse_markdown(text).children)]
 
 
@@ -49,7 +49,7 @@ def blocks_in(nodes: Sequence[Any], indent: int = 0, kind: str = "text") -> Iter
 
 
 def inline_text(node: Any) -> str:
-    """Return the words of a block."""
+    """Return the text of a block."""
     if node.type in ("softbreak", "hardbreak"):
         return "\n"
     text = "".join(map(inline_text, node.children)) if node.children else node.content
@@ -58,7 +58,7 @@ def inline_text(node: Any) -> str:
 
 
 def table_text(node: Any) -> str:
-    """Return a table as aligned columns."""
+    """Return a table as text in aligned columns."""
     rows = [
         [inline_text(cell) for cell in row.children]
         for part in node.children

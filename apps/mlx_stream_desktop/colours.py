@@ -1,4 +1,4 @@
-"""The colours of what this app draws itself, on a light and a dark desktop."""
+"""The colours of everything that this app draws itself, for light and dark desktops."""
 
 from dataclasses import dataclass
 

@@ -1,31 +1,28 @@
 """What the window shows and what its buttons do; independent of the engine and widgets.
 
-Everything here runs on one event loop. What may block (loading a model, disks) is awaited on a
-thread. After any change `changed` is called, and the window reads what it needs.
+Everything here runs on one event loop. Anything that may block (loading a model, disk access) runs
+on a thread and is awaited. After any change, `changed` is called, and the window reads what it
+needs.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from mlx_stream import Piece, Sampling
-from mlx_stream.chat import (
-    SessionSummary,
-    remove_session,
-    rename_session,
-    session_summaries,
-)
+from mlx_stream.chat import remove_session, rename_session
 from mlx_stream.errors import MlxStreamError, one_line
-from mlx_stream.hub import STARTER, STARTER_SYSTEM, cached_models
+from mlx_stream.hub import STARTER, STARTER_SYSTEM
 from mlx_stream_desktop import history
 from mlx_stream_desktop.history import Message
+from mlx_stream_desktop.lists import Lists
 from mlx_stream_desktop.model_session import SECONDS_BETWEEN, Gauge, ModelSession
 
 DEFAULT_WINDOW, MAX_TOKENS = 2_048, 512
-# The largest leaves room for the system prompt in the 8,192 tokens of many models.
+# The largest leaves room for the system prompt in the 8,192-token context that many models have.
 WINDOWS = (508, 1_020, DEFAULT_WINDOW, 4_092, 8_000)
-# Seconds for the engine to end a reply and save it.
+# How many seconds the engine has to end a reply and save it.
 SECONDS_TO_KEEP = 2.0
 
 
@@ -33,7 +30,7 @@ class Status:
     """What the controller is doing, and one line about it.
 
     Attributes:
-        phase: "loading", "idle", "reading" a question or "replying"; "failed" without a model.
+        phase: "loading", "idle", "reading" a question, "replying", or "failed" to load a model.
         notice: a line for the user, or an empty string.
         alarming: whether the notice reports a failure.
     """
@@ -68,9 +65,9 @@ class ChatController:
     Attributes:
         said: the open conversation, oldest first.
         attended: how many of its last exchanges are attended.
-        conversations: the saved ones, or those that were searched for.
-        draft: questions that were not sent; the window shows them again where they were typed, and
-            empties this.
+        lists: the conversations and models that can be opened.
+        draft: questions that were not sent; the window puts them back into its input field and
+            clears this.
     """
 
     def __init__(
@@ -86,20 +83,18 @@ class ChatController:
         self.model, self.window = model, window
         sampling = sampling or Sampling(temperature=0.6, top_p=0.9)
         self._session = ModelSession(sampling, max_tokens)
-        self.models: list[str] = [model]
-        self.conversations: list[SessionSummary] = []
-        self._searched: set[str] | None = None
+        self.lists = Lists(model, self._session.aside, self.status.alarm, lambda: self._changed())
         self.name: str | None = None
         self.said: list[Message] = []
         self.attended, self.gauge, self.draft = 0, Gauge(), ""
         self._reply: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Load the model, and list what is saved."""
-        await asyncio.gather(self._list(), self._load(self.model))
+        """Load the model, and list the conversations and models."""
+        await asyncio.gather(self.lists.refresh(), self._load(self.model))
 
     async def send(self, text: str) -> None:
-        """Ask, and show the reply as it arrives; return when it has ended.
+        """Ask a question and show the reply as it arrives; return when it has ended.
 
         A question sent while the chat is not idle becomes a draft.
         """
@@ -115,7 +110,7 @@ class ChatController:
         self._reply = asyncio.create_task(self._ask(question))
         await asyncio.wait({self._reply})
         self._reply.result()
-        await self._list()
+        await self.lists.refresh()
 
     def stop(self) -> None:
         """End the reply within one token."""
@@ -141,7 +136,8 @@ class ChatController:
             return self.status.alarm(error)
         await self._leave()
         self.name, self.said = name, said
-        header = next((one.header for one in self.conversations if one.name == name), None)
+        summary = self.lists.summary(name)
+        header = summary.header if summary else None
         model = header.model if header else self.model
         self.window = header.window if header else self.window
         loaded = self._session.engine and model == self.model
@@ -149,17 +145,8 @@ class ChatController:
         if damage:
             self.status.say(damage, alarming=True)
 
-    async def search(self, words: str) -> None:
-        """List only the conversations that have one of these words; all without words."""
-        try:
-            aside, text = self._session.aside, words.strip()
-            self._searched = await aside(history.names_with, text) if text else None
-        except MlxStreamError as error:
-            self.status.alarm(error)
-        await self._list()
-
     async def rename(self, text: str) -> None:
-        """Give the open conversation another name."""
+        """Rename the open conversation."""
         before, name = self.name, history.as_name(text)
         if not before or not self.status.idle or name in ("", before):
             return self._changed()
@@ -174,7 +161,7 @@ class ChatController:
         await self._join()
         if refused:
             self.status.say(refused, alarming=True)
-        await self._list()
+        await self.lists.refresh()
 
     async def delete(self) -> None:
         """Permanently remove the open conversation."""
@@ -187,10 +174,10 @@ class ChatController:
             self.status.say("")
         except MlxStreamError as error:
             self.status.alarm(error)
-        await self._list()
+        await self.lists.refresh()
 
     async def choose_model(self, model: str) -> None:
-        """Change to another model, which reads the attended turns again."""
+        """Switch to another model, which reads the attended turns again."""
         if self.status.can_choose and (model != self.model or not self._session.engine):
             await self._load(model)
 
@@ -226,7 +213,9 @@ class ChatController:
         try:
             if session.chat is None:
                 self.name = self.name or await session.aside(history.new_name, question)
-            chat = session.chat or session.open(self.name, self.window, self._system)
+            chat = session.chat or session.open(
+                self.name, self.window, opening_system(self.model, self.said)
+            )
             async with aclosing(chat.areply(question)) as pieces:
                 async for piece in pieces:
                     heard = True
@@ -263,7 +252,7 @@ class ChatController:
         self._changed()
 
     def _settle(self, read: bool) -> None:
-        """Show the last exchange as the conversation has it; an unread question is a draft."""
+        """Show the last exchange as it was stored; an unread question becomes a draft."""
         last, kept = self.said[-1], self._session.last
         if not read:
             self._give_back(last.question)
@@ -278,7 +267,7 @@ class ChatController:
         self.draft = f"{self.draft} {question}".strip()
 
     def _count(self) -> None:
-        """Read the gauge and the conversation's notice."""
+        """Update the gauge, the number of attended exchanges and the notice."""
         # The exchange in progress is attended, but is not among the completed ones.
         streams = bool(self._session.chat) and self.status.can_stop
         self.attended = min(len(self.said), len(self._session.exchanges) + streams)
@@ -288,18 +277,12 @@ class ChatController:
 
     # --- conversations, models and lists ---
 
-    @property
-    def _system(self) -> str | None:
-        """The system prompt to open a conversation with; None is its own."""
-        begins = not self.said[:-1] and self.model == STARTER
-        return STARTER_SYSTEM if begins else None
-
     async def _join(self) -> bool:
-        """Open the conversation on the engine; return whether it is open."""
+        """Open the conversation on the engine; return whether that succeeded."""
         self.status.phase = "loading"
         self.status.say(f"opening {self.name}")
         try:
-            self._session.open(self.name, self.window, self._system)
+            self._session.open(self.name, self.window, opening_system(self.model, self.said))
             await self._session.wait()
             self.status.say("")
         except MlxStreamError as error:
@@ -311,7 +294,7 @@ class ChatController:
         return self._session.chat is not None
 
     async def _load(self, model: str) -> None:
-        """Load a model in place of the present one, and open the conversation on it."""
+        """Replace the current model with another, and open the conversation on it."""
         self.model, self.status.phase = model, "loading"
         self.status.say(f"loading {model}")
         await self._close_chat()
@@ -340,13 +323,7 @@ class ChatController:
         except (MlxStreamError, TimeoutError) as error:
             self.status.alarm(error)
 
-    async def _list(self) -> None:
-        """List the saved conversations and the cached models."""
-        try:
-            found, names = await self._session.aside(session_summaries), self._searched
-            self.conversations = [one for one in found if names is None or one.name in names]
-            cached = await self._session.aside(cached_models)
-            self.models = sorted({STARTER, *(one.name for one in cached)})
-            self._changed()
-        except MlxStreamError as error:
-            self.status.alarm(error)
+
+def opening_system(model: str, said: Sequence[Message]) -> str | None:
+    """Return the system prompt for opening a conversation; None keeps the conversation's own."""
+    return STARTER_SYSTEM if model == STARTER and not said[:-1] else None

@@ -1,6 +1,6 @@
-"""A bar of the pinned tokens, the latest ones and the free space; depends only on Toga.
+"""A bar that shows the pinned tokens, the latest ones and the free space; depends only on Toga.
 
-It is drawn, not laid out: it changes with every token, and a layout would move the whole window.
+It is drawn, not laid out: it changes with every token, and each layout would move the whole window.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ BAR, LINE = 8, 18
 
 
 class GaugeBar:
-    """The bar, and its numbers below it; `wrapped` breaks a text into lines of a width."""
+    """The bar with its numbers below; `wrapped` breaks text into lines of a given width."""
 
     def __init__(self, colours: Colours, wrapped: Callable[[str, float], str]):
         self._colours, self._wrapped = colours, wrapped

@@ -1,4 +1,4 @@
-"""Saved conversations as the window needs them: what was said, and a name for a new one."""
+"""Saved conversations as the window needs them: their messages, and a name for a new one."""
 
 import re
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ class Message:
     """A question and its reply so far.
 
     Attributes:
-        finish: None while it streams.
+        finish: None while it is streaming.
         time: when it was asked, or written to disk, in ISO 8601.
         recalled: a line for each earlier exchange that was quoted before the question.
     """
@@ -28,10 +28,10 @@ class Message:
 
 
 def transcript(name: str) -> tuple[list[Message], str]:
-    """Return what was said, and a line if its end is damaged; reads files.
+    """Return a conversation's messages, and a warning if its end is damaged; reads files.
 
     Raises:
-        SessionError: there is no such conversation, or nothing of it can be read.
+        SessionError: there is no such conversation, or none of it can be read.
     """
     with open_transcript(name) as store:
         turns, damage = store.whole()
@@ -40,7 +40,7 @@ def transcript(name: str) -> tuple[list[Message], str]:
 
 
 def names_with(words: str) -> set[str]:
-    """Return the names of the conversations that have a word; reads files.
+    """Return the names of the conversations that match a search; reads files.
 
     Raises:
         SessionError: the folder cannot be read.
@@ -49,9 +49,9 @@ def names_with(words: str) -> set[str]:
 
 
 def new_name(question: str) -> str:
-    """Return an unused name for a conversation, after its first question; reads a folder.
+    """Return an unused name for a conversation, based on its first question; reads a folder.
 
-    "Why is the sky blue?" is why-is-the-sky-blue, then why-is-the-sky-blue-2.
+    "Why is the sky blue?" becomes why-is-the-sky-blue, then why-is-the-sky-blue-2.
 
     Raises:
         SessionError: the folder cannot be read.
@@ -88,7 +88,7 @@ def now() -> str:
 
 
 def clock(time: str) -> str:
-    """Return a time in ISO 8601 as this machine's clock shows it, with the date if not today's."""
+    """Convert an ISO 8601 time to this machine's local time, with the date unless it is today."""
     if not time:
         return ""
     local = datetime.fromisoformat(time).astimezone()

@@ -1,6 +1,6 @@
-"""A model on an engine, and the conversation that is open on it; independent of what is shown.
+"""A model on an engine, and the conversation that is open on it; independent of the display.
 
-Everything here runs on one event loop; what may block is awaited on a thread.
+Everything here runs on one event loop; calls that may block run on a thread and are awaited.
 """
 
 import asyncio
@@ -86,13 +86,13 @@ class ModelSession:
         return self._notice if self._notice != before else None
 
     async def load(self, model: str, tell: Callable[[str], None]) -> bool:
-        """Load a model in place of the current one; return False if it was closed meanwhile.
+        """Load a model in place of the current one; return False if closed in the meantime.
 
         Args:
-            tell: called again and again with a line about the progress.
+            tell: called repeatedly with a line of progress.
 
         Raises:
-            MlxStreamError: it cannot be loaded.
+            MlxStreamError: the model cannot be loaded.
         """
         await self.unload()
         try:
@@ -108,7 +108,7 @@ class ModelSession:
         return engine is self.engine
 
     async def unload(self) -> None:
-        """Free the model's memory; its conversation must be closed."""
+        """Free the model's memory; its conversation must be closed first."""
         engine, self.engine = self.engine, None
         if engine:
             await self.aside(engine.close, SECONDS_TO_CLOSE)
@@ -128,10 +128,10 @@ class ModelSession:
         return self.chat
 
     def is_open(self) -> bool:
-        """Return whether the conversation is open by now.
+        """Return whether the conversation is open yet.
 
         Raises:
-            MlxStreamError: it cannot be opened.
+            MlxStreamError: the conversation cannot be opened.
         """
         try:
             if self.chat:
@@ -144,7 +144,7 @@ class ModelSession:
         """Wait until the conversation is open.
 
         Raises:
-            MlxStreamError: it cannot be opened.
+            MlxStreamError: the conversation cannot be opened.
         """
         while not self.is_open():
             await asyncio.sleep(SECONDS_BETWEEN)
@@ -153,14 +153,14 @@ class ModelSession:
         """Save and close the conversation.
 
         Raises:
-            MlxStreamError, TimeoutError: it could not be saved.
+            MlxStreamError, TimeoutError: the conversation could not be saved.
         """
         chat, self.chat = self.chat, None
         if chat:
             await self.aside(chat.close, SECONDS_TO_CLOSE)
 
     async def aside(self, work: Callable[..., T], *args: Any) -> T:
-        """Run what may block on a thread that is not the window toolkit's."""
+        """Run a function that may block on a thread other than the window toolkit's."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Untrusted text as a label shows it, and broken into lines of a width; measures nothing itself."""
+"""Prepares untrusted text for labels, and breaks it into lines; measures nothing itself."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +7,7 @@ WORD_JOINER = "\N{WORD JOINER}"
 
 
 def visible(text: str) -> str:
-    """Return a text as it is shown: cut, with tabs as spaces, without control characters."""
+    """Return a text as it is shown: truncated, with tabs as spaces, without control characters."""
     if len(text) > LONGEST_SHOWN:
         text = f"{text[:LONGEST_SHOWN]}\n(the first {LONGEST_SHOWN:,} of {len(text):,} characters)"
     text = text.replace("\r\n", "\n").replace("\t", "    ")
@@ -15,7 +15,7 @@ def visible(text: str) -> str:
 
 
 def escape_markup(text: str) -> str:
-    """Return what a label shows of a visible text, never as markup.
+    """Return a visible text in a form that a label never treats as markup.
 
     A Qt label treats a text as HTML if its first line contains a tag. A word joiner after `<`
     prevents that.
@@ -26,7 +26,7 @@ def escape_markup(text: str) -> str:
 def wrap(text: str, width: float, measure: Callable[[str], float]) -> str:
     """Break lines so that each is at most `width` wide; a longer word is split.
 
-    With 1 a character and a width of 7, "one two three" is "one two" and "three".
+    If each character is 1 wide, "one two three" at width 7 becomes "one two" and "three".
     """
     return "\n".join(part for line in text.split("\n") for part in lines_of(line, width, measure))
 
@@ -50,7 +50,7 @@ def lines_of(line: str, width: float, measure: Callable[[str], float]) -> Iterat
 
 
 def break_word(word: str, width: float, measure: Callable[[str], float]) -> list[str]:
-    """Return a word in parts of at most `width`, each at least one character."""
+    """Split a word into parts of at most `width`, each with at least one character."""
     parts, used = [""], 0.0
     for char in word:
         wide = measure(char)

@@ -1,7 +1,7 @@
-"""Limits drawing to 20 times a second, the newest state last; independent of widgets.
+"""Limits redraws to 20 a second, ending with the latest state; independent of widgets.
 
-A drawing that takes long, in a long conversation on a slow machine, is followed by a longer pause:
-three quarters of the time stay free for typing and scrolling.
+A slow redraw (a long conversation on a slow machine) is followed by a longer pause, so that three
+quarters of the time remains for typing and scrolling.
 """
 
 from asyncio import AbstractEventLoop
@@ -12,7 +12,7 @@ SHARE = 4
 
 
 class Throttle:
-    """Draw soon after each call, with a pause between two drawings."""
+    """Redraws soon after each call, with a pause between redraws."""
 
     def __init__(self, draw: Callable[[], None], loop: AbstractEventLoop):
         self._draw, self._loop = draw, loop

@@ -28,7 +28,7 @@ from mlx_stream_desktop.text_layout import escape_markup, visible, wrap
 EXCHANGES_SHOWN = 20
 WIDEST, INSET, BESIDE = 640, 12, 60
 NEAR_THE_END, INDENT = 40, 18
-# The height of a line of code and of what is around the lines, in pixels.
+# The height of a line of code, and of the padding around the lines, in pixels.
 CODE_LINE, CODE_EDGE = 19, 16
 MARKS = {None: " \N{HORIZONTAL ELLIPSIS}", "interrupted": " [stopped]", "length": " [cut]"}
 
@@ -45,7 +45,7 @@ class Row:
 
     @property
     def blocks(self) -> list[Block]:
-        """What is shown: of a reply, its Markdown, and the mark at its end."""
+        """The blocks to show: for a reply, its Markdown and the mark at its end."""
         if self.kind != "model":
             return [Block("text", self.text)]
         found, mark = blocks_of(self.text.removesuffix(self.mark)), self.mark
@@ -56,7 +56,7 @@ class Row:
 
 
 def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Row]:
-    """Return what is shown: the latest exchanges, and where attention begins."""
+    """Return the rows to show: the latest exchanges, and a note where attention starts."""
     first, gone = max(0, len(said) - EXCHANGES_SHOWN), len(said) - attended
     rows = []
     if first:
@@ -72,17 +72,17 @@ def rows_of(said: Sequence[Message], attended: int, name: str | None) -> list[Ro
             lines = "\n".join(("quoted before this question:", *one.recalled))
             rows.append(Row("note", escape_markup(lines), number >= gone))
     if said and gone == len(said):
-        rows.append(Row("note", "all of the above left the window and are not attended", False))
+        rows.append(Row("note", "everything above has left the window", False))
     return rows
 
 
 def ending(one: Message) -> str:
-    """Return a reply with a mark if it did not end by itself."""
+    """Return a reply, with a mark if it did not end on its own."""
     return visible(one.reply.rstrip()) + MARKS.get(one.finish, "")
 
 
 class BlockView:
-    """One block as a widget: a label, or, for code, a text that can be selected."""
+    """One block as a widget: a label or, for code, selectable text."""
 
     def __init__(self, block: Block, colours: Colours):
         self.is_code, self._lines, self._colour = block.kind == "code", "", ""
@@ -129,7 +129,7 @@ class Bubble:
         self.widget = toga.Box(children=[*before, box], style=Pack(direction=ROW, margin=(6, 12)))
 
     def show(self, row: Row, width: float, wrapped: Callable[[str, float, bool], str]) -> None:
-        """Show a row; only the blocks that have changed are touched."""
+        """Show a row; only the blocks that have changed are updated."""
         same = row.text == self.row.text and bool(self._views)
         blocks = self._blocks if same else row.blocks
         self.row, self._blocks = row, blocks
@@ -152,7 +152,7 @@ class Bubble:
 
 
 class Transcript:
-    """A column of bubbles, of which only those that have changed are touched."""
+    """A column of bubbles; only those that have changed are updated."""
 
     def __init__(self, colours: Colours):
         self._colours, self._follows = colours, True
@@ -171,11 +171,11 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """All that is shown, as plain text."""
+        """Everything that is shown, as plain text."""
         return "\n\n".join(bubble.row.text for bubble in self._bubbles)
 
     def show(self, rows: Sequence[Row], width: float) -> None:
-        """Show rows in a column of `width`; follow the end unless the user scrolled away."""
+        """Show rows in a column of `width`; follow the end unless the user has scrolled away."""
         same = 0
         for bubble, row in zip(self._bubbles, rows, strict=False):
             if bubble.row.kind != row.kind:
@@ -202,7 +202,7 @@ class Transcript:
         self._follows = where.vertical_position >= end - NEAR_THE_END
 
     def _wrap(self, text: str, width: float, is_code: bool = False) -> str:
-        """Return a text broken into lines of a width."""
+        """Return a text broken into lines of the given width."""
         return wrap(text, width, lambda part: self._measure(part, is_code))
 
     def _width_of(self, text: str, is_code: bool) -> float:

@@ -1,4 +1,4 @@
-"""The window: what the controller holds as widgets, and clicks as its calls."""
+"""The window: shows the controller's state in widgets, and turns clicks into calls to it."""
 
 import asyncio
 import sys
@@ -23,10 +23,10 @@ SIZE, TITLE = (980, 680), "mlx_stream"
 
 
 class ChatWindow:
-    """All widgets in one window; `draw` updates them and is cheap if nothing changed."""
+    """All widgets in one window; `draw` updates them and is cheap if nothing has changed."""
 
     def __init__(self, controller: ChatController, redraw: Callable[[], None], dark: bool | None):
-        self._controller, self._redraw = controller, redraw
+        self._controller = controller
         self._colours = DARK if dark else LIGHT
         self._filling, self._shown = False, {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -51,9 +51,9 @@ class ChatWindow:
         )
         self.remove = toga.Button("Delete", on_press=self._on_delete, style=Pack(margin_left=8))
         button = Pack(width=72, margin_left=8)
-        self.send = toga.Button("Send", on_press=self._on_send, style=button)
+        self.send = toga.Button("Send", on_press=self.ask, style=button)
         self.stop = toga.Button("Stop", on_press=self._on_stop, style=button, enabled=False)
-        self.main = toga.MainWindow(title=TITLE, size=SIZE, on_resize=self._on_resize)
+        self.main = toga.MainWindow(title=TITLE, size=SIZE, on_resize=lambda *_, **__: redraw())
         self.main.content = self._layout()
 
     def _layout(self) -> toga.Box:
@@ -116,9 +116,9 @@ class ChatWindow:
             self.notice.text = notice
         if controller.draft and not self.question.value:
             self.question.value, controller.draft = controller.draft, ""
-        if self._differs("name", (controller.name, controller.conversations)):
-            found = (one for one in controller.conversations if one.name == controller.name)
-            self.title.value = next(map(title_of, found), controller.name or "")
+        if self._differs("name", (controller.name, controller.lists.conversations)):
+            summary = controller.lists.summary(controller.name)
+            self.title.value = title_of(summary) if summary else controller.name or ""
         if self._differs("phase", (status.phase, controller.name)):
             can_change = status.idle and controller.name is not None
             self.title.enabled = self.remove.enabled = can_change
@@ -128,7 +128,7 @@ class ChatWindow:
 
     def _fill_pickers(self) -> None:
         controller = self._controller
-        models = sorted({*controller.models, controller.model})
+        models = sorted({*controller.lists.models, controller.model})
         windows = [f"{w:,}" for w in sorted({*WINDOWS, controller.window})]
         for picker, items, chosen in (
             (self.model, models, controller.model),
@@ -142,7 +142,7 @@ class ChatWindow:
     def _fill_conversations(self) -> None:
         rows = [
             with_title(one, one.name == self._controller.name)
-            for one in self._controller.conversations
+            for one in self._controller.lists.conversations
         ]
         if self._differs("conversations", rows):
             self.conversations.data = rows
@@ -154,7 +154,7 @@ class ChatWindow:
 
     # --- what is clicked ---
 
-    # Toga calls these also when `draw` fills a widget: then `_filling` is set.
+    # Toga also calls these when `draw` fills a widget; `_filling` is then set.
 
     def _on_rename(self, *_: object, **__: object) -> None:
         if not self._filling:
@@ -169,10 +169,7 @@ class ChatWindow:
             await self._controller.delete()
 
     def ask(self, *_: object, **__: object) -> None:
-        """Send what is typed."""
-        self._on_send()
-
-    def _on_send(self, *_: object, **__: object) -> None:
+        """Send the typed text."""
         text = self.question.value
         if self._controller.status.idle and text.strip():
             self.question.value = ""
@@ -183,7 +180,7 @@ class ChatWindow:
         self._controller.stop()
 
     def begin(self, *_: object, **__: object) -> None:
-        """Begin a new conversation."""
+        """Start a new conversation."""
         self._start(self._controller.begin())
         self.question.focus()
 
@@ -193,7 +190,7 @@ class ChatWindow:
             self._start(self._controller.open(row.name))  # type: ignore[attr-defined]
 
     def _on_search(self, *_: object, **__: object) -> None:
-        self._start(self._controller.search(self.search.value))
+        self._start(self._controller.lists.search(self.search.value))
 
     def _on_model(self, *_: object, **__: object) -> None:
         if not self._filling and self.model.value:
@@ -204,9 +201,6 @@ class ChatWindow:
             self._start(
                 self._controller.choose_window(int(str(self.window.value).replace(",", "")))
             )
-
-    def _on_resize(self, *_: object, **__: object) -> None:
-        self._redraw()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a coroutine in the background; the event loop reports its exceptions."""
@@ -220,7 +214,7 @@ class ChatWindow:
 
 
 def with_title(one: SessionSummary, is_open: bool) -> dict[str, str]:
-    """Return a saved conversation as a row of the list."""
+    """Return a saved conversation as a row in the list."""
     about = f"{plural(one.exchanges)}, {clock(one.used)}" if one.header else "cannot be opened"
     title = f"\N{BULLET} {title_of(one)}" if is_open else title_of(one)
     return {"title": title, "subtitle": about, "name": one.name}

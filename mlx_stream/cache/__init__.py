@@ -1,9 +1,9 @@
-"""The keys and values of one stream, all layers; handles positions and eviction, not models.
+"""The keys and values of one stream in all layers; handles positions and eviction, not models.
 
 Shape letters, used throughout the package: B batch (always 1), T new tokens, N attended rows,
 H query heads, K key/value heads, D head dimension, S sinks, W window, X spare rows, R = W + X ring
 rows, L layers. Tokens of a stream are numbered t = 0, 1, 2, ... The oldest token that t attends to,
-sinks apart, is o.
+apart from the sinks, is o.
 """
 
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ __all__ = ["AttentionShape", "Cache", "DenseCache", "Step", "StreamCache", "stre
 
 
 class Step(Protocol):
-    """One pass of new tokens through all layers, with what the layers share computed once.
+    """One pass of new tokens through all layers; what the layers share is computed only once.
 
     Attributes:
         count: the number of tokens read.
@@ -32,7 +32,7 @@ class Step(Protocol):
     rows: int
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        """Compute a layer's attention, and its rows with the new keys and values in them.
+        """Compute a layer's attention, and its rows including the new keys and values.
 
         Takes (B, H + 2K, T, D): unrotated queries, keys and values stacked along the heads.
         Returns (B, H, T, D).
@@ -41,7 +41,7 @@ class Step(Protocol):
 
 
 class Cache(Protocol):
-    """What attention and `generate` need of a cache."""
+    """The interface that attention and `generate` need from a cache."""
 
     @property
     def length(self) -> int:
@@ -60,7 +60,7 @@ class Cache(Protocol):
 
     @property
     def rewindable(self) -> int:
-        """How many of the newest tokens can be taken back."""
+        """How many of the newest tokens can be rolled back."""
         ...
 
     def row(self, token: int) -> int:
@@ -68,10 +68,10 @@ class Cache(Protocol):
         ...
 
     def attended_rows(self, before: int = 0) -> list[int]:
-        """Return the rows that the newest token attends to, in the order of the text.
+        """Return the rows that the newest token attends to, in text order.
 
         Args:
-            before: for the token this many before the newest one instead.
+            before: use the token this many before the newest one instead.
         """
         ...
 
@@ -86,7 +86,7 @@ class Cache(Protocol):
 
     @property
     def max_verify(self) -> int:
-        """How many tokens a step can read such that all but the first can be taken back, or 1."""
+        """How many tokens a step can read so that all but the first can be rolled back, or 1."""
         ...
 
     def max_step(self, waiting: int) -> int:
@@ -105,15 +105,15 @@ class Cache(Protocol):
         """Plan the step that reads the next `count` tokens. Changes nothing.
 
         Args:
-            verify: plan a step of which all but the first token can be taken back without loss.
+            verify: plan a step whose tokens, except the first, can be rolled back without loss.
             pad: whether the step may have more rows than tokens.
         """
         ...
 
     def commit(self, step: Any) -> None:
-        """Make the result of a step of this cache the stream's state.
+        """Adopt the result of one of this cache's steps as the stream's state.
 
-        When the new rows are evaluated, nothing may hold the old ones, or they are copied.
+        Nothing else may hold the old rows when the new ones are evaluated, or they are copied.
         """
         ...
 
@@ -122,7 +122,7 @@ class Cache(Protocol):
         ...
 
     def rewind(self, count: int) -> None:
-        """Take back the newest `count` tokens."""
+        """Roll back the newest `count` tokens."""
         ...
 
     def release(self) -> None:
@@ -130,7 +130,7 @@ class Cache(Protocol):
         ...
 
     def erase(self) -> None:
-        """Set every row to zero that the newest token does not attend to."""
+        """Zero every row that the newest token does not attend to."""
         ...
 
     def state(self) -> dict[str, mx.array | int]:

@@ -13,7 +13,7 @@ class AttentionShape:
 
     Attributes:
         query_heads, kv_heads, head_dim: H, K, D.
-        ropes: the rotation of each layer; layers that rotate alike have the same object.
+        ropes: the rotation of each layer; layers with the same rotation share one object.
     """
 
     query_heads: int
@@ -26,11 +26,11 @@ class AttentionShape:
         return len(self.ropes)
 
     def scale(self, layer: int) -> float:
-        """Return the factor on a layer's scores, including that of its rotation."""
+        """Return the factor applied to a layer's scores, including that of its rotation."""
         return self.head_dim**-0.5 * self.ropes[layer].score_factor
 
     def rotate_layers(self, x: mx.array, position: mx.array) -> mx.array:
-        """Rotate (L, heads, T, D), a layer at each index, so that row r is at position + r."""
+        """Rotate (L, heads, T, D), one layer per index, so that row r is at position + r."""
         kinds = list(dict.fromkeys(self.ropes))
         turned = kinds[0].rotate(x, position)
         for rope in kinds[1:]:

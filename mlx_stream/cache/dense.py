@@ -1,4 +1,4 @@
-"""Attention to every token, in a growing buffer: what a stream is compared with."""
+"""Attention to every token, in a growing buffer: the baseline that a stream is compared with."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ import numpy as np
 from mlx_stream.cache.attention import AttentionShape
 from mlx_stream.errors import ValueRefused
 
-GROWTH = 256  # rows added at a time, at least
+GROWTH = 256  # the minimum number of rows added at a time
 LONGEST_STEP = 512
 
 
 class DenseCache:
     """Keep every token of a text; a token's position is its index in the text.
 
-    For comparison only: memory and the time of a step grow with the text, and a text may be longer
-    than the model's trained context.
+    For comparison only: memory and time per step grow with the text, and a text may be longer than
+    the model's trained context.
     """
 
     max_verify = 1
@@ -76,7 +76,7 @@ class DenseCache:
 
     def rewind(self, count: int) -> None:
         if not 0 <= count <= self.length:
-            raise ValueRefused(f"cannot take back {count} tokens: {self.length} were read")
+            raise ValueRefused(f"cannot roll back {count} tokens: {self.length} were read")
         self.length -= count
         self.keys = [*self.keys]  # a new version
 
@@ -84,7 +84,7 @@ class DenseCache:
         self.keys, self.values = [], []
 
     def erase(self) -> None:
-        """Do nothing: `state` has only attended rows."""
+        """Do nothing: `state` contains only attended rows."""
 
     def state(self) -> dict[str, mx.array | int]:
         state: dict[str, mx.array | int] = {"length": self.length}
@@ -100,7 +100,7 @@ class DenseCache:
 
 
 class DenseStep:
-    """Append new tokens to the others, then let each attend to all tokens up to itself."""
+    """Append new tokens, then let each attend to all tokens up to and including itself."""
 
     def __init__(
         self,

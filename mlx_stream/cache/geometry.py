@@ -1,4 +1,4 @@
-"""Rows, clocks and masks, in integers and numpy only: no MLX, no keys.
+"""Computes rows, clocks and masks with integers and numpy only; independent of MLX.
 
 Token t < S is in row t, a later one in row S + (t - S) mod R. Worked example: with 2 sinks and a
 ring of 3, after token 6 the rows hold tokens 0, 1, 5, 6, 4. Token numbers may be as large as 2^62;
@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-# The lengths of a step. The rest of a prompt is padded to one of these, so that arrays have few
-# sizes and the allocator's cache of freed buffers stays small.
+# The allowed lengths of a step. The rest of a prompt is padded to one of these, so that arrays come
+# in few sizes and the allocator's cache of freed buffers stays small.
 STEP_LENGTHS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-# Before the ring is full, a step attends to its first rows only: this many, doubled as needed.
+# Until the ring is full, a step attends only to its first rows: this many, doubled as needed.
 FIRST_EXTENT = 256
-# A chunk's step is not traced and may have more sizes: this far apart, later by 1/8 to 1/4.
+# A chunk's step is not traced, so it can use more sizes: this far apart at first, then spaced by
+# 1/8 to 1/4 of the size.
 EXTENT_STEP = 128
 # Rows of a chunk that attend together. Smaller blocks need more products; in larger ones, more
 # columns are masked for most rows.
@@ -32,13 +33,13 @@ class StreamPosition:
     """The position of a stream.
 
     Attributes:
-        length: tokens read; the next is t = length.
-        floor: the lowest token in the ring that may still be attended (S in a young stream).
+        length: the number of tokens read; the next token is t = length.
+        floor: the lowest token in the ring that may still be attended (S until the ring wraps).
         clock: the rotary position of the next token.
         sinks_at: the position of the sinks' rows in the buffers; -1 if unknown.
-        clock_epoch: the first token stored by the current clock.
-        clock_offset: how far the clock was lowered then. Quantized rows stored earlier keep their
-            old positions, because rotating them back would cost precision.
+        clock_epoch: the first token stored under the current clock.
+        clock_offset: how far the clock was lowered at that point. Quantized rows stored earlier
+            keep their old positions, because rotating them back would cost precision.
     """
 
     length: int
@@ -51,7 +52,7 @@ class StreamPosition:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The fixed numbers of a stream: S sinks, W window, X spare rows."""
+    """The fixed dimensions of a stream: S sinks, a window of W tokens, X spare rows."""
 
     sinks: int
     window: int
@@ -72,11 +73,11 @@ class Geometry:
         return self.sinks + (token - self.sinks) % self.ring
 
     def oldest(self, position: StreamPosition, token: int) -> int:
-        """Return o for a token: the oldest one it attends to that is not a sink."""
+        """Return o for a token: the oldest token it attends to that is not a sink."""
         return max(position.floor, token - self.window + 1)
 
     def ring_count(self, position: StreamPosition) -> int:
-        """Return how many tokens of the ring the newest token attends to."""
+        """Return how many tokens in the ring the newest token attends to."""
         return max(0, position.length - self.oldest(position, position.length - 1))
 
     def room(self, position: StreamPosition) -> int:
@@ -93,7 +94,7 @@ class Geometry:
         length = position.length + count
         # A token more than R back has been overwritten, and a rewind cannot bring it back.
         floor = max(position.floor, length - self.ring)
-        # Not with `replace`, which would be 2 % of a step's Python.
+        # Not with `replace`, which would take 2% of a step's Python time.
         return StreamPosition(
             length,
             floor,
@@ -104,7 +105,7 @@ class Geometry:
         )
 
     def rewind(self, position: StreamPosition, count: int) -> StreamPosition:
-        """Return the position after taking back the newest `count` tokens."""
+        """Return the position after rolling back the newest `count` tokens."""
         length = position.length - count
         epoch = min(position.clock_epoch, length)
         return replace(position, length=length, clock=position.clock - count, clock_epoch=epoch)
@@ -118,14 +119,14 @@ class Geometry:
         )
 
     def prefix_rows(self, last: int) -> int:
-        """Return how many leading rows hold every token up to `last`, as one of a few sizes."""
+        """Return how many leading rows hold all tokens up to `last`, as one of a few sizes."""
         prefix_rows = FIRST_EXTENT
         while prefix_rows <= last and prefix_rows < self.rows:
             prefix_rows *= 2
         return min(prefix_rows, self.rows)
 
     def chunk_prefix_rows(self, last: int) -> int:
-        """Return the same in finer steps, because each row costs a whole chunk's products."""
+        """Return the same in finer steps, because a whole chunk is multiplied with each row."""
         step = EXTENT_STEP
         while 8 * step <= last:
             step *= 2
@@ -134,7 +135,7 @@ class Geometry:
     def segments(self, first: int, count: int) -> list[tuple[int, int, int]]:
         """Return where new tokens go: (source start, source stop, row), split at the wrap.
 
-        Of more than R ring tokens only the last R are stored.
+        If there are more than R ring tokens, only the last R are stored.
         """
         pieces = []
         into_sinks = min(max(self.sinks - first, 0), count)
@@ -151,7 +152,7 @@ class Geometry:
     def unattended_runs(self, attended: Sequence[int]) -> list[tuple[int, int]]:
         """Return the runs of rows that are not in `attended`, as (first, one past the last).
 
-        With rows 0, 1, 5, 6, 4 of 8: (2, 4) and (7, 8).
+        Worked example: with 8 rows, of which 0, 1, 5, 6 and 4 are attended: (2, 4) and (7, 8).
         """
         edges = np.zeros(self.rows + 2, np.int8)
         edges[1:-1] = 1
@@ -161,7 +162,7 @@ class Geometry:
         return list(zip(starts, stops, strict=True))
 
     def decode_mask(self, position: StreamPosition, prefix_rows: int) -> np.ndarray | None:
-        """Return which rows the next token attends to, once stored: (prefix_rows,) bool.
+        """Return which rows the next token will attend to once stored: (prefix_rows,) bool.
 
         Returns None if it attends to all of them.
         """
@@ -181,7 +182,8 @@ class Geometry:
         Columns are the buffer's rows as they were before the step, then the new tokens.
         """
         first = position.length
-        # Ages count back from the first new token; -reach is the oldest new token attended.
+        # Ages count back from the first new token; a negative reach means that only new tokens from
+        # -reach on are attended.
         reach = np.minimum(
             min(first - position.floor, self.window), self.window - 1 - np.arange(rows)
         )[:, None]
@@ -195,16 +197,16 @@ class Geometry:
         return mask
 
     def blocks(self, rows: int) -> list["Block"]:
-        """Return the blocks of rows in which a chunk attends when the window is full.
+        """Return the blocks of rows into which a chunk is split when the window is full.
 
-        The columns are the W - 1 newest old tokens, oldest first, the sinks, and the new tokens. In
-        this order the columns of each block are contiguous.
+        The columns are the last W - 1 old tokens, oldest first, then the sinks, then the new
+        tokens. In this order, the columns of each block are contiguous.
         """
         return [self._block(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
 
     def _block(self, start: int, stop: int) -> "Block":
         old, sinks = self.window - 1, self.sinks
-        first = min(start, old)  # row t attends to the old tokens from the t-th on
+        first = min(start, old)  # row t attends to the old tokens from index t on
         token = np.arange(start, stop)[:, None]
         new = np.arange(stop)[None]
         mask = np.ones((stop - start, old - first + sinks + stop), bool)
@@ -217,7 +219,8 @@ class Geometry:
     ) -> np.ndarray | None:
         """Return which rows hold tokens stored before the clock was lowered: (prefix_rows,) bool.
 
-        Returns None if `newest` attends to no such row. Rows not attended may have any value.
+        Returns None if `newest` attends to no such row. Rows that are not attended may have either
+        value.
 
         Args:
             newest: the last token stored.
@@ -229,14 +232,14 @@ class Geometry:
         return old
 
     def ages(self, newest: int, prefix_rows: int) -> np.ndarray:
-        """Return how many tokens before `newest` each row of the ring was written."""
+        """Return each ring row's age: how many tokens before `newest` it was written."""
         slot = (newest - self.sinks) % self.ring
         return (slot - np.arange(max(0, prefix_rows - self.sinks))) % self.ring
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a chunk, and the columns that any of them attends to.
+    """A block of a chunk's rows, and the columns that any of them attends to.
 
     Attributes:
         start, stop: the rows.

@@ -1,7 +1,7 @@
 """The state of a stream, and how a layer's rows are stored: plain or quantized.
 
 A buffer has S + R rows. In a quantized buffer the first S rows (the sinks, including a pinned
-prefix) stay plain. Each later row is quantized by itself, in groups of 64 with 16-bit scales,
+prefix) stay plain. Each later row is quantized separately, in groups of 64 with 16-bit scales,
 before any token attends to it, so the result does not depend on how the text was split.
 """
 
@@ -19,14 +19,14 @@ BITS = (8, 4)
 
 @dataclass(frozen=True)
 class CacheState:
-    """The state of a stream between steps, replaced as a whole: an interrupt finds old or new.
+    """The state of a stream between steps, replaced as a whole, so that interrupts are safe.
 
     Attributes:
         keys, values: each layer's rows.
-        sinks: the sinks' keys before rotation, (L, K, S, D), in an array of their own: reading them
-            out of K would copy K.
-        pending_turn: by how much the ring is being rotated back.
-        layers_turned: the number of layers where this is done.
+        sinks: the sinks' keys before rotation, (L, K, S, D), in a separate array because reading
+            them from K would copy K.
+        pending_turn: how far the ring is being rotated back.
+        layers_turned: the number of layers for which this is done.
     """
 
     position: StreamPosition
@@ -39,7 +39,7 @@ class CacheState:
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Rows of which the first S are plain and the others quantized.
+    """Rows, with the first S plain and the rest quantized.
 
     Attributes:
         sinks: (1, K, S, D).
@@ -77,11 +77,11 @@ class PlainStorage:
         return mx.zeros((1, self.kv_heads, self.count, self.head_dim), self.dtype)
 
     def read(self, rows: mx.array, start: int, stop: int, after: mx.array) -> mx.array:
-        """Return some rows as tokens attend to them: (1, K, stop - start, D)."""
+        """Return some rows in the form used by attention: (1, K, stop - start, D)."""
         return rows if stop - start == self.count else rows[:, :, start:stop]
 
     def as_attended(self, new: mx.array, sinks: int) -> mx.array:
-        """Return new rows as tokens will attend to them; the first `sinks` rows are sinks."""
+        """Return new rows in the form attention will see; the first `sinks` rows are sinks."""
         return new
 
     def write(
@@ -95,11 +95,11 @@ class PlainStorage:
         return zero_rows(rows, runs)
 
     def arrays(self, rows: mx.array) -> dict[str, mx.array]:
-        """Return the arrays of a layer's rows, by the suffix of their name in a state."""
+        """Return the arrays that hold a layer's rows, keyed by the suffix of their state names."""
         return {"": rows}
 
     def from_arrays(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Return the rows made of these arrays; the inverse of `arrays`."""
+        """Return the rows that these arrays hold; the inverse of `arrays`."""
         return arrays[""]
 
 
@@ -107,7 +107,8 @@ class PlainStorage:
 class QuantizedStorage:
     """S plain rows and R quantized ones, with the methods of `PlainStorage`; D is a multiple of 64.
 
-    Rows follow two clocks: rotating them back when the clock is lowered would cost precision.
+    Rows follow two clocks, because rotating them back when the clock is lowered would cost
+    precision.
     """
 
     clocks: ClassVar[int] = 2
@@ -134,9 +135,9 @@ class QuantizedStorage:
         )
 
     def read(self, rows: QuantizedRows, start: int, stop: int, after: mx.array) -> mx.array:
-        """Return some rows, unpacked only once `after` is computed.
+        """Return some rows, which are unpacked only after `after` has been computed.
 
-        Nothing else orders the layers of a step, so many layers would be unpacked at once.
+        Nothing else orders the layers of a step, so otherwise many would be unpacked at once.
         """
         parts = []
         if start < self.sinks:
@@ -161,7 +162,7 @@ class QuantizedStorage:
     ) -> QuantizedRows:
         into_sinks = [piece for piece in segments if piece[2] < self.sinks]
         into_ring = [(a, b, row - self.sinks) for a, b, row in segments if row >= self.sinks]
-        # Sinks written all at once are a view of the chunk, which they would keep in memory.
+        # Sinks written all at once would be a view of the chunk and keep it in memory.
         parts = [
             mx.contiguous(write_rows(rows.sinks, new, into_sinks)) if into_sinks else rows.sinks
         ]
@@ -177,7 +178,7 @@ class QuantizedStorage:
         return QuantizedRows(zero_rows(rows.sinks, sinks), *parts)
 
     def put(self, rows: QuantizedRows, new: mx.array, start: mx.array) -> QuantizedRows:
-        """Return a copy of `rows` with a new row at `start`, int32 (1,), of the ring."""
+        """Return a copy of `rows` with a new row in the ring at `start`, an int32 array (1,)."""
         parts = zip((rows.quants, rows.scales, rows.biases), self._pack(new), strict=True)
         return QuantizedRows(
             rows.sinks, *(mx.slice_update(part, fresh, start, axes=(2,)) for part, fresh in parts)
@@ -211,7 +212,7 @@ class QuantizedStorage:
         return mx.quantize(rows.astype(self.scale_dtype), group_size=GROUP_SIZE, bits=self.bits)
 
     def _unpack(self, quants: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        # In the model's dtype, so that the rows are not rounded once more to 16 bits.
+        # In the model's dtype, so that the rows are not rounded to 16 bits a second time.
         return mx.dequantize(
             quants,
             scales.astype(self.dtype),
@@ -227,7 +228,7 @@ RowStorage = PlainStorage | QuantizedStorage
 def stream_bytes(
     kv_heads: int, head_dim: int, itemsize: int, sinks: int, ring: int, bits: int | None
 ) -> int:
-    """Return the bytes of one layer of a stream: S + R rows, and the sinks before rotation."""
+    """Return the size in bytes of one layer of a stream: S + R rows, and the unrotated sinks."""
     whole = head_dim * itemsize
     # Each group has a 16-bit scale and a 16-bit bias.
     row = whole if bits is None else head_dim * bits // 8 + head_dim // GROUP_SIZE * 4
@@ -235,7 +236,7 @@ def stream_bytes(
 
 
 def write_rows(rows: mx.array, new: mx.array, segments: list[tuple[int, int, int]]) -> mx.array:
-    rows = copy.copy(rows)  # a second handle to the buffer: the cache's own stays unchanged
+    rows = copy.copy(rows)  # a second handle to the buffer, so that the cache's is unchanged
     for start, stop, row in segments:
         rows[:, :, row : row + stop - start] = new[:, :, start:stop]
     return rows

@@ -1,10 +1,10 @@
 """A fixed buffer of sinks and a ring (StreamingLLM, arXiv 2309.17453); independent of models.
 
 A key is rotated once, to the position of a running clock, and then stored: rotary scores depend
-only on the difference of positions. The sinks' positions are directly before the oldest attended
-token, so their keys are also kept unrotated, and rotated again whenever that token changes. When
-the clock gets too large for accurate float32 angles, the ring is rotated back once and the clock is
-lowered (re-anchoring).
+only on the difference between positions. The sinks' positions are directly before the oldest
+attended token, so their keys are also kept unrotated, and rotated again whenever that token
+changes. When the clock gets too large for accurate float32 angles, the ring is rotated back once
+and the clock is lowered (re-anchoring).
 
 Worked example, S = 2, W = 3: token 6 attends to 0, 1, 4, 5, 6. Their clock positions are
 2, 3, 4, 5, 6, so token i = 0 is at distance t - o + S - i = 6 - 4 + 2 - 0 = 4.
@@ -39,7 +39,7 @@ from mlx_stream.errors import ValueRefused
 CLOCK_LIMIT = 2**14
 # A chunk that moves o has an additive mask, H x T x N float32, of at most this many bytes.
 MASK_BYTES = 128 * 2**20
-# The fields of a position by their names in a state, which saved streams contain.
+# Maps names in a state, which saved streams contain, to the fields of a position.
 STATE_NUMBERS = {
     "length": "length",
     "floor": "floor",
@@ -53,14 +53,14 @@ STATE_NUMBERS = {
 class StreamCache:
     """All layers of one stream: S sinks and a ring of R = W + X tokens, allocated once.
 
-    It has more methods than other classes because `Cache` has 20, and reading, taking back,
-    evicting, re-anchoring and restoring all replace the same state, as a whole.
+    It has more methods than other classes because `Cache` has 20, and reading, rolling back,
+    evicting, re-anchoring and restoring all replace the same state as a whole.
 
     Args:
         shape: the model's attention.
-        sinks: S >= 0, the first tokens, which are never evicted.
-        window: W >= 1, the latest tokens, which are attended.
-        spare: X >= 0, rows beyond the window: up to X tokens can be taken back without loss.
+        sinks: S >= 0, how many of the first tokens are never evicted.
+        window: W >= 1, how many of the latest tokens are attended.
+        spare: X >= 0, rows beyond the window: up to X tokens can be rolled back without loss.
         dtype: the type of keys and values.
         clock_limit: re-anchor before the clock passes it (at least twice the buffer's rows).
         bits: 8 or 4 quantizes the keys and values of the ring, but not those of the sinks.
@@ -69,7 +69,7 @@ class StreamCache:
         current: the current state.
 
     Raises:
-        ValueRefused: a number out of range, or heads that cannot be quantized.
+        ValueRefused: a number is out of range, or the heads cannot be quantized.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class StreamCache:
             [self.storage.empty() for _ in range(shape.layers)],
             mx.zeros((shape.layers, kv_heads, sinks, head_dim), dtype),
         )
-        self._erased = weakref.ref(self.current)  # the last state without unattended rows
+        self._erased = weakref.ref(self.current)  # the last state whose unattended rows were zeroed
         mx.eval(self.arrays())
 
     @property
@@ -127,7 +127,7 @@ class StreamCache:
 
     @property
     def oldest(self) -> int:
-        """The oldest attended token that is not a sink: o of the newest token."""
+        """The oldest attended token that is not a sink: the newest token's o."""
         return self.geometry.oldest(self.position, self.length - 1)
 
     @property
@@ -141,7 +141,7 @@ class StreamCache:
 
     @property
     def lowest_clock_limit(self) -> int:
-        """The lowest limit at which no token from before a re-anchoring is left at the next one."""
+        """The lowest limit at which all tokens from before a re-anchoring are gone by the next."""
         spare = STEP_LENGTHS[-1] if self.storage.clocks > 1 else 0
         return 2 * self.geometry.rows + spare
 
@@ -177,7 +177,7 @@ class StreamCache:
     @property
     def max_verify(self) -> int:
         if not isinstance(self.storage, PlainStorage):
-            return 1  # a quantized row is written only when its token is certain
+            return 1  # a quantized row is written only once its token is certain
         return longest_verified(self.shape, self.geometry, self.position)
 
     def is_ready(self, count: int) -> bool:
@@ -188,7 +188,7 @@ class StreamCache:
         if waiting == 1:
             return 1
         geometry, position = self.geometry, self.position
-        # With two clocks, tokens stored by the first must be gone before there is a third.
+        # With two clocks, tokens stored under the first must be gone before a third one starts.
         limit = self.clock_limit - self.storage.clocks * geometry.rows
         room = geometry.room(position)
         if room == 0 and geometry.sinks:
@@ -229,10 +229,10 @@ class StreamCache:
         self.current = CacheState(position, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:
-        """Take back the newest `count` tokens.
+        """Roll back the newest `count` tokens.
 
-        The last X, the spare rows, cost nothing. Each one beyond leaves one attended token fewer
-        until the window has filled again.
+        The last X (the spare rows) cost nothing. Each token beyond them leaves one fewer attended
+        token until the window has filled again.
 
         Raises:
             ValueRefused: tokens have been evicted, and `count` exceeds what the ring holds.
@@ -245,7 +245,7 @@ class StreamCache:
         """Evict the oldest `count` attended tokens that are not sinks.
 
         Raises:
-            ValueRefused: more tokens than the window holds.
+            ValueRefused: `count` is larger than the number of tokens in the window.
         """
         held = self.geometry.ring_count(self.position)
         if not 0 <= count <= held:
@@ -256,15 +256,15 @@ class StreamCache:
     def release(self) -> None:
         """Release the buffers, whose contents are unknown after a failed step.
 
-        No token can be read afterwards. Tokens can still be counted and taken back.
+        No token can be read afterwards. Tokens can still be counted and rolled back.
         """
         self.current = replace(self.current, keys=[], values=[], sinks=mx.zeros(0))
 
     def erase(self) -> None:
-        """Set every row to zero that the newest token does not attend to.
+        """Zero every row that the newest token does not attend to.
 
-        So a state contains no tokens that were taken back or evicted. A later rewind cannot make
-        them attended again.
+        A state therefore contains no tokens that were rolled back or evicted. A later rewind
+        cannot bring them back.
         """
         self._turn_back()
         if self.current is self._erased():
@@ -302,7 +302,7 @@ class StreamCache:
         """Continue from a copy of `state`.
 
         Raises:
-            ValueRefused: it is not the state of a cache with these parameters.
+            ValueRefused: `state` is not that of a cache with these parameters.
         """
         self._turn_back()
         wanted = self._state()
@@ -336,7 +336,7 @@ class StreamCache:
         )
 
     def _rows(self, kind: str, arrays: dict[str, mx.array]) -> list[Rows]:
-        """Return each layer's rows, made of the arrays of a state."""
+        """Return each layer's rows, built from the arrays of a state."""
         parts = self.storage.arrays(self.current.keys[0])
         return [
             self.storage.from_arrays({part: arrays[f"{kind}.{layer}{part}"] for part in parts})
@@ -344,7 +344,7 @@ class StreamCache:
         ]
 
     def _check(self, position: StreamPosition) -> None:
-        """Refuse a position that no stream can have, which would attend to unwritten rows."""
+        """Reject a position that no stream can have: tokens would attend to unwritten rows."""
         geometry = self.geometry
         base = position.length - position.clock
         consistent = (
@@ -364,9 +364,9 @@ class StreamCache:
             raise ValueRefused(f"not a state of this stream: its numbers do not agree ({position})")
 
     def _reanchor(self) -> None:
-        """Rotate the ring back so that its lowest token is directly after the sinks.
+        """Rotate the ring back so that its oldest usable token is directly after the sinks.
 
-        Quantized rows stay unchanged: queries are rotated further for them until they are evicted.
+        Quantized rows stay unchanged; until they are evicted, queries are rotated further for them.
         """
         if isinstance(self.storage, QuantizedStorage):
             self._move(self.geometry.lower_clock(self.position))
@@ -378,7 +378,7 @@ class StreamCache:
         self._turn_back()
 
     def _turn_back(self) -> None:
-        """Rotate the remaining layers, one at a time, so that only one layer's K exists twice."""
+        """Rotate the remaining layers one at a time, so that at most one layer's K exists twice."""
         while self.current.pending_turn and self.current.layers_turned < self.shape.layers:
             current, layer = self.current, self.current.layers_turned
             keys, by = list(current.keys), current.pending_turn

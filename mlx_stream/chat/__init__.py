@@ -1,7 +1,7 @@
 """Manages conversations on one stream and saves them; independent of threads and terminals.
 
-The public names are for programs that show saved conversations, or recall what has left one. Each
-is imported on first use.
+The public names are for programs that show saved conversations or recall evicted exchanges. Each
+name is imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

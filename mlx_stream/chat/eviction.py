@@ -16,7 +16,7 @@ class Idle:
     """The state between turns.
 
     Attributes:
-        turns: the attended turns, oldest first. The last ones may not be read yet.
+        turns: the attended turns, oldest first. The last ones may not have been read yet.
     """
 
     turns: tuple[PlacedTurn, ...] = ()
@@ -44,11 +44,11 @@ class ActiveTurn:
 
     @property
     def quoted(self) -> int:
-        """The tokens of the quotation."""
+        """The length of the quotation in tokens."""
         return len(self.turn.exchange.question_ids) - len(self.plain_ids)
 
     def finish(self, trim: bool) -> PlacedTurn:
-        """Return the turn without quotation, and with its final reply.
+        """Return the turn without the quotation and with its final reply.
 
         The reply includes text that the decoder held back.
 
@@ -77,7 +77,7 @@ class TurnEvictor:
         state: replaced as a whole, so that an interrupt leaves the old state or the new one.
         whole: whether turns are evicted whole; otherwise tokens are evicted one by one.
         reserved: how many tokens of the window are kept free for a quotation.
-        left: the turns that left attention, oldest first, until the caller takes them.
+        left: the turns that have left the window, oldest first, until the caller takes them.
     """
 
     def __init__(self, cache: StreamCache, whole: bool, reserved: int = 0):
@@ -96,7 +96,7 @@ class TurnEvictor:
     def evict_oldest(self) -> None:
         """Evict the oldest turn and the ids that close it.
 
-        The results of its tool calls leave with it, unless their chain is still the last.
+        The results of its tool calls are evicted with it, unless only turns of that chain remain.
         """
         self._evict_one()
         while (turns := self.state.turns) and turns[0].exchange.answers_calls:
@@ -110,7 +110,7 @@ class TurnEvictor:
         self._drop_oldest()
 
     def forget(self) -> None:
-        """Forget turns of which no token is attended, and evict tokens of forgotten turns.
+        """Forget turns with no tokens left in the window, and evict the tokens of forgotten turns.
 
         A rewind can bring back the end of a turn that was evicted token by token.
         """
@@ -127,7 +127,7 @@ class TurnEvictor:
             self._drop_oldest()
 
     def become_idle(self, turns: tuple[PlacedTurn, ...]) -> None:
-        """Enter the state between turns, and count the turns that are no longer attended."""
+        """Enter the state between turns, and count the turns that have left the window."""
         attended = {turn.number for turn in turns}
         gone = [turn for turn in self.state.turns if turn.number not in attended]
         self._evicted_turns += len(gone)
@@ -143,7 +143,7 @@ class TurnEvictor:
             attended: the ids that the stream attends to, oldest first.
 
         Raises:
-            ValueRefused: it attends to something else.
+            ValueRefused: the stream attends to something else.
         """
         ends = [turn.end for turn in turns]
         starts = [turn.start - len(turn.exchange.closing_ids) for turn in turns[1:]]
@@ -170,7 +170,7 @@ class TurnEvictor:
 
     @property
     def _room(self) -> int:
-        """How many tokens can be read, apart from a quotation, before a turn must be evicted."""
+        """How many tokens, not counting a quotation, can be read before a turn must be evicted."""
         return self.cache.room - self.reserved + self.state.quoted
 
     def _drop_oldest(self) -> None:
@@ -180,7 +180,7 @@ class TurnEvictor:
         self._evicted_turns += 1
 
     def _end_of_oldest(self) -> int:
-        """Return the place after the oldest turn and the ids that close it."""
+        """Return the position after the oldest turn and the ids that close it."""
         oldest, *later = self.state.turns
         if later:
             return later[0].start

@@ -1,10 +1,10 @@
-"""A question and its reply, as text and ids, and their place in a stream; plain values.
+"""A question and its reply, as text and ids, and their position in a stream; plain values.
 
     closing_ids    <|im_end|>\\n    which closes the previous reply
     question_ids   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
     reply_ids      Hello.
 
-Both text and ids are kept, because text does not always encode back to the ids that were sampled.
+Both text and ids are kept, because encoding the text does not always reproduce the sampled ids.
 """
 
 from collections.abc import Sequence
@@ -26,20 +26,21 @@ class Exchange:
     """A question and its reply.
 
     Attributes:
-        question: the text as it was asked; of several messages, or of tools, their texts.
+        question: the text as it was asked; for several messages or tool results, their texts.
         reply: the answer as it was shown, without tool calls.
         closing_ids: read before the question to close the previous exchange. They are evicted
             together with that exchange.
-        question_ids: the question as the template renders it, up to where the model answers.
+        question_ids: the question as the template renders it, up to the point where the model
+            answers.
         reply_ids: the ids of the reply.
-        rest: the end of the reply that `reply_ids` do not cover, for example because a stop string
-            began inside a token.
+        rest: the end of the reply that is not covered by `reply_ids`, for example because a stop
+            string began inside a token.
         finish: how the reply ended: `end`, `stop`, `length` or `interrupted`.
         thinking: the text of the model's thinking, whose ids are among `reply_ids`.
-        settled_ids: the exchange as the template renders it once another question follows. None
-            if these are the ids that were read.
-        messages: what was asked, if it is not a user's only message.
-        calls: the tools that the reply calls. The next turn has their results.
+        settled_ids: the exchange as the template renders it once another question follows. None if
+            this does not change the ids.
+        messages: what was asked, unless it was a single user message.
+        calls: the reply's tool calls. The next turn contains their results.
     """
 
     question: str
@@ -61,7 +62,7 @@ class Exchange:
 
     @property
     def answers_calls(self) -> bool:
-        """Whether it has the results of the tools that the previous reply calls."""
+        """Whether it contains the results of the previous reply's tool calls."""
         return self.asked[0].role == "tool"
 
     @property
@@ -78,7 +79,7 @@ class Exchange:
 
 
 def question_of(messages: Sequence[Message]) -> Exchange:
-    """Return an exchange of some messages that has no reply and no ids yet."""
+    """Return an exchange with these messages, as yet without a reply or ids."""
     plain = messages == (Message("user", messages[0].text),)
     rest = () if plain else tuple(messages)
     return Exchange(text_of_messages(messages), "", (), (), (), "", "interrupted", messages=rest)
@@ -86,12 +87,12 @@ def question_of(messages: Sequence[Message]) -> Exchange:
 
 @dataclass(frozen=True)
 class PlacedTurn:
-    """An exchange and its place in a stream.
+    """An exchange and its position in a stream.
 
     Attributes:
-        number: number of the turn in the conversation, from 1.
-        start: place of its first question id. Its `closing_ids` are directly before that, as long
-            as the previous turn is attended.
+        number: number of the turn in the conversation, counting from 1.
+        start: position of its first question id. Its `closing_ids` come directly before that, as
+            long as the previous turn is in the window.
     """
 
     exchange: Exchange
@@ -100,12 +101,12 @@ class PlacedTurn:
 
     @property
     def end(self) -> int:
-        """The place after its last id, once all are read."""
+        """The position after its last id, once all ids have been read."""
         return self.start + len(self.exchange.ids)
 
 
 def place_turns(turns: Sequence[PlacedTurn], first: int) -> tuple[PlacedTurn, ...]:
-    """Return consecutive turns at their places from `first` on."""
+    """Return consecutive turns with their positions, starting at `first`."""
     placed: list[PlacedTurn] = []
     for turn in turns:
         start = placed[-1].end + len(turn.exchange.closing_ids) if placed else first
@@ -121,7 +122,7 @@ def ids_of(turns: Sequence[PlacedTurn]) -> tuple[int, ...]:
 
 
 def unread_ids(pinned: Sequence[int], turns: Sequence[PlacedTurn], length: int) -> tuple[int, ...]:
-    """Return the ids of the pinned beginning and of turns that a stream has not read yet.
+    """Return those ids of the pinned beginning and some turns that a stream has not read yet.
 
     Args:
         length: how many tokens the stream has read.
@@ -148,5 +149,5 @@ class ConversationState:
 
     @property
     def first(self) -> int:
-        """The number of the oldest attended turn; one more than `turns` if there is none."""
+        """The number of the oldest attended turn; `turns` + 1 if there is none."""
         return self.places[0][0] if self.places else self.turns + 1

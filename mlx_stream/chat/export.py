@@ -1,6 +1,6 @@
-"""Export a conversation as Markdown or JSON, also to a file.
+"""Exports a conversation as Markdown or JSON, optionally to a file.
 
-# Conversation of 2026-05-09T17:03:00Z
+# Conversation from 2026-05-09T17:03:00Z
 Model `starter`, session 3f2a...
 ## System            the system prompt, if there is one
 ## 1. You            the first question, verbatim
@@ -19,8 +19,8 @@ from mlx_stream.chat.schema import ANSWERED, FORGOTTEN, SessionHeader, StoredTur
 from mlx_stream.errors import SessionError
 
 HEADING = re.compile(r"^## +(System|\d+\. (You|Model))", re.MULTILINE)
-# Notes on replies that did not end by themselves.
-CUT = {"length": " (cut at its limit)", "interrupted": " (interrupted)"}
+# Notes on replies that were cut short.
+CUT = {"length": " (hit token limit)", "interrupted": " (interrupted)"}
 UNANSWERED = " (did not answer)"
 DELETED = " (deleted)"  # by /forget
 
@@ -36,7 +36,7 @@ def export_markdown(header: SessionHeader, turns: Sequence[StoredTurn]) -> str:
     mark = f" [{header.id}]" if any(HEADING.search(text) for text in texts) else ""
     model = " ".join(header.model.split())
     parts = [
-        f"# Conversation of {header.created}",
+        f"# Conversation from {header.created}",
         f"Model `{model}`, session {header.id}",
     ]
     if header.system is not None:
@@ -73,7 +73,7 @@ def export_json(header: SessionHeader, turns: Sequence[StoredTurn]) -> dict[str,
 
 
 def exported_calls(exchange: Exchange) -> dict[str, Any]:
-    """Return the tools that a reply calls, if it does."""
+    """Return the tools that a reply calls, if any."""
     calls = [{"name": call.name, "arguments": call.arguments} for call in exchange.calls]
     return {"calls": calls} if calls else {}
 
@@ -97,5 +97,5 @@ def write_export(path: Path, header: SessionHeader, turns: Sequence[StoredTurn])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, FileExistsError):
-            reason = "the file exists: give another name"
+            reason = "it already exists: use another name"
         raise SessionError(f"{path}: cannot be written: {reason}") from error

@@ -1,4 +1,4 @@
-"""The turns of a message history, and the newest that fit a window; reads nothing into a stream."""
+"""The turns of a message history, and the newest that fit in a window; independent of streams."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +20,8 @@ def exchanges_of(
         calls: the tools that its reply calls.
 
     Raises:
-        ValueRefused: it does not end with a reply, a reply answers nothing, or the results of
-            tools do not belong to the calls before them.
+        ValueRefused: the history does not end with a reply, a reply answers nothing, or tool
+            results do not match the calls before them.
     """
     found: dict[int, Exchange] = {}
     asked = list[Message]()
@@ -46,12 +46,12 @@ def exchanges_of(
 def newest_turns(
     prompts: PromptBuilder, exchanges: Mapping[int, Exchange], window: int
 ) -> tuple[PlacedTurn, ...]:
-    """Return the newest turns that fit a window, each whole and one at least, at their places.
+    """Return the newest whole turns that fit in a window (at least one), with positions.
 
     A chain of tool calls stays whole, unless there is nothing else.
 
     Raises:
-        TemplateError: the template refuses a turn that fits.
+        TemplateError: the template rejects a turn that fits.
     """
     last = max(exchanges, default=0)
     newest = last + 1

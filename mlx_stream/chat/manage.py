@@ -1,4 +1,4 @@
-"""Open, verify, rename and remove saved conversations; loads no model."""
+"""Opens, verifies, renames and removes saved conversations; loads no model."""
 
 import os
 from contextlib import suppress
@@ -18,7 +18,7 @@ def open_transcript(name: str) -> Store:
     """Open a conversation's transcript for reading; another process may have the session open.
 
     Raises:
-        SessionError: it does not exist, or it is damaged.
+        SessionError: the conversation does not exist or is damaged.
     """
     return Store.open(session_paths(name).database)
 
@@ -27,13 +27,11 @@ def remove_session(name: str) -> None:
     """Remove a conversation: its transcript and the stream's state.
 
     Raises:
-        SessionError: it does not exist, or a process has it open.
+        SessionError: the conversation does not exist, or a process has it open.
     """
     from mlx_stream.generate import snapshot
 
-    where = session_paths(name)
-    if not any(os.path.lexists(path) for path in files_of(where)):
-        raise SessionError(f"session {name!r} does not exist: check the name")
+    where = existing_paths(name)
     with Lock.acquire(where.lock):
         snapshot.sweep_partial(where.snapshot)
         for path in files_of(where):
@@ -45,25 +43,37 @@ def remove_session(name: str) -> None:
             where.lock.unlink()
 
 
+def existing_paths(name: str) -> SessionPaths:
+    """Return the paths of a conversation's files, at least one of which exists.
+
+    Raises:
+        SessionError: the conversation does not exist.
+    """
+    where = session_paths(name)
+    if not any(os.path.lexists(path) for path in files_of(where)):
+        raise SessionError(f"session {name!r} does not exist: check the name")
+    return where
+
+
 def questions_of(name: str) -> list[str]:
-    """Return the questions of a conversation, as far as it can be read."""
+    """Return the questions of a conversation, as far as they can be read."""
     with suppress(SessionError), open_transcript(name) as store:
         return [turn.exchange.question for turn in store.whole()[0]]
     return []
 
 
 def rename_session(name: str, new: str) -> None:
-    """Give a conversation another name.
+    """Rename a conversation.
 
     Raises:
-        SessionError: it does not exist, the new name is taken or not valid, or a process has one of
-            them open.
+        SessionError: the conversation does not exist, the new name is taken or invalid, or a
+            process has either of them open.
     """
     where, target = session_paths(name), session_paths(new)
     if any(os.path.lexists(path) for path in files_of(target)):
         raise SessionError(f"session {new!r} already exists: choose another name")
     with Lock.acquire(where.lock), Lock.acquire(target.lock):
-        Store.open(where.database, locked=True).close()  # what a killed process left is in the file
+        Store.open(where.database, locked=True).close()  # merges the log of a killed process
         try:
             for old, path in zip(files_of(where), files_of(target), strict=True):
                 if os.path.lexists(old):
@@ -75,7 +85,7 @@ def rename_session(name: str, new: str) -> None:
 
 
 def files_of(where: SessionPaths) -> list[Path]:
-    """Return every file with content of a conversation; the transcript is the last."""
+    """Return all files that hold a conversation's data, with the transcript last."""
     database = where.database
     return [
         where.snapshot,
@@ -116,5 +126,5 @@ def verify_session(name: str) -> str:
         if about.session != state.header.id or not known:
             return f"{found}; the snapshot belongs to another model or conversation and is not used"
         if not about.is_of(store, saved):
-            return f"{found}; the snapshot contains turns that were taken back and is not used"
+            return f"{found}; the snapshot contains turns that were undone and is not used"
         return f"{found}; snapshot after exchange {about.state.turns:,}"

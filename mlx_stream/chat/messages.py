@@ -16,10 +16,10 @@ class Message:
 
     Attributes:
         role: `user`, `tool`, `system` or `assistant`.
-        calls: the tools that an assistant's message calls.
-        name, id: of the call whose result a tool's message is. Default: of the first call of the
-            last reply that no earlier message of the turn answers.
-        thinking: of an assistant's message.
+        calls: an assistant message's tool calls.
+        name, id: the name and id of the call that a tool message answers. Default: those of the
+            first call in the last reply that no earlier message of the turn answers.
+        thinking: an assistant message's thinking.
     """
 
     role: str
@@ -30,21 +30,21 @@ class Message:
     thinking: str = ""
 
 
-# The messages of a turn, or the text of a user's only one.
+# The messages of a turn, or the text of its only message, the user's.
 Question = str | Sequence[Message]
 
 
 def as_messages(question: Question) -> tuple[Message, ...]:
-    """Return the messages of a turn, unchecked; a text is a user's message."""
+    """Return the messages of a turn, unchecked; a string is a user message."""
     return (Message("user", question),) if isinstance(question, str) else tuple(question)
 
 
 def turn_of_messages(question: Question) -> tuple[tuple[Message, ...], Message | None]:
-    """Return the messages of a turn, and the assistant's that begins the reply, if there is one.
+    """Return the messages of a turn, and the assistant message that begins the reply, if any.
 
     Raises:
         TextError: the question is empty, or a text is not valid Unicode.
-        ValueRefused: a message has another role, or an assistant's is not the last.
+        ValueRefused: a message has an unknown role, or an assistant message is not the last.
     """
     if isinstance(question, str) and not question:
         raise TextError("the question is empty")
@@ -57,7 +57,7 @@ def turn_of_messages(question: Question) -> tuple[tuple[Message, ...], Message |
     for place, message in enumerate(messages):
         check_message(message)
         if message.role == "assistant" and place < len(messages) - 1:
-            raise ValueRefused("an assistant message must be the last of a turn: reply() begins it")
+            raise ValueRefused("an assistant message must end a turn: it begins the reply")
     begin = messages[-1] if messages and messages[-1].role == "assistant" else None
     if begin and begin.calls:
         raise ValueRefused("the beginning of a reply cannot call tools")
@@ -68,7 +68,7 @@ def turn_of_messages(question: Question) -> tuple[tuple[Message, ...], Message |
 
 
 def check_message(message: Message) -> None:
-    """Raise ValueRefused or TextError for a message that no template can be given."""
+    """Raise ValueRefused or TextError for a message that cannot be passed to a template."""
     if message.role not in ROLES:
         raise ValueRefused(f"a message's role must be one of {', '.join(ROLES)}: {message.role!r}")
     for text in (message.text, message.name, message.id, message.thinking):
@@ -76,15 +76,15 @@ def check_message(message: Message) -> None:
 
 
 def text_of_messages(messages: Sequence[Message]) -> str:
-    """Return the texts of a turn's messages as one text."""
+    """Join the texts of a turn's messages."""
     return "\n\n".join(message.text for message in messages)
 
 
 def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[Message, ...]:
-    """Return a turn's messages, in which tools' results name the calls of the last reply.
+    """Return a turn's messages, with tool results matched to the calls of the last reply.
 
     Raises:
-        ValueRefused: calls and results do not belong together.
+        ValueRefused: calls and results do not match.
     """
     waiting, found = [*calls], list[Message]()
     for message in messages:
@@ -92,7 +92,7 @@ def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[M
             call = next((c for c in waiting if message.id in ("", c.id)), None)
             if call is None:
                 raise ValueRefused(
-                    "a tool's message has no call to answer: the last reply has "
+                    "a tool message has no call to answer: the last reply has "
                     f"{len(calls):,} calls, and the message's id is {message.id!r}"
                 )
             waiting.remove(call)
@@ -101,15 +101,15 @@ def answering(messages: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[M
     if waiting:
         raise ValueRefused(
             f"the last reply calls {', '.join(call.name for call in waiting)}: give the result as "
-            "a tool's message, or undo the reply"
+            "a tool message, or undo the reply"
         )
     if calls and any(message.role != "tool" for message in found):
-        raise ValueRefused("the results of tools are a turn of their own: ask in the next turn")
+        raise ValueRefused("tool results are a turn of their own: ask in the next turn")
     return tuple(found)
 
 
 def calls_with_ids(calls: Sequence[ToolCall], number: int) -> tuple[ToolCall, ...]:
-    """Return the calls of turn `number`'s reply, each with an id: the model's, or a new one."""
+    """Return the calls in the reply of turn `number`, each with the model's id or a new one."""
     return tuple(
         call if call.id else replace(call, id=f"{number:06}{place:03}")
         for place, call in enumerate(calls)

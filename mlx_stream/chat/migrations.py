@@ -1,6 +1,7 @@
-"""The tables of a transcript, and the conversion of files that an earlier version wrote.
+"""The tables of a transcript, and the conversion of files written by an earlier version.
 
-Version 1 had two rows of `messages` per exchange, each with a checksum over the previous one:
+Version 1 had two rows of `messages` per exchange, each with a checksum that covers the previous
+one:
 
     origin     = SHA-256 of the session's id and when it was created
     checksum 1 = SHA-256 of origin,     1, "user",      "Hi",     ids, ...
@@ -25,7 +26,7 @@ from mlx_stream.chat.schema import (
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.sqlite import LONGEST_ROW, limit_length, pragma, reporting_damage
 
-# "mlxs", in the header of the file.
+# "mlxs" in the file header.
 APPLICATION_ID = 0x6D6C7873
 VERSION = 2
 
@@ -135,7 +136,7 @@ def make_tables(connection: sqlite3.Connection, version: int = VERSION) -> None:
 
 
 def check_schema(connection: sqlite3.Connection) -> None:
-    """Check that a file has its version's tables and no trigger, view or index."""
+    """Check that a file has its version's tables and no triggers, views or indexes."""
     wanted = schema(pragma(connection, "user_version"))
     query = f"SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT {len(wanted) + 1}"
     found = connection.execute(query).fetchall()
@@ -155,17 +156,17 @@ def schema(version: int) -> frozenset[tuple[str, ...]]:
 
 
 def migrate(connection: sqlite3.Connection, lock: Path | None = None) -> None:
-    """Convert a file of version 1 to version 2 in one transaction.
+    """Convert a version 1 file to version 2 in one transaction.
 
-    Everything is copied. A damaged turn is also found damaged in the new file.
+    Everything is copied. A damaged turn is still detected as damaged in the new file.
 
     Args:
-        lock: the session's lock, taken while the file is converted; None if the caller holds it.
+        lock: the session's lock, held while the file is converted; None if the caller holds it.
     """
     limit_length(connection, LONGEST_ROW)
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if pragma(connection, "user_version") == 1:  # another process may have converted it
+        if pragma(connection, "user_version") == 1:  # another process may have converted it already
             with Lock.acquire(lock) if lock else nullcontext():
                 for table in ("session", "messages"):
                     connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
@@ -219,7 +220,7 @@ def seal_whole_turns(connection: sqlite3.Connection, session: str, link: str) ->
         link: the checksum before the first message.
     """
     asked, last = None, ""
-    # Invalid UTF-8 is copied unchanged; what is read here then does not match the checksum.
+    # Invalid UTF-8 is copied unchanged; the text read here then does not match the checksum.
     connection.text_factory = lambda data: data.decode(errors="replace")
     for *fields, checksum in connection.execute("SELECT * FROM old_messages ORDER BY number"):
         number, replies = (fields[0] + 1) >> 1, fields[0] % 2 == 0
@@ -241,7 +242,7 @@ def insert_row(connection: sqlite3.Connection, table: str, row: Row) -> None:
 
 
 def head_of_version_1(header: SessionHeader, turns: Iterable[StoredTurn]) -> str:
-    """Return the head that version 1 computed after some turns, as its snapshots contain it."""
+    """Return the head that version 1 computed after some turns and stored in its snapshots."""
     link = digest("origin", header.id, header.created)
     for turn in turns:
         e, number, time = turn.exchange, 2 * turn.number, turn.time

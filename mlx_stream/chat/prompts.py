@@ -1,11 +1,10 @@
-"""Encodes the pinned beginning and the turns of a conversation; independent of streams.
+"""Encodes the pinned prefix and the turns of a conversation; independent of streams.
 
     pinned       <|im_start|>system\\nBe brief.<|im_end|>\\n                 never evicted
     opening      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
     following    <|im_end|>\\n  and  <|im_start|>user\\nAnd?<|im_end|>\\n<|im_start|>assistant\\n
 
-The name of a control token in a user's text is encoded as plain characters, so that it cannot open
-a turn.
+A control token's name in a user's text is encoded as plain characters, so it cannot open a turn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,19 +31,19 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 # The model's reply in the opening exchange that replaces a system prompt.
 UNDERSTOOD = "Understood."
-# A template that begins a conversation with so many tokens of its own is worth a notice.
+# A template that starts a conversation with this many tokens of its own triggers a notice.
 LONG_HEAD = 100
 
 
 @dataclass(frozen=True)
 class OpenTurn:
-    """The texts around a user's turn that stays open while text is added to it.
+    """The template's text around a user turn that stays open while text is added to it.
 
     Attributes:
-        opening: before the first turn's text: <|im_start|>system ... <|im_start|>user\\n
-        closing: after it, up to where the model answers: <|im_end|>\\n<|im_start|>assistant\\n
-        reopening: from a reply to the next turn's text: <|im_end|>\\n<|im_start|>user\\n
-        lead: spaces before the text; they are encoded with its first word.
+        opening: precedes the first turn's text: <|im_start|>system ... <|im_start|>user\\n
+        closing: follows it, up to the model's answer: <|im_end|>\\n<|im_start|>assistant\\n
+        reopening: links a reply to the next turn's text: <|im_end|>\\n<|im_start|>user\\n
+        lead: spaces before the text, which are encoded together with its first word.
     """
 
     opening: str
@@ -54,13 +53,14 @@ class OpenTurn:
 
 
 class PromptBuilder:
-    """Encode the parts of a conversation with one template and one system prompt.
+    """Encodes the parts of a conversation with one template and one system prompt.
 
     Attributes:
-        pinned: ids that are always attended: the system prompt, or whatever the template writes
-            before any question. Empty without `pin`, or if no turn ends there.
+        pinned: ids that are always attended to: the system prompt, or whatever the template writes
+            before any question. Empty without `pin`, or if that text does not end at a turn
+            boundary.
         head: the messages that render to the pinned ids.
-        replies: what a reply may hold, and how it is read.
+        replies: what a reply may contain, and how to parse it.
 
     Raises:
         TemplateError: the template rewrites earlier turns.
@@ -85,12 +85,13 @@ class PromptBuilder:
         self.head: list[MessageDict] = system_turn(system)
         self.texts = texts = TurnTexts(template, self.escape_special_tokens, system)
         template.check(False)
-        _ = self.replies.call_style  # refused if it is not known
+        _ = self.replies.call_style  # raises an error if it is unknown
         if system is None or self._has_system_role():
             self.pinned = (self._border() or self._border_in_question()) if pin else ()
             if self.pinned or system is None or not pin:
                 return
-        # No system role, or one inside every question: make the prompt an opening exchange.
+        # There is no system role, or every question repeats the prompt: use an opening exchange
+        # instead.
         self.head = [user(system), assistant(UNDERSTOOD)]
         asked, texts.system = texts.system or "", None
         answer = assistant(UNDERSTOOD)
@@ -103,11 +104,11 @@ class PromptBuilder:
         """Return the ids that close the previous exchange, and the ids of a turn's messages.
 
         Args:
-            previous: None if no exchange is attended before this one.
-            first: whether it is the conversation's first question.
+            previous: the exchange before this one; None if no earlier one is attended to.
+            first: whether this is the conversation's first question.
 
         Raises:
-            TemplateError: the template failed, or writes other pinned ids for this question.
+            TemplateError: the template failed, or the pinned ids differ for this question.
         """
         text = self.texts.asked(as_messages(question), first)
         if first:
@@ -117,26 +118,26 @@ class PromptBuilder:
         return () if previous is None else closing, ids
 
     def settle(self, exchange: Exchange, first: bool, later: bool = False) -> Exchange:
-        """Return an exchange with the ids that the template renders before the next message.
+        """Return an exchange with the ids of its text as rendered before the next message.
 
-        That is a question, or the result of a tool that the reply calls. With `later`, there is
-        another exchange before it. The reply keeps its sampled ids if they decode to the template's
-        text of it; otherwise that text is encoded.
+        The next message is a question, or the result of a tool that the reply calls. With `later`,
+        another exchange comes in between. The reply keeps its sampled ids if they decode to the
+        template's text for it; otherwise that text is encoded.
 
         Raises:
             TemplateError: the template refuses the reply.
         """
         calls = bool(exchange.calls)
         later = later and (self.template.settles_late or calls)
-        tools = calls or exchange.answers_calls  # some templates write results in two ways
-        marks = exchange.thinking and not exchange.reply_ids  # to be encoded, as text is not
+        tools = calls or exchange.answers_calls  # Some templates render results in two ways.
+        marks = exchange.thinking and not exchange.reply_ids  # Must be encoded, unlike plain text.
         if not (self.template.rewrites or later or tools or marks):
             return replace(exchange, settled_ids=None)
         message = self.replies.message(exchange)
         text = self.texts.settled(exchange, message, first, later)
         text = text.removesuffix(self._closing_in(text, exchange))
         heads = [self.texts.head_of_reply(exchange, message, first, later)]
-        if calls:  # until the chain of calls ends, most templates keep the thinking, too
+        if calls:  # most templates also keep the thinking until the chain of calls ends
             heads.append(self.texts.asked(exchange.asked, first))
         ids = self._ids(text, first)
         for head in heads if not exchange.rest else ():
@@ -153,15 +154,15 @@ class PromptBuilder:
         previous: Exchange | None = None,
         notify: Notify | None = None,
     ) -> dict[int, Exchange]:
-        """Return exchanges with this model's ids, by number; another model's replies are encoded.
+        """Return exchanges by number, with this model's ids; replies by another model are encoded.
 
         Args:
-            previous: the exchange before them, if it is attended.
-            notify: called for an exchange that the template refuses; only later ones are returned.
-                Without it the refusal is raised.
+            previous: the exchange before them, if it is attended to.
+            notify: called for each exchange that the template refuses; only later ones are
+                returned. If this is None, the error is raised.
         """
         found: dict[int, Exchange] = {}
-        # Before this one, chains of tool calls have ended.
+        # All chains of tool calls before this exchange have ended.
         last_answer = max((n for n, e in exchanges.items() if not e.calls), default=0)
         for number, exchange in exchanges.items():
             first, later = number == 1, number < (last_answer if exchange.calls else max(exchanges))
@@ -187,7 +188,7 @@ class PromptBuilder:
         return self.settle(exchange, first, later)
 
     def beginning(self, text: str, thinking: str = "") -> list[int]:
-        """Return the ids of the beginning of a reply, given its answer and its thinking."""
+        """Return the ids of the start of a reply, given its answer and thinking so far."""
         style, said = self.template.style, self._control.escape(text, reply=True)
         before = self.template.lead
         if style and (thinking or self.template.thinks_first):
@@ -199,10 +200,10 @@ class PromptBuilder:
         return self.encode(before + said, behind_text=True)
 
     def open_turn(self) -> OpenTurn:
-        """Return the template's texts around a user's text.
+        """Return the text that the template writes around a user's text.
 
         Raises:
-            TemplateError: the template changes the text, or what it writes around it depends on it.
+            TemplateError: the template changes the user's text, or its own text depends on it.
         """
         if self.template.rewrites:
             raise TemplateError(
@@ -220,7 +221,7 @@ class PromptBuilder:
         return OpenTurn(before, closing, self.template.closing + after, lead)
 
     def rest_of(self, exchange: Exchange) -> str:
-        """Return the text at the end of a reply that is read together with its closing."""
+        """Return the end of a reply's text, which is read together with the reply's closing."""
         if exchange.settled_ids is not None:
             return ""
         return exchange.rest if exchange.reply_ids or exchange.rest else self.template.lead
@@ -234,7 +235,7 @@ class PromptBuilder:
         return self._control.escape(self.rest_of(exchange), reply=True) + closing
 
     def _closing_in(self, text: str, exchange: Exchange) -> str:
-        """Return what closes the calls at the end of a rendered exchange: from an end token on."""
+        """Return the text that closes the calls in a rendered exchange, from the end token on."""
         names = (self.tokenizer.text_of(id) for id in self.replies.end_ids)
         ends = [at for name in names if name and (at := text.rfind(name)) >= 0]
         return text[max(ends) :] if exchange.calls and ends else ""
@@ -248,7 +249,7 @@ class PromptBuilder:
 
     @property
     def system_place(self) -> str:
-        """Where a system prompt is: a "turn", in the first "question", in an opening "exchange"."""
+        """Where the system prompt goes: its own "turn", the first "question" or an "exchange"."""
         if self.texts.before is not None:
             return "exchange"
         return "question" if self.texts.header else "turn"
@@ -265,15 +266,15 @@ class PromptBuilder:
     def _ids_behind(self, before: str, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the ids of two consecutive texts that follow other text.
 
-        They are encoded as one text, because some tokenizers add a space before the first word of
-        a text, where the conversation has none.
+        They are encoded as one text, because some tokenizers add a space before the first word of a
+        text, and the conversation has no space there.
         """
         ids = tuple(self.encode(before + text, behind_text=True))
         count = common_prefix(self.encode(before, behind_text=True), ids)
         return ids[:count], ids[count:]
 
     def _border(self) -> tuple[int, ...]:
-        """Return the ids before the first question, if a turn ends there."""
+        """Return the ids before the first question; empty if they do not end at a turn boundary."""
         first, second = (self.texts.opening(probe) for probe in PROBES)
         turn = self.template.turn(PROBES[0], self.texts.system)
         if not first.endswith(turn):
@@ -283,10 +284,11 @@ class PromptBuilder:
         return tuple(before) if all(whole) else ()
 
     def _border_in_question(self) -> tuple[int, ...]:
-        """Return the ids before the first question's text, if a system prompt begins its turn.
+        """Return the ids before the first question's text, if its turn starts with a system prompt.
 
-        What begins a later question, such as <start_of_turn>user\\n, then closes the turn before it
-        and is evicted with it: the oldest attended question is always rendered as the first one.
+        In that case, the header of a later question, such as <start_of_turn>user\\n, is treated as
+        part of the closing of the previous turn and is evicted with that turn. The oldest attended
+        question is therefore always rendered as the first one.
         """
         system = self.texts.system
         if system is None:
@@ -306,14 +308,14 @@ class PromptBuilder:
         return tuple(before)
 
     def escape_special_tokens(self, text: str) -> str:
-        """Return a text in which marks split whatever would be read as a control token."""
+        """Return the text with marks that split anything that would be read as a control token."""
         return self._control.escape(text)
 
     def encode(self, text: str, behind_text: bool = False) -> list[int]:
-        """Return the ids of a rendered text, in which marks split the names that are plain text.
+        """Return the ids of a rendered text; marks split control-token names in plain text.
 
         Args:
-            behind_text: whether it follows other text.
+            behind_text: whether the text follows other text.
         """
         ids: list[int] = []
         for piece in text.split(MARK):
@@ -330,7 +332,7 @@ def long_head_notice(count: int) -> str:
 
 
 def around(render: Callable[[str], str]) -> tuple[str, str]:
-    """Return the texts that a template renders before and after any question."""
+    """Return the text that a template renders before and after any question."""
     probes = (*PROBES, "?")
     before, _, after = render(probes[0]).partition(probes[0])
     if not all(render(probe) == before + probe + after for probe in probes):

@@ -1,4 +1,4 @@
-"""The changes that a conversation reports to its recorder; plain values."""
+"""The changes that a conversation reports to its recorder, as plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from mlx_stream.chat.exchange import Exchange
 class ChangeKind(Enum):
     """A kind of change to a turn."""
 
-    ASK = "ask"  # its question is about to be read; replaces a turn of the same number
-    ANSWER = "answer"  # its reply has ended, or has been replaced by a retry
-    UNDO = "undo"  # it was taken back
-    STAND = "stand"  # no turn: the attended turns or their ids have changed
+    ASK = "ask"  # Its question is about to be read; replaces any turn with the same number.
+    ANSWER = "answer"  # Its reply has ended, or has been replaced by a retry.
+    UNDO = "undo"  # It was undone.
+    STAND = "stand"  # No single turn: the attended turns or their ids have changed.
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Change:
     Attributes:
         number: the turn that changed; for `STAND`, the last turn.
         exchanges: the turns to write, by number.
-        first: number of the oldest attended turn; one more than the last turn if there is none.
+        first: number of the oldest attended turn; one more than the last turn's if there is none.
         sampler: state of the random number generator, in hexadecimal.
         recall_from: number of the oldest turn that may be recalled.
     """
@@ -43,21 +43,21 @@ class Recorder(Protocol):
     """Saves a conversation."""
 
     def record(self, change: Change) -> None:
-        """Queue a change; if it is queued twice in a row, it is written once."""
+        """Queue a change; if it is queued twice in a row, it is written only once."""
         ...
 
     def flush(self) -> None:
         """Write the queued changes.
 
         Raises:
-            SessionError: they could not be written; the next call tries again.
+            SessionError: the changes could not be written; the next call tries again.
         """
         ...
 
     def checkpoint(self) -> None:
-        """Save the stream's state if it is due; called between turns.
+        """Save the stream's state if that is due; called between turns.
 
         Raises:
-            SessionError, SnapshotError: it could not be written.
+            SessionError, SnapshotError: the state could not be written.
         """
         ...

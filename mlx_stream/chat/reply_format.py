@@ -1,9 +1,8 @@
-"""What a model's reply may hold, and its ids as thinking and answer; independent of turns."""
+"""What a model's reply may contain, and how its ids are decoded; independent of turns."""
 
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.template_messages import escaped_calls
@@ -17,14 +16,14 @@ from mlx_stream.text.tool_calls import CallStyle, call_style_of
 
 
 class ReplyFormat:
-    """The replies of one model on one template."""
+    """The format of one model's replies under one template."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, control: ControlTokens):
         self.tokenizer, self.template, self.control = tokenizer, template, control
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The ids that end a reply wherever they come."""
+        """The ids that end a reply wherever they occur."""
         return self.tokenizer.eos_ids | (self.control.end_ids - self.inner_ids)
 
     @cached_property
@@ -37,21 +36,21 @@ class ReplyFormat:
 
     @cached_property
     def call_style(self) -> CallStyle | None:
-        """How the model calls tools; None if it has none.
+        """How the model calls tools; None if it has no tools.
 
         Raises:
-            TemplateError: it has tools, but the shape of its calls is not known.
+            TemplateError: the model has tools, but the format of its calls is unknown.
         """
         style = call_style_of(self.template.source)
         if self.template.tools and not style:
             raise TemplateError(
-                "the tool calls of this model's template have a shape that cannot be read: leave "
+                "the tool calls of this model's template have an unsupported format: leave "
                 "out tools, or use another model"
             )
         return style if self.template.tools else None
 
     def decoder(self, stop: Sequence[str] = (), limit: int = 0) -> ReplyDecoder:
-        """Return a decoder of a reply whose thinking has at most `limit` ids."""
+        """Return a decoder for a reply whose thinking has at most `limit` ids."""
         decoder = self.tokenizer.decoder(self.inner_ids)
         return ReplyDecoder(decoder, stop, thinking=self._rules(limit), call_style=self.call_style)
 
@@ -59,7 +58,8 @@ class ReplyFormat:
         style, encode = self.template.style, self.tokenizer.encode
         if not style:
             return ThinkingRules()
-        ends = frozenset(chain(*(encode(name, special=False) for name in style.ends)))
+        names = (encode(name, special=False) for name in style.ends)
+        ends = frozenset(ids[0] for ids in names if len(ids) == 1)
         cut = encode(style.cut, special=False, behind_text=True)
         return ThinkingRules(style, self.template.thinks_first, ends, tuple(cut), limit)
 
@@ -69,7 +69,7 @@ class ReplyFormat:
         return all(id < size and id not in self.end_ids for id in reply_ids)
 
     def is_written_by(self, exchange: Exchange) -> bool:
-        """Return whether this model would read the ids of a reply as its texts."""
+        """Return whether this model decodes a reply's ids into the texts stored with them."""
         if not self.accepts(exchange.reply_ids):
             return False
         reply = self._read(exchange)
@@ -81,9 +81,9 @@ class ReplyFormat:
         return told == (exchange.reply, exchange.thinking)
 
     def message(self, exchange: Exchange) -> MessageDict:
-        """Return a reply as the template is given it.
+        """Return a reply in the form in which it is passed to the template.
 
-        A template that has no field for thinking gets what the model wrote, its marks included.
+        A template that has no field for thinking gets what the model wrote, including its markers.
         """
 
         def escape(text: str) -> str:
@@ -100,7 +100,7 @@ class ReplyFormat:
         return self.template.answer(said, thinking, escaped_calls(exchange.calls, escape))
 
     def last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
-        """Return the last ids of a reply that ends with a text; None if no id begins there."""
+        """Return the ids of the text at the end of a reply; None if no id begins where it does."""
         ids, reply = exchange.reply_ids, self._read(exchange)
         if not reply.text.endswith(text):
             return None

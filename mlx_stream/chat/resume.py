@@ -1,7 +1,7 @@
 """Opens a saved conversation, from its snapshot or from its transcript.
 
 From a snapshot, nothing is read again, and the conversation continues bit for bit as if it had
-never been closed. If the snapshot is missing, damaged or of another model, the attended turns are
+never been closed. If the snapshot is missing, damaged or from another model, the attended turns are
 read again from the transcript, and a notice says so.
 """
 
@@ -33,7 +33,7 @@ from mlx_stream.program.paths import is_file
 from mlx_stream.sampling import Sampling
 from mlx_stream.text.pieces import Piece
 
-# The fields of a header that a stream depends on, in the user's words.
+# The fields of a header that a stream depends on, and how to name them to the user.
 WORDS = {
     "fingerprint": "the model or its loading options",
     "system": "the system prompt",
@@ -42,14 +42,14 @@ WORDS = {
     "evict": "`evict`",
     "kv_bits": "`kv_bits`",
 }
-# The size of a snapshot apart from keys and values.
+# The size of a snapshot without keys and values, in bytes.
 BYTES_BESIDE = 2**20
 BYTES_PER_ID = 32
 
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """Options of a conversation; None keeps the saved value, or the default for a new one.
+    """Options for a conversation; None keeps the saved value, or the default for a new one.
 
     Attributes:
         recall_tokens: as in `ChatSession`; only a saved conversation can recall anything.
@@ -80,7 +80,7 @@ def header_of(name: str) -> SessionHeader | None:
     """Return a session's header, or None if there is no such session.
 
     Raises:
-        SessionError: it is damaged, or the name is not valid.
+        SessionError: the session is damaged, or its name is not valid.
     """
     where = session_paths(name)
     if not where.database.exists():
@@ -96,7 +96,7 @@ def open_session(
     notify: Notify = discard,
     progress: Callable[[int, int], None] | None = None,
 ) -> SavedSession:
-    """Run `open_steps` to its end."""
+    """Run `open_steps` to completion."""
     return run_coroutine(open_steps(name, model, options, notify, progress))
 
 
@@ -107,19 +107,19 @@ def open_steps(
     notify: Notify = discard,
     progress: Callable[[int, int], None] | None = None,
 ) -> Coroutine[Piece, SavedSession]:
-    """Open the conversation saved as `name`, or start it; a coroutine.
+    """Open the conversation saved as `name`, or start a new one; a coroutine.
 
     Args:
         notify: called with a line that says what is read again and why.
         progress: called while turns are read again, with the tokens read and the total.
 
     Raises:
-        SessionError: another process has it open, or it is damaged.
+        SessionError: another process has the session open, or it is damaged.
         MlxStreamError: as in `ChatSession`.
     """
     paths = session_paths(name)
     if options.speculate is None and options.draft is None:
-        # Guessing depends on timing, and a saved conversation must continue bit for bit.
+        # Speculation depends on timing, but a saved conversation must continue bit for bit.
         options = replace(options, speculate=False)
     with ExitStack() as opened:
         recall = TranscriptRecall(paths.index, notify) if options.recall_tokens != 0 else None
@@ -160,14 +160,15 @@ def new_chat(
     """Return a new session.
 
     Args:
-        began: when a saved conversation began. Default: as the options say.
-        recall: finds what has left the window of a saved conversation.
+        began: when a saved conversation started; its template may state the date. Default: as in
+            the options.
+        recall: finds exchanges of a saved conversation that have left the window.
 
     Raises:
-        ValueRefused: as in `ChatSession`, or recall is asked for without a saved conversation.
+        ValueRefused: as in `ChatSession`, or recall is requested without a saved conversation.
     """
     if options.recall_tokens and not recall:
-        raise ValueRefused("recall needs a saved conversation: give it a name, or --recall 0")
+        raise ValueRefused("recall needs a saved conversation: name it, or use --recall 0")
     template = model.tokenizer.template
     moment = datetime.fromisoformat(began).astimezone() if began else options.began
     if template and moment:
@@ -185,7 +186,7 @@ def merge_options(options: SessionOptions, header: SessionHeader) -> SessionOpti
 
 
 def changes(before: SessionHeader, now: SessionHeader, model: Model) -> str:
-    """Return in words what has changed; "" if the snapshot can still be used."""
+    """Return a description of what has changed; "" if the snapshot can still be used."""
     if model.is_fingerprint(before.fingerprint):
         before = replace(before, fingerprint=now.fingerprint)
     differ = [name for name in WORDS if getattr(before, name) != getattr(now, name)]
@@ -202,7 +203,7 @@ def catch_up(
     notify: Notify,
     progress: Callable[[int, int], None] | None,
 ) -> Coroutine[Piece, str]:
-    """Bring the stream to the end of the transcript; a coroutine.
+    """Bring the stream up to the end of the transcript; a coroutine.
 
     Args:
         changed: why the snapshot cannot be used; "" if it can.
@@ -225,7 +226,7 @@ def catch_up(
     missing = {t.number: t.exchange for t in turns if t.number >= first and t.state == ANSWERED}
     oldest = missing.get(state.first)
     if state.first >= first and not (oldest and oldest.closing_ids):
-        chat.clear()  # the oldest attended turn closed no other, so earlier ones were cleared
+        chat.clear()  # the oldest attended turn closed no other turn, so earlier ones were cleared
         missing = {number: missing[number] for number in missing if number >= state.first}
     if missing:
         head = ""
@@ -246,7 +247,7 @@ def restore(chat: ChatSession, store: Store, paths: SessionPaths) -> SnapshotMet
     """Restore the stream from the snapshot.
 
     Raises:
-        SnapshotError, ValueRefused: there is no snapshot of this conversation as it is now.
+        SnapshotError, ValueRefused: there is no snapshot that matches the conversation.
     """
     path, transcript = paths.snapshot, store.state
     header_bytes = BYTES_BESIDE + BYTES_PER_ID * chat.cache.geometry.rows
@@ -259,7 +260,7 @@ def restore(chat: ChatSession, store: Store, paths: SessionPaths) -> SnapshotMet
     if not chat.model.is_fingerprint(found.model) or about.session != transcript.header.id:
         raise SnapshotError(f"{path.name} belongs to another model or conversation")
     if not about.is_of(store, found):
-        raise SnapshotError(f"{path.name} contains turns that were taken back later")
+        raise SnapshotError(f"{path.name} contains turns that were undone later")
     exchanges = store.exchanges(about.state.first)
     if [n for n in exchanges if n <= about.state.turns] != [n for n, _ in about.state.places]:
         raise SnapshotError(f"{path.name} lacks some of the attended turns")

@@ -1,8 +1,8 @@
 """Saves a conversation: which files it has, what is written to them, and when.
 
-The transcript is authoritative: a question is in it before the model is asked, and an exchange
-before the next question. The stream's state can be computed again, so it is written only when the
-chat ends, when it is idle, and every few minutes.
+The transcript is authoritative: a question is written to it before the model is asked, and an
+exchange before the next question. The stream's state can be recomputed, so it is written only when
+the chat ends, when it is idle, and every few minutes.
 """
 
 import time
@@ -28,11 +28,11 @@ SECONDS_BETWEEN_SNAPSHOTS = 300
 
 
 class SavedSession:
-    """Save `chat` as its recorder.
+    """The recorder of `chat`, which saves it to files.
 
     Args:
-        lock, store: closed with the session, as is the chat's `recall` if it is a transcript's.
-        written_head: the transcript's head that the snapshot on disk belongs to.
+        lock, store: closed with the session, as is the chat's `recall` if it reads a transcript.
+        written_head: the head of the transcript to which the snapshot on disk belongs.
     """
 
     def __init__(
@@ -45,22 +45,21 @@ class SavedSession:
         written_head: str = "",
     ):
         self.chat, self.name, self.paths, self.lock, self.store = chat, name, paths, lock, store
-        # Queued changes, oldest first. They stay here if they cannot be written, as on a full disk.
+        # Queued changes, oldest first. They stay here if they cannot be written, for example when
+        # the disk is full.
         self._unwritten: list[Change] = []
         self._snapshot_at, self._written_head = time.monotonic(), written_head
-        # The version of the stream in the snapshot; a strong reference would keep its buffers.
+        # The version of the stream in the snapshot, held weakly so that its buffers can be freed.
         self._written_version = weakref.ref(chat.cache.version)
-        self.recall = chat.recall if isinstance(chat.recall, TranscriptRecall) else None
         chat.recorder = self
-        if self.recall:
-            self.recall.attach(store, chat.conversation_state().first)
+        self._attach_recall()
 
     @classmethod
     def create(cls, chat: ChatSession, name: str) -> Self:
-        """Save a conversation under a new name, from its attended turns on.
+        """Save a conversation under a new name, starting with its attended turns.
 
         Raises:
-            SessionError: the name is taken, or it cannot be written.
+            SessionError: the name is taken, or the conversation cannot be written.
         """
         paths = session_paths(name)
         lock, store = Lock.acquire(paths.lock), None
@@ -79,6 +78,17 @@ class SavedSession:
             lock.close()
             raise
 
+    def start_recall(self) -> None:
+        """Recall what leaves the window from now on, unless the chat was begun without recall."""
+        self.chat.start_recall(lambda notify: TranscriptRecall(self.paths.index, notify))
+        self._attach_recall()
+
+    def _attach_recall(self) -> None:
+        recall = self.chat.recall
+        self.recall = recall if isinstance(recall, TranscriptRecall) else None
+        if self.recall:
+            self.recall.attach(self.store, self.chat.conversation_state().first)
+
     def record(self, change: Change) -> None:
         self._unwritten.append(change)
 
@@ -96,12 +106,12 @@ class SavedSession:
             self.write_snapshot()
 
     def write_snapshot(self) -> None:
-        """Write the stream's state if it has changed; ends a reply in progress.
+        """Write the stream's state if it has changed; this ends a reply in progress.
 
         After a failed step nothing is written, and the next chat reads the attended turns again.
 
         Raises:
-            SessionError, SnapshotError: it cannot be written.
+            SessionError, SnapshotError: the state cannot be written.
         """
         state = self.chat.conversation_state()
         if self._unwritten or self.chat.tokens.failed:
@@ -116,7 +126,7 @@ class SavedSession:
                 private(path.parent)
                 model = self.chat.model.fingerprint()
                 snapshot.save_snapshot(path, self.chat.tokens, model, about.plain())
-            else:  # there is no turn, or all were taken back
+            else:  # there are no turns, or all have been undone
                 path.unlink(missing_ok=True)
         except (SnapshotError, SessionError, OSError) as error:
             raise SnapshotError(
@@ -130,14 +140,14 @@ class SavedSession:
         """Remove the texts of a turn that has left the window, and return them.
 
         Raises:
-            ValueRefused: the turn is attended, or there is none of that number.
-            SessionError: it cannot be written.
+            ValueRefused: the turn is attended, or no turn has that number.
+            SessionError: the change cannot be written.
         """
         state = self.chat.conversation_state()
         self.flush()
         if not 1 <= number < state.first:
             attended = state.first <= number <= self.chat.number
-            reason = "is still attended: /undo takes it back" if attended else "does not exist"
+            reason = "is still attended: /undo removes it" if attended else "does not exist"
             raise ValueRefused(f"exchange {number:,} {reason}")
         (turn,) = self.store.turns(number, 1)
         self.store.forget(number)
@@ -147,7 +157,7 @@ class SavedSession:
         return turn.exchange
 
     def close(self) -> None:
-        """Write everything and release the session; may be called twice.
+        """Write everything and release the session; may be called more than once.
 
         Raises:
             SessionError, SnapshotError: something could not be written.
@@ -170,12 +180,12 @@ class SavedSession:
 
 
 def saved_as(chat: ChatSession) -> SavedSession | None:
-    """Return a conversation's recorder if it is saved to files."""
+    """Return a conversation's recorder, or None if the conversation is not saved to files."""
     return chat.recorder if isinstance(chat.recorder, SavedSession) else None
 
 
 def saved_turns(chat: ChatSession) -> tuple[SessionHeader, list[StoredTurn]]:
-    """Return a conversation's header and its saved turns, or its attended turns if it is not saved.
+    """Return a conversation's header and saved turns, or attended turns if it is not saved.
 
     Raises:
         SessionError: the transcript is damaged.

@@ -1,8 +1,8 @@
 """The rows of a transcript and their checksums; independent of the database.
 
-A turn's checksum covers the session's id, the turn's number and its texts. So reading finds rows
-that were altered, swapped, copied from another session or removed. It does not find a forgery with
-new checksums.
+A turn's checksum covers the session's id, the turn's number and its texts. Reading therefore
+detects rows that were altered, swapped, copied from another session or removed. It does not detect
+a forgery with new checksums.
 """
 
 import hashlib
@@ -39,8 +39,8 @@ class SessionHeader:
         created: when the session was created, in ISO 8601, UTC, to the second.
         model: the source that the user gave.
         fingerprint: the model's fingerprint.
-        evict: what is evicted: `turn` or `token`.
-        kv_bits: bits of the ring's keys and values; None if they are not quantized.
+        evict: the unit of eviction: `turn` or `token`.
+        kv_bits: bits per number in the ring's keys and values; None if they are not quantized.
     """
 
     id: str
@@ -69,14 +69,14 @@ class SessionHeader:
 
 @dataclass(frozen=True)
 class TranscriptState:
-    """The row of `session`.
+    """The row of the `session` table.
 
     Attributes:
-        first: number of the oldest attended turn, from 1; `count` + 1 if there is none.
+        first: number of the oldest attended turn, from 1; `count` + 1 if no turn is attended.
         sampler: state of the random number generator, in hexadecimal.
         recall_from: number of the oldest turn that may be recalled.
         count: number of turns.
-        last: checksum of the last turn; "" if there is none.
+        last: checksum of the last turn; "" if there are no turns.
     """
 
     header: SessionHeader
@@ -105,7 +105,7 @@ NUMBERS = tuple(field.name for field in fields(TranscriptState))[1:]
 
 
 def state_of(row: Sequence[Value]) -> TranscriptState:
-    """Return the state in a row.
+    """Return the state stored in a row.
 
     Raises:
         ValueError, TypeError: the row was altered.
@@ -125,9 +125,9 @@ class StoredTurn:
     """A turn in the transcript.
 
     Attributes:
-        state: `asked`, `answered` or `forgotten`; only the number of a forgotten turn is left.
-        exchange: its reply is empty if the turn is only asked.
-        time: when it was written, in ISO 8601, UTC, to the second.
+        state: `asked`, `answered` or `forgotten`; the texts of a forgotten turn have been removed.
+        exchange: the question and reply; the reply is empty if the turn has not been answered.
+        time: when the turn was written, in ISO 8601, UTC, to the second.
     """
 
     number: int
@@ -136,7 +136,7 @@ class StoredTurn:
     time: str
 
     def rows(self) -> tuple[Row, list[Row]]:
-        """Return the row of `turns` without its checksum, and the rows of `messages`."""
+        """Return the row for the `turns` table, without its checksum, and those for `messages`."""
         exchange, answered = self.exchange, self.state == ANSWERED
         if exchange.finish not in FINISHES:
             raise ValueError(f"finish {exchange.finish!r:.40} is not one of {', '.join(FINISHES)}")
@@ -151,7 +151,7 @@ class StoredTurn:
         for place, asked in enumerate(exchange.asked):
             check_types(str, asked.role, asked.text, asked.name, asked.id)
             of = calls_json([ToolCall(asked.name, {}, asked.id)]) if asked.role == "tool" else None
-            ids = b"" if place else question  # those of all the messages are with the first
+            ids = b"" if place else question  # the first row has the ids of all the messages
             messages.append((self.number, place, asked.role, asked.text, None, of, ids, None))
         rest, place = exchange.rest, len(messages)
         answer = (self.number, place, "assistant", exchange.reply, thinking, calls, reply, rest)
@@ -161,10 +161,10 @@ class StoredTurn:
 
 
 def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
-    """Return the turn that these rows hold; the rows come without the checksum.
+    """Return the turn that these rows hold; `turn` does not include the checksum.
 
     Raises:
-        ValueError, TypeError: they are not the rows of a turn.
+        ValueError, TypeError: the rows are not those of a turn.
     """
     columns: tuple[Any, ...] = turn
     number, state, finish, time, closing, settled = columns
@@ -204,11 +204,11 @@ def turn_of(turn: Row, messages: Sequence[Row]) -> StoredTurn:
 
 
 def message_of(row: Row) -> Message:
-    """Return the message in a row; the inverse of what `StoredTurn.rows` writes."""
+    """Return the message in a row that `StoredTurn.rows` wrote."""
     columns: tuple[Any, ...] = row
     check_types(str, columns[3])
     if (columns[2] == "tool") != (columns[5] is not None):
-        raise ValueError("a tool's message must name its call, and no other message may")
+        raise ValueError("a tool message must name its call, and no other message may")
     (call,) = calls_of(columns[5]) or (ToolCall("", {}),)
     return Message(columns[2], columns[3], name=call.name, id=call.id)
 
@@ -220,10 +220,10 @@ def calls_json(calls: Sequence[ToolCall]) -> str:
 
 
 def calls_of(text: Any) -> tuple[ToolCall, ...]:
-    """Return the tool calls in JSON text; None has none.
+    """Return the tool calls in JSON text; an empty tuple for None.
 
     Raises:
-        ValueError, TypeError: it holds something else.
+        ValueError, TypeError: the text holds something else.
     """
     if text is None:
         return ()
@@ -244,7 +244,7 @@ def turn_checksum(session: str, turn: Row, messages: Sequence[Row]) -> str:
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
-    """Return ids as little-endian uint32."""
+    """Pack ids as little-endian uint32."""
     try:
         return struct.pack(f"<{len(ids)}I", *ids)
     except struct.error as error:
@@ -277,7 +277,7 @@ def check_types(kind: type, *values: object) -> None:
 
 
 def is_time(text: Any) -> bool:
-    """Return whether a value is a time as `now` writes it, in a year that every clock can show."""
+    """Return whether a value is a time as `now` writes it, in a year valid in any time zone."""
     try:
         return bool(TIME.fullmatch(text)) and 1 < datetime.fromisoformat(text).year < 9999
     except (ValueError, TypeError):

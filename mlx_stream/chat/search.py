@@ -14,12 +14,12 @@ from mlx_stream.recall.quote import Passage
 def search_sessions(
     text: str, failed: Callable[[SessionError], None] = lambda error: None
 ) -> Iterator[tuple[str, list[Passage]]]:
-    """Yield the name of each conversation with its exchanges that have words of a text.
+    """Yield the name of each conversation and its exchanges that contain words from a text.
 
-    Each transcript is indexed anew, attended turns included.
+    Each transcript is indexed from scratch, including attended turns.
 
     Args:
-        failed: called for a conversation that is damaged.
+        failed: called for each conversation that is damaged.
     """
     for name in session_names():
         try:

@@ -1,10 +1,10 @@
-"""A conversation on one stream, which reads only the new tokens of a turn; independent of files.
+"""A conversation on one stream, reading only the new tokens of each turn; independent of files.
 
-The beginning (a system prompt) is pinned: it is the stream's sinks. To make room, the oldest turns
-are evicted whole, so that the stream always attends to a conversation that the model's template
-would render. However a reply ends (end token, limit, stop string, Ctrl-C, a closed generator), the
-stream then holds its final text and nothing else. Retry, undo and edit move the end of the ring
-back instead of reading it again.
+The beginning (a system prompt) is pinned: its tokens are the stream's sinks. To make room, the
+oldest turns are evicted whole, so that the stream always attends to a conversation that the model's
+template would render. However a reply ends (end token, limit, stop string, Ctrl-C, a closed
+generator), the stream then holds its final text and nothing more. Retry, undo and edit roll back
+the end of the ring instead of rereading the conversation.
 """
 
 import copy
@@ -30,6 +30,7 @@ from mlx_stream.chat.prompts import LONG_HEAD, PromptBuilder, long_head_notice
 from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, ValueRefused, one_line
+from mlx_stream.errors.argument_types import check_arguments
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, driven, read_ids, run_coroutine
@@ -37,7 +38,6 @@ from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
-from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.recall.quote import Passage, RecallStore, choose_passages, quote
 from mlx_stream.sampling import ReplyOptions, Sampler, Sampling
@@ -45,7 +45,7 @@ from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
 from mlx_stream.text.template.chat_template import ChatTemplate
 
 DEFAULT_MAX_TOKENS = 512
-# The fewest tokens of a window that recall keeps free without being asked for a number.
+# The fewest tokens of a window that recall keeps free by default.
 LEAST_RECALL = 64
 Progress = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
@@ -53,57 +53,58 @@ Begin = Callable[[], PlacedTurn]
 
 
 class ChatSession:
-    """Talk with a model for any length of time in the memory of one window.
+    """Chat with a model for any length of time, using the memory of a single window.
 
     `reply`, `retry` and `edit` are generators of pieces; closing one stops the reply. Each has a
     coroutine (`reply_steps`, ...) with the same arguments, for programs that run several
     conversations and drive the requests themselves.
 
-    It has more methods than other classes because each of them leaves turns, stream and recorder in
-    agreement, wherever it is interrupted; no other object may change one of the three.
+    It has more methods than other classes because each of them keeps turns, stream and recorder
+    consistent, wherever it is interrupted; no other object may change any of the three.
 
     Args:
         model: from `mlx_stream.load`.
-        system: the system prompt. It is always attended and comes on top of the window: its tokens
-            are the stream's sinks, at least `sinks` of them.
+        system: the system prompt. It is always attended to and does not take up space in the
+            window: its tokens are the stream's sinks, of which there are at least `sinks`.
         window, sinks, kv_bits: see `Model.new_cache`.
         sampling: how tokens are chosen.
-        max_tokens: default limit of a reply.
+        max_tokens: default limit on the length of a reply.
         stop: strings that end a reply.
-        notify: called with notices for the user, one line each, such as a reduced window or a turn
-            longer than the window. `stats.notices` has them too.
-        evict: what to evict to make room: the oldest turns, each whole ("turn"), or the oldest
-            tokens, one by one ("token").
+        notify: called with notices for the user, one line each, for example about a reduced window
+            or a turn longer than the window. They are also in `stats.notices`.
+        evict: what to evict to make room: whole turns ("turn") or single tokens ("token"), oldest
+            first.
         pin: False lets the system prompt be evicted like other text, for comparison.
         on_evict: called after a turn with the numbers of turns and tokens evicted during it.
         template: replaces the model's own template.
         speculate, draft: see `mlx_stream.stream`.
-        think: whether a model that can is to think before it answers. Default: as its template has
-            it.
-        reasoning_effort: how long to think, as a level that the template knows, such as "low".
-        tools: functions that the model may call, each a JSON schema as OpenAI's API takes it. They
-            are pinned with the system prompt. An exchange whose reply calls some has `calls`; the
-            next turn is a `Message` of role `tool` with the result of each.
-        history: earlier messages, the last of them a reply. The newest turns that fit the window
-            are read with the next question. Older ones are not read, and count as evicted.
-        prefixes: where the rows of the pinned beginning are kept, for sessions that share it.
+        think: whether the model should think before it answers, if it can. Default: whatever its
+            template does.
+        reasoning_effort: how much to think: a level that the template supports, such as "low".
+        tools: functions that the model may call, each a JSON schema in the format of OpenAI's API.
+            They are pinned with the system prompt. An exchange whose reply calls tools has `calls`;
+            the next turn is a `Message` of role `tool` with the result of each.
+        history: earlier messages, ending with a reply. The newest turns that fit the window are
+            read with the next question. Older ones are not read and count as evicted.
+        prefixes: stores the rows of the pinned beginning, for sessions that share it.
         recall: finds exchanges that have left the window. Those that are likely to answer a
-            question are quoted before it, and the quotation is taken back after the reply.
+            question are quoted before it, and the quotation is rolled back after the reply.
         recall_tokens: how many tokens of the window are kept free for a quotation; 0 for none.
-            Default: an eighth of the window and at least 64, or 0 if that is more than a quarter.
+            Default: an eighth of the window, but at least 64; 0 if that is more than a quarter of
+            it.
 
     Attributes:
         recorder: saves the conversation, if set.
-        number: number of the last turn, from 1.
+        number: number of the last turn, counting from 1.
         recall_from: number of the oldest turn that may be recalled.
-        recalled: what was quoted before the last question.
-        pending: the last question, if the program that asked it ended before the reply did;
-            `retry` answers it.
+        recalled: the exchanges quoted before the last question.
+        pending: the last question, if the program that asked it exited before the reply was
+            complete; `retry` answers it.
 
     Raises:
-        TemplateError: the model has no chat template, or one that cannot be used on a stream.
-        ValueRefused: a value is out of range, or system prompt and window together exceed what the
-            model allows.
+        TemplateError: the model has no chat template, or one that cannot be used with a stream.
+        ValueRefused: a value is out of range, or the system prompt and window together exceed what
+            the model allows.
     """
 
     @check_arguments
@@ -173,7 +174,7 @@ class ChatSession:
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """The attended exchanges, oldest first. Reading this ends a reply in progress."""
+        """The attended exchanges, oldest first. Accessing this ends a reply in progress."""
         return [turn.exchange for turn in self._settle()]
 
     def reply_steps(
@@ -184,14 +185,14 @@ class ChatSession:
         progress: Progress | None = None,
         **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
-        """Read a question and yield the pieces of the reply. The next request closes it.
+        """Read a question and yield the pieces of the reply. The next request ends the reply.
 
         Args:
-            question: a text, or the messages of a turn: a user's, further system messages, or the
-                results of the tools that the last reply calls. An assistant's message at the end
-                begins the reply; the pieces are what follows it.
-            progress: called while earlier turns are read, if they must be, and then while the
-                question is: with the tokens read and the total.
+            question: a text, or the messages of a turn: user messages, further system messages, or
+                the results of the tools that the last reply called. A final assistant message is
+                the beginning of the reply; the pieces continue it.
+            progress: called with the tokens read and the total, first while earlier turns are read,
+                if necessary, and then while the question is read.
             options: see `ReplyOptions`.
 
         Raises:
@@ -199,7 +200,7 @@ class ChatSession:
                 range.
             TextError: the question is empty, or a text is not valid Unicode.
             TemplateError: the template does not allow these messages.
-            SessionError: the recorder could not write the turn; it tries again at the next turn.
+            SessionError: the recorder could not write the turn; it will try again on the next turn.
         """
         messages, begin = turn_of_messages(question)
         limit, reply = self._new_reply(max_tokens, stop, begin)
@@ -214,10 +215,10 @@ class ChatSession:
         progress: Progress | None = None,
         **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
-        """Answer the last question again; the part of it that is still attended is not read again.
+        """Answer the last question again without rereading the part of it still in the window.
 
         Raises:
-            ValueRefused: as in `reply`, or there is no question.
+            ValueRefused: as in `reply`, or there is no question to answer.
         """
         limit, reply = self._new_reply(max_tokens, stop)
         sampler = self.sampler.for_reply(self.model.config.vocab_size, options)
@@ -233,10 +234,10 @@ class ChatSession:
         progress: Progress | None = None,
         **options: Unpack[ReplyOptions],
     ) -> Coroutine[Piece, None]:
-        """Replace the last question and answer the new one; otherwise as `reply`.
+        """Replace the last question and answer the new one; otherwise like `reply`.
 
         Raises:
-            ValueRefused: as in `reply`, or there is no question.
+            ValueRefused: as in `reply`, or there is no question to replace.
         """
         messages, begin = turn_of_messages(question)
         limit, reply = self._new_reply(max_tokens, stop, begin)
@@ -245,7 +246,7 @@ class ChatSession:
             self._turns_or_refuse("edit")
 
         def ask() -> PlacedTurn:
-            # If the template refuses the question, it does so before anything is taken back.
+            # If the template refuses the question, it does so before anything is rolled back.
             turns = self.evictor.state.turns[: None if self.pending else -1]
             found = self._answering(messages, turns)
             self.prompts.question(found, None, self.number == 1)
@@ -257,10 +258,10 @@ class ChatSession:
     reply, retry, edit = driven(reply_steps), driven(retry_steps), driven(edit_steps)
 
     def undo(self) -> Exchange:
-        """Take the last exchange back and return it; nothing is read again.
+        """Undo the last exchange and return it; nothing is reread.
 
         Raises:
-            ValueRefused: no exchange is attended.
+            ValueRefused: there is no exchange in the window.
         """
         self._settle()
         taken = self._take_back_last()
@@ -273,14 +274,14 @@ class ChatSession:
     ) -> "ChatSession":
         """Return a new session that continues from a copy of this one's state; nothing is read.
 
-        It has a ring of its own, is not saved and recalls nothing.
+        It has its own ring, is not saved and recalls nothing.
 
         Args:
-            back: how many of the last exchanges to take back in it.
-            model: the same model, with another check of its streams' memory.
+            back: how many of the last exchanges to undo in the new session.
+            model: the same model, with a different check on the memory of its streams.
 
         Raises:
-            ValueRefused: fewer exchanges than `back` are attended.
+            ValueRefused: fewer than `back` exchanges are in the window.
             MemoryRefused: the second ring exceeds the budget.
         """
         turns = self._settle()
@@ -288,7 +289,7 @@ class ChatSession:
             raise ValueRefused(f"cannot undo {back} of {plural(len(turns))}")
         found = copy.copy(self)
         found.model, found.recorder = model or self.model, None
-        # The turns that leave the copy are not those that leave this session.
+        # The turns that leave the copy's window are not those that leave this session's.
         found.recall, found.recalled, found._recalled_for = None, (), (0, "")
         found.stats, found.on_evict, found._on_notice = replace(self.stats), None, notify
         found.sampler = Sampler(self.sampler.sampling)
@@ -310,7 +311,7 @@ class ChatSession:
     def clear(self, first: int | None = None) -> None:
         """Evict every turn, or those before number `first`; the pinned beginning stays.
 
-        Without `first`, no turn so far is recalled from now on.
+        Without `first`, none of the turns so far will be recalled later.
         """
         self._settle()
         self.pending = None
@@ -322,6 +323,19 @@ class ChatSession:
         self.tokens.ids.restart_observers()
         self._count(silent=True)
         self._record(ChangeKind.STAND, self.number)
+
+    def start_recall(self, make: Callable[[Notify], RecallStore]) -> None:
+        """Recall exchanges that leave the window from now on, unless `recall_tokens` was 0.
+
+        Args:
+            make: returns the store; it is given a function for notices.
+        """
+        if self.recall or self._recall_asked == 0:
+            return
+        self._settle()
+        self._report_left()  # before there is a store, so these turns are not recalled
+        self.recall = make(self._notify)
+        self._reserved = self.evictor.reserved = self._reserve(self.cache.geometry.window)
 
     def follow(self, history: Sequence[Message], unread: int = 0, room: int = 0) -> None:
         """Place earlier turns behind the attended ones; they are read with the next question.
@@ -356,27 +370,28 @@ class ChatSession:
         self.stats.evicted_exchanges += left_out
 
     def forget_recalled(self) -> None:
-        """Forget what was quoted last, and what was read and is no longer attended."""
+        """Forget the last quotation and every id that has left the window."""
         self.recalled, self._recalled_for, self.stats.recalled = (), (0, ""), 0
         self.tokens.ids.restart_observers()
 
     def restart(
         self, system: str | None, window: int | None, progress: Progress | None = None
     ) -> None:
-        """Change the system prompt or the window, and read the attended turns again.
+        """Change the system prompt or the window, and reread the attended turns.
 
         Args:
-            progress: called while they are read, with the tokens read and the total.
+            progress: called while the turns are read, with the tokens read and the total.
 
         Raises:
-            TemplateError, ValueRefused, MemoryRefused: as in the constructor; nothing has changed.
+            TemplateError, ValueRefused, MemoryRefused: as in the constructor; the session is then
+                unchanged.
         """
         run_coroutine(self.restart_steps(system, window, progress))
 
     def restart_steps(
         self, system: str | None, window: int | None, progress: Progress | None = None
     ) -> Coroutine[Piece, None]:
-        """Restart as a coroutine. If it is closed before its end, nothing has changed."""
+        """Restart, as a coroutine. If it is closed early, the session is unchanged."""
         turns, before = self._settle(), dict(vars(self))
         self.stats = replace(self.stats)
         try:
@@ -395,10 +410,10 @@ class ChatSession:
     def replay_steps(
         self, exchanges: Mapping[int, Exchange], progress: Progress | None = None
     ) -> Coroutine[Piece, None]:
-        """Read earlier turns as if they were asked and answered now; a coroutine.
+        """Read earlier turns as if they were being asked and answered now; a coroutine.
 
         Args:
-            exchanges: in order, by number of the turn.
+            exchanges: by turn number, in order.
         """
         turns = self._settle()
         yield from self._read_settling()
@@ -419,7 +434,7 @@ class ChatSession:
         self.pending, self.recall_from = None, 1
 
     def record_turns(self) -> None:
-        """Write every attended turn to the recorder, with its present ids."""
+        """Write every attended turn to the recorder, with its current ids."""
         exchanges = {turn.number: turn.exchange for turn in self._settle()}
         self._record(ChangeKind.STAND, self.number, exchanges)
 
@@ -430,13 +445,13 @@ class ChatSession:
         return ConversationState(count, places, self.sampler.state())
 
     def resume(self, state: ConversationState, exchanges: Mapping[int, Exchange]) -> None:
-        """Continue from a saved state after the stream was restored.
+        """Continue from a saved state once the stream has been restored.
 
         Args:
-            exchanges: the exchanges of `state.places`, by number.
+            exchanges: the exchanges of `state.places`, by turn number.
 
         Raises:
-            ValueRefused: the stream does not attend to these exchanges.
+            ValueRefused: the stream attends to something other than these exchanges.
         """
         turns = tuple(PlacedTurn(exchanges[number], number, at) for number, at in state.places)
         self.evictor.check(turns, self.prompts.pinned, self.tokens.ids.attended())
@@ -531,7 +546,7 @@ class ChatSession:
     def _ask(
         self, messages: Sequence[Message], limit: int, number: int | None = None
     ) -> PlacedTurn:
-        """Make room for a turn's messages and the reply; return the turn at its place."""
+        """Make room for a turn's messages and the reply; return the turn with its position."""
         number, turns = number or self.number + 1, self.evictor.state.turns
         messages = self._answering(messages, turns)
         previous = turns[-1].exchange if turns else None
@@ -539,23 +554,23 @@ class ChatSession:
         if len(ids) > self.cache.geometry.window:
             self._notify(
                 f"this turn of {len(ids):,} tokens is longer than the window of "
-                f"{self.cache.geometry.window:,}: all of it is read, but only its end is attended"
+                f"{self.cache.geometry.window:,}: all of it is read, but only its end is kept"
             )
         asked = question_of(messages)
         exchange = replace(asked, finish="end", closing_ids=closing, question_ids=ids)
         turn = self._place(exchange, number, len(ids) + min(limit, self._room_for_turns // 4))
         self.number, self.pending = number, asked
-        with suppress(SessionError):  # written, or reported, when the turn has ended
+        with suppress(SessionError):  # written or reported when the turn ends
             self._record(ChangeKind.ASK, number, {number: turn.exchange})
         return turn
 
     @staticmethod
     def _answering(messages: Sequence[Message], turns: Sequence[PlacedTurn]) -> tuple[Message, ...]:
-        """Return messages that follow some turns, whose last reply may call tools."""
+        """Return messages that follow the given turns, matched to the last reply's tool calls."""
         return answering(messages, turns[-1].exchange.calls if turns else ())
 
     def _ask_again(self, limit: int) -> PlacedTurn:
-        """Take back the last reply, and at least one token of its question; return the turn."""
+        """Roll back the last reply and at least one token of its question; return the turn."""
         if self.pending:
             return self._ask(self.pending.asked, limit, self.number)
         turns = self._turns_or_refuse("answer again")
@@ -565,7 +580,7 @@ class ChatSession:
             return self._ask(last.asked, limit, self.number + 1)
         if not take_back(self.writer, turns[-1].start, last.question_ids, left=1):
             turns = self._place_again(turns)
-            # In this order an interrupt in between loses no turn: `forget` evicts the rest.
+            # In this order, an interrupt between the two loses no turn: `forget` evicts the rest.
             self.evictor.become_idle(turns)
             empty_ring(self.writer)
         last = turns[-1].exchange
@@ -573,19 +588,19 @@ class ChatSession:
         return replace(turns[-1], exchange=replace(blank, finish="end"))
 
     def _place(self, exchange: Exchange, number: int, count: int) -> PlacedTurn:
-        """Make room for `count` tokens of the next turn; return the turn at its place."""
+        """Make room for `count` tokens of the next turn; return the turn with its position."""
         pinned, turns = self.prompts.pinned, self.evictor.state.turns
         waiting = len(unread_ids(pinned, turns, self.tokens.length)) + len(exchange.closing_ids)
         self.evictor.make_room(waiting + count)
         if turns := self.evictor.state.turns:
             return PlacedTurn(exchange, number, turns[-1].end + len(exchange.closing_ids))
-        # No previous turn is attended, so there is nothing to close.
+        # No previous turn is in the window, so there is nothing to close.
         return PlacedTurn(replace(exchange, closing_ids=()), number, self._first_place())
 
     def _recall(self, turn: PlacedTurn, before: Sequence[PlacedTurn]) -> PlacedTurn:
-        """Return a turn with a quotation of what answers its question, if there is any.
+        """Return a turn with a quotation of earlier exchanges that answer its question, if any.
 
-        A question that is answered again gets the same quotation again.
+        A question that is answered again gets the same quotation.
         """
         self._report_left()
         question, ids, first = turn.exchange.question, turn.exchange.question_ids, turn.number
@@ -594,8 +609,8 @@ class ChatSession:
         passages: Sequence[Passage] = self.recalled
         if self._recalled_for != (turn.number, question):
             passages = ()
-            # A turn that begins in the sinks cannot be taken back, and of one that fills the
-            # window the quotation would be lost.
+            # A turn that begins in the sinks cannot be rolled back, and a turn that fills the
+            # window would lose its quotation.
             fits = turn.start >= self.cache.geometry.sinks and len(ids) <= self._room_for_turns
             fits = fits and not turn.exchange.messages  # a plain question
             if self.recall and self._reserved and fits and self.recall_from < first:
@@ -614,12 +629,12 @@ class ChatSession:
         return replace(turn, exchange=replace(turn.exchange, question_ids=quoted))
 
     def _question_ids(self, question: str, before: Sequence[PlacedTurn]) -> tuple[int, ...]:
-        """Return the ids of a question behind some turns."""
+        """Return the ids of a question that follows the given turns."""
         previous = before[-1].exchange if before else None
         return self.prompts.question(question, previous, first=False)[1]
 
     def _count_quoted(self, turn: PlacedTurn, before: Sequence[PlacedTurn]) -> Callable[[str], int]:
-        """Return a function that counts the tokens of a text before a turn's question."""
+        """Return a function that counts the tokens that a text adds before a turn's question."""
         plain = len(turn.exchange.question_ids)
 
         def count(text: str) -> int:
@@ -628,7 +643,7 @@ class ChatSession:
         return count
 
     def _report_left(self) -> None:
-        """Give the turns that have left to the store of what can be recalled."""
+        """Pass the turns that have left the window to the recall store."""
         left, self.evictor.left = self.evictor.left, []
         if store := self.recall:
             for turn in left:
@@ -639,15 +654,15 @@ class ChatSession:
 
     @property
     def _room_for_turns(self) -> int:
-        """The tokens of the window, without those that are kept free for a quotation."""
+        """The tokens of the window, minus those that are kept free for a quotation."""
         return self.cache.geometry.window - self._reserved
 
     def _first_place(self) -> int:
-        """Return the place of the next turn if no turn is attended before it."""
+        """Return the position of the next turn if no earlier turn is in the window."""
         return max(self.tokens.length, len(self.prompts.pinned))
 
     def _take_back_last(self) -> Exchange:
-        """Take the last turn back and return it, without recording that."""
+        """Remove the last turn and return it, without recording the change."""
         if taken := self.pending:
             self.number, self.pending = self.number - 1, None
             return taken
@@ -670,10 +685,10 @@ class ChatSession:
         return last.exchange
 
     def _first_rewritten(self, turns: Sequence[PlacedTurn], last: Exchange) -> int:
-        """Return the index of the first turn that the template renders differently before `last`.
+        """Return the index of the first turn that is rendered differently once `last` follows.
 
-        These are the turns of a chain of tool calls that `last` ends, and, for some templates, one
-        more turn.
+        From there on, the turns are those of a chain of tool calls that `last` ends, plus one more
+        turn for some templates.
         """
         first, follows = len(turns), last
         while first and follows.answers_calls and not last.calls:
@@ -682,9 +697,9 @@ class ChatSession:
         return max(0, first - 1) if self.prompts.template.settles_late else first
 
     def _rewritten(self, turns: Sequence[PlacedTurn], later: bool) -> list[PlacedTurn]:
-        """Return consecutive turns as they are rendered with another behind them, or as the last.
+        """Return consecutive turns as rendered when another turn follows them, or when none does.
 
-        Places of all but the first one may be wrong.
+        The positions of all but the first may be wrong.
         """
         found: list[PlacedTurn] = []
         for turn in turns:
@@ -710,14 +725,14 @@ class ChatSession:
     def _settle(self) -> tuple[PlacedTurn, ...]:
         """End a turn in progress and return the attended turns.
 
-        The stream is taken back to what it has in common with the template's text; the rest is read
-        later. The turn may have been interrupted anywhere, and so may this method: the next call
-        finishes the work, and nothing is done twice.
+        The stream is rolled back to the prefix it shares with the template's rendering; the rest is
+        read later. The turn may have been interrupted anywhere, and so may this method: the next
+        call finishes the work, and nothing is done twice.
         """
         state = self.evictor.state
         if isinstance(state, Idle):
             return state.turns
-        if self.tokens.lookahead:  # these are right guesses that were not asked for
+        if self.tokens.lookahead:  # correct guesses that were not requested
             self.tokens.rewind(self.tokens.lookahead)
         turn, turns, refusal = state.finish(trim=self.prompts.template.trims), state.turns, ""
         before = state.before
@@ -749,7 +764,7 @@ class ChatSession:
             refusal = f"the last question and its reply were removed: {one_line(error)}"
             kind, changed = ChangeKind.UNDO, {}
             start, wanted = turns[-1].end if turns else turn.start, ()
-        # With recall, a turn that outgrew its room is read again, quotation or not.
+        # With recall, a turn that outgrew its room is reread, with or without a quotation.
         read = self.tokens.length - turn.start - state.quoted
         outgrown = bool(self._reserved) and read > self._room_for_turns
         if outgrown or not take_back(self.writer, start, wanted):
@@ -759,7 +774,7 @@ class ChatSession:
             else:
                 empty_ring(self.writer)
                 turns = self._place_again((*before, *turns[len(state.turns) :]))
-                if outgrown and len(turns) == 1:  # only as much as will be attended
+                if outgrown and len(turns) == 1:  # only as much as will be attended to
                     unattended = turns[0].end - turns[0].start - self.cache.geometry.window
                     start = max(turn.start, turns[0].start - max(0, unattended))
                     turns = (replace(turns[0], start=start),)
@@ -771,7 +786,7 @@ class ChatSession:
             if self.recorder:
                 self.recorder.flush()
         finally:
-            if refusal:  # only now, because a notice may raise
+            if refusal:  # only now, because `_notify` may raise
                 self._notify(refusal)
             self._count()
         return self.evictor.state.turns
@@ -782,10 +797,10 @@ class ChatSession:
         before: int | None = None,
         settling: bool = False,
     ) -> Coroutine[Piece, None]:
-        """Read what the stream is missing of its turns, up to the place `before`.
+        """Read the part of its turns that the stream is still missing, up to position `before`.
 
         Args:
-            settling: whether no caller waits for it.
+            settling: whether no caller is waiting for this.
         """
         state = self.evictor.state
         waits = not self._reserved
@@ -802,7 +817,7 @@ class ChatSession:
         self._count()
 
     def _read_pinned(self, progress: Callable[[int], None] | None) -> Coroutine[Piece, int]:
-        """Read the pinned beginning in steps of its own, or copy the rows of one read before.
+        """Read the pinned prefix in separate steps, or copy its rows from an earlier read.
 
         Returns:
             How many tokens were read.
@@ -854,13 +869,13 @@ class ChatSession:
         """Return how many tokens of the window to keep free for a quotation.
 
         Raises:
-            ValueRefused: more than half of the window was asked for.
+            ValueRefused: more than half of the window was requested.
         """
         asked = self._recall_asked
         if not self.recall or asked == 0:
             return 0
         if asked is not None and not 0 < asked <= window // 2:
-            raise ValueRefused(f"--recall must be from 0 to {window // 2}, not {asked}")
+            raise ValueRefused(f"--recall must be from 0 to {window // 2:,}, not {asked:,}")
         reserved = max(LEAST_RECALL, window // 8) if asked is None else asked
         if self.evict == "token":
             reason = "single tokens are evicted"
@@ -895,8 +910,9 @@ class ChatSession:
         """Report a change to the recorder.
 
         Args:
-            turns: the turns that will be attended after it; the caller then flushes the recorder
-                when they are. Default: those attended now, and the change is written at once.
+            turns: the turns that will be in the window afterwards; the caller flushes the recorder
+                once they are. Default: the turns in the window now; the change is then written
+                immediately.
         """
         if not self.recorder:
             return
@@ -921,8 +937,8 @@ def is_unsettled(turns: Sequence[PlacedTurn], length: int, waits: bool = True) -
 
     Args:
         length: how many tokens the stream has read.
-        waits: whether the end of a reply that the template leaves as it was is read with the next
-            question.
+        waits: whether the end of a reply may stay unread until the next question is read, if the
+            template does not change the reply.
     """
     if not turns:
         return False

@@ -18,8 +18,8 @@ class SessionPaths:
 
     Attributes:
         database: the transcript, which is authoritative.
-        snapshot: the stream's state, which can be computed again.
-        index: the words of the turns that have left the window, which can be indexed again.
+        snapshot: the stream's state; it can be recomputed.
+        index: the words of the turns that have left the window; it can be rebuilt.
         lock: held by the process that has the session open.
     """
 
@@ -57,7 +57,7 @@ def session_names() -> list[str]:
     """
     folder = data_folder()
     try:
-        with os.scandir(folder) as entries:  # thousands, perhaps
+        with os.scandir(folder) as entries:  # there may be thousands
             files = [one.name for one in entries if one.is_file(follow_symlinks=False)]
     except FileNotFoundError:
         return []

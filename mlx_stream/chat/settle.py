@@ -1,9 +1,9 @@
-"""Makes a stream hold what the template renders; handles ids and turns, not text.
+"""Makes a stream match the template's rendering; handles ids and turns, not text.
 
 Every operation (the end of a reply, retry, undo, edit, clear, resume) does this in the same way: it
-takes the stream back to the common prefix of the ids it holds and the ids it must hold, and reads
-the rest. If that prefix is no longer whole in the ring, the ring is emptied and the newest turns
-that fit are read again.
+rolls the stream back to the common prefix of the ids it holds and the ids it must hold, and reads
+the rest. If part of that prefix has left the ring, the ring is emptied and the newest turns that
+fit are reread.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def take_back(writer: Writer, start: int, wanted: Sequence[int], left: int = 0) -> bool:
-    """Take a stream back to the common prefix of its ids from `start` on and the `wanted` ids.
+    """Roll a stream back to the common prefix of its ids from `start` on and the `wanted` ids.
 
     A call after an interrupt finishes the work; nothing is done twice.
 
     Args:
-        left: how many of the last wanted ids must be read again in any case.
+        left: how many of the last wanted ids must be reread in any case.
 
     Returns:
-        False, with nothing changed, if the common prefix is not whole in the ring although the
-        wanted ids fit the window or must be read again.
+        False, with nothing changed, if part of the common prefix has left the ring, although the
+        wanted ids fit in the window or must be reread.
     """
     tokens, cache = writer.tokens, writer.cache
     lowest = start
@@ -52,7 +52,7 @@ def empty_ring(writer: Writer) -> None:
 
 
 def place_again(turns: Sequence[PlacedTurn], first: int, window: int) -> tuple[PlacedTurn, ...]:
-    """Return the newest turns that fit a window, one at least, at their places from `first` on."""
+    """Return the newest turns that fit in a window (at least one), repositioned from `first` on."""
     fitting: list[PlacedTurn] = []
     for turn in reversed(turns):
         closing = fitting[-1].exchange.closing_ids if fitting else ()

@@ -1,4 +1,4 @@
-"""A conversation's notes in its snapshot, as plain JSON values; untrusted when they are read."""
+"""A conversation's metadata in its snapshot, as plain JSON values; untrusted when read."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,8 @@ class SnapshotMetadata:
 
     Attributes:
         session: the session's id.
-        head: the transcript's checksum of the attended turns; in a snapshot of version 1, of all
-            turns up to the last.
+        head: the transcript's checksum of the attended turns; in a version 1 snapshot, of all turns
+            up to the last.
     """
 
     session: str
@@ -36,7 +36,7 @@ class SnapshotMetadata:
         return self.head == store.head(self.state.first, self.state.turns)
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
+        """Return the metadata as plain JSON values."""
         return {
             "session": self.session,
             "turns": self.state.turns,
@@ -50,7 +50,7 @@ def parse_metadata(found: "Snapshot") -> SnapshotMetadata:
     """Return the metadata of a snapshot; the inverse of `plain`.
 
     Raises:
-        SnapshotError: the snapshot is not of a conversation.
+        SnapshotError: the snapshot is not that of a conversation.
     """
     plain = found.about
     try:

@@ -1,8 +1,8 @@
 """The transcript of a conversation in one SQLite file; independent of models and streams.
 
-A turn is one row of `turns` and a row of `messages` for each of its texts, written in one
-transaction together with the row of `session`. The numbers of turns never change. `schema` says
-what is checked when they are read.
+A turn is one row of `turns` and one row of `messages` for each of its texts, written in one
+transaction together with the row of `session`. Turn numbers never change. `schema` describes what
+is checked when turns are read.
 """
 
 import os
@@ -55,8 +55,8 @@ SMALLEST = -(2**63)  # the smallest row number
 class Store(AbstractContextManager["Store"]):
     """The open transcript of a conversation.
 
-    A method that raises has changed nothing, and the store can still be used. To write, hold the
-    session's lock.
+    A method that raises an error changes nothing, and the store can still be used afterwards. Hold
+    the session's lock when writing.
 
     Attributes:
         connection: the SQLite connection, for tests.
@@ -67,10 +67,10 @@ class Store(AbstractContextManager["Store"]):
 
     @classmethod
     def create(cls, path: Path, header: SessionHeader, sampler: str) -> Self:
-        """Create a conversation without turns, atomically, and open it.
+        """Atomically create a conversation without turns, and open it.
 
         Raises:
-            SessionError: it exists, or it cannot be written.
+            SessionError: the conversation already exists, or cannot be written.
         """
         if os.path.lexists(path):
             raise SessionError(f"session {path.stem!r} exists; open it, or use another name")
@@ -79,7 +79,8 @@ class Store(AbstractContextManager["Store"]):
         with reporting_errors(path):
             state = TranscriptState(header, 1, sampler)
             state.check()
-            # Remains of killed processes. SQLite would replay an old log into the new database.
+            # Remove files of killed processes: SQLite would replay an old log into the new
+            # database.
             for old in (*files(partial), *files(path)[1:]):
                 old.unlink(missing_ok=True)
             try:
@@ -100,16 +101,16 @@ class Store(AbstractContextManager["Store"]):
         """Open a conversation, and convert it if an earlier version wrote it.
 
         Args:
-            locked: whether the caller holds the session's lock, which converting needs.
+            locked: whether the caller holds the session's lock, which a conversion requires.
 
         Raises:
-            SessionError: it is missing, damaged or written by a newer version, cannot be opened, or
-                must be converted while another process has the session open.
+            SessionError: the file is missing, damaged or written by a newer version, cannot be
+                opened, or must be converted while another process has the session open.
         """
         if not os.path.lexists(path):
             raise SessionError(f"session {path.stem!r} does not exist: check the name")
         if not is_file(path):
-            raise SessionError(f"session {path.stem!r}: {path} is not a regular file; move it away")
+            raise SessionError(f"session {path.stem!r}: {path} is not a regular file; rename it")
         with reporting_errors(path):
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)
@@ -125,7 +126,7 @@ class Store(AbstractContextManager["Store"]):
 
     @property
     def state(self) -> TranscriptState:
-        """The session's header and its counts."""
+        """The session's header and counts."""
         with self._transaction("BEGIN"):
             return self._state()
 
@@ -162,7 +163,7 @@ class Store(AbstractContextManager["Store"]):
         return {t.number: t.exchange for t in self.turns(first) if t.state == ANSWERED}
 
     def whole(self) -> tuple[list[StoredTurn], str]:
-        """Return the turns before the first damaged one, and a line about the damage or ""."""
+        """Return the turns before the first damaged one, and a line about any damage, or ""."""
         found: list[StoredTurn] = []
         try:
             with self._transaction("BEGIN"):
@@ -173,7 +174,7 @@ class Store(AbstractContextManager["Store"]):
         return found, ""
 
     def write(self, change: Change) -> None:
-        """Write a change; it is on disk when this returns. Later turns than its own are removed."""
+        """Write a change; it is on disk when this returns. Any later turns are removed."""
         with self._transaction("BEGIN IMMEDIATE"):
             state, kind = self._state(), change.kind
             kept = change.number - (kind is not ChangeKind.STAND)
@@ -200,10 +201,10 @@ class Store(AbstractContextManager["Store"]):
             clear_log(self.connection)
 
     def forget(self, number: int) -> None:
-        """Remove the texts of a turn that is not attended; its number stays.
+        """Remove the texts of a turn that is not attended to; the turn keeps its number.
 
         Raises:
-            SessionError: there is no such turn, it is attended, or it cannot be written.
+            SessionError: the turn does not exist or is attended to, or the file cannot be written.
         """
         with self._transaction("BEGIN IMMEDIATE"):
             state = self._state()
@@ -223,7 +224,7 @@ class Store(AbstractContextManager["Store"]):
         """Replace the header, except for the id and the time of creation.
 
         Raises:
-            SessionError: it cannot be written, or it belongs to another session.
+            SessionError: the header cannot be written, or belongs to another session.
         """
         with self._transaction("BEGIN IMMEDIATE"):
             state = self._state()
@@ -235,7 +236,7 @@ class Store(AbstractContextManager["Store"]):
         """Read the whole file and compare it with its checksums.
 
         Raises:
-            SessionError: it is damaged.
+            SessionError: the file is damaged.
         """
         with self._transaction("BEGIN"), reporting_damage():
             check_schema(self.connection)
@@ -288,7 +289,7 @@ class Store(AbstractContextManager["Store"]):
     def _turns(self, state: TranscriptState, first: int) -> Iterator[StoredTurn]:
         with reporting_damage():
             number = first - 1
-            # Read from the smallest number, to find rows that do not belong there.
+            # Start at the smallest number, to find rows that do not belong there.
             start = first if number else SMALLEST
             query = "SELECT * FROM turns WHERE number >= ? ORDER BY number"
             messages_query = "SELECT * FROM messages WHERE turn = ? ORDER BY place"
@@ -315,14 +316,14 @@ class Store(AbstractContextManager["Store"]):
 
 
 def clear_log(connection: sqlite3.Connection) -> None:
-    """Move the log into the database, so that neither contains what was removed."""
-    # The change is committed. If this fails now, closing the file tries again.
+    """Move the log into the database, so that neither contains removed text."""
+    # The change is already committed. If this fails, closing the file tries again.
     with suppress(sqlite3.Error):
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
 
 def first_question(store: Store) -> str:
-    """Return the first question that is not forgotten, or "" if there is none.
+    """Return the first question that has not been forgotten, or "" if there is none.
 
     Raises:
         SessionError: the transcript is damaged.

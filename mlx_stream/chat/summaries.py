@@ -1,8 +1,8 @@
-"""Summaries of all saved conversations, also of thousands; loads no model.
+"""Summarizes all saved conversations, even thousands of them; loads no model.
 
-Opening a database costs more than reading its first rows. So the files are attached, one after the
-other, to one connection, and read without locks. A transcript with a log, which another process has
-open or a killed one left, is opened as usual, and so is any that is not found as it should be.
+Opening a database costs more than reading its first rows, so the files are attached to one
+connection, one after another, and read without locks. A transcript is opened as usual if it has a
+log (because a process has it open or was killed) or if its contents are not as expected.
 """
 
 import os
@@ -24,7 +24,7 @@ from mlx_stream.program import sqlite
 from mlx_stream.program.paths import cache_folder, data_folder
 
 TABLES = "SELECT type, name, tbl_name, sql FROM x.sqlite_master LIMIT 9"
-# When it was last written to.
+# When the session was last written to.
 USED = "coalesce((SELECT time FROM x.turns ORDER BY number DESC LIMIT 1), created)"
 LONGEST_TITLE = 200
 SUMMARY = f"""SELECT number, turns.checksum, {USED},
@@ -41,9 +41,9 @@ class SessionSummary:
     Attributes:
         exchanges: the number of turns, including an unanswered question.
         attended: how many of them the stream attends to.
-        used: when its last turn was written, ISO 8601, UTC; of a damaged one, its file.
+        used: when its last turn (or, if it is damaged, its file) was written; ISO 8601, UTC.
         header: None if the conversation cannot be opened; `damage` then says why.
-        title: the beginning of the first question; empty if there is none.
+        title: the start of the first question; empty if there is no question.
     """
 
     name: str
@@ -57,7 +57,7 @@ class SessionSummary:
 
 
 def session_summaries() -> list[SessionSummary]:
-    """Return the saved conversations, the last used one first.
+    """Return the saved conversations, most recently used first.
 
     Raises:
         SessionError: their folder cannot be read.
@@ -68,12 +68,12 @@ def session_summaries() -> list[SessionSummary]:
 
 
 def latest_session() -> str | None:
-    """Return the name of the session that was used last, or None.
+    """Return the name of the most recently used session, or None.
 
-    A session is skipped if it is too damaged to tell when it was used.
+    Sessions that are too damaged to show when they were used are skipped.
 
     Raises:
-        SessionError: their folder cannot be read.
+        SessionError: the folder of sessions cannot be read.
     """
     times = {}
     with SummaryReader.open(data_folder()) as reader:
@@ -85,11 +85,11 @@ def latest_session() -> str | None:
 
 @dataclass(frozen=True)
 class SummaryReader:
-    """Reads one transcript after the other.
+    """Reads one transcript after another.
 
     Attributes:
-        folder: the URI of the folder of transcripts.
-        files: the status of each file of a session that is in the given folders, by its name.
+        folder: the URI of the transcript folder.
+        files: the status of each session file in the given folders, by name.
         connection: each transcript is attached to it as `x`.
     """
 
@@ -101,7 +101,7 @@ class SummaryReader:
     @contextmanager
     def open(cls, *folders: Path) -> Iterator[Self]:
         files = dict(chain(*(files_in(folder) for folder in folders)))
-        # A statement that is kept counts the steps of all transcripts together.
+        # A cached statement would accumulate its steps across all transcripts.
         memory = sqlite3.connect(":memory:", uri=True, isolation_level=None, cached_statements=0)
         with closing(memory) as connection:
             connection.set_progress_handler(lambda: 1, sqlite.OPENING_STEPS)
@@ -136,7 +136,7 @@ class SummaryReader:
         """Return when a session was last written to.
 
         Raises:
-            SessionError: it is damaged.
+            SessionError: the session is damaged.
         """
         with suppress(ValueError):
             ((used,),) = self._rows(name, f"SELECT {USED} FROM x.session LIMIT 2")
@@ -146,9 +146,9 @@ class SummaryReader:
             return last_time(store)
 
     def order(self, name: str, used: str) -> tuple[str, int]:
-        """Return what sessions are sorted by.
+        """Return the key that sessions are sorted by.
 
-        File dates, which copying changes, only order sessions that were used in the same second.
+        File dates, which change when files are copied, only break ties within the same second.
         """
         files = (self.files.get(f"{name}{DATABASE}{end}") for end in ("", "-wal"))
         return used, max((one.st_mtime_ns for one in files if one), default=0)
@@ -177,7 +177,7 @@ def last_time(store: Store) -> str:
 
 
 def files_in(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield the name and the status of each file but the locks, which are empty."""
+    """Yield the name and the status of each file except the locks, which are empty."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.endswith(".lock"):
@@ -186,7 +186,7 @@ def files_in(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def file_names(name: str) -> list[str]:
-    """Return the names of every file with content of a conversation."""
+    """Return the names of all files that hold a conversation's data."""
     bases = f"{name}{DATABASE}", f".{name}{DATABASE}.new"
     bases = (*bases, f"{name}.recall")
     return [f"{name}.safetensors", *(base + end for base in bases for end in ("", *sqlite.BESIDE))]

@@ -1,4 +1,4 @@
-"""Messages, calls and tools as a template is given them: with every text escaped."""
+"""Messages, calls and tools in the form passed to a template, with every string escaped."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from mlx_stream.text.tool_calls import ToolCall
 def message_dicts(
     messages: Sequence[Message], escape: Callable[[str], str] = str
 ) -> list[MessageDict]:
-    """Return messages as a template is given them."""
+    """Return messages in the form passed to a template."""
     return [message_dict(message, escape) for message in messages]
 
 
@@ -23,7 +23,7 @@ def message_dict(message: Message, escape: Callable[[str], str]) -> MessageDict:
 
 
 def escaped_json(value: Any, escape: Callable[[str], str]) -> Any:
-    """Return a JSON value in which every text is escaped."""
+    """Return a JSON value with every string escaped."""
     if isinstance(value, str):
         return escape(value)
     if isinstance(value, Mapping):
@@ -34,6 +34,6 @@ def escaped_json(value: Any, escape: Callable[[str], str]) -> Any:
 
 
 def escaped_calls(calls: Sequence[ToolCall], escape: Callable[[str], str]) -> list[Any]:
-    """Return calls as a template is given them."""
+    """Return calls in the form passed to a template."""
     each = ((c.name, c.arguments, c.id) for c in calls)
     return tool_calls(escaped_json([*each], escape))

@@ -1,7 +1,8 @@
-"""Finds exchanges of a saved conversation that have left the window: transcript, index, ranking.
+"""Finds exchanges of a saved conversation that have left the window, using a full-text index.
 
-The transcript is authoritative. The index holds the exchanges that have left, up to a number, and
-the sum of their turns' checksums: if it is not the transcript's, the index is made again.
+The transcript is authoritative. The index covers the exchanges that have left the window, up to
+a given turn, and holds the sum of their turns' checksums; if the sum does not match the
+transcript's, the index is rebuilt.
 """
 
 import shutil
@@ -29,7 +30,7 @@ AT_A_TIME = 1_000
 class TranscriptRecall:
     """Finds exchanges of one transcript; see `RecallStore`. Before `attach` it finds none.
 
-    No failure of the index ends a reply: the index is made again, or else a notice says that
+    A failure of the index never ends a reply: the index is rebuilt, or else a notice says that
     recall is off.
     """
 
@@ -37,10 +38,10 @@ class TranscriptRecall:
         self.path, self.notify = path, notify
         self._store: Store | None = None
         self._index: WordIndex | None = None
-        self._end = 1  # the first turn that has not left
+        self._end = 1  # the first turn still in the window
 
     def attach(self, store: Store, end: int) -> None:
-        """Open the index of a transcript, whose turns before number `end` have left."""
+        """Open the index of a transcript, whose turns before number `end` have left the window."""
         self._store, self._end = store, end
         self._use(lambda store, index: None, None)
 
@@ -58,7 +59,7 @@ class TranscriptRecall:
     def find(
         self, question: str, previous: str, first: int, end: int, gate: bool = True
     ) -> Sequence[Passage]:
-        """Return exchanges for a question; `gate` is that of `find_hits`."""
+        """Return exchanges for a question; for `gate`, see `find_hits`."""
 
         def look(store: Store, index: WordIndex) -> list[Passage]:
             hits = find_hits(index, question, previous, first, end, gate)
@@ -67,7 +68,7 @@ class TranscriptRecall:
         return self._use(look, [])
 
     def forget(self, number: int) -> None:
-        """Make the index again if it holds a turn or later ones, because the turn has changed."""
+        """Rebuild the index if it contains a turn that has changed, or any later turn."""
         if self._use(lambda store, index: number <= index.last, False):
             self._remove()
             self._use(lambda store, index: None, None)
@@ -77,13 +78,13 @@ class TranscriptRecall:
         self._store = None
 
     def close_index(self) -> None:
-        """Close the index; it is opened again when it is needed."""
+        """Close the index; it is reopened when it is needed."""
         if self._index:
             self._index.close()
         self._index = None
 
     def _use(self, action: Callable[[Store, WordIndex], T], otherwise: T) -> T:
-        """Return the result of an action; if the index fails, of the same with a new one."""
+        """Return the result of an action; if the index fails, rebuild it and try once more."""
         if self._store is None:
             return otherwise
         failure: Exception | None = None
@@ -115,12 +116,12 @@ def passage(hit: Hit, turn: StoredTurn) -> Passage:
 
 
 def indexed(question: str, reply: str) -> str:
-    """Return the text of an exchange that is indexed."""
+    """Return the text to index for an exchange."""
     return f"{question}\n{reply}"
 
 
 def open_index(path: Path, store: Store) -> WordIndex:
-    """Open the index of a transcript, or begin a new one if it does not match."""
+    """Open the index of a transcript, or create a new one if it does not match."""
     owner = store.state.header.id
     index = WordIndex.open(path, owner)
     if matches(store, index):
@@ -130,7 +131,7 @@ def open_index(path: Path, store: Store) -> WordIndex:
 
 
 def matches(store: Store, index: WordIndex) -> bool:
-    """Return whether the turns of an index are those of a transcript."""
+    """Return whether an index matches its transcript."""
     links = store.checksums(1, index.last)
     return len(links) == index.last and add_checksums("", links) == (index.checksum or "0")
 
@@ -141,7 +142,7 @@ def add_checksums(total: str, links: Sequence[str]) -> str:
 
 
 def add_missing(store: Store, index: WordIndex, end: int) -> None:
-    """Index the turns of a transcript before number `end` that are not indexed yet."""
+    """Index those turns of a transcript before number `end` that are not indexed yet."""
     while index.last + 1 < end:
         turns = store.turns(index.last + 1, min(AT_A_TIME, end - index.last - 1))
         if not turns:
@@ -160,7 +161,7 @@ def add_texts(store: Store, index: WordIndex, texts: list[tuple[int, str]], last
 
 
 def compare_index(path: Path, store: Store) -> str:
-    """Return a line if an index differs from its transcript; "" if it does not."""
+    """Return a message if an index differs from its transcript; "" if it does not."""
     with tempfile.TemporaryDirectory() as folder, suppress(sqlite3.Error, SessionError, OSError):
         # Opening an index may replace it, so this opens a copy.
         for part in files(path):

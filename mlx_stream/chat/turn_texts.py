@@ -1,4 +1,4 @@
-"""The texts of a conversation's turns on one template and one system prompt; knows no ids."""
+"""The texts of a conversation's turns, for one template and system prompt; handles no ids."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,12 +12,13 @@ PROBES = ("What is the first?", "Tell me,\nhow many?")
 
 
 class TurnTexts:
-    """Render turns, whose texts are escaped.
+    """Render turns, escaping their texts.
 
     Attributes:
         system: the system prompt, if the template writes it.
         before: the text before the first question, if it is not the template's own.
-        header: what begins a later question, if it is read with the end of the turn before.
+        header: the text before each later question, if it is read with the end of the previous
+            turn.
     """
 
     def __init__(self, template: ChatTemplate, escape: Callable[[str], str], system: str | None):
@@ -42,7 +43,7 @@ class TurnTexts:
     def settled(
         self, exchange: Exchange, reply: MessageDict, first: bool, later: bool = False
     ) -> str:
-        """Return the text of an exchange as it is rendered once the next message follows."""
+        """Return the text of an exchange as it is rendered once another message follows it."""
         turn = message_dicts(exchange.asked, self._escape)
         opens = first and self.before is None
         whole = self.template.settled(turn, reply, self.system, opens, later)

@@ -1,6 +1,6 @@
 """A model on disk; handles file formats, not modules.
 
-Every source is read into one `Checkpoint`, in the names and layout of a Hugging Face folder with
+Every source is read into one `Checkpoint`, with the names and layout of a Hugging Face folder and
 mlx-lm's quantization.
 """
 
@@ -16,7 +16,7 @@ class Checkpoint:
     """One model as found on disk.
 
     Attributes:
-        config: the content of `config.json`. If tensors are quantized it has mlx-lm's
+        config: the content of `config.json`. If tensors are quantized, it has mlx-lm's
             `quantization` entry: `{"group_size": g, "bits": b, "mode": m}`, and overrides by module
             path.
         tensors: lazy arrays by Hugging Face name. A quantized weight `X.weight` (uint32, packed
@@ -24,10 +24,10 @@ class Checkpoint:
         tokenizer: the text of `tokenizer.json`.
         tokenizer_config: the content of `tokenizer_config.json`, with the `chat_template`.
         generation_config: the content of `generation_config.json`, or an empty dict.
-        images: whether the model also reads images; the parts for that are left out.
-        dtype: of its floats, where scales may be wider; None if its tensors show it.
-        dequantized: the type of each matrix that is stored in one MLX does not have, by module
-            path; its tensor has floats.
+        images: whether the model also reads images; its parts for images are left out.
+        dtype: the dtype of its floats, if scales may be wider; None if its tensors show it.
+        dequantized: by module path, the original type of each matrix whose type MLX does not
+            support; its tensor holds floats.
     """
 
     config: dict[str, Any]

@@ -25,12 +25,12 @@ def read_folder(path: Path) -> Checkpoint:
     Raises:
         SourceError: there is no such folder.
         CheckpointError: config.json, the index or a shard is missing, damaged or truncated.
-        WeightsError: tensors are missing, given twice, or of an unsupported dtype.
+        WeightsError: tensors are missing, duplicated, or of an unsupported dtype.
         TokenizerError: there is no tokenizer.json, or it is not text.
     """
     try:
         found = path.is_dir()
-    except (OSError, ValueError) as error:  # no permission, a name too long, a zero byte
+    except (OSError, ValueError) as error:  # no permission, too long a name, a null byte
         raise SourceError(f"{path}: cannot be read: {one_line(error)}") from error
     if not found:
         raise SourceError(f"{path}: no such folder")
@@ -46,10 +46,10 @@ def read_folder(path: Path) -> Checkpoint:
 
 
 def read_tokenizer_config(path: Path) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json, with the chat template of whatever file has it.
+    """Return the content of tokenizer_config.json, with the chat template, wherever it is stored.
 
-    transformers writes it to chat_template.jinja and lets that file win; for models that read
-    images its older versions wrote chat_template.json.
+    transformers writes it to chat_template.jinja and gives that file precedence; for models that
+    read images, older versions wrote chat_template.json.
     """
     found = read_json_if_there(path / "tokenizer_config.json")
     if exists_as_file(path / "chat_template.jinja"):
@@ -61,7 +61,7 @@ def read_tokenizer_config(path: Path) -> dict[str, Any]:
 
 
 def missing_files(path: Path) -> list[str]:
-    """Name the files that `read_folder` needs and `path` lacks, without opening a shard."""
+    """Return the files that `read_folder` needs but `path` lacks, without opening a shard."""
     try:
         shards = shard_names(path)
     except CheckpointError:

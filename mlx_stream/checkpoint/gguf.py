@@ -24,7 +24,7 @@ from mlx_stream.errors import CheckpointError, ConfigError, WeightsError
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import Vector, layout_of
 
-# Modules by their Hugging Face names, and llama.cpp's.
+# Hugging Face's module names, and llama.cpp's names for them.
 MODULES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -40,28 +40,28 @@ MODULES = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
-    "mlp.gate_up_proj": "ffn_up",  # of a Phi-3, which has no gate of its own
+    "mlp.gate_up_proj": "ffn_up",  # in Phi-3, which has no separate gate
     "mlp.down_proj": "ffn_down",
 }
 PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 KINDS = (*PLAIN, *FORMATS)
-# Numbers of a tensor that are converted at a time.
+# How many numbers of a tensor are converted at a time.
 CHUNK = 2**22
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Read a GGUF file, or its parts, with Hugging Face's config, names, row order and tokenizer.
+    """Read a GGUF file, possibly split, with Hugging Face's config, names, row order and tokenizer.
 
-    Tensors are read from the file when asked for, in bounded memory: float32, float16 or bfloat16.
-    Types that MLX has as affine groups are uint32 (rows, columns * bits / 32), with float16 scales
-    and biases (rows, columns / 32), or float32 ones (Q4_K, Q5_K: products of two numbers). Those it
-    does not have are float16.
+    Tensors are read from the file on demand, in bounded memory, as float32, float16 or bfloat16.
+    Types that MLX supports as affine groups become uint32 (rows, columns * bits / 32), with scales
+    and biases (rows, columns / 32) in float16, or in float32 for Q4_K and Q5_K, where they are
+    products of two numbers. Other quantized types become float16.
 
     Raises:
-        CheckpointError: the file is damaged or truncated, or has an unsupported type of tensor.
+        CheckpointError: the file is damaged or truncated, or has an unsupported tensor type.
         ConfigError: the metadata is incomplete or not supported.
-        WeightsError: a tensor is missing, unknown or of the wrong shape; when one is read, its
-            numbers do not fit 16 bits.
+        WeightsError: a tensor is missing, unknown or of the wrong shape, or, when it is read, has
+            numbers that do not fit in 16 bits.
         TokenizerError: the tokenizer cannot be rebuilt.
     """
     header = read_headers(path)
@@ -99,7 +99,7 @@ def refuse_types(header: GGUFHeader) -> None:
 def read_factors(
     header: GGUFHeader, architecture: Architecture, config: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Return the numbers of the tensors that scale the rotary frequencies."""
+    """Return the contents of the tensors that scale the rotary frequencies."""
     size = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0)) // 2
     found: dict[str, np.ndarray] = {}
     for name in architecture.factors:
@@ -117,7 +117,7 @@ def read_factors(
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of a module: its tensor, and the heads whose rows llama.cpp interleaved, or 0."""
+    """One array of a module: its tensor, and the number of heads with interleaved rows, or 0."""
 
     tensor: Tensor
     heads: int = 0
@@ -126,7 +126,7 @@ class Parameter:
 def name_tensors(
     header: GGUFHeader, config: ModelConfig, architecture: Architecture
 ) -> dict[str, Parameter]:
-    """Return every tensor of the model by its Hugging Face name, shapes checked.
+    """Return every tensor of the model by its Hugging Face name, after checking its shape.
 
     Raises:
         WeightsError: a tensor is missing, unknown or of the wrong shape.
@@ -165,7 +165,7 @@ def name_tensors(
 
 
 def gguf_name(path: str) -> str:
-    """Return llama.cpp's name of a module: `model.layers.3.mlp.up_proj` is `blk.3.ffn_up`."""
+    """Return llama.cpp's name for a module: `model.layers.3.mlp.up_proj` is `blk.3.ffn_up`."""
     if not path.startswith("model.layers."):
         return MODULES[path]
     layer, _, module = path.removeprefix("model.layers.").partition(".")
@@ -173,12 +173,12 @@ def gguf_name(path: str) -> str:
 
 
 def kept_bits(kind: str) -> int:
-    """Return the bits of a type that stays quantized, or 0."""
+    """Return the bits per weight of a type that stays quantized, or 0 for other types."""
     return FORMATS[kind].bits if kind in FORMATS and FORMATS[kind].repacked else 0
 
 
 def gguf_quantization(named: Mapping[str, Parameter]) -> dict[str, Any]:
-    """Return mlx-lm's entry: the most common bits, and each matrix that differs by its path."""
+    """Return mlx-lm's config entry: the most common bits, and exceptions by matrix path."""
     bits = {
         name.removesuffix(".weight"): kept_bits(p.tensor.kind)
         for name, p in named.items()
@@ -200,7 +200,7 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 
 class GGUFTensors(Mapping[str, mx.array]):
-    """Arrays by Hugging Face name; each is read from the file and repacked when asked for."""
+    """Arrays by Hugging Face name; each is read from the file and repacked on demand."""
 
     def __init__(self, named: Mapping[str, Parameter]):
         self._parts: dict[str, tuple[Parameter, Convert | None]] = {}
@@ -256,7 +256,7 @@ def convert_rows(tensor: Tensor, convert: Convert | None, heads: int) -> np.ndar
 
 
 def convert_finite(tensor: Tensor, convert: Convert, blocks: np.ndarray) -> np.ndarray:
-    """Convert blocks; refuse numbers that do not fit float16, in which a model may compute."""
+    """Convert blocks; refuse numbers that do not fit in float16, which a model may compute in."""
     with np.errstate(over="ignore", invalid="ignore"):
         found = convert(blocks)
         if found.dtype.kind == "f" and not np.isfinite(found.astype(np.float16)).all():
@@ -268,8 +268,8 @@ def convert_finite(tensor: Tensor, convert: Convert, blocks: np.ndarray) -> np.n
 
 
 def read_rows(tensor: Tensor, layout: np.dtype, start: int, count: int) -> np.ndarray:
-    """Return rows of a tensor: (count, blocks or numbers of one)."""
-    # Read, not mapped: a mapped file that shrinks ends the process.
+    """Return rows of a tensor: (count, blocks or numbers per row)."""
+    # Read, not mapped: if a mapped file shrinks, the process is killed.
     per_row = tensor.size // layout.itemsize // tensor.shape[0]
     offset = tensor.offset + start * per_row * layout.itemsize
     try:
@@ -278,15 +278,15 @@ def read_rows(tensor: Tensor, layout: np.dtype, start: int, count: int) -> np.nd
         raise WeightsError(f"{tensor.file}: cannot be read ({error.strerror})") from error
     if found.size != count * per_row:
         raise WeightsError(
-            f"{tensor.file}: the tensor {tensor.name} is cut short: the file has changed"
+            f"{tensor.file}: the tensor {tensor.name} is truncated: the file has changed"
         )
     return found.reshape(count, per_row)
 
 
 def in_order(array: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's row order of queries and keys: rows 0, D/2, 1, D/2 + 1, ... of a head.
+    """Undo llama.cpp's row order for queries and keys: rows 0, D/2, 1, D/2 + 1, ... of a head.
 
-    With D = 4 its rows a, b, c, d of each head are Hugging Face's a, c, b, d.
+    For example, with D = 4, its rows a, b, c, d of each head are Hugging Face's rows a, c, b, d.
     """
     if not heads:
         return array

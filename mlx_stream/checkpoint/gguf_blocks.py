@@ -1,8 +1,8 @@
 """The blocks of GGUF's quantized types: repacked for MLX, or dequantized; reads no files.
 
-A type with a scale for each 32 codes is an affine group of MLX: its codes are repacked, and nothing
-is rounded. The other types have groups of 16, which MLX does not have: they become floats. Layouts:
-ggml's `ggml-common.h` and `ggml-quants.c`.
+A type with one scale for every 32 codes corresponds to MLX's affine groups: its codes are repacked,
+and nothing is rounded. The other types have groups of 16, which MLX does not support: they become
+floats. For the layouts, see ggml's `ggml-common.h` and `ggml-quants.c`.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ Unpacked = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """A quantized type: a number is scale * (code - zero), or scale * code + minimum.
+    """A quantized type: a value is scale * (code - zero), or scale * code + minimum.
 
     Attributes:
         layout: the fields of a block: scale d, minimum m, packed scales s, codes q, high bits h.
-        unpack: blocks -> codes, scales, and minimums where the type has them.
+        unpack: blocks -> codes, scales, and minimums if the type has them.
         bits: bits per code.
-        zero: the code of zero; 0 where there are minimums.
+        zero: the code for zero; 0 if there are minimums.
         repacked: whether it is kept quantized.
     """
 
@@ -43,13 +43,13 @@ class BlockFormat:
         return self.unpack(blocks.reshape(-1))[1].reshape(len(blocks), -1)
 
     def biases(self, blocks: np.ndarray) -> np.ndarray:
-        """Return the value of code 0: the minimum, or -zero * scale (exact, or it overflows)."""
+        """Return the value of code 0: the minimum, or -zero * scale (exact unless it overflows)."""
         _, scales, minimums = self.unpack(blocks.reshape(-1))
         found = scales * scales.dtype.type(-self.zero) if minimums is None else minimums
         return found.reshape(len(blocks), -1)
 
     def floats(self, blocks: np.ndarray) -> np.ndarray:
-        """Return the numbers of (rows, blocks), computed in float32: (rows, columns) float16."""
+        """Dequantize (rows, blocks), computing in float32; return (rows, columns) float16."""
         codes, scales, minimums = self.unpack(blocks.reshape(-1))
         numbers = scales[..., None] * (codes.astype(np.float32) - self.zero)
         if minimums is not None:
@@ -58,8 +58,8 @@ class BlockFormat:
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Return the bytes of uint8 codes, a multiple of 8: code i is in bits i * b and up."""
-    whole = 8 % bits == 0  # a byte holds whole codes: then the words are bytes, which is faster
+    """Pack uint8 codes, a multiple of 8 of them, into bytes: code i starts at bit i * bits."""
+    whole = 8 % bits == 0  # if a byte holds whole codes, the words are bytes, which is faster
     count = 8 // bits if whole else 8
     parts = codes.reshape(-1, count)
     words = np.zeros(len(parts), np.uint8 if whole else "<u8")
@@ -70,8 +70,8 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def planes(packed: np.ndarray, width: int, bits: int) -> np.ndarray:
-    """Return (blocks, groups of 32) codes: `width` bytes hold the lowest bits of as many codes,
-    then the next higher bits of as many more."""
+    """Return codes (blocks, groups of 32): the lowest bits of `width` bytes hold that many codes,
+    and the next higher bits hold as many again."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     spread = packed.reshape(len(packed), -1, 1, width) >> shifts & np.uint8(2**bits - 1)
     return spread.reshape(len(packed), -1, GROUP)
@@ -91,12 +91,12 @@ def q8_0(blocks: np.ndarray) -> Unpacked:
 
 
 def k_45(blocks: np.ndarray) -> Unpacked:
-    """Q4_K and Q5_K: d * 6 bits and -m * 6 bits for each of 8 groups."""
+    """Q4_K and Q5_K: each of 8 groups has a scale, d * 6 bits, and a minimum, -m * 6 bits."""
     codes = planes(blocks["q"], 32, 4)
     if "h" in (blocks.dtype.names or ()):
         codes |= planes(blocks["h"], 32, 1) << np.uint8(4)
-    # Bytes 0 to 3: scales 0 to 3, with the high bits of scales 4 to 7; 4 to 7: minimums alike;
-    # 8 to 11: the low halves of scales and minimums 4 to 7.
+    # Bytes 0 to 3: scales 0 to 3, with the high bits of scales 4 to 7; 4 to 7: the same for the
+    # minimums; 8 to 11: the low 4 bits of scales and minimums 4 to 7.
     low, middle, rest = blocks["s"][:, :4], blocks["s"][:, 4:8], blocks["s"][:, 8:]
     scales = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
     minimums = np.concatenate([middle & 63, (rest >> 4) | (middle >> 6 << 4)], axis=1)
@@ -111,7 +111,7 @@ def q2_k(blocks: np.ndarray) -> Unpacked:
 
 def q3_k(blocks: np.ndarray) -> Unpacked:
     codes = planes(blocks["q"], 32, 2) | planes(blocks["h"], 32, 1) << np.uint8(2)
-    # The low halves of 16 scales in 8 bytes, then their high bits in 4.
+    # The low 4 bits of 16 scales in 8 bytes, then their high 2 bits in 4 bytes.
     low = np.concatenate([blocks["s"][:, :8] & 15, blocks["s"][:, :8] >> 4], axis=1)
     high = np.concatenate([blocks["s"][:, 8:] >> shift & 3 for shift in (0, 2, 4, 6)], axis=1)
     scales = (low | high << 4).astype(np.float32) - 32

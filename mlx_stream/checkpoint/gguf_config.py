@@ -1,6 +1,7 @@
-"""Translates a GGUF header's keys to a config.json; uses llama.cpp's names, reads no tensors' data.
+"""Translates a GGUF header's keys, as named by llama.cpp, to a config.json; reads no tensor data.
 
-Defaults are llama.cpp's. What llama.cpp computes and this package does not is refused by name.
+Defaults are llama.cpp's. Anything that llama.cpp computes and this package does not is refused by
+name.
 """
 
 import re
@@ -17,7 +18,8 @@ from mlx_stream.errors import ConfigError, WeightsError
 MOST_HEAD_DIM = 2**16  # far above any model's; it limits how many factors are read
 FREQS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 
-# Keys under the architecture's name that change the computation, with the value that does not.
+# Keys under the architecture's name that change the computation, each with the value that leaves it
+# unchanged.
 NEUTRAL: dict[str, Any] = {
     "expert_count": 0,
     "attention.causal": True,
@@ -34,13 +36,13 @@ NEUTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A llama.cpp architecture as a family of ours.
+    """A llama.cpp architecture and the model family that it maps to.
 
     Attributes:
         model_type, name: config.json's `model_type`, and the class in its `architectures`.
-        interleaved: the pairs that turn together are neighbours (llama.cpp's rope kind NORM), so
-            the rows of queries and keys are in another order than Hugging Face's.
-        read: keys of `NEUTRAL` that are read.
+        interleaved: rotated pairs are adjacent (llama.cpp's rope type NORM), so the rows of queries
+            and keys are in a different order from Hugging Face's.
+        read: keys of `NEUTRAL` that are supported for this architecture.
         factors: tensors that only scale the frequencies.
     """
 
@@ -75,7 +77,7 @@ def read_architecture(header: GGUFHeader) -> Architecture:
     """Return the architecture of a file.
 
     Raises:
-        ConfigError: it, or a key that changes the computation, is not supported.
+        ConfigError: the architecture, or a key that changes the computation, is not supported.
     """
     keys = header.metadata
     prefix = keys.text("general.architecture")
@@ -150,9 +152,9 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16"}
 
 
 def read_head_dims(keys: Keys, prefix: str, default: int) -> tuple[int, int]:
-    """Return the size of a head, and how many of its numbers are rotated."""
+    """Return the size of a head and how many of its dimensions are rotated."""
     rotary = keys.count(f"{prefix}.rope.dimension_count", default, most=MOST_HEAD_DIM)
-    # A Phi-3 does not name its head size: it rotates a part of what the heads divide.
+    # Phi-3 files do not give the head size: it is hidden size / heads, and only a part is rotated.
     whole = default if prefix == "phi3" else rotary
     head_dim = keys.count(f"{prefix}.attention.key_length", whole, most=MOST_HEAD_DIM)
     rotary = keys.count(f"{prefix}.rope.dimension_count", head_dim)
@@ -165,7 +167,7 @@ def read_head_dims(keys: Keys, prefix: str, default: int) -> tuple[int, int]:
 
 
 def is_set(keys: Keys, key: str) -> bool:
-    """Return whether a key is there and not 0, whatever its type."""
+    """Return whether a key is present and not 0, whatever its type."""
     value = keys.raw.get(key)
     return isinstance(value, list | np.ndarray) or bool(value)
 
@@ -177,15 +179,15 @@ def has_bias(header: GGUFHeader, prefix: str) -> bool:
 def read_rope_scaling(
     keys: Keys, config: Mapping[str, Any], factors: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return config.json's keys of the rotary scaling.
+    """Return the rotary scaling keys of config.json.
 
     Args:
-        factors: the numbers of the architecture's factor tensors that are there.
+        factors: the values of the architecture's factor tensors, where present.
     """
     prefix = keys.text("general.architecture")
     if config["model_type"] == "phi3":
         return read_longrope(keys, config, factors)
-    # llama.cpp: without a type a factor is linear; without a factor nothing is scaled.
+    # In llama.cpp, a factor without a type is linear; without a factor, nothing is scaled.
     kind = keys.text(f"{prefix}.rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ConfigError(
@@ -215,12 +217,12 @@ def read_rope_scaling(
             if f"{prefix}.rope.scaling.yarn_{beta}" in keys.raw:
                 scaling[beta] = keys.number(f"{prefix}.rope.scaling.yarn_{beta}")
         if is_set(keys, f"{prefix}.rope.scaling.yarn_log_multiplier"):
-            # llama.cpp takes the other scale as 1.
+            # llama.cpp assumes 1 for the other scale.
             scaling["mscale"] = 1.0
             scaling["mscale_all_dim"] = keys.number(f"{prefix}.rope.scaling.yarn_log_multiplier")
     if not tempered:
         return {"rope_scaling": scaling}
-    # A Ministral 3: its files have these keys in one object.
+    # Ministral 3: its files have these keys in one object.
     beta = keys.number(f"{prefix}.attention.temperature_scale")
     scaling |= {"llama_4_scaling_beta": beta, "rope_theta": config["rope_theta"]}
     names = {"model_type": "ministral3", "architectures": ["Ministral3ForCausalLM"]}
@@ -235,11 +237,11 @@ def read_longrope(
     if SHORT not in factors:
         return {}
     scaling: dict[str, Any] = {"type": "longrope"}  # as Phi-3's own configs spell it
-    # Only the short ones are used here; other programs read the long ones of a converted folder.
+    # Only the short ones are used here; other programs read the long ones from a converted folder.
     for name, key in ((SHORT, "short_factor"), (LONG, "long_factor")):
         numbers = factors.get(name, factors[SHORT])
         if not np.isfinite(numbers).all():
-            raise ConfigError(f"{keys.where}: {name} has values that are not numbers")
+            raise ConfigError(f"{keys.where}: {name} has values that are not finite")
         scaling[key] = [shortest(value) for value in numbers]
     scaling["attention_factor"] = keys.number("phi3.rope.scaling.attn_factor", 1.0)
     key = "phi3.rope.scaling.original_context_length"
@@ -248,18 +250,18 @@ def read_longrope(
 
 
 def read_rope_factors(file: str, config: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
-    """Recover Llama 3's settings from the factors that llama.cpp's converter made of them.
+    """Recover Llama 3's settings from the factors that llama.cpp's converter derived from them.
 
-    The factor is the largest one, and the other settings are those of every Llama 3. They are
-    accepted only if they reproduce all the factors.
+    The scaling factor is the largest of these, and the other settings are the same for every Llama
+    3. They are accepted only if they reproduce all the factors.
     """
     head_dim, original = config["head_dim"], 8192
     if np.all(factors == 1.0):
         return {}
     factor = float(factors.max())
     frequencies = config["rope_theta"] ** (-np.arange(0, head_dim, 2) / head_dim)
-    # One where a pair keeps its frequency (it turns over 4 times in the original context), zero
-    # where it is slowed by the whole factor (it turns less than once).
+    # 1 where a pair keeps its frequency (it makes over 4 rotations in the original context), 0
+    # where it is slowed by the whole factor (it makes less than one).
     kept = np.clip((original * frequencies / (2 * np.pi) - 1.0) / (4.0 - 1.0), 0.0, 1.0)
     plausible = np.isfinite(factors).all() and factor > 1
     if not plausible or np.abs(factors * ((1 - kept) / factor + kept) - 1.0).max() > 1e-3:

@@ -1,4 +1,4 @@
-"""Reads GGUF headers: metadata, and where each tensor lies; loads no models or arrays.
+"""Reads GGUF headers: metadata and the location of each tensor; loads no models or arrays.
 
 The file is untrusted: every count, length and offset is checked against the file's size before use,
 and allocations are bounded. Format: ggml's `docs/gguf.md`, versions 2 and 3.
@@ -17,7 +17,8 @@ import numpy as np
 from mlx_stream.config import Keys, shorten
 from mlx_stream.errors import CheckpointError
 
-# No published header is near these: Llama 3's, among the largest, takes 8 MB and 400,000 strings.
+# No published header comes close to these limits: Llama 3's, one of the largest, takes 8 MB and has
+# 400,000 strings.
 MAX_HEADER_BYTES = 64 * 2**20
 MAX_STRINGS = 2_000_000
 MAX_ENTRIES = 100_000
@@ -37,7 +38,7 @@ SCALARS = {
     12: "d",
 }
 
-# Every type of ggml by its number: name, elements and bytes of a block.
+# Every ggml type by its number: name, elements per block, bytes per block.
 TENSOR_TYPES = {
     **{0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 28: ("F64", 1, 8)},
     **{24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8)},
@@ -55,8 +56,10 @@ TENSOR_TYPES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies. `shape` is in NumPy's order (GGUF's reversed), `offset` and `size` in
-    bytes from the start of the file `path`."""
+    """The location of one tensor: `offset` from the start of the file `path` and `size`, in bytes.
+
+    `shape` is in NumPy's order, which is the reverse of GGUF's.
+    """
 
     path: Path
     name: str
@@ -86,15 +89,16 @@ def printable_name(path: Path) -> str:
 def read_header(path: Path) -> GGUFHeader:
     """Read and check the header of a GGUF file (version 2 or 3, little endian).
 
-    Numbers of metadata are int, float or bool, strings str, arrays of strings list, and other
-    arrays NumPy arrays.
+    In the metadata, numbers become int, float or bool, strings become str, arrays of strings become
+    lists, and other arrays become NumPy arrays.
 
     Raises:
-        CheckpointError: not such a file, damaged, truncated, or past this reader's limits.
+        CheckpointError: the file is not a GGUF file, is damaged or truncated, or exceeds this
+            reader's limits.
     """
     file = printable_name(path)
     try:
-        # A named pipe would block for ever when opened.
+        # A named pipe would block forever when opened.
         if not path.is_file():
             raise CheckpointError(f"{file}: there is no such file")
         with path.open("rb") as opened:
@@ -113,10 +117,10 @@ PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 def read_headers(path: Path) -> GGUFHeader:
     """Read the header of a model in one file, or in parts: `NAME-00001-of-00003.gguf` and so on.
 
-    The first part has the metadata. Any part stands for the whole model.
+    The first part has the metadata. `path` may be any of the parts.
 
     Raises:
-        CheckpointError: as `read_header`; or parts are missing, or belong to different models.
+        CheckpointError: as for `read_header`, or parts are missing or belong to different models.
     """
     named = PART.fullmatch(path.name)
     count = int(named[3]) if named else 1
@@ -131,7 +135,7 @@ def read_headers(path: Path) -> GGUFHeader:
         if parts <= 1:
             return read_header(path)
         raise CheckpointError(
-            f"{first.file}: one part of {parts}: download all parts, under their own names "
+            f"{first.file}: one part of {parts}: download all parts and keep their names "
             f"(NAME-00001-of-{parts:05d}.gguf and so on)"
         )
     tensors = dict(first.tensors)
@@ -154,7 +158,7 @@ def read_headers(path: Path) -> GGUFHeader:
 
 
 class Parser:
-    """One pass over a header; `place` is the next byte to read."""
+    """One pass over a header; `place` is the offset of the next byte to read."""
 
     def __init__(self, data: mmap.mmap, size: int, file: str, path: Path):
         self.data, self.size, self.file, self.path = data, size, file, path
@@ -225,7 +229,7 @@ class Parser:
         return np.frombuffer(self.data[start : self.place], dtype)
 
     def strings(self, what: str, count: int) -> list[str]:
-        """Read `count` strings, in a tight loop: most of a header's time is spent here."""
+        """Read `count` strings in a tight loop: most of the time for a header is spent here."""
         self.strings_read += count
         if self.strings_read > MAX_STRINGS:
             raise self.damaged(f"{what} claims {count} strings, more than a header may hold")
@@ -263,7 +267,7 @@ class Parser:
         return Tensor(self.path, name, kind, shape, offset, elements // block * block_bytes)
 
     def laid_out(self, tensors: dict[str, Tensor], alignment: int) -> dict[str, Tensor]:
-        """Check that tensors lie aligned, apart and inside the file; make offsets absolute."""
+        """Check that tensors are aligned, disjoint and inside the file; make offsets absolute."""
         begin = end = -(-self.place // alignment) * alignment
         placed = {}
         for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
@@ -305,5 +309,5 @@ class Parser:
 
 
 def shortest(value: float) -> float:
-    """Return the shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal equal to a value as float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))

@@ -1,8 +1,8 @@
-"""Rebuilds a SentencePiece BPE of a GGUF file as tokenizer.json's model; reads no files.
+"""Rebuilds a GGUF file's SentencePiece BPE as tokenizer.json's model; reads no files.
 
-GGUF has the pieces and their scores, tokenizer.json the merges. They are made of each other as
-transformers' `LlamaConverter` does: a piece may be merged of any two others, those with the highest
-score first. Bytes that no piece has become byte tokens, `<0x0A>`.
+GGUF stores the pieces and their scores; tokenizer.json needs merges. They are derived as in
+transformers' `LlamaConverter`: a piece may be merged from any two others, highest scores first.
+Bytes that do not occur in any piece become byte tokens, such as `<0x0A>`.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from mlx_stream.errors import TokenizerError
 
 SPACE = "\u2581"
 NORMAL, BYTE = 1, 6
-# Characters of all pieces together, each of which may end the first half of a merge. The largest
-# vocabulary known, Gemma's, has 1.9 million; no piece of it is longer than 93.
+# The most characters in all pieces together; each may end the first half of a merge. The largest
+# known vocabulary, Gemma's, has 1.9 million, and none of its pieces is longer than 93.
 MOST_CHARACTERS = 2**22
 LONGEST_PIECE = 128
 
@@ -25,7 +25,7 @@ def sentencepiece(keys: Keys, tokens: Sequence[str], kinds: np.ndarray) -> dict[
     """Return the parts of tokenizer.json that encode and decode text.
 
     Args:
-        kinds: the kind of each token, as GGUF numbers them.
+        kinds: the kind of each token, in GGUF's numbering.
 
     Raises:
         TokenizerError: the scores do not fit, byte tokens are missing, or the pieces are too long.
@@ -68,7 +68,7 @@ def sentencepiece(keys: Keys, tokens: Sequence[str], kinds: np.ndarray) -> dict[
 def make_merges(
     keys: Keys, tokens: Sequence[str], vocabulary: dict[str, int], kinds: np.ndarray
 ) -> list[list[str]]:
-    """Return each way to make a piece of two others, the pieces with the highest scores first."""
+    """Return every way to make a piece from two others, highest-scoring pieces first."""
     scores = keys.value("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or scores.dtype.kind != "f":
         raise keys.wrong("tokenizer.ggml.scores", "an array of numbers")
@@ -93,5 +93,5 @@ def make_merges(
         made = [pair for pair in halves if pair[0] in normal and pair[1] in normal]
         made.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
         merges += [(score, left, right) for left, right in made]
-    merges.sort(key=lambda merge: -merge[0])  # of equal scores, in the order of the vocabulary
+    merges.sort(key=lambda merge: -merge[0])  # equal scores stay in vocabulary order
     return [[left, right] for _, left, right in merges]

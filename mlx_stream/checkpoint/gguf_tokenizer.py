@@ -1,7 +1,7 @@
 """Rebuilds tokenizer.json and its config from a GGUF header's keys; reads no tensors.
 
-Of a byte-level tokenizer GGUF keeps the vocabulary and merges but only the name of the
-pre-tokenizer. The original models' pipelines are here by that name.
+For a byte-level tokenizer, GGUF stores the vocabulary and merges, but only the name of the
+pre-tokenizer. The original models' pipelines are listed here under that name.
 """
 
 import json
@@ -15,7 +15,7 @@ from mlx_stream.checkpoint.gguf_sentencepiece import sentencepiece
 from mlx_stream.config import Keys, shorten
 from mlx_stream.errors import TokenizerError
 
-# GGUF's kinds of tokens (llama.cpp's llama_token_type).
+# GGUF's token types (llama.cpp's llama_token_type).
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 KINDS = range(1, 7)
 
@@ -24,7 +24,8 @@ LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
-# Capitals, then small letters: of each, some or at least one.
+# Uppercase, then lowercase letters: the first pattern needs a lowercase letter, the second an
+# uppercase one.
 CASED_WORDS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
@@ -51,7 +52,7 @@ def named_list(pattern: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The pipeline of a named pre-tokenizer; `add_bos` is the default."""
+    """The pipeline of a named pre-tokenizer; a file may override `add_bos`."""
 
     steps: list[dict[str, Any]]
     ignore_merges: bool = False
@@ -64,7 +65,7 @@ QWEN2 = Pipeline(named_list(QWEN2_WORDS), normalizer={"type": "NFC"})
 PIPELINES = {
     "smollm": Pipeline([{"type": "Digits", "individual_digits": True}, byte_level(True)]),
     "llama-bpe": LLAMA3,
-    # Two names llama.cpp also reads as llama-bpe.
+    # Two names that llama.cpp also treats as llama-bpe.
     "llama3": LLAMA3,
     "llama-v3": LLAMA3,
     "tekken": Pipeline(named_list(TEKKEN_WORDS), ignore_merges=True, add_bos=True),
@@ -80,10 +81,10 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
     """Return the text of tokenizer.json and the content of tokenizer_config.json.
 
     Args:
-        vocab_size: the rows of the embedding, which bound the token ids.
+        vocab_size: the number of rows of the embedding, which limits the token ids.
 
     Raises:
-        TokenizerError: the kind of tokenizer is not supported, or its tables disagree.
+        TokenizerError: the kind of tokenizer is not supported, or its tables are inconsistent.
     """
     keys = replace(header.metadata, error=TokenizerError)
     kind = keys.text("tokenizer.ggml.model")
@@ -136,17 +137,17 @@ def gguf_tokenizer(header: GGUFHeader, vocab_size: int) -> tuple[str, dict[str, 
     return json.dumps(tokenizer, ensure_ascii=False), config
 
 
-# transformers' name of a token's role, and GGUF's.
+# transformers' name for a token's role, and GGUF's.
 NAMED = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
 
 
 def read_pipeline(keys: Keys) -> Pipeline:
-    # Files of early 2024 have none, or "default": llama.cpp guesses.
+    # Files from early 2024 have none, or "default": llama.cpp guesses.
     name = keys.text("tokenizer.ggml.pre", "")
     if name in ("", "default"):
         raise TokenizerError(
             f"{keys.where}: tokenizer.ggml.pre {shorten(name)} does not say how text is split: use "
-            "a file that a current llama.cpp wrote, or the model's Hugging Face folder"
+            "a file made with a current llama.cpp, or the model's Hugging Face folder"
         )
     if name not in PIPELINES:
         raise TokenizerError(
@@ -207,9 +208,9 @@ def token_kinds(keys: Keys, count: int) -> np.ndarray:
 def added_tokens(
     keys: Keys, tokens: list[str], kinds: np.ndarray, special: set[int]
 ) -> list[dict[str, Any]]:
-    """Return the entries of tokens that are matched before the text is split into words.
+    """Return the entries for tokens that are matched before the text is split into words.
 
-    They stay in the vocabulary too, which keeps their numbers.
+    They also stay in the vocabulary, which preserves their ids.
     """
     special = special | set(np.flatnonzero(np.isin(kinds, (UNKNOWN, CONTROL))).tolist())
     entries = []
@@ -226,7 +227,7 @@ def added_tokens(
 def read_merges(keys: Keys, vocabulary: dict[str, int]) -> list[list[str]]:
     merges = []
     for merge in strings(keys, "tokenizer.ggml.merges"):
-        # A byte-level vocabulary writes a space as a letter, so a space parts two tokens.
+        # A byte-level vocabulary represents a space as a letter, so a space separates two tokens.
         left, _, right = merge.partition(" ")
         if not left or not right or " " in right:
             raise TokenizerError(
@@ -245,7 +246,7 @@ def read_merges(keys: Keys, vocabulary: dict[str, int]) -> list[list[str]]:
 def bos_and_eos(
     keys: Keys, add_bos: bool, named: dict[str, int | None]
 ) -> tuple[int | None, int | None]:
-    """Return the tokens before and after every text, or None."""
+    """Return the ids of the tokens before and after every text; None for no token."""
     found: list[int | None] = []
     for role, default in (("bos", add_bos), ("eos", False)):
         wanted = keys.flag(f"tokenizer.ggml.add_{role}_token", default)

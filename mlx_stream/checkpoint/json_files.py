@@ -1,4 +1,4 @@
-"""Reads untrusted text and JSON files up to a limit, and writes JSON; independent of models."""
+"""Reads untrusted text and JSON files up to a size limit; writes JSON; independent of models."""
 
 import json
 import os
@@ -7,15 +7,15 @@ from typing import Any
 
 from mlx_stream.errors import CheckpointError, one_line
 
-# Far above any real file: a bound on what a hostile file can make us hold.
+# Far larger than any real file: limits the memory that a hostile file can make us use.
 JSON_BYTES = 8 << 20
 
 
 def exists_as_file(path: Path) -> bool:
-    """Return whether `path` is a regular file: not a folder, nor a pipe that would block."""
+    """Return whether `path` is a regular file, and not a folder or a pipe, which would block."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name too long, or with a zero byte
+    except (OSError, ValueError):  # the name is too long, or contains a zero byte
         return False
 
 
@@ -27,7 +27,7 @@ def read_text_file(path: Path, limit: int) -> str:
                 raise CheckpointError(
                     f"{path}: larger than {limit >> 20} MB, too large for such a file"
                 )
-            # `read` allocates what it is asked for: never more than there is.
+            # `read` allocates as much as it is asked for: never ask for more than there is.
             return file.read(size).decode()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -1,12 +1,12 @@
-"""Reads matrices that other tools quantized (AWQ, GPTQ, fp8) as MLX's; one at a time, no modules.
+"""Converts matrices that other tools quantized (AWQ, GPTQ, fp8) to MLX's format, one at a time.
 
-Codes of AWQ and GPTQ are repacked into affine groups, without rounding them:
+AWQ and GPTQ codes are repacked into affine groups without rounding:
 
 GPTQ, 4 bits    qweight (inputs / 8, outputs): input 8 r + k in bits 4 k of row r
 AWQ             qweight (inputs, outputs / 8): outputs 0, 2, 4, 6, 1, 3, 5, 7 in bits 0, 4, 8, ...
 both            qzeros (groups, outputs / 8), scales (groups, outputs); scale * (code - zero)
 
-fp8 becomes floats: a weight (outputs, inputs) of E4M3 times a scale for all, a row, or a block.
+fp8 becomes floats: E4M3 weights (outputs, inputs) times one scale per matrix, row or block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -23,25 +23,27 @@ from mlx_stream.errors import ConfigError, WeightsError
 from mlx_stream.models.layout import layout_of
 
 FP8_SCALES = ("weight_scale_inv", "weight_scale")
-# Scales of activations and of the cache, which are floats here.
+# Scales of activations and of the cache, neither of which is quantized here.
 NOT_READ = ("activation_scale", "input_scale", "k_scale", "v_scale")
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble of each of eight outputs
-# All tensors of a matrix that are read; another one is unknown to the model, and refused.
+# Suffixes of the tensors that are read for a matrix; the model does not know any others and refuses
+# them.
 ENDS = ("weight", *FP8_SCALES, "qweight", "qzeros", "scales", "g_idx")
-# Numbers that are converted at a time.
+# How many numbers are converted at a time.
 CHUNK = 2**22
 GROUPS = QUANTIZATION_MODES["affine"][1]
 
 
 def in_mlx_bits(checkpoint: Checkpoint, dtype: mx.Dtype) -> Checkpoint:
-    """Return a checkpoint whose matrices are MLX's; one that is not of these tools as it is.
+    """Return a checkpoint with its matrices in MLX's format; other checkpoints are unchanged.
 
     Args:
-        dtype: of matrices that were fp8; the scales of others are float32, to be narrowed to it.
+        dtype: the dtype of matrices that were fp8; the scales of others are float32 for now and
+            are narrowed to this dtype later.
 
     Raises:
-        ConfigError: the format is one that is not supported.
-        WeightsError: tensors of a matrix are missing; when one is read, they do not fit.
+        ConfigError: the format is not supported.
+        WeightsError: tensors of a matrix are missing or (raised when reading it) inconsistent.
     """
     entry = checkpoint.config.get("quantization_config")
     if not isinstance(entry, Mapping):
@@ -72,11 +74,12 @@ Make = Callable[[], mx.array]
 
 
 class MadeTensors(MutableMapping[str, mx.array]):
-    """A checkpoint's tensors, each made when asked for; what it is made of is released with it.
+    """A checkpoint's tensors, each built on access; deleting one releases its sources.
 
     Args:
-        marks: a matrix of the other tool has a tensor whose name ends in one of these.
-        parts: its module path and its tensors, by the end of their names -> what is made of them.
+        marks: a matrix that was quantized has a tensor whose name ends in one of these.
+        parts: maps such a matrix's module path and its tensors, by the last part of their names,
+            to functions that build the new tensors.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ def same(tensor: mx.array) -> mx.array:
 def take(
     path: str, tensors: Tensors, end: str, dtypes: tuple[mx.Dtype, ...], dims: int
 ) -> mx.array:
-    """Return a tensor of a matrix, checked."""
+    """Return a tensor of a matrix after checking its dtype and dimensions."""
     tensor = tensors.get(end)
     if tensor is None:
         raise WeightsError(f"weights: tensor '{path}.{end}' is missing")
@@ -207,9 +210,9 @@ class Packing:
     """How the codes of a model are packed.
 
     Attributes:
-        awq: along the outputs and in AWQ's order, or else along the inputs.
-        group_size: inputs that share a scale; -1: all.
-        lowest: what is added to a stored zero.
+        awq: whether codes are packed along the outputs in AWQ's order, not along the inputs.
+        group_size: the number of inputs that share a scale; -1 means all of them.
+        lowest: the number to add to a stored zero point.
     """
 
     awq: bool
@@ -219,7 +222,7 @@ class Packing:
 
     @property
     def group(self) -> int:
-        """The group size in MLX: a larger one is divided, with the same scale."""
+        """The group size in MLX: larger groups are split into groups with the same scale."""
         return self.group_size if self.group_size in GROUPS else GROUPS[-1]
 
     def parts(self, path: str, tensors: Tensors) -> dict[str, Make]:
@@ -233,7 +236,7 @@ class Packing:
         }
 
     def shape(self, path: str, tensors: Tensors) -> tuple[int, int, int]:
-        """Return the inputs, outputs and groups of a matrix, checked."""
+        """Return the inputs, outputs and groups of a matrix after checking its tensors' shapes."""
         per = 32 // self.bits
         packed = take(path, tensors, "qweight", (mx.int32,), 2).shape
         inputs, outputs = (packed[0], packed[1] * per) if self.awq else (packed[0] * per, packed[1])
@@ -256,7 +259,7 @@ class Packing:
             plain = np.arange(inputs) // (inputs // groups)
             if order.shape != (inputs,) or not np.array_equal(np.array(order), plain):
                 raise WeightsError(
-                    f"weights: {path} has its inputs in another order (act-order, desc_act), which "
+                    f"weights: {path} has reordered inputs (act-order, desc_act), which "
                     "is not supported: use the model without it, or unquantized"
                 )
         words = np.array(tensors["qweight"], copy=False)
@@ -286,7 +289,7 @@ class Packing:
         return mx.repeat(biases, inputs // groups // self.group, 1)
 
     def unpack(self, words: np.ndarray) -> np.ndarray:
-        """Return the codes of (rows, words) int32: (rows, words * 32 / bits) uint8."""
+        """Unpack int32 words (rows, words) into uint8 codes (rows, words * 32 / bits)."""
         packed = np.ascontiguousarray(words).view(np.uint32)
         per, mask = 32 // self.bits, np.uint32(2**self.bits - 1)
         codes = np.empty((*packed.shape, per), np.uint8)

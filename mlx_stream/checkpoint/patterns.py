@@ -1,14 +1,14 @@
 """Bounds the cost of an untrusted regular expression before the library compiles it.
 
-The library's engine tries every way to match: without a bound a short pattern takes years. Here a
-pattern is accepted if reading a text with it takes time proportional to the text's length:
+The library's engine tries every way to match, so without a bound, a short pattern could take years.
+A pattern is accepted only if matching takes time proportional to the length of the text:
 
-- Nothing that can fail follows an unbounded repetition, in a branch as in a group: what was read is
-  then matched, and read once. `\\p{L}+`, `(?:a b*)+`, but not `a*b`.
-- A branch may break that rule if the next branch that keeps it surely takes what was read in vain:
-  `\\s*\\n|\\s+`, but not `\\s*\\n` alone.
-- Two kinds of published patterns break it all the same, reading a run of white space or digits
-  again from each of its characters. They are accepted where the length of runs can be limited.
+- In a branch or a group, nothing that can fail follows an unbounded repetition, so whatever was
+  read is matched, and is read only once: `\\p{L}+`, `(?:a b*)+`, but not `a*b`.
+- A branch may break that rule if the next branch that obeys it is sure to match what was read in
+  vain: `\\s*\\n|\\s+`, but not `\\s*\\n` alone.
+- Two kinds of published patterns break the rule anyway, rereading a run of whitespace or digits
+  from each of its characters. They are accepted where the length of runs can be limited.
 """
 
 import math
@@ -19,25 +19,26 @@ from dataclasses import dataclass
 MAX_REGEX = 4_000  # characters
 MAX_TIMES = 100
 MAX_DEPTH = 4
-# Steps for one character of a text, of 5 ns each.
+# Steps per character of a text; each takes 5 ns.
 MAX_COST = 1_000
-SLOW_COST = 400  # so that a file has at most two
+SLOW_COST = 400  # so that a file can have at most two
 
 ESCAPE = r"\\(?:[sSdDwWhHrntfvae]|[^A-Za-z0-9])"
-# One character; a class may hold another.
+# One character; a character class may contain another class.
 ATOM = re.compile(
     rf"\\[pPxu]\{{[^{{}}]*\}}|{ESCAPE}|\[(?:\\.|[^\[\]\\]|\[(?:\\.|[^\[\]\\])*\])*\]"
     r"|[^\\()\[\]{}*+?|^$]",
     re.DOTALL,
 )
-# No character, but a place.
+# Zero-width: anchors and word boundaries.
 PLACE = re.compile(r"\\[bBAzZ]|\^|\$")
 GROUP = re.compile(r"\((?:\?(?:i?:|>|[=!]))?")
 TIMES = re.compile(r"([*+?]|\{\d+(?:,\d*)?\}|\{,\d+\}|)((?<=[*+?}])\+|)")
-# Branches that match a whole run, or all but its end: where it ends, no more of it follows.
+# Branches that match a whole run, or all but its end, where the lookahead succeeds at once.
 WHOLE_RUN = re.compile(r"\\s\+\(\?!\\S\)|\(\?:\\r\?\\n\)\+\(\?!\\r\?\\n\)")
 DIGIT = r"(?:\\d|\\p\{Nd?\}|\[0-9\])"
-# `\s+$`, and digits in threes from the right: `\d{1,3}(?=(?:\d{3})*\b)`, `(?=(\d{3})+(?!\d))`.
+# `\s+$`, and digits grouped in threes from the right: `\d{1,3}(?=(?:\d{3})*\b)`,
+# `(?=(\d{3})+(?!\d))`.
 SLOW = re.compile(
     rf"\\s\+\+?\$"
     rf"|(?:{DIGIT}\{{1,3\}})?\(\?=\((?:\?:)?{DIGIT}\{{3\}}\)[*+](?:\\b|\$|\(\?!{DIGIT}\))\)"
@@ -49,11 +50,11 @@ class Item:
     """A part of a branch, and how often it may be repeated.
 
     Attributes:
-        text: as the pattern writes it, without the repetition.
-        required: whether a text may lack it, so that the branch fails there.
-        endless: whether it or something in it is repeated without a bound.
-        ways: in how many ways it can match a text; those of endless parts do not count.
-        length: the most characters that it reads, with one repetition of endless parts.
+        text: as written in the pattern, without the repetition.
+        required: whether the branch fails if the text does not contain it.
+        endless: whether it, or something in it, is repeated without bound.
+        ways: the number of ways it can match a text, not counting those of unbounded parts.
+        length: the maximum number of characters it reads, with one repetition of unbounded parts.
     """
 
     text: str
@@ -70,7 +71,7 @@ class Branch:
 
     @property
     def fails_late(self) -> bool:
-        """Whether something required follows an endless part."""
+        """Whether something required follows an unbounded part."""
         endless = [number for number, item in enumerate(self.items) if item.endless]
         late = endless and any(item.required for item in self.items[endless[0] + 1 :])
         return bool(late) and not WHOLE_RUN.fullmatch(self.text)
@@ -85,16 +86,16 @@ class Branch:
 
     @property
     def cost(self) -> int:
-        """The most steps for one character: what follows the last required part is tried once."""
+        """The maximum steps per character: what follows the last required part is tried once."""
         last = max((n for n, item in enumerate(self.items) if item.required), default=0)
         return math.prod(item.ways for item in self.items[:last]) * self.length
 
 
 def check_regex(pattern: object) -> int:
-    """Check a pattern, and return the most steps that it takes for one character of a text.
+    """Check a pattern and return the maximum number of steps it takes per character of a text.
 
     Raises:
-        ValueError: it could take more time than is proportional to a text, or is not supported.
+        ValueError: the pattern could take more than linear time, or is not supported.
     """
     if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_REGEX:
         raise ValueError(f"a pattern is not a text of 1 to {MAX_REGEX} characters")
@@ -110,7 +111,7 @@ def check_regex(pattern: object) -> int:
 
 
 def is_slow(pattern: object) -> bool:
-    """Return whether a step's pattern reads a run of white space or digits many times."""
+    """Return whether a step's pattern reads a run of whitespace or digits many times."""
     regex = pattern.get("Regex") if isinstance(pattern, Mapping) else None
     return isinstance(regex, str) and bool(SLOW.fullmatch(regex))
 
@@ -120,9 +121,10 @@ def refused(pattern: str, at: int) -> ValueError:
 
 
 def is_made_up_for(branch: Branch, later: Sequence[Branch]) -> bool:
-    """Return whether the next branch that does not fail late takes what this one read in vain.
+    """Return whether the next branch that does not fail late matches what this one read in vain.
 
-    It begins alike, with the same single characters repeated. Both then stop where these end.
+    It must begin in the same way, repeating the same single-character item, so that both branches
+    stop where that run ends.
     """
     count = next(number for number, item in enumerate(branch.items) if item.endless)
     run, rest = branch.items[count], Branch("", branch.items[count + 1 :])
@@ -171,7 +173,7 @@ def parse_item(pattern: str, begin: int, depth: int) -> tuple[Item, int]:
         raise refused(pattern, begin)
     times = TIMES.match(pattern, at)
     assert times
-    # `a{1,3}+` is a run of runs: it can be divided in many ways, unlike one of single characters.
+    # `a{1,3}+` is a run of runs: unlike a run of single characters, it can be divided in many ways.
     text = pattern[begin : times.end(1) if times[1].startswith("{") and times[2] else at]
     least, most = bounds(*times.groups())
     many = max(least, most or 0) > MAX_TIMES or (endless and least > 1)
@@ -189,9 +191,9 @@ def parse_item(pattern: str, begin: int, depth: int) -> tuple[Item, int]:
 
 
 def bounds(times: str, again: str) -> tuple[int, int | None]:
-    """Return the least and most repetitions; None is unbounded.
+    """Return the minimum and maximum number of repetitions; None means unbounded.
 
-    A plus behind `*`, `+` and `?` takes nothing back. Behind `{1,3}` it is one more repetition.
+    A plus after `*`, `+` or `?` makes it possessive. After `{1,3}`, it is a further repetition.
     """
     if not times.startswith("{"):
         return {"": (1, 1), "?": (0, 1), "*": (0, None), "+": (1, None)}[times]

@@ -16,7 +16,7 @@ from mlx_stream.checkpoint.json_files import exists_as_file, read_json, write_js
 from mlx_stream.errors import CheckpointError, WeightsError, one_line
 
 INDEX = "model.safetensors.index.json"
-# The order of preference where a folder has no index.
+# In order of preference, for a folder without an index.
 PATTERNS = ("model.safetensors", "model-*.safetensors", "weights*.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 SHARD_BYTES = 10**9  # the maximum size of a shard that we write
@@ -46,7 +46,7 @@ Declared = Mapping[str, tuple[str, list[int]]]
 
 
 def shard_names(path: Path) -> list[str]:
-    """Name the safetensors files of a folder: those of its index, or else those in it."""
+    """Return the names of a folder's safetensors files: those in its index, or else those found."""
     if exists_as_file(path / INDEX):
         return sorted(set(read_weight_map(path / INDEX).values()))
     for pattern in PATTERNS:
@@ -69,13 +69,13 @@ def explain_no_weights(names: Iterable[str]) -> str:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Read which shard holds which tensor; every shard must be a plain name in the same folder."""
+    """Read which shard holds which tensor; every shard must be a file name in the same folder."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: expected an object weight_map from tensors to files")
     for shard in table.values():
-        # Allow no path separator of any system and no drive, so the name cannot lead out of its
-        # folder.
+        # Allow no drive, and no path separator of any system, so that the name cannot lead out of
+        # its folder.
         plain = isinstance(shard, str) and not any(c in shard for c in "/\\:\0")
         if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
@@ -129,7 +129,7 @@ def check_opened(path: Path, declared: Declared, arrays: Mapping[str, mx.array])
 
 def check_shard(path: Path) -> Declared:
     """Check header, offsets and size of a safetensors file; return what it declares."""
-    damaged = f"{path}: damaged or truncated, fetch it again"
+    damaged = f"{path}: damaged or truncated; fetch it again"
     try:
         with path.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
@@ -138,7 +138,7 @@ def check_shard(path: Path) -> Declared:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             declared = {n: (str(s.get_dtype()), list(s.get_shape())) for n, s in slices.items()}
-    # MemoryError: it claims to be larger than what can be mapped.
+    # MemoryError: it claims to be larger than can be mapped.
     except (SafetensorError, OSError, MemoryError) as error:
         raise CheckpointError(f"{damaged} ({one_line(error)})") from error
     check_declared(declared, str(path))
@@ -146,10 +146,10 @@ def check_shard(path: Path) -> Declared:
 
 
 def check_declared(declared: Mapping[str, tuple[str, list[int]]], where: str) -> None:
-    """Refuse dtypes and shapes that MLX cannot hold.
+    """Reject dtypes and shapes that MLX cannot represent.
 
     Raises:
-        WeightsError: there is one.
+        WeightsError: a tensor has such a dtype or shape.
     """
     for name, (dtype, shape) in declared.items():
         if dtype not in DTYPES:
@@ -167,7 +167,7 @@ def check_declared(declared: Mapping[str, tuple[str, list[int]]], where: str) ->
 
 @dataclass
 class Shards:
-    """What was written: the files, the bytes of all tensors, and those in the largest file."""
+    """What was written: how many files, and the tensor bytes in all files and in the largest."""
 
     count: int = 0
     tensor_bytes: int = 0
@@ -179,8 +179,8 @@ def write_shards(
 ) -> Shards:
     """Write tensors in order as `model.safetensors`, or as numbered shards, and an index.
 
-    A shard has at most `limit` bytes of tensors, or one tensor; it is released before the next
-    tensor is asked for.
+    A shard holds at most `limit` bytes of tensors, or a single tensor; it is released before the
+    next tensor is requested.
     """
     written = Shards()
     placed: dict[str, int] = {}
@@ -205,7 +205,7 @@ def write_shards(
 
 
 def write_shard(shard: dict[str, mx.array], folder: Path, written: Shards) -> None:
-    """Write one shard under a temporary name, check it, and empty it."""
+    """Write one shard to a temporary file, check the file, and clear the shard."""
     path, size = temporary(folder, written.count), bytes_of(shard)
     mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
     shard.clear()

@@ -39,13 +39,13 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_tensors(tensors: Mapping[str, T]) -> dict[str, T]:
-    """Return the tensors of the text model by the names they have without the wrapper."""
+    """Return the tensors of the text model, by their names without the wrapper."""
     named = ((text_name(name), tensor) for name, tensor in tensors.items())
     return {name: tensor for name, tensor in named if name is not None}
 
 
 def text_name(name: str) -> str | None:
-    """Return a tensor's or module's name without the wrapper; None for one of another part."""
+    """Return a tensor's or module's name without the wrapper; None if it is in another part."""
     if name.removeprefix("model.").startswith(OTHER_PARTS):
         return None
     if name.startswith("model.language_model."):

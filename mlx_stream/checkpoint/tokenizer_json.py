@@ -1,9 +1,9 @@
 """Checks an untrusted tokenizer.json before the library reads it; encodes no text.
 
-The library obeys the file: it would rewrite a text until memory runs out, try a regular expression
+The library obeys the file: it would rewrite a text until memory runs out, run a regular expression
 for years, or add a template's tokens a million times. Some faults abort the process in Rust, where
-no `except` helps. So only the steps of language models' tokenizers are accepted, with bounds.
-Format: `tokenizers`' serialization.
+no `except` helps. Therefore only the steps that language models' tokenizers use are accepted,
+within limits. Format: `tokenizers`' serialization.
 """
 
 import base64
@@ -15,16 +15,16 @@ from typing import Any
 from mlx_stream.checkpoint.patterns import MAX_COST, SLOW_COST, check_regex, is_slow
 from mlx_stream.errors import TokenizerError
 
-# Lists, objects and what is in them: the largest vocabularies have two million with their merges.
+# Lists, objects and their items; the largest vocabularies and their merges have two million.
 MAX_NODES = 4_000_000
 MAX_STEPS = 32
 MAX_DEPTH = 4
 MAX_ADDED_TOKENS = 100_000
 MAX_ADDED = 1_000_000  # characters of all added tokens: the library takes 100 bytes for each
 MAX_TOKEN = 2_000  # characters
-MAX_AFFIX = 64  # characters of what is put before, after or between
+MAX_AFFIX = 64  # characters of a prefix, suffix or separator
 MAX_TEMPLATE = 64
-# How many times longer a text may become before it is split.
+# The most that normalization may multiply a text's length.
 MAX_EXPANSION = 64
 
 Step = Mapping[str, Any]
@@ -33,12 +33,12 @@ Step = Mapping[str, Any]
 def check_tokenizer(text: str) -> bool:
     """Check the text of a tokenizer.json.
 
-    Returns whether a pattern is slow on long runs of white space or digits.
+    Returns whether a pattern is slow on long runs of whitespace or digits.
 
     Raises:
-        TokenizerError: it is not JSON, or a step is unknown, malformed or unbounded.
+        TokenizerError: the text is not JSON, or a step is unknown, malformed or unbounded.
     """
-    # Counted before parsing, which takes many times the text's memory.
+    # Count before parsing, which takes many times the memory of the text itself.
     if sum(map(text.count, "[{,")) > MAX_NODES:
         raise refusal(f"more than {MAX_NODES} lists, objects and items")
     try:
@@ -75,7 +75,7 @@ def refusal(what: str) -> TokenizerError:
 
 
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an object with a key given twice: two parsers may take one each."""
+    """Refuse an object with a duplicate key: two parsers may use different values."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key is given twice")
@@ -100,7 +100,7 @@ POST_PROCESSORS = {"ByteLevel", "TemplateProcessing", "BertProcessing", "Roberta
 
 
 def steps_of(value: Step, key: str, parts: str, known: set[str]) -> list[Step]:
-    """Return the steps of one stage, flattened, all of known types."""
+    """Return the steps of one stage, flattened, after checking that their types are known."""
     found: list[Step] = []
 
     def add(step: Any, depth: int) -> None:
@@ -123,7 +123,7 @@ def steps_of(value: Step, key: str, parts: str, known: set[str]) -> list[Step]:
 
 
 def growth_of(step: Step) -> float:
-    """Return the most by which a normalizer can multiply a text's length."""
+    """Return the largest factor by which a normalizer can multiply a text's length."""
     if step["type"] == "ByteLevel":
         return 2.0
     if step["type"] == "Precompiled":
@@ -144,7 +144,7 @@ def longest_replacement(charsmap: Any) -> int:
     """Return the length in bytes of the longest text in SentencePiece's table.
 
     The table holds the size of the trie, the trie, and texts separated by NUL. In Unicode's table,
-    the longest text replaces a character of three bytes.
+    the longest text replaces a three-byte character.
     """
     try:
         table = base64.b64decode(charsmap or "", validate=True)
@@ -165,7 +165,7 @@ def check_affixes(step: Step, *keys: str) -> None:
 
 
 def cost_of(step: Step) -> int:
-    """Return the most steps that a pattern takes for one character of a text."""
+    """Return the maximum number of steps that a pattern takes per character of text."""
     pattern = step.get("pattern")
     if not isinstance(pattern, Mapping) or "Regex" not in pattern:
         return 0
@@ -189,9 +189,9 @@ def check_added_tokens(tokens: Any) -> None:
 
 
 def check_template(step: Step) -> None:
-    """Check that a template has each text once and adds few tokens, all declared.
+    """Check that a template contains each text once and adds only a few tokens, all declared.
 
-    The library does not check that tokens, and the second text of a pair, exist.
+    The library does not check that the tokens and the second text of a pair exist.
     """
     tokens = step.get("special_tokens")
     tokens = tokens if isinstance(tokens, Mapping) else {}
@@ -213,7 +213,7 @@ def check_template(step: Step) -> None:
 
 
 def added_by(token: Any) -> bool:
-    """Return whether a template's special token is well-formed: a few ids, each with a text."""
+    """Return whether a template's special token is well-formed: a few ids, each with its text."""
     ids, texts = (token.get(k) if isinstance(token, Mapping) else None for k in ("ids", "tokens"))
     if not isinstance(ids, list) or not isinstance(texts, list):
         return False
@@ -228,7 +228,7 @@ def check_model(model: Any) -> None:
     if kind not in ("BPE", "Unigram", "WordLevel"):
         raise refusal(f"model: {kind!r} is not supported (supported: BPE, Unigram, WordLevel)")
     if model.get("dropout"):
-        raise refusal("model: dropout is not supported: it makes encoding a text random")
+        raise refusal("model: dropout is not supported: it makes encoding random")
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if len(str(model.get(key) or "")) > MAX_AFFIX:
             raise refusal(f"model: {key} is longer than {MAX_AFFIX}")
@@ -243,7 +243,7 @@ def check_model(model: Any) -> None:
 
 
 def check_merges(model: Step) -> None:
-    """Check that a merge's second part has the prefix, which the library cuts off unchecked."""
+    """Check that a merge's second part has the prefix, which the library removes unchecked."""
     prefix = model.get("continuing_subword_prefix")
     for merge in (model.get("merges") or ()) if prefix else ():
         parts = merge.split(" ") if isinstance(merge, str) else merge

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a folder that appears complete or not at all; knows files, not modules."""
+"""Writes a checkpoint as a folder that appears complete or not at all; independent of modules."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from mlx_stream.checkpoint.shards import Shards, write_shards
 from mlx_stream.errors import CheckpointError, MlxStreamError, ValueRefused, one_line
 from mlx_stream.program.atomic_replace import flush, partial_folder, replace_folder
 
-# Says how a model was made and what that cost; a folder that has it may be replaced.
+# Says how a model was converted and at what cost; a folder that contains it may be replaced.
 CONVERSION = "conversion.json"
 WRITTEN = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|conversion)\.json"
@@ -29,11 +29,11 @@ def write_folder(
     about: Callable[[Shards], dict[str, Any]] | None = None,
     replace: bool = False,
 ) -> Shards | None:
-    """Write a checkpoint in mlx-lm's layout to the folder `out`, which appears in one rename.
+    """Write a checkpoint in mlx-lm's layout to the folder `out`, created by a single rename.
 
     Args:
-        tensors: to be written instead of the checkpoint's own, by name; each is asked for once,
-            when those before it are released.
+        tensors: names and tensors to write instead of the checkpoint's own; each is requested
+            once, after those before it have been released.
         about: returns the content of `conversion.json`, which makes the folder replaceable.
         replace: replace such a folder.
 
@@ -41,7 +41,7 @@ def write_folder(
         What was written, or None if another process wrote `out` first: its folder is kept.
 
     Raises:
-        CheckpointError: it could not be written; nothing is left behind.
+        CheckpointError: the folder could not be written; nothing is left behind.
     """
     out = out.absolute()
     if tensors is None:
@@ -56,7 +56,7 @@ def write_folder(
             for path in (*partial.iterdir(), partial):
                 flush(path)
             return written if move_into_place(partial, out, replace) else None
-    # mx.save_safetensors raises RuntimeError for a full disk; json the others.
+    # mx.save_safetensors raises RuntimeError for a full disk; json raises the others.
     except (OSError, RuntimeError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, MlxStreamError):
             raise
@@ -91,10 +91,10 @@ def move_into_place(partial: Path, out: Path, replace: bool) -> bool:
 
 
 def replace_json(value: dict[str, Any], path: Path) -> None:
-    """Replace a JSON file of a finished folder in one rename.
+    """Replace a JSON file in a finished folder with a single rename.
 
     Raises:
-        CheckpointError: it could not be written; the old file stays.
+        CheckpointError: the file could not be written; the old one is kept.
     """
     folder = path.absolute().parent
     try:
@@ -114,20 +114,20 @@ def refuse_taken(out: Path, replace: bool) -> None:
     """Refuse a path for a new folder if something is there that may not be replaced.
 
     Raises:
-        ValueRefused: it may not be written there.
+        ValueRefused: the folder may not be written there.
     """
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
-        raise ValueRefused(f"{out}: is a {'link' if out.is_symlink() else 'file'}: give a folder")
+        raise ValueRefused(f"{out}: is a {'link' if out.is_symlink() else 'file'}: use a folder")
     if is_empty(out):
         return
     if not replace:
-        raise ValueRefused(f"{out}: exists: give another folder, or --force to replace it")
+        raise ValueRefused(f"{out}: already exists: use another folder, or --force to replace it")
     if not is_converted(out):
         raise ValueRefused(
             f"{out}: not written by `mlx_stream convert`, or it contains other files; it will not "
-            "be replaced: give another folder"
+            "be replaced: use another folder"
         )
 
 

@@ -1,11 +1,10 @@
 """The command line: one short file per verb; holds no arithmetic.
 
 A verb's file is imported only when that verb is used, so no verb waits for the others' options.
-Programs that are installed with the package are verbs, too; they are found by entry points.
+Programs that are installed with the package are verbs, too; they are found through entry points.
 """
 
 from importlib import import_module
-from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from mlx_stream.program.exits import fail, notify
+from mlx_stream.program.help import HelpContext, with_help
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -36,7 +36,7 @@ VERBS = {
     "rm": "Remove a model from this machine.",
     "eval": "Run the paper's experiments on your model, text and machine.",
     "config": "Show or change the config file: defaults for new conversations.",
-    "sessions": "List, show, export, remove or verify saved conversations.",
+    "sessions": "List, show, export, remove, search or verify saved conversations.",
 }
 # The same for the known programs that may be installed with the package.
 PROGRAMS = {
@@ -52,24 +52,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class HelpFormatter(typer.Context.formatter_class):
-    """Writes help that fits narrow terminals, too: options stand above what they do."""
-
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__(width=max(20, min(80, get_terminal_size().columns) - 2))
-
-    def write_dl(self, rows: Any, col_max: int = 30, col_spacing: int = 2) -> None:
-        super().write_dl(rows, min(col_max, self.width // 3), col_spacing)
-
-
-class HelpContext(typer.Context):
-    """The context of every command."""
-
-    formatter_class = HelpFormatter
-
-
 class Verbs(TyperGroup):
-    """The group of all verbs, each imported when it is to be run."""
+    """The group of all verbs, each imported only when it is needed."""
 
     context_class = HelpContext
 
@@ -103,16 +87,8 @@ def command(name: str) -> Any:
     return with_help(get_command(group))
 
 
-def with_help(command: Any) -> Any:
-    """Let a command and its subcommands format their help in the same way."""
-    command.context_class = HelpContext
-    for part in getattr(command, "commands", {}).values():
-        with_help(part)
-    return command
-
-
 def installed_programs() -> "dict[str, EntryPoint]":
-    """Return the programs that are installed with the package, by the names of their verbs."""
+    """Return the programs that are installed with the package, keyed by verb name."""
     from importlib.metadata import entry_points
 
     found = sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name)
@@ -121,15 +97,15 @@ def installed_programs() -> "dict[str, EntryPoint]":
 
 def program_command(program: "EntryPoint") -> Any:
     """Build a verb that passes all its arguments on to a program."""
+    from importlib.metadata import metadata
 
     def run_program(context: typer.Context) -> None:
         try:
             main = program.load()
         except ModuleNotFoundError as error:
-            fail(
-                f"{program.name} needs {error.name}, which is not installed: "
-                f"pip install 'mlx_stream[{program.name}]'"
-            )
+            extra = program.name in (metadata("mlx_stream").get_all("Provides-Extra") or [])
+            how = f": pip install 'mlx_stream[{program.name}]'" if extra else ""
+            fail(f"{program.name} needs {error.name}, which is not installed{how}")
         main(context.args, f"mlx_stream {program.name}")
 
     group = typer.Typer(**SETTINGS)
@@ -146,7 +122,7 @@ def program_command(program: "EntryPoint") -> Any:
 app = typer.Typer(
     name="mlx_stream",
     cls=Verbs,
-    help="Run large language models on an endless stream, in memory that never grows.",
+    help="Run large language models on an endless stream, in constant memory.",
     no_args_is_help=True,
     **{**SETTINGS, "add_completion": True},
 )
@@ -174,6 +150,6 @@ def main() -> None:
     """Run the command line."""
     try:
         app()
-    except KeyboardInterrupt:  # it came before the verb began
+    except KeyboardInterrupt:  # it came before the verb started
         notify("interrupted")
         raise SystemExit(130) from None

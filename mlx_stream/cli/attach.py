@@ -1,4 +1,4 @@
-"""Puts text files into a question that names them: `Summarize @notes.txt`; knows no model."""
+"""Attaches text files to a question that names them, such as `Summarize @notes.txt`."""
 
 import re
 from collections.abc import Callable
@@ -11,17 +11,23 @@ from mlx_stream.errors import TextError
 NAMED_FILE = re.compile(r'(?<!\S)@(?:"([^"\n]+)"|(\S*[^\s.,;:!?]))')
 
 
-def attach_files(question: str, notify: Callable[[str], None]) -> str:
-    """Return a question with the text of each file that it names; say how long each is.
+# Text that is meant as a path even if no such file exists: ./x, notes.txt, but not someone's name.
+LIKE_PATH = re.compile(r".*[^/]/.*|.*/[^/].*|.*\.[a-zA-Z]\w{0,4}")
 
-    What is not the name of a file stays as it is.
+
+def attach_files(question: str, notify: Callable[[str], None]) -> str:
+    """Return a question with the text of each file that it names; report how long each is.
+
+    Anything that is not the name of a file is left unchanged, with a notice if it looks like one.
 
     Raises:
         TextError: a file cannot be read, is not text, or is empty.
     """
     parts, done = [question], set[Path]()
     for found in NAMED_FILE.finditer(question):
-        path = path_of(found[1] or found[2])
+        path = path_of(name := found[1] or found[2])
+        if path is None and (found[1] or LIKE_PATH.fullmatch(name)):
+            notify(f"there is no file {name}: the question is sent as it is")
         if path and path not in done:
             done.add(path)
             parts.append(f"{path.name}:\n\n{text_of(path, notify)}")
@@ -48,7 +54,7 @@ def naming(argument: str) -> str:
     """Return the beginning of a question about a file.
 
     Raises:
-        TextError: there is no such file.
+        TextError: the file does not exist.
     """
     name = argument.strip("'\"")
     if not path_of(name):

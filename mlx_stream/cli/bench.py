@@ -1,11 +1,11 @@
-"""`mlx_stream bench`: speed compared with mlx-lm's, in one process, step by step in turn."""
+"""`mlx_stream bench`: compares speed with mlx-lm in one process, with alternating steps."""
 
 from typing import Annotated
 
 from typer import Option
 
 from mlx_stream.cli import options
-from mlx_stream.cli.report import print_json, print_rows
+from mlx_stream.cli.report import print_json, print_rows, print_text
 from mlx_stream.program.exits import notify
 
 TIMES = (
@@ -62,7 +62,7 @@ def bench(
     window: Annotated[
         list[int] | None,
         Option(
-            help="Number of latest tokens to attend to; repeatable. Default: 512, 1,024 and 4,096."
+            help="Number of recent tokens to attend to; repeatable. Default: 512, 1,024 and 4,096."
         ),
     ] = None,
     pairs: Annotated[
@@ -82,7 +82,7 @@ def bench(
     streams: Annotated[
         str | None,
         Option(
-            help="Measure this many concurrent streams instead, as numbers separated by commas, "
+            help="Numbers of concurrent streams to measure instead, separated by commas, "
             "such as 1,2,4,8. Uses the first window."
         ),
     ] = None,
@@ -117,7 +117,9 @@ def bench(
         if json:
             print_json({**about, "streams": rows, "machine": backend.describe()})
             return
-        print("time for one token of each stream: in a shared step, in turn, in mlx-lm's batch")
+        print_text(
+            "time for one token of each stream: in a shared step, in turn, in mlx-lm's batch"
+        )
         medians = {one: f"{one}_ms" for one in ("shared", "in_turn", "mlx_lm")}
         shown = [{**row, **{one: row[name][1] for one, name in medians.items()}} for row in rows]
         print_rows(shown, STREAMS)
@@ -146,7 +148,7 @@ def bench(
     ]
     print_rows(times, TIMES)
     proxy = "" if backend.on_metal() else " (a proxy: the CPU backend expands what Metal fuses)"
-    print(f"\nPython time to build a decode step's graph, and the graph's nodes{proxy}")
+    print_text(f"\nPython time to build a decode step's graph, and the graph's nodes{proxy}")
     built = [(one, result["python"]) for one, result in found]
     medians = ("ours", "ours_ms"), ("theirs", "mlx_lm_ms")
     print_rows(
@@ -154,15 +156,15 @@ def bench(
     )
     read = results["read"]
     rate = f"{read['bytes_per_second'] / 1e9:.1f} GB/s here ({read['operation']})"
-    print(f"\nbytes that a decode step must read; memory is read at {rate}")
+    print_text(f"\nbytes that a decode step must read; memory is read at {rate}")
     ours = {one: result["decode"]["ours_ms"][1] for one, result in found}
     print_rows([{"window": w, "ours": ours[w], **result["bytes"]} for w, result in found], BYTES)
     if prefill is not None:
-        print(f"\na text of {prefill:,} tokens, read from the beginning, tokens/s")
+        print_text(f"\na text of {prefill:,} tokens, read from the beginning, tokens/s")
         best = [{**one, "label": "the best of each"} for one in results["prefill_best"]]
         print_rows([*({**one, "label": ""} for one in results["prefill"]), *best], PREFILL)
 
 
 def numbers(text: str) -> list[int]:
-    """Return the whole numbers in a text like "1,2,4"; 0 for a part that is none."""
+    """Return the whole numbers in a text like "1,2,4"; 0 for a part that is not a whole number."""
     return [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]

@@ -22,9 +22,9 @@ from mlx_stream.program.terminal import terminal_size
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
 
-# What a conversation on a terminal needs and takes long to import.
+# Modules that a conversation on a terminal needs and that are slow to import.
 SLOW_MODULES = "prompt_toolkit", "rich.progress", "mlx_stream.cli.markdown_printer"
-# Lines of a pipe, each of which is answered, before a notice says so.
+# How many lines of a pipe are answered before a notice says that each is a turn.
 LINES_WITHOUT_NOTICE = 20
 EXCHANGES_SHOWN_AGAIN = 2
 
@@ -58,7 +58,7 @@ def chat(
     ] = None,
     lines: Annotated[
         bool,
-        Option("--lines", help="Treat each line of standard input as a turn; print no notice."),
+        Option("--lines", help="Treat each line of standard input as a turn; omit the notice."),
     ] = False,
     session: Annotated[
         str | None,
@@ -96,16 +96,16 @@ def chat(
 
     Memory does not grow. Ctrl-C ends a reply, Ctrl-D ends the conversation, and /help lists
     commands. When standard input is not a terminal, each of its lines is a turn, and Ctrl-C ends
-    the conversation. @FILE in a question stands for a text file.
+    the conversation. @FILE in a question inserts a text file.
     """
     if lines and prompt is not None:
-        raise ValueRefused("--lines and -p exclude each other: use one of them")
+        raise ValueRefused("--lines and -p cannot be used together")
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not lines and prompt is None
     if interactive and (model, session, latest) == (None, None, False):
         from mlx_stream.cli.first_model import choose_model
 
         model = choose_model(ask_line)
-    # On a terminal a question typed ahead is kept, and Ctrl-C ends only the reply.
+    # On a terminal, a question typed ahead is kept, and Ctrl-C ends only the reply.
     signals = ENDING if interactive else (*ENDING, signal.SIGINT)
     with (
         keys_wait() if interactive else nullcontext(),
@@ -117,7 +117,7 @@ def chat(
 
         if latest:
             if session is not None:
-                raise ValueRefused("--continue and --session exclude each other: use one of them")
+                raise ValueRefused("--continue and --session cannot be used together")
             session = summaries.latest_session()
             if session is None:
                 raise SessionError("there is no saved session: start one with --session NAME")
@@ -134,7 +134,7 @@ def chat(
         screen = Screen(check_ended, thinking.hide_thinking, plain)
         if interactive:
             notify(f"loading {source}")
-            # Imported while the weights are read: MLX does that without Python's lock.
+            # Imported while the weights are read, which MLX does without holding the GIL.
             Thread(target=lambda: [import_module(name) for name in SLOW_MODULES]).start()
         loaded = loading.load(source)
         chosen = resume.SessionOptions(
@@ -150,7 +150,7 @@ def chat(
             draft=loading.load(reply.draft) if reply.draft else None,
             think=thinking.think,
             reasoning_effort=thinking.reasoning_effort,
-            recall_tokens=(recall or 0) if session is None else recall,
+            recall_tokens=recall,
         )
         if session is None:
             talk = resume.new_chat(loaded, chosen, screen.notify)
@@ -169,7 +169,7 @@ def chat(
 
 
 def question_of(prompt: str) -> str:
-    """Return the question of `-p` with the files it names and with standard input."""
+    """Return the question given with `-p`, plus the files it names and standard input."""
     from mlx_stream.cli.attach import attach_files
     from mlx_stream.cli.stdin import read_stdin
 
@@ -185,7 +185,7 @@ def ask(chat: "ChatSession", screen: Screen, question: str, stoppable: bool = Fa
 
 
 def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> None:
-    """Ask for lines on the terminal until Ctrl-D."""
+    """Prompt for lines on the terminal until Ctrl-D."""
     from mlx_stream.chat import session_files
     from mlx_stream.chat.saving import saved_as
     from mlx_stream.cli import commands
@@ -211,7 +211,7 @@ def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: boo
 
     notify(describe_model(chat.model))
     notify(describe_window(chat.stats))
-    notify("Ctrl-C ends a reply, Ctrl-D leaves, /help lists commands")
+    notify("Ctrl-C ends a reply, Ctrl-D exits, /help lists commands")
     saved = saved_as(chat)
     if saved and chat.exchanges:
         show_end(chat, screen)
@@ -250,7 +250,7 @@ def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: boo
 
 
 def show_end(chat: "ChatSession", screen: Screen) -> None:
-    """Show the end of a conversation that is continued."""
+    """Show the end of a conversation that is being continued."""
     from mlx_stream.cli.prompt import PROMPT
 
     for exchange in chat.exchanges[-EXCHANGES_SHOWN_AGAIN:]:
@@ -259,12 +259,12 @@ def show_end(chat: "ChatSession", screen: Screen) -> None:
 
 
 def run_batch(chat: "ChatSession", screen: Screen, stats: bool, lines: bool) -> None:
-    """Read each line of standard input that is not blank as a turn."""
+    """Treat each line of standard input that is not blank as a turn."""
     from mlx_stream.cli.report import print_stats
 
     for number, line in enumerate(lines_of_stdin(), 1):
         if number == LINES_WITHOUT_NOTICE + 1 and not lines:
-            notify("each line of standard input is a turn; -p TEXT asks one question about all")
+            notify("each line of standard input is a turn; -p TEXT asks one question about it")
         turn = decode_utf8(line, f"standard input, line {number}").strip()
         if turn:
             ask(chat, screen, turn)

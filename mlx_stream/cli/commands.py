@@ -1,7 +1,7 @@
-"""Runs the lines that begin with a slash on a conversation; independent of terminals and files.
+"""Runs slash commands on a conversation; independent of terminals and files.
 
-`parse` tells a command from a question, and `run` carries a command out. A command that is refused
-has changed nothing.
+`parse` distinguishes a command from a question, and `run` executes it. A refused command changes
+nothing.
 """
 
 from collections.abc import Callable, Generator
@@ -31,9 +31,9 @@ class CommandOutcome:
     """What to do after a command.
 
     Attributes:
-        text: what to show; control characters are escaped.
-        pieces: a reply to print and close. The caller handles errors while it is read.
-        prefill: what the next prompt begins with.
+        text: the text to show, with control characters escaped.
+        pieces: a reply to print and close. The caller handles errors raised while reading it.
+        prefill: the text that the next prompt starts with.
     """
 
     text: str = ""
@@ -44,7 +44,7 @@ class CommandOutcome:
 
 @dataclass(frozen=True)
 class Call:
-    """A line that begins with a slash; the command need not exist."""
+    """A line that starts with a slash; the command need not exist."""
 
     name: str
     argument: str = ""
@@ -52,9 +52,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Command:
-    """A command. `argument` is shown in its usage: "" takes none, [..] is optional.
+    """A command. `argument` is shown in its usage: "" if it takes none, [..] if it is optional.
 
-    `run` returns a text to show, or a whole outcome.
+    `run` returns either the text to show or a complete outcome.
     """
 
     argument: str
@@ -63,7 +63,7 @@ class Command:
 
 
 def parse(line: str) -> Call | str:
-    """Return a command's call, or else the question; //text is the question /text."""
+    """Return a command call if the line is one, else the question; //text is the question /text."""
     if line.startswith("//"):
         return line[1:]
     if not line.startswith("/"):
@@ -73,7 +73,7 @@ def parse(line: str) -> Call | str:
 
 
 def run(call: Call, chat: "ChatSession", progress: Progress = None) -> CommandOutcome:
-    """Carry a command out; `progress` is called while something is read."""
+    """Execute a command; `progress` is called while tokens are read."""
     try:
         outcome = command_of(call).run(chat, call.argument, progress)
     except MlxStreamError as error:
@@ -82,11 +82,11 @@ def run(call: Call, chat: "ChatSession", progress: Progress = None) -> CommandOu
 
 
 def command_of(call: Call) -> Command:
-    """Look up a command, and check that its argument is given or left out as it should be."""
+    """Look up a command, and check that its argument is present or absent as required."""
     command = COMMANDS.get(call.name)
     if command is None:
         raise ValueRefused(
-            f"Unknown command {shorten_line(call.name)!r}. Try /help; // at the beginning sends a "
+            f"Unknown command {shorten_line(call.name)!r}. Try /help; start with // to ask a "
             "question that begins with /."
         )
     if call.argument and not command.argument:
@@ -99,14 +99,14 @@ def command_of(call: Call) -> Command:
 
 
 def completions() -> dict[str, str]:
-    """Return the commands that a prompt completes, and what each does."""
+    """Return the commands that a prompt can complete, with a description of each."""
     return {name: command.help for name, command in COMMANDS.items()}
 
 
 def status(stats: "Stats", name: str | None = None, width: int = 200) -> str:
     """Return the status bar's text: "1,012/2,052 attended · 3,400 evicted · 2 recalled · …".
 
-    The parts that do not fit the width are left out.
+    Parts that do not fit the width are left out.
     """
     parts = [
         f"{stats.attended:,}/{stats.sinks + stats.window:,} attended",
@@ -127,6 +127,7 @@ def status(stats: "Stats", name: str | None = None, width: int = 200) -> str:
 def show_help(chat: "ChatSession", argument: str, progress: Progress) -> str:
     usages = {f"{name} {command.argument}": command.help for name, command in COMMANDS.items()}
     usages["//TEXT"] = "send a question that begins with /"
+    usages["@FILE"] = "in a question, adds a text file; if there is none, it is sent"
     width = max(map(len, usages))
     return "\n".join(f"{usage:<{width}}  {text}" for usage, text in usages.items())
 
@@ -153,7 +154,7 @@ def edit(chat: "ChatSession", argument: str, progress: Progress) -> CommandOutco
     question = chat.unanswered or "".join(e.question for e in chat.exchanges[-1:])
     if not question:
         raise ValueRefused("there is nothing to edit: no question has been asked yet")
-    # The line itself says that it replaces a question: if it is dropped, nothing has changed.
+    # The prefilled line is itself an edit command, so discarding it changes nothing.
     return CommandOutcome(prefill=f"/edit {question}")
 
 
@@ -180,7 +181,9 @@ def save(chat: "ChatSession", argument: str, progress: Progress) -> str:
     saved = saved_as(chat)
     if not saved and not argument:
         raise ValueRefused("this conversation has no name yet: give it one with /save NAME")
-    saved = saved or SavedSession.create(chat, argument)
+    if not saved:
+        saved = SavedSession.create(chat, argument)
+        saved.start_recall()
     if argument not in ("", saved.name):
         raise ValueRefused(f"it is saved as {saved.name!r}; /export writes a copy")
     saved.flush()
@@ -237,18 +240,18 @@ COMMANDS = {
     "/undo": Command("", "remove the last question and its reply", undo),
     "/edit": Command("[TEXT]", "change the last question and ask it again", edit),
     "/stats": Command("", "show tokens attended and evicted, speed and memory", stats),
-    "/window": Command("[N]", "show how many tokens are attended to, or change it", window),
+    "/window": Command("[N]", "show or change how many tokens are attended to", window),
     "/save": Command("[NAME]", "save the conversation now", save),
     "/sessions": Command("", "list the saved conversations", views.sessions),
     "/history": Command("", "list the questions of this conversation", views.history),
     "/show": Command("[N]", "show exchange N again, or the last one", views.show),
     "/model": Command("", "show which model this is, and its size", views.model),
-    "/temp": Command("[T]", "show the temperature, or change it", views.temp),
+    "/temp": Command("[T]", "show the temperature, from 0 to 5, or change it", views.temp),
     "/file": Command("FILE", "ask about a text file, as @FILE in a question does", file),
     "/export": Command("FILE", "write the conversation to a .md or .json file", export),
     "/clear": Command("", "remove the whole conversation from attention", clear),
     "/pin": Command("TEXT", "add a line to the system prompt, which is never evicted", pin),
     "/recall": Command("[TEXT]", "show quotations, or search evicted exchanges", show_recalled),
-    "/forget": Command("N", "delete exchange N, which has left the window", forget),
-    "/quit": Command("", "leave, as Ctrl-D does", leave),
+    "/forget": Command("N", "delete exchange N if it has left the window", forget),
+    "/quit": Command("", "exit, as Ctrl-D does", leave),
 }

@@ -1,4 +1,4 @@
-"""`mlx_stream config`: the config file: where it is, what it says, and changing it."""
+"""`mlx_stream config`: shows where the config file is and what it contains, and changes it."""
 
 from typing import Annotated
 

@@ -8,12 +8,11 @@
     [prompts]
     pirate = "You are a pirate."
 
-A value comes from an option, else from the environment (MLX_STREAM_MODEL and so on), else from the
-file.
+A value comes from an option, or else from the environment (MLX_STREAM_MODEL and so on), or else
+from the file.
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -34,12 +33,12 @@ KINDS: dict[str, type] = {
     "system": str,
     "temperature": float,
 }
-WORDS = {str: "a text", int: "a whole number, 1 or more", float: "a number, 0 or more"}
+WORDS = {str: "a text", int: "a whole number, 1 or more", float: "a number from 0 to 5"}
 KEYS = f"{', '.join(KINDS)} and prompts.NAME"
 
 
 def config_path() -> Path:
-    """Return where the config file is; it need not exist."""
+    """Return the path of the config file, which need not exist."""
     return user_folder("config.toml", platformdirs.user_config_dir("mlx_stream"), "config.toml")
 
 
@@ -79,13 +78,13 @@ def read_config() -> dict[str, Any]:
     """Return the values of the config file by key; a named prompt's key is `prompts.NAME`.
 
     Raises:
-        ValueRefused: the file cannot be read, or has an unknown key or a value of a wrong type.
+        ValueRefused: the file cannot be read, or has an unknown key or a value of the wrong type.
     """
     return parse_config(read_text(), config_path())
 
 
 def set_value(key: str, text: str) -> None:
-    """Change a value of the config file; its comments and other values stay.
+    """Change a value in the config file; its comments and other values are kept.
 
     Raises:
         ValueRefused: the key or the value is wrong, or the file cannot be written.
@@ -94,7 +93,7 @@ def set_value(key: str, text: str) -> None:
     wanted, after = {**parse_config(before, path), key: value}, with_value(before, key, value)
     try:
         kept = after is not None and parse_config(after, path) == wanted
-    except ValueRefused:  # the key is written in another way
+    except ValueRefused:  # the file writes the key in a different form
         kept = False
     if after is None or not kept:
         raise ValueRefused(f"{path}: {key} cannot be changed from here: edit the file")
@@ -113,11 +112,25 @@ def parse_value(key: str, text: str, name: str) -> Any:
     try:
         text.encode()
         value = kind(text.replace(",", "") if kind is int else text)
-        if kind is not str and not (math.isfinite(value) and value >= (1 if kind is int else 0)):
-            raise ValueError
+        if kind is not str:
+            check_range(value)
     except (ValueError, OverflowError):
         raise ValueRefused(f"{name} must be {WORDS[kind]}, not {text!r:.60}") from None
     return value
+
+
+def check_range(value: int | float) -> None:
+    """Refuse a window or temperature that no conversation can have.
+
+    Raises:
+        ValueError: it is out of range.
+    """
+    if isinstance(value, float):
+        from mlx_stream.sampling import Sampling
+
+        Sampling(value)
+    elif value < 1:
+        raise ValueError
 
 
 def parse_config(text: str, path: Path) -> dict[str, Any]:
@@ -142,7 +155,7 @@ def parse_config(text: str, path: Path) -> dict[str, Any]:
 def with_value(text: str, key: str, value: Any) -> str | None:
     """Return a file's text with one value changed or added; None if a comment could be lost."""
     table, _, name = key.rpartition(".")
-    # A string of JSON is one of TOML, but for the character DEL.
+    # A JSON string is also a TOML string, except for the character DEL.
     line = f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f")
     lines, section, end = text.removesuffix("\n").split("\n") if text else [], "", None
     for number, old in enumerate(lines):
@@ -178,7 +191,7 @@ def read_text() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at once; a link to it stays a link."""
+    """Replace the file atomically; a link to it stays a link."""
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`mlx_stream convert`: write a model in another size or type, as a folder in mlx-lm's layout."""
+"""`mlx_stream convert`: write a model, quantized or in another type, in mlx-lm's folder layout."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from mlx_stream.cli import options
-from mlx_stream.cli.report import megabytes, print_json, print_table
+from mlx_stream.cli.report import megabytes, print_json, print_table, print_text
 from mlx_stream.cli.terminal import progress_bar, read_text
 from mlx_stream.errors import MlxStreamError, one_line
 from mlx_stream.program.exits import fail, notify
@@ -41,7 +41,7 @@ def convert(
         str | None,
         Option(
             help="phone (4 bits in float16; with --calibration, 6 bits where they are needed) or "
-            "laptop (6 bits). Other options replace parts of it."
+            "laptop (6 bits). Other options override it."
         ),
     ] = None,
     device: Annotated[
@@ -56,13 +56,13 @@ def convert(
         ),
     ] = None,
     calibration: Annotated[
-        str | None, Option(help="Text file for the measurements of a sensitive recipe.")
+        str | None, Option(help="Calibration text file for a sensitive recipe.")
     ] = None,
     report: Annotated[
         str | None, Option(help="Text file for comparing the result with the source.")
     ] = None,
     report_tokens: Annotated[
-        int, Option(help="Number of tokens of the report's text to read.")
+        int, Option(help="Number of tokens to read from --report's text.")
     ] = 4_096,
     force: Annotated[
         bool, Option("--force", help="Replace OUT if an earlier conversion wrote it.")
@@ -72,7 +72,7 @@ def convert(
     """Write a model to the folder OUT, quantized or unchanged.
 
     --bits, --mode, --recipe, --preset and --device quantize it. The folder appears when complete.
-    Memory does not grow with the model, except with a sensitive recipe or a report, which run it.
+    Memory does not grow with the model unless a sensitive recipe or a report runs it.
     """
     from mlx_stream.hub.listing import record_converted
     from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for
@@ -111,7 +111,7 @@ def convert(
 def choose(
     bits: int | None, group_size: int | None, mode: str | None, name: str | None
 ) -> "Recipe | None":
-    """Return the recipe that these options ask for; none if none of them is given."""
+    """Return the recipe that these options ask for, or None if none of them is given."""
     from mlx_stream.quantize import recipes
 
     if name is not None:
@@ -157,12 +157,12 @@ def print_result(source: str, out: Path, result: "ConversionResult") -> None:
     files = "1 file" if result.files == 1 else f"{result.files} files"
     kept = about["source_quantized"] and about["dtype"] is None
     recipe = about["recipe"] or ("as stored" if kept else "not quantized")
-    print(
+    print_text(
         f"{out}: {recipe}, {about['bits_per_weight']:.2f} bits per weight, "
         f"{megabytes(about['tensor_bytes'])} MB in {files}"
     )
     where = "within" if result.peak_bytes <= result.bound_bytes else "above"
-    print(
+    print_text(
         f"memory: {megabytes(result.peak_bytes)} MB at peak, {where} the bound of "
         f"{megabytes(result.bound_bytes)} MB (3 times the largest matrix plus the largest file); "
         f"the process grew by {megabytes(result.resident_bytes)} MB"

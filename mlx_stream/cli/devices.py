@@ -1,4 +1,4 @@
-"""`mlx_stream devices`: the phones, tablets and Macs that `plan` knows."""
+"""`mlx_stream devices`: the phones, tablets and Macs that `plan` knows about."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,33 +8,35 @@ if TYPE_CHECKING:
     from mlx_stream.plan.devices import Device, Figure
 
 GB = 2**30
-NOTES = """
-Memory in GB of 2^30 bytes, bandwidth in GB/s of 10^9. One program: the memory that one app may
-use: on iOS with the increased-memory-limit entitlement, and without it; on macOS as Metal
-recommends. ~ marks an estimate: the figure is not published. --json has the source or the method of
-each figure.
-Your own devices: {}"""
+NOTES = (
+    "Memory in GB of 2^30 bytes, bandwidth in GB/s of 10^9. One program: the memory that one app "
+    "may use: on iOS with the increased-memory-limit entitlement, and without it; on macOS as "
+    "Metal recommends. ~ marks an estimate: the figure is not published. --json has the source or "
+    "the method of each figure."
+)
 
 
 @options.verb
 def devices(*, own: options.Devices = None, json: options.AsJson = False) -> None:
     """List the devices you can plan for, including your own."""
-    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.report import print_json, print_table, print_text
     from mlx_stream.plan.devices import all_devices, user_file
 
     known = all_devices(own)
     if json:
         print_json({"devices": [as_json(device) for device in known]})
         return
-    columns = ["name", "device", "memory", "one program", "no entitlement", "bandwidth"]
+    columns = ["name", "memory", "one program", "no entitlement", "bandwidth", "device"]
     print_table(columns, [row(device) for device in known])
-    print(NOTES.format(own or user_file()))
+    print()
+    print_text(NOTES)
+    print_text(f"Your own devices: {own or user_file()}")
 
 
 def row(device: "Device") -> list[str]:
     memory = [device.memory, device.budget, device.without_entitlement]
     amounts = [*(amount(figure, GB) for figure in memory), amount(device.bandwidth, 1e9)]
-    return [device.name, device.title, *amounts]
+    return [device.name, *amounts, device.title]
 
 
 def amount(figure: "Figure | None", unit: float) -> str:

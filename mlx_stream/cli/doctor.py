@@ -19,18 +19,18 @@ def doctor(
         ),
     ] = None,
     self_test: Annotated[
-        bool, Option("--self-test", help="Check that this device computes what a stream needs.")
+        bool, Option("--self-test", help="Check that this device computes streams correctly.")
     ] = False,
     loading: options.LoadOptions,
     json: options.AsJson = False,
 ) -> None:
     """Describe this machine and what will be slow on it.
 
-    --self-test checks that attention, positions, buffers, seeds and saved streams are right on this
-    machine; it exits with 1 if any is wrong.
+    --self-test checks attention, positions, buffers, seeds and saved streams on this machine; it
+    exits with status 1 if any check fails.
     """
     from mlx_stream import backend
-    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.report import print_json, print_table, print_text
     from mlx_stream.program.paths import cache_root
     from mlx_stream.server.running import running_servers
 
@@ -48,7 +48,7 @@ def doctor(
     print_table(["what", "here"], [[name, str(value)] for name, value in facts.items()])
     print()
     for line in advice or ["nothing here is slower than necessary"]:
-        print(f"- {line}")
+        print_text(f"- {line}", indent=2)
 
 
 def check(source: str | None, loading: options.LoadOptions, json: bool) -> None:
@@ -56,7 +56,7 @@ def check(source: str | None, loading: options.LoadOptions, json: bool) -> None:
     from dataclasses import asdict
 
     from mlx_stream import backend, selftest
-    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.report import print_json, print_table, print_text
     from mlx_stream.selftest.tiny_model import make_tiny_model
 
     if source is not None:
@@ -80,6 +80,6 @@ def check(source: str | None, loading: options.LoadOptions, json: bool) -> None:
             ["check", "holds", "found"], [[f.check, answers[f.holds], f.found] for f in findings]
         )
         for one in failed:
-            print(f"- {one.check}: {one.advice}")
+            print_text(f"- {one.check}: {one.advice}", indent=2)
     if failed:
         raise SystemExit(1)

@@ -1,4 +1,4 @@
-"""Asks once, on a Mac, whether a larger model than the starter should be used; fetches nothing."""
+"""Asks once, on a Mac, whether to use a larger model than the starter; fetches nothing."""
 
 import sys
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from mlx_stream.program.paths import data_folder, private
 if TYPE_CHECKING:
     from mlx_stream.plan.devices import Device
 
-QUESTION = "Use it from now on? y, n, or always (always the starter): "
+QUESTION = "Use it from now on? y, n, or always (keep the starter): "
 
 
 def choose_model(ask: Callable[[str], str], device: "Device | None" = None) -> str:
-    """Return the model for a chat that names none: the config file's, the answer, or the starter.
+    """Return the model for a chat that names none: the configured, offered or starter model.
 
-    An answer is asked once: y and always are kept in the config file, and after n the same model is
-    not offered again. Only a device with Metal gets an offer.
+    The question is asked only once: `y` and `always` are saved in the config file, and after `n`
+    the same model is not offered again. Models are offered only on a device with Metal.
 
     Args:
-        device: default: this machine.
+        device: the device to choose a model for; default: this machine.
     """
     if model := setting("model"):
         return model

@@ -31,10 +31,10 @@ def generate(
         ),
     ] = None,
     out: Annotated[
-        Path | None, Option(help="File for the replies to --file, one JSON object a line.")
+        Path | None, Option(help="Output file for --file, one JSON object per line.")
     ] = None,
     streams: Annotated[
-        int | None, Option(help="Number of prompts of --file to complete at once. Default: 8.")
+        int | None, Option(help="Number of --file prompts to complete at once. Default: 8.")
     ] = None,
     model: options.DefaultModelArgument = None,
     max_tokens: options.MaxTokens = 256,
@@ -47,9 +47,9 @@ def generate(
 ) -> None:
     """Continue a text of any length, without a chat template.
 
-    With --file, replies are logged as they end, and the same command continues an interrupted run.
-    The prompts share steps, which round differently: with --seed, use --streams 1 for a result that
-    is the same each time.
+    With --file, replies are logged as they finish; rerun the command after an interruption.
+    The prompts share steps, which affects rounding: with --seed, use --streams 1 for a
+    reproducible result.
     """
     from mlx_stream.cli.report import print_json, print_stats, stats_as_json
     from mlx_stream.generate.completion import stream
@@ -59,7 +59,7 @@ def generate(
     if (prompt is None) == (file is None) or (file is None) != (out is None):
         raise typer.BadParameter("give either --prompt, or --file and --out")
     if streams is not None and file is None:
-        raise ValueRefused("--streams is for --file")
+        raise ValueRefused("--streams needs --file")
     if file and (stats or json):
         raise ValueRefused("--stats and --json do not work with --file")
     text = read_text("-") if prompt == "-" else prompt
@@ -120,10 +120,10 @@ def complete_file(
 
 
 def check_streams(model: "Model", given: dict[str, Any], streams: int) -> None:
-    """Refuse more streams than fit the memory together, before any is allocated."""
+    """Reject more streams than fit in memory together, before any is allocated."""
     from mlx_stream.cache.steps.verify import spare_rows
     from mlx_stream.models.layout import ring_bytes
-    from mlx_stream.window import MOST_STREAMS
+    from mlx_stream.models.window import MOST_STREAMS
 
     if not model.force and 1 < streams <= MOST_STREAMS:
         sinks, window = model.resolve_window(given["sinks"], given["window"])

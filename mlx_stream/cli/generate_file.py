@@ -1,4 +1,4 @@
-"""Completes the prompts of a file, several at a time; a run that was cut continues."""
+"""Completes the prompts of a file, several at a time; an interrupted run can be resumed."""
 
 import hashlib
 import json
@@ -13,16 +13,16 @@ from mlx_stream.errors import MlxStreamError, TextError, ValueRefused, one_line
 from mlx_stream.evaluate.jsonl import open_log
 from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.requests import Coroutine
+from mlx_stream.models.window import MOST_STREAMS
 from mlx_stream.program.atomic_replace import flush
 from mlx_stream.text.pieces import Piece
-from mlx_stream.window import MOST_STREAMS
 
 
 def read_prompts(path: Path) -> dict[int, str]:
-    """Return the prompts of a JSON Lines file by line: strings, or objects with a "prompt".
+    """Return a JSON Lines file's prompts by line number: strings, or objects with a "prompt".
 
     Raises:
-        ValueRefused: a line is neither, or there is none.
+        ValueRefused: a line is neither, or the file contains no prompts.
     """
     prompts: dict[int, str] = {}
     for number, line in enumerate(read_text(str(path)).split("\n"), 1):
@@ -39,7 +39,7 @@ def read_prompts(path: Path) -> dict[int, str]:
             )
         prompts[number] = prompt
     if not prompts:
-        raise ValueRefused(f"{path}: there are no prompts in it")
+        raise ValueRefused(f"{path}: contains no prompts")
     return prompts
 
 
@@ -52,12 +52,13 @@ def generate_file(
 ) -> None:
     """Write the reply to each prompt of `path` as a line of `out`, in the same order.
 
-    Each reply is logged as it ends, in a file with `.part` appended to the name, and the same
-    command continues from there. A prompt that cannot be completed has an error in its line.
+    Each finished reply is logged to a file with `.part` appended to the name of `out`, and running
+    the same command again continues from there. If a prompt cannot be completed, its line in `out`
+    holds an error instead.
 
     Args:
         streams: how many prompts are completed at a time.
-        settings: what the replies depend on; a log of other settings is refused.
+        settings: what the replies depend on; a log with different settings is refused.
         begin: returns the coroutine that completes a prompt.
 
     Raises:
@@ -66,9 +67,11 @@ def generate_file(
     """
     if not 1 <= streams <= MOST_STREAMS:
         raise ValueRefused(f"--streams must be from 1 to {MOST_STREAMS}, not {streams}")
-    if os.path.lexists(out):
-        raise ValueRefused(f"{out}: already exists: choose another --out")
     prompts, log_path = read_prompts(path), out.with_name(f"{out.name}.part")
+    if os.path.lexists(out):
+        finished = f"a finished run's, with {len(prompts):,} replies: "
+        state = finished if lines_of(out) == [*prompts] else ""
+        raise ValueRefused(f"{out}: already exists: {state}choose another --out")
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     with (
         open_log(log_path, {**settings, "prompts": digest}, {}) as log,
@@ -83,9 +86,15 @@ def generate_file(
         write_replies(out, sorted(log.rows, key=lambda row: row["line"]))
     log_path.unlink()
     if failed := sum("error" in row for row in log.rows):
-        raise TextError(
-            f"{failed:,} of {len(prompts):,} prompts cannot be completed: see their lines in {out}"
-        )
+        raise TextError(f"{failed:,} of {len(prompts):,} prompts failed: see their lines in {out}")
+
+
+def lines_of(out: Path) -> list[object]:
+    """Return the lines whose replies are in a file; none if it is not a file of replies."""
+    try:
+        return [json.loads(row)["line"] for row in out.read_text("utf-8").splitlines()]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def row_of(line: int, pieces: Sequence[Piece] | MlxStreamError) -> Row:

@@ -11,20 +11,20 @@ from pathlib import Path
 
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-HISTORY = "history"  # the file's name
+HISTORY = "history"  # The file's name.
 # A longer line is a pasted document: it can be recalled until the chat ends but is not saved.
 LONGEST_KEPT = 2**16
 
 
 class LineHistory(FileHistory):
-    """A FileHistory that also reads what an earlier version wrote: a JSON string in each line."""
+    """A FileHistory that also reads the format of an earlier version: one JSON string per line."""
 
     def __init__(self, path: Path, notify: Callable[[str], None]):
         super().__init__(path)
         self.path, self.notify = path, notify
 
     def load_history_strings(self) -> Iterable[str]:
-        """Return lines, newest first; those of an earlier version are the oldest."""
+        """Return lines, newest first; those from an earlier version are the oldest."""
         yield from super().load_history_strings()
         for row in reversed(self.path.read_bytes().splitlines()):
             if row.startswith(b'"'):
@@ -42,7 +42,7 @@ class LineHistory(FileHistory):
 
 
 def open_history(path: Path, notify: Callable[[str], None]) -> History:
-    """Open the history, or begin it; if it cannot be used, say so and keep it in memory only."""
+    """Open or create the history; if that fails, send a notice and keep it in memory only."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
@@ -56,16 +56,16 @@ def open_history(path: Path, notify: Callable[[str], None]) -> History:
 
 
 def remove_lines(path: Path, questions: Collection[str]) -> None:
-    """Remove questions from the history, however they were typed: as they are, edited or escaped.
+    """Remove questions from the history, whether they were typed as is, edited or escaped.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the history cannot be written.
     """
     if not path.is_file():
         return
     typed = {form for text in questions for form in (text, f"/{text}", f"/edit {text}")}
     data = path.read_bytes()
-    # An entry is a comment and lines that begin with "+"; an earlier version wrote JSON strings.
+    # An entry is a comment and lines that start with "+"; an earlier version wrote JSON strings.
     entries = re.findall(rb"(?m)^(?:#[^\n]*\n(?:\+[^\n]*\n?)*|[^\n]*\n?)", data)
     kept = b"".join(entry for entry in entries if entry_text(entry) not in typed)
     if kept == data:
@@ -76,7 +76,7 @@ def remove_lines(path: Path, questions: Collection[str]) -> None:
 
 
 def entry_text(entry: bytes) -> str:
-    """Return the text of an entry of the history's file."""
+    """Return the text of an entry in the history file."""
     if entry.startswith(b'"'):
         with suppress(ValueError):
             return json.loads(entry)

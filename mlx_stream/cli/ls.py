@@ -1,4 +1,4 @@
-"""`mlx_stream ls`: the models that open without the network, with sizes and dates."""
+"""`mlx_stream ls`: the models that can be opened offline, with sizes and dates."""
 
 from datetime import datetime
 
@@ -22,6 +22,6 @@ def ls(*, json: options.AsJson = False) -> None:
             [m.name, f"{m.bytes / 1e6:,.1f} MB", f"{datetime.fromtimestamp(m.date):%Y-%m-%d}"]
             for m in models
         ]
-        print_table(["model", "size", "date"], rows)
+        print_table(["model", "on disk", "date"], rows)
     else:
         notify("no models are cached yet; `mlx_stream models` lists some")

@@ -1,4 +1,4 @@
-"""Markdown -> styled lines of a width, with Rich; independent of terminals and of streaming.
+"""Renders Markdown as styled lines with Rich; independent of terminals and of streaming.
 
 Code keeps its fences and its indentation, so that it can be copied. A table that is too wide is
 shown as one line for each cell.
@@ -25,7 +25,7 @@ from mlx_stream.program.terminal import is_styled, line_breaks
 STYLES = {"strong": "bold", "em": "italic", "s": "strike", "link": "underline"}
 CODE = "cyan"
 LONGEST_RULE, NARROWEST = 40, 10
-# Of the sixteen colours, those that can be read on a light and on a dark ground.
+# Those of the sixteen colours that are legible on both light and dark backgrounds.
 THEME = ANSISyntaxTheme(
     {
         Comment: Style(dim=True),
@@ -63,7 +63,7 @@ def console() -> Console:
 
 
 def render_blocks(nodes: Sequence[SyntaxTreeNode], text: str, width: int) -> Lines:
-    """Return the lines of blocks, with an empty one between two if the source has one."""
+    """Return the lines of blocks, separated by an empty line where the source has one."""
     source, lines, end = text.splitlines(), [], None
     for node in nodes:
         start, next_end = node.map or (0, 0)
@@ -129,7 +129,7 @@ def render_table(node: SyntaxTreeNode, text: str, width: int) -> Lines:
 
 
 def render_records(rows: Sequence[Sequence[Text]], width: int) -> Lines:
-    """Return a table as a line for each cell, with the name of its column."""
+    """Return a table as one line per cell, each beginning with its column's name."""
     lines: Lines = []
     for row in rows[1:]:
         for name, cell in zip(rows[0], row, strict=True):
@@ -164,7 +164,7 @@ def inline(node: SyntaxTreeNode) -> Text:
 
 
 def wrapped(text: Text, width: int) -> Lines:
-    """Break a text into lines."""
+    """Break a text into lines of at most `width` cells."""
     text.expand_tabs(4)
     lines = []
     for line in text.split("\n", allow_blank=True):
@@ -182,7 +182,7 @@ def styled(segment: Segment) -> Any:
 
 
 def indented(lines: Lines, indent: str, first: str = "", style: str = "") -> Lines:
-    """Put `indent` before each line, but `first`, if given, before the first one."""
+    """Put `indent` before each line, or `first`, if given, before the first line."""
     heads = [first or indent, *[indent] * len(lines)][: len(lines)]
     shown = zip(heads, lines, strict=True)
     return [without_end(Text.assemble((head, style), line)) for head, line in shown]

@@ -1,10 +1,10 @@
-"""Prints a reply on a terminal as Markdown while it is written; knows blocks, not their styles.
+"""Prints a reply to a terminal as Markdown while it is written; knows blocks, not their styles.
 
-    closed blocks     printed once; they belong to the scrollback
-    the open block    printed again, from the first line that has changed, when a word is complete
+    closed blocks     printed once; they become part of the scrollback
+    the open block    reprinted from the first line that has changed, whenever a word is complete
 
 The cursor can only move within the screen. So when the open block is about to fill it, or when the
-window is resized, what is shown stays as it is, and the rest of the block is printed below it.
+window is resized, what is already shown is left alone, and the rest of the block is printed below.
 """
 
 import re
@@ -14,7 +14,7 @@ from mlx_stream.cli.markdown import as_ansi, render_lines
 from mlx_stream.program.markdown import split_blocks
 from mlx_stream.program.terminal import UNSPACED
 
-# Blocks that are shown by whole lines: fenced code and tables.
+# Blocks that are shown a whole line at a time: fenced code and tables.
 BY_LINES = re.compile(r" *(```|~~~|\|)")
 # The beginning of a line that may be a block of its own, or belong to the block before it.
 UNDECIDED = re.compile(r"[ >*+\-#=_~`|\d.)]*")
@@ -22,10 +22,10 @@ LAST_WORD = re.compile(rf"[^\s{UNSPACED}]*$")
 
 
 class MarkdownPrinter:
-    """Print a text that comes in pieces and holds no control characters.
+    """Print text that arrives in pieces and contains no control characters.
 
     Args:
-        write: prints on the terminal and flushes.
+        write: prints to the terminal and flushes.
         size: returns the columns that may be used, and the rows.
     """
 
@@ -33,12 +33,12 @@ class MarkdownPrinter:
         self._write, self._size, self._at = write, size, size()
         self._source = ""  # of the open block
         self._shown: list[str] = []  # its lines on the screen; the cursor is below them
-        self._end = 0  # of what is shown of the source
-        self._begun = self._gap = False  # whether a block, and an empty line, came before it
-        self._continues = False  # whether its beginning is above, and is not printed again
+        self._end = 0  # how much of the source is shown
+        self._begun = self._gap = False  # whether a block, and an empty line, precede it
+        self._continues = False  # whether it continues a block printed above
 
     def add(self, text: str) -> None:
-        """Print what is certain to be shown of a piece."""
+        """Add a piece, and print whatever is now certain to be shown."""
         self._source += text
         if not self._begun:
             self._source = self._source.lstrip("\n")
@@ -57,13 +57,13 @@ class MarkdownPrinter:
             self._draw(end)
 
     def flush(self) -> None:
-        """Print the rest; no more text comes."""
+        """Print the rest; no more text will follow."""
         for block in split_blocks(self._source):
             self._close(block)
         self._source = ""
 
     def _close(self, block: str) -> None:
-        """Print a block that does not change any more."""
+        """Print a block that will not change again."""
         self._replace(self._lines(block))
         self._shown, self._end, self._continues = [], 0, False
         self._begun, self._gap = True, ends_with_gap(block)
@@ -79,7 +79,7 @@ class MarkdownPrinter:
         self._end = end
 
     def _split(self, end: int) -> None:
-        """Leave what is shown as it is; what follows `end` becomes a block that continues it."""
+        """Keep what is already shown; the text after `end` becomes a block that continues it."""
         if not end:
             return
         head, rest = self._source[:end], self._source[end:]
@@ -94,7 +94,7 @@ class MarkdownPrinter:
         return ["", *lines] if lines and self._begun and self._gap else lines
 
     def _replace(self, lines: list[str]) -> None:
-        """Show lines in place of those of the open block."""
+        """Replace the open block's lines on the screen with these."""
         same = 0
         while same < min(len(lines), len(self._shown)) and lines[same] == self._shown[same]:
             same += 1
@@ -115,7 +115,7 @@ def certain_end(block: str) -> int:
 
 
 def opening_of(block: str) -> str:
-    """Return the lines that the rest of a block needs before it: a fence, or a table's head."""
+    """Return the lines that the rest of a block needs before it: a fence, or a table's header."""
     found = BY_LINES.match(block)
     if not found:
         return ""

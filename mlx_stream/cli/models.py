@@ -1,4 +1,4 @@
-"""`mlx_stream models`: models worth pulling, with what fits a device; touches no network."""
+"""`mlx_stream models`: list models worth pulling that fit a device; touches no network."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,7 @@ def models(
 ) -> None:
     """List models worth pulling that fit a device, with the largest window that fits.
 
-    MODEL may be the name or the repository. The list is part of this version; --json has the source
+    Use the name or the repository as MODEL. The list ships with this version; --json has the source
     of each entry.
     """
     from mlx_stream.cli.report import print_json, print_table
@@ -34,7 +34,7 @@ def models(
     if json:
         print_json({"device": place.name, "models": [as_json(offer) for offer in offers]})
         return
-    columns = ["name", "repository", "license", "download", "window", "tested"]
+    columns = ["name", "download", "window", "tested", "license", "repository"]
     print_table(columns, [row(offer) for offer in offers if offer.fits])
     if larger := [offer.model.name for offer in offers if not offer.fits]:
         notify(f"these do not fit {place.title}: {', '.join(larger)}")
@@ -43,8 +43,19 @@ def models(
 def row(offer: "Offer") -> list[str]:
     model, window = offer.model, f"{offer.plan.window:,}"
     tested = "itself" if model.tested else "its family"
-    size = f"{offer.stored / 1e9:.1f} GB"
-    return [model.name, model.repository, model.license, size, window, tested]
+    return [
+        model.name,
+        download_size(offer.stored),
+        window,
+        tested,
+        model.license,
+        model.repository,
+    ]
+
+
+def download_size(amount: int) -> str:
+    """Return "2.3 GB", or "270 MB" for less than 1 GB."""
+    return f"{amount / 1e9:.1f} GB" if amount >= 995e6 else f"{round(amount / 1e7) * 10} MB"
 
 
 def as_json(offer: "Offer") -> dict[str, Any]:

@@ -50,9 +50,7 @@ KeepQuantized = Annotated[
 Force = Annotated[
     bool, Option("--force", help="Load even if weights and ring exceed the device's memory.")
 ]
-Sinks = Annotated[
-    int | None, Option(help="Number of first tokens that are never evicted. Default: 4.")
-]
+Sinks = Annotated[int | None, Option(help="Number of initial tokens to never evict. Default: 4.")]
 KvBits = Annotated[
     int | None,
     Option(help="Bits for the window's keys and values: 8 or 4. The sinks are not quantized."),
@@ -64,8 +62,9 @@ Devices = Annotated[
         help="TOML file with your own devices. Default: the one in your configuration folder.",
     ),
 ]
-MaxTokens = Annotated[int, Option(help="Maximum number of tokens to write.")]
+MaxTokens = Annotated[int, Option(help="Maximum tokens to generate.")]
 ShowStats = Annotated[bool, Option("--stats", help="Print statistics to standard error.")]
+Yes = Annotated[bool, Option("--yes", help="Do not ask first.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object to standard output.")]
 
 
@@ -76,7 +75,8 @@ class SamplingOptions:
     temp: Annotated[
         float | None,
         Option(
-            help="Temperature; 0 takes the likeliest token. Default: the config file's, else 0.6."
+            help="Temperature, from 0 to 5; 0 takes the likeliest token. Default: the config "
+            "file's, else 0.6."
         ),
     ] = None
     top_k: Annotated[int, Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0
@@ -84,7 +84,7 @@ class SamplingOptions:
         float, Option(help="Keep the likeliest tokens that add up to this probability.")
     ] = 0.9
     min_p: Annotated[
-        float, Option(help="Keep tokens at least this fraction as likely as the likeliest.")
+        float, Option(help="Keep tokens at least this fraction as likely as the top one.")
     ] = 0.0
     repetition_penalty: Annotated[
         float, Option(help="Repetition penalty; above 1 makes attended tokens less likely.")
@@ -134,16 +134,15 @@ class ThinkingOptions:
         bool | None,
         Option(
             "--think/--no-think",
-            help="Whether a model that can think does so before it answers. "
-            "Default: what its template does.",
+            help="Turn thinking on or off, for a model that can think. "
+            "Default: set by its template.",
             show_default=False,
         ),
     ] = None
     reasoning_effort: Annotated[
         str | None,
         Option(
-            help="How long to think, as a level that the model's template knows, such as low or "
-            "high."
+            help="How long to think: a level that the model's template has, such as low or high."
         ),
     ] = None
     hide_thinking: Annotated[
@@ -158,7 +157,7 @@ class WindowOptions:
     window: Annotated[
         int | None,
         Option(
-            help="Number of latest tokens to attend to. Default: 2,048, or what fits the trained "
+            help="Number of recent tokens to attend to. Default: 2,048, or what fits the trained "
             "context. In a chat with a model that thinks: up to 32,764, if memory allows."
         ),
     ] = None
@@ -175,7 +174,7 @@ class LoadOptions:
     force: Force = False
 
     def load(self, model: str | None) -> "Model":
-        """Load a model; None is the default one."""
+        """Load a model; None means the default model."""
         from mlx_stream.load import load
 
         model = default_model() if model is None else model
@@ -184,7 +183,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class MeasuredLoadOptions:
-    """How a model is loaded to be measured: in float32 and dequantized, unless asked otherwise."""
+    """How a model is loaded for measurements: in float32 and dequantized by default."""
 
     dtype: Annotated[str, Option(help="Compute in float32, float16 or bfloat16.")] = "float32"
     keep_quantized: KeepQuantized = False
@@ -195,7 +194,7 @@ class MeasuredLoadOptions:
 
 
 def default_model() -> str:
-    """Return the model of the environment or of the config file, else the starter."""
+    """Return the model set in the environment or in the config file, or else the starter."""
     from mlx_stream.cli.config_file import setting
     from mlx_stream.hub.starter import STARTER
 
@@ -203,9 +202,9 @@ def default_model() -> str:
 
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a command of a function: it may take groups of options, and it exits cleanly.
+    """Turn a function into a command, which may take groups of options and exits cleanly.
 
-    With `sampling: SamplingOptions` the command line has --temp, --top-k and so on, and the
+    With `sampling: SamplingOptions`, the command line has --temp, --top-k and so on, and the
     function gets one SamplingOptions. Its arguments must be keyword-only.
     """
     groups: dict[str, Any] = {}

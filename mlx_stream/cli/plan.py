@@ -29,7 +29,7 @@ def plan(
         str | None, Option(help="A device that `mlx_stream devices` lists. Default: this machine.")
     ] = None,
     window: Annotated[
-        int | None, Option(help="Number of latest tokens to attend to. Default: as many as fit.")
+        int | None, Option(help="Number of recent tokens to attend to. Default: as many as fit.")
     ] = None,
     sinks: options.Sinks = None,
     bits: Annotated[
@@ -59,7 +59,7 @@ def plan(
     longest window.
     """
     from mlx_stream.chat.prompts import LONG_HEAD, long_head_notice
-    from mlx_stream.cli.report import print_json, print_table
+    from mlx_stream.cli.report import print_json, print_table, print_text
     from mlx_stream.cli.show import read_prompts
     from mlx_stream.plan import devices
     from mlx_stream.plan.inspect import local_model, summarize_model
@@ -72,7 +72,7 @@ def plan(
     summary = summarize_model(model, notify)
     asked = PlanRequest(dtype, keep_quantized, sinks, window, bits, group_size, kv_bits, streams)
     chosen = make_plan(summary, place, asked, notify)
-    with suppress(MlxStreamError):  # a model may be planned for that cannot chat
+    with suppress(MlxStreamError):  # a model that cannot chat can still be planned for
         path = local_model(model)
         prompts = read_prompts(path, None) if path else None
         if prompts and len(prompts.pinned) >= LONG_HEAD:
@@ -80,7 +80,7 @@ def plan(
     if json:
         print_json(as_json(summary, chosen, kv_bits))
         return
-    print(f"{summary.name} on {place.title}\n")
+    print_text(f"{summary.name} on {place.title}\n")
     print_table(["what", "needs"], rows(chosen, kv_bits))
 
 

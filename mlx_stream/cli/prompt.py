@@ -1,19 +1,18 @@
-"""The prompt of a chat: history, several lines, completion and a status bar.
+"""The prompt of a chat: history, multi-line input, completion and a status bar.
 
 It uses prompt_toolkit, which is imported when a prompt is created. It does not touch the model and
 needs only the names of commands. A terminal that cannot move its cursor (TERM=dumb) gets a plain
-line.
+input line.
 """
 
 import asyncio
 import re
-import select
 import sys
 import termios
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_stream.program.escape import escape
 from mlx_stream.program.terminal import is_dumb
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 PROMPT = "> "
-HINT = "(Ctrl-D leaves)"
-# What stands for bytes that are not UTF-8.
+HINT = "(Ctrl-D exits)"
+# Surrogates, which stand for bytes that are not UTF-8.
 NO_TEXT = re.compile("[\ud800-\udfff]")
 SECONDS_OF_IDLENESS = 60.0
 
@@ -32,16 +31,17 @@ Notify = Callable[[str], None]
 
 
 class Prompt:
-    """Ask for lines on the terminal: standard input and output must be one.
+    """Ask for lines on the terminal; standard input and output must both be terminals.
 
-    Enter sends; Alt-Enter or Ctrl-J begins a new line; pasted text stays one text.
+    Enter sends; Alt-Enter or Ctrl-J starts a new line; pasted text stays together.
 
     Args:
-        history: the file of earlier lines; it is made, with its folder, if it is missing.
-        status: returns the status bar's text, whenever it is drawn.
-        completions: the commands to complete at the beginning of a line, each with what it does.
-        idle: called once when nothing has been typed for a minute; keys wait meanwhile. A text that
-            it returns is shown as a notice. A terminal that cannot move its cursor never calls it.
+        history: the file of earlier lines; it is created, with its folder, if it is missing.
+        status: returns the status bar's text; called whenever the bar is drawn.
+        completions: the commands to complete at the beginning of a line, each with a description.
+        idle: called once when nothing has been typed for a minute; keystrokes wait until it
+            returns. Any text that it returns is shown as a notice. Never called on a terminal that
+            cannot move its cursor.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Prompt:
             self._read = editor(kept, status, completions, self._when_idle(idle))
 
     def ask(self, default: str = "") -> str:
-        """Return the text typed, which is not blank and may be several lines.
+        """Return the text typed, which is not blank and may span several lines.
 
         Raises:
             EOFError: Ctrl-D on an empty line, or the end of the input.
@@ -111,7 +111,7 @@ def editor(
     completions: Mapping[str, str],
     begun: Callable[[], None],
 ) -> Callable[[str], str]:
-    """Return a function that reads a text while prompt_toolkit edits it."""
+    """Return a function that reads a text, edited with prompt_toolkit."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.filters import Condition
@@ -119,7 +119,7 @@ def editor(
 
     session: PromptSession[str] = PromptSession(
         PROMPT,
-        style=Style.from_dict({"": "bold"}),  # what was asked stands out above
+        style=Style.from_dict({"": "bold"}),  # so that earlier questions stand out
         multiline=True,
         history=history,
         # `sentence`: a completion begins where the text does.
@@ -130,21 +130,16 @@ def editor(
         bottom_toolbar=status,
         enable_suspend=True,
     )
-    # A terminal that does not report its cursor has no status bar; do not warn of it.
+    # A terminal that does not report its cursor has no status bar; do not warn about it.
     session.app.renderer.cpr_not_supported_callback = None
     return lambda default: session.prompt(default=default, pre_run=begun)
 
 
 def plain_line(default: str, history: "History") -> str:
-    """Read a line that the terminal itself edits; Enter alone gives the default."""
+    """Read a line that the terminal itself edits and shows; Enter alone gives the default."""
+    print(f"{PROMPT}[{escape(default)}] " if default else PROMPT, end="", flush=True)
     try:
-        with terminal() as mode:
-            # In this order, the prompt is printed before any line, and no line stays unseen.
-            print(f"{PROMPT}[{escape(default)}] " if default else PROMPT, end="", flush=True)
-            mode[3] |= termios.ECHO
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
-            typed_ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # and so not shown
-            data = sys.stdin.buffer.readline()
+        data = sys.stdin.buffer.readline()
     except KeyboardInterrupt:
         print()
         raise
@@ -152,8 +147,6 @@ def plain_line(default: str, history: "History") -> str:
         print()
         raise EOFError
     line = data.decode("utf-8", "surrogateescape").rstrip("\r\n")
-    if typed_ahead:
-        print(escape(NO_TEXT.sub("\ufffd", line)), flush=True)
     history.append_string(line or default)
     return line or default
 
@@ -179,27 +172,23 @@ def key_bindings() -> "KeyBindings":
 
 @contextmanager
 def keys_wait() -> Iterator[None]:
-    """Hold keys that are pressed while no prompt is shown for the next one, except Ctrl-C.
+    """Keep keys pressed while no prompt is shown, except Ctrl-C, for the next prompt.
 
-    Otherwise the terminal shows them in the middle of the reply, and turns Enter into Ctrl-J, which
-    is right only where the terminal itself edits lines. The hold lasts for a whole conversation, so
-    that Enter means the same between a reply and the next prompt.
+    Otherwise the terminal would show them in the middle of the reply and turn Enter into Ctrl-J.
+    This stays in effect for a whole conversation, so that Enter also means the same between a reply
+    and the next prompt. A terminal that cannot move its cursor edits and shows lines itself, as
+    usual.
     """
-    with terminal() as mode:
-        mode[3] &= ~termios.ECHO
-        if not is_dumb():
-            mode[0] &= ~termios.ICRNL
-            mode[3] &= ~termios.ICANON
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+    if is_dumb():
         yield
-
-
-@contextmanager
-def terminal() -> Iterator[list[Any]]:
-    """Give the terminal's attributes, to be changed and set; restore them at the end."""
+        return
     before = termios.tcgetattr(sys.stdin)
+    held = list(before)
+    held[0] &= ~termios.ICRNL
+    held[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, held)
     try:
-        yield list(before)
+        yield
     finally:
         with suppress(termios.error):  # the terminal is gone
             termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

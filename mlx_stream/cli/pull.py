@@ -1,4 +1,4 @@
-"""`mlx_stream pull`: fetch a model, so that it can be opened without the network."""
+"""`mlx_stream pull`: fetches a model, so that it can be opened without network access."""
 
 from typing import Annotated
 
@@ -21,7 +21,7 @@ def pull(
     """Fetch a model into the shared Hugging Face cache: weights and tokenizer, never code."""
     from dataclasses import asdict
 
-    from mlx_stream.cli.report import print_json
+    from mlx_stream.cli.report import print_json, print_text
     from mlx_stream.hub.resolve import pull
 
     with progress_bar("fetching, MB") as bar:
@@ -32,4 +32,4 @@ def pull(
         print_json({**asdict(found), "path": str(found.path)})
         return
     commit = f" at commit {found.commit}" if found.commit else ""
-    print(f"{found.name}{commit}: {found.bytes / MEGABYTE:,.1f} MB in {found.path}")
+    print_text(f"{found.name}{commit}: {found.bytes / MEGABYTE:,.1f} MB on disk, in {found.path}")

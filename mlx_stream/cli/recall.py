@@ -1,4 +1,4 @@
-"""The commands of a chat about what has left its window; independent of terminals."""
+"""Chat commands for text that has left the window; independent of terminals."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_recalled(chat: "ChatSession", text: str) -> str:
-    """Return what was quoted before the last question, or the exchanges that a search finds."""
+    """Return what was quoted before the last question, or the exchanges found by a search."""
     saved = saved_or_refuse(chat)
     if not text:
         found: Sequence[Passage] = chat.recalled
@@ -36,7 +36,7 @@ def describe_passages(passages: Iterable["Passage"]) -> Iterable[str]:
 
 
 def forget(chat: "ChatSession", argument: str) -> str:
-    """Remove the texts of an exchange that has left the window from every file."""
+    """Remove from every file the texts of an exchange that has left the window."""
     saved = saved_or_refuse(chat)
     try:
         number = int(argument.replace(",", ""))
@@ -67,7 +67,7 @@ def clear(chat: "ChatSession") -> str:
 
 
 def forget_typed(questions: Collection[str]) -> None:
-    """Remove questions from the file of lines typed at any prompt."""
+    """Remove questions from the history file, which holds the lines typed at any prompt."""
     from mlx_stream.cli.history import HISTORY, remove_lines
     from mlx_stream.program.paths import data_folder
 

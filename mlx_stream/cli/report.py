@@ -1,15 +1,18 @@
-"""Formats results and statistics, for people and for programs; computes none."""
+"""Formats results and statistics for people and for programs; computes nothing."""
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+from mlx_stream.program.terminal import styled_notice, terminal_size, wrap
 
 if TYPE_CHECKING:
     from mlx_stream.generate.stats import Stats
 
 LONGEST_QUOTE = 60
+NARROWEST_TEXT = 24  # of a last column, whose words wrap; if narrower, it gets lines of its own
 Columns = Sequence[tuple[str, str, str]]  # the key in the rows, the heading, the format
 
 
@@ -37,7 +40,10 @@ def stats_as_json(stats: "Stats") -> dict[str, Any]:
 
 
 def print_stats(stats: "Stats") -> None:
-    print(f"[{stats}]", file=sys.stderr, flush=True)
+    line = f"[{stats}]"
+    if sys.stderr.isatty():
+        line = styled_notice(line, terminal_size(sys.stderr)[0], dim=True)
+    print(line, file=sys.stderr, flush=True)
 
 
 def print_rows(rows: Sequence[dict[str, Any]], columns: Columns) -> None:
@@ -61,11 +67,46 @@ def megabytes(amount: float) -> str:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns; plain text, so that it can be piped and pasted."""
-    table = [columns, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-    for row in table:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    print_aligned([columns, *rows])
+
+
+def print_aligned(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of equal length, each on one line, or on several to fit a terminal's width."""
+    width = terminal_size(sys.stdout)[0] if sys.stdout.isatty() else sys.maxsize
+    for row in aligned_lines(rows, width):
+        print(row)
+
+
+def print_text(text: str, indent: int = 0) -> None:
+    """Print a text; on a terminal its words wrap, and later lines are indented."""
+    print(wrap(text, terminal_size(sys.stdout)[0], indent) if sys.stdout.isatty() else text)
+
+
+def aligned_lines(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """Yield each row as text with aligned columns, within a width in cells.
+
+    The last column's words wrap. Columns that do not fit are shown below the others, indented: with
+    a width of 9, columns of 5, 1 and 6 cells are on two lines, the last alone on the second.
+    """
+    from rich.cells import cell_len
+
+    sizes = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    groups, used = [[0]], sizes[0] + 2
+    for column, size in list(enumerate(sizes))[1:]:
+        least = min(size, NARROWEST_TEXT) if column == len(sizes) - 1 else size
+        if used + least > width:
+            groups.append([])
+            used = 2
+        groups[-1].append(column)
+        used += size + 2
+    for row in rows:
+        lines = []
+        for group in groups:
+            *padded, last = group
+            cells = (row[i] + " " * (sizes[i] + 2 - cell_len(row[i])) for i in padded)
+            begin = " " * (0 if group is groups[0] else 2) + "".join(cells)
+            lines.append(wrap(begin + row[last], width, cell_len(begin)).rstrip())
+        yield "\n".join(lines)
 
 
 def shorten_line(text: str) -> str:
@@ -75,5 +116,5 @@ def shorten_line(text: str) -> str:
 
 
 def local_time(time: str) -> str:
-    """Return a time in ISO 8601 as the clock of this machine shows it, to the minute."""
+    """Convert an ISO 8601 time to this machine's local time, to the minute."""
     return datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M")

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument
 
 from mlx_stream.cli import options
 from mlx_stream.program.exits import fail, notify
@@ -15,7 +15,7 @@ def rm(
         str,
         Argument(metavar="MODEL", help="A cached Hub id or name, a converted folder, or starter."),
     ],
-    yes: Annotated[bool, Option("--yes", help="Do not ask first.")] = False,
+    yes: options.Yes = False,
 ) -> None:
     """Remove a model from this machine.
 
@@ -24,7 +24,7 @@ def rm(
     """
     import sys
 
-    from mlx_stream.cli.terminal import ask_line
+    from mlx_stream.cli.terminal import confirm
     from mlx_stream.hub.removal import find_stored
 
     found = find_stored(model)
@@ -32,7 +32,7 @@ def rm(
     size = f"{found.bytes / 1e6:,.1f} MB"
     if not yes and not sys.stdin.isatty():
         fail(f"rm would remove {places} ({size}): add --yes")
-    if not yes and ask_line(f"remove {places} ({size})? y or n: ").lower() not in ("y", "yes"):
+    if not yes and not confirm(f"remove {places} ({size})"):
         notify("nothing was removed")
         return
     found.remove()

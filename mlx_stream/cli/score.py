@@ -29,7 +29,7 @@ def score(
     json: options.AsJson = False,
 ) -> None:
     """Print the perplexity of a text, read without a chat template."""
-    from mlx_stream.cli.report import print_json
+    from mlx_stream.cli.report import print_json, print_text
     from mlx_stream.evaluate.report import finite
     from mlx_stream.evaluate.score import score as score_ids
     from mlx_stream.generate.token_stream import TokenStream
@@ -58,7 +58,7 @@ def score(
         print_json(finite(found))
         return
     print(f"perplexity {found['perplexity']:.3f} over {found['tokens']:,} tokens")
-    print(
+    print_text(
         f"{found['evicted']:,} evicted; {found['tokens'] / found['seconds']:.1f} tok/s; "
         f"{found['active_bytes'] / 1e6:.1f} MB active, {found['peak_bytes'] / 1e6:.1f} MB at peak"
     )

@@ -1,7 +1,7 @@
-"""What a chat shows: replies, the model's thinking, notices and marks; knows no conversation.
+"""Shows a chat's replies, the model's thinking, notices and marks; independent of conversations.
 
-On a terminal, words wrap, Markdown is rendered, and notices wait for the end of a reply. Elsewhere
-standard output gets the model's text and nothing else.
+On a terminal, words wrap, Markdown is rendered, and notices wait for the end of a reply. Elsewhere,
+standard output gets only the model's text.
 """
 
 import signal
@@ -40,22 +40,23 @@ SECONDS_WITHOUT_PROGRESS = 0.5
 
 
 class ReplyStopped(Exception):
-    """The user asked for the reply to end."""
+    """The user stopped the reply."""
 
 
 class Printer(Protocol):
-    """Print a text that comes in pieces; `flush` ends its last line."""
+    """Prints a text that arrives in pieces; `flush` ends its last line."""
 
     def add(self, text: str) -> None: ...
     def flush(self) -> None: ...
 
 
 class Screen:
-    """Standard output and standard error, as one chat uses them.
+    """Standard output and standard error, as used by one chat.
 
     Args:
-        check_ended: called after every piece and reply; raises if a signal has ended the program.
-        hide_thinking: show the model's thinking nowhere; it is never shown but on a terminal.
+        check_ended: called after every piece and reply; raises an error if a signal ended the
+            program.
+        hide_thinking: never show the model's thinking; otherwise it is shown only on a terminal.
         plain: do not render Markdown.
     """
 
@@ -68,7 +69,7 @@ class Screen:
         self._renders = self.is_terminal and not plain and not is_dumb()
         self._printer: Printer | None = None
         self._kind: Callable[[], Printer] | None = None
-        self._notices: list[str] = []  # those that wait for the end of a reply
+        self._notices: list[str] = []  # these wait for the end of a reply
         self._told_of_repetition = False
         self._stopped: Callable[[], bool] = bool
         self._progress = ExitStack()
@@ -78,7 +79,8 @@ class Screen:
         """Show a reply in the `with` block; yields a progress callback for reading the prompt.
 
         Args:
-            stoppable: Ctrl-C ends only the reply, or its reading; a second one ends the program.
+            stoppable: whether Ctrl-C stops only the reply, even while its prompt is being read; a
+                second Ctrl-C ends the program.
         """
         signals = [signal.SIGINT] if stoppable else []
         with defer_interrupts(*signals) as self._stopped, self.progress("reading") as told:
@@ -101,7 +103,7 @@ class Screen:
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Progress]:
-        """Show how much is read if that takes a while, until something else is shown."""
+        """Show how much has been read, if it takes a while, until something else is shown."""
         bar = progress_bar(label, SECONDS_WITHOUT_PROGRESS)
         try:
             yield self._progress.enter_context(bar)
@@ -109,7 +111,7 @@ class Screen:
             self._progress.close()
 
     def show(self, pieces: "Pieces") -> None:
-        """Print a reply as it arrives, in the block of `reply`."""
+        """Print a reply as it arrives; call this inside a `reply` block."""
         finish, end, escaped, thoughts = None, "", TerminalEscaper(), TerminalEscaper()
         try:
             for piece in pieces:
@@ -129,7 +131,7 @@ class Screen:
             pieces.close()
 
     def show_question(self, text: str) -> None:
-        """Print a question again, as it stands above its reply."""
+        """Print a question again, as it appears above its reply."""
         line = wrap(escape(text), terminal_size(sys.stdout)[0])
         print(f"{BOLD}{line}{UNBOLD}" if is_styled() else line)
 
@@ -139,7 +141,7 @@ class Screen:
         self._end_reply()
 
     def show_lines(self, text: str, indent: int = 0) -> None:
-        """Print lines that are not a model's, wrapped."""
+        """Print lines that do not come from a model, wrapped."""
         print(wrap(text, terminal_size(sys.stdout)[0], indent))
 
     def mark(self, text: str) -> None:
@@ -148,7 +150,7 @@ class Screen:
         print(f"{DIM}{line}{UNDIM}" if is_styled() else line, flush=True)
 
     def notify(self, text: str) -> None:
-        """Print a notice; one that comes during a reply waits for its end."""
+        """Print a notice; during a reply, hold it back until the reply ends."""
         if self.is_terminal and self._printer:
             self._notices.append(text)
         else:
@@ -157,7 +159,7 @@ class Screen:
 
     def _explain(self, finish: str | None, end: str) -> None:
         if finish == "length":
-            self.notify("cut at its limit (--max-tokens)")
+            self.notify("stopped at --max-tokens")
         if not self._told_of_repetition and repeats_itself(end):
             self._told_of_repetition = True
             self.notify("the reply repeats itself; --repetition-penalty 1.1 helps")
@@ -188,7 +190,7 @@ class Screen:
 
 
 class PlainPrinter:
-    """Print a text as it is."""
+    """Prints text unchanged."""
 
     def add(self, text: str) -> None:
         write(text)
@@ -198,7 +200,7 @@ class PlainPrinter:
 
 
 class WrappingPrinter:
-    """Print a text with its words wrapped, between two codes for the terminal."""
+    """Prints word-wrapped text between two terminal escape sequences."""
 
     def __init__(self, before: str = "", after: str = "") -> None:
         self._wrapper, self._after = WordWrapper(lambda: terminal_size(sys.stdout)[0]), after

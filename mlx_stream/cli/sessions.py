@@ -1,4 +1,4 @@
-"""`mlx_stream sessions`: the saved conversations, and what to do with them."""
+"""`mlx_stream sessions`: lists and manages saved conversations."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,8 @@ from typer import Argument
 
 from mlx_stream.chat.exchange import plural
 from mlx_stream.cli import new_group, options
-from mlx_stream.cli.report import local_time, print_json, print_table
+from mlx_stream.cli.report import local_time, print_json, print_table, print_text
+from mlx_stream.cli.terminal import confirm
 from mlx_stream.program.escape import escape
 from mlx_stream.program.exits import fail, notify
 
@@ -47,7 +48,7 @@ def list_sessions(*, as_json: options.AsJson = False) -> None:
                 f"{one.attended:,}",
                 f"{one.bytes / 1e6:.1f} MB",
                 local_time(one.used),
-                escape(one.header.model) if one.header else "cannot be opened: see verify",
+                escape(one.header.model) if one.header else "cannot be opened: run verify",
             ]
             for one in found
         ]
@@ -93,12 +94,16 @@ def export(
 
 @app.command()
 @options.verb
-def rm(*, name: Name) -> None:
+def rm(*, name: Name, yes: options.Yes = False) -> None:
     """Permanently remove a conversation: both its text and its state."""
-    from mlx_stream.chat.manage import questions_of, remove_session
+    from mlx_stream.chat.manage import existing_paths, questions_of, remove_session
     from mlx_stream.cli.recall import forget_typed
 
+    existing_paths(name)
     questions = questions_of(name)
+    if not yes and sys.stdin.isatty() and not confirm(f"remove {name}, {plural(len(questions))}"):
+        notify("nothing was removed")
+        return
     remove_session(name)
     forget_typed(questions)
     notify(f"removed {name}")
@@ -134,7 +139,7 @@ def search(
         ]
         print_json({"exchanges": rows})
     for passage, name in found if not as_json else ():
-        print(escape(f"{name} {passage.number:,} {passage.line}"))
+        print_text(escape(f"{name} {passage.number:,} {passage.line}"), indent=2)
     if not (found or as_json):
         notify("no saved exchange contains any of these words")
 
@@ -154,7 +159,7 @@ def verify(
     damaged = 0
     for one in [name] if name is not None else session_files.session_names():
         try:
-            print(f"{one}: {manage.verify_session(one)}")
+            print_text(f"{one}: {manage.verify_session(one)}", indent=2)
         except SessionError as error:
             if not session_files.session_paths(one).database.exists():
                 raise

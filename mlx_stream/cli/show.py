@@ -1,4 +1,4 @@
-"""`mlx_stream show`: one model: its kind and size, its window, and what its chat template does."""
+"""`mlx_stream show`: a model's kind and size, its window, and what its chat template supports."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SYSTEM_PLACES = {
     "turn": "a turn of its own, pinned",
     "question": "the beginning of the first question, pinned",
-    "exchange": "an invented first exchange, pinned",
+    "exchange": "a made-up first exchange, pinned",
 }
 
 
@@ -36,10 +36,10 @@ def show(
     json: options.AsJson = False,
 ) -> None:
     """Describe a model on this machine, without loading it."""
-    from mlx_stream.cli.report import megabytes, print_json
+    from mlx_stream.cli.report import megabytes, print_aligned, print_json
     from mlx_stream.models.layout import layout_of
+    from mlx_stream.models.window import DEFAULT_SINKS, bounded_windows
     from mlx_stream.plan.inspect import local_model, summarize_model
-    from mlx_stream.window import DEFAULT_SINKS, bounded_windows
 
     model = options.default_model() if model is None else model
     path = local_model(model)
@@ -67,14 +67,18 @@ def show(
         return
     lines = found | {
         "parameters": f"{found['parameters']:,}",
-        "bytes": f"{megabytes(summary.stored)} MB" if summary.stored else "unknown",
+        "bytes": f"{megabytes(summary.stored)} MB on disk" if summary.stored else "unknown",
         "trained_context": f"{config.max_position_embeddings:,} tokens",
         "largest_window": f"{longest:,} tokens, and {DEFAULT_SINKS} sinks",
     }
     del lines["template"]
     lines |= {f"template: {name}": text for name, text in template.items()}
-    for name, value in lines.items():
-        print(f"{name.replace('_', ' '):<26}  {value}")
+    print_aligned(
+        [
+            (name.replace("_", " ").replace("bytes", "size"), str(value))
+            for name, value in lines.items()
+        ]
+    )
 
 
 def described(quantization: "Quantization | None", dtype: str) -> str:
@@ -84,7 +88,7 @@ def described(quantization: "Quantization | None", dtype: str) -> str:
 
 
 def described_template(path: "Path") -> dict[str, str]:
-    """Return what a chat template does, by what is asked of it."""
+    """Return what a chat template supports, by feature."""
     try:
         prompts, own = (read_prompts(path, system) for system in ("Be brief.", None))
     except MlxStreamError as error:
@@ -121,7 +125,7 @@ def described_tools(prompts: "PromptBuilder") -> str:
 
 
 def read_prompts(path: "Path", system: str | None) -> "PromptBuilder | None":
-    """Return what encodes conversations with a model on this machine; None without a template.
+    """Return the builder that encodes conversations with a model; None if it has no template.
 
     Raises:
         MlxStreamError: its tokenizer or template cannot be used.

@@ -1,4 +1,4 @@
-"""Standard input as one text; says so if nothing comes."""
+"""Standard input as a single text; tells the user if nothing arrives."""
 
 import select
 import sys
@@ -9,7 +9,7 @@ from mlx_stream.errors import TextError
 from mlx_stream.program.exits import notify
 
 SECONDS_OF_SILENCE = 2.0
-MOST_BYTES = 8 * 10**6  # of a question, which is encoded as one text
+MOST_BYTES = 8 * 10**6  # the limit for a question, which is encoded as one text
 
 
 def lines_of_stdin() -> Iterator[bytes]:
@@ -28,12 +28,12 @@ def read_stdin() -> str:
     """Read standard input to its end; it may be empty.
 
     Raises:
-        TextError: it is not UTF-8, too long, or cannot be read.
+        TextError: it is not UTF-8, is too long, or cannot be read.
     """
     stdin = sys.stdin.buffer
     try:
         waits = not select.select([stdin], [], [], SECONDS_OF_SILENCE)[0]
-    except (OSError, ValueError):  # it has no descriptor
+    except (OSError, ValueError):  # it has no file descriptor
         waits = False
     if waits:
         notify("waiting for standard input, which is part of the question; < /dev/null sends none")

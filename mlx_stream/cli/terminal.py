@@ -1,4 +1,4 @@
-"""Reads texts, shows progress and handles interrupts for every verb; independent of the verbs."""
+"""Reads text, shows progress and handles interrupts for every verb; independent of the verbs."""
 
 import signal
 import sys
@@ -13,7 +13,7 @@ from mlx_stream.program.exits import notify
 from mlx_stream.program.terminal import terminal_size
 
 SECONDS_PER_LINE = 30.0
-# Characters at the end of a reply that repeat a shorter text, at least three times.
+# How many characters at the end of a reply must repeat a shorter text, at least three times.
 REPEATED = 400
 
 Progress = Callable[[int, int], None]
@@ -23,7 +23,7 @@ def read_text(path: str) -> str:
     """Read a UTF-8 text file, or standard input for `-`.
 
     Raises:
-        TextError: it cannot be read, is not UTF-8, or is empty.
+        TextError: the file cannot be read, is not UTF-8, or is empty.
     """
     name = "standard input" if path == "-" else path
     try:
@@ -33,7 +33,7 @@ def read_text(path: str) -> str:
         raise TextError(f"{name}: cannot be read: {reason}") from error
     text = decode_utf8(data, name)
     if not text:
-        raise TextError(f"{name}: is empty: give a text of at least one character")
+        raise TextError(f"{name}: is empty: some text is required")
     return text
 
 
@@ -50,13 +50,18 @@ def decode_utf8(data: bytes, name: str) -> str:
 
 
 def ask_line(question: str) -> str:
-    """Ask for a line on the terminal; "" at the end of the input."""
+    """Ask for a line on the terminal; return "" at end of input."""
     print(question, end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip()
 
 
+def confirm(action: str) -> bool:
+    """Ask on the terminal whether to do something."""
+    return ask_line(f"{action}? y or n: ").lower() in ("y", "yes")
+
+
 def repeats_itself(text: str) -> bool:
-    """Return whether a text ends with the same few lines again and again.
+    """Return whether a text ends by repeating the same few lines over and over.
 
     >>> repeats_itself("I am here. " * 40), repeats_itself("I am here. " * 9)
     (True, False)
@@ -76,7 +81,7 @@ def repeats_itself(text: str) -> bool:
 def defer_interrupts(*signals: int) -> Iterator[Callable[[], bool]]:
     """Turn the first signal, such as Ctrl-C, into a request; a second one interrupts at once.
 
-    Yields a function that tells whether the signal came.
+    Yields a function that returns whether the signal has arrived.
     """
     asked = False
 
@@ -95,7 +100,7 @@ def defer_interrupts(*signals: int) -> Iterator[Callable[[], bool]]:
 
 
 def log_progress(label: str) -> Progress:
-    """Return a progress callback for logs: a line every half minute."""
+    """Return a progress callback for logs, which prints a line every 30 seconds."""
     begun = told = time.monotonic()
 
     def update(done: int, total: int) -> None:
@@ -139,7 +144,7 @@ def progress_bar(label: str, delay: float = 0.0) -> Iterator[Progress]:
 
     def stop() -> None:
         timer.cancel()
-        timer.join()  # it may be starting the bar
+        timer.join()  # it may be starting the bar right now
         bar.stop()
 
     timer.start()

@@ -1,4 +1,4 @@
-"""The commands in a chat that show or set what it is made of: model, temperature, turns."""
+"""The chat commands that show or set a chat's model, temperature and turns."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ def show(chat: "ChatSession", argument: str, progress: object) -> str:
     turn = found.get(int(number)) if number.isdecimal() else None
     if turn is None:
         raise ValueRefused(
-            f"there is no exchange {shorten_line(argument)!r}: /history lists their numbers"
+            f"there is no exchange {shorten_line(argument)!r}: /history lists the numbers"
         )
     return f"> {turn.exchange.question}\n\n{turn.exchange.reply}"
 
@@ -68,7 +68,7 @@ def first_attended(chat: "ChatSession") -> int:
 
 
 def turns(chat: "ChatSession") -> "dict[int, StoredTurn]":
-    """Return the turns by number; of a conversation that is not saved, those attended."""
+    """Return the turns by number; for an unsaved conversation, only the attended ones."""
     skipped = 0 if saved_as(chat) else first_attended(chat) - 1
     found = saved_turns(chat)[1]
     return {turn.number + skipped: turn for turn in found if turn.exchange.question}

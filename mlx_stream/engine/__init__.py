@@ -1,4 +1,4 @@
-"""Models inside other programs: one thread computes, and any thread may ask it.
+"""Runs models inside other programs: one thread computes, and any thread may use it.
 
 engine      the thread, the model, the memory budget        Engine
 handle      a conversation                                  Session

@@ -1,4 +1,4 @@
-"""The handle of the one thread that computes, for use on any other thread."""
+"""The handle to the one thread that computes, for use from any other thread."""
 
 import time
 import weakref
@@ -18,7 +18,7 @@ from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.text_worker import TextOptions
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
-from mlx_stream.program.argument_types import check_arguments
+from mlx_stream.errors.argument_types import check_arguments
 from mlx_stream.sampling import Sampling
 
 SECONDS_TO_CLOSE = 5.0
@@ -26,7 +26,7 @@ BACKLOG = 65_536
 
 
 class Engine:
-    """A model on its own thread, the only one of the process that touches MLX.
+    """A model on its own thread, the only thread in the process that touches MLX.
 
     The constructor returns at once; the thread loads the model. Any thread may call the methods,
     including a user interface's: only `wait` and `close` make the caller wait.
@@ -35,11 +35,11 @@ class Engine:
         source, dtype, keep_quantized: see `mlx_stream.load`.
         memory_budget: bytes for the weights and the streams of all sessions. Default: what the
             device recommends.
-        queue_size: commands that may be waiting or in progress, replies included.
+        queue_size: how many commands may be waiting or in progress, including replies.
 
     Raises:
-        ValueRefused: a number out of range.
-        EngineOpen: another engine of this process is open.
+        ValueRefused: a number is out of range.
+        EngineOpen: another engine is open in this process.
     """
 
     @check_arguments
@@ -84,7 +84,7 @@ class Engine:
 
     @property
     def notices(self) -> list[str]:
-        """What was fetched or converted to load the model, one line each: a copy."""
+        """A line for each thing that was fetched or converted to load the model (a copy)."""
         return [*self._host.notices]
 
     @property
@@ -160,17 +160,17 @@ class Engine:
         recall: int | None = 0,
         began: datetime | None = None,
     ) -> Session:
-        """Begin a conversation; returns at once. Most wrong options raise on its first use.
+        """Start a conversation; returns at once. Most invalid options raise only on first use.
 
         Args:
             system, window, sinks, sampling, max_tokens, stop, evict, kv_bits, think,
                 reasoning_effort, tools, history: see `ChatSession`.
-            name: resume the conversation saved under this name, or begin it. Each exchange is on
+            name: resume the conversation saved under this name, or start it. Each exchange is on
                 disk before the next one can begin.
             on_evict: called with the numbers of exchanges and tokens evicted, on the thread that
                 reads the reply.
-            recall: how many tokens of the window are kept free to quote what has left it, with a
-                name only; None for the default of `ChatSession`.
+            recall: how many tokens of the window are kept free to quote exchanges that have left
+                it; requires `name`. None for the default of `ChatSession`.
             on_token: called with each piece, on the same thread.
             began: when the conversation begins, for templates that name the date. Default: when the
                 model was loaded.
@@ -179,7 +179,7 @@ class Engine:
                 differ where two tokens tie. Default: yes, unless `sampling` has a seed.
 
         Raises:
-            ValueRefused: `max_tokens` below 1.
+            ValueRefused: `max_tokens` is below 1.
             QueueFull: too many commands are waiting.
             EngineClosed: the engine is closed.
         """
@@ -247,19 +247,19 @@ class Engine:
         on_evict: OnEvict | None = None,
         restore: str | Path | None = None,
     ) -> Listener:
-        """Begin to listen; returns at once. Most wrong options raise on the first use.
+        """Start listening; returns at once. Most invalid options raise only on first use.
 
         Args:
             system, window, sinks, kv_bits: see `ChatSession`.
             sampling, max_tokens: settings for answers; see `ChatSession`.
-            backlog: the most characters that may wait to be read.
+            backlog: the maximum number of characters that may be waiting to be read.
             on_evict: called with 0 and the number of tokens evicted, on the thread that next feeds,
                 asks, flushes or saves.
-            restore: continue the snapshot that `Listener.save` wrote to this path, if there is one.
-                If it cannot be used, the listener starts empty and a notice has the reason.
+            restore: continue from the snapshot that `Listener.save` wrote to this path, if any. If
+                it cannot be used, the listener starts empty and a notice gives the reason.
 
         Raises:
-            ValueRefused: `backlog` or `max_tokens` below 1.
+            ValueRefused: `backlog` or `max_tokens` is below 1.
             QueueFull: too many commands are waiting.
             EngineClosed: the engine is closed.
         """
@@ -269,13 +269,13 @@ class Engine:
         return Listener(self._worker, self._host, options, backlog, on_evict, self)
 
     def close(self, timeout: float = SECONDS_TO_CLOSE) -> bool:
-        """End replies, save named sessions and release everything, as leaving the process does.
+        """End replies, save named sessions and release everything, as happens at process exit.
 
         Args:
-            timeout: seconds to wait until this is done. If it takes longer, it continues.
+            timeout: seconds to wait for this to finish. If it takes longer, it continues anyway.
 
         Returns:
-            Whether it is done.
+            Whether it has finished.
         """
         self._worker.end()
         return self._worker.join(timeout)

@@ -1,4 +1,4 @@
-"""Handles of the streams on the engine's thread, for use on any other thread."""
+"""Handles to the streams on the engine's thread, for use on any other thread."""
 
 import asyncio
 import copy
@@ -21,8 +21,8 @@ from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.text_worker import TextOptions, TextWorker
 from mlx_stream.engine.worker import StreamOwner, Worker
 from mlx_stream.errors import TextError, TypeRefused, ValueRefused
+from mlx_stream.errors.argument_types import refuse_wrong_types
 from mlx_stream.generate.stats import Stats
-from mlx_stream.program.argument_types import refuse_wrong_types
 from mlx_stream.sampling import ReplyOptions
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.valid_text import check_text
@@ -33,7 +33,7 @@ Submit = Callable[[], Task]
 
 
 class Handle:
-    """What sessions and listeners share: a queue on the engine's thread.
+    """The base class of sessions and listeners, with a queue on the engine's thread.
 
     Args:
         engine: kept alive by its handles.
@@ -58,32 +58,33 @@ class Handle:
         return f"{type(self).__name__}({state}{self.stats})"
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until the model is loaded and the stream is open: restored, or read again.
+        """Wait until the model is loaded and the stream is open, whether restored or read again.
 
         Raises:
-            TimeoutError: it takes longer than `timeout` seconds.
+            TimeoutError: opening takes longer than `timeout` seconds.
             MemoryRefused: the stream does not fit the engine's budget.
             TemplateError: the model's template does not allow a listener's open turn.
-            MlxStreamError: see `load`, `ChatSession` and, with a name, `mlx_stream.sessions`.
+            MlxStreamError: see `load`, `ChatSession` and, for a saved session,
+                `mlx_stream.sessions`.
         """
         self._worker.outcome(self._opening, timeout)
         self._deliver()
 
     @property
     def stats(self) -> Stats:
-        """The statistics after the last step: a copy."""
+        """A copy of the statistics after the last step."""
         return copy.copy(self._queue.published)
 
     def close(self, timeout: float = 0.0) -> None:
-        """End the work in progress, save a named session, and free the ring; returns at once.
+        """Stop the work in progress, save a named session, and free the ring. Returns immediately.
 
-        A listener is not saved. Threads that wait for a reply or another result get EngineClosed.
+        Listeners are not saved. Threads that wait for a reply or another result get EngineClosed.
 
         Args:
-            timeout: seconds to wait until all of this is done.
+            timeout: seconds to wait for all of this to finish.
 
         Raises:
-            SessionError, SnapshotError: the session could not be saved; only with a timeout.
+            SessionError, SnapshotError: the session could not be saved; raised only with a timeout.
         """
         self._queue.close()
         if timeout > 0:
@@ -124,7 +125,7 @@ class Handle:
             task.cancel()
 
     async def _pieces_async(self, submit: Submit) -> AsyncGenerator[Piece, None]:
-        """Do what `_pieces` does, without blocking the event loop."""
+        """Like `_pieces`, but without blocking the event loop."""
         self._worker.check_elsewhere()
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
@@ -137,7 +138,7 @@ class Handle:
         try:
             while True:
                 arrived.clear()
-                done = task.done  # read first, or a piece that arrives now would be missed
+                done = task.done  # read this first, or a piece that arrives now would be missed
                 item = self._worker.take_now(task)
                 if item is not None:
                     if (piece := self._deliver(item)) is not None:
@@ -153,13 +154,13 @@ class Handle:
             task.cancel()
 
     def _last(self, task: Task, finish: str | None) -> Piece | None:
-        """Return the last piece of a reply that another request has ended before its own."""
+        """Return the last piece of a reply that another request ended early; otherwise None."""
         last = Piece("", "superseded") if task.superseded and not finish else None
         self._deliver(last)
         return last
 
     def _deliver(self, item: Piece | ReadProgress | None = None) -> Piece | None:
-        """Run the callbacks that are due, on the caller's thread; return a piece as it is."""
+        """Run pending callbacks on the caller's thread; return a piece unchanged."""
         with self._worker.lock:
             evicted, self._queue.owner.evicted = self._queue.owner.evicted, (0, 0)
         if self._on_evict and any(evicted):
@@ -173,12 +174,12 @@ class Handle:
 
 
 class EngineReplyOptions(ReplyOptions, total=False):
-    """How one reply is written.
+    """Options for one reply.
 
     Attributes:
-        stop: strings that end the reply, in place of the session's.
-        progress: called while earlier turns and then the question are read, with the tokens read
-            and the total, on the thread that reads the reply.
+        stop: strings that end the reply, instead of the session's.
+        progress: called on the thread that iterates over the reply, while earlier turns and then
+            the question are read, with the number of tokens read and the total.
     """
 
     stop: Sequence[str] | None
@@ -186,10 +187,10 @@ class EngineReplyOptions(ReplyOptions, total=False):
 
 
 class Session(Handle):
-    """A conversation on an engine, from `Engine.session`; any thread may call its methods.
+    """A conversation on an engine, created by `Engine.session`; any thread may call its methods.
 
-    A reply begins when its first piece is asked for. Asking for something else ends a reply in
-    progress. Only the pieces, `wait`, and `close` with a timeout make the caller wait.
+    A reply starts when its first piece is requested. Any other request ends a reply in progress.
+    Only iterating over pieces, `wait`, and `close` with a timeout block the caller.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class Session(Handle):
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """The exchanges attended after the last task, oldest first: a copy."""
+        """A copy of the attended exchanges as of the last task, oldest first."""
         return [*self._session_worker.exchanges]
 
     def reply(
@@ -226,8 +227,8 @@ class Session(Handle):
 
         Raises:
             TextError: the question is empty.
-            ValueRefused: `max_tokens` below 1, or an option out of range.
-            QueueFull: the engine has too much to do.
+            ValueRefused: `max_tokens` is below 1, or an option is out of range.
+            QueueFull: the engine's queue is full.
             MlxStreamError: the reply failed; the engine and its other sessions keep running.
         """
         return self._pieces(self._reply_to(question, max_tokens, options))
@@ -238,7 +239,7 @@ class Session(Handle):
         max_tokens: int | None = None,
         **options: Unpack[EngineReplyOptions],
     ) -> AsyncGenerator[Piece, None]:
-        """Do what `reply` does, for asyncio; cancelling the task that reads it stops the reply."""
+        """Like `reply`, but for asyncio; cancelling the task that reads it stops the reply."""
         return self._pieces_async(self._reply_to(question, max_tokens, options))
 
     def retry(
@@ -258,7 +259,7 @@ class Session(Handle):
         max_tokens: int | None = None,
         **options: Unpack[EngineReplyOptions],
     ) -> Generator[Piece, None, None]:
-        """Replace the last question by another, and answer it; see `reply`."""
+        """Replace the last question and answer the new one; see `reply`."""
         return self._pieces(self._reply_to(question, max_tokens, options, edit=True))
 
     def aedit(
@@ -289,35 +290,37 @@ class Session(Handle):
         return ReplyReader(self._worker, task, self)
 
     def undo(self) -> Future[Exchange]:
-        """Take the last exchange back; return a future of what `ChatSession.undo` returns.
+        """Undo the last exchange; return a future for the result of `ChatSession.undo`.
 
-        Cancelling the future before the engine gets to it leaves the exchange in place. In asyncio:
-        `await asyncio.wrap_future(chat.undo())`. The future's callbacks run on the engine's thread,
-        where waiting for the engine, as for a reply, raises ValueRefused.
+        Cancelling the future before the engine gets to it leaves the exchange in place. With
+        asyncio, use `await asyncio.wrap_future(chat.undo())`. The future's callbacks run on the
+        engine's thread, where waiting for the engine (for example, for a reply) raises
+        ValueRefused.
         """
         return self._future(lambda chat: chat.undo())
 
     def clear(self) -> Future[None]:
-        """Evict every exchange; the future is like that of `undo`."""
+        """Evict every exchange; return a future like that of `undo`."""
         return self._future(lambda chat: chat.clear())
 
     def fork(
         self, back: int = 0, on_evict: OnEvict | None = None, on_token: OnToken | None = None
     ) -> "Session":
-        """Begin a session that continues from a copy of this one's state; returns at once.
+        """Start a session that continues from a copy of this one's state. Returns immediately.
 
-        It has a ring of its own, charged to the engine's budget, and is not saved. Commands given
-        to this session before are done first, and a reply in progress ends.
+        The new session has its own ring, charged to the engine's budget, and is not saved. Commands
+        already given to this session run first, and a reply in progress ends.
 
         Args:
-            back: how many of the last exchanges to take back in it.
+            back: how many of the last exchanges to undo in the new session.
             on_evict, on_token: see `Engine.session`.
 
         Raises:
             QueueFull, EngineClosed: see `Engine.session`. The new session's methods raise
-                ValueRefused if fewer exchanges than `back` are attended, and MemoryRefused.
+                ValueRefused if fewer than `back` exchanges are attended to, or MemoryRefused if the
+                copy does not fit the budget.
         """
-        with self._worker.lock:  # the copy is made before it is opened
+        with self._worker.lock:  # so that the copy is made before the session opens
             found = Session(
                 self._worker,
                 self._host,
@@ -338,7 +341,7 @@ class Session(Handle):
         return found
 
     def _wait_for(self, copied: "Future[ChatSession]") -> None:
-        """Open the session once another one was copied."""
+        """Open this session once the other session has been copied."""
         opening, worker = self._opening, self._worker
         self._session_worker.copied, opening.ahead = copied, 0
 
@@ -409,11 +412,11 @@ def check_question(question: str) -> None:
 
 
 def check_reply_options(max_tokens: int | None, options: EngineReplyOptions) -> None:
-    """Refuse what would otherwise fail on the engine's thread."""
+    """Refuse options that would otherwise fail on the engine's thread."""
     check_limit(max_tokens)
     hints = get_type_hints(EngineReplyOptions)
     if unknown := sorted(options.keys() - hints.keys()):
-        raise TypeRefused(f"`{unknown[0]}` is not an option of a reply; use {', '.join(hints)}")
+        raise TypeRefused(f"`{unknown[0]}` is not a reply option; use {', '.join(hints)}")
     refuse_wrong_types(options, hints)
 
 

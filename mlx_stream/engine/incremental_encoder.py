@@ -1,8 +1,8 @@
 """Text that arrives in pieces -> ids, split between words; independent of streams.
 
 The ids do not depend on how the text was split. A word is encoded only once its end is known, and
-each piece is encoded behind the words before it, so a tokenizer that puts a space before the first
-word of its input puts none here.
+each piece is encoded together with the words before it, so a tokenizer that puts a space before the
+first word of its input adds none here.
 """
 
 import re
@@ -10,8 +10,8 @@ import re
 from mlx_stream.chat.prompts import PromptBuilder
 
 # Where every tokenizer has a token boundary: before a single space between two words, and after a
-# single line end between two. Within a blank line, many tokenizers join the last character to what
-# follows, so the ids depend on what follows.
+# single newline between two. Within a blank line, many tokenizers merge the last character with
+# what follows, so the ids depend on it.
 BETWEEN = re.compile(r"(?<=\S) (?=\S)|(?<=\S\n)(?=\S)")
 LONGEST_WORD = 1_000  # characters; longer words (or a script without spaces) are split anywhere
 CONTEXT = 200
@@ -22,10 +22,10 @@ class IncrementalEncoder:
     """Encode the text of an open turn as it arrives.
 
     Attributes:
-        context: the last words that were encoded, special tokens escaped; at first, the
-            template's words before the turn's text.
+        context: the last words that were encoded, with special tokens escaped; at first, the
+            template's text before the turn's.
         lead: what the template puts before the first word, until that word is encoded.
-        pending: text whose ids may still change with the text that follows.
+        pending: text whose ids may still change depending on what follows.
     """
 
     def __init__(self, prompts: PromptBuilder, context: str, lead: str = "", pending: str = ""):
@@ -46,7 +46,7 @@ class IncrementalEncoder:
         return self._take(len(self.pending))
 
     def end_turn(self, held: str, question: str, closing: str) -> list[int]:
-        """Return the ids that end the turn: a question and a template's words. Changes nothing.
+        """Return the ids that end the turn: a question and the template's text. Changes nothing.
 
         Args:
             held: the part of the pending text to put before the question: all of it, or "".
@@ -57,7 +57,7 @@ class IncrementalEncoder:
         )
 
     def restart(self, context: str, lead: str) -> None:
-        """Begin another turn; the pending text belongs to it."""
+        """Start a new turn; the pending text belongs to it."""
         self.context, self.lead, self.begun = context, lead, False
 
     def _take(self, cut: int) -> list[int]:
@@ -79,7 +79,7 @@ class IncrementalEncoder:
 
 
 def last_words(text: str) -> str:
-    """Return a short end of a text, beginning with a word."""
+    """Return a short part at the end of a text, starting at a word."""
     if len(text) <= CONTEXT and not BETWEEN.search(text):
         return text
     cuts = [match.start() for match in BETWEEN.finditer(text, max(0, len(text) - CONTEXT))]

@@ -1,4 +1,4 @@
-"""The handle of a listener, for use on any other thread."""
+"""A handle to a listener on the engine's thread, for use on any other thread."""
 
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from pathlib import Path
@@ -17,11 +17,11 @@ from mlx_stream.text.valid_text import check_text
 
 
 class Listener(Handle):
-    """A stream that reads, in the background, the text it is fed, and answers questions about it.
+    """A stream that reads text in the background and answers questions about it.
 
-    The text is one open user turn; the latest part of it is attended. Any thread may call
-    the methods. Only `feed` with a timeout, `flush`, `save`, `wait` and the pieces of an answer
-    make the caller wait.
+    The text forms one open user turn; its latest part is attended to. Any thread may call the
+    methods. Only `feed` with a timeout, `flush`, `save`, `wait` and iterating over an answer block
+    the caller.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Listener(Handle):
 
     @property
     def restored(self) -> dict[str, str | int] | None:
-        """The note of the snapshot it continues; None before `wait`, or if it started empty."""
+        """The note in the restored snapshot; None before `wait`, or if the stream started empty."""
         note = self._listener_worker.restored
         return None if note is None else dict(note)
 
@@ -53,7 +53,7 @@ class Listener(Handle):
 
     @property
     def backlog(self) -> int:
-        """Characters fed and not yet read, except those of the last word, which may still grow."""
+        """Characters fed but not yet read, except those of the last word, which may still grow."""
         return self._backlog.size
 
     def feed(self, text: str, timeout: float = 0.0) -> None:
@@ -64,8 +64,8 @@ class Listener(Handle):
 
         Raises:
             QueueFull: there was no room within that time.
-            ValueRefused: the text is longer than the whole backlog.
-            TextError: it is not valid Unicode.
+            ValueRefused: the text is longer than the capacity of the backlog.
+            TextError: the text is not valid Unicode.
             EngineClosed: the listener is closed.
             MlxStreamError: the listener could not be opened, or reading failed.
         """
@@ -99,7 +99,7 @@ class Listener(Handle):
         """Wait until everything fed so far has been read, including the last word.
 
         Raises:
-            TimeoutError: it takes longer than `timeout` seconds; reading continues.
+            TimeoutError: reading takes longer than `timeout` seconds; it continues anyway.
             MlxStreamError: reading failed.
         """
         fed, worker = self._backlog.fed, self._listener_worker
@@ -114,13 +114,13 @@ class Listener(Handle):
     ) -> Generator[Piece, None, None]:
         """Yield the pieces of an answer from the attended text, then keep listening.
 
-        The question ends the open turn, and a new turn opens behind the answer. Closing the
-        generator stops the answer within a token. Asking again ends an answer in progress.
+        The question ends the open turn, and a new turn opens after the answer. Closing the
+        generator stops the answer within one token. Asking again ends an answer in progress.
 
         Args:
-            remember: False asks a copy of the stream, which itself stays the same to the bit. The
-                copy counts towards the engine's budget while it exists.
-            now: answer without waiting for the text that is not read yet.
+            remember: if False, a copy of the stream is asked, and the stream itself is left
+                unchanged. The copy counts towards the engine's budget while it exists.
+            now: answer without waiting for text that has not been read yet.
 
         Raises:
             TextError: the question is empty.
@@ -136,7 +136,7 @@ class Listener(Handle):
         max_tokens: int | None = None,
         now: bool = False,
     ) -> AsyncGenerator[Piece, None]:
-        """Do what `ask` does, for asyncio; cancelling the task that reads it stops the answer."""
+        """Like `ask`, but for asyncio; cancelling the task that reads it stops the answer."""
         return self._pieces_async(self._ask_command(question, remember, max_tokens, now))
 
     def save(
@@ -144,16 +144,17 @@ class Listener(Handle):
     ) -> None:
         """Write a snapshot, from which `Engine.listen(restore=path)` continues bit for bit.
 
-        The file is written completely or not at all. It holds everything fed so far; text that has
-        not been read yet is read after restoring. An answer in progress is finished first.
+        The file is written completely or not at all. It contains everything fed so far; text that
+        has not been read yet is read after restoring. An answer in progress is finished first.
 
         Args:
             note: a small dict, returned by `restored`.
 
         Raises:
-            ValueRefused: the note holds other types, or is too long.
-            SnapshotError: the file could not be written; an earlier one is still there.
-            TimeoutError: it takes longer than `timeout` seconds; the file will still be written.
+            ValueRefused: the note contains values of other types, or is too long.
+            SnapshotError: the file could not be written; any earlier file is kept.
+            TimeoutError: saving takes longer than `timeout` seconds; the file will still be
+                written.
         """
         path, copy, worker = Path(path).absolute(), check_note(note), self._listener_worker
         self._wait_for(lambda: worker.current().save(path, copy), timeout)
@@ -169,8 +170,8 @@ class Listener(Handle):
 
         def submit() -> Task:
             fed = None if now else self._backlog.fed
-            # The answer does not pause for its reader: text fed in the meantime waits until it
-            # ends.
+            # The answer does not pause for its reader, because text fed in the meantime waits for
+            # the answer.
             return self._ask(
                 lambda: worker.current().ask(question, max_tokens, fed, remember), None
             )
@@ -178,6 +179,6 @@ class Listener(Handle):
         return submit
 
     def _wait_for(self, begin: Callable[[], Work], timeout: float | None) -> None:
-        """Submit a task, behind any answer in progress, and wait for its end."""
+        """Submit a task to run after any answer in progress, and wait for it to finish."""
         self._worker.outcome(self._worker.submit(self._queue, begin, None), timeout)
         self._deliver()

@@ -1,4 +1,4 @@
-"""The snapshot of a listener: its stream and the text around it. Untrusted when it is read."""
+"""The snapshot of a listener: its stream and the text around it. Untrusted when read."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from mlx_stream.load import Model
 KIND = "listener"
 LONGEST_NOTE = 65_536  # bytes, as JSON
 BYTES_BESIDE = 2**20
-BYTES_PER_CHARACTER = 12  # the most that a character takes in JSON
+BYTES_PER_CHARACTER = 12  # the most that one character takes up in JSON
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class ListenerState:
 
     Attributes:
         note: the caller's note.
-        began: when the listener began, which a chat template may print.
+        began: when the listener was started, which a chat template may print.
         sampler: state of the random number generator, in hexadecimal.
-        ids: ids that are encoded and not yet read.
+        ids: ids that have been encoded but not yet read.
         context, lead, held, begun: see `IncrementalEncoder`; `held` is its `pending`.
-        backlog: text that was fed and not yet encoded.
+        backlog: text that has been fed but not yet encoded.
     """
 
     note: dict[str, str | int]
@@ -42,7 +42,7 @@ class ListenerState:
     backlog: str
 
     def plain(self) -> dict[str, Any]:
-        """Return the state as values for JSON."""
+        """Return the state as JSON-compatible values."""
         values = asdict(self)
         return {"kind": KIND, **values, "began": self.began.isoformat(), "ids": [*self.ids]}
 
@@ -54,7 +54,7 @@ def load_listener(path: Path, model: Model, capacity: int) -> tuple[State, Liste
         capacity: the size of the backlog, in characters.
 
     Raises:
-        SnapshotError: it is damaged, of another model, or not of a listener.
+        SnapshotError: the snapshot is damaged, belongs to another model, or is not a listener's.
     """
     longest = BYTES_BESIDE + LONGEST_NOTE + BYTES_PER_CHARACTER * capacity
     found = load_snapshot(path, longest=longest)
@@ -94,7 +94,7 @@ def check_note(note: Any) -> dict[str, str | int]:
     """Return a copy of a note.
 
     Raises:
-        ValueRefused: it holds anything but strings and integers, or is too long.
+        ValueRefused: the note holds anything but strings and integers, or is too long.
     """
     if not isinstance(note, Mapping):
         raise ValueRefused(

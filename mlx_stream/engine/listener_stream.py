@@ -1,4 +1,4 @@
-"""A listener's stream: an open user turn, the text that waits for it, and answers from it.
+"""A listener's stream: an open user turn, the text waiting to be added, and answers from it.
 
     pinned      <|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n
     fed         10:02 The train is late.\n10:07 It has come.\n ...
@@ -6,8 +6,8 @@
     (the model) At 10:07.
     reopening   <|im_end|>\n<|im_start|>user\n
 
-Between two steps, the tokens that were read, `ListenerStream.ids` and the text behind them make up
-everything that was fed. So the stream can be saved, and an answer stopped, between any two steps.
+Between two steps, the tokens already read, `ListenerStream.ids` and the text still waiting make up
+everything that was fed. The stream can therefore be saved, and an answer stopped, between steps.
 """
 
 import traceback
@@ -32,19 +32,19 @@ from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.stats import Stats
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
-from mlx_stream.window import PREFILL_CHUNK
 
-CHARACTERS_A_STEP = 1_024  # the most to encode at once
+CHARACTERS_A_STEP = 1_024  # the most that is encoded at once
 
 
 class Backlog:
-    """Text that was fed and not yet encoded; any thread may use it.
+    """Text that was fed but not yet encoded; any thread may use it.
 
     Attributes:
         fed, taken: how many characters were fed and taken, in total.
-        encoded: how many characters were taken whose tokens are not read yet.
+        encoded: how many of the characters taken have tokens that have not been read yet.
     """
 
     def __init__(self, lock: Condition, capacity: int):
@@ -65,14 +65,14 @@ class Backlog:
             self.lock.notify_all()
 
     def put_back(self, text: str) -> None:
-        """Put text before all other text, as if it had been fed and not taken."""
+        """Put text back before all other text, as if it had been fed but not taken."""
         with self.lock:
             if text:
                 self.pieces.appendleft(text)
                 self.taken -= len(text)
 
     def take(self) -> str:
-        """Return the oldest text, at most `CHARACTERS_A_STEP` of it."""
+        """Remove and return the oldest text, up to `CHARACTERS_A_STEP` characters of it."""
         with self.lock:
             if not self.pieces:
                 return ""
@@ -85,7 +85,7 @@ class Backlog:
             return text
 
     def make_room(self, before: int, left: int) -> None:
-        """Release the text of the tokens read: `left` of `before` encoded tokens still wait."""
+        """Shrink the backlog after a read: `left` of `before` encoded tokens are still unread."""
         with self.lock:
             self.encoded = self.encoded * left // max(1, before)
             self.lock.notify_all()
@@ -93,7 +93,7 @@ class Backlog:
 
 @dataclass(frozen=True)
 class ListenerOptions:
-    """How a listener listens; see `Engine.listen`."""
+    """A listener's options; see `Engine.listen`."""
 
     system: str | None
     window: int | None
@@ -108,10 +108,10 @@ class ListenerStream:
     """One listening stream.
 
     Args:
-        began: when it began, which a chat template may print.
+        began: when the stream started, which a chat template may print.
 
     Attributes:
-        ids: ids that are encoded and not yet read.
+        ids: ids that have been encoded but not yet read.
     """
 
     def __init__(self, model: Model, options: ListenerOptions, began: datetime, backlog: Backlog):
@@ -138,7 +138,7 @@ class ListenerStream:
         """Continue from a snapshot.
 
         Raises:
-            ValueRefused: it has a different window, system prompt or model.
+            ValueRefused: the snapshot has a different window, system prompt or model.
         """
         self.tokens.restore(state)
         count = len(self.pinned)
@@ -171,7 +171,7 @@ class ListenerStream:
     # --- listening ---
 
     def read_step(self, chunk: int) -> None:
-        """Read one step of what was fed."""
+        """Read one step of the text that was fed."""
         if request := self._next_request(chunk, self.backlog.fed):
             self._record(self.tokens.run(request))
 
@@ -183,13 +183,13 @@ class ListenerStream:
             self._record(result)
 
     def flush(self, fed: int) -> Coroutine[Piece, None]:
-        """Read the first `fed` characters and the last word; a coroutine."""
+        """Read the first `fed` characters, including the last word; a coroutine."""
         yield from self.read_fed(fed)
         self.ids += self.encoder.flush()
         yield from self.read_fed(fed)
 
     def _next_request(self, chunk: int, fed: int) -> ReadRequest | None:
-        """Encode enough of the first `fed` characters for one step, and return the step."""
+        """Encode enough of the first `fed` characters for one step, and return its request."""
         while len(self.ids) < chunk and self.backlog.taken < fed:
             self.ids += self.encoder.add(self.backlog.take())
         if not self.ids:
@@ -224,7 +224,7 @@ class ListenerStream:
         """Yield the pieces of an answer; a coroutine.
 
         Args:
-            fed: characters to read before the answer; None for those that are already encoded.
+            fed: how many characters to read before answering; None for those already encoded.
         """
         yield from self.read_fed(0 if fed is None else fed)
         held = "" if fed is None else self.encoder.pending
@@ -251,7 +251,7 @@ class ListenerStream:
             sampler = Sampler(self.options.sampling)
             yield from self._answer(copy, sampler, prompt, limit, reply, Stats())
         except Exception as error:
-            # The caller keeps the error, and its frames would keep the copy.
+            # The caller keeps the error, whose frames would keep the copy alive.
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
@@ -278,7 +278,7 @@ class ListenerStream:
         yield replace(last, attended=writer.tokens.attended)
 
     def _reopen(self, start: int, prompt: Sequence[int], reply: ReplyDecoder) -> None:
-        """Keep the question and the reply in the stream, and open a turn behind them.
+        """Keep the question and the reply in the stream, and open a turn after them.
 
         Args:
             start: the stream's length before the question.

@@ -12,17 +12,17 @@ from mlx_stream.engine.task import Work
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate.stats import Stats, eviction_notice
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.models.window import PREFILL_CHUNK
 
 BUSY_CHUNK = 32  # tokens per step while sessions have tasks
 
 
 class ListenerWorker:
-    """One listening stream, which shares no step; see `StreamOwner`.
+    """One listening stream, which never shares a step; see `StreamOwner`.
 
     Attributes:
         stream: None before it is open and after it is closed.
-        restored: the note of the snapshot that it continues.
+        restored: the note in the snapshot that it continues from.
     """
 
     shared = False
@@ -40,7 +40,7 @@ class ListenerWorker:
         return self.stream is not None and not self.stream.tokens.failed
 
     def open(self) -> Work:
-        """Begin, or continue a snapshot; a coroutine."""
+        """Start afresh, or continue from a snapshot; a coroutine."""
         yield from ()
         path, stream, reason = self.options.restore, None, ""
         if path and path.exists():
@@ -57,7 +57,7 @@ class ListenerWorker:
         self.stream = stream
 
     def _continue(self, path: Path) -> ListenerStream:
-        """Return the stream of a snapshot; see `load_listener` and `ListenerStream.restore`."""
+        """Return a stream restored from a snapshot; see `load_listener` and `restore`."""
         state, saved = load_listener(path, self.host.model, self.backlog.capacity)
         stream = self._new_stream(saved.began)
         stream.restore(state, saved)
@@ -77,7 +77,7 @@ class ListenerWorker:
         return self.stream is not None and bool(self.stream.ids or self.backlog.pieces)
 
     def step(self) -> None:
-        """Read one step of what was fed."""
+        """Read one step of the text that was fed."""
         self.current().read_step(BUSY_CHUNK if self.worker.busy() else PREFILL_CHUNK)
 
     def update(self, task_ended: bool) -> Stats | None:

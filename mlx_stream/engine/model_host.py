@@ -1,4 +1,4 @@
-"""An engine's model and its memory budget; everything but `Budget` is for the engine's thread."""
+"""An engine's model and memory budget; everything but `Budget` is for the engine's thread only."""
 
 import threading
 from functools import partial
@@ -14,13 +14,13 @@ from mlx_stream.models.layout import ring_bytes
 from mlx_stream.window import THINKING_WINDOWS, bounded_windows
 
 HEAD_ROOM = 1_024  # tokens of the trained context that a default window leaves for a system prompt
-PREFIXES = "prefixes"  # the key of the kept beginnings in the budget
+PREFIXES = "prefixes"  # the key of the cached prefixes in the budget
 
 
 class Budget:
-    """The bytes of the weights and of every stream, kept below a limit.
+    """Keeps the total size of the weights and all streams within a limit.
 
-    A stream is charged before it is allocated, under its owner's key.
+    A stream is charged for, under its owner's key, before it is allocated.
     """
 
     def __init__(self, limit: int):
@@ -35,7 +35,7 @@ class Budget:
             return self.weights + sum(self._streams.values())
 
     def charge(self, key: object, weights: int, stream: int) -> None:
-        """Record the bytes of the weights, and add bytes of streams under `key`.
+        """Record the size of the weights, and add the size of a stream under `key`, in bytes.
 
         Raises:
             MemoryRefused: the limit would be exceeded; nothing is recorded.
@@ -54,7 +54,7 @@ class Budget:
             self._streams[key] = self._streams.get(key, 0) + stream
 
     def try_stream(self, key: object, stream: int) -> bool:
-        """Record `stream` bytes under `key` in place of what is there, if the limit allows that."""
+        """Set the bytes recorded under `key` to `stream`, if the limit allows it."""
         with self._lock:
             others = sum(bytes for one, bytes in self._streams.items() if one != key)
             if self.weights + others + stream > self.limit:
@@ -63,7 +63,7 @@ class Budget:
             return True
 
     def set_stream(self, key: object, stream: int) -> None:
-        """Record `stream` bytes under `key` in place of what is recorded there."""
+        """Set the bytes recorded under `key` to `stream`."""
         with self._lock:
             self._streams.pop(key, None)
             if stream:
@@ -75,7 +75,7 @@ class ModelHost:
 
     Args:
         source, dtype, keep_quantized: see `load`.
-        limit: the most bytes for weights and streams; None for what the device recommends.
+        limit: the maximum bytes for weights and streams; None for the device's recommendation.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ModelHost:
         self.name = str(source)
         self.notices: list[str] = []
         self.budget = Budget(limit or 0)
-        # Sessions that share no step begin with rows that were read in steps of their own.
+        # Sessions that do not share steps start with rows that were read in unshared steps.
         self.prefixes = {
             shared: PrefixCache(partial(self.budget.try_stream, (PREFIXES, shared)))
             for shared in (True, False)
@@ -100,7 +100,7 @@ class ModelHost:
     def load(self) -> None:
         if self._limit is None:
             self.budget.limit = backend.memory_budget()
-        # MLX keeps freed buffers, by default up to the size of the whole memory.
+        # By default, MLX keeps freed buffers up to the size of the whole memory.
         backend.set_cache_limit()
         self._model = load(
             self._source,
@@ -143,7 +143,7 @@ class ModelHost:
             prefixes.clear()
 
     def _charge(self, key: object, weights: int, stream: int) -> None:
-        """Charge a stream; the kept beginnings make room for it."""
+        """Charge for a stream; drop the cached prefixes if it needs their room."""
         try:
             self.budget.charge(key, weights, stream)
         except MemoryRefused:

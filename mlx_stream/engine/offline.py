@@ -1,4 +1,4 @@
-"""Runs several coroutines to their ends on this thread, in shared steps; knows no sessions."""
+"""Runs several coroutines to the end on this thread, in shared steps; independent of sessions."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -11,11 +11,11 @@ T = TypeVar("T")
 
 
 class Running(Generic[T]):
-    """A coroutine that has begun.
+    """A coroutine that has started.
 
     Attributes:
         items: what it has yielded.
-        request: the read that it waits for; None at its end.
+        request: the read that it is waiting for; None once it has ended.
         error: why it ended early.
     """
 
@@ -25,7 +25,7 @@ class Running(Generic[T]):
         self.error: MlxStreamError | None = None
 
     def advance(self, result: ReadResult | None = None) -> None:
-        """Run the coroutine until its next read, or to its end."""
+        """Run the coroutine until its next read or its end."""
         self.request = None
         try:
             while self.request is None:
@@ -48,10 +48,10 @@ def run_all(
     An error in a step ends all of them.
 
     Args:
-        begins: each returns a coroutine.
+        begins: functions that each return a coroutine.
 
     Yields:
-        The place of each coroutine that has ended, and its items or its own error.
+        The index of each coroutine that has ended, and its items or its own error.
     """
     waiting, scheduler = enumerate(begins), Scheduler()
     running: dict[int, Running[T]] = {}
@@ -64,7 +64,7 @@ def run_all(
                 for at in ended:
                     one = running.pop(at)
                     yield at, one.error or one.items
-                continue  # others may begin
+                continue  # others may start
             if not running:
                 return
             places = [*running]

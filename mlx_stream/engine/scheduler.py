@@ -1,7 +1,7 @@
-"""Decides which reads share the next step; knows requests, and neither threads nor sessions.
+"""Decides which reads share the next step; knows requests, but not threads or sessions.
 
-Tokens of replies are in every step. Its other rows are divided among prompts and streams that
-settle. While replies are in progress, those rows are limited, so that a step takes at most
+Every step includes the tokens of replies. Its other rows are divided among prompts and settling
+streams. While replies are in progress, those rows are limited, so that a step takes at most
 `LONGEST` times as long as one without them.
 """
 
@@ -12,14 +12,14 @@ from statistics import median
 
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import ROWS_MULTIPLE, run_together
-from mlx_stream.window import PREFILL_CHUNK, SHARED_ROWS
+from mlx_stream.models.window import PREFILL_CHUNK, SHARED_ROWS
 
 LONGEST = 2.9
-FEWEST_ROWS = 8  # rows of prompts, however long they take
-SETTLING_SHARE = 4  # streams that settle get at least one row in this many
-MEASURED = 5  # the latest steps of a kind that count
-LEAST_MEASURED = 3  # the fewest; the first step of a kind may compile, and never counts
-PROBE_EVERY = 256  # rounds after which it is measured again whether sharing pays
+FEWEST_ROWS = 8  # for prompts in each step, however long they take
+SETTLING_SHARE = 4  # settling streams get at least one row in this many
+MEASURED = 5  # how many of the latest steps of a kind count
+LEAST_MEASURED = 3  # the minimum; the first step of a kind may compile, so it never counts
+PROBE_EVERY = 256  # rounds between measurements of whether sharing pays
 
 Results = list[ReadResult | Exception]
 
@@ -33,7 +33,7 @@ class StepTimes:
         self._rounds: dict[int, int] = {}
 
     def record(self, replies: int, rows: int, seconds: float) -> None:
-        """Learn from a step of one token of each of `replies` streams and `rows` other rows."""
+        """Learn from a step with one token from each of `replies` streams and `rows` other rows."""
         if not rows:
             if replies in self._tokens:
                 self._tokens[replies].append(seconds)
@@ -45,14 +45,14 @@ class StepTimes:
             self._row.append(max(0.0, seconds - base) / rows)
 
     def of_tokens(self, replies: int) -> float | None:
-        """Return how long a step of one token of each reply takes, if that was measured."""
+        """Return how long a step with one token per reply takes, if that has been measured."""
         found = self._tokens.get(replies, ())
         return median(found) if len(found) >= LEAST_MEASURED else None
 
     def sharing_pays(self, replies: int) -> bool:
-        """Return whether the next token of each reply comes sooner in one step than in turn.
+        """Return whether one step for all replies is faster than a separate step for each.
 
-        Both are tried first, and again now and then.
+        Both are tried at first, and again from time to time.
         """
         at = self._rounds.get(replies, 0)
         together, alone = self.of_tokens(replies), self.of_tokens(1)
@@ -66,9 +66,9 @@ class StepTimes:
         self._rounds[replies] = (self._rounds.get(replies, 0) + 1) % PROBE_EVERY
 
     def most_rows(self, replies: int) -> int:
-        """Return how many rows of prompts a step with tokens of `replies` streams may have.
+        """Return how many prompt rows a step with tokens from `replies` streams may have.
 
-        With the tokens they make a multiple of the rows to which steps are padded.
+        Together with the tokens, they are a multiple of the number that steps are padded to.
         """
         if not replies:
             return SHARED_ROWS
@@ -93,9 +93,9 @@ class Scheduler:
         self._run, self._clock, self.times = run, clock, StepTimes()
 
     def schedule(self, requests: Sequence[ReadRequest]) -> list[list[int]]:
-        """Return the steps of the next round, each as the places of its requests.
+        """Return the steps of the next round, each as the indices of its requests.
 
-        The chunks of prompts are lowered to their share of a step's rows.
+        Each prompt's chunk is reduced to its share of a step's rows.
         """
         replies = [at for at, request in enumerate(requests) if is_token(request)]
         prompts = [at for at in range(len(requests)) if at not in replies]
@@ -135,17 +135,17 @@ class Scheduler:
 def run_alone(request: ReadRequest) -> ReadResult | Exception:
     try:
         return request.stream.run(request)
-    except Exception as error:  # it is raised where the result is used
+    except Exception as error:  # raised where the result is used
         return error
 
 
 def is_token(request: ReadRequest) -> bool:
-    """Return whether a reply waits for a request's next tokens."""
+    """Return whether a reply is waiting for a request's next tokens."""
     return request.want in (Want.TOKEN, Want.ROWS)
 
 
 def divide(rows: int, requests: Sequence[ReadRequest]) -> None:
-    """Divide a step's rows among prompts; longer prompts get the rows that short ones leave.
+    """Divide a step's rows among prompts; longer ones get the rows that short ones do not need.
 
     With 64 rows, prompts of 10, 100 and 200 ids get 10, 27 and 27.
     """
@@ -157,7 +157,7 @@ def divide(rows: int, requests: Sequence[ReadRequest]) -> None:
 
 
 def share_rows(rows: int, requests: Sequence[ReadRequest]) -> int:
-    """Lower the chunks of requests to equal shares, one row at least; return the rows left."""
+    """Reduce requests' chunks to equal shares of at least one row; return the rows left over."""
     waiting = sorted(requests, key=lambda request: len(request.ids))
     for at, request in enumerate(waiting):
         share = max(1, rows // (len(waiting) - at))

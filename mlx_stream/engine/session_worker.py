@@ -22,7 +22,7 @@ from mlx_stream.text.pieces import Piece
 
 
 class ReadProgress(NamedTuple):
-    """How many tokens of a prompt have been read, how many it has, and whom to tell."""
+    """How many tokens of a prompt have been read, how many there are, and whom to notify."""
 
     report: Progress
     done: int
@@ -108,8 +108,8 @@ class SessionWorker:
         shared: see `StreamOwner`.
 
     Attributes:
-        exchanges: the ones attended after the last task; replaced, never changed.
-        copied: the conversation to begin with, if it is a copy of another one.
+        exchanges: the attended exchanges as of the last task; replaced, never modified in place.
+        copied: the conversation to start with, if this is a copy of another session.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class SessionWorker:
         return self.chat is not None
 
     def open(self) -> Work:
-        """Begin a conversation, or resume a saved one; a coroutine."""
+        """Start a conversation, or resume a saved one; a coroutine."""
         model = self.host.model_for(self.key)
         options = replace(self.options, prefixes=self.host.prefixes[self.shared])
         if self.copied:
@@ -153,7 +153,8 @@ class SessionWorker:
         """Return the coroutine of a reply.
 
         Args:
-            progress: called by the thread that reads the reply, after each step that reads.
+            progress: called on the thread that iterates over the reply, after each step that reads
+                tokens.
         """
         assert self.chat
         if progress is None:
@@ -262,13 +263,13 @@ class SessionWorker:
         return found
 
     def copy_of(self, source: ChatSession, back: int) -> ChatSession:
-        """Return a copy of another session's conversation, for this one to begin with."""
+        """Return a copy of another session's conversation, for this session to start with."""
         if self.closed:
             raise EngineClosed("this session was closed before the copy was made")
         return source.fork(back, self.host.model_for(self.key), self.notices.append)
 
     def perform(self, action: Callable[[ChatSession], Any]) -> Work:
-        """Do something that reads no tokens, and return its result; a coroutine."""
+        """Run an action that reads no tokens, and return its result; a coroutine."""
         yield from ()
         assert self.chat
         return action(self.chat)
@@ -288,7 +289,7 @@ class SessionWorker:
         """Do nothing: a conversation has no background work."""
 
     def close(self) -> None:
-        """Write what is not saved yet, and release the ring."""
+        """Save any unsaved changes, and release the ring."""
         saved, self.chat, self.saved = self.saved, None, None
         self.copied, self.closed = None, True
         try:

@@ -1,4 +1,4 @@
-"""A task for the engine's thread: a coroutine that runs there, and what it has produced so far.
+"""A task for the engine's thread: a coroutine that runs there, and its output so far.
 
 The worker runs the reads that the coroutine requests and gives it their results. Everything else it
 yields is passed to the caller. A cancelled task ends before its next read.
@@ -15,9 +15,9 @@ from typing import Any
 from mlx_stream.errors import ComputeError, MlxStreamError
 from mlx_stream.generate.requests import Coroutine, ReadRequest, ReadResult
 
-# Items that may wait for the caller: one is computed while the caller shows another.
+# How many items may wait for the caller: one is computed while the caller shows another.
 AHEAD = 1
-# With two, a caller that is a little late does not miss a step that it would share.
+# With two, a caller that is slightly late does not miss a step that it could share.
 SHARED_AHEAD = 2
 
 Work = Coroutine[Any, Any]
@@ -27,21 +27,23 @@ class Task:
     """One coroutine and its outcome.
 
     Args:
-        lock: the worker's; notified whenever the task changes.
-        begin: called on the thread; returns the coroutine.
-        publish: called on the thread with None after each step, and with the task after the last
-            one. It runs before the caller is notified, so the caller finds the new state.
+        lock: the worker's lock; notified whenever the task changes.
+        begin: called on the engine's thread; returns the coroutine.
+        publish: called on the engine's thread with None after each step, and with the task after
+            the last one. It runs before the caller is notified, so the caller sees the new state.
         ahead: how many items may wait for the caller before the task pauses; None for no limit.
 
     Attributes:
-        request: the read that the coroutine waits for.
-        items: what was yielded and has not been taken by the caller.
-        future: holds the outcome. Cancelling it before the task begins keeps the task from running.
+        request: the read that the coroutine is waiting for.
+        items: what the coroutine has yielded and the caller has not yet taken.
+        future: holds the outcome. Cancelling it before the task starts keeps the task from running.
         error: why the task failed; set before the future is.
         superseded: whether it was cancelled in favour of another task.
-        done: whether the task has ended. Unlike `future.done()` it takes no lock, so a finalizer
-            that interrupts the future cannot deadlock with a thread that waits under `lock`.
-        tell: called on the thread, without the lock, whenever there is an item or an outcome.
+        done: whether the task has ended. Unlike `future.done()`, it takes no lock, so a finalizer
+            that interrupts the future cannot deadlock with a thread that waits while holding
+            `lock`.
+        tell: called on the engine's thread, without the lock, whenever there is an item or an
+            outcome.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Task:
         self.request: ReadRequest | None = None
 
     def supersede(self) -> None:
-        """Cancel the task because another one takes its place; its reader is told."""
+        """Cancel the task because another one replaces it; its reader is notified."""
         with self.lock:
             self.superseded = True
             self.cancel()
@@ -84,9 +86,9 @@ class Task:
         """Run the coroutine until its next read or until it must pause.
 
         Args:
-            result: what the read that it waits for has returned or raised.
+            result: what the pending read returned or raised.
         """
-        # A read that was done reaches the coroutine in any case, or its ids would be read again.
+        # A completed read is always passed to the coroutine, or its ids would be read again.
         if result is None and (self.cancelled or not self._claim()):
             return self.abandon()
         try:
@@ -95,12 +97,12 @@ class Task:
             self._advance(result)
         except StopIteration as end:
             self._finish(end.value)
-        # The engine survives any error of a task; the caller gets it.
+        # The engine survives any error in a task; the caller gets the error.
         except Exception as error:
             self.abandon(as_engine_error(error))
 
     def _claim(self) -> bool:
-        """Return whether an outcome is wanted; from now on the future cannot be cancelled."""
+        """Return whether the outcome is wanted; after this, the future cannot be cancelled."""
         if self._claimed is None:
             self._claimed = self.future.set_running_or_notify_cancel()
         return self._claimed
@@ -121,7 +123,7 @@ class Task:
                 self._notify()
 
     def abandon(self, error: MlxStreamError | None = None) -> None:
-        """End early; the caller gets `error`."""
+        """End the task early; the caller gets `error`."""
         self.request = None
         try:
             if self._work:
@@ -133,7 +135,7 @@ class Task:
     def _finish(self, result: Any = None, error: MlxStreamError | None = None) -> None:
         self.error = error
         self._publish(self)
-        self._begin = self._work = None  # frees the stream of a forgotten session at once
+        self._begin = self._work = None  # immediately frees the stream of a discarded session
         if self._claim():
             if error:
                 self.future.set_exception(error)
@@ -157,9 +159,9 @@ def reraise(error: MlxStreamError) -> MlxStreamError:
 
 
 def as_engine_error(error: Exception) -> MlxStreamError:
-    """Return an error as one of the package's, without its frames, which would keep a ring alive.
+    """Convert an error to one of the package's, without frames, which would keep a ring alive.
 
-    MLX reports its errors as RuntimeError, late and from anywhere.
+    MLX reports errors as RuntimeError, possibly late and from any call.
     """
     found = error
     if not isinstance(found, MlxStreamError):

@@ -25,11 +25,12 @@ SECONDS_AT_EXIT = 10.0
 
 
 class StreamOwner(Protocol):
-    """A session's or listener's stream. All of it but `waiting` runs on the thread.
+    """A session's or listener's stream. Everything but `waiting` runs on the thread.
 
     Attributes:
-        evicted: exchanges and tokens evicted and not yet reported; guarded by the lock.
-        shared: whether its reads may share a step with other streams'.
+        evicted: how many exchanges and tokens have been evicted but not yet reported; guarded by
+            the lock.
+        shared: whether its reads may share a step with those of other streams.
     """
 
     evicted: tuple[int, int]
@@ -68,7 +69,7 @@ class SessionQueue:
         published: a copy of the statistics after the last step. It is replaced, never changed, so
             any thread may read it.
         failure: why the session can no longer be used.
-        error: what closing the session raised.
+        error: the error raised while closing the session, if any.
     """
 
     def __init__(self, worker: "Worker", owner: StreamOwner):
@@ -92,7 +93,7 @@ class SessionQueue:
             self.worker.lock.notify_all()
 
     def wait_closed(self, timeout: float) -> None:
-        """Wait until the session is closed; raise the error of closing it."""
+        """Wait until the session is closed; raise any error from closing it."""
         with self.worker.lock:
             self.worker.wait_for(lambda: self.closed, timeout)
             if self.error:
@@ -118,11 +119,11 @@ class SessionQueue:
 
     @property
     def request(self) -> ReadRequest | None:
-        """The read that the session waits for."""
+        """The read that the session is waiting for."""
         return self.tasks[0].request if self.tasks else None
 
     def take_request(self) -> ReadRequest:
-        """Return the read that the session waits for, and forget it: it keeps a stream alive."""
+        """Return the read that the session is waiting for, and drop it: it keeps a stream alive."""
         request, self.tasks[0].request = self.tasks[0].request, None
         assert request
         return request
@@ -139,7 +140,7 @@ class SessionQueue:
                 self.tasks.popleft()
 
     def after(self, task: Task | None) -> None:
-        """Publish the statistics after a step; `task` is one that has just ended."""
+        """Publish the statistics after a step; `task` is the one that has just ended, if any."""
         if task and task.error and not (self.failure or self.owner.usable):
             self._fail(task.error)
         stats = self.owner.update(task is not None)
@@ -150,7 +151,7 @@ class SessionQueue:
         self.published = copy.copy(stats)
 
     def _fail(self, error: MlxStreamError) -> None:
-        """Release a stream that can no longer be used, and wake threads that wait for room."""
+        """Release a stream that can no longer be used, and wake threads waiting for room."""
         with self.worker.lock:
             self.failure = error
             self.worker.lock.notify_all()
@@ -176,14 +177,14 @@ class Worker:
     """The thread, and the queues that take turns on it.
 
     Args:
-        prepare: runs first on the thread; every task raises what it raises.
+        prepare: runs first on the thread; if it fails, every task raises its error.
         leave: runs last on the thread.
-        queue_size: tasks that may be waiting or in progress.
+        queue_size: how many tasks may be waiting or in progress.
 
     Attributes:
         lock: guards everything that threads share; notified of every change.
         loading: the task of `prepare`.
-        ended: whether the thread has ended, or is missing in this process after a fork.
+        ended: whether the thread has ended, or does not exist in this process after a fork.
         round_started: when the round in progress began, by `time.monotonic`; None between rounds.
     """
 
@@ -264,15 +265,20 @@ class Worker:
             return None
 
     def outcome(self, task: Task, timeout: float | None = None) -> Any:
-        """Wait for a task's end and return its result; raises as `take` does, or TimeoutError."""
+        """Wait for a task to end and return its result.
+
+        Raises:
+            TimeoutError: it takes longer than `timeout` seconds.
+            ValueRefused, EngineClosed, MlxStreamError: as for `take`.
+        """
         with self.lock:
             if not self.wait_for(lambda: task.done, timeout):
-                raise TimeoutError(f"the request was not done after {timeout} seconds")
+                raise TimeoutError(f"the request did not finish in {timeout} seconds")
             self._check_task(task)
         return task.future.result()
 
     def _check_task(self, task: Task) -> None:
-        """Raise the error of a task that has ended, or that never will."""
+        """Raise the error of a task that has ended, or never will."""
         if task.error and task.done:
             raise reraise(task.error)
         if self.ended and not task.done:
@@ -304,7 +310,7 @@ class Worker:
         Return whether either happened.
 
         Raises:
-            ValueRefused: called on the engine's thread, where it would wait for ever.
+            ValueRefused: called on the engine's thread, where it would wait forever.
         """
         if holds() or self.ended:
             return True
@@ -313,7 +319,7 @@ class Worker:
         return bool(self.lock.wait_for(lambda: holds() or self.ended, timeout))
 
     def check_elsewhere(self) -> None:
-        """Raise `ValueRefused` on the engine's thread."""
+        """Raise `ValueRefused` if called on the engine's thread."""
         if threading.current_thread() is self._thread:
             raise ValueRefused(
                 "a future's callback runs on the engine's thread and must not wait for the engine: "
@@ -321,7 +327,7 @@ class Worker:
             )
 
     def check(self, queue: SessionQueue | None = None) -> None:
-        """Raise `EngineClosed` if the engine, or a queue, accepts no tasks."""
+        """Raise `EngineClosed` if the engine, or a queue, no longer accepts tasks."""
         if os.getpid() != self._process:
             raise EngineClosed(
                 "an engine does not survive a fork: create it in the new process, or use the "
@@ -333,13 +339,13 @@ class Worker:
             raise EngineClosed("this session or listener is closed: start a new one")
 
     def end(self) -> None:
-        """Make the thread end; returns at once."""
+        """Tell the thread to end; returns at once."""
         with self.lock:
             self.closing = True
             self.lock.notify_all()
 
     def join(self, timeout: float | None) -> bool:
-        """Wait for the thread's end; return whether it has ended."""
+        """Wait for the thread to end; return whether it has."""
         if os.getpid() == self._process and self._thread is not threading.current_thread():
             self._thread.join(timeout)
         return self.ended
@@ -394,7 +400,7 @@ class Worker:
         return None
 
     def _finish(self) -> None:
-        """Close every session, and wake every thread that waits."""
+        """Close every session, and wake every waiting thread."""
         with self.lock:
             self.closing = True
         try:
@@ -415,7 +421,7 @@ class Worker:
 
 
 def as_coroutine(function: Callable[[], Any]) -> Work:
-    """Call a function; a coroutine."""
+    """Call a function, as a coroutine."""
     yield from ()
     return function()
 
@@ -427,7 +433,7 @@ _claims = threading.RLock()
 
 
 def claim(worker: Worker) -> list[Worker]:
-    """Make `worker` the one thread of MLX; return the workers whose end it must wait for.
+    """Make `worker` the only one to use MLX; return the workers that must end before it starts.
 
     Raises:
         EngineOpen: another engine is open and not closing.
@@ -455,7 +461,7 @@ def release_all() -> None:
 
 
 def release_in_child() -> None:
-    """Mark every worker as ended: its thread is not in this process."""
+    """Mark every worker as ended: its thread does not exist in this process."""
     for worker in [*_all]:
         worker.closing = worker.ended = True
     release_all()

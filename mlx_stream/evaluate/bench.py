@@ -1,8 +1,8 @@
 """Compares speed with mlx-lm's: the same weights, in one process, alternating step by step.
 
-Windows are filled with random keys and values through the caches' own state. Decoding is each
-side's own loop, greedy, from a token's id to the next one's; mlx-lm's submits a step before the
-last one is done. A step reads one token and waits for the result.
+Windows are filled with random keys and values through the caches' own state. Decoding runs each
+side's own greedy loop, from one token id to the next; mlx-lm's loop submits a step before the
+previous one is done. A step reads one token and waits for the result.
 """
 
 import statistics
@@ -21,19 +21,19 @@ from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.evaluate.report import Row
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.window import PREFILL_CHUNK
 
 SINKS = 4
 WARMUP = 2
 TOKEN = 7  # any token
-# On a slow machine, only as many pairs as fit in this many seconds, but at least three.
+# On a slow machine, run only as many pairs as fit in this many seconds, but at least three.
 SECONDS_PER_SERIES = 45.0
 LEAST_PAIRS = 3
 ENDLESS = 2**62
-# Tokens that each side decodes before the other's turn: its own loop overlaps Python with the
-# device from one token to the next.
+# How many tokens each side decodes per turn: within a turn, each loop overlaps Python work with
+# device work across tokens.
 TURN = 8
 
 Step = Callable[[], None]
@@ -41,7 +41,7 @@ Build = Callable[[], mx.array]
 
 
 def summary(ours: list[float], theirs: list[float]) -> Row:
-    """Summarize seconds measured alternately: the two of pair i ran one after the other.
+    """Summarize alternating timings, in seconds: each pair was measured back to back.
 
     A ratio is mlx-lm's time over ours: above 1, ours is faster.
     """
@@ -54,7 +54,7 @@ def summary(ours: list[float], theirs: list[float]) -> Row:
 
 
 def quartiles(values: list[float]) -> list[float]:
-    """Return first quartile, median and third quartile."""
+    """Return the first quartile, the median and the third quartile."""
     return [float(x) for x in statistics.quantiles(values, n=4, method="inclusive")]
 
 
@@ -66,10 +66,10 @@ def bench(
     chunk: int = PREFILL_CHUNK,
     progress: Notify = discard,
 ) -> Row:
-    """Time decoding and prefill at full windows, ours and mlx-lm's in turn.
+    """Time decoding and prefill with full windows, alternating between ours and mlx-lm's.
 
-    Both caches hold 4 + W tokens, for each W of `windows`. There are `pairs` decode steps of each,
-    and an eighth as many chunks of a prefill. Raises ValueRefused for a number out of range.
+    Both caches hold 4 + W tokens, for each W in `windows`. Each side runs `pairs` decode steps and
+    an eighth as many prefill chunks. Raises ValueRefused if a number is out of range.
     """
     if pairs < LEAST_PAIRS:
         raise ValueRefused(f"--pairs must be at least {LEAST_PAIRS}, not {pairs}")
@@ -101,7 +101,7 @@ def bench(
 
 
 def bandwidth_limit(model: Model, cache: StreamCache, rate: float, seconds: float) -> Row:
-    """Return what a step of this duration must read, and how close it comes to the reading rate."""
+    """Return what a step must read, and how close its duration comes to the bandwidth limit."""
     weights, rows = weight_bytes_read(model.network), cache.nbytes
     least = (weights + rows) / rate
     share = least / seconds
@@ -126,7 +126,7 @@ def in_turn(
 ) -> tuple[list[float], list[float]]:
     """Run two steps alternately, changing which goes first; return the seconds of each.
 
-    Ends after so many seconds, unless None, but not before the least number of pairs.
+    Ends after this many seconds, unless None, but not before the minimum number of pairs.
     """
     repeat(ours, WARMUP)
     repeat(theirs, WARMUP)
@@ -142,10 +142,10 @@ def in_turn(
 
 
 def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> Row:
-    """Return the milliseconds to build, not evaluate, a decode step's graph, and its nodes.
+    """Return the milliseconds to build (not evaluate) a decode step's graph, and its node count.
 
-    Each step follows one of the same side. Otherwise the first to allocate would pay for tidying up
-    what the other side's graph has freed (1.5 ms seen, with glibc).
+    Each step follows one from the same side. Otherwise the first to allocate would pay for cleaning
+    up what the other side's graph freed (1.5 ms, measured with glibc).
     """
     cache = filled_cache(model, window, spare_rows(None))
     builds = {"ours": our_build(model, cache), "mlx_lm": their_build(model, peer, window)}
@@ -178,7 +178,7 @@ def costs_of_building(model: Model, peer: Any, window: int, pairs: int) -> Row:
 def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
     """Return a step that reads `count` tokens into a cache and chooses the next.
 
-    A cache that is changed otherwise needs a new step.
+    If anything else changes the cache, a new step is needed.
     """
     stream, greedy = TokenStream(model, cache), Sampler(Sampling(temperature=0))
     tokens = generate(stream, [TOKEN], greedy, ENDLESS)
@@ -193,7 +193,7 @@ def step_of(model: Model, cache: StreamCache, count: int = 1) -> Step:
 
 
 def our_build(model: Model, cache: StreamCache) -> Build:
-    """Return a function that builds the step of `generate` and makes it part of the stream."""
+    """Return a function that builds the step that `generate` runs and commits it to the stream."""
     greedy, token = Sampler(Sampling(temperature=0)), mx.array([[TOKEN]], mx.uint32)
     tracing = backend.tracing()
 
@@ -217,8 +217,8 @@ def filled_cache(model: Model, window: int, spare: int = 0) -> StreamCache:
 def fill(cache: StreamCache, clock: int | None = None) -> None:
     """Bring a stream to a full window of random keys and values, past its first wrap.
 
-    The rotary clock, at least the rows of the buffer, decides how far the next re-anchoring is.
-    Default: as in a stream that has wrapped once.
+    `clock`, the rotary clock, determines how far away the next re-anchoring is; it must be at least
+    the number of rows in the buffer. Default: as in a stream that has wrapped once.
     """
     state = cache.state()
     length = 2 * cache.geometry.rows if clock is None else clock
@@ -234,7 +234,7 @@ def fill(cache: StreamCache, clock: int | None = None) -> None:
 
 
 def filled_caches(model: Model, peer: Any, window: int, keep: int = SINKS) -> list[Any]:
-    """Return mlx-lm's rotating caches, full and past their wrap."""
+    """Return mlx-lm's rotating caches, full and past their first wrap."""
     config, size = model.config, SINKS + window
     shape = (1, config.num_key_value_heads, size, config.head_dim)
     caches = rotating_caches(peer, size, keep)
@@ -263,7 +263,7 @@ def their_step(model: Model, peer: Any, window: int, count: int) -> Step:
 
 
 def their_loop(model: Model, peer: Any, window: int) -> Step:
-    """Return a turn of mlx-lm's own generation, greedy."""
+    """Return a function that runs one turn of mlx-lm's own greedy generation."""
     from mlx_lm.generate import generate_step, generation_stream
 
     caches = filled_caches(model, peer, window)
@@ -273,7 +273,7 @@ def their_loop(model: Model, peer: Any, window: int) -> Step:
         for _ in range(TURN):
             next(tokens)
         with mx.stream(generation_stream):
-            mx.synchronize()  # a token already begun is computed in this turn
+            mx.synchronize()  # a token already started counts toward this turn
 
     return turn
 

@@ -1,6 +1,7 @@
 """Draws reports as charts, light and dark; uses matplotlib (an extra) and measures nothing.
 
-Nothing is smoothed. Colours, layout and scales are matplotlib's; lines differ by marker as well.
+Nothing is smoothed. Colours, layout and scales are matplotlib's; lines also differ in their
+markers.
 """
 
 import math
@@ -25,7 +26,7 @@ MARKERS = "os^vDX*P"
 
 
 def check_plot(path: Path) -> None:
-    """Raise ValueRefused, before hours of measuring, if no chart could be written to a file."""
+    """Raise ValueRefused, before hours of measuring, if a chart could not be written to `path`."""
     if path.suffix.lower() not in (".png", ".svg"):
         raise ValueRefused(f"{path}: the name of a chart must end in .png or .svg")
     if not path.parent.is_dir():
@@ -39,7 +40,7 @@ def check_plot(path: Path) -> None:
 def draw_chart(report: Report, path: Path) -> list[Path]:
     """Write a report's light chart to `path` and its dark one beside it; return both paths.
 
-    Raises ValueRefused if the report has no chart, or a file could not be written.
+    Raises ValueRefused if there is no chart for the report or a file cannot be written.
     """
     check_plot(path)
     paths = [path, path.with_name(f"{path.stem}-dark{path.suffix}")]
@@ -72,7 +73,7 @@ def theme(name: str) -> Iterator[None]:
 
 
 def make_figure(report: Report) -> "Figure":
-    """Return a report's chart; raise ValueRefused if its experiment or a figure is missing."""
+    """Return a report's chart; raise ValueRefused if it is of an unknown kind or lacks values."""
     from matplotlib.figure import Figure
 
     if report.experiment not in CHARTS or not report.rows:
@@ -93,7 +94,7 @@ def make_figure(report: Report) -> "Figure":
 
 
 def caption(about: Row) -> str:
-    """Return a line about what was measured, and on what."""
+    """Return a line that says what was measured and on which machine."""
     machine = about.get("machine", {})
     parts = [about.get("model"), about.get("dtype"), *about.get("texts", ())]
     parts += [f"{about[key]:,} {key}" for key in ("sinks", "window") if key in about]
@@ -102,12 +103,12 @@ def caption(about: Row) -> str:
 
 
 def column(rows: Sequence[Row], key: str) -> np.ndarray:
-    """Return a figure of every row; None and infinities are not drawn."""
+    """Return the values of `key` in all rows; None and infinities are not drawn."""
     return np.array([math.nan if row[key] is None else float(row[key]) for row in rows])
 
 
 def log_scale(axes: "Axes", label: str) -> None:
-    """Scale y by logarithm, over a factor of 4 at least: what is nearly flat looks flat."""
+    """Use a logarithmic y axis spanning at least a factor of 4: nearly flat data looks flat."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set(yscale="log", ylabel=f"{label} (log)")
@@ -120,7 +121,7 @@ def log_scale(axes: "Axes", label: str) -> None:
 
 
 def draw_reading(panels: "Panels", report: Report) -> None:
-    """Draw perplexity, speed and memory, one below the other, over the tokens read."""
+    """Draw perplexity, speed and memory against the tokens read, one below the other."""
     losses, speed, memory = panels
     for name in dict.fromkeys(row.get("cache", "stream") for row in report.rows):
         rows = [row for row in report.rows if row.get("cache", "stream") == name]
@@ -144,7 +145,7 @@ def draw_reading(panels: "Panels", report: Report) -> None:
 
 
 def draw_shapes(panels: "Panels", report: Report) -> None:
-    """Draw perplexity over sinks or windows, one step per shape, and memory over windows."""
+    """Draw perplexity against sinks or windows, evenly spaced, and memory against windows."""
     shapes = [f"{row['sinks']:,} + {row['window']:,}" for row in report.rows]
     panels[0].plot(shapes, column(report.rows, "perplexity"), label="stream")
     log_scale(panels[0], "perplexity")
@@ -190,7 +191,7 @@ CHARTS: dict[str, tuple[str, int, Draw]] = {  # title, number of panels, functio
     "perplexity": ("Perplexity, speed and memory of one text", 3, draw_reading),
     "endurance": ("Perplexity, speed and memory of one stream", 3, draw_reading),
     "sinks": ("Perplexity by number of sinks", 1, draw_shapes),
-    "windows": ("Perplexity and memory by size of the window", 2, draw_shapes),
-    "latency": ("Time of one more token, by size of the cache", 1, draw_latency),
+    "windows": ("Perplexity and memory by window size", 2, draw_shapes),
+    "latency": ("Time per token by cache size", 1, draw_latency),
     "streameval": ("Right answers by distance", 1, draw_streameval),
 }

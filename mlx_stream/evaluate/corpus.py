@@ -1,4 +1,4 @@
-"""Texts to measure on, as token ids; independent of experiments."""
+"""Texts for measurements, as token ids; independent of experiments."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from mlx_stream.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts one after another, as int32 ids: four bytes per token, however long the texts are."""
+    """Concatenated texts, as int32 ids: four bytes per token, however long the texts are."""
 
     names: list[str]
     ids: np.ndarray
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that tell these tokens from others."""
+        """16 hexadecimal digits that identify these tokens."""
         return hashlib.sha256(self.ids.astype("<i4").tobytes()).hexdigest()[:16]
 
     def first(self, count: int) -> list[int]:
         return self.ids[:count].tolist()
 
     def around(self, start: int, stop: int) -> list[int]:
-        """Return tokens `start` to `stop - 1` of the texts read over and over again.
+        """Return tokens `start` to `stop - 1` of the texts repeated over and over.
 
         With ids 7, 8, 9, tokens 2 to 5 are 9, 7, 8, 9.
         """
@@ -36,12 +36,12 @@ class Corpus:
         """Raise TextError unless there are this many tokens, and one more to predict."""
         if len(self.ids) <= tokens:
             raise TextError(
-                f"{', '.join(self.names)}: {len(self.ids):,} tokens are too few for {tokens:,} "
-                f"and one to predict: give a longer text, or a smaller {option}"
+                f"{', '.join(self.names)}: {len(self.ids):,} tokens, but {tokens:,} and one "
+                f"to predict are needed: use a longer text, or a smaller {option}"
             )
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> Corpus:
-    """Encode (name, text) pairs as they are: no template, nothing between them."""
+    """Encode (name, text) pairs as they are, with no template and nothing between them."""
     encoded = [np.array(tokenizer.encode(text), np.int32) for _, text in texts]
     return Corpus([name for name, _ in texts], np.concatenate(encoded))

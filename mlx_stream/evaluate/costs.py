@@ -1,7 +1,7 @@
-"""The costs of a decode step besides time: bytes to read and nodes of its graph.
+"""The costs of a decode step other than time: bytes to read and nodes of its graph.
 
-A step must read all weights and all it attends to once. No machine does that faster than it reads
-memory.
+A step must read all weights and everything it attends to once. No machine can do that faster than
+it can read memory.
 """
 
 import io
@@ -24,9 +24,9 @@ NODE = "shape=rectangle"  # marks a primitive in the text of a graph
 
 
 def weight_bytes_read(network: CausalLM) -> int:
-    """Return the bytes of weights that a decode step reads.
+    """Return how many bytes of weights a decode step reads.
 
-    It reads all, but only one row of an embedding that is not the head as well.
+    It reads all weights, but only one row of an embedding that does not also serve as the head.
     """
     arrays: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
     total = 0
@@ -69,11 +69,12 @@ def time_step(step: Callable[[], object]) -> float:
 
 
 def graph_nodes(*outputs: mx.array) -> int:
-    """Return how many primitives compute arrays that are not evaluated yet.
+    """Return the number of primitives needed to compute arrays that are not evaluated yet.
 
-    On the CPU backend this is a proxy: it expands what is one kernel on Metal.
+    On the CPU backend this is only a proxy: operations that are one kernel on Metal are expanded
+    there.
     """
     text = io.StringIO()
-    export: Any = mx.export_to_dot  # it takes an open file as well as a name
+    export: Any = mx.export_to_dot  # it accepts an open file as well as a name
     export(text, *outputs)
     return text.getvalue().count(NODE)

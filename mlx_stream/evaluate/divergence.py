@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's, over one text; independent of files."""
+"""Measures how far one model's predictions on a text are from another's; independent of files."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.evaluate.score import HEAD_ROWS, refuse_infinite
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.models.window import PREFILL_CHUNK
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
@@ -18,7 +18,7 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 
 def divergences(p: mx.array, q: mx.array) -> mx.array:
-    """Return KL(p || q) of each row, of log-probabilities (T, vocabulary), in nats."""
+    """Return KL(p || q) in nats for each row; `p` and `q` are log-probabilities (T, vocabulary)."""
     return (mx.exp(p) * (p - q)).sum(axis=-1)
 
 
@@ -31,15 +31,15 @@ def compare(
 ) -> Row:
     """Read token ids as one stream through two models and compare what they predict.
 
-    Both streams are new and have the same sinks and window. Logits of a few rows are in memory at
-    once, however long the text.
+    Both streams are new and have the same sinks and window. Only a few rows' logits are in memory
+    at a time, however long the text.
 
     Returns `tokens` compared; `source_perplexity` and `perplexity`; the mean and the 99th
     percentile of the Kullback-Leibler divergence from the source's prediction of a token to the
-    other's, in nats, `kl_mean` and `kl_p99`; `top1_agreement`, the share of tokens for which the
-    likeliest one is the same. All are rounded to where they are more than noise.
+    other's, in nats, `kl_mean` and `kl_p99`; `top1_agreement`, the share of tokens for which both
+    predict the same likeliest token. All are rounded to the digits that are not noise.
     """
-    found: list[np.ndarray] = []  # columns: losses of the source and the other, divergence, same
+    found: list[np.ndarray] = []  # columns: source's and other's loss, divergence, same top token
     read, total = 0, len(ids) - 1
     steps = (stream.steps(ids[:-1], chunk) for stream in (source, other))
     for ours, theirs in zip(*steps, strict=True):

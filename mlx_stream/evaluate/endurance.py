@@ -1,7 +1,7 @@
-"""`eval endurance`: one stream of hundreds of thousands of tokens, which can be stopped.
+"""`eval endurance`: reads hundreds of thousands of tokens in one stream; can be interrupted.
 
-After each segment a line is logged. The stream's state is saved now and then, and when the run is
-stopped. A state older than the log catches up by reading, which reproduces the same bits.
+A line is logged after each segment. The stream's state is saved periodically and when the run is
+stopped. A state that is older than the log catches up by reading, with bit-identical results.
 """
 
 import itertools
@@ -27,9 +27,9 @@ from mlx_stream.program.notices import Notify, discard
 
 @dataclass(frozen=True)
 class Course:
-    """The text that one stream reads, and how.
+    """The text that one stream reads, and how it is read.
 
-    A line of the log is about `segment` tokens; `chunk` tokens are read per step. At least
+    Each line of the log covers `segment` tokens; `chunk` tokens are read per step. At least
     `save_every` seconds pass between saved states.
     """
 
@@ -51,7 +51,7 @@ class Course:
 
     @property
     def key(self) -> Row:
-        """The settings that a log of this course has in its first line."""
+        """The settings in the first line of this course's log."""
         return {
             "experiment": "endurance",
             "model": self.model.fingerprint(),
@@ -68,7 +68,7 @@ class Course:
 
 @dataclass
 class EnduranceState:
-    """A stream, and the losses and seconds of the segment it is in."""
+    """A stream, and the losses and elapsed seconds of its current segment."""
 
     stream: TokenStream
     nll: list[float] = field(default_factory=list)
@@ -76,7 +76,7 @@ class EnduranceState:
 
 
 def state_path(log: Path) -> Path:
-    """Return where the state of a log's stream is saved: beside it."""
+    """Return the path where the state of a log's stream is saved, next to the log."""
     return Path(f"{log}.state")
 
 
@@ -92,11 +92,11 @@ def endure(
     progress: Progress = no_progress,
     notify: Notify = discard,
 ) -> bool:
-    """Read on until at least `tokens` tokens are logged; return whether that is done.
+    """Continue reading until at least `tokens` tokens are logged; return False if stopped earlier.
 
-    Once `stopped` returns true, the state is saved and the reading ends. Raises ValueRefused for
-    fewer than one token, or another file where the state goes; TextError or SnapshotError if the
-    log or the state cannot be written. The lines logged until then are kept.
+    Once `stopped` returns True, the state is saved and reading stops. Raises ValueRefused if
+    `tokens` is below 1 or the state would overwrite some other file, and TextError or SnapshotError
+    if the log or the state cannot be written. Lines that have already been logged are kept.
     """
     if tokens < 1:
         raise ValueRefused(f"--tokens must be at least 1, not {tokens}")
@@ -126,7 +126,7 @@ def endure(
 
 
 def read_step(course: Course, reading: EnduranceState) -> None:
-    """Read a chunk, or what is left of the segment."""
+    """Read a chunk, or the rest of the segment if that is shorter."""
     start = reading.stream.length
     stop = start + min(course.chunk, course.segment - start % course.segment)
     begun = time.perf_counter()
@@ -136,7 +136,7 @@ def read_step(course: Course, reading: EnduranceState) -> None:
 
 
 def end_segment(course: Course, reading: EnduranceState, log: JsonLog) -> None:
-    """Log the segment that has just ended, unless it is logged already."""
+    """Log the segment that has just ended, unless it has already been logged."""
     stream = reading.stream
     row = {
         "segment": stream.length // course.segment - 1,
@@ -177,13 +177,13 @@ def resume_state(course: Course, log: JsonLog, notify: Notify) -> EnduranceState
         return EnduranceState(stream, nll, found.about["seconds"])
     except (SnapshotError, ValueRefused, KeyError) as error:
         notify(f"{error}; reading {logged:,} logged tokens again")
-        return EnduranceState(stream)  # a state that is refused changes nothing
+        return EnduranceState(stream)  # a refused state changes nothing
 
 
 def compare_with_fresh(course: Course, log: JsonLog, progress: Progress = no_progress) -> Row:
-    """Read the last tenth with a fresh stream, begun on the window before it; log and return it.
+    """Read the last tenth with a fresh stream, started one window earlier; log the result.
 
-    A comparison that is logged already is not read again.
+    A comparison that has already been logged is not repeated.
     """
     rows = segments(log)
     tenth = rows[-max(1, len(rows) // 10) :]
@@ -205,12 +205,12 @@ def compare_with_fresh(course: Course, log: JsonLog, progress: Progress = no_pro
 
 
 def mean_perplexity(rows: Sequence[Row]) -> float:
-    """Return the perplexity of equally long segments together."""
+    """Return the overall perplexity of segments of equal length."""
     return perplexity([row["nll"] for row in rows])
 
 
 def in_tenths(rows: Sequence[Row]) -> list[Row]:
-    """Return up to ten rows that sum up a log, each with the figures of its last segment."""
+    """Return up to ten rows that summarize a log, each with the figures of its last segment."""
     count = min(10, len(rows))
     bounds = [index * len(rows) // count for index in range(count + 1)]
     parts = [rows[start:stop] for start, stop in itertools.pairwise(bounds)]
@@ -225,7 +225,7 @@ def in_tenths(rows: Sequence[Row]) -> list[Row]:
 
 
 def memory_line(rows: Sequence[Row]) -> str:
-    """Return a line with the active memory after each segment: one value or a range."""
+    """Return a line with the active memory after each segment, as one value or a range."""
     active = [row["active_bytes"] for row in rows]
     if len(set(active)) == 1:
         return f"active memory: {active[0]:,} bytes after every segment"

@@ -1,7 +1,8 @@
-"""A JSON-lines log of a long measurement that survives crashes; independent of models.
+"""A crash-safe JSON Lines log of a long measurement; independent of models.
 
-The first line says what is measured; every other line is a result, on disk before the next
-begins. A last line cut short, by a crash or a full disk, is removed when the log is opened.
+The first line says what is measured; every other line is a result, written to disk before the next
+one starts. A last line that was cut short by a crash or a full disk is removed when the log is
+opened.
 """
 
 import fcntl
@@ -42,17 +43,18 @@ class JsonLog:
             os.fsync(self.file)
         except OSError as error:
             raise TextError(
-                f"{self.path}: cannot be written: {error.strerror}; what was logged before is "
-                "kept: the same command continues from there"
+                f"{self.path}: cannot be written: {error.strerror}; earlier lines are "
+                "kept: rerun the command to continue"
             ) from error
 
 
 @contextmanager
 def open_log(path: Path, key: Row, about: Row) -> Iterator[JsonLog]:
-    """Open the log of the measurement `key`, or begin it; a new log remembers `about`.
+    """Open the log of the measurement `key`, or create it; a new log also stores `about`.
 
-    No other process can write to it meanwhile. Raises ValueRefused if the file is not a log, is the
-    log of another measurement, or is in use; TextError if it cannot be read or written.
+    No other process can write to the log while it is open. Raises ValueRefused if the file is not a
+    log, is the log of another measurement, or is in use, and TextError if it cannot be read or
+    written.
     """
     try:
         file = path.open("a+b", buffering=0)

@@ -30,15 +30,15 @@ def measure_latency(
 ) -> Iterator[Row]:
     """Yield a row of milliseconds per token for each size of the cache and each method.
 
-    `peer` is mlx-lm's model of the same weights, or None. `sizes` has the number of steps to time,
-    by tokens in the cache. Raises ValueRefused for too few steps.
+    `peer` is mlx-lm's model with the same weights, or None. `sizes` maps the number of tokens in
+    the cache to the number of steps to time. Raises ValueRefused if there are too few steps.
     """
     if min(sizes.values()) < LEAST_STEPS:
         raise ValueRefused(f"--steps must be at least {LEAST_STEPS}, not {min(sizes.values())}")
     for size, steps in sizes.items():
         progress(f"cache {size:,}: {steps:,} steps")
         cache = model.new_cache(SINKS, size - SINKS)
-        # A re-anchoring comes in the middle of the steps.
+        # A re-anchoring happens halfway through the steps.
         fill(cache, max(cache.geometry.rows, cache.clock_limit - steps // 2))
         ours = step_of(model, cache)
         if peer is None:
@@ -47,7 +47,7 @@ def measure_latency(
             times = in_turn(ours, their_step(model, peer, size - SINKS, 1), steps, None)
             for method, seconds in zip(("stream", "mlx-lm"), times, strict=True):
                 yield latency_row(size, method, seconds)
-        del ours  # a step may hold the buffers
+        del ours  # a step may keep the buffers alive
         progress(f"cache {size:,}: {FORCED} re-anchorings")
         plain, turned = force_reanchoring(model, cache)
         yield latency_row(size, "stream, plain", plain)
@@ -60,7 +60,7 @@ def measure_latency(
 
 
 def force_reanchoring(model: Model, cache: StreamCache) -> tuple[list[float], list[float]]:
-    """Return the times of plain steps and of re-anchoring ones, taken in turn."""
+    """Return the times of plain steps and of re-anchoring ones, measured alternately."""
     plain, turned = [], []
     for _ in range(FORCED):
         fill(cache, cache.clock_limit - 2)
@@ -90,7 +90,7 @@ def latency_row(size: int, method: str, seconds: Sequence[float]) -> Row:
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """Return in sentences what the rows show: growth, speed-up, stalls."""
+    """Return sentences on what the rows show: growth, speed-up, stalls."""
     at = {(row["cache"], row["method"]): row for row in rows}
     sizes = sorted({row["cache"] for row in rows})
     low, high = sizes[0], sizes[-1]

@@ -1,8 +1,8 @@
 """llama.cpp as a peer: the same GGUF file, the same ids, its own context shift.
 
 It is used through the package `llama-cpp-python`, if that is installed. When the context is full,
-half of the tokens that are not kept are dropped and the rest moved down, as llama.cpp's own
-programs do.
+half of the tokens that are not kept are dropped and the rest are moved down, as in llama.cpp's own
+programs.
 """
 
 import ctypes
@@ -25,12 +25,12 @@ def why_not(gguf: Path | None) -> str | None:
     if importlib.util.find_spec(PACKAGE) is None:
         return "llama-cpp-python is not installed"
     if gguf is None:
-        return "it reads GGUF files: give the same model as one with --gguf"
+        return "it needs the model as a GGUF file: pass one with --gguf"
     return None
 
 
 class LlamaCpp:
-    """Read ids through llama.cpp with a context of `capacity` tokens, the first `keep` kept.
+    """Reads ids through llama.cpp with a context of `capacity` tokens; the first `keep` are kept.
 
     Raises SourceError if llama.cpp cannot open the file.
     """
@@ -61,7 +61,7 @@ class LlamaCpp:
         weakref.finalize(self, free, llama_cpp, self.batch, self.context, self.model)
 
     def read(self, start: int, stop: int) -> list[float]:
-        """Return the losses of ids[start + 1] to ids[stop], as readers do."""
+        """Return the losses of ids[start + 1] to ids[stop], like the other readers."""
         found = []
         for first in range(start, stop, self.chunk):
             end = min(first + self.chunk, stop)
@@ -105,7 +105,7 @@ def start_silently() -> Any:
 
 
 def free(library: Any, batch: Any, context: Any, model: Any) -> None:
-    """Free C's objects, in this order."""
+    """Free the C objects, in this order."""
     library.llama_batch_free(batch)
     library.llama_free(context)
     library.llama_model_free(model)

@@ -1,6 +1,6 @@
 """mlx-lm as a peer: the same weights, its own caches; independent of the experiments.
 
-The cache is bounded explicitly, because mlx-lm's own `max_kv_size` has no effect for these models.
+The cache is bounded explicitly, because mlx-lm's own `max_kv_size` has no effect on these models.
 """
 
 import importlib.util
@@ -23,9 +23,9 @@ def why_no_peer(folder: Path) -> str | None:
 
 
 def load_peer(folder: Path, model: Model) -> Any:
-    """Load the same weights with mlx-lm, computing in the same dtype, quantized alike.
+    """Load the same weights with mlx-lm, with the same dtype and quantization.
 
-    Raises SourceError if mlx-lm is not installed, or the model is not a folder.
+    Raises SourceError if mlx-lm is not installed or the model is not a folder.
     """
     if reason := why_no_peer(folder):
         raise SourceError(f"mlx-lm: {reason}")
@@ -33,7 +33,7 @@ def load_peer(folder: Path, model: Model) -> Any:
 
     peer, _ = load_model(folder)
     if not model.quantized:
-        # Scales in float32 first: dequantizing in 16 bits would round.
+        # Convert the scales to float32 first: dequantizing in 16 bits would round.
         peer.update(tree_map(to_float(mx.float32), peer.parameters()))
         peer = dequantize_model(peer)
     peer.update(tree_map(to_float(model.dtype), peer.parameters()))
@@ -49,7 +49,7 @@ def to_float(dtype: mx.Dtype) -> Callable[[mx.array], mx.array]:
 
 
 def rotating_caches(peer: Any, size: int, keep: int) -> list[Any]:
-    """Return a cache of `size` tokens for each layer, the first `keep` kept."""
+    """Return a cache of `size` tokens for each layer, which always keeps the first `keep`."""
     from mlx_lm.models.cache import RotatingKVCache
 
     return [RotatingKVCache(max_size=size, keep=keep) for _ in peer.layers]

@@ -1,7 +1,7 @@
 """`eval perplexity`: one text read through several caches, one after another, segment by segment.
 
-Memory is MLX's own count, of the weights a cache needs and of all that reading through it holds;
-a peer has its own weights, and the weights of the other caches are not counted.
+Memory is MLX's own count of the weights that a cache needs and of everything held while reading
+through it. A peer has its own weights; the weights of the other caches are not counted.
 """
 
 import gc
@@ -27,7 +27,7 @@ from mlx_stream.evaluate.readers import (
 )
 from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.load import Model
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.models.window import PREFILL_CHUNK
 
 # The settings of each cache, apart from `tokens`, which is how far it reads.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -45,7 +45,7 @@ DEFAULTS = {"chunk": PREFILL_CHUNK, "stride": 128, "sinks": 0}
 
 @dataclass(frozen=True)
 class Spec:
-    """One cache to read a text through: a name, and settings that are not the defaults."""
+    """One cache to read a text through: a name, and the settings that differ from the defaults."""
 
     name: str
     settings: dict[str, int] = field(default_factory=dict)
@@ -112,7 +112,7 @@ def measure_perplexity(
 ) -> Iterator[Row]:
     """Read the text through one cache after another; yield a row per cache and segment.
 
-    `progress` is called with the tokens of all caches together.
+    `progress` is called with the number of tokens read through all caches together.
     """
     total, done = sum(map(setting.segments, specs)) * setting.segment, 0
     progress(done, total)
@@ -157,7 +157,7 @@ def open_reader(setting: Setting, spec: Spec, ids: Sequence[int]) -> Reader:
     match spec.name:
         case "stream":
             cache = model.new_cache(sinks, window, kv_bits=spec.settings.get("kv"))
-            # With a lower limit it re-anchors more often.
+            # With a lower limit, the cache re-anchors more often.
             cache.clock_limit = spec.settings.get("clock", cache.clock_limit)
             return stream_reader(model, ids, cache, spec["chunk"])
         case "window":

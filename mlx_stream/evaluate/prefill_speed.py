@@ -1,4 +1,4 @@
-"""Times reading a long text from its beginning through a window, ours and mlx-lm's in turn."""
+"""Times reading a long text from its beginning through a window, alternating with mlx-lm."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from mlx_stream.program.notices import Notify, discard
 
 
 def check_prefill(tokens: int, chunks: Sequence[int]) -> None:
-    """Raise ValueRefused for fewer than 2 tokens, or 2 in a chunk."""
+    """Raise ValueRefused if the text or a chunk has fewer than 2 tokens."""
     if tokens < 2:
         raise ValueRefused(f"--prefill must be at least 2, not {tokens}")
     if min(chunks) < 2:
@@ -44,9 +44,9 @@ def prefills(
 
 
 def prefill(model: Model, peer: Any, window: int, ids: Sequence[int], chunk: int) -> Row:
-    """Read one text through both windows from the beginning, in turn, and time all of it.
+    """Read one text from the beginning through both windows, alternating, and time all of it.
 
-    The side that has read less reads the next chunk. Both run their head for the last token only.
+    The side that has read less reads the next chunk. Both run their head only for the last token.
     """
     readers = {
         "ours": our_reading(model, window, ids, chunk),
@@ -74,7 +74,7 @@ def prefill(model: Model, peer: Any, window: int, ids: Sequence[int], chunk: int
 
 
 def best_of(results: Sequence[Row]) -> list[Row]:
-    """Return the fastest chunk of each side for each window, as one result."""
+    """Return each window's best results, ours and mlx-lm's, each with its fastest chunk size."""
     found = []
     for window in dict.fromkeys(result["window"] for result in results):
         those = [result for result in results if result["window"] == window]

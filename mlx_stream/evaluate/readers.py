@@ -1,7 +1,7 @@
-"""Reads a text through a cache, some tokens at a time: ours, the paper's baselines, or a peer's.
+"""Reads a text in steps through a cache: this package's, a baseline of the paper, or a peer's.
 
 A reader is a function: `read(start, stop)` reads tokens `start` to `stop - 1`, in order, and
-returns the loss, -log p in nats, of each token after them: ids[start + 1] to ids[stop].
+returns the loss, -log p in nats, of the token after each of them: ids[start + 1] to ids[stop].
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ Reader = Callable[[int, int], list[float]]
 
 
 def stream_reader(model: Model, ids: Ids, cache: Cache, chunk: int) -> Reader:
-    """Read through one cache that lives as long as the text: `stream`, `window`, `dense`."""
+    """Read the whole text through a single cache: `stream`, `window`, `dense`."""
     stream = TokenStream(model, cache)
 
     def read(start: int, stop: int) -> list[float]:
@@ -33,9 +33,10 @@ def stream_reader(model: Model, ids: Ids, cache: Cache, chunk: int) -> Reader:
 
 
 def fresh_reader(model: Model, ids: Ids, sinks: int, window: int, chunk: int) -> Reader:
-    """Read each piece with a stream begun on the window before it: `fresh`.
+    """Read each piece with a new stream that has read the window before it: `fresh`.
 
-    With 2 sinks and a window of 3, tokens 10 and later are read by a stream that began at token 5.
+    With 2 sinks and a window of 3, tokens 10 and later are read by a stream that started at token
+    5.
     """
 
     def read(start: int, stop: int) -> list[float]:
@@ -49,15 +50,15 @@ def fresh_reader(model: Model, ids: Ids, sinks: int, window: int, chunk: int) ->
 
 
 def recompute_reader(model: Model, ids: Ids, capacity: int, stride: int, sinks: int = 0) -> Reader:
-    """Read the latest tokens again from scratch for every `stride` tokens: `recompute`.
+    """Reread the latest tokens from scratch every `stride` tokens: `recompute`.
 
-    This is the paper's baseline, with a stride of 1. Token t is predicted from at most `capacity`
-    tokens, and the first of a stride is predicted from `stride - 1` fewer. With `sinks`, the text's
-    first tokens and the latest `capacity - sinks`: what a stream attends to, with keys that saw
-    nothing older.
+    With a stride of 1, this is the paper's baseline. The last token of a stride is predicted from
+    at most `capacity` tokens, and the first from `stride - 1` fewer. With `sinks`, these are the
+    text's first tokens and the latest `capacity - sinks`: those that a stream attends to, but their
+    keys are computed without anything older.
 
-    Worked example: capacity 4, stride 2: tokens 8 to 11 are read for the losses of tokens
-    11 and 12, and the last two rows count.
+    Worked example: capacity 4, stride 2: tokens 8 to 11 are read to get the losses of tokens 11 and
+    12; only the last two rows count.
     """
 
     def read_stride(first: int, end: int) -> list[float]:

@@ -27,9 +27,9 @@ class Report:
 
     Attributes:
         experiment: its name on the command line, as in `mlx_stream eval NAME`.
-        about: what was measured, with which settings, on which machine.
+        about: what was measured, with which settings, and on which machine.
         rows: flat rows of figures; units are in the names (`_ms`, `_bytes`, `_per_second`).
-        notes: what a reader must know, such as a peer that was not measured.
+        notes: caveats for readers, such as a peer that was not measured.
     """
 
     experiment: str
@@ -41,7 +41,7 @@ class Report:
         return finite(asdict(self))
 
     def as_csv(self) -> str:
-        """Return the rows as CSV; a row without a figure leaves its cell empty."""
+        """Return the rows as CSV; if a row lacks a figure, its cell is empty."""
         out = io.StringIO()
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         writer = csv.DictWriter(out, columns, lineterminator="\n")
@@ -51,7 +51,7 @@ class Report:
 
 
 def facts(model: Model, **more: Any) -> Row:
-    """Return the facts about a model and this machine that every report has, and those given."""
+    """Return the facts about a model and this machine that every report has, plus any given."""
     return {
         "model": Path(model.name).name,
         "dtype": str(model.dtype).removeprefix("mlx.core."),
@@ -78,11 +78,11 @@ def read_report(path: Path) -> Report:
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise TextError(f"{path}: not a result that `mlx_stream eval --json` printed") from error
+        raise TextError(f"{path}: not the output of `mlx_stream eval --json`") from error
 
 
 def perplexity(nll: list[float]) -> float:
-    """Return exp of the mean of losses in nats."""
+    """Return the exponential of the mean of losses in nats."""
     try:
         return math.exp(math.fsum(nll) / len(nll))
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Measures how likely a text is to a model that streams it; independent of the command line."""
+"""Measures how likely a text is under a model that streams it; independent of the command line."""
 
 import math
 import time
@@ -20,10 +20,11 @@ def score(
 ) -> Row:
     """Read token ids as a stream and return how likely each was, given what it attended to.
 
-    Returns `perplexity`; `tokens` predicted, one fewer than read; `nll`, the negative
-    log-likelihood of each, natural log; `evicted` tokens; `seconds`; MLX's memory at the end
-    and its peak, `active_bytes` and `peak_bytes`. They do not depend on `chunk`, the tokens read
-    per step. Raises ValueRefused, TextError or WeightsError.
+    Returns `perplexity`; `tokens`, the number predicted, one less than the number read; `nll`, the
+    negative log-likelihood of each, in nats; `evicted`, the number of tokens evicted; `seconds`;
+    and MLX's memory at the end and at its peak, `active_bytes` and `peak_bytes`. The likelihoods do
+    not depend on `chunk`, the number of tokens read per step. Raises ValueRefused, TextError or
+    WeightsError.
     """
     if chunk < 1:
         raise ValueRefused(f"--chunk must be at least 1, not {chunk}")
@@ -70,9 +71,9 @@ def losses(head: Head, hidden: mx.array, targets: Sequence[int]) -> list[float]:
 
 
 def refuse_infinite(values: Sequence[float]) -> None:
-    """Raise WeightsError if a figure of a model is not a number."""
+    """Raise WeightsError if any of a model's results are infinite or NaN."""
     if not all(map(math.isfinite, values)):
         raise WeightsError(
-            "the model's output is not a number: its weights are damaged, or overflow in this "
+            "the model's output is not finite: its weights are damaged, or overflow in this "
             "dtype (try --dtype float32)"
         )

@@ -1,7 +1,7 @@
 """Measures what quantizing one part does to predictions; independent of files and recipes.
 
-A part is a matrix that the model multiplies by at once: queries, keys and values of a layer are
-one. Only the layers behind it are computed again.
+A part is a matrix that the model multiplies by in one operation: the queries, keys and values of a
+layer form one part. Only the part's layer and those after it are recomputed.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from mlx_stream.load import Model
 from mlx_stream.models.layers import DecoderLayer
 from mlx_stream.models.weights import Linear
 
-# The tokens read at once; each attends to all tokens before it.
+# The number of tokens read at once; each attends to all tokens before it.
 TOKENS = 512
 LEAST = 128
 
@@ -26,11 +26,11 @@ def measure_sensitivity(
     quantization: Quantization,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[tuple[str, ...], float]:
-    """Return the mean KL divergence, in nats, when only one part is quantized, for each part.
+    """Return, for each part, the mean KL divergence in nats when only that part is quantized.
 
     The model must not hold quantized weights; it is unchanged afterwards. A part is named by its
-    modules' paths; one whose rows do not divide into groups is left out. Raises TextError for fewer
-    than 128 tokens.
+    modules' paths; a part whose rows do not divide into groups is left out. Raises TextError for
+    fewer than 128 tokens.
     """
     if len(ids) < LEAST:
         raise TextError(f"the calibration text has {len(ids)} tokens: give at least {LEAST}")
@@ -52,7 +52,7 @@ def measure_sensitivity(
 
 
 def parts_of(layer: DecoderLayer) -> dict[tuple[str, ...], Linear]:
-    """Return the modules of a layer by the matrices of the checkpoint that each holds."""
+    """Return the modules of a layer, keyed by the checkpoint matrices that each holds."""
     attention, mlp = layer.self_attn, layer.mlp
     return {
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): attention.qkv_proj,
@@ -63,7 +63,7 @@ def parts_of(layer: DecoderLayer) -> dict[tuple[str, ...], Linear]:
 
 
 def round_weights(weight: mx.array, quantization: Quantization) -> mx.array:
-    """Return the weights that quantized ones stand for."""
+    """Return the weights that the quantized weights represent."""
     settings = {
         "group_size": quantization.group_size,
         "bits": quantization.bits,
@@ -73,7 +73,7 @@ def round_weights(weight: mx.array, quantization: Quantization) -> mx.array:
 
 
 class Passes:
-    """One text read by a model: what went into each layer, and what was predicted."""
+    """A model's pass over one text: the inputs of each layer, and the predictions."""
 
     def __init__(self, model: Model, ids: Sequence[int]):
         self.network = model.network
@@ -89,7 +89,7 @@ class Passes:
         mx.eval(self.predicted)
 
     def divergence_from(self, index: int) -> float:
-        """Recompute layer `index` and those after it; return how far predictions moved."""
+        """Recompute layer `index` and those after it; return how far the predictions moved."""
         x, step = self.inputs[index], self.new_cache().plan(self.count)
         for place, layer in enumerate(self.network.layers[index:], index):
             x = layer(x, step, place)

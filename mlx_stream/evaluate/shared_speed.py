@@ -1,8 +1,8 @@
 """Compares the speed of several streams at once: in shared steps, in turn, and in mlx-lm's batch.
 
-All windows are full. Each round reads one token of every stream. The rounds alternate, in one
-process. mlx-lm's batch has rotating caches of the same size, but no sinks: mlx-lm refuses them
-in a batch.
+All windows are full. Each round reads one token of every stream. The rounds alternate, all in one
+process. mlx-lm's batch has rotating caches of the same size, but no sinks, which mlx-lm refuses in
+a batch.
 """
 
 import statistics
@@ -20,9 +20,9 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.models.window import MOST_STREAMS
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.window import MOST_STREAMS
 
 LEAST_ROUNDS = 3
 
@@ -37,11 +37,11 @@ def shared_speed(
     rounds: int,
     progress: Notify = discard,
 ) -> list[Row]:
-    """Time rounds of one token of each of so many streams, greedy.
+    """Time rounds that read one token of each of several streams, with greedy sampling.
 
-    Returns for each count the quartiles in milliseconds of a round in one step, of one in turn and
-    of mlx-lm's batch, and how many times the tokens of a single stream each gives: ours relative to
-    our single stream, mlx-lm's relative to its own.
+    Returns, for each count, the quartiles in milliseconds of a round in one step, of a round in
+    turn and of a round of mlx-lm's batch, and the throughput of each as a multiple of a single
+    stream's: ours relative to our single stream, mlx-lm's relative to its own.
 
     Raises:
         ValueRefused: a number is out of range.
@@ -85,7 +85,7 @@ def shared_speed(
 
 
 def alternate(sides: dict[str, Round], rounds: int) -> dict[str, list[float]]:
-    """Run a round of each side in turn, beginning with another one each time."""
+    """Run a round of each side in turn, starting with a different side each time."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     names = [*sides]
     for at in range(-WARMUP, rounds):
@@ -135,7 +135,7 @@ def token_of(result: ReadResult | Exception) -> int:
 
 
 def their_batch(model: Model, peer: Any, window: int, count: int) -> Round:
-    """Return a round of mlx-lm's batch; one stream alone has the same kind of cache."""
+    """Return a round of mlx-lm's batch; a single stream gets the same kind of cache."""
     from mlx_lm.models.cache import BatchRotatingKVCache
 
     alone = [filled_caches(model, peer, window, keep=0) for _ in range(count)]

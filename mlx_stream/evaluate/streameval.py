@@ -1,8 +1,8 @@
 """`eval streameval`: what a stream still knows about lines further and further back.
 
 One stream reads lines (StreamEval, arXiv 2309.17453, section 4.3). Every 10 lines it is asked about
-a line at each distance, and rewound after each query. The paper's stream keeps questions and
-answers; here they would repeat a fact that another distance asks for later.
+a line at each distance, and it is rewound after each query. In the paper, questions and answers
+stay in the stream; here they would repeat facts that queries at other distances ask for later.
 
 Rewinding costs nothing: the cache has spare rows for a query and its answer, so every candidate
 is read in the same state, and the stream continues as if it had never been asked.
@@ -31,21 +31,21 @@ from mlx_stream.evaluate.streameval_data import (
 )
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.recall.find import find_hits
 from mlx_stream.recall.index import WordIndex
 from mlx_stream.sampling import as_int
 from mlx_stream.text.tokenizer import Tokenizer
-from mlx_stream.window import PREFILL_CHUNK
 
 # Every line is encoded after this; some tokenizers treat the beginning of a text differently.
 BEFORE_A_LINE = "\n"
-# The share of a normal distribution within this many standard deviations.
+# 95% of a normal distribution lies within this many standard deviations.
 WILSON_Z = 1.959964
 
 
 @dataclass(frozen=True)
 class EncodedQuery:
-    """A query as token ids: those that all ten continuations begin with, and the rest of each."""
+    """A query as token ids: the prefix that all ten continuations share, and the rest of each."""
 
     query: Query
     ids: list[int]
@@ -58,7 +58,7 @@ class EncodedQuery:
 
     @property
     def longest(self) -> int:
-        """Most tokens of a candidate."""
+        """The number of tokens in the longest candidate."""
         return max(map(len, self.candidates))
 
 
@@ -72,15 +72,16 @@ def streameval(
     progress: Progress = no_progress,
     recall: bool = False,
 ) -> Report:
-    """Read generated lines as one stream and return accuracy at each distance.
+    """Read generated lines as one stream and return the accuracy at each distance.
 
     Rows: `lines_back`; `tokens_back`, the mean; `queries`; `likelihood`, the share of queries
-    whose answer is likelier than each of the nine other candidates, with its 95 % Wilson interval
+    whose answer is likelier than each of the nine other candidates, with its 95% Wilson interval
     `likelihood_low` to `likelihood_high`; `generation`, the share whose answer the model writes;
-    `attended`, the mean share of the line's tokens that were attended; `inside`, whether that was
-    all of them at every query. With `recall`, the line that a query's words find among those that
-    have left the window is read again before the query. Lines after the last query are not read.
-    Raises ValueRefused for a number out of range, or a window that does not hold a query.
+    `attended`, the mean share of the line's tokens that were attended; `inside`, whether all of
+    them were attended at every query. With `recall`, the lines that have left the window are
+    searched for a query's words, and the best match is read again before the query. Lines after
+    the last query are not read. Raises ValueRefused if a number is out of range or the window is
+    too small for a query.
     """
     data = make_data(seed, lines, distances)
     sinks, window = model.resolve_window(sinks, window)
@@ -112,7 +113,7 @@ def streameval(
 
 
 def encode_line(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text at the beginning of a line, as they are within the whole text."""
+    """Return the ids that a text has at the beginning of a line within the whole text."""
     before = tokenizer.encode(BEFORE_A_LINE, special=False)
     ids = tokenizer.encode(BEFORE_A_LINE + text, special=False)
     if ids[: len(before)] == before:
@@ -126,7 +127,7 @@ def encode_query(tokenizer: Tokenizer, query: Query, before: str = "") -> Encode
     Args:
         before: text to read before the query.
 
-    No candidate is a prefix of another, so each has its own tokens after those that all share.
+    No candidate is a prefix of another, so each has tokens of its own after the shared ones.
     """
     text = before + query.line.question
     texts = [encode_line(tokenizer, text + candidate) for candidate in CANDIDATES]
@@ -141,7 +142,7 @@ def encode_query(tokenizer: Tokenizer, query: Query, before: str = "") -> Encode
 def ask_query(
     model: Model, stream: TokenStream, asked: EncodedQuery
 ) -> tuple[list[float], list[int]]:
-    """Read a query, score each candidate from there, write an answer, and take it all back.
+    """Read a query, score each candidate from there, generate an answer, and rewind.
 
     Returns the log-probability of each candidate, and the ids of the greedy continuation.
     """
@@ -150,16 +151,16 @@ def ask_query(
     log_p = logits.astype(mx.float32)
     log_p = log_p - mx.logsumexp(log_p)
     likelihoods = [log_probability(stream, log_p, ids) for ids in asked.candidates]
-    # One token more than in the answer, to see whether the word ends there.
+    # One token more than the longest answer, to see whether the word ends there.
     written = write_on(model, stream, logits, asked.longest + 1)
     stream.rewind(stream.length - begun)
     return likelihoods, written
 
 
 def log_probability(stream: TokenStream, log_p: mx.array, ids: Sequence[int]) -> float:
-    """Return the log-probability of ids, summed over them; the stream does not change.
+    """Return the sum of the ids' log-probabilities; the stream does not change.
 
-    `log_p` is that of the first one, (vocabulary,).
+    `log_p` is the distribution of the first id, (vocabulary,).
     """
     found = float(log_p[ids[0]].item())  # type: ignore[arg-type]
     if len(ids) > 1:
@@ -186,16 +187,16 @@ def write_on(model: Model, stream: TokenStream, logits: mx.array, count: int) ->
 
 
 def likeliest(likelihoods: Sequence[float]) -> int | None:
-    """Return the index of the highest score, or None if two are equal: a tie is not an answer."""
+    """Return the index of the highest score, or None for a tie, which is not an answer."""
     highest = max(likelihoods)
     first = likelihoods.index(highest)
     return None if highest in likelihoods[first + 1 :] else first
 
 
 def says(tokenizer: Tokenizer, asked: EncodedQuery, written: Sequence[int]) -> bool:
-    """Return whether a text continues with the answer, in the same letters, as a whole word.
+    """Return whether the text continues with exactly the answer, as a whole word.
 
-    "Ruth Adams." and "Ruth Adams and" answer Adams; "Ruth Adamson", "Ruth J. Adams" do not.
+    "Ruth Adams." and "Ruth Adams and" answer Adams; "Ruth Adamson" and "Ruth J. Adams" do not.
     """
     expected = tokenizer.decode([*asked.ids, *asked.candidates[asked.right]])
     text = tokenizer.decode([*asked.ids, *written])
@@ -215,9 +216,9 @@ def run_distances(
 ) -> Iterator[Row]:
     """Read the lines through a cache up to the last query; yield each query's outcome.
 
-    `tokens_back` is counted from the first token of the line asked about to where the query
-    begins. `attended` is the share of that line's tokens that was attended. `likelihood` and
-    `generation` say whether the answer was right by either rule.
+    `tokens_back` is counted from the first token of the line asked about to the start of the
+    query. `attended` is the share of that line's tokens that were attended. `likelihood` and
+    `generation` say whether the answer was right by that rule.
     """
     stream, index = TokenStream(model, cache), WordIndex.in_memory()
     # Line n is tokens starts[n] to starts[n + 1] - 1.
@@ -237,7 +238,7 @@ def run_distances(
             number = one.query.line.number
             tokens = range(starts[number], starts[number + 1])
             seen = attended(cache, tokens, len(one.ids) + one.longest - 1)
-            # The first line that is attended until the query has been answered.
+            # The first line that stays attended until the query has been answered.
             first = bisect_left(starts, cache.oldest + len(one.ids) + one.longest, 1)
             hits = find_hits(index, one.query.line.question, "", 1, first) if recall else []
             if hits:
@@ -255,10 +256,10 @@ def run_distances(
 
 
 def attended(cache: StreamCache, tokens: range, more: int) -> int:
-    """Return how many of `tokens` are attended after `more` further ones, by the last of these.
+    """Return how many of `tokens` the last of `more` further tokens attends to.
 
     Worked example: with 2 sinks and a window of 10, after 30 tokens and 5 more, token 34 attends to
-    0, 1 and 25 to 34; of tokens 20 to 27 these are three.
+    0, 1 and 25 to 34, which include three of tokens 20 to 27.
     """
     oldest = cache.geometry.oldest(cache.position, cache.length + more - 1)
     return sum(token < cache.geometry.sinks or token >= oldest for token in tokens)
@@ -268,7 +269,7 @@ def attended(cache: StreamCache, tokens: range, more: int) -> int:
 
 
 def outcome_rows(outcomes: Sequence[Row]) -> list[Row]:
-    """Return one row for each distance, in the order in which they were asked."""
+    """Return one row for each distance, in the order of the first queries."""
     distances = dict.fromkeys(one["lines_back"] for one in outcomes)
     return [outcome_row([one for one in outcomes if one["lines_back"] == d]) for d in distances]
 
@@ -291,9 +292,9 @@ def outcome_row(outcomes: Sequence[Row]) -> Row:
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (E. B. Wilson, JASA 22 (1927) 209).
+    """Return the 95% confidence interval of a share (E. B. Wilson, JASA 22 (1927) 209).
 
-    Worked example: 8 of 10 are 0.490 to 0.943.
+    Worked example: for 8 of 10 it is 0.490 to 0.943.
     """
     share, z2 = right / count, WILSON_Z**2
     middle = share + z2 / (2 * count)

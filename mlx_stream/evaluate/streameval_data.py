@@ -1,16 +1,17 @@
 """Makes numbered lines and questions about them, as in StreamEval; handles text, not models.
 
 StreamEval (StreamingLLM, arXiv 2309.17453, section 4.3) asks, every 10 lines of about 23 tokens,
-for the fact of a line some lines back. Its data was never released; this generates such data. A
-line, and a query about it, read
+for a fact from an earlier line. Its data was never released, so this module generates similar
+data. A line and a query about it look like this:
 
     Line 12: The violin at number 87 belongs to a baker, Ruth Adams.
 
     Question: Who owns the violin at number 87 in line 12?
     Answer: Ruth
 
-There are ten surnames, drawn independently for each line and all candidates of every query, so a
-model that cannot see the line is right once in ten. First names repeat every 101 lines.
+There are ten surnames. Each line's is drawn independently, and all ten are candidates for every
+query, so a model that cannot see the line is right one time in ten. First names repeat every 101
+lines.
 """
 
 import hashlib
@@ -25,10 +26,10 @@ from mlx_stream.errors import TextError, ValueRefused
 QUERY_EVERY = 10
 DISTANCES = (1, 5, 10, 20, 40, 80, 160)
 HOW = (
-    "A model reads the opening and the text of each line, in this order. A query is asked where it "
-    "stands: the model reads its text, and its answer or a candidate would follow directly, space "
-    "included. Then the model is taken back to before the query, so that no fact is told twice. "
-    "1 line back is the line before the query."
+    "A model reads the opening and the text of each line, in this order. A query is asked at its "
+    "place in the list: the model reads its text, and the answer or a candidate follows directly, "
+    "space included. The model is then rolled back to before the query, so that it reads no fact "
+    "twice. 1 line back is the line before the query."
 )
 OPENING = "Below is a list of things and the people they belong to.\n"
 
@@ -37,7 +38,7 @@ def words(text: str) -> list[str]:
     return text.split()
 
 
-# No surname is a prefix of another, and each is common enough to be one token of most vocabularies.
+# No surname is a prefix of another, and each is common enough to be one token in most vocabularies.
 SURNAMES = words("Adams Brown Clark Harris Jones Lewis Scott Smith Taylor Wilson")
 JOBS = words("baker doctor farmer painter sailor singer soldier teacher")
 THINGS = words("""
@@ -65,7 +66,7 @@ CANDIDATES = [f" {name}" for name in SURNAMES]
 
 @dataclass(frozen=True)
 class Line:
-    """One fact, the question about it, and the answer that follows directly, space included."""
+    """One fact, the question about it, and the answer to append, including its leading space."""
 
     number: int
     text: str
@@ -75,7 +76,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Query:
-    """The question about a line, asked once line `after` has been read; numbered from 1."""
+    """A question about a line, asked after line `after` has been read; numbered from 1."""
 
     number: int
     after: int
@@ -102,7 +103,7 @@ class StreamEvalData:
         return OPENING + "".join(line.text for line in self.lines)
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield the objects of the data file: a header, then lines and queries as they come."""
+        """Yield the objects of the data file: a header, then the lines and queries in order."""
         yield {
             "format": "mlx_stream streameval",
             "version": 1,
@@ -129,18 +130,19 @@ class StreamEvalData:
                 query = next(queries, None)
 
     def as_bytes(self) -> bytes:
-        """Return the data file: JSON lines in ASCII, the same bytes everywhere."""
+        """Return the data file: JSON Lines in ASCII, the same bytes on every machine."""
         return b"".join(json.dumps(one).encode("ascii") + b"\n" for one in self.records())
 
 
 def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> StreamEvalData:
-    """Generate lines, and after every tenth a query for each distance: lines back, at least 1.
+    """Generate lines and, after every tenth, one query per distance: lines back, at least 1.
 
-    All distances are asked at the same places, from the first one with a line so far back. Fewer
-    lines of the same seed are the beginning of more.
+    All distances are queried at the same points, beginning with the first that has a line far
+    enough back. With the same seed, fewer lines are a prefix of more.
 
-    Worked example: with distances 5 and 20, after line 20 lines 16 and 1 are asked about, after
-    line 30 lines 26 and 11. Raises ValueRefused for a number out of range, or too few lines.
+    Worked example: with distances 5 and 20, the queries after line 20 are about lines 16 and 1, and
+    those after line 30 are about lines 26 and 11. Raises ValueRefused if a number is out of range
+    or there are too few lines.
     """
     if not 0 <= seed < 2**64:
         raise ValueRefused(f"--seed must be from 0 to 2^64 - 1, not {seed}")
@@ -151,7 +153,7 @@ def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> St
     if lines < first:
         raise ValueRefused(
             f"--lines must be at least {first} for a query {max(distances)} lines back, "
-            f"not {lines}: give more, or smaller --distances"
+            f"not {lines}: use more, or smaller --distances"
         )
     made = [make_line(seed, number) for number in range(1, lines + 1)]
     places = ((n, back) for n in range(first, lines + 1, QUERY_EVERY) for back in distances)
@@ -161,7 +163,7 @@ def make_data(seed: int, lines: int, distances: Sequence[int] = DISTANCES) -> St
 
 
 def make_line(seed: int, number: int) -> Line:
-    """Return a line; it depends on the seed and its number alone."""
+    """Return a line, which depends only on the seed and its number."""
     turn = draw(seed, 0, "first name", len(FIRST_NAMES))
     first = FIRST_NAMES[(turn + STRIDE * number) % len(FIRST_NAMES)]
     thing, job, surname = (

@@ -1,4 +1,4 @@
-"""`eval sinks` and `eval windows`: one text read through streams of several shapes."""
+"""`eval sinks` and `eval windows`: one text read through streams of several sizes."""
 
 import math
 import time

@@ -7,26 +7,26 @@ from mlx_stream.cache import Cache
 
 
 class StreamObserver(Protocol):
-    """Follows what a stream reads, in order to guess what it will read next."""
+    """Follows what a stream reads, in order to predict what it will read next."""
 
     def read(self, ids: Sequence[int]) -> None:
         """Add ids that the stream has read."""
 
     def rewind(self, count: int) -> None:
-        """Take back the newest `count` ids."""
+        """Remove the newest `count` ids."""
 
     def restart(self, ids: Sequence[int]) -> None:
         """Forget everything and start from the attended ids of another stream."""
 
     def erase(self) -> None:
-        """Remove every trace of ids that were taken back."""
+        """Remove every trace of ids that were rolled back."""
 
 
 class AttendedIds:
-    """Record the ids of a stream's tokens and pass them to observers.
+    """Records the ids of a stream's tokens and passes them to observers.
 
     Attributes:
-        by_row: the id in each row written so far; rows that are not attended may hold anything.
+        by_row: the id in each row written so far; rows that are not attended to may hold any id.
     """
 
     def __init__(self, cache: Cache, observers: Sequence[StreamObserver]):
@@ -51,7 +51,7 @@ class AttendedIds:
         self._step = (0, ())
 
     def attended(self, before: int = 0) -> list[int]:
-        """Return the ids that the newest token attends to, in the order of the text.
+        """Return the ids that the newest token attends to, in text order.
 
         Args:
             before: count back this many tokens from the newest one.
@@ -60,25 +60,25 @@ class AttendedIds:
         return [self.by_row[row] for row in self.cache.attended_rows(before)]
 
     def since(self, place: int) -> list[int]:
-        """Return the ids from a place in the stream to its end, all of which must be attended."""
+        """Return the ids from a position in the stream to its end; all must be attended to."""
         self.record()
         return [self.by_row[self.cache.row(token)] for token in range(place, self.cache.length)]
 
     def rewind(self, count: int) -> None:
-        """Tell the observers that the newest `count` tokens were taken back."""
+        """Tell the observers that the newest `count` tokens were rolled back."""
         if count:
             for observer in self.observers:
                 observer.rewind(count)
 
     def erase(self) -> None:
-        """Erase the ids that are not attended, here and in the observers."""
+        """Erase the ids that are not attended to, here and in the observers."""
         attended = {row: self.by_row[row] for row in self.cache.attended_rows()}
         self.by_row = [attended.get(row, 0) for row in range(max(attended, default=-1) + 1)]
         for observer in self.observers:
             observer.erase()
 
     def restore(self, by_row: Sequence[int]) -> None:
-        """Replace the ids after the cache was restored."""
+        """Replace the ids after the cache has been restored."""
         self.by_row, self._step = [*by_row], (0, ())
         self.restart_observers()
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from mlx_stream.errors import TextError
+from mlx_stream.errors.argument_types import check_arguments
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, driven
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
 from mlx_stream.load import Model
-from mlx_stream.program.argument_types import check_arguments
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder
@@ -40,13 +40,13 @@ def stream_steps(
         sinks, window, kv_bits: see `Model.new_cache`.
         stats: updated as the text is written.
         progress: called while the prompt is read, with the tokens read and the total.
-        speculate: guess tokens and verify several per step. The text is the same up to rounding.
-            Default: yes, unless `kv_bits` or a seed is given.
+        speculate: guess tokens and verify several per step. The text is the same apart from
+            rounding. Default: yes, unless `kv_bits` or a seed is given.
         draft: a smaller model with the same vocabulary that also guesses.
         bias, logprobs: see `ReplyOptions`.
 
     Raises:
-        ValueRefused: a number is out of range, or the draft model has another vocabulary.
+        ValueRefused: a number is out of range, or the draft model has a different vocabulary.
         TextError: the prompt has no tokens.
     """
     check_max_tokens(max_tokens)
@@ -61,7 +61,7 @@ def stream_steps(
     )
     ids = model.tokenizer.encode(prompt)
     if not ids:
-        raise TextError("the prompt is empty: give at least one character")
+        raise TextError("the prompt is empty: some text is required")
     sampler = Sampler(sampling or Sampling())
     sampler = sampler.for_reply(model.config.vocab_size, {"bias": bias, "logprobs": logprobs})
     cache = writer.cache
@@ -72,7 +72,7 @@ def stream_steps(
     if len(ids) > capacity:
         report_notice(
             f"the text of {len(ids):,} tokens is longer than sinks and window together "
-            f"({capacity:,} tokens): all of it is read, but only its end stays attended"
+            f"({capacity:,} tokens): all of it is read, but only its end is attended to"
         )
     reply = ReplyDecoder(model.tokenizer.decoder(), stop, remember=False)
     total, ends = cumulative(progress, len(ids)), model.tokenizer.eos_ids

@@ -1,8 +1,8 @@
-"""Decides how many tokens are worth guessing, from past accuracy and the measured cost of steps.
+"""Decides how many tokens are worth guessing, based on past accuracy and measured step costs.
 
 A step of several rows usually costs little more than a step of one, because both read all the
-weights. How much more depends on the chip, the bits and the window, so it is measured as the stream
-runs.
+weights. How much more depends on the chip, the bits and the window, so it is measured while the
+stream runs.
 """
 
 import statistics
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Guesses are judged in groups, by how many ids before them matched.
+# Guesses are grouped by how many ids before them matched.
 MATCHES = (2, 3, 4, 6, 9, 16)
 FIRST_CHANCES = (0.2, 0.25, 0.4, 0.6, 0.75, 0.85, 0.9)
 FIRST_WEIGHT = 4.0
@@ -19,9 +19,9 @@ FORGETTING = 0.97  # the decay per judgement: about the last 30 count
 
 MEASURED = 9  # how many of the latest steps of each length are kept
 FIRST_MEASURED = 2  # the fewest for a median; the first step of a length is never counted
-ASSUMED = 0.04  # cost of one more row, in steps of one token, until it is measured
+ASSUMED = 0.04  # cost of one more row, relative to a step of one token, until it is measured
 GAIN = 1.03  # smallest speed-up over one token at a time that is worth guessing for
-LOOK_AGAIN = 256  # steps of one token after which guessing is tried again
+LOOK_AGAIN = 256  # number of one-token steps after which guessing is tried again
 
 
 @dataclass
@@ -46,7 +46,7 @@ class DraftLengthController:
     def __init__(self) -> None:
         self._chances = [AcceptanceRate(FIRST_WEIGHT * p, FIRST_WEIGHT) for p in FIRST_CHANCES]
         self._seconds: dict[int, deque[float]] = {}
-        self._plain = 0  # how many steps of one token since the last longer step
+        self._plain = 0  # number of one-token steps since the last longer step
 
     def chance(self, matched: int) -> float:
         """Return the probability that a guess is right after `matched` matching ids."""
@@ -68,7 +68,7 @@ class DraftLengthController:
             self._seconds[rows] = deque(maxlen=MEASURED)
 
     def cost(self, rows: int) -> float:
-        """Return the cost of a step of `rows` tokens, in steps of one token.
+        """Return the cost of a step of `rows` tokens, relative to a step of one token.
 
         A length that was not measured is estimated from the next shorter one that was.
         """
@@ -82,15 +82,15 @@ class DraftLengthController:
         return cost
 
     def in_steps(self, seconds: float) -> float:
-        """Convert seconds to steps of one token."""
+        """Convert seconds to a number of one-token steps."""
         return seconds / (self._median(1) or max(seconds, 1e-9))
 
     def choose(self, chances: Sequence[float], each: float = 0.0) -> int:
-        """Return how many of the guesses to verify, 0 if guessing does not pay.
+        """Return how many of the guesses to verify; 0 if guessing does not pay off.
 
         Args:
             chances: the probability of each guess, given that those before it are right.
-            each: the cost of making one guess, in steps of one token.
+            each: the cost of making one guess, relative to a step of one token.
         """
         best, choice, expected, likely = 0.0, 0, 1.0, 1.0
         for count, chance in enumerate(chances, 1):
@@ -101,7 +101,7 @@ class DraftLengthController:
                 best, choice = rate, count
         if best >= GAIN:
             return choice
-        # Costs change with heat and other programs, so try again now and then.
+        # Costs vary with heat and other programs' load, so try again now and then.
         return choice if self._plain >= LOOK_AGAIN else 0
 
     def _median(self, rows: int) -> float | None:

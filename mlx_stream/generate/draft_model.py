@@ -14,10 +14,10 @@ from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model, check_memory
 from mlx_stream.sampling import as_int
 
-MOST_WAITING = 512  # ids that may wait to be read until the next guess
+MOST_WAITING = 512  # how many ids may be left unread until the next guess
 FIRST_CHANCE = AcceptanceRate(right=2.4, all=4.0)
 MEASURED = 9
-SPARE = 8  # rows for ids that were read to guess and may be taken back
+SPARE = 8  # rows for ids that were read for guessing and may be rolled back
 
 
 class DraftModel:
@@ -27,7 +27,7 @@ class DraftModel:
         model: has the same vocabulary; see `check_draft`.
         followed: the cache of the stream to follow. The draft's window is the same size, or as
             large as its trained context allows.
-        clock: returns seconds.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class DraftModel:
         self.stream = self._new_stream()
         self._chance = AcceptanceRate(FIRST_CHANCE.right, FIRST_CHANCE.all)
         self._seconds: deque[float] = deque(maxlen=MEASURED)
-        self._waiting: list[int] = []  # ids that are not read yet
-        self._ahead: list[int] = []  # ids read to guess, which the followed stream has not read yet
+        self._waiting: list[int] = []  # ids that have not been read yet
+        self._ahead: list[int] = []  # ids read for guessing, but not yet by the followed stream
 
     @property
     def chance(self) -> float:
@@ -115,7 +115,7 @@ def check_draft(model: Model, draft: Model) -> None:
     """Check that one model can guess for another.
 
     Raises:
-        ValueRefused: its vocabulary is different.
+        ValueRefused: their vocabularies differ.
         MemoryRefused: the weights of both exceed the device's budget.
     """
     sizes = [m.config.vocab_size for m in (model, draft)]

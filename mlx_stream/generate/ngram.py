@@ -1,4 +1,4 @@
-"""Guesses from the ids that a stream has read, evicted ones included; independent of models.
+"""Guesses ids from those that a stream has read, evicted ones included; independent of models.
 
 A guess is what followed the last occurrence of the newest few ids. All storage has a fixed size: a
 ring of ids and, for each pattern length, a hash table of where each pattern last ended. An entry
@@ -20,7 +20,7 @@ class NgramDraft:
     """Ids that may come next.
 
     Attributes:
-        matched: how many of the newest ids match those before the occurrence.
+        matched: how many of the newest ids match those of the earlier occurrence.
     """
 
     ids: tuple[int, ...] = ()
@@ -28,18 +28,18 @@ class NgramDraft:
 
 
 class NgramLookup:
-    """Look up the last 65,536 ids of a stream; adding an id and guessing take constant time.
+    """A lookup in the last 65,536 ids of a stream; adding an id and guessing take constant time.
 
     Worked example: the stream is 5 6 7 8 9 5 6 and the next id is 7. The pattern 5 6 7 occurred
-    before, followed by 8 9 5 6, so the guess is 8 9 5 6 7 8 ...: past the end it repeats itself.
+    before, followed by 8 9 5 6, so the guess is 8 9 5 6 7 8 ...: past the end, it repeats.
     """
 
     def __init__(self, kept: int = CAPACITY):
         self.capacity, self.count = kept, 0
         self._floor = 0  # the number of the oldest id still in the ring
         self._ids = array("I", bytes(4 * kept))
-        # By pattern: 1 + the slot of its last id. By slot: the entry's previous value, so that a
-        # rewind restores the tables exactly.
+        # `_tables` maps a pattern to 1 + the slot of its last id; `_before` maps a slot to the
+        # entry's previous value, so that a rewind restores the tables exactly.
         self._tables = {n: array("I", bytes(4 * ENTRIES)) for n in LENGTHS}
         self._before = {n: array("I", bytes(4 * kept)) for n in LENGTHS}
 
@@ -56,7 +56,7 @@ class NgramLookup:
             self._floor = max(self._floor, self.count - self.capacity)
 
     def rewind(self, count: int) -> None:
-        """Take back the newest `count` ids, or all that are still in the ring."""
+        """Remove the newest `count` ids, or all that are still in the ring."""
         for _ in range(min(count, self.count - self._floor)):
             self.count -= 1
             slot = self.count % self.capacity
@@ -85,7 +85,7 @@ class NgramLookup:
         return NgramDraft()
 
     def _entries(self, newest: int) -> list[tuple[int, int]]:
-        """Return each length with the table entry of the pattern that ends in `newest`."""
+        """Return each pattern length with the table entry of the pattern ending in `newest`."""
         found, mixed = [], newest
         for back in range(1, LENGTHS[-1]):
             at = self.count - back
@@ -97,7 +97,7 @@ class NgramLookup:
         return found
 
     def _matched(self, end: int, next: int) -> int:
-        """Return how many ids ending at number `end` match the newest ids and `next`."""
+        """Return how many ids up to id number `end` match the newest ids followed by `next`."""
         matched = 0
         while matched < LONGEST_MATCH and self._floor <= min(end, self.count) - matched:
             newest = self._ids[(self.count - matched) % self.capacity] if matched else next

@@ -1,8 +1,8 @@
-"""Keeps the rows of beginnings that several streams share, so that each is read once.
+"""Caches the rows of prefixes that several streams share, so that each prefix is read only once.
 
-A pinned beginning is the stream's sinks, so its rows are the first of the buffer, and the same in
-every window. A stream that begins with it begins with a copy of them, to the bit what reading it
-would give.
+A pinned prefix forms the stream's sinks, so its rows come first in the buffer and are the same for
+every window. A stream with that prefix starts with a copy of them, which is bit for bit what
+reading the prefix would give.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,13 @@ from mlx_stream.cache.storage import QuantizedStorage
 from mlx_stream.generate.speculative import Writer
 
 MOST_PREFIXES = 8
-# Reading fewer ids takes one short step, and copying rows passes over the whole buffer.
+# Reading fewer ids takes one short step, whereas copying rows goes through the whole buffer.
 LEAST_IDS = 16
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A beginning of P ids: its place, each layer's rows (1, K, P, D), the sinks (L, K, P, D)."""
+    """A prefix of P ids: its position, each layer's rows (1, K, P, D), the sinks (L, K, P, D)."""
 
     position: StreamPosition
     keys: list[mx.array]
@@ -34,23 +34,23 @@ class Prefix:
 
 
 class PrefixCache:
-    """The rows of the beginnings that were used last.
+    """The rows of the most recently used prefixes.
 
     Args:
-        reserve: called with the bytes of all of them; returns whether there is room for so many,
-            and reserves it.
+        reserve: called with their total size in bytes; returns whether there is room for that, and
+            if so reserves it.
     """
 
     def __init__(self, reserve: Callable[[int], bool]):
         self._reserve = reserve
-        self._prefixes: dict[object, Prefix] = {}  # the latest one used is last
+        self._prefixes: dict[object, Prefix] = {}  # most recently used last
 
     @property
     def nbytes(self) -> int:
         return sum(prefix.nbytes for prefix in self._prefixes.values())
 
     def restore(self, writer: Writer, ids: Sequence[int]) -> bool:
-        """Make an empty stream begin with these ids, if their rows are here."""
+        """Fill an empty stream with these ids, if their rows are cached."""
         key = key_of(writer, ids)
         if key not in self._prefixes:
             return False
@@ -60,7 +60,7 @@ class PrefixCache:
         return True
 
     def add(self, writer: Writer, ids: Sequence[int]) -> None:
-        """Keep the rows of a stream that has read these ids and nothing else; all are sinks."""
+        """Cache the rows of a stream that has read exactly these ids, all of which are sinks."""
         key = key_of(writer, ids)
         if len(ids) < LEAST_IDS or key in self._prefixes:
             return
@@ -72,7 +72,7 @@ class PrefixCache:
         self._reserve(self.nbytes)
 
     def clear(self) -> None:
-        """Forget every beginning."""
+        """Drop all prefixes."""
         self._prefixes.clear()
         self._reserve(0)
 
@@ -81,7 +81,7 @@ class PrefixCache:
 
 
 def key_of(writer: Writer, ids: Sequence[int]) -> object:
-    """Return a key that is equal for streams that may begin with the same rows."""
+    """Return a key that is equal for streams that may start with the same rows."""
     storage = writer.cache.storage
     bits = storage.bits if isinstance(storage, QuantizedStorage) else None
     return tuple(ids), writer.cache.geometry.sinks, bits
@@ -100,7 +100,7 @@ def copy_rows(writer: Writer, count: int) -> Prefix:
 
 
 def paste_rows(writer: Writer, prefix: Prefix) -> None:
-    """Write the first rows of an empty stream, layer by layer: only one exists twice at a time."""
+    """Write the first rows of an empty stream layer by layer, so that only one exists twice."""
     cache, count = writer.cache, prefix.sinks.shape[2]
     segments = [(0, count, 0)]
     for layer, (new_keys, new_values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):

@@ -1,7 +1,7 @@
-"""Writes one reply as a coroutine that yields read requests and pieces of text; no turns here.
+"""Writes one reply as a coroutine of read requests and pieces of text; independent of turns.
 
-The driver runs each request and sends its result back (see `requests`), so it decides when to
-compute what.
+The driver runs each request and sends its result back (see `requests`), so it decides what is
+computed when.
 """
 
 from collections.abc import Callable, Collection, Generator, Sequence
@@ -30,8 +30,8 @@ def write_reply(
 ) -> Coroutine[Piece, Piece]:
     """Read a prompt and write an answer of up to `limit` tokens; return the last piece.
 
-    The last token written is not read, nor is the id that ended the reply. Thinking has a limit of
-    its own, at which it is ended.
+    The last token written is not read, nor is the id that ended the reply. Thinking has its own
+    limit, at which it is cut off.
 
     Args:
         make_room: called with 1 before a token is read, as soon as the token is known.
@@ -110,14 +110,14 @@ def write_reply(
 def choose_first(
     sampler: Sampler, tokens: TokenStream, result: ReadResult, reply: ReplyDecoder
 ) -> tuple[list[int], list[mx.array]]:
-    """Choose the token after ids that were read; return it and the sampler's key behind it."""
+    """Choose the token after the ids just read; return it and the sampler's key after it."""
     assert result.logits is not None
     sampler.restrict(reply.ids)
     return [sampler.choose(result.logits, tokens.ids.attended)], [sampler.key]
 
 
 def logprob_of(logits: mx.array, token: int, count: int) -> TokenLogprob:
-    """Return the logarithms of the probabilities of a token and of the `count` likeliest."""
+    """Return the log-probabilities of a token and of the `count` likeliest tokens."""
     logits = logits.astype(mx.float32)
     values = np.array(logits - mx.logsumexp(logits))
     top = np.argpartition(-values, count)[:count] if count else np.zeros(0, int)
@@ -131,7 +131,7 @@ def end_thinking(
     reply: ReplyDecoder,
     make_room: Callable[[int], None] | None,
 ) -> Generator[ReadRequest, ReadResult | None, ReadResult]:
-    """Read what ends thinking behind its last token, as if the model had written it."""
+    """After thinking's last token, read the ids that end it, as if the model had written them."""
     if tokens.lookahead:
         tokens.rewind(tokens.lookahead)
     cut = reply.cut_thinking()

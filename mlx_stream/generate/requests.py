@@ -1,7 +1,7 @@
 """The requests a reply makes of its driver, and a driver for one reply; independent of streams.
 
-A reply is a coroutine: it yields a request and is sent the result. It knows neither threads nor
-schedulers. `drive` runs a single reply; an engine runs many.
+A reply is a coroutine: it yields a request and is sent the result. It knows nothing about threads
+or schedulers. `drive` runs a single reply; an engine runs many.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -12,8 +12,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import mlx.core as mx
 
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler
-from mlx_stream.window import PREFILL_CHUNK
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -25,19 +25,19 @@ class Want(Enum):
 
     NOTHING = auto()
     LOGITS = auto()  # (vocabulary,), after the last id
-    ROWS = auto()  # (T, vocabulary), after each id; all ids but the first may be taken back
-    TOKEN = auto()  # the next token, and with it the logits if its sampler has `logprobs`
+    ROWS = auto()  # (T, vocabulary), after each id; all ids but the first may be rolled back
+    TOKEN = auto()  # the next token, plus the logits if its sampler has `logprobs`
 
 
 class Readable(Protocol):
     """A stream as a driver sees it."""
 
     def run(self, request: "ReadRequest") -> "ReadResult":
-        """Read a request's ids, or as many of them as fit one step."""
+        """Read a request's ids, or as many of them as fit in one step."""
         ...
 
     def plan(self, request: "ReadRequest") -> Any:
-        """Plan the step of a request that shares it with other streams'; see `shared_step`."""
+        """Plan a request's step, which other streams' requests will share; see `shared_step`."""
         ...
 
 
@@ -48,7 +48,7 @@ class ReadRequest:
     Attributes:
         chunk: the most ids to read in the step.
         sampler, more: for `TOKEN`; see `TokenStream.next`.
-        settling: whether no caller waits for it; see `chat/settle.py`.
+        settling: whether no caller is waiting for it; see `chat/settle.py`.
     """
 
     stream: Readable
@@ -89,13 +89,13 @@ def read_ids(
     chunk: int = PREFILL_CHUNK,
     settling: bool = False,
 ) -> Generator[ReadRequest, ReadResult | None, ReadResult]:
-    """Request that one or more ids are read, in as many steps as necessary.
+    """Request that one or more ids be read, in as many steps as necessary.
 
     Args:
         progress: called after each step with the number of ids it read.
 
     Returns:
-        The last step's result, with the count and the seconds of all steps.
+        The last step's result, with the total count and seconds of all steps.
     """
     count, seconds = 0, 0.0
     while True:
@@ -111,7 +111,7 @@ def read_ids(
 def drive(reply: Coroutine[T, R]) -> Generator[T, None, R]:
     """Run each step that a reply requests, and yield its other items.
 
-    Closing the generator closes the reply, and so does an error in a step.
+    Closing the generator closes the reply, as does an error in a step.
     """
     result: ReadResult | None = None
     try:
@@ -130,7 +130,7 @@ def drive(reply: Coroutine[T, R]) -> Generator[T, None, R]:
 
 
 def driven(steps: Callable[P, Coroutine[T, R]]) -> Callable[P, Generator[T, None, R]]:
-    """Return a function that drives the coroutine of another one, whose name ends with `_steps`."""
+    """Return a function, named without `_steps`, that drives the coroutine that `steps` returns."""
 
     @wraps(steps)
     def drive_steps(*args: P.args, **kwargs: P.kwargs) -> Generator[T, None, R]:
@@ -141,7 +141,7 @@ def driven(steps: Callable[P, Coroutine[T, R]]) -> Callable[P, Generator[T, None
 
 
 def run_coroutine(reply: Coroutine[T, R]) -> R:
-    """Drive a coroutine to its end and return its result."""
+    """Drive a coroutine to completion and return its result."""
     steps = drive(reply)
     while True:
         try:

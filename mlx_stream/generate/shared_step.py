@@ -1,8 +1,8 @@
 """Reads the next tokens of several streams in one step of their model; schedules nothing.
 
 The rows of all streams go through each product together, which costs little more than the rows of
-one: the weights are read once. Each stream attends for itself. What it computes is what it would
-compute alone, up to the rounding of products with more rows.
+one stream, because the weights are read only once. Attention runs separately for each stream. The
+results are what each stream would compute alone, up to the rounding of products with more rows.
 """
 
 import time
@@ -20,16 +20,16 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.token_stream import NOT_A_NUMBER, PlannedRead
 from mlx_stream.sampling import as_int, choose_token
 
-# A step with chunks is padded to a multiple of so many rows, so that there are few shapes.
+# A step with chunks is padded to a multiple of this many rows, so that there are few shapes.
 ROWS_MULTIPLE = 8
 
 
 def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception]:
     """Read the ids of several requests in one step; return each one's result or error.
 
-    The streams are different ones of one model. An error in planning concerns one stream. After an
-    error in the step itself, the rows of all its streams are released, because they may hold
-    anything.
+    The streams are distinct and share one model. An error in planning affects only its own stream.
+    After an error in the step itself, the rows of all its streams are released, because they may
+    hold anything.
     """
     started = time.perf_counter()
     found: dict[int, ReadResult | Exception] = {}
@@ -43,7 +43,7 @@ def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception
         if planned:
             results = compute([*planned.values()])
             found |= zip(planned, results, strict=True)
-    except Exception as error:  # whatever it is, nothing is known of the rows
+    except Exception as error:  # whatever the error, the rows may hold anything
         for read in planned.values():
             read.stream.fail()
         found |= dict.fromkeys(planned, error)
@@ -55,13 +55,13 @@ def run_together(requests: Sequence[ReadRequest]) -> list[ReadResult | Exception
 
 
 def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
-    """Compute and commit the step of several streams."""
+    """Compute and commit one step for several streams."""
     if backend.tracing()[True] and all(comes_again(read) for read in planned):
         return compute_traced(planned)
     tokens, padding = [id for read in planned for id in read.ids], 0
     if any(len(read.ids) > 1 for read in planned):
         padding = -len(tokens) % ROWS_MULTIPLE
-    # Padded with an id of the step, so that the padding cannot bring in a new NaN.
+    # Padded with an id of the step, so that the padding cannot introduce a new NaN.
     rows = mx.array([tokens + tokens[-1:] * padding], mx.int32)
     network, first = planned[0].stream.network, 0
     hidden = network(rows, BatchStep([read.step for read in planned], padding))[0]
@@ -84,7 +84,7 @@ def compute(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
 
 
 def compute_traced(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
-    """Compute and commit a step of one token of each stream, traced."""
+    """Compute and commit a traced step with one token per stream."""
     # Sort by kind, so that the same streams share a trace regardless of which one asked first.
     order = sorted(range(len(planned)), key=lambda at: kind_of(planned[at]))
     reads = [planned[at] for at in order]
@@ -102,9 +102,9 @@ def compute_traced(planned: list[PlannedRead]) -> list[ReadResult | Exception]:
 
 
 def comes_again(read: PlannedRead) -> bool:
-    """Return whether a read is one token of a full window, whose next step is of the same kind.
+    """Return whether a read is one token with a full window, so the next step is of the same kind.
 
-    Not if it wants the logits too: a traced step of several streams does not return them.
+    False if it also wants the logits: a traced step of several streams does not return them.
     """
     step, sampler = read.step, read.request.sampler
     if read.request.want is not Want.TOKEN or sampler is None or sampler.logprobs is not None:
@@ -113,14 +113,14 @@ def comes_again(read: PlannedRead) -> bool:
 
 
 def kind_of(read: PlannedRead) -> tuple[object, ...]:
-    """Return what a trace depends on, apart from the model, as something that can be sorted."""
+    """Return everything except the model that a trace depends on, as a sortable key."""
     kind, sampler = read.step.kind, read.request.sampler
     mode = astuple(sampler.mode) if sampler else ()
     return kind.prefix_rows, kind.sinks, kind.spare, "mask" in read.step.arrays, mode
 
 
 def choose(read: PlannedRead, logits: mx.array | None) -> tuple[mx.array, mx.array] | None:
-    """Choose the next token after a read, if it wants one, without evaluating it."""
+    """Choose the next token after a read, if it asks for one, without evaluating it."""
     sampler = read.request.sampler
     if read.request.want is not Want.TOKEN or logits is None or sampler is None:
         return None
@@ -130,7 +130,7 @@ def choose(read: PlannedRead, logits: mx.array | None) -> tuple[mx.array, mx.arr
 def commit(planned: list[PlannedRead]) -> None:
     """Commit every stream's step.
 
-    Those that read sinks are last: committing them computes the step, and a buffer is updated in
+    Steps that read sinks come last: committing them computes the step, and a buffer is updated in
     place only if its own step no longer holds it.
     """
     for read in sorted(planned, key=lambda read: len(read.step.new_sinks)):
@@ -140,7 +140,7 @@ def commit(planned: list[PlannedRead]) -> None:
 def result_of(
     read: PlannedRead, logits: mx.array | None, chosen: tuple[mx.array, mx.array] | None
 ) -> ReadResult | Exception:
-    """Return what a request wants of an evaluated step."""
+    """Return what a request asked for, taken from an evaluated step."""
     count, want = len(read.ids), read.request.want
     sampler = read.request.sampler
     if chosen is not None and sampler:
@@ -156,5 +156,5 @@ def result_of(
 
 
 def ends_of(parts: Sequence[mx.array]) -> list[int]:
-    """Return where each of several arrays but the last ends along the first axis."""
+    """Return the indices at which to split the concatenation of `parts` along the first axis."""
     return [*accumulate(len(part) for part in parts)][:-1]

@@ -1,4 +1,4 @@
-"""Writes a stream's state atomically to one safetensors file, and reads it; no conversations.
+"""Saves and loads a stream's state as one safetensors file; independent of conversations.
 
 The file holds the arrays of `TokenStream.state()`. Its metadata holds the integers of the state,
 the caller's notes, the model's fingerprint and a checksum over everything. A snapshot is untrusted:
@@ -37,7 +37,7 @@ class Snapshot:
     Attributes:
         state: the argument of `TokenStream.restore`.
         about: the caller's notes, as plain JSON values.
-        model: fingerprint of the model it belongs to.
+        model: the fingerprint of the model it belongs to.
         version: the version of the file format, from 1.
     """
 
@@ -94,7 +94,7 @@ def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HE
 
     Args:
         most: the largest file to accept, in bytes. Default: this device's memory budget.
-        longest: the longest header to accept, in bytes; parsed, it takes more memory.
+        longest: the longest header to accept, in bytes; once parsed, it takes more memory.
 
     Raises:
         SnapshotError: the file is missing, damaged, too large or not a snapshot.
@@ -114,7 +114,7 @@ def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HE
         if metadata["checksum"] != checksum(text, arrays):
             raise ValueError("its checksum does not match")
         if not all(mx.isfinite(array).all().item() for array in arrays.values()):
-            raise ValueError("keys or values are not numbers")
+            raise ValueError("keys or values are not finite")
         empty = {name: empty_array(*kind) for name, kind in header["empty"].items()}
         state: State = {**header["numbers"], **arrays, **empty}
         if len(state) < len(header["numbers"]) + len(arrays) + len(empty):
@@ -148,13 +148,13 @@ def empty_array(shape: Any, dtype: Any) -> mx.array:
 
 
 def sweep_partial(path: Path) -> None:
-    """Remove the partial files that killed processes left while writing `path`."""
+    """Remove the partial files left behind by processes killed while writing `path`."""
     with suppress(OSError):  # leftovers do no harm
         sweep_partial_folders(path.parent.absolute(), path.name)
 
 
 def is_snapshot(path: Path) -> bool:
-    """Return whether a file looks like a snapshot, by its header; it may be damaged."""
+    """Return whether a file looks like a snapshot, judging by its header; it may be damaged."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

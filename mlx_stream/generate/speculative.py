@@ -1,8 +1,8 @@
 """Guesses the next tokens and verifies them in one step: the same ids in fewer steps.
 
 A guess is kept only where it equals the id that the sampler chooses anyway. So the ids are those of
-plain decoding with the same seed, up to the rounding of several rows computed at once. (For guesses
-that are not random this is speculative sampling, arXiv 2211.17192.)
+plain decoding with the same seed, except that several rows computed at once round differently.
+(For guesses that are not random, this is speculative sampling, arXiv 2211.17192.)
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -43,7 +43,7 @@ class Speculator:
 
     Args:
         length: decides how many tokens to guess.
-        drafter: asked when the past has no guess that pays.
+        drafter: asked when the past offers no guess worth verifying.
 
     Attributes:
         observers: must observe the stream.
@@ -79,7 +79,7 @@ class Speculator:
         return Guess(ids_before(ends, modelled), found, modelled)
 
     def learn(self, guess: Guess, chosen: Sequence[int], seconds: float | None) -> None:
-        """Learn from the ids that were chosen and from the step's duration, if it was its own."""
+        """Learn from the chosen ids and, if the step was not shared, from its duration."""
         if seconds is not None:
             self.length.record_step(1 + len(guess.ids), seconds)
         self.length.judge(guess.ngram.matched, guess.ngram.ids, chosen)
@@ -90,9 +90,9 @@ class Speculator:
 def choose_verified(
     stream: TokenStream, sampler: Sampler, guessed: Sequence[int], rows: mx.array
 ) -> tuple[list[int], list[mx.array]]:
-    """Return the ids chosen after a verified guess, at least one, and the sampler's key after each.
+    """Return one or more ids chosen after a verified guess, and the sampler's key after each.
 
-    All but the last of them have been read. Wrong guesses are taken back.
+    All but the last of them have been read. Wrong guesses are rolled back.
 
     Args:
         rows: logits (T, vocabulary) after the token before the guess and after each guessed id.
@@ -116,14 +116,14 @@ def ids_before(ends: Collection[int], ids: Sequence[int]) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class Writer:
-    """A stream to write text on, its cache, and its speculator if it guesses."""
+    """A stream to generate text with, its cache, and its speculator if it guesses."""
 
     tokens: TokenStream
     cache: StreamCache
     speculator: Speculator | None = None
 
 
-# Makes a writer from the sinks, the window (None for the default) and a receiver of notices.
+# Makes a writer from the sinks, the window (None for the default) and a notice callback.
 WriterFactory = Callable[[int | None, int | None, Notify], Writer]
 
 
@@ -140,16 +140,17 @@ def writer_factory(
 
     Args:
         speculate: whether to guess. None: yes, unless the ring is quantized, because quantized
-            rows are not written ahead, or `sampling` has a seed and there is no draft model.
+            rows are written only once their tokens are certain, or `sampling` has a seed and
+            there is no draft model.
         draft: a model that also guesses.
-        sampling: a seed promises the same text to the bit. Guessing would break that, because
+        sampling: a seed promises exactly the same text. Guessing would break that, because
             timing decides how much is guessed, and several rows are summed in a different order.
 
     Raises:
-        ValueRefused: two options exclude each other, or the draft model has another vocabulary.
+        ValueRefused: two options exclude each other, or the draft model has a different vocabulary.
     """
     if draft and speculate is False:
-        raise ValueRefused("`draft` and `speculate=False` exclude each other: use only one of them")
+        raise ValueRefused("`draft` and `speculate=False` cannot be used together")
     if kv_bits is not None and (speculate or draft):
         name = "draft" if draft else "speculate"
         raise ValueRefused(f"`{name}` does not work with `kv_bits`: use only one of them")

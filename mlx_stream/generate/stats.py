@@ -8,16 +8,16 @@ MOST_NOTICES = 8
 
 @dataclass
 class Stats:
-    """Counts of a stream. Times are in seconds, memory is in bytes."""
+    """Counts for a stream. Times are in seconds, memory is in bytes."""
 
     prompt_tokens: int = 0
     reply_tokens: int = 0
-    decoded_tokens: int = 0  # without each reply's first token, whose time counts as the prompt's
+    decoded_tokens: int = 0  # except each reply's first token, whose time counts as the prompt's
     prompt_seconds: float = 0.0
     reply_seconds: float = 0.0
     drafted_tokens: int = 0  # guesses that were verified
     accepted_tokens: int = 0  # guesses that were right
-    settled: int = 0  # tokens read so that the stream holds what the template renders
+    settled: int = 0  # tokens read so that the stream matches the template's rendering
     attended: int = 0
     evicted: int = 0
     evicted_exchanges: int = 0
@@ -55,9 +55,7 @@ class Stats:
 
 
 def eviction_notice(window: int) -> str:
-    return (
-        f"the window of {window:,} tokens is full: the oldest tokens have begun to leave attention"
-    )
+    return f"the window of {window:,} tokens is full: the oldest tokens are now being evicted"
 
 
 def cumulative(

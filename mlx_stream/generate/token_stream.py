@@ -17,21 +17,21 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.load import Model, check_process
 from mlx_stream.models.compiled import DecodeOutput
 from mlx_stream.models.layers import CausalLM
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import PenalizedIds, Sampler, as_int
-from mlx_stream.window import PREFILL_CHUNK
 
 IDS = "ids"  # the key of the token ids in a stream's state
 NOT_A_NUMBER = (
-    "the model's output is not a number: its weights are damaged, or overflow in this dtype (try "
+    "the model's output is not finite: its weights are damaged, or overflow in this dtype (try "
     "`dtype` float32)"
 )
-# After one of these the buffers may hold anything, although they count as evaluated.
+# After one of these, the buffers' contents are unknown, although MLX regards them as evaluated.
 STEP_ERRORS = (RuntimeError, MemoryError, WeightsError)
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was built ahead and is not submitted yet.
+    """A step that was built in advance and has not been submitted yet.
 
     It is valid for one version of the stream, one token and one draw of one sampler.
     """
@@ -46,12 +46,12 @@ class PendingStep:
 
 @dataclass
 class PlannedRead:
-    """The step of a request, which is not committed yet.
+    """A request's step, which has not been committed yet.
 
     Attributes:
-        ids: the ids that it reads: the request's, or its first ones.
-        step: None once it is committed, because a step holds the buffers.
-        penalized: for `Want.TOKEN`: what the sampler's penalty applies to, if it has one.
+        ids: the ids that it reads: all of the request's, or only the first ones.
+        step: None once committed, because a step holds references to the buffers.
+        penalized: for `Want.TOKEN`, the ids that the sampler's penalty covers, if it has one.
     """
 
     stream: "TokenStream"
@@ -62,7 +62,7 @@ class PlannedRead:
 
     @property
     def whole(self) -> bool:
-        """Whether all of the request's ids are read."""
+        """Whether the step reads all of the request's ids."""
         return len(self.ids) == len(self.request.ids)
 
     def commit(self) -> None:
@@ -74,13 +74,14 @@ class TokenStream:
     """One stream of token ids through one model.
 
     Args:
-        observers: told about ids that are read, taken back and restored, but not about evictions.
+        observers: told about ids that are read, rolled back and restored, but not about evictions.
 
     Attributes:
         ids: the ids of the attended tokens.
-        lookahead: how many of the newest tokens are right guesses that were read before they were
-            asked for.
-        failed: whether a step failed. The rows are released, and nothing more can be read.
+        lookahead: how many of the newest tokens are correct guesses that were read before they
+            were requested.
+        failed: whether a step has failed. The rows are then released, and nothing more can be
+            read.
     """
 
     def __init__(self, model: Model, cache: Cache, observers: Sequence[StreamObserver] = ()):
@@ -98,19 +99,19 @@ class TokenStream:
 
     @property
     def attended(self) -> int:
-        """How many tokens the newest token attends to, leaving out the lookahead."""
+        """How many tokens the newest token attends to, ignoring the lookahead."""
         if not self.lookahead:
             return self.cache.attended
         return len(self.cache.attended_rows(self.lookahead))
 
     def run(self, request: ReadRequest) -> ReadResult:
-        """Read a request's ids, or as many of them as fit one step.
+        """Read a request's ids, or as many of them as fit in one step.
 
         Raises:
             ValueRefused: there are no ids, `chunk` is below 1, or this process was forked.
             TokenizerError: the model has no embedding for an id.
-            WeightsError, RuntimeError, MemoryError: the step failed, and the rows are released
-                because they may hold anything.
+            WeightsError, RuntimeError, MemoryError: the step failed. The rows are released, because
+                their contents are unknown.
         """
         check_process()
         started, ids, want = time.perf_counter(), request.ids, request.want
@@ -136,10 +137,10 @@ class TokenStream:
         return ReadResult(count, time.perf_counter() - started, logits, token)
 
     def plan(self, request: ReadRequest) -> PlannedRead:
-        """Plan the step of a request that shares it with other streams' (see `shared_step`).
+        """Plan a request's step, to be shared with those of other streams; see `shared_step`.
 
         Raises:
-            ValueRefused, TokenizerError, RuntimeError, MemoryError: as in `run`.
+            ValueRefused, TokenizerError, RuntimeError, MemoryError: as for `run`.
         """
         check_process()
         ids, want, sampler = request.ids, request.want, request.sampler
@@ -161,27 +162,27 @@ class TokenStream:
         return PlannedRead(self, request, ids, step, penalized)
 
     def commit(self, step: Any, ids: Sequence[int]) -> None:
-        """Make a step that read `ids` part of the stream; its arrays are evaluated later."""
+        """Commit a step that read `ids`; its arrays are evaluated later."""
         self.ids.record()
         self.ids.expect(ids)
         self._computed = []
         self.cache.commit(step)
 
     def fail(self) -> None:
-        """Release the rows after a failed step, which may have left anything in them."""
+        """Release the rows after a failed step, because their contents are unknown."""
         self.failed = True
-        self._pending, self._computed = None, []  # both refer to the rows
+        self._pending, self._computed = None, []  # both hold references to the rows
         self.cache.release()
 
     def read(self, ids: Sequence[int], chunk: int = PREFILL_CHUNK) -> mx.array:
         """Read token ids and return the logits (vocabulary,) after the last one.
 
         The logits of a single token are not evaluated, so that choosing the next token can be part
-        of the same graph and the device is waited for once per token.
+        of the same graph, and there is only one wait for the device per token.
 
         Args:
             ids: at least one.
-            chunk: the most tokens in a step; 1 decodes token by token.
+            chunk: the maximum number of tokens per step; 1 decodes token by token.
         """
         *_, hidden = self.steps(ids, chunk, prefill=True)
         return last_logits(self.network, hidden, check=len(ids) > 1)
@@ -191,10 +192,10 @@ class TokenStream:
     ) -> Iterator[mx.array]:
         """Read token ids and yield each step's hidden states (1, T, hidden size).
 
-        They are evaluated before the next step at the latest.
+        They are evaluated before the next step starts, if not earlier.
 
         Args:
-            prefill: compute only what the stream needs in all steps but the last.
+            prefill: in all steps but the last, compute only what the stream needs.
         """
         done = 0
         while done < len(ids) or not ids:
@@ -203,11 +204,11 @@ class TokenStream:
             yield self._read(part, prefill and done < len(ids))
 
     def next(self, token: int, sampler: Sampler, more: bool = True) -> tuple[int, mx.array]:
-        """Read one token; return the next one, by `sampler`, and the logits (vocabulary,).
+        """Read one token; return the next, chosen by `sampler`, and the logits (vocabulary,).
 
         Args:
-            more: whether another step is likely to follow. It is then built while the device
-                computes this one, from a token that is not known yet. Any other read drops it.
+            more: whether another step is likely to follow. If so, it is built while the device
+                computes this one, before its token is known. Any other read discards it.
         """
         check_ids([token], self._vocabulary)
         self.lookahead = 0
@@ -220,7 +221,7 @@ class TokenStream:
             output = self._decode(step, mx.array([[token]], mx.uint32), sampler, sampler.key)
         del pending
         self.commit(step, [token])
-        del step  # only the update may refer to the buffers
+        del step  # only the update may hold references to the buffers
         chosen, key = output.token, output.key
         assert chosen is not None and key is not None
         self._computed = [chosen, key]
@@ -236,7 +237,7 @@ class TokenStream:
     def verify(self, ids: Sequence[int]) -> mx.array:
         """Read up to the cache's `max_verify` ids and return the logits (T, vocabulary) after each.
 
-        All but the first can be taken back.
+        All but the first can be rolled back.
         """
         check_ids(ids, self._vocabulary)
         self.drop_pending()
@@ -250,7 +251,7 @@ class TokenStream:
         return logits
 
     def rewind(self, count: int) -> None:
-        """Take back the newest `count` tokens; see the cache's `rewind`."""
+        """Roll back the newest `count` tokens; see the cache's `rewind`."""
         self.ids.record()
         self.drop_pending()
         self.lookahead = 0  # this comes first, so that an interrupt cannot lead to a second rewind
@@ -258,7 +259,7 @@ class TokenStream:
         self.ids.rewind(count)
 
     def drop_pending(self) -> None:
-        """Drop the step that was built ahead, which refers to the buffers."""
+        """Drop the prebuilt step, which holds references to the buffers."""
         self._pending = None
 
     def state(self) -> dict[str, mx.array | int]:
@@ -270,7 +271,7 @@ class TokenStream:
         return {**self.cache.state(), IDS: mx.array(self.ids.by_row, mx.uint32)}
 
     def erase(self) -> None:
-        """Set keys, values and ids that are not attended to zero."""
+        """Zero the keys, values and ids that are not attended."""
         self.ids.record()
         self.drop_pending()
         self.cache.erase()
@@ -280,7 +281,7 @@ class TokenStream:
         """Continue from the state of a stream with the same model and cache parameters.
 
         Raises:
-            ValueRefused: the state does not fit; nothing has changed.
+            ValueRefused: the state does not fit; the stream is unchanged.
         """
         cached = dict(state)
         ids = cached.pop(IDS, None)
@@ -317,15 +318,15 @@ class TokenStream:
             self.commit(step, part)
             self._computed = [found]
             return found
-        # Padded with an id of the step, so that the padding cannot bring in a new NaN.
+        # Padded with one of the step's own ids, so that the padding cannot introduce a new NaN.
         tokens = mx.array([[*part, *[part[-1]] * (step.rows - step.count)]], mx.int32)
         compute = self.network.prefill if prefill else self.network
         found = compute(tokens, step)[:, : step.count]
         self.commit(step, part)
         del step
         self._computed = [found]
-        # A chunk attends to the buffers as they were before its own rows. Evaluated together with
-        # the update, they would be copied on Metal.
+        # A chunk attends to the buffers as they were before its own rows were written. If the
+        # chunk and the update were evaluated together, the buffers would be copied on Metal.
         mx.eval(found)
         mx.eval(self.cache.arrays())
         return found
@@ -351,7 +352,7 @@ class TokenStream:
 
 
 def penalized_next(stream: TokenStream, sampler: Sampler, token: mx.array) -> PenalizedIds | None:
-    """Return what a sampler's penalty, if any, applies to after the next token, (1,) int32."""
+    """Return the ids that a sampler's penalty, if any, covers after `token`, (1,) int32."""
     if not sampler.mode.penalizes:
         return None
     stream.ids.record()
@@ -362,7 +363,7 @@ def penalized_next(stream: TokenStream, sampler: Sampler, token: mx.array) -> Pe
 
 
 def last_logits(network: CausalLM, hidden: mx.array, check: bool) -> mx.array:
-    """Return the logits (vocabulary,) after the last row; with `check`, refuse NaN."""
+    """Return the logits (vocabulary,) after the last row; with `check`, reject NaN."""
     logits = network.logits(hidden[:, -1])[0]
     if check and not mx.isfinite(logits).all().item():
         raise WeightsError(NOT_A_NUMBER)
@@ -370,7 +371,7 @@ def last_logits(network: CausalLM, hidden: mx.array, check: bool) -> mx.array:
 
 
 def is_next(pending: PendingStep, version: object, token: int, sampler: Sampler) -> bool:
-    """Return whether a step built ahead is the one needed now."""
+    """Return whether a step built in advance is the one needed now."""
     same_draw = pending.sampler is sampler and sampler.key is pending.key
     return version is pending.version and same_draw and pending.token.item() == token
 
@@ -380,7 +381,7 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> None:
     if not 0 <= min(ids) <= max(ids) < vocabulary:
         raise TokenizerError(
             f"token id {max(ids)} is outside the model's vocabulary of {vocabulary}: the tokenizer "
-            "does not belong to this model"
+            "does not match this model"
         )
 
 
@@ -404,7 +405,7 @@ def generate(
 
 
 def check_max_tokens(max_tokens: int) -> int:
-    """Return a limit of tokens, or raise ValueRefused if it is not a whole number from 1 on."""
+    """Return a token limit; raise ValueRefused unless it is a whole number of at least 1."""
     if not isinstance(max_tokens, Integral) or max_tokens < 1:
         raise ValueRefused(f"`max_tokens` must be a whole number, at least 1, not {max_tokens!r}")
     return max_tokens

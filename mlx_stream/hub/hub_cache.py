@@ -1,6 +1,6 @@
-"""A model's place in the Hub's cache, which has huggingface_hub's layout; fetches nothing.
+"""A model's files in the Hub's cache, which has huggingface_hub's layout; fetches nothing.
 
-Blobs are named by their hash. A snapshot links to them, and a branch's name points to its commit.
+Blobs are named after their hash. A snapshot links to them, and a branch's name maps to its commit.
 """
 
 import os
@@ -23,17 +23,17 @@ SMALL_FILES = [
     "chat_template.jinja",
     INDEX,
 ]
-# Fetched too; a model cached without it, by an earlier version, is complete and opens offline.
+# Also fetched, but a model that an earlier version cached without it is complete and opens offline.
 OLDER_TEMPLATE = "chat_template.json"
-# Files in a message.
+# The most files that a message names.
 MOST_NAMED = 5
-# `*` also matches in subfolders, and some repositories carry all weights twice (consolidated).
+# `*` also matches in subfolders, and some repositories contain all weights twice (consolidated).
 OTHER_FILES = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as the Hub lists it; `digest` is a SHA-256, or Git's SHA-1 of a small file."""
+    """A file as the Hub lists it; `digest` is its SHA-256, or Git's SHA-1 if the file is small."""
 
     name: str
     size: int
@@ -75,7 +75,8 @@ def blob_of(repository: Repository, file: File) -> Path:
 def find_in_cache(name: str, revision: str = MAIN, notify: Notify = discard) -> Path | None:
     """Find a model in the Hub's cache, if it is complete.
 
-    A cache that was copied may not say which commit `main` is: then it is the newest complete one.
+    If the cache does not record which commit `main` is (it may have been copied), the newest
+    complete one is used.
     """
     commit = commit_of(name, revision)
     whole = [one for one in snapshots_of(name, revision, commit) if not missing_in(name, one)]
@@ -88,7 +89,7 @@ def find_in_cache(name: str, revision: str = MAIN, notify: Notify = discard) -> 
 
 
 def explain_cache(name: str, revision: str = MAIN) -> str:
-    """Return why `find_in_cache` does not find a model."""
+    """Return why `find_in_cache` did not find a model."""
     found = snapshots_of(name, revision, commit_of(name, revision))
     if not found:
         return "not in the cache"
@@ -96,19 +97,19 @@ def explain_cache(name: str, revision: str = MAIN) -> str:
 
 
 def commit_of(name: str, revision: str) -> str:
-    """Return the commit that a revision is, by the cache; "" if that does not tell."""
+    """Return the commit a revision refers to, according to the cache; "" if unknown."""
     if COMMIT.fullmatch(revision):
         return revision
     try:
         text = (storage_of(name) / "refs" / revision).read_text("utf-8-sig")
     except (OSError, ValueError):
         return ""
-    found = text.strip(" \t\r\n\0")  # an editor, or a copying tool, ends the line
+    found = text.strip(" \t\r\n\0")  # an editor or a copying tool may have added a newline
     return found if COMMIT.fullmatch(found) else ""
 
 
 def snapshots_of(name: str, revision: str, commit: str) -> list[Path]:
-    """Return the folder of a commit; if nothing has a name, of `main` all that it may be."""
+    """Return a commit's folder or, if no branch is recorded, all folders that may be `main`."""
     folder, refs = storage_of(name) / "snapshots", storage_of(name) / "refs"
     if commit and (folder / commit).is_dir():
         return [folder / commit]
@@ -121,7 +122,7 @@ def snapshots_of(name: str, revision: str, commit: str) -> list[Path]:
 
 
 def missing_in(name: str, snapshot: Path) -> list[str]:
-    """Name the files that a snapshot lacks."""
+    """Return the names of the files that a snapshot lacks."""
     if missing := missing_files(snapshot):
         return missing
     if not COMMIT.fullmatch(snapshot.name):
@@ -130,8 +131,8 @@ def missing_in(name: str, snapshot: Path) -> list[str]:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        # This checks the small files against the listing kept beside a snapshot. Shards are checked
-        # above: other programs fetch only some of them.
+        # This checks the small files against the listing kept next to a snapshot. Shards are
+        # checked above, because other programs may fetch only some of them.
         snapshot_download(
             name,
             revision=snapshot.name,
@@ -149,7 +150,7 @@ def missing_in(name: str, snapshot: Path) -> list[str]:
 
 
 def link(repository: Repository, file: File) -> None:
-    """Give a blob its name in the snapshot, in one step."""
+    """Link a blob into the snapshot under its file name, atomically."""
     blob, name = blob_of(repository, file), repository.snapshot / file.name
     name.parent.mkdir(parents=True, exist_ok=True)
     target = os.path.relpath(blob, name.parent)
@@ -159,13 +160,13 @@ def link(repository: Repository, file: File) -> None:
     aside.unlink(missing_ok=True)
     try:
         aside.symlink_to(target)
-    except OSError:  # a file system without links
+    except OSError:  # the file system does not support links
         shutil.copyfile(blob, aside)
     aside.replace(name)
 
 
 def keep_listing(repository: Repository) -> None:
-    """Let huggingface_hub write its listing beside the snapshot, which makes it complete."""
+    """Have huggingface_hub write its listing next to the snapshot, which makes it complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
@@ -176,7 +177,7 @@ def keep_listing(repository: Repository) -> None:
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        # For a file that is here, all it does is list the others.
+        # Since this file is already here, the call only lists the others.
         snapshot_download(
             repository.name, revision=repository.commit, allow_patterns=["config.json"]
         )
@@ -186,7 +187,7 @@ def keep_listing(repository: Repository) -> None:
 
 
 def name_commit(repository: Repository) -> None:
-    """Point the branch's name to the commit, as huggingface_hub does."""
+    """Point the branch at the commit, as huggingface_hub does."""
     if repository.revision == repository.commit:
         return
     name = repository.storage / "refs" / repository.revision

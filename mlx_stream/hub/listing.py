@@ -1,6 +1,6 @@
-"""Lists the models on this machine that open without the network; fetches nothing.
+"""Lists the models on this machine that can be opened offline; fetches nothing.
 
-They are cached, or folders that `convert` wrote, whose paths are kept in a file.
+These are cached models and folders written by `convert`, whose paths are kept in a file.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from mlx_stream.program.paths import data_folder, private
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model that opens without the network: its name for `resolve`, and bytes on disk.
+    """A model that can be opened offline: its name for `resolve`, and its bytes on disk.
 
     `date` is when it was fetched or converted, in seconds since 1970.
     """
@@ -35,9 +35,9 @@ class CachedModel:
 
 
 def cached_models() -> list[CachedModel]:
-    """List the models `resolve` opens without the network.
+    """List the models that `resolve` opens without the network.
 
-    First those in the Hub's cache, then the starter of the package index, then converted folders.
+    First those in the Hub's cache, then the starter from the package index, then converted folders.
     """
     models = list(cached_hub_models())
     if is_complete(folder := starter_folder()):
@@ -65,12 +65,12 @@ def cached_hub_models() -> Iterator[CachedModel]:
 
 
 def converted_list() -> Path:
-    """Return the file with the paths of converted folders, one a line; it may not exist."""
+    """Return the file with the paths of converted folders, one per line; it may not exist."""
     return data_folder().parent / "converted"
 
 
 def converted_folders() -> list[Path]:
-    """Return the folders that `convert` wrote and that are still there, the oldest first."""
+    """Return the folders that `convert` wrote and that still exist, oldest first."""
     try:
         lines = converted_list().read_text("utf-8").splitlines()
     except OSError:
@@ -80,7 +80,7 @@ def converted_folders() -> list[Path]:
 
 
 def record_converted(folder: Path) -> None:
-    """Add a folder to the file of converted ones."""
+    """Add a folder to the file that lists the converted ones."""
     private(converted_list().parent)
     with converted_list().open("a", encoding="utf-8") as file:
         file.write(f"{folder.absolute()}\n")

@@ -13,7 +13,7 @@ from mlx_stream.hub.starter import STARTER, STARTER_REPO, starter_folder
 
 @dataclass(frozen=True)
 class StoredModel:
-    """The folders of a model on this machine, and their bytes."""
+    """The folders of a model on this machine, and their size in bytes."""
 
     folders: tuple[Path, ...]
     bytes: int
@@ -22,7 +22,7 @@ class StoredModel:
         """Delete the folders.
 
         Raises:
-            SourceError: one could not be deleted.
+            SourceError: a folder could not be deleted.
         """
         for folder in self.folders:
             try:
@@ -35,7 +35,7 @@ def find_stored(source: str) -> StoredModel:
     """Find the folders of a cached model, complete or not, or of a converted one.
 
     Raises:
-        SourceError: it is not on this machine, or the folder was not written by `convert`.
+        SourceError: the model is not on this machine, or `convert` did not write the folder.
     """
     if source == STARTER:
         places = [storage_of(STARTER_REPO), starter_folder()]
@@ -57,6 +57,6 @@ def find_stored(source: str) -> StoredModel:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Return the bytes of a folder's files; a link into the folder is not counted again."""
+    """Return a folder's size in bytes, without following links."""
     files = (path for path in folder.rglob("*") if not path.is_symlink())
     return sum(path.stat().st_size for path in files if path.is_file())

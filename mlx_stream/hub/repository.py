@@ -1,7 +1,7 @@
-"""Lists and fetches a model on the Hugging Face Hub; reads no tensors.
+"""Lists and fetches a model from the Hugging Face Hub; reads no tensors.
 
-The Hub is untrusted: only names without a path are accepted, with a size and a hash. A branch's
-name points to a commit only once all files are there.
+The Hub is untrusted: only file names without a path are accepted, each with a size and a hash. In
+the cache, a branch's name points to a commit only once all of its files are present.
 """
 
 import queue
@@ -37,12 +37,12 @@ PATIENCE = 15.0  # seconds to wait for the Hub's first answer
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 FILES = [*SMALL_FILES, OLDER_TEMPLATE, "*.safetensors"]
 MAX_FILES = 10_000
-SMALL_BYTES = 64 << 20  # at most, of a file of text
+SMALL_BYTES = 64 << 20  # the maximum size of a text file
 
 DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 REVISION = re.compile(r"(?!.*\.\.)[\w][\w./-]{0,199}", re.ASCII)
 
-# Called with the bytes fetched and the total.
+# Called with the number of bytes fetched and the total.
 Bar = Callable[[int, int], None]
 
 
@@ -50,9 +50,9 @@ Bar = Callable[[int, int], None]
 
 
 def ask_hub(name: str, revision: str, seconds: float) -> Repository:
-    """Ask the Hub for a model's listing; raise its client's errors, or TimeoutError.
+    """Ask the Hub for a model's listing; raise the errors of the Hub's client, or TimeoutError.
 
-    In a thread, because a silent name server blocks longer than HTTP's timeouts.
+    Runs in a thread, because an unresponsive name server can block for longer than HTTP timeouts.
     """
     from huggingface_hub import HfApi
 
@@ -104,7 +104,7 @@ def read_listing(name: str, revision: str, info: Any) -> Repository:
 
 
 def is_read(name: Any) -> bool:
-    """Return whether a listed name is that of a file we read, in the repository's top folder."""
+    """Return whether a listed name is that of a file we read, at the repository's top level."""
     if not isinstance(name, str) or any(c in name for c in "/\\:\0"):
         return False
     wanted = any(fnmatch(name, pattern) for pattern in FILES)
@@ -112,7 +112,7 @@ def is_read(name: Any) -> bool:
 
 
 def refuse_other_formats(repository: Repository) -> None:
-    """Refuse, before anything is fetched, a repository in another format."""
+    """Refuse a repository in an unsupported format before anything is fetched."""
     names = {file.name for file in repository.files}
     if not any(name.endswith(".safetensors") for name in names):
         raise SourceError(f"{repository.name}: {explain_no_weights(repository.others)}")
@@ -125,7 +125,7 @@ def refuse_other_formats(repository: Repository) -> None:
 
 
 def refuse_other_models(repository: Repository) -> None:
-    """Refuse an unsupported model by its config, before its weights are fetched."""
+    """Refuse an unsupported model, according to its config, before its weights are fetched."""
     config = read_json(repository.snapshot / "config.json")
     code = config.get("auto_map")
     if isinstance(code, dict) and any(str(key).startswith("AutoModel") for key in code):
@@ -140,15 +140,16 @@ def refuse_other_models(repository: Repository) -> None:
 
 
 def fetch(repository: Repository, bar: Bar) -> Path:
-    """Fetch the missing files of a model, check them, and name the model in the cache.
+    """Fetch the missing files of a model, check them, and register the model in the cache.
 
     Raises:
-        SourceError: it is in another format, or a file is not the one that was listed.
-        CheckpointError: its config is damaged or not supported.
-        OSError, and the errors of the Hub's client.
+        SourceError: the repository is in an unsupported format, or a file does not match the
+            listing.
+        CheckpointError: the model's config is damaged or not supported.
+        OSError, or an error of the Hub's client.
     """
     refuse_other_formats(repository)
-    # The config first: it shows whether the model is supported.
+    # The config comes first: it shows whether the model is supported.
     files = sorted(repository.files, key=lambda file: (file.name != "config.json", file.name))
     missing = sum(file.size for file in files if not blob_of(repository, file).exists())
     refuse_full_disk(repository, missing)

@@ -28,7 +28,7 @@ def resolve(source: str, progress: Notify) -> Path:
     """Turn a model's name into a local folder or `.gguf` file; fetch it if needed.
 
     Args:
-        source: a folder, a `.gguf` file, a Hub id `org/name`, a name of the list of models, or
+        source: a folder, a `.gguf` file, a Hub id `org/name`, a name from the list of models, or
             `starter` (a folder of that name is `./starter`).
         progress: called with one line before a wait.
 
@@ -45,12 +45,12 @@ def resolve(source: str, progress: Notify) -> Path:
 
 
 def hub_id(source: str) -> str | None:
-    """Return the Hub id that a source is, or that its short name stands for; else None."""
+    """Return the Hub id that a source gives in full or as a short name; None if neither."""
     return source if HUB_ID.fullmatch(source) else listed_repository(source)
 
 
 def not_a_model(source: str, forms: str = "a folder, a .gguf file") -> SourceError:
-    """Return the error for what is neither one of the forms nor the name of a model."""
+    """Return the error for a source that matches none of the forms and no known model name."""
     return SourceError(
         f"{source!r} is not a model; {similar_names(source)}expected {forms}, a Hub id org/name, a "
         "name that `mlx_stream models` lists, or starter"
@@ -62,7 +62,7 @@ def local_path(source: str) -> Path | None:
     try:
         path = Path(source).expanduser()
         found = bool(source) and path.exists()
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a zero byte
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null byte
         path, found = Path(), False
     if not found:
         if source.startswith(("/", "./", "../", "~")) or source.lower().endswith(".gguf"):
@@ -86,12 +86,12 @@ def resolve_hub(repo: str, progress: Notify) -> Path:
 
 
 def pull(source: str, revision: str, progress: Notify, bar: Bar) -> PulledModel:
-    """Fetch the Hub's current files of a model, by its id or short name, into the shared cache.
+    """Fetch a model's current files from the Hub, by id or short name, into the shared cache.
 
     With `HF_HUB_OFFLINE` the cached model is returned.
 
     Raises:
-        SourceError: not a Hub id; there is no such model or revision; it cannot be fetched.
+        SourceError: it is not a Hub id, there is no such model or revision, or fetching failed.
         CheckpointError: its config is damaged or not supported.
     """
     from huggingface_hub import constants

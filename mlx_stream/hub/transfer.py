@@ -1,8 +1,8 @@
 """Downloads one file of a model on the Hub into the shared cache; independent of models.
 
-A partial download stays, and any process resumes it. A file gets its name once it has the size and
-the hash that the Hub lists. The Hub's client, whose session and cache this uses, restarts a file in
-each process and checks no hash.
+A partial download is kept, and any process can resume it. A file gets its final name once it has
+the size and the hash that the Hub lists. The Hub's client, whose session and cache are used here,
+restarts a file in each process and does not check hashes.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from mlx_stream.errors import SourceError
 from mlx_stream.hub.hub_cache import File, Repository, blob_of
 
 BLOCK = 1 << 20
-# Attempts in a row without a single byte, and seconds between them.
+# Attempts in a row that receive nothing, and the seconds between them.
 ATTEMPTS = 5
 PAUSE = 1.0
 
@@ -37,7 +37,7 @@ def place_blob(repository: Repository, file: File, here: Callable[[int], None]) 
             opened.truncate(0)
         download(repository, file, opened, here)
         if resumed and digest_of(opened, file) != file.digest:
-            # The partial file may have been damaged: once more from the start.
+            # The partial file may have been damaged: download it again from the start.
             opened.truncate(0)
             download(repository, file, opened, here)
         if digest_of(opened, file) != file.digest:
@@ -57,7 +57,7 @@ def file_lock(path: Path) -> Iterator[BinaryIO]:
     while True:
         with path.open("a+b") as opened:
             fcntl.flock(opened, fcntl.LOCK_EX)
-            # While this process waited, the other may have moved it into place.
+            # While this process waited, the other may have moved the file into place.
             if path.exists() and os.path.samestat(path.stat(), os.fstat(opened.fileno())):
                 yield opened
                 return
@@ -103,7 +103,7 @@ def is_final(error: Exception) -> bool:
 def receive_bytes(
     repository: Repository, file: File, opened: BinaryIO, here: Callable[[int], None]
 ) -> None:
-    """Request the rest of a file once, and append it, never more than the listed size."""
+    """Request the rest of a file once, and append it, up to the listed size."""
     from huggingface_hub import constants as hub
     from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -118,29 +118,29 @@ def receive_bytes(
         "GET", url, headers=headers, follow_redirects=True, timeout=hub.HF_HUB_DOWNLOAD_TIMEOUT
     ) as response:
         hf_raise_for_status(response)
-        if size and response.status_code != 206:  # it sends the whole file
+        if size and response.status_code != 206:  # the server is sending the whole file
             opened.truncate(0)
             size = 0
-        # In the blocks that arrive: a broken connection would lose the start of a fixed block.
+        # Blocks are written as they arrive: fixed-size ones would be lost if cut off midway.
         for block in response.iter_bytes():
             size += len(block)
             if size > file.size:
                 opened.truncate(0)
                 raise SourceError(
                     f"{repository.name}: the Hub sent more of {file.name} than the {file.size:,} "
-                    "bytes it lists; the file was discarded, try again later"
+                    "bytes it lists; the file was discarded; try again later"
                 )
             opened.write(block)
             here(size)
 
 
 def digest_of(opened: BinaryIO, file: File) -> str:
-    """Return the hash of a downloaded file, of the listed kind."""
+    """Return the hash of a downloaded file, of the kind that the Hub lists."""
     opened.flush()
     size = opened.seek(0, os.SEEK_END)
     digest = hashlib.sha256() if len(file.digest) == 64 else hashlib.sha1(usedforsecurity=False)
     if len(file.digest) == 40:
-        digest.update(b"blob %d\0" % size)  # Git's
+        digest.update(b"blob %d\0" % size)  # Git's blob header
     opened.seek(0)
     while block := opened.read(BLOCK):
         digest.update(block)

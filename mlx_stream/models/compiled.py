@@ -1,4 +1,4 @@
-"""Steps of one token, from its id to the next one, traced once by `mx.compile` and reused.
+"""Single-token steps, from one id to the next, traced once by `mx.compile` and reused.
 
 Everything that changes between steps is an array argument, so no step is traced twice. The weights
 are captured. Traces belong to a model: they keep its weights alive, and all its streams share them.
@@ -17,26 +17,26 @@ from mlx_stream.cache.steps.decode import DecodeKind, DecodeStep
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.sampling import PenalizedIds, Sampler, SamplingMode, choose_token
 
-# Traces that a model keeps: enough for the few step sizes of a few windows and samplings.
+# How many traces a model keeps: enough for a few step sizes, windows and sampling modes.
 MOST_TRACES = 64
-# Of steps of several streams, whose sets change as replies begin and end: a set is traced after it
-# has come so often, and fewer traces are kept.
+# For steps shared by several streams, whose sets change as replies start and end: a set is traced
+# after it has occurred this many times, and fewer traces are kept.
 TRACED_AFTER = 16
 MOST_SHARED_TRACES = 16
 
 
-# What does not change between steps of one kind: the step's kind and mask, and how it chooses.
+# What steps of one kind have in common: the kind, the sampling mode, and whether they have a mask.
 Traced = tuple[DecodeKind, SamplingMode | None, bool]
 
 
 @dataclass(frozen=True)
 class DecodeOutput:
-    """The result of a step of one token; nothing has been evaluated yet.
+    """The result of a single-token step; nothing has been evaluated yet.
 
     Attributes:
         hidden: (1, 1, hidden size), normalized.
         logits: (vocabulary,) after the token.
-        token: the next token, without axes; None without a sampler.
+        token: the next token, a scalar; None without a sampler.
         key: the next random key; None without a sampler.
     """
 
@@ -69,13 +69,13 @@ class CompiledSteps:
         key: mx.array | None = None,
         penalized: PenalizedIds | None = None,
     ) -> DecodeOutput:
-        """Compute a step of one token, traced if a step of its kind will come again.
+        """Compute a single-token step, traced if a step of its kind will recur.
 
         Args:
-            tokens: its id, (1, 1) uint32.
-            tracing: whether to trace kinds that come a few times, and kinds that come forever; see
-                `backend.tracing`.
-            sampler, key: choose the next token with this random key.
+            tokens: the token's id, (1, 1) uint32.
+            tracing: whether to trace kinds that recur a few times, and kinds that recur
+                indefinitely; see `backend.tracing`.
+            sampler, key: the sampler that chooses the next token, and its random key.
             penalized: the ids that the sampler's penalty applies to, if it has one.
         """
         mode, numbers = (sampler.mode, sampler.numbers) if sampler else (None, {})
@@ -97,14 +97,14 @@ class CompiledSteps:
         samplers: Sequence[Sampler],
         penalized: Sequence[PenalizedIds | None],
     ) -> list[tuple[mx.array, mx.array]]:
-        """Compute one token of several streams; return each one's next token and key.
+        """Compute one token for each of several streams; return each stream's next token and key.
 
-        It is traced once such a set of streams has come a few times.
+        The step is traced once such a set of streams has occurred a few times.
 
         Args:
-            steps: of full windows, which come again.
+            steps: one per stream, with full windows, so that they recur.
             tokens: their ids, (1, T) int32.
-            samplers, penalized: of each stream, as in `decode`.
+            samplers, penalized: one per stream, as in `decode`.
         """
         fixed = tuple(
             (step.kind, sampler.mode, "mask" in step.arrays)
@@ -175,7 +175,7 @@ def decode_token(
     key: mx.array | None,
     ids: list[mx.array],
 ) -> tuple[mx.array, mx.array, tuple[mx.array, ...]]:
-    """Compute a step of one token, and with a mode and a key choose the next token and key."""
+    """Compute a single-token step and, given a mode and a key, choose the next token and key."""
     hidden = network(tokens, step)
     logits = network.logits(hidden[:, -1])[0]
     chosen: tuple[mx.array, ...] = ()

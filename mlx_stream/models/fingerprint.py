@@ -1,6 +1,6 @@
 """A fingerprint that tells one loaded model from another.
 
-It detects a fine-tune, but not one damaged value.
+It detects a fine-tune, but not a single damaged value.
 
 Version 2 uses the checkpoint's tensor names and omits settings at their defaults, so it does
 not change when modules are rearranged or a family gets a new setting. Version 1 uses the names of
@@ -23,7 +23,7 @@ from mlx_stream.models.layers import CausalLM
 VERSION = 2
 # Values sampled from each tensor.
 SAMPLED = 64
-# Settings that do not change the computation, or that the tensors show.
+# Settings that do not change the computation, or that are evident from the tensors.
 NOT_COMPUTED = {
     "max_position_embeddings",
     "sliding_window",
@@ -78,7 +78,7 @@ def fingerprint(config: ModelConfig, network: CausalLM, dtype: mx.Dtype, quantiz
 
 
 def fingerprint_1(config: ModelConfig, network: CausalLM, dtype: mx.Dtype, quantized: bool) -> str:
-    """Return a model's fingerprint of version 1: 16 hexadecimal digits."""
+    """Return a model's version 1 fingerprint: 16 hexadecimal digits."""
     settings: dict[str, Any] = {name: getattr(config, name) for name in SETTINGS_1}
     settings["rope"] = {name: getattr(config.rope, name) for name in ROPE_1}
     if config.quantization is not None:
@@ -99,7 +99,7 @@ def digest_tensors(about: dict[str, Any], tensors: Iterable[tuple[str, mx.array]
 
 
 def settings_of(settings: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass that have no default or differ from it."""
+    """Return the fields of a dataclass that have no default or differ from their default."""
     found: dict[str, Any] = {}
     for field in fields(settings):
         value = getattr(settings, field.name)
@@ -109,7 +109,7 @@ def settings_of(settings: Any) -> dict[str, Any]:
 
 
 def raw_bytes(array: mx.array) -> memoryview:
-    """Return an array's bytes, in row order; evaluates it."""
+    """Evaluate an array and return its bytes in row-major order."""
     integers = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.dtype.size]
     # numpy has no bfloat16, and only the bits matter.
     values: Any = np.ascontiguousarray(np.array(array.view(integers), copy=False))

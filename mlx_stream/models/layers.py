@@ -1,8 +1,8 @@
 """The blocks that all families share. Independent of cache logic, files and text.
 
 A layer maps (T, hidden size) to the same shape. Attention passes unrotated queries, keys and values
-to a cache's step, which owns order, positions and masks. Q, K and V are one product, and gate and
-up another, if their weights can be joined. The names are those of the checkpoints.
+to a cache's step, which owns order, positions and masks. Q, K and V are computed as one product,
+and gate and up as another, if their weights can be joined. Names match those in checkpoints.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_stream.cache import Step
-from mlx_stream.cache.positions import query_factors
 from mlx_stream.config import ModelConfig
+from mlx_stream.rope import query_factors
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Projection:
 
 
 class Weights(Protocol):
-    """The source of a model's modules, by the names of their tensors."""
+    """The source of a model's modules, looked up by the names of their tensors."""
 
     def linear(self, *parts: Projection) -> Any:
-        """Return a module that maps (T, inputs) to (T, all outputs), the parts' concatenated.
+        """Return a module that maps (T, inputs) to the parts' outputs, concatenated: (T, outputs).
 
-        Its method `add_to(residual, x)` returns `residual` plus the map of `x`, in one operation if
-        there is one.
+        Its method `add_to(residual, x)` returns `residual` plus the map of `x`, in a single
+        operation where possible.
         """
         ...
 
@@ -47,7 +47,7 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How a family's layers differ from the plainest Llama's.
+    """How a family's layers differ from those of a plain Llama.
 
     Attributes:
         qkv_bias, o_bias, mlp_bias: which projections add a bias.
@@ -65,10 +65,10 @@ class LayerSpec:
 def joined(
     path: str, parts: dict[str, int], fused: str | None, inputs: int, bias: bool
 ) -> list[Projection]:
-    """Return the matrices whose outputs are concatenated: their own, or one named `fused`.
+    """Return the matrices whose outputs are concatenated: one per part, or one named `fused`.
 
     Args:
-        parts: the outputs of each matrix by its name.
+        parts: the number of outputs of each matrix, by name.
     """
     if fused:
         parts = {fused: sum(parts.values())}
@@ -146,7 +146,7 @@ class CausalLM(nn.Module):
     """A decoder with its head: token ids in, hidden states and logits out.
 
     Attributes:
-        named_tensors: yields its tensors by the checkpoint's names; set by `weights.build`.
+        named_tensors: yields its tensors with their checkpoint names; set by `weights.build`.
     """
 
     named_tensors: Callable[[], Iterator[tuple[str, mx.array]]]
@@ -171,14 +171,14 @@ class CausalLM(nn.Module):
     def prefill(self, tokens: mx.array, step: Step) -> mx.array:
         """Return the input of the last layer, (1, T, hidden size), for a step's tokens (1, T).
 
-        Evaluating it and then the step's keys and values computes all that later tokens attend to,
-        and nothing else.
+        Evaluating it and then the step's keys and values computes everything that later tokens
+        attend to, and nothing else.
         """
         return self._through(tokens, step)[0][None]
 
     def _through(self, tokens: mx.array, step: Step) -> tuple[mx.array, mx.array]:
         """Return the input and the output of the last layer, (T, hidden size) each."""
-        # Without the batch axis, which each product would remove and add again.
+        # Drop the batch axis, which each product would otherwise remove and add again.
         before = x = self.embed_tokens(tokens.reshape(-1))
         for index, layer in enumerate(self.layers):
             before, x = x, layer(x, step, index)

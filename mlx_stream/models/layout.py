@@ -1,8 +1,8 @@
-"""The shapes and bytes of a model's tensors, without loading them.
+"""The shapes and sizes of a model's tensors, without loading them.
 
-A family builds its model on a `Layout` in place of weights, so whatever is counted, planned,
-quantized or converted is exactly what a model is built of. A config that asks for terabytes is only
-a number here.
+A model family builds its model on a `Layout` instead of weights, so whatever is counted, planned,
+quantized or converted is exactly what the model consists of. Here, a config that asks for terabytes
+merely yields a number.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,10 +30,10 @@ class Vector:
 
 @dataclass
 class Layout:
-    """The tensors of a model, in the order of loading.
+    """The tensors of a model, in loading order.
 
     Attributes:
-        modules: each is one norm, or the matrices whose outputs are joined.
+        modules: each is one norm, or the matrices whose outputs are concatenated.
     """
 
     modules: list[tuple[Projection | Vector, ...]] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def vector_numbers(self) -> int:
-        """How many numbers the norms and biases hold; these are never quantized."""
+        """How many numbers the norms and biases contain; these are never quantized."""
         return sum(
             part.size if isinstance(part, Vector) else part.bias * part.outputs
             for part in self.parts
@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def parameters(self) -> int:
-        """The number of the model's parameters."""
+        """The number of parameters in the model."""
         return self.vector_numbers + sum(part.outputs * part.inputs for part in self.matrices)
 
     def tensor_names(self) -> Iterator[str]:
@@ -88,10 +88,11 @@ def layout_of(config: ModelConfig) -> Layout:
 
 
 def matrix_bytes(numbers: int, quantization: Quantization | None, itemsize: int) -> int:
-    """Return the bytes of a matrix of `numbers` numbers; affine groups have a scale and a bias.
+    """Return a matrix's size in bytes; affine groups have a scale and a bias.
 
     Args:
-        itemsize: bytes of a float, also in scales and biases.
+        numbers: how many elements the matrix has.
+        itemsize: bytes per float, including scales and biases.
     """
     if quantization is None:
         return numbers * itemsize
@@ -100,12 +101,12 @@ def matrix_bytes(numbers: int, quantization: Quantization | None, itemsize: int)
 
 
 def part_bytes(part: Projection, quantization: Quantization | None, itemsize: int) -> int:
-    """Return the bytes of one matrix, without its bias."""
+    """Return the size of one matrix in bytes, without its bias."""
     return matrix_bytes(part.outputs * part.inputs, quantization, itemsize)
 
 
 def weights_bytes(layout: Layout, quantization_of: QuantizationOf, itemsize: int) -> int:
-    """Return the bytes of all weights once `weights.build` is done."""
+    """Return the size of all weights in bytes, once `weights.build` is done."""
     matrices = sum(part_bytes(part, quantization_of(part), itemsize) for part in layout.matrices)
     return matrices + layout.vector_numbers * itemsize
 
@@ -118,13 +119,14 @@ def ring_bytes(
     kv_bits: int | None = None,
     spare: int = 0,
 ) -> int:
-    """Return the bytes of one stream: keys and values of S + W + X tokens, and the sinks again.
+    """Return the size of one stream in bytes, with keys and values of S + W + X tokens.
 
-    The sinks' keys are also stored before rotation. With `kv_bits` the ring is quantized in groups
-    of 64 along the head, with 16-bit scales and biases, and the sinks stay plain.
+    The size also covers a copy of the sinks' keys before rotation. With `kv_bits`, the ring is
+    quantized in groups of 64 along the head, with 16-bit scales and biases, and the sinks are not
+    quantized.
 
     Raises:
-        ValueRefused: bits other than 8 and 4, or a head dimension not divisible by 64.
+        ValueRefused: `kv_bits` is neither 8 nor 4, or the head dimension is not divisible by 64.
     """
     if kv_bits is not None:
         check_quantizable(config.head_dim, kv_bits)

@@ -1,4 +1,4 @@
-"""Makes modules of a checkpoint's tensors: checked, quantized or not, and joined."""
+"""Builds modules from a checkpoint's tensors: checked, quantized or not, and joined."""
 
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ def build(
     """Build the model and take its weights out of `tensors`, which is empty afterwards.
 
     Args:
-        tensors: lazy arrays by name. Each is dropped once its module is made, so that at most one
+        tensors: lazy arrays by name. Each is dropped once its module is built, so that at most one
             module's parts are in memory twice.
-        dtype: of all computation; quantized weights stay integers.
-        keep_quantized: compute with the quantized weights, or else dequantize them here.
+        dtype: the type of all computation; quantized weights stay integers.
+        keep_quantized: compute with the quantized weights instead of dequantizing them here.
 
     Raises:
-        WeightsError: names a tensor that is missing, unknown, or of the wrong shape or type.
+        WeightsError: a tensor, which the message names, is missing, unknown, or of the wrong shape
+            or type.
     """
     weights = CheckpointWeights(config, tensors, dtype, keep_quantized)
     model = MODELS[config.model_type](config, weights)
@@ -49,7 +50,7 @@ def refuse_unknown(config: ModelConfig, tensors: MutableMapping[str, Any]) -> No
         WeightsError: there are other leftover tensors.
     """
     for name in list(tensors):
-        # Buffers of old exports, and copies of a tied embedding.
+        # Buffers from old exports, and copies of a tied embedding.
         if name.endswith("rotary_emb.inv_freq") or (
             config.tie_word_embeddings and name.startswith("lm_head.")
         ):
@@ -62,9 +63,10 @@ def refuse_unknown(config: ModelConfig, tensors: MutableMapping[str, Any]) -> No
 
 
 class RemainingTensors(MutableMapping[str, mx.array]):
-    """The tensors of a checkpoint that no module has taken yet; none is read before.
+    """The tensors of a checkpoint that no module has taken yet; none is read until then.
 
-    If the source is mutable, a taken tensor is deleted from it, or it would be in memory twice.
+    If the source is mutable, a taken tensor is deleted from it; otherwise it would be in memory
+    twice.
     """
 
     def __init__(self, source: Mapping[str, mx.array]):
@@ -74,7 +76,7 @@ class RemainingTensors(MutableMapping[str, mx.array]):
         return self.source[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names  # the default would read the tensor
+        return name in self.names  # the default implementation would read the tensor
 
     def __delitem__(self, name: str) -> None:
         del self.names[name]
@@ -100,7 +102,7 @@ class Part:
 
 
 class CheckpointWeights:
-    """Make modules of a checkpoint's tensors. If `dtype` is None, tensors keep their own."""
+    """Build modules from a checkpoint's tensors. If `dtype` is None, tensors keep their own."""
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class CheckpointWeights:
         return module
 
     def _module(self, parts: list[Part]) -> nn.Module:
-        """Join parts of one kind along their outputs: rows are stacked; groups lie within a row."""
+        """Join parts of one kind along their outputs by stacking rows; no group spans two rows."""
         names = parts[0].tensors
         joined = {
             name: parts[0].tensors[name]
@@ -164,7 +166,7 @@ class CheckpointWeights:
             _set_quantized(module, joined)
         if "bias" in joined:
             module.bias = joined["bias"]
-        # Evaluated here to free the parts, and so that no traced function computes them again.
+        # Evaluated here to free the parts, and so that no traced function recomputes them.
         mx.eval(module.parameters())
         return module
 
@@ -202,7 +204,7 @@ class CheckpointWeights:
             return {"weight": weight, "scales": scales}
         scales = self._take(f"{path}.scales", groups, FLOATS)
         biases = self._take(f"{path}.biases", groups, FLOATS)
-        if self.keep_quantized:  # they have the model's dtype
+        if self.keep_quantized:  # these get the model's dtype
             scales, biases = self._cast(scales), self._cast(biases)
         return {"weight": weight, "scales": scales, "biases": biases}
 
@@ -232,7 +234,7 @@ class CheckpointWeights:
 def named_tensors(
     made: Iterable[tuple[tuple[Projection | Vector, ...], nn.Module]],
 ) -> Iterator[tuple[str, mx.array]]:
-    """Yield the tensors that the modules compute with, by the checkpoint's names.
+    """Yield the tensors that the modules compute with, under the checkpoint's names.
 
     A part of a joined matrix is a view of its rows.
     """
@@ -267,7 +269,7 @@ class Linear(nn.Module):
         return x @ self._turned
 
     def add_to(self, residual: mx.array, x: mx.array) -> mx.array:
-        """Return `residual` plus the map of `x`."""
+        """Return `residual` plus the mapped `x`."""
         if "bias" in self:
             return residual + self(x)
         return mx.addmm(residual, x, self._turned)
@@ -297,7 +299,7 @@ class SideBySide(nn.Module):
 def weight_bytes(
     config: ModelConfig, names: Mapping[str, mx.array], dtype: mx.Dtype, keep_quantized: bool
 ) -> int:
-    """Return the bytes of the weights once `build` is done."""
+    """Return the size of the weights in bytes once `build` is done."""
     scales = frozenset(name.removesuffix(".scales") for name in names if name.endswith(".scales"))
 
     def quantization_of(part: Projection) -> Quantization | None:
@@ -307,7 +309,7 @@ def weight_bytes(
 
 
 def dequantize(packed: Mapping[str, mx.array], quantization: Quantization) -> mx.array:
-    """Return a weight as floats; affine ones as float32, which is exact for 16-bit scales."""
+    """Return a weight as floats; affine weights as float32, which is exact for 16-bit scales."""
     settings = _settings(quantization)
     if quantization.mode != "affine":
         return mx.dequantize(packed["weight"], packed["scales"], **settings)
@@ -316,7 +318,7 @@ def dequantize(packed: Mapping[str, mx.array], quantization: Quantization) -> mx
 
 
 def _smallest(quantization: Quantization) -> int:
-    """Return the shortest row of which MLX makes a module."""
+    """Return the shortest row that MLX can build a module from."""
     return max(quantization.group_size, 32)
 
 

@@ -1,8 +1,8 @@
-"""Phones, tablets and Macs, each figure with its source, and this machine; independent of models.
+"""Phones, tablets, Macs and this machine, with a source for each figure; independent of models.
 
-The data is `devices.toml` beside this file; a user's own devices come from a file of the same form.
-A device's budget is what one program may use of its memory: on iOS the app's limit, with the
-entitlement `com.apple.developer.kernel.increased-memory-limit` and without; on macOS Metal's
+The data is in `devices.toml` next to this file; users can list their own devices in a file of the
+same format. A device's budget is the memory that one program may use: on iOS, the app's limit, with
+and without the entitlement `com.apple.developer.kernel.increased-memory-limit`; on macOS, Metal's
 recommended working set.
 """
 
@@ -34,7 +34,7 @@ LARGEST_GB = 2**20
 class Figure:
     """A number of bytes, or bytes per second, with its source.
 
-    If it is `estimated`, because it is not published, `source` is the method.
+    If the amount is `estimated` because it is not published, `source` describes the method.
     """
 
     amount: int
@@ -44,13 +44,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Device:
-    """A device that a plan is for.
+    """A device to plan for.
 
     Attributes:
-        memory: all memory of the device.
+        memory: the device's total memory.
         budget: the memory for one program; on iOS with the increased-memory-limit entitlement.
         without_entitlement: the memory for an app without it, on iOS.
-        bandwidth: the bandwidth of the memory, in bytes per second; None if unknown.
+        bandwidth: memory bandwidth in bytes per second; None if unknown.
         metal: whether MLX computes on its GPU.
     """
 
@@ -67,14 +67,14 @@ class Device:
 
 
 def user_file() -> Path:
-    """Return the path of the user's own devices; it may not exist."""
+    """Return the path of the user's own device file; it may not exist."""
     if home := os.environ.get("MLX_STREAM_HOME"):
         return Path(home).expanduser() / "devices.toml"
     return Path(platformdirs.user_config_dir("mlx_stream")) / "devices.toml"
 
 
 def all_devices(own: Path | None = None) -> list[Device]:
-    """Return the built-in devices, then those of `own`, or else of the user's file if it exists.
+    """Return the built-in devices, then those in `own`, or else in the user's file if it exists.
 
     Raises:
         DeviceError: the file cannot be read, or an entry is not a device.
@@ -91,7 +91,7 @@ def find(name: str, own: Path | None = None) -> Device:
     """Return a device by its name.
 
     Raises:
-        DeviceError: there is none; the message names similar ones.
+        DeviceError: no device has this name; the message names similar ones.
     """
     known = {device.name: device for device in all_devices(own)}
     if name in known:
@@ -108,7 +108,7 @@ def without_entitlement(device: Device) -> Device:
     """Return the device with the budget of an app without the increased-memory-limit entitlement.
 
     Raises:
-        DeviceError: it is not a phone or tablet.
+        DeviceError: the device is not a phone or tablet.
     """
     if device.without_entitlement is None:
         raise DeviceError(f"--no-entitlement is for phones and tablets, which {device.name} is not")
@@ -154,7 +154,7 @@ def built_in() -> tuple[Device, ...]:
 
 def read_file(path: Path) -> dict[str, Any]:
     try:
-        # A named pipe would block for ever when opened.
+        # A named pipe would block forever when opened.
         if path.exists() and not path.is_file():
             raise DeviceError(f"{path}: cannot be read: not a file")
         return tomllib.loads(read_text_file(path, LARGEST_FILE))
@@ -167,7 +167,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_devices(table: Mapping[str, Any], file: str, taken: set[str]) -> Iterator[Device]:
-    """Check a file's content and yield its devices; `taken` are names it may not use."""
+    """Check a file's content and yield its devices; `taken` holds names it may not use."""
     if odd := sorted(table.keys() - {"device"}):
         raise DeviceError(f"{file}: unknown key {odd[0]!r:.60}; expected only [[device]] entries")
     entries = table.get("device", [])
@@ -201,7 +201,7 @@ def is_sizes(value: Any) -> bool:
     return bool(sizes) and all(map(is_amount, sizes))
 
 
-# The keys of an entry, each with a check and what its value must be.
+# The keys of an entry, each with a check and a description of valid values.
 TEXTS = ("title", "chip", "source", "memory_estimate", "budget_source", "bandwidth_source")
 AMOUNTS = ("budget_gb", "without_entitlement_gb", "bandwidth_gb_s")
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -268,9 +268,10 @@ def read_device(entry: Mapping[str, Any], name: str, size: float, file: str) -> 
 
 
 def usual_budgets(kind: str, size: float) -> tuple[Figure, Figure | None]:
-    """Return the budgets of devices of this kind and memory: published, or else estimated.
+    """Return the budgets of devices of this kind and memory, published or else estimated.
 
-    They are what one program may use, and on iOS what an app may use without the entitlement.
+    The first is what one program may use; the second, on iOS, what an app may use without the
+    entitlement.
     """
     for rule in data()["budget"]:
         if kind in rule["kinds"] and rule["memory_gb"] == size:

@@ -40,12 +40,12 @@ def summarize_model(source: str, notify: Notify) -> ModelSummary:
     """Summarize a model from its config and headers.
 
     Args:
-        source: as `resolve` takes it, or the path of a config.json of any name.
+        source: any source that `resolve` accepts, or the path of a config.json file with any name.
         notify: called with one line before the network is used.
 
     Raises:
-        SourceError: there is no such model, or it cannot be reached.
-        CheckpointError: its config or headers are damaged or not supported.
+        SourceError: the model does not exist or cannot be reached.
+        CheckpointError: the model's config or headers are damaged or not supported.
     """
     path = Path(source)
     if path.suffix.lower() == ".json" and exists_as_file(path):
@@ -62,7 +62,7 @@ def summarize_model(source: str, notify: Notify) -> ModelSummary:
 
 
 def local_model(source: str) -> Path | None:
-    """Return the folder or `.gguf` file of a model on this machine, None if it is not here."""
+    """Return the folder or `.gguf` file of a model on this machine, or None if it is not here."""
     repo = STARTER_REPO if source == STARTER else hub_id(source)
     path = local_path(source) if source != STARTER else None
     if path is None and repo is not None:
@@ -101,7 +101,7 @@ def of_hub(source: str, repo: str, notify: Notify) -> ModelSummary:
 
     with explaining_hub_errors(repo):
         try:
-            # One commit for all that is read, should the model change meanwhile.
+            # Read everything from one commit, in case the model changes in the meantime.
             commit = ask_hub(repo, MAIN, PATIENCE).commit
             notify(f"reading the headers of {repo} on the Hugging Face Hub")
             raw = read_json(Path(hf_hub_download(repo, "config.json", revision=commit)))
@@ -113,7 +113,7 @@ def of_hub(source: str, repo: str, notify: Notify) -> ModelSummary:
             }
         except NotASafetensorsRepoError as error:
             raise SourceError(f"{repo}: has no weights in the safetensors format") from error
-        # The library does not check what a header says of a tensor.
+        # The library does not check what a header says about a tensor.
         except (SafetensorsParsingError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{repo}: the header of one of its files is damaged ({type(error).__name__})"
@@ -123,7 +123,7 @@ def of_hub(source: str, repo: str, notify: Notify) -> ModelSummary:
 
 
 def of_config(source: str, raw: dict[str, Any]) -> ModelSummary:
-    """Summarize a model by its config alone; matrices are quantized where the config says so."""
+    """Summarize a model from its config alone; matrices are quantized where the config says so."""
     raw = text_config(raw)
     config, dtype = read_config(raw), str(raw.get("torch_dtype") or raw.get("dtype"))
     paths = [part.path for part in layout_of(config).matrices if config.quantized(part.path)]

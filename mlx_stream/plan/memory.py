@@ -1,4 +1,4 @@
-"""Bytes of weights, ring and workspace, from the shapes in a config; opens and allocates nothing.
+"""Sizes of weights, ring and workspace, from the shapes in a config; opens and allocates nothing.
 
 Weights and ring are exact. The workspace is the peak of one prefill chunk: the arrays that
 `models/layers.py` and `cache/steps` hold at once, term by term. It agrees with measurements on the
@@ -11,12 +11,12 @@ from mlx_stream.config import QUANTIZATION_MODES, ModelConfig, Quantization
 from mlx_stream.errors import ValueRefused
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import Layout, QuantizationOf, part_bytes, weights_bytes
-from mlx_stream.window import PREFILL_CHUNK
+from mlx_stream.models.window import PREFILL_CHUNK
 
 # Head dimensions for which Metal attends to a chunk without holding its scores.
 FUSED_HEAD_DIMS = (64, 72, 80, 96, 128)
 NOT_QUANTIZED = 16
-# The most bits first: 16 stands for the weights as floats.
+# Highest first; 16 means that the weights are not quantized.
 BITS = (NOT_QUANTIZED, *sorted(QUANTIZATION_MODES["affine"][0], reverse=True))
 GROUP_SIZES = QUANTIZATION_MODES["affine"][1]
 DEFAULT_GROUP_SIZE = 64
@@ -25,10 +25,10 @@ DEFAULT_GROUP_SIZE = 64
 
 
 def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> QuantizationOf:
-    """Return the quantization of matrices at `bits`; those that groups do not divide are floats.
+    """Return the quantization of matrices at `bits`; those not divisible into groups stay floats.
 
     Raises:
-        ValueRefused: MLX does not have these bits or this group size.
+        ValueRefused: MLX does not support this number of bits or this group size.
     """
     if bits not in BITS:
         raise ValueRefused(
@@ -48,10 +48,10 @@ def uniform_quantization(bits: int, group_size: int = DEFAULT_GROUP_SIZE) -> Qua
 def loading_bytes(
     layout: Layout, on_disk: QuantizationOf, in_memory: QuantizationOf, itemsize: int, file: int
 ) -> int:
-    """Return the peak while loading: the finished modules, and the parts of one module.
+    """Return the peak size while loading: the finished modules, and the parts of one module.
 
     The parts are read, converted if their format differs, and joined. `on_disk` is the files'
-    quantization, and `file` the bytes of a float there.
+    quantization, and `file` is the size in bytes of a float in them.
     """
     made = peak = 0
     for module in layout.modules:
@@ -68,7 +68,7 @@ def loading_bytes(
 
 
 def is_fused(config: ModelConfig, metal: bool) -> bool:
-    """Return whether a chunk's attention runs without its scores in memory."""
+    """Return whether a chunk's attention runs without holding its scores in memory."""
     return metal and config.head_dim in FUSED_HEAD_DIMS
 
 
@@ -89,10 +89,10 @@ def workspace_bytes(
     fused: bool = False,
     kv_bits: int | None = None,
 ) -> int:
-    """Return the most a chat holds beyond weights and ring: one chunk, when the ring is full.
+    """Return the most memory a chat needs beyond weights and ring: one chunk with a full ring.
 
-    A step of one token holds less than a hundredth of it. Turning the ring back, once in 10,000
-    tokens, holds one layer's keys twice, which is less too.
+    A one-token step needs less than a hundredth of this. Rotating the ring back, once every 10,000
+    tokens, holds two copies of one layer's keys, which is also less.
     """
     filling = pad_length(min(PREFILL_CHUNK, sinks + window))
     needed = chunk_bytes(config, filling, itemsize)
@@ -106,19 +106,20 @@ def workspace_bytes(
 
 
 def unpacking_bytes(config: ModelConfig, window: int, itemsize: int, fused: bool) -> int:
-    """Return the bytes of one layer's quantized ring as floats: keys and values.
+    """Return the size in bytes of one layer's quantized ring, keys and values, as floats.
 
-    Metal unpacks in one kernel; the CPU backend in steps, with 15 bytes per number measured.
+    Metal unpacks it in one kernel. The CPU backend does so in steps, which were measured to take
+    15 bytes per number.
     """
     numbers = config.num_key_value_heads * config.head_dim * window
     return numbers * (2 * itemsize if fused else 15)
 
 
 def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
-    """Return the bytes of a chunk of T rows without its attention, at the last layer.
+    """Return the size in bytes of a chunk of T rows at the last layer, without its attention.
 
-    Each layer's new queries, keys and values, unrotated and rotated, wait until the ring is
-    written. In addition there are gate, up and their product, and the norms' float32.
+    Each layer's new queries, keys and values, unrotated and rotated, are held until the ring is
+    written. In addition, there are gate, up and their product, and the norms' float32 arrays.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     waiting = config.num_hidden_layers * config.head_dim * (2 * heads + 3 * kv_heads) * itemsize
@@ -130,7 +131,7 @@ def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
 def attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return the bytes of attention of T rows to N before o moves: keys and values, a mask."""
+    """Return the memory, in bytes, for T rows to attend to N before o moves: K, V and a mask."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     scores = 0 if fused else heads * rows * attended * itemsize
     joined = 2 * kv_heads * attended * config.head_dim * itemsize
@@ -141,10 +142,10 @@ def attention_bytes(
 def moving_attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return the bytes once o moves: everything in float32, in blocks of rows.
+    """Return the memory, in bytes, once o moves: everything is float32, in blocks of rows.
 
-    Each block has a mask that carries the sinks' scores. Two blocks have scores at a time: the
-    next one's are allocated while one is computed.
+    Each block has a mask that carries the sinks' scores. Scores exist for two blocks at a time:
+    those of the next block are allocated while one is computed.
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     seen = attended - rows + min(rows, BLOCK)
@@ -161,9 +162,9 @@ def moving_attention_bytes(
 def step_bytes(
     config: ModelConfig, layout: Layout, in_memory: QuantizationOf, itemsize: int, ring: int
 ) -> int:
-    """Return the bytes that writing one token reads: all weights and the ring.
+    """Return how many bytes are read to generate one token: all weights and the ring.
 
-    Only one row of an embedding that is not also the head is read, and it is left out.
+    An embedding that is not also the head is left out, as only one of its rows is read.
     """
     weights = weights_bytes(layout, in_memory, itemsize)
     if config.tie_word_embeddings:

@@ -1,25 +1,25 @@
-"""Which models of the list fit a device, and with what window; touches no network."""
+"""Finds the listed models that fit a device, and with what window; touches no network."""
 
 from dataclasses import dataclass, replace
 
 from mlx_stream.hub.catalog import ListedModel, listed_models
 from mlx_stream.models.layout import weights_bytes
+from mlx_stream.models.window import DEFAULT_SINKS, THINKING_WINDOWS, bounded_windows
 from mlx_stream.plan.devices import Device
 from mlx_stream.plan.inspect import of_config
 from mlx_stream.plan.planner import FITS, ITEMSIZES, Plan, Planner, PlanRequest
-from mlx_stream.window import DEFAULT_SINKS, THINKING_WINDOWS, bounded_windows
 
-# A suggested model leaves a quarter of a program's memory to others, with a window of this size.
+# With a window of this size, a suggested model leaves a quarter of a program's memory free.
 SUGGESTED_SHARE, SUGGESTED_WINDOW = 0.75, 8_188
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A model of the list as it would be fetched, with the largest window that fits a device.
+    """A listed model as it would be fetched, with the largest window that fits a device.
 
     Attributes:
-        stored: bytes of its weights on the Hub.
-        plan: with the smallest window if none fits.
+        stored: the size in bytes of its weights on the Hub.
+        plan: its plan with that window, or with the smallest window if none fits.
     """
 
     model: ListedModel
@@ -32,7 +32,7 @@ class Offer:
 
 
 def make_offers(device: Device) -> list[Offer]:
-    """Plan each model of the list on a device, unconverted and with a window of 2,048 or more."""
+    """Plan each listed model for a device, unconverted and with a window of at least 2,048."""
     return [make_offer(model, device, THINKING_WINDOWS) for model in listed_models()]
 
 

@@ -1,4 +1,4 @@
-"""Chooses the bits and the window that fit a device; independent of files and the network."""
+"""Chooses the bit width and the window that fit a device; independent of files and the network."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,13 @@ from mlx_stream.config import ModelConfig, Quantization
 from mlx_stream.errors import ValueRefused
 from mlx_stream.models.layers import Projection
 from mlx_stream.models.layout import QuantizationOf, layout_of, ring_bytes, weights_bytes
+from mlx_stream.models.window import (
+    DEFAULT_WINDOW,
+    PREFILL_CHUNK,
+    SHARED_ROWS,
+    bounded_windows,
+    resolve_window,
+)
 from mlx_stream.plan.devices import Device
 from mlx_stream.plan.memory import (
     BITS,
@@ -21,17 +28,10 @@ from mlx_stream.plan.memory import (
     workspace_bytes,
 )
 from mlx_stream.program.notices import Notify, discard
-from mlx_stream.window import (
-    DEFAULT_WINDOW,
-    PREFILL_CHUNK,
-    SHARED_ROWS,
-    bounded_windows,
-    resolve_window,
-)
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Tried with every recipe if no window is asked for. Fewer bits cost more than a shorter window, but
-# a window below the default makes a conversation short: those come last.
+# The windows to try with every recipe if none is requested. Fewer bits cost more quality than a
+# shorter window, but windows below the default make conversations short, so they come last.
 WINDOWS = ((8_188, 4_092, DEFAULT_WINDOW), (1_020, 508, 252))
 
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
@@ -39,12 +39,12 @@ FITS, TIGHT, TOO_LARGE = "fits", "tight", "does not fit"
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A model as its config and its files' headers describe it.
+    """A model as described by its config and the headers of its files.
 
     Attributes:
-        dtype: the type of the floats in its files.
-        quantized: paths of the modules whose weights are stored quantized, as the config says how.
-        stored: bytes of its weights on disk; None if there is only a config.
+        dtype: the floating-point type in its files.
+        quantized: paths of the modules whose weights are stored quantized, as the config specifies.
+        stored: size of its weights on disk, in bytes; None if there is only a config.
     """
 
     name: str
@@ -54,19 +54,19 @@ class ModelSummary:
     stored: int | None = None
 
     def quantization_of(self, part: Projection) -> Quantization | None:
-        """Return how its files hold a matrix."""
+        """Return how a matrix is quantized in its files; None for floats."""
         return self.config.quantized(part.path) if part.path in self.quantized else None
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The fixed values of a plan; it chooses those that are None.
+    """The values that a plan must use; the planner chooses those that are None.
 
     Attributes:
-        dtype: the type of activations, keys and values; default: what `load` uses on the device.
-        keep: keep quantized weights quantized; default: on Metal, and if bits are given.
-        bits: bits of converted weights; 16 keeps them as floats.
-        kv_bits: bits of the ring; None keeps it in `dtype`.
+        dtype: the type of activations, keys and values; default: the one that `load` uses.
+        keep: whether quantized weights stay quantized; default: only on Metal or if bits are given.
+        bits: bits per converted weight; 16 keeps the weights as floats.
+        kv_bits: bits per number in the ring; None keeps the ring in `dtype`.
         streams: how many conversations are open at the same time.
     """
 
@@ -82,7 +82,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How all matrices are stored in memory and on disk; `bits` is None for unchanged files."""
+    """How all matrices are stored in memory and on disk; `bits` is None if files stay unchanged."""
 
     name: str
     bits: int | None
@@ -92,13 +92,13 @@ class WeightFormat:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one recipe and window need on a device.
+    """The memory that one recipe and window need on a device.
 
     Attributes:
-        weights, ring, workspace: bytes; together the peak of a running chat, once it is loaded. The
-            ring's are those of all streams.
-        loading: the peak while loading.
-        step: bytes that writing one token of each stream reads.
+        weights, ring, workspace: sizes in bytes; their sum is the peak of a running chat after
+            loading. The ring size covers all streams.
+        loading: peak memory while loading, in bytes.
+        step: bytes that are read to generate one token of each stream.
     """
 
     recipe: WeightFormat
@@ -126,19 +126,19 @@ class Plan:
         return self.verdict_for(self.device.budget.amount)
 
     def verdict_for(self, budget: int) -> str:
-        """Return whether it fits, and whether the allocator's cache of freed buffers does too."""
+        """Return whether the plan fits, and whether it leaves room for the allocator's cache."""
         if self.peak > budget:
             return TOO_LARGE
         return FITS if self.peak + CACHE_LIMIT <= budget else TIGHT
 
     @property
     def missing(self) -> int:
-        """Bytes by which it exceeds the budget, or 0."""
+        """The number of bytes by which the plan exceeds the budget, or 0."""
         return max(0, self.peak - self.device.budget.amount)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The highest speed of all streams that the bandwidth allows, if it is known."""
+        """The highest total speed of all streams that the bandwidth allows; None if unknown."""
         bandwidth = self.device.bandwidth
         return None if bandwidth is None else self.streams * bandwidth.amount / self.step
 
@@ -148,8 +148,8 @@ def make_plan(
 ) -> Plan:
     """Return the requested plan, or the best one that fits.
 
-    The most bits come first, then the largest window. Plans without room for the allocator's cache
-    come next. If nothing fits, return the smallest plan.
+    Plans with the most bits are preferred, then those with the largest window. Next come plans
+    without room for the allocator's cache. If nothing fits, return the smallest plan.
 
     Raises:
         ValueRefused: a value is out of range, or not supported by MLX or the model.
@@ -168,7 +168,7 @@ def make_plan(
 
 
 class Planner:
-    """Makes plans of one model on one device, for each recipe and window."""
+    """Makes plans for one model on one device, for each recipe and window."""
 
     def __init__(self, summary: ModelSummary, device: Device, asked: PlanRequest):
         self.summary, self.device, self.request = summary, device, asked
@@ -184,7 +184,7 @@ class Planner:
         uniform_quantization(NOT_QUANTIZED if asked.bits is None else asked.bits, asked.group_size)
 
     def recipes(self) -> Iterator[WeightFormat]:
-        """Yield the possible recipes, the most bits first."""
+        """Yield the possible recipes, starting with the most bits."""
         summary, asked = self.summary, self.request
         if asked.bits is not None:
             yield self.at_bits(asked.bits)
@@ -211,12 +211,12 @@ class Planner:
         return WeightFormat(name, bits, quantization_of, quantization_of)
 
     def plan(self, recipe: WeightFormat, sinks: int, window: int) -> Plan:
-        """Return the plan of a recipe and a window."""
+        """Return the plan for a recipe and a window."""
         config, itemsize, kv_bits = self.summary.config, self.itemsize, self.request.kv_bits
         ring = ring_bytes(config, sinks, window, itemsize, kv_bits, spare_rows(kv_bits))
         streams = self.request.streams
         ring *= streams
-        # A step of several streams has up to so many chunks' rows.
+        # A step of several streams can have as many rows as this many chunks.
         chunks = SHARED_ROWS // PREFILL_CHUNK if streams > 1 else 1
         fused = is_fused(config, self.device.metal)
         on_disk = ITEMSIZES[self.summary.dtype]

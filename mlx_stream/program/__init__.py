@@ -1,1 +1,1 @@
-"""Tools for programs, ours and other people's: paths, locks, clean exits, escaping, SQLite."""
+"""Tools for programs, both ours and others': paths, locks, clean exits, escaping, SQLite."""

@@ -18,7 +18,7 @@ def replace_folder(new: Path, old: Path) -> None:
     A process that is killed between the two renames leaves the old folder as `.NAME.*.replaced`.
 
     Raises:
-        OSError: it cannot be done; both folders are unchanged.
+        OSError: a rename failed; both folders are unchanged.
     """
     aside = old.with_name(f".{old.name}.{secrets.token_hex(4)}.replaced")
     old.rename(aside)
@@ -31,7 +31,7 @@ def replace_folder(new: Path, old: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Wait until a file, or a folder's list of names, is on disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -44,8 +44,9 @@ def partial_folder(parent: Path, name: str) -> Iterator[Path]:
     """Make a folder in `parent` for work on `name`, and always remove it at the end.
 
     A process that is killed cannot remove its folder, so each call first removes those of dead
-    processes. The maker of a folder holds a lock on it, which the system releases when the maker
-    dies. A process id in the name would not tell: ids are used again, and differ in containers.
+    processes. The process that makes a folder holds a lock on it, which the system releases when
+    the process dies. A process id in the name would not do: ids are reused, and containers have
+    their own.
     """
     sweep_partial_folders(parent, name)
     folder, lock = make_locked_folder(parent, name)
@@ -58,7 +59,7 @@ def partial_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def sweep_partial_folders(parent: Path, name: str) -> None:
-    """Remove the folders for work on `name` that processes now dead left in `parent`."""
+    """Remove the folders for work on `name` left in `parent` by processes that have died."""
     for folder in list(parent.glob(f".{glob.escape(name)}.*{PARTIAL}")):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -77,7 +78,7 @@ def make_locked_folder(parent: Path, name: str) -> tuple[Path, int]:
         folder.mkdir()
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # another process has swept it away: make another
+        except FileNotFoundError:  # another process has removed it: make a new one
             continue
         if take_lock(lock, without_locks=True) and folder.exists():
             return folder, lock
@@ -85,7 +86,7 @@ def make_locked_folder(parent: Path, name: str) -> tuple[Path, int]:
 
 
 def take_lock(file: int, *, without_locks: bool) -> bool:
-    """Try to lock an open folder; return `without_locks` where the file system has no locks."""
+    """Try to lock an open folder; return `without_locks` if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

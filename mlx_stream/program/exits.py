@@ -1,4 +1,4 @@
-"""Ends a program: errors as one line and exit status 1, interrupts, and closed streams."""
+"""Handles how a program ends: errors as one line with exit status 1, interrupts, closed streams."""
 
 import errno
 import functools
@@ -15,7 +15,7 @@ from typing import NoReturn, ParamSpec
 from mlx_stream.errors import MlxStreamError, one_line
 
 Params = ParamSpec("Params")
-DEVICE_ERRORS = ("[metal", "[malloc")  # the beginnings of MLX's messages
+DEVICE_ERRORS = ("[metal", "[malloc")  # how MLX's messages begin
 UNWRITABLE = {
     errno.EPIPE: "was closed",
     errno.ENOSPC: "was full",
@@ -25,7 +25,7 @@ UNWRITABLE = {
 }
 
 
-# The parameters that errors of the library name, as a program's options.
+# The parameters that the library's errors name, and the corresponding options of a program.
 PARAMETERS = (
     *("window", "sinks", "kv_bits", "evict", "max_tokens", "stop", "speculate", "draft", "dtype"),
     *("force", "reasoning_effort", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
@@ -40,9 +40,9 @@ ENDING = signal.SIGHUP, signal.SIGTERM
 
 
 def notify(text: str, dim: bool = True) -> None:
-    """Print a line for the user that is not the result; a terminal shows it wrapped and dim.
+    """Print a line for the user on standard error; on a terminal, it is wrapped and dimmed.
 
-    Parameters of the library are named as a program's options.
+    Library parameters are shown as the program's options.
     """
     text = re.sub("`[a-zA-Z_=]+`", lambda found: OPTIONS.get(found[0], found[0]), text)
     line = f"mlx_stream: {text}"
@@ -94,11 +94,11 @@ def exits_cleanly(verb: Callable[Params, None]) -> Callable[Params, None]:
 
 @contextmanager
 def ending_on_signals(*signals: int) -> Iterator[Callable[[], None]]:
-    """Let signals (default: SIGHUP and SIGTERM) unwind what is inside; exit with 128 + the number.
+    """Let signals (default: SIGHUP and SIGTERM) unwind the block; exit with 128 + their number.
 
-    A second signal ends the process at once. One that is ignored, as under nohup, stays so. Yields
-    a function that raises again after a signal: what a handler raises while MLX converts an array
-    is lost.
+    A second signal ends the process at once. A signal that is ignored, as under nohup, stays
+    ignored. Yields a function that raises again after a signal, because an exception that a handler
+    raises while MLX converts an array is lost.
     """
     ended = []
 
@@ -129,13 +129,13 @@ def ending_on_signals(*signals: int) -> Iterator[Callable[[], None]]:
         raise
     finally:
         for one, how in before.items():
-            if signal.getsignal(one) is end:  # not while a signal ends the process
+            if signal.getsignal(one) is end:  # not while a signal is ending the process
                 signal.signal(one, how)
 
 
 @contextmanager
 def finished_before_signals() -> Iterator[None]:
-    """Let what is inside finish before a signal ends the process; a second one ends it at once."""
+    """Let the block finish before a signal ends the process; a second signal ends it at once."""
     asked = []
 
     def ask(number: int, frame: object) -> None:
@@ -157,20 +157,20 @@ def finished_before_signals() -> Iterator[None]:
 
 
 def discard_output() -> None:
-    """Let the interpreter's own flush at exit find an open file."""
+    """Send output to the null device, so that the interpreter's flush at exit succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_closed_streams() -> None:
-    """Open the null device in place of each standard stream that was closed at the start."""
-    # They stay open for the whole process. Otherwise the next file would get their number.
+    """Open the null device in place of each standard stream that was closed at startup."""
+    # They stay open until the process ends; otherwise the next file would get their descriptors.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, PTH123
 
 
 def prepare_process() -> None:
-    """Set up this process as a program, in ways that an import must not."""
+    """Set up this process in ways that a program may but an import must not."""
     from mlx_stream import backend
 
     backend.set_cache_limit()

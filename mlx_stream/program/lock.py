@@ -1,7 +1,7 @@
-"""Locks a file, so that one process at a time uses a session; independent of its contents.
+"""Locks a file, so that only one process at a time uses a session; independent of its contents.
 
-The system releases the lock when its holder dies, however it dies. The file stays, because a
-process that waits for the lock may have it open.
+The system releases the lock when its holder exits, for whatever reason. The file is kept, because
+another process that wants the lock may have it open.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from mlx_stream.errors import SessionError
 from mlx_stream.program.paths import private
 
 BUSY = "session {name!r} is open in {holder}: close it there first, or use another name"
-# Bytes of the holder's note: its process id, and when it took the lock, in ISO 8601.
+# The maximum size in bytes of the holder's note: its process id and when it took the lock.
 LONGEST_NOTE = 100
 
 
@@ -28,26 +28,26 @@ class Lock:
 
     @classmethod
     def acquire(cls, path: Path, busy: str = BUSY) -> Self:
-        """Lock the file `path`, which is created if it does not exist.
+        """Lock the file `path`, creating it if it does not exist.
 
         Args:
-            busy: the error if it is locked, with places for {name} and {holder}.
+            busy: the error message if the file is locked, with placeholders {name} and {holder}.
 
         Raises:
-            SessionError: another process or this one holds the lock, or it cannot be made.
+            SessionError: the lock is held by another process or this one, or cannot be created.
         """
         private(path.parent)
         while True:
             file = -1
             try:
-                # O_NONBLOCK: opening a pipe of that name must not wait.
+                # O_NONBLOCK: opening a pipe with that name must not block.
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
                 file = os.open(path, flags, 0o600)
                 if not stat.S_ISREG(os.fstat(file).st_mode):
-                    raise SessionError(f"{path}: not a file; move it away")
+                    raise SessionError(f"{path}: not a file; rename it")
                 os.fchmod(file, 0o600)
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its holder may have removed it, and others may have locked the next one.
+                # Its holder may have removed the file, and others may have locked a new one.
                 if is_at(file, path):
                     write_note(file)
                     lock, file = cls(file), -1
@@ -67,7 +67,7 @@ class Lock:
     def close(self) -> None:
         """Release the lock; a second call does nothing."""
         if self._file is not None:
-            # A note that stays is overwritten by the next holder.
+            # A note left behind is overwritten by the next holder.
             with suppress(OSError):
                 os.ftruncate(self._file, 0)
             os.close(self._file)
@@ -106,14 +106,14 @@ def is_at(file: int, path: Path) -> bool:
 
 def write_note(file: int) -> None:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
-    # On a full disk the lock holds without it.
+    # If the disk is full, the lock is held without a note.
     with suppress(OSError):
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()} {now}\n".encode(), 0)
 
 
 def holder(file: int) -> str:
-    """Return who holds a lock by the note in its file, which may be missing or wrong."""
+    """Return who holds a lock, according to the note in its file, which may be missing or wrong."""
     try:
         process, start = os.pread(file, LONGEST_NOTE, 0).decode("ascii").split()
         since, now = datetime.fromisoformat(start).astimezone(), datetime.now().astimezone()

@@ -1,9 +1,9 @@
 """A program that starts at login: a launchd agent or a systemd user unit; knows no program.
 
-Both start it when its user logs in, and again after it was killed, also for want of memory, but not
-after it ended by itself: it was stopped, or its user must put something right first. To launchd a
-process that the system killed has not crashed, so it restarts any that does not end with status 0.
-Neither keeps the machine awake.
+Both start it when its user logs in, and restart it if it is killed, for example because memory ran
+out, but not if it exits by itself (it was stopped, or its user has to fix something first). launchd
+does not count a process that the system killed as crashed, so the agent asks for a restart after
+any exit status other than 0. Neither keeps the machine awake.
 """
 
 import os
@@ -51,7 +51,7 @@ class LoginService:
     unit: tuple[str, ...] = ()
 
     def install(self) -> tuple[Path, str]:
-        """Write the file and start the program; return where it is, and why it was not started.
+        """Write the file and start the program; return its path, and why it did not start, or "".
 
         Raises:
             LoginServiceError: the file cannot be written.
@@ -134,7 +134,7 @@ def environment() -> dict[str, str]:
 
 
 def quote_word(text: str, command: bool = False) -> str:
-    """Return a word in the form in which systemd reads it unchanged.
+    """Return a word quoted so that systemd reads it unchanged.
 
     >>> quote_word('50% of "a b"'), quote_word("$HOME", command=True)
     ('"50%% of \\\\"a b\\\\""', '"$$HOME"')

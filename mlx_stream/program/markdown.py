@@ -1,7 +1,7 @@
-"""How programs read a model's Markdown: the parser, and where blocks begin; shows nothing.
+"""Parses a model's Markdown and splits it into blocks; displays nothing.
 
-Nothing of a text is lost: HTML, entities and link definitions stay as they were written. A line of
-`---` is a rule, never the underline of a heading, so that a line never changes those before it.
+No part of a text is lost: HTML, entities and link definitions stay as they were written. A line of
+`---` is a rule, never the underline of a heading, so that a line never changes the lines before it.
 """
 
 from functools import cache
@@ -15,7 +15,7 @@ LISTS = ("bullet_list", "ordered_list")
 
 @cache
 def parser() -> MarkdownIt:
-    """Return the parser; its `render` gives HTML in which none of the text is markup."""
+    """Return the parser; its `render` returns HTML in which none of the text is markup."""
     rules = MarkdownIt("commonmark", {"html": False, "breaks": True})
     rules.enable(["table", "strikethrough"])
     return rules.disable(["code", "entity", "html_inline", "lheading", "reference", "image"])
@@ -27,9 +27,9 @@ def parse_markdown(text: str) -> SyntaxTreeNode:
 
 
 def split_blocks(text: str) -> list[str]:
-    """Split a text where blocks begin; each item of a list is a block. The parts join to the text.
+    """Split a text into blocks that add up to the whole text; each list item is a block.
 
-    More text can change the last block only.
+    Appending text can only change the last block.
     """
     starts = []
     for node in parse_markdown(text).children:

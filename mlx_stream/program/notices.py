@@ -1,4 +1,4 @@
-"""Functions that are called with a line for the user."""
+"""Callbacks that receive a line of text for the user."""
 
 from collections.abc import Callable
 
@@ -6,4 +6,4 @@ Notify = Callable[[str], None]
 
 
 def discard(notice: str) -> None:
-    """Drop a notice."""
+    """Ignore a notice."""

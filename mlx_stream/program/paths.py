@@ -1,4 +1,4 @@
-"""Where this user's conversations, caches and settings are; independent of their contents."""
+"""Where this user's conversations, caches and settings are kept; independent of their contents."""
 
 import os
 import stat
@@ -10,7 +10,7 @@ from mlx_stream.errors import SessionError
 
 
 def user_folder(below_home: str, system: str, *below_system: str) -> Path:
-    """Return a folder below $MLX_STREAM_HOME, or else one of the system's."""
+    """Return a folder under $MLX_STREAM_HOME if it is set, or else a system folder."""
     if home := os.environ.get("MLX_STREAM_HOME"):
         try:
             return Path(home).expanduser().absolute() / below_home
@@ -20,7 +20,7 @@ def user_folder(below_home: str, system: str, *below_system: str) -> Path:
 
 
 def data_folder(name: str = "sessions") -> Path:
-    """Return the folder of conversations and their locks, or of another program's data.
+    """Return the folder for conversations and their locks, or for another program's data.
 
     Like all folders here, it may not exist yet.
     """
@@ -28,23 +28,24 @@ def data_folder(name: str = "sessions") -> Path:
 
 
 def cache_folder(name: str = "snapshots") -> Path:
-    """Return the folder of streams' states, or of another program's cache."""
+    """Return the folder for saved streams, or for another program's cache."""
     system = platformdirs.user_cache_dir("mlx_stream")
     return user_folder(name, system, "sessions" if name == "snapshots" else name)
 
 
 def cache_root() -> Path:
-    """Return the folder of what this package itself fetched."""
+    """Return the folder for files that this package itself downloads."""
     return user_folder("cache", platformdirs.user_cache_dir("mlx_stream"))
 
 
 def private(folder: Path) -> Path:
-    """Make a folder that only this user may enter, if it is not there, and return it.
+    """Create a folder that only this user can access, if it does not exist, and return it.
 
-    A folder of this program that is open to others is closed to them; any other is left as it is.
+    If one of this program's folders is open to others, it is closed to them; any other folder is
+    left unchanged.
 
     Raises:
-        SessionError: the folder cannot be made.
+        SessionError: the folder cannot be created.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def private(folder: Path) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether there is a file, not a link to one."""
+    """Return whether a path is a regular file, not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:

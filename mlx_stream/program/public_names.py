@@ -6,7 +6,7 @@ from typing import Any
 
 
 def fetch_name(package: str, homes: Mapping[str, str], name: str) -> Any:
-    """Return a name from the module that `homes` gives, for `__getattr__` of a package."""
+    """Import a name from the module that `homes` maps it to, for a package's `__getattr__`."""
     if name not in homes:
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
     return getattr(import_module(homes[name]), name)

@@ -1,7 +1,8 @@
-"""SQLite as our programs use it: a private file that survives crashes; no conversations here.
+"""SQLite as our programs use it: a private, crash-safe file; independent of conversations.
 
-A file is untrusted. Nothing is selected from it before its schema was found to be ours, no value
-is longer than the file, and whatever SQLite says about it becomes one line for its user.
+Files are untrusted: nothing is selected from a file until its schema has been verified as ours, no
+value may be longer than the file, and any error that SQLite reports is shown to the user as one
+line.
 """
 
 import sqlite3
@@ -15,23 +16,23 @@ from mlx_stream.errors import SessionError
 PRAGMAS = (
     "trusted_schema = OFF",
     "cell_size_check = ON",
-    # A file that is cut short while it is mapped would kill the process.
+    # Truncating a file while it is mapped would kill the process.
     "mmap_size = 0",
     "synchronous = FULL",
-    # On a Mac, synchronous alone stops at the disk's own cache.
+    # On a Mac, synchronous alone only writes to the disk's own cache.
     "fullfsync = ON",
     # Removed text is overwritten, and no text is written to a temporary file.
     "secure_delete = ON",
     "temp_store = MEMORY",
 )
-# What SQLite adds to the names of the files beside a database.
+# The suffixes of the files that SQLite keeps next to a database.
 BESIDE = ("-wal", "-shm", "-journal")
-# The most bytes of a row that is written; a row that is read has at most the bytes of its file.
+# The maximum size in bytes of a row to write; a row that is read is no larger than its file.
 LONGEST_ROW = 256 * 2**20
 # Room for our own schema and for the short values of a file that is still empty.
 SHORTEST_LIMIT = 2**16
-# The most steps of SQLite for one statement on opening. Ours take a few hundred; a forged schema
-# can have pages that lead back to themselves.
+# The maximum number of SQLite steps per statement while opening. Ours take a few hundred; a forged
+# schema can have pages that form a loop.
 OPENING_STEPS = 200_000
 # Seconds to wait for another program that has locked the file.
 PATIENCE = 2.0
@@ -58,13 +59,13 @@ class Damage(ValueError):
 
 
 def connect(path: Path, longest: int) -> sqlite3.Connection:
-    """Open a file that is there, with no value longer than `longest` bytes; reads its schema."""
+    """Open an existing file with no value longer than `longest` bytes, and read its schema."""
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw",
         uri=True,
         timeout=PATIENCE,
         isolation_level=None,
-        # One thread at a time uses it, but not always the same one.
+        # Only one thread at a time uses it, but not always the same one.
         check_same_thread=False,
     )
     try:
@@ -79,7 +80,7 @@ def connect(path: Path, longest: int) -> sqlite3.Connection:
 
 
 def limit_length(connection: sqlite3.Connection, longest: int) -> None:
-    """Limit the bytes of a value, read or written."""
+    """Limit the size of values, in bytes, for reading and writing."""
     longest = min(max(longest, SHORTEST_LIMIT), LONGEST_ROW)
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, longest)
 
@@ -90,19 +91,19 @@ def pragma(connection: sqlite3.Connection, text: str) -> Any:
 
 
 def files(path: Path) -> tuple[Path, ...]:
-    """Return every file a database may have: itself first, then what SQLite writes beside it."""
+    """Return all files of a database: the database itself, then those SQLite keeps next to it."""
     return (path, *(path.with_name(path.name + suffix) for suffix in BESIDE))
 
 
 def partial_path(path: Path) -> Path:
-    """Return where a database is until it is complete."""
+    """Return the path that a database has until it is complete."""
     return path.with_name(f".{path.name}.new")
 
 
 def bytes_on_disk(path: Path) -> int:
-    """Return the bytes of a database and of its log."""
+    """Return the total size of a database and its log, in bytes."""
     total = 0
-    # The log first: whatever moves out of it in between is in the database by then.
+    # The log first: anything that moves out of it in the meantime is then in the database.
     for part in (files(path)[1], path):
         with suppress(FileNotFoundError):
             total += part.stat().st_size
@@ -114,7 +115,7 @@ def bytes_on_disk(path: Path) -> int:
 
 @contextmanager
 def reporting_damage() -> Iterator[None]:
-    """Report whatever is wrong with a value as damage to its file."""
+    """Report anything wrong with a value as damage to its file."""
     try:
         yield
     except (ValueError, TypeError, sqlite3.DataError) as error:
@@ -123,10 +124,10 @@ def reporting_damage() -> Iterator[None]:
 
 @contextmanager
 def reporting_errors(path: Path, kind: str = "session") -> Iterator[None]:
-    """Report what goes wrong with a database in one line for its user.
+    """Report any database error to the user in one line.
 
     Args:
-        kind: what its user calls it; the file's name follows.
+        kind: the user's word for the database; the file's name follows it.
     """
     try:
         yield
@@ -135,16 +136,16 @@ def reporting_errors(path: Path, kind: str = "session") -> Iterator[None]:
 
 
 def explain_error(error: Exception, path: Path) -> str:
-    # SQLite quotes what it cannot read, and that may be anything.
+    # SQLite quotes data that it cannot read, which may be anything.
     text = "".join(c if c.isprintable() else " " for c in str(error)[:200])
     text = " ".join(text.split()) or type(error).__name__
     code = getattr(error, "sqlite_errorcode", None)
     # The low byte is the kind of error; the others give details.
     kind = None if code is None else code & 0xFF
-    # Text that is not UTF-8 comes without a code.
+    # Errors about text that is not UTF-8 have no code.
     undecodable = isinstance(error, sqlite3.OperationalError) and code is None
     if isinstance(error, Damage) or kind in DAMAGES or undecodable:
-        return f"damaged: {text}; put a backup in place of {path}, or use another name"
+        return f"damaged: {text}; restore {path} from a backup, or use another name"
     if kind in ADVICE:
         return ADVICE[kind].format(path=path, error=text)
     if isinstance(error, OSError):

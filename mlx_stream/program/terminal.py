@@ -1,4 +1,4 @@
-"""A terminal's width and styles, and text broken between words to fit; knows no models.
+"""A terminal's width and styles, and text wrapped to fit it; independent of models.
 
 Widths are in cells: a CJK character or an emoji takes two. The last column stays empty, because
 terminals differ in where they put the cursor after it.
@@ -19,7 +19,7 @@ DEFAULT_COLUMNS, DEFAULT_ROWS, NARROWEST = 80, 24, 10
 # punctuation.
 UNSPACED = "\u2e80-\u2fdf\u3040-\ua4cf\uf900-\ufaff\uff21-\uffef\U0001f300-\U0003fffd"
 CLOSING = "\u3001-\u3003\u3009\u300b\u300d\u300f\u3011\uff01\uff09\uff0c\uff0e\uff1a\uff1b\uff1f"
-JOINED = "\u200d\ufe0f\U0001f3fb-\U0001f3ff"  # what makes one emoji of several characters
+JOINED = "\u200d\ufe0f\U0001f3fb-\U0001f3ff"  # what joins several characters into one emoji
 ATOM = re.compile(
     rf"\n|[^\S\n]+|[{UNSPACED}](?:\u200d.|[{JOINED}{CLOSING}])*|[^\s{UNSPACED}]+[{CLOSING}]*"
 )
@@ -31,14 +31,14 @@ def is_dumb() -> bool:
 
 
 def is_styled() -> bool:
-    """Return whether the user's terminal is to get colours and styles."""
+    """Return whether to use colours and styles on the user's terminal."""
     return not is_dumb() and not os.environ.get("NO_COLOR")
 
 
 def terminal_size(stream: TextIO) -> tuple[int, int]:
-    """Return the columns that may be used, and the rows, of the terminal behind a stream."""
+    """Return the size of a stream's terminal: the columns that may be used, and the rows."""
     columns, rows = 0, 0
-    with suppress(OSError, ValueError):  # it has no size
+    with suppress(OSError, ValueError):  # not a terminal, so it has no size
         columns, rows = os.get_terminal_size(stream.fileno())
     return max(NARROWEST, (columns or DEFAULT_COLUMNS) - 1), rows or DEFAULT_ROWS
 
@@ -46,7 +46,7 @@ def terminal_size(stream: TextIO) -> tuple[int, int]:
 def line_breaks(text: str, width: int, column: int = 0, indent: int = 0) -> list[int]:
     """Return the offsets in a text at which new lines must begin, besides those after \\n.
 
-    A word that is longer than a line is split. Spaces before a break may reach beyond the width.
+    A word that is longer than a line is split. Spaces before a break may extend beyond the width.
     With a width of 7, "one two three" has one break, at 8.
 
     Args:
@@ -86,7 +86,7 @@ def wrap(text: str, width: int, indent: int = 0, column: int = 0) -> str:
 
 
 class WordWrapper:
-    """Break the lines of a text that comes in pieces; the results join to the whole.
+    """Wrap a text that arrives in pieces; joined together, the results are the whole text.
 
     Args:
         width: returns the width, which may change.
@@ -104,7 +104,7 @@ class WordWrapper:
         return self._wrapped(whole)
 
     def flush(self) -> str:
-        """Return what was held back; no more text comes."""
+        """Return what was held back; no more text will follow."""
         held, self._held = self._held, ""
         return self._wrapped(held)
 
@@ -118,6 +118,6 @@ class WordWrapper:
 
 
 def styled_notice(text: str, width: int, dim: bool) -> str:
-    """Return a line for the user as a terminal shows it: wrapped, and dim if that is wanted."""
+    """Return a line for the user as a terminal shows it: wrapped, and dim if requested."""
     text = wrap(escape(text), width, indent=2)
     return f"{DIM}{text}{UNDIM}" if dim and is_styled() else text

@@ -1,1 +1,1 @@
-"""Writes a model in other bits or another type, in bounded memory; recipes and their cost."""
+"""Converts models to other bit widths or types in bounded memory; recipes and their cost."""

@@ -1,6 +1,6 @@
-"""Converts a checkpoint's tensors to other bits or types, one matrix at a time; writes nothing.
+"""Converts a checkpoint's tensors to another precision, one matrix at a time; writes nothing.
 
-A matrix that is already stored as asked for is copied, bit for bit.
+A matrix that is already stored as requested is copied bit for bit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,11 +25,11 @@ from mlx_stream.models.weights import (
 )
 from mlx_stream.quantize.recipes import Recipe
 
-# Elements of a matrix that are converted at a time.
+# The number of elements of a matrix that are converted at a time.
 BLOCK = 2**18
-# As a matrix is written whose own type MLX does not have.
+# How a matrix is written if MLX does not support its own type.
 WIDEST = Quantization(32, 8)
-# Paths of the maker's machine, and code that is not copied.
+# Paths on the author's machine, and code that is not copied.
 LEFT_OUT = ("_name_or_path", "name_or_path", "auto_map")
 
 
@@ -39,11 +39,11 @@ class Conversion:
 
     Attributes:
         checkpoint: the source, with the config of the result.
-        config: the source's.
+        config: the source's config.
         quantized: how each matrix will be stored, by module path; None for floats.
-        dtype: of floats, scales included; None keeps each tensor's own, but narrows scales to the
-            checkpoint's `dtype` if it names one.
-        largest: bytes of the largest matrix so far, of the source or the result.
+        dtype: the type of floats, including scales; None keeps each tensor's own, but narrows
+            scales to the checkpoint's `dtype` if it names one.
+        largest: size in bytes of the largest matrix so far, in the source or the result.
     """
 
     checkpoint: Checkpoint
@@ -88,10 +88,10 @@ class Conversion:
     def _in_blocks(
         self, part: Part, wanted: Quantization | None, at: Projection
     ) -> dict[str, mx.array]:
-        """Return a matrix stored another way, converted some rows at a time.
+        """Return a matrix stored in a different way, converted a few rows at a time.
 
-        To quantize on the CPU, MLX takes up to 80 bytes an element; an unpacked matrix takes eight
-        times its bytes.
+        To quantize on the CPU, MLX needs up to 80 bytes per element; an unpacked matrix takes up
+        eight times its packed size.
         """
         blocks: list[dict[str, mx.array]] = []
         rows = max(1, BLOCK // at.inputs)
@@ -120,7 +120,7 @@ class Conversion:
         array = array.astype(dtype)
         if not mx.isfinite(mx.stack([array.min(), array.max()])).all().item():
             raise WeightsError(
-                f"weights: {name} has values that are not numbers or do not fit "
+                f"weights: {name} has values that are not finite or do not fit "
                 f"{name_of(dtype)}: try --dtype float32"
             )
         return array
@@ -135,18 +135,18 @@ def quantize(weight: mx.array, wanted: Quantization) -> dict[str, mx.array]:
 def prepare_conversion(
     checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None
 ) -> Conversion:
-    """Decide how each tensor of a checkpoint is stored; reads none of them.
+    """Decide how to store each tensor of a checkpoint, without reading any of them.
 
     Args:
-        recipe: how to quantize. None leaves quantized weights as they are, or dequantizes them if
-            there is a dtype. Without a dtype, matrices of types that MLX lacks become `WIDEST`.
+        recipe: how to quantize. None leaves quantized weights as they are, or dequantizes them if a
+            dtype is given. Without a dtype, matrices of types that MLX lacks become `WIDEST`.
         dtype: the type of all floats: float32, float16 or bfloat16. Default: the model's own with a
             recipe, each tensor's own without one.
 
     Raises:
         ConfigError: the config is not supported.
         WeightsError: there are unknown tensors.
-        ValueRefused: the dtype is unknown, or the groups divide no matrix.
+        ValueRefused: the dtype is unknown, or no matrix can be divided into the recipe's groups.
     """
     named_dtype(dtype)
     config = read_config(checkpoint.config)
@@ -175,13 +175,13 @@ def prepare_conversion(
 
 
 def fit(recipe: Recipe, at: Projection, config: ModelConfig) -> Quantization | None:
-    """Return how a recipe stores a matrix: as floats if its groups do not divide a row."""
+    """Return how a recipe stores a matrix: as floats if a row does not divide into groups."""
     wanted = recipe.quantized(at.path, config.num_hidden_layers)
     return None if at.inputs % wanted.group_size else wanted
 
 
 def own_dtype(checkpoint: Checkpoint) -> str:
-    """Return the dtype that a checkpoint's config names, or else its embedding's."""
+    """Return the dtype that a checkpoint's config names, or else that of its embedding."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if isinstance(named, str) and named in DTYPES:
         return named
@@ -219,7 +219,7 @@ def rewrite_config(
 
 
 def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotary settings in mlx-lm's spelling, if only transformers 5's is there."""
+    """Return the rotary settings under mlx-lm's keys, if only transformers 5's are present."""
     newer = dict(config.get("rope_parameters") or {})
     theta = newer.pop("rope_theta", None)
     found: dict[str, Any] = {}

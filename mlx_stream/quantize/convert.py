@@ -1,6 +1,6 @@
-"""Converts a source to a folder in one call: measures its recipe, writes, reports the cost.
+"""Converts a source to a folder: completes the recipe, writes the folder, reports the cost.
 
-`write_converted`, which runs no model, writes the folder.
+The folder is written by `write_converted`, which does not run a model.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,10 +47,10 @@ from mlx_stream.quantize.write_converted import (
 )
 from mlx_stream.text.tokenizer import Tokenizer
 
-# The stream of a report.
+# The stream that a report uses.
 SINKS, WINDOW = 4, 1_020
 REPORT_TOKENS = 4_096
-# A 99th percentile of fewer would be a single token.
+# With fewer tokens, the 99th percentile would be a single one.
 LEAST_TOKENS = 200
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
@@ -68,8 +68,8 @@ class ConvertOptions:
 
     Attributes:
         recipe, dtype: see `prepare_conversion`.
-        calibration: name and text on which a sensitive recipe is measured.
-        report: name and text on which source and result are compared.
+        calibration: name and text used to measure a sensitive recipe.
+        report: name and text used to compare the result with the source.
         report_tokens: how many tokens of that text are read.
         force: replace the folder of an earlier conversion.
     """
@@ -91,8 +91,8 @@ def convert_model(
 ) -> ConversionResult:
     """Convert a folder, a Hub id, a `.gguf` file or `starter` to the folder `out`.
 
-    Only a sensitive recipe and a report run the model, which is then completely in memory.
-    Otherwise memory does not grow with the model.
+    Only a sensitive recipe or a report runs the model, which is then entirely in memory.
+    Otherwise memory use does not grow with the size of the model.
 
     Raises:
         ValueRefused: the options exclude each other, or `out` is taken.
@@ -113,7 +113,7 @@ def convert_model(
             "--report and --calibration run the source, which only convert reads: convert it "
             "without them first"
         )
-    del found  # it would hold the tensors
+    del found  # it would keep the tensors alive
     text = options.report and report_text(checkpoint, options)
     recipe = options.recipe
     if recipe is not None and (config.quantization is not None or checkpoint.dequantized):
@@ -156,12 +156,12 @@ def convert_model(
 def recipe_for(
     source: str, device: str, group_size: int | None, notify: Notify = discard
 ) -> Recipe | None:
-    """Return the recipe with the most bits that fit a device; None if the source itself fits.
+    """Return the recipe with the most bits that fits on a device; None if the source itself does.
 
     Raises:
         DeviceError: there is no such device.
-        MemoryRefused: the model does not fit it at any number of bits.
-        ValueRefused, SourceError, CheckpointError: as in `convert_model`.
+        MemoryRefused: the model does not fit on the device at any number of bits.
+        ValueRefused, SourceError, CheckpointError: as for `convert_model`.
     """
     place = devices.find(device)
     asked = PlanRequest(group_size=DEFAULT_GROUP if group_size is None else group_size)
@@ -177,7 +177,7 @@ def recipe_for(
 
 
 def check_options(options: ConvertOptions) -> None:
-    """Refuse options that exclude each other, before anything is fetched or read."""
+    """Reject options that exclude each other, before anything is fetched or read."""
     sensitive = options.recipe is not None and options.recipe.rule == "sensitive"
     if sensitive and options.calibration is None:
         raise ValueRefused(
@@ -209,7 +209,7 @@ def calibrate(
     notify: Notify,
     progress: Progress,
 ) -> Recipe:
-    """Measure which parts of a model suffer most at a recipe's base bits, and complete it."""
+    """Measure which parts of a model suffer most at a recipe's base bits; return it completed."""
     model = load(path, keep_quantized=False, notify=notify)
     ids = model.tokenizer.encode(text[1])
     with progress("measuring sensitivity") as tell:
@@ -227,13 +227,13 @@ def calibrate(
 def compare_with_source(
     source: Path, result: Path, text: Corpus, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Read a text with both models and return the result's distance from the source."""
+    """Read a text with both models and return how far the result diverges from the source."""
     before, after = (stream_of(load(path)) for path in (source, result))
     found = compare(before, after, text.ids.tolist(), progress=progress)
     return {"text": text.digest, "sinks": SINKS, "window": WINDOW, **found}
 
 
 def stream_of(model: Model) -> TokenStream:
-    # A model may be trained on less; a sliding window bounds both alike.
+    # The trained context may be shorter; a sliding window limits both models equally.
     window = min(WINDOW, model.config.max_position_embeddings - SINKS)
     return TokenStream(model, model.new_cache(SINKS, window))

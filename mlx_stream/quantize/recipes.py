@@ -1,4 +1,4 @@
-"""Recipes: the bits of each matrix of a model; handles module paths, not arrays."""
+"""Recipes: how many bits each of a model's matrices gets; handles module paths, not arrays."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.models.layout import matrix_bytes
 
 DEFAULT_GROUP = 64
-# Every token goes through these in full, and no other matrix corrects them.
+# Every token passes through these, and no other matrix can make up for their errors.
 ENDS = ("model.embed_tokens", "lm_head")
 
 
@@ -20,10 +20,10 @@ class Recipe:
     Attributes:
         name: the name on the command line.
         base: how to quantize the matrices that the rule does not choose.
-        high: how to quantize those it chooses; None if all are alike.
-        rule: `mlx-lm` chooses layers by their place, as its mixed recipes do. `sensitive` chooses
-            embedding, head, and the paths in `chosen`.
-        chosen: the measured paths, see `allocate_bits`; None before.
+        high: how to quantize those it chooses; None if all are treated alike.
+        rule: `mlx-lm` chooses layers by position, as its mixed recipes do. `sensitive` chooses
+            the embedding, the head, and the paths in `chosen`.
+        chosen: the paths found by measuring, see `allocate_bits`; None before that.
     """
 
     name: str
@@ -44,8 +44,8 @@ class Recipe:
 def mlx_lm_gives_more(path: str, layers: int) -> bool:
     """Return whether mlx-lm's `mixed_quant_predicate_builder` gives a path more bits.
 
-    It does for an untied head, and for v_proj and down_proj of the first and last eighth of the
-    layers and every third layer between.
+    It does for an untied head, and for v_proj and down_proj in the first and last eighth of the
+    layers and in every third layer in between.
     """
     if path == "lm_head":
         return True
@@ -59,7 +59,7 @@ def uniform_recipe(bits: int, group_size: int = DEFAULT_GROUP, mode: str = "affi
     """Return the recipe that gives every matrix the same bits.
 
     Raises:
-        ValueRefused: MLX has no such combination.
+        ValueRefused: MLX does not support this combination.
     """
     name = f"uniform_{bits}" if mode == "affine" else mode
     return Recipe(name, check_quantization(bits, group_size, mode))
@@ -104,7 +104,7 @@ RECIPES = {
 
 
 def recipe_named(name: str, group_size: int | None = None) -> Recipe:
-    """Return a recipe by its name, with another group size if one is given.
+    """Return a recipe by name, with a different group size if one is given.
 
     Raises:
         ValueRefused: there is no such recipe, or it cannot have that group size.
@@ -124,7 +124,7 @@ def recipe_named(name: str, group_size: int | None = None) -> Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe and a dtype for a kind of device; `calibrated` is the recipe if there is a text."""
+    """A recipe and dtype for a kind of device; `calibrated` is used if there is a text."""
 
     recipe: str
     calibrated: str | None = None
@@ -135,18 +135,18 @@ class Preset:
 
 
 PRESETS = {
-    # Every phone's GPU supports float16. With a text the embedding, the head and the most sensitive
-    # parts get 6 bits, in no more bytes than 5 bits for all.
+    # Every phone's GPU supports float16. With a calibration text, the embedding, the head and the
+    # most sensitive parts get 6 bits, without exceeding the size of 5 bits throughout.
     "phone": Preset("uniform_4", "sensitive_4_6", "float16"),
     "laptop": Preset("uniform_6"),
 }
 
 
 def preset_named(name: str) -> Preset:
-    """Return a preset by its name.
+    """Return a preset by name.
 
     Raises:
-        ValueRefused: there is none.
+        ValueRefused: there is no such preset.
     """
     if name not in PRESETS:
         raise ValueRefused(f"--preset must be one of {', '.join(PRESETS)}, not {name!r}")
@@ -161,12 +161,13 @@ def allocate_bits(
 ) -> Recipe:
     """Return a sensitive recipe that gives more bits to the parts where a byte helps most.
 
-    The embedding and the head already have them. The budget is one more bit for every weight; what
-    is left of it goes to the parts with the most harm per byte.
+    The embedding and the head always get more bits. The budget is one extra bit per weight; the
+    rest goes to the parts where quantization does the most harm per byte.
 
     Args:
         elements: the number of elements of each matrix, by path.
-        sensitivity: the harm of `base` to the model's output in one part, by the part's paths.
+        sensitivity: by a part's paths, how much quantizing it with `base` harms the model's
+            output.
     """
     assert recipe.high is not None
     high, ceiling = recipe.high, replace(recipe.base, bits=recipe.base.bits + 1)

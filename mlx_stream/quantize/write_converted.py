@@ -1,4 +1,4 @@
-"""Writes a converted checkpoint as a folder, in bounded memory; runs no model."""
+"""Writes a converted checkpoint to a folder, using bounded memory; runs no model."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,21 +17,22 @@ from mlx_stream.quantize.conversion import Conversion, name_of, prepare_conversi
 from mlx_stream.quantize.recipes import Recipe
 
 VERSION = 1  # the version of conversion.json
-# In addition to the shard being filled: a matrix, its converted blocks, and the joined result.
+# Matrices held in addition to the shard being filled: one matrix, its converted blocks, and the
+# joined result.
 MATRICES_HELD = 3
 
 
 @dataclass
 class ConversionResult:
-    """A finished conversion, and its memory.
+    """A finished conversion and its memory use.
 
     Attributes:
         about: the content of `conversion.json`.
-        unquantized: paths of matrices kept as floats, because groups do not divide their rows.
-        bound_bytes: the bound of MLX's memory: three times the largest matrix plus the largest
+        unquantized: paths of matrices kept as floats because their rows do not divide into groups.
+        bound_bytes: the bound on MLX's memory: three times the largest matrix plus the largest
             shard.
-        peak_bytes: the peak of MLX's memory.
-        resident_bytes: the most that this process grew, measured after each tensor.
+        peak_bytes: MLX's peak memory.
+        resident_bytes: the most by which this process grew, measured after each tensor.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -50,11 +51,11 @@ def write_converted(
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionResult:
-    """Write a checkpoint to the folder `out`, quantized by a recipe, its floats in a dtype.
+    """Write a checkpoint to the folder `out`, quantized by a recipe, with its floats in a dtype.
 
-    One matrix after another is read, quantized and released, so a model may be larger than memory;
-    its tensors are taken out of the checkpoint. The folder appears complete or not at all, and the
-    same source and options give the same bytes.
+    Matrices are read, quantized and released one at a time, so a model may be larger than memory;
+    tensors are removed from the checkpoint along the way. The folder appears complete or not at
+    all, and the same source and options produce the same bytes.
 
     Args:
         recipe, dtype: see `prepare_conversion`.
@@ -86,7 +87,7 @@ def write_converted(
 
 
 class MemoryMonitor:
-    """Record the size of each tensor that a conversion writes, and the memory."""
+    """Records the size of each tensor that a conversion writes, and the memory use."""
 
     def __init__(self, conversion: Conversion, progress: Callable[[int, int], None]):
         self.conversion, self.progress = conversion, progress
@@ -127,7 +128,7 @@ def describe_conversion(
 
 
 def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
-    """Return the bytes of weights that decoding one token reads.
+    """Return how many bytes of weights are read to decode one token.
 
     An embedding that is not also the head counts as one row; everything else counts in full.
     """
@@ -139,9 +140,9 @@ def bytes_per_token(config: ModelConfig, sizes: Mapping[str, int]) -> int:
 
 
 def refuse_places(source: Path, out: Path) -> None:
-    """Raise ValueRefused if the result would be the source, be inside it, or contain it."""
+    """Raise ValueRefused if the result would replace the source, lie inside it or contain it."""
     inner, outer = source.resolve(), out.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise ValueRefused(
-            f"{out}: is the source, is inside it, or contains it: give another folder"
+            f"{out}: is the source, is inside it, or contains it: use another folder"
         )

@@ -1,8 +1,9 @@
 """Ranks earlier exchanges by the words they share with a question; independent of their texts.
 
-A word's weight is its idf, log(1 + N / (n + 3)), if n of N exchanges have it. An exchange has the
-share of the question's weights that it contains; a word that only an exchange beside it contains
-counts half. (This is BM25 with k1 = 0; on LoCoMo it finds as much as with k1 = 1.2.)
+A word's weight is its idf, log(1 + N / (n + 3)), if n of N exchanges contain it. An exchange's
+score is the share of the question's total weight that it contains; a word that only an adjacent
+exchange contains counts half. (This is BM25 with k1 = 0; on LoCoMo it finds as much as with
+k1 = 1.2.)
 """
 
 import math
@@ -13,12 +14,12 @@ from mlx_stream.recall.index import WordIndex
 from mlx_stream.recall.words import content_words, is_greeting
 
 MOST_HITS = 5
-# Of a long question, only this many of its rarest words are searched.
+# For a long question, only this many of its rarest words are searched for.
 MOST_WORDS = 6
 LEAST_SHARE = 0.4
-# A word is rare if at most one exchange in this many has it.
+# A word is rare if at most one exchange in this many contains it.
 RARE = 20
-# What a word of the question before counts, and a word of the exchange before or behind.
+# The weight of words from the previous question, and of words only in an adjacent exchange.
 PREVIOUS = BESIDE = 0.5
 
 
@@ -27,8 +28,8 @@ class Hit:
     """An exchange that may answer a question.
 
     Attributes:
-        share: the share of the question's weights that it contains.
-        words: the words of the question that it contains, or one beside it does.
+        share: the share of the question's total weight that it contains.
+        words: the words of the question that it or an adjacent exchange contains.
     """
 
     number: int
@@ -42,10 +43,10 @@ def find_hits(
     """Return the exchanges that are likely to answer a question, likeliest first; often none.
 
     Args:
-        previous: the question before; used if `question` has fewer than two content words, unless
-            it is a greeting.
-        first, end: the numbers to search, `end` not included.
-        gate: False returns whatever has a word in common with the question.
+        previous: the previous question; used if `question` has fewer than two content words and is
+            not a greeting.
+        first, end: the range of numbers to search; `end` is excluded.
+        gate: if False, one word in common with the question is enough.
     """
     factors = query(question, previous)
     numbers = {word: index.numbers(word, first, end) for word in factors}
@@ -64,7 +65,7 @@ def find_hits(
             shares[number] += share
         for number in beside[word] - having[word]:
             shares[number] += share * BESIDE
-    # A single word says enough if it is the only one of the question itself, and rare.
+    # A single word is enough if it is the question's only content word and is rare.
     few = all(len(numbers[word]) <= max(3, index.count // RARE) for word in found)
     single = [*factors.values()] == [1.0] and few
     least, fewest = (LEAST_SHARE, 2 - single) if gate else (0.0, 1)
@@ -74,12 +75,12 @@ def find_hits(
             words = [word for word in found if number in having[word] or number in beside[word]]
             if len(words) >= fewest and any(number in having[word] for word in words):
                 hits.append(Hit(number, share, tuple(words)))
-    # Of equals the newest is first: what it says may have replaced what the others say.
+    # Ties put the newest first, because it may supersede the others.
     return sorted(hits, key=lambda hit: (-round(hit.share, 2), -hit.number))[:MOST_HITS]
 
 
 def query(question: str, previous: str) -> dict[str, float]:
-    """Return the words to search, each with the factor of its weight."""
+    """Return the words to search for, each with the factor to apply to its weight."""
     factors = dict.fromkeys(content_words(question), 1.0)
     if len(factors) < 2 and not is_greeting(question):
         factors = dict.fromkeys(content_words(previous), PREVIOUS) | factors

@@ -1,7 +1,7 @@
-"""The words of numbered texts in SQLite's full-text index; independent of questions.
+"""Indexes the words of numbered texts with SQLite's full-text search; independent of questions.
 
-The index holds no text and no places of words, so it takes a quarter of the bytes of what it
-indexes. It is a cache: its user makes it again if anything about it is odd.
+The index holds neither texts nor word positions, so it takes up a quarter of the space of the
+texts. It is a cache: the caller rebuilds it if anything looks wrong.
 """
 
 import os
@@ -21,7 +21,8 @@ TABLES = (
     "CREATE TABLE state (owner TEXT, last INTEGER, count INTEGER, checksum TEXT)",
 )
 SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
-# Of a common word, the newest texts are found: this many, or one in `ONE_IN` of all texts.
+# For a common word, only the newest texts are found: this many, or one in `ONE_IN` of all if that
+# is more.
 MOST_FOUND = 1_000
 ONE_IN = 200
 
@@ -30,14 +31,14 @@ class WordIndex:
     """An open index. Only one process at a time may have it open.
 
     Attributes:
-        last: the number up to which texts were added; 0 if none were.
+        last: the number up to which texts have been added; 0 if none have been.
         count: the number of texts.
-        checksum: what `add` was last given.
+        checksum: the one last passed to `add`.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, owner: str):
         self.path, self.connection = path, connection
-        connection.set_progress_handler(None, 0)  # its schema was checked
+        connection.set_progress_handler(None, 0)  # its schema has been checked
         row = connection.execute("SELECT * FROM state LIMIT 2").fetchall()
         ((found, self.last, self.count, self.checksum),) = row
         if found != owner or not 0 <= self.count <= self.last:
@@ -45,10 +46,10 @@ class WordIndex:
 
     @classmethod
     def open(cls, path: Path, owner: str) -> Self:
-        """Open the index in a file, or begin an empty one if the file is not a usable index.
+        """Open the index in a file, or create an empty one if the file is not a usable index.
 
         Args:
-            owner: what is indexed; the index of something else is not used.
+            owner: identifies what is indexed; an index with a different owner is not used.
 
         Raises:
             SessionError: a new file cannot be written.
@@ -66,20 +67,20 @@ class WordIndex:
                     connection.close()
                     raise
             except (OSError, sqlite3.Error, ValueError, TypeError):
-                pass  # it is made again
+                pass  # it is rebuilt
         return cls.create(path, owner)
 
     @classmethod
     def in_memory(cls) -> Self:
-        """Begin an index that is in no file."""
+        """Create an index in memory, without a file."""
         return cls.begin(sqlite3.connect(":memory:", isolation_level=None), Path(), "")
 
     @classmethod
     def create(cls, path: Path, owner: str) -> Self:
-        """Start an empty index, replacing any that exists.
+        """Create an empty index, replacing any existing one.
 
         Raises:
-            SessionError: it cannot be written.
+            SessionError: the index cannot be written.
         """
         private(path.parent)
         with reporting_errors(path, "index"):
@@ -87,14 +88,14 @@ class WordIndex:
                 old.unlink(missing_ok=True)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
             connection = connect(path, LONGEST_ROW)
-            # It can be made again, so a loss of power may lose the newest texts.
+            # The index can be rebuilt, so it may lose the newest texts in a power failure.
             for setting in ("journal_mode = WAL", "synchronous = NORMAL"):
                 connection.execute(f"PRAGMA {setting}").fetchall()
             return cls.begin(connection, path, owner)
 
     @classmethod
     def begin(cls, connection: sqlite3.Connection, path: Path, owner: str) -> Self:
-        """Make the tables in an empty database."""
+        """Create the tables in an empty database."""
         connection.execute("BEGIN IMMEDIATE")
         for statement in TABLES:
             connection.execute(statement)
@@ -103,10 +104,11 @@ class WordIndex:
         return cls(path, connection, owner)
 
     def add(self, texts: Iterable[tuple[int, str]], last: int, checksum: str) -> None:
-        """Add texts in order; all of them, or none if it raises.
+        """Add texts in order: all of them, or none if this raises.
 
         Args:
-            last: the new `last`. The numbers of the texts are above the old one and at most this.
+            last: the new `last`. The numbers of the texts are above the old `last` and at most the
+                new one.
         """
         count = self.count
         try:
@@ -124,9 +126,9 @@ class WordIndex:
         self.last, self.count, self.checksum = last, count, checksum
 
     def numbers(self, word: str, first: int, end: int) -> list[int]:
-        """Return the numbers from `first` up to `end`, not included, of texts with a word.
+        """Return the numbers of texts with a word, from `first` up to but not including `end`.
 
-        Of a common word, only the newest are returned.
+        For a common word, only the newest are returned.
         """
         most = max(MOST_FOUND, self.count // ONE_IN)
         query = "SELECT rowid FROM words WHERE words MATCH ? AND rowid >= ? AND rowid < ? "
@@ -136,7 +138,7 @@ class WordIndex:
         return [number for (number,) in found]
 
     def frequencies(self) -> list[tuple[str, int]]:
-        """Return every word, as it is indexed, and the number of texts that have it."""
+        """Return every word, as it is indexed, and the number of texts that contain it."""
         table = (
             "CREATE VIRTUAL TABLE IF NOT EXISTS temp.vocabulary USING fts5vocab(main, words, row)"
         )
@@ -149,7 +151,7 @@ class WordIndex:
 
 @cache
 def index_schema() -> frozenset[tuple[str, ...]]:
-    """Return the schema that this version of SQLite makes of `TABLES`."""
+    """Return the schema that this version of SQLite derives from `TABLES`."""
     connection = sqlite3.connect(":memory:")
     try:
         for statement in TABLES:

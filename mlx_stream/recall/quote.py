@@ -1,4 +1,4 @@
-"""Quotes earlier exchanges inside a question, within a number of tokens; independent of models.
+"""Quotes earlier exchanges inside a question, within a token limit; independent of models.
 
     Quoted from earlier in this conversation:
     [2026-05-09 17:03] "My dog is called Rufus." was answered: "What a lovely name!"
@@ -6,8 +6,8 @@
 
     What is my dog called?
 
-A quotation is a stranger's text: quotes and line ends in it are escaped, so that it stays inside
-its line.
+A quotation is untrusted text: quotes and newlines in it are escaped, so that it stays on one
+line.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 BEGIN, END = "Quoted from earlier in this conversation:", "End of quotation."
 SENTENCE = re.compile(r"(?<=[.!?\n])\s+|(?<=[\u3002\uff01\uff1f])")
 CUT = "..."
-# A longer text is cut to its surroundings of a word before its tokens are counted.
+# A longer text is cut to the part around a word before its tokens are counted.
 CHARACTERS_PER_TOKEN = 16
 # An exchange cut to fewer characters is not worth quoting.
 SHORTEST = 24
@@ -31,9 +31,9 @@ class Passage:
     """An earlier exchange that may answer a question.
 
     Attributes:
-        number: number of the turn.
+        number: the number of the turn.
         time: when it was written, in ISO 8601.
-        words: the words of the question that it contains, or one beside it does.
+        words: the words of the question that it, or an adjacent exchange, contains.
         share: the share of the question that these words make up, from 0 to 1.
     """
 
@@ -59,18 +59,21 @@ class Passage:
 
 @runtime_checkable
 class RecallStore(Protocol):
-    """Finds earlier exchanges of a conversation, which left its window."""
+    """Finds earlier exchanges of a conversation that have left its window."""
 
     def leave(self, number: int, question: str, reply: str) -> None:
-        """Add an exchange that has just left the window; it may come again, with another reply."""
+        """Add an exchange that has just left the window.
+
+        It may be added again with a different reply.
+        """
         ...
 
     def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
         """Return exchanges that are likely to answer a question, likeliest first; often none.
 
         Args:
-            previous: the question before, or "".
-            first, end: the numbers of turns to search, `end` not included.
+            previous: the previous question, or "".
+            first, end: the range of turn numbers to search, excluding `end`.
         """
         ...
 
@@ -79,12 +82,12 @@ Count = Callable[[str], int]
 
 
 def choose_passages(passages: Sequence[Passage], most: int, count: Count) -> list[Passage]:
-    """Return the passages to quote, in order of time: likelier ones first, as far as they fit.
+    """Return the likeliest passages that fit, in chronological order.
 
     A passage that is too long is cut to the sentences around its words.
 
     Args:
-        most: the most tokens of the whole quotation.
+        most: the maximum number of tokens in the whole quotation.
         count: counts the tokens of a text.
     """
     chosen: list[Passage] = []
@@ -104,7 +107,7 @@ def quote(passages: Sequence[Passage], question: str) -> str:
 
 
 def cut_passage(passage: Passage, most: int, fits: Callable[[Passage], bool]) -> Passage | None:
-    """Return a passage, cut as far as necessary to fit; None if nothing of it would be left."""
+    """Return a passage, cut as much as necessary to fit; None if too little would be left."""
     longest, words = most * CHARACTERS_PER_TOKEN, passage.words
     question, reply = (cut_around(t, words, longest) for t in (passage.question, passage.reply))
     sizes = [len(question), len(reply)]
@@ -120,14 +123,14 @@ def cut_passage(passage: Passage, most: int, fits: Callable[[Passage], bool]) ->
 
 
 def cut_around(text: str, words: Sequence[str], most: int) -> str:
-    """Return a text, or at most `most` characters of it around the first of some words.
+    """Return a text, or at most `most` characters of it around the first of `words` found.
 
-    The part begins and ends with a sentence if one begins or ends there.
+    The excerpt begins and ends at sentence boundaries if it contains any.
     """
     if len(text) <= most:
         return text
     small = text.lower()
-    # The index stems words; here their beginnings are compared.
+    # The index stems words; here only their first letters are compared.
     places = (small.find(word[: max(3, min(5, len(word) - 2))]) for word in words)
     at = next((place for place in places if place >= 0), 0)
     start = max(0, min(at - most // 3, len(text) - most))

@@ -1,7 +1,7 @@
 """Text -> the words that are indexed and searched; independent of the index.
 
-The index splits a text at everything but letters and digits, and stems English words. Text of
-scripts whose words it would not find, such as Chinese, is first cut into bigrams:
+The index splits text at everything but letters and digits, and stems English words. Text in scripts
+in which it would not find the words, such as Chinese, is first split into bigrams:
 
     "我的狗叫小白" is indexed as "我的 的狗 狗叫 叫小 小白"
 """
@@ -9,8 +9,8 @@ scripts whose words it would not find, such as Chinese, is first cut into bigram
 import re
 import unicodedata
 
-# Runs of scripts that do not separate words with spaces, join endings to them (Korean), or write
-# vowels as marks (Hindi).
+# Runs of text in scripts that do not put spaces between words, that attach endings to words
+# (Korean), or that write vowels as marks (Hindi).
 UNSPACED = re.compile(
     "[\u0900-\u0eff\u1000-\u109f\u1780-\u17ff\u1980-\u19df"  # Indic, Thai, Lao, Burmese, Khmer
     "\u1100-\u11ff\u3130-\u318f\uac00-\ud7af"  # Hangul
@@ -21,7 +21,7 @@ UNSPACED = re.compile(
 MARKS = re.compile("[\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u1cd0-\u1cff]")
 WORD = re.compile(r"[^\W_]+")
 # Words that say little about a question's subject, and greetings: English, then the question words
-# and pronouns of other languages, without those that are words of another one.
+# and pronouns of other languages, except those that mean something else in another language.
 STOP_WORDS = frozenset(
     re.findall(
         WORD,
@@ -52,14 +52,14 @@ STOP_WORDS = frozenset(
 GREETINGS = frozenset(
     WORD.findall("bye good hello hey hi no oh ok okay please sorry thank thanks yes")
 )
-# Bigrams that say as little: hiragana only (endings of words), or with a common function character.
+# Bigrams that also say little: hiragana only (word endings), or with a common function character.
 STOP_BIGRAM = re.compile("[\u3040-\u309f]{2}|.?[的是么什哪吗呢了在我你他她谁怎何뭐예요까].?")
-# The longest text to index, in characters; what is behind them is not found.
+# The longest text to index, in characters; anything beyond that is not found.
 LONGEST_TEXT = 2**18
 
 
 def indexed_text(text: str) -> str:
-    """Return a text as it is indexed."""
+    """Return text in the form in which it is indexed."""
     text = text[:LONGEST_TEXT]
     if text.isascii():
         return text.replace("\0", " ")
@@ -80,13 +80,13 @@ def content_words(question: str) -> list[str]:
 
 
 def is_greeting(question: str) -> bool:
-    """Return whether a question says nothing but, for example, thanks."""
+    """Return whether a question is no more than a greeting, thanks or the like."""
     words = {match[0].lower() for match in WORD.finditer(question[:LONGEST_TEXT])}
     return bool(words & GREETINGS) and not any(map(is_content, words))
 
 
 def is_content(word: str) -> bool:
-    """Return whether a word, in small letters, says what a question is about."""
+    """Return whether a lowercase word says what a question is about."""
     if word.isascii():
         return word not in STOP_WORDS and (len(word) > 1 or word.isdigit())
     return word not in STOP_WORDS and not STOP_BIGRAM.fullmatch(word)

@@ -1,7 +1,7 @@
 """Checks that this device computes what a stream needs; prints nothing.
 
-Positions, masks, kernels and buffers differ from device to device. The checks run on the device at
-hand, in the shapes of a model.
+Positions, masks, kernels and buffers differ from device to device. The checks run on the current
+device, with the shapes of a model.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +32,7 @@ class CheckResult:
     advice: str
 
 
-REPORT = (
-    "report it with the output of doctor; until it is fixed, do not trust the text that is written"
-)
+REPORT = "report it with the output of doctor; until it is fixed, do not trust generated text"
 CHECKS = (
     Check("rotary positions are correct up to the clock's limit", kernels.rotation, REPORT),
     Check(
@@ -45,10 +43,10 @@ CHECKS = (
         kernels.fused_attention,
         "the output is correct but slower to compute than it could be: "
         "update MLX (pip install -U mlx), or choose a "
-        "model whose heads have 64 or 128 numbers",
+        "model with a head size of 64 or 128",
     ),
     Check(
-        "quantized products equal those of the dequantized weights",
+        "quantized matmuls equal those of the dequantized weights",
         kernels.quantized_product,
         "update MLX; until then load with --dequantize",
     ),
@@ -63,7 +61,7 @@ CHECKS = (
         REPORT + " (on an M5, set MLX_ENABLE_TF32=0 and try again)",
     ),
     Check(
-        "a step of four streams gives the results of each alone",
+        "a step of four streams equals four separate steps",
         streams.shared_step,
         REPORT + "; start engine sessions with shared=False",
     ),
@@ -78,7 +76,7 @@ CHECKS = (
         "decoding gets slower with each trace: set MLX_STREAM_COMPILE=0, and report it",
     ),
     Check(
-        "seeds decide what is drawn",
+        "seeds determine the draws",
         streams.seeds,
         "--seed does not reproduce a text here: update MLX, and report it",
     ),
@@ -91,12 +89,12 @@ CHECKS = (
 
 
 def run(model: Model) -> Iterator[CheckResult]:
-    """Run every check in a model's shapes; yield each result when it is known."""
+    """Run every check with a model's shapes; yield each result as soon as it is known."""
     for one in CHECKS:
         try:
             found = one.check(model)
-        except (RuntimeError, ValueError) as error:  # MLX's own: a kernel that failed, say
-            found = CheckOutcome(False, f"MLX refused: {one_line(error, 200)}")
+        except (RuntimeError, ValueError) as error:  # raised by MLX, for example if a kernel failed
+            found = CheckOutcome(False, f"MLX error: {one_line(error, 200)}")
         yield CheckResult(
             one.name, found.holds, found.what, one.advice if found.holds is False else ""
         )

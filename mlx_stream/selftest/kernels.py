@@ -1,4 +1,4 @@
-"""Checks of single operations in a model's shapes, against numpy; independent of streams."""
+"""Checks single operations against numpy, with a model's shapes; independent of streams."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ import numpy as np
 from mlx_stream import backend
 from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.stream import CLOCK_LIMIT
-from mlx_stream.config import RopeConfig
 from mlx_stream.errors import one_line
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
+from mlx_stream.rope import RopeConfig
 from mlx_stream.selftest import reference
-from mlx_stream.window import PREFILL_CHUNK
 
-# The allowed error of numbers of about 1: float32's includes the angles' rounding near the clock's
-# limit, and the reduced precision of an M5.
+# The allowed error for numbers of around 1. For float32 it includes the rounding of angles near the
+# clock's limit and the reduced precision of an M5.
 ALLOWED = {mx.float32: 1e-2, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 ROWS = 2_052  # rows of a buffer with 4 sinks and the default window
-FEW = 8  # queries at once that the kernel for one query still takes
+FEW = 8  # the most queries that the single-query kernel still accepts at once
 
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """Whether a check holds (None if it does not apply), and what it found."""
+    """Whether a check passed (None if it does not apply), and what it found."""
 
     holds: bool | None
     what: str
@@ -44,12 +44,12 @@ def random(model: Model, *shape: int, seed: int = 0) -> mx.array:
 
 
 def plain(array: mx.array) -> np.ndarray:
-    """Return float64 values without the batch axis."""
+    """Return the values of an array as float64, without the batch axis."""
     return np.array(array.astype(mx.float32)).astype(np.float64)[0]
 
 
 def worst(one: np.ndarray, other: np.ndarray) -> float:
-    """Return the largest difference; it is infinite if one of the numbers is NaN."""
+    """Return the largest difference; infinite if any of the numbers is NaN."""
     difference = np.abs(one - other).max(initial=0.0)
     return float(difference) if np.isfinite(difference) else float("inf")
 
@@ -61,13 +61,13 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def kinds_of_rotation(model: Model) -> set[Rope]:
-    """Return the rotations of the model's layers, and one of part of a head: another kernel."""
+    """Return the rotations of the model's layers, and a partial one, which uses another kernel."""
     part = RopeConfig(partial_rotary_factor=0.75)
     return {*model.attention.ropes, Rope(part, model.config.head_dim)}
 
 
 def rotation(model: Model) -> CheckOutcome:
-    """Rotate rows to positions up to the clock's limit, and all of them there and back."""
+    """Check rotating rows to positions up to the clock's limit, and rotating them back."""
     config, off = model.config, 0.0
     heads = config.num_attention_heads + config.num_key_value_heads
     places = ((1, 0), (1, CLOCK_LIMIT - 1), (9, 1_000), (9, CLOCK_LIMIT - 9))
@@ -87,7 +87,7 @@ def rotation(model: Model) -> CheckOutcome:
 
 
 def attention(model: Model) -> CheckOutcome:
-    """Attend as a decode step and a chunk do, with their masks."""
+    """Check attention as computed by a decode step and by a chunk, with their masks."""
     off = 0.0
     for queries, keys, values, scale, mask in calls(model):
         found = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
@@ -102,7 +102,7 @@ def attention(model: Model) -> CheckOutcome:
 
 
 def fused_attention(model: Model) -> CheckOutcome:
-    """Ask for the fused kernel, which MLX refuses where it has none."""
+    """Check that MLX has a fused kernel for each shape, by requiring it to use one."""
     if not backend.on_metal():
         return CheckOutcome(None, "not applicable: the CPU has no fused kernel")
     refused = []
@@ -117,14 +117,14 @@ def fused_attention(model: Model) -> CheckOutcome:
             refused.append(f"{queries.shape[2]} tokens: {one_line(error, 120)}")
     head_dim = model.config.head_dim
     if refused:
-        return CheckOutcome(False, f"heads of {head_dim} numbers, {'; '.join(refused)}")
-    return CheckOutcome(True, f"heads of {head_dim} numbers, 1 to {PREFILL_CHUNK} tokens at once")
+        return CheckOutcome(False, f"head size {head_dim}, {'; '.join(refused)}")
+    return CheckOutcome(True, f"head size {head_dim}, 1 to {PREFILL_CHUNK} tokens at once")
 
 
 def calls(
     model: Model,
 ) -> Iterator[tuple[mx.array, mx.array, mx.array, float, mx.array | None]]:
-    """Yield the arguments of attention: queries, keys, values, scale, mask."""
+    """Yield arguments for attention calls: queries, keys, values, scale, mask."""
     config = model.config
     shape = (ROWS, config.head_dim)
     keys = random(model, 1, config.num_key_value_heads, *shape, seed=1)
@@ -136,9 +136,9 @@ def calls(
         if tokens == 1:
             yield queries, keys, values, scale, None
         seen: Any = chosen.random((tokens, ROWS)) < 0.5
-        seen[:, 0] = True  # a row without any key has no result
+        seen[:, 0] = True  # the result of a row without any keys is undefined
         yield queries, keys, values, scale, mx.array(seen)
-    # A chunk that moves the oldest token: the sinks' scores come in the mask, all in float32.
+    # A chunk that moves the oldest token: the mask carries the sinks' scores, all in float32.
     shape = (1, config.num_attention_heads, PREFILL_CHUNK, ROWS)
     added = mx.array(np.where(chosen.random(shape) < 0.5, -1e30, 0.0).astype(np.float32))
     added[..., :4] = mx.array(chosen.standard_normal((*shape[:-1], 4)).astype(np.float32))
@@ -147,7 +147,7 @@ def calls(
 
 
 def quantized_product(model: Model) -> CheckOutcome:
-    """Multiply with packed weights, and with the same weights dequantized."""
+    """Check products with packed weights against products with the same weights dequantized."""
     config = model.config
     inputs, outputs = config.hidden_size, config.intermediate_size
     group = next((size for size in (64, 32) if inputs % size == 0), None)

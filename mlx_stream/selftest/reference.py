@@ -1,4 +1,4 @@
-"""Rotation and attention in numpy, in float64: the reference for a device.
+"""Rotation and attention in numpy, in float64: the reference that a device is checked against.
 
 Shapes: H query heads, K key heads, T queries, N keys, D head dimension.
 """
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def rotate(x: np.ndarray, places: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """Turn rows x (heads, T, D) to places (T,): d with d + n, for n frequencies."""
+    """Rotate rows x (heads, T, D) to positions (T,), pairing d with d + n for n frequencies."""
     angles = np.asarray(places, np.float64)[:, None] * frequencies
     pairs = len(frequencies)
     first, second, rest = np.split(x.astype(np.float64), [pairs, 2 * pairs], axis=-1)
@@ -41,9 +41,9 @@ def attend(
 
 
 class SlowStream:
-    """One layer of a stream, as a list of unrotated keys: sinks, and a window that only moves on.
+    """One layer of a stream, as a list of unrotated keys: sinks and a forward-only window.
 
-    With 2 sinks and a window of 3, token 6 attends to 0, 1, 4, 5, 6 at places 0, 1, 2, 3, 4.
+    With 2 sinks and a window of 3, token 6 attends to 0, 1, 4, 5, 6 at positions 0, 1, 2, 3, 4.
     """
 
     def __init__(self, sinks: int, window: int, scale: float, frequencies: np.ndarray):
@@ -52,7 +52,7 @@ class SlowStream:
         self.rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def read(self, token: int, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-        """Return a token's attention to all that it sees, itself included: (H, 1, D).
+        """Return a token's attention to all that it sees, including itself: (H, 1, D).
 
         Args:
             query, key, value: (H, 1, D), (K, 1, D) and (K, 1, D), unrotated.

@@ -1,6 +1,6 @@
-"""Checks of streams: places, chunks, buffers in place, one trace, seeds, saved streams.
+"""Checks of streams: positions, chunks, in-place updates, single tracing, seeds, saved streams.
 
-Windows are small and their contents random, so that each is past its wrap at once.
+Windows are small, so that each one soon wraps around; their contents are random.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from mlx_stream.generate.requests import ReadRequest, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.load import Model
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.selftest import reference
 from mlx_stream.selftest.kernels import (
@@ -32,24 +33,23 @@ from mlx_stream.selftest.kernels import (
     within,
     worst,
 )
-from mlx_stream.window import PREFILL_CHUNK
 
 SINKS, WINDOW = 4, 24
-AROUND_THE_LIMIT = 60  # tokens read before the clock is lowered, and after
+AROUND_THE_LIMIT = 60  # tokens read before and after the clock is lowered
 LARGE = 2_048
 STEPS = 32
-# The share of the logits' spread (root mean square) that a different order of sums may change.
+# The change that a different summation order may cause, relative to the spread (RMS) of logits.
 SPREAD = {mx.float32: 1e-2, mx.float16: 3e-2, mx.bfloat16: 2e-1}
 
 
 def places(model: Model) -> CheckOutcome:
-    """Read tokens, singly and in chunks, across a lowered clock; compare each kind of layer."""
+    """Read tokens one by one and in chunks while the clock is lowered; compare each layer kind."""
     off = max(places_of_layer(model, rope) for rope in kinds_of_rotation(model))
     return within(off, ALLOWED[model.dtype])
 
 
 def places_of_layer(model: Model, rope: Rope) -> float:
-    """Return the largest difference of one layer's attention from numpy's."""
+    """Return the largest difference between one layer's attention and numpy's."""
     one_layer = replace(model.attention, ropes=(rope,))
     cache = StreamCache(one_layer, SINKS, WINDOW, dtype=model.dtype)
     slow = reference.SlowStream(SINKS, WINDOW, cache.shape.scale(0), rope.frequencies)
@@ -80,7 +80,7 @@ def heads_of(model: Model, token: int) -> mx.array:
 
 
 def parts(model: Model, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return them separately: (H, 1, D), (K, 1, D), (K, 1, D)."""
+    """Return a token's queries, keys and values: (H, 1, D), (K, 1, D), (K, 1, D)."""
     queries = model.config.num_attention_heads
     ends = [queries, queries + model.config.num_key_value_heads]
     query, key, value = np.split(plain(heads_of(model, token)), ends)
@@ -88,7 +88,7 @@ def parts(model: Model, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def begin_at(cache: StreamCache, model: Model, slow: reference.SlowStream, length: int) -> None:
-    """Bring a stream and the reference to their state after `length` tokens."""
+    """Put a stream and the reference into their state after `length` tokens."""
     geometry = cache.geometry
     oldest = length - geometry.window
     shape = (model.config.num_key_value_heads, geometry.rows, model.config.head_dim)
@@ -108,14 +108,14 @@ def begin_at(cache: StreamCache, model: Model, slow: reference.SlowStream, lengt
 
 
 def chunks(model: Model) -> CheckOutcome:
-    """Read the same ids one by one and in chunks, past the wrap, and compare the predictions."""
+    """Read more ids than the ring holds, one by one and in chunks, and compare the predictions."""
     ids = some_ids(model, 3 * (SINKS + WINDOW))
     single, *others = (logits(model, ids, chunk) for chunk in (1, 7, PREFILL_CHUNK))
     return within(max(distance(other, single) for other in others), SPREAD[model.dtype])
 
 
 def shared_step(model: Model) -> CheckOutcome:
-    """Decode four streams in shared steps and each alone, past the wrap, and compare."""
+    """Decode four streams with wrapped rings, in shared steps and separately, and compare."""
     off, texts = 0.0, [some_ids(model, SINKS + WINDOW + 9 * one)[9 * one :] for one in range(4)]
     kinds = [model.new_cache(SINKS, WINDOW) for _ in range(8)]
     streams = [TokenStream(model, cache) for cache in kinds]
@@ -138,17 +138,17 @@ def some_ids(model: Model, count: int) -> list[int]:
 
 
 def logits(model: Model, ids: list[int], chunk: int) -> np.ndarray:
-    """Return the logits after each of the last tokens, which a full window predicts."""
+    """Return the logits after each of the last tokens, computed with a full window."""
     stream = TokenStream(model, model.new_cache(SINKS, WINDOW))
     hidden = mx.concatenate([*stream.steps(ids, chunk)], axis=1)[:, -(SINKS + WINDOW) :]
     return plain(model.network.logits(hidden))
 
 
 def in_place(model: Model) -> CheckOutcome:
-    """Decode at a full window and measure the peak of memory.
+    """Decode with a full window and measure peak memory.
 
-    A step itself needs as much as at a small window, and the scores of a few layers, which the CPU
-    frees late. A copy of a buffer is as large as the buffer.
+    A step itself needs as much as with a small window, plus the scores of a few layers, which the
+    CPU frees late. A copied buffer would add its whole size.
     """
     _, large = model.resolve_window(SINKS, None)
     small, large = WINDOW, min(large, LARGE)
@@ -168,13 +168,13 @@ def in_place(model: Model) -> CheckOutcome:
 
 
 def rise(model: Model, window: int) -> int:
-    """Return by how many bytes the peak of active memory rises in a few steps."""
+    """Return by how many bytes peak active memory rises in a few steps."""
     fill(cache := model.new_cache(SINKS, window))
     tokens = generate(TokenStream(model, cache), [0], greedy(), 2 * STEPS)
     mx.reset_peak_memory()
     before = (
         mx.get_active_memory()
-    )  # memory with one buffer each, before a step could have left another
+    )  # measured before a step can leave a second copy of a buffer behind
     for _ in range(STEPS):
         next(tokens)
     return mx.get_peak_memory() - before
@@ -195,7 +195,7 @@ def greedy() -> Sampler:
 
 
 def traced_once(model: Model) -> CheckOutcome:
-    """Decode across a lowered clock and count the traces made on the way."""
+    """Decode while the clock is lowered, and count the traces made in the process."""
     cache = model.new_cache(SINKS, WINDOW)
     fill(cache, cache.clock_limit - STEPS // 2)
     tokens = generate(TokenStream(model, cache), [0], greedy(), 2 * STEPS)
@@ -213,7 +213,7 @@ def traced_once(model: Model) -> CheckOutcome:
 
 
 def seeds(model: Model) -> CheckOutcome:
-    """Draw twice with one seed, then with another seed and with none, also on another thread."""
+    """Sample twice with one seed, then with another seed and with none, also on another thread."""
     level = mx.zeros(model.config.vocab_size)
 
     def drawn(seed: int) -> list[int]:
@@ -240,7 +240,7 @@ def seeds(model: Model) -> CheckOutcome:
 
 
 def snapshot_restores(model: Model) -> CheckOutcome:
-    """Write a stream past its wrap to a file, read it back, and continue both."""
+    """Save a stream after its ring has wrapped, restore it from the file, and continue both."""
     ids = some_ids(model, 2 * (SINKS + WINDOW))
     stream = TokenStream(model, model.new_cache(SINKS, WINDOW))
     for _ in stream.steps(ids):

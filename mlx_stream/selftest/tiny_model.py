@@ -1,4 +1,4 @@
-"""Makes a small random model in the shapes of a family; fetches nothing."""
+"""Makes a small random model with a real architecture; fetches nothing."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from mlx_stream.config import read_config
 from mlx_stream.load import Model, build_model, named_dtype
 from mlx_stream.models.layout import Vector, layout_of
 
-# As in Llama 3: four query heads to each key head, its rotary frequencies, a tied head. As in a
-# SmolLM3, one of the two layers has no rotary positions.
+# As in Llama 3: four query heads per key head, its rotary frequencies, a tied head. As in SmolLM3,
+# some layers (here one of two) have no rotary positions.
 CONFIG: dict[str, Any] = {
     "model_type": "smollm3",
     "no_rope_layers": [1, 0],

@@ -39,10 +39,10 @@ from mlx_stream.errors import (
     ValueRefused,
     WeightsError,
 )
+from mlx_stream.models.window import THINKING_WINDOWS
 from mlx_stream.server.conversation import DIGEST_BYTES, TURN_BYTES, Conversation, Digests
 from mlx_stream.text.pieces import Piece
 from mlx_stream.text.tool_calls import ToolCall
-from mlx_stream.window import THINKING_WINDOWS
 
 DEFAULT_STREAMS = 4
 

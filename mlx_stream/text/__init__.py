@@ -1,1 +1,1 @@
-"""Text <-> token ids, chat templates, and ids -> pieces of text; independent of models."""
+"""Converts text to token ids and back, and renders chat templates; independent of models."""

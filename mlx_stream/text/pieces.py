@@ -1,4 +1,4 @@
-"""Sampled ids -> final pieces of text: thinking, answer, stop strings; independent of streams."""
+"""Turns sampled ids into final text: thinking, answer, stop strings; independent of streams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mlx_stream.text.tool_calls import CallReader, CallStyle, ToolCall
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """The natural logarithm of a token's probability, according to the model alone.
+    """The natural logarithm of a token's probability under the model, before any sampling option.
 
     Attributes:
         id: the token's id.
@@ -34,16 +34,17 @@ class Piece:
         finish: on the last piece, why the text ended: end, stop, length, or superseded by another
             request to the same conversation.
         attended: on the last piece of a conversation's reply, the number of attended tokens.
-        evicted_exchanges, evicted_tokens: on the same piece, how many left attention in this turn.
+        evicted_exchanges, evicted_tokens: on the same piece, how many were evicted in this turn.
         thinking: a part of the model's thinking, which is not part of the answer.
-        read, written: on the last piece, the tokens read for this reply and those of the reply.
-        thinking_tokens: on the same piece, those of the reply that are not of its answer.
-        settled: on the same piece, the tokens read again since the reply before, so that the
-            stream held what the template renders.
-        logprobs: if asked for, of each token sampled since the piece before.
-        recalled: on the last piece, the earlier exchanges that were quoted before the question,
-            as they were quoted.
-        recalled_tokens: on the same piece, the tokens of the quotation.
+        read, written: on the last piece, the numbers of tokens read for this reply and written in
+            it.
+        thinking_tokens: on the same piece, how many of these are not part of the answer.
+        settled: on the same piece, the number of tokens reread since the previous reply so that the
+            stream matches the template's rendering.
+        logprobs: if requested, the log-probabilities of each token sampled since the previous
+            piece.
+        recalled: on the last piece, the quotations of earlier exchanges that preceded the question.
+        recalled_tokens: on the same piece, the length of the quotation in tokens.
     """
 
     text: str
@@ -71,12 +72,12 @@ class StopMatcher:
         self.pending = ""
         self._longest = (
             max(map(len, self.stops), default=1) - 1
-        )  # the longest text that may have begun
+        )  # the longest part of a stop string that may be held back
 
     def add(self, text: str) -> tuple[str, bool]:
         """Return the text that is final, and whether a stop string follows it.
 
-        Of several that overlap, the one that ends first stops the text.
+        If several stop strings overlap, the one that ends first stops the text.
         """
         self.pending += text
         found = [(at + len(s), at) for s in self.stops if (at := self.pending.find(s)) >= 0]
@@ -89,7 +90,7 @@ class StopMatcher:
         return final, False
 
     def flush(self) -> str:
-        """Return the text held back, at the end of the reply."""
+        """Return the text still held back when the reply ends."""
         held, self.pending = self.pending, ""
         return held
 
@@ -105,12 +106,12 @@ class StopMatcher:
 class ReplyDecoder:
     """Turn sampled ids into pieces of text.
 
-    With `remember`, `final_ids` tells which ids make up the final text. Without, nothing grows with
-    the length of the text.
+    With `remember`, `final_ids` tells which ids make up the final text. Without it, memory use does
+    not grow with the length of the text.
 
     Args:
-        thinking: what a model that thinks may write; None for others.
-        call_style: how the model calls tools, if it has any.
+        thinking: the rules for replies of a thinking model; None for other models.
+        call_style: how the model calls tools, if it has tools.
     """
 
     def __init__(
@@ -126,20 +127,20 @@ class ReplyDecoder:
         self.reader = self.rules.reader()
         self.call_style, self.call_reader = call_style, CallReader(call_style)
         self.count = 0
-        self.answer_count = 0  # how many ids were read since the answer began
+        self.answer_count = 0  # how many ids have been added since the answer began
         self.ids: list[int] = []
-        self._decoded = 0  # how many of the ids are in the text
-        self.text = ""  # all decoded text, thinking and marks included
-        self.answer_at = 0  # where the answer begins in it
-        self._thought = ""  # thinking not yet taken
+        self._decoded = 0  # how many of the ids have been decoded
+        self.text = ""  # all decoded text, including thinking and markers
+        self.answer_at = 0  # where the answer begins in the text
+        self._thought = ""  # thinking not yet returned
         self.ends: list[int] = []  # the length of the text after each id
-        self.final = 0  # the length of the text returned
+        self.final = 0  # the length of the text returned so far
         self.stopped = False
-        self.finish = "interrupted"  # until it ends in another way
+        self.finish = "interrupted"  # until it ends some other way
 
     def add(self, token: int) -> str:
-        """Take a sampled id; return the text that became final."""
-        if self.remember:  # an interrupt between the two leaves an end without an id: harmless
+        """Add a sampled id; return the text that has become final."""
+        if self.remember:  # an interrupt in between leaves an end without an id, which is harmless
             self.ends.append(len(self.text))
             self.ids.append(token)
         self.count += 1
@@ -149,35 +150,35 @@ class ReplyDecoder:
         return text
 
     def begin_with(self, ids: Sequence[int]) -> None:
-        """Take the ids of a beginning that is given and not sampled; limits do not count them."""
+        """Add the ids of a beginning that was given, not sampled; limits ignore them."""
         for id in ids:
             self.add(id)
         self.answer_count = 0
         self.take_thinking()
 
     def take_thinking(self) -> str:
-        """Return the thinking that became final since the last call."""
+        """Return the thinking that has become final since the last call."""
         thought, self._thought = self._thought, ""
         return thought
 
     @property
     def thinking(self) -> str:
-        """All the thinking, without whitespace around it."""
+        """All the thinking, without surrounding whitespace."""
         return self.reader.thinking.strip()
 
     @property
     def calls(self) -> tuple[ToolCall, ...]:
-        """The tools that the reply calls, once it is flushed."""
+        """The reply's tool calls, available once it has been flushed."""
         return self.call_reader.calls
 
     def left(self, limit: int) -> int:
-        """Return how many more ids may come: of an answer of `limit` ids, or of its thinking."""
+        """Return how many more ids the answer (at most `limit` ids) or the thinking may have."""
         if self.reader.phase is Phase.THINKING:
             return self.rules.limit - self.count
         return limit - self.answer_count
 
     def cut_thinking(self) -> tuple[int, ...]:
-        """End the thinking, and return the ids for that; what follows is the answer."""
+        """End the thinking and return the ids that end it; the answer follows."""
         for id in self.rules.cut:
             self.add(id)
         self.reader.phase = Phase.ANSWER
@@ -188,16 +189,16 @@ class ReplyDecoder:
         self.final, self.stopped = min(self.final, self.answer_at + length), True
 
     def is_end(self, token: int) -> bool:
-        """Return whether an id ends the answer that it follows, apart from those that always do."""
+        """Return whether an id ends the reply here, not counting ids that end any reply."""
         return token in self.rules.ends and self.reader.phase is Phase.ANSWER
 
     def flush(self) -> str:
-        """Return the text held back; no more ids come."""
+        """Return the text held back; no more ids may follow."""
         if self.stopped:
             return ""
         if self._decoded != len(self.ids):
             self._decode_again()
-        self._decoded = -1  # an interrupt loses what the decoder held: then all is decoded again
+        self._decoded = -1  # an interrupt loses the decoder's text; then all ids are decoded again
         text = self._advance(self.decoder.flush(), last=True) if self.count else ""
         self._decoded = len(self.ids)
         if self.stopped:
@@ -207,10 +208,10 @@ class ReplyDecoder:
         return text + rest
 
     def final_ids(self, trim: bool = False) -> tuple[int, str]:
-        """Return how many ids lie within the final text, and the text that follows them.
+        """Return how many ids lie within the final text, and the final text that follows them.
 
-        A stop string may begin in the middle of an id. `trim` leaves out the whitespace at the end
-        of the text, for templates that do.
+        A stop string may begin in the middle of an id. `trim` drops trailing whitespace, for
+        templates that do so.
         """
         final = self.final if self.stopped else len(self.text)
         if trim:
@@ -220,8 +221,8 @@ class ReplyDecoder:
         count = self._ids_within(final)
         if self._end(count) == final:
             return count, ""
-        # The stop string begins inside an id. That id goes, with the ids before it that hold the
-        # first bytes of a character that it completes.
+        # The stop string begins inside an id. Drop that id, along with any preceding ids that hold
+        # the first bytes of a character it completes.
         start = self._end(count - 1)
         return self._ids_within(start), self.text[start:final]
 
@@ -233,7 +234,7 @@ class ReplyDecoder:
         return text.rstrip() if trim else text
 
     def _decode_again(self) -> None:
-        """Decode all ids once more: an interrupt cut `add` short."""
+        """Decode all ids again, because an interrupt cut `add` short."""
         self.decoder.flush()
         self.text, self.ends, self.reader = "", [], self.rules.reader()
         self.call_reader = CallReader(self.call_style)
@@ -246,7 +247,7 @@ class ReplyDecoder:
         return self.ends[count - 1] if count else 0
 
     def _ids_within(self, length: int) -> int:
-        """Return the fewest ids whose text has at least this length."""
+        """Return the smallest number of ids whose text has at least this length."""
         return next(k for k in range(len(self.ids) + 1) if self._end(k) >= length)
 
     def _advance(self, text: str, last: bool = False) -> str:
@@ -259,7 +260,7 @@ class ReplyDecoder:
         return final
 
     def _read(self, text: str, last: bool = False) -> str:
-        """Take decoded text; return what of it is known to be the answer's."""
+        """Add decoded text; return the part that is known to belong to the answer."""
         if self.remember:
             self.text += text
         before = self.reader.phase

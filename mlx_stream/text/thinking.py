@@ -1,4 +1,4 @@
-"""Separates a model's thinking from its answer while the reply is written."""
+"""Separates a model's thinking from its answer as the reply is written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,13 @@ class ThinkingStyle:
     """How a family of models marks its thinking in a reply.
 
     Attributes:
-        openings: texts that begin thinking; the first is the usual one.
-        closing: the text that ends it.
-        answers: texts that may stand before the answer.
-        cut: what is read to end thinking that is too long; it includes `closing`.
-        sign: a text that every template of such a model contains.
-        ends: special tokens among these texts that end a reply once the answer has begun.
+        openings: strings that begin thinking; the first is the usual one.
+        closing: the string that ends it.
+        answers: strings that may precede the answer.
+        cut: the string that is read to end thinking that is too long; it includes `closing`.
+        sign: a string that every template of such a model contains.
+        ends: special tokens among these strings that end a reply once the answer has begun: the
+            template would take what they begin for thinking.
     """
 
     openings: tuple[str, ...]
@@ -27,11 +28,11 @@ class ThinkingStyle:
 
     @property
     def texts(self) -> str:
-        """All of its texts; the special tokens in them do not end a reply."""
+        """All of the style's strings; the special tokens in them do not end a reply."""
         return " ".join((*self.openings, self.closing, *self.answers, self.cut))
 
 
-# OpenAI's Harmony: every part of a reply names its channel, and the first lacks this beginning.
+# OpenAI's Harmony: every part of a reply names its channel, and the first part lacks this prefix.
 PART = "<|start|>assistant"
 ANALYSIS = "<|channel|>analysis<|message|>"
 ANSWERS = ("<|channel|>final<|message|>", "<|channel|>commentary<|message|>")
@@ -44,14 +45,16 @@ STYLES = (
         "<|channel|>analysis",
         ("<|start|>", "<|end|>"),
     ),
-    ThinkingStyle(("<|channel>thought\n",), "<channel|>", (), "\n<channel|>", "<channel|>"),
-    ThinkingStyle(("[THINK]",), "[/THINK]", (), "[/THINK]", "[/THINK]"),
-    ThinkingStyle(("<think>",), "</think>", (), "\n</think>\n\n", "</think>"),
+    ThinkingStyle(
+        ("<|channel>thought\n",), "<channel|>", (), "\n<channel|>", "<channel|>", ("<|channel>",)
+    ),
+    ThinkingStyle(("[THINK]",), "[/THINK]", (), "[/THINK]", "[/THINK]", ("[THINK]",)),
+    ThinkingStyle(("<think>",), "</think>", (), "\n</think>\n\n", "</think>", ("<think>",)),
 )
 
 
 def style_of(source: str) -> ThinkingStyle | None:
-    """Return the style of thinking that a template's source knows, if any."""
+    """Return the style of thinking that a template's source uses, if any."""
     return next((style for style in STYLES if style.sign in source), None)
 
 
@@ -64,10 +67,10 @@ class Phase(Enum):
 
 
 class ThinkingReader:
-    """Split a reply into thinking and answer; text that may be a mark is held back.
+    """Split a reply into thinking and answer; text that may be a marker is held back.
 
     Args:
-        style: None if the model does not think: then all is answer.
+        style: None if the model does not think; then everything is the answer.
         inside: whether the reply begins inside thinking, because the request opened it.
 
     Attributes:
@@ -105,14 +108,14 @@ class ThinkingReader:
             self._ended = True
 
     def flush(self) -> tuple[str, str]:
-        """Return what was held back; no more text comes."""
+        """Return what was held back; no more text may follow."""
         held, self._pending = self._pending, ""
         if self.phase is Phase.THINKING:
             return self._thought(held), ""
         return "", "" if self.thinking and not held.strip() else held
 
     def _begin(self, style: ThinkingStyle) -> bool:
-        """Find out what begins; return whether it is known."""
+        """Determine what comes next; return whether that is known yet."""
         text = self._pending.lstrip()
         for marks, phase in ((style.openings, Phase.THINKING), (style.answers, Phase.ANSWER)):
             for mark in marks:
@@ -135,7 +138,7 @@ class ThinkingReader:
 
 @dataclass(frozen=True)
 class ThinkingRules:
-    """What a reply of one model may hold, in ids.
+    """What a model's reply may contain, in ids.
 
     Attributes:
         style: None if the model does not think.
@@ -155,7 +158,7 @@ class ThinkingRules:
 
 
 def overlap(text: str, mark: str) -> int:
-    """Return the length of the longest suffix of a text that is a prefix of a mark."""
+    """Return the length of the longest suffix of `text` that is a prefix of `mark`."""
     most = min(len(text), len(mark) - 1)
     return next((n for n in range(most, 0, -1) if mark.startswith(text[-n:])), 0)
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, also one id at a time, as tokenizer.json describes it; no models."""
+"""Converts text to token ids and back, also id by id, per tokenizer.json; independent of models."""
 
 import json
 import re
@@ -17,23 +17,25 @@ from mlx_stream.text.template.chat_template import ChatTemplate
 from mlx_stream.text.valid_text import check_text
 
 T = TypeVar("T")
-# The special tokens that a chat template may name.
+# The special tokens that a chat template may refer to.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
-# A text that follows another one is encoded behind the first of these that the tokenizer does not
-# merge with it; the ids of this character are then dropped.
+# Text that follows other text is encoded after the first of these characters that the tokenizer
+# does not merge with it; that character's ids are then dropped.
 LEADS = ("\n", ".", "a")
 
 REPLACEMENT = "\ufffd"
 ORDINARY = re.compile(r"[\s▁]*|[ -~]")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Ids that a decoder's window keeps after their text is out. One is enough to be past the start of
-# the text, where decoders drop a space. Four cover the three bytes of an unfinished character.
+# How many ids a decoder's window keeps after returning their text. One is enough to be past the
+# start of the text, where decoders drop a space. Four cover the three bytes of an unfinished
+# character.
 WINDOW = 4
-# What patterns may cost that read a run of white space or digits again from each character: the
-# sum of the squares of the runs' lengths. One of 10,000 characters takes up to 0.9 s.
+# The maximum cost of patterns that rescan a run of whitespace or digits from each of its
+# characters: the sum of the squares of the runs' lengths. A run of 10,000 characters takes up to
+# 0.9 s.
 MAX_SLOW_STEPS = 100_000_000
-# The most bytes of byte tokens that wait for the rest of their text.
+# The most bytes from byte tokens that are held back while their text is incomplete.
 MAX_RUN = 32
 
 # How byte-level vocabularies write bytes: printable ones of Latin-1 as themselves, the others as
@@ -46,10 +48,10 @@ BYTES_OF_CHARACTERS = {chr(byte): byte for byte in PRINTABLE} | {
 
 
 def check_runs(backend: tokenizers.Tokenizer, text: str) -> None:
-    """Refuse a text with runs that take slow patterns too long: quadratic in their length.
+    """Refuse text with runs on which slow patterns, quadratic in run length, take too long.
 
     Raises:
-        TextError: it has such runs.
+        TextError: the text has such runs.
     """
     if backend.normalizer:
         normalize = backend.normalizer.normalize_str
@@ -67,12 +69,12 @@ class Tokenizer:
     """A model's tokenizer: text to ids and back.
 
     Attributes:
-        eos_ids: every id that ends a reply by config.json, generation_config.json or
+        eos_ids: every id that ends a reply according to config.json, generation_config.json or
             tokenizer_config.json.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, tokenizer_config: Mapping[str, Any]):
-        # A tokenizer.json may hold the limits it was trained with; here a text has any length.
+        # A tokenizer.json may contain length limits from training; here text may have any length.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -85,8 +87,8 @@ class Tokenizer:
         """Build the tokenizer of a checkpoint.
 
         Raises:
-            TokenizerError: tokenizer.json cannot be read or is not supported, its parts do not fit
-                together, or an end token is not in it.
+            TokenizerError: tokenizer.json cannot be read, is not supported, is inconsistent, or
+                lacks an end token.
         """
         slow = check_tokenizer(checkpoint.tokenizer)
         read = tokenizers.Tokenizer.from_str
@@ -99,24 +101,24 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of tokens, added ones included; a model's output may be wider."""
+        """The number of tokens, including added ones; a model's output may be wider."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def vocabulary(self) -> dict[str, int]:
-        """Return every token's id, added ones included."""
+        """Return every token's id, including those of added tokens."""
         return self._backend.get_vocab(with_added_tokens=True)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids of special tokens, which stand for no text and which `decode` leaves out."""
+        """The ids of special tokens, which represent no text and which `decode` skips."""
         added = self._backend.get_added_tokens_decoder()
         return frozenset(id for id, token in added.items() if token.special)
 
     @cached_property
     def added_texts(self) -> Mapping[int, str]:
-        """The texts of added tokens by id, special or not.
+        """The text of each added token, special or not, by id.
 
-        White space and single characters, which some vocabularies add as plain text, are left out.
+        Whitespace and single characters, which some vocabularies add as plain text, are left out.
         """
         added = self._backend.get_added_tokens_decoder().items()
         return {id: token.content for id, token in added if not ORDINARY.fullmatch(token.content)}
@@ -125,10 +127,10 @@ class Tokenizer:
     def template(self) -> ChatTemplate | None:
         """The chat template, or None if the model has none.
 
-        It is compiled on first use: a model whose template is refused still completes text.
+        It is compiled on first use, so a model whose template is refused can still complete text.
 
         Raises:
-            TemplateError: it is refused.
+            TemplateError: the template is refused.
         """
         tokens = {name: special_token(self._tokenizer_config, name) for name in NAMED_TOKENS}
         named = {name: token for name, token in tokens.items() if token}
@@ -140,12 +142,12 @@ class Tokenizer:
         )
 
     def encode(self, text: str, special: bool = True, behind_text: bool = False) -> list[int]:
-        """Return the ids of a text of any length.
+        """Return the ids of `text`, which may have any length.
 
         Args:
-            special: add what the tokenizer adds to plain text, such as a BOS. The text of a chat
-                template holds its own special tokens.
-            behind_text: the text follows another one, so its first word gets no space.
+            special: add the tokens that the tokenizer adds to plain text, such as BOS. Text from a
+                chat template contains its own special tokens.
+            behind_text: the text follows other text, so no space is added before its first word.
 
         Raises:
             TextError: the text has a lone surrogate.
@@ -159,12 +161,12 @@ class Tokenizer:
 
     @cached_property
     def _puts_a_space_first(self) -> bool:
-        """Whether a text's first word gets a space that no later word gets (SentencePiece)."""
+        """Whether a space is added before a text's first word, as SentencePiece does."""
         lead, word, both = (self._encode(text) for text in (LEADS[0], "a", f"{LEADS[0]}a"))
         return both != lead + word
 
     def find(self, text: str, ids: Container[int]) -> list[tuple[int, int]]:
-        """Return where a text is read as one of these ids: begin and end, in characters.
+        """Return the spans of text that encode to one of these ids: start and end, in characters.
 
         Raises:
             TextError: the text has a lone surrogate.
@@ -174,7 +176,7 @@ class Tokenizer:
         return [span for id, span in zip(found.ids, found.offsets, strict=True) if id in ids]
 
     def text_of(self, id: int) -> str:
-        """Return a token as the vocabulary writes it, "" if there is none."""
+        """Return the token with this id as the vocabulary spells it, or "" if it is unknown."""
         return self._backend.id_to_token(id) or ""
 
     def bytes_of(self, id: int) -> bytes:
@@ -209,10 +211,10 @@ class Tokenizer:
         return decode(self._backend, ids)
 
     def decoder(self, shown: Collection[int] = ()) -> "StreamDecoder":
-        """Return a decoder for one stream of ids, at its start.
+        """Return a decoder for a new stream of ids.
 
         Args:
-            shown: special tokens whose names are in the text.
+            shown: special tokens whose names are included in the text.
         """
         return StreamDecoder(self._backend, shown)
 
@@ -220,15 +222,15 @@ class Tokenizer:
 class StreamDecoder:
     """Turns ids into text one at a time, in bounded memory and constant time per id.
 
-    The pieces join to the text that `Tokenizer.decode` gives for all the ids together. This needs
-    no memory of the stream: the text of one more id depends only on whether a text has begun, on
-    the last three bytes (byte-level vocabularies), or on the bytes since the last token that is
-    not a byte (byte-fallback vocabularies).
+    Joined together, the pieces are the text that `Tokenizer.decode` returns for all the ids. This
+    does not require remembering the stream: the text of the next id depends only on whether any
+    text precedes it, on the last three bytes (byte-level vocabularies), or on the bytes since the
+    last token that is not a byte (byte-fallback vocabularies).
 
-    Byte tokens are the exception. A run of them is one text, and one invalid byte turns all of it
-    into replacement characters, so nothing is final before its end. At most 32 bytes wait;
-    characters before these are returned as they are, even if the run turns out to be invalid.
-    A run that is valid, or whose first 32 bytes are not, is exact at any length.
+    Byte tokens are the exception. A run of them is decoded as a whole, and one invalid byte turns
+    all of it into replacement characters, so nothing is final until the run ends. At most 32 bytes
+    are held back; the characters before them are returned even if the run turns out to be invalid.
+    Runs of any length are decoded exactly if they are valid or if their first 32 bytes are not.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, shown: Collection[int] = ()):
@@ -241,16 +243,16 @@ class StreamDecoder:
         self._restart()
 
     def _restart(self) -> None:
-        # The last ids, and how many characters of their text were returned.
+        # The last ids, and how many characters of their text have been returned.
         self._window: list[int] = []
         self._sent = 0
-        # The byte tokens at the end of the window whose text is not final; `broken` once they are
-        # known to be invalid.
+        # The bytes at the end of the window whose text is not final yet; `_broken` is set once they
+        # are known to be invalid.
         self._run = bytearray()
         self._broken = False
 
     def add(self, id: int) -> str:
-        """Return the text that `id` makes final; "" while a character is incomplete."""
+        """Return the text that `id` completes; "" while a character is incomplete."""
         token = self._backend.id_to_token(id)
         # Ids that decoding skips must not push others out of the window.
         if not token or (token in self._special and id not in self._shown):
@@ -262,15 +264,15 @@ class StreamDecoder:
         self._broken = False
         self._window.append(id)
         text = self._decode()
-        # The last bytes may begin a character: then the text ends in a replacement character that
-        # the next id can change. One that is meant waits as well.
+        # The last bytes may be an incomplete character: the text then ends in a replacement
+        # character that the next id may change. A genuine one is held back as well.
         held = int(self._byte_level and text.endswith(REPLACEMENT))
         piece = text[self._sent : len(text) - held]
         self._shorten(held)
         return piece
 
     def flush(self) -> str:
-        """Return the rest of the text, with incomplete characters, and start again."""
+        """Return the rest of the text, including incomplete characters, and start over."""
         rest = self._decode()[self._sent :]
         self._restart()
         return rest
@@ -296,13 +298,14 @@ class StreamDecoder:
         return piece
 
     def _cut_run(self, unfinished: int) -> str:
-        """Return the complete characters of a long run, which then begins after them."""
+        """Return the complete characters of a long run and remove them from it."""
         whole = len(self._run) - unfinished
         before = self._window[: len(self._window) - len(self._run)]
         rest = self._window[len(self._window) - unfinished :]
         del self._window[len(self._window) - unfinished :]
         piece = self._decode()[self._sent :]
-        # At the start of the text, one whole character of the run shows that it has begun.
+        # At the start of the text, one whole character is kept, so that the rest is not decoded as
+        # the start.
         first = self._run[:whole].decode()[0].encode()
         self._window = before or self._window[: len(first)]
         self._sent = len(self._decode())
@@ -311,7 +314,7 @@ class StreamDecoder:
         return piece
 
     def _shorten(self, held: int = 0) -> None:
-        """Keep the last ids; of their text only the last `held` characters are not returned."""
+        """Keep only the last ids; all but `held` characters of their text have been returned."""
         del self._window[:-WINDOW]
         self._sent = len(self._decode()) - held
 
@@ -326,21 +329,21 @@ def decode(backend: tokenizers.Tokenizer, ids: Sequence[int], skip_special: bool
 
 
 def call_library(what: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Call the library; what it raises about a stranger's tokenizer.json is a TokenizerError."""
+    """Call the library; turn its errors about an untrusted tokenizer.json into TokenizerError."""
     try:
         return function(*arguments, **options)
     except BaseException as error:
-        # It raises plain Exception, and where its Rust code panics, a BaseException of this name.
+        # It raises a plain Exception or, if its Rust code panics, a BaseException with this name.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise TokenizerError(f"tokenizer.json {what}: {one_line(error)}") from error
         raise
 
 
 def repair_decoder(backend: tokenizers.Tokenizer) -> None:
-    """Set the decoder that matches the vocabulary: conversions mix up the two common kinds.
+    """Set the decoder that matches the vocabulary: some conversions mix up the two common kinds.
 
     Raises:
-        ValueError: the vocabulary is byte-level, but text is not read as bytes.
+        ValueError: the vocabulary is byte-level, but the pre-tokenizer is not.
     """
     if "ByteLevel" in step_kinds(backend.normalizer) | step_kinds(backend.pre_tokenizer):
         if "ByteLevel" not in step_kinds(backend.decoder):
@@ -350,7 +353,7 @@ def repair_decoder(backend: tokenizers.Tokenizer) -> None:
         raise ValueError(
             "its vocabulary is byte-level but its pre_tokenizer is not: convert it again"
         )
-    # A space, and a character that is read as bytes, if the vocabulary has bytes.
+    # A space, and a character that is encoded as bytes if the vocabulary has byte tokens.
     found = decode(backend, backend.encode("a a\ufdd1", add_special_tokens=False).ids)
     if "▁" in found or "<0xEF>" in found:
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -360,21 +363,21 @@ def repair_decoder(backend: tokenizers.Tokenizer) -> None:
 
 
 def is_byte_level(vocabulary: Mapping[str, int]) -> bool:
-    """Return whether many tokens begin with a space as byte-level vocabularies write it."""
+    """Return whether many tokens begin with a space in its byte-level form, "Ġ"."""
     return 20 * sum(token.startswith("Ġ") for token in vocabulary) > len(vocabulary)
 
 
 def step_kinds(stage: Any) -> set[str]:
-    """Return the types of the steps of a decoder, say, as tokenizer.json names them."""
+    """Return the types of a stage's steps, as named in tokenizer.json."""
     waiting = [json.loads(stage.__getstate__())] if stage is not None else []
-    for step in waiting:  # grows
+    for step in waiting:  # grows during the loop
         for parts in ("normalizers", "pretokenizers", "decoders"):
             waiting += step.get(parts, [])
     return {step["type"] for step in waiting}
 
 
 def unfinished_bytes(run: bytearray) -> int | None:
-    """Return how many bytes at the end begin a character, or None if the run is not UTF-8."""
+    """Return how many trailing bytes form an incomplete character; None if the run is not UTF-8."""
     try:
         run.decode()
     except UnicodeDecodeError as error:
@@ -383,7 +386,7 @@ def unfinished_bytes(run: bytearray) -> int | None:
 
 
 def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str:
-    """Return the text of a special token in either spelling, "" if there is none."""
+    """Return the text of a special token, given as a string or a mapping; "" if it is not set."""
     found = tokenizer_config.get(name)
     token = found.get("content") if isinstance(found, Mapping) else found
     if found is None:
@@ -394,9 +397,9 @@ def special_token(tokenizer_config: Mapping[str, Any], name: str) -> str:
 
 
 def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
-    """Return the chat template, or of several the one named "default"; None if there is none."""
+    """Return the chat template (if there are several, the one named "default"), or None."""
     found = tokenizer_config.get("chat_template")
-    if isinstance(found, Mapping):  # by name, as transformers holds them
+    if isinstance(found, Mapping):  # by name, as transformers stores them
         found = [{"name": name, "template": template} for name, template in found.items()]
     for entry in found if isinstance(found, list) else ():
         if isinstance(entry, Mapping) and entry.get("name") == "default":
@@ -407,7 +410,7 @@ def template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
 
 
 def find_eos_ids(backend: tokenizers.Tokenizer, checkpoint: Checkpoint) -> frozenset[int]:
-    """Return the ids of all end tokens, each checked to be in the vocabulary."""
+    """Return the ids of all end tokens, after checking that each is in the vocabulary."""
     ids = set()
     configs = {"config": checkpoint.config, "generation_config": checkpoint.generation_config}
     for where, config in configs.items():

@@ -1,4 +1,4 @@
-"""Reads the tool calls in a reply, in the shapes that chat templates write; runs no tool."""
+"""Reads the tool calls in a reply, in the formats that chat templates use; runs no tools."""
 
 import json
 import re
@@ -11,11 +11,11 @@ from mlx_stream.text.thinking import overlap
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a tool in a reply.
+    """A tool call in a reply.
 
     Attributes:
         arguments: the parsed JSON object.
-        id: names the call to the message with its result. "" if the model gave none.
+        id: identifies the call in the message with its result. "" if the model gave none.
     """
 
     name: str
@@ -28,12 +28,12 @@ class CallStyle:
     """How a family of models writes tool calls: after the answer, up to the end of the reply.
 
     Attributes:
-        signs: texts that every template of such a model contains.
-        openings: texts that begin the calls.
+        signs: strings that every template of such a model contains.
+        openings: strings that begin the calls.
         read: returns the calls in a text that begins with an opening; raises ValueError if it
             holds anything else.
         tokens: special tokens in calls. They do not end a reply.
-        leads: whether calls can only begin a reply.
+        leads: whether calls can occur only at the beginning of a reply.
     """
 
     signs: tuple[str, ...]
@@ -44,7 +44,7 @@ class CallStyle:
 
 
 def call_of(value: Any) -> ToolCall:
-    """Return the call in a parsed JSON object; raises ValueError if it is not one."""
+    """Return the call in a parsed JSON object; raise ValueError if it is not a call."""
     if not isinstance(value, dict):
         raise ValueError("not an object")
     name, id = value.get("name"), value.get("id", "")
@@ -58,7 +58,7 @@ def call_of(value: Any) -> ToolCall:
 
 
 def parse_values(text: str, between: str) -> list[Any]:
-    """Return consecutive JSON values; text between them must match a pattern."""
+    """Return consecutive JSON values; the text between them must match a pattern."""
     values, at, decoder = [], 0, json.JSONDecoder(strict=False, parse_constant=refuse_constant)
     gap = re.compile(between)
     try:
@@ -149,7 +149,7 @@ CALL_STYLES = (
 
 
 def call_style_of(source: str) -> CallStyle | None:
-    """Return the style of tool calls that a template's source knows, if any."""
+    """Return the style of tool calls that a template's source uses, if any."""
     return next((s for s in CALL_STYLES if all(sign in source for sign in s.signs)), None)
 
 
@@ -157,11 +157,11 @@ class CallReader:
     """Split an answer into its text and its tool calls; text that may be a call is held back.
 
     Args:
-        style: None if there are no tools: then all is text.
+        style: None if there are no tools; then everything is text.
 
     Attributes:
         calls: the calls, once `flush` has read them.
-        begin: how much of the answer is text; the calls follow, perhaps after whitespace.
+        begin: the length of the answer's text; the calls follow it, perhaps after whitespace.
     """
 
     def __init__(self, style: CallStyle | None):
@@ -181,11 +181,11 @@ class CallReader:
         return self._take(len(self._pending[:place].rstrip()))
 
     def flush(self) -> str:
-        """Read the calls, and return the text that was held back and is none; no more comes."""
+        """Read the calls at the end of a reply; return held-back text that is not part of one."""
         if self.style and self._inside:
             try:
                 self.calls = tuple(self.style.read(self._pending))
-            except ValueError:  # the model wrote something that only begins as a call does
+            except ValueError:  # the model wrote something that only begins like a call
                 self.calls = ()
         return "" if self.calls else self._take(len(self._pending))
 

@@ -7,7 +7,7 @@ def check_text(text: object) -> None:
     """Refuse text that cannot be encoded.
 
     Raises:
-        TextError: it is not a str, or it has a lone surrogate.
+        TextError: `text` is not a str, or it contains a lone surrogate.
     """
     if not isinstance(text, str):
         raise TextError(f"text must be a str, not {type(text).__name__}")

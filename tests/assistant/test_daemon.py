@@ -211,9 +211,7 @@ def test_questions_leave_the_stream_as_it_is(start, log, tmp_path):
     before = assistant.until_read(log.stat().st_size)
     answer = told("ask", "What was said?")
     assert answer.returncode == 0 and answer.stdout.strip().isalpha()
-    assert (
-        "answered from what was read since 20" in answer.stderr and "reading" not in answer.stderr
-    )
+    assert "answered from text read since 20" in answer.stderr and "reading" not in answer.stderr
     noted = told("note")
     assert noted.returncode == 0 and noted.stdout.startswith("## 20")
     assert [entry.strip() for entry in entries(diary)] == [noted.stdout.strip()]
@@ -327,11 +325,11 @@ def test_what_keeps_it_from_starting_is_one_line(letters, log, tmp_path):
     assert "is not running" in refused("status")
     where = assistant_paths("main")
     where.journal.write_bytes(b"not a journal " * 100)
-    assert "put a backup in place" in refused("run", f"--follow={log}", model)
+    assert "from a backup" in refused("run", f"--follow={log}", model)
     assert "nothing" not in refused("run", f"--follow={log}", model, "--name=../x")
     # launchd starts again what does not end with status 0.
     agent = {"env": {**os.environ, AGENT: "1"}}
-    assert "put a backup" in refused("run", f"--follow={log}", model, status=0, **agent)
+    assert "from a backup" in refused("run", f"--follow={log}", model, status=0, **agent)
 
 
 def test_only_one_of_a_name_runs(start, log):
@@ -363,7 +361,7 @@ def test_it_reads_on_past_sources_that_cannot_be_read(start, log, tmp_path):
         f"{binary}: is not UTF-8 text",
         f"{gone}: does not exist; waiting",
         f"{loop}: cannot be read: Too many levels",
-        f"{log}: cannot be read: it is a file (--follow reads one)",
+        f"{log}: cannot be read: it is a file (use --follow)",
     ):
         assert assistant.said.count(line) == (2 if "levels" in line else 1)
     log.unlink()

@@ -343,7 +343,7 @@ def test_a_damaged_or_foreign_journal_is_refused_in_a_line(tmp_path):
     path = tmp_path / "x.db"
     for data in (b"not a database " * 100, b"SQLite format 3\0" + b"x" * 99):
         path.write_bytes(data)
-        with pytest.raises(SessionError, match="put a backup in place") as caught:
+        with pytest.raises(SessionError, match="from a backup") as caught:
             Journal(path)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     path.unlink()

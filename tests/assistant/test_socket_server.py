@@ -131,7 +131,7 @@ def test_a_socket_that_is_left_behind(near):
         list(request(left, "main", what="x"))
     SocketServer(left, silent).close()
     left.write_text("mine")
-    with pytest.raises(AssistantError, match="not a socket; move it away"):
+    with pytest.raises(AssistantError, match="not a socket; rename it"):
         SocketServer(left, silent)
     assert left.read_text() == "mine"
 

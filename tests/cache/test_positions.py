@@ -6,9 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_stream.cache.positions import Rope, inverse_frequencies
+from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.stream import CLOCK_LIMIT
 from mlx_stream.config import read_config
+from mlx_stream.rope import inverse_frequencies
 from tests import reference
 from tests.fakes.tiny import LLAMA3, YARN, tiny_config
 

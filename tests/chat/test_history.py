@@ -221,7 +221,7 @@ def test_a_beginning_is_text_and_belongs_to_a_question():
     assert_well_formed(chat)
     with pytest.raises(ValueRefused, match="at least one"):
         chat.reply(turn[1:])
-    with pytest.raises(ValueRefused, match="must be the last"):
+    with pytest.raises(ValueRefused, match="must end a turn"):
         chat.reply(turn[::-1])
     with pytest.raises(ValueRefused, match="cannot call"):
         chat.reply([turn[0], Message("assistant", "", (ToolCall("time", {}),))])

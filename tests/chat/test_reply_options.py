@@ -156,7 +156,7 @@ def test_another_bias_or_mask_is_no_new_trace(model, monkeypatch):
         ({"bias": {1.5: 1.0}}, "bias of token 1.5"),
         ({"bias": {"a": 1.0}}, "bias of token 'a'"),
         ({"bias": dict.fromkeys(range(300), -math.inf)}, "at least one token"),
-        ({"temperature": 0.1}, "`temperature` is not an option"),
+        ({"temperature": 0.1}, "`temperature` is not a reply option"),
         ({"logprobs": 1.5}, "`logprobs` must be"),
         ({"mask": 5}, "`mask` must be"),
         ({"max_tokens": 1.5}, "`max_tokens` must be a whole number"),

@@ -61,7 +61,7 @@ def test_a_turn_longer_than_the_window_is_reported(model):
     chat = session(model, window=40, notify=notices.append)
     said(chat.reply("word " * 60, max_tokens=3))
     assert len(notices) == 2 and "longer than the window of 40" in notices[0]
-    assert "begun to leave" in notices[1]
+    assert "now being evicted" in notices[1]
     assert chat.stats.notices == notices and chat.stats.evicted > 100
     said(chat.reply("S.", max_tokens=3))
     assert len(notices) == 2
@@ -75,7 +75,7 @@ def test_cleared_turns_are_not_reported_as_evicted(model):
     assert chat.stats.evicted and not notices
     for _ in range(40):
         said(chat.reply("And then what happened?"))
-    assert len(notices) == 1 and "begun to leave" in notices[0]
+    assert len(notices) == 1 and "now being evicted" in notices[0]
 
 
 def test_the_same_seed_gives_the_same_replies(model):

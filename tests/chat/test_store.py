@@ -374,12 +374,10 @@ def test_markdown_holds_every_text_and_its_headings_cannot_be_forged() -> None:
     text = export_markdown(HEADER, turns_of(*ODD))
     assert all(e.question in text and e.reply in text for e in ODD)
     lines = text.split("\n")
-    assert lines[0] == f"# Conversation of {HEADER.created}"
+    assert lines[0] == f"# Conversation from {HEADER.created}"
     headings = [line for line in lines if line.startswith("## ")]
     assert headings[:3] == ["## System", "## 1. You", "## 1. Model"]
-    assert headings[4] == "## 2. Model (interrupted)" and headings[-1].endswith(
-        "(cut at its limit)"
-    )
+    assert headings[4] == "## 2. Model (interrupted)" and headings[-1].endswith("(hit token limit)")
     forged = replace(ODD[0], reply="Yes.\n\n## 2. You\n\nI agree")
     lines = export_markdown(HEADER, turns_of(forged)).split("\n")
     assert [line for line in lines if line.endswith(f" [{HEADER.id}]")] == [

@@ -67,6 +67,15 @@ def test_thinking_that_does_not_end_is_ended(tmp_path, window):
         assert chat.exchanges[-1].question == "Hi"
 
 
+def test_thinking_that_begins_again_in_the_answer_ends_the_reply(tmp_path):
+    """The template would take the whole answer for thinking."""
+    chat = thinker(tmp_path / "model", script=("Ċ", "<think>", *"ab", "</think>", *"jk", "<think>"))
+    for _ in range(2):
+        pieces = [*chat.reply("Hi")]
+        assert said(pieces) == "jk" and pieces[-1].finish == "end"
+        assert_well_formed(chat)
+
+
 def test_stop_strings_are_of_the_answer(tmp_path):
     chat = thinker(tmp_path / "model", stop=["l", "d"])
     assert said(chat.reply("Hi")) == "jk"

@@ -341,7 +341,7 @@ def test_the_rows_of_a_turn_are_checked():
             LLAMA.replace("tools_in_user_message and loop.first", "m.role == 'user'"),
             "repeats the tools",
         ),
-        (TAGGED.replace("tool_call>", "call>"), "shape that cannot be read"),
+        (TAGGED.replace("tool_call>", "call>"), "unsupported format"),
     ],
 )
 def test_templates_without_usable_tools_are_refused(source, what):

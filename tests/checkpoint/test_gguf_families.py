@@ -152,7 +152,7 @@ def test_parts_that_do_not_fit_are_refused(parts: list[Path]):
             {"rope_factors_short.weight": np.ones(5, np.float32)},
             "must be F32",
         ),
-        ({**PHI3, **LONGROPE}, {"rope_factors_long.weight": np.full(6, np.nan)}, "not numbers"),
+        ({**PHI3, **LONGROPE}, {"rope_factors_long.weight": np.full(6, np.nan)}, "not finite"),
         ({**PHI3, **LONGROPE}, {"rope_factors_short.weight": np.zeros(6)}, "short_factor must be"),
     ],
     ids=["size", "nan", "zero"],

@@ -2,9 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+import mlx_stream
 from mlx_stream.chat.exchange import question_of
 from mlx_stream.chat.manage import open_transcript
 from mlx_stream.chat.messages import Message
@@ -232,7 +234,7 @@ def test_export_writes_the_conversation(chat, tmp_path, monkeypatch, line, file)
     assert all(exchange.reply in text for exchange in chat.exchanges)
     assert everything(chat) == before
     again = say(line, chat).text
-    assert "give another" in again and path.read_text("utf-8") == text
+    assert "use another" in again and path.read_text("utf-8") == text
 
 
 def test_an_empty_conversation_has_nothing_to_edit_or_retry(model):
@@ -269,7 +271,7 @@ def test_a_question_that_was_not_answered_before_can_be_retried_edited_and_taken
         ("/window wide", "/window takes a whole number of tokens, not 'wide'"),
         ("/window " + "9" * 5000, "/window takes a whole number of tokens, not '9999"),
         ("/window 0", "`window` must be at least 1"),
-        ("/window 8,000", "window 8000 = "),
+        ("/window 8,000", "window 8,000 = "),
         ("/system " + "word " * 2_000, "the system prompt of 6,009 tokens"),
         ("/save a/b", "a/b"),
         ("/save taken", "session 'taken' "),
@@ -335,10 +337,16 @@ def test_help_stats_and_sessions_change_nothing(chat):
     answered(say("/stats", chat), str(chat.stats))
     assert say("/sessions", chat).text.startswith("there are no saved sessions")
     lines = say("/help", chat).text.splitlines()
-    assert [line.split()[0] for line in lines] == [*COMMANDS, "//TEXT"]
+    assert [line.split()[0] for line in lines] == [*COMMANDS, "//TEXT", "@FILE"]
     assert all(help in line for help, line in zip(completions().values(), lines, strict=False))
     assert list(completions()) == list(COMMANDS)
     assert max(map(len, lines)) < 80 and everything(chat) == before
+
+
+def test_the_readme_lists_every_command():
+    text = (Path(mlx_stream.__file__).parent / "chat/README.md").read_text("utf-8")
+    listed = re.search(r"`/help` lists\s`([^`]+)`", text)
+    assert listed and sorted(listed[1].split()) == sorted({*COMMANDS} - {"/help"})
 
 
 def test_the_status_bar_tells_attention_speed_and_memory():

@@ -52,10 +52,10 @@ def test_places_are_refused(source, tmp_path):
         (theirs / name).write_text("{}")
     before = names(tmp_path), names(source)
     for out, why, *options in (
-        (tmp_path / "file", "is a file: give a folder"),
-        (tmp_path / "link", "is a link: give a folder"),
+        (tmp_path / "file", "is a file: use a folder"),
+        (tmp_path / "link", "is a link: use a folder"),
         (tmp_path / "file" / "out", "could not be written: "),
-        (theirs, "exists: give another folder, or --force to replace it"),
+        (theirs, "exists: use another folder, or --force to replace it"),
         (source / "out", "is the source, is inside it, or contains it"),
         *((place, "not be replaced", "--force") for place in (theirs, source, source.parent)),
     ):

@@ -69,6 +69,9 @@ def test_other_prompts_or_settings_do_not_continue_a_log(letters, prompts, tmp_p
     out = tmp_path / "replies.jsonl"
     words = options(letters, prompts, out, "--max-tokens", 5)
     done(*words)
+    finished = "already exists: a finished run's, with 24 replies: choose another --out"
+    assert finished in run(*words).err
+    out.write_text(out.read_text("utf-8").rpartition('{"line"')[0], "utf-8")
     assert "already exists: choose another --out" in run(*words).err
     out.rename(tmp_path / "kept")
     log = tmp_path / "replies.jsonl.part"
@@ -99,7 +102,7 @@ def test_a_prompt_that_cannot_be_completed_has_an_error_in_its_line(letters, tmp
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     prompts.write_text('"Hello"\n\n"\\ud800"\n"And?"\n')
     found = run(*options(letters, prompts, out, "--max-tokens", 5))
-    assert found.code == 1 and "1 of 3 prompts cannot be completed" in found.err
+    assert found.code == 1 and "1 of 3 prompts failed" in found.err
     assert [row["line"] for row in replies(out)] == [1, 3, 4]
     assert ["error" in row for row in replies(out)] == [False, True, False]
 
@@ -108,7 +111,7 @@ def test_a_prompt_that_cannot_be_completed_has_an_error_in_its_line(letters, tmp
     ("text", "match"),
     [
         ("", "is empty"),
-        ("\n\n", "there are no prompts"),
+        ("\n\n", "contains no prompts"),
         ('"a"\n{"text": "b"}\n', "line 2: not a JSON string"),
         ('"a"\nb\n', "line 2"),
         ('""\n', "line 1"),

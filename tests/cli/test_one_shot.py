@@ -61,9 +61,17 @@ def test_files_that_a_question_names_are_part_of_it(tmp_path, monkeypatch):
         "notes.txt is part of the question: 9 characters",
         "my list.md is part of the question: 6 characters",
     ]
-    for text in ("Ask @nobody", "me@notes.txt", "@", "@/", "@~nobody/x", "no file"):
+    for text in ("Ask @nobody", "me@notes.txt", "@", "@/", "Is it 2 @ 3.5?", "@1.5", "no file"):
         assert attach_files(text, pytest.fail) == text
     assert naming("notes.txt") == "@notes.txt " and naming("'my list.md'") == '@"my list.md" '
+
+
+@pytest.mark.parametrize("name", ["nots.txt", "./nots", "~nobody/x", "/nots", '"my nots"'])
+def test_a_file_that_does_not_exist_is_said(name):
+    notices = []
+    assert attach_files(f"Sum up @{name}, please", notices.append) == f"Sum up @{name}, please"
+    shown = name.strip('"')
+    assert notices == [f"there is no file {shown}: the question is sent as it is"]
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe", b"a\0b", b""])

@@ -65,10 +65,13 @@ def test_all_that_follows_is_handed_on_as_it_is(monkeypatch):
 
 
 def test_one_whose_package_is_missing_is_a_line(monkeypatch):
+    """A hint names an extra only if there is one."""
     fake_program(monkeypatch, "mlx_stream_nowhere.app:main")
-    said = one_line("other")
-    assert said == (
-        "other needs mlx_stream_nowhere, which is not installed: pip install 'mlx_stream[other]'"
+    assert one_line("other") == "other needs mlx_stream_nowhere, which is not installed"
+    fake_program(monkeypatch, "mlx_stream_nowhere.app:main", "desktop")
+    assert one_line("desktop") == (
+        "desktop needs mlx_stream_nowhere, which is not installed: "
+        "pip install 'mlx_stream[desktop]'"
     )
 
 

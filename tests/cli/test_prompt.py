@@ -103,7 +103,7 @@ def test_lines_are_typed_edited_completed_dropped_and_pasted(terminals, path):
     terminal.type("see /re", TAB, ENTER)
     got(terminal, "see /re")
     terminal.type("never sent", CTRL_C)
-    terminal.see("(Ctrl-D leaves)")
+    terminal.see("(Ctrl-D exits)")
     terminal.see(PROMPT)
     terminal.type("ab", "\x1b[D", CTRL_D, ENTER)  # deletes a character
     got(terminal, "a")
@@ -203,7 +203,7 @@ def test_a_terminal_without_a_cursor_gets_plain_lines(terminals, path, term):
     terminal.type(ENTER)
     got(terminal, "/edit Who?")
     terminal.type(ENTER, "never sent", CTRL_C)
-    terminal.see("(Ctrl-D leaves)")
+    terminal.see("(Ctrl-D exits)")
     terminal.see(PROMPT)
     os.write(terminal.program.child_fd, b"caf\xe9\n")
     terminal.see("NOTE that line is not UTF-8")

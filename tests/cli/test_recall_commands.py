@@ -2,20 +2,26 @@
 
 import json
 import os
+import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from mlx_stream.chat.resume import SessionOptions, new_chat, open_session
+from mlx_stream.chat.saving import saved_as
+from mlx_stream.chat.schema import ASKED
 from mlx_stream.cli import app
 from mlx_stream.cli.commands import Call, parse, run, status
 from mlx_stream.cli.history import LineHistory, remove_lines
 from mlx_stream.load import Model, load
 from mlx_stream.program.notices import discard
+from mlx_stream.recall.quote import BEGIN
 from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import said
-from tests.fakes.shell import SMALL
+from tests.fakes.shell import SMALL, program
 from tests.fakes.tiny import tiny_config, write_letters
 
 SECRET = "My zebra is called Quagga."
@@ -111,6 +117,83 @@ def test_an_unsaved_chat_cannot_recall(model):
     for line in ("/recall", "/recall zebra", "/forget 1"):
         assert "/save NAME" in say(line, chat)
     assert status(chat.stats).count("recalled") == 0
+
+
+def close(chat) -> None:
+    saved = saved_as(chat)
+    assert saved
+    saved.close()
+
+
+def test_save_starts_recall(model):
+    """What leaves afterwards is quoted, and room for it is kept as if recall had always been on."""
+    options = SessionOptions("Be brief.", 1_600, max_tokens=7, recall_tokens=None)
+    chat = new_chat(model, options, discard)
+    said(chat.reply(SECRET))
+    say("/save late", chat)
+    for number in range(40):
+        said(chat.reply(f"Let us talk of number {number} now."))
+        assert chat.cache.room >= 200
+    said(chat.reply("What is my zebra called?"))
+    assert SECRET in say("/recall", chat)
+    ids = chat.tokens.ids.attended()
+    close(chat)
+    again = open_session("late", model, SessionOptions(recall_tokens=None))
+    assert again.chat.tokens.ids.attended() == ids
+    again.close()
+
+
+def test_save_starts_no_recall_that_was_turned_off(model):
+    chat = new_chat(model, SessionOptions(window=600, max_tokens=7, recall_tokens=0), discard)
+    say("/save never", chat)
+    assert say("/recall", chat) == "recall is off: --recall B turns it on"
+    close(chat)
+
+
+def everything_attended(chat) -> tuple:
+    return chat.exchanges, chat.tokens.ids.attended(), chat.conversation_state()
+
+
+def test_a_kill_during_a_reply_with_a_quotation_leaves_none_of_it(
+    model, saved, tmp_path, monkeypatch
+):
+    """What is attended to is the end of what was, and the question is answered as in a twin."""
+    question, home = "What is my zebra called?", Path(os.environ["MLX_STREAM_HOME"])
+    before = everything_attended(saved.chat)
+    saved.close()
+    shutil.copytree(home, tmp_path / "twin")
+    options = ("--session", "letters", "--recall", 200, "--temp", 0, "--max-tokens", 100_000)
+    with subprocess.Popen(
+        program("chat", model.name, *options), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as killed:
+        assert killed.stdin and killed.stdout
+        killed.stdin.write(f"{question}\n".encode())
+        killed.stdin.flush()
+        assert len(killed.stdout.read(40)) == 40  # in the middle of the reply
+        killed.kill()
+    assert killed.returncode == -signal.SIGKILL
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert len(files) > 3 and not any(BEGIN.encode() in path.read_bytes() for path in files)
+    again = open_session("letters", model, OPTIONS)
+    turn = again.store.turns()[-1]
+    assert (turn.state, turn.exchange.question, turn.exchange.reply) == (ASKED, question, "")
+    now = everything_attended(again.chat)
+    pinned, kept = len(again.chat.prompts.pinned), len(now[1])
+    assert again.chat.unanswered == question and now[0] == before[0][-len(now[0]) :] != []
+    assert now[1] == before[1][:pinned] + before[1][pinned - kept :]
+    reply = said(again.chat.retry())
+    assert SECRET in [passage.question for passage in again.chat.recalled]
+    after = everything_attended(again.chat)
+    assert BEGIN not in model.tokenizer.decode(after[1])
+    again.close()
+    monkeypatch.setenv("MLX_STREAM_HOME", str(tmp_path / "twin"))
+    twin = open_session("letters", model, OPTIONS)
+    pieces = twin.chat.reply(question, 100_000)  # makes as much room as the killed one did
+    next(pieces)
+    pieces.close()
+    assert said(twin.chat.retry()) == reply
+    assert everything_attended(twin.chat) == after
+    twin.close()
 
 
 def test_search_finds_exchanges_of_every_conversation(saved):

@@ -17,6 +17,7 @@ import mlx_stream
 from mlx_stream import ChatSession, Sampling
 from mlx_stream.cli import VERBS as REGISTERED
 from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.hub.starter import STARTER_HUB_SIZE, STARTER_WHEEL_BYTES
 from tests.chat.test_settle import SCRIPT, THINKS
 from tests.fakes.shell import DEADLINE, GREEDY, done, edit, parsed, program, run
 from tests.fakes.thinkers import write_thinker
@@ -78,7 +79,7 @@ def test_stats_go_to_standard_error(letters: Path) -> None:
     assert result.out == quiet.out
     # Of what is attended the user is told once, with and without.
     assert quiet.err.startswith(
-        "mlx_stream: the window of 24 tokens is full: the oldest tokens have"
+        "mlx_stream: the window of 24 tokens is full: the oldest tokens are"
     )
     assert quiet.err.count("\n") == 1 == result.err.count(quiet.err)
     line = (
@@ -94,6 +95,17 @@ def test_a_turn_longer_than_the_window_is_said_on_standard_error(letters: Path) 
     longer, full = result.err.splitlines()
     assert re.match(r"mlx_stream: this turn of \d+ tokens is longer than the window of 8: ", longer)
     assert full.startswith("mlx_stream: the window of 8 tokens is full: ")
+
+
+# --- models ---
+
+
+def test_the_starter_has_the_same_sizes_everywhere() -> None:
+    (row,) = [line for line in done("models").out.splitlines() if line.startswith("starter ")]
+    assert STARTER_HUB_SIZE in row
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    index_size = f"{STARTER_WHEEL_BYTES / 1e6:.0f} MB"
+    assert f"{STARTER_HUB_SIZE} from the Hub" in readme and index_size in readme
 
 
 # --- generate ---
@@ -262,6 +274,26 @@ def test_help_names_every_verb() -> None:
     assert set(REGISTERED) == {*VERBS, "config", "eval", "sessions"}
     for verb in VERBS:
         assert done(verb, "--help").out == done(verb, "-h").out != ""
+
+
+EVAL = ("perplexity", "sinks", "windows", "latency", "plot", "endurance", "streameval")
+GROUPS = {
+    "config": ("path", "get", "set"),
+    "eval": EVAL,
+    "sessions": ("list", "show", "export", "rm", "search", "verify"),
+    "assistant": ("run", "ask", "note", "status", "stop", "install", "uninstall"),
+}
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *(f"{g} {v}" for g in GROUPS for v in GROUPS[g])])
+def test_help_has_no_names_of_pythons_types(verb: str) -> None:
+    shown = done(*verb.split(), "--help").out
+    assert f"{verb} [OPTIONS]" in shown and not re.search(r"[<>{}]", shown)
+
+
+def test_the_line_of_sessions_names_its_commands() -> None:
+    line = REGISTERED["sessions"].lower()
+    assert all(name in line for name in GROUPS["sessions"] if name != "rm") and "remove" in line
 
 
 def plain(text: str) -> str:

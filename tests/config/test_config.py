@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig
 
-from mlx_stream.cache.positions import Rope, inverse_frequencies
-from mlx_stream.config import ModelConfig, RopeConfig, read_config
+from mlx_stream.cache.positions import Rope
+from mlx_stream.config import ModelConfig, read_config
+from mlx_stream.rope import RopeConfig, inverse_frequencies
 from tests.fakes.configs import read
 from tests.fakes.tiny import LLAMA3, YARN, tiny_config
 from tests.reference import rope_inv_freq

@@ -23,9 +23,9 @@ async def test_a_reply_streams_piece_by_piece_and_is_saved(letters):
         assert one.gauge.capacity == 204 and 0 < one.gauge.attended < 204
         assert one.gauge.bytes == chat_of(one).stats.cache_bytes > 0
         assert one.name == "hi-there-you"
-        assert [c.name for c in one.conversations] == ["hi-there-you"]
+        assert [c.name for c in one.lists.conversations] == ["hi-there-you"]
         await one.send("Hi there, you!")
-        assert len(one.said) == 2 and one.conversations[0].exchanges == 2
+        assert len(one.said) == 2 and one.lists.conversations[0].exchanges == 2
 
 
 @on_a_loop
@@ -80,9 +80,9 @@ async def test_a_first_question_that_is_refused_leaves_no_conversation(letters):
         assert one.status.alarming and one.draft == "Hi" and one.said == [] and one.name is None
         await one.choose_window(100)
         await one.start()
-        assert one.conversations == []
+        assert one.lists.conversations == []
         await one.send("Hi")
-        assert [c.name for c in one.conversations] == ["hi"] == [one.name]
+        assert [c.name for c in one.lists.conversations] == ["hi"] == [one.name]
 
 
 @on_a_loop
@@ -93,7 +93,7 @@ async def test_a_conversation_continues_with_another_model(letters, tiny):
         assert one.status.idle and one.model == str(tiny) and one.attended == 1
         await one.send("More")
         assert [s.question for s in one.said] == ["Hi", "More"]
-        header = one.conversations[0].header
+        header = one.lists.conversations[0].header
         assert header and header.model == str(tiny)
 
 
@@ -115,12 +115,12 @@ async def test_a_search_lists_the_conversations_that_have_a_word(letters):
         await one.send("Where are zebras?")
         await one.begin()
         await one.send("Where are lions?")
-        await one.search(" zebra ")
-        assert [c.name for c in one.conversations] == ["where-are-zebras"]
-        await one.search("walrus")
-        assert one.conversations == []
-        await one.search("")
-        assert len(one.conversations) == 2
+        await one.lists.search(" zebra ")
+        assert [c.name for c in one.lists.conversations] == ["where-are-zebras"]
+        await one.lists.search("walrus")
+        assert one.lists.conversations == []
+        await one.lists.search("")
+        assert len(one.lists.conversations) == 2
 
 
 @on_a_loop

@@ -48,3 +48,29 @@ def test_a_real_window_shows_a_conversation_the_gauge_and_no_markup(letters, tmp
     for ground in ("#dcebff", "#efeff2", "#2f7de1"):  # a question, a reply, the gauge
         rgb = tuple(int(ground[at : at + 2], 16) for at in (1, 3, 5))
         assert all(rgb in found for found in colours), ground
+
+
+def refused(monkeypatch, **env):
+    """Return the one line with which the app ends, with these variables for its display."""
+    if sys.platform != "linux":
+        pytest.skip("a display is a variable on Linux only")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "QT_QPA_PLATFORM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+    command = [sys.executable, "-m", "mlx_stream_desktop"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert ended.returncode == 1 and ended.stdout == "" and ended.stderr.count("\n") == 1
+    return ended.stderr
+
+
+def test_without_a_display_it_ends_with_one_line(monkeypatch):
+    assert "there is no display" in refused(monkeypatch)
+
+
+def test_without_a_library_of_the_system_it_ends_with_one_line(monkeypatch, tmp_path):
+    (tmp_path / "toga_broken").mkdir()
+    (tmp_path / "toga_broken/factory.py").write_text("raise ImportError('libEGL.so.1: no file')")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {"QT_QPA_PLATFORM": "offscreen", "TOGA_BACKEND": "toga_broken", "PYTHONPATH": path}
+    assert "libEGL.so.1: no file" in refused(monkeypatch, **env)

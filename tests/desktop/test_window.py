@@ -93,8 +93,8 @@ async def test_pickers_choose_a_model_and_a_window_and_errors_are_a_line_in_the_
         view = one.view
         assert "nowhere" in view.notice.text.replace("\n", "")
         assert view.notice.style.color != view.transcript._colours.faded
-        await until(lambda: one.controller.models == ["starter"])
-        one.controller.models.append(str(letters))
+        await until(lambda: one.controller.lists.models == ["starter"])
+        one.controller.lists.models.append(str(letters))
         one.changed()
         await until(lambda: str(letters) in [row.value for row in view.model.items])
         view.model.value = str(letters)
@@ -158,7 +158,7 @@ async def test_a_question_sent_while_the_window_is_changed_is_not_read_behind_it
         assert one.controller.window == 508 and not one.controller.status.alarming
         assert one.view.question.value == "More"
         assert [s.question for s in one.controller.said] == ["Hi"]
-        (saved,) = one.controller.conversations
+        (saved,) = one.controller.lists.conversations
         assert saved.exchanges == 1
 
 

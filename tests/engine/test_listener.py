@@ -288,7 +288,7 @@ def test_evictions_are_reported_on_the_thread_that_uses_the_listener(engine):
     listener.flush(DEADLINE)
     assert sum(left) == listener.stats.evicted > 0
     assert threads == {threading.current_thread()}
-    assert any("begun to leave" in notice for notice in listener.stats.notices)
+    assert any("now being evicted" in notice for notice in listener.stats.notices)
 
 
 def test_a_snapshot_continues_to_the_bit_and_holds_unread_text(engine, tmp_path):

@@ -17,7 +17,7 @@ from mlx_stream.engine.scheduler import (
     is_token,
 )
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
-from mlx_stream.window import SHARED_ROWS
+from mlx_stream.models.window import SHARED_ROWS
 
 
 class Machine:

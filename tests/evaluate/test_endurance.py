@@ -125,7 +125,7 @@ def test_stopped_or_killed_it_continues_where_it_was(
     logged = len(results(tmp_path / "parts"))
     if number != signal.SIGKILL:
         assert (process.returncode, out) == (130, "")
-        assert "the same command continues from there" in err
+        assert "rerun the command to continue" in err
     assert 40 <= logged < 3_000, "it was stopped on its way"
     for more in (5, 5, 10):
         result = done(*endurance("parts", logged + more, "--no-fresh"))
@@ -177,7 +177,7 @@ def test_a_full_disk_loses_nothing(endurance: Command, tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
     log = tmp_path / "log"
     line = ended.stderr.splitlines()[-1]
-    assert f"{log}: cannot be written: File too large; what was logged before is kept" in line
+    assert f"{log}: cannot be written: File too large; earlier lines are kept" in line
     assert "again" not in done(*endurance("log", 200, "--no-fresh")).err
     assert results(log) == results(tmp_path / "whole")
 

@@ -45,7 +45,7 @@ OPTIONS = SessionOptions(
     system="You are brief.", window=WINDOW, sampling=Sampling(1.0), max_tokens=LONGEST_REPLY
 )
 # Why an intact snapshot may still be insufficient.
-HARMLESS = ("they are not in", "there is no snapshot", "taken back later")
+HARMLESS = ("they are not in", "there is no snapshot", "undone later")
 UNANSWERED = "the last question was not answered because the program ended: /retry answers it"
 DEADLINE = 120.0
 # A turn: its state, its question, and all of its contents if they are known.

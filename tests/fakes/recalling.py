@@ -112,11 +112,13 @@ class IndexedStore:
             self.left[number] = question, reply
             self.index.add([(number, f"{question}\n{reply}")], number, "")
 
+    def time_of(self, number: int) -> str:
+        return "2026-05-09T17:03:00Z"
+
     def find(self, question: str, previous: str, first: int, end: int) -> Sequence[Passage]:
         hits = find_hits(self.index, question, previous, first, end)
-        time = "2026-05-09T17:03:00Z"
         return [
-            Passage(hit.number, time, asked, reply, hit.words, hit.share)
+            Passage(hit.number, self.time_of(hit.number), asked, reply, hit.words, hit.share)
             for hit in hits
             for asked, reply in [self.left[hit.number]]
         ]

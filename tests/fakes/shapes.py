@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mlx_stream.cache import AttentionShape, Cache, StreamCache
 from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.verify import VerifyStep
-from mlx_stream.config import RopeConfig
 from mlx_stream.models.fingerprint import raw_bytes
+from mlx_stream.rope import RopeConfig
 from tests.reference import SlowAttention, rope_inv_freq
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}

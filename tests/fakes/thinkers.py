@@ -22,11 +22,16 @@ CONFIG = tiny_config(num_hidden_layers=1, vocab_size=VOCABULARY, hidden_size=VOC
 
 
 def thinker_tokenizer(source: str) -> Tokenizer:
-    """Return a byte-level tokenizer with the special tokens that a template names."""
+    """Return a byte-level tokenizer with the special tokens that a template names.
+
+    Words fill the vocabulary, so the model writes no id without a text.
+    """
     backend = tiny_tokenizer()
     names = dict.fromkeys(NAMES.findall(source))
     backend.add_special_tokens([AddedToken(name, special=True) for name in names])
-    assert backend.get_vocab_size() <= VOCABULARY
+    size = backend.get_vocab_size()
+    assert size <= VOCABULARY
+    backend.add_tokens([f"word{id}" for id in range(size, VOCABULARY)])
     return backend
 
 

@@ -73,8 +73,10 @@ class Twin:
         assert self.shared.ids.attended() == self.alone.ids.attended()
         assert (ours.logits is None) == (theirs.logits is None)
         if ours.logits is not None and theirs.logits is not None:
-            near = 1e-2 if self.bits else 1e-4
-            assert np.abs(np.array(ours.logits) - np.array(theirs.logits)).max() < near
+            found, expected = np.array(ours.logits), np.array(theirs.logits)
+            # Another order of sums can round a key or value to the next code of 8 bits.
+            near = 1e-2 * np.abs(expected).max() if self.bits else 1e-4
+            assert np.abs(found - expected).max() < near
 
     def move(self, what: str, count: int) -> None:
         for stream in (self.shared, self.alone):

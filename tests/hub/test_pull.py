@@ -189,7 +189,10 @@ def test_the_verb_prints_the_commit_and_json(served):
     found = pull()
     result = run_here("pull", REPO)
     assert (result.code, result.err) == (0, "")
-    assert result.out == f"{REPO} at commit {COMMIT}: {found.bytes / 1e6:,.1f} MB in {found.path}\n"
+    assert (
+        result.out
+        == f"{REPO} at commit {COMMIT}: {found.bytes / 1e6:,.1f} MB on disk, in {found.path}\n"
+    )
     assert parsed(run_here("pull", REPO, "--revision", "v1", "--json").out) == {
         "name": REPO,
         "revision": "v1",

@@ -29,11 +29,11 @@ from mlx_stream.cache.steps.verify import spare_rows
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.hub.starter import STARTER
 from mlx_stream.load import Model, load
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.planner import PlanRequest, make_plan
 from mlx_stream.sampling import Sampler, Sampling
-from mlx_stream.window import PREFILL_CHUNK
 from tests.checkpoint.test_text_model import wrap
 from tests.fakes.tiny import FAMILIES, LONGROPE, MINISTRAL3, tiny_config, tiny_weights, write_tiny
 from tests.long.big_checkpoint import write_big

@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_stream.config import ModelConfig, Quantization, RopeConfig
+from mlx_stream.config import ModelConfig, Quantization
 from mlx_stream.load import Model
 from mlx_stream.models.fingerprint import fingerprint
+from mlx_stream.rope import RopeConfig
 from tests.fakes.tiny import LLAMA3, YARN, tiny_config
 from tests.fakes.tiny_models import Tensors, make, tensors_of
 from tests.models.test_weights import QUANTIZABLE, RECIPES, quantize

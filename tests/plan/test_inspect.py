@@ -95,7 +95,7 @@ def test_a_gguf_file_with_other_types_says_what_loading_takes(tmp_path):
     write_family(path, raw, tiny_weights(raw), "Q4_K", {"model.embed_tokens.weight": "Q6_K"})
     notices: list[str] = []
     assert summarize_model(str(path), notices.append).dtype == "float16"
-    line = "1 matrix of a type that MLX does not have (Q6_K) becomes floats"
+    line = "1 matrix of a type MLX does not support (Q6_K) becomes floats"
     assert notices == [f"{line} when loaded"]
     del notices[:]
     model = load(path, dtype="float16", keep_quantized=True, notify=notices.append)
@@ -103,7 +103,7 @@ def test_a_gguf_file_with_other_types_says_what_loading_takes(tmp_path):
     plan = make_plan(summary, devices.here(), PlanRequest("float16", keep=True))
     assert plan.weights == model.weight_bytes
     assert notices == [
-        f"{path}: 1 matrix of a type that MLX does not have (Q6_K) becomes floats: the weights "
+        f"{path}: 1 matrix of a type MLX does not support (Q6_K) becomes floats: the weights "
         f"take {model.weight_bytes / 1e6:,.1f} MB"
     ]
 

@@ -17,9 +17,9 @@ from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.load import Model, load
 from mlx_stream.models import layout
 from mlx_stream.models.layout import QuantizationOf
+from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.plan import memory
 from mlx_stream.plan.memory import uniform_quantization
-from mlx_stream.window import PREFILL_CHUNK
 from tests.fakes.shapes import Shape, shapes
 from tests.fakes.tiny import tiny_config, tiny_weights, write_tiny
 from tests.fakes.tiny_models import make, tensors_of

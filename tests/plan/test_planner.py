@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlx_stream.backend import CACHE_LIMIT
 from mlx_stream.config import read_config
 from mlx_stream.errors import ValueRefused
+from mlx_stream.models.window import DEFAULT_WINDOW, resolve_window
 from mlx_stream.plan.devices import Device, Figure, find
 from mlx_stream.plan.inspect import summarize_model
 from mlx_stream.plan.memory import BITS
@@ -27,7 +28,6 @@ from mlx_stream.plan.planner import (
     PlanRequest,
     make_plan,
 )
-from mlx_stream.window import DEFAULT_WINDOW, resolve_window
 from tests.fakes.tiny import tiny_config
 
 ROOT = Path(__file__).parents[2]

@@ -196,7 +196,7 @@ def test_a_gguf_with_types_that_mlx_lacks_becomes_8_bits(tmp_path: Path) -> None
     convert_model(str(path), tmp_path / "out", ConvertOptions(), notices.append)
     numbers = 300 * 256 + 256 * 256
     assert notices == [
-        "2 matrices of a type that MLX does not have (Q3_K, Q6_K) become 8 bits in groups of 32: "
+        "2 matrices of a type MLX does not support (Q3_K, Q6_K) become 8 bits in groups of 32: "
         f"{numbers * (1 + 4 / 32) / 1e6:.1f} MB"
     ]
     found, before = read_folder(tmp_path / "out"), read_gguf(path)

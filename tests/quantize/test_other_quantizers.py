@@ -137,8 +137,8 @@ def unchanged(tensors: dict[str, np.ndarray]) -> None:
 
 
 WRONG: list[tuple[str, dict[str, Any], Callable[..., None], str]] = [
-    ("gptq", {}, change("g_idx", lambda x: x[::-1]), "its inputs in another order (act-order"),
-    ("gptq", {}, change("g_idx", lambda x: x[:-1]), "its inputs in another order (act-order"),
+    ("gptq", {}, change("g_idx", lambda x: x[::-1]), "reordered inputs (act-order"),
+    ("gptq", {}, change("g_idx", lambda x: x[:-1]), "reordered inputs (act-order"),
     ("gptq", {}, without("qzeros"), "qzeros' is missing"),
     ("awq", {}, without("scales"), "scales' is missing"),
     ("awq", {}, change("scales", lambda x: x[:-1]), "scales' has shape"),

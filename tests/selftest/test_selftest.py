@@ -190,7 +190,7 @@ def test_a_missing_kernel_is_found(model, monkeypatch):
         pytest.skip("Metal has the kernel")
     monkeypatch.setattr(backend, "on_metal", lambda: True)
     found = kernels.fused_attention(model)
-    assert found.holds is False and "heads of 64 numbers, 1 tokens: " in found.what
+    assert found.holds is False and "head size 64, 1 tokens: " in found.what
     monkeypatch.setattr(
         mx.fast,
         "scaled_dot_product_attention",
@@ -213,7 +213,7 @@ def test_a_check_that_mlx_refuses_fails(model, monkeypatch):
 
     monkeypatch.setattr(mx, "quantized_matmul", refuse)
     [found] = [one for one in selftest.run(model) if one.holds is False]
-    assert found.found == "MLX refused: [metal] no kernel of that name"
+    assert found.found == "MLX error: [metal] no kernel of that name"
     assert "--dequantize" in found.advice
 
 
@@ -236,7 +236,7 @@ def test_the_command_exits_with_1_and_gives_advice(monkeypatch):
     assert result.code == 1
     assert "NO     off by" in result.out
     assert result.out.splitlines()[-1] == (
-        "- quantized products equal those of the dequantized weights: update MLX; until then load "
+        "- quantized matmuls equal those of the dequantized weights: update MLX; until then load "
         "with --dequantize"
     )
 

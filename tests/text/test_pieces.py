@@ -162,7 +162,7 @@ def test_a_seed_repeats_and_frequencies_are_those_of_the_softmax():
 
 
 WRONG: list[dict[str, float]] = [
-    *({"temperature": number} for number in (-0.1, math.nan, math.inf)),
+    *({"temperature": number} for number in (-0.1, 5.1, math.nan, math.inf)),
     *({"top_p": number} for number in (0.0, 1.1)),
     *({"min_p": number} for number in (-0.1, 1.5)),
     *({"top_k": -1}, {"repetition_penalty": 0.0}, {"seed": -1}, {"seed": 2**64}),

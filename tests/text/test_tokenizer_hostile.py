@@ -107,7 +107,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         written(added_tokens=[{"id": 1, "content": "", "special": True, **FLAGS}]),
         "an added token has no text",
     ),
-    "dropout": (model(dropout=0.1), "it makes encoding a text random"),
+    "dropout": (model(dropout=0.1), "it makes encoding random"),
     "a long prefix": (model(continuing_subword_prefix="e" * 100_000), "is longer than 64"),
     "a prefix no merge has": (model(continuing_subword_prefix="##"), "a merge does not begin"),
     "a long token": (model(vocab={"e" * 100_000: 0}), "a token is not a string, or is too long"),

@@ -1,4 +1,4 @@
-"""One token: it is written into its row, then attends over the buffer in any order of rows."""
+"""Steps of one token, which is written to its row and attends to the buffer in any row order."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from mlx_stream.cache.storage import CacheState, Rows, RowStorage, write_rows
 
 @dataclass(frozen=True)
 class DecodeKind:
-    """What every step of one kind has in common, so that they share one trace.
+    """What all steps of one kind have in common, so that they share one trace.
 
     Attributes:
         sinks: S if the step rewrites the sinks' rows, because o moves with each token; else 0.
-        prefix_rows: the number of leading rows to attend over.
-        spare: when the window is full, this many of them, which are written next, are excluded.
-        steady: whether every later step is of the same kind, because the window is full.
+        prefix_rows: the number of leading rows to attend to.
+        spare: how many of these rows to exclude when the window is full: those written next.
+        steady: whether all later steps are of the same kind, because the window is full.
     """
 
     shape: AttentionShape
@@ -34,7 +34,8 @@ class DecodeKind:
     def attended_mask(self, row: mx.array) -> mx.array:
         """Return which rows the token in `row`, int32 (1,), attends to: (1, N) bool."""
         ring, columns = self.prefix_rows - self.sinks, np.arange(self.prefix_rows)
-        # Add whole turns to keep it positive: the remainder of negatives differs between backends.
+        # Add a multiple of the ring size to keep it positive: remainders of negatives vary by
+        # backend.
         turns = ring * -(-self.prefix_rows // ring)
         latest = np.where(columns < self.sinks, ring, ring - self.spare - 1)
         ages = mx.remainder(row + mx.array(turns - columns, mx.int32), ring)
@@ -42,13 +43,13 @@ class DecodeKind:
 
 
 class DecodeStep:
-    """The step of one token over plain rows.
+    """A single-token step over unquantized rows.
 
     Args:
-        kind: what does not change from step to step.
-        arrays: what does: `position` and `row` (1,) int32; `keys` and `values` by layer; `mask`
-            (1, prefix_rows) bool unless it follows from the kind; if the sinks are rewritten,
-            `sinks` (L, K, S, D), not rotated, and `sinks_at` (1,) int32.
+        kind: the properties that do not change from step to step.
+        arrays: the arrays that do: `position` and `row` (1,) int32; `keys` and `values` by layer;
+            `mask` (1, prefix_rows) bool unless it follows from the kind; if the sinks are
+            rewritten, `sinks` (L, K, S, D), not rotated, and `sinks_at` (1,) int32.
         is_sink: whether the token is a sink.
         sinks_at: the position of the sinks' rows after the step.
     """
@@ -75,7 +76,7 @@ class DecodeStep:
     def plan(
         cls, shape: AttentionShape, storage: RowStorage, geometry: Geometry, state: CacheState
     ) -> "DecodeStep":
-        """Plan the step of a stream's next token."""
+        """Plan the step for a stream's next token."""
         position = state.position
         token = position.length
         is_sink, prefix_rows = token < geometry.sinks, geometry.prefix_rows(token)
@@ -105,19 +106,30 @@ class DecodeStep:
         return cls(kind, arrays, is_sink, sinks_at)
 
     def attend(self, layer: int, heads: mx.array) -> mx.array:
-        kind, arrays = self.kind, self.arrays
-        shape = kind.shape
-        plain, new_values = mx.split(heads, [heads.shape[1] - shape.kv_heads], axis=1)
+        shape = self.kind.shape
+        plain, values = mx.split(heads, [heads.shape[1] - shape.kv_heads], axis=1)
         if self.is_sink:
             self.new_sinks.append(plain[:, shape.query_heads :])
         rope = shape.ropes[layer]
         if rope not in self.rotations:
-            self.rotations[rope] = rope.token_rotation(arrays["position"], plain.shape[1])
-        queries, new_keys = mx.split(self.rotations[rope](plain), [shape.query_heads], axis=1)
+            self.rotations[rope] = rope.token_rotation(self.arrays["position"], plain.shape[1])
+        queries, keys = mx.split(self.rotations[rope](plain), [shape.query_heads], axis=1)
+        return self.attend_rotated(layer, queries, keys, values)
+
+    def attend_rotated(
+        self, layer: int, queries: mx.array, new_keys: mx.array, new_values: mx.array
+    ) -> mx.array:
+        """Write a token's rotated key and its value, then attend; return (1, H, 1, D).
+
+        Args:
+            queries: (1, H, 1, D), rotated.
+            new_keys, new_values: (1, K, 1, D).
+        """
+        kind, arrays = self.kind, self.arrays
         keys, values = arrays["keys"][layer], arrays["values"][layer]
         if kind.sinks:
             if self.turned_sinks is None:
-                self.turned_sinks = shape.rotate_layers(arrays["sinks"], arrays["sinks_at"])
+                self.turned_sinks = kind.shape.rotate_layers(arrays["sinks"], arrays["sinks_at"])
             keys = write_rows(keys, self.turned_sinks[layer : layer + 1], [(0, kind.sinks, 0)])
         keys = mx.slice_update(keys, new_keys, arrays["row"], axes=(2,))
         values = mx.slice_update(values, new_values, arrays["row"], axes=(2,))
@@ -128,9 +140,9 @@ class DecodeStep:
         if kind.spare and self.mask is None:
             self.mask = kind.attended_mask(arrays["row"])
         return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=shape.scale(layer), mask=self.mask
+            queries, keys, values, scale=kind.shape.scale(layer), mask=self.mask
         )
 
     def finish(self, keys: list[Rows], values: list[Rows]) -> None:
-        """Take the rows that a trace of this step computed, and release the old ones."""
+        """Adopt the rows that a trace of this step computed, and release the old ones."""
         self.keys, self.values, self.arrays = keys, values, {}

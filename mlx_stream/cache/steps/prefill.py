@@ -1,4 +1,4 @@
-"""A chunk of tokens: it attends to the old buffer and to itself, then is written."""
+"""A chunk of tokens, which attends to the old buffer and to itself and is then written."""
 
 import mlx.core as mx
 
@@ -9,12 +9,12 @@ from mlx_stream.cache.storage import CacheState, Rows, RowStorage
 
 
 class PrefillStep:
-    """The step of several tokens, padded to one of a few lengths unless `pad` is false.
+    """A step of several tokens, padded to one of a few lengths unless `pad` is false.
 
     Each row has its own o. If o does not move within the chunk, the sinks' rows in the buffer are
-    right for every row. If it does, every row is at the constant distance S + W - 1 from sink 0:
+    correct for every row. If it does, every row is at the constant distance S + W - 1 from sink 0:
     the scores of queries rotated to that position enter the fused attention through an additive
-    mask, over sink keys set to zero (on the CPU backend as fast as a plain mask). The rows then
+    mask, with the sink keys set to zero (as fast as a plain mask on the CPU backend). The rows then
     attend in blocks, each only to the columns that its rows need.
     """
 
@@ -132,7 +132,7 @@ class PrefillStep:
         return mx.concatenate(parts, axis=2).astype(plain.dtype)
 
     def _columns(self, ring: mx.array, sinks: mx.array, new: mx.array) -> mx.array:
-        """Return the blocks' columns in float32: the ring from its oldest token on, sinks, new."""
+        """Return the blocks' columns in float32: ring (oldest first), sinks, new rows."""
         first = self.geometry.sinks
         old = [ring[:, :, row - first : row - first + b - a] for a, b, row in self.ring_segments]
         return mx.concatenate([*old, sinks, new], axis=2).astype(mx.float32)

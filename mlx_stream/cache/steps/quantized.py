@@ -1,8 +1,8 @@
-"""One token over quantized rows: its own rows are quantized first, then it attends to all.
+"""A step of one token over quantized rows: its own rows are quantized, then it attends to all.
 
 Scores and weighted values are products with packed rows, so a step reads 8 or 4 bits per number and
-unpacks no rows. Both are computed in float32: half precision would round the scores, which the
-fused attention over plain rows does not do.
+unpacks no rows. Both are computed in float32: half precision would round the scores, which fused
+attention over plain rows does not do.
 """
 
 import mlx.core as mx
@@ -15,7 +15,7 @@ from mlx_stream.cache.storage import CacheState, QuantizedRows, QuantizedStorage
 
 
 class QuantizedDecodeStep:
-    """The step of one token: it is written into its row, then attends over sinks and ring."""
+    """The step of one token: it is written into its row, then attends to sinks and ring."""
 
     count, rows = 1, 1
 
@@ -66,14 +66,14 @@ class QuantizedDecodeStep:
         return self._weighted_values(weights, values).reshape(plain.shape).astype(heads.dtype)
 
     def _group_heads(self, queries: mx.array) -> mx.array:
-        """Return (1, H, 1, D) as (1, K, H / K, D) float32."""
+        """Reshape (1, H, 1, D) to (1, K, H / K, D), as float32."""
         shape = (1, self.shape.kv_heads, -1, queries.shape[-1])
         return queries.reshape(shape).astype(mx.float32)
 
     def _scores(
         self, rope: Rope, queries: mx.array, plain: mx.array, keys: QuantizedRows
     ) -> mx.array:
-        """Return (1, K, H / K, sinks + ring) before scaling."""
+        """Return the scores (1, K, H / K, sinks + ring) before scaling."""
         parts = []
         if self.sinks:
             sinks = keys.sinks[:, :, : self.sinks].astype(mx.float32)

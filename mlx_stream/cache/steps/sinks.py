@@ -12,7 +12,7 @@ def place_sinks(
 ) -> tuple[list[Rows], int]:
     """Return each layer's keys with the sinks at their position for `token`, and that position.
 
-    Nothing is computed if they are there already. The state itself does not change.
+    Nothing is computed if they are already there. The state itself does not change.
     """
     clock = geometry.sinks_clock(state.position, token)
     if geometry.sinks == 0 or clock == state.position.sinks_at:

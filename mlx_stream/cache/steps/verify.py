@@ -1,7 +1,7 @@
-"""A few tokens, of which the last may be taken back: written into the ring first, then attended.
+"""A step of a few tokens that can be rolled back: all are written to the ring, then all attend.
 
 With R = W + X and at most X + 1 tokens per step, the step overwrites no row that any of its tokens
-attends to, and all but the first can be taken back without loss. Worked example, S = 2, W = 3,
+attends to, and all but the first can be rolled back without loss. Worked example, S = 2, W = 3,
 X = 2, tokens 7, 8, 9 after token 6 (rows 2 to 6 are the ring):
 
     before   [ 0  1 | 2  3  4  5  6 ]        7, 8, 9 go to the rows of 2, 3, 4
@@ -19,14 +19,15 @@ from mlx_stream.cache.geometry import NOT_ATTENDED, Geometry, StreamPosition
 from mlx_stream.cache.steps.sinks import place_sinks
 from mlx_stream.cache.storage import CacheState, PlainStorage
 
-# Metal's fused attention takes up to 8 rows of queries, and 32 over all heads that share a key.
+# Metal's fused attention takes up to 8 rows of queries, and up to 32 in total over the heads that
+# share a key.
 MOST_ROWS = 8
-SPARE = MOST_ROWS - 1  # rows beyond the window: a step's first token is never taken back
+SPARE = MOST_ROWS - 1  # rows beyond the window: a step's first token is never rolled back
 MOST_GROUPED_ROWS = 32
 
 
 def longest_verified(shape: AttentionShape, geometry: Geometry, position: StreamPosition) -> int:
-    """Return how many tokens a step can read such that all but the first can be taken back, or 1.
+    """Return the length of the longest step that can be rolled back to its first token, at least 1.
 
     The limits are the spare rows, the rows that Metal's fused attention takes, and, as in any step,
     the room before the oldest token must be evicted.
@@ -37,14 +38,14 @@ def longest_verified(shape: AttentionShape, geometry: Geometry, position: Stream
         MOST_ROWS,
         MOST_GROUPED_ROWS // (shape.query_heads // shape.kv_heads),
         geometry.spare + 1,
-        geometry.window + 1,  # only attended tokens can be taken back
+        geometry.window + 1,  # only attended tokens can be rolled back
         geometry.room(position) or MOST_ROWS,
     )
     return max(1, longest)
 
 
 def spare_rows(bits: int | None) -> int:
-    """Return X for a stream that generates text: quantized rows cannot be taken back."""
+    """Return X for a stream that generates text: quantized rows cannot be rolled back."""
     return SPARE if bits is None else 0
 
 
@@ -52,9 +53,10 @@ class VerifyStep:
     """The step of T <= X + 1 tokens beyond the sinks: all are written, and then all attend.
 
     Each token has its own o. If o moves within the step, the sinks' rows are right for the first
-    token only, and an additive mask corrects the other tokens' scores. The mask holds
-    the exact scores, of queries rotated to the constant position S + W - 1, minus the rows' scores.
-    The difference is small, so half precision rounds it no more than it rounds queries and keys.
+    token only, and an additive mask corrects the other tokens' scores. The mask holds the exact
+    scores, computed from queries rotated to the constant position S + W - 1, minus the rows'
+    scores. The difference is small, so half precision rounds it no more than it rounds queries and
+    keys.
     """
 
     def __init__(
@@ -90,7 +92,8 @@ class VerifyStep:
         # Rotated again, because reading the buffer's own rows here would copy the buffer.
         placed = rotate(sink_keys, mx.array([self.sinks_at], mx.int32))
         first = rotate(sink_keys, mx.array([0], mx.int32))
-        # (L, K, 2D, S): queries and far queries, concatenated, times this is the difference.
+        # (L, K, 2D, S): multiplying the concatenated queries and far queries by this gives the
+        # difference.
         self.sink_difference = mx.concatenate([-placed, first], axis=-1).swapaxes(-1, -2)
         ring = mx.where(self.mask[:, sinks:], mx.array(0.0), mx.array(NOT_ATTENDED))
         self.ring_mask = mx.broadcast_to(ring, (1, self.shape.query_heads, *ring.shape))

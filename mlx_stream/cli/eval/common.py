@@ -1,4 +1,4 @@
-"""What all experiments share: options, texts, and the ways of showing a result."""
+"""Shared by all experiments: options, texts, and ways of showing a result."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from mlx_stream.cli import options
-from mlx_stream.cli.report import Columns, print_json, print_rows
+from mlx_stream.cli.report import Columns, print_json, print_rows, print_text
 from mlx_stream.cli.terminal import read_text
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.program.exits import fail, notify
@@ -25,8 +25,8 @@ Files = Annotated[
 Tokens = Annotated[int, Option(help="Number of tokens to read.")]
 Segment = Annotated[int, Option(help="Tokens per segment.")]
 Chunk = Annotated[int, Option(help="Tokens read per step.")]
-Window = Annotated[int, Option(help="Number of latest tokens to attend to.")]
-Sinks = Annotated[int, Option(help="Number of first tokens that are never evicted.")]
+Window = Annotated[int, Option(help="Number of recent tokens to attend to.")]
+Sinks = Annotated[int, Option(help="Number of initial tokens to never evict.")]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class OutputOptions:
     csv: Annotated[bool, Option("--csv", help="Print the rows as CSV.")] = False
     plot: Annotated[
         Path | None,
-        Option(help="Draw a chart to this .png or .svg file, and a dark version beside it."),
+        Option(help="Write a chart to this .png or .svg file, and a dark version beside it."),
     ] = None
 
     def check(self) -> None:
-        """Refuse, before anything is measured, options with which the result could not be shown."""
+        """Reject options with which a result could not be shown, before anything is measured."""
         if self.json and self.csv:
             fail("--json and --csv both write to standard output: choose one")
         if self.plot is not None:
@@ -59,7 +59,7 @@ class OutputOptions:
         """Print a report as a table, JSON or CSV, and draw it.
 
         Args:
-            table: the rows of the table, if the report has too many rows to read.
+            table: the rows to print as a table, if the report has too many to read.
             cut: the error that ended it early, from `collecting_rows`; raised at the end.
         """
         if cut:
@@ -71,7 +71,7 @@ class OutputOptions:
         else:
             print_rows(report.rows if table is None else table, columns)
             for line in report.notes:
-                print(line)
+                print_text(line)
         if self.plot is not None:
             draw(report, self.plot)
         if cut:
@@ -86,7 +86,7 @@ def draw(report: "Report", file: Path) -> None:
 
 
 def parse_cache(text: str, allowed: Sequence[str]) -> tuple[str, dict[str, int]]:
-    """Read `NAME[,SETTING=NUMBER...]`, such as `recompute,stride=8,tokens=4096`."""
+    """Parse `NAME[,SETTING=NUMBER...]`, such as `recompute,stride=8,tokens=4096`."""
     name, *pairs = text.split(",")
     settings: dict[str, int] = {}
     for pair in pairs:
@@ -110,7 +110,7 @@ def read_texts(model: "Model", files: Sequence[str]) -> "Corpus":
 
 
 def collecting_rows(rows: "Iterator[Row]") -> "tuple[list[Row], BaseException | None]":
-    """Return rows, and the error that ended them early, if there are any rows to show."""
+    """Return the rows, and the error that cut them short, if any; raise it if there are no rows."""
     found: list[Row] = []
     try:
         for row in rows:

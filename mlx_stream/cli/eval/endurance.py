@@ -1,4 +1,4 @@
-"""`mlx_stream eval endurance`: one stream, read for hours, which can be stopped and continued."""
+"""`mlx_stream eval endurance`: one stream that reads for hours and can be stopped and continued."""
 
 import signal
 from pathlib import Path
@@ -46,7 +46,7 @@ def endurance(
 ) -> None:
     """Read texts over and over as one stream, and log the results.
 
-    Ctrl-C stops it after the step it is in. The same command continues from there, with the figures
+    Ctrl-C stops it after the current step. Rerun the command to continue, with the figures
     of an uninterrupted run. With a larger --tokens it reads further. The last segment is always
     completed.
     """
@@ -72,7 +72,7 @@ def endurance(
         with defer_interrupts(*signals) as stopped, progress_bar("reading") as progress:
             done = endure(course, opened, tokens, stopped, progress, notify)
         if not done:
-            notify(f"stopped: {log} and its state are saved; the same command continues from there")
+            notify(f"stopped: {log} and its state are saved; rerun the command to continue")
             raise SystemExit(130)
         rows = segments(opened)
         notes, about = [memory_line(rows)], dict(opened.header["about"])

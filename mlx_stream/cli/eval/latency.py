@@ -1,4 +1,4 @@
-"""`mlx_stream eval latency`: time per token against cache size, the paper's figure 10."""
+"""`mlx_stream eval latency`: time per token by cache size, the paper's figure 10."""
 
 from typing import Annotated
 
@@ -39,7 +39,7 @@ def latency(
 
     Streaming and mlx-lm's rotating cache are timed in turn, then recompute, which reads the whole
     window again for each token. One re-anchoring happens halfway through the stream's steps, and 20
-    more are timed in turn with plain steps.
+    more are timed, alternating with plain steps.
     """
     from mlx_stream.evaluate.bench import SINKS
     from mlx_stream.evaluate.latency import findings, measure_latency

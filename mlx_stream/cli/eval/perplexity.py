@@ -42,9 +42,7 @@ def perplexity(
             "Default: dense, window, recompute, stream, mlx-lm.",
         ),
     ] = None,
-    against: Annotated[
-        list[str] | None, Option(help="Peer to add to the caches: mlx-lm or llama.cpp.")
-    ] = None,
+    against: Annotated[list[str] | None, Option(help="Also measure mlx-lm or llama.cpp.")] = None,
     gguf: Annotated[
         Path | None, Option(help="The same model as a .gguf file, for llama.cpp.")
     ] = None,
@@ -78,7 +76,7 @@ def perplexity(
 
     output.check()
     specs = [parse_spec(one) for one in cache or DEFAULT_CACHES]
-    if not cache:  # a small window takes a small stride
+    if not cache:  # a small window needs a small stride
         stride = max(1, min(DEFAULTS["stride"], sinks + window))
         specs = [Spec(s.name, {"stride": stride}) if s.name == "recompute" else s for s in specs]
     for peer in against or ():
@@ -117,7 +115,7 @@ def perplexity(
 
 
 def parse_spec(text: str) -> "Spec":
-    """Read a cache of `--cache`."""
+    """Parse the description of a cache given with `--cache`."""
     from mlx_stream.evaluate.perplexity import SETTINGS, Spec
 
     name = text.split(",")[0]

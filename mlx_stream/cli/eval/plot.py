@@ -19,7 +19,7 @@ def plot(
         Path, Argument(metavar="FILE", help="A .png or .svg file; the dark chart is FILE-dark.")
     ],
 ) -> None:
-    """Draw a result that was saved with --json."""
+    """Plot a result that was saved with --json."""
     from mlx_stream.evaluate.charts import check_plot
     from mlx_stream.evaluate.report import read_report
 

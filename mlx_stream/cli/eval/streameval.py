@@ -47,9 +47,9 @@ def streameval(
 ) -> None:
     """Ask a stream about lines further and further back.
 
-    It reads numbered lines, with a question after every 10. An answer is right by likelihood if it
-    is likelier than nine others (chance: 10 %), by generation if the model writes it. The default
-    window holds about 46 lines of 22 tokens.
+    It reads numbered lines, with a question after every 10. An answer counts as right by
+    likelihood if it is likelier than nine others (chance: 10%), and by generation if the model
+    writes it. The default window holds about 46 lines of 22 tokens.
     """
     from mlx_stream.evaluate.streameval import streameval as ask
     from mlx_stream.evaluate.streameval_data import DISTANCES, make_data, write_data

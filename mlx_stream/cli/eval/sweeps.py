@@ -25,10 +25,7 @@ def sinks(
     files: common.Files,
     sinks: Annotated[
         list[int] | None,
-        Option(
-            help="Number of first tokens that are never evicted; repeatable. "
-            "Default: 0, 1, 2, 4, 8."
-        ),
+        Option(help="Number of initial tokens to never evict; repeatable. Default: 0, 1, 2, 4, 8."),
     ] = None,
     capacity: Annotated[int, Option(help="Tokens in the cache: sinks and window together.")] = 256,
     tokens: common.Tokens = 8_192,
@@ -53,7 +50,7 @@ def windows(
     window: Annotated[
         list[int] | None,
         Option(
-            help="Number of latest tokens to attend to; repeatable. "
+            help="Number of recent tokens to attend to; repeatable. "
             "Default: 252, 508, 1020, 2044, 4092."
         ),
     ] = None,

@@ -1,1 +1,1 @@
-"""One short file per family, which turns config.json's keys and tensor names into layers."""
+"""One short module per family, which turns config.json's keys and tensor names into layers."""

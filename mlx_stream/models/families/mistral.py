@@ -8,5 +8,5 @@ from mlx_stream.models.layers import CausalLM, LayerSpec, Weights
 
 
 def mistral(config: ModelConfig, weights: Weights) -> CausalLM:
-    """Build a Mistral: Llama's blocks, without biases whatever its config says of them."""
+    """Build a Mistral: Llama's blocks, without biases, whatever its config says."""
     return CausalLM(config, weights, LayerSpec())

@@ -5,5 +5,5 @@ from mlx_stream.models.layers import CausalLM, LayerSpec, Weights
 
 
 def phi3(config: ModelConfig, weights: Weights) -> CausalLM:
-    """Build a Phi-3: Llama's blocks without biases, with fused projections."""
+    """Build a Phi-3 model: Llama's blocks without biases and with fused projections."""
     return CausalLM(config, weights, LayerSpec(fused=True))

@@ -1,1 +1,1 @@
-"""Chat templates, which are untrusted programs: used on a stream, and run within limits."""
+"""Applies chat templates, which are untrusted programs, to streams, within resource limits."""

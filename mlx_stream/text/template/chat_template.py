@@ -1,16 +1,16 @@
-"""Chat templates on a stream: messages to text, not tokens. The templates are untrusted.
+"""Renders messages as text, not tokens, using a model's chat template, which is untrusted.
 
-Each turn is read once, so it must be what the template appends:
+Each turn is read only once, so its text must be exactly what the template appends:
 
     opening("Be brief.", "Hi")    <|im_start|>system ... user\nHi<|im_end|>\n<|im_start|>assistant\n
     (the model)                   Hello.
     closing                       <|im_end|>\n
     turn("And?", "Be brief.")     <|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n
 
-A template may rewrite an exchange once the next question follows, for example to drop the
-reply's thinking: `settled` returns the rewritten form. A template that changes an exchange after
-that is refused. Thinking is given to a template as a field of its own, if the template has one or
-drops it, and to others as the model wrote it.
+A template may rewrite an exchange once the next question follows, for example to drop the reply's
+thinking; `settled` returns the rewritten form. A template that changes an exchange after that is
+refused. Thinking is passed to a template in a separate field if the template has one or drops
+thinking, and otherwise as the model wrote it.
 """
 
 import re
@@ -31,18 +31,18 @@ from mlx_stream.text.thinking import style_of
 MAX_SOURCE = 50_000
 
 MessageDict = Mapping[str, Any]
-# The messages of a turn, or the text of the user's only one.
+# The messages of a turn, or just the text if the turn is a single user message.
 Turn = str | Sequence[MessageDict]
-# The names by which templates are told whether to think, and for how long.
+# The variables that tell a template whether and how much to think.
 SWITCHES: Sequence[str] = ("enable_thinking", "thinking")
 EFFORT = "reasoning_effort"
-# Stands for a reply where only the text around it is wanted. No other text contains it.
+# A placeholder for a reply when only the text around it is wanted. No other text contains it.
 MARK = f"Reply{uuid4().int}"
 LATER = f"Later{uuid4().int}"
 PADDED = f"\n \n{MARK}\n \n"
 SYSTEM = "Answer briefly."
 THOUGHT = "One more than one."
-# The second reply is thought about: templates that drop the thinking of earlier turns show it here.
+# The second reply includes thinking, to detect templates that drop the thinking of earlier turns.
 EXCHANGES: Sequence[tuple[str, str, str]] = (
     ("What is the first?", "It is one.", ""),
     ("And the second,\nplease?", "It is two.", THOUGHT),
@@ -61,7 +61,7 @@ def assistant(content: str) -> MessageDict:
 
 
 def tool_calls(calls: Iterable[tuple[str, Any, str]]) -> list[dict[str, Any]]:
-    """Return the `tool_calls` of a message, given the name, arguments and id of each."""
+    """Return the `tool_calls` of a message, given the name, arguments and id of each call."""
     return [
         {"type": "function", "id": id, "function": {"name": name, "arguments": arguments}}
         for name, arguments, id in calls
@@ -69,7 +69,7 @@ def tool_calls(calls: Iterable[tuple[str, Any, str]]) -> list[dict[str, Any]]:
 
 
 def tool_results(calls: Sequence[MessageDict], content: str) -> list[MessageDict]:
-    """Return messages with the same result for each of some `tool_calls`."""
+    """Return messages that give the same result for each of these tool calls."""
     return [
         {
             "role": "tool",
@@ -86,9 +86,9 @@ def messages_of(turn: Turn) -> list[MessageDict]:
 
 
 def stand_in(turn: Sequence[MessageDict]) -> list[MessageDict]:
-    """Return messages that may come before a turn; the last one is a reply with MARK in it.
+    """Return placeholder messages that may precede a turn; the last is a reply that contains MARK.
 
-    Before the results of tools, it calls these tools.
+    If the turn contains tool results, that reply calls those tools.
     """
     results = [message for message in turn if message["role"] == "tool"]
     if not results:
@@ -102,17 +102,17 @@ def system_turn(system: str | None) -> list[MessageDict]:
 
 
 class ChatTemplate:
-    """A model's chat template, compiled, and the parts of a conversation it makes.
+    """A model's compiled chat template, which renders the parts of a conversation.
 
-    A conversation that passes midnight keeps the date on which its template was built.
+    A conversation that runs past midnight keeps the date on which its template was built.
 
     Attributes:
-        style: how the model marks its thinking; None if the template has no thinking.
-        names_date: whether it may write the date on which the conversation began.
+        style: how the model marks its thinking; None if the template does not support thinking.
+        names_date: whether it may state the date on which the conversation began.
 
     Raises:
-        TemplateError: any method, if the template fails, does what the sandbox forbids, takes too
-            much time or memory, or cannot be used on a stream.
+        TemplateError: from any method, if the template fails, violates the sandbox, takes too much
+            time or memory, or cannot be used on a stream.
     """
 
     def __init__(
@@ -122,9 +122,9 @@ class ChatTemplate:
         special: Sequence[str] = (),
         options: Mapping[str, Any] | None = None,
     ):
-        """Compile a template that may name `tokens` and `options`.
+        """Compile a template that may refer to `tokens` and `options` by name.
 
-        No text of `special` tokens is ever cut.
+        The text of a `special` token is never split.
         """
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"chat template: it has more than {MAX_SOURCE} characters")
@@ -135,7 +135,7 @@ class ChatTemplate:
         self._template = compiled
 
     def at(self, moment: datetime) -> "ChatTemplate":
-        """Return the same template, for a conversation that began at another time."""
+        """Return a copy of the template for a conversation that started at a different time."""
         other = copy(self)
         other._now = moment
         return other
@@ -146,13 +146,13 @@ class ChatTemplate:
         effort: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> "ChatTemplate":
-        """Return the same template, told whether and how long to think, and of some tools.
+        """Return a copy of the template with these settings for thinking, effort and tools.
 
         Args:
             tools: descriptions of functions, as JSON values.
 
         Raises:
-            TemplateError: it cannot be told.
+            TemplateError: the template does not support one of the settings.
         """
 
         def told(options: Mapping[str, Any]) -> "ChatTemplate":
@@ -176,33 +176,34 @@ class ChatTemplate:
                     "this model's template has no levels of thinking: leave out `reasoning_effort`"
                 )
         if tools:
-            # Llama 3.x writes tools into the first question, or, if told so, before it.
+            # Llama 3.x writes tools into the first question or, with this option, before it.
             options |= {"tools": [*tools], "tools_in_user_message": False}
         return told(options)
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
-        """The tools that the template is told of."""
+        """The tools that are passed to the template."""
         return self._options.get("tools", ())
 
     def render(self, messages: Sequence[MessageDict], reply: bool) -> str:
         """Return the text of a conversation; `reply` adds the generation prompt."""
         values = {"messages": messages, "add_generation_prompt": reply, **self._tokens}
-        # Templates test tools and documents for none; transformers always passes both.
+        # Templates check whether tools and documents are none; transformers always passes both.
         values |= {"tools": None, "documents": None, "strftime_now": self._now.strftime}
         values |= self._options
         size = len(str(messages)) + len(str(self.tools))
         return attempt("failed", lambda: self._template.render(values), size)
 
     def opening(self, system: str | None, question: Turn) -> str:
-        """Return the text of a first turn, up to where the model answers."""
+        """Return the text of the first turn, up to the point where the model answers."""
         return self.render([*system_turn(system), *messages_of(question)], reply=True)
 
     def turn(self, question: Turn, system: str | None = None) -> str:
-        """Return what a later turn appends after `closing`, up to where the model answers.
+        """Return the text that a later turn appends after `closing`, up to the model's answer.
 
-        A stand-in for the conversation is rendered; `check` refuses templates that need the real
-        one. Encode it with `closing`: some tokenizers put a space before the first word of a text.
+        A placeholder conversation is rendered; `check` refuses templates that need the real one.
+        Encode the text together with `closing`, because some tokenizers put a space before the
+        first word of a text.
         """
         messages = messages_of(question)
         before = stand_in(messages)
@@ -219,10 +220,10 @@ class ChatTemplate:
     ) -> str:
         """Return an exchange as it is rendered once the next message follows.
 
-        That is a question, or, after an answer that calls tools, the first result. What closes the
-        answer is not in the text, or, if it calls tools, is. With `first`, it is the first
-        exchange, and what comes before it is in the text. With `later`, another exchange and a
-        question follow.
+        The next message is a question or, after an answer that calls tools, the first result. The
+        text that closes the answer is included only if the answer calls tools. With `first`, this
+        is the first exchange, and the text before it is included. With `later`, another exchange
+        and a question follow this one.
         """
         messages, calls = messages_of(question), answer.get("tool_calls")
         before = [] if first else stand_in(messages)
@@ -248,7 +249,7 @@ class ChatTemplate:
         return text.removesuffix(next_turn)
 
     def answer(self, reply: str, thinking: str = "", calls: Sequence[Any] = ()) -> MessageDict:
-        """Return the message of a reply with its thinking and its `tool_calls`."""
+        """Return a reply as a message, with its thinking and its `tool_calls`."""
         called = {"tool_calls": calls} if calls else {}
         if not thinking or not self.style:
             return {**assistant(reply), **called}
@@ -265,10 +266,10 @@ class ChatTemplate:
 
     @cached_property
     def thinking_apart(self) -> bool:
-        """Whether a reply's thinking is given to the template apart from the answer.
+        """Whether a reply's thinking is passed to the template separately from the answer.
 
-        It is if the template has a field for it, writes its marks itself, or drops it from the
-        reply once there is another question.
+        This is the case if the template has a field for thinking, writes the thinking marks itself,
+        or drops the thinking once another question follows.
         """
         if not self.style:
             return False
@@ -281,22 +282,22 @@ class ChatTemplate:
 
     @cached_property
     def thinks_first(self) -> bool:
-        """Whether what asks for a reply begins the model's thinking."""
+        """Whether the generation prompt itself opens the model's thinking."""
         asked = self.opening(None, "x").rstrip()
         return bool(self.style) and asked.endswith(self.style.openings[0].rstrip())
 
     @property
     def closing(self) -> str:
-        """What follows a reply's content, "<|im_end|>\\n" say.
+        """The text that follows a reply's content, such as "<|im_end|>\\n".
 
-        Some templates (Llama 3's first) always ask for the next reply at once. Then this is what
-        that request and a later question have in common.
+        Some templates (such as Llama 3's first one) always append the generation prompt. In that
+        case, this is the common prefix of that prompt and a later question.
         """
         return self._around_reply[1]
 
     @property
     def lead(self) -> str:
-        """Whitespace between the generation prompt and a reply, which the model writes itself."""
+        """The whitespace between the generation prompt and a reply; the model writes it itself."""
         return self._around_reply[0]
 
     @cached_property
@@ -315,7 +316,7 @@ class ChatTemplate:
 
     @cached_property
     def settles_late(self) -> bool:
-        """Whether an exchange is rendered differently once another one follows it."""
+        """Whether an exchange is rendered differently once another exchange follows it."""
         question, reply, thinking = EXCHANGES[1]
         try:
             old = self.settled(question, self.answer(reply, thinking), later=True)
@@ -332,7 +333,7 @@ class ChatTemplate:
         once = found and MARK not in after and alone.count(MARK) == 1
         require(once, "it does not write a reply's content exactly once")
         lead = before.removeprefix(asked) if before.startswith(asked) else ""
-        if lead.strip():  # these are marks of thinking, which the model writes itself
+        if lead.strip():  # these are thinking marks, which the model writes itself
             marks = self.style.texts.split() if self.style else ()
             known = any(mark in lead for mark in marks)
             require(
@@ -343,7 +344,7 @@ class ChatTemplate:
         return lead, shared_start(alone.partition(MARK)[2], after, self._special)
 
     def _behind_reply(self, text: str, before: Sequence[MessageDict]) -> str:
-        """Return what follows a stand-in for earlier messages, and what closes its reply."""
+        """Return the text after the placeholder messages and the closing of their reply."""
         after, closing = text.rpartition(MARK)[2], self.closing
         if "tool_calls" in before[-1]:
             closing = self.render(before, reply=False).rpartition(MARK)[2]
@@ -351,17 +352,17 @@ class ChatTemplate:
         return after.removeprefix(closing)
 
     def check(self, system: bool) -> None:
-        """Make sure that each exchange is written once and stays, after a system turn if `system`.
+        """Check that each exchange is written once and then kept, after a system turn if `system`.
 
         An exchange may change when the next question is added, and once more when another exchange
-        follows, but never after that. A template
-        that is refused may still be used for conversations that are rendered whole.
+        follows, but never after that. A refused template may still be used for conversations that
+        are rendered as a whole.
         """
         metered(lambda: check_turns(self, SYSTEM if system else None))
 
 
 def check_turns(template: ChatTemplate, system: str | None) -> None:
-    """Raise TemplateError unless each exchange is written once and stays; see `check`."""
+    """Raise TemplateError unless each exchange is written once and then kept; see `check`."""
     if system:
         require(system in template.opening(system, "x"), "it has no system role")
     if template.tools:
@@ -411,7 +412,7 @@ def check_tools(template: ChatTemplate, system: str | None) -> None:
 
 
 def attempt(failure: str, work: Callable[[], T], characters: int = 0) -> T:
-    """Return what `work` returns; turn what the untrusted program raises into a TemplateError."""
+    """Return the result of `work`; convert any error in the untrusted template to TemplateError."""
     try:
         return metered(work, characters)
     except Exception as error:
@@ -428,7 +429,7 @@ def require_appended(holds: bool, what: str) -> None:
 
 
 def shared_start(first: str, second: str, special: Sequence[str]) -> str:
-    """Return the beginning that two texts share, without a part of a special token.
+    """Return the common prefix of two texts, without splitting a special token.
 
     "<|end|><|endoftext|>" and "<|end|><|user|>" share "<|end|>", not "<|end|><|".
     """

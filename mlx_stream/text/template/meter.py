@@ -1,4 +1,4 @@
-"""Limits for one use of a template: time, and the size of what it makes; independent of Jinja."""
+"""Limits the time and the size of the values of one use of a template; independent of Jinja."""
 
 import time
 from collections.abc import Callable, ItemsView, KeysView, ValuesView
@@ -7,16 +7,16 @@ from types import GeneratorType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-# In processor time: a machine that sleeps or swaps does not stop an honest template.
+# In CPU time, so that sleep or swapping does not stop a harmless template.
 SECONDS = 0.5
-# All values of one render together: their characters, and ITEM for each value and loop turn.
-# Honest templates need a tenth of it.
+# For all values of one render together: their characters, plus ITEM for each value and each loop
+# iteration. Harmless templates need a tenth of it.
 BUDGET, BUDGET_PER_CHARACTER, ITEM = 1_000_000, 32, 16
 CONTAINERS = (dict, list, tuple, set, frozenset, KeysView, ValuesView, ItemsView)
 
 
 class Meter:
-    """The time and the budget that are left for one use of a template."""
+    """The time and the budget remaining for one use of a template."""
 
     def __init__(self) -> None:
         self.left, self.ends = BUDGET, time.thread_time() + SECONDS
@@ -26,7 +26,7 @@ class Meter:
         if time.thread_time() > self.ends:
             raise RuntimeError(f"it ran for more than {SECONDS:g} s")
         if size > self.left:
-            raise RuntimeError("it makes too many or too large values")
+            raise RuntimeError("its values are too many or too large")
 
     def made(self, value: Any) -> Any:
         """Charge for a new value and return it."""
@@ -38,7 +38,8 @@ class Meter:
     def weigh(self, value: Any) -> int:
         """Check and return a value's size; an item that is in a list twice counts twice.
 
-        A list of a list twice, of that one twice, and so on, is small until written or compared.
+        A list that holds one list twice, which in turn holds one list twice, and so on, is small
+        until it is printed or compared.
         """
         size, waiting = 0, [value]
         while waiting and size + ITEM * len(waiting) <= self.left:
@@ -46,7 +47,7 @@ class Meter:
             size += ITEM
             if isinstance(item, str):
                 size += len(item)
-            elif isinstance(item, int):  # its size stands for the time that arithmetic takes
+            elif isinstance(item, int):  # the size stands in for the time that arithmetic takes
                 size += item.bit_length() ** 2 // 100
             elif isinstance(item, CONTAINERS):
                 waiting += item.items() if isinstance(item, dict) else item

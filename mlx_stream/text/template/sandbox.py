@@ -1,8 +1,8 @@
 """The environment that compiles templates: transformers' names, in Jinja's immutable sandbox.
 
 The sandbox keeps untrusted templates away from Python's internals. In addition, every new value
-and every loop iteration is charged for here, and a value that can be much larger than its parts is
-checked before it is created.
+and every loop iteration is charged to a budget, and a value that can be much larger than its parts
+is checked before it is created.
 """
 
 import json
@@ -20,7 +20,7 @@ from mlx_stream.text.template.meter import METER
 FILTERS = str.split("""abs batch capitalize center count d default dictsort e escape first float
 groupby indent int items join last length list lower map max min reject rejectattr replace reverse
 round safe select selectattr slice sort string title tojson trim truncate unique upper""")
-# Methods that no prompt needs, and whose results can be large.
+# Methods that no prompt needs and whose results can be large.
 FORBIDDEN = str.split("""encode expandtabs format format_map from_bytes fromkeys maketrans to_bytes
 translate""")
 # Filters and methods that take a width, a number, or a text that is slow to search for.
@@ -28,19 +28,19 @@ NARROW = str.split("""batch center groupby indent ljust lstrip rfind rindex rjus
 rsplit rstrip slice sort strftime strip tojson trim zfill""")
 MAX_WIDTH = 99
 CONVERSION = re.compile(r"%(\([^()%]*\))?[#0\- +]*\d{0,2}(\.\d{0,2})?[hlL]?[a-zA-Z%]")
-# Expressions whose value is new, or that take time.
+# Expressions that create a new value or take time.
 COMPOUND = (nodes.BinExpr, nodes.Compare, nodes.List, nodes.Dict, nodes.Tuple)
 
 
 class LimitedCode(compiler.CodeGenerator):
-    """Jinja's compiler, whose code is charged for compound expressions and loop iterations."""
+    """Jinja's compiler, extended to charge for compound expressions and loop iterations."""
 
     def visit(self, node: nodes.Node, *arguments: Any, **named: Any) -> None:
         METER.get().check()
         chain = isinstance(node, nodes.Compare) and len(node.ops) > 3
         if chain or isinstance(node, nodes.ScopedEvalContextModifier):
             self.fail("long comparisons and autoescape are not supported", node.lineno)
-        if isinstance(node, nodes.For) and node.test:  # charged for each item, as an And
+        if isinstance(node, nodes.For) and node.test:  # as an And, it is charged for each item
             node.test = nodes.And(node.test, nodes.Const(True))
         if isinstance(node, nodes.Concat):
             parts = [nodes.List(node.nodes)]
@@ -53,18 +53,18 @@ class LimitedCode(compiler.CodeGenerator):
         self.write(")" if made else "")
 
     def enter_frame(self, frame: compiler.Frame) -> None:
-        super().enter_frame(frame)  # for a turn of a loop or a call of a macro
+        super().enter_frame(frame)  # for a loop iteration or a macro call
         self.writeline("environment.made(0)")
 
 
 class Namespace(utils.Namespace):
-    """Jinja's namespace, which does not print its contents, because it may contain itself."""
+    """A Jinja namespace that does not print its contents, because it may contain itself."""
 
     __repr__ = object.__repr__
 
 
 class GenerationTag(ext.Extension):
-    """Accept {% generation %}, which marks replies for training; it writes nothing itself."""
+    """Accepts {% generation %}, which marks replies for training and outputs nothing itself."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
 
@@ -74,14 +74,14 @@ class GenerationTag(ext.Extension):
 
 
 class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with limits, where forbidden names are refused at once."""
+    """Jinja's sandbox with limits; it refuses forbidden names immediately."""
 
     code_generator_class = LimitedCode
     intercepted_binops = frozenset(("*", "%", "**"))
     made = staticmethod(lambda value: METER.get().made(value))
 
     def __init__(self) -> None:
-        # While it compiles, Jinja does not run functions that take the environment.
+        # Jinja does not run functions that take the environment at compile time.
         written = pass_environment(lambda self, value: self.made(str(value)))
         options = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}
         super().__init__(extensions=[GenerationTag, ext.loopcontrols], finalize=written, **options)
@@ -93,7 +93,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: self.limited(name, self.filters[name]) for name in FILTERS}
         self.tests = {name: self.limited(name, test) for name, test in self.tests.items()}
         del self.globals["lipsum"]
-        # Not the class dict: some of its attributes change a dict, and equal hashes make it slow.
+        # Not the class `dict`: some of its methods change a dict, and hash collisions make it slow.
         self.globals |= {"dict": lambda **named: named, "raise_exception": raise_exception}
         self.globals |= {"namespace": lambda **named: Namespace(named)}
 

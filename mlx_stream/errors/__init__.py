@@ -1,4 +1,4 @@
-"""Every exception that a caller may catch, as one tree; independent of where they are raised.
+"""All exceptions that a caller may catch, as one tree; independent of where they are raised.
 
     MlxStreamError
     ├── ValueRefused        an option or argument is out of range
@@ -12,14 +12,14 @@
     ├── TextError           input text cannot be read
     ├── SnapshotError       a saved stream is damaged, or belongs to another model
     ├── SessionError        a saved conversation is damaged, in use, or cannot be written
-    ├── DeviceError         a device is unknown, or a file of devices cannot be used
+    ├── DeviceError         a device is unknown, or a device file cannot be used
     ├── MemoryRefused       a model and its ring do not fit the device or an engine's budget
     ├── QueueFull           an engine's queue or a listener's backlog is full
     ├── EngineOpen          another engine is open in this process
     ├── EngineClosed        an engine or one of its sessions is closed
     └── ComputeError        MLX or the device failed
 
-Each message is one line: what was given, what was expected, what to do. It may quote a stranger's
+Each message is one line: what was given, what was expected, and what to do. It may quote untrusted
 input of any length, so the middle of a long line is omitted.
 """
 
@@ -27,13 +27,13 @@ LONGEST_LINE = 1_000
 
 
 def one_line(error: object, longest: int = LONGEST_LINE) -> str:
-    """Return an error's message, or its class name if empty, on one line cut at `longest`."""
+    """Return an error's message, or its class name if it has none, as one line cut at `longest`."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 class MlxStreamError(Exception):
-    """The base of every error that this package raises on purpose."""
+    """The base class of every error that this package raises on purpose."""
 
     def __init__(self, line: str = ""):
         half = LONGEST_LINE // 2 - 2
@@ -73,7 +73,7 @@ class TemplateError(TokenizerError):
 
 
 class TextError(MlxStreamError):
-    """A text cannot be read: not UTF-8, empty, or too short."""
+    """A text cannot be read: it is not UTF-8, it is empty, or it is too short."""
 
 
 class SnapshotError(MlxStreamError):

@@ -9,7 +9,7 @@ import pytest
 
 import mlx_stream
 from mlx_stream.errors import TypeRefused
-from mlx_stream.program.argument_types import check_arguments, fits
+from mlx_stream.errors.argument_types import check_arguments, fits
 
 
 @pytest.mark.parametrize(

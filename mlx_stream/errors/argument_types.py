@@ -1,4 +1,4 @@
-"""Checks arguments against a function's annotations, where they are given; knows no values."""
+"""Checks argument types against a function's annotations, if any; does not check values."""
 
 import functools
 import inspect
@@ -16,9 +16,9 @@ NUMBERS = {int: Integral, float: Real}
 
 
 def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function refuse arguments of wrong types.
+    """Make a function refuse arguments of the wrong type.
 
-    Otherwise they fail later, somewhere else: in an engine on another thread.
+    Otherwise they would fail later and somewhere else, for example in an engine on another thread.
     """
     signature = inspect.signature(function)
     hints = functools.cache(lambda: get_type_hints(function))
@@ -28,7 +28,7 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:
-            return function(*args, **kwargs)  # raises the TypeError for a wrong call
+            return function(*args, **kwargs)  # raises the TypeError for an invalid call
         refuse_wrong_types(given, hints())
         return function(*args, **kwargs)
 
@@ -36,10 +36,10 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def refuse_wrong_types(given: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Refuse a value that does not fit the annotation of its name.
+    """Refuse a value that does not fit the annotation for its name.
 
     Raises:
-        TypeRefused: a value has a wrong type.
+        TypeRefused: a value has the wrong type.
     """
     for name, value in given.items():
         if name in hints and not fits(value, hints[name]):
