@@ -11,7 +11,7 @@ from mlx_stream.errors import MemoryRefused
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.load import Model, load, megabytes
 from mlx_stream.models.layout import ring_bytes
-from mlx_stream.window import THINKING_WINDOWS, bounded_windows
+from mlx_stream.models.window import THINKING_WINDOWS, bounded_windows
 
 HEAD_ROOM = 1_024  # tokens of the trained context that a default window leaves for a system prompt
 PREFIXES = "prefixes"  # the key of the cached prefixes in the budget
