@@ -10,6 +10,7 @@ from typer.main import get_command
 
 from mlx_stream.cli import VERBS, app
 
+SERVERS = {"anyio", "h11", "starlette", "uvicorn"}  # pydantic comes with the option parser
 # Packages that are slow to import, and the parts of this project that need them.
 HEAVY = {
     "huggingface_hub",
@@ -23,9 +24,10 @@ HEAVY = {
     "safetensors",
     "tokenizers",
     "transformers",
+    *SERVERS,
 }
 # None of these is imported before a chat's first reply.
-UNUSED = {"huggingface_hub", "matplotlib", "mlx_lm", "rich", "transformers"}
+UNUSED = {"huggingface_hub", "matplotlib", "mlx_lm", "rich", "transformers", *SERVERS}
 
 
 def loaded(program, *arguments):

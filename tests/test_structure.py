@@ -64,7 +64,7 @@ DISTRIBUTIONS = {
     "prompt_toolkit": "prompt-toolkit",
 }
 # Extras that a verb may ask for; `dev` is for working on the project.
-OPTIONAL = ("eval", "llama-cpp")
+OPTIONAL = ("eval", "llama-cpp", "server")
 MAY_IMPORT_MLX_LM = {"evaluate"}
 MAY_PRINT = {"cli", "program"}
 MAY_EVALUATE = {

@@ -175,10 +175,10 @@ def stop(name: Name = "main") -> None:
 @takes_settings("stdin")
 def install(settings: Settings) -> None:
     """Start the assistant at each login, with launchd or systemd."""
-    from mlx_stream_assistant import service
+    from mlx_stream_assistant.service import login_service
 
     settings.check()
-    path, trouble = service.install(settings, assistant_paths(settings.name).log)
+    path, trouble = login_service(settings, assistant_paths(settings.name).log).install()
     if trouble:
         fail(f"installed as {path}, but it could not be started: {trouble}")
     notify(f"installed as {path}")
@@ -187,10 +187,11 @@ def install(settings: Settings) -> None:
 @app.command()
 def uninstall(name: Name = "main") -> None:
     """Stop the assistant, and stop starting it at login. Its journal is kept."""
-    from mlx_stream_assistant import service
+    from mlx_stream.program.login_service import uninstall_service
+    from mlx_stream_assistant.service import service_name
 
     where = assistant_paths(name)
-    path = service.uninstall(name)
+    path = uninstall_service(service_name(name))
     if path is None:
         fail(f"the assistant {name!r} is not installed")
     notify(f"removed {path}; the journal is kept: {where.journal}")

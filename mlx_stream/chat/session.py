@@ -529,6 +529,7 @@ class ChatSession:
                 evicted_tokens=evicted,
                 read=self.stats.prompt_tokens - read_before,
                 written=reply.count - given,
+                thinking_tokens=reply.count - given - reply.answer_count,
                 settled=self.stats.settled - settled,
                 recalled=self.recalled,
                 recalled_tokens=state.quoted,

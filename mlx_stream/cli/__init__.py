@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 VERBS = {
     "chat": "Chat with a model for as long as you like.",
     "generate": "Continue a text of any length, without a chat template.",
+    "serve": "Serve a model to clients of OpenAI's API.",
     "score": "Print the perplexity of a text, read without a chat template.",
     "plan": "Show what a model needs on a device, from its config and headers alone.",
     "devices": "List the devices you can plan for, including your own.",

@@ -32,13 +32,15 @@ def doctor(
     from mlx_stream import backend
     from mlx_stream.cli.report import print_json, print_table, print_text
     from mlx_stream.program.paths import cache_root
+    from mlx_stream.server.running import running_servers
 
     if self_test:
         check(model, loading, json)
         return
     if model is not None or loading != options.LoadOptions():
         fail("MODEL and its loading options are for --self-test: add --self-test")
-    facts = {**backend.describe(), "cache": str(cache_root())}
+    servers = "; ".join(running_servers()) or "none is running"
+    facts = {**backend.describe(), "cache": str(cache_root()), "server": servers}
     advice = backend.advice()
     if json:
         print_json({**facts, "advice": advice})

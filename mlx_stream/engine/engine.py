@@ -1,7 +1,9 @@
 """The handle to the one thread that computes, for use from any other thread."""
 
+import time
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 from mlx_stream.chat.messages import Message
 from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
-from mlx_stream.engine.handle import OnEvict, OnToken, Session
+from mlx_stream.engine.handle import OnEvict, OnToken, Session, TextReply
 from mlx_stream.engine.listener import Listener
 from mlx_stream.engine.listener_stream import ListenerOptions
 from mlx_stream.engine.model_host import ModelHost
+from mlx_stream.engine.text_worker import TextOptions
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
 from mlx_stream.errors.argument_types import check_arguments
@@ -95,6 +98,36 @@ class Engine:
         """Bytes in use by weights and streams, and the budget (0 until loading has begun)."""
         return self._host.budget.used, self._host.budget.limit
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the step in progress has taken so far; 0 between steps and while loading."""
+        started = self._worker.round_started
+        return 0.0 if started is None else time.monotonic() - started
+
+    def ping(self) -> Future[None]:
+        """Return a future that is done when the step in progress is.
+
+        Raises:
+            EngineClosed: the engine is closed.
+        """
+        return self._worker.ping()
+
+    def largest_window(
+        self, streams: int = 1, sinks: int | None = None, kv_bits: int | None = None
+    ) -> int | None:
+        """Return the largest usual window with which several sessions fit the budget.
+
+        It leaves room for a system prompt. None if none does. The model must be loaded.
+        """
+        return self._host.largest_window(streams, sinks, kv_bits)
+
+    def bytes_of(self, id: int) -> bytes:
+        """Return the bytes that a token stands for, which may be part of a character.
+
+        The model must be loaded.
+        """
+        return self._host.model.tokenizer.bytes_of(id)
+
     def wait(self, timeout: float | None = None) -> None:
         """Wait until the model is loaded.
 
@@ -169,6 +202,37 @@ class Engine:
         if shared is None:
             shared = sampling is None or sampling.seed is None
         return Session(self._worker, self._host, options, name, on_evict, on_token, self, shared)
+
+    @check_arguments
+    def complete(
+        self,
+        prompt: str,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        window: int | None = None,
+        sinks: int | None = None,
+        kv_bits: int | None = None,
+        bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
+        shared: bool = True,
+    ) -> TextReply:
+        """Continue a plain text on a stream of its own; returns at once.
+
+        Args:
+            prompt, max_tokens, sampling, stop, window, sinks, kv_bits, bias, logprobs: see
+                `mlx_stream.stream`.
+            shared: see `session`.
+
+        Raises:
+            ValueRefused: `max_tokens` below 1.
+            QueueFull: too many commands are waiting.
+            EngineClosed: the engine is closed.
+        """
+        options = TextOptions(
+            prompt, max_tokens, sampling, stop, sinks, window, kv_bits, bias, logprobs
+        )
+        return TextReply(self._worker, self._host, options, self, shared)
 
     @check_arguments
     def listen(

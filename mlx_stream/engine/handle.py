@@ -18,6 +18,7 @@ from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.reply_reader import ReplyReader
 from mlx_stream.engine.session_worker import ReadProgress, ReplyPlan, SessionWorker
 from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
+from mlx_stream.engine.text_worker import TextOptions, TextWorker
 from mlx_stream.engine.worker import StreamOwner, Worker
 from mlx_stream.errors import TextError, TypeRefused, ValueRefused
 from mlx_stream.errors.argument_types import refuse_wrong_types
@@ -379,6 +380,29 @@ class Session(Handle):
     def _future(self, action: Callable[[ChatSession], Any]) -> Future[Any]:
         worker = self._session_worker
         return self._ask(lambda: worker.perform(action), reply=False).future
+
+
+class TextReply(Handle):
+    """A text that is continued once, from `Engine.complete`."""
+
+    def __init__(
+        self, worker: Worker, host: ModelHost, options: TextOptions, engine: Any, shared: bool
+    ):
+        check_limit(options.max_tokens)
+        self._text_worker = TextWorker(host, options, shared)
+        super().__init__(worker, self._text_worker, engine, None)
+
+    def pieces(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
+        """Yield the pieces; closing the generator stops the text within a few tokens."""
+        return self._pieces(self._write(progress))
+
+    def apieces(self, progress: Progress | None = None) -> AsyncGenerator[Piece, None]:
+        """Do what `pieces` does, for asyncio."""
+        return self._pieces_async(self._write(progress))
+
+    def _write(self, progress: Progress | None) -> Submit:
+        worker = self._text_worker  # the task must not keep this handle alive
+        return lambda: self._ask(lambda: worker.write(progress))
 
 
 def check_question(question: str) -> None:

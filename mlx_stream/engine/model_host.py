@@ -10,7 +10,10 @@ from mlx_stream import backend
 from mlx_stream.errors import MemoryRefused
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.load import Model, load, megabytes
+from mlx_stream.models.layout import ring_bytes
+from mlx_stream.models.window import THINKING_WINDOWS, bounded_windows
 
+HEAD_ROOM = 1_024  # tokens of the trained context that a default window leaves for a system prompt
 PREFIXES = "prefixes"  # the key of the cached prefixes in the budget
 
 
@@ -115,6 +118,21 @@ class ModelHost:
     def model_for(self, key: object) -> Model:
         """Return the model, with its streams charged to `key`."""
         return self.model.with_check(partial(self._charge, key))
+
+    def largest_window(self, streams: int, sinks: int | None, kv_bits: int | None) -> int | None:
+        """Return the largest usual window of which several fit the budget; None if none does.
+
+        It leaves room in the trained context for a system prompt.
+        """
+        model = self.model
+        sinks = model.resolve_window(sinks, None)[0]
+        room = min(HEAD_ROOM, model.config.max_position_embeddings // 4)
+        most = bounded_windows(model.config, sinks + room, THINKING_WINDOWS)[0]
+        for window in [one for one in THINKING_WINDOWS if one <= most] or [most]:
+            ring = ring_bytes(model.config, sinks, window, model.dtype.size, kv_bits)
+            if model.weight_bytes + streams * ring <= self.budget.limit:
+                return window
+        return None
 
     @property
     def prefix_bytes(self) -> int:

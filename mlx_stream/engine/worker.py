@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from mlx_stream.engine.scheduler import Scheduler
@@ -184,6 +185,7 @@ class Worker:
         lock: guards everything that threads share; notified of every change.
         loading: the task of `prepare`.
         ended: whether the thread has ended, or does not exist in this process after a fork.
+        round_started: when the round in progress began, by `time.monotonic`; None between rounds.
     """
 
     def __init__(self, prepare: Callable[[], None], leave: Callable[[], None], queue_size: int):
@@ -192,6 +194,8 @@ class Worker:
         self.closing = self.ended = False
         self.queues: list[SessionQueue] = []
         self.queue_size, self._leave, self._scheduler = queue_size, leave, Scheduler()
+        self.round_started: float | None = None
+        self._pings: deque[Future[None]] = deque()
         self.loading = Task(self.lock, lambda: as_coroutine(prepare), lambda _: None)
         self._process = os.getpid()
         self._before = claim(self)
@@ -285,6 +289,19 @@ class Worker:
         with self.lock:
             return any(queue.tasks for queue in self.queues)
 
+    def ping(self) -> Future[None]:
+        """Return a future that is done when the thread begins its next round.
+
+        Raises:
+            EngineClosed: the engine is closed.
+        """
+        found: Future[None] = Future()
+        with self.lock:
+            self.check()
+            self._pings.append(found)
+            self.lock.notify_all()
+        return found
+
     # --- waiting and closing ---
 
     def wait_for(self, holds: Callable[[], object], timeout: float | None = None) -> bool:
@@ -341,12 +358,18 @@ class Worker:
                 other.join(None)
             if not self.closing:
                 self.loading.step()
-            while queues := self._round():
+            while (queues := self._round()) is not None:
+                self.round_started = time.monotonic()
                 self._run_round(queues)
+                self.round_started = None
         finally:
             self._finish()
 
     def _run_round(self, queues: Sequence[SessionQueue]) -> None:
+        while self._pings:
+            ping = self._pings.popleft()
+            if ping.set_running_or_notify_cancel():
+                ping.set_result(None)
         for queue in queues:
             if not self.closing:
                 queue.step()
@@ -366,14 +389,15 @@ class Worker:
         steps = self._scheduler.schedule([queue.request for queue in shared if queue.request])
         return [*alone, *([shared[at] for at in step] for step in steps)]
 
-    def _round(self) -> list[SessionQueue]:
-        """Wait for queues that have a step to do, and return them; none when closing."""
+    def _round(self) -> list[SessionQueue] | None:
+        """Wait for queues that have a step to do, or for a ping; None when closing."""
         with self.lock:
             while not self.closing:
-                if queues := [queue for queue in self.queues if queue.ready()]:
+                queues = [queue for queue in self.queues if queue.ready()]
+                if queues or self._pings:
                     return queues
                 self.lock.wait()
-        return []
+        return None
 
     def _finish(self) -> None:
         """Close every session, and wake every waiting thread."""
@@ -385,6 +409,10 @@ class Worker:
                 self.loading.abandon(closed)
             while self.queues:
                 self.queues[0].end(closed)
+            while self._pings:
+                ping = self._pings.popleft()
+                if ping.set_running_or_notify_cancel():
+                    ping.set_exception(closed)
             self._leave()
         finally:
             with self.lock:

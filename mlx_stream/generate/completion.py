@@ -1,6 +1,6 @@
 """Continues one text with a model; independent of turns and chat templates."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mlx_stream.errors import TextError
 from mlx_stream.errors.argument_types import check_arguments
@@ -29,6 +29,8 @@ def stream_steps(
     kv_bits: int | None = None,
     speculate: bool | None = None,
     draft: Model | None = None,
+    bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
 ) -> Coroutine[Piece, None]:
     """Continue a text of any length, piece by piece; a coroutine.
 
@@ -41,6 +43,7 @@ def stream_steps(
         speculate: guess tokens and verify several per step. The text is the same apart from
             rounding. Default: yes, unless `kv_bits` or a seed is given.
         draft: a smaller model with the same vocabulary that also guesses.
+        bias, logprobs: see `ReplyOptions`.
 
     Raises:
         ValueRefused: a number is out of range, or the draft model has a different vocabulary.
@@ -60,6 +63,7 @@ def stream_steps(
     if not ids:
         raise TextError("the prompt is empty: some text is required")
     sampler = Sampler(sampling or Sampling())
+    sampler = sampler.for_reply(model.config.vocab_size, {"bias": bias, "logprobs": logprobs})
     cache = writer.cache
     stats.seed = sampler.sampling.seed or 0
     stats.sinks, stats.window = cache.geometry.sinks, cache.geometry.window

@@ -80,6 +80,23 @@ class Lock:
         self.close()
 
 
+def holder_of(path: Path) -> str | None:
+    """Return who holds the lock of a file; None if nobody does."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return holder(file)
+    except OSError:
+        return None
+    finally:
+        os.close(file)
+    return None
+
+
 def is_at(file: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file), path.lstat())

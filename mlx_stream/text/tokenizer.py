@@ -38,6 +38,14 @@ MAX_SLOW_STEPS = 100_000_000
 # The most bytes from byte tokens that are held back while their text is incomplete.
 MAX_RUN = 32
 
+# How byte-level vocabularies write bytes: printable ones of Latin-1 as themselves, the others as
+# characters from 256 on (GPT-2's encoder.py).
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+UNPRINTABLE = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTES_OF_CHARACTERS = {chr(byte): byte for byte in PRINTABLE} | {
+    chr(256 + place): byte for place, byte in enumerate(UNPRINTABLE)
+}
+
 
 def check_runs(backend: tokenizers.Tokenizer, text: str) -> None:
     """Refuse text with runs on which slow patterns, quadratic in run length, take too long.
@@ -170,6 +178,22 @@ class Tokenizer:
     def text_of(self, id: int) -> str:
         """Return the token with this id as the vocabulary spells it, or "" if it is unknown."""
         return self._backend.id_to_token(id) or ""
+
+    def bytes_of(self, id: int) -> bytes:
+        """Return the bytes that a token stands for, which may be part of a character.
+
+        A special token's are those of its name. There are none for an unknown id.
+        """
+        token = self.text_of(id)
+        added = self._backend.get_added_tokens_decoder()
+        kinds = step_kinds(self._backend.decoder)
+        if id in added:
+            return token.encode()
+        if byte := BYTE_TOKEN.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        if "ByteLevel" in kinds:
+            return bytes(BYTES_OF_CHARACTERS[char] for char in token)
+        return token.replace("▁", " ").encode()
 
     def _encode(self, text: str, special: bool = False) -> list[int]:
         return self._encoding(text, special).ids

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mlx_stream_assistant import service
+from mlx_stream.program import login_service
+from mlx_stream.program.login_service import LoginServiceError
 from mlx_stream_assistant.battery import is_battery_power, is_discharging
 from mlx_stream_assistant.cli import app
-from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.paths import AGENT
+from mlx_stream_assistant.service import login_service as assistant_service
+from mlx_stream_assistant.service import service_name
 from mlx_stream_assistant.settings import Settings
 
 HARD = Path('/a b/50% $HOME/"x\\.log')
@@ -32,7 +34,9 @@ def settings(**more) -> Settings:
 
 
 def test_an_agent_of_launchd():
-    agent = plistlib.loads(service.agent(settings(pause_on_battery=True), Path("/l.log")))
+    agent = plistlib.loads(
+        assistant_service(settings(pause_on_battery=True), Path("/l.log")).as_agent()
+    )
     assert agent["Label"] == "mlx_stream.assistant.main"
     program, *words = agent["ProgramArguments"]
     assert Path(program).is_absolute() and words[:4] == ["-P", "-m", "mlx_stream_assistant", "run"]
@@ -41,18 +45,23 @@ def test_an_agent_of_launchd():
     assert agent["ProcessType"] == "Adaptive" and agent["RunAtLoad"] is True
     assert agent["KeepAlive"] == {"SuccessfulExit": False}  # a kill for lack of memory, too
     assert {"MLX_STREAM_HOME", AGENT} <= {*agent["EnvironmentVariables"]}
-    assert service.service_path("main", "darwin").parts[-3:-1] == ("Library", "LaunchAgents")
-    (start,), (stop,) = service.start_commands("x", "darwin"), service.stop_commands("x", "darwin")
+    path = login_service.service_path(service_name("main"), "darwin")
+    assert path.parts[-3:-1] == ("Library", "LaunchAgents")
+    name = service_name("x")
+    (start,) = login_service.start_commands(name, "darwin")
+    (stop,) = login_service.stop_commands(name, "darwin")
     assert start[:2] == ["launchctl", "bootstrap"] and start[3].endswith("assistant.x.plist")
     assert stop[:2] == ["launchctl", "bootout"] and stop[2].endswith("/mlx_stream.assistant.x")
 
 
 def test_a_unit_of_systemd(tmp_path):
-    unit = service.unit(settings())
+    path = login_service.service_path(service_name("a.b"), "linux")
+    assert path.name == "mlx_stream-assistant-a.b.service"
+    unit = assistant_service(settings(), Path("/l.log")).as_unit()
     assert "Restart=on-abnormal\n" in unit and "WantedBy=default.target\n" in unit
     assert '"--follow=/a b/50%% $$HOME/\\"x\\\\.log"' in unit
-    with pytest.raises(AssistantError, match="remove the unprintable characters"):
-        service.quote("a\nb")
+    with pytest.raises(LoginServiceError, match="remove the unprintable characters"):
+        login_service.quote_word("a\nb")
     if shutil.which("systemd-analyze"):
         path = tmp_path / "mlx_stream-assistant-main.service"
         path.write_text(unit)
@@ -64,7 +73,7 @@ def test_a_unit_of_systemd(tmp_path):
 
 def test_install_writes_the_options_it_is_given(home):
     given = settings(every=5.0, name="n", system="Be $brief.", snapshot_every=2.5, from_end=True)
-    words, path = given.options(), service.service_path("n")
+    words, path = given.options(), login_service.service_path(service_name("n"))
     assert "--from-end" in words
     texts = []
     for _ in range(2):
@@ -89,11 +98,12 @@ def test_the_systems_commands_are_run_and_a_failure_is_reported(home):
             (home / name).chmod(0o700)
 
     programs(f'echo "$@" >> {said}')
-    path, trouble = service.install(settings(), home / "l.log")
-    assert trouble == "" and service.uninstall("main") == path
+    service = assistant_service(settings(), home / "l.log")
+    path, trouble = service.install()
+    assert trouble == "" and login_service.uninstall_service(service_name("main")) == path
     assert said.read_text().splitlines()[-1].startswith(("bootout", "--user disable --now"))
     programs("echo no bus >&2; exit 5")
-    assert service.install(settings(), home / "l.log")[1].endswith(": no bus")
+    assert service.install()[1].endswith(": no bus")
 
 
 @pytest.mark.parametrize(

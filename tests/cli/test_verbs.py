@@ -26,6 +26,7 @@ from tests.fakes.tiny import tiny_tokenizer
 VERBS = (
     "chat",
     "generate",
+    "serve",
     "score",
     "plan",
     "devices",
@@ -233,7 +234,7 @@ def test_doctor_says_what_is_here() -> None:
     assert result.err == ""
     assert facts.keys() == {
         *("mlx_stream", "mlx", "mlx-lm", "python", "system", "device", "metal", "openblas", "blas"),
-        *("memory_budget_bytes", "cores", "cache", "advice"),
+        *("memory_budget_bytes", "cores", "cache", "server", "advice"),
     }
     assert facts["cache"].startswith(os.environ["MLX_STREAM_HOME"])
     assert all(isinstance(line, str) and line for line in facts["advice"])

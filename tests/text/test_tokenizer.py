@@ -376,3 +376,19 @@ def test_the_template_gets_the_special_tokens_and_a_bad_one_harms_nothing_else()
         assert tokenizer.decode(tokenizer.encode("the")) == "the"
         with pytest.raises(TemplateError, match=r"^chat template: .*$"):
             _ = tokenizer.template
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama"])
+def test_the_bytes_of_tokens_join_to_the_text(kind: str):
+    tokenizer = load(kind)
+    text = "The naïve 猫 said: 🙂\n  two  spaces"
+    ids = tokenizer.encode(text, special=False)
+    found = b"".join(map(tokenizer.bytes_of, ids))
+    assert found.decode().lstrip(" ") == text and tokenizer.bytes_of(10**6) == b""
+
+
+def test_the_bytes_of_an_added_token_are_its_name():
+    tokenizer = Tokenizer.from_checkpoint(checkpoint(text_of("byte-level")))
+    tokenizer._backend.add_special_tokens(["<|né ▁|>"])
+    (id,) = tokenizer.encode("<|né ▁|>", special=False)
+    assert tokenizer.bytes_of(id).decode() == "<|né ▁|>"

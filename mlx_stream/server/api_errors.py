@@ -1,0 +1,82 @@
+"""Errors as OpenAI's API writes them, and which status each of ours has; knows no requests."""
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from mlx_stream.errors import (
+    ComputeError,
+    EngineClosed,
+    MemoryRefused,
+    MlxStreamError,
+    QueueFull,
+    SessionError,
+    SourceError,
+    TemplateError,
+    TextError,
+    ValueRefused,
+    one_line,
+)
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+SECONDS_TO_RETRY = 2
+STATUSES: tuple[tuple[type[MlxStreamError], int, str | None], ...] = (
+    (ValueRefused, 400, None),
+    (TextError, 400, None),
+    (TemplateError, 400, "template_refused"),
+    (QueueFull, 503, "queue_full"),
+    (MemoryRefused, 503, "no_memory"),
+    (EngineClosed, 503, "shutting_down"),
+    (SessionError, 409, "session"),
+    (SourceError, 503, "no_model"),
+    (ComputeError, 500, "compute_failed"),
+)
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Attributes:
+        status: of HTTP.
+        code: what went wrong, for programs.
+        param: the field of the request that is wrong.
+        headers: of the answer, besides its type and length.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.headers.setdefault("Retry-After", str(SECONDS_TO_RETRY))
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The object that the client gets."""
+        kind = SERVER if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else INVALID
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    @property
+    def body(self) -> bytes:
+        return json.dumps(self.content).encode()
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Return how the API reports an error; of one that is not ours, only that it happened."""
+    if isinstance(error, ApiError):
+        return error
+    for kind, status, code in STATUSES:
+        if isinstance(error, kind):
+            return ApiError(status, one_line(error), code)
+    if isinstance(error, MlxStreamError):
+        return ApiError(500, one_line(error))
+    return ApiError(500, "the server has a fault: its log has the place", "internal_error")

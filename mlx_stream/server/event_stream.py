@@ -1,0 +1,133 @@
+"""Answers that are written while a client listens: server-sent events; knows no API's objects.
+
+A client that leaves ends its request at once, whatever the handler waits for.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from starlette.types import Receive, Send
+
+from mlx_stream.server.api_errors import ApiError
+
+# A comment at least this often keeps proxies and impatient clients from hanging up.
+SECONDS_OF_SILENCE = 1.0
+EVENTS_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Client:
+    """The other end of a request.
+
+    Attributes:
+        left: whether it closed the connection.
+    """
+
+    def __init__(self, receive: Receive):
+        self._receive, self.left = receive, False
+
+    @asynccontextmanager
+    async def present(self) -> AsyncIterator[None]:
+        """Run a block until the client leaves; what it does then is cancelled."""
+        task = asyncio.current_task()
+        assert task
+
+        async def watch() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            self.left = True
+            task.cancel()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.left or task.uncancel() > 0:
+                raise
+        finally:
+            watcher.cancel()
+
+
+async def with_silences(
+    items: AsyncGenerator[Item, None], stopping: asyncio.Event, seconds: float = SECONDS_OF_SILENCE
+) -> AsyncGenerator[Item | None, None]:
+    """Yield what a generator yields, and None for each `seconds` without an item; then close it.
+
+    Raises:
+        ApiError: 503, the server is stopping.
+    """
+    stop = asyncio.create_task(stopping.wait())
+    following: asyncio.Task[Item] | None = None
+    try:
+        while True:
+            if following is None:
+                following = asyncio.ensure_future(anext(items))  # type: ignore[arg-type]
+            waiting = {following, stop}
+            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                try:
+                    item = following.result()
+                except StopAsyncIteration:
+                    return
+                following = None
+                yield item
+            elif stop.done():
+                raise ApiError(503, "the server is shutting down", "shutting_down")
+            else:
+                yield None
+    finally:
+        stop.cancel()
+        if following:
+            following.cancel()
+            await asyncio.wait({following})
+        await items.aclose()
+
+
+async def off_loop(large: bool, call: Callable[..., Result], *values: Any) -> Result:
+    """Call a function; if its work is large, on another thread, so that others are served."""
+    return await asyncio.to_thread(call, *values) if large else call(*values)
+
+
+class EventStream:
+    """Events to a client, as they come.
+
+    Args:
+        headers: of the answer, besides those of every event stream.
+    """
+
+    def __init__(self, send: Send):
+        self._send, self.begun = send, False
+
+    async def begin(self, headers: Mapping[str, str]) -> None:
+        raw = [(k.lower().encode(), v.encode()) for k, v in {**EVENTS_HEADERS, **headers}.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        self.begun = True
+
+    async def data(self, *values: Mapping[str, Any] | str) -> None:
+        """Send events without a name: objects, or texts as they are."""
+        for value in values:
+            text = value if isinstance(value, str) else as_json(value)
+            await self._write(f"data: {text}\n\n")
+
+    async def comment(self, text: str) -> None:
+        await self._write(f": {text}\n\n")
+
+    async def _write(self, text: str) -> None:
+        body = text.encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body"})
+
+
+def as_json(value: Any) -> str:
+    """Return a value as JSON on one line."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

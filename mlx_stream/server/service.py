@@ -1,0 +1,303 @@
+"""The model that the server offers: loading it, unloading it while idle, its names; knows no HTTP.
+
+The engine's thread loads, so requests are answered from the first second, with 503 until the model
+is there.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from mlx_stream.engine.engine import Engine
+from mlx_stream.engine.handle import EngineReplyOptions
+from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefused, one_line
+from mlx_stream.server.api_errors import ApiError
+from mlx_stream.server.conversation import Conversation
+from mlx_stream.server.event_stream import off_loop
+from mlx_stream.server.lines import LineReply, Lines
+from mlx_stream.server.metrics import Counters
+from mlx_stream.server.named_sessions import NamedSessions
+
+SECONDS_TO_CLOSE = 3.0
+SECONDS_WITHOUT_A_STEP = 30.0
+SECONDS_FOR_A_PING = 1.0
+SECONDS_TO_WAKE = 120.0
+SECONDS_BETWEEN_LOOKS = 0.05
+MOST_REQUESTS = 1_024
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """What is served, and to how many.
+
+    Attributes:
+        source, dtype, keep_quantized: see `mlx_stream.load`.
+        memory_budget: see `Engine`.
+        aliases: the model's names; the first is the one it has in answers.
+        any_model: whether every other name means the same model.
+        streams: conversations whose keys and values are in memory.
+        queue: requests that may wait, besides those that are answered.
+        window, sinks, kv_bits: of each stream; see `ChatSession`.
+        shared: see `Engine.session`.
+        sessions: whether clients may continue saved conversations by name.
+        recall: tokens of a saved conversation's window that are kept free for quotations.
+        idle_unload: seconds without a request after which the weights are released; None: never.
+    """
+
+    source: str | Path
+    aliases: tuple[str, ...]
+    any_model: bool = False
+    streams: int = 4
+    queue: int = 16
+    window: int | None = None
+    sinks: int | None = None
+    kv_bits: int | None = None
+    idle_unload: float | None = None
+    dtype: str | None = None
+    keep_quantized: bool | None = None
+    memory_budget: int | None = None
+    shared: bool = True
+    sessions: bool = False
+    recall: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("--streams", self.streams, 1),
+            ("--queue", self.queue, 0),
+            ("--recall", self.recall, 0),
+            ("--idle-unload", 1 if self.idle_unload is None else self.idle_unload, 1),
+        ):
+            if not least <= value <= MOST_REQUESTS * 1_000:
+                raise ValueRefused(f"{name} must be at least {least}, not {value}")
+        if self.recall and not self.sessions:
+            raise ValueRefused("--recall is for saved conversations: add --sessions")
+        if not all(self.aliases):
+            raise ValueRefused("--alias must not be empty")
+
+
+def default_alias(source: str | Path) -> str:
+    """Return a model's name for clients: never a path of this machine."""
+    text = str(source)
+    return Path(text).name if Path(text).expanduser().exists() or text[:1] in "./~" else text
+
+
+class ModelService:
+    """One engine at a time, and the requests that use it.
+
+    Args:
+        notify: called with a line for the user.
+
+    Attributes:
+        requests: how many wait or are being answered.
+        stopping: set when the server ends.
+    """
+
+    def __init__(self, options: ServiceOptions, notify: Callable[[str], None]):
+        self.options, self.notify = options, notify
+        self.created = int(time.time())
+        self.counters = Counters()
+        self.requests = 0
+        self.stopping = asyncio.Event()
+        self.lines: Lines | None = None
+        self.sessions: NamedSessions | None = None
+        self._streams = asyncio.Semaphore(options.streams)
+        self._idle = asyncio.Event()
+        self.engine: Engine | None = None
+        self._waking = False
+        self._used = time.monotonic()
+        self._ping: tuple[asyncio.Future[None], float] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Begin to load the model; returns at once."""
+        options = self.options
+        self.engine = Engine(
+            options.source,
+            options.memory_budget,
+            # Each request may need a few commands: opening or copying a stream, and the reply.
+            queue_size=8 * (options.streams + options.queue + 1),
+            dtype=options.dtype,
+            keep_quantized=options.keep_quantized,
+        )
+
+    # --- names ---
+
+    @property
+    def name(self) -> str:
+        return self.options.aliases[0]
+
+    def check_name(self, model: str) -> None:
+        """Refuse a model that is not served.
+
+        Raises:
+            ApiError: 404.
+        """
+        if model not in self.options.aliases and not self.options.any_model:
+            names = ", ".join(self.options.aliases)
+            message = f"there is no model of this name here: use {names}, or serve with --any-model"
+            raise ApiError(404, message, "model_not_found", "model")
+
+    # --- requests ---
+
+    @asynccontextmanager
+    async def admitted(self) -> AsyncIterator[Engine]:
+        """Count a request, and yield the engine once its model is loaded.
+
+        Raises:
+            ApiError: 503, too many requests wait, or there is no model now.
+        """
+        if self.requests >= self.options.streams + self.options.queue:
+            self.counters.refused += 1
+            raise ApiError(503, f"{self.requests} requests are waiting: try again", "queue_full")
+        self.requests += 1
+        try:
+            yield await self.loaded()
+        finally:
+            self.requests -= 1
+            self._used = time.monotonic()
+
+    async def loaded(self) -> Engine:
+        """Return the engine, whose model is loaded again first if it was unloaded.
+
+        Raises:
+            ApiError: 503, it is loading for the first time, cannot be loaded, or is closing.
+        """
+        if self.stopping.is_set():
+            raise ApiError(503, "the server is shutting down", "shutting_down")
+        if self.engine is None:
+            self._waking = True
+            self.start()
+        engine = self.engine
+        assert engine is not None
+        if not engine.ready:
+            if not self._waking:
+                self.check_loading(engine)
+            try:
+                await asyncio.to_thread(engine.wait, SECONDS_TO_WAKE)
+            except TimeoutError:
+                raise ApiError(503, "the model takes long to load: try again", "loading") from None
+            except MlxStreamError as error:
+                raise ApiError(503, one_line(error), "no_model") from error
+        if self.lines is None:
+            self._open_lines(engine)
+        return engine
+
+    def _open_lines(self, engine: Engine) -> None:
+        options, loop = self.options, asyncio.get_running_loop()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(self._idle.set)
+
+        shape = {"sinks": options.sinks, "kv_bits": options.kv_bits}
+        window = options.window or engine.largest_window(options.streams, **shape)
+        self.lines = Lines(
+            engine, options.streams, window, shared=options.shared, on_idle=tell, **shape
+        )
+        if options.sessions:
+            self.sessions = NamedSessions(
+                engine,
+                options.streams,
+                options.window,
+                recall=options.recall,
+                shared=options.shared,
+                **shape,
+            )
+
+    @staticmethod
+    def check_loading(engine: Engine) -> None:
+        if engine.error:
+            raise ApiError(503, f"the model cannot be loaded: {engine.error}", "no_model")
+        raise ApiError(503, "the model is loading: try again", "loading")
+
+    async def check_health(self) -> None:
+        """Ask the engine's thread whether it works.
+
+        Raises:
+            ApiError: 503, the model is not loaded, or no step has finished for too long.
+        """
+        engine = self.engine
+        if self.stopping.is_set():
+            raise ApiError(503, "the server is shutting down", "shutting_down")
+        if engine is None:
+            return
+        if not engine.ready:
+            self.check_loading(engine)
+        late = engine.step_seconds
+        if self._ping is None or self._ping[0].done():
+            try:
+                ping = asyncio.wrap_future(engine.ping())
+            except EngineClosed as error:
+                raise ApiError(503, one_line(error), "engine_closed") from error
+            self._ping = ping, time.monotonic()
+        ping, since = self._ping
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(ping), SECONDS_FOR_A_PING)
+            return
+        late = max(late, time.monotonic() - since)
+        if late > SECONDS_WITHOUT_A_STEP:
+            raise ApiError(503, f"no step has finished for {late:.0f} seconds", "stalled")
+
+    @asynccontextmanager
+    async def stream(self) -> AsyncIterator[None]:
+        """Wait until a stream is free, in the order of the requests."""
+        async with self._streams:
+            yield
+
+    async def begin(
+        self, conversation: Conversation, limit: int, options: EngineReplyOptions, large: bool
+    ) -> LineReply:
+        """Begin a reply; the caller has one of the streams.
+
+        Args:
+            large: whether the conversation's text is.
+
+        Raises:
+            MlxStreamError: see `Lines.begin`.
+        """
+        while True:
+            lines = self.lines
+            assert lines
+            self._idle.clear()
+            try:
+                begin = partial(lines.begin, conversation, limit, **options)
+                return await off_loop(large, begin)
+            except QueueFull:  # a reply that was cancelled has not ended yet
+                if not any(line.state == "replying" for line in lines.state()):
+                    raise
+                await self._idle.wait()
+
+    # --- the model's comings and goings ---
+
+    async def report_loading(self) -> None:
+        """Say when the model is there, or why it is not."""
+        engine = self.engine
+        assert engine is not None
+        while not (engine.ready or engine.error):
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        for notice in engine.notices:
+            self.notify(notice)
+        self.notify(one_line(engine.error) if engine.error else f"{self.name} is ready")
+
+    async def unload_when_idle(self) -> None:
+        """Release the weights whenever there was no request for long enough; runs for ever."""
+        assert self.options.idle_unload is not None
+        while True:
+            left = self.options.idle_unload - (time.monotonic() - self._used)
+            if self.requests or not (self.engine and self.engine.ready):
+                left = self.options.idle_unload
+            if left > 0:
+                await asyncio.sleep(left)
+                continue
+            engine, self.engine, self.lines, self.sessions = self.engine, None, None, None
+            assert engine is not None
+            self.notify("the model is unloaded until the next request")
+            engine.close(0)  # its thread ends by itself, and the next one waits for it
+
+    def close(self) -> bool:
+        """Release everything; return whether that was done in time."""
+        return self.engine is None or self.engine.close(SECONDS_TO_CLOSE)
