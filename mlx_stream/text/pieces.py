@@ -38,7 +38,7 @@ class Piece:
         thinking: a part of the model's thinking, which is not part of the answer.
         read, written: on the last piece, the numbers of tokens read for this reply and written in
             it.
-        thinking_tokens: on the same piece, how many of these are not part of the answer.
+        thinking_tokens: on the same piece, the written tokens that are not part of the answer.
         settled: on the same piece, the number of tokens reread since the previous reply so that the
             stream matches the template's rendering.
         logprobs: if requested, the log-probabilities of each token sampled since the previous

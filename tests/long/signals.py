@@ -154,7 +154,11 @@ class Moments:
         assert all(state != ASKED for state, *_ in found[:-1])
         replies = [exchange.reply if exchange else "" for _, _, exchange in found]
         *whole, last = out.split("\n")
-        assert replies[: len(whole)] == whole, (replies, whole)
+        for text, (_, _, exchange) in zip(whole, found, strict=False):
+            # A signal can come after a piece was taken and before it was printed.
+            cut = exchange and exchange.finish == "interrupted" and exchange.reply.startswith(text)
+            assert cut or (exchange and exchange.reply == text), (replies, whole)
+        assert len(whole) <= len(found)
         assert not alone or [*replies, ""][len(whole)].startswith(last), (replies, last)
         answered = sum(state != ASKED for state, *_ in found)
         verified = manage.verify_session(name)
