@@ -45,7 +45,7 @@ from mlx_stream.text.pieces import Piece, ReplyDecoder, StopMatcher
 from mlx_stream.text.template.chat_template import ChatTemplate
 
 DEFAULT_MAX_TOKENS = 512
-# The fewest tokens of a window that recall keeps free by default.
+# The minimum number of tokens that recall keeps free by default.
 LEAST_RECALL = 64
 Progress = Callable[[int, int], None]
 Pieces = Generator[Piece, None, None]
@@ -333,14 +333,14 @@ class ChatSession:
         if self.recall or self._recall_asked == 0:
             return
         self._settle()
-        self._report_left()  # before there is a store, so these turns are not recalled
+        self._report_left()  # evicted before there is a store, so these turns are not recalled
         self.recall = make(self._notify)
         self._reserved = self.evictor.reserved = self._reserve(self.cache.geometry.window)
 
     def follow(self, history: Sequence[Message], unread: int = 0, room: int = 0) -> None:
-        """Place earlier turns behind the attended ones; they are read with the next question.
+        """Add earlier turns after the attended ones; they are read with the next question.
 
-        If they do not all fit the window, only the newest that fit are placed, and every attended
+        If they do not all fit the window, only the newest that fit are added, and every attended
         turn is evicted. Those left out count as evicted.
 
         Args:
@@ -774,7 +774,7 @@ class ChatSession:
             else:
                 empty_ring(self.writer)
                 turns = self._place_again((*before, *turns[len(state.turns) :]))
-                if outgrown and len(turns) == 1:  # only as much as will be attended to
+                if outgrown and len(turns) == 1:  # only the part that will be attended to
                     unattended = turns[0].end - turns[0].start - self.cache.geometry.window
                     start = max(turn.start, turns[0].start - max(0, unattended))
                     turns = (replace(turns[0], start=start),)

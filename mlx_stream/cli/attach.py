@@ -11,7 +11,7 @@ from mlx_stream.errors import TextError
 NAMED_FILE = re.compile(r'(?<!\S)@(?:"([^"\n]+)"|(\S*[^\s.,;:!?]))')
 
 
-# Text that is meant as a path even if no such file exists: ./x, notes.txt, but not someone's name.
+# Text that looks like a path even if no such file exists: ./x, notes.txt, but not @someone.
 LIKE_PATH = re.compile(r".*[^/]/.*|.*/[^/].*|.*\.[a-zA-Z]\w{0,4}")
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlx_stream.generate.stats import Stats
 
 LONGEST_QUOTE = 60
-NARROWEST_TEXT = 24  # of a last column, whose words wrap; if narrower, it gets lines of its own
+NARROWEST_TEXT = 24  # for the last column, whose words wrap; if narrower, it moves to its own lines
 Columns = Sequence[tuple[str, str, str]]  # the key in the rows, the heading, the format
 
 

@@ -19,20 +19,20 @@ LOOPBACK = "localhost"
 
 @dataclass(frozen=True)
 class ListenOptions:
-    """Where a server listens, and whom it answers."""
+    """Where a server listens, and which clients it accepts."""
 
     host: Annotated[
         str,
-        Option(help="Address to listen on. localhost is 127.0.0.1 and ::1; others need a token."),
+        Option(help="Address to listen on; any but localhost (127.0.0.1 and ::1) needs a token."),
     ] = LOOPBACK
-    port: Annotated[int, Option(help="Port to listen on; 0 takes a free one.")] = 8085
+    port: Annotated[int, Option(help="Port to listen on; 0 picks a free port.")] = 8085
     socket: Annotated[
         Path | None,
         Option(help="Unix socket to listen on instead of a port; only you may use it."),
     ] = None
     token_file: Annotated[
         Path | None,
-        Option(help="File with the token that clients must send. If it is missing, it is written."),
+        Option(help="File with the token that clients must send. If it is missing, it is created."),
     ] = None
     allow_origin: Annotated[
         list[str] | None,
@@ -44,8 +44,7 @@ class ListenOptions:
     allow_host: Annotated[
         list[str] | None,
         Option(
-            help="Further name by which clients reach the server, such as host.docker.internal. "
-            "Repeatable."
+            help="Additional host name of the server, such as host.docker.internal. Repeatable."
         ),
     ] = None
     max_body: Annotated[int, Option(help="Largest request, in MiB.")] = 32
@@ -53,9 +52,9 @@ class ListenOptions:
 
 @dataclass(frozen=True)
 class ServiceChoices:
-    """What is served, and to how many."""
+    """What is served, and how many conversations and requests at once."""
 
-    streams: Annotated[int, Option(help="Number of conversations that are kept in memory.")] = 4
+    streams: Annotated[int, Option(help="Number of conversations kept in memory.")] = 4
     queue: Annotated[
         int, Option(help="Number of requests that may wait while all streams are busy.")
     ] = 16
@@ -80,7 +79,7 @@ class ServiceChoices:
     idle_unload: Annotated[
         int | None,
         Option(
-            help="Seconds without a request after which the weights leave memory. Default: never."
+            help="Seconds without a request after which the weights are unloaded. Default: never."
         ),
     ] = None
     dtype: options.Dtype = None
@@ -105,7 +104,7 @@ def serve(
 ) -> None:
     """Serve a model to clients of OpenAI's API.
 
-    Clients send their whole history each time; the server reads only what is new. Ctrl-C ends it,
+    Clients send their whole history each time; the server reads only what is new. Ctrl-C stops it,
     and so does closing its terminal.
     """
     from mlx_stream.server.running import AGENT
@@ -124,23 +123,23 @@ def serve(
     except MlxStreamError as error:
         if AGENT not in os.environ:
             raise
-        notify(one_line(error), dim=False)  # launchd would start it again
+        notify(one_line(error), dim=False)  # launchd would restart it
         raise SystemExit(0) from None
 
 
 def parse_words(words: list[str]) -> tuple[str | None, str | None]:
-    """Return the action and the model among a command's words; None where there is none."""
+    """Return the action and the model from a command's arguments; None for either if missing."""
     action = words.pop(0) if words and words[0] in ACTIONS else None
     if len(words) > 1:
-        raise ValueRefused(f"one model is served: leave out {words[1]!r}")
+        raise ValueRefused(f"only one model can be served: leave out {words[1]!r}")
     return action, words[0] if words else None
 
 
 def check(listen: ListenOptions) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that cannot be combined.
 
     Raises:
-        ValueRefused: they do not.
+        ValueRefused: options contradict each other.
     """
     if listen.max_body < 1:
         raise ValueRefused(f"--max-body must be at least 1, not {listen.max_body}")
@@ -158,7 +157,8 @@ def check(listen: ListenOptions) -> None:
         fail(f"serve needs {error.name}, which is not installed: pip install 'mlx_stream[server]'")
     if listen.socket is None and not is_loopback(listen.host) and listen.token_file is None:
         raise ValueRefused(
-            f"--host {listen.host} lets other machines ask: add --token-file FILE, or leave it out"
+            f"--host {listen.host} lets other machines connect: add --token-file FILE, "
+            "or leave out --host"
         )
 
 
@@ -203,12 +203,12 @@ def install(
     command = (sys.executable, "-P", "-m", "mlx_stream", "serve", model, *given)
     service = LoginService(
         SERVICE,
-        "The server of mlx_stream",
+        "mlx_stream server",
         command,
         server_log(),
         AGENT,
         {"ProcessType": "Interactive"},
-        ("SuccessExitStatus=143",),  # of a server that was told to stop
+        ("SuccessExitStatus=143",),  # when the server is told to stop
     )
     path, trouble = service.install()
     if trouble:
@@ -228,7 +228,7 @@ def uninstall() -> None:
 
 
 def option_words(group: Any) -> list[str]:
-    """Return the options that give a group its values; paths are absolute."""
+    """Return the command-line options that set a group's values, with absolute paths."""
     found = []
     for field in fields(group):
         value, name = getattr(group, field.name), f"--{field.name.replace('_', '-')}"

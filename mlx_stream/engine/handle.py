@@ -276,7 +276,7 @@ class Session(Handle):
         max_tokens: int | None = None,
         **options: Unpack[EngineReplyOptions],
     ) -> ReplyReader:
-        """Begin a reply at once, and change the conversation before it; return its reader.
+        """Start a reply at once, after changing the conversation as planned; return its reader.
 
         Raises:
             ValueRefused, TextError, QueueFull: as in `reply`.
@@ -397,7 +397,7 @@ class TextReply(Handle):
         return self._pieces(self._write(progress))
 
     def apieces(self, progress: Progress | None = None) -> AsyncGenerator[Piece, None]:
-        """Do what `pieces` does, for asyncio."""
+        """Like `pieces`, but for asyncio."""
         return self._pieces_async(self._write(progress))
 
     def _write(self, progress: Progress | None) -> Submit:

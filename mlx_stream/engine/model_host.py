@@ -13,7 +13,7 @@ from mlx_stream.load import Model, load, megabytes
 from mlx_stream.models.layout import ring_bytes
 from mlx_stream.models.window import THINKING_WINDOWS, bounded_windows
 
-HEAD_ROOM = 1_024  # tokens of the trained context that a default window leaves for a system prompt
+HEAD_ROOM = 1_024  # tokens that a default window leaves for a system prompt
 PREFIXES = "prefixes"  # the key of the cached prefixes in the budget
 
 
@@ -54,7 +54,7 @@ class Budget:
             self._streams[key] = self._streams.get(key, 0) + stream
 
     def try_stream(self, key: object, stream: int) -> bool:
-        """Set the bytes recorded under `key` to `stream`, if the limit allows it."""
+        """Set the size recorded under `key` to `stream` bytes, if the limit allows it."""
         with self._lock:
             others = sum(bytes for one, bytes in self._streams.items() if one != key)
             if self.weights + others + stream > self.limit:
@@ -63,7 +63,7 @@ class Budget:
             return True
 
     def set_stream(self, key: object, stream: int) -> None:
-        """Set the bytes recorded under `key` to `stream`."""
+        """Set the size recorded under `key` to `stream` bytes."""
         with self._lock:
             self._streams.pop(key, None)
             if stream:
@@ -75,7 +75,8 @@ class ModelHost:
 
     Args:
         source, dtype, keep_quantized: see `load`.
-        limit: the maximum bytes for weights and streams; None for the device's recommendation.
+        limit: the maximum size of weights and streams, in bytes; None for the device's
+            recommendation.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class ModelHost:
         return self.model.with_check(partial(self._charge, key))
 
     def largest_window(self, streams: int, sinks: int | None, kv_bits: int | None) -> int | None:
-        """Return the largest usual window of which several fit the budget; None if none does.
+        """Return the largest standard window with which all streams fit the budget, or None.
 
         It leaves room in the trained context for a system prompt.
         """

@@ -1,4 +1,4 @@
-"""Reads the items of a reply that has begun, with or without asyncio; knows no conversation."""
+"""Reads the items of a reply in progress, with or without asyncio; independent of conversations."""
 
 import asyncio
 import weakref
@@ -18,8 +18,8 @@ Item = Piece | ReplyStart | ReplyEnd
 class ReplyReader:
     """A reply in progress, for one reader at a time.
 
-    The items are a `ReplyStart`, pieces, and a `ReplyEnd` behind the last piece. If the reply is
-    cancelled, they end early. A reader that is forgotten cancels the reply.
+    The items are a `ReplyStart`, pieces, and a `ReplyEnd` after the last piece. If the reply is
+    cancelled, they end early. A reader that is garbage-collected cancels the reply.
 
     Args:
         session: kept alive by its replies.
@@ -41,7 +41,7 @@ class ReplyReader:
         return self._taken(item)
 
     async def take_async(self) -> Item | None:
-        """Do what `take` does, without blocking the event loop."""
+        """Like `take`, but without blocking the event loop."""
         self._worker.check_elsewhere()
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
@@ -69,13 +69,13 @@ class ReplyReader:
         self._task.cancel()
 
     def when_done(self, call: Callable[[Future[Any]], None]) -> None:
-        """Have `call` called once the reply has ended, in whatever way, and settled.
+        """Arrange for `call` to run once the reply has ended, in any way, and has been settled.
 
-        It is called on the engine's thread, or at once.
+        It runs on the engine's thread, or immediately if the reply has already ended.
         """
         self._task.future.add_done_callback(call)
 
     def _taken(self, item: Item | None) -> Item | None:
-        if isinstance(item, ReplyEnd):  # what settles the turn is read without a reader
+        if isinstance(item, ReplyEnd):  # settling the turn does not need a reader
             self._cancel_forgotten.detach()
         return item

@@ -40,8 +40,8 @@ class ReplyStart:
         attended: the tokens attended when the reply begins.
         read: how many of them are read for this reply.
         turns: how many earlier turns are attended.
-        evicted: tokens that were read and have left attention, since the conversation began.
-        window, sinks, cache_bytes: of its stream.
+        evicted: how many tokens that were read have been evicted since the conversation began.
+        window, sinks, cache_bytes: the sizes of its stream.
         restarted: whether earlier turns were evicted because `ReplyPlan.history` fills the window.
     """
 
@@ -61,11 +61,11 @@ class ReplyEnd:
     """A conversation after a reply, before anything is read to settle it.
 
     Attributes:
-        exchange: the turn; None if it was not begun, or the template refused it.
-        replaced: whether the last turn was taken back to be answered again.
+        exchange: the turn; None if it did not begin, or the template refused it.
+        replaced: whether the last turn was rolled back to be answered again.
         sizes: the tokens of each attended turn, oldest first.
         failed: whether the stream was lost in a step that failed.
-        notices: what the user should be told, since the reply began.
+        notices: notices for the user since the reply began.
     """
 
     exchange: Exchange | None
@@ -77,18 +77,18 @@ class ReplyEnd:
 
 @dataclass(frozen=True)
 class ReplyPlan:
-    """A reply, and what is done to the conversation before it.
+    """A reply to write, and the changes to the conversation before it.
 
     Attributes:
         question: None to answer the last question again.
-        back: how many of the last turns are taken back first.
-        keep: how many of the then last turns may stay attended. Default: all.
-        history: turns that are read as text behind them; see `ChatSession.follow`.
+        back: how many of the last turns are rolled back first.
+        keep: how many of the remaining last turns may stay attended. Default: all.
+        history: turns that are read as text after them; see `ChatSession.follow`.
         unread: how many turns before the history are not read.
         given: returns how many characters of the answer the reader has taken. If the reply is
-            cancelled, the rest is taken back.
+            cancelled, the rest is rolled back.
         on_end: called on the engine's thread, with None if an option was refused, before anything
-            had changed. It must return at once.
+            changed. It must return at once.
     """
 
     question: Question | None
@@ -178,7 +178,7 @@ class SessionWorker:
     ) -> Work:
         """Return the coroutine of a planned reply.
 
-        It yields a `ReplyStart`, then progress and pieces, and a `ReplyEnd` behind the last piece.
+        It yields a `ReplyStart`, then progress and pieces, and a `ReplyEnd` after the last piece.
         """
         chat, waiting, given = self.chat, deque[ReadProgress](), {**options}
         assert chat
@@ -304,12 +304,12 @@ class SessionWorker:
 
 
 def number_of_turns(chat: ChatSession) -> int:
-    """Return how many turns a conversation has had, without a question that has no reply."""
+    """Return how many turns a conversation has had, not counting a question without a reply."""
     return chat.number - bool(chat.pending)
 
 
 def prepare(chat: ChatSession, plan: ReplyPlan, max_tokens: int | None) -> bool:
-    """Make a conversation what a planned reply begins with; nothing is read.
+    """Prepare a conversation for a planned reply; nothing is read.
 
     Returns:
         Whether every attended turn was evicted, because the plan's history fills the window.
@@ -327,7 +327,7 @@ def prepare(chat: ChatSession, plan: ReplyPlan, max_tokens: int | None) -> bool:
 
 
 def room_for(chat: ChatSession, question: Question, max_tokens: int | None) -> int:
-    """Return about how many tokens of the window a question and its reply need."""
+    """Estimate how many tokens of the window a question and its reply need."""
     window = chat.cache.geometry.window
     plain = Message("user", text_of_messages(as_messages(question)))
     limit = chat.max_tokens if max_tokens is None else max_tokens

@@ -1,4 +1,4 @@
-"""The help of command lines: in plain words, and as wide as the terminal; knows no commands."""
+"""Formats command-line help in plain words, to the terminal's width; independent of commands."""
 
 import re
 from shutil import get_terminal_size
@@ -6,12 +6,12 @@ from typing import Any
 
 import typer
 
-# What an option takes, as versions of typer show it, in plain words.
+# Plain words for the types that various versions of typer show.
 TAKEN = {"str": "TEXT", "int": "NUMBER", "float": "NUMBER", "path": "PATH"}
 
 
 class HelpFormatter(typer.Context.formatter_class):
-    """Writes help in plain words that fits narrow terminals: options stand above what they do."""
+    """Writes help in plain words that fits narrow terminals: long options go above their help."""
 
     def __init__(self, *_: Any, **__: Any):
         super().__init__(width=max(20, min(80, get_terminal_size().columns) - 2))
@@ -25,7 +25,7 @@ class HelpFormatter(typer.Context.formatter_class):
 
 
 def without_types(term: str) -> str:
-    """Return an option and what it takes, or an argument, without the names of Python's types.
+    """Return an option and its value, or an argument, without the names of Python types.
 
     >>> without_types("-p, --prompt <str>"), without_types("FILE <list[str]>")
     ('-p, --prompt TEXT', 'FILE')

@@ -1,4 +1,4 @@
-"""A program that starts at login: a launchd agent or a systemd user unit; knows no program.
+"""A program that starts at login: a launchd agent or a systemd user unit.
 
 Both start it when its user logs in, and restart it if it is killed, for example because memory ran
 out, but not if it exits by itself (it was stopped, or its user has to fix something first). launchd
@@ -18,14 +18,14 @@ from typing import Any
 from mlx_stream.errors import MlxStreamError
 from mlx_stream.program.paths import private
 
-# Variables that decide where models and a program's files are.
+# Environment variables that determine where models and a program's files are.
 PASSED_ON = ("MLX_STREAM_HOME", "HF_HOME", "HF_HUB_CACHE", "XDG_DATA_HOME", "XDG_CACHE_HOME")
 SECONDS_TO_STOP, SECONDS_BETWEEN_STARTS = 5, 30
 Commands = list[list[str]]
 
 
 class LoginServiceError(MlxStreamError):
-    """A file of launchd or systemd cannot be written or removed."""
+    """A launchd or systemd file cannot be written or removed."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class LoginService:
     """A program to start at login.
 
     Attributes:
-        name: in files' names, with dots; also launchd's label.
-        description: for people, in systemd's lists.
+        name: used in file names, with dots; also launchd's label.
+        description: shown in systemd's lists.
         command: the program and its arguments.
         log: where launchd writes its messages; systemd has its own journal.
-        agent_mark: a variable that launchd's process gets as 1.
-        agent: launchd's further keys; see launchd.plist(5).
-        unit: systemd's further lines in [Service].
+        agent_mark: an environment variable that is set to 1 when launchd starts the program.
+        agent: additional keys for launchd; see launchd.plist(5).
+        unit: additional lines for systemd's [Service] section.
     """
 
     name: str
@@ -176,7 +176,7 @@ def stop_commands(name: str, platform: str = sys.platform) -> Commands:
 
 
 def run_commands(commands: Commands) -> str:
-    """Run commands; return what went wrong with the first that failed, or ""."""
+    """Run commands; return the error of the first one that fails, or ""."""
     for command in commands:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -1,10 +1,10 @@
 """An HTTP server for clients of OpenAI's API, on one engine; needs the extra `server`.
 
-Clients send whole histories, and each finds the stream that has read them.
+Clients send their whole history, which is matched with the stream that has already read it.
 
-gate, connection, listening     who may ask, how long, and where
-app, run, running               the paths; the server's life; which servers run
+gate, connection, listening     who may connect, for how long, and where
+app, run, running               the paths; starting and stopping; which servers are running
 service                         the model: loading, names, the queue
-conversation, lines             a client's messages; the live streams, and the choice among them
-chat_completions                the form of requests and answers
+conversation, lines             a client's messages; the live streams, and which one to use
+chat_completions                the format of requests and responses
 """

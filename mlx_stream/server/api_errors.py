@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API writes them, and which status each of ours has; knows no requests."""
+"""Errors in the format of OpenAI's API, with an HTTP status for each; independent of requests."""
 
 import json
 from collections.abc import Mapping
@@ -35,13 +35,13 @@ STATUSES: tuple[tuple[type[MlxStreamError], int, str | None], ...] = (
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Attributes:
-        status: of HTTP.
+        status: the HTTP status.
         code: what went wrong, for programs.
         param: the field of the request that is wrong.
-        headers: of the answer, besides its type and length.
+        headers: headers of the response, besides its type and length.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Return how the API reports an error; of one that is not ours, only that it happened."""
+    """Return the API's form of an error; for one from elsewhere, say only that it happened."""
     if isinstance(error, ApiError):
         return error
     for kind, status, code in STATUSES:
@@ -79,4 +79,4 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(status, one_line(error), code)
     if isinstance(error, MlxStreamError):
         return ApiError(500, one_line(error))
-    return ApiError(500, "the server has a fault: its log has the place", "internal_error")
+    return ApiError(500, "internal server error: see the server's log", "internal_error")

@@ -1,4 +1,4 @@
-"""The file of the token that clients must send; knows no requests."""
+"""The file with the token that clients must send; independent of requests."""
 
 import os
 import secrets
@@ -11,10 +11,11 @@ SHORTEST = 16
 
 
 def read_token(path: Path) -> bytes:
-    """Return the token in a file, which is made with a new one if it is not there.
+    """Return the token in a file; create the file with a new token if it does not exist.
 
     Raises:
-        ValueRefused: others may read it, it is too short, or it cannot be read or made.
+        ValueRefused: other users can read the file, the token is not valid, or the file cannot be
+            read or created.
     """
     try:
         try:
@@ -24,12 +25,12 @@ def read_token(path: Path) -> bytes:
         with os.fdopen(file, "rb") as opened:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
-                raise ValueRefused(f"{path}: not a file: give another --token-file")
+                raise ValueRefused(f"{path}: not a regular file: use another --token-file")
             if status.st_mode & 0o077:
-                raise ValueRefused(f"{path}: others may read this token: chmod 600 {path}")
+                raise ValueRefused(f"{path}: other users can read this token: run chmod 600 {path}")
             token = opened.read().strip()
     except OSError as error:
-        raise ValueRefused(f"{path}: cannot be used as a token: {error.strerror}") from error
+        raise ValueRefused(f"{path}: cannot be used as a token file: {error.strerror}") from error
     if len(token) < SHORTEST or not token.isascii() or len(token.split()) != 1:
         raise ValueRefused(
             f"{path}: a token has at least {SHORTEST} ASCII characters and no spaces: remove the "

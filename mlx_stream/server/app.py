@@ -1,4 +1,4 @@
-"""The paths of the server, and what is around each of them: the gate, errors, the log."""
+"""The paths of the server, and the layers around them: the gate, errors, the log."""
 
 import time
 from collections.abc import Awaitable, Callable
@@ -22,14 +22,14 @@ Handler = Callable[[Request], Awaitable[Any]]
 Log = Callable[[str], None]
 
 NOT_OFFERED = {
-    "/v1/embeddings": "embeddings are not offered: this server writes text, use a model for them",
-    "/embeddings": "embeddings are not offered: this server writes text, use a model for them",
+    "/v1/embeddings": "embeddings are not supported: use a server with an embedding model",
+    "/embeddings": "embeddings are not supported: use a server with an embedding model",
 }
-OLLAMA = "Ollama's own API is not offered: use the OpenAI one, with /v1 behind this address"
+OLLAMA = "Ollama's own API is not supported: use the OpenAI API, at this address followed by /v1"
 
 
 def routes_of(service: ModelService) -> list[BaseRoute]:
-    """Return every path; those of the API are there with /v1 and without."""
+    """Return every path; those of the API exist with and without /v1."""
 
     async def list_models(_: Request) -> Response:
         data = [model_object(service, name) for name in service.options.aliases]
@@ -92,7 +92,7 @@ def model_object(service: ModelService, name: str) -> dict[str, Any]:
 
 
 def gauges(service: ModelService) -> dict[str, float]:
-    """Return what `/metrics` shows of the present."""
+    """Return the current values that `/metrics` shows."""
     lines = service.lines.state() if service.lines else []
     used, limit = service.engine.memory if service.engine else (0, 0)
     return {
@@ -118,11 +118,11 @@ def build_app(service: ModelService, rules: GateRules, log: Log) -> ASGIApp:
 
 
 async def no_such_path(scope: Scope, receive: Receive, send: Send) -> None:
-    raise ApiError(404, "there is no such path here: the API is below /v1", "no_such_path")
+    raise ApiError(404, "there is no such path here: the API is under /v1", "no_such_path")
 
 
 class AnswersErrors:
-    """Turns what a handler raises before it has answered into an answer."""
+    """Responds with the error that a handler raises, unless a response has already begun."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -141,7 +141,7 @@ class AnswersErrors:
 
 
 def place_of(error: BaseException) -> str:
-    """Return the kind of an error and where it was raised; its text may quote a prompt."""
+    """Return an error's type and where it was raised; not its text, which may quote a prompt."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -150,7 +150,7 @@ def place_of(error: BaseException) -> str:
 
 
 class RequestLog:
-    """Writes a line for each request. A path that is not one of the server's is not quoted."""
+    """Logs a line for each request. A path that the server does not have is not quoted."""
 
     def __init__(self, app: ASGIApp, routes: list[BaseRoute], service: ModelService, log: Log):
         self.app, self.routes, self.service, self.log = app, routes, service, log

@@ -1,4 +1,4 @@
-"""Chat completions as OpenAI's API has them: a request's messages, and the form of its answer."""
+"""OpenAI's chat completions: a request's messages, and the format of the response."""
 
 import secrets
 import time
@@ -21,18 +21,18 @@ from mlx_stream.server.schemas import ChatRequest
 from mlx_stream.server.service import ModelService
 from mlx_stream.text.pieces import Piece, TokenLogprob
 
-# Without a limit of the client's. Small models may write the same line for ever.
+# If the client sets no limit. Small models may repeat the same line forever.
 DEFAULT_ANSWER_TOKENS = 4_096
-LARGE = 256 * 1024  # bytes of a body whose work takes longer than moving it to another thread
+LARGE = 256 * 1024  # bytes; processing such a body takes longer than a thread switch
 DONE = "[DONE]"
 FINISHES = {"end": "stop", "stop": "stop", "length": "length"}
-# What OpenAI writes for a token that cannot come.
+# What OpenAI reports for a token with probability 0.
 LOWEST_LOGPROB = -9_999.0
 BytesOf = Callable[[int], bytes]
 
 
 class ChatCompletions:
-    """The ASGI application of the path."""
+    """The ASGI application for chat completions."""
 
     def __init__(self, service: ModelService):
         self.service = service
@@ -59,7 +59,7 @@ class ChatCompletions:
 
 
 def read_request(body: bytearray) -> tuple[ChatRequest, Conversation]:
-    """Return a request without its messages, and these.
+    """Return a request without its messages, and the messages.
 
     Raises:
         ApiError, ValueRefused, TextError: see `parse_body` and `conversation_of`.
@@ -98,7 +98,7 @@ async def line_pieces(
     counts: ReplyCounts,
     large: bool,
 ) -> AsyncGenerator[Piece | None, None]:
-    """Yield None once a reply has begun on a stream of its own, and then its pieces."""
+    """Yield None once a reply has begun on one of the streams, and then its pieces."""
     given: EngineReplyOptions = {**options, "progress": counts.report}
     async with service.stream():
         reply = await service.begin(conversation, limit, given, large)
@@ -126,7 +126,7 @@ async def session_pieces(
     options: EngineReplyOptions,
     counts: ReplyCounts,
 ) -> AsyncGenerator[Piece | None, None]:
-    """Do what `line_pieces` does, on the stream of a saved conversation."""
+    """Like `line_pieces`, but on the stream of a saved conversation."""
     if service.sessions is None:
         raise ApiError(400, "saved conversations are not offered: serve with --sessions", "session")
     given: EngineReplyOptions = {**options, "progress": counts.report}
@@ -141,7 +141,7 @@ async def session_pieces(
 
 
 class ChatFormat:
-    """The objects of a chat completion."""
+    """The JSON objects of a chat completion."""
 
     def __init__(self, request: ChatRequest, model: str, bytes_of: BytesOf):
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())

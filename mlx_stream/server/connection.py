@@ -1,4 +1,4 @@
-"""Time limits of a connection, which uvicorn does not have; knows bytes, and no requests."""
+"""Time limits on connections, which uvicorn lacks; independent of the contents of requests."""
 
 import asyncio
 from typing import Any
@@ -15,10 +15,10 @@ class TimedConnection(H11Protocol):
     """A connection that is closed if its peer is slow to send headers, or does not read.
 
     Attributes:
-        seconds_for_headers: from the first byte of a request, or from connecting.
-        seconds_unread: that bytes may wait for the client to read them.
-        most: connections of a server; one more takes the place of the oldest that waits.
-        since: when it was made, by the loop's clock.
+        seconds_for_headers: time limit from the first byte of a request, or from connecting.
+        seconds_unread: how long bytes may wait for the client to read them.
+        most: the maximum number of connections; a new one beyond it replaces the oldest idle one.
+        since: when the connection was made, by the loop's clock.
     """
 
     seconds_for_headers = SECONDS_FOR_HEADERS
@@ -33,7 +33,7 @@ class TimedConnection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # `pause_writing` is then called as soon as the client has something left to read.
+        # Makes `pause_writing` run as soon as there are bytes that the client has not read.
         transport.set_write_buffer_limits(high=0)
         self._wait_for_headers()
         if len(self.connections) > self.most:
@@ -52,7 +52,7 @@ class TimedConnection(H11Protocol):
 
     @property
     def waits_for_headers(self) -> bool:
-        """Whether no request has begun, or the last one was answered."""
+        """Whether no request has begun, or the last one has been answered."""
         return self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)
 
     def pause_writing(self) -> None:
@@ -73,7 +73,7 @@ class TimedConnection(H11Protocol):
             self.transport.close()
 
     def _replace_one(self) -> None:
-        """Close the oldest connection on which nothing is being answered."""
+        """Close the oldest connection on which no request is being answered."""
         idle = [
             one
             for one in self.connections

@@ -1,12 +1,12 @@
-"""A client's messages, cut into head, closed turns and open turn, and their digests; no streams.
+"""A client's messages, split into a head, closed turns and an open turn, with their digests.
 
     system      Be brief.                        the head, with the tools
     user        Hi          \\
     assistant   Hello!      /                    a closed turn
     user        And then?                        the question
 
-The ids of tool calls differ from client to client. Here results stand in the order of the calls,
-and no message has an id.
+The ids of tool calls differ from client to client. Here, results are in the order of the calls, and
+messages have no ids.
 """
 
 import json
@@ -29,7 +29,7 @@ class Head:
     """What is pinned, and how the template is used.
 
     Attributes:
-        tools: JSON schemas, as OpenAI's API takes them.
+        tools: JSON schemas in the format of OpenAI's API.
         think, reasoning_effort: see `ChatSession`.
     """
 
@@ -44,8 +44,8 @@ class Conversation:
     """A client's messages.
 
     Attributes:
-        turns: the closed turns, each as its messages; the last is the reply.
-        question: the open turn. An assistant's message at its end begins the reply.
+        turns: the closed turns, each a sequence of messages that ends with the reply.
+        question: the open turn. A final assistant message is the beginning of the reply.
     """
 
     head: Head
@@ -63,13 +63,13 @@ def conversation_of(
     think: bool | None = None,
     reasoning_effort: str | None = None,
 ) -> Conversation:
-    """Cut a client's messages into head, closed turns and open turn.
+    """Split a client's messages into a head, closed turns and an open turn.
 
-    Replies without a message between them become one.
+    Consecutive replies are merged.
 
     Raises:
-        ValueRefused: there is nothing to answer, a reply answers nothing, or the results of tools
-            do not belong to the calls before them.
+        ValueRefused: there is nothing to answer, a reply answers nothing, or tool results do not
+            match the calls before them.
         TextError: a text is not valid Unicode.
     """
     for message in messages:
@@ -100,7 +100,7 @@ def conversation_of(
 
 
 def results_in_order(asked: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[Message, ...]:
-    """Return the messages of a turn with tools' results in the order of the calls, without ids."""
+    """Return a turn's messages, with tool results in the order of the calls, and without ids."""
     if not calls:
         return answering(asked, ())
     places = [replace(call, id=call.id or f"call {at}") for at, call in enumerate(calls)]
@@ -116,7 +116,7 @@ def without_ids(reply: Message) -> Message:
 
 
 def join_replies(first: Message, second: Message) -> Message:
-    """Return two replies as one."""
+    """Merge two replies into one."""
     second = without_ids(second)
     return replace(
         first,
@@ -127,18 +127,18 @@ def join_replies(first: Message, second: Message) -> Message:
 
 
 class Digests:
-    """Digests with one key, of `DIGEST_BYTES` each. Nobody without the key can predict them."""
+    """Keyed digests of `DIGEST_BYTES` each; they cannot be predicted without the key."""
 
     def __init__(self, key: bytes):
         self._key = key
 
     def of_head(self, head: Head, *more: object) -> bytes:
-        """Return the digest of a head and of what else its stream depends on."""
+        """Return the digest of a head and of everything else that its stream depends on."""
         values = [head.system, head.tools, head.think, head.reasoning_effort, *more]
         return self._of([canonical(values)])
 
     def of_turns(self, turns: Iterable[Sequence[Message]]) -> bytes:
-        """Return the digests of closed turns, `TURN_BYTES` each: of the messages and the reply."""
+        """Return the digests of closed turns, `TURN_BYTES` each: for the messages and the reply."""
         return b"".join(
             self.of_messages(messages) + self.of_reply(reply.text, reply.calls)
             for *messages, reply in turns
@@ -149,7 +149,7 @@ class Digests:
         return self._of(text for m in messages for text in (m.role, m.name, m.text))
 
     def of_reply(self, text: str, calls: Sequence[ToolCall] = ()) -> bytes:
-        """Return the digest of an answer and of tool calls; thinking and ids do not count."""
+        """Return the digest of an answer and its tool calls, ignoring thinking and ids."""
         answer = unicodedata.normalize("NFC", text).strip()
         return self._of([answer, *(canonical([c.name, c.arguments]) for c in calls)])
 
@@ -163,5 +163,5 @@ class Digests:
 
 
 def canonical(value: Any) -> str:
-    """Return a value as JSON, the same whatever the order of its keys."""
+    """Return a value as JSON that does not depend on the order of its keys."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=dict)

@@ -1,6 +1,6 @@
-"""Answers that are written while a client listens: server-sent events; knows no API's objects.
+"""Streams responses as server-sent events; independent of an API's objects.
 
-A client that leaves ends its request at once, whatever the handler waits for.
+A client that disconnects ends its request at once, whatever the handler is waiting for.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from starlette.types import Receive, Send
 
 from mlx_stream.server.api_errors import ApiError
 
-# A comment at least this often keeps proxies and impatient clients from hanging up.
+# A comment at least this often keeps proxies and impatient clients from disconnecting.
 SECONDS_OF_SILENCE = 1.0
 EVENTS_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -25,10 +25,10 @@ Result = TypeVar("Result")
 
 
 class Client:
-    """The other end of a request.
+    """The client of a request.
 
     Attributes:
-        left: whether it closed the connection.
+        left: whether the client closed the connection.
     """
 
     def __init__(self, receive: Receive):
@@ -36,7 +36,7 @@ class Client:
 
     @asynccontextmanager
     async def present(self) -> AsyncIterator[None]:
-        """Run a block until the client leaves; what it does then is cancelled."""
+        """Run a block, and cancel it if the client disconnects."""
         task = asyncio.current_task()
         assert task
 
@@ -59,10 +59,10 @@ class Client:
 async def with_silences(
     items: AsyncGenerator[Item, None], stopping: asyncio.Event, seconds: float = SECONDS_OF_SILENCE
 ) -> AsyncGenerator[Item | None, None]:
-    """Yield what a generator yields, and None for each `seconds` without an item; then close it.
+    """Yield a generator's items, and None after every `seconds` without one; then close it.
 
     Raises:
-        ApiError: 503, the server is stopping.
+        ApiError: 503, the server is shutting down.
     """
     stop = asyncio.create_task(stopping.wait())
     following: asyncio.Task[Item] | None = None
@@ -92,15 +92,15 @@ async def with_silences(
 
 
 async def off_loop(large: bool, call: Callable[..., Result], *values: Any) -> Result:
-    """Call a function; if its work is large, on another thread, so that others are served."""
+    """Call a function; use another thread if the work is large, so that other requests proceed."""
     return await asyncio.to_thread(call, *values) if large else call(*values)
 
 
 class EventStream:
-    """Events to a client, as they come.
+    """Sends events to a client as they occur.
 
     Args:
-        headers: of the answer, besides those of every event stream.
+        headers: headers of the response, besides those of every event stream.
     """
 
     def __init__(self, send: Send):
@@ -112,7 +112,7 @@ class EventStream:
         self.begun = True
 
     async def data(self, *values: Mapping[str, Any] | str) -> None:
-        """Send events without a name: objects, or texts as they are."""
+        """Send unnamed events: objects as JSON, strings unchanged."""
         for value in values:
             text = value if isinstance(value, str) else as_json(value)
             await self._write(f"data: {text}\n\n")

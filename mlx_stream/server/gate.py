@@ -1,8 +1,8 @@
-"""Refuses requests by their head, and reads bodies within bounds; knows no API.
+"""Refuses requests based on their headers, and reads bodies within limits; independent of the API.
 
-Any page in a browser can send requests to loopback, and a name of its own can be made to point
+Any page in a browser can send requests to loopback, and its own domain name can be made to point
 there (DNS rebinding). So a request must name this server as its Host and must not come from a page
-of another origin. All of this is checked before the body is read, on every path.
+from another origin. All of this is checked before the body is read, on every path.
 """
 
 import asyncio
@@ -18,13 +18,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_stream.server.api_errors import ApiError
 
 MAX_BODY = 32 * 2**20
-# Bodies that are in memory at once, in units of the largest one.
+# Maximum total size of the bodies in memory, in units of the largest allowed body.
 BODIES_AT_ONCE = 4
-MOST_DIGITS = 15  # of a length
+MOST_DIGITS = 15  # of a Content-Length
 SECONDS_BETWEEN_BYTES = 10.0
-# How long a refused client may go on sending: if it is cut, it may not see why.
+# How long a refused client may keep sending: if it is cut off, it may not see the error.
 SECONDS_TO_DRAIN = 2.0
-# Headers that decide something, and that a request may have only once.
+# Headers that affect a decision, so a request may have each only once.
 SINGLE = (
     *("host", "origin", "authorization", "x-api-key", "content-type", "content-length"),
     *("content-encoding", "transfer-encoding", "sec-fetch-site"),
@@ -36,19 +36,20 @@ SECONDS_OF_PREFLIGHT = 600
 
 
 class ClientLeft(Exception):
-    """The client closed its connection before its request was whole."""
+    """The client closed its connection before its request was complete."""
 
 
 @dataclass(frozen=True)
 class GateRules:
-    """Who may ask.
+    """Which requests are accepted.
 
     Attributes:
-        answers_to: whether a Host is the server's; None over a socket that has no name.
-        origins: of pages in browsers that may ask, besides the server's own.
-        token: that each request must have; None if none is needed.
-        max_body: bytes.
-        seconds_between_bytes: of a body.
+        answers_to: returns whether a Host is the server's; None for a Unix socket, which has no
+            name.
+        origins: the origins of web pages that may send requests, besides the server's own.
+        token: the token that each request must have; None if none is needed.
+        max_body: the maximum size of a body, in bytes.
+        seconds_between_bytes: how long a body may pause.
     """
 
     answers_to: Callable[[str], bool] | None
@@ -94,26 +95,24 @@ class Gate:
     # --- the head ---
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Refuse a request by its head.
+        """Refuse a request based on its headers.
 
         Raises:
-            ApiError: it is refused.
+            ApiError: the request is refused.
         """
         for name in SINGLE:
             if len(headers.getlist(name)) > 1:
-                raise ApiError(400, f"the header {name} is there twice", "doubled_header")
+                raise ApiError(400, f"the header {name} is repeated", "doubled_header")
         host, answers_to = headers.get("host", ""), self.rules.answers_to
         if answers_to and not answers_to(host.lower()):
-            raise ApiError(
-                421, "this server does not have the name in the header Host", "wrong_host"
-            )
+            raise ApiError(421, "the Host header does not name this server", "wrong_host")
         self._check_origin(headers)
         if self._is_preflight(scope, headers):  # browsers send no token with it
             return
         methods = self._methods(scope)
         if methods and scope["method"] not in methods:
             allowed = ", ".join(sorted(methods))
-            message = f"{scope['method'][:20]} is not offered here: use {allowed}"
+            message = f"{scope['method'][:20]} is not allowed here: use {allowed}"
             raise ApiError(405, message, "method", headers={"Allow": allowed})
         self._check_token(headers)
         self._check_body(scope["method"], headers)
@@ -125,10 +124,10 @@ class Gate:
         own = f"http://{headers.get('host', '')}"
         if origin is not None and (origin != own or self.rules.answers_to is None):
             raise ApiError(
-                403, "pages of this origin may not use the server: see --allow-origin", "origin"
+                403, "pages from this origin may not use the server: see --allow-origin", "origin"
             )
         if headers.get("sec-fetch-site") == "cross-site":
-            raise ApiError(403, "pages of other sites may not use the server", "origin")
+            raise ApiError(403, "pages from other sites may not use the server", "origin")
 
     def _check_token(self, headers: Headers) -> None:
         if self.rules.token is None:
@@ -145,7 +144,7 @@ class Gate:
         length, coding = headers.get("content-length"), headers.get("transfer-encoding")
         if method != "POST":
             if coding or length not in (None, "0"):
-                raise ApiError(413, f"a {method[:20]} request has no body", "body")
+                raise ApiError(413, f"a {method[:20]} request must not have a body", "body")
             return
         kind, _, options = headers.get("content-type", "").partition(";")
         charset = options.strip().lower().replace('"', "") in ("", "charset=utf-8")
@@ -171,10 +170,10 @@ class Gate:
     # --- the body ---
 
     async def _read(self, headers: Headers, receive: Receive) -> bytearray:
-        """Return a body.
+        """Return a request's body.
 
         Raises:
-            ApiError: it is too large, or too slow.
+            ApiError: the body is too large or too slow.
             ClientLeft: the client left.
         """
         body, more = bytearray(), True
@@ -199,7 +198,7 @@ class Gate:
             async with asyncio.timeout(self.rules.seconds_between_bytes):
                 message = await receive()
         except TimeoutError:
-            raise ApiError(408, "the rest of the body did not come", "slow") from None
+            raise ApiError(408, "the rest of the body did not arrive in time", "slow") from None
         if message["type"] == "http.disconnect":
             raise ClientLeft
         return message
@@ -210,7 +209,7 @@ class Gate:
         return scope["method"] == "OPTIONS" and headers.get("origin") in self.rules.origins
 
     def _preflight(self, scope: Scope) -> dict[str, str]:
-        """Return the answer to a browser that asks what a page may send."""
+        """Return the response to a browser's preflight request."""
         return {
             "Access-Control-Allow-Methods": ", ".join(sorted(self._methods(scope))),
             "Access-Control-Allow-Headers": ALLOWED_HEADERS,
@@ -219,7 +218,7 @@ class Gate:
         }
 
     def _with_origin(self, headers: Headers, send: Send) -> Send:
-        """Let the page that asks read the answer, if its origin is allowed by name."""
+        """Let the requesting page read the response, if its origin is explicitly allowed."""
         origin = headers.get("origin")
         if origin is None or origin not in self.rules.origins:
             return send
@@ -242,7 +241,7 @@ async def send_empty(status: int, headers: dict[str, str], send: Send) -> None:
 
 
 async def refuse(error: ApiError, headers: Headers, receive: Receive, send: Send) -> None:
-    """Send an error and close, with time for the client to read it."""
+    """Send an error and close the connection, leaving the client time to read it."""
     body = error.body
     raw = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     raw += [

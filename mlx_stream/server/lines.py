@@ -1,17 +1,17 @@
-"""Finds the live stream that has read a client's history; knows no HTTP.
+"""Finds the live stream that has read a client's history; independent of HTTP.
 
-A line is one stream with a record of the turns that it has read, as digests. Of a request's closed
-turns T and a line's turns R:
+A line is one stream with a record of the turns that it has read, as digests. The cases for a
+request's closed turns T and a line's turns R are:
 
     T are the last of R, or all of them      extended   the question is read
-    one more in R, and its question          retried    the reply is taken back, 1 token is read
-    one more in R                            edited     the turn is taken back, in a copy
-    more in R, or only the first T match     forked     a copy, taken back; other turns are read
-    T begin later than R                     shifted    what the client left out leaves first
+    one more in R, and its question          retried    the reply is rolled back, 1 token is read
+    one more in R                            edited     the turn is rolled back, in a copy
+    more in R, or only the first T match     forked     a copy is rolled back; other turns are read
+    T begin later than R                     shifted    the turns left out are evicted first
     nothing matches                          cold       the newest turns that fit are read
     T is empty                               new
 
-A line that writes a reply is neither waited for nor copied.
+A line that is writing a reply is neither waited for nor copied.
 """
 
 import os
@@ -48,10 +48,10 @@ DEFAULT_STREAMS = 4
 
 
 class Record:
-    """The turns that a line has read, evicted ones too.
+    """The turns that a line has read, including evicted ones.
 
     Attributes:
-        digests: of each turn, `TURN_BYTES`.
+        digests: `TURN_BYTES` for each turn.
         sizes: the tokens of each turn; 0 if it was never read.
         attended: how many of the last turns are attended.
     """
@@ -82,17 +82,17 @@ class Record:
         del self.digests[count * TURN_BYTES :], self.sizes[count:]
 
     def set_attended(self, sizes: Sequence[int]) -> None:
-        """Set which of the last turns are attended, by their sizes."""
+        """Set the sizes of the last turns, which are those attended."""
         self.attended = len(sizes)
         if sizes:
             self.sizes[len(self) - len(sizes) :] = array("I", sizes)
 
     def find(self, digests: bytes) -> tuple[int, int]:
-        """Return where the most of some turns, from their first one on, stand in this record.
+        """Return where this record contains the longest possible prefix of some turns.
 
         Returns:
-            The places before and after them: the last ones, if they stand there repeatedly. Both
-            are 0 if the first turn is not here.
+            The start and end positions; the last ones if there are several. Both are 0 if the
+                record does not contain the first turn.
         """
         if self.digests.endswith(digests):
             return len(self) - len(digests) // TURN_BYTES, len(self)
@@ -101,10 +101,10 @@ class Record:
         return find_longest(turns_in(digests), turns_in(self.digests))
 
     def fits(self, first: int, last: int, window: int) -> bool:
-        """Return whether turns from `first` to `last` are attended well enough.
+        """Return whether enough of the turns from `first` to `last` is attended.
 
-        That is, to at least half of the tokens that a stream would attend to which reads the newest
-        of these turns that fit a window.
+        That is at least half of the tokens that a stream would attend to if it read the newest of
+        these turns that fit a window.
         """
         attended = sum(self.sizes[max(first, len(self) - self.attended) : last])
         most = 0
@@ -120,11 +120,11 @@ def turns_in(digests: bytes | bytearray) -> list[bytes]:
 
 
 def find_longest(wanted: Sequence[bytes], turns: Sequence[bytes]) -> tuple[int, int]:
-    """Return where the longest beginning of `wanted` stands in `turns`, the last place of several.
+    """Return where `turns` last contains the longest possible prefix of `wanted`.
 
-    Knuth, Morris and Pratt's search: of A B C in A B A B D, the longest is A B, from 2 to 4.
+    Uses the Knuth-Morris-Pratt algorithm. For A B C in A B A B D, the prefix is A B, at 2 to 4.
     """
-    shorter, best = [0] * len(wanted), (0, 0)  # the longest beginning that is also an end
+    shorter, best = [0] * len(wanted), (0, 0)  # the longest prefix that is also a suffix
 
     def extend(count: int, turn: bytes) -> int:
         while count and (count == len(wanted) or wanted[count] != turn):
@@ -147,11 +147,11 @@ class StreamLine:
 
     Attributes:
         reply: the reply in progress.
-        used: the number of the request that used it last.
-        spare: whether its conversation continues in a copy, so that it goes first.
-        copies: the replies that wait for copies of it.
+        used: the number of the last request that used it.
+        spare: whether its conversation continues in a copy, so that this line is closed first.
+        copies: the replies that are waiting for copies of it.
         requests: how many it has answered.
-        ended: when its last reply ended, by the monotonic clock.
+        ended: when its last reply ended, by `time.monotonic`.
     """
 
     id: int
@@ -172,10 +172,10 @@ class LineState:
 
     Attributes:
         state: `idle` or `replying`.
-        turns: those it has read, or was given with a history.
-        attended_turns: those it attends to.
-        attended, evicted, pinned, window: tokens.
-        idle_seconds: since its last reply ended; 0 during a reply.
+        turns: the number of turns it has read, or was given as a history.
+        attended_turns: the number of turns it attends to.
+        attended, evicted, pinned, window: in tokens.
+        idle_seconds: time since its last reply ended; 0 during a reply.
     """
 
     id: int
@@ -206,7 +206,7 @@ class Request:
         head: the digest of its head.
         turns: the digests of its closed turns.
         asked: the digest of its question, without the beginning of a reply.
-        moment: when it came.
+        moment: when it arrived.
     """
 
     conversation: Conversation
@@ -220,17 +220,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is done to answer a request.
+    """How a request is answered.
 
     Attributes:
-        cache: the name of the case; see the module.
+        cache: the name of the case; see the module's docstring.
         reason: why, in a few words.
-        record: the line's, up to the question; of a retry, with it.
+        record: the line's record, up to the question; for a retry, including the question.
         source: the line to use, or to copy; None for a new one.
         copy: whether to copy it.
         retry: whether its last question is answered again.
-        back: how many of its last turns are taken back.
-        keep: how many of its last turns may then stay attended; None for all.
+        back: how many of its last turns are rolled back.
+        keep: how many of the remaining last turns may stay attended; None for all.
         history: the messages of turns to read as text.
         unread: how many turns before them are not read.
     """
@@ -248,11 +248,11 @@ class Choice:
 
 
 class LineReply:
-    """One reply on a line: an iterator of its pieces, for one reader, with asyncio or without.
+    """One reply on a line: an iterator over its pieces, for one reader, with or without asyncio.
 
-    `start` waits until the attributes are set and the prompt is about to be read. It raises what is
-    wrong with the request, before any piece is given. A reply that is not read to its end must be
-    cancelled; one that is forgotten is. Then the line is idle again.
+    `start` waits until the attributes are set and the prompt is about to be read. It raises an
+    error for a bad request before there are any pieces. A reply that is not read to the end must be
+    cancelled, which makes the line idle again; this is automatic if the reply is garbage-collected.
 
     Attributes:
         line: the number of the line.
@@ -261,11 +261,11 @@ class LineReply:
         attended: the tokens attended when the reply begins.
         read: how many of them are read for this reply.
         evicted_turns: how many of the request's closed turns are not attended.
-        evicted_tokens: how many tokens of the line have left attention since it began.
+        evicted_tokens: how many of the line's tokens have been evicted since it was opened.
         window: in tokens.
         notices: lines for the user.
-        finish: once it has ended: `end`, `stop`, `length` or `cancelled`.
-        calls: then, the tools that the reply calls.
+        finish: set once it has ended: `end`, `stop`, `length` or `cancelled`.
+        calls: the tools that the reply calls; set once it has ended.
     """
 
     def __init__(self, lines: "Lines", request: Request):
@@ -274,7 +274,7 @@ class LineReply:
         self._count = len(request.conversation.turns)
         self.reader: ReplyReader | None = None
         self.taken = Taken()
-        self.source: StreamLine | None = None  # of the copy, until it is made
+        self.source: StreamLine | None = None  # of the copy, until it has been made
         self._last: Piece | None = None
         self.line, self.cache, self.reason = 0, "", ""
         self.attended = self.read = self.evicted_turns = self.evicted_tokens = self.window = 0
@@ -284,7 +284,7 @@ class LineReply:
 
     @property
     def cached(self) -> int:
-        """The attended tokens, when the reply begins, that are not read for it."""
+        """How many of the tokens attended when the reply begins were not read for it."""
         return max(0, self.attended - self.read)
 
     def cancel(self) -> None:
@@ -310,7 +310,7 @@ class LineReply:
         return self
 
     async def start_async(self) -> "LineReply":
-        """Do what `start` does, without blocking the event loop."""
+        """Like `start`, but without blocking the event loop."""
         while self.request:
             try:
                 self._receive(await self._take_async())
@@ -351,12 +351,12 @@ class LineReply:
         assert self.reader
         try:
             return await self.reader.take_async()
-        except BaseException:  # such as the end of the task that reads
+        except BaseException:  # such as the cancellation of the reading task
             self.reader.cancel()
             raise
 
     def _receive(self, item: Item | None) -> Piece | None:
-        """Take an item; return a piece to give. The last one waits until the line is idle."""
+        """Process an item; return its piece, if any. The last one waits until the line is idle."""
         if isinstance(item, ReplyStart):
             self._set_start(item)
         elif isinstance(item, Piece):
@@ -384,12 +384,12 @@ class LineReply:
 
 
 class Lines:
-    """The streams of one server, and the choice among them; any thread may call its methods.
+    """The streams of one server; chooses one for each request. Any thread may call its methods.
 
     Args:
         engine: computes the replies.
-        streams: the most lines there are.
-        window, sinks, kv_bits: of every line; see `ChatSession`.
+        streams: the maximum number of lines.
+        window, sinks, kv_bits: for every line; see `ChatSession`.
         shared: see `Engine.session`.
         on_idle: called whenever a line may be used again, perhaps on the engine's thread. It must
             return at once.
@@ -413,7 +413,7 @@ class Lines:
         self.engine, self.streams, self.window = engine, streams, window
         self._sinks, self._kv_bits, self._shared = sinks, kv_bits, shared
         self._on_idle, self._digests = on_idle, Digests(os.urandom(DIGEST_BYTES))
-        # Reentrant: a reply that has ended already reports that at once.
+        # Reentrant: a reply that has already ended reports this at once.
         self._lock = threading.RLock()
         self._lines: list[StreamLine] = []
         self._numbers = self._requests = 0
@@ -425,15 +425,15 @@ class Lines:
         max_tokens: int = DEFAULT_MAX_TOKENS,
         **options: Unpack[EngineReplyOptions],
     ) -> LineReply:
-        """Begin the reply to a conversation; returns at once.
+        """Start the reply to a conversation; returns immediately.
 
         Args:
             options: see `Session.reply`. `progress` is called by the thread that reads.
 
         Raises:
-            QueueFull: every stream writes a reply, or the engine has too much to do.
+            QueueFull: every stream is writing a reply, or the engine's queue is full.
             ValueRefused: an option is out of range.
-            EngineClosed: the engine is closed, or the lines are.
+            EngineClosed: the engine is closed, or these lines are.
         """
         asked = conversation.question[: -1 if conversation.begins_reply else None]
         moment = datetime.now()
@@ -455,9 +455,9 @@ class Lines:
         return reply
 
     def start_again(self, reply: LineReply) -> bool:
-        """Begin a reply again for whose stream there was no memory.
+        """Restart a reply whose stream did not fit in memory.
 
-        An idle line is closed for it, or it does without a copy.
+        An idle line is closed to make room, or the reply does without a copy.
 
         Returns:
             Whether that was possible.
@@ -474,7 +474,7 @@ class Lines:
             return True
 
     def copied(self, reply: LineReply) -> None:
-        """Let the line whose copy a reply uses go again."""
+        """Release the line that was copied for a reply."""
         with self._lock:
             if reply.source:
                 reply.source.copies.discard(reply.taken)
@@ -499,7 +499,7 @@ class Lines:
             self._drop(line)
 
     def close_all(self) -> None:
-        """Close every line, and begin no more replies."""
+        """Close every line, and start no more replies."""
         with self._lock:
             self._closed = True
             for line in [*self._lines]:
@@ -520,12 +520,12 @@ class Lines:
         keep, shifted = (count, "shifted") if first else (None, "")
         left_out = f"; older turns that the client left out: {first:,}" if first else ""
         if count == len(turns) and not behind:
-            reason = f"the line has read these turns{left_out}"
+            reason = f"the stream has read these turns{left_out}"
             return Choice(shifted or "extended", reason, record, line, keep=keep)
         asked = line.record.digests[last * TURN_BYTES :][:DIGEST_BYTES]
         again = asked == request.asked and not request.conversation.begins_reply
         if count == len(turns) and behind == 1 and again:
-            reason = f"the question was answered before{left_out}"
+            reason = f"the question has been answered before{left_out}"
             keep = keep and keep + 1
             return Choice(shifted or "retried", reason, record, line, retry=True, keep=keep)
         edited = count == len(turns) and behind == 1
@@ -534,11 +534,11 @@ class Lines:
             return self._read_newest(request, "the turns to read fill the window")
         record.truncate(last)
         record.add(request.turns[count * TURN_BYTES :])
-        # What is copied is the first to go, so an edit does not take another line's place.
+        # A copied line is the first to be closed, so an edit does not displace another line.
         place = len(self._lines) < self.streams or (not edited and self._next_to_go(line))
-        reason = f"turns taken back: {behind:,}{left_out}"
+        reason = f"turns rolled back: {behind:,}{left_out}"
         if rest:
-            shifted, reason = "", f"turns that the line has read: {count:,} of {len(turns):,}"
+            shifted, reason = "", f"turns that the stream has read: {count:,} of {len(turns):,}"
         return Choice(
             shifted or ("edited" if edited else "forked"),
             reason,
@@ -553,22 +553,22 @@ class Lines:
     def _best_match(self, request: Request) -> tuple[tuple[StreamLine, int, int] | None, str]:
         """Return the line to use and where the request's turns stand in its record.
 
-        Where all of them stand is better than where only the first do. Then better is a place at
-        the end of a line of which nothing older must leave, then the place after most turns, and
-        the end of a record. If there is no such line, return why.
+        A match of more turns is better. Next best is one of all turns at the end of a line from
+        which nothing older must be evicted, then a later position, then the end of a record. If no
+        line matches, return why.
         """
         found: list[tuple[tuple[Any, ...], tuple[StreamLine, int, int]]] = []
-        why = "no line has the same head"
+        why = "no stream has the same head"
         for line in self._lines:
             if line.head != request.head:
                 continue
             first, last = line.record.find(request.turns)
             if last == first:
-                why = "no line has read the first turn" if "head" in why else why
+                why = "no stream has read the first turn" if "head" in why else why
             elif line.reply:
-                why = "the line that has read these turns is writing a reply"
+                why = "the stream that has read these turns is writing a reply"
             elif not line.record.fits(first, last, line.session.stats.window):
-                why = "too many of these turns have left the line"
+                why = "too many of these turns have been evicted"
             else:
                 behind = len(line.record) - last
                 asked = line.record.digests[last * TURN_BYTES :][:DIGEST_BYTES] == request.asked
@@ -588,7 +588,7 @@ class Lines:
 
     @property
     def _most_turns(self) -> int:
-        """The most turns that a window can hold: each has a token at least."""
+        """The most turns that a window can hold: each has at least one token."""
         return self.window or THINKING_WINDOWS[0]
 
     # --- lines that come and go; called under the lock ---
@@ -698,12 +698,12 @@ class Lines:
         source: StreamLine | None,
         future: Future[Any],
     ) -> None:
-        """Release a line whose reply never began; close one that is not what its record says."""
+        """Release a line whose reply never began; close one that does not match its record."""
         error = None if future.cancelled() else future.exception()
         with self._lock:
             if source:
                 source.copies.discard(taken)
-            # A step may fail behind the reply, too, while the turn is settled.
+            # A step may also fail after the reply, while the turn is being settled.
             lost = isinstance(error, ComputeError | WeightsError)
             if lost or (line.reply is taken and (fresh or error or future.cancelled())):
                 self._drop(line)

@@ -1,4 +1,4 @@
-"""Sockets to listen on, and the Host names that they answer to; knows no requests.
+"""Sockets to listen on, and the Host names that they accept; independent of requests.
 
 Loopback is 127.0.0.1 and ::1: browsers, Node and macOS try ::1 first for `localhost`.
 """
@@ -24,10 +24,10 @@ class Listening:
     """What a server listens on.
 
     Attributes:
-        sockets: bound.
-        hosts: the values that the header Host may have; None if it is not checked.
-        any_address: with the port: also every address, because the server listens on all.
-        url: where it is reached, for people.
+        sockets: the bound sockets.
+        hosts: the values that the Host header may have; None if it is not checked.
+        any_address: the port, if the server listens on all addresses, so that each is accepted.
+        url: the server's address, for people.
     """
 
     sockets: tuple[socket.socket, ...]
@@ -41,7 +41,7 @@ class Listening:
             return True
         if self.any_address is None:
             return False
-        # A name may be made to point here; an address cannot.
+        # A name can be made to point here; an address cannot.
         address = host.removesuffix(f":{self.any_address}")
         if address == host and self.any_address != HTTP_PORT:
             return False
@@ -52,7 +52,7 @@ class Listening:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
+    """Return whether only this machine can reach an address."""
     if host == "localhost":
         return True
     with suppress(ValueError):
@@ -61,15 +61,15 @@ def is_loopback(host: str) -> bool:
 
 
 def listen_on_port(host: str, port: int, more_names: Sequence[str] = ()) -> Listening:
-    """Bind an address, or both of loopback.
+    """Bind an address, or both loopback addresses.
 
     Args:
         host: an address, or `localhost` for 127.0.0.1 and ::1.
-        port: 0 takes one that is free.
-        more_names: further names by which clients reach it.
+        port: 0 picks a free port.
+        more_names: further names by which clients reach the server.
 
     Raises:
-        ValueRefused: it cannot be bound.
+        ValueRefused: the address cannot be bound.
     """
     if not 0 <= port < 2**16:
         raise ValueRefused(f"--port must be from 0 to 65535, not {port}")
@@ -117,7 +117,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def with_port(name: str, port: int) -> list[str]:
-    """Return how a Host header names a host at a port."""
+    """Return the Host header for a host and a port."""
     return [f"{bracketed(name)}:{port}", *([bracketed(name)] if port == HTTP_PORT else [])]
 
 
@@ -126,10 +126,10 @@ def bracketed(host: str) -> str:
 
 
 def listen_on_path(path: Path) -> Listening:
-    """Bind a Unix socket that only this user may use; a dead process's is replaced.
+    """Bind a Unix socket that only this user may use; one left by a dead process is replaced.
 
     Raises:
-        ValueRefused: another process listens on it, or it cannot be bound.
+        ValueRefused: another process is listening on it, or it cannot be bound.
     """
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
@@ -138,7 +138,7 @@ def listen_on_path(path: Path) -> Listening:
             if not path.is_socket() or path.is_symlink():
                 raise ValueRefused(f"{path}: not a socket; move it away, or use another --socket")
             if accepts(path):
-                raise ValueRefused(f"{path}: another process listens on it: use another --socket")
+                raise ValueRefused(f"{path}: in use by another process: use another --socket")
             path.unlink()
         found.bind(os.fspath(path))
         found.listen(BACKLOG)
@@ -154,7 +154,7 @@ def listen_on_path(path: Path) -> Listening:
 
 
 def accepts(path: Path) -> bool:
-    """Return whether a process listens on a Unix socket."""
+    """Return whether a process is listening on a Unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
         try:
             caller.connect(os.fspath(path))

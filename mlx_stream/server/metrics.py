@@ -1,4 +1,4 @@
-"""Totals of a server, and Prometheus' text of them; knows no requests."""
+"""A server's totals, and their text format for Prometheus; independent of requests."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,16 +9,17 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass
 class Counters:
-    """Totals since the server began.
+    """Totals since the server started.
 
     Attributes:
-        refused: requests for which the queue was full.
-        read, cached, written: tokens of prompts that were read and that were attended already, and
-            tokens of replies.
-        evicted_turns: turns that clients sent and that were not attended, each time.
-        first_seconds, firsts: from the beginning of requests to their first piece, and how many.
-        caches: replies by what was done with the client's history.
-        statuses: answers by path and status.
+        refused: requests refused because the queue was full.
+        read, cached, written: prompt tokens that were read, prompt tokens that were already
+            attended, and reply tokens.
+        evicted_turns: turns in requests that were not attended, counted for each request.
+        first_seconds, firsts: total time from a request to its first piece, and how many there
+            were.
+        caches: replies by how the client's history was handled.
+        statuses: responses by path and status.
     """
 
     refused: int = 0

@@ -1,4 +1,4 @@
-"""Saved conversations that clients continue by name; knows no HTTP but its errors."""
+"""Saved conversations that clients continue by name; independent of HTTP except for errors."""
 
 import asyncio
 import unicodedata
@@ -25,8 +25,8 @@ class OpenSession:
     Attributes:
         system: the system prompt that it was opened with; None for the saved one.
         lock: held by the request that uses it.
-        used: the number of the request that used it last.
-        requests: those that use it, or wait for it.
+        used: the number of the last request that used it.
+        requests: how many use it or are waiting for it.
         fresh: whether it was opened for the request in progress.
     """
 
@@ -41,7 +41,7 @@ class OpenSession:
 
 @dataclass
 class BegunSession:
-    """What is known when a saved conversation's reply begins; see `BegunReply`."""
+    """The state of a saved conversation when a reply begins; see `BegunReply`."""
 
     session: str
     cache: str
@@ -55,10 +55,10 @@ class BegunSession:
 
 
 class NamedSessions:
-    """The saved conversations that are open, up to a number.
+    """The saved conversations that are open, up to a maximum.
 
     Args:
-        most: the one that was used longest ago is closed to open another.
+        most: the maximum; the least recently used one is closed to open another.
         window, sinks, kv_bits, recall, shared: see `Engine.session`.
     """
 
@@ -88,7 +88,7 @@ class NamedSessions:
         """Yield how a reply begins, and its pieces.
 
         Raises:
-            ApiError: 409, the history that was sent is not the saved one.
+            ApiError: 409, the history that was sent does not match the saved one.
             MlxStreamError: see `Session.reply`, and `mlx_stream.chat` for saved conversations.
         """
         async with self._use(name, conversation.head.system) as opened:
@@ -113,7 +113,7 @@ class NamedSessions:
 
     @asynccontextmanager
     async def _use(self, name: str, system: str | None) -> AsyncIterator[OpenSession]:
-        """Yield a conversation for one request, which is opened if need be."""
+        """Yield a conversation for one request; open it if necessary."""
         opened = await self._get(name, system)
         opened.requests += 1
         try:
@@ -145,7 +145,7 @@ class NamedSessions:
         if opened:
             del self._open[opened.name]
             await asyncio.to_thread(opened.session.close, SECONDS_TO_SAVE)
-        if name in self._open:  # another request has opened it meanwhile
+        if name in self._open:  # another request has opened it in the meantime
             return await self._get(name, system)
         session = self._engine.session(
             system,
@@ -161,10 +161,10 @@ class NamedSessions:
 
     @staticmethod
     def _is_asked_again(name: str, conversation: Conversation, exchanges: list[Exchange]) -> bool:
-        """Return whether the last question is asked again, by a history that was sent whole.
+        """Return whether a history that was sent whole asks the last question again.
 
         Raises:
-            ApiError: 409, the history is another one.
+            ApiError: 409, the history does not match the saved one.
         """
         sent = conversation.turns
         if not sent or (exchanges and is_same(sent[-1][-1].text, exchanges[-1].reply)):
@@ -175,14 +175,14 @@ class NamedSessions:
                 return True
         raise ApiError(
             409,
-            f"the messages are not those saved as session {name!r}: send only the new turn, or "
+            f"the messages do not match the saved session {name!r}: send only the new turn, or "
             "use another name",
             "session",
         )
 
 
 def is_same(sent: str, reply: str) -> bool:
-    """Return whether a client's text of a reply is the saved one, as lines compare them."""
+    """Return whether a reply that a client sent is the saved one, compared as for lines."""
     one, other = (unicodedata.normalize("NFC", text).strip() for text in (sent, reply))
     return one == other
 
@@ -192,7 +192,7 @@ def describe_start(
 ) -> BegunSession:
     cache, reason = "extended", "the session is open"
     if again:
-        cache, reason = "retried", "the question was answered before"
+        cache, reason = "retried", "the question has been answered before"
     elif opened.fresh and start.turns:
         cache, reason = "restored", "the session was saved before"
     elif not start.turns:

@@ -1,4 +1,4 @@
-"""One reply as the answer to a request, whole or as events, in whatever form an API gives it."""
+"""Sends a reply as the response to a request, whole or as events, in an API's format."""
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,14 +14,14 @@ from mlx_stream.server.event_stream import Client, EventStream, with_silences
 from mlx_stream.server.service import ModelService
 from mlx_stream.text.pieces import Piece, TokenLogprob
 
-# Silences after which the head of an answer is sent, although it cannot say yet what is read.
+# Silences after which the headers are sent, although what will be read is not known yet.
 SILENCES_BEFORE_HEAD = 5
 COMPLETE = ("end", "stop", "length")
 Events = Sequence[Mapping[str, Any] | str]
 
 
 class BegunReply(Protocol):
-    """What is known when a reply begins; see `LineReply`."""
+    """The state of a stream when a reply begins; see `LineReply`."""
 
     cache: str
     reason: str
@@ -43,7 +43,7 @@ class ReplyCounts:
         reply: None until it begins.
         session: the name of the saved conversation that it belongs to.
         last: its last piece.
-        progress: tokens of the prompt that were read, and all that are.
+        progress: how many tokens of the prompt have been read, and how many will be.
     """
 
     def __init__(self, keep: bool):
@@ -62,7 +62,7 @@ class ReplyCounts:
 
     @property
     def cached(self) -> int:
-        """The attended tokens of the prompt that were not read for this reply."""
+        """How many of the prompt's attended tokens were not read for this reply."""
         return max(0, self.begun.attended - self.begun.read)
 
     def add(self, piece: Piece) -> None:
@@ -77,7 +77,7 @@ class ReplyCounts:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """The counts of the API: a prompt's tokens are those attended when the reply begins."""
+        """The API's token counts; prompt tokens are those attended when the reply begins."""
         reply, written = self.begun, self.last.written
         return {
             "prompt_tokens": reply.attended,
@@ -88,9 +88,9 @@ class ReplyCounts:
         }
 
     def about(self, ignored: Sequence[str] = ()) -> dict[str, Any]:
-        """Our own object in an answer: what is attended, and what is not."""
+        """Our own object in a response: what is attended to, and what is not."""
         reply = self.begun
-        notices = [f"ignored, because it is not known here: {name}" for name in ignored]
+        notices = [f"ignored, because this server does not know it: {name}" for name in ignored]
         return {
             "cache": reply.cache,
             "reason": reply.reason,
@@ -113,7 +113,7 @@ class ReplyCounts:
 
 
 class AnswerFormat(Protocol):
-    """How an API writes a reply."""
+    """An API's format for replies."""
 
     def first(self) -> Events:
         """Return the events before the text."""
@@ -128,16 +128,16 @@ class AnswerFormat(Protocol):
         ...
 
     def whole(self, counts: ReplyCounts, about: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the whole answer."""
+        """Return the whole response."""
         ...
 
 
 class ReplyAnswer:
-    """Writes a reply as an answer.
+    """Sends a reply as a response.
 
     Args:
-        pieces: of the reply; None once it has begun.
-        ignored: names of fields of the request that this server does not know.
+        pieces: the pieces of the reply, with None once it has begun.
+        ignored: names of request fields that this server does not know.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class ReplyAnswer:
                 if not events.begun:
                     raise
                 await events.data(as_api_error(raised).content)
-                if not isinstance(raised, MlxStreamError | ApiError):  # the log has its place
+                if not isinstance(raised, MlxStreamError | ApiError):  # so that it is logged
                     raise
         if events.begun and not client.left:
             await events.end()
@@ -202,7 +202,7 @@ class ReplyAnswer:
                     await events.comment(self._progress())
         about = self.counts.about(self.ignored)
         if turns := about["evicted_turns"]:
-            await events.comment(f"{turns} earlier turns are not attended")
+            await events.comment(f"{turns} earlier turns are not attended to")
         await events.data(*self.form.last(self.counts, about))
 
     async def _items(self) -> AsyncGenerator[Piece | None, None]:
@@ -215,7 +215,7 @@ class ReplyAnswer:
                     self.counts.add(piece)
                 yield piece
         if self.counts.last.finish not in COMPLETE:
-            raise ApiError(503, "the reply was cut: its stream was closed", "cut")
+            raise ApiError(503, "the reply was cut off: its stream was closed", "cut")
 
     def _progress(self) -> str:
         if not self.counts.reply:
@@ -230,7 +230,7 @@ class ReplyAnswer:
             self.service.counters.first_seconds += time.monotonic() - self._began
 
     def _count(self) -> dict[str, Any]:
-        """Add the reply to the totals; return what the log has of it."""
+        """Add the reply to the totals; return the counts for the log."""
         reply, counters = self.counts.reply, self.service.counters
         if not reply:
             return {}

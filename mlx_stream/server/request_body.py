@@ -1,6 +1,6 @@
-"""The JSON of a request's body, checked before it is parsed; knows no fields.
+"""The JSON of a request's body, checked before it is parsed; independent of the fields.
 
-Depth is checked first: parsers recurse. Text in strings is skipped by a regular expression, so a
+Depth is checked first because parsers recurse. A regular expression skips the text in strings, so a
 long history costs little.
 """
 
@@ -12,9 +12,9 @@ from pydantic import BaseModel, ValidationError
 from mlx_stream.server.api_errors import ApiError
 
 MOST_DEPTH = 32
-# Possessive, so that a string without an end is not tried again from each character.
+# Possessive, so that an unterminated string does not cause backtracking.
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-# JSON has neither, but many parsers take them.
+# JSON allows neither, but many parsers accept them.
 NOT_JSON = re.compile(rb"NaN|Infinity")
 LONGEST_NAME = 100
 
@@ -25,7 +25,7 @@ def parse_body(body: bytes | bytearray, model: type[Fields]) -> Fields:
     """Return a body's fields.
 
     Raises:
-        ApiError: 400, it is not JSON, it is too deep, or a field does not fit.
+        ApiError: 400, the body is not JSON, is nested too deeply, or has an invalid field.
     """
     check_structure(body)
     try:
@@ -35,21 +35,21 @@ def parse_body(body: bytes | bytearray, model: type[Fields]) -> Fields:
 
 
 def check_structure(body: bytes | bytearray) -> None:
-    """Refuse JSON that is nested too deeply, and numbers that are none."""
+    """Refuse JSON that is nested too deeply, and NaN and Infinity."""
     outside = STRING.sub(b"", body)
     if NOT_JSON.search(outside):
-        raise ApiError(400, "the body has NaN or Infinity, which JSON does not have", "not_json")
+        raise ApiError(400, "the body has NaN or Infinity, which JSON does not allow", "not_json")
     depth = 0
     for found in re.finditer(rb"[\[{]|[\]}]", outside):
         depth += 1 if found[0] in b"[{" else -1
         if depth > MOST_DEPTH:
-            raise ApiError(400, f"the body is nested more than {MOST_DEPTH} deep", "too_deep")
+            raise ApiError(400, f"the body exceeds {MOST_DEPTH} levels of nesting", "too_deep")
 
 
 def first_problem(error: ValidationError) -> ApiError:
-    """Return one thing that is wrong with a body, without what was sent."""
+    """Return an error for one problem with a body, without quoting the body."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    # Of a field that may have several types each is tried: what says more than a type comes first.
+    # Each type of a union gives an error: prefer one that says more than the expected type.
     first = next((one for one in problems if one["type"] == "value_error"), problems[0])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['msg']}", "not_json")

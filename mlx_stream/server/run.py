@@ -1,4 +1,4 @@
-"""Runs the server until a signal ends it: sockets, uvicorn, the order of shutting down."""
+"""Runs the server until a signal ends it: sockets, uvicorn, the shutdown order."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from mlx_stream.server.listening import Listening
 from mlx_stream.server.service import ModelService, ServiceOptions
 
 SECONDS_TO_KEEP_ALIVE = 30
-# For streams to end with an error, after the signal; the engine has its own limit.
+# Time for streams to end with an error after the signal; the engine has its own limit.
 SECONDS_FOR_LAST_BYTES = 1
 SPARE_FILES = 128
 
@@ -28,7 +28,7 @@ Notify = Callable[[str], None]
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, whose signals are handled by `run_server`."""
+    """uvicorn's server, with signals left to `run_server`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -67,7 +67,7 @@ async def serve_until_signal(
 
     def end(number: int) -> None:
         ended.append(number)
-        for one in signals:  # a second one ends the process at once
+        for one in signals:  # a second signal ends the process at once
             loop.remove_signal_handler(one)
             signal.signal(one, signal.SIG_DFL)
         asked.set()
@@ -126,7 +126,7 @@ def build_server(
 
 
 def raise_file_limit() -> None:
-    """Allow this process as many open files as it may have, for its connections."""
+    """Raise this process's limit on open files to the maximum, to allow more connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MOST_CONNECTIONS + SPARE_FILES
     limit = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)

@@ -1,4 +1,4 @@
-"""Which servers of this user run, by the locks that they hold; imports no server."""
+"""Finds this user's running servers by the locks that they hold; independent of the server."""
 
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -7,9 +7,9 @@ from mlx_stream.program.lock import Lock, holder_of
 from mlx_stream.program.paths import data_folder
 
 SERVICE = "mlx_stream.server"
-# Set for a process that launchd started: 0 must be its status whenever it ended by itself.
+# Set for a process started by launchd: it must exit with 0 whenever it exits by itself.
 AGENT = "MLX_STREAM_SERVER_AGENT"
-BUSY = "another server has this place already: {holder}"
+BUSY = "another server is already running at this address: {holder}"
 
 
 def servers_folder() -> Path:
@@ -22,16 +22,16 @@ def server_log() -> Path:
 
 
 def claim_place(url: str) -> Lock:
-    """Hold the lock of a server's place until it ends.
+    """Take the lock of a server's address, to be held until the server exits.
 
     Raises:
-        SessionError: another server holds it, or it cannot be made.
+        SessionError: another server holds the lock, or its file cannot be created.
     """
     return Lock.acquire(servers_folder() / f"{quote(url, safe='')}.lock", BUSY)
 
 
 def running_servers() -> list[str]:
-    """Return where servers are reached, and by which processes."""
+    """Return the addresses of the running servers, with their processes."""
     found = []
     for path in sorted(servers_folder().glob("*.lock")):
         if holder := holder_of(path):

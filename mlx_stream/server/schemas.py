@@ -1,7 +1,7 @@
-"""The fields of requests, as OpenAI's API has them, and their bounds; knows no model.
+"""The fields of OpenAI's API requests, and their limits; independent of the model.
 
 Fields that cannot be honoured are refused by name. Fields that this server does not know are
-ignored, and named in the answer's notices: clients send fields of other servers, too.
+ignored, and named in the answer's notices: clients also send fields meant for other servers.
 """
 
 from typing import Annotated, Any, Literal
@@ -17,10 +17,8 @@ MOST_NAMED = 16
 MOST_BIASED = 1_024
 MOST_TOKENS = 2**31 - 1
 LOWEST_TOP_P = 1e-6
-NO_MEDIA = (
-    "this model reads text only: images, audio and files are not read, and no address is opened"
-)
-# Known fields that change nothing here: who asks, and where OpenAI would run or keep it.
+NO_MEDIA = "this model reads text only: images, audio and files are not read, and no URL is opened"
+# Known fields that have no effect here: who asks, and where OpenAI would run or store it.
 WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "parallel_tool_calls", "verbosity", "audio", "prediction"),
@@ -28,13 +26,13 @@ WITHOUT_EFFECT = {
 
 
 class Strict(BaseModel):
-    """Fields of exactly these types; others are kept apart."""
+    """A base class for fields with strict types; unknown fields are kept separately."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     @property
     def unknown(self) -> list[str]:
-        """The names of fields that are not known here, the first ones if there are many."""
+        """The names of unknown fields; only the first ones if there are many."""
         names = sorted((self.model_extra or {}).keys() - WITHOUT_EFFECT)
         return [name[:LONGEST_NAME] for name in names[:MOST_NAMED]]
 
@@ -51,7 +49,7 @@ class ContentPart(Strict):
         if self.type not in ("text", "refusal"):
             raise ValueError(NO_MEDIA)
         if (self.text if self.type == "text" else self.refusal) is None:
-            raise ValueError(f"a part of type {self.type} needs {self.type}")
+            raise ValueError(f"a part of type {self.type} must have {self.type}")
         return self
 
 
@@ -87,13 +85,13 @@ class TemplateOptions(Strict):
 
 
 class SessionOption(Strict):
-    """Our own fields of a request."""
+    """This server's own request fields."""
 
     session: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)] | None = None
 
 
 class Generation(Strict):
-    """What both ways of completing have."""
+    """The fields that both kinds of completions share."""
 
     model: Annotated[str, Field(max_length=LONGEST_NAME)]
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
@@ -115,14 +113,14 @@ class Generation(Strict):
     @classmethod
     def check_n(cls, n: int | None) -> int | None:
         if n not in (None, 1):
-            raise ValueError("one answer is written for each request: use 1, and ask again")
+            raise ValueError("each request gets one answer: use 1, and send more requests")
         return n
 
     @field_validator("frequency_penalty", "presence_penalty")
     @classmethod
     def check_penalty(cls, penalty: float | None) -> float | None:
         if penalty:
-            raise ValueError("this penalty is not offered: use 0, and repetition_penalty instead")
+            raise ValueError("this penalty is not supported: use 0, and repetition_penalty instead")
         return penalty
 
     @field_validator("stop")
@@ -130,7 +128,7 @@ class Generation(Strict):
     def check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
         stops = [stop] if isinstance(stop, str) else stop or []
         if len(stops) > MOST_STOPS or any(not 0 < len(one) <= LONGEST_STOP for one in stops):
-            raise ValueError(f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters")
+            raise ValueError(f"at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters")
         return stop
 
     @field_validator("logit_bias")
@@ -138,7 +136,7 @@ class Generation(Strict):
     def check_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         for id, value in (bias or {}).items():
             if not (id.isascii() and id.isdigit() and len(id) < 10 and -100 <= value <= 100):
-                raise ValueError("it has ids of tokens, each with a number from -100 to 100")
+                raise ValueError("it must map token ids to numbers from -100 to 100")
         if bias and len(bias) > MOST_BIASED:
             raise ValueError(f"at most {MOST_BIASED:,} tokens")
         return bias
@@ -146,7 +144,7 @@ class Generation(Strict):
     @model_validator(mode="after")
     def check_stream_options(self) -> "Generation":
         if self.stream_options and not self.stream:
-            raise ValueError("stream_options are for `stream: true`")
+            raise ValueError("stream_options needs `stream: true`")
         return self
 
     @property
@@ -165,7 +163,7 @@ class Generation(Strict):
 
     @property
     def sampling(self) -> Sampling:
-        """The settings; what the client leaves out is ours, not OpenAI's."""
+        """The sampling settings; defaults are ours, not OpenAI's."""
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p if self.top_p is None else max(self.top_p, LOWEST_TOP_P),
@@ -198,9 +196,9 @@ class ChatRequest(Generation):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs `logprobs: true`")
         if self.tools or self.functions or any(m.tool_calls for m in self.messages):
-            raise ValueError("tools are not offered yet: leave out tools and tool calls")
+            raise ValueError("tools are not supported yet: leave out tools and tool calls")
         if self.response_format and self.response_format.get("type") != "text":
-            raise ValueError("response_format: only text is offered")
+            raise ValueError("response_format: only text is supported")
         if self.modalities not in (None, ["text"]):
             raise ValueError(f"modalities: {NO_MEDIA}")
         return self
@@ -231,9 +229,9 @@ class TextRequest(Generation):
     @model_validator(mode="after")
     def check_what_text_offers(self) -> "TextRequest":
         if isinstance(self.prompt, list) and len(self.prompt) != 1:
-            raise ValueError("prompt: one text is completed for each request")
+            raise ValueError("prompt: each request completes only one text")
         if self.suffix or self.best_of not in (None, 1):
-            raise ValueError("suffix and best_of are not offered: leave them out")
+            raise ValueError("suffix and best_of are not supported: leave them out")
         return self
 
     @property

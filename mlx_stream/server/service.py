@@ -1,7 +1,7 @@
-"""The model that the server offers: loading it, unloading it while idle, its names; knows no HTTP.
+"""The server's model: loading it, unloading it while idle, its names; independent of HTTP.
 
-The engine's thread loads, so requests are answered from the first second, with 503 until the model
-is there.
+The engine's thread loads the model, so requests are answered from the first second, with 503 until
+it is loaded.
 """
 
 import asyncio
@@ -32,20 +32,20 @@ MOST_REQUESTS = 1_024
 
 @dataclass(frozen=True)
 class ServiceOptions:
-    """What is served, and to how many.
+    """What is served, and how many conversations and requests at once.
 
     Attributes:
         source, dtype, keep_quantized: see `mlx_stream.load`.
         memory_budget: see `Engine`.
-        aliases: the model's names; the first is the one it has in answers.
-        any_model: whether every other name means the same model.
+        aliases: the model's names; responses use the first.
+        any_model: whether every other name also means this model.
         streams: conversations whose keys and values are in memory.
-        queue: requests that may wait, besides those that are answered.
-        window, sinks, kv_bits: of each stream; see `ChatSession`.
+        queue: requests that may wait, besides those being answered.
+        window, sinks, kv_bits: for each stream; see `ChatSession`.
         shared: see `Engine.session`.
         sessions: whether clients may continue saved conversations by name.
         recall: tokens of a saved conversation's window that are kept free for quotations.
-        idle_unload: seconds without a request after which the weights are released; None: never.
+        idle_unload: seconds without a request after which the weights are released; None for never.
     """
 
     source: str | Path
@@ -80,7 +80,7 @@ class ServiceOptions:
 
 
 def default_alias(source: str | Path) -> str:
-    """Return a model's name for clients: never a path of this machine."""
+    """Return a model's name for clients: never a path on this machine."""
     text = str(source)
     return Path(text).name if Path(text).expanduser().exists() or text[:1] in "./~" else text
 
@@ -92,7 +92,7 @@ class ModelService:
         notify: called with a line for the user.
 
     Attributes:
-        requests: how many wait or are being answered.
+        requests: how many are waiting or being answered.
         stopping: set when the server ends.
     """
 
@@ -113,7 +113,7 @@ class ModelService:
         self.start()
 
     def start(self) -> None:
-        """Begin to load the model; returns at once."""
+        """Start loading the model; returns immediately."""
         options = self.options
         self.engine = Engine(
             options.source,
@@ -138,7 +138,7 @@ class ModelService:
         """
         if model not in self.options.aliases and not self.options.any_model:
             names = ", ".join(self.options.aliases)
-            message = f"there is no model of this name here: use {names}, or serve with --any-model"
+            message = f"no model here has this name: use {names}, or serve with --any-model"
             raise ApiError(404, message, "model_not_found", "model")
 
     # --- requests ---
@@ -148,7 +148,7 @@ class ModelService:
         """Count a request, and yield the engine once its model is loaded.
 
         Raises:
-            ApiError: 503, too many requests wait, or there is no model now.
+            ApiError: 503, too many requests are waiting, or no model is available.
         """
         if self.requests >= self.options.streams + self.options.queue:
             self.counters.refused += 1
@@ -161,10 +161,11 @@ class ModelService:
             self._used = time.monotonic()
 
     async def loaded(self) -> Engine:
-        """Return the engine, whose model is loaded again first if it was unloaded.
+        """Return the engine; load its model again first if it was unloaded.
 
         Raises:
-            ApiError: 503, it is loading for the first time, cannot be loaded, or is closing.
+            ApiError: 503, the model is loading for the first time or cannot be loaded, or the
+                server is shutting down.
         """
         if self.stopping.is_set():
             raise ApiError(503, "the server is shutting down", "shutting_down")
@@ -179,7 +180,7 @@ class ModelService:
             try:
                 await asyncio.to_thread(engine.wait, SECONDS_TO_WAKE)
             except TimeoutError:
-                raise ApiError(503, "the model takes long to load: try again", "loading") from None
+                raise ApiError(503, "the model is still loading: try again", "loading") from None
             except MlxStreamError as error:
                 raise ApiError(503, one_line(error), "no_model") from error
         if self.lines is None:
@@ -215,7 +216,7 @@ class ModelService:
         raise ApiError(503, "the model is loading: try again", "loading")
 
     async def check_health(self) -> None:
-        """Ask the engine's thread whether it works.
+        """Check that the engine's thread responds.
 
         Raises:
             ApiError: 503, the model is not loaded, or no step has finished for too long.
@@ -251,10 +252,10 @@ class ModelService:
     async def begin(
         self, conversation: Conversation, limit: int, options: EngineReplyOptions, large: bool
     ) -> LineReply:
-        """Begin a reply; the caller has one of the streams.
+        """Start a reply; the caller holds one of the streams.
 
         Args:
-            large: whether the conversation's text is.
+            large: whether the conversation's text is large.
 
         Raises:
             MlxStreamError: see `Lines.begin`.
@@ -274,7 +275,7 @@ class ModelService:
     # --- the model's comings and goings ---
 
     async def report_loading(self) -> None:
-        """Say when the model is there, or why it is not."""
+        """Report when the model has been loaded, or why it could not be."""
         engine = self.engine
         assert engine is not None
         while not (engine.ready or engine.error):
@@ -284,7 +285,7 @@ class ModelService:
         self.notify(one_line(engine.error) if engine.error else f"{self.name} is ready")
 
     async def unload_when_idle(self) -> None:
-        """Release the weights whenever there was no request for long enough; runs for ever."""
+        """Release the weights whenever there has been no request for long enough; runs forever."""
         assert self.options.idle_unload is not None
         while True:
             left = self.options.idle_unload - (time.monotonic() - self._used)
@@ -299,5 +300,5 @@ class ModelService:
             engine.close(0)  # its thread ends by itself, and the next one waits for it
 
     def close(self) -> bool:
-        """Release everything; return whether that was done in time."""
+        """Release everything; return whether that finished in time."""
         return self.engine is None or self.engine.close(SECONDS_TO_CLOSE)

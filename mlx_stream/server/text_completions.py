@@ -1,4 +1,4 @@
-"""Completions of plain text as OpenAI's older API has them, without a chat template."""
+"""Completions of plain text, as in OpenAI's older API, without a chat template."""
 
 import secrets
 import time
@@ -24,7 +24,7 @@ DEFAULT_TOKENS = 16  # OpenAI's
 
 @dataclass
 class BegunText:
-    """What is known when a text is continued; see `BegunReply`."""
+    """The state of a stream when a text is continued; see `BegunReply`."""
 
     attended: int
     read: int
@@ -43,7 +43,7 @@ class BegunText:
 
 
 class TextCompletions:
-    """The ASGI application of the path."""
+    """The ASGI application for text completions."""
 
     def __init__(self, service: ModelService):
         self.service = service
@@ -63,7 +63,7 @@ class TextCompletions:
 async def text_pieces(
     service: ModelService, engine: Engine, request: TextRequest, counts: ReplyCounts
 ) -> AsyncGenerator[Piece | None, None]:
-    """Yield the pieces of a text on a stream of its own, and None before them."""
+    """Yield None, then the pieces of a text, on a separate stream."""
     async with service.stream():
         options = service.options
         assert service.lines
@@ -89,12 +89,12 @@ async def text_pieces(
 
 
 def with_written(piece: Piece, reply: TextReply) -> Piece:
-    """Return a piece; the last one says how many tokens were written."""
+    """Return a piece; the last one has the number of tokens written."""
     return replace(piece, written=reply.stats.reply_tokens) if piece.finish else piece
 
 
 class TextFormat:
-    """The objects of a completion."""
+    """The JSON objects of a completion."""
 
     def __init__(self, request: TextRequest, bytes_of: BytesOf):
         self._id, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())

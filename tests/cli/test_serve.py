@@ -27,7 +27,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("a b", "one model is served"),
+        ("a b", "only one model can be served"),
         ("--host 0.0.0.0", "--token-file"),
         ("--host 192.0.2.1", "--token-file"),
         ("--port 70000", "--port must be from 0 to 65535"),

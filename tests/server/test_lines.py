@@ -238,7 +238,7 @@ def test_another_head_is_another_conversation(lines):
     client.ask("Hi")
     client.messages[0] = replace(SYSTEM, text="Be long.")
     client.ask("And?")
-    assert (client.reply.cache, client.reply.reason) == ("cold", "no line has the same head")
+    assert (client.reply.cache, client.reply.reason) == ("cold", "no stream has the same head")
     client.messages[0] = SYSTEM
     client.ask("More?")
     assert client.reply.cache == "forked"
@@ -354,7 +354,7 @@ def test_a_line_that_has_lost_too_much_is_not_used(lines):
     assert client.reply.evicted_turns > 6
     client.take_back(client.chat.number - 8)  # one of these turns may still be attended
     client.ask("Else?")
-    assert client.reply.cache == "cold" and "left the line" in client.reply.reason
+    assert client.reply.cache == "cold" and "been evicted" in client.reply.reason
     texts = attended_texts(client.chat)
     assert texts == client.texts[-len(texts) :] and len(texts) > 2
 
