@@ -77,9 +77,10 @@ class ServiceChoices:
         ),
     ] = 0
     idle_unload: Annotated[
-        int | None,
+        float | None,
         Option(
-            help="Seconds without a request after which the weights are unloaded. Default: never."
+            metavar="MINUTES",
+            help="Minutes without a request after which the weights are unloaded. Default: never.",
         ),
     ] = None
     dtype: options.Dtype = None

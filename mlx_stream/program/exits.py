@@ -150,10 +150,11 @@ def finished_before_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        if asked:
+        if not asked:
+            for one, how in before.items():
+                signal.signal(one, how)
+        if asked:  # perhaps while the handlers were being set
             raise SystemExit(128 + asked[0])
-        for one, how in before.items():
-            signal.signal(one, how)
 
 
 def discard_output() -> None:

@@ -28,6 +28,7 @@ SECONDS_FOR_A_PING = 1.0
 SECONDS_TO_WAKE = 120.0
 SECONDS_BETWEEN_LOOKS = 0.05
 MOST_REQUESTS = 1_024
+MOST_MINUTES = 1e6
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ServiceOptions:
         shared: see `Engine.session`.
         sessions: whether clients may continue saved conversations by name.
         recall: tokens of a saved conversation's window that are kept free for quotations.
-        idle_unload: seconds without a request after which the weights are released; None for never.
+        idle_unload: minutes without a request after which the weights are released; None for never.
     """
 
     source: str | Path
@@ -69,10 +70,11 @@ class ServiceOptions:
             ("--streams", self.streams, 1),
             ("--queue", self.queue, 0),
             ("--recall", self.recall, 0),
-            ("--idle-unload", 1 if self.idle_unload is None else self.idle_unload, 1),
         ):
             if not least <= value <= MOST_REQUESTS * 1_000:
                 raise ValueRefused(f"{name} must be at least {least}, not {value}")
+        if self.idle_unload is not None and not 0 < self.idle_unload <= MOST_MINUTES:
+            raise ValueRefused(f"--idle-unload must be above 0 minutes, not {self.idle_unload}")
         if self.recall and not self.sessions:
             raise ValueRefused("--recall is for saved conversations: add --sessions")
         if not all(self.aliases):
@@ -287,10 +289,11 @@ class ModelService:
     async def unload_when_idle(self) -> None:
         """Release the weights whenever there has been no request for long enough; runs forever."""
         assert self.options.idle_unload is not None
+        seconds = 60 * self.options.idle_unload
         while True:
-            left = self.options.idle_unload - (time.monotonic() - self._used)
+            left = seconds - (time.monotonic() - self._used)
             if self.requests or not (self.engine and self.engine.ready):
-                left = self.options.idle_unload
+                left = seconds
             if left > 0:
                 await asyncio.sleep(left)
                 continue

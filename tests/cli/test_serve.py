@@ -77,7 +77,7 @@ def test_a_server_at_login_has_the_options_it_was_given(
     assert texts[0] == texts[1]
     for word in (
         *("--port=8091", "--alias=a", "--alias=b", "--any-model", "--window=508", "--dequantize"),
-        *(f"--token-file={letters.parent / 'token'}", str(letters), "--idle-unload=60"),
+        *(f"--token-file={letters.parent / 'token'}", str(letters), "--idle-unload=60.0"),
     ):
         assert word in texts[0]
     assert "--streams" not in texts[0] and os.environ["MLX_STREAM_HOME"] in texts[0]

@@ -106,6 +106,8 @@ class Worker:
             self.done[act] += 1
             if act == "fork":
                 chat = self.fork(chat, life)
+                if chat is None:
+                    return
                 continue
             if not self.turn(chat, life, act, question) or time.monotonic() > self.until:
                 break
@@ -125,13 +127,19 @@ class Worker:
             self.lives.append(life)
 
     def fork(self, chat: Any, life: Life) -> Any:
-        """Return a copy that continues the conversation; the original is forgotten."""
+        """Return a copy that continues the conversation; the original is forgotten.
+
+        Returns None if a step failed.
+        """
         back = self.random.randint(0, 1)
         copy = self.patiently(lambda: chat.fork(back))
         try:
             self.patiently(lambda: copy._future(last_exchange)).result(PATIENCE)
         except errors.ValueRefused:  # everything is evicted
             return chat
+        except errors.ComputeError:
+            self.done["failed steps"] += 1
+            return None
         if back:
             life.turns.append(("undo", "", 0, False))
         return copy

@@ -36,7 +36,7 @@ def test_a_client_that_does_not_read_is_cut(letters: Path, monkeypatch: pytest.M
 
 
 def test_an_idle_server_releases_the_weights_and_loads_them_again(letters: Path) -> None:
-    with serving(letters, idle_unload=1) as server:
+    with serving(letters, idle_unload=1 / 60) as server:
         first = server.ask("POST", PATH, body=body_of(stream=False))
         engine = server.service.engine
         assert engine and engine.memory[0] > 0
