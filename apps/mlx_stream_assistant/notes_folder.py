@@ -3,13 +3,15 @@
 A note is read in full once it has not changed between two scans. If it has only grown since, the
 new part is read; if it has changed in any other way, it is read again in full, under its own
 heading. A file with several names (links) is one note. A note that was moved or renamed is
-identified by its text: it begins with everything that was read from a note that is gone.
+identified by its text: it begins with everything that was read from a note that is gone or has
+changed.
 """
 
 import os
 import stat
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -30,6 +32,8 @@ PART_OF_THE_TIME = 0.005
 MOST_NOTES, DEEPEST = 10_000, 8
 # In bytes; a longer file is not treated as a note, but can be followed with --follow.
 LONGEST_NOTE = 2**20
+# The maximum number of earlier versions of notes that are remembered until the next start.
+MOST_BEFORE = 1_000
 Seen = tuple[int, int, int]  # inode, size, modification time
 
 
@@ -54,11 +58,15 @@ class NotesFolder:
         self._clock, self._next_look = clock, 0.0
         self._places, self._decoder = dict(places), TextDecoder(tell)
         self._looked: dict[str, Seen] = {}  # as they were at the last scan
-        # How far notes that are gone had been read: checksums by number of bytes, ascending.
+        # How far notes that are gone or have changed had been read: checksums by number of bytes,
+        # ascending.
         self._gone: dict[int, set[int]] = {}
+        # How far notes had been read before their latest change.
+        self._before = deque[dict[str, Any]](maxlen=MOST_BEFORE)
         self._changed: list[str] = []
         self._complaint = ""  # about the folder
-        self._refused: dict[str, tuple[Seen, str]] = {}  # refused notes, as they were then, and why
+        # Refused notes, as they were then, and why. None: permission to read one may change later.
+        self._refused: dict[str, tuple[Seen | None, str]] = {}
 
     @property
     def state(self) -> dict[str, Any]:
@@ -83,16 +91,19 @@ class NotesFolder:
                 if (chunk := self._read(Path(path))) is not None:
                     return chunk
             except NotText as error:
-                self._refuse(path, f"{error}; skipping it")
+                self._refuse(path, f"{error}; skipping it", self._looked[path])
             except FileNotFoundError:
                 pass
             except OSError as error:
-                self._refuse(path, f"{path}: cannot be read: {error.strerror}; skipping it")
+                why = f"{path}: cannot be read: {error.strerror}; waiting for it"
+                self._refuse(path, why, None)
             self._changed.pop(0)
         return None
 
     def ack(self, chunk: Chunk) -> None:
         """Move on from the chunk that `poll` returned: it is now on disk."""
+        if before := self._places.get(chunk.source):
+            self._before.append(before)
         self._places[chunk.source] = chunk.place
         self._changed = [path for path in self._changed if path != chunk.source]
         self._refused.pop(chunk.source, None)
@@ -120,7 +131,9 @@ class NotesFolder:
         self._refused = {path: why for path, why in self._refused.items() if path in found}
         self._looked = found
         if self._changed:
-            gone = [place for path, place in self._places.items() if path not in found]
+            # A note that has changed may be a new one, and the old one may have another name now.
+            gone = [p for path, p in self._places.items() if found.get(path) != tuple(p["seen"])]
+            gone += self._before  # a new note may be read before the old one
             sizes = sorted({place["bytes"] for place in gone} - {0})
             self._gone = {size: set() for size in sizes}
             for place in gone:
@@ -178,7 +191,7 @@ class NotesFolder:
         return Chunk(name, "note", title, new, text, place, apart=True)
 
     def _read_before(self, name: str, data: bytes) -> int:
-        """Return how many bytes of a note have been read, under this name or one that is gone."""
+        """Return how many bytes of a note have been read, under this name or another."""
         known, found, at, crc = self._places.get(name), 0, 0, 0
         if known and zlib.crc32(data[: known["bytes"]]) == known["crc"]:
             found = known["bytes"]
@@ -190,10 +203,11 @@ class NotesFolder:
                 found = max(found, size)
         return found
 
-    def _refuse(self, path: str, why: str) -> None:
-        """Ignore a note until it changes, and report why."""
-        self._refused[path] = (self._looked[path], why)
-        self._tell(why)
+    def _refuse(self, path: str, why: str, seen: Seen | None) -> None:
+        """Report once why a note is not read; it is tried again when it is not as it was `seen`."""
+        if self._refused.get(path) != (seen, why):
+            self._tell(why)
+        self._refused[path] = seen, why
 
     def _complain(self, complaint: str) -> None:
         """Report once what is wrong with the folder, or that it is readable again."""

@@ -41,6 +41,7 @@ class FilePosition:
     offset: int = 0
     tail: int = 0  # CRC-32 of the last bytes before `offset`.
     written: int = 0  # The file's modification time at that point, in nanoseconds since 1970.
+    begun: int = 0  # Likewise, when it was read from its beginning.
 
     def is_of(self, status: os.stat_result) -> bool:
         return (self.device, self.inode) == (status.st_dev, status.st_ino)
@@ -53,11 +54,13 @@ class FilePosition:
 class FileSearch:
     """Searches a folder for a file that was being read, given the name that it had.
 
+    If the name is a symbolic link, the folder and the name are those of the file that it refers to.
     Each method raises FileNotFoundError if a file is renamed during the search; try again.
     """
 
     def __init__(self, path: Path, tell: Notify, clock: Callable[[], float]):
-        self.path, self._tell, self._clock = path, tell, clock
+        self._given, self._tell, self._clock = path, tell, clock
+        self._path = path  # without links, as of the latest search
         self._told: set[str] = set()
         # Names in no clear order, and when they were first and last seen that way.
         self._unclear, self._first, self._last = list[str](), 0.0, 0.0
@@ -86,7 +89,7 @@ class FileSearch:
         found = [
             (number, path, status)
             for path, status in self._beside()
-            if (number := rotation_number(self.path.name, path.name)) and number[0] not in BACKUPS
+            if (number := rotation_number(self._path.name, path.name)) and number[0] not in BACKUPS
         ]
         found.sort(key=lambda one: one[0])
         later = [(turn, path, status) for (_, turn), path, status in found]
@@ -101,10 +104,12 @@ class FileSearch:
 
     def find_copy(self, place: FilePosition) -> Found | None:
         """Return a rotated copy of the file that was read, if there is more to read in it."""
-        # Earlier files may start like this one, but the copy was written after the last read.
-        since = place.written or float("inf")
+        # Earlier files may start like this one, but the copy was written after the first read. It
+        # may be older than the last read: the file may have grown before it was truncated. If it
+        # is older than the first read too, the clock was set back.
+        since = min(filter(None, (place.begun, place.written)), default=float("inf"))
         for path, status in sorted(self._beside(), key=lambda found: found[1].st_mtime_ns):
-            rotated = rotation_number(self.path.name, path.name) and status.st_mtime_ns >= since
+            rotated = rotation_number(self._path.name, path.name) and status.st_mtime_ns >= since
             if rotated and self._holds(place, path, status):
                 more = status.st_size > place.offset or self.find_between(place, (path, status))
                 return (path, status) if more else None
@@ -116,11 +121,12 @@ class FileSearch:
         Both the names and the modification times must confirm this, so that a file that was read
         long ago is not mistaken for a new one.
         """
-        ours = rotation_number(self.path.name, old[0].name) if old else None
+        files = self._beside()
+        ours = rotation_number(self._path.name, old[0].name) if old else None
         since = old[1].st_mtime_ns if old else place.written or float("inf")
         later, others = [], []
-        for path, status in self._beside():
-            turn = rotation_number(self.path.name, path.name)
+        for path, status in files:
+            turn = rotation_number(self._path.name, path.name)
             if path.name.endswith(BACKUPS):
                 continue
             if ours and turn and turn[0] == ours[0] and turn > ours:
@@ -138,7 +144,7 @@ class FileSearch:
     def is_rotated(self, found: Found) -> bool:
         """Return whether a file's name shows that it was rotated."""
         name = found[0].name
-        return not name.endswith(BACKUPS) and rotation_number(self.path.name, name) is not None
+        return not name.endswith(BACKUPS) and rotation_number(self._path.name, name) is not None
 
     def _first_readable(self, files: list[Rotated]) -> Found | None:
         for _, path, status in files:
@@ -154,9 +160,9 @@ class FileSearch:
             self._first = now
         self._unclear, self._last = names, now
         if now - self._first < UNCLEAR:
-            raise FileNotFoundError(f"{self.path}: its rotated files are possibly being renamed")
+            raise FileNotFoundError(f"{self._given}: its rotated files are possibly being renamed")
         shown = ", ".join(names[:MOST_SHOWN]) + ", ..." * (len(names) > MOST_SHOWN)
-        self._tell_once(f"{self.path}: not read{more}: {shown}")
+        self._tell_once(f"{self._given}: not read{more}: {shown}")
 
     def _beside(self) -> list[Found]:
         """Return the other files in the folder.
@@ -164,9 +170,10 @@ class FileSearch:
         A file that is renamed during a listing may be missing from it, so the folder is listed
         twice.
         """
+        self._path = Path(os.path.realpath(self._given))
         first, second = list(self._listed()), list(self._listed())
         if self._rotated_in(first) != self._rotated_in(second):
-            raise FileNotFoundError(f"{self.path}: its rotated files are being renamed")
+            raise FileNotFoundError(f"{self._given}: its rotated files are being renamed")
         return second
 
     def _rotated_in(self, files: list[Found]) -> set[tuple[str, int]]:
@@ -174,10 +181,10 @@ class FileSearch:
 
     def _listed(self) -> Iterator[Found]:
         """Yield the other files in the folder, any of which may disappear at any moment."""
-        with suppress(OSError), os.scandir(self.path.parent) as entries:
+        with suppress(OSError), os.scandir(self._path.parent) as entries:
             for _, entry in zip(range(MOST_NAMES), entries, strict=False):
                 with suppress(OSError):
-                    if entry.name != self.path.name and entry.is_file(follow_symlinks=False):
+                    if entry.name != self._path.name and entry.is_file(follow_symlinks=False):
                         yield Path(entry.path), entry.stat(follow_symlinks=False)
 
     def _holds(self, place: FilePosition, path: Path, status: os.stat_result) -> bool:
@@ -229,7 +236,9 @@ def in_rotation_order(ours: tuple[str, int], since: float, later: list[Rotated])
     Numbers must count down to 1 or 0 without a gap: some programs give newer files higher numbers.
     """
     scheme, turn = ours
-    turns, times = [turn for turn, _, _ in later], [s.st_mtime_ns for _, _, s in later]
+    turns = [turn for turn, _, _ in later]
+    # An empty file is often older than the last line of the one before it: its writer was late.
+    times = [status.st_mtime_ns for _, _, status in later if status.st_size]
     whole = len(scheme) > 1 or turns in ([*range(turn + 1, 0)], [*range(turn + 1, 1)])
     return whole and all(a <= b for a, b in pairwise([since, *times]))
 

@@ -15,6 +15,7 @@ those that existed before the first poll:
 import os
 import stat
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -33,6 +34,7 @@ from mlx_stream_assistant.decode import (
 from mlx_stream_assistant.errors import AssistantError
 from mlx_stream_assistant.journal import Chunk
 from mlx_stream_assistant.rotation import (
+    TAIL,
     FilePosition,
     FileSearch,
     Found,
@@ -138,7 +140,8 @@ class TailedFile:
             if self._place is not None:
                 first = "" if path == self.path else f" {path.name} first,"
                 self._tell(f"{self.path}: was replaced: reading{first} from its beginning")
-            place = FilePosition(status.st_dev, status.st_ino, written=status.st_mtime_ns)
+            now = status.st_mtime_ns
+            place = FilePosition(status.st_dev, status.st_ino, written=now, begun=now)
         self._place = place
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
@@ -171,10 +174,14 @@ class TailedFile:
         status, place = self._named(), self._place
         if place is not None and not (status and place.is_of(status)):
             old = self._search.find_renamed(place)
-            if status and not (old and self._search.is_rotated(old)) and self._continues(place):
+            kept = status and status.st_ino == place.inode  # rotated files may be copies of it
+            renamed = old and self._search.is_rotated(old) and not kept
+            if status and not renamed and self._continues(place):
                 return (self.path, status), place.moved_to(status)
-            if old and old[1].st_size > place.offset and place != self._given_up:
-                return old, place.moved_to(old[1])
+            if old and old[1].st_size > place.offset:
+                found = place.moved_to(old[1])
+                if found != self._given_up:
+                    return old, found
             if next_one := self._search.find_between(place, old):
                 return next_one, None
             place = None
@@ -212,9 +219,9 @@ class TailedFile:
         if self._clock() - since < GRACE and not self._was_followed_by_another():
             return None
         if self._blank is None:
-            rest = os.pread(self._file, CHUNK, self._place.offset)
+            before, rest = self._around(self._place.offset)
             if rest:  # the first bytes of a character that was never completed
-                return self._chunk(rest)
+                return self._chunk(before, rest)
         else:
             self._given_up = self._place
         self.close()
@@ -235,24 +242,36 @@ class TailedFile:
     def _read(self) -> Chunk | None:
         assert self._file is not None and self._place is not None
         status, offset = os.fstat(self._file), self._place.offset
-        size = status.st_size
-        written = status.st_mtime_ns != self._mtime or size != self._size
-        if size < offset or (written and last_bytes(self._file, offset) != self._place.tail):
+        size, written = status.st_size, status.st_mtime_ns
+        unchanged = written == self._mtime and size == self._size
+        if unchanged and (size == offset or self._blank == (size, written)):
+            return None
+        before, data = self._around(offset)
+        if size < offset or zlib.crc32(before) != self._place.tail:
             self._begin_again("was truncated" if size < offset else "was rewritten")
             return None
-        self._mtime = status.st_mtime_ns
+        self._mtime = written
         if size != self._size:
             self._size, self._grown = size, self._clock()
-        if size == offset or self._blank == (size, status.st_mtime_ns):
+        if size == offset or self._blank == (size, written):
             return None
-        self._blank = size, status.st_mtime_ns  # reset if there is text
-        return self._take(offset, size)
+        self._blank = size, written  # reset if there is text
+        return self._take(before, data, size)
 
-    def _take(self, offset: int, size: int) -> Chunk | None:
-        """Return the chunk at an offset of the open file; an empty one skips zero bytes."""
+    def _around(self, offset: int) -> tuple[bytes, bytes]:
+        """Return the bytes before an offset of the open file, and a chunk from there.
+
+        They are read at once: between two reads, the file may be truncated and written again.
+        """
         assert self._file is not None
-        data = os.pread(self._file, CHUNK, offset)
-        more = len(data) == CHUNK
+        before = min(offset, TAIL)
+        data = os.pread(self._file, before + CHUNK, offset - before)
+        return data[:before], data[before:]
+
+    def _take(self, before: bytes, data: bytes, size: int) -> Chunk | None:
+        """Return the next chunk of the open file; an empty one skips zero bytes."""
+        assert self._file is not None and self._place is not None
+        offset, more = self._place.offset, len(data) == CHUNK
         if offset == 0:
             refuse_binary(data, self.name, whole=more)
         if data.startswith(b"\0"):
@@ -261,22 +280,23 @@ class TailedFile:
                 return None
             self._decoder.tell_once(self.name, offset)
             self._blank = None
-            return self._chunk(b"", end)
+            return self._chunk(before + bytes(min(end - offset, TAIL)), b"", end)
         self._complain("")
         self._blank = None
         if data.endswith(b"\0"):
-            return self._chunk(data.rstrip(b"\0"))
+            return self._chunk(before, data.rstrip(b"\0"))
         data = data[: line_end(data, more, self._clock() - self._grown < SETTLED)]
-        return self._chunk(data) if data else None
+        return self._chunk(before, data) if data else None
 
     def _begin_again(self, why: str) -> None:
         """Go back to the beginning, or to the same position in a copy of the old text."""
-        assert self._place is not None
+        assert self._place is not None and self._file is not None
         copy, self._blank = self._search.find_copy(self._place), None
         if copy is None:
             self._complain("")
             self._search.forget_notices()
-            self._place = replace(self._place, offset=0, tail=0)
+            begun = os.fstat(self._file).st_mtime_ns
+            self._place = replace(self._place, offset=0, tail=0, begun=begun)
             self._tell(f"{self.path}: {why}: reading it from its beginning")
             return
         path, status = copy
@@ -290,15 +310,17 @@ class TailedFile:
         size = os.fstat(self._file).st_size
         end = os.pread(self._file, CHUNK, max(0, size - CHUNK))
         self._tell(f"{self.path}: reading it from its end")
-        whole = end.rfind(b"\n") + 1 or whole_characters(end)
-        return self._chunk(b"", size - len(end) + whole)
+        offset = size - len(end) + (end.rfind(b"\n") + 1 or whole_characters(end))
+        return self._chunk(self._around(offset)[0], b"", offset)
 
-    def _chunk(self, data: bytes, offset: int | None = None) -> Chunk:
-        """Return data read at an offset (by default, the current one) as a chunk."""
-        assert self._place is not None and self._file is not None
+    def _chunk(self, before: bytes, data: bytes, offset: int | None = None) -> Chunk:
+        """Return data read at an offset (by default, the current one), after other bytes."""
+        assert self._place is not None
         offset = self._place.offset if offset is None else offset
-        end, written = offset + len(data), os.fstat(self._file).st_mtime_ns
-        after = replace(self._place, offset=end, tail=last_bytes(self._file, end), written=written)
+        end, tail = offset + len(data), zlib.crc32((before + data)[-TAIL:])
+        # As it was before the data was read: a copy of the file may have been made since.
+        written = self._place.written if self._mtime is None else self._mtime
+        after = replace(self._place, offset=end, tail=tail, written=written)
         text = self._decoder.decode(data, self.name, offset)
         return Chunk(self.name, "file", self.path.name, data, text, vars(after))
 

@@ -1,5 +1,6 @@
 """The assistant's notes folder, journal and diary: nothing is duplicated, nothing is lost."""
 
+import errno
 import os
 import random
 import shutil
@@ -174,6 +175,49 @@ def test_a_note_that_was_moved_is_not_read_again(tmp_path, how):
     old.parent.mkdir(exist_ok=True)
     old.write_text("one, but another note\n")
     assert [text for _, text in looking.look(3)] == ["one, but another note\n"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_note_that_was_renamed_is_not_read_again_though_another_has_its_name(tmp_path, restart):
+    today, archived = tmp_path / "today.md", tmp_path / "yesterday.md"
+    today.write_text("one\n")
+    looking = Looking(tmp_path)
+    looking.look()
+    today.rename(archived)
+    today.write_text("two\n")
+    if restart:
+        looking.begin()
+    assert [text for _, text in looking.look(3)] == ["two\n"]
+
+
+def test_the_new_note_may_be_read_before_the_one_that_had_its_name(tmp_path):
+    today, archived = tmp_path / "today.md", tmp_path / "yesterday.md"
+    today.write_text("one\n")
+    looking = Looking(tmp_path)
+    looking.look()
+    today.rename(tmp_path / "elsewhere")
+    today.write_text("two\n")
+    assert [text for _, text in looking.look(3)] == ["two\n"]
+    (tmp_path / "elsewhere").rename(archived)
+    assert looking.look(3) == []
+
+
+def test_a_note_that_cannot_be_read_is_reported_once_and_read_later(tmp_path, monkeypatch):
+    note, locked = tmp_path / "a.md", [True]
+    note.write_text("one\n")
+
+    def open_file(path, flags):
+        if locked:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return os.open(path, flags)
+
+    monkeypatch.setattr(notes_folder, "open_file", open_file)
+    looking = Looking(tmp_path)
+    assert looking.look(5) == []
+    assert len(looking.told) == 1 and "Permission denied" in looking.source.state["complaint"]
+    locked.clear()
+    assert [text for _, text in looking.look(1)] == ["one\n"]
+    assert len(looking.told) == 1 and looking.source.state["complaint"] == ""
 
 
 def test_a_copy_of_a_note_is_another_and_a_link_is_not(tmp_path):

@@ -315,3 +315,65 @@ def test_a_random_life_of_a_file(path, seed):
     reading.wait(400)
     assert reading.taken == written and number > 100
     assert not [line for line in reading.told if "not read" in line]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_empty_rotated_file_may_be_older_than_the_end_of_the_one_before(path, restart):
+    reading = read_one(path)
+    rotate(path)
+    write(path, b"", 3)  # there before the writer has noticed the renaming
+    write(path.with_name("x.log.1"), b"two\n", 4)
+    rotate(path)
+    write(path, b"three\n", 5)
+    rotate(path)
+    write(path, b"four\n", 6)
+    if restart:
+        reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\nthree\nfour\n"
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_file_behind_a_link_may_be_rotated_in_a_folder_of_its_own(tmp_path, path, restart):
+    real = tmp_path / "real" / "json.log"
+    real.parent.mkdir()
+    path.symlink_to(real)
+    write(real.with_name("json.log.1"), b"zero\n", 1)
+    write(real, b"one\n", 2)
+    reading = Reading(path)
+    reading.wait(10)
+    for second, line in enumerate((b"two\n", b"three\n", b"four\n"), 3):
+        write(real, line, second)
+        rotate(real)
+    if restart:
+        reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"zero\none\ntwo\nthree\nfour\n"
+
+
+def test_a_copy_may_be_older_than_the_last_read(path):
+    lines = b"".join(b"line %d\n" % number for number in range(1_000))
+    write(path, lines, 2)
+    reading = Reading(path)
+    for second in (3, 4):
+        chunk = reading.source.poll()
+        reading.source.ack(chunk)
+        reading.taken += chunk.data
+        if second == 3:
+            write(path.with_name("x.log.1"), lines, 3)
+            write(path, b"between the copy and the truncation\n", 4)
+    assert len(reading.taken) < len(lines)
+    os.truncate(path, 0)
+    write(path, b"new\n", 5)
+    reading.wait(20)
+    assert reading.taken == lines + b"new\n"
+
+
+def test_a_copy_beside_a_file_of_another_device_number_is_not_read(path):
+    reading = read_one(path)
+    write(path.with_name("x.log.1"), b"one\n", 3)
+    write(path, b"two\n", 4)
+    reading.place = {**reading.place, "device": 1}
+    reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\n"

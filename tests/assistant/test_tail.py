@@ -419,3 +419,42 @@ def test_an_odd_line_does_not_end_standard_input(line):
     os.close(read)
     assert found == whole.decode("utf-8", "replace").replace("\0", "")
     assert len(told) == 2 and "byte" in told[0] and told[1] == "standard input: ended"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_file_that_is_emptied_and_written_again_within_a_poll(path, monkeypatch, copied):
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    add(path, b"two\n" + b"of the old text\n" * 300)
+    old, pread = path.read_bytes(), os.pread
+
+    def interrupted(*args):
+        data = pread(*args)
+        if data.endswith(b"text\n") or b"two" in data:
+            monkeypatch.setattr(os, "pread", pread)
+            if copied:
+                path.with_name("x.log.1").write_bytes(old)
+            path.write_bytes(b"new\n" * 2_000)
+        return data
+
+    monkeypatch.setattr(os, "pread", interrupted)
+    reading.wait(20)
+    assert reading.taken.endswith(b"new\n" * 2_000)
+    rest = reading.taken.removesuffix(b"new\n" * 2_000)
+    assert rest == old if copied else old.startswith(rest) and b"new" not in rest
+
+
+def test_zeros_at_the_end_of_a_file_do_not_hide_text_in_the_file_that_an_editor_made_of_it(path):
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    os.truncate(path, 100)  # space for later text
+    reading.poll()
+    new = path.with_name("new")
+    new.write_bytes(b"one\ntwo\n")
+    new.replace(path)
+    rotate(path)
+    add(path, b"three\n")
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\nthree\n"
