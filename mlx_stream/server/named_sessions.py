@@ -122,7 +122,7 @@ class NamedSessions:
                 opened.used = self._count
                 try:
                     await asyncio.to_thread(opened.session.wait)
-                except BaseException:  # the next request tries again
+                except Exception:  # the next request tries again; if a client left, it goes on
                     self._open.pop(name, None)
                     opened.session.close()
                     raise

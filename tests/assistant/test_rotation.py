@@ -357,6 +357,7 @@ def test_a_copy_may_be_older_than_the_last_read(path):
     reading = Reading(path)
     for second in (3, 4):
         chunk = reading.source.poll()
+        assert chunk
         reading.source.ack(chunk)
         reading.taken += chunk.data
         if second == 3:
@@ -373,6 +374,7 @@ def test_a_copy_beside_a_file_of_another_device_number_is_not_read(path):
     reading = read_one(path)
     write(path.with_name("x.log.1"), b"one\n", 3)
     write(path, b"two\n", 4)
+    assert reading.place
     reading.place = {**reading.place, "device": 1}
     reading.restart()
     reading.wait(20)

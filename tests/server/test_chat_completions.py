@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,8 +12,11 @@ import openai
 import pytest
 from openai.types import Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import ValidationError
 
 import mlx_stream
+from mlx_stream.server.request_body import check_structure
+from mlx_stream.server.schemas import ChatRequest
 from mlx_stream.text.pieces import Piece
 from tests.fakes.engines import GREEDY
 from tests.fakes.servers import MODEL, RunningServer, read_answer, serving
@@ -215,6 +219,29 @@ def test_what_is_not_json_is_refused(server: RunningServer, body: str, code: str
     answer = server.ask("POST", "/v1/chat/completions", body=body)
     assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
     assert answer.error["code"] == code and "ud800" not in answer.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "item"),
+    [("content", "{}"), ("stop", "1"), ("modalities", "1"), ("logit_bias", '"%d": []')],
+)
+def test_of_many_wrong_items_one_is_reported(field: str, item: str) -> None:
+    """Each one would take about a kilobyte, and a long body could have millions."""
+    items = ",".join(item % at if "%" in item else item for at in range(20_000))
+    value = f"{{{items}}}" if field == "logit_bias" else f"[{items}]"
+    message = f'"role": "user", "content": {value if field == "content" else 1}'
+    more = "" if field == "content" else f', "{field}": {value}'
+    body = f'{{"model": "{MODEL}", "messages": [{{{message}}}]{more}}}'
+    with pytest.raises(ValidationError) as raised:
+        ChatRequest.model_validate_json(body)
+    assert raised.value.error_count() < 5
+
+
+def test_a_text_without_an_end_is_read_once() -> None:
+    """If each of its quotes was tried as a beginning, this would take hours."""
+    started = time.process_time()
+    check_structure(b'{"x": "' + b'\\"' * 300_000)
+    assert time.process_time() - started < 5
 
 
 def test_deep_json_within_the_limit_and_brackets_in_texts_are_fine(server: RunningServer) -> None:

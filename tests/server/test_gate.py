@@ -39,7 +39,7 @@ def paths(server: RunningServer) -> list[tuple[str, str]]:
             method,
             route.path.replace("{id:path}", "x")
             .replace("{rest:path}", "x")
-            .replace("{number:int}", "1"),
+            .replace("{number}", "1"),
         )
         for route in routes
         for method in sorted(route.methods or ())

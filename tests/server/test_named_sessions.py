@@ -140,3 +140,16 @@ def test_a_kill_leaves_the_transcript_whole(letters: Path) -> None:
     questions = [exchange.question for exchange in saved.chat.exchanges]
     assert questions[0] == "Hello" and "Hello" in questions[1:]
     saved.close()
+
+
+def test_a_client_that_leaves_while_a_session_opens_does_not_close_it(tiny: Path) -> None:
+    """Another one waits for the same session."""
+    with serving(tiny, **OPTIONS) as server:
+        ask(server, "Hello", "other")
+        for number in range(6):
+            body = body_of("Hello", False, 3, mlx_stream={"session": f"new-{number}"})
+            with closing(server.connect()) as leaving, closing(server.connect()) as waiting:
+                for client in (leaving, waiting):
+                    client.sendall(server.head("POST", PATH, body=body))
+                leaving.close()
+                assert read_answer(waiting).status == 200

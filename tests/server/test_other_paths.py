@@ -58,6 +58,9 @@ def test_streams_are_listed_without_text_and_can_be_closed(server: RunningServer
     (line,) = listed.json["streams"]
     assert line["state"] == "idle" and line["turns"] == 1 and line["window"] == 64
     assert "canary" not in listed.body.decode()
+    for number in ("9" * 5_000, "-1", "x"):  # Python refuses to read thousands of digits
+        answer = server.ask("DELETE", f"/mlx_stream/streams/{number}")
+        assert answer.status == 404 and answer.error["code"] == "no_such_stream"
     path = f"/mlx_stream/streams/{line['id']}"
     assert server.ask("DELETE", path).json == {"id": line["id"], "deleted": True}
     assert server.ask("GET", "/mlx_stream/streams").json == {"streams": []}
