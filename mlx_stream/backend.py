@@ -72,7 +72,7 @@ def tracing() -> tuple[bool, bool]:
 
 
 def prepare_compiling() -> None:
-    """Disable compilation in MLX if there is no compiler, because its activations would fail."""
+    """Disable MLX's compilation if there is no compiler; otherwise MLX's activations would fail."""
     import mlx.core as mx
 
     if not on_metal() and not has_compiler():

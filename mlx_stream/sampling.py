@@ -34,12 +34,12 @@ class Sampling:
         temperature: from 0 to 5; 0 means greedy: then only the penalty has an effect.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens whose probabilities add up to this; 1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
+        min_p: keep tokens with at least this fraction of the top probability; 0 keeps all.
         repetition_penalty: divide the logits of attended tokens by it (multiply negative ones;
             arXiv 1909.05858); 1 leaves them unchanged. Evicted tokens are not penalized.
         seed: seed of the random number generator; None picks one at random.
 
-    Tokens that are tied with the least likely token kept are kept too.
+    If several tokens tie for last place, all of them are kept.
 
     Raises:
         ValueRefused: a number is out of range.

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# When run as a folder, the modules in it would shadow installed ones with the same names.
+# When this folder itself is run, its modules would shadow installed ones of the same name.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path.pop(0)
 

@@ -79,7 +79,7 @@ class NotesFolder:
         }
 
     def poll(self) -> Chunk | None:
-        """Return what is new in one note, or None; repeats it until `ack` is called."""
+        """Return what is new in one note, or None; the same again until `ack` is called."""
         if not self._changed and self._clock() >= self._next_look:
             begun = self._clock()
             self._look()

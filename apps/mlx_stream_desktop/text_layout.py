@@ -15,9 +15,9 @@ def visible(text: str) -> str:
 
 
 def escape_markup(text: str) -> str:
-    """Return a visible text in a form that a label never treats as markup.
+    """Escape visible text so that a label never treats it as markup.
 
-    A Qt label treats a text as HTML if its first line contains a tag. A word joiner after `<`
+    A Qt label treats its text as HTML if the first line contains a tag. A word joiner after `<`
     prevents that.
     """
     return text.replace("<", f"<{WORD_JOINER}").replace("&", f"&{WORD_JOINER}")

@@ -119,7 +119,7 @@ class Geometry:
         )
 
     def prefix_rows(self, last: int) -> int:
-        """Return how many leading rows hold all tokens up to `last`, as one of a few sizes."""
+        """Return how many leading rows hold all tokens up to `last`, rounded up to a fixed size."""
         prefix_rows = FIRST_EXTENT
         while prefix_rows <= last and prefix_rows < self.rows:
             prefix_rows *= 2

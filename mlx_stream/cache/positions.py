@@ -57,7 +57,7 @@ class Rope:
         return self._apply(rows, place, -1.0 if backwards else 1.0).reshape(x.shape)
 
     def token_rotation(self, positions: mx.array, heads: int) -> "Callable[[mx.array], mx.array]":
-        """Return the rotation of one token's heads for each B to its position, (B,) int32."""
+        """Return a function that rotates B tokens, all heads, to their positions, (B,) int32."""
         if not self.rotary_dim:
             return unchanged
         angles = positions.astype(mx.float32).reshape(-1, 1, 1, 1) * self._rates

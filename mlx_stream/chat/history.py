@@ -48,7 +48,7 @@ def newest_turns(
 ) -> tuple[PlacedTurn, ...]:
     """Return the newest whole turns that fit in a window (at least one), with positions.
 
-    A chain of tool calls stays whole, unless there is nothing else.
+    A chain of tool calls is split only if nothing else fits in the window.
 
     Raises:
         TemplateError: the template rejects a turn that fits.

@@ -100,7 +100,7 @@ class ReplyFormat:
         return self.template.answer(said, thinking, escaped_calls(exchange.calls, escape))
 
     def last_ids(self, exchange: Exchange, text: str) -> tuple[int, ...] | None:
-        """Return the ids of the text at the end of a reply; None if no id begins where it does."""
+        """Return the ids of `text`, the end of a reply; None if it begins in the middle of one."""
         ids, reply = exchange.reply_ids, self._read(exchange)
         if not reply.text.endswith(text):
             return None

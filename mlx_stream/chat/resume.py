@@ -53,8 +53,8 @@ class SessionOptions:
 
     Attributes:
         recall_tokens: as in `ChatSession`; only a saved conversation can recall anything.
-        began: when a new conversation begins, which its template may name. Default: when the model
-            was loaded.
+        began: the start time of a new conversation, which its template may mention. Default: when
+            the model was loaded.
     """
 
     system: str | None = None

@@ -136,7 +136,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def is_converted(folder: Path) -> bool:
-    """Return whether a conversion wrote the folder, and it holds nothing else."""
+    """Return whether the folder was written by a conversion and contains nothing else."""
     try:
         about = read_json(folder / CONVERSION)
     except CheckpointError:

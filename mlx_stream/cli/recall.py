@@ -29,7 +29,7 @@ def show_recalled(chat: "ChatSession", text: str) -> str:
 
 
 def describe_passages(passages: Iterable["Passage"]) -> Iterable[str]:
-    """Yield lines about passages: the number, the date, why they were found, and the texts."""
+    """Yield lines about passages: each one's number and date, why it was found, and its text."""
     for passage in passages:
         why = f"{passage.share:.0%} of the question: {', '.join(passage.words)}"
         yield f"{passage.number:,} · {why}\n  {passage.line}"

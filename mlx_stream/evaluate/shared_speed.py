@@ -39,9 +39,10 @@ def shared_speed(
 ) -> list[Row]:
     """Time rounds that read one token of each of several streams, with greedy sampling.
 
-    Returns, for each count, the quartiles in milliseconds of a round in one step, of a round in
-    turn and of a round of mlx-lm's batch, and the throughput of each as a multiple of a single
-    stream's: ours relative to our single stream, mlx-lm's relative to its own.
+    Returns, for each count, the quartiles, in milliseconds, of a round in one shared step, of a
+    round that steps the streams in turn, and of a round of mlx-lm's batch; and the throughput of
+    each as a multiple of a single stream's: ours relative to our single stream, mlx-lm's relative
+    to its own.
 
     Raises:
         ValueRefused: a number is out of range.

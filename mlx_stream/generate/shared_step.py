@@ -113,7 +113,7 @@ def comes_again(read: PlannedRead) -> bool:
 
 
 def kind_of(read: PlannedRead) -> tuple[object, ...]:
-    """Return everything except the model that a trace depends on, as a sortable key."""
+    """Return everything that a trace depends on, apart from the model, as a sortable key."""
     kind, sampler = read.step.kind, read.request.sampler
     mode = astuple(sampler.mode) if sampler else ()
     return kind.prefix_rows, kind.sinks, kind.spare, "mask" in read.step.arrays, mode

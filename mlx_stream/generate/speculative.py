@@ -147,7 +147,7 @@ def writer_factory(
             timing decides how much is guessed, and several rows are summed in a different order.
 
     Raises:
-        ValueRefused: two options exclude each other, or the draft model has a different vocabulary.
+        ValueRefused: two options conflict, or the draft model has a different vocabulary.
     """
     if draft and speculate is False:
         raise ValueRefused("`draft` and `speculate=False` cannot be used together")

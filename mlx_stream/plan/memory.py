@@ -131,7 +131,7 @@ def chunk_bytes(config: ModelConfig, rows: int, itemsize: int) -> int:
 def attention_bytes(
     config: ModelConfig, rows: int, attended: int, itemsize: int, fused: bool
 ) -> int:
-    """Return the memory, in bytes, for T rows to attend to N before o moves: K, V and a mask."""
+    """Return the bytes needed, before o moves, for T rows to attend to N: K, V and a mask."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     scores = 0 if fused else heads * rows * attended * itemsize
     joined = 2 * kv_heads * attended * config.head_dim * itemsize

@@ -216,7 +216,7 @@ class Planner:
         ring = ring_bytes(config, sinks, window, itemsize, kv_bits, spare_rows(kv_bits))
         streams = self.request.streams
         ring *= streams
-        # A step of several streams can have as many rows as this many chunks.
+        # A step shared by several streams can have the rows of up to this many chunks.
         chunks = SHARED_ROWS // PREFILL_CHUNK if streams > 1 else 1
         fused = is_fused(config, self.device.metal)
         on_disk = ITEMSIZES[self.summary.dtype]

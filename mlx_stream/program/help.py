@@ -11,7 +11,7 @@ TAKEN = {"str": "TEXT", "int": "NUMBER", "float": "NUMBER", "path": "PATH"}
 
 
 class HelpFormatter(typer.Context.formatter_class):
-    """Writes help in plain words that fits narrow terminals: long options go above their help."""
+    """Writes help in plain words, for narrow terminals: long options get a line of their own."""
 
     def __init__(self, *_: Any, **__: Any):
         super().__init__(width=max(20, min(80, get_terminal_size().columns) - 2))

@@ -91,11 +91,11 @@ def convert_model(
 ) -> ConversionResult:
     """Convert a folder, a Hub id, a `.gguf` file or `starter` to the folder `out`.
 
-    Only a sensitive recipe or a report runs the model, which is then entirely in memory.
+    Only a `sensitive_*` recipe or a report needs to run the model, with all of it in memory.
     Otherwise memory use does not grow with the size of the model.
 
     Raises:
-        ValueRefused: the options exclude each other, or `out` is taken.
+        ValueRefused: the options are mutually exclusive, or `out` is taken.
         TextError: a text is too short.
         SourceError, CheckpointError, TokenizerError: see `mlx_stream.errors`.
     """
@@ -177,7 +177,7 @@ def recipe_for(
 
 
 def check_options(options: ConvertOptions) -> None:
-    """Reject options that exclude each other, before anything is fetched or read."""
+    """Reject options that conflict, before anything is fetched or read."""
     sensitive = options.recipe is not None and options.recipe.rule == "sensitive"
     if sensitive and options.calibration is None:
         raise ValueRefused(

@@ -124,7 +124,7 @@ def recipe_named(name: str, group_size: int | None = None) -> Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe and dtype for a kind of device; `calibrated` is used if there is a text."""
+    """A recipe and dtype for a kind of device; `calibrated` is used with a calibration text."""
 
     recipe: str
     calibrated: str | None = None

@@ -88,7 +88,7 @@ def parts(model: Model, token: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def begin_at(cache: StreamCache, model: Model, slow: reference.SlowStream, length: int) -> None:
-    """Put a stream and the reference into their state after `length` tokens."""
+    """Put a stream and the reference into the state they have after `length` tokens."""
     geometry = cache.geometry
     oldest = length - geometry.window
     shape = (model.config.num_key_value_heads, geometry.rows, model.config.head_dim)
@@ -168,7 +168,7 @@ def in_place(model: Model) -> CheckOutcome:
 
 
 def rise(model: Model, window: int) -> int:
-    """Return by how many bytes peak active memory rises in a few steps."""
+    """Return how much peak active memory rises over a few steps, in bytes."""
     fill(cache := model.new_cache(SINKS, window))
     tokens = generate(TokenStream(model, cache), [0], greedy(), 2 * STEPS)
     mx.reset_peak_memory()
@@ -181,7 +181,7 @@ def rise(model: Model, window: int) -> int:
 
 
 def scores(model: Model, keys: mx.array) -> int:
-    """Return by how many bytes the peak rises while one token attends to all rows of a buffer."""
+    """Return how many bytes the peak rises while one token attends to all rows of a buffer."""
     queries = random(model, 1, model.config.num_attention_heads, 1, model.config.head_dim)
     mx.eval(queries, keys)
     mx.reset_peak_memory()

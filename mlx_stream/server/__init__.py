@@ -1,4 +1,4 @@
-"""An HTTP server for clients of OpenAI's API, on one engine; needs the extra `server`.
+"""An HTTP server for clients of OpenAI's API, on one engine; needs the `server` extra.
 
 Clients send their whole history, which is matched with the stream that has already read it.
 

@@ -52,7 +52,7 @@ class Record:
 
     Attributes:
         digests: `TURN_BYTES` for each turn.
-        sizes: the tokens of each turn; 0 if it was never read.
+        sizes: the number of tokens in each turn; 0 if it was never read.
         attended: how many of the last turns are attended.
     """
 
@@ -230,7 +230,7 @@ class Choice:
         copy: whether to copy it.
         retry: whether its last question is answered again.
         back: how many of its last turns are rolled back.
-        keep: how many of the remaining last turns may stay attended; None for all.
+        keep: how many of the newest turns left after that may stay attended; None for all.
         history: the messages of turns to read as text.
         unread: how many turns before them are not read.
     """

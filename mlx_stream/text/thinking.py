@@ -144,7 +144,7 @@ class ThinkingRules:
         style: None if the model does not think.
         inside: whether a reply begins inside thinking.
         ends: ids that end a reply once the answer has begun.
-        cut: ids that end thinking that reaches `limit` ids.
+        cut: ids appended to end the thinking once it reaches `limit` ids.
     """
 
     style: ThinkingStyle | None = None

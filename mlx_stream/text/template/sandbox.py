@@ -81,7 +81,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
     made = staticmethod(lambda value: METER.get().made(value))
 
     def __init__(self) -> None:
-        # Jinja does not run functions that take the environment at compile time.
+        # At compile time, Jinja does not run functions that take the environment.
         written = pass_environment(lambda self, value: self.made(str(value)))
         options = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}
         super().__init__(extensions=[GenerationTag, ext.loopcontrols], finalize=written, **options)
