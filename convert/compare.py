@@ -37,7 +37,7 @@ def row(name: str, about: dict[str, Any], found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print what each recipe costs a model.")
+    parser = argparse.ArgumentParser(description="Print how much worse each recipe makes a model.")
     parser.add_argument("model", help="folder, Hub id, .gguf file, or starter")
     parser.add_argument("text", help="text file to compare on")
     parser.add_argument("--recipe", action="append", help="a recipe; repeat it for several")

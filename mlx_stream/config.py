@@ -204,8 +204,8 @@ def refuse_unsupported(raw: Mapping[str, Any], read: tuple[str, ...]) -> None:
         method = entry.get("quant_method", "unknown") if isinstance(entry, Mapping) else entry
         if isinstance(entry, Mapping) and method in OTHER_QUANTIZERS:
             raise ConfigError(
-                f"config: models quantized with {method} are read only by convert, without "
-                "--device: run mlx_stream convert MODEL FOLDER, then use FOLDER"
+                f"config: models quantized with {method} can be read only by convert, and "
+                "only without --device: run mlx_stream convert MODEL FOLDER, then use FOLDER"
             )
         raise ConfigError(
             f"config: quantization_config of method {method!r} is not supported: use the "

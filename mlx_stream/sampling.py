@@ -210,8 +210,8 @@ class Sampler:
             known = isinstance(id, Integral) and 0 <= id < vocabulary
             if not (known and isinstance(value, Real) and value <= HIGHEST_BIAS):
                 raise ValueRefused(
-                    f"the bias of token {id!r} is {value!r}: use a number of at most "
-                    f"{HIGHEST_BIAS:g} for one of {vocabulary:,} tokens"
+                    f"the bias of token {id!r} is {value!r}: use an id below {vocabulary:,}, "
+                    f"and a number of at most {HIGHEST_BIAS:g}"
                 )
             self._bias[id] = max(float(value), -math.inf if value == -math.inf else -HIGHEST_BIAS)
         if not np.isfinite(self._bias).any():
@@ -238,7 +238,7 @@ class Sampler:
                 bias = np.where(allowed, bias, -math.inf).astype(np.float32)
             if not (fits and np.isfinite(bias).any()):
                 raise ValueRefused(
-                    f"a mask must allow at least one of {len(bias):,} tokens, and have that size"
+                    f"a mask must have {len(bias):,} entries and allow at least one token"
                 )
         self.numbers = {**self.numbers, "bias": mx.array(bias)}
 

@@ -112,7 +112,7 @@ def receive(caller: socket.socket) -> dict[str, Any]:
         line += part
         if len(line) > LONGEST_REQUEST:
             drain(caller)
-            raise AssistantError(f"a request has at most {LONGEST_REQUEST:,} bytes")
+            raise AssistantError(f"a request may have at most {LONGEST_REQUEST:,} bytes")
         if not part:
             break
     caller.settimeout(PATIENCE)
@@ -121,7 +121,7 @@ def receive(caller: socket.socket) -> dict[str, Any]:
     except (ValueError, RecursionError):
         request = None
     if not isinstance(request, dict):
-        raise AssistantError("a request is one JSON object on one line")
+        raise AssistantError("a request must be one JSON object on one line")
     return request
 
 

@@ -139,7 +139,7 @@ class TailedFile:
         if place is None:
             if self._place is not None:
                 first = "" if path == self.path else f" {path.name} first,"
-                self._tell(f"{self.path}: was replaced: reading{first} from its beginning")
+                self._tell(f"{self.path}: was replaced: reading{first} from the beginning")
             now = status.st_mtime_ns
             place = FilePosition(status.st_dev, status.st_ino, written=now, begun=now)
         self._place = place
@@ -297,7 +297,7 @@ class TailedFile:
             self._search.forget_notices()
             begun = os.fstat(self._file).st_mtime_ns
             self._place = replace(self._place, offset=0, tail=0, begun=begun)
-            self._tell(f"{self.path}: {why}: reading it from its beginning")
+            self._tell(f"{self.path}: {why}: reading from the beginning")
             return
         path, status = copy
         self._tell(f"{self.path}: {why}: the rest of its old text is read from {path.name} first")
@@ -309,7 +309,7 @@ class TailedFile:
         assert self._file is not None
         size = os.fstat(self._file).st_size
         end = os.pread(self._file, CHUNK, max(0, size - CHUNK))
-        self._tell(f"{self.path}: reading it from its end")
+        self._tell(f"{self.path}: reading from the end")
         offset = size - len(end) + (end.rfind(b"\n") + 1 or whole_characters(end))
         return self._chunk(self._around(offset)[0], b"", offset)
 

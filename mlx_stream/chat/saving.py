@@ -131,7 +131,7 @@ class SavedSession:
         except (SnapshotError, SessionError, OSError) as error:
             raise SnapshotError(
                 "the conversation is saved, but the stream's state is not, so the next chat will "
-                f"read the attended turns again: make room, or set MLX_STREAM_HOME ({error})"
+                f"read the attended turns again: free some space, or set MLX_STREAM_HOME ({error})"
             ) from error
         self._snapshot_at, self._written_head = time.monotonic(), head
         self._written_version = weakref.ref(self.chat.cache.version)

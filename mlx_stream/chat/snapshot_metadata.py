@@ -63,7 +63,7 @@ def parse_metadata(found: "Snapshot") -> SnapshotMetadata:
             places = tuple((of_type(int, n), of_type(int, at)) for n, at in plain["places"])
         numbers = [number for number, _ in places]
         if not 0 < turns < 2**53 or sorted({0, *numbers, turns + 1}) != [0, *numbers, turns + 1]:
-            raise ValueError(f"turns {numbers[:3]} ... are not valid among {turns}")
+            raise ValueError(f"turns {numbers[:3]} ... are not valid for a total of {turns}")
         state = ConversationState(turns, places, of_type(str, plain["sampler"]))
         return SnapshotMetadata(of_type(str, plain["session"]), of_type(str, plain["head"]), state)
     except (KeyError, TypeError, ValueError) as error:

@@ -73,7 +73,7 @@ class Store(AbstractContextManager["Store"]):
             SessionError: the conversation already exists, or cannot be written.
         """
         if os.path.lexists(path):
-            raise SessionError(f"session {path.stem!r} exists; open it, or use another name")
+            raise SessionError(f"session {path.stem!r} already exists; open it or use another name")
         private(path.parent)
         partial = partial_path(path)
         with reporting_errors(path):

@@ -98,7 +98,7 @@ def check_regex(pattern: object) -> int:
         ValueError: the pattern could take more than linear time, or is not supported.
     """
     if not isinstance(pattern, str) or not 0 < len(pattern) <= MAX_REGEX:
-        raise ValueError(f"a pattern is not a text of 1 to {MAX_REGEX} characters")
+        raise ValueError(f"a pattern is not a string of 1 to {MAX_REGEX} characters")
     branches, at = parse(pattern, 0, 0)
     if at < len(pattern):
         raise refused(pattern, at)

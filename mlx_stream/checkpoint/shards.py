@@ -72,7 +72,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """Read which shard holds which tensor; every shard must be a file name in the same folder."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise CheckpointError(f"{index}: expected an object weight_map from tensors to files")
+        raise CheckpointError(f"{index}: expected a weight_map object that maps tensors to files")
     for shard in table.values():
         # Allow no drive, and no path separator of any system, so that the name cannot lead out of
         # its folder.
@@ -102,7 +102,7 @@ def read_shards(path: Path) -> dict[str, mx.array]:
         for name, shard in read_weight_map(path / INDEX).items():
             if origin.get(name) != shard:
                 raise WeightsError(
-                    f"{path}: {INDEX} says {name!r} is in {shard!r}, which does not have it"
+                    f"{path}: {INDEX} says {name!r} is in {shard!r}, which does not contain it"
                 )
     if not tensors:
         raise WeightsError(f"{path}: its safetensors files hold no tensors")

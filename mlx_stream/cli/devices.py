@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 GB = 2**30
 NOTES = (
     "Memory in GB of 2^30 bytes, bandwidth in GB/s of 10^9. One program: the memory that one app "
-    "may use: on iOS with the increased-memory-limit entitlement, and without it; on macOS as "
-    "Metal recommends. ~ marks an estimate: the figure is not published. --json has the source or "
-    "the method of each figure."
+    "may use (on iOS, with and without the increased-memory-limit entitlement; on macOS, what "
+    "Metal recommends). ~ marks an estimate: the figure is not published. --json shows the source "
+    "of each figure, or how it was estimated."
 )
 
 

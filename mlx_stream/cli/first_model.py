@@ -12,7 +12,7 @@ from mlx_stream.program.paths import data_folder, private
 if TYPE_CHECKING:
     from mlx_stream.plan.devices import Device
 
-QUESTION = "Use it from now on? y, n, or always (keep the starter): "
+QUESTION = "Use it from now on? y, n, or always (always use the starter): "
 
 
 def choose_model(ask: Callable[[str], str], device: "Device | None" = None) -> str:

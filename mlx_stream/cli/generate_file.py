@@ -69,7 +69,7 @@ def generate_file(
         raise ValueRefused(f"--streams must be from 1 to {MOST_STREAMS}, not {streams}")
     prompts, log_path = read_prompts(path), out.with_name(f"{out.name}.part")
     if os.path.lexists(out):
-        finished = f"a finished run's, with {len(prompts):,} replies: "
+        finished = f"it is from a finished run, with {len(prompts):,} replies: "
         state = finished if lines_of(out) == [*prompts] else ""
         raise ValueRefused(f"{out}: already exists: {state}choose another --out")
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -22,8 +22,8 @@ def models(
 ) -> None:
     """List models worth pulling that fit a device, with the largest window that fits.
 
-    Use the name or the repository as MODEL. The list ships with this version; --json has the source
-    of each entry.
+    Use the name or the repository as MODEL. The list ships with this version; --json shows the
+    source of each entry.
     """
     from mlx_stream.cli.report import print_json, print_table
     from mlx_stream.plan import devices

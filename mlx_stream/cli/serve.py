@@ -63,7 +63,7 @@ class ServiceChoices:
         Option(help="Name of the model for clients. Repeatable. Default: the model's own."),
     ] = None
     any_model: Annotated[
-        bool, Option("--any-model", help="Answer requests for every other name, too.")
+        bool, Option("--any-model", help="Also answer requests for any other name.")
     ] = False
     sessions: Annotated[
         bool,

@@ -45,7 +45,7 @@ def history(chat: "ChatSession", argument: str, progress: object) -> str:
         for number, turn in turns(chat).items()
     ]
     if first > 1 and not saved:
-        lines.insert(0, f"not shown, because evicted and not saved: {plural(first - 1)}")
+        lines.insert(0, f"not shown, because they were evicted and not saved: {plural(first - 1)}")
     return "\n".join(lines) or "no question has been asked yet"
 
 

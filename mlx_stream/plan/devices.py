@@ -101,7 +101,7 @@ def find(name: str, own: Path | None = None) -> Device:
         raise DeviceError(f"--device {name}: choose one of {', '.join(sizes)}")
     close = difflib.get_close_matches(name.lower(), known, 5, 0.5)
     meant = f"did you mean {', '.join(close)}? " if close else ""
-    raise DeviceError(f"--device {name[:80]!r}: unknown; {meant}`mlx_stream devices` lists all")
+    raise DeviceError(f"--device {name[:80]!r}: unknown; {meant}see `mlx_stream devices`")
 
 
 def without_entitlement(device: Device) -> Device:
@@ -233,7 +233,7 @@ def check_entry(entry: Mapping[str, Any], where: str) -> None:
     on_ios = entry["kind"] in ("phone", "tablet")
     if "without_entitlement_gb" in entry and not (on_ios and "budget_gb" in entry):
         raise DeviceError(
-            f"{where}: without_entitlement_gb is for phones and tablets, in addition to budget_gb"
+            f"{where}: without_entitlement_gb is only for phones and tablets, and needs budget_gb"
         )
 
 

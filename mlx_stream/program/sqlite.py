@@ -37,7 +37,7 @@ OPENING_STEPS = 200_000
 # Seconds to wait for another program that has locked the file.
 PATIENCE = 2.0
 
-FULL = "the disk is full: make room, then try again"
+FULL = "the disk is full: free some space, then try again"
 LOCKED = "another program is using it: close it there, then try again"
 UNWRITABLE = "it cannot be written: check the permissions of {path}"
 ADVICE = {
@@ -47,8 +47,8 @@ ADVICE = {
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check the permissions of {path} and its folder",
     sqlite3.SQLITE_BUSY: LOCKED,
     sqlite3.SQLITE_LOCKED: LOCKED,
-    sqlite3.SQLITE_IOERR: "the disk is full, or cannot be read or written ({error}): make room, "
-    "or check it, then try again",
+    sqlite3.SQLITE_IOERR: "the disk is full, or cannot be read or written ({error}): free some "
+    "space, or check the disk, then try again",
     sqlite3.SQLITE_TOOBIG: "too long to be stored",
 }
 DAMAGES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_INTERRUPT)

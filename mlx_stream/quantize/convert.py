@@ -110,8 +110,8 @@ def convert_model(
         config = read_config(checkpoint.config)
     if checkpoint is not found and (options.report or options.calibration):
         raise ValueRefused(
-            "--report and --calibration run the source, which only convert reads: convert it "
-            "without them first"
+            "--report and --calibration need to run the source, but a model in its format can only "
+            "be converted: convert it without them first, and use the result"
         )
     del found  # it would keep the tensors alive
     text = options.report and report_text(checkpoint, options)

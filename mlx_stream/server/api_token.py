@@ -33,8 +33,8 @@ def read_token(path: Path) -> bytes:
         raise ValueRefused(f"{path}: cannot be used as a token file: {error.strerror}") from error
     if len(token) < SHORTEST or not token.isascii() or len(token.split()) != 1:
         raise ValueRefused(
-            f"{path}: a token has at least {SHORTEST} ASCII characters and no spaces: remove the "
-            "file, and a new one is written"
+            f"{path}: a token must have at least {SHORTEST} ASCII characters and no spaces: "
+            "remove the file, and a new one will be created"
         )
     return token
 

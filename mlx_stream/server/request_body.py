@@ -39,7 +39,7 @@ def check_structure(body: bytes | bytearray) -> None:
     """Refuse JSON that is nested too deeply, and NaN and Infinity."""
     outside = STRING.sub(b"", body)
     if NOT_JSON.search(outside):
-        raise ApiError(400, "the body has NaN or Infinity, which JSON does not allow", "not_json")
+        raise ApiError(400, "the body contains NaN or Infinity, which are not JSON", "not_json")
     depth = 0
     for found in re.finditer(rb"[\[{]|[\]}]", outside):
         depth += 1 if found[0] in b"[{" else -1

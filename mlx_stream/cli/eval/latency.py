@@ -35,7 +35,7 @@ def latency(
     loading: options.MeasuredLoadOptions,
     output: common.OutputOptions,
 ) -> None:
-    """Time a token at several cache sizes (the paper's figure 10).
+    """Measure the time per token at several cache sizes (the paper's figure 10).
 
     Streaming and mlx-lm's rotating cache are timed in turn, then recompute, which reads the whole
     window again for each token. One re-anchoring happens halfway through the stream's steps, and 20

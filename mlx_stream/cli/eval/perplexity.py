@@ -35,9 +35,10 @@ def perplexity(
         list[str] | None,
         Option(
             metavar="NAME[,SETTING=N...]",
-            help="stream, fresh (a new stream for each segment, which starts on the window before "
-            "it), window (no sinks), dense, recompute, mlx-lm or llama.cpp; repeatable. Settings: "
-            "tokens; for recompute stride and sinks, for all others chunk; for "
+            help="stream, fresh (a new stream for each segment, which first reads the "
+            "preceding window), window (no sinks), dense, recompute, mlx-lm or llama.cpp; "
+            "repeatable. Settings: tokens; for recompute stride and sinks, for all others chunk; "
+            "for "
             "stream kv (8 or 4 bits) and clock (the limit at which it is lowered). "
             "Default: dense, window, recompute, stream, mlx-lm.",
         ),
@@ -60,7 +61,7 @@ def perplexity(
     The caches read the text one after another. All except dense hold sinks + window tokens. mlx-lm
     gets rotating caches that keep as many first tokens as there are sinks. Perplexity is measured
     per segment; an incomplete last segment is not read. The speed of fresh includes reading the
-    window that it starts on.
+    preceding window.
     """
     from mlx_stream.evaluate import llamacpp, mlx_lm
     from mlx_stream.evaluate.perplexity import (
