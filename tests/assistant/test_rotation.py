@@ -283,7 +283,7 @@ def test_a_copy_of_no_more_than_was_read_is_left(path):
     assert reading.wait() == b""
     add(path, b"two\n")
     assert reading.wait() == b"two\n"
-    assert reading.told == [f"{path}: was truncated: reading it from its beginning"]
+    assert reading.told == [f"{path}: was truncated: reading from the beginning"]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -42,7 +42,7 @@ def test_whole_lines_come_at_once_and_the_rest_of_one_when_it_is_left_alone(path
 def test_from_its_end_a_file_is_read_behind_the_lines_there_are(path, restart):
     path.write_bytes(b"x\xff\n" * 5_000 + b"half")
     reading = Reading(path, from_end=True)
-    assert reading.poll() == b"" and "reading it from its end" in reading.told[-1]
+    assert reading.poll() == b"" and "reading from the end" in reading.told[-1]
     if restart:
         reading.restart()
     add(path, b" a line\nmore\n")
@@ -117,7 +117,7 @@ def test_a_file_that_was_cut_or_rewritten(path, restart, new):
         reading.restart()
     reading.wait()
     assert reading.taken == b"one two three\n" + new
-    assert any("reading it from its beginning" in line for line in reading.told)
+    assert any("reading from the beginning" in line for line in reading.told)
 
 
 def test_a_byte_order_mark_is_not_text(path):

@@ -248,7 +248,7 @@ def test_a_migration_that_ends_at_any_page_leaves_the_old_file(
                 Store.open(path).close()
                 break
             except SessionError as error:
-                assert "the disk is full: make room" in str(error)
+                assert "the disk is full: free some space" in str(error)
             assert path.read_bytes() == before
             room += 1
     assert room > 9

@@ -102,7 +102,7 @@ def test_a_mask_is_asked_for_each_token(chat):
 
 @pytest.mark.parametrize("wrong", [np.zeros(300, bool), np.ones(299, bool)])
 def test_a_mask_that_allows_nothing_is_refused(chat, wrong):
-    with pytest.raises(ValueRefused, match="a mask must allow"):
+    with pytest.raises(ValueRefused, match="a mask must have"):
         said(chat.reply("Hi", mask=lambda _: wrong))
     assert said(chat.reply("And?", max_tokens=3))
 

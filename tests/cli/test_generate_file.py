@@ -69,7 +69,7 @@ def test_other_prompts_or_settings_do_not_continue_a_log(letters, prompts, tmp_p
     out = tmp_path / "replies.jsonl"
     words = options(letters, prompts, out, "--max-tokens", 5)
     done(*words)
-    finished = "already exists: a finished run's, with 24 replies: choose another --out"
+    finished = "already exists: it is from a finished run, with 24 replies: choose another --out"
     assert finished in run(*words).err
     out.write_text(out.read_text("utf-8").rpartition('{"line"')[0], "utf-8")
     assert "already exists: choose another --out" in run(*words).err

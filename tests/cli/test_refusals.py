@@ -94,7 +94,7 @@ OPTIONS: list[tuple[str, str, str]] = [
     ("convert", "--recipe sensitive_4_6 --calibration SHORT", "the calibration text has 63 tokens"),
     ("convert", "--report TEXT --report-tokens 5", "--report-tokens must be above 200, not 5"),
     ("convert plan", "--device iphone-16-prp", "unknown; did you mean iphone-"),
-    ("plan", "--device toaster", "'toaster': unknown; `mlx_stream devices` lists all"),
+    ("plan", "--device toaster", "'toaster': unknown; see `mlx_stream devices`"),
     ("plan", "--device macbook-air-m3", "choose one of macbook-air-m3-8gb, macbook-air-m3-16gb"),
     ("phone", "--window 200000", "exceed the model's trained context of 131,072"),
     ("phone", "--bits 7", "--bits must be one of 2, 3, 4, 5, 6, 8, 16"),
@@ -225,7 +225,7 @@ MODELS: list[tuple[Callable[[Path], object], str]] = [
     (changed(hidden_act="gelu"), "hidden_act = 'gelu' changes the computation"),
     (
         changed(quantization_config={"quant_method": "gptq"}),
-        "models quantized with gptq are read only by convert, without --device: run mlx_stream c",
+        "models quantized with gptq can be read only by convert, and only without --device: run",
     ),
     (changed(eos_token_id=300), "eos_token_id 300 is not in the vocabulary"),
     (tensors(NORM), f"weights: tensor '{NORM}' is missing"),
