@@ -594,7 +594,7 @@ class Lines:
     # --- lines that come and go; called under the lock ---
 
     def _next_to_go(self, besides: StreamLine | None = None) -> StreamLine | None:
-        """Return the idle line to close if room is needed: see SERVER.md."""
+        """Return the idle line to close if room is needed: copied ones first, then short ones."""
         idle = [x for x in self._lines if not (x.reply or x.copies or x is besides)]
         return min(idle, key=lambda x: (not x.spare, len(x.record) > 1, x.used), default=None)
 
