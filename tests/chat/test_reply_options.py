@@ -104,7 +104,7 @@ def test_a_mask_is_asked_for_each_token(chat):
 def test_a_mask_that_allows_nothing_is_refused(chat, wrong):
     with pytest.raises(ValueRefused, match="a mask must have"):
         said(chat.reply("Hi", mask=lambda _: wrong))
-    assert said(chat.reply("And?", max_tokens=3))
+    assert [*chat.reply("And?", max_tokens=3)][-1].finish in ("length", "end")
 
 
 def test_a_mask_that_fails_is_the_error_of_its_reply(chat):
@@ -113,7 +113,7 @@ def test_a_mask_that_fails_is_the_error_of_its_reply(chat):
 
     with pytest.raises(ValueRefused, match="the mask failed: ZeroDivisionError: oops"):
         said(chat.reply("Hi", mask=mask))
-    assert said(chat.reply("And?", max_tokens=3))
+    assert [*chat.reply("And?", max_tokens=3)][-1].finish in ("length", "end")
 
 
 def test_a_seed_makes_a_reply_reproducible(chat):
