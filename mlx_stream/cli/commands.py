@@ -127,7 +127,7 @@ def status(stats: "Stats", name: str | None = None, width: int = 200) -> str:
 def show_help(chat: "ChatSession", argument: str, progress: Progress) -> str:
     usages = {f"{name} {command.argument}": command.help for name, command in COMMANDS.items()}
     usages["//TEXT"] = "send a question that begins with /"
-    usages["@FILE"] = "in a question, inserts a text file; sent as typed if there is no such file"
+    usages["@FILE"] = "in a question, inserts a text file, if there is one"
     width = max(map(len, usages))
     return "\n".join(f"{usage:<{width}}  {text}" for usage, text in usages.items())
 

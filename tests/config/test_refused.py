@@ -38,7 +38,10 @@ COMPUTED: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": ["chunked_attention"] * 2}, "layer_types"),
     *(({"quantization_config": value}, "quantization_config") for value in ({"bits": 4}, "awq")),
     ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config.*bitsand"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantized with gptq are .*: run mlx_stre"),
+    (
+        {"quantization_config": {"quant_method": "gptq"}},
+        "quantized with gptq can be read only by .*: run mlx_stre",
+    ),
 ]
 # Rotary settings, in each spelling.
 ROPES: list[tuple[Any, str]] = [

@@ -119,7 +119,7 @@ def test_the_defaults_of_an_own_device_are_those_of_its_kind(own):
         (('"my-mac"', '7'), "name must be of a-z, 0-9 and '-', at most 64, not 7"),
         (('"A Mac of mine"', r'"a\u001b[31m"'), "title must be a line of text"),
         (('"my-mac"', '"iphone-16"'), "the name 'iphone-16' is taken; choose another"),
-        (('budget_gb = 40', 'budget_gb = 40\nwithout_entitlement_gb = 3'), "is for phones"),
+        (('budget_gb = 40', 'budget_gb = 40\nwithout_entitlement_gb = 3'), "only for phones"),
         (('[[device]]', 'colour = 1\n[[device]]'), "unknown key 'colour'; expected only"),
         (('[[device]]', '[device]'), "device must be a list of tables, written [[device]]"),
         (('[[device]]', '[[device]'), "not valid TOML: "),
