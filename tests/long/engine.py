@@ -1,4 +1,4 @@
-"""Let many sessions of one engine talk, listen, be cut, copied, closed and forgotten at random.
+"""Let many sessions of one engine talk, listen, be cut, closed and forgotten at random.
 
     python -m tests.long.engine [--minutes 10] [--sessions 50] [--seed 0]
 
@@ -98,17 +98,13 @@ class Worker:
         chat = self.patiently(lambda: self.engine.session(**options))
         life = Life(self.number, options.get("system"))
         for _ in range(self.random.randint(1, 12)):
-            acts = ("reply", "cut", "retry", "edit", "undo", "fork")
-            act = self.random.choices(acts, (50, 30, 8, 6, 6, 6))[0]
+            act = self.random.choices(("reply", "cut", "retry", "edit", "undo"), (50, 30, 8, 6, 6))[
+                0
+            ]
             if act != "reply" and act != "cut" and not life.turns:
                 continue
             question = f"{self.number}: {self.random.choice(QUESTIONS)}"
             self.done[act] += 1
-            if act == "fork":
-                chat = self.fork(chat, life)
-                if chat is None:
-                    return
-                continue
             if not self.turn(chat, life, act, question) or time.monotonic() > self.until:
                 break
         if self.random.random() < 0.3:  # in the middle of a reply
@@ -125,24 +121,6 @@ class Worker:
             self.done["forgotten"] += 1
         if len(self.lives) < 20:
             self.lives.append(life)
-
-    def fork(self, chat: Any, life: Life) -> Any:
-        """Return a copy that continues the conversation; the original is forgotten.
-
-        Returns None if a step failed.
-        """
-        back = self.random.randint(0, 1)
-        copy = self.patiently(lambda: chat.fork(back))
-        try:
-            self.patiently(lambda: copy._future(last_exchange)).result(PATIENCE)
-        except errors.ValueRefused:  # everything is evicted
-            return chat
-        except errors.ComputeError:
-            self.done["failed steps"] += 1
-            return None
-        if back:
-            life.turns.append(("undo", "", 0, False))
-        return copy
 
     def turn(self, chat: Any, life: Life, act: str, question: str) -> bool:
         """Do one thing and record the result; return whether the conversation can continue."""
