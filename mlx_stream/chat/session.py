@@ -274,7 +274,8 @@ class ChatSession:
     ) -> "ChatSession":
         """Return a new session that continues from a copy of this one's state; nothing is read.
 
-        It has its own ring, is not saved and recalls nothing.
+        It has its own ring, is not saved and recalls nothing. Tokens that have left this window are
+        not copied, so undoing in the copy does not bring them back.
 
         Args:
             back: how many of the last exchanges to undo in the new session.

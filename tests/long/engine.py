@@ -1,4 +1,4 @@
-"""Let many sessions of one engine talk, listen, be cut, closed and forgotten at random.
+"""Let many sessions of one engine talk, listen, be cut, copied, closed and forgotten at random.
 
     python -m tests.long.engine [--minutes 10] [--sessions 50] [--seed 0]
 
@@ -98,19 +98,29 @@ class Worker:
         chat = self.patiently(lambda: self.engine.session(**options))
         life = Life(self.number, options.get("system"))
         for _ in range(self.random.randint(1, 12)):
-            act = self.random.choices(("reply", "cut", "retry", "edit", "undo"), (50, 30, 8, 6, 6))[
-                0
-            ]
+            acts = ("reply", "cut", "retry", "edit", "undo", "fork")
+            act = self.random.choices(acts, (50, 30, 8, 6, 6, 6))[0]
             if act != "reply" and act != "cut" and not life.turns:
                 continue
             question = f"{self.number}: {self.random.choice(QUESTIONS)}"
             self.done[act] += 1
-            if not self.turn(chat, life, act, question) or time.monotonic() > self.until:
+            try:
+                if act == "fork":
+                    chat = self.fork(chat, life)
+                elif not self.turn(chat, life, act, question):
+                    break
+            except errors.ComputeError:  # what was said before it is checked
+                self.done["failed steps"] += 1
+                break
+            if time.monotonic() > self.until:
                 break
         if self.random.random() < 0.3:  # in the middle of a reply
             self.done["closed in a reply"] += 1
             long = {"max_tokens": 100_000}
-            _pieces, _ = self.patiently(lambda: begun(chat.reply("Never read to its end", **long)))
+            with suppress(errors.ComputeError):
+                _pieces, _ = self.patiently(
+                    lambda: begun(chat.reply("Never read to its end", **long))
+                )
         if self.random.random() < 0.2:
             self.done["closed by a callback"] += 1
             self.patiently(chat.clear).add_done_callback(lambda _: chat.close())
@@ -121,6 +131,17 @@ class Worker:
             self.done["forgotten"] += 1
         if len(self.lives) < 20:
             self.lives.append(life)
+
+    def fork(self, chat: Any, life: Life) -> Any:
+        """Return a copy that continues the conversation; the original is forgotten."""
+        back = self.random.randint(0, 1)
+        copy = self.patiently(lambda: chat.fork(back))
+        try:
+            self.patiently(lambda: copy._future(last_exchange)).result(PATIENCE)
+        except errors.ValueRefused:  # everything is evicted
+            return chat
+        life.turns.append(("fork", "", back, False))
+        return copy
 
     def turn(self, chat: Any, life: Life, act: str, question: str) -> bool:
         """Do one thing and record the result; return whether the conversation can continue."""
@@ -139,9 +160,6 @@ class Worker:
             pieces.close()
         except errors.ValueRefused:  # no attended question can be answered again
             return True
-        except errors.ComputeError:  # what was said before it is checked
-            self.done["failed steps"] += 1
-            return False
         last = self.patiently(lambda: chat._future(last_exchange)).result(PATIENCE)
         if last is None:  # the turn was longer than the window and is already evicted
             return False
@@ -204,6 +222,9 @@ def again(model: mlx_stream.Model, life: Life) -> None:
     for act, question, count, cut in life.turns:
         if act == "undo":
             chat.undo()
+            continue
+        if act == "fork":  # not just undone: a copy has no rows that were not attended to
+            chat = chat.fork(count)
             continue
         wanted = next(replies)
         if not wanted:  # cut while the question was read, at an unknown place

@@ -4,7 +4,7 @@ from collections import Counter
 
 from tests.long.engine import run
 
-ACTS = ("reply", "cut", "retry", "edit", "undo", "closed", "forgotten", "heard as fed")
+ACTS = ("reply", "cut", "retry", "edit", "undo", "fork", "closed", "forgotten", "heard as fed")
 
 
 def test_many_sessions_at_random_stay_apart_and_nothing_grows(letters):
