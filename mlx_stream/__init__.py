@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
     from mlx_stream.engine import Engine, Listener, Session
     from mlx_stream.generate.completion import stream
+    from mlx_stream.generate.model import Model
     from mlx_stream.generate.stats import Stats
-    from mlx_stream.load import Model, load
+    from mlx_stream.load import load
     from mlx_stream.sampling import Sampling
     from mlx_stream.text.pieces import Piece
     from mlx_stream.text.tool_calls import ToolCall
@@ -54,7 +55,7 @@ _HOMES = {
     "Exchange": "mlx_stream.chat.exchange",
     "Listener": "mlx_stream.engine",
     "Message": "mlx_stream.chat.messages",
-    "Model": "mlx_stream.load",
+    "Model": "mlx_stream.generate.model",
     "Piece": "mlx_stream.text.pieces",
     "Sampling": "mlx_stream.sampling",
     "Session": "mlx_stream.engine",

@@ -26,7 +26,8 @@ import mlx.core as mx
 import pytest
 from hypothesis import HealthCheck, settings
 
-from mlx_stream.load import Model, load
+from mlx_stream.generate.model import Model
+from mlx_stream.load import load
 from tests.fakes import tiny_models
 from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters, write_model

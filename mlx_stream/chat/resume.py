@@ -24,9 +24,9 @@ from mlx_stream.chat.store import Store
 from mlx_stream.chat.transcript_recall import TranscriptRecall
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.requests import Coroutine, run_coroutine
-from mlx_stream.load import Model
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.program.paths import is_file

@@ -31,13 +31,13 @@ from mlx_stream.chat.recorder import Change, ChangeKind, Recorder
 from mlx_stream.chat.settle import empty_ring, place_again, take_back
 from mlx_stream.errors import SessionError, TemplateError, ValueRefused, one_line
 from mlx_stream.errors.argument_types import check_arguments
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.prefix_cache import PrefixCache
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, driven, read_ids, run_coroutine
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
-from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.recall.quote import Passage, RecallStore, choose_passages, quote
 from mlx_stream.sampling import ReplyOptions, Sampler, Sampling

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from mlx_stream.models.layout import layout_of
 
 if TYPE_CHECKING:
+    from mlx_stream.generate.model import Model
     from mlx_stream.generate.stats import Stats
-    from mlx_stream.load import Model
 
 WORDS_PER_TOKEN = 0.75
 

@@ -14,7 +14,7 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.program.exits import notify
 
 if TYPE_CHECKING:
-    from mlx_stream.load import Model
+    from mlx_stream.generate.model import Model
 
 
 @options.verb

@@ -16,7 +16,7 @@ from typer import Argument, Option
 from mlx_stream.program.exits import exits_cleanly, notify
 
 if TYPE_CHECKING:
-    from mlx_stream.load import Model
+    from mlx_stream.generate.model import Model
     from mlx_stream.sampling import Sampling
 
 ModelArgument = Annotated[

@@ -9,8 +9,8 @@ from typing import Any
 
 from mlx_stream.chat.snapshot_metadata import of_type
 from mlx_stream.errors import SnapshotError, ValueRefused
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.snapshot import State, load_snapshot
-from mlx_stream.load import Model
 
 KIND = "listener"
 LONGEST_NOTE = 65_536  # bytes, as JSON

@@ -26,12 +26,12 @@ from mlx_stream.engine.incremental_encoder import IncrementalEncoder
 from mlx_stream.engine.listener_snapshot import ListenerState
 from mlx_stream.errors import TemplateError, ValueRefused
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, ReadRequest, ReadResult
 from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.stats import Stats
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder

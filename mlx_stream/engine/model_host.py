@@ -8,8 +8,9 @@ import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.errors import MemoryRefused
+from mlx_stream.generate.model import Model, megabytes
 from mlx_stream.generate.prefix_cache import PrefixCache
-from mlx_stream.load import Model, load, megabytes
+from mlx_stream.load import load
 from mlx_stream.models.layout import ring_bytes
 from mlx_stream.models.window import THINKING_WINDOWS, bounded_windows
 

@@ -19,8 +19,8 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.costs import graph_nodes, read_rate, time_step, weight_bytes_read
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.evaluate.report import Row
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream, generate
-from mlx_stream.load import Model
 from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling

@@ -20,8 +20,8 @@ from mlx_stream.evaluate.jsonl import JsonLog
 from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
 from mlx_stream.evaluate.score import losses_of
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 
 

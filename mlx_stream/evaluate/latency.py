@@ -16,8 +16,8 @@ from mlx_stream.evaluate.bench import SINKS, TOKEN, Step, fill, in_turn, step_of
 from mlx_stream.evaluate.costs import time_step
 from mlx_stream.evaluate.readers import RECOMPUTE_CHUNK
 from mlx_stream.evaluate.report import Row
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 
 LEAST_STEPS = 20

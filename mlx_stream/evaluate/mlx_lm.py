@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from mlx_stream.errors import SourceError
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 
 
 def why_no_peer(folder: Path) -> str | None:

@@ -26,7 +26,7 @@ from mlx_stream.evaluate.readers import (
     stream_reader,
 )
 from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.models.window import PREFILL_CHUNK
 
 # The settings of each cache, apart from `tokens`, which is how far it reads.

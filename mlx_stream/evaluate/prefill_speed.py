@@ -10,9 +10,9 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.bench import SINKS
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.evaluate.report import Row
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import ReadRequest
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 
 

@@ -12,9 +12,9 @@ import mlx.core as mx
 from mlx_stream.cache import Cache
 from mlx_stream.evaluate.mlx_lm import head_of, rotating_caches
 from mlx_stream.evaluate.score import losses, losses_of
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import read_ids, run_coroutine
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 
 RECOMPUTE_CHUNK = 512  # the longest step of a window read from scratch
 Ids = Sequence[int]

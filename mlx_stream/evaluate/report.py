@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_stream import backend
 from mlx_stream.errors import TextError
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]  # called with the amount done and the total

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_stream.config import Quantization
 from mlx_stream.errors import TextError
 from mlx_stream.evaluate.divergence import divergences, log_probabilities
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.models.layers import DecoderLayer
 from mlx_stream.models.weights import Linear
 

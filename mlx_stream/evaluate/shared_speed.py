@@ -16,10 +16,10 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.bench import SINKS, TOKEN, WARMUP, filled_cache, filled_caches, quartiles
 from mlx_stream.evaluate.costs import time_step
 from mlx_stream.evaluate.report import Row
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.models.window import MOST_STREAMS
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling

@@ -29,8 +29,8 @@ from mlx_stream.evaluate.streameval_data import (
     StreamEvalData,
     make_data,
 )
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.recall.find import find_hits
 from mlx_stream.recall.index import WordIndex

@@ -8,7 +8,7 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate.corpus import Corpus
 from mlx_stream.evaluate.readers import stream_reader
 from mlx_stream.evaluate.report import Progress, Row, no_progress, perplexity
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 
 TOKENS_PER_REPORT = 2_048  # between two calls of `progress`
 

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mlx_stream.errors import TextError
 from mlx_stream.errors.argument_types import check_arguments
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, driven
 from mlx_stream.generate.speculative import writer_factory
 from mlx_stream.generate.stats import Stats, cumulative, eviction_notice
 from mlx_stream.generate.token_stream import check_max_tokens
-from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify, discard
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.text.pieces import Piece, ReplyDecoder

@@ -10,8 +10,8 @@ import mlx.core as mx
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.draft_length import AcceptanceRate
+from mlx_stream.generate.model import Model, check_memory
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model, check_memory
 from mlx_stream.sampling import as_int
 
 MOST_WAITING = 512  # how many ids may be left unread until the next guess

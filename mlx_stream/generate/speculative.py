@@ -16,9 +16,9 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.attended_ids import StreamObserver
 from mlx_stream.generate.draft_length import DraftLengthController
 from mlx_stream.generate.draft_model import DraftModel, check_draft
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.ngram import NgramDraft, NgramLookup
 from mlx_stream.generate.token_stream import STEP_ERRORS, TokenStream
-from mlx_stream.load import Model
 from mlx_stream.program.notices import Notify
 from mlx_stream.sampling import Sampler, Sampling
 

@@ -13,8 +13,8 @@ from mlx_stream import backend
 from mlx_stream.cache import Cache
 from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
 from mlx_stream.generate.attended_ids import AttendedIds, StreamObserver
+from mlx_stream.generate.model import Model, check_process
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
-from mlx_stream.load import Model, check_process
 from mlx_stream.models.compiled import DecodeOutput
 from mlx_stream.models.layers import CausalLM
 from mlx_stream.models.window import PREFILL_CHUNK

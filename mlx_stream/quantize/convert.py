@@ -19,13 +19,12 @@ from mlx_stream.errors import MemoryRefused, TextError, ValueRefused
 from mlx_stream.evaluate.corpus import Corpus, encode
 from mlx_stream.evaluate.divergence import compare
 from mlx_stream.evaluate.sensitivity import measure_sensitivity
+from mlx_stream.generate.model import Model, megabytes
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.hub.resolve import resolve
 from mlx_stream.load import (
-    Model,
     explain_dequantized,
     load,
-    megabytes,
     named_dtype,
     naming,
     read_checkpoint,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mlx_stream.errors import one_line
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.selftest import kernels, streams
 from mlx_stream.selftest.kernels import CheckOutcome
 

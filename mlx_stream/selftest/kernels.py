@@ -12,7 +12,7 @@ from mlx_stream import backend
 from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.stream import CLOCK_LIMIT
 from mlx_stream.errors import one_line
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.rope import RopeConfig
 from mlx_stream.selftest import reference

@@ -16,10 +16,10 @@ from mlx_stream.cache import StreamCache
 from mlx_stream.cache.positions import Rope
 from mlx_stream.evaluate.bench import fill
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import ReadRequest, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream, generate
-from mlx_stream.load import Model
 from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.sampling import Sampler, Sampling
 from mlx_stream.selftest import reference

@@ -6,7 +6,8 @@ import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.config import read_config
-from mlx_stream.load import Model, build_model, named_dtype
+from mlx_stream.generate.model import Model
+from mlx_stream.load import build_model, named_dtype
 from mlx_stream.models.layout import Vector, layout_of
 
 # As in Llama 3: four query heads per key head, its rotary frequencies, a tied head. As in SmolLM3,

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mlx_stream.load import Model, load
+from mlx_stream.generate.model import Model
+from mlx_stream.load import load
 from tests.fakes.tiny import write_model
 
 

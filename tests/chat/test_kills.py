@@ -17,7 +17,7 @@ from mlx_stream.chat.schema import ANSWERED, ASKED
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import SessionError, SnapshotError
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from tests.fakes.conversations import leave_unanswered
 from tests.fakes.faults import fault
 from tests.fakes.killed_chat import (

@@ -23,7 +23,7 @@ from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
 from mlx_stream.errors import SessionError
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.sqlite import connect
 from mlx_stream.sampling import Sampling

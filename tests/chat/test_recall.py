@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mlx_stream.chat.eviction import ActiveTurn
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want, run_coroutine
-from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler, Sampling
 from tests.chat import test_settle
 from tests.chat.test_settle import QUESTIONS, TEMPLATES, THINKS, Recorded, Trouble, recorded

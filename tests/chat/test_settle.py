@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import mlx_stream
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.errors import ValueRefused
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.speculative import Writer
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
 from tests.fakes import thinkers
 from tests.fakes.conversations import assert_well_formed

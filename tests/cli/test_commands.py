@@ -17,8 +17,9 @@ from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_names, session_paths
 from mlx_stream.cli.commands import COMMANDS, Call, completions, parse, run, status
 from mlx_stream.errors import SessionError
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.stats import Stats
-from mlx_stream.load import Model, load
+from mlx_stream.load import load
 from mlx_stream.program.lock import Lock
 from mlx_stream.program.notices import discard
 from mlx_stream.sampling import Sampling

@@ -16,7 +16,8 @@ from mlx_stream.chat.schema import ASKED
 from mlx_stream.cli import app
 from mlx_stream.cli.commands import Call, parse, run, status
 from mlx_stream.cli.history import LineHistory, remove_lines
-from mlx_stream.load import Model, load
+from mlx_stream.generate.model import Model
+from mlx_stream.load import load
 from mlx_stream.program.notices import discard
 from mlx_stream.recall.quote import BEGIN
 from mlx_stream.sampling import Sampling

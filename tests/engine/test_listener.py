@@ -13,8 +13,8 @@ import mlx_stream
 from mlx_stream import errors
 from mlx_stream.cache import StreamCache
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler, Sampling
 from tests.fakes.engines import DEADLINE, GREEDY, engine_of, eventually, said, together
 from tests.fakes.shell import edit

@@ -12,8 +12,8 @@ from mlx_stream.config import Quantization
 from mlx_stream.errors import TextError, WeightsError
 from mlx_stream.evaluate.divergence import compare
 from mlx_stream.evaluate.sensitivity import measure_sensitivity
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.quantize.recipes import uniform_recipe
 from mlx_stream.quantize.write_converted import write_converted
 from tests.fakes.tiny import MISTRAL, tiny_config

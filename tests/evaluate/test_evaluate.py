@@ -11,7 +11,7 @@ from mlx_stream.evaluate import latency, readers, sweeps
 from mlx_stream.evaluate.corpus import Corpus
 from mlx_stream.evaluate.perplexity import PEERS, SETTINGS, Setting, Spec, measure_perplexity
 from mlx_stream.evaluate.report import Report, perplexity
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from tests.fakes.peer import peer_of
 from tests.fakes.tiny import tiny_config
 from tests.fakes.tiny_models import all_logits, make, some_ids, tensors_of

@@ -16,8 +16,9 @@ from mlx_stream.errors import ValueRefused
 from mlx_stream.evaluate import streameval as streams
 from mlx_stream.evaluate import streameval_data as texts
 from mlx_stream.evaluate.streameval import EncodedQuery, streameval
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model, load
+from mlx_stream.load import load
 from mlx_stream.text.tokenizer import Tokenizer
 
 # A line takes the tiny tokenizer about 45 tokens, a query 60: the line before it is in the window,

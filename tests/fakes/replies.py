@@ -5,12 +5,12 @@ from typing import cast
 
 from mlx_stream.generate.draft_length import DraftLengthController
 from mlx_stream.generate.draft_model import DraftModel
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.reply import write_reply
 from mlx_stream.generate.requests import Coroutine, drive
 from mlx_stream.generate.speculative import Speculator, Writer
 from mlx_stream.generate.stats import Stats
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler
 from mlx_stream.text.pieces import Piece, ReplyDecoder
 from mlx_stream.text.tokenizer import StreamDecoder

@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.cache import Cache
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model, build_model
+from mlx_stream.load import build_model
 from tests.fakes.tiny import tiny_weights
 
 Tensors = dict[str, mx.array]

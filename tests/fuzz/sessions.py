@@ -25,7 +25,8 @@ from mlx_stream.chat.resume import BYTES_BESIDE, SessionOptions, open_session
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import MlxStreamError
-from mlx_stream.load import Model, load
+from mlx_stream.generate.model import Model
+from mlx_stream.load import load
 from tests.fakes.conversations import QUESTIONS, leave_unanswered, said
 from tests.fakes.killed_chat import OPTIONS, Turn, check_attended, turns_of
 from tests.fakes.tiny import write_model

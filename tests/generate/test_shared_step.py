@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from mlx_stream import backend
 from mlx_stream.cache.steps.verify import spare_rows
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import run_together
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from mlx_stream.models import compiled
 from mlx_stream.sampling import Sampler, Sampling
 from tests.fakes.tiny import FAMILIES, tiny_config

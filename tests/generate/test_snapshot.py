@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from mlx_stream.errors import SnapshotError, ValueRefused
 from mlx_stream.generate import snapshot
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from tests.fakes.tiny_models import some_ids
 
 Make = Callable[..., Model]

@@ -16,9 +16,9 @@ from mlx_stream.cache import AttentionShape, Step, StreamCache
 from mlx_stream.cache.positions import Rope
 from mlx_stream.config import read_config
 from mlx_stream.errors import TokenizerError, ValueRefused, WeightsError
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import ReadRequest, Want
 from mlx_stream.generate.token_stream import IDS, TokenStream
-from mlx_stream.load import Model
 from mlx_stream.models.compiled import CompiledSteps
 from mlx_stream.models.layers import CausalLM, DecoderLayer
 from mlx_stream.sampling import Sampler, Sampling

@@ -27,7 +27,7 @@ from mlx_stream.backend import resident_bytes
 from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session import ChatSession
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import assert_well_formed, pieces_of
 from tests.fakes.tiny import write_model

@@ -20,8 +20,8 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 
 import numpy as np
 
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream, generate
-from mlx_stream.load import Model
 from mlx_stream.sampling import Sampler, Sampling
 from tests.fakes.tiny import tiny_config
 from tests.fakes.tiny_models import make, some_ids, tensors_of

@@ -16,8 +16,8 @@ import mlx_stream  # noqa: F401  # isort: skip  # first: it loads OpenBLAS ahead
 import numpy as np
 
 from mlx_stream.cache import StreamCache
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model
 from tests.fakes.shapes import FAR
 from tests.fakes.tiny import FAMILIES, tiny_config, tiny_weights
 from tests.fakes.tiny_models import all_logits, make, some_ids, tensors_of

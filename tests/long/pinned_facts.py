@@ -24,7 +24,7 @@ from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.evaluate.streameval import likeliest, log_probability
 from mlx_stream.generate import requests
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 
 # What the facts are about, and the answers each may have; `facts` decides which one is right.
 KINDS = {

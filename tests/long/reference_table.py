@@ -18,9 +18,9 @@ import numpy as np
 import mlx_stream
 from mlx_stream.checkpoint.folder import read_folder
 from mlx_stream.evaluate.score import losses_of
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
 from mlx_stream.hub.resolve import resolve
-from mlx_stream.load import Model
 from tests.reference import stream_nll
 
 SINKS = (0, 1, 4, 32)

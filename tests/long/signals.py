@@ -32,7 +32,8 @@ from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.chat.store import Store
 from mlx_stream.generate import snapshot
-from mlx_stream.load import Model, load
+from mlx_stream.generate.model import Model
+from mlx_stream.load import load
 from mlx_stream.text.pieces import Piece
 from tests.chat.test_settle import THINKS
 from tests.fakes.killed_chat import DEADLINE, Marks, check_attended, turns_of

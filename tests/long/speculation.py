@@ -14,9 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_stream.chat.prompts import PromptBuilder
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.speculative import Writer, writer_factory
 from mlx_stream.generate.stats import Stats
-from mlx_stream.load import Model, load
+from mlx_stream.load import load
 from mlx_stream.sampling import Sampler, Sampling, as_int
 from tests.fakes.replies import write_ids
 

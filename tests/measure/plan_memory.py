@@ -26,9 +26,10 @@ import mlx.core as mx
 
 from mlx_stream import backend
 from mlx_stream.cache.steps.verify import spare_rows
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream, generate
 from mlx_stream.hub.starter import STARTER
-from mlx_stream.load import Model, load
+from mlx_stream.load import load
 from mlx_stream.models.window import PREFILL_CHUNK
 from mlx_stream.plan import devices
 from mlx_stream.plan.inspect import summarize_model

@@ -24,9 +24,9 @@ import mlx.core as mx
 from mlx_stream.chat.exchange import Exchange
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.evaluate.streameval import likeliest, log_probability
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.requests import ReadRequest, Want, run_coroutine
 from mlx_stream.hub.starter import STARTER_SYSTEM
-from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
 from tests.fakes.conversations import said
 from tests.fakes.recalling import IndexedStore

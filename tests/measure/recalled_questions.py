@@ -22,8 +22,8 @@ from random import Random
 import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 
 from mlx_stream.chat.session import ChatSession
+from mlx_stream.generate.model import Model
 from mlx_stream.hub.starter import STARTER_SYSTEM
-from mlx_stream.load import Model
 from mlx_stream.sampling import Sampling
 from tests.fakes.recalling import IndexedStore
 from tests.long.pinned_facts import KINDS

@@ -22,7 +22,7 @@ import mlx_stream  # isort: skip  # first: it loads OpenBLAS ahead of MLX
 from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.chat.session_files import session_paths
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.sampling import Sampling
 
 NAME = "measured"

@@ -24,7 +24,7 @@ import numpy as np
 from mlx_stream.chat.resume import SessionOptions, open_session
 from mlx_stream.chat.saving import SavedSession
 from mlx_stream.chat.session import ChatSession
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.sampling import Sampling
 from tests.fakes.tiny import tiny_config, write_letters
 

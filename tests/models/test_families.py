@@ -9,7 +9,7 @@ import pytest
 
 from mlx_stream.cache import StreamCache
 from mlx_stream.errors import ValueRefused
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.models.window import bounded_windows
 from tests.fakes.peer import peer_of
 from tests.fakes.tiny import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_stream.config import ModelConfig, Quantization
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.models.fingerprint import fingerprint
 from mlx_stream.rope import RopeConfig
 from tests.fakes.tiny import LLAMA3, YARN, tiny_config

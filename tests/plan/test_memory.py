@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten
 from mlx_stream.cache import StreamCache
 from mlx_stream.cache.stream import CLOCK_LIMIT
 from mlx_stream.config import ModelConfig, Quantization, read_config
+from mlx_stream.generate.model import Model
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.load import Model, load
+from mlx_stream.load import load
 from mlx_stream.models import layout
 from mlx_stream.models.layout import QuantizationOf
 from mlx_stream.models.window import PREFILL_CHUNK

@@ -15,7 +15,7 @@ from mlx_stream.cache.positions import Rope
 from mlx_stream.cache.steps.batch import BatchStep
 from mlx_stream.cache.steps.decode import DecodeStep
 from mlx_stream.generate import snapshot
-from mlx_stream.load import Model
+from mlx_stream.generate.model import Model
 from mlx_stream.sampling import Sampling
 from mlx_stream.selftest import kernels, streams
 from mlx_stream.selftest.tiny_model import make_tiny_model

@@ -17,7 +17,7 @@ from mlx_stream.program.exits import fail, notify
 if TYPE_CHECKING:
     from mlx_stream.evaluate.corpus import Corpus
     from mlx_stream.evaluate.report import Report, Row
-    from mlx_stream.load import Model
+    from mlx_stream.generate.model import Model
 
 Files = Annotated[
     list[str], Argument(metavar="FILE...", help="Text files, read one after another; - is stdin.")
