@@ -1,8 +1,8 @@
 """Decides which reads share the next step; knows requests, but not threads or sessions.
 
 Every step includes the tokens of replies. Its other rows are divided among prompts and settling
-streams. While replies are in progress, those rows are limited, so that a step takes at most
-`LONGEST` times as long as one without them.
+streams. While replies are in progress, those rows are limited, so that a step takes about `LONGEST`
+times as long as one without them.
 """
 
 import time
@@ -14,9 +14,9 @@ from mlx_stream.generate.requests import ReadRequest, ReadResult, Want
 from mlx_stream.generate.shared_step import ROWS_MULTIPLE, run_together
 from mlx_stream.models.window import PREFILL_CHUNK, SHARED_ROWS
 
-LONGEST = 2.9
+LONGEST = 2.95
 FEWEST_ROWS = 8  # for prompts in each step, however long they take
-SETTLING_SHARE = 4  # settling streams get at least one row in this many
+SETTLING_SHARE = 16  # settling streams, for which no caller waits, get one row in this many
 MEASURED = 5  # how many of the latest steps of a kind count
 LEAST_MEASURED = 3  # the minimum; the first step of a kind may compile, so it never counts
 PROBE_EVERY = 256  # rounds between measurements of whether sharing pays
@@ -68,14 +68,15 @@ class StepTimes:
     def most_rows(self, replies: int) -> int:
         """Return how many prompt rows a step with tokens from `replies` streams may have.
 
-        Together with the tokens, they are a multiple of the number that steps are padded to.
+        Together with the tokens, they are a multiple of the number that steps are padded to: the
+        nearest one, because rounding down made a prompt take 10 % longer.
         """
         if not replies:
             return SHARED_ROWS
         base, row = self.of_tokens(replies), median(self._row) if self._row else 0.0
-        most = int((LONGEST - 1) * base / row) if base and row else PREFILL_CHUNK // 4
-        whole = (min(most, SHARED_ROWS) + replies) // ROWS_MULTIPLE * ROWS_MULTIPLE
-        return max(FEWEST_ROWS, whole - replies)
+        most = (LONGEST - 1) * base / row if base and row else PREFILL_CHUNK // 4
+        padded = round((most + replies) / ROWS_MULTIPLE) * ROWS_MULTIPLE
+        return min(SHARED_ROWS, max(FEWEST_ROWS, padded - replies))
 
 
 class Scheduler:

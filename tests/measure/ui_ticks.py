@@ -3,7 +3,8 @@
     python -m tests.measure.ui_ticks [MODEL] [--tokens 200] [--feed FILE]
 
 Ticks on the main thread, as windows do, first with nothing else to do, then while the model is
-loaded, while a long question is read and answered, and while a stream listens, is asked and saved.
+loaded, while a long question is read and answered, while a stream listens, is asked and saved, and
+while 8 sessions read a question and reply.
 A tick is late if it comes more than 8 ms, half a frame, after its time. Prints one line of JSON.
 """
 
@@ -14,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx_stream
@@ -83,6 +85,19 @@ def measure(model: str, tokens: int, text: str) -> dict[str, dict[str, float]]:
 
         found["listening, asked aside, saved"] = during(listen)
         found["both"] = during(lambda: [list(chat.reply("And?", tokens // 2)), listener.flush()])
+        chats = [engine.session(sampling=greedy, window=508, shared=True) for _ in range(8)]
+        questions = [f"{text[1_000 * at :][:1_000]}\nWhat is this about?" for at in range(8)]
+
+        def reply_to_all() -> None:
+            with ThreadPoolExecutor(8) as pool:
+                jobs = [
+                    pool.submit(lambda c, q: sum(1 for _ in c.reply(q, tokens)), *each)
+                    for each in zip(chats, questions, strict=True)
+                ]
+                for job in jobs:
+                    job.result()
+
+        found["8 replies"] = during(reply_to_all)
     return found
 
 
