@@ -5,7 +5,6 @@ needs only the names of commands. A terminal that cannot move its cursor (TERM=d
 input line.
 """
 
-import asyncio
 import re
 import sys
 import termios
@@ -88,6 +87,8 @@ class Prompt:
         """Return a function that waits, at a prompt, until the user has stopped typing."""
 
         async def wait() -> None:
+            import asyncio
+
             from prompt_toolkit.application import get_app, run_in_terminal
 
             before = None
