@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Print how much worse each recipe makes a model.")
     parser.add_argument("model", help="folder, Hub id, .gguf file, or starter")
     parser.add_argument("text", help="text file to compare on")
-    parser.add_argument("--recipe", action="append", help="a recipe; repeat it for several")
+    parser.add_argument("--recipe", action="append", help="a recipe; repeatable")
     parser.add_argument("--calibration", metavar="TEXT", help=f"text to measure {MEASURED} on")
     parser.add_argument("--report-tokens", type=int, default=4_096, help="tokens to compare on")
     parser.add_argument("--json", action="store_true", help="print JSON")

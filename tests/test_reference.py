@@ -19,7 +19,7 @@ from tests.reference import SlowAttention, SlowLlama, rope_inv_freq, stream_nll
 
 
 def read(attention: SlowAttention, count: int = 1) -> np.ndarray:
-    """Read tokens of one frequency, 1 radian a place; key i is (1, 0), value i says i."""
+    """Read tokens of one frequency, 1 radian per position; key i is (1, 0), value i is (1, i)."""
     out = np.empty((1, 2))
     for _ in range(count):
         value = np.array([[1.0, attention.n]])
@@ -32,7 +32,7 @@ def one_frequency(sinks: int, window: int | None, spare: int = 0) -> SlowAttenti
 
 
 def seen(distances: dict[int, int]) -> float:
-    """Return what `read` gives in [0, 1], by hand: scores are cosines of the distances."""
+    """Return what `read` gives in [0, 1], computed by hand: scores are cosines of the distances."""
     weight = {token: math.exp(math.cos(distance)) for token, distance in distances.items()}
     return sum(token * w for token, w in weight.items()) / sum(weight.values())
 

@@ -60,7 +60,7 @@ SCHEMA = (
 LONGEST_CHUNK = 4096
 # After this long, a new heading is written even if the source is the same.
 HEADING_AGAIN = timedelta(minutes=15)
-# The most notes from folders that are remembered.
+# The maximum number of notes from folders to remember.
 MOST_NOTES = 20_000
 
 

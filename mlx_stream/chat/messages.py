@@ -70,7 +70,7 @@ def turn_of_messages(question: Question) -> tuple[tuple[Message, ...], Message |
 def check_message(message: Message) -> None:
     """Raise ValueRefused or TextError for a message that cannot be passed to a template."""
     if message.role not in ROLES:
-        raise ValueRefused(f"a message's role must be one of {', '.join(ROLES)}: {message.role!r}")
+        raise ValueRefused(f"a role must be one of {', '.join(ROLES)}, not {message.role!r}")
     for text in (message.text, message.name, message.id, message.thinking):
         check_text(text)
 

@@ -58,7 +58,7 @@ def chat(
     ] = None,
     lines: Annotated[
         bool,
-        Option("--lines", help="Treat each line of standard input as a turn; omit the notice."),
+        Option("--lines", help="Treat each line of standard input as a turn, without a notice."),
     ] = False,
     session: Annotated[
         str | None,

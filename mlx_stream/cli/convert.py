@@ -72,7 +72,8 @@ def convert(
     """Write a model to the folder OUT, quantized or unchanged.
 
     --bits, --mode, --recipe, --preset and --device quantize it. The folder appears when complete.
-    Memory use does not grow with the model's size, unless a sensitive recipe or a report runs it.
+    Memory use does not grow with the model's size, unless a sensitive recipe or a report runs the
+    model.
     """
     from mlx_stream.hub.listing import record_converted
     from mlx_stream.quantize.convert import ConvertOptions, convert_model, recipe_for

@@ -35,7 +35,7 @@ def read_prompts(path: Path) -> dict[int, str]:
             prompt = None
         if not isinstance(prompt, str) or not prompt:
             raise ValueRefused(
-                f'{path}, line {number}: not a JSON string, nor an object with a "prompt"'
+                f'{path}, line {number}: neither a JSON string nor an object with a "prompt"'
             )
         prompts[number] = prompt
     if not prompts:

@@ -117,7 +117,7 @@ class Engine:
     ) -> int | None:
         """Return the largest usual window with which several sessions fit the budget.
 
-        It leaves room for a system prompt. None if none does. The model must be loaded.
+        It leaves room for a system prompt. None if no window fits. The model must be loaded.
         """
         return self._host.largest_window(streams, sinks, kv_bits)
 

@@ -91,7 +91,7 @@ class Listener(Handle):
             if not has_room():
                 raise QueueFull(
                     f"the backlog has no room ({backlog.size:,} of {backlog.capacity:,} "
-                    f"characters): feed these {len(text):,} later, or pass a timeout"
+                    f"characters): feed these {len(text):,} characters later, or pass a timeout"
                 )
             backlog.add(text)
 

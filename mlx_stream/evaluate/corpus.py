@@ -37,7 +37,7 @@ class Corpus:
         if len(self.ids) <= tokens:
             raise TextError(
                 f"{', '.join(self.names)}: {len(self.ids):,} tokens, but {tokens:,} and one "
-                f"to predict are needed: use a longer text, or a smaller {option}"
+                f"more to predict are needed: use a longer text, or a smaller {option}"
             )
 
 

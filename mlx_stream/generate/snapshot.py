@@ -124,7 +124,7 @@ def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HE
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SnapshotError(f"{path}: not a saved stream: unrecognised header") from error
     except (OSError, CheckpointError, RuntimeError, ValueError, MemoryError) as error:
-        reason = "is not there" if not os.path.lexists(path) else one_line(error)
+        reason = "it does not exist" if not os.path.lexists(path) else one_line(error)
         raise SnapshotError(f"{path}: not a saved stream: {reason}") from error
 
 

@@ -63,7 +63,7 @@ def refuse_unknown(config: ModelConfig, tensors: MutableMapping[str, Any]) -> No
 
 
 class RemainingTensors(MutableMapping[str, mx.array]):
-    """The tensors of a checkpoint that no module has taken yet; none is read until then.
+    """The tensors of a checkpoint that no module has taken yet; each is read only when it is taken.
 
     If the source is mutable, a taken tensor is deleted from it; otherwise it would be in memory
     twice.

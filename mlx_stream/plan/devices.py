@@ -207,7 +207,7 @@ AMOUNTS = ("budget_gb", "without_entitlement_gb", "bandwidth_gb_s")
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (
         lambda value: isinstance(value, str) and bool(NAME.fullmatch(value)),
-        "of a-z, 0-9 and '-', at most 64",
+        "1 to 64 characters from a-z, 0-9 and '-'",
     ),
     "kind": (lambda value: value in KINDS, f"one of {', '.join(KINDS)}"),
     "memory_gb": (is_sizes, "a positive number, or a list of them"),

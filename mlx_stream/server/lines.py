@@ -553,8 +553,8 @@ class Lines:
     def _best_match(self, request: Request) -> tuple[tuple[StreamLine, int, int] | None, str]:
         """Return the line to use and where the request's turns stand in its record.
 
-        A match of more turns is better. Next best is one of all turns at the end of a line from
-        which nothing older must be evicted, then a later position, then the end of a record. If no
+        A match of more turns is better. Among equal matches, one of all turns at the end of a line
+        with nothing older to evict is best, then a later position, then the end of a record. If no
         line matches, return why.
         """
         found: list[tuple[tuple[Any, ...], tuple[StreamLine, int, int]]] = []
@@ -591,7 +591,7 @@ class Lines:
         """The most turns that a window can hold: each has at least one token."""
         return self.window or THINKING_WINDOWS[0]
 
-    # --- lines that come and go; called under the lock ---
+    # --- opening and closing lines; called under the lock ---
 
     def _next_to_go(self, besides: StreamLine | None = None) -> StreamLine | None:
         """Return the idle line to close if room is needed: copied ones first, then short ones."""

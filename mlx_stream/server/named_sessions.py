@@ -122,7 +122,7 @@ class NamedSessions:
                 opened.used = self._count
                 try:
                     await asyncio.to_thread(opened.session.wait)
-                except Exception:  # the next request tries again; if a client left, it goes on
+                except Exception:  # the next request retries; if a client left, opening continues
                     self._open.pop(name, None)
                     opened.session.close()
                     raise

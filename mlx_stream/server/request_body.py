@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from mlx_stream.server.api_errors import ApiError
 
 MOST_DEPTH = 32
-# Possessive and without need of its last quote, so that an unterminated string is matched at once
-# and not tried again from each of its quotes.
+# Possessive, and with an optional closing quote, so that an unterminated string is matched at once
+# and is not retried from each of its quotes.
 STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 # JSON allows neither, but many parsers accept them.
 NOT_JSON = re.compile(rb"NaN|Infinity")

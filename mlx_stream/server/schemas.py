@@ -26,7 +26,8 @@ WITHOUT_EFFECT = {
 
 
 Item = TypeVar("Item")
-# Up to its first wrong item: each one that is reported takes 100 times the bytes of the body.
+# Checked only up to the first wrong item: each one that is reported takes 100 times the bytes of
+# the body.
 ListOf = Annotated[list[Item], Field(fail_fast=True)]
 
 

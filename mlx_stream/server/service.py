@@ -274,7 +274,7 @@ class ModelService:
                     raise
                 await self._idle.wait()
 
-    # --- the model's comings and goings ---
+    # --- loading and unloading the model ---
 
     async def report_loading(self) -> None:
         """Report when the model has been loaded, or why it could not be."""

@@ -16,7 +16,7 @@ class ThinkingStyle:
         cut: the string that is read to end thinking that is too long; it includes `closing`.
         sign: a string that every template of such a model contains.
         ends: special tokens among these strings that end a reply once the answer has begun: the
-            template would take what they begin for thinking.
+            template would treat the text after them as thinking.
     """
 
     openings: tuple[str, ...]

@@ -327,7 +327,7 @@ def test_what_keeps_it_from_starting_is_one_line(letters, log, tmp_path):
     where.journal.write_bytes(b"not a journal " * 100)
     assert "from a backup" in refused("run", f"--follow={log}", model)
     assert "nothing" not in refused("run", f"--follow={log}", model, "--name=../x")
-    # launchd starts again what does not end with status 0.
+    # launchd restarts a program that does not exit with status 0.
     agent = {"env": {**os.environ, AGENT: "1"}}
     assert "from a backup" in refused("run", f"--follow={log}", model, status=0, **agent)
 

@@ -20,7 +20,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def read_one(path: Path) -> Reading:
-    """Return a reading that has read "one"."""
+    """Return a `Reading` that has read "one"."""
     write(path, b"one\n", 2)
     reading = Reading(path)
     reading.poll()
@@ -28,7 +28,7 @@ def read_one(path: Path) -> Reading:
 
 
 def rotated_unseen(path: Path) -> Reading:
-    """Return a reading that has read "one"; "two" is in x.log.1, and "three" in x.log."""
+    """Return a `Reading` that has read "one"; "two" is in x.log.1, and "three" in x.log."""
     reading = read_one(path)
     write(path, b"two\n", 3)
     rotate(path)

@@ -137,7 +137,7 @@ def test_a_full_database(kills: Kills, model: Model) -> None:
         opens(kills, saved)
     pages(2**30)
     say(chat, "Now?")
-    # What was said and taken back in the meantime is as if there had been room.
+    # What was asked and undone in the meantime is stored as if there had been room.
     answered = [turn for turn in kept if turn.state == ANSWERED]
     assert [turn.exchange.question for turn in store.turns()] == [
         *(turn.exchange.question for turn in answered),

@@ -71,7 +71,7 @@ def test_these_are_the_tables_there_were(path: Path) -> None:
 def test_a_snapshot_of_any_turn_is_known_by_its_head(path: Path, count: int) -> None:
     turns, first = TURNS[:count], max(1, count)
     write_version_1(path, HEADER, turns, first, "0a")
-    for _ in range(2):  # the first time it is migrated, the second time it already is
+    for _ in range(2):  # migrated the first time, already migrated the second time
         check_migrated(path, HEADER, turns, first, "0a")
     assert path.stat().st_mode & 0o777 == 0o600
     with Store.open(path) as store:

@@ -72,7 +72,7 @@ def four_bits(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "4 bits", "8-bit keys"])
 def test_a_resumed_conversation_continues_bit_for_bit(folder, four_bits, kind):
-    """Its turns wrap the ring many times and turn it back several times."""
+    """The turns wrap the ring many times and rotate it back several times."""
     if kind == "4 bits":
         model = mlx_stream.load(four_bits, keep_quantized=True)
         assert model.quantized

@@ -140,7 +140,7 @@ def test_a_template_that_trims_replies_gets_its_trailing_whitespace_taken_back(
     space = chat.model.tokenizer.encode("a \n", special=False)
 
     def whitespace(hidden):
-        # "a", then whitespace: this model would hardly write that by itself.
+        # "a", then whitespace: this model is unlikely to write that by itself.
         bias = mx.zeros(logits(hidden).shape[-1])
         bias[space[min(len(space) - 1, next(step))]] = 1e4
         return logits(hidden) + bias

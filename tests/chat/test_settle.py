@@ -135,11 +135,11 @@ class Trouble:
 
 
 class Recorded(TokenStream):
-    """A stream that records how it read what it holds.
+    """A stream that records the steps in which it read its tokens.
 
     Attributes:
         steps_taken: the ids of each step, how many of them are kept, and the lowest token that can
-            be attended after it; no ids where only that changed.
+            be attended after it; no ids if only that token has changed.
     """
 
     cache: Any
@@ -268,7 +268,7 @@ def act(chat: Any, trouble: Trouble, data: st.DataObject) -> Any:
     elif what == "restart":
         system, window = data.draw(st.sampled_from([None, "Be long."])), data.draw(WINDOWS)
         expected = chat.system, chat.stats.window
-        trouble.left = 1  # the reading takes one step
+        trouble.left = 1  # reading takes one step
         try:
             chat.restart(system, window)
             expected = system, window

@@ -68,7 +68,7 @@ def test_thinking_that_does_not_end_is_ended(tmp_path, window):
 
 
 def test_thinking_that_begins_again_in_the_answer_ends_the_reply(tmp_path):
-    """The template would take the whole answer for thinking."""
+    """The template would treat the whole answer as thinking."""
     chat = thinker(tmp_path / "model", script=("Ċ", "<think>", *"ab", "</think>", *"jk", "<think>"))
     for _ in range(2):
         pieces = [*chat.reply("Hi")]

@@ -115,7 +115,7 @@ def test_a_chat_begins_with_the_defaults_of_the_file(letters):
     row = parsed(done("sessions", "list", "--json").out)["sessions"][0]
     assert (row["model"], row["window"]) == (str(letters), 90)
     done("config", "set", "window", "120")
-    done(*options, "one")  # what is saved goes before the file
+    done(*options, "one")  # saved settings take precedence over the file
     assert parsed(done("sessions", "list", "--json").out)["sessions"][0]["window"] == 90
     assert first.out == done(*options, "two", "--window", 90).out
 

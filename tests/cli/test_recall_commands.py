@@ -158,7 +158,7 @@ def everything_attended(chat) -> tuple:
 def test_a_kill_during_a_reply_with_a_quotation_leaves_none_of_it(
     model, saved, tmp_path, monkeypatch
 ):
-    """What is attended to is the end of what was, and the question is answered as in a twin."""
+    """The attended text is a suffix of what it was, and the question is answered as in a twin."""
     question, home = "What is my zebra called?", Path(os.environ["MLX_STREAM_HOME"])
     before = everything_attended(saved.chat)
     saved.close()

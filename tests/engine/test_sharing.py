@@ -63,7 +63,7 @@ def test_replies_at_once_share_their_steps(engine):
     with steps_of(engine) as steps:
         replies = at_once(*(chat.reply("Hi") for chat in chats))
     assert [len(reply) for reply in replies] == [30] * 4
-    # Not all: a tiny step is over before each caller is back.
+    # Not every step is shared: a tiny one ends before each caller asks again.
     assert sum(map(len, steps)) > 1.2 * len(steps) and max(map(len, steps)) == 4
 
 

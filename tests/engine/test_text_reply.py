@@ -1,4 +1,4 @@
-"""A text that an engine continues is that of `stream`; windows fit their number."""
+"""An engine continues a text as `stream` does; the largest window depends on how many must fit."""
 
 import asyncio
 from pathlib import Path

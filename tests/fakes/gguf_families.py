@@ -59,7 +59,7 @@ def write_family(
     Args:
         raw: a `tiny_config`.
         kinds: the types of single matrices, by Hugging Face name; all others have `kind`.
-        parts: of about so many files, named as llama.cpp does.
+        parts: about how many files to write, named as llama.cpp names them.
     """
     architecture = str(ARCHITECTURES.get(raw["model_type"], raw["model_type"]))
     number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]

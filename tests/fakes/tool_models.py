@@ -157,7 +157,7 @@ HARMONY_MODEL = ToolModel(
 TAGGED_MODEL = ToolModel(
     TAGGED, tagged, ("<|im_end|>", "<|im_end|>"), ("<think>\n", "\n</think>\n\n")
 )
-# As QwQ: what asks for a reply begins its thinking.
+# As in QwQ: the text that asks for a reply also begins its thinking.
 TOLD_TO_THINK = ToolModel(
     TAGGED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
     tagged,

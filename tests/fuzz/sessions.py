@@ -86,7 +86,7 @@ def converse(name: str, model: Model, turns: int) -> SavedSession:
 
 @dataclass
 class Found:
-    """What a session was when it was opened."""
+    """What a session contained when it was opened."""
 
     said: list[Turn]
     state: dict[str, Any]

@@ -281,7 +281,7 @@ def test_a_stream_measures_its_own_steps(tiny_model):
     assert stats.accepted_tokens > 50
 
 
-# --- what excludes what ---
+# --- options that exclude each other ---
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     python -m tests.long.assistant northanger_abbey.txt pride_and_prejudice.txt --home work
 
-Everything it makes is in `--home`; run again with the same words it continues where it stopped.
+All its files are in `--home`; run again with the same arguments, it continues where it stopped.
 """
 
 import argparse

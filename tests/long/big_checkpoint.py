@@ -3,7 +3,7 @@
     python -m tests.long.big_checkpoint OUT
     mlx_stream convert OUT OUT-4bit --bits 4
 
-Its weights are random: it serves to measure memory and time.
+Its weights are random: it is for measuring memory and time.
 """
 
 import argparse

@@ -316,7 +316,7 @@ def run(folder: Path, minutes: float, sessions: int, seed: int) -> dict[str, Any
                 checked += 1
             except AssertionError as error:
                 failures.append(str(error))
-    # The first half warms up: malloc's arenas of 50 threads were seen to grow that long.
+    # The first half is a warm-up: the malloc arenas of 50 threads were seen to grow for that long.
     warm = looks[len(looks) // 2 - 1] if looks else {}
     grown = {name: looks[-1][name] - value for name, value in warm.items()}
     return {

@@ -27,7 +27,7 @@ from tests.fakes.shell import SMALL
 from tests.fakes.tiny import tiny_config, write_letters
 
 MOST_BYTES = 100  # of the record of a turn
-BYTES_GROWTH = 20_000  # the fullest window has some more turns than the first look finds
+BYTES_GROWTH = 20_000  # the fullest window has a few more turns than the first look finds
 OBJECT_GROWTH = 200
 
 

@@ -64,7 +64,7 @@ class Reader:
 
 
 def lines(luck: random.Random, size: int) -> Iterator[bytes]:
-    """Yield lines that together have at least a number of bytes."""
+    """Yield lines that together have at least `size` bytes."""
     number = 0
     while size > 0:
         line = b"%d %b\n" % (number, b"and the man of the house " * luck.randint(1, 40))

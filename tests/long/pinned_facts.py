@@ -102,7 +102,7 @@ def read(chat: ChatSession, question: str, reply: str = "") -> None:
 
 
 def ask(chat: ChatSession, fact: Fact) -> list[float]:
-    """Return the log-probability of each candidate as the answer; the question is taken back."""
+    """Return the log-probability of each candidate as the answer, then undo the question."""
     read(chat, fact.question)
     tokens, tokenizer = chat.tokens, chat.model.tokenizer
     begun = tokens.length

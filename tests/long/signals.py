@@ -108,7 +108,7 @@ class Moments:
         phase, code, out, err = self.run(name, target, questions, first, second)
         self.fell[phase] += 1
         self.statuses[str(code)] += 1
-        # Python prints a traceback if both come during the same call into MLX, or one at its exit.
+        # Python prints a traceback if both come during one call into MLX, or one comes at exit.
         at_once = second and "ignored due to race condition" in err
         late = out.count("\n") >= len(questions) and "atexit callback" in err
         assert at_once or late or ("Traceback" not in err and "Exception" not in err), err

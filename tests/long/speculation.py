@@ -129,7 +129,7 @@ def tasks(model: Model, options: argparse.Namespace) -> None:
 
 
 def equal(model: Model, options: argparse.Namespace) -> None:
-    """Compare greedy ids with plain decoding; where logits nearly tie, both go the plain way."""
+    """Compare greedy ids with plain decoding; after a near tie, both follow the plain one."""
     plain = writer_factory(model, False, None, None)(None, options.window, print).tokens
     writer = writer_factory(model, True, None, None)(None, options.window, print)
     guessing, stats = writer.tokens, Stats()

@@ -1,6 +1,6 @@
-"""What follows when MLX fails: the tests in failures.py, each in its own process.
+"""What happens after MLX fails: the tests in failures.py, each in its own process.
 
-A failure leaves MLX's count of its tasks wrong: after some dozens, on one core, it waits for ever.
+A failure leaves MLX's count of its tasks wrong: after a few dozen, on one core, it waits forever.
 """
 
 import ast

@@ -3,10 +3,10 @@
     python -m tests.long.thinking TEMPLATE...
 
 Each model has random weights and a tokenizer with the template's special tokens, and writes what
-a script says. After each of five turns, and after retry, undo, edit, a reply cut in its thinking,
-resuming and evictions, the attended ids must be what the template renders, and the
-logits to the bit those of a stream with the same steps. Prints a line for each template; exits 1 if
-one failed. Takes minutes.
+a script says. After each of five turns, and after retry, undo, edit, a reply stopped while
+thinking, resuming and evictions, the attended ids must be what the template renders, and the logits
+must equal, bit for bit, those of a stream with the same steps. Prints a line for each template;
+exits 1 if one failed. Takes minutes.
 """
 
 import argparse

@@ -71,8 +71,8 @@ Talk = tuple[int, int]  # the sinks of the stream, and the bytes of its keys and
 
 def chat(model: Model, window: int, kv_bits: int | None, text: str) -> Talk:
     """Ask one question that is longer than the window."""
-    # Pinned, the system turn that a template may open with would be more sinks than the default,
-    # and the starter's trained context has no room for it beside a window of 8,188.
+    # If it were pinned, the system turn that a template may open with would be more sinks than the
+    # default, and the starter's trained context has no room for them beside a window of 8,188.
     session = mlx_stream.ChatSession(
         model,
         window=window,

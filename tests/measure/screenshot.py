@@ -3,8 +3,8 @@
     QT_QPA_PLATFORM=offscreen TOGA_BACKEND=toga_qt \\
         python -m tests.measure.screenshot [--dark] MODEL FOLDER QUESTION...
 
-Writes FOLDER/large.png while the last reply streams, and FOLDER/small.png, the window made smaller,
-when it has ended; prints a line of JSON with what was shown.
+Writes FOLDER/large.png while the last reply streams, and FOLDER/small.png, of a smaller window,
+when the reply has ended; prints a line of JSON with what was shown.
 """
 
 import asyncio

@@ -103,7 +103,7 @@ def test_what_changes_the_computation_changes_the_fingerprint_and_nothing_else_d
 
 @dataclass(frozen=True)
 class LaterConfig(ModelConfig):
-    """The settings of a version to come."""
+    """The settings of a future version."""
 
     alibi: bool = False
 

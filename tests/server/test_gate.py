@@ -1,4 +1,4 @@
-"""Who may ask, by raw bytes on every path of the server: the engine does nothing for the others."""
+"""Which requests are accepted, as raw bytes on every path; the engine does nothing for the rest."""
 
 import socket
 import struct

@@ -1,4 +1,4 @@
-"""Servers of their own: unread, idle, without a model, and the program in its own process."""
+"""Tests with their own servers: unread, idle, without a model, and in a process of its own."""
 
 import json
 import os

@@ -87,7 +87,7 @@ def test_kept_ids_and_rest_are_exactly_what_was_said(pieces, stops, data):
         count, rest = reply.final_ids(trim)
         expected = said.rstrip() if trim else said
         assert "".join(pieces[:count]) + rest == expected
-        # No id is taken back that need not be: the next one with text of its own goes too far.
+        # No id is dropped unnecessarily: the next one with text of its own would go too far.
         following = next((i for i in range(count, len(pieces)) if pieces[i]), count)
         crosses = len("".join(pieces[: following + 1])) > len(expected)
         assert not rest or crosses or held & set(range(count, following + 1))

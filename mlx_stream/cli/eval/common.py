@@ -92,7 +92,7 @@ def parse_cache(text: str, allowed: Sequence[str]) -> tuple[str, dict[str, int]]
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key not in allowed or key in settings:
-            fail(f"--cache {text}: takes {', '.join(allowed)}, each once, not {pair!r}")
+            fail(f"--cache {text}: expected {', '.join(allowed)}, each at most once, not {pair!r}")
         settings[key] = whole_number(f"--cache {text}: {key}", value, least=int(key != "sinks"))
     return name, settings
 

@@ -46,9 +46,9 @@ def endurance(
 ) -> None:
     """Read texts over and over as one stream, and log the results.
 
-    Ctrl-C stops it after the current step. Rerun the command to continue, with the figures
-    of an uninterrupted run. With a larger --tokens it reads further. The last segment is always
-    completed.
+    Ctrl-C stops it after the current step. Rerun the command to continue; the figures
+    are those of an uninterrupted run. With a larger --tokens it reads further. The last segment is
+    always completed.
     """
     from mlx_stream.evaluate.endurance import (
         Course,

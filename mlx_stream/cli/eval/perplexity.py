@@ -37,9 +37,9 @@ def perplexity(
             metavar="NAME[,SETTING=N...]",
             help="stream, fresh (a new stream for each segment, which first reads the "
             "preceding window), window (no sinks), dense, recompute, mlx-lm or llama.cpp; "
-            "repeatable. Settings: tokens; for recompute stride and sinks, for all others chunk; "
-            "for "
-            "stream kv (8 or 4 bits) and clock (the limit at which it is lowered). "
+            "repeatable. Settings: tokens for all; stride and sinks for recompute, chunk for the "
+            "others; "
+            "kv (8 or 4 bits) and clock (the limit at which it is lowered) for stream. "
             "Default: dense, window, recompute, stream, mlx-lm.",
         ),
     ] = None,

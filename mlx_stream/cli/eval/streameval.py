@@ -47,7 +47,7 @@ def streameval(
 ) -> None:
     """Ask a stream about lines further and further back.
 
-    It reads numbered lines, with a question after every 10. An answer counts as right by
+    The stream reads numbered lines, with a question after every 10. An answer counts as right by
     likelihood if it is likelier than nine others (chance: 10%), and by generation if the model
     writes it. The default window holds about 46 lines of 22 tokens.
     """
