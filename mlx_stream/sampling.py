@@ -132,6 +132,13 @@ class PenalizedIds:
         return cls(*arrays) if arrays else None
 
 
+@dataclass
+class RandomKey:
+    """A generator's state: `key` (2,) uint32, replaced by each draw."""
+
+    key: mx.array
+
+
 class Sampler:
     """Choose tokens one after another; the state is a single random key.
 
@@ -142,7 +149,7 @@ class Sampler:
     Attributes:
         mode: the sampling steps that are active.
         numbers: the parameters of these steps: arrays by name, each with one element except `bias`.
-        key: the random key, (2,) uint32.
+        random: the random key; shared with `source`.
         allows_guessing: whether several tokens may be verified at once. False for a reply with its
             own seed: how many tokens are guessed depends on timing, so it would not be
             reproducible.
@@ -167,21 +174,10 @@ class Sampler:
             "min_p": mx.array(math.log(self.sampling.min_p) if self.sampling.min_p else -math.inf),
             "penalty": mx.array(self.sampling.repetition_penalty),
         }
-        self._key, self._source = mx.random.key(self.sampling.seed), source
+        self.random = source.random if source else RandomKey(mx.random.key(self.sampling.seed))
         self._bias: np.ndarray | None = None
         self.allows_guessing = mask is None and logprobs is None
-        mx.eval(self.numbers, self._key)
-
-    @property
-    def key(self) -> mx.array:
-        return self._source.key if self._source else self._key
-
-    @key.setter
-    def key(self, key: mx.array) -> None:
-        if self._source:
-            self._source.key = key
-        else:
-            self._key = key
+        mx.eval(self.numbers, self.random.key)
 
     def for_reply(self, vocabulary: int, options: ReplyOptions) -> "Sampler":
         """Return the sampler for one reply: this one, if no option is given.
@@ -244,7 +240,7 @@ class Sampler:
 
     def state(self) -> str:
         """Return the random key, in hexadecimal."""
-        return np.array(self.key).tobytes().hex()
+        return np.array(self.random.key).tobytes().hex()
 
     def restore(self, state: str) -> None:
         """Continue from `state`.
@@ -256,16 +252,17 @@ class Sampler:
             words = np.frombuffer(bytes.fromhex(state), np.uint32)
         except ValueError:
             words = np.zeros(0, np.uint32)
-        if words.shape != self.key.shape:
+        if words.shape != self.random.key.shape:
             raise ValueRefused("not a random number generator's state")
-        self.key = mx.array(words)
+        self.random.key = mx.array(words)
 
     def choose(self, logits: mx.array, attended: Callable[[], Sequence[int]]) -> int:
         """Return a token for logits (vocabulary,); `attended` returns the ids to penalize."""
         penalized = None
         if self.mode.penalizes and (ids := attended()):
             penalized = PenalizedIds(mx.array([*ids], mx.int32), mx.ones(len(ids), mx.bool_))
-        token, self.key = choose_token(self.mode, self.numbers, logits, self.key, penalized)
+        key = self.random.key
+        token, self.random.key = choose_token(self.mode, self.numbers, logits, key, penalized)
         return as_int(token)
 
 

@@ -115,11 +115,12 @@ class StreamCache:
 
     @property
     def length(self) -> int:
-        return self.position.length
+        return self.current.position.length
 
     @property
     def attended(self) -> int:
-        return min(self.length, self.geometry.sinks) + self.geometry.ring_count(self.position)
+        position = self.current.position
+        return min(position.length, self.geometry.sinks) + self.geometry.ring_count(position)
 
     @property
     def evicted(self) -> int:
@@ -128,12 +129,13 @@ class StreamCache:
     @property
     def oldest(self) -> int:
         """The oldest attended token that is not a sink: the newest token's o."""
-        return self.geometry.oldest(self.position, self.length - 1)
+        position = self.current.position
+        return self.geometry.oldest(position, position.length - 1)
 
     @property
     def room(self) -> int:
         """How many tokens can be read before the oldest one must be evicted."""
-        return self.geometry.room(self.position)
+        return self.geometry.room(self.current.position)
 
     @property
     def rewindable(self) -> int:
@@ -181,8 +183,9 @@ class StreamCache:
         return longest_verified(self.shape, self.geometry, self.position)
 
     def is_ready(self, count: int) -> bool:
-        turning = self.current.pending_turn > 0
-        return not turning and self.position.clock + pad_length(count) <= self.clock_limit
+        state = self.current
+        clock = state.position.clock + pad_length(count)
+        return not state.pending_turn and clock <= self.clock_limit
 
     def max_step(self, waiting: int) -> int:
         if waiting == 1:
@@ -219,13 +222,14 @@ class StreamCache:
         return DecodeStep.plan(shape, self.storage, geometry, state)
 
     def commit(self, step: Any) -> None:
-        first, sinks = self.length, self.current.sinks
+        before, sinks = self.current.position, self.current.sinks
         if step.new_sinks:
+            first = before.length
             read = min(step.count, self.geometry.sinks - first)
             sinks = mx.array(sinks)  # a new handle: a state returned earlier stays unchanged
             sinks[:, :, first : first + read] = mx.concatenate(step.new_sinks)
             mx.eval(sinks)  # nothing else in the step evaluates them
-        position = self.geometry.advance(self.position, step.count, step.sinks_at)
+        position = self.geometry.advance(before, step.count, step.sinks_at)
         self.current = CacheState(position, step.keys, step.values, sinks)
 
     def rewind(self, count: int) -> None:

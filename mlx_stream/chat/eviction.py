@@ -90,7 +90,7 @@ class TurnEvictor:
     def make_room(self, count: int, keep: int = 0) -> None:
         """Evict the oldest turns, except the last `keep`, until `count` tokens can be read."""
         self.forget()
-        while self.whole and self._room < count and len(self.state.turns) > keep:
+        while self.whole and len(self.state.turns) > keep and self._room < count:
             self.evict_oldest()
 
     def evict_oldest(self) -> None:

@@ -51,7 +51,7 @@ def write_reply(
         while True:
             for at, token in enumerate(chosen, 1):
                 tokens.lookahead = len(chosen) - at
-                sampler.key = keys[at - 1]
+                sampler.random.key = keys[at - 1]
                 if token in ends or reply.is_end(token):
                     finish = "end"
                     break
@@ -88,11 +88,12 @@ def write_reply(
                 stats.drafted_tokens += len(guess.ids)
                 stats.accepted_tokens += len(chosen) - 1
             else:
-                sampler.restrict(reply.ids)
-                more = left > 1 and sampler.mask is None
+                if sampler.mask:
+                    sampler.restrict(reply.ids)
+                more = left > 1 and not sampler.mask
                 result = yield ReadRequest(tokens, (token,), Want.TOKEN, sampler=sampler, more=more)
                 assert result is not None
-                chosen, keys = [result.token], [sampler.key]
+                chosen, keys = [result.token], [sampler.random.key]
             stats.reply_seconds += result.seconds
             if speculator and guess:
                 speculator.learn(guess, chosen, None if result.shared else result.seconds)
@@ -113,7 +114,7 @@ def choose_first(
     """Choose the token after the ids just read; return it and the sampler's key after it."""
     assert result.logits is not None
     sampler.restrict(reply.ids)
-    return [sampler.choose(result.logits, tokens.ids.attended)], [sampler.key]
+    return [sampler.choose(result.logits, tokens.ids.attended)], [sampler.random.key]
 
 
 def logprob_of(logits: mx.array, token: int, count: int) -> TokenLogprob:

@@ -124,7 +124,9 @@ def choose(read: PlannedRead, logits: mx.array | None) -> tuple[mx.array, mx.arr
     sampler = read.request.sampler
     if read.request.want is not Want.TOKEN or logits is None or sampler is None:
         return None
-    return choose_token(sampler.mode, sampler.numbers, logits[0], sampler.key, read.penalized)
+    return choose_token(
+        sampler.mode, sampler.numbers, logits[0], sampler.random.key, read.penalized
+    )
 
 
 def commit(planned: list[PlannedRead]) -> None:
@@ -144,7 +146,7 @@ def result_of(
     count, want = len(read.ids), read.request.want
     sampler = read.request.sampler
     if chosen is not None and sampler:
-        sampler.key = chosen[1]
+        sampler.random.key = chosen[1]
         row = logits[0] if logits is not None and sampler.logprobs is not None else None
         return ReadResult(count, logits=row, token=as_int(chosen[0]))
     if logits is None or want is Want.ROWS:

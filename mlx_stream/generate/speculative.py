@@ -102,7 +102,7 @@ def choose_verified(
     for row, logits in enumerate(rows):
         later = len(guessed) - row
         chosen.append(sampler.choose(logits, lambda: stream.ids.attended(later)))  # noqa: B023
-        keys.append(sampler.key)
+        keys.append(sampler.random.key)
         if row == len(guessed) or chosen[-1] != guessed[row]:
             break
     stream.rewind(1 + len(guessed) - len(chosen))

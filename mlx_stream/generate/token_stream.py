@@ -218,7 +218,7 @@ class TokenStream:
         else:
             mx.eval(self._computed)
             step = self._plan(1)
-            output = self._decode(step, mx.array([[token]], mx.uint32), sampler, sampler.key)
+            output = self._decode(step, mx.array([[token]], mx.uint32), sampler, sampler.random.key)
         del pending
         self.commit(step, [token])
         del step  # only the update may hold references to the buffers
@@ -231,7 +231,7 @@ class TokenStream:
             following = self._decode(step, chosen.reshape(1, 1), sampler, key)
             self._pending = PendingStep(version, chosen, sampler, key, step, following)
         found = as_int(chosen)
-        sampler.key = key
+        sampler.random.key = key
         return found, output.logits
 
     def verify(self, ids: Sequence[int]) -> mx.array:
@@ -372,7 +372,7 @@ def last_logits(network: CausalLM, hidden: mx.array, check: bool) -> mx.array:
 
 def is_next(pending: PendingStep, version: object, token: int, sampler: Sampler) -> bool:
     """Return whether a step built in advance is the one needed now."""
-    same_draw = pending.sampler is sampler and sampler.key is pending.key
+    same_draw = pending.sampler is sampler and sampler.random.key is pending.key
     return version is pending.version and same_draw and pending.token.item() == token
 
 

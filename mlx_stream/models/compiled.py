@@ -111,7 +111,7 @@ class CompiledSteps:
             for step, sampler in zip(steps, samplers, strict=True)
         )
         choices = [
-            (sampler.numbers, sampler.key, [] if some is None else [some.ids, some.attended])
+            (sampler.numbers, sampler.random.key, [] if some is None else [some.ids, some.attended])
             for sampler, some in zip(samplers, penalized, strict=True)
         ]
         compute = self._shared_function(fixed)

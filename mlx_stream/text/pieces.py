@@ -263,13 +263,15 @@ class ReplyDecoder:
         """Add decoded text; return the part that is known to belong to the answer."""
         if self.remember:
             self.text += text
-        before = self.reader.phase
-        thought, answer = self.reader.add(text)
-        if last:
-            rest = self.reader.flush()
-            thought, answer = thought + rest[0], answer + rest[1]
-        self._thought += thought
-        if before is not Phase.ANSWER:
+        answer = text
+        if self.reader.phase is not Phase.ANSWER:
+            thought, answer = self.reader.add(text)
+            if last:
+                rest = self.reader.flush()
+                thought, answer = thought + rest[0], answer + rest[1]
+            self._thought += thought
             self.final = self.answer_at = len(self.text) - len(answer)
-        answer = self.call_reader.add(answer)
-        return answer + self.call_reader.flush() if last else answer
+        if self.call_style:
+            answer = self.call_reader.add(answer)
+            answer += self.call_reader.flush() if last else ""
+        return answer

@@ -140,7 +140,7 @@ def test_two_tokens_have_the_distribution_of_the_model(tiny_model):
         chosen, keys = choose_verified(stream, sampler, guess.ids, rows)
         speculator.learn(guess, chosen, 0.0)
         drafted, accepted = drafted + len(guess.ids), accepted + len(chosen) - 1
-        assert len(keys) == len(chosen) and keys[-1] is sampler.key
+        assert len(keys) == len(chosen) and keys[-1] is sampler.random.key
         if len(chosen) == 1:
             chosen.append(stream.next(chosen[0], sampler, more=False)[0])
         pairs[chosen[0], chosen[1]] += 1

@@ -96,7 +96,7 @@ def look(chat: ChatSession) -> tuple[int, ...]:
     chat.tokens._computed = []
     # A random key is half of the pair it was split into, and holds it; one that was read does not.
     chat.sampler.restore(chat.sampler.state())
-    mx.eval(chat.sampler.key)
+    mx.eval(chat.sampler.random.key)
     gc.collect()
     memory = mx.get_active_memory(), mx.get_cache_memory(), resident_bytes()
     return (*memory, len(gc.get_objects()))
