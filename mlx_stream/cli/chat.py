@@ -22,8 +22,8 @@ from mlx_stream.program.terminal import terminal_size
 if TYPE_CHECKING:
     from mlx_stream.chat.session import ChatSession
 
-# Modules that a conversation on a terminal needs and that are slow to import.
-SLOW_MODULES = "prompt_toolkit", "rich.progress", "mlx_stream.cli.markdown_printer"
+# Modules that showing a reply on a terminal needs and that are slow to import.
+SLOW_MODULES = "rich.progress", "mlx_stream.cli.markdown_printer"
 # How many lines of a pipe are answered before a notice says that each is a turn.
 LINES_WITHOUT_NOTICE = 20
 EXCHANGES_SHOWN_AGAIN = 2
@@ -135,7 +135,7 @@ def chat(
         if interactive:
             notify(f"loading {source}")
             # Imported while the weights are read, which MLX does without holding the GIL.
-            Thread(target=lambda: [import_module(name) for name in SLOW_MODULES]).start()
+            Thread(target=import_module, args=["prompt_toolkit"]).start()
         loaded = loading.load(source)
         chosen = resume.SessionOptions(
             system=named_prompt(system) if system else system,
@@ -217,7 +217,7 @@ def run_interactive(chat: "ChatSession", screen: Screen, stats: bool, lines: boo
         show_end(chat, screen)
         notify(f"continuing {saved.name}: {plural(len(chat.exchanges))} attended")
     history = session_files.data_folder().parent / HISTORY
-    prompt = Prompt(history, status, commands.completions(), notify, idle)
+    prompt = Prompt(history, status, commands.completions(), notify, idle, SLOW_MODULES)
     line, first = "", first_attended(chat)
     while True:
         try:

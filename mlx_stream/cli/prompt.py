@@ -8,8 +8,9 @@ input line.
 import re
 import sys
 import termios
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class Prompt:
         idle: called once when nothing has been typed for a minute; keystrokes wait until it
             returns. Any text that it returns is shown as a notice. Never called on a terminal that
             cannot move its cursor.
+        modules: imported while the first line is typed.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Prompt:
         completions: Mapping[str, str],
         notify: Notify,
         idle: Callable[[], str] = str,
+        modules: Sequence[str] = (),
     ):
         from mlx_stream.cli.history import open_history
 
@@ -58,7 +61,7 @@ class Prompt:
         if is_dumb():
             self._read = lambda default: plain_line(default, kept)
         else:
-            self._read = editor(kept, status, completions, self._when_idle(idle))
+            self._read = editor(kept, status, completions, self._while_typing(idle, modules))
 
     def ask(self, default: str = "") -> str:
         """Return the text typed, which is not blank and may span several lines.
@@ -83,14 +86,15 @@ class Prompt:
             else:
                 default = ""
 
-    def _when_idle(self, idle: Callable[[], str]) -> Callable[[], None]:
-        """Return a function that waits, at a prompt, until the user has stopped typing."""
+    def _while_typing(self, idle: Callable[[], str], modules: Sequence[str]) -> Callable[[], None]:
+        """Return a function that imports modules and waits until the user has stopped typing."""
 
         async def wait() -> None:
             import asyncio
 
             from prompt_toolkit.application import get_app, run_in_terminal
 
+            await asyncio.to_thread(lambda: [import_module(name) for name in modules])
             before = None
             while (typed := get_app().current_buffer.text) != before:
                 before = typed
