@@ -20,6 +20,8 @@ from mlx_stream.chat.messages import Message, answering, check_message
 from mlx_stream.errors import ValueRefused
 from mlx_stream.text.tool_calls import ToolCall
 
+# A template can render this many in its time limit, and no chat has nearly as many.
+MOST_IN_TURN = 1_024
 DIGEST_BYTES = 32
 TURN_BYTES = 2 * DIGEST_BYTES
 
@@ -68,8 +70,8 @@ def conversation_of(
     Consecutive replies are merged.
 
     Raises:
-        ValueRefused: there is nothing to answer, a reply answers nothing, or tool results do not
-            match the calls before them.
+        ValueRefused: there is nothing to answer, a reply answers nothing, tool results do not
+            match the calls before them, or too many messages have no reply between them.
         TextError: a text is not valid Unicode.
     """
     for message in messages:
@@ -101,6 +103,11 @@ def conversation_of(
 
 def results_in_order(asked: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[Message, ...]:
     """Return a turn's messages, with tool results in the order of the calls, and without ids."""
+    if len(asked) > MOST_IN_TURN:
+        raise ValueRefused(
+            f"{len(asked):,} messages have no reply between them, and the limit is "
+            f"{MOST_IN_TURN:,}: join them"
+        )
     if not calls:
         return answering(asked, ())
     places = [replace(call, id=call.id or f"call {at}") for at, call in enumerate(calls)]

@@ -50,9 +50,10 @@ class TextCompletions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self.service
-        async with service.admitted() as engine:
+        async with service.admitted():
             request = parse_body(scope["state"].pop("body"), TextRequest)
             service.check_name(request.model)
+            engine = await service.loaded()
             counts = ReplyCounts(not request.stream)
             pieces = text_pieces(service, engine, request, counts)
             form = TextFormat(request, engine.bytes_of)

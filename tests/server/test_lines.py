@@ -11,7 +11,8 @@ import mlx_stream
 from mlx_stream import errors
 from mlx_stream.chat.messages import Message
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.server.lines import Lines, Record, find_longest
+from mlx_stream.server.line_record import Record, find_longest
+from mlx_stream.server.lines import Lines
 from tests.fakes.clients import SYSTEM, Client, attended_texts, chat_of, ids_to_attend
 from tests.fakes.conversations import assert_well_formed, said
 from tests.fakes.engines import DEADLINE, GREEDY, LONG, engine_of, eventually, together

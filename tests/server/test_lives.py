@@ -109,7 +109,19 @@ def test_a_reply_that_is_cut_ends_with_an_error(server: RunningServer, closed: b
             if b"0\r\n\r\n" in part:
                 break
     assert b'data: {"error":' in found[-600:] and b"[DONE]" not in found
+    assert (b'"stream_closed"' if closed else b'"cut"') in found and b"shutting" not in found
     assert (line["id"] in [x["id"] for x in listed(server)]) != closed
+    eventually(lambda: is_idle(server))
+
+
+def test_a_whole_reply_whose_stream_is_closed_is_an_error(server: RunningServer) -> None:
+    with closing(asked(server, body_of("Hello", False, ENDLESS))) as client:
+        eventually(lambda: is_replying(server))
+        (line,) = [x for x in listed(server) if x["state"] == "replying"]
+        assert server.ask("DELETE", f"/mlx_stream/streams/{line['id']}").status == 200
+        answer = read_answer(client)
+    assert answer.status == 503 and answer.error["code"] == "stream_closed"
+    assert "closed by another request" in answer.error["message"]
     eventually(lambda: is_idle(server))
 
 
