@@ -20,12 +20,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_stream.chat.messages import Message
-from mlx_stream.server.conversation import DIGEST_BYTES, TURN_BYTES
+from mlx_stream.models.window import THINKING_WINDOWS
+from mlx_stream.server.conversation import (
+    DIGEST_BYTES,
+    TURN_BYTES,
+    characters_of,
+    longest_text,
+)
 from mlx_stream.server.kept_lines import KeptLine
 from mlx_stream.server.line_record import Record
 from mlx_stream.server.line_reply import Request
 from mlx_stream.server.stream_line import StreamLine
 
+Turn = Sequence[Message]
 Match = tuple[StreamLine | KeptLine, int, int]
 
 
@@ -63,14 +70,14 @@ def choose(
     lines: Sequence[StreamLine],
     kept: Sequence[KeptLine],
     free: bool,
-    most_turns: int,
+    window: int | None,
     copies: bool = True,
 ) -> Choice:
     """Return how to answer a request.
 
     Args:
         free: whether another line may be opened without closing one.
-        most_turns: the most turns that a window can hold.
+        window: of a new line, in tokens; None for the model's default.
         copies: whether a line may be copied; otherwise everything is done in place.
     """
     turns = request.conversation.turns
@@ -78,7 +85,7 @@ def choose(
         return Choice("new", "there are no earlier turns", Record())
     best, why = best_match(request, lines, kept)
     if best is None:
-        return read_newest(request, why, most_turns)
+        return read_newest(request, why, window)
     line, first, last = best
     count, behind, record = last - first, len(line.record) - last, line.record.copy()
     keep, shifted = (count, "shifted") if first else (None, "")
@@ -94,8 +101,8 @@ def choose(
         return named(Choice(shifted or "retried", reason, record, line, retry=True, keep=keep))
     edited = count == len(turns) and behind == 1
     rest = turns[count:]
-    if len(rest) > most_turns:
-        return read_newest(request, "the turns to read fill the window", most_turns)
+    if len(readable(rest, window)) < len(rest):
+        return read_newest(request, "the turns to read fill the window", window)
     record.truncate(last)
     record.add(request.turns[count * TURN_BYTES :])
     # A copied line is the first to be closed, so an edit does not displace another line.
@@ -156,10 +163,21 @@ def best_match(
     return (best[1] if best else None), why
 
 
-def read_newest(request: Request, reason: str, most_turns: int) -> Choice:
+def readable(turns: Sequence[Turn], window: int | None) -> Sequence[Turn]:
+    """Return the newest turns, without those that are certain not to fit in a window."""
+    # Each turn has at least one token.
+    first = max(0, len(turns) - (window or THINKING_WINDOWS[0]))
+    longest = longest_text(window)
+    for at in range(len(turns) - 1, first - 1, -1):
+        if characters_of(turns[at]) > longest:
+            return turns[at + 1 :]
+    return turns[first:]
+
+
+def read_newest(request: Request, reason: str, window: int | None) -> Choice:
     record, turns = Record(), request.conversation.turns
     record.add(request.turns)
-    newest = turns[-most_turns:]
+    newest = readable(turns, window)
     unread = len(turns) - len(newest)
     return Choice("cold", reason, record, history=messages_of_turns(newest), unread=unread)
 
@@ -172,5 +190,5 @@ def next_to_go(
     return min(idle, key=lambda x: (not x.spare, len(x.record) > 1, x.used), default=None)
 
 
-def messages_of_turns(turns: Sequence[Sequence[Message]]) -> tuple[Message, ...]:
+def messages_of_turns(turns: Sequence[Turn]) -> tuple[Message, ...]:
     return tuple(message for turn in turns for message in turn)

@@ -26,8 +26,13 @@ from mlx_stream.errors import (
     ValueRefused,
     WeightsError,
 )
-from mlx_stream.models.window import THINKING_WINDOWS
-from mlx_stream.server.conversation import DIGEST_BYTES, Conversation, Digests
+from mlx_stream.server.conversation import (
+    DIGEST_BYTES,
+    Conversation,
+    Digests,
+    check_lengths,
+    longest_text,
+)
 from mlx_stream.server.kept_lines import KeptLine, KeptLines
 from mlx_stream.server.line_choice import Choice, choose, next_to_go
 from mlx_stream.server.line_record import Record
@@ -92,6 +97,7 @@ class Lines:
             ValueRefused: an option is out of range.
             EngineClosed: the engine is closed, or these lines are.
         """
+        check_lengths(conversation, longest_text(self.window))
         if (bias := options.get("bias")) and self.engine.ready:
             self.engine.check_bias(bias)
         asked = conversation.question[: -1 if conversation.begins_reply else None]
@@ -180,10 +186,8 @@ class Lines:
 
     def _choose(self, request: Request, copies: bool = True) -> Choice:
         kept = self._kept.usable() if self._kept else []
-        # Each turn has at least one token.
-        most_turns = self.window or THINKING_WINDOWS[0]
         free = len(self._lines) < self.streams
-        return choose(request, self._lines, kept, free, most_turns, copies)
+        return choose(request, self._lines, kept, free, self.window, copies)
 
     def _close_one(self, besides: StreamLine | None = None) -> bool:
         line = next_to_go(self._lines, besides)

@@ -253,7 +253,7 @@ def damage_end(path: Path) -> None:
 
 def damage_text(path: Path) -> None:
     """Change a text that has a valid place, as only the checksum finds."""
-    path.write_bytes(path.read_bytes().replace(b"Hm", b"Ho"))
+    path.write_bytes(path.read_bytes().replace(b'"Hm', b'"Ho'))
 
 
 def cut(path: Path) -> None:

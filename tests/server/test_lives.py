@@ -153,6 +153,27 @@ def test_a_crowd_is_answered_or_told_to_come_back(server: RunningServer) -> None
     assert threading.active_count() <= before[0]
 
 
+def test_a_text_of_megabytes_holds_up_nobody(server: RunningServer) -> None:
+    """Encoding it would take the engine's thread for seconds."""
+    long, hello = "a" * 4_000_000, {"role": "user", "content": "Hello"}
+    head = [{"role": "system", "content": long}, hello]
+    old = [{"role": "user", "content": long}, {"role": "assistant", "content": "x"}, hello]
+    with closing(asked(server, body_of("Hello", True, ENDLESS))) as client:
+        client.recv(10)
+        text = json.dumps({"model": "tiny", "prompt": long})
+        for path, body in (
+            (PATH, body_of(long, True)),
+            (PATH, body_of(messages=head)),
+            ("/v1/completions", text),
+        ):
+            answer = server.ask("POST", path, body=body)
+            assert answer.status == 400 and "4,000,000 characters" in answer.error["message"]
+        answer = server.ask("POST", PATH, body=body_of(stream=False, messages=old))
+        about = answer.json["mlx_stream"]
+        assert about["cache"] == "cold" and about["evicted_turns"] == 1 and about["read"] < 60
+    eventually(lambda: is_idle(server))
+
+
 def test_those_that_wait_are_answered_in_turn(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
