@@ -103,10 +103,10 @@ def plain_row(row: Row) -> list[Any]:
 
 
 def row_of(plain: Any) -> Row:
-    return tuple(bytes_of(value) for value in of_type(list, plain))
+    return tuple(value_of(value) for value in of_type(list, plain))
 
 
-def bytes_of(value: Any) -> Value:
+def value_of(value: Any) -> Value:
     if isinstance(value, list):
         (text,) = value
         return b64decode(of_type(str, text), validate=True)

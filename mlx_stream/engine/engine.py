@@ -121,20 +121,18 @@ class Engine:
         """
         return self._host.largest_window(streams, sinks, kv_bits)
 
-    def check_bias(self, bias: Mapping[int, float]) -> None:
-        """Refuse a bias that a reply could not use. The model must be loaded.
+    def check_options(
+        self,
+        bias: Mapping[int, float] | None = None,
+        think: bool | None = None,
+        reasoning_effort: str | None = None,
+    ) -> None:
+        """Refuse options that a session or a reply would refuse later. The model must be loaded.
 
         Raises:
-            ValueRefused: see `ReplyOptions`.
+            ValueRefused, TemplateError: see `ReplyOptions` and `ChatSession`.
         """
-        check_bias(bias, self._host.model.config.vocab_size)
-
-    def check_thinking(self, think: bool | None, reasoning_effort: str | None) -> None:
-        """Refuse settings that the model's template does not support. The model must be loaded.
-
-        Raises:
-            TemplateError: see `ChatSession`.
-        """
+        check_bias(bias or {}, self._host.model.config.vocab_size)
         template = self._host.model.tokenizer.template
         if template and (think is not None or reasoning_effort is not None):
             template.with_options(think, reasoning_effort)

@@ -65,7 +65,7 @@ class Choice:
     unread: int = 0
 
 
-def choose(
+def choose_line(
     request: Request,
     lines: Sequence[StreamLine],
     kept: Sequence[KeptLine],

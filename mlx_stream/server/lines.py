@@ -34,7 +34,7 @@ from mlx_stream.server.conversation import (
     longest_text,
 )
 from mlx_stream.server.kept_lines import KeptLine, KeptLines
-from mlx_stream.server.line_choice import Choice, choose, next_to_go
+from mlx_stream.server.line_choice import Choice, choose_line, next_to_go
 from mlx_stream.server.line_record import Record
 from mlx_stream.server.line_reply import LineReply, Request, Taken
 from mlx_stream.server.stream_line import LineState, StreamLine, line_state
@@ -98,8 +98,8 @@ class Lines:
             EngineClosed: the engine is closed, or these lines are.
         """
         check_lengths(conversation, longest_text(self.window))
-        if (bias := options.get("bias")) and self.engine.ready:
-            self.engine.check_bias(bias)
+        if self.engine.ready:
+            self.engine.check_options(options.get("bias"))
         asked = conversation.question[: -1 if conversation.begins_reply else None]
         moment = datetime.now()
         day = moment.date().isoformat() if self.engine.names_date else ""
@@ -187,7 +187,7 @@ class Lines:
     def _choose(self, request: Request, copies: bool = True) -> Choice:
         kept = self._kept.usable() if self._kept else []
         free = len(self._lines) < self.streams
-        return choose(request, self._lines, kept, free, self.window, copies)
+        return choose_line(request, self._lines, kept, free, self.window, copies)
 
     def _close_one(self, besides: StreamLine | None = None) -> bool:
         line = next_to_go(self._lines, besides)
@@ -204,7 +204,7 @@ class Lines:
         """Return a new line, a copy of one, or a restored one."""
         copied, head = source if isinstance(source, StreamLine) else None, request.conversation.head
         if not source and self.engine.ready:
-            self.engine.check_thinking(head.think, head.reasoning_effort)
+            self.engine.check_options(None, head.think, head.reasoning_effort)
         if len(self._lines) >= self.streams and not self._close_one(copied):
             raise QueueFull(f"all {self.streams:,} streams are writing replies: try again later")
         began = source.began if source else request.moment
