@@ -125,7 +125,7 @@ def test_rows_that_were_never_written_take_no_space(
     assert np.array_equal(read(other, [5, 6]), read(stream, [5, 6]))
 
 
-@pytest.mark.parametrize("rows", [5, "9", 2**60, True, [30]])
+@pytest.mark.parametrize("rows", [5, "9", 3_000_000, 2**60, True, [30]])
 def test_forged_numbers_of_rows_are_refused(
     tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any
 ) -> None:
@@ -141,7 +141,7 @@ def test_forged_numbers_of_rows_are_refused(
     monkeypatch.setattr(snapshot.json, "dumps", forged)
     snapshot.save_snapshot(path, stream, "m", {})
     with pytest.raises(SnapshotError, match="not a saved stream"):
-        snapshot.load_snapshot(path, 10**9)
+        snapshot.load_snapshot(path, 10**8)
 
 
 @pytest.fixture(scope="module")

@@ -322,6 +322,41 @@ def test_a_file_of_another_model_or_that_vanishes_is_cold(letters: Path, tmp_pat
         assert again.reply.cache == "cold" and "is not there" in notices[1]
 
 
+def test_a_file_that_was_replaced_is_cold(letters: Path, tmp_path: Path) -> None:
+    with keeping(letters, tmp_path) as lines:
+        clients = [Client(lines), Client(lines)]
+        for number, client in enumerate(clients):
+            converse(client, questions=(f"{number}?", "And?"))
+    notices = Notices()
+    with keeping(letters, tmp_path, notices) as lines:
+        first, second = files(tmp_path)
+        first.write_bytes(second.read_bytes())
+        caches = []
+        for client in clients:
+            client.lines = lines
+            client.ask("Next?")
+            caches.append(client.reply.cache)
+            assert attended_texts(client.chat) == client.texts
+    assert sorted(caches) == ["cold", "restored"]
+    assert len(notices) == 1 and "it was replaced" in notices[0]
+
+
+def test_a_file_that_is_removed_while_it_is_written_does_not_come_back(
+    tmp_path: Path, twin: Any
+) -> None:
+    said(twin.reply("Hi"))
+    record = Record(bytes(64), [9], 1)
+    kept = KeptLines(tmp_path, 2**30, print)
+    for count in (0, 3):
+        name = kept.new_name()
+        steps = kept.save(KeptLine(name, bytes(32), record, 9, datetime.now()), twin)
+        for _ in range(count):
+            next(steps)
+        kept.remove(name)
+        assert not any(steps) and not files(tmp_path) and not kept.usable()
+    kept.close()
+
+
 def test_other_files_are_left_alone(letters: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir(mode=0o700)
     mine = tmp_path / "kept" / "model.safetensors"
