@@ -139,6 +139,21 @@ class RandomKey:
     key: mx.array
 
 
+def check_bias(bias: Mapping[int, float], vocabulary: int) -> None:
+    """Refuse a bias of tokens that do not exist, or out of range.
+
+    Raises:
+        ValueRefused: the bias cannot be used.
+    """
+    for id, value in bias.items():
+        known = isinstance(id, Integral) and 0 <= id < vocabulary
+        if not (known and isinstance(value, Real) and value <= HIGHEST_BIAS):
+            raise ValueRefused(
+                f"the bias of token {id!r} is {value!r}: use an id below {vocabulary:,}, "
+                f"and a number of at most {HIGHEST_BIAS:g}"
+            )
+
+
 class Sampler:
     """Choose tokens one after another; the state is a single random key.
 
@@ -201,14 +216,9 @@ class Sampler:
         return sampler
 
     def _set_bias(self, bias: Mapping[int, float], vocabulary: int) -> None:
+        check_bias(bias, vocabulary)
         self._bias = np.zeros(vocabulary, np.float32)
         for id, value in bias.items():
-            known = isinstance(id, Integral) and 0 <= id < vocabulary
-            if not (known and isinstance(value, Real) and value <= HIGHEST_BIAS):
-                raise ValueRefused(
-                    f"the bias of token {id!r} is {value!r}: use an id below {vocabulary:,}, "
-                    f"and a number of at most {HIGHEST_BIAS:g}"
-                )
             self._bias[id] = max(float(value), -math.inf if value == -math.inf else -HIGHEST_BIAS)
         if not np.isfinite(self._bias).any():
             raise ValueRefused("a bias must leave at least one token that can be chosen")

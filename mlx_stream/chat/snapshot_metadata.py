@@ -1,5 +1,6 @@
 """A conversation's metadata in its snapshot, as plain JSON values; untrusted when read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +38,7 @@ class SnapshotMetadata:
 
     def plain(self) -> dict[str, Any]:
         """Return the metadata as plain JSON values."""
-        return {
-            "session": self.session,
-            "turns": self.state.turns,
-            "head": self.head,
-            "places": [list(place) for place in self.state.places],
-            "sampler": self.state.sampler,
-        }
+        return {"session": self.session, "head": self.head, **plain_state(self.state)}
 
 
 def parse_metadata(found: "Snapshot") -> SnapshotMetadata:
@@ -57,17 +52,32 @@ def parse_metadata(found: "Snapshot") -> SnapshotMetadata:
         if found.version == 1:
             turns = of_type(int, plain["count"])
             starts = [of_type(int, base) + len(lead) for _, _, base, lead in plain["places"]]
-            places = tuple(enumerate(starts, turns - len(starts) + 1))
-        else:
-            turns = of_type(int, plain["turns"])
-            places = tuple((of_type(int, n), of_type(int, at)) for n, at in plain["places"])
-        numbers = [number for number, _ in places]
-        if not 0 < turns < 2**53 or sorted({0, *numbers, turns + 1}) != [0, *numbers, turns + 1]:
-            raise ValueError(f"turns {numbers[:3]} ... are not valid for a total of {turns}")
-        state = ConversationState(turns, places, of_type(str, plain["sampler"]))
+            places = [*enumerate(starts, turns - len(starts) + 1)]
+            plain = {**plain, "turns": turns, "places": places}
+        state = parse_state(plain)
         return SnapshotMetadata(of_type(str, plain["session"]), of_type(str, plain["head"]), state)
     except (KeyError, TypeError, ValueError) as error:
         raise SnapshotError("it is not a conversation's snapshot") from error
+
+
+def plain_state(state: ConversationState) -> dict[str, Any]:
+    """Return a conversation's state as plain JSON values."""
+    places = [list(place) for place in state.places]
+    return {"turns": state.turns, "places": places, "sampler": state.sampler}
+
+
+def parse_state(plain: Mapping[str, Any]) -> ConversationState:
+    """Return the state that `plain_state` returned as plain values.
+
+    Raises:
+        KeyError, TypeError, ValueError: the values are not those of a conversation.
+    """
+    turns = of_type(int, plain["turns"])
+    places = tuple((of_type(int, n), of_type(int, at)) for n, at in plain["places"])
+    numbers = [number for number, _ in places]
+    if not 0 < turns < 2**53 or sorted({0, *numbers, turns + 1}) != [0, *numbers, turns + 1]:
+        raise ValueError(f"turns {numbers[:3]} ... are not valid for a total of {turns}")
+    return ConversationState(turns, places, of_type(str, plain["sampler"]))
 
 
 def of_type(kind: type, value: Any) -> Any:

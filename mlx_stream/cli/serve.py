@@ -76,6 +76,17 @@ class ServiceChoices:
             "exchanges."
         ),
     ] = 0
+    keep: Annotated[
+        Path | None,
+        Option(
+            metavar="DIR",
+            help="Folder in which conversations outlive the server, and being closed to make room. "
+            "It will contain their text. Default: none.",
+        ),
+    ] = None
+    keep_size: Annotated[
+        float, Option(metavar="GIB", help="Most that --keep may store, in GiB.")
+    ] = 8
     idle_unload: Annotated[
         float | None,
         Option(

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_stream.chat.messages import Message
 from mlx_stream.chat.resume import SessionOptions
-from mlx_stream.chat.session import DEFAULT_MAX_TOKENS
+from mlx_stream.chat.session import DEFAULT_MAX_TOKENS, ChatSession
 from mlx_stream.engine.handle import OnEvict, OnToken, Session, TextReply
 from mlx_stream.engine.listener import Listener
 from mlx_stream.engine.listener_stream import ListenerOptions
@@ -19,7 +19,7 @@ from mlx_stream.engine.text_worker import TextOptions
 from mlx_stream.engine.worker import Worker
 from mlx_stream.errors import MlxStreamError, ValueRefused
 from mlx_stream.errors.argument_types import check_arguments
-from mlx_stream.sampling import Sampling
+from mlx_stream.sampling import Sampling, check_bias
 
 SECONDS_TO_CLOSE = 5.0
 BACKLOG = 65_536
@@ -121,6 +121,22 @@ class Engine:
         """
         return self._host.largest_window(streams, sinks, kv_bits)
 
+    def check_options(
+        self,
+        bias: Mapping[int, float] | None = None,
+        think: bool | None = None,
+        reasoning_effort: str | None = None,
+    ) -> None:
+        """Refuse options that a session or a reply would refuse later. The model must be loaded.
+
+        Raises:
+            ValueRefused, TemplateError: see `ReplyOptions` and `ChatSession`.
+        """
+        check_bias(bias or {}, self._host.model.config.vocab_size)
+        template = self._host.model.tokenizer.template
+        if template and (think is not None or reasoning_effort is not None):
+            template.with_options(think, reasoning_effort)
+
     def bytes_of(self, id: int) -> bytes:
         """Return the bytes that a token stands for, which may be part of a character.
 
@@ -159,6 +175,7 @@ class Engine:
         history: Sequence[Message] = (),
         recall: int | None = 0,
         began: datetime | None = None,
+        restore: Callable[[ChatSession], None] | None = None,
     ) -> Session:
         """Start a conversation; returns at once. Most invalid options raise only on first use.
 
@@ -174,6 +191,8 @@ class Engine:
             on_token: called with each piece, on the same thread.
             began: when the conversation begins, for templates that name the date. Default: when the
                 model was loaded.
+            restore: called on the engine's thread with the new conversation, to restore a saved
+                state. If it raises an error, every use of the session does.
             shared: whether its steps may read tokens of other sessions too, which makes several
                 replies at once much faster. A shared step rounds differently: a greedy reply can
                 differ where two tokens tie. Default: yes, unless `sampling` has a seed.
@@ -201,7 +220,9 @@ class Engine:
         )
         if shared is None:
             shared = sampling is None or sampling.seed is None
-        return Session(self._worker, self._host, options, name, on_evict, on_token, self, shared)
+        return Session(
+            self._worker, self._host, options, name, on_evict, on_token, self, shared, restore
+        )
 
     @check_arguments
     def complete(

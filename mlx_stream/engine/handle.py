@@ -16,7 +16,7 @@ from mlx_stream.chat.resume import SessionOptions
 from mlx_stream.chat.session import ChatSession, Progress
 from mlx_stream.engine.model_host import ModelHost
 from mlx_stream.engine.reply_reader import ReplyReader
-from mlx_stream.engine.session_worker import ReadProgress, ReplyPlan, SessionWorker
+from mlx_stream.engine.session_worker import IdleWork, ReadProgress, ReplyPlan, SessionWorker
 from mlx_stream.engine.task import AHEAD, SHARED_AHEAD, Task, Work
 from mlx_stream.engine.text_worker import TextOptions, TextWorker
 from mlx_stream.engine.worker import StreamOwner, Worker
@@ -203,10 +203,11 @@ class Session(Handle):
         on_token: OnToken | None,
         engine: Any,
         shared: bool,
+        restore: Callable[[ChatSession], None] | None = None,
     ):
         check_limit(options.max_tokens)
         self.name, self._host, self._options = name, host, options
-        self._session_worker = SessionWorker(worker, host, options, name, shared)
+        self._session_worker = SessionWorker(worker, host, options, name, shared, restore)
         super().__init__(worker, self._session_worker, engine, on_evict, on_token)
 
     @property
@@ -288,6 +289,18 @@ class Session(Handle):
         report: Any = given.pop("progress", None)
         task = self._ask(lambda: worker.carry_out(plan, max_tokens, report, given))
         return ReplyReader(self._worker, task, self)
+
+    def when_idle(self, work: IdleWork | None) -> None:
+        """Set the work to do while nothing is asked of this session; returns at once.
+
+        Args:
+            work: called on the engine's thread; returns a generator, of which one step is run at a
+                time. It must raise nothing. The next reply ends it, and closing the session first
+                runs it to its end. None for no work.
+        """
+        with self._worker.lock:
+            self._session_worker.idle_work = work
+            self._worker.lock.notify_all()
 
     def undo(self) -> Future[Exchange]:
         """Undo the last exchange; return a future for the result of `ChatSession.undo`.

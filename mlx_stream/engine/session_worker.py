@@ -1,7 +1,7 @@
 """A conversation on the engine's thread."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ class ReadProgress(NamedTuple):
 
 
 Begin = Callable[[ChatSession, Progress | None], Work]
+IdleWork = Callable[[ChatSession], Generator[None, None, None]]
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,12 @@ class SessionWorker:
     Args:
         name: the name of a saved conversation, or None.
         shared: see `StreamOwner`.
+        restore: see `Engine.session`.
 
     Attributes:
         exchanges: the attended exchanges as of the last task; replaced, never modified in place.
         copied: the conversation to start with, if this is a copy of another session.
+        idle_work: see `Session.when_idle`; None once it has begun.
     """
 
     def __init__(
@@ -119,9 +122,12 @@ class SessionWorker:
         options: resume.SessionOptions,
         name: str | None,
         shared: bool,
+        restore: Callable[[ChatSession], None] | None = None,
     ):
         self.worker, self.host, self.options, self.name = worker, host, options, name
-        self.shared, self.closed = shared, False
+        self.shared, self.closed, self._restore = shared, False, restore
+        self.idle_work: IdleWork | None = None
+        self._idle_steps: Generator[None, None, None] | None = None
         self.copied: Future[ChatSession] | None = None
         self.key = object()
         self.chat: ChatSession | None = None
@@ -142,6 +148,8 @@ class SessionWorker:
             chat, self.copied = self.copied.result(), None
         elif self.name is None:
             chat = resume.new_chat(model, options, self.notices.append)
+            if self._restore:
+                self._restore(chat)
         else:
             steps = resume.open_steps(self.name, model, options, self.notices.append)
             self.saved = yield from steps
@@ -193,6 +201,7 @@ class SessionWorker:
         except MlxStreamError:
             plan.on_end(None)
             raise
+        self.drop_idle_work()
         settled, start, end, begun = chat.stats.settled, None, None, 0
         restarted = prepare(chat, plan, max_tokens)
         turns, result, finished, reported = number_of_turns(chat), None, False, False
@@ -283,13 +292,32 @@ class SessionWorker:
         return self.chat.stats
 
     def waiting(self) -> bool:
-        return False
+        return self.chat is not None and bool(self.idle_work or self._idle_steps)
 
     def step(self) -> None:
-        """Do nothing: a conversation has no background work."""
+        """Do a step of the work for while the session is idle."""
+        if self._idle_steps is None and self.idle_work and self.chat:
+            work, self.idle_work = self.idle_work, None
+            self._idle_steps = work(self.chat)
+        if self._idle_steps and next(self._idle_steps, self) is self:
+            self._idle_steps = None
+
+    def drop_idle_work(self) -> None:
+        """End the work for while the session is idle, wherever it is."""
+        steps, self.idle_work, self._idle_steps = self._idle_steps, None, None
+        if steps:
+            steps.close()
 
     def close(self) -> None:
-        """Save any unsaved changes, and release the ring."""
+        """Finish the idle work, save any unsaved changes, and release the ring."""
+        try:
+            while self.waiting():
+                self.step()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self.drop_idle_work()
         saved, self.chat, self.saved = self.saved, None, None
         self.copied, self.closed = None, True
         try:

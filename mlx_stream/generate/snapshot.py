@@ -1,13 +1,17 @@
 """Saves and loads a stream's state as one safetensors file; independent of conversations.
 
-The file holds the arrays of `TokenStream.state()`. Its metadata holds the integers of the state,
-the caller's notes, the model's fingerprint and a checksum over everything. A snapshot is untrusted:
-all of it is checked before any of it is used.
+The file holds the arrays of `TokenStream.state()`, without the rows at their ends that were never
+written. Its metadata holds the integers of the state, the caller's notes, the model's fingerprint
+and a checksum over everything. A snapshot is untrusted: all of it is checked before any of it is
+used.
 """
 
 import hashlib
 import json
+import math
 import os
+import sys
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +22,24 @@ import mlx.core as mx
 from mlx_stream import backend
 from mlx_stream.checkpoint.shards import LARGEST_DIMENSION, check_opened, check_shard
 from mlx_stream.errors import CheckpointError, SnapshotError, one_line
-from mlx_stream.generate.token_stream import TokenStream
+from mlx_stream.generate.token_stream import IDS, TokenStream
 from mlx_stream.models.fingerprint import raw_bytes
 from mlx_stream.models.weights import DTYPES
 from mlx_stream.program.atomic_replace import flush, partial_folder, sweep_partial_folders
 
 FORMAT = "mlx_stream stream"
-VERSION = 2  # version 1 has a different kind of fingerprint and different notes
+# Version 2 has all rows, and version 1 a different kind of fingerprint and different notes.
+VERSION = 3
 LONGEST_HEADER = 16 * 2**20  # bytes; real headers take a few kilobytes
 State = dict[str, mx.array | int]
 STATE_DTYPES = {**DTYPES, "uint32": mx.uint32}
+SAFETENSORS_DTYPES = {
+    mx.float32: "F32",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+}
+ALIGNMENT = 8  # of the arrays in a safetensors file, in bytes
 
 
 @dataclass(frozen=True)
@@ -59,9 +71,22 @@ def save_snapshot(path: Path, stream: TokenStream, model: str, about: dict[str, 
     Raises:
         SnapshotError: it could not be written; the previous file is unchanged.
     """
+    for _ in save_steps(path, stream, model, about):
+        pass
+
+
+def save_steps(
+    path: Path, stream: TokenStream, model: str, about: dict[str, Any]
+) -> Generator[None, None, None]:
+    """Like `save_snapshot`, but a generator that pauses after each array.
+
+    The stream may be used meanwhile: what is written is its state at the first step. If the
+    generator is closed early, the previous file is unchanged.
+    """
     path = path.absolute()
     state = stream.state()
-    arrays = {name: value for name, value in state.items() if isinstance(value, mx.array)}
+    found = {name: value for name, value in state.items() if isinstance(value, mx.array)}
+    arrays = {name: first_rows(array, written_rows(name, state)) for name, array in found.items()}
     # safetensors has no empty tensors, such as the sinks of a stream without sinks.
     empty = {name: array for name, array in arrays.items() if not array.size}
     header = {
@@ -70,37 +95,82 @@ def save_snapshot(path: Path, stream: TokenStream, model: str, about: dict[str, 
         "model": model,
         "numbers": {name: value for name, value in state.items() if isinstance(value, int)},
         "empty": {n: [a.shape, str(a.dtype).removeprefix("mlx.core.")] for n, a in empty.items()},
+        "rows": {n: a.shape[2] for n, a in found.items() if a.shape != arrays[n].shape},
         "about": about,
     }
     arrays = {name: array for name, array in arrays.items() if name not in empty}
-    text = json.dumps(header)
-    metadata = {"header": text, "checksum": checksum(text, arrays)}
+    text, digest = json.dumps(header), hashlib.sha256()
+    del state, found
+    for part in checksum_parts(text, arrays):
+        digest.update(part)
+        yield
+    metadata = {"header": text, "checksum": digest.hexdigest()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial_folder(path.parent, path.name) as folder:
-            written = folder / "stream.safetensors"  # MLX would append another suffix
-            written.touch(mode=0o600)
-            mx.save_safetensors(str(written), arrays, metadata)
+            written = folder / "stream.safetensors"
+            yield from write_steps(written, arrays, metadata)
             check_shard(written)
-            flush(written)
             written.replace(path)
             flush(path.parent)
     except (OSError, RuntimeError, CheckpointError) as error:
         raise SnapshotError(f"{path}: could not be written: {one_line(error)}") from error
 
 
+def written_rows(name: str, state: State) -> int | None:
+    """Return how many of an array's first rows hold keys or values; None if it has no such rows.
+
+    If ids stand in the first 5 rows and 2 of them are sinks, that is 5 of plain rows, and 3 of
+    quantized ones, whose array has no sinks.
+    """
+    ids: Any = state[IDS]
+    kind, _, part = name.partition(".")
+    if kind not in ("keys", "values") or part.endswith(".sinks"):
+        return None
+    sinks: Any = state["sinks"] if "." in part else None
+    return max(0, ids.size - (sinks.shape[2] if "." in part else 0))
+
+
+def first_rows(array: mx.array, count: int | None) -> mx.array:
+    return array if count is None or count >= array.shape[2] else array[:, :, :count]
+
+
+def write_steps(
+    path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]
+) -> Iterator[None]:
+    """Write a safetensors file; a generator that pauses after each array, once it is on disk."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        kind = SAFETENSORS_DTYPES[array.dtype]
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(opened, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(raw_bytes(array))
+            file.flush()
+            os.fsync(file.fileno())
+            yield
+
+
 def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HEADER) -> Snapshot:
     """Read a snapshot. Its arrays are evaluated, so the file may be replaced afterwards.
 
     Args:
-        most: the largest file to accept, in bytes. Default: this device's memory budget.
+        most: the largest file and the largest state to accept, in bytes. Default: this device's
+            memory budget.
         longest: the longest header to accept, in bytes; once parsed, it takes more memory.
 
     Raises:
         SnapshotError: the file is missing, damaged, too large or not a snapshot.
     """
+    most = backend.memory_budget() if most is None else most
     try:
-        check_file(path, backend.memory_budget() if most is None else most)
+        check_file(path, most)
         declared = check_shard(path)
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
@@ -116,7 +186,8 @@ def load_snapshot(path: Path, most: int | None = None, longest: int = LONGEST_HE
         if not all(mx.isfinite(array).all().item() for array in arrays.values()):
             raise ValueError("keys or values are not finite")
         empty = {name: empty_array(*kind) for name, kind in header["empty"].items()}
-        state: State = {**header["numbers"], **arrays, **empty}
+        all_rows = with_all_rows({**arrays, **empty}, header.get("rows", {}), most)
+        state: State = {**header["numbers"], **all_rows}
         if len(state) < len(header["numbers"]) + len(arrays) + len(empty):
             raise ValueError("two values have the same name")
         version = int(header["version"])
@@ -147,10 +218,56 @@ def empty_array(shape: Any, dtype: Any) -> mx.array:
     return mx.zeros(sizes, STATE_DTYPES[dtype])
 
 
+def with_all_rows(
+    arrays: dict[str, mx.array], rows: dict[str, Any], most: int
+) -> dict[str, mx.array]:
+    """Return arrays with the rows of zeros that were left out.
+
+    Args:
+        rows: how many rows some of them have; it may be forged.
+    """
+    total = sum(array.nbytes for array in arrays.values())
+    for name, count in rows.items():
+        array = arrays[name]
+        if type(count) is not int or array.ndim != 4 or not array.shape[2] < count:
+            raise ValueError(f"{name!r} cannot have {count!r:.40} rows")
+        total += array.itemsize * math.prod(array.shape[:2]) * array.shape[3] * count
+    if total > most:
+        raise ValueError(f"it has {total:,} bytes, more than the {most:,} that it can have")
+    return {
+        name: mx.pad(array, [(0, 0), (0, 0), (0, rows[name] - array.shape[2]), (0, 0)])
+        if name in rows
+        else array
+        for name, array in arrays.items()
+    }
+
+
 def sweep_partial(path: Path) -> None:
     """Remove the partial files left behind by processes killed while writing `path`."""
     with suppress(OSError):  # leftovers do no harm
         sweep_partial_folders(path.parent.absolute(), path.name)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return a snapshot's notes without reading its arrays; only `load_snapshot` verifies them.
+
+    Raises:
+        SnapshotError: the file is missing, or not a snapshot of this version.
+    """
+    try:
+        check_file(path, sys.maxsize)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LONGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes")
+            header = json.loads(json.loads(file.read(length))["__metadata__"]["header"])
+        if (header["format"], header["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"format {header['format']!r:.40}, version {header['version']!r:.40}")
+        return dict(header["about"])
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SnapshotError(f"{path}: not a saved stream: unrecognised header") from error
+    except (OSError, ValueError, MemoryError) as error:
+        raise SnapshotError(f"{path}: not a saved stream: {one_line(error)}") from error
 
 
 def is_snapshot(path: Path) -> bool:
@@ -165,9 +282,15 @@ def is_snapshot(path: Path) -> bool:
 
 def checksum(header: str, arrays: dict[str, mx.array]) -> str:
     """Return the SHA-256 of the header and of every array's name, shape, dtype and bytes."""
-    digest = hashlib.sha256(header.encode())
+    digest = hashlib.sha256()
+    for part in checksum_parts(header, arrays):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def checksum_parts(header: str, arrays: dict[str, mx.array]) -> Iterator[bytes | memoryview]:
+    yield header.encode()
     for name in sorted(arrays):
         array = arrays[name]
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(raw_bytes(array))
-    return digest.hexdigest()
+        yield f"{name} {array.shape} {array.dtype}".encode()
+        yield raw_bytes(array)

@@ -18,6 +18,7 @@ from mlx_stream.errors import (
     ValueRefused,
     one_line,
 )
+from mlx_stream.server.line_reply import LineClosed
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 SECONDS_TO_RETRY = 2
@@ -27,6 +28,7 @@ STATUSES: tuple[tuple[type[MlxStreamError], int, str | None], ...] = (
     (TemplateError, 400, "template_refused"),
     (QueueFull, 503, "queue_full"),
     (MemoryRefused, 503, "no_memory"),
+    (LineClosed, 503, "stream_closed"),
     (EngineClosed, 503, "shutting_down"),
     (SessionError, 409, "session"),
     (SourceError, 503, "no_model"),

@@ -10,7 +10,9 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from mlx_stream.chat.messages import Message
+from mlx_stream.chat.session_files import session_paths
 from mlx_stream.engine.handle import EngineReplyOptions
+from mlx_stream.errors import SessionError, one_line
 from mlx_stream.server.api_errors import ApiError
 from mlx_stream.server.conversation import Conversation, conversation_of
 from mlx_stream.server.event_stream import off_loop
@@ -39,7 +41,7 @@ class ChatCompletions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self.service
-        async with service.admitted() as engine:
+        async with service.admitted():
             body = scope["state"].pop("body")
             large = len(body) > LARGE
             request, conversation = await off_loop(large, read_request, body)
@@ -48,6 +50,7 @@ class ChatCompletions:
             options, limit = reply_options(request), request.limit or DEFAULT_ANSWER_TOKENS
             counts = ReplyCounts(not request.stream)
             counts.session = name = session_name(request, scope)
+            engine = await service.loaded()
             if name is None:
                 pieces = line_pieces(service, conversation, limit, options, counts, large)
             else:
@@ -113,9 +116,19 @@ async def line_pieces(
 
 
 def session_name(request: ChatRequest, scope: Scope) -> str | None:
-    """Return the name of the saved conversation that a request continues."""
+    """Return the name of the saved conversation that a request continues.
+
+    Raises:
+        ApiError: 400, the name is not valid.
+    """
     named = request.mlx_stream.session if request.mlx_stream else None
-    return named or Headers(scope=scope).get("x-mlx-stream-session")
+    name = named or Headers(scope=scope).get("x-mlx-stream-session")
+    if name is not None:
+        try:
+            session_paths(name)
+        except SessionError as error:
+            raise ApiError(400, one_line(error), "session_name", "mlx_stream.session") from error
+    return name
 
 
 async def session_pieces(

@@ -20,6 +20,11 @@ from mlx_stream.chat.messages import Message, answering, check_message
 from mlx_stream.errors import ValueRefused
 from mlx_stream.text.tool_calls import ToolCall
 
+# A template can render this many in its time limit, and no chat has nearly as many.
+MOST_IN_TURN = 1_024
+# The characters of a turn or a head: encoding more would hold up the other streams, and the window
+# would keep only the end.
+LONGEST_TEXT, LONGEST_PER_TOKEN = 2**18, 8
 DIGEST_BYTES = 32
 TURN_BYTES = 2 * DIGEST_BYTES
 
@@ -57,6 +62,32 @@ class Conversation:
         return self.question[-1].role == "assistant"
 
 
+def longest_text(window: int | None) -> int:
+    """Return how many characters of one turn, or of a head, are read."""
+    return max(LONGEST_TEXT, LONGEST_PER_TOKEN * (window or 0))
+
+
+def characters_of(turn: Iterable[Message]) -> int:
+    return sum(len(message.text) + len(message.thinking) for message in turn)
+
+
+def check_lengths(conversation: Conversation, longest: int) -> None:
+    """Refuse a conversation whose head or question is too long to be read.
+
+    Raises:
+        ValueRefused: it is longer than `longest` characters.
+    """
+    for what, count in (
+        ("the system prompt has", len(conversation.head.system or "")),
+        ("the messages after the last reply have", characters_of(conversation.question)),
+    ):
+        if count > longest:
+            raise ValueRefused(
+                f"{what} {count:,} characters, and at most {longest:,} are read at once: send "
+                "less, or use a larger --window"
+            )
+
+
 def conversation_of(
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
@@ -68,8 +99,8 @@ def conversation_of(
     Consecutive replies are merged.
 
     Raises:
-        ValueRefused: there is nothing to answer, a reply answers nothing, or tool results do not
-            match the calls before them.
+        ValueRefused: there is nothing to answer, a reply answers nothing, tool results do not
+            match the calls before them, or too many messages have no reply between them.
         TextError: a text is not valid Unicode.
     """
     for message in messages:
@@ -101,6 +132,11 @@ def conversation_of(
 
 def results_in_order(asked: Sequence[Message], calls: Sequence[ToolCall]) -> tuple[Message, ...]:
     """Return a turn's messages, with tool results in the order of the calls, and without ids."""
+    if len(asked) > MOST_IN_TURN:
+        raise ValueRefused(
+            f"{len(asked):,} messages have no reply between them, and the limit is "
+            f"{MOST_IN_TURN:,}: join them"
+        )
     if not calls:
         return answering(asked, ())
     places = [replace(call, id=call.id or f"call {at}") for at, call in enumerate(calls)]

@@ -10,6 +10,7 @@ import hmac
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_stream.server.api_errors import ApiError
 
+SCHEME = b"http://"
 MAX_BODY = 32 * 2**20
 # Maximum total size of the bodies in memory, in units of the largest allowed body.
 BODIES_AT_ONCE = 4
@@ -76,6 +78,7 @@ class Gate:
         headers, held = Headers(scope=scope), 0
         send = self._with_origin(headers, send)
         try:
+            self._use_path_of_url(scope)
             self._check(scope, headers)
             if self._is_preflight(scope, headers):
                 return await send_empty(204, self._preflight(scope), send)
@@ -94,6 +97,23 @@ class Gate:
 
     # --- the head ---
 
+    def _use_path_of_url(self, scope: Scope) -> None:
+        """If a request names its path as a URL, as for a proxy, use the path.
+
+        Raises:
+            ApiError: the URL does not name this server.
+        """
+        raw: bytes = scope["raw_path"]
+        if raw[: len(SCHEME)].lower() != SCHEME:
+            return
+        host, _, path = raw.removeprefix(raw[: len(SCHEME)]).partition(b"/")
+        self._check_host(host.decode("latin-1"))
+        scope["raw_path"], scope["path"] = b"/" + path, "/" + unquote(path.decode("latin-1"))
+
+    def _check_host(self, host: str) -> None:
+        if self.rules.answers_to and not self.rules.answers_to(host.lower()):
+            raise ApiError(421, "the host does not name this server", "wrong_host")
+
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Refuse a request based on its headers.
 
@@ -103,9 +123,7 @@ class Gate:
         for name in SINGLE:
             if len(headers.getlist(name)) > 1:
                 raise ApiError(400, f"the header {name} is repeated", "doubled_header")
-        host, answers_to = headers.get("host", ""), self.rules.answers_to
-        if answers_to and not answers_to(host.lower()):
-            raise ApiError(421, "the Host header does not name this server", "wrong_host")
+        self._check_host(headers.get("host", ""))
         self._check_origin(headers)
         if self._is_preflight(scope, headers):  # browsers send no token with it
             return
@@ -126,7 +144,7 @@ class Gate:
             raise ApiError(
                 403, "pages from this origin may not use the server: see --allow-origin", "origin"
             )
-        if headers.get("sec-fetch-site") == "cross-site":
+        if headers.get("sec-fetch-site", "").strip().lower() == "cross-site":
             raise ApiError(403, "pages from other sites may not use the server", "origin")
 
     def _check_token(self, headers: Headers) -> None:

@@ -12,7 +12,7 @@ from mlx_stream.engine.engine import Engine
 from mlx_stream.engine.handle import EngineReplyOptions, Session
 from mlx_stream.engine.session_worker import ReplyEnd, ReplyPlan, ReplyStart
 from mlx_stream.server.api_errors import ApiError
-from mlx_stream.server.conversation import Conversation
+from mlx_stream.server.conversation import Conversation, check_lengths, longest_text
 from mlx_stream.text.pieces import Piece
 
 SECONDS_TO_SAVE = 10.0
@@ -89,8 +89,10 @@ class NamedSessions:
 
         Raises:
             ApiError: 409, the history that was sent does not match the saved one.
+            ValueRefused: a text is too long to be read.
             MlxStreamError: see `Session.reply`, and `mlx_stream.chat` for saved conversations.
         """
+        check_lengths(conversation, longest_text(self._window))
         async with self._use(name, conversation.head.system) as opened:
             session, taken, begun = opened.session, [0], None
             again = self._is_asked_again(name, conversation, session.exchanges)

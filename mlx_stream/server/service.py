@@ -18,7 +18,9 @@ from mlx_stream.errors import EngineClosed, MlxStreamError, QueueFull, ValueRefu
 from mlx_stream.server.api_errors import ApiError
 from mlx_stream.server.conversation import Conversation
 from mlx_stream.server.event_stream import off_loop
-from mlx_stream.server.lines import LineReply, Lines
+from mlx_stream.server.kept_lines import DEFAULT_GIB, KeptLines
+from mlx_stream.server.line_reply import LineReply
+from mlx_stream.server.lines import Lines
 from mlx_stream.server.metrics import Counters
 from mlx_stream.server.named_sessions import NamedSessions
 
@@ -29,6 +31,7 @@ SECONDS_TO_WAKE = 120.0
 SECONDS_BETWEEN_LOOKS = 0.05
 MOST_REQUESTS = 1_024
 MOST_MINUTES = 1e6
+MOST_GIB = 1e6
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class ServiceOptions:
         shared: see `Engine.session`.
         sessions: whether clients may continue saved conversations by name.
         recall: tokens of a saved conversation's window that are kept free for quotations.
+        keep: the folder in which conversations are kept when their streams are closed; None for
+            none.
+        keep_size: how much they may take there, in GiB.
         idle_unload: minutes without a request after which the weights are released; None for never.
     """
 
@@ -64,6 +70,8 @@ class ServiceOptions:
     shared: bool = True
     sessions: bool = False
     recall: int = 0
+    keep: Path | None = None
+    keep_size: float = DEFAULT_GIB
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -77,6 +85,10 @@ class ServiceOptions:
             raise ValueRefused(f"--idle-unload must be above 0 minutes, not {self.idle_unload}")
         if self.recall and not self.sessions:
             raise ValueRefused("--recall is for saved conversations: add --sessions")
+        if not 0 < self.keep_size <= MOST_GIB:
+            raise ValueRefused(f"--keep-size must be above 0 GiB, not {self.keep_size}")
+        if self.keep_size != DEFAULT_GIB and self.keep is None:
+            raise ValueRefused("--keep-size is for kept conversations: add --keep")
         if not all(self.aliases):
             raise ValueRefused("--alias must not be empty")
 
@@ -91,15 +103,20 @@ class ModelService:
     """One engine at a time, and the requests that use it.
 
     Args:
-        notify: called with a line for the user.
+        notify: called with a line for the user, on any thread.
 
     Attributes:
         requests: how many are waiting or being answered.
         stopping: set when the server ends.
+
+    Raises:
+        ValueRefused, SessionError: the folder for kept conversations cannot be used.
     """
 
     def __init__(self, options: ServiceOptions, notify: Callable[[str], None]):
         self.options, self.notify = options, notify
+        size = int(options.keep_size * 2**30)
+        self.kept = KeptLines(options.keep, size, notify) if options.keep else None
         self.created = int(time.time())
         self.counters = Counters()
         self.requests = 0
@@ -146,18 +163,18 @@ class ModelService:
     # --- requests ---
 
     @asynccontextmanager
-    async def admitted(self) -> AsyncIterator[Engine]:
-        """Count a request, and yield the engine once its model is loaded.
+    async def admitted(self) -> AsyncIterator[None]:
+        """Count a request while it is waiting and being answered.
 
         Raises:
-            ApiError: 503, too many requests are waiting, or no model is available.
+            ApiError: 503, too many requests are waiting.
         """
         if self.requests >= self.options.streams + self.options.queue:
             self.counters.refused += 1
             raise ApiError(503, f"{self.requests} requests are waiting: try again", "queue_full")
         self.requests += 1
         try:
-            yield await self.loaded()
+            yield
         finally:
             self.requests -= 1
             self._used = time.monotonic()
@@ -199,7 +216,13 @@ class ModelService:
         shape = {"sinks": options.sinks, "kv_bits": options.kv_bits}
         window = options.window or engine.largest_window(options.streams, **shape)
         self.lines = Lines(
-            engine, options.streams, window, shared=options.shared, on_idle=tell, **shape
+            engine,
+            options.streams,
+            window,
+            shared=options.shared,
+            on_idle=tell,
+            kept=self.kept,
+            **shape,
         )
         if options.sessions:
             self.sessions = NamedSessions(
@@ -304,4 +327,8 @@ class ModelService:
 
     def close(self) -> bool:
         """Release everything; return whether that finished in time."""
-        return self.engine is None or self.engine.close(SECONDS_TO_CLOSE)
+        if self.engine is not None and not self.engine.close(SECONDS_TO_CLOSE):
+            return False
+        if self.kept:
+            self.kept.close()
+        return True

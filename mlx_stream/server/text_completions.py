@@ -11,8 +11,10 @@ from starlette.types import Receive, Scope, Send
 
 from mlx_stream.engine.engine import Engine
 from mlx_stream.engine.handle import TextReply
+from mlx_stream.errors import ValueRefused
 from mlx_stream.generate.stats import Stats
 from mlx_stream.server.chat_completions import DONE, FINISHES, LOWEST_LOGPROB, BytesOf
+from mlx_stream.server.conversation import longest_text
 from mlx_stream.server.reply_answer import Events, ReplyAnswer, ReplyCounts
 from mlx_stream.server.request_body import parse_body
 from mlx_stream.server.schemas import TextRequest
@@ -50,9 +52,10 @@ class TextCompletions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self.service
-        async with service.admitted() as engine:
+        async with service.admitted():
             request = parse_body(scope["state"].pop("body"), TextRequest)
             service.check_name(request.model)
+            engine = await service.loaded()
             counts = ReplyCounts(not request.stream)
             pieces = text_pieces(service, engine, request, counts)
             form = TextFormat(request, engine.bytes_of)
@@ -67,6 +70,10 @@ async def text_pieces(
     async with service.stream():
         options = service.options
         assert service.lines
+        if len(request.text) > (longest := longest_text(service.lines.window)):
+            raise ValueRefused(
+                f"the prompt has {len(request.text):,} characters, and at most {longest:,} are read"
+            )
         reply = engine.complete(
             request.text,
             request.max_tokens or DEFAULT_TOKENS,

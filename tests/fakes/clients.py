@@ -7,7 +7,8 @@ from mlx_stream.chat.exchange import unread_ids
 from mlx_stream.chat.messages import Message
 from mlx_stream.chat.session import ChatSession
 from mlx_stream.server.conversation import conversation_of
-from mlx_stream.server.lines import LineReply, Lines
+from mlx_stream.server.line_reply import LineReply
+from mlx_stream.server.lines import Lines
 from mlx_stream.text.pieces import Piece
 from tests.fakes.conversations import said
 from tests.fakes.engines import GREEDY, eventually

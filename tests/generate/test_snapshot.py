@@ -1,7 +1,9 @@
 """A saved stream continues bit for bit, is complete or absent, and is never trusted."""
 
+import errno
 import hashlib
 import json
+import os
 import re
 import stat
 import struct
@@ -63,17 +65,83 @@ def test_the_last_snapshot_survives_a_full_disk(
     before = path.read_bytes()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
-    def full(name: str, arrays: object, metadata: object) -> None:
-        Path(name).write_bytes(before[:100])
-        raise RuntimeError("[write] Unable to write 4096 bytes to file.")
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(mx, "save_safetensors", full)
-    with pytest.raises(SnapshotError, match="could not be written"):
-        snapshot.save_snapshot(path, stream, "m", {"turn": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SnapshotError, match=r"could not be written: .*No space"):
+            snapshot.save_snapshot(path, stream, "m", {"turn": 2})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(SnapshotError, match="could not be written"):
         snapshot.save_snapshot(path / "s", stream, "m", {})
+
+
+def test_a_save_that_is_given_up_keeps_the_file(tiny_model: Make, tmp_path: Path) -> None:
+    stream, path = new(tiny_model()), tmp_path / "s"
+    read(stream, [1, 2, 3])
+    snapshot.save_snapshot(path, stream, "m", {"turn": 1})
+    steps = snapshot.save_steps(path, stream, "m", {"turn": 2})
+    count = sum(1 for _ in snapshot.save_steps(tmp_path / "other", stream, "m", {}))
+    for _ in range(count - 1):
+        next(steps)
+    assert len([*tmp_path.iterdir()]) == 3
+    steps.close()
+    assert snapshot.load_snapshot(path).about == {"turn": 1}
+    assert {one.name for one in tmp_path.iterdir()} == {"s", "other"}
+
+
+def test_a_stream_may_be_used_while_it_is_saved(tiny_model: Make, tmp_path: Path) -> None:
+    """What is saved is the state when saving began."""
+    model, path, ids = tiny_model(), tmp_path / "s", some_ids(90)
+    stream, twin, other = new(model), new(model), new(model)
+    for one in (stream, twin):
+        read(one, ids[:30])
+    steps = snapshot.save_steps(path, stream, "m", {})
+    next(steps)
+    read(stream, ids[30:60])
+    for _ in steps:
+        read(stream, [3])
+    other.restore(snapshot.load_snapshot(path).state)
+    assert other.ids.attended() == twin.ids.attended()
+    assert np.array_equal(read(other, ids[60:]), read(twin, ids[60:]))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_rows_that_were_never_written_take_no_space(
+    tiny_model: Make, tmp_path: Path, bits: int | None
+) -> None:
+    model = tiny_model(head_dim=64, max_position_embeddings=4_096)
+    stream, other = (TokenStream(model, model.new_cache(4, 2_000, kv_bits=bits)) for _ in "ab")
+    path, sizes = tmp_path / "s", []
+    for ids in ([3], some_ids(90)):
+        read(stream, ids)
+        snapshot.save_snapshot(path, stream, "m", {})
+        sizes.append(path.stat().st_size)
+        other.restore(snapshot.load_snapshot(path).state)
+        assert other.ids.attended() == stream.ids.attended()
+    assert sizes[0] < sizes[1] < sum(array.nbytes for array in stream.cache.arrays()) // 5
+    assert np.array_equal(read(other, [5, 6]), read(stream, [5, 6]))
+
+
+@pytest.mark.parametrize("rows", [5, "9", 3_000_000, 2**60, True, [30]])
+def test_forged_numbers_of_rows_are_refused(
+    tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any
+) -> None:
+    stream, path = new(tiny_model(), window=400), tmp_path / "s"
+    read(stream, some_ids(9))
+    dumps = json.dumps
+
+    def forged(value: Any, **options: Any) -> str:
+        if "rows" in value:
+            value = {**value, "rows": {**value["rows"], "keys.0": rows}}
+        return dumps(value, **options)
+
+    monkeypatch.setattr(snapshot.json, "dumps", forged)
+    snapshot.save_snapshot(path, stream, "m", {})
+    with pytest.raises(SnapshotError, match="not a saved stream"):
+        snapshot.load_snapshot(path, 10**8)
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +196,13 @@ def test_a_missing_file_a_folder_and_a_model(tmp_path: Path, tiny: Path) -> None
             snapshot.load_snapshot(path)
 
 
-@pytest.mark.parametrize("version", [0, 3, 2**70, -1, 1.5, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 4, 2**70, -1, 1.5, "1", None, [1]])
 def test_another_version_is_refused_by_name(saved: Path, tmp_path: Path, version: Any) -> None:
     content = saved.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + size])
     inner = json.loads(header["__metadata__"]["header"])
-    assert inner["version"] == snapshot.VERSION == 2
+    assert inner["version"] == snapshot.VERSION == 3
     header["__metadata__"]["header"] = json.dumps(inner | {"version": version})
     text = json.dumps(header).encode()
     newer = tmp_path / "newer"
@@ -200,7 +268,7 @@ def test_a_snapshot_of_version_1_continues(
     # When saved again, it has this version and the same contents.
     snapshot.save_snapshot(path, other, model.fingerprint(), {})
     again = snapshot.load_snapshot(path)
-    assert again.version == 2 and model.is_fingerprint(again.model)
+    assert again.version == 3 and model.is_fingerprint(again.model)
     assert again.state.keys() == names
 
 

@@ -201,6 +201,27 @@ def test_what_is_not_offered_is_refused_by_name(
         assert answer.error["type"] == "invalid_request_error"
 
 
+def test_what_is_refused_opens_and_closes_no_stream(server: RunningServer) -> None:
+    """Not even where room would have to be made."""
+    lines = server.service.lines
+    server.ask("POST", "/v1/chat/completions", body=json.dumps({"model": MODEL, "messages": HELLO}))
+    assert lines
+    for number in range(lines.streams):
+        messages = [{"role": "user", "content": f"Hello {number}"}]
+        body = {"model": MODEL, "messages": messages, "max_tokens": 1}
+        assert server.ask("POST", "/v1/chat/completions", body=json.dumps(body)).status == 200
+    before = [line.id for line in lines.state()], lines._numbers
+    for change in (
+        {"logit_bias": {"100000": 1}},
+        {"reasoning_effort": "high"},
+        {"chat_template_kwargs": {"enable_thinking": True}},
+    ):
+        body = {"model": MODEL, "messages": HELLO, **change}
+        answer = server.ask("POST", "/v1/chat/completions", body=json.dumps(body))
+        assert answer.status == 400, change
+        assert ([line.id for line in lines.state()], lines._numbers) == before, change
+
+
 GOOD = f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "x"}}], "x": %s}}'
 
 

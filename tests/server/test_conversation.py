@@ -65,6 +65,8 @@ def test_a_reply_at_the_end_begins_the_next():
         ([USER, CALLING, *RESULTS, USER], ValueRefused, "a turn of their own"),
         ([USER, REPLY, Message("user", "\ud800")], TextError, "surrogate"),
         ([Message("robot", "Hi")], ValueRefused, "role"),
+        ([USER] * 1_025, ValueRefused, "1,025 messages have no reply between them"),
+        ([*([USER] * 1_025), REPLY, USER], ValueRefused, "limit is 1,024"),
     ],
 )
 def test_what_belongs_to_nothing_is_refused(messages, error, what):

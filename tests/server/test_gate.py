@@ -17,6 +17,7 @@ from mlx_stream.server.app import routes_of
 from mlx_stream.server.connection import TimedConnection
 from mlx_stream.server.gate import GateRules
 from mlx_stream.server.listening import Listening, listen_on_path, listen_on_port
+from tests.fakes.engines import eventually
 from tests.fakes.servers import RunningServer, read_answer, serving
 
 TOKEN = "a-token-of-many-characters"
@@ -131,8 +132,32 @@ def test_a_page_of_another_origin_is_refused(server: RunningServer, origin: str)
     assert "access-control-allow-origin" not in server.ask("GET", "/v1/models", headers).headers
 
 
-def test_a_page_of_another_site_is_refused(server: RunningServer) -> None:
-    refused_everywhere(server, allowed(server, {"Sec-Fetch-Site": "cross-site"}), 403)
+@pytest.mark.parametrize("site", ["cross-site", "CROSS-SITE", " Cross-Site "])
+def test_a_page_of_another_site_is_refused(server: RunningServer, site: str) -> None:
+    refused_everywhere(server, allowed(server, {"Sec-Fetch-Site": site}), 403)
+
+
+def test_a_path_may_be_a_url_of_the_server(server: RunningServer) -> None:
+    for host in ("localhost:{}", "LOCALHOST:{}", "127.0.0.1:{}", "[::1]:{}"):
+        url = f"http://{host.format(server.port)}"
+        for path, status in (("/v1/models", 200), ("/v1/models?x=/y", 200), ("/no%2Fwhere", 404)):
+            assert server.ask("GET", url + path, allowed(server, {})).status == status
+        assert server.ask("GET", url, allowed(server, {})).status == 404
+        if server.has_token:
+            assert server.ask("GET", f"{url}/v1/models").status == 401
+        assert server.ask("PUT", f"HTTP{url[4:]}/v1/models", allowed(server, {})).status == 405
+    eventually(lambda: "GET /v1/models 200" in "\n".join(server.lines))
+
+
+@pytest.mark.parametrize(
+    "host", ["page.example", "localhost", "localhost:{}@page.example", "me@localhost:{}", ""]
+)
+def test_a_path_may_not_be_another_url(server: RunningServer, host: str) -> None:
+    url = f"http://{host.format(server.port)}/v1/models"
+    assert server.ask("GET", url, allowed(server, {})).status == 421
+    own = f"http://localhost:{server.port}/v1/models"
+    assert server.ask("GET", own, allowed(server, {"Host": "page.example"})).status == 421
+    assert server.ask("GET", own.replace("http", "ftp"), allowed(server, {})).status == 404
 
 
 def test_pages_of_the_server_and_of_allowed_origins_may_ask(server: RunningServer) -> None:

@@ -11,7 +11,8 @@ import mlx_stream
 from mlx_stream import errors
 from mlx_stream.chat.messages import Message
 from mlx_stream.generate.token_stream import TokenStream
-from mlx_stream.server.lines import Lines, Record, find_longest
+from mlx_stream.server.line_record import Record, find_longest
+from mlx_stream.server.lines import Lines
 from tests.fakes.clients import SYSTEM, Client, attended_texts, chat_of, ids_to_attend
 from tests.fakes.conversations import assert_well_formed, said
 from tests.fakes.engines import DEADLINE, GREEDY, LONG, engine_of, eventually, together
@@ -231,6 +232,25 @@ def test_an_unknown_history_is_read_from_its_newest_turns(lines, model):
     said(twin.reply("And?"))
     said(twin.reply("Go on"))
     assert client.said == twin.exchanges[-1].reply
+
+
+@pytest.mark.parametrize("place", [2, 4])
+def test_a_turn_that_is_too_long_is_not_read_nor_are_those_before(lines, place):
+    history = [SYSTEM]
+    for number in range(5):
+        history += [Message("user", f"Question {number}?"), Message("assistant", "the man")]
+    history[1 + 2 * place] = Message("user", "word " * 60_000)
+    client = Client(lines, history)
+    client.ask("And?")
+    assert client.reply.cache == "cold" and client.reply.evicted_turns == place + 1
+    assert attended_texts(client.chat) == client.texts[place + 1 :]
+    assert_well_formed(client.chat)
+    client.ask("Go on")
+    assert client.reply.cache == "extended"
+    client.ask("So?")
+    client.messages[-2:-2] = history[:0:-1][::-1]  # a history that goes on with all of it
+    client.ask("Then?")
+    assert client.reply.cache == "cold" and client.reply.evicted_turns > place
 
 
 def test_another_head_is_another_conversation(lines):

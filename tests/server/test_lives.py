@@ -109,7 +109,19 @@ def test_a_reply_that_is_cut_ends_with_an_error(server: RunningServer, closed: b
             if b"0\r\n\r\n" in part:
                 break
     assert b'data: {"error":' in found[-600:] and b"[DONE]" not in found
+    assert (b'"stream_closed"' if closed else b'"cut"') in found and b"shutting" not in found
     assert (line["id"] in [x["id"] for x in listed(server)]) != closed
+    eventually(lambda: is_idle(server))
+
+
+def test_a_whole_reply_whose_stream_is_closed_is_an_error(server: RunningServer) -> None:
+    with closing(asked(server, body_of("Hello", False, ENDLESS))) as client:
+        eventually(lambda: is_replying(server))
+        (line,) = [x for x in listed(server) if x["state"] == "replying"]
+        assert server.ask("DELETE", f"/mlx_stream/streams/{line['id']}").status == 200
+        answer = read_answer(client)
+    assert answer.status == 503 and answer.error["code"] == "stream_closed"
+    assert "closed by another request" in answer.error["message"]
     eventually(lambda: is_idle(server))
 
 
@@ -139,6 +151,27 @@ def test_a_crowd_is_answered_or_told_to_come_back(server: RunningServer) -> None
     eventually(lambda: is_idle(server))
     eventually(lambda: open_files() <= before[1])
     assert threading.active_count() <= before[0]
+
+
+def test_a_text_of_megabytes_holds_up_nobody(server: RunningServer) -> None:
+    """Encoding it would take the engine's thread for seconds."""
+    long, hello = "a" * 4_000_000, {"role": "user", "content": "Hello"}
+    head = [{"role": "system", "content": long}, hello]
+    old = [{"role": "user", "content": long}, {"role": "assistant", "content": "x"}, hello]
+    with closing(asked(server, body_of("Hello", True, ENDLESS))) as client:
+        client.recv(10)
+        text = json.dumps({"model": "tiny", "prompt": long})
+        for path, body in (
+            (PATH, body_of(long, True)),
+            (PATH, body_of(messages=head)),
+            ("/v1/completions", text),
+        ):
+            answer = server.ask("POST", path, body=body)
+            assert answer.status == 400 and "4,000,000 characters" in answer.error["message"]
+        answer = server.ask("POST", PATH, body=body_of(stream=False, messages=old))
+        about = answer.json["mlx_stream"]
+        assert about["cache"] == "cold" and about["evicted_turns"] == 1 and about["read"] < 60
+    eventually(lambda: is_idle(server))
 
 
 def test_those_that_wait_are_answered_in_turn(

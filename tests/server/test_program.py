@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mlx_stream
 from mlx_stream.server.connection import TimedConnection
-from tests.fakes.engines import DEADLINE, eventually
+from tests.fakes.conversations import said
+from tests.fakes.engines import DEADLINE, GREEDY, eventually
 from tests.fakes.servers import ENDLESS, MODEL, PATH, body_of, read_answer, serving
 
 
@@ -56,6 +59,22 @@ def test_an_idle_server_releases_the_weights_and_loads_them_again(letters: Path)
             thread.join(DEADLINE)
         texts = {answer.json["choices"][0]["message"]["content"] for answer in (first, *answers)}
         assert len(answers) == 3 and len(texts) == 1
+
+
+def test_a_refused_request_loads_no_model(letters: Path) -> None:
+    with serving(letters, idle_unload=1 / 60) as server:
+        eventually(lambda: server.service.engine is None)
+        for path, body in (
+            (PATH, "{"),
+            (PATH, body_of(model="other")),
+            (PATH, body_of(n=2)),
+            (PATH, body_of(messages=[])),
+            (PATH, body_of(mlx_stream={"session": "a/b"})),
+            ("/v1/completions", "{}"),
+            ("/v1/completions", json.dumps({"model": "other", "prompt": "x"})),
+        ):
+            assert server.ask("POST", path, body=body).status in (400, 404)
+            assert server.service.engine is None
 
 
 def test_the_default_window_leaves_room_for_a_system_prompt(letters: Path) -> None:
@@ -164,6 +183,65 @@ def test_a_signal_ends_streams_with_an_error_and_the_program_soon(
     home = Path(os.environ["MLX_STREAM_HOME"])
     texts = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
     assert texts and not any(b"canary" in text for text in texts)
+
+
+def answered(port: int, body: str) -> Any:
+    """Return the answer to a request once the model is loaded."""
+    while True:
+        with closing(connect_when_up(port)) as client:
+            client.sendall(request(port, body))
+            answer = read_answer(client)
+        if answer.status != 503:
+            assert answer.status == 200, answer
+            return answer.json
+
+
+def is_kept(folder: Path, text: str) -> bool:
+    return any(text.encode() in path.read_bytes() for path in folder.glob("*.safetensors"))
+
+
+def test_a_killed_server_recognizes_what_it_kept(letters: Path, tmp_path: Path) -> None:
+    kept, messages, texts = tmp_path / "kept", [], []
+    for number in range(3):
+        with program_serving(letters, "--window", 256, "--keep", kept) as (process, port):
+            for turn in range(2):
+                messages.append({"role": "user", "content": f"canary {number}.{turn}"})
+                body = body_of(stream=False, messages=messages)
+                about = (found := answered(port, body))["mlx_stream"]
+                before = "new" if not number else "restored"
+                assert about["cache"] == ("extended" if turn else before), about
+                assert about["read"] < 60
+                texts.append(found["choices"][0]["message"]["content"])
+                messages.append({"role": "assistant", "content": texts[-1]})
+            eventually(partial(is_kept, kept, f"canary {number}.1"))
+            with closing(connect_when_up(port)) as client:  # killed while it writes a reply
+                endless = [*messages, {"role": "user", "content": "Cut"}]
+                client.sendall(request(port, body_of("", True, ENDLESS, messages=endless)))
+                client.recv(99)
+                process.send_signal(signal.SIGKILL)
+                process.wait(DEADLINE)
+    twin = mlx_stream.load(letters, dtype="float32", keep_quantized=False)
+    chat = mlx_stream.ChatSession(twin, window=256, max_tokens=8, sampling=GREEDY)
+    assert texts == [said(chat.reply(message["content"])) for message in messages[::2]]
+    assert len([*kept.iterdir()]) == 3
+    with program_serving(letters, "--window", 256, "--keep", kept) as (_, port):
+        answered(port, body_of(stream=False))
+        with program_serving(letters, "--keep", kept) as (other, _):
+            assert other.wait(DEADLINE) == 1
+            (line,) = other.stderr.read().splitlines()
+            assert "used by another server" in line
+
+
+def test_a_signal_keeps_the_reply_in_progress(letters: Path, tmp_path: Path) -> None:
+    with program_serving(letters, "--window", 256, "--keep", tmp_path / "kept") as (process, port):
+        answered(port, body_of(stream=False))
+        with closing(connect_when_up(port)) as client:
+            client.sendall(request(port, body_of("canary", True, ENDLESS)))
+            client.recv(99)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE) == 143
+    texts = [path.read_bytes() for path in (tmp_path / "kept").glob("*.safetensors")]
+    assert len(texts) == 2 and sum(b"canary" in text for text in texts) == 1
 
 
 # The program, which says so whenever it connects to anything.
