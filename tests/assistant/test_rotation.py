@@ -252,11 +252,43 @@ def test_only_what_rotation_names_is_a_copy_and_only_if_it_is_newer(path):
 
 def test_how_rotation_names_files():
     for number in (10, 9, 0):
-        assert rotation_number("x.log", f"x.log.{number}") == (".", -number)
+        assert rotation_number("x.log", f"x.log.{number}") == (".", (-number,))
     for end in ("-20261128", ".2026-11-28", "-20261128-1764300000", ".old", ".bak", "~"):
         assert rotation_number("x.log", f"x.log{end}")
     for other in ("x.log", "x.log.err", "x.log.1.gz", "y.log.1", "x.log1", "x.log.", "x.log.1.err"):
         assert rotation_number("x.log", other) is None
+    for other in ("x-2.log", "x-2026.log", "y-20261128.log", "x-20261128.txt", "x-20261128.log.gz"):
+        assert rotation_number("x.log", other) is None
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("-20261127", "-20261128", "-20261129"),
+        (".2026-11-28.8", ".2026-11-28.9", ".2026-11-28.10"),
+        ("-2026-11-27T10-00-00.000", "-2026-11-28T10-00-00.000", "-2026-11-29T10-00-00.000"),
+        ("__2026-11-27_00-00-00", "__2026-11-28_00-00-00", "__2026-11-29_00-00-00"),
+    ],
+)
+def test_a_date_may_stand_before_the_last_suffix(path, names, copied):
+    old, *new = (path.with_name(f"x{name}.log") for name in names)
+    write(old, b"zero\n", 1)
+    write(path, b"one\n", 2)
+    reading = Reading(path)
+    reading.wait(20)
+    for second, name in enumerate(new, 3):
+        write(path, b"%d\n" % second, second)
+        if copied:
+            write(name, path.read_bytes(), second)
+            os.truncate(path, 0)
+        else:
+            path.rename(name)
+    write(path, b"last\n", 9)
+    reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"zero\none\n3\n4\nlast\n"
+    assert not [line for line in reading.told if "not read" in line]
 
 
 def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
