@@ -187,6 +187,8 @@ class NotesFolder:
             refuse_binary(data[:CHUNK], name, whole=True)
         new, title = data[at:], str(path.relative_to(self.path))
         place = {"seen": list(file_stamp(status)), "bytes": len(data), "crc": zlib.crc32(data)}
+        if not data:  # perhaps only until its text is saved again, or restored
+            place = {**self._places.get(name, place), "seen": place["seen"]}
         text = self._decoder.decode(new, name, at)
         return Chunk(name, "note", title, new, text, place, apart=True)
 

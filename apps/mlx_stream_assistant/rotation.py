@@ -21,6 +21,8 @@ MOST_NAMES = 100_000
 BACKUPS = "~", ".bak"
 # The suffixes that rotation adds to a name: a number, a date or time, or a word.
 ROTATED = re.compile(r"([-._])(\d{1,4})|([-._]\d[\d.:T_-]*\d)|\.(?:old|bak|prev)|~", re.ASCII)
+# What some add before its last suffix: a date, of eight digits at least.
+DATED = re.compile(r"[-._]{1,2}(?=(?:\D*\d){8})\d[\d.:T_-]*\d", re.ASCII)
 # The size of the blocks, in bytes, in which zeros are skipped.
 ZEROS = 2**20
 # The maximum number of file names in a notice.
@@ -29,7 +31,9 @@ MOST_SHOWN = 10
 # may be renaming them right now.
 UNCLEAR = 3.0
 Found = tuple[Path, os.stat_result]
-Rotated = tuple[int, Path, os.stat_result]  # with its number; later files have higher numbers
+# A naming scheme and numbers; later files have higher numbers.
+RotationNumber = tuple[str, tuple[int, ...]]
+Rotated = tuple[RotationNumber, Path, os.stat_result]
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,15 @@ class FileSearch:
     def find_oldest(self) -> Found | None:
         """Return the rotated file to start with if nothing has been read yet."""
         found = [
-            (number, path, status)
+            (turn, path, status)
             for path, status in self._beside()
-            if (number := rotation_number(self._path.name, path.name)) and number[0] not in BACKUPS
+            if (turn := rotation_number(self._path.name, path.name)) and turn[0] not in BACKUPS
         ]
-        found.sort(key=lambda one: one[0])
-        later = [(turn, path, status) for (_, turn), path, status in found]
-        if not found:
+        found.sort()
+        if found and not is_whole_rotation(found):
+            self._tell_not_read(found)
             return None
-        first, since = found[0][0], found[0][2].st_mtime_ns
-        one_scheme = len({scheme for (scheme, _), _, _ in found}) == 1
-        if one_scheme and in_rotation_order(first, since, later[1:]):
-            return self._first_readable(later)
-        self._tell_not_read(later)
-        return None
+        return self._first_readable(found)
 
     def find_copy(self, place: FilePosition) -> Found | None:
         """Return a rotated copy of the file that was read, if there is more to read in it."""
@@ -122,21 +121,27 @@ class FileSearch:
         long ago is not mistaken for a new one.
         """
         files = self._beside()
-        ours = rotation_number(self._path.name, old[0].name) if old else None
+        ours = None
+        if old and self.is_rotated(old):
+            ours = rotation_number(self._path.name, old[0].name)
         since = old[1].st_mtime_ns if old else place.written or float("inf")
-        later, others = [], []
+        later, others = list[Rotated](), list[Rotated]()
         for path, status in files:
             turn = rotation_number(self._path.name, path.name)
             if path.name.endswith(BACKUPS):
                 continue
             if ours and turn and turn[0] == ours[0] and turn > ours:
-                later.append((turn[1], path, status))
-            elif turn and status.st_mtime_ns >= since and not (old and path == old[0]):
-                others.append((turn[1], path, status))
-        later.sort(key=lambda found: found[0])
+                later.append((turn, path, status))
+            elif turn and status.st_mtime_ns > since and not (old and path == old[0]):
+                others.append((turn, path, status))
+        later.sort()
+        others.sort()
         if ours and not in_rotation_order(ours, since, later):
             others += [found for found in later if found[2].st_mtime_ns >= since]
             later = []
+        # If the file that was read is gone, or compressed, all newer ones are unread.
+        if not ours and is_whole_rotation(others):
+            later, others = others, []
         if others:
             self._tell_not_read(others, ", though newer than what was read")
         return self._first_readable(later)
@@ -213,30 +218,42 @@ class FileSearch:
             self._tell(notice)
 
 
-def rotation_number(name: str, other: str) -> tuple[str, int] | None:
-    """Return another file's naming scheme and number; later files have higher numbers.
+def rotation_number(name: str, other: str) -> RotationNumber | None:
+    """Return another file's naming scheme and numbers; later files have higher numbers.
 
-    >>> rotation_number("x.log", "x.log.2"), rotation_number("x.log", "x.log-20261128")
-    (('.', -2), ('-00000000', 20261128))
+    >>> rotation_number("x.log", "x.log.2"), rotation_number("x.log", "x-2026-11-28.log")
+    (('.', (-2,)), ('-0-0-0.log', (2026, 11, 28)))
     """
-    match = ROTATED.fullmatch(other.removeprefix(name)) if other.startswith(name) else None
+    match = ROTATED.fullmatch(other, len(name)) if other.startswith(name) else None
+    if match and match[2]:
+        return match[1], (-int(match[2]),)
+    if match and not match[3]:
+        return match[0], (0,)
+    stem, suffix = Path(name).stem, Path(name).suffix
+    if match is None and other.startswith(stem) and other.endswith(suffix):
+        match, name = DATED.fullmatch(other, len(stem), len(other) - len(suffix)), stem
     if match is None:
         return None
-    before, number, date = match.groups()
-    if number:
-        return before, -int(number)
-    if date:
-        return re.sub(r"\d", "0", date), int(re.sub(r"\D", "", date))
-    return match[0], 0
+    date = match[0]
+    numbers = tuple(map(int, re.findall(r"\d+", date)))
+    return re.sub(r"\d+", "0", other.removeprefix(name)), numbers
 
 
-def in_rotation_order(ours: tuple[str, int], since: float, later: list[Rotated]) -> bool:
+def is_whole_rotation(found: list[Rotated]) -> bool:
+    """Return whether the names and the modification times of sorted files show the same order."""
+    if len({scheme for (scheme, _), _, _ in found}) != 1:
+        return False
+    (first, _, status), *later = found
+    return in_rotation_order(first, status.st_mtime_ns, later)
+
+
+def in_rotation_order(ours: RotationNumber, since: float, later: list[Rotated]) -> bool:
     """Return whether files that are sorted by name were also written in that order.
 
     Numbers must count down to 1 or 0 without a gap: some programs give newer files higher numbers.
     """
-    scheme, turn = ours
-    turns = [turn for turn, _, _ in later]
+    scheme, (turn, *_) = ours
+    turns = [number for (_, (number, *_)), _, _ in later]
     # An empty file is often older than the last line of the one before it: its writer was late.
     times = [status.st_mtime_ns for _, _, status in later if status.st_size]
     whole = len(scheme) > 1 or turns in ([*range(turn + 1, 0)], [*range(turn + 1, 1)])

@@ -78,6 +78,7 @@ class TailedFile:
         self._mtime: int | None = None  # likewise, in nanoseconds
         self._grown = 0.0  # when its size last changed
         self._left: float | None = None  # when the file was renamed
+        self._emptied = False  # the file was truncated, so it may be copied and truncated again
         self._complaint = ""
         self._blank: tuple[int, int] | None = None  # size and mtime when no text was found
         self._given_up: FilePosition | None = None  # has no more text and is no longer searched for
@@ -140,8 +141,10 @@ class TailedFile:
             if self._place is not None:
                 first = "" if path == self.path else f" {path.name} first,"
                 self._tell(f"{self.path}: was replaced: reading{first} from the beginning")
-            now = status.st_mtime_ns
-            place = FilePosition(status.st_dev, status.st_ino, written=now, begun=now)
+            now, before = status.st_mtime_ns, self._place.written if self._place else 0
+            latest = max(now, before)  # the last file may have been written to after this one
+            place = FilePosition(status.st_dev, status.st_ino, written=latest, begun=now)
+            self._emptied = False
         self._place = place
         self._size, self._grown, self._left = self._place.offset, self._clock(), None
         self._mtime = None
@@ -176,7 +179,8 @@ class TailedFile:
             old = self._search.find_renamed(place)
             kept = status and status.st_ino == place.inode  # rotated files may be copies of it
             renamed = old and self._search.is_rotated(old) and not kept
-            if status and not renamed and self._continues(place):
+            regular = status and stat.S_ISREG(status.st_mode)
+            if status and regular and not renamed and self._continues(place):
                 return (self.path, status), place.moved_to(status)
             if old and old[1].st_size > place.offset:
                 found = place.moved_to(old[1])
@@ -195,14 +199,12 @@ class TailedFile:
 
     def _continues(self, place: FilePosition) -> bool:
         """Return whether the file that now has the name starts with the text already read."""
-        with suppress(OSError):
-            file = open_file(self.path)
-            try:
-                size = os.fstat(file).st_size
-                return size >= place.offset > 0 and last_bytes(file, place.offset) == place.tail
-            finally:
-                os.close(file)
-        return False
+        file = open_file(self.path)
+        try:
+            size = os.fstat(file).st_size
+            return size >= place.offset > 0 and last_bytes(file, place.offset) == place.tail
+        finally:
+            os.close(file)
 
     def _finish_renamed(self) -> Chunk | None:
         """Stop following a file that was renamed; return the rest of its text."""
@@ -220,7 +222,7 @@ class TailedFile:
             return None
         if self._blank is None:
             before, rest = self._around(self._place.offset)
-            if rest:  # the first bytes of a character that was never completed
+            if rest := rest.rstrip(b"\0"):  # the first bytes of a character, never completed
                 return self._chunk(before, rest)
         else:
             self._given_up = self._place
@@ -249,6 +251,10 @@ class TailedFile:
         before, data = self._around(offset)
         if size < offset or zlib.crc32(before) != self._place.tail:
             self._begin_again("was truncated" if size < offset else "was rewritten")
+            return None
+        again = self._emptied and not offset and written > self._place.written
+        if again and (copy := self._search.find_between(self._place, None)):
+            self._read_copy(copy, "was truncated")
             return None
         self._mtime = written
         if size != self._size:
@@ -284,8 +290,14 @@ class TailedFile:
         self._complain("")
         self._blank = None
         if data.endswith(b"\0"):
-            return self._chunk(before, data.rstrip(b"\0"))
-        data = data[: line_end(data, more, self._clock() - self._grown < SETTLED)]
+            data = data.rstrip(b"\0")
+            whole = whole_characters(data)
+            if whole < len(data):  # in space reserved for later text, the rest is yet to be written
+                at = offset + len(data)
+                if end_of_zeros(self._file, at, size) in (at, size):
+                    data = data[:whole]
+        else:
+            data = data[: line_end(data, more, self._clock() - self._grown < SETTLED)]
         return self._chunk(before, data) if data else None
 
     def _begin_again(self, why: str) -> None:
@@ -296,12 +308,19 @@ class TailedFile:
             self._complain("")
             self._search.forget_notices()
             begun = os.fstat(self._file).st_mtime_ns
-            self._place = replace(self._place, offset=0, tail=0, begun=begun)
+            latest = max(begun, self._place.written)
+            self._place = replace(self._place, offset=0, tail=0, written=latest, begun=begun)
+            self._emptied = True
             self._tell(f"{self.path}: {why}: reading from the beginning")
-            return
+        else:
+            self._read_copy(copy, why)
+
+    def _read_copy(self, copy: Found, why: str) -> None:
+        """Go to the same position in a copy of the file."""
+        assert self._place is not None
         path, status = copy
         self._tell(f"{self.path}: {why}: the rest of its old text is read from {path.name} first")
-        self._place = self._place.moved_to(status)
+        self._place, self._emptied = self._place.moved_to(status), False
         self.close()
 
     def _skip(self) -> Chunk:

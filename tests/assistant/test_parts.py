@@ -190,6 +190,20 @@ def test_a_note_that_was_renamed_is_not_read_again_though_another_has_its_name(t
     assert [text for _, text in looking.look(3)] == ["two\n"]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_note_that_was_empty_for_a_while_is_not_read_again(tmp_path, restart):
+    note = tmp_path / "a.md"
+    note.write_text("one\n")
+    looking = Looking(tmp_path)
+    looking.look()
+    note.write_text("")
+    looking.look(3)
+    if restart:
+        looking.begin()
+    note.write_text("one\ntwo\n")
+    assert [text for _, text in looking.look(3)] == ["two\n"]
+
+
 def test_the_new_note_may_be_read_before_the_one_that_had_its_name(tmp_path):
     today, archived = tmp_path / "today.md", tmp_path / "yesterday.md"
     today.write_text("one\n")

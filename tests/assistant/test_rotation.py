@@ -252,11 +252,43 @@ def test_only_what_rotation_names_is_a_copy_and_only_if_it_is_newer(path):
 
 def test_how_rotation_names_files():
     for number in (10, 9, 0):
-        assert rotation_number("x.log", f"x.log.{number}") == (".", -number)
+        assert rotation_number("x.log", f"x.log.{number}") == (".", (-number,))
     for end in ("-20261128", ".2026-11-28", "-20261128-1764300000", ".old", ".bak", "~"):
         assert rotation_number("x.log", f"x.log{end}")
     for other in ("x.log", "x.log.err", "x.log.1.gz", "y.log.1", "x.log1", "x.log.", "x.log.1.err"):
         assert rotation_number("x.log", other) is None
+    for other in ("x-2.log", "x-2026.log", "y-20261128.log", "x-20261128.txt", "x-20261128.log.gz"):
+        assert rotation_number("x.log", other) is None
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("-20261127", "-20261128", "-20261129"),
+        (".2026-11-28.8", ".2026-11-28.9", ".2026-11-28.10"),
+        ("-2026-11-27T10-00-00.000", "-2026-11-28T10-00-00.000", "-2026-11-29T10-00-00.000"),
+        ("__2026-11-27_00-00-00", "__2026-11-28_00-00-00", "__2026-11-29_00-00-00"),
+    ],
+)
+def test_a_date_may_stand_before_the_last_suffix(path, names, copied):
+    old, *new = (path.with_name(f"x{name}.log") for name in names)
+    write(old, b"zero\n", 1)
+    write(path, b"one\n", 2)
+    reading = Reading(path)
+    reading.wait(20)
+    for second, name in enumerate(new, 3):
+        write(path, b"%d\n" % second, second)
+        if copied:
+            write(name, path.read_bytes(), second)
+            os.truncate(path, 0)
+        else:
+            path.rename(name)
+    write(path, b"last\n", 9)
+    reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"zero\none\n3\n4\nlast\n"
+    assert not [line for line in reading.told if "not read" in line]
 
 
 def test_files_that_are_renamed_while_they_are_looked_for(path, monkeypatch):
@@ -379,3 +411,69 @@ def test_a_copy_beside_a_file_of_another_device_number_is_not_read(path):
     reading.restart()
     reading.wait(20)
     assert reading.taken == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("names", [(".2", ".1"), (".1",), (".1", ".0"), ("-20261128", "-20261129")])
+def test_newer_rotated_files_are_read_though_the_one_that_was_read_is_gone(path, names):
+    """It was compressed, or there were more rotations than files are kept."""
+    reading = read_one(path)
+    write(path.with_name(f"x.log{names[0][:-1]}7"), b"of long ago\n", 1)
+    path.rename(path.with_name("x.log.3.gz"))
+    for second, name in enumerate(names, 3):
+        write(path.with_name(f"x.log{name}"), b"%d\n" % second, second)
+    write(path, b"last\n", 9)
+    reading.restart()
+    reading.wait(20)
+    between = b"".join(b"%d\n" % second for second, _ in enumerate(names, 3))
+    assert reading.taken == b"one\n" + between + b"last\n"
+    assert not [line for line in reading.told if "not read" in line]
+
+
+def test_a_backup_copy_that_has_the_old_inode_is_not_a_rotated_file(path):
+    reading = read_one(path)
+    path.rename(path.with_name("x.log~"))
+    write(path, b"one\ntwo\n", 3)
+    rotate(path)
+    path.unlink(missing_ok=True)
+    path.with_name("x.log.1").unlink()
+    write(path, b"three\n", 4)
+    rotate(path)
+    write(path, b"four\n", 5)
+    reading.restart()
+    reading.wait(20)
+    assert reading.taken == b"one\nthree\nfour\n"
+
+
+def test_a_file_that_was_written_to_after_the_next_began_is_not_read_again(path):
+    reading = read_one(path)
+    rotate(path)
+    write(path, b"", 3)
+    write(path.with_name("x.log.1"), b"late\n", 4)
+    reading.wait(20)
+    path.with_name("new").write_bytes(b"two\n")
+    os.utime(path.with_name("new"), (5, 5))
+    path.with_name("new").replace(path)
+    reading.wait(20)
+    assert reading.taken == b"one\nlate\ntwo\n"
+
+
+def copy_and_truncate(path: Path, second: int) -> None:
+    """Rotate x.log as a program does whose writer keeps the file open."""
+    data = path.read_bytes()
+    rotate(path)
+    path.with_name("x.log.1").rename(path)
+    write(path.with_name("x.log.1"), data, second)
+    os.truncate(path, 0)
+    os.utime(path, (second, second))
+
+
+def test_an_empty_file_may_have_been_written_to_copied_and_truncated(path):
+    reading = read_one(path)
+    copy_and_truncate(path, 3)
+    reading.wait()
+    write(path, b"two\n", 4)
+    copy_and_truncate(path, 5)
+    reading.wait()
+    write(path, b"three\n", 6)
+    reading.wait(20)
+    assert reading.taken == b"one\ntwo\nthree\n"

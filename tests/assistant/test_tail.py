@@ -1,5 +1,6 @@
 """A followed file is read completely and only once, whatever happens to it in the meantime."""
 
+import errno
 import itertools
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx_stream_assistant.decode import (
     refuse_binary,
     whole_characters,
 )
+from mlx_stream_assistant.rotation import end_of_zeros
 from mlx_stream_assistant.stdin import StandardInput
 from mlx_stream_assistant.tail import GRACE, SETTLED
 from tests.fakes.following import Reading, add, rotate
@@ -458,3 +460,55 @@ def test_zeros_at_the_end_of_a_file_do_not_hide_text_in_the_file_that_an_editor_
     add(path, b"three\n")
     reading.wait(20)
     assert reading.taken == b"one\ntwo\nthree\n"
+
+
+@pytest.mark.parametrize("space", [100, 3 * CHUNK])
+def test_a_character_is_not_split_where_space_is_reserved_behind_its_first_bytes(path, space):
+    text = "Straße 日本\n".encode()
+    path.write_bytes(bytes(space))
+    decoder = TextDecoder(lambda _: None)
+    reading, found, place = Reading(path), "", 0
+    for number in range(len(text)):
+        with path.open("r+b") as file:
+            file.seek(number)
+            file.write(text[number : number + 1])
+        os.utime(path, (number + 1, number + 1))
+        data = reading.wait(1)
+        found, place = found + decoder.decode(data, "x", place), place + len(data)
+    assert found == text.decode()
+
+
+def test_a_character_may_be_completed_while_the_space_behind_it_is_searched(path, monkeypatch):
+    path.write_bytes(b"\xc3" + bytes(100))
+    reading = Reading(path)
+
+    def completed(*args):
+        path.write_bytes(b"\xc3\xa9\n" + bytes(98))
+        return end_of_zeros(*args)
+
+    monkeypatch.setattr(tail, "end_of_zeros", completed)
+    chunk = reading.source.poll()
+    assert chunk is not None and chunk.data == b"\xc3\xa9\n"
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_taken_for_another(path, monkeypatch, error):
+    add(path, b"one\n")
+    reading = Reading(path)
+    reading.poll()
+    path.with_name("new").write_bytes(b"one\ntwo\n")
+    path.with_name("new").replace(path)
+    real = tail.open_file
+
+    def fails_once(*args):
+        monkeypatch.setattr(tail, "open_file", real)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(tail, "open_file", fails_once)
+    assert reading.wait(20) == b"two\n"
+
+
+def test_the_first_bytes_of_a_character_that_was_lost_are_read_with_what_follows(path):
+    path.write_bytes(b"one \xe6" + bytes(2 * CHUNK) + b"two\n")
+    reading = Reading(path)
+    assert reading.wait().replace(b"\0", b"") == b"one \xe6two\n"
