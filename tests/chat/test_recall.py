@@ -290,12 +290,12 @@ def test_no_exchange_leaves_that_a_window_without_the_budget_would_keep(data):
 
 def test_bytes_do_not_grow_with_recall():
     plain, sizes = test_settle.model("plain"), set()
-    for options in ({"recall_tokens": 200}, {"recall_tokens": 0}):
-        chat = ChatSession(plain, window=400, recall=MemoryStore(), **options)
+    for reserved in (200, 0):
+        chat = ChatSession(plain, window=400, recall=MemoryStore(), recall_tokens=reserved)
         for number in range(40):
             list(chat.reply(f"Question {number} {'x' * (number % 50)}", 1))
             sizes.add(chat.cache.nbytes)
-        assert bool(chat.recalled) == bool(options["recall_tokens"])
+        assert bool(chat.recalled) == bool(reserved)
     assert len(sizes) == 1
 
 
