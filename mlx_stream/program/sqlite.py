@@ -5,6 +5,7 @@ value may be longer than the file, and any error that SQLite reports is shown to
 line.
 """
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -104,9 +105,9 @@ def bytes_on_disk(path: Path) -> int:
     """Return the total size of a database and its log, in bytes."""
     total = 0
     # The log first: anything that moves out of it in the meantime is then in the database.
-    for part in (files(path)[1], path):
+    for part in (f"{path}-wal", path):
         with suppress(FileNotFoundError):
-            total += part.stat().st_size
+            total += os.stat(part).st_size  # noqa: PTH116 (twice as fast, and each read does it)
     return total
 
 

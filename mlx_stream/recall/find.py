@@ -21,6 +21,7 @@ LEAST_SHARE = 0.4
 RARE = 20
 # The weight of words from the previous question, and of words only in an adjacent exchange.
 PREVIOUS = BESIDE = 0.5
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,30 @@ def find_hits(
         gate: if False, one word in common with the question is enough.
     """
     factors = query(question, previous)
-    numbers = {word: index.numbers(word, first, end) for word in factors}
+    counts = {word: index.number_of_texts(word, first, end) for word in factors}
     weights = {
-        word: factor * math.log(1 + index.count / (len(numbers[word]) + 3))
+        word: factor * math.log(1 + index.count / (counts[word] + 3))
         for word, factor in factors.items()
     }
     total = math.fsum(weights.values())
-    found = sorted(filter(numbers.get, numbers), key=lambda word: len(numbers[word]))[:MOST_WORDS]
-    having = {word: set(numbers[word]) for word in found}
+    found = sorted(filter(counts.get, counts), key=counts.__getitem__)[:MOST_WORDS]
+    having = {word: set(index.numbers(word, first, end)) for word in found}
     beside = {word: {n + step for n in having[word] for step in (-1, 1)} for word in found}
-    shares: dict[int, float] = defaultdict(float)
-    for word in found:
-        share = weights[word] / total
-        for number in having[word]:
-            shares[number] += share
-        for number in beside[word] - having[word]:
-            shares[number] += share * BESIDE
     # A single word is enough if it is the question's only content word and is rare.
-    few = all(len(numbers[word]) <= max(3, index.count // RARE) for word in found)
+    few = all(counts[word] <= max(3, index.count // RARE) for word in found)
     single = [*factors.values()] == [1.0] and few
     least, fewest = (LEAST_SHARE, 2 - single) if gate else (0.0, 1)
+    shares: dict[int, float] = defaultdict(float)
+    rest = math.fsum(weights[word] for word in found) / total if found else 0.0
+    for word in found:
+        share, own, near = weights[word] / total, having[word], beside[word] - having[word]
+        if rest < least - ROUNDING:  # this word and the later ones alone are not enough
+            own, near = own & shares.keys(), near & shares.keys()
+        for number in own:
+            shares[number] += share
+        for number in near:
+            shares[number] += share * BESIDE
+        rest -= share
     hits = []
     for number, share in shares.items():
         if share >= least and first <= number < end:

@@ -21,6 +21,10 @@ TABLES = (
     "CREATE TABLE state (owner TEXT, last INTEGER, count INTEGER, checksum TEXT)",
 )
 SCHEMA = "SELECT type, name, tbl_name, sql FROM sqlite_master"
+WITH_WORD = (
+    "SELECT rowid FROM words WHERE words MATCH ? AND rowid >= ? AND rowid < ? "
+    "ORDER BY rowid DESC LIMIT ?"
+)
 # For a common word, only the newest texts are found: this many, or one in `ONE_IN` of all if that
 # is more.
 MOST_FOUND = 1_000
@@ -130,12 +134,17 @@ class WordIndex:
 
         For a common word, only the newest are returned.
         """
-        most = max(MOST_FOUND, self.count // ONE_IN)
-        query = "SELECT rowid FROM words WHERE words MATCH ? AND rowid >= ? AND rowid < ? "
-        found = self.connection.execute(
-            query + "ORDER BY rowid DESC LIMIT ?", (f'"{word}"', first, end, most)
-        )
+        found = self.connection.execute(WITH_WORD, self._with_word(word, first, end))
         return [number for (number,) in found]
+
+    def number_of_texts(self, word: str, first: int, end: int) -> int:
+        """Return how many numbers `numbers` returns; it takes a third of the time."""
+        count = f"SELECT count(*) FROM ({WITH_WORD})"
+        ((found,),) = self.connection.execute(count, self._with_word(word, first, end))
+        return found
+
+    def _with_word(self, word: str, first: int, end: int) -> tuple[str, int, int, int]:
+        return f'"{word}"', first, end, max(MOST_FOUND, self.count // ONE_IN)
 
     def frequencies(self) -> list[tuple[str, int]]:
         """Return every word, as it is indexed, and the number of texts that contain it."""

@@ -23,6 +23,15 @@ from tests.fakes.shapes import check_erased
 
 ACTS = (*["ask"] * 12, *["retry"] * 2, "edit", "undo", "clear", "resume", "restart")
 ENDS = ("", "", "", "close", "throw", "drop", "drop the prompt", "interrupt", "fail")
+MORE = st.integers(0, 9)
+# What is done, the question, the limit and stop strings of the reply, how it ends, and its seed.
+STEPS = st.tuples(
+    st.sampled_from(ACTS),
+    st.sampled_from(QUESTIONS),
+    st.tuples(st.sampled_from([5, 60, 120, 200, 500]), st.sampled_from([(), ("e", "o")])),
+    st.tuples(st.sampled_from(ENDS), st.integers(1, 40)),
+    st.integers(0, 99),
+)
 
 
 class Scripted(Recorded):
@@ -158,14 +167,8 @@ def test_it_attends_to_what_its_twin_does_after_every_act(data):
     chat, twin = (scripted(template, store, **options) for store in (MemoryStore(), EmptyStore()))
     quoted = 0
     for _ in range(data.draw(st.integers(8, 16))):
-        what, question = data.draw(st.sampled_from(ACTS)), data.draw(st.sampled_from(QUESTIONS))
-        limit = data.draw(st.sampled_from([5, 60, 120, 200, 500]))
-        stops, seed = data.draw(st.sampled_from([(), ("e", "o")])), data.draw(st.integers(0, 99))
-        again = (
-            data.draw(st.sampled_from([None, "Be long."])),
-            window + data.draw(st.integers(0, 9)),
-        )
-        end = data.draw(st.sampled_from(ENDS)), data.draw(st.integers(1, 40))
+        what, question, (limit, stops), end, seed = data.draw(STEPS)
+        again = data.draw(st.sampled_from([None, "Be long."])), window + data.draw(MORE)
         for one in (chat, twin):
             one.trouble.script = script(one, seed)
         chat, twin = (
@@ -245,22 +248,55 @@ def test_without_recall_a_session_is_what_it_was():
     assert chats[0].tokens.ids.attended() == chats[1].tokens.ids.attended()
 
 
-def test_exchanges_leave_as_with_a_smaller_window_and_bytes_do_not_grow():
-    plain, sizes = test_settle.model("plain"), []
-    chat, small = (
-        ChatSession(plain, window=window, sampling=Sampling(1, seed=1), **options)
-        for window, options in (
-            (400, {"recall": MemoryStore(), "recall_tokens": 200}),
-            (200, {}),
-        )
+def left(chat: Any) -> set[int]:
+    """Return the numbers of the exchanges that are not attended, once nothing is left to read."""
+    turns = chat._settle()
+    if not chat.tokens.failed:
+        run_coroutine(chat._read_settling())
+        turns = chat._settle()
+    return {*range(1, chat.number + 1)} - {turn.number for turn in turns}
+
+
+@settings(max_examples=10, phases=[Phase.generate])
+@given(st.data())
+def test_no_exchange_leaves_that_a_window_without_the_budget_would_keep(data):
+    window = data.draw(st.integers(320, 400))
+    reserved = data.draw(st.integers(150, window // 2))
+    template = data.draw(st.sampled_from([*TEMPLATES]))
+    system = data.draw(st.sampled_from([None, "You are brief."]))
+    # The stores keep what has left; the one without recall is never asked.
+    chat = scripted(template, MemoryStore(), system=system, window=window, recall_tokens=reserved)
+    small = scripted(
+        template, MemoryStore(), system=system, window=window - reserved, recall_tokens=0
     )
-    for number in range(40):
+    quoted = 0
+    for _ in range(data.draw(st.integers(8, 16))):
+        what, question, options, end, seed = data.draw(STEPS)
+        system, more = data.draw(st.sampled_from([None, "Be long."])), data.draw(MORE)
+        windows = window + more, window - reserved + more
+        if what in ("undo", "retry", "edit") and not (small.unanswered or small.exchanges):
+            continue  # it has left the smaller window
         for one in (chat, small):
-            # One id each, so that both replies have the same length.
-            list(one.reply(f"Question {number} {'x' * (number % 50)}", 1))
-        assert [t.number for t in chat._settle()] == [t.number for t in small._settle()]
-        sizes.append(chat.cache.nbytes)
-    assert chat.recalled and len(set(sizes)) == 1
+            one.trouble.script = script(one, seed)
+        chat, small = (
+            act(one, template, what, question, (*options, (system, size)), end)
+            for one, size in zip((chat, small), windows, strict=True)
+        )
+        assert chat.number == small.number
+        assert left(chat) <= left(small)
+        quoted += len(chat.recalled)
+    event(f"{min(quoted, 5)} quoted")
+
+
+def test_bytes_do_not_grow_with_recall():
+    plain, sizes = test_settle.model("plain"), set()
+    for reserved in (200, 0):
+        chat = ChatSession(plain, window=400, recall=MemoryStore(), recall_tokens=reserved)
+        for number in range(40):
+            list(chat.reply(f"Question {number} {'x' * (number % 50)}", 1))
+            sizes.add(chat.cache.nbytes)
+        assert bool(chat.recalled) == bool(reserved)
+    assert len(sizes) == 1
 
 
 def test_with_guesses_no_trace_of_a_quotation_is_left():

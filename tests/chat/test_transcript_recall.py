@@ -1,5 +1,6 @@
 """What has left a saved conversation is found, forgotten and indexed again, from the transcript."""
 
+import json
 import os
 import signal
 import sqlite3
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from mlx_stream.chat.export import export_json, export_markdown
 from mlx_stream.chat.manage import remove_session, verify_session
 from mlx_stream.chat.resume import SessionOptions, open_session
-from mlx_stream.chat.saving import SavedSession
+from mlx_stream.chat.saving import SavedSession, saved_turns
 from mlx_stream.chat.search import search_sessions
 from mlx_stream.chat.session_files import session_paths
 from mlx_stream.errors import ValueRefused
+from mlx_stream.recall.quote import BEGIN
 from mlx_stream.sampling import Sampling
-from tests.fakes.conversations import leave_unanswered, said
+from tests.fakes.conversations import decoded, leave_unanswered, said
 
 SECRET = "My zebra is called Quagga."
 ABOUT = "What is my zebra called? Quagga?"
@@ -137,6 +140,40 @@ def test_what_is_forgotten_is_in_no_file(model):
     again = open_session("s", model, OPTIONS)
     assert again.chat.number == 9
     assert list(again.store.exchanges()) == [1, *range(3, 10)]
+    again.close()
+
+
+def test_what_is_undone_is_in_no_file(model):
+    saved = chat_about(model, SECRET)
+    fill(saved)
+    assert saved.recall
+    saved.chat.clear(saved.chat.number)
+    said(saved.chat.reply("My kudu is called Quiz."))
+    saved.recall.leave(saved.chat.number, "My kudu is called Quiz.", "")  # as if it had left
+    assert {suffix[:3] for suffix in files_with("kudu")} == {".db", ".re"}
+    saved.chat.undo()
+    assert files_with("kudu") == files_with("quiz") == set()
+    assert quoted(saved) == [1]
+    saved.close()
+
+
+def test_a_quotation_is_in_no_file_and_no_export(model):
+    saved = chat_about(model, SECRET)
+    fill(saved)
+    assert quoted(saved) == [1]
+    saved.write_snapshot()
+    header, turns = saved_turns(saved.chat)
+    exports = json.dumps(export_json(header, turns)), export_markdown(header, turns)
+    assert all(SECRET in text and BEGIN not in text for text in exports)
+    pieces = saved.chat.retry()
+    next(pieces)  # in the middle of a reply
+    assert files_with(BEGIN.lower()) == set()
+    pieces.close()
+    saved.close()
+    assert files_with(BEGIN.lower()) == set()
+    again = open_session("s", model, OPTIONS)
+    assert again.chat.stats.settled == 0  # its ids come from the snapshot
+    assert BEGIN not in decoded(again.chat, again.chat.tokens.ids.by_row)
     again.close()
 
 

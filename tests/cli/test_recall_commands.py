@@ -77,6 +77,17 @@ def test_recall_shows_what_was_quoted_and_finds_the_rest(saved):
     assert chat.tokens.ids.attended() == before
 
 
+def test_what_was_quoted_is_shown_without_terminal_controls(saved):
+    chat, controls = saved.chat, "\x1b\x9b\u202e\0"
+    said(chat.reply("My walrus is \x1b[31mred\x9b31m \u202egnorw\u202c\0."))
+    for number in range(6):
+        said(chat.reply(f"Let us talk of number {number} now."))
+    said(chat.reply("What is my walrus?"))
+    for line in ("/recall", "/recall walrus"):
+        shown = say(line, chat)
+        assert "My walrus is " in shown and not any(one in shown for one in controls)
+
+
 def test_forget_removes_an_exchange_and_the_line_that_asked_it(saved):
     path = typed(SECRET, f"/edit {SECRET}", "Hello", "two\nlines")
     assert say("/forget 1", saved.chat) == "forgotten: exchange 1"

@@ -4,9 +4,10 @@
 
 Facts about Anna and Peter are told in conversation. Then exchanges follow, a third of which tell
 the same kinds of facts about other people; the stream reads all of them. Each fact is then asked
-for, with ten candidates (chance: 10 %), in the words of the fact and in others: without recall,
-with it, and with the fact as the latest exchange. Every answer is a line in the log; a run that is
-repeated with the same log asks only what is missing. Prints one line of JSON. Takes hours.
+for in a copy of the chat, with ten candidates (chance: 10 %), in the words of the fact and in
+others: without recall, with it, and with the fact as the latest exchange. Every answer is a line in
+the log; a run that is repeated with the same log asks only what is missing. Prints one line of
+JSON. Takes an hour.
 """
 
 import argparse
@@ -121,8 +122,11 @@ def likelihoods(
 
 
 def answer(chat: ChatSession, way: str, fact: tuple[str, str, int], free: bool) -> dict:
-    """Ask for a fact in both wordings, and freely; the chat stays as it was."""
+    """Ask for a fact in both wordings, and freely, in a copy of a chat."""
     person, kind, right = fact
+    chat, store = chat.fork(), chat.recall
+    if store:
+        chat.start_recall(lambda notify: store)
     words, result = KINDS[kind].split(), dict[str, dict]()
     if way == "in the window":
         read(chat, *told(*fact))
@@ -135,8 +139,6 @@ def answer(chat: ChatSession, way: str, fact: tuple[str, str, int], free: bool) 
             text = said(chat.reply(question, 24))
             result["free"] = {"right": words[right].lower() in text.lower(), "text": text}
             chat.undo()
-    if way == "in the window":
-        chat.undo()
     return result
 
 
